@@ -1,0 +1,55 @@
+"""Every file of a run, written beside the journal: what MLflow gets as artifacts, and what remains without MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import charts, report
+from .journal import samples_csv, write_bytes, write_json
+from .records import RunResult, Verdict
+
+Metrics = Mapping[str, float]
+
+
+def write_cell(result: RunResult, metrics: Metrics, verdict: Verdict, folder: Path) -> None:
+    """Write result.json, samples.csv.gz, environment.json, config.yaml, report.md, charts and tables of one cell into `folder`.
+
+    Raises JournalError, for example when the disk is full.
+    """
+    write_json(folder / "result.json", {**_whole(result), "metrics": metrics, "verdict": verdict})
+    write_json(folder / "environment.json", {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}})
+    write_bytes(folder / "config.yaml", report.config_yaml(result.cell, {"price_per_hour": result.price_per_hour}).encode())
+    write_bytes(folder / "report.md", report.report_markdown(result, metrics, verdict).encode())
+    write_json(folder / "tables" / "summary.json", report.summary_table(result, metrics))
+    if result.repetitions:
+        write_bytes(folder / "samples.csv.gz", samples_csv(result))
+        charts.draw_cell(result, folder / "charts")
+    if result.texts:
+        rows = [[text["prompt"], text["output"]] for text in result.texts]
+        write_json(folder / "tables" / "texts.json", report.split_table(["prompt", "output"], rows))
+        write_bytes(folder / "texts.md", _texts_markdown(rows).encode())
+
+
+def _whole(result: RunResult) -> dict[str, object]:
+    return {name: getattr(result, name) for name in result.__dataclass_fields__}
+
+
+def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """What the model wrote, prompt by prompt."""
+    shown = ((json.dumps(prompt, ensure_ascii=False)[1:-1], output.strip()) for prompt, output in rows)
+    return "\n".join(f"**{number}.** {prompt}\n\n> {output}\n" for number, (prompt, output) in enumerate(shown, 1))
+
+
+def write_sweep(rows: Sequence[report.Row], varied: Sequence[str], folder: Path) -> None:
+    """Write the comparison of a sweep for its parent: the table as Markdown, CSV and MLflow table, and the charts."""
+    heading, body = report.table_cells(rows, varied)
+    write_bytes(folder / "comparison.md", report.sweep_markdown(rows, varied).encode())
+    write_bytes(folder / "comparison.csv", "".join(",".join(_csv_cell(c) for c in line) + "\n" for line in [heading, *body]).encode())
+    write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
+    charts.draw_sweep([(row.cell, row.metrics) for row in rows if row.metrics], folder / "charts")
+
+
+def _csv_cell(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text

@@ -1,0 +1,94 @@
+"""The seam to models and servers: what a backend must do, on one page.
+
+A backend is a class. `resolve` is asked first, cheaply and without heavy imports, whether the model of a cell can be
+had; then, in a worker process, an instance is made, loaded once, and generates for several cells.
+
+Generation *pushes*: the backend calls `emit(tokens)` the moment one more token per row is really on the host. `measure`
+passes an `emit` that stamps its clock first. An iterator would hand each token from a library's callback to another
+thread, tens of microseconds late; a call costs a third of one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import UsageError
+from ..records import Cell, LoadInfo, ModelFacts
+from ..spec import known_backends
+
+Emit = Callable[[Any], None]
+"""Called once per step with the step's token ids: a sequence of `batch` whole numbers, or an array with `tolist()`."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do, declared; never guessed from its name."""
+
+    in_process: bool = True  # weights and KV cache live in the worker process
+    token_exact: bool = True  # one emit is one token per row
+    can_force_length: bool = True  # output length is exact
+    tokenizer: bool = False  # `encode` and `decode` work
+    heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Device memory of this process in bytes: held by tensors, reserved by the allocator now and at most, seen by the driver."""
+
+    allocated: int
+    reserved: int
+    peak_reserved: int
+    driver: int | None = None
+
+
+class Backend(Protocol):
+    """What every backend does. Errors come out as errors of `mlflow_llmbench.errors`, foreign ones are mapped here."""
+
+    capabilities: Capabilities
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        """Find the model and its commit without loading it; within 15 s; no heavy import. Raises ModelError or MissingError."""
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Put the model's files on this disk (download, or write a synthetic checkpoint). Runs in a process of its own, untimed."""
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None: ...
+
+    def load(self) -> LoadInfo:
+        """Load the model, verify that it is what was asked for, touch every parameter. Raises NotRealised or OutOfMemory."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        """Generate exactly `output_tokens` tokens for each prompt (ids, all of one length), greedily; emit each step."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Text → token ids, as the model's own tokenizer does."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids → text."""
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        """Device memory, None without a device. `reset` starts a new peak."""
+
+    def peaks(self) -> dict[str, float]:
+        """Best rates seen on this device with these threads: `read_bytes_per_s`, `flops_per_s`. Measured before anything is loaded."""
+
+    def close(self) -> None:
+        """Delete the model and give memory back."""
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The class of a backend by its name. Raises UsageError for an unknown one or one that cannot be imported."""
+    known = known_backends()
+    if name not in known:
+        raise UsageError(f"Unknown backend: {name}. Known: {', '.join(sorted(known))}.")
+    module, _, attribute = known[name].partition(":")
+    try:
+        found: type[Backend] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"Backend {name} cannot be imported from {known[name]}: {error}. Check the package that declares it.") from None
+    return found

@@ -1,0 +1,138 @@
+"""A scripted backend: every delay and every fault at a known time. Public: users test their set-up with it too.
+
+The script is the model's name, `fake:` and settings joined by `+`, all of them optional:
+
+    llmbench run --backend fake --model fake:ttft_ms=50+itl_ms=20 --batch-size 1,4
+
+    load_ms, ttft_ms, itl_ms     delays (default 1, 5, 1)
+    row_ms                       more delay per step for each row after the first (default 0)
+    memory_mb                    memory that a load really allocates and touches (default 1)
+    vocab                        size of the vocabulary (default 32000)
+    stop_after                   stop after this many tokens, whatever was asked
+    late=1                       hand each token over one step late, as a deferred stop check does
+    stall_ms, stall_at           an extra delay before token number stall_at
+    log_lines                    lines written to the log per call
+    fail=oom|error|crash|hang    a fault, at=load|generate (default generate)
+    above_batch                  the fault happens only with more rows than this (default 0)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from ..errors import MeasurementError, OutOfMemory, UsageError
+from ..records import Cell, LoadInfo, ModelFacts, hash16
+from .base import Capabilities, DeviceMemory, Emit
+
+NUMBERS = {
+    "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
+    "stall_ms": 0.0, "stall_at": 0.0, "log_lines": 0.0, "above_batch": 0.0,
+}  # fmt: skip
+WORDS = {"fail": ("oom", "error", "crash", "hang"), "at": ("load", "generate")}
+
+
+def parse_script(model: str) -> dict[str, float | str]:
+    """The settings in a model name such as `fake:ttft_ms=50+itl_ms=20`. Raises UsageError, naming the setting."""
+    script: dict[str, float | str] = dict(NUMBERS)
+    _, _, settings = model.partition(":")
+    for setting in filter(None, settings.split("+")):
+        name, _, text = setting.partition("=")
+        if name in WORDS and text in WORDS[name]:
+            script[name] = text
+            continue
+        try:
+            if name not in NUMBERS or not 0 <= float(text) < 1e9:
+                raise ValueError
+            script[name] = float(text)
+        except ValueError:
+            raise UsageError(f"The fake backend does not know the setting {setting}. Known: {', '.join([*NUMBERS, *WORDS])}.") from None
+    return script
+
+
+class FakeBackend:
+    """Emits tokens on a schedule counted from the start of the call, so that delays do not add up."""
+
+    capabilities = Capabilities(tokenizer=True)
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.script = parse_script(cell.model)
+        self.cell = cell
+        self.memory = bytearray()
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        parse_script(cell.model)
+        return ModelFacts(name=cell.model, source="preset", location="fake", revision=hash16(cell.model), context=1_000_000, dtype="float32")
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Nothing to fetch."""
+
+    def load(self) -> LoadInfo:
+        started = time.perf_counter()
+        _wait_until(time.perf_counter_ns() + int(self._number("load_ms") * 1e6))
+        self._fail("load", rows=10**9)
+        self.memory = bytearray(os.urandom(4096) * int(self._number("memory_mb") * 256))
+        return LoadInfo(
+            load_s=time.perf_counter() - started,
+            weight_bytes=len(self.memory),
+            step_bytes=len(self.memory),
+            kv_bytes_per_token=1024,
+            facts={"model.parameters": len(self.memory) // 4, "model.dtype": "float32", "quant.method": "fake"},
+            vocab_size=int(self._number("vocab")),
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        started = time.perf_counter_ns()
+        rows = len(prompts)
+        for _ in range(int(self._number("log_lines"))):
+            logging.getLogger("fake").warning("a line that comes with every call")
+        self._fail("generate", rows)
+        step = self._number("itl_ms") + self._number("row_ms") * (rows - 1)
+        late = step if self.script["late"] else 0.0
+        for token in range(min(output_tokens, int(self._number("stop_after")))):
+            stall = self._number("stall_ms") if 0 < self._number("stall_at") <= token + 1 else 0.0
+            last = token == output_tokens - 1
+            _wait_until(started + int((self._number("ttft_ms") + token * step + stall + (0.0 if last and token else late)) * 1e6))
+            emit([(97 + (sum(prompt) + token) % 26) for prompt in prompts])
+
+    def encode(self, text: str) -> Sequence[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i % 256 for i in ids).decode("utf-8", errors="replace")
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        return None
+
+    def peaks(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.memory = bytearray()
+
+    def _number(self, name: str) -> float:
+        return float(self.script[name])
+
+    def _fail(self, stage: str, rows: int) -> None:
+        if "fail" not in self.script or self.script.get("at", "generate") != stage or rows <= self._number("above_batch"):
+            return
+        match self.script["fail"]:
+            case "oom":
+                raise OutOfMemory(f"Scripted out-of-memory error with {rows} rows.")
+            case "error":
+                raise MeasurementError("Scripted error.")
+            case "crash":
+                os._exit(13)
+            case "hang":
+                time.sleep(3600)
+
+
+def _wait_until(deadline_ns: int) -> None:
+    """Sleep to within half a millisecond, then spin: a sleep alone wakes up to 0.1 ms late."""
+    while (left := deadline_ns - time.perf_counter_ns()) > 0:
+        if left > 1_000_000:
+            time.sleep((left - 500_000) / 1e9)

@@ -1,0 +1,162 @@
+"""What was really loaded: classes, dtypes, bytes and kernels of a torch model, read from the model itself.
+
+`get_memory_footprint` misses quantization state and the inner tensors of some tensor subclasses; names of settings say
+what was asked for, not what was done.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import memory
+from ..errors import NotRealised
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Bytes and counts of a loaded model. `linear_bits`: mean stored bits per weight of the decoder's linear layers, metadata included."""
+
+    parameters: int
+    weight_bytes: int
+    step_bytes: int
+    mapped_bytes: int
+    linear_bits: float
+    linear_classes: dict[str, int]
+    dtypes: dict[str, int]
+    device: str
+
+
+def inspect_model(model: Any) -> Inspection:
+    """Read a loaded model. Reading values touches every parameter once (see `touch`); this does not."""
+    seen: set[int] = set()
+    weight_bytes = parameters = 0
+    spans: list[tuple[int, int]] = []
+    dtypes: Counter[str] = Counter()
+    skip = set(_input_only(model))
+    step_bytes = 0
+    device = "cpu"
+    for module_name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        for name, tensor in [*own.items(), *module.named_buffers(recurse=False)]:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            pieces = list(_pieces(tensor, module))
+            size = sum(piece.numel() * piece.element_size() for piece in pieces)
+            weight_bytes += size
+            spans += [(piece.data_ptr(), piece.numel() * piece.element_size()) for piece in pieces if piece.device.type == "cpu"]
+            if module_name not in skip:
+                step_bytes += size
+            if name in own:
+                parameters += _logical_count(tensor, module, name)
+                dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
+                device = str(tensor.device)
+    bits, classes = _linear_layers(model)
+    return Inspection(parameters, weight_bytes, step_bytes, memory.mapped_bytes(spans), bits, classes, dict(dtypes), device)
+
+
+def touch(model: Any) -> None:
+    """Read every stored byte of the model once, so that pages of a mapped checkpoint are resident and copies are done."""
+    import torch
+
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            for piece in _pieces(tensor, module):
+                flat = piece.detach().reshape(-1)
+                if flat.numel():
+                    flat.view(torch.uint8)[::1024].max()
+
+
+def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors that store one parameter: itself, its quantization state, or what a tensor subclass wraps."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None and not type(tensor).__module__.startswith("torch.nn"):
+        for name in flatten()[0]:
+            yield from _pieces(getattr(tensor, name), module)
+        return
+    yield tensor.data if hasattr(tensor, "data") else tensor
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:  # bitsandbytes 4-bit: block maxima, code table, and both again where they are quantized themselves
+        for holder in (state, getattr(state, "state2", None)):
+            for name in ("absmax", "code", "offset"):
+                value = getattr(holder, name, None)
+                if hasattr(value, "element_size"):
+                    yield value
+    for holder in (tensor, getattr(module, "state", None)):  # bitsandbytes 8-bit: row scales
+        scale = getattr(holder, "SCB", None)
+        if scale is not None and tensor is getattr(module, "weight", None):
+            yield scale
+            break
+
+
+def _logical_count(tensor: torch.Tensor, module: Any, name: str) -> int:
+    """Number of weights that a parameter stands for; packed ones hold several in a byte."""
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:
+        return int(state.shape.numel())
+    if name == "weight" and hasattr(module, "in_features") and tensor.dtype.itemsize == 1 and not tensor.dtype.is_floating_point:
+        return int(module.in_features) * int(module.out_features)
+    return int(tensor.numel())
+
+
+def _input_only(model: Any) -> Iterator[str]:
+    """Names of the embedding modules that a decode step reads one row of: all but one whose weight is the output head's too."""
+    import torch
+
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and (head is None or getattr(head, "weight", None) is not module.weight):
+            yield name
+
+
+def _linear_layers(model: Any) -> tuple[float, dict[str, int]]:
+    """Mean stored bits per weight, and classes with their counts, of all linear layers but the output head."""
+    head = model.get_output_embeddings()
+    classes: Counter[str] = Counter()
+    stored = logical = 0
+    for module in model.modules():
+        if module is head or not hasattr(module, "in_features") or next(module.children(), None) is not None:
+            continue
+        classes[type(module).__name__] += 1
+        weights = [(n, t) for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"]
+        stored += sum(p.numel() * p.element_size() for _, t in weights for p in _pieces(t, module))
+        logical += int(module.in_features) * int(module.out_features)
+    return (8 * stored / logical if logical else 0.0), dict(classes)
+
+
+EXPECTED = {
+    "int8": ({"Linear8bitLt"}, 8.0, 8.6),
+    "int4": ({"Linear4bit"}, 4.0, 5.0),
+    "fp4": ({"Linear4bit"}, 4.0, 5.0),
+    "fp32": (None, 32.0, 32.0),
+    "fp16": (None, 16.0, 16.0),
+    "bf16": (None, 16.0, 16.0),
+}
+"""Quantization → classes of its linear layers (None: any), least and most stored bits per weight."""
+
+FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def verify(quant: str, device: str, found: Inspection) -> None:
+    """Raise NotRealised unless the loaded model is what `quant` and `device` asked for."""
+    if not found.device.startswith(device.partition(":")[0]):
+        raise NotRealised(f"The model is on {found.device}, not on {device}. Use device={found.device.partition(':')[0]}.")
+    if quant not in EXPECTED:
+        return
+    classes, low, high = EXPECTED[quant]
+    if classes and not classes >= set(found.linear_classes):
+        raise NotRealised(f"quant={quant} was asked for, and the linear layers are {found.linear_classes}. Use quant=none for a checkpoint that is quantized already.")
+    if not low - 0.01 <= found.linear_bits <= high + 0.01:
+        raise NotRealised(
+            f"quant={quant} was asked for, and the linear layers hold {found.linear_bits:.2f} bits per weight, not {low:g} to {high:g}. "
+            "Use quant=none for a checkpoint that is quantized already."
+        )
+    wanted = FLOAT_DTYPES.get(quant)
+    if wanted and set(found.dtypes) - {wanted}:
+        raise NotRealised(f"quant={quant} was asked for, and the parameters' dtypes are {found.dtypes}. Use quant=none for this checkpoint.")

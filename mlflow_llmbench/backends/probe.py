@@ -1,0 +1,52 @@
+"""The best rates of a device, measured with the library and the threads that will run the model: what MBU and MFU are shares of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+REPEATS = 8
+CACHE_FACTOR = 4
+"""The buffer is at least this many times the last-level cache, so that it comes from memory."""
+
+
+def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
+    """`read_bytes_per_s` and `flops_per_s` of a device (torch's name), the best of several tries. Takes about a second.
+
+    Bandwidth: a sum over float32 and a matrix–vector product, whichever reads faster. FLOP/s: a square matrix product
+    (2n³ operations) in float32 and bfloat16, whichever is faster. Best of, because disturbances only make it slower.
+    """
+    import torch
+
+    cuda = device.startswith("cuda")
+    size = max(256_000_000, CACHE_FACTOR * last_level_cache_bytes) if not cuda else 2_000_000_000
+    columns = 4096
+    matrix = torch.ones((size // 4 // columns, columns), device=device)
+    vector = torch.ones(columns, device=device)
+    read_bytes = matrix.numel() * 4
+
+    def finish() -> None:
+        if cuda:
+            torch.cuda.synchronize(device)
+
+    with torch.inference_mode():
+        seconds = min(_best(lambda: matrix.sum(), finish), _best(lambda: torch.mv(matrix, vector), finish))
+        del matrix
+        n = 8192 if cuda else 1024
+        flops = 0.0
+        for dtype in (torch.float32, torch.bfloat16):
+            square: Any = torch.ones((n, n), device=device, dtype=dtype)
+            flops = max(flops, 2 * n**3 / _best(lambda square=square: square @ square, finish))  # type: ignore[misc]
+    return {"read_bytes_per_s": read_bytes / seconds, "flops_per_s": flops}
+
+
+def _best(work: Callable[[], object], finish: Callable[[], None]) -> float:
+    """Shortest of several runs, seconds; the first is discarded."""
+    times = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        work()
+        finish()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

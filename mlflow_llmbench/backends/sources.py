@@ -1,0 +1,232 @@
+"""Where a model's files come from: a preset's random checkpoint, a folder, a GGUF file, or the Hub. No torch until they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import models
+from ..errors import ModelError, UsageError
+from ..records import Cell, ModelFacts
+from ..spec import BITSANDBYTES
+from . import synthetic
+
+HUB_TIMEOUT_S = 12.0
+"""Longest wait for the Hub before a run; an unreachable one must be known within 15 s."""
+
+T = TypeVar("T")
+
+
+def find_model(cell: Cell) -> ModelFacts:
+    """Find the model of a cell and read its configuration, without its weights.
+
+    Raises ModelError if it cannot be had and UsageError if the request contradicts what it is.
+    """
+    preset = models.find_preset(cell.model)
+    if cell.weights == "random":
+        return _random_model(cell, preset)
+    path = Path(cell.model).expanduser()
+    if cell.model.endswith(".gguf"):
+        return _gguf_file(cell, path)
+    if path.is_dir():
+        return _folder(cell, path)
+    if preset is not None:
+        return _hub_model(cell, preset.repository, "preset")
+    if cell.model.startswith((".", "/", "~")) or cell.model.count("/") > 1:
+        raise ModelError(f"There is no model folder {cell.model}. Give a folder with a config.json, a Hub id (owner/name) or a preset (`llmbench models`).")
+    if "/" in cell.model:
+        return _hub_model(cell, cell.model, "hub")
+    near = models.suggest_models(cell.model)
+    meant = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise ModelError(f"Unknown model: {cell.model}. {meant}`llmbench models` lists the presets; a Hub id has the form owner/name.")
+
+
+def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
+    if preset is None:
+        near = models.suggest_models(cell.model)
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ModelError(f"weights=random needs a preset, and {cell.model} is none.{meant} `llmbench models` lists them.")
+    return ModelFacts(
+        name=preset.name,
+        source="preset",
+        location=preset.repository,
+        revision=f"random-seed{cell.seed}",
+        config=dict(preset.config),
+        dtype=preset.dtype,
+        context=preset.context,
+        files_bytes=preset.parameters * {"float32": 4}.get(preset.dtype, 2),
+    )
+
+
+def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
+    if not path.is_file():
+        raise ModelError(f"There is no file {cell.model}. Give the path of a .gguf file.")
+    if cell.quant in BITSANDBYTES:
+        raise UsageError(
+            f"quant={cell.quant} cannot be made from {path.name}, which is quantized already. Use quant=none to run it as it is, or bf16 to unpack it."
+        )
+    with path.open("rb") as file:
+        start = file.read(1 << 20)
+    if start[:4] != b"GGUF":
+        raise ModelError(f"{cell.model} is not a GGUF file: it does not begin with GGUF. Download it again.")
+    revision = hashlib.sha256(start + str(path.stat().st_size).encode()).hexdigest()[:16]
+    return ModelFacts(cell.model, "gguf", str(path.resolve()), revision, files_bytes=path.stat().st_size)
+
+
+def _folder(cell: Cell, path: Path) -> ModelFacts:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"The folder {cell.model} has no config.json, so it is no model. Give a folder that save_pretrained wrote, or a .gguf file.")
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+    if not weights:
+        raise ModelError(f"The folder {cell.model} has no weights (*.safetensors). Download them, or check the path.")
+    digest = hashlib.sha256(config_file.read_bytes())
+    for file in weights:
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            digest.update(opened.read(min(length, 1 << 24)))
+    return _with_config(cell, "folder", str(path.resolve()), digest.hexdigest()[:16], config_file, sum(f.stat().st_size for f in weights))
+
+
+def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
+    """Commit and configuration of a Hub model; from the local cache if the Hub does not answer."""
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download
+
+    def ask() -> tuple[str, str, int | None]:
+        info = HfApi().model_info(repository, revision=cell.revision, timeout=HUB_TIMEOUT_S / 2, files_metadata=True)
+        config = hf_hub_download(repository, "config.json", revision=info.sha, etag_timeout=HUB_TIMEOUT_S / 2)
+        names = {s.rfilename: s.size or 0 for s in info.siblings or []}
+        return str(info.sha), config, sum(size for name, size in names.items() if name in _weight_names(names)) or None
+
+    hint = f"Check the network, give a local folder, or measure speed and memory without the weights: -P weights=random{'' if source == 'preset' else ' (presets only)'}."
+    try:
+        if constants.is_offline_mode():
+            raise OSError("HF_HUB_OFFLINE is set")
+        commit, config_file, size = _within(HUB_TIMEOUT_S, ask)
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`; "
+            "or measure speed and memory without the weights: -P weights=random."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository.") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`.") from None
+    except Exception as error:  # connection errors come in many classes, from httpx and from the system
+        cached = _cached(repository, cell.revision)
+        if cached is None:
+            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+            raise ModelError(f"The Hub cannot be reached for {repository}, and it is not in the local cache: {reason}. {hint}") from None
+        commit, config_file, size = cached.name, str(cached / "config.json"), None
+    return _with_config(cell, source, repository, commit, Path(config_file), size)
+
+
+def _with_config(cell: Cell, source: str, location: str, revision: str, config_file: Path, files_bytes: int | None) -> ModelFacts:
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The configuration of {cell.model} cannot be read: {error}. Download the model again.") from None
+    if config.get("auto_map") and not cell.trust_remote_code:
+        raise ModelError(f"The model {cell.model} brings code of its own, which is not run unless you say so. Read it, then give trust_remote_code=true.")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method and cell.quant != "none":
+        raise UsageError(f"quant={cell.quant} cannot be made from {cell.model}, which is quantized already ({method}). Use quant=none to run it as it is.")
+    text = config.get("text_config") or config
+    shape = models.Shape.from_config(config)
+    dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
+    name = cell.model if source != "folder" else Path(location).name
+    return ModelFacts(name, source, location, revision, config, dtype, shape.context if shape else None, files_bytes)
+
+
+def _weight_names(names: Any) -> set[str]:
+    """The files that hold the weights: safetensors, or where there are none the pickled ones, which torch reads without running code."""
+    top = {name for name in names if "/" not in name}
+    return {n for n in top if n.endswith(".safetensors")} or {n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")}
+
+
+def _cached(repository: str, revision: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "config.json", revision=revision)
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    return folder if _weight_names([p.name for p in folder.iterdir()]) else None
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T:
+    """The result of `ask`, or TimeoutError after `seconds`; a name lookup has no time limit of its own."""
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(ask())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return outcome[0]
+
+
+def fetch(cell: Cell, model: ModelFacts) -> None:
+    """Put the files on this disk: write the random checkpoint, or download the weights of exactly the resolved commit."""
+    if cell.weights == "random":
+        preset = models.find_preset(cell.model)
+        if preset is None:
+            raise ModelError(f"weights=random needs a preset, and {cell.model} is none. `llmbench models` lists them.")
+        synthetic.write_checkpoint(preset, cell.seed)
+    elif model.source in ("hub", "preset"):
+        _download(model, local_only=False)
+
+
+def _download(model: ModelFacts, local_only: bool) -> str:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if local_only or constants.is_offline_mode():
+        return str(snapshot_download(model.location, revision=model.revision, local_files_only=True))
+    names = HfApi().list_repo_files(model.location, revision=model.revision)
+    other = [n for n in names if "/" not in n and n.endswith((".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"))]
+    try:
+        return str(snapshot_download(model.location, revision=model.revision, allow_patterns=[*_weight_names(names), *other]))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(f"The download of {model.location} failed: {first}. Run the same command again: what is complete is kept.") from None
+
+
+def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
+    """The folder that holds the prepared files, and the name of the GGUF file in it if it is one."""
+    if cell.weights == "random":
+        preset = models.find_preset(cell.model)
+        assert preset is not None  # find_model saw to it
+        return str(synthetic.checkpoint_folder(preset, cell.seed)), None
+    if model.source == "gguf":
+        return os.path.split(model.location)
+    if model.source == "folder":
+        return model.location, None
+    return _download(model, local_only=True), None
+
+
+def load_tokenizer(cell: Cell, model: ModelFacts) -> Any:
+    """The model's own tokenizer. Raises ModelError if the files hold none that can be read."""
+    from transformers import AutoTokenizer
+
+    folder, gguf_file = local_files(cell, model)
+    keywords: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(f"The tokenizer of {cell.model} cannot be loaded: {first}. Use workload=synthetic, or complete the model's files.") from None

@@ -1,0 +1,146 @@
+"""Checkpoints with random weights: the real architecture of a preset, written once to a cache folder, loaded like a real one.
+
+Speed and memory depend on shapes and dtypes, hardly on values, so a model can be measured with no download and no licence.
+Weights are drawn from N(0, 0.02²), the usual initialisation, so that logits stay finite at any depth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from ..models import Preset
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+"""Version of what is written; a change makes new folders."""
+
+BLOCK = 1 << 24
+"""Numbers in the block of normal deviates that tensors are cut from: drawing 10⁹ of them one by one would take minutes."""
+
+SHARD_BYTES = 4_000_000_000
+STANDARD_DEVIATION = 0.02
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: `$LLMBENCH_CACHE`, `$XDG_CACHE_HOME/mlflow-llmbench` or `~/.cache/mlflow-llmbench`."""
+    own = os.environ.get("LLMBENCH_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-llmbench"
+
+
+def checkpoint_folder(preset: Preset, seed: int) -> Path:
+    """The folder of a preset's synthetic checkpoint; it exists only when it is complete."""
+    return cache_folder() / "checkpoints" / f"{preset.name}-seed{seed}-v{FORMAT}"
+
+
+def write_checkpoint(preset: Preset, seed: int) -> Path:
+    """Write the checkpoint unless it is there, and return its folder.
+
+    Safetensors shards of the published dtype, made tensor by tensor from a seeded block. Raises ModelError if the disk is too full.
+    """
+    import torch
+
+    folder = checkpoint_folder(preset, seed)
+    if (folder / "config.json").exists():
+        return folder
+    dtype: torch.dtype = getattr(torch, preset.dtype)
+    needed = preset.parameters * dtype.itemsize
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed * 1.05 + 1e8:
+        raise ModelError(
+            f"The random weights of {preset.name} need {needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free. "
+            "Free some space, or set LLMBENCH_CACHE to a folder on a larger disk."
+        )
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write_shards(temporary, preset, seed, dtype)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # otherwise another process was first, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_shards(folder: Path, preset: Preset, seed: int, dtype: torch.dtype) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    model = skeleton(preset, dtype)
+    model.config.save_pretrained(folder)
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed)).mul_(STANDARD_DEVIATION).to(dtype)
+    shards: list[list[str]] = [[]]
+    shapes = {name: tuple(tensor.shape) for name, tensor in _stored(model)}
+    held = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if held and held + size > SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    index: dict[str, Any] = {"metadata": {"total_size": sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize}, "weight_map": {}}
+    position = 0
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            tensors[name] = _tensor(name, shapes[name], block, position, preset.family)
+            position += tensors[name].numel()
+            index["weight_map"][name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+    if len(shards) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def skeleton(preset: Preset, dtype: torch.dtype) -> Any:
+    """The preset's model on the meta device: every shape, no memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**dict(preset.config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    return model
+
+
+def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of a state dict, each tied tensor once, under its first name."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            yield name, tensor
+
+
+def _tensor(name: str, shape: tuple[int, ...], block: torch.Tensor, position: int, family: str) -> torch.Tensor:
+    """Values for one tensor: norm scales 1 (Gemma stores scale − 1), biases 0, everything else cut from the block."""
+    import torch
+
+    parts = name.lower().split(".")
+    if parts[-1] == "bias":
+        return torch.zeros(shape, dtype=block.dtype)
+    if parts[-1] == "weight" and len(shape) == 1:
+        return torch.full(shape, 0.0 if family.startswith("gemma") else 1.0, dtype=block.dtype)
+    count = torch.Size(shape).numel()
+    start = position % BLOCK
+    flat = torch.empty(count, dtype=block.dtype)
+    done = 0
+    while done < count:
+        take = min(BLOCK - start, count - done)
+        flat[done : done + take] = block[start : start + take]
+        done, start = done + take, 0
+    return flat.reshape(shape)

@@ -1,0 +1,274 @@
+"""Models run in this process by transformers, on the CPU or one CUDA GPU: the decode path that most people deploy."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import machine, models
+from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory
+from ..records import Cell, LoadInfo, ModelFacts
+from ..spec import BITSANDBYTES
+from . import sources
+from .base import Capabilities, DeviceMemory, Emit
+from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TransformersBackend:
+    """`AutoModelForCausalLM` and `generate()` with a streamer that does nothing but pass each step on."""
+
+    capabilities = Capabilities(tokenizer=True, heavy=("torch", "transformers"))
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.cell = cell
+        self.facts = model
+        self.device = machine.require_device(cell.device)
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self._checked_late = False
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        """Preset, folder, GGUF file or Hub id → its files, commit and configuration. Raises ModelError or MissingError."""
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingError(f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench")
+        if cell.quant in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingError(f"quant={cell.quant} needs the package bitsandbytes, which is not installed. Run: pip install 'bitsandbytes>=0.49'")
+        machine.require_device(cell.device)
+        return sources.find_model(cell)
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Write the random checkpoint, or download the files from the Hub."""
+        sources.fetch(cell, model)
+
+    # Loading
+
+    def load(self) -> LoadInfo:
+        """Load, verify and touch the model; the time is that of the library's load alone, from local files."""
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        folder, gguf_file = sources.local_files(self.cell, self.facts)
+        keywords = self._load_keywords(gguf_file)
+        started = time.perf_counter()
+        with _foreign_errors("loading"), torch.inference_mode():
+            self.model = AutoModelForCausalLM.from_pretrained(folder, **keywords)
+            self.model.eval()
+        self._synchronise()
+        load_s = time.perf_counter() - started
+        # Neutral, so that no end-of-sequence token or sampling default of the checkpoint changes length or cost.
+        self.model.generation_config = GenerationConfig()
+        touch(self.model)
+        gc.collect()
+        found = inspect_model(self.model)
+        verify(self.cell.quant, self.device, found)
+        return self._load_info(load_s, found)
+
+    def _load_keywords(self, gguf_file: str | None) -> dict[str, Any]:
+        import torch
+
+        quant = self.cell.quant
+        keywords: dict[str, Any] = {"local_files_only": True, "trust_remote_code": self.cell.trust_remote_code, "device_map": {"": self.device}}
+        if self.cell.attention != "auto":
+            keywords["attn_implementation"] = self.cell.attention
+        if quant in FLOAT_DTYPES:
+            keywords["dtype"] = getattr(torch, FLOAT_DTYPES[quant])
+        elif quant in BITSANDBYTES:
+            keywords["dtype"] = torch.bfloat16 if self._has_bfloat16() else torch.float16
+            keywords["quantization_config"] = _bitsandbytes_config(quant, keywords["dtype"])
+        else:
+            keywords["dtype"] = "auto"
+        if gguf_file:
+            keywords["gguf_file"] = gguf_file
+            if quant in FLOAT_DTYPES:
+                from transformers import GgufConfig
+
+                keywords["quantization_config"] = GgufConfig(dequantize=True)
+        return keywords
+
+    def _has_bfloat16(self) -> bool:
+        import torch
+
+        return self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def _load_info(self, load_s: float, found: Inspection) -> LoadInfo:
+        config = self.model.config.get_text_config()
+        compute = self.model.get_input_embeddings().weight.dtype
+        shape = models.Shape.from_config(config.to_dict())
+        facts: dict[str, str | int | float] = {
+            "model.parameters": found.parameters,
+            "model.dtype": str(compute).removeprefix("torch."),
+            "model.class": type(self.model).__name__,
+            "model.revision": self.facts.revision,
+            "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
+            "model.device": found.device,
+            "quant.bits_per_weight": round(found.linear_bits, 3),
+            "quant.kernel": ", ".join(f"{name} × {count}" for name, count in sorted(found.linear_classes.items())),
+            **_quantization_facts(self.model),
+        }
+        return LoadInfo(
+            load_s=load_s,
+            weight_bytes=found.weight_bytes,
+            step_bytes=found.step_bytes,
+            kv_bytes_per_token=shape.kv_bytes_per_token(compute.itemsize) if shape else None,
+            flops_per_token=shape.flops_per_token(0) if shape else None,
+            attention_flops_per_context_token=shape.flops_per_token(1) - shape.flops_per_token(0) if shape else None,
+            facts=facts,
+            vocab_size=int(config.vocab_size),
+            mapped_weight_bytes=found.mapped_bytes,
+        )
+
+    # Generating
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        import torch
+        from transformers import GenerationConfig
+
+        ids = torch.tensor(prompts, dtype=torch.long)
+        settings = GenerationConfig(max_new_tokens=output_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0, eos_token_id=None)
+        streamer: Any = _Streamer(emit)
+        with _foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
+            if not self._checked_late:
+                streamer = stack.enter_context(_late_check(self.model, streamer))
+                self._checked_late = True
+            ids = ids.to(self.model.device)
+            self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+            self._synchronise()
+
+    def encode(self, text: str) -> Sequence[int]:
+        if self.tokenizer is None:  # only text workloads need one, and building it from a GGUF file takes a minute
+            self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    # Device
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        if not self.device.startswith("cuda"):
+            return None
+        import os
+
+        import torch
+
+        seen = DeviceMemory(
+            torch.cuda.memory_allocated(self.device),
+            torch.cuda.memory_reserved(self.device),
+            torch.cuda.max_memory_reserved(self.device),
+            machine.process_device_bytes(os.getpid()),
+        )
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return seen
+
+    def peaks(self) -> dict[str, float]:
+        from .probe import measure_peaks
+
+        return measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
+
+    def close(self) -> None:
+        self.model = self.tokenizer = None
+        gc.collect()
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def _synchronise(self) -> None:
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
+
+class _Streamer:
+    """Passes each step's ids on. generate() calls `put` first with the prompt, then once per step with ids that are on the host."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
+        self.put = self._skip_prompt
+
+    def _skip_prompt(self, value: Any) -> None:
+        self.put = self.emit
+
+    def end(self) -> None:
+        """Nothing is buffered."""
+
+
+@contextlib.contextmanager
+def _late_check(model: Any, streamer: _Streamer) -> Iterator[Any]:
+    """Make sure that the first token is handed over after exactly one forward pass.
+
+    A deferred stop check (transformers uses one where reading the device is slow) hands each token over one step late;
+    every TTFT would be too long by one step. Done once per load, in the very first call, which is a warm-up.
+    """
+    forwards: list[int] = []
+    seen_at_first: list[int] = []
+    hook = model.register_forward_hook(lambda *_: forwards.append(1))
+    emit = streamer.emit
+
+    def counting(step: Any) -> None:
+        if not seen_at_first:
+            seen_at_first.append(len(forwards))
+        emit(step)
+
+    try:
+        yield _Streamer(counting)
+    finally:
+        hook.remove()
+    if seen_at_first and seen_at_first[0] != 1:
+        raise NotRealised(
+            f"The first token was handed over after {seen_at_first[0]} forward passes, not 1, so every stamp would be late. "
+            "Use a transformers version without a deferred stop check on this device."
+        )
+
+
+@contextlib.contextmanager
+def _foreign_errors(doing: str) -> Iterator[None]:
+    """Map the errors of torch and transformers to ours, each on one line."""
+    try:
+        yield
+    except LlmbenchError:
+        raise
+    except MemoryError:
+        raise OutOfMemory(f"Memory ran out while {doing}.") from None
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        text = f"{type(error).__name__} while {doing}: {first[:300]}"
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            raise OutOfMemory(text) from error
+        raise MeasurementError(text) from error
+
+
+def _bitsandbytes_config(quant: str, compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quant == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+    kind = "nf4" if quant == "int4" else "fp4"
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
+
+
+def _quantization_facts(model: Any) -> dict[str, str | int | float]:
+    """Method and settings of the quantization that the loaded model carries."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return {"quant.method": "none"}
+    data: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    facts: dict[str, str | int | float] = {"quant.method": str(getattr(data.get("quant_method"), "value", data.get("quant_method")))}
+    if data.get("load_in_8bit"):
+        facts |= {"quant.threshold": float(data["llm_int8_threshold"])}
+    if data.get("load_in_4bit"):
+        facts |= {"quant.type": data["bnb_4bit_quant_type"], "quant.compute_dtype": str(data["bnb_4bit_compute_dtype"]).removeprefix("torch.")}
+    return facts | {f"quant.{key}": data[key] for key in ("bits", "group_size") if isinstance(data.get(key), int)}

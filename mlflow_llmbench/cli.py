@@ -1,0 +1,122 @@
+"""The command line: parse, call one function of the library, print. Imports of consequence happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from . import __version__
+from .errors import LlmbenchError, UsageError
+from .spec import PARAMETERS, default_text, read_yaml
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of our form: one line, what is wrong and what to do, exit code 2."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}. See `{self.prog} --help`.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; the options of `run` come from the declared parameters."""
+    parser = Parser(prog="llmbench", description="Honest benchmarks of quantized language models, each one an MLflow run.")
+    parser.add_argument("--version", action="version", version=f"llmbench {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    run = commands.add_parser("run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell.")
+    for name, declared in PARAMETERS.items():
+        mark = " †" if declared.metadata["sweep"] else ""
+        flag = {"nargs": "?", "const": "true"} if declared.metadata["kind"] == "flag" else {}
+        text = f"{declared.metadata['help']}{mark} (default: {default_text(name)})".replace("%", "%%")
+        run.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text, **flag)
+    run.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
+    run.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
+    run.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
+    run.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+    for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
+        commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument("--json", action="store_true", help="as one JSON object")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a failure, 2 for a wrong parameter, 130 when interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        given = build_parser().parse_args(arguments)
+        return COMMANDS[given.command](given)
+    except LlmbenchError as error:
+        print(f"llmbench: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("llmbench: interrupted before anything was measured.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(given: argparse.Namespace) -> int:
+    from . import sweep
+    from .progress import Progress
+
+    parameters: dict[str, object] = read_yaml(given.config) if given.config else {}
+    parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name)) is not None}
+    result = sweep.run(tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters)
+    print(result.table())
+    print(f"\nResults: {result.folder}")
+    for line in result.not_uploaded:
+        print(f"Not uploaded: {line}")
+    if result.ui.startswith("http"):
+        print(f"Open {result.ui}/#/experiments/{result.experiment_id}")
+    else:
+        print(f"Open the comparison: {result.ui}, then http://127.0.0.1:5000/#/experiments/{result.experiment_id}")
+    if given.json:
+        print(json.dumps(_as_json(result), ensure_ascii=False))
+    return result.exit_code
+
+
+def _as_json(result: Any) -> Mapping[str, Any]:
+    """The result as one JSON object: outcome, runs with their parameters and metrics, and where they are."""
+    runs = [
+        {
+            "run_id": run_id,
+            "outcome": row.outcome,
+            "verdict": row.verdict.word if row.verdict else None,
+            "verdict_reasons": [reason.code for reason in row.verdict.reasons] if row.verdict else [],
+            "params": vars(row.cell),
+            "metrics": dict(row.metrics),
+            "message": row.message or None,
+        }
+        for run_id, row in zip(result.run_ids, result.rows, strict=True)
+    ]
+    where = {"parent_run_id": result.parent_id, "tracking_uri": result.tracking_uri, "experiment_id": result.experiment_id, "folder": str(result.folder)}
+    return {"outcome": result.outcome, **where, "runs": runs}
+
+
+def _models(given: argparse.Namespace) -> int:
+    from . import doctor, machine, memory
+
+    devices = machine.gpus()
+    room = (memory.available_bytes(), devices[0]["memory_bytes"] if devices else None)
+    print(json.dumps(doctor.models_json(*room)) if given.json else doctor.models_table(*room))
+    return 0
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from . import doctor
+    from .records import to_json
+
+    found = doctor.examine()
+    print(json.dumps(to_json(found)) if given.json else doctor.format_report(found))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "models": _models, "doctor": _doctor}

@@ -1,0 +1,80 @@
+"""Every exception that this package raises on purpose.
+
+    LlmbenchError
+    ├── UsageError             a parameter is wrong; nothing was started
+    ├── ModelError             the model cannot be had: unknown, unreachable, gated, damaged
+    ├── MissingError           a package, a device or a driver is not there
+    ├── DoesNotFit             the cell needs more memory than there is
+    ├── TrackingError          the MLflow store refuses or cannot be reached
+    ├── JournalError           the output folder cannot be written, or a record in it cannot be read
+    └── MeasurementError       the measurement itself failed
+        ├── OutOfMemory        memory ran out while loading or generating
+        ├── WorkerCrashed      the worker process ended without a word
+        ├── WorkerTimeout      the worker went over a time limit
+        └── NotRealised        what was asked for is not what was loaded
+
+A message says what is wrong, with which value, and what to do next, on one line. The command line prints it and
+exits with `exit_code`; nothing in the library prints or exits.
+"""
+
+from __future__ import annotations
+
+
+class LlmbenchError(Exception):
+    """Base of all errors of this package."""
+
+    exit_code = 1
+
+
+class UsageError(LlmbenchError):
+    """A parameter is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ModelError(LlmbenchError):
+    """The model cannot be had: unknown, unreachable, gated or damaged."""
+
+
+class MissingError(LlmbenchError):
+    """A package, a device or a driver that the request needs is not there."""
+
+
+class DoesNotFit(LlmbenchError):
+    """The cell needs more memory than the machine has."""
+
+
+class TrackingError(LlmbenchError):
+    """The MLflow store refuses or cannot be reached."""
+
+
+class JournalError(LlmbenchError):
+    """The output folder cannot be written, or a record in it cannot be read."""
+
+
+class MeasurementError(LlmbenchError):
+    """The measurement failed. `outcome` is the word of the vocabulary for it."""
+
+    outcome = "error"
+
+
+class OutOfMemory(MeasurementError):
+    """Memory ran out while loading or generating."""
+
+    outcome = "oom"
+
+
+class WorkerCrashed(MeasurementError):
+    """The worker process ended without saying why."""
+
+    outcome = "crashed"
+
+
+class WorkerTimeout(MeasurementError):
+    """The worker went over a time limit."""
+
+    outcome = "timeout"
+
+
+class NotRealised(MeasurementError):
+    """What was asked for (a quantization, a dtype, a device) is not what was loaded."""

@@ -1,0 +1,274 @@
+"""The machine: what it is (fingerprint), and what it did while we measured (noise). The only user of NVML.
+
+Nothing here is called in a timed region. Every reading may be absent (None), none is guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import memory
+from .errors import MissingError
+from .records import Noise, hash16
+
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel", "optimum", "kernels", "triton", "numpy",
+    "flash-attn", "gguf", "llama-cpp-python",
+)  # fmt: skip
+"""Packages that can touch a result."""
+
+
+def cpu_name() -> str:
+    """Model name of the CPU."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def usable_cpus() -> set[int]:
+    """Logical CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """Physical cores among the usable CPUs, cut by the cgroup's CPU quota: the default number of threads."""
+    cores = set()
+    for cpu in usable_cpus():
+        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add(((folder / "physical_package_id").read_text(), (folder / "core_id").read_text()))
+        except OSError:
+            cores.add((str(cpu), ""))
+    count = len(cores)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return max(1, count)
+
+
+def last_level_cache_bytes() -> int | None:
+    """Size of all last-level caches of the usable CPUs together; None if the system does not say."""
+    found: dict[str, int] = {}
+    for cpu in usable_cpus():
+        levels = []
+        for index in glob.glob(f"/sys/devices/system/cpu/cpu{cpu}/cache/index*"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                text = Path(index, "size").read_text().strip()
+                size = int(text[:-1]) * {"K": 1024, "M": 1024**2}[text[-1]]
+                levels.append((int(Path(index, "level").read_text()), Path(index, "shared_cpu_list").read_text(), size))
+        if levels:
+            _, shared, size = max(levels)
+            found[shared] = size
+    return sum(found.values()) or None
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """The initialised NVML module, or None without one, a driver or a GPU."""
+    try:
+        import pynvml
+    except ImportError:
+        yield None
+        return
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def gpus() -> list[dict[str, Any]]:
+    """NVIDIA GPUs: name, uuid, memory_bytes, driver, cuda (driver's version), power_limit_w. Empty without any. Untested on GPU."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return []
+        cuda = nvml.nvmlSystemGetCudaDriverVersion()
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            one: dict[str, Any] = {
+                "index": index,
+                "name": nvml.nvmlDeviceGetName(handle),
+                "uuid": nvml.nvmlDeviceGetUUID(handle),
+                "memory_bytes": nvml.nvmlDeviceGetMemoryInfo(handle).total,
+                "driver": nvml.nvmlSystemGetDriverVersion(),
+                "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+            }
+            with contextlib.suppress(nvml.NVMLError):
+                one["power_limit_w"] = nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
+            found.append(one)
+        return found
+
+
+def require_device(device: str) -> str:
+    """`auto` → `cuda` where an NVIDIA GPU answers, else `cpu`. Raises MissingError if the named device is not there."""
+    count = len(gpus()) if device != "cpu" else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    if device.startswith("cuda"):
+        if not count:
+            raise MissingError(f"There is no CUDA device for device={device}: no NVIDIA driver or GPU answers. Use device=cpu, or see `llmbench doctor`.")
+        index = int(device.partition(":")[2] or 0)
+        if index >= count:
+            raise MissingError(f"There is no device {device}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}.")
+    return device
+
+
+def process_device_bytes(pid: int) -> int | None:
+    """Device memory that NVML attributes to a process, over all GPUs; None if it cannot say (no GPU, a container, WSL). Untested on GPU."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
+        total, seen = 0, False
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            with contextlib.suppress(nvml.NVMLError):
+                for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                    if process.pid == pid and process.usedGpuMemory is not None:
+                        total, seen = total + process.usedGpuMemory, True
+        return total if seen else None
+
+
+def environment(git_folder: str | None = None) -> dict[str, Any]:
+    """The fingerprint: cpu, memory, gpus, driver, cuda, os, python, packages, git, and the hashes of hardware and software.
+
+    Nothing is read from the environment variables or the command line, which may hold secrets.
+    """
+    devices = gpus()
+    hardware = {
+        "cpu": {
+            "name": cpu_name(),
+            "usable_cpus": len(usable_cpus()),
+            "physical_cores": physical_cores(),
+            "last_level_cache_bytes": last_level_cache_bytes(),
+            "architecture": platform.machine(),
+        },
+        "memory": {"total_bytes": memory.total_bytes()},
+        "gpus": devices,
+    }
+    software = {
+        "os": {"system": platform.system(), "release": platform.release(), "libc": " ".join(platform.libc_ver()).strip()},
+        "python": platform.python_version(),
+        "packages": packages(),
+        "driver": devices[0]["driver"] if devices else None,
+        "cuda": devices[0]["cuda"] if devices else None,
+    }
+    # Whole gibibytes: a kernel update moves the total by a few pages, which is no other hardware.
+    total = hardware["memory"]["total_bytes"]
+    identity = {
+        "cpu": {k: v for k, v in hardware["cpu"].items() if k != "last_level_cache_bytes"},
+        "memory_gib": round(total / 2**30) if total else None,
+        "gpus": [{"name": g["name"], "memory_bytes": g["memory_bytes"]} for g in devices],
+    }
+    hardware_hash, software_hash = hash16(identity), hash16(software)
+    return {
+        **hardware,
+        **software,
+        "git": git_commit(git_folder or os.getcwd()),
+        "hashes": {"hardware": hardware_hash, "software": software_hash, "env": hash16([hardware_hash, software_hash])},
+    }
+
+
+def packages() -> dict[str, str]:
+    """Installed versions of the packages that can touch a result."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_commit(folder: str) -> str | None:
+    """Commit of the checkout in `folder`, with `-dirty` if it has changes; None outside of one."""
+    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Counters of the machine and of this process at one moment; two of them make a Noise."""
+
+    wall_s: float
+    steal_s: float | None
+    busy_s: float | None
+    own_s: float
+    pressure_s: float | None
+    switches: int | None
+    faults: int | None
+    swapped: int | None
+
+
+def take_readings() -> Readings:
+    """Read all counters of noise. Costs about 0.3 ms."""
+    steal = busy = pressure = swapped = None
+    ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        steal = numbers[7] / ticks
+        busy = (numbers[0] + numbers[1] + numbers[2] + numbers[5] + numbers[6]) / ticks
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        pressure = int(Path("/proc/pressure/cpu").read_text().split("total=")[1].split()[0]) / 1e6
+    with contextlib.suppress(OSError):
+        counts: Mapping[str, str] = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        swapped = int(counts.get("pswpin", 0)) + int(counts.get("pswpout", 0))
+    switches = faults = None
+    if sys.platform != "win32":
+        import resource
+
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        switches, faults = usage.ru_nivcsw, usage.ru_majflt
+    return Readings(time.monotonic(), steal, busy, time.process_time(), pressure, switches, faults, swapped)
+
+
+def noise_between(before: Readings, after: Readings) -> Noise:
+    """What happened between two readings of one process. CPU time of others = the machine's busy time − our own."""
+
+    def difference(name: str) -> Any:
+        a, b = getattr(before, name), getattr(after, name)
+        return None if a is None or b is None else max(b - a, 0)
+
+    own, busy = after.own_s - before.own_s, difference("busy_s")
+    return Noise(
+        wall_s=after.wall_s - before.wall_s,
+        steal_s=difference("steal_s"),
+        foreign_cpu_s=None if busy is None else max(busy - own, 0.0),
+        own_cpu_s=own,
+        pressure_s=difference("pressure_s"),
+        involuntary_switches=difference("switches"),
+        major_faults=difference("faults"),
+        swapped_pages=difference("swapped"),
+        frequency_mhz=cpu_frequency_mhz(),
+    )
+
+
+def cpu_frequency_mhz() -> float | None:
+    """Mean current frequency of the usable CPUs as the governor reports it; None where there is none (most virtual machines)."""
+    found = []
+    for cpu in usable_cpus():
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(Path(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq").read_text()) / 1000)
+    return sum(found) / len(found) if found else None

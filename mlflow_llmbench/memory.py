@@ -1,0 +1,123 @@
+"""Host memory of a process, as the kernel accounts for it. Linux's /proc first; elsewhere what psutil can say.
+
+Resident memory misleads in both directions: the pages of a memory-mapped checkpoint count although the kernel can take
+them back, and a bf16 model whose parameters all lie in the mapping shows almost no anonymous memory. What a user must
+have is *anonymous pages + parameters that live in file mappings*, here called needed.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of one process now: resident, anonymous (None where the system does not say), and the resident high-water mark."""
+
+    rss: int
+    anonymous: int | None = None
+    peak_rss: int | None = None
+
+
+def read(pid: int | str = "self") -> HostMemory | None:
+    """Memory of a process; None if it has ended. Costs about 50 µs: one small file, never smaps, which walks every page."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(("Vm", "Rss")))
+    except (FileNotFoundError, ProcessLookupError):
+        return _read_psutil(pid) if not Path("/proc/self/status").exists() else None
+    if "VmRSS" not in fields:  # a process that has ended and was not waited for
+        return None
+    size = {name: int(text.split()[0]) * 1024 for name, text in fields.items()}
+    return HostMemory(size["VmRSS"], size.get("RssAnon"), size.get("VmHWM"))
+
+
+def _read_psutil(pid: int | str) -> HostMemory | None:
+    import psutil
+
+    try:
+        info = psutil.Process(None if pid == "self" else int(pid)).memory_info()
+    except psutil.Error:
+        return None
+    return HostMemory(info.rss, None, getattr(info, "peak_wset", None))
+
+
+def reset_peak() -> bool:
+    """Reset this process's resident high-water mark, so that the next reading is exact for what came since.
+
+    Returns False where the kernel does not allow it (`/proc/self/clear_refs`, proc(5)); a peak is then one of the whole life.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def mapped_bytes(spans: Iterable[tuple[int, int]]) -> int:
+    """How many bytes of the given (address, length) spans of this process lie in file mappings.
+
+    Parameters of a safetensors checkpoint stay there when no cast copies them. 0 where /proc/self/maps does not exist.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return 0
+    starts, ends = [], []
+    for line in lines:
+        parts = line.split(maxsplit=5)
+        if len(parts) == 6 and parts[5].startswith("/") and not parts[5].endswith("(deleted)"):
+            low, high = parts[0].split("-")
+            starts.append(int(low, 16))
+            ends.append(int(high, 16))
+    total = 0
+    for address, length in spans:
+        i = max(bisect.bisect_right(starts, address) - 1, 0)
+        while i < len(starts) and starts[i] < address + length:
+            total += max(0, min(ends[i], address + length) - max(starts[i], address))
+            i += 1
+    return total
+
+
+def available_bytes() -> int | None:
+    """Memory that a new process may use without swapping: MemAvailable, cut by the cgroup's limit (v2, then v1)."""
+    available = _meminfo("MemAvailable")
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = int(Path(limit_file).read_text()) - int(Path(used_file).read_text())
+        except (OSError, ValueError):
+            continue
+        return free if available is None else min(available, free)
+    return available
+
+
+def total_bytes() -> int | None:
+    """Memory of the machine, or of the container where that is less."""
+    total = _meminfo("MemTotal")
+    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = int(Path(limit_file).read_text())
+        except (OSError, ValueError):
+            continue
+        return limit if total is None else min(total, limit)
+    return total
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import psutil
+    except ImportError:
+        return None
+    memory = psutil.virtual_memory()
+    return int(memory.available if name == "MemAvailable" else memory.total)

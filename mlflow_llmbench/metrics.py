@@ -1,0 +1,112 @@
+"""The vocabulary of metrics: one table from which keys, tables, docs and report columns are derived.
+
+In code a metric is named `<metric>_<unit>_<statistic>`; in MLflow a section is put before it, because the MLflow UI
+makes one chart section per prefix: `ttft_ms_p50` is logged as `latency/ttft_ms_p50`.
+
+One request is sent at t0; its output tokens arrive at t1 … tN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STAGES = ("baseline", "loaded", "peak", "steady", "unloaded")
+"""The five memory stages, in the order of a worker's life."""
+
+PERCENTILE_SUPPORT = {50: 1, 90: 29, 95: 59, 99: 299}
+"""Smallest number of distinct samples that supports a percentile: n with 1 − q^n ≥ 0.95 (Wilks 1941), so that the largest
+sample lies above the percentile with 95 % probability."""
+
+LEAST_REPETITIONS = 5
+"""The fewest timed repetitions that an interval may rest on."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: its section in MLflow, unit, statistics, the direction that is better, and its definition."""
+
+    section: str
+    name: str
+    definition: str
+    unit: str = ""
+    statistics: tuple[str, ...] = ("",)
+    better: str = ""  # "lower", "higher" or "" where neither is
+    label: str = ""  # column heading of a table; empty = not in tables
+    scale: float = 1.0  # table value = stored value × scale
+
+    def keys(self) -> list[str]:
+        """MLflow keys, one per statistic."""
+        return [f"{self.section}/{self.name}{'_' + s if s else ''}" for s in self.statistics]
+
+
+LATENCY = ("mean", "p50", "p90", "p95", "p99")
+
+METRICS: tuple[Metric, ...] = (
+    Metric("latency", "ttft_ms", "t1 − t0: prompt ids on the host → first generated id on the host", "ms", LATENCY, "lower", "TTFT ms"),
+    Metric("latency", "itl_ms", "gaps t(i) − t(i−1), i ≥ 2, pooled over repetitions and rows", "ms", LATENCY, "lower", "ITL ms"),
+    Metric("latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2", "ms", ("mean", "p50", "p95"), "lower"),
+    Metric("latency", "e2e_ms", "tN − t0", "ms", ("mean", "p50", "p95", "p99"), "lower"),
+    Metric(
+        "throughput", "output_tokens_per_s", "batch · N / (tN − t0), mean over repetitions, with its 95 % t interval", "1/s",
+        ("", "ci_low", "ci_high"), "higher", "tokens/s",
+    ),
+    Metric("throughput", "per_instance_tokens_per_s", "output throughput ÷ batch size", "1/s", ("",), "higher"),
+    Metric("throughput", "total_tokens_per_s", "batch · (P + N) / (tN − t0), mean over repetitions", "1/s", ("",), "higher"),
+    Metric("throughput", "prefill_tokens_per_s", "batch · P / (t1 − t0), mean over repetitions", "1/s", ("",), "higher"),
+    Metric("throughput", "decode_tokens_per_s", "batch · (N − 1)/(tN − t1), mean over repetitions", "1/s", ("",), "higher"),
+    Metric("memory", "host_rss_bytes", "resident memory of the worker at each stage", "bytes", STAGES, "lower"),
+    Metric(
+        "memory", "host_needed_bytes", "anonymous pages plus the bytes of parameters that live in file mappings", "bytes", STAGES, "lower",
+        "host peak GB", 1e-9,
+    ),
+    Metric("memory", "device_bytes", "device memory of our process at each stage", "bytes", STAGES, "lower", "device peak GB", 1e-9),
+    Metric("memory", "device_reserved_bytes", "most that the allocator held", "bytes", ("peak",), "lower"),
+    Metric("memory", "weight_bytes", "parameters as stored, quantization metadata and inner tensors included", "bytes", ("",), "lower", "weights GB", 1e-9),
+    Metric("memory", "kv_bytes_per_token", "KV cache per token and row", "bytes", ("",), "lower"),
+    Metric("efficiency", "tokens_per_s_per_gb", "output throughput ÷ peak memory in 10⁹ bytes (device if there is one, else host needed)", "1/s/GB", ("",), "higher"),
+    Metric("efficiency", "mbu_ratio", "bytes read per decode step ÷ mean TPOT ÷ read bandwidth measured here", "0–1", ("",), "higher", "MBU"),
+    Metric("efficiency", "mfu_ratio", "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here", "0–1", ("",), "higher"),
+    Metric("efficiency", "joules_per_token", "energy above idle ÷ output tokens, where a counter exists", "J", ("",), "lower"),
+    Metric("cost", "per_million_tokens", "price_per_hour ÷ tokens per hour · 10⁶", "money", ("",), "lower", "cost/1M"),
+    Metric("load", "load_s", "the model's load, checkpoint on disk → ready", "s", ("",), "lower", "load s"),
+    Metric("load", "first_call_ms", "the very first call, cold", "ms", ("",), "lower"),
+    Metric("config", "batch_size", "setting, as a number to filter and plot by", "", ("",)),
+    Metric("config", "prompt_tokens", "setting (mean of what was sent where it is auto)", "", ("",)),
+    Metric("config", "output_tokens", "setting", "", ("",)),
+    Metric("trust", "repetitions", "timed repetitions that the numbers rest on", "", ("",), "higher"),
+    Metric("trust", "relative_half_width", "half-width of the 95 % interval of the throughput ÷ its mean", "", ("",), "lower"),
+    Metric("trust", "cv_ratio", "standard deviation of the repetitions' throughput ÷ its mean", "", ("",), "lower"),
+)
+
+SERIES = {
+    "steps/itl_ms": "step = token index i (2 … N): median gap over repetitions",
+    "steps/ttft_ms": "step = repetition",
+    "steps/e2e_ms": "step = repetition",
+    "steps/output_tokens_per_s": "step = repetition",
+    "steps/host_rss_bytes": "step = sample",
+    "steps/device_bytes": "step = sample",
+    "percentiles/itl_ms": "step = percentile 1 … 99",
+    "percentiles/ttft_ms": "step = percentile 1 … 99",
+}
+"""Series keys and what a step means."""
+
+KEYS: dict[str, Metric] = {key: metric for metric in METRICS for key in metric.keys()}
+"""Summary key → its metric."""
+
+REASONS: dict[str, str] = {
+    "wrong_token_count": "invalid", "unfinished": "invalid", "client_bound": "invalid", "mbu_above_one": "invalid", "negative_gap": "invalid",
+    "not_steady": "suspect", "not_converged": "suspect", "too_few_samples": "suspect", "contended": "suspect", "throttled": "suspect",
+    "high_variation": "suspect", "length_drift": "suspect", "prefix_cache_hits": "suspect", "chunked_stream": "suspect", "swapping": "suspect",
+}  # fmt: skip
+"""Reason code → the verdict it forces."""
+
+OUTCOMES = {
+    "ok": "FINISHED", "oom": "FAILED", "crashed": "FAILED", "timeout": "FAILED", "refused": "FAILED", "error": "FAILED",
+    "interrupted": "KILLED", "skipped": "KILLED",
+}  # fmt: skip
+"""Outcome of a cell → status of its MLflow run."""
+
+COLOURS = {
+    "none": "#5f6b7a", "fp32": "#1f4e8c", "fp16": "#2e86c1", "bf16": "#17a2a2", "int8": "#e08e0b", "int4": "#c0392b", "fp4": "#8e44ad", "gptq": "#2e8b57",
+}  # fmt: skip
+"""One colour per quantization, in MLflow (`mlflow.runColor`) and in our charts."""

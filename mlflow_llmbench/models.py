@@ -1,0 +1,400 @@
+"""The model presets (name → repository, parameters, context, architecture) and the cost formulas that follow from a shape.
+
+A `Preset` is a published model: what it is called, how many parameters it has, and the exact architecture, so that
+`weights=random` builds the real thing with no download. A `Shape` is the handful of integers that decide cost; it is read
+from a preset or from any `config.json`, and every estimate of memory and work is a formula on it. Estimates are made
+before a model is loaded, to refuse what cannot fit; what a run reports is measured, never taken from here.
+
+Nothing heavy is imported: transformers builds a preset elsewhere, with `AutoConfig.for_model(**preset.config)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+__all__ = ["PRESETS", "Preset", "Shape", "find_preset", "load_memory_estimate", "memory_estimate", "suggest_models"]
+
+_PLAIN_MLP = frozenset(  # two matrices and biases, where later families have a gate and none
+    ["opt", "gpt_neox", "bloom", "gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen", "falcon", "mpt", "phi", "starcoder2"]
+)
+_TIED_UNLESS_SAID = frozenset(  # their config.json leaves tie_word_embeddings out where it is true (and every Gemma's does)
+    ["opt", "bloom", "gpt2", "gpt_neo", "gpt_bigcode", "falcon", "mpt", "cohere", "smollm3", "starcoder2"]
+)
+_LEARNED_POSITIONS = {"opt": 2, "biogpt": 2, "gpt2": 0, "gpt_neo": 0, "gpt_bigcode": 0}  # rows beyond the context
+_COSTS_OTHERWISE = (  # mixtures of experts, latent or shared attention, state spaces, encoders: the formulas do not hold
+    "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "kv_lora_rank", "num_kv_shared_layers",
+    "hidden_size_per_layer_input", "ssm_cfg", "is_encoder_decoder",
+)  # fmt: skip
+_GEMMA3_LEFT_OUT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208, "sliding_window": 4096}
+
+_VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FLOAT_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_BLOCKS_OF_64 = 0.5 + 4 / 64  # bitsandbytes: one fp32 absmax per block, no double quantization
+_GROUPS_OF_128 = 0.5 + (2 + 0.5) / 128  # GPTQ: one fp16 scale and one 4-bit zero point per group
+_LINEAR_BYTES = {"int8": 1.0, "int4": _BLOCKS_OF_64, "fp4": _BLOCKS_OF_64, "gptq": _GROUPS_OF_128}  # int8: and 4 bytes an output row
+_LARGEST_SHARD_BYTES = 5_000_000_000  # how transformers splits a checkpoint unless told otherwise
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder that decide its cost. Counts, except `tied` and `gated_mlp`; the formulas are on the class.
+
+    `embedding_dim` differs from `hidden_size` only where the embedding is projected (OPT-350M). `position_rows` is the
+    length of a learned position table, 0 for rotary or ALiBi. `sliding_layers` of the layers keep only the last
+    `sliding_window` tokens (Gemma 3: 5 of 6 layers; Mistral-7B-v0.1: all); the others keep the whole context.
+    """
+
+    layers: int
+    hidden_size: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    context: int | None
+    tied: bool
+    gated_mlp: bool
+    embedding_dim: int
+    position_rows: int = 0
+    sliding_window: int | None = None
+    sliding_layers: int = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Shape | None:
+        """Read a preset's config or a parsed `config.json`; a nested `text_config` is read in place of its parent.
+
+        None where an essential size is absent, or where the cost of the model does not follow from these sizes (mixtures
+        of experts, latent attention, state-space layers, encoder-decoders): no estimate is better than a wrong one.
+        """
+        config = _decoder_part(config)
+        family = str(config.get("model_type", ""))
+        layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        hidden = _size(config, "hidden_size", "n_embd", "n_embed", "d_model")
+        heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        vocab = _size(config, "vocab_size")
+        if not (layers and hidden and heads and vocab) or _costs_otherwise(config):
+            return None
+        context = _size(config, "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+        window, sliding_layers = _sliding(config, family, layers, context)
+        one_kv_head = config.get("multi_query") and not config.get("new_decoder_architecture")
+        activation = str(config.get("hidden_act") or config.get("activation_function") or "silu")
+        gemma = family.startswith("gemma")
+        return cls(
+            layers=layers, hidden_size=hidden, attention_heads=heads, vocab_size=vocab, context=context,
+            kv_heads=1 if one_kv_head else _size(config, "num_key_value_heads", "num_kv_heads") or heads,
+            head_dim=_size(config, "head_dim") or hidden // heads,
+            intermediate_size=_size(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * hidden,
+            tied=bool(config.get("tie_word_embeddings", gemma or family in _TIED_UNLESS_SAID)),
+            gated_mlp=gemma or (family not in _PLAIN_MLP and activation.startswith(("silu", "swi"))),
+            embedding_dim=_size(config, "word_embed_proj_dim") or hidden,
+            position_rows=context + _LEARNED_POSITIONS[family] if context and family in _LEARNED_POSITIONS else 0,
+            sliding_window=window, sliding_layers=sliding_layers,
+        )  # fmt: skip
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers of the decoder: what quantization touches.
+
+        layers · (2·hidden·heads·head_dim + 2·hidden·kv_heads·head_dim + m·hidden·intermediate), m = 3 with a gated MLP,
+        else 2; plus 2·hidden·embedding_dim where the embedding is projected in and out. Biases are in `other_parameters`.
+        """
+        attention = 2 * self.hidden_size * self.head_dim * (self.attention_heads + self.kv_heads)
+        mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
+        projected = self.embedding_dim != self.hidden_size
+        return self.layers * (attention + mlp) + projected * 2 * self.hidden_size * self.embedding_dim
+
+    @property
+    def linear_rows(self) -> int:
+        """Output rows of the same layers (int8 keeps one scale for each; a bias has one value for each)."""
+        attention = self.head_dim * (self.attention_heads + 2 * self.kv_heads) + self.hidden_size
+        mlp = (2 if self.gated_mlp else 1) * self.intermediate_size + self.hidden_size
+        projected = self.embedding_dim != self.hidden_size
+        return self.layers * (attention + mlp) + projected * (self.hidden_size + self.embedding_dim)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Input embedding, vocab·embedding_dim, and learned positions, position_rows·hidden."""
+        return self.vocab_size * self.embedding_dim + self.position_rows * self.hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Output head, vocab·embedding_dim; 0 if it is tied, because then it is stored once, as the embedding."""
+        return 0 if self.tied else self.vocab_size * self.embedding_dim
+
+    @property
+    def other_parameters(self) -> int:
+        """Norms and biases, approximately: 2 norms a layer and 1 at the end; with a plain MLP, biases everywhere.
+
+        Left out: norms of single heads (Qwen 3, Gemma 3), norms after a block (Gemma 3), a norm of the embedding (BLOOM).
+        """
+        norms = (2 * self.layers + 1) * self.hidden_size
+        return norms if self.gated_mlp else 2 * norms + self.linear_rows
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, tied ones once; within 1 % of the published count of every preset."""
+        return self.linear_parameters + self.embedding_parameters + self.head_parameters + self.other_parameters
+
+    def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
+        """Bytes that one more token of one row adds to the KV cache while no window is full.
+
+        2 · layers · kv_heads · head_dim · bytes_per_value; the 2 is for keys and values.
+        """
+        return round(2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value)
+
+    def kv_bytes(self, tokens: int, bytes_per_value: float = 2) -> int:
+        """Bytes of the KV cache of one row after `tokens` tokens; a sliding layer holds at most its window.
+
+        2 · kv_heads · head_dim · bytes_per_value · (full_layers · tokens + sliding_layers · min(tokens, window)).
+        """
+        return round(2 * self.kv_heads * self.head_dim * bytes_per_value * self._positions_held(tokens))
+
+    def weight_bytes(self, quant: str = "none", dtype: str = "bfloat16") -> int:
+        """Bytes of the parameters as stored, quantization metadata included, for a checkpoint of this `dtype`.
+
+        `none` keeps `dtype`; `fp32`, `fp16`, `bf16` convert everything. The quantized schemes change linear weights only:
+        int8 1 byte and 4 bytes per output row, int4 and fp4 0.5 + 4/64 bytes, gptq 0.5 + 2.5/128; head, embeddings, norms
+        and biases stay at 2 bytes. Raises ValueError for an unknown scheme or dtype.
+        """
+        value_bytes = _value_bytes(quant, dtype)
+        linear = round(self.linear_parameters * _LINEAR_BYTES.get(quant, value_bytes))
+        scales = 4 * self.linear_rows if quant == "int8" else 0
+        return linear + scales + (self.parameters - self.linear_parameters) * value_bytes
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating-point operations to process one token of one row that attends to `context` tokens.
+
+        2 · (linear_parameters + vocab·embedding_dim) + 4 · heads · head_dim · (tokens held, summed over the layers): one
+        multiplication and one addition per weight, and as much per key and per value. A tied head works too, so it counts;
+        looking up an embedding does not. In layers without a window the last term is 4 · layers · heads · head_dim · context.
+        """
+        matrices = self.linear_parameters + self.vocab_size * self.embedding_dim
+        return 2 * matrices + 4 * self.attention_heads * self.head_dim * self._positions_held(context)
+
+    def _positions_held(self, tokens: int) -> int:
+        in_window = tokens if self.sliding_window is None else min(tokens, self.sliding_window)
+        return (self.layers - self.sliding_layers) * tokens + self.sliding_layers * in_window
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model. `parameters` is its exact count with tied weights once, `context` is in tokens.
+
+    `dtype` is that of the published checkpoint (torch's name), `gated` says that the repository asks for a login and a
+    consent, `licence` is a short id. `config` is everything that `AutoConfig.for_model(**config)` of transformers 5 needs.
+    """
+
+    name: str
+    repository: str
+    parameters: int
+    context: int
+    dtype: str
+    gated: bool
+    licence: str
+    family: str
+    config: Mapping[str, Any] = field(repr=False, hash=False)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes that decide its cost."""
+        shape = Shape.from_config(self.config)
+        if shape is None:
+            raise ValueError(f"preset without a shape: {self.name}. Give its config layers, hidden size, heads and vocabulary.")
+        return shape
+
+
+def memory_estimate(
+    shape: Shape, quant: str = "none", dtype: str = "bfloat16", batch_size: int = 1, prompt_tokens: int = 128, output_tokens: int = 128
+) -> int:
+    """Bytes needed at the peak of a run, beside the interpreter and its libraries; `dtype` is that of the checkpoint.
+
+    weights + batch · KV(prompt + output) + the activations of the prefill: batch · vocab · 4 for the logits of the last
+    position in fp32, and 2 · batch · prompt · max(intermediate, 3·hidden) · 4 for two of the widest tensors alive at once.
+    The KV cache is in the compute dtype. Attention that stores its whole score matrix (`eager`) needs more.
+    """
+    cache = batch_size * shape.kv_bytes(prompt_tokens + output_tokens, _value_bytes(quant, dtype))
+    logits = batch_size * shape.vocab_size * 4
+    activations = 2 * batch_size * prompt_tokens * max(shape.intermediate_size, 3 * shape.hidden_size) * 4
+    return shape.weight_bytes(quant, dtype) + cache + logits + activations
+
+
+def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat16") -> int:
+    """Bytes needed at most while loading, beside the interpreter; `dtype` is that of the checkpoint.
+
+    The loader goes through the checkpoint shard by shard. bitsandbytes quantizes, and a conversion copies, while the
+    source is still there: final weights + the largest shard, which is the whole checkpoint up to 5 GB. Weights that are
+    stored as they will be used (no conversion, GPTQ) need no second copy.
+    """
+    weights = shape.weight_bytes(quant, dtype)
+    copied_as_is = quant in ("none", "gptq") or _FLOAT_DTYPE.get(quant) == dtype
+    return weights if copied_as_is else weights + min(shape.weight_bytes("none", dtype), _LARGEST_SHARD_BYTES)
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset of this name or repository id, in any case: `opt-1.3b` and `facebook/opt-1.3b` are the same. None if absent."""
+    wanted = name.strip().lower()
+    return next((p for p in PRESETS.values() if wanted in (p.name.lower(), p.repository.lower())), None)
+
+
+def suggest_models(name: str, limit: int = 3) -> list[str]:
+    """At most `limit` preset names like `name`, the nearest first; what stands before a slash is not compared. May be empty."""
+    spellings = {p.repository.rpartition("/")[2].lower(): p.name for p in PRESETS.values()} | {p: p for p in PRESETS}
+    near = difflib.get_close_matches(name.strip().lower().rpartition("/")[2], spellings, n=2 * limit, cutoff=0.5)
+    return list(dict.fromkeys(spellings[spelling] for spelling in near))[:limit]
+
+
+def _value_bytes(quant: str, dtype: str) -> int:
+    """Bytes of a value that is not quantized; the quantized schemes compute in a 2-byte dtype."""
+    stored = "float16" if quant in _LINEAR_BYTES else dtype if quant == "none" else _FLOAT_DTYPE.get(quant)
+    if stored not in _VALUE_BYTES or dtype not in _VALUE_BYTES:
+        schemes, dtypes = ", ".join(["none", *_FLOAT_DTYPE, *_LINEAR_BYTES]), ", ".join(_VALUE_BYTES)
+        raise ValueError(f"no memory formula for quant={quant} with dtype={dtype}. Use one of {schemes} with one of {dtypes}.")
+    return _VALUE_BYTES[stored]
+
+
+def _size(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of these keys that holds a positive whole number."""
+    values = (config.get(key) for key in keys)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+
+def _decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with its nested text_config on top, and with what a Gemma 3 leaves to the defaults of transformers."""
+    flat = {**config, **(config.get("text_config") or {})}
+    return {**_GEMMA3_LEFT_OUT, **flat} if str(flat.get("model_type")).startswith("gemma3") else flat
+
+
+def _costs_otherwise(config: Mapping[str, Any]) -> bool:
+    other_layers = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    return bool(other_layers) or any(config.get(key) for key in _COSTS_OTHERWISE)
+
+
+def _sliding(config: Mapping[str, Any], family: str, layers: int, context: int | None) -> tuple[int | None, int]:
+    """The window in tokens and how many layers have it; (None, 0) without one, or where it is no shorter than the context."""
+    window = _size(config, "sliding_window")
+    if window is None or (context and window >= context) or not config.get("use_sliding_window", not family.startswith("qwen")):
+        return None, 0
+    if config.get("layer_types"):
+        count = list(config["layer_types"]).count("sliding_attention")
+    elif pattern := _size(config, "sliding_window_pattern") or {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}.get(family):
+        count = layers - layers // pattern  # every pattern-th layer sees everything
+    else:
+        count = layers - int(config.get("max_window_layers") or 0)
+    return (window, count) if count > 0 else (None, 0)
+
+
+def _opt(name: str, parameters: int, layers: int, hidden: int, heads: int, **other: Any) -> Preset:
+    config = {
+        "model_type": "opt", "vocab_size": 50272, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden, "max_position_embeddings": 2048, "word_embed_proj_dim": hidden, "do_layer_norm_before": True,
+        "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, **other,
+    }  # fmt: skip
+    return Preset(name, f"facebook/{name}", parameters, 2048, "float16", False, "opt-175b", "opt", config)
+
+
+def _pythia(name: str, parameters: int, layers: int, hidden: int, heads: int, vocab: int = 50304) -> Preset:
+    config = {
+        "model_type": "gpt_neox", "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden, "max_position_embeddings": 2048, "use_parallel_residual": True, "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    return Preset(name, f"EleutherAI/{name}", parameters, 2048, "float16", False, "apache-2.0", "gpt_neox", config)
+
+
+def _bloom(name: str, parameters: int, layers: int, hidden: int, heads: int) -> Preset:
+    config = {
+        "model_type": "bloom", "vocab_size": 250_880, "hidden_size": hidden, "n_layer": layers, "n_head": heads, "seq_length": 2048,
+        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    }  # fmt: skip
+    return Preset(name, f"bigscience/{name}", parameters, 2048, "float16", False, "bigscience-bloom-rail-1.0", "bloom", config)
+
+
+def _rotary(
+    name: str, repository: str, parameters: int, sizes: tuple[int, int, int, int, int], *, family: str = "llama",
+    licence: str = "apache-2.0", vocab: int = 32_000, context: int, theta: float = 1e4,
+    ids: tuple[int, int, int | None] = (1, 2, None), tied: bool = True, gated: bool = False, dtype: str = "bfloat16", **other: Any,
+) -> Preset:  # fmt: skip
+    """A decoder with rotary positions, RMS norms and a gated MLP; `sizes` = layers, hidden, heads, KV heads, intermediate."""
+    layers, hidden, heads, kv_heads, intermediate = sizes
+    config = {
+        "model_type": family, "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
+        "max_position_embeddings": context, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": tied, "bos_token_id": ids[0], "eos_token_id": ids[1], "pad_token_id": ids[2], **other,
+    }  # fmt: skip
+    return Preset(name, repository, parameters, context, dtype, gated, licence, family, config)
+
+
+_LLAMA_2: dict[str, Any] = {"licence": "llama2", "context": 4096, "tied": False, "gated": True, "dtype": "float16"}
+_LLAMA_3_2: dict[str, Any] = {
+    "licence": "llama3.2", "vocab": 128_256, "context": 131_072, "ids": (128_000, 128_001, None), "gated": True,
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 8192},
+}  # fmt: skip
+_GEMMA3: dict[str, Any] = {
+    "family": "gemma3_text", "licence": "gemma", "vocab": 262_144, "context": 32_768, "ids": (2, 1, 0), "gated": True, "head_dim": 256,
+    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "sliding_window": 512, "sliding_window_pattern": 6,
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+}  # fmt: skip
+_SMOLLM2: dict[str, Any] = {"vocab": 49_152, "context": 8192, "ids": (0, 0, None)}
+_QWEN3: dict[str, Any] = {"family": "qwen3", "vocab": 151_936, "context": 40_960, "theta": 1e6, "ids": (151_643, 151_645, None),
+                          "head_dim": 128, "rms_norm_eps": 1e-6}  # fmt: skip
+_PHI_4: dict[str, Any] = {
+    "family": "phi3", "licence": "mit", "vocab": 200_064, "context": 131_072, "ids": (199_999, 199_999, 199_999),
+    "sliding_window": 262_144, "original_max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "factor": 32.0,
+        "original_max_position_embeddings": 4096, "short_factor": [1.0] * 48,
+        "long_factor": [  # as in the published config.json
+            1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898, 2.735880826,
+            3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424, 6.693110555, 7.485043894,
+            8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283, 20.47818807,
+            22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97,
+            33.28, 33.49, 33.5, 44.16, 47.77,
+        ],
+    },
+}  # fmt: skip
+
+_ALL = (
+    _opt("opt-125m", 125_239_296, 12, 768, 12),
+    _opt("opt-350m", 331_196_416, 24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False),  # unlike its siblings
+    _opt("opt-1.3b", 1_315_758_080, 24, 2048, 32),
+    _opt("opt-2.7b", 2_651_596_800, 32, 2560, 32),
+    _opt("opt-6.7b", 6_658_473_984, 32, 4096, 32),
+    _pythia("pythia-70m", 70_426_624, 6, 512, 8),
+    _pythia("pythia-160m", 162_322_944, 12, 768, 12),
+    _pythia("pythia-410m", 405_334_016, 24, 1024, 16),
+    _pythia("pythia-1b", 1_011_781_632, 16, 2048, 8),
+    _pythia("pythia-1.4b", 1_414_647_808, 24, 2048, 16),
+    _pythia("pythia-2.8b", 2_775_208_960, 32, 2560, 32),
+    _pythia("pythia-6.9b", 6_857_302_016, 32, 4096, 32, vocab=50432),
+    _pythia("pythia-12b", 11_846_072_320, 36, 5120, 40, vocab=50688),
+    _bloom("bloom-560m", 559_214_592, 24, 1024, 16),
+    _bloom("bloom-1b1", 1_065_314_304, 24, 1536, 16),
+    _bloom("bloom-3b", 3_002_557_440, 30, 2560, 32),
+    _bloom("bloom-7b1", 7_069_016_064, 30, 4096, 32),
+    _rotary("llama-2-7b", "meta-llama/Llama-2-7b-hf", 6_738_415_616, (32, 4096, 32, 32, 11008), **_LLAMA_2),
+    _rotary("llama-2-13b", "meta-llama/Llama-2-13b-hf", 13_015_864_320, (40, 5120, 40, 40, 13824), **_LLAMA_2),
+    _rotary("mistral-7b", "mistralai/Mistral-7B-v0.1", 7_241_732_096, (32, 4096, 32, 8, 14336), family="mistral", context=32_768,
+            tied=False, sliding_window=4096),
+    _rotary("gemma-3-270m", "google/gemma-3-270m", 268_098_176, (18, 640, 4, 1, 2048), **_GEMMA3),
+    _rotary("gemma-3-1b", "google/gemma-3-1b-pt", 999_885_952, (26, 1152, 4, 1, 6912), **_GEMMA3),
+    _rotary("qwen3-0.6b", "Qwen/Qwen3-0.6B", 596_049_920, (28, 1024, 16, 8, 3072), **_QWEN3),
+    _rotary("qwen3-1.7b", "Qwen/Qwen3-1.7B", 1_720_574_976, (28, 2048, 16, 8, 6144), **_QWEN3),
+    _rotary("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", 134_515_008, (30, 576, 9, 3, 1536), theta=1e5, **_SMOLLM2),
+    _rotary("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", 361_821_120, (32, 960, 15, 5, 2560), theta=1e5, **_SMOLLM2),
+    _rotary("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, (24, 2048, 32, 32, 8192), theta=1.3e5, **_SMOLLM2),
+    _rotary("tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_048_384, (22, 2048, 32, 4, 5632), context=2048, tied=False),
+    _rotary("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, (16, 2048, 32, 8, 8192), **_LLAMA_3_2),
+    _rotary("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3_212_749_824, (28, 3072, 24, 8, 8192), **_LLAMA_3_2),
+    _rotary("phi-4-mini", "microsoft/Phi-4-mini-instruct", 3_836_021_760, (32, 3072, 24, 8, 8192), **_PHI_4),
+)  # fmt: skip
+
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
+"""Every preset by name, families together, small before large."""

@@ -1,0 +1,70 @@
+"""BenchSpec → ordered cells, grouped by what has to be loaded for them; the identity of a cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from .records import Cell, ModelFacts, hash16
+from .spec import BenchSpec, as_text
+
+LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code")
+"""Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
+
+UNDECISIVE = ("max_repetitions",)
+"""Parameters of a cell that do not decide its result."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that one load serves, largest shape first, so that the memory peak comes first."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def first(self) -> Cell:
+        """The largest cell; its load parameters are those of all."""
+        return self.cells[0]
+
+
+def expand_cells(spec: BenchSpec) -> list[Cell]:
+    """The product of all lists, in the order in which they were given."""
+    names = list(spec.axes)
+    return [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
+
+
+def group_cells(cells: list[Cell]) -> list[Group]:
+    """Cells by load key, groups in the order of their first cell. The seed belongs to the key where it makes the weights."""
+    groups: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in cells:
+        key = tuple(getattr(cell, name) for name in LOADED) + ((cell.seed,) if cell.weights == "random" else ())
+        groups.setdefault(key, []).append(cell)
+    return [Group(tuple(sorted(group, key=size, reverse=True))) for group in groups.values()]
+
+
+def size(cell: Cell) -> tuple[int, int]:
+    """Order of shapes: tokens held in the KV cache, then rows."""
+    return cell.batch_size * ((cell.prompt_tokens or 0) + cell.output_tokens), cell.batch_size
+
+
+def config_hash(cell: Cell, model: ModelFacts) -> str:
+    """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
+    decisive = {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in UNDECISIVE}
+    decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
+    decisive["revision"] = model.revision
+    return hash16(decisive)
+
+
+def cell_name(cell: Cell, varied: list[str]) -> str:
+    """A run name: what varies (`quant=int4 batch_size=4`), or for a single cell what it is (`opt-1.3b int4 b1`)."""
+    if not varied:
+        return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} {cell.quant} b{cell.batch_size}"
+    return " ".join(f"{name}={as_text(name, getattr(cell, name)).rstrip('/').rsplit('/', 1)[-1]}" for name in varied)
+
+
+def sweep_name(spec: BenchSpec) -> str:
+    """A parent's run name: the model and what varies (`opt-125m: quant × batch_size`)."""
+    models = [str(m).rstrip("/").rsplit("/", 1)[-1] for m in spec.axes["model"]]
+    rest = [name for name in spec.varied if name != "model"]
+    return f"{', '.join(models[:3])}{' …' if len(models) > 3 else ''}: {' × '.join(rest) if rest else 'model'}"

@@ -1,0 +1,265 @@
+"""The nouns: frozen dataclasses that say what was asked, what was seen and what it means.
+
+They check themselves and do nothing else. Times are integer nanoseconds of one monotonic clock, sizes are bytes,
+absent is None. `to_json` and `from_json` are inverse; `SCHEMA` is the version of the format and of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+SCHEMA = 1
+
+T = TypeVar("T")
+
+
+def parameter(default: object, help: str, *, kind: str, sweep: bool = False, unset: str = "", low: float = 1, high: float = 1e9) -> Any:
+    """Declare a parameter once: its default, meaning, kind (see `spec.PARSERS`), bounds, and the word that stands for None."""
+    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a sweep: every parameter that decides a result. Declared here once; MLproject, CLI and docs follow."""
+
+    model: str = parameter("opt-125m", "preset name, Hub id, local folder, or .gguf file", kind="text", sweep=True)
+    weights: str = parameter("hub", "hub (or local files), or random (architecture of the preset, seeded)", kind="weights")
+    revision: str = parameter("main", "Hub revision; the resolved commit is logged", kind="text")
+    backend: str = parameter("transformers", "what runs the model", kind="backend")
+    quant: str = parameter("none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4", kind="quant", sweep=True)
+    batch_size: int = parameter(1, "rows in one forward pass", kind="count", sweep=True, high=4096)
+    prompt_tokens: int | None = parameter(128, "exact prompt length in tokens; auto = as the workload gives it", kind="count", sweep=True, unset="auto", high=1_000_000)
+    output_tokens: int = parameter(128, "exact number of generated tokens per row", kind="count", sweep=True, high=1_000_000)
+    workload: str = parameter("synthetic", "synthetic (seeded ids), a bundled prompt set, or a JSONL file", kind="workload", sweep=True)
+    warmup: int | None = parameter(None, "discarded runs: auto (at least 3, until steady) or a number", kind="count", unset="auto", low=0, high=10_000)
+    repetitions: int | None = parameter(
+        None, "timed runs: auto (at least 5, until the interval is narrow) or a number", kind="count", unset="auto", high=1_000_000
+    )
+    max_repetitions: int = parameter(30, "where auto stops", kind="count", low=5, high=1_000_000)
+    precision_target: float = parameter(
+        0.02, "relative half-width of the 95 % interval of the throughput at which auto stops", kind="number", low=0.0001, high=1
+    )
+    processes: int = parameter(1, "fresh worker processes per cell", kind="count", high=1000)
+    device: str = parameter("auto", "auto, cpu, cuda or cuda:N", kind="device")
+    threads: int | None = parameter(None, "CPU threads of the worker; auto = physical cores it may use", kind="count", sweep=True, unset="auto", high=4096)
+    attention: str = parameter("auto", "auto, eager, sdpa, flash_attention_2, … as the library names them", kind="attention", sweep=True)
+    decode: str = parameter("generate", "decode path of the local backend", kind="decode", sweep=True)
+    seed: int = parameter(0, "prompts, random weights, arrival schedule", kind="count", low=0, high=2**31 - 1)
+    trust_remote_code: bool = parameter(False, "run code that comes with a Hub model; recorded", kind="flag")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Parameters of a whole command that do not decide a result."""
+
+    output_dir: str = parameter("llmbench-results", "the journal's folder", kind="text")
+    price_per_hour: float | None = parameter(None, "money per hour of this machine, for cost metrics", kind="number", unset="none", low=0)
+    force: bool = parameter(False, "try cells that are estimated not to fit in memory", kind="flag")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before it is loaded: where it lies, its commit, its configuration."""
+
+    name: str
+    source: str  # "preset", "hub", "folder" or "gguf"
+    location: str  # repository id or absolute path
+    revision: str  # commit of the Hub, content hash of local files, or random-seed<N>
+    config: Mapping[str, Any] | None = None
+    dtype: str | None = None  # of the checkpoint, torch's name
+    context: int | None = None  # tokens
+    files_bytes: int | None = None  # of the weight files
+
+
+@dataclass(frozen=True)
+class LoadInfo:
+    """What a load really gave. `facts` become dotted params (`quant.kernel`, `model.dtype`, …)."""
+
+    load_s: float
+    weight_bytes: int | None = None  # as stored, with quantization state and inner tensors
+    step_bytes: int | None = None  # the part that one decode step reads
+    kv_bytes_per_token: int | None = None  # per row
+    flops_per_token: float | None = None  # forward pass, at mean context zero
+    attention_flops_per_context_token: float | None = None  # more FLOPs per token for each token of context
+    facts: Mapping[str, str | int | float] = field(default_factory=dict)
+    vocab_size: int | None = None
+    mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the machine did during one repetition, beside the work that was measured.
+
+    `steal_s`: seconds of CPU taken by the hypervisor · `foreign_cpu_s`: seconds of CPU used by processes that are not
+    ours · `pressure_s`: seconds in which some task waited for a CPU (PSI) · `frequency_mhz`: mean over our CPUs.
+    """
+
+    wall_s: float
+    steal_s: float | None = None
+    foreign_cpu_s: float | None = None
+    own_cpu_s: float | None = None
+    pressure_s: float | None = None
+    involuntary_switches: int | None = None
+    major_faults: int | None = None
+    swapped_pages: int | None = None
+    frequency_mhz: float | None = None
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`. `rows` rows of one forward pass share the stamps."""
+
+    t0_ns: int
+    stamps_ns: tuple[int, ...]
+    rows: int = 1
+    prompt_tokens: int | None = None
+    intended_ns: int | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens per row."""
+        return len(self.stamps_ns)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time."""
+
+    index: int
+    wall_ms: int
+    requests: tuple[RequestRecord, ...]
+    noise: Noise | None = None
+    process: int = 0
+
+
+@dataclass(frozen=True)
+class MemorySample:
+    """Memory of the worker, seen from outside at `t_ns` (monotonic): resident, anonymous, and bytes on the device."""
+
+    t_ns: int
+    rss: int
+    anonymous: int
+    device: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryStages:
+    """The five stages of the vocabulary, bytes. `host_rss` is exact (kernel high-water mark); see `metrics` for definitions."""
+
+    host_rss: Mapping[str, int] = field(default_factory=dict)
+    host_needed: Mapping[str, int] = field(default_factory=dict)
+    device: Mapping[str, int] = field(default_factory=dict)
+    device_reserved_peak: int | None = None
+    load_peak_rss: int | None = None
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason of a verdict: its code in the vocabulary and a sentence: what was seen, the limit, what to try."""
+
+    code: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Can the numbers be trusted: `valid`, `suspect` or `invalid`, and why not."""
+
+    word: str
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell has no result: at which stage, and the one-line message."""
+
+    stage: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Identities, 16 hex digits each."""
+
+    config: str
+    workload: str
+    hardware: str
+    software: str
+    env: str
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything about one measured cell. All figures are pure functions of it."""
+
+    cell: Cell
+    outcome: str
+    started_ms: int
+    ended_ms: int
+    hashes: Hashes
+    model: ModelFacts
+    environment: Mapping[str, Any]
+    load: LoadInfo | None = None
+    first_call_ms: float | None = None
+    warmup_s: tuple[float, ...] = ()
+    steady: bool | None = None
+    repetitions: tuple[Repetition, ...] = ()
+    memory: MemoryStages = field(default_factory=MemoryStages)
+    timeline: tuple[MemorySample, ...] = ()
+    marks: Mapping[str, int] = field(default_factory=dict)  # stage name → monotonic ns at which it was reached
+    peaks: Mapping[str, float] = field(default_factory=dict)  # read_bytes_per_s, flops_per_s
+    texts: tuple[Mapping[str, str], ...] = ()
+    log: tuple[str, ...] = ()  # what third-party code printed, each message once with its count
+    failure: Failure | None = None
+    predicted_bytes: int | None = None
+    price_per_hour: float | None = None
+    sweep: str = ""
+    schema: int = SCHEMA
+
+
+def hash16(value: object) -> str:
+    """16 hex digits of SHA-256 over canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_json(record: object) -> Any:
+    """A record as plain JSON data; None fields and empty collections are left out of nested records."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, Mapping):
+        return {str(key): to_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [to_json(value) for value in record]
+    return record
+
+
+def from_json(kind: type[T], data: Any) -> T:
+    """The record of class `kind` that `to_json` made `data` of. Unknown fields are ignored (written by a later version)."""
+    return typing.cast(T, _build(kind, data))
+
+
+def _build(kind: Any, data: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if data is None or kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in arguments if a is not type(None)]
+        return _build(inner[0], data) if len(inner) == 1 else data
+    if origin is tuple:
+        return tuple(_build(arguments[0], item) for item in data)
+    if origin in (dict, Mapping):
+        return {key: _build(arguments[1], value) for key, value in data.items()}
+    if dataclasses.is_dataclass(kind):
+        types_of = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        return typing.cast(Any, kind)(**{key: _build(types_of[key], value) for key, value in data.items() if key in known})
+    return data

@@ -1,0 +1,230 @@
+"""A result → the metrics and series of the vocabulary. Pure: every figure is a function of the raw stamps and readings.
+
+Keys are those of MLflow (`metrics.KEYS`); what is not defined or not finite is absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from .metrics import STAGES
+from .records import MemorySample, RequestRecord, RunResult
+from .stats import coefficient_of_variation, percentile, relative_half_width, supports, t_interval
+
+MOST_SAMPLES = 300
+"""Points of a memory series that are logged; the MLflow UI draws about as many."""
+
+CACHE_FACTOR = 4
+"""MBU is absent when the weights are under this many times the last-level cache: the cache would serve part of the reads."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a series: its step, value, and the wall-clock time in ms at which it happened."""
+
+    key: str
+    step: int
+    value: float
+    wall_ms: int
+
+
+def requests(result: RunResult) -> list[RequestRecord]:
+    """All requests of all repetitions, in order."""
+    return [request for repetition in result.repetitions for request in repetition.requests]
+
+
+def gaps_ms(request: RequestRecord) -> list[float]:
+    """Inter-token gaps of one request in ms: t(i) − t(i−1) for i = 2 … N."""
+    stamps = request.stamps_ns
+    return [(b - a) / 1e6 for a, b in zip(stamps, stamps[1:], strict=False)]
+
+
+def ttft_ms(request: RequestRecord) -> float:
+    """Time to first token, t1 − t0, in ms."""
+    return (request.stamps_ns[0] - request.t0_ns) / 1e6
+
+
+def e2e_ms(request: RequestRecord) -> float:
+    """End-to-end latency, tN − t0, in ms."""
+    return (request.stamps_ns[-1] - request.t0_ns) / 1e6
+
+
+def tpot_ms(request: RequestRecord) -> float | None:
+    """Time per output token after the first, (tN − t1)/(N − 1), in ms; None if N < 2."""
+    if request.output_tokens < 2:
+        return None
+    return (request.stamps_ns[-1] - request.stamps_ns[0]) / 1e6 / (request.output_tokens - 1)
+
+
+def summarize(result: RunResult) -> dict[str, float]:
+    """Summary metrics under their MLflow keys. A result without repetitions has the settings and what was read of memory."""
+    found: dict[str, float | None] = dict(_settings(result))
+    found |= _memory(result)
+    if result.load:
+        found["load/load_s"] = result.load.load_s
+    found["load/first_call_ms"] = result.first_call_ms
+    if result.repetitions:
+        found |= _latency(requests(result))
+        found |= _throughput(result)
+        found |= _efficiency(result, found)
+    return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _settings(result: RunResult) -> Iterator[tuple[str, float | None]]:
+    lengths = [r.prompt_tokens for r in requests(result) if r.prompt_tokens is not None]
+    yield "config/batch_size", result.cell.batch_size
+    yield "config/prompt_tokens", fmean(lengths) if lengths else result.cell.prompt_tokens
+    yield "config/output_tokens", result.cell.output_tokens
+
+
+def _memory(result: RunResult) -> dict[str, float | None]:
+    stages = result.memory
+    found: dict[str, float | None] = {}
+    for name, readings in (("host_rss_bytes", stages.host_rss), ("host_needed_bytes", stages.host_needed), ("device_bytes", stages.device)):
+        found |= {f"memory/{name}_{stage}": readings.get(stage) for stage in STAGES}
+    found["memory/device_reserved_bytes_peak"] = stages.device_reserved_peak
+    if result.load:
+        found["memory/weight_bytes"] = result.load.weight_bytes
+        found["memory/kv_bytes_per_token"] = result.load.kv_bytes_per_token
+    return found
+
+
+def _latency(all_requests: Sequence[RequestRecord]) -> dict[str, float | None]:
+    """Pooled over repetitions and rows, as `samples.csv.gz` has them; support counts distinct stamps."""
+    pools = {
+        "ttft_ms": [(ttft_ms(r), r.rows) for r in all_requests],
+        "itl_ms": [(gap, r.rows) for r in all_requests for gap in gaps_ms(r)],
+        "tpot_ms": [(value, r.rows) for r in all_requests if (value := tpot_ms(r)) is not None],
+        "e2e_ms": [(e2e_ms(r), r.rows) for r in all_requests],
+    }
+    wanted = {"ttft_ms": (50, 90, 95, 99), "itl_ms": (50, 90, 95, 99), "tpot_ms": (50, 95), "e2e_ms": (50, 95, 99)}
+    found: dict[str, float | None] = {}
+    for name, pool in pools.items():
+        if not pool:
+            continue
+        values = [value for value, rows in pool for _ in range(rows)]
+        found[f"latency/{name}_mean"] = fmean(values)
+        found |= {f"latency/{name}_p{q}": percentile(values, q) for q in wanted[name] if supports(len(pool), q)}
+    return found
+
+
+def _throughput(result: RunResult) -> dict[str, float | None]:
+    rates: dict[str, list[float]] = {"output": [], "total": [], "prefill": [], "decode": []}
+    for repetition in result.repetitions:
+        sent = min(r.t0_ns for r in repetition.requests)
+        span_s = (max(r.stamps_ns[-1] for r in repetition.requests) - sent) / 1e9
+        output = sum(r.rows * r.output_tokens for r in repetition.requests)
+        prompt = sum(r.rows * (r.prompt_tokens or 0) for r in repetition.requests)
+        rates["output"].append(output / span_s)
+        rates["total"].append((output + prompt) / span_s)
+        rates["prefill"] += [r.rows * r.prompt_tokens / ttft_ms(r) * 1e3 for r in repetition.requests if r.prompt_tokens and ttft_ms(r) > 0]
+        rates["decode"] += [r.rows / value * 1e3 for r in repetition.requests if (value := tpot_ms(r))]
+    interval = t_interval(rates["output"])
+    mean = fmean(rates["output"])
+    found: dict[str, float | None] = {f"throughput/{name}_tokens_per_s": fmean(values) for name, values in rates.items() if values}
+    found["throughput/per_instance_tokens_per_s"] = mean / result.cell.batch_size
+    if interval:
+        found["throughput/output_tokens_per_s_ci_low"], found["throughput/output_tokens_per_s_ci_high"] = interval
+    found["trust/repetitions"] = len(result.repetitions)
+    found["trust/relative_half_width"] = relative_half_width(rates["output"])
+    found["trust/cv_ratio"] = coefficient_of_variation(rates["output"])
+    if result.price_per_hour is not None:
+        found["cost/per_million_tokens"] = result.price_per_hour / (mean * 3600) * 1e6
+    return found
+
+
+def _efficiency(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
+    rate = found["throughput/output_tokens_per_s"]
+    peak = found.get("memory/device_bytes_peak") or found.get("memory/host_needed_bytes_peak")
+    return {
+        "efficiency/tokens_per_s_per_gb": rate / (peak / 1e9) if rate and peak else None,
+        "efficiency/mbu_ratio": model_bandwidth_utilization(result),
+        "efficiency/mfu_ratio": model_flops_utilization(result),
+    }
+
+
+def mean_context(result: RunResult) -> float:
+    """Mean number of tokens in the KV cache over the decode steps: P + N/2 for steps 2 … N."""
+    lengths = [r.prompt_tokens or 0 for r in requests(result)]
+    return fmean(lengths) + result.cell.output_tokens / 2
+
+
+def model_bandwidth_utilization(result: RunResult) -> float | None:
+    """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best read bandwidth measured here.
+
+    After "LLM inference performance engineering" (Databricks 2023). None without a measured bandwidth, with fewer than two
+    tokens, or when the weights are under 4× the last-level cache, which would serve part of the reads.
+    """
+    load, bandwidth = result.load, result.peaks.get("read_bytes_per_s")
+    tpots = [value for r in requests(result) if (value := tpot_ms(r))]
+    if load is None or not load.step_bytes or not bandwidth or not tpots:
+        return None
+    cache = (result.environment.get("cpu") or {}).get("last_level_cache_bytes") or 0
+    if not result.memory.device and load.step_bytes < CACHE_FACTOR * cache:
+        return None
+    read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * mean_context(result)
+    return read / (fmean(tpots) / 1e3) / bandwidth
+
+
+def model_flops_utilization(result: RunResult) -> float | None:
+    """MFU: FLOPs of prefill and decode ÷ their time ÷ best FLOP/s measured here (PaLM, Chowdhery et al. 2022, appendix B)."""
+    load, peak = result.load, result.peaks.get("flops_per_s")
+    if load is None or not load.flops_per_token or not peak:
+        return None
+    attention = load.attention_flops_per_context_token or 0.0
+    done = seconds = 0.0
+    for request in requests(result):
+        prompt, output = request.prompt_tokens or 0, request.output_tokens
+        tokens = prompt + output - 1
+        done += request.rows * tokens * (load.flops_per_token + attention * tokens / 2)
+        seconds += e2e_ms(request) / 1e3
+    return done / seconds / peak if seconds else None
+
+
+def series(result: RunResult) -> list[Point]:
+    """All series of the vocabulary with the times at which things happened. Steps never repeat within a key."""
+    points: list[Point] = []
+    for repetition in result.repetitions:
+        wall, step = repetition.wall_ms, repetition.index + 1
+        group = repetition.requests
+        span_s = (max(r.stamps_ns[-1] for r in group) - min(r.t0_ns for r in group)) / 1e9
+        points.append(Point("steps/ttft_ms", step, median(map(ttft_ms, group)), wall))
+        points.append(Point("steps/e2e_ms", step, median(map(e2e_ms, group)), wall))
+        points.append(Point("steps/output_tokens_per_s", step, sum(r.rows * r.output_tokens for r in group) / span_s, wall))
+    points += _token_series(result)
+    points += _memory_series(result)
+    for key, values in (("itl_ms", [g for r in requests(result) for g in gaps_ms(r)]), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):
+        supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []
+        order = sorted(values)
+        points += [Point(f"percentiles/{key}", q, percentile(order, q), result.ended_ms) for q in supported]
+    return [point for point in points if math.isfinite(point.value)]
+
+
+def _token_series(result: RunResult) -> Iterator[Point]:
+    """Median gap over repetitions by token index, at the time of that token in the last repetition."""
+    every = requests(result)
+    if not every:
+        return
+    last, wall = result.repetitions[-1].requests[-1], result.repetitions[-1].wall_ms
+    for index in range(1, max(r.output_tokens for r in every)):
+        gaps = [(r.stamps_ns[index] - r.stamps_ns[index - 1]) / 1e6 for r in every if r.output_tokens > index]
+        offset = (last.stamps_ns[min(index, last.output_tokens - 1)] - last.t0_ns) // 1_000_000
+        yield Point("steps/itl_ms", index + 1, median(gaps), wall + offset)
+
+
+def _memory_series(result: RunResult) -> Iterator[Point]:
+    """The timeline, thinned to `MOST_SAMPLES` points; each keeps the largest of those it stands for, so that peaks stay."""
+    if not result.timeline or not result.repetitions:
+        return
+    anchor = result.repetitions[0]
+    to_wall = anchor.wall_ms - anchor.requests[0].t0_ns // 1_000_000
+    stride = max(1, math.ceil(len(result.timeline) / MOST_SAMPLES))
+    for step in range(0, len(result.timeline), stride):
+        part = result.timeline[step : step + stride]
+        largest: MemorySample = max(part, key=lambda s: s.rss)
+        yield Point("steps/host_rss_bytes", step // stride + 1, largest.rss, to_wall + largest.t_ns // 1_000_000)
+        if largest.device is not None:
+            yield Point("steps/device_bytes", step // stride + 1, max(s.device or 0 for s in part), to_wall + largest.t_ns // 1_000_000)

@@ -1,0 +1,230 @@
+"""The parent's side of a worker: start it, watch its memory from outside, collect its events, and know how it ended.
+
+While a worker measures, this process sleeps in a select and reads one small /proc file twenty times a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import machine, memory
+from .errors import LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed
+from .measure import Measured
+from .records import Cell, LoadInfo, MemorySample, MemoryStages, ModelFacts, from_json, to_json
+from .stats import median
+
+SAMPLE_S = 0.05
+"""Time between two memory samples."""
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass
+class GroupOutcome:
+    """What one worker left: its load, stage readings, memory samples, and per cell what was measured or why not."""
+
+    load: LoadInfo | None = None
+    peaks: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage → its event; "peak" is per cell, in `cells`
+    samples: list[MemorySample] = field(default_factory=list)
+    measured: dict[int, Measured] = field(default_factory=dict)
+    texts: dict[int, list[dict[str, str]]] = field(default_factory=dict)
+    cells: dict[int, dict[str, Any]] = field(default_factory=dict)  # number → events "cell" and "peak" of that cell
+    log: list[str] = field(default_factory=list)
+    error: LlmbenchError | None = None
+    ended: bool = False
+
+    @property
+    def current(self) -> int | None:
+        """Number of the cell that was being measured when the worker ended; None while loading."""
+        begun = [n for n in self.cells if n not in self.measured]
+        return begun[-1] if begun else None
+
+    @property
+    def stage(self) -> str:
+        """The last stage that was reached."""
+        return list(self.stages)[-1] if self.stages else "starting"
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Add one event of the worker."""
+        match event["event"]:
+            case "stage" if event["stage"] == "peak":
+                self.cells[list(self.cells)[-1]]["peak"] = event
+            case "stage":
+                self.stages[event["stage"]] = dict(event)
+            case "peaks":
+                self.peaks = event["peaks"]
+            case "load":
+                self.load = from_json(LoadInfo, event["info"])
+            case "cell":
+                self.cells[event["number"]] = {"cell": event}
+            case "measured":
+                self.measured[event["number"]] = from_json(Measured, event["measured"])
+                self.texts[event["number"]] = event["texts"]
+            case "failed":
+                kind = {"OutOfMemory": OutOfMemory}.get(event["kind"], MeasurementError)
+                self.error = kind(event["message"])
+            case "end":
+                self.ended, self.log = True, event["log"]
+
+
+def run_worker(
+    task: str, cells: Sequence[Cell], model: ModelFacts, folders: Sequence[Path], log_file: Path, on_event: OnEvent | None = None
+) -> GroupOutcome:
+    """Run one job in a fresh process and wait for its end. The worker's failure is in `outcome.error`, never raised.
+
+    Raises KeyboardInterrupt after having ended the worker.
+    """
+    outcome = GroupOutcome()
+    threads = cells[0].threads or machine.physical_cores()
+    job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=_environment(threads)
+        )
+    try:
+        assert process.stdin and process.stdout
+        process.stdin.write((json.dumps(job) + "\n").encode())
+        process.stdin.flush()
+        _collect(process, outcome, on_event)
+        process.wait()
+    except BrokenPipeError:
+        process.wait()
+    finally:
+        _end(process)
+    if not outcome.ended and outcome.error is None:
+        outcome.error = _sudden_end(process.returncode, outcome.stage, log_file)
+    return outcome
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The worker's environment: as many threads as asked, this package importable, nothing that talks while it measures."""
+    package_parent = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
+def _collect(process: subprocess.Popen[bytes], outcome: GroupOutcome, on_event: OnEvent | None) -> None:
+    assert process.stdout
+    pipe = process.stdout.fileno()
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        due = time.monotonic()
+        while True:
+            ready = selector.select(max(0.0, due - time.monotonic()))
+            if time.monotonic() >= due:
+                _sample(process.pid, outcome)
+                due = time.monotonic() + SAMPLE_S
+            if not ready:
+                continue
+            chunk = os.read(pipe, 1 << 20)
+            if not chunk:
+                return
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                event = json.loads(line)
+                outcome.take(event)
+                if on_event:
+                    on_event(event)
+
+
+def _sample(pid: int, outcome: GroupOutcome) -> None:
+    seen = memory.read(pid)
+    if seen is not None:
+        outcome.samples.append(MemorySample(time.perf_counter_ns(), seen.rss, seen.anonymous if seen.anonymous is not None else seen.rss))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Make sure that the worker is gone: ask, wait a little, insist."""
+    for stop in (process.terminate, process.kill):
+        if process.poll() is None:
+            stop()
+            try:
+                process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                continue
+    for stream in (process.stdin, process.stdout):
+        if stream:
+            stream.close()
+
+
+def _sudden_end(code: int, stage: str, log_file: Path) -> LlmbenchError:
+    """The error for a worker that ended without a word."""
+    if code == -signal.SIGKILL:
+        return OutOfMemory(f"The worker was killed at stage {stage}, most likely by the kernel because memory ran out. Try a smaller batch_size or quantization.")
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    tail = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing was printed"]
+    return WorkerCrashed(f"The worker ended with {how} at stage {stage}: {tail[0][:200]}. The whole log is {log_file}.")
+
+
+def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
+    """The five memory stages of one cell of a group; a stage that was not reached, or cannot be read here, is absent."""
+    mapped = outcome.load.mapped_weight_bytes if outcome.load else 0
+    rss: dict[str, int] = {}
+    needed: dict[str, int] = {}
+    device: dict[str, int] = {}
+    reserved_peak = None
+    for stage in ("baseline", "loaded", "unloaded"):
+        event = outcome.stages.get(stage)
+        if event and event.get("host"):
+            rss[stage] = event["host"]["rss"]
+            if event["host"]["anonymous"] is not None:
+                needed[stage] = event["host"]["anonymous"] + (mapped if stage == "loaded" else 0)
+        if event and event.get("device"):
+            device[stage] = _device_bytes(event["device"], peak=False)
+    cell = outcome.cells.get(number, {})
+    peak = cell.get("peak")
+    if peak and peak.get("host"):
+        own = peak["host"]
+        window = [s for s in outcome.samples if cell["cell"]["t_ns"] <= s.t_ns <= peak["t_ns"]]
+        rss["peak"] = max([own["peak_rss"] or own["rss"], *(s.rss for s in window)])
+        steady = _steady_samples(window, outcome.measured.get(number))
+        rss["steady"] = int(median([s.rss for s in steady])) if steady else own["rss"]
+        if own["anonymous"] is not None:
+            needed["peak"] = max([own["anonymous"], *(s.anonymous for s in window)]) + mapped
+            needed["steady"] = (int(median([s.anonymous for s in steady])) if steady else own["anonymous"]) + mapped
+    if peak and peak.get("device"):
+        device["peak"] = _device_bytes(peak["device"], peak=True)
+        device["steady"] = _device_bytes(peak["device"], peak=False)
+        reserved_peak = peak["device"]["peak_reserved"]
+    return MemoryStages(rss, needed, device, reserved_peak, _load_peak(outcome))
+
+
+def _device_bytes(seen: Mapping[str, Any], peak: bool) -> int:
+    """What the driver attributes to the process (context and libraries included), else what the allocator holds.
+
+    The driver keeps no peak: it is what lies outside the allocator now, plus the most that the allocator held.
+    """
+    reserved: int = seen["peak_reserved"] if peak else seen["reserved"]
+    if seen["driver"] is None:
+        return reserved
+    outside: int = max(seen["driver"] - seen["reserved"], 0)
+    return outside + reserved
+
+
+def _steady_samples(window: Sequence[MemorySample], measured: Measured | None) -> list[MemorySample]:
+    """Samples in the second half of the last repetition."""
+    if measured is None or not measured.repetitions:
+        return []
+    last = measured.repetitions[-1].requests
+    start, end = min(r.t0_ns for r in last), max(r.stamps_ns[-1] for r in last)
+    return [s for s in window if (start + end) // 2 <= s.t_ns <= end]
+
+
+def _load_peak(outcome: GroupOutcome) -> int | None:
+    """Highest resident memory while loading."""
+    event = outcome.stages.get("loaded")
+    return (event["host"]["peak_rss"] if event and event.get("host") else None) or None

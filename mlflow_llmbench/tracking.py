@@ -1,0 +1,232 @@
+"""Results ↔ MLflow runs: params, metrics, tags, artifacts. The only user of mlflow among the measuring parts.
+
+Everything is sent after the measurement, with the times at which things happened. An upload can be repeated: what is
+there already with the same value is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import TrackingError
+from .metrics import COLOURS, OUTCOMES
+from .records import SCHEMA, Cell, RunResult, Verdict
+from .spec import as_text
+from .summary import Point
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DEFAULT_EXPERIMENT = "llmbench"
+HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
+"""A dead server blocks mlflow's client for 246 s with its own defaults; whoever sets these variables is left alone."""
+
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
+"""Run names that MLflow makes up; a name that a person gave is kept."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tracking store that answered: its client and address, the experiment, and the run that the environment gave, if any."""
+
+    client: MlflowClient
+    uri: str
+    experiment_id: str
+    given_run_id: str | None
+
+    def run_link(self, run_id: str) -> str:
+        """What follows the UI's address for a run."""
+        return f"#/experiments/{self.experiment_id}/runs/{run_id}"
+
+
+def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
+    """Connect to the store, so that an unreachable one is known before anything expensive starts.
+
+    `mlflow run` gives a run by MLFLOW_RUN_ID; then its experiment holds. Raises TrackingError, one line.
+    """
+    for name, value in HTTP_LIMITS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+    from mlflow import MlflowClient
+
+    with _plain_errors(uri):
+        if uri:
+            mlflow.set_tracking_uri(uri)
+        address = mlflow.get_tracking_uri()
+        client = MlflowClient()
+        given = os.environ.get("MLFLOW_RUN_ID") or None
+        if given:
+            run = client.get_run(given)
+            return Store(client, address, run.info.experiment_id, given)
+        wanted = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        identifier = None if wanted else os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if identifier:
+            return Store(client, address, client.get_experiment(identifier).experiment_id, None)
+        name = wanted or DEFAULT_EXPERIMENT
+        found = client.get_experiment_by_name(name)
+        return Store(client, address, found.experiment_id if found else client.create_experiment(name), None)
+
+
+@contextlib.contextmanager
+def _plain_errors(uri: str | None) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        import mlflow
+
+        # mlflow wraps urllib3, which wraps the system: the innermost sentence is the one that helps.
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        inner = re.findall(r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|Max retries)", str(error))
+        raise TrackingError(
+            f"The MLflow store {uri or mlflow.get_tracking_uri()} cannot be used: {inner[-1] if inner else text[:200]}. "
+            "Check the address and that the server runs, or leave it out for a SQLite file here."
+        ) from None
+
+
+def begin_run(store: Store, name: str, parent_id: str | None = None, sweep: str = "") -> str:
+    """The id of a RUNNING run: the one that the environment gave (top level only), or a new one. Raises TrackingError."""
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
+
+    with _plain_errors(None):
+        tags = {"llmbench.schema": str(SCHEMA), "llmbench.sweep": sweep}
+        if parent_id is None and store.given_run_id:
+            run = store.client.get_run(store.given_run_id)
+            if GENERATED_NAME.fullmatch(run.info.run_name or ""):
+                store.client.update_run(run.info.run_id, name=name)
+            for key, value in tags.items():
+                store.client.set_tag(run.info.run_id, key, value)
+            return str(run.info.run_id)
+        tags |= {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "llmbench", MLFLOW_SOURCE_TYPE: "LOCAL"}
+        with contextlib.suppress(Exception):
+            import getpass
+
+            tags[MLFLOW_USER] = getpass.getuser()
+        if parent_id:
+            tags[MLFLOW_PARENT_RUN_ID] = parent_id
+        return str(store.client.create_run(store.experiment_id, tags=tags).info.run_id)
+
+
+def end_run(store: Store, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
+    """End a run with the status that belongs to its outcome."""
+    store.client.set_terminated(run_id, OUTCOMES[outcome], ended_ms or int(time.time() * 1000))
+
+
+def log_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
+    """Log the params that a run does not have yet.
+
+    `mlflow run` has logged the MLproject's parameters before us, shell-quoted. Raises TrackingError if one is there with
+    another value after unquoting: the run belongs to another configuration.
+    """
+    from mlflow.entities import Param
+
+    there = store.client.get_run(run_id).data.params
+    for key, value in params.items():
+        if key in there and there[key] != value and _unquoted(there[key]) != value:
+            raise TrackingError(f"The run {run_id} has {key}={there[key]} already, and {value} was measured. Use a new run.")
+    missing = [Param(key, value) for key, value in params.items() if key not in there]
+    for start in range(0, len(missing), 100):
+        store.client.log_batch(run_id, params=missing[start : start + 100])
+
+
+def _unquoted(text: str) -> str:
+    try:
+        parts = shlex.split(text)
+    except ValueError:
+        return text
+    return parts[0] if len(parts) == 1 else text
+
+
+def cell_params(cell: Cell) -> dict[str, str]:
+    """The params of a cell as text."""
+    return {name: as_text(name, value) for name, value in vars(cell).items()}
+
+
+def upload_cell(
+    store: Store,
+    run_id: str,
+    result: RunResult,
+    metrics: Mapping[str, float],
+    points: Sequence[Point],
+    verdict: Verdict | None,
+    note: str,
+    artifacts: Path,
+    asked: Mapping[str, str],
+) -> None:
+    """Everything of one cell: params, tags, metrics, series, artifacts. `asked` are params as `mlflow run` has logged them (`INT4`, `08`)."""
+    facts = {key: str(value) for key, value in (result.load.facts if result.load else {}).items()}
+    log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
+    _log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
+    _log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + list(points))
+    store.client.log_artifacts(run_id, str(artifacts))
+
+
+def cell_tags(result: RunResult, verdict: Verdict | None) -> dict[str, str]:
+    """The tags of the vocabulary for one cell."""
+    from . import __version__
+
+    environment, packages = result.environment, result.environment.get("packages") or {}
+    gpus = environment.get("gpus") or []
+    tags = {
+        "schema": str(SCHEMA),
+        "version": __version__,
+        "mlflow_llmbench": __version__,
+        "sweep": result.sweep,
+        "config_hash": result.hashes.config,
+        "env_hash": result.hashes.env,
+        "hardware_hash": result.hashes.hardware,
+        "software_hash": result.hashes.software,
+        "workload_hash": result.hashes.workload,
+        "scenario": "offline",
+        "outcome": result.outcome,
+        "verdict": verdict.word if verdict else None,
+        "verdict_reasons": ",".join(r.code for r in verdict.reasons) if verdict else None,
+        "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
+        "cpu": environment.get("cpu", {}).get("name"),
+        "gpu": gpus[0]["name"] if gpus else None,
+        "gpu_driver": environment.get("driver"),
+        "cuda": environment.get("cuda"),
+        "torch": packages.get("torch"),
+        "transformers": packages.get("transformers"),
+    }
+    found = {f"llmbench.{key}": str(value)[:5000] for key, value in tags.items() if value}
+    return found | {"mlflow.runColor": COLOURS.get(result.cell.quant, COLOURS["none"])}
+
+
+def _log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
+    """Log points in batches of a thousand, the server's limit."""
+    from mlflow.entities import Metric
+
+    values = [Metric(p.key, p.value, p.wall_ms, p.step) for p in points]
+    for start in range(0, len(values), 1000):
+        store.client.log_batch(run_id, metrics=values[start : start + 1000])
+
+
+def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path) -> None:
+    """The parent of a sweep: what was asked, and the comparison as description and artifacts."""
+    log_params(store, run_id, params)
+    _log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
+    if artifacts.is_dir():
+        store.client.log_artifacts(run_id, str(artifacts))
+
+
+def ui_command(store: Store) -> str:
+    """How to open the UI on this store."""
+    if store.uri.startswith(("http://", "https://")):
+        return store.uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(store.uri)}"

@@ -1,0 +1,116 @@
+"""The verdict: can the numbers of a result be trusted, and if not, why, in sentences that end in what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from . import summary
+from .metrics import LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
+from .records import Reason, RunResult, Verdict
+from .stats import supports
+
+FOREIGN_CPU_LIMIT = 0.10
+"""CPUs' worth of time that others (processes, hypervisor) may take during the repetitions: a tenth of one core."""
+
+VARIATION_LIMIT = 0.10
+SWAPPED_PAGES_LIMIT = 256
+
+Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
+
+
+def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
+    """The verdict on a measured result; `metrics` are its summary under MLflow keys. The worst reason decides."""
+    reasons = tuple(reason for check in CHECKS for reason in check(result, metrics))
+    forced = {REASONS[reason.code] for reason in reasons}
+    word = "invalid" if "invalid" in forced else "suspect" if forced else "valid"
+    return Verdict(word, reasons)
+
+
+def unsupported_percentiles(result: RunResult) -> list[str]:
+    """Percentiles that are absent because the sample does not support them, as `TTFT p95 (n = 12, needs 59)`."""
+    every = summary.requests(result)
+    sizes = {"TTFT": len(every), "ITL": sum(max(r.output_tokens - 1, 0) for r in every)}
+    return [
+        f"{name} p{q} (n = {n}, needs {PERCENTILE_SUPPORT[q]})" for name, n in sizes.items() if n for q in (90, 95, 99) if not supports(n, q)
+    ]
+
+
+def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    asked = result.cell.output_tokens
+    wrong = [r.output_tokens for r in summary.requests(result) if r.output_tokens != asked]
+    if wrong:
+        yield Reason(
+            "wrong_token_count",
+            f"{len(wrong)} of {len(summary.requests(result))} requests brought {wrong[0]} tokens instead of {asked}; rates and latencies are not "
+            "those of the requested length. Check the backend, or ask for a length that it can force.",
+        )
+
+
+def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    smallest = min((gap for r in summary.requests(result) for gap in summary.gaps_ms(r)), default=0.0)
+    if smallest < 0:
+        yield Reason("negative_gap", f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers.")
+
+
+def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    mbu = metrics.get("efficiency/mbu_ratio")
+    if mbu is not None and mbu > 1:
+        yield Reason(
+            "mbu_above_one",
+            f"The decode would have read {mbu:.2f} times the best bandwidth measured here, and the limit is 1: tokens were not all computed, or the "
+            "bandwidth probe was disturbed. Measure again on a quiet machine.",
+        )
+
+
+def _steadiness(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    if result.cell.warmup is None and result.steady is False:
+        yield Reason(
+            "not_steady",
+            f"After {len(result.warmup_s)} warm-up runs the early and the late ones still differ by more than 5 %. Close other programs, or set warmup to a larger number.",
+        )
+
+
+def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    width, target = metrics.get("trust/relative_half_width"), result.cell.precision_target
+    if len(result.repetitions) < LEAST_REPETITIONS:
+        yield Reason(
+            "too_few_samples",
+            f"There are {len(result.repetitions)} repetitions, and {LEAST_REPETITIONS} are the least that an interval can rest on. Set repetitions to 5 or more.",
+        )
+    elif width is not None and width > target and result.cell.repetitions is None:
+        yield Reason(
+            "not_converged",
+            f"The 95 % interval of the throughput is ±{width:.1%} after {len(result.repetitions)} repetitions, and the target is ±{target:.1%}. "
+            "Raise max_repetitions, or close other programs.",
+        )
+
+
+def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    cv = metrics.get("trust/cv_ratio")
+    if cv is not None and cv > VARIATION_LIMIT:
+        yield Reason(
+            "high_variation",
+            f"The throughput of the repetitions varies by {cv:.1%} (standard deviation ÷ mean), and the limit is {VARIATION_LIMIT:.0%}. Look for what ran beside it, and measure again.",
+        )
+
+
+def _contention(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    noises = [r.noise for r in result.repetitions if r.noise]
+    wall = sum(n.wall_s for n in noises)
+    steal = sum(n.steal_s or 0.0 for n in noises)
+    foreign = sum(n.foreign_cpu_s or 0.0 for n in noises)
+    if wall > 0.5 and (steal + foreign) / wall > FOREIGN_CPU_LIMIT:
+        yield Reason(
+            "contended",
+            f"During the repetitions other processes used {foreign / wall:.2f} and the hypervisor took {steal / wall:.2f} CPUs' worth of time, and the limit is "
+            f"{FOREIGN_CPU_LIMIT:.2f} together. Stop what runs beside the benchmark, and measure again.",
+        )
+    swapped = sum(n.swapped_pages or 0 for n in noises)
+    if swapped > SWAPPED_PAGES_LIMIT:
+        yield Reason(
+            "swapping",
+            f"{swapped} pages were swapped during the repetitions, and the limit is {SWAPPED_PAGES_LIMIT}. The model does not fit beside what else runs: use a smaller batch_size or quantization.",
+        )
+
+
+CHECKS: tuple[Check, ...] = (_counts, _order, _bandwidth, _steadiness, _convergence, _variation, _contention)

@@ -1,0 +1,173 @@
+"""The child process: load a model once, measure the cells that share it, journal every repetition, unload.
+
+`python -m mlflow_llmbench.worker` reads one job (JSON) from its standard input and writes events as JSON lines to its
+standard output, which nothing else can reach: whatever libraries print goes to the log. It does not know MLflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from . import machine, memory
+from .backends.base import Backend, backend_class
+from .errors import LlmbenchError
+from .journal import EventLog
+from .measure import measure_cell
+from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
+from .workload import load_prompts
+
+LINES_PER_MESSAGE = 3
+"""How often one log message is written; bitsandbytes has one per matrix product, a hundred thousand in a minute."""
+
+
+class Flood(logging.Handler):
+    """Writes each distinct message of third-party loggers a few times, then only counts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        key = (record.name, str(record.msg))
+        self.counts[key] += 1
+        if self.counts[key] <= LINES_PER_MESSAGE:
+            sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
+
+    def summary(self) -> list[str]:
+        """Each message once, with how often it came."""
+        return [f"{name}: {message} (× {count})" for (name, message), count in self.counts.most_common(50)]
+
+
+def main() -> int:
+    """Run the job that stands on standard input. Returns the exit code: 0 when the job's events tell its end, good or bad."""
+    _die_with_parent()
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    flood = _tame_logs()
+
+    def tell(event: str, **data: Any) -> None:
+        events.write(json.dumps({"event": event, "t_ns": time.perf_counter_ns(), **{k: to_json(v) for k, v in data.items()}}) + "\n")
+
+    job = json.loads(sys.stdin.readline())
+    try:
+        if job["task"] == "prepare":
+            cell = from_json(Cell, job["cells"][0])
+            backend_class(cell.backend).prepare(cell, from_json(ModelFacts, job["model"]))
+        else:
+            _measure_group(job, tell)
+    except LlmbenchError as error:
+        tell("failed", outcome=getattr(error, "outcome", "error"), kind=type(error).__name__, message=str(error))
+    except MemoryError:
+        tell("failed", outcome="oom", kind="OutOfMemory", message="Memory ran out.")
+    except Exception as error:
+        traceback.print_exc()
+        tell("failed", outcome="error", kind=type(error).__name__, message=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    tell("end", log=flood.summary())
+    events.close()
+    return 0
+
+
+def _measure_group(job: dict[str, Any], tell: Any) -> None:
+    cells = [from_json(Cell, cell) for cell in job["cells"]]
+    kind = backend_class(cells[0].backend)
+    tell("stage", stage="starting")
+    _import_libraries(kind, job["threads"])
+    backend = kind(cells[0], from_json(ModelFacts, job["model"]))
+    tell("peaks", peaks=backend.peaks())
+    gc.collect()
+    memory.reset_peak()
+    _stage("baseline", backend, tell)
+    tell("stage", stage="loading")
+    info = backend.load()
+    gc.collect()
+    tell("load", info=info)
+    _stage("loaded", backend, tell)
+    try:
+        for number, (cell, folder) in enumerate(zip(cells, job["folders"], strict=True)):
+            _measure_one(backend, cell, number, Path(folder), info, tell)
+    finally:
+        backend.close()
+        gc.collect()
+        _stage("unloaded", backend, tell)
+
+
+def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: LoadInfo, tell: Any) -> None:
+    log = EventLog(folder / "events.jsonl")
+    prompts = load_prompts(cell.workload)
+    if prompts.texts:
+        backend.encode(prompts.texts[0])  # loads the tokenizer before the clock runs
+    tell("cell", number=number)
+
+    def say(event: str, **data: Any) -> None:
+        log.append(event, **data)
+        tell(event, number_of_cell=number, **{k: v for k, v in data.items() if k != "repetition"})
+
+    try:
+        memory.reset_peak()
+        backend.device_memory(reset=True)
+        measured = measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
+        _stage("peak", backend, tell)
+        texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
+        tell("measured", number=number, measured=measured, texts=texts)
+        log.append("complete", steady=measured.steady, first_call_ms=measured.first_call_ms)
+    finally:
+        log.close()
+
+
+def _stage(stage: str, backend: Backend, tell: Any) -> None:
+    """Tell that a stage is reached, with this process's own exact reading; then start a new high-water mark."""
+    own = memory.read()
+    device = backend.device_memory()
+    tell("stage", stage=stage, host=own, device=device)
+    memory.reset_peak()
+
+
+def _tame_logs() -> Flood:
+    """Send every library's log and warnings through one handler that writes repeated messages a few times only."""
+    flood = Flood()
+    logging.basicConfig(handlers=[flood], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+    return flood
+
+
+def _import_libraries(kind: type[Backend], threads: int) -> None:
+    """Import what the backend needs before the *baseline* stage, with its logs sent our way and its threads set."""
+    for name in kind.capabilities.heavy:
+        importlib.import_module(name)
+    if "transformers" in kind.capabilities.heavy:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_default_handler()
+        transformers_logging.enable_propagation()
+        transformers_logging.disable_progress_bar()
+    if "torch" in kind.capabilities.heavy:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _die_with_parent() -> None:
+    """On Linux, be killed when the parent ends, however it ends: a measurement that nobody waits for must not go on."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() == 1:
+                raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What is sent to the model: prompts of an exact length in tokens, the same ones for every configuration, from a seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from .errors import UsageError
+from .records import Cell, hash16
+from .spec import WORKLOADS
+
+Encode = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Texts of a workload in file order; empty for `synthetic`, whose prompts are drawn from the vocabulary."""
+
+    name: str
+    texts: tuple[str, ...] = ()
+
+    def batch(self, cell: Cell, repetition: int, vocab_size: int, encode: Encode | None) -> list[list[int]]:
+        """Prompts of one repetition: `batch_size` rows of token ids, all of one length, so that nothing is padded.
+
+        With a numeric `prompt_tokens` each row has exactly that many tokens, and rows differ. With `auto` repetition r
+        uses text r (modulo their number) for all rows, at its own length.
+        """
+        if not self.texts:
+            return [self._random_row(cell, repetition, row, vocab_size) for row in range(cell.batch_size)]
+        if encode is None:
+            raise UsageError(f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic.")
+        if cell.prompt_tokens is None:
+            ids = list(encode(self.texts[repetition % len(self.texts)]))
+            return [ids] * cell.batch_size
+        return [self._text_row(cell.prompt_tokens, repetition * cell.batch_size + row, encode) for row in range(cell.batch_size)]
+
+    def _random_row(self, cell: Cell, repetition: int, row: int, vocab_size: int) -> list[int]:
+        # The lowest ids are special tokens in every vocabulary we know; an EOS in the prompt would be odd text.
+        draw = random.Random(f"{cell.seed}/{repetition}/{row}")
+        return [draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(cell.prompt_tokens or 0)]
+
+    def _text_row(self, length: int, start: int, encode: Encode) -> list[int]:
+        ids: list[int] = []
+        position = start
+        while len(ids) < length:
+            more = list(encode(self.texts[position % len(self.texts)]))
+            if not more:
+                raise UsageError(f"Prompt {position % len(self.texts) + 1} of workload {self.name} has no tokens. Give prompts with text.")
+            ids += more
+            position += 1
+        return ids[:length]
+
+    def digest(self, cell: Cell, vocab_size: int | None) -> str:
+        """`workload_hash`: what is sent and how much is asked for; the batch size and the model's settings are not part of it."""
+        prompts: object = list(self.texts) or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
+        return hash16({"prompts": prompts, "prompt_tokens": cell.prompt_tokens, "output_tokens": cell.output_tokens})
+
+
+def load_prompts(workload: str) -> PromptSet:
+    """The prompt set of a `workload` parameter: `synthetic`, a bundled name, or a JSON Lines file with a `prompt` per line.
+
+    Raises UsageError, naming the line, for a file that cannot be read as such.
+    """
+    if workload == "synthetic":
+        return PromptSet("synthetic")
+    if workload in WORKLOADS:
+        text = (resources.files(__package__) / "workloads" / f"{workload}.jsonl").read_text(encoding="utf-8")
+        return PromptSet(workload, _parse_lines(text, workload))
+    try:
+        text = Path(workload).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read workload file {workload}: {error}. Give a UTF-8 JSON Lines file.") from None
+    return PromptSet(Path(workload).stem, _parse_lines(text, workload))
+
+
+def _parse_lines(text: str, origin: str) -> tuple[str, ...]:
+    prompts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UsageError(f'{origin}, line {number}, is not a JSON object with a "prompt" text: {line[:60]}. Write {{"prompt": "…"}} on each line.')
+        prompts.append(prompt)
+    if not prompts:
+        raise UsageError(f"{origin} has no prompts. Write one JSON object with a prompt per line.")
+    return tuple(prompts)
