@@ -7,8 +7,10 @@ settings of a calling notebook are neither read nor changed (rcParams are global
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from .metrics import COLOURS, KEYS
 from .plan import UNDECISIVE
-from .records import Cell, MemorySample, RequestRecord, RunResult
+from .records import Cell, RequestRecord, RunResult
 from .stats import supports
 
 if TYPE_CHECKING:
@@ -31,14 +33,22 @@ Points = Sequence[tuple[Cell, Mapping[str, float]]]
 
 INK, GREY, LIGHT = "#22272e", "#6b7480", "#e3e6ea"
 BLUE, ORANGE, RED = "#2e6da4", "#d9820f", "#c0392b"
-OTHER_COLOURS = ("#8c6d31", "#7b4173", "#3182bd", "#636363")
-"""For quantizations that `metrics.COLOURS` does not know."""
+OTHER = "#8c6d31"  # a quantization that `metrics.COLOURS` does not know
+
+DESCRIBED = ("quant", "batch_size", "prompt_tokens", "output_tokens", "workload")  # settings that a subtitle names
+
+SWEEP_AXES = {
+    "throughput/output_tokens_per_s": ("throughput", "Throughput (output tokens/s)"),
+    "latency/ttft_ms_p50": ("ttft", "Time to first token (ms)"), "latency/itl_ms_p50": ("itl", "Inter-token latency (ms)"),
+    "memory/device_bytes_peak": ("memory", "Peak device memory (GB)"), "memory/host_needed_bytes_peak": ("memory", "Peak host memory (GB)"),
+    "memory/host_rss_bytes_peak": ("memory", "Peak resident memory (GB)"), "memory/weight_bytes": ("memory", "Memory of the weights (GB)"),
+}  # fmt: skip
+"""Metric → the sweep's chart that draws it, and the label of its axis. A chart draws the first of its metrics that any cell has."""
 
 WIDTH, HEIGHT, WIDEST = 9.0, 4.6, 24.0  # inches
 DPI = 144  # of the PNG
 CHARACTER = 0.6 / 72  # inches of width per character and point of font size, DejaVu Sans
-MOST_BINS = 400
-"""Points of a line; a longer series is drawn by its bins."""
+MOST_BINS = 400  # points of a line; a longer series is drawn by its bins
 
 STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "text.parse_math": False, "text.color": INK,
@@ -57,22 +67,27 @@ def draw_cell(result: RunResult, folder: Path) -> list[Path]:
     A chart without data (one output token, no timeline, a failed cell) is left out. Creates `folder`.
     """
     with _style():
-        charts = {"itl_by_token": _itl_figure(result), "latency_distribution": _latency_figure(result), "memory_timeline": _memory_figure(result)}
-        return [path for name, figure in charts.items() if figure for path in _save(figure, folder, name)]
+        drawn = _itl_figure(result), _latency_figure(result), _memory_figure(result)
+        charts = zip(("itl_by_token", "latency_distribution", "memory_timeline"), drawn, strict=True)
+        return [path for name, figure in charts if figure for path in _save(figure, folder, name)]
 
 
 def draw_sweep(points: Points, folder: Path) -> list[Path]:
-    """Write `overview` and one chart each of throughput, TTFT, ITL and memory over measured cells with their summary metrics.
+    """Write `overview`, `throughput`, `ttft`, `itl` and `memory` of measured cells with their summary metrics, as .svg and .png.
 
-    One bar per quantization. Groups along x are the batch sizes, or the combinations of whatever else varies; each model
-    has its panel, or is a group of its own where nothing but the quantization varies besides. Where a cell was measured
-    twice the last one counts. A chart that no cell has the metric of is left out; fewer than two cells give no chart.
+    One bar per quantization. Groups along x are the batch sizes, or the combinations of all else that varies; each model has its
+    panel, or is a group where only the quantization varies besides. Of a cell measured twice the last counts. A chart without
+    any value is left out; fewer than two cells give none.
     """
-    if len(points) < 2:
+    keys: dict[str, str] = {}  # chart → its metric
+    for key, (chart, _) in SWEEP_AXES.items():
+        if any(metrics.get(key) for _, metrics in points):
+            keys.setdefault(chart, key)
+    if len({cell for cell, _ in points}) < 2 or not keys:
         return []
     with _style():
-        charts = {"overview": _overview_figure(points)} | {name: _sweep_figure(points, name) for name in SWEEP_CHARTS}
-        return [path for name, figure in charts.items() if figure for path in _save(figure, folder, name)]
+        charts = {"overview": _overview_figure(points, keys.values())} | {name: _sweep_figure(points, key) for name, key in keys.items()}
+        return [path for name, figure in charts.items() for path in _save(figure, folder, name)]
 
 
 @contextmanager
@@ -87,63 +102,65 @@ def _style() -> Iterator[None]:
 
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    files = {folder / f"{name}.svg": {"Date": None}, folder / f"{name}.png": {}}
-    for path, metadata in files.items():
-        figure.savefig(path, format=path.suffix[1:], dpi=DPI, metadata=metadata)
-    return list(files)
+    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    figure.savefig(svg, metadata={"Date": None})
+    figure.savefig(png, dpi=DPI)
+    return [svg, png]
 
 
 def _figure(
-    title: str, subtitle: str, size: tuple[float, float] = (WIDTH, HEIGHT), grid: tuple[int, int] = (1, 1), legend: Sequence[Any] = ()
+    title: str, subtitle: str, inches: tuple[float, float] = (WIDTH, HEIGHT), grid: tuple[int, int] = (1, 1), legend: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a bold title, a grey line below it, a row of legend entries if any, and rows × columns of axes."""
+    """Lay out a bold title, a grey line below it, room for a row of legend entries, and rows × columns of axes."""
     from matplotlib.figure import Figure
 
-    width, height = size
+    width, height = inches
     header = 0.92 if legend else 0.64
-    figure = Figure(figsize=size)
+    figure = Figure(figsize=inches)
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02, hspace=0.04)
-    figure.text(0.12 / width, 1 - 0.13 / height, _shorten(title, width, 13.5), size=13, weight="bold", va="top")
-    figure.text(0.12 / width, 1 - 0.41 / height, _shorten(subtitle, width, 9), size=9, color=GREY, va="top")
-    if legend:
-        spacing = {"borderaxespad": 0.0, "borderpad": 0.1, "handlelength": 1.1, "handletextpad": 0.5, "columnspacing": 1.4}
-        place = (0.12 / width, 1 - 0.62 / height)
-        figure.legend(handles=list(legend), ncols=len(legend), loc="upper left", bbox_to_anchor=place, **spacing)
-        figure.legends[-1].set_in_layout(False)
+    for text, size, down, weight, colour in ((title, 13, 0.13, "bold", INK), (subtitle, 9, 0.41, "normal", GREY)):
+        most = int((width - 0.2) / (0.92 * CHARACTER * size))
+        text = text if len(text) <= most else text[: most - 1] + "…"
+        figure.text(0.12 / width, 1 - down / height, text, va="top", size=size, weight=weight, color=colour)
     return figure, list(figure.subplots(*grid, squeeze=False).flat)
 
 
-def _shorten(text: str, width: float, size: float) -> str:
-    most = int((width - 0.2) / (CHARACTER * size))
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """One row of entries under the subtitle, outside the axes, where nothing is hidden by it."""
+    place = (0.12 / figure.get_figwidth(), 1 - 0.62 / figure.get_figheight())
+    form = {"borderaxespad": 0.0, "borderpad": 0.1, "handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.4}
+    legend = figure.legend(handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form)
+    legend.set_in_layout(False)
 
 
 def _name(model: object) -> str:
-    """The last part of a model's name or path, with characters that our font lacks replaced."""
+    """Give the last part of a model's name or path, with characters that our font lacks replaced."""
     return re.sub(r"[^\x20-\x7e\xa0-\u052f]", "?", str(model).rstrip("/").rsplit("/", 1)[-1])
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+    """About three digits: 12345 → 12,345, 41.27 → 41.3, 0.872 → 0.87."""
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
+    return f"{value:,.{digits}f}" if value >= 9999.5 else f"{value:.{digits}f}"
 
 
-def _describe(cell: Cell, names: Sequence[str] = ("quant", "batch_size", "prompt_tokens", "output_tokens", "workload")) -> str:
-    """The named settings in words, those of no interest left out: `int8 · batch size 4 · 128 prompt tokens`."""
+def _describe(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
+    """Say the settings in words: `quantization int8 · batch size 4 · 128 prompt tokens`."""
     words = {
-        "quant": f"quantization {cell.quant}", "batch_size": f"batch size {cell.batch_size}", "output_tokens": f"{cell.output_tokens} output tokens",
-        "prompt_tokens": f"{cell.prompt_tokens} prompt tokens" if cell.prompt_tokens else "",
-        "workload": f"workload {_name(cell.workload)}" if cell.workload != "synthetic" else "",
+        "quant": f"quantization {cell.quant}", "batch_size": f"batch size {cell.batch_size}", "workload": f"workload {_name(cell.workload)}",
+        "prompt_tokens": f"{cell.prompt_tokens or 'auto'} prompt tokens", "output_tokens": f"{cell.output_tokens} output tokens",
     }  # fmt: skip
-    return " · ".join(words[name] for name in names if words.get(name))
+    return " · ".join(words[name] for name in names)
 
 
-def _requests(result: RunResult) -> list[tuple[int, RequestRecord]]:
-    return [(repetition.index, request) for repetition in result.repetitions for request in repetition.requests if request.stamps_ns]
+def _requests(result: RunResult) -> list[RequestRecord]:
+    return [request for repetition in result.repetitions for request in repetition.requests if request.stamps_ns]
 
 
 def _count(result: RunResult, requests: int) -> str:
     """How many samples a value per repetition (or per request, where a repetition has several) rests on."""
-    return f"n = {requests:,} {'repetitions' if requests == len(result.repetitions) else 'requests'}"
+    noun = "repetition" if requests == len(result.repetitions) else "request"
+    return f"n = {requests:,} {noun}{'' if requests == 1 else 's'}"
 
 
 def _gaps(request: RequestRecord) -> Array:
@@ -159,24 +176,19 @@ def _limits(low: float, high: float) -> tuple[float, float]:
 
 def _itl_figure(result: RunResult) -> Figure | None:
     """Gap by token index 2 … N, ms: median over requests, with the band between their 10th and 90th percentile."""
-    gaps = [_gaps(request) for _, request in _requests(result)]
+    gaps = [_gaps(request) for request in _requests(result)]
     longest = max((len(g) for g in gaps), default=0)
     if longest == 0:
         return None
-    table = np.full((len(gaps), longest), np.nan)
-    for row, values in zip(table, gaps, strict=True):
-        row[: len(values)] = values
-    low, middle, high = np.nanpercentile(table, [10, 50, 90] if len(gaps) >= 10 else [0, 50, 100], axis=0)
+    table = np.array(list(itertools.zip_longest(*gaps, fillvalue=np.nan)))  # tokens × requests
+    low, middle, high = np.nanpercentile(table, [10, 50, 90] if len(gaps) >= 10 else [0, 50, 100], axis=1)
     stride = -(-longest // MOST_BINS)
     starts = np.arange(0, longest, stride)
     tokens = np.array([part.mean() for part in np.split(np.arange(2.0, longest + 2), starts[1:])])
     medians = np.array([np.median(part) for part in np.split(middle, starts[1:])])
-    binned = f" · drawn in bins of {stride} tokens" if stride > 1 else ""
-    figure, (axes,) = _figure(
-        f"{_name(result.cell.model)} · inter-token latency by token", f"{_describe(result.cell)} · {_count(result, len(gaps))}{binned}"
-    )
-    marker = {"marker": "o", "markersize": 4} if longest < 3 else {}
-    axes.plot(tokens, medians, color=BLUE, linewidth=1.5, label="median", **marker)  # type: ignore[arg-type]
+    subtitle = f"{_describe(result.cell)} · {_count(result, len(gaps))}" + (f" · bins of {stride} tokens" if stride > 1 else "")
+    figure, (axes,) = _figure(f"{_name(result.cell.model)} · inter-token latency by token", subtitle)
+    axes.plot(tokens, medians, color=BLUE, linewidth=1.5, label="median", marker="o" if longest < 3 else "")
     if len(gaps) > 1:
         label = "10–90 %" if len(gaps) >= 10 else "lowest to highest"
         band = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
@@ -188,64 +200,60 @@ def _itl_figure(result: RunResult) -> Figure | None:
         axes.text(0.995, 0.985, note, transform=axes.transAxes, ha="right", va="top", size=9, color=GREY)
     axes.set(xlabel="Token index", ylabel="Inter-token latency (ms)")
     axes.locator_params(axis="x", integer=True)
-    axes.margins(x=0.02)
-    axes.legend(loc="lower left", ncols=2)
+    axes.set_xlim(2 - max(0.5, 0.02 * longest), longest + 1 + max(0.5, 0.02 * longest))
+    _put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
 def _latency_figure(result: RunResult) -> Figure | None:
-    """The cumulative distribution of all gaps with its supported percentiles, and TTFT by repetition with its median."""
+    """Draw the cumulative distribution of all gaps with its supported percentiles, and TTFT by repetition with its median."""
     requests = _requests(result)
     if not requests:
         return None
-    values = np.concatenate([_gaps(request) for _, request in requests])
-    weights = np.concatenate([np.full(request.output_tokens - 1, request.rows) for _, request in requests])
-    title, subtitle = f"{_name(result.cell.model)} · latency distribution", _describe(result.cell)
-    figure, panels = _figure(title, subtitle, grid=(1, 2 if len(values) else 1))
+    values = np.concatenate([_gaps(request) for request in requests])
+    weights = np.concatenate([np.full(request.output_tokens - 1, request.rows) for request in requests])
+    title, grid = f"{_name(result.cell.model)} · latency distribution", (1, 2 if len(values) else 1)
+    figure, panels = _figure(title, _describe(result.cell), grid=grid, legend=False)
     if len(values):
         _draw_distribution(panels[0], values, weights)
-    ttft = np.array([(request.stamps_ns[0] - request.t0_ns) / 1e6 for _, request in requests])
+    ttft = np.array([(request.stamps_ns[0] - request.t0_ns) / 1e6 for request in requests])
+    groups = [[request for request in repetition.requests if request.stamps_ns] for repetition in result.repetitions]
+    x = [n + 0.7 + 0.6 * (i + 0.5) / len(group) for n, group in enumerate(groups) for i in range(len(group))]  # side by side, as sent
     axes = panels[-1]
-    axes.plot([i + 1 for i, _ in requests], ttft, "o", color=BLUE, markersize=5, alpha=0.75, markeredgewidth=0, rasterized=len(ttft) > 1000)
+    axes.plot(x, ttft, "o", color=BLUE, markersize=5, alpha=0.75, markeredgewidth=0, rasterized=len(ttft) > 1000)
     median = float(np.median(ttft))
     axes.axhline(median, color=ORANGE, linewidth=1.2)
-    note = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "bottom", "color": "#9a5a06"}
-    axes.annotate(f"median {_number(median)} ms", (1, median), (0, 3), size=9, **note)  # type: ignore[arg-type]
+    axes.text(1.02, median, f"median\n{_number(median)} ms", transform=axes.get_yaxis_transform(), va="center", size=9)
     axes.set_ylim(*_limits(float(ttft.min()), float(ttft.max())))
-    axes.set_title(f"Time to first token · {_count(result, len(ttft))}")
-    axes.set(xlabel="Repetition", ylabel="Time to first token (ms)")
+    axes.set_xlim(0.4, len(groups) + 0.6)
     axes.locator_params(axis="x", integer=True)
-    axes.margins(x=0.08)
+    axes.set(title=f"Time to first token · {_count(result, len(ttft))}", xlabel="Repetition", ylabel="Time to first token (ms)")
     return figure
 
 
 def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None:
-    """Share of gaps not longer than x. Rows that share a stamp weigh by their number, as in the summary metrics, but n counts stamps."""
+    """Share of gaps up to x. As in the summary metrics, a gap weighs by the rows that share it, and n counts it once."""
     order = np.argsort(values, kind="stable")
     values, ranks = values[order], np.cumsum(weights[order])
 
-    def at(q: float) -> float:
-        """Linear interpolation between order statistics, as if each value were repeated `weight` times."""
-        position = q / 100 * (ranks[-1] - 1)
+    def at(q: Any) -> Any:
+        """Percentiles with linear interpolation, as if each value were there `weight` times."""
+        position = np.asarray(q) / 100 * (ranks[-1] - 1)
         below, above = (values[np.searchsorted(ranks, k, side="right")] for k in (np.floor(position), np.ceil(position)))
-        return float(below + (above - below) * (position % 1))
+        return below + (above - below) * (position % 1)
 
-    shares = np.concatenate([np.linspace(0, 99, 300), np.linspace(99, 100, 100)]) if len(values) > MOST_BINS else 100 * ranks / ranks[-1]
-    drawn = [at(q) for q in shares] if len(values) > MOST_BINS else values
-    axes.step([values[0], *drawn], [0, *shares], where="post", color=BLUE, linewidth=1.5)
-    low, high = float(values[0]), min(float(values[-1]), 1.5 * at(99))
+    shares = np.linspace(0, 100, MOST_BINS + 1)
+    axes.plot(at(shares), shares, color=BLUE, linewidth=1.5)
+    low, high = float(values[0]), min(float(values[-1]), float(2 * at(99) - values[0]))
     space = max(high - low, 0.02 * high)
     for q in (q for q in (50, 90, 99) if supports(len(values), q)):
         axes.plot([at(q)], [q], "o", color=ORANGE, markersize=5, zorder=3)
         axes.annotate(f"p{q}  {_number(at(q))} ms", (at(q), q), (6, -4), textcoords="offset points", va="top", size=9)
     axes.set_xlim(low - 0.06 * space, high + 0.45 * space)
     if values[-1] > high + 0.45 * space:
-        note = f"longest: {_number(float(values[-1]))} ms"
-        axes.text(1, 0.02, note, transform=axes.transAxes, ha="right", va="bottom", size=9, color=GREY)
-    axes.set_ylim(0, 104)
-    axes.set_yticks(range(0, 101, 20))
+        axes.text(1, 0.02, f"longest: {_number(values[-1])} ms", transform=axes.transAxes, ha="right", va="bottom", size=9, color=GREY)
+    axes.set(ylim=(0, 104), yticks=range(0, 101, 20), ylabel="Share of gaps up to this (%)", xlabel="Inter-token latency (ms)")
     axes.set_title(f"Inter-token latency · n = {len(values):,} {'gap' if len(values) == 1 else 'gaps'}")
-    axes.set(xlabel="Inter-token latency (ms)", ylabel="Share of gaps up to this (%)")
     axes.locator_params(axis="x", nbins=5)
 
 
@@ -256,36 +264,22 @@ def _memory_figure(result: RunResult) -> Figure | None:
     start = result.timeline[0].t_ns
     marks = {stage: (t - start) / 1e9 for stage, t in sorted(result.marks.items(), key=lambda mark: mark[1])}
     figure, (axes,) = _figure(f"{_name(result.cell.model)} · memory over time", _describe(result.cell), (WIDTH, HEIGHT + 0.4))
-    lines = (("host resident", "rss", BLUE), ("host anonymous", "anonymous", ORANGE), ("device", "device", RED))
-    for label, field, colour in lines:
-        samples = [s for s in result.timeline if getattr(s, field) is not None]
-        if samples:
-            axes.plot(*_extremes(samples, field, start), color=colour, linewidth=1.4, label=label)
-    stages = result.memory
-    for label, readings, colour in (("resident at stage", stages.host_rss, BLUE), ("needed at stage", stages.host_needed, "white")):
-        known = [(marks[stage], readings[stage] / 1e9) for stage in marks if stage in readings]
-        if known:
-            edge = BLUE if colour == BLUE else ORANGE
-            axes.plot(*zip(*known, strict=True), "o", color=colour, markeredgecolor=edge, markeredgewidth=1.5, markersize=6, label=label, zorder=4)
-    last = max([(result.timeline[-1].t_ns - start) / 1e9, *marks.values(), 1e-3])
-    first = min([0.0, *marks.values()])
-    axes.set_xlim(first - 0.01 * (last - first), last + 0.01 * (last - first))
-    axes.set_ylim(0, max(axes.dataLim.y1, 1e-3) * 1.08)
+    for label, name, colour in (("host resident", "rss", BLUE), ("host anonymous", "anonymous", ORANGE), ("device", "device", RED)):
+        samples = [((s.t_ns - start) / 1e9, getattr(s, name) / 1e9) for s in result.timeline if getattr(s, name) is not None]
+        if samples:  # matplotlib leaves out the points that a long line does not need
+            axes.plot(*np.array(samples).T, color=colour, linewidth=1.4, label=label)
+    resident = ("resident at stage", result.memory.host_rss, BLUE, BLUE)
+    for label, readings, face, edge in (resident, ("needed at stage", result.memory.host_needed, "white", ORANGE)):
+        dots = [(t, readings[stage] / 1e9) for stage, t in marks.items() if stage in readings]
+        if dots:
+            axes.plot(*np.array(dots).T, "o", mfc=face, mec=edge, mew=1.5, markersize=6, label=label, zorder=4)
+    ends = [0.0, (result.timeline[-1].t_ns - start) / 1e9, *marks.values()]
+    air = 0.01 * max(max(ends) - min(ends), 1e-3)
+    axes.set(xlim=(min(ends) - air, max(ends) + air), xlabel="Time since the first sample (s)")
+    axes.set(ylim=(0, max(axes.dataLim.y1, 1e-3) * 1.08), ylabel="Memory (GB)")
     _draw_marks(axes, marks)
-    axes.set(xlabel="Time since the first sample (s)", ylabel="Memory (GB)")
-    figure.legend(loc="outside lower center", ncols=5, handlelength=1.6, columnspacing=1.6)
+    _put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
-
-
-def _extremes(samples: Sequence[MemorySample], field: str, start: int) -> tuple[Array, Array]:
-    """Seconds and GB of a field; a long series is thinned to the lowest and highest sample of each bin, so that peaks stay."""
-    x = np.array([(s.t_ns - start) / 1e9 for s in samples])
-    y = np.array([getattr(s, field) / 1e9 for s in samples])
-    if len(y) <= 2 * MOST_BINS:
-        return x, y
-    bins = np.array_split(np.arange(len(y)), MOST_BINS)
-    keep = np.array(sorted({i for part in bins for i in (part[y[part].argmin()], part[y[part].argmax()])}))
-    return x[keep], y[keep]
 
 
 def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
@@ -298,32 +292,8 @@ def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
         row = next((i for i, begin in enumerate(begins) if end < begin), len(begins))
         begins[row : row + 1] = [x]
         foot = 1.0 + 0.055 * row
-        axes.plot([t, t], [0, foot + 0.045], color=GREY, linewidth=0.7, transform=axes.get_xaxis_transform(), clip_on=False, zorder=1)
+        axes.plot([t, t], [0, foot + 0.045], color="#aab2bd", linewidth=0.8, transform=axes.get_xaxis_transform(), clip_on=False, zorder=1)
         axes.annotate(stage, (t, foot + 0.008), (3, 0), xycoords=axes.get_xaxis_transform(), textcoords="offset points", size=9, color=GREY)
-
-
-@dataclass(frozen=True)
-class SweepChart:
-    """A chart of a sweep: its title, the axis by the first metric that any cell has, and the factor from stored to drawn value."""
-
-    title: str
-    axes: Mapping[str, str]  # metric → label of the y axis
-    scale: float = 1.0
-
-
-SWEEP_CHARTS = {
-    "throughput": SweepChart("throughput", {"throughput/output_tokens_per_s": "Output tokens per second"}),
-    "ttft": SweepChart("time to first token", {"latency/ttft_ms_p50": "Time to first token (ms)"}),
-    "itl": SweepChart("inter-token latency", {"latency/itl_ms_p50": "Inter-token latency (ms)"}),
-    "memory": SweepChart(
-        "memory",
-        {
-            "memory/device_bytes_peak": "Peak device memory (GB)", "memory/host_needed_bytes_peak": "Peak host memory needed (GB)",
-            "memory/host_rss_bytes_peak": "Peak resident memory (GB)", "memory/weight_bytes": "Weights (GB)",
-        },
-        1e-9,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -336,125 +306,87 @@ class Grid:
     quants: list[str]
     cells: Mapping[tuple[str, tuple[Any, ...], str], Mapping[str, float]]
 
-    @property
-    def bars(self) -> int:
-        """Number of places for a bar in a panel."""
-        return len(self.groups) * len(self.quants)
 
-
-def _arrange(points: Points, one_panel: bool = False) -> Grid:
+def _arrange(points: Points, one_panel: bool) -> Grid:
     cells = [cell for cell, _ in points]
     seen = {f.name: list(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
     names = [name for name, values in seen.items() if len(values) > 1 and name not in ("quant", *UNDECISIVE)]
-    split = "model" in names and len(names) > 1 and not one_panel
+    split = len(names) > 1 and "model" in names and not one_panel
     names = [name for name in names if not (split and name == "model")] or ["batch_size"]
-    order = {n: sorted(seen[n], key=lambda v: (v is None, v or 0)) if all(not isinstance(v, str) for v in seen[n]) else seen[n] for n in names}
-    placed = {
-        (cell.model if split else "", tuple(getattr(cell, name) for name in names), cell.quant): metrics for cell, metrics in points
-    }  # fmt: skip
-    groups = sorted({group for _, group, _ in placed}, key=lambda group: [order[name].index(v) for name, v in zip(names, group, strict=True)])
-    known = list(COLOURS)
-    quants = sorted(seen["quant"], key=lambda q: (known.index(q) if q in known else len(known), q))
+    for name in names:  # numbers by size, None last; words as they came
+        seen[name].sort(key=lambda value: (value is None, 0 if value is None or isinstance(value, str) else value))
+    placed = {(cell.model if split else "", tuple(getattr(cell, name) for name in names), cell.quant): metrics for cell, metrics in points}
+    groups = sorted({group for _, group, _ in placed}, key=lambda group: [seen[name].index(v) for name, v in zip(names, group, strict=True)])
+    quants = [quant for quant in (*COLOURS, *sorted(set(seen["quant"]) - set(COLOURS))) if quant in seen["quant"]]
     return Grid(seen["model"] if split else [""], names, groups, quants, placed)
 
 
-def _axis(points: Points, chart: SweepChart) -> str | None:
-    """The first metric of a chart that any cell has."""
-    return next((key for key in chart.axes if any(metrics.get(key) for _, metrics in points)), None)
-
-
-def _title(points: Points, what: str) -> str:
-    models = list(dict.fromkeys(_name(cell.model) for cell, _ in points))
-    return f"{', '.join(models) if len(models) <= 2 else f'{len(models)} models'} · {what}"
-
-
-def _constant(points: Points) -> str:
-    """What all cells have in common, in words."""
-    cells = [cell for cell, _ in points]
-    names = ("quant", "batch_size", "prompt_tokens", "output_tokens", "workload")
-    return _describe(cells[0], [name for name in names if len({getattr(cell, name) for cell in cells}) == 1])
-
-
-def _colour(quants: Sequence[str], quant: str) -> str:
-    others = [q for q in quants if q not in COLOURS]
-    return COLOURS.get(quant) or OTHER_COLOURS[others.index(quant) % len(OTHER_COLOURS)]
-
-
-def _legend(grid: Grid, weights: bool) -> list[Any]:
-    """One entry per quantization, unless there is one only or the ticks name them; and the shade that stands for the weights."""
-    from matplotlib.patches import Patch
-
-    quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []
-    shade = [Patch(facecolor="#00000040", label="shaded: weights")] if weights else []
-    return [Patch(facecolor=_colour(grid.quants, quant), label=quant) for quant in quants] + shade
-
-
-def _has_weights(points: Points, key: str | None) -> bool:
-    """Whether the weights are drawn into the bars of peak memory."""
-    return bool(key) and str(key).endswith("_peak") and any(metrics.get("memory/weight_bytes") for _, metrics in points)
-
-
-def _sweep_figure(points: Points, name: str) -> Figure | None:
-    chart = SWEEP_CHARTS[name]
-    key = _axis(points, chart)
-    if key is None:
-        return None
-    grid = _arrange(points)
-    columns = min(len(grid.panels), 3)
-    rows = -(-len(grid.panels) // columns)
-    width = min(max(WIDTH, columns * (0.8 + 0.17 * (grid.bars + len(grid.groups)))), WIDEST)
-    interval = ["line: 95 % interval"] if any(f"{key}_ci_low" in metrics for _, metrics in points) else []
-    median = ["median"] if key.endswith("_p50") else []
-    subtitle = " · ".join([f"{KEYS[key].better} is better", *median, *interval, _constant(points)]).rstrip(" ·")
-    legend = _legend(grid, _has_weights(points, key))
-    figure, every = _figure(_title(points, chart.title), subtitle, (width, HEIGHT if rows == 1 else 1 + 2.9 * rows), (rows, columns), legend)
-    for axes in every[len(grid.panels) :]:
-        axes.remove()
-    panels = every[: len(grid.panels)]
-    for number, (axes, panel) in enumerate(zip(panels, grid.panels, strict=True)):
-        _draw_bars(axes, grid, panel, key, chart.scale, width / columns - 0.8)
-        axes.set_title(_name(panel))
-        axes.set_ylabel(chart.axes[key] if number % columns == 0 else "")
-    tops = [axes.get_ylim()[1] for axes in panels]
-    if max(tops) < 8 * min(tops):  # one scale for all models, unless the small ones would vanish
-        for axes in panels:
+def _sweep_figure(points: Points, key: str) -> Figure:
+    """One metric, one panel per model; one y scale for all models, unless the small ones would vanish on it."""
+    grid = _arrange(points, one_panel=False)
+    notes = [f"{KEYS[key].better} is better", "median" if key.endswith("_p50") else ""]
+    notes.append("line: 95 % interval" if any(f"{key}_ci_low" in metrics for _, metrics in points) else "")
+    figure = _bars_figure(points, grid, _what(key), notes, [(panel, key, _name(panel)) for panel in grid.panels], 3, WIDTH)
+    tops = [axes.get_ylim()[1] for axes in figure.axes]
+    if max(tops) < 8 * min(tops):
+        for axes in figure.axes:
             axes.set_ylim(0, max(tops))
     return figure
 
 
-def _overview_figure(points: Points) -> Figure | None:
-    """All charts of a sweep in one picture with one legend; models are groups along x."""
-    drawn = [(chart, key) for chart in SWEEP_CHARTS.values() if (key := _axis(points, chart))]
-    if not drawn:
-        return None
-    grid = _arrange(points, one_panel=True)
-    columns, rows = min(len(drawn), 2), -(-len(drawn) // 2)
-    width = min(max(11.0, columns * (0.8 + 0.15 * (grid.bars + len(grid.groups)))), WIDEST)
-    weights = any(_has_weights(points, key) for _, key in drawn)
-    figure, every = _figure(_title(points, "overview"), _constant(points), (width, 1 + 3.1 * rows), (rows, columns), _legend(grid, weights))
-    for axes, (chart, key) in zip(every, drawn, strict=False):
-        _draw_bars(axes, grid, "", key, chart.scale, width / columns - 0.8)
-        axes.set_title(f"{chart.title.capitalize()} · {KEYS[key].better} is better")
-        axes.set_ylabel(chart.axes[key])
-    for axes in every[len(drawn) :]:
+def _overview_figure(points: Points, keys: Iterable[str]) -> Figure:
+    """All metrics of a sweep in one picture with one legend; models are groups along x."""
+    drawn = [("", key, f"{_what(key).capitalize()} · {KEYS[key].better} is better") for key in keys]
+    return _bars_figure(points, _arrange(points, one_panel=True), "overview", [], drawn, 2, 11.0)
+
+
+def _what(key: str) -> str:
+    return SWEEP_AXES[key][1].split(" (")[0].lower()
+
+
+def _bars_figure(
+    points: Points, grid: Grid, what: str, notes: Sequence[str], drawn: Sequence[tuple[str, str, str]], most_columns: int, width: float
+) -> Figure:
+    """Panels of bars, each with its model (or ""), metric and heading. Fewer columns, then a wider picture, where bars get thin."""
+    from matplotlib.patches import Patch
+
+    need = 0.8 + 0.14 * len(grid.groups) * (len(grid.quants) + 1)
+    columns = next((c for c in range(min(most_columns, len(drawn)), 1, -1) if c * need <= 1.1 * width), 1)
+    rows, width = -(-len(drawn) // columns), min(max(width, columns * need), WIDEST)
+    cells = [cell for cell, _ in points]
+    models = list(dict.fromkeys(_name(cell.model) for cell in cells))
+    title = f"{', '.join(models) if len(models) <= 2 else f'{len(models)} models'} · {what}"
+    constant = _describe(cells[0], [name for name in DESCRIBED if len({getattr(cell, name) for cell in cells}) == 1])
+    quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []  # else named by the ticks or the subtitle
+    legend = [Patch(facecolor=COLOURS.get(quant, OTHER), label=quant) for quant in quants]
+    if any(key.endswith("_peak") for _, key, _ in drawn) and any(metrics.get("memory/weight_bytes") for _, metrics in points):
+        legend.append(Patch(facecolor="#00000040", label="shaded: weights"))
+    size = width, HEIGHT if rows == 1 else 1 + 3 * rows
+    figure, panels = _figure(title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend))
+    for axes, (panel, key, heading) in zip(panels, drawn, strict=False):
+        _draw_bars(axes, grid, panel, key, width / columns - 0.8)
+        axes.set(title=heading, ylabel=SWEEP_AXES[key][1])
+    for axes in panels[len(drawn) :]:
         axes.remove()
+    if legend:
+        _put_legend(figure, legend)
     return figure
 
 
-def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, scale: float, inches: float) -> None:
-    """Bars of one panel with their values, intervals and weights. `inches`: about how wide the axes will be."""
-    count = len(grid.quants)
+def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> None:
+    """Bars of one panel with their values, intervals and weights; a dash where nothing was measured. `inches`: about the axes' width."""
+    count, scale = len(grid.quants), 1e-9 if key.startswith("memory/") else 1.0
     pitch = 0.84 / count
     span = max(len(grid.groups) + 0.1, 7 * pitch)  # few bars stay slim
-    places = {(group, quant): g + (q - (count - 1) / 2) * pitch for g, group in enumerate(grid.groups) for q, quant in enumerate(grid.quants)}
+    bars = itertools.product(enumerate(grid.groups), enumerate(grid.quants))
+    places = {(group, quant): g + (q - (count - 1) / 2) * pitch for (g, group), (q, quant) in bars}
     labels: list[tuple[float, float, str]] = []
     for (group, quant), x in places.items():
         metrics = grid.cells.get((panel, group, quant), {})
-        value = metrics.get(key)
-        if value is None:
+        if (value := metrics.get(key)) is None:
             labels.append((x, 0.0, "–"))
             continue
-        axes.bar(x, value * scale, 0.92 * pitch, color=_colour(grid.quants, quant))
+        axes.bar(x, value * scale, 0.92 * pitch, color=COLOURS.get(quant, OTHER))
         if key.endswith("_peak") and "memory/weight_bytes" in metrics:
             axes.bar(x, metrics["memory/weight_bytes"] * scale, 0.92 * pitch, color="black", alpha=0.25)
         low, high = metrics.get(f"{key}_ci_low", value), metrics.get(f"{key}_ci_high", value)
@@ -463,16 +395,15 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, scale: float, inche
         labels.append((x, max(value, high) * scale, _number(value * scale)))
     room = inches * pitch / span
     flat = max(len(text) for *_, text in labels) * 8 * CHARACTER < room
-    for x, y, text in labels if flat or room > 0.13 else ():
-        axes.annotate(text, (x, y), (0, 2), textcoords="offset points", ha="center", va="bottom", size=8, rotation=0 if flat else 90)
-    axes.set_ylim(0, max(y for _, y, _ in labels) * (1.1 if flat else 1.25) or 1)
-    middle = (len(grid.groups) - 1) / 2
-    axes.set_xlim(middle - span / 2, middle + span / 2)
-    if len(grid.groups) == 1 and count > 1:
-        axes.set_xticks(list(places.values()), [quant for _, quant in places])
-        axes.set_xlabel("Quantization")
-    else:
-        texts = ["\n".join("auto" if value is None else _name(value) for value in group) for group in grid.groups]
-        axes.set_xticks(range(len(texts)), texts)
-        axes.set_xlabel(" · ".join(grid.names).replace("_", " ").capitalize())
+    for x, y, text in labels if flat or room > 0.12 else ():
+        upright = 0 if flat or text == "–" else 90
+        axes.annotate(text, (x, y), (0, 2), textcoords="offset points", ha="center", va="bottom", size=8, rotation=upright)
+    top, middle = max(y for _, y, _ in labels) * (1.1 if flat else 1.25), (len(grid.groups) - 1) / 2
+    axes.set(ylim=(0, top or 1), xlim=(middle - span / 2, middle + span / 2))
     axes.tick_params(axis="x", length=0)
+    if len(grid.groups) == 1 and count > 1:
+        axes.set(xticks=list(places.values()), xticklabels=[quant for _, quant in places], xlabel="Quantization")
+        return
+    most = max(6, int(inches / span / (9.5 * CHARACTER)))
+    texts = ["\n".join("auto" if value is None else textwrap.fill(_name(value), most) for value in group) for group in grid.groups]
+    axes.set(xticks=range(len(texts)), xticklabels=texts, xlabel=" · ".join(grid.names).replace("_", " ").capitalize())

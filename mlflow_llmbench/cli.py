@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell.")
     for name, declared in PARAMETERS.items():
         mark = " †" if declared.metadata["sweep"] else ""
-        flag = {"nargs": "?", "const": "true"} if declared.metadata["kind"] == "flag" else {}
+        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if declared.metadata["kind"] == "flag" else {}
         text = f"{declared.metadata['help']}{mark} (default: {default_text(name)})".replace("%", "%%")
         run.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text, **flag)
     run.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")

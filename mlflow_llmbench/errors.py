@@ -20,6 +20,12 @@ exits with `exit_code`; nothing in the library prints or exits.
 from __future__ import annotations
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of a foreign error's text, cut to `limit` characters; its class name if it has no text."""
+    text = str(error).strip()
+    return text.splitlines()[0][:limit] if text else type(error).__name__
+
+
 class LlmbenchError(Exception):
     """Base of all errors of this package."""
 

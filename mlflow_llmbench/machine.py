@@ -155,7 +155,7 @@ def environment(git_folder: str | None = None) -> dict[str, Any]:
     Nothing is read from the environment variables or the command line, which may hold secrets.
     """
     devices = gpus()
-    hardware = {
+    hardware: dict[str, Any] = {
         "cpu": {
             "name": cpu_name(),
             "usable_cpus": len(usable_cpus()),

@@ -34,7 +34,7 @@ class Metric:
     label: str = ""  # column heading of a table; empty = not in tables
     scale: float = 1.0  # table value = stored value × scale
 
-    def keys(self) -> list[str]:
+    def mlflow_keys(self) -> list[str]:
         """MLflow keys, one per statistic."""
         return [f"{self.section}/{self.name}{'_' + s if s else ''}" for s in self.statistics]
 
@@ -90,7 +90,7 @@ SERIES = {
 }
 """Series keys and what a step means."""
 
-KEYS: dict[str, Metric] = {key: metric for metric in METRICS for key in metric.keys()}
+KEYS: dict[str, Metric] = {key: metric for metric in METRICS for key in metric.mlflow_keys()}
 """Summary key → its metric."""
 
 REASONS: dict[str, str] = {

@@ -23,16 +23,16 @@ WRITES_PER_S = 4
 SHORTEST_NAME = 12
 """Columns that a cell's name keeps in a narrow terminal before the rest of the line is cut."""
 
-STAGES = {"starting": "starting", "loading": "loading", "loaded": "loaded", "peak": "finishing", "unloaded": "unloaded"}
-"""Stage of a worker → what is shown. *baseline* is a reading, nothing that one waits for."""
+STAGES = {"preparing": "preparing the files", "starting": "starting", "loading": "loading", "peak": "finishing", "unloaded": "unloaded"}
+"""Stage → what is shown. *preparing* comes from the sweep, the others from the worker; *baseline* is a reading, nothing that one waits for; *loaded* comes with the event `load`."""
 
 
 class Progress:
     """The display of one sweep: `start`, then for each cell `cell` and the worker's events, then `finish`.
 
-    A worker numbers the cells of its own group. The sweep knows their names and positions, and calls `cell` before it
-    starts a worker, or on the worker's event `cell`, or both: the same number twice is one cell. A stream that cannot be
-    written to ends the display, never the sweep.
+    A worker numbers the cells of its own group, and the sweep calls `cell` with their numbers in the whole plan, before it
+    starts a worker and again at the worker's event `cell`: the same number twice is one cell. Cells come in any order and
+    are counted as they come. A stream that cannot be written to ends the display, never the sweep.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,6 +47,9 @@ class Progress:
         """Begin: nothing is known, nothing is shown."""
         self.total = total_cells
         self.number, self.name, self.doing = 0, "", ""
+        self.places: dict[int, int] = {}  # number of a cell that was begun → its place in the order of measurement
+        self.over: set[int] = set()  # numbers of cells that have ended, well or badly
+        self.preparing = False
         self.seconds: dict[int, float] = {}  # number of a measured cell → its seconds, with its share of starting and loading
         self.repetitions: dict[int, int] = {}  # number of a cell → repetitions done
         self.limit = 0  # most repetitions of this cell
@@ -54,53 +57,62 @@ class Progress:
         self.timed_since = self.since  # when the repetitions of this cell began
 
     def cell(self, number: int, name: str) -> None:
-        """Cell `number` of the sweep, counted from 1 in the order of measurement, is next."""
+        """Cell `number` of the plan, counted from 1, is next. Cells of a sweep may come in any order."""
         if (number, name) == (self.number, self.name):
             return
-        self.number, self.name, self.doing, self.limit = number, name, "", 0
-        self._show(name)
+        self.over.add(self.number)  # also a cell that was skipped, or whose worker said nothing more
+        self.number, self.name, self.limit = number, name, 0
+        self.places.setdefault(number, len(self.places) + 1)
+        self._now("", log=name)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """One event of the worker, as `supervise.run_worker` passes it on. Unknown events change nothing."""
         match event["event"]:
             case "stage" if event["stage"] in STAGES:
-                if not (event["stage"] == "loaded" and self.doing.startswith("loaded")):  # the event `load` said so, and how long
-                    self._now(STAGES[event["stage"]], say=event["stage"] not in ("peak", "unloaded"))
+                doing = STAGES[event["stage"]]
+                self._count_stage(event["stage"])
+                self._now(doing, log=doing if event["stage"] in ("preparing", "starting", "loading") else "")
             case "load":
-                self._now(f"loaded in {duration(event['info']['load_s'])}" if event.get("info") else "loaded")
+                doing = f"loaded in {duration(event['info']['load_s'])}" if event.get("info") else "loaded"
+                self._now(doing, log=doing)
             case "cell":
-                self.repetitions[self.number] = self.limit = 0
+                self.over.discard(self.number)  # one of several processes for one cell
+                self.limit = self.repetitions[self.number] = 0
                 self.timed_since = self.clock()
-                self._now("warming up")
+                self._now("warming up", log="warming up")
             case "warmup":
                 self.timed_since = self.clock()
-                self._now(f"warm-up {event['number']}/{event['limit']}", say=False)
+                self._now(f"warm-up {event['number']}/{event['limit']}", again=event["number"] > 1)
             case "repetition":
                 self.repetitions[self.number], self.limit = event["number"], event["limit"]
-                self._now(f"repetition {event['number']}/{event['limit']}", say=False, stage=False)
-                if event["number"] == 1:
-                    self._say("measuring")
+                first = event["number"] == 1
+                self._now(f"repetition {event['number']}/{event['limit']}", log="measuring" if first else "", again=not first)
             case "measured":
-                taken = self._end_of_cell()
+                taken = self._end()
+                self.over.add(self.number)
                 self.seconds[self.number] = self.seconds.get(self.number, 0.0) + taken
-                self._now(f"measured in {duration(taken)}", rest=True)
+                doing, left = f"measured in {duration(taken)}", self._left()
+                self._now(doing, log=f"{doing}, {left}" if left else doing)
             case "failed":
-                self._end_of_cell()
-                self._now("failed")
+                self._end()
+                self.over.add(self.number)
+                self.doing = "failed"
+                self.note(f"{f'{self._count()}: {self.name} ' if self.number else ''}failed: {event['message']}")
             case "end":
-                self._end_of_cell()
+                self._end()
 
     def note(self, text: str) -> None:
         """A line that stays: a warning, a failure."""
         if self.terminal:
-            self._write(f"{self._erased()}{text}\n{self._line()}", self._line())
+            line = self._line()
+            self._write(f"{self._erased()}{text}\n{line}", line)
         else:
             self._write(f"{text}\n")
 
     def finish(self) -> None:
         """Take the line off the terminal, so that what is printed next starts in an empty one."""
         if self.terminal and self.shown:
-            self._write(self._erased(), "")
+            self._write(self._erased())
 
     def seconds_left(self) -> float | None:
         """Estimated seconds to the end; None before anything is known.
@@ -112,9 +124,10 @@ class Progress:
         now = self.clock()
         cell_s = fmean(self.seconds.values()) if self.seconds else None
         done = self.repetitions.get(self.number, 0)
-        if self.number in self.seconds:
+        ended = self.number in self.over
+        if ended and cell_s is not None:
             here: float = 0.0
-        elif done and self.limit:
+        elif done and self.limit and not ended:
             needed = [n for number, n in self.repetitions.items() if number in self.seconds]
             expected = min(fmean(needed), self.limit) if needed else self.limit
             still = max(expected - done, 1.0 if done < self.limit else 0.0)
@@ -125,59 +138,66 @@ class Progress:
             return None
         if cell_s is None:
             cell_s = now - self.since + here
-        return here + max(self.total - self.number, 0) * cell_s
+        return here + self._later() * cell_s
 
-    def _end_of_cell(self) -> float:
-        """Start the count of the next cell; returns the seconds since the one before ended."""
+    def _later(self) -> int:
+        """Number of cells that have not begun."""
+        return max(self.total - len(self.places), 0)
+
+    def _count_stage(self, stage: str) -> None:
+        if stage == "peak":  # no repetition follows
+            self.limit = self.repetitions.get(self.number, 0)
+        elif stage == "starting" and self.preparing:  # a download says nothing of the cells to come
+            self._end()
+        self.preparing = stage == "preparing"
+
+    def _end(self) -> float:
+        """A cell, or what came before it, has ended: start the count of the next. Returns its seconds."""
         now = self.clock()
         taken, self.since = now - self.since, now
         return taken
 
-    def _now(self, doing: str, say: bool = True, stage: bool = True, rest: bool = False) -> None:
-        """What the worker does now. `say`: worth a line of a log · `stage`: not only one more repetition · `rest`: with the time left."""
+    def _now(self, doing: str, log: str = "", again: bool = False) -> None:
+        """What the worker does now: rewrite the line of a terminal, if the limit of writes allows it; elsewhere write `log`, if any.
+
+        `again` says that it is one more of the same, which can wait for a later event.
+        """
         self.doing = doing
-        if self.terminal:
-            self._show("", stage)
-        elif say:
-            self._say(doing + self._rest(", ") if rest else doing)
-
-    def _say(self, text: str) -> None:
         if not self.terminal:
-            self._show(text)
-
-    def _show(self, text: str, stage: bool = True) -> None:
-        """Without a terminal write a line of text; on one rewrite the line, if the limit of writes allows it."""
-        if not self.terminal:
-            self._write(f"{self._count()}: {text}\n" if self.number else f"{text}\n")
+            if log:
+                self._write(f"{self._count()}: {log}\n" if self.number else f"{log}\n")
             return
         now = self.clock()
         full = len(self.writes) == WRITES_PER_S and now - self.writes[0] < 1
-        if full or (not stage and self.writes and now - self.writes[-1] < 1 / WRITES_PER_S):
+        if full or (again and self.writes and now - self.writes[-1] < 1 / WRITES_PER_S):
             return
         self.writes.append(now)
         line = self._line()
-        self._write(f"\r{line}{' ' * (self.shown - _columns(line))}", line)
+        self._write(f"\r{line}{' ' * (min(self.shown, self._room()) - _columns(line))}", line)
 
     def _count(self) -> str:
-        return f"cell {self.number}/{self.total}"
+        return f"cell {self.places[self.number]}/{self.total}"
 
-    def _rest(self, before: str) -> str:
+    def _left(self) -> str:
         """`about 2 min left`, or `up to …` while it rests on the limit of repetitions; empty before anything is known and at the end."""
-        left = self.seconds_left()
-        if left is None or (self.number in self.seconds and self.number >= self.total):
+        seconds = self.seconds_left()
+        if seconds is None or (self.number in self.over and not self._later()):
             return ""
-        return f"{before}{'about' if self.seconds else 'up to'} {rough_duration(left)} left"
+        return f"{'about' if self.seconds else 'up to'} {rough_duration(seconds)} left"
 
     def _line(self) -> str:
-        """The line as wide as the terminal allows, one column less, because some wrap at the last one."""
-        room = max(_terminal_columns(self.stream) - 1, 1)
-        parts = [self._count() if self.number else "", self.name, self.doing, self._rest("")]
-        others = sum(_columns(part) + 3 for part in parts if part and part is not self.name)
-        parts[1] = _cut(self.name, max(room - others, SHORTEST_NAME))
-        return _cut(" · ".join(part for part in parts if part), room)
+        """Count, name, stage and time left, as wide as the terminal allows; the name is cut first."""
+        count = self._count() if self.number else ""
+        others = [part for part in (count, self.doing, self._left()) if part]
+        name = _cut(self.name, max(self._room() - sum(_columns(part) + 3 for part in others), SHORTEST_NAME))
+        return _cut(" · ".join(part for part in (*others[:1], name, *others[1:]) if part), self._room())
+
+    def _room(self) -> int:
+        """One column less than the terminal has, because some wrap at the last one."""
+        return max(_terminal_columns(self.stream) - 1, 1)
 
     def _erased(self) -> str:
-        return f"\r{' ' * self.shown}\r" if self.shown else ""
+        return f"\r{' ' * min(self.shown, self._room())}\r" if self.shown else ""
 
     def _write(self, text: str, line: str = "") -> None:
         """Write and flush; `line` is what then stands on the terminal."""
@@ -225,16 +245,20 @@ def _terminal_columns(stream: TextIO | None) -> int:
 
 def _columns(text: str) -> int:
     """Columns that a text takes: East Asian wide characters take two, combining marks none."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return len(text) if text.isascii() else sum(map(_width, text))
+
+
+def _width(character: str) -> int:
+    return 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _cut(text: str, room: int) -> str:
     """The text, with `…` for its end if it takes more than `room` columns."""
-    if _columns(text) <= room:
-        return text
-    kept = text
-    while kept and _columns(kept) > room - 1:
-        kept = kept[:-1]
-    return f"{kept}…"
+    used = kept = 0  # columns so far; characters that leave a column for the `…`
+    for position, character in enumerate(text):
+        used += _width(character)
+        if used > room:
+            return f"{text[:kept]}…"
+        if used < room:
+            kept = position + 1
+    return text

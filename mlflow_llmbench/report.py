@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .metrics import METRICS
+from .metrics import KEYS
 from .records import Cell, RunResult, Verdict
 from .spec import PARAMETERS, as_text, default_text
 from .validity import unsupported_percentiles
@@ -37,10 +37,7 @@ class Row:
 
 def _heading(key: str) -> tuple[str, float]:
     """Column heading and scale of a metric key."""
-    for metric in METRICS:
-        if key in metric.keys():
-            return metric.label or metric.name, metric.scale
-    raise KeyError(key)
+    return KEYS[key].label or KEYS[key].name, KEYS[key].scale
 
 
 def _number(value: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median
 
 from .metrics import STAGES
@@ -39,7 +40,7 @@ def requests(result: RunResult) -> list[RequestRecord]:
 def gaps_ms(request: RequestRecord) -> list[float]:
     """Inter-token gaps of one request in ms: t(i) − t(i−1) for i = 2 … N."""
     stamps = request.stamps_ns
-    return [(b - a) / 1e6 for a, b in zip(stamps, stamps[1:], strict=False)]
+    return [(b - a) / 1e6 for a, b in pairwise(stamps)]
 
 
 def ttft_ms(request: RequestRecord) -> float:

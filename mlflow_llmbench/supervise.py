@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from . import machine, memory
 from .errors import LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed
 from .measure import Measured
 from .records import Cell, LoadInfo, MemorySample, MemoryStages, ModelFacts, from_json, to_json
-from .stats import median
 
 SAMPLE_S = 0.05
 """Time between two memory samples."""

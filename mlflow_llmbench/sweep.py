@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from . import artifacts, machine, memory, models, plan, report, summary, supervise, tracking
 from .backends.base import backend_class
-from .errors import OutOfMemory, UsageError
+from .errors import UsageError, first_line
 from .journal import new_sweep, write_json
 from .plan import Group
 from .records import Cell, Failure, Hashes, ModelFacts, Reason, Repetition, RunResult, Verdict
@@ -206,7 +206,7 @@ def _groups(jobs: Sequence[_Job]) -> list[list[_Job]]:
 
 
 def _run_group(sweep: _Sweep, group: Sequence[_Job]) -> None:
-    """Measure the cells of one load; after a failure the rest goes on in a new worker, without what is larger than the failed one."""
+    """Measure the cells of one load; after a failure the rest, which is smaller, goes on in a new worker."""
     for job in group:
         if job.refused:
             _fail(sweep, job, "refused", Failure("planning", job.refused))
@@ -270,16 +270,7 @@ def _after_failure(sweep: _Sweep, left: list[_Job], ran: Sequence[_Job], outcome
         return []
     failed = ran[outcome.current]
     _fail(sweep, failed, word, Failure("measuring", str(error)), outcome)
-    rest = [job for job in left if job.row is None]
-    for job in rest:
-        if isinstance(error, OutOfMemory) and _larger(job.cell, failed.cell):
-            _fail(sweep, job, "skipped", Failure("planning", f"Not tried, because {failed.name} ended with {word} and this cell is not smaller in any dimension."))
-    return [job for job in rest if job.row is None]
-
-
-def _larger(cell: Cell, than: Cell) -> bool:
-    """Whether a cell is at least as large in every dimension of its shape."""
-    return all((getattr(cell, n) or 0) >= (getattr(than, n) or 0) for n in ("batch_size", "prompt_tokens", "output_tokens"))
+    return [job for job in left if job.row is None]
 
 
 def _begin(sweep: _Sweep, job: _Job) -> str:
@@ -354,10 +345,9 @@ def _keep(sweep: _Sweep, job: _Job, result: RunResult, metrics: dict[str, float]
 
 
 def _not_uploaded(sweep: _Sweep, name: str, error: Exception) -> None:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    sweep.not_uploaded.append(f"{name}: {first[:200]}")
+    sweep.not_uploaded.append(f"{name}: {first_line(error)}")
     if sweep.watcher:
-        sweep.watcher.note(f"Not uploaded: {name}: {first[:200]}. The files are in {sweep.folder}.")
+        sweep.watcher.note(f"Not uploaded: {name}: {first_line(error)}. The files are in {sweep.folder}.")
 
 
 def _close_unfinished(sweep: _Sweep, job: _Job, outcome: str) -> None:

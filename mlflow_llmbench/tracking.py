@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import TrackingError
+from .errors import TrackingError, first_line
 from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, RunResult, Verdict
 from .spec import as_text
@@ -85,10 +85,9 @@ def _plain_errors(uri: str | None) -> Iterator[None]:
         import mlflow
 
         # mlflow wraps urllib3, which wraps the system: the innermost sentence is the one that helps.
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         inner = re.findall(r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|Max retries)", str(error))
         raise TrackingError(
-            f"The MLflow store {uri or mlflow.get_tracking_uri()} cannot be used: {inner[-1] if inner else text[:200]}. "
+            f"The MLflow store {uri or mlflow.get_tracking_uri()} cannot be used: {inner[-1] if inner else first_line(error)}. "
             "Check the address and that the server runs, or leave it out for a SQLite file here."
         ) from None
 

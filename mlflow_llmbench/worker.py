@@ -21,9 +21,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from . import machine, memory
+from . import memory
 from .backends.base import Backend, backend_class
-from .errors import LlmbenchError
+from .errors import LlmbenchError, first_line
 from .journal import EventLog
 from .measure import measure_cell
 from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
@@ -75,7 +75,7 @@ def main() -> int:
         tell("failed", outcome="oom", kind="OutOfMemory", message="Memory ran out.")
     except Exception as error:
         traceback.print_exc()
-        tell("failed", outcome="error", kind=type(error).__name__, message=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        tell("failed", outcome="error", kind=type(error).__name__, message=f"{type(error).__name__}: {first_line(error)}")
     tell("end", log=flood.summary())
     events.close()
     return 0

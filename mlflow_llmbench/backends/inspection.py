@@ -85,7 +85,7 @@ def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
     if state is not None:  # bitsandbytes 4-bit: block maxima, code table, and both again where they are quantized themselves
         for holder in (state, getattr(state, "state2", None)):
             for name in ("absmax", "code", "offset"):
-                value = getattr(holder, name, None)
+                value: Any = getattr(holder, name, None)
                 if hasattr(value, "element_size"):
                     yield value
     for holder in (tensor, getattr(module, "state", None)):  # bitsandbytes 8-bit: row scales

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 REPEATS = 8
 CACHE_FACTOR = 4
@@ -31,13 +31,12 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
             torch.cuda.synchronize(device)
 
     with torch.inference_mode():
-        seconds = min(_best(lambda: matrix.sum(), finish), _best(lambda: torch.mv(matrix, vector), finish))
-        del matrix
+        seconds = min(_best(matrix.sum, finish), _best(partial(torch.mv, matrix, vector), finish))
         n = 8192 if cuda else 1024
         flops = 0.0
         for dtype in (torch.float32, torch.bfloat16):
-            square: Any = torch.ones((n, n), device=device, dtype=dtype)
-            flops = max(flops, 2 * n**3 / _best(lambda square=square: square @ square, finish))  # type: ignore[misc]
+            square = torch.ones((n, n), device=device, dtype=dtype)
+            flops = max(flops, 2 * n**3 / _best(partial(torch.mm, square, square), finish))
     return {"read_bytes_per_s": read_bytes / seconds, "flops_per_s": flops}
 
 

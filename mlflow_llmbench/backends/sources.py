@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import models
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UsageError, first_line
 from ..records import Cell, ModelFacts
 from ..spec import BITSANDBYTES
 from . import synthetic
@@ -121,8 +121,7 @@ def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
     except Exception as error:  # connection errors come in many classes, from httpx and from the system
         cached = _cached(repository, cell.revision)
         if cached is None:
-            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-            raise ModelError(f"The Hub cannot be reached for {repository}, and it is not in the local cache: {reason}. {hint}") from None
+            raise ModelError(f"The Hub cannot be reached for {repository}, and it is not in the local cache: {first_line(error)}. {hint}") from None
         commit, config_file, size = cached.name, str(cached / "config.json"), None
     return _with_config(cell, source, repository, commit, Path(config_file), size)
 
@@ -202,8 +201,7 @@ def _download(model: ModelFacts, local_only: bool) -> str:
     try:
         return str(snapshot_download(model.location, revision=model.revision, allow_patterns=[*_weight_names(names), *other]))
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ModelError(f"The download of {model.location} failed: {first}. Run the same command again: what is complete is kept.") from None
+        raise ModelError(f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept.") from None
 
 
 def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
@@ -228,5 +226,4 @@ def load_tokenizer(cell: Cell, model: ModelFacts) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords)
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ModelError(f"The tokenizer of {cell.model} cannot be loaded: {first}. Use workload=synthetic, or complete the model's files.") from None
+        raise ModelError(f"The tokenizer of {cell.model} cannot be loaded: {first_line(error)}. Use workload=synthetic, or complete the model's files.") from None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import machine, models
-from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory
+from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..records import Cell, LoadInfo, ModelFacts
 from ..spec import BITSANDBYTES
 from . import sources
@@ -197,7 +197,7 @@ class _Streamer:
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
-        self.put = self._skip_prompt
+        self.put: Emit = self._skip_prompt
 
     def _skip_prompt(self, value: Any) -> None:
         self.put = self.emit
@@ -244,8 +244,7 @@ def _foreign_errors(doing: str) -> Iterator[None]:
     except MemoryError:
         raise OutOfMemory(f"Memory ran out while {doing}.") from None
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        text = f"{type(error).__name__} while {doing}: {first[:300]}"
+        text = f"{type(error).__name__} while {doing}: {first_line(error)}"
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "not enough memory" in str(error):
             raise OutOfMemory(text) from error
         raise MeasurementError(text) from error

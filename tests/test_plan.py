@@ -1,0 +1,41 @@
+"""Cells, groups and identities."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mlflow_llmbench.plan import cell_name, config_hash, expand_cells, group_cells, sweep_name
+from mlflow_llmbench.records import Cell, ModelFacts
+from mlflow_llmbench.spec import parse
+
+MODEL = ModelFacts("opt-125m", "preset", "facebook/opt-125m", "abc")
+
+
+def test_product_in_given_order_and_groups_largest_first() -> None:
+    cells = expand_cells(parse({"quant": "int8,int4", "batch_size": "1,16,4"}))
+    assert [(c.quant, c.batch_size) for c in cells] == [("int8", 1), ("int8", 16), ("int8", 4), ("int4", 1), ("int4", 16), ("int4", 4)]
+    groups = group_cells(cells)
+    assert [[c.batch_size for c in group.cells] for group in groups] == [[16, 4, 1], [16, 4, 1]]
+    assert [group.first.quant for group in groups] == ["int8", "int4"]
+
+
+def test_what_is_loaded_decides_the_group() -> None:
+    cells = expand_cells(parse({"threads": "1,2", "output_tokens": "8,16", "prompt_tokens": "32,64"}))
+    assert sorted(len(group.cells) for group in group_cells(cells)) == [4, 4]
+
+
+def test_config_hash_is_stable_and_knows_what_decides() -> None:
+    cell = Cell()
+    assert config_hash(cell, MODEL) == config_hash(dataclasses.replace(cell, max_repetitions=99), MODEL)
+    changed = [dataclasses.replace(cell, quant="int8"), dataclasses.replace(cell, seed=1), dataclasses.replace(cell, repetitions=10)]
+    assert len({config_hash(c, MODEL) for c in [cell, *changed]}) == 4
+    assert config_hash(cell, MODEL) != config_hash(cell, dataclasses.replace(MODEL, revision="def"))
+    assert config_hash(cell, MODEL) == config_hash(dataclasses.replace(cell, model="facebook/opt-125m"), MODEL)
+
+
+def test_names_say_what_varies() -> None:
+    cell = Cell(quant="int4", batch_size=4, prompt_tokens=None, model="/models/my-model/")
+    assert cell_name(cell, ["quant", "batch_size"]) == "quant=int4 batch_size=4"
+    assert cell_name(cell, ["model", "prompt_tokens"]) == "model=my-model prompt_tokens=auto"
+    assert cell_name(cell, []) == "my-model int4 b4"
+    assert sweep_name(parse({"quant": "int8,int4", "batch_size": "1,2"})) == "opt-125m: quant × batch_size"

@@ -1,0 +1,238 @@
+"""Whole commands with the fake backend: real workers, a real SQLite store, real files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_llmbench import journal, run
+from mlflow_llmbench.errors import JournalError, LlmbenchError, TrackingError, UsageError
+from mlflow_llmbench.sweep import SweepResult
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}
+
+
+def fake(script: str = "ttft_ms=2+itl_ms=1", **parameters: Any) -> SweepResult:
+    return run(model=f"fake:{script}", **(FAST | parameters))
+
+
+def test_one_cell_is_one_run_with_everything_in_it(store_uri: str) -> None:
+    result = fake(price_per_hour=3.6)
+    assert (result.outcome, result.exit_code, result.parent_id) == ("ok", 0, None)
+    client = MlflowClient(store_uri)
+    [found] = client.search_runs([result.experiment_id])
+    assert found.info.run_id == result.run_ids[0]
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "fake:ttft_ms=2+itl_ms=1 none b1"
+    assert found.data.params["quant.method"] == "fake"
+    assert found.data.params["threads"] == "auto"
+    assert found.data.metrics["cost/per_million_tokens"] == pytest.approx(1e3 / found.data.metrics["throughput/output_tokens_per_s"])
+    assert found.data.tags["llmbench.outcome"] == "ok"
+    assert "tokens/s (95 % interval" in found.data.tags["mlflow.note.content"]
+    assert [p.step for p in client.get_metric_history(found.info.run_id, "steps/itl_ms")] == [2, 3, 4, 5, 6]
+    artifacts = {item.path for item in client.list_artifacts(found.info.run_id)}
+    assert {"result.json", "samples.csv.gz", "environment.json", "config.yaml", "report.md", "charts", "tables"} <= artifacts
+
+
+def test_the_checker_of_the_vocabulary_finds_no_fault(store_uri: str) -> None:
+    fake(batch_size="1,3", repetitions="auto", warmup="auto", output_tokens="1,6")
+    checker = ROOT.parent / "shared" / "check" / "main_job.py"
+    if not checker.exists():
+        pytest.skip("the vocabulary's checker is not beside this checkout")
+    done = subprocess.run([sys.executable, checker, "--tracking-uri", store_uri], capture_output=True, text=True, check=False)
+    # With one output token there are no gaps, which the checker reports as missing metrics, and rightly absent they are.
+    faults = [line for line in done.stdout.splitlines()[:-1] if line and "output_tokens=1" not in line and "torch" not in line]
+    assert [f for f in faults if not f.endswith("param decode missing")] == []
+
+
+def test_a_sweep_is_a_parent_with_children_named_by_what_varies(store_uri: str) -> None:
+    result = fake(batch_size="1,2", output_tokens=[6, 4])
+    client = MlflowClient(store_uri)
+    runs = {r.info.run_id: r for r in client.search_runs([result.experiment_id])}
+    assert len(runs) == 5
+    assert result.parent_id
+    parent = runs[result.parent_id]
+    assert parent.data.params["batch_size"] == "1,2"
+    assert parent.info.status == "FINISHED"
+    names = [runs[i].info.run_name for i in result.run_ids]
+    assert names == ["batch_size=1 output_tokens=6", "batch_size=1 output_tokens=4", "batch_size=2 output_tokens=6", "batch_size=2 output_tokens=4"]
+    assert {runs[i].data.tags["mlflow.parentRunId"] for i in result.run_ids} == {result.parent_id}
+    assert {item.path for item in client.list_artifacts(result.parent_id)} >= {"comparison.md", "comparison.csv", "charts", "tables"}
+    heading = result.table().splitlines()[0].split()
+    assert heading[:2] == ["batch_size", "output_tokens"]
+    assert "quant" not in heading
+    load_times = {runs[i].data.metrics["load/load_s"] for i in result.run_ids}
+    assert len(load_times) == 1  # one load served all four cells
+
+
+def test_raw_samples_carry_the_numbers(store_uri: str) -> None:
+    result = fake(batch_size=2)
+    folder = next(result.folder.glob("*/artifacts"))
+    lines = gzip.decompress((folder / "samples.csv.gz").read_bytes()).decode().splitlines()
+    assert lines[0] == "repetition,row,token,t_ns"
+    assert len(lines) == 1 + 5 * 2 * 7
+    stamps = [int(line.split(",")[3]) for line in lines[1:8]]
+    assert stamps == sorted(stamps)
+    assert journal.read_result(folder).repetitions[0].requests[0].t0_ns == stamps[0]
+    events = list(journal.read_events(folder.parent / "events.jsonl"))
+    assert [e["event"] for e in events] == ["warmup", *["repetition"] * 5, "complete"]
+
+
+def test_the_run_that_mlflow_run_made_is_used(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(store_uri)
+    experiment = client.create_experiment("elsewhere")
+    given = client.create_run(experiment)
+    client.log_param(given.info.run_id, "batch_size", "02")
+    client.log_param(given.info.run_id, "model", "'fake:ttft_ms=2+itl_ms=1'")
+    monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
+    result = fake(batch_size="02")
+    assert result.run_ids == (given.info.run_id,)
+    found = client.get_run(given.info.run_id)
+    assert (found.info.status, found.data.params["batch_size"], found.data.metrics["config/batch_size"]) == ("FINISHED", "02", 2)
+    assert result.not_uploaded == ()
+
+
+def test_a_name_given_by_a_person_is_kept(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(store_uri)
+    given = client.create_run("0", run_name="my night run")
+    monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
+    fake()
+    assert client.get_run(given.info.run_id).info.run_name == "my night run"
+
+
+def test_a_param_that_contradicts_is_told_and_the_run_ends(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(store_uri)
+    given = client.create_run("0")
+    client.log_param(given.info.run_id, "batch_size", "16")
+    monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
+    result = fake(batch_size=2)
+    assert "batch_size=16 already, and 2 was measured" in result.not_uploaded[0]
+    assert client.get_run(given.info.run_id).info.status == "FINISHED"
+    assert next(result.folder.glob("*/artifacts/result.json"))
+
+
+def test_out_of_memory_ends_one_cell_and_smaller_ones_go_on(store_uri: str) -> None:
+    result = fake("ttft_ms=1+itl_ms=1+fail=oom+above_batch=2", batch_size="1,2,4,8")
+    assert [row.outcome for row in result.rows] == ["ok", "ok", "oom", "oom"]
+    assert result.exit_code == 1
+    client = MlflowClient(store_uri)
+    states = [client.get_run(i).info.status for i in result.run_ids]
+    assert states == ["FINISHED", "FINISHED", "FAILED", "FAILED"]
+    assert client.get_run(result.parent_id or "").info.status == "FAILED"
+    assert "oom (2 cells): Scripted out-of-memory error with 4 rows." in result.table()
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome", "message"),
+    [
+        ("fail=crash", "crashed", "The worker ended with exit code 13"),
+        ("fail=crash+at=load", "crashed", "at stage loading"),
+        ("fail=oom+at=load", "oom", "Scripted out-of-memory error"),
+        ("fail=error", "error", "Scripted error"),
+    ],
+)
+def test_failures_are_runs_too(store_uri: str, script: str, outcome: str, message: str) -> None:
+    result = fake(script)
+    assert result.rows[0].outcome == outcome
+    assert message in result.rows[0].message
+    found = MlflowClient(store_uri).get_run(result.run_ids[0])
+    assert found.info.status == "FAILED"
+    assert found.data.tags["llmbench.outcome"] == outcome
+    assert found.data.tags["llmbench.verdict_reasons"] == "unfinished"
+    assert "latency/ttft_ms_mean" not in found.data.metrics
+
+
+def test_wrong_token_counts_are_invalid_not_hidden(store_uri: str) -> None:
+    result = fake("ttft_ms=1+itl_ms=1+stop_after=4")
+    assert result.rows[0].verdict and result.rows[0].verdict.word == "invalid"
+    assert [r.code for r in result.rows[0].verdict.reasons] == ["wrong_token_count"]
+    assert "brought 4 tokens instead of 6" in result.table()
+
+
+def test_fresh_processes(store_uri: str) -> None:
+    result = fake(processes=3)
+    folder = next(result.folder.glob("*/artifacts"))
+    repetitions = journal.read_result(folder).repetitions
+    assert [r.process for r in repetitions] == [0] * 5 + [1] * 5 + [2] * 5
+    assert [r.index for r in repetitions] == list(range(15))
+
+
+def test_log_floods_are_counted_not_kept(store_uri: str) -> None:
+    result = fake("ttft_ms=1+itl_ms=1+log_lines=500")
+    assert (next(result.folder.glob("*/worker.log"))).read_text().count("a line that comes") <= 3
+    folder = next(result.folder.glob("*/artifacts"))
+    assert any(line.endswith("(× 3000)") for line in journal.read_result(folder).log)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "message"),
+    [
+        ({"model": "fake:x=1"}, UsageError, "does not know the setting"),
+        ({"prompt_tokens": 900_000, "output_tokens": 200_000}, UsageError, "is more than the context"),
+        ({"batch_size": list(range(1, 2100))}, UsageError, "make 2099 cells"),
+        ({"output_dir": "/proc/nowhere"}, JournalError, "Cannot write into the output folder"),
+        ({"tracking_uri": "http://127.0.0.1:9"}, TrackingError, "Connection refused"),
+        ({"tracking_uri": "nonsense://x"}, TrackingError, "cannot be used"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(store_uri: str, parameters: dict[str, Any], error: type[LlmbenchError], message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(error, match=message) as caught:
+        run(**(FAST | {"model": "fake:"} | parameters))
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 15
+    assert MlflowClient(store_uri).search_runs(["0"]) == []
+
+
+def test_a_cell_that_cannot_fit_is_refused_before_loading(store_uri: str, cache_folder: Path) -> None:
+    result = run(model="llama-2-13b", weights="random", quant="fp32", batch_size=64, prompt_tokens=1000)
+    assert result.rows[0].outcome == "refused"
+    assert "needs about" in result.rows[0].message and "force=true" in result.rows[0].message
+    assert not list(cache_folder.glob("checkpoints/llama*"))
+    found = MlflowClient(store_uri).get_run(result.run_ids[0])
+    assert (found.info.status, found.data.tags["llmbench.outcome"]) == ("FAILED", "refused")
+
+
+def test_only_the_cells_beyond_the_context_are_refused(store_uri: str, tiny_model: Path) -> None:
+    result = run(model=str(tiny_model), prompt_tokens="16,300", output_tokens=4, repetitions=5, warmup=1)
+    assert [row.outcome for row in result.rows] == ["ok", "refused"]
+    assert "256 tokens" in result.rows[1].message
+
+
+def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlflow_llmbench", "run", "--backend", "fake", "--model", "fake:ttft_ms=1+itl_ms=200", "--batch-size", "1,2", "--repetitions", "5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - started < 15
+    client = MlflowClient(store_uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert {r.info.status for r in runs} == {"KILLED"}
+    assert {r.data.tags.get("llmbench.outcome") for r in runs} == {"interrupted", None}
+    assert "Traceback" not in errors
+    assert "interrupted" in output
+
+
+def test_json_files_are_strict(store_uri: str) -> None:
+    result = fake("ttft_ms=0+itl_ms=0")
+    for file in result.folder.rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{file} holds {word}"))
+
+

@@ -1,0 +1,269 @@
+"""The transformers backend on real, tiny models: what is loaded, what is generated, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlflow_llmbench import models
+from mlflow_llmbench.backends import inspection, synthetic
+from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.errors import ModelError, NotRealised, UsageError
+from mlflow_llmbench.records import Cell, LoadInfo
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
+
+
+@contextmanager
+def loaded(cell: Cell) -> Iterator[tuple[TransformersBackend, LoadInfo]]:
+    facts = TransformersBackend.resolve(cell)
+    TransformersBackend.prepare(cell, facts)
+    backend = TransformersBackend(cell, facts)
+    try:
+        yield backend, backend.load()
+    finally:
+        backend.close()
+
+
+def finite(model: Any) -> bool:
+    with torch.inference_mode():
+        return bool(torch.isfinite(model(torch.tensor(PROMPTS)).logits).all())
+
+
+def steps_of(backend: TransformersBackend, count: int) -> list[list[int]]:
+    steps: list[list[int]] = []
+    backend.generate(PROMPTS, count, lambda step: steps.append(step.tolist()))
+    return steps
+
+
+def test_tokens_are_those_of_plain_greedy_decoding(tiny_model: Path) -> None:
+    """Against a loop of forward passes without generate(), streamer or cache."""
+    from transformers import AutoModelForCausalLM
+
+    with loaded(Cell(model=str(tiny_model), quant="fp32")) as (backend, _):
+        steps = steps_of(backend, 6)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = torch.tensor(PROMPTS)
+    with torch.inference_mode():
+        for _ in range(6):
+            ids = torch.cat([ids, plain(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert [list(row) for row in zip(*steps, strict=True)] == ids[:, 5:].tolist()
+
+
+def test_length_is_forced_past_the_end_of_sequence_token(tiny_model: Path, tmp_path: Path) -> None:
+    """A checkpoint whose generation config ends at the very token that greedy decoding brings first."""
+    import json
+
+    with loaded(Cell(model=str(tiny_model))) as (backend, _):
+        first = steps_of(backend, 1)[0]
+    copy = tmp_path / "eager-to-stop"
+    shutil.copytree(tiny_model, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": first, "do_sample": True, "temperature": 5.0, "max_length": 7}))
+    with loaded(Cell(model=str(copy))) as (backend, _):
+        steps = steps_of(backend, 12)
+    assert len(steps) == 12
+    assert steps[0] == first
+
+
+def test_the_first_token_comes_after_exactly_one_forward_pass(tiny_model: Path) -> None:
+    with loaded(Cell(model=str(tiny_model))) as (backend, _):
+        events: list[str] = []
+        backend.model.register_forward_hook(lambda *_: events.append("forward"))
+        backend.generate(PROMPTS, 3, lambda _: events.append("token"))
+    assert events == ["forward", "token"] * 3
+
+
+def test_a_stop_check_that_hands_tokens_over_late_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop check that holds each token back by one step, as transformers' DeferredStopCheck does on Apple's devices."""
+    from transformers.generation import utils
+
+    class OneStepBehind(utils.StopCheck):
+        held: Any = None
+
+        def __call__(self, unfinished: Any, tokens: Any, length: int) -> bool:
+            streamer, self.streamer = self.streamer, None
+            stop = super().__call__(unfinished, tokens, length)
+            self.streamer = streamer
+            if self.held is not None:
+                streamer.put(self.held)
+            self.held = tokens.cpu()
+            return stop
+
+        def finish(self) -> int:
+            self.streamer.put(self.held)
+            return 0
+
+    monkeypatch.setattr(utils, "StopCheck", OneStepBehind)
+    with loaded(Cell(model=str(tiny_model))) as (backend, _), pytest.raises(NotRealised, match="after 2 forward passes, not 1"):
+        steps_of(backend, 4)
+
+
+@pytest.mark.parametrize(
+    ("quant", "dtype", "bits", "kernel", "method"),
+    [
+        ("none", "float32", 32.0, "Linear", "none"),
+        ("fp32", "float32", 32.0, "Linear", "none"),
+        ("fp16", "float16", 16.0, "Linear", "none"),
+        ("bf16", "bfloat16", 16.0, "Linear", "none"),
+        ("int8", "bfloat16", 8.2, "Linear8bitLt", "bitsandbytes"),
+        ("int4", "bfloat16", 4.5, "Linear4bit", "bitsandbytes"),
+        ("fp4", "bfloat16", 4.5, "Linear4bit", "bitsandbytes"),
+    ],
+)
+def test_what_is_loaded_is_what_was_asked(tiny_model: Path, quant: str, dtype: str, bits: float, kernel: str, method: str) -> None:
+    with loaded(Cell(model=str(tiny_model), quant=quant)) as (backend, info):
+        assert info.facts["model.dtype"] == dtype
+        assert info.facts["quant.bits_per_weight"] == pytest.approx(bits, abs=0.1)
+        assert str(info.facts["quant.kernel"]).startswith(kernel)
+        assert info.facts["quant.method"] == method
+        assert info.facts["model.parameters"] == 426_624
+        assert info.kv_bytes_per_token == 2 * 2 * 2 * 32 * getattr(torch, dtype).itemsize
+        assert finite(backend.model)
+        assert len(steps_of(backend, 4)) == 4
+
+
+def test_weight_bytes_are_counted_by_hand(tiny_model: Path) -> None:
+    embedding, head, norms = 512 * 128, 512 * 128, 5 * 128
+    linear = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
+    rotary = 2 * 16 * 4  # inverse frequencies and their copy, kept in fp32
+    with loaded(Cell(model=str(tiny_model), quant="bf16")) as (_, info):
+        assert info.weight_bytes == 2 * (embedding + head + norms + linear) + rotary
+        assert info.step_bytes == info.weight_bytes - 2 * embedding
+    with loaded(Cell(model=str(tiny_model), quant="int4")) as (_, info):
+        layers = 14
+        assert info.weight_bytes == 2 * (embedding + head + norms) + linear // 2 + linear // 64 * 4 + layers * 16 * 4 + rotary
+    with loaded(Cell(model=str(tiny_model), quant="int8")) as (_, info):
+        rows = 2 * (2 * 128 + 2 * 64 + 2 * 256 + 128)
+        assert info.weight_bytes == 2 * (embedding + head + norms) + linear + 4 * rows + rotary
+
+
+def test_a_dtype_that_was_not_realised_is_found(tiny_model: Path) -> None:
+    with loaded(Cell(model=str(tiny_model), quant="bf16")) as (backend, _):
+        backend.model.model.layers[0].mlp.float()
+        found = inspection.inspect_model(backend.model)
+    with pytest.raises(NotRealised, match="quant=bf16 was asked for"):
+        inspection.verify("bf16", "cpu", found)
+    with pytest.raises(NotRealised, match="quant=int8 was asked for, and the linear layers are"):
+        inspection.verify("int8", "cpu", found)
+    with pytest.raises(NotRealised, match="The model is on cpu, not on cuda:0"):
+        inspection.verify("bf16", "cuda:0", found)
+
+
+def test_attention_is_as_asked(tiny_model: Path) -> None:
+    with loaded(Cell(model=str(tiny_model), attention="eager")) as (_, info):
+        assert info.facts["model.attention"] == "eager"
+
+
+def test_parameters_that_stay_in_the_mapped_checkpoint_are_counted(tiny_model: Path) -> None:
+    with loaded(Cell(model=str(tiny_model), quant="none")) as (_, info):
+        assert 0.9 * info.weight_bytes <= info.mapped_weight_bytes <= info.weight_bytes
+    with loaded(Cell(model=str(tiny_model), quant="bf16")) as (_, info):
+        assert info.mapped_weight_bytes == 0
+
+
+def test_text_goes_through_the_models_own_tokenizer(tiny_model: Path) -> None:
+    with loaded(Cell(model=str(tiny_model))) as (backend, _):
+        assert backend.decode(backend.encode("héllo")) == "héllo"
+
+
+def test_random_checkpoint_is_seeded_written_once_and_loads_like_a_real_one(cache_folder: Path) -> None:
+    preset = models.find_preset("pythia-70m")
+    assert preset
+    folder = synthetic.write_checkpoint(preset, seed=3)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    content = (folder / "model.safetensors").read_bytes()
+    assert synthetic.write_checkpoint(preset, seed=3) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    shutil.rmtree(folder)
+    assert (synthetic.write_checkpoint(preset, seed=3) / "model.safetensors").read_bytes() == content
+    assert (synthetic.write_checkpoint(preset, seed=4) / "model.safetensors").read_bytes() != content
+    with loaded(Cell(model="pythia-70m", weights="random", seed=3)) as (backend, info):
+        assert info.facts["model.parameters"] == preset.parameters
+        assert info.facts["model.revision"] == "random-seed3"
+        assert finite(backend.model)
+    assert not list(cache_folder.glob("checkpoints/.*"))
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "opt-350m", "bloom-560m"])
+def test_random_checkpoints_of_odd_architectures_load_without_missing_weights(cache_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied heads, projected embeddings, ALiBi: cut to two layers so that it is quick."""
+    import dataclasses
+
+    from transformers import AutoModelForCausalLM
+
+    preset = models.find_preset(name)
+    assert preset
+    layers = "n_layer" if "n_layer" in preset.config else "num_hidden_layers"
+    config: dict[str, Any] = {**preset.config, layers: 2, "vocab_size": 2000}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:2]
+    small = dataclasses.replace(preset, name=f"{name}-small", config=config, parameters=10_000_000)
+    folder = synthetic.write_checkpoint(small, seed=0)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert finite(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": "opt-1.3"}, ModelError, r"Unknown model: opt-1\.3\. Did you mean opt-1\.3b"),
+        ({"model": "./nowhere"}, ModelError, r"There is no model folder \./nowhere"),
+        ({"model": "nowhere.gguf"}, ModelError, r"There is no file nowhere\.gguf"),
+        ({"model": "my/own", "weights": "random"}, ModelError, r"weights=random needs a preset, and my/own is none"),
+        ({"model": "opt-125m"}, ModelError, r"The Hub cannot be reached for facebook/opt-125m.*-P weights=random"),
+        ({"model": "some/model"}, ModelError, r"The Hub cannot be reached for some/model.*give a local folder"),
+    ],
+)
+def test_models_that_cannot_be_had(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        TransformersBackend.resolve(Cell(**settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_and_contradicting_files(tmp_path: Path, tiny_model: Path) -> None:
+    import json
+
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        TransformersBackend.resolve(Cell(model=str(tmp_path / "broken.gguf")))
+    with pytest.raises(UsageError, match="quant=int8 cannot be made from broken.gguf"):
+        TransformersBackend.resolve(Cell(model=str(tmp_path / "broken.gguf"), quant="int8"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="has no config.json"):
+        TransformersBackend.resolve(Cell(model=str(tmp_path / "empty")))
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="has no weights"):
+        TransformersBackend.resolve(Cell(model=str(tmp_path / "empty")))
+    copy = tmp_path / "quantized"
+    shutil.copytree(tiny_model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UsageError, match=r"which is quantized already \(gptq\)"):
+        TransformersBackend.resolve(Cell(model=str(copy), quant="int4"))
+    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
+    with pytest.raises(ModelError, match="trust_remote_code=true"):
+        TransformersBackend.resolve(Cell(model=str(copy)))
+
+
+def test_an_unreachable_hub_is_known_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts and never answers, the slowest kind of unreachable."""
+    import socket
+    import time
+
+    from huggingface_hub import constants
+
+    server = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="The Hub cannot be reached for facebook/opt-125m"):
+        TransformersBackend.resolve(Cell(model="opt-125m"))
+    assert time.monotonic() - started < 15
+    server.close()
