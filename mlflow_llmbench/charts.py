@@ -1,7 +1,7 @@
 """Charts as SVG and PNG, of one measured cell and of a sweep. The only user of matplotlib.
 
-Pure drawing: same input, same bytes. pyplot is not used; the style lives in an `rc_context` for the time of a call, so the
-settings of a calling notebook are neither read nor changed (rcParams are global: do not draw in two threads at once).
+Same input, same bytes. pyplot is not used; the style holds for the time of a call, in an `rc_context`, so a notebook's own
+settings are neither read nor changed (rcParams are global: do not draw in two threads at once).
 """
 
 from __future__ import annotations
@@ -30,34 +30,33 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Points = Sequence[tuple[Cell, Mapping[str, float]]]
+Panels = Sequence[tuple[str, str, str]]  # model or "" for all, metric, heading
 
 INK, GREY, LIGHT = "#22272e", "#6b7480", "#e3e6ea"
-BLUE, ORANGE, RED = "#2e6da4", "#d9820f", "#c0392b"
-OTHER = "#8c6d31"  # a quantization that `metrics.COLOURS` does not know
+BLUE, ORANGE, RED, BROWN = "#2e6da4", "#d9820f", "#c0392b", "#8c6d31"
 
 DESCRIBED = ("quant", "batch_size", "prompt_tokens", "output_tokens", "workload")  # settings that a subtitle names
 
 SWEEP_AXES = {
-    "throughput/output_tokens_per_s": ("throughput", "Throughput (output tokens/s)"),
-    "latency/ttft_ms_p50": ("ttft", "Time to first token (ms)"), "latency/itl_ms_p50": ("itl", "Inter-token latency (ms)"),
-    "memory/device_bytes_peak": ("memory", "Peak device memory (GB)"), "memory/host_needed_bytes_peak": ("memory", "Peak host memory (GB)"),
-    "memory/host_rss_bytes_peak": ("memory", "Peak resident memory (GB)"), "memory/weight_bytes": ("memory", "Memory of the weights (GB)"),
+    "throughput/output_tokens_per_s": ("throughput", "throughput", "output tokens/s"),
+    "latency/ttft_ms_p50": ("ttft", "time to first token", "ms"), "latency/itl_ms_p50": ("itl", "inter-token latency", "ms"),
+    "memory/device_bytes_peak": ("memory", "peak device memory", "GB"),
+    "memory/host_needed_bytes_peak": ("memory", "peak host memory", "GB"),
+    "memory/host_rss_bytes_peak": ("memory", "peak resident memory", "GB"), "memory/weight_bytes": ("memory", "weights", "GB"),
 }  # fmt: skip
-"""Metric → the sweep's chart that draws it, and the label of its axis. A chart draws the first of its metrics that any cell has."""
+"""Metric → the chart that draws it, what it is in words, the unit drawn. A chart draws the first of its metrics that any cell has."""
 
-WIDTH, HEIGHT, WIDEST = 9.0, 4.6, 24.0  # inches
-DPI = 144  # of the PNG
+WIDTH, HEIGHT, WIDEST, DPI = 9.0, 4.6, 24.0, 144  # inches, and dots per inch of the PNG
 CHARACTER = 0.6 / 72  # inches of width per character and point of font size, DejaVu Sans
 MOST_BINS = 400  # points of a line; a longer series is drawn by its bins
 
 STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "text.parse_math": False, "text.color": INK,
     "axes.labelcolor": INK, "axes.labelsize": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.edgecolor": GREY,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": LIGHT, "grid.linewidth": 0.8,
-    "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    "ytick.major.size": 0, "xtick.major.size": 3, "legend.frameon": False, "legend.fontsize": 9, "lines.solid_capstyle": "butt",
-    "svg.fonttype": "none", "svg.hashsalt": "mlflow-llmbench",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True, "axes.grid": True,
+    "axes.grid.axis": "y", "grid.color": LIGHT, "grid.linewidth": 0.8, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "xtick.labelsize": 9, "ytick.labelsize": 9, "ytick.major.size": 0, "xtick.major.size": 3,
+    "legend.frameon": False, "legend.fontsize": 9, "svg.fonttype": "none", "svg.hashsalt": "mlflow-llmbench",
 }  # fmt: skip
 
 
@@ -80,7 +79,7 @@ def draw_sweep(points: Points, folder: Path) -> list[Path]:
     any value is left out; fewer than two cells give none.
     """
     keys: dict[str, str] = {}  # chart → its metric
-    for key, (chart, _) in SWEEP_AXES.items():
+    for key, (chart, *_) in SWEEP_AXES.items():
         if any(metrics.get(key) for _, metrics in points):
             keys.setdefault(chart, key)
     if len({cell for cell, _ in points}) < 2 or not keys:
@@ -102,10 +101,9 @@ def _style() -> Iterator[None]:
 
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
-    figure.savefig(svg, metadata={"Date": None})
-    figure.savefig(png, dpi=DPI)
-    return [svg, png]
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(folder / f"{name}.png", dpi=DPI)
+    return [folder / f"{name}.svg", folder / f"{name}.png"]
 
 
 def _figure(
@@ -118,10 +116,10 @@ def _figure(
     header = 0.92 if legend else 0.64
     figure = Figure(figsize=inches)
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02, hspace=0.04)
-    for text, size, down, weight, colour in ((title, 13, 0.13, "bold", INK), (subtitle, 9, 0.41, "normal", GREY)):
-        most = int((width - 0.2) / (0.92 * CHARACTER * size))
-        text = text if len(text) <= most else text[: most - 1] + "…"
-        figure.text(0.12 / width, 1 - down / height, text, va="top", size=size, weight=weight, color=colour)
+    for text, size, wide, down, weight, colour in ((title, 13, 1.1, 0.13, "bold", INK), (subtitle, 9, 0.85, 0.41, "normal", GREY)):
+        most = int((width - 0.2) / (wide * CHARACTER * size))
+        short = text if len(text) <= most else text[: most - 1] + "…"
+        figure.text(0.12 / width, 1 - down / height, short, va="top", size=size, weight=weight, color=colour)
     return figure, list(figure.subplots(*grid, squeeze=False).flat)
 
 
@@ -129,13 +127,13 @@ def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
     """One row of entries under the subtitle, outside the axes, where nothing is hidden by it."""
     place = (0.12 / figure.get_figwidth(), 1 - 0.62 / figure.get_figheight())
     form = {"borderaxespad": 0.0, "borderpad": 0.1, "handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.4}
-    legend = figure.legend(handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form)
-    legend.set_in_layout(False)
+    figure.legend(handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form).set_in_layout(False)
 
 
 def _name(model: object) -> str:
-    """Give the last part of a model's name or path, with characters that our font lacks replaced."""
-    return re.sub(r"[^\x20-\x7e\xa0-\u052f]", "?", str(model).rstrip("/").rsplit("/", 1)[-1])
+    """Give the last part of a name or path, at most 40 characters, and ? for those that our font lacks."""
+    name = re.sub(r"[^\x20-\x7e\xa0-\u052f]", "?", str(model).rstrip("/").rsplit("/", 1)[-1])
+    return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 def _number(value: float) -> str:
@@ -147,7 +145,7 @@ def _number(value: float) -> str:
 def _describe(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
     """Say the settings in words: `quantization int8 · batch size 4 · 128 prompt tokens`."""
     words = {
-        "quant": f"quantization {cell.quant}", "batch_size": f"batch size {cell.batch_size}", "workload": f"workload {_name(cell.workload)}",
+        "quant": f"quantization {cell.quant}", "batch_size": f"batch size {cell.batch_size}", "workload": f"{_name(cell.workload)} prompts",
         "prompt_tokens": f"{cell.prompt_tokens or 'auto'} prompt tokens", "output_tokens": f"{cell.output_tokens} output tokens",
     }  # fmt: skip
     return " · ".join(words[name] for name in names)
@@ -169,9 +167,8 @@ def _gaps(request: RequestRecord) -> Array:
 
 def _limits(low: float, high: float) -> tuple[float, float]:
     """Limits around the data with air; at least ±15 % of the level, so that harmless jitter looks harmless."""
-    middle = (low + high) / 2
-    half = max((high - low) / 2 * 1.12, 0.15 * middle, 1e-6)
-    return max(0.0, middle - half), middle + half
+    half = max(0.56 * (high - low), 0.075 * (high + low), 1e-6)
+    return max(0.0, (low + high) / 2 - half), (low + high) / 2 + half
 
 
 def _itl_figure(result: RunResult) -> Figure | None:
@@ -190,16 +187,14 @@ def _itl_figure(result: RunResult) -> Figure | None:
     figure, (axes,) = _figure(f"{_name(result.cell.model)} · inter-token latency by token", subtitle)
     axes.plot(tokens, medians, color=BLUE, linewidth=1.5, label="median", marker="o" if longest < 3 else "")
     if len(gaps) > 1:
-        label = "10–90 %" if len(gaps) >= 10 else "lowest to highest"
         band = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
-        axes.fill_between(tokens, *band, color=BLUE, alpha=0.2, linewidth=0, label=label)
-    top = min(float(high.max()), 1.5 * float(np.percentile(high, 98)))
-    axes.set_ylim(*_limits(float(low.min()), top))
-    if high.max() > axes.get_ylim()[1]:
-        note = f"beyond the axis: {_number(float(high.max()))} ms at token {int(high.argmax()) + 2}"
+        axes.fill_between(tokens, *band, color=BLUE, alpha=0.2, linewidth=0, label="10–90 %" if len(gaps) >= 10 else "lowest to highest")
+    axes.set_ylim(*_limits(float(low.min()), min(float(high.max()), 1.5 * float(np.percentile(high, 98)))))
+    if (top := float(high.max())) > axes.get_ylim()[1]:
+        note = f"beyond the axis: {_number(top)} ms at token {int(high.argmax()) + 2}"
         axes.text(0.995, 0.985, note, transform=axes.transAxes, ha="right", va="top", size=9, color=GREY)
     axes.set(xlabel="Token index", ylabel="Inter-token latency (ms)")
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_xlim(2 - max(0.5, 0.02 * longest), longest + 1 + max(0.5, 0.02 * longest))
     _put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
@@ -212,8 +207,8 @@ def _latency_figure(result: RunResult) -> Figure | None:
         return None
     values = np.concatenate([_gaps(request) for request in requests])
     weights = np.concatenate([np.full(request.output_tokens - 1, request.rows) for request in requests])
-    title, grid = f"{_name(result.cell.model)} · latency distribution", (1, 2 if len(values) else 1)
-    figure, panels = _figure(title, _describe(result.cell), grid=grid, legend=False)
+    title = f"{_name(result.cell.model)} · latency distribution"
+    figure, panels = _figure(title, _describe(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
     if len(values):
         _draw_distribution(panels[0], values, weights)
     ttft = np.array([(request.stamps_ns[0] - request.t0_ns) / 1e6 for request in requests])
@@ -226,7 +221,7 @@ def _latency_figure(result: RunResult) -> Figure | None:
     axes.text(1.02, median, f"median\n{_number(median)} ms", transform=axes.get_yaxis_transform(), va="center", size=9)
     axes.set_ylim(*_limits(float(ttft.min()), float(ttft.max())))
     axes.set_xlim(0.4, len(groups) + 0.6)
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set(title=f"Time to first token · {_count(result, len(ttft))}", xlabel="Repetition", ylabel="Time to first token (ms)")
     return figure
 
@@ -246,7 +241,7 @@ def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None
     axes.plot(at(shares), shares, color=BLUE, linewidth=1.5)
     low, high = float(values[0]), min(float(values[-1]), float(2 * at(99) - values[0]))
     space = max(high - low, 0.02 * high)
-    for q in (q for q in (50, 90, 99) if supports(len(values), q)):
+    for q in filter(lambda q: supports(len(values), q), (50, 90, 99)):
         axes.plot([at(q)], [q], "o", color=ORANGE, markersize=5, zorder=3)
         axes.annotate(f"p{q}  {_number(at(q))} ms", (at(q), q), (6, -4), textcoords="offset points", va="top", size=9)
     axes.set_xlim(low - 0.06 * space, high + 0.45 * space)
@@ -266,8 +261,10 @@ def _memory_figure(result: RunResult) -> Figure | None:
     figure, (axes,) = _figure(f"{_name(result.cell.model)} · memory over time", _describe(result.cell), (WIDTH, HEIGHT + 0.4))
     for label, name, colour in (("host resident", "rss", BLUE), ("host anonymous", "anonymous", ORANGE), ("device", "device", RED)):
         samples = [((s.t_ns - start) / 1e9, getattr(s, name) / 1e9) for s in result.timeline if getattr(s, name) is not None]
-        if samples:  # matplotlib leaves out the points that a long line does not need
-            axes.plot(*np.array(samples).T, color=colour, linewidth=1.4, label=label)
+        if samples:
+            parts = np.array_split(np.array(samples), min(MOST_BINS, len(samples)))  # the extremes of each, so that peaks stay
+            kept = np.concatenate([part[sorted({part[:, 1].argmin(), part[:, 1].argmax()})] for part in parts])
+            axes.plot(*kept.T, color=colour, linewidth=1.4, label=label)
     resident = ("resident at stage", result.memory.host_rss, BLUE, BLUE)
     for label, readings, face, edge in (resident, ("needed at stage", result.memory.host_needed, "white", ORANGE)):
         dots = [(t, readings[stage] / 1e9) for stage, t in marks.items() if stage in readings]
@@ -316,7 +313,7 @@ def _arrange(points: Points, one_panel: bool) -> Grid:
     for name in names:  # numbers by size, None last; words as they came
         seen[name].sort(key=lambda value: (value is None, 0 if value is None or isinstance(value, str) else value))
     placed = {(cell.model if split else "", tuple(getattr(cell, name) for name in names), cell.quant): metrics for cell, metrics in points}
-    groups = sorted({group for _, group, _ in placed}, key=lambda group: [seen[name].index(v) for name, v in zip(names, group, strict=True)])
+    groups = sorted({g for _, g, _ in placed}, key=lambda g: [seen[name].index(value) for name, value in zip(names, g, strict=True)])
     quants = [quant for quant in (*COLOURS, *sorted(set(seen["quant"]) - set(COLOURS))) if quant in seen["quant"]]
     return Grid(seen["model"] if split else [""], names, groups, quants, placed)
 
@@ -326,46 +323,40 @@ def _sweep_figure(points: Points, key: str) -> Figure:
     grid = _arrange(points, one_panel=False)
     notes = [f"{KEYS[key].better} is better", "median" if key.endswith("_p50") else ""]
     notes.append("line: 95 % interval" if any(f"{key}_ci_low" in metrics for _, metrics in points) else "")
-    figure = _bars_figure(points, grid, _what(key), notes, [(panel, key, _name(panel)) for panel in grid.panels], 3, WIDTH)
+    figure = _bars_figure(points, grid, SWEEP_AXES[key][1], notes, [(panel, key, _name(panel)) for panel in grid.panels], 3, WIDTH)
     tops = [axes.get_ylim()[1] for axes in figure.axes]
-    if max(tops) < 8 * min(tops):
-        for axes in figure.axes:
-            axes.set_ylim(0, max(tops))
+    for axes in figure.axes if max(tops) < 8 * min(tops) else ():
+        axes.set_ylim(0, max(tops))
     return figure
 
 
 def _overview_figure(points: Points, keys: Iterable[str]) -> Figure:
     """All metrics of a sweep in one picture with one legend; models are groups along x."""
-    drawn = [("", key, f"{_what(key).capitalize()} · {KEYS[key].better} is better") for key in keys]
+    drawn = [("", key, f"{SWEEP_AXES[key][1].capitalize()} · {KEYS[key].better} is better") for key in keys]
     return _bars_figure(points, _arrange(points, one_panel=True), "overview", [], drawn, 2, 11.0)
 
 
-def _what(key: str) -> str:
-    return SWEEP_AXES[key][1].split(" (")[0].lower()
-
-
-def _bars_figure(
-    points: Points, grid: Grid, what: str, notes: Sequence[str], drawn: Sequence[tuple[str, str, str]], most_columns: int, width: float
-) -> Figure:
-    """Panels of bars, each with its model (or ""), metric and heading. Fewer columns, then a wider picture, where bars get thin."""
+def _bars_figure(points: Points, grid: Grid, topic: str, notes: Sequence[str], drawn: Panels, most: int, width: float) -> Figure:
+    """Panels of bars, each with its model (or ""), metric and heading. At most `most` columns; fewer where bars get thin."""
     from matplotlib.patches import Patch
 
     need = 0.8 + 0.14 * len(grid.groups) * (len(grid.quants) + 1)
-    columns = next((c for c in range(min(most_columns, len(drawn)), 1, -1) if c * need <= 1.1 * width), 1)
+    columns = next((c for c in range(min(most, len(drawn)), 1, -1) if c * need <= 1.1 * width), 1)
     rows, width = -(-len(drawn) // columns), min(max(width, columns * need), WIDEST)
     cells = [cell for cell, _ in points]
     models = list(dict.fromkeys(_name(cell.model) for cell in cells))
-    title = f"{', '.join(models) if len(models) <= 2 else f'{len(models)} models'} · {what}"
+    title = f"{', '.join(models) if len(models) < 3 else f'{len(models)} models'} · {topic}"
     constant = _describe(cells[0], [name for name in DESCRIBED if len({getattr(cell, name) for cell in cells}) == 1])
     quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []  # else named by the ticks or the subtitle
-    legend = [Patch(facecolor=COLOURS.get(quant, OTHER), label=quant) for quant in quants]
+    legend = [Patch(facecolor=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
     if any(key.endswith("_peak") for _, key, _ in drawn) and any(metrics.get("memory/weight_bytes") for _, metrics in points):
         legend.append(Patch(facecolor="#00000040", label="shaded: weights"))
     size = width, HEIGHT if rows == 1 else 1 + 3 * rows
     figure, panels = _figure(title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend))
-    for axes, (panel, key, heading) in zip(panels, drawn, strict=False):
+    for number, (axes, (panel, key, heading)) in enumerate(zip(panels, drawn, strict=False)):
         _draw_bars(axes, grid, panel, key, width / columns - 0.8)
-        axes.set(title=heading, ylabel=SWEEP_AXES[key][1])
+        _, what, unit = SWEEP_AXES[key]
+        axes.set(title=heading, ylabel="" if panel and number % columns else f"{what.capitalize()} ({unit})")
     for axes in panels[len(drawn) :]:
         axes.remove()
     if legend:
@@ -386,7 +377,7 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
         if (value := metrics.get(key)) is None:
             labels.append((x, 0.0, "–"))
             continue
-        axes.bar(x, value * scale, 0.92 * pitch, color=COLOURS.get(quant, OTHER))
+        axes.bar(x, value * scale, 0.92 * pitch, color=COLOURS.get(quant, BROWN))
         if key.endswith("_peak") and "memory/weight_bytes" in metrics:
             axes.bar(x, metrics["memory/weight_bytes"] * scale, 0.92 * pitch, color="black", alpha=0.25)
         low, high = metrics.get(f"{key}_ci_low", value), metrics.get(f"{key}_ci_high", value)
@@ -404,6 +395,6 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
     if len(grid.groups) == 1 and count > 1:
         axes.set(xticks=list(places.values()), xticklabels=[quant for _, quant in places], xlabel="Quantization")
         return
-    most = max(6, int(inches / span / (9.5 * CHARACTER)))
+    most = max(6, int(inches / span / (8.3 * CHARACTER)))
     texts = ["\n".join("auto" if value is None else textwrap.fill(_name(value), most) for value in group) for group in grid.groups]
     axes.set(xticks=range(len(texts)), xticklabels=texts, xlabel=" · ".join(grid.names).replace("_", " ").capitalize())

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import __version__
 from .errors import LlmbenchError, UsageError
-from .spec import PARAMETERS, default_text, read_yaml
+from .spec import PARAMETERS, default_text, parse, read_yaml
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,11 +64,13 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(given: argparse.Namespace) -> int:
+    parameters: dict[str, object] = read_yaml(given.config) if given.config else {}
+    parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name)) is not None}
+    parse(parameters)  # before anything slow is imported
+
     from . import sweep
     from .progress import Progress
 
-    parameters: dict[str, object] = read_yaml(given.config) if given.config else {}
-    parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name)) is not None}
     result = sweep.run(tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters)
     print(result.table())
     print(f"\nResults: {result.folder}")

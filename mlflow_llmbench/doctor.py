@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +56,11 @@ import json, torch
 seen = torch.cuda.is_available()
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if seen else []
 print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda, "cuda": seen, "devices": devices}))
+"""
+
+ASK_HUB = """
+import sys, huggingface_hub
+print(huggingface_hub.get_session().head(sys.argv[1], timeout=float(sys.argv[2])).status_code)
 """
 
 
@@ -119,11 +123,11 @@ def _mark(size: Mapping[str, Any]) -> str:
 def _legend(available_bytes: int | None, device_bytes: int | None) -> list[str]:
     host = "" if available_bytes is None else f"{available_bytes / 1e9:.1f} GB free here"
     if device_bytes is not None:
-        cpu = f" · cpu: only in {host}, with device=cpu" if host else ""
-        fits = f"no mark: fits in {device_bytes / 1e9:.1f} GB of device memory{cpu} · no: does not fit"
+        cpu = f" cpu: only in {host}, with device=cpu." if host else ""
+        fits = f"No mark: fits in {device_bytes / 1e9:.1f} GB of device memory.{cpu} no: does not fit."
     else:
-        fits = f"no mark: fits in {host} · no: does not" if host else "how much memory is free here is not known"
-    return [f"Estimated peak in GB, loading included, at batch 1 with 128 + 128 tokens · {fits}", "none = as published, fp16 or bf16"]
+        fits = f"No mark: fits in {host}. no: does not fit." if host else "How much memory is free here is not known."
+    return ["Estimated peak memory in GB, loading included, at batch 1 with 128 + 128 tokens; none = as published, fp16 or bf16.", fits]
 
 
 # Machine and environment
@@ -325,56 +329,49 @@ def hub_item(endpoint: str | None = None, seconds: float = HUB_S) -> Item:
             return Item("Software", "Hugging Face Hub", "limited", f"not asked: {variable} is set", advice)
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     host = urlsplit(address).hostname or "the given address"
-    answers: list[int | Exception] = []
-
-    def ask() -> None:
-        try:
-            import huggingface_hub
-
-            answers.append(huggingface_hub.get_session().head(address, timeout=seconds).status_code)
-        except Exception as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name lookup has no time limit of its own
-    thread.start()
-    thread.join(seconds)
-    answer = answers[0] if answers else TimeoutError(f"no answer within {seconds:g} s")
-    if isinstance(answer, int) and (answer < 400 or answer in (404, 405)):  # a mirror need not have a front page
+    answer, problem = _ask([sys.executable, "-c", ASK_HUB, address, str(seconds)], seconds)
+    code = int(answer) if answer else 0
+    if 0 < code < 400 or code in (404, 405):  # a mirror need not have a front page
         return Item("Software", "Hugging Face Hub", "ok", f"{host} answers")
-    found = f"{host} answers with HTTP {answer}" if isinstance(answer, int) else f"{host} cannot be reached: {first_line(answer)}"
+    found = f"{host} answers with HTTP {code}" if code else f"{host} cannot be reached: {problem}"
     advice = "Check the network or the proxy (HTTPS_PROXY). Local folders, cached models and -P weights=random work without it."
     return Item("Software", "Hugging Face Hub", "limited", found, advice)
 
 
 def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), seconds: float = TORCH_S) -> Item:
     """What torch says of CUDA, beside the `gpus` that the driver shows. It is imported in a process of its own (`command`)."""
-    name = "torch runs"
-    try:
-        done = subprocess.run(
-            command or [sys.executable, "-c", ASK_TORCH], stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        advice = "Try `python -c 'import torch'`: the disk may be slow, or the driver may not answer."
-        return Item("Software", name, "limited", f"no answer within {seconds:g} s", advice, needed=True)
-    if done.returncode != 0:
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
-        return Item("Software", name, "missing", last, "Run: pip install --force-reinstall 'torch>=2.6'", needed=True)
-    data = json.loads(done.stdout.decode(errors="replace").strip().splitlines()[-1])
+    answer, problem = _ask(command or [sys.executable, "-c", ASK_TORCH], seconds)
+    if not answer:
+        again = "Try `python -c 'import torch'`; to install it again, run: pip install --force-reinstall 'torch>=2.6'"
+        return Item("Software", "torch runs", "missing", problem, again, needed=True)
+    data = json.loads(answer)
     data["device"] = "cuda" if data["cuda"] and gpus else "cpu"
+    advice = None
     if data["cuda"]:
-        advice = None if gpus else "device=cuda also needs the driver's answer through NVML. Run: pip install nvidia-ml-py"
-        return Item(
-            "Software", name, "ok" if gpus else "limited", f"CUDA {data['built_for']} works: {', '.join(data['devices'])}", advice, True, data
-        )
-    if not gpus:
-        return Item("Software", name, "ok", "on the CPU", needed=True, data=data)
-    if data["built_for"] is None:
+        found = f"CUDA {data['built_for']} works: {', '.join(data['devices'])}"
+        if not gpus:
+            advice = "device=cuda also needs the driver's answer through NVML. Run: pip install nvidia-ml-py"
+    elif not gpus:
+        found = "on the CPU"
+    elif data["built_for"] is None:
+        found = f"on the CPU only: {data['version']} is a build without CUDA, and there is a GPU"
         advice = "Install a build for CUDA: https://pytorch.org/get-started/locally"
-        return Item("Software", name, "limited", f"{data['version']} is a build for the CPU, and there is a GPU", advice, True, data)
-    advice = (
-        f"The driver may be too old for CUDA {data['built_for']}, or CUDA_VISIBLE_DEVICES hides the GPU. Update the driver or install an older build."
-    )
-    return Item("Software", name, "limited", "torch does not see the GPU that the driver shows", advice, True, data)
+    else:
+        found = f"on the CPU only: CUDA {data['built_for']} does not start on the GPU that the driver shows"
+        advice = "Update the driver, or install a build for an older CUDA; CUDA_VISIBLE_DEVICES may hide the GPU too."
+    return Item("Software", "torch runs", "limited" if advice else "ok", found, advice, needed=True, data=data)
+
+
+def _ask(command: Sequence[str], seconds: float) -> tuple[str, str]:
+    """The last line that a process prints, or an empty text and why there is none: its last line of error, or the time that passed."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return "", f"no answer within {seconds:g} s"
+    out, err = (stream.decode(errors="replace").strip().splitlines() for stream in (done.stdout, done.stderr))
+    if done.returncode == 0 and out:
+        return out[-1], ""
+    return "", err[-1][:200] if err else f"it ended with code {done.returncode}"
 
 
 def backend_items() -> Iterator[Item]:

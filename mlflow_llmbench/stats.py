@@ -63,15 +63,19 @@ def coefficient_of_variation(values: Sequence[float]) -> float | None:
     return stdev(values) / abs(fmean(values))
 
 
-def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0 … 100) with linear interpolation, as numpy's default (Hyndman & Fan 1996, type 7)."""
+def percentile(values: Sequence[float], q: float, repeat: int = 1) -> float:
+    """The q-th percentile (0 … 100) with linear interpolation, as numpy's default (Hyndman & Fan 1996, type 7).
+
+    With `repeat` each value counts that often, as rows of one batch share a stamp; they are not written out, there can be 10⁹.
+    """
     if not values:
         raise ValueError("no values")
     order = sorted(values)
-    position = q / 100 * (len(order) - 1)
+    last = len(order) * repeat - 1
+    position = q / 100 * last
     below = math.floor(position)
-    above = min(below + 1, len(order) - 1)
-    return order[below] + (order[above] - order[below]) * (position - below)
+    low, high = order[below // repeat], order[min(below + 1, last) // repeat]
+    return low + (high - low) * (position - below)
 
 
 def supports(n: int, q: int) -> bool:

@@ -94,21 +94,24 @@ def _memory(result: RunResult) -> dict[str, float | None]:
 
 
 def _latency(all_requests: Sequence[RequestRecord]) -> dict[str, float | None]:
-    """Pooled over repetitions and rows, as `samples.csv.gz` has them; support counts distinct stamps."""
+    """Pooled over repetitions and rows, as `samples.csv.gz` has them; support counts distinct stamps.
+
+    All requests of a cell have the same number of rows, so rows change no mean, and percentiles hardly.
+    """
+    rows = all_requests[0].rows
     pools = {
-        "ttft_ms": [(ttft_ms(r), r.rows) for r in all_requests],
-        "itl_ms": [(gap, r.rows) for r in all_requests for gap in gaps_ms(r)],
-        "tpot_ms": [(value, r.rows) for r in all_requests if (value := tpot_ms(r)) is not None],
-        "e2e_ms": [(e2e_ms(r), r.rows) for r in all_requests],
+        "ttft_ms": [ttft_ms(r) for r in all_requests],
+        "itl_ms": [gap for r in all_requests for gap in gaps_ms(r)],
+        "tpot_ms": [value for r in all_requests if (value := tpot_ms(r)) is not None],
+        "e2e_ms": [e2e_ms(r) for r in all_requests],
     }
     wanted = {"ttft_ms": (50, 90, 95, 99), "itl_ms": (50, 90, 95, 99), "tpot_ms": (50, 95), "e2e_ms": (50, 95, 99)}
     found: dict[str, float | None] = {}
     for name, pool in pools.items():
         if not pool:
             continue
-        values = [value for value, rows in pool for _ in range(rows)]
-        found[f"latency/{name}_mean"] = fmean(values)
-        found |= {f"latency/{name}_p{q}": percentile(values, q) for q in wanted[name] if supports(len(pool), q)}
+        found[f"latency/{name}_mean"] = fmean(pool)
+        found |= {f"latency/{name}_p{q}": percentile(pool, q, rows) for q in wanted[name] if supports(len(pool), q)}
     return found
 
 

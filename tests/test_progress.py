@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.progress import STAGES, WRITES_PER_S, Progress, duration, rough_duration
+from mlflow_llmbench.records import Cell
+from mlflow_llmbench.supervise import run_worker
 
 STARTED: list[dict[str, Any]] = [{"event": "stage", "stage": "starting"}, {"event": "peaks", "peaks": {}}, {"event": "stage", "stage": "baseline"}]
 LOADING = {"event": "stage", "stage": "loading"}
@@ -360,6 +363,38 @@ def test_a_stream_that_breaks_ends_the_display_and_nothing_else(tmp_path: Path) 
     closed.close()
     progress.note("a")
     progress.cell(1, "a")
+
+
+@pytest.mark.parametrize("fault", ["", "+fail=oom+above_batch=1"])
+def test_a_real_worker(fault: str, tmp_path: Path) -> None:
+    cells = [Cell(model=f"fake:ttft_ms=1{fault}", backend="fake", batch_size=b, output_tokens=4, warmup=2, repetitions=3) for b in (2, 1)]
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, clock)
+    progress.start(2)
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "cell":
+            progress.cell(2 - event["number"], f"b{cells[event['number']].batch_size}")
+        progress.event(event)
+        clock.now += 1
+
+    progress.cell(2, "b2")
+    folders = [tmp_path / str(number) for number in range(2)]
+    run_worker("measure", cells, FakeBackend.resolve(cells[0]), folders, tmp_path / "worker.log", tell)
+    progress.finish()
+    lines = stream.getvalue().splitlines()
+    assert lines[:3] == ["cell 1/2: b2", "cell 1/2: starting", "cell 1/2: loading"]
+    assert lines[3].startswith("cell 1/2: loaded in 0.")
+    if fault:
+        assert lines[4] == "cell 1/2: warming up"
+        assert lines[5].startswith("cell 1/2: b2 failed: ")
+        assert len(lines) == 6
+    else:
+        # one second an event: 7 of the worker, 2 warm-ups, 3 repetitions, the stage peak; then measured, cell, 2, 3, peak
+        assert lines[4:] == [
+            "cell 1/2: warming up", "cell 1/2: measuring", "cell 1/2: measured in 13 s, about 15 s left",
+            "cell 2/2: b1", "cell 2/2: warming up", "cell 2/2: measuring", "cell 2/2: measured in 8.0 s",
+        ]  # fmt: skip
 
 
 def test_the_stages_are_those_of_worker_and_sweep() -> None:

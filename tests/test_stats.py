@@ -42,6 +42,12 @@ def test_percentile_is_numpys(values: list[float], q: float) -> None:
     assert stats.percentile(values, q) == pytest.approx(float(np.percentile(values, q)), rel=1e-9, abs=1e-6)
 
 
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0, 100), st.integers(1, 7))
+def test_repeated_values_count_as_often_as_if_written_out(values: list[float], q: float, repeat: int) -> None:
+    written = [value for value in values for _ in range(repeat)]
+    assert stats.percentile(values, q, repeat) == pytest.approx(stats.percentile(written, q), rel=1e-9, abs=1e-6)
+
+
 def test_percentile_of_a_published_example() -> None:
     """The 12 gauge values of the NIST/SEMATECH e-Handbook 7.2.6.2: its own definition (type 6) gives 95.1981, type 7 gives 95.19568."""
     values = [95.1772, 95.1567, 95.1937, 95.1959, 95.1442, 95.0610, 95.1591, 95.1195, 95.1065, 95.0925, 95.1990, 95.1682]

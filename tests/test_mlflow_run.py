@@ -1,0 +1,57 @@
+"""The project through the real `mlflow run`, as the README shows it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def mlflow_run(store_uri: str, folder: Path, **parameters: str) -> subprocess.CompletedProcess[str]:
+    given = [part for name, value in parameters.items() for part in ("-P", f"{name}={value}")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store_uri}
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", "-P", f"output_dir={folder}/results", *given]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_single_configuration_is_the_projects_own_run(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
+    done = mlflow_run(store_uri, tmp_path, model=str(tiny_model), quant="int8", prompt_tokens="8", output_tokens="4", warmup="1", repetitions="5")
+    assert done.returncode == 0, done.stderr[-2000:]
+    client = MlflowClient(store_uri)
+    [found] = client.search_runs(["0"])
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["mlflow.source.type"] == "PROJECT"
+    assert found.data.params["quant"] == "int8"
+    assert found.data.params["quant.method"] == "bitsandbytes"
+    assert found.data.metrics["latency/ttft_ms_mean"] > 0
+    assert "Traceback" not in done.stderr
+
+
+def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
+    done = mlflow_run(store_uri, tmp_path, model=str(tiny_model), quant="fp32,bf16", prompt_tokens="8", output_tokens="4", warmup="1", repetitions="5")
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = MlflowClient(store_uri).search_runs(["0"])
+    [parent] = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = [r for r in runs if r is not parent]
+    assert sorted(r.info.run_name for r in children) == ["quant=bf16", "quant=fp32"]
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    assert parent.data.params["quant"] == "fp32,bf16"
+    heading = next(line for line in done.stdout.splitlines() if line.startswith("quant"))
+    assert "tokens/s" in heading
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [("quant", "int44", "Did you mean int4?"), ("batch_size", "abc", "batch_size is not a whole number: abc")])
+def test_a_bad_parameter_fails_the_run_with_one_line(store_uri: str, tmp_path: Path, name: str, value: str, message: str) -> None:
+    done = mlflow_run(store_uri, tmp_path, **{name: value})
+    assert done.returncode == 1
+    assert message in done.stderr
+    [found] = MlflowClient(store_uri).search_runs(["0"])
+    assert found.info.status == "FAILED"
