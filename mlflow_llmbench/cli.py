@@ -19,6 +19,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of our form: one line, what is wrong and what to do, exit code 2."""
 
     def error(self, message: str) -> Any:
+        """Raise instead of printing the usage."""
         raise UsageError(f"{message[:1].upper()}{message[1:]}. See `{self.prog} --help`.")
 
 
@@ -27,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="llmbench", description="Honest benchmarks of quantized language models, each one an MLflow run.")
     parser.add_argument("--version", action="version", version=f"llmbench {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    run = commands.add_parser("run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell.")
+    run = commands.add_parser(
+        "run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell."
+    )
     for name, declared in PARAMETERS.items():
         mark = " †" if declared.metadata["sweep"] else ""
         flag: dict[str, Any] = {"nargs": "?", "const": "true"} if declared.metadata["kind"] == "flag" else {}
@@ -38,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     run.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
-        commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument("--json", action="store_true", help="as one JSON object")
+        commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument(
+            "--json", action="store_true", help="as one JSON object"
+        )
     return parser
 
 
@@ -99,7 +104,12 @@ def _as_json(result: Any) -> Mapping[str, Any]:
         }
         for run_id, row in zip(result.run_ids, result.rows, strict=True)
     ]
-    where = {"parent_run_id": result.parent_id, "tracking_uri": result.tracking_uri, "experiment_id": result.experiment_id, "folder": str(result.folder)}
+    where = {
+        "parent_run_id": result.parent_id,
+        "tracking_uri": result.tracking_uri,
+        "experiment_id": result.experiment_id,
+        "folder": str(result.folder),
+    }
     return {"outcome": result.outcome, **where, "runs": runs}
 
 

@@ -1,11 +1,11 @@
 """The journal: append-only raw records on disk, written before MLflow hears of anything. The only reader and writer of this format.
 
-    <output_dir>/<sweep_id>/sweep.json               what was asked
-    <output_dir>/<sweep_id>/<config_hash>/
-        cell.json            the cell, the model's facts, hashes
-        events.jsonl         one line per event: warm-ups, repetitions with all stamps, stages; flushed to the disk one by one
-        result.json          everything, once the cell is complete
-        worker.log           what libraries printed
+<output_dir>/<sweep_id>/sweep.json               what was asked
+<output_dir>/<sweep_id>/<config_hash>/
+    cell.json            the cell, the model's facts, hashes
+    events.jsonl         one line per event: warm-ups, repetitions with all stamps, stages; flushed to the disk one by one
+    result.json          everything, once the cell is complete
+    worker.log           what libraries printed
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def require_device(device: str) -> str:
         return "cuda" if count else "cpu"
     if device.startswith("cuda"):
         if not count:
-            raise MissingError(f"There is no CUDA device for device={device}: no NVIDIA driver or GPU answers. Use device=cpu, or see `llmbench doctor`.")
+            raise MissingError(
+                f"There is no CUDA device for device={device}: no NVIDIA driver or GPU answers. Use device=cpu, or see `llmbench doctor`."
+            )
         index = int(device.partition(":")[2] or 0)
         if index >= count:
             raise MissingError(f"There is no device {device}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}.")

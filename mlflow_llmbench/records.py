@@ -36,10 +36,14 @@ class Cell:
     backend: str = parameter("transformers", "what runs the model", kind="backend")
     quant: str = parameter("none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4", kind="quant", sweep=True)
     batch_size: int = parameter(1, "rows in one forward pass", kind="count", sweep=True, high=4096)
-    prompt_tokens: int | None = parameter(128, "exact prompt length in tokens; auto = as the workload gives it", kind="count", sweep=True, unset="auto", high=1_000_000)
+    prompt_tokens: int | None = parameter(
+        128, "exact prompt length in tokens; auto = as the workload gives it", kind="count", sweep=True, unset="auto", high=1_000_000
+    )
     output_tokens: int = parameter(128, "exact number of generated tokens per row", kind="count", sweep=True, high=1_000_000)
     workload: str = parameter("synthetic", "synthetic (seeded ids), a bundled prompt set, or a JSONL file", kind="workload", sweep=True)
-    warmup: int | None = parameter(None, "discarded runs: auto (at least 3, until steady) or a number", kind="count", unset="auto", low=0, high=10_000)
+    warmup: int | None = parameter(
+        None, "discarded runs: auto (at least 3, until steady) or a number", kind="count", unset="auto", low=0, high=10_000
+    )
     repetitions: int | None = parameter(
         None, "timed runs: auto (at least 5, until the interval is narrow) or a number", kind="count", unset="auto", high=1_000_000
     )
@@ -49,7 +53,9 @@ class Cell:
     )
     processes: int = parameter(1, "fresh worker processes per cell", kind="count", high=1000)
     device: str = parameter("auto", "auto, cpu, cuda or cuda:N", kind="device")
-    threads: int | None = parameter(None, "CPU threads of the worker; auto = physical cores it may use", kind="count", sweep=True, unset="auto", high=4096)
+    threads: int | None = parameter(
+        None, "CPU threads of the worker; auto = physical cores it may use", kind="count", sweep=True, unset="auto", high=4096
+    )
     attention: str = parameter("auto", "auto, eager, sdpa, flash_attention_2, … as the library names them", kind="attention", sweep=True)
     decode: str = parameter("generate", "decode path of the local backend", kind="decode", sweep=True)
     seed: int = parameter(0, "prompts, random weights, arrival schedule", kind="count", low=0, high=2**31 - 1)

@@ -165,7 +165,11 @@ def _repetitions_table(result: RunResult) -> str:
 
 def _environment_table(result: RunResult) -> str:
     environment = result.environment
-    rows = [["CPU", environment.get("cpu", {}).get("name", "")], ["Python", environment.get("python", "")], ["OS", environment.get("os", {}).get("release", "")]]
+    rows = [
+        ["CPU", environment.get("cpu", {}).get("name", "")],
+        ["Python", environment.get("python", "")],
+        ["OS", environment.get("os", {}).get("release", "")],
+    ]
     rows += [["GPU", gpu["name"]] for gpu in environment.get("gpus") or []]
     rows += [[name, version] for name, version in (environment.get("packages") or {}).items()]
     return markdown_table(["what", "version"], rows)

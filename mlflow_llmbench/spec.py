@@ -52,8 +52,8 @@ class BenchSpec:
 
 
 def known_backends() -> dict[str, str]:
-    """Names of all backends, those that installed packages declare and ours, with their `module:class`."""
-    return {**{entry.name: entry.value for entry in metadata.entry_points(group=BACKEND_ENTRY_POINTS)}, **BACKENDS}
+    """Names of all backends, ours and those that installed packages declare, with their `module:class`."""
+    return BACKENDS | {entry.name: entry.value for entry in metadata.entry_points(group=BACKEND_ENTRY_POINTS) if entry.name not in BACKENDS}
 
 
 def as_text(name: str, value: object) -> str:
@@ -101,7 +101,9 @@ def read_yaml(path: str) -> dict[str, object]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. Give a YAML file with one `name: value` per line.") from None
+        raise UsageError(
+            f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. Give a YAML file with one `name: value` per line."
+        ) from None
     if not isinstance(data, dict):
         raise UsageError(f"No parameters in {path}. Give a YAML file with one `name: value` per line.")
     return {str(key): value for key, value in data.items()}
@@ -172,7 +174,9 @@ def _parse_workload(name: str, text: str) -> str:
         return text.lower()
     if text.endswith((".jsonl", ".json")) or "/" in text:
         if not Path(text).is_file():
-            raise UsageError(f"There is no workload file {text}. Give a JSON Lines file whose lines have a `prompt`, or one of {', '.join(WORKLOADS)}.")
+            raise UsageError(
+                f"There is no workload file {text}. Give a JSON Lines file whose lines have a `prompt`, or one of {', '.join(WORKLOADS)}."
+            )
         return text
     raise UsageError(f"Unknown {name}: {text}. {_nearest(text, WORKLOADS)} A file ends in .jsonl.")
 

@@ -31,12 +31,7 @@ def t_quantile_975(degrees: int) -> float:
         return T_975[degrees - 1]
     z = NormalDist().inv_cdf(0.975)
     n = float(degrees)
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-    )
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:

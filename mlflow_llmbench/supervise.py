@@ -43,6 +43,7 @@ class GroupOutcome:
     log: list[str] = field(default_factory=list)
     error: LlmbenchError | None = None
     ended: bool = False
+    interrupted: bool = False
 
     @property
     def current(self) -> int | None:
@@ -81,9 +82,9 @@ class GroupOutcome:
 def run_worker(
     task: str, cells: Sequence[Cell], model: ModelFacts, folders: Sequence[Path], log_file: Path, on_event: OnEvent | None = None
 ) -> GroupOutcome:
-    """Run one job in a fresh process and wait for its end. The worker's failure is in `outcome.error`, never raised.
+    """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
-    Raises KeyboardInterrupt after having ended the worker.
+    An interruption ends the worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
     """
     outcome = GroupOutcome()
     threads = cells[0].threads or machine.physical_cores()
@@ -101,9 +102,11 @@ def run_worker(
         process.wait()
     except BrokenPipeError:
         process.wait()
+    except KeyboardInterrupt:
+        outcome.interrupted = True
     finally:
         _end(process)
-    if not outcome.ended and outcome.error is None:
+    if not outcome.ended and not outcome.interrupted and outcome.error is None:
         outcome.error = _sudden_end(process.returncode, outcome.stage, log_file)
     return outcome
 
@@ -164,7 +167,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _sudden_end(code: int, stage: str, log_file: Path) -> LlmbenchError:
     """The error for a worker that ended without a word."""
     if code == -signal.SIGKILL:
-        return OutOfMemory(f"The worker was killed at stage {stage}, most likely by the kernel because memory ran out. Try a smaller batch_size or quantization.")
+        return OutOfMemory(
+            f"The worker was killed at stage {stage}, most likely by the kernel because memory ran out. Try a smaller batch_size or quantization."
+        )
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     tail = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing was printed"]
     return WorkerCrashed(f"The worker ended with {how} at stage {stage}: {tail[0][:200]}. The whole log is {log_file}.")

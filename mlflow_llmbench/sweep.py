@@ -31,11 +31,20 @@ MOST_CELLS = 2000
 class Watcher(Protocol):
     """Who is told how a sweep goes on; `progress.Progress` is one."""
 
-    def start(self, total_cells: int) -> None: ...
-    def cell(self, number: int, name: str) -> None: ...
-    def event(self, event: Mapping[str, Any]) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finish(self) -> None: ...
+    def start(self, total_cells: int) -> None:
+        """The plan stands."""
+
+    def cell(self, number: int, name: str) -> None:
+        """Cell `number` of the plan is next; also for a cell that ends without a worker."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """A worker's event."""
+
+    def note(self, text: str) -> None:
+        """A line for the person who waits."""
+
+    def finish(self) -> None:
+        """Nothing more comes."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,9 @@ def _drive(sweep: _Sweep) -> SweepResult:
     rows = tuple(job.row for job in jobs if job.row)
     ids = tuple(job.run_id for job in jobs)
     ui = tracking.ui_command(store)
-    return SweepResult(rows, tuple(sweep.spec.varied), outcome, sweep.folder, ids, sweep.parent_id, store.uri, store.experiment_id, ui, tuple(sweep.not_uploaded))
+    return SweepResult(
+        rows, tuple(sweep.spec.varied), outcome, sweep.folder, ids, sweep.parent_id, store.uri, store.experiment_id, ui, tuple(sweep.not_uploaded)
+    )
 
 
 def _groups(jobs: Sequence[_Job]) -> list[list[_Job]]:
@@ -216,10 +227,14 @@ def _run_group(sweep: _Sweep, group: Sequence[_Job]) -> None:
     while waiting:
         for job in waiting:
             job.run_id = job.run_id or _begin(sweep, job)
-        outcomes = [_run_once(sweep, waiting) for _ in range(waiting[0].cell.processes)]
+        outcomes: list[GroupOutcome] = []
+        while len(outcomes) < waiting[0].cell.processes and not any(outcome.interrupted for outcome in outcomes):
+            outcomes.append(_run_once(sweep, waiting))
         for number, job in enumerate(waiting):
             if all(number in outcome.measured for outcome in outcomes):
                 _succeed(sweep, job, number, outcomes)
+        if any(outcome.interrupted for outcome in outcomes):
+            raise KeyboardInterrupt
         failed = next((outcome for outcome in outcomes if outcome.error), None)
         if failed is None:
             return
@@ -252,6 +267,8 @@ def _prepare(sweep: _Sweep, jobs: Sequence[_Job]) -> bool:
         sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
         sweep.watcher.event({"event": "stage", "stage": "preparing"})
     outcome = supervise.run_worker("prepare", [job.cell], job.model, [job.folder], job.folder / "prepare.log")
+    if outcome.interrupted:
+        raise KeyboardInterrupt
     if outcome.error:
         for one in jobs:
             _fail(sweep, one, getattr(outcome.error, "outcome", "error"), Failure("preparing", str(outcome.error)))
@@ -318,6 +335,9 @@ def _result(sweep: _Sweep, job: _Job, outcome: str, failure: Failure | None = No
 
 def _fail(sweep: _Sweep, job: _Job, word: str, failure: Failure, outcome: GroupOutcome | None = None) -> None:
     result = _result(sweep, job, word, failure)
+    if sweep.watcher:
+        sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
+        sweep.watcher.note(f"{job.name}: {word}: {failure.message}")
     if outcome:
         number = outcome.current if outcome.current is not None else 0
         result = dataclasses.replace(
@@ -381,5 +401,3 @@ def _end(sweep: _Sweep, run_id: str, outcome: str) -> None:
         tracking.end_run(sweep.store, run_id, outcome)
     except Exception as error:
         _not_uploaded(sweep, f"the end of run {run_id}", error)
-
-

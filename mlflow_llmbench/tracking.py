@@ -85,7 +85,9 @@ def _plain_errors(uri: str | None) -> Iterator[None]:
         import mlflow
 
         # mlflow wraps urllib3, which wraps the system: the innermost sentence is the one that helps.
-        inner = re.findall(r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|Max retries)", str(error))
+        inner = re.findall(
+            r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|Max retries)", str(error)
+        )
         raise TrackingError(
             f"The MLflow store {uri or mlflow.get_tracking_uri()} cannot be used: {inner[-1] if inner else first_line(error)}. "
             "Check the address and that the server runs, or leave it out for a SQLite file here."

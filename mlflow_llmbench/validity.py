@@ -30,9 +30,7 @@ def unsupported_percentiles(result: RunResult) -> list[str]:
     """Percentiles that are absent because the sample does not support them, as `TTFT p95 (n = 12, needs 59)`."""
     every = summary.requests(result)
     sizes = {"TTFT": len(every), "ITL": sum(max(r.output_tokens - 1, 0) for r in every)}
-    return [
-        f"{name} p{q} (n = {n}, needs {PERCENTILE_SUPPORT[q]})" for name, n in sizes.items() if n for q in (90, 95, 99) if not supports(n, q)
-    ]
+    return [f"{name} p{q} (n = {n}, needs {PERCENTILE_SUPPORT[q]})" for name, n in sizes.items() if n for q in (90, 95, 99) if not supports(n, q)]
 
 
 def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
@@ -49,7 +47,9 @@ def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
 def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     smallest = min((gap for r in summary.requests(result) for gap in summary.gaps_ms(r)), default=0.0)
     if smallest < 0:
-        yield Reason("negative_gap", f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers.")
+        yield Reason(
+            "negative_gap", f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers."
+        )
 
 
 def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:

@@ -41,6 +41,7 @@ class Flood(logging.Handler):
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Count the message, and write it while it is new."""
         key = (record.name, str(record.msg))
         self.counts[key] += 1
         if self.counts[key] <= LINES_PER_MESSAGE:

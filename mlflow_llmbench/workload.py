@@ -87,7 +87,9 @@ def _parse_lines(text: str, origin: str) -> tuple[str, ...]:
         except (ValueError, KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UsageError(f'{origin}, line {number}, is not a JSON object with a "prompt" text: {line[:60]}. Write {{"prompt": "…"}} on each line.')
+            raise UsageError(
+                f'{origin}, line {number}, is not a JSON object with a "prompt" text: {line[:60]}. Write {{"prompt": "…"}} on each line.'
+            )
         prompts.append(prompt)
     if not prompts:
         raise UsageError(f"{origin} has no prompts. Write one JSON object with a prompt per line.")

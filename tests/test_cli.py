@@ -14,7 +14,20 @@ from mlflow import MlflowClient
 from mlflow_llmbench.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = ["--backend", "fake", "--model", "fake:ttft_ms=2+itl_ms=1", "--output-tokens", "4", "--prompt-tokens", "4", "--repetitions", "5", "--warmup", "1"]
+FAST = [
+    "--backend",
+    "fake",
+    "--model",
+    "fake:ttft_ms=2+itl_ms=1",
+    "--output-tokens",
+    "4",
+    "--prompt-tokens",
+    "4",
+    "--repetitions",
+    "5",
+    "--warmup",
+    "1",
+]
 
 
 def test_help_names_every_parameter_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,9 @@ def test_scripts_with_unknown_settings_are_refused() -> None:
 
 def result_of(measured: Measured, cell: Cell) -> RunResult:
     facts = FakeBackend.resolve(cell)
-    return RunResult(cell, "ok", 0, 0, Hashes("", "", "", "", ""), facts, {}, repetitions=measured.repetitions, warmup_s=measured.warmup_s, steady=measured.steady)
+    return RunResult(
+        cell, "ok", 0, 0, Hashes("", "", "", "", ""), facts, {}, repetitions=measured.repetitions, warmup_s=measured.warmup_s, steady=measured.steady
+    )
 
 
 def test_summary_of_a_real_measurement_agrees_with_the_script() -> None:

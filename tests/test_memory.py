@@ -40,7 +40,9 @@ small = np.ones(50 * 2**20, dtype=np.uint8); del small
 print(memory.read().peak_rss - base)
 """
     root = Path(__file__).resolve().parent.parent
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(root)}).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(root)}
+    ).stdout
     if "no reset" in printed:
         pytest.skip("this kernel does not let a process reset its peak")
     assert int(printed) == pytest.approx(50 * MB, rel=0.1)

@@ -35,7 +35,9 @@ def test_a_single_configuration_is_the_projects_own_run(store_uri: str, tmp_path
 
 
 def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
-    done = mlflow_run(store_uri, tmp_path, model=str(tiny_model), quant="fp32,bf16", prompt_tokens="8", output_tokens="4", warmup="1", repetitions="5")
+    done = mlflow_run(
+        store_uri, tmp_path, model=str(tiny_model), quant="fp32,bf16", prompt_tokens="8", output_tokens="4", warmup="1", repetitions="5"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     runs = MlflowClient(store_uri).search_runs(["0"])
     [parent] = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
@@ -48,7 +50,9 @@ def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path
     assert "tokens/s" in heading
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [("quant", "int44", "Did you mean int4?"), ("batch_size", "abc", "batch_size is not a whole number: abc")])
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [("quant", "int44", "Did you mean int4?"), ("batch_size", "abc", "batch_size is not a whole number: abc")]
+)
 def test_a_bad_parameter_fails_the_run_with_one_line(store_uri: str, tmp_path: Path, name: str, value: str, message: str) -> None:
     done = mlflow_run(store_uri, tmp_path, **{name: value})
     assert done.returncode == 1

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import json
 
-from mlflow_llmbench.records import Cell, Failure, Hashes, LoadInfo, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult, from_json, hash16, to_json
+from mlflow_llmbench.records import (
+    Cell,
+    Failure,
+    Hashes,
+    LoadInfo,
+    MemoryStages,
+    ModelFacts,
+    Noise,
+    Repetition,
+    RequestRecord,
+    RunResult,
+    from_json,
+    hash16,
+    to_json,
+)
 
 
 def example() -> RunResult:

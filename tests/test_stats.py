@@ -54,7 +54,9 @@ def test_percentile_of_a_published_example() -> None:
     assert stats.percentile(values, 90) == pytest.approx(95.19568, abs=1e-9)
 
 
-@pytest.mark.parametrize(("n", "q", "enough"), [(28, 90, False), (29, 90, True), (58, 95, False), (59, 95, True), (298, 99, False), (299, 99, True), (1, 50, True)])
+@pytest.mark.parametrize(
+    ("n", "q", "enough"), [(28, 90, False), (29, 90, True), (58, 95, False), (59, 95, True), (298, 99, False), (299, 99, True), (1, 50, True)]
+)
 def test_support_of_percentiles(n: int, q: int, enough: bool) -> None:
     assert stats.supports(n, q) is enough
 

@@ -186,7 +186,9 @@ def test_log_floods_are_counted_not_kept(store_uri: str) -> None:
         ({"tracking_uri": "nonsense://x"}, TrackingError, "cannot be used"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_starts(store_uri: str, parameters: dict[str, Any], error: type[LlmbenchError], message: str) -> None:
+def test_what_cannot_work_is_said_before_anything_starts(
+    store_uri: str, parameters: dict[str, Any], error: type[LlmbenchError], message: str
+) -> None:
     started = time.monotonic()
     with pytest.raises(error, match=message) as caught:
         run(**(FAST | {"model": "fake:"} | parameters))
@@ -210,8 +212,42 @@ def test_only_the_cells_beyond_the_context_are_refused(store_uri: str, tiny_mode
     assert "256 tokens" in result.rows[1].message
 
 
+def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path: Path) -> None:
+    """The larger cell, measured first, is quick; the smaller one stalls for ten minutes at its second token, where the signal meets it."""
+    script = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
+    command = [sys.executable, "-m", "mlflow_llmbench", "run", "--backend", "fake", "--model", script, "--batch-size", "1,2"]
+    command += ["--output-tokens", "6", "--prompt-tokens", "4", "--repetitions", "5", "--warmup", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(b'"complete"' in f.read_bytes() for f in tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    client = MlflowClient(store_uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.`mlflow.parentRunId` != 'x'")
+    states = {r.data.params["batch_size"]: (r.info.status, r.data.tags["llmbench.outcome"]) for r in runs}
+    assert states == {"2": ("FINISHED", "ok"), "1": ("KILLED", "interrupted")}
+    assert "latency/ttft_ms_mean" in next(r for r in runs if r.data.params["batch_size"] == "2").data.metrics
+
+
 def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlflow_llmbench", "run", "--backend", "fake", "--model", "fake:ttft_ms=1+itl_ms=200", "--batch-size", "1,2", "--repetitions", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow_llmbench",
+        "run",
+        "--backend",
+        "fake",
+        "--model",
+        "fake:ttft_ms=1+itl_ms=200",
+        "--batch-size",
+        "1,2",
+        "--repetitions",
+        "5",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -233,6 +269,11 @@ def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp
 def test_json_files_are_strict(store_uri: str) -> None:
     result = fake("ttft_ms=0+itl_ms=0")
     for file in result.folder.rglob("*.json"):
-        json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{file} holds {word}"))
+        assert not {"NaN", "Infinity", "-Infinity"} & set(constants_of(file.read_text()))
 
 
+def constants_of(text: str) -> list[str]:
+    """The constants that are no JSON, in a JSON text."""
+    found: list[str] = []
+    json.loads(text, parse_constant=found.append)
+    return found

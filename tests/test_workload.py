@@ -61,7 +61,13 @@ def test_own_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "has no prompts"), ("{}", "line 1, is not a JSON object"), ('{"prompt": "a"}\nnot json', "line 2"), ('{"prompt": 3}', "line 1"), ('{"prompt": "  "}', "line 1")],
+    [
+        ("", "has no prompts"),
+        ("{}", "line 1, is not a JSON object"),
+        ('{"prompt": "a"}\nnot json', "line 2"),
+        ('{"prompt": 3}', "line 1"),
+        ('{"prompt": "  "}', "line 1"),
+    ],
 )
 def test_bad_files_name_the_line(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "bad.jsonl"

@@ -41,7 +41,7 @@ def word_counts(name):
 
 
 def test_readme_lists_every_file():
-    assert FILES == sorted(EXTRA_KEYS)
+    assert sorted(EXTRA_KEYS) == FILES
     assert sorted(TABLE) == FILES
     for file, row in TABLE.items():
         assert file == row["name"] + ".jsonl"
@@ -66,9 +66,7 @@ def test_ids_are_unique_and_numbered(name):
 
 
 def test_prompts_are_distinct():
-    prompts = Counter(
-        " ".join(row["prompt"].lower().split()) for name in FILES for row in load(name)
-    )
+    prompts = Counter(" ".join(row["prompt"].lower().split()) for name in FILES for row in load(name))
     assert [prompt for prompt, count in prompts.items() if count > 1] == []
 
 

@@ -13,7 +13,7 @@ The script is the model's name, `fake:` and settings joined by `+`, all of them 
     stall_ms, stall_at           an extra delay before token number stall_at
     log_lines                    lines written to the log per call
     fail=oom|error|crash|hang    a fault, at=load|generate (default generate)
-    above_batch                  the fault happens only with more rows than this (default 0)
+    above_batch, below_batch     the fault happens only with more, or fewer, rows than this
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .base import Capabilities, DeviceMemory, Emit
 
 NUMBERS = {
     "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
-    "stall_ms": 0.0, "stall_at": 0.0, "log_lines": 0.0, "above_batch": 0.0,
+    "stall_ms": 0.0, "stall_at": 0.0, "log_lines": 0.0, "above_batch": 0.0, "below_batch": 1e9,
 }  # fmt: skip
 WORDS = {"fail": ("oom", "error", "crash", "hang"), "at": ("load", "generate")}
 
@@ -74,7 +74,7 @@ class FakeBackend:
     def load(self) -> LoadInfo:
         started = time.perf_counter()
         _wait_until(time.perf_counter_ns() + int(self._number("load_ms") * 1e6))
-        self._fail("load", rows=10**9)
+        self._fail("load", rows=0)
         self.memory = bytearray(os.urandom(4096) * int(self._number("memory_mb") * 256))
         return LoadInfo(
             load_s=time.perf_counter() - started,
@@ -118,7 +118,9 @@ class FakeBackend:
         return float(self.script[name])
 
     def _fail(self, stage: str, rows: int) -> None:
-        if "fail" not in self.script or self.script.get("at", "generate") != stage or rows <= self._number("above_batch"):
+        if "fail" not in self.script or self.script.get("at", "generate") != stage:
+            return
+        if stage == "generate" and not self._number("above_batch") < rows < self._number("below_batch"):
             return
         match self.script["fail"]:
             case "oom":

@@ -151,7 +151,9 @@ def verify(quant: str, device: str, found: Inspection) -> None:
         return
     classes, low, high = EXPECTED[quant]
     if classes and not classes >= set(found.linear_classes):
-        raise NotRealised(f"quant={quant} was asked for, and the linear layers are {found.linear_classes}. Use quant=none for a checkpoint that is quantized already.")
+        raise NotRealised(
+            f"quant={quant} was asked for, and the linear layers are {found.linear_classes}. Use quant=none for a checkpoint that is quantized already."
+        )
     if not low - 0.01 <= found.linear_bits <= high + 0.01:
         raise NotRealised(
             f"quant={quant} was asked for, and the linear layers hold {found.linear_bits:.2f} bits per weight, not {low:g} to {high:g}. "

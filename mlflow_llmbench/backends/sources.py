@@ -38,7 +38,9 @@ def find_model(cell: Cell) -> ModelFacts:
     if preset is not None:
         return _hub_model(cell, preset.repository, "preset")
     if cell.model.startswith((".", "/", "~")) or cell.model.count("/") > 1:
-        raise ModelError(f"There is no model folder {cell.model}. Give a folder with a config.json, a Hub id (owner/name) or a preset (`llmbench models`).")
+        raise ModelError(
+            f"There is no model folder {cell.model}. Give a folder with a config.json, a Hub id (owner/name) or a preset (`llmbench models`)."
+        )
     if "/" in cell.model:
         return _hub_model(cell, cell.model, "hub")
     near = models.suggest_models(cell.model)
@@ -115,7 +117,9 @@ def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
             "or measure speed and memory without the weights: -P weights=random."
         ) from None
     except errors.RevisionNotFoundError:
-        raise ModelError(f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository.") from None
+        raise ModelError(
+            f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository."
+        ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`.") from None
     except Exception as error:  # connection errors come in many classes, from httpx and from the system
@@ -132,10 +136,14 @@ def _with_config(cell: Cell, source: str, location: str, revision: str, config_f
     except (OSError, ValueError) as error:
         raise ModelError(f"The configuration of {cell.model} cannot be read: {error}. Download the model again.") from None
     if config.get("auto_map") and not cell.trust_remote_code:
-        raise ModelError(f"The model {cell.model} brings code of its own, which is not run unless you say so. Read it, then give trust_remote_code=true.")
+        raise ModelError(
+            f"The model {cell.model} brings code of its own, which is not run unless you say so. Read it, then give trust_remote_code=true."
+        )
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and cell.quant != "none":
-        raise UsageError(f"quant={cell.quant} cannot be made from {cell.model}, which is quantized already ({method}). Use quant=none to run it as it is.")
+        raise UsageError(
+            f"quant={cell.quant} cannot be made from {cell.model}, which is quantized already ({method}). Use quant=none to run it as it is."
+        )
     text = config.get("text_config") or config
     shape = models.Shape.from_config(config)
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
@@ -201,7 +209,9 @@ def _download(model: ModelFacts, local_only: bool) -> str:
     try:
         return str(snapshot_download(model.location, revision=model.revision, allow_patterns=[*_weight_names(names), *other]))
     except Exception as error:
-        raise ModelError(f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept.") from None
+        raise ModelError(
+            f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept."
+        ) from None
 
 
 def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
@@ -226,4 +236,6 @@ def load_tokenizer(cell: Cell, model: ModelFacts) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords)
     except Exception as error:
-        raise ModelError(f"The tokenizer of {cell.model} cannot be loaded: {first_line(error)}. Use workload=synthetic, or complete the model's files.") from None
+        raise ModelError(
+            f"The tokenizer of {cell.model} cannot be loaded: {first_line(error)}. Use workload=synthetic, or complete the model's files."
+        ) from None

@@ -1,0 +1,137 @@
+"""Metrics as pure functions of stamps, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlflow_llmbench import summary
+from mlflow_llmbench.metrics import KEYS, SERIES
+from mlflow_llmbench.records import Cell, Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.validity import judge, unsupported_percentiles
+
+MS = 1_000_000
+
+
+def result(gaps: list[list[float]], ttft: float = 10.0, rows: int = 2, **fields: Any) -> RunResult:
+    """A result whose repetitions have the given gaps in ms."""
+    repetitions = []
+    for index, own in enumerate(gaps):
+        t0 = index * 1000 * MS
+        stamps = tuple(t0 + int((ttft + sum(own[:i])) * MS) for i in range(len(own) + 1))
+        repetitions.append(Repetition(index, 1_000_000 + index * 1000, (RequestRecord(t0, stamps, rows, 8),), Noise(1.0, 0.0, 0.0, 1.0)))
+    cell = Cell(batch_size=rows, prompt_tokens=8, output_tokens=len(gaps[0]) + 1 if gaps else 4)
+    empty = RunResult(
+        cell,
+        "ok",
+        0,
+        9_000_000,
+        Hashes("a", "b", "c", "d", "e"),
+        ModelFacts("m", "folder", "/m", "r"),
+        {},
+        repetitions=tuple(repetitions),
+        steady=True,
+    )
+    return dataclasses.replace(empty, **fields)
+
+
+def test_every_latency_and_rate_by_hand() -> None:
+    metrics = summary.summarize(result([[2, 4, 6], [2, 4, 6]], ttft=10, rows=2))
+    assert metrics["latency/ttft_ms_mean"] == 10
+    assert metrics["latency/itl_ms_mean"] == 4
+    assert metrics["latency/itl_ms_p50"] == 4
+    assert metrics["latency/tpot_ms_mean"] == 4
+    assert metrics["latency/e2e_ms_mean"] == 22
+    assert metrics["throughput/output_tokens_per_s"] == pytest.approx(2 * 4 / 0.022)
+    assert metrics["throughput/per_instance_tokens_per_s"] == pytest.approx(4 / 0.022)
+    assert metrics["throughput/total_tokens_per_s"] == pytest.approx(2 * 12 / 0.022)
+    assert metrics["throughput/prefill_tokens_per_s"] == pytest.approx(2 * 8 / 0.010)
+    assert metrics["throughput/decode_tokens_per_s"] == pytest.approx(2 * 3 / 0.012)
+    assert metrics["trust/repetitions"] == 2
+
+
+def test_percentiles_are_those_of_the_pooled_rows_and_absent_without_support() -> None:
+    rng = np.random.default_rng(5)
+    gaps = rng.uniform(1, 9, size=(12, 5)).tolist()
+    metrics = summary.summarize(result(gaps, rows=3))
+    pooled = np.repeat(np.array(gaps).ravel(), 3)
+    assert metrics["latency/itl_ms_p50"] == pytest.approx(np.percentile(pooled, 50), rel=1e-5)
+    assert metrics["latency/itl_ms_p95"] == pytest.approx(np.percentile(pooled, 95), rel=1e-5)
+    assert "latency/itl_ms_p99" not in metrics  # 60 gaps, 299 are needed
+    assert "latency/ttft_ms_p90" not in metrics  # 12 repetitions, 29 are needed
+    assert unsupported_percentiles(result(gaps))[0] == "TTFT p90 (n = 12, needs 29)"
+
+
+def test_all_keys_are_in_the_vocabulary_and_finite() -> None:
+    full = result(
+        [[2.0] * 7] * 6,
+        load=LoadInfo(1.0, 1000, 900, 16, 2e3, 4.0), first_call_ms=50.0, price_per_hour=2.0, peaks={"read_bytes_per_s": 1e6, "flops_per_s": 1e9},
+        memory=MemoryStages({"peak": 10, "loaded": 5}, {"peak": 8}, {}, None), timeline=(MemorySample(0, 5, 4), MemorySample(MS, 7, 6)),
+    )  # fmt: skip
+    metrics = summary.summarize(full)
+    assert set(metrics) <= set(KEYS)
+    assert all(math.isfinite(v) for v in metrics.values())
+    assert metrics["cost/per_million_tokens"] == pytest.approx(2.0 / (metrics["throughput/output_tokens_per_s"] * 3600) * 1e6)
+    assert metrics["efficiency/tokens_per_s_per_gb"] == pytest.approx(metrics["throughput/output_tokens_per_s"] / 8e-9)
+    points = summary.series(full)
+    assert {p.key for p in points} <= set(SERIES)
+    assert len({(p.key, p.step) for p in points}) == len(points)
+    assert not {p.key for p in points} & set(metrics)
+
+
+def test_series_have_their_steps_and_real_times() -> None:
+    points = summary.series(result([[2, 4], [6, 8], [6, 10]]))
+    itl = {p.step: (p.value, p.wall_ms) for p in points if p.key == "steps/itl_ms"}
+    assert itl == {2: (6, 1_002_000 + 16), 3: (8, 1_002_000 + 26)}
+    assert [p.step for p in points if p.key == "steps/ttft_ms"] == [1, 2, 3]
+    assert [p.wall_ms for p in points if p.key == "steps/ttft_ms"] == [1_000_000, 1_001_000, 1_002_000]
+
+
+def test_thinned_memory_keeps_the_peak() -> None:
+    samples = tuple(MemorySample(i * MS, 9999 if i == 1234 else 100, 50) for i in range(3000))
+    points = [p for p in summary.series(result([[1.0]] * 5, timeline=samples)) if p.key == "steps/host_rss_bytes"]
+    assert len(points) <= summary.MOST_SAMPLES
+    assert max(p.value for p in points) == 9999
+
+
+def test_bandwidth_utilization_by_hand_and_absent_when_the_cache_could_serve() -> None:
+    load = LoadInfo(1.0, weight_bytes=1_000, step_bytes=800, kv_bytes_per_token=10)
+    # 800 + 2 rows · 10 bytes · (8 + 4/2 tokens) = 1000 bytes per 2 ms = 500,000 bytes/s of 1,000,000.
+    fields: dict[str, Any] = {"load": load, "peaks": {"read_bytes_per_s": 1e6}}
+    assert summary.model_bandwidth_utilization(result([[2, 2, 2]] * 5, **fields)) == pytest.approx(0.5)
+    cached = result([[2, 2, 2]] * 5, **fields, environment={"cpu": {"last_level_cache_bytes": 201}})
+    assert summary.model_bandwidth_utilization(cached) is None
+    assert summary.model_bandwidth_utilization(result([[2, 2, 2]] * 5, load=load)) is None
+
+
+@pytest.mark.parametrize(
+    ("measured", "word", "codes"),
+    [
+        (result([[2, 2, 2]] * 5), "valid", []),
+        (result([[2, 2, 2]] * 4), "suspect", ["too_few_samples"]),
+        (result([[2, 2, 2]] * 5, steady=False), "suspect", ["not_steady"]),
+        (result([[2, 2, -1]] * 5), "invalid", ["negative_gap"]),
+        (result([[2, 2, 2]] * 5, cell=Cell(batch_size=2, output_tokens=9)), "invalid", ["wrong_token_count"]),
+        (result([[2, 2, 2], [9, 9, 9], [2, 2, 2], [9, 9, 9], [2, 2, 2]]), "suspect", ["not_converged", "high_variation"]),
+        (result([[2, 2, 2]] * 5, load=LoadInfo(1.0, 1, 8000), peaks={"read_bytes_per_s": 1e6}), "invalid", ["mbu_above_one"]),
+    ],
+)
+def test_each_fault_gives_exactly_its_reason(measured: RunResult, word: str, codes: list[str]) -> None:
+    verdict = judge(measured, summary.summarize(measured))
+    assert (verdict.word, [r.code for r in verdict.reasons]) == (word, codes)
+    for reason in verdict.reasons:
+        assert reason.sentence.endswith(".")
+        assert any(c.isdigit() for c in reason.sentence)
+
+
+@pytest.mark.parametrize(
+    ("noise", "code"), [(Noise(1.0, 0.05, 0.2), "contended"), (Noise(1.0, 0.0, 0.0, swapped_pages=100), "swapping"), (Noise(1.0, 0.02, 0.05), None)]
+)
+def test_noise_beside_the_benchmark(noise: Noise, code: str | None) -> None:
+    quiet = result([[2, 2, 2]] * 5)
+    noisy = dataclasses.replace(quiet, repetitions=tuple(dataclasses.replace(r, noise=noise) for r in quiet.repetitions))
+    assert [r.code for r in judge(noisy, summary.summarize(noisy)).reasons] == ([code] if code else [])
