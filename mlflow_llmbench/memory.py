@@ -8,6 +8,8 @@ have is *anonymous pages + parameters that live in file mappings*, here called n
 from __future__ import annotations
 
 import bisect
+import contextlib
+import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,12 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def trim() -> None:
+    """Give back to the system what the C allocator keeps of freed memory, where it can (glibc's malloc_trim)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def mapped_bytes(spans: Iterable[tuple[int, int]]) -> int:

@@ -103,6 +103,7 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
     finally:
         backend.close()
         gc.collect()
+        memory.trim()  # the C allocator's cache is emptied like the device's; what remains is really held
         _stage("unloaded", backend, tell)
 
 

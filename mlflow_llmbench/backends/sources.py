@@ -102,9 +102,10 @@ def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
 
     def ask() -> tuple[str, str, int | None]:
         info = HfApi().model_info(repository, revision=cell.revision, timeout=HUB_TIMEOUT_S / 2, files_metadata=True)
-        config = hf_hub_download(repository, "config.json", revision=info.sha, etag_timeout=HUB_TIMEOUT_S / 2)
+        # By the name of the revision, so that the cache learns which commit it is; the folder is named by the commit.
+        config = hf_hub_download(repository, "config.json", revision=cell.revision, etag_timeout=HUB_TIMEOUT_S / 2)
         names = {s.rfilename: s.size or 0 for s in info.siblings or []}
-        return str(info.sha), config, sum(size for name, size in names.items() if name in _weight_names(names)) or None
+        return Path(config).parent.name, config, sum(size for name, size in names.items() if name in _weight_names(names)) or None
 
     hint = f"Check the network, give a local folder, or measure speed and memory without the weights: -P weights=random{'' if source == 'preset' else ' (presets only)'}."
     try:
@@ -164,7 +165,7 @@ def _cached(repository: str, revision: str) -> Path | None:
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
-    return folder if _weight_names([p.name for p in folder.iterdir()]) else None
+    return folder if _is_complete(folder) else None
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T:
@@ -196,18 +197,32 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
             raise ModelError(f"weights=random needs a preset, and {cell.model} is none. `llmbench models` lists them.")
         synthetic.write_checkpoint(preset, cell.seed)
     elif model.source in ("hub", "preset"):
-        _download(model, local_only=False)
+        if not _is_complete(_snapshot(model)):
+            _download(model)
 
 
-def _download(model: ModelFacts, local_only: bool) -> str:
-    from huggingface_hub import HfApi, constants, snapshot_download
+def _snapshot(model: ModelFacts) -> Path:
+    """The cache's folder of exactly this commit; it has a configuration at least, since the model was found."""
+    from huggingface_hub import snapshot_download
 
-    if local_only or constants.is_offline_mode():
-        return str(snapshot_download(model.location, revision=model.revision, local_files_only=True))
-    names = HfApi().list_repo_files(model.location, revision=model.revision)
-    other = [n for n in names if "/" not in n and n.endswith((".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"))]
+    return Path(snapshot_download(model.location, revision=model.revision, local_files_only=True))
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a model folder has all its weights: every shard of one of its indices, or a single file."""
+    indices = [json.loads(index.read_text(encoding="utf-8"))["weight_map"] for index in folder.glob("*.index.json")]
+    if indices:
+        return any(all((folder / shard).exists() for shard in set(shards.values())) for shards in indices)
+    return (folder / "model.safetensors").exists() or (folder / "pytorch_model.bin").exists()
+
+
+def _download(model: ModelFacts) -> None:
+    from huggingface_hub import HfApi, snapshot_download
+
     try:
-        return str(snapshot_download(model.location, revision=model.revision, allow_patterns=[*_weight_names(names), *other]))
+        names = HfApi().list_repo_files(model.location, revision=model.revision)
+        other = [n for n in names if "/" not in n and n.endswith((".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"))]
+        snapshot_download(model.location, revision=model.revision, allow_patterns=[*_weight_names(names), *other])
     except Exception as error:
         raise ModelError(
             f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept."
@@ -224,7 +239,7 @@ def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
         return os.path.split(model.location)
     if model.source == "folder":
         return model.location, None
-    return _download(model, local_only=True), None
+    return str(_snapshot(model)), None
 
 
 def load_tokenizer(cell: Cell, model: ModelFacts) -> Any:

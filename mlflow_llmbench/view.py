@@ -1,0 +1,188 @@
+"""The published comparison view: what the MLflow UI shows of a sweep, arranged from here. Experimental, best effort.
+
+MLflow keeps a saved view of its runs page as one experiment tag, `mlflow.sharedViewState.<id>`: JSON with a name, two times
+and the state of the page. The format is private to the UI (seen in 3.17.2 and 3.18.0; saved views came with 3.15), so it is
+known in this module only. A view that is not taken costs a warning, never a result.
+
+Three facts about the UI decide the state: children of a sweep are rows of their own only if the runs are sorted by a metric
+or filtered; it adds a bar chart for every metric that no chart here has, to the section of its prefix, so those sections are
+listed and closed; and an address that has a filter of its own is opened without the view, so the filter is in the state.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import first_line
+from .metrics import KEYS, SERIES
+
+if TYPE_CHECKING:
+    from .report import Row
+    from .tracking import Store
+
+TAG = "mlflow.sharedViewState."
+OURS = "llmbench-"
+"""What the id of a view that we published begins with."""
+
+OLDEST_MLFLOW = (3, 15)
+MOST_VIEWS = 30
+"""Views of ours that an experiment keeps, the newest; with 40 in all the UI lets its user save no more."""
+
+THROUGHPUT = "throughput/output_tokens_per_s"
+TTFT = "latency/ttft_ms_p50"
+ITL = "latency/itl_ms_p50"
+REFERENCES = ("none", "fp32", "bf16", "fp16")
+"""Quantizations that are none: the run that the others are compared with is sought among them."""
+
+State = dict[str, Any]
+
+
+def comparison_view(varied: Sequence[str], has_device: bool, baseline_run_id: str | None, parent_id: str | None = None) -> State:
+    """State of the runs page for a sweep over `varied`: its charts in sections, its columns, its order and its filter.
+
+    The cells of `parent_id` are shown, or all runs of the experiment without it. Throughput orders them, best first.
+    """
+    memory = f"memory/{'device' if has_device else 'host_needed'}_bytes_peak"
+    names = list(varied) or ["quant"]
+    headline = [THROUGHPUT, TTFT, ITL, memory]
+    sections = [
+        _section("Trade-offs", 2, 400),
+        _section("Headline", 2, 300),
+        _section("Inter-token latency", 2, 340),
+        _section("Change from the baseline", 1, 520),
+    ]
+    charts = [
+        _chart(0, 0, "SCATTER", xaxis={"key": TTFT, "type": "METRIC"}, yaxis={"key": THROUGHPUT, "type": "METRIC"}),
+        _chart(1, 0, "PARALLEL", selectedParams=names, selectedMetrics=[memory, ITL, TTFT, THROUGHPUT], showAllRuns=False),
+        *(_chart(2 + i, 1, "BAR", metricKey=key, displayName=_title(key)) for i, key in enumerate(headline)),
+        _line(6, 2, "steps/itl_ms", "ms from one token to the next, by token"),
+        _line(7, 2, "percentiles/itl_ms", "ms from one token to the next, by percentile"),
+        _chart(
+            8, 3, "DIFFERENCE", chartName="Change from the baseline", compareGroups=["Model metrics", "Parameters"],
+            showChangeFromBaseline=True, showDifferencesOnly=True, baselineColumnUuid=baseline_run_id or "",
+        ),
+    ]  # fmt: skip
+    closed = sorted({key.rpartition("/")[0] for key in [*KEYS, *SERIES]})
+    sections += [_section(name, display=False) for name in [*closed, "Model metrics", "System metrics"]]
+    for number, section in enumerate(sections):
+        section["uuid"] = f"s{number}"
+    return {
+        "compareRunCharts": charts,
+        "compareRunSections": sections,
+        "isAccordionReordered": True,
+        "hideEmptyCharts": True,
+        "selectedColumns": [
+            *(f"params.`{name}`" for name in names),
+            *(f"metrics.`{key}`" for key in headline),
+            "tags.`llmbench.verdict`",
+            "tags.`llmbench.outcome`",
+        ],
+        "runsHiddenMode": "SHOW_ALL",
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'" if parent_id else "",
+        "orderByKey": f"metrics.`{THROUGHPUT}`",
+        "orderByAsc": False,
+    }
+
+
+def _section(name: str, columns: int = 3, height: int = 360, display: bool = True) -> State:
+    layout = {"columns": columns, "cardHeight": height} if display else {}
+    return {"uuid": "", "name": name, "display": display, "isReordered": True, "deleted": False, "isGenerated": False, **layout}
+
+
+def _chart(number: int, section: int, kind: str, **settings: Any) -> State:
+    common = {"uuid": f"chart-{number}", "type": kind, "runsCountToCompare": 100, "metricSectionId": f"s{section}"}
+    return {**common, "deleted": False, "isGenerated": False, **settings}
+
+
+def _line(number: int, section: int, key: str, title: str) -> State:
+    return _chart(
+        number, section, "LINE", metricKey=key, displayName=title, selectedMetricKeys=[key], xAxisKey="step", selectedXAxisMetricKey="",
+        useGlobalXaxisKey=False, useGlobalLineSmoothing=False, lineSmoothness=0, scaleType="linear", xAxisScaleType="linear", ignoreOutliers=False,
+    )  # fmt: skip
+
+
+def _title(key: str) -> str:
+    """Title of a bar chart; its axis shows the stored value, so the unit is that one."""
+    words = {THROUGHPUT: "Output throughput, tokens/s", TTFT: "Time to first token, median ms", ITL: "Inter-token latency, median ms"}
+    return words.get(key) or f"Peak {'device' if 'device' in key else 'host'} memory, bytes"
+
+
+def publish(
+    store: Store, parent_id: str, name: str, varied: Sequence[str], rows: Sequence[Row], run_ids: Sequence[str], warn: Callable[[str], None]
+) -> str | None:
+    """Publish the view of a sweep; publishing it again replaces it. Returns what follows the UI's address, or None after `warn`.
+
+    `run_ids` belong to `rows`. Never raises: a view is a convenience, and the runs are there without it.
+    """
+    view_id = f"{OURS}{parent_id[:16]}"
+    try:
+        _refuse_old(store.uri)
+        has_device = any("memory/device_bytes_peak" in row.metrics for row in rows)
+        state = comparison_view(varied, has_device, baseline_run(rows, run_ids), parent_id)
+        now = int(time.time() * 1000)
+        there = _published(store)
+        created = there.get(view_id, {}).get("createdAt", now)
+        envelope = {"name": name, "createdAt": created, "updatedAt": now, "state": _text(state)}
+        store.client.set_experiment_tag(store.experiment_id, TAG + view_id, _text(envelope))
+        oldest_first = sorted((one for one in there if one != view_id), key=lambda one: there[one].get("updatedAt", 0))
+        for old in oldest_first[: max(0, len(oldest_first) + 1 - MOST_VIEWS)]:
+            store.client.delete_experiment_tag(store.experiment_id, TAG + old)
+    except Exception as error:
+        warn(f"The comparison view was not published: {first_line(error)}. The runs are complete; sort them by any metric to compare them.")
+        return None
+    return link(store.experiment_id, view_id)
+
+
+def link(experiment_id: str, view_id: str) -> str:
+    """What follows the UI's address for a published view. A filter or order in it would switch the view off."""
+    return f"#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning&viewStateShareKey={view_id}"
+
+
+def baseline_run(rows: Sequence[Row], run_ids: Sequence[str]) -> str | None:
+    """The run that the others are compared with: the first measured one, one without quantization if there is any."""
+    measured = [(row.cell.quant, run_id) for row, run_id in zip(rows, run_ids, strict=True) if row.outcome == "ok" and run_id]
+    return next((run_id for quant, run_id in measured if quant in REFERENCES), measured[0][1] if measured else None)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _published(store: Store) -> dict[str, Mapping[str, Any]]:
+    """The views of ours that the experiment has, by id."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for key, value in store.client.get_experiment(store.experiment_id).tags.items():
+        if key.startswith(TAG + OURS):
+            try:
+                envelope = json.loads(value)
+            except ValueError:
+                envelope = {}
+            found[key.removeprefix(TAG)] = envelope if isinstance(envelope, dict) else {}
+    return found
+
+
+def _refuse_old(uri: str) -> None:
+    """Raise if the UI that will show the view is known to be too old for it. A server that does not say is taken as new."""
+    text = _server_version(uri) if uri.startswith(("http://", "https://")) else _installed_version()
+    found = re.match(r"(\d+)\.(\d+)", text)
+    if found and (int(found[1]), int(found[2])) < OLDEST_MLFLOW:
+        raise RuntimeError(f"MLflow {text} has no saved views, and {'.'.join(map(str, OLDEST_MLFLOW))} is the first that has")
+
+
+def _installed_version() -> str:
+    import mlflow
+
+    return str(mlflow.__version__)
+
+
+def _server_version(uri: str) -> str:
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=5) as answer:
+            return bytes(answer.read(32)).decode("ascii", "replace")
+    except (OSError, ValueError):
+        return ""
