@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import charts, report
 from .journal import samples_csv, write_bytes, write_json
-from .records import RunResult, Verdict
+from .records import RunResult
+from .summary import summarize
+from .validity import judge
 
-Metrics = Mapping[str, float]
 
-
-def write_cell(result: RunResult, metrics: Metrics, verdict: Verdict, folder: Path) -> None:
+def write_cell(result: RunResult, folder: Path) -> None:
     """Write result.json, samples.csv.gz, environment.json, config.yaml, report.md, charts and tables of one cell into `folder`.
 
     Raises JournalError, for example when the disk is full.
     """
+    metrics = summarize(result)
+    verdict = judge(result, metrics)
     write_json(folder / "result.json", {**_whole(result), "metrics": metrics, "verdict": verdict})
     write_json(folder / "environment.json", {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}})
     write_bytes(folder / "config.yaml", report.config_yaml(result.cell, {"price_per_hour": result.price_per_hour}).encode())

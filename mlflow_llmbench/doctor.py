@@ -36,7 +36,7 @@ NEEDED = {"torch": (">=2.6", ""), "transformers": (">=5.0", "<6"), "accelerate":
 ALSO_SHOWN = ("tokenizers", "huggingface_hub", "numpy", "matplotlib", "psutil", "nvidia-ml-py", "triton", "kernels", "flash-attn")
 
 OPTIONAL = (
-    (("bitsandbytes",), "int8, int4 and fp4", "pip install 'bitsandbytes>=0.49'"),
+    (("bitsandbytes",), "int8, int4 and fp4", "pip install bitsandbytes"),
     (("gptqmodel", "optimum"), "checkpoints quantized with GPTQ", "pip install 'mlflow-llmbench[gptq]'"),
     (("gguf",), "models in .gguf files", "pip install gguf"),
     (("aiohttp",), "measuring a server", "pip install 'mlflow-llmbench[server]'"),

@@ -7,6 +7,7 @@
     ├── DoesNotFit             the cell needs more memory than there is
     ├── TrackingError          the MLflow store refuses or cannot be reached
     ├── JournalError           the output folder cannot be written, or a record in it cannot be read
+    ├── NotComparable          two results differ in more than what was asked about
     └── MeasurementError       the measurement itself failed
         ├── OutOfMemory        memory ran out while loading or generating
         ├── WorkerCrashed      the worker process ended without a word
@@ -56,6 +57,12 @@ class TrackingError(LlmbenchError):
 
 class JournalError(LlmbenchError):
     """The output folder cannot be written, or a record in it cannot be read."""
+
+
+class NotComparable(LlmbenchError):
+    """Two results differ in more than what was asked about, or one of them cannot be trusted; nothing was compared."""
+
+    exit_code = 2
 
 
 class MeasurementError(LlmbenchError):

@@ -56,6 +56,11 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
     return hash16(decisive)
 
 
+def asked_params(spec: BenchSpec) -> dict[str, str]:
+    """What was asked for, as text: each parameter with its value or its comma list."""
+    return {name: ",".join(as_text(name, value) for value in values) for name, values in spec.axes.items()}
+
+
 def cell_name(cell: Cell, varied: list[str]) -> str:
     """A run name: what varies (`quant=int4 batch_size=4`), or for a single cell what it is (`opt-1.3b int4 b1`)."""
     if not varied:

@@ -11,7 +11,8 @@ from typing import Any
 from .metrics import KEYS
 from .records import Cell, RunResult, Verdict
 from .spec import PARAMETERS, as_text, default_text
-from .validity import unsupported_percentiles
+from .summary import summarize
+from .validity import judge, unsupported_percentiles
 
 Metrics = Mapping[str, float]
 
@@ -33,6 +34,14 @@ class Row:
     metrics: Metrics = dataclasses.field(default_factory=dict)
     verdict: Verdict | None = None
     message: str = ""
+
+
+def row_of(result: RunResult) -> Row:
+    """A result as one row; a cell that failed shows its message and no numbers."""
+    if result.failure:
+        return Row(result.cell, result.outcome, message=result.failure.message)
+    metrics = summarize(result)
+    return Row(result.cell, result.outcome, metrics, judge(result, metrics))
 
 
 def _heading(key: str) -> tuple[str, float]:

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, machine, memory, models, plan, report, summary, supervise, tracking
+from . import artifacts, machine, memory, models, plan, report, supervise, tracking
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .journal import new_sweep, write_json
 from .plan import Group
-from .records import Cell, Failure, Hashes, ModelFacts, Reason, Repetition, RunResult, Verdict
+from .records import Cell, Failure, Hashes, ModelFacts, Repetition, RunResult
 from .report import Row
 from .spec import BenchSpec, as_text, parse
 from .supervise import GroupOutcome
-from .validity import judge
 from .workload import load_prompts
 
 MOST_CELLS = 2000
@@ -84,6 +83,7 @@ class _Job:
     predicted: int | None
     refused: str | None = None
     run_id: str = ""
+    started_ms: int = 0
     row: Row | None = None
 
 
@@ -183,7 +183,7 @@ def _memory_message(cell: Cell, predicted: int | None) -> str | None:
 def _drive(sweep: _Sweep) -> SweepResult:
     """Open the runs, measure group by group, upload, and end every run that was begun, whatever happens."""
     jobs, store = sweep.jobs, sweep.store
-    write_json(sweep.folder / "sweep.json", {"axes": {k: list(v) for k, v in sweep.spec.axes.items()}, "options": sweep.spec.options})
+    write_json(sweep.folder / "sweep.json", {"parameters": plan.asked_params(sweep.spec), "cells": len(jobs)})
     if len(jobs) > 1:
         sweep.parent_id = tracking.begin_run(store, plan.sweep_name(sweep.spec), sweep=sweep.folder.name)
     if sweep.watcher:
@@ -291,7 +291,8 @@ def _after_failure(sweep: _Sweep, left: list[_Job], ran: Sequence[_Job], outcome
 
 
 def _begin(sweep: _Sweep, job: _Job) -> str:
-    return tracking.begin_run(sweep.store, job.name, sweep.parent_id, sweep.folder.name)
+    job.started_ms = int(time.time() * 1000)
+    return tracking.begin_run(sweep.store, job.name, sweep.parent_id, sweep.folder.name, job.started_ms, job.hashes.config)
 
 
 def _succeed(sweep: _Sweep, job: _Job, number: int, outcomes: Sequence[GroupOutcome]) -> None:
@@ -314,8 +315,7 @@ def _succeed(sweep: _Sweep, job: _Job, number: int, outcomes: Sequence[GroupOutc
         texts=tuple(first.texts[number]),
         log=tuple(first.log),
     )
-    metrics = summary.summarize(result)
-    _keep(sweep, job, result, metrics, judge(result, metrics))
+    _keep(sweep, job, result)
 
 
 def _marks(outcome: GroupOutcome, number: int) -> dict[str, int]:
@@ -325,10 +325,10 @@ def _marks(outcome: GroupOutcome, number: int) -> dict[str, int]:
 
 
 def _result(sweep: _Sweep, job: _Job, outcome: str, failure: Failure | None = None) -> RunResult:
-    started = int(time.time() * 1000)
+    now = int(time.time() * 1000)
     price = sweep.spec.options.price_per_hour
     return RunResult(
-        job.cell, outcome, started, started, job.hashes, job.model, sweep.environment,
+        job.cell, outcome, job.started_ms or now, now, job.hashes, job.model, sweep.environment,
         failure=failure, predicted_bytes=job.predicted, price_per_hour=price, sweep=sweep.folder.name,
     )  # fmt: skip
 
@@ -343,21 +343,17 @@ def _fail(sweep: _Sweep, job: _Job, word: str, failure: Failure, outcome: GroupO
         result = dataclasses.replace(
             result, load=outcome.load, memory=supervise.stages_of(outcome, number), timeline=tuple(outcome.samples), log=tuple(outcome.log)
         )
-    verdict = Verdict("invalid", (Reason("unfinished", f"The cell ended with {word} at stage {failure.stage}: {failure.message}"),))
-    _keep(sweep, job, result, summary.summarize(result), verdict)
+    _keep(sweep, job, result)
 
 
-def _keep(sweep: _Sweep, job: _Job, result: RunResult, metrics: dict[str, float], verdict: Verdict) -> None:
-    """Write the files of a cell, then upload them; a store that fails loses nothing, the files stay."""
+def _keep(sweep: _Sweep, job: _Job, result: RunResult) -> None:
+    """Write the files of a cell, then upload them, then end its run; what fails is told, and neither stops the sweep nor leaves a run open."""
     folder = job.folder / "artifacts"
-    artifacts.write_cell(result, metrics, verdict, folder)
-    shown = verdict if result.outcome == "ok" else None
-    job.row = Row(job.cell, result.outcome, metrics if result.outcome == "ok" else {}, shown, result.failure.message if result.failure else "")
+    job.row = report.row_of(result)
     try:
+        artifacts.write_cell(result, folder)
         job.run_id = job.run_id or _begin(sweep, job)
-        note = report.summary_markdown(result, metrics, shown)
-        asked = sweep.asked if sweep.parent_id is None else {}
-        tracking.upload_cell(sweep.store, job.run_id, result, metrics, summary.series(result), verdict, note, folder, asked)
+        tracking.upload_cell(sweep.store, job.run_id, result, folder, sweep.asked if sweep.parent_id is None else {})
     except Exception as error:
         _not_uploaded(sweep, job.name, error)
     if job.run_id:
@@ -367,7 +363,7 @@ def _keep(sweep: _Sweep, job: _Job, result: RunResult, metrics: dict[str, float]
 def _not_uploaded(sweep: _Sweep, name: str, error: Exception) -> None:
     sweep.not_uploaded.append(f"{name}: {first_line(error)}")
     if sweep.watcher:
-        sweep.watcher.note(f"Not uploaded: {name}: {first_line(error)}. The files are in {sweep.folder}.")
+        sweep.watcher.note(f"Not uploaded: {name}: {first_line(error)}. `llmbench upload {sweep.folder}` uploads it later.")
 
 
 def _close_unfinished(sweep: _Sweep, job: _Job, outcome: str) -> None:
@@ -385,11 +381,10 @@ def _finish_parent(sweep: _Sweep, outcome: str) -> None:
         return
     rows = [job.row for job in sweep.jobs if job.row]
     folder = sweep.folder / "comparison"
-    params = {name: ",".join(as_text(name, v) for v in values) for name, values in sweep.spec.axes.items()}
     try:
         artifacts.write_sweep(rows, sweep.spec.varied, folder)
         note = report.sweep_markdown(rows, sweep.spec.varied)
-        tracking.upload_parent(sweep.store, sweep.parent_id, params | dict(sweep.asked), note, folder)
+        tracking.upload_parent(sweep.store, sweep.parent_id, plan.asked_params(sweep.spec) | dict(sweep.asked), note, folder)
     except Exception as error:
         _not_uploaded(sweep, "the comparison", error)
     _end(sweep, sweep.parent_id, outcome)

@@ -19,15 +19,20 @@ from typing import TYPE_CHECKING
 from .errors import TrackingError, first_line
 from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, RunResult, Verdict
+from .report import summary_markdown
 from .spec import as_text
-from .summary import Point
+from .summary import Point, series, summarize
+from .validity import judge
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 DEFAULT_EXPERIMENT = "llmbench"
 HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
 """A dead server blocks mlflow's client for 246 s with its own defaults; whoever sets these variables is left alone."""
+
+PARENT_TAG = "mlflow.parentRunId"
 
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 """Run names that MLflow makes up; a name that a person gave is kept."""
@@ -94,12 +99,12 @@ def _plain_errors(uri: str | None) -> Iterator[None]:
         ) from None
 
 
-def begin_run(store: Store, name: str, parent_id: str | None = None, sweep: str = "") -> str:
+def begin_run(store: Store, name: str, parent_id: str | None = None, sweep: str = "", started_ms: int | None = None, config_hash: str = "") -> str:
     """The id of a RUNNING run: the one that the environment gave (top level only), or a new one. Raises TrackingError."""
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 
     with _plain_errors(None):
-        tags = {"llmbench.schema": str(SCHEMA), "llmbench.sweep": sweep}
+        tags = {"llmbench.schema": str(SCHEMA), "llmbench.sweep": sweep} | ({"llmbench.config_hash": config_hash} if config_hash else {})
         if parent_id is None and store.given_run_id:
             run = store.client.get_run(store.given_run_id)
             if GENERATED_NAME.fullmatch(run.info.run_name or ""):
@@ -113,8 +118,8 @@ def begin_run(store: Store, name: str, parent_id: str | None = None, sweep: str 
 
             tags[MLFLOW_USER] = getpass.getuser()
         if parent_id:
-            tags[MLFLOW_PARENT_RUN_ID] = parent_id
-        return str(store.client.create_run(store.experiment_id, tags=tags).info.run_id)
+            tags[PARENT_TAG] = parent_id
+        return str(store.client.create_run(store.experiment_id, start_time=started_ms, tags=tags).info.run_id)
 
 
 def end_run(store: Store, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
@@ -152,26 +157,22 @@ def cell_params(cell: Cell) -> dict[str, str]:
     return {name: as_text(name, value) for name, value in vars(cell).items()}
 
 
-def upload_cell(
-    store: Store,
-    run_id: str,
-    result: RunResult,
-    metrics: Mapping[str, float],
-    points: Sequence[Point],
-    verdict: Verdict | None,
-    note: str,
-    artifacts: Path,
-    asked: Mapping[str, str],
-) -> None:
-    """Everything of one cell: params, tags, metrics, series, artifacts. `asked` are params as `mlflow run` has logged them (`INT4`, `08`)."""
+def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
+    """Everything of one cell: params, tags, metrics, series, artifacts. `asked` are params as `mlflow run` has logged them (`INT4`, `08`).
+
+    Can be repeated: params that are there are left alone, and a point with the same key, step, time and value is stored once.
+    """
+    metrics = summarize(result)
+    verdict = judge(result, metrics)
     facts = {key: str(value) for key, value in (result.load.facts if result.load else {}).items()}
     log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
+    note = summary_markdown(result, metrics, None if result.failure else verdict)
     _log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
-    _log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + list(points))
+    _log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
     store.client.log_artifacts(run_id, str(artifacts))
 
 
-def cell_tags(result: RunResult, verdict: Verdict | None) -> dict[str, str]:
+def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
     """The tags of the vocabulary for one cell."""
     from . import __version__
 
@@ -189,8 +190,8 @@ def cell_tags(result: RunResult, verdict: Verdict | None) -> dict[str, str]:
         "workload_hash": result.hashes.workload,
         "scenario": "offline",
         "outcome": result.outcome,
-        "verdict": verdict.word if verdict else None,
-        "verdict_reasons": ",".join(r.code for r in verdict.reasons) if verdict else None,
+        "verdict": verdict.word,
+        "verdict_reasons": ",".join(r.code for r in verdict.reasons),
         "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
         "cpu": environment.get("cpu", {}).get("name"),
         "gpu": gpus[0]["name"] if gpus else None,
@@ -224,6 +225,12 @@ def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: st
     _log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
     if artifacts.is_dir():
         store.client.log_artifacts(run_id, str(artifacts))
+
+
+def runs_of_sweep(store: Store, sweep: str) -> list[Run]:
+    """All runs of a sweep that the store has, in any experiment."""
+    experiments = [e.experiment_id for e in store.client.search_experiments()]
+    return list(store.client.search_runs(experiments, f"tags.`llmbench.sweep` = '{sweep}'", max_results=50_000))
 
 
 def ui_command(store: Store) -> str:

@@ -19,7 +19,10 @@ Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
 
 
 def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
-    """The verdict on a measured result; `metrics` are its summary under MLflow keys. The worst reason decides."""
+    """The verdict on a result; `metrics` are its summary under MLflow keys. The worst reason decides; a failed cell is `invalid`."""
+    if result.failure:
+        sentence = f"The cell ended with {result.outcome} at stage {result.failure.stage}: {result.failure.message}"
+        return Verdict("invalid", (Reason("unfinished", sentence),))
     reasons = tuple(reason for check in CHECKS for reason in check(result, metrics))
     forced = {REASONS[reason.code] for reason in reasons}
     word = "invalid" if "invalid" in forced else "suspect" if forced else "valid"

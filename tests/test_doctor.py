@@ -255,7 +255,7 @@ def test_quantizations_without_their_packages() -> None:
     items = {item.name: item for item in doctor.quantization_items({"torch", "transformers"}.__contains__)}
     assert {name for name, item in items.items() if item.status == "ok"} >= {"none", "fp32", "fp16", "bf16"}
     assert (items["int4"].status, items["int4"].found) == ("missing", "needs bitsandbytes")
-    assert items["int4"].advice == "Run: pip install 'bitsandbytes>=0.49'"
+    assert items["int4"].advice == "Run: pip install bitsandbytes"
     nothing = {item.name: item for item in doctor.quantization_items(set[str]().__contains__)}
     assert nothing["fp32"].advice == "Run: pip install torch && pip install transformers"
 

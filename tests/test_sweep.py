@@ -156,7 +156,7 @@ def test_failures_are_runs_too(store_uri: str, script: str, outcome: str, messag
 def test_wrong_token_counts_are_invalid_not_hidden(store_uri: str) -> None:
     result = fake("ttft_ms=1+itl_ms=1+stop_after=4")
     assert result.rows[0].verdict and result.rows[0].verdict.word == "invalid"
-    assert [r.code for r in result.rows[0].verdict.reasons] == ["wrong_token_count"]
+    assert "wrong_token_count" in [r.code for r in result.rows[0].verdict.reasons]
     assert "brought 4 tokens instead of 6" in result.table()
 
 

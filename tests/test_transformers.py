@@ -14,7 +14,7 @@ import torch
 from mlflow_llmbench import models
 from mlflow_llmbench.backends import inspection, synthetic
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
-from mlflow_llmbench.errors import ModelError, NotRealised, UsageError
+from mlflow_llmbench.errors import MissingError, ModelError, NotRealised, UsageError
 from mlflow_llmbench.records import Cell, LoadInfo
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
@@ -250,3 +250,20 @@ def test_damaged_and_contradicting_files(tmp_path: Path, tiny_model: Path) -> No
     (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
     with pytest.raises(ModelError, match="trust_remote_code=true"):
         TransformersBackend.resolve(Cell(model=str(copy)))
+
+
+def test_a_quantization_without_its_package_names_the_command(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest))
+    with pytest.raises(MissingError, match=r"quant=int4 needs the package bitsandbytes, which is not installed. Run: pip install bitsandbytes"):
+        TransformersBackend.resolve(Cell(model=str(tiny_model), quant="int4"))
+    assert TransformersBackend.resolve(Cell(model=str(tiny_model), quant="bf16")).source == "folder"
+
+
+def test_a_device_that_is_not_there(tiny_model: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(MissingError, match="There is no CUDA device for device=cuda"):
+        TransformersBackend.resolve(Cell(model=str(tiny_model), device="cuda"))

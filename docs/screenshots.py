@@ -1,0 +1,188 @@
+"""Take the README's pictures of the MLflow UI, from any store that holds a sweep of ours.
+
+    python docs/screenshots.py --tracking-uri sqlite:///mlflow.db --experiment llmbench --out docs/images
+
+compare.png: the published comparison view · run.png: a run with its description and metrics · charts.png: a chart among its
+artifacts · runs.png: the runs as a table. Needs selenium, Chromium and its driver; they are no dependency of the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlflow_llmbench import view
+
+WIDTH = 1440
+CHART = "charts/memory_timeline.svg"
+PATIENCE_S = 120
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+)  # fmt: skip
+
+VISITED = {
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
+    "mlflow.assistant.panelOpen_v1": False,
+    "mlflow.workflowType_v1": "machine_learning",
+}
+"""What the UI keeps in a browser that has been here before: the assistant stays closed, the navigation shows training runs."""
+
+HIDDEN = ".modebar, [data-assistant-ui] { display: none !important }"
+"""Plotly's tools, which a real pointer would have to touch to be seen, and the assistant's floating button."""
+
+CLICKED = """
+for (const button of document.querySelectorAll('button')) {
+  const close = button.getAttribute('aria-label') === 'Close' || button.className.includes('alert-close');
+  if (button.textContent.trim() === 'Show more' || (close && button.closest('[role=alert], [class*=alert]'))) button.click();
+}
+"""
+"""Opens long descriptions and closes banners."""
+
+
+@contextlib.contextmanager
+def server(uri: str) -> Iterator[str]:
+    """The address of a UI on the store: the store's own, or a server on loopback that ends with the block."""
+    if uri.startswith(("http://", "https://")):
+        yield uri.rstrip("/")
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    with tempfile.TemporaryFile() as log:
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+        try:
+            _until_healthy(f"http://127.0.0.1:{port}", process, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+def _until_healthy(address: str, process: subprocess.Popen[bytes], log: Any) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+            return
+        time.sleep(0.5)
+    log.seek(0)
+    sys.exit(f"The MLflow server did not start:\n{log.read().decode(errors='replace')[-2000:]}")
+
+
+def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
+    """Picture → what follows the UI's address, height in pixels, and the selector of what must be drawn."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        sys.exit(f"The store {uri} has no experiment {experiment}. Name one with --experiment.")
+    views = {key.removeprefix(view.TAG): json.loads(value) for key, value in found.tags.items() if key.startswith(view.TAG + view.OURS)}
+    if not views:
+        sys.exit(f"The experiment {experiment} has no view of ours. Run a sweep into it first, which publishes one.")
+    view_id = max(views, key=lambda one: int(views[one]["updatedAt"]))
+    cells = client.search_runs([found.experiment_id], json.loads(views[view_id]["state"])["searchFilter"], order_by=[f"metrics.`{view.THROUGHPUT}` DESC"])
+    measured = [run.info.run_id for run in cells if run.data.tags.get("llmbench.outcome") == "ok"]
+    if not measured:
+        sys.exit(f"No cell of the newest sweep in {experiment} was measured. Run a sweep that succeeds first.")
+    charts = [item.path for item in client.list_artifacts(measured[0], "charts")]
+    if not charts:
+        sys.exit(f"The run {measured[0]} has no charts. Its artifacts are sought in {found.artifact_location}; were they moved?")
+    chart = CHART if CHART in charts else charts[0]
+    fragment = view.link(found.experiment_id, view_id)
+    run = f"#/experiments/{found.experiment_id}/runs/{measured[0]}"
+    return {
+        "compare.png": (fragment, 1400, ".js-plotly-plot .main-svg"),
+        "run.png": (run, 1000, "[role=row], table"),
+        "charts.png": (f"{run}/artifacts/{chart}", 800, "img[src^='blob:'], img[src^='data:'], img[src*='artifact']"),
+        "runs.png": (fragment.replace("=CHART", "=TABLE"), 700, ".ag-row"),
+    }
+
+
+def browser() -> Any:
+    """A headless Chromium with an empty profile."""
+    try:
+        from selenium import webdriver
+    except ImportError:
+        sys.exit("selenium is not installed. Try: pip install selenium")
+    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which("chromedriver")
+    if not binary or not driver:
+        sys.exit(f"{'chromedriver' if binary else 'Chromium'} is not on PATH. Install the packages chromium and chromium-driver, or their like.")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in FLAGS:
+        options.add_argument(flag)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+def picture(driver: Any, address: str, height: int, awaited: str) -> bytes:
+    """A page as PNG once `awaited` is there and the page has stopped changing."""
+    size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.get("about:blank")
+    driver.get(address)
+    last, end = b"", time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        time.sleep(1.5)
+        if not driver.find_elements("css selector", awaited):
+            continue
+        driver.execute_script(CLICKED)
+        driver.execute_script("const style = document.createElement('style'); style.textContent = arguments[0]; document.head.append(style)", HIDDEN)
+        shot = bytes(driver.get_screenshot_as_png())
+        if shot == last:
+            return shot
+        last = shot
+    seen = driver.find_element("tag name", "body").text[:500]
+    sys.exit(f"{address} was not drawn within {PATIENCE_S} s. The page shows:\n{seen}")
+
+
+def main() -> None:
+    """Parse, start, look, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tracking-uri", default="sqlite:///mlflow.db")
+    parser.add_argument("--experiment", default="llmbench")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    given = parser.parse_args()
+    wanted = pages(given.tracking_uri, given.experiment)
+    given.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(_Quit(browser())) as window, server(given.tracking_uri) as address:
+        window.driver.get(f"{address}/health")
+        for key, value in VISITED.items():
+            window.driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", key, json.dumps(value))
+        for name, (fragment, height, awaited) in wanted.items():
+            (given.out / name).write_bytes(picture(window.driver, f"{address}/{fragment}", height, awaited))
+            print(given.out / name)
+
+
+class _Quit:
+    """A driver that ends with its block; selenium makes an empty profile for it and removes it."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def close(self) -> None:
+        self.driver.quit()
+
+
+if __name__ == "__main__":
+    main()

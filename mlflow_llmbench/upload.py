@@ -1,0 +1,86 @@
+"""Put a sweep's folder into a tracking store, as far as it is not there yet: after a server was away, or on another machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import plan, report, tracking
+from .errors import JournalError
+from .journal import read_result
+from .records import RunResult
+from .spec import BenchSpec, parse
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What an upload did: runs that are new, runs that were completed, runs that were whole already."""
+
+    new: int
+    completed: int
+    there: int
+    ui: str
+
+
+def upload(folder: str, tracking_uri: str | None = None, experiment: str | None = None) -> Uploaded:
+    """Upload the finished cells of a sweep's folder. A second upload changes nothing. Raises JournalError or TrackingError."""
+    root = Path(folder)
+    spec = _read_spec(root)
+    results = [(read_result(path.parent), path.parent) for path in root.glob("*/artifacts/result.json")]
+    order = {cell: number for number, cell in enumerate(plan.expand_cells(spec))}
+    results.sort(key=lambda pair: order.get(pair[0].cell, len(order)))
+    if not results:
+        raise JournalError(f"{folder} holds no finished cell, so there is nothing to upload. Give a folder that `llmbench run` has printed.")
+    store = tracking.open_store(tracking_uri, experiment)
+    runs = tracking.runs_of_sweep(store, root.name)
+    counts = {"new": 0, "completed": 0, "there": 0}
+    parent_id = None
+    if spec.varied:
+        parents = [r for r in runs if tracking.PARENT_TAG not in r.data.tags]
+        state, parent_id = _state(parents[0] if parents else None)
+        parent_id = parent_id or tracking.begin_run(store, plan.sweep_name(spec), None, root.name, min(r.started_ms for r, _ in results))
+        counts[state] += 1
+        if state != "there":
+            rows = [report.row_of(result) for result, _ in results]
+            note = report.sweep_markdown(rows, spec.varied)
+            tracking.upload_parent(store, parent_id, plan.asked_params(spec), note, root / "comparison")
+            tracking.end_run(store, parent_id, _outcome([r for r, _ in results]), max(r.ended_ms for r, _ in results))
+    by_config = {r.data.tags.get("llmbench.config_hash"): r for r in runs}
+    for result, path in results:
+        state, run_id = _state(by_config.get(result.hashes.config))
+        counts[state] += 1
+        if state == "there":
+            continue
+        name = plan.cell_name(result.cell, spec.varied)
+        run_id = run_id or tracking.begin_run(store, name, parent_id, root.name, result.started_ms, result.hashes.config)
+        tracking.upload_cell(store, run_id, result, path, {})
+        tracking.end_run(store, run_id, result.outcome, result.ended_ms)
+    return Uploaded(**counts, ui=tracking.ui_command(store))
+
+
+def _state(run: Run | None) -> tuple[str, str | None]:
+    """Whether a run is new, was begun, or is whole (its description is written, and it has ended), and its id."""
+    if run is None:
+        return "new", None
+    whole = "mlflow.note.content" in run.data.tags and run.info.status != "RUNNING"
+    return ("there" if whole else "completed"), str(run.info.run_id)
+
+
+def _outcome(results: list[RunResult]) -> str:
+    words = {result.outcome for result in results}
+    return "ok" if words <= {"ok", "skipped"} else "interrupted" if "interrupted" in words else "error"
+
+
+def _read_spec(root: Path) -> BenchSpec:
+    try:
+        parameters: dict[str, str] = json.loads((root / "sweep.json").read_text(encoding="utf-8"))["parameters"]
+    except (OSError, ValueError, KeyError):
+        raise JournalError(
+            f"{root} is not the folder of a sweep: it has no sweep.json that can be read. Give a folder that `llmbench run` has printed."
+        ) from None
+    return parse(parameters)

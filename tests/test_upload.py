@@ -1,0 +1,98 @@
+"""A results folder into a store that was not there: nothing lost, nothing twice, nothing different."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_llmbench import run
+from mlflow_llmbench.errors import JournalError
+from mlflow_llmbench.upload import upload
+
+CELL = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}
+
+
+def content(uri: str) -> dict[str, Any]:
+    """What a store holds, without what is the store's own: ids, places."""
+    client = MlflowClient(uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    found = {}
+    for one in runs:
+        tags = {k: v for k, v in one.data.tags.items() if k.startswith("llmbench.") or k in ("mlflow.note.content", "mlflow.runColor")}
+        history = {k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(one.info.run_id, k)] for k in one.data.metrics}
+        artifacts = sorted(item.path for item in client.list_artifacts(one.info.run_id))
+        nested = "mlflow.parentRunId" in one.data.tags
+        found[one.info.run_name] = (one.info.status, one.data.params, tags, history, artifacts, nested)
+    return found
+
+
+@pytest.fixture
+def elsewhere(store_template: Path, tmp_path: Path) -> str:
+    """A second, empty store."""
+    shutil.copy(store_template, tmp_path / "elsewhere.db")
+    return f"sqlite:///{tmp_path}/elsewhere.db"
+
+
+@pytest.mark.parametrize("batches", ["1", "1,2"])
+def test_uploaded_late_equals_uploaded_at_once_and_twice_changes_nothing(store_uri: str, elsewhere: str, batches: str) -> None:
+    result = run(model="fake:ttft_ms=2+itl_ms=1", batch_size=batches, **CELL)
+    first = upload(str(result.folder), elsewhere)
+    assert (first.new, first.completed, first.there) == (len(result.rows) + (len(result.rows) > 1), 0, 0)
+    late = content(elsewhere)
+    assert late == content(store_uri)
+    again = upload(str(result.folder), elsewhere)
+    assert (again.new, again.completed) == (0, 0)
+    assert content(elsewhere) == late
+    assert upload(str(result.folder), store_uri).there == first.new
+
+
+def test_a_run_that_was_begun_is_completed_not_doubled(store_uri: str) -> None:
+    result = run(model="fake:ttft_ms=2+itl_ms=1", **CELL)
+    client = MlflowClient(store_uri)
+    client.delete_tag(result.run_ids[0], "mlflow.note.content")
+    assert (upload(str(result.folder), store_uri).completed, len(content(store_uri))) == (1, 1)
+
+
+def test_failed_cells_are_uploaded_as_what_they_are(store_uri: str, elsewhere: str) -> None:
+    result = run(model="fake:ttft_ms=1+itl_ms=1+fail=oom+above_batch=1", batch_size="1,2", **CELL)
+    upload(str(result.folder), elsewhere)
+    states = {name: (status, tags.get("llmbench.outcome")) for name, (status, _, tags, *_) in content(elsewhere).items()}
+    assert states == {
+        "batch_size=1": ("FINISHED", "ok"),
+        "batch_size=2": ("FAILED", "oom"),
+        f"{result.rows[0].cell.model}: batch_size": ("FAILED", None),
+    }
+
+
+def test_a_store_that_breaks_in_the_middle_loses_nothing(store_uri: str, elsewhere: str, tmp_path: Path) -> None:
+    """The table of metrics is gone when the cell is uploaded: the command goes on, says so, and the folder has everything."""
+    import sqlite3
+
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("DROP TABLE metrics")
+    result = run(model="fake:ttft_ms=2+itl_ms=1", **CELL)
+    assert result.outcome == "ok"
+    assert len(result.not_uploaded) == 1
+    assert result.not_uploaded[0].startswith(f"{CELL['backend']}:")
+    assert upload(str(result.folder), elsewhere).new == 1
+    [(status, _, tags, history, artifacts, _)] = content(elsewhere).values()
+    assert (status, tags["llmbench.outcome"]) == ("FINISHED", "ok")
+    assert history["latency/ttft_ms_mean"]
+    assert "samples.csv.gz" in artifacts
+
+
+def test_folders_that_are_no_results(tmp_path: Path, store_uri: str) -> None:
+    with pytest.raises(JournalError, match="has no sweep.json that can be read"):
+        upload(str(tmp_path))
+    (tmp_path / "sweep.json").write_text(json.dumps({"parameters": {}, "cells": 1}))
+    with pytest.raises(JournalError, match="holds no finished cell"):
+        upload(str(tmp_path))
+    (tmp_path / "x" / "artifacts").mkdir(parents=True)
+    (tmp_path / "x" / "artifacts" / "result.json").write_text('{"cell": {"model"')
+    with pytest.raises(JournalError, match="Cannot read the result"):
+        upload(str(tmp_path))
