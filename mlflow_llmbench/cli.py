@@ -37,9 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{declared.metadata['help']}{mark} (default: {default_text(name)})".replace("%", "%%")
         run.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text, **flag)
     run.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
-    run.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
-    run.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     run.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+    upload = commands.add_parser("upload", help="put a results folder into an MLflow store, as far as it is not there")
+    upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as `llmbench run` prints it")
+    for command in (run, upload):
+        command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
+        command.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
         commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument(
             "--json", action="store_true", help="as one JSON object"
@@ -65,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the second must not interrupt the ending of the runs
     raise KeyboardInterrupt
 
 
@@ -113,6 +117,14 @@ def _as_json(result: Any) -> Mapping[str, Any]:
     return {"outcome": result.outcome, **where, "runs": runs}
 
 
+def _upload(given: argparse.Namespace) -> int:
+    from .upload import upload
+
+    done = upload(given.folder, given.tracking_uri, given.experiment)
+    print(f"{done.new} runs uploaded, {done.completed} completed, {done.there} were there. Open them: {done.ui}")
+    return 0
+
+
 def _models(given: argparse.Namespace) -> int:
     from . import doctor, machine, memory
 
@@ -131,4 +143,4 @@ def _doctor(given: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "models": _models, "doctor": _doctor}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "upload": _upload, "models": _models, "doctor": _doctor}

@@ -19,7 +19,7 @@ LAYERS = {
     "think": ("stats", "summary", "validity"),
     "show": ("report", "charts", "artifacts"),
     "keep": ("tracking",),
-    "drive": ("doctor", "progress", "sweep", "cli", "__main__", "__init__"),
+    "drive": ("doctor", "progress", "sweep", "upload", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
@@ -41,7 +41,7 @@ HOMES = {
     "pynvml": ("machine",),
     "psutil": ("machine", "memory"),
     "matplotlib": ("charts",),
-    "mlflow": ("tracking",),
+    "mlflow": ("tracking", "upload"),
     "ray": ("sweep",),
 }
 """Heavy library → the only modules that import it. The worker is the process that sets torch and transformers up."""

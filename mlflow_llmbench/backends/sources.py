@@ -196,9 +196,8 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         if preset is None:
             raise ModelError(f"weights=random needs a preset, and {cell.model} is none. `llmbench models` lists them.")
         synthetic.write_checkpoint(preset, cell.seed)
-    elif model.source in ("hub", "preset"):
-        if not _is_complete(_snapshot(model)):
-            _download(model)
+    elif model.source in ("hub", "preset") and not _is_complete(_snapshot(model)):
+        _download(model)
 
 
 def _snapshot(model: ModelFacts) -> Path:

@@ -41,7 +41,7 @@ class TransformersBackend:
             if importlib.util.find_spec(package) is None:
                 raise MissingError(f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench")
         if cell.quant in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-            raise MissingError(f"quant={cell.quant} needs the package bitsandbytes, which is not installed. Run: pip install 'bitsandbytes>=0.49'")
+            raise MissingError(f"quant={cell.quant} needs the package bitsandbytes, which is not installed. Run: pip install bitsandbytes")
         machine.require_device(cell.device)
         return sources.find_model(cell)
 
