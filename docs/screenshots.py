@@ -48,12 +48,16 @@ HIDDEN = ".modebar, [data-assistant-ui] { display: none !important }"
 """Plotly's tools, which a real pointer would have to touch to be seen, and the assistant's floating button."""
 
 CLICKED = """
-for (const button of document.querySelectorAll('button')) {
-  const close = button.getAttribute('aria-label') === 'Close' || button.className.includes('alert-close');
-  if (button.textContent.trim() === 'Show more' || (close && button.closest('[role=alert], [class*=alert]'))) button.click();
+const buttons = [...document.querySelectorAll('button')];
+const named = text => buttons.filter(button => button.textContent.trim() === text);
+named('Show more').forEach(button => button.click());
+for (const leave of named('Exit shared view')) {
+  let box = leave.parentElement, cross = null;
+  while (box && !(cross = [...box.querySelectorAll('button')].find(button => !button.textContent.trim()))) box = box.parentElement;
+  if (cross) cross.click();
 }
 """
-"""Opens long descriptions and closes banners."""
+"""Opens long descriptions and closes the banner of a shared view by its cross, the only button there without a text."""
 
 
 @contextlib.contextmanager
@@ -100,7 +104,9 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
     if not views:
         sys.exit(f"The experiment {experiment} has no view of ours. Run a sweep into it first, which publishes one.")
     view_id = max(views, key=lambda one: int(views[one]["updatedAt"]))
-    cells = client.search_runs([found.experiment_id], json.loads(views[view_id]["state"])["searchFilter"], order_by=[f"metrics.`{view.THROUGHPUT}` DESC"])
+    cells = client.search_runs(
+        [found.experiment_id], json.loads(views[view_id]["state"])["searchFilter"], order_by=[f"metrics.`{view.THROUGHPUT}` DESC"]
+    )
     measured = [run.info.run_id for run in cells if run.data.tags.get("llmbench.outcome") == "ok"]
     if not measured:
         sys.exit(f"No cell of the newest sweep in {experiment} was measured. Run a sweep that succeeds first.")
@@ -118,8 +124,8 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
     }
 
 
-def browser() -> Any:
-    """A headless Chromium with an empty profile."""
+def browser(profile: str) -> Any:
+    """A headless Chromium that keeps its profile in an empty folder, and ends with its block."""
     try:
         from selenium import webdriver
     except ImportError:
@@ -130,7 +136,7 @@ def browser() -> Any:
         sys.exit(f"{'chromedriver' if binary else 'Chromium'} is not on PATH. Install the packages chromium and chromium-driver, or their like.")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in FLAGS:
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
 
@@ -165,23 +171,13 @@ def main() -> None:
     given = parser.parse_args()
     wanted = pages(given.tracking_uri, given.experiment)
     given.out.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(_Quit(browser())) as window, server(given.tracking_uri) as address:
-        window.driver.get(f"{address}/health")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser(profile) as driver, server(given.tracking_uri) as address:
+        driver.get(f"{address}/health")
         for key, value in VISITED.items():
-            window.driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", key, json.dumps(value))
+            driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", key, json.dumps(value))
         for name, (fragment, height, awaited) in wanted.items():
-            (given.out / name).write_bytes(picture(window.driver, f"{address}/{fragment}", height, awaited))
+            (given.out / name).write_bytes(picture(driver, f"{address}/{fragment}", height, awaited))
             print(given.out / name)
-
-
-class _Quit:
-    """A driver that ends with its block; selenium makes an empty profile for it and removes it."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def close(self) -> None:
-        self.driver.quit()
 
 
 if __name__ == "__main__":

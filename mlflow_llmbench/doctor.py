@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 
 from . import machine, memory
 from .backends.base import backend_class
-from .backends.synthetic import cache_folder
 from .errors import UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
 from .spec import BITSANDBYTES, QUANTIZATIONS, known_backends
@@ -39,8 +38,6 @@ OPTIONAL = (
     (("bitsandbytes",), "int8, int4 and fp4", "pip install bitsandbytes"),
     (("gptqmodel", "optimum"), "checkpoints quantized with GPTQ", "pip install 'mlflow-llmbench[gptq]'"),
     (("gguf",), "models in .gguf files", "pip install gguf"),
-    (("aiohttp",), "measuring a server", "pip install 'mlflow-llmbench[server]'"),
-    (("ray",), "sweeps over several machines", "pip install 'mlflow-llmbench[ray]'"),
 )
 """Packages, what they give, how to get them."""
 
@@ -267,7 +264,7 @@ def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]
 
 def disk_items() -> Iterator[Item]:
     """Free space where checkpoints are kept: ours, and the Hub's."""
-    yield disk_item("cache folder", cache_folder(), "LLMBENCH_CACHE")
+    yield disk_item("cache folder", machine.cache_folder(), "LLMBENCH_CACHE")
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
     yield disk_item("Hub cache", Path(os.environ.get("HF_HUB_CACHE") or home / "hub"), "HF_HOME")
 

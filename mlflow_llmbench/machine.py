@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -198,6 +199,32 @@ def packages() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: `$LLMBENCH_CACHE`, `$XDG_CACHE_HOME/mlflow-llmbench` or `~/.cache/mlflow-llmbench`."""
+    own = os.environ.get("LLMBENCH_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-llmbench"
+
+
+def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
+    """The best rates ever measured here under `key` (hardware, device, threads), these included; kept in the cache folder.
+
+    A probe can only be disturbed downwards, and a bandwidth that is too low makes an MBU that is too high.
+    """
+    file = cache_folder() / "peaks.json"
+    known: dict[str, dict[str, float]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(file.read_text())
+    before = known.get(key, {})
+    best = {name: max(rate, before.get(name, 0.0)) for name, rate in measured.items()}
+    if best != before:
+        with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".peaks.{os.getpid()}")
+            temporary.write_text(json.dumps(known | {key: best}, indent=1))
+            temporary.replace(file)
+    return best
 
 
 def git_commit(folder: str) -> str | None:

@@ -7,10 +7,19 @@ The unit of inference is the repetition, never the token: tokens of one request 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import NormalDist, fmean, median, stdev
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, median, stdev, variance
+from typing import TYPE_CHECKING, Any
 
 from .metrics import PERCENTILE_SUPPORT
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+    Statistic = str | Callable[..., Any]
 
 T_975 = (
     12.70620474, 4.30265273, 3.18244631, 2.77644511, 2.57058184, 2.44691185, 2.36462425, 2.30600414, 2.26215716, 2.22813885,
@@ -99,3 +108,258 @@ def trend(values: Sequence[float]) -> float:
     if third < 2 or fmean(values[:third]) == 0:
         return 0.0
     return fmean(values[-third:]) / fmean(values[:third]) - 1
+
+
+def mad(values: Sequence[float]) -> float:
+    """Median absolute deviation from the median, unscaled; × 1.4826 it estimates the standard deviation of a normal sample."""
+    centre = median(values)
+    return median(abs(value - centre) for value in values)
+
+
+def classify_outliers(values: Sequence[float]) -> list[str | None]:
+    """For each value None, "mild" (beyond 1.5 interquartile ranges from the quartiles) or "severe" (beyond 3).
+
+    The fences of Tukey, Exploratory Data Analysis (1977), with quartiles by `percentile`. Outliers are shown, never dropped:
+    where a quarter of the values on each side agree exactly, the range is 0 and every other value is severe. All None
+    with fewer than 5 values, whose quartiles say nothing.
+    """
+    if len(values) < 5:
+        return [None] * len(values)
+    low, high = percentile(values, 25), percentile(values, 75)
+    beyond = [max(low - value, value - high) for value in values]
+    return ["severe" if d > 3 * (high - low) else "mild" if d > 1.5 * (high - low) else None for d in beyond]
+
+
+CHUNK = 1 << 18
+"""Resampled values that are in memory at once: 2 MB, which a cache holds."""
+
+
+def bootstrap_interval(values: Sequence[float], statistic: Statistic, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % bootstrap interval of a statistic of independent values: "mean", "median", or a function like `numpy.std` with an `axis`.
+
+    The expanded percentile interval of Hesterberg (The American Statistician 69, 2015, 371–386): quantiles of the resampled
+    statistic at Φ(∓√(n/(n − 1))·t(0.975; n − 1)) in place of 2.5 and 97.5 %, since the plain percentile interval is too
+    narrow in small samples. Simulated coverage of the mean, normal data, 3,000 samples (plain percentiles in brackets):
+    n = 5: 0.91 (0.83) · 6: 0.93 (0.85) · 10: 0.94 (0.90) · 20: 0.95 (0.92) · 30: 0.95 (0.94); of the median 0.93 to 0.98.
+    For the mean of 5 values take `t_interval`, which covers 0.95.
+
+    The mean is resampled in full, n draws each, in chunks. The median is not: the ranks of the middle order statistics of
+    n draws are n times those of n uniform numbers, whose joint distribution is Beta, so they are drawn directly. That is
+    the same distribution (Efron 1979 derives it for the median), for two random numbers a resample.
+    100,000 values and 2,000 resamples take about 1 s and 12 MB for the mean and 2 ms for the median (2-core AMD EPYC); a
+    function of one's own takes the time of the mean and its own.
+
+    None with fewer than 5 values: no resample leaves their range, which then holds the truth too rarely.
+    """
+    import numpy as np
+
+    data = np.asarray(values, dtype=np.float64)
+    if data.size < 5:
+        return None
+    return _expanded_percentiles(_resample(data, statistic, resamples, seed), data.size)
+
+
+def _resample(data: Array, statistic: Statistic, resamples: int, seed: int) -> Array:
+    """The statistic of each of `resamples` samples drawn from `data` with replacement."""
+    import numpy as np
+
+    draw = np.random.Generator(np.random.SFC64(seed))
+    n = data.size
+    if statistic == "median":
+        lower, upper = (n + 1) // 2, n // 2 + 1  # ranks of the middle order statistics, equal if n is odd
+        first = draw.beta(lower, n + 1 - lower, resamples)
+        second = first if upper == lower else 1 - (1 - first) * draw.random(resamples) ** (1 / (n - lower))
+        order = np.sort(data)
+        ranks = [np.minimum((uniform * n).astype(np.intp), n - 1) for uniform in (first, second)]
+        return np.asarray((order[ranks[0]] + order[ranks[1]]) / 2)
+    compute = _function(statistic)
+    rows = max(1, CHUNK // n)
+    parts = []
+    for start in range(0, resamples, rows):
+        # 32-bit numbers are drawn twice as fast as 64-bit ones, and looked up four times as fast once they are 64-bit.
+        chosen = draw.integers(0, n, (min(rows, resamples - start), n), dtype=np.uint32).astype(np.intp)
+        parts.append(compute(data.take(chosen), axis=1))
+    return np.concatenate(parts)
+
+
+def _function(statistic: Statistic) -> Callable[..., Any]:
+    import numpy as np
+
+    named: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
+    if not isinstance(statistic, str):
+        return statistic
+    if statistic not in named:
+        raise ValueError(f"unknown statistic: {statistic}; known are mean and median, or give a function of (array, axis)")
+    return named[statistic]
+
+
+def _expanded_percentiles(distribution: Array, n: int) -> tuple[float, float]:
+    """Percentile interval, widened to what Student's t needs with n independent values."""
+    import numpy as np
+
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile_975(n - 1))
+    low, high = np.quantile(distribution, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def block_length(series: Sequence[float]) -> int:
+    """Block length for the circular block bootstrap of a stationary series: Politis & White, Econometric Reviews 23 (2004) 53–70.
+
+    b = (2ĝ²/D̂)^(1/3)·n^(1/3), D̂ = 4/3·ĝ(0)², with the correction of Patton, Politis & White (28, 2009, 372–375), where
+    ĝ = Σ λ(k/M)·|k|·R(k), ĝ(0) = Σ λ(k/M)·R(k), R the autocovariances, λ the flat-top window, and M twice the lag after
+    which the autocorrelations stay within ±2√(log₁₀ n/n). At most 3√n and n/3.
+    """
+    import numpy as np
+
+    data = np.asarray(series, dtype=np.float64)
+    n = data.size
+    data = data - data.mean()
+    most = math.ceil(min(3 * math.sqrt(n), n / 3))
+    if n < 9 or not data.any():
+        return 1
+    run = max(5, math.ceil(math.sqrt(math.log10(n))))
+    lags = min(math.ceil(math.sqrt(n)) + run, n - 1)
+    covariance = np.array([data[: n - k] @ data[k:] for k in range(lags + 1)]) / n
+    small = np.abs(covariance[1:] / covariance[0]) < 2 * math.sqrt(math.log10(n) / n)
+    last = next((lag for lag in range(lags - run + 1) if small[lag : lag + run].all()), lags)
+    if last == 0:  # no correlation at all
+        return 1
+    width = min(2 * last, lags)
+    k = np.arange(1, width + 1)
+    weighted = np.clip(2 * (1 - k / width), 0, 1) * covariance[1 : width + 1]
+    g, g0 = 2 * (k * weighted).sum(), covariance[0] + 2 * weighted.sum()
+    if g0 <= 0:
+        return most
+    return min(max(1, math.ceil(math.pow(2 * (g / g0) ** 2 / (4 / 3) * n, 1 / 3))), most)
+
+
+def block_bootstrap_interval(
+    series: Sequence[float], block: int | None = None, statistic: Statistic = "mean", resamples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % interval of a statistic of one stationary, autocorrelated series, such as the token gaps of one long request.
+
+    The circular block bootstrap of Politis & Romano (1992): n/b blocks of b neighbours, drawn from the series closed to a
+    ring; `block=None` takes `block_length`. The percentiles are expanded as in `bootstrap_interval`, for n/b values.
+    Simulated coverage of the mean of AR(1) series, 1,000 each, n = 128, 256, 1,000: φ = 0: 0.95, 0.94, 0.95 · φ = 0.5: 0.90,
+    0.92, 0.94 · φ = 0.8: 0.86, 0.91, 0.93 · φ = 0.9: 0.84, 0.87, 0.91. Of 100,000 values with φ = 0.8, 2,000 resamples take
+    0.1 s for the mean, from sums of blocks, and 2 to 3 s for the median, which needs every resample in full.
+
+    It speaks of this series only. Between runs it says nothing: the unit of inference is the repetition. None with
+    fewer than 5 values or 3 blocks.
+    """
+    import numpy as np
+
+    data = np.asarray(series, dtype=np.float64)
+    n = data.size
+    length = block_length(series) if block is None else block
+    if length < 1:
+        raise ValueError(f"a block has at least 1 value: {length}")
+    if n < 5 or n // length < 3:
+        return None
+    if length == 1:
+        return _expanded_percentiles(_resample(data, statistic, resamples, seed), n)
+    draw = np.random.Generator(np.random.SFC64(seed))
+    blocks = math.ceil(n / length)
+    ring = np.concatenate([data, data[: length - 1]])
+    rows = max(1, CHUNK // (blocks if statistic == "mean" else n))
+    parts = []
+    for start in range(0, resamples, rows):
+        starts = draw.integers(0, n, (min(rows, resamples - start), blocks), dtype=np.uint32).astype(np.intp)
+        if statistic == "mean":
+            parts.append(_block_means(ring, n, length, starts))
+        else:
+            places = (starts[:, :, None] + np.arange(length)).reshape(len(starts), -1)[:, :n]
+            parts.append(_function(statistic)(ring.take(places), axis=1))
+    return _expanded_percentiles(np.concatenate(parts), n // length)
+
+
+def _block_means(ring: Array, n: int, length: int, starts: NDArray[np.intp]) -> Array:
+    """Means of resamples (rows of `starts`) from sums of blocks, so that none is written out; the last block is cut to make n values."""
+    import numpy as np
+
+    total = np.concatenate([[0.0], np.cumsum(ring - ring.mean())])  # centred, so that long sums lose no digits
+    rest = n - length * (starts.shape[1] - 1)
+    whole = total[length : length + n] - total[:n]
+    surplus = total[length : length + n] - total[rest : rest + n]
+    return np.asarray(ring.mean() + (whole.take(starts).sum(axis=1) - surplus.take(starts[:, -1])) / n)
+
+
+@dataclass(frozen=True)
+class MeanDifference:
+    """A difference of means, second − first, with its 95 % interval and the two-sided p value of no difference."""
+
+    difference: float
+    low: float
+    high: float
+    statistic: float
+    degrees: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class RankTest:
+    """Mann and Whitney's U: the number of pairs in which the first sample is larger, ties counting half; two-sided p value."""
+
+    statistic: float
+    p_value: float
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
+    """Mean of b − mean of a, without the assumption of equal variances (Welch, Biometrika 34, 1947). None with fewer than 2 values each."""
+    if len(a) < 2 or len(b) < 2:
+        return None
+    parts = variance(a) / len(a), variance(b) / len(b)
+    error = math.sqrt(sum(parts))
+    shares = parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1)
+    degrees = sum(parts) ** 2 / shares if shares else float(len(a) + len(b) - 2)
+    return _t_test(fmean(b) - fmean(a), error, degrees)
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
+    """Mean of the differences b − a of interleaved pairs (Student 1908). None with fewer than 2 pairs; ValueError if unequal in number."""
+    if len(a) != len(b):
+        raise ValueError(f"pairs need as many values on both sides: {len(a)} and {len(b)}")
+    if len(a) < 2:
+        return None
+    gaps = [second - first for first, second in zip(a, b, strict=True)]
+    return _t_test(fmean(gaps), stdev(gaps) / math.sqrt(len(gaps)), len(gaps) - 1)
+
+
+def _t_test(difference: float, error: float, degrees: float) -> MeanDifference:
+    """Student's t of a difference with its standard error. Without any variation the interval is a point, and p is 0 or 1."""
+    if error == 0:
+        t = math.copysign(math.inf, difference) if difference else 0.0
+        return MeanDifference(difference, difference, difference, t, degrees, 0.0 if difference else 1.0)
+    from scipy import special  # type: ignore[import-untyped]
+
+    t = difference / error
+    half = float(special.stdtrit(degrees, 0.975)) * error
+    return MeanDifference(difference, difference - half, difference + half, t, degrees, 2 * float(special.stdtr(degrees, -abs(t))))
+
+
+def mann_whitney(a: Sequence[float], b: Sequence[float]) -> RankTest | None:
+    """Whether values of one sample tend to be larger (Mann & Whitney 1947), by scipy: exact with up to 8 values and no ties, else normal.
+
+    With 3 values each p cannot be below 0.10, with 4 each 0.029: it needs at least 8 to say much. None without values.
+    """
+    if not a or not b:
+        return None
+    if len({*a, *b}) == 1:  # one single value, whose ranks have no variance
+        return RankTest(len(a) * len(b) / 2, 1.0)
+    from scipy import stats
+
+    found = stats.mannwhitneyu(a, b, alternative="two-sided")
+    return RankTest(float(found.statistic), float(found.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number, in the order given (Holm, Scandinavian Journal of Statistics 6, 1979, 65–70).
+
+    The chance of any false alarm among those below 0.05 is then at most 5 %, however the tests depend on each other.
+    """
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted

@@ -311,7 +311,7 @@ def _succeed(sweep: _Sweep, job: _Job, number: int, outcomes: Sequence[GroupOutc
         memory=supervise.stages_of(first, number),
         timeline=tuple(first.samples),
         marks=_marks(first, number),
-        peaks=first.peaks,
+        peaks=machine.best_peaks(first.peaks, f"{job.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
         texts=tuple(first.texts[number]),
         log=tuple(first.log),
     )

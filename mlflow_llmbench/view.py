@@ -51,37 +51,42 @@ def comparison_view(varied: Sequence[str], has_device: bool, baseline_run_id: st
     names = list(varied) or ["quant"]
     headline = [THROUGHPUT, TTFT, ITL, memory]
     sections = [
-        _section("Trade-offs", 2, 400),
+        _section("Trade-offs", 2, 380),
         _section("Headline", 2, 300),
+        _section("Settings and results", 1, 340),
         _section("Inter-token latency", 2, 340),
-        _section("Change from the baseline", 1, 520),
+        _section("Change from the baseline", 1, 560),
     ]
     charts = [
-        _chart(0, 0, "SCATTER", xaxis={"key": TTFT, "type": "METRIC"}, yaxis={"key": THROUGHPUT, "type": "METRIC"}),
-        _chart(1, 0, "PARALLEL", selectedParams=names, selectedMetrics=[memory, ITL, TTFT, THROUGHPUT], showAllRuns=False),
-        *(_chart(2 + i, 1, "BAR", metricKey=key, displayName=_title(key)) for i, key in enumerate(headline)),
-        _line(6, 2, "steps/itl_ms", "ms from one token to the next, by token"),
-        _line(7, 2, "percentiles/itl_ms", "ms from one token to the next, by percentile"),
+        _chart(0, 0, "SCATTER", xaxis=_axis(TTFT), yaxis=_axis(THROUGHPUT)),
+        _chart(1, 0, "SCATTER", xaxis=_axis(memory), yaxis=_axis(THROUGHPUT)),
+        *(_chart(2 + i, 1, "BAR", metricKey=key) for i, key in enumerate(headline)),
+        _chart(6, 2, "PARALLEL", selectedParams=names, selectedMetrics=[memory, ITL, TTFT, THROUGHPUT], showAllRuns=False),
+        _line(7, 3, "steps/itl_ms"),
+        _line(8, 3, "percentiles/itl_ms"),
         _chart(
-            8, 3, "DIFFERENCE", chartName="Change from the baseline", compareGroups=["Model metrics", "Parameters"],
+            9, 4, "DIFFERENCE", chartName="Change from the baseline", compareGroups=["Model metrics", "Parameters"],
             showChangeFromBaseline=True, showDifferencesOnly=True, baselineColumnUuid=baseline_run_id or "",
         ),
     ]  # fmt: skip
-    closed = sorted({key.rpartition("/")[0] for key in [*KEYS, *SERIES]})
+    closed = dict.fromkeys(key.rpartition("/")[0] for key in [*KEYS, *SERIES])
     sections += [_section(name, display=False) for name in [*closed, "Model metrics", "System metrics"]]
     for number, section in enumerate(sections):
         section["uuid"] = f"s{number}"
+    columns = [
+        *(f"params.`{name}`" for name in names),
+        "tags.`llmbench.verdict`",
+        *(f"metrics.`{key}`" for key in headline),
+        "tags.`llmbench.outcome`",
+    ]
     return {
         "compareRunCharts": charts,
         "compareRunSections": sections,
         "isAccordionReordered": True,
         "hideEmptyCharts": True,
-        "selectedColumns": [
-            *(f"params.`{name}`" for name in names),
-            *(f"metrics.`{key}`" for key in headline),
-            "tags.`llmbench.verdict`",
-            "tags.`llmbench.outcome`",
-        ],
+        "selectedColumns": columns,
+        "columnOrder": columns,
+        "columnWidths": {column: min(140, max(70, 7 * len(column) - 40)) for column in columns},
         "runsHiddenMode": "SHOW_ALL",
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'" if parent_id else "",
         "orderByKey": f"metrics.`{THROUGHPUT}`",
@@ -99,17 +104,15 @@ def _chart(number: int, section: int, kind: str, **settings: Any) -> State:
     return {**common, "deleted": False, "isGenerated": False, **settings}
 
 
-def _line(number: int, section: int, key: str, title: str) -> State:
+def _axis(key: str) -> State:
+    return {"key": key, "type": "METRIC"}
+
+
+def _line(number: int, section: int, key: str) -> State:
     return _chart(
-        number, section, "LINE", metricKey=key, displayName=title, selectedMetricKeys=[key], xAxisKey="step", selectedXAxisMetricKey="",
+        number, section, "LINE", metricKey=key, selectedMetricKeys=[key], xAxisKey="step", selectedXAxisMetricKey="",
         useGlobalXaxisKey=False, useGlobalLineSmoothing=False, lineSmoothness=0, scaleType="linear", xAxisScaleType="linear", ignoreOutliers=False,
     )  # fmt: skip
-
-
-def _title(key: str) -> str:
-    """Title of a bar chart; its axis shows the stored value, so the unit is that one."""
-    words = {THROUGHPUT: "Output throughput, tokens/s", TTFT: "Time to first token, median ms", ITL: "Inter-token latency, median ms"}
-    return words.get(key) or f"Peak {'device' if 'device' in key else 'host'} memory, bytes"
 
 
 def publish(
@@ -127,7 +130,7 @@ def publish(
         now = int(time.time() * 1000)
         there = _published(store)
         created = there.get(view_id, {}).get("createdAt", now)
-        envelope = {"name": name, "createdAt": created, "updatedAt": now, "state": _text(state)}
+        envelope = {"name": f"{name}, {time.strftime('%Y-%m-%d %H:%M')}", "createdAt": created, "updatedAt": now, "state": _text(state)}
         store.client.set_experiment_tag(store.experiment_id, TAG + view_id, _text(envelope))
         oldest_first = sorted((one for one in there if one != view_id), key=lambda one: there[one].get("updatedAt", 0))
         for old in oldest_first[: max(0, len(oldest_first) + 1 - MOST_VIEWS)]:

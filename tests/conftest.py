@@ -69,9 +69,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A session-wide cache for random checkpoints, so that a test machine's own cache is neither used nor filled."""
+    """A session-wide cache for random checkpoints and peaks, so that a test machine's own cache is neither used nor filled."""
     folder = tmp_path_factory.mktemp("cache")
     before = os.environ.get("LLMBENCH_CACHE")
     os.environ["LLMBENCH_CACHE"] = str(folder)

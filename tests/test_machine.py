@@ -62,3 +62,12 @@ def test_noise_is_the_difference_of_two_readings() -> None:
     noise = machine.noise_between(before, after)
     assert (noise.wall_s, noise.steal_s, noise.foreign_cpu_s, noise.own_cpu_s) == (2.0, 0.5, 1.5, 1.5)
     assert (noise.pressure_s, noise.involuntary_switches, noise.major_faults, noise.swapped_pages) == (0.25, 2, 0, None)
+
+
+def test_the_best_rates_are_kept_by_hardware_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path / "cache"))
+    assert machine.best_peaks({"read_bytes_per_s": 5.0}, "a cpu 2") == {"read_bytes_per_s": 5.0}
+    assert machine.best_peaks({"read_bytes_per_s": 3.0, "flops_per_s": 9.0}, "a cpu 2") == {"read_bytes_per_s": 5.0, "flops_per_s": 9.0}
+    assert machine.best_peaks({"read_bytes_per_s": 2.0}, "a cpu 1") == {"read_bytes_per_s": 2.0}
+    (tmp_path / "cache" / "peaks.json").write_text("{damaged")
+    assert machine.best_peaks({"read_bytes_per_s": 1.0}, "a cpu 2") == {"read_bytes_per_s": 1.0}

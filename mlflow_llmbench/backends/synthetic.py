@@ -7,13 +7,13 @@ Weights are drawn from N(0, 0.02²), the usual initialisation, so that logits st
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import machine
 from ..errors import ModelError
 from ..models import Preset
 
@@ -30,15 +30,9 @@ SHARD_BYTES = 4_000_000_000
 STANDARD_DEVIATION = 0.02
 
 
-def cache_folder() -> Path:
-    """Where this package keeps what it can make again: `$LLMBENCH_CACHE`, `$XDG_CACHE_HOME/mlflow-llmbench` or `~/.cache/mlflow-llmbench`."""
-    own = os.environ.get("LLMBENCH_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-llmbench"
-
-
 def checkpoint_folder(preset: Preset, seed: int) -> Path:
     """The folder of a preset's synthetic checkpoint; it exists only when it is complete."""
-    return cache_folder() / "checkpoints" / f"{preset.name}-seed{seed}-v{FORMAT}"
+    return machine.cache_folder() / "checkpoints" / f"{preset.name}-seed{seed}-v{FORMAT}"
 
 
 def write_checkpoint(preset: Preset, seed: int) -> Path:
