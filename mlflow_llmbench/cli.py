@@ -37,10 +37,21 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{declared.metadata['help']}{mark} (default: {default_text(name)})".replace("%", "%%")
         run.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text, **flag)
     run.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
-    run.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
     upload = commands.add_parser("upload", help="put a results folder into an MLflow store, as far as it is not there")
     upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as `llmbench run` prints it")
-    for command in (run, upload):
+    compare = commands.add_parser("compare", help="say how two or more results differ, and whether that is more than noise")
+    compare.add_argument(
+        "references", nargs="+", metavar="RESULT", help="run id, runs:/ID, sweep, or results folder; the first is the one compared against"
+    )
+    compare.add_argument(
+        "--allow", metavar="LIST", default="", help="compare in spite of a difference: hardware,software,workload,scenario,schema,verdict"
+    )
+    compare.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
+    compare.add_argument("--paired", action="store_true", help="the repetitions of both were measured in turns")
+    compare.add_argument("--log", metavar="RUN", help="keep the comparison as an artifact of this run")
+    for command in (run, compare):
+        command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+    for command in (run, upload, compare):
         command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
         command.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
@@ -85,10 +96,11 @@ def _run(given: argparse.Namespace) -> int:
     print(f"\nResults: {result.folder}")
     for line in result.not_uploaded:
         print(f"Not uploaded: {line}")
+    what = "comparison" if result.parent_id else "run"
     if result.ui.startswith("http"):
-        print(f"Open {result.ui}/#/experiments/{result.experiment_id}")
+        print(f"Open the {what}: {result.ui}/{result.page}")
     else:
-        print(f"Open the comparison: {result.ui}, then http://127.0.0.1:5000/#/experiments/{result.experiment_id}")
+        print(f"Open the {what}: {result.ui}\nthen http://127.0.0.1:5000/{result.page}")
     if given.json:
         print(json.dumps(_as_json(result), ensure_ascii=False))
     return result.exit_code
@@ -125,6 +137,27 @@ def _upload(given: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(given: argparse.Namespace) -> int:
+    from . import compare, tracking
+    from .evidence import load_results
+
+    allow = frozenset(filter(None, given.allow.split(",")))
+    if unknown := sorted(allow - set(compare.ALLOWABLE)):
+        raise UsageError(f"Unknown difference to allow: {unknown[0]}. Known: {', '.join(compare.ALLOWABLE)}.")
+    results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
+    if len(results) < 2:
+        raise UsageError("A comparison needs two results, and there is one. Give another run, or the folder of a sweep.")
+    comparisons = [compare.compare(results[0], other, noise=given.noise, allow=allow, paired=given.paired) for other in results[1:]]
+    for comparison in comparisons:
+        print(f"{compare.sentence(comparison)}\n\n{compare.format_comparison(comparison)}\n")
+    if given.log:
+        store = tracking.open_store(given.tracking_uri)
+        tracking.log_comparison(store, given.log.removeprefix("runs:/"), "\n\n".join(map(compare.comparison_markdown, comparisons)))
+    if given.json:
+        print(json.dumps([compare.comparison_json(comparison) for comparison in comparisons], ensure_ascii=False))
+    return 0
+
+
 def _models(given: argparse.Namespace) -> int:
     from . import doctor, machine, memory
 
@@ -143,4 +176,4 @@ def _doctor(given: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "upload": _upload, "models": _models, "doctor": _doctor}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "upload": _upload, "compare": _compare, "models": _models, "doctor": _doctor}

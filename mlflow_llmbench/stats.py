@@ -120,7 +120,7 @@ def classify_outliers(values: Sequence[float]) -> list[str | None]:
     """For each value None, "mild" (beyond 1.5 interquartile ranges from the quartiles) or "severe" (beyond 3).
 
     The fences of Tukey, Exploratory Data Analysis (1977), with quartiles by `percentile`. Outliers are shown, never dropped:
-    where a quarter of the values on each side agree exactly, the range is 0 and every other value is severe. All None
+    where the middle half of the values agrees exactly, the range is 0 and every other value is severe. All None
     with fewer than 5 values, whose quartiles say nothing.
     """
     if len(values) < 5:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, machine, memory, models, plan, report, supervise, tracking
+from . import artifacts, machine, memory, models, plan, report, supervise, tracking, view
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .journal import new_sweep, write_json
@@ -48,7 +48,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a command left. `run_ids` belong to `rows`; `parent_id` is None for a single cell."""
+    """What a command left. `run_ids` belong to `rows`; `parent_id` is None for a single cell; `page` is the UI's page to open."""
 
     rows: tuple[Row, ...]
     varied: tuple[str, ...]
@@ -59,6 +59,7 @@ class SweepResult:
     tracking_uri: str
     experiment_id: str
     ui: str
+    page: str
     not_uploaded: tuple[str, ...] = ()
 
     @property
@@ -99,6 +100,7 @@ class _Sweep:
     watcher: Watcher | None
     asked: Mapping[str, str]
     parent_id: str | None = None
+    view: str | None = None
     not_uploaded: list[str] = field(default_factory=list)
 
 
@@ -205,8 +207,19 @@ def _drive(sweep: _Sweep) -> SweepResult:
     rows = tuple(job.row for job in jobs if job.row)
     ids = tuple(job.run_id for job in jobs)
     ui = tracking.ui_command(store)
+    page = sweep.view or f"#/experiments/{store.experiment_id}" + (f"/runs/{ids[0]}" if sweep.parent_id is None else "")
     return SweepResult(
-        rows, tuple(sweep.spec.varied), outcome, sweep.folder, ids, sweep.parent_id, store.uri, store.experiment_id, ui, tuple(sweep.not_uploaded)
+        rows,
+        tuple(sweep.spec.varied),
+        outcome,
+        sweep.folder,
+        ids,
+        sweep.parent_id,
+        store.uri,
+        store.experiment_id,
+        ui,
+        page,
+        tuple(sweep.not_uploaded),
     )
 
 
@@ -379,11 +392,14 @@ def _close_unfinished(sweep: _Sweep, job: _Job, outcome: str) -> None:
 def _finish_parent(sweep: _Sweep, outcome: str) -> None:
     if sweep.parent_id is None:
         return
-    rows = [job.row for job in sweep.jobs if job.row]
+    measured = [(job.row, job.run_id) for job in sweep.jobs if job.row]
+    rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
     folder = sweep.folder / "comparison"
+    tell = sweep.watcher.note if sweep.watcher else lambda text: None
     try:
         artifacts.write_sweep(rows, sweep.spec.varied, folder)
-        note = report.sweep_markdown(rows, sweep.spec.varied)
+        sweep.view = view.publish(sweep.store, sweep.parent_id, plan.sweep_name(sweep.spec), sweep.spec.varied, rows, ids, tell)
+        note = (f"[Compare the cells in charts]({sweep.view})\n\n" if sweep.view else "") + report.sweep_markdown(rows, sweep.spec.varied)
         tracking.upload_parent(sweep.store, sweep.parent_id, plan.asked_params(sweep.spec) | dict(sweep.asked), note, folder)
     except Exception as error:
         _not_uploaded(sweep, "the comparison", error)

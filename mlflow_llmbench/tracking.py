@@ -233,6 +233,45 @@ def runs_of_sweep(store: Store, sweep: str) -> list[Run]:
     return list(store.client.search_runs(experiments, f"tags.`llmbench.sweep` = '{sweep}'", max_results=50_000))
 
 
+def cells_of_sweep(store: Store, sweep: str) -> list[str]:
+    """Ids of the runs of a sweep that hold a result, in the order in which they were begun."""
+    runs = [r for r in runs_of_sweep(store, sweep) if "llmbench.outcome" in r.data.tags]
+    return [str(r.info.run_id) for r in sorted(runs, key=lambda r: int(r.info.start_time or 0))]
+
+
+def cells_of_run(store: Store, run_id: str) -> list[str]:
+    """The run itself if it holds a result, or those of its children that do. Empty if the store does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = store.client.get_run(run_id)
+    except MlflowException:
+        return []
+    if "llmbench.outcome" in run.data.tags:
+        return [run_id]
+    return cells_of_sweep(store, run.data.tags["llmbench.sweep"]) if "llmbench.sweep" in run.data.tags else []
+
+
+def download_result(store: Store, run_id: str, folder: Path) -> Path:
+    """Fetch a run's result.json into `folder`, and return the folder. Raises TrackingError if the run has none."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow.exceptions import MlflowException
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        store.client.download_artifacts(run_id, "result.json", str(folder))
+    except (MlflowException, OSError) as error:
+        raise TrackingError(
+            f"The run {run_id} has no result.json that can be read: {first_line(error)}. `llmbench upload FOLDER` completes a run."
+        ) from None
+    return folder
+
+
+def log_comparison(store: Store, run_id: str, text: str) -> None:
+    """Keep a comparison as an artifact of a run."""
+    store.client.log_text(run_id, text, "comparison.md")
+
+
 def ui_command(store: Store) -> str:
     """How to open the UI on this store."""
     if store.uri.startswith(("http://", "https://")):

@@ -16,10 +16,10 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "machine", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity"),
+    "think": ("stats", "summary", "validity", "compare"),
     "show": ("report", "charts", "artifacts"),
-    "keep": ("tracking",),
-    "drive": ("doctor", "progress", "sweep", "upload", "cli", "__main__", "__init__"),
+    "keep": ("tracking", "view"),
+    "drive": ("doctor", "progress", "sweep", "upload", "evidence", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
@@ -41,7 +41,7 @@ HOMES = {
     "pynvml": ("machine",),
     "psutil": ("machine", "memory"),
     "matplotlib": ("charts",),
-    "mlflow": ("tracking", "upload"),
+    "mlflow": ("tracking", "view", "upload"),
     "ray": ("sweep",),
 }
 """Heavy library → the only modules that import it. The worker is the process that sets torch and transformers up."""

@@ -123,8 +123,7 @@ def test_outliers_of_a_published_example() -> None:
 def test_outliers_by_hand() -> None:
     """Quartiles of 1 … 9 are 3 and 7: mild beyond −3 and 13, severe beyond −9 and 19."""
     for value, word in [(13, None), (13.1, "mild"), (19, "mild"), (19.1, "severe"), (-3, None), (-9.1, "severe")]:
-        low, high = (2, 8) if value > 5 else (2, 8)
-        values = [1, low, 3, 4, 5, 6, 7, high, value] if value > 5 else [value, low, 3, 4, 5, 6, 7, high, 9]
+        values = [1, 2, 3, 4, 5, 6, 7, 8, value] if value > 5 else [value, 2, 3, 4, 5, 6, 7, 8, 9]
         assert stats.classify_outliers(values) == [word if v == value else None for v in values]
     assert stats.classify_outliers([1, 1, 1, 50]) == [None] * 4
     assert stats.classify_outliers([1, 1, 1, 1, 1, 50])[-1] == "severe"
@@ -197,7 +196,7 @@ def test_block_bootstrap_covers_where_the_plain_one_does_not() -> None:
 
 
 def test_block_length_follows_the_published_optimum() -> None:
-    """For AR(1) and the circular bootstrap g/g(0) = 2φ/(1 − φ²), so b = (1.5·(2φ/(1 − φ²))²·n)^(1/3) (Politis & White 2004, 3.1): 58 and 18."""
+    """For AR(1) and the circular bootstrap g/g(0) = 2φ/(1 − φ²), so b = (1.5·(2φ/(1 − φ²))²·n)^(1/3) (Politis & White 2004, 3.1): 57 and 17."""
     for phi, n in ((0.8, 6400), (0.5, 2000)):
         ideal = (1.5 * (2 * phi / (1 - phi**2)) ** 2 * n) ** (1 / 3)
         assert np.median([stats.block_length(series) for series in autoregressive(phi, n, 20)]) == pytest.approx(ideal, rel=0.2)
@@ -255,7 +254,7 @@ def test_bootstrap_takes_any_function_and_is_absent_instead_of_wrong() -> None:
 def test_welch_of_a_published_example() -> None:
     """The help page of R's t.test, sleep: t = −1.8608, 17.776 degrees, p = 0.07939, interval −3.3654832 to 0.2054832 (drug 1 − drug 2)."""
     found = stats.welch(SLEEP_2, SLEEP_1)
-    assert (found.statistic, found.degrees, found.p_value) == pytest.approx((-1.8608, 17.776, 0.07939), rel=5e-5)
+    assert (found.statistic, found.degrees, found.p_value) == pytest.approx((-1.8608, 17.776, 0.07939), rel=1e-4)
     assert (found.low, found.high) == pytest.approx((-3.3654832, 0.2054832), abs=1e-7)
 
 

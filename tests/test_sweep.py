@@ -69,6 +69,8 @@ def test_a_sweep_is_a_parent_with_children_named_by_what_varies(store_uri: str) 
     assert names == ["batch_size=1 output_tokens=6", "batch_size=1 output_tokens=4", "batch_size=2 output_tokens=6", "batch_size=2 output_tokens=4"]
     assert {runs[i].data.tags["mlflow.parentRunId"] for i in result.run_ids} == {result.parent_id}
     assert {item.path for item in client.list_artifacts(result.parent_id)} >= {"comparison.md", "comparison.csv", "charts", "tables"}
+    assert f"[Compare the cells in charts]({result.page})" in parent.data.tags["mlflow.note.content"]
+    assert any(key.startswith("mlflow.sharedViewState.") for key in client.get_experiment(result.experiment_id).tags)
     heading = result.table().splitlines()[0].split()
     assert heading[:2] == ["batch_size", "output_tokens"]
     assert "quant" not in heading

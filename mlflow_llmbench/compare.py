@@ -1,0 +1,462 @@
+"""Two results → per metric the ratio, its interval, a test and an effect; a sentence to quote; and the guard against unlike things.
+
+The unit of inference is the repetition: each gives one value per metric, and the tokens inside it are not counted again.
+What a process does to all its repetitions alike (memory layout, clocks) is not seen between two single processes: measure in
+several, or interleaved, before a small difference is believed.
+
+Ratios are B ÷ A of geometric means. Their 95 % interval and p value come from Student's t on the logarithms (Welch's for
+independent repetitions, the paired one for interleaved ones): the difference of mean logarithms is the logarithm of the
+ratio, so its interval needs no approximation, as Fieller's for arithmetic means would. p values are adjusted for the number
+of metrics tested (Holm), so that of all comparisons of like with like at most 5 % show any difference. Interval and p
+value of a ratio can disagree at the edge, since the interval stands for its metric alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from .errors import NotComparable, UsageError
+from .metrics import KEYS
+from .records import Cell, Repetition, RunResult, Verdict
+from .stats import holm, mann_whitney, paired, welch
+from .summary import e2e_ms, gaps_ms, summarize, tpot_ms, ttft_ms
+from .validity import judge
+
+SIGNIFICANCE = 0.05
+"""A metric differs where its p value after Holm is below this: a false alarm in at most 5 % of comparisons, over all metrics."""
+
+RANKS_NEED = 8
+"""Repetitions on each side from which the Mann–Whitney test is given beside t."""
+
+RATE, DEVICE_PEAK, HOST_PEAK = "throughput/output_tokens_per_s", "memory/device_bytes_peak", "memory/host_needed_bytes_peak"
+
+ALLOWABLE = ("hardware", "software", "workload", "scenario", "schema", "verdict")
+"""What the guard refuses, and `allow` can accept."""
+
+UNNAMED = ("warmup", "repetitions", "max_repetitions", "precision_target", "processes")
+"""Parameters that say how long a cell was measured, not what it is."""
+
+BETTER, WORSE, ALIKE, NOISE, UNTESTED = "better", "worse", "no difference seen", "below the noise threshold", "not tested"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something in which two results are unlike: its kind (one of `ALLOWABLE`), its name, and both values as text."""
+
+    kind: str
+    name: str
+    a: str
+    b: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.a} → {self.b}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A metric that is compared: its key and heading, and its value for one repetition (None for what a run has once)."""
+
+    key: str
+    label: str
+    of: Callable[[Repetition], float | None] | None = None
+
+    @property
+    def scale(self) -> float:
+        """Shown value = stored value × scale."""
+        return KEYS[self.key].scale
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One metric compared. `a` and `b` are means over repetitions; `ratio` is b ÷ a of geometric means, `low` to `high` its 95 % interval.
+
+    `p_value` is that of t alone, `p_holm` after the adjustment, which decides; `p_ranks` is Mann and Whitney's, alone.
+    What cannot be had is None: all of these for a metric that a run has only once.
+    """
+
+    headline: Headline
+    a: float
+    b: float
+    ratio: float
+    effect: str = UNTESTED
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
+    p_ranks: float | None = None
+
+    @property
+    def key(self) -> str:
+        """The metric's MLflow key."""
+        return self.headline.key
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result B against result A. `labels` is what the guard found and was told to allow; `doubts` are verdicts short of valid."""
+
+    name_a: str
+    name_b: str
+    effects: tuple[Effect, ...]
+    repetitions: tuple[int, int]
+    paired: bool
+    noise: float
+    labels: tuple[Difference, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+    def effect(self, key: str) -> Effect | None:
+        """The effect on a metric, by MLflow key; None if either result lacks it."""
+        return next((effect for effect in self.effects if effect.key == key), None)
+
+    @property
+    def memory(self) -> Effect | None:
+        """Peak memory: of the device if both results have it, else what the host needed."""
+        return self.effect(DEVICE_PEAK) or self.effect(HOST_PEAK)
+
+
+def _rate(repetition: Repetition) -> float | None:
+    """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending)."""
+    span_ns = max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)
+    return sum(r.rows * r.output_tokens for r in repetition.requests) / span_ns * 1e9 if span_ns > 0 else None
+
+
+def _typical_gap(repetition: Repetition) -> float | None:
+    """Median inter-token gap; the mean would be the time per output token again."""
+    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
+    return median(gaps) if gaps else None
+
+
+def _mean_tpot(repetition: Repetition) -> float | None:
+    found = [value for request in repetition.requests if (value := tpot_ms(request)) is not None]
+    return fmean(found) if found else None
+
+
+HEADLINES = (
+    Headline(RATE, "tokens/s", _rate),
+    Headline("latency/ttft_ms_p50", "TTFT ms", lambda repetition: median(map(ttft_ms, repetition.requests))),
+    Headline("latency/itl_ms_p50", "ITL ms", _typical_gap),
+    Headline("latency/tpot_ms_mean", "TPOT ms", _mean_tpot),
+    Headline("latency/e2e_ms_p50", "end to end ms", lambda repetition: median(map(e2e_ms, repetition.requests))),
+    Headline(DEVICE_PEAK, "device peak GB"),
+    Headline(HOST_PEAK, "host peak GB"),
+    Headline("memory/weight_bytes", "weights GB"),
+    Headline("load/load_s", "load s"),
+)
+"""What is compared, in the order of the table."""
+
+
+def compare(a: RunResult, b: RunResult, *, noise: float = 0.01, allow: frozenset[str] = frozenset(), paired: bool = False) -> Comparison:
+    """Compare two results of one kind of work on one machine; ratios are B ÷ A.
+
+    `noise`: a difference that is seen but smaller than this is called `below the noise threshold`. `paired`: the repetitions were
+    interleaved, and the i-th of both belong together. `allow`: kinds of differences (`ALLOWABLE`) that become labels.
+    Raises NotComparable if the results are unlike in any other kind, one is invalid, or has nothing measured; UsageError for a wrong argument.
+    """
+    _check(noise, allow)
+    name_a, name_b = names(a, b)
+    for name, result in ((name_a, a), (name_b, b)):
+        if not result.repetitions:
+            raise NotComparable(f"{name} has no repetitions: its outcome is {result.outcome}. Measure it again, or compare another run.")
+    if paired and len(a.repetitions) != len(b.repetitions):
+        counts = f"{len(a.repetitions)} and {len(b.repetitions)}"
+        raise UsageError(f"Paired results need as many repetitions on both sides: {counts}. Compare them without paired.")
+    metrics = summarize(a), summarize(b)
+    verdicts = judge(a, metrics[0]), judge(b, metrics[1])
+    unlike = [*differences(a, b), *_invalid(verdicts)]
+    _refuse([difference for difference in unlike if difference.kind not in allow])
+    doubts = [
+        f"{name} is {verdict.word} ({', '.join(reason.code for reason in verdict.reasons)})"
+        for name, verdict in zip((name_a, name_b), verdicts, strict=True)
+        if verdict.word != "valid"
+    ]
+    effects = _adjust(list(_effects(a, b, *metrics, paired)), noise)
+    counted = len(a.repetitions), len(b.repetitions)
+    return Comparison(name_a, name_b, effects, counted, paired, noise, tuple(unlike), tuple(doubts))
+
+
+def _check(noise: float, allow: frozenset[str]) -> None:
+    if not 0 <= noise < 1:
+        raise UsageError(f"The noise threshold is not a ratio from 0 to below 1: {noise}. Give 0.01 for 1 %.")
+    unknown = sorted(allow.difference(ALLOWABLE))
+    if unknown:
+        raise UsageError(f"Unknown kind of difference to allow: {', '.join(unknown)}. Known: {', '.join(ALLOWABLE)}.")
+
+
+def _refuse(unlike: Sequence[Difference]) -> None:
+    """Raise NotComparable for differences that were not allowed."""
+    if not unlike:
+        return
+    kinds = [kind for kind in ALLOWABLE if any(difference.kind == kind for difference in unlike)]
+    listed = "; ".join(f"{kind}: " + ", ".join(str(d) for d in unlike if d.kind == kind) for kind in kinds)
+    raise NotComparable(
+        f"The two results are not alike. {listed}. Measure both in the same way, or compare them all the same, labelled, with --allow {','.join(kinds)}."
+    )
+
+
+def _invalid(verdicts: tuple[Verdict, Verdict]) -> list[Difference]:
+    """The verdicts as something to refuse, if either is invalid."""
+    if all(verdict.word != "invalid" for verdict in verdicts):
+        return []
+    first, second = (f"{v.word} ({', '.join(r.code for r in v.reasons)})" if v.reasons else v.word for v in verdicts)
+    return [Difference("verdict", "verdict", first, second)]
+
+
+def _effects(a: RunResult, b: RunResult, metrics_a: Mapping[str, float], metrics_b: Mapping[str, float], in_pairs: bool) -> Iterator[Effect]:
+    """Every headline that both results have, before the adjustment for their number."""
+    elsewhere = (DEVICE_PEAK in metrics_a) != (DEVICE_PEAK in metrics_b)  # one model lies on a device, the other in the host
+    for headline in HEADLINES:
+        if elsewhere and headline.key == HOST_PEAK:
+            continue
+        if headline.of:
+            first, second = ([headline.of(repetition) for repetition in result.repetitions] for result in (a, b))
+            values_a, values_b = ([v for v in values if v is not None and v > 0] for values in (first, second))
+            if len(values_a) == len(a.repetitions) and len(values_b) == len(b.repetitions):
+                yield _tested(headline, values_a, values_b, in_pairs)
+        elif metrics_a.get(headline.key) and headline.key in metrics_b:
+            value_a, value_b = metrics_a[headline.key], metrics_b[headline.key]
+            yield Effect(headline, value_a, value_b, value_b / value_a)
+
+
+def _tested(headline: Headline, a: Sequence[float], b: Sequence[float], in_pairs: bool) -> Effect:
+    """One metric's values per repetition → ratio, interval and p values."""
+    logs_a, logs_b = [math.log(value) for value in a], [math.log(value) for value in b]
+    ratio = math.exp(fmean(logs_b) - fmean(logs_a))
+    found = (paired if in_pairs else welch)(logs_a, logs_b)
+    if found is None:
+        return Effect(headline, fmean(a), fmean(b), ratio)
+    ranks = mann_whitney(a, b) if not in_pairs and min(len(a), len(b)) >= RANKS_NEED else None
+    return Effect(
+        headline, fmean(a), fmean(b), ratio, low=math.exp(found.low), high=math.exp(found.high),
+        p_value=found.p_value, p_ranks=ranks.p_value if ranks else None,
+    )  # fmt: skip
+
+
+def _adjust(effects: Sequence[Effect], noise: float) -> tuple[Effect, ...]:
+    """Holm over all metrics that were tested, and what each then means."""
+    adjusted = iter(holm([effect.p_value for effect in effects if effect.p_value is not None]))
+    return tuple(_classify(effect, next(adjusted), noise) if effect.p_value is not None else effect for effect in effects)
+
+
+def _classify(effect: Effect, p_holm: float, noise: float) -> Effect:
+    if p_holm >= SIGNIFICANCE:
+        word = ALIKE
+    elif abs(math.log(effect.ratio)) < math.log1p(noise):
+        word = NOISE
+    else:
+        word = BETTER if (effect.ratio > 1) == (KEYS[effect.key].better == "higher") else WORSE
+    return dataclasses.replace(effect, p_holm=p_holm, effect=word)
+
+
+def differences(a: RunResult, b: RunResult) -> list[Difference]:
+    """In what two results are unlike although it was not asked about: hardware, software, workload, scenario, definitions of the metrics.
+
+    Hashes decide; the readable facts behind them explain, and where none of those differs the hashes are shown.
+    """
+    described = {"hardware": _hardware, "software": _software, "workload": _workload}
+    found: list[Difference] = []
+    for kind, describe in described.items():
+        hash_a, hash_b = getattr(a.hashes, kind), getattr(b.hashes, kind)
+        if hash_a != hash_b:
+            facts_a, facts_b = describe(a), describe(b)
+            known = dict.fromkeys([*facts_a, *facts_b])
+            readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
+            found += [d for d in readable if d.a != d.b] or [Difference(kind, f"{kind} hash", hash_a, hash_b)]
+    for kind, word_a, word_b in (("scenario", _scenario(a), _scenario(b)), ("schema", str(a.schema), str(b.schema))):
+        if word_a != word_b:
+            found.append(Difference(kind, kind, word_a, word_b))
+    return found
+
+
+def _hardware(result: RunResult) -> dict[str, str]:
+    """What `hardware_hash` is made of, in words."""
+    cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
+    total = (result.environment.get("memory") or {}).get("total_bytes")
+    gpus = Counter(f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB)" for gpu in result.environment.get("gpus") or [])
+    facts = {
+        "CPU": cpu.get("name"),
+        "architecture": cpu.get("architecture"),
+        "usable CPUs": cpu.get("usable_cpus"),
+        "physical cores": cpu.get("physical_cores"),
+        "memory": f"{round(total / 2**30)} GiB" if total else None,
+        "GPU": " + ".join(f"{count} × {name}" if count > 1 else name for name, count in gpus.items()) or None,
+    }
+    return _stated(facts)
+
+
+def _software(result: RunResult) -> dict[str, str]:
+    """What `software_hash` is made of, in words."""
+    environment = result.environment
+    system: Mapping[str, Any] = environment.get("os") or {}
+    facts = {
+        "driver": environment.get("driver"),
+        "CUDA": environment.get("cuda"),
+        "OS": " ".join(filter(None, [system.get("system"), system.get("release")])) or None,
+        "libc": system.get("libc"),
+        "Python": environment.get("python"),
+    }
+    return _stated({**facts, **(environment.get("packages") or {})})
+
+
+def _workload(result: RunResult) -> dict[str, str]:
+    """What `workload_hash` is made of, in words; the texts themselves are not in the result."""
+    facts: dict[str, Any] = {name: _text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")}
+    if result.cell.workload == "synthetic":
+        size = result.load.vocab_size if result.load and result.load.vocab_size else (result.model.config or {}).get("vocab_size")
+        facts |= {"seed": result.cell.seed, "vocabulary": f"{size} tokens" if size else None}
+    return _stated(facts)
+
+
+def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def _scenario(result: RunResult) -> str:
+    """`online` if requests were sent by a schedule, else `offline`."""
+    scheduled = any(request.intended_ns is not None for repetition in result.repetitions for request in repetition.requests)
+    return "online" if scheduled else "offline"
+
+
+def names(a: RunResult, b: RunResult) -> tuple[str, str]:
+    """What to call the two results: the parameters in which their cells differ (`bf16`, `int4`), or A and B if in none."""
+    fields = [f.name for f in dataclasses.fields(Cell) if f.name not in UNNAMED]
+    varied = [name for name in fields if getattr(a.cell, name) != getattr(b.cell, name)]
+    first, second = (" ".join(_short(name, getattr(result.cell, name)) for name in varied) for result in (a, b))
+    return (first, second) if first != second else ("A", "B")
+
+
+def _short(name: str, value: object) -> str:
+    if name == "model":
+        return str(value).rstrip("/").rsplit("/", 1)[-1]
+    if name == "quant" and value != "none":
+        return str(value)
+    return f"{name}={_text(name, value)}"
+
+
+def _text(name: str, value: object) -> str:
+    """A parameter as on the command line: `auto` for None, `true` and `false`."""
+    if value is None:
+        return str(Cell.__dataclass_fields__[name].metadata["unset"])
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def sentence(comparison: Comparison) -> str:
+    """The comparison as one sentence to quote: throughput with its interval, and memory; then what limits it, if anything does."""
+    rate, memory = comparison.effect(RATE), comparison.memory
+    claims = [_rate_claim(comparison, rate)] if rate else []
+    if memory:
+        times = _ratio(memory)
+        claims.append("needs the same memory" if float(times) == 1 else f"needs {times} times the memory")
+    parts = [f"{comparison.name_b} {' and '.join(claims)}."] if claims else []
+    return " ".join([*parts, *_limits(comparison)])
+
+
+def _rate_claim(comparison: Comparison, rate: Effect) -> str:
+    times, other = _ratio(rate), comparison.name_a
+    interval = f"95 % interval {_interval(rate)}" if rate.low is not None else "one value, no interval"
+    if rate.effect == ALIKE:
+        return f"generates tokens no measurably faster or slower than {other} (ratio {times}, {interval})"
+    if rate.effect == NOISE:
+        return f"generates tokens as fast as {other} within the noise threshold of {_percent(comparison.noise)} (ratio {times}, {interval})"
+    return f"generates {times} times the tokens per second of {other} ({interval})"
+
+
+def _limits(comparison: Comparison) -> list[str]:
+    """Sentences on what makes the comparison weaker: unlike conditions that were allowed, and verdicts short of valid."""
+    unlike = [str(label) for label in comparison.labels if label.kind != "verdict"]
+    found = [f"The conditions were not alike: {', '.join(unlike)}."] if unlike else []
+    return found + ([f"The verdict on {'; that on '.join(comparison.doubts)}."] if comparison.doubts else [])
+
+
+def _ratio(effect: Effect) -> str:
+    """A ratio with two decimals, or as many as its interval is narrow, up to four."""
+    return f"{effect.ratio:.{_decimals(effect)}f}"
+
+
+def _interval(effect: Effect) -> str:
+    if effect.low is None or effect.high is None:
+        return "–"
+    decimals = _decimals(effect)
+    return f"{effect.low:.{decimals}f} to {effect.high:.{decimals}f}"
+
+
+def _decimals(effect: Effect) -> int:
+    if effect.low is None or effect.high is None:
+        return 2 if effect.ratio >= 0.1 else 4
+    half = (effect.high - effect.low) / 2
+    return min(4, max(2, math.ceil(-math.log10(half)))) if half > 0 else 4
+
+
+def _number(value: float) -> str:
+    """Four significant digits, and no exponent."""
+    if value == 0:
+        return "0"
+    return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.3g} %"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Heading and body of the table; p of the ranks only where any metric has it."""
+    with_ranks = any(effect.p_ranks is not None for effect in comparison.effects)
+    heading = ["", comparison.name_a, comparison.name_b, "ratio", "95 % interval", "p (Holm)", *(["p (ranks)"] if with_ranks else []), "effect"]
+    body = []
+    for effect in comparison.effects:
+        scale = effect.headline.scale
+        line = [effect.headline.label, _number(effect.a * scale), _number(effect.b * scale), _ratio(effect), _interval(effect), _p(effect.p_holm)]
+        body.append([*line, *([_p(effect.p_ranks)] if with_ranks else []), effect.effect])
+    return heading, body
+
+
+def _method(comparison: Comparison) -> str:
+    """How the table was made, in one sentence."""
+    tested = sum(effect.p_holm is not None for effect in comparison.effects)
+    first, second = comparison.repetitions
+    if not tested:
+        return "Nothing was tested: a test needs at least 2 repetitions on each side."
+    test = (
+        f"Paired t test on the logarithms of {first} pairs of" if comparison.paired else f"Welch's t test on the logarithms of {first} and {second}"
+    )
+    return f"{test} repetitions; p adjusted for {tested} metrics (Holm); noise threshold {_percent(comparison.noise)}."
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The comparison for a terminal: the sentence, the table, and how it was made."""
+    heading, body = comparison_cells(comparison)
+    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
+    last = len(heading) - 1
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip()
+
+    return "\n".join([sentence(comparison), "", line(heading), *map(line, body), "", _method(comparison)])
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The comparison as Markdown: the sentence, the table, and how it was made."""
+    heading, body = comparison_cells(comparison)
+    lines = [heading, ["---", *["---:"] * (len(heading) - 2), "---"], *body]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n\n".join([sentence(comparison), table, _method(comparison)]) + "\n"
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as plain JSON data: per metric both values, ratio, interval, p values and the effect in words."""
+    effects = {
+        effect.headline.key: {f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name != "headline"}
+        for effect in comparison.effects
+    }
+    unlike = [dataclasses.asdict(difference) for difference in comparison.labels]
+    told = {"a": comparison.name_a, "b": comparison.name_b, "sentence": sentence(comparison), "noise": comparison.noise, "paired": comparison.paired}
+    return {**told, "repetitions": list(comparison.repetitions), "effects": effects, "unlike": unlike, "doubts": list(comparison.doubts)}

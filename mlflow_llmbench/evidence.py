@@ -1,0 +1,43 @@
+"""Results by any name that a person has at hand: a folder, a run, a sweep."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+from . import tracking
+from .errors import JournalError, TrackingError
+from .journal import read_result
+from .records import RunResult
+
+RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
+SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
+
+
+def load_results(reference: str, tracking_uri: str | None = None) -> list[RunResult]:
+    """The results that a reference stands for: a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, or a sweep's name.
+
+    The parent of a sweep stands for its cells. Raises JournalError or TrackingError, one line that says what was looked for.
+    """
+    folder = Path(reference)
+    if folder.is_dir():
+        found = (
+            [folder / "result.json"]
+            if (folder / "result.json").exists()
+            else sorted([*folder.glob("artifacts/result.json"), *folder.glob("*/artifacts/result.json")])
+        )
+        if not found:
+            raise JournalError(f"The folder {reference} holds no result. Give the folder that `llmbench run` printed, or that of a cell in it.")
+        return [read_result(file.parent) for file in found]
+    run = RUN_ID.fullmatch(reference)
+    if run is None and not SWEEP_ID.fullmatch(reference):
+        raise JournalError(
+            f"{reference} is neither a folder, nor a run id, nor the name of a sweep. Give one of them; `llmbench run --json` prints all three."
+        )
+    store = tracking.open_store(tracking_uri)
+    ids = tracking.cells_of_run(store, run[1]) if run else tracking.cells_of_sweep(store, reference)
+    if not ids:
+        raise TrackingError(f"{reference} is not in the store {store.uri}, or holds no measured cell. Check --tracking-uri.")
+    with tempfile.TemporaryDirectory() as scratch:
+        return [read_result(tracking.download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids]
