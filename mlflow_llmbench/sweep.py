@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, machine, memory, models, plan, report, supervise, tracking, view
+from . import artifacts, machine, memory, models, plan, report, supervise, tracking, upload
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .journal import new_sweep, write_json
@@ -393,14 +393,11 @@ def _finish_parent(sweep: _Sweep, outcome: str) -> None:
     if sweep.parent_id is None:
         return
     measured = [(job.row, job.run_id) for job in sweep.jobs if job.row]
-    rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
     folder = sweep.folder / "comparison"
     tell = sweep.watcher.note if sweep.watcher else lambda text: None
     try:
-        artifacts.write_sweep(rows, sweep.spec.varied, folder)
-        sweep.view = view.publish(sweep.store, sweep.parent_id, plan.sweep_name(sweep.spec), sweep.spec.varied, rows, ids, tell)
-        note = (f"[Compare the cells in charts]({sweep.view})\n\n" if sweep.view else "") + report.sweep_markdown(rows, sweep.spec.varied)
-        tracking.upload_parent(sweep.store, sweep.parent_id, plan.asked_params(sweep.spec) | dict(sweep.asked), note, folder)
+        artifacts.write_sweep([row for row, _ in measured], sweep.spec.varied, folder)
+        sweep.view = upload.publish_parent(sweep.store, sweep.parent_id, sweep.spec, measured, folder, sweep.asked, tell)
     except Exception as error:
         _not_uploaded(sweep, "the comparison", error)
     _end(sweep, sweep.parent_id, outcome)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import plan, report, tracking
+from . import plan, report, tracking, view
 from .errors import JournalError
 from .journal import read_result
 from .records import RunResult
@@ -39,28 +40,47 @@ def upload(folder: str, tracking_uri: str | None = None, experiment: str | None 
     store = tracking.open_store(tracking_uri, experiment)
     runs = tracking.runs_of_sweep(store, root.name)
     counts = {"new": 0, "completed": 0, "there": 0}
-    parent_id = None
+    parent_id, parent_state = None, "there"
     if spec.varied:
         parents = [r for r in runs if tracking.PARENT_TAG not in r.data.tags]
-        state, parent_id = _state(parents[0] if parents else None)
+        parent_state, parent_id = _state(parents[0] if parents else None)
         parent_id = parent_id or tracking.begin_run(store, plan.sweep_name(spec), None, root.name, min(r.started_ms for r, _ in results))
-        counts[state] += 1
-        if state != "there":
-            rows = [report.row_of(result) for result, _ in results]
-            note = report.sweep_markdown(rows, spec.varied)
-            tracking.upload_parent(store, parent_id, plan.asked_params(spec), note, root / "comparison")
-            tracking.end_run(store, parent_id, _outcome([r for r, _ in results]), max(r.ended_ms for r, _ in results))
+        counts[parent_state] += 1
+    measured: list[tuple[report.Row, str]] = []
     by_config = {r.data.tags.get("llmbench.config_hash"): r for r in runs}
     for result, path in results:
         state, run_id = _state(by_config.get(result.hashes.config))
         counts[state] += 1
-        if state == "there":
-            continue
         name = plan.cell_name(result.cell, spec.varied)
         run_id = run_id or tracking.begin_run(store, name, parent_id, root.name, result.started_ms, result.hashes.config)
-        tracking.upload_cell(store, run_id, result, path, {})
-        tracking.end_run(store, run_id, result.outcome, result.ended_ms)
+        measured.append((report.row_of(result), run_id))
+        if state != "there":
+            tracking.upload_cell(store, run_id, result, path, {})
+            tracking.end_run(store, run_id, result.outcome, result.ended_ms)
+    if parent_id and parent_state != "there":
+        publish_parent(store, parent_id, spec, measured, root / "comparison", {}, lambda text: None)
+        tracking.end_run(store, parent_id, _outcome([r for r, _ in results]), max(r.ended_ms for r, _ in results))
     return Uploaded(**counts, ui=tracking.ui_command(store))
+
+
+def publish_parent(
+    store: tracking.Store,
+    parent_id: str,
+    spec: BenchSpec,
+    measured: Sequence[tuple[report.Row, str]],
+    comparison: Path,
+    asked: Mapping[str, str],
+    warn: Callable[[str], None],
+) -> str | None:
+    """The parent of a sweep: the view of its cells (rows with their run ids), its description, params and comparison.
+
+    Returns the view's page, None where the store did not take one; `warn` is told why.
+    """
+    rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
+    link = view.publish(store, parent_id, plan.sweep_name(spec), spec.varied, rows, ids, warn)
+    note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + report.sweep_markdown(rows, spec.varied)
+    tracking.upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison)
+    return link
 
 
 def _state(run: Run | None) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def content(uri: str) -> dict[str, Any]:
     found = {}
     for one in runs:
         tags = {k: v for k, v in one.data.tags.items() if k.startswith("llmbench.") or k in ("mlflow.note.content", "mlflow.runColor")}
+        # The link to the view names the experiment and the parent's own id.
+        tags["mlflow.note.content"] = re.sub(r"\(#/experiments/[^)]*\)", "(link)", tags["mlflow.note.content"])
         history = {k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(one.info.run_id, k)] for k in one.data.metrics}
         artifacts = sorted(item.path for item in client.list_artifacts(one.info.run_id))
         nested = "mlflow.parentRunId" in one.data.tags
