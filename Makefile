@@ -20,8 +20,7 @@ demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local --experiment-name llmbench \
 		-P model=opt-125m -P weights=random -P quant=fp32,bf16,int8,int4 -P batch_size=1,4 \
 		-P prompt_tokens=64 -P output_tokens=32 -P warmup=3 -P repetitions=5
-	@echo
-	@echo "Open the comparison: $(BIN)/mlflow ui --backend-store-uri $$MLFLOW_TRACKING_URI, then http://127.0.0.1:5000"
+	@echo "(mlflow is $(BIN)/mlflow here)"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
