@@ -109,8 +109,15 @@ def _warm_up(backend: Backend, cell: Cell, rows: Callable[[int], list[list[int]]
 
 
 def _enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
-    """Whether `auto` may stop: at least 5, and the 95 % interval of the throughput within `precision_target` of its mean."""
+    """Whether `auto` may stop: at least 5 that nothing spoiled, and the 95 % interval of the throughput within `precision_target`.
+
+    A spoiled repetition is repeated, and both are kept: what is left out by hand is how wishes become results. On a machine
+    that is never quiet, five more than the least are enough to know it; the verdict says `contended`.
+    """
+    clean = [r for r in repetitions if not (r.noise and r.noise.spoiled)]
     if cell.repetitions is not None or len(repetitions) < LEAST_REPETITIONS:
+        return False
+    if len(clean) < LEAST_REPETITIONS and len(repetitions) < 2 * LEAST_REPETITIONS:
         return False
     width = relative_half_width([throughput(repetition) for repetition in repetitions])
     return width is not None and width <= cell.precision_target

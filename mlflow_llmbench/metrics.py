@@ -20,6 +20,12 @@ sample lies above the percentile with 95 % probability."""
 LEAST_REPETITIONS = 5
 """The fewest timed repetitions that an interval may rest on."""
 
+FOREIGN_CPU_LIMIT = 0.10
+"""CPUs' worth of time that others (processes, hypervisor) may take during all repetitions together: a tenth of one core."""
+
+SPOILED_CPU_LIMIT = 0.25
+"""The same for one repetition, above which it is called spoiled; higher, since a short one meets bursts."""
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from .metrics import SPOILED_CPU_LIMIT
+
 SCHEMA = 1
 
 T = TypeVar("T")
@@ -117,6 +119,16 @@ class Noise:
     major_faults: int | None = None
     swapped_pages: int | None = None
     frequency_mhz: float | None = None
+
+    @property
+    def others_cpus(self) -> float:
+        """CPUs' worth of time that others took: processes that are not ours, and the hypervisor."""
+        return ((self.foreign_cpu_s or 0.0) + (self.steal_s or 0.0)) / self.wall_s if self.wall_s > 0 else 0.0
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether others took so much that the repetition is worth repeating; not told of short ones, for /proc/stat counts in 10 ms."""
+        return self.wall_s >= 0.2 and self.others_cpus > SPOILED_CPU_LIMIT
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from .metrics import KEYS
 from .records import Cell, RunResult, Verdict
 from .spec import PARAMETERS, as_text, default_text
-from .summary import summarize
+from .stats import classify_outliers
+from .summary import e2e_ms, summarize, ttft_ms
 from .validity import judge, unsupported_percentiles
 
 Metrics = Mapping[str, float]
@@ -163,13 +165,18 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
 
 
 def _repetitions_table(result: RunResult) -> str:
+    """Each repetition with what the machine did meanwhile, outliers named (Tukey's fences on the end-to-end time)."""
     body = []
-    for repetition in result.repetitions:
-        first, noise = repetition.requests[0], repetition.noise
-        ttft, e2e = (first.stamps_ns[0] - first.t0_ns) / 1e6, (first.stamps_ns[-1] - first.t0_ns) / 1e6
+    totals = [max(map(e2e_ms, r.requests)) for r in result.repetitions]
+    for repetition, total, outlier in zip(result.repetitions, totals, classify_outliers(totals), strict=True):
+        noise = repetition.noise
         seen = [noise.foreign_cpu_s, noise.steal_s, noise.involuntary_switches, noise.major_faults] if noise else [None] * 4
-        body.append([str(repetition.index + 1), _number(ttft), _number(e2e), *("–" if v is None else _number(float(v)) for v in seen)])
-    return markdown_table(["#", "TTFT ms", "end to end ms", "CPU s of others", "CPU s stolen", "involuntary switches", "major faults"], body)
+        first = _number(median(map(ttft_ms, repetition.requests)))
+        shown = ["–" if value is None else _number(float(value)) for value in seen]
+        spoiled = "spoiled" if noise and noise.spoiled else ""
+        body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
+    heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others", "CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
+    return markdown_table(heading, body)
 
 
 def _environment_table(result: RunResult) -> str:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from . import summary
-from .metrics import LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
+from .metrics import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
 from .records import Reason, RunResult, Verdict
 from .stats import supports
-
-FOREIGN_CPU_LIMIT = 0.10
-"""CPUs' worth of time that others (processes, hypervisor) may take during the repetitions: a tenth of one core."""
 
 VARIATION_LIMIT = 0.10
 SWAPPED_PAGES_LIMIT = 256
