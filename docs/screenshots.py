@@ -56,8 +56,12 @@ for (const leave of named('Exit shared view')) {
   while (box && !(cross = [...box.querySelectorAll('button')].find(button => !button.textContent.trim()))) box = box.parentElement;
   if (cross) cross.click();
 }
+for (const text of document.querySelectorAll('span, div')) {
+  if (!text.children.length && text.textContent.startsWith('Path:')) text.parentElement.style.visibility = 'hidden';
+}
 """
-"""Opens long descriptions and closes the banner of a shared view by its cross, the only button there without a text."""
+"""Opens long descriptions, closes the banner of a shared view by its cross, the only button there without a text, and hides where on
+this machine an artifact lies."""
 
 
 @contextlib.contextmanager
