@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench import machine, summary
+from mlflow_llmbench import gpu, machine, summary
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.errors import LlmbenchError
 from mlflow_llmbench.measure import measure_cell, time_request
@@ -63,15 +63,15 @@ def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[
         "host_over_cuda_events": against_events(backend, cell, load.vocab_size),
         "allocated_bytes": held.allocated if held else None,
         "reserved_bytes": held.reserved if held else None,
-        "nvml_process_bytes": machine.process_device_bytes(os.getpid()),
+        "nvml_process_bytes": gpu.process_bytes(os.getpid()),
         "facts": dict(load.facts),
     }
 
 
 def main() -> int:
     """Print one JSON line; exit code 0 without a GPU or when every cell ran, else 1."""
-    gpus = machine.gpus()
-    if not gpus:
+    devices = gpu.gpus()
+    if not devices:
         print(json.dumps({"gpu": None, "message": "No NVIDIA GPU answers here, so nothing was checked."}))
         return 0
     cells: list[dict[str, Any]] = []
@@ -93,7 +93,7 @@ def main() -> int:
                 backend.close()
             except LlmbenchError as error:
                 cells.append({"model": model, "quant": quant, "error": str(error)})
-    print(json.dumps({"gpu": gpus[0]["name"], "driver": gpus[0]["driver"], "packages": machine.packages(), "cells": cells}))
+    print(json.dumps({"gpu": devices[0]["name"], "driver": devices[0]["driver"], "packages": machine.packages(), "cells": cells}))
     return 1 if any("error" in cell for cell in cells) else 0
 
 

@@ -159,9 +159,9 @@ def _compare(given: argparse.Namespace) -> int:
 
 
 def _models(given: argparse.Namespace) -> int:
-    from . import doctor, machine, memory
+    from . import doctor, gpu, memory
 
-    devices = machine.gpus()
+    devices = gpu.gpus()
     room = (memory.available_bytes(), devices[0]["memory_bytes"] if devices else None)
     print(json.dumps(doctor.models_json(*room)) if given.json else doctor.models_table(*room))
     return 0

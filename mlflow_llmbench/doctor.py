@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from . import machine, memory
+from . import gpu, machine, memory
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
@@ -158,10 +158,10 @@ def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
     """Look at everything; takes a second more than an import of torch, and at most about `torch_s` + `hub_s` seconds."""
     checks: tuple[tuple[str, str, Callable[[], Iterable[Item]]], ...] = (
         ("Machine", "machine", machine_items),
-        ("Machine", "GPU", lambda: gpu_items(machine.gpus(), version("nvidia-ml-py") is not None)),
+        ("Machine", "GPU", lambda: gpu_items(gpu.gpus(), version("nvidia-ml-py") is not None)),
         ("Machine", "disk", disk_items),
         ("Software", "packages", software_items),
-        ("Software", "torch runs", lambda: [torch_item(machine.gpus(), seconds=torch_s)]),
+        ("Software", "torch runs", lambda: [torch_item(gpu.gpus(), seconds=torch_s)]),
         ("Software", "Hugging Face Hub", lambda: [hub_item(seconds=hub_s)]),
         ("Backends", "backends", backend_items),
         ("Quantizations", "quantizations", lambda: quantization_items(lambda name: version(name) is not None)),
@@ -257,9 +257,9 @@ def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]
     elif not gpus:
         advice = "Models run on the CPU. If there is one, `nvidia-smi` must show it: install the driver, or give the container access (--gpus all)."
         yield Item("Machine", "GPU", "missing", "no NVIDIA GPU answers", advice)
-    for gpu in gpus:
-        found = f"{gpu['name']}, {gpu['memory_bytes'] / 1e9:.1f} GB, driver {gpu['driver']}, CUDA {gpu['cuda']}"
-        yield Item("Machine", f"GPU {gpu['index']}", "ok", found, data=gpu)
+    for one in gpus:
+        found = f"{one['name']}, {one['memory_bytes'] / 1e9:.1f} GB, driver {one['driver']}, CUDA {one['cuda']}"
+        yield Item("Machine", f"GPU {one['index']}", "ok", found, data=one)
 
 
 def disk_items() -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""The machine: what it is (fingerprint), and what it did while we measured (noise). The only user of NVML.
+"""The machine: what it is (fingerprint), and what it did while we measured (noise).
 
 Nothing here is called in a timed region. Every reading may be absent (None), none is guessed.
 """
@@ -15,13 +15,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import memory
+from . import gpu, memory
 from .errors import MissingError
+from .gpu import GpuReading
 from .records import Noise, hash16
 
 PACKAGES = (
@@ -79,51 +80,9 @@ def last_level_cache_bytes() -> int | None:
     return sum(found.values()) or None
 
 
-@contextlib.contextmanager
-def _nvml() -> Iterator[Any]:
-    """The initialised NVML module, or None without one, a driver or a GPU."""
-    try:
-        import pynvml
-    except ImportError:
-        yield None
-        return
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def gpus() -> list[dict[str, Any]]:
-    """NVIDIA GPUs: name, uuid, memory_bytes, driver, cuda (driver's version), power_limit_w. Empty without any. Untested on GPU."""
-    with _nvml() as nvml:
-        if nvml is None:
-            return []
-        cuda = nvml.nvmlSystemGetCudaDriverVersion()
-        found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            one: dict[str, Any] = {
-                "index": index,
-                "name": nvml.nvmlDeviceGetName(handle),
-                "uuid": nvml.nvmlDeviceGetUUID(handle),
-                "memory_bytes": nvml.nvmlDeviceGetMemoryInfo(handle).total,
-                "driver": nvml.nvmlSystemGetDriverVersion(),
-                "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-            }
-            with contextlib.suppress(nvml.NVMLError):
-                one["power_limit_w"] = nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
-            found.append(one)
-        return found
-
-
 def require_device(device: str) -> str:
     """`auto` → `cuda` where an NVIDIA GPU answers, else `cpu`. Raises MissingError if the named device is not there."""
-    count = len(gpus()) if device != "cpu" else 0
+    count = len(gpu.gpus()) if device != "cpu" else 0
     if device == "auto":
         return "cuda" if count else "cpu"
     if device.startswith("cuda"):
@@ -137,27 +96,12 @@ def require_device(device: str) -> str:
     return device
 
 
-def process_device_bytes(pid: int) -> int | None:
-    """Device memory that NVML attributes to a process, over all GPUs; None if it cannot say (no GPU, a container, WSL). Untested on GPU."""
-    with _nvml() as nvml:
-        if nvml is None:
-            return None
-        total, seen = 0, False
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            with contextlib.suppress(nvml.NVMLError):
-                for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                    if process.pid == pid and process.usedGpuMemory is not None:
-                        total, seen = total + process.usedGpuMemory, True
-        return total if seen else None
-
-
 def environment(git_folder: str | None = None) -> dict[str, Any]:
     """The fingerprint: cpu, memory, gpus, driver, cuda, os, python, packages, git, and the hashes of hardware and software.
 
     Nothing is read from the environment variables or the command line, which may hold secrets.
     """
-    devices = gpus()
+    devices = gpu.gpus()
     hardware: dict[str, Any] = {
         "cpu": {
             "name": cpu_name(),
@@ -249,10 +193,39 @@ class Readings:
     switches: int | None
     faults: int | None
     swapped: int | None
+    energy_j: float | None = None
+    gpu: GpuReading | None = None
 
 
-def take_readings() -> Readings:
-    """Read all counters of noise. Costs about 0.3 ms."""
+RAPL = Path("/sys/class/powercap")
+"""Where Linux shows the energy counters of CPU packages (RAPL): `intel-rapl:<n>/energy_uj`; AMD's too, and readable by root only."""
+
+
+def cpu_energy_j() -> float | None:
+    """Energy that all CPU packages have used since some moment, J; None where no counter can be read. Wraps every few hours."""
+    try:
+        return sum(int((zone / "energy_uj").read_text()) for zone in _packages()) / 1e6 if _packages() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _packages() -> list[Path]:
+    return sorted(RAPL.glob("intel-rapl:[0-9]")) + sorted(RAPL.glob("intel-rapl:[0-9][0-9]"))
+
+
+def idle_power_w(device: str, seconds: float = 1.0) -> float | None:
+    """Mean power while nothing of ours runs, W: of the GPU if the device is one, else of the CPU packages. None without a counter."""
+    before = take_readings(device)
+    if before.energy_j is None:
+        return None
+    time.sleep(seconds)
+    after = take_readings(device)
+    return None if after.energy_j is None else max(after.energy_j - before.energy_j, 0.0) / (after.wall_s - before.wall_s)
+
+
+def take_readings(device: str = "cpu") -> Readings:
+    """Read all counters of noise and energy. Costs about 0.3 ms, with a GPU some milliseconds."""
+    on_gpu = gpu.read(int(device.partition(":")[2] or 0)) if device.startswith("cuda") else None
     steal = busy = pressure = swapped = None
     ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -270,7 +243,8 @@ def take_readings() -> Readings:
 
         usage = resource.getrusage(resource.RUSAGE_SELF)
         switches, faults = usage.ru_nivcsw, usage.ru_majflt
-    return Readings(time.monotonic(), steal, busy, time.process_time(), pressure, switches, faults, swapped)
+    energy = on_gpu.energy_j if on_gpu else cpu_energy_j()
+    return Readings(time.monotonic(), steal, busy, time.process_time(), pressure, switches, faults, swapped, energy, on_gpu)
 
 
 def noise_between(before: Readings, after: Readings) -> Noise:
@@ -290,7 +264,12 @@ def noise_between(before: Readings, after: Readings) -> Noise:
         involuntary_switches=difference("switches"),
         major_faults=difference("faults"),
         swapped_pages=difference("swapped"),
-        frequency_mhz=cpu_frequency_mhz(),
+        frequency_mhz=after.gpu.clock_mhz if after.gpu else cpu_frequency_mhz(),
+        # A counter that wrapped in between says nothing.
+        energy_j=None if before.energy_j is None or after.energy_j is None or after.energy_j < before.energy_j else after.energy_j - before.energy_j,
+        throttles=after.gpu.throttles if after.gpu else (),
+        foreign_gpu_processes=after.gpu.foreign_processes if after.gpu else None,
+        temperature_c=after.gpu.temperature_c if after.gpu else None,
     )
 
 

@@ -78,9 +78,9 @@ def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: i
         while len(repetitions) < limit and not _enough(cell, repetitions):
             index = len(repetitions)
             batch = rows(index)
-            wall_ms, before = int(time.time() * 1000), machine.take_readings()
+            wall_ms, before = int(time.time() * 1000), machine.take_readings(backend.device)
             record, steps = time_request(backend, batch, cell.output_tokens)
-            noise = machine.noise_between(before, machine.take_readings())
+            noise = machine.noise_between(before, machine.take_readings(backend.device))
             ids = _check_steps(steps, len(batch))
             repetitions.append(Repetition(index, wall_ms, (record,), noise))
             if prompts.texts and index * (1 if cell.prompt_tokens is None else cell.batch_size) < len(prompts.texts):

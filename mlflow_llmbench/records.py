@@ -107,7 +107,8 @@ class Noise:
     """What the machine did during one repetition, beside the work that was measured.
 
     `steal_s`: seconds of CPU taken by the hypervisor · `foreign_cpu_s`: seconds of CPU used by processes that are not
-    ours · `pressure_s`: seconds in which some task waited for a CPU (PSI) · `frequency_mhz`: mean over our CPUs.
+    ours · `pressure_s`: seconds in which some task waited for a CPU (PSI) · `frequency_mhz`: mean over our CPUs, or the GPU's SM clock · `energy_j`: of the device, idle
+    included · `throttles`, `foreign_gpu_processes`, `temperature_c`: of the GPU, when the repetition ended.
     """
 
     wall_s: float
@@ -119,6 +120,10 @@ class Noise:
     major_faults: int | None = None
     swapped_pages: int | None = None
     frequency_mhz: float | None = None
+    energy_j: float | None = None
+    throttles: tuple[str, ...] = ()
+    foreign_gpu_processes: int | None = None
+    temperature_c: int | None = None
 
     @property
     def others_cpus(self) -> float:
@@ -234,6 +239,7 @@ class RunResult:
     timeline: tuple[MemorySample, ...] = ()
     marks: Mapping[str, int] = field(default_factory=dict)  # stage name → monotonic ns at which it was reached
     peaks: Mapping[str, float] = field(default_factory=dict)  # read_bytes_per_s, flops_per_s
+    idle_w: float | None = None  # power of the device before the load
     texts: tuple[Mapping[str, str], ...] = ()
     log: tuple[str, ...] = ()  # what third-party code printed, each message once with its count
     failure: Failure | None = None

@@ -147,6 +147,7 @@ def _efficiency(result: RunResult, found: Mapping[str, float | None]) -> dict[st
         "efficiency/tokens_per_s_per_gb": rate / (peak / 1e9) if rate and peak else None,
         "efficiency/mbu_ratio": model_bandwidth_utilization(result),
         "efficiency/mfu_ratio": model_flops_utilization(result),
+        "efficiency/joules_per_token": joules_per_token(result),
     }
 
 
@@ -171,6 +172,16 @@ def model_bandwidth_utilization(result: RunResult) -> float | None:
         return None
     read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * mean_context(result)
     return read / (fmean(tpots) / 1e3) / bandwidth
+
+
+def joules_per_token(result: RunResult) -> float | None:
+    """Energy above idle ÷ output tokens, J: Σ (energy − idle power · time) ÷ Σ tokens. None unless every repetition has a reading."""
+    noises = [r.noise for r in result.repetitions]
+    if result.idle_w is None or not all(n and n.energy_j is not None for n in noises):
+        return None
+    above = sum((n.energy_j or 0.0) - result.idle_w * n.wall_s for n in noises if n)
+    tokens = sum(r.rows * r.output_tokens for r in requests(result))
+    return above / tokens if tokens and above > 0 else None
 
 
 def model_flops_utilization(result: RunResult) -> float | None:

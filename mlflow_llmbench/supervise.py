@@ -35,6 +35,7 @@ class GroupOutcome:
 
     load: LoadInfo | None = None
     peaks: dict[str, float] = field(default_factory=dict)
+    idle_w: float | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage → its event; "peak" is per cell, in `cells`
     samples: list[MemorySample] = field(default_factory=list)
     measured: dict[int, Measured] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class GroupOutcome:
             case "stage":
                 self.stages[event["stage"]] = dict(event)
             case "peaks":
-                self.peaks = event["peaks"]
+                self.peaks, self.idle_w = event["peaks"], event["idle_w"]
             case "load":
                 self.load = from_json(LoadInfo, event["info"])
             case "cell":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, machine, memory, models, plan, report, supervise, tracking, upload
+from . import artifacts, gpu, machine, memory, models, plan, report, supervise, tracking, upload
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .journal import new_sweep, write_json
@@ -168,7 +168,7 @@ def _predict(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int |
 
 def _memory_message(cell: Cell, predicted: int | None) -> str | None:
     if machine.require_device(cell.device).startswith("cuda"):
-        devices = machine.gpus()
+        devices = gpu.gpus()
         index = int(cell.device.partition(":")[2] or 0)
         available, where = devices[index]["memory_bytes"], f"{devices[index]['name']} has"
     else:
@@ -325,6 +325,7 @@ def _succeed(sweep: _Sweep, job: _Job, number: int, outcomes: Sequence[GroupOutc
         timeline=tuple(first.samples),
         marks=_marks(first, number),
         peaks=machine.best_peaks(first.peaks, f"{job.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
+        idle_w=first.idle_w,
         texts=tuple(first.texts[number]),
         log=tuple(first.log),
     )

@@ -113,4 +113,19 @@ def _contention(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
         )
 
 
-CHECKS: tuple[Check, ...] = (_counts, _order, _bandwidth, _steadiness, _convergence, _variation, _contention)
+def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    noises = [r.noise for r in result.repetitions if r.noise]
+    held = [n for n in noises if n.throttles]
+    if held:
+        hottest = max((n.temperature_c or 0 for n in noises), default=0)
+        yield Reason(
+            "throttled",
+            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(held[0].throttles)}, up to {hottest} °C), and the limit is none. "
+            "Improve its cooling or raise its power limit, and measure again.",
+        )
+    foreign = max((n.foreign_gpu_processes or 0 for n in noises), default=0)
+    if foreign:
+        yield Reason("contended", f"{foreign} other processes computed on the GPU, and the limit is none. Stop them, and measure again.")
+
+
+CHECKS: tuple[Check, ...] = (_counts, _order, _bandwidth, _steadiness, _convergence, _variation, _contention, _throttling)

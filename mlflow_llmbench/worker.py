@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from . import memory
+from . import machine, memory
 from .backends.base import Backend, backend_class
 from .errors import LlmbenchError, first_line
 from .journal import EventLog
@@ -88,7 +88,7 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
     tell("stage", stage="starting")
     _import_libraries(kind, job["threads"])
     backend = kind(cells[0], from_json(ModelFacts, job["model"]))
-    tell("peaks", peaks=backend.peaks())
+    tell("peaks", peaks=backend.peaks(), idle_w=machine.idle_power_w(backend.device))
     gc.collect()
     memory.reset_peak()
     _stage("baseline", backend, tell)

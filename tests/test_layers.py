@@ -14,7 +14,7 @@ PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload"),
-    "world": ("memory", "machine", "backends"),
+    "world": ("memory", "gpu", "machine", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
     "think": ("stats", "summary", "validity", "compare"),
     "show": ("report", "charts", "artifacts"),
@@ -38,7 +38,7 @@ HOMES = {
     "huggingface_hub": ("backends",),
     "gguf": ("backends",),
     "aiohttp": ("backends",),
-    "pynvml": ("machine",),
+    "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
     "matplotlib": ("charts",),
     "mlflow": ("tracking", "view", "upload"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_llmbench import machine
+from mlflow_llmbench import gpu, machine
 from mlflow_llmbench.errors import MissingError
 
 
@@ -33,7 +33,7 @@ def test_git_commit(tmp_path: Path) -> None:
 
 
 def test_devices_that_are_not_there() -> None:
-    if machine.gpus():
+    if gpu.gpus():
         pytest.skip("this machine has a GPU")
     assert machine.require_device("auto") == "cpu"
     with pytest.raises(MissingError, match="There is no CUDA device for device=cuda:0"):

@@ -48,6 +48,7 @@ class Backend(Protocol):
     """What every backend does. Errors come out as errors of `mlflow_llmbench.errors`, foreign ones are mapped here."""
 
     capabilities: Capabilities
+    device: str  # of an instance: cpu, cuda or cuda:N
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:

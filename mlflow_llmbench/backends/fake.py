@@ -56,6 +56,7 @@ class FakeBackend:
     """Emits tokens on a schedule counted from the start of the call, so that delays do not add up."""
 
     capabilities = Capabilities(tokenizer=True)
+    device = "cpu"
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.script = parse_script(cell.model)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import machine, models
+from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..records import Cell, LoadInfo, ModelFacts
 from ..spec import BITSANDBYTES
@@ -166,7 +166,7 @@ class TransformersBackend:
             torch.cuda.memory_allocated(self.device),
             torch.cuda.memory_reserved(self.device),
             torch.cuda.max_memory_reserved(self.device),
-            machine.process_device_bytes(os.getpid()),
+            gpu.process_bytes(os.getpid()),
         )
         if reset:
             torch.cuda.reset_peak_memory_stats(self.device)

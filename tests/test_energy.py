@@ -1,0 +1,127 @@
+"""Energy and GPU readings: real files in the kernel's layout, and a stand-in for the driver's library (there is no GPU here)."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_llmbench import gpu, machine, summary
+from mlflow_llmbench.records import Noise
+from mlflow_llmbench.validity import judge
+from tests.test_summary import result
+
+
+def counters(folder: Path, *micro_joules: int) -> None:
+    for number, value in enumerate(micro_joules):
+        (folder / f"intel-rapl:{number}").mkdir(exist_ok=True)
+        (folder / f"intel-rapl:{number}" / "energy_uj").write_text(f"{value}\n")
+        (folder / f"intel-rapl:{number}:0").mkdir(exist_ok=True)  # a part of the package, counted in it already
+        (folder / f"intel-rapl:{number}:0" / "energy_uj").write_text("999999999\n")
+
+
+def test_packages_are_added_and_their_parts_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "RAPL", tmp_path)
+    assert machine.cpu_energy_j() is None
+    counters(tmp_path, 5_000_000, 7_000_000)
+    assert machine.cpu_energy_j() == 12.0
+    before = machine.take_readings()
+    counters(tmp_path, 6_000_000, 9_000_000)
+    assert machine.noise_between(before, machine.take_readings()).energy_j == pytest.approx(3.0)
+    counters(tmp_path, 0, 0)  # wrapped
+    assert machine.noise_between(before, machine.take_readings()).energy_j is None
+    assert machine.idle_power_w("cpu", seconds=0.01) == 0.0
+
+
+def with_energy(gaps: list[list[float]], joules: float, idle_w: float | None) -> Any:
+    measured = result(gaps, rows=2)
+    noisy = tuple(dataclasses.replace(r, noise=Noise(1.0, 0.0, 0.0, energy_j=joules)) for r in measured.repetitions)
+    return dataclasses.replace(measured, repetitions=noisy, idle_w=idle_w)
+
+
+def test_joules_per_token_are_above_idle_and_proportional() -> None:
+    # 5 repetitions of 2 rows · 4 tokens; 30 J each, of which 10 W · 1 s are idle.
+    assert summary.joules_per_token(with_energy([[2, 2, 2]] * 5, 30.0, 10.0)) == pytest.approx(20 / 8)
+    once, twice = with_energy([[2.0] * 3] * 5, 30.0, 10.0), with_energy([[2.0] * 7] * 5, 50.0, 10.0)
+    assert summary.joules_per_token(once) == pytest.approx(summary.joules_per_token(twice))
+    assert summary.joules_per_token(with_energy([[2, 2, 2]] * 5, 30.0, None)) is None
+    assert summary.joules_per_token(with_energy([[2, 2, 2]] * 5, 5.0, 10.0)) is None
+    assert "efficiency/joules_per_token" in summary.summarize(once)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A stand-in for pynvml with two GPUs, of which the second is hot, held back and used by someone else."""
+    module: Any = types.ModuleType("pynvml")
+    module.NVMLError = type("NVMLError", (Exception,), {})
+    module.NVML_CLOCK_SM, module.NVML_TEMPERATURE_GPU = 1, 0
+    process = types.SimpleNamespace(pid=1, usedGpuMemory=7_000)
+    module.nvmlInit = module.nvmlShutdown = lambda: None
+    module.nvmlDeviceGetCount = lambda: 2
+    module.nvmlDeviceGetHandleByIndex = lambda index: index
+    module.nvmlDeviceGetUUID = lambda handle: f"GPU-{handle}{handle}{handle}"
+    module.nvmlDeviceGetName = lambda handle: f"Card {handle}"
+    module.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(total=10_000 * (handle + 1))
+    module.nvmlSystemGetDriverVersion = lambda: "570.1"
+    module.nvmlSystemGetCudaDriverVersion = lambda: 12080
+    module.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 5_000
+    module.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x41 if handle else 0x1
+    module.nvmlDeviceGetComputeRunningProcesses = lambda handle: [process] if handle else []
+    module.nvmlDeviceGetClockInfo = lambda handle, _: 1980
+    module.nvmlDeviceGetTemperature = lambda handle, _: 88
+
+    def no_limit(handle: int) -> int:
+        raise module.NVMLError("not supported")
+
+    module.nvmlDeviceGetPowerManagementLimit = no_limit
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return module
+
+
+def test_gpus_are_counted_as_cuda_counts_them(driver: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [g["name"] for g in gpu.gpus()] == ["Card 0", "Card 1"]
+    assert (gpu.gpus()[0]["cuda"], "power_limit_w" in gpu.gpus()[0]) == ("12.8", False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [g["name"] for g in gpu.gpus()] == ["Card 1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-111,0,nonsense,1")
+    assert [g["name"] for g in gpu.gpus()] == ["Card 1", "Card 0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.gpus() == []
+    assert machine.require_device("auto") == "cpu"
+
+
+def test_readings_of_a_gpu(driver: types.ModuleType) -> None:
+    assert gpu.read(0) == gpu.GpuReading(5.0, 1980, 88, (), 0)
+    assert gpu.read(1) == gpu.GpuReading(5.0, 1980, 88, ("hardware thermal slowdown",), 1)
+    assert gpu.read(2) is None
+    assert (gpu.process_bytes(1), gpu.process_bytes(2)) == (7_000, None)
+    noise = machine.noise_between(machine.take_readings("cuda:1"), machine.take_readings("cuda:1"))
+    assert (noise.energy_j, noise.frequency_mhz, noise.throttles, noise.foreign_gpu_processes) == (0.0, 1980, ("hardware thermal slowdown",), 1)
+
+
+def test_a_driver_that_does_not_answer_is_no_gpu(driver: Any) -> None:
+    def fail() -> None:
+        raise driver.NVMLError("driver not loaded")
+
+    driver.nvmlInit = fail
+    assert gpu.gpus() == []
+    assert gpu.read(0) is None
+    assert gpu.process_bytes(1) is None
+
+
+def test_throttling_and_foreign_processes_give_their_reasons() -> None:
+    quiet = result([[2, 2, 2]] * 5)
+    for noise, codes in (
+        (Noise(1.0, throttles=("hardware thermal slowdown",), temperature_c=88), ["throttled"]),
+        (Noise(1.0, foreign_gpu_processes=2), ["contended"]),
+        (Noise(1.0, foreign_gpu_processes=0, temperature_c=60), []),
+    ):
+        measured = dataclasses.replace(quiet, repetitions=tuple(dataclasses.replace(r, noise=noise) for r in quiet.repetitions))
+        verdict = judge(measured, summary.summarize(measured))
+        assert [r.code for r in verdict.reasons] == codes
+    assert verdict.word == "valid"
