@@ -226,7 +226,7 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
         time.sleep(0.1)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     client = MlflowClient(store_uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.`mlflow.parentRunId` != 'x'")
@@ -257,7 +257,7 @@ def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp
         time.sleep(0.1)
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert time.monotonic() - started < 15
     client = MlflowClient(store_uri)
