@@ -14,7 +14,7 @@ from .validity import judge
 
 
 def write_cell(result: RunResult, folder: Path) -> None:
-    """Write result.json, samples.csv.gz, environment.json, config.yaml, report.md, charts and tables of one cell into `folder`.
+    """Write result.json, samples.csv.gz, environment.json, config.yaml, report.md and tables of one cell into `folder`.
 
     Raises JournalError, for example when the disk is full.
     """
@@ -22,16 +22,22 @@ def write_cell(result: RunResult, folder: Path) -> None:
     verdict = judge(result, metrics)
     write_json(folder / "result.json", {**_whole(result), "metrics": metrics, "verdict": verdict})
     write_json(folder / "environment.json", {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}})
-    write_bytes(folder / "config.yaml", report.config_yaml(result.cell, {"price_per_hour": result.price_per_hour}).encode())
-    write_bytes(folder / "report.md", report.report_markdown(result, metrics, verdict).encode())
-    write_json(folder / "tables" / "summary.json", report.summary_table(result, metrics))
+    write_bytes(folder / "config.yaml", _config(result).encode())
     if result.repetitions:
         write_bytes(folder / "samples.csv.gz", samples_csv(result))
-        charts.draw_cell(result, folder / "charts")
+    write_bytes(folder / "report.md", report.report_markdown(result, metrics, verdict).encode())
+    write_json(folder / "tables" / "summary.json", report.summary_table(result, metrics))
     if result.texts:
         rows = [[text["prompt"], text["output"]] for text in result.texts]
         write_json(folder / "tables" / "texts.json", report.split_table(["prompt", "output"], rows))
         write_bytes(folder / "texts.md", _texts_markdown(rows).encode())
+
+
+def _config(result: RunResult) -> str:
+    """config.yaml: what was asked, with the commit that `revision` meant, so that it means the same later."""
+    from_hub = result.model.source in ("hub", "preset") and result.cell.weights != "random" and result.cell.backend != "fake"
+    resolved = {"revision": result.model.revision} if from_hub else {}
+    return report.config_yaml(result.cell, {"price_per_hour": result.price_per_hour, **resolved})
 
 
 def _whole(result: RunResult) -> dict[str, object]:

@@ -63,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failure, 2 for a wrong parameter, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in SIGNALS:
+        signal.signal(name, _interrupt)
     try:
         given = build_parser().parse_args(arguments)
         return COMMANDS[given.command](given)
@@ -78,8 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What ends a command in order: Ctrl-C, a scheduler, a terminal that was closed."""
+
+
 def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the second must not interrupt the ending of the runs
+    """The first signal interrupts; those after it are ignored, so that every run is ended and what was measured is kept."""
+    for name in SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

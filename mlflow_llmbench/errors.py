@@ -4,7 +4,6 @@
     ├── UsageError             a parameter is wrong; nothing was started
     ├── ModelError             the model cannot be had: unknown, unreachable, gated, damaged
     ├── MissingError           a package, a device or a driver is not there
-    ├── DoesNotFit             the cell needs more memory than there is
     ├── TrackingError          the MLflow store refuses or cannot be reached
     ├── JournalError           the output folder cannot be written, or a record in it cannot be read
     ├── NotComparable          two results differ in more than what was asked about
@@ -45,10 +44,6 @@ class ModelError(LlmbenchError):
 
 class MissingError(LlmbenchError):
     """A package, a device or a driver that the request needs is not there."""
-
-
-class DoesNotFit(LlmbenchError):
-    """The cell needs more memory than the machine has."""
 
 
 class TrackingError(LlmbenchError):

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 THROTTLES = {
-    0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake", 0x4: "power cap",
+    0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake",
 }  # fmt: skip
-"""Bits of NVML's clock event reasons that mean that the GPU would go faster if it could (nvml.h, nvmlClocksEventReasons)."""
+"""Bits of NVML's clock event reasons that mean that the GPU would go faster if it could (nvml.h, nvmlClocksEventReasons).
+The software power cap (0x4) is not among them: it is how a GPU under full load normally runs."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,14 @@ def gpus() -> list[dict[str, Any]]:
         return found
 
 
+def free_bytes(index: int) -> int | None:
+    """Device memory of GPU `index` that nobody uses now; None without it."""
+    with nvml() as module:
+        if module is None or index >= len(handles(module)):
+            return None
+        return int(module.nvmlDeviceGetMemoryInfo(handles(module)[index]).free)
+
+
 def process_bytes(pid: int) -> int | None:
     """Device memory that the driver attributes to a process, over all GPUs; None if it cannot say (no GPU, a container, WSL)."""
     with nvml() as module:
@@ -99,6 +108,14 @@ def process_bytes(pid: int) -> int | None:
                     if process.pid == pid and process.usedGpuMemory is not None:
                         total, seen = total + process.usedGpuMemory, True
         return total if seen else None
+
+
+def _foreign(processes: Any) -> int | None:
+    """Processes that are not this one; None where the driver counts pids of another namespace (a container), so that we are not among them."""
+    pids = [process.pid for process in processes or []]
+    if processes is None or (pids and os.getpid() not in pids):
+        return None
+    return len([pid for pid in pids if pid != os.getpid()])
 
 
 def read(index: int) -> GpuReading | None:
@@ -122,5 +139,5 @@ def read(index: int) -> GpuReading | None:
             ask("nvmlDeviceGetClockInfo", module.NVML_CLOCK_SM),
             ask("nvmlDeviceGetTemperature", module.NVML_TEMPERATURE_GPU),
             tuple(name for bit, name in THROTTLES.items() if bits & bit),
-            None if processes is None else sum(process.pid != os.getpid() for process in processes),
+            _foreign(processes),
         )

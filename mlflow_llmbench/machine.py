@@ -81,10 +81,10 @@ def last_level_cache_bytes() -> int | None:
 
 
 def require_device(device: str) -> str:
-    """`auto` → `cuda` where an NVIDIA GPU answers, else `cpu`. Raises MissingError if the named device is not there."""
+    """`auto` → `cuda` where an NVIDIA GPU answers and torch is not its CPU build, else `cpu`. Raises MissingError if the named device is not there."""
     count = len(gpu.gpus()) if device != "cpu" else 0
     if device == "auto":
-        return "cuda" if count else "cpu"
+        return "cuda" if count and not packages().get("torch", "").endswith("+cpu") else "cpu"
     if device.startswith("cuda"):
         if not count:
             raise MissingError(

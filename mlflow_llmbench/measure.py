@@ -29,7 +29,7 @@ Say = Callable[..., None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What `measure_cell` returns. `texts` holds prompt and output ids of each prompt's first repetition, for text workloads."""
+    """What `measure_cell` returns. `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads."""
 
     first_call_ms: float
     warmup_s: tuple[float, ...]
@@ -53,8 +53,12 @@ def time_request(backend: Backend, prompts: Sequence[Sequence[int]], output_toke
         add_stamp(clock())
         add_step(step)
 
-    t0 = clock()
-    backend.generate(prompts, output_tokens, emit)
+    gc.disable()
+    try:
+        t0 = clock()
+        backend.generate(prompts, output_tokens, emit)
+    finally:
+        gc.enable()
     return RequestRecord(t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0])), steps
 
 

@@ -98,6 +98,9 @@ def available_bytes() -> int | None:
     ):
         try:
             free = int(Path(limit_file).read_text()) - int(Path(used_file).read_text())
+            # Files that were read, a download for example, count as used; the kernel gives them up first.
+            counts = dict(line.split() for line in Path(used_file).with_name("memory.stat").read_text().splitlines())
+            free += int(counts.get("inactive_file", counts.get("total_inactive_file", 0)))
         except (OSError, ValueError):
             continue
         return free if available is None else min(available, free)

@@ -43,9 +43,7 @@ class Cell:
     )
     output_tokens: int = parameter(128, "exact number of generated tokens per row", kind="count", sweep=True, high=1_000_000)
     workload: str = parameter("synthetic", "synthetic (seeded ids), a bundled prompt set, or a JSONL file", kind="workload", sweep=True)
-    warmup: int | None = parameter(
-        None, "discarded runs: auto (at least 3, until steady) or a number", kind="count", unset="auto", low=0, high=10_000
-    )
+    warmup: int | None = parameter(None, "discarded runs: auto (at least 3, until steady) or a number", kind="count", unset="auto", high=10_000)
     repetitions: int | None = parameter(
         None, "timed runs: auto (at least 5, until the interval is narrow) or a number", kind="count", unset="auto", high=1_000_000
     )
@@ -78,7 +76,7 @@ class ModelFacts:
     """What is known of a model before it is loaded: where it lies, its commit, its configuration."""
 
     name: str
-    source: str  # "preset", "hub", "folder" or "gguf"
+    source: str  # "preset", "hub", "folder", "gguf", or "none" where there are no files
     location: str  # repository id or absolute path
     revision: str  # commit of the Hub, content hash of local files, or random-seed<N>
     config: Mapping[str, Any] | None = None
@@ -95,8 +93,12 @@ class LoadInfo:
     weight_bytes: int | None = None  # as stored, with quantization state and inner tensors
     step_bytes: int | None = None  # the part that one decode step reads
     kv_bytes_per_token: int | None = None  # per row
-    flops_per_token: float | None = None  # forward pass, at mean context zero
+    flops_per_token: float | None = None  # forward pass of one token without attention and output head
+    head_flops: float = 0.0  # output head, computed for output tokens only
     attention_flops_per_context_token: float | None = None  # more FLOPs per token for each token of context
+    sliding_window: int | None = None  # tokens that `sliding_share` of the layers look back at most
+    sliding_share: float = 0.0
+    cache_bytes: int | None = None  # last-level cache of the device
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     vocab_size: int | None = None
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
@@ -181,7 +183,6 @@ class MemoryStages:
     host_needed: Mapping[str, int] = field(default_factory=dict)
     device: Mapping[str, int] = field(default_factory=dict)
     device_reserved_peak: int | None = None
-    load_peak_rss: int | None = None
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def hash16(value: object) -> str:
 
 
 def to_json(record: object) -> Any:
-    """A record as plain JSON data; None fields and empty collections are left out of nested records."""
+    """A record as plain JSON data: dataclasses and mappings become objects, tuples and lists arrays."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
     if isinstance(record, Mapping):

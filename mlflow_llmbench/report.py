@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from .metrics import KEYS
 from .records import Cell, RunResult, Verdict
-from .spec import PARAMETERS, as_text, default_text
+from .spec import as_text, default_text
 from .stats import classify_outliers
 from .summary import e2e_ms, summarize, ttft_ms
 from .validity import judge, unsupported_percentiles
@@ -109,8 +110,8 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     cell = result.cell
     what = f"**{cell.model}** · {cell.quant} · batch {cell.batch_size} · {as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
     where = f"{result.environment.get('cpu', {}).get('name', 'unknown CPU')}"
-    gpus = result.environment.get("gpus") or []
-    where = f"{gpus[0]['name']} ({where})" if gpus else where
+    gpu = gpu_of(result)
+    where = f"{gpu['name']} ({where})" if gpu else where
     if result.failure:
         return f"{what}\n\n**{result.outcome}** at stage {result.failure.stage}: {result.failure.message}\n\n{where}\n"
     rows = [[name, text] for name, text in _headline(metrics) if text]
@@ -120,6 +121,14 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
         lines += ["", "Random weights of the real architecture: speed and memory hold, the text means nothing."]
     lines += ["", f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions after {len(result.warmup_s)} warm-ups"]
     return "\n".join(lines) + "\n"
+
+
+def gpu_of(result: RunResult) -> dict[str, Any] | None:
+    """The GPU that a result was measured on, as in its environment; None for a CPU, whatever else the machine has."""
+    device = str(result.load.facts.get("model.device", "cpu")) if result.load else result.cell.device
+    gpus: list[dict[str, Any]] = result.environment.get("gpus") or []
+    index = int(device.partition(":")[2] or 0)
+    return gpus[index] if device.startswith("cuda") and index < len(gpus) else None
 
 
 def _headline(metrics: Metrics) -> list[tuple[str, str]]:
@@ -220,10 +229,5 @@ def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:
 def config_yaml(cell: Cell, extra: Mapping[str, object]) -> str:
     """config.yaml: every parameter as text, in the order of the vocabulary, readable by `llmbench run --config`."""
     lines = {f.name: as_text(f.name, getattr(cell, f.name)) for f in dataclasses.fields(cell)}
-    lines |= {name: as_text(name, value) for name, value in extra.items() if name in PARAMETERS}
-    return "".join(f"{name}: {_yaml_text(text)}\n" for name, text in lines.items())
-
-
-def _yaml_text(text: str) -> str:
-    """A YAML scalar that reads back as the same text."""
-    return text if text.replace(".", "", 1).isdigit() else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    lines |= {name: as_text(name, value) for name, value in extra.items()}
+    return "".join(f"{name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in lines.items())

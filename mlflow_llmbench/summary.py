@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from .metrics import STAGES
-from .records import MemorySample, RequestRecord, RunResult
+from .records import LoadInfo, MemorySample, RequestRecord, RunResult
 from .stats import coefficient_of_variation, percentile, relative_half_width, supports, t_interval
 
 MOST_SAMPLES = 300
@@ -157,6 +157,13 @@ def mean_context(result: RunResult) -> float:
     return fmean(lengths) + result.cell.output_tokens / 2
 
 
+def attended(load: LoadInfo, context: float) -> float:
+    """Tokens of context that the mean layer looks back at: layers with a sliding window see no more than it."""
+    if load.sliding_window is None:
+        return context
+    return (1 - load.sliding_share) * context + load.sliding_share * min(context, load.sliding_window)
+
+
 def model_bandwidth_utilization(result: RunResult) -> float | None:
     """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best read bandwidth measured here.
 
@@ -167,10 +174,9 @@ def model_bandwidth_utilization(result: RunResult) -> float | None:
     tpots = [value for r in requests(result) if (value := tpot_ms(r))]
     if load is None or not load.step_bytes or not bandwidth or not tpots:
         return None
-    cache = (result.environment.get("cpu") or {}).get("last_level_cache_bytes") or 0
-    if not result.memory.device and load.step_bytes < CACHE_FACTOR * cache:
+    if load.step_bytes < CACHE_FACTOR * (load.cache_bytes or 0):
         return None
-    read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * mean_context(result)
+    read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * attended(load, mean_context(result))
     return read / (fmean(tpots) / 1e3) / bandwidth
 
 
@@ -194,7 +200,9 @@ def model_flops_utilization(result: RunResult) -> float | None:
     for request in requests(result):
         prompt, output = request.prompt_tokens or 0, request.output_tokens
         tokens = prompt + output - 1
-        done += request.rows * tokens * (load.flops_per_token + attention * tokens / 2)
+        # Token i attends to i tokens; the head is computed for the output tokens only, not for the prompt.
+        body = tokens * (load.flops_per_token + attention * attended(load, tokens / 2))
+        done += request.rows * (body + output * load.head_flops)
         seconds += e2e_ms(request) / 1e3
     return done / seconds / peak if seconds else None
 

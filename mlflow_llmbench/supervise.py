@@ -19,12 +19,18 @@ from statistics import median
 from typing import Any
 
 from . import machine, memory
-from .errors import LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed
+from .errors import LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from .measure import Measured
 from .records import Cell, LoadInfo, MemorySample, MemoryStages, ModelFacts, from_json, to_json
 
 SAMPLE_S = 0.05
 """Time between two memory samples."""
+
+MOST_SAMPLES = 2000
+"""Memory samples that a result keeps; a night at twenty a second would make it unreadable."""
+
+STALL_S = 3600.0
+"""A worker that says nothing for so long, loading or within one repetition, is taken for hung. Downloads have no limit."""
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -81,7 +87,13 @@ class GroupOutcome:
 
 
 def run_worker(
-    task: str, cells: Sequence[Cell], model: ModelFacts, folders: Sequence[Path], log_file: Path, on_event: OnEvent | None = None
+    task: str,
+    cells: Sequence[Cell],
+    model: ModelFacts,
+    folders: Sequence[Path],
+    log_file: Path,
+    on_event: OnEvent | None = None,
+    stall_s: float = STALL_S,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
@@ -99,10 +111,12 @@ def run_worker(
         assert process.stdin and process.stdout
         process.stdin.write((json.dumps(job) + "\n").encode())
         process.stdin.flush()
-        _collect(process, outcome, on_event)
+        _collect(process, outcome, on_event, stall_s if task == "measure" else float("inf"))
         process.wait()
     except BrokenPipeError:
         process.wait()
+    except WorkerTimeout as error:
+        outcome.error = error
     except KeyboardInterrupt:
         outcome.interrupted = True
     finally:
@@ -120,14 +134,19 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
-def _collect(process: subprocess.Popen[bytes], outcome: GroupOutcome, on_event: OnEvent | None) -> None:
+def _collect(process: subprocess.Popen[bytes], outcome: GroupOutcome, on_event: OnEvent | None, stall_s: float) -> None:
+    """Take events until the worker closes its pipe, sampling its memory meanwhile. Raises WorkerTimeout if it falls silent."""
     assert process.stdout
     pipe = process.stdout.fileno()
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        due = time.monotonic()
+        due = heard = time.monotonic()
         while True:
+            if time.monotonic() - heard > stall_s:
+                raise WorkerTimeout(
+                    f"The worker said nothing for {stall_s:g} s at stage {outcome.stage}, so it was ended. Try a smaller configuration."
+                )
             ready = selector.select(max(0.0, due - time.monotonic()))
             if time.monotonic() >= due:
                 _sample(process.pid, outcome)
@@ -137,6 +156,7 @@ def _collect(process: subprocess.Popen[bytes], outcome: GroupOutcome, on_event: 
             chunk = os.read(pipe, 1 << 20)
             if not chunk:
                 return
+            heard = time.monotonic()
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 event = json.loads(line)
@@ -200,13 +220,29 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
         steady = _steady_samples(window, outcome.measured.get(number))
         rss["steady"] = int(median([s.rss for s in steady])) if steady else own["rss"]
         if own["anonymous"] is not None:
-            needed["peak"] = max([own["anonymous"], *(s.anonymous for s in window)]) + mapped
+            # Resident peak (exact) less the file pages at the end, for a spike between two samples.
+            spike = rss["peak"] - (own["rss"] - own["anonymous"])
+            needed["peak"] = max([own["anonymous"], spike, *(s.anonymous for s in window)]) + mapped
             needed["steady"] = (int(median([s.anonymous for s in steady])) if steady else own["anonymous"]) + mapped
     if peak and peak.get("device"):
         device["peak"] = _device_bytes(peak["device"], peak=True)
         device["steady"] = _device_bytes(peak["device"], peak=False)
         reserved_peak = peak["device"]["peak_reserved"]
-    return MemoryStages(rss, needed, device, reserved_peak, _load_peak(outcome))
+    return MemoryStages(rss, needed, device, reserved_peak)
+
+
+def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
+    """Memory samples up to the end of the load and during one cell and after it, thinned to `MOST_SAMPLES`; peaks stay."""
+    cell, loaded = outcome.cells.get(number, {}), outcome.stages.get("loaded")
+    if "peak" in cell and loaded:
+        unloading = outcome.samples[-1].t_ns - 1_000_000_000 if outcome.samples else 0
+        kept = [
+            s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading
+        ]
+    else:
+        kept = outcome.samples
+    stride = -(-len(kept) // MOST_SAMPLES) or 1
+    return tuple(max(kept[i : i + stride], key=lambda s: s.rss) for i in range(0, len(kept), stride))
 
 
 def _device_bytes(seen: Mapping[str, Any], peak: bool) -> int:
@@ -228,9 +264,3 @@ def _steady_samples(window: Sequence[MemorySample], measured: Measured | None) -
     last = measured.repetitions[-1].requests
     start, end = min(r.t0_ns for r in last), max(r.stamps_ns[-1] for r in last)
     return [s for s in window if (start + end) // 2 <= s.t_ns <= end]
-
-
-def _load_peak(outcome: GroupOutcome) -> int | None:
-    """Highest resident memory while loading."""
-    event = outcome.stages.get("loaded")
-    return (event["host"]["peak_rss"] if event and event.get("host") else None) or None

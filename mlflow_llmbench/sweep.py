@@ -6,14 +6,15 @@ measures, except the watch over it: runs are uploaded when their group has ended
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, gpu, machine, memory, models, plan, report, supervise, tracking, upload
+from . import artifacts, charts, gpu, machine, memory, models, plan, report, supervise, tracking, upload
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .journal import new_sweep, write_json
@@ -64,8 +65,8 @@ class SweepResult:
 
     @property
     def exit_code(self) -> int:
-        """0 if every cell was measured or skipped, 130 when interrupted, else 1."""
-        return {"ok": 0, "interrupted": 130}.get(self.outcome, 1)
+        """0 if every cell was measured or skipped, and all of it uploaded; 130 when interrupted; else 1."""
+        return 130 if self.outcome == "interrupted" else int(self.outcome != "ok" or bool(self.not_uploaded))
 
     def table(self) -> str:
         """The comparison as text."""
@@ -124,8 +125,18 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
     environment = machine.environment(str(Path(__file__).parent))
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group.cells}
     jobs = [_job(cell, model_of[cell], environment, folder, spec) for cell in cells]
+    _refuse_twins(jobs)
     asked = {k: str(v) for k, v in parameters.items() if v is not None and isinstance(v, str)} if store.given_run_id else {}
     return _drive(_Sweep(spec, jobs, store, folder, environment, watcher, asked))
+
+
+def _refuse_twins(jobs: Sequence[_Job]) -> None:
+    """Raise UsageError if two cells are one configuration under two names: they would share a folder and a run."""
+    first: dict[str, _Job] = {}
+    for job in jobs:
+        twin = first.setdefault(job.hashes.config, job)
+        if twin is not job:
+            raise UsageError(f"{twin.cell.model} and {job.cell.model} are the same model, so their cells are the same. Leave one of them out.")
 
 
 def _refuse_contexts(cells: Sequence[Cell], groups: Sequence[Group], facts: Sequence[ModelFacts]) -> None:
@@ -159,7 +170,8 @@ def _job(cell: Cell, model: ModelFacts, environment: Mapping[str, Any], folder: 
 def _predict(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int | None:
     """Estimated peak bytes of a cell, of loading or of generating, whichever is more; None if the architecture is unknown."""
     if shape is None:
-        return model.files_bytes
+        unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source == "gguf" else 1
+        return None if model.files_bytes is None else model.files_bytes * unpacked
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     prompt = cell.prompt_tokens or 512
     running = models.memory_estimate(shape, cell.quant, dtype, cell.batch_size, prompt, cell.output_tokens)
@@ -168,16 +180,13 @@ def _predict(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int |
 
 def _memory_message(cell: Cell, predicted: int | None) -> str | None:
     if machine.require_device(cell.device).startswith("cuda"):
-        devices = gpu.gpus()
-        index = int(cell.device.partition(":")[2] or 0)
-        available, where = devices[index]["memory_bytes"], f"{devices[index]['name']} has"
+        available, where = gpu.free_bytes(int(cell.device.partition(":")[2] or 0)), "on the GPU"
     else:
-        available, where = memory.available_bytes(), "are free here"
+        available, where = memory.available_bytes(), "here"
     if predicted is None or available is None or predicted <= available:
         return None
-    amount = f"{where} {available / 1e9:.1f} GB" if where.endswith("has") else f"{available / 1e9:.1f} GB {where}"
     return (
-        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB, and {amount}. "
+        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free {where}. "
         "Use a smaller model, batch or quantization, or try it all the same with force=true."
     )
 
@@ -239,7 +248,8 @@ def _run_group(sweep: _Sweep, group: Sequence[_Job]) -> None:
         return
     while waiting:
         for job in waiting:
-            job.run_id = job.run_id or _begin(sweep, job)
+            if not job.run_id:
+                _begin(sweep, job)
         outcomes: list[GroupOutcome] = []
         while len(outcomes) < waiting[0].cell.processes and not any(outcome.interrupted for outcome in outcomes):
             outcomes.append(_run_once(sweep, waiting))
@@ -274,7 +284,7 @@ def _run_once(sweep: _Sweep, jobs: Sequence[_Job]) -> GroupOutcome:
 def _prepare(sweep: _Sweep, jobs: Sequence[_Job]) -> bool:
     """Fetch or write the model's files in a process of its own, so that neither its time nor its memory is measured."""
     job = jobs[0]
-    if job.model.source in ("folder", "gguf") or job.cell.backend == "fake":
+    if job.model.source in ("folder", "gguf", "none"):
         return True
     if sweep.watcher:
         sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
@@ -303,9 +313,23 @@ def _after_failure(sweep: _Sweep, left: list[_Job], ran: Sequence[_Job], outcome
     return [job for job in left if job.row is None]
 
 
-def _begin(sweep: _Sweep, job: _Job) -> str:
-    job.started_ms = int(time.time() * 1000)
-    return tracking.begin_run(sweep.store, job.name, sweep.parent_id, sweep.folder.name, job.started_ms, job.hashes.config)
+def _begin(sweep: _Sweep, job: _Job) -> None:
+    """Open the cell's run. A store that refuses does not stop the measurement: the run is begun when the cell is uploaded, or later."""
+    job.started_ms = job.started_ms or int(time.time() * 1000)
+    with _noted(sweep, f"the run of {job.name}"):
+        job.run_id = tracking.begin_run(sweep.store, job.name, sweep.parent_id, sweep.folder.name, job.started_ms, job.hashes.config)
+
+
+@contextlib.contextmanager
+def _noted(sweep: _Sweep, name: str) -> Iterator[None]:
+    """Go on after an error of drawing, writing or uploading; it is told at the end."""
+    try:
+        yield
+    except Exception as error:
+        text = tracking.without_password(first_line(error))
+        sweep.not_uploaded.append(f"{name}: {text}")
+        if sweep.watcher:
+            sweep.watcher.note(f"Not uploaded: {name}: {text}. `llmbench upload {sweep.folder}` uploads it later.")
 
 
 def _succeed(sweep: _Sweep, job: _Job, number: int, outcomes: Sequence[GroupOutcome]) -> None:
@@ -322,7 +346,7 @@ def _succeed(sweep: _Sweep, job: _Job, number: int, outcomes: Sequence[GroupOutc
         steady=all(one.steady for one in measured),
         repetitions=tuple(repetitions),
         memory=supervise.stages_of(first, number),
-        timeline=tuple(first.samples),
+        timeline=supervise.timeline_of(first, number),
         marks=_marks(first, number),
         peaks=machine.best_peaks(first.peaks, f"{job.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
         idle_w=first.idle_w,
@@ -355,29 +379,32 @@ def _fail(sweep: _Sweep, job: _Job, word: str, failure: Failure, outcome: GroupO
     if outcome:
         number = outcome.current if outcome.current is not None else 0
         result = dataclasses.replace(
-            result, load=outcome.load, memory=supervise.stages_of(outcome, number), timeline=tuple(outcome.samples), log=tuple(outcome.log)
+            result,
+            load=outcome.load,
+            memory=supervise.stages_of(outcome, number),
+            timeline=supervise.timeline_of(outcome, number),
+            log=tuple(outcome.log),
         )
     _keep(sweep, job, result)
 
 
 def _keep(sweep: _Sweep, job: _Job, result: RunResult) -> None:
-    """Write the files of a cell, then upload them, then end its run; what fails is told, and neither stops the sweep nor leaves a run open."""
+    """Write the files of a cell, then upload them, then end its run; neither an error nor an interruption leaves the run open."""
     folder = job.folder / "artifacts"
     job.row = report.row_of(result)
-    try:
+    with _noted(sweep, f"the files of {job.name}"):
         artifacts.write_cell(result, folder)
-        job.run_id = job.run_id or _begin(sweep, job)
-        tracking.upload_cell(sweep.store, job.run_id, result, folder, sweep.asked if sweep.parent_id is None else {})
-    except Exception as error:
-        _not_uploaded(sweep, job.name, error)
-    if job.run_id:
-        _end(sweep, job.run_id, result.outcome)
-
-
-def _not_uploaded(sweep: _Sweep, name: str, error: Exception) -> None:
-    sweep.not_uploaded.append(f"{name}: {first_line(error)}")
-    if sweep.watcher:
-        sweep.watcher.note(f"Not uploaded: {name}: {first_line(error)}. `llmbench upload {sweep.folder}` uploads it later.")
+    with _noted(sweep, f"the charts of {job.name}"):
+        charts.draw_cell(result, folder / "charts")
+    try:
+        if not job.run_id:
+            _begin(sweep, job)
+        if job.run_id:
+            with _noted(sweep, job.name):
+                tracking.upload_cell(sweep.store, job.run_id, result, folder, sweep.asked if sweep.parent_id is None else {})
+    finally:
+        if job.run_id:
+            _end(sweep, job.run_id, result.outcome)
 
 
 def _close_unfinished(sweep: _Sweep, job: _Job, outcome: str) -> None:
@@ -397,16 +424,14 @@ def _finish_parent(sweep: _Sweep, outcome: str) -> None:
     folder = sweep.folder / "comparison"
     tell = sweep.watcher.note if sweep.watcher else lambda text: None
     try:
-        artifacts.write_sweep([row for row, _ in measured], sweep.spec.varied, folder)
-        sweep.view = upload.publish_parent(sweep.store, sweep.parent_id, sweep.spec, measured, folder, sweep.asked, tell)
-    except Exception as error:
-        _not_uploaded(sweep, "the comparison", error)
-    _end(sweep, sweep.parent_id, outcome)
+        with _noted(sweep, "the comparison"):
+            artifacts.write_sweep([row for row, _ in measured], sweep.spec.varied, folder)
+            sweep.view = upload.publish_parent(sweep.store, sweep.parent_id, sweep.spec, measured, folder, sweep.asked, tell)
+    finally:
+        _end(sweep, sweep.parent_id, outcome)
 
 
 def _end(sweep: _Sweep, run_id: str, outcome: str) -> None:
     """End a run, also where its upload failed: a store that answers again must not show it as running."""
-    try:
+    with _noted(sweep, f"the end of run {run_id}"):
         tracking.end_run(sweep.store, run_id, outcome)
-    except Exception as error:
-        _not_uploaded(sweep, f"the end of run {run_id}", error)

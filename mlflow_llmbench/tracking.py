@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .errors import TrackingError, first_line
 from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, RunResult, Verdict
-from .report import summary_markdown
+from .report import gpu_of, summary_markdown
 from .spec import as_text
 from .summary import Point, series, summarize
 from .validity import judge
@@ -33,6 +33,8 @@ HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIME
 """A dead server blocks mlflow's client for 246 s with its own defaults; whoever sets these variables is left alone."""
 
 PARENT_TAG = "mlflow.parentRunId"
+UPLOADED_TAG = "llmbench.uploaded"
+"""Set when everything of a run has arrived."""
 
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 """Run names that MLflow makes up; a name that a person gave is kept."""
@@ -46,10 +48,6 @@ class Store:
     uri: str
     experiment_id: str
     given_run_id: str | None
-
-    def run_link(self, run_id: str) -> str:
-        """What follows the UI's address for a run."""
-        return f"#/experiments/{self.experiment_id}/runs/{run_id}"
 
 
 def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
@@ -94,7 +92,7 @@ def _plain_errors(uri: str | None) -> Iterator[None]:
             r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|Max retries)", str(error)
         )
         raise TrackingError(
-            f"The MLflow store {uri or mlflow.get_tracking_uri()} cannot be used: {inner[-1] if inner else first_line(error)}. "
+            f"The MLflow store {without_password(uri or mlflow.get_tracking_uri())} cannot be used: {inner[-1] if inner else without_password(first_line(error))}. "
             "Check the address and that the server runs, or leave it out for a SQLite file here."
         ) from None
 
@@ -170,6 +168,7 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     _log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
     _log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
     store.client.log_artifacts(run_id, str(artifacts))
+    store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last: what was cut off in the middle must be found again
 
 
 def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
@@ -177,7 +176,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
     from . import __version__
 
     environment, packages = result.environment, result.environment.get("packages") or {}
-    gpus = environment.get("gpus") or []
+    gpu = gpu_of(result)
     tags = {
         "schema": str(SCHEMA),
         "version": __version__,
@@ -194,9 +193,9 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "verdict_reasons": ",".join(r.code for r in verdict.reasons),
         "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
         "cpu": environment.get("cpu", {}).get("name"),
-        "gpu": gpus[0]["name"] if gpus else None,
-        "gpu_driver": environment.get("driver"),
-        "cuda": environment.get("cuda"),
+        "gpu": gpu["name"] if gpu else None,
+        "gpu_driver": environment.get("driver") if gpu else None,
+        "cuda": environment.get("cuda") if gpu else None,
         "torch": packages.get("torch"),
         "transformers": packages.get("transformers"),
     }
@@ -225,6 +224,7 @@ def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: st
     _log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
     if artifacts.is_dir():
         store.client.log_artifacts(run_id, str(artifacts))
+    store.client.set_tag(run_id, UPLOADED_TAG, "true")
 
 
 def runs_of_sweep(store: Store, sweep: str) -> list[Run]:
@@ -272,8 +272,12 @@ def log_comparison(store: Store, run_id: str, text: str) -> None:
     store.client.log_text(run_id, text, "comparison.md")
 
 
+def without_password(text: str) -> str:
+    """A text with the user and password of every address in it masked, for what is printed or logged."""
+    return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
+
+
 def ui_command(store: Store) -> str:
-    """How to open the UI on this store."""
-    if store.uri.startswith(("http://", "https://")):
-        return store.uri
-    return f"mlflow ui --backend-store-uri {shlex.quote(store.uri)}"
+    """How to open the UI on this store, passwords masked."""
+    shown = without_password(store.uri)
+    return shown if shown.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {shlex.quote(shown)}"

@@ -84,10 +84,10 @@ def publish_parent(
 
 
 def _state(run: Run | None) -> tuple[str, str | None]:
-    """Whether a run is new, was begun, or is whole (its description is written, and it has ended), and its id."""
+    """Whether a run is new, was begun, or is whole (all has arrived, and it has ended), and its id."""
     if run is None:
         return "new", None
-    whole = "mlflow.note.content" in run.data.tags and run.info.status != "RUNNING"
+    whole = tracking.UPLOADED_TAG in run.data.tags and run.info.status != "RUNNING"
     return ("there" if whole else "completed"), str(run.info.run_id)
 
 

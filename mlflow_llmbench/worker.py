@@ -66,6 +66,7 @@ def main() -> int:
     job = json.loads(sys.stdin.readline())
     try:
         if job["task"] == "prepare":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that half a checkpoint is removed
             cell = from_json(Cell, job["cells"][0])
             backend_class(cell.backend).prepare(cell, from_json(ModelFacts, job["model"]))
         else:
@@ -119,12 +120,15 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         tell(event, number_of_cell=number, **{k: v for k, v in data.items() if k != "repetition"})
 
     try:
+        backend.trim()
+        memory.trim()  # what a larger cell before this one needed is not this one's
         memory.reset_peak()
         backend.device_memory(reset=True)
         measured = measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
         _stage("peak", backend, tell)
         texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
         tell("measured", number=number, measured=measured, texts=texts)
+        tell("load", info=backend.describe())
         log.append("complete", steady=measured.steady, first_call_ms=measured.first_call_ms)
     finally:
         log.close()

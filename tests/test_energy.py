@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import types
 from pathlib import Path
@@ -59,18 +60,18 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module: Any = types.ModuleType("pynvml")
     module.NVMLError = type("NVMLError", (Exception,), {})
     module.NVML_CLOCK_SM, module.NVML_TEMPERATURE_GPU = 1, 0
-    process = types.SimpleNamespace(pid=1, usedGpuMemory=7_000)
+    process, own = types.SimpleNamespace(pid=1, usedGpuMemory=7_000), types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=1_000)
     module.nvmlInit = module.nvmlShutdown = lambda: None
     module.nvmlDeviceGetCount = lambda: 2
     module.nvmlDeviceGetHandleByIndex = lambda index: index
     module.nvmlDeviceGetUUID = lambda handle: f"GPU-{handle}{handle}{handle}"
     module.nvmlDeviceGetName = lambda handle: f"Card {handle}"
-    module.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(total=10_000 * (handle + 1))
+    module.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(total=10_000 * (handle + 1), free=9_000)
     module.nvmlSystemGetDriverVersion = lambda: "570.1"
     module.nvmlSystemGetCudaDriverVersion = lambda: 12080
     module.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 5_000
     module.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x41 if handle else 0x1
-    module.nvmlDeviceGetComputeRunningProcesses = lambda handle: [process] if handle else []
+    module.nvmlDeviceGetComputeRunningProcesses = lambda handle: [process, own] if handle else []
     module.nvmlDeviceGetClockInfo = lambda handle, _: 1980
     module.nvmlDeviceGetTemperature = lambda handle, _: 88
 
@@ -99,9 +100,15 @@ def test_readings_of_a_gpu(driver: types.ModuleType) -> None:
     assert gpu.read(0) == gpu.GpuReading(5.0, 1980, 88, (), 0)
     assert gpu.read(1) == gpu.GpuReading(5.0, 1980, 88, ("hardware thermal slowdown",), 1)
     assert gpu.read(2) is None
-    assert (gpu.process_bytes(1), gpu.process_bytes(2)) == (7_000, None)
+    assert (gpu.process_bytes(1), gpu.process_bytes(2), gpu.free_bytes(0), gpu.free_bytes(5)) == (7_000, None, 9_000, None)
     noise = machine.noise_between(machine.take_readings("cuda:1"), machine.take_readings("cuda:1"))
     assert (noise.energy_j, noise.frequency_mhz, noise.throttles, noise.foreign_gpu_processes) == (0.0, 1980, ("hardware thermal slowdown",), 1)
+
+
+def test_in_a_container_whose_pids_are_not_the_drivers_nothing_is_said_of_foreign_processes(driver: Any) -> None:
+    driver.nvmlDeviceGetComputeRunningProcesses = lambda handle: [types.SimpleNamespace(pid=4_000_000, usedGpuMemory=None)]
+    reading = gpu.read(0)
+    assert reading and reading.foreign_processes is None
 
 
 def test_a_driver_that_does_not_answer_is_no_gpu(driver: Any) -> None:

@@ -30,12 +30,12 @@ def test_lists_make_axes_and_repeated_values_count_once() -> None:
 
 
 def test_auto_none_and_flags() -> None:
-    spec = parse({"threads": "auto", "price_per_hour": "none", "trust_remote_code": "yes", "repetitions": "10", "warmup": "0"})
+    spec = parse({"threads": "auto", "price_per_hour": "none", "trust_remote_code": "yes", "repetitions": "10", "warmup": "1"})
     assert spec.axes["threads"] == (None,)
     assert spec.options.price_per_hour is None
     assert spec.axes["trust_remote_code"] == (True,)
     assert spec.axes["repetitions"] == (10,)
-    assert spec.axes["warmup"] == (0,)
+    assert spec.axes["warmup"] == (1,)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,8 +196,9 @@ def test_what_cannot_work_is_said_before_anything_starts(
     with pytest.raises(error, match=message) as caught:
         run(**(FAST | {"model": "fake:"} | parameters))
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 15
-    assert MlflowClient(store_uri).search_runs(["0"]) == []
+    assert time.monotonic() - started < 60
+    client = MlflowClient(store_uri)
+    assert client.search_runs([e.experiment_id for e in client.search_experiments()]) == []
 
 
 def test_a_cell_that_cannot_fit_is_refused_before_loading(store_uri: str, cache_folder: Path) -> None:
@@ -224,8 +226,9 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
     deadline = time.monotonic() + 60
     while not any(b'"complete"' in f.read_bytes() for f in tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    for _ in range(3):  # an impatient person
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     client = MlflowClient(store_uri)
@@ -235,7 +238,8 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
     assert "latency/ttft_ms_mean" in next(r for r in runs if r.data.params["batch_size"] == "2").data.metrics
 
 
-def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP"])
+def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp_path: Path, how: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -256,10 +260,10 @@ def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp
     while not list(tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
     started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, how))
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     client = MlflowClient(store_uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert {r.info.status for r in runs} == {"KILLED"}
@@ -279,3 +283,32 @@ def constants_of(text: str) -> list[str]:
     found: list[str] = []
     json.loads(text, parse_constant=found.append)
     return found
+
+
+def test_two_names_of_one_configuration_are_refused(store_uri: str, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "copy" / tiny_model.name)
+    with pytest.raises(UsageError, match="are the same model"):
+        run(model=[str(tiny_model), str(tmp_path / "copy" / tiny_model.name)], prompt_tokens=8, output_tokens=2)
+
+
+def test_a_worker_that_hangs_is_ended_and_the_cell_is_a_timeout(tmp_path: Path) -> None:
+    from mlflow_llmbench.backends.fake import FakeBackend
+    from mlflow_llmbench.records import Cell
+    from mlflow_llmbench.supervise import run_worker
+
+    cell = Cell(model="fake:fail=hang", backend="fake")
+    outcome = run_worker("measure", [cell], FakeBackend.resolve(cell), [tmp_path], tmp_path / "worker.log", stall_s=3.0)
+    assert getattr(outcome.error, "outcome", None) == "timeout"
+    assert "said nothing for 3 s at stage loaded" in str(outcome.error)
+
+
+def test_a_smaller_cell_does_not_inherit_the_memory_of_a_larger_one(store_uri: str, tiny_model: Path) -> None:
+    """Interleaved alone and after a large cell; allocator noise is some MB, the large cell's prefill is over a hundred."""
+    small = {"model": str(tiny_model), "quant": "fp32", "output_tokens": 2, "prompt_tokens": 8, "repetitions": 5, "warmup": 1}
+    alone = run(**small, batch_size="1").rows[0].metrics
+    after = run(**small | {"prompt_tokens": "8,200"}, batch_size="1,256").rows
+    [same] = [row.metrics for row in after if row.cell.batch_size == 1 and row.cell.prompt_tokens == 8]
+    [large] = [row.metrics for row in after if row.cell.batch_size == 256 and row.cell.prompt_tokens == 200]
+    key = "memory/host_needed_bytes_peak"
+    assert large[key] - alone[key] > 60e6
+    assert same[key] - alone[key] < (large[key] - alone[key]) / 2

@@ -248,6 +248,8 @@ def test_damaged_and_contradicting_files(tmp_path: Path, tiny_model: Path) -> No
     with pytest.raises(UsageError, match=r"which is quantized already \(gptq\)"):
         TransformersBackend.resolve(Cell(model=str(copy), quant="int4"))
     (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
+    assert TransformersBackend.resolve(Cell(model=str(copy))).source == "folder"  # transformers has Llama itself
+    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}, "model_type": "brand-new"}))
     with pytest.raises(ModelError, match="trust_remote_code=true"):
         TransformersBackend.resolve(Cell(model=str(copy)))
 
@@ -267,3 +269,27 @@ def test_a_device_that_is_not_there(tiny_model: Path) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(MissingError, match="There is no CUDA device for device=cuda"):
         TransformersBackend.resolve(Cell(model=str(tiny_model), device="cuda"))
+
+
+def test_two_checkpoints_of_one_architecture_are_two_models(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / tiny_model.name
+    shutil.copytree(tiny_model, copy)
+    first, same = (TransformersBackend.resolve(Cell(model=str(folder))).revision for folder in (tiny_model, copy))
+    assert first == same
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert TransformersBackend.resolve(Cell(model=str(copy))).revision != first
+
+
+def test_what_the_first_call_repacks_is_counted_as_it_is_then(tiny_model: Path) -> None:
+    """On CPUs with AVX-512 BF16 bitsandbytes packs 4-bit weights anew in its first product, with smaller block maxima."""
+    with loaded(Cell(model=str(tiny_model), quant="int4")) as (backend, before):
+        steps_of(backend, 2)
+        after = backend.describe()
+    assert after.load_s == before.load_s
+    assert 4.0 <= float(after.facts["quant.bits_per_weight"]) <= float(before.facts["quant.bits_per_weight"]) <= 4.6
+    assert (after.weight_bytes or 0) <= (before.weight_bytes or 0)

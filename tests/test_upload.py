@@ -15,6 +15,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.errors import JournalError
 from mlflow_llmbench.upload import upload
 
+CELL_NAME = "fake:ttft_ms=2+itl_ms=1"
 CELL = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}
 
 
@@ -26,7 +27,7 @@ def content(uri: str) -> dict[str, Any]:
     for one in runs:
         tags = {k: v for k, v in one.data.tags.items() if k.startswith("llmbench.") or k in ("mlflow.note.content", "mlflow.runColor")}
         # The link to the view names the experiment and the parent's own id.
-        tags["mlflow.note.content"] = re.sub(r"\(#/experiments/[^)]*\)", "(link)", tags["mlflow.note.content"])
+        tags["mlflow.note.content"] = re.sub(r"\(#/experiments/[^)]*\)", "(link)", tags.get("mlflow.note.content", ""))
         history = {k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(one.info.run_id, k)] for k in one.data.metrics}
         artifacts = sorted(item.path for item in client.list_artifacts(one.info.run_id))
         nested = "mlflow.parentRunId" in one.data.tags
@@ -54,11 +55,56 @@ def test_uploaded_late_equals_uploaded_at_once_and_twice_changes_nothing(store_u
     assert upload(str(result.folder), store_uri).there == first.new
 
 
-def test_a_run_that_was_begun_is_completed_not_doubled(store_uri: str) -> None:
-    result = run(model="fake:ttft_ms=2+itl_ms=1", **CELL)
-    client = MlflowClient(store_uri)
-    client.delete_tag(result.run_ids[0], "mlflow.note.content")
-    assert (upload(str(result.folder), store_uri).completed, len(content(store_uri))) == (1, 1)
+@pytest.mark.parametrize("call", ["log_artifacts", "log_batch", "set_tag"])
+def test_what_a_failing_store_cut_off_is_completed_not_doubled(store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """mlflow's own client, failing at one call from the second use on: whatever part had arrived."""
+    real, uses = getattr(MlflowClient, call), []
+
+    def failing(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        uses.append(1)
+        if len(uses) > (1 if call == "log_batch" else 0):
+            raise OSError("the store is away")
+        return real(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, failing)
+        result = run(model="fake:ttft_ms=2+itl_ms=1", **CELL)
+    assert result.exit_code == 1
+    assert "the store is away" in " ".join(result.not_uploaded)
+    assert {status for status, *_ in content(store_uri).values()} == {"FINISHED"}
+    assert upload(str(result.folder), store_uri).completed == 1
+    [(_, _, tags, history, artifacts, _)] = content(store_uri).values()
+    assert history["latency/ttft_ms_mean"] and "samples.csv.gz" in artifacts and tags["llmbench.outcome"] == "ok"
+    assert upload(str(result.folder), store_uri).there == 1
+
+
+def test_an_interruption_during_the_upload_leaves_no_run_open(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifacts", interrupted)
+        result = run(model="fake:ttft_ms=2+itl_ms=1", **CELL)
+    assert result.exit_code == 130
+    assert {status for status, *_ in content(store_uri).values()} == {"FINISHED"}
+    assert upload(str(result.folder), store_uri).completed == 1
+
+
+def test_a_store_that_refuses_new_runs_does_not_stop_the_sweep(store_uri: str, elsewhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, uses = MlflowClient.create_run, []
+
+    def failing(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        uses.append(1)
+        if len(uses) == 3:
+            raise OSError("the store is away")
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(MlflowClient, "create_run", failing)
+    result = run(model="fake:ttft_ms=2+itl_ms=1", threads="1,2", **CELL)
+    assert [row.outcome for row in result.rows] == ["ok", "ok"]
+    assert {name: one[0] for name, one in content(store_uri).items()} == dict.fromkeys(
+        ["threads=1", "threads=2", f"{CELL_NAME}: threads"], "FINISHED"
+    )
 
 
 def test_failed_cells_are_uploaded_as_what_they_are(store_uri: str, elsewhere: str) -> None:

@@ -27,9 +27,6 @@ Emit = Callable[[Any], None]
 class Capabilities:
     """What a backend can do, declared; never guessed from its name."""
 
-    in_process: bool = True  # weights and KV cache live in the worker process
-    token_exact: bool = True  # one emit is one token per row
-    can_force_length: bool = True  # output length is exact
     tokenizer: bool = False  # `encode` and `decode` work
     heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
 
@@ -63,6 +60,9 @@ class Backend(Protocol):
     def load(self) -> LoadInfo:
         """Load the model, verify that it is what was asked for, touch every parameter. Raises NotRealised or OutOfMemory."""
 
+    def describe(self) -> LoadInfo:
+        """What the loaded model is now; some libraries repack weights in their first call."""
+
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
         """Generate exactly `output_tokens` tokens for each prompt (ids, all of one length), greedily; emit each step."""
 
@@ -77,6 +77,9 @@ class Backend(Protocol):
 
     def peaks(self) -> dict[str, float]:
         """Best rates seen on this device with these threads: `read_bytes_per_s`, `flops_per_s`. Measured before anything is loaded."""
+
+    def trim(self) -> None:
+        """Give cached device memory back, so that what one cell needed is not counted for the next."""
 
     def close(self) -> None:
         """Delete the model and give memory back."""

@@ -62,23 +62,28 @@ class FakeBackend:
         self.script = parse_script(cell.model)
         self.cell = cell
         self.memory = bytearray()
+        self.load_s = 0.0
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
         parse_script(cell.model)
-        return ModelFacts(name=cell.model, source="preset", location="fake", revision=hash16(cell.model), context=1_000_000, dtype="float32")
+        return ModelFacts(name=cell.model, source="none", location="fake", revision=hash16(cell.model), context=1_000_000, dtype="float32")
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Nothing to fetch."""
+        """Nothing to fetch, and never asked: the source is `none`."""
 
     def load(self) -> LoadInfo:
         started = time.perf_counter()
         _wait_until(time.perf_counter_ns() + int(self._number("load_ms") * 1e6))
         self._fail("load", rows=0)
         self.memory = bytearray(os.urandom(4096) * int(self._number("memory_mb") * 256))
+        self.load_s = time.perf_counter() - started
+        return self.describe()
+
+    def describe(self) -> LoadInfo:
         return LoadInfo(
-            load_s=time.perf_counter() - started,
+            load_s=self.load_s,
             weight_bytes=len(self.memory),
             step_bytes=len(self.memory),
             kv_bytes_per_token=1024,
@@ -111,6 +116,8 @@ class FakeBackend:
 
     def peaks(self) -> dict[str, float]:
         return {}
+
+    def trim(self) -> None: ...
 
     def close(self) -> None:
         self.memory = bytearray()

@@ -20,7 +20,9 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
     import torch
 
     cuda = device.startswith("cuda")
-    size = max(256_000_000, CACHE_FACTOR * last_level_cache_bytes) if not cuda else 2_000_000_000
+    size = max(256_000_000, CACHE_FACTOR * last_level_cache_bytes)
+    if cuda:
+        size = min(2_000_000_000, torch.cuda.mem_get_info(device)[0] // 4)
     columns = 4096
     matrix = torch.ones((size // 4 // columns, columns), device=device)
     vector = torch.ones(columns, device=device)
@@ -32,6 +34,7 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
 
     with torch.inference_mode():
         seconds = min(_best(matrix.sum, finish), _best(partial(torch.mv, matrix, vector), finish))
+        del matrix, vector
         n = 8192 if cuda else 1024
         flops = 0.0
         for dtype in (torch.float32, torch.bfloat16):

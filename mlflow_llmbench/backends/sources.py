@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from . import synthetic
 
 HUB_TIMEOUT_S = 12.0
 """Longest wait for the Hub before a run; an unreachable one must be known within 15 s."""
+
+SAMPLES, BLOCK_BYTES = 128, 1 << 14
 
 T = TypeVar("T")
 
@@ -73,11 +76,9 @@ def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
             f"quant={cell.quant} cannot be made from {path.name}, which is quantized already. Use quant=none to run it as it is, or bf16 to unpack it."
         )
     with path.open("rb") as file:
-        start = file.read(1 << 20)
-    if start[:4] != b"GGUF":
-        raise ModelError(f"{cell.model} is not a GGUF file: it does not begin with GGUF. Download it again.")
-    revision = hashlib.sha256(start + str(path.stat().st_size).encode()).hexdigest()[:16]
-    return ModelFacts(cell.model, "gguf", str(path.resolve()), revision, files_bytes=path.stat().st_size)
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{cell.model} is not a GGUF file: it does not begin with GGUF. Download it again.")
+    return ModelFacts(cell.model, "gguf", str(path.resolve()), content_hash([path]), files_bytes=path.stat().st_size)
 
 
 def _folder(cell: Cell, path: Path) -> ModelFacts:
@@ -87,48 +88,68 @@ def _folder(cell: Cell, path: Path) -> ModelFacts:
     weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
     if not weights:
         raise ModelError(f"The folder {cell.model} has no weights (*.safetensors). Download them, or check the path.")
-    digest = hashlib.sha256(config_file.read_bytes())
-    for file in weights:
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    size = sum(file.stat().st_size for file in weights)
+    return _with_config(cell, "folder", str(path.resolve()), content_hash([config_file, *weights]), config_file, size)
+
+
+def content_hash(files: Sequence[Path]) -> str:
+    """16 hex digits for the content of local files: their names, sizes, beginnings, and `SAMPLES` evenly spaced blocks of each.
+
+    Every byte of tens of gigabytes would take a minute; two checkpoints of one architecture differ in nearly every block.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            digest.update(opened.read(min(length, 1 << 24)))
-    return _with_config(cell, "folder", str(path.resolve()), digest.hexdigest()[:16], config_file, sum(f.stat().st_size for f in weights))
+            digest.update(opened.read(1 << 20))
+            for number in range(SAMPLES):
+                opened.seek(size * number // SAMPLES)
+                digest.update(opened.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
     """Commit and configuration of a Hub model; from the local cache if the Hub does not answer."""
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download
+    from huggingface_hub import constants, errors
 
-    def ask() -> tuple[str, str, int | None]:
-        info = HfApi().model_info(repository, revision=cell.revision, timeout=HUB_TIMEOUT_S / 2, files_metadata=True)
-        # By the name of the revision, so that the cache learns which commit it is; the folder is named by the commit.
-        config = hf_hub_download(repository, "config.json", revision=cell.revision, etag_timeout=HUB_TIMEOUT_S / 2)
-        names = {s.rfilename: s.size or 0 for s in info.siblings or []}
-        return Path(config).parent.name, config, sum(size for name, size in names.items() if name in _weight_names(names)) or None
-
-    hint = f"Check the network, give a local folder, or measure speed and memory without the weights: -P weights=random{'' if source == 'preset' else ' (presets only)'}."
+    hint = "Check the network, give a local folder, or measure speed and memory without the weights: -P weights=random"
+    hint += "." if source == "preset" else " (presets only)."
+    cached = _cached(repository, cell.revision)
     try:
         if constants.is_offline_mode():
             raise OSError("HF_HUB_OFFLINE is set")
-        commit, config_file, size = _within(HUB_TIMEOUT_S, ask)
-    except errors.GatedRepoError:
-        raise ModelError(
-            f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`; "
-            "or measure speed and memory without the weights: -P weights=random."
-        ) from None
+        commit, config_file, size = _within(HUB_TIMEOUT_S, lambda: _ask_hub(repository, cell.revision))
     except errors.RevisionNotFoundError:
         raise ModelError(
             f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository."
         ) from None
-    except errors.RepositoryNotFoundError:
-        raise ModelError(f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`.") from None
     except Exception as error:  # connection errors come in many classes, from httpx and from the system
-        cached = _cached(repository, cell.revision)
-        if cached is None:
-            raise ModelError(f"The Hub cannot be reached for {repository}, and it is not in the local cache: {first_line(error)}. {hint}") from None
-        commit, config_file, size = cached.name, str(cached / "config.json"), None
+        if cached is not None:
+            return _with_config(cell, source, repository, cached.name, cached / "config.json", None)
+        if isinstance(error, errors.GatedRepoError):
+            message = f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`; "
+            message += "or measure speed and memory without the weights: -P weights=random."
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            message = f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`."
+        elif isinstance(error, errors.EntryNotFoundError):
+            message = f"The repository {repository} has no config.json, so it is no transformers model. For a GGUF repository download the .gguf file and give its path."
+        else:
+            message = f"The Hub cannot be reached for {repository}, and it is not in the local cache: {first_line(error)}. {hint}"
+        raise ModelError(message) from None
     return _with_config(cell, source, repository, commit, Path(config_file), size)
+
+
+@functools.cache
+def _ask_hub(repository: str, revision: str) -> tuple[str, str, int | None]:
+    """Commit, path of config.json, and bytes of the weights; asked once, so that all cells of a sweep have one commit."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    info = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S / 2, files_metadata=True)
+    # By the name of the revision, so that the cache learns which commit it is; the folder is named by the commit.
+    config = hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_TIMEOUT_S / 2)
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+    return Path(config).parent.name, config, sum(sizes[name] for name in _weight_names(sizes)) or None
 
 
 def _with_config(cell: Cell, source: str, location: str, revision: str, config_file: Path, files_bytes: int | None) -> ModelFacts:
@@ -136,7 +157,7 @@ def _with_config(cell: Cell, source: str, location: str, revision: str, config_f
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"The configuration of {cell.model} cannot be read: {error}. Download the model again.") from None
-    if config.get("auto_map") and not cell.trust_remote_code:
+    if config.get("auto_map") and not cell.trust_remote_code and not _is_native(str(config.get("model_type"))):
         raise ModelError(
             f"The model {cell.model} brings code of its own, which is not run unless you say so. Read it, then give trust_remote_code=true."
         )
@@ -152,9 +173,17 @@ def _with_config(cell: Cell, source: str, location: str, revision: str, config_f
     return ModelFacts(name, source, location, revision, config, dtype, shape.context if shape else None, files_bytes)
 
 
+def _is_native(model_type: str) -> bool:
+    """Whether transformers has this architecture itself, so that code which comes with a checkpoint is not needed."""
+    from transformers.models.auto import configuration_auto
+
+    names: Sequence[str] = list(getattr(configuration_auto, "CONFIG_MAPPING_NAMES", ()))
+    return model_type in names
+
+
 def _weight_names(names: Any) -> set[str]:
     """The files that hold the weights: safetensors, or where there are none the pickled ones, which torch reads without running code."""
-    top = {name for name in names if "/" not in name}
+    top = {name for name in names if "/" not in name and not name.startswith("consolidated")}  # the same weights again, in another format
     return {n for n in top if n.endswith(".safetensors")} or {n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")}
 
 

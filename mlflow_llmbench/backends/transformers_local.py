@@ -33,6 +33,7 @@ class TransformersBackend:
         self.model: Any = None
         self.tokenizer: Any = None
         self._checked_late = False
+        self.load_s = 0.0
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
@@ -63,15 +64,23 @@ class TransformersBackend:
         with _foreign_errors("loading"), torch.inference_mode():
             self.model = AutoModelForCausalLM.from_pretrained(folder, **keywords)
             self.model.eval()
+            touch(self.model)  # part of the load: a mapped checkpoint is read from the disk only now
         self._synchronise()
-        load_s = time.perf_counter() - started
+        self.load_s = time.perf_counter() - started
         # Neutral, so that no end-of-sequence token or sampling default of the checkpoint changes length or cost.
         self.model.generation_config = GenerationConfig()
-        touch(self.model)
         gc.collect()
         found = inspect_model(self.model)
         verify(self.cell.quant, self.device, found)
-        return self._load_info(load_s, found)
+        if gguf_file and self.cell.quant == "none" and not any("gguf" in name.lower() for name in found.linear_classes):
+            raise NotRealised(
+                f"transformers cannot run {gguf_file} packed: it was unpacked to {', '.join(found.dtypes)}. "
+                "Say so with quant=bf16, fp16 or fp32, or use a backend made for GGUF."
+            )
+        return self._load_info(self.load_s, found)
+
+    def describe(self) -> LoadInfo:
+        return self._load_info(self.load_s, inspect_model(self.model))
 
     def _load_keywords(self, gguf_file: str | None) -> dict[str, Any]:
         import torch
@@ -119,13 +128,19 @@ class TransformersBackend:
             load_s=load_s,
             weight_bytes=found.weight_bytes,
             step_bytes=found.step_bytes,
-            kv_bytes_per_token=shape.kv_bytes_per_token(compute.itemsize) if shape else None,
-            flops_per_token=shape.flops_per_token(0) if shape else None,
-            attention_flops_per_context_token=shape.flops_per_token(1) - shape.flops_per_token(0) if shape else None,
+            **_costs(shape, compute.itemsize),
+            cache_bytes=self._cache_bytes(),
             facts=facts,
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
         )
+
+    def _cache_bytes(self) -> int | None:
+        if not self.device.startswith("cuda"):
+            return machine.last_level_cache_bytes()
+        import torch
+
+        return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
 
     # Generating
 
@@ -175,10 +190,16 @@ class TransformersBackend:
     def peaks(self) -> dict[str, float]:
         from .probe import measure_peaks
 
-        return measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
+        with _foreign_errors("measuring the device's best rates"):
+            found = measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
+        self.trim()
+        return found
 
     def close(self) -> None:
         self.model = self.tokenizer = None
+        self.trim()
+
+    def trim(self) -> None:
         gc.collect()
         if self.device.startswith("cuda"):
             import torch
@@ -248,6 +269,21 @@ def _foreign_errors(doing: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "not enough memory" in str(error):
             raise OutOfMemory(text) from error
         raise MeasurementError(text) from error
+
+
+def _costs(shape: models.Shape | None, value_bytes: int) -> dict[str, Any]:
+    """Cost formulas of a shape as fields of LoadInfo; empty where the architecture is unknown."""
+    if shape is None:
+        return {}
+    head = 2 * shape.hidden_size * shape.vocab_size
+    return {
+        "kv_bytes_per_token": shape.kv_bytes_per_token(value_bytes),
+        "flops_per_token": shape.flops_per_token(0) - head,
+        "head_flops": head,
+        "attention_flops_per_context_token": shape.flops_per_token(1) - shape.flops_per_token(0),
+        "sliding_window": shape.sliding_window,
+        "sliding_share": shape.sliding_layers / shape.layers,
+    }
 
 
 def _bitsandbytes_config(quant: str, compute: torch.dtype) -> Any:
