@@ -115,6 +115,8 @@ def _run(given: argparse.Namespace) -> int:
 
 def _as_json(result: Any) -> Mapping[str, Any]:
     """The result as one JSON object: outcome, runs with their parameters and metrics, and where they are."""
+    from .tracking import without_password
+
     runs = [
         {
             "run_id": run_id,
@@ -129,9 +131,10 @@ def _as_json(result: Any) -> Mapping[str, Any]:
     ]
     where = {
         "parent_run_id": result.parent_id,
-        "tracking_uri": result.tracking_uri,
+        "tracking_uri": without_password(result.tracking_uri),
         "experiment_id": result.experiment_id,
         "folder": str(result.folder),
+        "not_uploaded": list(result.not_uploaded),
     }
     return {"outcome": result.outcome, **where, "runs": runs}
 

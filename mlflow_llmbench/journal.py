@@ -27,7 +27,7 @@ from .records import RunResult, from_json, to_json
 
 def new_sweep(output_dir: str) -> Path:
     """Make a folder for one command, named by its start (UTC) so that folders sort by time. Raises JournalError."""
-    folder = Path(output_dir) / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+    folder = Path(output_dir).expanduser().resolve() / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
     try:
         folder.mkdir(parents=True)
         probe = folder / ".writable"

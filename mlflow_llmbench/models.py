@@ -36,6 +36,9 @@ _FLOAT_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BLOCKS_OF_64 = 0.5 + 4 / 64  # bitsandbytes: one fp32 absmax per block, no double quantization
 _GROUPS_OF_128 = 0.5 + (2 + 0.5) / 128  # GPTQ: one fp16 scale and one 4-bit zero point per group
 _LINEAR_BYTES = {"int8": 1.0, "int4": _BLOCKS_OF_64, "fp4": _BLOCKS_OF_64, "gptq": _GROUPS_OF_128}  # int8: and 4 bytes an output row
+PROCESS_BYTES = 400_000_000
+"""What Python, torch and the quantization library take themselves: 0.3 to 0.4 GB, seen with torch 2.13 on a CPU."""
+
 _LARGEST_SHARD_BYTES = 5_000_000_000  # how transformers splits a checkpoint unless told otherwise
 
 

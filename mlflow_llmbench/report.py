@@ -61,6 +61,13 @@ def _number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def _figure(key: str, value: float) -> str:
+    """A metric with its unit: whole numbers whole, bytes in groups of three digits."""
+    unit = KEYS[key].unit if key in KEYS else ""
+    text = f"{int(value):,}" if value == int(value) and unit in ("", "bytes") else _number(value)
+    return f"{text} {unit}".strip() if unit != "0–1" else text
+
+
 def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Heading and body of a comparison: the parameters that vary, the metrics that any row has, and the verdict."""
     keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
@@ -89,9 +96,9 @@ def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
 
 
 def explanations(rows: Sequence[Row]) -> list[str]:
-    """One line for each kind of failure and each reason of a verdict: how many cells have it, and the sentence of the first."""
+    """One line for each kind of failure and each reason of a verdict: how many cells have it, and the sentence of the least steady one."""
     found: dict[str, list[str]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row.metrics.get("trust/cv_ratio", 0.0)):
         if row.message:
             found.setdefault(row.outcome, []).append(row.message)
         for reason in row.verdict.reasons if row.verdict else ():
@@ -119,7 +126,7 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     lines += [f"- `{reason.code}`: {reason.sentence}" for reason in (verdict.reasons if verdict else ())]
     if cell.weights == "random":
         lines += ["", "Random weights of the real architecture: speed and memory hold, the text means nothing."]
-    lines += ["", f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions after {len(result.warmup_s)} warm-ups"]
+    lines += ["", f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions, {len(result.warmup_s)} warm-up runs"]
     return "\n".join(lines) + "\n"
 
 
@@ -160,7 +167,7 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
     if absent:
         parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
     if metrics:
-        parts += ["## All metrics", markdown_table(["metric", "value"], [[key, _number(value)] for key, value in metrics.items()])]
+        parts += ["## All metrics", markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()])]
     if result.load:
         parts += ["## What was loaded", markdown_table(["fact", "value"], [[k, str(v)] for k, v in result.load.facts.items()])]
     if result.repetitions:

@@ -131,7 +131,8 @@ def _throughput(result: RunResult) -> dict[str, float | None]:
     found: dict[str, float | None] = {f"throughput/{name}_tokens_per_s": fmean(values) for name, values in rates.items() if values}
     found["throughput/per_instance_tokens_per_s"] = mean / result.cell.batch_size
     if interval:
-        found["throughput/output_tokens_per_s_ci_low"], found["throughput/output_tokens_per_s_ci_high"] = interval
+        # Student's interval knows nothing of the fact that a rate is positive.
+        found["throughput/output_tokens_per_s_ci_low"], found["throughput/output_tokens_per_s_ci_high"] = max(interval[0], 0.0), interval[1]
     found["trust/repetitions"] = len(result.repetitions)
     found["trust/relative_half_width"] = relative_half_width(rates["output"])
     found["trust/cv_ratio"] = coefficient_of_variation(rates["output"])

@@ -76,6 +76,8 @@ class GroupOutcome:
                 self.load = from_json(LoadInfo, event["info"])
             case "cell":
                 self.cells[event["number"]] = {"cell": event}
+            case "measuring":
+                self.cells[event["number"]] = {"cell": event}
             case "measured":
                 self.measured[event["number"]] = from_json(Measured, event["measured"])
                 self.texts[event["number"]] = event["texts"]

@@ -120,14 +120,15 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
     groups = plan.group_cells(cells)
     facts = [backend_class(group.first.backend).resolve(group.first) for group in groups]
     _refuse_contexts(cells, groups, facts)
-    folder = new_sweep(spec.options.output_dir)
+    asked = {k: str(v) for k, v in parameters.items() if isinstance(v, str)}
     store = tracking.open_store(tracking_uri, experiment)
+    tracking.refuse_other_params(store, plan.asked_params(spec) | asked)
+    folder = new_sweep(spec.options.output_dir)
     environment = machine.environment(str(Path(__file__).parent))
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group.cells}
     jobs = [_job(cell, model_of[cell], environment, folder, spec) for cell in cells]
     _refuse_twins(jobs)
-    asked = {k: str(v) for k, v in parameters.items() if v is not None and isinstance(v, str)} if store.given_run_id else {}
-    return _drive(_Sweep(spec, jobs, store, folder, environment, watcher, asked))
+    return _drive(_Sweep(spec, jobs, store, folder, environment, watcher, asked if store.given_run_id else {}))
 
 
 def _refuse_twins(jobs: Sequence[_Job]) -> None:
@@ -175,7 +176,7 @@ def _predict(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int |
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     prompt = cell.prompt_tokens or 512
     running = models.memory_estimate(shape, cell.quant, dtype, cell.batch_size, prompt, cell.output_tokens)
-    return max(running, models.load_memory_estimate(shape, cell.quant, dtype))
+    return max(running, models.load_memory_estimate(shape, cell.quant, dtype)) + models.PROCESS_BYTES
 
 
 def _memory_message(cell: Cell, predicted: int | None) -> str | None:
@@ -410,7 +411,7 @@ def _keep(sweep: _Sweep, job: _Job, result: RunResult) -> None:
 def _close_unfinished(sweep: _Sweep, job: _Job, outcome: str) -> None:
     """End a run that was begun, or was never reached, when the command ends early."""
     word = "interrupted" if outcome == "interrupted" else "error"
-    failure = Failure("measuring" if job.run_id else "waiting", "The command ended before this cell was measured. Run the same command again.")
+    failure = Failure("measuring" if job.run_id else "waiting", "The command ended before this cell was measured.")
     if sweep.parent_id is None or job.run_id:
         _fail(sweep, job, word, failure)
     else:

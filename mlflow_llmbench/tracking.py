@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shlex
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .errors import TrackingError, first_line
 from .metrics import COLOURS, OUTCOMES
-from .records import SCHEMA, Cell, RunResult, Verdict
+from .records import SCHEMA, Cell, RunResult, Verdict, hash16
 from .report import gpu_of, summary_markdown
 from .spec import as_text
 from .summary import Point, series, summarize
@@ -65,36 +66,99 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
             mlflow.set_tracking_uri(uri)
         address = mlflow.get_tracking_uri()
         client = MlflowClient()
+        with _undisturbed(address):
+            client.search_experiments(max_results=1)
         given = os.environ.get("MLFLOW_RUN_ID") or None
         if given:
-            run = client.get_run(given)
-            return Store(client, address, run.info.experiment_id, given)
-        wanted = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        identifier = None if wanted else os.environ.get("MLFLOW_EXPERIMENT_ID")
-        if identifier:
-            return Store(client, address, client.get_experiment(identifier).experiment_id, None)
-        name = wanted or DEFAULT_EXPERIMENT
-        found = client.get_experiment_by_name(name)
-        return Store(client, address, found.experiment_id if found else client.create_experiment(name), None)
+            return Store(client, address, _given_run(client, given).info.experiment_id, given)
+        return Store(client, address, _experiment_id(client, experiment), None)
+
+
+def _given_run(client: MlflowClient, run_id: str) -> Run:
+    """The run that MLFLOW_RUN_ID names. Raises TrackingError if it is not there or holds a result already."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLFLOW_RUN_ID names the run {run_id}, which is not there: {first_line(error)}. Unset it, or name a run of this store."
+        ) from None
+    if "llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags:
+        raise TrackingError(f"MLFLOW_RUN_ID names the run {run_id}, which holds a result already. Unset it, or name a new run.")
+    return run
+
+
+def _experiment_id(client: MlflowClient, wanted: str | None) -> str:
+    """The experiment by parameter, MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, else `llmbench`; made if it is not there."""
+    name = wanted or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    identifier = None if name else os.environ.get("MLFLOW_EXPERIMENT_ID")
+    found = client.get_experiment(identifier) if identifier else client.get_experiment_by_name(name or DEFAULT_EXPERIMENT)
+    if found is None:
+        return str(client.create_experiment(name or DEFAULT_EXPERIMENT))
+    if found.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"The experiment {found.name} is deleted. Restore it with `mlflow experiments restore -x {found.experiment_id}`, or give another: --experiment NAME."
+        )
+    return str(found.experiment_id)
+
+
+@contextlib.contextmanager
+def _undisturbed(address: str) -> Iterator[None]:
+    """The first touch of a SQLite store, which makes its tables: one process at a time, and no signal in the middle.
+
+    A store that was left half made can never be opened again.
+    """
+    path = address.removeprefix("sqlite:///")
+    if path == address or os.name != "posix":
+        yield
+        return
+    import fcntl
+    import signal
+
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                lock = stack.enter_context(open(os.path.join(tempfile.gettempdir(), f"llmbench-{hash16(os.path.abspath(path))}.lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @contextlib.contextmanager
 def _plain_errors(uri: str | None) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
+    """Map whatever mlflow, its database layer or the network raises to one line."""
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except TrackingError:
+        raise
+    except Exception as error:
         import mlflow
 
         # mlflow wraps urllib3, which wraps the system: the innermost sentence is the one that helps.
-        inner = re.findall(
-            r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|Max retries)", str(error)
+        known = (
+            r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|already exists|Max retries)"
         )
-        raise TrackingError(
-            f"The MLflow store {without_password(uri or mlflow.get_tracking_uri())} cannot be used: {inner[-1] if inner else without_password(first_line(error))}. "
-            "Check the address and that the server runs, or leave it out for a SQLite file here."
-        ) from None
+        inner = re.findall(known, str(error))
+        address = uri or mlflow.get_tracking_uri()
+        advice = "Check the address and that the server runs, or leave it out for a SQLite file here."
+        if address.startswith("sqlite"):
+            advice = "Check the path; a new file that was left half made must be deleted."
+        why = inner[-1] if inner else without_password(first_line(error)).rstrip(".")
+        raise TrackingError(f"The MLflow store {without_password(address)} cannot be used: {why}. {advice}") from None
+
+
+def refuse_other_params(store: Store, params: Mapping[str, str]) -> None:
+    """Raise TrackingError, before anything is measured, if the given run has one of these params with another value."""
+    if store.given_run_id:
+        there = store.client.get_run(store.given_run_id).data.params
+        for key, value in params.items():
+            if key in there and there[key] != value and _unquoted(there[key]) != value:
+                raise TrackingError(
+                    f"The run {store.given_run_id} has {key}={there[key]} already, and {value} was asked for. Use a new run, or unset MLFLOW_RUN_ID."
+                )
 
 
 def begin_run(store: Store, name: str, parent_id: str | None = None, sweep: str = "", started_ms: int | None = None, config_hash: str = "") -> str:
@@ -268,8 +332,9 @@ def download_result(store: Store, run_id: str, folder: Path) -> Path:
 
 
 def log_comparison(store: Store, run_id: str, text: str) -> None:
-    """Keep a comparison as an artifact of a run."""
-    store.client.log_text(run_id, text, "comparison.md")
+    """Keep a comparison as an artifact of a run. Raises TrackingError if the run is not there."""
+    with _plain_errors(store.uri):
+        store.client.log_text(run_id, text, "comparison.md")
 
 
 def without_password(text: str) -> str:

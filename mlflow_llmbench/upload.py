@@ -31,7 +31,7 @@ class Uploaded:
 def upload(folder: str, tracking_uri: str | None = None, experiment: str | None = None) -> Uploaded:
     """Upload the finished cells of a sweep's folder. A second upload changes nothing. Raises JournalError or TrackingError."""
     root = Path(folder)
-    spec = _read_spec(root)
+    spec, planned = _read_spec(root)
     results = [(read_result(path.parent), path.parent) for path in root.glob("*/artifacts/result.json")]
     order = {cell: number for number, cell in enumerate(plan.expand_cells(spec))}
     results.sort(key=lambda pair: order.get(pair[0].cell, len(order)))
@@ -59,7 +59,7 @@ def upload(folder: str, tracking_uri: str | None = None, experiment: str | None 
             tracking.end_run(store, run_id, result.outcome, result.ended_ms)
     if parent_id and parent_state != "there":
         publish_parent(store, parent_id, spec, measured, root / "comparison", {}, lambda text: None)
-        tracking.end_run(store, parent_id, _outcome([r for r, _ in results]), max(r.ended_ms for r, _ in results))
+        tracking.end_run(store, parent_id, _outcome([r for r, _ in results], planned), max(r.ended_ms for r, _ in results))
     return Uploaded(**counts, ui=tracking.ui_command(store))
 
 
@@ -91,16 +91,18 @@ def _state(run: Run | None) -> tuple[str, str | None]:
     return ("there" if whole else "completed"), str(run.info.run_id)
 
 
-def _outcome(results: list[RunResult]) -> str:
-    words = {result.outcome for result in results}
+def _outcome(results: list[RunResult], planned: int) -> str:
+    """Outcome of the whole sweep; cells that were planned and have no result were never reached."""
+    words = {result.outcome for result in results} | ({"interrupted"} if len(results) < planned else set())
     return "ok" if words <= {"ok", "skipped"} else "interrupted" if "interrupted" in words else "error"
 
 
-def _read_spec(root: Path) -> BenchSpec:
+def _read_spec(root: Path) -> tuple[BenchSpec, int]:
+    """What was asked for, and how many cells that made."""
     try:
-        parameters: dict[str, str] = json.loads((root / "sweep.json").read_text(encoding="utf-8"))["parameters"]
-    except (OSError, ValueError, KeyError):
+        data = json.loads((root / "sweep.json").read_text(encoding="utf-8"))
+        return parse(data["parameters"]), int(data["cells"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise JournalError(
             f"{root} is not the folder of a sweep: it has no sweep.json that can be read. Give a folder that `llmbench run` has printed."
         ) from None
-    return parse(parameters)

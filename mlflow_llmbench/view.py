@@ -136,7 +136,7 @@ def publish(
         for old in oldest_first[: max(0, len(oldest_first) + 1 - MOST_VIEWS)]:
             store.client.delete_experiment_tag(store.experiment_id, TAG + old)
     except Exception as error:
-        warn(f"The comparison view was not published: {first_line(error)}. The runs are complete; sort them by any metric to compare them.")
+        warn(f"The comparison view was not published: {first_line(error)}. Sort the runs by any metric to compare them.")
         return None
     return link(store.experiment_id, view_id)
 

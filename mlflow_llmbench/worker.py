@@ -23,11 +23,11 @@ from typing import Any
 
 from . import machine, memory
 from .backends.base import Backend, backend_class
-from .errors import LlmbenchError, first_line
+from .errors import LlmbenchError, MeasurementError, first_line
 from .journal import EventLog
 from .measure import measure_cell
 from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
-from .workload import load_prompts
+from .workload import PromptSet, load_prompts
 
 LINES_PER_MESSAGE = 3
 """How often one log message is written; bitsandbytes has one per matrix product, a hundred thousand in a minute."""
@@ -88,7 +88,8 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
     kind = backend_class(cells[0].backend)
     tell("stage", stage="starting")
     _import_libraries(kind, job["threads"])
-    backend = kind(cells[0], from_json(ModelFacts, job["model"]))
+    facts = from_json(ModelFacts, job["model"])
+    backend = kind(cells[0], facts)
     tell("peaks", peaks=backend.peaks(), idle_w=machine.idle_power_w(backend.device))
     gc.collect()
     memory.reset_peak()
@@ -100,7 +101,7 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
     _stage("loaded", backend, tell)
     try:
         for number, (cell, folder) in enumerate(zip(cells, job["folders"], strict=True)):
-            _measure_one(backend, cell, number, Path(folder), info, tell)
+            _measure_one(backend, cell, number, Path(folder), info, facts.context, tell)
     finally:
         backend.close()
         gc.collect()
@@ -108,12 +109,22 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
         _stage("unloaded", backend, tell)
 
 
-def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: LoadInfo, tell: Any) -> None:
+def _check_lengths(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:
+    """Raise MeasurementError if a text that is taken as it is leaves no room for the output."""
+    longest = max(len(backend.encode(text)) for text in prompts.texts)
+    if cell.prompt_tokens is None and context is not None and longest + cell.output_tokens > context:
+        raise MeasurementError(
+            f"The longest text of workload {prompts.name} has {longest} tokens, and with output_tokens={cell.output_tokens} that is more than the "
+            f"context of {context}. Give a number of prompt_tokens, or shorter texts."
+        )
+
+
+def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: LoadInfo, context: int | None, tell: Any) -> None:
     log = EventLog(folder / "events.jsonl")
     prompts = load_prompts(cell.workload)
-    if prompts.texts:
-        backend.encode(prompts.texts[0])  # loads the tokenizer before the clock runs
     tell("cell", number=number)
+    if prompts.texts:
+        _check_lengths(backend, cell, prompts, context)  # and the tokenizer is loaded before the clock runs
 
     def say(event: str, **data: Any) -> None:
         log.append(event, **data)
@@ -124,6 +135,7 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         memory.trim()  # what a larger cell before this one needed is not this one's
         memory.reset_peak()
         backend.device_memory(reset=True)
+        tell("measuring", number=number)
         measured = measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
         _stage("peak", backend, tell)
         texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]

@@ -119,10 +119,54 @@ def test_a_param_that_contradicts_is_told_and_the_run_ends(store_uri: str, monke
     given = client.create_run("0")
     client.log_param(given.info.run_id, "batch_size", "16")
     monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
-    result = fake(batch_size=2)
-    assert "batch_size=16 already, and 2 was measured" in result.not_uploaded[0]
-    assert client.get_run(given.info.run_id).info.status == "FINISHED"
-    assert next(result.folder.glob("*/artifacts/result.json"))
+    with pytest.raises(TrackingError, match="has batch_size=16 already, and 2 was asked for"):
+        fake(batch_size=2)
+
+
+def test_a_run_that_holds_a_result_is_not_overwritten(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    [first] = fake().run_ids
+    before = MlflowClient(store_uri).get_run(first).data.tags
+    monkeypatch.setenv("MLFLOW_RUN_ID", first)
+    with pytest.raises(TrackingError, match="which holds a result already"):
+        fake(batch_size=2)
+    assert MlflowClient(store_uri).get_run(first).data.tags == before
+    monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
+    with pytest.raises(TrackingError, match="MLFLOW_RUN_ID names the run f+, which is not there"):
+        fake()
+
+
+def test_a_deleted_experiment_says_how_to_restore_it(store_uri: str) -> None:
+    client = MlflowClient(store_uri)
+    client.delete_experiment(client.create_experiment("llmbench"))
+    with pytest.raises(TrackingError, match="The experiment llmbench is deleted. Restore it with `mlflow experiments restore"):
+        fake()
+
+
+def test_a_half_made_store_is_one_line(tmp_path: Path) -> None:
+    import sqlite3
+
+    with sqlite3.connect(tmp_path / "half.db") as database:
+        database.execute("CREATE TABLE experiments (experiment_id INTEGER)")
+    with pytest.raises(TrackingError, match="a new file that was left half made must be deleted") as caught:
+        fake(tracking_uri=f"sqlite:///{tmp_path}/half.db")
+    assert "\n" not in str(caught.value)
+
+
+def test_two_commands_may_make_one_new_store(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlflow_llmbench", "run", "--backend", "fake", "--model", "fake:", "--output-tokens", "4", "--repetitions", "5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 2
+
+
+def test_texts_longer_than_the_context_are_refused_not_measured(store_uri: str, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 250}) + "\n" + json.dumps({"prompt": "short"}))
+    result = run(model=str(tiny_model), workload="long.jsonl", prompt_tokens="auto", output_tokens=10, repetitions=5, warmup=1)
+    assert result.rows[0].outcome == "error"
+    assert "has 250 tokens, and with output_tokens=10 that is more than the context of 256" in result.rows[0].message
 
 
 def test_out_of_memory_ends_one_cell_and_smaller_ones_go_on(store_uri: str) -> None:

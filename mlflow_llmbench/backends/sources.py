@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,10 @@ def find_model(cell: Cell) -> ModelFacts:
     if cell.model.startswith((".", "/", "~")) or cell.model.count("/") > 1:
         raise ModelError(
             f"There is no model folder {cell.model}. Give a folder with a config.json, a Hub id (owner/name) or a preset (`llmbench models`)."
+        )
+    if "/" in cell.model and not re.fullmatch(r"[\w.-]+/[\w.-]+", cell.model):
+        raise ModelError(
+            f"{cell.model} is neither a folder nor a Hub id, which is owner/name in letters, digits, dots, dashes. `llmbench models` lists the presets."
         )
     if "/" in cell.model:
         return _hub_model(cell, cell.model, "hub")
@@ -155,6 +160,8 @@ def _ask_hub(repository: str, revision: str) -> tuple[str, str, int | None]:
 def _with_config(cell: Cell, source: str, location: str, revision: str, config_file: Path, files_bytes: int | None) -> ModelFacts:
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise ModelError(f"The configuration of {cell.model} cannot be read: {error}. Download the model again.") from None
     if config.get("auto_map") and not cell.trust_remote_code and not _is_native(str(config.get("model_type"))):
