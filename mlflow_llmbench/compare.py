@@ -428,8 +428,8 @@ def _method(comparison: Comparison) -> str:
     test = (
         f"Paired t test on the logarithms of {first} pairs of" if comparison.paired else f"Welch's t test on the logarithms of {first} and {second}"
     )
-    return f"{test} repetitions; p adjusted for {tested} metrics (Holm); noise threshold {_percent(comparison.noise)}. "
-        "Values are means over repetitions, for ITL of each repetition's median; ratios are those of geometric means."
+    values = "Values are means over repetitions, for ITL of each repetition's median; ratios are those of geometric means."
+    return f"{test} repetitions; p adjusted for {tested} metrics (Holm); noise threshold {_percent(comparison.noise)}. {values}"
 
 
 def format_comparison(comparison: Comparison) -> str:

@@ -72,7 +72,7 @@ class GroupOutcome:
                 self.stages[event["stage"]] = dict(event)
             case "peaks":
                 self.peaks, self.idle_w = event["peaks"], event["idle_w"]
-            case "load":
+            case "load" | "described":
                 self.load = from_json(LoadInfo, event["info"])
             case "cell":
                 self.cells[event["number"]] = {"cell": event}

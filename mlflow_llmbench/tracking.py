@@ -65,8 +65,8 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
         if uri:
             mlflow.set_tracking_uri(uri)
         address = mlflow.get_tracking_uri()
-        client = MlflowClient()
         with _undisturbed(address):
+            client = MlflowClient()
             client.search_experiments(max_results=1)
         given = os.environ.get("MLFLOW_RUN_ID") or None
         if given:

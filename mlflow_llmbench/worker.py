@@ -140,7 +140,7 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         _stage("peak", backend, tell)
         texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
         tell("measured", number=number, measured=measured, texts=texts)
-        tell("load", info=backend.describe())
+        tell("described", info=backend.describe())
         log.append("complete", steady=measured.steady, first_call_ms=measured.first_call_ms)
     finally:
         log.close()

@@ -74,7 +74,7 @@ def test_run_prints_a_table_the_folder_and_how_to_open_the_ui(store_uri: str, ca
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["batch_size", "tokens/s"]
     assert [line.split()[0] for line in lines[1:3]] == ["1", "2"]
-    assert any(line.startswith("Results: llmbench-results") for line in lines)
+    assert any(line.startswith("Results: /") and "llmbench-results" in line for line in lines)
     assert f"Open the comparison: mlflow ui --backend-store-uri {store_uri}" in lines
     assert any(line.startswith("then http://127.0.0.1:5000/#/experiments/") and "viewStateShareKey=" in line for line in lines)
     last = json.loads(lines[-1])

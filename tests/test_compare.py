@@ -136,7 +136,8 @@ host peak GB   5.000  2.750   0.55               –         –  not tested
 weights GB     4.000  1.000   0.25               –         –  not tested
 load s         2.000  3.000   1.50               –         –  not tested
 
-Welch's t test on the logarithms of 5 and 5 repetitions; p adjusted for 5 metrics (Holm); noise threshold 1 %."""
+Welch's t test on the logarithms of 5 and 5 repetitions; p adjusted for 5 metrics (Holm); noise threshold 1 %. \
+Values are means over repetitions, for ITL of each repetition's median; ratios are those of geometric means."""
     )
 
 
