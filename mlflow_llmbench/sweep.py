@@ -18,7 +18,6 @@ from . import artifacts, charts, gpu, machine, memory, models, plan, report, sup
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .journal import new_sweep, write_json
-from .plan import Group
 from .records import Cell, Failure, Hashes, ModelFacts, Repetition, RunResult
 from .report import Row
 from .spec import BenchSpec, as_text, parse
@@ -119,30 +118,30 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
         load_prompts(workload)
     groups = plan.group_cells(cells)
     facts = [backend_class(group.first.backend).resolve(group.first) for group in groups]
-    _refuse_contexts(cells, groups, facts)
+    model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group.cells}
+    _refuse_contexts(model_of)
+    _refuse_twins(model_of)
     asked = {k: str(v) for k, v in parameters.items() if isinstance(v, str)}
     store = tracking.open_store(tracking_uri, experiment)
     tracking.refuse_other_params(store, plan.asked_params(spec) | asked)
     folder = new_sweep(spec.options.output_dir)
     environment = machine.environment(str(Path(__file__).parent))
-    model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group.cells}
     jobs = [_job(cell, model_of[cell], environment, folder, spec) for cell in cells]
-    _refuse_twins(jobs)
     return _drive(_Sweep(spec, jobs, store, folder, environment, watcher, asked if store.given_run_id else {}))
 
 
-def _refuse_twins(jobs: Sequence[_Job]) -> None:
+def _refuse_twins(model_of: Mapping[Cell, ModelFacts]) -> None:
     """Raise UsageError if two cells are one configuration under two names: they would share a folder and a run."""
-    first: dict[str, _Job] = {}
-    for job in jobs:
-        twin = first.setdefault(job.hashes.config, job)
-        if twin is not job:
-            raise UsageError(f"{twin.cell.model} and {job.cell.model} are the same model, so their cells are the same. Leave one of them out.")
+    first: dict[str, Cell] = {}
+    for cell, model in model_of.items():
+        twin = first.setdefault(plan.config_hash(cell, model), cell)
+        if twin is not cell:
+            raise UsageError(f"{twin.model} and {cell.model} are the same model, so their cells are the same. Leave one of them out.")
 
 
-def _refuse_contexts(cells: Sequence[Cell], groups: Sequence[Group], facts: Sequence[ModelFacts]) -> None:
+def _refuse_contexts(model_of: Mapping[Cell, ModelFacts]) -> None:
     """Raise UsageError if no cell at all fits its model's context; single cells of a sweep are refused one by one."""
-    messages = [_context_message(cell, model) for group, model in zip(groups, facts, strict=True) for cell in group.cells]
+    messages = [_context_message(cell, model) for cell, model in model_of.items()]
     if all(messages):
         raise UsageError(str(messages[0]))
 
