@@ -29,8 +29,9 @@ from mlflow_llmbench.records import Cell
 from mlflow_llmbench.workload import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = 9
+PAIRS = 21
 TOKENS = 48
+POINTS = 700
 
 
 def ratio(ours: Callable[[], float], other: Callable[[], float], pairs: int = PAIRS) -> tuple[float, list[float]]:
@@ -134,7 +135,7 @@ def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> d
 
 
 def upload_costs() -> dict[str, tuple[float, list[float], float]]:
-    """200 values by log_batch against 200 calls of log_metric, on SQLite."""
+    """The points of a full run (about 700: summaries, series, percentiles) by log_batch against one call each, on SQLite."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
@@ -144,11 +145,11 @@ def upload_costs() -> dict[str, tuple[float, list[float], float]]:
 
         def batch() -> float:
             run = client.create_run(experiment).info.run_id
-            return seconds(lambda: client.log_batch(run, metrics=[Metric(f"k{i}", i, 0, 0) for i in range(200)]))
+            return seconds(lambda: client.log_batch(run, metrics=[Metric(f"k{i}", i, 0, 0) for i in range(POINTS)]))
 
         def single() -> float:
             run = client.create_run(experiment).info.run_id
-            return seconds(lambda: [client.log_metric(run, f"k{i}", i) for i in range(200)])
+            return seconds(lambda: [client.log_metric(run, f"k{i}", i) for i in range(POINTS)])
 
         return {"log_batch ÷ one call per value": (*ratio(batch, single, pairs=3), 0.02)}
 

@@ -293,3 +293,15 @@ def test_what_the_first_call_repacks_is_counted_as_it_is_then(tiny_model: Path) 
     assert after.load_s == before.load_s
     assert 4.0 <= float(after.facts["quant.bits_per_weight"]) <= float(before.facts["quant.bits_per_weight"]) <= 4.6
     assert (after.weight_bytes or 0) <= (before.weight_bytes or 0)
+
+
+@pytest.mark.parametrize(("quant", "kernel"), [("int8", "Linear8bitLt"), ("int4", "Linear4bit")])
+def test_a_checkpoint_that_is_quantized_already_runs_as_it_is(tiny_model: Path, tmp_path: Path, quant: str, kernel: str) -> None:
+    with loaded(Cell(model=str(tiny_model), quant=quant)) as (backend, _):
+        backend.model.save_pretrained(tmp_path / "saved")
+    with loaded(Cell(model=str(tmp_path / "saved"))) as (backend, info):
+        assert info.facts["quant.method"] == "bitsandbytes"
+        assert str(info.facts["quant.kernel"]).startswith(kernel)
+        assert len(steps_of(backend, 4)) == 4
+    with pytest.raises(UsageError, match=r"which is quantized already \(bitsandbytes\)"):
+        TransformersBackend.resolve(Cell(model=str(tmp_path / "saved"), quant=quant))
