@@ -91,9 +91,8 @@ def gpus() -> list[dict[str, Any]]:
 def free_bytes(index: int) -> int | None:
     """Device memory of GPU `index` that nobody uses now; None without it."""
     with nvml() as module:
-        if module is None or index >= len(handles(module)):
-            return None
-        return int(module.nvmlDeviceGetMemoryInfo(handles(module)[index]).free)
+        found = handles(module) if module else []
+        return int(module.nvmlDeviceGetMemoryInfo(found[index]).free) if index < len(found) else None
 
 
 def process_bytes(pid: int) -> int | None:
@@ -121,9 +120,10 @@ def _foreign(processes: Any) -> int | None:
 def read(index: int) -> GpuReading | None:
     """What GPU `index` says now; None without it. Costs a few milliseconds: never in a timed region."""
     with nvml() as module:
-        if module is None or index >= len(handles(module)):
+        found = handles(module) if module else []
+        if index >= len(found):
             return None
-        handle = handles(module)[index]
+        handle = found[index]
 
         def ask(question: str, *rest: Any) -> Any:
             try:

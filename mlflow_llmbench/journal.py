@@ -93,11 +93,6 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             raise JournalError(f"{path}, line {number}, is damaged. Delete the folder {path.parent} and measure the cell again.") from None
 
 
-def write_result(folder: Path, result: RunResult) -> None:
-    """Write `result.json` of a finished cell."""
-    write_json(folder / "result.json", result)
-
-
 def read_result(folder: Path) -> RunResult:
     """The result of a finished cell. Raises JournalError if there is none or it cannot be read."""
     path = folder / "result.json"

@@ -203,14 +203,11 @@ RAPL = Path("/sys/class/powercap")
 
 def cpu_energy_j() -> float | None:
     """Energy that all CPU packages have used since some moment, J; None where no counter can be read. Wraps every few hours."""
+    packages = [*RAPL.glob("intel-rapl:[0-9]"), *RAPL.glob("intel-rapl:[0-9][0-9]")]
     try:
-        return sum(int((zone / "energy_uj").read_text()) for zone in _packages()) / 1e6 if _packages() else None
+        return sum(int((package / "energy_uj").read_text()) for package in packages) / 1e6 if packages else None
     except (OSError, ValueError):
         return None
-
-
-def _packages() -> list[Path]:
-    return sorted(RAPL.glob("intel-rapl:[0-9]")) + sorted(RAPL.glob("intel-rapl:[0-9][0-9]"))
 
 
 def idle_power_w(device: str, seconds: float = 1.0) -> float | None:

@@ -102,14 +102,6 @@ def halves_agree(values: Sequence[float], tolerance: float = 0.05) -> bool:
     return abs(first - second) <= tolerance * min(first, second)
 
 
-def trend(values: Sequence[float]) -> float:
-    """Mean of the last third ÷ mean of the first third, − 1: by how much a series drifted. 0 with fewer than 6 values."""
-    third = len(values) // 3
-    if third < 2 or fmean(values[:third]) == 0:
-        return 0.0
-    return fmean(values[-third:]) / fmean(values[:third]) - 1
-
-
 def mad(values: Sequence[float]) -> float:
     """Median absolute deviation from the median, unscaled; × 1.4826 it estimates the standard deviation of a normal sample."""
     centre = median(values)

@@ -22,7 +22,7 @@ from .records import Cell, Failure, Hashes, ModelFacts, Repetition, RunResult
 from .report import Row
 from .spec import BenchSpec, as_text, parse
 from .supervise import GroupOutcome
-from .workload import load_prompts
+from .workload import PromptSet, load_prompts
 
 MOST_CELLS = 2000
 
@@ -114,8 +114,7 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
     cells = plan.expand_cells(spec)
     if len(cells) > MOST_CELLS:
         raise UsageError(f"The lists make {len(cells)} cells, and {MOST_CELLS} are the most. Give shorter lists.")
-    for workload in {cell.workload for cell in cells}:
-        load_prompts(workload)
+    prompts = {workload: load_prompts(workload) for workload in dict.fromkeys(cell.workload for cell in cells)}
     groups = plan.group_cells(cells)
     facts = [backend_class(group.first.backend).resolve(group.first) for group in groups]
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group.cells}
@@ -126,7 +125,7 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
     tracking.refuse_other_params(store, plan.asked_params(spec) | asked)
     folder = new_sweep(spec.options.output_dir)
     environment = machine.environment(str(Path(__file__).parent))
-    jobs = [_job(cell, model_of[cell], environment, folder, spec) for cell in cells]
+    jobs = [_job(cell, model_of[cell], prompts[cell.workload], environment, folder, spec) for cell in cells]
     return _drive(_Sweep(spec, jobs, store, folder, environment, watcher, asked if store.given_run_id else {}))
 
 
@@ -156,11 +155,11 @@ def _context_message(cell: Cell, model: ModelFacts) -> str | None:
     )
 
 
-def _job(cell: Cell, model: ModelFacts, environment: Mapping[str, Any], folder: Path, spec: BenchSpec) -> _Job:
+def _job(cell: Cell, model: ModelFacts, prompts: PromptSet, environment: Mapping[str, Any], folder: Path, spec: BenchSpec) -> _Job:
     config = plan.config_hash(cell, model)
     shape = models.Shape.from_config(model.config) if model.config else None
     own = environment["hashes"]
-    workload = load_prompts(cell.workload).digest(cell, shape.vocab_size if shape else None)
+    workload = prompts.digest(cell, shape.vocab_size if shape else None)
     hashes = Hashes(config, workload, own["hardware"], own["software"], own["env"])
     predicted = _predict(cell, model, shape)
     refused = _context_message(cell, model) or (None if spec.options.force else _memory_message(cell, predicted))

@@ -153,12 +153,16 @@ def _plain_errors(uri: str | None) -> Iterator[None]:
 def refuse_other_params(store: Store, params: Mapping[str, str]) -> None:
     """Raise TrackingError, before anything is measured, if the given run has one of these params with another value."""
     if store.given_run_id:
-        there = store.client.get_run(store.given_run_id).data.params
-        for key, value in params.items():
-            if key in there and there[key] != value and _unquoted(there[key]) != value:
-                raise TrackingError(
-                    f"The run {store.given_run_id} has {key}={there[key]} already, and {value} was asked for. Use a new run, or unset MLFLOW_RUN_ID."
-                )
+        _agreed_params(store, store.given_run_id, params, "was asked for. Use a new run, or unset MLFLOW_RUN_ID.")
+
+
+def _agreed_params(store: Store, run_id: str, params: Mapping[str, str], otherwise: str) -> dict[str, str]:
+    """The params that a run has. Raises TrackingError, ending in `otherwise`, if one has another value, shell quotes aside."""
+    there: dict[str, str] = store.client.get_run(run_id).data.params
+    for key, value in params.items():
+        if key in there and there[key] != value and _unquoted(there[key]) != value:
+            raise TrackingError(f"The run {run_id} has {key}={there[key]} already, and {value} {otherwise}")
+    return there
 
 
 def begin_run(store: Store, name: str, parent_id: str | None = None, sweep: str = "", started_ms: int | None = None, config_hash: str = "") -> str:
@@ -197,10 +201,7 @@ def log_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
     """
     from mlflow.entities import Param
 
-    there = store.client.get_run(run_id).data.params
-    for key, value in params.items():
-        if key in there and there[key] != value and _unquoted(there[key]) != value:
-            raise TrackingError(f"The run {run_id} has {key}={there[key]} already, and {value} was measured. Use a new run.")
+    there = _agreed_params(store, run_id, params, "was measured. Use a new run.")
     missing = [Param(key, value) for key, value in params.items() if key not in there]
     for start in range(0, len(missing), 100):
         store.client.log_batch(run_id, params=missing[start : start + 100])

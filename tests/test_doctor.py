@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from mlflow_llmbench.doctor import Item, Report
 from mlflow_llmbench.models import PRESETS
 from mlflow_llmbench.records import from_json, to_json
 from mlflow_llmbench.spec import QUANTIZATIONS, known_backends
+from tests.servers import serving
 
 GPU = {"index": 0, "name": "NVIDIA T4", "memory_bytes": 16_106_127_360, "driver": "570.1", "cuda": "12.8"}
 ROOT = Path(__file__).parent.parent
@@ -325,12 +325,8 @@ def server() -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}"
-        listening.shutdown()
-        thread.join()
+    with serving(Answer) as address:
+        yield address
 
 
 @pytest.mark.usefixtures("online")

@@ -8,7 +8,6 @@ import dataclasses
 import http.server
 import json
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mlflow_llmbench import tracking, view
 from mlflow_llmbench.metrics import KEYS, SERIES
 from mlflow_llmbench.records import Cell
 from mlflow_llmbench.report import Row
+from tests.servers import serving
 
 GOLDEN = Path(__file__).parent / "golden" / "view.json"
 VARIED = ["quant", "batch_size"]
@@ -147,12 +147,8 @@ def server_of(request: pytest.FixtureRequest) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving(Answer) as address:
+        yield address
 
 
 @pytest.mark.parametrize(
