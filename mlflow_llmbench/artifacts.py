@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, report
+from . import charts, overview, page, report
 from .journal import samples_csv, write_bytes, write_json
+from .markup import csv_table, markdown, quotation
 from .records import RunResult
+from .spec import BenchSpec
 from .summary import summarize
 from .validity import judge
 
@@ -46,18 +48,25 @@ def _whole(result: RunResult) -> dict[str, object]:
 
 def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
     """What the model wrote, prompt by prompt."""
-    shown = ((json.dumps(prompt, ensure_ascii=False)[1:-1], output.strip()) for prompt, output in rows)
-    return "\n".join(f"**{number}.** {prompt}\n\n> {output}\n" for number, (prompt, output) in enumerate(shown, 1))
+    shown = ((markdown(json.dumps(prompt, ensure_ascii=False)[1:-1]), quotation(output.strip())) for prompt, output in rows)
+    return "\n".join(f"**{number}.** {prompt}\n\n{output}\n" for number, (prompt, output) in enumerate(shown, 1))
 
 
-def write_sweep(rows: Sequence[report.Row], varied: Sequence[str], folder: Path) -> None:
-    """Write the comparison of a sweep for its parent: the table as Markdown, CSV and MLflow table, and the charts."""
-    heading, body = report.table_cells(rows, varied)
-    write_bytes(folder / "comparison.md", report.sweep_markdown(rows, varied).encode())
-    write_bytes(folder / "comparison.csv", "".join(",".join(_csv_cell(c) for c in line) + "\n" for line in [heading, *body]).encode())
+def write_sweep(
+    measured: Sequence[tuple[report.Row, str]], spec: BenchSpec, folder: Path, *, sweep: str, ui: str = "", experiment_id: str = ""
+) -> None:
+    """Write what a sweep's parent holds into `folder`: the report as Markdown and HTML, the comparison as Markdown, CSV and MLflow table, charts.
+
+    `measured`: rows with their MLflow run ids, "" where a run is not known. `ui`: the UI's address, or the command that opens it.
+    Raises JournalError, for example when the disk is full.
+    """
+    rows, runs = [row for row, _ in measured], [run_id for _, run_id in measured]
+    heading, body = report.table_cells(rows, spec.varied)
+    write_bytes(folder / "comparison.md", overview.comparison_markdown(rows, spec.varied).encode())
+    write_bytes(folder / "comparison.csv", csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode())
     write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
-    charts.draw_sweep([(row.cell, row.metrics) for row in rows if row.metrics], folder / "charts")
-
-
-def _csv_cell(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+    drawn = charts.draw_sweep([(row.cell, row.metrics) for row in overview.drawable(rows)], folder / "charts")
+    pictures = [path for path in drawn if path.suffix == ".svg"]
+    told = overview.overview(rows, runs, spec, sweep, ui, experiment_id)
+    write_bytes(folder / "report.md", overview.overview_markdown(told, [path.relative_to(folder).as_posix() for path in pictures]).encode())
+    write_bytes(folder / "report.html", page.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}).encode())

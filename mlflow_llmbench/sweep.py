@@ -424,7 +424,9 @@ def _finish_parent(sweep: _Sweep, outcome: str) -> None:
     tell = sweep.watcher.note if sweep.watcher else lambda text: None
     try:
         with _noted(sweep, "the comparison"):
-            artifacts.write_sweep([row for row, _ in measured], sweep.spec.varied, folder)
+            artifacts.write_sweep(
+                measured, sweep.spec, folder, sweep=sweep.folder.name, ui=tracking.ui_command(sweep.store), experiment_id=sweep.store.experiment_id
+            )
             sweep.view = upload.publish_parent(sweep.store, sweep.parent_id, sweep.spec, measured, folder, sweep.asked, tell)
     finally:
         _end(sweep, sweep.parent_id, outcome)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import plan, report, tracking, view
+from . import artifacts, overview, plan, report, tracking, view
 from .errors import JournalError
 from .journal import read_result
 from .records import RunResult
@@ -58,7 +59,11 @@ def upload(folder: str, tracking_uri: str | None = None, experiment: str | None 
             tracking.upload_cell(store, run_id, result, path, {})
             tracking.end_run(store, run_id, result.outcome, result.ended_ms)
     if parent_id and parent_state != "there":
-        publish_parent(store, parent_id, spec, measured, root / "comparison", {}, lambda text: None)
+        with tempfile.TemporaryDirectory() as comparison:  # with the run ids of this store, and also where the command died before it
+            artifacts.write_sweep(
+                measured, spec, Path(comparison), sweep=root.name, ui=tracking.ui_command(store), experiment_id=store.experiment_id
+            )
+            publish_parent(store, parent_id, spec, measured, Path(comparison), {}, lambda text: None)
         tracking.end_run(store, parent_id, _outcome([r for r, _ in results], planned), max(r.ended_ms for r, _ in results))
     return Uploaded(**counts, ui=tracking.ui_command(store))
 
@@ -78,7 +83,7 @@ def publish_parent(
     """
     rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
     link = view.publish(store, parent_id, plan.sweep_name(spec), spec.varied, rows, ids, warn)
-    note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + report.sweep_markdown(rows, spec.varied)
+    note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + overview.description(rows, spec.varied)
     tracking.upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison)
     return link
 

@@ -16,8 +16,8 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity", "compare"),
-    "show": ("report", "charts", "artifacts"),
+    "think": ("stats", "summary", "validity", "compare", "frontier", "markup"),
+    "show": ("report", "charts", "overview", "page", "artifacts"),
     "keep": ("tracking", "view"),
     "drive": ("doctor", "progress", "upload", "sweep", "evidence", "cli", "__main__", "__init__"),
 }
