@@ -10,7 +10,6 @@ from . import charts, overview, page, report
 from .journal import samples_csv, write_bytes, write_json
 from .markup import csv_table, markdown, quotation
 from .records import RunResult
-from .spec import BenchSpec
 from .summary import summarize
 from .validity import judge
 
@@ -52,21 +51,20 @@ def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"**{number}.** {prompt}\n\n{output}\n" for number, (prompt, output) in enumerate(shown, 1))
 
 
-def write_sweep(
-    measured: Sequence[tuple[report.Row, str]], spec: BenchSpec, folder: Path, *, sweep: str, ui: str = "", experiment_id: str = ""
-) -> None:
+def write_sweep(measured: Sequence[tuple[report.Row, str]], subject: overview.Subject, folder: Path, draw: bool = True) -> None:
     """Write what a sweep's parent holds into `folder`: the report as Markdown and HTML, the comparison as Markdown, CSV and MLflow table, charts.
 
-    `measured`: rows with their MLflow run ids, "" where a run is not known. `ui`: the UI's address, or the command that opens it.
+    `measured`: rows with their MLflow run ids, "" where a run is not known. Unless `draw`, the charts that are there are shown.
     Raises JournalError, for example when the disk is full.
     """
-    rows, runs = [row for row, _ in measured], [run_id for _, run_id in measured]
-    heading, body = report.table_cells(rows, spec.varied)
-    write_bytes(folder / "comparison.md", overview.comparison_markdown(rows, spec.varied).encode())
+    rows, varied = [row for row, _ in measured], subject.spec.varied
+    heading, body = report.table_cells(rows, varied)
+    write_bytes(folder / "comparison.md", overview.comparison_markdown(rows, varied).encode())
     write_bytes(folder / "comparison.csv", csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode())
     write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
-    drawn = charts.draw_sweep([(row.cell, row.metrics) for row in overview.drawable(rows)], folder / "charts")
-    pictures = [path for path in drawn if path.suffix == ".svg"]
-    told = overview.overview(rows, runs, spec, sweep, ui, experiment_id)
-    write_bytes(folder / "report.md", overview.overview_markdown(told, [path.relative_to(folder).as_posix() for path in pictures]).encode())
+    if draw:
+        charts.draw_sweep([(row.cell, row.metrics) for row in overview.drawable(rows)], folder / "charts")
+    pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
+    told = overview.overview(measured, subject)
+    write_bytes(folder / "report.md", overview.overview_markdown(told, [f"charts/{path.name}" for path in pictures]).encode())
     write_bytes(folder / "report.html", page.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}).encode())

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow", metavar="LIST", default="", help="compare in spite of a difference: hardware,software,workload,scenario,schema,verdict"
     )
     compare.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
-    compare.add_argument("--paired", action="store_true", help="the repetitions of both were measured in turns")
+    compare.add_argument("--paired", action="store_true", help="both were measured in turns, process by process or repetition by repetition")
     compare.add_argument("--log", metavar="RUN", help="keep the comparison as an artifact of this run")
     for command in (run, compare):
         command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")

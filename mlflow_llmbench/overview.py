@@ -16,9 +16,9 @@ from . import __version__
 from .frontier import TRIED, Attempt, Frontier, frontiers
 from .markup import code_block, markdown, markdown_table
 from .metrics import KEYS
-from .plan import LOADED, asked_params, sweep_name
+from .plan import LOADED, asked_params, option_params, sweep_name
 from .records import Cell
-from .report import TABLE_KEYS, Row, command_line, environment_facts, explanations, shown, table_cells
+from .report import TABLE_KEYS, Row, command, command_line, environment_facts, explanations, shown, table_cells
 from .spec import PARAMETERS, BenchSpec, as_text, default_text
 
 RATE = "throughput/output_tokens_per_s"
@@ -35,6 +35,11 @@ ALIKE = (
     "the best of a column, and what cannot be told from it: 95 % intervals that meet, or within 5 % (memory 1 %). An invalid result is never marked."
 )
 
+AGAIN = "What is kept and valid is not measured again, unless --rerun is added."
+
+UNREPEATED = ("output_dir", "rerun")
+"""Options that say nothing of what is measured."""
+
 ALWAYS_TOLD = ("model", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload")
 """Settings that are told although they are at their default."""
 
@@ -43,6 +48,17 @@ MOST_LINES = (16, 8, 4)
 
 MOST_CHARACTERS = 7000
 """Of the description; MLflow cuts a tag at 8000, and the link to the view comes before it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a report is about: the parameters asked for, the parent's name, the sweep's id, and the UI's address or the command that opens it."""
+
+    spec: BenchSpec
+    name: str
+    sweep: str
+    ui: str = ""
+    experiment_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,7 @@ class Table:
 class Overview:
     """A sweep as its report tells it.
 
-    `states`, `reasons` (codes of the verdict) and `runs` (MLflow run ids, "" where there is none) belong to the lines of `cells`.
+    `states`, `reasons` (codes of the verdict, and a note on what was measured before) and `runs` (MLflow run ids, "" where there is none) belong to the lines of `cells`.
 
     `runs_url` is what stands before a run id in the address of its page, "" where the UI has no known address.
     """
@@ -81,26 +97,27 @@ class Overview:
     runs_url: str
 
 
-def overview(rows: Sequence[Row], runs: Sequence[str], spec: BenchSpec, sweep: str, ui: str = "", experiment_id: str = "") -> Overview:
-    """Everything that the report of a sweep tells. `ui` is the UI's address, or the command that opens it."""
-    ui = _without_user(ui)
+def overview(measured: Sequence[tuple[Row, str]], subject: Subject) -> Overview:
+    """Everything that the report of a sweep tells. `measured`: rows with their MLflow run ids, "" where a run is not known."""
+    rows, runs, spec, ui = [row for row, _ in measured], tuple(run_id for _, run_id in measured), subject.spec, _without_user(subject.ui)
     groups = frontiers(map(_attempt, rows), LOADED)
+    is_linkable = ui.startswith(("http://", "https://")) and subject.experiment_id
     return Overview(
-        name=sweep_name(spec),
+        name=subject.name,
         headline=headline(rows, spec.varied),
-        facts=(*_facts(rows, sweep), *_settings(spec)),
+        facts=(*_facts(rows, subject.sweep), *_settings(spec)),
         cells=cells_table(rows, spec.varied),
         states=tuple(row.state for row in rows),
         reasons=tuple(_reasons(row) for row in rows),
-        runs=tuple(runs),
+        runs=runs,
         frontier=frontier_table(groups),
         frontier_notes=frontier_notes(groups),
         explanations=tuple(explanations(rows)),
         machines=_machines(rows),
-        command=sweep_command(spec),
+        command=_command(rows, subject),
         not_drawn=_not_drawn(rows),
         ui=ui,
-        runs_url=f"{ui.rstrip('/')}/#/experiments/{experiment_id}/runs/" if ui.startswith(("http://", "https://")) and experiment_id else "",
+        runs_url=f"{ui.rstrip('/')}/#/experiments/{subject.experiment_id}/runs/" if is_linkable else "",
     )
 
 
@@ -179,7 +196,9 @@ def cells_table(rows: Sequence[Row], varied: Sequence[str]) -> Table:
 
 
 def _reasons(row: Row) -> tuple[str, ...]:
-    return tuple(reason.code for reason in row.verdict.reasons) if row.verdict else ()
+    """What is to be said of a cell beside its state: the codes of its verdict, and where it was measured if not here."""
+    codes = [reason.code for reason in row.verdict.reasons] if row.verdict else []
+    return (*codes, *([f"measured before, in {row.linked}"] if row.linked else []))
 
 
 def _attempt(row: Row) -> Attempt:
@@ -240,7 +259,7 @@ def frontier_notes(groups: Sequence[Frontier]) -> tuple[str, ...]:
     if boundaries == {"not reached"}:
         notes.append("All that was asked for fits, so the limit was not reached.")
     if any("predicted" in boundary for boundary in boundaries):
-        notes.append("A predicted limit was not tried: force=true tries what was refused.")
+        notes.append("A predicted limit was not tried; what was refused for its memory is tried with force=true.")
     for group in groups:
         for attempt in group.contradicted:
             how = "was not tried" if attempt.outcome not in TRIED else f"ended with {attempt.outcome}"
@@ -251,8 +270,8 @@ def frontier_notes(groups: Sequence[Frontier]) -> tuple[str, ...]:
 
 
 def _facts(rows: Sequence[Row], sweep: str) -> list[tuple[str, str]]:
-    started = [row.started_ms for row in rows if row.started_ms]
-    ended = [row.ended_ms for row in rows if row.ended_ms]
+    own = [row for row in rows if not row.linked]
+    started, ended = [row.started_ms for row in own if row.started_ms], [row.ended_ms for row in own if row.ended_ms]
     facts = [("sweep", sweep)]
     if started and ended:
         facts.append(("measured", f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime(min(started) / 1000))} UTC"))
@@ -295,10 +314,16 @@ def _machines(rows: Sequence[Row]) -> tuple[tuple[str, tuple[tuple[str, str], ..
     return tuple((f"{counts[key]} of {len(rows)} cells" if len(facts) > 1 else "", found) for key, found in facts.items())
 
 
+def _command(rows: Sequence[Row], subject: Subject) -> str:
+    """The command that measures all this again; where the cells are no product of lists, one line for each."""
+    if subject.name == sweep_name(subject.spec):
+        return sweep_command(subject.spec)
+    return "\n".join(dict.fromkeys(command(row.cell) for row in rows))
+
+
 def sweep_command(spec: BenchSpec) -> str:
-    """The command line that runs the sweep again, from the parameters as they were asked for; not where its results go."""
-    options = {name: as_text(name, getattr(spec.options, name)) for name in ("price_per_hour", "force")}
-    return command_line(asked_params(spec) | options)
+    """The command line that runs a sweep again, from the parameters as they were asked for; not where its results go."""
+    return command_line({name: text for name, text in (asked_params(spec) | option_params(spec)).items() if name not in UNREPEATED})
 
 
 def _markdown(table: Table, more: Mapping[str, Sequence[str]] = MappingProxyType({}), most: int | None = None) -> str:

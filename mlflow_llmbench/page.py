@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from . import __version__
 from .markup import html
 from .metrics import REASONS
-from .overview import ALIKE, Overview, Table, chart_name
+from .overview import AGAIN, ALIKE, Overview, Table, chart_name
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -164,7 +164,5 @@ def _run(run_id: str, runs_url: str) -> str:
 
 
 def _places(told: Overview) -> str:
-    compared = (
-        f"<p>With mlflow-llmbench {html(__version__)}. <code>llmbench compare RUN_A RUN_B</code> says whether two runs differ by more than noise.</p>"
-    )
-    return compared + (f"<p>The runs are in MLflow: <code>{html(told.ui)}</code></p>" if told.ui else "")
+    again = _note(f"With mlflow-llmbench {__version__}. {AGAIN}")
+    return again + (f'<p class="note">The runs are in MLflow: <code>{html(told.ui)}</code></p>' if told.ui else "")

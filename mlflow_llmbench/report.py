@@ -31,7 +31,8 @@ TABLE_KEYS = (
 class Row:
     """One cell of a comparison: what was asked, what came out. `metrics` is empty where nothing was measured.
 
-    `peak_bytes` and `predicted_bytes` are those of `frontier.Attempt`; times are epoch milliseconds.
+    `peak_bytes` and `predicted_bytes` are those of `frontier.Attempt`; times are epoch milliseconds; `linked` is the run or
+    folder that it was measured in, where it was not measured again.
     """
 
     cell: Cell
@@ -44,6 +45,7 @@ class Row:
     predicted_bytes: int | None = None
     started_ms: int | None = None
     ended_ms: int | None = None
+    linked: str = ""
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -57,7 +59,7 @@ def row_of(result: RunResult) -> Row:
     metrics = summarize(result)
     row = Row(
         result.cell, result.outcome, peak_bytes=_peak_bytes(result, metrics), predicted_bytes=result.predicted_bytes,
-        started_ms=result.started_ms, ended_ms=result.ended_ms, environment=result.environment,
+        started_ms=result.started_ms, ended_ms=result.ended_ms, linked=result.linked, environment=result.environment,
     )  # fmt: skip
     if result.failure:
         return dataclasses.replace(row, message=result.failure.message, stage=result.failure.stage)
