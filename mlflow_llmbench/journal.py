@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -54,7 +55,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be a file
+            temporary.unlink()
         raise JournalError(f"Cannot write {path}: {error.strerror}. Free some space or give another output_dir, then run again.") from None
 
 
