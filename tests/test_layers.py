@@ -17,7 +17,7 @@ LAYERS = {
     "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
     "think": ("stats", "summary", "validity", "compare"),
-    "show": ("report", "charts", "artifacts"),
+    "show": ("report", "charts", "comparison_charts", "artifacts"),
     "keep": ("tracking", "view"),
     "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
 }
@@ -40,7 +40,7 @@ HOMES = {
     "aiohttp": ("backends",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts",),
+    "matplotlib": ("charts", "comparison_charts"),
     "mlflow": ("tracking", "view", "upload"),
     "ray": ("sweep",),
 }
