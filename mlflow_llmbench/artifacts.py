@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import charts, overview, page, report
+from .compare import Comparison, comparison_json, comparison_markdown
+from .comparison_charts import draw_comparisons
 from .journal import samples_csv, write_bytes, write_json
 from .markup import csv_table, markdown, quotation
 from .records import RunResult
@@ -68,3 +70,10 @@ def write_sweep(measured: Sequence[tuple[report.Row, str]], subject: overview.Su
     told = overview.overview(measured, subject)
     write_bytes(folder / "report.md", overview.overview_markdown(told, [f"charts/{path.name}" for path in pictures]).encode())
     write_bytes(folder / "report.html", page.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}).encode())
+
+
+def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
+    """Write comparison.md, comparison.json (a list) and the charts of `llmbench compare` into `folder`. Raises JournalError."""
+    write_bytes(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)).encode())
+    write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
+    draw_comparisons(comparisons, folder / "charts")

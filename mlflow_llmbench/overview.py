@@ -338,7 +338,8 @@ def description(rows: Sequence[Row], varied: Sequence[str]) -> str:
 
     Of a large sweep the fastest cells, as many as a screen and MLflow's limit on a tag have room for.
     """
-    return next((text for most in MOST_LINES if len(text := _description(rows, varied, most)) <= MOST_CHARACTERS), text)
+    texts = [_description(rows, varied, most) for most in MOST_LINES]
+    return next((text for text in texts if len(text) <= MOST_CHARACTERS), texts[-1])
 
 
 def comparison_markdown(rows: Sequence[Row], varied: Sequence[str]) -> str:

@@ -17,9 +17,9 @@ LAYERS = {
     "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
     "think": ("stats", "summary", "validity", "compare", "frontier", "markup"),
-    "show": ("report", "charts", "overview", "page", "artifacts"),
+    "show": ("report", "charts", "comparison_charts", "overview", "page", "artifacts"),
     "keep": ("tracking", "view"),
-    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "evidence", "cli", "__main__", "__init__"),
+    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
@@ -40,7 +40,7 @@ HOMES = {
     "aiohttp": ("backends",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts",),
+    "matplotlib": ("charts", "comparison_charts"),
     "mlflow": ("tracking", "view", "upload"),
     "ray": ("sweep",),
 }
