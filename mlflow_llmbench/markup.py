@@ -19,10 +19,10 @@ _UNSEEN = re.compile(
 """Characters that are not seen but act: controls, changes of direction, tags; and what UTF-8 cannot write."""
 
 _MARKDOWN = re.compile(
-    r"[&<>|`*\[\]\\~#@]"
+    r"[|`*\[\]\\~#@]|&(?=[#\w])|<(?![\s\d])"
     r"|(?<![^\W_])_|_(?![^\W_])"  # inside a word an underscore is a letter
     r"|:(?=//|[\w+-]+:)|(?<=www)\."  # addresses become links by themselves, and :name: becomes a picture
-    r"|^[-+=]|^\d{1,9}[.)](?=\s|$)",
+    r"|^[->+=]|^\d{1,9}[.)](?=\s|$)",  # only at its beginning would a text be a list, a rule, a quotation or a heading
     re.IGNORECASE,
 )
 """What Markdown may take for a mark: CommonMark, tables, GitHub's extensions, and Showdown, which the MLflow UI renders with."""

@@ -267,4 +267,4 @@ def config_yaml(cell: Cell, extra: Mapping[str, object]) -> str:
     """config.yaml: every parameter as text, in the order of the vocabulary, readable by `llmbench run --config`."""
     lines = {f.name: as_text(f.name, getattr(cell, f.name)) for f in dataclasses.fields(cell)}
     lines |= {name: as_text(name, value) for name, value in extra.items()}
-    return "".join(f"{name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in lines.items())
+    return "".join(f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in lines.items())
