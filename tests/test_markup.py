@@ -19,7 +19,7 @@ from mlflow_llmbench.compare import compare, comparison_markdown
 from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.records import Cell, Failure, Reason, RunResult, Verdict
 from mlflow_llmbench.report import Row, row_of
-from mlflow_llmbench.spec import parse
+from mlflow_llmbench.spec import parse, read_yaml
 
 from .test_compare import BF16, INT4
 
@@ -144,7 +144,7 @@ def test_files_of_a_cell_stay_in_its_folder_and_its_texts_are_quoted(text: str, 
         result = dataclasses.replace(named(BF16, name), texts=({"prompt": name, "output": name},))
         artifacts.write_cell(result, folder)
         files = {str(path.relative_to(tmp_path)).partition("/")[2] for path in tmp_path.rglob("*") if path.is_file()}
-        assert read_result(folder).cell.model == name
+        assert read_result(folder).cell.model == read_yaml(str(folder / "config.yaml"))["model"] == name
         return files, elements(rendered((folder / "texts.md").read_text(encoding="utf-8")))
 
     lines = "\n".join("word" if line.strip() else "" for line in text.splitlines())
