@@ -63,11 +63,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: columns in `numeric` are numbers, and the cells (line, column) in `best` are the best of their column."""
+    """A table: columns in `numeric` are numbers, those in `measured` were measured; cells (line, column) in `best` are the best of their column."""
 
     heading: tuple[str, ...]
     body: tuple[tuple[str, ...], ...]
     numeric: frozenset[int] = frozenset()
+    measured: frozenset[int] = frozenset()
     best: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -191,8 +192,8 @@ def cells_table(rows: Sequence[Row], varied: Sequence[str]) -> Table:
     best = {(order[id(row)], first + column) for column, key in enumerate(keys) for row in leaders(rows, key)}
     names = list(varied) or ["model", "quant", "batch_size"]
     counts = [column for column, name in enumerate(names) if PARAMETERS[name].metadata["kind"] in ("count", "number")]
-    numeric = frozenset([*counts, *range(first, len(heading) - 1)])
-    return Table(tuple(heading[:-1]), tuple(tuple(line[:-1]) for line in body), numeric, frozenset(best))
+    measured = frozenset(range(first, len(heading) - 1))
+    return Table(tuple(heading[:-1]), tuple(tuple(line[:-1]) for line in body), measured | set(counts), measured, frozenset(best))
 
 
 def _reasons(row: Row) -> tuple[str, ...]:
@@ -219,7 +220,7 @@ def frontier_table(groups: Sequence[Frontier]) -> Table:
             fit = group.fits[number] if number < len(group.fits) else None
             failed = beyond[number] if number < len(beyond) else None
             line = [as_text(name, group.load[name]) for name in names]
-            line += [shape(fit.cell) if fit else "" if group.fits else "none", _gigabytes(fit.peak_bytes if fit else None)]
+            line += [shape(fit.cell) if fit else "none" if group.failed and not group.fits else "", _gigabytes(fit.peak_bytes if fit else None)]
             line += [_gigabytes(fit.predicted_bytes if fit else None)] if predicted else []
             line += [shape(failed.cell) if failed else "", _why(failed) if failed else ""]
             line += [_range(group.prediction) if number == 0 else ""] if predicted else []
@@ -287,8 +288,8 @@ def _duration(seconds: float) -> str:
 
 def _settings(spec: BenchSpec) -> list[tuple[str, str]]:
     """What is the same in all cells, as far as it is worth a word."""
-    asked = asked_params(spec)
-    return [(name, text) for name, text in asked.items() if name not in spec.varied and (name in ALWAYS_TOLD or text != default_text(name))]
+    asked = {name: text for name, text in asked_params(spec).items() if name not in spec.varied}
+    return [(name, text) for name, text in asked.items() if name in ALWAYS_TOLD or text != default_text(name)] + list(_options(spec).items())
 
 
 def drawable(rows: Sequence[Row]) -> list[Row]:
@@ -323,7 +324,14 @@ def _command(rows: Sequence[Row], subject: Subject) -> str:
 
 def sweep_command(spec: BenchSpec) -> str:
     """The command line that runs a sweep again, from the parameters as they were asked for; not where its results go."""
-    return command_line({name: text for name, text in (asked_params(spec) | option_params(spec)).items() if name not in UNREPEATED})
+    return command_line(asked_params(spec) | _options(spec))
+
+
+def _options(spec: BenchSpec) -> dict[str, str]:
+    """The options of the command that are not at their default and say something of what is measured."""
+    return {
+        name: text for name, text in option_params(spec).items() if vars(spec.options)[name] != PARAMETERS[name].default and name not in UNREPEATED
+    }
 
 
 def _markdown(table: Table, more: Mapping[str, Sequence[str]] = MappingProxyType({}), most: int | None = None) -> str:
@@ -368,7 +376,7 @@ def overview_markdown(told: Overview, charts: Sequence[str] = ()) -> str:
     parts.append("\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in told.facts))
     verdicts = [f"{state} ({', '.join(codes)})" if codes else state for state, codes in zip(told.states, told.reasons, strict=True)]
     parts += ["## Cells", _markdown(told.cells, {"verdict": verdicts, "MLflow run": told.runs})]
-    parts.append(f"In bold: {ALIKE}")
+    parts += [f"In bold: {ALIKE}"] if told.cells.best else []
     if told.explanations:
         parts += ["## What was seen", "\n".join(f"- {line}" for line in _explained(told.explanations))]
     parts += ["## What fits in memory", _markdown(told.frontier), "\n".join(f"- {markdown(note)}" for note in told.frontier_notes)]

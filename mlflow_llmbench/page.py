@@ -45,8 +45,8 @@ th { font-size: .75rem; font-weight: 500; color: var(--quiet); vertical-align: b
 td { white-space: nowrap; }
 td.long { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 .number { text-align: right; }
-.again, .void .number { color: var(--quiet); }
-.void .number { text-decoration: line-through; }
+.again, .void { color: var(--quiet); }
+.void { text-decoration: line-through; }
 .best { font-weight: 650; }
 .best::before { content: ""; display: inline-block; width: .36em; height: .36em; margin-right: .5em; border-radius: 50%;
   background: var(--good); vertical-align: .15em; }
@@ -84,7 +84,7 @@ def sweep_page(told: Overview, charts: Mapping[str, bytes]) -> str:
     """The page of a sweep; `charts`: names and SVG files."""
     parts = [
         f'<header><h1>{html(told.name)}</h1><p class="lead">{html(told.headline)}</p>{_facts(told.facts)}</header>',
-        _section("Cells", _cells(told), _note(f"A dot marks {ALIKE}")),
+        _section("Cells", _cells(told), _note(f"A dot marks {ALIKE}" if told.cells.best else "")),
         _section("What was seen", _list(f"{_badge(title)}{html(text)}" for title, text in told.explanations)) if told.explanations else "",
         _section("What fits in memory", _table(told.frontier), _list(map(html, told.frontier_notes), "note")),
         _section("Charts", f'<div class="charts">{"".join(map(_chart, charts, charts.values()))}</div>', _note(told.not_drawn)) if charts else "",
@@ -138,15 +138,16 @@ def _table(table: Table, more: Sequence[tuple[str, Sequence[str]]] = (), void: C
     for number, line in enumerate(table.body):
         above = table.body[number - 1] if number else ()
         same = next((column for column, (a, b) in enumerate(zip(line, above, strict=False)) if a != b), 0)
-        cells = [_cell(text, column in table.numeric, (number, column) in table.best, column < same) for column, text in enumerate(line)]
+        cells = []
+        for column, text in enumerate(line):
+            words = {
+                "number" if column in table.numeric else "name": True, "best": (number, column) in table.best, "again": column < same,
+                "void": number in void and column in table.measured, "long": len(text) > LONG,
+            }  # fmt: skip
+            cells.append(f'<td class="{" ".join(word for word, holds in words.items() if holds)}">{html(text)}</td>')
         cells += [f"<td>{column[number]}</td>" for _, column in more]
-        lines.append(f'<tr class="{"void" if number in void else ""}">{"".join(cells)}</tr>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>\n<tbody>{chr(10).join(lines)}</tbody></table></div>'
-
-
-def _cell(text: str, numeric: bool, best: bool, again: bool) -> str:
-    words = ["number" if numeric else "name", "best" if best else "", "again" if again else "", "long" if len(text) > LONG else ""]
-    return f'<td class="{" ".join(filter(None, words))}">{html(text)}</td>'
 
 
 def _cells(told: Overview) -> str:
