@@ -187,10 +187,16 @@ def test_limits_of_time(store_uri: str, script: str, limit: dict[str, float], me
 def test_a_model_larger_than_the_limit_of_memory_is_ended_before_the_machine_suffers(store_uri: str) -> None:
     result = fake("memory_mb=600+load_ms=1", memory_limit="300MB")
     assert result.rows[0].outcome == "oom"
-    assert "at stage loading" in result.rows[0].message and "since memory_limit is 0.30 GB" in result.rows[0].message
+    assert "at stage loading" in result.rows[0].message and "since memory_limit is 0.300 GB" in result.rows[0].message
     [failed] = runs(store_uri).values()
     assert 300e6 < failed.data.metrics["memory/host_needed_bytes_peak"] < 600e6
     assert fake("memory_mb=100+load_ms=1", memory_limit="300MB").outcome == "ok"
+
+
+def test_a_real_model_larger_than_the_limit(store_uri: str, tiny_model: Path) -> None:
+    result = run(model=str(tiny_model), memory_limit="150MB", force=True, prompt_tokens=8, output_tokens=2, batch_size="1,2")
+    assert [row.outcome for row in result.rows] == ["oom", "oom"]
+    assert "was ended there, since memory_limit is 0.150 GB" in result.rows[0].message
 
 
 def test_what_a_cell_is_estimated_to_need_is_held_against_the_limit(store_uri: str, tiny_model: Path) -> None:
