@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlflow_llmbench import machine
 from mlflow_llmbench.journal import read_events
 
+ROOT = Path(__file__).resolve().parent.parent
 FIXED = {"model": "opt-125m", "weights": "random", "output_tokens": "8", "repetitions": "5", "warmup": "3", "rerun": "true"}
 AXES = {"quant": ("fp32", "bf16"), "batch_size": ("1", "2", "4"), "prompt_tokens": ("16", "32")}
 PAIRS = 3
