@@ -32,7 +32,8 @@ TOLERANCE = {
 """Metrics that have a best cell → relative difference from it below which another is not told apart, where there is no interval."""
 
 ALIKE = (
-    "the best of a column, and what cannot be told from it: 95 % intervals that meet, or within 5 % (memory 1 %). An invalid result is never marked."
+    "the best of a column, and what cannot be told from it: 95 % intervals that meet; latencies within 5 %, or within the intervals of "
+    "the throughput; memory within 1 %. An invalid result is never marked."
 )
 
 AGAIN = "What is kept and valid is not measured again, unless --rerun is added."
@@ -151,7 +152,8 @@ def _listed(names: Sequence[str]) -> str:
 def leaders(rows: Sequence[Row], key: str) -> list[Row]:
     """The cell with the best value of a metric and those that cannot be told from it, best first; none where that is all of them.
 
-    Where the metric has an interval, cells whose interval meets that of the best are alike; else those within `TOLERANCE`.
+    Where the metric has an interval, cells whose interval meets that of the best are alike; else those within `TOLERANCE`,
+    or for a time within the two half-widths of the throughput's intervals, if that is more.
     Only measured cells count whose verdict is not invalid.
     """
     trusted = [row for row in rows if row.state in ("valid", "suspect") and key in row.metrics]
@@ -168,7 +170,9 @@ def _is_alike(row: Row, best: Row, key: str) -> bool:
     low, high = f"{key}_ci_low", f"{key}_ci_high"
     if all(name in one.metrics for name in (low, high) for one in (row, best)):
         return row.metrics[high] >= best.metrics[low] and best.metrics[high] >= row.metrics[low]
-    return abs(row.metrics[key] - best.metrics[key]) <= TOLERANCE[key] * abs(best.metrics[key])
+    # A time without an interval of its own is at least as uncertain as the throughput, which is made of such times.
+    noise = 0.0 if key in PEAKS else sum(one.metrics.get("trust/relative_half_width", 0.0) for one in (row, best))
+    return abs(row.metrics[key] - best.metrics[key]) <= max(TOLERANCE[key], noise) * abs(best.metrics[key])
 
 
 def short_name(cell: Cell, varied: Sequence[str]) -> str:

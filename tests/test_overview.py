@@ -87,6 +87,13 @@ def test_what_cannot_be_told_apart_is_not_ranked() -> None:
     assert leaders([row("bf16", 1, 100)], RATE) == []
 
 
+def test_latencies_of_noisy_cells_are_not_told_apart() -> None:
+    noisy = {"trust/relative_half_width": 0.3}
+    rows = [row("bf16", 1, 100, metrics=noisy), row("int8", 1, 70, metrics=noisy), row("int4", 1, 50, metrics={**noisy, PEAK: 1e9})]
+    assert [one.cell.quant for one in leaders(rows, TTFT)] == ["bf16", "int8"]  # 10, 14.3 and 20 ms; 60 % is the noise
+    assert [one.cell.quant for one in leaders(rows, PEAK)] == ["int4"]
+
+
 def test_only_what_decides_has_a_best() -> None:
     rows = [row("bf16", 1, 100, metrics={"load/load_s": 1.0}), row("int8", 1, 50, metrics={"load/load_s": 9.0})]
     assert leaders(rows, "load/load_s") == []
