@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, report
+from . import charts, report, scaling_charts, scaling_report
 from .journal import samples_csv, write_bytes, write_json
 from .records import RunResult
+from .scaling_study import Study
 from .summary import summarize
 from .validity import judge
 
@@ -57,6 +58,14 @@ def write_sweep(rows: Sequence[report.Row], varied: Sequence[str], folder: Path)
     write_bytes(folder / "comparison.csv", "".join(",".join(_csv_cell(c) for c in line) + "\n" for line in [heading, *body]).encode())
     write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
     charts.draw_sweep([(row.cell, row.metrics) for row in rows if row.metrics], folder / "charts")
+
+
+def write_scaling(study: Study, folder: Path) -> None:
+    """Write scaling.json, scaling.md and the charts of a scaling study. Raises JournalError, for example when the disk is full."""
+    drawn = scaling_charts.draw_study(study, folder / "charts")
+    write_json(folder / "scaling.json", scaling_report.study_json(study))
+    shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
+    write_bytes(folder / "scaling.md", scaling_report.study_markdown(study, shown).encode())
 
 
 def _csv_cell(text: str) -> str:

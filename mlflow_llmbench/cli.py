@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -49,9 +51,15 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
     compare.add_argument("--paired", action="store_true", help="the repetitions of both were measured in turns")
     compare.add_argument("--log", metavar="RUN", help="keep the comparison as an artifact of this run")
-    for command in (run, compare):
+    scaling = commands.add_parser("scaling", help="fit the scaling laws of a sweep, and say what batch, length, size and quantization cost")
+    scaling.add_argument("references", nargs="+", metavar="SWEEP", help="sweep, run id, runs:/ID, or results folder; several are taken together")
+    scaling.add_argument("--share", metavar="RATIO", type=float, default=0.5, help="of the best throughput per instance, to keep (default: 0.5)")
+    scaling.add_argument("--at", metavar="NAME=LIST", action="append", default=[], help="predict there too: batch_size=6,12 or prompt_tokens=300")
+    scaling.add_argument("--output", metavar="FOLDER", help="write scaling.json, scaling.md and charts there")
+    scaling.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep")
+    for command in (run, compare, scaling):
         command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    for command in (run, upload, compare):
+    for command in (run, upload, compare, scaling):
         command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
         command.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
@@ -168,6 +176,39 @@ def _compare(given: argparse.Namespace) -> int:
     return 0
 
 
+def _scaling(given: argparse.Namespace) -> int:
+    from . import artifacts, scaling_report, tracking
+    from .evidence import load_results
+    from .scaling_study import study_scaling
+
+    places = [place for text in given.at for place in _places(text)]
+    results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
+    study = study_scaling(results, given.share, places)
+    print(scaling_report.format_study(study))
+    if given.output:
+        artifacts.write_scaling(study, Path(given.output))
+        print(f"\nWritten: {given.output}")
+    if given.log:
+        store = tracking.open_store(given.tracking_uri)
+        with tempfile.TemporaryDirectory() as scratch:
+            artifacts.write_scaling(study, Path(scratch))
+            tracking.log_folder(store, given.log.removeprefix("runs:/"), Path(scratch), "scaling")
+    if given.json:
+        print(json.dumps(scaling_report.study_json(study), ensure_ascii=False))
+    return 0
+
+
+def _places(text: str) -> list[tuple[str, float]]:
+    """`batch_size=6,12` → the pairs to predict at."""
+    name, _, values = text.partition("=")
+    if name not in ("batch_size", "prompt_tokens"):
+        raise UsageError(f"--at takes batch_size or prompt_tokens and a list: {text}. Give --at batch_size=6,12.")
+    try:
+        return [(name, float(value)) for value in values.split(",")]
+    except ValueError:
+        raise UsageError(f"--at has a value that is not a number: {text}. Give --at {name}=6,12.") from None
+
+
 def _models(given: argparse.Namespace) -> int:
     from . import doctor, gpu, memory
 
@@ -186,4 +227,11 @@ def _doctor(given: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "upload": _upload, "compare": _compare, "models": _models, "doctor": _doctor}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "upload": _upload,
+    "compare": _compare,
+    "scaling": _scaling,
+    "models": _models,
+    "doctor": _doctor,
+}

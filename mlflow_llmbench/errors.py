@@ -7,6 +7,8 @@
     ├── TrackingError          the MLflow store refuses or cannot be reached
     ├── JournalError           the output folder cannot be written, or a record in it cannot be read
     ├── NotComparable          two results differ in more than what was asked about
+    ├── NotFitted              the data are too few, or of the wrong kind, for a law
+    ├── OutOfRange             a law was asked about what lies beyond the data that it was fitted to
     └── MeasurementError       the measurement itself failed
         ├── OutOfMemory        memory ran out while loading or generating
         ├── WorkerCrashed      the worker process ended without a word
@@ -56,6 +58,18 @@ class JournalError(LlmbenchError):
 
 class NotComparable(LlmbenchError):
     """Two results differ in more than what was asked about, or one of them cannot be trusted; nothing was compared."""
+
+    exit_code = 2
+
+
+class NotFitted(LlmbenchError):
+    """The data are too few, or of the wrong kind, for a law; no parameters were made up."""
+
+    exit_code = 2
+
+
+class OutOfRange(LlmbenchError):
+    """A law was asked about what lies beyond the data that it was fitted to; nothing was extrapolated."""
 
     exit_code = 2
 

@@ -338,6 +338,12 @@ def log_comparison(store: Store, run_id: str, text: str) -> None:
         store.client.log_text(run_id, text, "comparison.md")
 
 
+def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
+    """Keep the files of a folder as artifacts of a run, below `under`. Raises TrackingError if the run is not there."""
+    with _plain_errors(store.uri):
+        store.client.log_artifacts(run_id, str(folder), under)
+
+
 def without_password(text: str) -> str:
     """A text with the user and password of every address in it masked, for what is printed or logged."""
     return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)

@@ -16,8 +16,8 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity", "compare"),
-    "show": ("report", "charts", "artifacts"),
+    "think": ("stats", "summary", "validity", "compare", "fits", "scaling", "tradeoffs", "footprint", "scaling_study"),
+    "show": ("report", "charts", "scaling_report", "scaling_charts", "artifacts"),
     "keep": ("tracking", "view"),
     "drive": ("doctor", "progress", "upload", "sweep", "evidence", "cli", "__main__", "__init__"),
 }
@@ -40,7 +40,7 @@ HOMES = {
     "aiohttp": ("backends",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts",),
+    "matplotlib": ("charts", "scaling_charts"),
     "mlflow": ("tracking", "view", "upload"),
     "ray": ("sweep",),
 }
