@@ -60,12 +60,13 @@ def write_sweep(rows: Sequence[report.Row], varied: Sequence[str], folder: Path)
     charts.draw_sweep([(row.cell, row.metrics) for row in rows if row.metrics], folder / "charts")
 
 
-def write_scaling(study: Study, folder: Path) -> None:
-    """Write scaling.json, scaling.md and the charts of a scaling study. Raises JournalError, for example when the disk is full."""
+def write_scaling(study: Study, folder: Path) -> list[Path]:
+    """Write scaling.json, scaling.md and the charts of a scaling study; return the files. Raises JournalError, for example when the disk is full."""
     drawn = scaling_charts.draw_study(study, folder / "charts")
     write_json(folder / "scaling.json", scaling_report.study_json(study))
     shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
     write_bytes(folder / "scaling.md", scaling_report.study_markdown(study, shown).encode())
+    return [folder / "scaling.json", folder / "scaling.md", *drawn]
 
 
 def _csv_cell(text: str) -> str:

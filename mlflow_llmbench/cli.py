@@ -185,14 +185,13 @@ def _scaling(given: argparse.Namespace) -> int:
     results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
     study = study_scaling(results, given.share, places)
     print(scaling_report.format_study(study))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(given.output or scratch)
+        files = artifacts.write_scaling(study, folder) if given.output or given.log else []
+        if given.log:
+            tracking.log_files(tracking.open_store(given.tracking_uri), given.log.removeprefix("runs:/"), folder, files, "scaling")
     if given.output:
-        artifacts.write_scaling(study, Path(given.output))
         print(f"\nWritten: {given.output}")
-    if given.log:
-        store = tracking.open_store(given.tracking_uri)
-        with tempfile.TemporaryDirectory() as scratch:
-            artifacts.write_scaling(study, Path(scratch))
-            tracking.log_folder(store, given.log.removeprefix("runs:/"), Path(scratch), "scaling")
     if given.json:
         print(json.dumps(scaling_report.study_json(study), ensure_ascii=False))
     return 0

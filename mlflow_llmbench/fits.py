@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import NotFitted, OutOfRange
@@ -34,6 +33,9 @@ EXACT = 1e-24
 
 AS_GOOD, CLEARLY = 2.0, 10.0
 """Differences of AICc up to which two curves are alike, and from which one has no support (Burnham & Anderson 2002, 2.6)."""
+
+ALIKE = 1.25
+"""Ratio of leave-one-out errors up to which two curves are alike, where there are too few points for AICc."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Parameter:
     def determined(self) -> bool:
         """Whether the data bound it on both sides."""
         return self.low is not None and self.high is not None
+
+    def __str__(self) -> str:
+        """`β = 0.620 (0.553 to 0.687)`, with the digits that its interval supports."""
+        if self.low is None and self.high is None:
+            return f"{self.name} not determined"
+        width = max(abs(end - self.value) for end in (self.low, self.high) if end is not None)
+        value, low, high = (rounded(number, width) for number in (self.value, self.low, self.high))
+        return f"{self.name} = {value} ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,11 @@ class Fit:
     def parameter(self, name: str) -> Parameter:
         """A parameter by name."""
         return next(parameter for parameter in self.parameters if parameter.name == name)
+
+    @property
+    def undetermined(self) -> list[str]:
+        """Names of the parameters that the points bound on neither side."""
+        return [p.name for p in self.parameters if p.low is None and p.high is None]
 
     def predict(self, *x: float) -> Prediction:
         """The curve at x with its 95 % intervals (delta method; exact for a power law). Raises OutOfRange beyond the data."""
@@ -412,16 +427,23 @@ def share_of(formula: str, name: str, limit: Callable[[Array], Array]) -> Form:
     )  # fmt: skip
 
 
+def constant(formula: str, name: str) -> Form:
+    """No dependence at all: the rival that says whether there is anything to explain."""
+    return share_of(formula, name, _ones)
+
+
 def ranked(fits: Sequence[Fit]) -> list[Fit]:
-    """Fits of the same points, the best first: by AICc where all have one, else by the leave-one-out error."""
+    """Fits of the same points, the best first: by AICc where all have one, else by the leave-one-out error.
+
+    A curve with a parameter that the points do not determine comes after those without, however near it is: it has bent to the noise.
+    """
     by_aicc = all(found.aicc is not None for found in fits)
-    measure = partial(_merit, by_aicc=by_aicc)
-    return sorted(fits, key=measure)
 
+    def merit(found: Fit) -> tuple[bool, float]:
+        value = found.aicc if by_aicc else found.loo_error
+        return bool(found.undetermined), math.inf if value is None else value
 
-def _merit(found: Fit, by_aicc: bool) -> float:
-    value = found.aicc if by_aicc else found.loo_error
-    return math.inf if value is None else value
+    return sorted(fits, key=merit)
 
 
 def verdict(law: Fit, rivals: Sequence[Fit]) -> str:
@@ -430,16 +452,33 @@ def verdict(law: Fit, rivals: Sequence[Fit]) -> str:
         return ""
     best, *rest = ranked([law, *rivals])
     second = law if best is not law else rest[0]
-    errors = f"leave-one-out error {_percent(best.loo_error)} against {_percent(second.loo_error)}"
+    first, other = best.form.formula, second.form.formula
+    if second.undetermined and not best.undetermined:
+        return f"The cells do not determine {', '.join(second.undetermined)} of {other}; {first} is taken (leave-one-out error {percent(best.loo_error)})."
+    errors = f"leave-one-out error {percent(best.loo_error)} against {percent(second.loo_error)}"
     if best.aicc is None or second.aicc is None:
-        return f"{best.form.formula} is nearer than {second.form.formula} ({errors}; {len(law.y)} points are too few for AICc)."
+        few = f"{len(law.y)} cells are too few for AICc"
+        if (second.loo_error or math.inf) < ALIKE * (best.loo_error or 0.0):
+            return f"{first} and {other} fit about equally well ({errors}; {few})."
+        return f"{first} is nearer than {other} ({errors}; {few})."
     gap = second.aicc - best.aicc
-    against = (best.loo_error or 0.0) > (second.loo_error or math.inf)
     if gap < AS_GOOD:
-        return f"{best.form.formula} and {second.form.formula} fit about equally well (AICc differs by {gap:.1f}; {errors})."
-    how = "clearly better" if gap > CLEARLY else "better"
-    return f"{best.form.formula} fits {how} than {second.form.formula} (AICc lower by {gap:.1f}; {errors}{', which speaks against it' if against else ''})."
+        return f"{first} and {other} fit about equally well (AICc differs by {gap:.1f}; {errors})."
+    if (best.loo_error or 0.0) > (second.loo_error or math.inf):
+        return f"AICc prefers {first} to {other} by {gap:.1f}, but it predicts left-out cells less well ({errors})."
+    return f"{first} fits {'clearly better' if gap > CLEARLY else 'better'} than {other} (AICc lower by {gap:.1f}; {errors})."
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2g} %"
+def rounded(value: float | None, width: float) -> str:
+    """A number with two digits of its uncertainty, at least three and at most six significant: 201.3 ± 90 is `201`; None is `no limit`."""
+    if value is None:
+        return "no limit"
+    if value == 0 or width <= 0:
+        return f"{value:.6g}"
+    digits = 2 + math.floor(math.log10(abs(value))) - math.floor(math.log10(width))
+    return f"{value:.{min(6, max(3, digits))}g}"
+
+
+def percent(value: float | None) -> str:
+    """A share with two digits, `3.4 %`; a dash for None."""
+    return "–" if value is None else f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"

@@ -10,13 +10,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from statistics import mean
 from typing import TYPE_CHECKING
 
 from .compare import DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, UNNAMED
 from .errors import NotFitted
-from .fits import Fit, Form, Prediction, fit, line, linear, offset_power, power, ranked, rate_per_step, reciprocal, share_of, verdict
+from .fits import (
+    Fit,
+    Form,
+    Prediction,
+    constant,
+    fit,
+    line,
+    linear,
+    offset_power,
+    percent,
+    power,
+    ranked,
+    rate_per_step,
+    reciprocal,
+    share_of,
+    verdict,
+)
 from .records import Cell, LoadInfo, RunResult
 from .stats import coefficient_of_variation
 from .summary import attended, summarize
@@ -62,21 +77,22 @@ class Law:
 
 LAWS = (
     Law("throughput_by_batch", "throughput against batch size", RATE, "tokens/s", "batch_size", ("batch_size",),
-        power("T = α·b^β", "α", "β"), (rate_per_step("T = b/(a + c·b)", "a", "c"),), "β"),
+        power("T = α·b^β", "α", "β"), (rate_per_step("T = b/(a + c·b)", "a", "c"), constant("T = a", "a")), "β"),
     Law("throughput_by_size", "throughput against model size", RATE, "tokens/s", "parameters", MODEL,
         power("T = γ·size^(−δ)", "γ", "δ", falling=True), (reciprocal("T = 1/(a + c·size)", "a", "c"),), "δ", (0.4, 0.6)),
     Law("throughput_by_length", "throughput against prompt length", RATE, "tokens/s", "prompt_tokens", ("prompt_tokens",),
-        power("T = λ·s^(−μ)", "λ", "μ", falling=True), (reciprocal("T = 1/(a + c·s)", "a", "c"),), "μ", (0.2, 0.5)),
+        power("T = λ·s^(−μ)", "λ", "μ", falling=True), (reciprocal("T = 1/(a + c·s)", "a", "c"), constant("T = a", "a")), "μ", (0.2, 0.5)),
     Law("latency_by_size", "time to first token against model size", TTFT, "ms", "parameters", MODEL,
         line("L = α + β·size", "α", "β"), (power("L = a·size^c", "a", "c"),), "β"),
     Law("latency_by_batch", "time to first token against batch size", TTFT, "ms", "batch_size", ("batch_size",),
-        power("L = L₁·b^φ", "L₁", "φ"), (line("L = a + c·b", "a", "c"),), "φ", (0.2, 0.5)),
+        power("L = L₁·b^φ", "L₁", "φ"), (line("L = a + c·b", "a", "c"), constant("L = a", "a")), "φ", (0.2, 0.5)),
     Law("latency_by_length", "time to first token against prompt length", TTFT, "ms", "prompt_tokens", ("prompt_tokens",),
-        offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")), (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c")), "ω", (0.5, 1.0)),
+        offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")), (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c"), constant("L = a", "a")),
+        "ω", (0.5, 1.0)),
     Law("memory_by_size", "peak memory against model size", MEMORY, "GB", "parameters", MODEL,
         line("M = overhead + c·size", "overhead", "c"), (power("M = a·size^p", "a", "p"),), "c", scale=1e-9),
     Law("memory_by_tokens", "peak memory against tokens held", MEMORY, "GB", "held_tokens", SHAPE,
-        line("M = fixed + k·b·(s + n)", "fixed", "k"), (power("M = a·(b·(s + n))^p", "a", "p"),), "k", scale=1e-9),
+        line("M = fixed + k·b·(s + n)", "fixed", "k"), (power("M = a·(b·(s + n))^p", "a", "p"), constant("M = a", "a")), "k", scale=1e-9),
 )  # fmt: skip
 """Sources, by section of the paper: Scaling Analysis (T = α·b^β(s)), Throughput Analysis (δ, μ), Latency Analysis (φ, ω, α + β·size),
 Memory Usage Analysis (c = 4, 2, 1, 0.5 GB per 10⁹ parameters for 32, 16, 8, 4 bits). Memory against tokens held is ours: weights and
@@ -179,28 +195,29 @@ def varied_settings(cells: Sequence[Cell]) -> list[str]:
 
 
 def describe(cell: Cell, names: Sequence[str]) -> str:
-    """A cell or a group in words: model and quantization always, other settings where they are told: `opt-125m int8 batch_size=4`."""
-    rest = [f"{name}={getattr(cell, name)}" for name in names if name not in ("model", "quant", "revision")]
-    return " ".join([cell.model.rstrip("/").rsplit("/", 1)[-1], cell.quant, *rest])
+    """The named settings in words: `opt-125m int8 batch_size=4`; model and quantization where none is named."""
+    short = {"model": cell.model.rstrip("/").rsplit("/", 1)[-1], "quant": cell.quant}
+    return " ".join(short[name] if name in short else f"{name}={getattr(cell, name)}" for name in names or short)
+
+
+def subject(cells: Sequence[Measured]) -> str:
+    """What all cells have in common, in words: the model and the quantization as far as they have one."""
+    varied = varied_settings([measured.cell for measured in cells])
+    return describe(cells[0].cell, [name for name in ("model", "quant") if name not in varied] or varied[:1])
 
 
 def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
-    """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words."""
+    """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words, in order of its settings."""
     fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
     told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
-
-    def key(measured: Measured) -> str:
-        return repr((measured.result.hashes.env, [getattr(measured.cell, name) for name in fixed]))
-
     machines = {measured.result.hashes.env for measured in cells}
-    for _, group in groupby(sorted(cells, key=key), key):
-        found = list(group)
-        where = (
-            found[0].cell.quant + describe(found[0].cell, told).split(found[0].cell.quant, 1)[1]
-            if "model" in freed
-            else describe(found[0].cell, told)
-        )
-        yield where + (f" on {found[0].result.hashes.env}" if len(machines) > 1 else ""), found
+    groups: dict[tuple[object, ...], list[Measured]] = {}
+    for measured in cells:
+        groups.setdefault((measured.result.hashes.env, *(getattr(measured.cell, name) for name in fixed)), []).append(measured)
+    for key in sorted(groups, key=lambda key: [(isinstance(v, str), v is None, v or 0) if not isinstance(v, str) else (True, False, v) for v in key]):
+        first = groups[key][0]
+        where = describe(first.cell, [name for name in told if name != "revision"] or [name for name in ("model", "quant") if name not in freed])
+        yield where + (f" on {key[0]}" if len(machines) > 1 else ""), groups[key]
 
 
 def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:
@@ -387,19 +404,13 @@ def main_sentence(found: LawFit) -> str:
 
 
 def parameters_text(found: Fit) -> str:
-    """All parameters with their intervals: `β = 0.62 (0.55 to 0.69)`."""
-    return ", ".join(
-        f"{p.name} = {p.value:.3g} ({_end(p.low)} to {_end(p.high)}{'' if p.determined else ', not determined'})" for p in found.parameters
-    )
+    """All parameters with their intervals: `α = 201 (130 to 310), β = 0.62 (0.55 to 0.69)`."""
+    return ", ".join(map(str, found.parameters))
 
 
 def describe_fit(found: Fit) -> str:
     """A curve with its parameters' values, without intervals: `T = b/(a + c·b), a = 0.02, c = 0.001`."""
     return ", ".join([found.form.formula, *(f"{p.name} = {p.value:.3g}" for p in found.parameters)])
-
-
-def _end(value: float | None) -> str:
-    return "no limit" if value is None else f"{value:.3g}"
 
 
 def paper_range(found: LawFit) -> tuple[float, float] | None:
@@ -413,6 +424,8 @@ def paper_range(found: LawFit) -> tuple[float, float] | None:
 def _against_paper(found: LawFit) -> str:
     """Whether the interval of the main parameter meets the paper's range."""
     expected, main = paper_range(found), found.fit.parameter(found.law.main)
+    if found.law.key == "memory_by_tokens":
+        return _against_cache(found)
     if expected is None:
         return ""
     said = f"{expected[0]:g}" if expected[0] == expected[1] else f"{expected[0]:g} to {expected[1]:g}"
@@ -422,6 +435,15 @@ def _against_paper(found: LawFit) -> str:
     return f"The paper's {main.name} of {said} is {'compatible with this' if meets else 'not what is seen here'}."
 
 
+def _against_cache(found: LawFit) -> str:
+    """The slope of memory beside the KV cache's bytes per token."""
+    load, slope = found.cells[0].result.load, found.fit.parameter("k")
+    if load is None or not load.kv_bytes_per_token or slope.low is None or slope.high is None:
+        return ""
+    value, low, high = (number / found.law.scale for number in (slope.value, slope.low, slope.high))
+    return f"That is {value:,.0f} bytes for each token held ({low:,.0f} to {high:,.0f}), and the KV cache takes {load.kv_bytes_per_token:,}."
+
+
 def _misfit_sentence(found: LawFit) -> str:
     """A warning where the residuals are larger than what the repetitions explain."""
     if not found.refuted or not found.noise:
@@ -429,8 +451,8 @@ def _misfit_sentence(found: LawFit) -> str:
     worst = max(range(len(found.cells)), key=lambda i: abs(found.fit.residuals[i]))
     times = found.fit.sigma / found.noise
     return (
-        f"It is an approximation: the cells lie off it by typically {found.fit.sigma:.1%}, {times:.0f} times what their repetitions explain, "
-        f"most at {found.fit.x[worst][0]:g} ({found.fit.residuals[worst]:+.1%})."
+        f"It is an approximation: the cells lie off it by typically {percent(found.fit.sigma)}, {times:.0f} times what their repetitions explain, "
+        f"most at {found.fit.x[worst][0]:g}."
     )
 
 
@@ -442,5 +464,4 @@ def surface_sentence(surface: Surface) -> str:
 
 
 def _exponent(found: Fit) -> str:
-    beta = found.parameter("β")
-    return f"{beta.value:.3g} ({_end(beta.low)} to {_end(beta.high)})"
+    return str(found.parameter("β")).removeprefix("β = ")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .charts import BLUE, GREY, INK, ORANGE, WIDTH, lay_out, put_legend, save, style
+from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, lay_out, put_legend, save, style
 from .fits import Fit, Prediction
 from .scaling import LawFit, Surface, parameters_text
 from .scaling_study import Study
@@ -50,14 +51,13 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     law = shown[0].law
-    notes = [law.form.formula, f"first {len(shown)} of {len(laws)} groups" if len(laws) > len(shown) else ""]
-    notes.append(shown[0].where if len(shown) == 1 else "")
+    notes = [study.subject, law.form.formula, f"first {len(shown)} of {len(laws)} groups" if len(laws) > len(shown) else ""]
     size = max(WIDTH, 3.9 * columns), 4.6 if rows == 1 else 1 + 3.2 * rows
     figure, panels = lay_out(law.title[:1].upper() + law.title[1:], " · ".join(filter(None, notes)), size, (rows, columns))
     for number, (axes, found) in enumerate(zip(panels, shown, strict=False)):
         predictions = [predicted for owner, predicted in study.predictions if owner is found]
         _draw_law(axes, found, predictions)
-        axes.set(title=found.where if len(shown) > 1 else "", xlabel=AXES[law.over])
+        axes.set(title=textwrap.shorten(found.where, 44, placeholder="…") if len(shown) > 1 else "", xlabel=AXES[law.over])
         if number % columns == 0:
             axes.set_ylabel(f"{law.title.partition(' against ')[0].capitalize()} ({law.unit})")
         parameters = parameters_text(found.fit).replace("), ", ")\n")
@@ -95,7 +95,7 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
         at = [p.x[0] for p in predictions]
         axes.vlines(at, [p.low for p in predictions], [p.high for p in predictions], color=GREY, linewidth=1.0)
         axes.plot(at, [p.value for p in predictions], "o", mfc="white", mec=GREY, markersize=5, label="predicted", zorder=3)
-    _scale(axes, places, [*found.fit.y, *(p.mean_low for p in curve), *(min(p.mean_high, 3 * p.value) for p in curve)])
+    _scale(axes, places, [*found.fit.y, *(min(p.mean_high, 2 * p.value) for p in curve)])
 
 
 def _values(found: Fit, x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
@@ -123,7 +123,7 @@ def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
     """β of the batch size by prompt length, with 95 % intervals: the paper's β(s)."""
     figure, (axes,) = lay_out("Exponent of the batch size by prompt length", "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval")
     for number, surface in enumerate(surfaces[:MOST_PANELS]):
-        colour = f"C{number}"
+        colour = (BLUE, ORANGE, RED, BROWN, GREY, INK)[number % 6]
         points = [(length, fit.parameter("β")) for length, fit in surface.exponents]
         shift = 1.015 ** (number - (len(surfaces) - 1) / 2)
         x = [length * shift for length, _ in points]

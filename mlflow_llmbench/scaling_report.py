@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .fits import Fit, Prediction
+from .fits import Fit, percent
 from .footprint import Account, Growth
 from .records import to_json
 from .report import markdown_table
-from .scaling import LawFit, describe_fit, main_sentence, paper_range, parameters_text, surface_sentence
+from .scaling import LawFit, main_sentence, paper_range, parameters_text, surface_sentence
 from .scaling_study import WATCHED, BatchScaling, CliffSearch, ExchangeAt, QuantEfficiency, Study
 from .tradeoffs import Ratio
 
@@ -29,11 +29,20 @@ def sections(study: Study) -> dict[str, list[str]]:
         "Latency cliffs": _cliff_sentences(study.cliffs),
         "Prompt against output": [_exchange_sentence(found) for found in study.exchanges],
         "Memory": list(_memory_sentences(study)),
-        "Predicted, not measured": [prediction_sentence(law, predicted) for law, predicted in study.predictions],
-        "Not said": list(study.refused),
+        "Not said": _merged(study.refused),
         "Left out": [f"{line}. The cell's verdict is not good enough." for line in study.left_out],
     }
     return {heading: sentences for heading, sentences in found.items() if sentences}
+
+
+def _merged(refused: Sequence[str]) -> list[str]:
+    """Refusals with the same reason once, with the number of groups."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for line in refused:
+        what, _, why = line.partition("): ")
+        name, _, where = what.rpartition(" (")
+        found.setdefault((name, why), []).append(where)
+    return [f"{name} ({places[0] if len(places) == 1 else f'{len(places)} groups'}): {why}" for (name, why), places in found.items()]
 
 
 def law_cells(study: Study) -> tuple[list[str], list[list[str]]]:
@@ -42,31 +51,45 @@ def law_cells(study: Study) -> tuple[list[str], list[list[str]]]:
     body = []
     for law in study.laws:
         low, high = law.fit.ranges[0]
-        line = [law.law.title, law.where, law.fit.form.formula, parameters_text(law.fit), f"{low:g} to {high:g}", _optional(law.fit.r_squared, ".4f")]
-        body.append([*line, f"{law.fit.sigma:.1%}", _optional(law.fit.loo_error, ".1%"), law.best.form.formula])
+        line = [
+            law.law.title,
+            law.where,
+            law.fit.form.formula,
+            parameters_text(law.fit),
+            f"{low:g} to {high:g}",
+            "–" if law.fit.r_squared is None else f"{law.fit.r_squared:.4f}",
+        ]
+        body.append([*line, percent(law.fit.sigma), percent(law.fit.loo_error), law.best.form.formula])
     return heading, body
 
 
-def _optional(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def prediction_cells(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Heading and body of the table of predictions: values that were not measured, and where a measurement would lie."""
+    heading = ["predicted, not measured", "cells", "at", "value", "95 % interval of a new measurement", "by"]
+    body = []
+    for law, p in study.predictions:
+        name = law.law.title.partition(" against ")[0]
+        interval = f"{p.low:.4g} to {p.high:.4g}"
+        body.append([name, law.where, f"{law.law.over} {p.x[0]:g}", f"{p.value:.4g} {law.law.unit}", interval, law.best.form.formula])
+    return heading, body
+
+
+def _columns(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *body])
 
 
 def format_study(study: Study) -> str:
-    """The study for a terminal: the table of laws, then the sentences."""
-    parts = []
-    if study.laws:
-        heading, body = law_cells(study)
-        widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
-        parts.append("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *body]))
-    parts += ["\n".join([f"{heading}:", *(f"- {sentence}" for sentence in sentences)]) for heading, sentences in sections(study).items()]
-    return "\n\n".join([*parts, METHOD])
+    """The study for a terminal: the tables of laws and of predictions, then the sentences."""
+    tables = [_columns(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
+    sentences = ["\n".join([f"{heading}:", *(f"- {sentence}" for sentence in found)]) for heading, found in sections(study).items()]
+    return "\n\n".join([f"{study.cells} cells: {study.subject}", *tables, *sentences, METHOD])
 
 
 def study_markdown(study: Study, charts: Sequence[str] = ()) -> str:
-    """scaling.md: the table, the charts (paths relative to the file), the sentences."""
-    parts = ["# Scaling", f"{study.cells} cells. {METHOD}"]
-    if study.laws:
-        parts.append(markdown_table(*law_cells(study)))
+    """scaling.md: the tables, the charts (paths relative to the file), the sentences."""
+    parts = [f"# Scaling: {study.subject}", f"{study.cells} cells. {METHOD}"]
+    parts += [markdown_table(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
     parts += [f"![{path}]({path})" for path in charts]
     for heading, sentences in sections(study).items():
         parts += [f"## {heading}", "\n".join(f"- {sentence}" for sentence in sentences)]
@@ -76,7 +99,8 @@ def study_markdown(study: Study, charts: Sequence[str] = ()) -> str:
 def study_json(study: Study) -> dict[str, Any]:
     """The study as plain JSON data. Predictions carry `predicted: true`; absent is null."""
     rest = {
-        name: to_json(getattr(study, name)) for name in ("cells", "batches", "quants", "cliffs", "exchanges", "footprints", "refused", "left_out")
+        name: to_json(getattr(study, name))
+        for name in ("cells", "subject", "batches", "quants", "cliffs", "exchanges", "footprints", "refused", "left_out")
     }
     return {
         "laws": [_law_json(law) for law in study.laws],
@@ -123,11 +147,15 @@ def _ratio(found: Ratio) -> str:
 
 def _batch_sentences(batch: BatchScaling) -> Iterator[str]:
     if batch.efficiency:
-        yield f"Scaling efficiency ({batch.where}): " + ", ".join(f"{found.name} {_ratio(found)}" for found in batch.efficiency) + "."
+        yield (
+            f"Scaling efficiency η of the batch size ({batch.where}): "
+            + ", ".join(f"{_ratio(found)} at {found.name}" for found in batch.efficiency)
+            + "."
+        )
     best = batch.optimal
     alike = f" (not measurably better than {', '.join(map(str, best.alike))})" if best.alike else ""
     yield (
-        f"Best batch size ({batch.where}): {best.per_instance} by throughput per instance{alike}; the largest that keeps {best.share:.0%} of that is "
+        f"Best batch size ({batch.where}): {best.per_instance} by throughput per instance{alike}; the largest that keeps {percent(best.share)} of that is "
         f"{best.largest}; {best.throughput} has the highest throughput."
     )
 
@@ -135,7 +163,7 @@ def _batch_sentences(batch: BatchScaling) -> Iterator[str]:
 def _quant_sentences(quant: QuantEfficiency) -> Iterator[str]:
     for speed, memory in zip(quant.efficiency, quant.memory, strict=True):
         saved = [
-            f"{name} {value:.0%}"
+            f"{name} {percent(value)}"
             for name, value in (("in theory", memory.theory), ("of the weights", memory.weights), ("of the peak", memory.peak))
             if value is not None
         ]
@@ -185,14 +213,12 @@ def _memory_sentences(study: Study) -> Iterator[str]:
 
 def account_sentence(where: str, parts: Account) -> str:
     """The peak and its parts; the rest is named."""
-
-    def size(value: int) -> str:
-        return f"{value / 1e9:.3f} GB"
-
-    return (
-        f"Highest {parts.where} peak ({where}): {size(parts.peak)} = {size(parts.baseline)} before the load + {size(parts.weights)} weights + {size(parts.cache)} KV cache + "
-        f"{size(parts.load_rest)} that the load left besides (buffers, allocator) + {size(parts.run_rest)} while generating (activations, logits, copies of the cache)."
-    )
+    named = {
+        "before the load": parts.baseline, "weights": parts.weights, "that the load left besides (buffers, allocator)": parts.load_rest,
+        "KV cache": parts.cache, "while generating (activations, logits, copies of the cache)": parts.run_rest,
+    }  # fmt: skip
+    terms = " ".join(f"{'−' if value < 0 else '+'} {abs(value) / 1e9:.3f} GB {name}" for name, value in named.items())
+    return f"Highest {parts.where} peak ({where}): {parts.peak / 1e9:.3f} GB = {terms.removeprefix('+ ')}."
 
 
 def leak_sentence(where: str, grown: Growth) -> str:
@@ -202,12 +228,4 @@ def leak_sentence(where: str, grown: Growth) -> str:
         f"Memory grows from repetition to repetition ({where}): {kept.slope:,.0f} bytes each ({kept.low:,.0f} to {kept.high:,.0f}). Look for a leak."
         if kept
         else ""
-    )
-
-
-def prediction_sentence(law: LawFit, predicted: Prediction) -> str:
-    """A value that was not measured, marked as such, with the interval in which a measurement would lie."""
-    return (
-        f"Predicted: {law.law.title.partition(' against ')[0]} at {law.law.over.replace('_', ' ')} {predicted.x[0]:g} ({law.where}) is {predicted.value:.4g} {law.law.unit} "
-        f"({predicted.low:.4g} to {predicted.high:.4g}), by {describe_fit(law.best)}."
     )

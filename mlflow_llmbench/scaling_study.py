@@ -12,7 +12,7 @@ from .errors import LlmbenchError, UsageError
 from .fits import Prediction
 from .footprint import Account, Growth, Reduction
 from .records import RunResult
-from .scaling import TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, untried, usable
+from .scaling import TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, subject, untried, usable
 from .tradeoffs import Cliff, Exchange, OptimalBatch, Ratio
 
 T = TypeVar("T")
@@ -79,6 +79,7 @@ class Study:
     """What was found, and, in one line each, what was refused (`refused`) and which cells were left out (`left_out`)."""
 
     cells: int
+    subject: str
     laws: tuple[LawFit, ...]
     surfaces: tuple[Surface, ...] = ()
     batches: tuple[BatchScaling, ...] = ()
@@ -122,7 +123,7 @@ def study_scaling(results: Sequence[RunResult], share: float = tradeoffs.KEPT_SH
     surfaces, more = fit_surfaces(cells, laws)
     notes.refused += refused + more
     return Study(
-        len(cells), tuple(laws), tuple(surfaces), tuple(_batches(cells, share, notes)), tuple(_quants(cells)), tuple(_cliffs(cells, notes)),
+        len(cells), subject(cells), tuple(laws), tuple(surfaces), tuple(_batches(cells, share, notes)), tuple(_quants(cells)), tuple(_cliffs(cells, notes)),
         tuple(_exchanges(laws, notes)), tuple(_footprints(cells)), tuple(_predictions(laws, at)), tuple(notes.refused), tuple(left_out),
     )  # fmt: skip
 

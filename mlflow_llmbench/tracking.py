@@ -338,10 +338,11 @@ def log_comparison(store: Store, run_id: str, text: str) -> None:
         store.client.log_text(run_id, text, "comparison.md")
 
 
-def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
-    """Keep the files of a folder as artifacts of a run, below `under`. Raises TrackingError if the run is not there."""
+def log_files(store: Store, run_id: str, folder: Path, files: Sequence[Path], under: str) -> None:
+    """Keep files of a folder as artifacts of a run, below `under`. Raises TrackingError if the run is not there."""
     with _plain_errors(store.uri):
-        store.client.log_artifacts(run_id, str(folder), under)
+        for file in files:
+            store.client.log_artifact(run_id, str(file), str(Path(under) / file.parent.relative_to(folder)))
 
 
 def without_password(text: str) -> str:

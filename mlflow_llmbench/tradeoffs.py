@@ -31,7 +31,7 @@ BRANCH = 8
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two cells' throughput and its 95 % interval (None with fewer than two repetitions on a side)."""
+    """A ratio of two cells' throughput by the name of the first (its batch size or quantization), and its 95 % interval (None with fewer than two repetitions on a side)."""
 
     name: str
     value: float
@@ -90,7 +90,7 @@ def scaling_efficiency(rates: Mapping[int, Sequence[float]]) -> list[Ratio]:
     """
     if 1 not in rates:
         raise NotFitted(f"Scaling efficiency needs batch size 1, and {', '.join(map(str, rates))} were measured. Measure it too.")
-    return [ratio(f"η at batch size {size}", values, rates[1], 1 / size) for size, values in sorted(rates.items()) if size != 1]
+    return [ratio(str(size), values, rates[1], 1 / size) for size, values in sorted(rates.items()) if size != 1]
 
 
 def quantization_efficiency(name: str, quantized: Sequence[float], reference: Sequence[float]) -> Ratio:
@@ -122,7 +122,8 @@ def find_cliffs(series: Mapping[float, Sequence[float]], steepest: float) -> lis
     a quadratic) e rises steadily with x and nowhere falls again, and stays below `steepest` (1 over batch sizes, since one could run
     the rows one by one; 2 over lengths, for quadratic attention). A cliff is a step whose e exceeds that before it and
     that after it (at an end: `steepest`) — both in a one-sided Welch test of the contrast at 5 %, Holm over all steps (an
-    intersection-union test, Berger 1982, so no further correction for the two) — and whose jump is at least `LEAST_CLIFF`.
+    intersection-union test, Berger 1982, so no further correction for the two) — and whose jump is at least `LEAST_CLIFF`. A jump in the first or
+    last step that stays below proportion is not told from growth, and one that spreads over two steps is not told at all.
 
     Raises NotFitted with fewer than 3 places, or fewer than 2 values at one.
     """
