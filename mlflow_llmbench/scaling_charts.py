@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, lay_out, put_legend, save, style
-from .fits import Fit, Prediction
+from .fits import Fit, Prediction, ranked
 from .scaling import LawFit, Surface, parameters_text
 from .scaling_study import Study
 from .stats import t_interval
@@ -77,12 +77,12 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
     x = np.geomspace(low, high, POINTS)
     x[0], x[-1] = low, high  # not a rounding error beyond them
     curve = [found.fit.predict(float(place)) for place in x]
-    axes.fill_between(
-        x, [p.mean_low for p in curve], [p.mean_high for p in curve], color=BLUE, alpha=0.18, linewidth=0, label="95 % interval of the law"
-    )
+    band = [] if found.fit.undetermined else [value for p in curve for value in (p.mean_low, p.mean_high)]
+    if band:
+        axes.fill_between(x, band[::2], band[1::2], color=BLUE, alpha=0.18, linewidth=0, label="95 % interval of the law")
     axes.plot(x, [p.value for p in curve], color=BLUE, linewidth=1.6, label="law")
     if found.rivals:
-        rival = min(found.rivals, key=lambda fit: fit.sigma)
+        rival = ranked(found.rivals)[0]
         axes.plot(x, _values(rival, x), color=ORANGE, linewidth=1.4, linestyle=(0, (4, 2)), label="nearest rival")
     places = np.array([place[0] for place in found.fit.x])
     for place, measured, value in zip(places, found.cells, found.fit.y, strict=True):
@@ -95,7 +95,7 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
         at = [p.x[0] for p in predictions]
         axes.vlines(at, [p.low for p in predictions], [p.high for p in predictions], color=GREY, linewidth=1.0)
         axes.plot(at, [p.value for p in predictions], "o", mfc="white", mec=GREY, markersize=5, label="predicted", zorder=3)
-    _scale(axes, places, [*found.fit.y, *(min(p.mean_high, 2 * p.value) for p in curve)])
+    _scale(axes, places, [*found.fit.y, *(min(high, 2 * max(found.fit.y)) for high in band[1::2])])
 
 
 def _values(found: Fit, x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
@@ -106,7 +106,7 @@ def _scale(axes: Axes, places: np.ndarray[tuple[int], np.dtype[np.float64]], val
     """Logarithmic x with the measured places as ticks; y from 0, or logarithmic over a wide range; room for the parameters above."""
     axes.set_xscale("log", base=2)
     ticks = sorted({float(place) for place in places})
-    kept = [tick for i, tick in enumerate(ticks) if i == 0 or len(ticks) <= 8 or i % 2 == 0]
+    kept = ticks if len(ticks) <= 8 else [2.0**k for k in range(-6, 31) if ticks[0] <= 2.0**k <= ticks[-1]]
     axes.set_xticks(kept, [f"{tick:,.0f}" if tick >= 10 else f"{tick:.3g}" for tick in kept])
     axes.minorticks_off()
     air = (ticks[-1] / ticks[0]) ** 0.06
