@@ -1,4 +1,4 @@
-"""Charts as SVG and PNG, of one measured cell and of a sweep. With `scaling_charts` the only user of matplotlib.
+"""Charts as SVG and PNG, of one measured cell and of a sweep, and the look of all charts.
 
 Same input, same bytes. pyplot is not used; the style holds for the time of a call, in an `rc_context`, so a notebook's own
 settings are neither read nor changed (rcParams are global: do not draw in two threads at once).
@@ -65,10 +65,10 @@ def draw_cell(result: RunResult, folder: Path) -> list[Path]:
 
     A chart without data (one output token, no timeline, a failed cell) is left out. Creates `folder`.
     """
-    with style():
+    with _style():
         drawn = _itl_figure(result), _latency_figure(result), _memory_figure(result)
         charts = zip(("itl_by_token", "latency_distribution", "memory_timeline"), drawn, strict=True)
-        return [path for name, figure in charts if figure for path in save(figure, folder, name)]
+        return [path for name, figure in charts if figure for path in _save(figure, folder, name)]
 
 
 def draw_sweep(points: Points, folder: Path) -> list[Path]:
@@ -84,14 +84,13 @@ def draw_sweep(points: Points, folder: Path) -> list[Path]:
             keys.setdefault(chart, key)
     if len({cell for cell, _ in points}) < 2 or not keys:
         return []
-    with style():
+    with _style():
         charts = {"overview": _overview_figure(points, keys.values())} | {name: _sweep_figure(points, key) for name, key in keys.items()}
-        return [path for name, figure in charts.items() for path in save(figure, folder, name)]
+        return [path for name, figure in charts.items() for path in _save(figure, folder, name)]
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """Our look, for the time of a `with`."""
+def _style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context():
@@ -100,15 +99,14 @@ def style() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as .svg and .png; return the files. Creates `folder`."""
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     figure.savefig(folder / f"{name}.png", dpi=DPI)
     return [folder / f"{name}.svg", folder / f"{name}.png"]
 
 
-def lay_out(
+def _figure(
     title: str, subtitle: str, inches: tuple[float, float] = (WIDTH, HEIGHT), grid: tuple[int, int] = (1, 1), legend: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """Lay out a bold title, a grey line below it, room for a row of legend entries, and rows × columns of axes."""
@@ -125,7 +123,7 @@ def lay_out(
     return figure, list(figure.subplots(*grid, squeeze=False).flat)
 
 
-def put_legend(figure: Figure, handles: Sequence[Any]) -> None:
+def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
     """One row of entries under the subtitle, outside the axes, where nothing is hidden by it."""
     place = (0.12 / figure.get_figwidth(), 1 - 0.62 / figure.get_figheight())
     form = {"borderaxespad": 0.0, "borderpad": 0.1, "handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.4}
@@ -186,7 +184,7 @@ def _itl_figure(result: RunResult) -> Figure | None:
     tokens = np.array([part.mean() for part in np.split(np.arange(2.0, longest + 2), starts[1:])])
     medians = np.array([np.median(part) for part in np.split(middle, starts[1:])])
     subtitle = f"{_describe(result.cell)} · {_count(result, len(gaps))}" + (f" · bins of {stride} tokens" if stride > 1 else "")
-    figure, (axes,) = lay_out(f"{_name(result.cell.model)} · inter-token latency by token", subtitle)
+    figure, (axes,) = _figure(f"{_name(result.cell.model)} · inter-token latency by token", subtitle)
     axes.plot(tokens, medians, color=BLUE, linewidth=1.5, label="median", marker="o" if longest < 3 else "")
     if len(gaps) > 1:
         band = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
@@ -198,7 +196,7 @@ def _itl_figure(result: RunResult) -> Figure | None:
     axes.set(xlabel="Token index", ylabel="Inter-token latency (ms)")
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_xlim(2 - max(0.5, 0.02 * longest), longest + 1 + max(0.5, 0.02 * longest))
-    put_legend(figure, axes.get_legend_handles_labels()[0])
+    _put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
@@ -210,7 +208,7 @@ def _latency_figure(result: RunResult) -> Figure | None:
     values = np.concatenate([_gaps(request) for request in requests])
     weights = np.concatenate([np.full(request.output_tokens - 1, request.rows) for request in requests])
     title = f"{_name(result.cell.model)} · latency distribution"
-    figure, panels = lay_out(title, _describe(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
+    figure, panels = _figure(title, _describe(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
     if len(values):
         _draw_distribution(panels[0], values, weights)
     ttft = np.array([(request.stamps_ns[0] - request.t0_ns) / 1e6 for request in requests])
@@ -260,7 +258,7 @@ def _memory_figure(result: RunResult) -> Figure | None:
         return None
     start = result.timeline[0].t_ns
     marks = {stage: (t - start) / 1e9 for stage, t in sorted(result.marks.items(), key=lambda mark: mark[1])}
-    figure, (axes,) = lay_out(f"{_name(result.cell.model)} · memory over time", _describe(result.cell), (WIDTH, HEIGHT + 0.4))
+    figure, (axes,) = _figure(f"{_name(result.cell.model)} · memory over time", _describe(result.cell), (WIDTH, HEIGHT + 0.4))
     for label, name, colour in (("host resident", "rss", BLUE), ("host anonymous", "anonymous", ORANGE), ("device", "device", RED)):
         samples = [((s.t_ns - start) / 1e9, getattr(s, name) / 1e9) for s in result.timeline if getattr(s, name) is not None]
         if samples:
@@ -277,7 +275,7 @@ def _memory_figure(result: RunResult) -> Figure | None:
     axes.set(xlim=(min(ends) - air, max(ends) + air), xlabel="Time since the first sample (s)")
     axes.set(ylim=(0, max(axes.dataLim.y1, 1e-3) * 1.08), ylabel="Memory (GB)")
     _draw_marks(axes, marks)
-    put_legend(figure, axes.get_legend_handles_labels()[0])
+    _put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
@@ -354,7 +352,7 @@ def _bars_figure(points: Points, grid: Grid, topic: str, notes: Sequence[str], d
     if any(key.endswith("_peak") for _, key, _ in drawn) and any(metrics.get("memory/weight_bytes") for _, metrics in points):
         legend.append(Patch(facecolor="#00000040", label="shaded: weights"))
     size = width, HEIGHT if rows == 1 else 1 + 3 * rows
-    figure, panels = lay_out(title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend))
+    figure, panels = _figure(title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend))
     for number, (axes, (panel, key, heading)) in enumerate(zip(panels, drawn, strict=False)):
         _draw_bars(axes, grid, panel, key, width / columns - 0.8)
         _, what, unit = SWEEP_AXES[key]
@@ -362,7 +360,7 @@ def _bars_figure(points: Points, grid: Grid, topic: str, notes: Sequence[str], d
     for axes in panels[len(drawn) :]:
         axes.remove()
     if legend:
-        put_legend(figure, legend)
+        _put_legend(figure, legend)
     return figure
 
 

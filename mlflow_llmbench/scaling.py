@@ -34,7 +34,7 @@ from .fits import (
 )
 from .records import Cell, LoadInfo, RunResult
 from .stats import coefficient_of_variation
-from .summary import attended, summarize
+from .summary import attended, summarize, unit_values
 from .validity import judge
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ PAPER_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5, 
 
 @dataclass(frozen=True)
 class Measured:
-    """A result that may be used, with its summary metrics; `values` are those of each repetition, per metric."""
+    """A result that may be used, with its summary metrics; `values` are those of each unit, per metric."""
 
     result: RunResult
     metrics: Mapping[str, float]
@@ -125,10 +125,10 @@ class Measured:
         return prompt if name == "prompt_tokens" else float(getattr(self.cell, name))
 
     def values(self, metric: str) -> list[float]:
-        """The metric of each repetition; empty for what a run has once."""
+        """The metric of each repetition, or of each process where there are several; empty for what a run has once."""
         of = PER_REPETITION.get(metric)
-        found = [of(repetition) for repetition in self.result.repetitions] if of else []
-        return [value for value in found if value is not None and value > 0]
+        found = unit_values(self.result, of) if of else None
+        return [value for value in found or [] if value > 0]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, lay_out, put_legend, save, style
+from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, _figure, _put_legend, _save, _style
 from .fits import Fit, Prediction, ranked
 from .scaling import LawFit, Surface, parameters_text
 from .scaling_study import Study
@@ -37,11 +37,11 @@ POINTS = 120  # of a curve
 def draw_study(study: Study, folder: Path) -> list[Path]:
     """Write one chart per law that was fitted, and `exponent_by_length`, as .svg and .png; return the files. Creates `folder`."""
     files: list[Path] = []
-    with style():
+    with _style():
         for key in dict.fromkeys(law.law.key for law in study.laws):
-            files += save(_law_figure([law for law in study.laws if law.law.key == key], study), folder, key)
+            files += _save(_law_figure([law for law in study.laws if law.law.key == key], study), folder, key)
         if study.surfaces:
-            files += save(_exponents_figure(study.surfaces), folder, "exponent_by_length")
+            files += _save(_exponents_figure(study.surfaces), folder, "exponent_by_length")
     return files
 
 
@@ -53,7 +53,7 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
     law = shown[0].law
     notes = [study.subject, law.form.formula, f"first {len(shown)} of {len(laws)} groups" if len(laws) > len(shown) else ""]
     size = max(WIDTH, 3.9 * columns), 4.6 if rows == 1 else 1 + 3.2 * rows
-    figure, panels = lay_out(law.title[:1].upper() + law.title[1:], " · ".join(filter(None, notes)), size, (rows, columns))
+    figure, panels = _figure(law.title[:1].upper() + law.title[1:], " · ".join(filter(None, notes)), size, (rows, columns))
     for number, (axes, found) in enumerate(zip(panels, shown, strict=False)):
         predictions = [predicted for owner, predicted in study.predictions if owner is found]
         _draw_law(axes, found, predictions)
@@ -68,7 +68,7 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
     handles = {label: handle for axes in panels[: len(shown)] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for label, handle in handles.items():
         handle.set_label(label)
-    put_legend(figure, list(handles.values()))
+    _put_legend(figure, list(handles.values()))
     return figure
 
 
@@ -121,7 +121,7 @@ def _scale(axes: Axes, places: np.ndarray[tuple[int], np.dtype[np.float64]], val
 
 def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
     """β of the batch size by prompt length, with 95 % intervals: the paper's β(s)."""
-    figure, (axes,) = lay_out("Exponent of the batch size by prompt length", "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval")
+    figure, (axes,) = _figure("Exponent of the batch size by prompt length", "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval")
     for number, surface in enumerate(surfaces[:MOST_PANELS]):
         colour = (BLUE, ORANGE, RED, BROWN, GREY, INK)[number % 6]
         points = [(length, fit.parameter("β")) for length, fit in surface.exponents]
@@ -139,5 +139,5 @@ def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="Prompt tokens", ylabel="β", ylim=(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1])))
-    put_legend(figure, axes.get_legend_handles_labels()[0])
+    _put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure

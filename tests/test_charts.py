@@ -195,7 +195,7 @@ def test_memory_chart_draws_samples_marks_and_exact_readings() -> None:
 def test_names_of_stages_do_not_overlap() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with charts.style():
+    with charts._style():
         crowded = dataclasses.replace(result_of([[20.0]]), marks={stage: t * S // 4 for stage, t in MARKS.items()})
         figure: Any = charts._memory_figure(crowded)
         canvas: Any = FigureCanvasAgg(figure)

@@ -14,12 +14,12 @@ PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload"),
-    "world": ("memory", "gpu", "machine", "backends"),
+    "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
     "think": ("stats", "summary", "validity", "compare", "fits", "scaling", "tradeoffs", "footprint", "scaling_study"),
-    "show": ("report", "charts", "scaling_report", "scaling_charts", "artifacts"),
+    "show": ("report", "charts", "comparison_charts", "scaling_report", "scaling_charts", "artifacts"),
     "keep": ("tracking", "view"),
-    "drive": ("doctor", "progress", "upload", "sweep", "evidence", "cli", "__main__", "__init__"),
+    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
@@ -40,7 +40,7 @@ HOMES = {
     "aiohttp": ("backends",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts", "scaling_charts"),
+    "matplotlib": ("charts", "comparison_charts", "scaling_charts"),
     "mlflow": ("tracking", "view", "upload"),
     "ray": ("sweep",),
 }
