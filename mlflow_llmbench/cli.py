@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_parameters(run, PARAMETERS)
     run.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
+    plan = commands.add_parser("plan", help="show what `run` would measure with the same parameters: cells, memory, least time; nothing is started")
+    _add_parameters(plan, PARAMETERS)
+    plan.add_argument("--config", metavar="FILE", help="YAML file of parameters; options given here override it")
     duel = commands.add_parser(
         "ab",
         help="measure two configurations in turns, in fresh processes, and say how they differ",
@@ -68,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep")
     for command in (compare, duel):
         command.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
-    for command in (run, compare, duel, scaling):
+    for command in (run, plan, compare, duel, scaling):
         command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
     for command in (run, upload, compare, duel, scaling):
         command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
@@ -118,10 +121,28 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(given: argparse.Namespace) -> int:
+def _parameters(given: argparse.Namespace) -> dict[str, object]:
+    """What the file and the options say, checked before anything slow is imported."""
     parameters: dict[str, object] = read_yaml(given.config) if given.config else {}
     parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name)) is not None}
-    parse(parameters)  # before anything slow is imported
+    parse(parameters)
+    return parameters
+
+
+def _plan(given: argparse.Namespace) -> int:
+    parameters = _parameters(given)
+
+    from . import preview
+
+    found = preview.preview(**parameters)
+    print(preview.format_preview(found))
+    if given.json:
+        print(json.dumps(preview.preview_json(found), ensure_ascii=False))
+    return 0
+
+
+def _run(given: argparse.Namespace) -> int:
+    parameters = _parameters(given)
 
     from . import sweep
     from .progress import Progress
@@ -284,6 +305,7 @@ def _doctor(given: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "plan": _plan,
     "ab": _ab,
     "upload": _upload,
     "compare": _compare,

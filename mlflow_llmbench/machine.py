@@ -151,15 +151,20 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-llmbench"
 
 
+def known_peaks() -> dict[str, dict[str, float]]:
+    """The rates that were measured here before, by hardware, device and threads (`best_peaks`); empty before the first measurement."""
+    known: dict[str, dict[str, float]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((cache_folder() / "peaks.json").read_text())
+    return known
+
+
 def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
     """The best rates ever measured here under `key` (hardware, device, threads), these included; kept in the cache folder.
 
     A probe can only be disturbed downwards, and a bandwidth that is too low makes an MBU that is too high.
     """
-    file = cache_folder() / "peaks.json"
-    known: dict[str, dict[str, float]] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
+    file, known = cache_folder() / "peaks.json", known_peaks()
     before = known.get(key, {})
     best = {name: max(rate, before.get(name, 0.0)) for name, rate in measured.items()}
     if best != before:

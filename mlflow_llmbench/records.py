@@ -66,6 +66,7 @@ class Cell:
 class Options:
     """Parameters of a whole command that do not decide a result."""
 
+    preset: str | None = parameter(None, "a grid of parameters: quick or effillm; what is given besides overrides it", kind="preset", unset="none")
     output_dir: str = parameter("llmbench-results", "the journal's folder", kind="text")
     price_per_hour: float | None = parameter(None, "money per hour of this machine, for cost metrics", kind="number", unset="none", low=0)
     force: bool = parameter(False, "try cells that are estimated not to fit in memory", kind="flag")

@@ -32,6 +32,19 @@ WORKLOADS = ("synthetic", "qa", "summarization", "creative", "code", "chat", "do
 DECODES = ("generate",)
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
+GRIDS: dict[str, dict[str, str]] = {
+    "quick": {"batch_size": "1,4,16", "prompt_tokens": "64,128,256,512", "output_tokens": "64", "repetitions": "5"},
+    "effillm": {
+        "quant": ",".join(quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in QUANTIZATIONS),
+        "batch_size": "1,2,4,8,16,32,64",
+        "prompt_tokens": "128,256,512,1024,2048,4096,8192",
+        "output_tokens": "256",
+        "repetitions": "10",
+    },
+}
+"""Preset → the parameters that it gives. `effillm` is the grid of the paper (facts/effillm.md, Axes and Method) for any models; `quick` has
+a twentieth of its cells, and enough batch sizes and lengths for every law."""
+
 PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f in dataclasses.fields(kind)}
 """Name → declaration, in the order of the vocabulary."""
 
@@ -78,6 +91,7 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
     for name in values:
         if name not in PARAMETERS:
             raise UsageError(f"Unknown parameter: {name}. {_nearest(name, PARAMETERS)}")
+    values = {**values, **_from_preset(values)}
     axes: dict[str, tuple[object, ...]] = {}
     options: dict[str, object] = {}
     for name, declared in PARAMETERS.items():
@@ -92,6 +106,19 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
             axes[name] = parsed
     _check_together(axes)
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
+
+
+def _from_preset(values: Mapping[str, object]) -> dict[str, str]:
+    """The parameters that come from the named preset: those of its grid that are not given.
+
+    Where every parameter is given, as MLproject does with its defaults, those at their default count as not given.
+    """
+    preset = str(values.get("preset") or "none")
+    if preset.lower() == "none":
+        return {}
+    grid = GRIDS[_parse_choice("preset", preset, GRIDS)]
+    whole = all(values.get(name) is not None for name in PARAMETERS)
+    return {name: text for name, text in grid.items() if values.get(name) is None or (whole and str(values[name]) == default_text(name))}
 
 
 def read_yaml(path: str) -> dict[str, object]:
@@ -204,6 +231,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "number": lambda name, text, bounds: _parse_number(name, text, bounds, float),
     "size": _parse_size,
     "flag": lambda name, text, _: _parse_flag(name, text),
+    "preset": lambda name, text, _: _parse_choice(name, text, GRIDS),
     "device": lambda name, text, _: _parse_device(name, text),
     "workload": lambda name, text, _: _parse_workload(name, text),
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),

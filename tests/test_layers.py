@@ -19,7 +19,7 @@ LAYERS = {
     "think": ("stats", "summary", "validity", "compare", "fits", "scaling", "tradeoffs", "footprint", "scaling_study"),
     "show": ("report", "charts", "comparison_charts", "scaling_report", "scaling_charts", "artifacts"),
     "keep": ("tracking", "view"),
-    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
+    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "preview", "ab", "evidence", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
