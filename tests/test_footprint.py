@@ -59,6 +59,7 @@ def test_leaks_by_token_and_by_repetition_are_seen() -> None:
     found = footprint.growth(generated(ROWS * KV + 500, 40_000))
     assert found is not None and found.leak is not None and found.between is not None
     assert found.leak.low < 500 < found.leak.high
+    assert found.leak.slope == pytest.approx(500, rel=0.1)
     assert found.leak.low > 0
     assert found.grows
     assert found.between.low < 40_000 < found.between.high
