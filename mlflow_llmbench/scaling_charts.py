@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, _figure, _put_legend, _save, _style
+from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, Array, _figure, _put_legend, _save, _style
 from .fits import Fit, Prediction, ranked
 from .scaling import LawFit, Surface, parameters_text
 from .scaling_study import Study
@@ -74,7 +74,7 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
 
 def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> None:
     low, high = found.fit.ranges[0]
-    x = np.geomspace(low, high, POINTS)
+    x: Array = np.geomspace(low, high, POINTS).astype(np.float64)
     x[0], x[-1] = low, high  # not a rounding error beyond them
     curve = [found.fit.predict(float(place)) for place in x]
     band = [] if found.fit.undetermined else [value for p in curve for value in (p.mean_low, p.mean_high)]
@@ -98,11 +98,11 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
     _scale(axes, places, [*found.fit.y, *(min(high, 2 * max(found.fit.y)) for high in band[1::2])])
 
 
-def _values(found: Fit, x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
+def _values(found: Fit, x: Array) -> list[float]:
     return [found.predict(float(place)).value for place in x]
 
 
-def _scale(axes: Axes, places: np.ndarray[tuple[int], np.dtype[np.float64]], values: Sequence[float]) -> None:
+def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
     """Logarithmic x with the measured places as ticks; y from 0, or logarithmic over a wide range; room for the parameters above."""
     axes.set_xscale("log", base=2)
     ticks = sorted({float(place) for place in places})
