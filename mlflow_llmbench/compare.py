@@ -281,7 +281,8 @@ def _hardware(result: RunResult) -> dict[str, str]:
     """What `hardware_hash` is made of, in words."""
     cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
     total = (result.environment.get("memory") or {}).get("total_bytes")
-    gpus = Counter(f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB)" for gpu in result.environment.get("gpus") or [])
+    found: Sequence[Mapping[str, Any]] = result.environment.get("gpus") or []
+    gpus = Counter(f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB{', MIG' if gpu.get('mig') else ''})" for gpu in found)
     facts = {
         "CPU": cpu.get("name"),
         "architecture": cpu.get("architecture"),
