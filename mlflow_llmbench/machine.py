@@ -198,6 +198,9 @@ class Readings:
     gpu: GpuReading | None = None
 
 
+PROC = Path("/proc")
+"""Where Linux shows its counters of CPU time, pressure and paging."""
+
 RAPL = Path("/sys/class/powercap")
 """Where Linux shows the energy counters of CPU packages (RAPL): `intel-rapl:<n>/energy_uj`; AMD's too, and readable by root only."""
 
@@ -227,13 +230,13 @@ def take_readings(device: str = "cpu") -> Readings:
     steal = busy = pressure = swapped = None
     ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
     with contextlib.suppress(OSError, ValueError, IndexError):
-        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        numbers = [int(n) for n in (PROC / "stat").read_text().split("\n", 1)[0].split()[1:]]
         steal = numbers[7] / ticks
         busy = (numbers[0] + numbers[1] + numbers[2] + numbers[5] + numbers[6]) / ticks
     with contextlib.suppress(OSError, IndexError, ValueError):
-        pressure = int(Path("/proc/pressure/cpu").read_text().split("total=")[1].split()[0]) / 1e6
+        pressure = int((PROC / "pressure" / "cpu").read_text().split("total=")[1].split()[0]) / 1e6
     with contextlib.suppress(OSError):
-        counts: Mapping[str, str] = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        counts: Mapping[str, str] = dict(line.split() for line in (PROC / "vmstat").read_text().splitlines())
         swapped = int(counts.get("pswpin", 0)) + int(counts.get("pswpout", 0))
     switches = faults = None
     if sys.platform != "win32":
