@@ -14,12 +14,12 @@ PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload"),
-    "world": ("memory", "gpu", "machine", "backends"),
+    "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
     "think": ("stats", "summary", "validity", "compare"),
     "show": ("report", "charts", "comparison_charts", "artifacts"),
     "keep": ("tracking", "view"),
-    "drive": ("doctor", "progress", "upload", "sweep", "evidence", "cli", "__main__", "__init__"),
+    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
