@@ -24,7 +24,7 @@ COUNTED = {
     "hardware thermal slowdown": "NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN",
     "power brake": "NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN",
 }
-"""The same reasons as counters of nanoseconds since the driver's load (nvml.h, field values; drivers of 2024 and later)."""
+"""The same reasons as counters of nanoseconds since the driver's load (nvml.h, field values; newer drivers)."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def read(index: int) -> GpuReading | None:
 def _held_back(module: Any, handle: Any, ask: Callable[..., Any]) -> dict[str, int]:
     """The counters of `COUNTED` that the driver has, or else its older one of all thermal violations. Empty without any.
 
-    The field values were renumbered from one version of the library to the next. A driver that knows another field by such a
+    The field values have other numbers in other versions of the library. A driver that knows another field by such a
     number gives a setting of power smoothing, which does not move, and which the type gives away.
     """
     ids = {name: getattr(module, constant) for name, constant in COUNTED.items() if hasattr(module, constant)}
