@@ -123,8 +123,12 @@ class Noise:
     """What the machine did during one repetition, beside the work that was measured.
 
     `steal_s`: seconds of CPU taken by the hypervisor · `foreign_cpu_s`: seconds of CPU used by processes that are not
-    ours · `pressure_s`: seconds in which some task waited for a CPU (PSI) · `frequency_mhz`: mean over our CPUs, or the GPU's SM clock · `energy_j`: of the device, idle
-    included · `throttles`, `foreign_gpu_processes`, `temperature_c`: of the GPU, when the repetition ended.
+    ours · `pressure_s`: seconds in which some task waited for a CPU (PSI) · `energy_j`: of the device, idle included ·
+    `throttles`: why the GPU's clock was held back, during the repetition where the driver counts it, and when it ended ·
+    `throttled_s`: for how many seconds, by the reason that lasted longest · `gpu_memory_errors`: uncorrected ones (ECC).
+    The rest is read once, at the instant when the repetition has ended: `frequency_mhz`: mean over our CPUs, or the GPU's
+    SM clock · `memory_clock_mhz`, `power_w`, `temperature_c`, `foreign_gpu_processes`: of the GPU · `utilization_ratio`:
+    share of the last sixth of a second to one second in which the GPU ran a kernel.
     """
 
     wall_s: float
@@ -140,6 +144,11 @@ class Noise:
     throttles: tuple[str, ...] = ()
     foreign_gpu_processes: int | None = None
     temperature_c: int | None = None
+    throttled_s: float | None = None
+    memory_clock_mhz: int | None = None
+    power_w: float | None = None
+    utilization_ratio: float | None = None
+    gpu_memory_errors: int | None = None
 
     @property
     def others_cpus(self) -> float:

@@ -9,11 +9,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
 from .metrics import STAGES
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
-from .stats import coefficient_of_variation, percentile, relative_half_width, supports, t_interval
+from .stats import (
+    block_bootstrap_interval,
+    bootstrap_interval,
+    coefficient_of_variation,
+    mad,
+    percentile,
+    relative_half_width,
+    supports,
+    t_interval,
+)
 
 MOST_SAMPLES = 300
 """Points of a memory series that are logged; the MLflow UI draws about as many."""
@@ -180,6 +189,22 @@ def _mean(values: Sequence[float]) -> float | None:
 RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "decode": decode_rate}
 
 
+def typical_gap(repetition: Repetition) -> float | None:
+    """Median inter-token gap of all requests, ms; the mean would be the time per output token again. None without gaps."""
+    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
+    return median(gaps) if gaps else None
+
+
+PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
+    "throughput/output_tokens_per_s": output_rate,
+    "latency/ttft_ms_p50": lambda repetition: median(map(ttft_ms, repetition.requests)),
+    "latency/itl_ms_p50": typical_gap,
+    "latency/tpot_ms_mean": lambda repetition: _mean([value for r in repetition.requests if (value := tpot_ms(r)) is not None]),
+    "latency/e2e_ms_p50": lambda repetition: median(map(e2e_ms, repetition.requests)),
+}
+"""Metric → its value for one repetition, None where it has none: what comparisons and statistics rest on."""
+
+
 def _throughput(result: RunResult) -> dict[str, float | None]:
     """Rates, means over `units`; the interval and what the verdict rests on are over `units` too."""
     rates = {name: unit_values(result, rate) for name, rate in RATES.items()}
@@ -266,6 +291,79 @@ def model_flops_utilization(result: RunResult) -> float | None:
         done += request.rows * (body + output * load.head_flops)
         seconds += e2e_ms(request) / 1e3
     return done / seconds / peak if seconds else None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How one metric's values vary. `values` says what they are: repetitions, processes, or the tokens of a series.
+
+    `mean_low` to `mean_high` is Student's 95 % interval of the mean, `median_low` to `median_high` the bootstrap's of the median;
+    `mad` is the unscaled median absolute deviation. None where there are too few values, or, in a series, where Student's does not hold.
+    """
+
+    key: str
+    values: str
+    n: int
+    mean: float
+    median: float
+    sd: float | None = None
+    mad: float | None = None
+    mean_low: float | None = None
+    mean_high: float | None = None
+    median_low: float | None = None
+    median_high: float | None = None
+
+
+def statistics(result: RunResult) -> list[Statistics]:
+    """Of each metric that a repetition has, over `units`; and of the series of gaps by token, whose neighbours are correlated.
+
+    In the series the interval is that of the block bootstrap, and speaks of the tokens of this cell, not of other runs.
+    """
+    unit = "processes" if process_count(result) > 1 else "repetitions"
+    found = []
+    for key, of in PER_REPETITION.items():
+        values = unit_values(result, of)
+        if values:
+            low, high = t_interval(values) or (None, None)
+            found.append(_statistics(key, unit, values, low, high, bootstrap_interval(values, "median")))
+    gaps = [point.value for point in _token_series(result)]
+    if gaps:
+        found.append(_statistics("steps/itl_ms", "tokens", gaps, None, None, block_bootstrap_interval(gaps, statistic="median")))
+    return found
+
+
+def _statistics(
+    key: str, what: str, values: Sequence[float], low: float | None, high: float | None, interval: tuple[float, float] | None
+) -> Statistics:
+    several = len(values) > 1
+    median_low, median_high = interval or (None, None)
+    sd, deviation = (stdev(values), mad(values)) if several else (None, None)
+    return Statistics(key, what, len(values), fmean(values), median(values), sd, deviation, low, high, median_low, median_high)
+
+
+def statistics_cells(result: RunResult) -> tuple[list[str], list[list[str]]]:
+    """Heading and body of the table of `statistics`; – where something is absent."""
+
+    def text(value: float | None) -> str:
+        return "–" if value is None else number_text(value)
+
+    def interval(low: float | None, high: float | None) -> str:
+        return "–" if low is None or high is None else f"{number_text(low)} to {number_text(high)}"
+
+    heading = ["metric", "values", "mean", "95 % interval (t)", "median", "95 % interval (bootstrap)", "sd", "MAD"]
+    body = []
+    for s in statistics(result):
+        means, medians = [text(s.mean), interval(s.mean_low, s.mean_high)], [text(s.median), interval(s.median_low, s.median_high)]
+        counted = f"{s.n} {s.values}" if s.n > 1 else f"1 {s.values.removesuffix('s')}"
+        body.append([s.key, counted, *means, *medians, text(s.sd), text(s.mad)])
+    return heading, body
+
+
+def number_text(value: float) -> str:
+    """Four significant digits, and no exponent."""
+    if value == 0:
+        return "0"
+    return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def series(result: RunResult) -> list[Point]:

@@ -131,10 +131,14 @@ def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
     noises = [r.noise for r in result.repetitions if r.noise]
     held = [n for n in noises if n.throttles]
     if held:
-        hottest = max((n.temperature_c or 0 for n in noises), default=0)
+        names = dict.fromkeys(name for n in held for name in n.throttles)
+        counted = sum(n.throttled_s or 0.0 for n in held)
+        temperatures = [n.temperature_c for n in noises if n.temperature_c is not None]
+        hottest = f", up to {max(temperatures)} °C" if temperatures else ""
+        lasted = f", for {counted:.2g} s of {sum(n.wall_s for n in noises):.3g} s" if counted else ""
         yield Reason(
             "throttled",
-            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(held[0].throttles)}, up to {hottest} °C), and the limit is none. "
+            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(names)}{lasted}{hottest}), and the limit is none. "
             "Improve its cooling or raise its power limit, and measure again.",
         )
     foreign = max((n.foreign_gpu_processes or 0 for n in noises), default=0)
