@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from .errors import NotComparable, UsageError
+from .markup import markdown, markdown_table
 from .metrics import KEYS
 from .records import Cell, Repetition, RunResult, Verdict
 from .stats import holm, mann_whitney, paired, welch
@@ -457,9 +458,8 @@ def format_comparison(comparison: Comparison) -> str:
 def comparison_markdown(comparison: Comparison) -> str:
     """The comparison as Markdown: the sentence, the table, and how it was made."""
     heading, body = comparison_cells(comparison)
-    lines = [heading, ["---", *["---:"] * (len(heading) - 2), "---"], *body]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n\n".join([sentence(comparison), table, _method(comparison)]) + "\n"
+    table = markdown_table(heading, body, range(1, len(heading) - 1))
+    return "\n\n".join([markdown(sentence(comparison)), table, _method(comparison)]) + "\n"
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:

@@ -76,7 +76,12 @@ def abandoned(output_dir: str) -> list[Path]:
 
 def write_json(path: Path, data: object) -> None:
     """Write a JSON file whole or not at all: a temporary file, flushed to the disk, then renamed."""
-    write_bytes(path, (json.dumps(to_json(data), ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, _utf8(json.dumps(to_json(data), ensure_ascii=False, indent=1, allow_nan=False) + "\n"))
+
+
+def _utf8(text: str) -> bytes:
+    r"""JSON as bytes. What UTF-8 cannot write, from a file name that is not UTF-8, becomes JSON's own escape: `\udcff`."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -127,7 +132,7 @@ class EventLog:
         """Write one event; if durable, wait for the disk."""
         line = json.dumps({"event": event, **{key: to_json(value) for key, value in data.items()}}, ensure_ascii=False, separators=(",", ":"))
         with _writing(self.path):
-            rest = memoryview(line.encode() + b"\n")
+            rest = memoryview(_utf8(line) + b"\n")
             while rest:  # a full disk takes a part, and refuses the next
                 rest = rest[self.file.write(rest) :]
             if self.durable:

@@ -334,6 +334,8 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
         kept = [
             s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading
         ]
+    elif cell and loaded:  # it failed: what cells before it needed is not its own
+        kept = [s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or s.t_ns >= cell["cell"]["t_ns"]]
     else:
         kept = outcome.samples
     stride = -(-len(kept) // MOST_SAMPLES) or 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, charts, estimate, jobs, machine, plan, report, resume, supervise, tracking
+from . import artifacts, charts, estimate, jobs, machine, overview, plan, report, resume, supervise, tracking
 from .backends.base import backend_class
 from .errors import JournalError, UsageError
 from .jobs import Job
@@ -398,7 +398,9 @@ def _finish(sweep: _Sweep, outcome: str) -> None:
     measured = [(job.row, job.run_id) for job in sweep.jobs if job.row]
     if ledger.parent_name is not None:
         with ledger.noted("the comparison"):
-            artifacts.write_sweep([row for row, _ in measured], sweep.spec.varied, sweep.folder / "comparison", draw)
+            place = tracking.ui_command(ledger.address), ledger.store.experiment_id if ledger.store else ""
+            subject = overview.Subject(sweep.spec, ledger.parent_name, sweep.folder.name, *place)
+            artifacts.write_sweep(measured, subject, sweep.folder / "comparison", draw)
         ledger.finish(measured, sweep.folder / "comparison", outcome)
     with ledger.noted("how the command ended"):
         write_json(sweep.folder / "ended.json", {"outcome": outcome})

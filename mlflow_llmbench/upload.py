@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import artifacts, charts, jobs, journal, plan, report, supervise, tracking, view
+from . import artifacts, charts, jobs, journal, overview, plan, report, supervise, tracking, view
 from .errors import JournalError
 from .records import Failure, RunResult
 from .spec import BenchSpec, parse
@@ -88,9 +90,20 @@ def complete(root: Path, store: tracking.Store) -> Uploaded:
             tracking.end_run(store, run_id, result.outcome, result.ended_ms)
     if done.parent_id and not done.is_whole(parent):
         if measured:
-            done.page = publish_parent(store, done.parent_id, spec, measured, root / "comparison", {}, lambda text: None)
+            with tempfile.TemporaryDirectory() as scratch:
+                write_comparison(root, Path(scratch), store, spec, known["parent"], measured)
+                done.page = publish_parent(store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None)
         tracking.end_run(store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended)
     return done
+
+
+def write_comparison(root: Path, folder: Path, store: tracking.Store, spec: BenchSpec, name: str, measured: Sequence[tuple[report.Row, str]]) -> None:
+    """Write the comparison of a sweep into `folder` with the runs of this store; also where its command died before it. Charts that it drew are kept."""
+    drawn = root / "comparison" / "charts"
+    if drawn.is_dir():
+        shutil.copytree(drawn, folder / "charts")
+    subject = overview.Subject(spec, name, root.name, tracking.ui_command(store.uri), store.experiment_id)
+    artifacts.write_sweep(measured, subject, folder, draw=not drawn.is_dir())
 
 
 def publish_parent(
@@ -108,7 +121,7 @@ def publish_parent(
     """
     rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
     link = view.publish(store, parent_id, plan.sweep_name(spec), spec.varied, rows, ids, warn)
-    note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + report.sweep_markdown(rows, spec.varied)
+    note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + overview.description(rows, spec.varied)
     tracking.upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison)
     return link
 

@@ -16,8 +16,8 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity", "compare", "fits", "scaling", "tradeoffs", "footprint", "scaling_study"),
-    "show": ("report", "charts", "comparison_charts", "scaling_report", "scaling_charts", "artifacts"),
+    "think": ("stats", "summary", "validity", "compare", "frontier", "markup", "fits", "scaling", "tradeoffs", "footprint", "scaling_study"),
+    "show": ("report", "charts", "comparison_charts", "overview", "page", "scaling_report", "scaling_charts", "artifacts"),
     "keep": ("tracking", "view"),
     "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "preview", "ab", "evidence", "cli", "__main__", "__init__"),
 }
