@@ -48,13 +48,13 @@ def parse_side(text: str) -> dict[str, str]:
 def run_ab(
     a: Mapping[str, object],
     b: Mapping[str, object],
+    common: Mapping[str, object],
     *,
     pairs: int = DEFAULT_PAIRS,
     noise: float = 0.01,
     tracking_uri: str | None = None,
     experiment: str | None = None,
     watcher: Watcher | None = None,
-    **common: object,
 ) -> Duel:
     """Measure A and B in `pairs` fresh processes each, in turns, and compare them pair by pair.
 

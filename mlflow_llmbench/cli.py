@@ -146,13 +146,20 @@ def _ab(given: argparse.Namespace) -> int:
     from . import ab, compare
     from .progress import Progress
 
-    sides = ab.parse_side(given.a), ab.parse_side(given.b)
-    where = {"tracking_uri": given.tracking_uri, "experiment": given.experiment, "watcher": Progress(sys.stderr)}
-    duel = ab.run_ab(*sides, pairs=given.pairs, noise=given.noise, **where, **common)
+    duel = ab.run_ab(
+        ab.parse_side(given.a),
+        ab.parse_side(given.b),
+        common,
+        pairs=given.pairs,
+        noise=given.noise,
+        tracking_uri=given.tracking_uri,
+        experiment=given.experiment,
+        watcher=Progress(sys.stderr),
+    )
     print(compare.format_comparison(duel.comparison))
     _print_where(duel.sweep)
     if given.json:
-        print(json.dumps(compare.comparison_json(duel.comparison) | _as_json(duel.sweep), ensure_ascii=False))
+        print(json.dumps({**compare.comparison_json(duel.comparison), **_as_json(duel.sweep)}, ensure_ascii=False))
     return duel.sweep.exit_code
 
 
