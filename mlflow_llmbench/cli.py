@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from . import __version__
 from .errors import LlmbenchError, UsageError
+from .redaction import Terminal, redact
 from .spec import PARAMETERS, default_text, parse, read_yaml
 
 if TYPE_CHECKING:
@@ -96,6 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failure, 2 for a wrong parameter, 130 when interrupted."""
     for name in SIGNALS:
         signal.signal(name, _interrupt)
+    with contextlib.redirect_stdout(cast(TextIO, Terminal(sys.stdout))), contextlib.redirect_stderr(cast(TextIO, Terminal(sys.stderr))):
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         given = build_parser().parse_args(arguments)
         return COMMANDS[given.command](given)
@@ -107,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception:
+        traceback.print_exc()  # here, where what it prints is redacted
         return 1
 
 
@@ -144,9 +155,11 @@ def _plan(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace) -> int:
     parameters = _parameters(given)
 
-    from . import sweep
+    from . import doctor, sweep
     from .progress import Progress
 
+    for line in doctor.warnings_of_versions():
+        print(f"llmbench: {line}", file=sys.stderr)
     result = sweep.run(tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters)
     print(result.table())
     _print_where(result)
@@ -195,8 +208,6 @@ def _print_where(result: SweepResult) -> None:
 
 def _as_json(result: SweepResult) -> Mapping[str, Any]:
     """The result as one JSON object: outcome, runs with their parameters and metrics, and where they are."""
-    from .tracking import without_password
-
     runs = [
         {
             "run_id": run_id,
@@ -211,7 +222,7 @@ def _as_json(result: SweepResult) -> Mapping[str, Any]:
     ]
     where = {
         "parent_run_id": result.parent_id,
-        "tracking_uri": without_password(result.tracking_uri),
+        "tracking_uri": redact(result.tracking_uri),
         "experiment_id": result.experiment_id,
         "folder": str(result.folder),
         "not_uploaded": list(result.not_uploaded),

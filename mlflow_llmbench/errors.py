@@ -22,17 +22,22 @@ exits with `exit_code`; nothing in the library prints or exits.
 
 from __future__ import annotations
 
+from .redaction import escape_controls, redact
+
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of a foreign error's text, cut to `limit` characters; its class name if it has no text."""
-    text = str(error).strip()
-    return text.splitlines()[0][:limit] if text else type(error).__name__
+    """The first line of a foreign error's text without secrets, cut to `limit` characters; its class name if it has no text."""
+    text = redact(str(error)).strip()  # before it is cut: half a secret is not recognised
+    return escape_controls(text.splitlines()[0])[:limit] if text else type(error).__name__
 
 
 class LlmbenchError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. Its message is one line that holds neither a secret nor a control character, whatever it was made of."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escape_controls(redact(message)))
 
 
 class UsageError(LlmbenchError):

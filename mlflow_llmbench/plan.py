@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from .records import Cell, ModelFacts, hash16
+from .redaction import escape_controls, redact
 from .spec import BenchSpec, as_text
 
 LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code")
@@ -15,8 +16,11 @@ LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads
 WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device")
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
-UNDECISIVE = ("max_repetitions",)
+UNDECISIVE = ("max_repetitions", "allow_pickle")
 """Parameters of a cell that do not decide its result."""
+
+LONGEST_NAME = 250
+"""Characters of a run's name; MLflow's tables have room for no more."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,23 @@ def option_params(spec: BenchSpec) -> dict[str, str]:
 def cell_name(cell: Cell, varied: list[str]) -> str:
     """A run name: what varies (`quant=int4 batch_size=4`), or for a single cell what it is (`opt-1.3b int4 b1`)."""
     if not varied:
-        return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} {cell.quant} b{cell.batch_size}"
-    return " ".join(f"{name}={as_text(name, getattr(cell, name)).rstrip('/').rsplit('/', 1)[-1]}" for name in varied)
+        return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
+    return _named(" ".join(f"{name}={_last_part(as_text(name, getattr(cell, name)))}" for name in varied))
 
 
 def sweep_name(spec: BenchSpec) -> str:
     """A parent's run name: the model and what varies (`opt-125m: quant × batch_size`)."""
-    models = [str(m).rstrip("/").rsplit("/", 1)[-1] for m in spec.axes["model"]]
+    models = [_last_part(str(model)) for model in spec.axes["model"]]
     rest = [name for name in spec.varied if name != "model"]
-    return f"{', '.join(models[:3])}{' …' if len(models) > 3 else ''}: {' × '.join(rest) if rest else 'model'}"
+    return _named(f"{', '.join(models[:3])}{' …' if len(models) > 3 else ''}: {' × '.join(rest) if rest else 'model'}")
+
+
+def _last_part(path: str) -> str:
+    """The last part of a path or a Hub id; all of it if there is nothing before a slash."""
+    return redact(path).rstrip("/").rsplit("/", 1)[-1]  # before it is cut: half an address is not recognised
+
+
+def _named(text: str) -> str:
+    """A run's name as it may be shown: without control characters, cut to what MLflow's databases take."""
+    text = escape_controls(text)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"

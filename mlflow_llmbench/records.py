@@ -59,7 +59,8 @@ class Cell:
     attention: str = parameter("auto", "auto, eager, sdpa, flash_attention_2, … as the library names them", kind="attention", sweep=True)
     decode: str = parameter("generate", "decode path of the local backend", kind="decode", sweep=True)
     seed: int = parameter(0, "prompts, random weights, arrival schedule", kind="count", low=0, high=2**31 - 1)
-    trust_remote_code: bool = parameter(False, "run code that comes with a Hub model; recorded", kind="flag")
+    trust_remote_code: bool = parameter(False, "run code that comes with a model; recorded", kind="flag")
+    allow_pickle: bool = parameter(False, "read weights that are a pickle (.bin) where there are no safetensors; recorded", kind="flag")
 
 
 @dataclass(frozen=True)

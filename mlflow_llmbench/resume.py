@@ -14,6 +14,7 @@ from . import journal, tracking, upload
 from .errors import JournalError, first_line
 from .jobs import Job
 from .records import SCHEMA, RunResult
+from .redaction import redact
 from .spec import BenchSpec
 from .summary import summarize
 from .validity import judge
@@ -56,7 +57,7 @@ def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) 
     """End the runs of sweeps whose command was killed: what it had measured is kept and uploaded, the cell that it was at is `crashed`."""
     for folder in journal.abandoned(output_dir):
         try:
-            if _store_of(folder) == tracking.without_password(store.uri):
+            if _store_of(folder) == redact(store.uri):
                 kept = upload.recover(folder)
                 upload.complete(folder, dataclasses.replace(store, given_run_id=None))
                 warn(f"The sweep {folder.name} had been killed. Its runs are ended now; {kept} of its cells had been measured.")

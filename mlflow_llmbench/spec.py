@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 
 from .errors import UsageError
 from .records import Cell, Options
+from .redaction import CONTROLS, redact
 
 QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", "int8", "int4", "fp4")
 BITSANDBYTES = ("int8", "int4", "fp4")
@@ -210,8 +212,8 @@ def _parse_device(name: str, text: str) -> str:
 def _parse_workload(name: str, text: str) -> str:
     if text.lower() in WORKLOADS:
         return text.lower()
-    if text.endswith((".jsonl", ".json")) or "/" in text:
-        if not Path(text).is_file():
+    if _parse_text(name, text).endswith((".jsonl", ".json")) or "/" in text:
+        if not os.path.isfile(text):
             raise UsageError(
                 f"There is no workload file {text}. Give a JSON Lines file whose lines have a `prompt`, or one of {', '.join(WORKLOADS)}."
             )
@@ -220,8 +222,8 @@ def _parse_workload(name: str, text: str) -> str:
 
 
 def _parse_text(name: str, text: str) -> str:
-    if any(ord(character) < 32 for character in text) or len(text) > 1000:
-        raise UsageError(f"{name} has control characters or is longer than 1000 characters: {text[:40]!r}. Give a plain name or path.")
+    if CONTROLS.search(text) or len(text) > 1000:
+        raise UsageError(f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. Give a plain name or path.")
     return text
 
 

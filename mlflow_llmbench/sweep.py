@@ -19,6 +19,7 @@ from .jobs import Job
 from .journal import claim, new_sweep, write_json
 from .ledger import Ledger
 from .records import Cell, Failure, ModelFacts, RunResult
+from .redaction import redact_all
 from .report import Row
 from .spec import BenchSpec, parse
 from .supervise import GroupOutcome, Limits
@@ -210,7 +211,7 @@ def _write_plan(sweep: _Sweep) -> None:
         "cells": len(sweep.jobs),
         "order": [job.folder.name for job in sweep.jobs],
         "parent": sweep.ledger.parent_name,
-        "tracking_uri": tracking.without_password(store.uri) if store else None,
+        "tracking_uri": store.uri if store else None,
         "environment": sweep.environment,
     }
     write_json(sweep.folder / "sweep.json", known)
@@ -365,6 +366,7 @@ def _fail(sweep: _Sweep, job: Job, word: str, failure: Failure, outcome: GroupOu
 
 def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None:
     """Write the files of a cell, then upload them, and end its run."""
+    result = redact_all(result)
     job.row = report.row_of(result)
     folder = job.folder / "artifacts"
     with sweep.ledger.noted(f"the files of {job.name}"):

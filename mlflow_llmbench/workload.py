@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import UsageError
 from .records import Cell, hash16
+from .redaction import redact
 from .spec import WORKLOADS
 
 Encode = Callable[[str], Sequence[int]]
@@ -88,7 +89,7 @@ def _parse_lines(text: str, origin: str) -> tuple[str, ...]:
             prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UsageError(
-                f'{origin}, line {number}, is not a JSON object with a "prompt" text: {line[:60]}. Write {{"prompt": "…"}} on each line.'
+                f'{origin}, line {number}, is not a JSON object with a "prompt" text: {redact(line)[:60]}. Write {{"prompt": "…"}} on each line.'
             )
         prompts.append(prompt)
     if not prompts:

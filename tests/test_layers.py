@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
-    "nouns": ("errors", "metrics", "records"),
+    "nouns": ("redaction", "errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),

@@ -33,6 +33,7 @@ class TransformersBackend:
         self.model: Any = None
         self.tokenizer: Any = None
         self._checked_late = False
+        self.weights_format = ""
         self.load_s = 0.0
 
     @classmethod
@@ -59,6 +60,7 @@ class TransformersBackend:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         folder, gguf_file = sources.local_files(self.cell, self.facts)
+        self.weights_format = "gguf" if gguf_file else sources.weights_format(folder)
         keywords = self._load_keywords(gguf_file)
         started = time.perf_counter()
         with _foreign_errors("loading"), torch.inference_mode():
@@ -96,7 +98,10 @@ class TransformersBackend:
             keywords["quantization_config"] = _bitsandbytes_config(quant, keywords["dtype"])
         else:
             keywords["dtype"] = "auto"
+        if not sources.may_be_pickled(self.cell, self.facts.source):
+            keywords["use_safetensors"] = True
         if gguf_file:
+            keywords.pop("use_safetensors", None)
             keywords["gguf_file"] = gguf_file
             if quant in FLOAT_DTYPES:
                 from transformers import GgufConfig
@@ -118,6 +123,8 @@ class TransformersBackend:
             "model.dtype": str(compute).removeprefix("torch."),
             "model.class": type(self.model).__name__,
             "model.revision": self.facts.revision,
+            "model.weights_format": self.weights_format,
+            "model.remote_code": "true" if type(self.model).__module__.startswith("transformers_modules") else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
             "quant.bits_per_weight": round(found.linear_bits, 3),
