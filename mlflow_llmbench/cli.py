@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from . import __version__
+from . import __version__, decide
 from .errors import LlmbenchError, UsageError
 from .spec import PARAMETERS, default_text, parse, read_yaml
 
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument(
             "--json", action="store_true", help="as one JSON object"
         )
+    decide.add_parsers(commands)
     return parser
 
 
@@ -186,4 +187,10 @@ def _doctor(given: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "upload": _upload, "compare": _compare, "models": _models, "doctor": _doctor}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "upload": _upload,
+    "compare": _compare,
+    "models": _models,
+    "doctor": _doctor,
+} | decide.COMMANDS

@@ -16,10 +16,10 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity", "compare"),
-    "show": ("report", "charts", "artifacts"),
-    "keep": ("tracking", "view"),
-    "drive": ("doctor", "progress", "upload", "sweep", "evidence", "cli", "__main__", "__init__"),
+    "think": ("stats", "summary", "validity", "compare", "recommend"),
+    "show": ("report", "charts", "artifacts", "decision", "pareto"),
+    "keep": ("tracking", "view", "registry"),
+    "drive": ("doctor", "progress", "upload", "sweep", "evidence", "decide", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
@@ -40,8 +40,8 @@ HOMES = {
     "aiohttp": ("backends",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts",),
-    "mlflow": ("tracking", "view", "upload"),
+    "matplotlib": ("charts", "pareto"),
+    "mlflow": ("tracking", "view", "upload", "registry"),
     "ray": ("sweep",),
 }
 """Heavy library → the only modules that import it. The worker is the process that sets torch and transformers up."""

@@ -1,0 +1,127 @@
+"""The commands of the decision: recommend, register, gate, promote. Parse, call one function, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .recommend import Limit, Measure, Recommendation
+    from .records import RunResult
+
+BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
+STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p50", "p95")}
+"""Latency → its statistics that a limit can be about, the default first."""
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the parsers of these commands to those of the command line."""
+    recommend = commands.add_parser("recommend", help="choose a configuration among results, within limits, and say why")
+    recommend.add_argument("references", nargs="+", metavar="RESULT", help="sweep, run id, runs:/ID, or results folder")
+    recommend.add_argument("--goal", metavar="GOAL", default="throughput", help="throughput, latency, cost or energy (default: throughput)")
+    recommend.add_argument("--max-memory", metavar="SIZE", help="most peak memory, of the device if there is one: 6GB, 512MiB")
+    recommend.add_argument("--max-ttft", metavar="TIME", help="longest time to first token: 200ms (the median), or p95=0.2s")
+    recommend.add_argument("--max-tpot", metavar="TIME", help="longest time per output token: 50ms (the mean), or p95=60ms")
+    recommend.add_argument("--min-quality", metavar="LIST", help="least quality: kl=0.05 (at most), perplexity=12 (at most), top1=0.95 (at least)")
+    recommend.add_argument("--allow", metavar="LIST", default="", help="weigh in spite of a difference: hardware,software,workload,scenario")
+    _add_accept_suspect(recommend)
+    recommend.add_argument("--output", metavar="FOLDER", help="write the files here too")
+    _add_common(recommend)
+
+
+def _add_accept_suspect(parser: Any) -> None:
+    parser.add_argument("--accept-suspect", metavar="REASON", help="let suspect results take part, for this reason, which is recorded")
+
+
+def _add_common(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
+
+
+def _recommend(given: argparse.Namespace) -> int:
+    from . import decision, recommend
+    from .evidence import load_results
+
+    limits = _limits(given)
+    results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
+    allow = frozenset(filter(None, given.allow.split(",")))
+    found = recommend.recommend(results, given.goal, limits, accept_suspect=given.accept_suspect, allow=allow)
+    print(decision.format_recommendation(found))
+    _keep_recommendation(given, found, results)
+    if given.json:
+        print(json.dumps(recommend.recommendation_json(found), ensure_ascii=False))
+    return 0 if found.winner else 1
+
+
+def _keep_recommendation(given: argparse.Namespace, found: Recommendation, results: list[RunResult]) -> None:
+    """Write recommendation.json, .md and the chart, and log them on the parent of the sweep that holds the winner."""
+    from . import decision, pareto, recommend, registry, tracking
+    from .journal import write_bytes, write_json
+
+    sweep = (found.winner.result if found.winner else results[0]).sweep
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(given.output or scratch)
+        write_json(folder / "recommendation.json", recommend.recommendation_json(found))
+        write_bytes(folder / "recommendation.md", decision.recommendation_markdown(found).encode())
+        pareto.draw_recommendation(found, folder / "charts")
+        store = tracking.open_store(given.tracking_uri)
+        parent = registry.parent_of_sweep(store, sweep)
+        if parent:
+            registry.log_folder(store, parent, folder)
+            print(f"\nLogged on run {parent}: recommendation.md. Register the winner: llmbench register {parent} --name NAME")
+        else:
+            print(f"\nNot logged: the store {tracking.without_password(store.uri)} has no run of the sweep {sweep}.")
+
+
+def _limits(given: argparse.Namespace) -> list[Limit]:
+    """The limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
+    from .recommend import MEMORY, QUALITY, Limit
+
+    found = []
+    if given.max_memory is not None:
+        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", given.max_memory, BYTES, "6GB")))
+    for name, text in (("ttft", given.max_ttft), ("tpot", given.max_tpot)):
+        if text is not None:
+            measure, amount = _latency(name, text)
+            found.append(Limit(f"--max-{name}", measure, _quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
+    for part in filter(None, (given.min_quality or "").split(",")):
+        name, _, text = part.partition("=")
+        if name not in QUALITY:
+            raise UsageError(f"Unknown quality: {name}. Known: {', '.join(QUALITY)}. Give for example --min-quality kl=0.05.")
+        found.append(Limit(f"--min-quality {name}", QUALITY[name], _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05")))
+    return found
+
+
+def _latency(name: str, text: str) -> tuple[Measure, str]:
+    """`p95=200ms` → the measure of that statistic, and the amount."""
+    from .recommend import Measure
+
+    statistic, _, amount = text.rpartition("=")
+    statistic = statistic or STATISTICS[name][0]
+    if statistic not in STATISTICS[name]:
+        raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(STATISTICS[name])}.")
+    words = {"ttft": "time to first token", "tpot": "time per output token"}
+    shown = {"p50": "median", "mean": "mean"}.get(statistic, statistic)
+    advice = "More repetitions support higher percentiles." if statistic not in ("mean", "p50") else "Measure at least 2 output tokens."
+    return Measure(f"{words[name]}, {shown}", (f"latency/{name}_ms_{statistic}",), "lower", advice), amount
+
+
+def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
+    """A positive number with a unit, in the first unit's measure. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-zµ]*)\s*", text)
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in units:
+        known = [name for name in units if name]
+        raise UsageError(f"{option} is not a number{f' with a unit ({chr(44).join(known)})' if known else ''}: {text}. Give for example {example}.")
+    return float(match[1]) * units[unit]
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"recommend": _recommend}
