@@ -34,11 +34,17 @@ def add_parsers(commands: Any) -> None:
     recommend.add_argument("--allow", metavar="LIST", default="", help="weigh in spite of a difference: hardware,software,workload,scenario")
     _add_accept_suspect(recommend)
     recommend.add_argument("--output", metavar="FOLDER", help="write the files here too")
-    _add_common(recommend)
+    register = commands.add_parser("register", help="put a measured configuration into the Model Registry, with its evidence")
+    register.add_argument("reference", metavar="RUN", help="run id, the parent run of a sweep with a recommendation, or a recommendation.json")
+    register.add_argument("--name", required=True, metavar="NAME", help="registered model, for example support-bot")
+    register.add_argument("--alias", metavar="ALIAS", default="candidate", help="alias that points to the new version (default: candidate)")
+    _add_accept_suspect(register)
+    for command in (recommend, register):
+        _add_common(command)
 
 
 def _add_accept_suspect(parser: Any) -> None:
-    parser.add_argument("--accept-suspect", metavar="REASON", help="let suspect results take part, for this reason, which is recorded")
+    parser.add_argument("--accept-suspect", metavar="REASON", help="accept suspect results, for this reason, which is recorded; none = do not")
 
 
 def _add_common(parser: Any) -> None:
@@ -53,7 +59,7 @@ def _recommend(given: argparse.Namespace) -> int:
     limits = _limits(given)
     results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
     allow = frozenset(filter(None, given.allow.split(",")))
-    found = recommend.recommend(results, given.goal, limits, accept_suspect=given.accept_suspect, allow=allow)
+    found = recommend.recommend(results, given.goal, limits, accept_suspect=_reason(given), allow=allow)
     print(decision.format_recommendation(found))
     _keep_recommendation(given, found, results)
     if given.json:
@@ -124,4 +130,23 @@ def _quantity(option: str, text: str, units: dict[str, float], example: str) -> 
     return float(match[1]) * units[unit]
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"recommend": _recommend}
+def _register(given: argparse.Namespace) -> int:
+    from . import registry, tracking
+
+    store = tracking.open_store(given.tracking_uri)
+    made = registry.register(store, given.reference, given.name, given.alias, _reason(given))
+    what = "Registered" if made.new else "Registered before, as"
+    print(f"{what} {made.uri}, alias {given.alias}. Its evidence is the run {made.run_id}.")
+    print(f"Serve it: mlflow models serve -m models:/{made.name}@{given.alias} --env-manager local")
+    if given.json:
+        print(json.dumps({"name": made.name, "version": made.version, "alias": given.alias, "run_id": made.run_id, "new": made.new}))
+    return 0
+
+
+def _reason(given: argparse.Namespace) -> str | None:
+    """Why suspect results are accepted; `none`, the default of an MLproject parameter, is no reason."""
+    text = (given.accept_suspect or "").strip()
+    return None if text in ("", "none") else text
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"recommend": _recommend, "register": _register}

@@ -16,9 +16,9 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity", "compare", "recommend"),
+    "think": ("stats", "summary", "validity", "compare", "recommend", "deployment"),
     "show": ("report", "charts", "artifacts", "decision", "pareto"),
-    "keep": ("tracking", "view", "registry"),
+    "keep": ("tracking", "view", "registry", "serving_model"),
     "drive": ("doctor", "progress", "upload", "sweep", "evidence", "decide", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
@@ -30,8 +30,8 @@ EXCEPTIONS = {("measure", "stats")}
 """Measurement stops when the interval is narrow: it must be the very interval that is reported."""
 
 HOMES = {
-    "torch": ("backends", "worker"),
-    "transformers": ("backends", "worker"),
+    "torch": ("backends", "worker", "serving_model"),
+    "transformers": ("backends", "worker", "serving_model"),
     "bitsandbytes": ("backends",),
     "accelerate": ("backends",),
     "safetensors": ("backends",),
@@ -41,7 +41,7 @@ HOMES = {
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
     "matplotlib": ("charts", "pareto"),
-    "mlflow": ("tracking", "view", "upload", "registry"),
+    "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
     "ray": ("sweep",),
 }
 """Heavy library → the only modules that import it. The worker is the process that sets torch and transformers up."""

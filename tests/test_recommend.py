@@ -16,30 +16,12 @@ from mlflow_llmbench.decision import answer, format_recommendation, recommendati
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.pareto import draw_recommendation
 from mlflow_llmbench.recommend import MEMORY, QUALITY, Limit, Measure, candidates, choose, interval, recommend, recommendation_json
-from mlflow_llmbench.records import Cell, Failure, Hashes, LoadInfo, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import Failure, Hashes, MemoryStages
 
-MS, GB = 1_000_000, 10**9
+from .results import GB, WIGGLE
+from .results import made as result
+
 TTFT = Measure("time to first token, median", ("latency/ttft_ms_p50",), "lower")
-WIGGLE = (0.99, 0.995, 1.0, 1.005, 1.01)
-CPU = {"cpu": {"name": "AMD EPYC"}, "packages": {"torch": "2.12"}}
-
-
-def result(
-    quant: str, batch: int = 1, step: float = 10.0, ttft: float = 20.0, memory: float = 4.0, factors: Sequence[float] = WIGGLE, **fields: object
-) -> RunResult:
-    """Repetitions of 5 tokens: the first after `ttft` ms, then one every `step` ms, all times the repetition's factor; peak memory in GB."""
-    repetitions = []
-    for index, factor in enumerate(factors):
-        t0 = index * 10_000 * MS
-        stamps = tuple(t0 + round((ttft + i * step) * factor * MS) for i in range(5))
-        repetitions.append(Repetition(index, index, (RequestRecord(t0, stamps, batch, 8),), Noise(1.0, energy_j=30.0 * factor)))
-    base = RunResult(
-        Cell(quant=quant, batch_size=batch, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1)), "ok", 0, 1,
-        Hashes(f"{quant}{batch}", "w", "h", "s", "e"), ModelFacts("opt", "folder", "/opt", "r"), CPU, LoadInfo(1.0, weight_bytes=GB),
-        repetitions=tuple(repetitions), steady=True, memory=MemoryStages(host_needed={"peak": round(memory * GB)}), price_per_hour=1.0, sweep="s",
-    )  # fmt: skip
-    return dataclasses.replace(base, **fields)
-
 
 INT4 = result("int4", 1, step=8, memory=2)
 INT8 = result("int8", 1, step=12, memory=4)
@@ -152,7 +134,7 @@ def test_the_larger_group_of_alike_results_is_weighed() -> None:
 
 
 def test_of_one_configuration_the_newest_measurement_counts() -> None:
-    later = dataclasses.replace(result("int4", step=20), ended_ms=2)
+    later = dataclasses.replace(result("int4", step=20), ended_ms=3000)
     found = recommend([INT4, later])
     assert found.winner is not None and found.winner.result is later
     assert [r.why for r in found.refused] == ["It was measured again later, and the newest counts."]
