@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import LlmbenchError, UsageError
 
 if TYPE_CHECKING:
+    from .gate import Gate
     from .recommend import Limit, Measure, Recommendation
     from .records import RunResult
+    from .registry import Registered
+    from .tracking import Store
 
 BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
@@ -39,7 +43,17 @@ def add_parsers(commands: Any) -> None:
     register.add_argument("--name", required=True, metavar="NAME", help="registered model, for example support-bot")
     register.add_argument("--alias", metavar="ALIAS", default="candidate", help="alias that points to the new version (default: candidate)")
     _add_accept_suspect(register)
-    for command in (recommend, register):
+    gate = commands.add_parser("gate", help="hold a measured run against the champion of a registered model; the exit code is the verdict")
+    gate.add_argument("candidate", metavar="CANDIDATE", help="run id, sweep, results folder, or models:/NAME@ALIAS")
+    gate.add_argument("--against", required=True, metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
+    gate.add_argument("--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02")
+    gate.add_argument("--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)")
+    gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
+    gate.add_argument("--markdown", metavar="FILE", help="write the verdict as Markdown")
+    _add_accept_suspect(gate)
+    promote = commands.add_parser("promote", help="make a version the champion, after a gate that it has passed")
+    promote.add_argument("version", metavar="VERSION", help="models:/NAME@candidate, models:/NAME/VERSION, or models:/NAME@previous to go back")
+    for command in (recommend, register, gate, promote):
         _add_common(command)
 
 
@@ -143,10 +157,93 @@ def _register(given: argparse.Namespace) -> int:
     return 0
 
 
+def _gate(given: argparse.Namespace) -> int:
+    """Exit code 0 pass, 1 regression, 2 not comparable or a wrong parameter, 3 invalid, 4 if nothing could be judged."""
+    try:
+        return _gate_verdict(given)
+    except LlmbenchError as error:
+        if error.exit_code != 1:
+            raise
+        print(f"llmbench: {error}", file=sys.stderr)  # 1 means regression here, and a store that is away is none
+        return 4
+
+
+def _gate_verdict(given: argparse.Namespace) -> int:
+    from . import gate, gate_report, registry, tracking
+
+    limits, limit = gate.parse_limits(given.limit), gate.parse_ratio("--default-limit", given.default_limit)
+    store = tracking.open_store(given.tracking_uri)
+    champion = registry.registered_at(store, given.against)
+    baseline = registry.result_of(store, champion.run_id)
+    candidate, run_id, shown = _candidate(given, store, baseline)
+    found = gate.decide(baseline, candidate, limits, limit=limit, accept_suspect=_reason(given))
+    print(gate_report.format_gate(found, champion.uri, shown))
+    texts = {"gate.md": gate_report.gate_markdown, "junit.xml": gate_report.gate_junit}
+    files = {name: write(found, champion.uri, shown).encode() for name, write in texts.items()}
+    _write_gate(given, found, files, store, champion, run_id)
+    if given.json:
+        print(json.dumps({**gate.gate_json(found), "champion": champion.uri, "candidate": shown, "run_id": run_id}, ensure_ascii=False))
+    return found.exit_code
+
+
+def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> tuple[RunResult, str | None, str]:
+    """The candidate's result, its run in the store if it has one, and what to call it.
+
+    Of a sweep, the cell with the champion's configuration is meant. Raises UsageError if there is no such cell.
+    """
+    from . import registry
+    from .evidence import load_results
+
+    if given.candidate.startswith("models:/"):
+        version = registry.registered_at(store, given.candidate)
+        return registry.result_of(store, version.run_id), version.run_id, version.uri
+    results = load_results(given.candidate, given.tracking_uri)
+    same = results if len(results) == 1 else [result for result in results if result.hashes.config == baseline.hashes.config]
+    if len(same) != 1:
+        raise UsageError(
+            f"{given.candidate} has {len(results)} cells, and {len(same)} of them have the champion's configuration. Give the run of one cell."
+        )
+    run_id = registry.run_of(store, same[0].sweep, same[0].hashes.config)
+    return same[0], run_id, f"run {run_id}" if run_id else given.candidate
+
+
+def _write_gate(given: argparse.Namespace, found: Gate, files: dict[str, bytes], store: Store, champion: Registered, run_id: str | None) -> None:
+    from . import gate, gate_report, registry, tracking
+    from .journal import write_bytes, write_json
+    from .report import split_table
+
+    for option, name in ((given.markdown, "gate.md"), (given.junit, "junit.xml")):
+        if option:
+            write_bytes(Path(option), files[name])
+    if run_id is None:
+        print(f"\nNot logged: the store {tracking.without_password(store.uri)} has no run of the candidate. `llmbench upload` puts it there.")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name, content in files.items():
+            write_bytes(folder / name, content)
+        write_json(folder / "gate.json", gate.gate_json(found))
+        write_json(folder / "table.json", split_table(gate_report.HEADING, gate_report.gate_cells(found.checks)))
+        registry.log_gate(store, run_id, champion, found.verdict, found.why, _reason(given), folder)
+
+
+def _promote(given: argparse.Namespace) -> int:
+    from . import registry, tracking
+
+    done = registry.promote(tracking.open_store(given.tracking_uri), given.version)
+    new, before = done.champion, done.before
+    print(f"{new.uri} is the champion of {new.name}." + ("" if before else " It is the first, so there was nothing to gate it against."))
+    if before:
+        print(f"Version {before} is kept as previous. To go back: llmbench promote models:/{new.name}@previous")
+    if given.json:
+        print(json.dumps({"name": new.name, "champion": new.version, "previous": before}))
+    return 0
+
+
 def _reason(given: argparse.Namespace) -> str | None:
     """Why suspect results are accepted; `none`, the default of an MLproject parameter, is no reason."""
     text = (given.accept_suspect or "").strip()
     return None if text in ("", "none") else text
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"recommend": _recommend, "register": _register}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"recommend": _recommend, "register": _register, "gate": _gate, "promote": _promote}

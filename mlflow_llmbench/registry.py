@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from . import tracking
 from .deployment import Deployment, Evidence, deployment_of, version_tags
 from .errors import TrackingError, UsageError
+from .gate import PASS
 from .journal import read_result
 from .records import RunResult
 from .report import summary_markdown
@@ -255,3 +256,49 @@ def registered_at(store: Store, reference: str) -> Registered:
     if not run_id:
         raise UsageError(f"{reference} was not registered by `llmbench register`, so it has no evidence. Register a measured run under this name.")
     return Registered(str(found.name), str(found.version), run_id)
+
+
+def log_gate(store: Store, run_id: str, champion: Registered, verdict: str, why: str, accepted_suspect: str | None, folder: Path) -> None:
+    """Keep a gate's verdict with the candidate's run: as tags, and its files under `gate/`. Raises TrackingError."""
+    tags = {"gate": verdict, "gate_against": champion.uri, "gate_why": why, "gate_accepted_suspect": accepted_suspect or ""}
+    with _plain_errors(store.uri):
+        for name, value in tags.items():
+            store.client.set_tag(run_id, f"llmbench.{name}", value[:5000])
+        store.client.log_artifacts(run_id, str(folder), "gate")
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What a promotion did: the new champion, and the version that was it before (None for the first)."""
+
+    champion: Registered
+    before: str | None
+
+
+def promote(store: Store, reference: str) -> Promotion:
+    """Make a version the champion, and the champion before it `previous`.
+
+    The version's last gate must have been passed against the present champion; the first champion of a name has nothing to be
+    held against, and `previous` was champion before, so that going back needs no gate. Raises UsageError, TrackingError.
+    """
+    new = registered_at(store, reference)
+    aliases: dict[str, str] = {alias: str(version) for alias, version in store.client.get_registered_model(new.name).aliases.items()}
+    before = aliases.get(CHAMPION)
+    if before == new.version:
+        raise UsageError(f"{new.uri} is the champion already. Nothing was moved.")
+    if before is not None and aliases.get(PREVIOUS) != new.version:
+        _require_gate(store, new, before)
+    with _plain_errors(store.uri):
+        if before is not None:
+            store.client.set_registered_model_alias(new.name, PREVIOUS, before)
+        store.client.set_registered_model_alias(new.name, CHAMPION, new.version)
+    return Promotion(new, before)
+
+
+def _require_gate(store: Store, new: Registered, champion: str) -> None:
+    tags = _run(store, new.run_id).data.tags
+    verdict, against, present = tags.get("llmbench.gate"), tags.get("llmbench.gate_against"), f"models:/{new.name}/{champion}"
+    if verdict == PASS and against == present:
+        return
+    why = "has not been gated" if verdict is None else f"was gated against {against}" if against != present else f"did not pass its gate ({verdict})"
+    raise UsageError(f"{new.uri} {why}, and the champion is {present}. Nothing was moved. Run: llmbench gate {new.uri} --against {present}")

@@ -16,8 +16,8 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity", "compare", "recommend", "deployment"),
-    "show": ("report", "charts", "artifacts", "decision", "pareto"),
+    "think": ("stats", "summary", "validity", "compare", "recommend", "deployment", "gate"),
+    "show": ("report", "charts", "artifacts", "decision", "pareto", "gate_report"),
     "keep": ("tracking", "view", "registry", "serving_model"),
     "drive": ("doctor", "progress", "upload", "sweep", "evidence", "decide", "cli", "__main__", "__init__"),
 }
