@@ -42,7 +42,7 @@ def recommendation_markdown(found: Recommendation) -> str:
         if lines:
             parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
     parts.append(
-        "Values are as measured, with the 95 % interval over repetitions in brackets. On the front is what no other configuration "
+        "Values are as measured, with the 95 % interval in brackets. On the front is what no other configuration "
         "dominates: none is nowhere worse, by more than 1 %, and somewhere better beyond chance (p < 0.05 after Holm)."
     )
     return "\n\n".join(parts) + "\n"

@@ -31,6 +31,7 @@ class Evidence:
     sweep: str
     verdict: Verdict
     accepted_suspect: str | None = None
+    linked: str = ""  # the run that was measured, where this one only links to it
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def version_tags(deployment: Deployment) -> dict[str, str]:
     config, evidence = deployment.config, deployment.evidence
     tags = {
         "schema": config["schema"], "run_id": evidence.run_id, "sweep": evidence.sweep, "verdict": evidence.verdict.word,
-        "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons), "accepted_suspect": evidence.accepted_suspect,
+        "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons),
+        "accepted_suspect": evidence.accepted_suspect, "linked_run": evidence.linked,
         **{name: config[name] for name in ("model", "revision", "quant", "decode", "device", "batch_size", "max_prompt_tokens", "max_new_tokens")},
         **{f"{name}_hash": value for name, value in config["hashes"].items()},
         **{key.partition("/")[2]: f"{value:.0f}" if value >= 1e6 else f"{value:.6g}" for key, value in deployment.figures.items()},
@@ -148,6 +150,7 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
     return {
         "run_id": evidence.run_id, "sweep": evidence.sweep, "verdict": evidence.verdict.word,
         "verdict_reasons": [reason.code for reason in evidence.verdict.reasons], "accepted_suspect": evidence.accepted_suspect,
+        **({"linked_run": evidence.linked} if evidence.linked else {}),
     }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ MOST_LABELS = 14
 def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
     """Write `recommendation.svg` and `.png`: the goal against memory and against everything limited, one panel each.
 
-    Filled points are on the front, the ring marks the winner, shaded is what a limit excludes, bars are 95 % intervals over
-    repetitions. Without two candidates to weigh nothing is drawn. Creates `folder`.
+    Filled points are on the front, the ring marks the winner, shaded is what a limit excludes, bars are 95 % intervals.
+    Without two candidates to weigh nothing is drawn. Creates `folder`.
     """
     goal = GOALS[found.goal]
     others = [measure for measure in found.objectives if measure is not goal] or [MEMORY]
@@ -33,7 +33,7 @@ def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
         columns = min(2, len(others))
         rows = -(-len(others) // columns)
         size = (WIDTH if columns == 1 else 1.3 * WIDTH, 4.8 if rows == 1 else 1.2 + 3.6 * rows)
-        figure, panels = _figure(title, f"{goal.better} is better; bars are 95 % intervals over repetitions", size, (rows, columns))
+        figure, panels = _figure(title, f"{goal.better} is better; bars are 95 % intervals", size, (rows, columns))
         for axes, measure in zip(panels, others, strict=False):
             _draw_panel(axes, found, measure, goal)
         for axes in panels[len(others) :]:

@@ -2,7 +2,7 @@
 
 Only results that can be trusted and compared take part: one outcome (`ok`), one hardware, software and workload, by the guard
 of `compare`; suspect ones if that was accepted, invalid ones never. Limits are held against the measured value; where the
-95 % interval over repetitions reaches across a limit, that is said.
+95 % interval reaches across a limit, that is said.
 
 The front holds what nothing dominates. B dominates A if B is nowhere worse by more than the noise threshold and somewhere
 better beyond chance: with p below 0.05 after Holm in `compare` and by more than the threshold; a metric that a run has only
@@ -22,7 +22,7 @@ from .errors import UsageError
 from .metrics import KEYS
 from .records import Cell, Repetition, RunResult, Verdict
 from .stats import t_interval, welch
-from .summary import summarize
+from .summary import summarize, unit_values
 from .validity import judge
 
 HEADLINE_VALUES = {headline.key: headline.of for headline in HEADLINES if headline.of}
@@ -296,7 +296,7 @@ def _digits(value: float) -> str:
 
 
 def values(one: Candidate, key: str) -> list[float] | None:
-    """A metric's value in each repetition; None for what a run has only once, or where a repetition lacks it."""
+    """A metric's value in each unit (process or repetition); None for what a run has only once, or where a unit lacks it."""
     of: Callable[[Repetition], float | None] | None = HEADLINE_VALUES.get(key)
     if key == COST:
         of = _cost(one.result.price_per_hour)
@@ -304,8 +304,7 @@ def values(one: Candidate, key: str) -> list[float] | None:
         of = _joules(one.result.idle_w)
     if of is None:
         return None
-    found = [of(repetition) for repetition in one.result.repetitions]
-    return [value for value in found if value is not None] if None not in found else None
+    return unit_values(one.result, of)
 
 
 def _cost(price_per_hour: float | None) -> Callable[[Repetition], float | None]:
@@ -329,7 +328,7 @@ def _joules(idle_w: float | None) -> Callable[[Repetition], float | None]:
 
 
 def interval(one: Candidate, measure: Measure) -> tuple[float, float] | None:
-    """95 % interval of the mean over repetitions; None for what a run has only once. It always holds the reported value."""
+    """95 % interval of the mean over units; None for what a run has only once. It always holds the reported value."""
     key = measure.key(one.metrics)
     found = values(one, key) if key else None
     ends = t_interval(found) if found else None

@@ -62,9 +62,10 @@ def parent_of_sweep(store: Store, sweep: str) -> str | None:
 
 
 def run_of(store: Store, sweep: str, config_hash: str) -> str | None:
-    """The run of one cell of a sweep; None if the store does not have it."""
+    """The run of one cell of a sweep, of twins the newest; None if the store does not have it."""
     runs = tracking.runs_of_sweep(store, sweep) if sweep else []
-    return next((str(r.info.run_id) for r in runs if r.data.tags.get("llmbench.config_hash") == config_hash and _holds_result(r)), None)
+    found = [run for run in runs if run.data.tags.get("llmbench.config_hash") == config_hash and _holds_result(run)]
+    return str(max(found, key=lambda run: run.info.start_time or 0).info.run_id) if found else None
 
 
 def _holds_result(run: Run) -> bool:
@@ -96,7 +97,7 @@ def register(store: Store, reference: str, name: str, alias: str = CANDIDATE, ac
     metrics = summarize(result)
     verdict = judge(result, metrics)
     reason = (accept_suspect or accepted) if verdict.word == "suspect" else None
-    deployment = deployment_of(result, metrics, Evidence(run_id, result.sweep, verdict, reason))
+    deployment = deployment_of(result, metrics, Evidence(run_id, result.sweep, verdict, reason, result.linked))
     with _plain_errors(store.uri):
         there = _version_of_run(store, name, run_id)
         version = there or _create(store, name, result, deployment)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_llmbench.artifacts import write_cell
+from mlflow_llmbench.jobs import Job, write_job
 from mlflow_llmbench.records import Cell, Hashes, LoadInfo, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult
-from mlflow_llmbench.tracking import cells_of_sweep, open_store
 from mlflow_llmbench.upload import upload
 
 MS, GB = 1_000_000, 10**9
@@ -39,16 +39,18 @@ def made(
 def write_sweep(folder: Path, results: Sequence[RunResult]) -> Path:
     """A sweep's folder as `llmbench run` leaves it, holding these results; the folder's name is that of the sweep."""
     for result in results:
-        write_cell(dataclasses.replace(result, sweep=folder.name), folder / result.hashes.config / "artifacts")
+        job = Job(result.cell, result.model, result.hashes, folder / result.hashes.config, f"{result.cell.quant} b{result.cell.batch_size}")
+        write_job(job)
+        write_cell(dataclasses.replace(result, sweep=folder.name), job.folder / "artifacts")
     parameters = {"model": "fake:x", "backend": "fake", "quant": ",".join(dict.fromkeys(r.cell.quant for r in results))}
     parameters["batch_size"] = ",".join(dict.fromkeys(str(r.cell.batch_size) for r in results))
-    (folder / "sweep.json").write_text(json.dumps({"parameters": parameters, "cells": len(results)}))
+    order = [result.hashes.config for result in results]
+    known = {"parameters": parameters, "cells": len(results), "parent": "a sweep" if len(results) > 1 else None, "order": order}
+    (folder / "sweep.json").write_text(json.dumps(known))
     return folder
 
 
 def stored(folder: Path, store_uri: str, *results: RunResult) -> list[str]:
     """Upload results as one sweep; ids of their runs, in the order of the results."""
-    upload(str(write_sweep(folder, results)), store_uri)
-    store = open_store(store_uri)
-    by_config = {store.client.get_run(i).data.tags["llmbench.config_hash"]: i for i in cells_of_sweep(store, folder.name)}
-    return [by_config[result.hashes.config] for result in results]
+    run_ids = upload(str(write_sweep(folder, results)), store_uri).run_ids
+    return [run_ids[result.hashes.config] for result in results]

@@ -195,7 +195,7 @@ def test_a_folder_that_no_store_has_is_gated_and_not_logged(champion: str, tmp_p
 
 def test_a_store_that_is_away_is_no_regression(capsys: pytest.CaptureFixture[str]) -> None:
     assert gate_of("0" * 32, "--tracking-uri", "http://127.0.0.1:9") == 4
-    assert capsys.readouterr().err.startswith("llmbench: The MLflow store http://127.0.0.1:9 cannot be used")
+    assert capsys.readouterr().err.startswith("llmbench: The MLflow server http://127.0.0.1:9 does not answer.")
 
 
 @pytest.mark.parametrize(

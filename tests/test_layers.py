@@ -14,12 +14,12 @@ PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload"),
-    "world": ("memory", "gpu", "machine", "backends"),
+    "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
     "think": ("stats", "summary", "validity", "compare", "recommend", "deployment", "gate"),
-    "show": ("report", "charts", "artifacts", "decision", "pareto", "gate_report"),
+    "show": ("report", "charts", "comparison_charts", "artifacts", "decision", "pareto", "gate_report"),
     "keep": ("tracking", "view", "registry", "serving_model"),
-    "drive": ("doctor", "progress", "upload", "sweep", "evidence", "decide", "cli", "__main__", "__init__"),
+    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "decide", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
@@ -40,7 +40,7 @@ HOMES = {
     "aiohttp": ("backends",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts", "pareto"),
+    "matplotlib": ("charts", "comparison_charts", "pareto"),
     "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
     "ray": ("sweep",),
 }
