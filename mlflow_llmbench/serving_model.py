@@ -35,6 +35,7 @@ with warnings.catch_warnings(record=True):
             self.lock = threading.Lock()
             self.model: Any = None
             self.tokenizer: Any = None
+            self.stops: set[int] = set()
 
         def predict(self, context: Any, model_input, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:  # type: ignore[no-untyped-def]
             """Answer each row's `prompt`: its text, the tokens of prompt and output, and whether it ended by itself (`stop`) or by `length`."""
@@ -75,6 +76,11 @@ with warnings.catch_warnings(record=True):
             dtype = config["dtype"] if config["dtype"] == "auto" else getattr(torch, config["dtype"])
             model = transformers.AutoModelForCausalLM.from_pretrained(config["location"], dtype=dtype, device_map={"": config["device"]}, **named)
             self._verify(model.eval())
+            ends = model.generation_config.eos_token_id
+            ends = self.tokenizer.eos_token_id if ends is None else ends
+            self.stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+            # Neutral, as it was measured: generate() would fill in the checkpoint's sampling and penalties.
+            model.generation_config = transformers.GenerationConfig()
             self.model = model
 
         def _verify(self, model: Any) -> None:
@@ -101,9 +107,7 @@ with warnings.catch_warnings(record=True):
             import torch
             from transformers import GenerationConfig
 
-            tokenizer, own = self.tokenizer, self.model.generation_config
-            ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-            stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+            tokenizer, stops = self.tokenizer, self.stops
             pad = next((i for i in (tokenizer.pad_token_id, *sorted(stops)) if i is not None), 0)
             width = max(map(len, batch))
             ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=self.model.device)

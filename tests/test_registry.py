@@ -142,6 +142,27 @@ def test_a_model_that_is_not_quantized_as_measured_is_refused(run_id: str, store
         model.predict([{"prompt": "x"}])
 
 
+def test_answers_are_greedy_and_end_where_the_checkpoint_says(run_id: str, store_uri: str, tmp_path: Path) -> None:
+    """A checkpoint's sampling and penalties were not measured, so they are not served; its end tokens are."""
+    register(open_store(store_uri), run_id, "bot", accept_suspect=BUSY)
+    plain = mlflow.pyfunc.load_model("models:/bot@candidate").predict([{"prompt": "Hello"}])
+    folder = tmp_path / "llama"
+    shutil.copytree(result_of(open_store(store_uri), run_id).model.location, folder)
+    own = json.loads((folder / "generation_config.json").read_text())
+
+    def answer(**settings: Any) -> dict[str, Any]:
+        (folder / "generation_config.json").write_text(json.dumps(own | settings))
+        [found] = mlflow.pyfunc.load_model("models:/bot@candidate", model_config={"location": str(folder)}).predict([{"prompt": "Hello"}])
+        return dict(found)
+
+    assert [answer(do_sample=True, temperature=9.0, repetition_penalty=50.0)] == plain
+    inner = mlflow.pyfunc.load_model("models:/bot@candidate").unwrap_python_model()
+    inner.predict(None, ["Hello"])
+    first = inner.model.generate(inner.tokenizer("Hello", return_tensors="pt")["input_ids"], max_new_tokens=1, do_sample=False, pad_token_id=0)
+    stopped = answer(eos_token_id=[1, int(first[0, -1])])
+    assert (stopped["output_tokens"], stopped["finish"]) == (1, "stop")
+
+
 @contextmanager
 def served(uri: str, store_uri: str, log: Path) -> Iterator[str]:
     """The address of `mlflow models serve` for a version, in processes of its own."""
