@@ -131,7 +131,7 @@ def _latency(name: str, text: str) -> tuple[Measure, str]:
     words = {"ttft": "time to first token", "tpot": "time per output token"}
     shown = {"p50": "median", "mean": "mean"}.get(statistic, statistic)
     advice = "More repetitions support higher percentiles." if statistic not in ("mean", "p50") else "Measure at least 2 output tokens."
-    return Measure(f"{words[name]}, {shown}", (f"latency/{name}_ms_{statistic}",), "lower", advice), amount
+    return Measure(f"{shown} {words[name]}", (f"latency/{name}_ms_{statistic}",), "lower", advice), amount
 
 
 def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:

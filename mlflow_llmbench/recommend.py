@@ -47,7 +47,7 @@ class Measure:
 
 GOALS = {
     "throughput": Measure("output throughput", (RATE,), "higher"),
-    "latency": Measure("end-to-end latency, median", ("latency/e2e_ms_p50",), "lower"),
+    "latency": Measure("median end-to-end latency", ("latency/e2e_ms_p50",), "lower"),
     "cost": Measure("cost per million tokens", (COST,), "lower", "Measure again with price_per_hour."),
     "energy": Measure("energy per token", (ENERGY,), "lower", "It needs an energy counter; `llmbench doctor` says why there is none."),
 }

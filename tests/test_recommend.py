@@ -21,7 +21,7 @@ from mlflow_llmbench.records import Failure, Hashes, MemoryStages
 from .results import GB, WIGGLE
 from .results import made as result
 
-TTFT = Measure("time to first token, median", ("latency/ttft_ms_p50",), "lower")
+TTFT = Measure("median time to first token", ("latency/ttft_ms_p50",), "lower")
 
 INT4 = result("int4", 1, step=8, memory=2)
 INT8 = result("int8", 1, step=12, memory=4)
@@ -163,7 +163,7 @@ def test_a_limit_inside_the_interval_is_a_caution() -> None:
 def test_nothing_keeps_the_limits() -> None:
     found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, GB), Limit("--max-ttft", TTFT, 1.0)])
     assert found.winner is None and found.runners_up == ()
-    assert found.changes[0].startswith("int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. Its time to first token")
+    assert found.changes[0].startswith("int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. Its median time to first token")
     assert "none of the 4 that can be trusted and compared keeps the limits" in answer(found)
     data = json.loads(json.dumps(recommendation_json(found)))
     assert data["winner"] is None and len(data["refused"]) == 4
@@ -183,7 +183,7 @@ def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
     files = draw_recommendation(found, tmp_path)
     assert [file.name for file in files] == ["recommendation.svg", "recommendation.png"]
     text = files[0].read_text()
-    assert all(name in text for name in ("int8 batch 8", "Peak memory (GB)", "Time to first token, median (ms)", "winner", "limit"))
+    assert all(name in text for name in ("int8 batch 8", "Peak memory (GB)", "Median time to first token (ms)", "winner", "limit"))
     assert draw_recommendation(recommend([INT4]), tmp_path / "one") == []
     markdown = recommendation_markdown(found)
     assert "| int4 batch 1 | 96.2 tokens/s" in markdown and "- **int8 batch 8**: Its peak memory" in markdown
