@@ -1,4 +1,4 @@
-"""The commands of the decision: recommend, register, gate, promote. Parse, call one function, print."""
+"""The commands of the decision: recommend, register, gate, promote, export. Parse, call one function, print."""
 
 from __future__ import annotations
 
@@ -53,7 +53,13 @@ def add_parsers(commands: Any) -> None:
     _add_accept_suspect(gate)
     promote = commands.add_parser("promote", help="make a version the champion, after a gate that it has passed")
     promote.add_argument("version", metavar="VERSION", help="models:/NAME@candidate, models:/NAME/VERSION, or models:/NAME@previous to go back")
-    for command in (recommend, register, gate, promote):
+    export = commands.add_parser("export", help="write the command or manifest that serves a registered version elsewhere")
+    export.add_argument("version", metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
+    export.add_argument(
+        "--for", dest="target", required=True, metavar="TARGET", help="vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes"
+    )
+    export.add_argument("--output", metavar="FILE", help="write it here (default: print it)")
+    for command in (recommend, register, gate, promote, export):
         _add_common(command)
 
 
@@ -240,10 +246,34 @@ def _promote(given: argparse.Namespace) -> int:
     return 0
 
 
+def _export(given: argparse.Namespace) -> int:
+    from . import registry, tracking
+    from .export import export
+    from .journal import write_bytes
+
+    store = tracking.open_store(given.tracking_uri)
+    version = registry.registered_at(store, given.version)
+    text = export(*registry.stored_config(store, version), uri=version.uri, target=given.target)
+    if given.output:
+        write_bytes(Path(given.output), text.encode())
+        print(f"Written: {given.output}")
+    else:
+        print(text, end="")
+    if given.json:
+        print(json.dumps({"version": version.uri, "target": given.target, "text": text}, ensure_ascii=False))
+    return 0
+
+
 def _reason(given: argparse.Namespace) -> str | None:
     """Why suspect results are accepted; `none`, the default of an MLproject parameter, is no reason."""
     text = (given.accept_suspect or "").strip()
     return None if text in ("", "none") else text
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"recommend": _recommend, "register": _register, "gate": _gate, "promote": _promote}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "recommend": _recommend,
+    "register": _register,
+    "gate": _gate,
+    "promote": _promote,
+    "export": _export,
+}

@@ -64,6 +64,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "trust_remote_code": cell.trust_remote_code,
         "quant": cell.quant,
         "dtype": _dtype(result),
+        "compute_dtype": facts.get("model.dtype"),
         "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf"),
         "kernel": facts.get("quant.kernel"),
         "bits_per_weight": facts.get("quant.bits_per_weight"),

@@ -131,8 +131,8 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
         raise UsageError(f"{reference} is neither a run id, nor a sweep of this store, nor a recommendation.json. Give one of them.")
     if _holds_result(_run(store, run_id)):
         return run_id, None
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     data = None
+    _without_progress_bars()
     with _plain_errors(store.uri):
         if RECOMMENDATION in {item.path for item in store.client.list_artifacts(run_id)}:
             with tempfile.TemporaryDirectory() as scratch:
@@ -143,6 +143,10 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
             f"The run {run_id} holds neither a result nor a recommendation. Run `llmbench recommend {run_id}`, or give the run of a cell."
         )
     return _winner(store, data, reference)
+
+
+def _without_progress_bars() -> None:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def _run(store: Store, run_id: str) -> Run:
@@ -257,6 +261,20 @@ def registered_at(store: Store, reference: str) -> Registered:
     if not run_id:
         raise UsageError(f"{reference} was not registered by `llmbench register`, so it has no evidence. Register a measured run under this name.")
     return Registered(str(found.name), str(found.version), run_id)
+
+
+def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The `model_config` that a version holds, and its pinned requirements. Raises TrackingError."""
+    import yaml
+
+    _without_progress_bars()
+    with tempfile.TemporaryDirectory() as scratch, _plain_errors(store.uri):
+        import mlflow.artifacts
+
+        folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=scratch, tracking_uri=store.uri))
+        model = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+        requirements = (folder / "requirements.txt").read_text(encoding="utf-8").split()
+        return dict(model["flavors"]["python_function"]["config"]), tuple(requirements)
 
 
 def log_gate(store: Store, run_id: str, champion: Registered, verdict: str, why: str, accepted_suspect: str | None, folder: Path) -> None:

@@ -17,7 +17,7 @@ LAYERS = {
     "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
     "think": ("stats", "summary", "validity", "compare", "recommend", "deployment", "gate"),
-    "show": ("report", "charts", "comparison_charts", "artifacts", "decision", "pareto", "gate_report"),
+    "show": ("report", "charts", "comparison_charts", "artifacts", "decision", "pareto", "gate_report", "export"),
     "keep": ("tracking", "view", "registry", "serving_model"),
     "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "decide", "cli", "__main__", "__init__"),
 }

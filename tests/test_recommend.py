@@ -163,7 +163,9 @@ def test_a_limit_inside_the_interval_is_a_caution() -> None:
 def test_nothing_keeps_the_limits() -> None:
     found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, GB), Limit("--max-ttft", TTFT, 1.0)])
     assert found.winner is None and found.runners_up == ()
-    assert found.changes[0].startswith("int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. Its median time to first token")
+    assert found.changes[0].startswith(
+        "int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. Its median time to first token"
+    )
     assert "none of the 4 that can be trusted and compared keeps the limits" in answer(found)
     data = json.loads(json.dumps(recommendation_json(found)))
     assert data["winner"] is None and len(data["refused"]) == 4
