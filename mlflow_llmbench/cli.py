@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from . import __version__
+from . import __version__, decide
 from .errors import LlmbenchError, UsageError
 from .redaction import Terminal, redact
 from .spec import PARAMETERS, default_text, parse, read_yaml
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument(
             "--json", action="store_true", help="as one JSON object"
         )
+    decide.add_parsers(commands)
     return parser
 
 
@@ -323,4 +324,4 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "scaling": _scaling,
     "models": _models,
     "doctor": _doctor,
-}
+} | decide.COMMANDS
