@@ -14,7 +14,7 @@ PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload"),
-    "world": ("memory", "gpu", "machine", "backends"),
+    "world": ("memory", "gpu", "machine", "sse", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
     "think": ("stats", "summary", "validity", "compare"),
     "show": ("report", "charts", "artifacts"),
