@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from .records import Cell, ModelFacts, hash16
 from .spec import BenchSpec, as_text
 
-LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code")
+LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint")
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
-UNDECISIVE = ("max_repetitions",)
+UNDECISIVE = ("max_repetitions", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
 """Parameters of a cell that do not decide its result."""
 
 
@@ -44,13 +44,15 @@ def group_cells(cells: list[Cell]) -> list[Group]:
 
 
 def size(cell: Cell) -> tuple[int, int]:
-    """Order of shapes: tokens held in the KV cache, then rows."""
-    return cell.batch_size * ((cell.prompt_tokens or 0) + cell.output_tokens), cell.batch_size
+    """Order of shapes: tokens held in the KV cache, then rows. An offline cell has one user, an online one one row."""
+    rows = cell.batch_size * cell.concurrency
+    return rows * ((cell.prompt_tokens or 0) + cell.output_tokens), rows
 
 
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
-    decisive = {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in UNDECISIVE}
+    fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and (cell.url or not f.metadata["online"])]
+    decisive = {f.name: getattr(cell, f.name) for f in fields}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
     return hash16(decisive)
@@ -63,6 +65,9 @@ def asked_params(spec: BenchSpec) -> dict[str, str]:
 
 def cell_name(cell: Cell, varied: list[str]) -> str:
     """A run name: what varies (`quant=int4 batch_size=4`), or for a single cell what it is (`opt-1.3b int4 b1`)."""
+    if not varied and cell.url:
+        load = f"c{cell.concurrency}" if cell.request_rate is None else f"{cell.request_rate:g}/s"
+        return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
     if not varied:
         return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} {cell.quant} b{cell.batch_size}"
     return " ".join(f"{name}={as_text(name, getattr(cell, name)).rstrip('/').rsplit('/', 1)[-1]}" for name in varied)

@@ -113,7 +113,7 @@ def run_worker(
         assert process.stdin and process.stdout
         process.stdin.write((json.dumps(job) + "\n").encode())
         process.stdin.flush()
-        _collect(process, outcome, on_event, stall_s if task == "measure" else float("inf"))
+        _collect(process, outcome, on_event, stall_s if task == "measure" else float("inf"), watch_memory=cells[0].url is None)
         process.wait()
     except BrokenPipeError:
         process.wait()
@@ -136,7 +136,7 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
-def _collect(process: subprocess.Popen[bytes], outcome: GroupOutcome, on_event: OnEvent | None, stall_s: float) -> None:
+def _collect(process: subprocess.Popen[bytes], outcome: GroupOutcome, on_event: OnEvent | None, stall_s: float, watch_memory: bool = True) -> None:
     """Take events until the worker closes its pipe, sampling its memory meanwhile. Raises WorkerTimeout if it falls silent."""
     assert process.stdout
     pipe = process.stdout.fileno()
@@ -151,7 +151,8 @@ def _collect(process: subprocess.Popen[bytes], outcome: GroupOutcome, on_event: 
                 )
             ready = selector.select(max(0.0, due - time.monotonic()))
             if time.monotonic() >= due:
-                _sample(process.pid, outcome)
+                if watch_memory:
+                    _sample(process.pid, outcome)
                 due = time.monotonic() + SAMPLE_S
             if not ready:
                 continue

@@ -102,7 +102,12 @@ class Answer:
         return found
 
     def event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
-        body: dict[str, Any] = {"id": "null-1", "object": "chat.completion.chunk" if self.chat else "text_completion", "model": "null", "choices": choices}
+        body: dict[str, Any] = {
+            "id": "null-1",
+            "object": "chat.completion.chunk" if self.chat else "text_completion",
+            "model": "null",
+            "choices": choices,
+        }
         return json.dumps(body | ({"usage": usage} if usage else {}))
 
     def events(self) -> Iterator[tuple[int, int, str]]:
@@ -115,7 +120,9 @@ class Answer:
             field = "reasoning_content" if sofar < self.script["reasoning"] else "content"
             sofar += size
             finish = self.finish if sofar == self.tokens and self.finish == "length" else None
-            choice = {"index": 0, "delta": {field: text}, "finish_reason": finish} if self.chat else {"index": 0, "text": text, "finish_reason": finish}
+            choice = (
+                {"index": 0, "delta": {field: text}, "finish_reason": finish} if self.chat else {"index": 0, "text": text, "finish_reason": finish}
+            )
             yield size, sofar, self.event([choice], self.usage(sofar) if each else None)
 
     def last(self) -> list[str]:

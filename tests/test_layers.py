@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("errors", "metrics", "records"),
-    "intent": ("spec", "models", "plan", "workload"),
-    "world": ("memory", "gpu", "machine", "sse", "backends"),
-    "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity", "compare"),
+    "intent": ("spec", "models", "plan", "workload", "arrivals"),
+    "world": ("memory", "gpu", "machine", "sse", "http1", "client", "backends"),
+    "act": ("measure", "measure_server", "journal", "supervise", "worker"),
+    "think": ("stats", "online_summary", "summary", "online_validity", "validity", "compare"),
     "show": ("report", "charts", "artifacts"),
     "keep": ("tracking", "view"),
     "drive": ("doctor", "progress", "upload", "sweep", "evidence", "cli", "__main__", "__init__"),
@@ -26,7 +26,7 @@ LAYERS = {
 THINK_SEES = ("nouns", "think")
 """Pure functions over records: not even the layers above them, but for the nouns."""
 
-EXCEPTIONS = {("measure", "stats")}
+EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats")}
 """Measurement stops when the interval is narrow: it must be the very interval that is reported."""
 
 HOMES = {
@@ -37,7 +37,7 @@ HOMES = {
     "safetensors": ("backends",),
     "huggingface_hub": ("backends",),
     "gguf": ("backends",),
-    "aiohttp": ("backends",),
+    "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
     "matplotlib": ("charts",),

@@ -68,7 +68,9 @@ def test_every_cut_gives_the_same_events(name: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(lines=st.lists(st.sampled_from([b"data: \xe2\x82\xac", b"data:x", b":c", b"", b"", b"event: e", b"id: 1", b"data"]), max_size=12), draw=st.data())
+@given(
+    lines=st.lists(st.sampled_from([b"data: \xe2\x82\xac", b"data:x", b":c", b"", b"", b"event: e", b"id: 1", b"data"]), max_size=12), draw=st.data()
+)
 def test_any_lines_any_endings_any_cuts(lines: list[bytes], draw: st.DataObject) -> None:
     endings = draw.draw(st.lists(st.sampled_from([b"\n", b"\r\n"]), min_size=len(lines), max_size=len(lines)))
     stream = b"".join(line + ending for line, ending in zip(lines, endings, strict=True))
