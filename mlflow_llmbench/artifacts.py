@@ -50,13 +50,14 @@ def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"**{number}.** {prompt}\n\n> {output}\n" for number, (prompt, output) in enumerate(shown, 1))
 
 
-def write_sweep(rows: Sequence[report.Row], varied: Sequence[str], folder: Path) -> None:
-    """Write the comparison of a sweep for its parent: the table as Markdown, CSV and MLflow table, and the charts."""
+def write_sweep(rows: Sequence[report.Row], varied: Sequence[str], folder: Path, draw: bool = True) -> None:
+    """Write the comparison of a sweep for its parent: the table as Markdown, CSV and MLflow table, and if `draw` the charts."""
     heading, body = report.table_cells(rows, varied)
     write_bytes(folder / "comparison.md", report.sweep_markdown(rows, varied).encode())
     write_bytes(folder / "comparison.csv", "".join(",".join(_csv_cell(c) for c in line) + "\n" for line in [heading, *body]).encode())
     write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
-    charts.draw_sweep([(row.cell, row.metrics) for row in rows if row.metrics], folder / "charts")
+    if draw:
+        charts.draw_sweep([(row.cell, row.metrics) for row in rows if row.metrics], folder / "charts")
 
 
 def _csv_cell(text: str) -> str:

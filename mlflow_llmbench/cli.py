@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import LlmbenchError, UsageError
 from .spec import PARAMETERS, default_text, parse, read_yaml
+
+if TYPE_CHECKING:
+    from .sweep import SweepResult
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,12 +35,17 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell."
     )
-    for name, declared in PARAMETERS.items():
-        mark = " †" if declared.metadata["sweep"] else ""
-        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if declared.metadata["kind"] == "flag" else {}
-        text = f"{declared.metadata['help']}{mark} (default: {default_text(name)})".replace("%", "%%")
-        run.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text, **flag)
+    _add_parameters(run, PARAMETERS)
     run.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
+    duel = commands.add_parser(
+        "ab",
+        help="measure two configurations in turns, in fresh processes, and say how they differ",
+        description="Each side is name=value, or several in quotes: llmbench ab quant=bf16 'quant=int4 threads=1' --model opt-125m. Two equal sides show the machine's noise.",
+    )
+    for side in ("a", "b"):
+        duel.add_argument(side, metavar=side.upper(), help="the parameters of this side")
+    duel.add_argument("--pairs", metavar="N", type=int, default=6, help="fresh processes on each side (default: 6)")
+    _add_parameters(duel, [name for name in PARAMETERS if name != "processes"])
     upload = commands.add_parser("upload", help="put a results folder into an MLflow store, as far as it is not there")
     upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as `llmbench run` prints it")
     compare = commands.add_parser("compare", help="say how two or more results differ, and whether that is more than noise")
@@ -46,12 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--allow", metavar="LIST", default="", help="compare in spite of a difference: hardware,software,workload,scenario,schema,verdict"
     )
-    compare.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
-    compare.add_argument("--paired", action="store_true", help="the repetitions of both were measured in turns")
+    compare.add_argument("--paired", action="store_true", help="both were measured in turns, process by process or repetition by repetition")
     compare.add_argument("--log", metavar="RUN", help="keep the comparison as an artifact of this run")
-    for command in (run, compare):
+    for command in (compare, duel):
+        command.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
+    for command in (run, compare, duel):
         command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    for command in (run, upload, compare):
+    for command in (run, upload, compare, duel):
         command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
         command.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
@@ -59,6 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
             "--json", action="store_true", help="as one JSON object"
         )
     return parser
+
+
+def _add_parameters(command: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """One option per declared parameter."""
+    for name in names:
+        declared = PARAMETERS[name].metadata
+        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if declared["kind"] == "flag" else {}
+        text = f"{declared['help']}{' †' if declared['sweep'] else ''} (default: {default_text(name)})".replace("%", "%%")
+        command.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text, **flag)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,6 +119,31 @@ def _run(given: argparse.Namespace) -> int:
 
     result = sweep.run(tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters)
     print(result.table())
+    _print_where(result)
+    if given.json:
+        print(json.dumps(_as_json(result), ensure_ascii=False))
+    return result.exit_code
+
+
+def _ab(given: argparse.Namespace) -> int:
+    common = {name: value for name in PARAMETERS if (value := getattr(given, name, None)) is not None}
+    parse(common)  # before anything slow is imported
+
+    from . import ab, compare
+    from .progress import Progress
+
+    sides = ab.parse_side(given.a), ab.parse_side(given.b)
+    where = {"tracking_uri": given.tracking_uri, "experiment": given.experiment, "watcher": Progress(sys.stderr)}
+    duel = ab.run_ab(*sides, pairs=given.pairs, noise=given.noise, **where, **common)
+    print(compare.format_comparison(duel.comparison))
+    _print_where(duel.sweep)
+    if given.json:
+        print(json.dumps(compare.comparison_json(duel.comparison) | _as_json(duel.sweep), ensure_ascii=False))
+    return duel.sweep.exit_code
+
+
+def _print_where(result: SweepResult) -> None:
+    """Where the results are, and how to look at them."""
     print(f"\nResults: {result.folder}")
     for line in result.not_uploaded:
         print(f"Not uploaded: {line}")
@@ -108,12 +152,11 @@ def _run(given: argparse.Namespace) -> int:
         print(f"Open the {what}: {result.ui}/{result.page}")
     else:
         print(f"Open the {what}: {result.ui}\nthen http://127.0.0.1:5000/{result.page}")
-    if given.json:
-        print(json.dumps(_as_json(result), ensure_ascii=False))
-    return result.exit_code
+    if result.not_uploaded:
+        print(f"Upload what is missing: llmbench upload {shlex.quote(str(result.folder))}")
 
 
-def _as_json(result: Any) -> Mapping[str, Any]:
+def _as_json(result: SweepResult) -> Mapping[str, Any]:
     """The result as one JSON object: outcome, runs with their parameters and metrics, and where they are."""
     from .tracking import without_password
 
@@ -186,4 +229,4 @@ def _doctor(given: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "upload": _upload, "compare": _compare, "models": _models, "doctor": _doctor}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"run": _run, "ab": _ab, "upload": _upload, "compare": _compare, "models": _models, "doctor": _doctor}

@@ -1,11 +1,11 @@
 """Two results → per metric the ratio, its interval, a test and an effect; a sentence to quote; and the guard against unlike things.
 
-The unit of inference is the repetition: each gives one value per metric, and the tokens inside it are not counted again.
-What a process does to all its repetitions alike (memory layout, clocks) is not seen between two single processes: measure in
-several, or interleaved, before a small difference is believed.
+The unit of inference is the process where a result has several, else the repetition (`summary.units`): each gives one value per
+metric, and what is inside it is not counted again. What a process does to all its repetitions alike (memory layout, clocks) is
+not seen between two single processes: measure in several, or interleaved, before a small difference is believed.
 
 Ratios are B ÷ A of geometric means. Their 95 % interval and p value come from Student's t on the logarithms (Welch's for
-independent repetitions, the paired one for interleaved ones): the difference of mean logarithms is the logarithm of the
+independent units, the paired one for those measured in turns): the difference of mean logarithms is the logarithm of the
 ratio, so its interval needs no approximation, as Fieller's for arithmetic means would. p values are adjusted for the number
 of metrics tested (Holm), so that of all comparisons of like with like at most 5 % show any difference. Interval and p
 value of a ratio can disagree at the edge, since the interval stands for its metric alone.
@@ -25,14 +25,14 @@ from .errors import NotComparable, UsageError
 from .metrics import KEYS
 from .records import Cell, Repetition, RunResult, Verdict
 from .stats import holm, mann_whitney, paired, welch
-from .summary import e2e_ms, gaps_ms, summarize, tpot_ms, ttft_ms
+from .summary import e2e_ms, gaps_ms, output_rate, process_count, summarize, tpot_ms, ttft_ms, unit_values
 from .validity import judge
 
 SIGNIFICANCE = 0.05
 """A metric differs where its p value after Holm is below this: a false alarm in at most 5 % of comparisons, over all metrics."""
 
 RANKS_NEED = 8
-"""Repetitions on each side from which the Mann–Whitney test is given beside t."""
+"""Units on each side from which the Mann–Whitney test is given beside t."""
 
 RATE, DEVICE_PEAK, HOST_PEAK = "throughput/output_tokens_per_s", "memory/device_bytes_peak", "memory/host_needed_bytes_peak"
 
@@ -74,7 +74,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Effect:
-    """One metric compared. `a` and `b` are means over repetitions; `ratio` is b ÷ a of geometric means, `low` to `high` its 95 % interval.
+    """One metric compared. `a` and `b` are means over units; `ratio` is b ÷ a of geometric means, `low` to `high` its 95 % interval.
 
     `p_value` is that of t alone, `p_holm` after the adjustment, which decides; `p_ranks` is Mann and Whitney's, alone.
     What cannot be had is None: all of these for a metric that a run has only once.
@@ -99,12 +99,16 @@ class Effect:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result B against result A. `labels` is what the guard found and was told to allow; `doubts` are verdicts short of valid."""
+    """Result B against result A. `labels` is what the guard found and was told to allow; `doubts` are verdicts short of valid.
+
+    `repetitions` and `processes` count those of A and B; where a result has several processes, they are its units.
+    """
 
     name_a: str
     name_b: str
     effects: tuple[Effect, ...]
     repetitions: tuple[int, int]
+    processes: tuple[int, int]
     paired: bool
     noise: float
     labels: tuple[Difference, ...] = ()
@@ -120,12 +124,6 @@ class Comparison:
         return self.effect(DEVICE_PEAK) or self.effect(HOST_PEAK)
 
 
-def _rate(repetition: Repetition) -> float | None:
-    """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending)."""
-    span_ns = max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)
-    return sum(r.rows * r.output_tokens for r in repetition.requests) / span_ns * 1e9 if span_ns > 0 else None
-
-
 def _typical_gap(repetition: Repetition) -> float | None:
     """Median inter-token gap; the mean would be the time per output token again."""
     gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
@@ -138,7 +136,7 @@ def _mean_tpot(repetition: Repetition) -> float | None:
 
 
 HEADLINES = (
-    Headline(RATE, "tokens/s", _rate),
+    Headline(RATE, "tokens/s", output_rate),
     Headline("latency/ttft_ms_p50", "TTFT ms", lambda repetition: median(map(ttft_ms, repetition.requests))),
     Headline("latency/itl_ms_p50", "ITL ms", _typical_gap),
     Headline("latency/tpot_ms_mean", "TPOT ms", _mean_tpot),
@@ -154,8 +152,8 @@ HEADLINES = (
 def compare(a: RunResult, b: RunResult, *, noise: float = 0.01, allow: frozenset[str] = frozenset(), paired: bool = False) -> Comparison:
     """Compare two results of one kind of work on one machine; ratios are B ÷ A.
 
-    `noise`: a difference that is seen but smaller than this is called `below the noise threshold`. `paired`: the repetitions were
-    interleaved, and the i-th of both belong together. `allow`: kinds of differences (`ALLOWABLE`) that become labels.
+    `noise`: a difference that is seen but smaller than this is called `below the noise threshold`. `paired`: both were measured
+    in turns, and the i-th process of both belong together, or the i-th repetition if each has one process. `allow`: kinds of differences (`ALLOWABLE`) that become labels.
     Raises NotComparable if the results are unlike in any other kind, one is invalid, or has nothing measured; UsageError for a wrong argument.
     """
     _check(noise, allow)
@@ -163,9 +161,9 @@ def compare(a: RunResult, b: RunResult, *, noise: float = 0.01, allow: frozenset
     for name, result in ((name_a, a), (name_b, b)):
         if not result.repetitions:
             raise NotComparable(f"{name} has no repetitions: its outcome is {result.outcome}. Measure it again, or compare another run.")
-    if paired and len(a.repetitions) != len(b.repetitions):
-        counts = f"{len(a.repetitions)} and {len(b.repetitions)}"
-        raise UsageError(f"Paired results need as many repetitions on both sides: {counts}. Compare them without paired.")
+    repetitions, processes = (len(a.repetitions), len(b.repetitions)), (process_count(a), process_count(b))
+    if paired:
+        _check_pairs(repetitions, processes)
     metrics = summarize(a), summarize(b)
     verdicts = judge(a, metrics[0]), judge(b, metrics[1])
     unlike = [*differences(a, b), *_invalid(verdicts)]
@@ -176,8 +174,7 @@ def compare(a: RunResult, b: RunResult, *, noise: float = 0.01, allow: frozenset
         if verdict.word != "valid"
     ]
     effects = _adjust(list(_effects(a, b, *metrics, paired)), noise)
-    counted = len(a.repetitions), len(b.repetitions)
-    return Comparison(name_a, name_b, effects, counted, paired, noise, tuple(unlike), tuple(doubts))
+    return Comparison(name_a, name_b, effects, repetitions, processes, paired, noise, tuple(unlike), tuple(doubts))
 
 
 def _check(noise: float, allow: frozenset[str]) -> None:
@@ -186,6 +183,13 @@ def _check(noise: float, allow: frozenset[str]) -> None:
     unknown = sorted(allow.difference(ALLOWABLE))
     if unknown:
         raise UsageError(f"Unknown kind of difference to allow: {', '.join(unknown)}. Known: {', '.join(ALLOWABLE)}.")
+
+
+def _check_pairs(repetitions: tuple[int, int], processes: tuple[int, int]) -> None:
+    """Raise UsageError if the units of two results do not go together two by two."""
+    noun, (first, second) = ("processes", processes) if max(processes) > 1 else ("repetitions", repetitions)
+    if first != second:
+        raise UsageError(f"Paired results need as many {noun} on both sides: {first} and {second}. Compare them without paired.")
 
 
 def _refuse(unlike: Sequence[Difference]) -> None:
@@ -214,17 +218,16 @@ def _effects(a: RunResult, b: RunResult, metrics_a: Mapping[str, float], metrics
         if elsewhere and headline.key == HOST_PEAK:
             continue
         if headline.of:
-            first, second = ([headline.of(repetition) for repetition in result.repetitions] for result in (a, b))
-            values_a, values_b = ([v for v in values if v is not None and v > 0] for values in (first, second))
-            if len(values_a) == len(a.repetitions) and len(values_b) == len(b.repetitions):
-                yield _tested(headline, values_a, values_b, in_pairs)
+            first, second = unit_values(a, headline.of), unit_values(b, headline.of)
+            if first and second and min(*first, *second) > 0:
+                yield _tested(headline, first, second, in_pairs)
         elif metrics_a.get(headline.key) and headline.key in metrics_b:
             value_a, value_b = metrics_a[headline.key], metrics_b[headline.key]
             yield Effect(headline, value_a, value_b, value_b / value_a)
 
 
 def _tested(headline: Headline, a: Sequence[float], b: Sequence[float], in_pairs: bool) -> Effect:
-    """One metric's values per repetition → ratio, interval and p values."""
+    """One metric's values per unit → ratio, interval and p values."""
     logs_a, logs_b = [math.log(value) for value in a], [math.log(value) for value in b]
     ratio = math.exp(fmean(logs_b) - fmean(logs_a))
     found = (paired if in_pairs else welch)(logs_a, logs_b)
@@ -370,6 +373,9 @@ def _limits(comparison: Comparison) -> list[str]:
     """Sentences on what makes the comparison weaker: unlike conditions that were allowed, and verdicts short of valid."""
     unlike = [str(label) for label in comparison.labels if label.kind != "verdict"]
     found = [f"The conditions were not alike: {', '.join(unlike)}."] if unlike else []
+    if min(comparison.processes) == 1 < max(comparison.processes):
+        single = comparison.name_a if comparison.processes[0] == 1 else comparison.name_b
+        found.append(f"{single} was measured in one process, and what that did to all its repetitions alike is not seen.")
     return found + ([f"The verdict on {'; that on '.join(comparison.doubts)}."] if comparison.doubts else [])
 
 
@@ -422,14 +428,25 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
 def _method(comparison: Comparison) -> str:
     """How the table was made, in one sentence."""
     tested = sum(effect.p_holm is not None for effect in comparison.effects)
-    first, second = comparison.repetitions
     if not tested:
         return "Nothing was tested: a test needs at least 2 repetitions on each side."
-    test = (
-        f"Paired t test on the logarithms of {first} pairs of" if comparison.paired else f"Welch's t test on the logarithms of {first} and {second}"
+    test = "Paired" if comparison.paired else "Welch's"
+    several = max(comparison.processes) > 1
+    means = "processes, each the mean of its repetitions" if several else "repetitions"
+    values = f"Values are means over {means}, for ITL of each repetition's median; ratios are those of geometric means."
+    adjusted = f"p adjusted for {tested} metrics (Holm); noise threshold {_percent(comparison.noise)}"
+    return f"{test} t test on the logarithms of {_units(comparison)}; {adjusted}. {values}"
+
+
+def _units(comparison: Comparison) -> str:
+    """What the test rests on: `5 and 6 repetitions`, `10 pairs of processes`, `5 processes and 8 repetitions`."""
+    counts = zip(comparison.repetitions, comparison.processes, strict=True)
+    (first, noun), (second, other) = (
+        (processes, "processes") if processes > 1 else (repetitions, "repetitions") for repetitions, processes in counts
     )
-    values = "Values are means over repetitions, for ITL of each repetition's median; ratios are those of geometric means."
-    return f"{test} repetitions; p adjusted for {tested} metrics (Holm); noise threshold {_percent(comparison.noise)}. {values}"
+    if comparison.paired:
+        return f"{first} pairs of {noun}"
+    return f"{first} and {second} {noun}" if noun == other else f"{first} {noun} and {second} {other}"
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -460,4 +477,5 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     }
     unlike = [dataclasses.asdict(difference) for difference in comparison.labels]
     told = {"a": comparison.name_a, "b": comparison.name_b, "sentence": sentence(comparison), "noise": comparison.noise, "paired": comparison.paired}
-    return {**told, "repetitions": list(comparison.repetitions), "effects": effects, "unlike": unlike, "doubts": list(comparison.doubts)}
+    counts = {"repetitions": list(comparison.repetitions), "processes": list(comparison.processes)}
+    return {**told, **counts, "effects": effects, "unlike": unlike, "doubts": list(comparison.doubts)}

@@ -4,7 +4,8 @@
     ├── UsageError             a parameter is wrong; nothing was started
     ├── ModelError             the model cannot be had: unknown, unreachable, gated, damaged
     ├── MissingError           a package, a device or a driver is not there
-    ├── TrackingError          the MLflow store refuses or cannot be reached
+    ├── TrackingError          the MLflow store refuses, or cannot be what the address says
+    │   └── StoreAway          the MLflow server does not answer now
     ├── JournalError           the output folder cannot be written, or a record in it cannot be read
     ├── NotComparable          two results differ in more than what was asked about
     └── MeasurementError       the measurement itself failed
@@ -47,7 +48,11 @@ class MissingError(LlmbenchError):
 
 
 class TrackingError(LlmbenchError):
-    """The MLflow store refuses or cannot be reached."""
+    """The MLflow store refuses, or cannot be what the address says."""
+
+
+class StoreAway(TrackingError):
+    """The MLflow server does not answer now; it may later."""
 
 
 class JournalError(LlmbenchError):

@@ -1,15 +1,20 @@
 """The journal: append-only raw records on disk, written before MLflow hears of anything. The only reader and writer of this format.
 
-<output_dir>/<sweep_id>/sweep.json               what was asked
-<output_dir>/<sweep_id>/<config_hash>/
-    cell.json            the cell, the model's facts, hashes
-    events.jsonl         one line per event: warm-ups, repetitions with all stamps, stages; flushed to the disk one by one
-    result.json          everything, once the cell is complete
-    worker.log           what libraries printed
+<output_dir>/<sweep_id>/
+    sweep.json           what was asked, and the environment
+    ended.json           how the command ended; missing while it runs, and after it was killed
+    .claim               locked by the command that writes here, for as long as it lives
+    <config_hash>/       one folder per cell; a second cell with the same hash has -2 behind it
+        cell.json            the cell, the model's facts, hashes
+        events.jsonl         one line per event: warm-ups and repetitions with all stamps; flushed to the disk one by one
+        worker.jsonl         what a worker that began with this cell told, and its memory samples: a result can be made of it again
+        worker.log           what libraries printed
+        artifacts/           result.json and what is drawn from it, once the cell is complete
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -19,7 +24,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import JournalError
 from .records import RunResult, from_json, to_json
@@ -38,6 +43,37 @@ def new_sweep(output_dir: str) -> Path:
     return folder
 
 
+def claim(folder: Path) -> IO[bytes]:
+    """Mark a sweep's folder as being written, until the file that is returned is closed or this process ends, however it ends."""
+    file = (folder / ".claim").open("wb")
+    with contextlib.suppress(ImportError, OSError):  # without locks (Windows, some network disks) nothing is ever taken for abandoned
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a living command writes into a sweep's folder; also where the system cannot tell."""
+    try:
+        import fcntl
+
+        with (folder / ".claim").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return False
+
+
+def abandoned(output_dir: str) -> list[Path]:
+    """Folders of sweeps whose command was killed before it could end them, oldest first."""
+    root = Path(output_dir).expanduser()
+    begun = [file.parent for file in sorted(root.glob("*/sweep.json")) if not (file.parent / "ended.json").exists()]
+    return [folder for folder in begun if not is_claimed(folder)]
+
+
 def write_json(path: Path, data: object) -> None:
     """Write a JSON file whole or not at all: a temporary file, flushed to the disk, then renamed."""
     write_bytes(path, (json.dumps(to_json(data), ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
@@ -46,31 +82,57 @@ def write_json(path: Path, data: object) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises JournalError, for example when the disk is full."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _writing(path), contextlib.ExitStack() as failed:
+        failed.callback(temporary.unlink, missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Map what the disk refuses to JournalError."""
+    try:
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise JournalError(f"Cannot write {path}: {error.strerror}. Free some space or give another output_dir, then run again.") from None
 
 
 class EventLog:
-    """An append-only file of JSON lines; each line is on the disk when `append` returns."""
+    """An append-only file of JSON lines; with `durable`, each line is on the disk when `append` returns. Raises JournalError."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("ab")
+    def __init__(self, path: Path, durable: bool = True) -> None:
+        self.path, self.durable = path, durable
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("ab", buffering=0)
+            self.repair()
+
+    def repair(self) -> None:
+        """Cut off a last line that a crash left unfinished, so that the next one is not joined to it."""
+        with self.path.open("rb+") as file:
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
 
     def append(self, event: str, **data: Any) -> None:
-        """Write one event and wait for the disk."""
+        """Write one event; if durable, wait for the disk."""
         line = json.dumps({"event": event, **{key: to_json(value) for key, value in data.items()}}, ensure_ascii=False, separators=(",", ":"))
-        self.file.write(line.encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with _writing(self.path):
+            rest = memoryview(line.encode() + b"\n")
+            while rest:  # a full disk takes a part, and refuses the next
+                rest = rest[self.file.write(rest) :]
+            if self.durable:
+                os.fsync(self.file.fileno())
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the file."""

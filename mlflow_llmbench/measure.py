@@ -38,11 +38,14 @@ class Measured:
     outputs: tuple[tuple[list[int], list[int]], ...]
 
 
-def time_request(backend: Backend, prompts: Sequence[Sequence[int]], output_tokens: int) -> tuple[RequestRecord, list[Any]]:
+def time_request(
+    backend: Backend, prompts: Sequence[Sequence[int]], output_tokens: int, on_first: Callable[[], None] | None = None
+) -> tuple[RequestRecord, list[Any]]:
     """Generate once and stamp each step. Returns the record and the steps as the backend emitted them.
 
     t0 is taken with the prompt ids on the host, t(i) when the i-th id of each row is on the host. The stamps are those
-    of `time.perf_counter_ns`, a monotonic clock, which a change of the wall clock does not move.
+    of `time.perf_counter_ns`, a monotonic clock, which a change of the wall clock does not move. `on_first` is called after
+    the first step, inside the timed region: for a call that is not measured.
     """
     clock = time.perf_counter_ns
     stamps: list[int] = []
@@ -53,10 +56,15 @@ def time_request(backend: Backend, prompts: Sequence[Sequence[int]], output_toke
         add_stamp(clock())
         add_step(step)
 
+    def emit_and_tell(step: Any) -> None:
+        emit(step)
+        if on_first and len(stamps) == 1:
+            on_first()
+
     gc.disable()
     try:
         t0 = clock()
-        backend.generate(prompts, output_tokens, emit)
+        backend.generate(prompts, output_tokens, emit_and_tell if on_first else emit)
     finally:
         gc.enable()
     return RequestRecord(t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0])), steps
@@ -102,7 +110,8 @@ def _warm_up(backend: Backend, cell: Cell, rows: Callable[[int], list[list[int]]
     most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
     steady = False
     while len(durations) < most and not (steady and not fixed):
-        record, steps = time_request(backend, rows(len(durations)), cell.output_tokens)
+        first = None if durations else lambda: say("first_token")
+        record, steps = time_request(backend, rows(len(durations)), cell.output_tokens, first)
         _check_steps(steps, record.rows)
         if not record.stamps_ns:
             raise MeasurementError("The backend generated no token at all. Nothing can be measured.")

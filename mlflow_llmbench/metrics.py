@@ -55,7 +55,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "throughput",
         "output_tokens_per_s",
-        "batch · N / (tN − t0), mean over repetitions, with its 95 % t interval",
+        "batch · N / (tN − t0), mean over repetitions (over processes, where several), with its 95 % t interval",
         "1/s",
         ("", "ci_low", "ci_high"),
         "higher",
@@ -108,7 +108,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("config", "output_tokens", "setting", "", ("",)),
     Metric("trust", "repetitions", "timed repetitions that the numbers rest on", "", ("",), "higher"),
     Metric("trust", "relative_half_width", "half-width of the 95 % interval of the throughput ÷ its mean", "", ("",), "lower"),
-    Metric("trust", "cv_ratio", "standard deviation of the repetitions' throughput ÷ its mean", "", ("",), "lower"),
+    Metric("trust", "cv_ratio", "standard deviation of the throughput over repetitions (processes, where several) ÷ its mean", "", ("",), "lower"),
 )
 
 SERIES = {

@@ -12,6 +12,9 @@ from .spec import BenchSpec, as_text
 LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint")
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
+WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url")
+"""Parameters that decide what the weights take; cells that share them differ by their shape."""
+
 UNDECISIVE = ("max_repetitions", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
 """Parameters of a cell that do not decide its result."""
 
@@ -49,6 +52,22 @@ def size(cell: Cell) -> tuple[int, int]:
     return rows * ((cell.prompt_tokens or 0) + cell.output_tokens), rows
 
 
+def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
+    """Whether a cell needs at least the memory and time of another: the same weights, and no smaller in any dimension.
+
+    `of_any_shape`: the other did not even load, so its shape does not matter.
+    """
+    if any(getattr(cell, name) != getattr(other, name) for name in WEIGHTS):
+        return False
+    if of_any_shape:
+        return True
+    unknown = cell.prompt_tokens is None or other.prompt_tokens is None
+    same = (cell.prompt_tokens, cell.workload) == (other.prompt_tokens, other.workload)
+    longer = same if unknown else (cell.prompt_tokens or 0) >= (other.prompt_tokens or 0)
+    denser = cell.concurrency >= other.concurrency and (cell.request_rate or 0) >= (other.request_rate or 0)
+    return longer and denser and cell.batch_size >= other.batch_size and cell.output_tokens >= other.output_tokens
+
+
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
     fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and (cell.url or not f.metadata["online"])]
@@ -61,6 +80,11 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """What was asked for, as text: each parameter with its value or its comma list."""
     return {name: ",".join(as_text(name, value) for value in values) for name, values in spec.axes.items()}
+
+
+def option_params(spec: BenchSpec) -> dict[str, str]:
+    """The options of the command as text."""
+    return {name: as_text(name, value) for name, value in vars(spec.options).items()}
 
 
 def cell_name(cell: Cell, varied: list[str]) -> str:

@@ -101,6 +101,19 @@ class Options:
     output_dir: str = parameter("llmbench-results", "the journal's folder", kind="text")
     price_per_hour: float | None = parameter(None, "money per hour of this machine, for cost metrics", kind="number", unset="none", low=0)
     force: bool = parameter(False, "try cells that are estimated not to fit in memory", kind="flag")
+    rerun: bool = parameter(False, "measure again what was measured before with the same configuration, environment and workload", kind="flag")
+    memory_limit: int | None = parameter(
+        None,
+        "most memory that a worker may need, such as 6GB; auto = what is free here, less a twentieth",
+        kind="size",
+        unset="auto",
+        low=100e6,
+        high=1e15,
+    )
+    load_timeout_s: float | None = parameter(3600, "most seconds for loading (downloads have no limit)", kind="number", unset="none", low=0.1)
+    first_token_timeout_s: float | None = parameter(3600, "most seconds from a cell's start to its first token", kind="number", unset="none", low=0.1)
+    repetition_timeout_s: float | None = parameter(3600, "most seconds for one run of a cell, warm-up or timed", kind="number", unset="none", low=0.1)
+    cell_timeout_s: float | None = parameter(None, "most seconds for a whole cell", kind="number", unset="none", low=0.1)
 
 
 @dataclass(frozen=True)
@@ -323,6 +336,7 @@ class RunResult:
     predicted_bytes: int | None = None
     price_per_hour: float | None = None
     sweep: str = ""
+    linked: str = ""  # the run (or the folder) that this result was measured in, where it was not measured again
     schema: int = SCHEMA
 
 

@@ -151,6 +151,17 @@ def _parse_number(name: str, text: str, bounds: Mapping[str, Any], kind: type[in
     return number
 
 
+def _parse_size(name: str, text: str, bounds: Mapping[str, Any]) -> int:
+    """Bytes from `6GB` (10⁹), `6GiB` (2³⁰) or a plain number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.lower())
+    if not found:
+        raise UsageError(f"{name} is not a size: {text}. Give a number with its unit, such as 6GB or 800MiB, or {bounds['unset']}.")
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
+    if not bounds["low"] <= size <= bounds["high"]:
+        raise UsageError(f"{name} is out of range: {text}. The smallest is {bounds['low'] / 1e6:g}MB; did you leave out the unit?")
+    return int(size)
+
+
 def _parse_choice(name: str, text: str, choices: Iterable[str]) -> str:
     known = list(choices)
     if text in known:
@@ -210,6 +221,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "text": lambda name, text, _: _parse_text(name, text),
     "count": lambda name, text, bounds: _parse_number(name, text, bounds, int),
     "number": lambda name, text, bounds: _parse_number(name, text, bounds, float),
+    "size": _parse_size,
     "flag": lambda name, text, _: _parse_flag(name, text),
     "device": lambda name, text, _: _parse_device(name, text),
     "workload": lambda name, text, _: _parse_workload(name, text),

@@ -6,13 +6,13 @@ Keys are those of MLflow (`metrics.KEYS`); what is not defined or not finite is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 
 from .metrics import STAGES
-from .records import LoadInfo, MemorySample, RequestRecord, RunResult
+from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
 from .stats import coefficient_of_variation, percentile, relative_half_width, supports, t_interval
 
 MOST_SAMPLES = 300
@@ -35,6 +35,36 @@ class Point:
 def requests(result: RunResult) -> list[RequestRecord]:
     """All requests of all repetitions, in order."""
     return [request for repetition in result.repetitions for request in repetition.requests]
+
+
+def units(result: RunResult) -> list[tuple[Repetition, ...]]:
+    """What intervals and tests count as one value: the repetitions of each process where there are several, else each by itself.
+
+    A process does some things to all its repetitions alike (memory layout, order of compilation, clocks), so they agree more
+    with each other than with those of the next process, and an interval over them is too narrow. Each process therefore gives
+    one value, the mean of its repetitions (Georges, Buytaert & Eeckhout, Statistically rigorous Java performance evaluation,
+    OOPSLA 2007; Kalibera & Jones, Rigorous benchmarking in reasonable time, ISMM 2013, whose intervals rest on
+    the means of the highest level that is repeated). Within a single process that effect cannot be seen.
+    """
+    processes: dict[int, list[Repetition]] = {}
+    for repetition in result.repetitions:
+        processes.setdefault(repetition.process, []).append(repetition)
+    if len(processes) > 1:
+        return [tuple(processes[number]) for number in sorted(processes)]
+    return [(repetition,) for repetition in result.repetitions]
+
+
+def process_count(result: RunResult) -> int:
+    """In how many worker processes the repetitions were measured."""
+    return len({repetition.process for repetition in result.repetitions})
+
+
+def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> list[float] | None:
+    """One value for each of `units`: the mean over its repetitions. None if a repetition has none, or there is none at all."""
+    found = [[of(repetition) for repetition in unit] for unit in units(result)]
+    if not found or any(value is None for values in found for value in values):
+        return None
+    return [fmean(value for value in values if value is not None) for values in found]
 
 
 def gaps_ms(request: RequestRecord) -> list[float]:
@@ -115,34 +145,63 @@ def _latency(all_requests: Sequence[RequestRecord]) -> dict[str, float | None]:
     return found
 
 
+def _span_s(repetition: Repetition) -> float:
+    """From the first sending to the last arrival, s."""
+    return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
+
+
+def output_rate(repetition: Repetition) -> float | None:
+    """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending)."""
+    span_s = _span_s(repetition)
+    return sum(r.rows * r.output_tokens for r in repetition.requests) / span_s if span_s > 0 else None
+
+
+def total_rate(repetition: Repetition) -> float | None:
+    """The same with the prompt tokens."""
+    span_s = _span_s(repetition)
+    return sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests) / span_s if span_s > 0 else None
+
+
+def prefill_rate(repetition: Repetition) -> float | None:
+    """Prompt tokens of all rows ÷ TTFT, 1/s, mean over the requests."""
+    return _mean([r.rows * r.prompt_tokens / ttft_ms(r) * 1e3 for r in repetition.requests if r.prompt_tokens and ttft_ms(r) > 0])
+
+
+def decode_rate(repetition: Repetition) -> float | None:
+    """Tokens of all rows after the first ÷ their time, 1/s, mean over the requests."""
+    return _mean([r.rows / value * 1e3 for r in repetition.requests if (value := tpot_ms(r))])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "decode": decode_rate}
+
+
 def _throughput(result: RunResult) -> dict[str, float | None]:
-    rates: dict[str, list[float]] = {"output": [], "total": [], "prefill": [], "decode": []}
-    for repetition in result.repetitions:
-        sent = min(r.t0_ns for r in repetition.requests)
-        span_s = (max(r.stamps_ns[-1] for r in repetition.requests) - sent) / 1e9
-        output = sum(r.rows * r.output_tokens for r in repetition.requests)
-        prompt = sum(r.rows * (r.prompt_tokens or 0) for r in repetition.requests)
-        rates["output"].append(output / span_s)
-        rates["total"].append((output + prompt) / span_s)
-        rates["prefill"] += [r.rows * r.prompt_tokens / ttft_ms(r) * 1e3 for r in repetition.requests if r.prompt_tokens and ttft_ms(r) > 0]
-        rates["decode"] += [r.rows / value * 1e3 for r in repetition.requests if (value := tpot_ms(r))]
-    interval = t_interval(rates["output"])
-    mean = fmean(rates["output"])
+    """Rates, means over `units`; the interval and what the verdict rests on are over `units` too."""
+    rates = {name: unit_values(result, rate) for name, rate in RATES.items()}
     found: dict[str, float | None] = {f"throughput/{name}_tokens_per_s": fmean(values) for name, values in rates.items() if values}
+    found["trust/repetitions"] = len(result.repetitions)
+    output = rates["output"]
+    if output is None:
+        return found
+    mean = fmean(output)
     found["throughput/per_instance_tokens_per_s"] = mean / result.cell.batch_size
+    interval = t_interval(output)
     if interval:
         # Student's interval knows nothing of the fact that a rate is positive.
         found["throughput/output_tokens_per_s_ci_low"], found["throughput/output_tokens_per_s_ci_high"] = max(interval[0], 0.0), interval[1]
-    found["trust/repetitions"] = len(result.repetitions)
-    found["trust/relative_half_width"] = relative_half_width(rates["output"])
-    found["trust/cv_ratio"] = coefficient_of_variation(rates["output"])
+    found["trust/relative_half_width"] = relative_half_width(output)
+    found["trust/cv_ratio"] = coefficient_of_variation(output)
     if result.price_per_hour is not None:
         found["cost/per_million_tokens"] = result.price_per_hour / (mean * 3600) * 1e6
     return found
 
 
 def _efficiency(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
-    rate = found["throughput/output_tokens_per_s"]
+    rate = found.get("throughput/output_tokens_per_s")
     peak = found.get("memory/device_bytes_peak") or found.get("memory/host_needed_bytes_peak")
     return {
         "efficiency/tokens_per_s_per_gb": rate / (peak / 1e9) if rate and peak else None,
@@ -214,10 +273,10 @@ def series(result: RunResult) -> list[Point]:
     for repetition in result.repetitions:
         wall, step = repetition.wall_ms, repetition.index + 1
         group = repetition.requests
-        span_s = (max(r.stamps_ns[-1] for r in group) - min(r.t0_ns for r in group)) / 1e9
         points.append(Point("steps/ttft_ms", step, median(map(ttft_ms, group)), wall))
         points.append(Point("steps/e2e_ms", step, median(map(e2e_ms, group)), wall))
-        points.append(Point("steps/output_tokens_per_s", step, sum(r.rows * r.output_tokens for r in group) / span_s, wall))
+        rate = output_rate(repetition)
+        points += [] if rate is None else [Point("steps/output_tokens_per_s", step, rate, wall)]
     points += _token_series(result)
     points += _memory_series(result)
     for key, values in (("itl_ms", [g for r in requests(result) for g in gaps_ms(r)]), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):

@@ -5,6 +5,7 @@ While a worker measures, this process sleeps in a select and reads one small /pr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import selectors
@@ -12,14 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from . import machine, memory
-from .errors import LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
+from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
+from .journal import EventLog, read_events
 from .measure import Measured
 from .records import Cell, LoadInfo, MemorySample, MemoryStages, ModelFacts, from_json, to_json
 
@@ -29,10 +31,19 @@ SAMPLE_S = 0.05
 MOST_SAMPLES = 2000
 """Memory samples that a result keeps; a night at twenty a second would make it unreadable."""
 
-STALL_S = 3600.0
-"""A worker that says nothing for so long, loading or within one repetition, is taken for hung. Downloads have no limit."""
-
 OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a worker may take at most: seconds for each thing that it does, and bytes of host memory. None is no limit."""
+
+    load_s: float | None = None
+    first_token_s: float | None = None
+    repetition_s: float | None = None
+    cell_s: float | None = None
+    memory_bytes: int | None = None
+    memory_limit: str = "memory_limit"  # how the limit of the memory is called in a message
 
 
 @dataclass
@@ -95,11 +106,12 @@ def run_worker(
     folders: Sequence[Path],
     log_file: Path,
     on_event: OnEvent | None = None,
-    stall_s: float = STALL_S,
+    limits: Limits | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
-    An interruption ends the worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
+    What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again. An interruption ends the
+    worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
     """
     outcome = GroupOutcome()
     threads = cells[0].threads or machine.physical_cores()
@@ -110,14 +122,16 @@ def run_worker(
             [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=_environment(threads)
         )
     try:
-        assert process.stdin and process.stdout
+        assert process.stdin
         process.stdin.write((json.dumps(job) + "\n").encode())
         process.stdin.flush()
-        _collect(process, outcome, on_event, stall_s if task == "measure" else float("inf"), watch_memory=cells[0].url is None)
+        with EventLog(log_file.with_suffix(".jsonl"), durable=False) as told:
+            told.append("job", folders=[folder.name for folder in folders])
+            _Watch(process, outcome, limits or Limits(), told, on_event, watches_memory=cells[0].url is None).collect()
         process.wait()
     except BrokenPipeError:
         process.wait()
-    except WorkerTimeout as error:
+    except MeasurementError as error:
         outcome.error = error
     except KeyboardInterrupt:
         outcome.interrupted = True
@@ -128,6 +142,24 @@ def run_worker(
     return outcome
 
 
+def replay(file: Path) -> Iterator[tuple[list[str], GroupOutcome]]:
+    """What each worker that was begun with a cell told before it, or this program, was killed: the names of its cells' folders, and the outcome."""
+    outcome = GroupOutcome()
+    folders: list[str] = []
+    for event in read_events(file):
+        match event["event"]:
+            case "job":
+                if folders:
+                    yield folders, outcome
+                folders, outcome = event["folders"], GroupOutcome()
+            case "samples":
+                outcome.samples += [MemorySample(*sample) for sample in event["samples"]]
+            case _:
+                outcome.take(event)
+    if folders:
+        yield folders, outcome
+
+
 def _environment(threads: int) -> dict[str, str]:
     """The worker's environment: as many threads as asked, this package importable, nothing that talks while it measures."""
     package_parent = str(Path(__file__).resolve().parent.parent)
@@ -136,42 +168,100 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
-def _collect(process: subprocess.Popen[bytes], outcome: GroupOutcome, on_event: OnEvent | None, stall_s: float, watch_memory: bool = True) -> None:
-    """Take events until the worker closes its pipe, sampling its memory meanwhile. Raises WorkerTimeout if it falls silent."""
-    assert process.stdout
-    pipe = process.stdout.fileno()
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        due = heard = time.monotonic()
-        while True:
-            if time.monotonic() - heard > stall_s:
+@dataclass
+class _Watch:
+    """Takes a worker's events until it closes its pipe, samples its memory meanwhile, and holds it to its limits."""
+
+    process: subprocess.Popen[bytes]
+    outcome: GroupOutcome
+    limits: Limits
+    told: EventLog | None
+    on_event: OnEvent | None
+    watches_memory: bool = True  # that of a client is not its model's
+    doing: tuple[str, str, float | None] = ("", "", None)  # what the worker does, the limit's name, the limit in s
+    since: float = 0.0
+    cell_since: float | None = None
+    written: int = 0  # memory samples that are in the journal
+
+    def collect(self) -> None:
+        """Raises WorkerTimeout or OutOfMemory where a limit is passed."""
+        assert self.process.stdout
+        pipe = self.process.stdout.fileno()
+        rest = b""
+        self._begins("loading", "load_timeout_s", self.limits.load_s)
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            due = time.monotonic()
+            while True:
+                ready = selector.select(max(0.0, due - time.monotonic()))
+                if time.monotonic() >= due:
+                    if self.watches_memory:
+                        self._sample()
+                    self._check_time()
+                    due = time.monotonic() + SAMPLE_S
+                if not ready:
+                    continue
+                chunk = os.read(pipe, 1 << 20)
+                if not chunk:
+                    return
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    self._take(json.loads(line))
+
+    def _take(self, event: dict[str, Any]) -> None:
+        self._keep(event)
+        self.outcome.take(event)
+        match event["event"]:
+            case "stage" if event["stage"] == "loading":
+                self._begins("loading", "load_timeout_s", self.limits.load_s)
+            case "measuring":
+                self.cell_since = time.monotonic()
+                self._begins("bringing a first token", "first_token_timeout_s", self.limits.first_token_s)
+            case "first_token" | "warmup" | "repetition":
+                self._begins("one run of the cell", "repetition_timeout_s", self.limits.repetition_s)
+            case "measured":
+                self.cell_since = None
+                self._begins("ending the cell", "load_timeout_s", self.limits.load_s)
+        if self.on_event:
+            self.on_event(event)
+
+    def _keep(self, event: dict[str, Any]) -> None:
+        samples = [dataclasses.astuple(sample) for sample in self.outcome.samples[self.written :]]
+        self.written = len(self.outcome.samples)
+        try:
+            if self.told and samples:
+                self.told.append("samples", samples=samples)
+            if self.told:
+                self.told.append(**event)
+        except JournalError:  # it serves only where this process is killed; the worker's own journal says what matters
+            self.told = None
+
+    def _begins(self, doing: str, name: str, limit_s: float | None) -> None:
+        self.doing, self.since = (doing, name, limit_s), time.monotonic()
+
+    def _check_time(self) -> None:
+        checks = [(self.since, *self.doing)]
+        if self.cell_since is not None:
+            checks.append((self.cell_since, "the whole cell", "cell_timeout_s", self.limits.cell_s))
+        for since, doing, name, limit_s in checks:
+            if limit_s is not None and time.monotonic() - since > limit_s:
                 raise WorkerTimeout(
-                    f"The worker said nothing for {stall_s:g} s at stage {outcome.stage}, so it was ended. Try a smaller configuration."
+                    f"The worker was ended at stage {self.outcome.stage}: {doing} took more than {name}={limit_s:g}. Try a smaller configuration, or allow it more."
                 )
-            ready = selector.select(max(0.0, due - time.monotonic()))
-            if time.monotonic() >= due:
-                if watch_memory:
-                    _sample(process.pid, outcome)
-                due = time.monotonic() + SAMPLE_S
-            if not ready:
-                continue
-            chunk = os.read(pipe, 1 << 20)
-            if not chunk:
-                return
-            heard = time.monotonic()
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                event = json.loads(line)
-                outcome.take(event)
-                if on_event:
-                    on_event(event)
 
-
-def _sample(pid: int, outcome: GroupOutcome) -> None:
-    seen = memory.read(pid)
-    if seen is not None:
-        outcome.samples.append(MemorySample(time.perf_counter_ns(), seen.rss, seen.anonymous if seen.anonymous is not None else seen.rss))
+    def _sample(self) -> None:
+        seen = memory.read(self.process.pid)
+        if seen is None:
+            return
+        anonymous = seen.anonymous if seen.anonymous is not None else seen.rss
+        self.outcome.samples.append(MemorySample(time.perf_counter_ns(), seen.rss, anonymous))
+        needed = anonymous + (self.outcome.load.mapped_weight_bytes if self.outcome.load else 0)
+        limit = self.limits.memory_bytes
+        if limit is not None and needed > limit:
+            raise OutOfMemory(
+                f"The worker needed {needed / 1e9:.2f} GB at stage {self.outcome.stage} and was ended there, since {self.limits.memory_limit} is "
+                f"{limit / 1e9:.2f} GB. Try a smaller batch_size or quantization."
+            )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -7,19 +7,23 @@ there already with the same value is left alone.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import re
 import shlex
+import ssl
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import TrackingError, first_line
+from .errors import StoreAway, TrackingError, first_line
 from .metrics import COLOURS, OUTCOMES
-from .records import SCHEMA, Cell, RunResult, Verdict, hash16
+from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
 from .report import gpu_of, summary_markdown
 from .spec import as_text
 from .summary import Point, series, summarize
@@ -30,12 +34,17 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 DEFAULT_EXPERIMENT = "llmbench"
-HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
+HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
 """A dead server blocks mlflow's client for 246 s with its own defaults; whoever sets these variables is left alone."""
+
+PROBE_S = 2.0
+"""Seconds after which a server that says nothing is taken for away."""
 
 PARENT_TAG = "mlflow.parentRunId"
 UPLOADED_TAG = "llmbench.uploaded"
 """Set when everything of a run has arrived."""
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 """Run names that MLflow makes up; a name that a person gave is kept."""
@@ -49,6 +58,13 @@ class Store:
     uri: str
     experiment_id: str
     given_run_id: str | None
+
+
+def address_of(uri: str | None = None) -> str:
+    """The store's address: the one given, that of MLFLOW_TRACKING_URI, or MLflow's default."""
+    import mlflow
+
+    return uri or str(mlflow.get_tracking_uri())
 
 
 def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
@@ -65,6 +81,8 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
         if uri:
             mlflow.set_tracking_uri(uri)
         address = mlflow.get_tracking_uri()
+        if not answers(address):
+            raise StoreAway(f"The MLflow server {without_password(address)} does not answer.")
         with _undisturbed(address):
             client = MlflowClient()
             client.search_experiments(max_results=1)
@@ -72,6 +90,21 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
         if given:
             return Store(client, address, _given_run(client, given).info.experiment_id, given)
         return Store(client, address, _experiment_id(client, experiment), None)
+
+
+def answers(address: str) -> bool:
+    """Whether a server says anything at all within `PROBE_S`; True for stores that are no server, which are just tried."""
+    if not address.startswith(("http://", "https://")):
+        return True
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=PROBE_S):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # then it is there, and its first use tells best what is wrong with it
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return isinstance(error, ValueError | http.client.HTTPException)
 
 
 def _given_run(client: MlflowClient, run_id: str) -> Run:
@@ -165,12 +198,15 @@ def _agreed_params(store: Store, run_id: str, params: Mapping[str, str], otherwi
     return there
 
 
-def begin_run(store: Store, name: str, parent_id: str | None = None, sweep: str = "", started_ms: int | None = None, config_hash: str = "") -> str:
-    """The id of a RUNNING run: the one that the environment gave (top level only), or a new one. Raises TrackingError."""
+def begin_run(store: Store, name: str, identity: Mapping[str, str], parent_id: str | None = None, started_ms: int | None = None) -> str:
+    """The id of a RUNNING run: the one that the environment gave (top level only), or a new one. Raises TrackingError.
+
+    `identity` are tags, without their prefix, by which the run is found again: `sweep`, and for a cell `cell` and `config_hash`.
+    """
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 
     with _plain_errors(None):
-        tags = {"llmbench.schema": str(SCHEMA), "llmbench.sweep": sweep} | ({"llmbench.config_hash": config_hash} if config_hash else {})
+        tags = {"llmbench.schema": str(SCHEMA)} | {f"llmbench.{key}": value for key, value in identity.items()}
         if parent_id is None and store.given_run_id:
             run = store.client.get_run(store.given_run_id)
             if GENERATED_NAME.fullmatch(run.info.run_name or ""):
@@ -229,11 +265,36 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     verdict = judge(result, metrics)
     facts = {key: str(value) for key, value in (result.load.facts if result.load else {}).items()}
     log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
-    note = summary_markdown(result, metrics, None if result.failure else verdict)
+    note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
     _log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
     _log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
     store.client.log_artifacts(run_id, str(artifacts))
     store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last: what was cut off in the middle must be found again
+
+
+def _linked(store: Store, result: RunResult) -> str:
+    """For a result that was not measured again: where and when it was."""
+    if not result.linked:
+        return ""
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(result.started_ms / 1000))
+    where = f"run [{result.linked}](#/experiments/{store.experiment_id}/runs/{result.linked})" if RUN_ID.fullmatch(result.linked) else result.linked
+    return f"Measured on {when} in {where}, with the same configuration, environment and workload, and not again; `rerun=true` measures again.\n\n"
+
+
+def find_measured(store: Store, hashes: Hashes) -> list[str]:
+    """Ids of runs that hold a whole and valid result of this configuration, environment and workload, newest first, in any experiment."""
+    wanted = {
+        "config_hash": hashes.config,
+        "env_hash": hashes.env,
+        "workload_hash": hashes.workload,
+        "outcome": "ok",
+        "verdict": "valid",
+        "schema": str(SCHEMA),
+    }
+    clauses = [f"tags.`llmbench.{key}` = '{value}'" for key, value in wanted.items()] + [f"tags.`{UPLOADED_TAG}` = 'true'"]
+    experiments = [e.experiment_id for e in store.client.search_experiments()]
+    found = store.client.search_runs(experiments, " and ".join(clauses), order_by=["attributes.start_time DESC"], max_results=5)
+    return [str(run.info.run_id) for run in found]
 
 
 def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
@@ -256,6 +317,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "outcome": result.outcome,
         "verdict": verdict.word,
         "verdict_reasons": ",".join(r.code for r in verdict.reasons),
+        "linked_run": result.linked,
         "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
         "cpu": environment.get("cpu", {}).get("name"),
         "gpu": gpu["name"] if gpu else None,
@@ -343,7 +405,7 @@ def without_password(text: str) -> str:
     return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
 
 
-def ui_command(store: Store) -> str:
-    """How to open the UI on this store, passwords masked."""
-    shown = without_password(store.uri)
+def ui_command(address: str) -> str:
+    """How to open the UI on a store, passwords masked."""
+    shown = without_password(address)
     return shown if shown.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {shlex.quote(shown)}"

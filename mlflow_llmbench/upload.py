@@ -2,65 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import plan, report, tracking, view
+from . import artifacts, charts, jobs, journal, plan, report, supervise, tracking, view
 from .errors import JournalError
-from .journal import read_result
-from .records import RunResult
+from .records import Failure, RunResult
 from .spec import BenchSpec, parse
+
+KILLED = "The command was killed before this cell was measured."
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
-@dataclass(frozen=True)
+@dataclass
 class Uploaded:
-    """What an upload did: runs that are new, runs that were completed, runs that were whole already."""
+    """What an upload did: runs that are new, runs that were completed, runs that were whole already; and where they are.
 
-    new: int
-    completed: int
-    there: int
-    ui: str
+    `run_ids` are by name of the cell's folder; `page` is the published view, if one was published.
+    """
+
+    new: int = 0
+    completed: int = 0
+    there: int = 0
+    ui: str = ""
+    parent_id: str | None = None
+    page: str | None = None
+    run_ids: dict[str, str] = field(default_factory=dict)
+
+    def count(self, run: Run | None) -> str | None:
+        """Count a run as new, as begun, or as whole (all has arrived, and it has ended). Returns its id unless it is new."""
+        if run is None:
+            self.new += 1
+            return None
+        if self.is_whole(run):
+            self.there += 1
+        else:
+            self.completed += 1
+        return str(run.info.run_id)
+
+    @staticmethod
+    def is_whole(run: Run | None) -> bool:
+        """Whether everything of a run has arrived."""
+        return run is not None and tracking.UPLOADED_TAG in run.data.tags and run.info.status != "RUNNING"
 
 
 def upload(folder: str, tracking_uri: str | None = None, experiment: str | None = None) -> Uploaded:
-    """Upload the finished cells of a sweep's folder. A second upload changes nothing. Raises JournalError or TrackingError."""
-    root = Path(folder)
-    spec, planned = _read_spec(root)
-    results = [(read_result(path.parent), path.parent) for path in root.glob("*/artifacts/result.json")]
-    order = {cell: number for number, cell in enumerate(plan.expand_cells(spec))}
-    results.sort(key=lambda pair: order.get(pair[0].cell, len(order)))
-    if not results:
+    """Upload what a sweep's folder holds, also where its command was killed. A second upload changes nothing. Raises JournalError or TrackingError."""
+    root = Path(folder).resolve()
+    _, known = read_sweep(root)
+    if not (root / "ended.json").exists():
+        if journal.is_claimed(root):
+            raise JournalError(f"{folder} is being written by a command that still runs, and that uploads it. Wait for its end.")
+        recover(root)
+    if not _results(root, known):
         raise JournalError(f"{folder} holds no finished cell, so there is nothing to upload. Give a folder that `llmbench run` has printed.")
-    store = tracking.open_store(tracking_uri, experiment)
+    return complete(root, tracking.open_store(tracking_uri, experiment))
+
+
+def complete(root: Path, store: tracking.Store) -> Uploaded:
+    """Bring a sweep's folder into an open store, as far as it is not there. Changes nothing the second time. Raises JournalError or TrackingError."""
+    spec, known = read_sweep(root)
+    results = _results(root, known)
     runs = tracking.runs_of_sweep(store, root.name)
-    counts = {"new": 0, "completed": 0, "there": 0}
-    parent_id, parent_state = None, "there"
-    if spec.varied:
-        parents = [r for r in runs if tracking.PARENT_TAG not in r.data.tags]
-        parent_state, parent_id = _state(parents[0] if parents else None)
-        parent_id = parent_id or tracking.begin_run(store, plan.sweep_name(spec), None, root.name, min(r.started_ms for r, _ in results))
-        counts[parent_state] += 1
+    done = Uploaded(ui=tracking.ui_command(store.uri))
+    parent = next((r for r in runs if tracking.PARENT_TAG not in r.data.tags), None) if known["parent"] else None
+    ended = max((result.ended_ms for _, result in results), default=None)
+    if known["parent"]:
+        begun = min((result.started_ms for _, result in results), default=None)
+        done.parent_id = done.count(parent) or tracking.begin_run(store, known["parent"], {"sweep": root.name}, None, begun)
+    by_cell = {run.data.tags.get("llmbench.cell"): run for run in runs}
     measured: list[tuple[report.Row, str]] = []
-    by_config = {r.data.tags.get("llmbench.config_hash"): r for r in runs}
-    for result, path in results:
-        state, run_id = _state(by_config.get(result.hashes.config))
-        counts[state] += 1
-        name = plan.cell_name(result.cell, spec.varied)
-        run_id = run_id or tracking.begin_run(store, name, parent_id, root.name, result.started_ms, result.hashes.config)
+    for job, result in results:
+        run = by_cell.get(job.folder.name)
+        run_id = done.count(run) or tracking.begin_run(store, job.name, jobs.identity(job), done.parent_id, result.started_ms)
+        done.run_ids[job.folder.name] = run_id
         measured.append((report.row_of(result), run_id))
-        if state != "there":
-            tracking.upload_cell(store, run_id, result, path, {})
+        if not done.is_whole(run):
+            tracking.upload_cell(store, run_id, result, job.folder / "artifacts", {})
             tracking.end_run(store, run_id, result.outcome, result.ended_ms)
-    if parent_id and parent_state != "there":
-        publish_parent(store, parent_id, spec, measured, root / "comparison", {}, lambda text: None)
-        tracking.end_run(store, parent_id, _outcome([r for r, _ in results], planned), max(r.ended_ms for r, _ in results))
-    return Uploaded(**counts, ui=tracking.ui_command(store))
+    if done.parent_id and not done.is_whole(parent):
+        if measured:
+            done.page = publish_parent(store, done.parent_id, spec, measured, root / "comparison", {}, lambda text: None)
+        tracking.end_run(store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended)
+    return done
 
 
 def publish_parent(
@@ -83,26 +113,57 @@ def publish_parent(
     return link
 
 
-def _state(run: Run | None) -> tuple[str, str | None]:
-    """Whether a run is new, was begun, or is whole (all has arrived, and it has ended), and its id."""
-    if run is None:
-        return "new", None
-    whole = tracking.UPLOADED_TAG in run.data.tags and run.info.status != "RUNNING"
-    return ("there" if whole else "completed"), str(run.info.run_id)
-
-
-def _outcome(results: list[RunResult], planned: int) -> str:
-    """Outcome of the whole sweep; cells that were planned and have no result were never reached."""
-    words = {result.outcome for result in results} | ({"interrupted"} if len(results) < planned else set())
-    return "ok" if words <= {"ok", "skipped"} else "interrupted" if "interrupted" in words else "error"
-
-
-def _read_spec(root: Path) -> tuple[BenchSpec, int]:
-    """What was asked for, and how many cells that made."""
+def read_sweep(root: Path) -> tuple[BenchSpec, dict[str, Any]]:
+    """What was asked for, and what else sweep.json holds: cells, parent's name, order of the folders. Raises JournalError."""
     try:
-        data = json.loads((root / "sweep.json").read_text(encoding="utf-8"))
-        return parse(data["parameters"]), int(data["cells"])
+        known = json.loads((root / "sweep.json").read_text(encoding="utf-8"))
+        return parse(known["parameters"]), {"parent": None, "order": [], **known, "cells": int(known["cells"])}
     except (OSError, ValueError, KeyError, TypeError):
         raise JournalError(
             f"{root} is not the folder of a sweep: it has no sweep.json that can be read. Give a folder that `llmbench run` has printed."
         ) from None
+
+
+def recover(folder: Path) -> int:
+    """Make results of what a killed command's workers had told, and mark the sweep as ended; returns how many cells have one. Raises JournalError."""
+    spec, known = read_sweep(folder)
+    begun = [jobs.read_job(file.parent) for file in sorted(folder.glob("*/cell.json"))]
+    by_name = {job.folder.name: job for job in begun}
+    for job in begun:
+        for names, outcome in supervise.replay(job.folder / "worker.jsonl"):
+            for number in outcome.measured:
+                if number in outcome.texts and names[number] in by_name:
+                    by_name[names[number]].attempts.append((outcome, number))
+    whole = 0
+    for job in begun:
+        whole += job.measured
+        if not (job.folder / "artifacts" / "result.json").exists():
+            _write(job, spec, known.get("environment") or {})
+    journal.write_json(folder / "ended.json", {"outcome": "crashed"})
+    return whole
+
+
+def _write(job: jobs.Job, spec: BenchSpec, environment: Mapping[str, Any]) -> None:
+    killed = Failure("measuring", KILLED)
+    result = jobs.measured_result(job, spec, environment) if job.measured else jobs.failed_result(job, spec, environment, "crashed", killed)
+    artifacts.write_cell(result, job.folder / "artifacts")
+    with contextlib.suppress(Exception):
+        charts.draw_cell(result, job.folder / "artifacts" / "charts")
+
+
+def _results(root: Path, known: Mapping[str, Any]) -> list[tuple[jobs.Job, RunResult]]:
+    """The finished cells in the order of the plan."""
+    order = {name: number for number, name in enumerate(known["order"])}
+    folders = [file.parent.parent for file in root.glob("*/artifacts/result.json")]
+    folders.sort(key=lambda folder: order.get(folder.name, len(order)))
+    results = [journal.read_result(folder / "artifacts") for folder in folders]
+    return [(jobs.read_job(folder), result) for folder, result in zip(folders, results, strict=True)]
+
+
+def _outcome(root: Path, results: list[RunResult], planned: int) -> str:
+    """How the sweep ended, as its command wrote it down; else what its cells say."""
+    try:
+        return str(json.loads((root / "ended.json").read_text(encoding="utf-8"))["outcome"])
+    except (OSError, ValueError, KeyError, TypeError):
+        words = {result.outcome for result in results} | ({"interrupted"} if len(results) < planned else set())
+    return "ok" if words <= {"ok", "skipped"} else "interrupted" if "interrupted" in words else "error"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from . import summary
 from .metrics import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
 from .records import Reason, RunResult, Verdict
-from .stats import supports
+from .stats import coefficient_of_variation, supports
 
 VARIATION_LIMIT = 0.10
 SWAPPED_PAGES_LIMIT = 256
@@ -64,33 +64,47 @@ def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
 
 def _steadiness(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     if result.cell.warmup is None and result.steady is False:
-        yield Reason(
-            "not_steady",
-            f"After {len(result.warmup_s)} warm-up runs the early and the late ones still differ by more than 5 %. Close other programs, or set warmup to a larger number.",
-        )
+        processes = summary.process_count(result)
+        seen = f"In at least one of {processes} processes the early and the late warm-up runs"
+        if processes < 2:
+            seen = f"After {len(result.warmup_s)} warm-up runs the early and the late ones"
+        yield Reason("not_steady", f"{seen} still differ by more than 5 %. Close other programs, or set warmup to a larger number.")
 
 
 def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     width, target = metrics.get("trust/relative_half_width"), result.cell.precision_target
-    if len(result.repetitions) < LEAST_REPETITIONS:
+    repetitions, processes = len(result.repetitions), summary.process_count(result)
+    if repetitions < LEAST_REPETITIONS:
         yield Reason(
             "too_few_samples",
-            f"There are {len(result.repetitions)} repetitions, and {LEAST_REPETITIONS} are the least that an interval can rest on. Set repetitions to 5 or more.",
+            f"There are {repetitions} repetitions, and {LEAST_REPETITIONS} are the least that an interval can rest on. Set repetitions to 5 or more.",
+        )
+    elif 1 < processes < LEAST_REPETITIONS:
+        yield Reason(
+            "too_few_samples",
+            f"There are {processes} processes, and {LEAST_REPETITIONS} are the least that an interval over processes can rest on. "
+            "Raise processes to 5 or more.",
         )
     elif width is not None and width > target and result.cell.repetitions is None:
+        rests_on, more = (f"{processes} processes", "processes") if processes > 1 else (f"{repetitions} repetitions", "max_repetitions")
         yield Reason(
             "not_converged",
-            f"The 95 % interval of the throughput is ±{width:.1%} after {len(result.repetitions)} repetitions, and the target is ±{target:.1%}. "
-            "Raise max_repetitions, or close other programs.",
+            f"The 95 % interval of the throughput is ±{width:.1%} after {rests_on}, and the target is ±{target:.1%}. "
+            f"Raise {more}, or close other programs.",
         )
 
 
 def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    cv = metrics.get("trust/cv_ratio")
-    if cv is not None and cv > VARIATION_LIMIT:
+    """Between processes where there are several, and between repetitions, which the means of processes would hide."""
+    rates = [rate for repetition in result.repetitions if (rate := summary.output_rate(repetition)) is not None]
+    seen = {"processes": metrics.get("trust/cv_ratio") if summary.process_count(result) > 1 else None, "repetitions": coefficient_of_variation(rates)}
+    found = {noun: cv for noun, cv in seen.items() if cv is not None and cv > VARIATION_LIMIT}
+    if found:
+        noun = max(found, key=found.__getitem__)
         yield Reason(
             "high_variation",
-            f"The throughput of the repetitions varies by {cv:.1%} (standard deviation ÷ mean), and the limit is {VARIATION_LIMIT:.0%}. Look for what ran beside it, and measure again.",
+            f"The throughput of the {noun} varies by {found[noun]:.1%} (standard deviation ÷ mean), and the limit is {VARIATION_LIMIT:.0%}. "
+            "Look for what ran beside it, and measure again.",
         )
 
 

@@ -58,7 +58,9 @@ def main() -> int:
     _die_with_parent()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a closed terminal reach the whole group; the parent decides
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     flood = _tame_logs()
 
     def tell(event: str, **data: Any) -> None:
@@ -128,7 +130,8 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         _check_lengths(backend, cell, prompts, context)  # and the tokenizer is loaded before the clock runs
 
     def say(event: str, **data: Any) -> None:
-        log.append(event, **data)
+        if event != "first_token":
+            log.append(event, **data)
         tell(event, number_of_cell=number, **{k: v for k, v in data.items() if k != "repetition"})
 
     try:

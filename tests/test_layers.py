@@ -14,12 +14,12 @@ PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload", "arrivals"),
-    "world": ("memory", "gpu", "machine", "sse", "http1", "client", "backends"),
+    "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
     "act": ("measure", "measure_server", "journal", "supervise", "worker"),
     "think": ("stats", "online_summary", "summary", "online_validity", "validity", "compare"),
     "show": ("report", "charts", "artifacts"),
     "keep": ("tracking", "view"),
-    "drive": ("doctor", "progress", "upload", "sweep", "evidence", "cli", "__main__", "__init__"),
+    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 

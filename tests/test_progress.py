@@ -392,8 +392,8 @@ def test_a_real_worker(fault: str, tmp_path: Path) -> None:
     else:
         # one second an event: 7 of the worker, measuring, 2 warm-ups, 3 repetitions, the stage peak; then the same without the first seven
         assert lines[4:] == [
-            "cell 1/2: warming up", "cell 1/2: measuring", "cell 1/2: measured in 14 s, about 15 s left",
-            "cell 2/2: b1", "cell 2/2: warming up", "cell 2/2: measuring", "cell 2/2: measured in 10 s",
+            "cell 1/2: warming up", "cell 1/2: measuring", "cell 1/2: measured in 15 s, about 15 s left",
+            "cell 2/2: b1", "cell 2/2: warming up", "cell 2/2: measuring", "cell 2/2: measured in 11 s",
         ]  # fmt: skip
 
 

@@ -17,7 +17,8 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "warmup": "auto", "repetitions": "auto",
         "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "attention": "auto",
         "decode": "generate", "seed": "0", "trust_remote_code": "false", "output_dir": "llmbench-results", "price_per_hour": "none",
-        "force": "false",
+        "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600", "first_token_timeout_s": "3600",
+        "repetition_timeout_s": "3600", "cell_timeout_s": "none",
     }  # fmt: skip
 
 
@@ -79,3 +80,14 @@ def test_yaml_files(tmp_path: Path) -> None:
         read_yaml(str(file))
     with pytest.raises(UsageError, match="Cannot read parameters from nowhere.yaml"):
         read_yaml("nowhere.yaml")
+
+
+@pytest.mark.parametrize(("text", "size"), [("6GB", 6_000_000_000), ("800 MiB", 800 * 2**20), ("1.5g", 1_500_000_000), ("250000000", 250_000_000)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse({"memory_limit": text}).options.memory_limit == size
+
+
+@pytest.mark.parametrize("text", ["six", "6XB", "-1GB", "6", "nan"])
+def test_what_is_no_size_is_told(text: str) -> None:
+    with pytest.raises(UsageError, match=r"memory_limit is (not a size|out of range): "):
+        parse({"memory_limit": text})

@@ -143,6 +143,74 @@ def test_each_fault_gives_exactly_its_reason(measured: RunResult, word: str, cod
         assert any(c.isdigit() for c in reason.sentence)
 
 
+def in_processes(measured: RunResult, each: int) -> RunResult:
+    """The same repetitions, every `each` of them measured in a process of its own."""
+    return dataclasses.replace(measured, repetitions=tuple(dataclasses.replace(r, process=r.index // each) for r in measured.repetitions))
+
+
+def test_the_interval_of_several_processes_is_that_of_their_means_by_hand() -> None:
+    """Gaps of 0.5 ms after 8.5 ms make 4 tokens in 10 ms; two processes, of 400, 200 and 400, 400 tokens/s (rows 1): means 300 and 400."""
+    measured = in_processes(result([[0.5] * 3, [5.5] * 2 + [0.5], [0.5] * 3, [0.5] * 3], ttft=8.5, rows=1), 2)
+    metrics = summary.summarize(measured)
+    rate = "throughput/output_tokens_per_s"
+    assert metrics[rate] == pytest.approx(350)
+    half = 12.70620474 * math.sqrt(2 * 50**2) / math.sqrt(2)
+    assert (metrics[f"{rate}_ci_low"], metrics[f"{rate}_ci_high"]) == (0.0, pytest.approx(350 + half))
+    assert metrics["trust/relative_half_width"] == pytest.approx(half / 350)
+    assert metrics["trust/cv_ratio"] == pytest.approx(math.sqrt(2) * 50 / 350)
+    assert metrics["trust/repetitions"] == 4
+    assert metrics["throughput/decode_tokens_per_s"] == pytest.approx((((2000 + 3000 / 11.5) / 2) + 2000) / 2)
+
+
+SLOW, FAST = [2.4, 2.4, 2.4], [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("measured", "sentences"),
+    [
+        (in_processes(result([FAST] * 10), 2), {}),
+        (
+            in_processes(result([FAST] * 9), 3),
+            {
+                "too_few_samples": "There are 3 processes, and 5 are the least that an interval over processes can rest on. Raise processes to 5 or more."
+            },
+        ),
+        (
+            in_processes(result([FAST, FAST, SLOW, SLOW] * 3), 2),
+            {
+                "not_converged": "The 95 % interval of the throughput is ±4.2% after 6 processes, and the target is ±2.0%. "
+                "Raise processes, or close other programs."
+            },
+        ),
+        (
+            in_processes(result([FAST] * 10, steady=False), 2),
+            {
+                "not_steady": "In at least one of 5 processes the early and the late warm-up runs still differ by more than 5 %. "
+                "Close other programs, or set warmup to a larger number."
+            },
+        ),
+        (
+            in_processes(result([FAST, [6.0] * 3] * 5), 2),
+            {
+                "high_variation": "The throughput of the repetitions varies by 28.7% (standard deviation ÷ mean), and the limit is 10%. "
+                "Look for what ran beside it, and measure again."
+            },
+        ),
+        (
+            in_processes(result([FAST, FAST, [8.0] * 3, [8.0] * 3] * 3, cell=Cell(batch_size=2, output_tokens=4, repetitions=2)), 2),
+            {
+                "high_variation": "The throughput of the processes varies by 39.4% (standard deviation ÷ mean), and the limit is 10%. "
+                "Look for what ran beside it, and measure again."
+            },
+        ),
+    ],
+    ids=["alike", "three", "wide", "not steady", "within", "between"],
+)
+def test_the_verdict_on_several_processes_speaks_of_processes(measured: RunResult, sentences: dict[str, str]) -> None:
+    """Rates of a batch of 2 · 4 tokens in 16 ms, and in 17.2, 28 or 34 ms; a half of each is ±3.6, 27.3 or 36 % from their mean, times √(n/(n − 1))."""
+    assert {r.code: r.sentence for r in judge(measured, summary.summarize(measured)).reasons} == sentences
+
+
 @pytest.mark.parametrize(
     ("noise", "code"), [(Noise(1.0, 0.05, 0.2), "contended"), (Noise(1.0, 0.0, 0.0, swapped_pages=100), "swapping"), (Noise(1.0, 0.02, 0.05), None)]
 )

@@ -12,7 +12,7 @@ The script is the model's name, `fake:` and settings joined by `+`, all of them 
     late=1                       hand each token over one step late, as a deferred stop check does
     stall_ms, stall_at           an extra delay before token number stall_at
     log_lines                    lines written to the log per call
-    fail=oom|error|crash|hang    a fault, at=load|generate (default generate)
+    fail=oom|error|crash|kill|hang   a fault, at=load|generate (default generate)
     above_batch, below_batch     the fault happens only with more, or fewer, rows than this
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ NUMBERS = {
     "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
     "stall_ms": 0.0, "stall_at": 0.0, "log_lines": 0.0, "above_batch": 0.0, "below_batch": 1e9,
 }  # fmt: skip
-WORDS = {"fail": ("oom", "error", "crash", "hang"), "at": ("load", "generate")}
+WORDS = {"fail": ("oom", "error", "crash", "kill", "hang"), "at": ("load", "generate")}
 
 
 def parse_script(model: str) -> dict[str, float | str]:
@@ -137,6 +138,8 @@ class FakeBackend:
                 raise MeasurementError("Scripted error.")
             case "crash":
                 os._exit(13)
+            case "kill":  # as the kernel does when memory runs out
+                os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
                 time.sleep(3600)
 

@@ -1,0 +1,96 @@
+"""Two configurations against each other, in fresh processes and in turns: the sharpest answer to whether they differ.
+
+A B, B A, A B, … (ABBA): what drifts with time meets both sides alike, and what a process does to all its repetitions (memory
+layout, where its threads run) is seen, since each process gives one value. Both sides may be the same configuration: then
+the answer says what this machine takes for a difference where there is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import compare, plan, tracking
+from .errors import MeasurementError, UsageError
+from .journal import read_result
+from .records import Cell
+from .spec import BenchSpec, as_text, parse
+from .sweep import SweepResult, Watcher, run_sides
+
+DEFAULT_PAIRS = 6
+"""Pairs of processes: five degrees of freedom, a t of 2.6."""
+
+
+@dataclass(frozen=True)
+class Duel:
+    """What `run_ab` returns: the sweep of both sides, and the comparison, B against A."""
+
+    sweep: SweepResult
+    comparison: compare.Comparison
+
+
+def parse_side(text: str) -> dict[str, str]:
+    """One side, `quant=int4 batch_size=4`, as parameters. Raises UsageError."""
+    found: dict[str, str] = {}
+    for part in text.split():
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise UsageError(f"A side of an A/B comparison is not written as name=value: {part}. Give for example quant=int4 or 'quant=int4 batch_size=4'.")
+        found[name] = value
+    return found
+
+
+def run_ab(
+    a: Mapping[str, object],
+    b: Mapping[str, object],
+    *,
+    pairs: int = DEFAULT_PAIRS,
+    noise: float = 0.01,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+    **common: object,
+) -> Duel:
+    """Measure A and B in `pairs` fresh processes each, in turns, and compare them pair by pair.
+
+    `a` and `b` are the parameters in which the sides differ, `common` those that they share; a list is no side. Raises
+    LlmbenchError for what is wrong before anything starts, and MeasurementError if either side could not be measured.
+    """
+    if pairs < 2:
+        raise UsageError(f"There are too few pairs for a test: {pairs}. Give at least 2; {DEFAULT_PAIRS} are the default.")
+    cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
+    spec = _merged(cells, common)
+    names = ["A", "B"] if cells[0] == cells[1] else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
+    done = run_sides(spec, cells, names, (tracking_uri, experiment), watcher)
+    if done.outcome != "ok":
+        failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])
+        raise MeasurementError(f"The sides could not be compared: {failed.outcome}: {failed.message} What was measured is in {done.folder}.")
+    results = [read_result(done.folder / name / "artifacts") for name in _folders(done.folder)]
+    comparison = compare.compare(results[0], results[1], noise=noise, paired=True, allow=frozenset({"workload"}))
+    if done.parent_id:
+        store = tracking.open_store(tracking_uri, experiment)
+        tracking.log_comparison(store, done.parent_id, [comparison])
+    return Duel(done, comparison)
+
+
+def _one_cell(parameters: Mapping[str, object]) -> Cell:
+    """The only cell that the parameters of one side make. Raises UsageError for a list."""
+    spec = parse(parameters)
+    if spec.varied:
+        name = spec.varied[0]
+        raise UsageError(f"{name} has several values: {','.join(as_text(name, v) for v in spec.axes[name])}. Each side is one configuration.")
+    [cell] = plan.expand_cells(spec)
+    return cell
+
+
+def _merged(cells: list[Cell], common: Mapping[str, object]) -> BenchSpec:
+    """The parameters of both sides as one specification; the options of the command are those of `common`."""
+    axes = {f.name: tuple(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
+    return BenchSpec(axes, parse(common).options)
+
+
+def _folders(folder: Path) -> list[str]:
+    return [str(name) for name in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["order"]]

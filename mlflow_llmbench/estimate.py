@@ -1,0 +1,63 @@
+"""What a cell will need, before anything is loaded, and whether that is there: the reasons to refuse a cell unmeasured."""
+
+from __future__ import annotations
+
+from . import gpu, machine, memory, models
+from .records import Cell, ModelFacts
+from .spec import as_text
+
+SPARE = 0.05
+"""Share of the machine's memory that an automatic limit leaves free, since swapping begins before the last page is taken."""
+
+
+def memory_limit(asked: int | None) -> tuple[int | None, str]:
+    """Most bytes of host memory that a worker may need now, and how that limit is called; None where the system does not say what is free."""
+    if asked is not None:
+        return asked, "memory_limit"
+    free, total = memory.available_bytes(), memory.total_bytes()
+    return (
+        None if free is None else int(free - SPARE * (total or free)),
+        "memory_limit=auto (what was free, less a twentieth of the machine's memory)",
+    )
+
+
+def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int | None:
+    """Estimated peak bytes of a cell, of loading or of generating, whichever is more; None if the architecture is unknown."""
+    if shape is None:
+        unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source == "gguf" else 1
+        return None if model.files_bytes is None else model.files_bytes * unpacked
+    dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    prompt = cell.prompt_tokens or 512
+    running = models.memory_estimate(shape, cell.quant, dtype, cell.batch_size, prompt, cell.output_tokens)
+    return max(running, models.load_memory_estimate(shape, cell.quant, dtype)) + models.PROCESS_BYTES
+
+
+def refusal(cell: Cell, model: ModelFacts, predicted: int | None, limit: int | None, force: bool) -> str | None:
+    """Why a cell cannot be measured here; None if it can be tried. `force` tries what is estimated not to fit in memory."""
+    return beyond_context(cell, model) or (None if force else _beyond_memory(cell, predicted, limit))
+
+
+def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
+    """Why a cell does not fit its model's context; None if it does."""
+    asked = (cell.prompt_tokens or 0) + cell.output_tokens
+    if model.context is None or asked <= model.context:
+        return None
+    return (
+        f"prompt_tokens={as_text('prompt_tokens', cell.prompt_tokens)} + output_tokens={cell.output_tokens} is more than the context of {cell.model}, "
+        f"{model.context} tokens. Ask for fewer tokens."
+    )
+
+
+def _beyond_memory(cell: Cell, predicted: int | None, limit: int | None) -> str | None:
+    if machine.require_device(cell.device).startswith("cuda"):
+        available, where = gpu.free_bytes(int(cell.device.partition(":")[2] or 0)), "are free on the GPU"
+    else:
+        available, where = memory.available_bytes(), "are free here"
+        if limit is not None and (available is None or limit < available):
+            available, where = limit, "are allowed by memory_limit"
+    if predicted is None or available is None or predicted <= available:
+        return None
+    return (
+        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB, and {available / 1e9:.1f} GB {where}. "
+        "Use a smaller model, batch or quantization, or try it all the same with force=true."
+    )

@@ -1,0 +1,154 @@
+"""A cell on its way through a sweep: what is known of it before, what its processes left, and the result that they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import estimate, machine, models, plan, supervise
+from .errors import JournalError, UsageError
+from .journal import write_json
+from .records import Cell, Failure, Hashes, ModelFacts, Repetition, RunResult, from_json
+from .report import Row
+from .spec import BenchSpec
+from .supervise import GroupOutcome
+from .workload import PromptSet
+
+
+@dataclass
+class Job:
+    """One cell: its model, identity and folder, why it is refused if it is, its run, and in the end its row of the comparison."""
+
+    cell: Cell
+    model: ModelFacts
+    hashes: Hashes
+    folder: Path
+    name: str
+    predicted: int | None = None
+    refused: str | None = None
+    run_id: str = ""
+    started_ms: int = 0
+    attempts: list[tuple[GroupOutcome, int]] = field(default_factory=list)  # each process that measured it, and its number there
+    row: Row | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether as many processes have measured it as were asked for."""
+        return len(self.attempts) >= self.cell.processes
+
+
+def make_jobs(
+    spec: BenchSpec,
+    cells: Sequence[Cell],
+    names: Sequence[str],
+    model_of: Mapping[Cell, ModelFacts],
+    prompts: Mapping[str, PromptSet],
+    environment: Mapping[str, Any],
+    folder: Path,
+) -> list[Job]:
+    """One job per cell, in their order; what cannot be measured here is marked as refused."""
+    limit, _ = estimate.memory_limit(spec.options.memory_limit)
+    jobs: list[Job] = []
+    for cell, name in zip(cells, names, strict=True):
+        model = model_of[cell]
+        config = plan.config_hash(cell, model)
+        twins = sum(job.hashes.config == config for job in jobs)
+        shape = models.Shape.from_config(model.config) if model.config else None
+        own = environment["hashes"]
+        workload = prompts[cell.workload].digest(cell, shape.vocab_size if shape else None)
+        predicted = estimate.predicted_bytes(cell, model, shape)
+        jobs.append(
+            Job(
+                cell, model, Hashes(config, workload, own["hardware"], own["software"], own["env"]),
+                folder / (f"{config}-{twins + 1}" if twins else config), name, predicted,
+                estimate.refusal(cell, model, predicted, limit, spec.options.force),
+            )
+        )  # fmt: skip
+    return jobs
+
+
+def refuse_twins(cells: Sequence[Cell], model_of: Mapping[Cell, ModelFacts]) -> None:
+    """Raise UsageError if two cells are one configuration under two names: nothing would be compared."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        twin = first.setdefault(plan.config_hash(cell, model_of[cell]), cell)
+        if twin is not cell:
+            raise UsageError(f"{twin.model} and {cell.model} are the same model, so their cells are the same. Leave one of them out.")
+
+
+def identity(job: Job) -> dict[str, str]:
+    """The tags by which a run is found again: its sweep, its folder there, its configuration."""
+    return {"sweep": job.folder.parent.name, "cell": job.folder.name, "config_hash": job.hashes.config}
+
+
+def write_job(job: Job) -> None:
+    """Put on the disk what a result is made of besides the measurement. Raises JournalError."""
+    known = {name: getattr(job, name) for name in ("cell", "model", "hashes", "name", "predicted", "started_ms")}
+    write_json(job.folder / "cell.json", known)
+
+
+def read_job(folder: Path) -> Job:
+    """The job that `write_job` left in a folder. Raises JournalError."""
+    try:
+        known = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        cell, model, hashes = from_json(Cell, known["cell"]), from_json(ModelFacts, known["model"]), from_json(Hashes, known["hashes"])
+        return Job(cell, model, hashes, folder, known["name"], known["predicted"], started_ms=known["started_ms"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JournalError(f"Cannot read {folder / 'cell.json'}: {error}. Delete the folder {folder} and measure the cell again.") from None
+
+
+def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -> RunResult:
+    """The result of a job that all its processes have measured."""
+    first, number = job.attempts[0]
+    measured = [outcome.measured[own] for outcome, own in job.attempts]
+    repetitions: list[Repetition] = []
+    for process, one in enumerate(measured):
+        repetitions += [dataclasses.replace(r, index=len(repetitions) + r.index, process=process) for r in one.repetitions]
+    return dataclasses.replace(
+        empty_result(job, spec, environment, "ok"),
+        load=first.load,
+        first_call_ms=measured[0].first_call_ms if number == 0 else None,
+        warmup_s=measured[0].warmup_s,
+        steady=all(one.steady for one in measured),
+        repetitions=tuple(repetitions),
+        memory=supervise.stages_of(first, number),
+        timeline=supervise.timeline_of(first, number),
+        marks=_marks(first, number),
+        peaks=machine.best_peaks(first.peaks, f"{job.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
+        idle_w=first.idle_w,
+        texts=tuple(first.texts[number]),
+        log=tuple(first.log),
+    )
+
+
+def failed_result(
+    job: Job, spec: BenchSpec, environment: Mapping[str, Any], word: str, failure: Failure, outcome: GroupOutcome | None = None
+) -> RunResult:
+    """The result of a job that has none: the word for it, why, and what its worker was seen to need until then."""
+    result = dataclasses.replace(empty_result(job, spec, environment, word), failure=failure)
+    if outcome is None:
+        return result
+    number = outcome.current if outcome.current is not None else 0
+    seen = {"memory": supervise.stages_of(outcome, number), "timeline": supervise.timeline_of(outcome, number)}
+    return dataclasses.replace(result, load=outcome.load, log=tuple(outcome.log), **seen)  # type: ignore[arg-type]
+
+
+def empty_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any], word: str) -> RunResult:
+    """What every result of a job holds, measured or not."""
+    now = int(time.time() * 1000)
+    return RunResult(
+        job.cell, word, job.started_ms or now, now, job.hashes, job.model, environment,
+        predicted_bytes=job.predicted, price_per_hour=spec.options.price_per_hour, sweep=job.folder.parent.name,
+    )  # fmt: skip
+
+
+def _marks(outcome: GroupOutcome, number: int) -> dict[str, int]:
+    """Stage → monotonic ns at which it was reached, for the timeline of the memory."""
+    marks = {stage: int(event["t_ns"]) for stage, event in outcome.stages.items()}
+    own = outcome.cells.get(number, {})
+    return marks | ({"measuring": int(own["cell"]["t_ns"])} if own else {}) | ({"peak": int(own["peak"]["t_ns"])} if "peak" in own else {})

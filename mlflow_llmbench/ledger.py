@@ -1,0 +1,158 @@
+"""The MLflow runs of one sweep: begun, filled, ended. Nothing that goes wrong with the store stops a measurement.
+
+What did not arrive is told and tried once more at the end; until then it lies in the sweep's folder. A store that is away is
+asked whether it answers before it is given anything, and costs a few seconds in all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from . import tracking, upload
+from .errors import StoreAway, first_line
+from .jobs import Job, identity
+from .journal import write_json
+from .records import RunResult
+from .report import Row
+from .spec import BenchSpec
+
+if TYPE_CHECKING:
+    from .tracking import Store
+
+T = TypeVar("T")
+
+PATIENCE_S = 5.0
+"""Seconds of vain waiting for a store after which it is not asked again before the end."""
+
+
+class Ledger:
+    """The runs of one sweep in one store; `warn` is told each trouble in a line. `parent_name` is None for a single cell."""
+
+    def __init__(self, spec: BenchSpec, parent_name: str | None, warn: Callable[[str], None]) -> None:
+        self.spec, self.parent_name, self.warn = spec, parent_name, warn
+        self.folder = Path()  # of the sweep
+        self.asked: Mapping[str, str] = {}  # params as `mlflow run` has logged them
+        self.store: Store | None = None
+        self.where: tuple[str | None, str | None] = (None, None)
+        self.parent_id: str | None = None
+        self.page: str | None = None
+        self.missed: list[str] = []  # what the store lacks; `retry` brings it
+        self.unwritten: list[str] = []  # what the disk lacks
+        self.waited_s = 0.0
+
+    @property
+    def address(self) -> str:
+        """The store's address."""
+        return self.store.uri if self.store else tracking.address_of(self.where[0])
+
+    def open(self, tracking_uri: str | None, experiment: str | None) -> None:
+        """Connect. A server that does not answer is told, and tried again at the end. Raises TrackingError for an address that cannot be right."""
+        self.where = tracking_uri, experiment
+        started = time.monotonic()
+        try:
+            self.store = tracking.open_store(tracking_uri, experiment)
+        except StoreAway as error:
+            self.waited_s += time.monotonic() - started
+            self.missed.append(f"the runs: {error}")
+            self.warn(f"{error} Measuring all the same: results are kept on the disk, and uploaded at the end if it answers then.")
+
+    def begin_parent(self) -> None:
+        """Open the parent's run, if there is to be one and it is not open."""
+        if self.parent_name is not None and self.parent_id is None:
+            name = self.parent_name
+            self.parent_id = self._try("the sweep's own run", lambda store: tracking.begin_run(store, name, {"sweep": self.folder.name}))
+
+    def begin(self, job: Job) -> None:
+        """Open the run of a cell."""
+        job.started_ms = job.started_ms or int(time.time() * 1000)
+        self.begin_parent()
+        if self.parent_name is not None and self.parent_id is None:
+            return  # a child without its parent would be lost among the runs
+        started = self._try(
+            f"the run of {job.name}", lambda store: tracking.begin_run(store, job.name, identity(job), self.parent_id, job.started_ms)
+        )
+        if started:
+            job.run_id = started
+            with self.noted(f"the note of {job.name}'s run"):
+                write_json(job.folder / "run.json", {"run_id": started, "tracking_uri": self.store and tracking.without_password(self.store.uri)})
+
+    def upload(self, job: Job, result: RunResult) -> None:
+        """Put a cell's result into its run, and end that, also where an interruption meets it."""
+        if not job.run_id:
+            self.begin(job)
+        if not job.run_id:
+            return
+        asked = self.asked if self.parent_name is None else {}
+        try:
+            self._try(job.name, lambda store: tracking.upload_cell(store, job.run_id, result, job.folder / "artifacts", asked))
+        finally:
+            self.end(job.run_id, result.outcome, result.ended_ms)
+
+    def end(self, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
+        """End a run, also where its upload failed: a store that answers again must not show it as running."""
+        self._try(f"the end of run {run_id}", lambda store: tracking.end_run(store, run_id, outcome, ended_ms))
+
+    def finish(self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str) -> None:
+        """Fill the parent with the comparison of the cells (rows with their run ids), and end it."""
+        if self.parent_id is None:
+            return
+        parent = self.parent_id
+
+        def publish(store: Store) -> None:
+            self.page = upload.publish_parent(store, parent, self.spec, measured, comparison, self.asked, self.warn)
+
+        try:
+            self._try("the comparison", publish)
+        finally:
+            self.end(parent, outcome)
+
+    def retry(self, jobs: Sequence[Job]) -> None:
+        """Bring what the store lacks, if it answers now."""
+        if not self.missed:
+            return
+        with contextlib.suppress(Exception):
+            store = self.store or tracking.open_store(*self.where)
+            if not tracking.answers(store.uri):
+                return
+            done = upload.complete(self.folder, store)
+            self.store, self.parent_id, self.page = store, done.parent_id, done.page or self.page
+            for job in jobs:
+                job.run_id = done.run_ids.get(job.folder.name, job.run_id)
+            self.missed.clear()
+
+    @contextlib.contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Go on after an error of drawing or writing; it is told, and again at the end."""
+        try:
+            yield
+        except Exception as error:
+            self.unwritten.append(f"{name}: {first_line(error)}")
+            self.warn(f"Not written: {name}: {first_line(error)}.")
+
+    def _try(self, name: str, action: Callable[[Store], T]) -> T | None:
+        """Do something with the store if it answers; None where it did not work out."""
+        if self.store is None or not self._answers(self.store):
+            self.missed.append(f"{name}: the store does not answer")
+            return None
+        try:
+            return action(self.store)
+        except Exception as error:
+            text = tracking.without_password(first_line(error))
+            self.missed.append(f"{name}: {text}")
+            self.warn(f"Not uploaded: {name}: {text}. It is kept in {self.folder}, and tried again at the end.")
+            return None
+
+    def _answers(self, store: Store) -> bool:
+        if self.waited_s > PATIENCE_S:
+            return False
+        started = time.monotonic()
+        if tracking.answers(store.uri):
+            return True
+        if not self.missed:
+            self.warn(f"The MLflow store {tracking.without_password(store.uri)} does not answer. Results are kept in {self.folder}.")
+        self.waited_s += time.monotonic() - started
+        return False

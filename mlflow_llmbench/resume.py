@@ -1,0 +1,73 @@
+"""What need not be measured again: results of the same configuration, environment and workload, and what a killed command left."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import journal, tracking, upload
+from .errors import JournalError, first_line
+from .jobs import Job
+from .records import SCHEMA, RunResult
+from .spec import BenchSpec
+from .summary import summarize
+from .validity import judge
+
+if TYPE_CHECKING:
+    from .tracking import Store
+
+
+def find(job: Job, spec: BenchSpec, store: Store | None) -> RunResult | None:
+    """A finished and valid result of just this cell, from the journal or from the store, as a result of this sweep; None if there is none."""
+    for found, source in _candidates(job, store):
+        same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked
+        ours = [getattr(found.hashes, name) == getattr(job.hashes, name) for name in ("config", "workload", "env")]
+        if same and all(ours) and judge(found, summarize(found)).word == "valid":
+            return dataclasses.replace(found, sweep=job.folder.parent.name, linked=source, price_per_hour=spec.options.price_per_hour)
+    return None
+
+
+def _candidates(job: Job, store: Store | None) -> Iterator[tuple[RunResult, str]]:
+    """Results that may do, newest first, each with the run or the folder that it was measured in."""
+    folders = job.folder.parent.parent.glob(f"*/{job.hashes.config}*/artifacts")
+    for folder in sorted(folders, reverse=True):
+        if folder.parent != job.folder:
+            with contextlib.suppress(JournalError):
+                yield journal.read_result(folder), _run_of(folder.parent) or str(folder.parent)
+    if store is None:
+        return
+    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as scratch:  # a store that fails here says so when it is written to
+        for run_id in tracking.find_measured(store, job.hashes):
+            yield journal.read_result(tracking.download_result(store, run_id, Path(scratch) / run_id)), run_id
+
+
+def _run_of(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run_id"])
+    return ""
+
+
+def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) -> None:
+    """End the runs of sweeps whose command was killed: what it had measured is kept and uploaded, the cell that it was at is `crashed`."""
+    for folder in journal.abandoned(output_dir):
+        try:
+            if _store_of(folder) == tracking.without_password(store.uri):
+                kept = upload.recover(folder)
+                upload.complete(folder, dataclasses.replace(store, given_run_id=None))
+                warn(f"The sweep {folder.name} had been killed. Its runs are ended now; {kept} of its cells had been measured.")
+        except Exception as error:
+            warn(
+                f"The sweep {folder.name} had been killed, and its runs cannot be ended: {first_line(error)}. `llmbench upload {folder}` tries it again."
+            )
+
+
+def _store_of(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "sweep.json").read_text(encoding="utf-8")).get("tracking_uri"))
+    except (OSError, ValueError, AttributeError):
+        return ""
