@@ -38,7 +38,9 @@ def parse_side(text: str) -> dict[str, str]:
     for part in text.split():
         name, equals, value = part.partition("=")
         if not equals:
-            raise UsageError(f"A side of an A/B comparison is not written as name=value: {part}. Give for example quant=int4 or 'quant=int4 batch_size=4'.")
+            raise UsageError(
+                f"A side of an A/B comparison is not written as name=value: {part}. Give for example quant=int4 or 'quant=int4 batch_size=4'."
+            )
         found[name] = value
     return found
 
@@ -63,7 +65,9 @@ def run_ab(
         raise UsageError(f"There are too few pairs for a test: {pairs}. Give at least 2; {DEFAULT_PAIRS} are the default.")
     cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
     spec = _merged(cells, common)
-    names = ["A", "B"] if cells[0] == cells[1] else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
+    names = (
+        ["A", "B"] if cells[0] == cells[1] else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
+    )
     done = run_sides(spec, cells, names, (tracking_uri, experiment), watcher)
     if done.outcome != "ok":
         failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])

@@ -99,9 +99,9 @@ def new_loop() -> asyncio.AbstractEventLoop:
 class LoadClient:
     """Connections to one server, kept between loads."""
 
-    def __init__(self, address: Address, limits: Limits = Limits()) -> None:
+    def __init__(self, address: Address, limits: Limits | None = None) -> None:
         self.address = address
-        self.limits = limits
+        self.limits = limits or Limits()
         self.loop = new_loop()
         self._tls = ssl.create_default_context() if address.tls else None  # verifies names and certificates
         self._idle: list[Connection] = []

@@ -22,10 +22,11 @@ from statistics import fmean, median
 from typing import Any
 
 from .errors import NotComparable, UsageError
+from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import KEYS
 from .records import Cell, Repetition, RunResult, Verdict
 from .stats import holm, mann_whitney, paired, welch
-from .summary import e2e_ms, gaps_ms, output_rate, process_count, summarize, tpot_ms, ttft_ms, unit_values
+from .summary import output_rate, process_count, summarize, unit_values
 from .validity import judge
 
 SIGNIFICANCE = 0.05
@@ -270,7 +271,7 @@ def differences(a: RunResult, b: RunResult) -> list[Difference]:
             known = dict.fromkeys([*facts_a, *facts_b])
             readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
             found += [d for d in readable if d.a != d.b] or [Difference(kind, f"{kind} hash", hash_a, hash_b)]
-    for kind, word_a, word_b in (("scenario", _scenario(a), _scenario(b)), ("schema", str(a.schema), str(b.schema))):
+    for kind, word_a, word_b in (("scenario", a.cell.scenario, b.cell.scenario), ("schema", str(a.schema), str(b.schema))):
         if word_a != word_b:
             found.append(Difference(kind, kind, word_a, word_b))
     return found
@@ -317,12 +318,6 @@ def _workload(result: RunResult) -> dict[str, str]:
 
 def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
-
-
-def _scenario(result: RunResult) -> str:
-    """`online` if requests were sent by a schedule, else `offline`."""
-    scheduled = any(request.intended_ns is not None for repetition in result.repetitions for request in repetition.requests)
-    return "online" if scheduled else "offline"
 
 
 def names(a: RunResult, b: RunResult) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from .records import Cell, ModelFacts, hash16
-from .spec import BenchSpec, as_text
+from .spec import BenchSpec, as_text, cell_fields
 
 LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint")
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
@@ -79,7 +79,7 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """What was asked for, as text: each parameter with its value or its comma list."""
-    return {name: ",".join(as_text(name, value) for value in values) for name, values in spec.axes.items()}
+    return {name: ",".join(as_text(name, value) for value in spec.axes[name]) for name in cell_fields(spec.axes["url"] != (None,))}
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:

@@ -75,7 +75,7 @@ class Cell:
     )
     arrival: str = parameter("poisson", "open loop: poisson, constant or gamma", kind="arrival", online=True)
     burstiness: float = parameter(
-        1.0, "arrival=gamma: shape; 1 is poisson, below 1 comes in bursts, above 1 is more even", kind="number", low=0.01, high=1e6, online=True
+        1, "arrival=gamma: shape; 1 is poisson, below 1 comes in bursts, above 1 is more even", kind="number", low=0.01, high=1e6, online=True
     )
     requests: int | None = parameter(
         None, "requests per repetition; auto = 4 for each user, or 10 s of the rate, at least 12", kind="count", unset="auto", online=True
@@ -83,7 +83,7 @@ class Cell:
     duration_s: float | None = parameter(
         None, "no request of a repetition is begun later than this", kind="number", unset="none", low=0.1, high=1e6, online=True
     )
-    request_timeout_s: float = parameter(600.0, "after this a request has failed", kind="number", low=0.1, high=86400, online=True)
+    request_timeout_s: float = parameter(600, "after this a request has failed", kind="number", low=0.1, high=86400, online=True)
     slo_ttft_ms: float | None = parameter(None, "goodput: the most for the first token", kind="number", unset="none", low=0, online=True)
     slo_tpot_ms: float | None = parameter(None, "goodput: the most per token after the first", kind="number", unset="none", low=0, online=True)
     slo_e2e_ms: float | None = parameter(None, "goodput: the most for a whole answer", kind="number", unset="none", low=0, online=True)

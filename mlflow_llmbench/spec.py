@@ -42,6 +42,23 @@ PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f
 SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
+LOCAL = (
+    "weights", "revision", "backend", "quant", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "force", "memory_limit",
+)  # fmt: skip
+"""Parameters that mean nothing where another process runs the model."""
+
+COMMANDS = {
+    "run": tuple(name for name, f in PARAMETERS.items() if not f.metadata.get("online")),
+    "online": ("url", *(name for name in PARAMETERS if name not in (*LOCAL, "url"))),
+}
+"""Command, and entry point of the MLproject, → its parameters."""
+
+
+def cell_fields(online: bool) -> list[str]:
+    """The parameters that a cell of this scenario has."""
+    return [f.name for f in dataclasses.fields(Cell) if f.name in COMMANDS["online" if online else "run"] or (online and f.name == "backend")]
+
+
 @dataclass(frozen=True)
 class BenchSpec:
     """What was asked for: for each parameter of a cell its list of values, and the options of the command."""

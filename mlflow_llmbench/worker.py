@@ -140,10 +140,11 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         memory.reset_peak()
         backend.device_memory(reset=True)
         tell("measuring", number=number)
-        if backend.capabilities.online:
-            measured = measure_server(cast(ServerBackend, backend), cell, prompts, say)
-        else:
-            measured = measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
+        measured = (
+            measure_server(cast(ServerBackend, backend), cell, prompts, say)
+            if backend.capabilities.online
+            else measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
+        )
         _stage("peak", backend, tell)
         texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
         tell("measured", number=number, measured=measured, texts=texts)

@@ -16,9 +16,11 @@ from .spec import WORKLOADS
 Encode = Callable[[str], Sequence[int]]
 
 WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one you were her all she "
-    "there would their we him been has when who will more no if out so said what up its about into than them can only other new some could time"
-).split()
+    "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at",
+    "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "her", "all", "she", "there", "would", "their",
+    "we", "him", "been", "has", "when", "who", "will", "more", "no", "if", "out", "so", "said", "what", "up", "its", "about", "into",
+    "than", "them", "can", "only", "other", "new", "some", "could", "time",
+)  # fmt: skip
 """Words that are one token each, with the space before them, in the usual vocabularies. A probe of the server tells where they are not."""
 
 

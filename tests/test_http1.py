@@ -25,10 +25,10 @@ class Wire:
         self.closed = True
 
 
-def answer(pieces: list[bytes], *, cut: bool = False, limits: Limits = Limits()) -> tuple[Exchange, Connection, bool]:
+def answer(pieces: list[bytes], *, cut: bool = False, limits: Limits | None = None) -> tuple[Exchange, Connection, bool]:
     """The exchange that a connection makes of these reads, and whether it ended."""
     ended: list[Exchange] = []
-    connection = Connection(limits, lambda _, exchange: ended.append(exchange))
+    connection = Connection(limits or Limits(), lambda _, exchange: ended.append(exchange))
     wire: Any = Wire()
     connection.connection_made(wire)
     exchange = Exchange(0)

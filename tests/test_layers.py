@@ -16,7 +16,7 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload", "arrivals"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
     "act": ("measure", "measure_server", "journal", "supervise", "worker"),
-    "think": ("stats", "online_summary", "summary", "online_validity", "validity", "compare"),
+    "think": ("stats", "latency", "online_summary", "summary", "online_validity", "validity", "compare"),
     "show": ("report", "charts", "artifacts"),
     "keep": ("tracking", "view"),
     "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),

@@ -218,11 +218,10 @@ def read_answer(exchange: Exchange) -> RequestRecord:
         _check_head(exchange, answer)
     if exchange.status == 200:
         _read_events(exchange, answer)
-    if not answer.fault:
-        if not (answer.done or (answer.finish and exchange.framed)):
-            answer.fault, answer.message = "truncated", f"The answer ended after {len(answer.stamps)} chunks without its end."
-            if not exchange.status:
-                answer.message = "The connection was closed before an answer."
+    if not answer.fault and not (answer.done or (answer.finish and exchange.framed)):
+        answer.fault, answer.message = "truncated", f"The answer ended after {len(answer.stamps)} chunks without its end."
+        if not exchange.status:
+            answer.message = "The connection was closed before an answer."
     tokens = _count(answer.usage.get("completion_tokens"))
     if tokens == len(answer.stamps) + 1 and answer.finish == "stop" and answer.finish_ns is not None:
         answer.stamps.append(answer.finish_ns)  # the end token, which has no text and comes with the reason
