@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import compare, plan, tracking
+from . import artifacts, compare, plan, tracking
 from .errors import MeasurementError, UsageError
 from .journal import read_result
 from .records import Cell
@@ -48,13 +48,13 @@ def parse_side(text: str) -> dict[str, str]:
 def run_ab(
     a: Mapping[str, object],
     b: Mapping[str, object],
+    common: Mapping[str, object],
     *,
     pairs: int = DEFAULT_PAIRS,
     noise: float = 0.01,
     tracking_uri: str | None = None,
     experiment: str | None = None,
     watcher: Watcher | None = None,
-    **common: object,
 ) -> Duel:
     """Measure A and B in `pairs` fresh processes each, in turns, and compare them pair by pair.
 
@@ -74,9 +74,9 @@ def run_ab(
         raise MeasurementError(f"The sides could not be compared: {failed.outcome}: {failed.message} What was measured is in {done.folder}.")
     results = [read_result(done.folder / name / "artifacts") for name in _folders(done.folder)]
     comparison = compare.compare(results[0], results[1], noise=noise, paired=True, allow=frozenset({"workload"}))
+    artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
-        store = tracking.open_store(tracking_uri, experiment)
-        tracking.log_comparison(store, done.parent_id, [comparison])
+        tracking.log_comparison(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab")
     return Duel(done, comparison)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import charts, report
+from .compare import Comparison, comparison_json, comparison_markdown
+from .comparison_charts import draw_comparisons
 from .journal import samples_csv, write_bytes, write_json
 from .records import RunResult
 from .summary import summarize
@@ -58,6 +60,13 @@ def write_sweep(rows: Sequence[report.Row], varied: Sequence[str], folder: Path,
     write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
     if draw:
         charts.draw_sweep([(row.cell, row.metrics) for row in rows if row.metrics], folder / "charts")
+
+
+def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
+    """Write comparison.md, comparison.json (a list) and the charts of `llmbench compare` into `folder`. Raises JournalError."""
+    write_bytes(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)).encode())
+    write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
+    draw_comparisons(comparisons, folder / "charts")
 
 
 def _csv_cell(text: str) -> str:

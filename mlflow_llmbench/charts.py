@@ -1,4 +1,4 @@
-"""Charts as SVG and PNG, of one measured cell and of a sweep. The only user of matplotlib.
+"""Charts as SVG and PNG, of one measured cell and of a sweep, and the look of all charts.
 
 Same input, same bytes. pyplot is not used; the style holds for the time of a call, in an `rc_context`, so a notebook's own
 settings are neither read nor changed (rcParams are global: do not draw in two threads at once).

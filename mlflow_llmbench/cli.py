@@ -64,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow", metavar="LIST", default="", help="compare in spite of a difference: hardware,software,workload,scenario,schema,verdict"
     )
     compare.add_argument("--paired", action="store_true", help="both were measured in turns, process by process or repetition by repetition")
-    compare.add_argument("--log", metavar="RUN", help="keep the comparison as an artifact of this run")
+    compare.add_argument("--log", metavar="RUN", help="keep the comparison and its charts as artifacts of this run, under comparison/")
+    compare.add_argument("--output", metavar="FOLDER", help="write the comparison and its charts into this folder")
     for command in (compare, duel):
         command.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
     for command in (run, online, compare, duel):
@@ -142,13 +143,20 @@ def _ab(given: argparse.Namespace) -> int:
     from . import ab, compare
     from .progress import Progress
 
-    sides = ab.parse_side(given.a), ab.parse_side(given.b)
-    where = {"tracking_uri": given.tracking_uri, "experiment": given.experiment, "watcher": Progress(sys.stderr)}
-    duel = ab.run_ab(*sides, pairs=given.pairs, noise=given.noise, **where, **common)
+    duel = ab.run_ab(
+        ab.parse_side(given.a),
+        ab.parse_side(given.b),
+        common,
+        pairs=given.pairs,
+        noise=given.noise,
+        tracking_uri=given.tracking_uri,
+        experiment=given.experiment,
+        watcher=Progress(sys.stderr),
+    )
     print(compare.format_comparison(duel.comparison))
     _print_where(duel.sweep)
     if given.json:
-        print(json.dumps(compare.comparison_json(duel.comparison) | _as_json(duel.sweep), ensure_ascii=False))
+        print(json.dumps({**compare.comparison_json(duel.comparison), **_as_json(duel.sweep)}, ensure_ascii=False))
     return duel.sweep.exit_code
 
 
@@ -201,7 +209,7 @@ def _upload(given: argparse.Namespace) -> int:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from . import compare, tracking
+    from . import compare
     from .evidence import load_results
 
     allow = frozenset(filter(None, given.allow.split(",")))
@@ -212,13 +220,30 @@ def _compare(given: argparse.Namespace) -> int:
         raise UsageError("A comparison needs two results, and there is one. Give another run, or the folder of a sweep.")
     comparisons = [compare.compare(results[0], other, noise=given.noise, allow=allow, paired=given.paired) for other in results[1:]]
     for comparison in comparisons:
-        print(f"{compare.sentence(comparison)}\n\n{compare.format_comparison(comparison)}\n")
-    if given.log:
-        store = tracking.open_store(given.tracking_uri)
-        tracking.log_comparison(store, given.log.removeprefix("runs:/"), "\n\n".join(map(compare.comparison_markdown, comparisons)))
+        print(f"{compare.format_comparison(comparison)}\n")
+    _keep_comparisons(given, comparisons)
     if given.json:
         print(json.dumps([compare.comparison_json(comparison) for comparison in comparisons], ensure_ascii=False))
     return 0
+
+
+def _keep_comparisons(given: argparse.Namespace, comparisons: Sequence[Any]) -> None:
+    """The files of a comparison in a folder (`--output`) and in a run (`--log`), where asked for."""
+    if not (given.output or given.log):
+        return
+    import tempfile
+    from pathlib import Path
+
+    from . import tracking
+    from .artifacts import write_comparisons
+
+    if given.output:
+        write_comparisons(comparisons, Path(given.output))
+        print(f"Written: {given.output}")
+    if given.log:  # from a folder of its own: the other may hold a person's files
+        with tempfile.TemporaryDirectory() as scratch:
+            write_comparisons(comparisons, Path(scratch))
+            tracking.log_comparison(tracking.open_store(given.tracking_uri), given.log.removeprefix("runs:/"), Path(scratch))
 
 
 def _models(given: argparse.Namespace) -> int:

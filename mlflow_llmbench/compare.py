@@ -78,7 +78,7 @@ class Effect:
     """One metric compared. `a` and `b` are means over units; `ratio` is b ÷ a of geometric means, `low` to `high` its 95 % interval.
 
     `p_value` is that of t alone, `p_holm` after the adjustment, which decides; `p_ranks` is Mann and Whitney's, alone.
-    What cannot be had is None: all of these for a metric that a run has only once.
+    What cannot be had is None: all of these for a metric that a run has only once. `values_a` and `values_b` are those of the units.
     """
 
     headline: Headline
@@ -91,6 +91,8 @@ class Effect:
     p_value: float | None = None
     p_holm: float | None = None
     p_ranks: float | None = None
+    values_a: tuple[float, ...] = ()
+    values_b: tuple[float, ...] = ()
 
     @property
     def key(self) -> str:
@@ -232,13 +234,12 @@ def _tested(headline: Headline, a: Sequence[float], b: Sequence[float], in_pairs
     logs_a, logs_b = [math.log(value) for value in a], [math.log(value) for value in b]
     ratio = math.exp(fmean(logs_b) - fmean(logs_a))
     found = (paired if in_pairs else welch)(logs_a, logs_b)
+    effect = Effect(headline, fmean(a), fmean(b), ratio, values_a=tuple(a), values_b=tuple(b))
     if found is None:
-        return Effect(headline, fmean(a), fmean(b), ratio)
+        return effect
     ranks = mann_whitney(a, b) if not in_pairs and min(len(a), len(b)) >= RANKS_NEED else None
-    return Effect(
-        headline, fmean(a), fmean(b), ratio, low=math.exp(found.low), high=math.exp(found.high),
-        p_value=found.p_value, p_ranks=ranks.p_value if ranks else None,
-    )  # fmt: skip
+    p_ranks = ranks.p_value if ranks else None
+    return dataclasses.replace(effect, low=math.exp(found.low), high=math.exp(found.high), p_value=found.p_value, p_ranks=p_ranks)
 
 
 def _adjust(effects: Sequence[Effect], noise: float) -> tuple[Effect, ...]:
@@ -348,19 +349,19 @@ def sentence(comparison: Comparison) -> str:
     rate, memory = comparison.effect(RATE), comparison.memory
     claims = [_rate_claim(comparison, rate)] if rate else []
     if memory:
-        times = _ratio(memory)
+        times = ratio_text(memory)
         claims.append("needs the same memory" if float(times) == 1 else f"needs {times} times the memory")
     parts = [f"{comparison.name_b} {' and '.join(claims)}."] if claims else []
     return " ".join([*parts, *_limits(comparison)])
 
 
 def _rate_claim(comparison: Comparison, rate: Effect) -> str:
-    times, other = _ratio(rate), comparison.name_a
-    interval = f"95 % interval {_interval(rate)}" if rate.low is not None else "one value, no interval"
+    times, other = ratio_text(rate), comparison.name_a
+    interval = f"95 % interval {interval_text(rate)}" if rate.low is not None else "one value, no interval"
     if rate.effect == ALIKE:
         return f"generates tokens no measurably faster or slower than {other} (ratio {times}, {interval})"
     if rate.effect == NOISE:
-        return f"generates tokens as fast as {other} within the noise threshold of {_percent(comparison.noise)} (ratio {times}, {interval})"
+        return f"generates tokens as fast as {other} within the noise threshold of {percent_text(comparison.noise)} (ratio {times}, {interval})"
     return f"generates {times} times the tokens per second of {other} ({interval})"
 
 
@@ -374,12 +375,13 @@ def _limits(comparison: Comparison) -> list[str]:
     return found + ([f"The verdict on {'; that on '.join(comparison.doubts)}."] if comparison.doubts else [])
 
 
-def _ratio(effect: Effect) -> str:
+def ratio_text(effect: Effect) -> str:
     """A ratio with two decimals, or as many as its interval is narrow, up to four."""
     return f"{effect.ratio:.{_decimals(effect)}f}"
 
 
-def _interval(effect: Effect) -> str:
+def interval_text(effect: Effect) -> str:
+    """The 95 % interval of a ratio with as many decimals as the ratio; – without one."""
     if effect.low is None or effect.high is None:
         return "–"
     decimals = _decimals(effect)
@@ -400,7 +402,8 @@ def _number(value: float) -> str:
     return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
-def _percent(ratio: float) -> str:
+def percent_text(ratio: float) -> str:
+    """0.01 → `1 %`."""
     return f"{100 * ratio:.3g} %"
 
 
@@ -415,7 +418,14 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
     body = []
     for effect in comparison.effects:
         scale = effect.headline.scale
-        line = [effect.headline.label, _number(effect.a * scale), _number(effect.b * scale), _ratio(effect), _interval(effect), _p(effect.p_holm)]
+        line = [
+            effect.headline.label,
+            _number(effect.a * scale),
+            _number(effect.b * scale),
+            ratio_text(effect),
+            interval_text(effect),
+            _p(effect.p_holm),
+        ]
         body.append([*line, *([_p(effect.p_ranks)] if with_ranks else []), effect.effect])
     return heading, body
 
@@ -429,11 +439,11 @@ def _method(comparison: Comparison) -> str:
     several = max(comparison.processes) > 1
     means = "processes, each the mean of its repetitions" if several else "repetitions"
     values = f"Values are means over {means}, for ITL of each repetition's median; ratios are those of geometric means."
-    adjusted = f"p adjusted for {tested} metrics (Holm); noise threshold {_percent(comparison.noise)}"
-    return f"{test} t test on the logarithms of {_units(comparison)}; {adjusted}. {values}"
+    adjusted = f"p adjusted for {tested} metrics (Holm); noise threshold {percent_text(comparison.noise)}"
+    return f"{test} t test on the logarithms of {units_text(comparison)}; {adjusted}. {values}"
 
 
-def _units(comparison: Comparison) -> str:
+def units_text(comparison: Comparison) -> str:
     """What the test rests on: `5 and 6 repetitions`, `10 pairs of processes`, `5 processes and 8 repetitions`."""
     counts = zip(comparison.repetitions, comparison.processes, strict=True)
     (first, noun), (second, other) = (

@@ -83,13 +83,18 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises JournalError, for example when the disk is full."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _writing(path), contextlib.ExitStack() as failed:
-        failed.callback(temporary.unlink, missing_ok=True)
+        failed.callback(_remove, temporary)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # it is gone, or its folder is a file
+        path.unlink()
 
 
 @contextlib.contextmanager

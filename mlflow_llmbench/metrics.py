@@ -91,6 +91,7 @@ METRICS: tuple[Metric, ...] = (
         "weights GB",
         1e-9,
     ),
+    Metric("memory", "predicted_bytes", "peak that was estimated before anything was loaded", "bytes", ("",)),
     Metric("memory", "kv_bytes_per_token", "KV cache per token and row", "bytes", ("",), "lower"),
     Metric(
         "efficiency",

@@ -95,6 +95,7 @@ def _memory(result: RunResult) -> dict[str, float | None]:
     for name, readings in (("host_rss_bytes", stages.host_rss), ("host_needed_bytes", stages.host_needed), ("device_bytes", stages.device)):
         found |= {f"memory/{name}_{stage}": readings.get(stage) for stage in STAGES}
     found["memory/device_reserved_bytes_peak"] = stages.device_reserved_peak
+    found["memory/predicted_bytes"] = result.predicted_bytes
     if result.load:
         found["memory/weight_bytes"] = result.load.weight_bytes
         found["memory/kv_bytes_per_token"] = result.load.kv_bytes_per_token

@@ -306,6 +306,10 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
             device[stage] = _device_bytes(event["device"], peak=False)
     cell = outcome.cells.get(number, {})
     peak = cell.get("peak")
+    if peak is None and outcome.samples and outcome.error:  # as far as it came, seen from outside twenty times a second
+        window = [s for s in outcome.samples if not cell or cell["cell"]["t_ns"] <= s.t_ns]
+        rss["peak"] = max((s.rss for s in window), default=outcome.samples[-1].rss)
+        needed["peak"] = max((s.anonymous for s in window), default=outcome.samples[-1].anonymous) + mapped
     if peak and peak.get("host"):
         own = peak["host"]
         window = [s for s in outcome.samples if cell["cell"]["t_ns"] <= s.t_ns <= peak["t_ns"]]

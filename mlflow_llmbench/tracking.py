@@ -394,10 +394,10 @@ def download_result(store: Store, run_id: str, folder: Path) -> Path:
     return folder
 
 
-def log_comparison(store: Store, run_id: str, text: str) -> None:
-    """Keep a comparison as an artifact of a run. Raises TrackingError if the run is not there."""
+def log_comparison(store: Store, run_id: str, folder: Path) -> None:
+    """Keep the files of a comparison as artifacts of a run, under `comparison/`. Raises TrackingError if the run is not there."""
     with _plain_errors(store.uri):
-        store.client.log_text(run_id, text, "comparison.md")
+        store.client.log_artifacts(run_id, str(folder), "comparison")
 
 
 def without_password(text: str) -> str:

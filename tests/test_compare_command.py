@@ -33,7 +33,7 @@ def test_every_kind_of_reference_leads_to_the_same_results(sweep: SweepResult) -
     assert load_results(str(sweep.folder / one.hashes.config / "artifacts")) == [one]
 
 
-def test_the_sentence_the_table_and_the_artifact(sweep: SweepResult, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sentence_the_table_and_the_artifacts(sweep: SweepResult, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     one, four = sweep.run_ids
     # A busy machine may make a verdict `invalid` for no fault of the fake backend's; the comparison is about the command.
     assert main(["compare", one, f"runs:/{four}", "--log", one, "--json", "--allow", "verdict"]) == 0
@@ -43,7 +43,34 @@ def test_the_sentence_the_table_and_the_artifact(sweep: SweepResult, store_uri: 
     rate = found["effects"]["throughput/output_tokens_per_s"]
     assert rate["effect"] == "better"
     assert 1.5 < rate["ratio"] < 4
-    assert "comparison.md" in {item.path for item in MlflowClient(store_uri).list_artifacts(one)}
+    client = MlflowClient(store_uri)
+    kept = {item.path for folder in ("comparison", "comparison/charts") for item in client.list_artifacts(one, folder)}
+    charts = {f"comparison/charts/{name}.{kind}" for name in ("ratios", "values") for kind in ("svg", "png")}
+    assert kept == {"comparison/comparison.md", "comparison/comparison.json", "comparison/charts", *charts}
+    logged = json.loads(Path(client.download_artifacts(one, "comparison/comparison.json", ".")).read_text())
+    assert logged == [found]
+    assert lines[0] in Path(client.download_artifacts(one, "comparison/comparison.md", ".")).read_text()
+
+
+def test_files_of_a_comparison_beside_what_is_there(sweep: SweepResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run gets the files of the comparison, and none of a person's that lie in the folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "diary.txt").write_text("mine")
+    one, four = sweep.run_ids
+    assert main(["compare", one, four, four, "--output", str(folder), "--log", one, "--allow", "verdict"]) == 0
+    assert f"Written: {folder}" in capsys.readouterr().out
+    drawn = {f"charts/{name}.{kind}" for name in ("ratios", "values_1", "values_2") for kind in ("svg", "png")}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == {"comparison.md", "comparison.json", "diary.txt", *drawn}
+    assert len(json.loads((folder / "comparison.json").read_text())) == 2
+    assert {item.path for item in MlflowClient(sweep.tracking_uri).list_artifacts(one, "comparison")} == {
+        "comparison/comparison.md", "comparison/comparison.json", "comparison/charts"
+    }  # fmt: skip
+    (folder / "file").write_text("")
+    assert main(["compare", one, four, "--output", str(folder / "file"), "--allow", "verdict"]) == 1
+    assert capsys.readouterr().err.startswith(f"llmbench: Cannot write {folder / 'file'}")
+    assert main(["compare", one, four, "--log", "0" * 32, "--allow", "verdict"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_unlike_hardware_is_refused_and_can_be_allowed(sweep: SweepResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

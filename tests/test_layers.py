@@ -17,7 +17,7 @@ LAYERS = {
     "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
     "act": ("measure", "measure_server", "journal", "supervise", "worker"),
     "think": ("stats", "latency", "online_summary", "summary", "online_validity", "validity", "compare"),
-    "show": ("report", "charts", "artifacts"),
+    "show": ("report", "charts", "comparison_charts", "artifacts"),
     "keep": ("tracking", "view"),
     "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
 }
@@ -40,7 +40,7 @@ HOMES = {
     "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts",),
+    "matplotlib": ("charts", "comparison_charts"),
     "mlflow": ("tracking", "view", "upload"),
     "ray": ("sweep",),
 }
