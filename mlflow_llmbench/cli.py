@@ -266,6 +266,7 @@ def _doctor(given: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "online": _run,
     "ab": _ab,
     "upload": _upload,
     "compare": _compare,

@@ -135,7 +135,7 @@ METRICS: tuple[Metric, ...] = (
         ("",),
         "higher",
     ),
-    Metric("window", "steady_requests_per_s", "answers that end in it ÷ that time", "1/s", ("",), "higher"),
+    Metric("window", "steady_requests_per_s", "answers, each by the share of its tokens that arrive in it, ÷ that time", "1/s", ("",), "higher"),
     Metric("window", "steady_ttft_ms", "TTFT of requests begun in it", "ms", ("p50", "p99"), "lower"),
     Metric("window", "steady_itl_ms", "gaps that lie in it", "ms", ("p50", "p99"), "lower"),
     Metric("goodput", "requests_per_s", "requests that met every slo_…_ms, per second", "1/s", ("",), "higher", "goodput/s"),

@@ -116,7 +116,8 @@ def _windows(repetitions: Sequence[Repetition]) -> Figures:
         begin, end = window
         seconds = (end - begin) / 1e9
         rates.append(sum(_tokens_within(r, begin, end) for r in one.requests) / seconds)
-        answers.append(sum(begin < r.stamps_ns[-1] <= end for r in one.requests) / seconds)
+        # Users in step end their answers in bursts, one at each end of the window: a count of ends would be too high.
+        answers.append(sum(_tokens_within(r, begin, end) / r.output_tokens for r in one.requests) / seconds)
         firsts += [ttft_ms(r) for r in one.requests if begin <= r.start_ns <= end]
         inside = [r for r in one.requests if r.single_tokens]
         gaps += [gap for r in inside for gap, a, b in zip(gaps_ms(r), r.stamps_ns, r.stamps_ns[1:], strict=False) if a >= begin and b <= end]

@@ -201,7 +201,7 @@ def _repetitions_table(result: RunResult) -> str:
         seen = [noise.foreign_cpu_s, noise.steal_s, noise.involuntary_switches, noise.major_faults] if noise else [None] * 4
         first = _number(median(map(ttft_ms, repetition.requests)))
         shown = ["–" if value is None else _number(float(value)) for value in seen]
-        spoiled = "spoiled" if noise and noise.spoiled else ""
+        spoiled = "spoiled" if noise and noise.spoiled and not result.cell.url else ""  # the other may be the server
         body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
     heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others", "CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
     return markdown_table(heading, body)

@@ -83,7 +83,7 @@ def as_text(name: str, value: object) -> str:
         return str(PARAMETERS[name].metadata["unset"])
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def default_text(name: str) -> str:
