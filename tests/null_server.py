@@ -24,6 +24,7 @@ The script of a request is the name of its model, `null:` and settings joined by
     status                   answer with this status, a JSON error and no stream
     error_at, bad_at, cut_at an error event, JSON that is none, or a cut connection in the place of this token
     cut_byte                 cut the connection after so many bytes of the whole answer
+    stale=1                  close the connection without a word when it is used a second time
     refuse=1                 close the connection without a word
     hang=1                   headers, then silence
     flood=line|events|tiny   no end: one line, events, or chunks of one byte
@@ -53,7 +54,7 @@ from typing import Any
 NUMBERS = {
     "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0, "reasoning": 0.0, "stop_after": 1e9,
     "cached": -1.0, "prompt_extra": 0.0, "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
-    "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "refuse": 0.0, "hang": 0.0,
+    "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
 }  # fmt: skip
 WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": ""}
 EOLS = {"lf": "\n", "crlf": "\r\n", "cr": "\r"}
@@ -155,6 +156,7 @@ class Connection(asyncio.Protocol):
         self.can_write = asyncio.Event()
         self.can_write.set()
         self.left = -1
+        self.served = 0
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -215,7 +217,8 @@ class Connection(asyncio.Protocol):
             "asked": {k: v for k, v in body.items() if k not in ("model",)},
         }  # fmt: skip
         self.server.log[headers.get("x-request-id", str(len(self.server.log)))] = entry
-        if script["refuse"]:
+        self.served += 1
+        if script["refuse"] or (script["stale"] and self.served > 1):
             self.transport.abort()
             return
         if script["status"]:
@@ -242,7 +245,7 @@ class Connection(asyncio.Protocol):
 
     def odd(self, what: str) -> None:
         if what == "gzip":
-            data = gzip.compress(b"data: " + b"0" * 200_000_000 + b"\n\n", 1)
+            data = gzip.compress(b"data: " + b"0" * 100_000_000 + b"\n\n", 1)
             head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\nContent-Length: {len(data)}\r\n\r\n"
             self.transport.write(head.encode() + data)
         elif what == "204":

@@ -239,14 +239,11 @@ def test_an_open_loop_sends_when_it_is_due_and_counts_from_there(server: str) ->
     assert trace.ended_ns - trace.started_ns > 12 * 45e6
 
 
-def test_a_server_that_closes_idle_connections_is_asked_again(server: str) -> None:
-    cell = Cell(backend="openai", url=server, model="null:keep=0", output_tokens=2, prompt_tokens=4)
-    backend = OpenAIBackend(cell, NONE)
-    prompts = load_prompts("synthetic")
-    for repetition in range(3):
-        trace = backend.run(lambda number, r=repetition: backend.request(prompts, cell, r, number), Load(requests=4, concurrency=2))
-        assert {backend.read(e).outcome for e in trace.exchanges} == {"complete"}
-    backend.close()
+def test_a_connection_that_the_server_had_closed_is_replaced_and_counted(server: str) -> None:
+    records, trace = send(server, "stale=1", Load(requests=6, concurrency=2))
+    assert [r.outcome for r in records] == ["complete"] * 6
+    assert trace.retries == 4
+    assert send(server, "refuse=1", Load(requests=2))[0][1].outcome == "truncated"  # a new connection is not tried without end
 
 
 def test_the_clients_lag_is_seen(server: str) -> None:

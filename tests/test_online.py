@@ -234,6 +234,13 @@ def test_a_sweep_over_users_is_runs_in_mlflow(server: str, store_uri: str, tmp_p
     assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
+def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
+    """It may have been started anew with another quantization under the same address."""
+    settings: dict[str, Any] = {"backend": "openai", "url": server, "model": MODEL, "repetitions": 5, "warmup": 1, "output_tokens": 4, "requests": 12}
+    first, second = (run(tracking_uri=store_uri, **settings) for _ in range(2))
+    assert first.rows[0].metrics["throughput/output_tokens_per_s"] != second.rows[0].metrics["throughput/output_tokens_per_s"]
+
+
 def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
         tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=100, requests=30, repetitions=5, warmup=1, output_tokens=8,

@@ -49,6 +49,13 @@ def http_request(address: Address, path: str, body: object = None, number: int =
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
 
 
+def limits_of(cell: Cell) -> Limits:
+    """What a request of a cell may take: 8 KiB and 8 reads for each token, where servers send 0.3 KiB in one; an end for what never ends."""
+    tokens, seconds = cell.output_tokens, cell.request_timeout_s
+    most_bytes = min((64 << 10) + (8 << 10) * tokens, (16 << 20) + 1024 * tokens)
+    return Limits(first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens)
+
+
 class OpenAIBackend:
     """One server. `load` finds out what it understands; then it takes loads of requests."""
 
@@ -58,12 +65,7 @@ class OpenAIBackend:
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
         self.address = address_of(cell.url or "")
-        answer = max(cell.output_tokens, 1)
-        # Room for much longer events than any server sends, and an end for one that never ends.
-        limits = Limits(first_s=cell.request_timeout_s, gap_s=min(60.0, cell.request_timeout_s), total_s=cell.request_timeout_s)
-        self.client = LoadClient(
-            self.address, dataclasses.replace(limits, most_bytes=min(1 << 20, 65536 + 4096 * answer) + 2048 * answer, most_reads=20_000 + 8 * answer)
-        )
+        self.client = LoadClient(self.address, limits_of(cell))
         self.options: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
         self.facts: dict[str, str | int | float] = {}
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
