@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -167,7 +168,7 @@ def main() -> int:
         missed += median(pairs) > goal
         print(f"{'met   ' if median(pairs) <= goal else 'MISSED'}  {median(pairs):7.3f} (minima {least:.3f})  goal {goal:<5g} {key}: ours ÷ {other}")
     environment = machine.environment(str(ROOT))
-    where = {"cpu": environment["cpu"], "python": environment["python"], "os": environment["os"]}
+    where = {"cpu": environment["cpu"], "python": environment["python"], "os": environment["os"], "load_average": os.getloadavg()}
     load = {"streams": STREAMS, "tokens": TOKENS, "tokens_per_s": 1000 / GAP_MS}
     text = json.dumps({"machine": where, "load": load, "ratios": ratios, "rounds": rounds})
     print(text)
