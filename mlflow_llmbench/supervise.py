@@ -259,8 +259,8 @@ class _Watch:
         limit = self.limits.memory_bytes
         if limit is not None and needed > limit:
             raise OutOfMemory(
-                f"The worker needed {needed / 1e9:.2f} GB at stage {self.outcome.stage} and was ended there, since {self.limits.memory_limit} is "
-                f"{limit / 1e9:.2f} GB. Try a smaller batch_size or quantization."
+                f"The worker needed {needed / 1e9:.3f} GB at stage {self.outcome.stage} and was ended there, since {self.limits.memory_limit} is "
+                f"{limit / 1e9:.3f} GB. Try a smaller batch_size or quantization."
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import os
 import re
 import shlex
@@ -77,6 +78,7 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
     import mlflow
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints a traceback for each error that we tell in a line
     with _plain_errors(uri):
         if uri:
             mlflow.set_tracking_uri(uri)
@@ -171,14 +173,12 @@ def _plain_errors(uri: str | None) -> Iterator[None]:
         import mlflow
 
         # mlflow wraps urllib3, which wraps the system: the innermost sentence is the one that helps.
-        known = (
-            r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|already exists|Max retries)"
-        )
+        known = r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|attempt to write a readonly database|already exists|Max retries)"
         inner = re.findall(known, str(error))
         address = uri or mlflow.get_tracking_uri()
         advice = "Check the address and that the server runs, or leave it out for a SQLite file here."
         if address.startswith("sqlite"):
-            advice = "Check the path; a new file that was left half made must be deleted."
+            advice = "Check the path and its permissions; a new file that was left half made must be deleted."
         why = inner[-1] if inner else without_password(first_line(error)).rstrip(".")
         raise TrackingError(f"The MLflow store {without_password(address)} cannot be used: {why}. {advice}") from None
 

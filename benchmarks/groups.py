@@ -1,0 +1,82 @@
+"""What it saves to load once per group: `python benchmarks/groups.py [--out FILE]`.
+
+Twelve cells with two loads (two precisions × six shapes), as one sweep and as twelve commands, in turns. Goals: the sweep takes at most
+0.4 of the twelve commands, and at most 1.15 of its two loads and its measured time. Takes some minutes; needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlflow_llmbench import machine
+from mlflow_llmbench.journal import read_events
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXED = {"model": "opt-125m", "weights": "random", "output_tokens": "8", "repetitions": "5", "warmup": "3", "rerun": "true"}
+AXES = {"quant": ("fp32", "bf16"), "batch_size": ("1", "2", "4"), "prompt_tokens": ("16", "32")}
+PAIRS = 3
+GOALS = {"of_a_process_per_cell": 0.40, "of_loads_and_measured_time": 1.15}
+
+
+def command(folder: Path, parameters: dict[str, str]) -> float:
+    """Seconds of one `llmbench run`, with its start, its charts and its upload."""
+    arguments = [text for name, value in (FIXED | parameters).items() for text in (f"--{name.replace('_', '-')}", value)]
+    started = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    subprocess.run([sys.executable, "-m", "mlflow_llmbench", "run", *arguments], cwd=folder, env=environment, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def necessary(folder: Path) -> float:
+    """Seconds that the workers of the newest sweep took from their start to the last repetition: loads and measured time."""
+    newest = max((folder / "llmbench-results").iterdir())
+    total = 0.0
+    for file in newest.glob("*/worker.jsonl"):
+        stamps = {event["event"]: event["t_ns"] for event in read_events(file) if "t_ns" in event}
+        first = next(event["t_ns"] for event in read_events(file) if "t_ns" in event)
+        total += (stamps["measured"] - first) / 1e9
+    return total
+
+
+def main() -> int:
+    """Print one JSON object; exit code 1 if a goal was missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    pairs: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        command(folder, {"quant": "fp32"})  # writes the checkpoint and makes the store
+        for number in range(PAIRS):
+            sweep = command(folder, {name: ",".join(values) for name, values in AXES.items()})
+            needed = necessary(folder)
+            single = sum(command(folder, dict(zip(AXES, values, strict=True))) for values in itertools.product(*AXES.values()))
+            pairs.append({"sweep_s": sweep, "necessary_s": needed, "single_s": single})
+            print(f"{number + 1}: {json.dumps(pairs[-1])}", file=sys.stderr, flush=True)
+    ratios = {
+        "of_a_process_per_cell": median(one["sweep_s"] / one["single_s"] for one in pairs),
+        "of_loads_and_measured_time": median(one["sweep_s"] / one["necessary_s"] for one in pairs),
+    }
+    met = {name: ratios[name] <= goal for name, goal in GOALS.items()}
+    result: dict[str, Any] = {"ratios": ratios, "goals": GOALS, "met": met, "pairs": pairs, "environment": machine.environment()}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n", encoding="utf-8")
+    return int(not all(met.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
