@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from . import __version__, decide
 from .errors import LlmbenchError, UsageError
 from .redaction import Terminal, redact
+from .spec import COMMANDS as PARAMETERS_OF
 from .spec import PARAMETERS, default_text, parse, read_yaml
 
 if TYPE_CHECKING:
@@ -40,11 +41,17 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell."
     )
-    _add_parameters(run, PARAMETERS)
-    run.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
+    _add_parameters(run, PARAMETERS_OF["run"])
     plan = commands.add_parser("plan", help="show what `run` would measure with the same parameters: cells, memory, least time; nothing is started")
-    _add_parameters(plan, PARAMETERS)
-    plan.add_argument("--config", metavar="FILE", help="YAML file of parameters; options given here override it")
+    _add_parameters(plan, PARAMETERS_OF["run"])
+    online = commands.add_parser(
+        "online",
+        help="measure a model behind a server that speaks OpenAI's interface",
+        description="The API key comes from the environment: LLMBENCH_API_KEY or OPENAI_API_KEY. Comma lists on parameters marked † make a sweep.",
+    )
+    _add_parameters(online, PARAMETERS_OF["online"])
+    for command in (run, plan, online):
+        command.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
     duel = commands.add_parser(
         "ab",
         help="measure two configurations in turns, in fresh processes, and say how they differ",
@@ -53,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     for side in ("a", "b"):
         duel.add_argument(side, metavar=side.upper(), help="the parameters of this side")
     duel.add_argument("--pairs", metavar="N", type=int, default=6, help="fresh processes on each side (default: 6)")
-    _add_parameters(duel, [name for name in PARAMETERS if name != "processes"])
+    _add_parameters(duel, [name for name in PARAMETERS_OF["run"] if name != "processes"])
     upload = commands.add_parser("upload", help="put a results folder into an MLflow store, as far as it is not there")
     upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as `llmbench run` prints it")
     compare = commands.add_parser("compare", help="say how two or more results differ, and whether that is more than noise")
@@ -74,9 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep")
     for command in (compare, duel):
         command.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
-    for command in (run, plan, compare, duel, scaling):
+    for command in (run, plan, online, compare, duel, scaling):
         command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    for command in (run, upload, compare, duel, scaling):
+    for command in (run, online, upload, compare, duel, scaling):
         command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
         command.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
@@ -136,7 +143,9 @@ def _interrupt(*_: object) -> None:
 def _parameters(given: argparse.Namespace) -> dict[str, object]:
     """What the file and the options say, checked before anything slow is imported."""
     parameters: dict[str, object] = read_yaml(given.config) if given.config else {}
-    parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name)) is not None}
+    parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name, None)) is not None}
+    if given.command == "online":
+        parameters.setdefault("backend", "openai")
     parse(parameters)
     return parameters
 
@@ -318,6 +327,7 @@ def _doctor(given: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
+    "online": _run,
     "ab": _ab,
     "upload": _upload,
     "compare": _compare,

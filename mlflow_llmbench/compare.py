@@ -261,7 +261,7 @@ def differences(a: RunResult, b: RunResult) -> list[Difference]:
             known = dict.fromkeys([*facts_a, *facts_b])
             readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
             found += [d for d in readable if d.a != d.b] or [Difference(kind, f"{kind} hash", hash_a, hash_b)]
-    for kind, word_a, word_b in (("scenario", _scenario(a), _scenario(b)), ("schema", str(a.schema), str(b.schema))):
+    for kind, word_a, word_b in (("scenario", a.cell.scenario, b.cell.scenario), ("schema", str(a.schema), str(b.schema))):
         if word_a != word_b:
             found.append(Difference(kind, kind, word_a, word_b))
     return found
@@ -309,12 +309,6 @@ def _workload(result: RunResult) -> dict[str, str]:
 
 def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
-
-
-def _scenario(result: RunResult) -> str:
-    """`online` if requests were sent by a schedule, else `offline`."""
-    scheduled = any(request.intended_ns is not None for repetition in result.repetitions for request in repetition.requests)
-    return "online" if scheduled else "offline"
 
 
 def names(a: RunResult, b: RunResult) -> tuple[str, str]:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
-from .spec import BenchSpec, as_text
+from .spec import BenchSpec, as_text, cell_fields
 
-LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code")
+LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint")
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
-WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device")
+WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url")
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
-UNDECISIVE = ("max_repetitions", "allow_pickle")
+UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
 """Parameters of a cell that do not decide its result."""
 
 LONGEST_NAME = 250
@@ -51,8 +51,9 @@ def group_cells(cells: list[Cell]) -> list[Group]:
 
 
 def size(cell: Cell) -> tuple[int, int]:
-    """Order of shapes: tokens held in the KV cache, then rows."""
-    return cell.batch_size * ((cell.prompt_tokens or 0) + cell.output_tokens), cell.batch_size
+    """Order of shapes: tokens held in the KV cache, then rows. An offline cell has one user, an online one one row."""
+    rows = cell.batch_size * cell.concurrency
+    return rows * ((cell.prompt_tokens or 0) + cell.output_tokens), rows
 
 
 def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
@@ -67,12 +68,14 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
     unknown = cell.prompt_tokens is None or other.prompt_tokens is None
     same = (cell.prompt_tokens, cell.workload) == (other.prompt_tokens, other.workload)
     longer = same if unknown else (cell.prompt_tokens or 0) >= (other.prompt_tokens or 0)
-    return longer and cell.batch_size >= other.batch_size and cell.output_tokens >= other.output_tokens
+    denser = cell.concurrency >= other.concurrency and (cell.request_rate or 0) >= (other.request_rate or 0)
+    return longer and denser and cell.batch_size >= other.batch_size and cell.output_tokens >= other.output_tokens
 
 
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
-    decisive = {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in UNDECISIVE}
+    fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and (cell.url or not f.metadata["online"])]
+    decisive = {f.name: getattr(cell, f.name) for f in fields}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
     return hash16(decisive)
@@ -80,7 +83,7 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """What was asked for, as text: each parameter with its value or its comma list."""
-    return {name: ",".join(as_text(name, value) for value in values) for name, values in spec.axes.items()}
+    return {name: ",".join(as_text(name, value) for value in spec.axes[name]) for name in cell_fields(spec.axes["url"] != (None,))}
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:
@@ -90,6 +93,9 @@ def option_params(spec: BenchSpec) -> dict[str, str]:
 
 def cell_name(cell: Cell, varied: list[str]) -> str:
     """A run name: what varies (`quant=int4 batch_size=4`), or for a single cell what it is (`opt-1.3b int4 b1`)."""
+    if not varied and cell.url:
+        load = f"c{cell.concurrency}" if cell.request_rate is None else f"{cell.request_rate:g}/s"
+        return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
     if not varied:
         return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
     return _named(" ".join(f"{name}={_last_part(as_text(name, getattr(cell, name)))}" for name in varied))

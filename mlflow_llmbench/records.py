@@ -22,9 +22,14 @@ SCHEMA = 1
 T = TypeVar("T")
 
 
-def parameter(default: object, help: str, *, kind: str, sweep: bool = False, unset: str = "", low: float = 1, high: float = 1e9) -> Any:
-    """Declare a parameter once: its default, meaning, kind (see `spec.PARSERS`), bounds, and the word that stands for None."""
-    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high}
+def parameter(
+    default: object, help: str, *, kind: str, sweep: bool = False, unset: str = "", low: float = 1, high: float = 1e9, online: bool = False
+) -> Any:
+    """Declare a parameter once: its default, meaning, kind (see `spec.PARSERS`), bounds, and the word that stands for None.
+
+    `online` parameters mean something only where a server is measured.
+    """
+    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high, "online": online}
     return field(default=default, metadata=metadata)
 
 
@@ -61,6 +66,33 @@ class Cell:
     seed: int = parameter(0, "prompts, random weights, arrival schedule", kind="count", low=0, high=2**31 - 1)
     trust_remote_code: bool = parameter(False, "run code that comes with a model; recorded", kind="flag")
     allow_pickle: bool = parameter(False, "read weights that are a pickle (.bin) where there are no safetensors; recorded", kind="flag")
+    url: str | None = parameter(None, "server to measure, with backend=openai: http://127.0.0.1:8000", kind="url", unset="none", online=True)
+    endpoint: str = parameter("completions", "completions or chat: /v1/completions or /v1/chat/completions", kind="endpoint", online=True)
+    concurrency: int = parameter(
+        1, "closed loop: users who each wait for their answer before they ask again", kind="count", sweep=True, high=65536, online=True
+    )
+    request_rate: float | None = parameter(
+        None, "open loop: requests per second, sent whatever has been answered", kind="number", sweep=True, unset="none", low=0.001, online=True
+    )
+    arrival: str = parameter("poisson", "open loop: poisson, constant or gamma", kind="arrival", online=True)
+    burstiness: float = parameter(
+        1, "arrival=gamma: shape; 1 is poisson, below 1 comes in bursts, above 1 is more even", kind="number", low=0.01, high=1e6, online=True
+    )
+    requests: int | None = parameter(
+        None, "requests per repetition; auto = 4 for each user, or 10 s of the rate, at least 12", kind="count", unset="auto", online=True
+    )
+    duration_s: float | None = parameter(
+        None, "no request of a repetition is begun later than this", kind="number", unset="none", low=0.1, high=1e6, online=True
+    )
+    request_timeout_s: float = parameter(600, "after this a request has failed", kind="number", low=0.1, high=86400, online=True)
+    slo_ttft_ms: float | None = parameter(None, "goodput: the most for the first token", kind="number", unset="none", low=0, online=True)
+    slo_tpot_ms: float | None = parameter(None, "goodput: the most per token after the first", kind="number", unset="none", low=0, online=True)
+    slo_e2e_ms: float | None = parameter(None, "goodput: the most for a whole answer", kind="number", unset="none", low=0, online=True)
+
+    @property
+    def scenario(self) -> str:
+        """`online` where a server is measured, else `offline`."""
+        return "online" if self.url else "offline"
 
 
 @dataclass(frozen=True)
@@ -104,7 +136,7 @@ class ModelFacts:
 class LoadInfo:
     """What a load really gave. `facts` become dotted params (`quant.kernel`, `model.dtype`, …)."""
 
-    load_s: float
+    load_s: float | None  # None where a server had loaded it before
     weight_bytes: int | None = None  # as stored, with quantization state and inner tensors
     step_bytes: int | None = None  # the part that one decode step reads
     kv_bytes_per_token: int | None = None  # per row
@@ -164,29 +196,73 @@ class Noise:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`. `rows` rows of one forward pass share the stamps."""
+    """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`. `rows` rows of one forward pass share the stamps.
+
+    Behind a server a stamp is the arrival of a chunk of the stream, and a chunk may hold several tokens: `tokens` is the
+    server's own count of the output (None: one token per stamp), `chunk_tokens` that of each chunk where it tells them.
+    `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
+    `end_ns` the end of the answer, `cached_tokens` the part of the prompt that the server had in its prefix cache.
+    """
 
     t0_ns: int
     stamps_ns: tuple[int, ...]
     rows: int = 1
     prompt_tokens: int | None = None
     intended_ns: int | None = None
+    outcome: str = "complete"
+    message: str = ""
+    tokens: int | None = None
+    chunk_tokens: tuple[int, ...] | None = None
+    visible_ns: int | None = None
+    end_ns: int | None = None
+    cached_tokens: int | None = None
+    finish: str = ""  # why the model stopped, in the server's word
 
     @property
     def output_tokens(self) -> int:
         """Tokens per row."""
-        return len(self.stamps_ns)
+        return len(self.stamps_ns) if self.tokens is None else self.tokens
+
+    @property
+    def start_ns(self) -> int:
+        """What latencies are counted from: the intended time of an open loop, else the sending."""
+        return self.t0_ns if self.intended_ns is None else self.intended_ns
+
+    @property
+    def single_tokens(self) -> bool:
+        """Whether each stamp is that of one token."""
+        return self.output_tokens == len(self.stamps_ns) and (self.chunk_tokens is None or max(self.chunk_tokens, default=1) == 1)
+
+
+@dataclass(frozen=True)
+class ClientReadings:
+    """What the load client saw of itself during one repetition.
+
+    `started_ns`, `ended_ns`: from the first sending to the end of the last answer · `lags_ns`: how late its event loop woke
+    up, every 20 ms · `cpu_s`: CPU seconds of its one process · `retries`: requests sent again because the server had closed an idle connection.
+    """
+
+    started_ns: int
+    ended_ns: int
+    lags_ns: tuple[int, ...]
+    cpu_s: float
+    retries: int = 0
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time."""
+    """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
+
+    Only complete requests are in `requests`, so that no other enters a latency; those that failed are in `failed`.
+    """
 
     index: int
     wall_ms: int
     requests: tuple[RequestRecord, ...]
     noise: Noise | None = None
     process: int = 0
+    failed: tuple[RequestRecord, ...] = ()
+    client: ClientReadings | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def find(job: Job, spec: BenchSpec, store: Store | None) -> RunResult | None:
-    """A finished and valid result of just this cell, from the journal or from the store, as a result of this sweep; None if there is none."""
+    """A finished and valid result of just this cell, from the journal or from the store, as a result of this sweep; None if there is none.
+
+    Never of a server: it may have been started anew with other settings under the same address, which cannot be seen from here.
+    """
+    if job.cell.url:
+        return None
     for found, source in _candidates(job, store):
         same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked
         ours = [getattr(found.hashes, name) == getattr(job.hashes, name) for name in ("config", "workload", "env")]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean, median, stdev
 
+from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
+from .online_summary import online_figures
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
 from .stats import (
     block_bootstrap_interval,
@@ -76,29 +77,6 @@ def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> 
     return [fmean(value for value in values if value is not None) for values in found]
 
 
-def gaps_ms(request: RequestRecord) -> list[float]:
-    """Inter-token gaps of one request in ms: t(i) − t(i−1) for i = 2 … N."""
-    stamps = request.stamps_ns
-    return [(b - a) / 1e6 for a, b in pairwise(stamps)]
-
-
-def ttft_ms(request: RequestRecord) -> float:
-    """Time to first token, t1 − t0, in ms."""
-    return (request.stamps_ns[0] - request.t0_ns) / 1e6
-
-
-def e2e_ms(request: RequestRecord) -> float:
-    """End-to-end latency, tN − t0, in ms."""
-    return (request.stamps_ns[-1] - request.t0_ns) / 1e6
-
-
-def tpot_ms(request: RequestRecord) -> float | None:
-    """Time per output token after the first, (tN − t1)/(N − 1), in ms; None if N < 2."""
-    if request.output_tokens < 2:
-        return None
-    return (request.stamps_ns[-1] - request.stamps_ns[0]) / 1e6 / (request.output_tokens - 1)
-
-
 def summarize(result: RunResult) -> dict[str, float]:
     """Summary metrics under their MLflow keys. A result without repetitions has the settings and what was read of memory."""
     found: dict[str, float | None] = dict(_settings(result))
@@ -109,7 +87,7 @@ def summarize(result: RunResult) -> dict[str, float]:
     if result.repetitions:
         found |= _latency(requests(result))
         found |= _throughput(result)
-        found |= _efficiency(result, found)
+        found |= online_figures(result) if result.cell.url else _efficiency(result, found)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
 
 
@@ -387,10 +365,10 @@ def series(result: RunResult) -> list[Point]:
 
 def _token_series(result: RunResult) -> Iterator[Point]:
     """Median gap over repetitions by token index, at the time of that token in the last repetition."""
-    every = requests(result)
+    every = [r for r in requests(result) if r.single_tokens]
     if not every:
         return
-    last, wall = result.repetitions[-1].requests[-1], result.repetitions[-1].wall_ms
+    last, wall = every[-1], result.repetitions[-1].wall_ms
     for index in range(1, max(r.output_tokens for r in every)):
         gaps = [(r.stamps_ns[index] - r.stamps_ns[index - 1]) / 1e6 for r in every if r.output_tokens > index]
         offset = (last.stamps_ns[min(index, last.output_tokens - 1)] - last.t0_ns) // 1_000_000

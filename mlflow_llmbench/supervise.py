@@ -129,7 +129,7 @@ def run_worker(
         process.stdin.flush()
         with EventLog(log_file.with_suffix(".jsonl"), durable=False) as told:
             told.append("job", folders=[folder.name for folder in folders])
-            _Watch(process, outcome, limits or Limits(), told, on_event).collect()
+            _Watch(process, outcome, limits or Limits(), told, on_event, watches_memory=cells[0].url is None).collect()
         process.wait()
     except BrokenPipeError:
         process.wait()
@@ -186,6 +186,7 @@ class _Watch:
     limits: Limits
     told: EventLog | None
     on_event: OnEvent | None
+    watches_memory: bool = True  # that of a client is not its model's
     doing: tuple[str, str, float | None] = ("", "", None)  # what the worker does, the limit's name, the limit in s
     since: float = 0.0
     cell_since: float | None = None
@@ -203,7 +204,8 @@ class _Watch:
             while True:
                 ready = selector.select(max(0.0, due - time.monotonic()))
                 if time.monotonic() >= due:
-                    self._sample()
+                    if self.watches_memory:
+                        self._sample()
                     self._check_time()
                     due = time.monotonic() + SAMPLE_S
                 if not ready:

@@ -27,7 +27,7 @@ from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
 from .redaction import CONTROLS, redact, redact_all
 from .report import gpu_of, summary_markdown
-from .spec import as_text
+from .spec import as_text, cell_fields
 from .summary import Point, series, summarize
 from .validity import judge
 
@@ -259,7 +259,7 @@ def _unquoted(text: str) -> str:
 
 def cell_params(cell: Cell) -> dict[str, str]:
     """The params of a cell as text."""
-    return {name: as_text(name, value) for name, value in vars(cell).items()}
+    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(bool(cell.url))}
 
 
 def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
@@ -319,7 +319,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "hardware_hash": result.hashes.hardware,
         "software_hash": result.hashes.software,
         "workload_hash": result.hashes.workload,
-        "scenario": "offline",
+        "scenario": result.cell.scenario,
         "outcome": result.outcome,
         "verdict": verdict.word,
         "verdict_reasons": ",".join(r.code for r in verdict.reasons),

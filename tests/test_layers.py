@@ -13,12 +13,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
-    "intent": ("spec", "models", "plan", "workload"),
-    "world": ("memory", "gpu", "machine", "estimate", "backends"),
-    "act": ("measure", "journal", "supervise", "worker"),
+    "intent": ("spec", "models", "plan", "workload", "arrivals"),
+    "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
+    "act": ("measure", "measure_server", "journal", "supervise", "worker"),
     "think": (
         "stats",
+        "latency",
+        "online_summary",
         "summary",
+        "online_validity",
         "validity",
         "compare",
         "recommend",
@@ -69,7 +72,7 @@ LAYERS = {
 THINK_SEES = ("nouns", "think")
 """Pure functions over records: not even the layers above them, but for the nouns."""
 
-EXCEPTIONS = {("measure", "stats")}
+EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats")}
 """Measurement stops when the interval is narrow: it must be the very interval that is reported."""
 
 HOMES = {
@@ -80,7 +83,7 @@ HOMES = {
     "safetensors": ("backends",),
     "huggingface_hub": ("backends",),
     "gguf": ("backends",),
-    "aiohttp": ("backends",),
+    "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
     "matplotlib": ("charts", "comparison_charts", "pareto", "scaling_charts"),
