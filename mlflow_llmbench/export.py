@@ -185,7 +185,7 @@ def _serving(config: Config, uri: str, requirements: tuple[str, ...]) -> list[st
 
 
 def _memory_mib(config: Config) -> int:
-    """Memory to ask for, MiB: the measured peak and a quarter more, for the server beside the model."""
+    """Memory to reserve, MiB: the measured peak and a quarter more. It is no limit: what loading and the server take was not measured."""
     return int((config["needs"]["peak_memory_bytes"] or 0) * 1.25 / 2**20) + 1
 
 
@@ -201,7 +201,7 @@ def _docker_compose(config: Config, uri: str, requirements: tuple[str, ...]) -> 
     if on_gpu:
         service["deploy"] = {"resources": {"reservations": {"devices": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]}}}
     else:
-        service["mem_limit"] = f"{_memory_mib(config)}m"
+        service["mem_reservation"] = f"{_memory_mib(config)}m"
     return _yaml({"services": {"model": service}, "volumes": {"huggingface": None}})
 
 
@@ -221,7 +221,7 @@ def _kubernetes(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
         "env": [{"name": "MLFLOW_TRACKING_URI", "valueFrom": {"configMapKeyRef": {"name": "mlflow", "key": "tracking-uri"}}}],
         "ports": [{"containerPort": 5000}],
         "readinessProbe": {"httpGet": {"path": "/ping", "port": 5000}},
-        "resources": {"requests": needs, "limits": needs},
+        "resources": {"requests": needs} if "memory" in needs else {"limits": needs},
     }
     pod = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
     deployment = {

@@ -40,7 +40,7 @@ UNLESS_ASKED = ("memory/weight_bytes", "load/load_s")
 
 @dataclass(frozen=True)
 class Check:
-    """One metric. `a` is the champion's value, `b` the candidate's; `worse` by how much it is worse (0.1 = 10 %, negative = better)."""
+    """One metric. `a` is the champion's value, `b` the candidate's; `worse` by how much of `a` it is worse (0.1 = 10 %, negative = better)."""
 
     key: str
     a: float
@@ -115,11 +115,10 @@ def decide(
     notes += [
         f"The verdict on the {n} is suspect ({_codes(v)})." for n, v in zip(("champion", "candidate"), verdicts, strict=True) if v.word == "suspect"
     ]
-    notes += [
-        f"{check.key} is not settled: it may be worse by more than its limit, and may not. Measure more repetitions."
-        for check in checks
-        if check.state == UNSETTLED
-    ]
+    if unsettled := [check.key for check in checks if check.state == UNSETTLED]:
+        notes.append(
+            f"Not settled, since they may be worse by more than their limits, and may not: {', '.join(unsettled)}. Measure more repetitions."
+        )
     worse = [check for check in checks if check.state == REGRESSED]
     if worse:
         told = ", ".join(f"{check.key} is {check.worse:.1%} worse (limit {check.limit:.1%})" for check in worse)
@@ -163,14 +162,14 @@ def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) ->
             continue
         allowed = limits.get(short, limit)
         higher = KEYS[key].better == "higher"
-        worse = (1 / effect.ratio if higher else effect.ratio) - 1
+        worse = _by(effect.ratio, higher)
         if effect.effect == UNTESTED:
             state = REGRESSED if worse > allowed else OK
         elif effect.effect == WORSE and worse > allowed:
             state = REGRESSED
         else:
             end = effect.low if higher else effect.high
-            farthest = 0.0 if end is None else (1 / end if higher else end) - 1
+            farthest = 0.0 if end is None else _by(end, higher)
             state = IMPROVED if effect.effect == BETTER else UNSETTLED if farthest > allowed and effect.effect != WORSE else OK
         found.append(Check(key, effect.a, effect.b, worse, allowed, state, effect.low, effect.high, effect.p_holm))
     return found
@@ -189,9 +188,15 @@ def quality_checks(champion: Mapping[str, float], candidate: Mapping[str, float]
 
 
 def _worse(a: float, b: float, better: str) -> float:
-    """By which ratio b is worse than a; infinite where a perfect value was lost."""
-    first, second = (a, b) if better == "lower" else (b, a)
-    return 0.0 if first == second else math.inf if first <= 0 else second / first - 1
+    """By how much b is worse than a; infinite where a perfect value was lost."""
+    if a <= 0:
+        return 0.0 if a == b else math.inf
+    return _by(b / a, better == "higher")
+
+
+def _by(ratio: float, higher: bool) -> float:
+    """A ratio b ÷ a as how much b is worse: 0.9 is 0.1 where higher is better and −0.1 where lower is."""
+    return 1 - ratio if higher else ratio - 1
 
 
 def gate_json(gate: Gate) -> dict[str, Any]:

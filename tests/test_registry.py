@@ -43,7 +43,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, store_t
     """The folder of a real sweep: the tiny model as int8, two rows of 16 + 8 tokens."""
     folder = tmp_path_factory.mktemp("measured")
     shutil.copy(store_template, folder / "mlflow.db")
-    options = "--quant int8 --batch-size 2 --workload qa --prompt-tokens 16 --output-tokens 8 --repetitions 5 --warmup 1 --device cpu"
+    options = "--quant int8 --batch-size 2 --workload qa --prompt-tokens 16 --output-tokens 8 --repetitions 2 --warmup 1 --device cpu --threads 1"
     command = [sys.executable, "-m", "mlflow_llmbench", "run", "--model", str(tiny_model), *options.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
