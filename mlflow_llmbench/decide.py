@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LlmbenchError, UsageError
+from .redaction import redact
 
 if TYPE_CHECKING:
     from .gate import Gate
@@ -104,7 +105,7 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
             registry.log_folder(store, parent, folder)
             print(f"\nLogged on run {parent}: recommendation.md. Register the winner: llmbench register {parent} --name NAME")
         else:
-            print(f"\nNot logged: the store {tracking.without_password(store.uri)} has no run of the sweep {sweep}.")
+            print(f"\nNot logged: the store {redact(store.uri)} has no run of the sweep {sweep}.")
 
 
 def _limits(given: argparse.Namespace) -> list[Limit]:
@@ -214,7 +215,7 @@ def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> 
 
 
 def _write_gate(given: argparse.Namespace, found: Gate, files: dict[str, bytes], store: Store, champion: Registered, run_id: str | None) -> None:
-    from . import gate, gate_report, registry, tracking
+    from . import gate, gate_report, registry
     from .journal import write_bytes, write_json
     from .report import split_table
 
@@ -222,7 +223,7 @@ def _write_gate(given: argparse.Namespace, found: Gate, files: dict[str, bytes],
         if option:
             write_bytes(Path(option), files[name])
     if run_id is None:
-        print(f"\nNot logged: the store {tracking.without_password(store.uri)} has no run of the candidate. `llmbench upload` puts it there.")
+        print(f"\nNot logged: the store {redact(store.uri)} has no run of the candidate. `llmbench upload` puts it there.")
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .markup import markdown_table
 from .recommend import GOALS, Candidate, Measure, Recommendation, figure, interval
-from .report import markdown_table
 
 MOST_REFUSED = 30
 """Refusals that a terminal shows; recommendation.md and .json hold all."""

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 from .compare import SIGNIFICANCE
 from .gate import INVALID, NOT_COMPARABLE, REGRESSED, Check, Gate
+from .markup import markdown_table
 from .metrics import KEYS
-from .report import markdown_table
 
 WORDS = {"pass": "PASSED", "regression": "REGRESSION", NOT_COMPARABLE: "NOT COMPARABLE", INVALID: "INVALID"}
 HEADING = ["metric", "champion", "candidate", "worse by", "95 % interval of the ratio", "p (Holm)", "limit", ""]

@@ -22,6 +22,7 @@ from .errors import TrackingError, UsageError
 from .gate import PASS
 from .journal import read_result
 from .records import RunResult
+from .redaction import redact
 from .report import summary_markdown
 from .summary import summarize
 from .tracking import Store, _plain_errors, download_result
@@ -155,7 +156,7 @@ def _run(store: Store, run_id: str) -> Run:
     try:
         return store.client.get_run(run_id)
     except MlflowException:
-        raise UsageError(f"The run {run_id} is not in the store {tracking.without_password(store.uri)}. Check --tracking-uri.") from None
+        raise UsageError(f"The run {run_id} is not in the store {redact(store.uri)}. Check --tracking-uri.") from None
 
 
 def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from .fits import Fit, percent
 from .footprint import Account, Growth
+from .markup import markdown_table
 from .records import to_json
-from .report import markdown_table
 from .scaling import LawFit, main_sentence, paper_range, parameters_text, surface_sentence
 from .scaling_study import WATCHED, BatchScaling, CliffSearch, ExchangeAt, QuantEfficiency, Study
 from .tradeoffs import Ratio
