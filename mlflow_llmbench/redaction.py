@@ -49,8 +49,9 @@ _NAMED = (
     r"|(?:access|auth|security|sas)[-_]?token)"
 )
 _USER = re.compile(r"//(?P<secret>[^\s/?#@\"'<>]{1,512})@")
+_PASSWORD = re.compile(r"//(?P<secret>[^\s/@:\"'<>]{0,128}:(?!\d+(?:[/?#\s]|$))[^\s\"'<>]{1,512}?)@(?![^\s/?#\"'<>]*@)")
 SHAPES = (
-    re.compile(r"//(?P<secret>[^\s/@:\"'<>]{0,128}:(?!\d+(?:[/?#\s]|$))[^\s\"'<>]{1,512}?)@(?![^\s/?#\"'<>]*@)"),
+    _PASSWORD,
     _USER,
     re.compile(rf"(?i)[?&;](?:[\w.-]{{0,64}}(?:signature|{_NAMED})|sig|key|token|auth|awsaccesskeyid)=(?P<secret>[^&\s'\"<>]+)"),
     re.compile(rf"(?i){_NAMED}[\"']?\s*[=:]\s*[\"']?(?P<secret>[^\s\"',;&]{{{LEAST_LENGTH},}})"),
@@ -83,15 +84,17 @@ def redact(text: str) -> str:
 
 def redact_all(data: T) -> T:
     """The same data with every text in it redacted: strings in mappings, lists, tuples and dataclasses. Numbers are not looked at."""
-    known = list(known_secrets())
+    known: list[str] | None = None  # found at the first text; most events of a measurement have none
 
     def walk(value: Any) -> Any:
+        nonlocal known
         if isinstance(value, str):
+            known = list(known_secrets()) if known is None else known
             return _mask(value, known)
         if isinstance(value, Mapping):
             return {key: walk(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(map(walk, value))
+            return (list if isinstance(value, list) else tuple)(map(walk, value))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return dataclasses.replace(value, **{f.name: walk(getattr(value, f.name)) for f in dataclasses.fields(value)})
         return value
@@ -172,7 +175,8 @@ def _shaped(text: str) -> Iterator[str]:
     for shape in SHAPES:
         for found in shape.finditer(text) if shape is not _USER else ():
             yield found["secret"]
-            yield found["secret"].partition(":")[2]
+            if shape is _PASSWORD:
+                yield found["secret"].partition(":")[2]
 
 
 def _is_telling(secret: str) -> bool:

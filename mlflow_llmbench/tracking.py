@@ -16,6 +16,7 @@ import ssl
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def answers(address: str) -> bool:
     if not address.startswith(("http://", "https://")):
         return True
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=PROBE_S):
+        with urllib.request.urlopen(f"{without_user(address).rstrip('/')}/health", timeout=PROBE_S):
             return True
     except urllib.error.HTTPError:
         return True
@@ -404,6 +405,12 @@ def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
     """Keep the files of a folder as artifacts of a run, below `under`. Raises TrackingError if the run is not there."""
     with _plain_errors(store.uri):
         store.client.log_artifacts(run_id, str(folder), under)
+
+
+def without_user(address: str) -> str:
+    """An address without the user and password in it, which urllib takes for a part of the host's name."""
+    parts = urllib.parse.urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def ui_command(address: str) -> str:
