@@ -25,7 +25,7 @@ from . import gpu, machine, memory
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
-from .spec import BITSANDBYTES, QUANTIZATIONS, known_backends
+from .spec import BITSANDBYTES, GPTQ_BITS, QUANTIZATIONS, known_backends
 
 TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
 
@@ -41,7 +41,7 @@ OPTIONAL = (
 )
 """Packages, what they give, how to get them."""
 
-QUANTIZATION_PACKAGES = {**dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)), "gptq": ("gptqmodel", "optimum")}
+QUANTIZATION_PACKAGES = {**dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)), **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum"))}
 
 LITTLE_MEMORY = 2_000_000_000
 LITTLE_DISK = 10_000_000_000

@@ -19,8 +19,12 @@ from typing import Any
 from .errors import UsageError
 from .records import Cell, Options
 
-QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", "int8", "int4", "fp4")
 BITSANDBYTES = ("int8", "int4", "fp4")
+GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
+MADE = (*BITSANDBYTES, *GPTQ_BITS)
+"""Quantizations that are made of a checkpoint which is not quantized yet."""
+
+QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
 BACKENDS = {
     "transformers": "mlflow_llmbench.backends.transformers_local:TransformersBackend",
     "fake": "mlflow_llmbench.backends.fake:FakeBackend",
