@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
-from .spec import BenchSpec, as_text, cell_fields
+from .spec import GPTQ_BITS, BenchSpec, as_text, cell_fields
 
-LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint")
+LOADED = (
+    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint",
+)  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
 WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url")
@@ -42,10 +44,14 @@ def expand_cells(spec: BenchSpec) -> list[Cell]:
 
 
 def group_cells(cells: list[Cell]) -> list[Group]:
-    """Cells by load key, groups in the order of their first cell. The seed belongs to the key where it makes the weights."""
+    """Cells by load key, groups in the order of their first cell.
+
+    The seed belongs to the key where it makes the weights, and the workload where it calibrates a quantization.
+    """
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         key = tuple(getattr(cell, name) for name in LOADED) + ((cell.seed,) if cell.weights == "random" else ())
+        key += (cell.seed, cell.workload) if cell.quant in GPTQ_BITS else ()
         groups.setdefault(key, []).append(cell)
     return [Group(tuple(sorted(group, key=size, reverse=True))) for group in groups.values()]
 

@@ -41,7 +41,10 @@ class Cell:
     weights: str = parameter("hub", "hub (or local files), or random (architecture of the preset, seeded)", kind="weights")
     revision: str = parameter("main", "Hub revision; the resolved commit is logged", kind="text")
     backend: str = parameter("transformers", "what runs the model", kind="backend")
-    quant: str = parameter("none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4", kind="quant", sweep=True)
+    quant: str = parameter(
+        "none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8", kind="quant", sweep=True
+    )
+    group_size: int = parameter(128, "weights that share a scale, for gptq", kind="count", low=16, high=1024)
     batch_size: int = parameter(1, "rows in one forward pass", kind="count", sweep=True, high=4096)
     prompt_tokens: int | None = parameter(
         128, "exact prompt length in tokens; auto = as the workload gives it", kind="count", sweep=True, unset="auto", high=1_000_000

@@ -22,8 +22,12 @@ from .errors import UsageError
 from .records import Cell, Options
 from .redaction import CONTROLS, redact
 
-QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", "int8", "int4", "fp4")
 BITSANDBYTES = ("int8", "int4", "fp4")
+GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
+MADE = (*BITSANDBYTES, *GPTQ_BITS)
+"""Quantizations that are made of a checkpoint which is not quantized yet."""
+
+QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
 BACKENDS = {
     "transformers": "mlflow_llmbench.backends.transformers_local:TransformersBackend",
     "fake": "mlflow_llmbench.backends.fake:FakeBackend",
@@ -58,7 +62,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
+    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
     "preset", "force", "memory_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""

@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .records import Cell, Failure, ModelFacts, RunResult
 from .redaction import redact_all
 from .report import Row
-from .spec import BenchSpec, parse
+from .spec import GPTQ_BITS, BenchSpec, parse
 from .supervise import GroupOutcome, Limits
 from .workload import load_prompts
 
@@ -311,7 +311,7 @@ def _run_once(sweep: _Sweep, waiting: Sequence[Job]) -> GroupOutcome:
 def _fetch(sweep: _Sweep, waiting: Sequence[Job]) -> bool:
     """Fetch or write the model's files in a process of its own, so that neither its time nor its memory is measured."""
     job = waiting[0]
-    if job.model.source in ("folder", "gguf", "none"):
+    if job.model.source in ("folder", "gguf", "none") and job.cell.quant not in GPTQ_BITS:
         return True
     sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
     sweep.watcher.event({"event": "stage", "stage": "preparing"})

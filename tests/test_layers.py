@@ -83,6 +83,7 @@ HOMES = {
     "safetensors": ("backends",),
     "huggingface_hub": ("backends",),
     "gguf": ("backends",),
+    "optimum": ("backends",),
     "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),

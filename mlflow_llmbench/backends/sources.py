@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from .. import models
 from ..errors import ModelError, UsageError, first_line
 from ..records import Cell, ModelFacts
-from ..spec import BITSANDBYTES
-from . import synthetic
+from ..spec import GPTQ_BITS, MADE
+from . import gptq, synthetic
 
 HUB_TIMEOUT_S = 12.0
 """Longest wait for the Hub before a run; an unreachable one must be known within 15 s."""
@@ -76,7 +76,7 @@ def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
 def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
     if not os.path.isfile(path):
         raise ModelError(f"There is no file {cell.model}. Give the path of a .gguf file.")
-    if cell.quant in BITSANDBYTES:
+    if cell.quant in MADE:
         raise UsageError(
             f"quant={cell.quant} cannot be made from {path.name}, which is quantized already. Use quant=none to run it as it is, or bf16 to unpack it."
         )
@@ -268,7 +268,7 @@ def _within(seconds: float, ask: Callable[[], T]) -> T:
 
 
 def fetch(cell: Cell, model: ModelFacts) -> None:
-    """Put the files on this disk: write the random checkpoint, or download the weights of exactly the resolved commit."""
+    """Put the files on this disk: write the random checkpoint, or download the weights of exactly the resolved commit; then quantize them if asked."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         if preset is None:
@@ -276,6 +276,8 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         synthetic.write_checkpoint(preset, cell.seed)
     elif model.source in ("hub", "preset") and not _is_complete(_snapshot(model)):
         _download(model)
+    if cell.quant in GPTQ_BITS:
+        gptq.quantize(cell, model, _base_files(cell, model)[0], None if cell.workload == "synthetic" else _tokenizer(cell, *_base_files(cell, model)))
 
 
 def _snapshot(model: ModelFacts) -> Path:
@@ -308,6 +310,11 @@ def _download(model: ModelFacts) -> None:
 
 def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
     """The folder that holds the prepared files, and the name of the GGUF file in it if it is one."""
+    return (str(gptq.folder_of(cell, model)), None) if cell.quant in GPTQ_BITS else _base_files(cell, model)
+
+
+def _base_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
+    """The same of the checkpoint itself, before it is quantized."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         assert preset is not None  # find_model saw to it
@@ -326,9 +333,12 @@ def weights_format(folder: str) -> str:
 
 def load_tokenizer(cell: Cell, model: ModelFacts) -> Any:
     """The model's own tokenizer. Raises ModelError if the files hold none that can be read."""
+    return _tokenizer(cell, *_base_files(cell, model))
+
+
+def _tokenizer(cell: Cell, folder: str, gguf_file: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    folder, gguf_file = local_files(cell, model)
     keywords: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..records import Cell, LoadInfo, ModelFacts
-from ..spec import BITSANDBYTES
-from . import sources
+from ..spec import BITSANDBYTES, GPTQ_BITS
+from . import gptq, sources
 from .base import Capabilities, DeviceMemory, Emit
 from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify
 
@@ -44,6 +44,8 @@ class TransformersBackend:
                 raise MissingError(f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench")
         if cell.quant in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
             raise MissingError(f"quant={cell.quant} needs the package bitsandbytes, which is not installed. Run: pip install bitsandbytes")
+        if cell.quant in GPTQ_BITS:
+            gptq.require()
         machine.require_device(cell.device)
         return sources.find_model(cell)
 
@@ -130,6 +132,7 @@ class TransformersBackend:
             "quant.bits_per_weight": round(found.linear_bits, 3),
             "quant.kernel": ", ".join(f"{name} × {count}" for name, count in sorted(found.linear_classes.items())),
             **_quantization_facts(self.model),
+            **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
         }
         return LoadInfo(
             load_s=load_s,
