@@ -76,7 +76,7 @@ def run_ab(
     comparison = compare.compare(results[0], results[1], noise=noise, paired=True, allow=frozenset({"workload"}))
     artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
-        tracking.log_comparison(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab")
+        tracking.log_folder(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
     return Duel(done, comparison)
 
 

@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, overview, page, report
+from . import charts, overview, page, report, scaling_charts, scaling_report
 from .compare import Comparison, comparison_json, comparison_markdown
 from .comparison_charts import draw_comparisons
 from .journal import samples_csv, write_bytes, write_json
 from .markup import csv_table, markdown, quotation
 from .records import RunResult
+from .scaling_study import Study
 from .summary import summarize
 from .validity import judge
 
@@ -77,3 +78,12 @@ def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
     write_bytes(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)).encode())
     write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
     draw_comparisons(comparisons, folder / "charts")
+
+
+def write_scaling(study: Study, folder: Path) -> list[Path]:
+    """Write scaling.json, scaling.md and the charts of a scaling study; return the files. Raises JournalError, for example when the disk is full."""
+    drawn = scaling_charts.draw_study(study, folder / "charts")
+    write_json(folder / "scaling.json", scaling_report.study_json(study))
+    shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
+    write_bytes(folder / "scaling.md", scaling_report.study_markdown(study, shown).encode())
+    return [folder / "scaling.json", folder / "scaling.md", *drawn]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from . import gpu, machine, memory, models
+from .metrics import LEAST_REPETITIONS
 from .records import Cell, ModelFacts
 from .spec import as_text
 
@@ -30,6 +33,29 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
     prompt = cell.prompt_tokens or 512
     running = models.memory_estimate(shape, cell.quant, dtype, cell.batch_size, prompt, cell.output_tokens)
     return max(running, models.load_memory_estimate(shape, cell.quant, dtype)) + models.PROCESS_BYTES
+
+
+LEAST_WARMUP = 3
+"""Discarded runs that `warmup=auto` makes at least."""
+
+
+def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, peaks: Mapping[str, float]) -> float | None:
+    """Least seconds for all runs of a cell, warm-up included, by the machine's measured rates; None without them or the architecture.
+
+    Each run is a prefill and N − 1 steps, each the longer of reading (weights, and for a step the KV cache at the mean context) and
+    computing (the roofline of Williams, Waterman & Patterson, CACM 52, 2009). Loading, downloads and all overheads come on top.
+    """
+    bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
+    if shape is None or not bandwidth or not flops:
+        return None
+    dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    weights, rows, prompt = shape.weight_bytes(cell.quant, dtype), cell.batch_size, cell.prompt_tokens or 512
+    context = prompt + cell.output_tokens // 2
+    cache = rows * shape.kv_bytes(context, 4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
+    prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)
+    step = max((weights + cache) / bandwidth, rows * shape.flops_per_token(context) / flops)
+    runs = (cell.warmup if cell.warmup is not None else LEAST_WARMUP) + (cell.repetitions or LEAST_REPETITIONS)
+    return cell.processes * runs * (prefill + (cell.output_tokens - 1) * step)
 
 
 def refusal(cell: Cell, model: ModelFacts, predicted: int | None, limit: int | None, force: bool) -> str | None:

@@ -73,7 +73,8 @@ class Progress:
                 self._count_stage(event["stage"])
                 self._now(doing, log=doing if event["stage"] in ("preparing", "starting", "loading") else "")
             case "load":
-                doing = f"loaded in {duration(event['info']['load_s'])}" if event.get("info") else "loaded"
+                seconds = (event.get("info") or {}).get("load_s")
+                doing = "loaded" if seconds is None else f"loaded in {duration(seconds)}"
                 self._now(doing, log=doing)
             case "cell":
                 self.over.discard(self.number)  # one of several processes for one cell

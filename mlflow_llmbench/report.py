@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from .latency import e2e_ms, ttft_ms
 from .markup import code_block, markdown, markdown_table, plain
 from .metrics import KEYS
 from .records import Cell, RunResult, Verdict
-from .spec import as_text, default_text
+from .spec import as_text, cell_fields, default_text
 from .stats import classify_outliers
-from .summary import e2e_ms, summarize, ttft_ms
+from .summary import summarize
 from .validity import judge, unsupported_percentiles
 
 Metrics = Mapping[str, float]
 
 TABLE_KEYS = (
-    "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
+    "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
     "memory/weight_bytes", "efficiency/mbu_ratio", "load/load_s", "cost/per_million_tokens",
 )  # fmt: skip
 """Columns of the terminal's table, where any row has them."""
@@ -104,7 +105,8 @@ def _figure(key: str, value: float) -> str:
 def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Heading and body of a comparison: the parameters that vary, the metrics that any row has, and the verdict."""
     keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
-    names = list(varied) or ["model", "quant", "batch_size"]
+    plain = ["model", "concurrency", "request_rate"] if any(row.cell.url for row in rows) else ["model", "quant", "batch_size"]
+    names = list(varied) or plain
     heading = [*names, *(_heading(key)[0] for key in keys), "verdict"]
     body = []
     for row in rows:
@@ -143,7 +145,7 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     """The one-screen summary that becomes the run's description in the MLflow UI."""
     cell = result.cell
     length = f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
-    what = f"**{markdown(cell.model)}** · {markdown(cell.quant)} · batch {cell.batch_size} · {length}"
+    what = f"**{markdown(cell.model)}** · {markdown(_load(cell))} · {length}"
     cpu, gpu = result.environment.get("cpu", {}).get("name", "unknown CPU"), gpu_of(result)
     where = markdown(f"{gpu['name']} ({cpu})" if gpu else cpu)
     if result.failure:
@@ -155,6 +157,13 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
         lines += ["", "Random weights of the real architecture: speed and memory hold, the text means nothing."]
     lines += ["", f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions, {len(result.warmup_s)} warm-up runs"]
     return "\n".join(lines) + "\n"
+
+
+def _load(cell: Cell) -> str:
+    """What varies most: the quantization and batch of a model here, the load on a server."""
+    if not cell.url:
+        return f"{cell.quant} · batch {cell.batch_size}"
+    return f"online · {cell.request_rate:g} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
 
 
 def gpu_of(result: RunResult) -> dict[str, Any] | None:
@@ -175,7 +184,10 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
         rate += f" (95 % interval {low} to {high})"
     return [
         ("output throughput", rate),
+        ("requests", value("throughput/requests_per_s", "per s")),
+        ("goodput", value("goodput/requests_per_s", "per s")),
         ("time to first token, median", value("latency/ttft_ms_p50", "ms")),
+        ("inter-chunk latency, median", value("latency/icl_ms_p50", "ms")),
         ("inter-token latency, median", value("latency/itl_ms_p50", "ms")),
         ("inter-token latency, p99", value("latency/itl_ms_p99", "ms")),
         ("peak device memory", value("memory/device_bytes_peak", "GB", 1e-9)),
@@ -189,8 +201,7 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
 
 def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
     """report.md: the summary, then all figures, what was realised, what the machine did, and how to repeat it."""
-    title = markdown(f"{result.cell.model} · {result.cell.quant} · batch {result.cell.batch_size}")
-    parts = [f"# {title}", summary_markdown(result, metrics, verdict)]
+    parts = [f"# {markdown(f'{result.cell.model} · {_load(result.cell)}')}", summary_markdown(result, metrics, verdict)]
     absent = unsupported_percentiles(result)
     if absent:
         parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
@@ -222,7 +233,7 @@ def _repetitions_table(result: RunResult) -> str:
         seen = [noise.foreign_cpu_s, noise.steal_s, noise.involuntary_switches, noise.major_faults] if noise else [None] * 4
         first = _number(median(map(ttft_ms, repetition.requests)))
         shown = ["–" if value is None else _number(float(value)) for value in seen]
-        spoiled = "spoiled" if noise and noise.spoiled else ""
+        spoiled = "spoiled" if noise and noise.spoiled and not result.cell.url else ""  # the other may be the server
         body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
     heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others", "CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
     return markdown_table(heading, body)
@@ -242,15 +253,17 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def command(cell: Cell) -> str:
     """The command line that measures this cell again: the parameters that are not at their default."""
-    return command_line({f.name: as_text(f.name, getattr(cell, f.name)) for f in dataclasses.fields(cell)})
+    online = bool(cell.url)
+    asked = {name: as_text(name, getattr(cell, name)) for name in cell_fields(online) if not (online and name == "backend")}
+    return command_line(asked, "online" if online else "run")
 
 
-def command_line(asked: Mapping[str, str]) -> str:
+def command_line(asked: Mapping[str, str], command: str = "run") -> str:
     """`llmbench run` with parameters as text (a list with commas), quoted for a shell; defaults are left out, but for the model's."""
     told = [
         f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in asked.items() if text != default_text(name) or name in ("model", "quant")
     ]
-    return " ".join(["llmbench run", *told])
+    return " ".join([f"llmbench {command}", *told])
 
 
 def split_table(heading: Sequence[str], body: Sequence[Sequence[Any]]) -> dict[str, Any]:
@@ -265,6 +278,6 @@ def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:
 
 def config_yaml(cell: Cell, extra: Mapping[str, object]) -> str:
     """config.yaml: every parameter as text, in the order of the vocabulary, readable by `llmbench run --config`."""
-    lines = {f.name: as_text(f.name, getattr(cell, f.name)) for f in dataclasses.fields(cell)}
+    lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(bool(cell.url))}
     lines |= {name: as_text(name, value) for name, value in extra.items()}
     return "".join(f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in lines.items())

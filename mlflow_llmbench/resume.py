@@ -14,6 +14,7 @@ from . import journal, tracking, upload
 from .errors import JournalError, first_line
 from .jobs import Job
 from .records import SCHEMA, RunResult
+from .redaction import redact
 from .spec import BenchSpec
 from .summary import summarize
 from .validity import judge
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def find(job: Job, spec: BenchSpec, store: Store | None) -> RunResult | None:
-    """A finished and valid result of just this cell, from the journal or from the store, as a result of this sweep; None if there is none."""
+    """A finished and valid result of just this cell, from the journal or from the store, as a result of this sweep; None if there is none.
+
+    Never of a server: it may have been started anew with other settings under the same address, which cannot be seen from here.
+    """
+    if job.cell.url:
+        return None
     for found, source in _candidates(job, store):
         same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked
         ours = [getattr(found.hashes, name) == getattr(job.hashes, name) for name in ("config", "workload", "env")]
@@ -56,7 +62,7 @@ def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) 
     """End the runs of sweeps whose command was killed: what it had measured is kept and uploaded, the cell that it was at is `crashed`."""
     for folder in journal.abandoned(output_dir):
         try:
-            if _store_of(folder) == tracking.without_password(store.uri):
+            if _store_of(folder) == redact(store.uri):
                 kept = upload.recover(folder)
                 upload.complete(folder, dataclasses.replace(store, given_run_id=None))
                 warn(f"The sweep {folder.name} had been killed. Its runs are ended now; {kept} of its cells had been measured.")

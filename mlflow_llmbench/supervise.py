@@ -21,9 +21,10 @@ from typing import Any
 
 from . import machine, memory
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
-from .journal import EventLog, read_events
+from .journal import EventLog, read_events, redact_log
 from .measure import Measured
 from .records import Cell, LoadInfo, MemorySample, MemoryStages, ModelFacts, from_json, to_json
+from .redaction import worker_environment
 
 SAMPLE_S = 0.05
 """Time between two memory samples."""
@@ -116,10 +117,11 @@ def run_worker(
     outcome = GroupOutcome()
     threads = cells[0].threads or machine.physical_cores()
     job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
+    environment = _environment(threads, downloads=task == "prepare" and cells[0].weights != "random")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=_environment(threads)
+            [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
         )
     try:
         assert process.stdin
@@ -127,7 +129,7 @@ def run_worker(
         process.stdin.flush()
         with EventLog(log_file.with_suffix(".jsonl"), durable=False) as told:
             told.append("job", folders=[folder.name for folder in folders])
-            _Watch(process, outcome, limits or Limits(), told, on_event).collect()
+            _Watch(process, outcome, limits or Limits(), told, on_event, watches_memory=cells[0].url is None).collect()
         process.wait()
     except BrokenPipeError:
         process.wait()
@@ -137,6 +139,7 @@ def run_worker(
         outcome.interrupted = True
     finally:
         _end(process)
+        redact_log(log_file)
     if not outcome.ended and not outcome.interrupted and outcome.error is None:
         outcome.error = _sudden_end(process.returncode, outcome.stage, log_file)
     return outcome
@@ -160,12 +163,18 @@ def replay(file: Path) -> Iterator[tuple[list[str], GroupOutcome]]:
         yield folders, outcome
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """The worker's environment: as many threads as asked, this package importable, nothing that talks while it measures."""
+def _environment(threads: int, downloads: bool) -> dict[str, str]:
+    """The worker's environment: no secret but what a download needs, as many threads as asked, this package importable, nothing that talks."""
     package_parent = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return {
+        **worker_environment(os.environ, downloads),
+        **quiet,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
 
 
 @dataclass
@@ -177,6 +186,7 @@ class _Watch:
     limits: Limits
     told: EventLog | None
     on_event: OnEvent | None
+    watches_memory: bool = True  # that of a client is not its model's
     doing: tuple[str, str, float | None] = ("", "", None)  # what the worker does, the limit's name, the limit in s
     since: float = 0.0
     cell_since: float | None = None
@@ -194,7 +204,8 @@ class _Watch:
             while True:
                 ready = selector.select(max(0.0, due - time.monotonic()))
                 if time.monotonic() >= due:
-                    self._sample()
+                    if self.watches_memory:
+                        self._sample()
                     self._check_time()
                     due = time.monotonic() + SAMPLE_S
                 if not ready:

@@ -19,12 +19,13 @@ from .jobs import Job
 from .journal import claim, new_sweep, write_json
 from .ledger import Ledger
 from .records import Cell, Failure, ModelFacts, RunResult
+from .redaction import redact_all
 from .report import Row
-from .spec import BenchSpec, parse
+from .spec import GPTQ_BITS, BenchSpec, parse
 from .supervise import GroupOutcome, Limits
 from .workload import load_prompts
 
-MOST_CELLS = 2000
+MOST_CELLS = 5000
 
 UNREACHED = "The command ended before this cell was measured."
 
@@ -114,11 +115,9 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
     Raises LlmbenchError for what is wrong before anything starts; a cell that fails later is a row with its outcome.
     """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
-    cells = plan.expand_cells(spec)
-    if len(cells) > MOST_CELLS:
-        raise UsageError(f"The lists make {len(cells)} cells, and {MOST_CELLS} are the most. Give shorter lists.")
+    cells = expand(spec)
     groups = [group.cells for group in plan.group_cells(cells)]
-    model_of = _resolve(groups)
+    model_of = resolve_models(groups)
     jobs.refuse_twins(cells, model_of)
     names = [plan.cell_name(cell, spec.varied) for cell in cells]
     asked = {k: str(v) for k, v in parameters.items() if isinstance(v, str)}
@@ -135,13 +134,21 @@ def run_sides(
 
     `spec` holds the parameters of all of them; `store` is a tracking URI and an experiment. Two cells may be the same.
     """
-    model_of = _resolve([(cell,) for cell in cells])
+    model_of = resolve_models([(cell,) for cell in cells])
     sweep = _prepare(spec, cells, names, model_of, {}, store, " against ".join(names), watcher)
     sweep.groups = [[job] for job in sweep.jobs]
     return _drive(sweep)
 
 
-def _resolve(groups: Sequence[Sequence[Cell]]) -> dict[Cell, ModelFacts]:
+def expand(spec: BenchSpec) -> list[Cell]:
+    """The cells of a specification. Raises UsageError if they are more than `MOST_CELLS`."""
+    cells = plan.expand_cells(spec)
+    if len(cells) > MOST_CELLS:
+        raise UsageError(f"The lists make {len(cells)} cells, and {MOST_CELLS} are the most. Give shorter lists.")
+    return cells
+
+
+def resolve_models(groups: Sequence[Sequence[Cell]]) -> dict[Cell, ModelFacts]:
     """The model of each cell. Raises UsageError if no cell at all fits its model's context; single ones are refused one by one."""
     facts = [backend_class(group[0].backend).resolve(group[0]) for group in groups]
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group}
@@ -204,7 +211,7 @@ def _write_plan(sweep: _Sweep) -> None:
         "cells": len(sweep.jobs),
         "order": [job.folder.name for job in sweep.jobs],
         "parent": sweep.ledger.parent_name,
-        "tracking_uri": tracking.without_password(store.uri) if store else None,
+        "tracking_uri": store.uri if store else None,
         "environment": sweep.environment,
     }
     write_json(sweep.folder / "sweep.json", known)
@@ -304,7 +311,7 @@ def _run_once(sweep: _Sweep, waiting: Sequence[Job]) -> GroupOutcome:
 def _fetch(sweep: _Sweep, waiting: Sequence[Job]) -> bool:
     """Fetch or write the model's files in a process of its own, so that neither its time nor its memory is measured."""
     job = waiting[0]
-    if job.model.source in ("folder", "gguf", "none"):
+    if job.model.source in ("folder", "gguf", "none") and job.cell.quant not in GPTQ_BITS:
         return True
     sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
     sweep.watcher.event({"event": "stage", "stage": "preparing"})
@@ -359,6 +366,7 @@ def _fail(sweep: _Sweep, job: Job, word: str, failure: Failure, outcome: GroupOu
 
 def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None:
     """Write the files of a cell, then upload them, and end its run."""
+    result = redact_all(result)
     job.row = report.row_of(result)
     folder = job.folder / "artifacts"
     with sweep.ledger.noted(f"the files of {job.name}"):
