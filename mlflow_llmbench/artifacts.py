@@ -12,6 +12,7 @@ from .comparison_charts import draw_comparisons
 from .journal import samples_csv, write_bytes, write_json
 from .markup import csv_table, markdown, quotation
 from .records import RunResult
+from .redaction import redact_all
 from .scaling_study import Study
 from .summary import summarize
 from .validity import judge
@@ -60,6 +61,7 @@ def write_sweep(measured: Sequence[tuple[report.Row, str]], subject: overview.Su
     `measured`: rows with their MLflow run ids, "" where a run is not known. Unless `draw`, the charts that are there are shown.
     Raises JournalError, for example when the disk is full.
     """
+    measured, subject = redact_all((tuple(measured), subject))
     rows, varied = [row for row, _ in measured], subject.spec.varied
     heading, body = report.table_cells(rows, varied)
     write_bytes(folder / "comparison.md", overview.comparison_markdown(rows, varied).encode())

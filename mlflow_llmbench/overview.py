@@ -23,17 +23,21 @@ from .spec import PARAMETERS, BenchSpec, as_text, default_text
 
 RATE = "throughput/output_tokens_per_s"
 PEAKS = ("memory/device_bytes_peak", "memory/host_needed_bytes_peak")
-CLAIMS = (("fastest", (RATE,), "tokens/s"), ("first token soonest", ("latency/ttft_ms_p50",), "ms"), ("least memory", PEAKS, "GB"))
+GOODPUT = "goodput/requests_per_s"
+CLAIMS = (
+    ("fastest", (RATE,), "tokens/s"), ("most requests within the limits", (GOODPUT,), "1/s"),
+    ("first token soonest", ("latency/ttft_ms_p50",), "ms"), ("least memory", PEAKS, "GB"),
+)  # fmt: skip
 """What the headline names a cell for: in words, the metric (the first that any cell has), its unit as shown."""
 
 TOLERANCE = {
-    RATE: 0.05, "latency/ttft_ms_p50": 0.05, "latency/itl_ms_p50": 0.05, **dict.fromkeys(PEAKS, 0.01), "cost/per_million_tokens": 0.05
+    RATE: 0.05, GOODPUT: 0.05, "latency/ttft_ms_p50": 0.05, "latency/itl_ms_p50": 0.05, **dict.fromkeys(PEAKS, 0.01), "cost/per_million_tokens": 0.05
 }  # fmt: skip
 """Metrics that have a best cell → relative difference from it below which another is not told apart, where there is no interval."""
 
 ALIKE = (
-    "the best of a column, and what cannot be told from it: 95 % intervals that meet; latencies within 5 %, or within the intervals of "
-    "the throughput; memory within 1 %. An invalid result is never marked."
+    "the best of a column, and what cannot be told from it: 95 % intervals that meet; latencies and goodput within 5 %, or within the intervals "
+    "of the throughput; memory within 1 %. An invalid result is never marked."
 )
 
 AGAIN = "What is kept and valid is not measured again, unless --rerun is added."
@@ -102,7 +106,7 @@ class Overview:
 def overview(measured: Sequence[tuple[Row, str]], subject: Subject) -> Overview:
     """Everything that the report of a sweep tells. `measured`: rows with their MLflow run ids, "" where a run is not known."""
     rows, runs, spec, ui = [row for row, _ in measured], tuple(run_id for _, run_id in measured), subject.spec, _without_user(subject.ui)
-    groups = frontiers(map(_attempt, rows), LOADED)
+    groups = _frontiers(rows)
     is_linkable = ui.startswith(("http://", "https://")) and subject.experiment_id
     return Overview(
         name=subject.name,
@@ -170,7 +174,7 @@ def _is_alike(row: Row, best: Row, key: str) -> bool:
     low, high = f"{key}_ci_low", f"{key}_ci_high"
     if all(name in one.metrics for name in (low, high) for one in (row, best)):
         return row.metrics[high] >= best.metrics[low] and best.metrics[high] >= row.metrics[low]
-    # A time without an interval of its own is at least as uncertain as the throughput, which is made of such times.
+    # A time or a goodput without an interval of its own is at least as uncertain as the throughput of the same repetitions.
     noise = 0.0 if key in PEAKS else sum(one.metrics.get("trust/relative_half_width", 0.0) for one in (row, best))
     return abs(row.metrics[key] - best.metrics[key]) <= max(TOLERANCE[key], noise) * abs(best.metrics[key])
 
@@ -194,8 +198,7 @@ def cells_table(rows: Sequence[Row], varied: Sequence[str]) -> Table:
     first = len(heading) - 1 - len(keys)
     order = {id(row): line for line, row in enumerate(rows)}
     best = {(order[id(row)], first + column) for column, key in enumerate(keys) for row in leaders(rows, key)}
-    names = list(varied) or ["model", "quant", "batch_size"]
-    counts = [column for column, name in enumerate(names) if PARAMETERS[name].metadata["kind"] in ("count", "number")]
+    counts = [column for column, name in enumerate(heading[:first]) if PARAMETERS[name].metadata["kind"] in ("count", "number")]
     measured = frozenset(range(first, len(heading) - 1))
     return Table(tuple(heading[:-1]), tuple(tuple(line[:-1]) for line in body), measured | set(counts), measured, frozenset(best))
 
@@ -206,8 +209,10 @@ def _reasons(row: Row) -> tuple[str, ...]:
     return (*codes, *([f"measured before, in {row.linked}"] if row.linked else []))
 
 
-def _attempt(row: Row) -> Attempt:
-    return Attempt(row.cell, row.outcome, row.peak_bytes, row.predicted_bytes, trusted=row.state != "invalid")
+def _frontiers(rows: Sequence[Row]) -> list[Frontier]:
+    """What fits of each load; of a server the memory is not seen."""
+    here = [row for row in rows if row.cell.scenario == "offline"]
+    return frontiers((Attempt(row.cell, row.outcome, row.peak_bytes, row.predicted_bytes, row.state != "invalid") for row in here), LOADED)
 
 
 def frontier_table(groups: Sequence[Frontier]) -> Table:
@@ -328,7 +333,9 @@ def _command(rows: Sequence[Row], subject: Subject) -> str:
 
 def sweep_command(spec: BenchSpec) -> str:
     """The command line that runs a sweep again, from the parameters as they were asked for; not where its results go."""
-    return command_line(asked_params(spec) | _options(spec))
+    online = spec.axes["url"] != (None,)
+    asked = {name: text for name, text in asked_params(spec).items() if not (online and name == "backend")}
+    return command_line(asked | _options(spec), "online" if online else "run")
 
 
 def _options(spec: BenchSpec) -> dict[str, str]:
@@ -361,11 +368,11 @@ def comparison_markdown(rows: Sequence[Row], varied: Sequence[str]) -> str:
 
 def _description(rows: Sequence[Row], varied: Sequence[str], most: int) -> str:
     told = sorted(rows, key=lambda row: -row.metrics.get(RATE, 0.0)) if len(rows) > most else rows
-    groups = frontiers(map(_attempt, rows), LOADED)
+    groups = _frontiers(rows)
     limits, notes = frontier_table(groups), _explained(explanations(rows))
     parts = [f"**{markdown(headline(rows, varied))}**", _markdown(cells_table(told, varied), {"verdict": [row.state for row in told]}, most)]
     parts += [f"The {most} fastest; `report.md` and `report.html` have all {len(rows)} cells."] if len(rows) > most else []
-    parts += ["What fits, as rows × (prompt + output tokens):", _markdown(limits, most=most)]
+    parts += ["What fits, as rows × (prompt + output tokens):", _markdown(limits, most=most)] if groups else []
     parts += ["\n".join(f"- {line}" for line in notes[:most])] if notes else []
     return "\n\n".join(parts) + "\n"
 
@@ -383,7 +390,8 @@ def overview_markdown(told: Overview, charts: Sequence[str] = ()) -> str:
     parts += [f"In bold: {ALIKE}"] if told.cells.best else []
     if told.explanations:
         parts += ["## What was seen", "\n".join(f"- {line}" for line in _explained(told.explanations))]
-    parts += ["## What fits in memory", _markdown(told.frontier), "\n".join(f"- {markdown(note)}" for note in told.frontier_notes)]
+    if told.frontier.body:
+        parts += ["## What fits in memory", _markdown(told.frontier), "\n".join(f"- {markdown(note)}" for note in told.frontier_notes)]
     if charts:
         parts += ["## Charts", *(f"![{chart_name(path)}]({path})" for path in charts), *filter(None, [told.not_drawn])]
     parts += [

@@ -86,7 +86,7 @@ def sweep_page(told: Overview, charts: Mapping[str, bytes]) -> str:
         f'<header><h1>{html(told.name)}</h1><p class="lead">{html(told.headline)}</p>{_facts(told.facts)}</header>',
         _section("Cells", _cells(told), _note(f"A dot marks {ALIKE}" if told.cells.best else "")),
         _section("What was seen", _list(f"{_badge(title)}{html(text)}" for title, text in told.explanations)) if told.explanations else "",
-        _section("What fits in memory", _table(told.frontier), _list(map(html, told.frontier_notes), "note")),
+        _section("What fits in memory", _table(told.frontier), _list(map(html, told.frontier_notes), "note")) if told.frontier.body else "",
         _section("Charts", f'<div class="charts">{"".join(map(_chart, charts, charts.values()))}</div>', _note(told.not_drawn)) if charts else "",
         _section("Run it again", f"<pre>{html(told.command)}</pre>", _places(told)),
         _section("Environment", *(f"{f'<h3>{html(title)}</h3>' if title else ''}{_facts(facts)}" for title, facts in told.machines)),

@@ -175,12 +175,35 @@ def test_the_command_asks_for_the_same(parameters: dict[str, str]) -> None:
     spec = parse(parameters)
     program, *arguments = shlex.split(overview.sweep_command(spec))
     given = vars(build_parser().parse_args(arguments))
-    again = parse({name: given[name] for name in PARAMETERS if given[name] is not None})
+    again = parse({name: given[name] for name in PARAMETERS if given.get(name) is not None})
     assert program == "llmbench"
     assert again.axes == spec.axes
     if parameters.get("quant") == "int8,int4":
         assert arguments == ["run", "--model", "opt-125m", "--quant", "int8,int4", "--batch-size", "1,4"]
     assert dataclasses.replace(again.options, output_dir=spec.options.output_dir, rerun=spec.options.rerun) == spec.options
+
+
+def test_a_server_is_told_without_memory_and_repeated_with_its_own_command() -> None:
+    about = subject(model="m", backend="openai", url="http://127.0.0.1:8000", concurrency="1,8")
+    cells = expand_cells(about.spec)
+    rows = [Row(cell, "ok", {RATE: 10.0 * cell.concurrency, "goodput/requests_per_s": 9.0 / cell.concurrency}, Verdict("valid")) for cell in cells]
+    found = overview.overview([(one, "") for one in rows], about)
+    assert found.command == "llmbench online --model m --url http://127.0.0.1:8000 --concurrency 1,8"
+    assert found.headline == (
+        "2 of 2 cells measured; fastest: concurrency=8, 80.0 tokens/s; most requests within the limits: concurrency=1, 9.00 1/s."
+    )
+    assert found.frontier.body == ()
+    for text in (overview.overview_markdown(found), page.sweep_page(found, {}), description(rows, ["concurrency"])):
+        assert "fits" not in text.partition("</style>")[2 if "</style>" in text else 0]
+
+
+def test_no_secret_of_the_parameters_is_in_a_report(tmp_path: Path) -> None:
+    about = subject(model="https://user:hunter2secret@host/model,other", quant="int4")
+    rows = [Row(cell, "interrupted", message="hf_abcdefghijklmnopqrstuvwxyz0123456789") for cell in expand_cells(about.spec)]
+    artifacts.write_sweep([(one, "") for one in rows], dataclasses.replace(about, ui="http://u:hunter2secret@host"), tmp_path, draw=False)
+    texts = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(texts) == 5
+    assert not [text for text in texts if "hunter2secret" in text or "hf_abcdef" in text]
 
 
 def test_cells_that_are_no_product_have_a_command_each() -> None:
