@@ -155,7 +155,7 @@ def read_yaml(path: str) -> dict[str, object]:
 
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise UsageError(
             f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. Give a YAML file with one `name: value` per line."
         ) from None
