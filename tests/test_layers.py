@@ -15,11 +15,26 @@ LAYERS = {
     "nouns": ("errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "estimate", "backends"),
-    "act": ("measure", "journal", "supervise", "worker"),
+    "act": ("measure", "journal", "supervise", "worker", "node"),
     "think": ("stats", "summary", "validity", "compare"),
     "show": ("report", "charts", "comparison_charts", "artifacts"),
     "keep": ("tracking", "view"),
-    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
+    "drive": (
+        "doctor",
+        "progress",
+        "jobs",
+        "upload",
+        "resume",
+        "ledger",
+        "place",
+        "cluster",
+        "sweep",
+        "ab",
+        "evidence",
+        "cli",
+        "__main__",
+        "__init__",
+    ),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 
@@ -42,7 +57,7 @@ HOMES = {
     "psutil": ("machine", "memory"),
     "matplotlib": ("charts", "comparison_charts"),
     "mlflow": ("tracking", "view", "upload"),
-    "ray": ("sweep",),
+    "ray": ("cluster",),
 }
 """Heavy library → the only modules that import it. The worker is the process that sets torch and transformers up."""
 
