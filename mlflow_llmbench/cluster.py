@@ -158,7 +158,9 @@ class Cluster:
         self.mailbox = ray.remote(Mailbox).options(num_cpus=0, resources={"node:__internal_head__": 0.001}).remote()
         own = ray.get_runtime_context().get_node_id()
         if any(one.id == own for one in self.nodes):
-            warn(f"The node {self._name(own)} measures, and this command runs there or is served there: it may disturb. Start it with --num-cpus=0.")
+            warn(
+                f"This command runs, or is served, on the node {self._name(own)}, which measures too and may be disturbed. Start Ray there with --num-cpus=0."
+            )
         self.prints = ray._private.worker.print_to_stdstream
         ray._private.worker.print_to_stdstream = _say_nothing
 
@@ -191,7 +193,9 @@ class Cluster:
             except self.ray.exceptions.RayError as error:
                 if isinstance(problem := self._error(asked[ref].name, error), NodeLost):
                     continue
-                raise MissingError(f"{problem} Every node needs Python, Ray and what pip install mlflow-llmbench brings, but MLflow.") from None
+                raise MissingError(
+                    f"{problem} Every node needs Python, Ray and what pip install mlflow-llmbench brings (MLflow is not needed)."
+                ) from None
         if not found:
             raise MissingError(f"No node of the Ray cluster has said within {ANSWER_S:g} s what it is. Look at `ray status`.")
         return found
@@ -199,11 +203,11 @@ class Cluster:
     def room(self, device: str) -> tuple[int | None, str]:
         """What the largest node, or the largest GPU, has in all: what is free is known only when a group comes there."""
         if self.on_gpu:
-            return max(self.gpu_bytes, default=None), "has the largest GPU of the cluster"
+            return max(self.gpu_bytes, default=None), "are on the largest GPU of the cluster"
         largest, limit = int(max(one.memory for one in self.nodes)), self.options.memory_limit
         if limit is not None and limit < largest:
             return limit, "are allowed by memory_limit"
-        return largest, "is what the largest node of the cluster lets tasks have"
+        return largest, "are what the largest node of the cluster lets tasks have"
 
     @property
     def busy(self) -> bool:

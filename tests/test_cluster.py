@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -131,18 +132,21 @@ def test_groups_are_measured_on_both_nodes_and_never_two_at_once_on_one(nodes: N
     for times in spans.values():
         assert times, "a node was idle"
         ordered = sorted(times)
-        assert all(before[1] < after[0] for before, after in zip(ordered, ordered[1:], strict=False))
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(ordered))
     kept = found.folder / by_cell["2/1"].hashes.config
     assert [event["event"] for event in journal.read_events(kept / "events.jsonl")] == ["warmup", *["repetition"] * 5, "complete"]
     assert (kept / "worker.log").exists()
-    assert {state for state in states(store_uri).values()} == {("FINISHED", "ok"), ("FINISHED", None)}
+    assert set(states(store_uri).values()) == {("FINISHED", "ok"), ("FINISHED", None)}
     shutil.copy(store_template, tmp_path / "elsewhere.db")
     assert upload(str(found.folder), f"sqlite:///{tmp_path}/elsewhere.db").new == 9
+    valid = [run_id for run_id, row in zip(found.run_ids, found.rows, strict=True) if row.verdict and row.verdict.word == "valid"]
+    assert valid, "no result was good enough to be taken over, on a machine that is too busy for this test"
+    again = fake("ttft_ms=20+itl_ms=10", threads="1,2,3,4", batch_size="1,2")
+    assert {one.linked for one in results(again).values() if one.linked} == set(valid)
 
 
-def test_the_fingerprint_is_that_of_the_node_and_both_are_known_when_it_is_run_again(nodes: Nodes, store_uri: str) -> None:
-    parameters = {"threads": "1,2", "processes": 2}
-    found = fake("ttft_ms=50+itl_ms=20", **parameters)
+def test_the_fingerprint_is_that_of_the_node(nodes: Nodes, store_uri: str) -> None:
+    found = fake("ttft_ms=20+itl_ms=10", threads="1,2", processes=2)
     by_node = {one.environment["node"]: one for one in results(found).values()}
     assert by_node.keys() == {"first", "second"}
     first, second = by_node["first"], by_node["second"]
@@ -153,28 +157,23 @@ def test_the_fingerprint_is_that_of_the_node_and_both_are_known_when_it_is_run_a
     assert [r.process for r in second.repetitions] == [0] * 5 + [1] * 5, "both processes ran on the node of the first"
     tags = {MlflowClient(store_uri).get_run(run_id).data.tags["llmbench.env_hash"] for run_id in found.run_ids}
     assert tags == {first.hashes.env, second.hashes.env}
-    again = fake("ttft_ms=50+itl_ms=20", **parameters)
-    assert {one.linked for one in results(again).values()} >= {""} - {""}
-    valid = {row.cell.threads for row in found.rows if row.verdict and row.verdict.word == "valid"}
-    assert {one.cell.threads for one in results(again).values() if one.linked} == valid
 
 
 def test_failures_end_one_cell_and_what_waits_behind_them_is_not_tried(nodes: Nodes) -> None:
-    found = fake("ttft_ms=1+itl_ms=1+fail=oom+above_batch=2", batch_size="1,4", threads="1,2,3,4,5,6")
+    found = fake("ttft_ms=1+itl_ms=1+fail=oom+above_batch=2", batch_size="1,4", threads="1,2,3,4")
     outcomes = [row.outcome for row in found.rows]
-    assert outcomes.count("ok") == 6
+    assert outcomes.count("ok") == 4
     assert outcomes.count("skipped") >= 1
-    assert outcomes.count("oom") + outcomes.count("skipped") == 6
+    assert outcomes.count("oom") + outcomes.count("skipped") == 4
     assert found.exit_code == 1
 
 
-@pytest.mark.parametrize(("script", "outcome", "message"), [("fail=crash", "crashed", "exit code 13"), ("fail=error+at=load", "error", "Scripted")])
-def test_a_failure_is_told_as_at_home(nodes: Nodes, store_uri: str, script: str, outcome: str, message: str) -> None:
-    found = fake(script)
+def test_a_crash_is_told_as_at_home(nodes: Nodes, store_uri: str) -> None:
+    found = fake("fail=crash")
     [row] = found.rows
-    assert row.outcome == outcome
-    assert message in row.message
-    assert list(states(store_uri).values()) == [("FAILED", outcome)]
+    assert row.outcome == "crashed"
+    assert f"exit code 13 at stage loaded: nothing was printed. The whole log is {found.folder}" in row.message
+    assert list(states(store_uri).values()) == [("FAILED", "crashed")]
     [result] = results(found).values()
     assert result.environment["node"] in CPUS
 

@@ -101,7 +101,7 @@ def test_files_that_cannot_be_fetched_end_the_group_at_preparing() -> None:
     model = ModelFacts("nobody/nothing", "hub", "nobody/nothing", "0" * 40)
     outcome, files = node.measure_apart(task(Cell("nobody/nothing"), model=model), {}, {}, letters)
     assert (outcome.stage, letters.events) == ("preparing", [("placed", None)])
-    assert "nobody/nothing" in str(outcome.error)
+    assert "LocalEntryNotFoundError" in str(outcome.error)
     assert "cell-0/prepare.log" in files
 
 
