@@ -146,7 +146,7 @@ def recover(folder: Path) -> int:
     begun = [jobs.read_job(file.parent) for file in sorted(folder.glob("*/cell.json"))]
     by_name = {job.folder.name: job for job in begun}
     for job in begun:
-        for names, outcome in supervise.replay(job.folder / "worker.jsonl"):
+        for names, outcome in supervise.replay(journal.read_events(job.folder / "worker.jsonl")):
             for number in outcome.measured:
                 if number in outcome.texts and names[number] in by_name:
                     by_name[names[number]].attempts.append((outcome, number))
