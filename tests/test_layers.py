@@ -17,7 +17,6 @@ LAYERS = {
     "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
     "act": ("measure", "measure_server", "journal", "supervise", "worker", "node"),
     "think": (
-    ),
         "stats",
         "latency",
         "online_summary",
