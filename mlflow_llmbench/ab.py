@@ -65,6 +65,8 @@ def run_ab(
         raise UsageError(f"There are too few pairs for a test: {pairs}. Give at least 2; {DEFAULT_PAIRS} are the default.")
     cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
     spec = _merged(cells, common)
+    if spec.options.on != "here":
+        raise UsageError(f"The sides of an A/B comparison take turns on one machine, and not on a cluster: on={spec.options.on}. Leave it out.")
     names = (
         ["A", "B"] if cells[0] == cells[1] else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
     )

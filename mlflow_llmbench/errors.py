@@ -13,6 +13,7 @@
     └── MeasurementError       the measurement itself failed
         ├── OutOfMemory        memory ran out while loading or generating
         ├── WorkerCrashed      the worker process ended without a word
+        │   └── NodeLost       the machine of a cluster that it ran on is gone
         ├── WorkerTimeout      the worker went over a time limit
         └── NotRealised        what was asked for is not what was loaded
 
@@ -100,6 +101,10 @@ class WorkerCrashed(MeasurementError):
     """The worker process ended without saying why."""
 
     outcome = "crashed"
+
+
+class NodeLost(WorkerCrashed):
+    """The machine of a cluster that the worker ran on is gone; what it had not measured can be measured on another."""
 
 
 class WorkerTimeout(MeasurementError):

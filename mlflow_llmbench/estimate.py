@@ -58,9 +58,9 @@ def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, pea
     return cell.processes * runs * (prefill + (cell.output_tokens - 1) * step)
 
 
-def refusal(cell: Cell, model: ModelFacts, predicted: int | None, limit: int | None, force: bool) -> str | None:
-    """Why a cell cannot be measured here; None if it can be tried. `force` tries what is estimated not to fit in memory."""
-    return beyond_context(cell, model) or (None if force else _beyond_memory(cell, predicted, limit))
+def refusal(cell: Cell, model: ModelFacts, predicted: int | None, room: tuple[int | None, str]) -> str | None:
+    """Why a cell cannot be measured where there is `room`, bytes and words that follow on them; None if it can be tried."""
+    return beyond_context(cell, model) or _beyond_memory(cell, predicted, *room)
 
 
 def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
@@ -74,13 +74,17 @@ def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
     )
 
 
-def _beyond_memory(cell: Cell, predicted: int | None, limit: int | None) -> str | None:
-    if machine.require_device(cell.device).startswith("cuda"):
-        available, where = gpu.free_bytes(int(cell.device.partition(":")[2] or 0)), "are free on the GPU"
-    else:
-        available, where = memory.available_bytes(), "are free here"
-        if limit is not None and (available is None or limit < available):
-            available, where = limit, "are allowed by memory_limit"
+def room_here(device: str, limit: int | None) -> tuple[int | None, str]:
+    """Bytes that a cell may need on a device of this machine, `limit` at most on its CPU, and words that follow on the bytes; None where the system does not say."""
+    if machine.require_device(device).startswith("cuda"):
+        return gpu.free_bytes(int(device.partition(":")[2] or 0)), "are free on the GPU"
+    available = memory.available_bytes()
+    if limit is not None and (available is None or limit < available):
+        return limit, "are allowed by memory_limit"
+    return available, "are free here"
+
+
+def _beyond_memory(cell: Cell, predicted: int | None, available: int | None, where: str) -> str | None:
     if predicted is None or available is None or predicted <= available:
         return None
     return (

@@ -107,6 +107,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.replace(path)
 
 
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add to a journal what its writer on another machine has written. Raises JournalError."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(data)
+
+
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):  # it is gone, or its folder is a file
         path.unlink()

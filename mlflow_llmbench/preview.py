@@ -55,7 +55,8 @@ def preview(**parameters: object) -> Preview:
         predicted = estimate.predicted_bytes(cell, model, shape)
         rates: Mapping[str, float] = peaks.get(f"{hardware} {cell.device} {cell.threads or 'auto'}", {})
         seconds = estimate.least_seconds(cell, model, shape, rates)
-        return Planned(cell, predicted, seconds, estimate.refusal(cell, model, predicted, limit, spec.options.force))
+        room = (None, "") if spec.options.force else estimate.room_here(cell.device, limit)
+        return Planned(cell, predicted, seconds, estimate.refusal(cell, model, predicted, room))
 
     found = tuple(planned(cell, model_of[cell]) for cell in cells)
     tried = {planned_.cell for planned_ in found if planned_.refused is None}

@@ -92,7 +92,8 @@ class Progress:
                 taken = self._end()
                 self.over.add(self.number)
                 self.seconds[self.number] = self.seconds.get(self.number, 0.0) + taken
-                doing, left = f"measured in {duration(taken)}", self._left()
+                # Of several nodes at once, the time since the last cell ended is not that of this one.
+                doing, left = f"measured on {event['node']}" if "node" in event else f"measured in {duration(taken)}", self._left()
                 self._now(doing, log=f"{doing}, {left}" if left else doing)
             case "failed":
                 self._end()

@@ -104,6 +104,7 @@ class Options:
 
     preset: str | None = parameter(None, "a grid of parameters: quick or effillm; what is given besides overrides it", kind="preset", unset="none")
     output_dir: str = parameter("llmbench-results", "the journal's folder", kind="text")
+    on: str = parameter("here", "where it is measured: here, ray (the Ray cluster of this machine), or ray://host:port", kind="place")
     price_per_hour: float | None = parameter(None, "money per hour of this machine, for cost metrics", kind="number", unset="none", low=0)
     force: bool = parameter(False, "try cells that are estimated not to fit in memory", kind="flag")
     rerun: bool = parameter(False, "measure again what was measured before with the same configuration, environment and workload", kind="flag")

@@ -155,13 +155,13 @@ def read_yaml(path: str) -> dict[str, object]:
 
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise UsageError(
             f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. Give a YAML file with one `name: value` per line."
         ) from None
     if not isinstance(data, dict):
         raise UsageError(f"No parameters in {path}. Give a YAML file with one `name: value` per line.")
-    return {str(key): value for key, value in data.items()}
+    return {"on" if key is True else str(key): value for key, value in data.items()}  # YAML 1.1 reads an unquoted `on` as true
 
 
 def _texts(name: str, given: object) -> list[str]:
@@ -235,6 +235,15 @@ def _parse_device(name: str, text: str) -> str:
     raise UsageError(f"Unknown {name}: {text}. Give auto, cpu, cuda or cuda:N.")
 
 
+def _parse_place(name: str, text: str) -> str:
+    if text in ("here", "ray"):
+        return text
+    address = re.fullmatch(r"ray://([\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", text)
+    if address and 0 < int(address[2]) < 65536:
+        return text
+    raise UsageError(f"Unknown {name}: {text}. Give here, ray, or ray://HOST:PORT (the port of the Ray Client server, 10001 unless told otherwise).")
+
+
 def _parse_workload(name: str, text: str) -> str:
     if text.lower() in WORKLOADS:
         return text.lower()
@@ -276,6 +285,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "flag": lambda name, text, _: _parse_flag(name, text),
     "preset": lambda name, text, _: _parse_choice(name, text, GRIDS),
     "device": lambda name, text, _: _parse_device(name, text),
+    "place": lambda name, text, _: _parse_place(name, text),
     "workload": lambda name, text, _: _parse_workload(name, text),
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
     "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),

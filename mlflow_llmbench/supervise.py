@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,7 +21,7 @@ from typing import Any
 
 from . import machine, memory
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
-from .journal import EventLog, read_events, redact_log
+from .journal import EventLog, redact_log
 from .measure import Measured
 from .records import Cell, LoadInfo, MemorySample, MemoryStages, ModelFacts, from_json, to_json
 from .redaction import worker_environment
@@ -60,6 +60,7 @@ class GroupOutcome:
     texts: dict[int, list[dict[str, str]]] = field(default_factory=dict)
     cells: dict[int, dict[str, Any]] = field(default_factory=dict)  # number → events "cell" and "peak" of that cell
     log: list[str] = field(default_factory=list)
+    environment: Mapping[str, Any] | None = None  # of the machine that it ran on, where that is not the command's
     error: LlmbenchError | None = None
     ended: bool = False
     interrupted: bool = False
@@ -108,27 +109,28 @@ def run_worker(
     log_file: Path,
     on_event: OnEvent | None = None,
     limits: Limits | None = None,
+    environment: Mapping[str, Any] | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
-    What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again. An interruption ends the
-    worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
+    What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again; `environment` is kept with it.
+    An interruption ends the worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
     """
-    outcome = GroupOutcome()
+    outcome = GroupOutcome(environment=environment)
     threads = cells[0].threads or machine.physical_cores()
     job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
-    environment = _environment(threads, downloads=task == "prepare" and cells[0].weights != "random")
+    variables = _environment(threads, downloads=task == "prepare" and cells[0].weights != "random")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
+            [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables
         )
     try:
         assert process.stdin
         process.stdin.write((json.dumps(job) + "\n").encode())
         process.stdin.flush()
         with EventLog(log_file.with_suffix(".jsonl"), durable=False) as told:
-            told.append("job", folders=[folder.name for folder in folders])
+            told.append("job", folders=[folder.name for folder in folders], environment=environment)
             _Watch(process, outcome, limits or Limits(), told, on_event, watches_memory=cells[0].url is None).collect()
         process.wait()
     except BrokenPipeError:
@@ -145,16 +147,16 @@ def run_worker(
     return outcome
 
 
-def replay(file: Path) -> Iterator[tuple[list[str], GroupOutcome]]:
-    """What each worker that was begun with a cell told before it, or this program, was killed: the names of its cells' folders, and the outcome."""
+def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], GroupOutcome]]:
+    """What each worker of a journal (`worker.jsonl`) told before it, or this program, was killed: the names of its cells' folders, and the outcome."""
     outcome = GroupOutcome()
     folders: list[str] = []
-    for event in read_events(file):
+    for event in events:
         match event["event"]:
             case "job":
                 if folders:
                     yield folders, outcome
-                folders, outcome = event["folders"], GroupOutcome()
+                folders, outcome = event["folders"], GroupOutcome(environment=event.get("environment"))
             case "samples":
                 outcome.samples += [MemorySample(*sample) for sample in event["samples"]]
             case _:

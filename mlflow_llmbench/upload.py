@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,8 @@ class Uploaded:
 
 def upload(folder: str, tracking_uri: str | None = None, experiment: str | None = None) -> Uploaded:
     """Upload what a sweep's folder holds, also where its command was killed. A second upload changes nothing. Raises JournalError or TrackingError."""
+    if not os.path.isdir(folder):
+        raise JournalError(f"There is no folder {folder}. Give a folder that `llmbench run` has printed.")
     root = Path(folder).resolve()
     _, known = read_sweep(root)
     if not (root / "ended.json").exists():
@@ -143,7 +146,7 @@ def recover(folder: Path) -> int:
     begun = [jobs.read_job(file.parent) for file in sorted(folder.glob("*/cell.json"))]
     by_name = {job.folder.name: job for job in begun}
     for job in begun:
-        for names, outcome in supervise.replay(job.folder / "worker.jsonl"):
+        for names, outcome in supervise.replay(journal.read_events(job.folder / "worker.jsonl")):
             for number in outcome.measured:
                 if number in outcome.texts and names[number] in by_name:
                     by_name[names[number]].attempts.append((outcome, number))

@@ -15,7 +15,7 @@ LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload", "arrivals"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
-    "act": ("measure", "measure_server", "journal", "supervise", "worker"),
+    "act": ("measure", "measure_server", "journal", "supervise", "worker", "node"),
     "think": (
         "stats",
         "latency",
@@ -57,6 +57,8 @@ LAYERS = {
         "upload",
         "resume",
         "ledger",
+        "place",
+        "cluster",
         "sweep",
         "preview",
         "ab",
@@ -89,7 +91,7 @@ HOMES = {
     "psutil": ("machine", "memory"),
     "matplotlib": ("charts", "comparison_charts", "pareto", "scaling_charts"),
     "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
-    "ray": ("sweep",),
+    "ray": ("cluster",),
 }
 """Heavy library → the only modules that import it. The worker is the process that sets torch and transformers up."""
 

@@ -80,6 +80,8 @@ def test_yaml_files(tmp_path: Path) -> None:
     file.write_text("- a list")
     with pytest.raises(UsageError, match="No parameters in"):
         read_yaml(str(file))
+    file.write_text("on: ray\n")  # YAML 1.1 reads the name as true
+    assert parse(read_yaml(str(file))).options.on == "ray"
     with pytest.raises(UsageError, match="Cannot read parameters from nowhere.yaml"):
         read_yaml("nowhere.yaml")
 
