@@ -165,11 +165,10 @@ def _plan(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace) -> int:
     parameters = _parameters(given)
 
-    from . import doctor, sweep
+    from . import sweep
     from .progress import Progress
 
-    for line in doctor.warnings_of_versions():
-        print(f"llmbench: {line}", file=sys.stderr)
+    _warn_of_versions()
     result = sweep.run(tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters)
     print(result.table())
     _print_where(result)
@@ -185,6 +184,7 @@ def _ab(given: argparse.Namespace) -> int:
     from . import ab, compare
     from .progress import Progress
 
+    _warn_of_versions()
     duel = ab.run_ab(
         ab.parse_side(given.a),
         ab.parse_side(given.b),
@@ -200,6 +200,13 @@ def _ab(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps({**compare.comparison_json(duel.comparison), **_as_json(duel.sweep)}, ensure_ascii=False))
     return duel.sweep.exit_code
+
+
+def _warn_of_versions() -> None:
+    from .doctor import warnings_of_versions
+
+    for line in warnings_of_versions():
+        print(f"llmbench: {line}", file=sys.stderr)
 
 
 def _print_where(result: SweepResult) -> None:

@@ -143,6 +143,8 @@ def read_sweep(root: Path) -> tuple[BenchSpec, dict[str, Any]]:
 def recover(folder: Path) -> int:
     """Make results of what a killed command's workers had told, and mark the sweep as ended; returns how many cells have one. Raises JournalError."""
     spec, known = read_sweep(folder)
+    for log in folder.glob("*/*.log"):
+        journal.redact_log(log)
     begun = [jobs.read_job(file.parent) for file in sorted(folder.glob("*/cell.json"))]
     by_name = {job.folder.name: job for job in begun}
     for job in begun:

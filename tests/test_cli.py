@@ -105,3 +105,23 @@ def test_models_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"opt-125m", "gemma-3-270m"} <= {row["name"] for row in json.loads(capsys.readouterr().out)}
     assert main(["doctor"]) == 0
     assert "transformers" in capsys.readouterr().out
+
+
+def test_versions_below_the_safe_ones_are_told_and_not_refused(
+    store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("torch-2.5.1", "transformers-5.2.0"):
+        (tmp_path / f"site/{package}.dist-info").mkdir(parents=True)
+        name, _, number = package.partition("-")
+        (tmp_path / f"site/{package}.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert main(["run", *FAST]) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "llmbench: torch 2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights (CVE-2025-32434). Run: pip install 'torch>=2.6'",
+        "llmbench: transformers 5.2.0 is older than 5.3, the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372). "
+        "Run: pip install 'transformers>=5.3,<6'",
+    ]
+    assert main(["doctor", "--json"]) == 0
+    items = {item["name"]: item for item in json.loads(capsys.readouterr().out)["items"]}
+    assert items["torch"]["found"].startswith("2.5.1 is older than 2.6, ")
+    assert items["torch"]["status"] == "limited"

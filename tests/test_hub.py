@@ -160,3 +160,27 @@ def test_a_hub_that_does_not_answer_is_known_within_15_seconds(hub: Hub, store_u
     assert "llmbench: The Hub cannot be reached for facebook/opt-125m" in done.stderr
     assert "-P weights=random" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_repository_of_pickles_is_refused_before_anything_is_downloaded(tiny_model: Path, tmp_path: Path) -> None:
+    """Only presets may have them, at `main`: a pull request is a revision too."""
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    code = (
+        "from mlflow_llmbench.backends.sources import find_model\nfrom mlflow_llmbench.records import Cell\n"
+        "for cell in (Cell('tiny/llama'), Cell('tiny/llama', allow_pickle=True), Cell('opt-125m'), Cell('opt-125m', revision='refs/pr/7')):\n"
+        "    try:\n        print(find_model(cell).files_bytes)\n    except Exception as error:\n        print(error)\n"
+    )
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    server.shutdown()
+    server.server_close()
+    refused, size, preset, pull_request = done.stdout.splitlines()
+    assert (size, preset) == ("8", "8")
+    assert refused.startswith("The weights of tiny/llama are a pickle (pytorch_model.bin), which can carry code")
+    assert pull_request.startswith("The weights of opt-125m are a pickle (pytorch_model.bin), which can carry code")
+    assert not [request for request in server.requests if request.endswith(".bin")]

@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench.cli import main
+from mlflow_llmbench.upload import recover
 from tests.test_survival import free_port, mlflow_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,6 +229,15 @@ def test_a_worker_is_started_without_them(store_uri: str, tmp_path: Path, plante
         assert {name: environment[name] for name in ("LLMBENCH_OURS", "CC", "HF_HOME", "HOME", "PATH")} == {
             "LLMBENCH_OURS": "stays", "CC": "stays too", "HF_HOME": planted["HF_HOME"], "HOME": planted["HOME"], "PATH": planted["PATH"],
         }  # fmt: skip
+
+
+def test_what_a_killed_command_left_is_masked_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "canary-25-killed")
+    (tmp_path / "sweep" / "cell").mkdir(parents=True)
+    (tmp_path / "sweep" / "sweep.json").write_text('{"parameters": {"model": "fake", "backend": "fake"}, "cells": 1}')
+    (tmp_path / "sweep" / "cell" / "worker.log").write_text("asked with canary-25-killed\n")
+    assert recover(tmp_path / "sweep") == 0
+    assert (tmp_path / "sweep" / "cell" / "worker.log").read_text() == "asked with ***\n"
 
 
 @pytest.mark.slow

@@ -343,6 +343,11 @@ def _tokenizer(cell: Cell, folder: str, gguf_file: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"The tokenizer of {cell.model} brings code of its own, which is not run unless you say so. Use workload=synthetic; or read it, "
+                "then give trust_remote_code=true."
+            ) from None
         raise ModelError(
             f"The tokenizer of {cell.model} cannot be loaded: {first_line(error)}. Use workload=synthetic, or complete the model's files."
         ) from None

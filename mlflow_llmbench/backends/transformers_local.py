@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,7 @@ class TransformersBackend:
             "model.class": type(self.model).__name__,
             "model.revision": self.facts.revision,
             "model.weights_format": self.weights_format,
-            "model.remote_code": "true" if type(self.model).__module__.startswith("transformers_modules") else "false",
+            "model.remote_code": "true" if any(name.startswith("transformers_modules.") for name in sys.modules) else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
             "quant.bits_per_weight": round(found.linear_bits, 3),
