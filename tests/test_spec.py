@@ -16,7 +16,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "batch_size": "1",
         "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "warmup": "auto", "repetitions": "auto",
         "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "attention": "auto",
-        "decode": "generate", "seed": "0", "trust_remote_code": "false", "output_dir": "llmbench-results", "price_per_hour": "none",
+        "decode": "generate", "seed": "0", "trust_remote_code": "false", "output_dir": "llmbench-results", "on": "here", "price_per_hour": "none",
         "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600", "first_token_timeout_s": "3600",
         "repetition_timeout_s": "3600", "cell_timeout_s": "none",
     }  # fmt: skip
