@@ -145,8 +145,9 @@ class Cluster:
         self.flights: list[Flight] = []
         self.given = self.letters = 0  # how many groups were given, how many letters were read
         self.homes: dict[Cell, str] = {}  # measured cell → node; its further processes run there too
-        self.on_gpu = device == "cuda" or (device == "auto" and any(one.gpus >= 1 for one in self._alive()))
-        self.nodes = self._fitting(1, 0)
+        alive = self._alive()
+        self.on_gpu = device == "cuda" or (device == "auto" and any(one.gpus >= 1 for one in alive))
+        self.nodes = self._fitting(1, 0, alive)
         if not self.nodes:
             what = "a GPU and a CPU" if self.on_gpu else "a CPU"
             raise MissingError(f"No node of the Ray cluster offers {what} to tasks (device={device}). Add one: ray start --address=HOST:PORT")
@@ -167,14 +168,14 @@ class Cluster:
     def _alive(self) -> list[Node]:
         found = []
         for one in self.ray.nodes():
-            has, address = one["Resources"], one["NodeManagerAddress"]
-            name = one["NodeName"] if one["NodeName"] != address else one["NodeManagerHostname"]
+            has, given = one["Resources"], one.get("NodeName")  # the address, unless it was started with --node-name
+            name = given if given and given != one["NodeManagerAddress"] else one["NodeManagerHostname"]
             if one["Alive"]:
                 found.append(Node(one["NodeID"], name, has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0)))
         return found
 
-    def _fitting(self, cpus: float, memory: int) -> list[Node]:
-        return [one for one in self._alive() if one.cpus >= cpus and one.gpus >= self.on_gpu and one.memory >= memory]
+    def _fitting(self, cpus: float, memory: int, alive: Sequence[Node]) -> list[Node]:
+        return [one for one in alive if one.cpus >= cpus and one.gpus >= self.on_gpu and one.memory >= memory]
 
     def _ask_nodes(self) -> list[dict[str, Any]]:
         """The fingerprints of the nodes that answer. Raises MissingError if one cannot run this package, or none answers."""
@@ -223,7 +224,7 @@ class Cluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         memory = 0 if self.on_gpu or self.options.force else max(job.predicted or 0 for job in group)
-        nodes = self._fitting(1, memory) or self.nodes
+        nodes = self._fitting(1, memory, self._alive()) or self.nodes
         flight = Flight(self.given, group, min(one.cpus for one in nodes), memory)
         names = {one.id: one.name for one in nodes}
         texts = {job.cell.workload: Path(job.cell.workload).read_bytes() for job in group if job.cell.workload not in WORKLOADS}
@@ -243,19 +244,15 @@ class Cluster:
     def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
         """Pass on what the nodes tell, until one of the groups has ended."""
         while True:
-            try:
+            with _connected():
                 ended, _ = self.ray.wait([flight.ref for flight in self.flights], timeout=POLL_S)
-                self._read_letters(tell)
-                if not any(flight.node_id for flight in self.flights):
-                    ended += self._homeless()
-            except (ConnectionError, RuntimeError) as error:
-                raise MeasurementError(
-                    f"The connection to the Ray cluster is lost: {first_line(error)}. What has arrived is kept; the same command measures the rest."
-                ) from None
+            self._read_letters(tell)
+            if not any(flight.node_id for flight in self.flights):
+                ended += self._homeless()
             flight = next((one for one in self.flights if one.ref in ended), None)
             if flight:
-                self.flights.remove(flight)
                 outcome = self._land(flight)
+                self.flights.remove(flight)
                 for number in outcome.measured:
                     self.homes.setdefault(flight.group[number].cell, flight.node_id)
                 return flight.group, outcome
@@ -265,7 +262,8 @@ class Cluster:
             message = f"For {WITHOUT_NODE_S:g} s no node of the cluster could take it. Look at `ray status`, and run it again."
             return GroupOutcome(error=MeasurementError(message))
         try:
-            outcome, files = self.ray.get(flight.ref)
+            with _connected():
+                outcome, files = self.ray.get(flight.ref)
         except self.ray.exceptions.RayError as error:
             return dataclasses.replace(flight.so_far(), error=self._error(self._name(flight.node_id), error))
         self._keep(flight, {path: content[len(flight.received.get(path, b"")) :] for path, content in files.items()})
@@ -275,7 +273,8 @@ class Cluster:
     def _read_letters(self, tell: Tell | None) -> None:
         """Take what the nodes have told since the last time. Letters that do not come now come the next time."""
         try:
-            letters = self.ray.get(self.mailbox.take.remote(self.letters), timeout=STOP_S)
+            with _connected():
+                letters = self.ray.get(self.mailbox.take.remote(self.letters), timeout=STOP_S)
         except self.ray.exceptions.RayError:
             return
         by_number = {flight.number: flight for flight in self.flights}
@@ -298,8 +297,10 @@ class Cluster:
     def _homeless(self) -> list[Any]:
         """The groups for which there has been no node for too long, while nothing is measured. Ray alone would wait forever."""
         over, now = [], time.monotonic()
+        with _connected():
+            alive = self._alive()
         for flight in self.flights:
-            if self._fitting(flight.cpus, flight.memory):
+            if self._fitting(flight.cpus, flight.memory, alive):
                 flight.homeless_since = None
             elif flight.homeless_since is None:
                 flight.homeless_since = now
@@ -353,6 +354,17 @@ class Cluster:
 
 def _say_nothing(*_: Any, **__: Any) -> None:
     """Print nothing: Ray puts dozens of lines about a lost node on the standard output, and it is told in one."""
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """A connection through Ray Client that broke is told in a line, and ends the sweep; another one does not break without this process."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise MeasurementError(
+            f"The connection to the Ray cluster is lost: {first_line(error)} What has arrived is kept; the same command measures the rest."
+        ) from None
 
 
 class Mailbox:
