@@ -178,7 +178,7 @@ def test_a_crash_is_told_as_at_home(nodes: Nodes, store_uri: str) -> None:
     assert result.environment["node"] in CPUS
 
 
-def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(nodes: Nodes, store_uri: str) -> None:
+def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(nodes: Nodes, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     lost: list[str] = []
 
     def kill(cell: str, node: str) -> None:
@@ -201,6 +201,7 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(node
     assert [line for line in watcher.lines if line.startswith("batch_size=2: measuring")] == [f"batch_size=2: measuring on {dead}"]
     assert {status for status, _ in states(store_uri).values()} == {"FINISHED"}
     until(lambda: not of_ray(), 20)
+    assert "aylet" not in capsys.readouterr().out, "standard output is for the results"
 
 
 def test_processes_on_unlike_nodes_make_no_result(nodes: Nodes) -> None:
