@@ -14,7 +14,7 @@ from .markup import csv_table, markdown, quotation
 from .records import RunResult
 from .redaction import redact_all
 from .scaling_study import Study
-from .summary import summarize
+from .summary import statistics_cells, summarize
 from .validity import judge
 
 
@@ -32,6 +32,8 @@ def write_cell(result: RunResult, folder: Path) -> None:
         write_bytes(folder / "samples.csv.gz", samples_csv(result))
     write_bytes(folder / "report.md", report.report_markdown(result, metrics, verdict).encode())
     write_json(folder / "tables" / "summary.json", report.summary_table(result, metrics))
+    if result.repetitions:
+        write_json(folder / "tables" / "statistics.json", report.split_table(*statistics_cells(result)))
     if result.texts:
         rows = [[text["prompt"], text["output"]] for text in result.texts]
         write_json(folder / "tables" / "texts.json", report.split_table(["prompt", "output"], rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .markup import markdown_table
+from .markup import markdown, markdown_table
 from .recommend import GOALS, Candidate, Measure, Recommendation, figure, interval
 
 MOST_REFUSED = 30
@@ -31,12 +31,12 @@ def format_recommendation(found: Recommendation) -> str:
 def recommendation_markdown(found: Recommendation) -> str:
     """recommendation.md: the same, with every refusal."""
     heading, body = recommendation_cells(found)
-    parts = ["# Recommendation", " ".join([answer(found), *found.cautions])]
+    parts = ["# Recommendation", markdown(" ".join([answer(found), *found.cautions]))]
     parts += [markdown_table(heading, body)] if body else []
     lists = {
-        "Runners-up": [f"**{_ranked(r.candidate.name, r.tied)}**: {r.why}" for r in found.runners_up],
-        "Refused": [f"**{r.candidate.name}**: {r.why}" for r in found.refused],
-        "What would change the answer": found.changes,
+        "Runners-up": [f"**{markdown(_ranked(r.candidate.name, r.tied))}**: {markdown(r.why)}" for r in found.runners_up],
+        "Refused": [f"**{markdown(r.candidate.name)}**: {markdown(r.why)}" for r in found.refused],
+        "What would change the answer": [markdown(line) for line in found.changes],
     }
     for title, lines in lists.items():
         if lines:

@@ -16,7 +16,7 @@ from .metrics import KEYS
 from .records import Cell, RunResult, Verdict
 from .spec import as_text, cell_fields, default_text
 from .stats import classify_outliers
-from .summary import summarize
+from .summary import statistics_cells, summarize
 from .validity import judge, unsupported_percentiles
 
 Metrics = Mapping[str, float]
@@ -207,6 +207,8 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
         parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
     if metrics:
         parts += ["## All metrics", markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()])]
+    if result.repetitions:
+        parts += ["## Statistics", markdown_table(*statistics_cells(result))]
     if result.load:
         parts += ["## What was loaded", markdown_table(["fact", "value"], [[k, str(v)] for k, v in result.load.facts.items()])]
     if result.repetitions:

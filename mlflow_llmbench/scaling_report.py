@@ -7,7 +7,7 @@ from typing import Any
 
 from .fits import Fit, percent
 from .footprint import Account, Growth
-from .markup import markdown_table
+from .markup import markdown, markdown_table
 from .records import to_json
 from .scaling import LawFit, main_sentence, paper_range, parameters_text, surface_sentence
 from .scaling_study import WATCHED, BatchScaling, CliffSearch, ExchangeAt, QuantEfficiency, Study
@@ -88,11 +88,11 @@ def format_study(study: Study) -> str:
 
 def study_markdown(study: Study, charts: Sequence[str] = ()) -> str:
     """scaling.md: the tables, the charts (paths relative to the file), the sentences."""
-    parts = [f"# Scaling: {study.subject}", f"{study.cells} cells. {METHOD}"]
+    parts = [f"# Scaling: {markdown(study.subject)}", f"{study.cells} cells. {METHOD}"]
     parts += [markdown_table(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
     parts += [f"![{path}]({path})" for path in charts]
     for heading, sentences in sections(study).items():
-        parts += [f"## {heading}", "\n".join(f"- {sentence}" for sentence in sentences)]
+        parts += [f"## {heading}", "\n".join(f"- {markdown(sentence)}" for sentence in sentences)]
     return "\n\n".join(parts) + "\n"
 
 
