@@ -30,6 +30,11 @@ BACKENDS = {
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = ("synthetic", "qa", "summarization", "creative", "code", "chat", "domain")
 DECODES = ("generate",)
+QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
+BUNDLED_TEXT = "bundled"
+LEAST_TEXT_TOKENS = 512
+"""Tokens that a text for perplexity must have at least, so a file of fewer bytes never does."""
+
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f in dataclasses.fields(kind)}
@@ -192,6 +197,18 @@ def _parse_workload(name: str, text: str) -> str:
     raise UsageError(f"Unknown {name}: {text}. {_nearest(text, WORKLOADS)} A file ends in .jsonl.")
 
 
+def _parse_text_file(name: str, text: str) -> str:
+    if text.lower() == BUNDLED_TEXT:
+        return BUNDLED_TEXT
+    if not Path(text).is_file():
+        raise UsageError(f"There is no text file {text}. Give {name} a plain text file, or {BUNDLED_TEXT}.")
+    if Path(text).stat().st_size < LEAST_TEXT_TOKENS:
+        raise UsageError(
+            f"{text} is too short for a perplexity: {Path(text).stat().st_size} bytes. Give at least {LEAST_TEXT_TOKENS} tokens of text."
+        )
+    return text
+
+
 def _parse_text(name: str, text: str) -> str:
     if any(ord(character) < 32 for character in text) or len(text) > 1000:
         raise UsageError(f"{name} has control characters or is longer than 1000 characters: {text[:40]!r}. Give a plain name or path.")
@@ -206,6 +223,8 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "flag": lambda name, text, _: _parse_flag(name, text),
     "device": lambda name, text, _: _parse_device(name, text),
     "workload": lambda name, text, _: _parse_workload(name, text),
+    "quality": lambda name, text, _: QUALITIES[_parse_choice(name, text, QUALITIES)],
+    "text_file": lambda name, text, _: _parse_text_file(name, text),
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
     "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),

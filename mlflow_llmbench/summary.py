@@ -12,6 +12,7 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from .metrics import STAGES
+from .quality import figures
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
 from .stats import coefficient_of_variation, percentile, relative_half_width, supports, t_interval
 
@@ -101,6 +102,8 @@ def summarize(result: RunResult) -> dict[str, float]:
         found |= _latency(requests(result))
         found |= _throughput(result)
         found |= _efficiency(result, found)
+    if result.quality:
+        found |= figures(result.quality)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
 
 

@@ -23,7 +23,7 @@ from . import machine, memory
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from .journal import EventLog, read_events
 from .measure import Measured
-from .records import Cell, LoadInfo, MemorySample, MemoryStages, ModelFacts, from_json, to_json
+from .records import Cell, Divergence, LoadInfo, MemorySample, MemoryStages, ModelFacts, TextScores, from_json, to_json
 
 SAMPLE_S = 0.05
 """Time between two memory samples."""
@@ -59,6 +59,11 @@ class GroupOutcome:
     texts: dict[int, list[dict[str, str]]] = field(default_factory=dict)
     cells: dict[int, dict[str, Any]] = field(default_factory=dict)  # number → events "cell" and "peak" of that cell
     log: list[str] = field(default_factory=list)
+    evaluated_ns: int | None = None  # when the evaluation of the quality began, after the last cell
+    text_digest: str = ""  # of the text that is scored
+    scores: TextScores | None = None
+    divergences: dict[str, Divergence] = field(default_factory=dict)  # workload → beside the reference
+    withheld: list[str] = field(default_factory=list)  # why a figure of quality is absent
     error: LlmbenchError | None = None
     ended: bool = False
     interrupted: bool = False
@@ -73,6 +78,13 @@ class GroupOutcome:
     def stage(self) -> str:
         """The last stage that was reached."""
         return list(self.stages)[-1] if self.stages else "starting"
+
+    def fail(self, error: LlmbenchError) -> None:
+        """Note why the worker did not come to its end. Once every cell is measured that costs figures of quality, nothing else."""
+        if self.evaluated_ns is None:
+            self.error = error
+        else:
+            self.withheld.append(f"The evaluation of the quality ended early: {error}")
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Add one event of the worker."""
@@ -94,7 +106,15 @@ class GroupOutcome:
                 self.texts[event["number"]] = event["texts"]
             case "failed":
                 kind = {"OutOfMemory": OutOfMemory}.get(event["kind"], MeasurementError)
-                self.error = kind(event["message"])
+                self.fail(kind(event["message"]))
+            case "evaluating":
+                self.evaluated_ns, self.text_digest = event["t_ns"], event["digest"]
+            case "scored":
+                self.scores = from_json(TextScores, event["scores"])
+            case "compared":
+                self.divergences[event["workload"]] = from_json(Divergence, event["divergence"])
+            case "withheld":
+                self.withheld.append(event["message"])
             case "end":
                 self.ended, self.log = True, event["log"]
 
@@ -107,15 +127,19 @@ def run_worker(
     log_file: Path,
     on_event: OnEvent | None = None,
     limits: Limits | None = None,
+    quality: Mapping[str, Any] | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
     What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again. An interruption ends the
-    worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
+    worker and is told by `outcome.interrupted`, so that what was measured before is not lost. `quality` says what is evaluated
+    after the last cell (see `reference.order`).
     """
     outcome = GroupOutcome()
     threads = cells[0].threads or machine.physical_cores()
     job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
+    job["quality"] = quality
+    failure: LlmbenchError | None = None
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         process = subprocess.Popen(
@@ -132,13 +156,15 @@ def run_worker(
     except BrokenPipeError:
         process.wait()
     except MeasurementError as error:
-        outcome.error = error
+        failure = error
     except KeyboardInterrupt:
         outcome.interrupted = True
     finally:
         _end(process)
-    if not outcome.ended and not outcome.interrupted and outcome.error is None:
-        outcome.error = _sudden_end(process.returncode, outcome.stage, log_file)
+    if failure:
+        outcome.fail(failure)
+    elif not outcome.ended and not outcome.interrupted and outcome.error is None:
+        outcome.fail(_sudden_end(process.returncode, outcome.stage, log_file))
     return outcome
 
 
@@ -220,6 +246,8 @@ class _Watch:
             case "measured":
                 self.cell_since = None
                 self._begins("ending the cell", "load_timeout_s", self.limits.load_s)
+            case "evaluating" | "scoring" | "scored" | "compared":
+                self._begins("scoring one text", "repetition_timeout_s", self.limits.repetition_s)
         if self.on_event:
             self.on_event(event)
 
@@ -331,6 +359,8 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
     cell, loaded = outcome.cells.get(number, {}), outcome.stages.get("loaded")
     if "peak" in cell and loaded:
         unloading = outcome.samples[-1].t_ns - 1_000_000_000 if outcome.samples else 0
+        if outcome.evaluated_ns is not None and "unloaded" in outcome.stages:  # what scoring took is not the measurement's
+            unloading = max(unloading, outcome.stages["unloaded"]["t_ns"])
         kept = [
             s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading
         ]

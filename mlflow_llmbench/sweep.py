@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, charts, estimate, jobs, machine, plan, report, resume, supervise, tracking
+from . import artifacts, charts, estimate, jobs, machine, plan, reference, report, resume, supervise, tracking
 from .backends.base import backend_class
 from .errors import JournalError, UsageError
 from .jobs import Job
@@ -104,6 +104,7 @@ class _Sweep:
     folder: Path
     environment: dict[str, Any]
     watcher: Watcher
+    no_reference: dict[str, str] = field(default_factory=dict)  # why quality has nothing to be compared with
     failed: list[tuple[Cell, str, bool]] = field(default_factory=list)  # cell, outcome, whether its load failed
 
 
@@ -295,8 +296,10 @@ def _run_once(sweep: _Sweep, waiting: Sequence[Job]) -> GroupOutcome:
         options.load_timeout_s, options.first_token_timeout_s, options.repetition_timeout_s, options.cell_timeout_s, most, called
     )  # fmt: skip
     log = waiting[0].folder / "worker.log"
+    cells, folders = [job.cell for job in waiting], [job.folder for job in waiting]
     try:
-        return supervise.run_worker("measure", [job.cell for job in waiting], waiting[0].model, [job.folder for job in waiting], log, tell, limits)
+        quality = reference.order(sweep.spec, waiting, sweep.no_reference, tell, limits)
+        return supervise.run_worker("measure", cells, waiting[0].model, folders, log, tell, limits, quality)
     except JournalError as error:
         return GroupOutcome(error=error)
 

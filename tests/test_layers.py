@@ -16,10 +16,10 @@ LAYERS = {
     "intent": ("spec", "models", "plan", "workload"),
     "world": ("memory", "gpu", "machine", "estimate", "backends"),
     "act": ("measure", "journal", "supervise", "worker"),
-    "think": ("stats", "summary", "validity", "compare"),
+    "think": ("stats", "quality", "summary", "validity", "compare"),
     "show": ("report", "charts", "comparison_charts", "artifacts"),
     "keep": ("tracking", "view"),
-    "drive": ("doctor", "progress", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
+    "drive": ("doctor", "progress", "reference", "jobs", "upload", "resume", "ledger", "sweep", "ab", "evidence", "cli", "__main__", "__init__"),
 }
 """From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
 

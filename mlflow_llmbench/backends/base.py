@@ -28,6 +28,7 @@ class Capabilities:
     """What a backend can do, declared; never guessed from its name."""
 
     tokenizer: bool = False  # `encode` and `decode` work
+    logits: bool = False  # `logits` works, so quality can be measured
     heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
 
 
@@ -71,6 +72,9 @@ class Backend(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids → text."""
+
+    def logits(self, ids: Sequence[int], last: int) -> Any:
+        """One forward pass: the logits after each of the last `last` ids, a torch tensor (last, vocabulary) as the model computes them."""
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         """Device memory, None without a device. `reset` starts a new peak."""
