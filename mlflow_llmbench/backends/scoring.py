@@ -37,7 +37,7 @@ REFERENCE_BYTES = 300_000_000
 MOST_PROMPTS, MOST_POSITIONS, LEAST_POSITIONS = 64, 32, 8
 MOST_PROMPT_TOKENS = 512
 PASSAGE_TOKENS = 32  # prompts cut from the text, where the workload has none
-ROWS = 16  # positions whose distributions are held in double precision at once
+ROWS = 8  # positions whose distributions are held in double precision at once
 
 Say = Callable[..., None]
 
