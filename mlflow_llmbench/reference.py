@@ -69,6 +69,7 @@ def order(
             key = hash16(sorted(map(str, missing.values())))
             if key not in failures:
                 failures[key] = _compute(spec, waiting[0], own, model, missing, tell, limits)
+                _forget_old([*files.values()])
             refused = failures[key] and f"There is no unquantized model to compare with: {failures[key]}"
     except LlmbenchError as error:
         refused, files = f"There is no unquantized model to compare with: {error}", {}
@@ -112,14 +113,14 @@ def _compute(
     outcome = supervise.run_worker("reference", [own], model, [job.folder], job.folder / "reference.log", limits=limits, quality=wanted)
     if outcome.interrupted:
         raise KeyboardInterrupt
-    _forget_old(next(iter(missing.values())).parent)
     return str(outcome.error) if outcome.error else ""
 
 
-def _forget_old(folder: Path) -> None:
+def _forget_old(needed: Sequence[Path]) -> None:
+    """Keep the newest references in the cache, and those that are needed now."""
     with contextlib.suppress(OSError):
-        newest = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
-        for file in newest[MOST_KEPT:]:
+        newest = sorted(needed[0].parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in set(newest[MOST_KEPT:]) - set(needed):
             file.unlink()
 
 
