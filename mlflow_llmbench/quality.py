@@ -72,7 +72,8 @@ def cluster_proportion(clusters: Sequence[Sequence[bool]]) -> Estimate | None:
     z = t_quantile_975(10**9)  # the normal quantile
     centre = (share + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
-    return Estimate(share, max(centre - half, 0.0), min(centre + half, 1.0))
+    # With no exception at all one end is exactly 0 or 1, which rounding misses.
+    return Estimate(share, 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half)
 
 
 def perplexity(quality: Quality) -> Estimate | None:

@@ -16,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from mlflow_llmbench import journal, quality, run
+from mlflow_llmbench import journal, quality, resume, run
 from mlflow_llmbench.backends import scoring
 from mlflow_llmbench.errors import MeasurementError, UsageError
 from mlflow_llmbench.metrics import KEYS
@@ -26,6 +26,7 @@ from mlflow_llmbench.stats import t_interval
 from mlflow_llmbench.supervise import GroupOutcome, timeline_of
 from mlflow_llmbench.sweep import SweepResult
 from mlflow_llmbench.workload import Text, load_text
+from tests.test_records import example as records_example
 from tests.test_transformers import loaded
 
 FAST = {"threads": 1, "output_tokens": 4, "prompt_tokens": 8, "repetitions": 2, "warmup": 1, "quality": "auto"}
@@ -58,7 +59,7 @@ def test_the_mean_over_clusters_of_unlike_sizes_by_hand() -> None:
 def test_no_disagreement_is_not_certainty() -> None:
     """Wilson's lower limit of 20 of 20 is 20/(20 + 1.96²) = 0.8389, however many tokens each of the 20 prompts has."""
     found = quality.cluster_proportion([[True] * 30] * 20)
-    assert found == quality.Estimate(1.0, pytest.approx(20 / (20 + 1.959964**2), abs=1e-6), pytest.approx(1.0))
+    assert found == quality.Estimate(1.0, pytest.approx(20 / (20 + 1.959964**2), abs=1e-6), 1.0)
     assert quality.cluster_proportion([[True, False]]) == quality.Estimate(0.5)
 
 
@@ -296,6 +297,19 @@ def test_true_is_auto() -> None:
     assert parse({"quality": "false"}).options.quality == parse({}).options.quality == "none"
 
 
+def test_a_result_without_the_quality_that_is_asked_for_is_measured_again(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    plain, asked = parse({}), parse({"quality": "auto", "quality_text": str(tmp_path / "text.txt")})
+    digest = load_text(str(tmp_path / "text.txt")).digest
+    cases = [(None, False), (Quality(digest), True), (Quality(load_text("bundled").digest), False)]
+    for found, there in cases:
+        result = dataclasses.replace(records_example(), cell=Cell(), quality=found)
+        assert resume._quality_is_there(result, plain)
+        assert resume._quality_is_there(result, asked) is there
+        random = dataclasses.replace(result, cell=Cell(weights="random"))
+        assert resume._quality_is_there(random, asked)
+
+
 def results_of(done: SweepResult) -> dict[str, RunResult]:
     return {found.cell.quant: found for found in map(journal.read_result, done.folder.glob("*/artifacts"))}
 
@@ -312,15 +326,16 @@ def test_a_backend_without_logits_says_so_and_has_no_figure(store_uri: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_sweep_measures_quality_beside_speed(tiny_model: Path, store_uri: str, tmp_path: Path, cache_folder: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     asked = {**FAST, "model": str(tiny_model), "quant": "none,bf16", "quality_text": str(tmp_path / "text.txt")}
-    before = run(**{**asked, "quality": "none"})
+    [before] = results_of(run(**{**asked, "quality": "none", "quant": "none"})).values()
     done = run(**asked)
     assert done.outcome == "ok"
     found = results_of(done)
     reference, bf16 = found["none"], found["bf16"]
-    assert {result.hashes.config for result in found.values()} == {result.hashes.config for result in results_of(before).values()}
+    assert before.quality is None and reference.hashes == before.hashes
     assert reference.quality and reference.quality.divergence and bf16.quality and bf16.quality.divergence
     assert reference.quality.divergence.is_reference and not bf16.quality.divergence.is_reference
     assert reference.quality.withheld == bf16.quality.withheld == ()
@@ -338,7 +353,7 @@ def test_a_sweep_measures_quality_beside_speed(tiny_model: Path, store_uri: str,
     assert (done.folder / "comparison" / "charts" / "quality.svg").exists()
     report = (done.folder / reference.hashes.config / "artifacts" / "report.md").read_text()
     assert "noise floor" in report
-    assert {*reference.marks} == {*results_of(before)["none"].marks}
+    assert {*reference.marks} == {*before.marks}
 
 
 @pytest.mark.slow
