@@ -46,15 +46,24 @@ def sibling(cell: Cell) -> Cell:
 
 
 def order(
-    spec: BenchSpec, waiting: Sequence[Job], failures: dict[str, str], tell: Callable[[Mapping[str, Any]], None], limits: Limits
+    spec: BenchSpec,
+    waiting: Sequence[Job],
+    failures: dict[str, str],
+    tell: Callable[[Mapping[str, Any]], None],
+    note: Callable[[str], None],
+    limits: Limits,
 ) -> dict[str, Any] | None:
     """What a worker is to evaluate after its last cell, its references being there; None if nothing.
 
     Computes the references that are missing. `failures` holds why some could not be computed in this sweep, and is added to:
-    a model too large for this machine is not tried for each of its quantizations. Raises KeyboardInterrupt.
+    a model too large for this machine is not tried for each of its quantizations. `note` is told once why something is withheld.
+    Raises KeyboardInterrupt.
     """
     cell = waiting[0].cell
-    if spec.options.quality == "none" or never(cell) or any(job.attempts for job in waiting):
+    if spec.options.quality == "none" or any(job.attempts for job in waiting):
+        return None
+    if why := never(cell):
+        _say_once(why, failures, note)
         return None
     own = sibling(cell)
     text = load_text(spec.options.quality_text)
@@ -74,8 +83,15 @@ def order(
     except LlmbenchError as error:
         refused, files = f"There is no unquantized model to compare with: {error}", {}
     if refused:
+        _say_once(refused, failures, note)
         return found | {"withheld": refused}
     return found | {"references": {workload: str(file) for workload, file in files.items()}}
+
+
+def _say_once(sentence: str, said: dict[str, str], note: Callable[[str], None]) -> None:
+    if sentence not in said:
+        said[sentence] = sentence
+        note(sentence)
 
 
 def _already_quantized(cell: Cell, model: ModelFacts) -> str:

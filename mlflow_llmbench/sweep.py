@@ -298,7 +298,7 @@ def _run_once(sweep: _Sweep, waiting: Sequence[Job]) -> GroupOutcome:
     log = waiting[0].folder / "worker.log"
     cells, folders = [job.cell for job in waiting], [job.folder for job in waiting]
     try:
-        quality = reference.order(sweep.spec, waiting, sweep.no_reference, tell, limits)
+        quality = reference.order(sweep.spec, waiting, sweep.no_reference, tell, sweep.watcher.note, limits)
         return supervise.run_worker("measure", cells, waiting[0].model, folders, log, tell, limits, quality)
     except JournalError as error:
         return GroupOutcome(error=error)

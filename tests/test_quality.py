@@ -16,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from mlflow_llmbench import journal, quality, resume, run
+from mlflow_llmbench import journal, quality, resume, run, sweep
 from mlflow_llmbench.backends import scoring
 from mlflow_llmbench.errors import MeasurementError, UsageError
 from mlflow_llmbench.metrics import KEYS
@@ -315,12 +315,16 @@ def results_of(done: SweepResult) -> dict[str, RunResult]:
 
 
 def test_a_backend_without_logits_says_so_and_has_no_figure(store_uri: str) -> None:
-    done = run(model="fake:ttft_ms=2", backend="fake", **FAST)
-    [result] = results_of(done).values()
+    said: list[str] = []
+    watcher = sweep.Silent()
+    watcher.note = said.append  # type: ignore[method-assign]
+    done = run(model="fake:ttft_ms=2", backend="fake", batch_size="1,2", attention="auto,sdpa", watcher=watcher, **FAST)
+    assert said == ["Quality is not measured with backend=fake, which gives no logits."]
+    [result, *_] = results_of(done).values()
     assert result.outcome == "ok"
     assert result.quality == Quality(withheld=("Quality is not measured with backend=fake, which gives no logits.",))
     assert "which gives no logits" in (next(done.folder.glob("*/artifacts")) / "report.md").read_text()
-    [found] = MlflowClient(store_uri).search_runs([done.experiment_id])
+    found = MlflowClient(store_uri).get_run(done.run_ids[0])
     assert not [key for key in found.data.metrics if key.startswith("quality/")]
     assert "which gives no logits" in found.data.tags["mlflow.note.content"]
 

@@ -193,12 +193,13 @@ def _write_reference(
     prompts = _prompts(backend, workload, text)
     row = backend.logits(prompts[0][-1:], 1)
     count, positions = share_room(len(prompts), row.numel() * row.element_size())
-    most = min(MOST_PROMPT_TOKENS, (model.context or 10**9) - positions)
+    most = max(min(MOST_PROMPT_TOKENS, (model.context or 10**9) - positions), 1)
+    prefix, _ = split_prefix(backend, text.content)
     tensors: dict[str, torch.Tensor] = {}
     kept: list[tuple[list[int], int]] = []
     for number, prompt in enumerate(prompts[:count]):
         say("scoring", number=number + 1, limit=count)
-        start = prompt if len(prompt) <= most else prompt[-most:]
+        start = prompt if len(prompt) <= most else [*prefix, *prompt[len(prefix) - most :]]
         continuation = _until_end(_continue(backend, start, positions), _end_ids(model))
         ids = [*start, *continuation]
         tensors[f"logits.{number}"] = backend.logits(ids[:-1], len(continuation)).cpu().contiguous()
