@@ -150,4 +150,8 @@ def sentences(quality: Quality) -> list[str]:
             f"Perplexity is over {scored:,} of the {s.tokens:,} tokens of the text {s.text}, in {len(s.nll)} windows of at most {s.window} tokens with a "
             f"stride of {s.stride}; the interval is over windows. It depends on the text and the tokenizer: compare it within one model."
         )
+    if said:
+        said.append(
+            "The memory stage *unloaded* is absent: the evaluation came before it and left allocations behind that are not the measurement's."
+        )
     return said + list(quality.withheld)

@@ -23,7 +23,7 @@ from mlflow_llmbench.metrics import KEYS
 from mlflow_llmbench.records import Cell, Divergence, MemorySample, ModelFacts, Quality, RunResult, TextScores
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.stats import t_interval
-from mlflow_llmbench.supervise import GroupOutcome, timeline_of
+from mlflow_llmbench.supervise import GroupOutcome, stages_of, timeline_of
 from mlflow_llmbench.sweep import SweepResult
 from mlflow_llmbench.workload import Text, load_text
 from tests.test_records import example as records_example
@@ -265,13 +265,25 @@ def test_a_worker_that_fails_while_it_evaluates_costs_nothing_but_quality() -> N
     assert outcome.withheld == ["The evaluation of the quality ended early: Memory ran out."]
 
 
-def test_what_scoring_took_is_not_in_the_timeline() -> None:
-    outcome = GroupOutcome(samples=[MemorySample(t * 10**8, 10, 10) for t in range(100)])
-    outcome.stages = {"loaded": {"t_ns": 10**9}, "unloaded": {"t_ns": 95 * 10**8}}
-    outcome.cells = {0: {"cell": {"t_ns": 2 * 10**9}, "peak": {"t_ns": 3 * 10**9}}}
-    assert [s.t_ns // 10**8 for s in timeline_of(outcome, 0)] == [*range(11), *range(20, 31), *range(89, 100)]
-    outcome.evaluated_ns = 4 * 10**9
-    assert [s.t_ns // 10**8 for s in timeline_of(outcome, 0)] == [*range(11), *range(20, 31), *range(95, 100)]
+def test_what_scoring_took_is_in_no_memory_stage_and_not_in_the_timeline() -> None:
+    def outcome(*before_unloading: dict[str, Any]) -> GroupOutcome:
+        found = GroupOutcome(samples=[MemorySample(t * 10**8, 10, 10) for t in range(100)])
+        host = {"rss": 5, "anonymous": 4, "peak_rss": 5}
+        for event in (
+            {"event": "stage", "stage": "loaded", "t_ns": 10**9, "host": host},
+            {"event": "cell", "number": 0, "t_ns": 2 * 10**9},
+            {"event": "stage", "stage": "peak", "t_ns": 3 * 10**9, "host": host},
+            *before_unloading,
+            {"event": "stage", "stage": "unloaded", "t_ns": 95 * 10**8, "host": {**host, "rss": 9}},
+        ):
+            found.take(event)
+        return found
+
+    plain, evaluated = outcome(), outcome({"event": "evaluating", "t_ns": 4 * 10**9, "digest": "d"})
+    assert [s.t_ns // 10**8 for s in timeline_of(plain, 0)] == [*range(11), *range(20, 31), *range(89, 100)]
+    assert [s.t_ns // 10**8 for s in timeline_of(evaluated, 0)] == [*range(11), *range(20, 31)]
+    assert set(stages_of(plain, 0).host_rss) == {"loaded", "peak", "steady", "unloaded"}
+    assert stages_of(evaluated, 0).host_rss == {k: v for k, v in stages_of(plain, 0).host_rss.items() if k != "unloaded"}
 
 
 # Parameters and whole commands
@@ -357,7 +369,8 @@ def test_a_sweep_measures_quality_beside_speed(tiny_model: Path, store_uri: str,
     assert (done.folder / "comparison" / "charts" / "quality.svg").exists()
     report = (done.folder / reference.hashes.config / "artifacts" / "report.md").read_text()
     assert "noise floor" in report
-    assert {*reference.marks} == {*before.marks}
+    assert {*reference.marks} == {*before.marks} - {"unloaded"}
+    assert {*reference.memory.host_rss} == {*before.memory.host_rss} - {"unloaded"}
 
 
 @pytest.mark.slow
