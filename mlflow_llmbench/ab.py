@@ -65,6 +65,8 @@ def run_ab(
         raise UsageError(f"There are too few pairs for a test: {pairs}. Give at least 2; {DEFAULT_PAIRS} are the default.")
     cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
     spec = _merged(cells, common)
+    if spec.options.on != "here":
+        raise UsageError(f"The sides of an A/B comparison take turns on one machine, and not on a cluster: on={spec.options.on}. Leave it out.")
     names = (
         ["A", "B"] if cells[0] == cells[1] else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
     )
@@ -76,7 +78,7 @@ def run_ab(
     comparison = compare.compare(results[0], results[1], noise=noise, paired=True, allow=frozenset({"workload"}))
     artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
-        tracking.log_comparison(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab")
+        tracking.log_folder(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
     return Duel(done, comparison)
 
 

@@ -6,11 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, report
+from . import charts, overview, page, report, scaling_charts, scaling_report
 from .compare import Comparison, comparison_json, comparison_markdown
 from .comparison_charts import draw_comparisons
 from .journal import samples_csv, write_bytes, write_json
+from .markup import csv_table, markdown, quotation
 from .records import RunResult
+from .scaling_study import Study
 from .summary import summarize
 from .validity import judge
 
@@ -49,18 +51,27 @@ def _whole(result: RunResult) -> dict[str, object]:
 
 def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
     """What the model wrote, prompt by prompt."""
-    shown = ((json.dumps(prompt, ensure_ascii=False)[1:-1], output.strip()) for prompt, output in rows)
-    return "\n".join(f"**{number}.** {prompt}\n\n> {output}\n" for number, (prompt, output) in enumerate(shown, 1))
+    shown = ((markdown(json.dumps(prompt, ensure_ascii=False)[1:-1]), quotation(output.strip())) for prompt, output in rows)
+    return "\n".join(f"**{number}.** {prompt}\n\n{output}\n" for number, (prompt, output) in enumerate(shown, 1))
 
 
-def write_sweep(rows: Sequence[report.Row], varied: Sequence[str], folder: Path, draw: bool = True) -> None:
-    """Write the comparison of a sweep for its parent: the table as Markdown, CSV and MLflow table, and if `draw` the charts."""
+def write_sweep(measured: Sequence[tuple[report.Row, str]], subject: overview.Subject, folder: Path, draw: bool = True) -> None:
+    """Write what a sweep's parent holds into `folder`: the report as Markdown and HTML, the comparison as Markdown, CSV and MLflow table, charts.
+
+    `measured`: rows with their MLflow run ids, "" where a run is not known. Unless `draw`, the charts that are there are shown.
+    Raises JournalError, for example when the disk is full.
+    """
+    rows, varied = [row for row, _ in measured], subject.spec.varied
     heading, body = report.table_cells(rows, varied)
-    write_bytes(folder / "comparison.md", report.sweep_markdown(rows, varied).encode())
-    write_bytes(folder / "comparison.csv", "".join(",".join(_csv_cell(c) for c in line) + "\n" for line in [heading, *body]).encode())
+    write_bytes(folder / "comparison.md", overview.comparison_markdown(rows, varied).encode())
+    write_bytes(folder / "comparison.csv", csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode())
     write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
     if draw:
-        charts.draw_sweep([(row.cell, row.metrics) for row in rows if row.metrics], folder / "charts")
+        charts.draw_sweep([(row.cell, row.metrics) for row in overview.drawable(rows)], folder / "charts")
+    pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
+    told = overview.overview(measured, subject)
+    write_bytes(folder / "report.md", overview.overview_markdown(told, [f"charts/{path.name}" for path in pictures]).encode())
+    write_bytes(folder / "report.html", page.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}).encode())
 
 
 def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
@@ -70,5 +81,10 @@ def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
     draw_comparisons(comparisons, folder / "charts")
 
 
-def _csv_cell(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+def write_scaling(study: Study, folder: Path) -> list[Path]:
+    """Write scaling.json, scaling.md and the charts of a scaling study; return the files. Raises JournalError, for example when the disk is full."""
+    drawn = scaling_charts.draw_study(study, folder / "charts")
+    write_json(folder / "scaling.json", scaling_report.study_json(study))
+    shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
+    write_bytes(folder / "scaling.md", scaling_report.study_markdown(study, shown).encode())
+    return [folder / "scaling.json", folder / "scaling.md", *drawn]

@@ -170,6 +170,9 @@ def _count(result: RunResult, requests: int) -> str:
 
 
 def _gaps(request: RequestRecord) -> Array:
+    """Gaps between tokens, ms; none where a stamp stands for several tokens."""
+    if not request.single_tokens:
+        return np.array([], dtype=np.float64)
     return np.diff(np.array(request.stamps_ns, dtype=np.int64)).astype(np.float64) / 1e6
 
 
@@ -214,12 +217,12 @@ def _latency_figure(result: RunResult) -> Figure | None:
     if not requests:
         return None
     values = np.concatenate([_gaps(request) for request in requests])
-    weights = np.concatenate([np.full(request.output_tokens - 1, request.rows) for request in requests])
+    weights = np.concatenate([np.full(len(_gaps(request)), request.rows) for request in requests])
     title = f"{_name(result.cell.model)} · latency distribution"
     figure, panels = _figure(title, _describe(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
     if len(values):
         _draw_distribution(panels[0], values, weights)
-    ttft = np.array([(request.stamps_ns[0] - request.t0_ns) / 1e6 for request in requests])
+    ttft = np.array([(request.stamps_ns[0] - request.start_ns) / 1e6 for request in requests])
     groups = [[request for request in repetition.requests if request.stamps_ns] for repetition in result.repetitions]
     x = [n + 0.7 + 0.6 * (i + 0.5) / len(group) for n, group in enumerate(groups) for i in range(len(group))]  # side by side, as sent
     axes = panels[-1]

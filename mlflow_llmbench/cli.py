@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from . import __version__
+from . import __version__, decide
 from .errors import LlmbenchError, UsageError
+from .redaction import Terminal, redact
+from .spec import COMMANDS as PARAMETERS_OF
 from .spec import PARAMETERS, default_text, parse, read_yaml
 
 if TYPE_CHECKING:
@@ -35,8 +41,17 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell."
     )
-    _add_parameters(run, PARAMETERS)
-    run.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
+    _add_parameters(run, PARAMETERS_OF["run"])
+    plan = commands.add_parser("plan", help="show what `run` would measure with the same parameters: cells, memory, least time; nothing is started")
+    _add_parameters(plan, PARAMETERS_OF["run"])
+    online = commands.add_parser(
+        "online",
+        help="measure a model behind a server that speaks OpenAI's interface",
+        description="The API key comes from the environment: LLMBENCH_API_KEY or OPENAI_API_KEY. Comma lists on parameters marked † make a sweep.",
+    )
+    _add_parameters(online, PARAMETERS_OF["online"])
+    for command in (run, plan, online):
+        command.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
     duel = commands.add_parser(
         "ab",
         help="measure two configurations in turns, in fresh processes, and say how they differ",
@@ -45,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     for side in ("a", "b"):
         duel.add_argument(side, metavar=side.upper(), help="the parameters of this side")
     duel.add_argument("--pairs", metavar="N", type=int, default=6, help="fresh processes on each side (default: 6)")
-    _add_parameters(duel, [name for name in PARAMETERS if name != "processes"])
+    _add_parameters(duel, [name for name in PARAMETERS_OF["run"] if name != "processes"])
     upload = commands.add_parser("upload", help="put a results folder into an MLflow store, as far as it is not there")
     upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as `llmbench run` prints it")
     compare = commands.add_parser("compare", help="say how two or more results differ, and whether that is more than noise")
@@ -58,17 +73,24 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--paired", action="store_true", help="both were measured in turns, process by process or repetition by repetition")
     compare.add_argument("--log", metavar="RUN", help="keep the comparison and its charts as artifacts of this run, under comparison/")
     compare.add_argument("--output", metavar="FOLDER", help="write the comparison and its charts into this folder")
+    scaling = commands.add_parser("scaling", help="fit the scaling laws of a sweep, and say what batch, length, size and quantization cost")
+    scaling.add_argument("references", nargs="+", metavar="SWEEP", help="sweep, run id, runs:/ID, or results folder; several are taken together")
+    scaling.add_argument("--share", metavar="RATIO", type=float, default=0.5, help="of the best throughput per instance, to keep (default: 0.5)")
+    scaling.add_argument("--at", metavar="NAME=LIST", action="append", default=[], help="predict there too: batch_size=6,12 or prompt_tokens=300")
+    scaling.add_argument("--output", metavar="FOLDER", help="write scaling.json, scaling.md and charts there")
+    scaling.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep")
     for command in (compare, duel):
         command.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
-    for command in (run, compare, duel):
+    for command in (run, plan, online, compare, duel, scaling):
         command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    for command in (run, upload, compare, duel):
+    for command in (run, online, upload, compare, duel, scaling):
         command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
         command.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
         commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument(
             "--json", action="store_true", help="as one JSON object"
         )
+    decide.add_parsers(commands)
     return parser
 
 
@@ -85,6 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failure, 2 for a wrong parameter, 130 when interrupted."""
     for name in SIGNALS:
         signal.signal(name, _interrupt)
+    with contextlib.redirect_stdout(cast(TextIO, Terminal(sys.stdout))), contextlib.redirect_stderr(cast(TextIO, Terminal(sys.stderr))):
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         given = build_parser().parse_args(arguments)
         return COMMANDS[given.command](given)
@@ -96,6 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception:
+        traceback.print_exc()  # here, where what it prints is redacted
         return 1
 
 
@@ -110,14 +140,36 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(given: argparse.Namespace) -> int:
+def _parameters(given: argparse.Namespace) -> dict[str, object]:
+    """What the file and the options say, checked before anything slow is imported."""
     parameters: dict[str, object] = read_yaml(given.config) if given.config else {}
-    parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name)) is not None}
-    parse(parameters)  # before anything slow is imported
+    parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name, None)) is not None}
+    if given.command == "online":
+        parameters.setdefault("backend", "openai")
+    parse(parameters)
+    return parameters
 
-    from . import sweep
+
+def _plan(given: argparse.Namespace) -> int:
+    parameters = _parameters(given)
+
+    from . import preview
+
+    found = preview.preview(**parameters)
+    print(preview.format_preview(found))
+    if given.json:
+        print(json.dumps(preview.preview_json(found), ensure_ascii=False))
+    return 0
+
+
+def _run(given: argparse.Namespace) -> int:
+    parameters = _parameters(given)
+
+    from . import doctor, sweep
     from .progress import Progress
 
+    for line in doctor.warnings_of_versions():
+        print(f"llmbench: {line}", file=sys.stderr)
     result = sweep.run(tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters)
     print(result.table())
     _print_where(result)
@@ -166,8 +218,6 @@ def _print_where(result: SweepResult) -> None:
 
 def _as_json(result: SweepResult) -> Mapping[str, Any]:
     """The result as one JSON object: outcome, runs with their parameters and metrics, and where they are."""
-    from .tracking import without_password
-
     runs = [
         {
             "run_id": run_id,
@@ -182,7 +232,7 @@ def _as_json(result: SweepResult) -> Mapping[str, Any]:
     ]
     where = {
         "parent_run_id": result.parent_id,
-        "tracking_uri": without_password(result.tracking_uri),
+        "tracking_uri": redact(result.tracking_uri),
         "experiment_id": result.experiment_id,
         "folder": str(result.folder),
         "not_uploaded": list(result.not_uploaded),
@@ -199,7 +249,7 @@ def _upload(given: argparse.Namespace) -> int:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from . import compare
+    from . import artifacts, compare
     from .evidence import load_results
 
     allow = frozenset(filter(None, given.allow.split(",")))
@@ -211,29 +261,49 @@ def _compare(given: argparse.Namespace) -> int:
     comparisons = [compare.compare(results[0], other, noise=given.noise, allow=allow, paired=given.paired) for other in results[1:]]
     for comparison in comparisons:
         print(f"{compare.format_comparison(comparison)}\n")
-    _keep_comparisons(given, comparisons)
+    _keep(given, lambda folder: artifacts.write_comparisons(comparisons, folder), "comparison")
     if given.json:
         print(json.dumps([compare.comparison_json(comparison) for comparison in comparisons], ensure_ascii=False))
     return 0
 
 
-def _keep_comparisons(given: argparse.Namespace, comparisons: Sequence[Any]) -> None:
-    """The files of a comparison in a folder (`--output`) and in a run (`--log`), where asked for."""
-    if not (given.output or given.log):
-        return
-    import tempfile
-    from pathlib import Path
-
-    from . import tracking
-    from .artifacts import write_comparisons
-
+def _keep(given: argparse.Namespace, write: Callable[[Path], object], under: str) -> None:
+    """What a command found as files in a folder (`--output`) and in a run below `under` (`--log`), where asked for."""
     if given.output:
-        write_comparisons(comparisons, Path(given.output))
+        write(Path(given.output))
         print(f"Written: {given.output}")
     if given.log:  # from a folder of its own: the other may hold a person's files
+        from . import tracking
+
         with tempfile.TemporaryDirectory() as scratch:
-            write_comparisons(comparisons, Path(scratch))
-            tracking.log_comparison(tracking.open_store(given.tracking_uri), given.log.removeprefix("runs:/"), Path(scratch))
+            write(Path(scratch))
+            tracking.log_folder(tracking.open_store(given.tracking_uri), given.log.removeprefix("runs:/"), Path(scratch), under)
+
+
+def _scaling(given: argparse.Namespace) -> int:
+    from . import artifacts, scaling_report
+    from .evidence import load_results
+    from .scaling_study import study_scaling
+
+    places = [place for text in given.at for place in _places(text)]
+    results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
+    study = study_scaling(results, given.share, places)
+    print(scaling_report.format_study(study))
+    _keep(given, lambda folder: artifacts.write_scaling(study, folder), "scaling")
+    if given.json:
+        print(json.dumps(scaling_report.study_json(study), ensure_ascii=False))
+    return 0
+
+
+def _places(text: str) -> list[tuple[str, float]]:
+    """`batch_size=6,12` → the pairs to predict at."""
+    name, _, values = text.partition("=")
+    if name not in ("batch_size", "prompt_tokens"):
+        raise UsageError(f"--at takes batch_size or prompt_tokens and a list: {text}. Give --at batch_size=6,12.")
+    try:
+        return [(name, float(value)) for value in values.split(",")]
+    except ValueError:
+        raise UsageError(f"--at has a value that is not a number: {text}. Give --at {name}=6,12.") from None
 
 
 def _models(given: argparse.Namespace) -> int:
@@ -256,9 +326,12 @@ def _doctor(given: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "plan": _plan,
+    "online": _run,
     "ab": _ab,
     "upload": _upload,
     "compare": _compare,
+    "scaling": _scaling,
     "models": _models,
     "doctor": _doctor,
-}
+} | decide.COMMANDS

@@ -18,14 +18,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from .errors import NotComparable, UsageError
+from .markup import markdown, markdown_table
 from .metrics import KEYS
 from .records import Cell, Repetition, RunResult, Verdict
 from .stats import holm, mann_whitney, paired, welch
-from .summary import e2e_ms, gaps_ms, output_rate, process_count, summarize, tpot_ms, ttft_ms, unit_values
+from .summary import PER_REPETITION, number_text, process_count, summarize, unit_values
 from .validity import judge
 
 SIGNIFICANCE = 0.05
@@ -126,23 +127,12 @@ class Comparison:
         return self.effect(DEVICE_PEAK) or self.effect(HOST_PEAK)
 
 
-def _typical_gap(repetition: Repetition) -> float | None:
-    """Median inter-token gap; the mean would be the time per output token again."""
-    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
-    return median(gaps) if gaps else None
-
-
-def _mean_tpot(repetition: Repetition) -> float | None:
-    found = [value for request in repetition.requests if (value := tpot_ms(request)) is not None]
-    return fmean(found) if found else None
-
-
 HEADLINES = (
-    Headline(RATE, "tokens/s", output_rate),
-    Headline("latency/ttft_ms_p50", "TTFT ms", lambda repetition: median(map(ttft_ms, repetition.requests))),
-    Headline("latency/itl_ms_p50", "ITL ms", _typical_gap),
-    Headline("latency/tpot_ms_mean", "TPOT ms", _mean_tpot),
-    Headline("latency/e2e_ms_p50", "end to end ms", lambda repetition: median(map(e2e_ms, repetition.requests))),
+    Headline(RATE, "tokens/s", PER_REPETITION[RATE]),
+    Headline("latency/ttft_ms_p50", "TTFT ms", PER_REPETITION["latency/ttft_ms_p50"]),
+    Headline("latency/itl_ms_p50", "ITL ms", PER_REPETITION["latency/itl_ms_p50"]),
+    Headline("latency/tpot_ms_mean", "TPOT ms", PER_REPETITION["latency/tpot_ms_mean"]),
+    Headline("latency/e2e_ms_p50", "end to end ms", PER_REPETITION["latency/e2e_ms_p50"]),
     Headline(DEVICE_PEAK, "device peak GB"),
     Headline(HOST_PEAK, "host peak GB"),
     Headline("memory/weight_bytes", "weights GB"),
@@ -271,7 +261,7 @@ def differences(a: RunResult, b: RunResult) -> list[Difference]:
             known = dict.fromkeys([*facts_a, *facts_b])
             readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
             found += [d for d in readable if d.a != d.b] or [Difference(kind, f"{kind} hash", hash_a, hash_b)]
-    for kind, word_a, word_b in (("scenario", _scenario(a), _scenario(b)), ("schema", str(a.schema), str(b.schema))):
+    for kind, word_a, word_b in (("scenario", a.cell.scenario, b.cell.scenario), ("schema", str(a.schema), str(b.schema))):
         if word_a != word_b:
             found.append(Difference(kind, kind, word_a, word_b))
     return found
@@ -281,7 +271,8 @@ def _hardware(result: RunResult) -> dict[str, str]:
     """What `hardware_hash` is made of, in words."""
     cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
     total = (result.environment.get("memory") or {}).get("total_bytes")
-    gpus = Counter(f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB)" for gpu in result.environment.get("gpus") or [])
+    found: Sequence[Mapping[str, Any]] = result.environment.get("gpus") or []
+    gpus = Counter(f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB{', MIG' if gpu.get('mig') else ''})" for gpu in found)
     facts = {
         "CPU": cpu.get("name"),
         "architecture": cpu.get("architecture"),
@@ -318,12 +309,6 @@ def _workload(result: RunResult) -> dict[str, str]:
 
 def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
-
-
-def _scenario(result: RunResult) -> str:
-    """`online` if requests were sent by a schedule, else `offline`."""
-    scheduled = any(request.intended_ns is not None for repetition in result.repetitions for request in repetition.requests)
-    return "online" if scheduled else "offline"
 
 
 def names(a: RunResult, b: RunResult) -> tuple[str, str]:
@@ -400,13 +385,6 @@ def _decimals(effect: Effect) -> int:
     return min(4, max(2, math.ceil(-math.log10(half)))) if half > 0 else 4
 
 
-def _number(value: float) -> str:
-    """Four significant digits, and no exponent."""
-    if value == 0:
-        return "0"
-    return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
-
-
 def percent_text(ratio: float) -> str:
     """0.01 → `1 %`."""
     return f"{100 * ratio:.3g} %"
@@ -425,8 +403,8 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
         scale = effect.headline.scale
         line = [
             effect.headline.label,
-            _number(effect.a * scale),
-            _number(effect.b * scale),
+            number_text(effect.a * scale),
+            number_text(effect.b * scale),
             ratio_text(effect),
             interval_text(effect),
             _p(effect.p_holm),
@@ -474,9 +452,8 @@ def format_comparison(comparison: Comparison) -> str:
 def comparison_markdown(comparison: Comparison) -> str:
     """The comparison as Markdown: the sentence, the table, and how it was made."""
     heading, body = comparison_cells(comparison)
-    lines = [heading, ["---", *["---:"] * (len(heading) - 2), "---"], *body]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n\n".join([sentence(comparison), table, _method(comparison)]) + "\n"
+    table = markdown_table(heading, body, range(1, len(heading) - 1))
+    return "\n\n".join([markdown(sentence(comparison)), table, _method(comparison)]) + "\n"
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:

@@ -49,6 +49,7 @@ MOST_TOGETHER = 8  # comparisons in one chart of ratios
 LEAST_SPAN = math.log(1.03)  # half the axis of ratios, so that harmless differences look harmless
 MOST_BEYOND = math.log(3)  # how far an interval may widen the axis beyond the ratios
 ROW = 0.27  # inches
+MOST_LETTERS = 13  # of a line under a column of values, so that neighbours do not touch
 
 
 def draw_comparisons(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
@@ -91,7 +92,12 @@ def _lines(comparisons: Sequence[Comparison]) -> Iterator[_Line]:
                 effect = comparison.effect(key)
                 name = comparison.name_b if len(bases) == 1 else f"{comparison.name_b} ÷ {comparison.name_a}"
                 if _drawable(effect):
-                    yield _Line(_name(name) if len(comparisons) > 1 else NAMES[key][0], effect)
+                    yield _Line(textwrap.shorten(_words(name), 44, placeholder="…") if len(comparisons) > 1 else NAMES[key][0], effect)
+
+
+def _words(name: str) -> str:
+    """The parameters in which a result differs, each as `charts` shows names."""
+    return " ".join(map(_name, name.split()))
 
 
 def _drawable(effect: Effect | None) -> bool:
@@ -105,8 +111,8 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     if not effects:
         return None
     first = comparisons[0]
-    base = _name(first.name_a) if len({c.name_a for c in comparisons}) == 1 else "their bases"
-    other = _name(first.name_b) if len(comparisons) == 1 else f"{len(comparisons)} results"
+    base = _words(first.name_a) if len({c.name_a for c in comparisons}) == 1 else "their bases"
+    other = _words(first.name_b) if len(comparisons) == 1 else f"{len(comparisons)} results"
     units = " · ".join(dict.fromkeys(units_text(c) for c in comparisons)) if len(comparisons) < 4 else ""
     subtitle = " · ".join(filter(None, ["95 % intervals", units, "paired t test" if first.paired else "Welch's t test", "Holm over metrics"]))
     figure, (axes,) = _figure(f"{other} against {base} · ratios", subtitle, (WIDTH + 1.5, 1.75 + ROW * len(lines)))
@@ -126,7 +132,8 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     axes.minorticks_off()
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
-    axes.set_xlabel(f"{other if len(comparisons) == 1 else 'Result'} ÷ {base if base != 'their bases' else 'its base'} (log scale)")
+    label = f"{other if len(comparisons) == 1 else 'Result'} ÷ {base if base != 'their bases' else 'its base'} (log scale)"
+    axes.set_xlabel(textwrap.fill(label, 90, max_lines=2, placeholder="…"))
     _put_legend(figure, _legend(axes, effects))
     return figure
 
@@ -206,7 +213,7 @@ def _values_figure(comparison: Comparison) -> Figure | None:
         return None
     columns = min(3, len(effects))
     rows = -(-len(effects) // columns)
-    names = _name(comparison.name_a), _name(comparison.name_b)
+    names = _words(comparison.name_a), _words(comparison.name_b)
     how = "lines join pairs" if comparison.paired else "from left to right as measured"
     subtitle = f"{units_text(comparison)} · {how} · bars: means"
     size = WIDTH + 1.5 if columns == 3 else WIDTH, 0.9 + 2.9 * rows
@@ -215,7 +222,7 @@ def _values_figure(comparison: Comparison) -> Figure | None:
         _draw_values(axes, effect, comparison.paired)
         name, unit = NAMES[effect.key]
         axes.set(title=f"{name} · {KEYS[effect.key].better} is better", ylabel=unit)
-        axes.set_xticks([0, 1], ["\n".join(textwrap.wrap(name, 18)) or name for name in names])
+        axes.set_xticks([0, 1], [textwrap.fill(name, MOST_LETTERS, max_lines=5, placeholder="…") for name in names])
     for axes in panels[len(effects) :]:
         axes.remove()
     return figure

@@ -25,12 +25,20 @@ from . import gpu, machine, memory
 from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
-from .spec import BITSANDBYTES, QUANTIZATIONS, known_backends
+from .redaction import redact
+from .spec import BITSANDBYTES, GPTQ_BITS, QUANTIZATIONS, known_backends
 
 TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
 
-NEEDED = {"torch": (">=2.6", ""), "transformers": (">=5.0", "<6"), "accelerate": (">=1.0", ""), "safetensors": ("", ""), "mlflow": (">=3.15", "<4")}
+NEEDED = {"torch": (">=2.6", ""), "transformers": (">=5.3", "<6"), "accelerate": (">=1.0", ""), "safetensors": ("", ""), "mlflow": (">=3.15", "<4")}
 """Packages without which nothing can be measured and logged, with the versions that do, as in pyproject.toml."""
+
+FLOORS = {
+    "torch": ("2.6", "the oldest that runs no code out of pickled weights (CVE-2025-32434)"),
+    "transformers": ("5.3", "the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372)"),
+    "mlflow": ("3.10", "the oldest whose server lets no stranger read its files (CVE-2026-2614)"),
+}
+"""Package → the oldest version that is safe with models and addresses of others, and why. Older ones are warned of, not refused."""
 
 ALSO_SHOWN = ("tokenizers", "huggingface_hub", "numpy", "matplotlib", "psutil", "nvidia-ml-py", "triton", "kernels", "flash-attn")
 
@@ -41,7 +49,7 @@ OPTIONAL = (
 )
 """Packages, what they give, how to get them."""
 
-QUANTIZATION_PACKAGES = {**dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)), "gptq": ("gptqmodel", "optimum")}
+QUANTIZATION_PACKAGES = {**dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)), **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum"))}
 
 LITTLE_MEMORY = 2_000_000_000
 LITTLE_DISK = 10_000_000_000
@@ -304,10 +312,21 @@ def package_item(name: str, installed: str | None) -> Item:
     numbers = _numbers(installed)
     fits = not (low and numbers < _numbers(low)) and not (below and numbers >= _numbers(below))
     if not fits:
-        return Item(
-            "Software", name, "limited", f"{installed}, and {wanted} is what this was written for", install, needed=True, data={"version": installed}
-        )
+        found = below_floor(name, installed) or f"{installed}, and {wanted} is what this was written for"
+        return Item("Software", name, "limited", found, install, needed=True, data={"version": installed})
     return Item("Software", name, "ok", installed, needed=True, data={"version": installed})
+
+
+def below_floor(name: str, installed: str) -> str | None:
+    """What an installed version is too old for, such as `2.5.1 is older than 2.6, the oldest that …`; None where it is not."""
+    floor, why = FLOORS.get(name, ("", ""))
+    return f"{installed} is older than {floor}, {why}" if floor and _numbers(installed) < _numbers(floor) else None
+
+
+def warnings_of_versions() -> list[str]:
+    """One line for each installed package that is below its floor."""
+    olds = {name: old for name in FLOORS if (old := below_floor(name, version(name) or FLOORS[name][0]))}
+    return [f"{name} {old}. Run: pip install '{name}{','.join(filter(None, NEEDED[name]))}'" for name, old in olds.items()]
 
 
 def version(package: str) -> str | None:
@@ -368,7 +387,7 @@ def _ask(command: Sequence[str], seconds: float) -> tuple[str, str]:
     out, err = (stream.decode(errors="replace").strip().splitlines() for stream in (done.stdout, done.stderr))
     if done.returncode == 0 and out:
         return out[-1], ""
-    return "", err[-1][:200] if err else f"it ended with code {done.returncode}"
+    return "", redact(err[-1])[:200] if err else f"it ended with code {done.returncode}"
 
 
 def backend_items() -> Iterator[Item]:

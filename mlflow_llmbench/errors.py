@@ -8,9 +8,12 @@
     │   └── StoreAway          the MLflow server does not answer now
     ├── JournalError           the output folder cannot be written, or a record in it cannot be read
     ├── NotComparable          two results differ in more than what was asked about
+    ├── NotFitted              the data are too few, or of the wrong kind, for a law
+    ├── OutOfRange             a law was asked about what lies beyond the data that it was fitted to
     └── MeasurementError       the measurement itself failed
         ├── OutOfMemory        memory ran out while loading or generating
         ├── WorkerCrashed      the worker process ended without a word
+        │   └── NodeLost       the machine of a cluster that it ran on is gone
         ├── WorkerTimeout      the worker went over a time limit
         └── NotRealised        what was asked for is not what was loaded
 
@@ -20,17 +23,22 @@ exits with `exit_code`; nothing in the library prints or exits.
 
 from __future__ import annotations
 
+from .redaction import escape_controls, redact
+
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of a foreign error's text, cut to `limit` characters; its class name if it has no text."""
-    text = str(error).strip()
-    return text.splitlines()[0][:limit] if text else type(error).__name__
+    """The first line of a foreign error's text without secrets, cut to `limit` characters; its class name if it has no text."""
+    text = redact(str(error)).strip()  # before it is cut: half a secret is not recognised
+    return escape_controls(text.splitlines()[0])[:limit] if text else type(error).__name__
 
 
 class LlmbenchError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. Its message is one line that holds neither a secret nor a control character, whatever it was made of."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escape_controls(redact(message)))
 
 
 class UsageError(LlmbenchError):
@@ -65,6 +73,18 @@ class NotComparable(LlmbenchError):
     exit_code = 2
 
 
+class NotFitted(LlmbenchError):
+    """The data are too few, or of the wrong kind, for a law; no parameters were made up."""
+
+    exit_code = 2
+
+
+class OutOfRange(LlmbenchError):
+    """A law was asked about what lies beyond the data that it was fitted to; nothing was extrapolated."""
+
+    exit_code = 2
+
+
 class MeasurementError(LlmbenchError):
     """The measurement failed. `outcome` is the word of the vocabulary for it."""
 
@@ -81,6 +101,10 @@ class WorkerCrashed(MeasurementError):
     """The worker process ended without saying why."""
 
     outcome = "crashed"
+
+
+class NodeLost(WorkerCrashed):
+    """The machine of a cluster that the worker ran on is gone; what it had not measured can be measured on another."""
 
 
 class WorkerTimeout(MeasurementError):

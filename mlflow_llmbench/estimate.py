@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from . import gpu, machine, memory, models
+from .metrics import LEAST_REPETITIONS
 from .records import Cell, ModelFacts
 from .spec import as_text
 
@@ -32,9 +35,32 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
     return max(running, models.load_memory_estimate(shape, cell.quant, dtype)) + models.PROCESS_BYTES
 
 
-def refusal(cell: Cell, model: ModelFacts, predicted: int | None, limit: int | None, force: bool) -> str | None:
-    """Why a cell cannot be measured here; None if it can be tried. `force` tries what is estimated not to fit in memory."""
-    return beyond_context(cell, model) or (None if force else _beyond_memory(cell, predicted, limit))
+LEAST_WARMUP = 3
+"""Discarded runs that `warmup=auto` makes at least."""
+
+
+def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, peaks: Mapping[str, float]) -> float | None:
+    """Least seconds for all runs of a cell, warm-up included, by the machine's measured rates; None without them or the architecture.
+
+    Each run is a prefill and N − 1 steps, each the longer of reading (weights, and for a step the KV cache at the mean context) and
+    computing (the roofline of Williams, Waterman & Patterson, CACM 52, 2009). Loading, downloads and all overheads come on top.
+    """
+    bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
+    if shape is None or not bandwidth or not flops:
+        return None
+    dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    weights, rows, prompt = shape.weight_bytes(cell.quant, dtype), cell.batch_size, cell.prompt_tokens or 512
+    context = prompt + cell.output_tokens // 2
+    cache = rows * shape.kv_bytes(context, 4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
+    prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)
+    step = max((weights + cache) / bandwidth, rows * shape.flops_per_token(context) / flops)
+    runs = (cell.warmup if cell.warmup is not None else LEAST_WARMUP) + (cell.repetitions or LEAST_REPETITIONS)
+    return cell.processes * runs * (prefill + (cell.output_tokens - 1) * step)
+
+
+def refusal(cell: Cell, model: ModelFacts, predicted: int | None, room: tuple[int | None, str]) -> str | None:
+    """Why a cell cannot be measured where there is `room`, bytes and words that follow on them; None if it can be tried."""
+    return beyond_context(cell, model) or _beyond_memory(cell, predicted, *room)
 
 
 def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
@@ -48,13 +74,17 @@ def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
     )
 
 
-def _beyond_memory(cell: Cell, predicted: int | None, limit: int | None) -> str | None:
-    if machine.require_device(cell.device).startswith("cuda"):
-        available, where = gpu.free_bytes(int(cell.device.partition(":")[2] or 0)), "are free on the GPU"
-    else:
-        available, where = memory.available_bytes(), "are free here"
-        if limit is not None and (available is None or limit < available):
-            available, where = limit, "are allowed by memory_limit"
+def room_here(device: str, limit: int | None) -> tuple[int | None, str]:
+    """Bytes that a cell may need on a device of this machine, `limit` at most on its CPU, and words that follow on the bytes; None where the system does not say."""
+    if machine.require_device(device).startswith("cuda"):
+        return gpu.free_bytes(int(device.partition(":")[2] or 0)), "are free on the GPU"
+    available = memory.available_bytes()
+    if limit is not None and (available is None or limit < available):
+        return limit, "are allowed by memory_limit"
+    return available, "are free here"
+
+
+def _beyond_memory(cell: Cell, predicted: int | None, available: int | None, where: str) -> str | None:
     if predicted is None or available is None or predicted <= available:
         return None
     return (

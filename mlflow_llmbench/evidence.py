@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -21,7 +22,7 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
     The parent of a sweep stands for its cells. Raises JournalError or TrackingError, one line that says what was looked for.
     """
     folder = Path(reference)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         found = (
             [folder / "result.json"]
             if (folder / "result.json").exists()

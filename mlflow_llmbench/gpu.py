@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 THROTTLES = {
@@ -19,10 +19,20 @@ THROTTLES = {
 The software power cap (0x4) is not among them: it is how a GPU under full load normally runs."""
 
 
+COUNTED = {
+    "software thermal slowdown": "NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN",
+    "hardware thermal slowdown": "NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN",
+    "power brake": "NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN",
+}
+"""The same reasons as counters of nanoseconds since the driver's load (nvml.h, field values; newer drivers)."""
+
+
 @dataclass(frozen=True)
 class GpuReading:
-    """One GPU at one moment: energy since the driver's load in J, SM clock in MHz, temperature in °C, why its clock is held back,
-    and how many processes that are not ours compute on it. What it does not say is None.
+    """One GPU at one moment: energy since the driver's load in J, SM clock in MHz, temperature in °C, why its clock is held back now,
+    how many processes that are not ours compute on it, memory clock in MHz, power in W, the share of the driver's last sample period
+    (a sixth to one second) in which a kernel ran, uncorrected memory errors since the driver's load, and for how many nanoseconds
+    since then the clock was held back, by reason. What it does not say is None, or not among the reasons.
     """
 
     energy_j: float | None = None
@@ -30,6 +40,11 @@ class GpuReading:
     temperature_c: int | None = None
     throttles: tuple[str, ...] = ()
     foreign_processes: int | None = None
+    memory_clock_mhz: int | None = None
+    power_w: float | None = None
+    utilization_ratio: float | None = None
+    memory_errors: int | None = None
+    held_back_ns: Mapping[str, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -67,7 +82,10 @@ def handles(module: Any) -> list[Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """The visible GPUs: index, name, uuid, memory_bytes, driver, cuda (the driver's version), power_limit_w. Empty without any."""
+    """The visible GPUs: index, name, uuid, memory_bytes, driver, cuda (the driver's version), power_limit_w, mig. Empty without any.
+
+    `mig`: whether the GPU is cut into instances; where it is, memory is that of the whole GPU.
+    """
     with nvml() as module:
         if module is None:
             return []
@@ -84,6 +102,8 @@ def gpus() -> list[dict[str, Any]]:
             }
             with contextlib.suppress(module.NVMLError):
                 one["power_limit_w"] = module.nvmlDeviceGetPowerManagementLimit(handle) / 1000
+            with contextlib.suppress(module.NVMLError, AttributeError):
+                one["mig"] = bool(module.nvmlDeviceGetMigMode(handle)[0])
             found.append(one)
         return found
 
@@ -125,19 +145,55 @@ def read(index: int) -> GpuReading | None:
             return None
         handle = found[index]
 
-        def ask(question: str, *rest: Any) -> Any:
+        def ask(question: str, *constants: str) -> Any:
             try:
-                return getattr(module, question)(handle, *rest)
+                return getattr(module, question)(handle, *(getattr(module, constant) for constant in constants))
             except (module.NVMLError, AttributeError):
                 return None
 
-        energy_mj = ask("nvmlDeviceGetTotalEnergyConsumption")
-        bits = ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
-        processes = ask("nvmlDeviceGetComputeRunningProcesses")
+        energy_mj, power_mw, used = ask("nvmlDeviceGetTotalEnergyConsumption"), ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetUtilizationRates")
+        if (ask("nvmlDeviceGetMigMode") or [0])[0]:
+            energy_mj = power_mw = used = None  # these are of all instances together
+        bits = ask("nvmlDeviceGetCurrentClocksEventReasons")
+        bits = ask("nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits  # its name in older drivers
         return GpuReading(
-            None if energy_mj is None else energy_mj / 1000,
-            ask("nvmlDeviceGetClockInfo", module.NVML_CLOCK_SM),
-            ask("nvmlDeviceGetTemperature", module.NVML_TEMPERATURE_GPU),
-            tuple(name for bit, name in THROTTLES.items() if bits & bit),
-            _foreign(processes),
+            energy_j=None if energy_mj is None else energy_mj / 1000,
+            clock_mhz=ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            temperature_c=ask("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+            throttles=tuple(name for bit, name in THROTTLES.items() if (bits or 0) & bit),
+            foreign_processes=_foreign(ask("nvmlDeviceGetComputeRunningProcesses")),
+            memory_clock_mhz=ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+            power_w=None if power_mw is None else power_mw / 1000,
+            utilization_ratio=None if used is None else used.gpu / 100,
+            memory_errors=ask("nvmlDeviceGetTotalEccErrors", "NVML_MEMORY_ERROR_TYPE_UNCORRECTED", "NVML_VOLATILE_ECC"),
+            held_back_ns=_held_back(module, handle, ask),
         )
+
+
+def _held_back(module: Any, handle: Any, ask: Callable[..., Any]) -> dict[str, int]:
+    """The counters of `COUNTED` that the driver has, or else its older one of all thermal violations. Empty without any.
+
+    The field values have other numbers in other versions of the library. A driver that knows another field by such a
+    number gives a setting of power smoothing, which does not move, and which the type gives away.
+    """
+    ids = {name: getattr(module, constant) for name, constant in COUNTED.items() if hasattr(module, constant)}
+    found: dict[str, int] = {}
+    with contextlib.suppress(module.NVMLError, AttributeError):
+        values = module.nvmlDeviceGetFieldValues(handle, list(ids.values()))
+        for name, value in zip(ids, values, strict=True):
+            if value.nvmlReturn == 0 and value.valueType == module.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG:
+                found[name] = int(value.value.ullVal)
+    if found:
+        return found
+    violation = ask("nvmlDeviceGetViolationStatus", "NVML_PERF_POLICY_THERMAL")
+    return {} if violation is None else {"thermal slowdown": int(violation.violationTime)}
+
+
+def held_back_between(before: GpuReading, after: GpuReading) -> tuple[tuple[str, ...], float | None]:
+    """Why the clock was held back between two readings, and for how long at most by one reason, s; None without counters.
+
+    Reasons are those whose counter moved, and those that stood at the end: not every driver counts every reason.
+    """
+    moved = {name: after.held_back_ns[name] - ns for name, ns in before.held_back_ns.items() if name in after.held_back_ns}
+    reasons = dict.fromkeys([*(name for name, ns in moved.items() if ns > 0), *after.throttles])
+    return tuple(reasons), max(0, *moved.values()) / 1e9 if moved else None

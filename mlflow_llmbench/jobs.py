@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Job:
     run_id: str = ""
     started_ms: int = 0
     attempts: list[tuple[GroupOutcome, int]] = field(default_factory=list)  # each process that measured it, and its number there
+    lost: int = 0  # how often the machine that was to measure it was gone before it had
     row: Row | None = None
 
     @property
@@ -49,10 +50,10 @@ def make_jobs(
     model_of: Mapping[Cell, ModelFacts],
     prompts: Mapping[str, PromptSet],
     environment: Mapping[str, Any],
+    room: Callable[[str], tuple[int | None, str]],
     folder: Path,
 ) -> list[Job]:
-    """One job per cell, in their order; what cannot be measured here is marked as refused."""
-    limit, _ = estimate.memory_limit(spec.options.memory_limit)
+    """One job per cell, in their order; what does not fit into the `room` of its device (see `estimate.refusal`) is marked as refused."""
     jobs: list[Job] = []
     for cell, name in zip(cells, names, strict=True):
         model = model_of[cell]
@@ -66,7 +67,7 @@ def make_jobs(
             Job(
                 cell, model, Hashes(config, workload, own["hardware"], own["software"], own["env"]),
                 folder / (f"{config}-{twins + 1}" if twins else config), name, predicted,
-                estimate.refusal(cell, model, predicted, limit, spec.options.force),
+                estimate.refusal(cell, model, predicted, (None, "") if spec.options.force else room(cell.device)),
             )
         )  # fmt: skip
     return jobs
@@ -109,8 +110,9 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
     repetitions: list[Repetition] = []
     for process, one in enumerate(measured):
         repetitions += [dataclasses.replace(r, index=len(repetitions) + r.index, process=process) for r in one.repetitions]
+    result = empty_result(job, spec, first.environment or environment, "ok")
     return dataclasses.replace(
-        empty_result(job, spec, environment, "ok"),
+        result,
         load=first.load,
         first_call_ms=measured[0].first_call_ms if number == 0 else None,
         warmup_s=measured[0].warmup_s,
@@ -119,10 +121,10 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         memory=supervise.stages_of(first, number),
         timeline=supervise.timeline_of(first, number),
         marks=_marks(first, number),
-        peaks=machine.best_peaks(first.peaks, f"{job.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
+        peaks=machine.best_peaks(first.peaks, f"{result.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
         idle_w=first.idle_w,
         texts=tuple(first.texts[number]),
-        quality=reference.quality_of(spec, job.cell, first),
+        quality=reference.quality_of(spec.options, job.cell, first),
         log=tuple(first.log),
     )
 
@@ -131,7 +133,8 @@ def failed_result(
     job: Job, spec: BenchSpec, environment: Mapping[str, Any], word: str, failure: Failure, outcome: GroupOutcome | None = None
 ) -> RunResult:
     """The result of a job that has none: the word for it, why, and what its worker was seen to need until then."""
-    result = dataclasses.replace(empty_result(job, spec, environment, word), failure=failure)
+    where = (outcome and outcome.environment) or environment
+    result = dataclasses.replace(empty_result(job, spec, where, word), failure=failure)
     if outcome is None:
         return result
     number = outcome.current if outcome.current is not None else 0
@@ -140,12 +143,18 @@ def failed_result(
 
 
 def empty_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any], word: str) -> RunResult:
-    """What every result of a job holds, measured or not."""
+    """What every result of a job holds, measured or not; `environment` is that of the machine that did it."""
     now = int(time.time() * 1000)
+    hashes = dataclasses.replace(job.hashes, **environment.get("hashes", {}))
     return RunResult(
-        job.cell, word, job.started_ms or now, now, job.hashes, job.model, environment,
+        job.cell, word, job.started_ms or now, now, hashes, job.model, environment,
         predicted_bytes=job.predicted, price_per_hour=spec.options.price_per_hour, sweep=job.folder.parent.name,
     )  # fmt: skip
+
+
+def env_hashes(job: Job) -> set[str | None]:
+    """Hashes of the environments in which the processes of a job measured it; None stands for the command's own."""
+    return {outcome.environment["hashes"]["env"] if outcome.environment else None for outcome, _ in job.attempts}
 
 
 def _marks(outcome: GroupOutcome, number: int) -> dict[str, int]:

@@ -28,11 +28,12 @@ from typing import IO, Any
 
 from .errors import JournalError
 from .records import RunResult, from_json, to_json
+from .redaction import redact, redact_all
 
 
 def new_sweep(output_dir: str) -> Path:
     """Make a folder for one command, named by its start (UTC) so that folders sort by time. Raises JournalError."""
-    folder = Path(output_dir).expanduser().resolve() / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+    folder = Path(os.path.expanduser(output_dir)).resolve() / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
     try:
         folder.mkdir(parents=True)
         probe = folder / ".writable"
@@ -69,14 +70,28 @@ def is_claimed(folder: Path) -> bool:
 
 def abandoned(output_dir: str) -> list[Path]:
     """Folders of sweeps whose command was killed before it could end them, oldest first."""
-    root = Path(output_dir).expanduser()
+    root = Path(os.path.expanduser(output_dir))
     begun = [file.parent for file in sorted(root.glob("*/sweep.json")) if not (file.parent / "ended.json").exists()]
     return [folder for folder in begun if not is_claimed(folder)]
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write a JSON file whole or not at all: a temporary file, flushed to the disk, then renamed."""
-    write_bytes(path, (json.dumps(to_json(data), ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
+    """Write a JSON file, without secrets, whole or not at all: a temporary file, flushed to the disk, then renamed."""
+    write_bytes(path, _utf8(json.dumps(redact_all(to_json(data)), ensure_ascii=False, indent=1, allow_nan=False) + "\n"))
+
+
+def redact_log(path: Path) -> None:
+    """Mask the secrets in what libraries printed. It was written by another process, which no text can be held back from."""
+    with contextlib.suppress(OSError, JournalError):
+        text = path.read_bytes().decode(errors="replace")
+        if redact(text) != text:
+            path.unlink()  # rather no log than one with a secret, where the disk takes no other
+            write_bytes(path, redact(text).encode())
+
+
+def _utf8(text: str) -> bytes:
+    r"""JSON as bytes. What UTF-8 cannot write, from a file name that is not UTF-8, becomes JSON's own escape: `\udcff`."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -90,6 +105,14 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add to a journal what its writer on another machine has written. Raises JournalError."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(data)
 
 
 def _remove(path: Path) -> None:
@@ -125,9 +148,9 @@ class EventLog:
 
     def append(self, event: str, **data: Any) -> None:
         """Write one event; if durable, wait for the disk."""
-        line = json.dumps({"event": event, **{key: to_json(value) for key, value in data.items()}}, ensure_ascii=False, separators=(",", ":"))
+        line = json.dumps({"event": event, **redact_all(to_json(data))}, ensure_ascii=False, separators=(",", ":"))
         with _writing(self.path):
-            rest = memoryview(line.encode() + b"\n")
+            rest = memoryview(_utf8(line) + b"\n")
             while rest:  # a full disk takes a part, and refuses the next
                 rest = rest[self.file.write(rest) :]
             if self.durable:

@@ -17,6 +17,7 @@ from .errors import StoreAway, first_line
 from .jobs import Job, identity
 from .journal import write_json
 from .records import RunResult
+from .redaction import redact
 from .report import Row
 from .spec import BenchSpec
 
@@ -78,7 +79,7 @@ class Ledger:
         if started:
             job.run_id = started
             with self.noted(f"the note of {job.name}'s run"):
-                write_json(job.folder / "run.json", {"run_id": started, "tracking_uri": self.store and tracking.without_password(self.store.uri)})
+                write_json(job.folder / "run.json", {"run_id": started, "tracking_uri": self.store and self.store.uri})
 
     def upload(self, job: Job, result: RunResult) -> None:
         """Put a cell's result into its run, and end that, also where an interruption meets it."""
@@ -141,9 +142,8 @@ class Ledger:
         try:
             return action(self.store)
         except Exception as error:
-            text = tracking.without_password(first_line(error))
-            self.missed.append(f"{name}: {text}")
-            self.warn(f"Not uploaded: {name}: {text}. It is kept in {self.folder}, and tried again at the end.")
+            self.missed.append(f"{name}: {first_line(error)}")
+            self.warn(f"Not uploaded: {name}: {first_line(error)}. It is kept in {self.folder}, and tried again at the end.")
             return None
 
     def _answers(self, store: Store) -> bool:
@@ -153,6 +153,6 @@ class Ledger:
         if tracking.answers(store.uri):
             return True
         if not self.missed:
-            self.warn(f"The MLflow store {tracking.without_password(store.uri)} does not answer. Results are kept in {self.folder}.")
+            self.warn(f"The MLflow store {redact(store.uri)} does not answer. Results are kept in {self.folder}.")
         self.waited_s += time.monotonic() - started
         return False

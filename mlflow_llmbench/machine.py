@@ -6,6 +6,7 @@ Nothing here is called in a timed region. Every reading may be absent (None), no
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import importlib.metadata
 import json
@@ -125,7 +126,7 @@ def environment(git_folder: str | None = None) -> dict[str, Any]:
     identity = {
         "cpu": {k: v for k, v in hardware["cpu"].items() if k != "last_level_cache_bytes"},
         "memory_gib": round(total / 2**30) if total else None,
-        "gpus": [{"name": g["name"], "memory_bytes": g["memory_bytes"]} for g in devices],
+        "gpus": [{"name": g["name"], "memory_bytes": g["memory_bytes"], **({"mig": True} if g.get("mig") else {})} for g in devices],
     }
     hardware_hash, software_hash = hash16(identity), hash16(software)
     return {
@@ -151,15 +152,20 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-llmbench"
 
 
+def known_peaks() -> dict[str, dict[str, float]]:
+    """The rates that were measured here before, by hardware, device and threads (`best_peaks`); empty before the first measurement."""
+    known: dict[str, dict[str, float]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((cache_folder() / "peaks.json").read_text())
+    return known
+
+
 def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
     """The best rates ever measured here under `key` (hardware, device, threads), these included; kept in the cache folder.
 
     A probe can only be disturbed downwards, and a bandwidth that is too low makes an MBU that is too high.
     """
-    file = cache_folder() / "peaks.json"
-    known: dict[str, dict[str, float]] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
+    file, known = cache_folder() / "peaks.json", known_peaks()
     before = known.get(key, {})
     best = {name: max(rate, before.get(name, 0.0)) for name, rate in measured.items()}
     if best != before:
@@ -197,6 +203,9 @@ class Readings:
     gpu: GpuReading | None = None
 
 
+PROC = Path("/proc")
+"""Where Linux shows its counters of CPU time, pressure and paging."""
+
 RAPL = Path("/sys/class/powercap")
 """Where Linux shows the energy counters of CPU packages (RAPL): `intel-rapl:<n>/energy_uj`; AMD's too, and readable by root only."""
 
@@ -226,13 +235,13 @@ def take_readings(device: str = "cpu") -> Readings:
     steal = busy = pressure = swapped = None
     ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
     with contextlib.suppress(OSError, ValueError, IndexError):
-        numbers = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        numbers = [int(n) for n in (PROC / "stat").read_text().split("\n", 1)[0].split()[1:]]
         steal = numbers[7] / ticks
         busy = (numbers[0] + numbers[1] + numbers[2] + numbers[5] + numbers[6]) / ticks
     with contextlib.suppress(OSError, IndexError, ValueError):
-        pressure = int(Path("/proc/pressure/cpu").read_text().split("total=")[1].split()[0]) / 1e6
+        pressure = int((PROC / "pressure" / "cpu").read_text().split("total=")[1].split()[0]) / 1e6
     with contextlib.suppress(OSError):
-        counts: Mapping[str, str] = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        counts: Mapping[str, str] = dict(line.split() for line in (PROC / "vmstat").read_text().splitlines())
         swapped = int(counts.get("pswpin", 0)) + int(counts.get("pswpout", 0))
     switches = faults = None
     if sys.platform != "win32":
@@ -252,7 +261,7 @@ def noise_between(before: Readings, after: Readings) -> Noise:
         return None if a is None or b is None else max(b - a, 0)
 
     own, busy = after.own_s - before.own_s, difference("busy_s")
-    return Noise(
+    noise = Noise(
         wall_s=after.wall_s - before.wall_s,
         steal_s=difference("steal_s"),
         foreign_cpu_s=None if busy is None else max(busy - own, 0.0),
@@ -261,17 +270,33 @@ def noise_between(before: Readings, after: Readings) -> Noise:
         involuntary_switches=difference("switches"),
         major_faults=difference("faults"),
         swapped_pages=difference("swapped"),
-        frequency_mhz=after.gpu.clock_mhz if after.gpu else cpu_frequency_mhz(),
+        frequency_mhz=None if after.gpu else cpu_frequency_mhz(),
         # A counter that wrapped in between says nothing.
         energy_j=None if before.energy_j is None or after.energy_j is None or after.energy_j < before.energy_j else after.energy_j - before.energy_j,
-        throttles=after.gpu.throttles if after.gpu else (),
-        foreign_gpu_processes=after.gpu.foreign_processes if after.gpu else None,
-        temperature_c=after.gpu.temperature_c if after.gpu else None,
+    )
+    return _with_gpu(noise, before.gpu, after.gpu) if before.gpu and after.gpu else noise
+
+
+def _with_gpu(noise: Noise, before: GpuReading, after: GpuReading) -> Noise:
+    """The noise with what the GPU did: counters as differences, the rest as it was at the end."""
+    errors = None if before.memory_errors is None or after.memory_errors is None else max(after.memory_errors - before.memory_errors, 0)
+    throttles, throttled_s = gpu.held_back_between(before, after)
+    return dataclasses.replace(
+        noise,
+        frequency_mhz=after.clock_mhz,
+        throttles=throttles,
+        throttled_s=throttled_s,
+        foreign_gpu_processes=after.foreign_processes,
+        temperature_c=after.temperature_c,
+        memory_clock_mhz=after.memory_clock_mhz,
+        power_w=after.power_w,
+        utilization_ratio=after.utilization_ratio,
+        gpu_memory_errors=errors,
     )
 
 
 def cpu_frequency_mhz() -> float | None:
-    """Mean current frequency of the usable CPUs as the governor reports it; None where there is none (most virtual machines)."""
+    """Mean over the usable CPUs of their frequency at this instant, as the governor reports it; None where none does (most virtual machines)."""
     found = []
     for cpu in usable_cpus():
         with contextlib.suppress(OSError, ValueError):

@@ -45,6 +45,9 @@ class Metric:
         return [f"{self.section}/{self.name}{'_' + s if s else ''}" for s in self.statistics]
 
 
+FAILURES = ("truncated", "server_error", "timeout", "refused", "malformed")
+"""How a request to a server ends that is not `complete`."""
+
 LATENCY = ("mean", "p50", "p90", "p95", "p99")
 
 METRICS: tuple[Metric, ...] = (
@@ -135,6 +138,48 @@ METRICS: tuple[Metric, ...] = (
     Metric("config", "batch_size", "setting, as a number to filter and plot by", "", ("",)),
     Metric("config", "prompt_tokens", "setting (mean of what was sent where it is auto)", "", ("",)),
     Metric("config", "output_tokens", "setting", "", ("",)),
+    Metric("config", "concurrency", "setting of a closed loop: users", "", ("",)),
+    Metric("config", "request_rate", "setting of an open loop", "1/s", ("",)),
+    Metric("latency", "icl_ms", "gaps between chunks that hold several tokens, in place of itl_ms", "ms", ("mean", "p50", "p95", "p99"), "lower"),
+    Metric("latency", "ttfo_ms", "start → first token outside a reasoning channel", "ms", ("mean", "p50", "p95", "p99"), "lower"),
+    Metric(
+        "throughput",
+        "requests_per_s",
+        "complete requests ÷ (last arrival − first sending), mean over repetitions",
+        "1/s",
+        ("",),
+        "higher",
+        "requests/s",
+    ),
+    Metric("window", "full_output_tokens_per_s", "from the first sending to the last arrival", "1/s", ("",), "higher"),
+    Metric("window", "full_requests_per_s", "complete requests in the same", "1/s", ("",), "higher"),
+    Metric("window", "full_ttft_ms", "TTFT of all requests", "ms", ("p50", "p99"), "lower"),
+    Metric("window", "full_itl_ms", "ITL of all requests", "ms", ("p50", "p99"), "lower"),
+    Metric(
+        "window",
+        "steady_output_tokens_per_s",
+        "tokens that arrive from the end of the first answer to the last sending ÷ that time",
+        "1/s",
+        ("",),
+        "higher",
+    ),
+    Metric("window", "steady_requests_per_s", "answers, each by the share of its tokens that arrive in it, ÷ that time", "1/s", ("",), "higher"),
+    Metric("window", "steady_ttft_ms", "TTFT of requests begun in it", "ms", ("p50", "p99"), "lower"),
+    Metric("window", "steady_itl_ms", "gaps that lie in it", "ms", ("p50", "p99"), "lower"),
+    Metric("goodput", "requests_per_s", "requests that met every slo_…_ms, per second", "1/s", ("",), "higher", "goodput/s"),
+    Metric("goodput", "attainment_ratio", "their share of all that were sent and can be judged", "0–1", ("",), "higher"),
+    Metric("goodput", "requests_without_tpot", "requests too short to be judged by slo_tpot_ms", "", ("",)),
+    Metric("errors", "failed_ratio", "requests that were not complete ÷ all that were sent", "0–1", ("",), "lower"),
+    *(Metric("errors", word, "requests that ended so", "", ("",), "lower") for word in FAILURES),
+    Metric("lengths", "prompt_tokens", "by the server's count", "", ("mean",)),
+    Metric("lengths", "output_tokens", "by the server's count", "", ("mean",)),
+    Metric("lengths", "tokens_per_chunk", "output tokens ÷ chunks of the stream", "", ("mean",)),
+    Metric("lengths", "cached_prompt_ratio", "prompt tokens from the server's prefix cache, where it tells them", "0–1", ("",)),
+    Metric("in_flight", "requests", "requests that wait for their end, over the time of a repetition", "", ("mean", "max")),
+    Metric("client", "loop_lag_ms", "the client's event loop: actual − expected wake-up", "ms", ("mean", "p50", "p99"), "lower"),
+    Metric("client", "send_delay_ms", "open loop: sent − meant", "ms", ("mean", "p50", "p99"), "lower"),
+    Metric("client", "cpu_ratio", "CPU time of the client ÷ wall time; it has one core", "0–1", ("",), "lower"),
+    Metric("client", "rate_ratio", "open loop: rate reached ÷ rate asked", "0–1", ("",), "higher"),
     Metric("trust", "repetitions", "timed repetitions that the numbers rest on", "", ("",), "higher"),
     Metric("trust", "relative_half_width", "half-width of the 95 % interval of the throughput ÷ its mean", "", ("",), "lower"),
     Metric("trust", "cv_ratio", "standard deviation of the throughput over repetitions (processes, where several) ÷ its mean", "", ("",), "lower"),
@@ -159,6 +204,7 @@ REASONS: dict[str, str] = {
     "wrong_token_count": "invalid", "unfinished": "invalid", "client_bound": "invalid", "mbu_above_one": "invalid", "negative_gap": "invalid",
     "not_steady": "suspect", "not_converged": "suspect", "too_few_samples": "suspect", "contended": "suspect", "throttled": "suspect",
     "high_variation": "suspect", "length_drift": "suspect", "prefix_cache_hits": "suspect", "chunked_stream": "suspect", "swapping": "suspect",
+    "failed_requests": "suspect", "saturated": "suspect",
 }  # fmt: skip
 """Reason code → the verdict it forces."""
 
@@ -170,5 +216,6 @@ OUTCOMES = {
 
 COLOURS = {
     "none": "#5f6b7a", "fp32": "#1f4e8c", "fp16": "#2e86c1", "bf16": "#17a2a2", "int8": "#e08e0b", "int4": "#c0392b", "fp4": "#8e44ad", "gptq": "#2e8b57",
+    "gptq3": "#7a9a01", "gptq8": "#5d8aa8",
 }  # fmt: skip
 """One colour per quantization, in MLflow (`mlflow.runColor`) and in our charts."""

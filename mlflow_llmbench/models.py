@@ -34,8 +34,13 @@ _GEMMA3_LEFT_OUT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_di
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOAT_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BLOCKS_OF_64 = 0.5 + 4 / 64  # bitsandbytes: one fp32 absmax per block, no double quantization
-_GROUPS_OF_128 = 0.5 + (2 + 0.5) / 128  # GPTQ: one fp16 scale and one 4-bit zero point per group
-_LINEAR_BYTES = {"int8": 1.0, "int4": _BLOCKS_OF_64, "fp4": _BLOCKS_OF_64, "gptq": _GROUPS_OF_128}  # int8: and 4 bytes an output row
+_GPTQ = {"gptq": 4, "gptq3": 3, "gptq8": 8}  # bits; per group of 128 one fp16 scale and one zero point of as many bits
+_LINEAR_BYTES = {
+    "int8": 1.0,  # and 4 bytes an output row
+    "int4": _BLOCKS_OF_64,
+    "fp4": _BLOCKS_OF_64,
+    **{quant: bits / 8 + (2 + bits / 8) / 128 for quant, bits in _GPTQ.items()},
+}
 PROCESS_BYTES = 400_000_000
 """What Python, torch and the quantization library take themselves: 0.3 to 0.4 GB, seen with torch 2.13 on a CPU."""
 
@@ -233,7 +238,7 @@ def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat
     stored as they will be used (no conversion, GPTQ) need no second copy.
     """
     weights = shape.weight_bytes(quant, dtype)
-    copied_as_is = quant in ("none", "gptq") or _FLOAT_DTYPE.get(quant) == dtype
+    copied_as_is = quant in ("none", *_GPTQ) or _FLOAT_DTYPE.get(quant) == dtype
     return weights if copied_as_is else weights + min(shape.weight_bytes("none", dtype), _LARGEST_SHARD_BYTES)
 
 

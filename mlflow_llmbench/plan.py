@@ -7,16 +7,22 @@ import itertools
 from dataclasses import dataclass
 
 from .records import Cell, ModelFacts, hash16
-from .spec import BenchSpec, as_text
+from .redaction import escape_controls, redact
+from .spec import GPTQ_BITS, BenchSpec, as_text, cell_fields
 
-LOADED = ("model", "weights", "revision", "backend", "quant", "device", "threads", "attention", "decode", "trust_remote_code")
+LOADED = (
+    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint",
+)  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
-WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device")
+WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url")
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
-UNDECISIVE = ("max_repetitions",)
+UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
 """Parameters of a cell that do not decide its result."""
+
+LONGEST_NAME = 250
+"""Characters of a run's name; MLflow's tables have room for no more."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,22 @@ def expand_cells(spec: BenchSpec) -> list[Cell]:
 
 
 def group_cells(cells: list[Cell]) -> list[Group]:
-    """Cells by load key, groups in the order of their first cell. The seed belongs to the key where it makes the weights."""
+    """Cells by load key, groups in the order of their first cell.
+
+    The seed belongs to the key where it makes the weights, and the workload where it calibrates a quantization.
+    """
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         key = tuple(getattr(cell, name) for name in LOADED) + ((cell.seed,) if cell.weights == "random" else ())
+        key += (cell.seed, cell.workload) if cell.quant in GPTQ_BITS else ()
         groups.setdefault(key, []).append(cell)
     return [Group(tuple(sorted(group, key=size, reverse=True))) for group in groups.values()]
 
 
 def size(cell: Cell) -> tuple[int, int]:
-    """Order of shapes: tokens held in the KV cache, then rows."""
-    return cell.batch_size * ((cell.prompt_tokens or 0) + cell.output_tokens), cell.batch_size
+    """Order of shapes: tokens held in the KV cache, then rows. An offline cell has one user, an online one one row."""
+    rows = cell.batch_size * cell.concurrency
+    return rows * ((cell.prompt_tokens or 0) + cell.output_tokens), rows
 
 
 def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
@@ -63,12 +74,14 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
     unknown = cell.prompt_tokens is None or other.prompt_tokens is None
     same = (cell.prompt_tokens, cell.workload) == (other.prompt_tokens, other.workload)
     longer = same if unknown else (cell.prompt_tokens or 0) >= (other.prompt_tokens or 0)
-    return longer and cell.batch_size >= other.batch_size and cell.output_tokens >= other.output_tokens
+    denser = cell.concurrency >= other.concurrency and (cell.request_rate or 0) >= (other.request_rate or 0)
+    return longer and denser and cell.batch_size >= other.batch_size and cell.output_tokens >= other.output_tokens
 
 
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
-    decisive = {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell) if f.name not in UNDECISIVE}
+    fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and (cell.url or not f.metadata["online"])]
+    decisive = {f.name: getattr(cell, f.name) for f in fields}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
     return hash16(decisive)
@@ -76,7 +89,7 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """What was asked for, as text: each parameter with its value or its comma list."""
-    return {name: ",".join(as_text(name, value) for value in values) for name, values in spec.axes.items()}
+    return {name: ",".join(as_text(name, value) for value in spec.axes[name]) for name in cell_fields(spec.axes["url"] != (None,))}
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:
@@ -86,13 +99,27 @@ def option_params(spec: BenchSpec) -> dict[str, str]:
 
 def cell_name(cell: Cell, varied: list[str]) -> str:
     """A run name: what varies (`quant=int4 batch_size=4`), or for a single cell what it is (`opt-1.3b int4 b1`)."""
+    if not varied and cell.url:
+        load = f"c{cell.concurrency}" if cell.request_rate is None else f"{cell.request_rate:g}/s"
+        return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
     if not varied:
-        return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} {cell.quant} b{cell.batch_size}"
-    return " ".join(f"{name}={as_text(name, getattr(cell, name)).rstrip('/').rsplit('/', 1)[-1]}" for name in varied)
+        return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
+    return _named(" ".join(f"{name}={_last_part(as_text(name, getattr(cell, name)))}" for name in varied))
 
 
 def sweep_name(spec: BenchSpec) -> str:
     """A parent's run name: the model and what varies (`opt-125m: quant × batch_size`)."""
-    models = [str(m).rstrip("/").rsplit("/", 1)[-1] for m in spec.axes["model"]]
+    models = [_last_part(str(model)) for model in spec.axes["model"]]
     rest = [name for name in spec.varied if name != "model"]
-    return f"{', '.join(models[:3])}{' …' if len(models) > 3 else ''}: {' × '.join(rest) if rest else 'model'}"
+    return _named(f"{', '.join(models[:3])}{' …' if len(models) > 3 else ''}: {' × '.join(rest) if rest else 'model'}")
+
+
+def _last_part(path: str) -> str:
+    """The last part of a path or a Hub id; all of it if there is nothing before a slash."""
+    return redact(path).rstrip("/").rsplit("/", 1)[-1]  # before it is cut: half an address is not recognised
+
+
+def _named(text: str) -> str:
+    """A run's name as it may be shown: without control characters, cut to what MLflow's databases take."""
+    text = escape_controls(text)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"

@@ -80,7 +80,8 @@ class Progress:
                 self._count_stage(event["stage"])
                 self._now(doing, log=doing if event["stage"] in ("preparing", "reference", "starting", "loading") else "")
             case "load":
-                doing = f"loaded in {duration(event['info']['load_s'])}" if event.get("info") else "loaded"
+                seconds = (event.get("info") or {}).get("load_s")
+                doing = "loaded" if seconds is None else f"loaded in {duration(seconds)}"
                 self._now(doing, log=doing)
             case "cell":
                 self.over.discard(self.number)  # one of several processes for one cell
@@ -98,7 +99,8 @@ class Progress:
                 taken = self._end()
                 self.over.add(self.number)
                 self.seconds[self.number] = self.seconds.get(self.number, 0.0) + taken
-                doing, left = f"measured in {duration(taken)}", self._left()
+                # Of several nodes at once, the time since the last cell ended is not that of this one.
+                doing, left = f"measured on {event['node']}" if "node" in event else f"measured in {duration(taken)}", self._left()
                 self._now(doing, log=f"{doing}, {left}" if left else doing)
             case "evaluating":
                 self._now("evaluating quality", log="evaluating quality")

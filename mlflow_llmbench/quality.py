@@ -151,7 +151,5 @@ def sentences(quality: Quality) -> list[str]:
             f"stride of {s.stride}; the interval is over windows. It depends on the text and the tokenizer: compare it within one model."
         )
     if said:
-        said.append(
-            "The memory stage *unloaded* is absent: the evaluation came before it and left allocations behind that are not the measurement's."
-        )
+        said.append("The memory stage unloaded is absent: the evaluation came before it and left allocations behind that are not the measurement's.")
     return said + list(quality.withheld)

@@ -22,9 +22,14 @@ SCHEMA = 1
 T = TypeVar("T")
 
 
-def parameter(default: object, help: str, *, kind: str, sweep: bool = False, unset: str = "", low: float = 1, high: float = 1e9) -> Any:
-    """Declare a parameter once: its default, meaning, kind (see `spec.PARSERS`), bounds, and the word that stands for None."""
-    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high}
+def parameter(
+    default: object, help: str, *, kind: str, sweep: bool = False, unset: str = "", low: float = 1, high: float = 1e9, online: bool = False
+) -> Any:
+    """Declare a parameter once: its default, meaning, kind (see `spec.PARSERS`), bounds, and the word that stands for None.
+
+    `online` parameters mean something only where a server is measured.
+    """
+    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high, "online": online}
     return field(default=default, metadata=metadata)
 
 
@@ -36,7 +41,10 @@ class Cell:
     weights: str = parameter("hub", "hub (or local files), or random (architecture of the preset, seeded)", kind="weights")
     revision: str = parameter("main", "Hub revision; the resolved commit is logged", kind="text")
     backend: str = parameter("transformers", "what runs the model", kind="backend")
-    quant: str = parameter("none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4", kind="quant", sweep=True)
+    quant: str = parameter(
+        "none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8", kind="quant", sweep=True
+    )
+    group_size: int = parameter(128, "weights that share a scale, for gptq", kind="count", low=16, high=1024)
     batch_size: int = parameter(1, "rows in one forward pass", kind="count", sweep=True, high=4096)
     prompt_tokens: int | None = parameter(
         128, "exact prompt length in tokens; auto = as the workload gives it", kind="count", sweep=True, unset="auto", high=1_000_000
@@ -59,14 +67,44 @@ class Cell:
     attention: str = parameter("auto", "auto, eager, sdpa, flash_attention_2, … as the library names them", kind="attention", sweep=True)
     decode: str = parameter("generate", "decode path of the local backend", kind="decode", sweep=True)
     seed: int = parameter(0, "prompts, random weights, arrival schedule", kind="count", low=0, high=2**31 - 1)
-    trust_remote_code: bool = parameter(False, "run code that comes with a Hub model; recorded", kind="flag")
+    trust_remote_code: bool = parameter(False, "run code that comes with a model; recorded", kind="flag")
+    allow_pickle: bool = parameter(False, "read weights that are a pickle (.bin) where there are no safetensors; recorded", kind="flag")
+    url: str | None = parameter(None, "server to measure, with backend=openai: http://127.0.0.1:8000", kind="url", unset="none", online=True)
+    endpoint: str = parameter("completions", "completions or chat: /v1/completions or /v1/chat/completions", kind="endpoint", online=True)
+    concurrency: int = parameter(
+        1, "closed loop: users who each wait for their answer before they ask again", kind="count", sweep=True, high=65536, online=True
+    )
+    request_rate: float | None = parameter(
+        None, "open loop: requests per second, sent whatever has been answered", kind="number", sweep=True, unset="none", low=0.001, online=True
+    )
+    arrival: str = parameter("poisson", "open loop: poisson, constant or gamma", kind="arrival", online=True)
+    burstiness: float = parameter(
+        1, "arrival=gamma: shape; 1 is poisson, below 1 comes in bursts, above 1 is more even", kind="number", low=0.01, high=1e6, online=True
+    )
+    requests: int | None = parameter(
+        None, "requests per repetition; auto = 4 for each user, or 10 s of the rate, at least 12", kind="count", unset="auto", online=True
+    )
+    duration_s: float | None = parameter(
+        None, "no request of a repetition is begun later than this", kind="number", unset="none", low=0.1, high=1e6, online=True
+    )
+    request_timeout_s: float = parameter(600, "after this a request has failed", kind="number", low=0.1, high=86400, online=True)
+    slo_ttft_ms: float | None = parameter(None, "goodput: the most for the first token", kind="number", unset="none", low=0, online=True)
+    slo_tpot_ms: float | None = parameter(None, "goodput: the most per token after the first", kind="number", unset="none", low=0, online=True)
+    slo_e2e_ms: float | None = parameter(None, "goodput: the most for a whole answer", kind="number", unset="none", low=0, online=True)
+
+    @property
+    def scenario(self) -> str:
+        """`online` where a server is measured, else `offline`."""
+        return "online" if self.url else "offline"
 
 
 @dataclass(frozen=True)
 class Options:
     """Parameters of a whole command that do not decide a result."""
 
+    preset: str | None = parameter(None, "a grid of parameters: quick or effillm; what is given besides overrides it", kind="preset", unset="none")
     output_dir: str = parameter("llmbench-results", "the journal's folder", kind="text")
+    on: str = parameter("here", "where it is measured: here, ray (the Ray cluster of this machine), or ray://host:port", kind="place")
     price_per_hour: float | None = parameter(None, "money per hour of this machine, for cost metrics", kind="number", unset="none", low=0)
     force: bool = parameter(False, "try cells that are estimated not to fit in memory", kind="flag")
     quality: str = parameter(
@@ -106,7 +144,7 @@ class ModelFacts:
 class LoadInfo:
     """What a load really gave. `facts` become dotted params (`quant.kernel`, `model.dtype`, …)."""
 
-    load_s: float
+    load_s: float | None  # None where a server had loaded it before
     weight_bytes: int | None = None  # as stored, with quantization state and inner tensors
     step_bytes: int | None = None  # the part that one decode step reads
     kv_bytes_per_token: int | None = None  # per row
@@ -126,8 +164,12 @@ class Noise:
     """What the machine did during one repetition, beside the work that was measured.
 
     `steal_s`: seconds of CPU taken by the hypervisor · `foreign_cpu_s`: seconds of CPU used by processes that are not
-    ours · `pressure_s`: seconds in which some task waited for a CPU (PSI) · `frequency_mhz`: mean over our CPUs, or the GPU's SM clock · `energy_j`: of the device, idle
-    included · `throttles`, `foreign_gpu_processes`, `temperature_c`: of the GPU, when the repetition ended.
+    ours · `pressure_s`: seconds in which some task waited for a CPU (PSI) · `energy_j`: of the device, idle included ·
+    `throttles`: why the GPU's clock was held back, during the repetition where the driver counts it, and when it ended ·
+    `throttled_s`: for how many seconds, by the reason that lasted longest · `gpu_memory_errors`: uncorrected ones (ECC).
+    The rest is read once, at the instant when the repetition has ended: `frequency_mhz`: mean over our CPUs, or the GPU's
+    SM clock · `memory_clock_mhz`, `power_w`, `temperature_c`, `foreign_gpu_processes`: of the GPU · `utilization_ratio`:
+    share of the last sixth of a second to one second in which the GPU ran a kernel.
     """
 
     wall_s: float
@@ -143,6 +185,11 @@ class Noise:
     throttles: tuple[str, ...] = ()
     foreign_gpu_processes: int | None = None
     temperature_c: int | None = None
+    throttled_s: float | None = None
+    memory_clock_mhz: int | None = None
+    power_w: float | None = None
+    utilization_ratio: float | None = None
+    gpu_memory_errors: int | None = None
 
     @property
     def others_cpus(self) -> float:
@@ -157,29 +204,73 @@ class Noise:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`. `rows` rows of one forward pass share the stamps."""
+    """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`. `rows` rows of one forward pass share the stamps.
+
+    Behind a server a stamp is the arrival of a chunk of the stream, and a chunk may hold several tokens: `tokens` is the
+    server's own count of the output (None: one token per stamp), `chunk_tokens` that of each chunk where it tells them.
+    `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
+    `end_ns` the end of the answer, `cached_tokens` the part of the prompt that the server had in its prefix cache.
+    """
 
     t0_ns: int
     stamps_ns: tuple[int, ...]
     rows: int = 1
     prompt_tokens: int | None = None
     intended_ns: int | None = None
+    outcome: str = "complete"
+    message: str = ""
+    tokens: int | None = None
+    chunk_tokens: tuple[int, ...] | None = None
+    visible_ns: int | None = None
+    end_ns: int | None = None
+    cached_tokens: int | None = None
+    finish: str = ""  # why the model stopped, in the server's word
 
     @property
     def output_tokens(self) -> int:
         """Tokens per row."""
-        return len(self.stamps_ns)
+        return len(self.stamps_ns) if self.tokens is None else self.tokens
+
+    @property
+    def start_ns(self) -> int:
+        """What latencies are counted from: the intended time of an open loop, else the sending."""
+        return self.t0_ns if self.intended_ns is None else self.intended_ns
+
+    @property
+    def single_tokens(self) -> bool:
+        """Whether each stamp is that of one token."""
+        return self.output_tokens == len(self.stamps_ns) and (self.chunk_tokens is None or max(self.chunk_tokens, default=1) == 1)
+
+
+@dataclass(frozen=True)
+class ClientReadings:
+    """What the load client saw of itself during one repetition.
+
+    `started_ns`, `ended_ns`: from the first sending to the end of the last answer · `lags_ns`: how late its event loop woke
+    up, every 20 ms · `cpu_s`: CPU seconds of its one process · `retries`: requests sent again because the server had closed an idle connection.
+    """
+
+    started_ns: int
+    ended_ns: int
+    lags_ns: tuple[int, ...]
+    cpu_s: float
+    retries: int = 0
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time."""
+    """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
+
+    Only complete requests are in `requests`, so that no other enters a latency; those that failed are in `failed`.
+    """
 
     index: int
     wall_ms: int
     requests: tuple[RequestRecord, ...]
     noise: Noise | None = None
     process: int = 0
+    failed: tuple[RequestRecord, ...] = ()
+    client: ClientReadings | None = None
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from . import estimate, machine, models, supervise
 from .backends.base import backend_class
 from .errors import LlmbenchError
-from .records import Cell, ModelFacts, Quality, hash16
-from .spec import BenchSpec
+from .records import Cell, ModelFacts, Options, Quality, hash16
 from .supervise import GroupOutcome, Limits
 from .workload import Text, load_prompts, load_text
 
 if TYPE_CHECKING:
-    from .jobs import Job
+    from .node import Task
 
 FORMAT = 1
 """Version of what is written and how it is computed; a change makes new files."""
@@ -41,57 +40,47 @@ def never(cell: Cell) -> str | None:
 
 def sibling(cell: Cell) -> Cell:
     """The unquantized model of a cell, run the ordinary way on the same device: the same for all cells that are compared with it."""
-    names = ("model", "weights", "revision", "backend", "device", "threads", "trust_remote_code")
+    names = ("model", "weights", "revision", "backend", "device", "threads", "trust_remote_code", "allow_pickle")
     return Cell(**{name: getattr(cell, name) for name in names})
 
 
-def order(
-    spec: BenchSpec,
-    waiting: Sequence[Job],
-    failures: dict[str, str],
-    tell: Callable[[Mapping[str, Any]], None],
-    note: Callable[[str], None],
-    limits: Limits,
-) -> dict[str, Any] | None:
+def order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any] | None:
     """What a worker is to evaluate after its last cell, its references being there; None if nothing.
 
-    Computes the references that are missing. `failures` holds why some could not be computed in this sweep, and is added to:
-    a model too large for this machine is not tried for each of its quantizations. `note` is told once why something is withheld.
-    Raises KeyboardInterrupt.
+    Computes the references that are missing, `tell` being told that it does; one that cannot be had is not tried again for the
+    same sweep: a model too large for this machine is not loaded for each of its quantizations. `environment` is that of this
+    machine, where it is known. Raises KeyboardInterrupt, and UsageError if the text cannot be read.
     """
-    cell = waiting[0].cell
-    if spec.options.quality == "none" or any(job.attempts for job in waiting):
+    cell = task.cells[0]
+    if task.options.quality == "none":
         return None
     if why := never(cell):
-        _say_once(why, failures, note)
+        tell({"event": "withheld", "message": why})
         return None
-    own = sibling(cell)
-    text = load_text(spec.options.quality_text)
+    own, text = sibling(cell), load_text(task.options.quality_text)
     is_reference = cell.quant == "none" and cell.attention == "auto"
     found: dict[str, Any] = {"text": text.name, "digest": text.digest, "references": {}, "is_reference": is_reference}
     try:
         model = backend_class(cell.backend).resolve(own)
         refused = _already_quantized(cell, model)
-        files = {job.cell.workload: _file(job, model, text) for job in waiting}
-        missing = {workload: file for workload, file in files.items() if not file.exists()}
-        if missing and not refused:
-            key = hash16(sorted(map(str, missing.values())))
-            if key not in failures:
-                failures[key] = _compute(spec, waiting[0], own, model, missing, tell, limits)
-                _forget_old([*files.values()])
-            refused = failures[key] and f"There is no unquantized model to compare with: {failures[key]}"
+        if not refused:
+            env = (environment or machine.environment(str(Path(__file__).parent)))["hashes"]["env"]
+            files = {one.workload: _file(one, model, text, env) for one in task.cells}
+            missing = {workload: str(file) for workload, file in files.items() if not file.exists()}
+            found["references"] = {workload: str(file) for workload, file in files.items()}
+            if missing:
+                key = hash16([str(task.folders[0].parent), sorted(missing.values())])
+                if key not in _FAILED:
+                    _FAILED[key] = _compute(task, own, model, missing, tell, limits)
+                    _forget_old([*files.values()])
+                refused = _FAILED[key] and f"There is no unquantized model to compare with: {_FAILED[key]}"
     except LlmbenchError as error:
-        refused, files = f"There is no unquantized model to compare with: {error}", {}
-    if refused:
-        _say_once(refused, failures, note)
-        return found | {"withheld": refused}
-    return found | {"references": {workload: str(file) for workload, file in files.items()}}
+        refused = f"There is no unquantized model to compare with: {error}"
+    return found | ({"references": {}, "withheld": refused} if refused else {})
 
 
-def _say_once(sentence: str, said: dict[str, str], note: Callable[[str], None]) -> None:
-    if sentence not in said:
-        said[sentence] = sentence
-        note(sentence)
+_FAILED: dict[str, str] = {}
+"""References of a sweep that were tried: why each could not be computed, empty if it was."""
 
 
 def _already_quantized(cell: Cell, model: ModelFacts) -> str:
@@ -102,31 +91,31 @@ def _already_quantized(cell: Cell, model: ModelFacts) -> str:
     return ""
 
 
-def _file(job: Job, model: ModelFacts, text: Text) -> Path:
-    """The file of a job's reference, by what decides its content."""
+def _file(cell: Cell, model: ModelFacts, text: Text, env_hash: str) -> Path:
+    """The file of a cell's reference, by what decides its content."""
     content = {
         "format": FORMAT,
         "model": [model.location if model.source in ("hub", "preset") else model.name, model.revision],
-        "prompts": load_prompts(job.cell.workload).texts,
+        "prompts": load_prompts(cell.workload).texts,
         "text": text.content,
-        "device": job.cell.device,
-        "environment": job.hashes.env,
+        "device": cell.device,
+        "environment": env_hash,
     }
     return machine.cache_folder() / "references" / f"{hash16(content)}.safetensors"
 
 
-def _compute(
-    spec: BenchSpec, job: Job, own: Cell, model: ModelFacts, missing: Mapping[str, Path], tell: Callable[[Mapping[str, Any]], None], limits: Limits
-) -> str:
+def _compute(task: Task, own: Cell, model: ModelFacts, missing: Mapping[str, str], tell: Callable[[Mapping[str, Any]], None], limits: Limits) -> str:
     """Run the unquantized model and write its references. Returns why that failed, empty if it did not."""
     shape = models.Shape.from_config(model.config) if model.config else None
     largest = dataclasses.replace(own, prompt_tokens=max(min(512, model.context or 512) - 32, 1), output_tokens=32)
-    refused = estimate.refusal(largest, model, estimate.predicted_bytes(largest, model, shape), limits.memory_bytes, spec.options.force)
+    room = (None, "") if task.options.force else estimate.room_here(own.device, limits.memory_bytes)
+    refused = estimate.refusal(largest, model, estimate.predicted_bytes(largest, model, shape), room)
     if refused:
         return refused
     tell({"event": "stage", "stage": "reference"})
-    wanted = {"text": spec.options.quality_text, "references": {workload: str(file) for workload, file in missing.items()}}
-    outcome = supervise.run_worker("reference", [own], model, [job.folder], job.folder / "reference.log", limits=limits, quality=wanted)
+    wanted = {"text": task.options.quality_text, "references": missing}
+    log = task.folders[0] / "reference.log"
+    outcome = supervise.run_worker("reference", [own], model, task.folders[:1], log, limits=limits, quality=wanted)
     if outcome.interrupted:
         raise KeyboardInterrupt
     return str(outcome.error) if outcome.error else ""
@@ -140,9 +129,9 @@ def _forget_old(needed: Sequence[Path]) -> None:
             file.unlink()
 
 
-def quality_of(spec: BenchSpec, cell: Cell, outcome: GroupOutcome) -> Quality | None:
+def quality_of(options: Options, cell: Cell, outcome: GroupOutcome) -> Quality | None:
     """What a worker found of a cell's quality; None if it was not asked for. Whatever is absent has its sentence."""
-    if spec.options.quality == "none":
+    if options.quality == "none":
         return None
     if why := never(cell):
         return Quality(withheld=(why,))

@@ -1,4 +1,4 @@
-"""Results as text: the terminal's table, the one-screen summary, report.md, and the table that the MLflow UI compares."""
+"""Results as text: the terminal's table, a run's one-screen summary, its report.md, and the table that the MLflow UI compares."""
 
 from __future__ import annotations
 
@@ -10,43 +10,72 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from .latency import e2e_ms, ttft_ms
+from .markup import code_block, markdown, markdown_table, plain
 from .metrics import KEYS
 from .quality import sentences
 from .records import Cell, RunResult, Verdict
-from .spec import as_text, default_text
+from .spec import as_text, cell_fields, default_text
 from .stats import classify_outliers
-from .summary import e2e_ms, summarize, ttft_ms
+from .summary import summarize
 from .validity import judge, unsupported_percentiles
 
 Metrics = Mapping[str, float]
 
 TABLE_KEYS = (
-    "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
+    "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
     "memory/weight_bytes", "efficiency/mbu_ratio", "quality/kl_vs_reference", "quality/top1_agreement", "quality/perplexity", "load/load_s",
     "cost/per_million_tokens",
 )  # fmt: skip
 """Columns of the terminal's table, where any row has them."""
 
-WORDS = {"valid": "valid", "suspect": "suspect", "invalid": "INVALID"}
-
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of a comparison: what was asked, what came out. `metrics` is empty where nothing was measured."""
+    """One cell of a comparison: what was asked, what came out. `metrics` is empty where nothing was measured.
+
+    `peak_bytes` and `predicted_bytes` are those of `frontier.Attempt`; times are epoch milliseconds; `linked` is the run or
+    folder that it was measured in, where it was not measured again.
+    """
 
     cell: Cell
     outcome: str
     metrics: Metrics = dataclasses.field(default_factory=dict)
     verdict: Verdict | None = None
     message: str = ""
+    stage: str = ""
+    peak_bytes: int | None = None
+    predicted_bytes: int | None = None
+    started_ms: int | None = None
+    ended_ms: int | None = None
+    linked: str = ""
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """The verdict of a measured cell, `valid`, `suspect` or `invalid`; else the outcome."""
+        return self.verdict.word if self.verdict and self.outcome == "ok" else self.outcome
 
 
 def row_of(result: RunResult) -> Row:
     """A result as one row; a cell that failed shows its message and no numbers."""
-    if result.failure:
-        return Row(result.cell, result.outcome, message=result.failure.message)
     metrics = summarize(result)
-    return Row(result.cell, result.outcome, metrics, judge(result, metrics))
+    row = Row(
+        result.cell, result.outcome, peak_bytes=_peak_bytes(result, metrics), predicted_bytes=result.predicted_bytes,
+        started_ms=result.started_ms, ended_ms=result.ended_ms, linked=result.linked, environment=result.environment,
+    )  # fmt: skip
+    if result.failure:
+        return dataclasses.replace(row, message=result.failure.message, stage=result.failure.stage)
+    return dataclasses.replace(row, metrics=metrics, verdict=judge(result, metrics))
+
+
+def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
+    """The peak on the device, else what was needed of the host; of a cell that did not come so far the highest sample."""
+    peak = metrics.get("memory/device_bytes_peak") or metrics.get("memory/host_needed_bytes_peak")
+    if peak is None and result.timeline:
+        devices = [sample.device for sample in result.timeline if sample.device is not None]
+        peak = max(devices) if devices else max(sample.anonymous for sample in result.timeline)
+    return None if peak is None else int(peak)
 
 
 def _heading(key: str) -> tuple[str, float]:
@@ -63,6 +92,11 @@ def _number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def shown(key: str, value: float) -> str:
+    """A metric as tables show it: scaled, with three significant digits."""
+    return _number(value * _heading(key)[1])
+
+
 def _figure(key: str, value: float) -> str:
     """A metric with its unit: whole numbers whole, bytes in groups of three digits."""
     unit = KEYS[key].unit if key in KEYS else ""
@@ -73,19 +107,20 @@ def _figure(key: str, value: float) -> str:
 def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Heading and body of a comparison: the parameters that vary, the metrics that any row has, and the verdict."""
     keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
-    names = list(varied) or ["model", "quant", "batch_size"]
+    plain = ["model", "concurrency", "request_rate"] if any(row.cell.url for row in rows) else ["model", "quant", "batch_size"]
+    names = list(varied) or plain
     heading = [*names, *(_heading(key)[0] for key in keys), "verdict"]
     body = []
     for row in rows:
-        values = [_number(row.metrics[key] * _heading(key)[1]) if key in row.metrics else "–" for key in keys]
-        state = WORDS[row.verdict.word] if row.verdict and row.outcome == "ok" else row.outcome
-        body.append([*(as_text(name, getattr(row.cell, name)) for name in names), *values, state])
+        values = [shown(key, row.metrics[key]) if key in row.metrics else "–" for key in keys]
+        body.append([*(as_text(name, getattr(row.cell, name)) for name in names), *values, "INVALID" if row.state == "invalid" else row.state])
     return heading, body
 
 
 def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
     """The comparison for a terminal: numbers to the right, words to the left, and below it why a cell failed."""
-    heading, body = table_cells(rows, varied)
+    heading, cells = table_cells(rows, varied)
+    body = [[plain(cell) for cell in line] for line in cells]
     names = len(varied) or 3
     widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
 
@@ -93,44 +128,45 @@ def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
         last = len(cells) - 1
         return "  ".join(c.ljust(w) if i < names or i == last else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip()
 
-    notes = explanations(rows)
+    notes = [f"{title}: {plain(text)}" for title, text in explanations(rows)]
     return "\n".join([line(heading), *map(line, body), *(["", *notes] if notes else [])])
 
 
-def explanations(rows: Sequence[Row]) -> list[str]:
-    """One line for each kind of failure and each reason of a verdict: how many cells have it, and the sentence of the least steady one."""
+def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """For each kind of failure and each reason of a verdict: its name and how many cells have it, and the sentence of the least steady one."""
     found: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: -row.metrics.get("trust/cv_ratio", 0.0)):
         if row.message:
             found.setdefault(row.outcome, []).append(row.message)
         for reason in row.verdict.reasons if row.verdict else ():
             found.setdefault(reason.code, []).append(reason.sentence)
-    return [f"{code}{f' ({len(texts)} cells)' if len(texts) > 1 else ''}: {texts[0]}" for code, texts in found.items()]
-
-
-def markdown_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; pipes in cells are escaped."""
-    lines = [heading, ["---"] * len(heading), *body]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return [(f"{code} ({len(texts)} cells)" if len(texts) > 1 else code, texts[0]) for code, texts in found.items()]
 
 
 def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
     """The one-screen summary that becomes the run's description in the MLflow UI."""
     cell = result.cell
-    what = f"**{cell.model}** · {cell.quant} · batch {cell.batch_size} · {as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
-    where = f"{result.environment.get('cpu', {}).get('name', 'unknown CPU')}"
-    gpu = gpu_of(result)
-    where = f"{gpu['name']} ({where})" if gpu else where
+    length = f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
+    what = f"**{markdown(cell.model)}** · {markdown(_load(cell))} · {length}"
+    cpu, gpu = result.environment.get("cpu", {}).get("name", "unknown CPU"), gpu_of(result)
+    where = markdown(f"{gpu['name']} ({cpu})" if gpu else cpu)
     if result.failure:
-        return f"{what}\n\n**{result.outcome}** at stage {result.failure.stage}: {result.failure.message}\n\n{where}\n"
+        return f"{what}\n\n**{markdown(result.outcome)}** at stage {markdown(result.failure.stage)}: {markdown(result.failure.message)}\n\n{where}\n"
     rows = [[name, text] for name, text in _headline(metrics) if text]
     lines = [what, "", markdown_table(["measured", ""], rows), "", f"**Verdict: {verdict.word if verdict else 'none'}**"]
-    lines += [f"- `{reason.code}`: {reason.sentence}" for reason in (verdict.reasons if verdict else ())]
+    lines += [f"- `{reason.code}`: {markdown(reason.sentence)}" for reason in (verdict.reasons if verdict else ())]
     if cell.weights == "random":
         lines += ["", "Random weights of the real architecture: speed and memory hold, the text means nothing."]
-    lines += ["", *result.quality.withheld] if result.quality and result.quality.withheld else []
+    lines += ["", *map(markdown, result.quality.withheld)] if result.quality and result.quality.withheld else []
     lines += ["", f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions, {len(result.warmup_s)} warm-up runs"]
     return "\n".join(lines) + "\n"
+
+
+def _load(cell: Cell) -> str:
+    """What varies most: the quantization and batch of a model here, the load on a server."""
+    if not cell.url:
+        return f"{cell.quant} · batch {cell.batch_size}"
+    return f"online · {cell.request_rate:g} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
 
 
 def gpu_of(result: RunResult) -> dict[str, Any] | None:
@@ -154,7 +190,10 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
 
     return [
         ("output throughput", interval("throughput/output_tokens_per_s", "tokens/s")),
+        ("requests", value("throughput/requests_per_s", "per s")),
+        ("goodput", value("goodput/requests_per_s", "per s")),
         ("time to first token, median", value("latency/ttft_ms_p50", "ms")),
+        ("inter-chunk latency, median", value("latency/icl_ms_p50", "ms")),
         ("inter-token latency, median", value("latency/itl_ms_p50", "ms")),
         ("inter-token latency, p99", value("latency/itl_ms_p99", "ms")),
         ("peak device memory", value("memory/device_bytes_peak", "GB", 1e-9)),
@@ -172,14 +211,14 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
 
 def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
     """report.md: the summary, then all figures, what was realised, what the machine did, and how to repeat it."""
-    parts = [f"# {result.cell.model} · {result.cell.quant} · batch {result.cell.batch_size}", summary_markdown(result, metrics, verdict)]
+    parts = [f"# {markdown(f'{result.cell.model} · {_load(result.cell)}')}", summary_markdown(result, metrics, verdict)]
     absent = unsupported_percentiles(result)
     if absent:
         parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
     if metrics:
         parts += ["## All metrics", markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()])]
     if result.quality:
-        parts += ["## Quality", "\n".join(f"- {sentence}" for sentence in sentences(result.quality))]
+        parts += ["## Quality", "\n".join(f"- {markdown(sentence)}" for sentence in sentences(result.quality))]
     if result.load:
         parts += ["## What was loaded", markdown_table(["fact", "value"], [[k, str(v)] for k, v in result.load.facts.items()])]
     if result.repetitions:
@@ -187,8 +226,13 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
     if result.warmup_s:
         parts.append("Warm-up runs, s: " + ", ".join(f"{s:.3f}" for s in result.warmup_s))
     if result.log:
-        parts += ["## What libraries printed", "\n".join(f"    {line}" for line in result.log)]
-    parts += ["## Repeat it", f"    {command(result.cell)}", "On this environment:", _environment_table(result)]
+        parts += ["## What libraries printed", code_block("\n".join(result.log))]
+    parts += [
+        "## Repeat it",
+        code_block(command(result.cell)),
+        "On this environment:",
+        markdown_table(["what", "version"], environment_facts(result.environment)),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -201,38 +245,37 @@ def _repetitions_table(result: RunResult) -> str:
         seen = [noise.foreign_cpu_s, noise.steal_s, noise.involuntary_switches, noise.major_faults] if noise else [None] * 4
         first = _number(median(map(ttft_ms, repetition.requests)))
         shown = ["–" if value is None else _number(float(value)) for value in seen]
-        spoiled = "spoiled" if noise and noise.spoiled else ""
+        spoiled = "spoiled" if noise and noise.spoiled and not result.cell.url else ""  # the other may be the server
         body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
     heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others", "CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
     return markdown_table(heading, body)
 
 
-def _environment_table(result: RunResult) -> str:
-    environment = result.environment
-    rows = [
-        ["CPU", environment.get("cpu", {}).get("name", "")],
-        ["Python", environment.get("python", "")],
-        ["OS", environment.get("os", {}).get("release", "")],
-    ]
-    rows += [["GPU", gpu["name"]] for gpu in environment.get("gpus") or []]
-    rows += [[name, version] for name, version in (environment.get("packages") or {}).items()]
-    return markdown_table(["what", "version"], rows)
+def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The machine and the software of a result, as names and values; what is not known is left out."""
+    cpu, memory = environment.get("cpu") or {}, environment.get("memory") or {}
+    total = f"{memory['total_bytes'] / 1e9:.1f} GB" if memory.get("total_bytes") else None
+    facts = [("CPU", cpu.get("name")), ("usable CPUs", cpu.get("usable_cpus")), ("memory", total)]
+    facts += [("GPU", gpu["name"]) for gpu in environment.get("gpus") or []]
+    facts += [("driver", environment.get("driver")), ("CUDA", environment.get("cuda"))]
+    facts += [("OS", (environment.get("os") or {}).get("release")), ("Python", environment.get("python"))]
+    facts += list((environment.get("packages") or {}).items())
+    return [(name, str(value)) for name, value in facts if value is not None]
 
 
 def command(cell: Cell) -> str:
     """The command line that measures this cell again: the parameters that are not at their default."""
-    given = [(f.name, as_text(f.name, getattr(cell, f.name))) for f in dataclasses.fields(cell)]
-    told = [f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in given if text != default_text(name) or name in ("model", "quant")]
-    return " ".join(["llmbench run", *told])
+    online = bool(cell.url)
+    asked = {name: as_text(name, getattr(cell, name)) for name in cell_fields(online) if not (online and name == "backend")}
+    return command_line(asked, "online" if online else "run")
 
 
-def sweep_markdown(rows: Sequence[Row], varied: Sequence[str]) -> str:
-    """The parent's description: the comparison, and what each cell that failed said."""
-    heading, body = table_cells(rows, varied)
-    done = sum(row.outcome == "ok" for row in rows)
-    parts = [f"{done} of {len(rows)} cells measured. Sort the child runs by any metric to see them side by side.", markdown_table(heading, body)]
-    parts += [f"- {line}" for line in explanations(rows)]
-    return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:]) + "\n"
+def command_line(asked: Mapping[str, str], command: str = "run") -> str:
+    """`llmbench run` with parameters as text (a list with commas), quoted for a shell; defaults are left out, but for the model's."""
+    told = [
+        f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in asked.items() if text != default_text(name) or name in ("model", "quant")
+    ]
+    return " ".join([f"llmbench {command}", *told])
 
 
 def split_table(heading: Sequence[str], body: Sequence[Sequence[Any]]) -> dict[str, Any]:
@@ -247,6 +290,6 @@ def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:
 
 def config_yaml(cell: Cell, extra: Mapping[str, object]) -> str:
     """config.yaml: every parameter as text, in the order of the vocabulary, readable by `llmbench run --config`."""
-    lines = {f.name: as_text(f.name, getattr(cell, f.name)) for f in dataclasses.fields(cell)}
+    lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(bool(cell.url))}
     lines |= {name: as_text(name, value) for name, value in extra.items()}
-    return "".join(f"{name}: {json.dumps(text, ensure_ascii=False)}\n" for name, text in lines.items())
+    return "".join(f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in lines.items())

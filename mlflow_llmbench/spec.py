@@ -9,21 +9,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import UsageError
 from .records import Cell, Options
+from .redaction import CONTROLS, redact
 
-QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", "int8", "int4", "fp4")
 BITSANDBYTES = ("int8", "int4", "fp4")
+GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
+MADE = (*BITSANDBYTES, *GPTQ_BITS)
+"""Quantizations that are made of a checkpoint which is not quantized yet."""
+
+QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
 BACKENDS = {
     "transformers": "mlflow_llmbench.backends.transformers_local:TransformersBackend",
     "fake": "mlflow_llmbench.backends.fake:FakeBackend",
+    "openai": "mlflow_llmbench.backends.openai_server:OpenAIBackend",
 }
 """Name → `module:class`. The same table is declared as entry points; this one serves an uninstalled checkout."""
 
@@ -35,12 +43,45 @@ BUNDLED_TEXT = "bundled"
 LEAST_TEXT_TOKENS = 512
 """Tokens that a text for perplexity must have at least, so a file of fewer bytes never does."""
 
+ENDPOINTS = ("completions", "chat")
+ARRIVALS = ("poisson", "constant", "gamma")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+GRIDS: dict[str, dict[str, str]] = {
+    "quick": {"batch_size": "1,4,16", "prompt_tokens": "64,128,256,512", "output_tokens": "64", "repetitions": "5"},
+    "effillm": {
+        "quant": ",".join(quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in QUANTIZATIONS),
+        "batch_size": "1,2,4,8,16,32,64",
+        "prompt_tokens": "128,256,512,1024,2048,4096,8192",
+        "output_tokens": "256",
+        "repetitions": "10",
+    },
+}
+"""Preset → the parameters that it gives. `effillm` is the grid of the paper (facts/effillm.md, Axes and Method) for any models; `quick` has
+a twentieth of its cells, and enough batch sizes and lengths for every law."""
 
 PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f in dataclasses.fields(kind)}
 """Name → declaration, in the order of the vocabulary."""
 
 SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
+
+
+LOCAL = (
+    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
+    "preset", "force", "memory_limit", "quality", "quality_text",
+)  # fmt: skip
+"""Parameters that mean nothing where another process runs the model."""
+
+COMMANDS = {
+    "run": tuple(name for name, f in PARAMETERS.items() if not f.metadata.get("online")),
+    "online": ("url", *(name for name in PARAMETERS if name not in (*LOCAL, "url"))),
+}
+"""Command, and entry point of the MLproject, → its parameters."""
+
+
+def cell_fields(online: bool) -> list[str]:
+    """The parameters that a cell of this scenario has."""
+    return [f.name for f in dataclasses.fields(Cell) if f.name in COMMANDS["online" if online else "run"] or (online and f.name == "backend")]
 
 
 @dataclass(frozen=True)
@@ -67,7 +108,7 @@ def as_text(name: str, value: object) -> str:
         return str(PARAMETERS[name].metadata["unset"])
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def default_text(name: str) -> str:
@@ -83,6 +124,7 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
     for name in values:
         if name not in PARAMETERS:
             raise UsageError(f"Unknown parameter: {name}. {_nearest(name, PARAMETERS)}")
+    values = {**values, **_from_preset(values)}
     axes: dict[str, tuple[object, ...]] = {}
     options: dict[str, object] = {}
     for name, declared in PARAMETERS.items():
@@ -99,19 +141,32 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
 
 
+def _from_preset(values: Mapping[str, object]) -> dict[str, str]:
+    """The parameters that come from the named preset: those of its grid that are not given.
+
+    Where every parameter is given, as MLproject does with its defaults, those at their default count as not given.
+    """
+    preset = str(values.get("preset") or "none")
+    if preset.lower() == "none":
+        return {}
+    grid = GRIDS[_parse_choice("preset", preset, GRIDS)]
+    whole = all(values.get(name) is not None for name in COMMANDS["run"])
+    return {name: text for name, text in grid.items() if values.get(name) is None or (whole and str(values[name]) == default_text(name))}
+
+
 def read_yaml(path: str) -> dict[str, object]:
     """Parameters from a YAML file (a mapping of names to a value or a list); the `config.yaml` of a run is one."""
     import yaml
 
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise UsageError(
             f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. Give a YAML file with one `name: value` per line."
         ) from None
     if not isinstance(data, dict):
         raise UsageError(f"No parameters in {path}. Give a YAML file with one `name: value` per line.")
-    return {str(key): value for key, value in data.items()}
+    return {"on" if key is True else str(key): value for key, value in data.items()}  # YAML 1.1 reads an unquoted `on` as true
 
 
 def _texts(name: str, given: object) -> list[str]:
@@ -185,11 +240,20 @@ def _parse_device(name: str, text: str) -> str:
     raise UsageError(f"Unknown {name}: {text}. Give auto, cpu, cuda or cuda:N.")
 
 
+def _parse_place(name: str, text: str) -> str:
+    if text in ("here", "ray"):
+        return text
+    address = re.fullmatch(r"ray://([\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", text)
+    if address and 0 < int(address[2]) < 65536:
+        return text
+    raise UsageError(f"Unknown {name}: {text}. Give here, ray, or ray://HOST:PORT (the port of the Ray Client server, 10001 unless told otherwise).")
+
+
 def _parse_workload(name: str, text: str) -> str:
     if text.lower() in WORKLOADS:
         return text.lower()
-    if text.endswith((".jsonl", ".json")) or "/" in text:
-        if not Path(text).is_file():
+    if _parse_text(name, text).endswith((".jsonl", ".json")) or "/" in text:
+        if not os.path.isfile(text):
             raise UsageError(
                 f"There is no workload file {text}. Give a JSON Lines file whose lines have a `prompt`, or one of {', '.join(WORKLOADS)}."
             )
@@ -210,9 +274,24 @@ def _parse_text_file(name: str, text: str) -> str:
 
 
 def _parse_text(name: str, text: str) -> str:
-    if any(ord(character) < 32 for character in text) or len(text) > 1000:
-        raise UsageError(f"{name} has control characters or is longer than 1000 characters: {text[:40]!r}. Give a plain name or path.")
+    if CONTROLS.search(text) or len(text) > 1000:
+        raise UsageError(f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. Give a plain name or path.")
     return text
+
+
+def _parse_url(name: str, text: str) -> str:
+    """A server's URL without user, password and query: what it holds is logged."""
+    try:
+        parts = urlsplit(text)
+        port_is_good = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_is_good = urlsplit(""), False
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UsageError(f"{name} has a user, a password or a query, and it would be logged. Give the key in the environment, LLMBENCH_API_KEY.")
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_good or not text.isascii() or " " in text:
+        shown = text.rpartition("@")[2][:100]
+        raise UsageError(f"{name} is not that of a server: {shown}. Give one such as http://127.0.0.1:8000.")
+    return _parse_text(name, text.rstrip("/").removesuffix("/v1"))
 
 
 PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
@@ -221,7 +300,9 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "number": lambda name, text, bounds: _parse_number(name, text, bounds, float),
     "size": _parse_size,
     "flag": lambda name, text, _: _parse_flag(name, text),
+    "preset": lambda name, text, _: _parse_choice(name, text, GRIDS),
     "device": lambda name, text, _: _parse_device(name, text),
+    "place": lambda name, text, _: _parse_place(name, text),
     "workload": lambda name, text, _: _parse_workload(name, text),
     "quality": lambda name, text, _: QUALITIES[_parse_choice(name, text, QUALITIES)],
     "text_file": lambda name, text, _: _parse_text_file(name, text),
@@ -230,6 +311,9 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
     "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
+    "url": lambda name, text, _: _parse_url(name, text),
+    "endpoint": lambda name, text, _: _parse_choice(name, text, ENDPOINTS),
+    "arrival": lambda name, text, _: _parse_choice(name, text, ARRIVALS),
 }
 """Kind of a parameter → how its text is read."""
 
@@ -251,3 +335,23 @@ def _check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
             )
     if None in axes["prompt_tokens"] and "synthetic" in axes["workload"]:
         raise UsageError("prompt_tokens=auto has no meaning for workload=synthetic. Give a number of tokens, or a workload with texts such as qa.")
+    _check_online(axes)
+
+
+def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A server is measured with a URL and its backend, and those of its parameters that do not exclude each other."""
+    url, backend = axes["url"][0], axes["backend"][0]
+    if url and backend != "openai":
+        raise UsageError(f"url is given, and backend={backend} runs the model in this process. Add backend=openai, or use `llmbench online`.")
+    if backend == "openai" and not url:
+        raise UsageError("backend=openai needs the address of a server. Give url=http://127.0.0.1:8000.")
+    given = [name for name, f in PARAMETERS.items() if f.metadata.get("online") and name != "url" and axes[name] != (f.default,)]
+    if given and not url:
+        raise UsageError(f"{given[0]} has a meaning only where a server is measured. Give url=http://…, or leave it out.")
+    rates = [rate for rate in axes["request_rate"] if rate is not None]
+    if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
+        raise UsageError("request_rate makes an open loop and concurrency a closed one. Give one of them.")
+    if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
+        raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
+    if url and (axes["batch_size"] != (1,) or axes["quant"] != ("none",) or axes["weights"] != ("hub",)):
+        raise UsageError("batch_size, quant and weights are the server's own settings, which a client cannot change. Start the server with them.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist, fmean, median, stdev, variance
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,9 @@ def classify_outliers(values: Sequence[float]) -> list[str | None]:
 CHUNK = 1 << 18
 """Resampled values that are in memory at once: 2 MB, which a cache holds."""
 
+MOST_EXACT_MEDIANS = 1000
+"""Values of a series up to which the median of a resample made of blocks is computed from the resample itself."""
+
 
 def bootstrap_interval(values: Sequence[float], statistic: Statistic, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
     """95 % bootstrap interval of a statistic of independent values: "mean", "median", or a function like `numpy.std` with an `axis`.
@@ -233,11 +237,11 @@ def block_bootstrap_interval(
     The circular block bootstrap of Politis & Romano (1992): n/b blocks of b neighbours, drawn from the series closed to a
     ring; `block=None` takes `block_length`. The percentiles are expanded as in `bootstrap_interval`, for n/b values.
     Simulated coverage of the mean of AR(1) series, 1,000 each, n = 128, 256, 1,000: φ = 0: 0.95, 0.94, 0.95 · φ = 0.5: 0.90,
-    0.92, 0.94 · φ = 0.8: 0.86, 0.91, 0.93 · φ = 0.9: 0.84, 0.87, 0.91. Of 100,000 values with φ = 0.8, 2,000 resamples take
-    0.1 s for the mean, from sums of blocks, and 2 to 3 s for the median, which needs every resample in full.
+    0.92, 0.94 · φ = 0.8: 0.86, 0.91, 0.93 · φ = 0.9: 0.84, 0.87, 0.91; of the median with φ = 0.8: 0.90, 0.91, 0.93. Of 100,000 values with φ = 0.8, 2,000 resamples take
+    0.2 s for the mean and the median. A function of one's own needs every resample in full, and takes a hundred times that.
 
-    It speaks of this series only. Between runs it says nothing: the unit of inference is the repetition. None with
-    fewer than 5 values or 3 blocks.
+    It speaks of this series only. Between runs it says nothing: the unit of inference is the process or the repetition. None
+    with fewer than 5 values or 3 blocks.
     """
     import numpy as np
 
@@ -250,6 +254,23 @@ def block_bootstrap_interval(
         return None
     if length == 1:
         return _expanded_percentiles(_resample(data, statistic, resamples, seed), n)
+    return _expanded_percentiles(_resample_blocks(data, length, statistic, resamples, seed), n // length)
+
+
+def _resample_blocks(data: Array, length: int, statistic: Statistic, resamples: int, seed: int) -> Array:
+    """The statistic of each of `resamples` series made of blocks.
+
+    Means come from sums of blocks. So do medians of long series: a resample in which a share s of the values lies at or below the
+    series' median has its own median where the series has its quantile 1 − s, up to O(n^(−3/4)) (Bahadur, Annals of
+    Mathematical Statistics 37, 1966). Short series, and other functions, are written out.
+    """
+    import numpy as np
+
+    n = data.size
+    if statistic == "median" and n > MOST_EXACT_MEDIANS:
+        below = (data <= np.median(data)).astype(np.float64)
+        shares = _resample_blocks(below, length, "mean", resamples, seed)
+        return np.asarray(np.quantile(data, np.clip(0.5 + below.mean() - shares, 0, 1)))
     draw = np.random.Generator(np.random.SFC64(seed))
     blocks = math.ceil(n / length)
     ring = np.concatenate([data, data[: length - 1]])
@@ -262,7 +283,7 @@ def block_bootstrap_interval(
         else:
             places = (starts[:, :, None] + np.arange(length)).reshape(len(starts), -1)[:, :n]
             parts.append(_function(statistic)(ring.take(places), axis=1))
-    return _expanded_percentiles(np.concatenate(parts), n // length)
+    return np.concatenate(parts)
 
 
 def _block_means(ring: Array, n: int, length: int, starts: NDArray[np.intp]) -> Array:
@@ -355,3 +376,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A slope, y per x, with its 95 % interval."""
+
+    slope: float
+    low: float
+    high: float
+
+
+TREND_BLOCKS = 8
+"""Blocks that a series is cut into for its slope."""
+
+
+def trend(x: Sequence[float], y: Sequence[float]) -> Trend | None:
+    """Slope of a noisy, autocorrelated series in order of x: Theil and Sen's, the median of the slopes between blocks (Sen 1968).
+
+    The series is cut into `TREND_BLOCKS` equal blocks, each is replaced by its medians, and the interval is Student's for a line through
+    those (batch means: Schmeiser, Operations Research 30, 1982), so that neighbours may depend on each other over about a block,
+    and a spike of memory moves nothing. Simulated coverage for AR(1) noise, 4,000 series each, n = 16, 40, 150: φ = 0: 0.95, 0.94,
+    0.95 · φ = 0.5: 0.86, 0.92, 0.95 · φ = 0.8: 0.69, 0.83, 0.93. A circular block bootstrap of the residuals, tried first, had
+    0.76 to 0.88 at φ = 0.5 and 0.48 to 0.83 at φ = 0.8. None with fewer than 8 values, or 4 distinct places.
+    """
+    blocks = min(TREND_BLOCKS, len(x))
+    edges = [round(i * len(x) / blocks) for i in range(blocks + 1)] if blocks >= TREND_BLOCKS else []
+    places = [median(x[a:b]) for a, b in pairwise(edges)]
+    values = [median(y[a:b]) for a, b in pairwise(edges)]
+    if len(set(places)) < TREND_BLOCKS // 2:
+        return None
+    slopes = [(values[j] - values[i]) / (places[j] - places[i]) for i in range(blocks) for j in range(i + 1, blocks) if places[j] != places[i]]
+    slope = median(slopes)
+    centre = fmean(places)
+    left = [value - slope * place for place, value in zip(places, values, strict=True)]
+    error = math.sqrt(variance(left) * (blocks - 1) / (blocks - 2) / sum((place - centre) ** 2 for place in places))
+    half = t_quantile_975(blocks - 2) * error
+    return Trend(slope, slope - half, slope + half)

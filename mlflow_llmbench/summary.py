@@ -8,13 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
+from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
+from .online_summary import online_figures
 from .quality import figures
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
-from .stats import coefficient_of_variation, percentile, relative_half_width, supports, t_interval
+from .stats import (
+    block_bootstrap_interval,
+    bootstrap_interval,
+    coefficient_of_variation,
+    mad,
+    percentile,
+    relative_half_width,
+    supports,
+    t_interval,
+)
 
 MOST_SAMPLES = 300
 """Points of a memory series that are logged; the MLflow UI draws about as many."""
@@ -68,29 +78,6 @@ def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> 
     return [fmean(value for value in values if value is not None) for values in found]
 
 
-def gaps_ms(request: RequestRecord) -> list[float]:
-    """Inter-token gaps of one request in ms: t(i) − t(i−1) for i = 2 … N."""
-    stamps = request.stamps_ns
-    return [(b - a) / 1e6 for a, b in pairwise(stamps)]
-
-
-def ttft_ms(request: RequestRecord) -> float:
-    """Time to first token, t1 − t0, in ms."""
-    return (request.stamps_ns[0] - request.t0_ns) / 1e6
-
-
-def e2e_ms(request: RequestRecord) -> float:
-    """End-to-end latency, tN − t0, in ms."""
-    return (request.stamps_ns[-1] - request.t0_ns) / 1e6
-
-
-def tpot_ms(request: RequestRecord) -> float | None:
-    """Time per output token after the first, (tN − t1)/(N − 1), in ms; None if N < 2."""
-    if request.output_tokens < 2:
-        return None
-    return (request.stamps_ns[-1] - request.stamps_ns[0]) / 1e6 / (request.output_tokens - 1)
-
-
 def summarize(result: RunResult) -> dict[str, float]:
     """Summary metrics under their MLflow keys. A result without repetitions has the settings and what was read of memory."""
     found: dict[str, float | None] = dict(_settings(result))
@@ -104,6 +91,7 @@ def summarize(result: RunResult) -> dict[str, float]:
         found |= _efficiency(result, found)
     if result.quality:
         found |= figures(result.quality)
+        found |= online_figures(result) if result.cell.url else _efficiency(result, found)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
 
 
@@ -181,6 +169,22 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "decode": decode_rate}
+
+
+def typical_gap(repetition: Repetition) -> float | None:
+    """Median inter-token gap of all requests, ms; the mean would be the time per output token again. None without gaps."""
+    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
+    return median(gaps) if gaps else None
+
+
+PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
+    "throughput/output_tokens_per_s": output_rate,
+    "latency/ttft_ms_p50": lambda repetition: median(map(ttft_ms, repetition.requests)),
+    "latency/itl_ms_p50": typical_gap,
+    "latency/tpot_ms_mean": lambda repetition: _mean([value for r in repetition.requests if (value := tpot_ms(r)) is not None]),
+    "latency/e2e_ms_p50": lambda repetition: median(map(e2e_ms, repetition.requests)),
+}
+"""Metric → its value for one repetition, None where it has none: what comparisons and statistics rest on."""
 
 
 def _throughput(result: RunResult) -> dict[str, float | None]:
@@ -271,6 +275,79 @@ def model_flops_utilization(result: RunResult) -> float | None:
     return done / seconds / peak if seconds else None
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """How one metric's values vary. `values` says what they are: repetitions, processes, or the tokens of a series.
+
+    `mean_low` to `mean_high` is Student's 95 % interval of the mean, `median_low` to `median_high` the bootstrap's of the median;
+    `mad` is the unscaled median absolute deviation. None where there are too few values, or, in a series, where Student's does not hold.
+    """
+
+    key: str
+    values: str
+    n: int
+    mean: float
+    median: float
+    sd: float | None = None
+    mad: float | None = None
+    mean_low: float | None = None
+    mean_high: float | None = None
+    median_low: float | None = None
+    median_high: float | None = None
+
+
+def statistics(result: RunResult) -> list[Statistics]:
+    """Of each metric that a repetition has, over `units`; and of the series of gaps by token, whose neighbours are correlated.
+
+    In the series the interval is that of the block bootstrap, and speaks of the tokens of this cell, not of other runs.
+    """
+    unit = "processes" if process_count(result) > 1 else "repetitions"
+    found = []
+    for key, of in PER_REPETITION.items():
+        values = unit_values(result, of)
+        if values:
+            low, high = t_interval(values) or (None, None)
+            found.append(_statistics(key, unit, values, low, high, bootstrap_interval(values, "median")))
+    gaps = [point.value for point in _token_series(result)]
+    if gaps:
+        found.append(_statistics("steps/itl_ms", "tokens", gaps, None, None, block_bootstrap_interval(gaps, statistic="median")))
+    return found
+
+
+def _statistics(
+    key: str, what: str, values: Sequence[float], low: float | None, high: float | None, interval: tuple[float, float] | None
+) -> Statistics:
+    several = len(values) > 1
+    median_low, median_high = interval or (None, None)
+    sd, deviation = (stdev(values), mad(values)) if several else (None, None)
+    return Statistics(key, what, len(values), fmean(values), median(values), sd, deviation, low, high, median_low, median_high)
+
+
+def statistics_cells(result: RunResult) -> tuple[list[str], list[list[str]]]:
+    """Heading and body of the table of `statistics`; – where something is absent."""
+
+    def text(value: float | None) -> str:
+        return "–" if value is None else number_text(value)
+
+    def interval(low: float | None, high: float | None) -> str:
+        return "–" if low is None or high is None else f"{number_text(low)} to {number_text(high)}"
+
+    heading = ["metric", "values", "mean", "95 % interval (t)", "median", "95 % interval (bootstrap)", "sd", "MAD"]
+    body = []
+    for s in statistics(result):
+        means, medians = [text(s.mean), interval(s.mean_low, s.mean_high)], [text(s.median), interval(s.median_low, s.median_high)]
+        counted = f"{s.n} {s.values}" if s.n > 1 else f"1 {s.values.removesuffix('s')}"
+        body.append([s.key, counted, *means, *medians, text(s.sd), text(s.mad)])
+    return heading, body
+
+
+def number_text(value: float) -> str:
+    """Four significant digits, and no exponent."""
+    if value == 0:
+        return "0"
+    return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
+
+
 def series(result: RunResult) -> list[Point]:
     """All series of the vocabulary with the times at which things happened. Steps never repeat within a key."""
     points: list[Point] = []
@@ -292,10 +369,10 @@ def series(result: RunResult) -> list[Point]:
 
 def _token_series(result: RunResult) -> Iterator[Point]:
     """Median gap over repetitions by token index, at the time of that token in the last repetition."""
-    every = requests(result)
+    every = [r for r in requests(result) if r.single_tokens]
     if not every:
         return
-    last, wall = result.repetitions[-1].requests[-1], result.repetitions[-1].wall_ms
+    last, wall = every[-1], result.repetitions[-1].wall_ms
     for index in range(1, max(r.output_tokens for r in every)):
         gaps = [(r.stamps_ns[index] - r.stamps_ns[index - 1]) / 1e6 for r in every if r.output_tokens > index]
         offset = (last.stamps_ns[min(index, last.output_tokens - 1)] - last.t0_ns) // 1_000_000

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,9 +21,10 @@ from typing import Any
 
 from . import machine, memory
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
-from .journal import EventLog, read_events
+from .journal import EventLog, redact_log
 from .measure import Measured
 from .records import Cell, Divergence, LoadInfo, MemorySample, MemoryStages, ModelFacts, TextScores, from_json, to_json
+from .redaction import worker_environment
 
 SAMPLE_S = 0.05
 """Time between two memory samples."""
@@ -64,6 +65,7 @@ class GroupOutcome:
     scores: TextScores | None = None
     divergences: dict[str, Divergence] = field(default_factory=dict)  # workload → beside the reference
     withheld: list[str] = field(default_factory=list)  # why a figure of quality is absent
+    environment: Mapping[str, Any] | None = None  # of the machine that it ran on, where that is not the command's
     error: LlmbenchError | None = None
     ended: bool = False
     interrupted: bool = False
@@ -129,31 +131,33 @@ def run_worker(
     log_file: Path,
     on_event: OnEvent | None = None,
     limits: Limits | None = None,
+    environment: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
-    What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again. An interruption ends the
-    worker and is told by `outcome.interrupted`, so that what was measured before is not lost. `quality` says what is evaluated
-    after the last cell (see `reference.order`).
+    What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again; `environment` is kept with it.
+    An interruption ends the worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
+    `quality` says what is evaluated after the last cell (see `reference.order`).
     """
-    outcome = GroupOutcome()
+    outcome = GroupOutcome(environment=environment)
     threads = cells[0].threads or machine.physical_cores()
     job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
     job["quality"] = quality
     failure: LlmbenchError | None = None
+    variables = _environment(threads, downloads=task == "prepare" and cells[0].weights != "random")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=_environment(threads)
+            [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables
         )
     try:
         assert process.stdin
         process.stdin.write((json.dumps(job) + "\n").encode())
         process.stdin.flush()
         with EventLog(log_file.with_suffix(".jsonl"), durable=False) as told:
-            told.append("job", folders=[folder.name for folder in folders])
-            _Watch(process, outcome, limits or Limits(), told, on_event).collect()
+            told.append("job", folders=[folder.name for folder in folders], environment=environment)
+            _Watch(process, outcome, limits or Limits(), told, on_event, watches_memory=cells[0].url is None).collect()
         process.wait()
     except BrokenPipeError:
         process.wait()
@@ -163,6 +167,7 @@ def run_worker(
         outcome.interrupted = True
     finally:
         _end(process)
+        redact_log(log_file)
     if failure:
         outcome.fail(failure)
     elif not outcome.ended and not outcome.interrupted and outcome.error is None:
@@ -170,16 +175,16 @@ def run_worker(
     return outcome
 
 
-def replay(file: Path) -> Iterator[tuple[list[str], GroupOutcome]]:
-    """What each worker that was begun with a cell told before it, or this program, was killed: the names of its cells' folders, and the outcome."""
+def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], GroupOutcome]]:
+    """What each worker of a journal (`worker.jsonl`) told before it, or this program, was killed: the names of its cells' folders, and the outcome."""
     outcome = GroupOutcome()
     folders: list[str] = []
-    for event in read_events(file):
+    for event in events:
         match event["event"]:
             case "job":
                 if folders:
                     yield folders, outcome
-                folders, outcome = event["folders"], GroupOutcome()
+                folders, outcome = event["folders"], GroupOutcome(environment=event.get("environment"))
             case "samples":
                 outcome.samples += [MemorySample(*sample) for sample in event["samples"]]
             case _:
@@ -188,12 +193,18 @@ def replay(file: Path) -> Iterator[tuple[list[str], GroupOutcome]]:
         yield folders, outcome
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """The worker's environment: as many threads as asked, this package importable, nothing that talks while it measures."""
+def _environment(threads: int, downloads: bool) -> dict[str, str]:
+    """The worker's environment: no secret but what a download needs, as many threads as asked, this package importable, nothing that talks."""
     package_parent = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return {
+        **worker_environment(os.environ, downloads),
+        **quiet,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
 
 
 @dataclass
@@ -205,6 +216,7 @@ class _Watch:
     limits: Limits
     told: EventLog | None
     on_event: OnEvent | None
+    watches_memory: bool = True  # that of a client is not its model's
     doing: tuple[str, str, float | None] = ("", "", None)  # what the worker does, the limit's name, the limit in s
     since: float = 0.0
     cell_since: float | None = None
@@ -222,7 +234,8 @@ class _Watch:
             while True:
                 ready = selector.select(max(0.0, due - time.monotonic()))
                 if time.monotonic() >= due:
-                    self._sample()
+                    if self.watches_memory:
+                        self._sample()
                     self._check_time()
                     due = time.monotonic() + SAMPLE_S
                 if not ready:
@@ -363,6 +376,8 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
         measured = [s for s in outcome.samples if outcome.evaluated_ns is None or s.t_ns < outcome.evaluated_ns]
         unloading = outcome.samples[-1].t_ns - 1_000_000_000 if outcome.samples else 0
         kept = [s for s in measured if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading]
+    elif cell and loaded:  # it failed: what cells before it needed is not its own
+        kept = [s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or s.t_ns >= cell["cell"]["t_ns"]]
     else:
         kept = outcome.samples
     stride = -(-len(kept) // MOST_SAMPLES) or 1

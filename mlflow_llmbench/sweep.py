@@ -1,31 +1,41 @@
 """Run a plan: resolve, refuse what cannot work, then one worker per group of cells, and one MLflow run per cell.
 
 One function, `run`, stands behind the command line, MLproject and Python. Nothing of this process runs while a worker
-measures, except the watch over it: runs are uploaded when their group has ended.
+measures on this machine, except the watch over it: runs are uploaded when their group has ended. Where groups are measured,
+here or on a cluster, is the business of a `Place`; all that is kept and uploaded goes through this thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, charts, estimate, jobs, machine, plan, reference, report, resume, supervise, tracking
+from . import artifacts, charts, estimate, jobs, overview, plan, report, resume, tracking
 from .backends.base import backend_class
-from .errors import JournalError, UsageError
+from .errors import NodeLost, UsageError
 from .jobs import Job
 from .journal import claim, new_sweep, write_json
 from .ledger import Ledger
+from .place import Group, Here, Place
 from .records import Cell, Failure, ModelFacts, RunResult
+from .redaction import redact_all
 from .report import Row
 from .spec import BenchSpec, parse
-from .supervise import GroupOutcome, Limits
+from .supervise import GroupOutcome
 from .workload import load_prompts
 
-MOST_CELLS = 2000
+MOST_CELLS = 5000
 
+MOST_LOSSES = 3
+"""How often a cell is given to another machine of a cluster because the one before was lost."""
+
+MIXED = "Its processes ran on nodes that are not alike, which makes no result. Run it again, or on nodes that are alike."
 UNREACHED = "The command ended before this cell was measured."
 
 
@@ -102,9 +112,9 @@ class _Sweep:
     groups: list[list[Job]]
     ledger: Ledger
     folder: Path
-    environment: dict[str, Any]
+    place: Place
     watcher: Watcher
-    no_reference: dict[str, str] = field(default_factory=dict)  # why quality has nothing to be compared with
+    told: set[str] = field(default_factory=set)  # why figures of quality are withheld
     failed: list[tuple[Cell, str, bool]] = field(default_factory=list)  # cell, outcome, whether its load failed
 
 
@@ -115,18 +125,19 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
     Raises LlmbenchError for what is wrong before anything starts; a cell that fails later is a row with its outcome.
     """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
-    cells = plan.expand_cells(spec)
-    if len(cells) > MOST_CELLS:
-        raise UsageError(f"The lists make {len(cells)} cells, and {MOST_CELLS} are the most. Give shorter lists.")
+    cells = expand(spec)
     groups = [group.cells for group in plan.group_cells(cells)]
-    model_of = _resolve(groups)
+    model_of = resolve_models(groups, spec.options.on)
     jobs.refuse_twins(cells, model_of)
     names = [plan.cell_name(cell, spec.varied) for cell in cells]
     asked = {k: str(v) for k, v in parameters.items() if isinstance(v, str)}
-    sweep = _prepare(spec, cells, names, model_of, asked, (tracking_uri, experiment), plan.sweep_name(spec) if len(cells) > 1 else None, watcher)
-    by_cell = {job.cell: job for job in sweep.jobs}
-    sweep.groups = [[by_cell[cell] for cell in group] for group in groups]
-    return _drive(sweep)
+    parent_name = plan.sweep_name(spec) if len(cells) > 1 else None
+    watcher = watcher or Silent()
+    with contextlib.closing(_open_place(spec, watcher)) as place:
+        sweep = _prepare(spec, cells, names, model_of, asked, (tracking_uri, experiment), parent_name, watcher, place)
+        by_cell = {job.cell: job for job in sweep.jobs}
+        sweep.groups = [[by_cell[cell] for cell in group] for group in groups]
+        return _drive(sweep)
 
 
 def run_sides(
@@ -136,20 +147,39 @@ def run_sides(
 
     `spec` holds the parameters of all of them; `store` is a tracking URI and an experiment. Two cells may be the same.
     """
-    model_of = _resolve([(cell,) for cell in cells])
-    sweep = _prepare(spec, cells, names, model_of, {}, store, " against ".join(names), watcher)
+    model_of = resolve_models([(cell,) for cell in cells])
+    sweep = _prepare(spec, cells, names, model_of, {}, store, " against ".join(names), watcher or Silent(), Here(spec.options))
     sweep.groups = [[job] for job in sweep.jobs]
     return _drive(sweep)
 
 
-def _resolve(groups: Sequence[Sequence[Cell]]) -> dict[Cell, ModelFacts]:
+def expand(spec: BenchSpec) -> list[Cell]:
+    """The cells of a specification. Raises UsageError if they are more than `MOST_CELLS`."""
+    cells = plan.expand_cells(spec)
+    if len(cells) > MOST_CELLS:
+        raise UsageError(f"The lists make {len(cells)} cells, and {MOST_CELLS} are the most. Give shorter lists.")
+    return cells
+
+
+def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here") -> dict[Cell, ModelFacts]:
     """The model of each cell. Raises UsageError if no cell at all fits its model's context; single ones are refused one by one."""
-    facts = [backend_class(group[0].backend).resolve(group[0]) for group in groups]
+    # The devices of this machine are not those of a cluster.
+    first = [group[0] if on == "here" else dataclasses.replace(group[0], device="cpu") for group in groups]
+    facts = [backend_class(cell.backend).resolve(cell) for cell in first]
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group}
     messages = [estimate.beyond_context(cell, model) for cell, model in model_of.items()]
     if all(messages):
         raise UsageError(str(messages[0]))
     return model_of
+
+
+def _open_place(spec: BenchSpec, watcher: Watcher) -> Place:
+    """The machine of the command, or the cluster that was asked for. Raises LlmbenchError if it cannot be had."""
+    if spec.options.on == "here":
+        return Here(spec.options)
+    from . import cluster
+
+    return cluster.connect(spec.options, str(spec.axes["device"][0]), watcher.note)
 
 
 def _prepare(
@@ -160,21 +190,20 @@ def _prepare(
     asked: Mapping[str, str],
     where: tuple[str | None, str | None],
     parent_name: str | None,
-    watcher: Watcher | None,
+    watcher: Watcher,
+    place: Place,
 ) -> _Sweep:
     """The folder, the store, the jobs: all that can be wrong before anything is measured."""
     prompts = {workload: load_prompts(workload) for workload in dict.fromkeys(cell.workload for cell in cells)}
-    watcher = watcher or Silent()
     ledger = Ledger(spec, parent_name, watcher.note)
     ledger.open(*where)
     if ledger.store:
         tracking.refuse_other_params(ledger.store, plan.asked_params(spec) | dict(asked))
     folder = new_sweep(spec.options.output_dir)
-    environment = machine.environment(str(Path(__file__).parent))
     given = ledger.store.given_run_id if ledger.store else None
     ledger.folder, ledger.asked = folder, asked if given else {}
-    planned = jobs.make_jobs(spec, cells, names, model_of, prompts, environment, folder)
-    return _Sweep(spec, planned, [], ledger, folder, environment, watcher)
+    planned = jobs.make_jobs(spec, cells, names, model_of, prompts, place.environment, place.room, folder)
+    return _Sweep(spec, planned, [], ledger, folder, place, watcher)
 
 
 def _drive(sweep: _Sweep) -> SweepResult:
@@ -193,6 +222,8 @@ def _drive(sweep: _Sweep) -> SweepResult:
         except KeyboardInterrupt:
             outcome = "interrupted"
         finally:
+            for group, left in sweep.place.stop():
+                _count(group, left)
             _finish(sweep, outcome)
             sweep.watcher.finish()
     return _summary(sweep, outcome)
@@ -205,8 +236,8 @@ def _write_plan(sweep: _Sweep) -> None:
         "cells": len(sweep.jobs),
         "order": [job.folder.name for job in sweep.jobs],
         "parent": sweep.ledger.parent_name,
-        "tracking_uri": tracking.without_password(store.uri) if store else None,
-        "environment": sweep.environment,
+        "tracking_uri": store.uri if store else None,
+        "environment": sweep.place.environment,
     }
     write_json(sweep.folder / "sweep.json", known)
 
@@ -243,13 +274,12 @@ def _measure(sweep: _Sweep) -> None:
         elif not sweep.spec.options.rerun:
             _link(sweep, job)
     for number in range(max(job.cell.processes for job in sweep.jobs)):
-        for group in sweep.groups[:: -1 if number % 2 else 1]:
-            _run_group(sweep, group, number)
+        _run_round(sweep, sweep.groups[:: -1 if number % 2 else 1])
 
 
 def _link(sweep: _Sweep, job: Job) -> None:
     """Take over the result of a cell that was measured before."""
-    found = resume.find(job, sweep.spec, sweep.ledger.store)
+    found = resume.find(job, sweep.spec, sweep.ledger.store, sweep.place.env_hashes)
     if found:
         sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
         sweep.watcher.note(f"{job.name}: measured before, in {found.linked}; rerun=true measures again.")
@@ -257,67 +287,77 @@ def _link(sweep: _Sweep, job: Job) -> None:
         _keep(sweep, job, found)
 
 
-def _run_group(sweep: _Sweep, group: Sequence[Job], number: int) -> None:
-    """Measure the cells of one load in one process; after a failure the rest, which is smaller, goes on in a new one."""
-    waiting = _not_hopeless(sweep, [job for job in group if job.row is None])
-    if waiting and number == 0 and not _fetch(sweep, waiting):
-        return
-    while waiting:
-        for job in waiting:
-            if not job.started_ms:
-                job.started_ms = int(time.time() * 1000)
-                jobs.write_job(job)
-                sweep.ledger.begin(job)
-        outcome = _run_once(sweep, waiting)
-        for own, job in enumerate(waiting):
-            if own in outcome.measured:
-                job.attempts.append((outcome, own))
-        if outcome.interrupted:
-            raise KeyboardInterrupt
-        if outcome.error:
-            _fail_in(sweep, waiting, outcome)
-        for job in waiting:
-            if job.measured and job.row is None:
-                _succeed(sweep, job)
-        left = [job for own, job in enumerate(waiting) if job.row is None and own not in outcome.measured]
-        waiting = _not_hopeless(sweep, left) if outcome.error else []
+def _run_round(sweep: _Sweep, groups: Sequence[Group]) -> None:
+    """One process for each group; after a failure the rest of a group, which is smaller, goes on in a new one."""
+    place, todo = sweep.place, deque(groups)
+    while todo or place.busy:
+        while todo and place.takes_more:
+            waiting = _not_hopeless(sweep, [job for job in todo.popleft() if job.row is None])
+            if waiting:
+                place.give(waiting)
+        if place.busy:
+            known = len(sweep.failed)
+            left = _take(sweep, *place.wait(lambda group, event: _tell(sweep, group, event)))
+            if left:
+                todo.appendleft(left)
+            if len(sweep.failed) > known:  # what waits may be hopeless now
+                todo.extend(place.recall())
 
 
-def _run_once(sweep: _Sweep, waiting: Sequence[Job]) -> GroupOutcome:
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["event"] == "cell":
-            sweep.watcher.cell(sweep.jobs.index(waiting[event["number"]]) + 1, waiting[event["number"]].name)
+def _tell(sweep: _Sweep, group: Group, event: Mapping[str, Any]) -> None:
+    """Begin the runs of a group when its measurement begins, and pass on what the person who waits can follow."""
+    job = group[event["number"]] if event["event"] in ("cell", "measured") else group[0]
+    if event["event"] == "begun":
+        for one in group:
+            if not one.started_ms:
+                one.started_ms = int(time.time() * 1000)
+                jobs.write_job(one)
+                sweep.ledger.begin(one)
+    if event["event"] == "withheld" and event["message"] not in sweep.told:
+        sweep.told.add(event["message"])
+        sweep.watcher.note(event["message"])
+    number, node = sweep.jobs.index(job) + 1, event.get("node")
+    if node is None:
+        if event["event"] in ("begun", "cell") or event.get("stage") in ("preparing", "reference"):
+            sweep.watcher.cell(number, job.name)
+        sweep.watcher.event(event)
+    elif event["event"] == "cell":  # several are measured at once: a line when one begins, the count when it has ended
+        sweep.watcher.note(f"{job.name}: measuring on {node}")
+    elif event["event"] == "measured":
+        sweep.watcher.cell(number, job.name)
         sweep.watcher.event(event)
 
-    sweep.watcher.cell(sweep.jobs.index(waiting[0]) + 1, waiting[0].name)
-    options = sweep.spec.options
-    most, called = estimate.memory_limit(options.memory_limit)
-    limits = Limits(
-        options.load_timeout_s, options.first_token_timeout_s, options.repetition_timeout_s, options.cell_timeout_s, most, called
-    )  # fmt: skip
-    log = waiting[0].folder / "worker.log"
-    cells, folders = [job.cell for job in waiting], [job.folder for job in waiting]
-    try:
-        quality = reference.order(sweep.spec, waiting, sweep.no_reference, tell, sweep.watcher.note, limits)
-        return supervise.run_worker("measure", cells, waiting[0].model, folders, log, tell, limits, quality)
-    except JournalError as error:
-        return GroupOutcome(error=error)
+
+def _count(group: Group, outcome: GroupOutcome) -> None:
+    """Note for each job what a process has measured of it."""
+    for own, job in enumerate(group):
+        if own in outcome.measured:
+            job.attempts.append((outcome, own))
 
 
-def _fetch(sweep: _Sweep, waiting: Sequence[Job]) -> bool:
-    """Fetch or write the model's files in a process of its own, so that neither its time nor its memory is measured."""
-    job = waiting[0]
-    if job.model.source in ("folder", "gguf", "none"):
-        return True
-    sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
-    sweep.watcher.event({"event": "stage", "stage": "preparing"})
-    outcome = supervise.run_worker("prepare", [job.cell], job.model, [job.folder], job.folder / "prepare.log")
+def _take(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> list[Job]:
+    """Keep what a process has left of a group. Returns the jobs that need a new one, since it failed before it came to them."""
+    _count(group, outcome)
     if outcome.interrupted:
         raise KeyboardInterrupt
-    if outcome.error:
-        for one in waiting:
-            _fail(sweep, one, getattr(outcome.error, "outcome", "error"), Failure("preparing", str(outcome.error)))
-    return outcome.error is None
+    left = [job for own, job in enumerate(group) if own not in outcome.measured]
+    if isinstance(outcome.error, NodeLost):
+        _lose(sweep, left, outcome.error)
+    elif outcome.error:
+        _fail_in(sweep, group, outcome)
+    for job in group:
+        if job.measured and job.row is None:
+            _succeed(sweep, job)
+    return [job for job in left if job.row is None] if outcome.error else []
+
+
+def _lose(sweep: _Sweep, left: Sequence[Job], error: NodeLost) -> None:
+    """Their machine is gone, which says nothing of these cells, unless it happens again and again."""
+    sweep.watcher.note(f"{error} Of its group {len(left)} cells had not been measured.")
+    for job in left:
+        job.lost += 1
+        if job.lost > MOST_LOSSES:
+            _fail(sweep, job, "crashed", Failure("measuring", f"{error} It was the last of {job.lost} that were lost with this cell."))
 
 
 def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
@@ -337,7 +377,7 @@ def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
     return left
 
 
-def _fail_in(sweep: _Sweep, waiting: Sequence[Job], outcome: GroupOutcome) -> None:
+def _fail_in(sweep: _Sweep, waiting: Group, outcome: GroupOutcome) -> None:
     """Record the cell that a worker failed in, or all of them if it failed to load."""
     error = outcome.error
     word = getattr(error, "outcome", "error")
@@ -351,17 +391,21 @@ def _fail_in(sweep: _Sweep, waiting: Sequence[Job], outcome: GroupOutcome) -> No
 
 
 def _succeed(sweep: _Sweep, job: Job, draw: bool = True) -> None:
-    _keep(sweep, job, jobs.measured_result(job, sweep.spec, sweep.environment), draw)
+    if len(jobs.env_hashes(job)) > 1:
+        _fail(sweep, job, "error", Failure("measuring", MIXED), draw=draw)
+        return
+    _keep(sweep, job, jobs.measured_result(job, sweep.spec, sweep.place.environment), draw)
 
 
 def _fail(sweep: _Sweep, job: Job, word: str, failure: Failure, outcome: GroupOutcome | None = None, draw: bool = True) -> None:
     sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
     sweep.watcher.note(f"{job.name}: {word}: {failure.message}")
-    _keep(sweep, job, jobs.failed_result(job, sweep.spec, sweep.environment, word, failure, outcome), draw)
+    _keep(sweep, job, jobs.failed_result(job, sweep.spec, sweep.place.environment, word, failure, outcome), draw)
 
 
 def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None:
     """Write the files of a cell, then upload them, and end its run."""
+    result = redact_all(result)
     job.row = report.row_of(result)
     folder = job.folder / "artifacts"
     with sweep.ledger.noted(f"the files of {job.name}"):
@@ -395,7 +439,9 @@ def _finish(sweep: _Sweep, outcome: str) -> None:
     measured = [(job.row, job.run_id) for job in sweep.jobs if job.row]
     if ledger.parent_name is not None:
         with ledger.noted("the comparison"):
-            artifacts.write_sweep([row for row, _ in measured], sweep.spec.varied, sweep.folder / "comparison", draw)
+            place = tracking.ui_command(ledger.address), ledger.store.experiment_id if ledger.store else ""
+            subject = overview.Subject(sweep.spec, ledger.parent_name, sweep.folder.name, *place)
+            artifacts.write_sweep(measured, subject, sweep.folder / "comparison", draw)
         ledger.finish(measured, sweep.folder / "comparison", outcome)
     with ledger.noted("how the command ended"):
         write_json(sweep.folder / "ended.json", {"outcome": outcome})

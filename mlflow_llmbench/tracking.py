@@ -16,17 +16,19 @@ import ssl
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import StoreAway, TrackingError, first_line
+from .errors import StoreAway, TrackingError, UsageError, first_line
 from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
+from .redaction import CONTROLS, redact, redact_all
 from .report import gpu_of, summary_markdown
-from .spec import as_text
+from .spec import as_text, cell_fields
 from .summary import Point, series, summarize
 from .validity import judge
 
@@ -73,6 +75,8 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
 
     `mlflow run` gives a run by MLFLOW_RUN_ID; then its experiment holds. Raises TrackingError, one line.
     """
+    if experiment and CONTROLS.search(experiment):
+        raise UsageError(f"The name of the experiment has control characters: {experiment}. Give a plain name.")
     for name, value in HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     import mlflow
@@ -84,7 +88,7 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
             mlflow.set_tracking_uri(uri)
         address = mlflow.get_tracking_uri()
         if not answers(address):
-            raise StoreAway(f"The MLflow server {without_password(address)} does not answer.")
+            raise StoreAway(f"The MLflow server {address} does not answer.")
         with _undisturbed(address):
             client = MlflowClient()
             client.search_experiments(max_results=1)
@@ -99,7 +103,7 @@ def answers(address: str) -> bool:
     if not address.startswith(("http://", "https://")):
         return True
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=PROBE_S):
+        with urllib.request.urlopen(f"{without_user(address).rstrip('/')}/health", timeout=PROBE_S):
             return True
     except urllib.error.HTTPError:
         return True
@@ -121,6 +125,9 @@ def _given_run(client: MlflowClient, run_id: str) -> Run:
         ) from None
     if "llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags:
         raise TrackingError(f"MLFLOW_RUN_ID names the run {run_id}, which holds a result already. Unset it, or name a new run.")
+    for key, value in run.data.tags.items():
+        if redact(value) != value:  # `mlflow run` notes the address of the git remote as it is, its token included
+            client.set_tag(run_id, key, redact(value))
     return run
 
 
@@ -179,8 +186,8 @@ def _plain_errors(uri: str | None) -> Iterator[None]:
         advice = "Check the address and that the server runs, or leave it out for a SQLite file here."
         if address.startswith("sqlite"):
             advice = "Check the path and its permissions; a new file that was left half made must be deleted."
-        why = inner[-1] if inner else without_password(first_line(error)).rstrip(".")
-        raise TrackingError(f"The MLflow store {without_password(address)} cannot be used: {why}. {advice}") from None
+        why = inner[-1] if inner else first_line(error).rstrip(".")
+        raise TrackingError(f"The MLflow store {address} cannot be used: {why}. {advice}") from None
 
 
 def refuse_other_params(store: Store, params: Mapping[str, str]) -> None:
@@ -192,8 +199,8 @@ def refuse_other_params(store: Store, params: Mapping[str, str]) -> None:
 def _agreed_params(store: Store, run_id: str, params: Mapping[str, str], otherwise: str) -> dict[str, str]:
     """The params that a run has. Raises TrackingError, ending in `otherwise`, if one has another value, shell quotes aside."""
     there: dict[str, str] = store.client.get_run(run_id).data.params
-    for key, value in params.items():
-        if key in there and there[key] != value and _unquoted(there[key]) != value:
+    for key, value in redact_all(params).items():
+        if key in there and redact(there[key]) != value and redact(_unquoted(there[key])) != value:
             raise TrackingError(f"The run {run_id} has {key}={there[key]} already, and {value} {otherwise}")
     return there
 
@@ -238,7 +245,7 @@ def log_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
     from mlflow.entities import Param
 
     there = _agreed_params(store, run_id, params, "was measured. Use a new run.")
-    missing = [Param(key, value) for key, value in params.items() if key not in there]
+    missing = [Param(key, value) for key, value in redact_all(params).items() if key not in there]
     for start in range(0, len(missing), 100):
         store.client.log_batch(run_id, params=missing[start : start + 100])
 
@@ -253,7 +260,7 @@ def _unquoted(text: str) -> str:
 
 def cell_params(cell: Cell) -> dict[str, str]:
     """The params of a cell as text."""
-    return {name: as_text(name, value) for name, value in vars(cell).items()}
+    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(bool(cell.url))}
 
 
 def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
@@ -313,7 +320,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "hardware_hash": result.hashes.hardware,
         "software_hash": result.hashes.software,
         "workload_hash": result.hashes.workload,
-        "scenario": "offline",
+        "scenario": result.cell.scenario,
         "outcome": result.outcome,
         "verdict": verdict.word,
         "verdict_reasons": ",".join(r.code for r in verdict.reasons),
@@ -333,7 +340,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
 def _log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
-    store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in redact_all(tags).items()])
 
 
 def _log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
@@ -394,18 +401,19 @@ def download_result(store: Store, run_id: str, folder: Path) -> Path:
     return folder
 
 
-def log_comparison(store: Store, run_id: str, folder: Path) -> None:
-    """Keep the files of a comparison as artifacts of a run, under `comparison/`. Raises TrackingError if the run is not there."""
+def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
+    """Keep the files of a folder as artifacts of a run, below `under`. Raises TrackingError if the run is not there."""
     with _plain_errors(store.uri):
-        store.client.log_artifacts(run_id, str(folder), "comparison")
+        store.client.log_artifacts(run_id, str(folder), under)
 
 
-def without_password(text: str) -> str:
-    """A text with the user and password of every address in it masked, for what is printed or logged."""
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", text)
+def without_user(address: str) -> str:
+    """An address without the user and password in it, which urllib takes for a part of the host's name."""
+    parts = urllib.parse.urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def ui_command(address: str) -> str:
     """How to open the UI on a store, passwords masked."""
-    shown = without_password(address)
+    shown = redact(address)
     return shown if shown.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {shlex.quote(shown)}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import artifacts, charts, jobs, journal, plan, report, supervise, tracking, view
+from . import artifacts, charts, jobs, journal, overview, plan, report, supervise, tracking, view
 from .errors import JournalError
 from .records import Failure, RunResult
 from .spec import BenchSpec, parse
@@ -54,6 +57,8 @@ class Uploaded:
 
 def upload(folder: str, tracking_uri: str | None = None, experiment: str | None = None) -> Uploaded:
     """Upload what a sweep's folder holds, also where its command was killed. A second upload changes nothing. Raises JournalError or TrackingError."""
+    if not os.path.isdir(folder):
+        raise JournalError(f"There is no folder {folder}. Give a folder that `llmbench run` has printed.")
     root = Path(folder).resolve()
     _, known = read_sweep(root)
     if not (root / "ended.json").exists():
@@ -88,9 +93,20 @@ def complete(root: Path, store: tracking.Store) -> Uploaded:
             tracking.end_run(store, run_id, result.outcome, result.ended_ms)
     if done.parent_id and not done.is_whole(parent):
         if measured:
-            done.page = publish_parent(store, done.parent_id, spec, measured, root / "comparison", {}, lambda text: None)
+            with tempfile.TemporaryDirectory() as scratch:
+                write_comparison(root, Path(scratch), store, spec, known["parent"], measured)
+                done.page = publish_parent(store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None)
         tracking.end_run(store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended)
     return done
+
+
+def write_comparison(root: Path, folder: Path, store: tracking.Store, spec: BenchSpec, name: str, measured: Sequence[tuple[report.Row, str]]) -> None:
+    """Write the comparison of a sweep into `folder` with the runs of this store; also where its command died before it. Charts that it drew are kept."""
+    drawn = root / "comparison" / "charts"
+    if drawn.is_dir():
+        shutil.copytree(drawn, folder / "charts")
+    subject = overview.Subject(spec, name, root.name, tracking.ui_command(store.uri), store.experiment_id)
+    artifacts.write_sweep(measured, subject, folder, draw=not drawn.is_dir())
 
 
 def publish_parent(
@@ -108,7 +124,7 @@ def publish_parent(
     """
     rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
     link = view.publish(store, parent_id, plan.sweep_name(spec), spec.varied, rows, ids, warn)
-    note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + report.sweep_markdown(rows, spec.varied)
+    note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + overview.description(rows, spec.varied)
     tracking.upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison)
     return link
 
@@ -130,7 +146,7 @@ def recover(folder: Path) -> int:
     begun = [jobs.read_job(file.parent) for file in sorted(folder.glob("*/cell.json"))]
     by_name = {job.folder.name: job for job in begun}
     for job in begun:
-        for names, outcome in supervise.replay(job.folder / "worker.jsonl"):
+        for names, outcome in supervise.replay(journal.read_events(job.folder / "worker.jsonl")):
             for number in outcome.measured:
                 if number in outcome.texts and names[number] in by_name:
                     by_name[names[number]].attempts.append((outcome, number))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import summary
+from . import online_validity, summary
+from .latency import gaps_ms
 from .metrics import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
 from .records import Reason, RunResult, Verdict
 from .stats import coefficient_of_variation, supports
@@ -20,7 +21,7 @@ def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
     if result.failure:
         sentence = f"The cell ended with {result.outcome} at stage {result.failure.stage}: {result.failure.message}"
         return Verdict("invalid", (Reason("unfinished", sentence),))
-    reasons = tuple(reason for check in CHECKS for reason in check(result, metrics))
+    reasons = tuple(reason for check in (ONLINE_CHECKS if result.cell.url else CHECKS) for reason in check(result, metrics))
     forced = {REASONS[reason.code] for reason in reasons}
     word = "invalid" if "invalid" in forced else "suspect" if forced else "valid"
     return Verdict(word, reasons)
@@ -45,7 +46,7 @@ def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
 
 
 def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    smallest = min((gap for r in summary.requests(result) for gap in summary.gaps_ms(r)), default=0.0)
+    smallest = min((gap for r in summary.requests(result) for gap in gaps_ms(r)), default=0.0)
     if smallest < 0:
         yield Reason(
             "negative_gap", f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers."
@@ -131,10 +132,14 @@ def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
     noises = [r.noise for r in result.repetitions if r.noise]
     held = [n for n in noises if n.throttles]
     if held:
-        hottest = max((n.temperature_c or 0 for n in noises), default=0)
+        names = dict.fromkeys(name for n in held for name in n.throttles)
+        counted = sum(n.throttled_s or 0.0 for n in held)
+        temperatures = [n.temperature_c for n in noises if n.temperature_c is not None]
+        hottest = f", up to {max(temperatures)} °C" if temperatures else ""
+        lasted = f", for {counted:.2g} s of {sum(n.wall_s for n in noises):.3g} s" if counted else ""
         yield Reason(
             "throttled",
-            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(held[0].throttles)}, up to {hottest} °C), and the limit is none. "
+            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(names)}{lasted}{hottest}), and the limit is none. "
             "Improve its cooling or raise its power limit, and measure again.",
         )
     foreign = max((n.foreign_gpu_processes or 0 for n in noises), default=0)
@@ -143,3 +148,4 @@ def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
 
 
 CHECKS: tuple[Check, ...] = (_counts, _order, _bandwidth, _steadiness, _convergence, _variation, _contention, _throttling)
+ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, *online_validity.CHECKS)

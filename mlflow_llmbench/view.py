@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import first_line
 from .metrics import KEYS, SERIES
+from .tracking import without_user
 
 if TYPE_CHECKING:
     from .report import Row
@@ -185,7 +186,7 @@ def _installed_version() -> str:
 
 def _server_version(uri: str) -> str:
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=5) as answer:
+        with urllib.request.urlopen(f"{without_user(uri).rstrip('/')}/version", timeout=5) as answer:
             return bytes(answer.read(32)).decode("ascii", "replace")
     except (OSError, ValueError):
         return ""

@@ -19,13 +19,14 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import machine, memory
-from .backends.base import Backend, backend_class
+from .backends.base import Backend, ServerBackend, backend_class
 from .errors import LlmbenchError, MeasurementError, first_line
 from .journal import EventLog
 from .measure import measure_cell
+from .measure_server import measure_server
 from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
 from .workload import PromptSet, load_prompts
 
@@ -152,7 +153,7 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
     log = EventLog(folder / "events.jsonl")
     prompts = load_prompts(cell.workload)
     tell("cell", number=number)
-    if prompts.texts:
+    if prompts.texts and not backend.capabilities.online:
         _check_lengths(backend, cell, prompts, context)  # and the tokenizer is loaded before the clock runs
 
     def say(event: str, **data: Any) -> None:
@@ -166,7 +167,11 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         memory.reset_peak()
         backend.device_memory(reset=True)
         tell("measuring", number=number)
-        measured = measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
+        measured = (
+            measure_server(cast(ServerBackend, backend), cell, prompts, say)
+            if backend.capabilities.online
+            else measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
+        )
         _stage("peak", backend, tell)
         texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
         tell("measured", number=number, measured=measured, texts=texts)
@@ -178,7 +183,7 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
 
 def _stage(stage: str, backend: Backend, tell: Any) -> None:
     """Tell that a stage is reached, with this process's own exact reading; then start a new high-water mark."""
-    own = memory.read()
+    own = None if backend.capabilities.online else memory.read()  # the client's memory is not the model's
     device = backend.device_memory()
     tell("stage", stage=stage, host=own, device=device)
     memory.reset_peak()

@@ -11,9 +11,18 @@ from pathlib import Path
 
 from .errors import UsageError
 from .records import Cell, hash16
+from .redaction import redact
 from .spec import BUNDLED_TEXT, WORKLOADS
 
 Encode = Callable[[str], Sequence[int]]
+
+WORDS = (
+    "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at",
+    "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "her", "all", "she", "there", "would", "their",
+    "we", "him", "been", "has", "when", "who", "will", "more", "no", "if", "out", "so", "said", "what", "up", "its", "about", "into",
+    "than", "them", "can", "only", "other", "new", "some", "could", "time",
+)  # fmt: skip
+"""Words that are one token each, with the space before them, in the usual vocabularies. A probe of the server tells where they are not."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,23 @@ class PromptSet:
             return [ids] * cell.batch_size
         return [self._text_row(cell.prompt_tokens, repetition * cell.batch_size + row, encode) for row in range(cell.batch_size)]
 
+    def words(self, cell: Cell, repetition: int, number: int, count: int, unique: str = "") -> str:
+        """The prompt of one request to a server: `count` words from the seed, or the text of a workload.
+
+        With `unique` the first words are drawn from it, so that no cache of an earlier run can hold the beginning of the prompt.
+        """
+        draw = random.Random(f"{cell.seed}/{repetition}/{number}")
+        first = random.Random(f"{unique}/{repetition}/{number}").choices(WORDS, k=min(8, count)) if unique else []
+        if not self.texts:
+            return " ".join([*first, *draw.choices(WORDS, k=count - len(first))])
+        if cell.prompt_tokens is None:
+            return " ".join([*first, self.texts[number % len(self.texts)]])
+        found, position = first, number
+        while len(found) < count:
+            found = [*found, *self.texts[position % len(self.texts)].split()]
+            position += 1
+        return " ".join(found[:count])
+
     def _random_row(self, cell: Cell, repetition: int, row: int, vocab_size: int) -> list[int]:
         # The lowest ids are special tokens in every vocabulary we know; an EOS in the prompt would be odd text.
         draw = random.Random(f"{cell.seed}/{repetition}/{row}")
@@ -57,6 +83,8 @@ class PromptSet:
     def digest(self, cell: Cell, vocab_size: int | None) -> str:
         """`workload_hash`: what is sent and how much is asked for; the batch size and the model's settings are not part of it."""
         prompts: object = list(self.texts) or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
+        if cell.url and not self.texts:
+            prompts = {"generator": "common-words-1", "seed": cell.seed}
         return hash16({"prompts": prompts, "prompt_tokens": cell.prompt_tokens, "output_tokens": cell.output_tokens})
 
 
@@ -111,7 +139,7 @@ def _parse_lines(text: str, origin: str) -> tuple[str, ...]:
             prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UsageError(
-                f'{origin}, line {number}, is not a JSON object with a "prompt" text: {line[:60]}. Write {{"prompt": "…"}} on each line.'
+                f'{origin}, line {number}, is not a JSON object with a "prompt" text: {redact(line)[:60]}. Write {{"prompt": "…"}} on each line.'
             )
         prompts.append(prompt)
     if not prompts:

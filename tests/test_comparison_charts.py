@@ -138,6 +138,7 @@ def test_single_values_have_no_interval_and_names_cannot_break_the_file(tmp_path
     single = dataclasses.replace(result([0.5], "int4"), cell=strange)
     comparison = compare(result([1.0]), single)
     check_files(draw_comparisons([comparison], tmp_path), tmp_path, ("ratios", "values"))
+    check_files(draw_comparisons([comparison] * 2, tmp_path), tmp_path, ("ratios", "values_1", "values_2"))
     assert all(math.isfinite(effect.ratio) for effect in comparison.effects)
     assert "<script>" not in (tmp_path / "ratios.svg").read_text()
 

@@ -224,7 +224,15 @@ def test_a_folder_that_cannot_be_written() -> None:
     ("name", "installed", "status", "found"),
     [
         ("mlflow", "3.15.0", "ok", "3.15.0"),
-        ("mlflow", "3.9.2", "limited", "3.9.2, and >=3.15,<4 is what this was written for"),
+        ("mlflow", "3.12.1", "limited", "3.12.1, and >=3.15,<4 is what this was written for"),
+        ("mlflow", "3.9.2", "limited", "3.9.2 is older than 3.10, the oldest whose server lets no stranger read its files (CVE-2026-2614)"),
+        ("torch", "2.5.1", "limited", "2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights (CVE-2025-32434)"),
+        (
+            "transformers",
+            "5.2.0",
+            "limited",
+            "5.2.0 is older than 5.3, the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372)",
+        ),
         ("mlflow", "4.0.0rc1", "limited", "4.0.0rc1, and >=3.15,<4 is what this was written for"),
         ("torch", "2.13.0+cpu", "ok", "2.13.0+cpu"),
         ("safetensors", "0.8", "ok", "0.8"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench import gpu, machine, summary
-from mlflow_llmbench.records import Noise
+from mlflow_llmbench.records import Noise, from_json, to_json
 from mlflow_llmbench.validity import judge
 from tests.test_summary import result
 
@@ -105,6 +105,94 @@ def test_readings_of_a_gpu(driver: types.ModuleType) -> None:
     assert (noise.energy_j, noise.frequency_mhz, noise.throttles, noise.foreign_gpu_processes) == (0.0, 1980, ("hardware thermal slowdown",), 1)
 
 
+COUNTERS = {251: "software", 252: "hardware", 253: "brake"}
+
+
+def with_counters(driver: Any, held_ns: dict[int, int], kind: int = 3, refused: tuple[int, ...] = ()) -> None:
+    """Give the stand-in the field values of newer drivers; `held_ns` can change between two readings. `kind` 3: unsigned long long."""
+    for number, name in zip(COUNTERS, ("SW_THERM_SLOWDOWN", "HW_THERM_SLOWDOWN", "HW_POWER_BRAKE_SLOWDOWN"), strict=True):
+        setattr(driver, f"NVML_FI_DEV_CLOCKS_EVENT_REASON_{name}", number)
+    driver.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG = 3
+
+    def values(handle: int, ids: list[int]) -> list[Any]:
+        return [
+            types.SimpleNamespace(nvmlReturn=3 if i in refused else 0, valueType=kind, value=types.SimpleNamespace(ullVal=held_ns.get(i, 0)))
+            for i in ids
+        ]
+
+    driver.nvmlDeviceGetFieldValues = values
+
+
+def between(change: Any, device: str = "cuda:0") -> Noise:
+    """The noise of a repetition during which `change` happened."""
+    before = machine.take_readings(device)
+    change()
+    return machine.noise_between(before, machine.take_readings(device))
+
+
+def test_a_throttle_that_came_and_went_is_counted(driver: Any) -> None:
+    """At the end the clock is free again (GPU 0 says idle); the counters tell. Before: only what stood at the end was seen."""
+    held = {251: 7_000_000, 252: 40_000_000, 253: 1}
+    with_counters(driver, held)
+    noise = between(lambda: held.update({252: 540_000_000}))
+    assert (noise.throttles, noise.throttled_s) == (("hardware thermal slowdown",), 0.5)
+    quiet = between(lambda: None)
+    assert (quiet.throttles, quiet.throttled_s) == ((), 0.0)
+    both = between(lambda: held.update({251: 8_000_000, 253: 2_000_000_001}))
+    assert (both.throttles, both.throttled_s) == (("software thermal slowdown", "power brake"), 2.0)
+
+
+def test_a_reason_that_stands_at_the_end_is_told_whatever_the_counters_say(driver: Any) -> None:
+    with_counters(driver, {})
+    noise = between(lambda: None, "cuda:1")
+    assert (noise.throttles, noise.throttled_s) == (("hardware thermal slowdown",), 0.0)
+
+
+@pytest.mark.parametrize("fault", ["absent", "refused", "another field by that number"])
+def test_older_drivers_count_thermal_violations(driver: Any, fault: str) -> None:
+    violations = [3_000_000_000]
+    driver.NVML_PERF_POLICY_THERMAL = 1
+    driver.nvmlDeviceGetViolationStatus = lambda handle, policy: types.SimpleNamespace(violationTime=violations[policy - 1], referenceTime=0)
+    if fault != "absent":
+        with_counters(
+            driver, {251: 5}, kind=1 if fault == "another field by that number" else 3, refused=tuple(COUNTERS) if fault == "refused" else ()
+        )
+    noise = between(lambda: violations.__setitem__(0, 3_250_000_000))
+    assert (noise.throttles, noise.throttled_s) == (("thermal slowdown",), 0.25)
+
+
+def test_without_any_counter_the_time_is_absent(driver: Any) -> None:
+    assert between(lambda: None).throttled_s is None
+    assert between(lambda: None, "cpu").throttled_s is None
+
+
+def test_what_else_a_gpu_says_of_a_repetition(driver: Any) -> None:
+    errors = [4]
+    driver.NVML_CLOCK_MEM, driver.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, driver.NVML_VOLATILE_ECC = 2, 1, 0
+    driver.nvmlDeviceGetClockInfo = lambda handle, kind: {1: 1980, 2: 3201}[kind]
+    driver.nvmlDeviceGetPowerUsage = lambda handle: 412_345
+    driver.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=97, memory=40)
+    driver.nvmlDeviceGetTotalEccErrors = lambda handle, kind, counter: errors[0] if (kind, counter) == (1, 0) else -1
+    driver.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0x80
+    noise = between(lambda: errors.__setitem__(0, 6))
+    assert (noise.frequency_mhz, noise.memory_clock_mhz, noise.power_w, noise.utilization_ratio) == (1980, 3201, 412.345, 0.97)
+    assert (noise.gpu_memory_errors, noise.throttles) == (2, ("power brake",))
+    assert from_json(Noise, to_json(noise)) == noise
+
+
+def test_a_gpu_cut_into_instances_says_so_and_nothing_that_is_its_neighbours(driver: Any) -> None:
+    driver.nvmlDeviceGetMigMode = lambda handle: [handle, 0]
+    driver.nvmlDeviceGetPowerUsage = lambda handle: 300_000
+    assert [g["mig"] for g in gpu.gpus()] == [False, True]
+    whole, part = gpu.read(0), gpu.read(1)
+    assert whole and part
+    assert (whole.energy_j, whole.power_w) == (5.0, 300.0)
+    assert (part.energy_j, part.power_w, part.utilization_ratio, part.clock_mhz) == (None, None, None, 1980)
+    hashes = machine.environment()["hashes"]["hardware"]
+    driver.nvmlDeviceGetMigMode = lambda handle: [0, 0]
+    assert machine.environment()["hashes"]["hardware"] != hashes
+
+
 def test_in_a_container_whose_pids_are_not_the_drivers_nothing_is_said_of_foreign_processes(driver: Any) -> None:
     driver.nvmlDeviceGetComputeRunningProcesses = lambda handle: [types.SimpleNamespace(pid=4_000_000, usedGpuMemory=None)]
     reading = gpu.read(0)
@@ -132,3 +220,20 @@ def test_throttling_and_foreign_processes_give_their_reasons() -> None:
         verdict = judge(measured, summary.summarize(measured))
         assert [r.code for r in verdict.reasons] == codes
     assert verdict.word == "valid"
+
+
+def test_the_sentence_on_throttling_says_why_and_for_how_long() -> None:
+    quiet = result([[2, 2, 2]] * 5)
+    hot = Noise(1.0, throttles=("power brake",), throttled_s=0.25, temperature_c=88)
+    measured = dataclasses.replace(
+        quiet, repetitions=tuple(dataclasses.replace(r, noise=hot if r.index < 2 else Noise(1.0)) for r in quiet.repetitions)
+    )
+    [reason] = judge(measured, summary.summarize(measured)).reasons
+    assert reason.sentence == (
+        "The GPU held its clock back in 2 of 5 repetitions (power brake, for 0.5 s of 5 s, up to 88 °C), and the limit is none. "
+        "Improve its cooling or raise its power limit, and measure again."
+    )
+    silent = dataclasses.replace(hot, throttled_s=None, temperature_c=None)
+    measured = dataclasses.replace(quiet, repetitions=tuple(dataclasses.replace(r, noise=silent) for r in quiet.repetitions))
+    [reason] = judge(measured, summary.summarize(measured)).reasons
+    assert "in 5 of 5 repetitions (power brake), and" in reason.sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -62,6 +63,32 @@ def test_noise_is_the_difference_of_two_readings() -> None:
     noise = machine.noise_between(before, after)
     assert (noise.wall_s, noise.steal_s, noise.foreign_cpu_s, noise.own_cpu_s) == (2.0, 0.5, 1.5, 1.5)
     assert (noise.pressure_s, noise.involuntary_switches, noise.major_faults, noise.swapped_pages) == (0.25, 2, 0, None)
+
+
+def kernel_files(folder: Path, stolen: int, swapped: int, pressure_us: int) -> None:
+    """The files of /proc in the kernel's layout (proc(5), Documentation/accounting/psi.rst): ticks of user, nice, system, idle, …, steal."""
+    (folder / "pressure").mkdir(exist_ok=True)
+    (folder / "stat").write_text(f"cpu  1000 20 300 99999 40 5 6 {stolen} 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\nintr 5\n")
+    (folder / "pressure" / "cpu").write_text(
+        f"some avg10=1.00 avg60=0.50 avg300=0.10 total={pressure_us}\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
+    )
+    (folder / "vmstat").write_text(f"nr_free_pages 1234\npgpgin 7\npswpin {swapped}\npswpout {2 * swapped}\npgfault 99\n")
+
+
+def test_steal_pressure_and_swapping_are_read_as_the_kernel_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    ticks = os.sysconf("SC_CLK_TCK")
+    kernel_files(tmp_path, 0, 100, 1_000_000)
+    before = machine.take_readings()
+    assert before.busy_s == pytest.approx((1000 + 20 + 300 + 5 + 6) / ticks)
+    kernel_files(tmp_path, 2 * ticks, 400, 1_750_000)
+    noise = machine.noise_between(before, machine.take_readings())
+    assert (noise.steal_s, noise.swapped_pages, noise.pressure_s) == (2.0, 900, 0.75)
+    assert noise.foreign_cpu_s == 0.0
+    for name in ("stat", "vmstat", "pressure/cpu"):
+        (tmp_path / name).unlink()
+    nothing = machine.noise_between(before, machine.take_readings())
+    assert (nothing.steal_s, nothing.foreign_cpu_s, nothing.swapped_pages, nothing.pressure_s) == (None, None, None, None)
 
 
 def test_the_best_rates_are_kept_by_hardware_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,22 +101,34 @@ def test_the_entry_points_are_the_table_of_backends() -> None:
     assert PROJECT["scripts"] == {"llmbench": "mlflow_llmbench.cli:main"}
 
 
-def test_the_project_has_the_declared_parameters_with_their_defaults() -> None:
-    parameters = MLPROJECT["entry_points"]["main"]["parameters"]
-    assert parameters == {name: {"type": "string", "default": spec.default_text(name)} for name in spec.PARAMETERS}
-    assert list(parameters) == list(spec.PARAMETERS)
+ENTRIES = {"main": "run", "online": "online"}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_project_has_the_declared_parameters_with_their_defaults(entry: str) -> None:
+    parameters = MLPROJECT["entry_points"][entry]["parameters"]
+    names = spec.COMMANDS[ENTRIES[entry]]
+    assert parameters == {name: {"type": "string", "default": spec.default_text(name)} for name in names}
+    assert list(parameters) == list(names)
+
+
+def test_every_parameter_is_one_of_an_entry_point() -> None:
+    assert set(spec.COMMANDS["run"]) | set(spec.COMMANDS["online"]) == set(spec.PARAMETERS)
+    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "register"}
 
 
 @pytest.mark.parametrize("name", spec.PARAMETERS)
 def test_a_default_passes_through_the_shell_unchanged(name: str) -> None:
     """`mlflow run` logs the quoted form of a value, so a default that needs quotes would be logged with them."""
-    default = MLPROJECT["entry_points"]["main"]["parameters"][name]["default"]
+    entry = "main" if name in spec.COMMANDS["run"] else "online"
+    default = MLPROJECT["entry_points"][entry]["parameters"][name]["default"]
     assert default
     assert shlex.quote(default) == default
 
 
-def test_the_command_passes_every_parameter_on() -> None:
-    options = [f"--{name.replace('_', '-')} {{{name}}}" for name in spec.PARAMETERS]
-    assert MLPROJECT["entry_points"]["main"]["command"] == " ".join(["python -m mlflow_llmbench run", *options])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_command_passes_every_parameter_on(entry: str) -> None:
+    options = [f"--{name.replace('_', '-')} {{{name}}}" for name in spec.COMMANDS[ENTRIES[entry]]]
+    assert MLPROJECT["entry_points"][entry]["command"] == " ".join([f"python -m mlflow_llmbench {ENTRIES[entry]}", *options])
     assert MLPROJECT["name"] == PROJECT["name"]
     assert MLPROJECT["conda_env"] == "conda.yaml"

@@ -190,6 +190,24 @@ def test_block_bootstrap_covers_where_the_plain_one_does_not() -> None:
     assert held[1] / 600 < 0.6
 
 
+def test_the_block_bootstrap_of_the_median_covers_in_short_and_in_long_series() -> None:
+    """AR(1) with φ = 0.8; long series go by the share of values below the median."""
+    for length, least in ((256, 0.87), (1500, 0.90)):
+        held = 0
+        for number, series in enumerate(autoregressive(0.8, length, 400, seed=7)):
+            low, high = stats.block_bootstrap_interval(series, statistic="median", resamples=600, seed=number)
+            held += low <= 0 <= high
+        assert least <= held / 400 <= 0.98
+
+
+def test_medians_by_shares_are_those_of_whole_resamples() -> None:
+    """The same skewed series, with whole resamples (a function of one's own) and by shares: ends agree within a tenth of the width."""
+    for number, series in enumerate(np.exp(2 * autoregressive(0.8, 3000, 4, seed=8))):
+        low, high = stats.block_bootstrap_interval(series, 20, "median", seed=number)
+        exact = stats.block_bootstrap_interval(series, 20, lambda rows, axis: np.median(rows, axis=axis), seed=number + 100)
+        assert (low, high) == pytest.approx(exact, abs=0.1 * (high - low))
+
+
 def test_block_length_follows_the_published_optimum() -> None:
     """For AR(1) and the circular bootstrap g/g(0) = 2φ/(1 − φ²), so b = (1.5·(2φ/(1 − φ²))²·n)^(1/3) (Politis & White 2004, 3.1): 57 and 17."""
     for phi, n in ((0.8, 6400), (0.5, 2000)):
@@ -216,6 +234,7 @@ def test_a_hundred_thousand_samples_take_two_seconds_and_little_memory() -> None
         lambda: stats.bootstrap_interval(values, "mean"),
         lambda: stats.bootstrap_interval(values, "median"),
         lambda: stats.block_bootstrap_interval(values),
+        lambda: stats.block_bootstrap_interval(values, statistic="median"),
     )
     for work in works:
         spent = []
@@ -228,6 +247,7 @@ def test_a_hundred_thousand_samples_take_two_seconds_and_little_memory() -> None
     stats.bootstrap_interval(values, "mean", resamples=100)
     stats.bootstrap_interval(values, "median")
     stats.block_bootstrap_interval(values)
+    stats.block_bootstrap_interval(values, statistic="median")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= 200e6

@@ -12,6 +12,7 @@ import pytest
 from mlflow_llmbench import summary
 from mlflow_llmbench.metrics import KEYS, SERIES
 from mlflow_llmbench.records import Cell, Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.stats import block_bootstrap_interval
 from mlflow_llmbench.validity import judge, unsupported_percentiles
 
 MS = 1_000_000
@@ -160,6 +161,50 @@ def test_the_interval_of_several_processes_is_that_of_their_means_by_hand() -> N
     assert metrics["trust/cv_ratio"] == pytest.approx(math.sqrt(2) * 50 / 350)
     assert metrics["trust/repetitions"] == 4
     assert metrics["throughput/decode_tokens_per_s"] == pytest.approx((((2000 + 3000 / 11.5) / 2) + 2000) / 2)
+
+
+def test_statistics_by_hand() -> None:
+    """TTFT 10 ms, then gaps of f ms: end to end 13, 16, 19, 22 and 40 ms; 4 of them 16 ± 3 around the middle, and one far out."""
+    found = {s.key: s for s in summary.statistics(result([[f] * 3 for f in (1.0, 2.0, 3.0, 4.0, 10.0)], rows=1))}
+    e2e = found["latency/e2e_ms_p50"]
+    assert (e2e.values, e2e.n, e2e.mean, e2e.median, e2e.mad) == ("repetitions", 5, 22, 19, 3)
+    assert e2e.sd == pytest.approx(math.sqrt((81 + 36 + 9 + 0 + 324) / 4))
+    half = 2.77644511 * math.sqrt(450 / 4 / 5)
+    assert (e2e.mean_low, e2e.mean_high) == (pytest.approx(22 - half), pytest.approx(22 + half))
+    assert e2e.median_low is not None and e2e.median_high is not None
+    assert 13 <= e2e.median_low <= 16 and 22 <= e2e.median_high <= 40
+    assert found["latency/itl_ms_p50"].median == 3
+    assert found["throughput/output_tokens_per_s"].median == pytest.approx(4 / 0.019)
+    steps = found["steps/itl_ms"]
+    assert (steps.values, steps.n, steps.median, steps.mean_low, steps.median_low) == ("tokens", 3, 3, None, None)
+
+
+def test_statistics_rest_on_processes_where_there_are_several() -> None:
+    found = {s.key: s for s in summary.statistics(in_processes(result([[f] * 3 for f in (1.0, 3.0, 2.0, 4.0)], rows=1), 2))}
+    e2e = found["latency/e2e_ms_p50"]
+    assert (e2e.values, e2e.n, e2e.mean, e2e.median, e2e.mad) == ("processes", 2, 17.5, 17.5, 1.5)
+    assert e2e.median_low is None  # no bootstrap with fewer than 5
+
+
+def test_the_series_of_gaps_has_the_interval_of_the_block_bootstrap() -> None:
+    gaps = (10 + np.sin(np.arange(200) / 8) + np.random.default_rng(6).normal(0, 0.3, 200)).tolist()
+    [steps] = [s for s in summary.statistics(result([gaps] * 5)) if s.key == "steps/itl_ms"]
+    own = [point.value for point in summary.series(result([gaps] * 5)) if point.key == "steps/itl_ms"]
+    assert (steps.median_low, steps.median_high) == block_bootstrap_interval(own, statistic="median")
+    assert steps.n == 200
+
+
+def test_the_table_of_statistics() -> None:
+    heading, body = summary.statistics_cells(result([[f] * 3 for f in (1.0, 2.0, 3.0, 4.0, 10.0)], rows=1))
+    assert heading == ["metric", "values", "mean", "95 % interval (t)", "median", "95 % interval (bootstrap)", "sd", "MAD"]
+    [e2e] = [line for line in body if line[0] == "latency/e2e_ms_p50"]
+    assert e2e[1:5] == ["5 repetitions", "22.00", "8.830 to 35.17", "19.00"]
+    assert e2e[6:] == ["10.61", "3.000"]
+    assert body[-1] == ["steps/itl_ms", "3 tokens", "3.000", "–", "3.000", "–", "0", "0"]
+    once = summary.statistics_cells(result([[1.0] * 3]))[1]
+    assert once[0][1] == "1 repetition"
+    assert once[0][3] == once[0][5] == once[0][6] == "–"
+    assert summary.statistics_cells(result([])) == (heading, [])
 
 
 SLOW, FAST = [2.4, 2.4, 2.4], [2.0, 2.0, 2.0]

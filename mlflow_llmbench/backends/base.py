@@ -13,11 +13,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UsageError
-from ..records import Cell, LoadInfo, ModelFacts
+from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
 from ..spec import known_backends
+
+if TYPE_CHECKING:  # what only servers need is not loaded into the worker of a local model
+    from ..client import BuildRequest, Load, Trace
+    from ..http1 import Exchange
+    from ..workload import PromptSet
 
 Emit = Callable[[Any], None]
 """Called once per step with the step's token ids: a sequence of `batch` whole numbers, or an array with `tolist()`."""
@@ -30,6 +35,7 @@ class Capabilities:
     tokenizer: bool = False  # `encode` and `decode` work
     logits: bool = False  # `logits` works, so quality can be measured
     heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
+    online: bool = False  # a server: takes loads of requests, see `ServerBackend`
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,19 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Delete the model and give memory back."""
+
+
+class ServerBackend(Backend, Protocol):
+    """A backend whose model another process runs. It takes loads of requests instead of `generate`."""
+
+    def request(self, prompts: PromptSet, cell: Cell, repetition: int, number: int) -> bytes:
+        """The whole request of a number, ready to be sent."""
+
+    def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
+        """Send a load and wait for the last answer."""
+
+    def read(self, exchange: Exchange) -> RequestRecord:
+        """What an answer was. Called after the run."""
 
 
 def backend_class(name: str) -> type[Backend]:

@@ -43,6 +43,8 @@ def inspect_model(model: Any) -> Inspection:
     device = "cpu"
     for module_name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
+        if hasattr(module, "in_features") and next(module.children(), None) is None and "weight" not in own:  # GPTQ keeps its weights in buffers
+            parameters += int(module.in_features) * int(module.out_features)
         for name, tensor in [*own.items(), *module.named_buffers(recurse=False)]:
             if id(tensor) in seen:
                 continue
@@ -134,6 +136,9 @@ EXPECTED = {
     "int8": ({"Linear8bitLt"}, 8.0, 8.6),
     "int4": ({"Linear4bit"}, 4.0, 5.0),
     "fp4": ({"Linear4bit"}, 4.0, 5.0),
+    "gptq": (None, 4.0, 5.5),
+    "gptq3": (None, 3.0, 4.5),
+    "gptq8": (None, 8.0, 9.5),
     "fp32": (None, 32.0, 32.0),
     "fp16": (None, 16.0, 16.0),
     "bf16": (None, 16.0, 16.0),

@@ -8,15 +8,15 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import models
 from ..errors import ModelError, UsageError, first_line
 from ..records import Cell, ModelFacts
-from ..spec import BITSANDBYTES
-from . import synthetic
+from ..spec import GPTQ_BITS, MADE
+from . import gptq, synthetic
 
 HUB_TIMEOUT_S = 12.0
 """Longest wait for the Hub before a run; an unreachable one must be known within 15 s."""
@@ -34,10 +34,10 @@ def find_model(cell: Cell) -> ModelFacts:
     preset = models.find_preset(cell.model)
     if cell.weights == "random":
         return _random_model(cell, preset)
-    path = Path(cell.model).expanduser()
+    path = Path(os.path.expanduser(cell.model))
     if cell.model.endswith(".gguf"):
         return _gguf_file(cell, path)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return _folder(cell, path)
     if preset is not None:
         return _hub_model(cell, preset.repository, "preset")
@@ -45,7 +45,7 @@ def find_model(cell: Cell) -> ModelFacts:
         raise ModelError(
             f"There is no model folder {cell.model}. Give a folder with a config.json, a Hub id (owner/name) or a preset (`llmbench models`)."
         )
-    if "/" in cell.model and not re.fullmatch(r"[\w.-]+/[\w.-]+", cell.model):
+    if "/" in cell.model and not _is_hub_id(cell.model):
         raise ModelError(
             f"{cell.model} is neither a folder nor a Hub id, which is owner/name in letters, digits, dots, dashes. `llmbench models` lists the presets."
         )
@@ -74,9 +74,9 @@ def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
 
 
 def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"There is no file {cell.model}. Give the path of a .gguf file.")
-    if cell.quant in BITSANDBYTES:
+    if cell.quant in MADE:
         raise UsageError(
             f"quant={cell.quant} cannot be made from {path.name}, which is quantized already. Use quant=none to run it as it is, or bf16 to unpack it."
         )
@@ -90,9 +90,10 @@ def _folder(cell: Cell, path: Path) -> ModelFacts:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(f"The folder {cell.model} has no config.json, so it is no model. Give a folder that save_pretrained wrote, or a .gguf file.")
-    weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+    weights = [path / name for name in sorted(_weight_names(file.name for file in path.iterdir()))]
     if not weights:
         raise ModelError(f"The folder {cell.model} has no weights (*.safetensors). Download them, or check the path.")
+    _refuse_pickle(cell, "folder", [file.name for file in weights])
     size = sum(file.stat().st_size for file in weights)
     return _with_config(cell, "folder", str(path.resolve()), content_hash([config_file, *weights]), config_file, size)
 
@@ -118,19 +119,22 @@ def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
     """Commit and configuration of a Hub model; from the local cache if the Hub does not answer."""
     from huggingface_hub import constants, errors
 
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", cell.revision, re.ASCII) or ".." in cell.revision:
+        raise UsageError(f"revision is not the name of a branch, tag or commit: {cell.revision}. Use revision=main, or one of that repository.")
     hint = "Check the network, give a local folder, or measure speed and memory without the weights: -P weights=random"
     hint += "." if source == "preset" else " (presets only)."
     cached = _cached(repository, cell.revision)
     try:
         if constants.is_offline_mode():
             raise OSError("HF_HUB_OFFLINE is set")
-        commit, config_file, size = _within(HUB_TIMEOUT_S, lambda: _ask_hub(repository, cell.revision))
+        commit, config_file, sizes = _within(HUB_TIMEOUT_S, lambda: _ask_hub(repository, cell.revision))
     except errors.RevisionNotFoundError:
         raise ModelError(
             f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository."
         ) from None
     except Exception as error:  # connection errors come in many classes, from httpx and from the system
         if cached is not None:
+            _refuse_pickle(cell, source, _weight_names(file.name for file in cached.iterdir()))
             return _with_config(cell, source, repository, cached.name, cached / "config.json", None)
         if isinstance(error, errors.GatedRepoError):
             message = f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`; "
@@ -142,19 +146,44 @@ def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
         else:
             message = f"The Hub cannot be reached for {repository}, and it is not in the local cache: {first_line(error)}. {hint}"
         raise ModelError(message) from None
-    return _with_config(cell, source, repository, commit, Path(config_file), size)
+    _refuse_pickle(cell, source, sizes)
+    return _with_config(cell, source, repository, commit, Path(config_file), sum(sizes.values()) or None)
 
 
 @functools.cache
-def _ask_hub(repository: str, revision: str) -> tuple[str, str, int | None]:
-    """Commit, path of config.json, and bytes of the weights; asked once, so that all cells of a sweep have one commit."""
+def _ask_hub(repository: str, revision: str) -> tuple[str, str, Mapping[str, int]]:
+    """Commit, path of config.json, and the files of the weights with their bytes; asked once, so that all cells of a sweep have one commit."""
     from huggingface_hub import HfApi, hf_hub_download
 
     info = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S / 2, files_metadata=True)
     # By the name of the revision, so that the cache learns which commit it is; the folder is named by the commit.
     config = hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_TIMEOUT_S / 2)
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-    return Path(config).parent.name, config, sum(sizes[name] for name in _weight_names(sizes)) or None
+    return Path(config).parent.name, config, {name: sizes[name] for name in _weight_names(sizes)}
+
+
+def may_be_pickled(cell: Cell, source: str) -> bool:
+    """Whether weights that are a pickle may be read: where they were asked for, and of the repositories of our own presets.
+
+    torch reads them without running code in them; the fewer are read, the less depends on that. A pull request can hold
+    anything and is a revision too, so that a preset is trusted at `main` only. (OPT has nothing but pickles there.)
+    """
+    return cell.allow_pickle or (source == "preset" and cell.revision == "main")
+
+
+def _refuse_pickle(cell: Cell, source: str, names: Iterable[str]) -> None:
+    """Raise ModelError if the weight files are pickles that nobody asked for."""
+    pickles = sorted(name for name in names if not name.endswith(".safetensors"))
+    if pickles and not may_be_pickled(cell, source):
+        raise ModelError(
+            f"The weights of {cell.model} are a pickle ({pickles[0]}), which can carry code, and are not read unless you say so. "
+            "Prefer a model with *.safetensors; or trust its origin and give allow_pickle=true."
+        )
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, owner/name, by the Hub's own rules (`huggingface_hub.utils.validate_repo_id`)."""
+    return len(name) <= 96 and re.fullmatch(r"(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", name, re.ASCII) is not None
 
 
 def _with_config(cell: Cell, source: str, location: str, revision: str, config_file: Path, files_bytes: int | None) -> ModelFacts:
@@ -164,9 +193,9 @@ def _with_config(cell: Cell, source: str, location: str, revision: str, config_f
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise ModelError(f"The configuration of {cell.model} cannot be read: {error}. Download the model again.") from None
-    if config.get("auto_map") and not cell.trust_remote_code and not _is_native(str(config.get("model_type"))):
+    if not cell.trust_remote_code and (code := _code_in(config)):
         raise ModelError(
-            f"The model {cell.model} brings code of its own, which is not run unless you say so. Read it, then give trust_remote_code=true."
+            f"The model {cell.model} brings code of its own ({code}), which is not run unless you say so. Read it, then give trust_remote_code=true."
         )
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and cell.quant != "none":
@@ -180,6 +209,19 @@ def _with_config(cell: Cell, source: str, location: str, revision: str, config_f
     return ModelFacts(name, source, location, revision, config, dtype, shape.context if shape else None, files_bytes)
 
 
+def _code_in(config: Mapping[str, Any]) -> str | None:
+    """What a configuration wants to be run that transformers does not have itself; None if there is nothing.
+
+    Classes for an architecture of its own, and attention kernels by their address on the Hub, which older versions of transformers
+    fetch and run unasked (CVE-2026-4372).
+    """
+    if config.get("auto_map") and not _is_native(str(config.get("model_type"))):
+        return "auto_map"
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    kernels = (f"{key}: {value}" for part in parts for key, value in part.items() if "_implementation" in key and "/" in json.dumps(value))
+    return next(kernels, None)
+
+
 def _is_native(model_type: str) -> bool:
     """Whether transformers has this architecture itself, so that code which comes with a checkpoint is not needed."""
     from transformers.models.auto import configuration_auto
@@ -188,7 +230,7 @@ def _is_native(model_type: str) -> bool:
     return model_type in names
 
 
-def _weight_names(names: Any) -> set[str]:
+def _weight_names(names: Iterable[str]) -> set[str]:
     """The files that hold the weights: safetensors, or where there are none the pickled ones, which torch reads without running code."""
     top = {name for name in names if "/" not in name and not name.startswith("consolidated")}  # the same weights again, in another format
     return {n for n in top if n.endswith(".safetensors")} or {n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")}
@@ -226,7 +268,7 @@ def _within(seconds: float, ask: Callable[[], T]) -> T:
 
 
 def fetch(cell: Cell, model: ModelFacts) -> None:
-    """Put the files on this disk: write the random checkpoint, or download the weights of exactly the resolved commit."""
+    """Put the files on this disk: write the random checkpoint, or download the weights of exactly the resolved commit; then quantize them if asked."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         if preset is None:
@@ -234,6 +276,8 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         synthetic.write_checkpoint(preset, cell.seed)
     elif model.source in ("hub", "preset") and not _is_complete(_snapshot(model)):
         _download(model)
+    if cell.quant in GPTQ_BITS:
+        gptq.quantize(cell, model, _base_files(cell, model)[0], None if cell.workload == "synthetic" else _tokenizer(cell, *_base_files(cell, model)))
 
 
 def _snapshot(model: ModelFacts) -> Path:
@@ -266,6 +310,11 @@ def _download(model: ModelFacts) -> None:
 
 def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
     """The folder that holds the prepared files, and the name of the GGUF file in it if it is one."""
+    return (str(gptq.folder_of(cell, model)), None) if cell.quant in GPTQ_BITS else _base_files(cell, model)
+
+
+def _base_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
+    """The same of the checkpoint itself, before it is quantized."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         assert preset is not None  # find_model saw to it
@@ -277,11 +326,19 @@ def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
     return str(_snapshot(model)), None
 
 
+def weights_format(folder: str) -> str:
+    """`safetensors` or `pickle`: what the weights of a folder are read from."""
+    return "safetensors" if any(Path(folder).glob("*.safetensors")) else "pickle"
+
+
 def load_tokenizer(cell: Cell, model: ModelFacts) -> Any:
     """The model's own tokenizer. Raises ModelError if the files hold none that can be read."""
+    return _tokenizer(cell, *_base_files(cell, model))
+
+
+def _tokenizer(cell: Cell, folder: str, gguf_file: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    folder, gguf_file = local_files(cell, model)
     keywords: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords)

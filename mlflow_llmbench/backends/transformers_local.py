@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..records import Cell, LoadInfo, ModelFacts
-from ..spec import BITSANDBYTES
-from . import sources
+from ..spec import BITSANDBYTES, GPTQ_BITS
+from . import gptq, sources
 from .base import Capabilities, DeviceMemory, Emit
 from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify
 
@@ -34,6 +34,7 @@ class TransformersBackend:
         self.model: Any = None
         self.tokenizer: Any = None
         self._checked_late = False
+        self.weights_format = ""
         self.load_s = 0.0
 
     @classmethod
@@ -44,6 +45,8 @@ class TransformersBackend:
                 raise MissingError(f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench")
         if cell.quant in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
             raise MissingError(f"quant={cell.quant} needs the package bitsandbytes, which is not installed. Run: pip install bitsandbytes")
+        if cell.quant in GPTQ_BITS:
+            gptq.require()
         machine.require_device(cell.device)
         return sources.find_model(cell)
 
@@ -60,6 +63,7 @@ class TransformersBackend:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         folder, gguf_file = sources.local_files(self.cell, self.facts)
+        self.weights_format = "gguf" if gguf_file else sources.weights_format(folder)
         keywords = self._load_keywords(gguf_file)
         started = time.perf_counter()
         with _foreign_errors("loading"), torch.inference_mode():
@@ -97,7 +101,10 @@ class TransformersBackend:
             keywords["quantization_config"] = _bitsandbytes_config(quant, keywords["dtype"])
         else:
             keywords["dtype"] = "auto"
+        if not sources.may_be_pickled(self.cell, self.facts.source):
+            keywords["use_safetensors"] = True
         if gguf_file:
+            keywords.pop("use_safetensors", None)
             keywords["gguf_file"] = gguf_file
             if quant in FLOAT_DTYPES:
                 from transformers import GgufConfig
@@ -119,11 +126,14 @@ class TransformersBackend:
             "model.dtype": str(compute).removeprefix("torch."),
             "model.class": type(self.model).__name__,
             "model.revision": self.facts.revision,
+            "model.weights_format": self.weights_format,
+            "model.remote_code": "true" if type(self.model).__module__.startswith("transformers_modules") else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
             "quant.bits_per_weight": round(found.linear_bits, 3),
             "quant.kernel": ", ".join(f"{name} × {count}" for name, count in sorted(found.linear_classes.items())),
             **_quantization_facts(self.model),
+            **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
         }
         return LoadInfo(
             load_s=load_s,

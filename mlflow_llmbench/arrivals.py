@@ -1,0 +1,44 @@
+"""When the requests of an open loop are sent, from a seed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+from .records import Cell
+
+LEAST_REQUESTS = 12
+"""Requests of a repetition at least: five repetitions then support a p95."""
+
+AUTO_SECONDS = 10.0
+
+
+def request_count(cell: Cell) -> int | None:
+    """Requests of one repetition; None where only the duration of a closed loop ends it."""
+    rate, duration = cell.request_rate, cell.duration_s
+    if rate is not None:
+        within = math.floor(rate * (AUTO_SECONDS if duration is None else duration)) + 1
+        least = LEAST_REQUESTS if duration is None else 1
+        return max(within, least) if cell.requests is None else min(cell.requests, within if duration else cell.requests)
+    if cell.requests is not None or duration is not None:
+        return cell.requests
+    return max(LEAST_REQUESTS, 4 * cell.concurrency)
+
+
+def arrival_times_ns(cell: Cell, repetition: int) -> tuple[int, ...] | None:
+    """When each request of a repetition is meant to be sent, ns after its start; None for a closed loop.
+
+    The gaps are independent: exponential (`poisson`), equal (`constant`), or of a gamma distribution with the shape
+    `burstiness` (`gamma`), whose coefficient of variation is 1/√shape. They are scaled so that n requests take (n − 1)/rate:
+    each repetition has exactly the asked rate, and repetitions differ by what the server did and not by the draw. The same
+    seed gives the same times.
+    """
+    rate, count = cell.request_rate, request_count(cell)
+    if rate is None or count is None:
+        return None
+    draw = random.Random(f"{cell.seed}/arrivals/{repetition}")
+    shape = {"constant": math.inf, "poisson": 1.0, "gamma": cell.burstiness}[cell.arrival]
+    gaps = [1.0 if shape == math.inf else draw.gammavariate(shape, 1 / shape) for _ in range(count - 1)]
+    scale = (count - 1) / rate / sum(gaps) * 1e9 if sum(gaps) > 0 else 0.0
+    return tuple(round(at * scale) for at in itertools.accumulate(gaps, initial=0.0))

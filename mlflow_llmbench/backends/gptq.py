@@ -1,0 +1,123 @@
+"""GPTQ: quantize a checkpoint with a workload's prompts as calibration, once, and keep the result by content.
+
+Frantar et al. 2023 (arXiv:2210.17323), through optimum and GPTQModel, the maintained successor of AutoGPTQ. Runs in the process
+that prepares files, so that neither its time nor its memory is measured; the result is an ordinary checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import machine
+from ..errors import MeasurementError, MissingError, first_line
+from ..records import Cell, ModelFacts, hash16
+from ..spec import GPTQ_BITS
+from ..workload import load_prompts
+
+PACKAGES = ("optimum", "gptqmodel")
+MOST_SAMPLES = 64
+SAMPLE_TOKENS = 256
+RECIPE = "llmbench.json"
+"""Beside the weights: how they were made."""
+
+
+def require() -> None:
+    """Raise MissingError unless the packages and, for a CPU, a C++ compiler are there."""
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise MissingError(f"quant=gptq needs the package {package}, which is not installed. Run: pip install 'mlflow-llmbench[gptq]'")
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if not shutil.which(compiler):
+        raise MissingError(
+            f"quant=gptq needs a C++ compiler, since GPTQModel builds a part of itself, and {compiler} is not there. Install g++, or set CXX."
+        )
+
+
+def folder_of(cell: Cell, model: ModelFacts) -> Path:
+    """Where the quantized checkpoint is kept: named by everything that decides its content."""
+    versions = {package: importlib.metadata.version(package) for package in (*PACKAGES, "transformers", "torch")}
+    prompts = load_prompts(cell.workload)
+    calibration = list(prompts.texts) or {"generator": "uniform-ids-1", "seed": cell.seed}
+    made_of = {
+        "model": model.location if model.source in ("hub", "preset") else model.name, "revision": model.revision, "bits": GPTQ_BITS[cell.quant],
+        "group_size": cell.group_size, "calibration": calibration, "samples": [MOST_SAMPLES, SAMPLE_TOKENS], "versions": versions,
+    }  # fmt: skip
+    return machine.cache_folder() / "gptq" / f"{Path(model.name).name}-{cell.quant}-{hash16(made_of)}"
+
+
+def quantize(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
+    """Write the quantized checkpoint unless it is there. `tokenizer` is None for synthetic prompts. Raises MeasurementError.
+
+    The folder appears whole or not at all; an interruption leaves a temporary one, which is removed.
+    """
+    target = folder_of(cell, model)
+    if (target / RECIPE).exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gptq-") as scratch:
+        try:
+            _quantize_into(Path(scratch), cell, source, tokenizer)
+        except MeasurementError:
+            raise
+        except Exception as error:
+            raise MeasurementError(
+                f"GPTQ could not quantize {cell.model} with {GPTQ_BITS[cell.quant]} bits and group_size={cell.group_size}: {type(error).__name__}: "
+                f"{first_line(error)}. Try another group_size, or quant=int4."
+            ) from error
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(scratch, target)
+        os.mkdir(scratch)  # for its context manager to remove
+
+
+def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> None:
+    import torch
+    from optimum.gptq import GPTQQuantizer
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype="auto")
+    samples = [torch.tensor([ids], dtype=torch.long) for ids in _samples(cell, int(loaded.config.get_text_config().vocab_size), tokenizer)]
+    dataset = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
+    quantizer = GPTQQuantizer(bits=GPTQ_BITS[cell.quant], group_size=cell.group_size, dataset=dataset, desc_act=False, sym=True)
+    started = time.perf_counter()
+    quantized = quantizer.quantize_model(loaded, None)
+    seconds = time.perf_counter() - started
+    quantizer.dataset = None  # tensors, which no JSON takes
+    quantized.config.quantization_config = quantizer.to_dict()
+    quantizer.save(quantized, str(folder))
+    # optimum writes the configuration before it converts the weights to the format of version 1, and so names the wrong one.
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["quantization_config"] = quantizer.to_dict()
+    config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    recipe = {"quant.quantize_s": round(seconds, 1), "quant.calibration": cell.workload, "quant.calibration_samples": len(samples)}
+    (folder / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
+
+
+def _samples(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
+    """Token ids to calibrate with: the workload's prompts, cut to `SAMPLE_TOKENS`, or seeded random ids where it has no text."""
+    texts = load_prompts(cell.workload).texts[:MOST_SAMPLES]
+    if not texts:
+        draw = random.Random(f"gptq/{cell.seed}")
+        low = min(100, vocab_size // 2)
+        return [[draw.randrange(low, vocab_size) for _ in range(SAMPLE_TOKENS // 2)] for _ in range(MOST_SAMPLES // 2)]
+    return [list(tokenizer(text)["input_ids"])[:SAMPLE_TOKENS] for text in texts]
+
+
+def recorded(folder: str) -> dict[str, str | int | float]:
+    """What `quantize` wrote of itself beside the weights; empty for a checkpoint from elsewhere."""
+    file = Path(folder) / RECIPE
+    if not file.is_file():
+        return {}
+    facts: dict[str, str | int | float] = json.loads(file.read_text(encoding="utf-8"))
+    return facts

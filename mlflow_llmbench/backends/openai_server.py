@@ -1,0 +1,333 @@
+"""A model behind a server that speaks OpenAI's HTTP interface: vLLM, SGLang, TGI, TensorRT-LLM, llama.cpp, Ollama, `transformers serve`, …
+
+The server owns the model. What is asked of it, and what its answers mean, is here; sending and stamping are in `client`.
+The API key comes from the environment only: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this machine only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from ..client import Address, BuildRequest, Load, LoadClient, Trace, address_of
+from ..errors import MeasurementError, ModelError
+from ..http1 import Exchange, Limits
+from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
+from ..sse import EventParser
+from ..workload import PromptSet
+from .base import Capabilities, DeviceMemory, Emit
+
+PROBE_WORDS = (16, 144)
+RESOLVE = Limits(connect_s=10, first_s=10, gap_s=5, total_s=12, most_bytes=4 << 20)
+
+
+def api_key(address: Address) -> str:
+    """The key for a server, empty if there is none."""
+    own = os.environ.get("LLMBENCH_API_KEY", "")
+    safe = address.tls or address.loopback
+    key = own or (os.environ.get("OPENAI_API_KEY", "") if safe else "")
+    return key.strip() if key.isascii() and key.isprintable() else ""
+
+
+def http_request(address: Address, path: str, body: object = None, number: int = 0) -> bytes:
+    """A whole HTTP request: GET without a body, POST with one."""
+    data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
+    key = api_key(address)
+    lines = [
+        f"{'GET' if body is None else 'POST'} {address.path}{path} HTTP/1.1",
+        f"Host: {address.authority}",
+        "User-Agent: llmbench",
+        "Accept: text/event-stream, application/json",
+        "Accept-Encoding: identity",
+        *([f"Authorization: Bearer {key}"] if key else []),
+        *(["Content-Type: application/json", f"Content-Length: {len(data)}", f"X-Request-Id: {number}"] if data else []),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
+
+
+def limits_of(cell: Cell) -> Limits:
+    """What a request of a cell may take: 8 KiB and 8 reads for each token, where servers send 0.3 KiB in one; an end for what never ends."""
+    tokens, seconds = cell.output_tokens, cell.request_timeout_s
+    most_bytes = min((64 << 10) + (8 << 10) * tokens, (16 << 20) + 1024 * tokens)
+    return Limits(first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens)
+
+
+class OpenAIBackend:
+    """One server. `load` finds out what it understands; then it takes loads of requests."""
+
+    capabilities = Capabilities(online=True)
+    device = "cpu"
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.cell = cell
+        self.address = address_of(cell.url or "")
+        self.client = LoadClient(self.address, limits_of(cell))
+        self.options: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
+        self.facts: dict[str, str | int | float] = {}
+        self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
+        self.unique = ""
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        address = address_of(cell.url or "")
+        client = LoadClient(address, RESOLVE)
+        try:
+            listed, told = _ask_json(client, address, "/v1/models")
+            models = [entry for entry in listed.get("data") or [] if isinstance(entry, dict)] if isinstance(listed, dict) else []
+            names = [str(entry.get("id")) for entry in models]
+            if names and cell.model not in names:
+                raise ModelError(f"The server at {cell.url} has no model {cell.model}. It has: {', '.join(names[:8])}. Give one of them as model.")
+            version, _ = _ask_json(client, address, "/version", needed=False)
+        finally:
+            client.close()
+        own = models[names.index(cell.model)] if names else {}
+        context = own.get("max_model_len")
+        engine = str(own.get("owned_by") or "").strip() or told.headers.get("server", "unknown server")
+        number = version.get("version") if isinstance(version, dict) else None
+        return ModelFacts(
+            name=cell.model,
+            source="none",
+            location=cell.url or "",
+            revision=f"{engine} {number}"[:100] if number else engine[:100],
+            context=context if isinstance(context, int) and context > 0 else None,
+        )
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Nothing to fetch, and never asked: the source is `none`."""
+
+    def load(self) -> LoadInfo:
+        """Find out which options the server takes, how many tokens its words have, and whether it tells of its prefix cache."""
+        first = self._probe_options()
+        second = self._probe(PROBE_WORDS[1])
+        if first.prompt_tokens and second.prompt_tokens and second.prompt_tokens > first.prompt_tokens:
+            self.tokens_per_word = (second.prompt_tokens - first.prompt_tokens) / (PROBE_WORDS[1] - PROBE_WORDS[0])
+            self.fixed_tokens = first.prompt_tokens - PROBE_WORDS[0] * self.tokens_per_word
+        told = second.cached_tokens is not None
+        self.unique = "" if told else secrets.token_hex(8)
+        self.facts = {
+            "server.endpoint": self.cell.endpoint,
+            "server.ignore_eos": "asked" if "ignore_eos" in self.options else "refused",
+            "server.usage": "told" if second.tokens is not None else "not told",
+            "server.prefix_cache": "told" if told else "not told, prompts made unique",
+            "server.tokens_per_word": round(self.tokens_per_word, 4),
+            "client.loop": type(self.client.loop).__module__.partition(".")[0],
+        }
+        return self.describe()
+
+    def describe(self) -> LoadInfo:
+        return LoadInfo(load_s=None, facts=self.facts)
+
+    def request(self, prompts: PromptSet, cell: Cell, repetition: int, number: int) -> bytes:
+        """The request `number` of a repetition (negative ones are warm-ups), of the asked length as nearly as words allow."""
+        words = max(1, round(((cell.prompt_tokens or 0) - self.fixed_tokens) / self.tokens_per_word))
+        return self._body(prompts.words(cell, repetition, number, words, self.unique), cell.output_tokens, number)
+
+    def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
+        """Send a load."""
+        return self.client.run(build, load, expected)
+
+    def read(self, exchange: Exchange) -> RequestRecord:
+        """What an answer was; a key that the server repeats in it is not kept."""
+        record = read_answer(exchange)
+        key = api_key(self.address)
+        return dataclasses.replace(record, message=record.message.replace(key, "…")) if key and key in record.message else record
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        raise MeasurementError("A server takes loads of requests, not single steps. This is a mistake of the program.")
+
+    def encode(self, text: str) -> Sequence[int]:
+        raise MeasurementError("A server's tokenizer cannot be reached. This is a mistake of the program.")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise MeasurementError("A server's tokenizer cannot be reached. This is a mistake of the program.")
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        return None
+
+    def peaks(self) -> dict[str, float]:
+        return {}
+
+    def trim(self) -> None: ...
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _body(self, prompt: str, output_tokens: int, number: int) -> bytes:
+        chat = self.cell.endpoint == "chat"
+        body: dict[str, Any] = {"model": self.cell.model, "max_tokens": output_tokens, "temperature": 0, "stream": True, **self.options}
+        body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        return http_request(self.address, "/v1/chat/completions" if chat else "/v1/completions", body, number)
+
+    def _probe(self, words: int) -> RequestRecord:
+        prompt = PromptSet("synthetic").words(self.cell, -2, words, words, secrets.token_hex(8))
+        return self.read(self.client.ask(self._body(prompt, 1, -1)))
+
+    def _probe_options(self) -> RequestRecord:
+        """A first answer, with as many of the options as the server takes."""
+        usage = {"stream_options": {"include_usage": True}}
+        for options in ({"ignore_eos": True, **usage}, usage, {}):
+            self.options = options
+            record = self._probe(PROBE_WORDS[0])
+            if record.outcome == "complete":
+                return record
+            if not record.message.startswith(("HTTP 400", "HTTP 422")):
+                break
+        raise MeasurementError(f"The server does not answer a first request ({record.outcome}): {record.message} Check its log, model and endpoint.")
+
+
+def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = True) -> tuple[Any, Exchange]:
+    """The JSON that a path answers with, None if there is none; raises ModelError where the server is not there or wants a key."""
+    exchange = client.ask(http_request(address, path))
+    where = f"the server at {'https' if address.tls else 'http'}://{address.authority}{address.path}"
+    if needed and (exchange.fault or not exchange.status):
+        raise ModelError(f"Cannot reach {where}: {exchange.message or 'it closed the connection.'} Start it, or correct url.")
+    if needed and exchange.status in (401, 403):
+        raise ModelError(f"{where[0].upper()}{where[1:]} wants another key (HTTP {exchange.status}). Set LLMBENCH_API_KEY in the environment.")
+    try:
+        found = json.loads(b"".join(exchange.parts)) if exchange.status == 200 else None
+    except (ValueError, RecursionError):
+        found = None
+    return found, exchange
+
+
+@dataclasses.dataclass
+class _Answer:
+    """An answer while its events are read."""
+
+    stamps: list[int] = dataclasses.field(default_factory=list)
+    told: list[int | None] = dataclasses.field(default_factory=list)  # output tokens so far, as each chunk tells
+    usage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    visible: int | None = None
+    finish: str = ""
+    finish_ns: int | None = None
+    done: bool = False
+    fault: str = ""
+    message: str = ""
+
+
+def read_answer(exchange: Exchange) -> RequestRecord:
+    """One raw answer → its record: exactly one outcome, stamps of the chunks that hold tokens, counts as the server tells them.
+
+    `complete` needs a `[DONE]`, or a finish reason and a body that ended as its chunks or length say; and at least one token.
+    """
+    answer = _Answer(fault=exchange.fault, message=exchange.message)
+    if not answer.fault:
+        _check_head(exchange, answer)
+    if exchange.status == 200:
+        _read_events(exchange, answer)
+    if not answer.fault and not (answer.done or (answer.finish and exchange.framed)):
+        answer.fault, answer.message = "truncated", f"The answer ended after {len(answer.stamps)} chunks without its end."
+        if not exchange.status:
+            answer.message = "The connection was closed before an answer."
+    tokens = _count(answer.usage.get("completion_tokens"))
+    if tokens == len(answer.stamps) + 1 and answer.finish == "stop" and answer.finish_ns is not None:
+        answer.stamps.append(answer.finish_ns)  # the end token, which has no text and comes with the reason
+        answer.told.append(tokens)
+    if not answer.fault and not answer.stamps:
+        answer.fault, answer.message = "malformed", "The answer was complete and had no token."
+    details = answer.usage.get("prompt_tokens_details")
+    return RequestRecord(
+        t0_ns=exchange.t0_ns,
+        stamps_ns=tuple(answer.stamps),
+        prompt_tokens=_count(answer.usage.get("prompt_tokens")),
+        intended_ns=exchange.intended_ns,
+        outcome=answer.fault or "complete",
+        message=answer.message[:200],
+        tokens=tokens,
+        chunk_tokens=_chunk_tokens(answer, tokens),
+        visible_ns=answer.visible,
+        end_ns=exchange.end_ns,
+        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else None,
+        finish=answer.finish[:40],
+    )
+
+
+def _check_head(exchange: Exchange, answer: _Answer) -> None:
+    """Set the outcome of an answer that is no stream."""
+    status, kind = exchange.status, exchange.headers.get("content-type", "").lower()
+    if not status or (status == 200 and kind.startswith("text/event-stream")):
+        return
+    text = b"".join(exchange.parts)[:2000].decode("utf-8", "replace")
+    said = f"HTTP {status}: {_error_text(text)}"
+    if status >= 500 and status != 503:
+        answer.fault, answer.message = "server_error", said
+    elif 300 <= status < 400:
+        answer.fault, answer.message = "refused", f"HTTP {status}: redirects are not followed. Give the final address as url."
+    elif status >= 400:
+        answer.fault, answer.message = "refused", said
+    else:
+        answer.fault, answer.message = "malformed", f"HTTP {status} with {kind[:40] or 'no content type'} instead of text/event-stream."
+
+
+def _error_text(text: str) -> str:
+    """The message of a JSON error, else the text itself, on one line."""
+    try:
+        found: Any = json.loads(text)
+        found = found.get("error", found) if isinstance(found, dict) else found
+        found = (found.get("message") or found.get("detail") or found) if isinstance(found, dict) else found
+    except (ValueError, RecursionError):
+        found = text
+    return " ".join(str(found).split())[:150]
+
+
+def _read_events(exchange: Exchange, answer: _Answer) -> None:
+    """Read the events of the stream into `answer`, up to its end or the first one that is wrong."""
+    parser = EventParser()
+    for stamp, part in zip(exchange.stamps, exchange.parts, strict=True):
+        for event in parser.feed(part):
+            if event.data == "[DONE]":
+                answer.done = True
+                return
+            try:
+                body = json.loads(event.data)
+            except (ValueError, RecursionError):
+                body = None
+            if event.type == "error" or (isinstance(body, dict) and body.get("error")):
+                answer.fault = answer.fault or "server_error"
+                answer.message = answer.message or f"An error in the stream: {_error_text(event.data)}"
+                return
+            if not isinstance(body, dict) or not _take_chunk(body, stamp, answer):
+                answer.fault, answer.message = answer.fault or "malformed", answer.message or f"Not an event of a completion: {event.data[:60]!r}."
+                return
+
+
+def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
+    """Read one chunk; False if it is not one."""
+    usage = body.get("usage")
+    if isinstance(usage, dict):
+        answer.usage = usage
+    choices = body.get("choices")
+    if not isinstance(choices, list):
+        return isinstance(usage, dict) or "choices" not in body  # other objects may be in the stream
+    for choice in choices:
+        if not isinstance(choice, dict):
+            return False
+        delta = choice.get("delta")
+        fields: dict[str, Any] = delta if isinstance(delta, dict) else choice
+        visible = fields.get("content") or fields.get("text")
+        if visible or fields.get("reasoning_content") or fields.get("reasoning") or fields.get("tool_calls") or fields.get("refusal"):
+            answer.stamps.append(stamp)
+            answer.told.append(_count(usage.get("completion_tokens")) if isinstance(usage, dict) else None)
+            if visible and answer.visible is None:
+                answer.visible = stamp
+        if choice.get("finish_reason"):
+            answer.finish, answer.finish_ns = str(choice["finish_reason"]), stamp
+    return True
+
+
+def _chunk_tokens(answer: _Answer, tokens: int | None) -> tuple[int, ...] | None:
+    """Tokens of each chunk where every chunk tells the count so far; None where not, or where each holds one."""
+    told = [count for count in answer.told if count is not None]
+    if not told or len(told) != len(answer.stamps) or told[-1] != tokens:
+        return None
+    found = tuple(b - a for a, b in zip([0, *told[:-1]], told, strict=True))
+    return None if all(size == 1 for size in found) or min(found) < 0 else found
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else None

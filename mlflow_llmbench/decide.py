@@ -1,0 +1,280 @@
+"""The commands of the decision: recommend, register, gate, promote, export. Parse, call one function, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import LlmbenchError, UsageError
+from .redaction import redact
+
+if TYPE_CHECKING:
+    from .gate import Gate
+    from .recommend import Limit, Measure, Recommendation
+    from .records import RunResult
+    from .registry import Registered
+    from .tracking import Store
+
+BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
+STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p50", "p95")}
+"""Latency → its statistics that a limit can be about, the default first."""
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the parsers of these commands to those of the command line."""
+    recommend = commands.add_parser("recommend", help="choose a configuration among results, within limits, and say why")
+    recommend.add_argument("references", nargs="+", metavar="RESULT", help="sweep, run id, runs:/ID, or results folder")
+    recommend.add_argument("--goal", metavar="GOAL", default="throughput", help="throughput, latency, cost or energy (default: throughput)")
+    recommend.add_argument("--max-memory", metavar="SIZE", help="most peak memory, of the device if there is one: 6GB, 512MiB")
+    recommend.add_argument("--max-ttft", metavar="TIME", help="longest time to first token: 200ms (the median), or p95=0.2s")
+    recommend.add_argument("--max-tpot", metavar="TIME", help="longest time per output token: 50ms (the mean), or p95=60ms")
+    recommend.add_argument("--min-quality", metavar="LIST", help="least quality: kl=0.05 (at most), perplexity=12 (at most), top1=0.95 (at least)")
+    recommend.add_argument("--allow", metavar="LIST", default="", help="weigh in spite of a difference: hardware,software,workload,scenario")
+    _add_accept_suspect(recommend)
+    recommend.add_argument("--output", metavar="FOLDER", help="write the files here too")
+    register = commands.add_parser("register", help="put a measured configuration into the Model Registry, with its evidence")
+    register.add_argument("reference", metavar="RUN", help="run id, the parent run of a sweep with a recommendation, or a recommendation.json")
+    register.add_argument("--name", required=True, metavar="NAME", help="registered model, for example support-bot")
+    register.add_argument("--alias", metavar="ALIAS", default="candidate", help="alias that points to the new version (default: candidate)")
+    _add_accept_suspect(register)
+    gate = commands.add_parser("gate", help="hold a measured run against the champion of a registered model; the exit code is the verdict")
+    gate.add_argument("candidate", metavar="CANDIDATE", help="run id, sweep, results folder, or models:/NAME@ALIAS")
+    gate.add_argument("--against", required=True, metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
+    gate.add_argument("--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02")
+    gate.add_argument("--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)")
+    gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
+    gate.add_argument("--markdown", metavar="FILE", help="write the verdict as Markdown")
+    _add_accept_suspect(gate)
+    promote = commands.add_parser("promote", help="make a version the champion, after a gate that it has passed")
+    promote.add_argument("version", metavar="VERSION", help="models:/NAME@candidate, models:/NAME/VERSION, or models:/NAME@previous to go back")
+    export = commands.add_parser("export", help="write the command or manifest that serves a registered version elsewhere")
+    export.add_argument("version", metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
+    export.add_argument(
+        "--for", dest="target", required=True, metavar="TARGET", help="vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes"
+    )
+    export.add_argument("--output", metavar="FILE", help="write it here (default: print it)")
+    for command in (recommend, register, gate, promote, export):
+        _add_common(command)
+
+
+def _add_accept_suspect(parser: Any) -> None:
+    parser.add_argument("--accept-suspect", metavar="REASON", help="accept suspect results, for this reason, which is recorded; none = do not")
+
+
+def _add_common(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
+
+
+def _recommend(given: argparse.Namespace) -> int:
+    from . import decision, recommend
+    from .evidence import load_results
+
+    limits = _limits(given)
+    results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
+    allow = frozenset(filter(None, given.allow.split(",")))
+    found = recommend.recommend(results, given.goal, limits, accept_suspect=_reason(given), allow=allow)
+    print(decision.format_recommendation(found))
+    _keep_recommendation(given, found, results)
+    if given.json:
+        print(json.dumps(recommend.recommendation_json(found), ensure_ascii=False))
+    return 0 if found.winner else 1
+
+
+def _keep_recommendation(given: argparse.Namespace, found: Recommendation, results: list[RunResult]) -> None:
+    """Write recommendation.json, .md and the chart, and log them on the parent of the sweep that holds the winner."""
+    from . import decision, pareto, recommend, registry, tracking
+    from .journal import write_bytes, write_json
+
+    sweep = (found.winner.result if found.winner else results[0]).sweep
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(given.output or scratch)
+        write_json(folder / "recommendation.json", recommend.recommendation_json(found))
+        write_bytes(folder / "recommendation.md", decision.recommendation_markdown(found).encode())
+        pareto.draw_recommendation(found, folder / "charts")
+        store = tracking.open_store(given.tracking_uri)
+        parent = registry.parent_of_sweep(store, sweep)
+        if parent:
+            registry.log_folder(store, parent, folder)
+            print(f"\nLogged on run {parent}: recommendation.md. Register the winner: llmbench register {parent} --name NAME")
+        else:
+            print(f"\nNot logged: the store {redact(store.uri)} has no run of the sweep {sweep}.")
+
+
+def _limits(given: argparse.Namespace) -> list[Limit]:
+    """The limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
+    from .recommend import MEMORY, QUALITY, Limit
+
+    found = []
+    if given.max_memory is not None:
+        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", given.max_memory, BYTES, "6GB")))
+    for name, text in (("ttft", given.max_ttft), ("tpot", given.max_tpot)):
+        if text is not None:
+            measure, amount = _latency(name, text)
+            found.append(Limit(f"--max-{name}", measure, _quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
+    for part in filter(None, (given.min_quality or "").split(",")):
+        name, _, text = part.partition("=")
+        if name not in QUALITY:
+            raise UsageError(f"Unknown quality: {name}. Known: {', '.join(QUALITY)}. Give for example --min-quality kl=0.05.")
+        found.append(Limit(f"--min-quality {name}", QUALITY[name], _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05")))
+    return found
+
+
+def _latency(name: str, text: str) -> tuple[Measure, str]:
+    """`p95=200ms` → the measure of that statistic, and the amount."""
+    from .recommend import Measure
+
+    statistic, _, amount = text.rpartition("=")
+    statistic = statistic or STATISTICS[name][0]
+    if statistic not in STATISTICS[name]:
+        raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(STATISTICS[name])}.")
+    words = {"ttft": "time to first token", "tpot": "time per output token"}
+    shown = {"p50": "median", "mean": "mean"}.get(statistic, statistic)
+    advice = "More repetitions support higher percentiles." if statistic not in ("mean", "p50") else "Measure at least 2 output tokens."
+    return Measure(f"{shown} {words[name]}", (f"latency/{name}_ms_{statistic}",), "lower", advice), amount
+
+
+def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
+    """A positive number with a unit, in the first unit's measure. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-zµ]*)\s*", text)
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in units:
+        known = [name for name in units if name]
+        raise UsageError(f"{option} is not a number{f' with a unit ({chr(44).join(known)})' if known else ''}: {text}. Give for example {example}.")
+    return float(match[1]) * units[unit]
+
+
+def _register(given: argparse.Namespace) -> int:
+    from . import registry, tracking
+
+    store = tracking.open_store(given.tracking_uri)
+    made = registry.register(store, given.reference, given.name, given.alias, _reason(given))
+    what = "Registered" if made.new else "Registered before, as"
+    print(f"{what} {made.uri}, alias {given.alias}. Its evidence is the run {made.run_id}.")
+    print(f"Serve it: mlflow models serve -m models:/{made.name}@{given.alias} --env-manager local")
+    if given.json:
+        print(json.dumps({"name": made.name, "version": made.version, "alias": given.alias, "run_id": made.run_id, "new": made.new}))
+    return 0
+
+
+def _gate(given: argparse.Namespace) -> int:
+    """Exit code 0 pass, 1 regression, 2 not comparable or a wrong parameter, 3 invalid, 4 if nothing could be judged."""
+    try:
+        return _gate_verdict(given)
+    except LlmbenchError as error:
+        if error.exit_code != 1:
+            raise
+        print(f"llmbench: {error}", file=sys.stderr)  # 1 means regression here, and a store that is away is none
+        return 4
+
+
+def _gate_verdict(given: argparse.Namespace) -> int:
+    from . import gate, gate_report, registry, tracking
+
+    limits, limit = gate.parse_limits(given.limit), gate.parse_ratio("--default-limit", given.default_limit)
+    store = tracking.open_store(given.tracking_uri)
+    champion = registry.registered_at(store, given.against)
+    baseline = registry.result_of(store, champion.run_id)
+    candidate, run_id, shown = _candidate(given, store, baseline)
+    found = gate.decide(baseline, candidate, limits, limit=limit, accept_suspect=_reason(given))
+    print(gate_report.format_gate(found, champion.uri, shown))
+    texts = {"gate.md": gate_report.gate_markdown, "junit.xml": gate_report.gate_junit}
+    files = {name: write(found, champion.uri, shown).encode() for name, write in texts.items()}
+    _write_gate(given, found, files, store, champion, run_id)
+    if given.json:
+        print(json.dumps({**gate.gate_json(found), "champion": champion.uri, "candidate": shown, "run_id": run_id}, ensure_ascii=False))
+    return found.exit_code
+
+
+def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> tuple[RunResult, str | None, str]:
+    """The candidate's result, its run in the store if it has one, and what to call it.
+
+    Of a sweep, the cell with the champion's configuration is meant. Raises UsageError if there is no such cell.
+    """
+    from . import registry
+    from .evidence import load_results
+
+    if given.candidate.startswith("models:/"):
+        version = registry.registered_at(store, given.candidate)
+        return registry.result_of(store, version.run_id), version.run_id, version.uri
+    results = load_results(given.candidate, given.tracking_uri)
+    same = results if len(results) == 1 else [result for result in results if result.hashes.config == baseline.hashes.config]
+    if len(same) != 1:
+        raise UsageError(
+            f"{given.candidate} has {len(results)} cells, and {len(same)} of them have the champion's configuration. Give the run of one cell."
+        )
+    run_id = registry.run_of(store, same[0].sweep, same[0].hashes.config)
+    return same[0], run_id, f"run {run_id}" if run_id else given.candidate
+
+
+def _write_gate(given: argparse.Namespace, found: Gate, files: dict[str, bytes], store: Store, champion: Registered, run_id: str | None) -> None:
+    from . import gate, gate_report, registry
+    from .journal import write_bytes, write_json
+    from .report import split_table
+
+    for option, name in ((given.markdown, "gate.md"), (given.junit, "junit.xml")):
+        if option:
+            write_bytes(Path(option), files[name])
+    if run_id is None:
+        print(f"\nNot logged: the store {redact(store.uri)} has no run of the candidate. `llmbench upload` puts it there.")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name, content in files.items():
+            write_bytes(folder / name, content)
+        write_json(folder / "gate.json", gate.gate_json(found))
+        write_json(folder / "table.json", split_table(gate_report.HEADING, gate_report.gate_cells(found.checks)))
+        registry.log_gate(store, run_id, champion, found.verdict, found.why, _reason(given), folder)
+
+
+def _promote(given: argparse.Namespace) -> int:
+    from . import registry, tracking
+
+    done = registry.promote(tracking.open_store(given.tracking_uri), given.version)
+    new, before = done.champion, done.before
+    print(f"{new.uri} is the champion of {new.name}." + ("" if before else " It is the first, so there was nothing to gate it against."))
+    if before:
+        print(f"Version {before} is kept as previous. To go back: llmbench promote models:/{new.name}@previous")
+    if given.json:
+        print(json.dumps({"name": new.name, "champion": new.version, "previous": before}))
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    from . import registry, tracking
+    from .export import export
+    from .journal import write_bytes
+
+    store = tracking.open_store(given.tracking_uri)
+    version = registry.registered_at(store, given.version)
+    text = export(*registry.stored_config(store, version), uri=version.uri, target=given.target)
+    if given.output:
+        write_bytes(Path(given.output), text.encode())
+        print(f"Written: {given.output}")
+    else:
+        print(text, end="")
+    if given.json:
+        print(json.dumps({"version": version.uri, "target": given.target, "text": text}, ensure_ascii=False))
+    return 0
+
+
+def _reason(given: argparse.Namespace) -> str | None:
+    """Why suspect results are accepted; `none`, the default of an MLproject parameter, is no reason."""
+    text = (given.accept_suspect or "").strip()
+    return None if text in ("", "none") else text
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "recommend": _recommend,
+    "register": _register,
+    "gate": _gate,
+    "promote": _promote,
+    "export": _export,
+}

@@ -1,0 +1,91 @@
+"""A recommendation as text: for a terminal, and as Markdown for a run's artifacts and a version's description."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .markup import markdown_table
+from .recommend import GOALS, Candidate, Measure, Recommendation, figure, interval
+
+MOST_REFUSED = 30
+"""Refusals that a terminal shows; recommendation.md and .json hold all."""
+
+
+def format_recommendation(found: Recommendation) -> str:
+    """The recommendation for a terminal: the answer, the table of the front, why the others were refused, what would change it."""
+    heading, body = recommendation_cells(found)
+    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
+    table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *body]]
+    refused = [f"  {r.candidate.name}: {r.why}" for r in found.refused]
+    more = [f"  and {len(refused) - MOST_REFUSED} more"] if len(refused) > MOST_REFUSED else []
+    blocks = [
+        [answer(found), *found.cautions],
+        table if body else [],
+        _block("Runners-up:", [f"  {_ranked(r.candidate.name, r.tied)}: {r.why}" for r in found.runners_up]),
+        _block("Refused:", refused[:MOST_REFUSED] + more),
+        _block("What would change the answer:", [f"  {line}" for line in found.changes]),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def recommendation_markdown(found: Recommendation) -> str:
+    """recommendation.md: the same, with every refusal."""
+    heading, body = recommendation_cells(found)
+    parts = ["# Recommendation", " ".join([answer(found), *found.cautions])]
+    parts += [markdown_table(heading, body)] if body else []
+    lists = {
+        "Runners-up": [f"**{_ranked(r.candidate.name, r.tied)}**: {r.why}" for r in found.runners_up],
+        "Refused": [f"**{r.candidate.name}**: {r.why}" for r in found.refused],
+        "What would change the answer": found.changes,
+    }
+    for title, lines in lists.items():
+        if lines:
+            parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
+    parts.append(
+        "Values are as measured, with the 95 % interval in brackets. On the front is what no other configuration "
+        "dominates: none is nowhere worse, by more than 1 %, and somewhere better beyond chance (p < 0.05 after Holm)."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def answer(found: Recommendation) -> str:
+    """The answer in one or two sentences: the winner with its figures, or that nothing keeps the limits."""
+    limits = ", ".join(map(str, found.limits))
+    asked = f"{GOALS[found.goal].label}{f' within {limits}' if limits else ''}"
+    if found.winner is None:
+        trusted = len(found.eligible)
+        why = f"none of the {trusted} that can be trusted and compared keeps the limits" if trusted else "no result can be trusted and compared"
+        return f"Nothing is recommended for {asked}: {why}."
+    figures = ", ".join(f"{measure.label} {_shown(found.winner, measure)}" for measure in found.objectives)
+    suspect = f" It is suspect, and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
+    return f"Deploy {found.winner.name}, the best for {asked}: {figures}.{suspect}"
+
+
+def recommendation_cells(found: Recommendation) -> tuple[list[str], list[list[str]]]:
+    """Heading and body of the table of all that were weighed: what is measured, whether it is on the front, and its rank."""
+    heading = ["", *(measure.label for measure in found.objectives), "front", ""]
+    front = {id(one) for one in found.front}
+    places = {id(found.winner): "winner"} if found.winner else {}
+    places |= {id(r.candidate): "as good" if r.tied else "runner-up" for r in found.runners_up}
+    body = []
+    for one in found.eligible:
+        shown = [_shown(one, measure) for measure in found.objectives]
+        body.append([one.name, *shown, "yes" if id(one) in front else "", places.get(id(one), "beyond a limit")])
+    return heading, body
+
+
+def _shown(one: Candidate, measure: Measure) -> str:
+    """A value with its interval: `123 tokens/s (121 to 125)`."""
+    key, value = measure.keys[-1], one.value(measure)
+    if value is None:
+        return "–"
+    ends = interval(one, measure)
+    return figure(key, value) + (f" ({figure(key, ends[0]).split()[0]} to {figure(key, ends[1]).split()[0]})" if ends else "")
+
+
+def _ranked(name: str, tied: bool) -> str:
+    return f"{name} (not measurably worse)" if tied else name
+
+
+def _block(title: str, lines: Sequence[str]) -> list[str]:
+    return [title, *lines] if lines else []

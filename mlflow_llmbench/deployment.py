@@ -1,0 +1,164 @@
+"""A measured result → the deployment that a registered version holds: what to load and how, its limits, its figures, its evidence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from .errors import UsageError
+from .records import SCHEMA, RunResult, Verdict
+
+FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+HEADLINES = (
+    "throughput/output_tokens_per_s", "throughput/output_tokens_per_s_ci_low", "throughput/output_tokens_per_s_ci_high", "latency/ttft_ms_p50",
+    "latency/ttft_ms_p95", "latency/itl_ms_p50", "latency/itl_ms_p95", "latency/tpot_ms_mean", "latency/e2e_ms_p50", "latency/e2e_ms_p95",
+    "memory/device_bytes_peak", "memory/host_needed_bytes_peak", "memory/weight_bytes", "efficiency/joules_per_token", "cost/per_million_tokens",
+    "quality/perplexity", "quality/kl_vs_reference", "quality/top1_agreement", "load/load_s", "trust/repetitions",
+)  # fmt: skip
+"""Figures that a version carries, as far as they were measured."""
+
+SERVED_DECODES = ("generate",)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where the figures come from: the measured run, its sweep, its verdict, and why a suspect one was accepted."""
+
+    run_id: str
+    sweep: str
+    verdict: Verdict
+    accepted_suspect: str | None = None
+    linked: str = ""  # the run that was measured, where this one only links to it
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What is registered. `config` is the `model_config` of the served model, plain JSON data; `figures` are its headline metrics."""
+
+    config: Mapping[str, Any]
+    figures: Mapping[str, float]
+    requirements: tuple[str, ...]
+    evidence: Evidence
+
+
+def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evidence) -> Deployment:
+    """The deployment of a measured result with its summary metrics. Raises UsageError for a result that must not or cannot be deployed."""
+    _refuse(result, evidence)
+    cell, model = result.cell, result.model
+    facts = result.load.facts if result.load else {}
+    figures = {key: metrics[key] for key in HEADLINES if key in metrics}
+    path = PurePath(model.location)
+    device = cell.device if cell.device != "auto" else str(facts.get("model.device", "cpu")).partition(":")[0]
+    longest = [r.prompt_tokens for repetition in result.repetitions for r in repetition.requests if r.prompt_tokens]
+    config: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": cell.model,
+        "backend": cell.backend,
+        "source": model.source,
+        "location": str(path.parent) if model.source == "gguf" else model.location,
+        "gguf_file": path.name if model.source == "gguf" else None,
+        "revision": model.revision,
+        "trust_remote_code": cell.trust_remote_code,
+        "quant": cell.quant,
+        "dtype": _dtype(result),
+        "compute_dtype": facts.get("model.dtype"),
+        "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf"),
+        "kernel": facts.get("quant.kernel"),
+        "bits_per_weight": facts.get("quant.bits_per_weight"),
+        "decode": cell.decode,
+        "attention": cell.attention,
+        "device": device,
+        "threads": cell.threads,
+        "batch_size": cell.batch_size,
+        "max_prompt_tokens": max(longest, default=cell.prompt_tokens),
+        "max_new_tokens": cell.output_tokens,
+        "needs": _needs(result, metrics),
+        "measured": figures,
+        "hashes": vars(result.hashes),
+        "evidence": _evidence(evidence),
+    }
+    return Deployment(config, figures, _requirements(result), evidence)
+
+
+def version_tags(deployment: Deployment) -> dict[str, str]:
+    """Tags of a version, for people who look only at the registry: the figures without their section, hashes, verdict, evidence."""
+    config, evidence = deployment.config, deployment.evidence
+    tags = {
+        "schema": config["schema"], "run_id": evidence.run_id, "sweep": evidence.sweep, "verdict": evidence.verdict.word,
+        "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons),
+        "accepted_suspect": evidence.accepted_suspect, "linked_run": evidence.linked,
+        **{name: config[name] for name in ("model", "revision", "quant", "decode", "device", "batch_size", "max_prompt_tokens", "max_new_tokens")},
+        **{f"{name}_hash": value for name, value in config["hashes"].items()},
+        **{key.partition("/")[2]: f"{value:.0f}" if value >= 1e6 else f"{value:.6g}" for key, value in deployment.figures.items()},
+    }  # fmt: skip
+    return {f"llmbench.{name}": str(value)[:5000] for name, value in tags.items() if value not in (None, "")}
+
+
+def _refuse(result: RunResult, evidence: Evidence) -> None:
+    cell, verdict = result.cell, evidence.verdict
+    if result.failure or verdict.word == "invalid":
+        why = f"its outcome is {result.outcome}" if result.failure else ", ".join(reason.code for reason in verdict.reasons)
+        raise UsageError(f"The run {evidence.run_id} is invalid ({why}), and is not registered. Measure it again, or give another run.")
+    if verdict.word == "suspect" and not evidence.accepted_suspect:
+        codes = ", ".join(reason.code for reason in verdict.reasons)
+        raise UsageError(f'The run {evidence.run_id} is suspect ({codes}). Measure it again, or register it with --accept-suspect "REASON".')
+    if cell.weights == "random":
+        raise UsageError(f"The run {evidence.run_id} has random weights, whose answers mean nothing. Measure the model with its own weights.")
+    if cell.backend not in ("transformers", "fake"):
+        raise UsageError(
+            f"backend={cell.backend} cannot be registered: the registered model is run by transformers. Measure with backend=transformers."
+        )
+    if cell.decode not in SERVED_DECODES:
+        raise UsageError(f"decode={cell.decode} cannot be served yet. Measure with decode={', '.join(SERVED_DECODES)}.")
+
+
+def _dtype(result: RunResult) -> str:
+    """The dtype to load with: the one asked for, the compute dtype of a quantization, or the checkpoint's own."""
+    cell = result.cell
+    if cell.quant in FLOAT_DTYPES:
+        return FLOAT_DTYPES[cell.quant]
+    facts = result.load.facts if result.load else {}
+    return "auto" if cell.quant == "none" else str(facts.get("model.dtype", "auto"))
+
+
+def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf: bool) -> dict[str, Any]:
+    """The recipe as it was realised: the class of transformers and its settings; empty where the checkpoint is loaded as it is."""
+    if quant == "int8":
+        return {"class": "BitsAndBytesConfig", "load_in_8bit": True, "llm_int8_threshold": facts["quant.threshold"]}
+    if quant in ("int4", "fp4"):
+        kind, compute = facts["quant.type"], facts["quant.compute_dtype"]
+        return {"class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute}
+    if quant in FLOAT_DTYPES:
+        return {"class": "GgufConfig", "dequantize": True} if from_gguf else {}
+    if quant == "none":
+        return {}
+    raise UsageError(f"quant={quant} cannot be registered yet: how it was realised is not known to the served model. Use another quantization.")
+
+
+def _needs(result: RunResult, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """What a machine must have: peak memory in bytes and where, and the machine that it was measured on."""
+    on_device = "memory/device_bytes_peak" in metrics
+    peak = metrics.get("memory/device_bytes_peak" if on_device else "memory/host_needed_bytes_peak")
+    names = [gpu["name"] for gpu in result.environment.get("gpus") or []] if on_device else []
+    machine = names[0] if names else (result.environment.get("cpu") or {}).get("name")
+    return {"peak_memory_bytes": None if peak is None else int(peak), "memory_of": "device" if on_device else "host", "measured_on": machine}
+
+
+def _evidence(evidence: Evidence) -> dict[str, Any]:
+    return {
+        "run_id": evidence.run_id, "sweep": evidence.sweep, "verdict": evidence.verdict.word,
+        "verdict_reasons": [reason.code for reason in evidence.verdict.reasons], "accepted_suspect": evidence.accepted_suspect,
+        **({"linked_run": evidence.linked} if evidence.linked else {}),
+    }  # fmt: skip
+
+
+def _requirements(result: RunResult) -> tuple[str, ...]:
+    """Pins of what the served model imports, in the versions that were measured; local labels (`+cpu`) are cut, no index has them."""
+    packages = result.environment.get("packages") or {}
+    wanted = ["torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy"]
+    wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4") else []
+    wanted += ["gguf"] if result.model.source == "gguf" else []
+    return tuple(f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in wanted if name in packages)

@@ -1,0 +1,216 @@
+"""A candidate against the champion: pass, regression, not comparable or invalid, metric by metric.
+
+A metric of every repetition regresses if it is worse beyond chance (p below 0.05 after Holm over the metrics tested, in
+`compare`) and by more than its limit; a metric that a run has once (memory, quality, load) if it is worse by more than
+its limit. Where the limit lies inside the interval and the difference is not shown, the metric passes as *not settled*.
+Another software is what a gate is often about: it is named, and does not stop it; other hardware or another workload does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .compare import BETTER, DEVICE_PEAK, HOST_PEAK, RATE, SIGNIFICANCE, UNTESTED, WORSE, Comparison, Difference, compare, differences
+from .errors import UsageError
+from .metrics import KEYS
+from .records import RunResult, Verdict
+from .summary import summarize
+from .validity import judge
+
+PASS, REGRESSION, NOT_COMPARABLE, INVALID = "pass", "regression", "not_comparable", "invalid"
+EXIT_CODES = {PASS: 0, REGRESSION: 1, NOT_COMPARABLE: 2, INVALID: 3}
+OK, IMPROVED, REGRESSED, UNSETTLED = "ok", "improved", "regression", "not settled"
+DEFAULT_LIMIT = 0.05
+"""How much worse a metric may be, as a ratio: 5 %."""
+
+QUALITY = {"quality/perplexity": "lower", "quality/kl_vs_reference": "lower", "quality/top1_agreement": "higher"}
+NAMES = {
+    "throughput": RATE, "ttft": "latency/ttft_ms_p50", "itl": "latency/itl_ms_p50", "tpot": "latency/tpot_ms_mean", "e2e": "latency/e2e_ms_p50",
+    "memory": "memory", "weights": "memory/weight_bytes", "load": "load/load_s", "perplexity": "quality/perplexity",
+    "kl": "quality/kl_vs_reference", "top1": "quality/top1_agreement",
+}  # fmt: skip
+"""Short name → metric that a limit can be about; `memory` is the device's peak, else the host's."""
+
+UNLESS_ASKED = ("memory/weight_bytes", "load/load_s")
+"""Compared only where a limit names them: weights say nothing that memory does not, and a single load is mostly the disk."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One metric. `a` is the champion's value, `b` the candidate's; `worse` by how much of `a` it is worse (0.1 = 10 %, negative = better)."""
+
+    key: str
+    a: float
+    b: float
+    worse: float
+    limit: float
+    state: str
+    low: float | None = None  # 95 % interval of the ratio b ÷ a
+    high: float | None = None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The verdict (`pass`, `regression`, `not_comparable`, `invalid`), a sentence on why, and the checks behind it."""
+
+    verdict: str
+    why: str
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 regression, 2 not comparable, 3 invalid."""
+        return EXIT_CODES[self.verdict]
+
+
+def parse_limits(text: str) -> dict[str, float]:
+    """`ttft=10%,memory=0.02` → key → ratio. Raises UsageError for an unknown name or a number that is none."""
+    found = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, amount = part.partition("=")
+        key = NAMES.get(name, name)
+        if key not in NAMES.values():
+            raise UsageError(f"Unknown metric in --limit: {name}. Known: {', '.join(NAMES)}.")
+        found[key] = parse_ratio(f"--limit {name}", amount)
+    return found
+
+
+def parse_ratio(option: str, text: str) -> float:
+    """`5%` or `0.05` → 0.05. Raises UsageError."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if not 0 <= value < math.inf:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{option} is not a ratio: {text}. Give for example 5% or 0.05.") from None
+    return value
+
+
+def decide(
+    champion: RunResult, candidate: RunResult, limits: Mapping[str, float] | None = None, *,
+    limit: float = DEFAULT_LIMIT, noise: float = 0.01, accept_suspect: str | None = None,
+) -> Gate:  # fmt: skip
+    """Hold a candidate against the champion. `limits` are ratios by metric, `limit` that of the others; nothing is raised for what was measured."""
+    metrics = summarize(champion), summarize(candidate)
+    verdicts = judge(champion, metrics[0]), judge(candidate, metrics[1])
+    for name, result, verdict in (("champion", champion, verdicts[0]), ("candidate", candidate, verdicts[1])):
+        if why := _untrusted(name, result, verdict, accept_suspect):
+            return Gate(INVALID, why)
+    unlike = differences(champion, candidate)
+    if refused := [difference for difference in unlike if difference.kind != "software"]:
+        return Gate(
+            NOT_COMPARABLE, f"The champion and the candidate were not measured alike: {_listed(refused)}. Measure both on one machine, in one way."
+        )
+    if lacking := missing(*metrics):
+        listed = ", ".join(lacking)
+        return Gate(NOT_COMPARABLE, f"The champion has {listed}, and the candidate has not. Measure the candidate as the champion was.")
+    comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]))
+    checks = (*_timed(comparison, limits or {}, limit), *quality_checks(*metrics, limits or {}, limit))
+    notes = [f"The software differs: {_listed(unlike)}."] if unlike else []
+    notes += [
+        f"The verdict on the {n} is suspect ({_codes(v)})." for n, v in zip(("champion", "candidate"), verdicts, strict=True) if v.word == "suspect"
+    ]
+    if unsettled := [check.key for check in checks if check.state == UNSETTLED]:
+        notes.append(
+            f"Not settled, since they may be worse by more than their limits, and may not: {', '.join(unsettled)}. Measure more repetitions."
+        )
+    worse = [check for check in checks if check.state == REGRESSED]
+    if worse:
+        told = ", ".join(f"{check.key} is {check.worse:.1%} worse (limit {check.limit:.1%})" for check in worse)
+        return Gate(REGRESSION, f"The candidate is worse than the champion: {told}.", checks, tuple(notes))
+    return Gate(PASS, f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.", checks, tuple(notes))
+
+
+def _untrusted(name: str, result: RunResult, verdict: Verdict, accept_suspect: str | None) -> str | None:
+    """Why a result cannot be used; None if it can. A suspect champion was accepted when it was registered."""
+    if result.failure:
+        return f"The {name} has no result: it ended with {result.outcome} at stage {result.failure.stage}. Measure it again."
+    if verdict.word == "invalid":
+        return f"The {name} is invalid ({_codes(verdict)}). Measure it again."
+    if verdict.word == "suspect" and name == "candidate" and not accept_suspect:
+        return f'The {name} is suspect ({_codes(verdict)}). Measure it again, or add --accept-suspect "REASON".'
+    return None
+
+
+def _codes(verdict: Verdict) -> str:
+    return ", ".join(reason.code for reason in verdict.reasons)
+
+
+def _listed(unlike: list[Difference]) -> str:
+    return ", ".join(map(str, unlike))
+
+
+def missing(champion: Mapping[str, float], candidate: Mapping[str, float]) -> list[str]:
+    """Quality and device memory that the candidate lacks: what was not measured has not passed."""
+    return [key for key in (DEVICE_PEAK, *QUALITY) if key in champion and key not in candidate]
+
+
+def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) -> list[Check]:
+    """The metrics of `compare`, each with its limit."""
+    found = []
+    for effect in comparison.effects:
+        key = effect.key
+        short = "memory" if key in (DEVICE_PEAK, HOST_PEAK) else key
+        if key in UNLESS_ASKED and key not in limits:
+            continue
+        if key == HOST_PEAK and comparison.effect(DEVICE_PEAK):
+            continue
+        allowed = limits.get(short, limit)
+        higher = KEYS[key].better == "higher"
+        worse = _by(effect.ratio, higher)
+        if effect.effect == UNTESTED:
+            state = REGRESSED if worse > allowed else OK
+        elif effect.effect == WORSE and worse > allowed:
+            state = REGRESSED
+        else:
+            end = effect.low if higher else effect.high
+            farthest = 0.0 if end is None else _by(end, higher)
+            state = IMPROVED if effect.effect == BETTER else UNSETTLED if farthest > allowed and effect.effect != WORSE else OK
+        found.append(Check(key, effect.a, effect.b, worse, allowed, state, effect.low, effect.high, effect.p_holm))
+    return found
+
+
+def quality_checks(champion: Mapping[str, float], candidate: Mapping[str, float], limits: Mapping[str, float], limit: float) -> list[Check]:
+    """Quality, as far as the champion has it."""
+    found = []
+    for key, better in QUALITY.items():
+        if key not in champion:
+            continue
+        a, b, allowed = champion[key], candidate[key], limits.get(key, limit)
+        worse = _worse(a, b, better)
+        found.append(Check(key, a, b, worse, allowed, REGRESSED if worse > allowed else OK))
+    return found
+
+
+def _worse(a: float, b: float, better: str) -> float:
+    """By how much b is worse than a; infinite where a perfect value was lost."""
+    if a <= 0:
+        return 0.0 if a == b else math.inf
+    return _by(b / a, better == "higher")
+
+
+def _by(ratio: float, higher: bool) -> float:
+    """A ratio b ÷ a as how much b is worse: 0.9 is 0.1 where higher is better and −0.1 where lower is."""
+    return 1 - ratio if higher else ratio - 1
+
+
+def gate_json(gate: Gate) -> dict[str, Any]:
+    """A gate as plain JSON data."""
+    checks = [{name: _finite(getattr(check, name)) for name in check.__dataclass_fields__} for check in gate.checks]
+    return {
+        "verdict": gate.verdict,
+        "exit_code": gate.exit_code,
+        "why": gate.why,
+        "checks": checks,
+        "notes": list(gate.notes),
+        "significance": SIGNIFICANCE,
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

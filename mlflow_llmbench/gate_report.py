@@ -1,0 +1,86 @@
+"""The verdict of a gate as text: a table for a terminal, Markdown, and JUnit XML for CI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from .compare import SIGNIFICANCE
+from .gate import INVALID, NOT_COMPARABLE, REGRESSED, Check, Gate
+from .markup import markdown_table
+from .metrics import KEYS
+
+WORDS = {"pass": "PASSED", "regression": "REGRESSION", NOT_COMPARABLE: "NOT COMPARABLE", INVALID: "INVALID"}
+HEADING = ["metric", "champion", "candidate", "worse by", "95 % interval of the ratio", "p (Holm)", "limit", ""]
+
+
+def gate_cells(checks: Sequence[Check]) -> list[list[str]]:
+    """The body of the table, one line per metric."""
+    return [
+        [check.key, _value(check.key, check.a), _value(check.key, check.b), f"{check.worse:+.1%}", _interval(check), _p(check.p_holm), f"{check.limit:.1%}", check.state]
+        for check in checks
+    ]  # fmt: skip
+
+
+def format_gate(gate: Gate, champion: str, candidate: str) -> str:
+    """The gate for a terminal: the verdict, the table, the notes."""
+    lines = [f"{WORDS[gate.verdict]}: {candidate} against {champion}. {gate.why}"]
+    if gate.checks:
+        body = [HEADING, *gate_cells(gate.checks)]
+        widths = [max(len(line[i]) for line in body) for i in range(len(HEADING))]
+        lines.append("")
+        lines += [
+            "  ".join(c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in body
+        ]
+    return "\n".join([*lines, *(["", *gate.notes] if gate.notes else [])])
+
+
+def gate_markdown(gate: Gate, champion: str, candidate: str) -> str:
+    """gate.md: for a run's artifacts, a pull request's comment or a job's summary."""
+    parts = [f"## {WORDS[gate.verdict]}: {candidate} against {champion}", gate.why]
+    if gate.checks:
+        parts.append(markdown_table(HEADING, gate_cells(gate.checks)))
+    parts += ["\n".join(f"- {note}" for note in gate.notes)] if gate.notes else []
+    if gate.checks:
+        parts.append(
+            f"A metric of every repetition regresses if it is worse with p < {SIGNIFICANCE:g} after Holm and by more than its limit; one that a run has "
+            "only once, if it is worse by more than its limit."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
+    """JUnit XML: one test case per metric; where nothing could be compared, one case that is an error."""
+    errors = int(gate.verdict in (NOT_COMPARABLE, INVALID))
+    failures = sum(check.state == REGRESSED for check in gate.checks)
+    counts = {"tests": str(len(gate.checks) or 1), "failures": str(failures), "errors": str(errors)}
+    suites = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(suites, "testsuite", {"name": f"llmbench gate: {candidate} against {champion}", **counts})
+    for check in gate.checks:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "llmbench.gate", "name": check.key})
+        if check.state == REGRESSED:
+            message = f"{check.worse:.1%} worse than the champion, and the limit is {check.limit:.1%}"
+            failure = ElementTree.SubElement(case, "failure", {"message": message, "type": "regression"})
+            failure.text = (
+                f"champion {_value(check.key, check.a)}, candidate {_value(check.key, check.b)}, ratio {_interval(check)}, p {_p(check.p_holm)}"
+            )
+    if errors:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "llmbench.gate", "name": "comparison"})
+        ElementTree.SubElement(case, "error", {"message": gate.why, "type": gate.verdict})
+    ElementTree.indent(suites)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
+
+
+def _value(key: str, value: float) -> str:
+    metric = KEYS.get(key)
+    if metric is not None and metric.unit == "bytes":
+        return f"{value / 1e9:.4g} GB"
+    return f"{value:.4g} {metric.unit if metric else ''}".strip()
+
+
+def _interval(check: Check) -> str:
+    return "–" if check.low is None or check.high is None else f"{check.low:.3f} to {check.high:.3f}"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,56 @@
+"""One request → its latencies in ms. Pure functions of its stamps.
+
+In an open loop they are counted from the time at which the request was meant to be sent, so that what waits unsent is not
+left out (coordinated omission); what the client was late is told apart, as send delay.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from .records import RequestRecord
+
+
+def gaps_ms(request: RequestRecord) -> list[float]:
+    """Inter-token gaps of one request in ms: t(i) − t(i−1) for i = 2 … N. None where a stamp stands for several tokens."""
+    return chunk_gaps_ms(request) if request.single_tokens else []
+
+
+def chunk_gaps_ms(request: RequestRecord) -> list[float]:
+    """Gaps between the chunks of a stream in ms, whatever they hold."""
+    return [(b - a) / 1e6 for a, b in pairwise(request.stamps_ns)]
+
+
+def ttft_ms(request: RequestRecord) -> float:
+    """Time to first token of any channel, t1 − t0, in ms."""
+    return (request.stamps_ns[0] - request.start_ns) / 1e6
+
+
+def visible_ms(request: RequestRecord) -> float | None:
+    """Time to the first token outside a reasoning channel, in ms; None if there was none."""
+    return None if request.visible_ns is None else (request.visible_ns - request.start_ns) / 1e6
+
+
+def e2e_ms(request: RequestRecord) -> float:
+    """End-to-end latency, tN − t0, in ms."""
+    return (request.stamps_ns[-1] - request.start_ns) / 1e6
+
+
+def tpot_ms(request: RequestRecord) -> float | None:
+    """Time per output token after those of the first stamp, (tN − t1)/(N − n1), in ms; None if there are none.
+
+    n1 is 1 where a stamp is one token; the first chunk's own count where the server tells it; else the mean of the chunks,
+    as if all were equal: with N − 1 a server that sends its tokens by fours would seem a third faster than it is.
+    """
+    tokens, stamps = request.output_tokens, len(request.stamps_ns)
+    if stamps < 2:
+        return None
+    first = request.chunk_tokens[0] if request.chunk_tokens else tokens / stamps
+    if tokens <= first:
+        return None
+    return (request.stamps_ns[-1] - request.stamps_ns[0]) / 1e6 / (tokens - first)
+
+
+def send_delay_ms(request: RequestRecord) -> float | None:
+    """How much later than meant an open loop sent the request, in ms; None in a closed loop."""
+    return None if request.intended_ns is None else (request.t0_ns - request.intended_ns) / 1e6

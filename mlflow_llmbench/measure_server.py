@@ -1,0 +1,111 @@
+"""The measurement of one cell behind a server: warm up, repeat the load, read what came.
+
+A repetition is one repeat of the whole load, from an idle server to the last answer, so that repetitions are independent
+of each other and no request belongs to two: intervals over windows of one long run would take its slow drift for noise.
+Answers are parsed between repetitions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from . import machine
+from .arrivals import arrival_times_ns, request_count
+from .backends.base import ServerBackend
+from .client import Load, Trace
+from .errors import MeasurementError
+from .measure import LEAST_WARMUPS, MOST_WARMUPS, Measured, Say, throughput
+from .metrics import LEAST_REPETITIONS
+from .records import Cell, ClientReadings, Repetition, RequestRecord
+from .stats import halves_agree, relative_half_width
+from .workload import PromptSet
+
+WARM_USERS = 4
+"""Requests at once in the warm-up of an open loop, which has no number of users."""
+
+EXPECTED_MARGIN = 1.5
+"""Requests that are built before a load of a given duration, as a multiple of what the warm-up lets expect."""
+
+
+def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> Measured:
+    """Warm up with waves of the cell's requests, then repeat the load until the throughput's interval is narrow enough.
+
+    `say("warmup" | "repetition", …)` is called after each, outside the timed region. Raises MeasurementError if every
+    request of a warm-up wave or of a repetition failed.
+    """
+    first_call_ms, warmup_s, steady = _warm_up(server, cell, prompts, say)
+    repetitions: list[Repetition] = []
+    limit = cell.repetitions or cell.max_repetitions
+    count = request_count(cell)
+    while len(repetitions) < limit and not _enough(cell, repetitions):
+        index = len(repetitions)
+        load = Load(count, cell.concurrency, cell.duration_s, arrival_times_ns(cell, index))
+        wall_ms, before = int(time.time() * 1000), machine.take_readings(server.device)
+        trace = server.run(_builder(server, prompts, cell, index), load, _expected(cell, warmup_s[-1]))
+        noise = machine.noise_between(before, machine.take_readings(server.device))
+        requests = [server.read(exchange) for exchange in trace.exchanges]
+        complete = _complete(requests)
+        failed = tuple(request for request in requests if request.outcome != "complete")
+        repetitions.append(Repetition(index, wall_ms, complete, noise, failed=failed, client=_readings(trace)))
+        say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
+    return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), ())
+
+
+def _builder(server: ServerBackend, prompts: PromptSet, cell: Cell, repetition: int) -> Callable[[int], bytes]:
+    return lambda number: server.request(prompts, cell, repetition, number)
+
+
+def _expected(cell: Cell, answer_s: float) -> int:
+    """Requests that a closed loop of a given duration will send, and some more: building one takes time that belongs to sending."""
+    if cell.duration_s is None:
+        return cell.concurrency
+    return math.ceil(cell.concurrency * (EXPECTED_MARGIN * cell.duration_s / max(answer_s, 0.001) + 1))
+
+
+def _readings(trace: Trace) -> ClientReadings:
+    return ClientReadings(trace.started_ns, trace.ended_ns, trace.lags_ns, trace.cpu_s, trace.retries)
+
+
+def _complete(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:
+    """The complete ones. Raises MeasurementError if there are none: nothing has a latency then."""
+    complete = tuple(request for request in requests if request.outcome == "complete")
+    if complete:
+        return complete
+    (outcome, message), _ = Counter((r.outcome, r.message) for r in requests).most_common(1)[0]
+    raise MeasurementError(f"None of {len(requests)} requests was complete, mostly {outcome}: {message} Check the server's log and the load.")
+
+
+def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> tuple[float, list[float], bool]:
+    """Waves of one request for each user, discarded. Returns the first answer in ms, the median answer of each wave in s, and whether
+    the waves became steady.
+    """
+    fixed = cell.warmup is not None
+    most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
+    users = cell.concurrency if cell.request_rate is None else WARM_USERS
+    durations: list[float] = []
+    first_ms = 0.0
+    steady = False
+    while len(durations) < most and not (steady and not fixed):
+        trace = server.run(_builder(server, prompts, cell, -1 - len(durations)), Load(users, users))
+        complete = _complete([server.read(exchange) for exchange in trace.exchanges])
+        seconds = [(r.stamps_ns[-1] - r.t0_ns) / 1e9 for r in complete]
+        first_ms = first_ms or seconds[0] * 1000
+        durations.append(median(seconds))
+        steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
+        say("warmup", number=len(durations), limit=most, seconds=durations[-1])
+    return first_ms, durations, steady
+
+
+def _enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
+    """Whether `auto` may stop: at least 5, and the 95 % interval of the throughput within `precision_target`.
+
+    What other processes took is no reason to repeat: one of them may be the server.
+    """
+    if cell.repetitions is not None or len(repetitions) < LEAST_REPETITIONS:
+        return False
+    width = relative_half_width([throughput(repetition) for repetition in repetitions])
+    return width is not None and width <= cell.precision_target

@@ -1,0 +1,135 @@
+"""One group of cells on the machine that this runs on: fetch the model's files, then measure in a worker; for another machine too.
+
+Knows neither MLflow nor Ray: a node of a cluster needs only what a worker needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import estimate, machine, reference, supervise
+from .errors import JournalError, ModelError, UsageError
+from .records import Cell, ModelFacts, Options
+from .spec import GPTQ_BITS
+from .supervise import GroupOutcome, Limits, OnEvent
+
+LOCAL_FILES = ("folder", "gguf")
+"""Sources of models whose files lie where the command was told; there is nothing to fetch, and no other machine may have them."""
+
+Post = Callable[[Mapping[str, Any], Mapping[str, bytes]], None]
+"""Called with an event, and with what was written since the last call, by the file's path from the sweep's folder."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one worker measures: cells that share a load, the folder of each, and the command's options, which limit it.
+
+    `prepare`: the model's files may not be on this machine yet.
+    """
+
+    cells: tuple[Cell, ...]
+    model: ModelFacts
+    folders: tuple[Path, ...]
+    options: Options
+    prepare: bool = True
+
+
+def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] | None = None) -> GroupOutcome:
+    """Measure the cells of one load in a fresh process. `on_event` is told `begun` when that starts, and all that the worker tells.
+
+    What fails, the fetching too, is in the outcome's `error`. `environment` is kept with the outcome.
+    """
+    log = task.folders[0] / "worker.log"
+    try:
+        made = task.cells[0].quant in GPTQ_BITS
+        if task.prepare and (made or task.model.source not in (*LOCAL_FILES, "none")):
+            preparing = {"event": "stage", "stage": "preparing"}
+            on_event(preparing)  # in a process of its own, so that neither its time nor its memory is measured
+            fetched = supervise.run_worker("prepare", task.cells[:1], task.model, task.folders[:1], log.with_name("prepare.log"))
+            if fetched.error or fetched.interrupted:
+                return GroupOutcome(
+                    stages={"preparing": preparing}, error=fetched.error, interrupted=fetched.interrupted, environment=environment
+                )  # fmt: skip
+        on_event({"event": "begun"})
+        limits = _limits(task.options)
+        why = ""
+        try:
+            quality = reference.order(task, on_event, environment, limits)
+        except UsageError as error:
+            quality, why = None, str(error)
+        outcome = supervise.run_worker("measure", task.cells, task.model, task.folders, log, on_event, limits, environment, quality)
+        outcome.withheld += [why] if why else []
+        return outcome
+    except JournalError as error:
+        return GroupOutcome(error=error, environment=environment)
+
+
+def _limits(options: Options) -> Limits:
+    most, called = estimate.memory_limit(options.memory_limit)
+    return Limits(options.load_timeout_s, options.first_token_timeout_s, options.repetition_timeout_s, options.cell_timeout_s, most, called)
+
+
+def measure_apart(
+    task: Task, inputs: Mapping[str, bytes], known: Mapping[str, Any], post: Post
+) -> tuple[GroupOutcome, dict[str, bytes]]:  # fmt: skip
+    """`measure_group` for a command on another machine, in a scratch folder: the outcome, and the files of the cells' folders.
+
+    `inputs` are the workload files that cells name, `known` is added to this machine's fingerprint. `post` is told the events
+    `placed`, `begun`, `cell` and `measured`, so that what was measured is not lost with this machine.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmbench-") as scratch:
+        root = Path(scratch).resolve()
+        environment = {**machine.environment(scratch), **known}
+        post({"event": "placed"}, {})
+        if task.model.source in LOCAL_FILES and not Path(task.model.location).exists():
+            message = f"There is no {task.model.location} on this node. Put it on a disk that every node has under that path, or give a Hub id."
+            return GroupOutcome(stages={"preparing": {}}, error=ModelError(message), environment=environment), {}
+        files = _Files(root, [folder.name for folder in task.folders])
+
+        def tell(event: Mapping[str, Any]) -> None:
+            if event["event"] in ("begun", "cell", "measured"):
+                post({name: event[name] for name in ("event", "number") if name in event}, files.new())
+
+        here = dataclasses.replace(task, cells=_with_inputs(task.cells, inputs, root), folders=tuple(root / folder.name for folder in task.folders))
+        outcome = measure_group(here, tell, environment)
+        names = {own.workload: asked.workload for own, asked in zip(here.cells, task.cells, strict=True)}
+        outcome.divergences = {names[workload]: found for workload, found in outcome.divergences.items()}
+        if outcome.error:  # a log that is named in it will lie in the command's folder
+            outcome.error = type(outcome.error)(str(outcome.error).replace(str(root), str(task.folders[0].parent)))
+        return outcome, files.all()
+
+
+def _with_inputs(cells: tuple[Cell, ...], inputs: Mapping[str, bytes], root: Path) -> tuple[Cell, ...]:
+    """The cells, with workload files that lie here under names of their own."""
+    files = {name: root / f"workload-{number}" / Path(name).name for number, name in enumerate(inputs)}
+    for name, file in files.items():
+        file.parent.mkdir()
+        file.write_bytes(inputs[name])
+    return tuple(dataclasses.replace(cell, workload=str(files.get(cell.workload, cell.workload))) for cell in cells)
+
+
+class _Files:
+    """The files of some folders, as they grow."""
+
+    def __init__(self, root: Path, folders: list[str]) -> None:
+        self.root, self.folders = root, folders
+        self.read: dict[str, int] = {}  # path from the root → bytes that were given out
+
+    def all(self) -> dict[str, bytes]:
+        """Every file, whole."""
+        files = [file for folder in self.folders for file in sorted((self.root / folder).glob("*"))]
+        return {file.relative_to(self.root).as_posix(): file.read_bytes() for file in files}
+
+    def new(self) -> dict[str, bytes]:
+        """What came since the last call, in whole lines."""
+        found = {}
+        for path, content in self.all().items():
+            known = self.read.get(path, 0)
+            self.read[path] = max(content.rfind(b"\n") + 1, known)
+            found[path] = content[known : self.read[path]]
+        return {path: content for path, content in found.items() if content}

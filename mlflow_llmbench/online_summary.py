@@ -1,0 +1,218 @@
+"""What only a server's result has: windows, goodput, errors, requests in flight, and what the client saw of itself. Pure.
+
+Two windows are told. *full* is all of a repetition, from the first sending to the last arrival, with its filling and its
+draining. *steady* begins when the first answer has ended and ends when the last request is sent: until then every user is
+busy, or every arrival of the schedule has come. It is made of events: tokens that arrive in it count, whosever they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+
+from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
+from .metrics import FAILURES
+from .records import Cell, Repetition, RequestRecord, RunResult
+from .stats import percentile, supports
+
+SINGLE_SHARE = 0.95
+"""Share of requests whose every chunk holds one token, from which on their gaps are called inter-token latency."""
+
+Figures = dict[str, float | None]
+
+
+def online_figures(result: RunResult) -> Figures:
+    """Figures of a server's result under MLflow keys; None takes a key away that means nothing here."""
+    repetitions = result.repetitions
+    requests = [r for repetition in repetitions for r in repetition.requests]
+    cell = result.cell
+    found: Figures = {"config/batch_size": None, "throughput/per_instance_tokens_per_s": None, "throughput/prefill_tokens_per_s": None}
+    found |= {"config/concurrency": cell.concurrency if cell.request_rate is None else None, "config/request_rate": cell.request_rate}
+    found |= _chunks(requests)
+    if any(r.visible_ns is not None and r.visible_ns != r.stamps_ns[0] for r in requests):
+        found |= statistics("latency/ttfo_ms", [value for r in requests if (value := visible_ms(r)) is not None])
+    found |= _lengths(requests)
+    found["throughput/requests_per_s"] = _mean([len(r.requests) / span for r in repetitions if (span := span_s(r)) > 0])
+    found |= _windows(repetitions)
+    found |= _goodput(cell, repetitions)
+    found |= _errors(repetitions)
+    found |= _in_flight(repetitions)
+    return found | _client(repetitions)
+
+
+def statistics(key: str, values: Sequence[float], wanted: Sequence[int] = (50, 95, 99)) -> Figures:
+    """Mean and those percentiles that the sample supports."""
+    if not values:
+        return {}
+    found: Figures = {f"{key}_mean": fmean(values)}
+    return found | {f"{key}_p{q}": percentile(values, q) for q in wanted if supports(len(values), q)}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def span_s(repetition: Repetition) -> float:
+    """The full window, s."""
+    return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
+
+
+def single_share(requests: Sequence[RequestRecord]) -> float:
+    """Share of requests whose every chunk holds one token."""
+    return sum(r.single_tokens for r in requests) / len(requests)
+
+
+def _chunks(requests: Sequence[RequestRecord]) -> Figures:
+    """Inter-chunk latency instead of inter-token latency, where a chunk is not a token."""
+    if single_share(requests) >= SINGLE_SHARE:
+        return {}
+    found = statistics("latency/icl_ms", [gap for r in requests for gap in chunk_gaps_ms(r)])
+    return found | {f"latency/itl_ms_{name}": None for name in ("mean", "p50", "p90", "p95", "p99")}
+
+
+def _lengths(requests: Sequence[RequestRecord]) -> Figures:
+    """What was really sent and generated, as the server counts it."""
+    prompts = [r.prompt_tokens for r in requests if r.prompt_tokens is not None]
+    chunks = sum(len(r.stamps_ns) for r in requests)
+    told = [(r.cached_tokens, r.prompt_tokens) for r in requests if r.cached_tokens is not None and r.prompt_tokens]
+    return {
+        "lengths/prompt_tokens_mean": _mean(prompts),
+        "lengths/output_tokens_mean": fmean(r.output_tokens for r in requests),
+        "lengths/tokens_per_chunk_mean": sum(r.output_tokens for r in requests) / chunks,
+        "lengths/cached_prompt_ratio": sum(cached for cached, _ in told) / sum(prompt for _, prompt in told) if told else None,
+    }
+
+
+def steady_window(repetition: Repetition) -> tuple[int, int] | None:
+    """Begin and end in ns: the end of the first answer, the sending of the last request. None if nothing lies between them."""
+    every = (*repetition.requests, *repetition.failed)
+    begin, end = min(r.end_ns or r.stamps_ns[-1] for r in every if r.end_ns or r.stamps_ns), max(r.t0_ns for r in every)
+    return (begin, end) if end > begin else None
+
+
+def _tokens_within(request: RequestRecord, begin: int, end: int) -> float:
+    """Output tokens that arrived within a window; chunks that do not tell their size share the tokens equally."""
+    share = request.output_tokens / len(request.stamps_ns)
+    sizes = request.chunk_tokens or (share,) * len(request.stamps_ns)
+    return sum(size for size, stamp in zip(sizes, request.stamps_ns, strict=True) if begin < stamp <= end)
+
+
+def _windows(repetitions: Sequence[Repetition]) -> Figures:
+    """The same figures over both windows, so that what filling and draining did to them is seen."""
+    requests = [r for repetition in repetitions for r in repetition.requests]
+    found: Figures = {
+        "window/full_output_tokens_per_s": _mean([sum(r.output_tokens for r in one.requests) / s for one in repetitions if (s := span_s(one)) > 0]),
+        "window/full_requests_per_s": _mean([len(one.requests) / s for one in repetitions if (s := span_s(one)) > 0]),
+    }
+    rates: list[float] = []
+    answers: list[float] = []
+    firsts: list[float] = []
+    gaps: list[float] = []
+    for one in repetitions:
+        window = steady_window(one)
+        if window is None:
+            continue
+        begin, end = window
+        seconds = (end - begin) / 1e9
+        rates.append(sum(_tokens_within(r, begin, end) for r in one.requests) / seconds)
+        # Users in step end their answers in bursts, one at each end of the window: a count of ends would be too high.
+        answers.append(sum(_tokens_within(r, begin, end) / r.output_tokens for r in one.requests) / seconds)
+        firsts += [ttft_ms(r) for r in one.requests if begin <= r.start_ns <= end]
+        inside = [r for r in one.requests if r.single_tokens]
+        gaps += [gap for r in inside for gap, a, b in zip(gaps_ms(r), r.stamps_ns, r.stamps_ns[1:], strict=False) if a >= begin and b <= end]
+    found |= {"window/steady_output_tokens_per_s": _mean(rates), "window/steady_requests_per_s": _mean(answers)}
+    pools: Mapping[str, Sequence[float]] = {
+        "full_ttft_ms": [ttft_ms(r) for r in requests],
+        "steady_ttft_ms": firsts,
+        "full_itl_ms": [gap for r in requests for gap in gaps_ms(r)] if single_share(requests) >= SINGLE_SHARE else [],
+        "steady_itl_ms": gaps if single_share(requests) >= SINGLE_SHARE else [],
+    }
+    for name, pool in pools.items():
+        found |= {f"window/{name}_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)}
+    return found
+
+
+def slos(cell: Cell) -> dict[str, tuple[float, Callable[[RequestRecord], float | None]]]:
+    """The limits that were given, with what they limit."""
+    wanted: dict[str, tuple[float | None, Callable[[RequestRecord], float | None]]] = {
+        "ttft": (cell.slo_ttft_ms, ttft_ms),
+        "tpot": (cell.slo_tpot_ms, tpot_ms),
+        "e2e": (cell.slo_e2e_ms, e2e_ms),
+    }
+    return {name: (limit, of) for name, (limit, of) in wanted.items() if limit is not None}
+
+
+def _goodput(cell: Cell, repetitions: Sequence[Repetition]) -> Figures:
+    """Requests per second that met every limit, and their share of all that were sent; a failed request meets none.
+
+    A request too short for a time per output token cannot be judged by one: it is counted apart, not as good.
+    """
+    limits = slos(cell)
+    if not limits:
+        return {}
+    rates: list[float] = []
+    good = judged = short = 0
+    for one in repetitions:
+        found = [[of(r) for _, of in limits.values()] for r in one.requests]
+        known = [[value for value in values if value is not None] for values in found]
+        able = [values for values in known if len(values) == len(limits)]
+        met = sum(all(value <= limit for value, (limit, _) in zip(values, limits.values(), strict=True)) for values in able)
+        good, judged, short = good + met, judged + len(able) + len(one.failed), short + len(found) - len(able)
+        rates += [met / span for span in [span_s(one)] if span > 0]
+    return {
+        "goodput/requests_per_s": _mean(rates),
+        "goodput/attainment_ratio": good / judged if judged else None,
+        "goodput/requests_without_tpot": short,
+    }
+
+
+def _errors(repetitions: Sequence[Repetition]) -> Figures:
+    failed = [r for repetition in repetitions for r in repetition.failed]
+    sent = len(failed) + sum(len(repetition.requests) for repetition in repetitions)
+    counts = {f"errors/{word}": float(sum(r.outcome == word for r in failed)) for word in FAILURES}
+    return {**counts, "errors/failed_ratio": len(failed) / sent}
+
+
+def in_flight(repetition: Repetition) -> list[tuple[int, int]]:
+    """Requests in flight over time: (ns, number from then on), failed ones too."""
+    every = (*repetition.requests, *repetition.failed)
+    changes = [(r.t0_ns, 1) for r in every] + [(end, -1) for r in every if (end := r.end_ns or max(r.stamps_ns, default=r.t0_ns))]
+    found: list[tuple[int, int]] = []
+    now = 0
+    for at, change in sorted(changes):
+        now += change
+        found.append((at, now))
+    return found
+
+
+def _in_flight(repetitions: Sequence[Repetition]) -> Figures:
+    means: list[float] = []
+    most = 0
+    for repetition in repetitions:
+        levels = in_flight(repetition)
+        span = levels[-1][0] - levels[0][0]
+        area = sum(level * (later - at) for (at, level), (later, _) in itertools.pairwise(levels))
+        means += [area / span] if span > 0 else []
+        most = max([most, *(level for _, level in levels)])
+    return {"in_flight/requests_mean": _mean(means), "in_flight/requests_max": float(most)}
+
+
+def _client(repetitions: Sequence[Repetition]) -> Figures:
+    """What the client saw of itself: is it the bottleneck? (Envoy's poll delay; inference-perf's schedule delay.)"""
+    readings = [r.client for r in repetitions if r.client]
+    lags = [lag / 1e6 for one in readings for lag in one.lags_ns]
+    every = [r for repetition in repetitions for r in (*repetition.requests, *repetition.failed)]
+    delays = [delay for r in every if (delay := send_delay_ms(r)) is not None]
+    wall = sum(one.ended_ns - one.started_ns for one in readings) / 1e9
+    asked = sent = 0
+    for repetition in repetitions:
+        order = [r for r in (*repetition.requests, *repetition.failed) if r.intended_ns is not None]
+        if len(order) > 1:
+            asked += max(r.start_ns for r in order) - min(r.start_ns for r in order)
+            sent += max(r.t0_ns for r in order) - min(r.start_ns for r in order)
+    found = statistics("client/loop_lag_ms", lags, (50, 99)) | statistics("client/send_delay_ms", delays, (50, 99))
+    return found | {
+        "client/cpu_ratio": sum(one.cpu_s for one in readings) / wall if wall else None,
+        "client/rate_ratio": asked / sent if sent else None,
+    }

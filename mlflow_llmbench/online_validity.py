@@ -1,0 +1,157 @@
+"""What can be wrong with numbers from behind a server, as reasons of a verdict: the client, the load, the server's shortcuts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from statistics import fmean, median
+
+from .latency import ttft_ms
+from .metrics import FOREIGN_CPU_LIMIT
+from .online_summary import SINGLE_SHARE, single_share, steady_window
+from .records import Reason, Repetition, RequestRecord, RunResult
+
+CPU_LIMIT = 0.75
+"""Share of its one core that the client may use (AIPerf flags its workers there)."""
+
+LAG_LIMIT_MS = {50: 5.0, 99: 50.0}
+"""How late the client's event loop may wake up, by percentile."""
+
+DELAY_LIMIT_MS = 10.0
+"""Median send delay of an open loop (the rule of inference-perf)."""
+
+RATE_LIMIT = 0.95
+FAILED_LIMIT = 0.05
+LENGTH_LIMIT = 0.02
+CACHED_LIMIT = 0.01
+GROWTH_LIMIT = 1.5
+
+Metrics = dict[str, float]
+
+
+def _requests(result: RunResult) -> list[RequestRecord]:
+    return [r for repetition in result.repetitions for r in repetition.requests]
+
+
+def client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """The client was the bottleneck: its own lateness is in the numbers."""
+    seen: list[str] = []
+    if (cpu := metrics.get("client/cpu_ratio", 0.0)) > CPU_LIMIT:
+        seen.append(f"it used {cpu:.0%} of its core, and the limit is {CPU_LIMIT:.0%}")
+    for q, limit in LAG_LIMIT_MS.items():
+        if (lag := metrics.get(f"client/loop_lag_ms_p{q}", 0.0)) > limit:
+            seen.append(f"its event loop woke up {lag:.1f} ms late (p{q}), and the limit is {limit:g} ms")
+    if (delay := metrics.get("client/send_delay_ms_p50", 0.0)) > DELAY_LIMIT_MS:
+        seen.append(f"it sent {delay:.1f} ms later than meant (median), and the limit is {DELAY_LIMIT_MS:g} ms")
+    if (ratio := metrics.get("client/rate_ratio", 1.0)) < RATE_LIMIT:
+        seen.append(f"it reached {ratio:.0%} of the asked rate, and the limit is {RATE_LIMIT:.0%}")
+    if seen:
+        yield Reason("client_bound", f"The client was too slow: {'; '.join(seen)}. Give it a quieter machine of its own, or ask for a smaller load.")
+
+
+def failures(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Requests that did not end as they should."""
+    failed = [r for repetition in result.repetitions for r in repetition.failed]
+    if not failed:
+        return
+    total = len(failed) + len(_requests(result))
+    kinds = ", ".join(f"{count} {word}" for word, count in Counter(r.outcome for r in failed).most_common())
+    share, first = len(failed) / total, failed[0].message
+    code = "unfinished" if share > FAILED_LIMIT else "failed_requests"
+    yield Reason(
+        code,
+        f"{len(failed)} of {total} requests failed ({kinds}), the first with: {first} Latencies are those of the others. Look into the server's log.",
+    )
+
+
+def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Prompts or outputs of another length than asked for."""
+    every, cell = _requests(result), result.cell
+    other = [r.output_tokens for r in every if r.output_tokens != cell.output_tokens]
+    if other:
+        yield Reason(
+            "length_drift",
+            f"{len(other)} of {len(every)} answers have another length than the asked {cell.output_tokens} tokens, {fmean(other):.1f} on average; the rates "
+            "are of the real lengths. Use a server that honours ignore_eos, or a shorter output_tokens.",
+        )
+    mean = metrics.get("lengths/prompt_tokens_mean")
+    if mean is not None and cell.prompt_tokens is not None and abs(mean / cell.prompt_tokens - 1) > LENGTH_LIMIT:
+        yield Reason(
+            "length_drift",
+            f"The prompts had {mean:.1f} tokens on average by the server's count instead of {cell.prompt_tokens}. Set prompt_tokens so that the real length is the wanted one.",
+        )
+
+
+def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """The server had parts of the prompts in its prefix cache."""
+    share = metrics.get("lengths/cached_prompt_ratio")
+    if share is not None and share > CACHED_LIMIT:
+        yield Reason(
+            "prefix_cache_hits",
+            f"{share:.1%} of the prompt tokens came from the server's prefix cache, and the limit is {CACHED_LIMIT:.0%}: first tokens came sooner than "
+            "new prompts would let them. Take another seed, or switch the cache off.",
+        )
+
+
+def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """A chunk of the stream is not a token."""
+    every = _requests(result)
+    if all(r.tokens is None for r in every):
+        yield Reason("chunked_stream", "The server tells no token counts, so each chunk was counted as one token. Use a server that sends usage.")
+    elif single_share(every) < SINGLE_SHARE:
+        yield Reason(
+            "chunked_stream",
+            f"Chunks hold {metrics['lengths/tokens_per_chunk_mean']:.2f} tokens on average; gaps between them are inter-chunk latency (icl_ms), and there is no "
+            "inter-token latency. Ask the server to send each token by itself.",
+        )
+
+
+def saturation(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """An open loop beyond what the server can do: the numbers describe the queue, which grows as long as the run lasts."""
+    grown = [growth for repetition in result.repetitions if (growth := _growth(repetition)) is not None]
+    if result.cell.request_rate is None or not grown or median(grown) < GROWTH_LIMIT:
+        return
+    asked = result.cell.request_rate
+    done = [(len(one.requests) - 1) / s for one in result.repetitions if len(one.requests) > 1 and (s := _answer_span_s(one)) > 0]
+    if done and fmean(done) < RATE_LIMIT * asked:
+        yield Reason(
+            "saturated",
+            f"Requests came at {asked:g} per second and were answered at {fmean(done):.3g}; the time to first token grew {median(grown):.1f} times from the "
+            "first to the last third. The latencies are those of a queue that grows with the length of the run. Ask for a lower request_rate.",
+        )
+
+
+def _growth(repetition: Repetition) -> float | None:
+    """Median TTFT of the last third of the requests ÷ that of the first third."""
+    order = sorted(repetition.requests, key=lambda r: r.start_ns)
+    third = len(order) // 3
+    first = median(map(ttft_ms, order[:third])) if third else 0.0
+    return median(map(ttft_ms, order[-third:])) / first if first > 0 else None
+
+
+def _answer_span_s(repetition: Repetition) -> float:
+    ends = [r.stamps_ns[-1] for r in repetition.requests]
+    return (max(ends) - min(ends)) / 1e9
+
+
+def windows(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Nothing was ever steady: each repetition is only filling and draining."""
+    if all(steady_window(repetition) is None for repetition in result.repetitions):
+        yield Reason(
+            "not_steady", "The last request was sent before the first answer had ended, so there is no steady window. Send more requests than users."
+        )
+
+
+def stolen(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """CPU that the hypervisor took. Other processes are no reason: one of them may be the server."""
+    noises = [r.noise for r in result.repetitions if r.noise]
+    wall, steal = sum(n.wall_s for n in noises), sum(n.steal_s or 0.0 for n in noises)
+    if wall > 0.5 and steal / wall > FOREIGN_CPU_LIMIT:
+        yield Reason(
+            "contended",
+            f"During the repetitions the hypervisor took {steal / wall:.2f} CPUs' worth of time from the client's machine, and the limit is {FOREIGN_CPU_LIMIT:.2f}. "
+            "Measure again on a quiet machine.",
+        )
+
+
+CHECKS = (client, failures, lengths, caches, chunks, saturation, windows, stolen)

@@ -1,0 +1,120 @@
+"""What a command would measure: its cells with their memory and time, and which of them would be refused. Nothing is started."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import estimate, jobs, machine, models, plan
+from .records import Cell, ModelFacts
+from .spec import as_text, parse
+from .sweep import expand, resolve_models
+
+MOST_LINES = 100
+"""Cells that the text shows; `--json` has all."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell: estimated peak bytes and least seconds (None where not known), and why it would be refused (None if it would be tried)."""
+
+    cell: Cell
+    predicted_bytes: int | None
+    least_s: float | None
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """All cells in their order, the settings that vary, and how many times a model would be loaded."""
+
+    cells: tuple[Planned, ...]
+    varied: tuple[str, ...]
+    loads: int
+
+    @property
+    def tried(self) -> list[Planned]:
+        """Those that would be measured."""
+        return [planned for planned in self.cells if planned.refused is None]
+
+
+def preview(**parameters: object) -> Preview:
+    """Expand and estimate what `sweep.run` would do with the same parameters. Raises what it would raise before it starts."""
+    spec = parse({name: value for name, value in parameters.items() if value is not None})
+    cells = expand(spec)
+    groups = [group.cells for group in plan.group_cells(cells)]
+    model_of = resolve_models(groups)
+    jobs.refuse_twins(cells, model_of)
+    limit, _ = estimate.memory_limit(spec.options.memory_limit)
+    hardware, peaks = machine.environment()["hashes"]["hardware"], machine.known_peaks()
+
+    def planned(cell: Cell, model: ModelFacts) -> Planned:
+        shape = models.Shape.from_config(model.config) if model.config else None
+        predicted = estimate.predicted_bytes(cell, model, shape)
+        rates: Mapping[str, float] = peaks.get(f"{hardware} {cell.device} {cell.threads or 'auto'}", {})
+        seconds = estimate.least_seconds(cell, model, shape, rates)
+        room = (None, "") if spec.options.force else estimate.room_here(cell.device, limit)
+        return Planned(cell, predicted, seconds, estimate.refusal(cell, model, predicted, room))
+
+    found = tuple(planned(cell, model_of[cell]) for cell in cells)
+    tried = {planned_.cell for planned_ in found if planned_.refused is None}
+    return Preview(found, tuple(spec.varied), sum(any(cell in tried for cell in group) for group in groups))
+
+
+def format_preview(found: Preview) -> str:
+    """The plan for a terminal: a line per cell, why some would be refused, and the sums."""
+    names = found.varied or ("model", "quant", "batch_size")
+    lines = [[*names, "memory GB", "at least"]]
+    for planned in found.cells[:MOST_LINES]:
+        size = "–" if planned.predicted_bytes is None else f"{planned.predicted_bytes / 1e9:.2f}"
+        state = "refused" if planned.refused else duration(planned.least_s)
+        lines.append([*(as_text(name, getattr(planned.cell, name)) for name in names), size, state])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    last = len(names)
+    rows = ["  ".join(c.ljust(w) if i < last else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+    if len(found.cells) > MOST_LINES:
+        rows.append(f"… and {len(found.cells) - MOST_LINES} more; --json has all.")
+    return "\n".join([*rows, "", *_refusals(found), _sums(found)])
+
+
+def _refusals(found: Preview) -> list[str]:
+    """Per kind of refusal the number of cells, and the sentence of the first."""
+    kinds = Counter("context" if "is more than the context" in p.refused else "memory" for p in found.cells if p.refused)
+    first = {
+        kind: next(p.refused for p in found.cells if p.refused and ("is more than the context" in p.refused) == (kind == "context")) for kind in kinds
+    }
+    return [f"{count} cells would be refused ({kind}): {first[kind]}" for kind, count in kinds.items()]
+
+
+def _sums(found: Preview) -> str:
+    """How many cells would be measured, with how many loads, how long at least and with how much memory at most."""
+    tried = found.tried
+    sizes = [p.predicted_bytes for p in tried if p.predicted_bytes is not None]
+    text = f"{len(tried)} of {len(found.cells)} cells would be measured, with {found.loads} loads"
+    if sizes:
+        text += f", at most about {max(sizes) / 1e9:.2f} GB"
+    known = [p.least_s for p in tried if p.least_s is not None]
+    if tried and len(known) == len(tried):
+        return f"{text}, in at least {duration(sum(known))} by this machine's best rates; loading, downloads and overheads come on top."
+    return f"{text}. How long it takes is not known before a real model was measured here once with the same device and threads."
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in a form to read: `0.4 s`, `12 s`, `3.5 min`, `2.1 h`; a dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def preview_json(found: Preview) -> dict[str, Any]:
+    """The plan as plain JSON data; what is not known is null."""
+    cells = [
+        {"parameters": {name: as_text(name, value) for name, value in vars(p.cell).items()}, "predicted_bytes": p.predicted_bytes, "least_s": p.least_s,
+         "refused": p.refused}
+        for p in found.cells
+    ]  # fmt: skip
+    return {"cells": cells, "varied": list(found.varied), "loads": found.loads, "tried": len(found.tried)}

@@ -1,0 +1,467 @@
+"""The scaling laws of the EffiLLM paper, fitted to measured cells, each beside the curves that a reader would try instead.
+
+NB & NB, "EffiLLM: A Comprehensive Framework for Benchmarking and Optimizing Large Language Models in Resource-Constrained
+Environments" (2024), gives the formulas and typical exponents, with no intervals. Here a law is fitted to the cells that
+differ in nothing but its variable, on one machine with one software; `fits` says how. What cannot be fitted is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from .compare import DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, UNNAMED
+from .errors import NotFitted
+from .fits import (
+    Fit,
+    Form,
+    Prediction,
+    constant,
+    fit,
+    line,
+    linear,
+    offset_power,
+    percent,
+    power,
+    ranked,
+    rate_per_step,
+    reciprocal,
+    share_of,
+    verdict,
+)
+from .records import Cell, LoadInfo, RunResult
+from .stats import coefficient_of_variation
+from .summary import attended, summarize, unit_values
+from .validity import judge
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+TTFT = "latency/ttft_ms_p50"
+MEMORY = "memory"
+"""Stands for peak memory: of the device if all cells of a law have it, else what the host needed."""
+
+REFUTED = 0.05
+"""A law is called an approximation where its residuals exceed the scatter of the repetitions at this level."""
+
+PER_REPETITION = {headline.key: headline.of for headline in HEADLINES if headline.of}
+MODEL = ("model", "revision")
+SHAPE = ("batch_size", "prompt_tokens", "output_tokens")
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law of the paper: what it says of which metric over which variable, its formula, the rivals, and the paper's range.
+
+    `freed` are the settings in which the cells of one fit may differ. `scale` makes the metric's shown unit.
+    """
+
+    key: str
+    title: str
+    metric: str
+    unit: str
+    over: str
+    freed: tuple[str, ...]
+    form: Form
+    rivals: tuple[Form, ...]
+    main: str  # the parameter that says how it scales
+    paper: tuple[float, float] | None = None
+    scale: float = 1.0
+
+
+LAWS = (
+    Law("throughput_by_batch", "throughput against batch size", RATE, "tokens/s", "batch_size", ("batch_size",),
+        power("T = α·b^β", "α", "β"), (rate_per_step("T = b/(a + c·b)", "a", "c"), constant("T = a", "a")), "β"),
+    Law("throughput_by_size", "throughput against model size", RATE, "tokens/s", "parameters", MODEL,
+        power("T = γ·size^(−δ)", "γ", "δ", falling=True), (reciprocal("T = 1/(a + c·size)", "a", "c"),), "δ", (0.4, 0.6)),
+    Law("throughput_by_length", "throughput against prompt length", RATE, "tokens/s", "prompt_tokens", ("prompt_tokens",),
+        power("T = λ·s^(−μ)", "λ", "μ", falling=True), (reciprocal("T = 1/(a + c·s)", "a", "c"), constant("T = a", "a")), "μ", (0.2, 0.5)),
+    Law("latency_by_size", "time to first token against model size", TTFT, "ms", "parameters", MODEL,
+        line("L = α + β·size", "α", "β"), (power("L = a·size^c", "a", "c"),), "β"),
+    Law("latency_by_batch", "time to first token against batch size", TTFT, "ms", "batch_size", ("batch_size",),
+        power("L = L₁·b^φ", "L₁", "φ"), (line("L = a + c·b", "a", "c"), constant("L = a", "a")), "φ", (0.2, 0.5)),
+    Law("latency_by_length", "time to first token against prompt length", TTFT, "ms", "prompt_tokens", ("prompt_tokens",),
+        offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")), (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c"), constant("L = a", "a")),
+        "ω", (0.5, 1.0)),
+    Law("memory_by_size", "peak memory against model size", MEMORY, "GB", "parameters", MODEL,
+        line("M = overhead + c·size", "overhead", "c"), (power("M = a·size^p", "a", "p"),), "c", scale=1e-9),
+    Law("memory_by_tokens", "peak memory against tokens held", MEMORY, "GB", "held_tokens", SHAPE,
+        line("M = fixed + k·b·(s + n)", "fixed", "k"), (power("M = a·(b·(s + n))^p", "a", "p"), constant("M = a", "a")), "k", scale=1e-9),
+)  # fmt: skip
+"""Sources, by section of the paper: Scaling Analysis (T = α·b^β(s)), Throughput Analysis (δ, μ), Latency Analysis (φ, ω, α + β·size),
+Memory Usage Analysis (c = 4, 2, 1, 0.5 GB per 10⁹ parameters for 32, 16, 8, 4 bits). Memory against tokens held is ours: weights and
+what else is fixed, and the KV cache, which grows with batch · (prompt + output)."""
+
+PAPER_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5, "fp4": 0.5, "gptq": 0.5}
+"""c of the memory law by quantization, GB per 10⁹ parameters."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A result that may be used, with its summary metrics; `values` are those of each unit, per metric."""
+
+    result: RunResult
+    metrics: Mapping[str, float]
+
+    @property
+    def cell(self) -> Cell:
+        """What was measured."""
+        return self.result.cell
+
+    def variable(self, name: str) -> float | None:
+        """A law's x: a setting, `parameters` in 10⁹, or `held_tokens` = batch · (prompt + output)."""
+        prompt = self.metrics.get("config/prompt_tokens")
+        if name == "parameters":
+            count = self.result.load.facts.get("model.parameters") if self.result.load else None
+            return float(count) / 1e9 if count else None
+        if name == "held_tokens":
+            return None if prompt is None else self.cell.batch_size * (prompt + self.cell.output_tokens)
+        return prompt if name == "prompt_tokens" else float(getattr(self.cell, name))
+
+    def values(self, metric: str) -> list[float]:
+        """The metric of each repetition, or of each process where there are several; empty for what a run has once."""
+        of = PER_REPETITION.get(metric)
+        found = unit_values(self.result, of) if of else None
+        return [value for value in found or [] if value > 0]
+
+
+@dataclass(frozen=True)
+class LawFit:
+    """A law through the cells of one group, with its rivals. `noise` is the relative standard error of a cell from its repetitions
+    (root mean square), None for what a run has once; `p_misfit` the p value of the residuals being no more than that.
+    """
+
+    law: Law
+    where: str
+    cells: tuple[Measured, ...]
+    metric: str
+    fit: Fit
+    rivals: tuple[Fit, ...]
+    noise: float | None
+    p_misfit: float | None
+
+    @property
+    def best(self) -> Fit:
+        """The nearest of the law and its rivals."""
+        return ranked([self.fit, *self.rivals])[0]
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the cells lie off the law by more than their repetitions scatter."""
+        return self.p_misfit is not None and self.p_misfit < REFUTED
+
+    def predict(self, x: float) -> Prediction:
+        """What the nearest curve says of a cell that was not measured. Raises OutOfRange beyond the cells."""
+        return self.best.predict(x)
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Throughput over batch size and prompt length together: the exponent β of each length, and which joint law is nearest."""
+
+    where: str
+    exponents: tuple[tuple[float, Fit], ...]  # prompt tokens, the fit at that length
+    joint: tuple[Fit, ...]  # the paper's (one α for all lengths), one α per length, linear latency, roofline
+
+
+def usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
+    """Results whose verdict is valid or suspect, and for the rest a line each on what was left out and why."""
+    kept, left_out = [], []
+    varied = varied_settings([result.cell for result in results])
+    for result in results:
+        metrics = summarize(result)
+        verdict_ = judge(result, metrics)
+        name = describe(result.cell, varied)
+        if verdict_.word == "invalid":
+            why = result.outcome if result.failure else ", ".join(reason.code for reason in verdict_.reasons)
+            left_out.append(f"{name}: {why}")
+        elif not result.repetitions:
+            left_out.append(f"{name}: no repetitions")
+        else:
+            kept.append(Measured(result, metrics))
+    return kept, left_out
+
+
+def varied_settings(cells: Sequence[Cell]) -> list[str]:
+    """Settings in which cells differ, without those that only say how long was measured."""
+    names = [f.name for f in dataclasses.fields(Cell) if f.name not in UNNAMED]
+    return [name for name in names if len({getattr(cell, name) for cell in cells}) > 1]
+
+
+def describe(cell: Cell, names: Sequence[str]) -> str:
+    """The named settings in words: `opt-125m int8 batch_size=4`; model and quantization where none is named."""
+    short = {"model": cell.model.rstrip("/").rsplit("/", 1)[-1], "quant": cell.quant}
+    return " ".join(short[name] if name in short else f"{name}={getattr(cell, name)}" for name in names or short)
+
+
+def subject(cells: Sequence[Measured]) -> str:
+    """What all cells have in common, in words: the model and the quantization as far as they have one."""
+    varied = varied_settings([measured.cell for measured in cells])
+    return describe(cells[0].cell, [name for name in ("model", "quant") if name not in varied] or varied[:1])
+
+
+def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
+    """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words, in order of its settings."""
+    fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
+    told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
+    machines = {measured.result.hashes.env for measured in cells}
+    groups: dict[tuple[object, ...], list[Measured]] = {}
+    for measured in cells:
+        groups.setdefault((measured.result.hashes.env, *(getattr(measured.cell, name) for name in fixed)), []).append(measured)
+    for key in sorted(groups, key=lambda key: [(isinstance(v, str), v is None, v or 0) if not isinstance(v, str) else (True, False, v) for v in key]):
+        first = groups[key][0]
+        where = describe(first.cell, [name for name in told if name != "revision"] or [name for name in ("model", "quant") if name not in freed])
+        yield where + (f" on {key[0]}" if len(machines) > 1 else ""), groups[key]
+
+
+def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:
+    """Every law through every group of cells that has enough of its variable; and for groups with too few a line each."""
+    fitted: list[LawFit] = []
+    refused: list[str] = []
+    for law in LAWS:
+        for where, group in grouped(cells, law.freed):
+            if len({measured.variable(law.over) for measured in group}) < 2:
+                continue
+            try:
+                fitted.append(fit_law(law, where, group))
+            except NotFitted as error:
+                refused.append(f"{law.title} ({where}): {error}")
+    return fitted, refused
+
+
+def fit_law(law: Law, where: str, group: Sequence[Measured]) -> LawFit:
+    """One law and its rivals through one group of cells. Raises NotFitted; a rival that cannot be fitted is left out."""
+    metric = law.metric if law.metric != MEMORY else DEVICE_PEAK if all(DEVICE_PEAK in m.metrics for m in group) else HOST_PEAK
+    placed = [(place, m) for m in group if (place := m.variable(law.over)) is not None and metric in m.metrics]
+    placed.sort(key=lambda pair: pair[0])
+    x = [place for place, _ in placed]
+    y = [m.metrics[metric] * law.scale for _, m in placed]
+    found = fit(law.form, x, y)
+    rivals = [*law.rivals, *_roofline_form(law, [m for _, m in placed])]
+    others = []
+    for form in rivals:
+        try:
+            others.append(fit(form, x, y))
+        except NotFitted:
+            continue
+    noise, p_misfit = _misfit(found, [m.values(metric) for _, m in placed])
+    return LawFit(law, where, tuple(m for _, m in placed), metric, found, tuple(others), noise, p_misfit)
+
+
+def _misfit(found: Fit, values: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
+    """Typical relative standard error of a cell, and the p value of the F test of lack of fit against it.
+
+    F = residual variance ÷ mean squared standard error, with n − p and Σ(repetitions − 1) degrees (Draper & Smith, Applied Regression
+    Analysis, 1998, 2.1). Repetitions of one process do not show what differs from process to process, so a refusal
+    says that the cells scatter more than their repetitions, for whatever reason.
+    """
+    if any(len(v) < 2 for v in values):
+        return None, None
+    from scipy import special  # type: ignore[import-untyped]
+
+    squares = mean((coefficient_of_variation(v) or 0.0) ** 2 / len(v) for v in values)
+    if squares == 0:
+        return 0.0, None
+    degrees = len(found.y) - len(found.parameters), sum(len(v) - 1 for v in values)
+    return squares**0.5, float(special.fdtrc(*degrees, found.sigma**2 / squares))
+
+
+def roofline(load: LoadInfo, peaks: Mapping[str, float], rows: float, prompt: float, output: float) -> tuple[float, float] | None:
+    """Least seconds of the prefill and of one decode step, by the machine's measured read bandwidth and FLOP/s; None without them.
+
+    Each is the longer of reading (weights, and for a step the KV cache at the mean context) and computing (Williams, Waterman &
+    Patterson, "Roofline", CACM 52, 2009).
+    """
+    bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
+    if not (bandwidth and flops and load.step_bytes and load.flops_per_token):
+        return None
+    context, attention = prompt + output / 2, load.attention_flops_per_context_token or 0.0
+    prefill_flops = rows * (prompt * (load.flops_per_token + attention * attended(load, prompt / 2)) + load.head_flops)
+    step_flops = rows * (load.flops_per_token + load.head_flops + attention * attended(load, context))
+    step_bytes = load.step_bytes + rows * (load.kv_bytes_per_token or 0) * attended(load, context)
+    return max(load.step_bytes / bandwidth, prefill_flops / flops), max(step_bytes / bandwidth, step_flops / flops)
+
+
+def _roofline_form(law: Law, group: Sequence[Measured]) -> Iterator[Form]:
+    """The law's metric as a constant share of the roofline, where one model is varied in shape and its machine's peaks are known."""
+    if law.over not in ("batch_size", "prompt_tokens") or law.metric not in (RATE, TTFT) or not group:
+        return
+    limit = _limit(law.metric, law.over, group[0])
+    if limit is not None:
+        name = "share of roofline"
+        yield share_of(f"{'T' if law.metric == RATE else 'L'} = e·roofline", name, limit)
+
+
+def _limit(metric: str, over: str, first: Measured) -> Callable[[Array], Array] | None:
+    """The roofline's rate (tokens/s) or TTFT (ms) as a function of x: of batch sizes, of prompt lengths, or of pairs of both."""
+    import numpy as np
+
+    load, peaks, cell = first.result.load, first.result.peaks, first.cell
+    prompt = first.metrics.get("config/prompt_tokens", 0.0)
+    if load is None or roofline(load, peaks, cell.batch_size, prompt, cell.output_tokens) is None:
+        return None
+
+    def limit(x: Array) -> Array:
+        found = []
+        for place in np.asarray(x, dtype=np.float64).reshape(len(x), -1):
+            rows = float(place[0]) if over in ("batch_size", "both") else float(cell.batch_size)
+            length = float(place[-1]) if over in ("prompt_tokens", "both") else prompt
+            prefill, step = roofline(load, peaks, rows, length, cell.output_tokens) or (np.nan, np.nan)
+            found.append(prefill * 1e3 if metric == TTFT else rows * cell.output_tokens / (prefill + (cell.output_tokens - 1) * step))
+        return np.array(found)
+
+    return limit
+
+
+def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[list[Surface], list[str]]:
+    """T(b, s) ≈ α·b^β(s) where the batch size was varied at two or more prompt lengths; and what was refused.
+
+    The paper has one α for all lengths, so that at b = 1 the length would not matter; its rivals are an α per length, the linear
+    latency T = b/(a + c·b + d·b·s), and a share of the roofline.
+    """
+    surfaces: list[Surface] = []
+    refused: list[str] = []
+    for where, group in grouped(cells, ("batch_size", "prompt_tokens")):
+        ids = {id(measured) for measured in group}
+        lengths = [
+            (f.cells[0].variable("prompt_tokens") or 0.0, f.fit) for f in fitted if f.law.key == "throughput_by_batch" and id(f.cells[0]) in ids
+        ]
+        if len(lengths) < 2:
+            continue
+        known = {length for length, _ in lengths}
+        placed = [m for m in group if m.variable("prompt_tokens") in known]
+        x = [(float(m.cell.batch_size), m.variable("prompt_tokens") or 0.0) for m in placed]
+        joint = []
+        for form in _joint_forms(sorted(known), placed[0]):
+            try:
+                joint.append(fit(form, x, [m.metrics[RATE] for m in placed]))
+            except NotFitted as error:
+                refused.append(f"throughput against batch size and prompt length ({where}): {error}")
+        surfaces.append(Surface(where, tuple(sorted(lengths, key=lambda pair: pair[0])), tuple(joint)))
+    return surfaces, refused
+
+
+def _joint_forms(lengths: Sequence[float], first: Measured) -> Iterator[Form]:
+    """The paper's surface, its generalisation, linear latency, and a share of the roofline."""
+    import numpy as np
+
+    columns = np.array(lengths)
+
+    def form(formula: str, shared: bool) -> Form:
+        count = 1 if shared else len(lengths)
+        names = ("α",) if shared else tuple(f"α({length:g})" for length in lengths)
+
+        def basis(x: Array) -> Array:
+            at = (x[:, 1:2] == columns).astype(np.float64)
+            return np.column_stack([np.ones(len(x)) if shared else at, at * np.log(x[:, :1])])
+
+        def logs(p: Array) -> Array:
+            return np.concatenate([np.log(np.maximum(p[:count], 1e-300)), p[count:]])
+
+        def value(p: Array, x: Array) -> Array:
+            return np.asarray(np.where((p[:count] > 0).all(), np.exp(basis(x) @ logs(p)), np.nan))
+
+        def gradient(p: Array, x: Array) -> Array:
+            return np.asarray(value(p, x)[:, None] * basis(x) / np.concatenate([p[:count], np.ones(len(lengths))]))
+
+        def starts(x: Array, y: Array) -> list[Array]:
+            found = np.linalg.lstsq(basis(x), np.log(y), rcond=None)[0]
+            return [np.concatenate([np.exp(found[:count]), found[count:]])]
+
+        return Form("joint power", formula, (*names, *(f"β({length:g})" for length in lengths)), value, gradient, starts)
+
+    def latency(x: Array) -> Array:
+        return np.column_stack([np.ones(len(x)), x[:, 0], x[:, 0] * x[:, 1]])
+
+    yield form("T = α·b^β(s)", shared=True)
+    yield form("T = α(s)·b^β(s)", shared=False)
+    yield linear("T = b/(a + c·b + d·b·s)", ("a", "c", "d"), latency, lambda x: x[:, 0])
+    limit = _limit(RATE, "both", first)
+    if limit is not None:
+        yield share_of("T = e·roofline", "share of roofline", limit)
+
+
+def untried(found: LawFit) -> list[Prediction]:
+    """Predictions at the powers of two between the cells of a law that were not measured; empty for laws over model size."""
+    if found.law.over not in ("batch_size", "prompt_tokens"):
+        return []
+    (low, high), tried = found.fit.ranges[0], {place[0] for place in found.fit.x}
+    return [found.predict(float(x)) for x in (2**k for k in range(21)) if low < x < high and x not in tried]
+
+
+def main_sentence(found: LawFit) -> str:
+    """A law as fitted: where, its parameters with intervals, its range; how the paper's range compares; which curve is nearer."""
+    parts = [f"{found.law.title[:1].upper()}{found.law.title[1:]} ({found.where}): {found.fit.form.formula} with {parameters_text(found.fit)}"]
+    low, high = found.fit.ranges[0]
+    parts = [f"{parts[0]}, from {len(found.cells)} cells with {found.law.over.replace('_', ' ')} {low:g} to {high:g}."]
+    return " ".join(filter(None, [*parts, _against_paper(found), verdict(found.fit, found.rivals), _misfit_sentence(found)]))
+
+
+def parameters_text(found: Fit) -> str:
+    """All parameters with their intervals: `α = 201 (130 to 310), β = 0.62 (0.55 to 0.69)`."""
+    return ", ".join(map(str, found.parameters))
+
+
+def describe_fit(found: Fit) -> str:
+    """A curve with its parameters' values, without intervals: `T = b/(a + c·b), a = 0.02, c = 0.001`."""
+    return ", ".join([found.form.formula, *(f"{p.name} = {p.value:.3g}" for p in found.parameters)])
+
+
+def paper_range(found: LawFit) -> tuple[float, float] | None:
+    """What the paper says of a law's main parameter; for the memory law the bytes per parameter of the quantization."""
+    if found.law.key == "memory_by_size":
+        bytes_ = PAPER_BYTES.get(found.cells[0].cell.quant)
+        return None if bytes_ is None else (bytes_, bytes_)
+    return found.law.paper
+
+
+def _against_paper(found: LawFit) -> str:
+    """Whether the interval of the main parameter meets the paper's range."""
+    expected, main = paper_range(found), found.fit.parameter(found.law.main)
+    if found.law.key == "memory_by_tokens":
+        return _against_cache(found)
+    if expected is None:
+        return ""
+    said = f"{expected[0]:g}" if expected[0] == expected[1] else f"{expected[0]:g} to {expected[1]:g}"
+    if not main.determined:
+        return f"The paper's {main.name} of {said} can be neither confirmed nor refuted with these cells."
+    meets = (main.low or 0.0) <= expected[1] and (main.high or 0.0) >= expected[0]
+    return f"The paper's {main.name} of {said} is {'compatible with this' if meets else 'not what is seen here'}."
+
+
+def _against_cache(found: LawFit) -> str:
+    """The slope of memory beside the KV cache's bytes per token."""
+    load, slope = found.cells[0].result.load, found.fit.parameter("k")
+    if load is None or not load.kv_bytes_per_token or slope.low is None or slope.high is None:
+        return ""
+    value, low, high = (number / found.law.scale for number in (slope.value, slope.low, slope.high))
+    return f"That is {value:,.0f} bytes for each token held ({low:,.0f} to {high:,.0f}), and the KV cache takes {load.kv_bytes_per_token:,}."
+
+
+def _misfit_sentence(found: LawFit) -> str:
+    """A warning where the residuals are larger than what the repetitions explain."""
+    if not found.refuted or not found.noise:
+        return ""
+    worst = max(range(len(found.cells)), key=lambda i: abs(found.fit.residuals[i]))
+    times = found.fit.sigma / found.noise
+    return (
+        f"It is an approximation: the cells lie off it by typically {percent(found.fit.sigma)}, {times:.0f} times what their repetitions explain, "
+        f"most at {found.fit.x[worst][0]:g}."
+    )
+
+
+def surface_sentence(surface: Surface) -> str:
+    """β by length, and which joint law is nearest."""
+    betas = ", ".join(f"{_exponent(found)} at {length:g}" for length, found in surface.exponents)
+    law, *rivals = surface.joint or (None,)
+    return f"Exponent β of the batch size by prompt length ({surface.where}): {betas}. {verdict(law, rivals) if law else ''}".strip()
+
+
+def _exponent(found: Fit) -> str:
+    return str(found.parameter("β")).removeprefix("β = ")

@@ -1,0 +1,201 @@
+"""Everything that a set of measured cells says about scaling, in one record: laws, trade-offs, memory, and what could not be said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from . import footprint, tradeoffs
+from .compare import RATE
+from .errors import LlmbenchError, UsageError
+from .fits import Prediction
+from .footprint import Account, Growth, Reduction
+from .records import RunResult
+from .scaling import TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, subject, untried, usable
+from .tradeoffs import Cliff, Exchange, OptimalBatch, Ratio
+
+T = TypeVar("T")
+
+TPOT = "latency/tpot_ms_mean"
+
+STEEPEST = {"batch_size": 1.0, "prompt_tokens": 2.0}
+"""Largest elasticity of latency that is no cliff: rows could be run one by one; attention is quadratic in the length."""
+
+WATCHED = {TTFT: "time to first token", TPOT: "time per output token"}
+
+
+@dataclass(frozen=True)
+class At:
+    """Where something was found: the group of cells in words."""
+
+    where: str
+
+
+@dataclass(frozen=True)
+class BatchScaling(At):
+    """Scaling efficiency η_b of each batch size and the best sizes, of cells that differ in their batch size only."""
+
+    efficiency: tuple[Ratio, ...]
+    optimal: OptimalBatch
+
+
+@dataclass(frozen=True)
+class QuantEfficiency(At):
+    """T_q / T_ref and the memory saved, of cells that differ in their quantization only."""
+
+    reference: str
+    efficiency: tuple[Ratio, ...]
+    memory: tuple[Reduction, ...]
+
+
+@dataclass(frozen=True)
+class CliffSearch(At):
+    """The cliffs of one series: the metric, over which setting, its places."""
+
+    metric: str
+    over: str
+    places: tuple[float, ...]
+    cliffs: tuple[Cliff, ...]
+
+
+@dataclass(frozen=True)
+class ExchangeAt(At):
+    """The price of prompt tokens in output tokens, at one shape."""
+
+    exchange: Exchange
+
+
+@dataclass(frozen=True)
+class Footprint(At):
+    """A cell's peak memory in parts, and its growth."""
+
+    account: Account | None
+    growth: Growth | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found, and, in one line each, what was refused (`refused`) and which cells were left out (`left_out`)."""
+
+    cells: int
+    subject: str
+    laws: tuple[LawFit, ...]
+    surfaces: tuple[Surface, ...] = ()
+    batches: tuple[BatchScaling, ...] = ()
+    quants: tuple[QuantEfficiency, ...] = ()
+    cliffs: tuple[CliffSearch, ...] = ()
+    exchanges: tuple[ExchangeAt, ...] = ()
+    footprints: tuple[Footprint, ...] = ()
+    predictions: tuple[tuple[LawFit, Prediction], ...] = ()
+    refused: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass
+class _Notes:
+    """Refusals as they come."""
+
+    refused: list[str] = field(default_factory=list)
+
+    def attempt(self, what: str, compute: Callable[[], T]) -> T | None:
+        """The value, or None and a line on why there is none."""
+        try:
+            return compute()
+        except LlmbenchError as error:
+            self.refused.append(f"{what}: {error}")
+            return None
+
+
+def study_scaling(results: Sequence[RunResult], share: float = tradeoffs.KEPT_SHARE, at: Sequence[tuple[str, float]] = ()) -> Study:
+    """Fit and compute everything that the results allow. `share`: of the best per-instance throughput, that a batch must keep.
+
+    `at`: (setting, value) pairs to predict beside the powers of two that lie between the cells. Raises UsageError where no cell may be used, or
+    a share lies outside 0 to 1, and OutOfRange for a value that no law over that setting reaches.
+    """
+    if not 0 < share <= 1:
+        raise UsageError(f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half.")
+    cells, left_out = usable(_once(results))
+    if not cells:
+        raise UsageError(f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again.")
+    notes = _Notes()
+    laws, refused = fit_laws(cells)
+    surfaces, more = fit_surfaces(cells, laws)
+    notes.refused += refused + more
+    return Study(
+        len(cells), subject(cells), tuple(laws), tuple(surfaces), tuple(_batches(cells, share, notes)), tuple(_quants(cells)), tuple(_cliffs(cells, notes)),
+        tuple(_exchanges(laws, notes)), tuple(_footprints(cells)), tuple(_predictions(laws, at)), tuple(notes.refused), tuple(left_out),
+    )  # fmt: skip
+
+
+def _once(results: Sequence[RunResult]) -> list[RunResult]:
+    """Each result once, however often it was named."""
+    return list({(r.hashes.config, r.hashes.env, r.started_ms): r for r in results}.values())
+
+
+def _batches(cells: Sequence[Measured], share: float, notes: _Notes) -> Iterator[BatchScaling]:
+    for where, group in grouped(cells, ("batch_size",)):
+        rates: dict[int, list[float]] = {}
+        for measured in group:
+            rates.setdefault(measured.cell.batch_size, []).extend(measured.values(RATE))
+        if len(rates) < 2:
+            continue
+        efficiency = notes.attempt(f"scaling efficiency ({where})", lambda rates=rates: tradeoffs.scaling_efficiency(rates))  # type: ignore[misc]
+        yield BatchScaling(where, tuple(efficiency or ()), tradeoffs.optimal_batch(rates, share))
+
+
+def _quants(cells: Sequence[Measured]) -> Iterator[QuantEfficiency]:
+    for where, group in grouped(cells, ("quant",)):
+        memory = footprint.reductions(group)
+        if not memory:
+            continue
+        by_quant = {measured.cell.quant: measured.values(RATE) for measured in group}
+        reference = memory[0].reference
+        ratios = [tradeoffs.quantization_efficiency(r.quant, by_quant[r.quant], by_quant[reference]) for r in memory]
+        yield QuantEfficiency(where, reference, tuple(ratios), tuple(memory))
+
+
+def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
+    for over, steepest in STEEPEST.items():
+        for where, group in grouped(cells, (over,)):
+            for metric, what in WATCHED.items():
+                series: dict[float, list[float]] = {}
+                for measured in group:
+                    place, values = measured.variable(over), measured.values(metric)
+                    if place and values:
+                        series.setdefault(place, []).extend(values)
+                if len(series) < 2:
+                    continue
+                found = notes.attempt(f"cliffs of {what} ({where})", lambda series=series, steepest=steepest: tradeoffs.find_cliffs(series, steepest))  # type: ignore[misc]
+                if found is not None:
+                    yield CliffSearch(where, metric, over, tuple(sorted(series)), tuple(found))
+
+
+def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
+    """At each group of lengths: the line among the rivals gives the price of a prompt token, the middle cell that of an output token."""
+    for law in laws:
+        prefill = next((rival for rival in law.rivals if rival.form.formula == "L = a + c·s"), None)
+        tpots = law.cells[len(law.cells) // 2].values(TPOT)
+        if law.law.key != "latency_by_length" or prefill is None or not tpots:
+            continue
+        found = notes.attempt(f"512 prompt tokens against 8 output tokens ({law.where})", lambda p=prefill, t=tpots: tradeoffs.exchange(p, t))  # type: ignore[misc]
+        if found:
+            yield ExchangeAt(law.where, found)
+
+
+def _footprints(cells: Sequence[Measured]) -> Iterator[Footprint]:
+    for where, group in grouped(cells, ()):
+        measured = group[-1]
+        parts, grown = footprint.account(measured), footprint.growth(measured.result)
+        if parts or grown:
+            yield Footprint(where, parts, grown)
+
+
+def _predictions(laws: Sequence[LawFit], at: Sequence[tuple[str, float]]) -> Iterator[tuple[LawFit, Prediction]]:
+    for law in laws:
+        yield from ((law, predicted) for predicted in untried(law))
+        measured = {place[0] for place in law.fit.x}
+        yield from ((law, law.predict(value)) for name, value in at if name == law.law.over and value not in measured)
+    for name, value in at:
+        if not any(law.law.over == name for law in laws):
+            raise UsageError(f"No law over {name} was fitted, so {name}={value:g} cannot be predicted. Measure three or more values of {name}.")

@@ -1,0 +1,81 @@
+"""Server-sent events from bytes, apart from any transport: the parsing rules of the WHATWG HTML standard, section 9.2.6.
+
+Bytes may be cut anywhere, inside a line ending or a UTF-8 sequence too; the events are the same for every cut. A line
+ends with CR LF, LF or CR; a blank line dispatches the event; an event that no blank line follows is never dispatched.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+BOM = b"\xef\xbb\xbf"
+
+
+class Event(NamedTuple):
+    """One dispatched event: its data (lines joined by a line feed), its type, and the last id that the stream has set."""
+
+    data: str
+    type: str = "message"
+    id: str = ""
+
+
+class EventParser:
+    """Takes bytes as they come and returns the events that they complete.
+
+    Lines are decoded when they are whole, so no cut can split a character. Damaged UTF-8 becomes U+FFFD, as the standard says.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []  # of the line that has not ended
+        self._after_cr = False  # a line feed that comes next belongs to the line before
+        self._first = True
+        self._data: list[str] = []
+        self._type = ""
+        self._id = ""
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Events that end within `data`, in order."""
+        if self._after_cr and data:
+            self._after_cr = False
+            if data[:1] == b"\n":
+                data = data[1:]
+        if b"\r" in data:
+            self._after_cr = data[-1:] == b"\r"
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = data.split(b"\n")
+        if len(lines) == 1:
+            self._pieces.append(data)
+            return []
+        if self._pieces:
+            self._pieces.append(lines[0])
+            lines[0] = b"".join(self._pieces)
+        self._pieces = [last] if (last := lines.pop()) else []
+        if self._first:
+            self._first = False
+            lines[0] = lines[0].removeprefix(BOM)
+        events: list[Event] = []
+        for line in lines:
+            if line.startswith(b"data: "):  # nearly every line
+                self._data.append(line[6:].decode("utf-8", "replace"))
+            elif line:
+                self._field(line)
+            else:
+                self._dispatch(events)
+        return events
+
+    def _field(self, line: bytes) -> None:
+        name, _, value = line.decode("utf-8", "replace").partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+        elif name == "event":
+            self._type = value
+        elif name == "id" and "\0" not in value:
+            self._id = value
+
+    def _dispatch(self, events: list[Event]) -> None:
+        if self._data:
+            text = self._data[0] if len(self._data) == 1 else "\n".join(self._data)
+            events.append(Event(text, self._type or "message", self._id))
+            self._data = []
+        self._type = ""

@@ -1,0 +1,369 @@
+"""A server whose every byte goes out at a scripted time, and that writes down when it did: `python tests/null_server.py --port 0`.
+
+It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat/completions (streaming), /v1/models, /health, /metrics.
+The script of a request is the name of its model, `null:` and settings joined by `+`, all of them optional:
+
+    ttft_ms, itl_ms          delays of the first token and between tokens, counted from the receipt of the request (default 5, 2)
+    gaps_ms=1;20;3           uneven gaps, repeated in turns, instead of itl_ms
+    stall_ms, stall_at       an extra delay before token number stall_at
+    per_chunk                tokens in one event (default 1)
+    per_write                events in one write (default 1)
+    reasoning                so many tokens come in the reasoning channel first
+    stop_after               stop here as a model does at its end token, unless ignore_eos is asked for and `eos` is not `always`
+    eos=ignorable|always     whether ignore_eos is honoured (default ignorable)
+    cached                   prompt tokens that usage tells as cached (default: not told)
+    prompt_extra             tokens that usage counts beyond the words of the prompt (default 0)
+    usage=last|each|none     in an event of its own at the end, in each event, or never (default last, if asked for)
+    done=0                   leave out the [DONE]
+    eol=lf|crlf|cr           line endings of the events
+    comments=1               a comment line before each event
+    framing=chunked|length|close    how the body's end is told (default chunked)
+    keep=0                   close the connection after the answer
+    split                    write the body in pieces of so many bytes
+    slots                    so many requests are served at once, the others wait (default: all)
+    status                   answer with this status, a JSON error and no stream
+    error_at, bad_at, cut_at an error event, JSON that is none, or a cut connection in the place of this token
+    cut_byte                 cut the connection after so many bytes of the whole answer
+    stale=1                  close the connection without a word when it is used a second time
+    refuse=1                 close the connection without a word
+    hang=1                   headers, then silence
+    flood=line|events|tiny   no end: one line, events, or chunks of one byte
+    odd=gzip|204|redirect|html|noise    an answer that is no event stream
+
+GET /log gives, by the header X-Request-Id, when each request was received, when each token was written (ns of CLOCK_MONOTONIC, which
+all processes of a machine share), and what was asked; POST /log forgets it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import gzip
+import itertools
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+NUMBERS = {
+    "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0, "reasoning": 0.0, "stop_after": 1e9,
+    "cached": -1.0, "prompt_extra": 0.0, "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
+    "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
+}  # fmt: skip
+WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": ""}
+EOLS = {"lf": "\n", "crlf": "\r\n", "cr": "\r"}
+
+
+class Script:
+    def __init__(self, model: str) -> None:
+        self.numbers, self.words = dict(NUMBERS), dict(WORDS)
+        for setting in filter(None, model.partition(":")[2].split("+")):
+            name, _, value = setting.partition("=")
+            if name in WORDS:
+                self.words[name] = value
+            else:
+                self.numbers[name] = NUMBERS[name] * 0 + float(value)
+
+    def __getitem__(self, name: str) -> float:
+        return self.numbers[name]
+
+    def due_ns(self, tokens: int) -> list[int]:
+        """When each token is due, ns after the receipt."""
+        cycle = itertools.cycle([float(g) for g in self.words["gaps_ms"].split(";")] if self.words["gaps_ms"] else [self["itl_ms"]])
+        found, at = [], self["ttft_ms"]
+        for number in range(1, tokens + 1):
+            at += next(cycle) if number > 1 else 0.0
+            at += self["stall_ms"] if number == self["stall_at"] else 0.0
+            found.append(int(at * 1e6))
+        return found
+
+
+class Answer:
+    """The events of one answer: (tokens so far, text of the event) in order, and what ends it."""
+
+    def __init__(self, script: Script, body: dict[str, Any], chat: bool) -> None:
+        self.script, self.body, self.chat = script, body, chat
+        asked = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
+        stopped = script["stop_after"] < asked and not (body.get("ignore_eos") and script.words["eos"] == "ignorable")
+        self.tokens = int(min(asked, script["stop_after"])) if stopped else asked
+        self.finish = "stop" if stopped else "length"
+        prompt = body.get("prompt") if not chat else " ".join(str(m["content"]) for m in body["messages"])
+        self.prompt_tokens = (len(prompt) if isinstance(prompt, list) else len(str(prompt).split())) + int(script["prompt_extra"])
+
+    def usage(self, tokens: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": self.prompt_tokens + tokens}
+        if self.script["cached"] >= 0:
+            found["prompt_tokens_details"] = {"cached_tokens": int(self.script["cached"])}
+        return found
+
+    def event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
+        body: dict[str, Any] = {
+            "id": "null-1",
+            "object": "chat.completion.chunk" if self.chat else "text_completion",
+            "model": "null",
+            "choices": choices,
+        }
+        return json.dumps(body | ({"usage": usage} if usage else {}))
+
+    def events(self) -> Iterator[tuple[int, int, str]]:
+        """(tokens in it, tokens so far, its data) of each event with tokens."""
+        sofar = 0
+        each = self.script.words["usage"] == "each"
+        while sofar < self.tokens:
+            size = int(min(self.script["per_chunk"], self.tokens - sofar))
+            text = " word" * size
+            field = "reasoning_content" if sofar < self.script["reasoning"] else "content"
+            sofar += size
+            finish = self.finish if sofar == self.tokens and self.finish == "length" else None
+            choice = (
+                {"index": 0, "delta": {field: text}, "finish_reason": finish} if self.chat else {"index": 0, "text": text, "finish_reason": finish}
+            )
+            yield size, sofar, self.event([choice], self.usage(sofar) if each else None)
+
+    def last(self) -> list[str]:
+        """Data of the events after the last token."""
+        found = []
+        if self.finish == "stop":
+            found.append(self.event([{"index": 0, "delta" if self.chat else "text": {} if self.chat else "", "finish_reason": "stop"}]))
+        if self.script.words["usage"] == "last" and (self.body.get("stream_options") or {}).get("include_usage"):
+            found.append(self.event([], self.usage(self.tokens + (self.finish == "stop"))))
+        return found + (["[DONE]"] if self.script["done"] else [])
+
+
+class Server:
+    def __init__(self, models: list[str]) -> None:
+        self.models = models
+        self.log: dict[str, dict[str, Any]] = {}
+        self.running = 0
+        self.waiting: list[asyncio.Future[None]] = []
+        self.open: set[asyncio.Task[None]] = set()
+
+
+class Connection(asyncio.Protocol):
+    """One connection: requests one after the other."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.received = b""
+        self.transport: Any = None
+        self.task: asyncio.Task[None] | None = None
+        self.can_write = asyncio.Event()
+        self.can_write.set()
+        self.left = -1
+        self.served = 0
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.can_write.set()
+        if self.task:
+            self.task.cancel()
+
+    def pause_writing(self) -> None:
+        self.can_write.clear()
+
+    def resume_writing(self) -> None:
+        self.can_write.set()
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter_ns()
+        self.received += data
+        head, found, rest = self.received.partition(b"\r\n\r\n")
+        if not found:
+            return
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        length = int(headers.get("content-length", 0))
+        if len(rest) < length:
+            return
+        body, self.received = rest[:length], rest[length:]
+        method, path, _ = first.split(" ", 2)
+        self.task = asyncio.get_running_loop().create_task(self.answer(now, method, path, headers, body))
+        self.server.open.add(self.task)
+        self.task.add_done_callback(self.server.open.discard)
+
+    async def answer(self, now: int, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
+        if path.endswith("completions"):
+            await self.complete(now, path.endswith("chat/completions"), headers, json.loads(body))
+        elif path == "/log":
+            found = json.dumps(self.server.log)
+            if method == "POST":
+                self.server.log.clear()
+            self.plain(200, found)
+        elif path == "/v1/models":
+            self.plain(200, json.dumps({"object": "list", "data": [{"id": m, "object": "model", "max_model_len": 8192} for m in self.server.models]}))
+        elif path == "/version":
+            self.plain(200, json.dumps({"version": "1.2.3"}))
+        elif path == "/metrics":
+            self.plain(200, f"# TYPE null_running gauge\nnull_running {self.server.running}\nnull_waiting {len(self.server.waiting)}\n", "text/plain")
+        else:
+            self.plain(200 if path == "/health" else 404, "{}")
+
+    def plain(self, status: int, text: str, kind: str = "application/json", extra: str = "") -> None:
+        head = f"HTTP/1.1 {status} X\r\nServer: null\r\nContent-Type: {kind}\r\n{extra}Content-Length: {len(text.encode())}\r\n\r\n"
+        self.transport.write(head.encode() + text.encode())
+
+    async def complete(self, now: int, chat: bool, headers: dict[str, str], body: dict[str, Any]) -> None:
+        script = Script(body["model"])
+        entry: dict[str, Any] = {
+            "received_ns": now, "tokens_ns": [], "tokens": [], "chat": chat, "key": headers.get("authorization"),
+            "asked": {k: v for k, v in body.items() if k not in ("model",)},
+        }  # fmt: skip
+        self.server.log[headers.get("x-request-id", str(len(self.server.log)))] = entry
+        self.served += 1
+        if script["refuse"] or (script["stale"] and self.served > 1):
+            self.transport.abort()
+            return
+        if script["status"]:
+            self.plain(int(script["status"]), json.dumps({"error": {"message": f"Scripted status; the key was {headers.get('authorization')}"}}))
+            return
+        if script.words["odd"]:
+            self.odd(script.words["odd"])
+            return
+        if self.server.running >= script["slots"]:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.server.waiting.append(turn)
+            await turn
+            now = time.perf_counter_ns()
+        self.server.running += 1
+        try:
+            await self.stream(now, script, Answer(script, body, chat), entry)
+        finally:
+            self.server.running -= 1
+            while self.server.waiting:
+                turn = self.server.waiting.pop(0)
+                if not turn.done():
+                    turn.set_result(None)
+                    break
+
+    def odd(self, what: str) -> None:
+        if what == "gzip":
+            data = gzip.compress(b"data: " + b"0" * 100_000_000 + b"\n\n", 1)
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\nContent-Length: {len(data)}\r\n\r\n"
+            self.transport.write(head.encode() + data)
+        elif what == "204":
+            self.transport.write(b"HTTP/1.1 204 No Content\r\n\r\ndata: what is this\n\n")
+        elif what == "redirect":
+            self.plain(307, "", extra="Location: http://127.0.0.1:9/v1/completions\r\n")
+        elif what == "html":
+            self.plain(200, "<html><body>Sign in</body></html>", "text/html")
+        else:
+            self.transport.write(b"\x00\x01SSH-2.0-noise\r\n\r\n")
+
+    async def stream(self, now: int, script: Script, answer: Answer, entry: dict[str, Any]) -> None:
+        eol = EOLS[script.words["eol"]]
+        before = f": comment{eol}" if script["comments"] else ""
+        self.left = int(script["cut_byte"])
+        framing = script.words["framing"]
+        events = [(size, sofar, f"{before}data: {data}{eol}{eol}".encode()) for size, sofar, data in answer.events()]
+        last = "".join(f"data: {data}{eol}{eol}" for data in answer.last()).encode()
+        head = "HTTP/1.1 200 OK\r\nServer: null/1.0\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+        if framing == "chunked":
+            head += "Transfer-Encoding: chunked\r\n"
+        elif framing == "length":
+            head += f"Content-Length: {sum(len(e[2]) for e in events) + len(last)}\r\n"
+        keep = script["keep"] and framing != "close"
+        head += "" if keep else "Connection: close\r\n"
+        framed = (lambda data: b"%x\r\n%s\r\n" % (len(data), data)) if framing == "chunked" else (lambda data: data)
+        if not self.put(f"{head}\r\n".encode(), script):
+            return
+        if script["hang"]:
+            await asyncio.sleep(3600)
+        if script.words["flood"]:
+            await self.flood(script.words["flood"], framed)
+        due, group = script.due_ns(answer.tokens), max(1, int(script["per_write"]))
+        loop = asyncio.get_running_loop()
+        base = loop.time() - (time.perf_counter_ns() - now) / 1e9
+        for start in range(0, len(events), group):
+            part = events[start : start + group]
+            # All tokens of a write are ready when its last one is.
+            if (left := base + due[part[-1][1] - 1] / 1e9 - loop.time()) > 0:
+                await asyncio.sleep(left)
+            first = part[0][1] - part[0][0] + 1
+            data = b"".join(e[2] for e in part)
+            if first <= script["error_at"] <= part[-1][1]:
+                data = f'event: error{eol}data: {{"error": {{"message": "Scripted error.", "code": 500}}}}{eol}{eol}'.encode()
+            if first <= script["bad_at"] <= part[-1][1]:
+                data = f'data: {{"choices": [{{"text": {eol}{eol}'.encode()
+            if first <= script["cut_at"] <= part[-1][1]:
+                self.transport.close()
+                return
+            stamp = time.perf_counter_ns()
+            if not self.put(framed(data), script):
+                return
+            entry["tokens_ns"] += [stamp] * len(part)
+            entry["tokens"] += [e[0] for e in part]
+        end = b"0\r\n\r\n" if framing == "chunked" else b""
+        if self.put((framed(last) if last else b"") + end, script) and not keep:
+            self.transport.close()
+
+    def put(self, data: bytes, script: Script) -> bool:
+        """Write, in pieces if the script says so; False once the connection is cut."""
+        if self.left >= 0 and self.left <= len(data):
+            self.transport.write(data[: self.left])
+            self.transport.close()
+            return False
+        self.left -= len(data) if self.left >= 0 else 0
+        size = int(script["split"]) or len(data)
+        for start in range(0, len(data), size):
+            self.transport.write(data[start : start + size])
+        return True
+
+    async def flood(self, what: str, framed: Any) -> None:
+        piece = {"line": b"data: " + b"x" * 65536, "events": b"data: {}\n\n" * 4096}.get(what)
+        data = framed(piece) if piece else framed(b"x") * 10_000
+        while not self.transport.is_closing():
+            self.transport.write(data)
+            await self.can_write.wait()
+            await asyncio.sleep(0)
+
+
+@contextmanager
+def null_server(*models: str) -> Iterator[str]:
+    """The address of a null server in a process of its own, until the block ends."""
+    command = [sys.executable, __file__, *itertools.chain.from_iterable(("--model", model) for model in models)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
+def read_log(url: str) -> dict[str, dict[str, Any]]:
+    """What the server wrote down, by request; it is forgotten there."""
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/log", data=b"", method="POST"), timeout=10) as answer:
+        found: dict[str, dict[str, Any]] = json.load(answer)
+        return found
+
+
+async def serve(port: int, models: list[str]) -> None:
+    server = Server(models)
+    listening = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", port, backlog=4096)
+    print(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", flush=True)
+    gc.freeze()
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--model", action="append", default=[])
+    given = parser.parse_args()
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(given.port, given.model or ["null:"]))
+
+
+if __name__ == "__main__":
+    main()

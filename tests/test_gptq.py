@@ -1,0 +1,100 @@
+"""GPTQ on the CPU, whole: calibrate, quantize, keep, load, run. Needs the extra `gptq` and a C++ compiler; the first use compiles for a minute."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlflow_llmbench import run
+from mlflow_llmbench.backends import gptq
+from mlflow_llmbench.errors import MissingError, UsageError
+from mlflow_llmbench.journal import read_result
+from mlflow_llmbench.plan import expand_cells, group_cells
+from mlflow_llmbench.records import Cell
+from mlflow_llmbench.spec import parse
+
+installed = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"), reason="needs mlflow-llmbench[gptq] and g++"
+)
+FAST = {"group_size": 64, "prompt_tokens": 8, "output_tokens": 4, "repetitions": 5, "warmup": 1}
+
+
+@installed
+@pytest.mark.timeout(600)
+def test_a_checkpoint_is_quantized_once_and_measured(store_uri: str, tiny_model: Path, cache_folder: Path) -> None:
+    first = run(model=str(tiny_model), quant="gptq", batch_size="1,2", **FAST)
+    assert [row.outcome for row in first.rows] == ["ok", "ok"], first.table()
+    result = read_result(next(first.folder.glob("*/artifacts")))
+    assert result.load
+    facts = result.load.facts
+    assert (facts["quant.method"], facts["quant.bits"], facts["quant.group_size"]) == ("gptq", 4, 64)
+    assert 4 < float(facts["quant.bits_per_weight"]) < 5.5
+    assert facts["quant.calibration"] == "synthetic" and facts["quant.quantize_s"] > 0
+    original = run(model=str(tiny_model), quant="fp32", **FAST).folder
+    unquantized = read_result(next(original.glob("*/artifacts")))
+    assert unquantized.load and facts["model.parameters"] == unquantized.load.facts["model.parameters"]
+    assert (result.load.weight_bytes or 0) < 0.6 * (unquantized.load.weight_bytes or 0)
+    [kept] = cache_folder.glob("gptq/*")
+    written = (kept / "model.safetensors").stat().st_mtime_ns
+    run(model=str(tiny_model), quant="gptq", rerun=True, **FAST)
+    assert (kept / "model.safetensors").stat().st_mtime_ns == written
+    assert not list(cache_folder.glob("gptq/.gptq-*"))
+
+
+@installed
+@pytest.mark.timeout(600)
+def test_what_is_loaded_computes_what_was_quantized(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stored format must be the one that the configuration names: a zero point off by one is another model, and still speaks."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mlflow_llmbench.backends.transformers_local import TransformersBackend
+
+    monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    ids = torch.randint(100, 500, (1, 64))
+    with torch.inference_mode():
+        exact = AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits.flatten().float()
+        near = {}
+        for quant in ("gptq8", "gptq"):
+            cell = Cell(model=str(tiny_model), quant=quant, group_size=64)
+            facts = TransformersBackend.resolve(cell)
+            TransformersBackend.prepare(cell, facts)
+            backend = TransformersBackend(cell, facts)
+            backend.load()
+            logits = backend.model(ids).logits.flatten().float()
+            near[quant] = float(torch.nn.functional.cosine_similarity(exact, logits, dim=0))
+    assert near["gptq8"] > 0.999
+    assert near["gptq"] > 0.97
+
+
+def test_other_calibration_is_another_checkpoint_and_another_load() -> None:
+    cells = [Cell(quant="gptq", workload=workload) for workload in ("qa", "code", "qa")]
+    assert len(group_cells(list(dict.fromkeys(cells)))) == 2
+    spec = parse({"quant": "gptq", "workload": "qa,code", "batch_size": "1,2"})
+    assert [len(group.cells) for group in group_cells(expand_cells(spec))] == [2, 2]
+    assert len(group_cells([Cell(quant="int4", workload=workload) for workload in ("qa", "code")])) == 1
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingError, match=r"needs the package optimum, which is not installed\. Run: pip install 'mlflow-llmbench\[gptq\]'"):
+        gptq.require()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MissingError, match=r"needs a C\+\+ compiler, .* no-such-compiler is not there"):
+        gptq.require()
+
+
+def test_a_checkpoint_that_is_quantized_is_not_quantized_again(tiny_model: Path, tmp_path: Path) -> None:
+    from mlflow_llmbench.backends.sources import find_model
+
+    shutil.copytree(tiny_model, tmp_path / "made")
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    (tmp_path / "made" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(UsageError, match="which is quantized already"):
+        find_model(Cell(model=str(tmp_path / "made"), quant="gptq"))
