@@ -46,6 +46,10 @@ SWEEP_AXES = {
 }  # fmt: skip
 """Metric → the chart that draws it, what it is in words, the unit drawn. A chart draws the first of its metrics that any cell has."""
 
+THROUGHPUT, KL = "throughput/output_tokens_per_s", "quality/kl_vs_reference"
+MARKERS = "osD^vP*X"  # one per model
+MOST_LABELS = 16  # points with their value; more would cover each other
+
 WIDTH, HEIGHT, WIDEST, DPI = 9.0, 4.6, 24.0, 144  # inches, and dots per inch of the PNG
 CHARACTER = 0.6 / 72  # inches of width per character and point of font size, DejaVu Sans
 MOST_BINS = 400  # points of a line; a longer series is drawn by its bins
@@ -72,10 +76,11 @@ def draw_cell(result: RunResult, folder: Path) -> list[Path]:
 
 
 def draw_sweep(points: Points, folder: Path) -> list[Path]:
-    """Write `overview`, `throughput`, `ttft`, `itl` and `memory` of measured cells with their summary metrics, as .svg and .png.
+    """Write `overview`, `throughput`, `ttft`, `itl`, `memory` and `quality` of measured cells with their summary metrics, as .svg and .png.
 
-    One bar per quantization. Groups along x are the batch sizes, or the combinations of all else that varies; each model has its
-    panel, or is a group where only the quantization varies besides. Of a cell measured twice the last counts. A chart without
+    `quality` sets the divergence from the unquantized model against throughput. In the others there is one bar per quantization.
+    Groups along x are the batch sizes, or the combinations of all else that varies; each model has its panel, or is a group where
+    only the quantization varies besides. Of a cell measured twice the last counts. A chart without
     any value is left out; fewer than two cells give none.
     """
     keys: dict[str, str] = {}  # chart → its metric
@@ -86,6 +91,8 @@ def draw_sweep(points: Points, folder: Path) -> list[Path]:
         return []
     with _style():
         charts = {"overview": _overview_figure(points, keys.values())} | {name: _sweep_figure(points, key) for name, key in keys.items()}
+        scored = [(cell, metrics) for cell, metrics in points if KL in metrics and THROUGHPUT in metrics]
+        charts |= {"quality": _quality_figure(scored)} if len({cell for cell, _ in scored}) > 1 else {}
         return [path for name, figure in charts.items() for path in _save(figure, folder, name)]
 
 
@@ -338,6 +345,37 @@ def _overview_figure(points: Points, keys: Iterable[str]) -> Figure:
     """All metrics of a sweep in one picture with one legend; models are groups along x."""
     drawn = [("", key, f"{SWEEP_AXES[key][1].capitalize()} · {KEYS[key].better} is better") for key in keys]
     return _bars_figure(points, _arrange(points, one_panel=True), "overview", [], drawn, 2, 11.0)
+
+
+def _quality_figure(points: Points) -> Figure:
+    """What quantization costs in quality against what it gains in speed: one point per cell, with both intervals."""
+    from matplotlib.lines import Line2D
+
+    cells = [cell for cell, _ in points]
+    varied = [f.name for f in dataclasses.fields(Cell) if f.name not in UNDECISIVE and len({getattr(cell, f.name) for cell in cells}) > 1]
+    models, quants = ([*dict.fromkeys(getattr(cell, name) for cell in cells)] for name in ("model", "quant"))
+    other = [name for name in varied if name not in ("model", "quant")]
+    notes = ["right and down is better", "lines: 95 % intervals", _describe(cells[0], [name for name in DESCRIBED if name not in varied])]
+    notes += [f"in brackets: {', '.join(other).replace('_', ' ')}"] if other else []
+    title = f"{_name(models[0]) if len(models) == 1 else f'{len(models)} models'} · quality against speed"
+    figure, (axes,) = _figure(title, " · ".join(filter(None, notes)))
+    for cell, metrics in points:
+        x, y, colour = metrics[THROUGHPUT], metrics[KL], COLOURS.get(cell.quant, BROWN)
+        axes.plot([x], [y], MARKERS[models.index(cell.model) % len(MARKERS)], color=colour, markersize=7, zorder=3)
+        axes.hlines(y, metrics.get(f"{THROUGHPUT}_ci_low", x), metrics.get(f"{THROUGHPUT}_ci_high", x), color=colour, linewidth=1.2)
+        axes.vlines(x, metrics.get(f"{KL}_ci_low", y), metrics.get(f"{KL}_ci_high", y), color=colour, linewidth=1.2)
+        if len(points) <= MOST_LABELS:
+            settings = " ".join(_name(getattr(cell, name)) for name in other)
+            shift = -11 if quants.index(cell.quant) % 2 else 4  # points that lie close mostly differ in their quantization
+            axes.annotate(f"{y:.2g} {f'({settings})' if settings else ''}", (x, y), (6, shift), textcoords="offset points", size=8)
+    top = max(axes.dataLim.y1, 1e-6)
+    axes.set(xlim=(0, 1.12 * axes.dataLim.x1), ylim=(-0.05 * top, 1.12 * top))
+    axes.set(xlabel="Throughput (output tokens/s)", ylabel="KL divergence from unquantized (nats)")
+    shapes = zip(models, itertools.cycle(MARKERS), strict=False) if len(models) > 1 else ()
+    handles = [Line2D([], [], linestyle="", marker="o", color=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
+    handles += [Line2D([], [], linestyle="", marker=marker, color=GREY, label=_name(model)) for model, marker in shapes]
+    _put_legend(figure, handles)
+    return figure
 
 
 def _bars_figure(points: Points, grid: Grid, topic: str, notes: Sequence[str], drawn: Panels, most: int, width: float) -> Figure:

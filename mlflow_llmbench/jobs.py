@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import estimate, machine, models, plan, supervise
+from . import estimate, machine, models, plan, reference, supervise
 from .errors import JournalError, UsageError
 from .journal import write_json
 from .records import Cell, Failure, Hashes, ModelFacts, Repetition, RunResult, from_json
@@ -124,6 +124,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         peaks=machine.best_peaks(first.peaks, f"{result.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
         idle_w=first.idle_w,
         texts=tuple(first.texts[number]),
+        quality=reference.quality_of(spec.options, job.cell, first),
         log=tuple(first.log),
     )
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import estimate, machine, supervise
-from .errors import JournalError, ModelError
+from . import estimate, machine, reference, supervise
+from .errors import JournalError, ModelError, UsageError
 from .records import Cell, ModelFacts, Options
 from .spec import GPTQ_BITS
 from .supervise import GroupOutcome, Limits, OnEvent
@@ -56,7 +56,15 @@ def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] 
                     stages={"preparing": preparing}, error=fetched.error, interrupted=fetched.interrupted, environment=environment
                 )  # fmt: skip
         on_event({"event": "begun"})
-        return supervise.run_worker("measure", task.cells, task.model, task.folders, log, on_event, _limits(task.options), environment)
+        limits = _limits(task.options)
+        why = ""
+        try:
+            quality = reference.order(task, on_event, environment, limits)
+        except UsageError as error:
+            quality, why = None, str(error)
+        outcome = supervise.run_worker("measure", task.cells, task.model, task.folders, log, on_event, limits, environment, quality)
+        outcome.withheld += [why] if why else []
+        return outcome
     except JournalError as error:
         return GroupOutcome(error=error, environment=environment)
 
@@ -89,6 +97,8 @@ def measure_apart(
 
         here = dataclasses.replace(task, cells=_with_inputs(task.cells, inputs, root), folders=tuple(root / folder.name for folder in task.folders))
         outcome = measure_group(here, tell, environment)
+        names = {own.workload: asked.workload for own, asked in zip(here.cells, task.cells, strict=True)}
+        outcome.divergences = {names[workload]: found for workload, found in outcome.divergences.items()}
         if outcome.error:  # a log that is named in it will lie in the command's folder
             outcome.error = type(outcome.error)(str(outcome.error).replace(str(root), str(task.folders[0].parent)))
         return outcome, files.all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,5 +102,7 @@ class Here:
 
 
 def task_of(group: Group, options: Options, prepare: bool) -> node.Task:
-    """What a machine has to know of a group."""
+    """What a machine has to know of a group. Quality is the same in each process, so the first one evaluates it."""
+    if any(job.attempts for job in group):
+        options = dataclasses.replace(options, quality="none")
     return node.Task(tuple(job.cell for job in group), group[0].model, tuple(job.folder for job in group), options, prepare)

@@ -23,8 +23,15 @@ WRITES_PER_S = 4
 SHORTEST_NAME = 12
 """Columns that a cell's name keeps in a narrow terminal before the rest of the line is cut."""
 
-STAGES = {"preparing": "preparing the files", "starting": "starting", "loading": "loading", "peak": "finishing", "unloaded": "unloaded"}
-"""Stage → what is shown. *preparing* comes from the sweep, the others from the worker; *baseline* is a reading, nothing that one waits for; *loaded* comes with the event `load`."""
+STAGES = {
+    "preparing": "preparing the files",
+    "reference": "computing the unquantized reference",
+    "starting": "starting",
+    "loading": "loading",
+    "peak": "finishing",
+    "unloaded": "unloaded",
+}
+"""Stage → what is shown. *preparing* and *reference* come from the sweep, the others from the worker; *baseline* is a reading, nothing that one waits for; *loaded* comes with the event `load`."""
 
 
 class Progress:
@@ -71,7 +78,7 @@ class Progress:
             case "stage" if event["stage"] in STAGES:
                 doing = STAGES[event["stage"]]
                 self._count_stage(event["stage"])
-                self._now(doing, log=doing if event["stage"] in ("preparing", "starting", "loading") else "")
+                self._now(doing, log=doing if event["stage"] in ("preparing", "reference", "starting", "loading") else "")
             case "load":
                 seconds = (event.get("info") or {}).get("load_s")
                 doing = "loaded" if seconds is None else f"loaded in {duration(seconds)}"
@@ -95,6 +102,10 @@ class Progress:
                 # Of several nodes at once, the time since the last cell ended is not that of this one.
                 doing, left = f"measured on {event['node']}" if "node" in event else f"measured in {duration(taken)}", self._left()
                 self._now(doing, log=f"{doing}, {left}" if left else doing)
+            case "evaluating":
+                self._now("evaluating quality", log="evaluating quality")
+            case "scoring":
+                self._now(f"quality {event['number']}/{event['limit']}", again=True)
             case "failed":
                 self._end()
                 self.over.add(self.number)
@@ -151,7 +162,7 @@ class Progress:
             self.limit = self.repetitions.get(self.number, 0)
         elif stage == "starting" and self.preparing:  # a download says nothing of the cells to come
             self._end()
-        self.preparing = stage == "preparing"
+        self.preparing = stage in ("preparing", "reference")
 
     def _end(self) -> float:
         """A cell, or what came before it, has ended: start the count of the next. Returns its seconds."""

@@ -107,6 +107,10 @@ class Options:
     on: str = parameter("here", "where it is measured: here, ray (the Ray cluster of this machine), or ray://host:port", kind="place")
     price_per_hour: float | None = parameter(None, "money per hour of this machine, for cost metrics", kind="number", unset="none", low=0)
     force: bool = parameter(False, "try cells that are estimated not to fit in memory", kind="flag")
+    quality: str = parameter(
+        "none", "auto = KL divergence and top-1 agreement against the unquantized model, and perplexity, after the measurement", kind="quality"
+    )
+    quality_text: str = parameter("bundled", "what perplexity is measured on: bundled, or a text file", kind="text_file")
     rerun: bool = parameter(False, "measure again what was measured before with the same configuration, environment and workload", kind="flag")
     memory_limit: int | None = parameter(
         None,
@@ -290,6 +294,46 @@ class MemoryStages:
 
 
 @dataclass(frozen=True)
+class TextScores:
+    """What a model made of a text: negative log-likelihoods in nats, one list per window, one value per token that it scores.
+
+    `reference_nll` are those of the unquantized model, token by token the same, where it could be run.
+    """
+
+    text: str
+    tokens: int  # of the whole text
+    window: int  # tokens that the model sees at most
+    stride: int  # tokens that each window after the first scores
+    nll: tuple[tuple[float, ...], ...]
+    reference_nll: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Next-token distributions beside those of the unquantized model, one list per prompt, one value per position.
+
+    `kl`: KL(reference‖this model) in nats over the whole vocabulary · `agrees`: whether the most probable tokens are the same
+    one · `digest`: of the token ids · `is_reference`: whether this is the reference itself, computed a second time.
+    """
+
+    reference: str
+    digest: str
+    kl: tuple[tuple[float, ...], ...]
+    agrees: tuple[tuple[bool, ...], ...]
+    is_reference: bool = False
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good the loaded model still is, raw; `withheld` says in sentences why something is absent. `text_digest`: of the text for perplexity."""
+
+    text_digest: str = ""
+    scores: TextScores | None = None
+    divergence: Divergence | None = None
+    withheld: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Reason:
     """One reason of a verdict: its code in the vocabulary and a sentence: what was seen, the limit, what to try."""
 
@@ -350,6 +394,7 @@ class RunResult:
     failure: Failure | None = None
     predicted_bytes: int | None = None
     price_per_hour: float | None = None
+    quality: Quality | None = None  # None where it was not asked for
     sweep: str = ""
     linked: str = ""  # the run (or the folder) that this result was measured in, where it was not measured again
     schema: int = SCHEMA

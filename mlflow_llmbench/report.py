@@ -13,6 +13,7 @@ from typing import Any
 from .latency import e2e_ms, ttft_ms
 from .markup import code_block, markdown, markdown_table, plain
 from .metrics import KEYS
+from .quality import sentences
 from .records import Cell, RunResult, Verdict
 from .spec import as_text, cell_fields, default_text
 from .stats import classify_outliers
@@ -23,7 +24,8 @@ Metrics = Mapping[str, float]
 
 TABLE_KEYS = (
     "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
-    "memory/weight_bytes", "efficiency/mbu_ratio", "load/load_s", "cost/per_million_tokens",
+    "memory/weight_bytes", "efficiency/mbu_ratio", "quality/kl_vs_reference", "quality/top1_agreement", "quality/perplexity", "load/load_s",
+    "cost/per_million_tokens",
 )  # fmt: skip
 """Columns of the terminal's table, where any row has them."""
 
@@ -82,11 +84,11 @@ def _heading(key: str) -> tuple[str, float]:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, and no exponent: 0.0123, 1.23, 12.3, 123, 12346."""
+    """Three significant digits, and no exponent: 0.000123, 0.0123, 1.23, 12.3, 123, 12346."""
     if value == 0:
         return "0"
     size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.1 else 4
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.1 else 4 if size >= 0.01 else 6
     return f"{value:.{digits}f}"
 
 
@@ -155,6 +157,7 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     lines += [f"- `{reason.code}`: {markdown(reason.sentence)}" for reason in (verdict.reasons if verdict else ())]
     if cell.weights == "random":
         lines += ["", "Random weights of the real architecture: speed and memory hold, the text means nothing."]
+    lines += ["", *map(markdown, result.quality.withheld)] if result.quality and result.quality.withheld else []
     lines += ["", f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions, {len(result.warmup_s)} warm-up runs"]
     return "\n".join(lines) + "\n"
 
@@ -178,12 +181,15 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
     def value(key: str, unit: str, scale: float = 1.0) -> str:
         return f"{_number(metrics[key] * scale)} {unit}".strip() if key in metrics else ""
 
-    rate = value("throughput/output_tokens_per_s", "tokens/s")
-    if "throughput/output_tokens_per_s_ci_low" in metrics:
-        low, high = (_number(metrics[f"throughput/output_tokens_per_s_ci_{end}"]) for end in ("low", "high"))
-        rate += f" (95 % interval {low} to {high})"
+    def interval(key: str, unit: str, scale: float = 1.0) -> str:
+        text = value(key, unit, scale)
+        if f"{key}_ci_low" in metrics:
+            low, high = (_number(metrics[f"{key}_ci_{end}"] * scale) for end in ("low", "high"))
+            text += f" (95 % interval {low} to {high})"
+        return text
+
     return [
-        ("output throughput", rate),
+        ("output throughput", interval("throughput/output_tokens_per_s", "tokens/s")),
         ("requests", value("throughput/requests_per_s", "per s")),
         ("goodput", value("goodput/requests_per_s", "per s")),
         ("time to first token, median", value("latency/ttft_ms_p50", "ms")),
@@ -194,6 +200,10 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
         ("peak host memory needed", value("memory/host_needed_bytes_peak", "GB", 1e-9)),
         ("weights as stored", value("memory/weight_bytes", "GB", 1e-9)),
         ("model bandwidth utilization", value("efficiency/mbu_ratio", "")),
+        ("KL divergence from the unquantized model", interval("quality/kl_vs_reference", "nats")),
+        ("same most probable token as it", interval("quality/top1_agreement", "%", 100)),
+        ("perplexity", interval("quality/perplexity", "")),
+        ("perplexity ÷ that of the unquantized model", interval("quality/perplexity_ratio", "")),
         ("load", value("load/load_s", "s")),
         ("cost per million tokens", value("cost/per_million_tokens", "")),
     ]
@@ -209,6 +219,8 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
         parts += ["## All metrics", markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()])]
     if result.repetitions:
         parts += ["## Statistics", markdown_table(*statistics_cells(result))]
+    if result.quality:
+        parts += ["## Quality", "\n".join(f"- {markdown(sentence)}" for sentence in sentences(result.quality))]
     if result.load:
         parts += ["## What was loaded", markdown_table(["fact", "value"], [[k, str(v)] for k, v in result.load.facts.items()])]
     if result.repetitions:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import journal, tracking, upload
+from . import journal, reference, tracking, upload
 from .errors import JournalError, first_line
 from .jobs import Job
 from .records import SCHEMA, RunResult
@@ -18,6 +18,7 @@ from .redaction import redact
 from .spec import BenchSpec
 from .summary import summarize
 from .validity import judge
+from .workload import load_text
 
 if TYPE_CHECKING:
     from .tracking import Store
@@ -34,9 +35,16 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
     for found, source in _candidates(job, store, env_hashes):
         same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked and found.hashes.env in env_hashes
         ours = [getattr(found.hashes, name) == getattr(job.hashes, name) for name in ("config", "workload")]
-        if same and all(ours) and judge(found, summarize(found)).word == "valid":
+        if same and all(ours) and _quality_is_there(found, spec) and judge(found, summarize(found)).word == "valid":
             return dataclasses.replace(found, sweep=job.folder.parent.name, linked=source, price_per_hour=spec.options.price_per_hour)
     return None
+
+
+def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
+    """Whether a result has the quality that is asked for, on the same text."""
+    if spec.options.quality == "none" or reference.never(found.cell):
+        return True
+    return found.quality is not None and found.quality.text_digest == load_text(spec.options.quality_text).digest
 
 
 def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Iterator[tuple[RunResult, str]]:

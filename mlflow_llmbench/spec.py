@@ -38,6 +38,11 @@ BACKENDS = {
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = ("synthetic", "qa", "summarization", "creative", "code", "chat", "domain")
 DECODES = ("generate",)
+QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
+BUNDLED_TEXT = "bundled"
+LEAST_TEXT_TOKENS = 512
+"""Tokens that a text for perplexity must have at least, so a file of fewer bytes never does."""
+
 ENDPOINTS = ("completions", "chat")
 ARRIVALS = ("poisson", "constant", "gamma")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -63,7 +68,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 LOCAL = (
     "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
-    "preset", "force", "memory_limit",
+    "preset", "force", "memory_limit", "quality", "quality_text",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
 
@@ -256,6 +261,18 @@ def _parse_workload(name: str, text: str) -> str:
     raise UsageError(f"Unknown {name}: {text}. {_nearest(text, WORKLOADS)} A file ends in .jsonl.")
 
 
+def _parse_text_file(name: str, text: str) -> str:
+    if text.lower() == BUNDLED_TEXT:
+        return BUNDLED_TEXT
+    if not Path(text).is_file():
+        raise UsageError(f"There is no text file {text}. Give {name} a plain text file, or {BUNDLED_TEXT}.")
+    if Path(text).stat().st_size < LEAST_TEXT_TOKENS:
+        raise UsageError(
+            f"{text} is too short for a perplexity: {Path(text).stat().st_size} bytes. Give at least {LEAST_TEXT_TOKENS} tokens of text."
+        )
+    return text
+
+
 def _parse_text(name: str, text: str) -> str:
     if CONTROLS.search(text) or len(text) > 1000:
         raise UsageError(f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. Give a plain name or path.")
@@ -287,6 +304,8 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "device": lambda name, text, _: _parse_device(name, text),
     "place": lambda name, text, _: _parse_place(name, text),
     "workload": lambda name, text, _: _parse_workload(name, text),
+    "quality": lambda name, text, _: QUALITIES[_parse_choice(name, text, QUALITIES)],
+    "text_file": lambda name, text, _: _parse_text_file(name, text),
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
     "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),

@@ -13,6 +13,7 @@ from statistics import fmean, median, stdev
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
 from .online_summary import online_figures
+from .quality import figures
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
 from .stats import (
     block_bootstrap_interval,
@@ -87,6 +88,9 @@ def summarize(result: RunResult) -> dict[str, float]:
     if result.repetitions:
         found |= _latency(requests(result))
         found |= _throughput(result)
+        found |= _efficiency(result, found)
+    if result.quality:
+        found |= figures(result.quality)
         found |= online_figures(result) if result.cell.url else _efficiency(result, found)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
 

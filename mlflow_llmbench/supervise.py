@@ -23,7 +23,7 @@ from . import machine, memory
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from .journal import EventLog, redact_log
 from .measure import Measured
-from .records import Cell, LoadInfo, MemorySample, MemoryStages, ModelFacts, from_json, to_json
+from .records import Cell, Divergence, LoadInfo, MemorySample, MemoryStages, ModelFacts, TextScores, from_json, to_json
 from .redaction import worker_environment
 
 SAMPLE_S = 0.05
@@ -60,6 +60,11 @@ class GroupOutcome:
     texts: dict[int, list[dict[str, str]]] = field(default_factory=dict)
     cells: dict[int, dict[str, Any]] = field(default_factory=dict)  # number → events "cell" and "peak" of that cell
     log: list[str] = field(default_factory=list)
+    evaluated_ns: int | None = None  # when the evaluation of the quality began, after the last cell
+    text_digest: str = ""  # of the text that is scored
+    scores: TextScores | None = None
+    divergences: dict[str, Divergence] = field(default_factory=dict)  # workload → beside the reference
+    withheld: list[str] = field(default_factory=list)  # why a figure of quality is absent
     environment: Mapping[str, Any] | None = None  # of the machine that it ran on, where that is not the command's
     error: LlmbenchError | None = None
     ended: bool = False
@@ -76,11 +81,20 @@ class GroupOutcome:
         """The last stage that was reached."""
         return list(self.stages)[-1] if self.stages else "starting"
 
+    def fail(self, error: LlmbenchError) -> None:
+        """Note why the worker did not come to its end. Once every cell is measured that costs figures of quality, nothing else."""
+        if self.evaluated_ns is None:
+            self.error = error
+        else:
+            self.withheld.append(f"The evaluation of the quality ended early: {error}")
+
     def take(self, event: Mapping[str, Any]) -> None:
         """Add one event of the worker."""
         match event["event"]:
             case "stage" if event["stage"] == "peak":
                 self.cells[list(self.cells)[-1]]["peak"] = event
+            case "stage" if event["stage"] == "unloaded" and self.evaluated_ns is not None:
+                pass  # scoring leaves allocations behind (0.5 GB with LLM.int8): what is held then is not what loading left
             case "stage":
                 self.stages[event["stage"]] = dict(event)
             case "peaks":
@@ -96,7 +110,15 @@ class GroupOutcome:
                 self.texts[event["number"]] = event["texts"]
             case "failed":
                 kind = {"OutOfMemory": OutOfMemory}.get(event["kind"], MeasurementError)
-                self.error = kind(event["message"])
+                self.fail(kind(event["message"]))
+            case "evaluating":
+                self.evaluated_ns, self.text_digest = event["t_ns"], event["digest"]
+            case "scored":
+                self.scores = from_json(TextScores, event["scores"])
+            case "compared":
+                self.divergences[event["workload"]] = from_json(Divergence, event["divergence"])
+            case "withheld":
+                self.withheld.append(event["message"])
             case "end":
                 self.ended, self.log = True, event["log"]
 
@@ -110,15 +132,19 @@ def run_worker(
     on_event: OnEvent | None = None,
     limits: Limits | None = None,
     environment: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Any] | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
     What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again; `environment` is kept with it.
     An interruption ends the worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
+    `quality` says what is evaluated after the last cell (see `reference.order`).
     """
     outcome = GroupOutcome(environment=environment)
     threads = cells[0].threads or machine.physical_cores()
     job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
+    job["quality"] = quality
+    failure: LlmbenchError | None = None
     variables = _environment(threads, downloads=task == "prepare" and cells[0].weights != "random")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
@@ -136,14 +162,16 @@ def run_worker(
     except BrokenPipeError:
         process.wait()
     except MeasurementError as error:
-        outcome.error = error
+        failure = error
     except KeyboardInterrupt:
         outcome.interrupted = True
     finally:
         _end(process)
         redact_log(log_file)
-    if not outcome.ended and not outcome.interrupted and outcome.error is None:
-        outcome.error = _sudden_end(process.returncode, outcome.stage, log_file)
+    if failure:
+        outcome.fail(failure)
+    elif not outcome.ended and not outcome.interrupted and outcome.error is None:
+        outcome.fail(_sudden_end(process.returncode, outcome.stage, log_file))
     return outcome
 
 
@@ -233,6 +261,8 @@ class _Watch:
             case "measured":
                 self.cell_since = None
                 self._begins("ending the cell", "load_timeout_s", self.limits.load_s)
+            case "evaluating" | "scoring" | "scored" | "compared":
+                self._begins("scoring one text", "repetition_timeout_s", self.limits.repetition_s)
         if self.on_event:
             self.on_event(event)
 
@@ -343,10 +373,9 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
     """Memory samples up to the end of the load and during one cell and after it, thinned to `MOST_SAMPLES`; peaks stay."""
     cell, loaded = outcome.cells.get(number, {}), outcome.stages.get("loaded")
     if "peak" in cell and loaded:
+        measured = [s for s in outcome.samples if outcome.evaluated_ns is None or s.t_ns < outcome.evaluated_ns]
         unloading = outcome.samples[-1].t_ns - 1_000_000_000 if outcome.samples else 0
-        kept = [
-            s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading
-        ]
+        kept = [s for s in measured if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading]
     elif cell and loaded:  # it failed: what cells before it needed is not its own
         kept = [s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or s.t_ns >= cell["cell"]["t_ns"]]
     else:

@@ -114,6 +114,7 @@ class _Sweep:
     folder: Path
     place: Place
     watcher: Watcher
+    told: set[str] = field(default_factory=set)  # why figures of quality are withheld
     failed: list[tuple[Cell, str, bool]] = field(default_factory=list)  # cell, outcome, whether its load failed
 
 
@@ -312,9 +313,12 @@ def _tell(sweep: _Sweep, group: Group, event: Mapping[str, Any]) -> None:
                 one.started_ms = int(time.time() * 1000)
                 jobs.write_job(one)
                 sweep.ledger.begin(one)
+    if event["event"] == "withheld" and event["message"] not in sweep.told:
+        sweep.told.add(event["message"])
+        sweep.watcher.note(event["message"])
     number, node = sweep.jobs.index(job) + 1, event.get("node")
     if node is None:
-        if event["event"] in ("begun", "cell") or event.get("stage") == "preparing":
+        if event["event"] in ("begun", "cell") or event.get("stage") in ("preparing", "reference"):
             sweep.watcher.cell(number, job.name)
         sweep.watcher.event(event)
     elif event["event"] == "cell":  # several are measured at once: a line when one begins, the count when it has ended

@@ -72,6 +72,8 @@ def main() -> int:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that half a checkpoint is removed
             cell = from_json(Cell, job["cells"][0])
             backend_class(cell.backend).prepare(cell, from_json(ModelFacts, job["model"]))
+        elif job["task"] == "reference":
+            _write_references(job, tell)
         else:
             _measure_group(job, tell)
     except LlmbenchError as error:
@@ -105,11 +107,36 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
     try:
         for number, (cell, folder) in enumerate(zip(cells, job["folders"], strict=True)):
             _measure_one(backend, cell, number, Path(folder), info, facts.context, tell)
+        if job.get("quality"):
+            _evaluate(backend, job["quality"], facts.context, tell)
     finally:
         backend.close()
         gc.collect()
         memory.trim()  # the C allocator's cache is emptied like the device's; what remains is really held
         _stage("unloaded", backend, tell)
+
+
+def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, tell: Any) -> None:
+    """Measure the quality of the loaded model. Every cell is measured, and its memory is read: nothing of this is in their figures."""
+    tell("evaluating", digest=order["digest"])
+    if order.get("withheld"):
+        tell("withheld", message=order["withheld"])
+    from .backends import scoring
+
+    scoring.evaluate(backend, order, context, tell)
+
+
+def _write_references(job: dict[str, Any], tell: Any) -> None:
+    """Compute what the quantized models are compared with, by the unquantized one."""
+    from .backends import scoring
+
+    cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
+    kind = backend_class(cell.backend)
+    _import_libraries(kind, job["threads"])
+    backend = kind(cell, facts)
+    tell("stage", stage="loading")
+    backend.load()
+    scoring.write_references(backend, job["quality"], facts, f"{facts.name} {facts.revision[:12]}", tell)
 
 
 def _check_lengths(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:

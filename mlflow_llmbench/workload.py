@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import UsageError
 from .records import Cell, hash16
 from .redaction import redact
-from .spec import WORKLOADS
+from .spec import BUNDLED_TEXT, WORKLOADS
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -103,6 +103,29 @@ def load_prompts(workload: str) -> PromptSet:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Cannot read workload file {workload}: {error}. Give a UTF-8 JSON Lines file.") from None
     return PromptSet(Path(workload).stem, _parse_lines(text, workload))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text for perplexity: its name as given, and its digest."""
+
+    name: str
+    content: str
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits for the content."""
+        return hash16(self.content)
+
+
+def load_text(name: str) -> Text:
+    """The text of a `quality_text` parameter: the bundled one, or a UTF-8 file. Raises UsageError for a file that cannot be read as such."""
+    if name == BUNDLED_TEXT:
+        return Text(name, (resources.files(__package__) / "workloads" / "perplexity.txt").read_text(encoding="utf-8"))
+    try:
+        return Text(name, Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the text file {name}: {error}. Give a plain text file in UTF-8.") from None
 
 
 def _parse_lines(text: str, origin: str) -> tuple[str, ...]:

@@ -235,6 +235,28 @@ def test_bars_stand_by_batch_size_and_quantization() -> None:
     assert heights(memory) == pytest.approx([2, 1, 1, 0.5, 2, 1, 1, 0.5])  # each bar with its weights
 
 
+def test_quality_is_set_against_speed_with_both_intervals(tmp_path: Path) -> None:
+    kl = {"fp32": 0.0, "int8": 0.25}
+    points = [
+        (cell, {**metrics, "quality/kl_vs_reference": kl[cell.quant], "quality/kl_vs_reference_ci_low": 0.0, "quality/kl_vs_reference_ci_high": 0.5})
+        for cell, metrics in points_of()
+    ]
+    check_files(draw_sweep(points, tmp_path), tmp_path, ("overview", "throughput", "ttft", "itl", "memory", "quality"))
+    (axes,) = axes_of(charts._quality_figure(points))
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [(40.0, 0.0), (10.0, 0.0), (80.0, 0.25), (20.0, 0.25)]
+    across, upright = axes.collections[:2]
+    assert across.get_segments()[0].tolist() == [[36.0, 0.0], [44.0, 0.0]]
+    assert upright.get_segments()[0].tolist() == [[40.0, 0.0], [40.0, 0.5]]
+    words = texts(tmp_path / "quality.svg")
+    assert all(text in words for text in ("0.25 (4)", "in brackets: batch size", "right and down is better", "int8"))
+
+
+def test_without_two_cells_of_known_quality_there_is_no_such_chart(tmp_path: Path) -> None:
+    (first, metrics), *others = points_of()
+    points = [(first, {**metrics, "quality/kl_vs_reference": 0.1}), *others]
+    assert not [path for path in draw_sweep(points, tmp_path) if path.stem == "quality"]
+
+
 def test_a_cell_that_failed_leaves_its_place_empty() -> None:
     (axes,) = axes_of(charts._sweep_figure(points_of()[:-1], "throughput/output_tokens_per_s"))  # without int8, batch 1
     assert heights(axes) == [10, 40, 80]

@@ -15,9 +15,10 @@ LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "workload", "arrivals"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
-    "act": ("measure", "measure_server", "journal", "supervise", "worker", "node"),
+    "act": ("measure", "measure_server", "journal", "supervise", "worker", "reference", "node"),
     "think": (
         "stats",
+        "quality",
         "latency",
         "online_summary",
         "summary",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_llmbench import journal, quality, sweep
 from tests.test_mlflow_run import ROOT, mlflow_run
 
 pytestmark = [
@@ -63,3 +65,28 @@ def test_real_weights_answer_ten_questions_in_three_quantizations(real_model: Pa
     if checker.exists():
         checked = subprocess.run([sys.executable, checker, "--tracking-uri", store_uri, "--cells", "3"], capture_output=True, text=True, check=False)
         assert checked.returncode == 0, checked.stdout
+
+
+def test_four_bits_cost_more_quality_than_eight(real_model: Path, store_uri: str, tmp_path: Path) -> None:
+    questions = (ROOT / "mlflow_llmbench" / "workloads" / "qa.jsonl").read_text().splitlines()[::5]
+    (tmp_path / "some.jsonl").write_text("\n".join(questions))
+    done = sweep.run(
+        model=str(real_model), quant="bf16,int8,int4", workload=str(tmp_path / "some.jsonl"), prompt_tokens="auto", output_tokens=4, repetitions=1,
+        warmup=1, quality="auto", force=True,
+    )  # fmt: skip
+    assert done.outcome == "ok"
+    found = {result.cell.quant: result.quality for result in map(journal.read_result, done.folder.glob("*/artifacts"))}
+    kl, agreement, perplexity, ratio = {}, {}, {}, {}
+    for quant, scores in found.items():
+        assert scores and scores.withheld == ()
+        kl[quant], agreement[quant] = quality.kl_divergence(scores), quality.top1_agreement(scores)
+        perplexity[quant], ratio[quant] = quality.perplexity(scores), quality.perplexity_ratio(scores)
+        assert kl[quant] and agreement[quant] and perplexity[quant] and ratio[quant]
+    # The checkpoint is bf16 itself, so that bf16 is the reference under another name.
+    assert kl["bf16"].value < 1e-6 < kl["int8"].value < 0.5 * kl["int4"].value
+    assert kl["int8"].high < kl["int4"].low
+    assert kl["int4"].value < 0.1 * math.log(262_144)
+    assert agreement["bf16"].value == 1 > agreement["int8"].value > agreement["int4"].value > 0.5
+    assert ratio["bf16"].value == pytest.approx(1, abs=1e-6)
+    assert 0.97 < ratio["int8"].value < ratio["int4"].value and ratio["int4"].low > 1
+    assert 5 < perplexity["bf16"].value < perplexity["int4"].value < 200

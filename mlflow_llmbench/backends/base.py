@@ -33,6 +33,7 @@ class Capabilities:
     """What a backend can do, declared; never guessed from its name."""
 
     tokenizer: bool = False  # `encode` and `decode` work
+    logits: bool = False  # `logits` works, so quality can be measured
     heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
     online: bool = False  # a server: takes loads of requests, see `ServerBackend`
 
@@ -77,6 +78,9 @@ class Backend(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids → text."""
+
+    def logits(self, ids: Sequence[int], last: int) -> Any:
+        """One forward pass: the logits after each of the last `last` ids, a torch tensor (last, vocabulary) as the model computes them."""
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         """Device memory, None without a device. `reset` starts a new peak."""

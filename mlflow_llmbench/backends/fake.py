@@ -23,6 +23,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import MeasurementError, OutOfMemory, UsageError
 from ..records import Cell, LoadInfo, ModelFacts, hash16
@@ -111,6 +112,9 @@ class FakeBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i % 256 for i in ids).decode("utf-8", errors="replace")
+
+    def logits(self, ids: Sequence[int], last: int) -> Any:
+        raise MeasurementError("The fake backend has no logits.")
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         return None

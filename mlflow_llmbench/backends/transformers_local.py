@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import inspect
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class TransformersBackend:
     """`AutoModelForCausalLM` and `generate()` with a streamer that does nothing but pass each step on."""
 
-    capabilities = Capabilities(tokenizer=True, heavy=("torch", "transformers"))
+    capabilities = Capabilities(tokenizer=True, logits=True, heavy=("torch", "transformers"))
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -178,6 +179,17 @@ class TransformersBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
+        import torch
+
+        batch = torch.tensor([list(ids)], dtype=torch.long)
+        # Most models can leave out the output head for the rest, which at 262,144 words would be most of the memory.
+        keep = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        with _foreign_errors("scoring"), torch.inference_mode():
+            batch = batch.to(self.model.device)
+            found: torch.Tensor = self.model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False, **keep).logits
+            return found[0, -last:]
 
     # Device
 

@@ -1,0 +1,267 @@
+"""What a loaded model makes of given texts: likelihoods of a text, and next-token distributions beside those of the unquantized model.
+
+The reference is computed by the unquantized model in a process of its own and kept as a safetensors file, since two models at once
+may not fit: for each prompt its ids with the model's own greedy continuation, and the *logits* at each of its positions, in the
+dtype in which the model gives them. Log-probabilities in fp16 would take as much room and be rounded; so nothing is lost, and
+a model compared with itself diverges by 0. All sums over the vocabulary are in double precision.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MeasurementError, UsageError
+from ..records import Divergence, ModelFacts, TextScores, hash16
+from ..spec import LEAST_TEXT_TOKENS
+from ..workload import Text, load_prompts, load_text
+from .base import Backend
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOW, STRIDE = 512, 256
+"""Tokens that the model sees at most, and tokens that each window after the first scores."""
+
+MOST_TEXT_TOKENS = 16_384
+"""Tokens of a text that are scored: a whole book on a CPU would take hours, and the interval is narrow long before."""
+
+REFERENCE_BYTES = 300_000_000
+"""Room for the logits of one reference; a row of Gemma's vocabulary takes half a megabyte."""
+
+MOST_PROMPTS, MOST_POSITIONS, LEAST_POSITIONS = 64, 32, 8
+MOST_PROMPT_TOKENS = 512
+PASSAGE_TOKENS = 32  # prompts cut from the text, where the workload has none
+ROWS = 8  # positions whose distributions are held in double precision at once
+
+Say = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference file: per prompt its ids with the continuation, and how many positions at their end have logits."""
+
+    path: Path
+    name: str
+    digest: str
+    prompts: tuple[tuple[tuple[int, ...], int], ...]
+    nll: tuple[tuple[float, ...], ...]
+
+
+def evaluate(backend: Backend, order: Mapping[str, Any], context: int | None, say: Say) -> None:
+    """Score the text and compare with each reference of the order (`reference.order`), telling each result as soon as it is there."""
+    references = {workload: read_reference(Path(path)) for workload, path in order["references"].items()}
+    try:
+        known = next(iter(references.values()), None)
+        say("scored", scores=score_text(backend, load_text(order["text"]), context, say, known.nll if known else ()))
+    except UsageError as error:
+        say("withheld", message=str(error))
+    for workload, reference in references.items():
+        say("compared", workload=workload, divergence=compare(backend, reference, say, order["is_reference"]))
+
+
+# Likelihood of a text
+
+
+def windows(count: int, window: int, stride: int, begin: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Sliding windows over `count` tokens: (first token seen, first token scored, end), the token `begin` being the first scored.
+
+    Each token is scored once. The first window scores all that it sees; each one after it scores `stride` tokens more and
+    sees `window` in all, so that nearly every token has at least `window − stride` before it ("Perplexity of fixed-length
+    models", Hugging Face transformers documentation).
+    """
+    end = min(window, count)
+    yield 0, begin, end
+    while end < count:
+        first, end = end, min(end + stride, count)
+        yield max(0, end - window), first, end
+
+
+def score_text(backend: Backend, text: Text, context: int | None, say: Say, reference_nll: tuple[tuple[float, ...], ...] = ()) -> TextScores:
+    """Negative log-likelihood of each token of a text, window by window.
+
+    What the tokenizer puts before every text (a beginning-of-sequence token) stands before every window: a model that was never
+    without it does much worse where it is missing. Raises UsageError if the text is too short.
+    """
+    prefix, ids = split_prefix(backend, text.content)
+    if len(ids) < LEAST_TEXT_TOKENS:
+        raise UsageError(f"The text {text.name} is too short for a perplexity: {len(ids)} tokens. Give at least {LEAST_TEXT_TOKENS} tokens of text.")
+    size = min(WINDOW, context or WINDOW)
+    stride = min(STRIDE, size // 2)
+    plan = list(windows(min(len(ids), MOST_TEXT_TOKENS), size - len(prefix), stride, 0 if prefix else 1))
+    nll = []
+    for number, (start, first, end) in enumerate(plan, 1):
+        say("scoring", number=number, limit=len(plan))
+        seen = [*prefix, *ids[start : end - 1]]
+        nll.append(tuple(losses(backend.logits(seen, end - first), ids[first:end])))
+    if reference_nll and [*map(len, reference_nll)] != [*map(len, nll)]:
+        raise MeasurementError("The reference scored other windows of the text. Delete its file, so that it is computed again.")
+    return TextScores(text.name, len(ids), size, stride, tuple(nll), reference_nll)
+
+
+def split_prefix(backend: Backend, text: str) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before any text, and those of the text itself."""
+    prefix, ids = list(backend.encode("")), list(backend.encode(text))
+    if ids[: len(prefix)] != prefix:
+        prefix = []
+    return prefix, ids[len(prefix) :]
+
+
+def losses(logits: torch.Tensor, targets: Sequence[int]) -> list[float]:
+    """−log p(target) in nats for each row of logits. Raises MeasurementError where it is not finite."""
+    import torch
+
+    found: list[float] = []
+    for start in range(0, len(targets), ROWS):
+        wanted = torch.tensor(targets[start : start + ROWS], device=logits.device)
+        found += torch.nn.functional.cross_entropy(logits[start : start + ROWS].double(), wanted, reduction="none").tolist()
+    return [round(_finite(value), 6) for value in found]
+
+
+def _finite(value: float) -> float:
+    if not abs(value) < float("inf"):
+        raise MeasurementError(f"The model gave logits that are not finite ({value}), so it has no quality to measure.")
+    return value
+
+
+# Beside the reference
+
+
+def compare(backend: Backend, reference: Reference, say: Say, is_reference: bool = False) -> Divergence:
+    """Give the model each prompt of a reference with its continuation, and compare the distributions at each position."""
+    from safetensors import safe_open
+
+    kl: list[tuple[float, ...]] = []
+    agrees: list[tuple[bool, ...]] = []
+    with safe_open(reference.path, "pt") as file:
+        for number, (ids, positions) in enumerate(reference.prompts):
+            say("scoring", number=number + 1, limit=len(reference.prompts))
+            its = file.get_tensor(f"logits.{number}")
+            own = backend.logits(ids[:-1], positions)
+            if own.shape != its.shape:
+                raise MeasurementError(f"The model has {own.shape[1]} words, and the unquantized one has {its.shape[1]}. They cannot be compared.")
+            distances, same = divergence(its.to(own.device), own)
+            kl.append(tuple(float(f"{_finite(value):.6g}") for value in distances))
+            agrees.append(tuple(same))
+    return Divergence(reference.name, reference.digest, tuple(kl), tuple(agrees), is_reference)
+
+
+def divergence(reference: torch.Tensor, own: torch.Tensor) -> tuple[list[float], list[bool]]:
+    """KL(reference‖own) in nats for each row of logits (positions, vocabulary), and whether both have a most probable token in common.
+
+    Σ p·(log p − log q) over the whole vocabulary (Kullback & Leibler 1951), in double precision. Of several equally probable
+    tokens, which 16-bit logits have often, any may be chosen, so that is no disagreement.
+    """
+    import torch
+
+    distances: list[float] = []
+    agrees: list[bool] = []
+    for start in range(0, len(own), ROWS):
+        mine, its = own[start : start + ROWS].double(), reference[start : start + ROWS].double()
+        log_p, log_q = torch.log_softmax(its, -1), torch.log_softmax(mine, -1)
+        terms = torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * (log_p - log_q))
+        distances += terms.sum(-1).tolist()
+        best = (its == its.max(-1, keepdim=True).values) & (mine == mine.max(-1, keepdim=True).values)
+        agrees += best.any(-1).tolist()
+    return distances, agrees
+
+
+# Making a reference
+
+
+def write_references(backend: Backend, order: Mapping[str, Any], model: ModelFacts, name: str, say: Say) -> None:
+    """Write the reference file of each workload in the order: the model is loaded, and it is the unquantized one."""
+    text = load_text(order["text"])
+    try:
+        nll = score_text(backend, text, model.context, say).nll
+    except UsageError:  # the models that are compared say it
+        nll = ()
+    for workload, path in order["references"].items():
+        _write_reference(backend, workload, text, model, Path(path), name, nll, say)
+
+
+def _write_reference(
+    backend: Backend, workload: str, text: Text, model: ModelFacts, path: Path, name: str, nll: Sequence[Sequence[float]], say: Say
+) -> None:
+    from safetensors.torch import save_file
+
+    prompts = _prompts(backend, workload, text)
+    row = backend.logits(prompts[0][-1:], 1)
+    count, positions = share_room(len(prompts), row.numel() * row.element_size())
+    most = max(min(MOST_PROMPT_TOKENS, (model.context or 10**9) - positions), 1)
+    prefix, _ = split_prefix(backend, text.content)
+    tensors: dict[str, torch.Tensor] = {}
+    kept: list[tuple[list[int], int]] = []
+    for number, prompt in enumerate(prompts[:count]):
+        say("scoring", number=number + 1, limit=count)
+        start = prompt if len(prompt) <= most else [*prefix, *prompt[len(prefix) - most :]]
+        continuation = _until_end(_continue(backend, start, positions), _end_ids(model))
+        ids = [*start, *continuation]
+        tensors[f"logits.{number}"] = backend.logits(ids[:-1], len(continuation)).cpu().contiguous()
+        kept.append((ids, len(continuation)))
+    known = {"name": f"{name}, {str(row.dtype).removeprefix('torch.')}", "digest": hash16(kept), "prompts": kept, "nll": nll}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"reference": json.dumps(known)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _prompts(backend: Backend, workload: str, text: Text) -> list[list[int]]:
+    """The texts of a workload as they are; where it has none, passages of the text for perplexity, evenly spread over it."""
+    texts = load_prompts(workload).texts[:MOST_PROMPTS]
+    if texts:
+        return [ids for ids in (list(backend.encode(one)) for one in texts) if ids]
+    prefix, ids = split_prefix(backend, text.content)
+    count = min(MOST_PROMPTS, max(len(ids) // PASSAGE_TOKENS, 1))
+    starts = [number * max(len(ids) - PASSAGE_TOKENS, 0) // max(count - 1, 1) for number in range(count)]
+    return [[*prefix, *ids[start : start + PASSAGE_TOKENS]] for start in starts]
+
+
+def share_room(prompts: int, row_bytes: int, room: int = REFERENCE_BYTES) -> tuple[int, int]:
+    """How many prompts, and how many positions of each, fit. Prompts before positions: they are what an interval rests on."""
+    count = min(prompts, MOST_PROMPTS)
+    positions = min(MOST_POSITIONS, room // (count * row_bytes))
+    if positions < LEAST_POSITIONS:
+        positions = LEAST_POSITIONS
+        count = min(count, max(1, room // (positions * row_bytes)))
+    return count, positions
+
+
+def _continue(backend: Backend, prompt: Sequence[int], count: int) -> list[int]:
+    """The model's own greedy continuation of a prompt."""
+    steps: list[Any] = []
+    backend.generate([prompt], count, steps.append)
+    return [int(step[0]) for step in steps]
+
+
+def _until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """The ids up to the first end-of-sequence token, that one included: what a model writes after it is no continuation."""
+    before = list(itertools.takewhile(lambda i: i not in ends, ids))
+    return list(ids[: len(before) + 1])
+
+
+def _end_ids(model: ModelFacts) -> set[int]:
+    config = model.config or {}
+    found = (config.get("text_config") or {}).get("eos_token_id", config.get("eos_token_id"))
+    return set(found) if isinstance(found, list) else set() if found is None else {int(found)}
+
+
+def read_reference(path: Path) -> Reference:
+    """What a reference file holds besides its logits. Raises MeasurementError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            known = json.loads(file.metadata()["reference"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise MeasurementError(f"The reference {path} cannot be read: {error}. Delete it, so that it is computed again.") from None
+    prompts = tuple((tuple(ids), int(positions)) for ids, positions in known["prompts"])
+    return Reference(path, known["name"], known["digest"], prompts, tuple(map(tuple, known["nll"])))

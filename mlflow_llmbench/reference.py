@@ -1,0 +1,142 @@
+"""What quality is measured against: the unquantized model. Which one it is, where its logits are kept, and when there is none.
+
+A reference is computed once, in a worker of its own before the first cell that needs it is measured, and kept in the cache by
+its content: model, workload, text, hardware and software.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import estimate, machine, models, supervise
+from .backends.base import backend_class
+from .errors import LlmbenchError
+from .records import Cell, ModelFacts, Options, Quality, hash16
+from .supervise import GroupOutcome, Limits
+from .workload import Text, load_prompts, load_text
+
+if TYPE_CHECKING:
+    from .node import Task
+
+FORMAT = 1
+"""Version of what is written and how it is computed; a change makes new files."""
+
+MOST_KEPT = 8
+"""References that the cache keeps, the newest; one takes up to 300 MB."""
+
+
+def never(cell: Cell) -> str | None:
+    """Why the quality of a cell is never measured; None if it can be."""
+    if cell.weights == "random":
+        return "Quality is not measured with weights=random: they write no language."
+    if not backend_class(cell.backend).capabilities.logits:
+        return f"Quality is not measured with backend={cell.backend}, which gives no logits."
+    return None
+
+
+def sibling(cell: Cell) -> Cell:
+    """The unquantized model of a cell, run the ordinary way on the same device: the same for all cells that are compared with it."""
+    names = ("model", "weights", "revision", "backend", "device", "threads", "trust_remote_code", "allow_pickle")
+    return Cell(**{name: getattr(cell, name) for name in names})
+
+
+def order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any] | None:
+    """What a worker is to evaluate after its last cell, its references being there; None if nothing.
+
+    Computes the references that are missing, `tell` being told that it does; one that cannot be had is not tried again for the
+    same sweep: a model too large for this machine is not loaded for each of its quantizations. `environment` is that of this
+    machine, where it is known. Raises KeyboardInterrupt, and UsageError if the text cannot be read.
+    """
+    cell = task.cells[0]
+    if task.options.quality == "none":
+        return None
+    if why := never(cell):
+        tell({"event": "withheld", "message": why})
+        return None
+    own, text = sibling(cell), load_text(task.options.quality_text)
+    is_reference = cell.quant == "none" and cell.attention == "auto"
+    found: dict[str, Any] = {"text": text.name, "digest": text.digest, "references": {}, "is_reference": is_reference}
+    try:
+        model = backend_class(cell.backend).resolve(own)
+        refused = _already_quantized(cell, model)
+        if not refused:
+            env = (environment or machine.environment(str(Path(__file__).parent)))["hashes"]["env"]
+            files = {one.workload: _file(one, model, text, env) for one in task.cells}
+            missing = {workload: str(file) for workload, file in files.items() if not file.exists()}
+            found["references"] = {workload: str(file) for workload, file in files.items()}
+            if missing:
+                key = hash16([str(task.folders[0].parent), sorted(missing.values())])
+                if key not in _FAILED:
+                    _FAILED[key] = _compute(task, own, model, missing, tell, limits)
+                    _forget_old([*files.values()])
+                refused = _FAILED[key] and f"There is no unquantized model to compare with: {_FAILED[key]}"
+    except LlmbenchError as error:
+        refused = f"There is no unquantized model to compare with: {error}"
+    return found | ({"references": {}, "withheld": refused} if refused else {})
+
+
+_FAILED: dict[str, str] = {}
+"""References of a sweep that were tried: why each could not be computed, empty if it was."""
+
+
+def _already_quantized(cell: Cell, model: ModelFacts) -> str:
+    method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
+    if model.source == "gguf" or method:
+        how = f"quantized already ({method})" if method else "a GGUF file"
+        return f"{cell.model} is {how}, so there is no unquantized model to compare with; only the perplexity is measured."
+    return ""
+
+
+def _file(cell: Cell, model: ModelFacts, text: Text, env_hash: str) -> Path:
+    """The file of a cell's reference, by what decides its content."""
+    content = {
+        "format": FORMAT,
+        "model": [model.location if model.source in ("hub", "preset") else model.name, model.revision],
+        "prompts": load_prompts(cell.workload).texts,
+        "text": text.content,
+        "device": cell.device,
+        "environment": env_hash,
+    }
+    return machine.cache_folder() / "references" / f"{hash16(content)}.safetensors"
+
+
+def _compute(task: Task, own: Cell, model: ModelFacts, missing: Mapping[str, str], tell: Callable[[Mapping[str, Any]], None], limits: Limits) -> str:
+    """Run the unquantized model and write its references. Returns why that failed, empty if it did not."""
+    shape = models.Shape.from_config(model.config) if model.config else None
+    largest = dataclasses.replace(own, prompt_tokens=max(min(512, model.context or 512) - 32, 1), output_tokens=32)
+    room = (None, "") if task.options.force else estimate.room_here(own.device, limits.memory_bytes)
+    refused = estimate.refusal(largest, model, estimate.predicted_bytes(largest, model, shape), room)
+    if refused:
+        return refused
+    tell({"event": "stage", "stage": "reference"})
+    wanted = {"text": task.options.quality_text, "references": missing}
+    log = task.folders[0] / "reference.log"
+    outcome = supervise.run_worker("reference", [own], model, task.folders[:1], log, limits=limits, quality=wanted)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    return str(outcome.error) if outcome.error else ""
+
+
+def _forget_old(needed: Sequence[Path]) -> None:
+    """Keep the newest references in the cache, and those that are needed now."""
+    with contextlib.suppress(OSError):
+        newest = sorted(needed[0].parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in set(newest[MOST_KEPT:]) - set(needed):
+            file.unlink()
+
+
+def quality_of(options: Options, cell: Cell, outcome: GroupOutcome) -> Quality | None:
+    """What a worker found of a cell's quality; None if it was not asked for. Whatever is absent has its sentence."""
+    if options.quality == "none":
+        return None
+    if why := never(cell):
+        return Quality(withheld=(why,))
+    compared = outcome.divergences.get(cell.workload)
+    withheld = outcome.withheld
+    if not withheld and (compared is None or outcome.scores is None):
+        withheld = ["The worker ended before the quality was evaluated. Measure the cell again with rerun=true."]
+    return Quality(outcome.text_digest, outcome.scores, compared, tuple(withheld))
