@@ -68,7 +68,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 LOCAL = (
     "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
-    "preset", "force", "memory_limit", "quality", "quality_text",
+    "preset", "on", "force", "memory_limit", "quality", "quality_text",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
 
