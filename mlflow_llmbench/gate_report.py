@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from .compare import SIGNIFICANCE
 from .gate import INVALID, NOT_COMPARABLE, REGRESSED, Check, Gate
-from .markup import markdown_table
+from .markup import markdown, markdown_table
 from .metrics import KEYS
 
 WORDS = {"pass": "PASSED", "regression": "REGRESSION", NOT_COMPARABLE: "NOT COMPARABLE", INVALID: "INVALID"}
@@ -37,10 +37,10 @@ def format_gate(gate: Gate, champion: str, candidate: str) -> str:
 
 def gate_markdown(gate: Gate, champion: str, candidate: str) -> str:
     """gate.md: for a run's artifacts, a pull request's comment or a job's summary."""
-    parts = [f"## {WORDS[gate.verdict]}: {candidate} against {champion}", gate.why]
+    parts = [f"## {WORDS[gate.verdict]}: {markdown(candidate)} against {markdown(champion)}", markdown(gate.why)]
     if gate.checks:
         parts.append(markdown_table(HEADING, gate_cells(gate.checks)))
-    parts += ["\n".join(f"- {note}" for note in gate.notes)] if gate.notes else []
+    parts += ["\n".join(f"- {markdown(note)}" for note in gate.notes)] if gate.notes else []
     if gate.checks:
         parts.append(
             f"A metric of every repetition regresses if it is worse with p < {SIGNIFICANCE:g} after Holm and by more than its limit; one that a run has "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 import shlex
@@ -127,7 +128,7 @@ def test_the_junit_file_and_the_markdown() -> None:
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("6", "4", "0")
     failed = [case.get("name") for case in suite if case.find("failure") is not None]
     assert failed == ["throughput/output_tokens_per_s", "latency/itl_ms_p50", "latency/tpot_ms_mean", "latency/e2e_ms_p50"]
-    markdown = gate_markdown(gate, "models:/bot/1", "run x")
+    markdown = html.unescape(gate_markdown(gate, "models:/bot/1", "run x"))
     assert markdown.startswith("## REGRESSION: run x against models:/bot/1\n")
     assert "| latency/itl_ms_p50 | 10 ms | 12 ms | +20.0% |" in markdown
     short = dataclasses.replace(CHAMPION, cell=dataclasses.replace(CHAMPION.cell, output_tokens=6))

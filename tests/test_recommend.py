@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
     text = files[0].read_text()
     assert all(name in text for name in ("int8 batch 8", "Peak memory (GB)", "Median time to first token (ms)", "winner", "limit"))
     assert draw_recommendation(recommend([INT4]), tmp_path / "one") == []
-    markdown = recommendation_markdown(found)
+    markdown = html.unescape(recommendation_markdown(found))
     assert "| int4 batch 1 | 96.2 tokens/s" in markdown and "- **int8 batch 8**: Its peak memory" in markdown
 
 

@@ -205,7 +205,7 @@ def test_quantizations_are_measured_against_their_reference() -> None:
 def test_the_report_says_the_same_in_all_forms(tmp_path: Path) -> None:
     study = study_scaling(sweep(), at=[("batch_size", 6)])
     data = json.loads(json.dumps(study_json(study), allow_nan=False))
-    text, markdown = format_study(study), study_markdown(study, ["charts/x.svg"])
+    text, markdown = format_study(study), html.unescape(study_markdown(study, ["charts/x.svg"]))
     for sentences in data["sentences"].values():
         for sentence in sentences:
             assert sentence in text and sentence in markdown
