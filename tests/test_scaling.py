@@ -1,6 +1,7 @@
 """Laws over records made from known parameters: groups, intervals, rivals, what is left out, the report and the charts."""
 
 import dataclasses
+import html
 import json
 import math
 from collections.abc import Sequence
