@@ -88,10 +88,9 @@ def summarize(result: RunResult) -> dict[str, float]:
     if result.repetitions:
         found |= _latency(requests(result))
         found |= _throughput(result)
-        found |= _efficiency(result, found)
+        found |= online_figures(result) if result.cell.url else _efficiency(result, found)
     if result.quality:
         found |= figures(result.quality)
-        found |= online_figures(result) if result.cell.url else _efficiency(result, found)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
 
 
