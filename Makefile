@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 	@echo "(mlflow is $(BIN)/mlflow here)"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
