@@ -115,7 +115,7 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def _figure(
-    title: str, subtitle: str, inches: tuple[float, float] = (WIDTH, HEIGHT), grid: tuple[int, int] = (1, 1), legend: bool = True
+    title: str, subtitle: str, inches: tuple[float, float] = (WIDTH, HEIGHT), grid: tuple[int, int] = (1, 1), legend: bool = True, polar: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """Lay out a bold title, a grey line below it, room for a row of legend entries, and rows × columns of axes."""
     from matplotlib.figure import Figure
@@ -128,7 +128,7 @@ def _figure(
         most = int((width - 0.2) / (wide * CHARACTER * size))
         short = text if len(text) <= most else text[: most - 1] + "…"
         figure.text(0.12 / width, 1 - down / height, short, va="top", size=size, weight=weight, color=colour)
-    return figure, list(figure.subplots(*grid, squeeze=False).flat)
+    return figure, list(figure.subplots(*grid, squeeze=False, subplot_kw={"projection": "polar"} if polar else None).flat)
 
 
 def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:

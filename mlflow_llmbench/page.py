@@ -91,9 +91,14 @@ def sweep_page(told: Overview, charts: Mapping[str, bytes]) -> str:
         _section("Run it again", f"<pre>{html(told.command)}</pre>", _places(told)),
         _section("Environment", *(f"{f'<h3>{html(title)}</h3>' if title else ''}{_facts(facts)}" for title, facts in told.machines)),
     ]  # fmt: skip
+    return document(told.name, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole page of parts that are HTML already; empty ones are left out."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{html(POLICY)}">\n<title>{html(told.name)}</title>\n<style>{STYLE}</style>\n</head>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{html(POLICY)}">\n<title>{html(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
         f"<body>\n<main>\n{''.join(f'{part}{chr(10)}' for part in parts if part)}"
         f"<footer>mlflow-llmbench {html(__version__)}</footer>\n</main>\n</body>\n</html>\n"
     )

@@ -17,7 +17,7 @@ from .quality import sentences
 from .records import Cell, RunResult, Verdict
 from .spec import as_text, cell_fields, default_text
 from .stats import classify_outliers
-from .summary import statistics_cells, summarize
+from .summary import gpu_of, statistics_cells, summarize
 from .validity import judge, unsupported_percentiles
 
 Metrics = Mapping[str, float]
@@ -167,14 +167,6 @@ def _load(cell: Cell) -> str:
     if not cell.url:
         return f"{cell.quant} · batch {cell.batch_size}"
     return f"online · {cell.request_rate:g} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
-
-
-def gpu_of(result: RunResult) -> dict[str, Any] | None:
-    """The GPU that a result was measured on, as in its environment; None for a CPU, whatever else the machine has."""
-    device = str(result.load.facts.get("model.device", "cpu")) if result.load else result.cell.device
-    gpus: list[dict[str, Any]] = result.environment.get("gpus") or []
-    index = int(device.partition(":")[2] or 0)
-    return gpus[index] if device.startswith("cuda") and index < len(gpus) else None
 
 
 def _headline(metrics: Metrics) -> list[tuple[str, str]]:

@@ -51,7 +51,9 @@ REFUTED = 0.05
 """A law is called an approximation where its residuals exceed the scatter of the repetitions at this level."""
 
 PER_REPETITION = {headline.key: headline.of for headline in HEADLINES if headline.of}
-MODEL = ("model", "revision")
+MODEL = ("model", "revision", "weights", "trust_remote_code", "allow_pickle")
+"""What names a model: speed and memory follow from its shape, whether its weights are published or random."""
+
 SHAPE = ("batch_size", "prompt_tokens", "output_tokens")
 
 
@@ -113,6 +115,11 @@ class Measured:
     def cell(self) -> Cell:
         """What was measured."""
         return self.result.cell
+
+    @property
+    def dtype(self) -> str:
+        """The type of the weights as loaded, torch's name; empty where that is not known."""
+        return str(self.result.load.facts.get("model.dtype", "")) if self.result.load else ""
 
     def variable(self, name: str) -> float | None:
         """A law's x: a setting, `parameters` in 10⁹, or `held_tokens` = batch · (prompt + output)."""
@@ -207,17 +214,23 @@ def subject(cells: Sequence[Measured]) -> str:
 
 
 def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
-    """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words, in order of its settings."""
+    """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words, in order of its settings.
+
+    Models are taken together only where their weights have the same type: `none` means another one for each.
+    """
     fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
     told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
     machines = {measured.result.hashes.env for measured in cells}
+    across = "model" in freed
+    dtypes = {measured.dtype for measured in cells} if across else {""}
     groups: dict[tuple[object, ...], list[Measured]] = {}
     for measured in cells:
-        groups.setdefault((measured.result.hashes.env, *(getattr(measured.cell, name) for name in fixed)), []).append(measured)
+        key = (measured.result.hashes.env, *(getattr(measured.cell, name) for name in fixed), measured.dtype if across else "")
+        groups.setdefault(key, []).append(measured)
     for key in sorted(groups, key=lambda key: [(isinstance(v, str), v is None, v or 0) if not isinstance(v, str) else (True, False, v) for v in key]):
         first = groups[key][0]
         where = describe(first.cell, [name for name in told if name != "revision"] or [name for name in ("model", "quant") if name not in freed])
-        yield where + (f" on {key[0]}" if len(machines) > 1 else ""), groups[key]
+        yield where + (f" {key[-1]}" if len(dtypes) > 1 else "") + (f" on {key[0]}" if len(machines) > 1 else ""), groups[key]
 
 
 def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:

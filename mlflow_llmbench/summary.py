@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
+from typing import Any
 
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
@@ -76,6 +77,24 @@ def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> 
     if not found or any(value is None for values in found for value in values):
         return None
     return [fmean(value for value in values if value is not None) for values in found]
+
+
+def gpu_of(result: RunResult) -> dict[str, Any] | None:
+    """The GPU that a result was measured on, as in its environment; None for a CPU, whatever else the machine has."""
+    device = str(result.load.facts.get("model.device", "cpu")) if result.load else result.cell.device
+    gpus: list[dict[str, Any]] = result.environment.get("gpus") or []
+    index = int(device.partition(":")[2] or 0)
+    return gpus[index] if device.startswith("cuda") and index < len(gpus) else None
+
+
+def hardware_name(result: RunResult) -> str:
+    """What a result was measured on, in words: `NVIDIA A100`, or `AMD EPYC 7B13, 2 CPUs`."""
+    gpu = gpu_of(result)
+    if gpu:
+        return str(gpu["name"])
+    cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
+    count = cpu.get("usable_cpus")
+    return ", ".join(filter(None, [str(cpu.get("name") or "an unnamed machine"), f"{count} CPUs" if count else ""]))
 
 
 def summarize(result: RunResult) -> dict[str, float]:

@@ -27,9 +27,9 @@ from .errors import StoreAway, TrackingError, UsageError, first_line
 from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
 from .redaction import CONTROLS, redact, redact_all
-from .report import gpu_of, summary_markdown
+from .report import summary_markdown
 from .spec import as_text, cell_fields
-from .summary import Point, series, summarize
+from .summary import Point, gpu_of, series, summarize
 from .validity import judge
 
 if TYPE_CHECKING:
