@@ -50,8 +50,12 @@ class Estimate:
 
     def __str__(self) -> str:
         interval = "" if self.low is None or self.high is None else f" ({self.low:.3g} to {self.high:.3g})"
-        spread = "" if self.least == self.most else f", {self.least:.3g} to {self.most:.3g} in single cells"
-        return f"{self.value:.3g}{interval}{spread}"
+        return f"{self.value:.3g}{interval}"
+
+    @property
+    def spread(self) -> str:
+        """The lowest and the highest value in words; empty for one value."""
+        return "" if self.count == 1 and self.units == "repetitions" else f"from {self.least:.3g} to {self.most:.3g} in single cells"
 
 
 @dataclass(frozen=True)
@@ -159,13 +163,14 @@ def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:
             continue
         estimate = pooled(found)
         inside = sum(claimed[0] <= ratio.value <= claimed[1] for _, ratio in found)
-        why = f"{inside} of {_count(len(found), 'cell')} lie in the range; {_rests(estimate)}."
+        parts = [f"{inside} of {_count(len(found), 'cell')} lie in the range", estimate.spread, _rests(estimate)]
+        why = f"{'; '.join(filter(None, parts))}."
         yield Claim(key, said, _range(claimed), f"{estimate} {what}", judge_range(estimate.low, estimate.high, claimed), why)
 
 
 def _rests(estimate: Estimate) -> str:
     if estimate.low is None:
-        return "one value without an interval"
+        return "there is no interval"
     return f"the interval is over {estimate.count} {estimate.units}" if estimate.units != "repetitions" else "the interval is over repetitions"
 
 

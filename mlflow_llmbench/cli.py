@@ -346,9 +346,9 @@ def _study(given: argparse.Namespace) -> int:
         print(study_report.format_study(done.found))
     _print_study(done)
     if given.json:
-        text = {"run_id": done.run_id, "folder": str(done.folder) if done.folder else None}
-        text |= {"study": study_report.study_json(done.found, ())} if done.found else {}
-        print(json.dumps({**text, **(_as_json(done.sweep) if done.sweep else {})}, ensure_ascii=False))
+        told: dict[str, Any] = {"run_id": done.run_id, "study_folder": str(done.folder) if done.folder else None}
+        told |= {"study": study_report.study_json(done.found, ())} if done.found else {}
+        print(json.dumps({**told, **(_as_json(done.sweep) if done.sweep else {})}, ensure_ascii=False))
     return done.exit_code
 
 

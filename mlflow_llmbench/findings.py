@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from .claims import Claim, QuantEffect, judge_claims, pooled, quant_effects
+from .claims import Claim, Estimate, QuantEffect, judge_claims, pooled, quant_effects
 from .compare import RATE, UNNAMED
 from .errors import UsageError
 from .recommend import COST, ENERGY, MEMORY, Limit, Measure, Recommendation, bound_text, candidates, choose, figure
@@ -237,16 +237,19 @@ def _by_size(study: Study) -> Iterator[str]:
     """Of each law over model size how its parameter lies; the laws themselves are told in full elsewhere."""
     for key in ("throughput_by_size", "latency_by_size", "memory_by_size"):
         laws = [law for law in study.laws if law.law.key == key]
-        if laws:
-            main = [law.fit.parameter(law.law.main) for law in laws]
-            shown = (
-                str(main[0]) if len(laws) == 1 else f"{main[0].name} between {min(p.value for p in main):.3g} and {max(p.value for p in main):.3g}"
+        if not laws:
+            continue
+        main, (low, high) = [law.fit.parameter(law.law.main) for law in laws], laws[0].fit.ranges[0]
+        ends = [end for parameter in main for end in (parameter.low, parameter.high) if end is not None]
+        shown = str(main[0])
+        if len(laws) > 1:
+            shown = f"{main[0].name} = {median(p.value for p in main):.3g}, the median" + (
+                f" (intervals within {min(ends):.3g} to {max(ends):.3g})" if ends else ""
             )
-            low, high = laws[0].fit.ranges[0]
-            yield (
-                f"{laws[0].law.title.capitalize()}: {laws[0].law.form.formula} with {shown} in {_groups(len(laws))}, "
-                f"from {low:.3g} to {high:.3g} · 10⁹ parameters."
-            )
+        title = laws[0].law.title
+        yield (
+            f"{title[:1].upper()}{title[1:]}: {laws[0].law.form.formula} with {shown} of {_groups(len(laws))}, from {low:.3g} to {high:.3g} · 10⁹ parameters."
+        )
 
 
 def _groups(count: int) -> str:
@@ -264,9 +267,21 @@ def _by_quantization(effects: Sequence[QuantEffect], not_said: list[tuple[str, s
         first = pooled([(e.measured.cell.model, ratio(quant, e.measured.values(TTFT), e.reference.values(TTFT))) for e in own])
         saved = [f"{number_text(100 * median(values))} % of the {name}" for name, values in _saved(own) if values]
         yield (
-            f"{quant} has {speed} times the throughput of {reference} and {first} times its time to first token, over {speed.count} {speed.units}"
-            f"{f'; it saves {chr(32).join([saved[0]])}' if saved else ''}{f' and {saved[1]} (medians)' if len(saved) > 1 else ''}."
+            f"{quant} against {reference}: {_told(speed)} times the throughput, {_told(first)} times the time to first token; over {speed.count} {speed.units}"
+            f"{f'. It saves {_and(saved)}' if saved else ''}{' (medians)' if saved and len(own) > 1 else ''}."
         )
+
+
+def _told(estimate: Estimate) -> str:
+    """An effect with its interval and its spread: `0.92 (0.91 to 0.93; from 0.8 to 1.0 in single cells)`."""
+    text = str(estimate)
+    if not estimate.spread:
+        return text
+    return f"{text[:-1]}; {estimate.spread})" if text.endswith(")") else f"{text} ({estimate.spread})"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(words)
 
 
 def _saved(effects: Sequence[QuantEffect]) -> list[tuple[str, list[float]]]:
@@ -276,7 +291,10 @@ def _saved(effects: Sequence[QuantEffect]) -> list[tuple[str, list[float]]]:
 
 def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
     """What the smallest and the largest value of a setting do to throughput and latency, pooled."""
-    rates, firsts, gaps, ends = [], [], [], set()
+    rates: list[tuple[str, Ratio]] = []
+    firsts: list[tuple[str, Ratio]] = []
+    gaps: list[tuple[str, Ratio]] = []
+    ends = set()
     for _, group in grouped(focus.cells, (setting,)):
         placed = sorted((m for m in group if m.variable(setting)), key=lambda m: m.variable(setting) or 0.0)
         if len(placed) < 2 or placed[0].variable(setting) == placed[-1].variable(setting):
@@ -289,8 +307,8 @@ def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
     if len(ends) == 1 and rates and firsts:
         [(least, most)] = ends
         rate, first = pooled(rates), pooled(firsts)
-        text = f"From {words} {least:g} to {most:g} throughput is {rate} times as high, and the time to first token {first} times as long"
-        yield f"{text}{f', the time per output token {pooled(gaps)} times' if gaps else ''}; over {rate.count} {rate.units}."
+        text = f"From {words} {least:g} to {most:g} throughput is {_told(rate)} times as high, the time to first token {_told(first)} times as long"
+        yield f"{text}{f', the time per output token {_told(pooled(gaps))} times' if gaps else ''}; over {rate.count} {rate.units}."
 
 
 def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:
@@ -374,7 +392,7 @@ def _between_machines(across: Sequence[Across], machines: Sequence[Machine], not
     for second in dict.fromkeys(one.second for one in across):
         own = [one for one in across if one.second == second]
         speed = pooled([(one.name, one.speed) for one in own])
-        yield f"{second} has {speed} times the throughput of {own[0].first}, over {len(own)} configurations that both measured."
+        yield f"{second} has {_told(speed)} times the throughput of {own[0].first}, over {len(own)} configurations that both measured."
 
 
 TTFT_MEASURE = Measure("median time to first token", (TTFT,), "lower")

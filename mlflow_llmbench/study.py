@@ -72,8 +72,8 @@ def run_study(
         raise MeasurementError(f"The cells were measured and could not be studied: {error} They are in {done.folder}.") from None
     uploaded = done.run_ids and not done.not_uploaded
     run_id = log.removeprefix("runs:/") if log else (done.parent_id or done.run_ids[0]) if uploaded else None
-    store = tracking.open_store(tracking_uri, experiment) if run_id else None
-    return StudyResult(done, found, *_keep(found, output or str(done.folder), store, run_id))
+    kept = _keep(found, output or str(done.folder), tracking.open_store(tracking_uri, experiment) if run_id else None, run_id)
+    return StudyResult(done, found, *kept)
 
 
 def _find(results: Sequence[RunResult], share: float, prices: Mapping[str, float] | None, accept_suspect: str | None) -> Findings:

@@ -156,7 +156,7 @@ def _memory_against_size(view: View) -> Figure | str:
         return "it needs two models of known size that were measured with the same batch size and prompt length"
     key = memory_key(own)
     panels = [
-        Panel(heading, "Parameters (10⁹), logarithmic", f"{heading} (GB)", tuple(_by_quant(own, view.quants, "parameters", _value(of, 1e-9))), sizes)
+        Panel("", "Parameters (10⁹), logarithmic", f"{heading} (GB)", tuple(_by_quant(own, view.quants, "parameters", _value(of, 1e-9))), sizes)
         for heading, of in ((f"Peak {'device' if key == DEVICE_PEAK else 'host'} memory", key), ("Weights", "memory/weight_bytes"))
     ]
     return _lines_figure("Memory against model size, by precision", f"{_shape(view)} · {view.common}", panels, 2, tilt=True)
@@ -361,11 +361,11 @@ def _draw_map(axes: Axes, own: Sequence[Measured], key: str, ends: tuple[float, 
             continue
         for cliff in search.cliffs:
             if search.over == "batch_size":
-                x, y = batches.index(cliff.before) + 0.5, prompts.index(along.variable("prompt_tokens") or 0.0)
-                axes.plot([x, x], [y - 0.5, y + 0.5], color=RED, linewidth=3, solid_capstyle="butt")
+                right, row = batches.index(cliff.before) + 0.5, prompts.index(along.variable("prompt_tokens") or 0.0)
+                axes.plot([right, right], [row - 0.5, row + 0.5], color=RED, linewidth=3, solid_capstyle="butt")
             else:
-                x, y = batches.index(along.cell.batch_size), prompts.index(cliff.before) + 0.5
-                axes.plot([x - 0.5, x + 0.5], [y, y], color=RED, linewidth=3, solid_capstyle="butt")
+                column, top = batches.index(along.cell.batch_size), prompts.index(cliff.before) + 0.5
+                axes.plot([column - 0.5, column + 0.5], [top, top], color=RED, linewidth=3, solid_capstyle="butt")
 
 
 def _mark_failed(axes: Axes, view: View, own: Sequence[Measured]) -> None:

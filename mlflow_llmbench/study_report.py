@@ -207,7 +207,7 @@ def study_page(found: Findings, drawn: Drawn) -> str:
     parts = [f'<header><h1>{html(found.title)}</h1><p class="lead">{html(headline(found))}</p></header>']
     for one in sections(found, drawn):
         content = [f"<p>{html(one.lead)}</p>" if one.lead else ""]
-        content += [_table(_badged(one.table), *_verdicts(one.table))] if one.table else []
+        content += [_table(_badged(one.table), _verdicts(one.table))] if one.table else []
         content += [f"<h3>{html(title)}</h3>{_list(map(html, lines))}" for title, lines in one.groups if lines]
         pictures = (_chart(name, svg).replace("</figure>", f"{_note(caption)}</figure>") for name, _, svg, caption in one.figures)
         content += [f'<div class="charts">{"".join(pictures)}</div>'] if one.figures else []
@@ -225,11 +225,11 @@ def _badged(table: Table) -> Table:
     return Table(table.heading[:-2], tuple(line[:-2] for line in table.body))
 
 
-def _verdicts(table: Table) -> tuple[list[tuple[str, list[str]]], ...]:
+def _verdicts(table: Table) -> list[tuple[str, list[str]]]:
     if table.heading != CLAIM_HEADING:
-        return ()
+        return []
     cells = [f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span><span class="why">{html(line[-1])}</span>' for line in table.body]
-    return ([("verdict", cells)],)
+    return [("verdict", cells)]
 
 
 def format_study(found: Findings) -> str:

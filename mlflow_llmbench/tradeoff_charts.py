@@ -57,7 +57,8 @@ def _quantization(found: Findings, names: Names) -> Figure | str:
     own = [e for e in found.effects if e.measured.result.hashes.config in names]
     if not own:
         return "no cell of a quantization was measured beside its reference, differing in nothing else"
-    models = list(dict.fromkeys(names[e.measured.result.hashes.config] for e in own))
+    by_size = sorted(own, key=lambda e: e.measured.variable("parameters") or 0.0)
+    models = list(dict.fromkeys(names[e.measured.result.hashes.config] for e in by_size))
     shapes = sorted({_shape(e.measured) for e in own}, reverse=True)
     kept = shapes[-MOST_ROWS:]
     columns = min(3, len(models))
@@ -77,7 +78,7 @@ def _quantization(found: Findings, names: Names) -> Figure | str:
         axes.set_xlabel("Throughput ÷ reference" if number + columns >= len(models) else "")
     for axes in panels[len(models) :]:
         axes.remove()
-    top = max(axes.get_xlim()[1] for axes in panels[: len(models)])
+    top = max(1.1, *(axes.get_xlim()[1] for axes in panels[: len(models)]))
     for axes in panels[: len(models)]:
         axes.set_xlim(0, top)
     handles = {label: handle for axes in panels[: len(models)] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -109,7 +110,9 @@ def _draw_ratio(axes: Axes, y: float, speed: Ratio, colour: str, label: str) -> 
 
 def _radar(found: Findings, names: Names) -> Figure | str:
     """Quantizations of each model at the shape of comparison; on every axis the best of the model is 1, and further out is better."""
-    own = [m for m in found.focus.cells if at_focus(m, found.focus)]
+    order = list(COLOURS)
+    here = [m for m in found.focus.cells if at_focus(m, found.focus)]
+    own = sorted(here, key=lambda m: (m.variable("parameters") or 0.0, order.index(m.cell.quant) if m.cell.quant in order else len(order)))
     groups: dict[str, list[Measured]] = {}
     for measured in own:
         groups.setdefault(names[measured.result.hashes.config], []).append(measured)
@@ -169,8 +172,12 @@ def _draw_radar(axes: Axes, cells: Sequence[Measured]) -> None:
         axes.fill(angles, values, color=colour, alpha=0.08)
     axes.set(ylim=(0, 1.05), yticks=(0.25, 0.5, 0.75, 1.0))
     axes.set_yticklabels(("", "0.5", "", "1"), size=7, color=GREY)
+    axes.set_theta_offset(np.pi / 2)  # type: ignore[attr-defined]  # the first axis points up, so that few names lie beside the circle
     axes.set_xticks(angles, list(spokes), size=9)
-    axes.tick_params(axis="x", pad=3)
+    axes.tick_params(axis="x", pad=2)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        side = np.sin(angle)
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "right" if side > 0 else "left")
     axes.grid(visible=True, axis="both")
     axes.spines["polar"].set_color("#d5d9de")
 
