@@ -15,6 +15,7 @@ from statistics import median
 from .claims import Claim, Estimate, QuantEffect, judge_claims, pooled, quant_effects
 from .compare import RATE, UNNAMED
 from .errors import UsageError
+from .metrics import COLOURS
 from .recommend import COST, ENERGY, MEMORY, Limit, Measure, Recommendation, bound_text, candidates, choose, figure
 from .records import Cell, RunResult
 from .scaling import TTFT, Measured, describe, grouped, usable, varied_settings
@@ -321,7 +322,8 @@ def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:
     if not scored:
         random = all(m.cell.weights == "random" for m in focus.cells)
         not_said.append(("quality", "the weights are random" if random else "it was not measured; give quality=auto and real weights"))
-    for (name, quant), measured in scored.items():
+    order = list(COLOURS)
+    for (name, quant), measured in sorted(scored.items(), key=lambda one: (one[0][0], order.index(one[0][1]) if one[0][1] in order else len(order))):
         parts = [
             f"{label} {_shown(measured, key)}"
             for key, label in (
@@ -340,7 +342,7 @@ def _energy(focus: Focus, no_energy: str, not_said: list[tuple[str, str]]) -> It
     if not found:
         readings = [r.noise for m in focus.cells for r in m.result.repetitions if r.noise]
         seen = "no energy counter could be read while it was measured" if not any(n.energy_j for n in readings) else "the power at rest is not known"
-        not_said.append(("energy per token", f"{seen} on {focus.machine.name}{f'. {no_energy}' if no_energy else ''}"))
+        not_said.append(("energy per token", f"{seen} on {focus.machine.name}{f'. {no_energy}' if no_energy else ''}".rstrip(".")))
         return
     names = labels(focus.cells)
     for measured in (m for m in found if at_focus(m, focus)):
@@ -376,7 +378,8 @@ def _across(cells: Sequence[Measured], machines: Sequence[Machine]) -> Iterator[
     for measured in cells:
         hashes = measured.result.hashes
         found.setdefault(hashes.env, {})[(hashes.config, hashes.workload)] = measured
-    names = varied_settings([m.cell for m in cells])
+    shared = [m for other in machines[1:] for key, m in found[other.env].items() if key in found[machines[0].env]]
+    names = varied_settings([m.cell for m in shared])
     for other in machines[1:]:
         for key, measured in found[other.env].items():
             first = found[machines[0].env].get(key)
@@ -402,7 +405,8 @@ TPOT_MEASURE = Measure("mean time per output token", (TPOT,), "lower")
 def _choices(focus: Focus, accept_suspect: str | None) -> Iterator[Choice]:
     """For each model, at the prompt length of comparison, the choice under each constraint. Limits lie where half of the cells keep them."""
     names = labels(focus.cells)
-    for model in dict.fromkeys(names.values()):
+    by_size = sorted(focus.cells, key=lambda m: m.variable("parameters") or 0.0)
+    for model in dict.fromkeys(names[m.result.hashes.config] for m in by_size):
         own = [m.result for m in focus.cells if names[m.result.hashes.config] == model and m.variable("prompt_tokens") == focus.prompt]
         given = candidates(own)
         if len(given) < LEAST_CHOICE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,14 +92,13 @@ def _parent(store: tracking.Store, results: Sequence[RunResult]) -> str | None:
 
 
 def _keep(found: Findings, output: str | None, store: tracking.Store | None, run_id: str | None) -> tuple[Path | None, str | None]:
-    """Write the study, and log it from a folder of its own: the other may hold a person's files."""
-    if output:
-        artifacts.write_study(found, Path(output))
-    if store and run_id:
-        with tempfile.TemporaryDirectory() as scratch:
-            artifacts.write_study(found, Path(scratch))
-            for under in ("study", "scaling"):
-                tracking.log_folder(store, run_id, Path(scratch) / under, under)
+    """Write the study into a folder of its own, log that, and copy it to where a person may have other files."""
+    with tempfile.TemporaryDirectory() as scratch:
+        artifacts.write_study(found, Path(scratch))
+        if output:
+            shutil.copytree(scratch, output, dirs_exist_ok=True)
+        for under in ("study", "scaling") if store and run_id else ():
+            tracking.log_folder(store, run_id, Path(scratch) / under, under)
     return Path(output) if output else None, run_id
 
 

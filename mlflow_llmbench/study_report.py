@@ -12,14 +12,14 @@ from typing import Any
 
 from .claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from .decision import answer
-from .findings import Choice, Findings
+from .findings import Choice, Findings, at_focus
 from .markup import html, markdown, markdown_table
 from .overview import Table, chart_name
 from .page import _chart, _list, _note, _section, _table, document
 from .recommend import MEMORY, Candidate, figure, interval
 from .records import to_json
 from .report import environment_facts
-from .scaling_report import METHOD, law_cells, prediction_cells
+from .scaling_report import METHOD, law_cells
 from .scaling_report import sections as law_sections
 from .scaling_study import TPOT
 from .summary import number_text
@@ -46,6 +46,9 @@ CAPTIONS = {
     "machines": "The same configurations on other machines.",
 }
 """Figure → what it shows. Figures of the laws are named by the law."""
+
+MOST_LINES, MOST_GROUPS = 10, 6
+"""Sentences under one heading, and groups of cells of one law, that the report shows; scaling.md has all."""
 
 CLAIM_HEADING = ("the paper says", "its range", "measured here", "verdict", "which rests on")
 CHOICE_HEADING = ("model", "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "note")
@@ -79,19 +82,13 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
     refused = tuple(laws.pop("Not said", []))
     left_out = tuple(laws.pop("Left out", []))
     environment = tuple((machine.name, tuple(f"{name}: {value}" for name, value in _environment(found, machine.env))) for machine in found.machines)
+    rest = tuple((title, _cut(lines)) for title, lines in laws.items() if title != "Laws")
     told = [
         Section("Findings", groups=tuple(found.sentences.items())),
         Section("The paper's claims", _claims_lead(found.claims), claims_table(found.claims)),
         Section("Recommendations", _choices_lead(found), choices_table(found.choices) if found.choices else None, _cautions(found.choices)),
         Section("Figures", " ".join(filter(None, [_figures_lead(found), found.focus.note])), figures=tuple(_pictures(drawn.figures))),
-        Section(
-            "Laws",
-            METHOD,
-            _plain_table(*law_cells(found.scaling)),
-            tuple((title, tuple(lines)) for title, lines in laws.items()),
-            tuple(_pictures(drawn.laws)),
-        ),
-        Section("Predicted, not measured", "", _plain_table(*prediction_cells(found.scaling))),
+        Section("Laws", f"{METHOD} {_law_note(found)}", _law_table(found), rest, tuple(_pictures(drawn.laws))),
         Section("Machines", "", _across_table(found) if found.across else None),
         Section(
             "What is not said",
@@ -102,6 +99,36 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
         Section("Environment", "", None, environment),
     ]
     return [one for one in told if one.lead or one.table or one.figures or any(lines for _, lines in one.groups)]
+
+
+def _cut(lines: Sequence[str]) -> tuple[str, ...]:
+    """The first lines, and how many more there are elsewhere."""
+    more = [f"And {len(lines) - MOST_LINES} more, in scaling/scaling.md."] if len(lines) > MOST_LINES else []
+    return (*lines[:MOST_LINES], *more)
+
+
+def _law_table(found: Findings) -> Table | None:
+    """The laws, of each at most `MOST_GROUPS` groups of cells, at the shape of comparison first."""
+    heading, body = law_cells(found.scaling)
+    seen: Counter[str] = Counter()
+    kept = []
+    for _, line in sorted(zip(found.scaling.laws, body, strict=True), key=lambda pair: not any(at_focus(m, found.focus) for m in pair[0].cells)):
+        seen[line[0]] += 1
+        if seen[line[0]] <= MOST_GROUPS:
+            kept.append(line)
+    return _plain_table(heading, sorted(kept, key=lambda line: list(seen).index(line[0])))
+
+
+def _law_note(found: Findings) -> str:
+    counts = Counter(law.law.key for law in found.scaling.laws)
+    parts = [f"Of each law at most {MOST_GROUPS} groups of cells are shown."] if any(count > MOST_GROUPS for count in counts.values()) else []
+    predicted = len(found.scaling.predictions)
+    parts += [
+        f"All of them, and predictions for {predicted} cells that were not measured, are in scaling/scaling.md."
+        if predicted
+        else "All are in scaling/scaling.md."
+    ]
+    return " ".join(parts)
 
 
 def _environment(found: Findings, env: str) -> list[tuple[str, str]]:
@@ -139,9 +166,16 @@ def claims_table(claims: Sequence[Claim]) -> Table:
 def _choices_lead(found: Findings) -> str:
     if not found.choices:
         return "No model has two configurations at one prompt length to choose among."
+    suspect = {
+        refusal.candidate.result.hashes.config
+        for choice in found.choices
+        for refusal in choice.found.refused
+        if not refusal.missed and refusal.candidate.verdict.word == "suspect"
+    }
+    left_out = f" {len(suspect)} suspect configurations are not recommended; --accept-suspect REASON takes them in." if suspect else ""
     return (
         f"For prompts of {found.focus.prompt:g} tokens on {found.focus.machine.name}. Limits of memory and time to first token lie where half of the "
-        "configurations keep them; `llmbench recommend` takes limits of your own."
+        f"configurations keep them; llmbench recommend takes limits of your own.{left_out}"
     )
 
 
@@ -236,7 +270,7 @@ def format_study(found: Findings) -> str:
     """The study for a terminal: findings, claims, recommendations, what is not said. The files have laws and figures."""
     blocks = [headline(found)]
     blocks += ["\n".join([f"{title}:", *(f"- {line}" for line in lines)]) for title, lines in found.sentences.items()]
-    claims = [f"- {claim.said} ({claim.range}): {claim.verdict}. {claim.measured}." for claim in found.claims]
+    claims = [f"- {c.said} ({c.range}): {c.verdict}. {c.why if c.measured == '–' else f'{c.measured}.'}" for c in found.claims]
     blocks.append("\n".join(["The paper's claims:", *claims]))
     if found.choices:
         table = choices_table(found.choices)

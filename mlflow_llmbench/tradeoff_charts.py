@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .charts import BLUE, BROWN, GREY, INK, WIDTH, _figure, _put_legend, _save
+from .charts import BLUE, BROWN, GREY, INK, WIDTH, _figure, _number, _put_legend, _save
 from .claims import QuantEffect
 from .compare import DEVICE_PEAK, HOST_PEAK, RATE
 from .findings import Findings, at_focus, with_interval
@@ -196,16 +196,16 @@ def _cost(found: Findings, names: Names) -> Figure | str:
     subtitle = "the best batch size of each, in brackets · lines: 95 % intervals"
     figure, (axes,) = _figure("Tokens per unit of money, by hardware", subtitle, (WIDTH + 2, 1.5 + 0.32 * len(rows)), legend=False)
     for y, ((env, _, quant), measured) in enumerate(rows):
-        scale = 3600 / (prices[env].price or 1.0)
+        scale = 3600e-6 / (prices[env].price or 1.0)
         value, low, high = with_interval(measured, RATE, scale) or (0.0, 0.0, 0.0)
         axes.barh(y, value, 0.7, color=COLOURS.get(quant, BROWN))
         axes.hlines(y, low, high, color=INK, linewidth=1.2)
-        axes.annotate(f"{value:,.0f}", (max(value, high), y), (4, 0), textcoords="offset points", va="center", size=8)
+        axes.annotate(_number(value), (max(value, high), y), (4, 0), textcoords="offset points", va="center", size=8)
     machine = "" if len(prices) == 1 else " · {}"
     texts = [f"{model} {quant} (batch {m.cell.batch_size}){machine.format(prices[env].name)}" for (env, model, quant), m in rows]
     axes.set(yticks=range(len(rows)), yticklabels=[textwrap.shorten(text, 70, placeholder="…") for text in texts])
     told = "; ".join(f"{m.name}: {m.price:g} per hour" for m in prices.values())
-    axes.set(xlabel=f"Output tokens per unit of money ({textwrap.shorten(told, 110, placeholder='…')})", xlim=(0, axes.dataLim.x1 * 1.14))
+    axes.set(xlabel=f"Million output tokens per unit of money ({textwrap.shorten(told, 110, placeholder='…')})", xlim=(0, axes.dataLim.x1 * 1.14))
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
     return figure
@@ -216,14 +216,15 @@ def _machines(found: Findings, names: Names) -> Figure | str:
     if not found.across:
         return "it needs one configuration that two machines have measured"
     shown = found.across[:MOST_ROWS]
+    width = max(WIDTH, 6 + 0.075 * max(len(one.name) for one in shown))
     notes = [f"÷ {shown[0].first}", "lines: 95 % intervals", f"first {len(shown)} of {len(found.across)}" if len(shown) < len(found.across) else ""]
-    figure, (axes,) = _figure("Throughput on other machines", " · ".join(filter(None, notes)), (WIDTH, 1.6 + 0.3 * len(shown)))
+    figure, (axes,) = _figure("Throughput on other machines", " · ".join(filter(None, notes)), (min(width, 14.0), 1.6 + 0.3 * len(shown)))
     others = list(dict.fromkeys(one.second for one in shown))
     colours = (BLUE, "#d9820f", "#2e8b57", "#c0392b", "#8e44ad")
     for y, one in enumerate(reversed(shown)):
         _draw_ratio(axes, y, one.speed, colours[others.index(one.second) % len(colours)], one.second)
     axes.axvline(1.0, color=INK, linewidth=1.0, zorder=1)
-    axes.set(yticks=range(len(shown)), yticklabels=[textwrap.shorten(one.name, 50, placeholder="…") for one in reversed(shown)])
+    axes.set(yticks=range(len(shown)), yticklabels=[textwrap.shorten(one.name, 80, placeholder="…") for one in reversed(shown)])
     axes.set(xlabel="Throughput ÷ reference", xlim=(0, axes.dataLim.x1 * 1.1))
     axes.grid(visible=True, axis="x")
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
