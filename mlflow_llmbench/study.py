@@ -97,8 +97,9 @@ def _keep(found: Findings, output: str | None, store: tracking.Store | None, run
         artifacts.write_study(found, Path(scratch))
         if output:
             shutil.copytree(scratch, output, dirs_exist_ok=True)
-        for under in ("study", "scaling") if store and run_id else ():
-            tracking.log_folder(store, run_id, Path(scratch) / under, under)
+        if store and run_id:
+            for under in ("study", "scaling"):
+                tracking.log_folder(store, run_id, Path(scratch) / under, under)
     return Path(output) if output else None, run_id
 
 
