@@ -72,8 +72,10 @@ def run_study(
     except LlmbenchError as error:
         raise MeasurementError(f"The cells were measured and could not be studied: {error} They are in {done.folder}.") from None
     uploaded = done.run_ids and not done.not_uploaded
-    run_id = log.removeprefix("runs:/") if log else (done.parent_id or done.run_ids[0]) if uploaded else None
-    kept = _keep(found, output or str(done.folder), tracking.open_store(tracking_uri, experiment) if run_id else None, run_id)
+    own = (done.parent_id or done.run_ids[0]) if uploaded else None
+    run_id = log.removeprefix("runs:/") if log else own
+    store = tracking.open_store(tracking_uri, experiment, own) if run_id else None
+    kept = _keep(found, output or str(done.folder), store, run_id)
     return StudyResult(done, found, *kept)
 
 

@@ -375,7 +375,8 @@ def _mark_failed(axes: Axes, view: View, own: Sequence[Measured]) -> None:
     for result in view.found.results:
         cell = result.cell
         alike = (cell.model, cell.quant, cell.weights, cell.output_tokens) == (same.model, same.quant, same.weights, same.output_tokens)
-        if result.failure and alike and cell.batch_size in batches and cell.prompt_tokens in prompts:
+        here = result.hashes.env == view.found.focus.machine.env
+        if result.failure and here and alike and cell.batch_size in batches and cell.prompt_tokens in prompts:
             axes.text(batches.index(cell.batch_size), prompts.index(cell.prompt_tokens), result.outcome, ha="center", va="center", size=7, color=GREY)
 
 

@@ -70,10 +70,11 @@ def address_of(uri: str | None = None) -> str:
     return uri or str(mlflow.get_tracking_uri())
 
 
-def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
+def open_store(uri: str | None = None, experiment: str | None = None, own: str | None = None) -> Store:
     """Connect to the store, so that an unreachable one is known before anything expensive starts.
 
-    `mlflow run` gives a run by MLFLOW_RUN_ID; then its experiment holds. Raises TrackingError, one line.
+    `mlflow run` gives a run by MLFLOW_RUN_ID; then its experiment holds, and it must be empty unless it is the run `own`, which the same
+    command has filled. Raises TrackingError, one line.
     """
     if experiment and CONTROLS.search(experiment):
         raise UsageError(f"The name of the experiment has control characters: {experiment}. Give a plain name.")
@@ -94,7 +95,7 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
             client.search_experiments(max_results=1)
         given = os.environ.get("MLFLOW_RUN_ID") or None
         if given:
-            return Store(client, address, _given_run(client, given).info.experiment_id, given)
+            return Store(client, address, _given_run(client, given, own).info.experiment_id, given)
         return Store(client, address, _experiment_id(client, experiment), None)
 
 
@@ -113,8 +114,8 @@ def answers(address: str) -> bool:
         return isinstance(error, ValueError | http.client.HTTPException)
 
 
-def _given_run(client: MlflowClient, run_id: str) -> Run:
-    """The run that MLFLOW_RUN_ID names. Raises TrackingError if it is not there or holds a result already."""
+def _given_run(client: MlflowClient, run_id: str, own: str | None) -> Run:
+    """The run that MLFLOW_RUN_ID names. Raises TrackingError if it is not there, or is not our own and holds a result already."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -123,7 +124,7 @@ def _given_run(client: MlflowClient, run_id: str) -> Run:
         raise TrackingError(
             f"MLFLOW_RUN_ID names the run {run_id}, which is not there: {first_line(error)}. Unset it, or name a run of this store."
         ) from None
-    if "llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags:
+    if run_id != own and ("llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags):
         raise TrackingError(f"MLFLOW_RUN_ID names the run {run_id}, which holds a result already. Unset it, or name a new run.")
     for key, value in run.data.tags.items():
         if redact(value) != value:  # `mlflow run` notes the address of the git remote as it is, its token included
