@@ -183,7 +183,7 @@ def _focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focus:
 def labels(cells: Sequence[Measured]) -> dict[str, str]:
     """Config hash → what to call the cell's model: its name, and of weights and workload what varies among the cells."""
     varied = [name for name in ("weights", "workload") if len({getattr(m.cell, name) for m in cells}) > 1]
-    words = {"hub": "real weights", "random": "random weights"}
+    words = {"hub": "real", "random": "random"}
 
     def label(cell: Cell) -> str:
         told = [words.get(str(getattr(cell, name)), str(getattr(cell, name))) for name in varied]

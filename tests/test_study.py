@@ -108,7 +108,7 @@ def test_random_and_published_weights_are_in_one_study_and_told_apart() -> None:
     results = grid(quants=quants) + grid(["gemma-3-270m"], quants, weights="hub")
     both = find(results)
     assert any("random weights and 18 published ones" in line for line in both.sentences["What was measured"])
-    assert {"gemma-3-270m (real weights)", "opt-125m (random weights)"} <= set(findings.labels(both.focus.cells).values())
+    assert {"gemma-3-270m (real)", "opt-125m (random)"} <= set(findings.labels(both.focus.cells).values())
     law = next(one for one in both.scaling.laws if one.law.key == "throughput_by_size")
     assert len(law.cells) == 4
 
