@@ -51,8 +51,9 @@ REFUTED = 0.05
 """A law is called an approximation where its residuals exceed the scatter of the repetitions at this level."""
 
 PER_REPETITION = {headline.key: headline.of for headline in HEADLINES if headline.of}
-MODEL = ("model", "revision", "weights", "trust_remote_code", "allow_pickle")
-"""What names a model: speed and memory follow from its shape, whether its weights are published or random."""
+MODEL = ("model", "revision", "weights", "trust_remote_code", "allow_pickle", "workload")
+"""What goes with a model: speed and memory follow from its shape and from the number of tokens, whether its weights are published or random,
+and whatever its prompts say (with random weights there is no text)."""
 
 SHAPE = ("batch_size", "prompt_tokens", "output_tokens")
 
@@ -216,7 +217,8 @@ def subject(cells: Sequence[Measured]) -> str:
 def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
     """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words, in order of its settings.
 
-    Models are taken together only where their weights have the same type: `none` means another one for each.
+    Models are taken together only where their weights have the same type, since `none` means another one for each, and where prompts are
+    as long as their texts, only with the same texts.
     """
     fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
     told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
@@ -225,7 +227,9 @@ def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[s
     dtypes = {measured.dtype for measured in cells} if across else {""}
     groups: dict[tuple[object, ...], list[Measured]] = {}
     for measured in cells:
-        key = (measured.result.hashes.env, *(getattr(measured.cell, name) for name in fixed), measured.dtype if across else "")
+        cell = measured.cell
+        own = (cell.workload if across and cell.prompt_tokens is None else "", measured.dtype if across else "")
+        key = (measured.result.hashes.env, *(getattr(cell, name) for name in fixed), *own)
         groups.setdefault(key, []).append(measured)
     for key in sorted(groups, key=lambda key: [(isinstance(v, str), v is None, v or 0) if not isinstance(v, str) else (True, False, v) for v in key]):
         first = groups[key][0]

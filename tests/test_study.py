@@ -113,6 +113,19 @@ def test_random_and_published_weights_are_in_one_study_and_told_apart() -> None:
     assert len(law.cells) == 4
 
 
+def test_prompts_of_one_length_may_say_anything_and_those_of_their_own_length_not() -> None:
+    def with_text(one: RunResult, prompt: int | None) -> RunResult:
+        return dataclasses.replace(one, cell=dataclasses.replace(one.cell, workload="qa", weights="hub", prompt_tokens=prompt))
+
+    three, last = [measured(m) for m in list(MODELS)[:3]], measured("gemma-3-270m")
+    sizes = [law for law in find([*three, with_text(last, 128)]).scaling.laws if law.law.over == "parameters"]
+    assert sizes and all(len(law.cells) == 4 for law in sizes)
+    texts = [with_text(one, None) for one in three]
+    other = dataclasses.replace(last, cell=dataclasses.replace(last.cell, weights="hub", prompt_tokens=None, workload="code"))
+    sizes = [law for law in find([*texts, other]).scaling.laws if law.law.over == "parameters"]
+    assert sizes and all(len(law.cells) == 3 for law in sizes)
+
+
 def test_models_of_another_dtype_are_not_in_one_law() -> None:
     cells = [measured(m) for m in MODELS]
     other = dataclasses.replace(cells[0], load=dataclasses.replace(cells[0].load, facts={"model.parameters": 7 * 10**7, "model.dtype": "float16"}))  # type: ignore[type-var]
