@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -184,6 +185,7 @@ def test_planted_secrets_are_found_nowhere(
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the proxies of its first use, here the planted one, for the process
     prompts = tmp_path / "planted" / "prompts.jsonl"
     prompts.write_text('{"prompt": "Say something."}\n{"prompt": "And canary-07-github."}\n')
     models = "https://user:canary-21@host.example/m,./canary-06-openai/fails,crashes?sig=canary19"
