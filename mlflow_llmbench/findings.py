@@ -291,25 +291,26 @@ def _saved(effects: Sequence[QuantEffect]) -> list[tuple[str, list[float]]]:
 
 
 def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
-    """What the smallest and the largest value of a setting do to throughput and latency, pooled."""
-    rates: list[tuple[str, Ratio]] = []
-    firsts: list[tuple[str, Ratio]] = []
-    gaps: list[tuple[str, Ratio]] = []
-    ends = set()
+    """What the smallest and the largest value of a setting do to throughput and latency, pooled over the groups that have most often these ends."""
+    pairs: dict[tuple[float, float], list[tuple[Measured, Measured]]] = {}
     for _, group in grouped(focus.cells, (setting,)):
-        placed = sorted((m for m in group if m.variable(setting)), key=lambda m: m.variable(setting) or 0.0)
-        if len(placed) < 2 or placed[0].variable(setting) == placed[-1].variable(setting):
-            continue
-        low, high = placed[0], placed[-1]
-        ends.add((low.variable(setting), high.variable(setting)))
-        for key, found in ((RATE, rates), (TTFT, firsts), (TPOT, gaps)):
-            if low.values(key) and high.values(key):
-                found.append((low.cell.model, ratio("", high.values(key), low.values(key))))
-    if len(ends) == 1 and rates and firsts:
-        [(least, most)] = ends
-        rate, first = pooled(rates), pooled(firsts)
+        placed = sorted((place, number) for number, m in enumerate(group) if (place := m.variable(setting)))
+        if placed and placed[0][0] < placed[-1][0]:
+            pairs.setdefault((placed[0][0], placed[-1][0]), []).append((group[placed[0][1]], group[placed[-1][1]]))
+    if not pairs:
+        return
+    least, most = max(pairs, key=lambda ends: len(pairs[ends]))
+
+    def effect(key: str) -> Estimate | None:
+        found = [
+            (low.cell.model, ratio("", high.values(key), low.values(key))) for low, high in pairs[least, most] if low.values(key) and high.values(key)
+        ]
+        return pooled(found) if found else None
+
+    rate, first, gap = effect(RATE), effect(TTFT), effect(TPOT)
+    if rate and first:
         text = f"From {words} {least:g} to {most:g} throughput is {_told(rate)} times as high, the time to first token {_told(first)} times as long"
-        yield f"{text}{f', the time per output token {_told(pooled(gaps))} times' if gaps else ''}; over {rate.count} {rate.units}."
+        yield f"{text}{f', the time per output token {_told(gap)} times' if gap else ''}; over {rate.count} {rate.units}."
 
 
 def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:

@@ -56,6 +56,7 @@ td.long { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 .suspect { background: var(--doubt-soft); color: var(--doubt); }
 .failed { background: var(--bad-soft); color: var(--bad); }
 .why { display: block; margin-top: .15rem; font-size: .75rem; color: var(--quiet); }
+.why.told { white-space: normal; min-width: 20rem; }
 .run { display: block; width: 16.2ch; font: .65rem/1.3 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; color: var(--quiet);
   white-space: normal; overflow-wrap: anywhere; }
 ul { margin: .75rem 0 0; padding: 0; list-style: none; max-width: 64rem; }

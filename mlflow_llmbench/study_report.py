@@ -262,7 +262,9 @@ def _badged(table: Table) -> Table:
 def _verdicts(table: Table) -> list[tuple[str, list[str]]]:
     if table.heading != CLAIM_HEADING:
         return []
-    cells = [f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span><span class="why">{html(line[-1])}</span>' for line in table.body]
+    cells = [
+        f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span><span class="why told">{html(line[-1])}</span>' for line in table.body
+    ]
     return [("verdict", cells)]
 
 

@@ -223,6 +223,14 @@ def test_one_cell_draws_nothing_and_says_why(tmp_path: Path) -> None:
     assert all(one.verdict == UNSAID for one in alone.claims)
 
 
+def test_what_more_rows_and_longer_prompts_do_is_said_although_a_cell_is_missing() -> None:
+    cells = [one for one in grid(["opt-125m"], ["bf16"]) if (one.cell.batch_size, one.cell.prompt_tokens) != (16, 512)]
+    said = find(cells).sentences
+    assert said["Batch size"][0].startswith("From batch size 1 to 16 throughput is ")
+    assert said["Batch size"][0].endswith("over 2 groups.")  # of three prompt lengths, those with both ends
+    assert said["Prompt length"][0].startswith("From prompt length 64 to 512 throughput is 0.")
+
+
 def test_a_cell_that_failed_is_marked_in_the_maps(tmp_path: Path) -> None:
     good = [one for one in grid(["opt-125m"], ["bf16"]) if (one.cell.batch_size, one.cell.prompt_tokens) != (16, 512)]
     failed = dataclasses.replace(measured(batch=16, prompt=512), outcome="oom", repetitions=(), failure=Failure("measuring", "no memory left"))
