@@ -74,9 +74,8 @@ def run_study(
     uploaded = done.run_ids and not done.not_uploaded
     own = (done.parent_id or done.run_ids[0]) if uploaded else None
     run_id = log.removeprefix("runs:/") if log else own
-    store = tracking.open_store(tracking_uri, experiment, own) if run_id else None
-    kept = _keep(found, output or str(done.folder), store, run_id)
-    return StudyResult(done, found, *kept)
+    kept_in = tracking.open_store(tracking_uri, experiment, own) if run_id else None
+    return StudyResult(done, found, *_keep(found, output or str(done.folder), kept_in, run_id))
 
 
 def _find(results: Sequence[RunResult], share: float, prices: Mapping[str, float] | None, accept_suspect: str | None) -> Findings:
