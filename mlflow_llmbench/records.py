@@ -51,6 +51,12 @@ class Cell:
     )
     output_tokens: int = parameter(128, "exact number of generated tokens per row", kind="count", sweep=True, high=1_000_000)
     workload: str = parameter("synthetic", "synthetic (seeded ids), a bundled prompt set, or a JSONL file", kind="workload", sweep=True)
+    history: str = parameter(
+        "none",
+        "conversations of a workload: none = each is one prompt; turn by turn with the history recomputed, or kept in the KV cache",
+        kind="history",
+        sweep=True,
+    )
     warmup: int | None = parameter(None, "discarded runs: auto (at least 3, until steady) or a number", kind="count", unset="auto", high=10_000)
     repetitions: int | None = parameter(
         None, "timed runs: auto (at least 5, until the interval is narrow) or a number", kind="count", unset="auto", high=1_000_000
@@ -209,7 +215,8 @@ class RequestRecord:
     Behind a server a stamp is the arrival of a chunk of the stream, and a chunk may hold several tokens: `tokens` is the
     server's own count of the output (None: one token per stamp), `chunk_tokens` that of each chunk where it tells them.
     `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
-    `end_ns` the end of the answer, `cached_tokens` the part of the prompt that the server had in its prefix cache.
+    `end_ns` the end of the answer, `cached_tokens` the part of the prompt that was not computed again: in the server's prefix
+    cache, or in the history that a conversation keeps.
     """
 
     t0_ns: int
@@ -225,6 +232,11 @@ class RequestRecord:
     end_ns: int | None = None
     cached_tokens: int | None = None
     finish: str = ""  # why the model stopped, in the server's word
+
+    @property
+    def prefilled_tokens(self) -> int | None:
+        """Tokens of the prompt, per row, that were computed."""
+        return None if self.prompt_tokens is None else self.prompt_tokens - (self.cached_tokens or 0)
 
     @property
     def output_tokens(self) -> int:
@@ -262,6 +274,7 @@ class Repetition:
     """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
 
     Only complete requests are in `requests`, so that no other enters a latency; those that failed are in `failed`.
+    Of a conversation the requests are its turns, in order.
     """
 
     index: int
@@ -394,6 +407,7 @@ class RunResult:
     failure: Failure | None = None
     predicted_bytes: int | None = None
     price_per_hour: float | None = None
+    same_replies: tuple[bool, ...] = ()  # per turn of a conversation with kept history: whether recomputing gives the same reply
     quality: Quality | None = None  # None where it was not asked for
     sweep: str = ""
     linked: str = ""  # the run (or the folder) that this result was measured in, where it was not measured again

@@ -37,6 +37,7 @@ BACKENDS = {
 
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = ("synthetic", "qa", "summarization", "creative", "code", "chat", "domain")
+HISTORIES = ("none", "recomputed", "kept")
 DECODES = ("generate",)
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
@@ -67,7 +68,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
+    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "history", "trust_remote_code", "allow_pickle",
     "preset", "on", "force", "memory_limit", "quality", "quality_text",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
@@ -309,6 +310,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
     "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
+    "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
     "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
     "url": lambda name, text, _: _parse_url(name, text),
@@ -335,6 +337,9 @@ def _check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
             )
     if None in axes["prompt_tokens"] and "synthetic" in axes["workload"]:
         raise UsageError("prompt_tokens=auto has no meaning for workload=synthetic. Give a number of tokens, or a workload with texts such as qa.")
+    if axes["history"] != ("none",) and axes["prompt_tokens"] != (None,):
+        asked = next(history for history in axes["history"] if history != "none")
+        raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
     _check_online(axes)
 
 
