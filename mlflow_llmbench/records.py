@@ -117,6 +117,13 @@ class Options:
         "none", "auto = KL divergence and top-1 agreement against the unquantized model, and perplexity, after the measurement", kind="quality"
     )
     quality_text: str = parameter("bundled", "what perplexity is measured on: bundled, or a text file", kind="text_file")
+    quality_tasks: str | None = parameter(
+        None,
+        "tasks of lm-eval by name, or YAML files or folders of them, with commas; evaluated after the measurement",
+        kind="tasks",
+        unset="none",
+    )
+    quality_limit: int | None = parameter(None, "documents of each of these tasks at most; none = all", kind="count", unset="none")
     rerun: bool = parameter(False, "measure again what was measured before with the same configuration, environment and workload", kind="flag")
     memory_limit: int | None = parameter(
         None,
@@ -337,13 +344,32 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task of the lm-evaluation-harness, with its standard error over documents, as the harness gives them."""
+
+    task: str
+    metric: str  # with its filter, where that is not `none`: exact_match.strict-match
+    value: float
+    stderr: float | None = None
+    documents: int | None = None
+    version: str = ""
+    part: bool = False  # of a group that was asked for and has a score of its own
+
+
+@dataclass(frozen=True)
 class Quality:
-    """How good the loaded model still is, raw; `withheld` says in sentences why something is absent. `text_digest`: of the text for perplexity."""
+    """How good the loaded model still is, raw; `withheld` says in sentences why something is absent. `text_digest`: of the text for perplexity.
+
+    `tasks` holds the scores of lm-eval's tasks, `asked_tasks` which were asked for, `tasks_digest` what decides them.
+    """
 
     text_digest: str = ""
     scores: TextScores | None = None
     divergence: Divergence | None = None
     withheld: tuple[str, ...] = ()
+    asked_tasks: str = ""
+    tasks_digest: str = ""
+    tasks: tuple[TaskScore, ...] = ()
 
 
 @dataclass(frozen=True)

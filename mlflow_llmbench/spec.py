@@ -70,6 +70,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 LOCAL = (
     "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "history", "trust_remote_code", "allow_pickle",
     "preset", "on", "force", "memory_limit", "quality", "quality_text",
+    "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
 
@@ -274,6 +275,17 @@ def _parse_text_file(name: str, text: str) -> str:
     return text
 
 
+def _parse_tasks(name: str, text: str) -> str:
+    """Names of tasks, or paths of YAML files or of folders, with commas."""
+    tasks = [task.strip() for task in _parse_text(name, text).split(",")]
+    if not all(tasks):
+        raise UsageError(f"{name} has an empty name: {text}. Give names such as arc_easy,hellaswag.")
+    for task in tasks:
+        if ("/" in task or task.endswith((".yaml", ".yml"))) and not os.path.exists(task):
+            raise UsageError(f"There is no task file {task}. Give {name} a YAML file, a folder with YAML files, or a name that lm-eval knows.")
+    return ",".join(dict.fromkeys(tasks))
+
+
 def _parse_text(name: str, text: str) -> str:
     if CONTROLS.search(text) or len(text) > 1000:
         raise UsageError(f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. Give a plain name or path.")
@@ -307,6 +319,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "workload": lambda name, text, _: _parse_workload(name, text),
     "quality": lambda name, text, _: QUALITIES[_parse_choice(name, text, QUALITIES)],
     "text_file": lambda name, text, _: _parse_text_file(name, text),
+    "tasks": lambda name, text, _: _parse_tasks(name, text),
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
     "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),

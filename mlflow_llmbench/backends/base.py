@@ -35,6 +35,7 @@ class Capabilities:
     tokenizer: bool = False  # `encode` and `decode` work
     logits: bool = False  # `logits` works, so quality can be measured
     heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
+    harness: bool = False  # `language_model` works, so tasks of lm-eval can be run
     conversations: bool = False  # `encode_turns` and `new_history` work, and `generate` takes a history
     online: bool = False  # a server: takes loads of requests, see `ServerBackend`
 
@@ -100,6 +101,9 @@ class Backend(Protocol):
 
     def logits(self, ids: Sequence[int], last: int) -> Any:
         """One forward pass: the logits after each of the last `last` ids, a torch tensor (last, vocabulary) as the model computes them."""
+
+    def language_model(self) -> tuple[Any, Any]:
+        """The loaded model and its tokenizer, as transformers has them."""
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         """Device memory, None without a device. `reset` starts a new peak."""

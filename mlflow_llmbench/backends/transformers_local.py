@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class TransformersBackend:
     """`AutoModelForCausalLM` and `generate()` with a streamer that does nothing but pass each step on."""
 
-    capabilities = Capabilities(tokenizer=True, logits=True, conversations=True, heavy=("torch", "transformers"))
+    capabilities = Capabilities(tokenizer=True, logits=True, harness=True, conversations=True, heavy=("torch", "transformers"))
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -201,6 +201,9 @@ class TransformersBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def language_model(self) -> tuple[Any, Any]:
+        return self.model, self._tokenizer()
 
     def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
         import torch
