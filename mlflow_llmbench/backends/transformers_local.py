@@ -50,7 +50,9 @@ class TransformersBackend:
         if cell.quant in GPTQ_BITS:
             gptq.require()
         machine.require_device(cell.device)
-        return sources.find_model(cell)
+        model = sources.find_model(cell)
+        gptq.require_for(model)
+        return model
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
