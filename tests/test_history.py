@@ -200,6 +200,26 @@ def test_turns_have_series_and_a_table() -> None:
     assert "## Turn by turn" not in report_markdown(made(), {}, None)
 
 
+def test_conversations_of_other_lengths_are_no_noise_and_noise_is() -> None:
+    def judged(*pace: float) -> list[str]:
+        ms, repetitions = 1_000_000, []
+        for number, factor in enumerate(pace):
+            turns = 2 + number % 4
+            requests = [
+                RequestRecord(i * 500 * ms, tuple(round((i * 500 + 100 * (i + 1) + 10 * factor * k) * ms) for k in range(4)), 1, 9)
+                for i in range(turns)
+            ]
+            repetitions.append(dataclasses.replace(made().repetitions[0], index=number, requests=tuple(requests)))
+        result = dataclasses.replace(talks(), repetitions=tuple(repetitions))
+        metrics = summary.summarize(result)
+        assert metrics["trust/cv_ratio"] > 0.1
+        return [reason.sentence for reason in judge(result, metrics).reasons if reason.code == "high_variation"]
+
+    assert judged(1.0, 1.01, 0.99, 1.0, 1.02) == []
+    [sentence] = judged(1.0, 1.6, 0.8, 1.0, 1.3)
+    assert sentence.startswith("The time per output token of the repetitions varies by ")
+
+
 def test_flops_are_those_of_what_was_computed() -> None:
     load = LoadInfo(1.0, flops_per_token=10.0, head_flops=2.0, attention_flops_per_context_token=1.0)
     whole = dataclasses.replace(talks(), load=load, peaks={"flops_per_s": 1e6})
