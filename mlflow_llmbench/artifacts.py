@@ -45,7 +45,11 @@ def _config(result: RunResult) -> str:
     """config.yaml: what was asked, with the commit that `revision` meant, so that it means the same later."""
     from_hub = result.model.source in ("hub", "preset") and result.cell.weights != "random" and result.cell.backend != "fake"
     resolved = {"revision": result.model.revision} if from_hub else {}
-    quality = {"quality": "auto"} if result.quality else {}
+    quality: dict[str, object] = {}
+    if result.quality:
+        tasks = result.quality.asked_tasks
+        quality = {"quality_tasks": tasks} if tasks else {}
+        quality |= {"quality": "auto"} if result.quality.text_digest or not tasks else {}
     return report.config_yaml(result.cell, {"price_per_hour": result.price_per_hour, **quality, **resolved})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from . import gpu, machine, memory, models
 from .metrics import LEAST_REPETITIONS
 from .records import Cell, ModelFacts
-from .spec import as_text
+from .spec import GPTQ_BITS, as_text
 
 SPARE = 0.05
 """Share of the machine's memory that an automatic limit leaves free, since swapping begins before the last page is taken."""
@@ -24,6 +24,17 @@ def memory_limit(asked: int | None) -> tuple[int | None, str]:
     )
 
 
+READY_BITS = {bits: quant for quant, bits in GPTQ_BITS.items()}
+
+
+def stored_quant(cell: Cell, model: ModelFacts) -> str:
+    """The quantization of the weights as they are stored: that of the cell, or of a ready GPTQ or AWQ checkpoint, which take the same room."""
+    config = (model.config or {}).get("quantization_config") or {}
+    bits = config.get("bits")
+    ready = cell.quant == "none" and config.get("quant_method") in ("gptq", "awq")
+    return READY_BITS.get(bits, cell.quant) if ready and isinstance(bits, int) else cell.quant
+
+
 def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int | None:
     """Estimated peak bytes of a cell, of loading or of generating, whichever is more; None if the architecture is unknown."""
     if shape is None:
@@ -31,8 +42,9 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
         return None if model.files_bytes is None else model.files_bytes * unpacked
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     prompt = cell.prompt_tokens or 512
-    running = models.memory_estimate(shape, cell.quant, dtype, cell.batch_size, prompt, cell.output_tokens)
-    return max(running, models.load_memory_estimate(shape, cell.quant, dtype)) + models.PROCESS_BYTES
+    quant = stored_quant(cell, model)
+    running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt, cell.output_tokens)
+    return max(running, models.load_memory_estimate(shape, quant, dtype)) + models.PROCESS_BYTES
 
 
 LEAST_WARMUP = 3
@@ -49,7 +61,7 @@ def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, pea
     if shape is None or not bandwidth or not flops:
         return None
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
-    weights, rows, prompt = shape.weight_bytes(cell.quant, dtype), cell.batch_size, cell.prompt_tokens or 512
+    weights, rows, prompt = shape.weight_bytes(stored_quant(cell, model), dtype), cell.batch_size, cell.prompt_tokens or 512
     context = prompt + cell.output_tokens // 2
     cache = rows * shape.kv_bytes(context, 4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
     prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)

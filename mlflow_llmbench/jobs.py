@@ -124,6 +124,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         peaks=machine.best_peaks(first.peaks, f"{result.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
         idle_w=first.idle_w,
         texts=tuple(first.texts[number]),
+        same_replies=measured[0].same_replies,
         quality=reference.quality_of(spec.options, job.cell, first),
         log=tuple(first.log),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import machine
-from .backends.base import Backend
+from .backends.base import Backend, History
 from .errors import MeasurementError
 from .metrics import LEAST_REPETITIONS
 from .records import Cell, Repetition, RequestRecord
@@ -29,19 +29,43 @@ Say = Callable[..., None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What `measure_cell` returns. `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads."""
+    """What `measure_cell` returns. `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads.
+
+    Of a conversation the prompt is everything before the last answer. `same_replies`: what `compare_replies` found.
+    """
 
     first_call_ms: float
     warmup_s: tuple[float, ...]
     steady: bool
     repetitions: tuple[Repetition, ...]
     outputs: tuple[tuple[list[int], list[int]], ...]
+    same_replies: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run of a cell: its request, or those of a conversation's turns, and what the first row was given and said in the last one."""
+
+    requests: tuple[RequestRecord, ...]
+    prompt: list[int]
+    output: list[int]
+
+    @property
+    def seconds(self) -> float:
+        """From the first sending to the last arrival."""
+        return (self.requests[-1].stamps_ns[-1] - self.requests[0].t0_ns) / 1e9
 
 
 def time_request(
-    backend: Backend, prompts: Sequence[Sequence[int]], output_tokens: int, on_first: Callable[[], None] | None = None
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    output_tokens: int,
+    on_first: Callable[[], None] | None = None,
+    history: History | None = None,
 ) -> tuple[RequestRecord, list[Any]]:
     """Generate once and stamp each step. Returns the record and the steps as the backend emitted them.
+
+    What `history` holds of the prompts is not computed, and is `cached_tokens` of the record.
 
     t0 is taken with the prompt ids on the host, t(i) when the i-th id of each row is on the host. The stamps are those
     of `time.perf_counter_ns`, a monotonic clock, which a change of the wall clock does not move. `on_first` is called after
@@ -61,13 +85,38 @@ def time_request(
         if on_first and len(stamps) == 1:
             on_first()
 
+    told = emit_and_tell if on_first else emit
+    kept = {} if history is None else {"history": history}
+    cached = None if history is None else history.tokens
     gc.disable()
     try:
         t0 = clock()
-        backend.generate(prompts, output_tokens, emit_and_tell if on_first else emit)
+        backend.generate(prompts, output_tokens, told, **kept)
     finally:
         gc.enable()
-    return RequestRecord(t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0])), steps
+    return RequestRecord(t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0]), cached_tokens=cached), steps
+
+
+def time_turns(
+    backend: Backend, turns: Sequence[Sequence[Sequence[int]]], output_tokens: int, kept: bool = False, on_first: Callable[[], None] | None = None
+) -> Timed:
+    """Send turns one after another, each with all that was said before it; a prompt that stands alone is the only turn.
+
+    `turns` holds for each turn what it adds to each row, as ids. The answers in the history are the model's own, in the ids that it
+    wrote; with `kept` their keys and values, and those of the turns before, stay in the KV cache.
+    """
+    history = backend.new_history() if kept else None
+    said: list[list[int]] = [[] for _ in turns[0]]
+    requests: list[RequestRecord] = []
+    prompt, output = said[0], said[0]
+    for added in turns:
+        said = [[*row, *more] for row, more in zip(said, added, strict=True)]
+        record, steps = time_request(backend, said, output_tokens, None if requests else on_first, history)
+        requests.append(record)
+        ids = _check_steps(steps, len(said))
+        prompt, output = said[0], [step[0] for step in ids]
+        said = [[*row, *answer] for row, answer in zip(said, zip(*ids, strict=True), strict=True)] if ids else said
+    return Timed(tuple(requests), prompt, output)
 
 
 def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, say: Say) -> Measured:
@@ -75,12 +124,11 @@ def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: i
 
     `say("warmup" | "repetition", …)` is called after each run, outside the timed region. Raises MeasurementError.
     """
-    encode = backend.encode if backend.capabilities.tokenizer else None
 
-    def rows(number: int) -> list[list[int]]:
-        return prompts.batch(cell, number, vocab_size, encode)
+    def turns(number: int) -> list[list[list[int]]]:
+        return _turns(backend, cell, prompts, vocab_size, number)
 
-    first_call_ms, warmup_s, steady = _warm_up(backend, cell, rows, say)
+    first_call_ms, warmup_s, steady = _warm_up(backend, cell, turns, say)
     gc.collect()
     gc.freeze()
     repetitions: list[Repetition] = []
@@ -89,33 +137,57 @@ def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: i
     try:
         while len(repetitions) < limit and not _enough(cell, repetitions):
             index = len(repetitions)
-            batch = rows(index)
+            sent = turns(index)
             wall_ms, before = int(time.time() * 1000), machine.take_readings(backend.device)
-            record, steps = time_request(backend, batch, cell.output_tokens)
+            timed = time_turns(backend, sent, cell.output_tokens, cell.history == "kept")
             noise = machine.noise_between(before, machine.take_readings(backend.device))
-            ids = _check_steps(steps, len(batch))
-            repetitions.append(Repetition(index, wall_ms, (record,), noise))
+            repetitions.append(Repetition(index, wall_ms, timed.requests, noise))
             if prompts.texts and index * (1 if cell.prompt_tokens is None else cell.batch_size) < len(prompts.texts):
-                outputs.append((batch[0], [step[0] for step in ids]))
+                outputs.append((timed.prompt, timed.output))
             say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
     finally:
         gc.unfreeze()
     return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), tuple(outputs))
 
 
-def _warm_up(backend: Backend, cell: Cell, rows: Callable[[int], list[list[int]]], say: Say) -> tuple[float, list[float], bool]:
-    """Discarded runs of the measured shape. Returns the first call in ms, all durations in s, and whether they became steady."""
+def _turns(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, number: int) -> list[list[list[int]]]:
+    """What repetition `number` sends: its batch of prompts, or the turns of its conversation, the same one in every row."""
+    if cell.history == "none":
+        return [prompts.batch(cell, number, vocab_size, backend.encode if backend.capabilities.tokenizer else None)]
+    messages = prompts.conversations[number % len(prompts.conversations)]
+    return [[list(ids)] * cell.batch_size for ids in backend.encode_turns(messages)]
+
+
+def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: Measured) -> tuple[bool, ...]:
+    """For each turn of the first conversation that was measured with its history kept: whether recomputing it gives the same answer.
+
+    Each turn is given the ids of the kept history, so that one answer that differs does not make the next ones differ. Not timed.
+    """
+    prompt, output = measured.outputs[0]
+    said, same, end = [*prompt, *output], [], 0
+    for added in _turns(backend, cell, prompts, 0, 0):
+        end += len(added[0])
+        again = time_turns(backend, [[said[:end]] * cell.batch_size], cell.output_tokens)
+        same.append(again.output == said[end : end + cell.output_tokens])
+        end += cell.output_tokens
+    return tuple(same)
+
+
+def _warm_up(backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say) -> tuple[float, list[float], bool]:
+    """Discarded runs of the measured shape. Returns the first call in ms, all durations in s, and whether they became steady.
+
+    Conversations have other numbers of turns, so it is always the first one that shows whether they became steady.
+    """
     durations: list[float] = []
     fixed = cell.warmup is not None
     most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
     steady = False
     while len(durations) < most and not (steady and not fixed):
         first = None if durations else lambda: say("first_token")
-        record, steps = time_request(backend, rows(len(durations)), cell.output_tokens, first)
-        _check_steps(steps, record.rows)
-        if not record.stamps_ns:
+        timed = time_turns(backend, turns(len(durations) if cell.history == "none" else 0), cell.output_tokens, cell.history == "kept", first)
+        if not all(record.stamps_ns for record in timed.requests):
             raise MeasurementError("The backend generated no token at all. Nothing can be measured.")
-        durations.append((record.stamps_ns[-1] - record.t0_ns) / 1e9)
+        durations.append(timed.seconds)
         steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
         say("warmup", number=len(durations), limit=most, seconds=durations[-1])
     return durations[0] * 1000, durations, steady

@@ -105,7 +105,7 @@ class Progress:
             case "evaluating":
                 self._now("evaluating quality", log="evaluating quality")
             case "scoring":
-                self._now(f"quality {event['number']}/{event['limit']}", again=True)
+                self._now("quality " + (f"{event['number']}/{event['limit']}" if "limit" in event else str(event["number"])), again=True)
             case "failed":
                 self._end()
                 self.over.add(self.number)

@@ -7,10 +7,11 @@ window, a *cluster*; figures are means over all tokens.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .records import Quality
+from .records import Quality, TaskScore
 from .stats import percentile, supports, t_quantile_975
 
 Clusters = Sequence[Sequence[float]]
@@ -112,6 +113,29 @@ def top1_agreement(quality: Quality) -> Estimate | None:
     return cluster_proportion(quality.divergence.agrees) if quality.divergence else None
 
 
+def task_estimate(score: TaskScore) -> Estimate:
+    """A score of lm-eval with its 95 % interval, 1.96 standard errors to each side, over documents; none where the error is 0 or unknown.
+
+    Shares do not leave 0 to 1. An error of 0, where all documents agree, says nothing of the next one.
+    """
+    if not score.stderr:
+        return Estimate(score.value)
+    half = t_quantile_975(10**9) * score.stderr
+    low, high = score.value - half, score.value + half
+    if score.metric.startswith(SHARES):
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(score.value, low, high)
+
+
+SHARES = ("acc", "exact_match", "em")
+"""How the metrics of lm-eval that are shares begin."""
+
+
+def task_key(score: TaskScore) -> str:
+    """The MLflow key of a score; characters that a key cannot have become dashes."""
+    return "quality/lm_eval/" + re.sub(r"[^\w.-]", "-", score.task, flags=re.ASCII) + "/" + re.sub(r"[^\w.-]", "-", score.metric, flags=re.ASCII)
+
+
 def figures(quality: Quality) -> dict[str, float | None]:
     """Summary metrics under their MLflow keys; what was not measured is absent."""
     estimates = {
@@ -124,6 +148,11 @@ def figures(quality: Quality) -> dict[str, float | None]:
     for name, estimate in estimates.items():
         if estimate is not None:
             found |= {f"quality/{name}": estimate.value, f"quality/{name}_ci_low": estimate.low, f"quality/{name}_ci_high": estimate.high}
+    for score in quality.tasks:
+        if score.part:
+            continue
+        own = task_estimate(score)
+        found |= {task_key(score): own.value, f"{task_key(score)}_ci_low": own.low, f"{task_key(score)}_ci_high": own.high}
     pool = [value for prompt in quality.divergence.kl for value in prompt] if quality.divergence else []
     return found | {f"quality/kl_vs_reference_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)}
 
@@ -150,6 +179,10 @@ def sentences(quality: Quality) -> list[str]:
             f"Perplexity is over {scored:,} of the {s.tokens:,} tokens of the text {s.text}, in {len(s.nll)} windows of at most {s.window} tokens with a "
             f"stride of {s.stride}; the interval is over windows. It depends on the text and the tokenizer: compare it within one model."
         )
+    if quality.tasks:
+        counts = {score.task: score.documents for score in quality.tasks if score.documents is not None and not score.part}
+        told = ", ".join(f"{task} ({count:,} documents)" for task, count in counts.items())
+        said.append(f"Tasks of lm-eval, with the harness's own prompts and no chat template: {told}; intervals are over documents.")
     if said:
         said.append("The memory stage unloaded is absent: the evaluation came before it and left allocations behind that are not the measurement's.")
     return said + list(quality.withheld)

@@ -51,6 +51,12 @@ class Cell:
     )
     output_tokens: int = parameter(128, "exact number of generated tokens per row", kind="count", sweep=True, high=1_000_000)
     workload: str = parameter("synthetic", "synthetic (seeded ids), a bundled prompt set, or a JSONL file", kind="workload", sweep=True)
+    history: str = parameter(
+        "none",
+        "conversations of a workload: none = each is one prompt; turn by turn with the history recomputed, or kept in the KV cache",
+        kind="history",
+        sweep=True,
+    )
     warmup: int | None = parameter(None, "discarded runs: auto (at least 3, until steady) or a number", kind="count", unset="auto", high=10_000)
     repetitions: int | None = parameter(
         None, "timed runs: auto (at least 5, until the interval is narrow) or a number", kind="count", unset="auto", high=1_000_000
@@ -111,6 +117,13 @@ class Options:
         "none", "auto = KL divergence and top-1 agreement against the unquantized model, and perplexity, after the measurement", kind="quality"
     )
     quality_text: str = parameter("bundled", "what perplexity is measured on: bundled, or a text file", kind="text_file")
+    quality_tasks: str | None = parameter(
+        None,
+        "tasks of lm-eval by name, or YAML files or folders of them, with commas; evaluated after the measurement",
+        kind="tasks",
+        unset="none",
+    )
+    quality_limit: int | None = parameter(None, "documents of each of these tasks at most; none = all", kind="count", unset="none")
     rerun: bool = parameter(False, "measure again what was measured before with the same configuration, environment and workload", kind="flag")
     memory_limit: int | None = parameter(
         None,
@@ -209,7 +222,8 @@ class RequestRecord:
     Behind a server a stamp is the arrival of a chunk of the stream, and a chunk may hold several tokens: `tokens` is the
     server's own count of the output (None: one token per stamp), `chunk_tokens` that of each chunk where it tells them.
     `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
-    `end_ns` the end of the answer, `cached_tokens` the part of the prompt that the server had in its prefix cache.
+    `end_ns` the end of the answer, `cached_tokens` the part of the prompt that was not computed again: in the server's prefix
+    cache, or in the history that a conversation keeps.
     """
 
     t0_ns: int
@@ -225,6 +239,11 @@ class RequestRecord:
     end_ns: int | None = None
     cached_tokens: int | None = None
     finish: str = ""  # why the model stopped, in the server's word
+
+    @property
+    def prefilled_tokens(self) -> int | None:
+        """Tokens of the prompt, per row, that were computed."""
+        return None if self.prompt_tokens is None else self.prompt_tokens - (self.cached_tokens or 0)
 
     @property
     def output_tokens(self) -> int:
@@ -262,6 +281,7 @@ class Repetition:
     """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
 
     Only complete requests are in `requests`, so that no other enters a latency; those that failed are in `failed`.
+    Of a conversation the requests are its turns, in order.
     """
 
     index: int
@@ -324,13 +344,32 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task of the lm-evaluation-harness, with its standard error over documents, as the harness gives them."""
+
+    task: str
+    metric: str  # with its filter, where that is not `none`: exact_match.strict-match
+    value: float
+    stderr: float | None = None
+    documents: int | None = None
+    version: str = ""
+    part: bool = False  # of a group that was asked for and has a score of its own
+
+
+@dataclass(frozen=True)
 class Quality:
-    """How good the loaded model still is, raw; `withheld` says in sentences why something is absent. `text_digest`: of the text for perplexity."""
+    """How good the loaded model still is, raw; `withheld` says in sentences why something is absent. `text_digest`: of the text for perplexity.
+
+    `tasks` holds the scores of lm-eval's tasks, `asked_tasks` which were asked for, `tasks_digest` what decides them.
+    """
 
     text_digest: str = ""
     scores: TextScores | None = None
     divergence: Divergence | None = None
     withheld: tuple[str, ...] = ()
+    asked_tasks: str = ""
+    tasks_digest: str = ""
+    tasks: tuple[TaskScore, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -394,6 +433,7 @@ class RunResult:
     failure: Failure | None = None
     predicted_bytes: int | None = None
     price_per_hour: float | None = None
+    same_replies: tuple[bool, ...] = ()  # per turn of a conversation with kept history: whether recomputing gives the same reply
     quality: Quality | None = None  # None where it was not asked for
     sweep: str = ""
     linked: str = ""  # the run (or the folder) that this result was measured in, where it was not measured again

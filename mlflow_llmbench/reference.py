@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import estimate, machine, models, supervise
+from .backends import harness
 from .backends.base import backend_class
 from .errors import LlmbenchError
 from .records import Cell, ModelFacts, Options, Quality, hash16
@@ -51,12 +52,21 @@ def order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Ma
     same sweep: a model too large for this machine is not loaded for each of its quantizations. `environment` is that of this
     machine, where it is known. Raises KeyboardInterrupt, and UsageError if the text cannot be read.
     """
-    cell = task.cells[0]
-    if task.options.quality == "none":
+    cell, options = task.cells[0], task.options
+    if options.quality == "none" and options.quality_tasks is None:
         return None
     if why := never(cell):
         tell({"event": "withheld", "message": why})
         return None
+    tasks = {"tasks": options.quality_tasks.split(","), "most": options.quality_limit} if options.quality_tasks else {}
+    if options.quality == "none":
+        return {"digest": "", **tasks}
+    return _text_order(task, tell, environment, limits) | tasks
+
+
+def _text_order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any]:
+    """The part of the order that is about texts: perplexity, and divergence from the reference."""
+    cell = task.cells[0]
     own, text = sibling(cell), load_text(task.options.quality_text)
     is_reference = cell.quant == "none" and cell.attention == "auto"
     found: dict[str, Any] = {"text": text.name, "digest": text.digest, "references": {}, "is_reference": is_reference}
@@ -131,12 +141,31 @@ def _forget_old(needed: Sequence[Path]) -> None:
 
 def quality_of(options: Options, cell: Cell, outcome: GroupOutcome) -> Quality | None:
     """What a worker found of a cell's quality; None if it was not asked for. Whatever is absent has its sentence."""
-    if options.quality == "none":
+    if options.quality == "none" and options.quality_tasks is None:
         return None
     if why := never(cell):
         return Quality(withheld=(why,))
     compared = outcome.divergences.get(cell.workload)
     withheld = outcome.withheld
-    if not withheld and (compared is None or outcome.scores is None):
+    missing = options.quality != "none" and (compared is None or outcome.scores is None)
+    if not withheld and (missing or (options.quality_tasks and not outcome.task_scores)):
         withheld = ["The worker ended before the quality was evaluated. Measure the cell again with rerun=true."]
-    return Quality(outcome.text_digest, outcome.scores, compared, tuple(withheld))
+    tasks = tuple(score for scores in outcome.task_scores.values() for score in scores)
+    return Quality(
+        outcome.text_digest, outcome.scores, compared, tuple(withheld), options.quality_tasks or "", tasks_digest(options), tasks
+    )  # fmt: skip
+
+
+def require(options: Options) -> None:
+    """Raise MissingError if what an option needs is not installed."""
+    if options.quality_tasks is not None:
+        harness.require()
+
+
+def tasks_digest(options: Options) -> str:
+    """16 hex digits for which tasks of lm-eval are asked for, with the files that declare them; empty without any."""
+    if options.quality_tasks is None:
+        return ""
+    paths = [Path(task) for task in options.quality_tasks.split(",")]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.y*ml")) if path.is_dir() else [])]
+    return hash16([options.quality_tasks, options.quality_limit, [file.read_text(encoding="utf-8", errors="replace") for file in files]])

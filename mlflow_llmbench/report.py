@@ -17,7 +17,7 @@ from .quality import sentences
 from .records import Cell, RunResult, Verdict
 from .spec import as_text, cell_fields, default_text
 from .stats import classify_outliers
-from .summary import gpu_of, statistics_cells, summarize
+from .summary import Turn, gpu_of, statistics_cells, summarize, turns_of
 from .validity import judge, unsupported_percentiles
 
 Metrics = Mapping[str, float]
@@ -209,6 +209,8 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
         parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
     if metrics:
         parts += ["## All metrics", markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()])]
+    if turns := turns_of(result):
+        parts += ["## Turn by turn", _turns_table(turns), *_replies(result)]
     if result.repetitions:
         parts += ["## Statistics", markdown_table(*statistics_cells(result))]
     if result.quality:
@@ -228,6 +230,25 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
         markdown_table(["what", "version"], environment_facts(result.environment)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _turns_table(turns: Sequence[Turn]) -> str:
+    heading = ["turn", "conversations", "prompt tokens", "of them computed", "TTFT ms", "end to end ms"]
+    body = [[str(t.number), str(t.count), *map(_number, (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms))] for t in turns]
+    return markdown_table(heading, body)
+
+
+def _replies(result: RunResult) -> list[str]:
+    """Whether a history that is kept changes what the model says."""
+    if not result.same_replies:
+        return []
+    same, count = sum(result.same_replies), len(result.same_replies)
+    text = f"With its history recomputed, the first conversation gave the same answer, token by token, in {same} of its {count} turns."
+    if same < count:
+        text += (
+            " Sums over a prompt in one piece and in several are rounded differently, which is enough where two tokens are about equally probable."
+        )
+    return [text]
 
 
 def _repetitions_table(result: RunResult) -> str:

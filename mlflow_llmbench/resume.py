@@ -41,8 +41,13 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
 
 
 def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
-    """Whether a result has the quality that is asked for, on the same text."""
-    if spec.options.quality == "none" or reference.never(found.cell):
+    """Whether a result has the quality that is asked for, on the same text and tasks."""
+    if reference.never(found.cell):
+        return True
+    tasks = reference.tasks_digest(spec.options)
+    if tasks and (found.quality is None or found.quality.tasks_digest != tasks or not found.quality.tasks):
+        return False
+    if spec.options.quality == "none":
         return True
     return found.quality is not None and found.quality.text_digest == load_text(spec.options.quality_text).digest
 

@@ -37,6 +37,7 @@ BACKENDS = {
 
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = ("synthetic", "qa", "summarization", "creative", "code", "chat", "domain")
+HISTORIES = ("none", "recomputed", "kept")
 DECODES = ("generate",)
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
@@ -67,8 +68,9 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
+    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "history", "trust_remote_code", "allow_pickle",
     "preset", "on", "force", "memory_limit", "quality", "quality_text",
+    "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
 
@@ -273,6 +275,17 @@ def _parse_text_file(name: str, text: str) -> str:
     return text
 
 
+def _parse_tasks(name: str, text: str) -> str:
+    """Names of tasks, or paths of YAML files or of folders, with commas."""
+    tasks = [task.strip() for task in _parse_text(name, text).split(",")]
+    if not all(tasks):
+        raise UsageError(f"{name} has an empty name: {text}. Give names such as arc_easy,hellaswag.")
+    for task in tasks:
+        if ("/" in task or task.endswith((".yaml", ".yml"))) and not os.path.exists(task):
+            raise UsageError(f"There is no task file {task}. Give {name} a YAML file, a folder with YAML files, or a name that lm-eval knows.")
+    return ",".join(dict.fromkeys(tasks))
+
+
 def _parse_text(name: str, text: str) -> str:
     if CONTROLS.search(text) or len(text) > 1000:
         raise UsageError(f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. Give a plain name or path.")
@@ -306,9 +319,11 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "workload": lambda name, text, _: _parse_workload(name, text),
     "quality": lambda name, text, _: QUALITIES[_parse_choice(name, text, QUALITIES)],
     "text_file": lambda name, text, _: _parse_text_file(name, text),
+    "tasks": lambda name, text, _: _parse_tasks(name, text),
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
     "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
+    "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
     "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
     "url": lambda name, text, _: _parse_url(name, text),
@@ -335,6 +350,9 @@ def _check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
             )
     if None in axes["prompt_tokens"] and "synthetic" in axes["workload"]:
         raise UsageError("prompt_tokens=auto has no meaning for workload=synthetic. Give a number of tokens, or a workload with texts such as qa.")
+    if axes["history"] != ("none",) and axes["prompt_tokens"] != (None,):
+        asked = next(history for history in axes["history"] if history != "none")
+        raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
     _check_online(axes)
 
 

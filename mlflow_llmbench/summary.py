@@ -108,6 +108,8 @@ def summarize(result: RunResult) -> dict[str, float]:
         found |= _latency(requests(result))
         found |= _throughput(result)
         found |= online_figures(result) if result.cell.url else _efficiency(result, found)
+    if result.same_replies:
+        found["trust/same_replies_ratio"] = fmean(result.same_replies)
     if result.quality:
         found |= figures(result.quality)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
@@ -173,8 +175,8 @@ def total_rate(repetition: Repetition) -> float | None:
 
 
 def prefill_rate(repetition: Repetition) -> float | None:
-    """Prompt tokens of all rows ÷ TTFT, 1/s, mean over the requests."""
-    return _mean([r.rows * r.prompt_tokens / ttft_ms(r) * 1e3 for r in repetition.requests if r.prompt_tokens and ttft_ms(r) > 0])
+    """Prompt tokens of all rows that were computed ÷ TTFT, 1/s, mean over the requests."""
+    return _mean([r.rows * r.prefilled_tokens / ttft_ms(r) * 1e3 for r in repetition.requests if r.prefilled_tokens and ttft_ms(r) > 0])
 
 
 def decode_rate(repetition: Repetition) -> float | None:
@@ -285,9 +287,9 @@ def model_flops_utilization(result: RunResult) -> float | None:
     done = seconds = 0.0
     for request in requests(result):
         prompt, output = request.prompt_tokens or 0, request.output_tokens
-        tokens = prompt + output - 1
+        last, held = prompt + output - 1, request.cached_tokens or 0
         # Token i attends to i tokens; the head is computed for the output tokens only, not for the prompt.
-        body = tokens * (load.flops_per_token + attention * attended(load, tokens / 2))
+        body = (last - held) * (load.flops_per_token + attention * attended(load, (last + held) / 2))
         done += request.rows * (body + output * load.head_flops)
         seconds += e2e_ms(request) / 1e3
     return done / seconds / peak if seconds else None
@@ -377,12 +379,44 @@ def series(result: RunResult) -> list[Point]:
         rate = output_rate(repetition)
         points += [] if rate is None else [Point("steps/output_tokens_per_s", step, rate, wall)]
     points += _token_series(result)
+    points += [Point(f"steps/turn_{name}", turn.number, value, result.ended_ms) for turn in turns_of(result) for name, value in turn.values().items()]
     points += _memory_series(result)
     for key, values in (("itl_ms", [g for r in requests(result) for g in gaps_ms(r)]), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []
         order = sorted(values)
         points += [Point(f"percentiles/{key}", q, percentile(order, q), result.ended_ms) for q in supported]
     return [point for point in points if math.isfinite(point.value)]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The turns of one number over all conversations that were measured: how many had it, mean lengths in tokens, and medians in ms."""
+
+    number: int
+    count: int
+    prompt_tokens: float
+    prefilled_tokens: float
+    ttft_ms: float
+    e2e_ms: float
+
+    def values(self) -> dict[str, float]:
+        """The figures by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("number", "count")}
+
+
+def turns_of(result: RunResult) -> list[Turn]:
+    """The turns of conversations, by number; empty where nothing was measured turn by turn."""
+    if result.cell.history == "none":
+        return []
+    most = max((len(repetition.requests) for repetition in result.repetitions), default=0)
+    columns = [[r.requests[i] for r in result.repetitions if len(r.requests) > i] for i in range(most)]
+    return [
+        Turn(
+            number, len(column), fmean(r.prompt_tokens or 0 for r in column), fmean(r.prefilled_tokens or 0 for r in column),
+            median(map(ttft_ms, column)), median(map(e2e_ms, column)),
+        )
+        for number, column in enumerate(columns, 1)
+    ]  # fmt: skip
 
 
 def _token_series(result: RunResult) -> Iterator[Point]:

@@ -25,7 +25,7 @@ from . import machine, memory
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from .journal import EventLog, redact_log
 from .measure import Measured
-from .records import Cell, Divergence, LoadInfo, MemorySample, MemoryStages, ModelFacts, TextScores, from_json, to_json
+from .records import Cell, Divergence, LoadInfo, MemorySample, MemoryStages, ModelFacts, TaskScore, TextScores, from_json, to_json
 from .redaction import worker_environment
 
 SAMPLE_S = 0.05
@@ -66,6 +66,7 @@ class GroupOutcome:
     text_digest: str = ""  # of the text that is scored
     scores: TextScores | None = None
     divergences: dict[str, Divergence] = field(default_factory=dict)  # workload → beside the reference
+    task_scores: dict[str, tuple[TaskScore, ...]] = field(default_factory=dict)  # task of lm-eval as asked → its scores
     withheld: list[str] = field(default_factory=list)  # why a figure of quality is absent
     environment: Mapping[str, Any] | None = None  # of the machine that it ran on, where that is not the command's
     error: LlmbenchError | None = None
@@ -119,6 +120,8 @@ class GroupOutcome:
                 self.scores = from_json(TextScores, event["scores"])
             case "compared":
                 self.divergences[event["workload"]] = from_json(Divergence, event["divergence"])
+            case "tasked":
+                self.task_scores[event["task"]] = tuple(from_json(TaskScore, score) for score in event["scores"])
             case "withheld":
                 self.withheld.append(event["message"])
             case "end":
@@ -286,7 +289,7 @@ class _Watch:
             case "measured":
                 self.cell_since = None
                 self._begins("ending the cell", "load_timeout_s", self.limits.load_s)
-            case "evaluating" | "scoring" | "scored" | "compared":
+            case "evaluating" | "scoring" | "scored" | "compared" | "tasked":
                 self._begins("scoring one text", "repetition_timeout_s", self.limits.repetition_s)
         if self.on_event:
             self.on_event(event)

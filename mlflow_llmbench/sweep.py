@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import artifacts, charts, estimate, jobs, overview, plan, report, resume, tracking
+from . import artifacts, charts, estimate, jobs, overview, plan, reference, report, resume, tracking
 from .backends.base import backend_class
 from .errors import NodeLost, UsageError
 from .jobs import Job
@@ -28,7 +28,7 @@ from .redaction import redact_all
 from .report import Row
 from .spec import BenchSpec, parse
 from .supervise import GroupOutcome
-from .workload import load_prompts
+from .workload import load_prompts, require_conversations
 
 MOST_CELLS = 5000
 
@@ -195,6 +195,9 @@ def _prepare(
 ) -> _Sweep:
     """The folder, the store, the jobs: all that can be wrong before anything is measured."""
     prompts = {workload: load_prompts(workload) for workload in dict.fromkeys(cell.workload for cell in cells)}
+    for cell in cells:
+        require_conversations(cell, prompts[cell.workload])
+    reference.require(spec.options)
     ledger = Ledger(spec, parent_name, watcher.note)
     ledger.open(*where)
     if ledger.store:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
 from .redaction import CONTROLS, redact, redact_all
 from .report import summary_markdown
-from .spec import as_text, cell_fields
+from .spec import WORKLOADS, as_text, cell_fields
 from .summary import Point, gpu_of, series, summarize
 from .validity import judge
 
@@ -276,6 +277,7 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
     _log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
     log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
+    _log_workload(store, run_id, result)
     store.client.log_artifacts(run_id, str(artifacts))
     store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last: what was cut off in the middle must be found again
 
@@ -351,6 +353,22 @@ def log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
     values = [Metric(p.key, p.value, p.wall_ms, p.step) for p in points]
     for start in range(0, len(values), 1000):
         store.client.log_batch(run_id, metrics=values[start : start + 1000])
+
+
+def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
+    """The prompts as the run's dataset, whose digest is `workload_hash`: `dataset.digest = '…'` finds all runs that were sent the same.
+
+    The texts themselves stay where they are. A second time changes nothing: MLflow knows a dataset by its name and digest.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    cell = result.cell
+    own_file = cell.workload not in WORKLOADS
+    source = {"uri": redact(cell.workload)} if own_file else {"tags": {"mlflow.source.name": f"mlflow_llmbench/workloads: {cell.workload}"}}
+    lengths = {name: as_text(name, getattr(cell, name)) for name in ("prompt_tokens", "output_tokens")}
+    name = redact(Path(cell.workload).stem if own_file else cell.workload)
+    prompts = Dataset(name, result.hashes.workload, "local" if own_file else "code", json.dumps(source), profile=json.dumps(lengths))
+    store.client.log_inputs(run_id, [DatasetInput(prompts, [InputTag("mlflow.data.context", "benchmark")])])
 
 
 def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path) -> None:

@@ -96,15 +96,22 @@ def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reaso
 
 
 def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    """Between processes where there are several, and between repetitions, which the means of processes would hide."""
-    rates = [rate for repetition in result.repetitions if (rate := summary.output_rate(repetition)) is not None]
+    """Between processes where there are several, and between repetitions, which the means of processes would hide.
+
+    Conversations differ in their turns, and their throughput with them; what a quiet machine has in common over all of them is the
+    time per output token.
+    """
+    talks = result.cell.history != "none"
+    of = summary.PER_REPETITION["latency/tpot_ms_mean"] if talks else summary.output_rate
+    rates = [rate for repetition in result.repetitions if (rate := of(repetition)) is not None]
     seen = {"processes": metrics.get("trust/cv_ratio") if summary.process_count(result) > 1 else None, "repetitions": coefficient_of_variation(rates)}
     found = {noun: cv for noun, cv in seen.items() if cv is not None and cv > VARIATION_LIMIT}
     if found:
         noun = max(found, key=found.__getitem__)
+        what = "time per output token" if talks and noun == "repetitions" else "throughput"
         yield Reason(
             "high_variation",
-            f"The throughput of the {noun} varies by {found[noun]:.1%} (standard deviation ÷ mean), and the limit is {VARIATION_LIMIT:.0%}. "
+            f"The {what} of the {noun} varies by {found[noun]:.1%} (standard deviation ÷ mean), and the limit is {VARIATION_LIMIT:.0%}. "
             "Look for what ran beside it, and measure again.",
         )
 

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from . import machine, memory
 from .backends.base import Backend, ServerBackend, backend_class
 from .errors import LlmbenchError, MeasurementError, first_line
 from .journal import EventLog
-from .measure import measure_cell
+from .measure import compare_replies, measure_cell
 from .measure_server import measure_server
 from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
 from .workload import PromptSet, load_prompts
@@ -141,11 +142,27 @@ def _write_references(job: dict[str, Any], tell: Any) -> None:
 
 def _check_lengths(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:
     """Raise MeasurementError if a text that is taken as it is leaves no room for the output."""
+    if cell.history != "none":
+        _check_conversations(backend, cell, prompts, context)
+        return
     longest = max(len(backend.encode(text)) for text in prompts.texts)
     if cell.prompt_tokens is None and context is not None and longest + cell.output_tokens > context:
         raise MeasurementError(
             f"The longest text of workload {prompts.name} has {longest} tokens, and with output_tokens={cell.output_tokens} that is more than the "
             f"context of {context}. Give a number of prompt_tokens, or shorter texts."
+        )
+
+
+def _check_conversations(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:
+    """Raise MeasurementError if the backend cannot be measured turn by turn, or a conversation outgrows the context."""
+    if not backend.capabilities.conversations:
+        raise MeasurementError(f"backend={cell.backend} cannot be measured turn by turn. Use history=none.")
+    turns = [backend.encode_turns(messages) for messages in prompts.conversations]
+    longest = max(sum(map(len, added)) + len(added) * cell.output_tokens for added in turns)
+    if context is not None and longest > context:
+        raise MeasurementError(
+            f"The longest conversation of workload {prompts.name} has {longest} tokens with output_tokens={cell.output_tokens} for each answer, and that "
+            f"is more than the context of {context}. Ask for shorter answers, or give shorter conversations."
         )
 
 
@@ -173,6 +190,9 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
             else measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
         )
         _stage("peak", backend, tell)
+        if cell.history == "kept":  # after the peak was read, for it computes what the cell did not
+            with contextlib.suppress(LlmbenchError, MemoryError):
+                measured = replace(measured, same_replies=compare_replies(backend, cell, prompts, measured))
         texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
         tell("measured", number=number, measured=measured, texts=texts)
         tell("described", info=backend.describe())

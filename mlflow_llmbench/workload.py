@@ -31,6 +31,7 @@ class PromptSet:
 
     name: str
     texts: tuple[str, ...] = ()
+    conversations: tuple[tuple[str, ...], ...] = ()  # what the user says, turn by turn, where every line is a conversation
 
     def batch(self, cell: Cell, repetition: int, vocab_size: int, encode: Encode | None) -> list[list[int]]:
         """Prompts of one repetition: `batch_size` rows of token ids, all of one length, so that nothing is padded.
@@ -82,7 +83,8 @@ class PromptSet:
 
     def digest(self, cell: Cell, vocab_size: int | None) -> str:
         """`workload_hash`: what is sent and how much is asked for; the batch size and the model's settings are not part of it."""
-        prompts: object = list(self.texts) or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
+        texts = [list(turns) for turns in self.conversations] if cell.history != "none" else list(self.texts)
+        prompts: object = texts or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
         if cell.url and not self.texts:
             prompts = {"generator": "common-words-1", "seed": cell.seed}
         return hash16({"prompts": prompts, "prompt_tokens": cell.prompt_tokens, "output_tokens": cell.output_tokens})
@@ -97,12 +99,52 @@ def load_prompts(workload: str) -> PromptSet:
         return PromptSet("synthetic")
     if workload in WORKLOADS:
         text = (resources.files(__package__) / "workloads" / f"{workload}.jsonl").read_text(encoding="utf-8")
-        return PromptSet(workload, _parse_lines(text, workload))
+        return PromptSet(workload, *_parse_lines(text, workload))
     try:
         text = Path(workload).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Cannot read workload file {workload}: {error}. Give a UTF-8 JSON Lines file.") from None
-    return PromptSet(Path(workload).stem, _parse_lines(text, workload))
+    return PromptSet(Path(workload).stem, *_parse_lines(text, workload))
+
+
+def require_conversations(cell: Cell, prompts: PromptSet) -> None:
+    """Raise UsageError if a cell is to be measured turn by turn and its workload has no turns."""
+    if cell.history != "none" and not prompts.conversations:
+        raise UsageError(
+            f"history={cell.history} needs conversations, and workload={cell.workload} has none. "
+            'Use workload=chat, or a file whose lines have "messages" instead of a "prompt".'
+        )
+
+
+def turn_texts(messages: Sequence[str], render: Callable[[list[dict[str, str]]], str] | None) -> list[str]:
+    """What each message of the user adds to the text of a conversation, the end of the answer before it included.
+
+    `render` is the tokenizer's chat template: messages with roles → text that ends where the answer begins. What it puts
+    between two turns is found by a stand-in for the answer, so that the text of the history is never made anew; None is the plain
+    form of `plain_dialogue`. Raises UsageError for a template that does not keep answers as they are.
+    """
+    if render is None:
+        return [f"{'' if number == 0 else chr(10)}User: {message}\nAssistant:" for number, message in enumerate(messages)]
+    found: list[str] = []
+    chat: list[dict[str, str]] = []
+    for message in messages:
+        chat.append({"role": "user", "content": message})
+        _, answer, added = render(chat).rpartition(STAND_IN)
+        if chat[:-1] and not answer:
+            raise UsageError("The chat template of this model leaves earlier answers out, so that no history can be kept. Use history=none.")
+        found.append(added)
+        chat.append({"role": "assistant", "content": STAND_IN})
+    return found
+
+
+STAND_IN = "an-answer-that-stands-here"
+"""Words that no chat template changes."""
+
+
+def plain_dialogue(messages: Sequence[str]) -> str:
+    """Messages of user and assistant in turns as one text, `User: …` and `Assistant: …`, which ends where the next answer begins."""
+    lines = [f"{'Assistant' if number % 2 else 'User'}: {message}" for number, message in enumerate(messages)]
+    return "\n".join([*lines, "Assistant:"])
 
 
 @dataclass(frozen=True)
@@ -128,13 +170,20 @@ def load_text(name: str) -> Text:
         raise UsageError(f"Cannot read the text file {name}: {error}. Give a plain text file in UTF-8.") from None
 
 
-def _parse_lines(text: str, origin: str) -> tuple[str, ...]:
-    prompts = []
+def _parse_lines(text: str, origin: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """The prompts, one per line, and where every line is a conversation what its user says."""
+    prompts, conversations = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            prompt = json.loads(line)["prompt"]
+            data = json.loads(line)
+            if "messages" in data:
+                messages = _messages(data["messages"], f"{origin}, line {number}")
+                conversations.append(tuple(messages[::2]))
+                prompts.append(plain_dialogue(messages))
+                continue
+            prompt = data["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
@@ -144,4 +193,20 @@ def _parse_lines(text: str, origin: str) -> tuple[str, ...]:
         prompts.append(prompt)
     if not prompts:
         raise UsageError(f"{origin} has no prompts. Write one JSON object with a prompt per line.")
-    return tuple(prompts)
+    return tuple(prompts), tuple(conversations) if len(conversations) == len(prompts) else ()
+
+
+def _messages(given: object, origin: str) -> list[str]:
+    """The texts of a conversation. Raises UsageError unless user and assistant take turns and the user has the last word."""
+    roles = ("user", "assistant")
+    found = (
+        [m.get("content") if isinstance(m, dict) and m.get("role") == roles[i % 2] else None for i, m in enumerate(given)]
+        if isinstance(given, list)
+        else []
+    )
+    if len(found) % 2 == 0 or not all(isinstance(text, str) and text.strip() for text in found):
+        raise UsageError(
+            f'{origin}: "messages" are not a conversation. Write a list of {{"role": "user", "content": "…"}} and {{"role": "assistant", …}} in turns '
+            "that begins and ends with the user."
+        )
+    return [str(text) for text in found]

@@ -93,6 +93,7 @@ HOMES = {
     "huggingface_hub": ("backends",),
     "gguf": ("backends",),
     "optimum": ("backends",),
+    "lm_eval": ("backends",),
     "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),

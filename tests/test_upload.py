@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlflow.data
 import pytest
 from mlflow import MlflowClient
 
@@ -31,7 +32,8 @@ def content(uri: str) -> dict[str, Any]:
         history = {k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(one.info.run_id, k)] for k in one.data.metrics}
         artifacts = sorted(item.path for item in client.list_artifacts(one.info.run_id))
         nested = "mlflow.parentRunId" in one.data.tags
-        found[one.info.run_name] = (one.info.status, one.data.params, tags, history, artifacts, nested)
+        prompts = [vars(given.dataset) for given in one.inputs.dataset_inputs]
+        found[one.info.run_name] = (one.info.status, one.data.params, tags, history, artifacts, nested, prompts)
     return found
 
 
@@ -55,7 +57,28 @@ def test_uploaded_late_equals_uploaded_at_once_and_twice_changes_nothing(store_u
     assert upload(str(result.folder), store_uri).there == first.new
 
 
-@pytest.mark.parametrize("call", ["log_artifacts", "log_batch", "set_tag"])
+def test_runs_that_were_sent_the_same_are_found_by_the_digest_of_their_prompts(store_uri: str, elsewhere: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one two three"}\n')
+    asked = {**CELL, "model": "fake:ttft_ms=2+itl_ms=1", "workload": f"qa,{tmp_path}/mine.jsonl", "batch_size": "1,2"}
+    result = run(**asked)
+    upload(str(result.folder), elsewhere)
+    client = MlflowClient(store_uri)
+    of_run = {run_id: client.get_run(run_id) for run_id in result.run_ids}
+    for uri in (store_uri, elsewhere):
+        store = MlflowClient(uri)
+        experiments = [e.experiment_id for e in store.search_experiments()]
+        for workload, name in (("qa", "qa"), (f"{tmp_path}/mine.jsonl", "mine")):
+            [digest] = {r.data.tags["llmbench.workload_hash"] for r in of_run.values() if r.data.params["workload"] == workload}
+            found = store.search_runs(experiments, f"dataset.digest = '{digest}' and dataset.name = '{name}'")
+            assert sorted(r.data.params["batch_size"] for r in found) == ["1", "2"]
+            assert {r.data.params["workload"] for r in found} == {workload}
+    [of_file, *_] = [r.inputs.dataset_inputs for r in of_run.values() if "mine" in r.data.params["workload"]]
+    assert json.loads(of_file[0].dataset.source) == {"uri": f"{tmp_path}/mine.jsonl"}
+    assert mlflow.data.get_source(of_file[0].dataset).load() == f"{tmp_path}/mine.jsonl"
+    assert [(tag.key, tag.value) for tag in of_file[0].tags] == [("mlflow.data.context", "benchmark")]
+
+
+@pytest.mark.parametrize("call", ["log_artifacts", "log_batch", "log_inputs", "set_tag"])
 def test_what_a_failing_store_cut_off_is_completed_not_doubled(store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """mlflow's own client, failing at one call from the second use on: whatever part had arrived."""
     real, uses = getattr(MlflowClient, call), []
@@ -73,7 +96,7 @@ def test_what_a_failing_store_cut_off_is_completed_not_doubled(store_uri: str, m
     assert "the store is away" in " ".join(result.not_uploaded)
     assert {status for status, *_ in content(store_uri).values()} == {"FINISHED"}
     assert upload(str(result.folder), store_uri).completed == 1
-    [(_, _, tags, history, artifacts, _)] = content(store_uri).values()
+    [(_, _, tags, history, artifacts, *_)] = content(store_uri).values()
     assert history["latency/ttft_ms_mean"] and "samples.csv.gz" in artifacts and tags["llmbench.outcome"] == "ok"
     assert upload(str(result.folder), store_uri).there == 1
 
@@ -129,7 +152,7 @@ def test_a_store_that_breaks_in_the_middle_loses_nothing(store_uri: str, elsewhe
     assert len(result.not_uploaded) == 1
     assert result.not_uploaded[0].startswith(f"{CELL['backend']}:")
     assert upload(str(result.folder), elsewhere).new == 1
-    [(status, _, tags, history, artifacts, _)] = content(elsewhere).values()
+    [(status, _, tags, history, artifacts, *_)] = content(elsewhere).values()
     assert (status, tags["llmbench.outcome"]) == ("FINISHED", "ok")
     assert history["latency/ttft_ms_mean"]
     assert "samples.csv.gz" in artifacts

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_llmbench.workload import plain_dialogue
+
 FOLDER = Path(__file__).resolve().parent.parent / "mlflow_llmbench" / "workloads"
 
 ROW = re.compile(
@@ -19,7 +21,7 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 TABLE = {match["file"]: match for match in ROW.finditer(README)}
 FILES = sorted(path.name for path in FOLDER.glob("*.jsonl"))
 
-# The keys that each line has besides "id" and "prompt".
+# The keys that each line has besides "id" and its text, which is "messages" in chat.jsonl and else "prompt".
 EXTRA_KEYS = {
     "chat.jsonl": set(),
     "code.jsonl": {"language"},
@@ -33,7 +35,12 @@ EXTRA_KEYS = {
 def load(name):
     text = (FOLDER / name).read_text(encoding="utf-8")
     assert text.endswith("\n")
-    return [json.loads(line) for line in text[:-1].split("\n")]
+    rows = [json.loads(line) for line in text[:-1].split("\n")]
+    for row in rows:
+        if "messages" in row:
+            row["turns"] = [message["content"] for message in row["messages"]]
+            row["prompt"] = plain_dialogue(row["turns"])
+    return rows
 
 
 def word_counts(name):
@@ -51,6 +58,10 @@ def test_readme_lists_every_file():
 def test_lines_have_the_expected_keys(name):
     for row in load(name):
         assert isinstance(row, dict)
+        if name == "chat.jsonl":
+            texts = row.pop("turns")
+            assert all(set(message) == {"role", "content"} for message in row.pop("messages"))
+            assert all(text.strip() == text != "" for text in texts)
         assert set(row) == {"id", "prompt"} | EXTRA_KEYS[name]
         for value in row.values():
             assert isinstance(value, str)
@@ -99,7 +110,7 @@ def test_summarization_form():
     for row in load("summarization.jsonl"):
         article, end, rest = row["prompt"].partition("\n\nSummary:")
         assert end and not rest, row["id"]
-        assert 150 <= len(article.split()) <= 300, row["id"]
+        assert 300 <= len(article.split()) <= 800, row["id"]
         assert len(row["reference"].split()) < len(article.split()) / 2, row["id"]
 
 
@@ -112,7 +123,7 @@ def test_code_form():
     languages = Counter(row["language"] for row in rows)
     for language, count in languages.items():
         assert re.search(rf"`{language}` \({count}\b", README), language
-    assert set(languages) == {"python", "javascript", "c", "sql", "bash"}
+    assert set(languages) == {"python", "javascript", "c", "sql", "bash", "java", "go", "rust"}
 
 
 def test_complete_python_prompts_parse():
@@ -130,21 +141,23 @@ def test_complete_python_prompts_parse():
 
 
 def test_chat_form():
-    turns = []
-    for row in load("chat.jsonl"):
-        lines = row["prompt"].split("\n")
-        assert len(lines) % 2 == 0, row["id"]
-        for number, line in enumerate(lines[:-1]):
-            speaker = "Assistant: " if number % 2 else "User: "
-            assert line.startswith(speaker) and line != speaker, row["id"]
-        assert lines[-1] == "Assistant:", row["id"]
-        turns.append(len(lines) // 2)
-    assert min(turns) == 1
-    assert max(turns) > 1
+    rows = load("chat.jsonl")
+    for row in rows:
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == (["user", "assistant"] * len(roles))[: len(roles)], row["id"]
+        assert roles[-1] == "user", row["id"]
+    assert len(rows) == 25
+    assert set(Counter(len(row["turns"]) // 2 + 1 for row in rows)) == {2, 3, 4, 5, 6}
 
 
 def test_domain_form():
     rows = load("domain.jsonl")
     fields = Counter(row["domain"] for row in rows)
-    assert fields == {"medical": 5, "legal": 5, "finance": 5, "science": 5}
+    assert fields == {"legal": 10, "science": 10}
     assert all(15 <= words <= 80 for words in word_counts("domain.jsonl"))
+
+
+def test_the_sets_have_their_sizes_and_a_licence():
+    sizes = {"qa": 50, "summarization": 20, "creative": 20, "code": 30, "chat": 25, "domain": 20}
+    assert {Path(name).stem: len(load(name)) for name in FILES} == sizes
+    assert "Apache License, Version 2.0" in (FOLDER / "LICENSE").read_text(encoding="utf-8")

@@ -35,6 +35,8 @@ class Capabilities:
     tokenizer: bool = False  # `encode` and `decode` work
     logits: bool = False  # `logits` works, so quality can be measured
     heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
+    harness: bool = False  # `language_model` works, so tasks of lm-eval can be run
+    conversations: bool = False  # `encode_turns` and `new_history` work, and `generate` takes a history
     online: bool = False  # a server: takes loads of requests, see `ServerBackend`
 
 
@@ -46,6 +48,14 @@ class DeviceMemory:
     reserved: int
     peak_reserved: int
     driver: int | None = None
+
+
+class History(Protocol):
+    """What a conversation keeps from one call of `generate` to the next."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens at the beginning of each row of the next prompt whose keys and values it holds, so that they are not computed again."""
 
 
 class Backend(Protocol):
@@ -70,8 +80,18 @@ class Backend(Protocol):
     def describe(self) -> LoadInfo:
         """What the loaded model is now; some libraries repack weights in their first call."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
-        """Generate exactly `output_tokens` tokens for each prompt (ids, all of one length), greedily; emit each step."""
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
+        """Generate exactly `output_tokens` tokens for each prompt (ids, all of one length), greedily; emit each step.
+
+        `history`, of `new_history`, holds the beginning of the prompts, and afterwards the prompts and all but the last token.
+        It is given only where `capabilities.conversations` says that it may be.
+        """
+
+    def new_history(self) -> History:
+        """An empty history."""
+
+    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
+        """What each message of a user adds to a conversation, as ids, in the model's own chat template where it has one."""
 
     def encode(self, text: str) -> Sequence[int]:
         """Text → token ids, as the model's own tokenizer does."""
@@ -81,6 +101,9 @@ class Backend(Protocol):
 
     def logits(self, ids: Sequence[int], last: int) -> Any:
         """One forward pass: the logits after each of the last `last` ids, a torch tensor (last, vocabulary) as the model computes them."""
+
+    def language_model(self) -> tuple[Any, Any]:
+        """The loaded model and its tokenizer, as transformers has them."""
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         """Device memory, None without a device. `reset` starts a new peak."""

@@ -6,6 +6,7 @@ The script is the model's name, `fake:` and settings joined by `+`, all of them 
 
     load_ms, ttft_ms, itl_ms     delays (default 1, 5, 1)
     row_ms                       more delay per step for each row after the first (default 0)
+    prompt_ms                    more delay of the first token for each token of the prompt that no history holds (default 0)
     memory_mb                    memory that a load really allocates and touches (default 1)
     vocab                        size of the vocabulary (default 32000)
     stop_after                   stop after this many tokens, whatever was asked
@@ -23,14 +24,16 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MeasurementError, OutOfMemory, UsageError
 from ..records import Cell, LoadInfo, ModelFacts, hash16
+from ..workload import turn_texts
 from .base import Capabilities, DeviceMemory, Emit
 
 NUMBERS = {
-    "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
+    "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "prompt_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
     "stall_ms": 0.0, "stall_at": 0.0, "log_lines": 0.0, "above_batch": 0.0, "below_batch": 1e9,
 }  # fmt: skip
 WORDS = {"fail": ("oom", "error", "crash", "kill", "hang"), "at": ("load", "generate")}
@@ -54,10 +57,17 @@ def parse_script(model: str) -> dict[str, float | str]:
     return script
 
 
+@dataclass
+class FakeHistory:
+    """Counts what a real one would hold."""
+
+    tokens: int = 0
+
+
 class FakeBackend:
     """Emits tokens on a schedule counted from the start of the call, so that delays do not add up."""
 
-    capabilities = Capabilities(tokenizer=True)
+    capabilities = Capabilities(tokenizer=True, conversations=True)
     device = "cpu"
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
@@ -93,7 +103,7 @@ class FakeBackend:
             vocab_size=int(self._number("vocab")),
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: FakeHistory | None = None) -> None:
         started = time.perf_counter_ns()
         rows = len(prompts)
         for _ in range(int(self._number("log_lines"))):
@@ -101,11 +111,20 @@ class FakeBackend:
         self._fail("generate", rows)
         step = self._number("itl_ms") + self._number("row_ms") * (rows - 1)
         late = step if self.script["late"] else 0.0
+        first = self._number("ttft_ms") + self._number("prompt_ms") * (len(prompts[0]) - (history.tokens if history else 0))
         for token in range(min(output_tokens, int(self._number("stop_after")))):
             stall = self._number("stall_ms") if 0 < self._number("stall_at") <= token + 1 else 0.0
             last = token == output_tokens - 1
-            _wait_until(started + int((self._number("ttft_ms") + token * step + stall + (0.0 if last and token else late)) * 1e6))
+            _wait_until(started + int((first + token * step + stall + (0.0 if last and token else late)) * 1e6))
             emit([(97 + (sum(prompt) + token) % 26) for prompt in prompts])
+        if history:
+            history.tokens = len(prompts[0]) + output_tokens - 1
+
+    def new_history(self) -> FakeHistory:
+        return FakeHistory()
+
+    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
+        return [self.encode(text) for text in turn_texts(messages, None)]
 
     def encode(self, text: str) -> Sequence[int]:
         return list(text.encode())

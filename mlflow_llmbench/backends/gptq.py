@@ -42,6 +42,21 @@ def require() -> None:
         )
 
 
+READY = {"gptq": PACKAGES, "awq": ("gptqmodel",)}
+"""Method of a checkpoint that is quantized already → the packages through which transformers loads it."""
+
+
+def require_for(model: ModelFacts) -> None:
+    """Raise MissingError unless a ready GPTQ or AWQ checkpoint can be loaded here; nothing is asked of any other model."""
+    method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
+    for package in READY.get(str(method), ()):
+        if importlib.util.find_spec(package) is None:
+            raise MissingError(
+                f"{model.name} is quantized with {method}, and loading it needs the package {package}, which is not installed. "
+                "Run: pip install 'mlflow-llmbench[gptq]'"
+            )
+
+
 def folder_of(cell: Cell, model: ModelFacts) -> Path:
     """Where the quantized checkpoint is kept: named by everything that decides its content."""
     versions = {package: importlib.metadata.version(package) for package in (*PACKAGES, "transformers", "torch")}

@@ -20,6 +20,7 @@ from ..errors import MeasurementError, UsageError
 from ..records import Divergence, ModelFacts, TextScores, hash16
 from ..spec import LEAST_TEXT_TOKENS
 from ..workload import Text, load_prompts, load_text
+from . import harness
 from .base import Backend
 
 if TYPE_CHECKING:
@@ -54,7 +55,14 @@ class Reference:
 
 
 def evaluate(backend: Backend, order: Mapping[str, Any], context: int | None, say: Say) -> None:
-    """Score the text and compare with each reference of the order (`reference.order`), telling each result as soon as it is there."""
+    """Score the text, compare with each reference of the order (`reference.order`), run its tasks; each result is told as soon as it is there."""
+    if "text" in order:
+        _evaluate_texts(backend, order, context, say)
+    if order.get("tasks"):
+        harness.evaluate(backend, order["tasks"], order["most"], say)
+
+
+def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | None, say: Say) -> None:
     references = {workload: read_reference(Path(path)) for workload, path in order["references"].items()}
     try:
         known = next(iter(references.values()), None)

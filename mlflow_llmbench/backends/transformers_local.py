@@ -15,6 +15,7 @@ from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..records import Cell, LoadInfo, ModelFacts
 from ..spec import BITSANDBYTES, GPTQ_BITS
+from ..workload import turn_texts
 from . import gptq, sources
 from .base import Capabilities, DeviceMemory, Emit
 from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class TransformersBackend:
     """`AutoModelForCausalLM` and `generate()` with a streamer that does nothing but pass each step on."""
 
-    capabilities = Capabilities(tokenizer=True, logits=True, heavy=("torch", "transformers"))
+    capabilities = Capabilities(tokenizer=True, logits=True, harness=True, conversations=True, heavy=("torch", "transformers"))
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -49,7 +50,9 @@ class TransformersBackend:
         if cell.quant in GPTQ_BITS:
             gptq.require()
         machine.require_device(cell.device)
-        return sources.find_model(cell)
+        model = sources.find_model(cell)
+        gptq.require_for(model)
+        return model
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
@@ -156,29 +159,53 @@ class TransformersBackend:
 
     # Generating
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None) -> None:
         import torch
         from transformers import GenerationConfig
 
         ids = torch.tensor(prompts, dtype=torch.long)
         settings = GenerationConfig(max_new_tokens=output_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0, eos_token_id=None)
         streamer: Any = _Streamer(emit)
+        kept = {"past_key_values": history.cache} if history else {}  # generate() leaves out of the prompt what the cache holds
         with _foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
             if not self._checked_late:
                 streamer = stack.enter_context(_late_check(self.model, streamer))
                 self._checked_late = True
             ids = ids.to(self.model.device)
-            self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+            self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer, **kept)
             self._synchronise()
 
+    def new_history(self) -> _History:
+        from transformers import DynamicCache
+
+        return _History(DynamicCache(config=self.model.config))
+
     def encode(self, text: str) -> Sequence[int]:
+        ids: list[int] = self._tokenizer()(text)["input_ids"]
+        return ids
+
+    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
+        tokenizer = self._tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            first, *rest = turn_texts(messages, None)
+            return [self.encode(first), *(tokenizer(text, add_special_tokens=False)["input_ids"] for text in rest)]
+
+        def render(chat: list[dict[str, str]]) -> str:
+            return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+        with _foreign_errors("applying the chat template"):  # which writes the special tokens itself
+            return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in turn_texts(messages, render)]
+
+    def _tokenizer(self) -> Any:
         if self.tokenizer is None:  # only text workloads need one, and building it from a GGUF file takes a minute
             self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
+        return self.tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def language_model(self) -> tuple[Any, Any]:
+        return self.model, self._tokenizer()
 
     def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
         import torch
@@ -234,6 +261,17 @@ class TransformersBackend:
             import torch
 
             torch.cuda.synchronize(self.device)
+
+
+class _History:
+    """The KV cache of a conversation."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    @property
+    def tokens(self) -> int:
+        return int(self.cache.get_seq_length())
 
 
 class _Streamer:
