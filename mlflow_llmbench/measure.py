@@ -87,13 +87,13 @@ def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: i
     outputs: list[tuple[list[int], list[int]]] = []
     limit = cell.repetitions or cell.max_repetitions
     try:
-        while len(repetitions) < limit and not _enough(cell, repetitions):
+        while len(repetitions) < limit and not enough(cell, repetitions):
             index = len(repetitions)
             batch = rows(index)
             wall_ms, before = int(time.time() * 1000), machine.take_readings(backend.device)
             record, steps = time_request(backend, batch, cell.output_tokens)
             noise = machine.noise_between(before, machine.take_readings(backend.device))
-            ids = _check_steps(steps, len(batch))
+            ids = checked_ids(steps, len(batch))
             repetitions.append(Repetition(index, wall_ms, (record,), noise))
             if prompts.texts and index * (1 if cell.prompt_tokens is None else cell.batch_size) < len(prompts.texts):
                 outputs.append((batch[0], [step[0] for step in ids]))
@@ -112,7 +112,7 @@ def _warm_up(backend: Backend, cell: Cell, rows: Callable[[int], list[list[int]]
     while len(durations) < most and not (steady and not fixed):
         first = None if durations else lambda: say("first_token")
         record, steps = time_request(backend, rows(len(durations)), cell.output_tokens, first)
-        _check_steps(steps, record.rows)
+        checked_ids(steps, record.rows)
         if not record.stamps_ns:
             raise MeasurementError("The backend generated no token at all. Nothing can be measured.")
         durations.append((record.stamps_ns[-1] - record.t0_ns) / 1e9)
@@ -121,7 +121,7 @@ def _warm_up(backend: Backend, cell: Cell, rows: Callable[[int], list[list[int]]
     return durations[0] * 1000, durations, steady
 
 
-def _enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
+def enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
     """Whether `auto` may stop: at least 5 that nothing spoiled, and the 95 % interval of the throughput within `precision_target`.
 
     A spoiled repetition is repeated, and both are kept: what is left out by hand is how wishes become results. On a machine
@@ -144,7 +144,7 @@ def throughput(repetition: Repetition) -> float:
     return tokens / span * 1e9
 
 
-def _check_steps(steps: Sequence[Any], rows: int) -> list[list[int]]:
+def checked_ids(steps: Sequence[Any], rows: int) -> list[list[int]]:
     """The steps as lists of ids; each must hold one id per row."""
     ids = [[int(i) for i in (step.tolist() if hasattr(step, "tolist") else step)] for step in steps]
     for number, step in enumerate(ids, 1):
