@@ -16,6 +16,7 @@ from mlflow_llmbench.backends.base import Backend
 from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.batching import batch_positions, needed_positions, next_batch
 from mlflow_llmbench.cli import main
+from mlflow_llmbench.errors import MeasurementError
 from mlflow_llmbench.estimate import beyond_context
 from mlflow_llmbench.measure_stream import Order, Served, _server, measure_stream
 from mlflow_llmbench.online_summary import padding_waste
@@ -31,7 +32,14 @@ from .test_transformers import loaded
 
 MS = 1_000_000
 MIXED = Cell(
-    model="fake:ttft_ms=20+itl_ms=5", backend="fake", workload="mixed", prompt_tokens=32, output_tokens=16, batch_size=3, batching="static", request_rate=100.0
+    model="fake:ttft_ms=20+itl_ms=5",
+    backend="fake",
+    workload="mixed",
+    prompt_tokens=32,
+    output_tokens=16,
+    batch_size=3,
+    batching="static",
+    request_rate=100.0,
 )
 
 
@@ -123,7 +131,10 @@ STREAM = {"backend": "fake", "model": "fake:itl_ms=1", "batching": "static", "re
     ("given", "message"),
     [
         ({"workload": "mixed"}, "one batch has one exact length. Add batching=static,dynamic,continuous and request_rate"),
-        ({"workload": "mixed", "batching": "static", "request_rate": "2", "prompt_tokens": "auto"}, "prompt_tokens=auto has no meaning for workload=mixed"),
+        (
+            {"workload": "mixed", "batching": "static", "request_rate": "2", "prompt_tokens": "auto"},
+            "prompt_tokens=auto has no meaning for workload=mixed",
+        ),
         ({"batching": "static"}, "batching needs a stream of requests. Give request_rate"),
         ({"batching": "static,none", "request_rate": "2"}, "Leave none out of the list"),
         ({"request_rate": "2"}, "request_rate is of a stream of requests. Add batching="),
@@ -216,7 +227,7 @@ def test_a_backend_that_cannot_batch_so_is_named() -> None:
 
     for batching in ("static", "continuous"):
         cell = dataclasses.replace(MIXED, batching=batching)
-        with pytest.raises(Exception, match=f"backend=fake has no {batching} batching"):
+        with pytest.raises(MeasurementError, match=f"backend=fake has no {batching} batching"):
             measure_stream(Single(cell, FakeBackend.resolve(cell)), cell, load_prompts("mixed"), 1000, lambda *_, **__: None)
 
 
@@ -227,7 +238,16 @@ def result(*requests: RequestRecord, positions: int | None = 100, cell: Cell = M
     engine = EngineReadings(positions, 60, (2, 1), (2 * MS, 4 * MS))
     repetitions = tuple(Repetition(i, 1000 * i, requests, engine=engine) for i in range(5))
     return RunResult(
-        cell, "ok", 0, 9000, Hashes("c", "w", "h", "s", "e"), ModelFacts("m", "none", "m", "x"), {}, steady=True, warmup_s=(1, 1, 1), repetitions=repetitions
+        cell,
+        "ok",
+        0,
+        9000,
+        Hashes("c", "w", "h", "s", "e"),
+        ModelFacts("m", "none", "m", "x"),
+        {},
+        steady=True,
+        warmup_s=(1, 1, 1),
+        repetitions=repetitions,
     )
 
 
@@ -271,7 +291,19 @@ def test_an_answer_of_another_length_than_asked_is_invalid() -> None:
 
 
 def test_a_sweep_over_ways_of_batching_is_runs_in_mlflow(store_uri: str, tmp_path: Path) -> None:
-    arguments = ["run", "--backend", "fake", "--model", "fake:ttft_ms=6+itl_ms=2", "--workload", "mixed", "--prompt-tokens", "16", "--output-tokens", "8"]
+    arguments = [
+        "run",
+        "--backend",
+        "fake",
+        "--model",
+        "fake:ttft_ms=6+itl_ms=2",
+        "--workload",
+        "mixed",
+        "--prompt-tokens",
+        "16",
+        "--output-tokens",
+        "8",
+    ]
     arguments += ["--batching", "static,dynamic,continuous", "--batch-wait-ms", "2", "--batch-size", "4", "--request-rate", "100", "--requests", "12"]
     assert main([*arguments, "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri, "--output-dir", str(tmp_path / "out")]) == 0
     client = MlflowClient(store_uri)
@@ -317,17 +349,46 @@ def test_a_server_gets_requests_of_those_lengths(store_uri: str) -> None:
 # A real model
 
 
-@pytest.mark.parametrize("batching", ["static", "dynamic", "continuous"])
-def test_every_way_of_batching_brings_the_tokens_of_plain_greedy_decoding(tiny_model: Path, batching: str) -> None:
+def tiny(kind: str, folder: Path) -> Path:
+    """A two-layer model of another architecture: OPT has learned positions, and Gemma 3 a sliding window in one of its layers."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
+
+    torch.manual_seed(1)
+    size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    gemma = {
+        "intermediate_size": 128,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    config = OPTConfig(ffn_dim=128, word_embed_proj_dim=64, **size) if kind == "opt" else Gemma3TextConfig(**size, **gemma)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("batching", "kind", "attention"),
+    [
+        ("static", "llama", "sdpa"), ("dynamic", "llama", "sdpa"), ("continuous", "llama", "sdpa"), ("continuous", "llama", "eager"),
+        ("static", "opt", "sdpa"), ("continuous", "opt", "sdpa"), ("static", "gemma", "sdpa"), ("continuous", "gemma", "sdpa"),
+    ],
+)  # fmt: skip
+def test_every_way_of_batching_brings_the_tokens_of_plain_greedy_decoding(
+    tiny_model: Path, tmp_path: Path, batching: str, kind: str, attention: str
+) -> None:
     """Against each prompt by itself; and the positions that are said to be computed are those that went through the model."""
+    folder = tiny_model if kind == "llama" else tiny(kind, tmp_path / kind)
     stream: list[Order] = [([5 + i, *range(20, 20 + 7 * i)], output) for i, output in enumerate((6, 1, 11, 3, 8))]
-    cell = Cell(model=str(tiny_model), quant="fp32", batching=batching, batch_size=2, batch_wait_ms=1, request_rate=100.0, workload="mixed")
+    settings: dict[str, Any] = {"batching": batching, "batch_size": 2, "batch_wait_ms": 1, "request_rate": 100.0, "workload": "mixed"}
+    cell = Cell(model=str(folder), quant="fp32", attention=attention, **settings)
     with loaded(cell) as (backend, _):
         alone: list[list[int]] = []
         for ids, output in stream:
-            steps: list[int] = []
-            backend.generate([ids], output, lambda step, steps=steps: steps.append(int(step[0])))
-            alone.append(steps)
+            steps: list[Any] = []
+            backend.generate([ids], output, steps.append)
+            alone.append([int(step[0]) for step in steps])
         with _server(cast(Backend, backend), cell, 60) as answer:
             seen: list[int] = []
             hook = backend.model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True)
@@ -337,5 +398,15 @@ def test_every_way_of_batching_brings_the_tokens_of_plain_greedy_decoding(tiny_m
                 assert list(served.outputs) == alone
                 assert served.readings.positions == sum(seen)
             hook.remove()
-    assert [r.output_tokens for r in served.requests] == [6, 1, 11, 3, 8]
-    assert (served.readings.positions == served.readings.needed) == (batching == "continuous")
+        assert [r.output_tokens for r in served.requests] == [6, 1, 11, 3, 8]
+        assert (served.readings.positions == served.readings.needed) == (batching == "continuous")
+        assert backend.model.config._attn_implementation == attention  # as before
+
+
+def test_an_attention_that_cannot_be_batched_continuously_is_one_clear_error(tiny_model: Path) -> None:
+    cell = Cell(model=str(tiny_model), attention="flex_attention", batching="continuous", batch_size=2, request_rate=1.0)
+    with loaded(cell) as (backend, _), pytest.raises(MeasurementError) as caught, _server(cast(Backend, backend), cell, 60):
+        pass
+    assert str(caught.value).startswith("transformers cannot batch this model continuously.")
+    assert "flex_attention is not supported" in str(caught.value)
+    assert str(caught.value).endswith("Use batching=static,dynamic, or another attention.")
