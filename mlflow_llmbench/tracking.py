@@ -274,7 +274,7 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
     note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
     _log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
-    _log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
+    log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
     store.client.log_artifacts(run_id, str(artifacts))
     store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last: what was cut off in the middle must be found again
 
@@ -343,8 +343,8 @@ def _log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in redact_all(tags).items()])
 
 
-def _log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
-    """Log points in batches of a thousand, the server's limit."""
+def log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
+    """Log points, a thousand per request: the most that a server takes."""
     from mlflow.entities import Metric
 
     values = [Metric(p.key, p.value, p.wall_ms, p.step) for p in points]
