@@ -43,6 +43,7 @@ SWEEP_AXES = {
     "memory/device_bytes_peak": ("memory", "peak device memory", "GB"),
     "memory/host_needed_bytes_peak": ("memory", "peak host memory", "GB"),
     "memory/host_rss_bytes_peak": ("memory", "peak resident memory", "GB"), "memory/weight_bytes": ("memory", "weights", "GB"),
+    "efficiency/padding_waste_ratio": ("padding", "computed for nothing", "share of token positions"),
 }  # fmt: skip
 """Metric → the chart that draws it, what it is in words, the unit drawn. A chart draws the first of its metrics that any cell has."""
 

@@ -189,6 +189,8 @@ def usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
         if verdict_.word == "invalid":
             why = result.outcome if result.failure else ", ".join(reason.code for reason in verdict_.reasons)
             left_out.append(f"{name}: {why}")
+        elif result.cell.batching:
+            left_out.append(f"{name}: a stream of requests, and the laws are of batches of one shape")
         elif not result.repetitions:
             left_out.append(f"{name}: no repetitions")
         else:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
-from .online_summary import online_figures
+from .online_summary import online_figures, stream_figures
 from .quality import figures
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
 from .stats import (
@@ -107,12 +107,22 @@ def summarize(result: RunResult) -> dict[str, float]:
     if result.repetitions:
         found |= _latency(requests(result))
         found |= _throughput(result)
-        found |= online_figures(result) if result.cell.url else _efficiency(result, found)
+        found |= _of_scenario(result, found)
     if result.same_replies:
         found["trust/same_replies_ratio"] = fmean(result.same_replies)
     if result.quality:
         found |= figures(result.quality)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _of_scenario(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
+    """What only a server's result has, only a stream's, or only one of single batches; MBU and MFU are of one batch of one length."""
+    if result.cell.url:
+        return online_figures(result)
+    own = _efficiency(result, found)
+    if not result.cell.batching:
+        return own
+    return stream_figures(result) | {key: own[key] for key in ("efficiency/tokens_per_s_per_gb", "efficiency/joules_per_token")}
 
 
 def _settings(result: RunResult) -> Iterator[tuple[str, float | None]]:

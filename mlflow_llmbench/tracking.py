@@ -262,7 +262,7 @@ def _unquoted(text: str) -> str:
 
 def cell_params(cell: Cell) -> dict[str, str]:
     """The params of a cell as text."""
-    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(bool(cell.url))}
+    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario)}
 
 
 def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
-    "intent": ("spec", "models", "plan", "workload", "arrivals"),
+    "intent": ("spec", "models", "plan", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
-    "act": ("measure", "measure_server", "journal", "supervise", "worker", "reference", "node"),
+    "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "worker", "reference", "node"),
     "think": (
         "stats",
         "quality",
@@ -81,7 +81,7 @@ LAYERS = {
 THINK_SEES = ("nouns", "think")
 """Pure functions over records: not even the layers above them, but for the nouns."""
 
-EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats")}
+EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats"), ("measure_stream", "stats")}
 """Measurement stops when the interval is narrow: it must be the very interval that is reported."""
 
 HOMES = {
