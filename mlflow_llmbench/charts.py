@@ -43,7 +43,7 @@ SWEEP_AXES = {
     "memory/device_bytes_peak": ("memory", "peak device memory", "GB"),
     "memory/host_needed_bytes_peak": ("memory", "peak host memory", "GB"),
     "memory/host_rss_bytes_peak": ("memory", "peak resident memory", "GB"), "memory/weight_bytes": ("memory", "weights", "GB"),
-    "efficiency/padding_waste_ratio": ("padding", "computed for nothing", "share of token positions"),
+    "efficiency/padding_waste_ratio": ("padding", "computed for nothing", "share"),
 }  # fmt: skip
 """Metric → the chart that draws it, what it is in words, the unit drawn. A chart draws the first of its metrics that any cell has."""
 
@@ -147,7 +147,7 @@ def _name(model: object) -> str:
 
 def _number(value: float) -> str:
     """About three digits: 12345 → 12,345, 41.27 → 41.3, 0.872 → 0.87."""
-    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
+    digits = 0 if value >= 99.95 or value == 0 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
     return f"{value:,.{digits}f}" if value >= 9999.5 else f"{value:.{digits}f}"
 
 

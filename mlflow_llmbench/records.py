@@ -324,9 +324,8 @@ class EngineReadings:
     """What batched the requests of one repetition in process.
 
     `positions`: token positions that were computed, None where they cannot be counted · `needed`: those that the answers need,
-    Σ (prompt + output − 1) · `batches`: forward passes' rows for a batch that was formed once and run to its end; empty where
-    the batch changes with every pass · `lags_ns`: for each step of an engine with a thread of its own, how much later than the
-    engine's own stamp of its first token ours was.
+    Σ (prompt + output − 1) · `batches`: rows of each batch that was formed once; empty where the batch changes with every pass ·
+    `lags_ns`: for each step of an engine with its own thread, our stamp less the engine's own of the step's first token.
     """
 
     positions: int | None

@@ -31,7 +31,9 @@ SPREAD = math.log(2)
 CLIP = (1 / 8, 4)
 """Least and most length of `mixed`, as multiples of the median: 3 standard deviations below and 2 above, where 2.3 % are cut."""
 
-MIXED = "Requests of varying length: log-normal, with these lengths as medians, two thirds between half and twice of them, clipped at ⅛ and 4 times."
+MIXED = (
+    "Requests of varying length: log-normal with these lengths as medians, two thirds between half and twice the median, clipped at ⅛ and 4 times."
+)
 """The distribution of `mixed` in a sentence."""
 
 
