@@ -31,7 +31,7 @@ def stored_quant(cell: Cell, model: ModelFacts) -> str:
     """The quantization of the weights as they are stored: that of the cell, or of a ready GPTQ or AWQ checkpoint, which take the same room."""
     config = (model.config or {}).get("quantization_config") or {}
     ready = cell.quant == "none" and config.get("quant_method") in ("gptq", "awq")
-    return READY_BITS.get(config.get("bits"), cell.quant) if ready else cell.quant
+    return READY_BITS.get(config.get("bits", 0), cell.quant) if ready else cell.quant
 
 
 def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int | None:
