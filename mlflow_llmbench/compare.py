@@ -24,8 +24,7 @@ from typing import Any
 from .errors import NotComparable, UsageError
 from .markup import markdown, markdown_table
 from .metrics import KEYS
-from .records import Cell, Repetition, RunResult, Verdict
-from .spec import DRAWN
+from .records import DRAWN, Cell, Repetition, RunResult, Verdict
 from .stats import holm, mann_whitney, paired, welch
 from .summary import PER_REPETITION, number_text, process_count, summarize, unit_values
 from .validity import judge

@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 from .metrics import SPOILED_CPU_LIMIT
 
 SCHEMA = 1
+DRAWN = ("synthetic", "mixed")
+"""Workloads without texts: their prompts are drawn from the vocabulary."""
+
 
 T = TypeVar("T")
 

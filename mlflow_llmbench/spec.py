@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import UsageError
-from .records import Cell, Options
+from .records import DRAWN, Cell, Options
 from .redaction import CONTROLS, redact
 
 BITSANDBYTES = ("int8", "int4", "fp4")
@@ -36,9 +36,6 @@ BACKENDS = {
 """Name → `module:class`. The same table is declared as entry points; this one serves an uninstalled checkout."""
 
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
-DRAWN = ("synthetic", "mixed")
-"""Workloads without texts: their prompts are drawn from the vocabulary."""
-
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
 HISTORIES = ("none", "recomputed", "kept")
 BATCHINGS = ("static", "dynamic", "continuous")

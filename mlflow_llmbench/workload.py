@@ -11,9 +11,9 @@ from importlib import resources
 from pathlib import Path
 
 from .errors import UsageError
-from .records import Cell, hash16
+from .records import DRAWN, Cell, hash16
 from .redaction import redact
-from .spec import BUNDLED_TEXT, DRAWN, WORKLOADS
+from .spec import BUNDLED_TEXT, WORKLOADS
 
 Encode = Callable[[str], Sequence[int]]
 
