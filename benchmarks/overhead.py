@@ -25,16 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from mlflow_llmbench import machine, stats, summary
+from mlflow_llmbench import machine, stats, summary, tracking
 from mlflow_llmbench.backends.transformers_local import TransformersBackend, _Streamer
 from mlflow_llmbench.measure import time_request
 from mlflow_llmbench.records import Cell, Hashes, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.summary import Point
 from mlflow_llmbench.workload import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 21
 TOKENS = 48
-POINTS = 700
+PARAMS, FIGURES, SERIES, STEPS = 60, 80, 20, 350
 
 
 def ratio(ours: Callable[[], float], other: Callable[[], float], pairs: int = PAIRS) -> tuple[float, list[float]]:
@@ -138,23 +139,29 @@ def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> d
 
 
 def upload_costs() -> dict[str, tuple[float, list[float], float]]:
-    """The points of a full run (about 700: summaries, series, percentiles) by log_batch against one call each, on SQLite."""
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    """The values of a full run, as `tracking` logs them against one call each, on SQLite."""
+    params = {f"parameter_{number}": "value" for number in range(PARAMS)}
+    points = [Point(f"latency/figure_{number}", 0, 1.5, 0) for number in range(FIGURES)]
+    points += [Point(f"steps/series_{number}", step, 1.5, 0) for number in range(SERIES) for step in range(STEPS)]
 
     with tempfile.TemporaryDirectory() as folder:
-        client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-        experiment = client.create_experiment("overhead", artifact_location=folder)
+        store = tracking.open_store(f"sqlite:///{folder}/mlflow.db", "overhead")
 
-        def batch() -> float:
-            run = client.create_run(experiment).info.run_id
-            return seconds(lambda: client.log_batch(run, metrics=[Metric(f"k{i}", i, 0, 0) for i in range(POINTS)]))
+        def batches() -> float:
+            run = tracking.begin_run(store, "batches", {})
+            return seconds(lambda: [tracking.log_params(store, run, params), tracking.log_metrics(store, run, points)])
 
         def single() -> float:
-            run = client.create_run(experiment).info.run_id
-            return seconds(lambda: [client.log_metric(run, f"k{i}", i) for i in range(POINTS)])
+            run = tracking.begin_run(store, "single", {})
+            client = store.client
+            return seconds(
+                lambda: [
+                    *(client.log_param(run, name, value) for name, value in params.items()),
+                    *(client.log_metric(run, point.key, point.value, step=point.step) for point in points),
+                ]
+            )
 
-        return {"log_batch ÷ one call per value": (*ratio(batch, single, pairs=3), 0.02)}
+        return {"log_batch ÷ one call per value": (*ratio(batches, single, pairs=2), 0.02)}
 
 
 def start_costs() -> dict[str, tuple[float, list[float], float]]:

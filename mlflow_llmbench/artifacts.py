@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, overview, page, report, scaling_charts, scaling_report
+from . import charts, overview, page, report, scaling_charts, scaling_report, study_charts, study_report
 from .compare import Comparison, comparison_json, comparison_markdown
 from .comparison_charts import draw_comparisons
+from .findings import Findings
 from .journal import samples_csv, write_bytes, write_json
 from .markup import csv_table, markdown, quotation
 from .records import RunResult
@@ -96,3 +97,22 @@ def write_scaling(study: Study, folder: Path) -> list[Path]:
     shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
     write_bytes(folder / "scaling.md", scaling_report.study_markdown(study, shown).encode())
     return [folder / "scaling.json", folder / "scaling.md", *drawn]
+
+
+def write_study(found: Findings, folder: Path) -> list[Path]:
+    """Write a study into `folder`: study/ with report.md, report.html, study.json and the figures, and scaling/ as `write_scaling` does.
+
+    Returns the files. Raises JournalError, for example when the disk is full.
+    """
+    home = folder / "study"
+    scaled = write_scaling(found.scaling, folder / "scaling")
+    figures, missing = study_charts.draw_figures(found, home / "charts")
+    drawn = study_report.Drawn(
+        {file.stem: (file.read_bytes(), f"charts/{file.name}") for file in figures if file.suffix == ".svg"},
+        {file.stem: (file.read_bytes(), f"../scaling/charts/{file.name}") for file in scaled if file.suffix == ".svg"},
+        missing,
+    )
+    write_json(home / "study.json", study_report.study_json(found, missing))
+    write_bytes(home / "report.md", study_report.study_markdown(found, drawn).encode())
+    write_bytes(home / "report.html", study_report.study_page(found, drawn).encode())
+    return [*scaled, *figures, home / "study.json", home / "report.md", home / "report.html"]

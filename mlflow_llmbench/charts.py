@@ -43,6 +43,7 @@ SWEEP_AXES = {
     "memory/device_bytes_peak": ("memory", "peak device memory", "GB"),
     "memory/host_needed_bytes_peak": ("memory", "peak host memory", "GB"),
     "memory/host_rss_bytes_peak": ("memory", "peak resident memory", "GB"), "memory/weight_bytes": ("memory", "weights", "GB"),
+    "efficiency/padding_waste_ratio": ("padding", "computed for nothing", "share"),
 }  # fmt: skip
 """Metric → the chart that draws it, what it is in words, the unit drawn. A chart draws the first of its metrics that any cell has."""
 
@@ -115,7 +116,7 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def _figure(
-    title: str, subtitle: str, inches: tuple[float, float] = (WIDTH, HEIGHT), grid: tuple[int, int] = (1, 1), legend: bool = True
+    title: str, subtitle: str, inches: tuple[float, float] = (WIDTH, HEIGHT), grid: tuple[int, int] = (1, 1), legend: bool = True, polar: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """Lay out a bold title, a grey line below it, room for a row of legend entries, and rows × columns of axes."""
     from matplotlib.figure import Figure
@@ -128,7 +129,7 @@ def _figure(
         most = int((width - 0.2) / (wide * CHARACTER * size))
         short = text if len(text) <= most else text[: most - 1] + "…"
         figure.text(0.12 / width, 1 - down / height, short, va="top", size=size, weight=weight, color=colour)
-    return figure, list(figure.subplots(*grid, squeeze=False).flat)
+    return figure, list(figure.subplots(*grid, squeeze=False, subplot_kw={"projection": "polar"} if polar else None).flat)
 
 
 def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
@@ -146,7 +147,7 @@ def _name(model: object) -> str:
 
 def _number(value: float) -> str:
     """About three digits: 12345 → 12,345, 41.27 → 41.3, 0.872 → 0.87."""
-    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
+    digits = 0 if value >= 99.95 or value == 0 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
     return f"{value:,.{digits}f}" if value >= 9999.5 else f"{value:.{digits}f}"
 
 

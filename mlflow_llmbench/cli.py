@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from . import __version__, decide
 from .errors import LlmbenchError, UsageError
+from .records import Cell
 from .redaction import Terminal, redact
 from .spec import COMMANDS as PARAMETERS_OF
 from .spec import PARAMETERS, default_text, parse, read_yaml
 
 if TYPE_CHECKING:
+    from .study import StudyResult
     from .sweep import SweepResult
 
 
@@ -79,11 +81,25 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--at", metavar="NAME=LIST", action="append", default=[], help="predict there too: batch_size=6,12 or prompt_tokens=300")
     scaling.add_argument("--output", metavar="FOLDER", help="write scaling.json, scaling.md and charts there")
     scaling.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep")
+    study = commands.add_parser(
+        "study",
+        help="the whole study: measure a grid of models, and report laws, trade-offs, claims and recommendations with all figures",
+        description="Measures a sweep (preset quick unless another is given) and studies it, together with results that are there already (--of). "
+        "Without parameters of a sweep it studies those alone.",
+    )
+    study.add_argument("--of", metavar="LIST", action="append", default=[], help="sweeps, run ids, runs:/ID or results folders to take in too")
+    study.add_argument("--share", metavar="RATIO", type=float, default=0.5, help="of the best throughput per instance, to keep (default: 0.5)")
+    study.add_argument("--price", metavar="LIST", default="none", help="money per hour: 0.5, or by a part of the hardware's name EPYC=0.5,A100=2.4")
+    study.add_argument("--accept-suspect", metavar="REASON", help="recommend suspect results too, for this reason; none = do not")
+    study.add_argument("--output", metavar="FOLDER", help="write study/ and scaling/ there (default: beside the sweep that was measured)")
+    study.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run (default: the sweep's)")
+    _add_parameters(study, PARAMETERS_OF["run"])
+    study.add_argument("--config", metavar="FILE", help="YAML file of parameters; options given here override it")
     for command in (compare, duel):
         command.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
-    for command in (run, plan, online, compare, duel, scaling):
+    for command in (run, plan, online, compare, duel, scaling, study):
         command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    for command in (run, online, upload, compare, duel, scaling):
+    for command in (run, online, upload, compare, duel, scaling, study):
         command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
         command.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
@@ -302,6 +318,52 @@ def _scaling(given: argparse.Namespace) -> int:
     return 0
 
 
+def _study(given: argparse.Namespace) -> int:
+    named = _parameters(given)
+    asked = any(name == "preset" or name in Cell.__dataclass_fields__ for name in named)
+
+    from . import study, study_report
+    from .progress import Progress
+
+    references = [part for text in given.of for part in ([text] if Path(text).exists() else text.split(",")) if part != "none"]
+    prices = study.parse_prices(given.price)
+    _warn_of_versions()
+    done = study.run_study(
+        named if asked or not references else None,
+        of=references,
+        share=given.share,
+        prices=prices,
+        accept_suspect=None if given.accept_suspect == "none" else given.accept_suspect,
+        output=given.output,
+        log=given.log,
+        tracking_uri=given.tracking_uri,
+        experiment=given.experiment,
+        watcher=Progress(sys.stderr),
+    )
+    if done.sweep:
+        print(f"{done.sweep.table()}\n")
+    if done.found:
+        print(study_report.format_study(done.found))
+    _print_study(done)
+    if given.json:
+        told: dict[str, Any] = {"run_id": done.run_id, "study_folder": str(done.folder) if done.folder else None}
+        told |= {"study": study_report.study_json(done.found, ())} if done.found else {}
+        print(json.dumps({**told, **(_as_json(done.sweep) if done.sweep else {})}, ensure_ascii=False))
+    return done.exit_code
+
+
+def _print_study(done: StudyResult) -> None:
+    """Where the study is."""
+    if done.sweep:
+        _print_where(done.sweep)
+    if done.found and done.folder:
+        print(f"Report: {done.folder / 'study' / 'report.html'}")
+    if done.found:
+        print(
+            f"Logged on run {done.run_id}: study/report.html." if done.run_id else "Not logged: the store has no run of these sweeps. Give --log RUN."
+        )
+
+
 def _places(text: str) -> list[tuple[str, float]]:
     """`batch_size=6,12` → the pairs to predict at."""
     name, _, values = text.partition("=")
@@ -339,6 +401,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "upload": _upload,
     "compare": _compare,
     "scaling": _scaling,
+    "study": _study,
     "models": _models,
     "doctor": _doctor,
 } | decide.COMMANDS

@@ -319,7 +319,7 @@ class Cluster:
             return OutOfMemory(f"Ray ended the task because the memory of {name} ran out. Try a smaller batch_size or quantization.")
         if isinstance(error, kinds.RayTaskError):
             return MeasurementError(f"The task failed on {name}: {type(error.cause).__name__}: {first_line(error.cause)}.")
-        if isinstance(error, (kinds.RuntimeEnvSetupError, kinds.TaskUnschedulableError, kinds.TaskCancelledError)):
+        if isinstance(error, (kinds.RuntimeEnvSetupError, kinds.TaskCancelledError)):
             return MeasurementError(f"Ray did not run the task on {name}: {first_line(error)}.")
         return NodeLost(f"The node {name} is lost ({type(error).__name__}).")
 

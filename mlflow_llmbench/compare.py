@@ -25,6 +25,7 @@ from .errors import NotComparable, UsageError
 from .markup import markdown, markdown_table
 from .metrics import KEYS
 from .records import Cell, Repetition, RunResult, Verdict
+from .spec import DRAWN
 from .stats import holm, mann_whitney, paired, welch
 from .summary import PER_REPETITION, number_text, process_count, summarize, unit_values
 from .validity import judge
@@ -301,7 +302,7 @@ def _software(result: RunResult) -> dict[str, str]:
 def _workload(result: RunResult) -> dict[str, str]:
     """What `workload_hash` is made of, in words; the texts themselves are not in the result."""
     facts: dict[str, Any] = {name: _text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")}
-    if result.cell.workload == "synthetic":
+    if result.cell.workload in DRAWN:
         size = result.load.vocab_size if result.load and result.load.vocab_size else (result.model.config or {}).get("vocab_size")
         facts |= {"seed": result.cell.seed, "vocabulary": f"{size} tokens" if size else None}
     return _stated(facts)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import gpu, machine, memory, models
+from .arrivals import request_count
 from .metrics import LEAST_REPETITIONS
 from .records import Cell, ModelFacts
 from .spec import GPTQ_BITS, as_text
+from .workload import longest_of
 
 SPARE = 0.05
 """Share of the machine's memory that an automatic limit leaves free, since swapping begins before the last page is taken."""
@@ -30,8 +32,9 @@ READY_BITS = {bits: quant for quant, bits in GPTQ_BITS.items()}
 def stored_quant(cell: Cell, model: ModelFacts) -> str:
     """The quantization of the weights as they are stored: that of the cell, or of a ready GPTQ or AWQ checkpoint, which take the same room."""
     config = (model.config or {}).get("quantization_config") or {}
+    bits = config.get("bits")
     ready = cell.quant == "none" and config.get("quant_method") in ("gptq", "awq")
-    return READY_BITS.get(config.get("bits", 0), cell.quant) if ready else cell.quant
+    return READY_BITS.get(bits, cell.quant) if ready and isinstance(bits, int) else cell.quant
 
 
 def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int | None:
@@ -40,9 +43,8 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
         unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source == "gguf" else 1
         return None if model.files_bytes is None else model.files_bytes * unpacked
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
-    prompt = cell.prompt_tokens or 512
-    quant = stored_quant(cell, model)
-    running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt, cell.output_tokens)
+    (prompt, output), quant = longest_of(cell), stored_quant(cell, model)
+    running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output)
     return max(running, models.load_memory_estimate(shape, quant, dtype)) + models.PROCESS_BYTES
 
 
@@ -53,9 +55,13 @@ LEAST_WARMUP = 3
 def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, peaks: Mapping[str, float]) -> float | None:
     """Least seconds for all runs of a cell, warm-up included, by the machine's measured rates; None without them or the architecture.
 
-    Each run is a prefill and N − 1 steps, each the longer of reading (weights, and for a step the KV cache at the mean context) and
-    computing (the roofline of Williams, Waterman & Patterson, CACM 52, 2009). Loading, downloads and all overheads come on top.
+    A stream of requests takes at least as long as they take to come. Any other run is a prefill and N − 1 steps, each the longer of
+    reading (weights, and for a step the KV cache at the mean context) and computing (the roofline of Williams, Waterman & Patterson,
+    CACM 52, 2009). Loading, downloads and all overheads come on top.
     """
+    if cell.batching and cell.request_rate:
+        runs = cell.repetitions or LEAST_REPETITIONS
+        return cell.processes * runs * ((request_count(cell) or 1) - 1) / cell.request_rate
     bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
     if shape is None or not bandwidth or not flops:
         return None
@@ -76,11 +82,12 @@ def refusal(cell: Cell, model: ModelFacts, predicted: int | None, room: tuple[in
 
 def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
     """Why a cell does not fit its model's context; None if it does."""
-    asked = (cell.prompt_tokens or 0) + cell.output_tokens
+    asked = sum(longest_of(cell))
     if model.context is None or asked <= model.context:
         return None
+    at_most = f" (the medians of workload=mixed, whose longest request has {asked})" if cell.workload == "mixed" else ""
     return (
-        f"prompt_tokens={as_text('prompt_tokens', cell.prompt_tokens)} + output_tokens={cell.output_tokens} is more than the context of {cell.model}, "
+        f"prompt_tokens={as_text('prompt_tokens', cell.prompt_tokens)} + output_tokens={cell.output_tokens}{at_most} is more than the context of {cell.model}, "
         f"{model.context} tokens. Ask for fewer tokens."
     )
 

@@ -20,7 +20,7 @@ from .supervise import GroupOutcome
 from .workload import PromptSet
 
 
-@dataclass
+@dataclass(eq=False)  # one job is one cell on its way: lists of thousands are searched for it
 class Job:
     """One cell: its model, identity and folder, why it is refused if it is, its run, and in the end its row of the comparison."""
 

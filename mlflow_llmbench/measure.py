@@ -113,7 +113,7 @@ def time_turns(
         said = [[*row, *more] for row, more in zip(said, added, strict=True)]
         record, steps = time_request(backend, said, output_tokens, None if requests else on_first, history)
         requests.append(record)
-        ids = _check_steps(steps, len(said))
+        ids = checked_ids(steps, len(said))
         prompt, output = said[0], [step[0] for step in ids]
         said = [[*row, *answer] for row, answer in zip(said, zip(*ids, strict=True), strict=True)] if ids else said
     return Timed(tuple(requests), prompt, output)
@@ -135,7 +135,7 @@ def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: i
     outputs: list[tuple[list[int], list[int]]] = []
     limit = cell.repetitions or cell.max_repetitions
     try:
-        while len(repetitions) < limit and not _enough(cell, repetitions):
+        while len(repetitions) < limit and not enough(cell, repetitions):
             index = len(repetitions)
             sent = turns(index)
             wall_ms, before = int(time.time() * 1000), machine.take_readings(backend.device)
@@ -193,7 +193,7 @@ def _warm_up(backend: Backend, cell: Cell, turns: Callable[[int], list[list[list
     return durations[0] * 1000, durations, steady
 
 
-def _enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
+def enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
     """Whether `auto` may stop: at least 5 that nothing spoiled, and the 95 % interval of the throughput within `precision_target`.
 
     A spoiled repetition is repeated, and both are kept: what is left out by hand is how wishes become results. On a machine
@@ -216,7 +216,7 @@ def throughput(repetition: Repetition) -> float:
     return tokens / span * 1e9
 
 
-def _check_steps(steps: Sequence[Any], rows: int) -> list[list[int]]:
+def checked_ids(steps: Sequence[Any], rows: int) -> list[list[int]]:
     """The steps as lists of ids; each must hold one id per row."""
     ids = [[int(i) for i in (step.tolist() if hasattr(step, "tolist") else step)] for step in steps]
     for number, step in enumerate(ids, 1):

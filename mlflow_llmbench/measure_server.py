@@ -7,6 +7,7 @@ Answers are parsed between repetitions.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from .measure import LEAST_WARMUPS, MOST_WARMUPS, Measured, Say, throughput
 from .metrics import LEAST_REPETITIONS
 from .records import Cell, ClientReadings, Repetition, RequestRecord
 from .stats import halves_agree, relative_half_width
-from .workload import PromptSet
+from .workload import PromptSet, lengths_of
 
 WARM_USERS = 4
 """Requests at once in the warm-up of an open loop, which has no number of users."""
@@ -47,7 +48,7 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
         wall_ms, before = int(time.time() * 1000), machine.take_readings(server.device)
         trace = server.run(_builder(server, prompts, cell, index), load, _expected(cell, warmup_s[-1]))
         noise = machine.noise_between(before, machine.take_readings(server.device))
-        requests = [server.read(exchange) for exchange in trace.exchanges]
+        requests = [_with_asked(server.read(exchange), cell, exchange.number) for exchange in trace.exchanges]
         complete = _complete(requests)
         failed = tuple(request for request in requests if request.outcome != "complete")
         repetitions.append(Repetition(index, wall_ms, complete, noise, failed=failed, client=_readings(trace)))
@@ -57,6 +58,11 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
 
 def _builder(server: ServerBackend, prompts: PromptSet, cell: Cell, repetition: int) -> Callable[[int], bytes]:
     return lambda number: server.request(prompts, cell, repetition, number)
+
+
+def _with_asked(request: RequestRecord, cell: Cell, number: int) -> RequestRecord:
+    """The record with what was asked for, where that is another length for each request."""
+    return dataclasses.replace(request, asked=lengths_of(cell, number)) if cell.workload == "mixed" else request
 
 
 def _expected(cell: Cell, answer_s: float) -> int:

@@ -104,6 +104,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("efficiency", "mbu_ratio", "bytes read per decode step ÷ mean TPOT ÷ read bandwidth measured here", "0–1", ("",), "higher", "MBU"),
     Metric("efficiency", "mfu_ratio", "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here", "0–1", ("",), "higher"),
     Metric("efficiency", "joules_per_token", "energy above idle ÷ output tokens, where a counter exists", "J", ("",), "lower"),
+    Metric(
+        "efficiency",
+        "padding_waste_ratio",
+        "a stream batched in process: 1 − Σ (P + N − 1) over requests ÷ token positions computed, padding and rows that have ended included",
+        "0–1",
+        ("",),
+        "lower",
+        "padding",
+    ),
     Metric("cost", "per_million_tokens", "price_per_hour ÷ tokens per hour · 10⁶", "money", ("",), "lower", "cost/1M"),
     Metric(
         "quality",
@@ -180,6 +189,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("client", "send_delay_ms", "open loop: sent − meant", "ms", ("mean", "p50", "p99"), "lower"),
     Metric("client", "cpu_ratio", "CPU time of the client ÷ wall time; it has one core", "0–1", ("",), "lower"),
     Metric("client", "rate_ratio", "open loop: rate reached ÷ rate asked", "0–1", ("",), "higher"),
+    Metric(
+        "client",
+        "stamp_lag_ms",
+        "continuous batching: our stamp of a step − the engine's own of its first token",
+        "ms",
+        ("mean", "p50", "p99"),
+        "lower",
+    ),
     Metric("trust", "repetitions", "timed repetitions that the numbers rest on", "", ("",), "higher"),
     Metric(
         "trust",

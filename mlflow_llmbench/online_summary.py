@@ -1,4 +1,4 @@
-"""What only a server's result has: windows, goodput, errors, requests in flight, and what the client saw of itself. Pure.
+"""What only the result of a load of requests has: windows, goodput, errors, requests in flight, and what the client saw of itself. Pure.
 
 Two windows are told. *full* is all of a repetition, from the first sending to the last arrival, with its filling and its
 draining. *steady* begins when the first answer has ended and ends when the last request is sent: until then every user is
@@ -13,7 +13,7 @@ from statistics import fmean
 
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
 from .metrics import FAILURES
-from .records import Cell, Repetition, RequestRecord, RunResult
+from .records import Cell, EngineReadings, Repetition, RequestRecord, RunResult
 from .stats import percentile, supports
 
 SINGLE_SHARE = 0.95
@@ -39,6 +39,30 @@ def online_figures(result: RunResult) -> Figures:
     found |= _errors(repetitions)
     found |= _in_flight(repetitions)
     return found | _client(repetitions)
+
+
+def stream_figures(result: RunResult) -> Figures:
+    """Figures of a stream that was batched in process: those of a server's result that mean the same, and what the batching computed for nothing."""
+    found = online_figures(result)
+    for key in list(found):
+        if key.startswith("errors/") or key == "lengths/cached_prompt_ratio":
+            del found[key]  # nothing here can fail by itself, and no prefix is cached
+    readings = [r.engine for r in result.repetitions if r.engine]
+    lags = [lag / 1e6 for one in readings for lag in one.lags_ns]
+    return found | {
+        "config/batch_size": result.cell.batch_size,
+        "config/concurrency": None,
+        "efficiency/padding_waste_ratio": padding_waste(readings),
+        **statistics("client/stamp_lag_ms", lags, (50, 99)),
+    }
+
+
+def padding_waste(readings: Sequence[EngineReadings]) -> float | None:
+    """Share of the computed token positions that no answer needed: padding, and rows that had all their tokens. None where they were not counted."""
+    computed = [one.positions for one in readings if one.positions]
+    if not computed or len(computed) < len(readings):
+        return None
+    return 1 - sum(one.needed for one in readings) / sum(computed)
 
 
 def statistics(key: str, values: Sequence[float], wanted: Sequence[int] = (50, 95, 99)) -> Figures:

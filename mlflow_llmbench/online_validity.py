@@ -67,18 +67,21 @@ def failures(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Prompts or outputs of another length than asked for."""
     every, cell = _requests(result), result.cell
-    other = [r.output_tokens for r in every if r.output_tokens != cell.output_tokens]
+    asked = [r.asked or (cell.prompt_tokens, cell.output_tokens) for r in every]
+    other = [r.output_tokens for r, (_, output) in zip(every, asked, strict=True) if r.output_tokens != output]
     if other:
+        wanted = "length that was asked" if cell.workload == "mixed" else f"asked {cell.output_tokens} tokens"
         yield Reason(
             "length_drift",
-            f"{len(other)} of {len(every)} answers have another length than the asked {cell.output_tokens} tokens, {fmean(other):.1f} on average; the rates "
+            f"{len(other)} of {len(every)} answers have another length than the {wanted}, {fmean(other):.1f} on average; the rates "
             "are of the real lengths. Use a server that honours ignore_eos, or a shorter output_tokens.",
         )
     mean = metrics.get("lengths/prompt_tokens_mean")
-    if mean is not None and cell.prompt_tokens is not None and abs(mean / cell.prompt_tokens - 1) > LENGTH_LIMIT:
+    prompts = [prompt for prompt, _ in asked if prompt is not None]
+    if mean is not None and prompts and abs(mean / fmean(prompts) - 1) > LENGTH_LIMIT:
         yield Reason(
             "length_drift",
-            f"The prompts had {mean:.1f} tokens on average by the server's count instead of {cell.prompt_tokens}. Set prompt_tokens so that the real length is the wanted one.",
+            f"The prompts had {mean:.1f} tokens on average by the server's count instead of {fmean(prompts):g}. Set prompt_tokens so that the real length is the wanted one.",
         )
 
 

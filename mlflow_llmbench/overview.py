@@ -333,7 +333,7 @@ def _command(rows: Sequence[Row], subject: Subject) -> str:
 
 def sweep_command(spec: BenchSpec) -> str:
     """The command line that runs a sweep again, from the parameters as they were asked for; not where its results go."""
-    online = spec.axes["url"] != (None,)
+    online = spec.scenario == "online"
     asked = {name: text for name, text in asked_params(spec).items() if not (online and name == "backend")}
     return command_line(asked | _options(spec), "online" if online else "run")
 

@@ -56,6 +56,7 @@ td.long { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 .suspect { background: var(--doubt-soft); color: var(--doubt); }
 .failed { background: var(--bad-soft); color: var(--bad); }
 .why { display: block; margin-top: .15rem; font-size: .75rem; color: var(--quiet); }
+.why.told { white-space: normal; min-width: 20rem; }
 .run { display: block; width: 16.2ch; font: .65rem/1.3 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; color: var(--quiet);
   white-space: normal; overflow-wrap: anywhere; }
 ul { margin: .75rem 0 0; padding: 0; list-style: none; max-width: 64rem; }
@@ -91,9 +92,14 @@ def sweep_page(told: Overview, charts: Mapping[str, bytes]) -> str:
         _section("Run it again", f"<pre>{html(told.command)}</pre>", _places(told)),
         _section("Environment", *(f"{f'<h3>{html(title)}</h3>' if title else ''}{_facts(facts)}" for title, facts in told.machines)),
     ]  # fmt: skip
+    return document(told.name, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole page of parts that are HTML already; empty ones are left out."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{html(POLICY)}">\n<title>{html(told.name)}</title>\n<style>{STYLE}</style>\n</head>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{html(POLICY)}">\n<title>{html(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
         f"<body>\n<main>\n{''.join(f'{part}{chr(10)}' for part in parts if part)}"
         f"<footer>mlflow-llmbench {html(__version__)}</footer>\n</main>\n</body>\n</html>\n"
     )

@@ -67,7 +67,7 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
 
     `of_any_shape`: the other did not even load, so its shape does not matter.
     """
-    if any(getattr(cell, name) != getattr(other, name) for name in (*WEIGHTS, *(() if of_any_shape else ("history",)))):
+    if any(getattr(cell, name) != getattr(other, name) for name in (*WEIGHTS, *(() if of_any_shape else ("history", "batching")))):
         return False
     if of_any_shape:
         return True
@@ -80,7 +80,7 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
 
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
-    fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and (cell.url or not f.metadata["online"])]
+    fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]]
     decisive = {f.name: getattr(cell, f.name) for f in fields}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
@@ -89,7 +89,7 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """What was asked for, as text: each parameter with its value or its comma list."""
-    return {name: ",".join(as_text(name, value) for value in spec.axes[name]) for name in cell_fields(spec.axes["url"] != (None,))}
+    return {name: ",".join(as_text(name, value) for value in spec.axes[name]) for name in cell_fields(spec.scenario)}
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:
@@ -102,6 +102,8 @@ def cell_name(cell: Cell, varied: list[str]) -> str:
     if not varied and cell.url:
         load = f"c{cell.concurrency}" if cell.request_rate is None else f"{cell.request_rate:g}/s"
         return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
+    if not varied and cell.batching:
+        return _named(f"{_last_part(cell.model)} {cell.quant} {cell.batching} b{cell.batch_size} {cell.request_rate:g}/s")
     if not varied:
         return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
     return _named(" ".join(f"{name}={_last_part(as_text(name, getattr(cell, name)))}" for name in varied))

@@ -23,13 +23,21 @@ T = TypeVar("T")
 
 
 def parameter(
-    default: object, help: str, *, kind: str, sweep: bool = False, unset: str = "", low: float = 1, high: float = 1e9, online: bool = False
+    default: object,
+    help: str,
+    *,
+    kind: str,
+    sweep: bool = False,
+    unset: str = "",
+    low: float = 1,
+    high: float = 1e9,
+    scenarios: str = "offline batching online",
 ) -> Any:
     """Declare a parameter once: its default, meaning, kind (see `spec.PARSERS`), bounds, and the word that stands for None.
 
-    `online` parameters mean something only where a server is measured.
+    `scenarios` names those in which it means something, and no other run has it among its params: see `Cell.scenario`.
     """
-    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high, "online": online}
+    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high, "scenarios": scenarios.split()}
     return field(default=default, metadata=metadata)
 
 
@@ -50,7 +58,12 @@ class Cell:
         128, "exact prompt length in tokens; auto = as the workload gives it", kind="count", sweep=True, unset="auto", high=1_000_000
     )
     output_tokens: int = parameter(128, "exact number of generated tokens per row", kind="count", sweep=True, high=1_000_000)
-    workload: str = parameter("synthetic", "synthetic (seeded ids), a bundled prompt set, or a JSONL file", kind="workload", sweep=True)
+    workload: str = parameter(
+        "synthetic",
+        "synthetic (seeded ids), mixed (seeded ids of varying lengths), a bundled prompt set, or a JSONL file",
+        kind="workload",
+        sweep=True,
+    )
     history: str = parameter(
         "none",
         "conversations of a workload: none = each is one prompt; turn by turn with the history recomputed, or kept in the KV cache",
@@ -73,35 +86,63 @@ class Cell:
     attention: str = parameter("auto", "auto, eager, sdpa, flash_attention_2, … as the library names them", kind="attention", sweep=True)
     decode: str = parameter("generate", "decode path of the local backend", kind="decode", sweep=True)
     seed: int = parameter(0, "prompts, random weights, arrival schedule", kind="count", low=0, high=2**31 - 1)
+    batching: str | None = parameter(
+        None, "how requests that come one by one are batched here: static, dynamic, continuous, or none", kind="batching", sweep=True, unset="none",
+        scenarios="batching",
+    )  # fmt: skip
+    batch_wait_ms: float = parameter(
+        100, "batching=dynamic: the longest that a request waits for others", kind="number", low=0, high=1e9, scenarios="batching"
+    )
     trust_remote_code: bool = parameter(False, "run code that comes with a model; recorded", kind="flag")
     allow_pickle: bool = parameter(False, "read weights that are a pickle (.bin) where there are no safetensors; recorded", kind="flag")
-    url: str | None = parameter(None, "server to measure, with backend=openai: http://127.0.0.1:8000", kind="url", unset="none", online=True)
-    endpoint: str = parameter("completions", "completions or chat: /v1/completions or /v1/chat/completions", kind="endpoint", online=True)
+    url: str | None = parameter(None, "server to measure, with backend=openai: http://127.0.0.1:8000", kind="url", unset="none", scenarios="online")
+    endpoint: str = parameter("completions", "completions or chat: /v1/completions or /v1/chat/completions", kind="endpoint", scenarios="online")
     concurrency: int = parameter(
-        1, "closed loop: users who each wait for their answer before they ask again", kind="count", sweep=True, high=65536, online=True
+        1, "closed loop: users who each wait for their answer before they ask again", kind="count", sweep=True, high=65536, scenarios="online"
     )
     request_rate: float | None = parameter(
-        None, "open loop: requests per second, sent whatever has been answered", kind="number", sweep=True, unset="none", low=0.001, online=True
+        None,
+        "open loop: requests per second, sent whatever has been answered",
+        kind="number",
+        sweep=True,
+        unset="none",
+        low=0.001,
+        scenarios="batching online",
     )
-    arrival: str = parameter("poisson", "open loop: poisson, constant or gamma", kind="arrival", online=True)
+    arrival: str = parameter("poisson", "open loop: poisson, constant or gamma", kind="arrival", scenarios="batching online")
     burstiness: float = parameter(
-        1, "arrival=gamma: shape; 1 is poisson, below 1 comes in bursts, above 1 is more even", kind="number", low=0.01, high=1e6, online=True
+        1,
+        "arrival=gamma: shape; 1 is poisson, below 1 comes in bursts, above 1 is more even",
+        kind="number",
+        low=0.01,
+        high=1e6,
+        scenarios="batching online",
     )
     requests: int | None = parameter(
-        None, "requests per repetition; auto = 4 for each user, or 10 s of the rate, at least 12", kind="count", unset="auto", online=True
+        None,
+        "requests per repetition; auto = 4 for each user, or 10 s of the rate, at least 12",
+        kind="count",
+        unset="auto",
+        scenarios="batching online",
     )
     duration_s: float | None = parameter(
-        None, "no request of a repetition is begun later than this", kind="number", unset="none", low=0.1, high=1e6, online=True
+        None, "no request of a repetition is begun later than this", kind="number", unset="none", low=0.1, high=1e6, scenarios="online"
     )
-    request_timeout_s: float = parameter(600, "after this a request has failed", kind="number", low=0.1, high=86400, online=True)
-    slo_ttft_ms: float | None = parameter(None, "goodput: the most for the first token", kind="number", unset="none", low=0, online=True)
-    slo_tpot_ms: float | None = parameter(None, "goodput: the most per token after the first", kind="number", unset="none", low=0, online=True)
-    slo_e2e_ms: float | None = parameter(None, "goodput: the most for a whole answer", kind="number", unset="none", low=0, online=True)
+    request_timeout_s: float = parameter(600, "after this a request has failed", kind="number", low=0.1, high=86400, scenarios="online")
+    slo_ttft_ms: float | None = parameter(
+        None, "goodput: the most for the first token", kind="number", unset="none", low=0, scenarios="batching online"
+    )
+    slo_tpot_ms: float | None = parameter(
+        None, "goodput: the most per token after the first", kind="number", unset="none", low=0, scenarios="batching online"
+    )
+    slo_e2e_ms: float | None = parameter(
+        None, "goodput: the most for a whole answer", kind="number", unset="none", low=0, scenarios="batching online"
+    )
 
     @property
     def scenario(self) -> str:
-        """`online` where a server is measured, else `offline`."""
-        return "online" if self.url else "offline"
+        """`online` where a server is measured, `batching` where a stream of requests is batched in process, else `offline`."""
+        return "online" if self.url else "batching" if self.batching else "offline"
 
 
 @dataclass(frozen=True)
@@ -223,7 +264,8 @@ class RequestRecord:
     server's own count of the output (None: one token per stamp), `chunk_tokens` that of each chunk where it tells them.
     `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
     `end_ns` the end of the answer, `cached_tokens` the part of the prompt that was not computed again: in the server's prefix
-    cache, or in the history that a conversation keeps.
+    cache, or in the history that a conversation keeps; `asked` the prompt and output tokens that were asked for where they differ
+    from request to request.
     """
 
     t0_ns: int
@@ -239,6 +281,7 @@ class RequestRecord:
     end_ns: int | None = None
     cached_tokens: int | None = None
     finish: str = ""  # why the model stopped, in the server's word
+    asked: tuple[int, int] | None = None
 
     @property
     def prefilled_tokens(self) -> int | None:
@@ -277,6 +320,21 @@ class ClientReadings:
 
 
 @dataclass(frozen=True)
+class EngineReadings:
+    """What batched the requests of one repetition in process.
+
+    `positions`: token positions that were computed, None where they cannot be counted · `needed`: those that the answers need,
+    Σ (prompt + output − 1) · `batches`: rows of each batch that was formed once; empty where the batch changes with every pass ·
+    `lags_ns`: for each step of an engine with its own thread, our stamp less the engine's own of the step's first token.
+    """
+
+    positions: int | None
+    needed: int
+    batches: tuple[int, ...] = ()
+    lags_ns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Repetition:
     """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
 
@@ -291,6 +349,7 @@ class Repetition:
     process: int = 0
     failed: tuple[RequestRecord, ...] = ()
     client: ClientReadings | None = None
+    engine: EngineReadings | None = None
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from .quality import sentences
 from .records import Cell, RunResult, Verdict
 from .spec import as_text, cell_fields, default_text
 from .stats import classify_outliers
-from .summary import Turn, statistics_cells, summarize, turns_of
+from .summary import Turn, gpu_of, statistics_cells, summarize, turns_of
 from .validity import judge, unsupported_percentiles
+from .workload import MIXED
 
 Metrics = Mapping[str, float]
 
 TABLE_KEYS = (
     "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
-    "memory/weight_bytes", "efficiency/mbu_ratio", "quality/kl_vs_reference", "quality/top1_agreement", "quality/perplexity", "load/load_s",
+    "memory/weight_bytes", "efficiency/mbu_ratio", "efficiency/padding_waste_ratio", "quality/kl_vs_reference", "quality/top1_agreement", "quality/perplexity", "load/load_s",
     "cost/per_million_tokens",
 )  # fmt: skip
 """Columns of the terminal's table, where any row has them."""
@@ -107,7 +108,10 @@ def _figure(key: str, value: float) -> str:
 def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Heading and body of a comparison: the parameters that vary, the metrics that any row has, and the verdict."""
     keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
-    plain = ["model", "concurrency", "request_rate"] if any(row.cell.url for row in rows) else ["model", "quant", "batch_size"]
+    scenario = rows[0].cell.scenario if rows else "offline"
+    plain = {"online": ["model", "concurrency", "request_rate"], "batching": ["model", "batching", "request_rate"]}.get(
+        scenario, ["model", "quant", "batch_size"]
+    )
     names = list(varied) or plain
     heading = [*names, *(_heading(key)[0] for key in keys), "verdict"]
     body = []
@@ -155,6 +159,8 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     rows = [[name, text] for name, text in _headline(metrics) if text]
     lines = [what, "", markdown_table(["measured", ""], rows), "", f"**Verdict: {verdict.word if verdict else 'none'}**"]
     lines += [f"- `{reason.code}`: {markdown(reason.sentence)}" for reason in (verdict.reasons if verdict else ())]
+    if cell.workload == "mixed":
+        lines += ["", MIXED]
     if cell.weights == "random":
         lines += ["", "Random weights of the real architecture: speed and memory hold, the text means nothing."]
     lines += ["", *map(markdown, result.quality.withheld)] if result.quality and result.quality.withheld else []
@@ -164,17 +170,11 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
 
 def _load(cell: Cell) -> str:
     """What varies most: the quantization and batch of a model here, the load on a server."""
+    if cell.batching:
+        return f"{cell.quant} · {cell.batching} batching, at most {cell.batch_size} rows · {cell.request_rate:g} requests/s, {cell.arrival}"
     if not cell.url:
         return f"{cell.quant} · batch {cell.batch_size}"
     return f"online · {cell.request_rate:g} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
-
-
-def gpu_of(result: RunResult) -> dict[str, Any] | None:
-    """The GPU that a result was measured on, as in its environment; None for a CPU, whatever else the machine has."""
-    device = str(result.load.facts.get("model.device", "cpu")) if result.load else result.cell.device
-    gpus: list[dict[str, Any]] = result.environment.get("gpus") or []
-    index = int(device.partition(":")[2] or 0)
-    return gpus[index] if device.startswith("cuda") and index < len(gpus) else None
 
 
 def _headline(metrics: Metrics) -> list[tuple[str, str]]:
@@ -198,6 +198,7 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
         ("inter-token latency, p99", value("latency/itl_ms_p99", "ms")),
         ("peak device memory", value("memory/device_bytes_peak", "GB", 1e-9)),
         ("peak host memory needed", value("memory/host_needed_bytes_peak", "GB", 1e-9)),
+        ("computed for nothing (padding, finished rows)", value("efficiency/padding_waste_ratio", "%", 100)),
         ("weights as stored", value("memory/weight_bytes", "GB", 1e-9)),
         ("model bandwidth utilization", value("efficiency/mbu_ratio", "")),
         ("KL divergence from the unquantized model", interval("quality/kl_vs_reference", "nats")),
@@ -289,7 +290,7 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 def command(cell: Cell) -> str:
     """The command line that measures this cell again: the parameters that are not at their default."""
     online = bool(cell.url)
-    asked = {name: as_text(name, getattr(cell, name)) for name in cell_fields(online) if not (online and name == "backend")}
+    asked = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario) if not (online and name == "backend")}
     return command_line(asked, "online" if online else "run")
 
 
@@ -313,6 +314,6 @@ def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:
 
 def config_yaml(cell: Cell, extra: Mapping[str, object]) -> str:
     """config.yaml: every parameter as text, in the order of the vocabulary, readable by `llmbench run --config`."""
-    lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(bool(cell.url))}
+    lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario)}
     lines |= {name: as_text(name, value) for name, value in extra.items()}
     return "".join(f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in lines.items())

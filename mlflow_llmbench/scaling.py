@@ -51,7 +51,10 @@ REFUTED = 0.05
 """A law is called an approximation where its residuals exceed the scatter of the repetitions at this level."""
 
 PER_REPETITION = {headline.key: headline.of for headline in HEADLINES if headline.of}
-MODEL = ("model", "revision")
+MODEL = ("model", "revision", "weights", "trust_remote_code", "allow_pickle", "workload")
+"""What goes with a model: speed and memory follow from its shape and from the number of tokens, whether its weights are published or random,
+and whatever its prompts say (with random weights there is no text)."""
+
 SHAPE = ("batch_size", "prompt_tokens", "output_tokens")
 
 
@@ -113,6 +116,11 @@ class Measured:
     def cell(self) -> Cell:
         """What was measured."""
         return self.result.cell
+
+    @property
+    def dtype(self) -> str:
+        """The type of the weights as loaded, torch's name; empty where that is not known."""
+        return str(self.result.load.facts.get("model.dtype", "")) if self.result.load else ""
 
     def variable(self, name: str) -> float | None:
         """A law's x: a setting, `parameters` in 10⁹, or `held_tokens` = batch · (prompt + output)."""
@@ -181,6 +189,8 @@ def usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
         if verdict_.word == "invalid":
             why = result.outcome if result.failure else ", ".join(reason.code for reason in verdict_.reasons)
             left_out.append(f"{name}: {why}")
+        elif result.cell.batching:
+            left_out.append(f"{name}: a stream of requests, and the laws are of batches of one shape")
         elif not result.repetitions:
             left_out.append(f"{name}: no repetitions")
         else:
@@ -207,17 +217,26 @@ def subject(cells: Sequence[Measured]) -> str:
 
 
 def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
-    """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words, in order of its settings."""
+    """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words, in order of its settings.
+
+    Models are taken together only where their weights have the same type, since `none` means another one for each, and where prompts are
+    as long as their texts, only with the same texts.
+    """
     fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
     told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
     machines = {measured.result.hashes.env for measured in cells}
+    across = "model" in freed
+    dtypes = {measured.dtype for measured in cells} if across else {""}
     groups: dict[tuple[object, ...], list[Measured]] = {}
     for measured in cells:
-        groups.setdefault((measured.result.hashes.env, *(getattr(measured.cell, name) for name in fixed)), []).append(measured)
+        cell = measured.cell
+        own = (cell.workload if across and cell.prompt_tokens is None else "", measured.dtype if across else "")
+        key = (measured.result.hashes.env, *(getattr(cell, name) for name in fixed), *own)
+        groups.setdefault(key, []).append(measured)
     for key in sorted(groups, key=lambda key: [(isinstance(v, str), v is None, v or 0) if not isinstance(v, str) else (True, False, v) for v in key]):
         first = groups[key][0]
         where = describe(first.cell, [name for name in told if name != "revision"] or [name for name in ("model", "quant") if name not in freed])
-        yield where + (f" on {key[0]}" if len(machines) > 1 else ""), groups[key]
+        yield where + (f" {key[-1]}" if len(dtypes) > 1 else "") + (f" on {key[0]}" if len(machines) > 1 else ""), groups[key]
 
 
 def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:

@@ -51,12 +51,13 @@ class QuantEfficiency(At):
 
 @dataclass(frozen=True)
 class CliffSearch(At):
-    """The cliffs of one series: the metric, over which setting, its places."""
+    """The cliffs of one series: the metric, over which setting, its places, and the cells by their configurations."""
 
     metric: str
     over: str
     places: tuple[float, ...]
     cliffs: tuple[Cliff, ...]
+    config_hashes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
                     continue
                 found = notes.attempt(f"cliffs of {what} ({where})", lambda series=series, steepest=steepest: tradeoffs.find_cliffs(series, steepest))  # type: ignore[misc]
                 if found is not None:
-                    yield CliffSearch(where, metric, over, tuple(sorted(series)), tuple(found))
+                    yield CliffSearch(where, metric, over, tuple(sorted(series)), tuple(found), tuple(m.result.hashes.config for m in group))
 
 
 def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:

@@ -36,8 +36,12 @@ BACKENDS = {
 """Name → `module:class`. The same table is declared as entry points; this one serves an uninstalled checkout."""
 
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
-WORKLOADS = ("synthetic", "qa", "summarization", "creative", "code", "chat", "domain")
+DRAWN = ("synthetic", "mixed")
+"""Workloads without texts: their prompts are drawn from the vocabulary."""
+
+WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
 HISTORIES = ("none", "recomputed", "kept")
+BATCHINGS = ("static", "dynamic", "continuous")
 DECODES = ("generate",)
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
@@ -75,15 +79,17 @@ LOCAL = (
 """Parameters that mean nothing where another process runs the model."""
 
 COMMANDS = {
-    "run": tuple(name for name, f in PARAMETERS.items() if not f.metadata.get("online")),
-    "online": ("url", *(name for name in PARAMETERS if name not in (*LOCAL, "url"))),
+    "run": tuple(name for name, f in PARAMETERS.items() if "batching" in f.metadata["scenarios"]),
+    "online": ("url", *(name for name, f in PARAMETERS.items() if name not in (*LOCAL, "url") and "online" in f.metadata["scenarios"])),
 }
 """Command, and entry point of the MLproject, → its parameters."""
 
 
-def cell_fields(online: bool) -> list[str]:
+def cell_fields(scenario: str) -> list[str]:
     """The parameters that a cell of this scenario has."""
-    return [f.name for f in dataclasses.fields(Cell) if f.name in COMMANDS["online" if online else "run"] or (online and f.name == "backend")]
+    online = scenario == "online"
+    known = (*COMMANDS["online"], "backend") if online else COMMANDS["run"]
+    return [f.name for f in dataclasses.fields(Cell) if f.name in known and scenario in f.metadata["scenarios"]]
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,11 @@ class BenchSpec:
     def varied(self) -> list[str]:
         """Names of the parameters that have more than one value."""
         return [name for name, values in self.axes.items() if len(values) > 1]
+
+    @property
+    def scenario(self) -> str:
+        """That of its cells, which is one: see `Cell.scenario`."""
+        return Cell(url=self.axes["url"][0], batching=self.axes["batching"][0]).scenario  # type: ignore[arg-type]
 
 
 def known_backends() -> dict[str, str]:
@@ -329,6 +340,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "url": lambda name, text, _: _parse_url(name, text),
     "endpoint": lambda name, text, _: _parse_choice(name, text, ENDPOINTS),
     "arrival": lambda name, text, _: _parse_choice(name, text, ARRIVALS),
+    "batching": lambda name, text, _: _parse_choice(name, text, BATCHINGS),
 }
 """Kind of a parameter → how its text is read."""
 
@@ -343,17 +355,19 @@ def _nearest(text: str, known: Iterable[str]) -> str:
 def _check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Combinations that no value by itself shows to be wrong."""
     if "random" in axes["weights"]:
-        texts = [w for w in axes["workload"] if w != "synthetic"]
+        texts = [w for w in axes["workload"] if w not in DRAWN]
         if texts and "fake" not in axes["backend"]:
             raise UsageError(
                 f"workload={texts[0]} needs a tokenizer, and weights=random has none. Use workload=synthetic with random weights, or weights=hub."
             )
-    if None in axes["prompt_tokens"] and "synthetic" in axes["workload"]:
-        raise UsageError("prompt_tokens=auto has no meaning for workload=synthetic. Give a number of tokens, or a workload with texts such as qa.")
+    drawn = [w for w in axes["workload"] if w in DRAWN]
+    if None in axes["prompt_tokens"] and drawn:
+        raise UsageError(f"prompt_tokens=auto has no meaning for workload={drawn[0]}. Give a number of tokens, or a workload with texts such as qa.")
     if axes["history"] != ("none",) and axes["prompt_tokens"] != (None,):
         asked = next(history for history in axes["history"] if history != "none")
         raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
     _check_online(axes)
+    _check_batching(axes)
 
 
 def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
@@ -363,7 +377,7 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError(f"url is given, and backend={backend} runs the model in this process. Add backend=openai, or use `llmbench online`.")
     if backend == "openai" and not url:
         raise UsageError("backend=openai needs the address of a server. Give url=http://127.0.0.1:8000.")
-    given = [name for name, f in PARAMETERS.items() if f.metadata.get("online") and name != "url" and axes[name] != (f.default,)]
+    given = [name for name, f in PARAMETERS.items() if name in axes and f.metadata["scenarios"] == ["online"] and axes[name] != (f.default,)]
     if given and not url:
         raise UsageError(f"{given[0]} has a meaning only where a server is measured. Give url=http://…, or leave it out.")
     rates = [rate for rate in axes["request_rate"] if rate is not None]
@@ -373,3 +387,31 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
     if url and (axes["batch_size"] != (1,) or axes["quant"] != ("none",) or axes["weights"] != ("hub",)):
         raise UsageError("batch_size, quant and weights are the server's own settings, which a client cannot change. Start the server with them.")
+
+
+def _check_batching(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A stream of requests in process has a rate, and a way of batching in every cell; what is of streams is of nothing else."""
+    url, batching = axes["url"][0], axes["batching"]
+    own = [name for name in ("batching", "batch_wait_ms") if axes[name] != (PARAMETERS[name].default,)]
+    if url and own:
+        raise UsageError(f"{own[0]} is a setting of a model in this process, and the server batches as it was started. Leave it out.")
+    if None in batching and len(batching) > 1:
+        raise UsageError("batching=none measures single batches and no stream of requests, so it is not comparable. Leave none out of the list.")
+    if batching != (None,):
+        if axes["history"] != ("none",):
+            raise UsageError("batching measures a stream of single requests, and history is of conversations. Leave one of them out.")
+        if None in axes["request_rate"]:
+            raise UsageError(
+                "batching needs a stream of requests. Give request_rate, requests per second; a high one is a backlog that is there at once."
+            )
+        if axes["batch_wait_ms"] != (PARAMETERS["batch_wait_ms"].default,) and "dynamic" not in batching:
+            raise UsageError("batch_wait_ms is how long batching=dynamic waits for a full batch. Add batching=dynamic, or leave it out.")
+    elif not url:
+        given = [n for n in axes if "offline" not in PARAMETERS[n].metadata["scenarios"] and axes[n] != (PARAMETERS[n].default,)]
+        if given:
+            raise UsageError(f"{given[0]} is of a stream of requests. Add batching=static,dynamic,continuous, or measure a server with url=http://….")
+        if "mixed" in axes["workload"]:
+            raise UsageError(
+                "workload=mixed is a stream of requests of varying lengths, and one batch has one exact length. Add batching=static,dynamic,continuous "
+                "and request_rate, or measure a server with `llmbench online`."
+            )

@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
+from typing import Any
 
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
-from .online_summary import online_figures
+from .online_summary import online_figures, stream_figures
 from .quality import figures
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
 from .stats import (
@@ -78,6 +79,24 @@ def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> 
     return [fmean(value for value in values if value is not None) for values in found]
 
 
+def gpu_of(result: RunResult) -> dict[str, Any] | None:
+    """The GPU that a result was measured on, as in its environment; None for a CPU, whatever else the machine has."""
+    device = str(result.load.facts.get("model.device", "cpu")) if result.load else result.cell.device
+    gpus: list[dict[str, Any]] = result.environment.get("gpus") or []
+    index = int(device.partition(":")[2] or 0)
+    return gpus[index] if device.startswith("cuda") and index < len(gpus) else None
+
+
+def hardware_name(result: RunResult) -> str:
+    """What a result was measured on, in words: `NVIDIA A100`, or `AMD EPYC 7B13, 2 CPUs`."""
+    gpu = gpu_of(result)
+    if gpu:
+        return str(gpu["name"])
+    cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
+    count = cpu.get("usable_cpus")
+    return ", ".join(filter(None, [str(cpu.get("name") or "an unnamed machine"), f"{count} CPUs" if count else ""]))
+
+
 def summarize(result: RunResult) -> dict[str, float]:
     """Summary metrics under their MLflow keys. A result without repetitions has the settings and what was read of memory."""
     found: dict[str, float | None] = dict(_settings(result))
@@ -88,12 +107,22 @@ def summarize(result: RunResult) -> dict[str, float]:
     if result.repetitions:
         found |= _latency(requests(result))
         found |= _throughput(result)
-        found |= online_figures(result) if result.cell.url else _efficiency(result, found)
+        found |= _of_scenario(result, found)
     if result.same_replies:
         found["trust/same_replies_ratio"] = fmean(result.same_replies)
     if result.quality:
         found |= figures(result.quality)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _of_scenario(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
+    """What only a server's result has, only a stream's, or only one of single batches; MBU and MFU are of one batch of one length."""
+    if result.cell.url:
+        return online_figures(result)
+    own = _efficiency(result, found)
+    if not result.cell.batching:
+        return own
+    return stream_figures(result) | {key: own[key] for key in ("efficiency/tokens_per_s_per_gb", "efficiency/joules_per_token")}
 
 
 def _settings(result: RunResult) -> Iterator[tuple[str, float | None]]:

@@ -5,6 +5,7 @@ While a worker measures, this process sleeps in a select and reads one small /pr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,13 +156,14 @@ def run_worker(
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables
         )
+    watch = _Watch(process, outcome, limits or Limits(), on_event, watches_memory=cells[0].url is None)
     try:
         assert process.stdin
         process.stdin.write((json.dumps(job) + "\n").encode())
         process.stdin.flush()
-        with EventLog(log_file.with_suffix(".jsonl"), durable=False) as told:
-            told.append("job", folders=[folder.name for folder in folders], environment=environment)
-            _Watch(process, outcome, limits or Limits(), told, on_event, watches_memory=cells[0].url is None).collect()
+        with EventLog(log_file.with_suffix(".jsonl"), durable=False) as watch.told:
+            watch.told.append("job", folders=[folder.name for folder in folders], environment=environment)
+            watch.collect()
         process.wait()
     except BrokenPipeError:
         process.wait()
@@ -168,6 +171,8 @@ def run_worker(
         failure = error
     except KeyboardInterrupt:
         outcome.interrupted = True
+        _stop(process)
+        watch.drain()
     finally:
         _end(process)
         redact_log(log_file)
@@ -217,9 +222,11 @@ class _Watch:
     process: subprocess.Popen[bytes]
     outcome: GroupOutcome
     limits: Limits
-    told: EventLog | None
     on_event: OnEvent | None
     watches_memory: bool = True  # that of a client is not its model's
+    told: EventLog | None = None
+    unread: bytes = b""  # what has come of a line that has not ended
+    lines: deque[bytes] = field(default_factory=deque)  # not taken yet
     doing: tuple[str, str, float | None] = ("", "", None)  # what the worker does, the limit's name, the limit in s
     since: float = 0.0
     cell_since: float | None = None
@@ -229,7 +236,6 @@ class _Watch:
         """Raises WorkerTimeout or OutOfMemory where a limit is passed."""
         assert self.process.stdout
         pipe = self.process.stdout.fileno()
-        rest = b""
         self._begins("loading", "load_timeout_s", self.limits.load_s)
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
@@ -246,13 +252,32 @@ class _Watch:
                 chunk = os.read(pipe, 1 << 20)
                 if not chunk:
                     return
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    self._take(json.loads(line))
+                self._split(chunk)
+                while self.lines:
+                    self._take(self._next())
+
+    def drain(self) -> None:
+        """After an interruption, once the worker is gone: take what it had told and nobody has read, a measured cell perhaps."""
+        assert self.process.stdout
+        with contextlib.suppress(OSError):
+            while chunk := os.read(self.process.stdout.fileno(), 1 << 20):
+                self._split(chunk)
+        while self.lines:
+            self._next()
+
+    def _split(self, chunk: bytes) -> None:
+        *lines, self.unread = (self.unread + chunk).split(b"\n")
+        self.lines.extend(lines)
+
+    def _next(self) -> dict[str, Any]:
+        """The next event, added to the outcome before its line is given up: an interruption can come between any two steps."""
+        event: dict[str, Any] = json.loads(self.lines[0])
+        self.outcome.take(event)
+        self.lines.popleft()
+        return event
 
     def _take(self, event: dict[str, Any]) -> None:
         self._keep(event)
-        self.outcome.take(event)
         match event["event"]:
             case "stage" if event["stage"] == "loading":
                 self._begins("loading", "load_timeout_s", self.limits.load_s)
@@ -309,6 +334,14 @@ class _Watch:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop the worker and close its pipes."""
+    _stop(process)
+    for stream in (process.stdin, process.stdout):
+        if stream:
+            stream.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """Make sure that the worker is gone: ask, wait a little, insist."""
     for stop in (process.terminate, process.kill):
         if process.poll() is None:
@@ -317,9 +350,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 process.wait(timeout=2)
             except subprocess.TimeoutExpired:
                 continue
-    for stream in (process.stdin, process.stdout):
-        if stream:
-            stream.close()
 
 
 def _sudden_end(code: int, stage: str, log_file: Path) -> LlmbenchError:

@@ -409,7 +409,6 @@ def _fail(sweep: _Sweep, job: Job, word: str, failure: Failure, outcome: GroupOu
 def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None:
     """Write the files of a cell, then upload them, and end its run."""
     result = redact_all(result)
-    job.row = report.row_of(result)
     folder = job.folder / "artifacts"
     with sweep.ledger.noted(f"the files of {job.name}"):
         jobs.write_job(job)
@@ -418,6 +417,7 @@ def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None
         with sweep.ledger.noted(f"the charts of {job.name}"):
             charts.draw_cell(result, folder / "charts")
     sweep.ledger.upload(job, result)
+    job.row = report.row_of(result)  # last: a cell that an interruption met before is done again by `_finish`
 
 
 def _finish(sweep: _Sweep, outcome: str) -> None:

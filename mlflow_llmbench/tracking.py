@@ -28,9 +28,9 @@ from .errors import StoreAway, TrackingError, UsageError, first_line
 from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
 from .redaction import CONTROLS, redact, redact_all
-from .report import gpu_of, summary_markdown
+from .report import summary_markdown
 from .spec import WORKLOADS, as_text, cell_fields
-from .summary import Point, series, summarize
+from .summary import Point, gpu_of, series, summarize
 from .validity import judge
 
 if TYPE_CHECKING:
@@ -71,10 +71,11 @@ def address_of(uri: str | None = None) -> str:
     return uri or str(mlflow.get_tracking_uri())
 
 
-def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
+def open_store(uri: str | None = None, experiment: str | None = None, own: str | None = None) -> Store:
     """Connect to the store, so that an unreachable one is known before anything expensive starts.
 
-    `mlflow run` gives a run by MLFLOW_RUN_ID; then its experiment holds. Raises TrackingError, one line.
+    `mlflow run` gives a run by MLFLOW_RUN_ID; then its experiment holds, and it must be empty unless it is the run `own`, which the same
+    command has filled. Raises TrackingError, one line.
     """
     if experiment and CONTROLS.search(experiment):
         raise UsageError(f"The name of the experiment has control characters: {experiment}. Give a plain name.")
@@ -95,7 +96,7 @@ def open_store(uri: str | None = None, experiment: str | None = None) -> Store:
             client.search_experiments(max_results=1)
         given = os.environ.get("MLFLOW_RUN_ID") or None
         if given:
-            return Store(client, address, _given_run(client, given).info.experiment_id, given)
+            return Store(client, address, _given_run(client, given, own).info.experiment_id, given)
         return Store(client, address, _experiment_id(client, experiment), None)
 
 
@@ -114,8 +115,8 @@ def answers(address: str) -> bool:
         return isinstance(error, ValueError | http.client.HTTPException)
 
 
-def _given_run(client: MlflowClient, run_id: str) -> Run:
-    """The run that MLFLOW_RUN_ID names. Raises TrackingError if it is not there or holds a result already."""
+def _given_run(client: MlflowClient, run_id: str, own: str | None) -> Run:
+    """The run that MLFLOW_RUN_ID names. Raises TrackingError if it is not there, or is not our own and holds a result already."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -124,7 +125,7 @@ def _given_run(client: MlflowClient, run_id: str) -> Run:
         raise TrackingError(
             f"MLFLOW_RUN_ID names the run {run_id}, which is not there: {first_line(error)}. Unset it, or name a run of this store."
         ) from None
-    if "llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags:
+    if run_id != own and ("llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags):
         raise TrackingError(f"MLFLOW_RUN_ID names the run {run_id}, which holds a result already. Unset it, or name a new run.")
     for key, value in run.data.tags.items():
         if redact(value) != value:  # `mlflow run` notes the address of the git remote as it is, its token included
@@ -261,7 +262,7 @@ def _unquoted(text: str) -> str:
 
 def cell_params(cell: Cell) -> dict[str, str]:
     """The params of a cell as text."""
-    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(bool(cell.url))}
+    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario)}
 
 
 def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
@@ -275,7 +276,7 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
     note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
     _log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
-    _log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
+    log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
     _log_workload(store, run_id, result)
     store.client.log_artifacts(run_id, str(artifacts))
     store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last: what was cut off in the middle must be found again
@@ -345,8 +346,8 @@ def _log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in redact_all(tags).items()])
 
 
-def _log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
-    """Log points in batches of a thousand, the server's limit."""
+def log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
+    """Log points, a thousand per request: the most that a server takes."""
     from mlflow.entities import Metric
 
     values = [Metric(p.key, p.value, p.wall_ms, p.step) for p in points]

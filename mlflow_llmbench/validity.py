@@ -21,7 +21,7 @@ def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
     if result.failure:
         sentence = f"The cell ended with {result.outcome} at stage {result.failure.stage}: {result.failure.message}"
         return Verdict("invalid", (Reason("unfinished", sentence),))
-    reasons = tuple(reason for check in (ONLINE_CHECKS if result.cell.url else CHECKS) for reason in check(result, metrics))
+    reasons = tuple(reason for check in CHECKS_OF[result.cell.scenario] for reason in check(result, metrics))
     forced = {REASONS[reason.code] for reason in reasons}
     word = "invalid" if "invalid" in forced else "suspect" if forced else "valid"
     return Verdict(word, reasons)
@@ -35,12 +35,12 @@ def unsupported_percentiles(result: RunResult) -> list[str]:
 
 
 def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    asked = result.cell.output_tokens
-    wrong = [r.output_tokens for r in summary.requests(result) if r.output_tokens != asked]
+    every = [(r.output_tokens, r.asked[1] if r.asked else result.cell.output_tokens) for r in summary.requests(result)]
+    wrong = [(came, asked) for came, asked in every if came != asked]
     if wrong:
         yield Reason(
             "wrong_token_count",
-            f"{len(wrong)} of {len(summary.requests(result))} requests brought {wrong[0]} tokens instead of {asked}; rates and latencies are not "
+            f"{len(wrong)} of {len(every)} requests brought {wrong[0][0]} tokens instead of {wrong[0][1]}; rates and latencies are not "
             "those of the requested length. Check the backend, or ask for a length that it can force.",
         )
 
@@ -156,3 +156,7 @@ def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
 
 CHECKS: tuple[Check, ...] = (_counts, _order, _bandwidth, _steadiness, _convergence, _variation, _contention, _throttling)
 ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, *online_validity.CHECKS)
+STREAM_CHECKS: tuple[Check, ...] = (
+    _counts, _order, _steadiness, _convergence, _variation, _contention, _throttling, online_validity.client, online_validity.saturation, online_validity.windows,
+)  # fmt: skip
+CHECKS_OF = {"offline": CHECKS, "online": ONLINE_CHECKS, "batching": STREAM_CHECKS}

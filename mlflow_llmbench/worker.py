@@ -28,6 +28,7 @@ from .errors import LlmbenchError, MeasurementError, first_line
 from .journal import EventLog
 from .measure import compare_replies, measure_cell
 from .measure_server import measure_server
+from .measure_stream import measure_stream
 from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
 from .workload import PromptSet, load_prompts
 
@@ -184,11 +185,10 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         memory.reset_peak()
         backend.device_memory(reset=True)
         tell("measuring", number=number)
-        measured = (
-            measure_server(cast(ServerBackend, backend), cell, prompts, say)
-            if backend.capabilities.online
-            else measure_cell(backend, cell, prompts, info.vocab_size or 32000, say)
-        )
+        if backend.capabilities.online:
+            measured = measure_server(cast(ServerBackend, backend), cell, prompts, say)
+        else:
+            measured = (measure_stream if cell.batching else measure_cell)(backend, cell, prompts, info.vocab_size or 32000, say)
         _stage("peak", backend, tell)
         if cell.history == "kept":  # after the peak was read, for it computes what the cell did not
             with contextlib.suppress(LlmbenchError, MemoryError):

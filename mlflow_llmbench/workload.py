@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from .errors import UsageError
 from .records import Cell, hash16
 from .redaction import redact
-from .spec import BUNDLED_TEXT, WORKLOADS
+from .spec import BUNDLED_TEXT, DRAWN, WORKLOADS
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -24,10 +25,42 @@ WORDS = (
 )  # fmt: skip
 """Words that are one token each, with the space before them, in the usual vocabularies. A probe of the server tells where they are not."""
 
+SPREAD = math.log(2)
+"""Standard deviation of the logarithm of a length of `mixed`: two thirds of all lie between half and twice the median."""
+
+CLIP = (1 / 8, 4)
+"""Least and most length of `mixed`, as multiples of the median: 3 standard deviations below and 2 above, where 2.3 % are cut."""
+
+MIXED = (
+    "Requests of varying length: log-normal with these lengths as medians, two thirds between half and twice the median, clipped at ⅛ and 4 times."
+)
+"""The distribution of `mixed` in a sentence."""
+
+
+def lengths_of(cell: Cell, number: int) -> tuple[int, int]:
+    """Prompt and output tokens of request `number`: those of the cell, or for `mixed` drawn with those as medians.
+
+    Each is exp(N(ln median, `SPREAD`²)), rounded, within `CLIP` and at least 1; the two are independent. Real
+    requests are skewed to the right like that: many short ones, few long ones. They depend on the seed and on the number, not on the
+    repetition: repetitions then differ by what was measured and not by the draw, as with the rate of the arrivals.
+    """
+    medians = (cell.prompt_tokens or 0, cell.output_tokens)
+    if cell.workload != "mixed":
+        return medians
+    draw = random.Random(f"{cell.seed}/lengths/{number}")
+    drawn = [median * min(max(draw.lognormvariate(0.0, SPREAD), CLIP[0]), CLIP[1]) for median in medians]
+    return max(1, round(drawn[0])), max(1, round(drawn[1]))
+
+
+def longest_of(cell: Cell) -> tuple[int, int]:
+    """The most prompt and output tokens that a request of a cell may have."""
+    most = CLIP[1] if cell.workload == "mixed" else 1
+    return most * (cell.prompt_tokens or 0), most * cell.output_tokens
+
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Texts of a workload in file order; empty for `synthetic`, whose prompts are drawn from the vocabulary."""
+    """Texts of a workload in file order; empty for `synthetic` and `mixed`, whose prompts are drawn from the vocabulary."""
 
     name: str
     texts: tuple[str, ...] = ()
@@ -40,13 +73,24 @@ class PromptSet:
         uses text r (modulo their number) for all rows, at its own length.
         """
         if not self.texts:
-            return [self._random_row(cell, repetition, row, vocab_size) for row in range(cell.batch_size)]
+            return [self._random_row(cell, repetition, row, vocab_size, cell.prompt_tokens or 0) for row in range(cell.batch_size)]
         if encode is None:
             raise UsageError(f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic.")
         if cell.prompt_tokens is None:
             ids = list(encode(self.texts[repetition % len(self.texts)]))
             return [ids] * cell.batch_size
         return [self._text_row(cell.prompt_tokens, repetition * cell.batch_size + row, encode) for row in range(cell.batch_size)]
+
+    def request(self, cell: Cell, repetition: int, number: int, vocab_size: int, encode: Encode | None) -> tuple[list[int], int]:
+        """Prompt ids and output tokens of one request of a stream; texts are taken in turn, at their own length where `prompt_tokens` is `auto`."""
+        prompt_tokens, output_tokens = lengths_of(cell, number)
+        if not self.texts:
+            return self._random_row(cell, repetition, number, vocab_size, prompt_tokens), output_tokens
+        if encode is None:
+            raise UsageError(f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic.")
+        if cell.prompt_tokens is None:
+            return list(encode(self.texts[number % len(self.texts)])), output_tokens
+        return self._text_row(prompt_tokens, number, encode), output_tokens
 
     def words(self, cell: Cell, repetition: int, number: int, count: int, unique: str = "") -> str:
         """The prompt of one request to a server: `count` words from the seed, or the text of a workload.
@@ -65,10 +109,10 @@ class PromptSet:
             position += 1
         return " ".join(found[:count])
 
-    def _random_row(self, cell: Cell, repetition: int, row: int, vocab_size: int) -> list[int]:
+    def _random_row(self, cell: Cell, repetition: int, row: int, vocab_size: int, length: int) -> list[int]:
         # The lowest ids are special tokens in every vocabulary we know; an EOS in the prompt would be odd text.
         draw = random.Random(f"{cell.seed}/{repetition}/{row}")
-        return [draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(cell.prompt_tokens or 0)]
+        return [draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(length)]
 
     def _text_row(self, length: int, start: int, encode: Encode) -> list[int]:
         ids: list[int] = []
@@ -87,16 +131,18 @@ class PromptSet:
         prompts: object = texts or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
         if cell.url and not self.texts:
             prompts = {"generator": "common-words-1", "seed": cell.seed}
+        if cell.workload == "mixed":
+            prompts = {"prompts": prompts, "lengths": "log-normal-1", "spread": SPREAD, "clip": CLIP, "seed": cell.seed}
         return hash16({"prompts": prompts, "prompt_tokens": cell.prompt_tokens, "output_tokens": cell.output_tokens})
 
 
 def load_prompts(workload: str) -> PromptSet:
-    """The prompt set of a `workload` parameter: `synthetic`, a bundled name, or a JSON Lines file with a `prompt` per line.
+    """The prompt set of a `workload` parameter: `synthetic` or `mixed`, a bundled name, or a JSON Lines file with a `prompt` per line.
 
     Raises UsageError, naming the line, for a file that cannot be read as such.
     """
-    if workload == "synthetic":
-        return PromptSet("synthetic")
+    if workload in DRAWN:
+        return PromptSet(workload)
     if workload in WORKLOADS:
         text = (resources.files(__package__) / "workloads" / f"{workload}.jsonl").read_text(encoding="utf-8")
         return PromptSet(workload, *_parse_lines(text, workload))

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
-    "intent": ("spec", "models", "plan", "workload", "arrivals"),
+    "intent": ("spec", "models", "plan", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
-    "act": ("measure", "measure_server", "journal", "supervise", "worker", "reference", "node"),
+    "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "worker", "reference", "node"),
     "think": (
         "stats",
         "quality",
@@ -35,6 +35,8 @@ LAYERS = {
         "tradeoffs",
         "footprint",
         "scaling_study",
+        "claims",
+        "findings",
     ),
     "show": (
         "report",
@@ -44,6 +46,9 @@ LAYERS = {
         "page",
         "scaling_report",
         "scaling_charts",
+        "study_charts",
+        "tradeoff_charts",
+        "study_report",
         "artifacts",
         "decision",
         "pareto",
@@ -64,6 +69,7 @@ LAYERS = {
         "preview",
         "ab",
         "evidence",
+        "study",
         "decide",
         "cli",
         "__main__",
@@ -75,7 +81,7 @@ LAYERS = {
 THINK_SEES = ("nouns", "think")
 """Pure functions over records: not even the layers above them, but for the nouns."""
 
-EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats")}
+EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats"), ("measure_stream", "stats")}
 """Measurement stops when the interval is narrow: it must be the very interval that is reported."""
 
 HOMES = {
@@ -91,7 +97,7 @@ HOMES = {
     "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts", "comparison_charts", "pareto", "scaling_charts"),
+    "matplotlib": ("charts", "comparison_charts", "pareto", "scaling_charts", "study_charts", "tradeoff_charts"),
     "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
     "ray": ("cluster",),
 }

@@ -130,15 +130,15 @@ def test_summary_of_a_real_measurement_agrees_with_the_script() -> None:
 
 
 def test_spoiled_repetitions_are_repeated_and_kept_but_not_without_end() -> None:
-    from mlflow_llmbench.measure import _enough
+    from mlflow_llmbench.measure import enough
     from mlflow_llmbench.records import Noise, Repetition, RequestRecord
 
     def repetition(index: int, others_s: float) -> Repetition:
         return Repetition(index, 0, (RequestRecord(0, (10, 20)),), Noise(wall_s=1.0, foreign_cpu_s=others_s))
 
     quiet = [repetition(i, 0.0) for i in range(5)]
-    assert _enough(Cell(), quiet)
-    assert not _enough(Cell(), [*quiet[:4], repetition(4, 0.5)])
-    assert _enough(Cell(), [*quiet[:4], repetition(4, 0.5), repetition(5, 0.0)])
-    assert not _enough(Cell(), [repetition(i, 0.5) for i in range(9)])
-    assert _enough(Cell(), [repetition(i, 0.5) for i in range(10)])
+    assert enough(Cell(), quiet)
+    assert not enough(Cell(), [*quiet[:4], repetition(4, 0.5)])
+    assert enough(Cell(), [*quiet[:4], repetition(4, 0.5), repetition(5, 0.0)])
+    assert not enough(Cell(), [repetition(i, 0.5) for i in range(9)])
+    assert enough(Cell(), [repetition(i, 0.5) for i in range(10)])

@@ -13,11 +13,11 @@ from mlflow import MlflowClient
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def mlflow_run(store_uri: str, folder: Path, **parameters: str) -> subprocess.CompletedProcess[str]:
+def mlflow_run(store_uri: str, folder: Path, entry: str = "main", **parameters: str) -> subprocess.CompletedProcess[str]:
     given = [part for name, value in parameters.items() for part in ("-P", f"{name}={value}")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store_uri}
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", "-P", f"output_dir={folder}/results", *given]
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", "-e", entry, "-P", f"output_dir={folder}/results", *given]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -48,6 +48,17 @@ def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path
     assert parent.data.params["quant"] == "fp32,bf16"
     heading = next(line for line in done.stdout.splitlines() if line.startswith("quant"))
     assert "tokens/s" in heading
+
+
+def test_a_study_stays_with_the_projects_run(store_uri: str, tmp_path: Path) -> None:
+    model = "fake:ttft_ms=4+itl_ms=1+row_ms=1"
+    done = mlflow_run(store_uri, tmp_path, "study", backend="fake", model=model, batch_size="1,2", prompt_tokens="8", output_tokens="4", warmup="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    client = MlflowClient(store_uri)
+    [parent] = [run for run in client.search_runs(["0"]) if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["of"] == "none" and parent.data.params["preset"] == "quick"
+    assert "study/report.html" in {item.path for item in client.list_artifacts(parent.info.run_id, "study")}
 
 
 @pytest.mark.parametrize(

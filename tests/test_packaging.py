@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mlflow_llmbench
-from mlflow_llmbench import spec
+from mlflow_llmbench import spec, study
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -114,7 +114,15 @@ def test_the_project_has_the_declared_parameters_with_their_defaults(entry: str)
 
 def test_every_parameter_is_one_of_an_entry_point() -> None:
     assert set(spec.COMMANDS["run"]) | set(spec.COMMANDS["online"]) == set(spec.PARAMETERS)
-    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "register"}
+    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "study", "register"}
+
+
+def test_a_study_takes_what_a_run_takes_and_what_is_its_own() -> None:
+    entry, own = MLPROJECT["entry_points"]["study"], {"of": "none", "share": "0.5", "price": "none", "accept_suspect": "none"}
+    defaults = {name: spec.default_text(name) for name in spec.COMMANDS["run"]} | {"preset": study.PRESET} | own
+    assert entry["parameters"] == {name: {"type": "string", "default": text} for name, text in defaults.items()}
+    options = [f"--{name.replace('_', '-')} {{{name}}}" for name in defaults]
+    assert entry["command"] == " ".join(["python -m mlflow_llmbench study", *options])
 
 
 @pytest.mark.parametrize("name", spec.PARAMETERS)

@@ -28,6 +28,25 @@ def test_the_papers_grid_for_its_models() -> None:
     assert {cell.quant for cell in cells} == set(precisions)
 
 
+def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "room_here", lambda device, limit: (8 * 10**9, "are free here"))
+    found = preview.preview(preset="effillm", model=PAPER, weights="random")
+    assert len(found.cells) == 19 * 7 * 7 * 5
+    context = {m: 4096 if m.startswith("llama") else 32768 if m.startswith("mistral") else 2048 for m in PAPER.split(",")}
+    for planned in found.cells:
+        cell = planned.cell
+        if (cell.prompt_tokens or 0) + cell.output_tokens > context[cell.model]:
+            assert planned.refused and f"is more than the context of {cell.model}, {context[cell.model]} tokens" in planned.refused
+        elif (planned.predicted_bytes or 0) > 8 * 10**9:
+            assert planned.refused and f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about" in planned.refused
+        else:
+            assert planned.refused is None and planned.predicted_bytes
+    small = [planned for planned in found.tried if planned.cell.model == "opt-125m"]
+    assert {planned.cell.prompt_tokens for planned in small} == {128, 256, 512, 1024}  # 2048 and 256 to come are more than its context
+    largest = {planned.cell.quant for planned in found.tried if planned.cell.model == "llama-2-13b"}
+    assert largest and not largest & {"fp32", "fp16", "int8"}
+
+
 def test_quick_is_a_twentieth_of_it_and_enough_for_every_law() -> None:
     cells = expand_cells(parse({"preset": "quick"}))
     assert len(cells) == 12

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import json
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -183,6 +185,7 @@ def test_planted_secrets_are_found_nowhere(
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the proxies of its first use, here the planted one, for the process
     prompts = tmp_path / "planted" / "prompts.jsonl"
     prompts.write_text('{"prompt": "Say something."}\n{"prompt": "And canary-07-github."}\n')
     models = "https://user:canary-21@host.example/m,./canary-06-openai/fails,crashes?sig=canary19"
@@ -212,7 +215,7 @@ def test_planted_secrets_are_found_nowhere(
         assert places(text, CANARIES) == [], text
     assert found_in(tmp_path, CANARIES) == {}
     notes = [run.data.tags["mlflow.note.content"] for run in MlflowClient(store_uri).search_runs([last["experiment_id"]])]
-    assert all("***" in note for note in notes)  # they were there to be masked
+    assert all("***" in html.unescape(note) for note in notes)  # they were there to be masked
     assert {path.name for path in tmp_path.rglob("*.log") if "***" in path.read_text()} == {"worker.log", "prepare.log"}
 
 

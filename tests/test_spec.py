@@ -20,7 +20,8 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled",
         "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600", "first_token_timeout_s": "3600",
         "repetition_timeout_s": "3600", "cell_timeout_s": "none",
-        "quality_tasks": "none", "quality_limit": "none", "url": "none", "endpoint": "completions", "concurrency": "1", "request_rate": "none", "arrival": "poisson", "burstiness": "1",
+        "batching": "none", "batch_wait_ms": "100", "quality_tasks": "none", "quality_limit": "none",
+        "url": "none", "endpoint": "completions", "concurrency": "1", "request_rate": "none", "arrival": "poisson", "burstiness": "1",
         "requests": "auto", "duration_s": "none", "request_timeout_s": "600", "slo_ttft_ms": "none", "slo_tpot_ms": "none", "slo_e2e_ms": "none",
     }  # fmt: skip
 

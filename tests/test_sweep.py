@@ -227,7 +227,7 @@ def test_log_floods_are_counted_not_kept(store_uri: str) -> None:
     [
         ({"model": "fake:x=1"}, UsageError, "does not know the setting"),
         ({"prompt_tokens": 900_000, "output_tokens": 200_000}, UsageError, "is more than the context"),
-        ({"batch_size": list(range(1, 2100))}, UsageError, "make 2099 cells"),
+        ({"batch_size": list(range(1, 2502)), "prompt_tokens": [1, 2]}, UsageError, "make 5002 cells"),
         ({"output_dir": "/proc/nowhere"}, JournalError, "Cannot write into the output folder"),
         ({"tracking_uri": "nonsense://x"}, TrackingError, "cannot be used"),
     ],

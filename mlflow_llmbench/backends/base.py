@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import UsageError
 from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
@@ -23,6 +23,15 @@ if TYPE_CHECKING:  # what only servers need is not loaded into the worker of a l
     from ..client import BuildRequest, Load, Trace
     from ..http1 import Exchange
     from ..workload import PromptSet
+
+
+class Token(NamedTuple):
+    """One output token of an engine: its request's number, its id, and the engine's own stamp of it, monotonic ns."""
+
+    request: int
+    id: int
+    engine_ns: int
+
 
 Emit = Callable[[Any], None]
 """Called once per step with the step's token ids: a sequence of `batch` whole numbers, or an array with `tolist()`."""
@@ -38,6 +47,8 @@ class Capabilities:
     harness: bool = False  # `language_model` works, so tasks of lm-eval can be run
     conversations: bool = False  # `encode_turns` and `new_history` work, and `generate` takes a history
     online: bool = False  # a server: takes loads of requests, see `ServerBackend`
+    padding: bool = False  # `generate` takes prompts of unequal lengths
+    continuous: bool = False  # batches requests as they come, see `EngineBackend`
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,11 @@ class Backend(Protocol):
         """What the loaded model is now; some libraries repack weights in their first call."""
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
-        """Generate exactly `output_tokens` tokens for each prompt (ids, all of one length), greedily; emit each step.
+        """Generate exactly `output_tokens` tokens for each prompt (ids), greedily; emit each step.
 
-        `history`, of `new_history`, holds the beginning of the prompts, and afterwards the prompts and all but the last token.
-        It is given only where `capabilities.conversations` says that it may be.
+        All prompts are of one length, unless `padding` is among the capabilities. `history`, of `new_history`, holds the beginning of
+        the prompts, and afterwards the prompts and all but the last token. It is given only where `capabilities.conversations` says
+        that it may be, and to prompts of one length.
         """
 
     def new_history(self) -> History:
@@ -129,6 +141,32 @@ class ServerBackend(Backend, Protocol):
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """What an answer was. Called after the run."""
+
+
+class Engine(Protocol):
+    """Takes requests as they come, and generates them together in a thread of its own."""
+
+    def submit(self, number: int, prompt: Sequence[int], output_tokens: int) -> None:
+        """Hand a request over, which ends after exactly that many tokens."""
+
+    def wait(self) -> None:
+        """Wait until all requests are answered. Raises MeasurementError where one was not."""
+
+    def take_positions(self) -> int | None:
+        """Token positions that were computed since the last call; None where they cannot be counted."""
+
+    def close(self) -> None:
+        """End the thread and free what it held."""
+
+
+class EngineBackend(Backend, Protocol):
+    """A backend that batches continuously in this process."""
+
+    def open_engine(self, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> Engine:
+        """An engine for at most `rows` requests at once, of at most `longest` tokens each with their answers.
+
+        `on_step` is called from the engine's thread with the new tokens of each step the moment they are on the host.
+        """
 
 
 def backend_class(name: str) -> type[Backend]:

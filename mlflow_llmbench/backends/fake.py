@@ -22,15 +22,17 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MeasurementError, OutOfMemory, UsageError
 from ..records import Cell, LoadInfo, ModelFacts, hash16
 from ..workload import turn_texts
-from .base import Capabilities, DeviceMemory, Emit
+from .base import Capabilities, DeviceMemory, Emit, Token
 
 NUMBERS = {
     "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "prompt_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
@@ -67,7 +69,7 @@ class FakeHistory:
 class FakeBackend:
     """Emits tokens on a schedule counted from the start of the call, so that delays do not add up."""
 
-    capabilities = Capabilities(tokenizer=True, conversations=True)
+    capabilities = Capabilities(tokenizer=True, conversations=True, padding=True, continuous=True)
     device = "cpu"
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
@@ -87,9 +89,9 @@ class FakeBackend:
 
     def load(self) -> LoadInfo:
         started = time.perf_counter()
-        _wait_until(time.perf_counter_ns() + int(self._number("load_ms") * 1e6))
+        _wait_until(time.perf_counter_ns() + int(self.number("load_ms") * 1e6))
         self._fail("load", rows=0)
-        self.memory = bytearray(os.urandom(4096) * int(self._number("memory_mb") * 256))
+        self.memory = bytearray(os.urandom(4096) * int(self.number("memory_mb") * 256))
         self.load_s = time.perf_counter() - started
         return self.describe()
 
@@ -100,31 +102,35 @@ class FakeBackend:
             step_bytes=len(self.memory),
             kv_bytes_per_token=1024,
             facts={"model.parameters": len(self.memory) // 4, "model.dtype": "float32", "quant.method": "fake"},
-            vocab_size=int(self._number("vocab")),
+            vocab_size=int(self.number("vocab")),
         )
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: FakeHistory | None = None) -> None:
         started = time.perf_counter_ns()
         rows = len(prompts)
-        for _ in range(int(self._number("log_lines"))):
+        for _ in range(int(self.number("log_lines"))):
             logging.getLogger("fake").warning("a line that comes with every call")
         self._fail("generate", rows)
-        step = self._number("itl_ms") + self._number("row_ms") * (rows - 1)
+        step = self.number("itl_ms") + self.number("row_ms") * (rows - 1)
         late = step if self.script["late"] else 0.0
-        first = self._number("ttft_ms") + self._number("prompt_ms") * (len(prompts[0]) - (history.tokens if history else 0))
-        for token in range(min(output_tokens, int(self._number("stop_after")))):
-            stall = self._number("stall_ms") if 0 < self._number("stall_at") <= token + 1 else 0.0
+        longest = max(len(prompt) for prompt in prompts)
+        first = self.number("ttft_ms") + self.number("prompt_ms") * (longest - (history.tokens if history else 0))
+        for token in range(min(output_tokens, int(self.number("stop_after")))):
+            stall = self.number("stall_ms") if 0 < self.number("stall_at") <= token + 1 else 0.0
             last = token == output_tokens - 1
             _wait_until(started + int((first + token * step + stall + (0.0 if last and token else late)) * 1e6))
-            emit([(97 + (sum(prompt) + token) % 26) for prompt in prompts])
+            emit([_token(prompt, token) for prompt in prompts])
         if history:
-            history.tokens = len(prompts[0]) + output_tokens - 1
+            history.tokens = longest + output_tokens - 1
 
     def new_history(self) -> FakeHistory:
         return FakeHistory()
 
     def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
         return [self.encode(text) for text in turn_texts(messages, None)]
+
+    def open_engine(self, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> FakeEngine:
+        return FakeEngine(self, rows, on_step)
 
     def encode(self, text: str) -> Sequence[int]:
         return list(text.encode())
@@ -146,13 +152,13 @@ class FakeBackend:
     def close(self) -> None:
         self.memory = bytearray()
 
-    def _number(self, name: str) -> float:
+    def number(self, name: str) -> float:
         return float(self.script[name])
 
     def _fail(self, stage: str, rows: int) -> None:
         if "fail" not in self.script or self.script.get("at", "generate") != stage:
             return
-        if stage == "generate" and not self._number("above_batch") < rows < self._number("below_batch"):
+        if stage == "generate" and not self.number("above_batch") < rows < self.number("below_batch"):
             return
         match self.script["fail"]:
             case "oom":
@@ -165,6 +171,63 @@ class FakeBackend:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
                 time.sleep(3600)
+
+
+class FakeEngine:
+    """Continuous batching on the same schedule: a step takes `ttft_ms` if a request joins in it, else `itl_ms` and `row_ms`."""
+
+    def __init__(self, backend: FakeBackend, rows: int, on_step: Callable[[Sequence[Token]], None]) -> None:
+        self.backend, self.rows, self.on_step = backend, rows, on_step
+        self.waiting: deque[tuple[int, Sequence[int], int]] = deque()
+        self.open = self.positions = 0
+        self.closed = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._generate, daemon=True)
+        self.thread.start()
+
+    def submit(self, number: int, prompt: Sequence[int], output_tokens: int) -> None:
+        with self.changed:
+            self.waiting.append((number, prompt, output_tokens))
+            self.open += 1
+            self.changed.notify_all()
+
+    def wait(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.open)
+
+    def take_positions(self) -> int | None:
+        counted, self.positions = self.positions, 0
+        return counted
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        self.thread.join()
+
+    def _generate(self) -> None:
+        running: list[tuple[int, Sequence[int], int, int]] = []  # number, prompt, tokens asked, tokens there
+        while not self.closed:
+            with self.changed:
+                if not running:
+                    self.changed.wait_for(lambda: self.waiting or self.closed)
+                joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.rows - len(running)))]
+            self.positions += len(running) + sum(len(prompt) for _, prompt, _ in joining)
+            running += [(*request, 0) for request in joining]
+            step_ms = self.backend.number("itl_ms") + self.backend.number("row_ms") * (len(running) - 1)
+            _wait_until(time.perf_counter_ns() + int((self.backend.number("ttft_ms") if joining else step_ms) * 1e6))
+            now = time.perf_counter_ns()
+            self.on_step([Token(number, _token(prompt, there), now) for number, prompt, _, there in running])
+            advanced = [(number, prompt, asked, there + 1) for number, prompt, asked, there in running]
+            running = [one for one in advanced if one[3] < one[2]]
+            with self.changed:
+                self.open -= len(advanced) - len(running)
+                self.changed.notify_all()
+
+
+def _token(prompt: Sequence[int], index: int) -> int:
+    """The token that follows a prompt at an index: a letter that depends on both."""
+    return 97 + (sum(prompt) + index) % 26
 
 
 def _wait_until(deadline_ns: int) -> None:

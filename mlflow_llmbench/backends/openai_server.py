@@ -18,7 +18,7 @@ from ..errors import MeasurementError, ModelError
 from ..http1 import Exchange, Limits
 from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
 from ..sse import EventParser
-from ..workload import PromptSet
+from ..workload import PromptSet, lengths_of, longest_of
 from .base import Capabilities, DeviceMemory, Emit
 
 PROBE_WORDS = (16, 144)
@@ -51,7 +51,7 @@ def http_request(address: Address, path: str, body: object = None, number: int =
 
 def limits_of(cell: Cell) -> Limits:
     """What a request of a cell may take: 8 KiB and 8 reads for each token, where servers send 0.3 KiB in one; an end for what never ends."""
-    tokens, seconds = cell.output_tokens, cell.request_timeout_s
+    tokens, seconds = longest_of(cell)[1], cell.request_timeout_s
     most_bytes = min((64 << 10) + (8 << 10) * tokens, (16 << 20) + 1024 * tokens)
     return Limits(first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens)
 
@@ -124,8 +124,9 @@ class OpenAIBackend:
 
     def request(self, prompts: PromptSet, cell: Cell, repetition: int, number: int) -> bytes:
         """The request `number` of a repetition (negative ones are warm-ups), of the asked length as nearly as words allow."""
-        words = max(1, round(((cell.prompt_tokens or 0) - self.fixed_tokens) / self.tokens_per_word))
-        return self._body(prompts.words(cell, repetition, number, words, self.unique), cell.output_tokens, number)
+        prompt_tokens, output_tokens = lengths_of(cell, number)
+        words = max(1, round((prompt_tokens - self.fixed_tokens) / self.tokens_per_word))
+        return self._body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
 
     def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
         """Send a load."""

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models
@@ -17,7 +17,8 @@ from ..records import Cell, LoadInfo, ModelFacts
 from ..spec import BITSANDBYTES, GPTQ_BITS
 from ..workload import turn_texts
 from . import gptq, sources
-from .base import Capabilities, DeviceMemory, Emit
+from .base import Capabilities, DeviceMemory, Emit, Token
+from .continuous import ContinuousEngine
 from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 class TransformersBackend:
     """`AutoModelForCausalLM` and `generate()` with a streamer that does nothing but pass each step on."""
 
-    capabilities = Capabilities(tokenizer=True, logits=True, harness=True, conversations=True, heavy=("torch", "transformers"))
+    capabilities = Capabilities(
+        tokenizer=True, logits=True, harness=True, conversations=True, padding=True, continuous=True, heavy=("torch", "transformers")
+    )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -163,7 +166,11 @@ class TransformersBackend:
         import torch
         from transformers import GenerationConfig
 
-        ids = torch.tensor(prompts, dtype=torch.long)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        # Padded on the left, where attention and positions leave it out: the last token of every prompt is in the last column.
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.long)
+        mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
         settings = GenerationConfig(max_new_tokens=output_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0, eos_token_id=None)
         streamer: Any = _Streamer(emit)
         kept = {"past_key_values": history.cache} if history else {}  # generate() leaves out of the prompt what the cache holds
@@ -171,14 +178,23 @@ class TransformersBackend:
             if not self._checked_late:
                 streamer = stack.enter_context(_late_check(self.model, streamer))
                 self._checked_late = True
-            ids = ids.to(self.model.device)
-            self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer, **kept)
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+            self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer, **kept)
             self._synchronise()
 
     def new_history(self) -> _History:
         from transformers import DynamicCache
 
         return _History(DynamicCache(config=self.model.config))
+
+    def open_engine(self, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> ContinuousEngine:
+        try:
+            with _foreign_errors("preparing continuous batching"):
+                return ContinuousEngine(self.model, rows, longest, on_step)
+        except MeasurementError as error:
+            raise MeasurementError(
+                f"transformers cannot batch this model continuously. {error} Use batching=static,dynamic, or another attention."
+            ) from error
 
     def encode(self, text: str) -> Sequence[int]:
         ids: list[int] = self._tokenizer()(text)["input_ids"]
