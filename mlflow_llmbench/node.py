@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from . import estimate, machine, reference, supervise
+from .backends.base import LOCAL_FILES, backend_class
 from .errors import JournalError, ModelError, UsageError
 from .records import Cell, ModelFacts, Options
-from .spec import GPTQ_BITS
 from .supervise import GroupOutcome, Limits, OnEvent
-
-LOCAL_FILES = ("folder", "gguf")
-"""Sources of models whose files lie where the command was told; there is nothing to fetch, and no other machine may have them."""
 
 Post = Callable[[Mapping[str, Any], Mapping[str, bytes]], None]
 """Called with an event, and with what was written since the last call, by the file's path from the sweep's folder."""
@@ -46,8 +43,7 @@ def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] 
     """
     log = task.folders[0] / "worker.log"
     try:
-        made = task.cells[0].quant in GPTQ_BITS
-        if task.prepare and (made or task.model.source not in (*LOCAL_FILES, "none")):
+        if task.prepare and not backend_class(task.cells[0].backend).is_prepared(task.cells[0], task.model):
             preparing = {"event": "stage", "stage": "preparing"}
             on_event(preparing)  # in a process of its own, so that neither its time nor its memory is measured
             fetched = supervise.run_worker("prepare", task.cells[:1], task.model, task.folders[:1], log.with_name("prepare.log"))

@@ -41,11 +41,15 @@ class Preview:
 
 
 def preview(**parameters: object) -> Preview:
-    """Expand and estimate what `sweep.run` would do with the same parameters. Raises what it would raise before it starts."""
+    """Expand and estimate what `sweep.run` would do with the same parameters. Raises what it would raise before it starts.
+
+    But for a quantization whose package is missing, its cells are refused with that reason: the others are planned all the same.
+    """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
     cells = expand(spec)
     groups = [group.cells for group in plan.group_cells(cells)]
-    model_of = resolve_models(groups)
+    lacking: dict[Cell, str] = {}
+    model_of = resolve_models(groups, lacking=lacking)
     jobs.refuse_twins(cells, model_of)
     limit, _ = estimate.memory_limit(spec.options.memory_limit)
     hardware, peaks = machine.environment()["hashes"]["hardware"], machine.known_peaks()
@@ -56,7 +60,7 @@ def preview(**parameters: object) -> Preview:
         rates: Mapping[str, float] = peaks.get(f"{hardware} {cell.device} {cell.threads or 'auto'}", {})
         seconds = estimate.least_seconds(cell, model, shape, rates)
         room = (None, "") if spec.options.force else estimate.room_here(cell.device, limit)
-        return Planned(cell, predicted, seconds, estimate.refusal(cell, model, predicted, room))
+        return Planned(cell, predicted, seconds, lacking.get(cell) or estimate.refusal(cell, model, predicted, room))
 
     found = tuple(planned(cell, model_of[cell]) for cell in cells)
     tried = {planned_.cell for planned_ in found if planned_.refused is None}
@@ -81,11 +85,16 @@ def format_preview(found: Preview) -> str:
 
 def _refusals(found: Preview) -> list[str]:
     """Per kind of refusal the number of cells, and the sentence of the first."""
-    kinds = Counter("context" if "is more than the context" in p.refused else "memory" for p in found.cells if p.refused)
-    first = {
-        kind: next(p.refused for p in found.cells if p.refused and ("is more than the context" in p.refused) == (kind == "context")) for kind in kinds
-    }
+    told = [p.refused for p in found.cells if p.refused]
+    first: dict[str, str] = {}
+    for text in told:
+        first.setdefault(_kind(text), text)
+    kinds = Counter(map(_kind, told))
     return [f"{count} cells would be refused ({kind}): {first[kind]}" for kind, count in kinds.items()]
+
+
+def _kind(refusal: str) -> str:
+    return "context" if "is more than the context" in refusal else "package" if "is not installed" in refusal or "Install" in refusal else "memory"
 
 
 def _sums(found: Preview) -> str:

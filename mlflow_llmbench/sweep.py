@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from . import artifacts, charts, estimate, jobs, overview, plan, reference, report, resume, tracking
 from .backends.base import backend_class
-from .errors import NodeLost, UsageError
+from .errors import MissingError, NodeLost, UsageError
 from .jobs import Job
 from .journal import claim, new_sweep, write_json
 from .ledger import Ledger
@@ -161,11 +161,24 @@ def expand(spec: BenchSpec) -> list[Cell]:
     return cells
 
 
-def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here") -> dict[Cell, ModelFacts]:
-    """The model of each cell. Raises UsageError if no cell at all fits its model's context; single ones are refused one by one."""
-    # The devices of this machine are not those of a cluster.
-    first = [group[0] if on == "here" else dataclasses.replace(group[0], device="cpu") for group in groups]
-    facts = [backend_class(cell.backend).resolve(cell) for cell in first]
+def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here", lacking: dict[Cell, str] | None = None) -> dict[Cell, ModelFacts]:
+    """The model of each cell. Raises UsageError if no cell at all fits its model's context; single ones are refused one by one.
+
+    `lacking`, where given, takes what this machine lacks for a quantization (a package), for each of its cells, instead of an error.
+    """
+
+    def resolve(group: Sequence[Cell]) -> ModelFacts:
+        # The devices of this machine are not those of a cluster.
+        cell = group[0] if on == "here" else dataclasses.replace(group[0], device="cpu")
+        try:
+            return backend_class(cell.backend).resolve(cell)
+        except MissingError as error:
+            if lacking is None or cell.quant == "none":
+                raise
+            lacking.update(dict.fromkeys(group, str(error)))
+            return backend_class(cell.backend).resolve(dataclasses.replace(cell, quant="none"))
+
+    facts = [resolve(group) for group in groups]
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group}
     messages = [estimate.beyond_context(cell, model) for cell, model in model_of.items()]
     if all(messages):
@@ -416,8 +429,8 @@ def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None
     if draw:
         with sweep.ledger.noted(f"the charts of {job.name}"):
             charts.draw_cell(result, folder / "charts")
+    job.row = report.row_of(result)  # a cell that an interruption met before is done again by `_finish`
     sweep.ledger.upload(job, result)
-    job.row = report.row_of(result)  # last: a cell that an interruption met before is done again by `_finish`
 
 
 def _finish(sweep: _Sweep, outcome: str) -> None:

@@ -243,4 +243,6 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # all is told and closed; to take torch apart in order takes more than a second of the sweep's time

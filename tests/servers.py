@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import socket
+import socketserver
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -17,3 +19,44 @@ def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+class Door:
+    """A port on loopback that leads to another one while it is open; while it is shut, connections are cut, and new ones refused."""
+
+    def __init__(self, to: int) -> None:
+        self.to, self.port, self.connections = to, 0, list[socket.socket]()
+        self.open()
+
+    def open(self) -> None:
+        door = self
+
+        class Through(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with socket.create_connection(("127.0.0.1", door.to)) as other:
+                    door.connections += [self.request, other]
+                    back = threading.Thread(target=_pass_on, args=(other, self.request), daemon=True)
+                    back.start()
+                    _pass_on(self.request, other)
+
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address, daemon_threads, block_on_close = True, True, False
+
+        self.server = Server(("127.0.0.1", self.port), Through)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def shut(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.connections.clear()
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench import estimate, machine, models, preview, spec
+from mlflow_llmbench.backends import gptq
 from mlflow_llmbench.cli import main
-from mlflow_llmbench.errors import UsageError
+from mlflow_llmbench.errors import MissingError, UsageError
 from mlflow_llmbench.plan import expand_cells
 from mlflow_llmbench.records import Cell, ModelFacts
 from mlflow_llmbench.spec import GRIDS, default_text, parse
@@ -33,9 +34,16 @@ def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monke
     found = preview.preview(preset="effillm", model=PAPER, weights="random")
     assert len(found.cells) == 19 * 7 * 7 * 5
     context = {m: 4096 if m.startswith("llama") else 32768 if m.startswith("mistral") else 2048 for m in PAPER.split(",")}
+    lacking = ""
+    try:
+        gptq.require()
+    except MissingError as error:
+        lacking = str(error)
     for planned in found.cells:
         cell = planned.cell
-        if (cell.prompt_tokens or 0) + cell.output_tokens > context[cell.model]:
+        if lacking and cell.quant == "gptq":
+            assert planned.refused == lacking
+        elif (cell.prompt_tokens or 0) + cell.output_tokens > context[cell.model]:
             assert planned.refused and f"is more than the context of {cell.model}, {context[cell.model]} tokens" in planned.refused
         elif (planned.predicted_bytes or 0) > 8 * 10**9:
             assert planned.refused and f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about" in planned.refused
@@ -45,6 +53,16 @@ def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monke
     assert {planned.cell.prompt_tokens for planned in small} == {128, 256, 512, 1024}  # 2048 and 256 to come are more than its context
     largest = {planned.cell.quant for planned in found.tried if planned.cell.model == "llama-2-13b"}
     assert largest and not largest & {"fp32", "fp16", "int8"}
+
+
+def test_a_quantization_without_its_package_is_refused_and_the_rest_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = preview.preview(model="opt-125m", weights="random", quant="fp32,gptq")
+    refused = {planned.cell.quant: planned.refused for planned in found.cells}
+    assert refused["fp32"] is None
+    assert refused["gptq"] and refused["gptq"].startswith("quant=gptq needs ")
+    assert "1 cells would be refused (package): quant=gptq needs " in preview.format_preview(found)
 
 
 def test_quick_is_a_twentieth_of_it_and_enough_for_every_law() -> None:

@@ -22,6 +22,7 @@ from mlflow_llmbench import journal, run
 from mlflow_llmbench.errors import JournalError, TrackingError, UsageError
 from mlflow_llmbench.sweep import SweepResult
 from mlflow_llmbench.upload import upload
+from tests.servers import Door
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}
@@ -314,15 +315,23 @@ def test_a_server_that_hangs_is_waited_for_a_few_seconds_in_all(store_uri: str, 
 
 
 def test_a_server_that_goes_and_comes_back_has_everything_in_the_end(store_uri: str, tmp_path: Path) -> None:
+    """The server goes on behind a door that is shut when the first cell is there, and opened when the second is."""
+
+    def results() -> int:
+        return len(list(tmp_path.glob("llmbench-results/*/*/artifacts/result.json")))
+
     port = free_port()
-    address = f"http://127.0.0.1:{port}"
     with mlflow_server(store_uri, tmp_path, port):
-        process = start(tmp_path, address, "--model", "fake:ttft_ms=2+itl_ms=150", "--batch-size", "1", "--threads", "1,2,3")
-        until(lambda: len(list(tmp_path.glob("llmbench-results/*/*/artifacts/result.json"))) >= 1)
-    until(lambda: len(list(tmp_path.glob("llmbench-results/*/*/artifacts/result.json"))) >= 2)
-    with mlflow_server(store_uri, tmp_path, port):
+        door = Door(port)
+        process = start(tmp_path, f"http://127.0.0.1:{door.port}", "--model", "fake:ttft_ms=2+itl_ms=50", "--batch-size", "1", "--threads", "1,2,3")
+        until(lambda: results() >= 1)
+        door.shut()
+        until(lambda: results() >= 2)
+        door.open()
         output, errors = process.communicate(timeout=120)
+        door.shut()
     assert process.returncode == 0, output + errors
+    assert "does not answer" in errors
     assert {status for status, _ in states(store_uri).values()} == {"FINISHED"}
     assert len(states(store_uri)) == 4
     children = [one for one in runs(store_uri).values() if "mlflow.parentRunId" in one.data.tags]

@@ -175,7 +175,9 @@ def test_text_goes_through_the_models_own_tokenizer(tiny_model: Path) -> None:
 def test_random_checkpoint_is_seeded_written_once_and_loads_like_a_real_one(cache_folder: Path) -> None:
     preset = models.find_preset("pythia-70m")
     assert preset
+    assert not synthetic.is_written(preset, seed=3)
     folder = synthetic.write_checkpoint(preset, seed=3)
+    assert synthetic.is_written(preset, seed=3)
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
     content = (folder / "model.safetensors").read_bytes()
     assert synthetic.write_checkpoint(preset, seed=3) == folder

@@ -37,6 +37,10 @@ Emit = Callable[[Any], None]
 """Called once per step with the step's token ids: a sequence of `batch` whole numbers, or an array with `tolist()`."""
 
 
+LOCAL_FILES = ("folder", "gguf")
+"""Sources of models whose files lie where the command was told; there is nothing to fetch, and no other machine may have them."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What a backend can do, declared; never guessed from its name."""
@@ -82,6 +86,10 @@ class Backend(Protocol):
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
         """Put the model's files on this disk (download, or write a synthetic checkpoint). Runs in a process of its own, untimed."""
+
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        """Whether `prepare` would find everything done. Asked before a process is started for it, so that it imports nothing heavy."""
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None: ...
 

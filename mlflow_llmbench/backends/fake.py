@@ -85,7 +85,11 @@ class FakeBackend:
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Nothing to fetch, and never asked: the source is `none`."""
+        """Nothing to fetch."""
+
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        return True
 
     def load(self) -> LoadInfo:
         started = time.perf_counter()

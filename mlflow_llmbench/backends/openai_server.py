@@ -98,7 +98,11 @@ class OpenAIBackend:
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Nothing to fetch, and never asked: the source is `none`."""
+        """Nothing to fetch."""
+
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        return True
 
     def load(self) -> LoadInfo:
         """Find out which options the server takes, how many tokens its words have, and whether it tells of its prefix cache."""

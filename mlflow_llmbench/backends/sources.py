@@ -17,6 +17,7 @@ from ..errors import ModelError, UsageError, first_line
 from ..records import Cell, ModelFacts
 from ..spec import GPTQ_BITS, MADE
 from . import gptq, synthetic
+from .base import LOCAL_FILES
 
 HUB_TIMEOUT_S = 12.0
 """Longest wait for the Hub before a run; an unreachable one must be known within 15 s."""
@@ -278,6 +279,17 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         _download(model)
     if cell.quant in GPTQ_BITS:
         gptq.quantize(cell, model, _base_files(cell, model)[0], None if cell.workload == "synthetic" else _tokenizer(cell, *_base_files(cell, model)))
+
+
+def is_here(cell: Cell, model: ModelFacts) -> bool:
+    """Whether `fetch` would find the model's files on this disk, before a quantization of them."""
+    if cell.weights == "random":
+        preset = models.find_preset(cell.model)
+        return preset is not None and synthetic.is_written(preset, cell.seed)
+    try:
+        return model.source in LOCAL_FILES or _is_complete(_snapshot(model))
+    except OSError:  # another machine has it, where the model was found
+        return False
 
 
 def _snapshot(model: ModelFacts) -> Path:

@@ -35,6 +35,11 @@ def checkpoint_folder(preset: Preset, seed: int) -> Path:
     return machine.cache_folder() / "checkpoints" / f"{preset.name}-seed{seed}-v{FORMAT}"
 
 
+def is_written(preset: Preset, seed: int) -> bool:
+    """Whether the checkpoint is there; its folder gets its name when it is whole."""
+    return (checkpoint_folder(preset, seed) / "config.json").exists()
+
+
 def write_checkpoint(preset: Preset, seed: int) -> Path:
     """Write the checkpoint unless it is there, and return its folder.
 
@@ -43,7 +48,7 @@ def write_checkpoint(preset: Preset, seed: int) -> Path:
     import torch
 
     folder = checkpoint_folder(preset, seed)
-    if (folder / "config.json").exists():
+    if is_written(preset, seed):
         return folder
     dtype: torch.dtype = getattr(torch, preset.dtype)
     needed = preset.parameters * dtype.itemsize
@@ -60,7 +65,7 @@ def write_checkpoint(preset: Preset, seed: int) -> Path:
         try:
             temporary.rename(folder)
         except OSError:
-            if not (folder / "config.json").exists():  # otherwise another process was first, with the same bytes
+            if not is_written(preset, seed):  # otherwise another process was first, with the same bytes
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

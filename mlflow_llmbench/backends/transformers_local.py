@@ -62,6 +62,11 @@ class TransformersBackend:
         """Write the random checkpoint, or download the files from the Hub."""
         sources.fetch(cell, model)
 
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        """Whether the files are on this disk; a checkpoint that GPTQ makes is found by its content only, so it is never known before."""
+        return cell.quant not in GPTQ_BITS and sources.is_here(cell, model)
+
     # Loading
 
     def load(self) -> LoadInfo:
