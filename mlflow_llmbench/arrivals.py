@@ -7,6 +7,7 @@ import math
 import random
 
 from .records import Cell
+from .traces import read_trace
 
 LEAST_REQUESTS = 12
 """Requests of a repetition at least: five repetitions then support a p95."""
@@ -17,6 +18,9 @@ AUTO_SECONDS = 10.0
 def request_count(cell: Cell) -> int | None:
     """Requests of one repetition; None where only the duration of a closed loop ends it."""
     rate, duration = cell.request_rate, cell.duration_s
+    if cell.trace:
+        within = [one for one in read_trace(cell.trace).requests if duration is None or one.at_ns <= duration * 1e9]
+        return len(within[: cell.requests])
     if rate is not None:
         within = math.floor(rate * (AUTO_SECONDS if duration is None else duration)) + 1
         least = LEAST_REQUESTS if duration is None else 1
@@ -32,9 +36,11 @@ def arrival_times_ns(cell: Cell, repetition: int) -> tuple[int, ...] | None:
     The gaps are independent: exponential (`poisson`), equal (`constant`), or of a gamma distribution with the shape
     `burstiness` (`gamma`), whose coefficient of variation is 1/√shape. They are scaled so that n requests take (n − 1)/rate:
     each repetition has exactly the asked rate, and repetitions differ by what the server did and not by the draw. The same
-    seed gives the same times.
+    seed gives the same times. Those of a trace are as they were recorded.
     """
     rate, count = cell.request_rate, request_count(cell)
+    if cell.trace:
+        return tuple(one.at_ns for one in read_trace(cell.trace).requests[:count])
     if rate is None or count is None:
         return None
     draw = random.Random(f"{cell.seed}/arrivals/{repetition}")

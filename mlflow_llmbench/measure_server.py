@@ -23,7 +23,7 @@ from .measure import LEAST_WARMUPS, MOST_WARMUPS, Measured, Say, throughput
 from .metrics import LEAST_REPETITIONS
 from .records import Cell, ClientReadings, Repetition, RequestRecord
 from .stats import halves_agree, relative_half_width
-from .workload import PromptSet, lengths_of
+from .workload import PromptSet, lengths_of, lengths_vary
 
 WARM_USERS = 4
 """Requests at once in the warm-up of an open loop, which has no number of users."""
@@ -62,7 +62,7 @@ def _builder(server: ServerBackend, prompts: PromptSet, cell: Cell, repetition: 
 
 def _with_asked(request: RequestRecord, cell: Cell, number: int) -> RequestRecord:
     """The record with what was asked for, where that is another length for each request."""
-    return dataclasses.replace(request, asked=lengths_of(cell, number)) if cell.workload == "mixed" else request
+    return dataclasses.replace(request, asked=lengths_of(cell, number)) if lengths_vary(cell) else request
 
 
 def _expected(cell: Cell, answer_s: float) -> int:
@@ -91,7 +91,7 @@ def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) ->
     """
     fixed = cell.warmup is not None
     most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
-    users = cell.concurrency if cell.request_rate is None else WARM_USERS
+    users = cell.concurrency if not cell.open_loop else WARM_USERS
     durations: list[float] = []
     first_ms = 0.0
     steady = False

@@ -28,7 +28,9 @@ def online_figures(result: RunResult) -> Figures:
     requests = [r for repetition in repetitions for r in repetition.requests]
     cell = result.cell
     found: Figures = {"config/batch_size": None, "throughput/per_instance_tokens_per_s": None, "throughput/prefill_tokens_per_s": None}
-    found |= {"config/concurrency": cell.concurrency if cell.request_rate is None else None, "config/request_rate": cell.request_rate}
+    found |= {"config/concurrency": None if cell.open_loop else cell.concurrency, "config/request_rate": cell.request_rate}
+    if cell.trace:
+        found["config/output_tokens"] = _mean([r.asked[1] for r in requests if r.asked])
     found |= _chunks(requests)
     if any(r.visible_ns is not None and r.visible_ns != r.stamps_ns[0] for r in requests):
         found |= statistics("latency/ttfo_ms", [value for r in requests if (value := visible_ms(r)) is not None])

@@ -70,7 +70,7 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     asked = [r.asked or (cell.prompt_tokens, cell.output_tokens) for r in every]
     other = [r.output_tokens for r, (_, output) in zip(every, asked, strict=True) if r.output_tokens != output]
     if other:
-        wanted = "length that was asked" if cell.workload == "mixed" else f"asked {cell.output_tokens} tokens"
+        wanted = "length that was asked" if cell.workload == "mixed" or cell.trace else f"asked {cell.output_tokens} tokens"
         yield Reason(
             "length_drift",
             f"{len(other)} of {len(every)} answers have another length than the {wanted}, {fmean(other):.1f} on average; the rates "

@@ -112,6 +112,10 @@ class Cell:
         low=0.001,
         scenarios="batching online",
     )
+    trace: str | None = parameter(
+        None, "open loop of recorded requests: a JSON Lines file of timestamp (ms), input_length and output_length", kind="trace", unset="none",
+        scenarios="online",
+    )  # fmt: skip
     arrival: str = parameter("poisson", "open loop: poisson, constant or gamma", kind="arrival", scenarios="batching online")
     burstiness: float = parameter(
         1,
@@ -141,6 +145,11 @@ class Cell:
     slo_e2e_ms: float | None = parameter(
         None, "goodput: the most for a whole answer", kind="number", unset="none", low=0, scenarios="batching online"
     )
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether requests come when they come, whatever has been answered."""
+        return self.request_rate is not None or self.trace is not None
 
     @property
     def scenario(self) -> str:

@@ -45,6 +45,9 @@ BUNDLED_TEXT = "bundled"
 LEAST_TEXT_TOKENS = 512
 """Tokens that a text for perplexity must have at least, so a file of fewer bytes never does."""
 
+LENGTHS = ("prompt_tokens", "output_tokens")
+"""Parameters that a trace replaces."""
+
 ENDPOINTS = ("completions", "chat")
 ARRIVALS = ("poisson", "constant", "gamma")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -271,6 +274,12 @@ def _parse_workload(name: str, text: str) -> str:
     raise UsageError(f"Unknown {name}: {text}. {_nearest(text, WORKLOADS)} A file ends in .jsonl.")
 
 
+def _parse_trace(name: str, text: str) -> str:
+    if not os.path.isfile(_parse_text(name, text)):
+        raise UsageError(f"There is no trace file {text}. Give a JSON Lines file of timestamp (ms), input_length and output_length (tokens).")
+    return text
+
+
 def _parse_text_file(name: str, text: str) -> str:
     if text.lower() == BUNDLED_TEXT:
         return BUNDLED_TEXT
@@ -336,6 +345,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
     "url": lambda name, text, _: _parse_url(name, text),
     "endpoint": lambda name, text, _: _parse_choice(name, text, ENDPOINTS),
+    "trace": lambda name, text, _: _parse_trace(name, text),
     "arrival": lambda name, text, _: _parse_choice(name, text, ARRIVALS),
     "batching": lambda name, text, _: _parse_choice(name, text, BATCHINGS),
 }
@@ -380,10 +390,23 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     rates = [rate for rate in axes["request_rate"] if rate is not None]
     if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
         raise UsageError("request_rate makes an open loop and concurrency a closed one. Give one of them.")
+    _check_trace(axes)
     if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
         raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
     if url and (axes["batch_size"] != (1,) or axes["quant"] != ("none",) or axes["weights"] != ("hub",)):
         raise UsageError("batch_size, quant and weights are the server's own settings, which a client cannot change. Start the server with them.")
+
+
+def _check_trace(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A trace has its own times and lengths."""
+    if axes["trace"] == (None,):
+        return
+    replaced = ("request_rate", "concurrency", "arrival", "burstiness", *LENGTHS)
+    given = [name for name in replaced if axes[name] != (PARAMETERS[name].default,)]
+    if given:
+        raise UsageError(f"A trace says when requests come and how long they are, and {given[0]} is given too. Leave one of them out.")
+    if "mixed" in axes["workload"]:
+        raise UsageError("A trace has its own lengths, and workload=mixed draws them. Use workload=synthetic, or a workload with texts.")
 
 
 def _check_batching(axes: Mapping[str, tuple[object, ...]]) -> None:
