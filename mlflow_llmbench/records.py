@@ -112,6 +112,10 @@ class Cell:
         low=0.001,
         scenarios="batching online",
     )
+    ramp_to: float | None = parameter(
+        None, "open loop: the rate rises evenly from request_rate to this one over each repetition", kind="number", unset="none", low=0.001,
+        scenarios="online",
+    )  # fmt: skip
     trace: str | None = parameter(
         None, "open loop of recorded requests: a JSON Lines file of timestamp (ms), input_length and output_length", kind="trace", unset="none",
         scenarios="online",
@@ -145,6 +149,11 @@ class Cell:
     slo_e2e_ms: float | None = parameter(
         None, "goodput: the most for a whole answer", kind="number", unset="none", low=0, scenarios="batching online"
     )
+
+    @property
+    def mean_rate(self) -> float | None:
+        """Requests per second of an open loop over a whole repetition."""
+        return self.request_rate if self.request_rate is None or self.ramp_to is None else (self.request_rate + self.ramp_to) / 2
 
     @property
     def open_loop(self) -> bool:

@@ -178,7 +178,8 @@ def _load(cell: Cell) -> str:
         return f"{cell.quant} · batch {cell.batch_size}"
     if cell.trace:
         return f"online · trace {_name_of(cell.trace)}"
-    return f"online · {cell.request_rate:g} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
+    rising = "" if cell.ramp_to is None else f" rising to {cell.ramp_to:g}"
+    return f"online · {cell.request_rate:g}{rising} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
 
 
 def _name_of(path: str) -> str:

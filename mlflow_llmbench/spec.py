@@ -391,6 +391,12 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
         raise UsageError("request_rate makes an open loop and concurrency a closed one. Give one of them.")
     _check_trace(axes)
+    top = axes["ramp_to"][0]
+    if top is not None and not all(isinstance(rate, float) and rate < float(str(top)) for rate in axes["request_rate"]):
+        raise UsageError(
+            f"ramp_to is the rate at which a ramp ends, {as_text('ramp_to', top)}, and request_rate where it begins is "
+            f"{','.join(as_text('request_rate', rate) for rate in axes['request_rate'])}. Give a lower request_rate."
+        )
     if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
         raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
     if url and (axes["batch_size"] != (1,) or axes["quant"] != ("none",) or axes["weights"] != ("hub",)):
@@ -401,7 +407,7 @@ def _check_trace(axes: Mapping[str, tuple[object, ...]]) -> None:
     """A trace has its own times and lengths."""
     if axes["trace"] == (None,):
         return
-    replaced = ("request_rate", "concurrency", "arrival", "burstiness", *LENGTHS)
+    replaced = ("request_rate", "ramp_to", "concurrency", "arrival", "burstiness", *LENGTHS)
     given = [name for name in replaced if axes[name] != (PARAMETERS[name].default,)]
     if given:
         raise UsageError(f"A trace says when requests come and how long they are, and {given[0]} is given too. Leave one of them out.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
-from .online_summary import online_figures, stream_figures
+from .online_summary import online_figures, ramp_steps, stream_figures
 from .quality import figures
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
 from .stats import (
@@ -390,6 +390,7 @@ def series(result: RunResult) -> list[Point]:
         points += [] if rate is None else [Point("steps/output_tokens_per_s", step, rate, wall)]
     points += _token_series(result)
     points += [Point(f"steps/turn_{name}", turn.number, value, result.ended_ms) for turn in turns_of(result) for name, value in turn.values().items()]
+    points += [Point(key, step, value, result.ended_ms) for key, step, value in ramp_steps(result)]
     points += _memory_series(result)
     for key, values in (("itl_ms", [g for r in requests(result) for g in gaps_ms(r)]), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []
