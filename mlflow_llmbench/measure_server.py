@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 
 from . import machine
@@ -46,7 +46,7 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
         index = len(repetitions)
         load = Load(count, cell.concurrency, cell.duration_s, arrival_times_ns(cell, index))
         wall_ms, before = int(time.time() * 1000), machine.take_readings(server.device)
-        trace = server.run(_builder(server, prompts, cell, index), load, _expected(cell, warmup_s[-1]))
+        trace = server.send(prompts, cell, index, load, _expected(cell, warmup_s[-1]))
         noise = machine.noise_between(before, machine.take_readings(server.device))
         requests = [_with_asked(server.read(exchange), cell, exchange.number) for exchange in trace.exchanges]
         complete = _complete(requests)
@@ -54,10 +54,6 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
         repetitions.append(Repetition(index, wall_ms, complete, noise, failed=failed, client=_readings(trace)))
         say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
     return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), ())
-
-
-def _builder(server: ServerBackend, prompts: PromptSet, cell: Cell, repetition: int) -> Callable[[int], bytes]:
-    return lambda number: server.request(prompts, cell, repetition, number)
 
 
 def _with_asked(request: RequestRecord, cell: Cell, number: int) -> RequestRecord:
@@ -96,7 +92,7 @@ def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) ->
     first_ms = 0.0
     steady = False
     while len(durations) < most and not (steady and not fixed):
-        trace = server.run(_builder(server, prompts, cell, -1 - len(durations)), Load(users, users))
+        trace = server.send(prompts, cell, -1 - len(durations), Load(users, users))
         complete = _complete([server.read(exchange) for exchange in trace.exchanges])
         seconds = [(r.stamps_ns[-1] - r.t0_ns) / 1e9 for r in complete]
         first_ms = first_ms or seconds[0] * 1000

@@ -108,13 +108,18 @@ def _lengths(requests: Sequence[RequestRecord]) -> Figures:
     """What was really sent and generated, as the server counts it."""
     prompts = [r.prompt_tokens for r in requests if r.prompt_tokens is not None]
     chunks = sum(len(r.stamps_ns) for r in requests)
-    told = [(r.cached_tokens, r.prompt_tokens) for r in requests if r.cached_tokens is not None and r.prompt_tokens]
     return {
         "lengths/prompt_tokens_mean": _mean(prompts),
         "lengths/output_tokens_mean": fmean(r.output_tokens for r in requests),
         "lengths/tokens_per_chunk_mean": sum(r.output_tokens for r in requests) / chunks,
-        "lengths/cached_prompt_ratio": sum(cached for cached, _ in told) / sum(prompt for _, prompt in told) if told else None,
+        "lengths/cached_prompt_ratio": cached_share(requests),
     }
+
+
+def cached_share(requests: Sequence[RequestRecord]) -> float | None:
+    """Share of the prompt tokens that came from the server's prefix cache; None where it does not tell."""
+    told = [(r.cached_tokens, r.prompt_tokens) for r in requests if r.cached_tokens is not None and r.prompt_tokens]
+    return sum(cached for cached, _ in told) / sum(prompt for _, prompt in told) if told else None
 
 
 def steady_window(repetition: Repetition) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from .metrics import FOREIGN_CPU_LIMIT
-from .online_summary import RATE_LIMIT, SINGLE_SHARE, overload_of, single_share, steady_window
+from .online_summary import RATE_LIMIT, SINGLE_SHARE, cached_share, overload_of, single_share, steady_window
 from .records import Reason, RequestRecord, RunResult
 
 CPU_LIMIT = 0.75
@@ -85,6 +85,8 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """The server had parts of the prompts in its prefix cache."""
     share = metrics.get("lengths/cached_prompt_ratio")
+    if result.cell.history == "sent":  # a later turn finds the earlier ones there, as it would in use
+        share = cached_share([r for r in _requests(result) if r.turn == 1])
     if share is not None and share > CACHED_LIMIT:
         yield Reason(
             "prefix_cache_hits",

@@ -69,7 +69,7 @@ class Cell:
     )
     history: str = parameter(
         "none",
-        "conversations of a workload: none = each is one prompt; turn by turn with the history recomputed, or kept in the KV cache",
+        "conversations of a workload: none = each is one prompt; turn by turn with the history recomputed, kept in the KV cache, or sent to a server",
         kind="history",
         sweep=True,
     )
@@ -131,7 +131,7 @@ class Cell:
     )
     requests: int | None = parameter(
         None,
-        "requests per repetition; auto = 4 for each user, or 10 s of the rate, at least 12",
+        "requests per repetition (conversations, with history=sent); auto = 4 for each user, or 10 s of the rate, at least 12",
         kind="count",
         unset="auto",
         scenarios="batching online",
@@ -286,7 +286,7 @@ class RequestRecord:
     `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
     `end_ns` the end of the answer, `cached_tokens` the part of the prompt that was not computed again: in the server's prefix
     cache, or in the history that a conversation keeps; `asked` the prompt and output tokens that were asked for where they differ
-    from request to request.
+    from request to request; `conversation` and `turn` (from 1) which turn of which conversation with a server it was.
     """
 
     t0_ns: int
@@ -303,6 +303,8 @@ class RequestRecord:
     cached_tokens: int | None = None
     finish: str = ""  # why the model stopped, in the server's word
     asked: tuple[int, int] | None = None
+    conversation: int | None = None
+    turn: int | None = None
 
     @property
     def prefilled_tokens(self) -> int | None:

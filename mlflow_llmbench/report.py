@@ -252,7 +252,10 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
 
 def _turns_table(turns: Sequence[Turn]) -> str:
     heading = ["turn", "conversations", "prompt tokens", "of them computed", "TTFT ms", "end to end ms"]
-    body = [[str(t.number), str(t.count), *map(_number, (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms))] for t in turns]
+    body = [
+        [str(t.number), str(t.count), *("–" if v is None else _number(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms))]
+        for t in turns
+    ]
     return markdown_table(heading, body)
 
 

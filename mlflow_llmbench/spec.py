@@ -37,7 +37,7 @@ BACKENDS = {
 
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
-HISTORIES = ("none", "recomputed", "kept")
+HISTORIES = ("none", "recomputed", "kept", "sent")
 BATCHINGS = ("static", "dynamic", "continuous")
 DECODES = ("generate",)
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
@@ -72,7 +72,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "history", "trust_remote_code", "allow_pickle",
+    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
     "preset", "on", "force", "memory_limit", "quality", "quality_text",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
@@ -390,6 +390,7 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     rates = [rate for rate in axes["request_rate"] if rate is not None]
     if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
         raise UsageError("request_rate makes an open loop and concurrency a closed one. Give one of them.")
+    _check_dialogues(axes)
     _check_trace(axes)
     top = axes["ramp_to"][0]
     if top is not None and not all(isinstance(rate, float) and rate < float(str(top)) for rate in axes["request_rate"]):
@@ -401,6 +402,24 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
     if url and (axes["batch_size"] != (1,) or axes["quant"] != ("none",) or axes["weights"] != ("hub",)):
         raise UsageError("batch_size, quant and weights are the server's own settings, which a client cannot change. Start the server with them.")
+
+
+def _check_dialogues(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A server gets the history of a conversation with each turn, as messages, from users who wait for their answers."""
+    url, histories = axes["url"][0], axes["history"]
+    own = [history for history in histories if history in ("recomputed", "kept")]
+    if url and own:
+        raise UsageError(f"history={own[0]} is of a model in this process; a server gets the history with each turn. Use history=sent.")
+    if "sent" not in histories:
+        return
+    if not url:
+        raise UsageError("history=sent is of a server. Use history=recomputed or history=kept for a model in this process.")
+    if axes["endpoint"] != ("chat",):
+        raise UsageError("history=sent sends the messages of a conversation, and endpoint=completions takes one prompt. Give endpoint=chat.")
+    if axes["request_rate"] != (None,) or axes["trace"] != (None,):
+        raise UsageError(
+            "history=sent is a closed loop: each user waits for an answer before the next turn. Give concurrency, and no request_rate or trace."
+        )
 
 
 def _check_trace(axes: Mapping[str, tuple[object, ...]]) -> None:

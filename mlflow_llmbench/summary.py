@@ -405,28 +405,32 @@ class Turn:
 
     number: int
     count: int
-    prompt_tokens: float
-    prefilled_tokens: float
+    prompt_tokens: float | None
+    prefilled_tokens: float | None
     ttft_ms: float
     e2e_ms: float
 
     def values(self) -> dict[str, float]:
-        """The figures by name."""
-        return {name: value for name, value in vars(self).items() if name not in ("number", "count")}
+        """The figures by name, those that are known."""
+        return {name: value for name, value in vars(self).items() if name not in ("number", "count") and value is not None}
 
 
 def turns_of(result: RunResult) -> list[Turn]:
     """The turns of conversations, by number; empty where nothing was measured turn by turn."""
     if result.cell.history == "none":
         return []
-    most = max((len(repetition.requests) for repetition in result.repetitions), default=0)
-    columns = [[r.requests[i] for r in result.repetitions if len(r.requests) > i] for i in range(most)]
+    columns: dict[int, list[RequestRecord]] = {}
+    for repetition in result.repetitions:
+        for position, request in enumerate(repetition.requests, 1):
+            columns.setdefault(request.turn or position, []).append(request)
+    told = result.cell.history != "sent" or any(r.cached_tokens is not None for r in requests(result))
     return [
         Turn(
-            number, len(column), fmean(r.prompt_tokens or 0 for r in column), fmean(r.prefilled_tokens or 0 for r in column),
+            number, len(column), _mean([r.prompt_tokens for r in column if r.prompt_tokens is not None]),
+            _mean([r.prefilled_tokens for r in column if r.prefilled_tokens is not None]) if told else None,
             median(map(ttft_ms, column)), median(map(e2e_ms, column)),
         )
-        for number, column in enumerate(columns, 1)
+        for number, column in sorted(columns.items())
     ]  # fmt: skip
 
 

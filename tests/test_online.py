@@ -282,7 +282,7 @@ def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
     )  # fmt: skip
     [row] = done.rows
     assert row.outcome == "ok"
-    assert (row.metrics["config/ramp_to"], row.name) == (200, f"{MODEL} online 10..200/s")
+    assert (row.metrics["config/request_rate"], row.metrics["config/ramp_to"]) == (10, 200)
 
 
 def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
