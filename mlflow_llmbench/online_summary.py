@@ -310,10 +310,20 @@ def _in_flight(repetitions: Sequence[Repetition]) -> Figures:
     return {"in_flight/requests_mean": _mean(means), "in_flight/requests_max": float(most)}
 
 
+def _worst(each: Sequence[Figures]) -> Figures:
+    """Of each figure the largest: a process that is late would be hidden by others that are not."""
+    return {
+        key: max((value for figures in each if (value := figures.get(key)) is not None), default=None)
+        for key in dict.fromkeys(k for f in each for k in f)
+    }
+
+
 def _client(repetitions: Sequence[Repetition]) -> Figures:
     """What the client saw of itself: is it the bottleneck? (Envoy's poll delay; inference-perf's schedule delay.)"""
     readings = [r.client for r in repetitions if r.client]
-    lags = [lag / 1e6 for one in readings for lag in one.lags_ns]
+    processes = [
+        [one.processes[i] for one in readings if len(one.processes) > i] for i in range(max((len(r.processes) for r in readings), default=0))
+    ]
     every = [r for repetition in repetitions for r in (*repetition.requests, *repetition.failed)]
     delays = [delay for r in every if (delay := send_delay_ms(r)) is not None]
     wall = sum(one.ended_ns - one.started_ns for one in readings) / 1e9
@@ -323,8 +333,14 @@ def _client(repetitions: Sequence[Repetition]) -> Figures:
         if len(order) > 1:
             asked += max(r.start_ns for r in order) - min(r.start_ns for r in order)
             sent += max(r.t0_ns for r in order) - min(r.start_ns for r in order)
-    found = statistics("client/loop_lag_ms", lags, (50, 99)) | statistics("client/send_delay_ms", delays, (50, 99))
-    return found | {
-        "client/cpu_ratio": sum(one.cpu_s for one in readings) / wall if wall else None,
-        "client/rate_ratio": asked / sent if sent else None,
-    }
+    found = _worst([statistics("client/loop_lag_ms", [lag / 1e6 for one in own for lag in one.lags_ns], (50, 99)) for own in processes])
+    return (
+        found
+        | statistics("client/send_delay_ms", delays, (50, 99))
+        | {
+            "client/processes": len(processes) or None,
+            "client/cpu_ratio": max(sum(one.cpu_s for one in own) for own in processes) / wall if wall else None,
+            "client/cpus": sum(one.cpu_s for one in readings) / wall if wall and len(processes) > 1 else None,
+            "client/rate_ratio": asked / sent if sent else None,
+        }
+    )

@@ -43,7 +43,10 @@ def client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     if (ratio := metrics.get("client/rate_ratio", 1.0)) < RATE_LIMIT:
         seen.append(f"it reached {ratio:.0%} of the asked rate, and the limit is {RATE_LIMIT:.0%}")
     if seen:
-        yield Reason("client_bound", f"The client was too slow: {'; '.join(seen)}. Give it a quieter machine of its own, or ask for a smaller load.")
+        yield Reason(
+            "client_bound",
+            f"The client was too slow: {'; '.join(seen)}. Give it a quieter machine of its own, more client_processes, or a smaller load.",
+        )
 
 
 def failures(result: RunResult, metrics: Metrics) -> Iterator[Reason]:

@@ -129,6 +129,14 @@ class Cell:
         high=1e6,
         scenarios="batching online",
     )
+    client_processes: int | None = parameter(
+        None,
+        "processes that send the load and stamp the answers; auto = as many as keep each below half of its core, and one core for the server",
+        kind="count",
+        unset="auto",
+        high=256,
+        scenarios="online",
+    )
     requests: int | None = parameter(
         None,
         "requests per repetition (conversations, with history=sent); auto = 4 for each user, or 10 s of the rate, at least 12",
@@ -333,6 +341,7 @@ class ClientReadings:
 
     `started_ns`, `ended_ns`: from the first sending to the end of the last answer · `lags_ns`: how late its event loop woke
     up, every 20 ms · `cpu_s`: CPU seconds of its one process · `retries`: requests sent again because the server had closed an idle connection.
+    Where several processes sent the load, `parts` are their own readings, and the whole has the sums and no lags.
     """
 
     started_ns: int
@@ -340,6 +349,12 @@ class ClientReadings:
     lags_ns: tuple[int, ...]
     cpu_s: float
     retries: int = 0
+    parts: tuple[ClientReadings, ...] = ()
+
+    @property
+    def processes(self) -> tuple[ClientReadings, ...]:
+        """The readings of each process."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,11 @@ class Backend(Protocol):
 class ServerBackend(Backend, Protocol):
     """A backend whose model another process runs. It takes loads of requests instead of `generate`."""
 
-    def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None) -> Trace:
-        """Send a load of a cell's requests and wait for the last answer; `expected` of them are built before (negative repetitions are warm-ups)."""
+    def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None, processes: int = 1) -> Trace:
+        """Send a load of a cell's requests and wait for the last answer; `expected` of them are built before (negative repetitions are warm-ups).
+
+        It comes from so many client processes, or from as many as there are users or requests. Raises MeasurementError.
+        """
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """What an answer was. Called after the run."""

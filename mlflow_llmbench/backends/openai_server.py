@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..client import Address, BuildRequest, FollowUp, Load, LoadClient, Trace, address_of
+from ..client import Address, BuildRequest, Load, LoadClient, Trace, address_of
 from ..errors import MeasurementError, ModelError
 from ..http1 import Exchange, Limits
 from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
 from ..sse import EventParser
 from ..workload import PromptSet, lengths_of, longest_of
 from .base import Capabilities, DeviceMemory, Emit
+from .client_processes import ClientProcesses, Order, Share
 
 PROBE_WORDS = (16, 144)
+STATE = ("options", "tokens_per_word", "fixed_tokens", "unique", "own_words")
+"""What `load` finds out or draws, and every process that sends needs."""
+
 RESOLVE = Limits(connect_s=10, first_s=10, gap_s=5, total_s=12, most_bytes=4 << 20)
 
 
@@ -70,6 +75,7 @@ class OpenAIBackend:
         self.facts: dict[str, str | int | float] = {}
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
         self.unique = ""
+        self.others: ClientProcesses | None = None
         self.own_words = secrets.token_hex(8)  # what conversations of this run begin with
 
     @classmethod
@@ -129,16 +135,42 @@ class OpenAIBackend:
         words = max(1, round((prompt_tokens - self.fixed_tokens) / self.tokens_per_word))
         return self.body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
 
-    def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None) -> Trace:
+    def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None, processes: int = 1) -> Trace:
         """Send a load of a cell's requests, or of its conversations."""
-        if cell.history == "sent":
-            talks = Dialogues(self, prompts, cell, repetition)
-            return self.run(talks.begin, load, expected, talks.follow_up)
-        return self.run(lambda number: self.request(prompts, cell, repetition, number), load, expected)
+        count = min(processes, load.concurrency if load.arrivals_ns is None else len(load.arrivals_ns))
+        if count == 1:
+            return self.send_share(prompts, Order(self.cell, cell, repetition, Share.of(load, 0, 1), expected, {}))
+        if self.others is None or len(self.others.processes) != count:
+            self._end_others()
+            self.others = ClientProcesses(count)
+        state, each = {name: getattr(self, name) for name in STATE}, None if expected is None else math.ceil(expected / count)
+        return self.others.send([Order(self.cell, cell, repetition, Share.of(load, index, count), each, state) for index in range(count)])
 
-    def run(self, build: BuildRequest, load: Load, expected: int | None = None, follow_up: FollowUp | None = None) -> Trace:
+    def send_share(self, prompts: PromptSet, order: Order, ready: Callable[[], int] | None = None) -> Trace:
+        """Send a share of a load from this process; see `LoadClient.run` for `ready`."""
+        for name, value in order.state.items():
+            setattr(self, name, value)
+        share, cell = order.share, order.cell
+        talks = Dialogues(self, prompts, cell, order.repetition) if cell.history == "sent" else None
+
+        def build(position: int) -> bytes:
+            number = share.number(position)
+            return talks.begin(number) if talks else self.request(prompts, cell, order.repetition, number)
+
+        def follow_up(exchange: Exchange) -> bytes | None:
+            if talks is None:
+                return None
+            exchange.conversation = share.number(exchange.conversation or 0)
+            return talks.follow_up(exchange)
+
+        trace = self.client.run(build, share.load, order.expected, follow_up if talks else None, ready)
+        for exchange in trace.exchanges:
+            exchange.number = exchange.number * share.count + share.index if talks else share.number(exchange.number)
+        return trace
+
+    def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
         """Send a load of requests that the caller builds."""
-        return self.client.run(build, load, expected, follow_up)
+        return self.client.run(build, load, expected)
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """What an answer was; a key that the server repeats in it is not kept."""
@@ -164,7 +196,13 @@ class OpenAIBackend:
     def trim(self) -> None: ...
 
     def close(self) -> None:
+        self._end_others()
         self.client.close()
+
+    def _end_others(self) -> None:
+        if self.others is not None:
+            self.others.close()
+            self.others = None
 
     def body(self, prompt: str | list[dict[str, str]], output_tokens: int, number: int | str) -> bytes:
         """The whole request for an answer to a prompt, or to messages."""
