@@ -7,6 +7,7 @@ import math
 import random
 
 from .records import Cell
+from .traces import read_trace
 
 LEAST_REQUESTS = 12
 """Requests of a repetition at least: five repetitions then support a p95."""
@@ -16,7 +17,10 @@ AUTO_SECONDS = 10.0
 
 def request_count(cell: Cell) -> int | None:
     """Requests of one repetition; None where only the duration of a closed loop ends it."""
-    rate, duration = cell.request_rate, cell.duration_s
+    rate, duration = cell.mean_rate, cell.duration_s
+    if cell.trace:
+        within = [one for one in read_trace(cell.trace).requests if duration is None or one.at_ns <= duration * 1e9]
+        return len(within[: cell.requests])
     if rate is not None:
         within = math.floor(rate * (AUTO_SECONDS if duration is None else duration)) + 1
         least = LEAST_REQUESTS if duration is None else 1
@@ -32,13 +36,29 @@ def arrival_times_ns(cell: Cell, repetition: int) -> tuple[int, ...] | None:
     The gaps are independent: exponential (`poisson`), equal (`constant`), or of a gamma distribution with the shape
     `burstiness` (`gamma`), whose coefficient of variation is 1/√shape. They are scaled so that n requests take (n − 1)/rate:
     each repetition has exactly the asked rate, and repetitions differ by what the server did and not by the draw. The same
-    seed gives the same times.
+    seed gives the same times. Those of a trace are as they were recorded.
+
+    For a ramp the same gaps are drawn on a scale on which its rate is constant, that of Λ(t), the number of requests that it lets
+    expect until t, and taken back by Λ⁻¹ (time rescaling; Çinlar, Introduction to Stochastic Processes, 1975, section 4.7).
     """
-    rate, count = cell.request_rate, request_count(cell)
+    rate, count = cell.mean_rate, request_count(cell)
+    if cell.trace:
+        return tuple(one.at_ns for one in read_trace(cell.trace).requests[:count])
     if rate is None or count is None:
         return None
     draw = random.Random(f"{cell.seed}/arrivals/{repetition}")
     shape = {"constant": math.inf, "poisson": 1.0, "gamma": cell.burstiness}[cell.arrival]
     gaps = [1.0 if shape == math.inf else draw.gammavariate(shape, 1 / shape) for _ in range(count - 1)]
-    scale = (count - 1) / rate / sum(gaps) * 1e9 if sum(gaps) > 0 else 0.0
-    return tuple(round(at * scale) for at in itertools.accumulate(gaps, initial=0.0))
+    scale = 1 / sum(gaps) if sum(gaps) > 0 else 0.0
+    seconds = (count - 1) / rate
+    shares = [min(1.0, at * scale) for at in itertools.accumulate(gaps, initial=0.0)]
+    first, last = cell.request_rate or rate, cell.ramp_to or cell.request_rate or rate
+    return tuple(round(_ramp_share(share, first / rate, last / rate) * seconds * 1e9) for share in shares)
+
+
+def _ramp_share(share: float, first: float, last: float) -> float:
+    """The share of the time by which a ramp has sent a share of its requests; `first` and `last` are its rates ÷ their mean.
+
+    The solution t of first · t + (last − first) · t²/2 = share, in a form that is exact for a constant rate too.
+    """
+    return 2 * share / (first + math.sqrt(first * first + 2 * (last - first) * share))

@@ -12,8 +12,8 @@ import contextlib
 import gc
 import ssl
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from .errors import first_line
@@ -27,6 +27,9 @@ WATCH_BEATS = 10
 
 BuildRequest = Callable[[int], bytes]
 """The whole request of a number, head and body."""
+
+FollowUp = Callable[[Exchange], bytes | None]
+"""What the same user sends when an answer has ended; None if nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Trace:
     """What a load left: raw exchanges in the order of their numbers, and what the client saw of itself.
 
     `lags_ns`: expected against actual wake-up of the event loop, every 20 ms · `cpu_s`: CPU seconds of this process ·
-    `retries`: requests sent again because the server had closed an idle connection.
+    `retries`: requests sent again because the server had closed an idle connection · `parts`: what each of several processes left,
+    without its exchanges, where several sent the load; the lags are theirs then.
     """
 
     exchanges: tuple[Exchange, ...]
@@ -57,6 +61,20 @@ class Trace:
     lags_ns: tuple[int, ...]
     cpu_s: float
     retries: int = 0
+    parts: tuple[Trace, ...] = ()
+
+
+def merge(traces: Sequence[Trace]) -> Trace:
+    """The traces of processes that sent shares of one load as one: all stamps are of one clock, CPU seconds and retries are summed."""
+    return Trace(
+        tuple(sorted((exchange for trace in traces for exchange in trace.exchanges), key=lambda exchange: exchange.number)),
+        min(trace.started_ns for trace in traces),
+        max(trace.ended_ns for trace in traces),
+        (),
+        sum(trace.cpu_s for trace in traces),
+        sum(trace.retries for trace in traces),
+        tuple(replace(trace, exchanges=()) for trace in traces),
+    )
 
 
 @dataclass(frozen=True)
@@ -108,11 +126,17 @@ class LoadClient:
         self._idle: list[Connection] = []
         self._busy: dict[Connection, asyncio.Future[None]] = {}
 
-    def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
-        """Send a load and wait for the last answer. `expected` requests are built before it starts, the rest when they are due."""
+    def run(
+        self, build: BuildRequest, load: Load, expected: int | None = None, follow_up: FollowUp | None = None, ready: Callable[[], int] | None = None
+    ) -> Trace:
+        """Send a load and wait for the last answer. `expected` requests are built before it starts, the rest when they are due.
+
+        With `follow_up` the requests of a closed loop begin conversations, and their users send what follows on each answer. `ready`
+        is called when all is prepared, and says when to begin, ns of the monotonic clock; without it the load begins at once.
+        """
         count = len(load.arrivals_ns) if load.arrivals_ns is not None else load.requests
         built = [build(number) for number in range(count if count is not None else expected or load.concurrency)]
-        return self.loop.run_until_complete(_Run(self, build, built, load).run())
+        return self.loop.run_until_complete(_Run(self, build, built, load, follow_up).run(ready))
 
     def ask(self, request: bytes) -> Exchange:
         """One request, and its answer."""
@@ -176,21 +200,25 @@ class LoadClient:
 class _Run:
     """One load on its way."""
 
-    def __init__(self, client: LoadClient, build: BuildRequest, built: list[bytes], load: Load) -> None:
-        self.client, self.build, self.built, self.load = client, build, built, load
+    def __init__(self, client: LoadClient, build: BuildRequest, built: list[bytes], load: Load, follow_up: FollowUp | None) -> None:
+        self.client, self.build, self.built, self.load, self.follow_up = client, build, built, load, follow_up
+        self.begun = 0
         self.exchanges: list[Exchange] = []
         self.lags: list[int] = []
         self.retries = 0
         self.stop_ns = 0
 
-    async def run(self) -> Trace:
+    async def run(self, ready: Callable[[], int] | None) -> Trace:
         load, client = self.load, self.client
         await client.warm(load.concurrency if load.arrivals_ns is None else min(len(load.arrivals_ns), max(load.concurrency, 8)))
         gc.collect()
         gc.freeze()
         gc.disable()
+        agreed = ready() if ready else 0
+        while (left := agreed - time.perf_counter_ns()) > 0:
+            await asyncio.sleep(left / 1e9)
         beat = client.loop.create_task(self._beat())
-        cpu_s, started = time.process_time(), time.perf_counter_ns()
+        cpu_s, started = time.process_time(), agreed or time.perf_counter_ns()
         self.stop_ns = started + int(load.duration_s * 1e9) if load.duration_s is not None else 1 << 62
         try:
             await (self._closed() if load.arrivals_ns is None else self._open(started, load.arrivals_ns))
@@ -210,12 +238,17 @@ class _Run:
 
     async def _user(self) -> None:
         limit = self.load.requests
-        while (limit is None or len(self.exchanges) < limit) and time.perf_counter_ns() < self.stop_ns:
-            exchange = Exchange(len(self.exchanges))
-            self.exchanges.append(exchange)
-            await self._exchange(exchange)
-            if exchange.fault == "refused" and not exchange.status:
-                await asyncio.sleep(0.05)  # a server that is away is not asked in a tight loop
+        while (limit is None or self.begun < limit) and time.perf_counter_ns() < self.stop_ns:
+            request: bytes | None = self._request(self.begun)
+            conversation, turn = (self.begun if self.follow_up else None), 1
+            self.begun += 1
+            while request is not None and time.perf_counter_ns() < self.stop_ns:
+                exchange = Exchange(len(self.exchanges), conversation=conversation, turn=turn if self.follow_up else None)
+                self.exchanges.append(exchange)
+                await self._exchange(exchange, request)
+                if exchange.fault == "refused" and not exchange.status:
+                    await asyncio.sleep(0.05)  # a server that is away is not asked in a tight loop
+                request, turn = self.follow_up(exchange) if self.follow_up else None, turn + 1
 
     async def _open(self, started: int, arrivals_ns: tuple[int, ...]) -> None:
         """Send each request when it is due; those that are due already go at once, in order."""
@@ -227,12 +260,11 @@ class _Run:
                 await asyncio.sleep(left / 1e9)
             exchange = Exchange(number, intended)
             self.exchanges.append(exchange)
-            tasks.append(loop.create_task(self._exchange(exchange)))
+            tasks.append(loop.create_task(self._exchange(exchange, self._request(number))))
         await asyncio.gather(*tasks)
 
-    async def _exchange(self, exchange: Exchange) -> None:
+    async def _exchange(self, exchange: Exchange, request: bytes) -> None:
         """Send one request and wait for its end; once more if the connection was an idle one that the server had closed."""
-        request = self._request(exchange.number)
         client = self.client
         for attempt in (1, 2):
             connection = client.take() if attempt == 1 else None

@@ -85,6 +85,9 @@ def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
     asked = sum(longest_of(cell))
     if model.context is None or asked <= model.context:
         return None
+    if cell.trace:
+        prompt, output = longest_of(cell)
+        return f"The requests of {cell.trace} have up to {prompt} + {output} tokens, and the context of {cell.model} has {model.context}. Leave the longest out."
     at_most = f" (the medians of workload=mixed, whose longest request has {asked})" if cell.workload == "mixed" else ""
     return (
         f"prompt_tokens={as_text('prompt_tokens', cell.prompt_tokens)} + output_tokens={cell.output_tokens}{at_most} is more than the context of {cell.model}, "

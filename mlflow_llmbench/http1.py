@@ -36,7 +36,8 @@ class Exchange:
     """One request and the raw bytes of its answer. `stamps[i]` (ns, monotonic) is the arrival of `parts[i]`.
 
     `framed` says that the body ended as its chunks or its length say; where only the connection's end ends it, a cut cannot be told. `fault` is the outcome where the transport already knows it
-    (`timeout`, `refused`, `malformed`), and `message` why.
+    (`timeout`, `refused`, `malformed`), and `message` why. `conversation` and `turn` say which turn of which conversation it is, from 1,
+    where requests depend on answers.
     """
 
     number: int
@@ -50,6 +51,8 @@ class Exchange:
     framed: bool = False
     fault: str = ""
     message: str = ""
+    conversation: int | None = None
+    turn: int | None = None
 
     def fail(self, fault: str, message: str) -> None:
         """Set the outcome, unless it is known."""

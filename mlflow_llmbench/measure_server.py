@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 
 from . import machine
@@ -23,10 +23,13 @@ from .measure import LEAST_WARMUPS, MOST_WARMUPS, Measured, Say, throughput
 from .metrics import LEAST_REPETITIONS
 from .records import Cell, ClientReadings, Repetition, RequestRecord
 from .stats import halves_agree, relative_half_width
-from .workload import PromptSet, lengths_of
+from .workload import PromptSet, lengths_of, lengths_vary
 
 WARM_USERS = 4
 """Requests at once in the warm-up of an open loop, which has no number of users."""
+
+PROCESS_SHARE = 0.5
+"""Share of its core that a client process is given to do at most, well below that at which a run is invalid."""
 
 EXPECTED_MARGIN = 1.5
 """Requests that are built before a load of a given duration, as a multiple of what the warm-up lets expect."""
@@ -38,15 +41,16 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
     `say("warmup" | "repetition", …)` is called after each, outside the timed region. Raises MeasurementError if every
     request of a warm-up wave or of a repetition failed.
     """
-    first_call_ms, warmup_s, steady = _warm_up(server, cell, prompts, say)
+    first_call_ms, warmup_s, steady, last_wave = _warm_up(server, cell, prompts, say)
     repetitions: list[Repetition] = []
     limit = cell.repetitions or cell.max_repetitions
     count = request_count(cell)
     while len(repetitions) < limit and not _enough(cell, repetitions):
         index = len(repetitions)
         load = Load(count, cell.concurrency, cell.duration_s, arrival_times_ns(cell, index))
+        processes = cell.client_processes or _processes_for(load, last_wave)
         wall_ms, before = int(time.time() * 1000), machine.take_readings(server.device)
-        trace = server.run(_builder(server, prompts, cell, index), load, _expected(cell, warmup_s[-1]))
+        trace = server.send(prompts, cell, index, load, _expected(cell, warmup_s[-1]), processes)
         noise = machine.noise_between(before, machine.take_readings(server.device))
         requests = [_with_asked(server.read(exchange), cell, exchange.number) for exchange in trace.exchanges]
         complete = _complete(requests)
@@ -56,13 +60,9 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
     return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), ())
 
 
-def _builder(server: ServerBackend, prompts: PromptSet, cell: Cell, repetition: int) -> Callable[[int], bytes]:
-    return lambda number: server.request(prompts, cell, repetition, number)
-
-
 def _with_asked(request: RequestRecord, cell: Cell, number: int) -> RequestRecord:
     """The record with what was asked for, where that is another length for each request."""
-    return dataclasses.replace(request, asked=lengths_of(cell, number)) if cell.workload == "mixed" else request
+    return dataclasses.replace(request, asked=lengths_of(cell, number)) if lengths_vary(cell) else request
 
 
 def _expected(cell: Cell, answer_s: float) -> int:
@@ -73,7 +73,19 @@ def _expected(cell: Cell, answer_s: float) -> int:
 
 
 def _readings(trace: Trace) -> ClientReadings:
-    return ClientReadings(trace.started_ns, trace.ended_ns, trace.lags_ns, trace.cpu_s, trace.retries)
+    return ClientReadings(trace.started_ns, trace.ended_ns, trace.lags_ns, trace.cpu_s, trace.retries, tuple(map(_readings, trace.parts)))
+
+
+def _processes_for(load: Load, wave: Trace) -> int:
+    """How many client processes a load needs if each is to use `PROCESS_SHARE` of its core at most, by the CPU time of a warm-up wave.
+
+    A closed loop takes what its users took together in the wave; an open one the CPU seconds of a request times its rate. One core is left
+    for the server.
+    """
+    busy = wave.cpu_s / max(1e-9, (wave.ended_ns - wave.started_ns) / 1e9)
+    if load.arrivals_ns is not None:
+        busy = wave.cpu_s / len(wave.exchanges) * len(load.arrivals_ns) / max(1e-9, load.arrivals_ns[-1] / 1e9)
+    return max(1, min(math.ceil(busy / PROCESS_SHARE), len(machine.usable_cpus()) - 1))
 
 
 def _complete(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:
@@ -85,25 +97,25 @@ def _complete(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:
     raise MeasurementError(f"None of {len(requests)} requests was complete, mostly {outcome}: {message} Check the server's log and the load.")
 
 
-def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> tuple[float, list[float], bool]:
-    """Waves of one request for each user, discarded. Returns the first answer in ms, the median answer of each wave in s, and whether
-    the waves became steady.
+def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> tuple[float, list[float], bool, Trace]:
+    """Waves of one request for each user, discarded. Returns the first answer in ms, the median answer of each wave in s, whether
+    the waves became steady, and the last wave.
     """
     fixed = cell.warmup is not None
     most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
-    users = cell.concurrency if cell.request_rate is None else WARM_USERS
+    users = cell.concurrency if not cell.open_loop else WARM_USERS
     durations: list[float] = []
     first_ms = 0.0
     steady = False
     while len(durations) < most and not (steady and not fixed):
-        trace = server.run(_builder(server, prompts, cell, -1 - len(durations)), Load(users, users))
+        trace = server.send(prompts, cell, -1 - len(durations), Load(users, users))
         complete = _complete([server.read(exchange) for exchange in trace.exchanges])
         seconds = [(r.stamps_ns[-1] - r.t0_ns) / 1e9 for r in complete]
         first_ms = first_ms or seconds[0] * 1000
         durations.append(median(seconds))
         steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
         say("warmup", number=len(durations), limit=most, seconds=durations[-1])
-    return first_ms, durations, steady
+    return first_ms, durations, steady, trace
 
 
 def _enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
+from dataclasses import dataclass
+from statistics import fmean, median
 
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
 from .metrics import FAILURES
@@ -28,7 +29,15 @@ def online_figures(result: RunResult) -> Figures:
     requests = [r for repetition in repetitions for r in repetition.requests]
     cell = result.cell
     found: Figures = {"config/batch_size": None, "throughput/per_instance_tokens_per_s": None, "throughput/prefill_tokens_per_s": None}
-    found |= {"config/concurrency": cell.concurrency if cell.request_rate is None else None, "config/request_rate": cell.request_rate}
+    found |= {
+        "config/concurrency": None if cell.open_loop else cell.concurrency,
+        "config/request_rate": cell.request_rate,
+        "config/ramp_to": cell.ramp_to,
+    }
+    overload = overload_of(result)
+    found["saturation/requests_per_s"] = overload.answered_per_s if overload else None
+    if cell.trace:
+        found["config/output_tokens"] = _mean([r.asked[1] for r in requests if r.asked])
     found |= _chunks(requests)
     if any(r.visible_ns is not None and r.visible_ns != r.stamps_ns[0] for r in requests):
         found |= statistics("latency/ttfo_ms", [value for r in requests if (value := visible_ms(r)) is not None])
@@ -99,13 +108,18 @@ def _lengths(requests: Sequence[RequestRecord]) -> Figures:
     """What was really sent and generated, as the server counts it."""
     prompts = [r.prompt_tokens for r in requests if r.prompt_tokens is not None]
     chunks = sum(len(r.stamps_ns) for r in requests)
-    told = [(r.cached_tokens, r.prompt_tokens) for r in requests if r.cached_tokens is not None and r.prompt_tokens]
     return {
         "lengths/prompt_tokens_mean": _mean(prompts),
         "lengths/output_tokens_mean": fmean(r.output_tokens for r in requests),
         "lengths/tokens_per_chunk_mean": sum(r.output_tokens for r in requests) / chunks,
-        "lengths/cached_prompt_ratio": sum(cached for cached, _ in told) / sum(prompt for _, prompt in told) if told else None,
+        "lengths/cached_prompt_ratio": cached_share(requests),
     }
+
+
+def cached_share(requests: Sequence[RequestRecord]) -> float | None:
+    """Share of the prompt tokens that came from the server's prefix cache; None where it does not tell."""
+    told = [(r.cached_tokens, r.prompt_tokens) for r in requests if r.cached_tokens is not None and r.prompt_tokens]
+    return sum(cached for cached, _ in told) / sum(prompt for _, prompt in told) if told else None
 
 
 def steady_window(repetition: Repetition) -> tuple[int, int] | None:
@@ -154,6 +168,80 @@ def _windows(repetitions: Sequence[Repetition]) -> Figures:
     }
     for name, pool in pools.items():
         found |= {f"window/{name}_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)}
+    return found
+
+
+RATE_LIMIT = 0.95
+"""Answers per second ÷ requests per second below which a server does not keep up."""
+
+GROWTH_LIMIT = 1.5
+"""Median TTFT of the last third of the requests ÷ that of the first third, from which on there is a queue that grows."""
+
+
+@dataclass(frozen=True)
+class Overload:
+    """What an open loop asked for, requests per second; what was answered of it; and how many times TTFT grew meanwhile."""
+
+    asked_per_s: float
+    answered_per_s: float
+    growth: float
+
+
+def overload_of(result: RunResult) -> Overload | None:
+    """How far an open loop went beyond what the server can do; None where the server kept up.
+
+    A rate of arrivals is compared with that at which the same requests are answered, so that the time of an answer does not enter. Of
+    a ramp it is those of the last third of its requests: a server that does not keep up gives there what it can.
+    """
+    grown = [growth for repetition in result.repetitions if (growth := _growth(repetition)) is not None]
+    if not result.cell.open_loop or not grown or median(grown) < GROWTH_LIMIT:
+        return None
+    pairs = [pair for repetition in result.repetitions if (pair := _rates(repetition, result.cell.ramp_to is not None))]
+    if not pairs:
+        return None
+    asked, answered = fmean(came for came, _ in pairs), fmean(done for _, done in pairs)
+    return Overload(asked, answered, median(grown)) if answered < RATE_LIMIT * asked else None
+
+
+def _rates(repetition: Repetition, last_third: bool) -> tuple[float, float] | None:
+    """Requests and answers per second of all requests, or of the last third of them; failed ones came and were not answered."""
+    order = sorted((*repetition.requests, *repetition.failed), key=lambda r: r.start_ns)
+    order = order[len(order) - len(order) // 3 :] if last_third else order
+    ends = [r.stamps_ns[-1] for r in order if r.outcome == "complete"]
+    if len(ends) < 2 or max(ends) == min(ends) or order[-1].start_ns == order[0].start_ns:
+        return None
+    return (len(order) - 1) / (order[-1].start_ns - order[0].start_ns) * 1e9, (len(ends) - 1) / (max(ends) - min(ends)) * 1e9
+
+
+def _growth(repetition: Repetition) -> float | None:
+    """Median TTFT of the last third of the requests ÷ that of the first third."""
+    order = sorted(repetition.requests, key=lambda r: r.start_ns)
+    third = len(order) // 3
+    first = median(map(ttft_ms, order[:third])) if third else 0.0
+    return median(map(ttft_ms, order[-third:])) / first if first > 0 else None
+
+
+TENTHS = 10
+
+
+def ramp_steps(result: RunResult) -> list[tuple[str, int, float]]:
+    """Of a ramp: key, tenth of its time from 1, and value, over the requests of all repetitions that came in that tenth."""
+    if result.cell.ramp_to is None:
+        return []
+    tenths: list[list[RequestRecord]] = [[] for _ in range(TENTHS)]
+    seconds = 0.0
+    for repetition in result.repetitions:
+        every = (*repetition.requests, *repetition.failed)
+        first, last = min(r.start_ns for r in every), max(r.start_ns for r in every)
+        seconds += (last - first) / 1e9 / TENTHS
+        for request in every:
+            tenths[min(TENTHS - 1, (request.start_ns - first) * TENTHS // max(1, last - first))].append(request)
+    found: list[tuple[str, int, float]] = []
+    for number, group in enumerate(tenths, 1):
+        complete = [r for r in group if r.outcome == "complete"]
+        found += [("steps/ramp_request_rate", number, len(group) / seconds)] if seconds else []
+        if complete:
+            found += [("steps/ramp_ttft_ms", number, median(map(ttft_ms, complete))), ("steps/ramp_e2e_ms", number, median(map(e2e_ms, complete)))]
     return found
 
 
@@ -222,10 +310,20 @@ def _in_flight(repetitions: Sequence[Repetition]) -> Figures:
     return {"in_flight/requests_mean": _mean(means), "in_flight/requests_max": float(most)}
 
 
+def _worst(each: Sequence[Figures]) -> Figures:
+    """Of each figure the largest: a process that is late would be hidden by others that are not."""
+    return {
+        key: max((value for figures in each if (value := figures.get(key)) is not None), default=None)
+        for key in dict.fromkeys(k for f in each for k in f)
+    }
+
+
 def _client(repetitions: Sequence[Repetition]) -> Figures:
     """What the client saw of itself: is it the bottleneck? (Envoy's poll delay; inference-perf's schedule delay.)"""
     readings = [r.client for r in repetitions if r.client]
-    lags = [lag / 1e6 for one in readings for lag in one.lags_ns]
+    processes = [
+        [one.processes[i] for one in readings if len(one.processes) > i] for i in range(max((len(r.processes) for r in readings), default=0))
+    ]
     every = [r for repetition in repetitions for r in (*repetition.requests, *repetition.failed)]
     delays = [delay for r in every if (delay := send_delay_ms(r)) is not None]
     wall = sum(one.ended_ns - one.started_ns for one in readings) / 1e9
@@ -235,8 +333,14 @@ def _client(repetitions: Sequence[Repetition]) -> Figures:
         if len(order) > 1:
             asked += max(r.start_ns for r in order) - min(r.start_ns for r in order)
             sent += max(r.t0_ns for r in order) - min(r.start_ns for r in order)
-    found = statistics("client/loop_lag_ms", lags, (50, 99)) | statistics("client/send_delay_ms", delays, (50, 99))
-    return found | {
-        "client/cpu_ratio": sum(one.cpu_s for one in readings) / wall if wall else None,
-        "client/rate_ratio": asked / sent if sent else None,
-    }
+    found = _worst([statistics("client/loop_lag_ms", [lag / 1e6 for one in own for lag in one.lags_ns], (50, 99)) for own in processes])
+    return (
+        found
+        | statistics("client/send_delay_ms", delays, (50, 99))
+        | {
+            "client/processes": len(processes) or None,
+            "client/cpu_ratio": max(sum(one.cpu_s for one in own) for own in processes) / wall if wall else None,
+            "client/cpus": sum(one.cpu_s for one in readings) / wall if wall and len(processes) > 1 else None,
+            "client/rate_ratio": asked / sent if sent else None,
+        }
+    )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from statistics import fmean, median
+from statistics import fmean
 
-from .latency import ttft_ms
 from .metrics import FOREIGN_CPU_LIMIT
-from .online_summary import SINGLE_SHARE, single_share, steady_window
-from .records import Reason, Repetition, RequestRecord, RunResult
+from .online_summary import RATE_LIMIT, SINGLE_SHARE, cached_share, overload_of, single_share, steady_window
+from .records import Reason, RequestRecord, RunResult
 
 CPU_LIMIT = 0.75
 """Share of its one core that the client may use (AIPerf flags its workers there)."""
@@ -20,11 +19,9 @@ LAG_LIMIT_MS = {50: 5.0, 99: 50.0}
 DELAY_LIMIT_MS = 10.0
 """Median send delay of an open loop (the rule of inference-perf)."""
 
-RATE_LIMIT = 0.95
 FAILED_LIMIT = 0.05
 LENGTH_LIMIT = 0.02
 CACHED_LIMIT = 0.01
-GROWTH_LIMIT = 1.5
 
 Metrics = dict[str, float]
 
@@ -46,7 +43,10 @@ def client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     if (ratio := metrics.get("client/rate_ratio", 1.0)) < RATE_LIMIT:
         seen.append(f"it reached {ratio:.0%} of the asked rate, and the limit is {RATE_LIMIT:.0%}")
     if seen:
-        yield Reason("client_bound", f"The client was too slow: {'; '.join(seen)}. Give it a quieter machine of its own, or ask for a smaller load.")
+        yield Reason(
+            "client_bound",
+            f"The client was too slow: {'; '.join(seen)}. Give it a quieter machine of its own, more client_processes, or a smaller load.",
+        )
 
 
 def failures(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
@@ -70,7 +70,7 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     asked = [r.asked or (cell.prompt_tokens, cell.output_tokens) for r in every]
     other = [r.output_tokens for r, (_, output) in zip(every, asked, strict=True) if r.output_tokens != output]
     if other:
-        wanted = "length that was asked" if cell.workload == "mixed" else f"asked {cell.output_tokens} tokens"
+        wanted = "length that was asked" if cell.workload == "mixed" or cell.trace else f"asked {cell.output_tokens} tokens"
         yield Reason(
             "length_drift",
             f"{len(other)} of {len(every)} answers have another length than the {wanted}, {fmean(other):.1f} on average; the rates "
@@ -88,6 +88,8 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """The server had parts of the prompts in its prefix cache."""
     share = metrics.get("lengths/cached_prompt_ratio")
+    if result.cell.history == "sent":  # a later turn finds the earlier ones there, as it would in use
+        share = cached_share([r for r in _requests(result) if r.turn == 1])
     if share is not None and share > CACHED_LIMIT:
         yield Reason(
             "prefix_cache_hits",
@@ -111,30 +113,21 @@ def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 
 def saturation(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """An open loop beyond what the server can do: the numbers describe the queue, which grows as long as the run lasts."""
-    grown = [growth for repetition in result.repetitions if (growth := _growth(repetition)) is not None]
-    if result.cell.request_rate is None or not grown or median(grown) < GROWTH_LIMIT:
+    found, cell = overload_of(result), result.cell
+    if found is None:
         return
-    asked = result.cell.request_rate
-    done = [(len(one.requests) - 1) / s for one in result.repetitions if len(one.requests) > 1 and (s := _answer_span_s(one)) > 0]
-    if done and fmean(done) < RATE_LIMIT * asked:
-        yield Reason(
-            "saturated",
-            f"Requests came at {asked:g} per second and were answered at {fmean(done):.3g}; the time to first token grew {median(grown):.1f} times from the "
-            "first to the last third. The latencies are those of a queue that grows with the length of the run. Ask for a lower request_rate.",
+    came = f"Requests came at {found.asked_per_s:.3g} per second and were answered at {found.answered_per_s:.3g}"
+    if cell.ramp_to is not None:
+        came = (
+            f"The rate rose from {cell.request_rate:g} to {cell.ramp_to:g} requests per second; the last third of the requests came at "
+            f"{found.asked_per_s:.3g} per second and were answered at {found.answered_per_s:.3g}, at which the server is saturated"
         )
-
-
-def _growth(repetition: Repetition) -> float | None:
-    """Median TTFT of the last third of the requests ÷ that of the first third."""
-    order = sorted(repetition.requests, key=lambda r: r.start_ns)
-    third = len(order) // 3
-    first = median(map(ttft_ms, order[:third])) if third else 0.0
-    return median(map(ttft_ms, order[-third:])) / first if first > 0 else None
-
-
-def _answer_span_s(repetition: Repetition) -> float:
-    ends = [r.stamps_ns[-1] for r in repetition.requests]
-    return (max(ends) - min(ends)) / 1e9
+    lower = "Replay fewer of its requests" if cell.trace else "Ask for a lower request_rate" if cell.ramp_to is None else "Stay below it"
+    yield Reason(
+        "saturated",
+        f"{came}; the time to first token grew {found.growth:.1f} times from the first to the last third. The latencies are those of a queue that "
+        f"grows with the length of the run. {lower}.",
+    )
 
 
 def windows(result: RunResult, metrics: Metrics) -> Iterator[Reason]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
-from .spec import GPTQ_BITS, BenchSpec, as_text, cell_fields
+from .spec import GPTQ_BITS, LENGTHS, BenchSpec, as_text, cell_fields
 
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint",
@@ -89,7 +89,8 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """What was asked for, as text: each parameter with its value or its comma list."""
-    return {name: ",".join(as_text(name, value) for value in spec.axes[name]) for name in cell_fields(spec.scenario)}
+    names = [name for name in cell_fields(spec.scenario) if not (spec.axes["trace"][0] and name in LENGTHS)]
+    return {name: ",".join(as_text(name, value) for value in spec.axes[name]) for name in names}
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:
@@ -100,13 +101,18 @@ def option_params(spec: BenchSpec) -> dict[str, str]:
 def cell_name(cell: Cell, varied: list[str]) -> str:
     """A run name: what varies (`quant=int4 batch_size=4`), or for a single cell what it is (`opt-1.3b int4 b1`)."""
     if not varied and cell.url:
-        load = f"c{cell.concurrency}" if cell.request_rate is None else f"{cell.request_rate:g}/s"
+        load = f"trace {_last_part(cell.trace)}" if cell.trace else f"c{cell.concurrency}" if cell.request_rate is None else rate_text(cell)
         return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
     if not varied and cell.batching:
         return _named(f"{_last_part(cell.model)} {cell.quant} {cell.batching} b{cell.batch_size} {cell.request_rate:g}/s")
     if not varied:
         return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
     return _named(" ".join(f"{name}={_last_part(as_text(name, getattr(cell, name)))}" for name in varied))
+
+
+def rate_text(cell: Cell) -> str:
+    """The rate of an open loop in a word: `5/s`, or `1..10/s` for a ramp."""
+    return f"{cell.request_rate:g}{'' if cell.ramp_to is None else f'..{cell.ramp_to:g}'}/s"
 
 
 def sweep_name(spec: BenchSpec) -> str:

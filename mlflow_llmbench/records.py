@@ -69,7 +69,7 @@ class Cell:
     )
     history: str = parameter(
         "none",
-        "conversations of a workload: none = each is one prompt; turn by turn with the history recomputed, or kept in the KV cache",
+        "conversations of a workload: none = each is one prompt; turn by turn with the history recomputed, kept in the KV cache, or sent to a server",
         kind="history",
         sweep=True,
     )
@@ -112,6 +112,14 @@ class Cell:
         low=0.001,
         scenarios="batching online",
     )
+    ramp_to: float | None = parameter(
+        None, "open loop: the rate rises evenly from request_rate to this one over each repetition", kind="number", unset="none", low=0.001,
+        scenarios="online",
+    )  # fmt: skip
+    trace: str | None = parameter(
+        None, "open loop of recorded requests: a JSON Lines file of timestamp (ms), input_length and output_length", kind="trace", unset="none",
+        scenarios="online",
+    )  # fmt: skip
     arrival: str = parameter("poisson", "open loop: poisson, constant or gamma", kind="arrival", scenarios="batching online")
     burstiness: float = parameter(
         1,
@@ -121,9 +129,17 @@ class Cell:
         high=1e6,
         scenarios="batching online",
     )
+    client_processes: int | None = parameter(
+        None,
+        "processes that send the load and stamp the answers; auto = as many as keep each below half of its core, and one core for the server",
+        kind="count",
+        unset="auto",
+        high=256,
+        scenarios="online",
+    )
     requests: int | None = parameter(
         None,
-        "requests per repetition; auto = 4 for each user, or 10 s of the rate, at least 12",
+        "requests per repetition (conversations, with history=sent); auto = 4 for each user, or 10 s of the rate, at least 12",
         kind="count",
         unset="auto",
         scenarios="batching online",
@@ -141,6 +157,16 @@ class Cell:
     slo_e2e_ms: float | None = parameter(
         None, "goodput: the most for a whole answer", kind="number", unset="none", low=0, scenarios="batching online"
     )
+
+    @property
+    def mean_rate(self) -> float | None:
+        """Requests per second of an open loop over a whole repetition."""
+        return self.request_rate if self.request_rate is None or self.ramp_to is None else (self.request_rate + self.ramp_to) / 2
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether requests come when they come, whatever has been answered."""
+        return self.request_rate is not None or self.trace is not None
 
     @property
     def scenario(self) -> str:
@@ -268,7 +294,7 @@ class RequestRecord:
     `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
     `end_ns` the end of the answer, `cached_tokens` the part of the prompt that was not computed again: in the server's prefix
     cache, or in the history that a conversation keeps; `asked` the prompt and output tokens that were asked for where they differ
-    from request to request.
+    from request to request; `conversation` and `turn` (from 1) which turn of which conversation with a server it was.
     """
 
     t0_ns: int
@@ -285,6 +311,8 @@ class RequestRecord:
     cached_tokens: int | None = None
     finish: str = ""  # why the model stopped, in the server's word
     asked: tuple[int, int] | None = None
+    conversation: int | None = None
+    turn: int | None = None
 
     @property
     def prefilled_tokens(self) -> int | None:
@@ -313,6 +341,7 @@ class ClientReadings:
 
     `started_ns`, `ended_ns`: from the first sending to the end of the last answer · `lags_ns`: how late its event loop woke
     up, every 20 ms · `cpu_s`: CPU seconds of its one process · `retries`: requests sent again because the server had closed an idle connection.
+    Where several processes sent the load, `parts` are their own readings, and the whole has the sums and no lags.
     """
 
     started_ns: int
@@ -320,6 +349,12 @@ class ClientReadings:
     lags_ns: tuple[int, ...]
     cpu_s: float
     retries: int = 0
+    parts: tuple[ClientReadings, ...] = ()
+
+    @property
+    def processes(self) -> tuple[ClientReadings, ...]:
+        """The readings of each process."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)

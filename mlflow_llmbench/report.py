@@ -112,6 +112,8 @@ def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], 
     plain = {"online": ["model", "concurrency", "request_rate"], "batching": ["model", "batching", "request_rate"]}.get(
         scenario, ["model", "quant", "batch_size"]
     )
+    if any(row.cell.trace for row in rows):
+        plain = ["model", "trace"]
     names = list(varied) or plain
     heading = [*names, *(_heading(key)[0] for key in keys), "verdict"]
     body = []
@@ -150,7 +152,7 @@ def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
     """The one-screen summary that becomes the run's description in the MLflow UI."""
     cell = result.cell
-    length = f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
+    length = "lengths of the trace" if cell.trace else f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
     what = f"**{markdown(cell.model)}** · {markdown(_load(cell))} · {length}"
     cpu, gpu = result.environment.get("cpu", {}).get("name", "unknown CPU"), gpu_of(result)
     where = markdown(f"{gpu['name']} ({cpu})" if gpu else cpu)
@@ -174,7 +176,14 @@ def _load(cell: Cell) -> str:
         return f"{cell.quant} · {cell.batching} batching, at most {cell.batch_size} rows · {cell.request_rate:g} requests/s, {cell.arrival}"
     if not cell.url:
         return f"{cell.quant} · batch {cell.batch_size}"
-    return f"online · {cell.request_rate:g} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
+    if cell.trace:
+        return f"online · trace {_name_of(cell.trace)}"
+    rising = "" if cell.ramp_to is None else f" rising to {cell.ramp_to:g}"
+    return f"online · {cell.request_rate:g}{rising} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
+
+
+def _name_of(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
 
 
 def _headline(metrics: Metrics) -> list[tuple[str, str]]:
@@ -243,7 +252,10 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
 
 def _turns_table(turns: Sequence[Turn]) -> str:
     heading = ["turn", "conversations", "prompt tokens", "of them computed", "TTFT ms", "end to end ms"]
-    body = [[str(t.number), str(t.count), *map(_number, (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms))] for t in turns]
+    body = [
+        [str(t.number), str(t.count), *("–" if v is None else _number(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms))]
+        for t in turns
+    ]
     return markdown_table(heading, body)
 
 

@@ -37,13 +37,16 @@ BACKENDS = {
 
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
-HISTORIES = ("none", "recomputed", "kept")
+HISTORIES = ("none", "recomputed", "kept", "sent")
 BATCHINGS = ("static", "dynamic", "continuous")
 DECODES = ("generate",)
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
 LEAST_TEXT_TOKENS = 512
 """Tokens that a text for perplexity must have at least, so a file of fewer bytes never does."""
+
+LENGTHS = ("prompt_tokens", "output_tokens")
+"""Parameters that a trace replaces."""
 
 ENDPOINTS = ("completions", "chat")
 ARRIVALS = ("poisson", "constant", "gamma")
@@ -69,7 +72,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "history", "trust_remote_code", "allow_pickle",
+    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
     "preset", "on", "force", "memory_limit", "quality", "quality_text",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
@@ -271,6 +274,12 @@ def _parse_workload(name: str, text: str) -> str:
     raise UsageError(f"Unknown {name}: {text}. {_nearest(text, WORKLOADS)} A file ends in .jsonl.")
 
 
+def _parse_trace(name: str, text: str) -> str:
+    if not os.path.isfile(_parse_text(name, text)):
+        raise UsageError(f"There is no trace file {text}. Give a JSON Lines file of timestamp (ms), input_length and output_length (tokens).")
+    return text
+
+
 def _parse_text_file(name: str, text: str) -> str:
     if text.lower() == BUNDLED_TEXT:
         return BUNDLED_TEXT
@@ -336,6 +345,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
     "url": lambda name, text, _: _parse_url(name, text),
     "endpoint": lambda name, text, _: _parse_choice(name, text, ENDPOINTS),
+    "trace": lambda name, text, _: _parse_trace(name, text),
     "arrival": lambda name, text, _: _parse_choice(name, text, ARRIVALS),
     "batching": lambda name, text, _: _parse_choice(name, text, BATCHINGS),
 }
@@ -380,10 +390,48 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     rates = [rate for rate in axes["request_rate"] if rate is not None]
     if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
         raise UsageError("request_rate makes an open loop and concurrency a closed one. Give one of them.")
+    _check_dialogues(axes)
+    _check_trace(axes)
+    top = axes["ramp_to"][0]
+    if top is not None and not all(isinstance(rate, float) and rate < float(str(top)) for rate in axes["request_rate"]):
+        raise UsageError(
+            f"ramp_to is the rate at which a ramp ends, {as_text('ramp_to', top)}, and request_rate where it begins is "
+            f"{','.join(as_text('request_rate', rate) for rate in axes['request_rate'])}. Give a lower request_rate."
+        )
     if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
         raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
     if url and (axes["batch_size"] != (1,) or axes["quant"] != ("none",) or axes["weights"] != ("hub",)):
         raise UsageError("batch_size, quant and weights are the server's own settings, which a client cannot change. Start the server with them.")
+
+
+def _check_dialogues(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A server gets the history of a conversation with each turn, as messages, from users who wait for their answers."""
+    url, histories = axes["url"][0], axes["history"]
+    own = [history for history in histories if history in ("recomputed", "kept")]
+    if url and own:
+        raise UsageError(f"history={own[0]} is of a model in this process; a server gets the history with each turn. Use history=sent.")
+    if "sent" not in histories:
+        return
+    if not url:
+        raise UsageError("history=sent is of a server. Use history=recomputed or history=kept for a model in this process.")
+    if axes["endpoint"] != ("chat",):
+        raise UsageError("history=sent sends the messages of a conversation, and endpoint=completions takes one prompt. Give endpoint=chat.")
+    if axes["request_rate"] != (None,) or axes["trace"] != (None,):
+        raise UsageError(
+            "history=sent is a closed loop: each user waits for an answer before the next turn. Give concurrency, and no request_rate or trace."
+        )
+
+
+def _check_trace(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A trace has its own times and lengths."""
+    if axes["trace"] == (None,):
+        return
+    replaced = ("request_rate", "ramp_to", "concurrency", "arrival", "burstiness", *LENGTHS)
+    given = [name for name in replaced if axes[name] != (PARAMETERS[name].default,)]
+    if given:
+        raise UsageError(f"A trace says when requests come and how long they are, and {given[0]} is given too. Leave one of them out.")
+    if "mixed" in axes["workload"]:
+        raise UsageError("A trace has its own lengths, and workload=mixed draws them. Use workload=synthetic, or a workload with texts.")
 
 
 def _check_batching(axes: Mapping[str, tuple[object, ...]]) -> None:

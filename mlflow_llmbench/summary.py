@@ -13,7 +13,7 @@ from typing import Any
 
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
-from .online_summary import online_figures, stream_figures
+from .online_summary import online_figures, ramp_steps, stream_figures
 from .quality import figures
 from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
 from .stats import (
@@ -390,6 +390,7 @@ def series(result: RunResult) -> list[Point]:
         points += [] if rate is None else [Point("steps/output_tokens_per_s", step, rate, wall)]
     points += _token_series(result)
     points += [Point(f"steps/turn_{name}", turn.number, value, result.ended_ms) for turn in turns_of(result) for name, value in turn.values().items()]
+    points += [Point(key, step, value, result.ended_ms) for key, step, value in ramp_steps(result)]
     points += _memory_series(result)
     for key, values in (("itl_ms", [g for r in requests(result) for g in gaps_ms(r)]), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []
@@ -404,28 +405,32 @@ class Turn:
 
     number: int
     count: int
-    prompt_tokens: float
-    prefilled_tokens: float
+    prompt_tokens: float | None
+    prefilled_tokens: float | None
     ttft_ms: float
     e2e_ms: float
 
     def values(self) -> dict[str, float]:
-        """The figures by name."""
-        return {name: value for name, value in vars(self).items() if name not in ("number", "count")}
+        """The figures by name, those that are known."""
+        return {name: value for name, value in vars(self).items() if name not in ("number", "count") and value is not None}
 
 
 def turns_of(result: RunResult) -> list[Turn]:
     """The turns of conversations, by number; empty where nothing was measured turn by turn."""
     if result.cell.history == "none":
         return []
-    most = max((len(repetition.requests) for repetition in result.repetitions), default=0)
-    columns = [[r.requests[i] for r in result.repetitions if len(r.requests) > i] for i in range(most)]
+    columns: dict[int, list[RequestRecord]] = {}
+    for repetition in result.repetitions:
+        for position, request in enumerate(repetition.requests, 1):
+            columns.setdefault(request.turn or position, []).append(request)
+    told = result.cell.history != "sent" or any(r.cached_tokens is not None for r in requests(result))
     return [
         Turn(
-            number, len(column), fmean(r.prompt_tokens or 0 for r in column), fmean(r.prefilled_tokens or 0 for r in column),
+            number, len(column), _mean([r.prompt_tokens for r in column if r.prompt_tokens is not None]),
+            _mean([r.prefilled_tokens for r in column if r.prefilled_tokens is not None]) if told else None,
             median(map(ttft_ms, column)), median(map(e2e_ms, column)),
         )
-        for number, column in enumerate(columns, 1)
+        for number, column in sorted(columns.items())
     ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
 from .redaction import CONTROLS, redact, redact_all
 from .report import summary_markdown
-from .spec import WORKLOADS, as_text, cell_fields
+from .spec import LENGTHS, WORKLOADS, as_text, cell_fields
 from .summary import Point, gpu_of, series, summarize
 from .validity import judge
 
@@ -262,7 +262,7 @@ def _unquoted(text: str) -> str:
 
 def cell_params(cell: Cell) -> dict[str, str]:
     """The params of a cell as text."""
-    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario)}
+    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario) if not (cell.trace and name in LENGTHS)}
 
 
 def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:

@@ -7,7 +7,6 @@ standard output, which nothing else can reach: whatever libraries print goes to 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -57,7 +56,7 @@ class Flood(logging.Handler):
 
 def main() -> int:
     """Run the job that stands on standard input. Returns the exit code: 0 when the job's events tell its end, good or bad."""
-    _die_with_parent()
+    machine.die_with_parent()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a closed terminal reach the whole group; the parent decides
@@ -231,15 +230,6 @@ def _import_libraries(kind: type[Backend], threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def _die_with_parent() -> None:
-    """On Linux, be killed when the parent ends, however it ends: a measurement that nobody waits for must not go on."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-            if os.getppid() == 1:
-                raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from .errors import UsageError
 from .records import DRAWN, Cell, hash16
 from .redaction import redact
 from .spec import BUNDLED_TEXT, WORKLOADS
+from .traces import read_trace
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -37,14 +38,23 @@ MIXED = (
 """The distribution of `mixed` in a sentence."""
 
 
+def lengths_vary(cell: Cell) -> bool:
+    """Whether each request of a cell is asked for at lengths of its own."""
+    return cell.workload == "mixed" or cell.trace is not None
+
+
 def lengths_of(cell: Cell, number: int) -> tuple[int, int]:
-    """Prompt and output tokens of request `number`: those of the cell, or for `mixed` drawn with those as medians.
+    """Prompt and output tokens of request `number`: those of the cell, those of the trace, or for `mixed` drawn with those of the cell as medians.
 
     Each is exp(N(ln median, `SPREAD`²)), rounded, within `CLIP` and at least 1; the two are independent. Real
     requests are skewed to the right like that: many short ones, few long ones. They depend on the seed and on the number, not on the
     repetition: repetitions then differ by what was measured and not by the draw, as with the rate of the arrivals.
     """
     medians = (cell.prompt_tokens or 0, cell.output_tokens)
+    if cell.trace:
+        recorded = read_trace(cell.trace).requests
+        one = recorded[number % len(recorded)]
+        return one.prompt_tokens, one.output_tokens
     if cell.workload != "mixed":
         return medians
     draw = random.Random(f"{cell.seed}/lengths/{number}")
@@ -54,6 +64,8 @@ def lengths_of(cell: Cell, number: int) -> tuple[int, int]:
 
 def longest_of(cell: Cell) -> tuple[int, int]:
     """The most prompt and output tokens that a request of a cell may have."""
+    if cell.trace:
+        return read_trace(cell.trace).longest
     most = CLIP[1] if cell.workload == "mixed" else 1
     return most * (cell.prompt_tokens or 0), most * cell.output_tokens
 
@@ -133,6 +145,8 @@ class PromptSet:
             prompts = {"generator": "common-words-1", "seed": cell.seed}
         if cell.workload == "mixed":
             prompts = {"prompts": prompts, "lengths": "log-normal-1", "spread": SPREAD, "clip": CLIP, "seed": cell.seed}
+        if cell.trace:
+            return hash16({"prompts": prompts, "trace": read_trace(cell.trace).digest})
         return hash16({"prompts": prompts, "prompt_tokens": cell.prompt_tokens, "output_tokens": cell.output_tokens})
 
 

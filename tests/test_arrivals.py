@@ -103,3 +103,35 @@ def test_what_does_not_go_together_is_refused(given: dict[str, str], message: st
 
 def test_a_url_may_have_its_version_and_a_slash() -> None:
     assert parse({"url": "https://h/api/v1/", "backend": "openai"}).axes["url"] == ("https://h/api",)
+
+
+def test_the_rate_of_a_ramp_rises_evenly() -> None:
+    found = times(request_rate=10.0, ramp_to=50.0, duration_s=100.0, arrival="constant")
+    assert (len(found), found[0]) == (3001, 0)
+    assert found[-1] == pytest.approx(100e9, abs=2)
+    # 10 t + 40 t²/200 requests until t: 300 in the first quarter of the time, 1 + 12.5 % of it at half.
+    for seconds in (25, 50, 75):
+        assert sum(at <= seconds * 1e9 for at in found) == pytest.approx(10 * seconds + 0.2 * seconds**2, abs=1.01)
+    gaps = [b - a for a, b in pairwise(found)]
+    assert (gaps[0] / 1e9, gaps[-1] / 1e9) == (pytest.approx(1 / 10, rel=0.03), pytest.approx(1 / 50, rel=0.03))
+    assert gaps == sorted(gaps, reverse=True)
+
+
+def test_a_ramp_of_random_gaps_is_seeded_ordered_and_as_long_as_asked() -> None:
+    settings = {"request_rate": 1.0, "ramp_to": 9.0, "requests": 501, "seed": 5}
+    found = times(**settings)
+    assert found == times(**settings) != times(1, **settings)
+    assert list(found) == sorted(found)
+    assert found[-1] == pytest.approx(100e9, abs=2)  # 500 gaps at 5 per second on average
+    assert sum(at < 50e9 for at in found) == pytest.approx(150, abs=45)  # t + 0.04 t² at 50 s
+
+
+def test_a_ramp_that_does_not_rise_is_a_constant_rate() -> None:
+    assert times(request_rate=4.0, ramp_to=4.0, requests=21) == times(request_rate=4.0, requests=21)
+
+
+@pytest.mark.parametrize(("rate", "message"), [("none", "request_rate where it begins is none"), ("2,10", "is 2,10. Give a lower"), ("12", "is 12.")])
+def test_a_ramp_begins_below_its_end(rate: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse({"url": "http://h", "backend": "openai", "request_rate": rate, "ramp_to": "10"})
+    assert message in str(caught.value)

@@ -255,11 +255,19 @@ def test_what_cannot_be_measured_turn_by_turn_is_one_line(store_uri: str, parame
     assert str(caught.value).startswith(message)
 
 
-def test_history_is_no_parameter_of_a_server() -> None:
-    assert "history" in parse({}).axes
-    from mlflow_llmbench.spec import COMMANDS
-
-    assert "history" in COMMANDS["run"] and "history" not in COMMANDS["online"]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"url": "http://h", "backend": "openai", "history": "kept"}, "history=kept is of a model in this process; a server gets the history with each turn."),
+        ({"history": "sent"}, "history=sent is of a server."),
+        ({"url": "http://h", "backend": "openai", "history": "none,sent"}, "Give endpoint=chat."),
+        ({"url": "http://h", "backend": "openai", "history": "sent", "endpoint": "chat", "request_rate": "2"}, "history=sent is a closed loop"),
+    ],
+)  # fmt: skip
+def test_a_server_gets_its_history_with_each_turn(given: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse({"workload": "chat", "prompt_tokens": "auto"} | given)
+    assert message in str(caught.value)
 
 
 def test_a_sweep_over_histories_is_measured_and_logged(tiny_model: Path, conversations: str, store_uri: str) -> None:

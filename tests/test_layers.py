@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
-    "intent": ("spec", "models", "plan", "workload", "arrivals", "batching"),
+    "intent": ("spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "worker", "reference", "node"),
     "think": (

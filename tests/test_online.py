@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import latency, online_summary
+from mlflow_llmbench.arrivals import arrival_times_ns
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.plan import cell_name, config_hash
 from mlflow_llmbench.records import Cell, ClientReadings, Hashes, LoadInfo, ModelFacts, Repetition, RequestRecord, RunResult, from_json, to_json
@@ -182,7 +183,40 @@ def test_lengths_caches_and_queues_are_named() -> None:
     assert codes(result(*TWO_USERS[:2])) == {"not_steady"}
     # One answer every 20 ms, one request every 10 ms: each waits 10 ms longer than the one before.
     queue = [request(n * 10, *(n * 20 + 5 + i for i in range(4)), intended_ns=n * 10 * MS) for n in range(12)]
-    assert codes(result(*queue, cell=dataclasses.replace(CELL, concurrency=1, request_rate=100.0))) == {"saturated"}
+    beyond = result(*queue, cell=dataclasses.replace(CELL, concurrency=1, request_rate=100.0))
+    assert codes(beyond) == {"saturated"}
+    assert summarize(beyond)["saturation/requests_per_s"] == pytest.approx(50)
+
+
+def ramp_result(capacity_ms: float) -> RunResult:
+    """Answers of 3 ms each, one server, whose next request is begun `capacity_ms` after the last one; 1 to 100 requests per second in 2 s."""
+    cell = dataclasses.replace(CELL, concurrency=1, request_rate=1.0, ramp_to=100.0, duration_s=2.0)
+    free, sent = 0.0, []
+    for at_ns in arrival_times_ns(cell, 0) or ():
+        begin = max(free, at_ns / MS)
+        free = begin + capacity_ms
+        sent.append(request(at_ns / MS, *(begin + 5 + i for i in range(4)), intended_ns=at_ns))
+    return result(*sent, cell=cell)
+
+
+def test_a_ramp_finds_what_the_server_can_do() -> None:
+    slow = ramp_result(20)
+    metrics = summarize(slow)
+    assert metrics["saturation/requests_per_s"] == pytest.approx(50, rel=0.01)
+    assert (metrics["config/request_rate"], metrics["config/ramp_to"]) == (1, 100)
+    assert codes(slow) == {"saturated"}
+    [reason] = judge(slow, metrics).reasons
+    assert reason.sentence.startswith("The rate rose from 1 to 100 requests per second; the last third of the requests came at ")
+    assert "were answered at 50, at which the server is saturated" in reason.sentence
+    steps = {(p.key, p.step): p.value for p in series(slow) if p.key.startswith("steps/ramp_")}
+    assert [step for key, step in steps if key == "steps/ramp_ttft_ms"] == list(range(1, 11))
+    assert sum(steps["steps/ramp_request_rate", n] for n in range(1, 11)) / 10 == pytest.approx(50.5, rel=0.02)
+    assert steps["steps/ramp_ttft_ms", 10] > 20 * steps["steps/ramp_ttft_ms", 1] > 0
+    fast = ramp_result(1)
+    assert "saturation/requests_per_s" not in summarize(fast)
+    assert codes(fast) == set()
+    assert not [p for p in series(result(*TWO_USERS)) if "ramp" in p.key]
+    assert cell_name(slow.cell, []) == "m online 1..100/s"
 
 
 def test_records_come_back_from_json_as_they_were() -> None:
@@ -239,6 +273,16 @@ def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
     settings: dict[str, Any] = {"backend": "openai", "url": server, "model": MODEL, "repetitions": 5, "warmup": 1, "output_tokens": 4, "requests": 12}
     first, second = (run(tracking_uri=store_uri, **settings) for _ in range(2))
     assert first.rows[0].metrics["throughput/output_tokens_per_s"] != second.rows[0].metrics["throughput/output_tokens_per_s"]
+
+
+def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
+    done = run(
+        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=10, ramp_to=200, requests=30, repetitions=5, warmup=1,
+        output_tokens=4, prompt_tokens=16,
+    )  # fmt: skip
+    [row] = done.rows
+    assert row.outcome == "ok"
+    assert (row.metrics["config/request_rate"], row.metrics["config/ramp_to"]) == (10, 200)
 
 
 def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:

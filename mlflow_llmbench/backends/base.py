@@ -20,7 +20,7 @@ from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
 from ..spec import known_backends
 
 if TYPE_CHECKING:  # what only servers need is not loaded into the worker of a local model
-    from ..client import BuildRequest, Load, Trace
+    from ..client import Load, Trace
     from ..http1 import Exchange
     from ..workload import PromptSet
 
@@ -141,11 +141,11 @@ class Backend(Protocol):
 class ServerBackend(Backend, Protocol):
     """A backend whose model another process runs. It takes loads of requests instead of `generate`."""
 
-    def request(self, prompts: PromptSet, cell: Cell, repetition: int, number: int) -> bytes:
-        """The whole request of a number, ready to be sent."""
+    def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None, processes: int = 1) -> Trace:
+        """Send a load of a cell's requests and wait for the last answer; `expected` of them are built before (negative repetitions are warm-ups).
 
-    def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
-        """Send a load and wait for the last answer."""
+        It comes from so many client processes, or from as many as there are users or requests. Raises MeasurementError.
+        """
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """What an answer was. Called after the run."""

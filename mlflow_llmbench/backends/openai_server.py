@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..client import Address, BuildRequest, Load, LoadClient, Trace, address_of
@@ -20,8 +21,12 @@ from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
 from ..sse import EventParser
 from ..workload import PromptSet, lengths_of, longest_of
 from .base import Capabilities, DeviceMemory, Emit
+from .client_processes import ClientProcesses, Order, Share
 
 PROBE_WORDS = (16, 144)
+STATE = ("options", "tokens_per_word", "fixed_tokens", "unique", "own_words")
+"""What `load` finds out or draws, and every process that sends needs."""
+
 RESOLVE = Limits(connect_s=10, first_s=10, gap_s=5, total_s=12, most_bytes=4 << 20)
 
 
@@ -33,7 +38,7 @@ def api_key(address: Address) -> str:
     return key.strip() if key.isascii() and key.isprintable() else ""
 
 
-def http_request(address: Address, path: str, body: object = None, number: int = 0) -> bytes:
+def http_request(address: Address, path: str, body: object = None, number: int | str = 0) -> bytes:
     """A whole HTTP request: GET without a body, POST with one."""
     data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
     key = api_key(address)
@@ -70,6 +75,8 @@ class OpenAIBackend:
         self.facts: dict[str, str | int | float] = {}
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
         self.unique = ""
+        self.others: ClientProcesses | None = None
+        self.own_words = secrets.token_hex(8)  # what conversations of this run begin with
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
@@ -130,10 +137,43 @@ class OpenAIBackend:
         """The request `number` of a repetition (negative ones are warm-ups), of the asked length as nearly as words allow."""
         prompt_tokens, output_tokens = lengths_of(cell, number)
         words = max(1, round((prompt_tokens - self.fixed_tokens) / self.tokens_per_word))
-        return self._body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
+        return self.body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
+
+    def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None, processes: int = 1) -> Trace:
+        """Send a load of a cell's requests, or of its conversations."""
+        count = min(processes, load.concurrency if load.arrivals_ns is None else len(load.arrivals_ns))
+        if count == 1:
+            return self.send_share(prompts, Order(self.cell, cell, repetition, Share.of(load, 0, 1), expected, {}))
+        if self.others is None or len(self.others.processes) != count:
+            self._end_others()
+            self.others = ClientProcesses(count)
+        state, each = {name: getattr(self, name) for name in STATE}, None if expected is None else math.ceil(expected / count)
+        return self.others.send([Order(self.cell, cell, repetition, Share.of(load, index, count), each, state) for index in range(count)])
+
+    def send_share(self, prompts: PromptSet, order: Order, ready: Callable[[], int] | None = None) -> Trace:
+        """Send a share of a load from this process; see `LoadClient.run` for `ready`."""
+        for name, value in order.state.items():
+            setattr(self, name, value)
+        share, cell = order.share, order.cell
+        talks = Dialogues(self, prompts, cell, order.repetition) if cell.history == "sent" else None
+
+        def build(position: int) -> bytes:
+            number = share.number(position)
+            return talks.begin(number) if talks else self.request(prompts, cell, order.repetition, number)
+
+        def follow_up(exchange: Exchange) -> bytes | None:
+            if talks is None:
+                return None
+            exchange.conversation = share.number(exchange.conversation or 0)
+            return talks.follow_up(exchange)
+
+        trace = self.client.run(build, share.load, order.expected, follow_up if talks else None, ready)
+        for exchange in trace.exchanges:
+            exchange.number = exchange.number * share.count + share.index if talks else share.number(exchange.number)
+        return trace
 
     def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
-        """Send a load."""
+        """Send a load of requests that the caller builds."""
         return self.client.run(build, load, expected)
 
     def read(self, exchange: Exchange) -> RequestRecord:
@@ -160,17 +200,24 @@ class OpenAIBackend:
     def trim(self) -> None: ...
 
     def close(self) -> None:
+        self._end_others()
         self.client.close()
 
-    def _body(self, prompt: str, output_tokens: int, number: int) -> bytes:
+    def _end_others(self) -> None:
+        if self.others is not None:
+            self.others.close()
+            self.others = None
+
+    def body(self, prompt: str | list[dict[str, str]], output_tokens: int, number: int | str) -> bytes:
+        """The whole request for an answer to a prompt, or to messages."""
         chat = self.cell.endpoint == "chat"
         body: dict[str, Any] = {"model": self.cell.model, "max_tokens": output_tokens, "temperature": 0, "stream": True, **self.options}
-        body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        body |= {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt} if chat else {"prompt": prompt}
         return http_request(self.address, "/v1/chat/completions" if chat else "/v1/completions", body, number)
 
     def _probe(self, words: int) -> RequestRecord:
         prompt = PromptSet("synthetic").words(self.cell, -2, words, words, secrets.token_hex(8))
-        return self.read(self.client.ask(self._body(prompt, 1, -1)))
+        return self.read(self.client.ask(self.body(prompt, 1, -1)))
 
     def _probe_options(self) -> RequestRecord:
         """A first answer, with as many of the options as the server takes."""
@@ -183,6 +230,42 @@ class OpenAIBackend:
             if not record.message.startswith(("HTTP 400", "HTTP 422")):
                 break
         raise MeasurementError(f"The server does not answer a first request ({record.outcome}): {record.message} Check its log, model and endpoint.")
+
+
+class Dialogues:
+    """The conversations of one repetition, turn by turn. Each turn has all that was said before it, the server's own answers among it.
+
+    An answer is read when it has ended, in the client's one thread, because the next turn needs its text; the time that this takes is in
+    the lag of the client's event loop. A turn that fails ends its conversation. Each begins with words of its own, so that no prefix
+    cache knows it from an earlier repetition: its later turns may find it there, as they would in use.
+    """
+
+    def __init__(self, backend: OpenAIBackend, prompts: PromptSet, cell: Cell, repetition: int) -> None:
+        self.backend, self.prompts, self.cell, self.repetition = backend, prompts, cell, repetition
+        self.said: dict[int, list[dict[str, str]]] = {}
+
+    def begin(self, number: int) -> bytes:
+        """The first turn of a conversation."""
+        first = PromptSet("synthetic").words(self.cell, self.repetition, number, 8, self.backend.own_words)
+        self.said[number] = [{"role": "user", "content": f"{first} {self._asks(number)[0]}"}]
+        return self._turn(number, 1)
+
+    def follow_up(self, exchange: Exchange) -> bytes | None:
+        """The turn after an answer; None after the last one, and after a failure."""
+        number, turn = exchange.conversation or 0, exchange.turn or 1
+        asks = self._asks(number)
+        answer = _answer_of(exchange) if turn < len(asks) else None
+        if answer is None or answer.fault:
+            del self.said[number]
+            return None
+        self.said[number] += [{"role": "assistant", "content": "".join(answer.text)}, {"role": "user", "content": asks[turn]}]
+        return self._turn(number, turn + 1)
+
+    def _asks(self, number: int) -> tuple[str, ...]:
+        return self.prompts.conversations[number % len(self.prompts.conversations)]
+
+    def _turn(self, number: int, turn: int) -> bytes:
+        return self.backend.body(self.said[number], self.cell.output_tokens, f"{number}-{turn}")
 
 
 def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = True) -> tuple[Any, Exchange]:
@@ -208,6 +291,7 @@ class _Answer:
     told: list[int | None] = dataclasses.field(default_factory=list)  # output tokens so far, as each chunk tells
     usage: dict[str, Any] = dataclasses.field(default_factory=dict)
     visible: int | None = None
+    text: list[str] = dataclasses.field(default_factory=list)  # what is not in a reasoning channel
     finish: str = ""
     finish_ns: int | None = None
     done: bool = False
@@ -220,6 +304,28 @@ def read_answer(exchange: Exchange) -> RequestRecord:
 
     `complete` needs a `[DONE]`, or a finish reason and a body that ended as its chunks or length say; and at least one token.
     """
+    answer = _answer_of(exchange)
+    tokens, details = _count(answer.usage.get("completion_tokens")), answer.usage.get("prompt_tokens_details")
+    return RequestRecord(
+        t0_ns=exchange.t0_ns,
+        stamps_ns=tuple(answer.stamps),
+        prompt_tokens=_count(answer.usage.get("prompt_tokens")),
+        intended_ns=exchange.intended_ns,
+        outcome=answer.fault or "complete",
+        message=answer.message[:200],
+        tokens=tokens,
+        chunk_tokens=_chunk_tokens(answer, tokens),
+        visible_ns=answer.visible,
+        end_ns=exchange.end_ns,
+        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else None,
+        finish=answer.finish[:40],
+        conversation=exchange.conversation,
+        turn=exchange.turn,
+    )
+
+
+def _answer_of(exchange: Exchange) -> _Answer:
+    """What the events of an answer say, and its fault if it has one."""
     answer = _Answer(fault=exchange.fault, message=exchange.message)
     if not answer.fault:
         _check_head(exchange, answer)
@@ -235,21 +341,7 @@ def read_answer(exchange: Exchange) -> RequestRecord:
         answer.told.append(tokens)
     if not answer.fault and not answer.stamps:
         answer.fault, answer.message = "malformed", "The answer was complete and had no token."
-    details = answer.usage.get("prompt_tokens_details")
-    return RequestRecord(
-        t0_ns=exchange.t0_ns,
-        stamps_ns=tuple(answer.stamps),
-        prompt_tokens=_count(answer.usage.get("prompt_tokens")),
-        intended_ns=exchange.intended_ns,
-        outcome=answer.fault or "complete",
-        message=answer.message[:200],
-        tokens=tokens,
-        chunk_tokens=_chunk_tokens(answer, tokens),
-        visible_ns=answer.visible,
-        end_ns=exchange.end_ns,
-        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else None,
-        finish=answer.finish[:40],
-    )
+    return answer
 
 
 def _check_head(exchange: Exchange, answer: _Answer) -> None:
@@ -318,8 +410,9 @@ def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
         if visible or fields.get("reasoning_content") or fields.get("reasoning") or fields.get("tool_calls") or fields.get("refusal"):
             answer.stamps.append(stamp)
             answer.told.append(_count(usage.get("completion_tokens")) if isinstance(usage, dict) else None)
-            if visible and answer.visible is None:
-                answer.visible = stamp
+            if visible:
+                answer.visible = stamp if answer.visible is None else answer.visible
+                answer.text.append(str(visible))
         if choice.get("finish_reason"):
             answer.finish, answer.finish_ns = str(choice["finish_reason"]), stamp
     return True

@@ -1,0 +1,162 @@
+"""Several client processes for one load, where one core is not enough: `python -m mlflow_llmbench.backends.client_processes` is one of them.
+
+A load is divided before it begins, and nothing is shared while it runs. Each process builds its own requests and opens its own connections, says that it
+is ready, and begins at the same instant of the monotonic clock, which all processes of a machine share, so that their stamps are
+those of one. Requests keep the numbers, times, lengths and prompts that they have in a single process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import machine
+from ..client import Load, Trace, merge
+from ..errors import MeasurementError, first_line
+from ..records import Cell, ModelFacts
+from ..workload import load_prompts
+
+HEAD_START_NS = 20_000_000
+"""Time from the last process's word that it is ready to the common start: each has to read it and wake up."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What process `index` of `count` sends of a load.
+
+    The users of a closed loop, and the requests of an open one, are dealt out in turns. The process's request j is that with the number
+    (j div m) · U + index + count · (j mod m), with m of all U users its own; an open loop has one user for each process.
+    """
+
+    load: Load
+    index: int
+    count: int
+    users: int
+    own: int
+
+    @classmethod
+    def of(cls, load: Load, index: int, count: int) -> Share:
+        """The share of a process; `count` is not more than there are users, or requests of an open loop."""
+        if load.arrivals_ns is not None:
+            return cls(replace(load, arrivals_ns=load.arrivals_ns[index::count], requests=None), index, count, count, 1)
+        own = len(range(index, load.concurrency, count))
+        limit = None if load.requests is None else sum(number % load.concurrency % count == index for number in range(load.requests))
+        return cls(replace(load, concurrency=own, requests=limit), index, count, load.concurrency, own)
+
+    def number(self, position: int) -> int:
+        """The number in the whole load of this process's request at a position."""
+        return position // self.own * self.users + self.index + self.count * (position % self.own)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a process is to send: its share of a cell's load, and what the backend has found out about the server (`state`)."""
+
+    first: Cell
+    cell: Cell
+    repetition: int
+    share: Share
+    expected: int | None
+    state: Mapping[str, Any]
+
+
+class ClientProcesses:
+    """The processes, from the first load that needs them on."""
+
+    def __init__(self, count: int) -> None:
+        package_parent = str(Path(__file__).resolve().parent.parent.parent)
+        path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
+        command, variables = [sys.executable, "-m", __name__], {**os.environ, "PYTHONPATH": path}
+        self.processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables) for _ in range(count)]
+
+    def send(self, orders: Sequence[Order]) -> Trace:
+        """Send all shares of a load at once, and wait for the last answer. Raises MeasurementError if a process could not."""
+        for process, order in zip(self.processes, orders, strict=True):
+            self._tell(process, order)
+        for process in self.processes:
+            self._hear(process)
+        start = time.perf_counter_ns() + HEAD_START_NS
+        for process in self.processes:
+            self._tell(process, start)
+        return merge([self._hear(process) for process in self.processes])
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            for stream in (process.stdin, process.stdout):
+                if stream:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+            process.kill()
+            process.wait()
+
+    def _tell(self, process: subprocess.Popen[bytes], what: object) -> None:
+        assert process.stdin
+        try:
+            pickle.dump(what, process.stdin)
+            process.stdin.flush()
+        except OSError:
+            raise self._lost(process) from None
+
+    def _hear(self, process: subprocess.Popen[bytes]) -> Any:
+        assert process.stdout
+        try:
+            found = pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            raise self._lost(process) from None
+        if isinstance(found, str):
+            raise MeasurementError(f"A client process failed: {found}. Look into the worker's log.")
+        return found
+
+    def _lost(self, process: subprocess.Popen[bytes]) -> MeasurementError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+        return MeasurementError(f"A client process ended without a word (exit code {process.returncode}). Look into the worker's log and the memory.")
+
+
+def main() -> int:
+    """Send loads as they are ordered on standard input, until it ends; what came of each goes to what was standard output."""
+    machine.die_with_parent()
+    for name in ("SIGINT", "SIGHUP"):  # they reach the whole group; the parent decides
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    orders, out = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def tell(what: object) -> None:
+        pickle.dump(what, out)
+        out.flush()
+
+    def ready() -> int:
+        tell(None)
+        start: int = pickle.load(orders)
+        return start
+
+    from .openai_server import OpenAIBackend
+
+    backend: OpenAIBackend | None = None
+    while True:
+        try:
+            order: Order = pickle.load(orders)
+        except EOFError:
+            return 0
+        try:
+            backend = backend or OpenAIBackend(order.first, ModelFacts("", "none", "", ""))
+            tell(backend.send_share(load_prompts(order.cell.workload), order, ready))
+        except EOFError:
+            return 0
+        except Exception as error:
+            tell(f"{type(error).__name__}: {first_line(error)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
