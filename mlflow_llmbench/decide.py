@@ -1,4 +1,4 @@
-"""The commands of the decision: recommend, register, gate, promote, export. Parse, call one function, print."""
+"""The commands of the decision: recommend, register, gate, promote, export, reproduce. Parse, call one function, print."""
 
 from __future__ import annotations
 
@@ -60,7 +60,17 @@ def add_parsers(commands: Any) -> None:
         "--for", dest="target", required=True, metavar="TARGET", help="vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes"
     )
     export.add_argument("--output", metavar="FILE", help="write it here (default: print it)")
-    for command in (recommend, register, gate, promote, export):
+    reproduce = commands.add_parser(
+        "reproduce", help="measure a run or a registered version again, and say whether it came out alike; the exit code says it too"
+    )
+    reproduce.add_argument("reference", metavar="RUN", help="run id, runs:/ID, results folder, or models:/NAME@ALIAS")
+    reproduce.add_argument("--margin", metavar="RATIO", default="5%", help="within what it counts as equivalent (default: 5%%)")
+    reproduce.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model, where the run did")
+    reproduce.add_argument("--allow-pickle", action="store_true", help="read weights that are a pickle, where the run did")
+    reproduce.add_argument("--url", metavar="URL", help="where the server is now, for a run that measured one")
+    reproduce.add_argument("--output-dir", metavar="FOLDER", help="the journal's folder (default: llmbench-results)")
+    reproduce.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: that of the run)")
+    for command in (recommend, register, gate, promote, export, reproduce):
         _add_common(command)
 
 
@@ -265,6 +275,47 @@ def _export(given: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(given: argparse.Namespace) -> int:
+    """Exit code 0 equivalent, 1 different, 2 not comparable or a wrong parameter, 3 invalid, 4 if it cannot be told or was not measured."""
+    try:
+        return _reproduced(given)
+    except LlmbenchError as error:
+        if error.exit_code != 1:
+            raise
+        print(f"llmbench: {error}", file=sys.stderr)  # 1 means different here
+        return 4
+
+
+def _reproduced(given: argparse.Namespace) -> int:
+    from .gate import parse_ratio
+
+    margin = parse_ratio("--margin", given.margin)
+
+    from . import compare, reproduce, reproduction
+    from .progress import Progress
+
+    done = reproduce.reproduce(
+        given.reference,
+        margin=margin,
+        granted=frozenset(name for name in reproduce.GRANTS if getattr(given, name)),
+        url=given.url,
+        output_dir=given.output_dir,
+        tracking_uri=given.tracking_uri,
+        experiment=given.experiment,
+        watcher=Progress(sys.stderr),
+        say=print,
+    )
+    print(reproduction.format_reproduction(done.found))
+    if done.comparison:
+        print(f"\n{compare.format_comparison(done.comparison)}")
+    if done.sweep:
+        print(f"\nResults: {done.sweep.folder}")
+    if given.json:
+        told = {"original": done.original.name, "original_run_id": done.original.run_id, "run_id": done.run_id}
+        print(json.dumps({**reproduction.reproduction_json(done.found), **told}, ensure_ascii=False))
+    return done.found.exit_code
+
+
 def _reason(given: argparse.Namespace) -> str | None:
     """Why suspect results are accepted; `none`, the default of an MLproject parameter, is no reason."""
     text = (given.accept_suspect or "").strip()
@@ -277,4 +328,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "gate": _gate,
     "promote": _promote,
     "export": _export,
+    "reproduce": _reproduce,
 }

@@ -426,6 +426,13 @@ def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
         store.client.log_artifacts(run_id, str(folder), under)
 
 
+def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of ours on a run, named without their prefix. Raises TrackingError if the run is not there."""
+    with _plain_errors(store.uri):
+        for name, value in tags.items():
+            store.client.set_tag(run_id, f"llmbench.{name}", redact(value)[:5000])
+
+
 def without_user(address: str) -> str:
     """An address without the user and password in it, which urllib takes for a part of the host's name."""
     parts = urllib.parse.urlsplit(address)
