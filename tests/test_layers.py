@@ -72,6 +72,7 @@ LAYERS = {
         "evidence",
         "study",
         "reproduce",
+        "rematch",
         "decide",
         "cli",
         "__main__",

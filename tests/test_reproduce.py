@@ -108,7 +108,7 @@ def test_quality_is_held_against_the_margin_too() -> None:
 def test_the_texts() -> None:
     found = weighed(step=12)
     text = html.unescape(reproduction_markdown(found))
-    assert text.startswith("## Different by more than ±5 %") and "| ITL ms | 10 | 12 | 1.200 |" in text
+    assert text.startswith("## Different by more than ±5 %") and "| ITL ms | 10.00 | 12.00 | 1.200 |" in text
     told = reproduction_json(found)
     assert (told["verdict"], told["exit_code"], len(told["findings"])) == ("different", 1, 7)
     json.dumps(told, allow_nan=False)
@@ -154,7 +154,10 @@ def test_another_model_or_workload_is_no_reproduction(tmp_path: Path) -> None:
 
 
 def test_every_difference_of_the_environment_is_named() -> None:
-    told = {difference.name: (difference.a, difference.b) for difference in unlike_here(made(environment={"cpu": {"name": "Z80"}, "packages": {"torch": "0.1"}}))}
+    told = {
+        difference.name: (difference.a, difference.b)
+        for difference in unlike_here(made(environment={"cpu": {"name": "Z80"}, "packages": {"torch": "0.1"}}))
+    }
     assert told["CPU"][0] == "Z80" and told["CPU"][1] not in ("none", "Z80")
     assert told["torch"][0] == "0.1"
 
