@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .context import fingerprint_tags
 from .errors import StoreAway, TrackingError, UsageError, first_line
 from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
@@ -311,9 +312,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
     """The tags of the vocabulary for one cell."""
     from . import __version__
 
-    environment, packages = result.environment, result.environment.get("packages") or {}
-    gpu = gpu_of(result)
-    tags = {
+    tags = fingerprint_tags(result.environment, gpu_of(result)) | {
         "schema": str(SCHEMA),
         "version": __version__,
         "mlflow_llmbench": __version__,
@@ -329,12 +328,6 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "verdict_reasons": ",".join(r.code for r in verdict.reasons),
         "linked_run": result.linked,
         "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
-        "cpu": environment.get("cpu", {}).get("name"),
-        "gpu": gpu["name"] if gpu else None,
-        "gpu_driver": environment.get("driver") if gpu else None,
-        "cuda": environment.get("cuda") if gpu else None,
-        "torch": packages.get("torch"),
-        "transformers": packages.get("transformers"),
     }
     found = {f"llmbench.{key}": str(value)[:5000] for key, value in tags.items() if value}
     return found | {"mlflow.runColor": COLOURS.get(result.cell.quant, COLOURS["none"])}

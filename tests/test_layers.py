@@ -56,7 +56,7 @@ LAYERS = {
         "gate_report",
         "export",
     ),
-    "keep": ("tracking", "view", "registry", "serving_model"),
+    "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
         "doctor",
         "progress",
