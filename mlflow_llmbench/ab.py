@@ -16,7 +16,7 @@ from pathlib import Path
 from . import artifacts, compare, plan, tracking
 from .errors import MeasurementError, UsageError
 from .journal import read_result
-from .records import Cell
+from .records import Cell, RunResult
 from .spec import BenchSpec, as_text, parse
 from .sweep import SweepResult, Watcher, run_sides
 
@@ -61,6 +61,29 @@ def run_ab(
     `a` and `b` are the parameters in which the sides differ, `common` those that they share; a list is no side. Raises
     LlmbenchError for what is wrong before anything starts, and MeasurementError if either side could not be measured.
     """
+    done = measure_in_turns(a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher)
+    if done.outcome != "ok":
+        failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])
+        raise MeasurementError(f"The sides could not be compared: {failed.outcome}: {failed.message} What was measured is in {done.folder}.")
+    first, second = sides(done)
+    comparison = compare.compare(first, second, noise=noise, paired=True, allow=frozenset({"workload"}))
+    artifacts.write_comparisons([comparison], done.folder / "ab")
+    if done.parent_id:
+        tracking.log_folder(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
+    return Duel(done, comparison)
+
+
+def measure_in_turns(
+    a: Mapping[str, object],
+    b: Mapping[str, object],
+    common: Mapping[str, object],
+    *,
+    pairs: int = DEFAULT_PAIRS,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+) -> SweepResult:
+    """Measure A and B in `pairs` fresh processes each, in turns; see `run_ab`. Neither is ever taken from an earlier sweep."""
     if pairs < 2:
         raise UsageError(f"There are too few pairs for a test: {pairs}. Give at least 2; {DEFAULT_PAIRS} are the default.")
     cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
@@ -70,16 +93,13 @@ def run_ab(
     names = (
         ["A", "B"] if cells[0] == cells[1] else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
     )
-    done = run_sides(spec, cells, names, (tracking_uri, experiment), watcher)
-    if done.outcome != "ok":
-        failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])
-        raise MeasurementError(f"The sides could not be compared: {failed.outcome}: {failed.message} What was measured is in {done.folder}.")
-    results = [read_result(done.folder / name / "artifacts") for name in _folders(done.folder)]
-    comparison = compare.compare(results[0], results[1], noise=noise, paired=True, allow=frozenset({"workload"}))
-    artifacts.write_comparisons([comparison], done.folder / "ab")
-    if done.parent_id:
-        tracking.log_folder(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
-    return Duel(done, comparison)
+    return run_sides(spec, cells, names, (tracking_uri, experiment), watcher)
+
+
+def sides(done: SweepResult) -> tuple[RunResult, RunResult]:
+    """The results of A and B. Raises JournalError if one was not written."""
+    first, second = (read_result(done.folder / name / "artifacts") for name in _folders(done.folder))
+    return first, second
 
 
 def _one_cell(parameters: Mapping[str, object]) -> Cell:
@@ -95,7 +115,7 @@ def _one_cell(parameters: Mapping[str, object]) -> Cell:
 def _merged(cells: list[Cell], common: Mapping[str, object]) -> BenchSpec:
     """The parameters of both sides as one specification; the options of the command are those of `common`."""
     axes = {f.name: tuple(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
-    return BenchSpec(axes, parse(common).options)
+    return BenchSpec(axes, dataclasses.replace(parse(common).options, rerun=True))
 
 
 def _folders(folder: Path) -> list[str]:

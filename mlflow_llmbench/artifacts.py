@@ -28,7 +28,7 @@ def write_cell(result: RunResult, folder: Path) -> None:
     verdict = judge(result, metrics)
     write_json(folder / "result.json", {**_whole(result), "metrics": metrics, "verdict": verdict})
     write_json(folder / "environment.json", {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}})
-    write_bytes(folder / "config.yaml", _config(result).encode())
+    write_bytes(folder / "config.yaml", report.config_yaml(parameters_of(result)).encode())
     if result.repetitions:
         write_bytes(folder / "samples.csv.gz", samples_csv(result))
     write_bytes(folder / "report.md", report.report_markdown(result, metrics, verdict).encode())
@@ -41,8 +41,8 @@ def write_cell(result: RunResult, folder: Path) -> None:
         write_bytes(folder / "texts.md", _texts_markdown(rows).encode())
 
 
-def _config(result: RunResult) -> str:
-    """config.yaml: what was asked, with the commit that `revision` meant, so that it means the same later."""
+def parameters_of(result: RunResult) -> dict[str, str]:
+    """What config.yaml holds: what was asked, with the commit that `revision` meant, so that it means the same later."""
     from_hub = result.model.source in ("hub", "preset") and result.cell.weights != "random" and result.cell.backend != "fake"
     resolved = {"revision": result.model.revision} if from_hub else {}
     quality: dict[str, object] = {}
@@ -50,7 +50,7 @@ def _config(result: RunResult) -> str:
         tasks = result.quality.asked_tasks
         quality = {"quality_tasks": tasks} if tasks else {}
         quality |= {"quality": "auto"} if result.quality.text_digest or not tasks else {}
-    return report.config_yaml(result.cell, {"price_per_hour": result.price_per_hour, **quality, **resolved})
+    return report.config_parameters(result.cell, {"price_per_hour": result.price_per_hour, **quality, **resolved})
 
 
 def _whole(result: RunResult) -> dict[str, object]:

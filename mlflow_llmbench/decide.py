@@ -1,8 +1,9 @@
-"""The commands of the decision: recommend, register, gate, promote, export. Parse, call one function, print."""
+"""The commands of the decision: recommend, register, gate, promote, export, reproduce. Parse, call one function, print."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -49,6 +50,10 @@ def add_parsers(commands: Any) -> None:
     gate.add_argument("--against", required=True, metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
     gate.add_argument("--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02")
     gate.add_argument("--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)")
+    gate.add_argument("--measure", action="store_true", help="measure both configurations again here, in turns, instead of taking their runs")
+    gate.add_argument("--pairs", metavar="N", type=int, default=6, help="with --measure: fresh processes on each side (default: 6)")
+    gate.add_argument("--experiment", metavar="NAME", help="with --measure: MLflow experiment (default: llmbench)")
+    _add_grants(gate)
     gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
     gate.add_argument("--markdown", metavar="FILE", help="write the verdict as Markdown")
     _add_accept_suspect(gate)
@@ -60,12 +65,31 @@ def add_parsers(commands: Any) -> None:
         "--for", dest="target", required=True, metavar="TARGET", help="vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes"
     )
     export.add_argument("--output", metavar="FILE", help="write it here (default: print it)")
-    for command in (recommend, register, gate, promote, export):
+    reproduce = commands.add_parser(
+        "reproduce", help="measure a run or a registered version again, and say whether it came out alike; the exit code says it too"
+    )
+    reproduce.add_argument("reference", metavar="RUN", help="run id, runs:/ID, results folder, or models:/NAME@ALIAS")
+    reproduce.add_argument("--margin", metavar="RATIO", default="5%", help="within what it counts as equivalent (default: 5%%)")
+    _add_grants(reproduce)
+    reproduce.add_argument("--url", metavar="URL", help="where the server is now, for a run that measured one")
+    reproduce.add_argument("--output-dir", metavar="FOLDER", help="the journal's folder (default: llmbench-results)")
+    reproduce.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: that of the run)")
+    for command in (recommend, register, gate, promote, export, reproduce):
         _add_common(command)
 
 
 def _add_accept_suspect(parser: Any) -> None:
     parser.add_argument("--accept-suspect", metavar="REASON", help="accept suspect results, for this reason, which is recorded; none = do not")
+
+
+def _add_grants(parser: Any) -> None:
+    """What is not taken over from a run that is measured again."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model, where the run did")
+    parser.add_argument("--allow-pickle", action="store_true", help="read weights that are a pickle, where the run did")
+
+
+def _grants(given: argparse.Namespace) -> frozenset[str]:
+    return frozenset(name for name in ("trust_remote_code", "allow_pickle") if getattr(given, name))
 
 
 def _add_common(parser: Any) -> None:
@@ -183,14 +207,35 @@ def _gate_verdict(given: argparse.Namespace) -> int:
     champion = registry.registered_at(store, given.against)
     baseline = registry.result_of(store, champion.run_id)
     candidate, run_id, shown = _candidate(given, store, baseline)
-    found = gate.decide(baseline, candidate, limits, limit=limit, accept_suspect=_reason(given))
+    found, measured = _held(given, baseline, candidate, limits, limit)
     print(gate_report.format_gate(found, champion.uri, shown))
     texts = {"gate.md": gate_report.gate_markdown, "junit.xml": gate_report.gate_junit}
     files = {name: write(found, champion.uri, shown).encode() for name, write in texts.items()}
-    _write_gate(given, found, files, store, champion, run_id)
+    _write_gate(given, found, files, store, champion, run_id, measured)
     if given.json:
-        print(json.dumps({**gate.gate_json(found), "champion": champion.uri, "candidate": shown, "run_id": run_id}, ensure_ascii=False))
+        told = {"champion": champion.uri, "candidate": shown, "run_id": run_id, "measured": measured}
+        print(json.dumps({**gate.gate_json(found), **told}, ensure_ascii=False))
     return found.exit_code
+
+
+def _held(given: argparse.Namespace, baseline: RunResult, candidate: RunResult, limits: dict[str, float], limit: float) -> tuple[Gate, str | None]:
+    """The gate, and the run of the sweep that was measured for it."""
+    from . import gate
+
+    if not given.measure:
+        return gate.decide(baseline, candidate, limits, limit=limit, accept_suspect=_reason(given)), None
+    if refused := gate.refuse_unlike_work(baseline, candidate):
+        return refused, None
+
+    from .progress import Progress
+    from .rematch import rematch
+
+    done = rematch(
+        baseline, candidate, pairs=given.pairs, granted=_grants(given), tracking_uri=given.tracking_uri, experiment=given.experiment,
+        watcher=Progress(sys.stderr),
+    )  # fmt: skip
+    found = gate.decide(done.champion, done.candidate, limits, limit=limit, accept_suspect=_reason(given), in_turns=True)
+    return dataclasses.replace(found, notes=(*found.notes, *done.notes)), done.sweep.parent_id
 
 
 def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> tuple[RunResult, str | None, str]:
@@ -214,7 +259,9 @@ def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> 
     return same[0], run_id, f"run {run_id}" if run_id else given.candidate
 
 
-def _write_gate(given: argparse.Namespace, found: Gate, files: dict[str, bytes], store: Store, champion: Registered, run_id: str | None) -> None:
+def _write_gate(
+    given: argparse.Namespace, found: Gate, files: dict[str, bytes], store: Store, champion: Registered, run_id: str | None, measured: str | None
+) -> None:
     from . import gate, gate_report, registry
     from .journal import write_bytes, write_json
     from .report import split_table
@@ -231,7 +278,7 @@ def _write_gate(given: argparse.Namespace, found: Gate, files: dict[str, bytes],
             write_bytes(folder / name, content)
         write_json(folder / "gate.json", gate.gate_json(found))
         write_json(folder / "table.json", split_table(gate_report.HEADING, gate_report.gate_cells(found.checks)))
-        registry.log_gate(store, run_id, champion, found.verdict, found.why, _reason(given), folder)
+        registry.log_gate(store, run_id, champion, found.verdict, found.why, _reason(given), folder, measured)
 
 
 def _promote(given: argparse.Namespace) -> int:
@@ -265,6 +312,47 @@ def _export(given: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(given: argparse.Namespace) -> int:
+    """Exit code 0 equivalent, 1 different, 2 not comparable or a wrong parameter, 3 invalid, 4 if it cannot be told or was not measured."""
+    try:
+        return _reproduced(given)
+    except LlmbenchError as error:
+        if error.exit_code != 1:
+            raise
+        print(f"llmbench: {error}", file=sys.stderr)  # 1 means different here
+        return 4
+
+
+def _reproduced(given: argparse.Namespace) -> int:
+    from .gate import parse_ratio
+
+    margin = parse_ratio("--margin", given.margin)
+
+    from . import compare, reproduce, reproduction
+    from .progress import Progress
+
+    done = reproduce.reproduce(
+        given.reference,
+        margin=margin,
+        granted=_grants(given),
+        url=given.url,
+        output_dir=given.output_dir,
+        tracking_uri=given.tracking_uri,
+        experiment=given.experiment,
+        watcher=Progress(sys.stderr),
+        say=print,
+    )
+    print(reproduction.format_reproduction(done.found))
+    if done.comparison:
+        print(f"\n{compare.format_comparison(done.comparison)}")
+    if done.sweep:
+        print(f"\nResults: {done.sweep.folder}")
+    if given.json:
+        told = {"original": done.original.name, "original_run_id": done.original.run_id, "run_id": done.run_id}
+        print(json.dumps({**reproduction.reproduction_json(done.found), **told}, ensure_ascii=False))
+    return done.found.exit_code
+
+
 def _reason(given: argparse.Namespace) -> str | None:
     """Why suspect results are accepted; `none`, the default of an MLproject parameter, is no reason."""
     text = (given.accept_suspect or "").strip()
@@ -277,4 +365,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "gate": _gate,
     "promote": _promote,
     "export": _export,
+    "reproduce": _reproduce,
 }

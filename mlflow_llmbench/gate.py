@@ -93,23 +93,24 @@ def parse_ratio(option: str, text: str) -> float:
 
 def decide(
     champion: RunResult, candidate: RunResult, limits: Mapping[str, float] | None = None, *,
-    limit: float = DEFAULT_LIMIT, noise: float = 0.01, accept_suspect: str | None = None,
+    limit: float = DEFAULT_LIMIT, noise: float = 0.01, accept_suspect: str | None = None, in_turns: bool = False,
 ) -> Gate:  # fmt: skip
-    """Hold a candidate against the champion. `limits` are ratios by metric, `limit` that of the others; nothing is raised for what was measured."""
+    """Hold a candidate against the champion. `limits` are ratios by metric, `limit` that of the others; nothing is raised for what was measured.
+
+    `in_turns`: both were measured now, process by process in turns, so they are compared in pairs, and neither was accepted before.
+    """
     metrics = summarize(champion), summarize(candidate)
     verdicts = judge(champion, metrics[0]), judge(candidate, metrics[1])
     for name, result, verdict in (("champion", champion, verdicts[0]), ("candidate", candidate, verdicts[1])):
-        if why := _untrusted(name, result, verdict, accept_suspect):
+        if why := _untrusted(name, result, verdict, accept_suspect, known=name == "champion" and not in_turns):
             return Gate(INVALID, why)
     unlike = differences(champion, candidate)
-    if refused := [difference for difference in unlike if difference.kind != "software"]:
-        return Gate(
-            NOT_COMPARABLE, f"The champion and the candidate were not measured alike: {_listed(refused)}. Measure both on one machine, in one way."
-        )
+    if refused := _refused(unlike, ("software",)):
+        return refused
     if lacking := missing(*metrics):
         listed = ", ".join(lacking)
         return Gate(NOT_COMPARABLE, f"The champion has {listed}, and the candidate has not. Measure the candidate as the champion was.")
-    comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]))
+    comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]), paired=in_turns)
     checks = (*_timed(comparison, limits or {}, limit), *quality_checks(*metrics, limits or {}, limit))
     notes = [f"The software differs: {_listed(unlike)}."] if unlike else []
     notes += [
@@ -126,13 +127,27 @@ def decide(
     return Gate(PASS, f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.", checks, tuple(notes))
 
 
-def _untrusted(name: str, result: RunResult, verdict: Verdict, accept_suspect: str | None) -> str | None:
-    """Why a result cannot be used; None if it can. A suspect champion was accepted when it was registered."""
+def refuse_unlike_work(champion: RunResult, candidate: RunResult) -> Gate | None:
+    """The gate of two results that could not be compared even if both were measured again here; None if they could."""
+    return _refused(differences(champion, candidate), ("software", "hardware"))
+
+
+def _refused(unlike: list[Difference], allowed: tuple[str, ...]) -> Gate | None:
+    refused = [difference for difference in unlike if difference.kind not in allowed]
+    if not refused:
+        return None
+    return Gate(
+        NOT_COMPARABLE, f"The champion and the candidate were not measured alike: {_listed(refused)}. Measure both on one machine, in one way."
+    )
+
+
+def _untrusted(name: str, result: RunResult, verdict: Verdict, accept_suspect: str | None, known: bool) -> str | None:
+    """Why a result cannot be used; None if it can. `known`: a suspect champion was accepted when it was registered."""
     if result.failure:
         return f"The {name} has no result: it ended with {result.outcome} at stage {result.failure.stage}. Measure it again."
     if verdict.word == "invalid":
         return f"The {name} is invalid ({_codes(verdict)}). Measure it again."
-    if verdict.word == "suspect" and name == "candidate" and not accept_suspect:
+    if verdict.word == "suspect" and not known and not accept_suspect:
         return f'The {name} is suspect ({_codes(verdict)}). Measure it again, or add --accept-suspect "REASON".'
     return None
 

@@ -61,7 +61,7 @@ def make_jobs(
         twins = sum(job.hashes.config == config for job in jobs)
         shape = models.Shape.from_config(model.config) if model.config else None
         own = environment["hashes"]
-        workload = prompts[cell.workload].digest(cell, shape.vocab_size if shape else None)
+        workload = workload_hash(cell, model, prompts[cell.workload])
         predicted = estimate.predicted_bytes(cell, model, shape)
         jobs.append(
             Job(
@@ -71,6 +71,12 @@ def make_jobs(
             )
         )  # fmt: skip
     return jobs
+
+
+def workload_hash(cell: Cell, model: ModelFacts, prompts: PromptSet) -> str:
+    """The hash of what a cell sends; drawn prompts depend on the model's vocabulary."""
+    shape = models.Shape.from_config(model.config) if model.config else None
+    return prompts.digest(cell, shape.vocab_size if shape else None)
 
 
 def refuse_twins(cells: Sequence[Cell], model_of: Mapping[Cell, ModelFacts]) -> None:

@@ -109,7 +109,12 @@ def require_device(device: str) -> str:
 
 
 def environment(git_folder: str | None = None) -> dict[str, Any]:
-    """The fingerprint: cpu, memory, gpus, driver, cuda, os, python, packages, git, and the hashes of hardware and software.
+    """The fingerprint, and the commit of a folder (default: the working directory) as `git`. Starts git."""
+    return {**fingerprint(), "git": git_commit(git_folder or os.getcwd())}
+
+
+def fingerprint() -> dict[str, Any]:
+    """What this machine and its software are: cpu, memory, gpus, driver, cuda, os, python, packages, and the hashes of hardware and software.
 
     Nothing is read from the environment variables or the command line, which may hold secrets.
     """
@@ -143,7 +148,6 @@ def environment(git_folder: str | None = None) -> dict[str, Any]:
     return {
         **hardware,
         **software,
-        "git": git_commit(git_folder or os.getcwd()),
         "hashes": {"hardware": hardware_hash, "software": software_hash, "env": hash16([hardware_hash, software_hash])},
     }
 

@@ -278,9 +278,20 @@ def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tu
         return dict(model["flavors"]["python_function"]["config"]), tuple(requirements)
 
 
-def log_gate(store: Store, run_id: str, champion: Registered, verdict: str, why: str, accepted_suspect: str | None, folder: Path) -> None:
-    """Keep a gate's verdict with the candidate's run: as tags, and its files under `gate/`. Raises TrackingError."""
-    tags = {"gate": verdict, "gate_against": champion.uri, "gate_why": why, "gate_accepted_suspect": accepted_suspect or ""}
+def log_gate(
+    store: Store, run_id: str, champion: Registered, verdict: str, why: str, accepted_suspect: str | None, folder: Path, measured: str | None = None
+) -> None:
+    """Keep a gate's verdict with the candidate's run: as tags, and its files under `gate/`. Raises TrackingError.
+
+    `measured` is the run in which both sides were measured again for it, None where their own runs were taken.
+    """
+    tags = {
+        "gate": verdict,
+        "gate_against": champion.uri,
+        "gate_why": why,
+        "gate_accepted_suspect": accepted_suspect or "",
+        "gate_measured": measured or "",
+    }
     with _plain_errors(store.uri):
         for name, value in tags.items():
             store.client.set_tag(run_id, f"llmbench.{name}", value[:5000])

@@ -324,8 +324,12 @@ def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:
     return split_table(["metric", "value"], [[key, value] for key, value in metrics.items()])
 
 
-def config_yaml(cell: Cell, extra: Mapping[str, object]) -> str:
-    """config.yaml: every parameter as text, in the order of the vocabulary, readable by `llmbench run --config`."""
+def config_parameters(cell: Cell, extra: Mapping[str, object]) -> dict[str, str]:
+    """Every parameter of a cell as text, in the order of the vocabulary, and `extra` ones."""
     lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario)}
-    lines |= {name: as_text(name, value) for name, value in extra.items()}
-    return "".join(f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in lines.items())
+    return lines | {name: as_text(name, value) for name, value in extra.items()}
+
+
+def config_yaml(parameters: Mapping[str, str]) -> str:
+    """config.yaml, readable by `llmbench run --config`."""
+    return "".join(f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in parameters.items())

@@ -321,11 +321,14 @@ def welch(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
     """Mean of b − mean of a, without the assumption of equal variances (Welch, Biometrika 34, 1947). None with fewer than 2 values each."""
     if len(a) < 2 or len(b) < 2:
         return None
-    parts = variance(a) / len(a), variance(b) / len(b)
-    error = math.sqrt(sum(parts))
-    shares = parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1)
-    degrees = sum(parts) ** 2 / shares if shares else float(len(a) + len(b) - 2)
-    return _t_test(fmean(b) - fmean(a), error, degrees)
+    return _t_test(fmean(b) - fmean(a), *_welch_error((variance(a), variance(b)), (len(a), len(b))))
+
+
+def _welch_error(variances: tuple[float, float], counts: tuple[int, int]) -> tuple[float, float]:
+    """Standard error of a difference of means, and its degrees of freedom."""
+    parts = variances[0] / counts[0], variances[1] / counts[1]
+    shares = parts[0] ** 2 / (counts[0] - 1) + parts[1] ** 2 / (counts[1] - 1)
+    return math.sqrt(sum(parts)), sum(parts) ** 2 / shares if shares else float(sum(counts) - 2)
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
@@ -348,6 +351,66 @@ def _t_test(difference: float, error: float, degrees: float) -> MeanDifference:
     t = difference / error
     half = float(special.stdtrit(degrees, 0.975)) * error
     return MeanDifference(difference, difference - half, difference + half, t, degrees, 2 * float(special.stdtr(degrees, -abs(t))))
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """A difference of means, second − first, held against ±margin; `low` to `high` is its 90 % interval.
+
+    `p_within` is that of the two one-sided tests (small: the difference lies inside), `p_beyond` that of the test against the
+    nearer margin (small: it lies outside). Both can be large, never both small.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_within: float
+    p_beyond: float
+
+
+def equivalence(a: Sequence[float], b: Sequence[float], margin: float) -> Equivalence | None:
+    """Two one-sided t tests (Schuirmann 1987) with Welch's error. None with fewer than 2 values on a side.
+
+    At 5 % they say the same as the 90 % interval: inside where all of it lies between −margin and margin.
+    """
+    if len(a) < 2 or len(b) < 2:
+        return None
+    difference = fmean(b) - fmean(a)
+    error, degrees = _welch_error((variance(a), variance(b)), (len(a), len(b)))
+    if error == 0:
+        inside = abs(difference) < margin
+        return Equivalence(difference, difference, difference, float(not inside), float(inside))
+    from scipy import special
+
+    half = float(special.stdtrit(degrees, 0.95)) * error
+    inner, outer = (abs(difference) - margin) / error, (abs(difference) + margin) / error
+    within = float(special.stdtr(degrees, inner))
+    beyond = float(special.stdtr(degrees, -inner) + special.stdtr(degrees, -outer))
+    return Equivalence(difference, difference - half, difference + half, within, min(beyond, 1.0))
+
+
+MOST_UNITS = 10_000
+
+
+def units_to_tell(distance: float, variances: tuple[float, float], first: int | None = None) -> int | None:
+    """Least number of values of the second sample with which two one-sided tests at 5 % find a difference to lie on its side of the margin.
+
+    `distance`: from the difference to the nearer margin, with power 0.9 if it is the true one: (t₀.₉₅ + t₀.₉) · error ≤ distance.
+    `first` is the number of values of the first sample, None if it grows too. None if `MOST_UNITS` would not do.
+    """
+    from scipy import special
+
+    def enough(count: int) -> bool:
+        error, degrees = _welch_error(variances, (first or count, count))
+        return float(special.stdtrit(degrees, 0.95) + special.stdtrit(degrees, 0.9)) * error <= distance
+
+    low, high = 2, MOST_UNITS
+    if not enough(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return low
 
 
 def mann_whitney(a: Sequence[float], b: Sequence[float]) -> RankTest | None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .context import fingerprint_tags
 from .errors import StoreAway, TrackingError, UsageError, first_line
 from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
@@ -311,9 +312,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
     """The tags of the vocabulary for one cell."""
     from . import __version__
 
-    environment, packages = result.environment, result.environment.get("packages") or {}
-    gpu = gpu_of(result)
-    tags = {
+    tags = fingerprint_tags(result.environment, gpu_of(result)) | {
         "schema": str(SCHEMA),
         "version": __version__,
         "mlflow_llmbench": __version__,
@@ -329,12 +328,6 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "verdict_reasons": ",".join(r.code for r in verdict.reasons),
         "linked_run": result.linked,
         "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
-        "cpu": environment.get("cpu", {}).get("name"),
-        "gpu": gpu["name"] if gpu else None,
-        "gpu_driver": environment.get("driver") if gpu else None,
-        "cuda": environment.get("cuda") if gpu else None,
-        "torch": packages.get("torch"),
-        "transformers": packages.get("transformers"),
     }
     found = {f"llmbench.{key}": str(value)[:5000] for key, value in tags.items() if value}
     return found | {"mlflow.runColor": COLOURS.get(result.cell.quant, COLOURS["none"])}
@@ -424,6 +417,13 @@ def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
     """Keep the files of a folder as artifacts of a run, below `under`. Raises TrackingError if the run is not there."""
     with _plain_errors(store.uri):
         store.client.log_artifacts(run_id, str(folder), under)
+
+
+def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of ours on a run, named without their prefix. Raises TrackingError if the run is not there."""
+    with _plain_errors(store.uri):
+        for name, value in tags.items():
+            store.client.set_tag(run_id, f"llmbench.{name}", redact(value)[:5000])
 
 
 def without_user(address: str) -> str:

@@ -14,12 +14,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from mlflow_llmbench import run
 from mlflow_llmbench.cli import build_parser, main
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.gate import decide, missing, parse_limits, parse_ratio, quality_checks
 from mlflow_llmbench.gate_report import gate_junit, gate_markdown
 from mlflow_llmbench.records import Hashes, MemoryStages, RunResult
-from mlflow_llmbench.registry import promote, register
+from mlflow_llmbench.registry import promote, register, result_of
 from mlflow_llmbench.tracking import open_store
 
 from .results import GB, WIGGLE, made, stored, write_sweep
@@ -225,8 +226,8 @@ def test_only_what_passed_against_the_present_champion_is_promoted(
         return {name: str(version) for name, version in store.client.get_registered_model("support-bot").aliases.items()}
 
     slow, fast = stored(tmp_path / "second", store_uri, made("int8", step=12), made("int4", step=8))
-    for run in (slow, fast):
-        register(store, run, "support-bot", alias=f"from-{run[:4]}")
+    for one in (slow, fast):
+        register(store, one, "support-bot", alias=f"from-{one[:4]}")
     assert main(["promote", "models:/support-bot/2"]) == 2
     assert "models:/support-bot/2 has not been gated, and the champion is models:/support-bot/1. Nothing was moved." in capsys.readouterr().err
     assert gate_of("models:/support-bot/2") == 1
@@ -257,3 +258,89 @@ def test_the_github_actions_example_uses_options_that_exist() -> None:
     for line in lines:
         plain = re.sub(r'"\$\([^)]*\)"|"\$\w+"', "models:/x@champion", line.partition("|")[0] if " | " in line and "$(" not in line else line)
         assert build_parser().parse_args(shlex.split(plain)[1:])
+
+
+# Both measured again
+
+
+CELL = {"backend": "fake", "prompt_tokens": 4, "output_tokens": 8, "repetitions": 5, "warmup": 1}
+FAST, SLOW = "fake:ttft_ms=6+itl_ms=3", "fake:ttft_ms=6+itl_ms=6"
+
+
+@pytest.fixture
+def measured_champion(store_uri: str) -> str:
+    """A champion that was really measured, on this machine; its run."""
+    [run_id] = run(model=FAST, **CELL).run_ids
+    store = open_store(store_uri)
+    register(store, run_id, "support-bot", accept_suspect="a test")
+    promote(store, "models:/support-bot@candidate")
+    return run_id
+
+
+def test_both_are_measured_again_in_turns(measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The candidate's run claims to be fast, and is not: what was measured now decides."""
+    [slow_run] = run(model=SLOW, **CELL).run_ids
+    fast = result_of(open_store(store_uri), measured_champion)
+    slow = result_of(open_store(store_uri), slow_run)
+    [liar] = stored(tmp_path / "liar", store_uri, dataclasses.replace(fast, cell=slow.cell, model=slow.model, hashes=slow.hashes))
+    more = ("--accept-suspect", "a test", "--default-limit", "30%")
+    assert gate_of(liar, *more) == 0
+    capsys.readouterr()
+    assert gate_of(liar, "--measure", "--pairs", "3", "--json", *more) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    checks = {check["key"]: check["state"] for check in told["checks"]}
+    assert (checks["latency/itl_ms_p50"], checks["latency/ttft_ms_p50"]) == ("regression", "ok")
+    client = MlflowClient(store_uri)
+    tags = client.get_run(liar).data.tags
+    assert (tags["llmbench.gate"], tags["llmbench.gate_measured"]) == ("regression", told["measured"])
+    sides = [
+        one for one in client.search_runs([client.get_run(liar).info.experiment_id]) if one.data.tags.get("mlflow.parentRunId") == told["measured"]
+    ]
+    assert sorted(one.data.params["model"] for one in sides) == [FAST, SLOW]
+    assert {one.data.params["processes"] for one in sides} == {"3"}
+    assert all("llmbench.linked_run" not in one.data.tags for one in sides)
+
+
+def test_the_champion_passes_against_itself_measured_again_and_again(measured_champion: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--measure", "--pairs", "3", "--accept-suspect", "a test", "--default-limit", "40%")
+    assert gate_of(measured_champion, *more) == 0
+    assert gate_of("models:/support-bot@champion", *more) == 0
+    assert "PASSED: models:/support-bot/1 against models:/support-bot/1." in capsys.readouterr().out
+
+
+def test_a_run_of_another_machine_is_measured_here_and_named(
+    measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = result_of(open_store(store_uri), measured_champion)
+    elsewhere = {**here.environment, "cpu": {**here.environment["cpu"], "name": "Z80"}}
+    [other] = stored(
+        tmp_path / "other", store_uri, dataclasses.replace(here, environment=elsewhere, hashes=dataclasses.replace(here.hashes, hardware="x"))
+    )
+    assert gate_of(other, "--accept-suspect", "a test") == 2
+    capsys.readouterr()
+    assert gate_of(other, "--measure", "--pairs", "3", "--accept-suspect", "a test", "--default-limit", "40%") == 0
+    assert "Here differs from where the candidate was measured before: CPU Z80 → " in capsys.readouterr().out
+
+
+def test_what_is_not_measured_again(measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [longer] = run(model=FAST, **CELL | {"output_tokens": 9}).run_ids
+    before = len(list((tmp_path / "llmbench-results").iterdir()))
+    capsys.readouterr()
+    assert gate_of(longer, "--measure") == 2
+    assert "NOT COMPARABLE" in capsys.readouterr().out
+    here = result_of(open_store(store_uri), measured_champion)
+    trusting = dataclasses.replace(
+        here, cell=dataclasses.replace(here.cell, trust_remote_code=True), hashes=dataclasses.replace(here.hashes, config="t")
+    )
+    [run_id] = stored(tmp_path / "trusting", store_uri, trusting)
+    assert gate_of(run_id, "--measure") == 2
+    assert "add --trust-remote-code" in capsys.readouterr().err
+    assert gate_of(measured_champion, "--measure", "--pairs", "1") == 2
+    assert len(list((tmp_path / "llmbench-results").iterdir())) == before
+
+
+def test_a_champion_that_is_suspect_now_is_not_believed_either() -> None:
+    few = made(factors=WIGGLE[:3])
+    assert decide(few, CHAMPION).verdict == "pass"
+    assert decide(few, few, in_turns=True).verdict == "invalid"
+    assert decide(few, few, in_turns=True, accept_suspect="a first look").verdict == "pass"

@@ -97,7 +97,8 @@ def test_every_requirement_is_pinned_once(python: str) -> None:
 
 
 def test_the_entry_points_are_the_table_of_backends() -> None:
-    assert PROJECT["entry-points"] == {spec.BACKEND_ENTRY_POINTS: spec.BACKENDS}
+    context = {"mlflow.run_context_provider": {"llmbench": "mlflow_llmbench.context:RunContext"}}
+    assert PROJECT["entry-points"] == {spec.BACKEND_ENTRY_POINTS: spec.BACKENDS, **context}
     assert PROJECT["scripts"] == {"llmbench": "mlflow_llmbench.cli:main"}
 
 

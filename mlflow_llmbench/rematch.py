@@ -1,0 +1,62 @@
+"""A candidate and the champion measured again here, in turns: what drifts with time or with the machine meets both alike.
+
+The runs that were registered say what was measured, perhaps weeks ago and elsewhere; a gate on them refuses another machine. Measured
+again, only the two configurations differ: whether a change of the software made both slower is not seen so, but by the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .ab import DEFAULT_PAIRS, measure_in_turns, sides
+from .errors import MeasurementError, UsageError
+from .records import Options, RunResult
+from .reproduce import parameters_again, require_same, unlike_here
+from .sweep import SweepResult, Watcher
+
+
+@dataclass(frozen=True)
+class Rematch:
+    """What `rematch` returns: the sweep of both, their new results, and sentences on what is not as it was."""
+
+    sweep: SweepResult
+    champion: RunResult
+    candidate: RunResult
+    notes: tuple[str, ...]
+
+
+def rematch(
+    champion: RunResult,
+    candidate: RunResult,
+    *,
+    pairs: int = DEFAULT_PAIRS,
+    granted: frozenset[str] = frozenset(),
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+) -> Rematch:
+    """Measure the configurations of two results in `pairs` fresh processes each, in turns.
+
+    A side that fails is a result with its failure. Raises UsageError or NotComparable if one cannot be rebuilt (see
+    `reproduce.require_same`), MeasurementError if it was interrupted.
+    """
+    for result in (champion, candidate):
+        if result.cell.url:
+            raise UsageError(
+                f"The server {result.cell.url} is not started from here. Measure it with `llmbench online`, and gate that run without --measure."
+            )
+    sides_of = [parameters_again(result, granted) for result in (champion, candidate)]
+    for result, parameters in zip((champion, candidate), sides_of, strict=True):
+        require_same(result, parameters)
+    common = {name: value for name, value in sides_of[0].items() if name in Options.__dataclass_fields__}
+    a, b = ({name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of)
+    done = measure_in_turns(a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher)
+    if done.outcome == "interrupted":
+        raise MeasurementError(f"The measurement was interrupted. What was measured is in {done.folder}.")
+    return Rematch(done, *sides(done), tuple(_notes({"champion": champion, "candidate": candidate})))
+
+
+def _notes(before: Mapping[str, RunResult]) -> list[str]:
+    unlike = {name: ", ".join(map(str, unlike_here(result))) for name, result in before.items()}
+    return [f"Here differs from where the {name} was measured before: {told}." for name, told in unlike.items() if told]

@@ -1,0 +1,225 @@
+"""Measure a run, or a registered version, again: its configuration and workload from its artifacts, what differs here by name, and how alike it came out.
+
+A run may come from a store that others write to. What it would make this machine do beyond generating (run code that comes with a
+model, read pickles, send prompts and a key to a server) it does only where the person who reproduces it says so again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import artifacts, compare, jobs, machine, plan, registry, tracking
+from .backends.base import backend_class
+from .errors import MeasurementError, NotComparable, UsageError
+from .evidence import RUN_ID, load_results
+from .journal import read_result, write_bytes, write_json
+from .records import Cell, ModelFacts, RunResult
+from .reproduction import (
+    DEFAULT_MARGIN,
+    HEADING,
+    INVALID,
+    Reproduction,
+    changed_facts,
+    reproduction_cells,
+    reproduction_json,
+    reproduction_markdown,
+    weigh,
+)
+from .spec import parse
+from .summary import summarize
+from .sweep import SweepResult, Watcher, run
+from .validity import judge
+from .workload import load_prompts
+
+GRANTS = ("trust_remote_code", "allow_pickle")
+"""Parameters of a run that are not taken over from it, and have to be given again."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """What is reproduced: the result, its run if the store has it, and what to call it."""
+
+    result: RunResult
+    run_id: str | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """What `reproduce` returns. Without `sweep` nothing was measured, since the original cannot be trusted."""
+
+    original: Original
+    found: Reproduction
+    sweep: SweepResult | None = None
+    comparison: compare.Comparison | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The new run."""
+        return (self.sweep.run_ids[0] or None) if self.sweep else None
+
+
+def find_original(reference: str, tracking_uri: str | None = None) -> Original:
+    """The one result that a run id, `runs:/ID`, sweep, folder or `models:/NAME@ALIAS` stands for. Raises UsageError where there are several."""
+    if reference.startswith("models:/"):
+        store = tracking.open_store(tracking_uri)
+        version = registry.registered_at(store, reference)
+        return Original(registry.result_of(store, version.run_id), version.run_id, version.uri)
+    results = load_results(reference, tracking_uri)
+    if len(results) != 1:
+        raise UsageError(f"{reference} has {len(results)} cells, and one is measured again at a time. Give the run of one cell.")
+    match = RUN_ID.fullmatch(reference)
+    store = tracking.open_store(tracking_uri)
+    run_id = registry.run_of(store, results[0].sweep, results[0].hashes.config)
+    if match and run_id != match[1] and tracking.cells_of_run(store, match[1]) == [match[1]]:
+        run_id = match[1]
+    return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
+
+
+def parameters_again(result: RunResult, granted: frozenset[str] = frozenset(), url: str | None = None) -> dict[str, object]:
+    """The parameters that measure a result's configuration again, every one with a single value.
+
+    `granted` names those of `GRANTS` that are given again, `url` is where a server of the same kind is now. Raises UsageError
+    where the run needs one of them and it was not given, and for a url where no server was measured.
+    """
+    needed = [name for name in GRANTS if getattr(result.cell, name) and name not in granted]
+    if needed:
+        option = f"--{needed[0].replace('_', '-')}"
+        raise UsageError(
+            f"It was measured with {needed[0]}=true, which is not taken over from a run. If you trust the model {result.cell.model}, add {option}."
+        )
+    if result.cell.url and not url:
+        raise UsageError(
+            f"It was measured on the server {result.cell.url}, and an address is not taken over from a run. Add --url {result.cell.url}, or where it is now."
+        )
+    if url and not result.cell.url:
+        raise UsageError(f"--url is given, and no server was measured: {url}. Leave it out.")
+    parameters = artifacts.parameters_of(result) | ({"url": url} if url else {})
+    return {name: [text] for name, text in parameters.items()}
+
+
+def require_same(original: RunResult, parameters: dict[str, object]) -> None:
+    """Raise NotComparable if the model or the workload is no longer the original's: then nothing would be reproduced."""
+    [cell] = plan.expand_cells(parse(parameters))
+    model = backend_class(cell.backend).resolve(cell)
+    if not cell.url:
+        _require_model(original, cell, model)
+    if jobs.workload_hash(cell, model, load_prompts(cell.workload)) != original.hashes.workload:
+        raise NotComparable(
+            f"The workload {cell.workload} is not what it was when the run was measured. Restore the file or the release that it came with."
+        )
+
+
+def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
+    before, now = (plan.config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
+    if before != now:
+        raise NotComparable(
+            f"The model {cell.model} is not what was measured: {original.model.name} {original.model.revision} → {model.name} {model.revision}. "
+            "Restore these files, or measure what is there with `llmbench run`."
+        )
+
+
+def unlike_here(original: RunResult) -> list[compare.Difference]:
+    """In what this machine and its software differ from where the original was measured."""
+    here = machine.environment(str(Path(__file__).parent))
+    hashes = dataclasses.replace(original.hashes, **here["hashes"])
+    return compare.differences(original, dataclasses.replace(original, environment=here, hashes=hashes))
+
+
+def distrusted(name: str, result: RunResult) -> str | None:
+    """Why a result is no measurement that another can be held against; None if it is one."""
+    if result.failure:
+        return f"The {name} has no result: it ended with {result.outcome} at stage {result.failure.stage}."
+    verdict = judge(result, summarize(result))
+    return f"The {name} is invalid ({', '.join(reason.code for reason in verdict.reasons)})." if verdict.word == "invalid" else None
+
+
+def reproduce(
+    reference: str,
+    *,
+    margin: float = DEFAULT_MARGIN,
+    granted: frozenset[str] = frozenset(),
+    url: str | None = None,
+    output_dir: str | None = None,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Reproduced:
+    """Measure what `reference` stands for again here, and hold it against the original within `margin` (a ratio).
+
+    `say` is told what differs before anything is measured. The new run is linked to the original, and holds the comparison under
+    `reproduction/`. Raises UsageError, NotComparable if model or workload are not those of the original, MeasurementError if nothing was measured.
+    """
+    if not 0 < margin < 1:
+        raise UsageError(f"The margin is not a ratio between 0 and 1: {margin}. Give 0.05 for ±5 %.")
+    original = find_original(reference, tracking_uri)
+    if why := distrusted("original", original.result):
+        return Reproduced(original, Reproduction(INVALID, f"{why} There is nothing to reproduce.", margin))
+    parameters = parameters_again(original.result, granted, url)
+    require_same(original.result, parameters)
+    unlike = unlike_here(original.result)
+    say(
+        f"Here differs from where {original.name} was measured: {', '.join(map(str, unlike))}."
+        if unlike
+        else f"This machine and its software are those of {original.name}."
+    )
+    where = {"output_dir": [output_dir]} if output_dir else {}
+    experiment = experiment or _experiment_of(original, tracking_uri)
+    sweep = run(tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **(parameters | where | {"rerun": True}))
+    again = read_again(sweep)
+    done = _weighed(original, again, sweep, margin)
+    if done.run_id:
+        _keep(done, tracking_uri)
+    return done
+
+
+def read_again(sweep: SweepResult) -> RunResult:
+    """The result of the only cell of a sweep. Raises MeasurementError if it has none."""
+    if sweep.outcome != "ok" or sweep.rows[0].outcome != "ok":
+        raise MeasurementError(
+            f"It could not be measured again: {sweep.rows[0].outcome}: {sweep.rows[0].message} What there is lies in {sweep.folder}."
+        )
+    [folder] = [file.parent for file in sweep.folder.glob("*/artifacts/result.json")]
+    return read_result(folder)
+
+
+def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: float) -> Reproduced:
+    if why := distrusted("reproduction", again):
+        return Reproduced(original, Reproduction(INVALID, f"{why} Measure again.", margin), sweep)
+    allow = frozenset({"hardware", "software"})
+    comparison = compare.compare(original.result, again, allow=allow)
+    comparison = dataclasses.replace(comparison, name_a="the original", name_b="the reproduction")
+    found = weigh(comparison, margin, (summarize(original.result), summarize(again)))
+    if changed := changed_facts(original.result, again):
+        found = dataclasses.replace(found, notes=(*found.notes, changed))
+    return Reproduced(original, found, sweep, comparison)
+
+
+def _experiment_of(original: Original, tracking_uri: str | None) -> str | None:
+    """The original's experiment, where its run is in the store."""
+    if original.run_id is None:
+        return None
+    client = tracking.open_store(tracking_uri).client
+    return str(client.get_experiment(client.get_run(original.run_id).info.experiment_id).name)
+
+
+def _keep(done: Reproduced, tracking_uri: str | None) -> None:
+    """Write the answer beside the new result and into its run, and link both runs by tags."""
+    assert done.sweep and done.run_id
+    folder = done.sweep.folder / "reproduction"
+    write_json(
+        folder / "reproduction.json", {**reproduction_json(done.found), "original": done.original.name, "original_run_id": done.original.run_id}
+    )
+    write_bytes(folder / "reproduction.md", reproduction_markdown(done.found).encode())
+    write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
+    if done.comparison:
+        artifacts.write_comparisons([done.comparison], folder)
+    store = tracking.open_store(tracking_uri, own=done.run_id)
+    tracking.log_folder(store, done.run_id, folder, "reproduction")
+    tracking.set_tags(store, done.run_id, {"reproduces": done.original.run_id or done.original.name, "reproduction": done.found.verdict})
+    if done.original.run_id:
+        tracking.set_tags(store, done.original.run_id, {"reproduced_by": done.run_id, "reproduction": done.found.verdict})

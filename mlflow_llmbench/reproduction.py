@@ -1,0 +1,243 @@
+"""A measurement that was done again: equivalent within a margin, different, or not to be told, metric by metric and as a whole.
+
+"No difference seen" is no proof of sameness: few or noisy repetitions see nothing. So each metric of every repetition is held
+against the margin by two one-sided t tests on the logarithms (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987): *equivalent*
+where the ratio is shown to lie within 1 ÷ (1 + margin) to 1 + margin, *different* where it is shown to lie beyond (Holm over the metrics),
+*cannot tell* otherwise, with the number of repetitions that would tell. The whole is equivalent if every metric is, which needs
+no adjustment (an intersection–union test, Berger 1982). What a run has once (memory, weights, quality) is compared by its value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import variance
+from typing import Any
+
+from .compare import SIGNIFICANCE, Comparison, Difference, Effect, units_text
+from .markup import markdown, markdown_table
+from .metrics import KEYS
+from .records import RunResult
+from .stats import Equivalence, equivalence, holm, units_to_tell
+from .summary import number_text, process_count
+
+EQUIVALENT, DIFFERENT, UNTOLD, INVALID = "equivalent", "different", "cannot_tell", "invalid"
+EXIT_CODES = {EQUIVALENT: 0, DIFFERENT: 1, INVALID: 3, UNTOLD: 4}
+DEFAULT_MARGIN = 0.05
+"""Within what ratio a reproduction is called equivalent: 5 %."""
+
+NOT_HELD = ("load/load_s",)
+"""Compared and not held against the margin: a single load is mostly the disk and its cache."""
+
+WORDS = {EQUIVALENT: "equivalent", DIFFERENT: "different", UNTOLD: "cannot tell"}
+HEADING = ["metric", "original", "again", "ratio", "90 % interval", "p (within)", "p (beyond)", ""]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One metric: both values, the ratio again ÷ original with its 90 % interval, and what it was found to be.
+
+    `needed` repetitions (processes, where several) of the reproduction would tell, beside the original as it is; else
+    `needed_each` on both sides; both None where no sensible number would, or nothing need be told. Tests are None for what a run has once.
+    """
+
+    key: str
+    label: str
+    original: float
+    again: float
+    ratio: float
+    state: str
+    low: float | None = None
+    high: float | None = None
+    p_within: float | None = None
+    p_beyond: float | None = None
+    needed: int | None = None
+    needed_each: int | None = None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The verdict (`equivalent`, `different`, `cannot_tell`, `invalid`), the sentence, the metrics behind it, and what else is to be known."""
+
+    verdict: str
+    why: str
+    margin: float
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+    rests_on: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0 equivalent, 1 different, 3 invalid, 4 cannot tell."""
+        return EXIT_CODES[self.verdict]
+
+
+def weigh(
+    comparison: Comparison, margin: float = DEFAULT_MARGIN, quality: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {})
+) -> Reproduction:
+    """What a comparison of the reproduction (B) with the original (A) says of sameness within `margin`. `quality`: metrics of both that hold it."""
+    held = [effect for effect in comparison.effects if effect.key not in NOT_HELD]
+    limit = math.log1p(margin)
+    tests = [equivalence(_logs(effect.values_a), _logs(effect.values_b), limit) for effect in held]
+    adjusted = iter(holm([test.p_beyond for test in tests if test]))
+    findings = [
+        _tested(effect, test, next(adjusted), limit) if test else _single(effect.key, effect.headline.label, effect.a, effect.b, limit)
+        for effect, test in zip(held, tests, strict=True)
+    ]
+    findings += [
+        _single(key, KEYS[key].label, quality[0][key], quality[1][key], limit)
+        for key in ("quality/perplexity", "quality/top1_agreement")
+        if quality[0].get(key) and quality[1].get(key)
+    ]
+    verdict = _verdict(findings)
+    return Reproduction(
+        verdict, _why(verdict, findings, margin, comparison), margin, tuple(findings), tuple(_notes(comparison)), units_text(comparison)
+    )
+
+
+def _logs(values: Sequence[float]) -> list[float]:
+    return [math.log(value) for value in values]
+
+
+def _single(key: str, label: str, original: float, again: float, limit: float) -> Finding:
+    """A value that a run has once, or a metric with too few values for a test: inside or outside by what was seen."""
+    ratio = again / original if original > 0 else math.inf
+    inside = 0 < ratio < math.inf and abs(math.log(ratio)) <= limit
+    if key not in KEYS or KEYS[key].section in ("latency", "throughput"):
+        return Finding(key, label, original, again, ratio, UNTOLD)
+    return Finding(key, label, original, again, ratio, EQUIVALENT if inside else DIFFERENT)
+
+
+def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float) -> Finding:
+    state = EQUIVALENT if test.p_within < SIGNIFICANCE else DIFFERENT if p_beyond < SIGNIFICANCE else UNTOLD
+    found = Finding(
+        effect.key, effect.headline.label, effect.a, effect.b, effect.ratio, state,
+        math.exp(test.low), math.exp(test.high), test.p_within, p_beyond,
+    )  # fmt: skip
+    if state != UNTOLD:
+        return found
+    distance = abs(abs(test.difference) - limit)
+    spread = variance(_logs(effect.values_a)), variance(_logs(effect.values_b))
+    needed = units_to_tell(distance, spread, len(effect.values_a))
+    return dataclasses.replace(found, needed=needed, needed_each=None if needed else units_to_tell(distance, spread))
+
+
+def _verdict(findings: Sequence[Finding]) -> str:
+    states = {finding.state for finding in findings}
+    return DIFFERENT if DIFFERENT in states else UNTOLD if UNTOLD in states or not states else EQUIVALENT
+
+
+def _why(verdict: str, findings: Sequence[Finding], margin: float, comparison: Comparison) -> str:
+    """The verdict as a sentence with its numbers."""
+    within = f"±{100 * margin:.3g} %"
+    if verdict == EQUIVALENT:
+        return f"Equivalent within {within} in all of {len(findings)} metrics."
+    if verdict == DIFFERENT:
+        told = ", ".join(f"{f.label or f.key} {f.ratio:.3f} times the original's" for f in findings if f.state == DIFFERENT)
+        return f"Different by more than {within}: {told}."
+    untold = [f for f in findings if f.state == UNTOLD]
+    if not findings or any(f.p_within is None for f in untold):
+        return f"Cannot tell whether it is equivalent within {within}: a test needs at least 2 repetitions on each side."
+    noun = "processes" if max(comparison.processes) > 1 else "repetitions"
+    names = ", ".join(f.label for f in untold)
+    return f"Cannot tell whether it is equivalent within {within} in {names}. {_advice(untold, noun)}"
+
+
+def _advice(untold: Sequence[Finding], noun: str) -> str:
+    """How many repetitions would tell, if what was seen is what is true."""
+    if all(f.needed for f in untold):
+        return f"About {max(f.needed or 0 for f in untold)} {noun} of the reproduction would tell, with a chance of 90 % if the ratios that were seen are the true ones."
+    if all(f.needed or f.needed_each for f in untold):
+        most = max(max(f.needed or 0, f.needed_each or 0) for f in untold)
+        return f"The original is too uncertain for any number of {noun} here; about {most} on each side would tell, with a chance of 90 %."
+    return f"What was seen lies so near to the margin that no sensible number of {noun} would tell. Give another margin."
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What weakens the answer: unlike environments, verdicts short of valid, a single process on each side."""
+    unlike = _listed(comparison.labels)
+    found = [f"The environment differs from the original's: {unlike}."] if unlike else []
+    found += [f"The verdict on {doubt}." for doubt in comparison.doubts]
+    if max(comparison.processes) == 1:
+        found.append("Each was measured in one process, and what a process does to all its repetitions alike is not seen.")
+    return found
+
+
+def _listed(unlike: Sequence[Difference]) -> str:
+    return ", ".join(str(difference) for difference in unlike if difference.kind != "verdict")
+
+
+def changed_facts(original: RunResult, again: RunResult) -> str:
+    """Facts of the loaded model that are others now (`quant.kernel a → b`), as a sentence; empty if none."""
+    facts = [dict(result.load.facts) if result.load else {} for result in (original, again)]
+    changed = [
+        f"{name} {facts[0].get(name, 'none')} → {facts[1].get(name, 'none')}"
+        for name in sorted({*facts[0], *facts[1]})
+        if facts[0].get(name) != facts[1].get(name)
+    ]
+    if process_count(original) != process_count(again):
+        changed.append(f"processes {process_count(original)} → {process_count(again)}")
+    return f"What was loaded differs: {', '.join(changed)}." if changed else ""
+
+
+def reproduction_cells(found: Reproduction) -> list[list[str]]:
+    """The body of the table, one line per metric."""
+    return [
+        [
+            f.label or f.key, _value(f.key, f.original), _value(f.key, f.again), f"{f.ratio:.3f}",
+            "–" if f.low is None or f.high is None else f"{f.low:.3f} to {f.high:.3f}", _p(f.p_within), _p(f.p_beyond), WORDS[f.state],
+        ]
+        for f in found.findings
+    ]  # fmt: skip
+
+
+def _value(key: str, value: float) -> str:
+    return number_text(value * (KEYS[key].scale if key in KEYS else 1))
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _method(found: Reproduction) -> str:
+    return (
+        f"Two one-sided Welch's t tests on the logarithms of {found.rests_on} against ±{100 * found.margin:.3g} %: within if p < {SIGNIFICANCE:g}; beyond if "
+        f"p < {SIGNIFICANCE:g} after Holm. What a run has only once is compared by its value."
+    )
+
+
+def format_reproduction(found: Reproduction) -> str:
+    """The reproduction for a terminal: the sentence, the table, how it was made, the notes."""
+    lines = [found.why]
+    if found.findings:
+        body = [HEADING, *reproduction_cells(found)]
+        widths = [max(len(line[i]) for line in body) for i in range(len(HEADING))]
+        lines += [
+            "",
+            *(
+                "  ".join(c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+                for line in body
+            ),
+        ]
+        lines += ["", _method(found)]
+    return "\n".join([*lines, *(["", *found.notes] if found.notes else [])])
+
+
+def reproduction_markdown(found: Reproduction) -> str:
+    """reproduction.md: the same as Markdown."""
+    parts = [f"## {markdown(found.why)}"]
+    if found.findings:
+        parts += [markdown_table(HEADING, reproduction_cells(found), range(1, 7)), _method(found)]
+    parts += ["\n".join(f"- {markdown(note)}" for note in found.notes)] if found.notes else []
+    return "\n\n".join(parts) + "\n"
+
+
+def reproduction_json(found: Reproduction) -> dict[str, Any]:
+    """A reproduction as plain JSON data."""
+    findings = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(f).items()} for f in found.findings]
+    return {
+        "verdict": found.verdict, "exit_code": found.exit_code, "why": found.why, "margin": found.margin, "findings": findings,
+        "notes": list(found.notes), "rests_on": found.rests_on,
+    }  # fmt: skip
