@@ -19,8 +19,8 @@ def request_count(cell: Cell) -> int | None:
     """Requests of one repetition; None where only the duration of a closed loop ends it."""
     rate, duration = cell.mean_rate, cell.duration_s
     if cell.trace:
-        within = [one for one in read_trace(cell.trace).requests if duration is None or one.at_ns <= duration * 1e9]
-        return len(within[: cell.requests])
+        recorded = [one for one in read_trace(cell.trace).requests if duration is None or one.at_ns <= duration * 1e9]
+        return len(recorded[: cell.requests])
     if rate is not None:
         within = math.floor(rate * (AUTO_SECONDS if duration is None else duration)) + 1
         least = LEAST_REQUESTS if duration is None else 1
