@@ -88,6 +88,14 @@ def test_a_server_is_read_before_during_and_after_a_load(server: str, monkeypatc
     assert grown["vllm:num_preemptions_total"] == 0
 
 
+def test_the_last_reading_is_after_the_last_process(server: str) -> None:
+    """The first of two processes, which reads, has its only answer long before the second."""
+    backend, trace = send(server, "ttft_ms=20+itl_ms=1", Load(arrivals_ns=(0, 400_000_000)), processes=2)
+    first, last = backend.readings(trace)[0], backend.readings(trace)[-1]
+    assert trace.parts[0].ended_ns + 200e6 < trace.ended_ns < last.t_ns
+    assert last.values["vllm:request_queue_time_seconds_count"] - first.values["vllm:request_queue_time_seconds_count"] == 2
+
+
 def test_a_long_load_holds_a_bounded_number_of_readings(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_client, "SCRAPE_S", 0.01)
     monkeypatch.setattr(load_client, "MOST_SCRAPES", 6)
