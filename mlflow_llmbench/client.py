@@ -25,6 +25,14 @@ BEAT_S = 0.02
 WATCH_BEATS = 10
 """Every so many beats the requests in flight are held against their time limits."""
 
+SCRAPE_S = 1.0
+"""Time between two readings of the server's own metrics."""
+
+MOST_SCRAPES = 30
+"""Readings that are held; beyond it every second one is left out, and the time between them doubles."""
+
+SCRAPE_LIMITS = Limits(connect_s=2, first_s=2, gap_s=2, total_s=5, most_bytes=1 << 20)
+
 BuildRequest = Callable[[int], bytes]
 """The whole request of a number, head and body."""
 
@@ -52,7 +60,8 @@ class Trace:
 
     `lags_ns`: expected against actual wake-up of the event loop, every 20 ms · `cpu_s`: CPU seconds of this process ·
     `retries`: requests sent again because the server had closed an idle connection · `parts`: what each of several processes left,
-    without its exchanges, where several sent the load; the lags are theirs then.
+    without its exchanges, where several sent the load; the lags are theirs then · `scrapes`: the server's own metrics before, during and
+    after the load.
     """
 
     exchanges: tuple[Exchange, ...]
@@ -62,6 +71,7 @@ class Trace:
     cpu_s: float
     retries: int = 0
     parts: tuple[Trace, ...] = ()
+    scrapes: tuple[Exchange, ...] = ()
 
 
 def merge(traces: Sequence[Trace]) -> Trace:
@@ -73,7 +83,8 @@ def merge(traces: Sequence[Trace]) -> Trace:
         (),
         sum(trace.cpu_s for trace in traces),
         sum(trace.retries for trace in traces),
-        tuple(replace(trace, exchanges=()) for trace in traces),
+        tuple(replace(trace, exchanges=(), scrapes=()) for trace in traces),
+        tuple(scrape for trace in traces for scrape in trace.scrapes),
     )
 
 
@@ -127,16 +138,18 @@ class LoadClient:
         self._busy: dict[Connection, asyncio.Future[None]] = {}
 
     def run(
-        self, build: BuildRequest, load: Load, expected: int | None = None, follow_up: FollowUp | None = None, ready: Callable[[], int] | None = None
-    ) -> Trace:
+        self, build: BuildRequest, load: Load, expected: int | None = None, follow_up: FollowUp | None = None, ready: Callable[[], int] | None = None,
+        scrape: bytes = b"",
+    ) -> Trace:  # fmt: skip
         """Send a load and wait for the last answer. `expected` requests are built before it starts, the rest when they are due.
 
         With `follow_up` the requests of a closed loop begin conversations, and their users send what follows on each answer. `ready`
         is called when all is prepared, and says when to begin, ns of the monotonic clock; without it the load begins at once.
+        `scrape` is the request for the server's own metrics, if they are wanted.
         """
         count = len(load.arrivals_ns) if load.arrivals_ns is not None else load.requests
         built = [build(number) for number in range(count if count is not None else expected or load.concurrency)]
-        return self.loop.run_until_complete(_Run(self, build, built, load, follow_up).run(ready))
+        return self.loop.run_until_complete(_Run(self, build, built, load, follow_up, scrape).run(ready))
 
     def ask(self, request: bytes) -> Exchange:
         """One request, and its answer."""
@@ -159,13 +172,31 @@ class LoadClient:
         missing = [self.connect() for _ in range(number - len(self._idle))]
         self._idle += [found for found in await asyncio.gather(*missing, return_exceptions=True) if isinstance(found, Connection)]
 
-    async def connect(self) -> Connection:
+    async def connect(self, limits: Limits | None = None) -> Connection:
         """A new connection. Raises OSError, ssl.SSLError or TimeoutError."""
+        limits = limits or self.limits
         name = self.address.host if self._tls else None
         made = self.loop.create_connection(
-            lambda: Connection(self.limits, self._done), self.address.host, self.address.port, ssl=self._tls, server_hostname=name
+            lambda: Connection(limits, self._done), self.address.host, self.address.port, ssl=self._tls, server_hostname=name
         )
-        return (await asyncio.wait_for(made, self.limits.connect_s))[1]
+        return (await asyncio.wait_for(made, limits.connect_s))[1]
+
+    async def scrape(self, request: bytes) -> Exchange | None:
+        """The server's own metrics, over a connection of their own; None if it has none, or does not give them soon."""
+        exchange = Exchange(-1)
+        try:
+            connection = await self.connect(SCRAPE_LIMITS)
+            try:
+                await asyncio.wait_for(self.begin(connection, exchange, request), SCRAPE_LIMITS.total_s)
+            finally:
+                connection.close()
+        except (OSError, asyncio.TimeoutError):
+            return None
+        return exchange if exchange.status == 200 and exchange.parts and not exchange.fault else None
+
+    def scrape_now(self, request: bytes) -> Exchange | None:
+        """The same between loads."""
+        return self.loop.run_until_complete(self.scrape(request))
 
     def take(self) -> Connection | None:
         """An idle connection that is still open; the one used last, which the server is the least likely to close."""
@@ -200,9 +231,10 @@ class LoadClient:
 class _Run:
     """One load on its way."""
 
-    def __init__(self, client: LoadClient, build: BuildRequest, built: list[bytes], load: Load, follow_up: FollowUp | None) -> None:
+    def __init__(self, client: LoadClient, build: BuildRequest, built: list[bytes], load: Load, follow_up: FollowUp | None, scrape: bytes) -> None:
         self.client, self.build, self.built, self.load, self.follow_up = client, build, built, load, follow_up
-        self.begun = 0
+        self.begun, self.scrape = 0, scrape
+        self.scrapes: list[Exchange] = []
         self.exchanges: list[Exchange] = []
         self.lags: list[int] = []
         self.retries = 0
@@ -214,10 +246,12 @@ class _Run:
         gc.collect()
         gc.freeze()
         gc.disable()
+        told = await self._ask_server()
         agreed = ready() if ready else 0
         while (left := agreed - time.perf_counter_ns()) > 0:
             await asyncio.sleep(left / 1e9)
         beat = client.loop.create_task(self._beat())
+        watch = client.loop.create_task(self._watch_server()) if told else None
         cpu_s, started = time.process_time(), agreed or time.perf_counter_ns()
         self.stop_ns = started + int(load.duration_s * 1e9) if load.duration_s is not None else 1 << 62
         try:
@@ -225,10 +259,29 @@ class _Run:
         finally:
             ended, used = time.perf_counter_ns(), time.process_time() - cpu_s
             beat.cancel()
+            if watch:
+                watch.cancel()
             gc.enable()
             gc.unfreeze()
         exchanges = sorted(self.exchanges, key=lambda exchange: exchange.number)
-        return Trace(tuple(exchanges), started, ended, tuple(self.lags), used, self.retries)
+        if told and not await self._ask_server():
+            self.scrapes.clear()  # without the last reading nothing is known of the whole load
+        return Trace(tuple(exchanges), started, ended, tuple(self.lags), used, self.retries, scrapes=tuple(self.scrapes))
+
+    async def _ask_server(self) -> bool:
+        """Read the server's own metrics; whether it has some."""
+        found = await self.client.scrape(self.scrape) if self.scrape else None
+        self.scrapes += [found] if found else []
+        return found is not None
+
+    async def _watch_server(self) -> None:
+        pause = SCRAPE_S
+        while True:
+            await asyncio.sleep(pause)
+            await self._ask_server()
+            if len(self.scrapes) > MOST_SCRAPES:
+                del self.scrapes[2::2]
+                pause *= 2
 
     def _request(self, number: int) -> bytes:
         return self.built[number] if number < len(self.built) else self.build(number)

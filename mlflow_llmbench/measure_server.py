@@ -55,7 +55,7 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
         requests = [_with_asked(server.read(exchange), cell, exchange.number) for exchange in trace.exchanges]
         complete = _complete(requests)
         failed = tuple(request for request in requests if request.outcome != "complete")
-        repetitions.append(Repetition(index, wall_ms, complete, noise, failed=failed, client=_readings(trace)))
+        repetitions.append(Repetition(index, wall_ms, complete, noise, failed=failed, client=_readings(trace), server=server.readings(trace)))
         say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
     return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), ())
 

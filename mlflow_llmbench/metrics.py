@@ -48,6 +48,32 @@ class Metric:
 FAILURES = ("truncated", "server_error", "timeout", "refused", "malformed")
 """How a request to a server ends that is not `complete`."""
 
+SERVER_GAUGES = (
+    "vllm:num_requests_running", "vllm:num_requests_waiting", "sglang:num_running_reqs", "sglang:num_queue_reqs", "tgi_batch_current_size",
+    "tgi_queue_size", "llamacpp:requests_processing", "llamacpp:requests_deferred",
+)  # fmt: skip
+"""What servers tell of the requests that they compute, and of those that wait."""
+
+SERVER_RATIOS = (
+    "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage", "sglang:cache_hit_rate", "llamacpp:kv_cache_usage_ratio",
+)  # fmt: skip
+"""Shares, 0–1, whatever their name says: of the KV cache that is in use, and of prompts found in the prefix cache."""
+
+SERVER_COUNTERS = (
+    "vllm:num_preemptions_total", "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_queries_total",
+    "vllm:gpu_prefix_cache_hits_total", "sglang:cached_tokens_total", "sglang:num_aborted_requests_total",
+)  # fmt: skip
+"""What they count: requests that were put back, and tokens asked of and found in the prefix cache."""
+
+SERVER_TIMES = ("vllm:request_queue_time_seconds", "sglang:queue_time_seconds", "tgi_request_queue_duration")
+"""Histograms of the seconds that requests wait before they are computed."""
+
+PREFIX_CACHES = (
+    ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"),
+    ("vllm:gpu_prefix_cache_hits_total", "vllm:gpu_prefix_cache_queries_total"),
+)
+"""Counters of tokens found in a prefix cache, and of those looked for."""
+
 LATENCY = ("mean", "p50", "p90", "p95", "p99")
 
 METRICS: tuple[Metric, ...] = (
@@ -215,6 +241,10 @@ METRICS: tuple[Metric, ...] = (
         ("mean", "p50", "p99"),
         "lower",
     ),
+    *(Metric("server", name, "the server's own, over its readings while a load ran", "", ("mean", "max")) for name in SERVER_GAUGES),
+    *(Metric("server", name, "the server's own share, over its readings while a load ran", "0–1", ("mean", "max")) for name in SERVER_RATIOS),
+    *(Metric("server", name, "the server's own count: its growth over all repetitions", "", ("",)) for name in SERVER_COUNTERS),
+    *(Metric("server", name, "the server's own: mean of its requests in the repetitions", "s", ("mean",), "lower") for name in SERVER_TIMES),
     Metric("trust", "repetitions", "timed repetitions that the numbers rest on", "", ("",), "higher"),
     Metric(
         "trust",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
-from .metrics import FAILURES
+from .metrics import FAILURES, SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 from .records import Cell, EngineReadings, Repetition, RequestRecord, RunResult
 from .stats import percentile, supports
 
@@ -47,7 +47,7 @@ def online_figures(result: RunResult) -> Figures:
     found |= _goodput(cell, repetitions)
     found |= _errors(repetitions)
     found |= _in_flight(repetitions)
-    return found | _client(repetitions)
+    return found | _client(repetitions) | _server(repetitions)
 
 
 def stream_figures(result: RunResult) -> Figures:
@@ -308,6 +308,36 @@ def _in_flight(repetitions: Sequence[Repetition]) -> Figures:
         means += [area / span] if span > 0 else []
         most = max([most, *(level for _, level in levels)])
     return {"in_flight/requests_mean": _mean(means), "in_flight/requests_max": float(most)}
+
+
+def _server(repetitions: Sequence[Repetition]) -> Figures:
+    """What the server said of itself, under its own names: gauges while a load ran, growth of counters, means of histograms.
+
+    Where a counter went back, the server was started anew, and how far it grew is not known.
+    """
+    found: Figures = {}
+    during = [
+        reading.values for one in repetitions if one.client for reading in one.server if one.client.started_ns < reading.t_ns < one.client.ended_ns
+    ]
+    for name in (*SERVER_GAUGES, *SERVER_RATIOS):
+        values = [reading[name] for reading in during if name in reading]
+        found |= {f"server/{name}_mean": fmean(values), f"server/{name}_max": max(values)} if values else {}
+    for name in SERVER_COUNTERS:
+        found[f"server/{name}"] = _growth_of(name, repetitions)
+    for name in SERVER_TIMES:
+        seconds, count = _growth_of(f"{name}_sum", repetitions), _growth_of(f"{name}_count", repetitions)
+        found[f"server/{name}_mean"] = seconds / count if seconds is not None and count else None
+    return found
+
+
+def _growth_of(name: str, repetitions: Sequence[Repetition]) -> float | None:
+    """How far a counter grew from before to after the loads; None unless every repetition has both, and none went back."""
+    grown = [
+        one.server[-1].values[name] - one.server[0].values[name]
+        for one in repetitions
+        if len(one.server) > 1 and all(name in r.values for r in one.server)
+    ]
+    return sum(grown) if len(grown) == len(repetitions) and min(grown) >= 0 else None
 
 
 def _worst(each: Sequence[Figures]) -> Figures:

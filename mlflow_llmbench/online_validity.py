@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 
-from .metrics import FOREIGN_CPU_LIMIT
+from .metrics import FOREIGN_CPU_LIMIT, PREFIX_CACHES
 from .online_summary import RATE_LIMIT, SINGLE_SHARE, cached_share, overload_of, single_share, steady_window
 from .records import Reason, RequestRecord, RunResult
 
@@ -88,6 +88,9 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """The server had parts of the prompts in its prefix cache."""
     share = metrics.get("lengths/cached_prompt_ratio")
+    for hits, queries in PREFIX_CACHES if share is None else ():
+        if metrics.get(f"server/{queries}"):
+            share = metrics.get(f"server/{hits}", 0.0) / metrics[f"server/{queries}"]
     if result.cell.history == "sent":  # a later turn finds the earlier ones there, as it would in use
         share = cached_share([r for r in _requests(result) if r.turn == 1])
     if share is not None and share > CACHED_LIMIT:

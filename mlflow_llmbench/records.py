@@ -358,6 +358,14 @@ class ClientReadings:
 
 
 @dataclass(frozen=True)
+class ServerReading:
+    """What a server said of itself at `t_ns` (monotonic, when its answer had come): value by the server's own name."""
+
+    t_ns: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class EngineReadings:
     """What batched the requests of one repetition in process.
 
@@ -377,7 +385,8 @@ class Repetition:
     """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
 
     Only complete requests are in `requests`, so that no other enters a latency; those that failed are in `failed`.
-    Of a conversation the requests are its turns, in order.
+    Of a conversation the requests are its turns, in order. `server` is what the server said of itself: before the load, about every
+    second while it ran, and after it.
     """
 
     index: int
@@ -388,6 +397,7 @@ class Repetition:
     failed: tuple[RequestRecord, ...] = ()
     client: ClientReadings | None = None
     engine: EngineReadings | None = None
+    server: tuple[ServerReading, ...] = ()
 
 
 @dataclass(frozen=True)

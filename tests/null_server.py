@@ -12,6 +12,7 @@ The script of a request is the name of its model, `null:` and settings joined by
     stop_after               stop here as a model does at its end token, unless ignore_eos is asked for and `eos` is not `always`
     eos=ignorable|always     whether ignore_eos is honoured (default ignorable)
     cached                   prompt tokens that usage tells as cached (default: not told)
+    hits                     prompt tokens that /metrics counts as found in the prefix cache (default 0)
     prompt_extra             tokens that usage counts beyond the words of the prompt (default 0)
     usage=last|each|none     in an event of its own at the end, in each event, or never (default last, if asked for)
     done=0                   leave out the [DONE]
@@ -53,7 +54,7 @@ from typing import Any
 
 NUMBERS = {
     "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0, "reasoning": 0.0, "stop_after": 1e9,
-    "cached": -1.0, "prompt_extra": 0.0, "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
+    "cached": -1.0, "hits": 0.0, "prompt_extra": 0.0, "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
     "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
 }  # fmt: skip
 WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": ""}
@@ -143,6 +144,30 @@ class Server:
         self.running = 0
         self.waiting: list[asyncio.Future[None]] = []
         self.open: set[asyncio.Task[None]] = set()
+        self.waits_s: list[float] = []
+        self.looked_up = self.found = 0
+
+    def metrics(self) -> str:
+        """What vLLM tells under these names, of two engines, the second of which does nothing."""
+        return "\n".join(
+            [
+                "# HELP vllm:num_requests_running Number of requests.",
+                "# TYPE vllm:num_requests_running gauge",
+                f'vllm:num_requests_running{{engine="0",model_name="null"}} {float(self.running)}',
+                'vllm:num_requests_running{engine="1",model_name="null"} 0.0',
+                f'vllm:num_requests_waiting{{engine="0"}} {float(len(self.waiting))} 1395066363000',
+                f'vllm:kv_cache_usage_perc{{engine="0"}} {self.running / 100}',
+                'vllm:kv_cache_usage_perc{engine="1"} 0.001',
+                "vllm:num_preemptions_total 7",
+                f"vllm:prefix_cache_queries_total {self.looked_up}",
+                f"vllm:prefix_cache_hits_total {self.found}",
+                f'vllm:request_queue_time_seconds_bucket{{le="0.1"}} {len(self.waits_s)}',
+                f"vllm:request_queue_time_seconds_sum {sum(self.waits_s)}",
+                f"vllm:request_queue_time_seconds_count {len(self.waits_s)}",
+                "process_open_fds 12.0",
+                "",
+            ]
+        )
 
 
 class Connection(asyncio.Protocol):
@@ -202,7 +227,7 @@ class Connection(asyncio.Protocol):
         elif path == "/version":
             self.plain(200, json.dumps({"version": "1.2.3"}))
         elif path == "/metrics":
-            self.plain(200, f"# TYPE null_running gauge\nnull_running {self.server.running}\nnull_waiting {len(self.server.waiting)}\n", "text/plain")
+            self.plain(200, self.server.metrics(), "text/plain")
         else:
             self.plain(200 if path == "/health" else 404, "{}")
 
@@ -233,8 +258,12 @@ class Connection(asyncio.Protocol):
             await turn
             now = time.perf_counter_ns()
         self.server.running += 1
+        answer = Answer(script, body, chat)
+        self.server.waits_s.append((time.perf_counter_ns() - entry["received_ns"]) / 1e9)
+        self.server.looked_up += answer.prompt_tokens
+        self.server.found += int(script["hits"])
         try:
-            await self.stream(now, script, Answer(script, body, chat), entry)
+            await self.stream(now, script, answer, entry)
         finally:
             self.server.running -= 1
             while self.server.waiting:

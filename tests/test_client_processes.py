@@ -110,6 +110,7 @@ def test_a_process_that_dies_is_one_clear_line(server: str) -> None:
         backend.others.processes[1].kill()
         with pytest.raises(MeasurementError) as caught:
             backend.send(prompts, cell, 1, Load(4, 2), processes=2)
+        assert len(backend.send(prompts, cell, 1, Load(4, 2), processes=2).exchanges) == 4
     finally:
         backend.close()
     assert "A client process ended without a word (exit code -9)." in str(caught.value)

@@ -14,7 +14,7 @@ PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
     "intent": ("spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
-    "world": ("memory", "gpu", "machine", "sse", "http1", "client", "estimate", "backends"),
+    "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "worker", "reference", "node"),
     "think": (
         "stats",

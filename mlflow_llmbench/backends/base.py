@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import UsageError
-from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
+from ..records import Cell, LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ..spec import known_backends
 
 if TYPE_CHECKING:  # what only servers need is not loaded into the worker of a local model
@@ -149,6 +149,9 @@ class ServerBackend(Backend, Protocol):
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """What an answer was. Called after the run."""
+
+    def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
+        """What the server said of itself before, during and after a load; empty where it says nothing."""
 
 
 class Engine(Protocol):

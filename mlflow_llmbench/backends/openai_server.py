@@ -17,7 +17,8 @@ from typing import Any
 from ..client import Address, BuildRequest, Load, LoadClient, Trace, address_of
 from ..errors import MeasurementError, ModelError
 from ..http1 import Exchange, Limits
-from ..records import Cell, LoadInfo, ModelFacts, RequestRecord
+from ..prometheus import read_metrics
+from ..records import Cell, LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ..sse import EventParser
 from ..workload import PromptSet, lengths_of, longest_of
 from .base import Capabilities, DeviceMemory, Emit
@@ -148,7 +149,14 @@ class OpenAIBackend:
             self._end_others()
             self.others = ClientProcesses(count)
         state, each = {name: getattr(self, name) for name in STATE}, None if expected is None else math.ceil(expected / count)
-        return self.others.send([Order(self.cell, cell, repetition, Share.of(load, index, count), each, state) for index in range(count)])
+        try:
+            trace = self.others.send([Order(self.cell, cell, repetition, Share.of(load, index, count), each, state) for index in range(count)])
+        except MeasurementError:
+            self._end_others()  # some of them may be in the middle of it
+            raise
+        # The process that reads the server's metrics may have had its last answer before the others.
+        last = self.client.scrape_now(self._metrics_request()) if trace.scrapes else None
+        return dataclasses.replace(trace, scrapes=(*trace.scrapes, last) if last else ())
 
     def send_share(self, prompts: PromptSet, order: Order, ready: Callable[[], int] | None = None) -> Trace:
         """Send a share of a load from this process; see `LoadClient.run` for `ready`."""
@@ -167,10 +175,15 @@ class OpenAIBackend:
             exchange.conversation = share.number(exchange.conversation or 0)
             return talks.follow_up(exchange)
 
-        trace = self.client.run(build, share.load, order.expected, follow_up if talks else None, ready)
+        asks = share.index == 0 and order.repetition >= 0
+        scrape = self._metrics_request() if asks else b""
+        trace = self.client.run(build, share.load, order.expected, follow_up if talks else None, ready, scrape)
         for exchange in trace.exchanges:
             exchange.number = exchange.number * share.count + share.index if talks else share.number(exchange.number)
         return trace
+
+    def _metrics_request(self) -> bytes:
+        return http_request(self.address, "/metrics")
 
     def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
         """Send a load of requests that the caller builds."""
@@ -181,6 +194,12 @@ class OpenAIBackend:
         record = read_answer(exchange)
         key = api_key(self.address)
         return dataclasses.replace(record, message=record.message.replace(key, "…")) if key and key in record.message else record
+
+    def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
+        """What the server said of itself, as far as it is known what it means."""
+        texts = [(scrape.stamps[-1], b"".join(scrape.parts).decode("utf-8", "replace")) for scrape in trace.scrapes]
+        found = tuple(ServerReading(at, read_metrics(text)) for at, text in texts)
+        return found if any(reading.values for reading in found) else ()
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
         raise MeasurementError("A server takes loads of requests, not single steps. This is a mistake of the program.")
