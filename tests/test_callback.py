@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def test_lists_make_a_sweep_and_nothing_is_taken_from_an_earlier_one(store_uri: 
         calls.append(len(prompts))
         paced(prompts, output_tokens, emit)
 
-    assert {result.linked for result in results(measured(counted, batch_size=[1, 3]))} == {""}
+    again = measured(counted, batch_size=[1, 3])
+    assert json.loads((again.folder / "sweep.json").read_text())["parameters"]["rerun"] == "true"
     assert sorted(calls) == [1] * 6 + [3] * 6
 
 
