@@ -1,4 +1,4 @@
-"""The commands of the decision: recommend, register, gate, promote, export, reproduce. Parse, call one function, print."""
+"""The commands of the decision: recommend, register, gate, promote, export, reproduce, import. Parse, call one function, print."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ def add_parsers(commands: Any) -> None:
     reproduce.add_argument("--url", metavar="URL", help="where the server is now, for a run that measured one")
     reproduce.add_argument("--output-dir", metavar="FOLDER", help="the journal's folder (default: llmbench-results)")
     reproduce.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: that of the run)")
-    for command in (recommend, register, gate, promote, export, reproduce):
+    bring = commands.add_parser("import", help="put results of vllm bench serve, GuideLLM, AIPerf, llama-bench or optimum-benchmark into the store")
+    bring.add_argument("files", nargs="+", metavar="FILE", help="the JSON file that the program wrote")
+    bring.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
+    for command in (recommend, register, gate, promote, export, reproduce, bring):
         _add_common(command)
 
 
@@ -353,6 +356,22 @@ def _reproduced(given: argparse.Namespace) -> int:
     return done.found.exit_code
 
 
+def _import(given: argparse.Namespace) -> int:
+    from .importing import import_file
+
+    told = []
+    for file in given.files:
+        done = import_file(file, given.tracking_uri, given.experiment)
+        print(f"{file}: {len(done.found)} measurements of {done.found[0].source}, {done.new} of them new.")
+        for one, run_id in zip(done.found, done.run_ids, strict=True):
+            ours = ", ".join(sorted(one.metrics)) or "nothing"
+            print(f"  {run_id}  {one.name}: {len(one.own)} figures under its own names; under ours: {ours}")
+            told.append({"file": file, "source": one.source, "run_id": run_id, "metrics": dict(one.metrics), "own": dict(one.own)})
+    if given.json:
+        print(json.dumps(told, ensure_ascii=False))
+    return 0
+
+
 def _reason(given: argparse.Namespace) -> str | None:
     """Why suspect results are accepted; `none`, the default of an MLproject parameter, is no reason."""
     text = (given.accept_suspect or "").strip()
@@ -366,4 +385,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "promote": _promote,
     "export": _export,
     "reproduce": _reproduce,
+    "import": _import,
 }

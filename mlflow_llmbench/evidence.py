@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from . import tracking
-from .errors import JournalError, TrackingError
+from .errors import JournalError, NotComparable, TrackingError
 from .journal import read_result
 from .records import RunResult
 
@@ -19,7 +19,8 @@ SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 def load_results(reference: str, tracking_uri: str | None = None) -> list[RunResult]:
     """The results that a reference stands for: a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, or a sweep's name.
 
-    The parent of a sweep stands for its cells. Raises JournalError or TrackingError, one line that says what was looked for.
+    The parent of a sweep stands for its cells. Raises JournalError or TrackingError, one line that says what was looked for, and
+    NotComparable for a run that was imported.
     """
     folder = Path(reference)
     if os.path.isdir(folder):
@@ -38,6 +39,11 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
         )
     store = tracking.open_store(tracking_uri)
     ids = tracking.cells_of_run(store, run[1]) if run else tracking.cells_of_sweep(store, reference)
+    if not ids and run and (source := tracking.source_of(store, run[1])):
+        raise NotComparable(
+            f"The run {run[1]} was imported from {source}: it has neither raw stamps nor the fingerprint of its machine, so nothing is concluded from it. "
+            "Its figures stand beside ours in the MLflow UI."
+        )
     if not ids:
         raise TrackingError(f"{reference} is not in the store {store.uri}, or holds no measured cell. Check --tracking-uri.")
     with tempfile.TemporaryDirectory() as scratch:

@@ -32,6 +32,7 @@ BACKENDS = {
     "transformers": "mlflow_llmbench.backends.transformers_local:TransformersBackend",
     "fake": "mlflow_llmbench.backends.fake:FakeBackend",
     "openai": "mlflow_llmbench.backends.openai_server:OpenAIBackend",
+    "callback": "mlflow_llmbench.backends.callback:CallbackBackend",
 }
 """Name → `module:class`. The same table is declared as entry points; this one serves an uninstalled checkout."""
 

@@ -153,6 +153,17 @@ def run_sides(
     return _drive(sweep)
 
 
+def run_in(place: Place, spec: BenchSpec, model: ModelFacts, store: tuple[str | None, str | None], watcher: Watcher | None = None) -> SweepResult:
+    """Measure a specification of one model that is known, in a place that is given."""
+    cells = expand(spec)
+    names = [plan.cell_name(cell, spec.varied) for cell in cells]
+    parent_name = plan.sweep_name(spec) if len(cells) > 1 else None
+    sweep = _prepare(spec, cells, names, dict.fromkeys(cells, model), {}, store, parent_name, watcher or Silent(), place)
+    by_cell = {job.cell: job for job in sweep.jobs}
+    sweep.groups = [[by_cell[cell] for cell in group.cells] for group in plan.group_cells(cells)]
+    return _drive(sweep)
+
+
 def expand(spec: BenchSpec) -> list[Cell]:
     """The cells of a specification. Raises UsageError if they are more than `MOST_CELLS`."""
     cells = plan.expand_cells(spec)

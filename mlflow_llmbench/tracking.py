@@ -419,6 +419,26 @@ def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
         store.client.log_artifacts(run_id, str(folder), under)
 
 
+def find_tagged(store: Store, identity: Mapping[str, str]) -> str | None:
+    """The newest whole run with these tags of ours, named without their prefix, in any experiment; None if there is none."""
+    with _plain_errors(store.uri):
+        clauses = [f"tags.`llmbench.{name}` = '{value}'" for name, value in identity.items()] + [f"tags.`{UPLOADED_TAG}` = 'true'"]
+        experiments = [e.experiment_id for e in store.client.search_experiments()]
+        found = store.client.search_runs(experiments, " and ".join(clauses), order_by=["attributes.start_time DESC"], max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+
+def source_of(store: Store, run_id: str) -> str | None:
+    """The program that an imported run comes from; None for a run of ours, or one that is not there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        source: str | None = store.client.get_run(run_id).data.tags.get("llmbench.source")
+    except MlflowException:
+        return None
+    return source
+
+
 def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of ours on a run, named without their prefix. Raises TrackingError if the run is not there."""
     with _plain_errors(store.uri):

@@ -238,6 +238,16 @@ def test_what_is_not_measured_again(
     assert len(MlflowClient(store_uri).search_runs([MlflowClient(store_uri).get_run(run_id).info.experiment_id])) == 1
 
 
+def test_a_workload_that_has_changed_is_told_before_anything_is_measured(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one two three"}\n')
+    first = run(**CELL | {"workload": str(prompts), "repetitions": 2})
+    prompts.write_text('{"prompt": "another text here"}\n')
+    assert main(["reproduce", first.run_ids[0]]) == 2
+    assert "is not what it was when the run was measured. Restore the file" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "llmbench-results").iterdir()] == [first.folder.name]
+
+
 def test_wrong_use_and_a_failed_measurement(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     several = stored(tmp_path / "s", store_uri, made(), made("int8"))
     assert main(["reproduce", str(tmp_path / "s")]) == 2

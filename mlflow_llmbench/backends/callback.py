@@ -1,0 +1,87 @@
+"""A function of the user's own as a backend: `mlflow_llmbench.callback` measures it. It cannot be started from a command line."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import LlmbenchError, MeasurementError, UsageError, first_line
+from ..records import Cell, LoadInfo, ModelFacts
+from .base import Capabilities, DeviceMemory, Emit, History
+
+Generate = Callable[[Sequence[Sequence[int]], int, Emit], object]
+"""`generate(prompts, output_tokens, emit)`: for each prompt (ids) so many tokens; `emit(ids)` with one id per prompt the moment they are there."""
+
+
+class CallbackBackend:
+    """Calls the function that it was given; there is nothing to load."""
+
+    capabilities = Capabilities()
+    device = "cpu"
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        raise UsageError(
+            f"{cell.model} was measured with backend=callback, a function of a program of yours. Run that program again: see mlflow_llmbench.callback."
+        )
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Never asked: nothing is resolved."""
+
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        return True
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.cell = cell
+        self.function: Generate | None = None
+        self.encoder: Callable[[str], Sequence[int]] | None = None
+        self.vocab_size = 0
+        self.raised = ""  # traceback of what the function raised
+
+    def load(self) -> LoadInfo:
+        return self.describe()
+
+    def describe(self) -> LoadInfo:
+        return LoadInfo(None, facts={"model.device": self.device}, vocab_size=self.vocab_size)
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
+        assert self.function
+        try:
+            self.function(prompts, output_tokens, emit)
+        except (LlmbenchError, MemoryError):
+            raise
+        except Exception as error:
+            self.raised = traceback.format_exc()
+            raise MeasurementError(f"The function that generates raised {type(error).__name__}: {first_line(error)}.") from error
+
+    def encode(self, text: str) -> Sequence[int]:
+        assert self.encoder
+        return self.encoder(text)
+
+    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
+        raise MeasurementError("A function of your own is not measured turn by turn. Use history=none.")
+
+    def new_history(self) -> History:
+        raise MeasurementError("A function of your own keeps no history. Use history=none.")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise MeasurementError("A function of your own has no tokenizer here.")
+
+    def logits(self, ids: Sequence[int], last: int) -> Any:
+        raise MeasurementError("A function of your own has no logits here.")
+
+    def language_model(self) -> tuple[Any, Any]:
+        raise MeasurementError("A function of your own has no model here.")
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        return None
+
+    def peaks(self) -> dict[str, float]:
+        return {}
+
+    def trim(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,179 @@
+"""Measure a `generate` function of your own, with the method that measures ours:
+
+    from mlflow_llmbench.callback import measure
+
+    with measure(model="my-engine", batch_size=[1, 4], prompt_tokens=64, output_tokens=32) as bench:
+        result = bench.run(generate)
+    print(result.table())
+
+where `generate(prompts, output_tokens, emit)` calls `emit(ids)` with one id per prompt the moment each step is on the host.
+
+Warm-up until steady, repetitions until the interval is narrow, stamps, noise, verdict, journal, runs and sweeps are those of `llmbench run`. What is
+not: the function runs in this process, so memory and load time are absent (this process holds more than the model), nothing of what
+was loaded is verified (`quant` is your word for it), and a crash ends your program. A result is never taken from an earlier run, since
+a function may have changed unseen; name a version of yours by `revision`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine, tracking
+from .backends.callback import CallbackBackend, Generate
+from .errors import LlmbenchError, OutOfMemory, UsageError
+from .journal import EventLog, write_bytes
+from .measure import measure_cell
+from .place import Group, Tell
+from .records import DRAWN, Cell, ModelFacts
+from .spec import BenchSpec, parse
+from .supervise import GroupOutcome
+from .sweep import SweepResult, Watcher, run_in
+from .workload import load_prompts
+
+PARAMETERS = (
+    "model", "revision", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload", "warmup", "repetitions", "max_repetitions",
+    "precision_target", "device", "seed", "output_dir", "price_per_hour",
+)  # fmt: skip
+"""What can be asked for; the rest has a meaning only where we load the model."""
+
+
+class Bench:
+    """What `measure` gives: `run` measures a function. `result` is None until then."""
+
+    def __init__(self, spec: BenchSpec, place: InThisProcess, store: tuple[str | None, str | None], watcher: Watcher | None) -> None:
+        self.spec, self.place, self.store, self.watcher = spec, place, store, watcher
+        self.result: SweepResult | None = None
+
+    def run(self, generate: Generate) -> SweepResult:
+        """Measure every cell that was asked for; one that fails is a row with its outcome. Raises UsageError if it was called before."""
+        if self.result:
+            raise UsageError("This measurement is done already. Begin another one: with measure(…) as bench.")
+        self.place.function = generate
+        facts = ModelFacts(str(self.spec.axes["model"][0]), "none", "", str(self.spec.axes["revision"][0]))
+        self.result = run_in(self.place, self.spec, facts, self.store, self.watcher)
+        return self.result
+
+
+@contextlib.contextmanager
+def measure(
+    model: str,
+    *,
+    encode: Callable[[str], Sequence[int]] | None = None,
+    vocab_size: int = 32_000,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+    **parameters: object,
+) -> Iterator[Bench]:
+    """Check parameters and store before your model is loaded; then `run` of what this gives measures.
+
+    `parameters` are those of `llmbench run` that are in `PARAMETERS`; lists make a sweep. `encode`: text → ids, for workloads with texts;
+    drawn prompts have ids below `vocab_size`. Raises LlmbenchError for what is wrong, UsageError at the end if nothing was measured.
+    """
+    if "," in model:
+        raise UsageError(f"model is a name for one function, and has a comma: {model}. Give one name.")
+    unknown = [name for name in parameters if name not in PARAMETERS]
+    if unknown:
+        raise UsageError(f"{unknown[0]} has no meaning for a function of your own. Known: {', '.join(PARAMETERS)}.")
+    asked = {name: value for name, value in parameters.items() if value is not None}
+    spec = parse({"model": model, **asked, "backend": "callback", "rerun": True})
+    texts = [workload for workload in spec.axes["workload"] if workload not in DRAWN]
+    if texts and encode is None:
+        raise UsageError(f"workload={texts[0]} has texts, and the function takes ids. Give encode=…, which makes ids of a text.")
+    device = machine.require_device(str(spec.axes["device"][0]))
+    tracking.open_store(tracking_uri, experiment)
+    bench = Bench(spec, InThisProcess(device, encode, vocab_size), (tracking_uri, experiment), watcher)
+    yield bench
+    if bench.result is None:
+        raise UsageError("Nothing was measured: bench.run(generate) was not called.")
+
+
+class InThisProcess:
+    """A place (`place.Place`) that measures a function here, in the process of the program that has it."""
+
+    def __init__(self, device: str, encode: Callable[[str], Sequence[int]] | None, vocab_size: int) -> None:
+        self.device, self.encode, self.vocab_size = device, encode, vocab_size
+        self.function: Generate | None = None
+        self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
+        self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
+        self.group: Group | None = None
+
+    def room(self, device: str) -> tuple[int | None, str]:
+        """Nobody knows what the function needs."""
+        return None, ""
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether it is free."""
+        return self.group is None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a group to measure."""
+        return self.group is not None
+
+    def give(self, group: Group) -> None:
+        """Take a group; `wait` measures it."""
+        self.group = group
+
+    def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
+        """Measure the group that was given, as a worker would."""
+        assert self.group
+        group, self.group = self.group, None
+        tell(group, {"event": "begun"})
+        backend = self._backend(group)
+        outcome = GroupOutcome(load=backend.describe())
+        try:
+            for number in range(len(group)):
+                self._measure(backend, group, number, outcome, tell)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+        except MemoryError:
+            outcome.fail(OutOfMemory("Memory ran out."))
+        except LlmbenchError as error:
+            outcome.fail(error)
+        if backend.raised:
+            write_bytes(group[0].folder / "worker.log", backend.raised.encode())
+        outcome.ended = True
+        return group, outcome
+
+    def _backend(self, group: Group) -> CallbackBackend:
+        backend = CallbackBackend(group[0].cell, group[0].model)
+        backend.function, backend.encoder, backend.device, backend.vocab_size = self.function, self.encode, self.device, self.vocab_size
+        backend.capabilities = dataclasses.replace(backend.capabilities, tokenizer=self.encode is not None)
+        return backend
+
+    def _measure(self, backend: CallbackBackend, group: Group, number: int, outcome: GroupOutcome, tell: Tell) -> None:
+        job = group[number]
+        cell: Cell = job.cell
+        prompts = load_prompts(cell.workload)
+        job.hashes = dataclasses.replace(job.hashes, workload=prompts.digest(cell, self.vocab_size))
+        outcome.take({"event": "cell", "number": number, "t_ns": time.perf_counter_ns()})
+        tell(group, {"event": "cell", "number": number})
+        with contextlib.closing(EventLog(job.folder / "events.jsonl")) as log:
+
+            def say(event: str, **data: Any) -> None:
+                if event != "first_token":
+                    log.append(event, **data)
+                tell(group, {"event": event, **{name: value for name, value in data.items() if name != "repetition"}})
+
+            outcome.measured[number] = measure_cell(backend, cell, prompts, self.vocab_size, say)
+            outcome.texts[number] = []
+            log.append("complete", steady=outcome.measured[number].steady, first_call_ms=outcome.measured[number].first_call_ms)
+        tell(group, {"event": "measured", "number": number})
+
+    def recall(self) -> list[Group]:
+        """Nothing waits here."""
+        return []
+
+    def stop(self) -> list[tuple[Group, GroupOutcome]]:
+        """A function ends with the call that waits for it."""
+        return []
+
+    def close(self) -> None:
+        """There is nothing to leave."""

@@ -1,0 +1,81 @@
+"""Put results of other programs into the store, beside ours: their own runs, tagged with their source, and never compared as if they were ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import tracking
+from .errors import UsageError
+from .foreign import Foreign, read_foreign
+from .journal import write_bytes
+from .redaction import redact, redact_all
+from .summary import Point
+
+LARGEST = 200_000_000
+"""Bytes of a file that is read; results with every single request are some tens of megabytes."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `import_file` did: the measurements, their runs in the same order, and how many of these are new."""
+
+    found: tuple[Foreign, ...]
+    run_ids: tuple[str, ...]
+    new: int
+
+
+def import_file(path: str, tracking_uri: str | None = None, experiment: str | None = None) -> Imported:
+    """One MLflow run for each measurement in a result file; what was imported before is left alone. Raises UsageError, TrackingError."""
+    content = _read(path)
+    try:
+        found = read_foreign(json.loads(content))
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON: {error}. Give the JSON file that the program wrote.") from None
+    except UsageError as error:
+        raise UsageError(f"Cannot import {path}. {error}") from None
+    found = list(redact_all(found))
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    store = tracking.open_store(tracking_uri, experiment)
+    if store.given_run_id:
+        raise UsageError("MLFLOW_RUN_ID names one run, and an import makes its own. Unset it.")
+    run_ids, new = [], 0
+    for number, one in enumerate(found):
+        identity = {"source": one.source, "import": f"{digest}-{number}"}
+        run_id = tracking.find_tagged(store, identity)
+        if run_id is None:
+            run_id, new = _log(store, one, identity, Path(path).name, content), new + 1
+        run_ids.append(run_id)
+    return Imported(tuple(found), tuple(run_ids), new)
+
+
+def _read(path: str) -> bytes:
+    try:
+        if Path(path).stat().st_size > LARGEST:
+            raise UsageError(f"{path} is larger than {LARGEST / 1e6:.0f} MB. Write the result without the single requests.")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror}. Give the JSON file that the program wrote.") from None
+
+
+def _log(store: tracking.Store, one: Foreign, identity: dict[str, str], file: str, content: bytes) -> str:
+    now = int(time.time() * 1000)
+    run_id = tracking.begin_run(store, one.name, identity, started_ms=now)
+    outcome = "error"
+    try:
+        tracking.log_params(store, run_id, dict(one.params))
+        tracking.log_metrics(store, run_id, [Point(key, 0, value, now) for key, value in {**one.own, **one.metrics}.items()])
+        told = {"source_version": one.version, "tokens_by": one.tokens_by, "translated": ", ".join(sorted(one.metrics))}
+        tracking.set_tags(store, run_id, {name: value for name, value in told.items() if value})
+        with tempfile.TemporaryDirectory() as scratch:
+            write_bytes(Path(scratch) / file, redact(content.decode("utf-8", "replace")).encode())
+            tracking.log_folder(store, run_id, Path(scratch), "imported")
+        tracking.set_tags(store, run_id, {"uploaded": "true"})  # last: what was cut off in the middle is imported again
+        outcome = "ok"
+    finally:
+        tracking.end_run(store, run_id, outcome)
+    return run_id
