@@ -24,7 +24,6 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "url": "none", "endpoint": "completions", "concurrency": "1", "request_rate": "none", "arrival": "poisson", "burstiness": "1",
         "trace": "none", "ramp_to": "none", "client_processes": "auto",
         "requests": "auto", "duration_s": "none", "request_timeout_s": "600", "slo_ttft_ms": "none", "slo_tpot_ms": "none", "slo_e2e_ms": "none",
-        "ramp_to": "none", "trace": "none", "client_processes": "auto",
     }  # fmt: skip
 
 
