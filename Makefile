@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | real-model | clean
+# make demo | test | test-all | lint | bench | real-model | clean
 # Each needs python3 (3.10 or newer) and a package index, and makes its environment in .venv first.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE MLFLOW_DISABLE_TELEMETRY
 
 OLD := Python %d.%d is too old. Give 3.10 or newer: make PYTHON=python3.11
 
-.PHONY: demo test lint bench real-model clean
+.PHONY: demo test test-all lint bench real-model clean
 
 # A sweep of eight cells with random weights: no download, no licence, the speed and memory of the real architecture.
 demo: export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
@@ -22,8 +22,15 @@ demo: $(INSTALLED)
 		-P prompt_tokens=64 -P output_tokens=32 -P warmup=3 -P repetitions=5
 	@echo "(mlflow is $(BIN)/mlflow here)"
 
+# Files in their order: the reordering of xdist leaves the few slowest tests for the end, on one core.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# With those that take longest: a Ray cluster, a real model, the tutorial.
+test-all: $(INSTALLED) real-model
+	$(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -24,7 +24,10 @@ from mlflow_llmbench.upload import upload
 from tests.test_survival import alive, states, until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'mlflow-llmbench[ray]'")
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of Ray's own files
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),  # of Ray's own files
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = {"backend": "fake", "output_tokens": 4, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}

@@ -270,6 +270,7 @@ def test_a_server_gets_its_history_with_each_turn(given: dict[str, str], message
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_histories_is_measured_and_logged(tiny_model: Path, conversations: str, store_uri: str) -> None:
     asked = {"prompt_tokens": "auto", "output_tokens": "6", "warmup": "1", "repetitions": "2"}
     done = run(model=str(tiny_model), workload=conversations, history="recomputed,kept", **asked)

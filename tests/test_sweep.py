@@ -267,7 +267,9 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not any(b'"complete"' in f.read_bytes() for f in tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline:
+    while (
+        not any(b'"event":"complete"' in f.read_bytes() for f in tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     for _ in range(3):  # an impatient person
         process.send_signal(signal.SIGINT)
@@ -345,6 +347,7 @@ def test_a_worker_that_hangs_is_ended_and_the_cell_is_a_timeout(tmp_path: Path) 
     assert "at stage loaded: bringing a first token took more than first_token_timeout_s=3." in str(outcome.error)
 
 
+@pytest.mark.slow
 def test_a_smaller_cell_does_not_inherit_the_memory_of_a_larger_one(store_uri: str, tiny_model: Path) -> None:
     """Interleaved alone and after a large cell; allocator noise is some MB, the large cell's prefill is over a hundred."""
     small = {"model": str(tiny_model), "quant": "fp32", "output_tokens": 2, "prompt_tokens": 8, "repetitions": 5, "warmup": 1}
