@@ -28,7 +28,7 @@ from .backends.callback import CallbackBackend, Generate
 from .errors import LlmbenchError, OutOfMemory, UsageError
 from .journal import EventLog, write_bytes
 from .measure import measure_cell
-from .place import Group, Tell
+from .place import Group, OneAtATime, Tell
 from .records import DRAWN, Cell, ModelFacts
 from .spec import BenchSpec, parse
 from .supervise import GroupOutcome
@@ -93,7 +93,7 @@ def measure(
         raise UsageError("Nothing was measured: bench.run(generate) was not called.")
 
 
-class InThisProcess:
+class InThisProcess(OneAtATime):
     """A place (`place.Place`) that measures a function here, in the process of the program that has it."""
 
     def __init__(self, device: str, encode: Callable[[str], Sequence[int]] | None, vocab_size: int) -> None:
@@ -101,30 +101,14 @@ class InThisProcess:
         self.function: Generate | None = None
         self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
         self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
-        self.group: Group | None = None
 
     def room(self, device: str) -> tuple[int | None, str]:
         """Nobody knows what the function needs."""
         return None, ""
 
-    @property
-    def takes_more(self) -> bool:
-        """Whether it is free."""
-        return self.group is None
-
-    @property
-    def busy(self) -> bool:
-        """Whether there is a group to measure."""
-        return self.group is not None
-
-    def give(self, group: Group) -> None:
-        """Take a group; `wait` measures it."""
-        self.group = group
-
     def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
         """Measure the group that was given, as a worker would."""
-        assert self.group
-        group, self.group = self.group, None
+        group = self.take()
         tell(group, {"event": "begun"})
         backend = self._backend(group)
         outcome = GroupOutcome(load=backend.describe())
@@ -166,14 +150,3 @@ class InThisProcess:
             outcome.texts[number] = []
             log.append("complete", steady=outcome.measured[number].steady, first_call_ms=outcome.measured[number].first_call_ms)
         tell(group, {"event": "measured", "number": number})
-
-    def recall(self) -> list[Group]:
-        """Nothing waits here."""
-        return []
-
-    def stop(self) -> list[tuple[Group, GroupOutcome]]:
-        """A function ends with the call that waits for it."""
-        return []
-
-    def close(self) -> None:
-        """There is nothing to leave."""

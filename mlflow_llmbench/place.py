@@ -52,19 +52,10 @@ class Place(Protocol):
         """Leave the place; nothing of ours stays there."""
 
 
-class Here:
-    """The machine of the command: one group at a time, and nothing else meanwhile."""
+class OneAtATime:
+    """What places have in common that measure one group at a time, in the call of `wait`; nothing waits there, and nothing is left behind."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
-        self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
-        self.group: Group | None = None
-        self.prepared: set[Cell] = set()  # cells whose files are on this disk
-
-    def room(self, device: str) -> tuple[int | None, str]:
-        """What is free here, and allowed."""
-        return estimate.room_here(device, estimate.memory_limit(self.options.memory_limit)[0])
+    group: Group | None = None
 
     @property
     def takes_more(self) -> bool:
@@ -80,25 +71,44 @@ class Here:
         """Take a group; `wait` measures it."""
         self.group = group
 
-    def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Measure the group that was given."""
+    def take(self) -> Group:
+        """The group that was given; the place is free again."""
         assert self.group
         group, self.group = self.group, None
-        task = task_of(group, self.options, prepare=not self.prepared.issuperset(job.cell for job in group))
-        outcome = node.measure_group(task, lambda event: tell(group, event))
-        self.prepared |= {job.cell for job in group}
-        return group, outcome
+        return group
 
     def recall(self) -> list[Group]:
         """Nothing waits here."""
         return []
 
     def stop(self) -> list[tuple[Group, GroupOutcome]]:
-        """A worker ends with the call that waits for it."""
+        """What measures a group ends with the call that waits for it."""
         return []
 
     def close(self) -> None:
         """There is nothing to leave."""
+
+
+class Here(OneAtATime):
+    """The machine of the command: one group at a time, and nothing else meanwhile."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
+        self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
+        self.prepared: set[Cell] = set()  # cells whose files are on this disk
+
+    def room(self, device: str) -> tuple[int | None, str]:
+        """What is free here, and allowed."""
+        return estimate.room_here(device, estimate.memory_limit(self.options.memory_limit)[0])
+
+    def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
+        """Measure the group that was given."""
+        group = self.take()
+        task = task_of(group, self.options, prepare=not self.prepared.issuperset(job.cell for job in group))
+        outcome = node.measure_group(task, lambda event: tell(group, event))
+        self.prepared |= {job.cell for job in group}
+        return group, outcome
 
 
 def task_of(group: Group, options: Options, prepare: bool) -> node.Task:

@@ -213,6 +213,13 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(node
     assert "aylet" not in capsys.readouterr().out, "standard output is for the results"
 
 
+def test_a_node_that_died_just_before_is_left_out(nodes: Nodes) -> None:
+    """The cluster still lists it for some seconds; what is asked of it there is answered by an error of Ray's own."""
+    nodes.kill("second")
+    found = fake()
+    assert found.outcome == "ok"
+
+
 def test_processes_on_unlike_nodes_make_no_result(nodes: Nodes) -> None:
     """The node of the first process is killed before the second has ended, and the other one is not like it."""
     begun: list[str] = []

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from mlflow_llmbench import journal, run
+from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.errors import JournalError, TrackingError, UsageError
+from mlflow_llmbench.records import Cell, RunResult
+from mlflow_llmbench.supervise import run_worker
 from mlflow_llmbench.sweep import SweepResult
 from mlflow_llmbench.upload import upload
 from tests.servers import Door
@@ -98,6 +101,41 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(store_u
         "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"), f"{HANG}: batch_size": ("KILLED", None)
     }  # fmt: skip
     assert "interrupted" in output
+
+
+def test_an_interruption_between_the_charts_of_a_cell_and_its_upload_loses_nothing(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow_llmbench import charts
+
+    draw = charts.draw_cell
+
+    def interrupted(result: RunResult, folder: Path) -> None:
+        draw(result, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(charts, "draw_cell", interrupted)
+    assert fake().outcome == "interrupted"
+    [only] = runs(store_uri).values()
+    assert only.info.status == "FINISHED"
+    assert only.data.metrics["trust/repetitions"] == 5
+    assert only.data.tags["llmbench.uploaded"]
+
+
+def test_what_a_worker_had_told_and_nobody_had_read_is_taken_after_an_interruption(tmp_path: Path) -> None:
+    cells = [Cell(model="fake:ttft_ms=1+itl_ms=1", backend="fake", batch_size=rows, output_tokens=4, warmup=1, repetitions=3) for rows in (2, 1)]
+    folders = [tmp_path / str(cell.batch_size) for cell in cells]
+
+    def measured(folder: Path) -> bool:
+        log = folder / "events.jsonl"
+        return log.exists() and '"complete"' in log.read_text()
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "cell":  # the worker goes on meanwhile, and tells what nobody reads
+            until(lambda: all(measured(folder) for folder in folders))
+            raise KeyboardInterrupt
+
+    outcome = run_worker("measure", cells, FakeBackend.resolve(cells[0]), folders, tmp_path / "worker.log", tell)
+    assert outcome.interrupted
+    assert 0 in outcome.measured
 
 
 @pytest.mark.parametrize("whom", ["parent", "group"])

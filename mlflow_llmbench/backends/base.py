@@ -138,6 +138,19 @@ class Backend(Protocol):
         """Delete the model and give memory back."""
 
 
+class NothingToFetch:
+    """What backends have in common whose models are not files."""
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Nothing to fetch."""
+
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        """It always is."""
+        return True
+
+
 class ServerBackend(Backend, Protocol):
     """A backend whose model another process runs. It takes loads of requests instead of `generate`."""
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from ..errors import LlmbenchError, MeasurementError, UsageError, first_line
 from ..records import Cell, LoadInfo, ModelFacts
-from .base import Capabilities, DeviceMemory, Emit, History
+from .base import Capabilities, DeviceMemory, Emit, History, NothingToFetch
 
 Generate = Callable[[Sequence[Sequence[int]], int, Emit], object]
 """`generate(prompts, output_tokens, emit)`: for each prompt (ids) so many tokens; `emit(ids)` with one id per prompt the moment they are there."""
 
 
-class CallbackBackend:
+class CallbackBackend(NothingToFetch):
     """Calls the function that it was given; there is nothing to load."""
 
     capabilities = Capabilities()
@@ -25,14 +25,6 @@ class CallbackBackend:
         raise UsageError(
             f"{cell.model} was measured with backend=callback, a function of a program of yours. Run that program again: see mlflow_llmbench.callback."
         )
-
-    @classmethod
-    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Never asked: nothing is resolved."""
-
-    @classmethod
-    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        return True
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell

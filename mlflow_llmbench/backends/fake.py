@@ -32,7 +32,7 @@ from typing import Any
 from ..errors import MeasurementError, OutOfMemory, UsageError
 from ..records import Cell, LoadInfo, ModelFacts, hash16
 from ..workload import turn_texts
-from .base import Capabilities, DeviceMemory, Emit, Token
+from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Token
 
 NUMBERS = {
     "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "prompt_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
@@ -66,7 +66,7 @@ class FakeHistory:
     tokens: int = 0
 
 
-class FakeBackend:
+class FakeBackend(NothingToFetch):
     """Emits tokens on a schedule counted from the start of the call, so that delays do not add up."""
 
     capabilities = Capabilities(tokenizer=True, conversations=True, padding=True, continuous=True)
@@ -82,14 +82,6 @@ class FakeBackend:
     def resolve(cls, cell: Cell) -> ModelFacts:
         parse_script(cell.model)
         return ModelFacts(name=cell.model, source="none", location="fake", revision=hash16(cell.model), context=1_000_000, dtype="float32")
-
-    @classmethod
-    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Nothing to fetch."""
-
-    @classmethod
-    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        return True
 
     def load(self) -> LoadInfo:
         started = time.perf_counter()

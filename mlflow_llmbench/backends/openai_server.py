@@ -21,7 +21,7 @@ from ..prometheus import read_metrics
 from ..records import Cell, LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ..sse import EventParser
 from ..workload import PromptSet, lengths_of, longest_of
-from .base import Capabilities, DeviceMemory, Emit
+from .base import Capabilities, DeviceMemory, Emit, NothingToFetch
 from .client_processes import ClientProcesses, Order, Share
 
 PROBE_WORDS = (16, 144)
@@ -62,7 +62,7 @@ def limits_of(cell: Cell) -> Limits:
     return Limits(first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens)
 
 
-class OpenAIBackend:
+class OpenAIBackend(NothingToFetch):
     """One server. `load` finds out what it understands; then it takes loads of requests."""
 
     capabilities = Capabilities(online=True)
@@ -103,14 +103,6 @@ class OpenAIBackend:
             revision=f"{engine} {number}"[:100] if number else engine[:100],
             context=context if isinstance(context, int) and context > 0 else None,
         )
-
-    @classmethod
-    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Nothing to fetch."""
-
-    @classmethod
-    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        return True
 
     def load(self) -> LoadInfo:
         """Find out which options the server takes, how many tokens its words have, and whether it tells of its prefix cache."""
