@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -18,11 +18,13 @@ from urllib.parse import urlparse
 import pytest
 from mlflow import MlflowClient
 
+from tests.servers import HTTPServer
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(HTTPServer):
     """Serves one public model (`tiny/llama`), one gated (`tiny/gated`), and can stop answering."""
 
     def __init__(self, folder: Path) -> None:
