@@ -262,7 +262,8 @@ def _turns_table(turns: Sequence[Turn]) -> str:
 def _replies(result: RunResult) -> list[str]:
     """Whether a history that is kept changes what the model says."""
     if not result.same_replies:
-        return []
+        unknown = "Whether a recomputed history gives the same answers could not be found out; worker.log in the results folder says why."
+        return [unknown] if result.cell.history == "kept" and result.outcome == "ok" else []
     same, count = sum(result.same_replies), len(result.same_replies)
     text = f"With its history recomputed, the first conversation gave the same answer, token by token, in {same} of its {count} turns."
     if same < count:

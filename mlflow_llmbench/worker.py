@@ -6,7 +6,6 @@ standard output, which nothing else can reach: whatever libraries print goes to 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import json
@@ -190,8 +189,10 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
             measured = (measure_stream if cell.batching else measure_cell)(backend, cell, prompts, info.vocab_size or 32000, say)
         _stage("peak", backend, tell)
         if cell.history == "kept":  # after the peak was read, for it computes what the cell did not
-            with contextlib.suppress(LlmbenchError, MemoryError):
+            try:
                 measured = replace(measured, same_replies=compare_replies(backend, cell, prompts, measured))
+            except (LlmbenchError, MemoryError) as error:  # costs this figure only
+                print(f"Replies with a recomputed history: {error or 'memory ran out'}", file=sys.stderr)
         texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
         tell("measured", number=number, measured=measured, texts=texts)
         tell("described", info=backend.describe())
