@@ -131,6 +131,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         idle_w=first.idle_w,
         texts=tuple(first.texts[number]),
         same_replies=measured[0].same_replies,
+        text_times=measured[0].text_times,
         quality=reference.quality_of(spec.options, job.cell, first),
         log=tuple(first.log),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from . import machine
 from .backends.base import Backend, History
 from .errors import MeasurementError
 from .metrics import LEAST_REPETITIONS
-from .records import Cell, Repetition, RequestRecord
+from .records import Cell, Repetition, RequestRecord, TextTimes
 from .stats import halves_agree, relative_half_width
 from .workload import PromptSet
 
@@ -40,6 +40,7 @@ class Measured:
     repetitions: tuple[Repetition, ...]
     outputs: tuple[tuple[list[int], list[int]], ...]
     same_replies: tuple[bool, ...] = ()
+    text_times: TextTimes | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,19 @@ def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: 
         same.append(again.output == said[end : end + cell.output_tokens])
         end += cell.output_tokens
     return tuple(same)
+
+
+def time_texts(backend: Backend, texts: Sequence[Mapping[str, str]], outputs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> TextTimes:
+    """What lies around the model where texts come and go: the tokenizer's own time, one text after another, on the thread that waits for it."""
+    clock = time.perf_counter_ns
+    stamps = []
+    for text, (_, output) in zip(texts, outputs, strict=True):
+        begun = clock()
+        backend.encode(text["prompt"])
+        encoded = clock()
+        backend.decode(output)
+        stamps.append((encoded - begun, clock() - encoded))
+    return TextTimes(tuple(one for one, _ in stamps), tuple(other for _, other in stamps))
 
 
 def _warm_up(backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say) -> tuple[float, list[float], bool]:

@@ -82,6 +82,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2", "ms", ("mean", "p50", "p95"), "lower"),
     Metric("latency", "e2e_ms", "tN − t0", "ms", ("mean", "p50", "p95", "p99"), "lower"),
     Metric(
+        "latency", "tokenize_ms", "text of a prompt → its ids, measured after the repetitions; only where prompts are texts", "ms", ("p50",), "lower"
+    ),
+    Metric("latency", "detokenize_ms", "ids of an answer → its text, likewise", "ms", ("p50",), "lower"),
+    Metric("latency", "e2e_with_text_ms", "e2e_ms + batch · (text → ids + ids → text), all means", "ms", ("mean",), "lower"),
+    Metric(
         "throughput",
         "output_tokens_per_s",
         "batch · N / (tN − t0), mean over repetitions (over processes, where several), with its 95 % t interval",

@@ -436,6 +436,14 @@ class TextScores:
 
 
 @dataclass(frozen=True)
+class TextTimes:
+    """Nanoseconds from the text of each prompt to its ids, and from the ids of each answer to its text, by the model's own tokenizer."""
+
+    tokenize_ns: tuple[int, ...]
+    detokenize_ns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Divergence:
     """Next-token distributions beside those of the unquantized model, one list per prompt, one value per position.
 
@@ -541,6 +549,7 @@ class RunResult:
     predicted_bytes: int | None = None
     price_per_hour: float | None = None
     same_replies: tuple[bool, ...] = ()  # per turn of a conversation with kept history: whether recomputing gives the same reply
+    text_times: TextTimes | None = None  # None where the prompts are no texts
     quality: Quality | None = None  # None where it was not asked for
     sweep: str = ""
     linked: str = ""  # the run (or the folder) that this result was measured in, where it was not measured again

@@ -15,7 +15,7 @@ from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
 from .online_summary import online_figures, ramp_steps, stream_figures
 from .quality import figures
-from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult
+from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult, TextTimes
 from .stats import (
     block_bootstrap_interval,
     bootstrap_interval,
@@ -108,6 +108,8 @@ def summarize(result: RunResult) -> dict[str, float]:
         found |= _latency(requests(result))
         found |= _throughput(result)
         found |= _of_scenario(result, found)
+    if result.text_times and result.repetitions:
+        found |= _around_the_model(result.text_times, requests(result)[0].rows, found["latency/e2e_ms_mean"] or 0.0)
     if result.same_replies:
         found["trust/same_replies_ratio"] = fmean(result.same_replies)
     if result.quality:
@@ -165,6 +167,16 @@ def _latency(all_requests: Sequence[RequestRecord]) -> dict[str, float | None]:
         found[f"latency/{name}_mean"] = fmean(pool)
         found |= {f"latency/{name}_p{q}": percentile(pool, q, rows) for q in wanted[name] if supports(len(pool), q)}
     return found
+
+
+def _around_the_model(times: TextTimes, rows: int, e2e: float) -> dict[str, float]:
+    """The tokenizer's share of an answer: each row's prompt is encoded and its answer decoded, one after another."""
+    tokenize, detokenize = ([ns / 1e6 for ns in some] for some in (times.tokenize_ns, times.detokenize_ns))
+    return {
+        "latency/tokenize_ms_p50": median(tokenize),
+        "latency/detokenize_ms_p50": median(detokenize),
+        "latency/e2e_with_text_ms_mean": e2e + rows * (fmean(tokenize) + fmean(detokenize)),
+    }
 
 
 def _span_s(repetition: Repetition) -> float:

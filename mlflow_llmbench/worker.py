@@ -24,7 +24,7 @@ from . import machine, memory
 from .backends.base import Backend, ServerBackend, backend_class
 from .errors import LlmbenchError, MeasurementError, first_line
 from .journal import EventLog
-from .measure import compare_replies, measure_cell
+from .measure import compare_replies, measure_cell, time_texts
 from .measure_server import measure_server
 from .measure_stream import measure_stream
 from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
@@ -194,6 +194,8 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
             except (LlmbenchError, MemoryError) as error:  # costs this figure only
                 print(f"Replies with a recomputed history: {error or 'memory ran out'}", file=sys.stderr)
         texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
+        if texts and cell.history == "none" and not backend.capabilities.online:
+            measured = replace(measured, text_times=time_texts(backend, texts, measured.outputs))
         tell("measured", number=number, measured=measured, texts=texts)
         tell("described", info=backend.describe())
         log.append("complete", steady=measured.steady, first_call_ms=measured.first_call_ms)

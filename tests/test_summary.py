@@ -11,7 +11,19 @@ import pytest
 
 from mlflow_llmbench import summary
 from mlflow_llmbench.metrics import KEYS, SERIES
-from mlflow_llmbench.records import Cell, Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import (
+    Cell,
+    Hashes,
+    LoadInfo,
+    MemorySample,
+    MemoryStages,
+    ModelFacts,
+    Noise,
+    Repetition,
+    RequestRecord,
+    RunResult,
+    TextTimes,
+)
 from mlflow_llmbench.stats import block_bootstrap_interval
 from mlflow_llmbench.validity import judge, unsupported_percentiles
 
@@ -82,6 +94,16 @@ def test_all_keys_are_in_the_vocabulary_and_finite() -> None:
     assert {p.key for p in points} <= set(SERIES)
     assert len({(p.key, p.step) for p in points}) == len(points)
     assert not {p.key for p in points} & set(metrics)
+
+
+def test_what_lies_around_the_model_is_of_each_row() -> None:
+    times = TextTimes(tokenize_ns=(1_000_000, 2_000_000, 6_000_000), detokenize_ns=(500_000, 500_000, 800_000))
+    plain = result([[2.0] * 7] * 6, rows=4)
+    metrics = summary.summarize(dataclasses.replace(plain, text_times=times))
+    assert metrics["latency/tokenize_ms_p50"] == 2
+    assert metrics["latency/detokenize_ms_p50"] == 0.5
+    assert metrics["latency/e2e_with_text_ms_mean"] == pytest.approx(metrics["latency/e2e_ms_mean"] + 4 * (3 + 0.6))
+    assert "latency/e2e_with_text_ms_mean" not in summary.summarize(plain)
 
 
 def test_series_have_their_steps_and_real_times() -> None:

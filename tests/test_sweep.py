@@ -169,6 +169,13 @@ def test_texts_longer_than_the_context_are_refused_not_measured(store_uri: str, 
     assert "has 250 tokens, and with output_tokens=10 that is more than the context of 256" in result.rows[0].message
 
 
+def test_texts_are_encoded_and_decoded_apart_from_the_model(store_uri: str) -> None:
+    result = fake("ttft_ms=1+itl_ms=1", workload="qa", batch_size="2")
+    metrics = MlflowClient(store_uri).get_run(result.run_ids[0]).data.metrics
+    around = metrics["latency/e2e_with_text_ms_mean"] - metrics["latency/e2e_ms_mean"]
+    assert around > metrics["latency/tokenize_ms_p50"] + metrics["latency/detokenize_ms_p50"] > 0
+
+
 def test_out_of_memory_ends_one_cell_and_smaller_ones_go_on(store_uri: str) -> None:
     result = fake("ttft_ms=1+itl_ms=1+fail=oom+above_batch=2", batch_size="1,2,4,8")
     assert [row.outcome for row in result.rows] == ["ok", "ok", "oom", "oom"]
