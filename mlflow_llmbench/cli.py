@@ -40,6 +40,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="llmbench", description="Honest benchmarks of quantized language models, each one an MLflow run.")
     parser.add_argument("--version", action="version", version=f"llmbench {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    found = {**_measuring(commands), **_reading(commands)}
+    for name in ("run", "plan", "online", "study"):
+        found[name].add_argument(
+            "--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it"
+        )
+    for name in ("compare", "ab"):
+        found[name].add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
+    for name in ("run", "plan", "online", "compare", "ab", "scaling", "study"):
+        found[name].add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+    for name in ("run", "online", "upload", "compare", "ab", "scaling", "study"):
+        found[name].add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
+        found[name].add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
+    for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
+        commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument(
+            "--json", action="store_true", help="as one JSON object"
+        )
+    decide.add_parsers(commands)
+    return parser
+
+
+def _measuring(commands: Any) -> dict[str, Parser]:
+    """The commands that measure, and `plan`, which says what `run` would."""
     run = commands.add_parser(
         "run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell."
     )
@@ -52,8 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="The API key comes from the environment: LLMBENCH_API_KEY or OPENAI_API_KEY. Comma lists on parameters marked † make a sweep.",
     )
     _add_parameters(online, PARAMETERS_OF["online"])
-    for command in (run, plan, online):
-        command.add_argument("--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it")
     duel = commands.add_parser(
         "ab",
         help="measure two configurations in turns, in fresh processes, and say how they differ",
@@ -63,6 +83,24 @@ def build_parser() -> argparse.ArgumentParser:
         duel.add_argument(side, metavar=side.upper(), help="the parameters of this side")
     duel.add_argument("--pairs", metavar="N", type=int, default=6, help="fresh processes on each side (default: 6)")
     _add_parameters(duel, [name for name in PARAMETERS_OF["run"] if name != "processes"])
+    study = commands.add_parser(
+        "study",
+        help="the whole study: measure a grid of models, and report laws, trade-offs, claims and recommendations with all figures",
+        description="Measures a sweep (preset quick unless another is given) and studies it, together with results that are there already (--of). "
+        "Without parameters of a sweep it studies those alone.",
+    )
+    study.add_argument("--of", metavar="LIST", action="append", default=[], help="sweeps, run ids, runs:/ID or results folders to take in too")
+    study.add_argument("--share", metavar="RATIO", type=float, default=0.5, help="of the best throughput per instance, to keep (default: 0.5)")
+    study.add_argument("--price", metavar="LIST", default="none", help="money per hour: 0.5, or by a part of the hardware's name EPYC=0.5,A100=2.4")
+    study.add_argument("--accept-suspect", metavar="REASON", help="recommend suspect results too, for this reason; none = do not")
+    study.add_argument("--output", metavar="FOLDER", help="write study/ and scaling/ there (default: beside the sweep that was measured)")
+    study.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run (default: the sweep's)")
+    _add_parameters(study, PARAMETERS_OF["run"])
+    return {"run": run, "plan": plan, "online": online, "ab": duel, "study": study}
+
+
+def _reading(commands: Any) -> dict[str, Parser]:
+    """The commands that read results."""
     upload = commands.add_parser("upload", help="put a results folder into an MLflow store, as far as it is not there")
     upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as `llmbench run` prints it")
     compare = commands.add_parser("compare", help="say how two or more results differ, and whether that is more than noise")
@@ -81,33 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--at", metavar="NAME=LIST", action="append", default=[], help="predict there too: batch_size=6,12 or prompt_tokens=300")
     scaling.add_argument("--output", metavar="FOLDER", help="write scaling.json, scaling.md and charts there")
     scaling.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep")
-    study = commands.add_parser(
-        "study",
-        help="the whole study: measure a grid of models, and report laws, trade-offs, claims and recommendations with all figures",
-        description="Measures a sweep (preset quick unless another is given) and studies it, together with results that are there already (--of). "
-        "Without parameters of a sweep it studies those alone.",
-    )
-    study.add_argument("--of", metavar="LIST", action="append", default=[], help="sweeps, run ids, runs:/ID or results folders to take in too")
-    study.add_argument("--share", metavar="RATIO", type=float, default=0.5, help="of the best throughput per instance, to keep (default: 0.5)")
-    study.add_argument("--price", metavar="LIST", default="none", help="money per hour: 0.5, or by a part of the hardware's name EPYC=0.5,A100=2.4")
-    study.add_argument("--accept-suspect", metavar="REASON", help="recommend suspect results too, for this reason; none = do not")
-    study.add_argument("--output", metavar="FOLDER", help="write study/ and scaling/ there (default: beside the sweep that was measured)")
-    study.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run (default: the sweep's)")
-    _add_parameters(study, PARAMETERS_OF["run"])
-    study.add_argument("--config", metavar="FILE", help="YAML file of parameters; options given here override it")
-    for command in (compare, duel):
-        command.add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
-    for command in (run, plan, online, compare, duel, scaling, study):
-        command.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    for command in (run, online, upload, compare, duel, scaling, study):
-        command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
-        command.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
-    for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
-        commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument(
-            "--json", action="store_true", help="as one JSON object"
-        )
-    decide.add_parsers(commands)
-    return parser
+    return {"upload": upload, "compare": compare, "scaling": scaling}
 
 
 def _add_parameters(command: argparse.ArgumentParser, names: Iterable[str]) -> None:
