@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, overview, page, report, scaling_charts, scaling_report, study_charts, study_report
+from . import charts, load_charts, overview, page, report, scaling_charts, scaling_report, study_charts, study_report
 from .compare import Comparison, comparison_json, comparison_markdown
 from .comparison_charts import draw_comparisons
 from .findings import Findings
@@ -76,7 +76,9 @@ def write_sweep(measured: Sequence[tuple[report.Row, str]], subject: overview.Su
     write_bytes(folder / "comparison.csv", csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode())
     write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
     if draw:
-        charts.draw_sweep([(row.cell, row.metrics) for row in overview.drawable(rows)], folder / "charts")
+        points = [(row.cell, row.metrics) for row in overview.drawable(rows)]
+        charts.draw_sweep(points, folder / "charts")
+        load_charts.draw_loads(points, folder / "charts", subject.spec.options.attainment)
     pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
     told = overview.overview(measured, subject)
     write_bytes(folder / "report.md", overview.overview_markdown(told, [f"charts/{path.name}" for path in pictures]).encode())

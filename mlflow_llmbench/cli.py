@@ -199,6 +199,8 @@ def _run(given: argparse.Namespace) -> int:
     _warn_of_versions()
     result = sweep.run(tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters)
     print(result.table())
+    for sentence in result.sentences:
+        print(f"\n{sentence}")
     _print_where(result)
     if given.json:
         print(json.dumps(_as_json(result), ensure_ascii=False))

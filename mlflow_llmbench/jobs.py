@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import estimate, machine, models, plan, reference, supervise
+from . import estimate, machine, models, plan, reference, stages
 from .errors import JournalError, UsageError
 from .journal import write_json
 from .records import Cell, Failure, Hashes, ModelFacts, Repetition, RunResult, from_json
@@ -124,8 +124,8 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         warmup_s=measured[0].warmup_s,
         steady=all(one.steady for one in measured),
         repetitions=tuple(repetitions),
-        memory=supervise.stages_of(first, number),
-        timeline=supervise.timeline_of(first, number),
+        memory=stages.stages_of(first, number),
+        timeline=stages.timeline_of(first, number),
         marks=_marks(first, number),
         peaks=machine.best_peaks(first.peaks, f"{result.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
         idle_w=first.idle_w,
@@ -146,7 +146,7 @@ def failed_result(
     if outcome is None:
         return result
     number = outcome.current if outcome.current is not None else 0
-    seen = {"memory": supervise.stages_of(outcome, number), "timeline": supervise.timeline_of(outcome, number)}
+    seen = {"memory": stages.stages_of(outcome, number), "timeline": stages.timeline_of(outcome, number)}
     return dataclasses.replace(result, load=outcome.load, log=tuple(outcome.log), **seen)  # type: ignore[arg-type]
 
 

@@ -80,6 +80,10 @@ def write_json(path: Path, data: object) -> None:
     write_bytes(path, _utf8(json.dumps(redact_all(to_json(data)), ensure_ascii=False, indent=1, allow_nan=False) + "\n"))
 
 
+SERVER_LOG = "server.log"
+"""What a server that we started has printed, in the folder of its first cell."""
+
+
 def redact_log(path: Path) -> None:
     """Mask the secrets in what libraries printed. It was written by another process, which no text can be held back from."""
     with contextlib.suppress(OSError, JournalError):

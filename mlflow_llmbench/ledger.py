@@ -97,14 +97,19 @@ class Ledger:
         """End a run, also where its upload failed: a store that answers again must not show it as running."""
         self._try(f"the end of run {run_id}", lambda store: tracking.end_run(store, run_id, outcome, ended_ms))
 
-    def finish(self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str) -> None:
-        """Fill the parent with the comparison of the cells (rows with their run ids), and end it."""
+    def add(self, run_id: str, name: str, figures: Mapping[str, float], at_ms: int) -> None:
+        """Put metrics that a run has by comparison with others beside its own."""
+        if run_id and figures:
+            self._try(name, lambda store: tracking.log_figures(store, run_id, figures, at_ms))
+
+    def finish(self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str, figures: Mapping[str, float]) -> None:
+        """Fill the parent with the comparison of the cells (rows with their run ids) and figures of the whole, and end it."""
         if self.parent_id is None:
             return
         parent = self.parent_id
 
         def publish(store: Store) -> None:
-            self.page = upload.publish_parent(store, parent, self.spec, measured, comparison, self.asked, self.warn)
+            self.page = upload.publish_parent(store, parent, self.spec, measured, comparison, self.asked, self.warn, figures)
 
         try:
             self._try("the comparison", publish)

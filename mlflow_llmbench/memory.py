@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,89 @@ def read(pid: int | str = "self") -> HostMemory | None:
         return None
     size = {name: int(text.split()[0]) * 1024 for name, text in fields.items()}
     return HostMemory(size["VmRSS"], size.get("RssAnon"), size.get("VmHWM"))
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that descend from a process and have not ended, in no order; without itself. Costs some milliseconds."""
+    parents: dict[int, int] = {}
+    ended: set[int] = set()
+    if not Path("/proc/self/stat").exists():
+        return _descendants_psutil(pid)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            parents[int(folder.name)] = int(parent)
+            ended |= {int(folder.name)} if state in "ZX" else set()
+    found, new = set[int](), {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return list(found - ended)
+
+
+def read_all(pids: Iterable[int]) -> HostMemory:
+    """Memory of several processes together, without a high-water mark. Pages that they share count in each of them."""
+    seen = [found for found in map(read, pids) if found]
+    known = [one.anonymous for one in seen if one.anonymous is not None]
+    return HostMemory(sum(one.rss for one in seen), sum(known) if len(known) == len(seen) else None)
+
+
+LEAST_MAPPING = 16 << 20
+"""Bytes of a mapped file that may hold a model's parameters."""
+
+
+def forget_references(pids: Iterable[int]) -> bool:
+    """Let the kernel note anew which pages of mapped files the processes touch (`/proc/PID/clear_refs`, proc(5)). False where it does not."""
+    done = []
+    for pid in pids:
+        try:
+            Path(f"/proc/{pid}/clear_refs").write_text("3")
+            done.append(True)
+        except OSError:
+            done.append(False)
+    return any(done)
+
+
+def referenced_bytes(pids: Iterable[int]) -> int:
+    """Bytes of mapped files that the processes have touched since `forget_references`: of a model that lies in its checkpoint, what it reads.
+
+    Files under `LEAST_MAPPING` and executable ones are left out; of a file that several processes map, the one that touched most counts.
+    Walks every page of theirs, so never in a timed region. 0 where /proc/PID/smaps does not exist.
+    """
+    touched: dict[str, int] = {}
+    for pid in pids:
+        own: dict[str, int] = {}
+        for name, fields in _mappings(pid):
+            own[name] = own.get(name, 0) + fields.get("Referenced", 0)
+        touched |= {name: max(size, touched.get(name, 0)) for name, size in own.items()}
+    return sum(touched.values())
+
+
+def _mappings(pid: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """The large mapped files of a process, with what the kernel tells of each mapping in bytes."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    name, fields = "", dict[str, int]()
+    for line in [*lines, "0-0 ---p"]:
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            if name and fields.get("Size", 0) >= LEAST_MAPPING:
+                yield name, fields
+            path, fields = " ".join(rest[4:]), {}
+            name = path if path.startswith("/") and "x" not in rest[0] and not path.startswith(("/dev/", "/memfd:", "/SYSV")) else ""
+        elif rest and rest[0].isdigit():
+            fields[first[:-1]] = int(rest[0]) * 1024
+
+
+def _descendants_psutil(pid: int) -> list[int]:
+    import psutil
+
+    try:
+        return [process.pid for process in psutil.Process(pid).children(recursive=True) if process.status() != psutil.STATUS_ZOMBIE]
+    except psutil.Error:
+        return []
 
 
 def _read_psutil(pid: int | str) -> HostMemory | None:

@@ -76,6 +76,8 @@ PREFIX_CACHES = (
 
 LATENCY = ("mean", "p50", "p90", "p95", "p99")
 
+ADDED = ("", "ci_low", "ci_high")
+
 METRICS: tuple[Metric, ...] = (
     Metric("latency", "ttft_ms", "t1 − t0: prompt ids on the host → first generated id on the host", "ms", LATENCY, "lower", "TTFT ms"),
     Metric("latency", "itl_ms", "gaps t(i) − t(i−1), i ≥ 2, pooled over repetitions and rows", "ms", LATENCY, "lower", "ITL ms"),
@@ -218,6 +220,20 @@ METRICS: tuple[Metric, ...] = (
     Metric("goodput", "requests_per_s", "requests that met every slo_…_ms, per second", "1/s", ("",), "higher", "goodput/s"),
     Metric("goodput", "attainment_ratio", "their share of all that were sent and can be judged", "0–1", ("",), "higher"),
     Metric("goodput", "requests_without_tpot", "requests too short to be judged by slo_tpot_ms", "", ("",)),
+    Metric(
+        "goodput",
+        "limit_requests_per_s",
+        "find=goodput: the highest request rate at which the asked share met every SLO; low: the highest at which that is sure, high: the lowest at which it is surely not",
+        "1/s",
+        ("", "low", "high"),
+        "higher",
+    ),
+    Metric("goodput", "knee_requests_per_s", "of several loads that with the highest power, requests per second ÷ mean end to end", "1/s", ("",)),
+    Metric("twin", "added_ttft_ms", "behind the server − without it: median TTFT of a repetition, with Welch's 95 % interval", "ms", ADDED, "lower"),
+    Metric("twin", "added_tpot_ms", "the same of the mean time per output token", "ms", ADDED, "lower", "added TPOT ms"),
+    Metric("twin", "added_e2e_ms", "the same of the median end to end", "ms", ADDED, "lower"),
+    Metric("twin", "added_host_needed_bytes", "the same of the peak of host memory, one reading each", "bytes", ("",), "lower"),
+    Metric("twin", "throughput_ratio", "output tokens per second behind the server ÷ without it", "", ("",), "higher"),
     Metric("errors", "failed_ratio", "requests that were not complete ÷ all that were sent", "0–1", ("",), "lower"),
     *(Metric("errors", word, "requests that ended so", "", ("",), "lower") for word in FAILURES),
     Metric("lengths", "prompt_tokens", "by the server's count", "", ("mean",)),

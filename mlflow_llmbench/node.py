@@ -16,7 +16,7 @@ from . import estimate, machine, reference, supervise
 from .backends.base import LOCAL_FILES, backend_class
 from .errors import JournalError, ModelError, UsageError
 from .records import Cell, ModelFacts, Options
-from .supervise import GroupOutcome, Limits, OnEvent
+from .supervise import GroupOutcome, Limits, More, OnEvent
 
 Post = Callable[[Mapping[str, Any], Mapping[str, bytes]], None]
 """Called with an event, and with what was written since the last call, by the file's path from the sweep's folder."""
@@ -36,10 +36,10 @@ class Task:
     prepare: bool = True
 
 
-def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] | None = None) -> GroupOutcome:
+def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] | None = None, more: More | None = None) -> GroupOutcome:
     """Measure the cells of one load in a fresh process. `on_event` is told `begun` when that starts, and all that the worker tells.
 
-    What fails, the fetching too, is in the outcome's `error`. `environment` is kept with the outcome.
+    What fails, the fetching too, is in the outcome's `error`. `environment` is kept with the outcome; `more` chooses further cells.
     """
     log = task.folders[0] / "worker.log"
     try:
@@ -58,7 +58,7 @@ def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] 
             quality = reference.order(task, on_event, environment, limits)
         except UsageError as error:
             quality, why = None, str(error)
-        outcome = supervise.run_worker("measure", task.cells, task.model, task.folders, log, on_event, limits, environment, quality)
+        outcome = supervise.run_worker("measure", task.cells, task.model, task.folders, log, on_event, limits, environment, quality, more)
         outcome.withheld += [why] if why else []
         return outcome
     except JournalError as error:

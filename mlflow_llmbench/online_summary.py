@@ -263,20 +263,24 @@ def _goodput(cell: Cell, repetitions: Sequence[Repetition]) -> Figures:
     limits = slos(cell)
     if not limits:
         return {}
-    rates: list[float] = []
-    good = judged = short = 0
-    for one in repetitions:
-        found = [[of(r) for _, of in limits.values()] for r in one.requests]
-        known = [[value for value in values if value is not None] for values in found]
-        able = [values for values in known if len(values) == len(limits)]
-        met = sum(all(value <= limit for value, (limit, _) in zip(values, limits.values(), strict=True)) for values in able)
-        good, judged, short = good + met, judged + len(able) + len(one.failed), short + len(found) - len(able)
-        rates += [met / span for span in [span_s(one)] if span > 0]
+    counts = [met(cell, one) for one in repetitions]
+    good, judged = sum(good for good, _ in counts), sum(judged for _, judged in counts)
+    sent = sum(len(one.requests) + len(one.failed) for one in repetitions)
     return {
-        "goodput/requests_per_s": _mean(rates),
+        "goodput/requests_per_s": _mean([good / span for one, (good, _) in zip(repetitions, counts, strict=True) if (span := span_s(one)) > 0]),
         "goodput/attainment_ratio": good / judged if judged else None,
-        "goodput/requests_without_tpot": short,
+        "goodput/requests_without_tpot": sent - judged,
     }
+
+
+def met(cell: Cell, repetition: Repetition) -> tuple[int, int]:
+    """Requests that met every limit, and those that can be judged, the failed ones among them."""
+    limits = slos(cell).values()
+    values = [[of(request) for _, of in limits] for request in repetition.requests]
+    able = [[value for value in one if value is not None] for one in values]
+    able = [one for one in able if len(one) == len(limits)]
+    good = sum(all(value <= limit for value, (limit, _) in zip(one, limits, strict=True)) for one in able)
+    return good, len(able) + len(repetition.failed)
 
 
 def _errors(repetitions: Sequence[Repetition]) -> Figures:

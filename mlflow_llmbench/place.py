@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,6 +97,7 @@ class Here(OneAtATime):
         self.options = options
         self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
         self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
+        self.ask: Callable[[Group, GroupOutcome], Job | None] | None = None  # which cell of a search is next
         self.prepared: set[Cell] = set()  # cells whose files are on this disk
 
     def room(self, device: str) -> tuple[int | None, str]:
@@ -106,9 +108,14 @@ class Here(OneAtATime):
         """Measure the group that was given."""
         group = self.take()
         task = task_of(group, self.options, prepare=not self.prepared.issuperset(job.cell for job in group))
-        outcome = node.measure_group(task, lambda event: tell(group, event))
+        more = functools.partial(self._more, group) if self.ask else None
+        outcome = node.measure_group(task, lambda event: tell(group, event), more=more)
         self.prepared |= {job.cell for job in group}
         return group, outcome
+
+    def _more(self, group: Group, outcome: GroupOutcome) -> tuple[Cell, Path] | None:
+        job = self.ask(group, outcome) if self.ask else None
+        return (job.cell, job.folder) if job else None
 
 
 def task_of(group: Group, options: Options, prepare: bool) -> node.Task:

@@ -6,16 +6,18 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
+from .launch import offline_quant
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
-from .spec import GPTQ_BITS, LENGTHS, BenchSpec, as_text, cell_fields
+from .spec import GPTQ_BITS, PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
 
 LOADED = (
-    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint",
+    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "attention", "decode", "trust_remote_code", "url", "launch",
+    "endpoint",
 )  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
-WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url")
+WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url", "launch")
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
 UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
@@ -40,7 +42,15 @@ class Group:
 def expand_cells(spec: BenchSpec) -> list[Cell]:
     """The product of all lists, in the order in which they were given."""
     names = list(spec.axes)
-    return [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
+    cells = [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
+    return list(dict.fromkeys(without_server(cell) if cell.launch and cell.backend != "openai" else cell for cell in cells))
+
+
+def without_server(cell: Cell) -> Cell:
+    """The same model, quantization and lengths without a server: its users' requests as the rows of one batch."""
+    of_servers = {f.name: f.default for f in dataclasses.fields(Cell) if "offline" not in f.metadata["scenarios"]}
+    own = {"backend": TWINS[0], "quant": offline_quant(cell.quant), "batch_size": cell.concurrency}
+    return dataclasses.replace(cell, **of_servers, **own)  # type: ignore[arg-type]
 
 
 def group_cells(cells: list[Cell]) -> list[Group]:
@@ -89,8 +99,9 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """What was asked for, as text: each parameter with its value or its comma list."""
-    names = [name for name in cell_fields(spec.scenario) if not (spec.axes["trace"][0] and name in LENGTHS)]
-    return {name: ",".join(as_text(name, value) for value in spec.axes[name]) for name in names}
+    names = cell_fields(spec.first)
+    values = {name: spec.axes[name][-1:] if name == "backend" else spec.axes[name] for name in names}  # `twin` says that there is another
+    return {name: PARAMETERS[name].metadata["separator"].join(as_text(name, value) for value in values[name]) for name in names}
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:
@@ -100,14 +111,28 @@ def option_params(spec: BenchSpec) -> dict[str, str]:
 
 def cell_name(cell: Cell, varied: list[str]) -> str:
     """A run name: what varies (`quant=int4 batch_size=4`), or for a single cell what it is (`opt-1.3b int4 b1`)."""
-    if not varied and cell.url:
-        load = f"trace {_last_part(cell.trace)}" if cell.trace else f"c{cell.concurrency}" if cell.request_rate is None else rate_text(cell)
+    if not varied and cell.scenario == "online":
+        load = f"trace {_last_part(cell.trace)}" if cell.trace else load_text(cell)
         return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
     if not varied and cell.batching:
         return _named(f"{_last_part(cell.model)} {cell.quant} {cell.batching} b{cell.batch_size} {cell.request_rate:g}/s")
     if not varied:
         return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
-    return _named(" ".join(f"{name}={_last_part(as_text(name, getattr(cell, name)))}" for name in varied))
+    known = cell_fields(cell)
+    names = [name for name in varied if name in known]
+    names += ["batch_size"] if "concurrency" in varied and cell.scenario == "offline" else []  # a cell that `twin` adds
+    return _named(" ".join(f"{name}={_shown(name, cell)}" for name in names))
+
+
+def _shown(name: str, cell: Cell) -> str:
+    """A parameter's value in a name: of a path its last part, a command whole."""
+    text = as_text(name, getattr(cell, name))
+    return redact(text) if name == "launch" else _last_part(text)
+
+
+def load_text(cell: Cell) -> str:
+    """The load on a server in a word: `c4` for four users, `5/s` for a rate."""
+    return f"c{cell.concurrency}" if cell.request_rate is None else rate_text(cell)
 
 
 def rate_text(cell: Cell) -> str:

@@ -69,6 +69,7 @@ class Progress:
             return
         self.over.add(self.number)  # also a cell that was skipped, or whose worker said nothing more
         self.number, self.name, self.limit = number, name, 0
+        self.total = max(self.total, number)  # a search adds cells
         self.places.setdefault(number, len(self.places) + 1)
         self._now("", log=name)
 

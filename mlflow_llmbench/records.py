@@ -35,12 +35,15 @@ def parameter(
     low: float = 1,
     high: float = 1e9,
     scenarios: str = "offline batching online",
+    separator: str = ",",
 ) -> Any:
     """Declare a parameter once: its default, meaning, kind (see `spec.PARSERS`), bounds, and the word that stands for None.
 
-    `scenarios` names those in which it means something, and no other run has it among its params: see `Cell.scenario`.
+    `scenarios` names those in which it means something, and no other run has it among its params: see `Cell.scenario`. `separator`
+    stands between the values of a list.
     """
-    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high, "scenarios": scenarios.split()}
+    metadata = {"help": help, "kind": kind, "sweep": sweep, "unset": unset, "low": low, "high": high}
+    metadata |= {"scenarios": scenarios.split(), "separator": separator}
     return field(default=default, metadata=metadata)
 
 
@@ -99,6 +102,10 @@ class Cell:
     trust_remote_code: bool = parameter(False, "run code that comes with a model; recorded", kind="flag")
     allow_pickle: bool = parameter(False, "read weights that are a pickle (.bin) where there are no safetensors; recorded", kind="flag")
     url: str | None = parameter(None, "server to measure, with backend=openai: http://127.0.0.1:8000", kind="url", unset="none", scenarios="online")
+    launch: str | None = parameter(
+        None, "command that starts the server, with {port} and where it needs them {model} and {quant}; several with ' ; ' between", kind="launch",
+        sweep=True, unset="none", scenarios="online", separator=" ; ",
+    )  # fmt: skip
     endpoint: str = parameter("completions", "completions or chat: /v1/completions or /v1/chat/completions", kind="endpoint", scenarios="online")
     concurrency: int = parameter(
         1, "closed loop: users who each wait for their answer before they ask again", kind="count", sweep=True, high=65536, scenarios="online"
@@ -171,7 +178,7 @@ class Cell:
     @property
     def scenario(self) -> str:
         """`online` where a server is measured, `batching` where a stream of requests is batched in process, else `offline`."""
-        return "online" if self.url else "batching" if self.batching else "offline"
+        return "online" if self.url or self.launch else "batching" if self.batching else "offline"
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,20 @@ class Options:
         unset="none",
     )
     quality_limit: int | None = parameter(None, "documents of each of these tasks at most; none = all", kind="count", unset="none")
+    twin: bool = parameter(
+        False, "launch: measure each configuration without its server too, as one batch of the transformers backend", kind="flag", scenarios="online"
+    )
+    find: str | None = parameter(
+        None, "goodput = search for the highest request rate that meets the SLOs, from request_rate or from what one user gets", kind="find",
+        unset="none", scenarios="online",
+    )  # fmt: skip
+    attainment: float = parameter(
+        0.9, "find: the share of requests that has to meet every SLO", kind="number", low=0.01, high=0.999, scenarios="online"
+    )
+    slo: str | None = parameter(
+        None, "SLOs of an MLPerf benchmark where none are given: llama2-70b, llama2-70b-interactive, llama3.1-8b or llama3.1-8b-interactive", kind="slo",
+        unset="none", scenarios="batching online",
+    )  # fmt: skip
     rerun: bool = parameter(False, "measure again what was measured before with the same configuration, environment and workload", kind="flag")
     memory_limit: int | None = parameter(
         None,

@@ -42,10 +42,9 @@ def rematch(
     `reproduce.require_same`), MeasurementError if it was interrupted.
     """
     for result in (champion, candidate):
-        if result.cell.url:
-            raise UsageError(
-                f"The server {result.cell.url} is not started from here. Measure it with `llmbench online`, and gate that run without --measure."
-            )
+        if result.cell.scenario == "online":
+            server = f"The server {result.cell.url}" if result.cell.url else "A server that a command starts"
+            raise UsageError(f"{server} is not started from here. Measure it with `llmbench online`, and gate that run without --measure.")
     sides_of = [parameters_again(result, granted) for result in (champion, candidate)]
     for result, parameters in zip((champion, candidate), sides_of, strict=True):
         require_same(result, parameters)

@@ -24,7 +24,8 @@ from .workload import MIXED
 Metrics = Mapping[str, float]
 
 TABLE_KEYS = (
-    "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
+    "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50",
+    "twin/added_tpot_ms", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
     "memory/weight_bytes", "efficiency/mbu_ratio", "efficiency/padding_waste_ratio", "quality/kl_vs_reference", "quality/top1_agreement", "quality/perplexity", "load/load_s",
     "cost/per_million_tokens",
 )  # fmt: skip
@@ -68,6 +69,11 @@ def row_of(result: RunResult) -> Row:
     if result.failure:
         return dataclasses.replace(row, message=result.failure.message, stage=result.failure.stage)
     return dataclasses.replace(row, metrics=metrics, verdict=judge(result, metrics))
+
+
+def with_figures(row: Row, figures: Metrics) -> Row:
+    """A row with metrics that it has by comparison with others."""
+    return dataclasses.replace(row, metrics={**row.metrics, **figures}) if figures else row
 
 
 def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
@@ -119,7 +125,14 @@ def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], 
     body = []
     for row in rows:
         values = [shown(key, row.metrics[key]) if key in row.metrics else "–" for key in keys]
-        body.append([*(as_text(name, getattr(row.cell, name)) for name in names), *values, "INVALID" if row.state == "invalid" else row.state])
+        known = cell_fields(row.cell)
+        body.append(
+            [
+                *(as_text(name, getattr(row.cell, name)) if name in known else "–" for name in names),
+                *values,
+                "INVALID" if row.state == "invalid" else row.state,
+            ]
+        )
     return heading, body
 
 
@@ -174,12 +187,15 @@ def _load(cell: Cell) -> str:
     """What varies most: the quantization and batch of a model here, the load on a server."""
     if cell.batching:
         return f"{cell.quant} · {cell.batching} batching, at most {cell.batch_size} rows · {cell.request_rate:g} requests/s, {cell.arrival}"
-    if not cell.url:
+    if cell.scenario == "offline":
         return f"{cell.quant} · batch {cell.batch_size}"
+    online = f"{cell.quant} · online" if cell.launch else "online"
     if cell.trace:
-        return f"online · trace {_name_of(cell.trace)}"
+        return f"{online} · trace {_name_of(cell.trace)}"
     rising = "" if cell.ramp_to is None else f" rising to {cell.ramp_to:g}"
-    return f"online · {cell.request_rate:g}{rising} requests/s, {cell.arrival}" if cell.request_rate else f"online · concurrency {cell.concurrency}"
+    return (
+        f"{online} · {cell.request_rate:g}{rising} requests/s, {cell.arrival}" if cell.request_rate else f"{online} · concurrency {cell.concurrency}"
+    )
 
 
 def _name_of(path: str) -> str:
@@ -282,7 +298,7 @@ def _repetitions_table(result: RunResult) -> str:
         seen = [noise.foreign_cpu_s, noise.steal_s, noise.involuntary_switches, noise.major_faults] if noise else [None] * 4
         first = _number(median(map(ttft_ms, repetition.requests)))
         shown = ["–" if value is None else _number(float(value)) for value in seen]
-        spoiled = "spoiled" if noise and noise.spoiled and not result.cell.url else ""  # the other may be the server
+        spoiled = "spoiled" if noise and noise.spoiled and result.cell.scenario != "online" else ""  # the other may be the server
         body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
     heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others", "CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
     return markdown_table(heading, body)
@@ -302,8 +318,8 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def command(cell: Cell) -> str:
     """The command line that measures this cell again: the parameters that are not at their default."""
-    online = bool(cell.url)
-    asked = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario) if not (online and name == "backend")}
+    online = cell.scenario == "online"
+    asked = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell) if not (online and name == "backend")}
     return command_line(asked, "online" if online else "run")
 
 
@@ -327,7 +343,7 @@ def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:
 
 def config_parameters(cell: Cell, extra: Mapping[str, object]) -> dict[str, str]:
     """Every parameter of a cell as text, in the order of the vocabulary, and `extra` ones."""
-    lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario)}
+    lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell)}
     return lines | {name: as_text(name, value) for name, value in extra.items()}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import artifacts, compare, jobs, machine, plan, registry, tracking
+from . import artifacts, compare, jobs, machine, plan, registry, report, tracking
 from .backends.base import backend_class
 from .errors import MeasurementError, NotComparable, UsageError
 from .evidence import RUN_ID, load_results
@@ -90,6 +90,10 @@ def parameters_again(result: RunResult, granted: frozenset[str] = frozenset(), u
         option = f"--{needed[0].replace('_', '-')}"
         raise UsageError(
             f"It was measured with {needed[0]}=true, which is not taken over from a run. If you trust the model {result.cell.model}, add {option}."
+        )
+    if result.cell.launch:
+        raise UsageError(
+            f"It was measured on a server that a command started, and a command is not taken over from a run. If you trust it: {report.command(result.cell)}"
         )
     if result.cell.url and not url:
         raise UsageError(

@@ -28,9 +28,9 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
     """A finished and valid result of just this cell, from the journal or from the store, as a result of this sweep; None if there is none.
 
     It was measured in an environment of `env_hashes`: those of the machines that would measure it now. Never one of a server: it
-    may have been started anew with other settings under the same address, which cannot be seen from here.
+    may have been started anew with other settings under the same address, and of one that we start we know the command and not its files.
     """
-    if job.cell.url:
+    if job.cell.scenario == "online":
         return None
     for found, source in _candidates(job, store, env_hashes):
         same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked and found.hashes.env in env_hashes

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from . import launch
+from .combinations import check_find, check_together, check_twin
 from .errors import UsageError
+from .parameters import LENGTHS as LENGTHS
+from .parameters import PARAMETERS as PARAMETERS
+from .parameters import SWEEPABLE as SWEEPABLE
+from .parameters import as_text as as_text
+from .parameters import default_text as default_text
 from .records import DRAWN, Cell, Options
 from .redaction import CONTROLS, redact
 
@@ -46,9 +53,6 @@ BUNDLED_TEXT = "bundled"
 LEAST_TEXT_TOKENS = 512
 """Tokens that a text for perplexity must have at least, so a file of fewer bytes never does."""
 
-LENGTHS = ("prompt_tokens", "output_tokens")
-"""Parameters that a trace replaces."""
-
 ENDPOINTS = ("completions", "chat")
 ARRIVALS = ("poisson", "constant", "gamma")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -66,30 +70,40 @@ GRIDS: dict[str, dict[str, str]] = {
 """Preset → the parameters that it gives. `effillm` is the grid of the paper (facts/effillm.md, Axes and Method) for any models; `quick` has
 a twentieth of its cells, and enough batch sizes and lengths for every law."""
 
-PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f in dataclasses.fields(kind)}
-"""Name → declaration, in the order of the vocabulary."""
-
-SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
-
+SLOS: dict[str, dict[str, str]] = {
+    "llama2-70b": {"slo_ttft_ms": "2000", "slo_tpot_ms": "200"},
+    "llama2-70b-interactive": {"slo_ttft_ms": "450", "slo_tpot_ms": "40"},
+    "llama3.1-8b": {"slo_ttft_ms": "2000", "slo_tpot_ms": "100"},
+    "llama3.1-8b-interactive": {"slo_ttft_ms": "500", "slo_tpot_ms": "30"},
+}
+"""Benchmark of MLPerf Inference → its limits of the server scenario (mlperf.conf), which there hold for 99 % of the requests."""
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
+    "weights", "revision", "backend", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
     "preset", "on", "force", "memory_limit", "quality", "quality_text",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
 
+TWINS = ("transformers", "openai")
+"""Backends of `twin`: the model in this process, and behind its server."""
+
+SERVERS = ("url", "launch")
+"""Parameters that say which server is measured; one of them is given."""
+
 COMMANDS = {
     "run": tuple(name for name, f in PARAMETERS.items() if "batching" in f.metadata["scenarios"]),
-    "online": ("url", *(name for name, f in PARAMETERS.items() if name not in (*LOCAL, "url") and "online" in f.metadata["scenarios"])),
+    "online": (*SERVERS, *(name for name, f in PARAMETERS.items() if name not in (*LOCAL, *SERVERS) and "online" in f.metadata["scenarios"])),
 }
 """Command, and entry point of the MLproject, → its parameters."""
 
 
-def cell_fields(scenario: str) -> list[str]:
-    """The parameters that a cell of this scenario has."""
-    online = scenario == "online"
-    known = (*COMMANDS["online"], "backend") if online else COMMANDS["run"]
+def cell_fields(cell: Cell) -> list[str]:
+    """The parameters that mean something for a cell: what a server that we did not start was started with is not known."""
+    scenario = cell.scenario
+    known = {*COMMANDS["online"], "backend"} if scenario == "online" else {*COMMANDS["run"]}
+    known -= {"url"} if cell.launch else {"launch", "quant"} if cell.url else set()
+    known -= {*LENGTHS} if cell.trace else set()
     return [f.name for f in dataclasses.fields(Cell) if f.name in known and scenario in f.metadata["scenarios"]]
 
 
@@ -103,31 +117,22 @@ class BenchSpec:
     @property
     def varied(self) -> list[str]:
         """Names of the parameters that have more than one value."""
-        return [name for name, values in self.axes.items() if len(values) > 1]
+        return [name for name, values in self.axes.items() if len(values) > 1 or (name == "request_rate" and self.options.find)]
 
     @property
     def scenario(self) -> str:
         """That of its cells, which is one: see `Cell.scenario`."""
-        return Cell(url=self.axes["url"][0], batching=self.axes["batching"][0]).scenario  # type: ignore[arg-type]
+        return self.first.scenario
+
+    @property
+    def first(self) -> Cell:
+        """The cell of the first values; what has a list of values that are alike in kind is alike for all cells."""
+        return Cell(**{name: values[0] for name, values in self.axes.items()})  # type: ignore[arg-type]
 
 
 def known_backends() -> dict[str, str]:
     """Names of all backends, ours and those that installed packages declare, with their `module:class`."""
     return BACKENDS | {entry.name: entry.value for entry in metadata.entry_points(group=BACKEND_ENTRY_POINTS) if entry.name not in BACKENDS}
-
-
-def as_text(name: str, value: object) -> str:
-    """A parameter's value as it is written on the command line and logged: `auto` or `none` for None, `true`/`false`, 0.02."""
-    if value is None:
-        return str(PARAMETERS[name].metadata["unset"])
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def default_text(name: str) -> str:
-    """The default of a parameter as text."""
-    return as_text(name, PARAMETERS[name].default)
 
 
 def parse(values: Mapping[str, object]) -> BenchSpec:
@@ -139,19 +144,27 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
         if name not in PARAMETERS:
             raise UsageError(f"Unknown parameter: {name}. {_nearest(name, PARAMETERS)}")
     values = {**values, **_from_preset(values)}
+    values |= _from_slo(values)
     axes: dict[str, tuple[object, ...]] = {}
     options: dict[str, object] = {}
+    launched = str(values.get("launch") or "none").lower() != "none"
     for name, declared in PARAMETERS.items():
         given = values.get(name)
         texts = [default_text(name)] if given is None else _texts(name, given)
         if len(texts) > 1 and not declared.metadata["sweep"]:
             raise UsageError(f"{name} takes one value: {','.join(texts)}. Lists are allowed for {', '.join(SWEEPABLE)}.")
-        parsed = tuple(dict.fromkeys(_parse_one(name, declared, text) for text in texts))
+        kind = "scheme" if name == "quant" and launched else declared.metadata["kind"]
+        parsed = tuple(dict.fromkeys(_parse_one(name, declared, text, kind) for text in texts))
         if name in Options.__dataclass_fields__:
             options[name] = parsed[0]
         else:
             axes[name] = parsed
-    _check_together(axes)
+    if options["find"]:
+        check_find(axes, bool(options["twin"]))
+    if options["twin"]:
+        check_twin(axes, QUANTIZATIONS)
+        axes["backend"] = TWINS
+    check_together(axes)
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
 
 
@@ -166,6 +179,15 @@ def _from_preset(values: Mapping[str, object]) -> dict[str, str]:
     grid = GRIDS[_parse_choice("preset", preset, GRIDS)]
     whole = all(values.get(name) is not None for name in COMMANDS["run"])
     return {name: text for name, text in grid.items() if values.get(name) is None or (whole and str(values[name]) == default_text(name))}
+
+
+def _from_slo(values: Mapping[str, object]) -> dict[str, str]:
+    """The limits of the named benchmark that are not given."""
+    name = str(values.get("slo") or "none")
+    if name.lower() == "none":
+        return {}
+    limits = SLOS[_parse_choice("slo", name, SLOS)]
+    return {limit: text for limit, text in limits.items() if str(values.get(limit) or "none").lower() == "none"}
 
 
 def read_yaml(path: str) -> dict[str, object]:
@@ -187,7 +209,7 @@ def _texts(name: str, given: object) -> list[str]:
     if isinstance(given, bool):
         return ["true" if given else "false"]
     if isinstance(given, str):
-        parts = given.split(",") if PARAMETERS[name].metadata["sweep"] else [given]
+        parts = given.split(PARAMETERS[name].metadata["separator"]) if PARAMETERS[name].metadata["sweep"] else [given]
     elif isinstance(given, Iterable):
         parts = [str(item) for item in given]
     else:
@@ -198,11 +220,11 @@ def _texts(name: str, given: object) -> list[str]:
     return parts
 
 
-def _parse_one(name: str, declared: Field[Any], text: str) -> object:
+def _parse_one(name: str, declared: Field[Any], text: str, kind: str) -> object:
     unset = declared.metadata["unset"]
     if unset and text.lower() == unset:
         return None
-    return PARSERS[declared.metadata["kind"]](name, text, declared.metadata)
+    return PARSERS[kind](name, text, declared.metadata)
 
 
 def _parse_number(name: str, text: str, bounds: Mapping[str, Any], kind: type[int] | type[float]) -> int | float:
@@ -325,6 +347,13 @@ def _parse_url(name: str, text: str) -> str:
     return _parse_text(name, text.rstrip("/").removesuffix("/v1"))
 
 
+def _parse_scheme(name: str, text: str) -> str:
+    """A quantization in the word of the server that is started with it."""
+    if not launch.SCHEME.fullmatch(text):
+        raise UsageError(f"{name} is not a word that a server could know: {text[:60]}. Give letters, digits, dots, dashes and underscores.")
+    return text
+
+
 PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "text": lambda name, text, _: _parse_text(name, text),
     "count": lambda name, text, bounds: _parse_number(name, text, bounds, int),
@@ -340,6 +369,10 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "tasks": lambda name, text, _: _parse_tasks(name, text),
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
     "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),
+    "scheme": lambda name, text, _: _parse_scheme(name, text),
+    "slo": lambda name, text, _: _parse_choice(name, text, SLOS),
+    "find": lambda name, text, _: _parse_choice(name, text, ("goodput",)),
+    "launch": lambda name, text, _: launch.check_command(_parse_text(name, text)),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
@@ -358,106 +391,3 @@ def _nearest(text: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(text.lower(), names, n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]}? " if near else ""
     return f"{meant}Known: {', '.join(names)}."
-
-
-def _check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
-    """Combinations that no value by itself shows to be wrong."""
-    if "random" in axes["weights"]:
-        texts = [w for w in axes["workload"] if w not in DRAWN]
-        if texts and "fake" not in axes["backend"]:
-            raise UsageError(
-                f"workload={texts[0]} needs a tokenizer, and weights=random has none. Use workload=synthetic with random weights, or weights=hub."
-            )
-    drawn = [w for w in axes["workload"] if w in DRAWN]
-    if None in axes["prompt_tokens"] and drawn:
-        raise UsageError(f"prompt_tokens=auto has no meaning for workload={drawn[0]}. Give a number of tokens, or a workload with texts such as qa.")
-    if axes["history"] != ("none",) and axes["prompt_tokens"] != (None,):
-        asked = next(history for history in axes["history"] if history != "none")
-        raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
-    _check_online(axes)
-    _check_batching(axes)
-
-
-def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
-    """A server is measured with a URL and its backend, and those of its parameters that do not exclude each other."""
-    url, backend = axes["url"][0], axes["backend"][0]
-    if url and backend != "openai":
-        raise UsageError(f"url is given, and backend={backend} runs the model in this process. Add backend=openai, or use `llmbench online`.")
-    if backend == "openai" and not url:
-        raise UsageError("backend=openai needs the address of a server. Give url=http://127.0.0.1:8000.")
-    given = [name for name, f in PARAMETERS.items() if name in axes and f.metadata["scenarios"] == ["online"] and axes[name] != (f.default,)]
-    if given and not url:
-        raise UsageError(f"{given[0]} has a meaning only where a server is measured. Give url=http://…, or leave it out.")
-    rates = [rate for rate in axes["request_rate"] if rate is not None]
-    if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
-        raise UsageError("request_rate makes an open loop and concurrency a closed one. Give one of them.")
-    _check_dialogues(axes)
-    _check_trace(axes)
-    top = axes["ramp_to"][0]
-    if top is not None and not all(isinstance(rate, float) and rate < float(str(top)) for rate in axes["request_rate"]):
-        raise UsageError(
-            f"ramp_to is the rate at which a ramp ends, {as_text('ramp_to', top)}, and request_rate where it begins is "
-            f"{','.join(as_text('request_rate', rate) for rate in axes['request_rate'])}. Give a lower request_rate."
-        )
-    if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
-        raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
-    if url and (axes["batch_size"] != (1,) or axes["quant"] != ("none",) or axes["weights"] != ("hub",)):
-        raise UsageError("batch_size, quant and weights are the server's own settings, which a client cannot change. Start the server with them.")
-
-
-def _check_dialogues(axes: Mapping[str, tuple[object, ...]]) -> None:
-    """A server gets the history of a conversation with each turn, as messages, from users who wait for their answers."""
-    url, histories = axes["url"][0], axes["history"]
-    own = [history for history in histories if history in ("recomputed", "kept")]
-    if url and own:
-        raise UsageError(f"history={own[0]} is of a model in this process; a server gets the history with each turn. Use history=sent.")
-    if "sent" not in histories:
-        return
-    if not url:
-        raise UsageError("history=sent is of a server. Use history=recomputed or history=kept for a model in this process.")
-    if axes["endpoint"] != ("chat",):
-        raise UsageError("history=sent sends the messages of a conversation, and endpoint=completions takes one prompt. Give endpoint=chat.")
-    if axes["request_rate"] != (None,) or axes["trace"] != (None,):
-        raise UsageError(
-            "history=sent is a closed loop: each user waits for an answer before the next turn. Give concurrency, and no request_rate or trace."
-        )
-
-
-def _check_trace(axes: Mapping[str, tuple[object, ...]]) -> None:
-    """A trace has its own times and lengths."""
-    if axes["trace"] == (None,):
-        return
-    replaced = ("request_rate", "ramp_to", "concurrency", "arrival", "burstiness", *LENGTHS)
-    given = [name for name in replaced if axes[name] != (PARAMETERS[name].default,)]
-    if given:
-        raise UsageError(f"A trace says when requests come and how long they are, and {given[0]} is given too. Leave one of them out.")
-    if "mixed" in axes["workload"]:
-        raise UsageError("A trace has its own lengths, and workload=mixed draws them. Use workload=synthetic, or a workload with texts.")
-
-
-def _check_batching(axes: Mapping[str, tuple[object, ...]]) -> None:
-    """A stream of requests in process has a rate, and a way of batching in every cell; what is of streams is of nothing else."""
-    url, batching = axes["url"][0], axes["batching"]
-    own = [name for name in ("batching", "batch_wait_ms") if axes[name] != (PARAMETERS[name].default,)]
-    if url and own:
-        raise UsageError(f"{own[0]} is a setting of a model in this process, and the server batches as it was started. Leave it out.")
-    if None in batching and len(batching) > 1:
-        raise UsageError("batching=none measures single batches and no stream of requests, so it is not comparable. Leave none out of the list.")
-    if batching != (None,):
-        if axes["history"] != ("none",):
-            raise UsageError("batching measures a stream of single requests, and history is of conversations. Leave one of them out.")
-        if None in axes["request_rate"]:
-            raise UsageError(
-                "batching needs a stream of requests. Give request_rate, requests per second; a high one is a backlog that is there at once."
-            )
-        if axes["batch_wait_ms"] != (PARAMETERS["batch_wait_ms"].default,) and "dynamic" not in batching:
-            raise UsageError("batch_wait_ms is how long batching=dynamic waits for a full batch. Add batching=dynamic, or leave it out.")
-    elif not url:
-        given = [n for n in axes if "offline" not in PARAMETERS[n].metadata["scenarios"] and axes[n] != (PARAMETERS[n].default,)]
-        if given:
-            raise UsageError(f"{given[0]} is of a stream of requests. Add batching=static,dynamic,continuous, or measure a server with url=http://….")
-        if "mixed" in axes["workload"]:
-            raise UsageError(
-                "workload=mixed is a stream of requests of varying lengths, and one batch has one exact length. Add batching=static,dynamic,continuous "
-                "and request_rate, or measure a server with `llmbench online`."
-            )

@@ -30,6 +30,8 @@ from .stats import (
 MOST_SAMPLES = 300
 """Points of a memory series that are logged; the MLflow UI draws about as many."""
 
+PER_GB = "efficiency/tokens_per_s_per_gb"
+
 CACHE_FACTOR = 4
 """MBU is absent when the weights are under this many times the last-level cache: the cache would serve part of the reads."""
 
@@ -119,12 +121,12 @@ def summarize(result: RunResult) -> dict[str, float]:
 
 def _of_scenario(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
     """What only a server's result has, only a stream's, or only one of single batches; MBU and MFU are of one batch of one length."""
-    if result.cell.url:
-        return online_figures(result)
+    if result.cell.scenario == "online":
+        return online_figures(result) | {PER_GB: _per_gb(found)}
     own = _efficiency(result, found)
     if not result.cell.batching:
         return own
-    return stream_figures(result) | {key: own[key] for key in ("efficiency/tokens_per_s_per_gb", "efficiency/joules_per_token")}
+    return stream_figures(result) | {key: own[key] for key in (PER_GB, "efficiency/joules_per_token")}
 
 
 def _settings(result: RunResult) -> Iterator[tuple[str, float | None]]:
@@ -251,14 +253,18 @@ def _throughput(result: RunResult) -> dict[str, float | None]:
 
 
 def _efficiency(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
-    rate = found.get("throughput/output_tokens_per_s")
-    peak = found.get("memory/device_bytes_peak") or found.get("memory/host_needed_bytes_peak")
     return {
-        "efficiency/tokens_per_s_per_gb": rate / (peak / 1e9) if rate and peak else None,
+        PER_GB: _per_gb(found),
         "efficiency/mbu_ratio": model_bandwidth_utilization(result),
         "efficiency/mfu_ratio": model_flops_utilization(result),
         "efficiency/joules_per_token": joules_per_token(result),
     }
+
+
+def _per_gb(found: Mapping[str, float | None]) -> float | None:
+    rate = found.get("throughput/output_tokens_per_s")
+    peak = found.get("memory/device_bytes_peak") or found.get("memory/host_needed_bytes_peak")
+    return rate / (peak / 1e9) if rate and peak else None
 
 
 def mean_context(result: RunResult) -> float:

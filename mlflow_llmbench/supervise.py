@@ -18,23 +18,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from . import machine, memory
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
-from .journal import EventLog, redact_log
+from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
 from .measure import Measured
-from .records import Cell, Divergence, LoadInfo, MemorySample, MemoryStages, ModelFacts, TaskScore, TextScores, from_json, to_json
-from .redaction import worker_environment
+from .memory import HostMemory
+from .records import Cell, Divergence, LoadInfo, MemorySample, ModelFacts, TaskScore, TextScores, from_json, to_json
+from .redaction import redact, worker_environment
+from .server_process import bounded, log_end, wait_for_end
 
 SAMPLE_S = 0.05
 """Time between two memory samples."""
 
-MOST_SAMPLES = 2000
-"""Memory samples that a result keeps; a night at twenty a second would make it unreadable."""
+LOOK_S = 2.0
+"""Time between two searches for the processes of a server while it is measured."""
 
 OnEvent = Callable[[Mapping[str, Any]], None]
+
+More = Callable[["GroupOutcome"], tuple[Cell, Path] | None]
+"""Which cell is measured next, and its folder, by what was measured; None for none."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class GroupOutcome:
                 pass  # scoring leaves allocations behind (0.5 GB with LLM.int8): what is held then is not what loading left
             case "stage":
                 self.stages[event["stage"]] = dict(event)
+            case "launched":  # the server's own beginning, not that of the client
+                self.stages["baseline"] = dict(event)
             case "peaks":
                 self.peaks, self.idle_w = event["peaks"], event["idle_w"]
             case "load" | "described":
@@ -138,25 +144,27 @@ def run_worker(
     limits: Limits | None = None,
     environment: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
+    more: More | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
     What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again; `environment` is kept with it.
     An interruption ends the worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
-    `quality` says what is evaluated after the last cell (see `reference.order`).
+    `quality` says what is evaluated after the last cell (see `reference.order`). With `more` the worker goes on with the cells that it
+    chooses by what was measured; they have the numbers after those of `cells`.
     """
     outcome = GroupOutcome(environment=environment)
     threads = cells[0].threads or machine.physical_cores()
     job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
-    job["quality"] = quality
+    job |= {"quality": quality, "searches": more is not None}
     failure: LlmbenchError | None = None
-    variables = _environment(threads, downloads=task == "prepare" and cells[0].weights != "random")
+    variables = _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0])
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables
         )
-    watch = _Watch(process, outcome, limits or Limits(), on_event, watches_memory=cells[0].url is None)
+    watch = _Watch(process, outcome, limits or Limits(), on_event, watches_memory=cells[0].scenario != "online", more=more)
     try:
         assert process.stdin
         process.stdin.write((json.dumps(job) + "\n").encode())
@@ -175,12 +183,28 @@ def run_worker(
         watch.drain()
     finally:
         _end(process)
+        if watch.keeper:  # the server has our life for its own, and a moment more to end in order
+            wait_for_end(watch.keeper)
         redact_log(log_file)
+        if isinstance(failure, WorkerTimeout) and watch.keeper and outcome.load is None:
+            failure = WorkerTimeout(f"{failure} {log_end(folders[0] / SERVER_LOG)}")
+        _keep_server_log([*folders, *watch.added])
     if failure:
         outcome.fail(failure)
     elif not outcome.ended and not outcome.interrupted and outcome.error is None:
         outcome.fail(_sudden_end(process.returncode, outcome.stage, log_file))
     return outcome
+
+
+def _keep_server_log(folders: Sequence[Path]) -> None:
+    """Put the beginning and the end of a server's log among the artifacts of each cell that it served, without the secrets in it."""
+    raw = folders[0] / SERVER_LOG
+    with contextlib.suppress(OSError, JournalError):
+        if raw.exists():
+            text = bounded(raw.read_bytes()).decode(errors="replace")
+            for folder in folders:
+                write_bytes(folder / "artifacts" / SERVER_LOG, redact(text).encode())
+            raw.unlink()
 
 
 def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], GroupOutcome]]:
@@ -193,6 +217,8 @@ def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], Gro
                 if folders:
                     yield folders, outcome
                 folders, outcome = event["folders"], GroupOutcome(environment=event.get("environment"))
+            case "more":
+                folders.append(event["folder"])
             case "samples":
                 outcome.samples += [MemorySample(*sample) for sample in event["samples"]]
             case _:
@@ -201,13 +227,20 @@ def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], Gro
         yield folders, outcome
 
 
-def _environment(threads: int, downloads: bool) -> dict[str, str]:
-    """The worker's environment: no secret but what a download needs, as many threads as asked, this package importable, nothing that talks."""
+def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
+    """The worker's environment: no secret but what a download or a server needs, as many threads as asked, this package importable, nothing that talks.
+
+    A server that it is to launch inherits it, may download, and has as many threads as it takes by itself.
+    """
     package_parent = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if cell.launch:
+        return {**worker_environment(os.environ, downloads=True), "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": path}
+    key = {name: value for name, value in os.environ.items() if cell.url and name == "OPENAI_API_KEY"}
     return {
         **worker_environment(os.environ, downloads),
+        **key,
         **quiet,
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": str(threads),
@@ -225,6 +258,11 @@ class _Watch:
     on_event: OnEvent | None
     watches_memory: bool = True  # that of a client is not its model's
     told: EventLog | None = None
+    more: More | None = None
+    added: list[Path] = field(default_factory=list)  # folders of the cells that it has chosen
+    keeper: int | None = None  # the process from which those of a server that we started descend
+    pids: list[int] = field(default_factory=list)  # the server's, as they were last looked for
+    looked: float = 0.0
     unread: bytes = b""  # what has come of a line that has not ended
     lines: deque[bytes] = field(default_factory=deque)  # not taken yet
     doing: tuple[str, str, float | None] = ("", "", None)  # what the worker does, the limit's name, the limit in s
@@ -243,7 +281,7 @@ class _Watch:
             while True:
                 ready = selector.select(max(0.0, due - time.monotonic()))
                 if time.monotonic() >= due:
-                    if self.watches_memory:
+                    if self.watches_memory or self.keeper:
                         self._sample()
                     self._check_time()
                     due = time.monotonic() + SAMPLE_S
@@ -272,6 +310,10 @@ class _Watch:
     def _next(self) -> dict[str, Any]:
         """The next event, added to the outcome before its line is given up: an interruption can come between any two steps."""
         event: dict[str, Any] = json.loads(self.lines[0])
+        if event["event"] == "launched":
+            self.keeper = event["keeper"]
+        if self.keeper and event["event"] == "stage":
+            event["host"] = dataclasses.asdict(self._server_memory(anew=True))
         self.outcome.take(event)
         self.lines.popleft()
         return event
@@ -289,10 +331,23 @@ class _Watch:
             case "measured":
                 self.cell_since = None
                 self._begins("ending the cell", "load_timeout_s", self.limits.load_s)
+            case "asks":
+                self._answer()
             case "evaluating" | "scoring" | "scored" | "compared" | "tasked":
                 self._begins("scoring one text", "repetition_timeout_s", self.limits.repetition_s)
         if self.on_event:
             self.on_event(event)
+
+    def _answer(self) -> None:
+        """Tell the worker which cell is next."""
+        found = self.more(self.outcome) if self.more else None
+        self.added += [found[1]] if found else []
+        if found and self.told:
+            self.told.append("more", folder=found[1].name)
+        line = json.dumps(to_json({"cell": found[0], "folder": str(found[1])} if found else None))
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n".encode())
+        self.process.stdin.flush()
 
     def _keep(self, event: dict[str, Any]) -> None:
         samples = [dataclasses.astuple(sample) for sample in self.outcome.samples[self.written :]]
@@ -319,7 +374,7 @@ class _Watch:
                 )
 
     def _sample(self) -> None:
-        seen = memory.read(self.process.pid)
+        seen = self._server_memory() if self.keeper else memory.read(self.process.pid)
         if seen is None:
             return
         anonymous = seen.anonymous if seen.anonymous is not None else seen.rss
@@ -328,9 +383,17 @@ class _Watch:
         limit = self.limits.memory_bytes
         if limit is not None and needed > limit:
             raise OutOfMemory(
-                f"The worker needed {needed / 1e9:.3f} GB at stage {self.outcome.stage} and was ended there, since {self.limits.memory_limit} is "
+                f"The {'server' if self.keeper else 'worker'} needed {needed / 1e9:.3f} GB at stage {self.outcome.stage} and was ended there, since {self.limits.memory_limit} is "
                 f"{limit / 1e9:.3f} GB. Try a smaller batch_size or quantization."
             )
+
+    def _server_memory(self, anew: bool = False) -> HostMemory:
+        """Memory of a server's processes, which are looked for `anew` at a stage, else now and then: that takes milliseconds."""
+        assert self.keeper
+        now = time.monotonic()
+        if anew or now - self.looked > LOOK_S:
+            self.pids, self.looked = memory.descendants(self.keeper), now
+        return memory.read_all(self.pids)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -361,78 +424,3 @@ def _sudden_end(code: int, stage: str, log_file: Path) -> LlmbenchError:
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     tail = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing was printed"]
     return WorkerCrashed(f"The worker ended with {how} at stage {stage}: {tail[0][:200]}. The whole log is {log_file}.")
-
-
-def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
-    """The five memory stages of one cell of a group; a stage that was not reached, or cannot be read here, is absent."""
-    mapped = outcome.load.mapped_weight_bytes if outcome.load else 0
-    rss: dict[str, int] = {}
-    needed: dict[str, int] = {}
-    device: dict[str, int] = {}
-    reserved_peak = None
-    for stage in ("baseline", "loaded", "unloaded"):
-        event = outcome.stages.get(stage)
-        if event and event.get("host"):
-            rss[stage] = event["host"]["rss"]
-            if event["host"]["anonymous"] is not None:
-                needed[stage] = event["host"]["anonymous"] + (mapped if stage == "loaded" else 0)
-        if event and event.get("device"):
-            device[stage] = _device_bytes(event["device"], peak=False)
-    cell = outcome.cells.get(number, {})
-    peak = cell.get("peak")
-    if peak is None and outcome.samples and outcome.error:  # as far as it came, seen from outside twenty times a second
-        window = [s for s in outcome.samples if not cell or cell["cell"]["t_ns"] <= s.t_ns]
-        rss["peak"] = max((s.rss for s in window), default=outcome.samples[-1].rss)
-        needed["peak"] = max((s.anonymous for s in window), default=outcome.samples[-1].anonymous) + mapped
-    if peak and peak.get("host"):
-        own = peak["host"]
-        window = [s for s in outcome.samples if cell["cell"]["t_ns"] <= s.t_ns <= peak["t_ns"]]
-        rss["peak"] = max([own["peak_rss"] or own["rss"], *(s.rss for s in window)])
-        steady = _steady_samples(window, outcome.measured.get(number))
-        rss["steady"] = int(median([s.rss for s in steady])) if steady else own["rss"]
-        if own["anonymous"] is not None:
-            # Resident peak (exact) less the file pages at the end, for a spike between two samples.
-            spike = rss["peak"] - (own["rss"] - own["anonymous"])
-            needed["peak"] = max([own["anonymous"], spike, *(s.anonymous for s in window)]) + mapped
-            needed["steady"] = (int(median([s.anonymous for s in steady])) if steady else own["anonymous"]) + mapped
-    if peak and peak.get("device"):
-        device["peak"] = _device_bytes(peak["device"], peak=True)
-        device["steady"] = _device_bytes(peak["device"], peak=False)
-        reserved_peak = peak["device"]["peak_reserved"]
-    return MemoryStages(rss, needed, device, reserved_peak)
-
-
-def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
-    """Memory samples up to the end of the load and during one cell and after it, thinned to `MOST_SAMPLES`; peaks stay."""
-    cell, loaded = outcome.cells.get(number, {}), outcome.stages.get("loaded")
-    if "peak" in cell and loaded:
-        measured = [s for s in outcome.samples if outcome.evaluated_ns is None or s.t_ns < outcome.evaluated_ns]
-        unloading = outcome.samples[-1].t_ns - 1_000_000_000 if outcome.samples else 0
-        kept = [s for s in measured if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading]
-    elif cell and loaded:  # it failed: what cells before it needed is not its own
-        kept = [s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or s.t_ns >= cell["cell"]["t_ns"]]
-    else:
-        kept = outcome.samples
-    stride = -(-len(kept) // MOST_SAMPLES) or 1
-    return tuple(max(kept[i : i + stride], key=lambda s: s.rss) for i in range(0, len(kept), stride))
-
-
-def _device_bytes(seen: Mapping[str, Any], peak: bool) -> int:
-    """What the driver attributes to the process (context and libraries included), else what the allocator holds.
-
-    The driver keeps no peak: it is what lies outside the allocator now, plus the most that the allocator held.
-    """
-    reserved: int = seen["peak_reserved"] if peak else seen["reserved"]
-    if seen["driver"] is None:
-        return reserved
-    outside: int = max(seen["driver"] - seen["reserved"], 0)
-    return outside + reserved
-
-
-def _steady_samples(window: Sequence[MemorySample], measured: Measured | None) -> list[MemorySample]:
-    """Samples in the second half of the last repetition."""
-    if measured is None or not measured.repetitions:
-        return []
-    last = measured.repetitions[-1].requests
-    start, end = min(r.t0_ns for r in last), max(r.stamps_ns[-1] for r in last)
-    return [s for s in window if (start + end) // 2 <= s.t_ns <= end]

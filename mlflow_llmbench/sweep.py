@@ -14,20 +14,23 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
-from . import artifacts, charts, estimate, jobs, overview, plan, reference, report, resume, tracking
+from . import artifacts, charts, estimate, goodput, jobs, overview, plan, reference, report, resume, tracking
 from .backends.base import backend_class
 from .errors import MissingError, NodeLost, UsageError
 from .jobs import Job
-from .journal import claim, new_sweep, write_json
+from .journal import claim, new_sweep, read_result, write_json
 from .ledger import Ledger
 from .place import Group, Here, Place
 from .records import Cell, Failure, ModelFacts, RunResult
 from .redaction import redact_all
+from .relations import Relations, relate
 from .report import Row
 from .spec import BenchSpec, parse
 from .supervise import GroupOutcome
+from .watcher import Silent
+from .watcher import Watcher as Watcher
 from .workload import load_prompts, require_conversations
 
 MOST_CELLS = 5000
@@ -37,44 +40,6 @@ MOST_LOSSES = 3
 
 MIXED = "Its processes ran on nodes that are not alike, which makes no result. Run it again, or on nodes that are alike."
 UNREACHED = "The command ended before this cell was measured."
-
-
-class Watcher(Protocol):
-    """Who is told how a sweep goes on; `progress.Progress` is one."""
-
-    def start(self, total_cells: int) -> None:
-        """The plan stands."""
-
-    def cell(self, number: int, name: str) -> None:
-        """Cell `number` of the plan is next; also for a cell that ends without a worker."""
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        """A worker's event."""
-
-    def note(self, text: str) -> None:
-        """A line for the person who waits."""
-
-    def finish(self) -> None:
-        """Nothing more comes."""
-
-
-class Silent:
-    """A watcher that tells nobody."""
-
-    def start(self, total_cells: int) -> None:
-        """Say nothing."""
-
-    def cell(self, number: int, name: str) -> None:
-        """Say nothing."""
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Say nothing."""
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
-
-    def finish(self) -> None:
-        """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +57,7 @@ class SweepResult:
     ui: str
     page: str
     not_uploaded: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()  # what the cells say together
 
     @property
     def exit_code(self) -> int:
@@ -116,6 +82,7 @@ class _Sweep:
     watcher: Watcher
     told: set[str] = field(default_factory=set)  # why figures of quality are withheld
     failed: list[tuple[Cell, str, bool]] = field(default_factory=list)  # cell, outcome, whether its load failed
+    related: Relations = field(default_factory=Relations)
 
 
 def run(*, tracking_uri: str | None = None, experiment: str | None = None, watcher: Watcher | None = None, **parameters: object) -> SweepResult:
@@ -131,12 +98,14 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
     jobs.refuse_twins(cells, model_of)
     names = [plan.cell_name(cell, spec.varied) for cell in cells]
     asked = {k: str(v) for k, v in parameters.items() if isinstance(v, str)}
-    parent_name = plan.sweep_name(spec) if len(cells) > 1 else None
+    parent_name = plan.sweep_name(spec) if len(cells) > 1 or spec.options.find else None
     watcher = watcher or Silent()
     with contextlib.closing(_open_place(spec, watcher)) as place:
         sweep = _prepare(spec, cells, names, model_of, asked, (tracking_uri, experiment), parent_name, watcher, place)
         by_cell = {job.cell: job for job in sweep.jobs}
         sweep.groups = [[by_cell[cell] for cell in group] for group in groups]
+        if spec.options.find and isinstance(place, Here):
+            place.ask = lambda group, outcome: _search(sweep, group, outcome)
         return _drive(sweep)
 
 
@@ -287,6 +256,7 @@ def _summary(sweep: _Sweep, outcome: str) -> SweepResult:
         tracking.ui_command(ledger.address),
         page,
         (*ledger.unwritten, *ledger.missed),
+        sweep.related.sentences,
     )
 
 
@@ -298,7 +268,7 @@ def _measure(sweep: _Sweep) -> None:
     for job in sweep.jobs:
         if job.refused:
             _fail(sweep, job, "refused", Failure("planning", job.refused))
-        elif not sweep.spec.options.rerun:
+        elif not (sweep.spec.options.rerun or sweep.spec.options.twin):  # a pair is measured on one day
             _link(sweep, job)
     for number in range(max(job.cell.processes for job in sweep.jobs)):
         _run_round(sweep, sweep.groups[:: -1 if number % 2 else 1])
@@ -353,6 +323,28 @@ def _tell(sweep: _Sweep, group: Group, event: Mapping[str, Any]) -> None:
     elif event["event"] == "measured":
         sweep.watcher.cell(number, job.name)
         sweep.watcher.event(event)
+
+
+def _search(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> Job | None:
+    """The next cell of a search by what a worker has measured, as a job that joins its group; None when the search has ended."""
+    here = [dataclasses.replace(job, attempts=[(outcome, own)]) for own, job in enumerate(group) if own in outcome.measured]
+    results = [jobs.measured_result(job, sweep.spec, sweep.place.environment) for job in here]
+    cell = goodput.next_cell(results, sweep.spec.options.attainment)
+    if cell is None:
+        return None
+    rates = tuple(dict.fromkeys([*sweep.spec.axes["request_rate"], cell.request_rate]))
+    sweep.spec = sweep.ledger.spec = dataclasses.replace(sweep.spec, axes={**sweep.spec.axes, "request_rate": rates})
+    name, prompts = plan.cell_name(cell, sweep.spec.varied), {cell.workload: load_prompts(cell.workload)}
+    [job] = jobs.make_jobs(
+        sweep.spec, [cell], [name], {cell: group[0].model}, prompts, sweep.place.environment, sweep.place.room, sweep.folder
+    )  # fmt: skip
+    job.started_ms = int(time.time() * 1000)
+    sweep.jobs.append(job)
+    cast(list[Job], group).append(job)
+    _write_plan(sweep)
+    jobs.write_job(job)
+    sweep.ledger.begin(job)
+    return job
 
 
 def _count(group: Group, outcome: GroupOutcome) -> None:
@@ -444,6 +436,22 @@ def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None
     sweep.ledger.upload(job, result)
 
 
+def _relate(sweep: _Sweep) -> None:
+    """What the cells say together, where they were asked for it: metrics beside their own, and a file of what a search found."""
+    options = sweep.spec.options
+    if not (options.twin or options.find):
+        return
+    with sweep.ledger.noted("what the cells say together"):
+        whole = [job for job in sweep.jobs if job.row and job.row.outcome == "ok"]
+        results = [read_result(job.folder / "artifacts") for job in whole]
+        sweep.related = relate(results, [job.name for job in whole], options)
+        for job, result, figures in zip(whole, results, sweep.related.added, strict=True):
+            job.row = report.with_figures(job.row, figures) if job.row else None
+            sweep.ledger.add(job.run_id, f"what the server adds to {job.name}", figures, result.ended_ms)
+        if options.find:
+            write_json(sweep.folder / "comparison" / "goodput.json", sweep.related.as_json())
+
+
 def _finish(sweep: _Sweep, outcome: str) -> None:
     """End what is still open, the quick things first: after an interruption there are seconds left, and charts can be drawn later."""
     ledger, draw = sweep.ledger, outcome != "interrupted"
@@ -463,13 +471,14 @@ def _finish(sweep: _Sweep, outcome: str) -> None:
             _fail(sweep, job, word, failure, draw=draw)
         else:
             job.row = Row(job.cell, word, message=failure.message)
+    _relate(sweep)
     measured = [(job.row, job.run_id) for job in sweep.jobs if job.row]
     if ledger.parent_name is not None:
         with ledger.noted("the comparison"):
             place = tracking.ui_command(ledger.address), ledger.store.experiment_id if ledger.store else ""
             subject = overview.Subject(sweep.spec, ledger.parent_name, sweep.folder.name, *place)
             artifacts.write_sweep(measured, subject, sweep.folder / "comparison", draw)
-        ledger.finish(measured, sweep.folder / "comparison", outcome)
+        ledger.finish(measured, sweep.folder / "comparison", outcome, sweep.related.figures)
     with ledger.noted("how the command ended"):
         write_json(sweep.folder / "ended.json", {"outcome": outcome})
     if outcome != "interrupted":

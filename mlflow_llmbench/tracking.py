@@ -30,7 +30,7 @@ from .metrics import COLOURS, OUTCOMES
 from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
 from .redaction import CONTROLS, redact, redact_all
 from .report import summary_markdown
-from .spec import LENGTHS, WORKLOADS, as_text, cell_fields
+from .spec import WORKLOADS, as_text, cell_fields
 from .summary import Point, gpu_of, series, summarize
 from .validity import judge
 
@@ -263,7 +263,7 @@ def _unquoted(text: str) -> str:
 
 def cell_params(cell: Cell) -> dict[str, str]:
     """The params of a cell as text."""
-    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell.scenario) if not (cell.trace and name in LENGTHS)}
+    return {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell)}
 
 
 def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
@@ -348,6 +348,11 @@ def log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
         store.client.log_batch(run_id, metrics=values[start : start + 1000])
 
 
+def log_figures(store: Store, run_id: str, figures: Mapping[str, float], at_ms: int) -> None:
+    """Log summary metrics that a run has by others: what compares it with them. A second time changes nothing."""
+    log_metrics(store, run_id, [Point(key, 0, value, at_ms) for key, value in figures.items()])
+
+
 def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
     """The prompts as the run's dataset, whose digest is `workload_hash`: `dataset.digest = '…'` finds all runs that were sent the same.
 
@@ -364,9 +369,10 @@ def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
     store.client.log_inputs(run_id, [DatasetInput(prompts, [InputTag("mlflow.data.context", "benchmark")])])
 
 
-def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path) -> None:
-    """The parent of a sweep: what was asked, and the comparison as description and artifacts."""
+def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path, figures: Sequence[Point] = ()) -> None:
+    """The parent of a sweep: what was asked, the comparison as description and artifacts, and figures of the whole."""
     log_params(store, run_id, params)
+    log_metrics(store, run_id, figures)
     _log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
     if artifacts.is_dir():
         store.client.log_artifacts(run_id, str(artifacts))

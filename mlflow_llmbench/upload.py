@@ -10,12 +10,15 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from . import artifacts, charts, jobs, journal, overview, plan, report, supervise, tracking, view
 from .errors import JournalError
 from .records import Failure, RunResult
+from .relations import relate
 from .spec import BenchSpec, parse
+from .summary import Point
 
 KILLED = "The command was killed before this cell was measured."
 
@@ -83,19 +86,23 @@ def complete(root: Path, store: tracking.Store) -> Uploaded:
         done.parent_id = done.count(parent) or tracking.begin_run(store, known["parent"], {"sweep": root.name}, None, begun)
     by_cell = {run.data.tags.get("llmbench.cell"): run for run in runs}
     measured: list[tuple[report.Row, str]] = []
+    related = relate([result for _, result in results], [job.name for job, _ in results], spec.options)
+    added = {job.folder.name: found for (job, _), found in zip(results, related.added, strict=True)}
     for job, result in results:
         run = by_cell.get(job.folder.name)
         run_id = done.count(run) or tracking.begin_run(store, job.name, jobs.identity(job), done.parent_id, result.started_ms)
         done.run_ids[job.folder.name] = run_id
-        measured.append((report.row_of(result), run_id))
+        measured.append((report.with_figures(report.row_of(result), added[job.folder.name]), run_id))
         if not done.is_whole(run):
             tracking.upload_cell(store, run_id, result, job.folder / "artifacts", {})
+            tracking.log_figures(store, run_id, added[job.folder.name], result.ended_ms)
             tracking.end_run(store, run_id, result.outcome, result.ended_ms)
     if done.parent_id and not done.is_whole(parent):
         if measured:
             with tempfile.TemporaryDirectory() as scratch:
                 write_comparison(root, Path(scratch), store, spec, known["parent"], measured)
-                done.page = publish_parent(store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None)
+                _copy(root / "comparison" / "goodput.json", Path(scratch))
+                done.page = publish_parent(store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None, related.figures)
         tracking.end_run(store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended)
     return done
 
@@ -109,6 +116,11 @@ def write_comparison(root: Path, folder: Path, store: tracking.Store, spec: Benc
     artifacts.write_sweep(measured, subject, folder, draw=not drawn.is_dir())
 
 
+def _copy(file: Path, folder: Path) -> None:
+    if file.exists():
+        shutil.copy(file, folder)
+
+
 def publish_parent(
     store: tracking.Store,
     parent_id: str,
@@ -117,6 +129,7 @@ def publish_parent(
     comparison: Path,
     asked: Mapping[str, str],
     warn: Callable[[str], None],
+    figures: Mapping[str, float] = MappingProxyType({}),
 ) -> str | None:
     """The parent of a sweep: the view of its cells (rows with their run ids), its description, params and comparison.
 
@@ -125,7 +138,9 @@ def publish_parent(
     rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
     link = view.publish(store, parent_id, plan.sweep_name(spec), spec.varied, rows, ids, warn)
     note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + overview.description(rows, spec.varied)
-    tracking.upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison)
+    at_ms = max((row.ended_ms or 0 for row in rows), default=0)  # the same each time
+    points = [Point(key, 0, value, at_ms) for key, value in figures.items()]
+    tracking.upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison, points)
     return link
 
 

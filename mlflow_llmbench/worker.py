@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from typing import Any, cast
 from . import machine, memory
 from .backends.base import Backend, ServerBackend, backend_class
 from .errors import LlmbenchError, MeasurementError, first_line
-from .journal import EventLog
+from .journal import SERVER_LOG, EventLog
 from .measure import compare_replies, measure_cell, time_texts
 from .measure_server import measure_server
 from .measure_stream import measure_stream
@@ -100,13 +101,13 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
     memory.reset_peak()
     _stage("baseline", backend, tell)
     tell("stage", stage="loading")
-    info = backend.load()
+    info = _launch(cast(ServerBackend, backend), Path(job["folders"][0]), tell) if cells[0].launch else backend.load()
     gc.collect()
     tell("load", info=info)
     _stage("loaded", backend, tell)
     try:
-        for number, (cell, folder) in enumerate(zip(cells, job["folders"], strict=True)):
-            _measure_one(backend, cell, number, Path(folder), info, facts.context, tell)
+        for number, (cell, folder) in enumerate(_cells(cells, job, tell)):
+            _measure_one(backend, cell, number, folder, info, facts.context, tell)
         if job.get("quality"):
             _evaluate(backend, job["quality"], facts.context, tell)
     finally:
@@ -114,6 +115,27 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
         gc.collect()
         memory.trim()  # the C allocator's cache is emptied like the device's; what remains is really held
         _stage("unloaded", backend, tell)
+
+
+def _cells(cells: Sequence[Cell], job: Mapping[str, Any], tell: Any) -> Iterator[tuple[Cell, Path]]:
+    """The cells of a job with their folders; then, where it is a search, those that the parent chooses by what was measured."""
+    yield from zip(cells, map(Path, job["folders"]), strict=True)
+    while job["searches"]:
+        tell("asks")
+        found = json.loads(sys.stdin.readline() or "null")
+        if found is None:
+            return
+        yield from_json(Cell, found["cell"]), Path(found["folder"])
+
+
+def _launch(backend: ServerBackend, folder: Path, tell: Any) -> LoadInfo:
+    """Start the server of a group's cells, and find out what it is; it ends with us, and at once if it is not what was asked for."""
+    try:
+        backend.launch(folder / SERVER_LOG, lambda keeper, beginning: tell("launched", keeper=keeper, host=beginning))
+        return backend.load()
+    except LlmbenchError:
+        backend.close()
+        raise
 
 
 def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, tell: Any) -> None:

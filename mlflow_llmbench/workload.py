@@ -141,7 +141,7 @@ class PromptSet:
         """`workload_hash`: what is sent and how much is asked for; the batch size and the model's settings are not part of it."""
         texts = [list(turns) for turns in self.conversations] if cell.history != "none" else list(self.texts)
         prompts: object = texts or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
-        if cell.url and not self.texts:
+        if cell.scenario == "online" and not self.texts:
             prompts = {"generator": "common-words-1", "seed": cell.seed}
         if cell.workload == "mixed":
             prompts = {"prompts": prompts, "lengths": "log-normal-1", "spread": SPREAD, "clip": CLIP, "seed": cell.seed}

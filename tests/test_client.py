@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import itertools
+import math
 import resource
 import ssl
 import subprocess
@@ -81,6 +82,27 @@ def test_stamps_are_the_servers_own(server: str, endpoint: str) -> None:
     assert median(lags) < 2e6
     # The gap's error has no bias: half of it is what one stamp is late, half what the other was.
     assert abs(median(errors)) < 50e3
+
+
+def test_the_golden_accuracy_at_sixty_four_streams(server: str) -> None:
+    """Each TTFT beside the server's own, from its receipt to its first write: the median within 2 ms, and every count exact.
+
+    Client and server share this machine's cores, so the best of three loads counts: others can only make it worse.
+    """
+    best = math.inf
+    for _ in range(3):
+        records, _ = send(server, "ttft_ms=50+itl_ms=20", Load(requests=64, concurrency=64), output_tokens=20)
+        log = read_log(server)
+        assert [r.outcome for r in records] == ["complete"] * 64
+        assert [(r.tokens, len(r.stamps_ns), r.prompt_tokens) for r in records] == [(20, 20, 16)] * 64
+        own = [record.stamps_ns[0] - record.t0_ns for record in records]
+        its = [log[str(number)]["tokens_ns"][0] - log[str(number)]["received_ns"] for number in range(64)]
+        errors = [a - b for a, b in zip(own, its, strict=True)]
+        assert min(errors) > 0
+        best = min(best, median(errors))
+        if best < 2e6:
+            break
+    assert best < 2e6
 
 
 def test_one_stream_alone_is_stamped_within_fifty_microseconds_of_its_gaps(server: str) -> None:

@@ -13,17 +13,19 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
-    "intent": ("spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
-    "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "estimate", "backends"),
-    "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "worker", "reference", "node"),
+    "intent": ("parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
+    "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "estimate", "backends"),
+    "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
     "think": (
         "stats",
         "quality",
         "latency",
         "online_summary",
         "summary",
+        "twin",
         "online_validity",
         "validity",
+        "goodput",
         "compare",
         "recommend",
         "deployment",
@@ -44,6 +46,7 @@ LAYERS = {
         "report",
         "charts",
         "comparison_charts",
+        "load_charts",
         "overview",
         "page",
         "scaling_report",
@@ -61,6 +64,8 @@ LAYERS = {
     "drive": (
         "doctor",
         "progress",
+        "relations",
+        "watcher",
         "jobs",
         "upload",
         "resume",
@@ -103,7 +108,7 @@ HOMES = {
     "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts", "comparison_charts", "pareto", "scaling_charts", "study_charts", "tradeoff_charts"),
+    "matplotlib": ("charts", "comparison_charts", "load_charts", "pareto", "scaling_charts", "study_charts", "tradeoff_charts"),
     "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
     "ray": ("cluster",),
 }

@@ -20,7 +20,7 @@ from mlflow_llmbench.summary import series, summarize
 from mlflow_llmbench.sweep import run
 from mlflow_llmbench.validity import judge
 
-from .null_server import null_server
+from .null_server import null_server, read_log
 
 MS = 1_000_000
 CELL = Cell(backend="openai", url="http://h", model="m", output_tokens=4, prompt_tokens=10, concurrency=2)
@@ -266,6 +266,14 @@ def test_a_sweep_over_users_is_runs_in_mlflow(server: str, store_uri: str, tmp_p
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 20
     assert not [path for path in written if secret.encode() in path.read_bytes()]
+
+
+def test_the_key_of_openais_own_client_is_sent(server: str, store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_log(server)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-1234567890")
+    settings: dict[str, Any] = {"backend": "openai", "url": server, "model": MODEL, "repetitions": 5, "warmup": 1, "output_tokens": 4, "requests": 12}
+    assert run(tracking_uri=store_uri, **settings).exit_code == 0
+    assert {entry["key"] for entry in read_log(server).values()} == {"Bearer sk-canary-1234567890"}
 
 
 def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:

@@ -23,7 +23,8 @@ from mlflow_llmbench.plan import LOADED, expand_cells, sweep_name
 from mlflow_llmbench.records import Cell, Failure, MemorySample, Reason, Repetition, RequestRecord, RunResult, Verdict
 from mlflow_llmbench.report import Row, row_of
 from mlflow_llmbench.spec import PARAMETERS, parse
-from mlflow_llmbench.supervise import GroupOutcome, timeline_of
+from mlflow_llmbench.stages import timeline_of
+from mlflow_llmbench.supervise import GroupOutcome
 from mlflow_llmbench.upload import upload
 
 from .test_compare import MACHINE, MS, result

@@ -22,8 +22,9 @@ from mlflow_llmbench.errors import MeasurementError, UsageError
 from mlflow_llmbench.metrics import KEYS
 from mlflow_llmbench.records import Cell, Divergence, MemorySample, ModelFacts, Quality, RunResult, TextScores
 from mlflow_llmbench.spec import parse
+from mlflow_llmbench.stages import stages_of, timeline_of
 from mlflow_llmbench.stats import t_interval
-from mlflow_llmbench.supervise import GroupOutcome, stages_of, timeline_of
+from mlflow_llmbench.supervise import GroupOutcome
 from mlflow_llmbench.sweep import SweepResult
 from mlflow_llmbench.workload import Text, load_text
 from tests.test_records import example as records_example

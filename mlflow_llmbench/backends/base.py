@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import UsageError
@@ -35,6 +36,10 @@ class Token(NamedTuple):
 
 Emit = Callable[[Any], None]
 """Called once per step with the step's token ids: a sequence of `batch` whole numbers, or an array with `tolist()`."""
+
+
+Started = Callable[[int, dict[str, int | None] | None], None]
+"""Told that a server was started: the process that all of its processes descend from, and its memory then (`memory.HostMemory`), if it can be read."""
 
 
 LOCAL_FILES = ("folder", "gguf")
@@ -153,6 +158,12 @@ class NothingToFetch:
 
 class ServerBackend(Backend, Protocol):
     """A backend whose model another process runs. It takes loads of requests instead of `generate`."""
+
+    def launch(self, log: Path, started: Started) -> None:
+        """Before `load`, where the cell has a command: start its server and wait until it is healthy. `close` ends it.
+
+        Raises MeasurementError if the server ends before.
+        """
 
     def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None, processes: int = 1) -> Trace:
         """Send a load of a cell's requests and wait for the last answer; `expected` of them are built before (negative repetitions are warm-ups).

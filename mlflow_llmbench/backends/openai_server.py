@@ -9,50 +9,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import secrets
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..client import Address, BuildRequest, Load, LoadClient, Trace, address_of
+from ..client import BuildRequest, Load, LoadClient, Trace, address_of
 from ..errors import MeasurementError, ModelError
+from ..gpu import process_bytes
 from ..http1 import Exchange, Limits
+from ..launch import arguments
+from ..memory import forget_references, referenced_bytes
 from ..prometheus import read_metrics
 from ..records import Cell, LoadInfo, ModelFacts, RequestRecord, ServerReading
+from ..server_process import ServerProcess, free_port, log_end, require_program
 from ..sse import EventParser
 from ..workload import PromptSet, lengths_of, longest_of
-from .base import Capabilities, DeviceMemory, Emit, NothingToFetch
+from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Started
 from .client_processes import ClientProcesses, Order, Share
+from .server_facts import RESOLVE, api_key, ask_server, http_request, launchable, name_among
 
 PROBE_WORDS = (16, 144)
+HEALTH_S = 0.2
+"""Seconds between two questions whether a server is ready."""
+
 STATE = ("options", "tokens_per_word", "fixed_tokens", "unique", "own_words")
 """What `load` finds out or draws, and every process that sends needs."""
-
-RESOLVE = Limits(connect_s=10, first_s=10, gap_s=5, total_s=12, most_bytes=4 << 20)
-
-
-def api_key(address: Address) -> str:
-    """The key for a server, empty if there is none."""
-    own = os.environ.get("LLMBENCH_API_KEY", "")
-    safe = address.tls or address.loopback
-    key = own or (os.environ.get("OPENAI_API_KEY", "") if safe else "")
-    return key.strip() if key.isascii() and key.isprintable() else ""
-
-
-def http_request(address: Address, path: str, body: object = None, number: int | str = 0) -> bytes:
-    """A whole HTTP request: GET without a body, POST with one."""
-    data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
-    key = api_key(address)
-    lines = [
-        f"{'GET' if body is None else 'POST'} {address.path}{path} HTTP/1.1",
-        f"Host: {address.authority}",
-        "User-Agent: llmbench",
-        "Accept: text/event-stream, application/json",
-        "Accept-Encoding: identity",
-        *([f"Authorization: Bearer {key}"] if key else []),
-        *(["Content-Type: application/json", f"Content-Length: {len(data)}", f"X-Request-Id: {number}"] if data else []),
-    ]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
 
 
 def limits_of(cell: Cell) -> Limits:
@@ -69,9 +52,12 @@ class OpenAIBackend(NothingToFetch):
     device = "cpu"
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
-        self.cell = cell
-        self.address = address_of(cell.url or "")
-        self.client = LoadClient(self.address, limits_of(cell))
+        self.cell, self.model = cell, model
+        self.server: ServerProcess | None = None
+        self.begun_s = 0.0  # when it was started
+        self.load_s: float | None = None
+        self.mapped_bytes = 0
+        self._connect()
         self.options: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
         self.facts: dict[str, str | int | float] = {}
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
@@ -79,41 +65,74 @@ class OpenAIBackend(NothingToFetch):
         self.others: ClientProcesses | None = None
         self.own_words = secrets.token_hex(8)  # what conversations of this run begin with
 
+    def _connect(self) -> None:
+        self.address = address_of(self.cell.url or "")
+        self.client = LoadClient(self.address, limits_of(self.cell))
+
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
+        if cell.launch:
+            return launchable(cell)
         address = address_of(cell.url or "")
         client = LoadClient(address, RESOLVE)
         try:
-            listed, told = _ask_json(client, address, "/v1/models")
-            models = [entry for entry in listed.get("data") or [] if isinstance(entry, dict)] if isinstance(listed, dict) else []
-            names = [str(entry.get("id")) for entry in models]
-            if names and cell.model not in names:
-                raise ModelError(f"The server at {cell.url} has no model {cell.model}. It has: {', '.join(names[:8])}. Give one of them as model.")
-            version, _ = _ask_json(client, address, "/version", needed=False)
+            told = ask_server(client, address)
         finally:
             client.close()
-        own = models[names.index(cell.model)] if names else {}
+        names = list(told.models)
+        if names and cell.model not in names:
+            raise ModelError(f"The server at {cell.url} has no model {cell.model}. It has: {', '.join(names[:8])}. Give one of them as model.")
+        own = told.models.get(cell.model, {})
         context = own.get("max_model_len")
-        engine = str(own.get("owned_by") or "").strip() or told.headers.get("server", "unknown server")
-        number = version.get("version") if isinstance(version, dict) else None
         return ModelFacts(
             name=cell.model,
             source="none",
             location=cell.url or "",
-            revision=f"{engine} {number}"[:100] if number else engine[:100],
+            revision=told.software(own),
             context=context if isinstance(context, int) and context > 0 else None,
         )
+
+    def launch(self, log: Path, started: Started) -> None:
+        """Start the server of the cell's command and wait until it says that it is healthy; `started` is told its keeper's process and its memory.
+
+        Raises MeasurementError, with the end of its log, if it ends before. How long it may take is the business of who watches us.
+        """
+        cell, port, begun = self.cell, free_port(), time.monotonic()
+        command = arguments(cell.launch or "", model=self.model.location, port=port, quant=cell.quant)
+        self.server = ServerProcess([require_program(command[0]), *command[1:]], log)
+        started(self.server.keeper.pid, self.server.beginning)
+        self.client.close()
+        self.cell = dataclasses.replace(cell, url=f"http://127.0.0.1:{port}", launch=None)
+        self._connect()
+        while not self._is_healthy():
+            self.server.require_running()
+            time.sleep(HEALTH_S)
+        told = ask_server(self.client, self.address, needed=False)
+        name = name_among(list(told.models), self.model)
+        self.cell = dataclasses.replace(self.cell, model=name)
+        self.facts = {"server.software": told.software(told.models.get(name, {}))}
+        self.begun_s = begun
+
+    def _is_healthy(self) -> bool:
+        """Whether `/health` says so, or where the server has none, whether it lists its models."""
+        status = self.client.ask(http_request(self.address, "/health")).status
+        return status == 200 or (status in (404, 405, 501) and self.client.ask(http_request(self.address, "/v1/models")).status == 200)
 
     def load(self) -> LoadInfo:
         """Find out which options the server takes, how many tokens its words have, and whether it tells of its prefix cache."""
         first = self._probe_options()
+        if self.server:
+            self.load_s = time.monotonic() - self.begun_s
+            forget_references(self.server.processes)
         second = self._probe(PROBE_WORDS[1])
+        if self.server:
+            self.mapped_bytes = referenced_bytes(self.server.processes)
         if first.prompt_tokens and second.prompt_tokens and second.prompt_tokens > first.prompt_tokens:
             self.tokens_per_word = (second.prompt_tokens - first.prompt_tokens) / (PROBE_WORDS[1] - PROBE_WORDS[0])
             self.fixed_tokens = first.prompt_tokens - PROBE_WORDS[0] * self.tokens_per_word
         told = second.cached_tokens is not None
         self.unique = "" if told else secrets.token_hex(8)
-        self.facts = {
+        self.facts |= {
             "server.endpoint": self.cell.endpoint,
             "server.ignore_eos": "asked" if "ignore_eos" in self.options else "refused",
             "server.usage": "told" if second.tokens is not None else "not told",
@@ -124,7 +143,7 @@ class OpenAIBackend(NothingToFetch):
         return self.describe()
 
     def describe(self) -> LoadInfo:
-        return LoadInfo(load_s=None, facts=self.facts)
+        return LoadInfo(load_s=self.load_s, facts=self.facts, mapped_weight_bytes=self.mapped_bytes)
 
     def request(self, prompts: PromptSet, cell: Cell, repetition: int, number: int) -> bytes:
         """The request `number` of a repetition (negative ones are warm-ups), of the asked length as nearly as words allow."""
@@ -133,7 +152,13 @@ class OpenAIBackend(NothingToFetch):
         return self.body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
 
     def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None, processes: int = 1) -> Trace:
-        """Send a load of a cell's requests, or of its conversations."""
+        """Send a load of a cell's requests, or of its conversations. Raises MeasurementError if a server that we started has ended meanwhile."""
+        trace = self._send(prompts, cell, repetition, load, expected, processes)
+        if self.server:
+            self.server.require_running()
+        return trace
+
+    def _send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None, processes: int) -> Trace:
         count = min(processes, load.concurrency if load.arrivals_ns is None else len(load.arrivals_ns))
         if count == 1:
             return self.send_share(prompts, Order(self.cell, cell, repetition, Share.of(load, 0, 1), expected, {}))
@@ -203,7 +228,9 @@ class OpenAIBackend(NothingToFetch):
         raise MeasurementError("A server's tokenizer cannot be reached. This is a mistake of the program.")
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        return None
+        """Of a server that we started, what the driver attributes to its processes; its allocator cannot be seen."""
+        held = [size for pid in self.server.processes if (size := process_bytes(pid)) is not None] if self.server else []
+        return DeviceMemory(allocated=0, reserved=0, peak_reserved=0, driver=sum(held)) if held else None
 
     def peaks(self) -> dict[str, float]:
         return {}
@@ -213,6 +240,8 @@ class OpenAIBackend(NothingToFetch):
     def close(self) -> None:
         self._end_others()
         self.client.close()
+        if self.server:
+            self.server.stop()
 
     def _end_others(self) -> None:
         if self.others is not None:
@@ -240,7 +269,12 @@ class OpenAIBackend(NothingToFetch):
                 return record
             if not record.message.startswith(("HTTP 400", "HTTP 422")):
                 break
-        raise MeasurementError(f"The server does not answer a first request ({record.outcome}): {record.message} Check its log, model and endpoint.")
+        if self.server:
+            self.server.require_running()
+        why = f" {log_end(self.server.log)}" if self.server else ""
+        raise MeasurementError(
+            f"The server does not answer a first request ({record.outcome}): {record.message} Check its log, model and endpoint.{why}"
+        )
 
 
 class Dialogues:
@@ -277,21 +311,6 @@ class Dialogues:
 
     def _turn(self, number: int, turn: int) -> bytes:
         return self.backend.body(self.said[number], self.cell.output_tokens, f"{number}-{turn}")
-
-
-def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = True) -> tuple[Any, Exchange]:
-    """The JSON that a path answers with, None if there is none; raises ModelError where the server is not there or wants a key."""
-    exchange = client.ask(http_request(address, path))
-    where = f"the server at {'https' if address.tls else 'http'}://{address.authority}{address.path}"
-    if needed and (exchange.fault or not exchange.status):
-        raise ModelError(f"Cannot reach {where}: {exchange.message or 'it closed the connection.'} Start it, or correct url.")
-    if needed and exchange.status in (401, 403):
-        raise ModelError(f"{where[0].upper()}{where[1:]} wants another key (HTTP {exchange.status}). Set LLMBENCH_API_KEY in the environment.")
-    try:
-        found = json.loads(b"".join(exchange.parts)) if exchange.status == 200 else None
-    except (ValueError, RecursionError):
-        found = None
-    return found, exchange
 
 
 @dataclasses.dataclass

@@ -1,0 +1,111 @@
+"""What a server says of itself before it is measured, and what is known of one that is not started yet.
+
+The API key comes from the environment only: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this machine only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..client import Address, LoadClient
+from ..errors import ModelError
+from ..http1 import Exchange, Limits
+from ..launch import arguments
+from ..models import find_preset
+from ..records import Cell, ModelFacts
+from ..server_process import require_program
+from .sources import find_model
+
+RESOLVE = Limits(connect_s=10, first_s=10, gap_s=5, total_s=12, most_bytes=4 << 20)
+
+
+def api_key(address: Address) -> str:
+    """The key for a server, empty if there is none."""
+    own = os.environ.get("LLMBENCH_API_KEY", "")
+    safe = address.tls or address.loopback
+    key = own or (os.environ.get("OPENAI_API_KEY", "") if safe else "")
+    return key.strip() if key.isascii() and key.isprintable() else ""
+
+
+def http_request(address: Address, path: str, body: object = None, number: int | str = 0) -> bytes:
+    """A whole HTTP request: GET without a body, POST with one."""
+    data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
+    key = api_key(address)
+    lines = [
+        f"{'GET' if body is None else 'POST'} {address.path}{path} HTTP/1.1",
+        f"Host: {address.authority}",
+        "User-Agent: llmbench",
+        "Accept: text/event-stream, application/json",
+        "Accept-Encoding: identity",
+        *([f"Authorization: Bearer {key}"] if key else []),
+        *(["Content-Type: application/json", f"Content-Length: {len(data)}", f"X-Request-Id: {number}"] if data else []),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
+
+
+def launchable(cell: Cell) -> ModelFacts:
+    """What is known of a model before its server is started: `location` is what the command is given for `{model}`.
+
+    A preset is its repository, and files that are here go by their path and content. Raises UsageError or MissingError if the command's program is not there.
+    """
+    [program, *_] = arguments(cell.launch or "", model=cell.model, port=0, quant=cell.quant)
+    require_program(program)
+    preset = find_preset(cell.model)
+    if os.path.exists(os.path.expanduser(cell.model)):
+        found = find_model(dataclasses.replace(cell, quant="none"))
+        return ModelFacts(cell.model, "none", found.location, found.revision, context=found.context)
+    if preset is not None:
+        return ModelFacts(cell.model, "none", preset.repository, cell.revision, context=preset.context)
+    return ModelFacts(cell.model, "none", cell.model, cell.revision)
+
+
+def name_among(listed: Sequence[str], model: ModelFacts) -> str:
+    """How a server that we started calls its model: as we do, as its command was told, or by the only name that it has."""
+    if model.name in listed and model.location not in listed:
+        return model.name
+    return listed[0] if len(listed) == 1 else model.location
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a server says of itself: its models by name, its version, and the head of its answer."""
+
+    models: dict[str, dict[str, Any]]
+    version: Any
+    server: str
+
+    def software(self, own: dict[str, Any]) -> str:
+        """Its name and version, as far as it tells them; `own` is what it says of the model."""
+        engine = str(own.get("owned_by") or "").strip() or self.server
+        number = self.version.get("version") if isinstance(self.version, dict) else None
+        return f"{engine} {number}"[:100] if number else engine[:100]
+
+
+def ask_server(client: LoadClient, address: Address, needed: bool = True) -> Told:
+    """Raises ModelError where the server is needed and is not there, or wants a key."""
+    listed, told = _ask_json(client, address, "/v1/models", needed)
+    version, _ = _ask_json(client, address, "/version", needed=False)
+    entries = [entry for entry in listed.get("data") or [] if isinstance(entry, dict)] if isinstance(listed, dict) else []
+    models: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        models.setdefault(str(entry.get("id")), entry)
+    return Told(models, version, told.headers.get("server", "unknown server"))
+
+
+def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = True) -> tuple[Any, Exchange]:
+    """The JSON that a path answers with, None if there is none; raises ModelError where the server is not there or wants a key."""
+    exchange = client.ask(http_request(address, path))
+    where = f"the server at {'https' if address.tls else 'http'}://{address.authority}{address.path}"
+    if needed and (exchange.fault or not exchange.status):
+        raise ModelError(f"Cannot reach {where}: {exchange.message or 'it closed the connection.'} Start it, or correct url.")
+    if needed and exchange.status in (401, 403):
+        raise ModelError(f"{where[0].upper()}{where[1:]} wants another key (HTTP {exchange.status}). Set LLMBENCH_API_KEY in the environment.")
+    try:
+        found = json.loads(b"".join(exchange.parts)) if exchange.status == 200 else None
+    except (ValueError, RecursionError):
+        found = None
+    return found, exchange

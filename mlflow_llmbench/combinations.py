@@ -1,0 +1,159 @@
+"""Combinations of parameters that no value by itself shows to be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from . import launch
+from .errors import UsageError
+from .parameters import LENGTHS, PARAMETERS, as_text
+from .records import DRAWN
+
+
+def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Combinations that no value by itself shows to be wrong."""
+    if "random" in axes["weights"]:
+        texts = [w for w in axes["workload"] if w not in DRAWN]
+        if texts and "fake" not in axes["backend"]:
+            raise UsageError(
+                f"workload={texts[0]} needs a tokenizer, and weights=random has none. Use workload=synthetic with random weights, or weights=hub."
+            )
+    drawn = [w for w in axes["workload"] if w in DRAWN]
+    if None in axes["prompt_tokens"] and drawn:
+        raise UsageError(f"prompt_tokens=auto has no meaning for workload={drawn[0]}. Give a number of tokens, or a workload with texts such as qa.")
+    if axes["history"] != ("none",) and axes["prompt_tokens"] != (None,):
+        asked = next(history for history in axes["history"] if history != "none")
+        raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
+    _check_online(axes)
+    _check_batching(axes)
+
+
+def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A server is measured with a URL and its backend, and those of its parameters that do not exclude each other."""
+    server, backend = axes["url"][0] or axes["launch"][0], axes["backend"][-1]
+    if server and backend != "openai":
+        which = "url" if axes["url"][0] else "launch"
+        raise UsageError(f"{which} is given, and backend={backend} runs the model in this process. Add backend=openai, or use `llmbench online`.")
+    if backend == "openai" and not server:
+        raise UsageError("backend=openai needs the address of a server. Give url=http://127.0.0.1:8000, or launch=COMMAND.")
+    given = [name for name, f in PARAMETERS.items() if name in axes and f.metadata["scenarios"] == ["online"] and axes[name] != (f.default,)]
+    if given and not server:
+        raise UsageError(f"{given[0]} has a meaning only where a server is measured. Give url=http://…, or leave it out.")
+    _check_launch(axes)
+    rates = [rate for rate in axes["request_rate"] if rate is not None]
+    if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
+        raise UsageError("request_rate makes an open loop and concurrency a closed one. Give one of them.")
+    _check_dialogues(axes)
+    _check_trace(axes)
+    top = axes["ramp_to"][0]
+    if top is not None and not all(isinstance(rate, float) and rate < float(str(top)) for rate in axes["request_rate"]):
+        raise UsageError(
+            f"ramp_to is the rate at which a ramp ends, {as_text('ramp_to', top)}, and request_rate where it begins is "
+            f"{','.join(as_text('request_rate', rate) for rate in axes['request_rate'])}. Give a lower request_rate."
+        )
+    if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
+        raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
+    own = axes["batch_size"] != (1,) or axes["weights"] != ("hub",) or (axes["url"] != (None,) and axes["quant"] != ("none",))
+    if server and own:
+        raise UsageError("batch_size, quant and weights are the server's own settings, which a client cannot change. Start the server with them.")
+
+
+def _check_launch(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A server is there already, or is started by commands that take what is asked of them."""
+    commands = [str(command) for command in axes["launch"] if command is not None]
+    if not commands:
+        return
+    if axes["url"] != (None,):
+        raise UsageError("url is of a server that is there, and launch starts one. Give one of them.")
+    if None in axes["launch"]:
+        raise UsageError("launch=none starts nothing that could be measured. Leave none out of the list.")
+    deaf = next((command for command in commands if not launch.takes(command, "quant")), None)
+    if axes["quant"] != ("none",) and deaf:
+        asked = ",".join(map(str, axes["quant"]))
+        raise UsageError(f"quant={asked} is asked for, and the server is not told: {deaf[:100]}. Add its option for it with {{quant}}.")
+
+
+def check_twin(axes: Mapping[str, tuple[object, ...]], quantizations: Sequence[str]) -> None:
+    """What is measured without its server too is a batch of one length and a quantization of this process."""
+    if axes["launch"] == (None,) or axes["backend"] != ("openai",):
+        raise UsageError("twin measures what a command starts without its server too. Give launch=COMMAND, or leave twin out.")
+    stream = {"request_rate": (None,), "trace": (None,), "history": ("none",), "endpoint": ("completions",), "duration_s": (None,)}
+    given = [name for name, plain in stream.items() if axes[name] != plain]
+    given += ["workload=mixed"] if "mixed" in axes["workload"] else []
+    if given:
+        raise UsageError(f"twin compares with one batch of one length, as many rows as concurrency, and {given[0]} is none. Leave one of them out.")
+    unknown = next((quant for quant in axes["quant"] if launch.offline_quant(str(quant)) not in quantizations), None)
+    if unknown is not None:
+        raise UsageError(f"quant={unknown} is the server's own word, and twin cannot load it here. Known here: {', '.join(quantizations)}.")
+
+
+def check_find(axes: Mapping[str, tuple[object, ...]], twin: bool) -> None:
+    """A search for a rate has limits to meet, and at most one rate to begin with."""
+    if axes["backend"] != ("openai",):
+        raise UsageError("find=goodput sends requests to a server. Give url=http://… or launch=COMMAND.")
+    if all(axes[name] == (None,) for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")):
+        raise UsageError(
+            "find=goodput searches for the highest rate that meets limits, and there is none. Give slo_ttft_ms, slo_tpot_ms, slo_e2e_ms or slo."
+        )
+    loads = {"concurrency": (1,), "ramp_to": (None,), "trace": (None,), "history": ("none",), "processes": (1,)}
+    given = next((name for name, plain in loads.items() if axes[name] != plain), "twin" if twin else None)
+    if given:
+        raise UsageError(f"find=goodput searches among rates of an open loop, and {given} is another load. Leave one of them out.")
+
+
+def _check_dialogues(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A server gets the history of a conversation with each turn, as messages, from users who wait for their answers."""
+    server, histories = axes["url"][0] or axes["launch"][0], axes["history"]
+    own = [history for history in histories if history in ("recomputed", "kept")]
+    if server and own:
+        raise UsageError(f"history={own[0]} is of a model in this process; a server gets the history with each turn. Use history=sent.")
+    if "sent" not in histories:
+        return
+    if not server:
+        raise UsageError("history=sent is of a server. Use history=recomputed or history=kept for a model in this process.")
+    if axes["endpoint"] != ("chat",):
+        raise UsageError("history=sent sends the messages of a conversation, and endpoint=completions takes one prompt. Give endpoint=chat.")
+    if axes["request_rate"] != (None,) or axes["trace"] != (None,):
+        raise UsageError(
+            "history=sent is a closed loop: each user waits for an answer before the next turn. Give concurrency, and no request_rate or trace."
+        )
+
+
+def _check_trace(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A trace has its own times and lengths."""
+    if axes["trace"] == (None,):
+        return
+    replaced = ("request_rate", "ramp_to", "concurrency", "arrival", "burstiness", *LENGTHS)
+    given = [name for name in replaced if axes[name] != (PARAMETERS[name].default,)]
+    if given:
+        raise UsageError(f"A trace says when requests come and how long they are, and {given[0]} is given too. Leave one of them out.")
+    if "mixed" in axes["workload"]:
+        raise UsageError("A trace has its own lengths, and workload=mixed draws them. Use workload=synthetic, or a workload with texts.")
+
+
+def _check_batching(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A stream of requests in process has a rate, and a way of batching in every cell; what is of streams is of nothing else."""
+    server, batching = axes["url"][0] or axes["launch"][0], axes["batching"]
+    own = [name for name in ("batching", "batch_wait_ms") if axes[name] != (PARAMETERS[name].default,)]
+    if server and own:
+        raise UsageError(f"{own[0]} is a setting of a model in this process, and the server batches as it was started. Leave it out.")
+    if None in batching and len(batching) > 1:
+        raise UsageError("batching=none measures single batches and no stream of requests, so it is not comparable. Leave none out of the list.")
+    if batching != (None,):
+        if axes["history"] != ("none",):
+            raise UsageError("batching measures a stream of single requests, and history is of conversations. Leave one of them out.")
+        if None in axes["request_rate"]:
+            raise UsageError(
+                "batching needs a stream of requests. Give request_rate, requests per second; a high one is a backlog that is there at once."
+            )
+        if axes["batch_wait_ms"] != (PARAMETERS["batch_wait_ms"].default,) and "dynamic" not in batching:
+            raise UsageError("batch_wait_ms is how long batching=dynamic waits for a full batch. Add batching=dynamic, or leave it out.")
+    elif not server:
+        given = [n for n in axes if "offline" not in PARAMETERS[n].metadata["scenarios"] and axes[n] != (PARAMETERS[n].default,)]
+        if given:
+            raise UsageError(f"{given[0]} is of a stream of requests. Add batching=static,dynamic,continuous, or measure a server with url=http://….")
+        if "mixed" in axes["workload"]:
+            raise UsageError(
+                "workload=mixed is a stream of requests of varying lengths, and one batch has one exact length. Add batching=static,dynamic,continuous "
+                "and request_rate, or measure a server with `llmbench online`."
+            )

@@ -1,0 +1,31 @@
+"""The table of parameters, made of the fields of `records.Cell` and `records.Options`, and how a value of one is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import Field
+from typing import Any
+
+from .records import Cell, Options
+
+PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f in dataclasses.fields(kind)}
+"""Name → declaration, in the order of the vocabulary."""
+
+SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
+
+LENGTHS = ("prompt_tokens", "output_tokens")
+"""Parameters that a trace replaces."""
+
+
+def as_text(name: str, value: object) -> str:
+    """A parameter's value as it is written on the command line and logged: `auto` or `none` for None, `true`/`false`, 0.02."""
+    if value is None:
+        return str(PARAMETERS[name].metadata["unset"])
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def default_text(name: str) -> str:
+    """The default of a parameter as text."""
+    return as_text(name, PARAMETERS[name].default)
