@@ -1,9 +1,12 @@
-"""Take the README's pictures of the MLflow UI, from any store that holds a sweep of ours.
+"""Take the pictures of the MLflow UI in README and docs, from any store that holds a sweep of ours.
 
     python docs/screenshots.py --tracking-uri sqlite:///mlflow.db --experiment llmbench --out docs/images
 
 compare.png: the published comparison view · run.png: a run with its description and metrics · charts.png: a chart among its
-artifacts · runs.png: the runs as a table. Needs selenium, Chromium and its driver; they are no dependency of the package.
+artifacts · runs.png: the runs as a table. Where the store holds a registered version of ours and the recommendation that it came
+from: recommendation.png and front.png: its text and its chart among the artifacts of the sweep's run · model.png: the registered
+model with its aliases · version.png: the champion's page. `--only` takes some of them.
+Needs selenium, Chromium and its driver; they are no dependency of the package.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from mlflow_llmbench import view
 
 WIDTH = 1440
 CHART = "charts/memory_timeline.svg"
+PREVIEWED = "img[src^='blob:'], img[src^='data:'], img[src*='artifact']"
 PATIENCE_S = 120
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -123,9 +127,33 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
     return {
         "compare.png": (fragment, 1400, ".js-plotly-plot .main-svg"),
         "run.png": (run, 1000, "[role=row], table"),
-        "charts.png": (f"{run}/artifacts/{chart}", 800, "img[src^='blob:'], img[src^='data:'], img[src*='artifact']"),
+        "charts.png": (f"{run}/artifacts/{chart}", 800, PREVIEWED),
         "runs.png": (fragment.replace("=CHART", "=TABLE"), 700, ".ag-row"),
+    } | decision_pages(client)
+
+
+def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
+    """The same for the newest champion of ours, and for the recommendation of the sweep that it was measured in; empty without one."""
+    champions = [
+        (model.name, version) for model in client.search_registered_models() for alias, version in model.aliases.items() if alias == "champion"
+    ]
+    found = [client.get_model_version(name, version) for name, version in champions]
+    ours = [version for version in found if "llmbench.run_id" in version.tags]
+    if not ours:
+        return {}
+    champion = max(ours, key=lambda version: int(version.creation_timestamp))
+    told = {
+        "model.png": (f"#/models/{champion.name}", 620, "table, [role=table]"),
+        "version.png": (f"#/models/{champion.name}/versions/{champion.version}", 1000, "table, [role=table]"),
     }
+    run = client.get_run(champion.tags["llmbench.run_id"])
+    parent = run.data.tags.get("mlflow.parentRunId", run.info.run_id)
+    if "recommendation.md" not in {item.path for item in client.list_artifacts(parent)}:
+        return told
+    artifacts = f"#/experiments/{run.info.experiment_id}/runs/{parent}/artifacts"
+    told["recommendation.png"] = (f"{artifacts}/recommendation.md", 900, ".mlflow-ui-container h1, .artifact-view h1, h1")
+    told["front.png"] = (f"{artifacts}/charts/recommendation.svg", 800, PREVIEWED)
+    return told
 
 
 def browser(profile: str) -> Any:
@@ -172,8 +200,14 @@ def main() -> None:
     parser.add_argument("--tracking-uri", default="sqlite:///mlflow.db")
     parser.add_argument("--experiment", default="llmbench")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--only", metavar="NAMES", help="with commas: model.png,version.png")
     given = parser.parse_args()
     wanted = pages(given.tracking_uri, given.experiment)
+    if given.only:
+        missing = sorted(set(given.only.split(",")) - wanted.keys())
+        if missing:
+            sys.exit(f"The store has nothing for {', '.join(missing)}. It has pages for {', '.join(wanted)}.")
+        wanted = {name: wanted[name] for name in given.only.split(",")}
     given.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser(profile) as driver, server(given.tracking_uri) as address:
         driver.get(f"{address}/health")

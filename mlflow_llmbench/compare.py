@@ -43,6 +43,9 @@ ALLOWABLE = ("hardware", "software", "workload", "scenario", "schema", "verdict"
 UNNAMED = ("warmup", "repetitions", "max_repetitions", "precision_target", "processes")
 """Parameters that say how long a cell was measured, not what it is."""
 
+STREAM = ("request_rate", "ramp_to", "arrival", "burstiness", "seed", "requests")
+"""Parameters that say when the requests of an open loop come."""
+
 BETTER, WORSE, ALIKE, NOISE, UNTESTED = "better", "worse", "no difference seen", "below the noise threshold", "not tested"
 
 
@@ -257,14 +260,32 @@ def differences(a: RunResult, b: RunResult) -> list[Difference]:
     for kind, describe in described.items():
         hash_a, hash_b = getattr(a.hashes, kind), getattr(b.hashes, kind)
         if hash_a != hash_b:
-            facts_a, facts_b = describe(a), describe(b)
-            known = dict.fromkeys([*facts_a, *facts_b])
-            readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
-            found += [d for d in readable if d.a != d.b] or [Difference(kind, f"{kind} hash", hash_a, hash_b)]
+            found += _unlike(kind, describe(a), describe(b)) or [Difference(kind, f"{kind} hash", hash_a, hash_b)]
+    named = {difference.name for difference in found}
+    found += [difference for difference in _streams(a.cell, b.cell) if difference.name not in named]
     for kind, word_a, word_b in (("scenario", a.cell.scenario, b.cell.scenario), ("schema", str(a.schema), str(b.schema))):
         if word_a != word_b:
             found.append(Difference(kind, kind, word_a, word_b))
     return found
+
+
+def _unlike(kind: str, facts_a: Mapping[str, str], facts_b: Mapping[str, str]) -> list[Difference]:
+    """The facts in which two results differ."""
+    known = dict.fromkeys([*facts_a, *facts_b])
+    readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
+    return [difference for difference in readable if difference.a != difference.b]
+
+
+def _streams(a: Cell, b: Cell) -> list[Difference]:
+    """In what two open loops differ that is asked of a system, and no choice of it: when their requests come.
+
+    None between closed loops, whose number of users is such a choice, as a batch size is. A trace has its times in `workload_hash`.
+    """
+    if a.scenario != b.scenario or a.trace or b.trace or not (a.open_loop or b.open_loop):
+        return []
+    names = STREAM if a.open_loop and b.open_loop else STREAM[:1]
+    pairs = [(name, value_text(name, getattr(a, name)), value_text(name, getattr(b, name))) for name in names]
+    return [Difference("workload", name, first, second) for name, first, second in pairs if first != second]
 
 
 def _hardware(result: RunResult) -> dict[str, str]:
@@ -300,7 +321,8 @@ def _software(result: RunResult) -> dict[str, str]:
 
 def _workload(result: RunResult) -> dict[str, str]:
     """What `workload_hash` is made of, in words; the texts themselves are not in the result."""
-    facts: dict[str, Any] = {name: _text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")}
+    facts: dict[str, Any] = {name: value_text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")}
+    facts["conversations"] = "as one prompt" if result.cell.history == "none" else "turn by turn"
     if result.cell.workload in DRAWN:
         size = result.load.vocab_size if result.load and result.load.vocab_size else (result.model.config or {}).get("vocab_size")
         facts |= {"seed": result.cell.seed, "vocabulary": f"{size} tokens" if size else None}
@@ -324,13 +346,15 @@ def _short(name: str, value: object) -> str:
         return str(value).rstrip("/").rsplit("/", 1)[-1]
     if name == "quant" and value != "none":
         return str(value)
-    return f"{name}={_text(name, value)}"
+    return f"{name}={value_text(name, value)}"
 
 
-def _text(name: str, value: object) -> str:
-    """A parameter as on the command line: `auto` for None, `true` and `false`."""
+def value_text(name: str, value: object) -> str:
+    """A parameter as on the command line: `auto` for None, `true` and `false`, 5 for 5.0."""
     if value is None:
         return str(Cell.__dataclass_fields__[name].metadata["unset"])
+    if isinstance(value, float):
+        return f"{value:g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

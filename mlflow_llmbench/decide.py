@@ -51,7 +51,7 @@ def add_parsers(commands: Any) -> None:
     gate.add_argument("--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02")
     gate.add_argument("--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)")
     gate.add_argument("--measure", action="store_true", help="measure both configurations again here, in turns, instead of taking their runs")
-    gate.add_argument("--pairs", metavar="N", type=int, default=6, help="with --measure: fresh processes on each side (default: 6)")
+    gate.add_argument("--pairs", metavar="N", help="fresh processes on each side, which says --measure too (default: 6)")
     gate.add_argument("--experiment", metavar="NAME", help="with --measure: MLflow experiment (default: llmbench)")
     _add_grants(gate)
     gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
@@ -106,7 +106,7 @@ def _recommend(given: argparse.Namespace) -> int:
 
     limits = _limits(given)
     results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
-    allow = frozenset(filter(None, given.allow.split(",")))
+    allow = frozenset(filter(None, (_told(given.allow) or "").split(",")))
     found = recommend.recommend(results, given.goal, limits, accept_suspect=_reason(given), allow=allow)
     print(decision.format_recommendation(found))
     _keep_recommendation(given, found, results)
@@ -128,8 +128,9 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
         pareto.draw_recommendation(found, folder / "charts")
         store = tracking.open_store(given.tracking_uri)
         parent = registry.parent_of_sweep(store, sweep)
+        for run_id in filter(None, (parent, store.given_run_id)):
+            registry.log_folder(store, run_id, folder)
         if parent:
-            registry.log_folder(store, parent, folder)
             print(f"\nLogged on run {parent}: recommendation.md. Register the winner: llmbench register {parent} --name NAME")
         else:
             print(f"\nNot logged: the store {redact(store.uri)} has no run of the sweep {sweep}.")
@@ -140,13 +141,13 @@ def _limits(given: argparse.Namespace) -> list[Limit]:
     from .recommend import MEMORY, QUALITY, Limit
 
     found = []
-    if given.max_memory is not None:
-        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", given.max_memory, BYTES, "6GB")))
-    for name, text in (("ttft", given.max_ttft), ("tpot", given.max_tpot)):
+    if (most := _told(given.max_memory)) is not None:
+        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", most, BYTES, "6GB")))
+    for name, text in (("ttft", _told(given.max_ttft)), ("tpot", _told(given.max_tpot))):
         if text is not None:
             measure, amount = _latency(name, text)
             found.append(Limit(f"--max-{name}", measure, _quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
-    for part in filter(None, (given.min_quality or "").split(",")):
+    for part in filter(None, (_told(given.min_quality) or "").split(",")):
         name, _, text = part.partition("=")
         if name not in QUALITY:
             raise UsageError(f"Unknown quality: {name}. Known: {', '.join(QUALITY)}. Give for example --min-quality kl=0.05.")
@@ -205,7 +206,7 @@ def _gate(given: argparse.Namespace) -> int:
 def _gate_verdict(given: argparse.Namespace) -> int:
     from . import gate, gate_report, registry, tracking
 
-    limits, limit = gate.parse_limits(given.limit), gate.parse_ratio("--default-limit", given.default_limit)
+    limits, limit = gate.parse_limits(_told(given.limit) or ""), gate.parse_ratio("--default-limit", given.default_limit)
     store = tracking.open_store(given.tracking_uri)
     champion = registry.registered_at(store, given.against)
     baseline = registry.result_of(store, champion.run_id)
@@ -225,7 +226,8 @@ def _held(given: argparse.Namespace, baseline: RunResult, candidate: RunResult, 
     """The gate, and the run of the sweep that was measured for it."""
     from . import gate
 
-    if not given.measure:
+    pairs = _pairs(given)
+    if pairs is None:
         return gate.decide(baseline, candidate, limits, limit=limit, accept_suspect=_reason(given)), None
     if refused := gate.refuse_unlike_work(baseline, candidate):
         return refused, None
@@ -234,11 +236,23 @@ def _held(given: argparse.Namespace, baseline: RunResult, candidate: RunResult, 
     from .rematch import rematch
 
     done = rematch(
-        baseline, candidate, pairs=given.pairs, granted=_grants(given), tracking_uri=given.tracking_uri, experiment=given.experiment,
+        baseline, candidate, pairs=pairs, granted=_grants(given), tracking_uri=given.tracking_uri, experiment=given.experiment,
         watcher=Progress(sys.stderr),
     )  # fmt: skip
     found = gate.decide(done.champion, done.candidate, limits, limit=limit, accept_suspect=_reason(given), in_turns=True)
     return dataclasses.replace(found, notes=(*found.notes, *done.notes)), done.sweep.parent_id
+
+
+def _pairs(given: argparse.Namespace) -> int | None:
+    """Fresh processes on each side where both are to be measured again; None where their runs are taken. Raises UsageError."""
+    from .ab import DEFAULT_PAIRS
+
+    text = _told(given.pairs)
+    if text is None:
+        return DEFAULT_PAIRS if given.measure else None
+    if not text.isdecimal():
+        raise UsageError(f"--pairs is not a whole number: {text}. Give at least 2; {DEFAULT_PAIRS} are the default.")
+    return int(text)
 
 
 def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> tuple[RunResult, str | None, str]:
@@ -281,7 +295,8 @@ def _write_gate(
             write_bytes(folder / name, content)
         write_json(folder / "gate.json", gate.gate_json(found))
         write_json(folder / "table.json", split_table(gate_report.HEADING, gate_report.gate_cells(found.checks)))
-        registry.log_gate(store, run_id, champion, found.verdict, found.why, _reason(given), folder, measured)
+        for kept_in in filter(None, (run_id, store.given_run_id)):
+            registry.log_gate(store, kept_in, champion, found.verdict, found.why, _reason(given), folder, measured)
 
 
 def _promote(given: argparse.Namespace) -> int:
@@ -338,7 +353,7 @@ def _reproduced(given: argparse.Namespace) -> int:
         given.reference,
         margin=margin,
         granted=_grants(given),
-        url=given.url,
+        url=_told(given.url),
         output_dir=given.output_dir,
         tracking_uri=given.tracking_uri,
         experiment=given.experiment,
@@ -373,8 +388,13 @@ def _import(given: argparse.Namespace) -> int:
 
 
 def _reason(given: argparse.Namespace) -> str | None:
-    """Why suspect results are accepted; `none`, the default of an MLproject parameter, is no reason."""
-    text = (given.accept_suspect or "").strip()
+    """Why suspect results are accepted."""
+    return _told(given.accept_suspect)
+
+
+def _told(text: str | None) -> str | None:
+    """What an option says; `none`, the default of an MLproject parameter, says nothing."""
+    text = (text or "").strip()
     return None if text in ("", "none") else text
 
 

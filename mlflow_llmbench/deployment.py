@@ -20,7 +20,14 @@ HEADLINES = (
 )  # fmt: skip
 """Figures that a version carries, as far as they were measured."""
 
+SHOWN = ("model", "revision", "quant", "decode", "device", "batch_size", "max_prompt_tokens", "max_new_tokens", "workload", "history")
+"""What of the configuration is a tag of the version."""
+
 SERVED_DECODES = ("generate",)
+SERVED_HISTORIES = ("none", "recomputed")
+
+CHECKPOINT_PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum")}
+"""Method of a checkpoint that is quantized already → what transformers loads it with."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,8 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "batch_size": cell.batch_size,
         "max_prompt_tokens": max(longest, default=cell.prompt_tokens),
         "max_new_tokens": cell.output_tokens,
+        "workload": cell.workload,
+        "history": cell.history,
         "needs": _needs(result, metrics),
         "measured": figures,
         "hashes": vars(result.hashes),
@@ -90,7 +99,7 @@ def version_tags(deployment: Deployment) -> dict[str, str]:
         "schema": config["schema"], "run_id": evidence.run_id, "sweep": evidence.sweep, "verdict": evidence.verdict.word,
         "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons),
         "accepted_suspect": evidence.accepted_suspect, "linked_run": evidence.linked,
-        **{name: config[name] for name in ("model", "revision", "quant", "decode", "device", "batch_size", "max_prompt_tokens", "max_new_tokens")},
+        **{name: config[name] for name in SHOWN},
         **{f"{name}_hash": value for name, value in config["hashes"].items()},
         **{key.partition("/")[2]: f"{value:.0f}" if value >= 1e6 else f"{value:.6g}" for key, value in deployment.figures.items()},
     }  # fmt: skip
@@ -110,6 +119,15 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
     if cell.backend not in ("transformers", "fake"):
         raise UsageError(
             f"backend={cell.backend} cannot be registered: the registered model is run by transformers. Measure with backend=transformers."
+        )
+    if cell.batching:
+        raise UsageError(
+            f"batching={cell.batching} cannot be served: the registered model batches the prompts of one request, and not requests that come one "
+            "by one. Measure with batching=none."
+        )
+    if cell.history not in SERVED_HISTORIES:
+        raise UsageError(
+            f"history={cell.history} cannot be served: the registered model keeps nothing from one request to the next. Measure with history=recomputed."
         )
     if cell.decode not in SERVED_DECODES:
         raise UsageError(f"decode={cell.decode} cannot be served yet. Measure with decode={', '.join(SERVED_DECODES)}.")
@@ -161,4 +179,6 @@ def _requirements(result: RunResult) -> tuple[str, ...]:
     wanted = ["torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy"]
     wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4") else []
     wanted += ["gguf"] if result.model.source == "gguf" else []
+    method = str(result.load.facts.get("quant.method")) if result.load else ""
+    wanted += CHECKPOINT_PACKAGES.get(method, ())
     return tuple(f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in wanted if name in packages)

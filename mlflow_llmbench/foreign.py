@@ -7,7 +7,7 @@ llama-bench's documentation:
 - `inter-token latency`: pooled gaps between chunks in vLLM, which are ours only where each chunk holds one token; a mean per request in AIPerf,
   which is our time per output token; weighted by tokens in GuideLLM, which is neither;
 - GuideLLM's time per output token counts the first token in, its request latency ends after the last token, its percentiles do not interpolate;
-- AIPerf's percentiles hold failed requests as infinite, so they are ours only where none failed;
+- AIPerf's percentiles hold failed requests as infinite, so they are ours only where none failed; of a run that it did not end nothing is;
 - llama-bench leaves out tokenization and sampling; optimum-benchmark stamps before the token is on the host and assumes the number of tokens;
 - a percentile that the sample does not support (`metrics.PERCENTILE_SUPPORT`) is none of ours.
 
@@ -108,7 +108,8 @@ def _is_vllm(data: Any) -> bool:
 
 
 def _vllm(data: Data) -> Iterator[Foreign]:
-    closed = data.get("request_rate") == "inf" and not data.get("ramp_up_strategy")
+    # Without a limit an infinite rate is one burst, or a trace with times of its own, which the file does not tell apart.
+    closed = data.get("request_rate") == "inf" and not data.get("ramp_up_strategy") and bool(data.get("max_concurrency"))
     completed, failed = float(data["completed"]), _number(data.get("failed"))
     ours: dict[str, str] = {}
     latencies = {"e2el": "e2e", "ttft": "ttft"} if closed else {}
@@ -124,9 +125,9 @@ def _vllm(data: Data) -> Iterator[Foreign]:
     metrics, own = _split("vllm", {name: value for name, value in data.items() if name not in VLLM_SETTINGS}, ours)
     if failed is not None and completed + failed > 0:
         metrics["errors/failed_ratio"] = failed / (completed + failed)
-    if closed and data.get("max_concurrency"):
+    if closed:
         metrics["config/concurrency"] = float(data["max_concurrency"])
-    load = f"c{data.get('max_concurrency') or 'inf'}" if closed else f"{data.get('request_rate')}/s"
+    load = f"c{data['max_concurrency']}" if closed else f"{data.get('request_rate')}/s"
     params = _texts({name: data.get(name) for name in VLLM_SETTINGS})
     yield Foreign("vllm bench serve", "", f"{data['model_id']} {load}", params, metrics, own, "the server, or the client's tokenizer")
 
@@ -174,6 +175,9 @@ def _guidellm(data: Data) -> Iterator[Foreign]:
 # AIPerf
 
 
+AIPERF_STATES = ("was_cancelled", "is_complete", "incomplete_reason")
+
+
 def _is_aiperf(data: Any) -> bool:
     return isinstance(data, dict) and "input_config" in data and "request_latency" in data
 
@@ -182,13 +186,14 @@ def _aiperf(data: Data) -> Iterator[Foreign]:
     config = data["input_config"] or {}
     phase = _aiperf_phase(config)
     closed = phase.get("type") == "concurrency"
+    whole = data.get("is_complete") is not False and data.get("was_cancelled") is not True
     errors = _number((data.get("error_request_count") or {}).get("avg")) or 0.0
     count = _number((data.get("request_count") or {}).get("avg"))
     tables = {name: table for name, table in data.items() if isinstance(table, dict) and "unit" in table}
     every = {f"{name}_{statistic}": value for name, table in tables.items() for statistic, value in table.items() if statistic != "unit"}
     translated = {"inter_token_latency": "tpot"} | ({"time_to_first_token": "ttft", "request_latency": "e2e"} if closed else {})
     ours: dict[str, str] = {}
-    for theirs, key in translated.items():
+    for theirs, key in translated.items() if whole else ():
         if (tables.get(theirs) or {}).get("unit") == "ms":
             statistics = {"avg": "mean"} | ({"p50": "p50", "p95": "p95"} | ({} if key == "tpot" else {"p99": "p99"}) if not errors else {})
             ours |= {f"{theirs}_{name}": f"latency/{key}_ms_{own}" for name, own in statistics.items()}
@@ -200,7 +205,7 @@ def _aiperf(data: Data) -> Iterator[Foreign]:
         metrics["config/concurrency"] = concurrency
     yield Foreign(
         "aiperf", str(data.get("aiperf_version") or ""), " ".join(filter(None, ["aiperf", str(phase.get("type") or ""), str(phase.get("concurrency") or "")])),
-        _texts({f"phase.{name}": value for name, value in phase.items()}), metrics, own, "the client's tokenizer, or the server",
+        _texts({f"phase.{name}": value for name, value in phase.items()} | {name: data.get(name) for name in AIPERF_STATES}), metrics, own, "the client's tokenizer, or the server",
     )  # fmt: skip
 
 
@@ -225,6 +230,7 @@ def _llama_bench(data: Any) -> Iterator[Foreign]:
         metrics, own = _split("llama-bench", figures, {"model_size": "memory/weight_bytes"})
         metrics |= {key: float(count) for key, count in (("config/prompt_tokens", prompt), ("config/output_tokens", output)) if count}
         test = f"pp{prompt}+tg{output}" if prompt and output else f"pp{prompt}" if prompt else f"tg{output}"
+        test += f" @ d{row['n_depth']}" if row.get("n_depth") else ""
         yield Foreign(
             "llama-bench", str(row.get("build_commit") or ""), f"{row.get('model_type') or 'llama.cpp'} {test}",
             _texts({name: value for name, value in row.items() if name not in figures and not name.startswith("samples")}), metrics, own, "what was asked",

@@ -107,6 +107,8 @@ def decide(
     unlike = differences(champion, candidate)
     if refused := _refused(unlike, ("software",)):
         return refused
+    if quality_text(champion) != quality_text(candidate) and all("quality/perplexity" in found for found in metrics):
+        return Gate(NOT_COMPARABLE, "The perplexities are of two texts. Measure the candidate with the quality_text of the champion.")
     if lacking := missing(*metrics):
         listed = ", ".join(lacking)
         return Gate(NOT_COMPARABLE, f"The champion has {listed}, and the candidate has not. Measure the candidate as the champion was.")
@@ -163,6 +165,11 @@ def _listed(unlike: list[Difference]) -> str:
 def missing(champion: Mapping[str, float], candidate: Mapping[str, float]) -> list[str]:
     """Quality and device memory that the candidate lacks: what was not measured has not passed."""
     return [key for key in (DEVICE_PEAK, *QUALITY) if key in champion and key not in candidate]
+
+
+def quality_text(result: RunResult) -> str:
+    """The digest of the text that a result's perplexity is of; empty where there is none."""
+    return result.quality.text_digest if result.quality else ""
 
 
 def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) -> list[Check]:

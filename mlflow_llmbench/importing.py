@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import tracking
 from .errors import UsageError
@@ -33,7 +34,7 @@ def import_file(path: str, tracking_uri: str | None = None, experiment: str | No
     """One MLflow run for each measurement in a result file; what was imported before is left alone. Raises UsageError, TrackingError."""
     content = _read(path)
     try:
-        found = read_foreign(json.loads(content))
+        found = read_foreign(_parse(content))
     except ValueError as error:
         raise UsageError(f"{path} is no JSON: {error}. Give the JSON file that the program wrote.") from None
     except UsageError as error:
@@ -51,6 +52,21 @@ def import_file(path: str, tracking_uri: str | None = None, experiment: str | No
             run_id, new = _log(store, one, identity, Path(path).name, content), new + 1
         run_ids.append(run_id)
     return Imported(tuple(found), tuple(run_ids), new)
+
+
+def _parse(content: bytes) -> Any:
+    """The JSON of a file, or of JSON Lines, as `llama-bench -o jsonl` writes them, the list of their objects. Raises ValueError."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        lines = content.strip().split(b"\n")
+        if len(lines) < 2:
+            raise
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:
+            pass
+        raise
 
 
 def _read(path: str) -> bytes:

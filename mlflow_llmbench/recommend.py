@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .compare import BETTER, DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, SIGNIFICANCE, UNNAMED, UNTESTED, compare, differences, sentence
+from .compare import BETTER, DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, SIGNIFICANCE, UNNAMED, UNTESTED, compare, differences, sentence, value_text
 from .errors import UsageError
 from .metrics import KEYS
 from .records import Cell, Repetition, RunResult, Verdict
@@ -192,8 +192,7 @@ def _short(name: str, value: object) -> str:
         return str(value).rstrip("/").rsplit("/", 1)[-1]
     if name == "quant" and value != "none":
         return str(value)
-    shown = Cell.__dataclass_fields__[name].metadata["unset"] if value is None else value
-    return f"batch {shown}" if name == "batch_size" else f"{name}={shown}"
+    return f"batch {value}" if name == "batch_size" else f"{name}={value_text(name, value)}"
 
 
 def _without(given: Sequence[Candidate], refused: Sequence[Refused]) -> list[Candidate]:

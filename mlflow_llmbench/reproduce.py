@@ -15,6 +15,7 @@ from . import artifacts, compare, jobs, machine, plan, registry, report, trackin
 from .backends.base import backend_class
 from .errors import MeasurementError, NotComparable, UsageError
 from .evidence import RUN_ID, load_results
+from .gate import quality_text
 from .journal import read_result, write_bytes, write_json
 from .records import Cell, ModelFacts, RunResult
 from .reproduction import (
@@ -197,9 +198,15 @@ def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: f
     allow = frozenset({"hardware", "software"})
     comparison = compare.compare(original.result, again, allow=allow)
     comparison = dataclasses.replace(comparison, name_a="the original", name_b="the reproduction")
-    found = weigh(comparison, margin, (summarize(original.result), summarize(again)))
+    one_text = quality_text(original.result) == quality_text(again)
+    metrics = [{k: v for k, v in summarize(r).items() if one_text or k != "quality/perplexity"} for r in (original.result, again)]
+    found = weigh(comparison, margin, (metrics[0], metrics[1]))
     if changed := changed_facts(original.result, again):
         found = dataclasses.replace(found, notes=(*found.notes, changed))
+    if not one_text:
+        found = dataclasses.replace(
+            found, notes=(*found.notes, "The text of the perplexity is not kept with a run; another one was scored, and is not held against it.")
+        )
     return Reproduced(original, found, sweep, comparison)
 
 

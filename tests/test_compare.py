@@ -267,6 +267,26 @@ def test_alike_results_have_no_differences() -> None:
     assert differences(BF16, unlike(INT4, environment={"git": "abc", "cpu": {**MACHINE["cpu"], "last_level_cache_bytes": 1}})) == []
 
 
+def test_when_requests_come_is_workload_and_how_many_users_there_are_is_not() -> None:
+    def stream(**fields: Any) -> RunResult:
+        return dataclasses.replace(BF16, cell=dataclasses.replace(BF16.cell, **({"url": "http://127.0.0.1:1", "request_rate": 5.0} | fields)))
+
+    assert differences(stream(), stream()) == []
+    for name, value, listed in (
+        ("request_rate", 8.0, "request_rate 5 → 8"), ("ramp_to", 9.0, "ramp_to none → 9"), ("arrival", "constant", "arrival poisson → constant"),
+        ("seed", 1, "seed 0 → 1"), ("requests", 40, "requests auto → 40"),
+    ):  # fmt: skip
+        [found] = differences(stream(), stream(**{name: value}))
+        assert (found.kind, str(found)) == ("workload", listed)
+    assert differences(stream(request_rate=None), stream(request_rate=None, concurrency=4, seed=1)) == []
+    assert [str(found) for found in differences(stream(request_rate=None), stream())] == ["request_rate none → 5"]
+
+
+def test_conversations_as_one_prompt_are_not_those_turn_by_turn() -> None:
+    turns = unlike(INT4, hashes={"workload": "x"}, cell=dataclasses.replace(BF16.cell, history="kept"))
+    assert [str(difference) for difference in differences(BF16, turns)] == ["conversations as one prompt → turn by turn"]
+
+
 def test_nothing_measured_cannot_be_allowed() -> None:
     failed = dataclasses.replace(result([], "int4"), outcome="oom", failure=Failure("loading", "Memory ran out."))
     with pytest.raises(NotComparable, match="int4 has no repetitions: its outcome is oom. Measure it again, or compare another run."):

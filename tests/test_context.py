@@ -50,6 +50,16 @@ def test_importing_mlflow_loads_nothing_that_measures(installed: Path, variables
     assert not {"torch", "transformers", "pynvml", "ray", "bitsandbytes"} & set(loaded)
 
 
+def test_importing_mlflow_takes_no_longer(installed: Path) -> None:
+    """Of one interpreter's own account of its imports, so that another's load touches all of them alike."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, installed)))}
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "import mlflow"], env=environment, capture_output=True, text=True, check=True)
+    lines = [line.removeprefix("import time:").split("|") for line in done.stderr.splitlines() if line.startswith("import time:")][1:]
+    own_us = {name.strip(): int(own) for own, _, name in lines}
+    ours = {name: took for name, took in own_us.items() if name.startswith("mlflow_llmbench")}
+    assert ours and sum(ours.values()) < 0.05 * sum(own_us.values())
+
+
 def test_the_provider_needs_the_standard_library_only() -> None:
     tree = ast.parse((ROOT / "mlflow_llmbench" / "context.py").read_text(encoding="utf-8"))
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level and node.module}

@@ -19,7 +19,7 @@ from mlflow_llmbench.cli import build_parser, main
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.gate import decide, missing, parse_limits, parse_ratio, quality_checks
 from mlflow_llmbench.gate_report import gate_junit, gate_markdown
-from mlflow_llmbench.records import Hashes, MemoryStages, RunResult
+from mlflow_llmbench.records import Hashes, MemoryStages, Quality, RunResult, TextScores
 from mlflow_llmbench.registry import promote, register, result_of
 from mlflow_llmbench.tracking import open_store
 
@@ -91,6 +91,28 @@ def test_quality_is_held_too() -> None:
     assert state({"top1_agreement": 0.99, "kl_vs_reference": 0.0}, {"top1_agreement": 0.9, "kl_vs_reference": 0.01}) == ["regression", "regression"]
     assert state({}, {"perplexity": 10.0}) == []
     assert missing({"quality/perplexity": 10.0, "memory/device_bytes_peak": 1.0}, {}) == ["memory/device_bytes_peak", "quality/perplexity"]
+
+
+def test_perplexities_of_two_texts_are_not_comparable() -> None:
+    def scored(text: str) -> RunResult:
+        return dataclasses.replace(CHAMPION, quality=Quality(text, TextScores(text, 3, 8, 4, ((1.0, 2.0),))))
+
+    assert decide(scored("a"), scored("a")).verdict == "pass"
+    gate = decide(scored("a"), scored("b"))
+    assert (gate.verdict, gate.why) == (
+        "not_comparable",
+        "The perplexities are of two texts. Measure the candidate with the quality_text of the champion.",
+    )
+
+
+def test_a_stream_that_comes_faster_is_another_workload() -> None:
+    def stream(rate: float, batching: str = "dynamic") -> RunResult:
+        return dataclasses.replace(CHAMPION, cell=dataclasses.replace(CHAMPION.cell, batching=batching, request_rate=rate))
+
+    gate = decide(stream(5.0), stream(8.0), accept_suspect="made by hand")
+    assert (gate.verdict, gate.exit_code) == ("not_comparable", 2)
+    assert "request_rate 5 → 8" in gate.why
+    assert decide(stream(5.0), stream(5.0, "static"), accept_suspect="made by hand").verdict == "pass"
 
 
 def test_another_machine_is_not_comparable_and_other_software_is_named() -> None:

@@ -52,7 +52,9 @@ def test_latencies_of_an_open_loop_are_counted_from_another_time() -> None:
     assert set(found.metrics) == {"latency/tpot_ms_mean", "latency/tpot_ms_p50", "errors/failed_ratio"}
     assert found.own["vllm/mean_ttft_ms"] == 21.0 and found.own["vllm/output_throughput"] == 3.6
     assert found.metrics["errors/failed_ratio"] == 0.0
-    [closed] = read_foreign({**load("vllm_serve_open_loop"), "request_rate": "inf"})
+    [burst] = read_foreign({**load("vllm_serve_open_loop"), "request_rate": "inf"})
+    assert set(burst.metrics) == set(found.metrics) and burst.name == "meta-llama/Llama-3.2-1B inf/s"
+    [closed] = read_foreign({**load("vllm_serve_open_loop"), "request_rate": "inf", "max_concurrency": 4})
     assert closed.metrics["latency/ttft_ms_p99"] == 30.0  # 400 requests do support it
 
 
@@ -84,6 +86,11 @@ def test_aiperfs_percentiles_count_failed_requests_and_its_open_loops_another_ti
     [failed] = read_foreign({**data, "error_request_count": {"unit": "requests", "avg": 25.0}})
     assert "latency/ttft_ms_p50" not in failed.metrics and failed.metrics["latency/ttft_ms_mean"] == 40.0
     assert failed.metrics["errors/failed_ratio"] == 0.2
+    [broken] = read_foreign({**data, "is_complete": False, "incomplete_reason": "records stalled"})
+    [stopped] = read_foreign({**data, "was_cancelled": True})
+    for part in (broken, stopped):
+        assert not [key for key in part.metrics if key.startswith("latency/")] and part.own["aiperf/time_to_first_token_avg"] == 40.0
+    assert (broken.params["is_complete"], broken.params["incomplete_reason"]) == ("False", "records stalled")
     data["input_config"]["phases"][1] |= {"type": "poisson"}
     [opened] = read_foreign(data)
     assert "latency/ttft_ms_mean" not in opened.metrics and opened.metrics["latency/tpot_ms_mean"] == 9.0
@@ -95,6 +102,8 @@ def test_llama_bench_and_optimum_benchmark_keep_their_own_names() -> None:
     assert prompt.metrics == {"memory/weight_bytes": 246012416.0, "config/prompt_tokens": 512.0}
     assert output.own["llama-bench/avg_ts"] == 64.0 and output.metrics["config/output_tokens"] == 128.0
     assert output.params["n_threads"] == "2" and "samples_ns" not in output.params
+    [deep, _] = read_foreign([{**row, "n_depth": 512} for row in load("llama_bench")])
+    assert deep.name == "gemma3 270M Q4_K - Medium pp512 @ d512"
     [optimum] = read("optimum_benchmark")
     assert optimum.metrics == {"config/batch_size": 2.0, "config/prompt_tokens": 16.0}
     assert optimum.own["optimum-benchmark/decode.throughput.value"] == 320.0 and optimum.own["optimum-benchmark/prefill.memory.max_ram"] == 1200.5
@@ -155,6 +164,13 @@ def test_files_become_runs_once(store_uri: str, capsys: pytest.CaptureFixture[st
     again = capsys.readouterr().out
     assert "0 of them new" in again
     assert [one["run_id"] for one in json.loads(again.splitlines()[-1])] == [one["run_id"] for one in told]
+
+
+def test_json_lines_of_llama_bench_are_read_too(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "llama.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in load("llama_bench")))
+    assert main(["import", str(file)]) == 0
+    assert "2 measurements of llama-bench, 2 of them new." in capsys.readouterr().out
 
 
 def test_nothing_is_concluded_from_an_imported_run(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:

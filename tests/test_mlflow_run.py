@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def mlflow_run(store_uri: str, folder: Path, entry: str = "main", **parameters: str) -> subprocess.CompletedProcess[str]:
-    given = [part for name, value in parameters.items() for part in ("-P", f"{name}={value}")]
+    where = {} if entry in ("recommend", "register", "gate", "reproduce") else {"output_dir": f"{folder}/results"}
+    given = [part for name, value in (where | parameters).items() for part in ("-P", f"{name}={value}")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store_uri}
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", "-e", entry, "-P", f"output_dir={folder}/results", *given]
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", "-e", entry, *given]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -70,3 +72,26 @@ def test_a_bad_parameter_fails_the_run_with_one_line(store_uri: str, tmp_path: P
     assert message in done.stderr
     [found] = MlflowClient(store_uri).search_runs(["0"])
     assert found.info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_the_decision_by_entry_points(store_uri: str, tmp_path: Path) -> None:
+    """Choose, register, gate, reproduce; each keeps what it found in the project's own run too."""
+    client = MlflowClient(store_uri)
+
+    def entry(name: str, code: int = 0, **parameters: str) -> Run:
+        done = mlflow_run(store_uri, tmp_path, name, **parameters)
+        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+        return client.search_runs(["0"], "tags.`mlflow.project.entryPoint` = '" + name + "'", order_by=["attributes.start_time DESC"])[0]
+
+    model = "fake:ttft_ms=20+itl_ms=10"
+    swept = entry("main", backend="fake", model=model, batch_size="1,2", prompt_tokens="8", output_tokens="4", warmup="1", repetitions="5")
+    chosen = entry("recommend", sweep=swept.info.run_id, max_ttft="1s", accept_suspect="busy")
+    assert "recommendation.json" in {item.path for item in client.list_artifacts(chosen.info.run_id)}
+    entry("register", run=swept.info.run_id, name="bot", accept_suspect="busy")
+    gated = entry("gate", candidate="models:/bot@candidate", against="models:/bot/1", pairs="3", default_limit="60%", accept_suspect="busy")
+    assert (gated.data.tags["llmbench.gate"], gated.data.tags["llmbench.gate_against"]) == ("pass", "models:/bot/1")
+    assert gated.data.tags["llmbench.gate_measured"] == gated.info.run_id  # what was measured for it are its children
+    again = entry("reproduce", run="models:/bot@candidate", margin="90%")
+    assert again.data.tags["llmbench.reproduction"] == "equivalent"
+    assert again.data.tags["llmbench.reproduces"] == client.get_model_version("bot", "1").run_id

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 import mlflow_llmbench
 from mlflow_llmbench import spec, study
+from mlflow_llmbench.cli import build_parser
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -103,6 +104,7 @@ def test_the_entry_points_are_the_table_of_backends() -> None:
 
 
 ENTRIES = {"main": "run", "online": "online"}
+DECISIONS = ("recommend", "register", "gate", "reproduce")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -115,7 +117,24 @@ def test_the_project_has_the_declared_parameters_with_their_defaults(entry: str)
 
 def test_every_parameter_is_one_of_an_entry_point() -> None:
     assert set(spec.COMMANDS["run"]) | set(spec.COMMANDS["online"]) == set(spec.PARAMETERS)
-    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "study", "register"}
+    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "study", *DECISIONS}
+
+
+@pytest.mark.parametrize("entry", DECISIONS)
+def test_an_entry_point_of_the_decision_is_its_command_with_the_same_defaults(entry: str) -> None:
+    declared: dict[str, dict[str, str]] = MLPROJECT["entry_points"][entry]["parameters"]
+    command = MLPROJECT["entry_points"][entry]["command"]
+    first, *others = declared
+    assert command == " ".join([f"python -m mlflow_llmbench {entry} {{{first}}}", *(f"--{name.replace('_', '-')} {{{name}}}" for name in others)])
+    required = [name for name, one in declared.items() if "default" not in one]
+    given = build_parser().parse_args(shlex.split(command.format(**{name: one.get("default", "given") for name, one in declared.items()}))[3:])
+    options = [part for name in required[1:] for part in (f"--{name}", "given")]
+    alone = build_parser().parse_args([entry, "given", *options])
+    for name, one in declared.items():
+        default = one.get("default", "given")
+        assert shlex.quote(default) == default
+        if name != first and name not in required:
+            assert getattr(given, name) == (getattr(alone, name) or "none")
 
 
 def test_a_study_takes_what_a_run_takes_and_what_is_its_own() -> None:

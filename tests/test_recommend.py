@@ -7,6 +7,7 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -16,8 +17,9 @@ from mlflow_llmbench.cli import main
 from mlflow_llmbench.decision import answer, format_recommendation, recommendation_markdown
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.pareto import draw_recommendation
+from mlflow_llmbench.plan import config_hash
 from mlflow_llmbench.recommend import MEMORY, QUALITY, Limit, Measure, candidates, choose, interval, recommend, recommendation_json
-from mlflow_llmbench.records import Failure, Hashes, MemoryStages
+from mlflow_llmbench.records import Failure, Hashes, MemoryStages, RunResult
 
 from .results import GB, WIGGLE
 from .results import made as result
@@ -77,6 +79,35 @@ def test_memory_of_a_device_is_not_weighed_against_that_of_the_host() -> None:
     on_gpu = result("int4", step=5, memory=1)
     on_gpu = dataclasses.replace(on_gpu, memory=MemoryStages(host_needed={"peak": GB}, device={"peak": GB}))
     assert len(recommend([on_gpu, result("int8", memory=8)]).front) == 2
+
+
+def test_ways_of_batching_and_of_keeping_a_history_are_configurations_of_their_own() -> None:
+    base = result()
+
+    def other(number: int, factor: float, **fields: Any) -> RunResult:
+        cell = dataclasses.replace(base.cell, **fields)
+        hashes = dataclasses.replace(base.hashes, config=config_hash(cell, base.model))
+        return dataclasses.replace(result(step=10 * factor), cell=cell, hashes=hashes, ended_ms=2000 + number)
+
+    stream = {"batching": "dynamic", "request_rate": 5.0}
+    streams = [other(0, 1.2, **stream), other(1, 1.0, **stream, batch_wait_ms=20.0), other(2, 1.1, **(stream | {"batching": "continuous"}))]
+    found = recommend(streams, accept_suspect="made by hand")
+    assert found.winner is not None and found.winner.name == "batching=dynamic batch_wait_ms=20"
+    assert names(found.runners_up) == ["batching=continuous batch_wait_ms=100", "batching=dynamic batch_wait_ms=100"]
+    assert found.refused == ()
+    kept = recommend([other(0, 1.2, history="recomputed"), other(1, 1.0, history="kept")])
+    assert kept.winner is not None and kept.winner.name == "history=kept"
+    assert names(kept.runners_up) == ["history=recomputed"]
+
+
+def test_a_rate_at_which_requests_come_is_no_configuration_to_choose() -> None:
+    base = result()
+    streams = [
+        dataclasses.replace(result(step=step), cell=dataclasses.replace(base.cell, batching="static", request_rate=rate))
+        for rate, step in ((5.0, 10), (50.0, 5))
+    ]
+    [refused] = recommend(streams, accept_suspect="made by hand").refused
+    assert "It cannot be compared with the 1 that are alike: request_rate 5 → 50." in refused.why
 
 
 @pytest.mark.parametrize(

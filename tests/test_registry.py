@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_llmbench.cli import main
-from mlflow_llmbench.deployment import Evidence, deployment_of
+from mlflow_llmbench.deployment import Evidence, deployment_of, version_tags
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, RunResult, Verdict
 from mlflow_llmbench.registry import register, result_of, save
@@ -302,12 +302,35 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("backend", "openai", "backend=openai cannot be registered"),
         ("decode", "compiled", "decode=compiled cannot be served yet"),
         ("quant", "gptq", "quant=gptq cannot be registered yet"),
+        ("batching", "dynamic", "batching=dynamic cannot be served: the registered model batches the prompts of one request"),
+        ("history", "kept", "history=kept cannot be served: .* Measure with history=recomputed"),
     ],
 )
 def test_what_cannot_be_served_is_not_registered(field: str, value: str, message: str) -> None:
     result = real("none")
     with pytest.raises(UsageError, match=message):
         deploy(dataclasses.replace(result, cell=dataclasses.replace(result.cell, **{field: value})))
+
+
+def test_recomputed_conversations_are_served_up_to_their_longest_history() -> None:
+    """A client sends the whole conversation with each turn, as it was measured."""
+    result = real("none")
+    turns = tuple(
+        dataclasses.replace(r, requests=tuple(dataclasses.replace(one, prompt_tokens=40) for one in r.requests)) for r in result.repetitions
+    )
+    cell = dataclasses.replace(result.cell, workload="chat", history="recomputed", prompt_tokens=None)
+    config = deploy(dataclasses.replace(result, cell=cell, repetitions=turns))
+    assert (config["workload"], config["history"], config["max_prompt_tokens"]) == ("chat", "recomputed", 40)
+    tags = version_tags(deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid"))))
+    assert (tags["llmbench.workload"], tags["llmbench.history"]) == ("synthetic", "none")
+
+
+def test_a_checkpoint_that_is_quantized_already_pins_what_loads_it() -> None:
+    packages = {"torch": "2.13.0+cpu", "gptqmodel": "7.6.0", "optimum": "2.1.0", "bitsandbytes": "0.50.2"}
+    for method, pinned in (("awq", True), ("gptq", True), ("none", False)):
+        result = dataclasses.replace(real("none", **{"quant.method": method}), environment={"packages": packages})
+        found = deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid"))).requirements
+        assert set(found) == {"torch==2.13.0", *(("gptqmodel==7.6.0", "optimum==2.1.0") if pinned else ())}
 
 
 def test_a_fake_version_says_that_it_has_no_answers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -14,9 +15,12 @@ from mlflow_llmbench import run
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.compare import compare
 from mlflow_llmbench.errors import NotComparable, UsageError
-from mlflow_llmbench.registry import register
-from mlflow_llmbench.reproduce import find_original, parameters_again, require_same, unlike_here
+from mlflow_llmbench.plan import config_hash, expand_cells
+from mlflow_llmbench.records import Quality, RunResult, TextScores
+from mlflow_llmbench.registry import register, result_of
+from mlflow_llmbench.reproduce import Original, _weighed, find_original, parameters_again, require_same, unlike_here
 from mlflow_llmbench.reproduction import Reproduction, reproduction_json, reproduction_markdown, weigh
+from mlflow_llmbench.spec import parse
 from mlflow_llmbench.stats import equivalence, units_to_tell
 from mlflow_llmbench.tracking import open_store
 
@@ -124,6 +128,23 @@ def test_the_parameters_are_those_of_the_run_with_the_commit_that_was_measured()
     assert (parameters["model"], parameters["revision"], parameters["repetitions"]) == (["a/b"], ["abc"], ["5"])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batching": "dynamic", "batch_wait_ms": 50.0, "request_rate": 40.0, "arrival": "gamma", "burstiness": 2.0, "requests": 6, "batch_size": 2},
+        {"batching": "continuous", "batch_wait_ms": 100.0, "request_rate": 40.0, "burstiness": 1.0, "workload": "mixed"},
+        {"workload": "chat", "history": "kept", "prompt_tokens": None},
+        {"quant": "gptq", "group_size": 64},
+        {"threads": 1, "attention": "eager", "processes": 2, "seed": 3},
+    ],
+)
+def test_every_parameter_of_a_cell_is_measured_again(settings: dict[str, Any]) -> None:
+    cell = dataclasses.replace(ORIGINAL.cell, **settings)
+    [again] = expand_cells(parse(parameters_again(made(cell=cell))))
+    assert again == cell
+    assert config_hash(again, ORIGINAL.model) == config_hash(cell, ORIGINAL.model) != config_hash(ORIGINAL.cell, ORIGINAL.model)
+
+
 @pytest.mark.parametrize("grant", ["trust_remote_code", "allow_pickle"])
 def test_what_a_run_may_do_is_not_taken_over_from_it(grant: str) -> None:
     trusting = dataclasses.replace(ORIGINAL, cell=dataclasses.replace(ORIGINAL.cell, **{grant: True}))
@@ -201,6 +222,28 @@ def _named(script: str) -> dict[str, str]:
     from mlflow_llmbench.records import hash16
 
     return {"name": script, "revision": hash16(script)}
+
+
+def test_a_stream_that_was_batched_here_is_measured_again(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = {"batching": "dynamic", "batch_wait_ms": 5, "batch_size": 2, "request_rate": 200, "requests": 4}
+    done = run(**(CELL | stream), tracking_uri=store_uri)
+    assert main(["reproduce", done.run_ids[0], "--margin", "0.9", "--json"]) in (0, 1, 4)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    before, again = (result_of(open_store(store_uri), run_id) for run_id in (told["original_run_id"], told["run_id"]))
+    assert again.cell == before.cell and again.hashes.config == before.hashes.config
+    assert (again.cell.batching, again.cell.batch_wait_ms) == ("dynamic", 5.0)
+
+
+def test_another_text_is_no_other_perplexity() -> None:
+    def scored(text: str, nll: float) -> RunResult:
+        return dataclasses.replace(ORIGINAL, quality=Quality(text, TextScores(text, 3, 8, 4, ((nll, nll),))), sweep="s")
+
+    def found(text: str) -> Reproduction:
+        return _weighed(Original(scored("a", 1.0), None, "a"), scored(text, 2.0), None, 0.05).found  # type: ignore[arg-type]
+
+    assert found("a").verdict == "different"
+    assert found("b").verdict == "equivalent"
+    assert any("The text of the perplexity is not kept with a run" in note for note in found("b").notes)
 
 
 def test_another_machine_is_named_and_not_refused(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
