@@ -309,7 +309,7 @@ def _restart(form: Form, x: Array, logs: Array, index: int, value: float) -> tup
 
 
 def _leave_one_out(form: Form, x: Array, logs: Array, theta: Array) -> float | None:
-    """Root mean square of ln y − ln f where f was fitted without that point; None where a point cannot be spared."""
+    """Root mean square of ln y − ln f where f was fitted without that point; None where a point cannot be spared, or has no value then."""
     import numpy as np
 
     errors = []
@@ -319,7 +319,7 @@ def _leave_one_out(form: Form, x: Array, logs: Array, theta: Array) -> float | N
             return None
         done = _descend(form, x[rest], logs[rest], theta) or _search(form, x[rest], logs[rest])
         there = float(form.value(done[0], x[i : i + 1])[0]) if done else 0.0
-        if there <= 0:
+        if not 0 < there < math.inf:  # beyond a pole of the curve
             return None
         errors.append(float(logs[i]) - math.log(there))
     return math.sqrt(sum(error**2 for error in errors) / len(errors))

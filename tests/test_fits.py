@@ -111,6 +111,16 @@ def test_what_cannot_carry_a_curve_is_refused_in_one_line(form: Form, spoil: Cal
     assert "\n" not in str(refused.value)
 
 
+def test_a_left_out_point_beyond_the_pole_of_a_curve_has_no_error() -> None:
+    """Four models on a noisy machine: without the largest one the others lie on a curve that ends before it."""
+    sizes, rates = [0.070426624, 0.125239296, 0.162322944, 0.268098176], [71.47576387, 41.82767062, 36.07588552, 10.63418143]
+    found = fit(fits.reciprocal("T = 1/(a + c·size)", "a", "c"), sizes, rates)
+    assert found.loo_error is None
+    law = fit(POWER, sizes, rates)
+    assert fits.ranked([found, law]) == [law, found]
+    assert "y = a·x^b is nearer than T = 1/(a + c·size)" in fits.verdict(law, [found])
+
+
 def test_equal_values_have_no_growth_and_no_exponent() -> None:
     flat = fit(POWER, BATCHES, [7.0] * 7)
     assert flat.parameter("b").value == pytest.approx(0, abs=1e-12)
