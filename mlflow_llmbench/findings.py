@@ -266,10 +266,11 @@ def _by_quantization(effects: Sequence[QuantEffect], not_said: list[tuple[str, s
         own = [e for e in effects if (e.quant, e.memory.reference) == (quant, reference)]
         speed = pooled([(e.measured.cell.model, e.speed) for e in own])
         first = pooled([(e.measured.cell.model, ratio(quant, e.measured.values(TTFT), e.reference.values(TTFT))) for e in own])
-        saved = [f"{number_text(100 * median(values))} % of the {name}" for name, values in _saved(own) if values]
+        shares = [(median(values), name) for name, values in _saved(own) if values]
+        saved = [f"{100 * abs(share):.3g} % {'less' if share >= 0 else 'more'} {name}" for share, name in shares]
         yield (
             f"{quant} against {reference}: {_told(speed)} times the throughput, {_told(first)} times the time to first token; over {speed.count} {speed.units}"
-            f"{f'. It saves {_and(saved)}' if saved else ''}{' (medians)' if saved and len(own) > 1 else ''}."
+            f"{f'. It takes {_and(saved)}' if saved else ''}{' (medians)' if saved and len(own) > 1 else ''}."
         )
 
 
@@ -287,7 +288,7 @@ def _and(words: Sequence[str]) -> str:
 
 def _saved(effects: Sequence[QuantEffect]) -> list[tuple[str, list[float]]]:
     weights = [e.memory.weights for e in effects if e.memory.weights is not None]
-    return [("bytes of the weights", weights), ("peak memory", [e.memory.peak for e in effects if e.memory.peak is not None])]
+    return [("memory for the weights", weights), ("memory at the peak", [e.memory.peak for e in effects if e.memory.peak is not None])]
 
 
 def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
