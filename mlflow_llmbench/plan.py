@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
-from .spec import GPTQ_BITS, LENGTHS, BenchSpec, as_text, cell_fields
+from .spec import GPTQ_BITS, LENGTHS, LLAMA_CPP, BenchSpec, as_text, backend_of, cell_fields
 
 LOADED = (
-    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint",
+    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention",
+    "decode", "trust_remote_code", "url", "endpoint",
 )  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
-WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url")
+WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "gpu_layers", "kv_cache", "mmap", "url")
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
 UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
@@ -38,9 +39,10 @@ class Group:
 
 
 def expand_cells(spec: BenchSpec) -> list[Cell]:
-    """The product of all lists, in the order in which they were given."""
+    """The product of all lists, in the order in which they were given; a quantization of llama.cpp names its backend."""
     names = list(spec.axes)
-    return [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
+    cells = [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
+    return [dataclasses.replace(cell, backend=backend_of(cell.backend, cell.quant)) for cell in cells]
 
 
 def group_cells(cells: list[Cell]) -> list[Group]:
@@ -81,7 +83,7 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
     fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]]
-    decisive = {f.name: getattr(cell, f.name) for f in fields}
+    decisive = {f.name: getattr(cell, f.name) for f in fields if cell.backend == "llama_cpp" or f.name not in LLAMA_CPP}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
     return hash16(decisive)

@@ -24,12 +24,16 @@ from .redaction import CONTROLS, redact
 
 BITSANDBYTES = ("int8", "int4", "fp4")
 GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
-MADE = (*BITSANDBYTES, *GPTQ_BITS)
+GGUF_QUANTIZATIONS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+"""Quantizations of llama.cpp, which its backend makes and runs."""
+
+MADE = (*BITSANDBYTES, *GPTQ_BITS, *GGUF_QUANTIZATIONS)
 """Quantizations that are made of a checkpoint which is not quantized yet."""
 
 QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
 BACKENDS = {
     "transformers": "mlflow_llmbench.backends.transformers_local:TransformersBackend",
+    "llama_cpp": "mlflow_llmbench.backends.llama_cpp_local:LlamaCppBackend",
     "fake": "mlflow_llmbench.backends.fake:FakeBackend",
     "openai": "mlflow_llmbench.backends.openai_server:OpenAIBackend",
     "callback": "mlflow_llmbench.backends.callback:CallbackBackend",
@@ -41,6 +45,10 @@ WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain"
 HISTORIES = ("none", "recomputed", "kept", "sent")
 BATCHINGS = ("static", "dynamic", "continuous")
 DECODES = ("generate",)
+KV_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+LLAMA_CPP = ("gpu_layers", "kv_cache", "mmap")
+"""Parameters of the backend llama_cpp."""
+
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
 LEAST_TEXT_TOKENS = 512
@@ -73,8 +81,8 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
-    "preset", "on", "force", "memory_limit", "quality", "quality_text",
+    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
+    "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality", "quality_text",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
@@ -343,6 +351,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
+    "kv_cache": lambda name, text, _: _parse_choice(name, text, KV_CACHES),
     "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
     "url": lambda name, text, _: _parse_url(name, text),
     "endpoint": lambda name, text, _: _parse_choice(name, text, ENDPOINTS),
@@ -376,6 +385,23 @@ def _check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
     _check_online(axes)
     _check_batching(axes)
+    _check_llama_cpp(axes)
+
+
+def backend_of(backend: str, quant: str) -> str:
+    """What runs a quantization: the backend that was asked for, but for those that llama.cpp alone has, beside transformers in one sweep."""
+    return "llama_cpp" if backend == "transformers" and quant in GGUF_QUANTIZATIONS else backend
+
+
+def _check_llama_cpp(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """What only llama.cpp has is asked of llama.cpp only."""
+    backend, quants = str(axes["backend"][0]), [str(quant) for quant in axes["quant"]]
+    packed = [quant for quant in quants if quant in GGUF_QUANTIZATIONS]
+    if packed and backend not in ("transformers", "llama_cpp"):
+        raise UsageError(f"quant={packed[0]} is one of llama.cpp, and backend={backend} is another. Give backend=llama_cpp.")
+    own = [name for name in LLAMA_CPP if axes[name] != (PARAMETERS[name].default,)]
+    if own and any(backend_of(backend, quant) != "llama_cpp" for quant in quants):
+        raise UsageError(f"{own[0]} is a setting of llama.cpp, which does not run every cell. Give backend=llama_cpp, or leave it out.")
 
 
 def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
