@@ -98,6 +98,7 @@ HOMES = {
     "safetensors": ("backends",),
     "huggingface_hub": ("backends",),
     "gguf": ("backends",),
+    "llama_cpp": ("backends",),
     "optimum": ("backends",),
     "lm_eval": ("backends",),
     "uvloop": ("client",),
