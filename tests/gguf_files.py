@@ -21,7 +21,7 @@ def rotated(weight: Any, heads: int) -> Any:
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_llama(folder: Path, target: Path, tokenizer: bool = True, kind: str | None = None) -> Path:
+def write_llama(folder: Path, target: Path, tokenizer: bool = True, kind: str | None = None, template: str = "") -> Path:
     """A Llama's folder as a GGUF file; its matrices in `kind` (such as `Q8_0`) of gguf's own quantizers, or as they are."""
     import gguf
     from safetensors.numpy import load_file
@@ -39,6 +39,8 @@ def write_llama(folder: Path, target: Path, tokenizer: bool = True, kind: str | 
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     _add_vocabulary(writer, folder, config["vocab_size"], tokenizer)
+    if template:
+        writer.add_chat_template(template)
     for name, weight in load_file(folder / "model.safetensors").items():
         _add_tensor(writer, name, weight.astype(np.float32), config, kind)
     writer.write_header_to_file()

@@ -19,7 +19,7 @@ from mlflow_llmbench.backends import gguf_file, gguf_made, llama_cpp_session, sc
 from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.errors import MeasurementError, NotRealised, UsageError
-from mlflow_llmbench.measure import checked_ids, measure_cell, time_request
+from mlflow_llmbench.measure import checked_ids, measure_cell, time_request, time_turns
 from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts
 from mlflow_llmbench.workload import load_prompts
 from tests.gguf_files import write_llama
@@ -114,6 +114,31 @@ def test_length_is_forced_past_the_end_of_sequence(plain: Path, tiny_model: Path
         assert steps_of(backend) == greedy(tiny_model)
 
 
+def test_a_history_is_not_computed_again_and_changes_no_token(plain: Path) -> None:
+    with loaded(cell_of(plain, kv_cache="f32", prompt_tokens=None, output_tokens=4)) as (backend, _):
+        turns = [[list(ids)] * 2 for ids in backend.encode_turns(["Good morning, how are you?", "And your sister?", "So."])]
+        kept, recomputed = (time_turns(backend, turns, 4, kept=kept) for kept in (True, False))
+        assert kept.prompt == recomputed.prompt  # which holds all answers but the last
+        assert kept.output == recomputed.output
+        assert [r.cached_tokens for r in kept.requests][1:] == [len(turns[0][0]) + 3, len(turns[0][0]) + 4 + len(turns[1][0]) + 3]
+        assert backend.timings(reset=True)
+        time_turns(backend, turns, 4, kept=True)
+        counted = backend.timings()
+    assert counted
+    assert counted.prompt_tokens == 2 * (sum(len(turn[0]) for turn in turns) + 2 + 3 * 3)  # each answer's last token, and 3 steps a turn, of two rows
+
+
+def test_a_chat_template_is_the_files_own(plain: Path, tiny_model: Path, tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    with loaded(cell_of(plain)) as (backend, _):
+        assert backend.decode(backend.encode_turns(["Hi", "Why?"])[1]) == "\nUser: Why?\nAssistant:"
+    file = write_llama(tiny_model, tmp_path / "chat.gguf", template=template)
+    with loaded(cell_of(file)) as (backend, _):
+        first, second = backend.encode_turns(["Hi", "Why?"])
+        assert first[0] == 0
+        assert (backend.decode(first), backend.decode(second)) == ("[user]Hi[assistant]", "[user]Why?[assistant]")
+
+
 def test_a_request_has_a_stamp_for_each_step(plain: Path) -> None:
     with loaded(cell_of(plain, batch_size=2)) as (backend, info):
         record, steps = time_request(backend, PROMPTS, 12)
@@ -162,6 +187,22 @@ def test_memory_of_a_context_is_given_back_between_cells(plain: Path) -> None:
         assert backend.session is None
         steps_of(backend)
         assert backend.session.rows * backend.session.longest < held
+
+
+def test_one_context_serves_all_texts_of_a_cell(plain: Path) -> None:
+    with loaded(cell_of(plain, prompt_tokens=None)) as (backend, _):
+        long, short = backend.encode("a long text " * 40), backend.encode("short")
+        backend.trim()  # as the worker does between the two
+        steps_of(backend, [list(short)])
+        first = backend.session
+        steps_of(backend, [list(long)])
+        assert backend.session is first
+        backend.encode("short")  # the next cell has no long text
+        backend.trim()
+        steps_of(backend, [list(short)])
+        assert first
+        assert backend.session
+        assert backend.session.longest < first.longest
 
 
 def test_text_goes_through_the_files_own_tokenizer(plain: Path, tiny_model: Path, tmp_path: Path) -> None:

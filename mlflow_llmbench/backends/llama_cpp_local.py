@@ -21,6 +21,7 @@ from .. import gpu, machine, memory, models
 from ..errors import MeasurementError, MissingError, NotRealised, UsageError
 from ..records import Cell, LoadInfo, ModelFacts
 from ..spec import GGUF_QUANTIZATIONS
+from ..workload import turn_texts
 from . import gguf_file, gguf_made, sources, synthetic
 from .base import Capabilities, DeviceMemory, Emit
 from .llama_cpp_session import Model, Session, Timings, library, log_lines
@@ -42,7 +43,7 @@ ASK_PEAKS = "import json, sys; from mlflow_llmbench.backends.probe import measur
 class LlamaCppBackend:
     """`llama_decode` on all rows at once, and the most probable token of each."""
 
-    capabilities = Capabilities(tokenizer=True, logits=True, padding=True, heavy=("llama_cpp",))
+    capabilities = Capabilities(tokenizer=True, logits=True, conversations=True, padding=True, heavy=("llama_cpp",))
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -54,7 +55,7 @@ class LlamaCppBackend:
         self.model: Model | None = None
         self.session: Session | None = None
         self._scorer: Session | None = None
-        self._longest_text = 0
+        self._longest_text, self._has_generated = 0, False
         self.load_s = 0.0
         self._buffers: dict[str, int] = {}
         self._mapped = 0
@@ -187,16 +188,21 @@ class LlamaCppBackend:
 
     # Generating
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None) -> None:
         longest = max(len(prompt) for prompt in prompts)
         if self.cell.prompt_tokens is None:
             longest = max(longest, self._longest_text)  # one context for all texts of a workload, whichever comes first
+        self._has_generated = True
         session = self._context(len(prompts), longest + output_tokens)
-        ids = session.prefill(prompts)
+        if history and history.tokens and history.session is not session:
+            raise MeasurementError("The conversation outgrew its context, and its history with it. Please report this.")
+        ids = session.prefill(prompts, history.tokens if history else 0)
         emit(ids)
         for _ in range(output_tokens - 1):
             ids = session.step(ids)
             emit(ids)
+        if history:
+            history.session, history.tokens = session, max(len(prompt) for prompt in prompts) + output_tokens - 1
 
     def _context(self, rows: int, longest: int) -> Session:
         """A context for so many rows and tokens: the one that is there, if it has room, else a new one in its place."""
@@ -221,22 +227,35 @@ class LlamaCppBackend:
             self.session.reset_timings()
         return found
 
-    def new_history(self) -> Any:
-        raise MeasurementError("backend=llama_cpp keeps no history yet. Use history=none.")
+    def new_history(self) -> _History:
+        return _History()
 
     def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
-        raise MeasurementError("backend=llama_cpp cannot be measured turn by turn yet. Use history=none.")
+        model = self._with_tokenizer()
+        render = model.chat_renderer()
+        first, *rest = turn_texts(messages, render)
+        turns = [model.encode(first, special=render is None), *(model.encode(text, special=False) for text in rest)]
+        self._note_length(sum(map(len, turns)) + (len(turns) - 1) * self.cell.output_tokens)
+        return turns
 
-    def encode(self, text: str) -> Sequence[int]:
+    def _with_tokenizer(self) -> Model:
         model = self._loaded()[0]
         if not model.has_tokenizer:
             raise MeasurementError(
                 f"The GGUF file of {self.cell.model} has no tokenizer: its checkpoint has none, or one that llama.cpp's converter does not know. "
                 "Use workload=synthetic."
             )
-        ids = model.encode(text)
-        self._longest_text = max(self._longest_text, len(ids))
+        return model
+
+    def encode(self, text: str) -> Sequence[int]:
+        ids = self._with_tokenizer().encode(text)
+        self._note_length(len(ids))
         return ids
+
+    def _note_length(self, tokens: int) -> None:
+        """Remember the longest text since the last generation: those of a cell are all cut before its first."""
+        self._longest_text = max(0 if self._has_generated else self._longest_text, tokens)
+        self._has_generated = False
 
     def decode(self, ids: Sequence[int]) -> str:
         model = self._loaded()[0]
@@ -276,7 +295,6 @@ class LlamaCppBackend:
     def trim(self) -> None:
         """Free the context: the next cell makes its own, in its first warm-up."""
         self._close_session()
-        self._longest_text = 0
 
     def close(self) -> None:
         self.trim()
@@ -291,6 +309,14 @@ class LlamaCppBackend:
         if self.session is not None:
             self.session.close()
             self.session = None
+
+
+class _History:
+    """How many tokens of each row the context holds of a conversation."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.session: Session | None = None
 
 
 def buffers_in(lines: Sequence[str]) -> dict[str, int]:

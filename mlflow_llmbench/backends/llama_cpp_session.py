@@ -11,11 +11,11 @@ import importlib
 import logging
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MeasurementError, OutOfMemory, UsageError
+from ..errors import MeasurementError, OutOfMemory, UsageError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,12 +107,12 @@ class Model:
         """Whether it can cut texts; asked of a model without a vocabulary, llama.cpp ends the process."""
         return int(self.lib.llama_vocab_type(self.vocabulary)) != self.lib.LLAMA_VOCAB_TYPE_NONE
 
-    def encode(self, text: str) -> list[int]:
-        """Text → ids, with what the model wants before every text; special tokens in the text are read as such, as transformers does."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Text → ids, with what the model wants before every text unless not `special`; special tokens in it are read as such, as transformers does."""
         data = text.encode("utf-8")
         room = len(data) + 16
         found = (ctypes.c_int32 * room)()
-        count = self.lib.llama_tokenize(self.vocabulary, data, len(data), found, room, True, True)
+        count = self.lib.llama_tokenize(self.vocabulary, data, len(data), found, room, special, True)
         if count < 0:
             raise MeasurementError(f"llama.cpp cannot cut a text of {len(data)} bytes into tokens.")
         return list(found[:count])
@@ -127,6 +127,26 @@ class Model:
             if count >= 0:
                 return text.raw[:count].decode("utf-8", errors="replace")
             room = -count
+
+    def chat_renderer(self) -> Callable[[list[dict[str, str]]], str] | None:
+        """The file's chat template, messages with roles → text; None where it has none."""
+        template = self.lib.llama_model_chat_template(self.handle, None)
+        if not template:
+            return None
+        formats = importlib.import_module("llama_cpp.llama_chat_format")
+        names = [self._word(getattr(self.lib, f"llama_vocab_{name}")(self.vocabulary)) for name in ("eos", "bos")]
+        formatter = formats.Jinja2ChatFormatter(template.decode("utf-8"), *names)
+
+        def render(chat: list[dict[str, str]]) -> str:
+            try:
+                return str(formatter(messages=chat).prompt)
+            except Exception as error:  # templates raise what they like
+                raise MeasurementError(f"The chat template of the file fails: {first_line(error)}. Use history=none.") from None
+
+        return render
+
+    def _word(self, number: int) -> str:
+        return str(self.lib.llama_vocab_get_text(self.vocabulary, number).decode("utf-8")) if number >= 0 else ""
 
     def describe(self) -> str:
         """What llama.cpp calls the model: architecture, size, file type."""
@@ -182,13 +202,17 @@ class Session:
         self._addresses = (self._sequences.ctypes.data + 4 * numpy.arange(rows)).astype(numpy.uint64)
         self._steps = _Batch(self.lib, numpy.zeros(rows, numpy.int32), numpy.zeros(rows, numpy.int32), self._addresses, numpy.ones(rows, numpy.int8))
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
-        """Forget everything, compute the prompts, one in each row, and return the most probable next token of each."""
+    def prefill(self, prompts: Sequence[Sequence[int]], kept: int = 0) -> np.ndarray[Any, Any]:
+        """Forget everything, compute the prompts, one in each row, and return the most probable next token of each.
+
+        The first `kept` tokens of each are in the cache already, and are not forgotten.
+        """
         numpy = self._numpy
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.handle), False)
-        lengths = numpy.array([len(prompt) for prompt in prompts])
-        tokens = numpy.concatenate([numpy.asarray(prompt, numpy.int32) for prompt in prompts])
-        places = numpy.concatenate([numpy.arange(length, dtype=numpy.int32) for length in lengths])
+        if not kept:
+            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.handle), False)
+        lengths = numpy.array([len(prompt) - kept for prompt in prompts])
+        tokens = numpy.concatenate([numpy.asarray(prompt[kept:], numpy.int32) for prompt in prompts])
+        places = numpy.concatenate([numpy.arange(kept, kept + length, dtype=numpy.int32) for length in lengths])
         owners = numpy.repeat(self._addresses[: len(prompts)], lengths)
         wanted = numpy.zeros(len(tokens), numpy.int8)
         wanted[lengths.cumsum() - 1] = 1
@@ -198,7 +222,7 @@ class Session:
         ]
         first = numpy.concatenate(chosen)
         self._steps.resize(len(prompts))
-        self._steps.places[: len(prompts)] = lengths
+        self._steps.places[: len(prompts)] = lengths + kept
         return first
 
     def step(self, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
