@@ -82,7 +82,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 LOCAL = (
     "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
-    "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality", "quality_text",
+    "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality", "quality_text", "quality_reference",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""

@@ -153,24 +153,39 @@ def _ask_hub_files(repository: str, revision: str) -> tuple[str, Mapping[str, in
     return str(info.sha), {s.rfilename: s.size or 0 for s in info.siblings or []}
 
 
-def gguf_path(model: ModelFacts, download: bool = False) -> Path | None:
-    """The first file of a GGUF model on this disk; None where it is not there. `download` fetches all its parts. Raises ModelError."""
+def gguf_path(model: ModelFacts) -> Path | None:
+    """The first file of a GGUF model on this disk; None where not all its parts are there."""
     if model.source == "gguf":
         return Path(model.location)
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-    repository, _, file = model.location.partition(":")
-    names = [(Path(file).parent / part.name).as_posix() for part in gguf_file.parts_of(Path(file))]
-    if download:
-        try:
-            for name in names:
-                hf_hub_download(repository, name, revision=model.revision)
-        except Exception as error:
-            raise ModelError(
-                f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept."
-            ) from None
+    repository, names = _gguf_names(model)
     found = [try_to_load_from_cache(repository, name, revision=model.revision) for name in names]
     return Path(str(found[0])) if all(isinstance(path, str) for path in found) else None
+
+
+def _gguf_names(model: ModelFacts) -> tuple[str, list[str]]:
+    """The repository of a GGUF model, and the names of all its parts in it."""
+    repository, _, file = model.location.partition(":")
+    return repository, [part.as_posix() for part in gguf_file.parts_of(Path(file))]
+
+
+def _download_gguf(cell: Cell, model: ModelFacts) -> None:
+    """Download all parts at exactly the resolved commit, and note in the cache which commit the revision is, as a download by its name would."""
+    from huggingface_hub import hf_hub_download
+
+    repository, names = _gguf_names(model)
+    try:
+        first, *_ = (Path(hf_hub_download(repository, name, revision=model.revision)) for name in names)
+    except Exception as error:
+        raise ModelError(
+            f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept."
+        ) from None
+    root = next(parent.parent for parent in first.parents if parent.name == "snapshots")
+    if cell.revision != model.revision:
+        note = root / "refs" / cell.revision
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(model.revision, encoding="utf-8")
 
 
 def _folder(cell: Cell, path: Path) -> ModelFacts:
@@ -366,7 +381,7 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
             raise ModelError(f"weights=random needs a preset, and {cell.model} is none. `llmbench models` lists them.")
         synthetic.write_checkpoint(preset, cell.seed)
     elif model.source == "hub_gguf":
-        gguf_path(model, download=True)
+        _download_gguf(cell, model)
     elif model.source in ("hub", "preset") and not _is_complete(_snapshot(model)):
         _download(model)
     if cell.quant in GPTQ_BITS:
