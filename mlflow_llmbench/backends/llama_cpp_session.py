@@ -105,7 +105,7 @@ class Model:
     @property
     def has_tokenizer(self) -> bool:
         """Whether it can cut texts; asked of a model without a vocabulary, llama.cpp ends the process."""
-        return int(self.lib.llama_vocab_type(self.vocabulary)) != self.lib.LLAMA_VOCAB_TYPE_NONE
+        return int(self.lib.llama_vocab_type(self.vocabulary)) != int(self.lib.LLAMA_VOCAB_TYPE_NONE)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Text → ids, with what the model wants before every text unless not `special`; special tokens in it are read as such, as transformers does."""
@@ -197,7 +197,6 @@ class Session:
         self.handle = self.lib.llama_init_from_model(model.handle, settings)
         if not self.handle:
             raise failure(f"making room for {rows} rows of {longest} tokens")
-        self._numpy = numpy
         self._sequences = numpy.arange(rows, dtype=numpy.int32)
         self._addresses = (self._sequences.ctypes.data + 4 * numpy.arange(rows)).astype(numpy.uint64)
         self._steps = _Batch(self.lib, numpy.zeros(rows, numpy.int32), numpy.zeros(rows, numpy.int32), self._addresses, numpy.ones(rows, numpy.int8))
@@ -207,7 +206,8 @@ class Session:
 
         The first `kept` tokens of each are in the cache already, and are not forgotten.
         """
-        numpy = self._numpy
+        import numpy
+
         if not kept:
             self.lib.llama_memory_clear(self.lib.llama_get_memory(self.handle), False)
         lengths = numpy.array([len(prompt) - kept for prompt in prompts])
@@ -247,17 +247,20 @@ class Session:
 
     def _logits(self, count: int) -> np.ndarray[Any, Any]:
         """The last batch's logits (count, vocabulary), in llama.cpp's memory; waits until they are there."""
+        import numpy
+
         if not count:
             self.lib.llama_synchronize(self.handle)
-            return self._numpy.empty((0, self.model.words), self._numpy.float32)
+            return numpy.empty((0, self.model.words), numpy.float32)
         pointer = self.lib.llama_get_logits(self.handle)
         if not pointer:
             raise failure("reading the logits")
-        return self._numpy.ctypeslib.as_array(pointer, shape=(count, self.model.words))
+        return numpy.ctypeslib.as_array(pointer, shape=(count, self.model.words))
 
     def logits(self, ids: Sequence[int], last: int) -> np.ndarray[Any, Any]:
         """The logits (last, vocabulary) after each of the last ids of one text. Of a session with `every` only."""
-        numpy = self._numpy
+        import numpy
+
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.handle), False)
         tokens, places = numpy.asarray(ids, numpy.int32), numpy.arange(len(ids), dtype=numpy.int32)
         owners, wanted = numpy.repeat(self._addresses[:1], len(ids)), (places >= len(ids) - last).astype(numpy.int8)
