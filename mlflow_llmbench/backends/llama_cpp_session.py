@@ -26,7 +26,7 @@ PAD = 256
 CHUNK = 2048
 """Tokens that are handed to one `llama_decode` at most, llama.cpp's own default; it computes 512 of them at once, its default too."""
 
-LOG_LINES = 600
+LOG_LINES = 5000
 WARNING, ERROR = 2, 3
 _NO_MEMORY = ("failed to allocate", "out of memory", "unable to allocate", "cannot allocate", "can't allocate")
 _log: deque[str] = deque(maxlen=LOG_LINES)
@@ -75,7 +75,8 @@ def forget_log() -> None:
 
 def failure(doing: str) -> MeasurementError | OutOfMemory:
     """The error for a call of llama.cpp that failed, with the last thing that it said of it."""
-    said = [line for line in _log if re.search(r"error|fail|unable|cannot|requires|invalid|missing|unknown", line, re.IGNORECASE)]
+    reasons = (r"error|failed|fail to", r"unable|cannot|requires|invalid|missing")
+    said = [line for reason in reasons for line in _log if re.search(reason, line, re.IGNORECASE)]
     why = re.sub(r"^\w+:\s*", "", said[0].strip())[:300] if said else "it gave no reason"
     text = f"llama.cpp failed while {doing}: {why}"
     return OutOfMemory(text) if any(word in line.lower() for line in said for word in _NO_MEMORY) else MeasurementError(text)
