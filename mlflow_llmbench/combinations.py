@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from . import launch
 from .errors import UsageError
 from .parameters import LENGTHS, PARAMETERS, as_text
+from .quantizations import GGUF_QUANTIZATIONS, LLAMA_CPP, backend_of
 from .records import DRAWN
 
 
@@ -26,6 +27,18 @@ def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
     _check_online(axes)
     _check_batching(axes)
+    _check_llama_cpp(axes)
+
+
+def _check_llama_cpp(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """What only llama.cpp has is asked of llama.cpp only."""
+    backend, quants = str(axes["backend"][0]), [str(quant) for quant in axes["quant"]]
+    packed = [quant for quant in quants if quant in GGUF_QUANTIZATIONS]
+    if packed and backend not in ("transformers", "llama_cpp") and axes["launch"] == (None,):
+        raise UsageError(f"quant={packed[0]} is one of llama.cpp, and backend={backend} is another. Give backend=llama_cpp.")
+    own = [name for name in LLAMA_CPP if axes[name] != (PARAMETERS[name].default,)]
+    if own and any(backend_of(backend, quant) != "llama_cpp" for quant in quants):
+        raise UsageError(f"{own[0]} is a setting of llama.cpp, which does not run every cell. Give backend=llama_cpp, or leave it out.")
 
 
 def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:

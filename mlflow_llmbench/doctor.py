@@ -22,11 +22,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import gpu, machine, memory
+from .backends import gguf_made
 from .backends.base import backend_class
-from .errors import UsageError, first_line
+from .errors import MissingError, UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
+from .quantizations import BITSANDBYTES, GGUF_QUANTIZATIONS, GPTQ_BITS, QUANTIZATIONS
 from .redaction import redact
-from .spec import BITSANDBYTES, GPTQ_BITS, QUANTIZATIONS, known_backends
+from .spec import known_backends
 
 TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
 
@@ -46,10 +48,21 @@ OPTIONAL = (
     (("bitsandbytes",), "int8, int4 and fp4", "pip install bitsandbytes"),
     (("gptqmodel", "optimum"), "checkpoints quantized with GPTQ", "pip install 'mlflow-llmbench[gptq]'"),
     (("gguf",), "models in .gguf files", "pip install gguf"),
+    (
+        ("llama-cpp-python",),
+        "backend=llama_cpp: GGUF files as they are",
+        "pip install 'mlflow-llmbench[gguf]' (it compiles llama.cpp: C++ compiler, minutes)",
+    ),
 )
 """Packages, what they give, how to get them."""
 
-QUANTIZATION_PACKAGES = {**dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)), **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum"))}
+QUANTIZATION_PACKAGES = {
+    **dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)),
+    **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum")),
+    **dict.fromkeys(GGUF_QUANTIZATIONS, ("llama-cpp-python",)),
+}
+DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python"}
+"""Module → its distribution, where they differ in more than a dash."""
 
 LITTLE_MEMORY = 2_000_000_000
 LITTLE_DISK = 10_000_000_000
@@ -394,12 +407,27 @@ def backend_items() -> Iterator[Item]:
     """Every backend that is declared, whether it can be imported, and whether the modules that it names are there."""
     for name, where in sorted(known_backends().items()):
         try:
-            lacking = [module for module in backend_class(name).capabilities.heavy if version(module) is None]
+            needed = [DISTRIBUTIONS.get(module, module) for module in backend_class(name).capabilities.heavy]
+            lacking = [package for package in needed if version(package) is None]
         except UsageError as error:
             yield Item("Backends", name, "missing", str(error), f"Install again the package that declares {where}.")
             continue
         status, found = ("missing", f"needs {', '.join(lacking)}") if lacking else ("ok", where)
-        yield Item("Backends", name, status, found, f"Run: pip install {' '.join(lacking)}" if lacking else None)
+        commands = {package: command for packages, _, command in OPTIONAL for package in packages}
+        install = " && ".join(commands.get(package, f"pip install {package}") for package in lacking)
+        yield Item("Backends", name, status, found, f"Run: {install}" if lacking else None)
+    if version("llama-cpp-python"):
+        yield converter_item()
+
+
+def converter_item() -> Item:
+    """Whether GGUF files can be made of checkpoints here: llama.cpp's converter is not in an installed llama-cpp-python."""
+    try:
+        tree = gguf_made.source_tree()
+    except MissingError as error:
+        wrong, _, command = str(error).partition(". ")
+        return Item("Backends", "llama.cpp's converter", "missing", wrong, command)
+    return Item("Backends", "llama.cpp's converter", "ok", f"{tree}, {len(gguf_made.architectures(tree))} architectures")
 
 
 def quantization_items(installed: Callable[[str], bool]) -> Iterator[Item]:

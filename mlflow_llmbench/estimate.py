@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from . import gpu, machine, memory, models
 from .arrivals import request_count
 from .metrics import LEAST_REPETITIONS
+from .quantizations import GPTQ_BITS
 from .records import Cell, ModelFacts
-from .spec import GPTQ_BITS, as_text
+from .spec import as_text
 from .workload import longest_of
 
 SPARE = 0.05
@@ -40,12 +41,19 @@ def stored_quant(cell: Cell, model: ModelFacts) -> str:
 def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int | None:
     """Estimated peak bytes of a cell, of loading or of generating, whichever is more; None if the architecture is unknown."""
     if shape is None:
-        unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source == "gguf" else 1
+        unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source in ("gguf", "hub_gguf") else 1
         return None if model.files_bytes is None else model.files_bytes * unpacked
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     (prompt, output), quant = longest_of(cell), stored_quant(cell, model)
     running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output)
+    if _runs_packed(cell, model):
+        return running - shape.weight_bytes(quant, dtype) + (model.files_bytes or 0) + models.PROCESS_BYTES
     return max(running, models.load_memory_estimate(shape, quant, dtype)) + models.PROCESS_BYTES
+
+
+def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
+    """Whether a GGUF file is run as it is, so that its weights take what the file takes."""
+    return cell.backend == "llama_cpp" and model.source in ("gguf", "hub_gguf") and model.files_bytes is not None
 
 
 LEAST_WARMUP = 3
@@ -66,7 +74,8 @@ def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, pea
     if shape is None or not bandwidth or not flops:
         return None
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
-    weights, rows, prompt = shape.weight_bytes(stored_quant(cell, model), dtype), cell.batch_size, cell.prompt_tokens or 512
+    weights = (model.files_bytes or 0) if _runs_packed(cell, model) else shape.weight_bytes(stored_quant(cell, model), dtype)
+    rows, prompt = cell.batch_size, cell.prompt_tokens or 512
     context = prompt + cell.output_tokens // 2
     cache = rows * shape.kv_bytes(context, 4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
     prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)

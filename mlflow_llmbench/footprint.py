@@ -18,6 +18,7 @@ MOST_POINTS = 150
 
 BITS = {
     "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "fp4": 4, "gptq": 4, "float32": 32, "float16": 16, "bfloat16": 16,
+    "q8_0": 8, "q6_k": 6, "q5_k_m": 5, "q4_k_m": 4, "q4_0": 4, "q3_k_m": 3, "q2_k": 2,
 }  # fmt: skip
 """Bits of a weight by quantization or dtype, without scales."""
 

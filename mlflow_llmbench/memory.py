@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,22 +148,37 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _file_mappings() -> list[tuple[int, int, str]]:
+    """First address, end and file of each file mapping of this process, by address; empty where /proc/self/maps does not exist."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        parts = line.split(maxsplit=5)
+        if len(parts) == 6 and parts[5].startswith("/") and not parts[5].endswith("(deleted)"):
+            low, high = parts[0].split("-")
+            found.append((int(low, 16), int(high, 16), parts[5]))
+    return found
+
+
+def touch_mapped(files: Iterable[Path]) -> int:
+    """Read a byte of each page of these files that is mapped into this process, so that all of it is resident. Returns the bytes of the mappings."""
+    names = {str(file) for file in files}
+    spans = [(low, high) for low, high, name in _file_mappings() if name in names]
+    for low, high in spans:
+        (ctypes.c_char * (high - low)).from_address(low)[:: mmap.PAGESIZE]
+    return sum(high - low for low, high in spans)
+
+
 def mapped_bytes(spans: Iterable[tuple[int, int]]) -> int:
     """How many bytes of the given (address, length) spans of this process lie in file mappings.
 
     Parameters of a safetensors checkpoint stay there when no cast copies them. 0 where /proc/self/maps does not exist.
     """
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return 0
-    starts, ends = [], []
-    for line in lines:
-        parts = line.split(maxsplit=5)
-        if len(parts) == 6 and parts[5].startswith("/") and not parts[5].endswith("(deleted)"):
-            low, high = parts[0].split("-")
-            starts.append(int(low, 16))
-            ends.append(int(high, 16))
+    mappings = _file_mappings()
+    starts, ends = [low for low, _, _ in mappings], [high for _, high, _ in mappings]
     total = 0
     for address, length in spans:
         i = max(bisect.bisect_right(starts, address) - 1, 0)

@@ -317,6 +317,7 @@ OUTCOMES = {
 
 COLOURS = {
     "none": "#5f6b7a", "fp32": "#1f4e8c", "fp16": "#2e86c1", "bf16": "#17a2a2", "int8": "#e08e0b", "int4": "#c0392b", "fp4": "#8e44ad", "gptq": "#2e8b57",
-    "gptq3": "#7a9a01", "gptq8": "#5d8aa8",
+    "gptq3": "#7a9a01", "gptq8": "#5d8aa8", "q8_0": "#b9770e", "q6_k": "#a0522d", "q5_k_m": "#b03a6b", "q4_k_m": "#6c3483", "q4_0": "#a569bd",
+    "q3_k_m": "#34495e", "q2_k": "#1b2631",
 }  # fmt: skip
 """One colour per quantization, in MLflow (`mlflow.runColor`) and in our charts."""

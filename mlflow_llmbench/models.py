@@ -41,6 +41,9 @@ _LINEAR_BYTES = {
     "fp4": _BLOCKS_OF_64,
     **{quant: bits / 8 + (2 + bits / 8) / 128 for quant, bits in _GPTQ.items()},
 }
+GGUF_BITS = {"q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.70, "q4_k_m": 4.89, "q4_0": 4.66, "q3_k_m": 4.00, "q2_k": 3.16}
+"""Mean stored bits of all weights, embeddings too, as llama.cpp's own table has them for a Llama of 8 B; they are mixtures of types."""
+
 PROCESS_BYTES = 400_000_000
 """What Python, torch and the quantization library take themselves: 0.3 to 0.4 GB, seen with torch 2.13 on a CPU."""
 
@@ -164,10 +167,12 @@ class Shape:
     def weight_bytes(self, quant: str = "none", dtype: str = "bfloat16") -> int:
         """Bytes of the parameters as stored, quantization metadata included, for a checkpoint of this `dtype`.
 
-        `none` keeps `dtype`; `fp32`, `fp16`, `bf16` convert everything. The quantized schemes change linear weights only:
+        `none` keeps `dtype`; `fp32`, `fp16`, `bf16` convert everything; those of llama.cpp quantize all of it. The others change linear weights only:
         int8 1 byte and 4 bytes per output row, int4 and fp4 0.5 + 4/64 bytes, gptq 0.5 + 2.5/128; head, embeddings, norms
         and biases stay at 2 bytes. Raises ValueError for an unknown scheme or dtype.
         """
+        if quant in GGUF_BITS:
+            return round(self.parameters * GGUF_BITS[quant] / 8)
         value_bytes = _value_bytes(quant, dtype)
         linear = round(self.linear_parameters * _LINEAR_BYTES.get(quant, value_bytes))
         scales = 4 * self.linear_rows if quant == "int8" else 0
@@ -182,6 +187,18 @@ class Shape:
         """
         matrices = self.linear_parameters + self.vocab_size * self.embedding_dim
         return 2 * matrices + 4 * self.attention_heads * self.head_dim * self._positions_held(context)
+
+    def cost_fields(self, kv_value_bytes: float) -> dict[str, Any]:
+        """The formulas as fields of `LoadInfo`, for a KV cache of so many bytes per value."""
+        head = 2 * self.hidden_size * self.vocab_size
+        return {
+            "kv_bytes_per_token": self.kv_bytes_per_token(kv_value_bytes),
+            "flops_per_token": self.flops_per_token(0) - head,
+            "head_flops": head,
+            "attention_flops_per_context_token": self.flops_per_token(1) - self.flops_per_token(0),
+            "sliding_window": self.sliding_window,
+            "sliding_share": self.sliding_layers / self.layers,
+        }
 
     def _positions_held(self, tokens: int) -> int:
         in_window = tokens if self.sliding_window is None else min(tokens, self.sliding_window)
@@ -238,7 +255,7 @@ def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat
     stored as they will be used (no conversion, GPTQ) need no second copy.
     """
     weights = shape.weight_bytes(quant, dtype)
-    copied_as_is = quant in ("none", *_GPTQ) or _FLOAT_DTYPE.get(quant) == dtype
+    copied_as_is = quant in ("none", *_GPTQ, *GGUF_BITS) or _FLOAT_DTYPE.get(quant) == dtype
     return weights if copied_as_is else weights + min(shape.weight_bytes("none", dtype), _LARGEST_SHARD_BYTES)
 
 
@@ -257,9 +274,9 @@ def suggest_models(name: str, limit: int = 3) -> list[str]:
 
 def _value_bytes(quant: str, dtype: str) -> int:
     """Bytes of a value that is not quantized; the quantized schemes compute in a 2-byte dtype."""
-    stored = "float16" if quant in _LINEAR_BYTES else dtype if quant == "none" else _FLOAT_DTYPE.get(quant)
+    stored = "float16" if quant in _LINEAR_BYTES or quant in GGUF_BITS else dtype if quant == "none" else _FLOAT_DTYPE.get(quant)
     if stored not in _VALUE_BYTES or dtype not in _VALUE_BYTES:
-        schemes, dtypes = ", ".join(["none", *_FLOAT_DTYPE, *_LINEAR_BYTES]), ", ".join(_VALUE_BYTES)
+        schemes, dtypes = ", ".join(["none", *_FLOAT_DTYPE, *_LINEAR_BYTES, *GGUF_BITS]), ", ".join(_VALUE_BYTES)
         raise ValueError(f"no memory formula for quant={quant} with dtype={dtype}. Use one of {schemes} with one of {dtypes}.")
     return _VALUE_BYTES[stored]
 

@@ -7,17 +7,18 @@ import itertools
 from dataclasses import dataclass
 
 from .launch import offline_quant
+from .quantizations import GPTQ_BITS, LLAMA_CPP, backend_of
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
-from .spec import GPTQ_BITS, PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
+from .spec import PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
 
 LOADED = (
-    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "attention", "decode", "trust_remote_code", "url", "launch",
-    "endpoint",
+    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention",
+    "decode", "trust_remote_code", "url", "launch", "endpoint",
 )  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
-WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url", "launch")
+WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "gpu_layers", "kv_cache", "mmap", "url", "launch")
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
 UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
@@ -40,9 +41,10 @@ class Group:
 
 
 def expand_cells(spec: BenchSpec) -> list[Cell]:
-    """The product of all lists, in the order in which they were given."""
+    """The product of all lists, in the order in which they were given; a quantization of llama.cpp names its backend."""
     names = list(spec.axes)
     cells = [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
+    cells = [dataclasses.replace(cell, backend=backend_of(cell.backend, cell.quant)) for cell in cells]
     return list(dict.fromkeys(without_server(cell) if cell.launch and cell.backend != "openai" else cell for cell in cells))
 
 
@@ -91,7 +93,7 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
     fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]]
-    decisive = {f.name: getattr(cell, f.name) for f in fields}
+    decisive = {f.name: getattr(cell, f.name) for f in fields if cell.backend == "llama_cpp" or f.name not in LLAMA_CPP}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
     return hash16(decisive)

@@ -56,7 +56,11 @@ class Cell:
     revision: str = parameter("main", "Hub revision; the resolved commit is logged", kind="text")
     backend: str = parameter("transformers", "what runs the model", kind="backend")
     quant: str = parameter(
-        "none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8", kind="quant", sweep=True
+        "none",
+        "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8; llama.cpp's q8_0, q6_k, q5_k_m, q4_k_m, q4_0, "
+        "q3_k_m, q2_k",
+        kind="quant",
+        sweep=True,
     )
     group_size: int = parameter(128, "weights that share a scale, for gptq", kind="count", low=16, high=1024)
     batch_size: int = parameter(1, "rows in one forward pass", kind="count", sweep=True, high=4096)
@@ -88,6 +92,17 @@ class Cell:
     device: str = parameter("auto", "auto, cpu, cuda or cuda:N", kind="device")
     threads: int | None = parameter(
         None, "CPU threads of the worker; auto = physical cores it may use", kind="count", sweep=True, unset="auto", high=4096
+    )
+    gpu_layers: int | None = parameter(
+        None, "backend=llama_cpp: layers on the GPU; auto = all with a CUDA device, else none", kind="count", sweep=True, unset="auto", low=0, high=10_000,
+        scenarios="offline batching",
+    )  # fmt: skip
+    kv_cache: str | None = parameter(
+        None, "backend=llama_cpp: type of the KV cache, f16 with auto: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0", kind="kv_cache", sweep=True,
+        unset="auto", scenarios="offline batching",
+    )  # fmt: skip
+    mmap: bool = parameter(
+        True, "backend=llama_cpp: map the file into memory, instead of reading it whole", kind="flag", scenarios="offline batching"
     )
     attention: str = parameter("auto", "auto, eager, sdpa, flash_attention_2, … as the library names them", kind="attention", sweep=True)
     decode: str = parameter("generate", "decode path of the local backend", kind="decode", sweep=True)
@@ -194,6 +209,12 @@ class Options:
         "none", "auto = KL divergence and top-1 agreement against the unquantized model, and perplexity, after the measurement", kind="quality"
     )
     quality_text: str = parameter("bundled", "what perplexity is measured on: bundled, or a text file", kind="text_file")
+    quality_reference: str | None = parameter(
+        None,
+        "unquantized model to compare with, a Hub id or folder, where the model itself is quantized already; none = the model without its quantization",
+        kind="text",
+        unset="none",
+    )
     quality_tasks: str | None = parameter(
         None,
         "tasks of lm-eval by name, or YAML files or folders of them, with commas; evaluated after the measurement",
@@ -235,8 +256,8 @@ class ModelFacts:
     """What is known of a model before it is loaded: where it lies, its commit, its configuration."""
 
     name: str
-    source: str  # "preset", "hub", "folder", "gguf", or "none" where there are no files
-    location: str  # repository id or absolute path
+    source: str  # "preset", "hub", "folder", "gguf", "hub_gguf", or "none" where there are no files
+    location: str  # repository id (with :file.gguf for hub_gguf) or absolute path
     revision: str  # commit of the Hub, content hash of local files, or random-seed<N>
     config: Mapping[str, Any] | None = None
     dtype: str | None = None  # of the checkpoint, torch's name

@@ -23,7 +23,7 @@ from .workload import Text, load_prompts, load_text
 if TYPE_CHECKING:
     from .node import Task
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is written and how it is computed; a change makes new files."""
 
 MOST_KEPT = 8
@@ -39,10 +39,16 @@ def never(cell: Cell) -> str | None:
     return None
 
 
-def sibling(cell: Cell) -> Cell:
-    """The unquantized model of a cell, run the ordinary way on the same device: the same for all cells that are compared with it."""
+def sibling(cell: Cell, named: str | None = None) -> Cell:
+    """The unquantized model of a cell, run the ordinary way on the same device: the same for all cells that are compared with it.
+
+    It is run by transformers where llama.cpp runs the cell, so that both have one reference. `named` is the model that was asked for
+    as reference, at its main revision.
+    """
     names = ("model", "weights", "revision", "backend", "device", "threads", "trust_remote_code", "allow_pickle")
-    return Cell(**{name: getattr(cell, name) for name in names})
+    own = Cell(**{name: getattr(cell, name) for name in names})
+    own = dataclasses.replace(own, backend="transformers") if own.backend == "llama_cpp" else own
+    return dataclasses.replace(own, model=named, revision="main", weights="hub") if named else own
 
 
 def order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any] | None:
@@ -67,12 +73,12 @@ def order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Ma
 def _text_order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any]:
     """The part of the order that is about texts: perplexity, and divergence from the reference."""
     cell = task.cells[0]
-    own, text = sibling(cell), load_text(task.options.quality_text)
-    is_reference = cell.quant == "none" and cell.attention == "auto"
+    own, text = sibling(cell, task.options.quality_reference), load_text(task.options.quality_text)
+    is_reference = cell.quant == "none" and cell.attention == "auto" and (cell.backend, cell.model) == (own.backend, own.model)
     found: dict[str, Any] = {"text": text.name, "digest": text.digest, "references": {}, "is_reference": is_reference}
     try:
-        model = backend_class(cell.backend).resolve(own)
-        refused = _already_quantized(cell, model)
+        model = backend_class(own.backend).resolve(own)
+        refused = _already_quantized(own, model)
         if not refused:
             env = (environment or machine.environment(str(Path(__file__).parent)))["hashes"]["env"]
             files = {one.workload: _file(one, model, text, env) for one in task.cells}
@@ -95,9 +101,9 @@ _FAILED: dict[str, str] = {}
 
 def _already_quantized(cell: Cell, model: ModelFacts) -> str:
     method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
-    if model.source == "gguf" or method:
+    if model.source in ("gguf", "hub_gguf") or method:
         how = f"quantized already ({method})" if method else "a GGUF file"
-        return f"{cell.model} is {how}, so there is no unquantized model to compare with; only the perplexity is measured."
+        return f"{cell.model} is {how}, so there is no unquantized model to compare with; only the perplexity is measured. Name one with quality_reference."
     return ""
 
 
@@ -123,6 +129,12 @@ def _compute(task: Task, own: Cell, model: ModelFacts, missing: Mapping[str, str
     if refused:
         return refused
     tell({"event": "stage", "stage": "reference"})
+    if not backend_class(own.backend).is_prepared(own, model):  # the cells' own file may have been made of it long ago, or it is another model
+        fetched = supervise.run_worker("prepare", [own], model, task.folders[:1], task.folders[0] / "reference.log")
+        if fetched.interrupted:
+            raise KeyboardInterrupt
+        if fetched.error:
+            return str(fetched.error)
     wanted = {"text": task.options.quality_text, "references": missing}
     log = task.folders[0] / "reference.log"
     outcome = supervise.run_worker("reference", [own], model, task.folders[:1], log, limits=limits, quality=wanted)

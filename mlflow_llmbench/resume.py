@@ -49,7 +49,8 @@ def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
         return False
     if spec.options.quality == "none":
         return True
-    return found.quality is not None and found.quality.text_digest == load_text(spec.options.quality_text).digest
+    compared = spec.options.quality_reference is None or (found.quality is not None and found.quality.divergence is not None)
+    return compared and found.quality is not None and found.quality.text_digest == load_text(spec.options.quality_text).digest
 
 
 def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Iterator[tuple[RunResult, str]]:

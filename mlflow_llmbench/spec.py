@@ -26,17 +26,13 @@ from .parameters import PARAMETERS as PARAMETERS
 from .parameters import SWEEPABLE as SWEEPABLE
 from .parameters import as_text as as_text
 from .parameters import default_text as default_text
+from .quantizations import KV_CACHES, QUANTIZATIONS
 from .records import DRAWN, Cell, Options
 from .redaction import CONTROLS, redact
 
-BITSANDBYTES = ("int8", "int4", "fp4")
-GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
-MADE = (*BITSANDBYTES, *GPTQ_BITS)
-"""Quantizations that are made of a checkpoint which is not quantized yet."""
-
-QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
 BACKENDS = {
     "transformers": "mlflow_llmbench.backends.transformers_local:TransformersBackend",
+    "llama_cpp": "mlflow_llmbench.backends.llama_cpp_local:LlamaCppBackend",
     "fake": "mlflow_llmbench.backends.fake:FakeBackend",
     "openai": "mlflow_llmbench.backends.openai_server:OpenAIBackend",
     "callback": "mlflow_llmbench.backends.callback:CallbackBackend",
@@ -79,8 +75,8 @@ SLOS: dict[str, dict[str, str]] = {
 """Benchmark of MLPerf Inference → its limits of the server scenario (mlperf.conf), which there hold for 99 % of the requests."""
 
 LOCAL = (
-    "weights", "revision", "backend", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
-    "preset", "on", "force", "memory_limit", "quality", "quality_text",
+    "weights", "revision", "backend", "group_size", "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
+    "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality", "quality_text", "quality_reference",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
@@ -376,6 +372,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
+    "kv_cache": lambda name, text, _: _parse_choice(name, text, KV_CACHES),
     "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
     "url": lambda name, text, _: _parse_url(name, text),
     "endpoint": lambda name, text, _: _parse_choice(name, text, ENDPOINTS),

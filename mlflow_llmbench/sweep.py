@@ -156,7 +156,8 @@ def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here", lacking: 
             if lacking is None or cell.quant == "none":
                 raise
             lacking.update(dict.fromkeys(group, str(error)))
-            return backend_class(cell.backend).resolve(dataclasses.replace(cell, quant="none"))
+            plain = reference.sibling(cell)  # the same model, by what needs no more than transformers
+            return backend_class(plain.backend).resolve(plain)
 
     facts = [resolve(group) for group in groups]
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group}

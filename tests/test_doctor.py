@@ -16,8 +16,9 @@ import pytest
 from mlflow_llmbench import doctor
 from mlflow_llmbench.doctor import Item, Report
 from mlflow_llmbench.models import PRESETS
+from mlflow_llmbench.quantizations import QUANTIZATIONS
 from mlflow_llmbench.records import from_json, to_json
-from mlflow_llmbench.spec import QUANTIZATIONS, known_backends
+from mlflow_llmbench.spec import known_backends
 from tests.servers import serving
 
 GPU = {"index": 0, "name": "NVIDIA T4", "memory_bytes": 16_106_127_360, "driver": "570.1", "cuda": "12.8"}

@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 import pytest
 from mlflow import MlflowClient
 
+from tests.gguf_files import write_llama
 from tests.servers import HTTPServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,6 +138,32 @@ def test_a_hub_model_is_resolved_downloaded_once_and_measured(hub: Hub, store_ur
     again = llmbench(hub, tmp_path, store_uri, "--model", "tiny/llama", "--quant", "int8", "--workload", "qa")
     assert again.returncode == 0, again.stderr
     assert not [r for r in hub.requests if r.endswith("model.safetensors")]
+
+
+def test_a_gguf_file_of_a_repository_is_resolved_downloaded_once_and_measured(hub: Hub, store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
+    hub.folder = tmp_path / "repository"
+    hub.folder.mkdir()
+    write_llama(tiny_model, hub.folder / "tiny-f32.gguf")
+    (hub.folder / "other.gguf").write_bytes(b"GGUF")
+    done = llmbench(hub, tmp_path, store_uri, "--model", "tiny/llama:tiny-f32.gguf", "--quant", "fp32", "--json")
+    assert done.returncode == 0, done.stderr
+    [run] = json.loads(done.stdout.splitlines()[-1])["runs"]
+    found = MlflowClient(store_uri).get_run(run["run_id"])
+    assert (found.data.params["model.revision"], found.data.params["model.weights_format"]) == (COMMIT, "gguf")
+    fetched = [r for r in hub.requests if r.endswith(".gguf")]
+    assert fetched
+    assert all(COMMIT in r and r.endswith("tiny-f32.gguf") for r in fetched)
+    hub.requests.clear()
+    hub.silent = True
+    again = llmbench(hub, tmp_path, store_uri, "--model", "tiny/llama:tiny-f32.gguf", "--quant", "bf16")
+    assert again.returncode == 0, again.stderr
+    assert not [r for r in hub.requests if r.endswith(".gguf")]
+
+
+def test_a_gguf_file_that_a_repository_lacks_is_one_line(hub: Hub, store_uri: str, tmp_path: Path) -> None:
+    done = llmbench(hub, tmp_path, store_uri, "--model", "tiny/llama:nothing.gguf", "--quant", "fp32")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["llmbench: The repository tiny/llama has no file nothing.gguf. Its GGUF files: none."]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "records"),
-    "intent": ("parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
+    "intent": ("quantizations", "parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
     "think": (
@@ -103,6 +103,7 @@ HOMES = {
     "safetensors": ("backends",),
     "huggingface_hub": ("backends",),
     "gguf": ("backends",),
+    "llama_cpp": ("backends",),
     "optimum": ("backends",),
     "lm_eval": ("backends",),
     "uvloop": ("client",),

@@ -17,7 +17,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto", "repetitions": "auto",
         "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "attention": "auto",
         "decode": "generate", "seed": "0", "trust_remote_code": "false", "allow_pickle": "false", "preset": "none", "output_dir": "llmbench-results",
-        "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled",
+        "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled", "quality_reference": "none", "gpu_layers": "auto", "kv_cache": "auto", "mmap": "true",
         "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600", "first_token_timeout_s": "3600",
         "repetition_timeout_s": "3600", "cell_timeout_s": "none",
         "batching": "none", "batch_wait_ms": "100", "quality_tasks": "none", "quality_limit": "none",
@@ -47,8 +47,8 @@ def test_auto_none_and_flags() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"quant": "int44"}, r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8\."),
-        ({"backend": "vllm"}, r"Unknown backend: vllm\. Known: transformers, fake"),
+        ({"quant": "int44"}, r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, q2_k\."),
+        ({"backend": "vllm"}, r"Unknown backend: vllm\. Known: transformers, llama_cpp, fake"),
         ({"workload": "summarisation"}, r"Unknown workload: summarisation\. Did you mean summarization\?"),
         ({"workload": "missing.jsonl"}, r"There is no workload file missing\.jsonl"),
         ({"batch_size": "abc"}, r"batch_size is not a whole number: abc\. Give a whole number from 1\."),

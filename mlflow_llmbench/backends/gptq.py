@@ -19,8 +19,8 @@ from typing import Any
 
 from .. import machine
 from ..errors import MeasurementError, MissingError, first_line
+from ..quantizations import GPTQ_BITS
 from ..records import Cell, ModelFacts, hash16
-from ..spec import GPTQ_BITS
 from ..workload import load_prompts
 
 PACKAGES = ("optimum", "gptqmodel")

@@ -52,6 +52,7 @@ class Reference:
     digest: str
     prompts: tuple[tuple[tuple[int, ...], int], ...]
     nll: tuple[tuple[float, ...], ...]
+    text_tokens: str  # digest of the ids of the scored text
 
 
 def evaluate(backend: Backend, order: Mapping[str, Any], context: int | None, say: Say) -> None:
@@ -64,13 +65,25 @@ def evaluate(backend: Backend, order: Mapping[str, Any], context: int | None, sa
 
 def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | None, say: Say) -> None:
     references = {workload: read_reference(Path(path)) for workload, path in order["references"].items()}
+    text = load_text(order["text"])
+    known = next(iter(references.values()), None)
+    if known and tokens_digest(backend, text) != known.text_tokens:
+        say(
+            "withheld",
+            message=f"The model makes other tokens of the text {text.name} than {known.name} does, so they have not the same vocabulary and are not compared.",
+        )
+        references, known = {}, None
     try:
-        known = next(iter(references.values()), None)
-        say("scored", scores=score_text(backend, load_text(order["text"]), context, say, known.nll if known else ()))
+        say("scored", scores=score_text(backend, text, context, say, known.nll if known else ()))
     except UsageError as error:
         say("withheld", message=str(error))
     for workload, reference in references.items():
         say("compared", workload=workload, divergence=compare(backend, reference, say, order["is_reference"]))
+
+
+def tokens_digest(backend: Backend, text: Text) -> str:
+    """16 hex digits for the ids of a text: two models whose ids mean the same words, and which cut a long text alike, have the same."""
+    return hash16(list(backend.encode(text.content)))
 
 
 # Likelihood of a text
@@ -213,6 +226,7 @@ def _write_reference(
         tensors[f"logits.{number}"] = backend.logits(ids[:-1], len(continuation)).cpu().contiguous()
         kept.append((ids, len(continuation)))
     known = {"name": f"{name}, {str(row.dtype).removeprefix('torch.')}", "digest": hash16(kept), "prompts": kept, "nll": nll}
+    known["text_tokens"] = tokens_digest(backend, text)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -272,4 +286,4 @@ def read_reference(path: Path) -> Reference:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise MeasurementError(f"The reference {path} cannot be read: {error}. Delete it, so that it is computed again.") from None
     prompts = tuple((tuple(ids), int(positions)) for ids, positions in known["prompts"])
-    return Reference(path, known["name"], known["digest"], prompts, tuple(map(tuple, known["nll"])))
+    return Reference(path, known["name"], known["digest"], prompts, tuple(map(tuple, known["nll"])), known["text_tokens"])

@@ -14,13 +14,16 @@ from typing import Any, TypeVar
 
 from .. import models
 from ..errors import ModelError, UsageError, first_line
+from ..quantizations import GPTQ_BITS, MADE
 from ..records import Cell, ModelFacts
-from ..spec import GPTQ_BITS, MADE
-from . import gptq, synthetic
+from . import gguf_file, gptq, synthetic
 from .base import LOCAL_FILES
 
 HUB_TIMEOUT_S = 12.0
 """Longest wait for the Hub before a run; an unreachable one must be known within 15 s."""
+
+GGUF_SOURCES = ("gguf", "hub_gguf")
+"""Sources of models that are a GGUF file."""
 
 SAMPLES, BLOCK_BYTES = 128, 1 << 14
 
@@ -37,7 +40,8 @@ def find_model(cell: Cell) -> ModelFacts:
         return _random_model(cell, preset)
     path = Path(os.path.expanduser(cell.model))
     if cell.model.endswith(".gguf"):
-        return _gguf_file(cell, path)
+        named = _hub_gguf_name(cell.model)
+        return _hub_gguf(cell, *named) if named and not os.path.isfile(path) else _gguf_file(cell, path)
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return _folder(cell, path)
     if preset is not None:
@@ -76,15 +80,112 @@ def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
 
 def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
     if not os.path.isfile(path):
-        raise ModelError(f"There is no file {cell.model}. Give the path of a .gguf file.")
-    if cell.quant in MADE:
-        raise UsageError(
-            f"quant={cell.quant} cannot be made from {path.name}, which is quantized already. Use quant=none to run it as it is, or bf16 to unpack it."
-        )
+        raise ModelError(f"There is no file {cell.model}. Give the path of a .gguf file, or OWNER/NAME:FILE.gguf for one of the Hub.")
+    _refuse_made(cell, path.name)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{cell.model} is not a GGUF file: it does not begin with GGUF. Download it again.")
-    return ModelFacts(cell.model, "gguf", str(path.resolve()), content_hash([path]), files_bytes=path.stat().st_size)
+    parts = gguf_file.parts_of(path)
+    if absent := next((part for part in parts if not part.is_file()), None):
+        raise ModelError(f"{cell.model} is split, and its part {absent.name} is not beside it. Download all {len(parts)} parts.")
+    return ModelFacts(cell.model, "gguf", str(path.resolve()), content_hash(parts), files_bytes=sum(part.stat().st_size for part in parts))
+
+
+def _refuse_made(cell: Cell, name: str) -> None:
+    """Raise UsageError if a GGUF file is to be quantized."""
+    if cell.quant in MADE:
+        raise UsageError(
+            f"quant={cell.quant} cannot be made from {name}, which is quantized already. Use quant=none to run it as it is, or bf16 to unpack it."
+        )
+
+
+def _hub_gguf_name(name: str) -> tuple[str, str] | None:
+    """Repository and file of `owner/name:file.gguf`; None where that is not its form."""
+    repository, colon, file = name.partition(":")
+    if not colon or not _is_hub_id(repository) or file.startswith("/") or ".." in file.split("/"):
+        return None
+    return repository, file
+
+
+def _hub_gguf(cell: Cell, repository: str, file: str) -> ModelFacts:
+    """A GGUF file of a Hub repository, at its resolved commit; from the local cache if the Hub does not answer."""
+    from huggingface_hub import constants, errors, try_to_load_from_cache
+
+    _check_revision(cell)
+    _refuse_made(cell, file)
+    location = f"{repository}:{file}"
+    try:
+        if constants.is_offline_mode():
+            raise OSError("HF_HUB_OFFLINE is set")
+        commit, sizes = _within(HUB_TIMEOUT_S, lambda: _ask_hub_files(repository, cell.revision))
+    except errors.RevisionNotFoundError:
+        raise ModelError(
+            f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository."
+        ) from None
+    except Exception as error:
+        cached = try_to_load_from_cache(repository, file, revision=cell.revision)
+        if isinstance(cached, str):
+            snapshot = next(parent for parent in Path(cached).parents if parent.parent.name == "snapshots")
+            return ModelFacts(cell.model, "hub_gguf", location, snapshot.name, files_bytes=os.path.getsize(cached))
+        if isinstance(error, errors.GatedRepoError):
+            raise ModelError(
+                f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`."
+            ) from None
+        if isinstance(error, errors.RepositoryNotFoundError):
+            raise ModelError(f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`.") from None
+        raise ModelError(
+            f"The Hub cannot be reached for {location}, and it is not in the local cache: {first_line(error)}. Check the network, or give a local file."
+        ) from None
+    parts = [(Path(file).parent / part.name).as_posix() for part in gguf_file.parts_of(Path(file))]
+    absent = [part for part in parts if part not in sizes]
+    if absent:
+        files = ", ".join(sorted(name for name in sizes if name.endswith(".gguf"))[:8]) or "none"
+        raise ModelError(f"The repository {repository} has no file {absent[0]}. Its GGUF files: {files}.")
+    return ModelFacts(cell.model, "hub_gguf", location, commit, files_bytes=sum(sizes[part] for part in parts) or None)
+
+
+@functools.cache
+def _ask_hub_files(repository: str, revision: str) -> tuple[str, Mapping[str, int]]:
+    """Commit of a repository, and its files with their bytes; asked once, so that all cells of a sweep have one commit."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S / 2, files_metadata=True)
+    return str(info.sha), {s.rfilename: s.size or 0 for s in info.siblings or []}
+
+
+def gguf_path(model: ModelFacts) -> Path | None:
+    """The first file of a GGUF model on this disk; None where not all its parts are there."""
+    if model.source == "gguf":
+        return Path(model.location)
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, names = _gguf_names(model)
+    found = [try_to_load_from_cache(repository, name, revision=model.revision) for name in names]
+    return Path(str(found[0])) if all(isinstance(path, str) for path in found) else None
+
+
+def _gguf_names(model: ModelFacts) -> tuple[str, list[str]]:
+    """The repository of a GGUF model, and the names of all its parts in it."""
+    repository, _, file = model.location.partition(":")
+    return repository, [part.as_posix() for part in gguf_file.parts_of(Path(file))]
+
+
+def _download_gguf(cell: Cell, model: ModelFacts) -> None:
+    """Download all parts at exactly the resolved commit, and note in the cache which commit the revision is, as a download by its name would."""
+    from huggingface_hub import hf_hub_download
+
+    repository, names = _gguf_names(model)
+    try:
+        first, *_ = (Path(hf_hub_download(repository, name, revision=model.revision)) for name in names)
+    except Exception as error:
+        raise ModelError(
+            f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept."
+        ) from None
+    root = next(parent.parent for parent in first.parents if parent.name == "snapshots")
+    if cell.revision != model.revision:
+        note = root / "refs" / cell.revision
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(model.revision, encoding="utf-8")
 
 
 def _folder(cell: Cell, path: Path) -> ModelFacts:
@@ -116,12 +217,16 @@ def content_hash(files: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _check_revision(cell: Cell) -> None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", cell.revision, re.ASCII) or ".." in cell.revision:
+        raise UsageError(f"revision is not the name of a branch, tag or commit: {cell.revision}. Use revision=main, or one of that repository.")
+
+
 def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
     """Commit and configuration of a Hub model; from the local cache if the Hub does not answer."""
     from huggingface_hub import constants, errors
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", cell.revision, re.ASCII) or ".." in cell.revision:
-        raise UsageError(f"revision is not the name of a branch, tag or commit: {cell.revision}. Use revision=main, or one of that repository.")
+    _check_revision(cell)
     hint = "Check the network, give a local folder, or measure speed and memory without the weights: -P weights=random"
     hint += "." if source == "preset" else " (presets only)."
     cached = _cached(repository, cell.revision)
@@ -275,10 +380,12 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         if preset is None:
             raise ModelError(f"weights=random needs a preset, and {cell.model} is none. `llmbench models` lists them.")
         synthetic.write_checkpoint(preset, cell.seed)
+    elif model.source == "hub_gguf":
+        _download_gguf(cell, model)
     elif model.source in ("hub", "preset") and not _is_complete(_snapshot(model)):
         _download(model)
     if cell.quant in GPTQ_BITS:
-        gptq.quantize(cell, model, _base_files(cell, model)[0], None if cell.workload == "synthetic" else _tokenizer(cell, *_base_files(cell, model)))
+        gptq.quantize(cell, model, base_files(cell, model)[0], None if cell.workload == "synthetic" else _tokenizer(cell, *base_files(cell, model)))
 
 
 def is_here(cell: Cell, model: ModelFacts) -> bool:
@@ -286,6 +393,8 @@ def is_here(cell: Cell, model: ModelFacts) -> bool:
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         return preset is not None and synthetic.is_written(preset, cell.seed)
+    if model.source == "hub_gguf":
+        return gguf_path(model) is not None
     try:
         return model.source in LOCAL_FILES or _is_complete(_snapshot(model))
     except OSError:  # another machine has it, where the model was found
@@ -322,17 +431,20 @@ def _download(model: ModelFacts) -> None:
 
 def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
     """The folder that holds the prepared files, and the name of the GGUF file in it if it is one."""
-    return (str(gptq.folder_of(cell, model)), None) if cell.quant in GPTQ_BITS else _base_files(cell, model)
+    return (str(gptq.folder_of(cell, model)), None) if cell.quant in GPTQ_BITS else base_files(cell, model)
 
 
-def _base_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
+def base_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
     """The same of the checkpoint itself, before it is quantized."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         assert preset is not None  # find_model saw to it
         return str(synthetic.checkpoint_folder(preset, cell.seed)), None
-    if model.source == "gguf":
-        return os.path.split(model.location)
+    if model.source in GGUF_SOURCES:
+        found = gguf_path(model)
+        if found is None:
+            raise ModelError(f"{model.location} is not on this disk. Run the command again with a network.")
+        return os.path.split(found)
     if model.source == "folder":
         return model.location, None
     return str(_snapshot(model)), None
@@ -345,7 +457,7 @@ def weights_format(folder: str) -> str:
 
 def load_tokenizer(cell: Cell, model: ModelFacts) -> Any:
     """The model's own tokenizer. Raises ModelError if the files hold none that can be read."""
-    return _tokenizer(cell, *_base_files(cell, model))
+    return _tokenizer(cell, *base_files(cell, model))
 
 
 def _tokenizer(cell: Cell, folder: str, gguf_file: str | None) -> Any:

@@ -117,6 +117,13 @@ def skeleton(preset: Preset, dtype: torch.dtype) -> Any:
     return model
 
 
+def architecture(preset: Preset) -> str:
+    """The name of a preset's class in transformers."""
+    import torch
+
+    return type(skeleton(preset, getattr(torch, preset.dtype))).__name__
+
+
 def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers of a state dict, each tied tensor once, under its first name."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
+from ..quantizations import BITSANDBYTES, GPTQ_BITS
 from ..records import Cell, LoadInfo, ModelFacts
-from ..spec import BITSANDBYTES, GPTQ_BITS
 from ..workload import turn_texts
 from . import gptq, sources
 from .base import Capabilities, DeviceMemory, Emit, Token
@@ -92,7 +92,7 @@ class TransformersBackend:
         if gguf_file and self.cell.quant == "none" and not any("gguf" in name.lower() for name in found.linear_classes):
             raise NotRealised(
                 f"transformers cannot run {gguf_file} packed: it was unpacked to {', '.join(found.dtypes)}. "
-                "Say so with quant=bf16, fp16 or fp32, or use a backend made for GGUF."
+                "Say so with quant=bf16, fp16 or fp32, or run it as it is with backend=llama_cpp."
             )
         return self._load_info(self.load_s, found)
 
@@ -151,7 +151,7 @@ class TransformersBackend:
             load_s=load_s,
             weight_bytes=found.weight_bytes,
             step_bytes=found.step_bytes,
-            **_costs(shape, compute.itemsize),
+            **(shape.cost_fields(compute.itemsize) if shape else {}),
             cache_bytes=self._cache_bytes(),
             facts=facts,
             vocab_size=int(config.vocab_size),
@@ -351,21 +351,6 @@ def _foreign_errors(doing: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "not enough memory" in str(error):
             raise OutOfMemory(text) from error
         raise MeasurementError(text) from error
-
-
-def _costs(shape: models.Shape | None, value_bytes: int) -> dict[str, Any]:
-    """Cost formulas of a shape as fields of LoadInfo; empty where the architecture is unknown."""
-    if shape is None:
-        return {}
-    head = 2 * shape.hidden_size * shape.vocab_size
-    return {
-        "kv_bytes_per_token": shape.kv_bytes_per_token(value_bytes),
-        "flops_per_token": shape.flops_per_token(0) - head,
-        "head_flops": head,
-        "attention_flops_per_context_token": shape.flops_per_token(1) - shape.flops_per_token(0),
-        "sliding_window": shape.sliding_window,
-        "sliding_share": shape.sliding_layers / shape.layers,
-    }
 
 
 def _bitsandbytes_config(quant: str, compute: torch.dtype) -> Any:

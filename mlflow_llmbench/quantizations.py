@@ -1,0 +1,22 @@
+"""The words for quantizations, of weights and of the KV cache, and which library makes them."""
+
+from __future__ import annotations
+
+BITSANDBYTES = ("int8", "int4", "fp4")
+GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
+GGUF_QUANTIZATIONS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+"""Quantizations of llama.cpp, which its backend makes and runs."""
+
+MADE = (*BITSANDBYTES, *GPTQ_BITS, *GGUF_QUANTIZATIONS)
+"""Quantizations that are made of a checkpoint which is not quantized yet."""
+
+QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
+
+KV_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+LLAMA_CPP = ("gpu_layers", "kv_cache", "mmap")
+"""Parameters of the backend llama_cpp."""
+
+
+def backend_of(backend: str, quant: str) -> str:
+    """What runs a quantization: the backend that was asked for, but for those that llama.cpp alone has, beside transformers in one sweep."""
+    return "llama_cpp" if backend == "transformers" and quant in GGUF_QUANTIZATIONS else backend
