@@ -221,7 +221,7 @@ class Session:
             self._run(_Batch(self.lib, tokens[part], places[part], owners[part], wanted[part]))
             for part in (slice(start, start + self.chunk) for start in range(0, len(tokens), self.chunk))
         ]
-        first = numpy.concatenate(chosen)
+        first: np.ndarray[Any, Any] = numpy.concatenate(chosen)
         self._steps.resize(len(prompts))
         self._steps.places[: len(prompts)] = lengths + kept
         return first
