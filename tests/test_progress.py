@@ -327,7 +327,7 @@ def test_a_dumb_terminal_and_a_pipe_get_plain_lines(monkeypatch: pytest.MonkeyPa
     stream = Terminal()
     progress = Progress(stream, Clock())
     progress.cell(1, "a")
-    assert stream.getvalue() == "cell 1/0: a\n"
+    assert stream.getvalue() == "cell 1/1: a\n"
 
 
 def test_before_the_first_cell_there_is_no_count() -> None:

@@ -22,7 +22,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "repetition_timeout_s": "3600", "cell_timeout_s": "none",
         "batching": "none", "batch_wait_ms": "100", "quality_tasks": "none", "quality_limit": "none",
         "url": "none", "endpoint": "completions", "concurrency": "1", "request_rate": "none", "arrival": "poisson", "burstiness": "1",
-        "trace": "none", "ramp_to": "none", "client_processes": "auto",
+        "trace": "none", "ramp_to": "none", "client_processes": "auto", "launch": "none", "twin": "false", "find": "none", "attainment": "0.9", "slo": "none",
         "requests": "auto", "duration_s": "none", "request_timeout_s": "600", "slo_ttft_ms": "none", "slo_tpot_ms": "none", "slo_e2e_ms": "none",
     }  # fmt: skip
 
