@@ -167,10 +167,10 @@ class LlamaCppBackend:
         """How llama.cpp runs it, by its own log."""
         lines = log_lines()
         offloaded = next((found[1] for line in lines if (found := re.search(r"offloaded (\d+/\d+) layers", line))), None)
-        flash = next((found[1] for line in reversed(lines) if (found := re.search(r"Flash Attention (enabled|not supported)", line))), None)
-        told = "eager" if self.cell.attention == "eager" else flash or "flash where it can"
+        told = [found[1] for line in lines if (found := re.search(r"(?:Flash Attention|flash_attn +=) (enabled|disabled|not supported)", line))]
+        attention = {"enabled": "flash", "disabled": "eager", "not supported": "eager"}.get(told[-1] if told else "", "flash where it can")
         return {
-            "model.attention": {"enabled": "flash", "not supported": "eager"}.get(told, told),
+            "model.attention": attention,
             "model.device": f"{self.device}, {offloaded} layers" if offloaded and model.on_gpu else self.device,
             "model.memory": ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in self._buffers.items()),
             "kv_cache.type": kind,

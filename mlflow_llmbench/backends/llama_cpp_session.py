@@ -27,9 +27,9 @@ CHUNK = 2048
 """Tokens that are handed to one `llama_decode` at most, llama.cpp's own default; it computes 512 of them at once, its default too."""
 
 LOG_LINES = 5000
-WARNING, ERROR = 2, 3
+WARNING, ERROR = 3, 4
 _NO_MEMORY = ("failed to allocate", "out of memory", "unable to allocate", "cannot allocate", "can't allocate")
-_log: deque[str] = deque(maxlen=LOG_LINES)
+_log: deque[tuple[int, str]] = deque(maxlen=LOG_LINES)
 _kept: list[Any] = []
 """The callback that llama.cpp holds; freed, it would be called all the same."""
 
@@ -53,7 +53,7 @@ def library() -> Any:
         def take(level: int, text: bytes, _: Any) -> None:
             line = text.decode("utf-8", errors="replace").rstrip("\n")
             if line.strip(" ."):
-                _log.append(line)
+                _log.append((level, line))
                 if level in (WARNING, ERROR):
                     logger.warning("%s", line)
 
@@ -65,7 +65,7 @@ def library() -> Any:
 
 def log_lines() -> list[str]:
     """The last lines of llama.cpp's log."""
-    return list(_log)
+    return [line for _, line in _log]
 
 
 def forget_log() -> None:
@@ -75,8 +75,7 @@ def forget_log() -> None:
 
 def failure(doing: str) -> MeasurementError | OutOfMemory:
     """The error for a call of llama.cpp that failed, with the last thing that it said of it."""
-    reasons = (r"error|failed|fail to", r"unable|cannot|requires|invalid|missing")
-    said = [line for reason in reasons for line in _log if re.search(reason, line, re.IGNORECASE)]
+    said = [line for level, line in _log if level == ERROR]
     why = re.sub(r"^\w+:\s*", "", said[0].strip())[:300] if said else "it gave no reason"
     text = f"llama.cpp failed while {doing}: {why}"
     return OutOfMemory(text) if any(word in line.lower() for line in said for word in _NO_MEMORY) else MeasurementError(text)
