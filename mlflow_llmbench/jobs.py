@@ -131,6 +131,8 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         idle_w=first.idle_w,
         texts=tuple(first.texts[number]),
         same_replies=measured[0].same_replies,
+        compile_s=measured[0].compile_s,
+        same_tokens=measured[0].same_tokens,
         quality=reference.quality_of(spec.options, job.cell, first),
         log=tuple(first.log),
     )

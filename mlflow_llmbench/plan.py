@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
-from .spec import GPTQ_BITS, LENGTHS, BenchSpec, as_text, cell_fields
+from .spec import GPTQ_BITS, LENGTHS, MEANT_WITH, PARAMETERS, BenchSpec, as_text, cell_fields
 
 LOADED = (
-    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "attention", "decode", "trust_remote_code", "url", "endpoint",
+    "model", "weights", "revision", "backend", "quant", "group_size", "int8_threshold", "double_quant", "device", "threads", "attention", "kv_cache",
+    "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "endpoint",
 )  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
-WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "url")
+WEIGHTS = ("model", "weights", "revision", "backend", "quant", "double_quant", "device", "kv_cache", "decode", "assistant", "url")
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
 UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
@@ -38,9 +39,16 @@ class Group:
 
 
 def expand_cells(spec: BenchSpec) -> list[Cell]:
-    """The product of all lists, in the order in which they were given."""
+    """The product of all lists, in the order in which they were given; cells that differ in nothing that has a meaning for them are one."""
     names = list(spec.axes)
-    return [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
+    cells = [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
+    return list(dict.fromkeys(map(_settled, cells)))
+
+
+def _settled(cell: Cell) -> Cell:
+    """The cell with its settings at their default where they have no meaning."""
+    idle = [name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values]
+    return dataclasses.replace(cell, **{name: PARAMETERS[name].default for name in idle})
 
 
 def group_cells(cells: list[Cell]) -> list[Group]:
@@ -84,6 +92,11 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
     decisive = {f.name: getattr(cell, f.name) for f in fields}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
+    if model.assistant:
+        decisive["assistant"] = [
+            model.assistant.location if model.assistant.source in ("hub", "preset") else model.assistant.name,
+            model.assistant.revision,
+        ]
     return hash16(decisive)
 
 

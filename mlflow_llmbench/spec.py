@@ -19,12 +19,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import UsageError
-from .records import DRAWN, Cell, Options
+from .records import DRAWN, SPECULATIVE, Cell, Options
 from .redaction import CONTROLS, redact
 
 BITSANDBYTES = ("int8", "int4", "fp4")
 GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
-MADE = (*BITSANDBYTES, *GPTQ_BITS)
+TORCHAO = ("int8-wo", "int4-wo", "int8-dq", "fp8")
+HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2}
+QUANTO_BITS = {"quanto8": 8, "quanto4": 4, "quanto2": 2}
+MADE = (*BITSANDBYTES, *GPTQ_BITS, *TORCHAO, *HQQ_BITS, *QUANTO_BITS)
 """Quantizations that are made of a checkpoint which is not quantized yet."""
 
 QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
@@ -40,7 +43,16 @@ BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
 HISTORIES = ("none", "recomputed", "kept", "sent")
 BATCHINGS = ("static", "dynamic", "continuous")
-DECODES = ("generate",)
+DECODES = ("generate", "compiled", *SPECULATIVE)
+KV_CACHES = ("fp8", "int8", "int4", "int2")
+MEANT_WITH = {
+    "int8_threshold": ("quant", ("int8",)),
+    "double_quant": ("quant", ("int4", "fp4")),
+    "assistant": ("decode", ("assisted",)),
+    "draft_tokens": ("decode", SPECULATIVE),
+}
+"""Setting → the parameter, and its values, with which it has a meaning. In other cells it is at its default."""
+
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
 LEAST_TEXT_TOKENS = 512
@@ -73,8 +85,8 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
-    "preset", "on", "force", "memory_limit", "quality", "quality_text",
+    "weights", "revision", "backend", "quant", "group_size", "int8_threshold", "double_quant", "batch_size", "device", "threads", "attention", "kv_cache",
+    "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality", "quality_text",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
@@ -343,6 +355,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
+    "kv_cache": lambda name, text, _: _parse_choice(name, text, KV_CACHES),
     "attention": lambda name, text, _: _parse_choice(name, text, ATTENTIONS),
     "url": lambda name, text, _: _parse_url(name, text),
     "endpoint": lambda name, text, _: _parse_choice(name, text, ENDPOINTS),
@@ -376,6 +389,23 @@ def _check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
     _check_online(axes)
     _check_batching(axes)
+    _check_decoding(axes)
+
+
+def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Settings of a quantization or of a decode path that is not asked for, and what no decode path but the plain one can do."""
+    for name, (parameter, values) in MEANT_WITH.items():
+        if axes[name] != (PARAMETERS[name].default,) and not set(axes[parameter]) & set(values):
+            raise UsageError(f"{name} is a setting of {parameter}={','.join(values)}. Add {parameter}={values[0]}, or leave it out.")
+    if "assisted" in axes["decode"] and None in axes["assistant"]:
+        raise UsageError("decode=assisted needs a small model that proposes tokens. Give assistant=MODEL, one with the same vocabulary.")
+    other = next((f"decode={decode}" for decode in axes["decode"] if decode != "generate"), None)
+    other = other or next((f"kv_cache={cache}" for cache in axes["kv_cache"] if cache is not None), None)
+    if other and axes["batching"] != (None,):
+        raise UsageError(f"{other} is of single batches, and batching measures a stream of requests. Leave one of them out.")
+    history = next((history for history in axes["history"] if history != "none"), None)
+    if history and other and (axes["decode"] != ("generate",) or "kept" in axes["history"]):
+        raise UsageError(f"history={history} cannot be measured with {other}. Use decode=generate with kv_cache=auto, or history=none.")
 
 
 def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:

@@ -75,6 +75,15 @@ def touch(model: Any) -> None:
                     flat.view(torch.uint8)[::1024].max()
 
 
+def stored_bytes(value: Any) -> int:
+    """Bytes of a tensor, of what a tensor subclass wraps, and of all tensors in tuples and dicts; 0 of anything else."""
+    if isinstance(value, dict | tuple | list):
+        return sum(map(stored_bytes, value.values() if isinstance(value, dict) else value))
+    if not hasattr(value, "element_size"):
+        return 0
+    return sum(piece.numel() * piece.element_size() for piece in _pieces(value, None))
+
+
 def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
     """The plain tensors that store one parameter: itself, its quantization state, or what a tensor subclass wraps."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
@@ -125,11 +134,20 @@ def _linear_layers(model: Any) -> tuple[float, dict[str, int]]:
     for module in model.modules():
         if module is head or not hasattr(module, "in_features") or next(module.children(), None) is not None:
             continue
-        classes[type(module).__name__] += 1
+        classes[_class_name(module)] += 1
         weights = [(n, t) for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"]
         stored += sum(p.numel() * p.element_size() for _, t in weights for p in _pieces(t, module))
         logical += int(module.in_features) * int(module.out_features)
     return (8 * stored / logical if logical else 0.0), dict(classes)
+
+
+def _class_name(module: Any) -> str:
+    """The class of a layer, and where its weight is a tensor subclass, whose kernel is another, that of the weight."""
+    weight = getattr(module, "weight", None)
+    if not hasattr(weight, "__tensor_flatten__"):
+        return type(module).__name__
+    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""  # activations are quantized too
+    return f"{type(module).__name__}({type(weight).__name__}{dynamic})"
 
 
 EXPECTED = {

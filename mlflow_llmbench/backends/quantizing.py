@@ -1,0 +1,121 @@
+"""Quantizations that transformers makes while it loads a checkpoint: by bitsandbytes, torchao, HQQ or quanto. What each needs, and its settings.
+
+Nothing heavy is imported before `config` is called, so that `resolve` and `llmbench doctor` can ask what is lacking.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from .. import gpu
+from ..errors import MissingError
+from ..records import Cell
+from ..spec import BITSANDBYTES, HQQ_BITS, QUANTO_BITS, TORCHAO
+
+if TYPE_CHECKING:
+    import torch
+
+INSTALL = {
+    "bitsandbytes": "pip install bitsandbytes",
+    "torchao": "pip install 'mlflow-llmbench[torchao]'",
+    "hqq": "pip install 'mlflow-llmbench[hqq]'",
+    "optimum-quanto": "pip install 'mlflow-llmbench[quanto]'",
+}
+"""Package → the command that installs it."""
+
+PACKAGE = {
+    **dict.fromkeys(BITSANDBYTES, "bitsandbytes"),
+    **dict.fromkeys(TORCHAO, "torchao"),
+    **dict.fromkeys(HQQ_BITS, "hqq"),
+    **dict.fromkeys(QUANTO_BITS, "optimum-quanto"),
+}
+"""Quantization → the package that makes it."""
+
+FP8_CAPABILITY = (8, 9)
+"""Compute capability of the oldest GPUs with products of 8-bit floats: Ada and Hopper (torchao's own requirement)."""
+
+
+def require(cell: Cell) -> None:
+    """Raise MissingError unless this machine has what the quantization of a cell needs."""
+    package = PACKAGE.get(cell.quant)
+    if package and not installed(package):
+        raise MissingError(f"quant={cell.quant} needs the package {package}, which is not installed. Run: {INSTALL[package]}")
+    # The device of a cell that a cluster will measure is not known here; it is given as the CPU.
+    if cell.device != "cpu" and (lack := lacking_device(cell.quant, int(cell.device.partition(":")[2] or 0))):
+        raise MissingError(f"quant={cell.quant} {lack}")
+
+
+def lacking_device(quant: str, index: int = 0) -> str | None:
+    """What GPU `index` of this machine lacks for a quantization, and what to use; None if nothing, or if any device will do."""
+    if quant != "fp8":
+        return None
+    found = gpu.compute_capability(index)
+    if found is not None and found >= FP8_CAPABILITY:
+        return None
+    has = "this machine has none" if found is None else f"GPU {index} has {found[0]}.{found[1]}"
+    return f"needs a GPU of compute capability 8.9 or newer, and {has}. Use quant=int8-wo or int8-dq."
+
+
+def installed(package: str) -> bool:
+    """Whether a package is installed, by its own name or by that of its module."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return importlib.util.find_spec(package) is not None if "-" not in package else True
+
+
+def config(cell: Cell, device: str, compute: torch.dtype) -> Any:
+    """The settings of a cell's quantization as transformers takes them. `compute` is the dtype of its products."""
+    import transformers
+
+    quant = cell.quant
+    if quant == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=cell.int8_threshold)
+    if quant in BITSANDBYTES:
+        kind = "nf4" if quant == "int4" else "fp4"
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=cell.double_quant
+        )
+    if quant in TORCHAO:
+        return transformers.TorchAoConfig(_torchao_config(cell, device))
+    if quant in HQQ_BITS:
+        return transformers.HqqConfig(nbits=HQQ_BITS[quant], group_size=cell.group_size)
+    return transformers.QuantoConfig(weights=f"int{QUANTO_BITS[quant]}")
+
+
+def _torchao_config(cell: Cell, device: str) -> Any:
+    """Per output row for 8 bits, per `group_size` weights for 4; the layout of 4-bit weights is that of the device's own kernel."""
+    from torchao import quantization
+
+    if cell.quant == "int8-wo":
+        return quantization.Int8WeightOnlyConfig()
+    if cell.quant == "int8-dq":
+        return quantization.Int8DynamicActivationInt8WeightConfig()
+    if cell.quant == "fp8":
+        return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+    if device.startswith("cuda"):
+        return quantization.Int4WeightOnlyConfig(group_size=cell.group_size, int4_packing_format="tile_packed_to_4d")
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # where torchao keeps its kernel for CPUs
+
+    return PrototypeInt4WeightOnlyConfig(group_size=cell.group_size)
+
+
+def facts(model: Any) -> dict[str, str | int | float]:
+    """Method and settings of the quantization that the loaded model carries."""
+    carried = getattr(model.config, "quantization_config", None)
+    if carried is None:
+        return {"quant.method": "none"}
+    data: dict[str, Any] = carried if isinstance(carried, dict) else carried.to_dict()
+    found: dict[str, str | int | float] = {"quant.method": str(getattr(data.get("quant_method"), "value", data.get("quant_method")))}
+    if data.get("load_in_8bit"):
+        found |= {"quant.threshold": float(data["llm_int8_threshold"])}
+    if data.get("load_in_4bit"):
+        found |= {"quant.type": data["bnb_4bit_quant_type"], "quant.compute_dtype": str(data["bnb_4bit_compute_dtype"]).removeprefix("torch.")}
+        found["quant.double_quant"] = "true" if data.get("bnb_4bit_use_double_quant") else "false"
+    if found["quant.method"] == "torchao":
+        kind = getattr(carried, "quant_type", None)
+        found |= {"quant.type": type(kind).__name__} | ({"quant.group_size": int(kind.group_size)} if getattr(kind, "group_size", None) else {})
+    return found | {f"quant.{key}": data[key] for key in ("bits", "group_size") if isinstance(data.get(key), int)}
