@@ -24,7 +24,8 @@ from .workload import MIXED
 Metrics = Mapping[str, float]
 
 TABLE_KEYS = (
-    "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
+    "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50",
+    "lengths/tokens_per_step_mean", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
     "memory/weight_bytes", "efficiency/mbu_ratio", "efficiency/padding_waste_ratio", "quality/kl_vs_reference", "quality/top1_agreement", "quality/perplexity", "load/load_s",
     "cost/per_million_tokens",
 )  # fmt: skip

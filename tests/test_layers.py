@@ -99,6 +99,8 @@ HOMES = {
     "huggingface_hub": ("backends",),
     "gguf": ("backends",),
     "optimum": ("backends",),
+    "torchao": ("backends",),
+    "hqq": ("backends",),
     "lm_eval": ("backends",),
     "uvloop": ("client",),
     "pynvml": ("gpu",),

@@ -75,7 +75,7 @@ class DecodePath:
     def finish(self, arguments: dict[str, Any], rows: int) -> None:
         """After a call: empty the static cache for the next one, or read what the quantized one took. Raises NotRealised."""
         if self.cell.decode == "compiled":
-            self.static.reset()
+            self.empty()
             if self.graphs and self._compiled() != self.graphs:
                 raise NotRealised(
                     f"The decode step was compiled again while it was measured ({self._compiled()} graphs, not {self.graphs}), so its latencies are "
@@ -90,6 +90,13 @@ class DecodePath:
                 )
             residual = [part for layer in cache.layers for part in (layer.keys, layer.values)]
             self.kv_bytes_per_token = round(sum(map(stored_bytes, [*quantized, *residual])) / rows / int(cache.get_seq_length()))
+
+    def empty(self) -> None:
+        """Empty the static cache, in place: its addresses are part of what was compiled."""
+        import torch
+
+        with torch.inference_mode():
+            self.static.reset()
 
     def compile(self, tokens: int, eagerly: Callable[[], None], run: Callable[[], None], decodes: bool) -> float:
         """Make a static cache for so many tokens and compile the decode step for it; seconds of the runs that do.

@@ -68,7 +68,7 @@ def installed(package: str) -> bool:
 
 
 def config(cell: Cell, device: str, compute: torch.dtype) -> Any:
-    """The settings of a cell's quantization as transformers takes them. `compute` is the dtype of its products."""
+    """The settings of a cell's quantization as transformers takes them, None for HQQ. `compute` is the dtype of its products."""
     import transformers
 
     quant = cell.quant
@@ -79,11 +79,25 @@ def config(cell: Cell, device: str, compute: torch.dtype) -> Any:
         return transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=cell.double_quant
         )
+    if quant in HQQ_BITS:
+        return None
     if quant in TORCHAO:
         return transformers.TorchAoConfig(_torchao_config(cell, device))
-    if quant in HQQ_BITS:
-        return transformers.HqqConfig(nbits=HQQ_BITS[quant], group_size=cell.group_size)
     return transformers.QuantoConfig(weights=f"int{QUANTO_BITS[quant]}")
+
+
+def quantize_with_hqq(model: Any, cell: Cell, compute: torch.dtype) -> None:
+    """Put HQQ's layers in the place of the linear ones, but for the output head: transformers 5 names the method and cannot load with it."""
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    bits = HQQ_BITS[cell.quant]
+    settings = BaseQuantizeConfig(nbits=bits, group_size=cell.group_size, axis=1)
+    head = model.get_output_embeddings()
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            model.set_submodule(name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device)))
+    model.config.quantization_config = {"quant_method": "hqq", "bits": bits, "group_size": cell.group_size}
 
 
 def _torchao_config(cell: Cell, device: str) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..records import Cell, LoadInfo, ModelFacts
-from ..spec import DECODES, GPTQ_BITS
+from ..spec import DECODES, GPTQ_BITS, HQQ_BITS
 from ..workload import turn_texts
 from . import decoding, gptq, quantizing, sources
 from .base import Capabilities, DeviceMemory, Emit, Token
@@ -85,6 +85,8 @@ class TransformersBackend:
         started = time.perf_counter()
         with _foreign_errors("loading"), torch.inference_mode():
             self.model = AutoModelForCausalLM.from_pretrained(folder, **keywords)
+            if self.cell.quant in HQQ_BITS:
+                quantizing.quantize_with_hqq(self.model, self.cell, keywords["dtype"])
             self.model.eval()
             touch(self.model)  # part of the load: a mapped checkpoint is read from the disk only now
             assistant = self._load_assistant(keywords)
@@ -214,7 +216,7 @@ class TransformersBackend:
         def run(**settings: Any) -> None:
             arguments = path.arguments()
             self._generate(prompts, few, lambda _: None, path.settings() | settings, arguments)
-            path.static.reset()
+            path.empty()
 
         with _foreign_errors("compiling the decode step"):
             return path.compile(longest + output_tokens, lambda: run(disable_compile=True), run, decodes=few > 1)
