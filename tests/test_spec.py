@@ -13,7 +13,8 @@ from mlflow_llmbench.spec import PARAMETERS, default_text, parse, read_yaml
 
 def test_defaults_are_those_of_the_vocabulary() -> None:
     assert {name: default_text(name) for name in PARAMETERS} == {
-        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128", "batch_size": "1",
+        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128",
+        "int8_threshold": "6", "double_quant": "false", "kv_cache": "auto", "assistant": "none", "draft_tokens": "10", "batch_size": "1",
         "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto", "repetitions": "auto",
         "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "attention": "auto",
         "decode": "generate", "seed": "0", "trust_remote_code": "false", "allow_pickle": "false", "preset": "none", "output_dir": "llmbench-results",
@@ -47,7 +48,7 @@ def test_auto_none_and_flags() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"quant": "int44"}, r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8\."),
+        ({"quant": "int44"}, r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8, int8-wo, "),
         ({"backend": "vllm"}, r"Unknown backend: vllm\. Known: transformers, fake"),
         ({"workload": "summarisation"}, r"Unknown workload: summarisation\. Did you mean summarization\?"),
         ({"workload": "missing.jsonl"}, r"There is no workload file missing\.jsonl"),
