@@ -205,7 +205,7 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
 
 def _compile(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo, tell: Any) -> float | None:
     """Have the decode step compiled for the shape of a cell, before its clock and its peak of memory begin; seconds, None where nothing is."""
-    if cell.decode == "generate" or cell.decode not in backend.capabilities.decodes:
+    if cell.decode != "compiled" or cell.decode not in backend.capabilities.decodes:
         return None
     tell("compiling")
     encode = backend.encode if backend.capabilities.tokenizer else None
