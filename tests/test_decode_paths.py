@@ -61,6 +61,7 @@ def test_an_assistant_that_is_always_right_brings_its_tokens_and_one_more_in_eac
         assert [[step[0] for step in checked_ids(steps, 1)]] == tokens_of(backend.generate_plainly, 30)
         facts = backend.describe().facts
     assert facts["assistant.parameters"] == 426_624
+    assert facts["assistant.revision"] == TransformersBackend.resolve(Cell(model=str(tiny_model))).revision
     assert facts["assistant.dtype"] == "float32"
 
 

@@ -143,6 +143,18 @@ def test_every_quantization_has_an_estimate_and_a_colour() -> None:
     assert full > preset.shape.weight_bytes("hqq4", "float16") > preset.shape.weight_bytes("hqq2", "float16")
 
 
+@pytest.mark.parametrize(("method", "package"), [*quantizing.READY.items()])
+def test_what_a_ready_checkpoint_needs_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, package: str) -> None:
+    shutil.copytree(tiny_model, tmp_path / "ready")
+    config = json.loads((tmp_path / "ready" / "config.json").read_text())
+    (tmp_path / "ready" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    monkeypatch.setattr(quantizing, "installed", lambda package: False)
+    with pytest.raises(MissingError) as caught:
+        TransformersBackend.resolve(Cell(model=str(tmp_path / "ready"), device="cpu"))
+    start = f"ready is quantized with {method}, and loading it needs the package {package}, which is not installed. Run: "
+    assert str(caught.value) == start + quantizing.INSTALL[package]
+
+
 @needs("compressed-tensors")
 @pytest.mark.filterwarnings("ignore")
 def test_a_ready_checkpoint_of_compressed_tensors_runs_and_says_what_it_holds(tiny_model: Path, tmp_path: Path) -> None:

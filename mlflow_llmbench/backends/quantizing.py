@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu
 from ..errors import MissingError
-from ..records import Cell
+from ..records import Cell, ModelFacts
 from ..spec import BITSANDBYTES, HQQ_BITS, QUANTO_BITS, TORCHAO
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ INSTALL = {
     "torchao": "pip install 'mlflow-llmbench[torchao]'",
     "hqq": "pip install 'mlflow-llmbench[hqq]'",
     "optimum-quanto": "pip install 'mlflow-llmbench[quanto]'",
+    "compressed-tensors": "pip install 'mlflow-llmbench[compressed-tensors]'",
 }
 """Package → the command that installs it."""
 
@@ -45,6 +46,20 @@ def require(cell: Cell) -> None:
     # The device of a cell that a cluster will measure is not known here; it is given as the CPU.
     if cell.device != "cpu" and (lack := lacking_device(cell.quant, int(cell.device.partition(":")[2] or 0))):
         raise MissingError(f"quant={cell.quant} {lack}")
+
+
+READY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed-tensors"}
+"""Method of a checkpoint that is quantized already → the package through which transformers loads it; see `gptq.READY` for others."""
+
+
+def require_for(model: ModelFacts) -> None:
+    """Raise MissingError unless a checkpoint that one of these packages wrote can be loaded here; nothing is asked of any other model."""
+    method = str(((model.config or {}).get("quantization_config") or {}).get("quant_method"))
+    package = READY.get(method)
+    if package and not installed(package):
+        raise MissingError(
+            f"{model.name} is quantized with {method}, and loading it needs the package {package}, which is not installed. Run: {INSTALL[package]}"
+        )
 
 
 def lacking_device(quant: str, index: int = 0) -> str | None:

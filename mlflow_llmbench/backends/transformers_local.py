@@ -57,6 +57,7 @@ class TransformersBackend:
         decoding.require(cell, machine.require_device(cell.device))
         model = sources.find_model(cell)
         gptq.require_for(model)
+        quantizing.require_for(model)
         return sources.with_assistant(cell, model)
 
     @classmethod
@@ -170,6 +171,7 @@ class TransformersBackend:
             "quant.kernel": ", ".join(f"{name} × {count}" for name, count in sorted(found.linear_classes.items())),
             **quantizing.facts(self.model),
             **(self.path.facts() if self.path else {}),
+            **({"assistant.revision": self.facts.assistant.revision} if self.facts.assistant else {}),
             **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
         }
         costs = _costs(shape, compute.itemsize)
