@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from .. import gpu
-from ..errors import MissingError
+from ..errors import MissingError, NotRealised, UsageError
 from ..records import Cell, ModelFacts
 from ..spec import BITSANDBYTES, HQQ_BITS, QUANTO_BITS, TORCHAO
 
@@ -34,15 +35,20 @@ PACKAGE = {
 }
 """Quantization → the package that makes it."""
 
+INT4_GROUPS = (32, 64, 128)
+"""Sizes of groups that torchao's kernels for 4-bit weights know, on a CPU and on a GPU."""
+
 FP8_CAPABILITY = (8, 9)
 """Compute capability of the oldest GPUs with products of 8-bit floats: Ada and Hopper (torchao's own requirement)."""
 
 
 def require(cell: Cell) -> None:
-    """Raise MissingError unless this machine has what the quantization of a cell needs."""
+    """Raise MissingError unless this machine has what the quantization of a cell needs, and UsageError for groups without a kernel."""
     package = PACKAGE.get(cell.quant)
     if package and not installed(package):
         raise MissingError(f"quant={cell.quant} needs the package {package}, which is not installed. Run: {INSTALL[package]}")
+    if cell.quant == "int4-wo" and cell.group_size not in INT4_GROUPS:
+        raise UsageError(f"quant=int4-wo has no kernel for group_size={cell.group_size}. Use group_size={','.join(map(str, INT4_GROUPS))}.")
     # The device of a cell that a cluster will measure is not known here; it is given as the CPU.
     if cell.device != "cpu" and (lack := lacking_device(cell.quant, int(cell.device.partition(":")[2] or 0))):
         raise MissingError(f"quant={cell.quant} {lack}")
@@ -54,12 +60,25 @@ READY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tenso
 
 def require_for(model: ModelFacts) -> None:
     """Raise MissingError unless a checkpoint that one of these packages wrote can be loaded here; nothing is asked of any other model."""
-    method = str(((model.config or {}).get("quantization_config") or {}).get("quant_method"))
+    method = _ready_method(model)
     package = READY.get(method)
     if package and not installed(package):
         raise MissingError(
             f"{model.name} is quantized with {method}, and loading it needs the package {package}, which is not installed. Run: {INSTALL[package]}"
         )
+
+
+def refuse_missing(model: ModelFacts, missing: Collection[str]) -> None:
+    """Raise NotRealised if a checkpoint that one of these packages wrote lacks weights: transformers would draw them at random, and go on."""
+    if missing and _ready_method(model) in READY:
+        raise NotRealised(
+            f"The checkpoint {model.name} does not have {len(missing)} of the weights that its quantization_config ({_ready_method(model)}) speaks of, such as "
+            f"{sorted(missing)[0]}. Its format is not one that the installed versions read; use another checkpoint."
+        )
+
+
+def _ready_method(model: ModelFacts) -> str:
+    return str(((model.config or {}).get("quantization_config") or {}).get("quant_method"))
 
 
 def lacking_device(quant: str, index: int = 0) -> str | None:
