@@ -1,16 +1,17 @@
 """Check on a CUDA machine what the measurement says, without mlflow: `python benchmarks/gpu_check.py`.
 
-Runs opt-125m and a 1B shape (llama-3.2-1b) with random weights in bf16, int8 and int4 at batch 1 and 8. Cross-checks the
+Runs opt-125m and a 1B shape (llama-3.2-1b) with random weights at batch 1 and 8: bf16, also compiled with CUDA graphs, the quantizations of
+bitsandbytes and torchao, and a KV cache in 8-bit floats. Cross-checks the
 host's stamps against CUDA events and the allocator's memory against NVML, and prints one JSON line. Without a GPU it says
-so and exits 0. Needs torch, transformers, accelerate and nvidia-ml-py; int8 and int4 need bitsandbytes and are left out without it.
+so and exits 0. Needs torch, transformers, accelerate and nvidia-ml-py; what needs bitsandbytes or torchao is an error without it, and the rest goes on.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mlflow_llmbench import gpu, machine, summary
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.errors import LlmbenchError
-from mlflow_llmbench.measure import measure_cell, time_request
+from mlflow_llmbench.measure import compare_decoding, measure_cell, time_request
 from mlflow_llmbench.records import Cell, Hashes, RunResult
 from mlflow_llmbench.workload import load_prompts
 
 MODELS = ("opt-125m", "llama-3.2-1b")
-QUANTIZATIONS = ("bf16", "int8", "int4")
+CONFIGURATIONS: tuple[dict[str, Any], ...] = (
+    {"quant": "bf16"}, {"quant": "bf16", "decode": "compiled"}, {"quant": "bf16", "kv_cache": "fp8"}, {"quant": "int8"}, {"quant": "int8", "int8_threshold": 0.0},
+    {"quant": "int4"}, {"quant": "int8-wo"}, {"quant": "int8-wo", "decode": "compiled"}, {"quant": "int4-wo"}, {"quant": "int4-wo", "decode": "compiled"},
+    {"quant": "fp8"},
+)  # fmt: skip
 BATCHES = (8, 1)
 
 
@@ -43,6 +48,8 @@ def against_events(backend: TransformersBackend, cell: Cell, vocabulary: int) ->
 
 def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[str, float]) -> dict[str, Any]:
     """Measure one cell and compare its clocks and memory with CUDA's and NVML's."""
+    prompts = load_prompts("synthetic").batch(cell, 0, load.vocab_size, None)
+    compile_s = backend.compile(prompts, len(prompts[0]), cell.output_tokens)
     backend.device_memory(reset=True)
     measured = measure_cell(backend, cell, load_prompts("synthetic"), load.vocab_size, lambda *_, **__: None)
     held = backend.device_memory()
@@ -53,7 +60,11 @@ def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[
     return {
         "model": cell.model,
         "quant": cell.quant,
+        "decode": cell.decode,
+        "kv_cache": cell.kv_cache,
         "batch_size": cell.batch_size,
+        "compile_s": compile_s,
+        "same_tokens": compare_decoding(backend, cell, load_prompts("synthetic"), load.vocab_size),
         "tokens_per_s": metrics["throughput/output_tokens_per_s"],
         "ttft_ms": metrics["latency/ttft_ms_p50"],
         "itl_ms": metrics["latency/itl_ms_p50"],
@@ -64,7 +75,7 @@ def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[
         "allocated_bytes": held.allocated if held else None,
         "reserved_bytes": held.reserved if held else None,
         "nvml_process_bytes": gpu.process_bytes(os.getpid()),
-        "facts": dict(load.facts),
+        "facts": dict(backend.describe().facts),
     }
 
 
@@ -76,11 +87,8 @@ def main() -> int:
         return 0
     cells: list[dict[str, Any]] = []
     for model in MODELS:
-        for quant in QUANTIZATIONS:
-            if quant != "bf16" and importlib.util.find_spec("bitsandbytes") is None:
-                cells.append({"model": model, "quant": quant, "error": "bitsandbytes is not installed"})
-                continue
-            first = Cell(model=model, weights="random", quant=quant, device="cuda", output_tokens=64)
+        for settings in CONFIGURATIONS:
+            first = Cell(model=model, weights="random", device="cuda", output_tokens=64, max_repetitions=10, **settings)
             try:
                 facts = TransformersBackend.resolve(first)
                 TransformersBackend.prepare(first, facts)
@@ -88,11 +96,10 @@ def main() -> int:
                 peaks = backend.peaks()
                 load = backend.load()
                 for batch in BATCHES:
-                    cell = Cell(model=model, weights="random", quant=quant, device="cuda", output_tokens=64, batch_size=batch, max_repetitions=10)
-                    cells.append(check_cell(backend, cell, load, peaks))
+                    cells.append(check_cell(backend, replace(first, batch_size=batch), load, peaks))
                 backend.close()
             except LlmbenchError as error:
-                cells.append({"model": model, "quant": quant, "error": str(error)})
+                cells.append({"model": model, **settings, "error": str(error)})
     print(json.dumps({"gpu": devices[0]["name"], "driver": devices[0]["driver"], "packages": machine.packages(), "cells": cells}))
     return 1 if any("error" in cell for cell in cells) else 0
 

@@ -16,7 +16,7 @@ from .compare import RATE
 from .fits import Parameter
 from .footprint import Reduction
 from .scaling import LawFit, Measured, grouped, paper_range
-from .scaling_study import Study
+from .scaling_study import Study, quant_groups
 from .stats import t_interval
 from .tradeoffs import Ratio
 
@@ -93,7 +93,7 @@ class Claim:
 def quant_effects(cells: Sequence[Measured]) -> list[QuantEffect]:
     """Every quantized cell that has a reference beside it."""
     found = []
-    for _, group in grouped(cells, ("quant",)):
+    for _, group in quant_groups(cells):
         by_quant = {measured.cell.quant: measured for measured in group}
         for saved in footprint.reductions(group):
             measured, reference = by_quant[saved.quant], by_quant[saved.reference]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from . import launch
 from .errors import UsageError
-from .parameters import LENGTHS, PARAMETERS, as_text
+from .parameters import LENGTHS, MEANT_WITH, PARAMETERS, as_text
 from .quantizations import GGUF_QUANTIZATIONS, LLAMA_CPP, backend_of
 from .records import DRAWN
 
@@ -28,6 +28,23 @@ def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
     _check_online(axes)
     _check_batching(axes)
     _check_llama_cpp(axes)
+    _check_decoding(axes)
+
+
+def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Settings of a quantization or of a decode path that is not asked for, and what no decode path but the plain one can do."""
+    for name, (parameter, values) in MEANT_WITH.items():
+        if axes[name] != (PARAMETERS[name].default,) and not set(axes[parameter]) & set(values):
+            raise UsageError(f"{name} is a setting of {parameter}={','.join(values)}. Add {parameter}={values[0]}, or leave it out.")
+    if "assisted" in axes["decode"] and None in axes["assistant"]:
+        raise UsageError("decode=assisted needs a small model that proposes tokens. Give assistant=MODEL, one with the same vocabulary.")
+    other = next((f"decode={decode}" for decode in axes["decode"] if decode != "generate"), None)
+    other = other or next((f"kv_cache={cache}" for cache in axes["kv_cache"] if cache is not None), None)
+    if other and axes["batching"] != (None,):
+        raise UsageError(f"{other} is of single batches, and batching measures a stream of requests. Leave one of them out.")
+    history = next((history for history in axes["history"] if history != "none"), None)
+    if history and other and (axes["decode"] != ("generate",) or "kept" in axes["history"]):
+        raise UsageError(f"history={history} cannot be measured with {other}. Use decode=generate with kv_cache=auto, or history=none.")
 
 
 def _check_llama_cpp(axes: Mapping[str, tuple[object, ...]]) -> None:

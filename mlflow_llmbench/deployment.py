@@ -129,6 +129,8 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
         raise UsageError(
             f"history={cell.history} cannot be served: the registered model keeps nothing from one request to the next. Measure with history=recomputed."
         )
+    if cell.kv_cache is not None:
+        raise UsageError(f"kv_cache={cell.kv_cache} cannot be served yet. Measure with kv_cache=auto.")
     if cell.decode not in SERVED_DECODES:
         raise UsageError(f"decode={cell.decode} cannot be served yet. Measure with decode={', '.join(SERVED_DECODES)}.")
 
@@ -148,7 +150,8 @@ def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf:
         return {"class": "BitsAndBytesConfig", "load_in_8bit": True, "llm_int8_threshold": facts["quant.threshold"]}
     if quant in ("int4", "fp4"):
         kind, compute = facts["quant.type"], facts["quant.compute_dtype"]
-        return {"class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute}
+        double = {"bnb_4bit_use_double_quant": True} if facts.get("quant.double_quant") == "true" else {}
+        return {"class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute, **double}
     if quant in FLOAT_DTYPES:
         return {"class": "GgufConfig", "dequantize": True} if from_gguf else {}
     if quant == "none":

@@ -22,13 +22,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import gpu, machine, memory
-from .backends import gguf_made
+from .backends import decoding, gguf_made, quantizing
 from .backends.base import backend_class
 from .errors import MissingError, UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
-from .quantizations import BITSANDBYTES, GGUF_QUANTIZATIONS, GPTQ_BITS, QUANTIZATIONS
+from .quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS, KV_CACHES, QUANTIZATIONS
+from .records import Cell
 from .redaction import redact
-from .spec import known_backends
+from .spec import DECODES, known_backends
 
 TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
 
@@ -53,11 +54,15 @@ OPTIONAL = (
         "backend=llama_cpp: GGUF files as they are",
         "pip install 'mlflow-llmbench[gguf]' (it compiles llama.cpp: C++ compiler, minutes)",
     ),
+    (("torchao",), "int8-wo, int4-wo, int8-dq and fp8", "pip install 'mlflow-llmbench[torchao]'"),
+    (("hqq",), "hqq8 to hqq2, and kv_cache=int8", "pip install 'mlflow-llmbench[hqq]'"),
+    (("optimum-quanto",), "quanto8 to quanto2, and kv_cache=int4 and int2", "pip install 'mlflow-llmbench[quanto]'"),
+    (("compressed-tensors",), "checkpoints in the format compressed-tensors", "pip install 'mlflow-llmbench[compressed-tensors]'"),
 )
 """Packages, what they give, how to get them."""
 
 QUANTIZATION_PACKAGES = {
-    **dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)),
+    **{quant: (package,) for quant, package in quantizing.PACKAGE.items()},
     **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum")),
     **dict.fromkeys(GGUF_QUANTIZATIONS, ("llama-cpp-python",)),
 }
@@ -186,6 +191,7 @@ def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
         ("Software", "Hugging Face Hub", lambda: [hub_item(seconds=hub_s)]),
         ("Backends", "backends", backend_items),
         ("Quantizations", "quantizations", lambda: quantization_items(lambda name: version(name) is not None)),
+        ("Decode paths", "decode paths", decode_items),
         ("Optional", "optional packages", optional_items),
         ("Instruments", "instruments", instrument_items),
     )
@@ -439,8 +445,29 @@ def quantization_items(installed: Callable[[str], bool]) -> Iterator[Item]:
         if lacking:
             run = " && ".join(dict.fromkeys(commands.get(package, f"pip install {package}") for package in lacking))
             yield Item("Quantizations", quant, "missing", f"needs {', '.join(lacking)}", f"Run: {run}")
+        elif lack := quantizing.lacking_device(quant):
+            yield _missing("Quantizations", quant, lack)
         else:
             yield Item("Quantizations", quant, "ok", " + ".join(packages[2:]) or "torch")
+
+
+def decode_items() -> Iterator[Item]:
+    """Every value of `decode` and of `kv_cache`, on the device that `device=auto` takes."""
+    device = machine.require_device("auto")
+    asked = [(f"decode={decode}", Cell(decode=decode)) for decode in DECODES]
+    asked += [(f"kv_cache={cache}", Cell(kv_cache=cache)) for cache in KV_CACHES]
+    for name, cell in asked:
+        try:
+            decoding.require(cell, device)
+            yield Item("Decode paths", name, "ok", f"on {device}")
+        except MissingError as error:
+            yield _missing("Decode paths", name, str(error).removeprefix(f"{name} "))
+
+
+def _missing(section: str, name: str, sentences: str) -> Item:
+    """An item for what cannot be done here: the first sentence says why, the rest what to do."""
+    found, _, advice = sentences.partition(". ")
+    return Item(section, name, "missing", found, advice)
 
 
 def optional_items() -> Iterator[Item]:

@@ -8,7 +8,7 @@ from . import gpu, machine, memory, models
 from .arrivals import request_count
 from .metrics import LEAST_REPETITIONS
 from .quantizations import GPTQ_BITS
-from .records import Cell, ModelFacts
+from .records import SPECULATIVE, Cell, ModelFacts
 from .spec import as_text
 from .workload import longest_of
 
@@ -45,10 +45,35 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
         return None if model.files_bytes is None else model.files_bytes * unpacked
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     (prompt, output), quant = longest_of(cell), stored_quant(cell, model)
-    running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output)
+    running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output, KV_VALUE_BYTES.get(cell.kv_cache or "auto"))
     if _runs_packed(cell, model):
         return running - shape.weight_bytes(quant, dtype) + (model.files_bytes or 0) + models.PROCESS_BYTES
-    return max(running, models.load_memory_estimate(shape, quant, dtype)) + models.PROCESS_BYTES
+    return max(running, models.load_memory_estimate(shape, quant, dtype)) + models.PROCESS_BYTES + _beside(cell, model, (prompt or 512) + output)
+
+
+KV_VALUE_BYTES = {
+    "fp8": 1.0, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64, "int2": 0.25 + 4 / 64, "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32,
+    "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
+}  # fmt: skip
+"""Bytes of a value in the KV cache. Of transformers groups of 64 share two numbers of 16 bits, and the newest 128 tokens, which stay as they are, are left
+out; llama.cpp's types are blocks of 32 (ggml-common.h)."""
+
+COMPILER_BYTES = 500_000_000
+"""What torch.compile leaves in the process: 0.3 to 0.5 GB, seen with torch 2.13 on a CPU."""
+
+
+def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
+    """Bytes that a decode path needs beside the model: the compiler, or the small model that proposes tokens with its own cache.
+
+    A static cache holds all tokens of prompt and output from the first step on, which is what a growing one needs at its end.
+    """
+    own = COMPILER_BYTES if cell.decode == "compiled" else 0
+    small = model.assistant and models.Shape.from_config(model.assistant.config or {})
+    if not small or not model.assistant:
+        return own
+    dtype = model.assistant.dtype if model.assistant.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    quant = cell.quant if cell.quant in ("fp32", "fp16", "bf16") else "none"
+    return own + models.memory_estimate(small, quant, dtype, 1, tokens, 0)
 
 
 def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
@@ -65,7 +90,7 @@ def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, pea
 
     A stream of requests takes at least as long as they take to come. Any other run is a prefill and N − 1 steps, each the longer of
     reading (weights, and for a step the KV cache at the mean context) and computing (the roofline of Williams, Waterman & Patterson,
-    CACM 52, 2009). Loading, downloads and all overheads come on top.
+    CACM 52, 2009). Where proposed tokens are checked, as if all of them were right. Loading, downloads and all overheads come on top.
     """
     if cell.batching and cell.request_rate:
         runs = cell.repetitions or LEAST_REPETITIONS
@@ -77,16 +102,31 @@ def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, pea
     weights = (model.files_bytes or 0) if _runs_packed(cell, model) else shape.weight_bytes(stored_quant(cell, model), dtype)
     rows, prompt = cell.batch_size, cell.prompt_tokens or 512
     context = prompt + cell.output_tokens // 2
-    cache = rows * shape.kv_bytes(context, 4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
+    if cell.decode == "compiled":
+        context = prompt + cell.output_tokens  # a static cache is read whole
+    value_bytes = KV_VALUE_BYTES.get(cell.kv_cache or "auto") or (4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
+    cache = rows * shape.kv_bytes(context, value_bytes)
     prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)
     step = max((weights + cache) / bandwidth, rows * shape.flops_per_token(context) / flops)
     runs = (cell.warmup if cell.warmup is not None else LEAST_WARMUP) + (cell.repetitions or LEAST_REPETITIONS)
-    return cell.processes * runs * (prefill + (cell.output_tokens - 1) * step)
+    steps = cell.output_tokens - 1
+    if cell.decode in SPECULATIVE:
+        steps = -(-steps // (cell.draft_tokens + 1))
+    return cell.processes * runs * (prefill + steps * step)
 
 
 def refusal(cell: Cell, model: ModelFacts, predicted: int | None, room: tuple[int | None, str]) -> str | None:
     """Why a cell cannot be measured where there is `room`, bytes and words that follow on them; None if it can be tried."""
-    return beyond_context(cell, model) or _beyond_memory(cell, predicted, *room)
+    return beyond_context(cell, model) or contradiction(cell) or _beyond_memory(cell, predicted, *room)
+
+
+def contradiction(cell: Cell) -> str | None:
+    """Why a cell cannot be measured wherever it is, by what is asked of it together; None if it can be."""
+    if cell.decode in SPECULATIVE and cell.batch_size > 1:
+        return f"decode={cell.decode} proposes tokens for one row, and batch_size is {cell.batch_size}. Use batch_size=1, or decode=generate."
+    if cell.kv_cache is not None and cell.decode != "generate":
+        return f"kv_cache={cell.kv_cache} is of decode=generate: the cache of decode={cell.decode} is not quantized. Use one of them."
+    return None
 
 
 def beyond_context(cell: Cell, model: ModelFacts) -> str | None:

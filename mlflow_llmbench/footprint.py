@@ -19,6 +19,8 @@ MOST_POINTS = 150
 BITS = {
     "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "fp4": 4, "gptq": 4, "float32": 32, "float16": 16, "bfloat16": 16,
     "q8_0": 8, "q6_k": 6, "q5_k_m": 5, "q4_k_m": 4, "q4_0": 4, "q3_k_m": 3, "q2_k": 2,
+    "gptq3": 3, "gptq8": 8, "int8-wo": 8, "int8-dq": 8, "int4-wo": 4, "fp8": 8, "hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2, "quanto8": 8, "quanto4": 4,
+    "quanto2": 2,
 }  # fmt: skip
 """Bits of a weight by quantization or dtype, without scales."""
 

@@ -108,6 +108,16 @@ def gpus() -> list[dict[str, Any]]:
         return found
 
 
+def compute_capability(index: int) -> tuple[int, int] | None:
+    """CUDA compute capability of GPU `index`, such as (9, 0); None without it."""
+    with nvml() as module:
+        found = handles(module) if module else []
+        if index >= len(found):
+            return None
+        major, minor = module.nvmlDeviceGetCudaComputeCapability(found[index])
+        return int(major), int(minor)
+
+
 def free_bytes(index: int) -> int | None:
     """Device memory of GPU `index` that nobody uses now; None without it."""
     with nvml() as module:

@@ -132,6 +132,8 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         texts=tuple(first.texts[number]),
         same_replies=measured[0].same_replies,
         text_times=measured[0].text_times,
+        compile_s=measured[0].compile_s,
+        same_tokens=measured[0].same_tokens,
         quality=reference.quality_of(spec.options, job.cell, first),
         log=tuple(first.log),
     )

@@ -22,12 +22,12 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import JournalError
-from .records import RunResult, from_json, to_json
+from .records import RequestRecord, RunResult, from_json, to_json
 from .redaction import redact, redact_all
 
 
@@ -196,6 +196,13 @@ def read_result(folder: Path) -> RunResult:
         raise JournalError(f"Cannot read the result {path}: {error}. Give the folder of a measured cell.") from None
 
 
+def _by_token(request: RequestRecord) -> Sequence[int]:
+    """The stamps, one for each token where it is known how many tokens a stamp stands for."""
+    if request.chunk_tokens is None:
+        return request.stamps_ns
+    return [stamp for stamp, count in zip(request.stamps_ns, request.chunk_tokens, strict=True) for _ in range(count)]
+
+
 def samples_csv(result: RunResult) -> bytes:
     """`samples.csv.gz`: columns repetition,row,token,t_ns; token 0 is the sending, token i the arrival of the i-th output token."""
     text = io.StringIO()
@@ -205,6 +212,6 @@ def samples_csv(result: RunResult) -> bytes:
         row = 0
         for request in repetition.requests:
             for _ in range(request.rows):
-                writer.writerows((repetition.index, row, token, t_ns) for token, t_ns in enumerate((request.t0_ns, *request.stamps_ns)))
+                writer.writerows((repetition.index, row, token, t_ns) for token, t_ns in enumerate((request.t0_ns, *_by_token(request))))
                 row += 1
     return gzip.compress(text.getvalue().encode(), mtime=0)

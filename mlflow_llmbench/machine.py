@@ -29,7 +29,7 @@ from .gpu import GpuReading
 from .records import Noise, hash16
 
 PACKAGES = (
-    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel", "optimum", "kernels", "triton", "numpy",
+    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel", "optimum", "torchao", "hqq", "optimum-quanto", "compressed-tensors", "kernels", "triton", "numpy",
     "flash-attn", "gguf", "llama-cpp-python",
 )  # fmt: skip
 """Packages that can touch a result."""

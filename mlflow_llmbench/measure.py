@@ -7,13 +7,15 @@ noise counters, journal, garbage collection) happens between repetitions.
 from __future__ import annotations
 
 import gc
+import itertools
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import machine
-from .backends.base import Backend, History
+from .backends.base import Backend, DecodingBackend, History
 from .errors import MeasurementError
 from .metrics import LEAST_REPETITIONS
 from .records import Cell, Repetition, RequestRecord, TextTimes
@@ -31,7 +33,8 @@ Say = Callable[..., None]
 class Measured:
     """What `measure_cell` returns. `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads.
 
-    Of a conversation the prompt is everything before the last answer. `same_replies`: what `compare_replies` found.
+    Of a conversation the prompt is everything before the last answer. `same_replies` and `same_tokens`: what `compare_replies` and
+    `compare_decoding` found.
     """
 
     first_call_ms: float
@@ -41,6 +44,8 @@ class Measured:
     outputs: tuple[tuple[list[int], list[int]], ...]
     same_replies: tuple[bool, ...] = ()
     text_times: TextTimes | None = None
+    compile_s: float | None = None
+    same_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,16 @@ def time_request(
         backend.generate(prompts, output_tokens, told, **kept)
     finally:
         gc.enable()
-    return RequestRecord(t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0]), cached_tokens=cached), steps
+    counted = {}
+    if any(map(_is_wide, steps)):
+        sizes = tuple(len(step[0]) if _is_wide(step) else 1 for step in steps)
+        counted = {"tokens": sum(sizes), "chunk_tokens": sizes}
+    return RequestRecord(t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0]), cached_tokens=cached, **counted), steps  # type: ignore[arg-type]
+
+
+def _is_wide(step: Any) -> bool:
+    """Whether a step brings a sequence of tokens for each row, and not one token."""
+    return len(step) > 0 and hasattr(step[0], "__len__") and getattr(step[0], "ndim", 1) > 0
 
 
 def time_turns(
@@ -187,6 +201,17 @@ def time_texts(backend: Backend, texts: Sequence[Mapping[str, str]], outputs: Se
     return TextTimes(tuple(one for one, _ in stamps), tuple(other for _, other in stamps))
 
 
+def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, vocab_size: int) -> tuple[int, ...]:
+    """For each row of the first repetition (of its first turn): the output tokens before the first that plain decoding does not give. Not timed."""
+    sent = _turns(backend, cell, prompts, vocab_size, 0)[0]
+    said = []
+    for generate in (backend.generate, backend.generate_plainly):
+        steps: list[Any] = []
+        generate(sent, cell.output_tokens, steps.append)
+        said.append(list(zip(*checked_ids(steps, len(sent)), strict=True)))
+    return tuple(sum(1 for _ in itertools.takewhile(bool, map(operator.eq, own, plain))) for own, plain in zip(*said, strict=True))
+
+
 def _warm_up(backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say) -> tuple[float, list[float], bool]:
     """Discarded runs of the measured shape. Returns the first call in ms, all durations in s, and whether they became steady.
 
@@ -231,9 +256,11 @@ def throughput(repetition: Repetition) -> float:
 
 
 def checked_ids(steps: Sequence[Any], rows: int) -> list[list[int]]:
-    """The steps as lists of ids; each must hold one id per row."""
-    ids = [[int(i) for i in (step.tolist() if hasattr(step, "tolist") else step)] for step in steps]
-    for number, step in enumerate(ids, 1):
+    """Ids by token: for each token one id per row. Each step must hold one id per row, or as many of them for every row."""
+    ids: list[list[int]] = []
+    for number, step in enumerate(steps, 1):
         if len(step) != rows:
             raise MeasurementError(f"Step {number} brought {len(step)} tokens for {rows} rows. The backend does not emit one token per row.")
+        held = step.tolist() if hasattr(step, "tolist") else step
+        ids += [[int(i) for i in token] for token in (zip(*held, strict=True) if _is_wide(step) else [held])]
     return ids

@@ -176,6 +176,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("quality", "perplexity_ratio", "perplexity ÷ that of the unquantized model, paired by token", "", ("", "ci_low", "ci_high"), "lower"),
     Metric("load", "load_s", "the model's load, checkpoint on disk → ready", "s", ("",), "lower", "load s"),
+    Metric("load", "compile_s", "compiling the decode step for this shape before its first call; not part of load_s", "s", ("",), "lower"),
     Metric("load", "first_call_ms", "the very first call, cold", "ms", ("",), "lower"),
     Metric("config", "batch_size", "setting, as a number to filter and plot by", "", ("",)),
     Metric("config", "prompt_tokens", "setting (mean of what was sent where it is auto)", "", ("",)),
@@ -191,7 +192,14 @@ METRICS: tuple[Metric, ...] = (
         ("",),
         "higher",
     ),
-    Metric("latency", "icl_ms", "gaps between chunks that hold several tokens, in place of itl_ms", "ms", ("mean", "p50", "p95", "p99"), "lower"),
+    Metric(
+        "latency",
+        "icl_ms",
+        "gaps between chunks or steps that bring several tokens, in place of itl_ms",
+        "ms",
+        ("mean", "p50", "p95", "p99"),
+        "lower",
+    ),
     Metric("latency", "ttfo_ms", "start → first token outside a reasoning channel", "ms", ("mean", "p50", "p95", "p99"), "lower"),
     Metric(
         "throughput",
@@ -239,6 +247,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("lengths", "prompt_tokens", "by the server's count", "", ("mean",)),
     Metric("lengths", "output_tokens", "by the server's count", "", ("mean",)),
     Metric("lengths", "tokens_per_chunk", "output tokens ÷ chunks of the stream", "", ("mean",)),
+    Metric(
+        "lengths",
+        "tokens_per_step",
+        "proposed tokens that are checked: output tokens per row ÷ steps of the model",
+        "",
+        ("mean",),
+        "higher",
+        "tokens/step",
+    ),
     Metric("lengths", "cached_prompt_ratio", "prompt tokens from the server's prefix cache, where it tells them", "0–1", ("",)),
     Metric("in_flight", "requests", "requests that wait for their end, over the time of a repetition", "", ("mean", "max")),
     Metric("client", "processes", "client processes that sent the load", "", ("",)),
@@ -271,6 +288,14 @@ METRICS: tuple[Metric, ...] = (
         "trust",
         "same_replies_ratio",
         "history=kept: answers of the first conversation that are the same, token by token, when its history is recomputed",
+        "0–1",
+        ("",),
+        "higher",
+    ),
+    Metric(
+        "trust",
+        "same_tokens_ratio",
+        "another decode path or KV cache: output tokens of the first repetition before the first that plain decoding does not give ÷ all of them",
         "0–1",
         ("",),
         "higher",
@@ -318,6 +343,7 @@ OUTCOMES = {
 COLOURS = {
     "none": "#5f6b7a", "fp32": "#1f4e8c", "fp16": "#2e86c1", "bf16": "#17a2a2", "int8": "#e08e0b", "int4": "#c0392b", "fp4": "#8e44ad", "gptq": "#2e8b57",
     "gptq3": "#7a9a01", "gptq8": "#5d8aa8", "q8_0": "#b9770e", "q6_k": "#a0522d", "q5_k_m": "#b03a6b", "q4_k_m": "#6c3483", "q4_0": "#a569bd",
-    "q3_k_m": "#34495e", "q2_k": "#1b2631",
+    "q3_k_m": "#34495e", "q2_k": "#1b2631", "int8-wo": "#d4a017", "int4-wo": "#e74c7a", "int8-dq": "#a04000", "fp8": "#6a5acd", "hqq8": "#117a65",
+    "hqq4": "#48a999", "hqq3": "#7fb3a6", "hqq2": "#a3c9bf", "quanto8": "#7b5544", "quanto4": "#a0826d", "quanto2": "#c8b09a",
 }  # fmt: skip
 """One colour per quantization, in MLflow (`mlflow.runColor`) and in our charts."""

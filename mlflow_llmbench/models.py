@@ -35,10 +35,15 @@ _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOAT_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BLOCKS_OF_64 = 0.5 + 4 / 64  # bitsandbytes: one fp32 absmax per block, no double quantization
 _GPTQ = {"gptq": 4, "gptq3": 3, "gptq8": 8}  # bits; per group of 128 one fp16 scale and one zero point of as many bits
+_BITS_IN_GROUPS = {"int4-wo": 4, "hqq8": 8, "hqq4": 4, "hqq3": 3.2, "hqq2": 2, "quanto4": 4, "quanto2": 2}
+"""Bits as packed (hqq3 puts ten weights into 32 bits); a group of 128 has two numbers of 16 bits: scale and zero point."""
+
 _LINEAR_BYTES = {
     "int8": 1.0,  # and 4 bytes an output row
     "int4": _BLOCKS_OF_64,
     "fp4": _BLOCKS_OF_64,
+    **dict.fromkeys(("int8-wo", "int8-dq", "fp8", "quanto8"), 1.0),  # and a scale an output row, as with int8
+    **{quant: bits / 8 + 4 / 128 for quant, bits in _BITS_IN_GROUPS.items()},
     **{quant: bits / 8 + (2 + bits / 8) / 128 for quant, bits in _GPTQ.items()},
 }
 GGUF_BITS = {"q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.70, "q4_k_m": 4.89, "q4_0": 4.66, "q3_k_m": 4.00, "q2_k": 3.16}
@@ -168,14 +173,14 @@ class Shape:
         """Bytes of the parameters as stored, quantization metadata included, for a checkpoint of this `dtype`.
 
         `none` keeps `dtype`; `fp32`, `fp16`, `bf16` convert everything; those of llama.cpp quantize all of it. The others change linear weights only:
-        int8 1 byte and 4 bytes per output row, int4 and fp4 0.5 + 4/64 bytes, gptq 0.5 + 2.5/128; head, embeddings, norms
-        and biases stay at 2 bytes. Raises ValueError for an unknown scheme or dtype.
+        int8 1 byte and 4 bytes per output row, int4 and fp4 0.5 + 4/64 bytes, gptq 0.5 + 2.5/128, others in groups bits/8 + 4/128;
+        head, embeddings, norms and biases stay at 2 bytes. Raises ValueError for an unknown scheme or dtype.
         """
         if quant in GGUF_BITS:
             return round(self.parameters * GGUF_BITS[quant] / 8)
         value_bytes = _value_bytes(quant, dtype)
         linear = round(self.linear_parameters * _LINEAR_BYTES.get(quant, value_bytes))
-        scales = 4 * self.linear_rows if quant == "int8" else 0
+        scales = 4 * self.linear_rows if _LINEAR_BYTES.get(quant) == 1 else 0
         return linear + scales + (self.parameters - self.linear_parameters) * value_bytes
 
     def flops_per_token(self, context: int) -> int:
@@ -233,15 +238,16 @@ class Preset:
 
 
 def memory_estimate(
-    shape: Shape, quant: str = "none", dtype: str = "bfloat16", batch_size: int = 1, prompt_tokens: int = 128, output_tokens: int = 128
-) -> int:
+    shape: Shape, quant: str = "none", dtype: str = "bfloat16", batch_size: int = 1, prompt_tokens: int = 128, output_tokens: int = 128,
+    kv_value_bytes: float | None = None,
+) -> int:  # fmt: skip
     """Bytes needed at the peak of a run, beside the interpreter and its libraries; `dtype` is that of the checkpoint.
 
     weights + batch · KV(prompt + output) + the activations of the prefill: batch · vocab · 4 for the logits of the last
     position in fp32, and 2 · batch · prompt · max(intermediate, 3·hidden) · 4 for two of the widest tensors alive at once.
-    The KV cache is in the compute dtype. Attention that stores its whole score matrix (`eager`) needs more.
+    The KV cache is in the compute dtype, unless `kv_value_bytes` says what a value takes. Attention that stores its whole score matrix (`eager`) needs more.
     """
-    cache = batch_size * shape.kv_bytes(prompt_tokens + output_tokens, _value_bytes(quant, dtype))
+    cache = batch_size * shape.kv_bytes(prompt_tokens + output_tokens, kv_value_bytes or _value_bytes(quant, dtype))
     logits = batch_size * shape.vocab_size * 4
     activations = 2 * batch_size * prompt_tokens * max(shape.intermediate_size, 3 * shape.hidden_size) * 4
     return shape.weight_bytes(quant, dtype) + cache + logits + activations

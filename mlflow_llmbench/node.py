@@ -82,8 +82,9 @@ def measure_apart(
         root = Path(scratch).resolve()
         environment = {**machine.environment(scratch), **known}
         post({"event": "placed"}, {})
-        if task.model.source in LOCAL_FILES and not Path(task.model.location).exists():
-            message = f"There is no {task.model.location} on this node. Put it on a disk that every node has under that path, or give a Hub id."
+        local = [one.location for one in (task.model, task.model.assistant) if one and one.source in LOCAL_FILES]
+        if absent := [location for location in local if not Path(location).exists()]:
+            message = f"There is no {absent[0]} on this node. Put it on a disk that every node has under that path, or give a Hub id."
             return GroupOutcome(stages={"preparing": {}}, error=ModelError(message), environment=environment), {}
         files = _Files(root, [folder.name for folder in task.folders])
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import Field
 from typing import Any
 
-from .records import Cell, Options
+from .records import SPECULATIVE, Cell, Options
 
 PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f in dataclasses.fields(kind)}
 """Name → declaration, in the order of the vocabulary."""
@@ -15,6 +15,14 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 LENGTHS = ("prompt_tokens", "output_tokens")
 """Parameters that a trace replaces."""
+
+MEANT_WITH = {
+    "int8_threshold": ("quant", ("int8",)),
+    "double_quant": ("quant", ("int4", "fp4")),
+    "assistant": ("decode", ("assisted",)),
+    "draft_tokens": ("decode", SPECULATIVE),
+}
+"""Setting → the parameter, and its values, with which it has a meaning. In other cells it is at its default."""
 
 
 def as_text(name: str, value: object) -> str:

@@ -10,15 +10,17 @@ from .launch import offline_quant
 from .quantizations import GPTQ_BITS, LLAMA_CPP, backend_of
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
-from .spec import PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
+from .spec import MEANT_WITH, PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
 
 LOADED = (
-    "model", "weights", "revision", "backend", "quant", "group_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention",
-    "decode", "trust_remote_code", "url", "launch", "endpoint",
+    "model", "weights", "revision", "backend", "quant", "group_size", "int8_threshold", "double_quant", "device", "threads", "gpu_layers", "kv_cache",
+    "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint",
 )  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
-WEIGHTS = ("model", "weights", "revision", "backend", "quant", "device", "gpu_layers", "kv_cache", "mmap", "url", "launch")
+WEIGHTS = (
+    "model", "weights", "revision", "backend", "quant", "double_quant", "device", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch",
+)  # fmt: skip
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
 UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
@@ -41,11 +43,20 @@ class Group:
 
 
 def expand_cells(spec: BenchSpec) -> list[Cell]:
-    """The product of all lists, in the order in which they were given; a quantization of llama.cpp names its backend."""
+    """The product of all lists, in the order in which they were given; cells that differ in nothing that has a meaning for them are one.
+
+    A quantization of llama.cpp names its backend.
+    """
     names = list(spec.axes)
     cells = [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
-    cells = [dataclasses.replace(cell, backend=backend_of(cell.backend, cell.quant)) for cell in cells]
+    cells = [_settled(dataclasses.replace(cell, backend=backend_of(cell.backend, cell.quant))) for cell in cells]
     return list(dict.fromkeys(without_server(cell) if cell.launch and cell.backend != "openai" else cell for cell in cells))
+
+
+def _settled(cell: Cell) -> Cell:
+    """The cell with its settings at their default where they have no meaning."""
+    idle = [name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values]
+    return dataclasses.replace(cell, **{name: PARAMETERS[name].default for name in idle})  # type: ignore[arg-type]
 
 
 def without_server(cell: Cell) -> Cell:
@@ -96,6 +107,11 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
     decisive = {f.name: getattr(cell, f.name) for f in fields if cell.backend == "llama_cpp" or f.name not in LLAMA_CPP}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
+    if model.assistant:
+        decisive["assistant"] = [
+            model.assistant.location if model.assistant.source in ("hub", "preset") else model.assistant.name,
+            model.assistant.revision,
+        ]
     return hash16(decisive)
 
 

@@ -89,6 +89,8 @@ class Progress:
                 self.limit = self.repetitions[self.number] = 0
                 self.timed_since = self.clock()
                 self._now("warming up", log="warming up")
+            case "compiling":
+                self._now("compiling", log="compiling")
             case "warmup":
                 self.timed_since = self.clock()
                 self._now(f"warm-up {event['number']}/{event['limit']}", again=event["number"] > 1)

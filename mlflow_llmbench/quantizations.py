@@ -7,14 +7,21 @@ GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
 GGUF_QUANTIZATIONS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 """Quantizations of llama.cpp, which its backend makes and runs."""
 
-MADE = (*BITSANDBYTES, *GPTQ_BITS, *GGUF_QUANTIZATIONS)
+TORCHAO = ("int8-wo", "int4-wo", "int8-dq", "fp8")
+HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2}
+QUANTO_BITS = {"quanto8": 8, "quanto4": 4, "quanto2": 2}
+
+MADE = (*BITSANDBYTES, *GPTQ_BITS, *TORCHAO, *HQQ_BITS, *QUANTO_BITS, *GGUF_QUANTIZATIONS)
 """Quantizations that are made of a checkpoint which is not quantized yet."""
 
 QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
 
-KV_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-LLAMA_CPP = ("gpu_layers", "kv_cache", "mmap")
-"""Parameters of the backend llama_cpp."""
+GGUF_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+KV_CACHES = ("fp8", "int8", "int4", "int2", *GGUF_CACHES)
+"""Types of the KV cache: those of transformers, and those of llama.cpp."""
+
+LLAMA_CPP = ("gpu_layers", "mmap")
+"""Parameters that only the backend llama_cpp has."""
 
 
 def backend_of(backend: str, quant: str) -> str:

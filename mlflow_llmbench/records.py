@@ -21,6 +21,8 @@ SCHEMA = 1
 DRAWN = ("synthetic", "mixed")
 """Workloads without texts: their prompts are drawn from the vocabulary."""
 
+SPECULATIVE = ("prompt_lookup", "assisted")
+"""Decode paths that check proposed tokens, several of them in one step."""
 
 T = TypeVar("T")
 
@@ -57,12 +59,19 @@ class Cell:
     backend: str = parameter("transformers", "what runs the model", kind="backend")
     quant: str = parameter(
         "none",
-        "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8; llama.cpp's q8_0, q6_k, q5_k_m, q4_k_m, q4_0, "
-        "q3_k_m, q2_k",
+        "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8; torchao's int8-wo, int4-wo, int8-dq, fp8; "
+        "hqq8 to hqq2; quanto8 to quanto2; llama.cpp's q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, q2_k",
         kind="quant",
         sweep=True,
     )
-    group_size: int = parameter(128, "weights that share a scale, for gptq", kind="count", low=16, high=1024)
+    group_size: int = parameter(128, "weights that share a scale, for gptq, int4-wo and hqq", kind="count", low=16, high=1024)
+    int8_threshold: float = parameter(
+        6, "quant=int8: activations beyond it are computed in 16 bits; 0 = none are", kind="number", sweep=True, low=0, high=1e6,
+        scenarios="offline batching",
+    )  # fmt: skip
+    double_quant: bool = parameter(
+        False, "quant=int4,fp4: the scales of the blocks are quantized too", kind="flag", sweep=True, scenarios="offline batching"
+    )
     batch_size: int = parameter(1, "rows in one forward pass", kind="count", sweep=True, high=4096)
     prompt_tokens: int | None = parameter(
         128, "exact prompt length in tokens; auto = as the workload gives it", kind="count", sweep=True, unset="auto", high=1_000_000
@@ -97,15 +106,28 @@ class Cell:
         None, "backend=llama_cpp: layers on the GPU; auto = all with a CUDA device, else none", kind="count", sweep=True, unset="auto", low=0, high=10_000,
         scenarios="offline batching",
     )  # fmt: skip
-    kv_cache: str | None = parameter(
-        None, "backend=llama_cpp: type of the KV cache, f16 with auto: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0", kind="kv_cache", sweep=True,
-        unset="auto", scenarios="offline batching",
-    )  # fmt: skip
     mmap: bool = parameter(
         True, "backend=llama_cpp: map the file into memory, instead of reading it whole", kind="flag", scenarios="offline batching"
     )
     attention: str = parameter("auto", "auto, eager, sdpa, flash_attention_2, … as the library names them", kind="attention", sweep=True)
-    decode: str = parameter("generate", "decode path of the local backend", kind="decode", sweep=True)
+    kv_cache: str | None = parameter(
+        None, "type of the KV cache; auto = the dtype of the computation; fp8, int8, int4, int2; llama.cpp's f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0",
+        kind="kv_cache", sweep=True, unset="auto", scenarios="offline batching",
+    )  # fmt: skip
+    decode: str = parameter(
+        "generate",
+        "generate, compiled (static cache, torch.compile, CUDA graphs), prompt_lookup, or assisted (a small model proposes tokens)",
+        kind="decode",
+        sweep=True,
+    )
+    assistant: str | None = parameter(
+        None, "decode=assisted: the small model that proposes tokens: preset, Hub id or local folder", kind="text", sweep=True, unset="none",
+        scenarios="offline batching",
+    )  # fmt: skip
+    draft_tokens: int = parameter(
+        10, "decode=prompt_lookup,assisted: tokens that are proposed for each step, at most", kind="count", sweep=True, high=1000,
+        scenarios="offline batching",
+    )  # fmt: skip
     seed: int = parameter(0, "prompts, random weights, arrival schedule", kind="count", low=0, high=2**31 - 1)
     batching: str | None = parameter(
         None, "how requests that come one by one are batched here: static, dynamic, continuous, or none", kind="batching", sweep=True, unset="none",
@@ -263,6 +285,7 @@ class ModelFacts:
     dtype: str | None = None  # of the checkpoint, torch's name
     context: int | None = None  # tokens
     files_bytes: int | None = None  # of the weight files
+    assistant: ModelFacts | None = None  # the model that proposes tokens, with decode=assisted
 
 
 @dataclass(frozen=True)
@@ -332,7 +355,8 @@ class RequestRecord:
     """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`. `rows` rows of one forward pass share the stamps.
 
     Behind a server a stamp is the arrival of a chunk of the stream, and a chunk may hold several tokens: `tokens` is the
-    server's own count of the output (None: one token per stamp), `chunk_tokens` that of each chunk where it tells them.
+    server's own count of the output (None: one token per stamp), `chunk_tokens` that of each chunk where it tells them. A model
+    that checks proposed tokens brings several in a step: then `tokens` is their count per row, and `chunk_tokens` that of each step.
     `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
     `end_ns` the end of the answer, `cached_tokens` the part of the prompt that was not computed again: in the server's prefix
     cache, or in the history that a conversation keeps; `asked` the prompt and output tokens that were asked for where they differ
@@ -590,6 +614,8 @@ class RunResult:
     failure: Failure | None = None
     predicted_bytes: int | None = None
     price_per_hour: float | None = None
+    compile_s: float | None = None  # for this cell's shape, before its first call; None where nothing is compiled
+    same_tokens: tuple[int, ...] = ()  # per row of the first repetition: output tokens before the first that plain decoding does not give
     same_replies: tuple[bool, ...] = ()  # per turn of a conversation with kept history: whether recomputing gives the same reply
     text_times: TextTimes | None = None  # None where the prompts are no texts
     quality: Quality | None = None  # None where it was not asked for

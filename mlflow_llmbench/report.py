@@ -25,7 +25,7 @@ Metrics = Mapping[str, float]
 
 TABLE_KEYS = (
     "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50",
-    "twin/added_tpot_ms", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
+    "twin/added_tpot_ms", "lengths/tokens_per_step_mean", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
     "memory/weight_bytes", "efficiency/mbu_ratio", "efficiency/padding_waste_ratio", "quality/kl_vs_reference", "quality/top1_agreement", "quality/perplexity", "load/load_s",
     "cost/per_million_tokens",
 )  # fmt: skip
@@ -219,6 +219,7 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
         ("goodput", value("goodput/requests_per_s", "per s")),
         ("time to first token, median", value("latency/ttft_ms_p50", "ms")),
         ("inter-chunk latency, median", value("latency/icl_ms_p50", "ms")),
+        ("output tokens per step", value("lengths/tokens_per_step_mean", "")),
         ("inter-token latency, median", value("latency/itl_ms_p50", "ms")),
         ("inter-token latency, p99", value("latency/itl_ms_p99", "ms")),
         ("peak device memory", value("memory/device_bytes_peak", "GB", 1e-9)),
@@ -231,6 +232,7 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
         ("perplexity", interval("quality/perplexity", "")),
         ("perplexity ÷ that of the unquantized model", interval("quality/perplexity_ratio", "")),
         ("load", value("load/load_s", "s")),
+        ("compiling, besides", value("load/compile_s", "s")),
         ("cost per million tokens", value("cost/per_million_tokens", "")),
     ]
 
@@ -245,6 +247,7 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
         parts += ["## All metrics", markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()])]
     if turns := turns_of(result):
         parts += ["## Turn by turn", _turns_table(turns), *_replies(result)]
+    parts += _same_tokens(result)
     if result.repetitions:
         parts += ["## Statistics", markdown_table(*statistics_cells(result))]
     if result.quality:
@@ -286,6 +289,27 @@ def _replies(result: RunResult) -> list[str]:
         text += (
             " Sums over a prompt in one piece and in several are rounded differently, which is enough where two tokens are about equally probable."
         )
+    return [text]
+
+
+def _same_tokens(result: RunResult) -> list[str]:
+    """Whether another decode path, or a quantized KV cache, changes what the model says."""
+    cell = result.cell
+    names = [f"decode={cell.decode}" if cell.decode != "generate" else "", f"kv_cache={cell.kv_cache}" if cell.kv_cache else ""]
+    path = " and ".join(filter(None, names))
+    if not path or result.outcome != "ok":
+        return []
+    if not result.same_tokens:
+        return [f"Whether {path} gives the tokens of plain decoding could not be found out; worker.log in the results folder says why."]
+    same = [count for count in result.same_tokens if count >= cell.output_tokens]
+    text = f"The rows of the first repetition that get the same {cell.output_tokens} tokens with {path} as with decode=generate and kv_cache=auto: "
+    text += f"{len(same)} of {len(result.same_tokens)}."
+    if len(same) < len(result.same_tokens):
+        text += f" The first difference is at token {min(result.same_tokens) + 1}."
+        text += (
+            " A quantized cache is another model, a little." if cell.kv_cache else
+            " Sums in another order are rounded differently, which is enough where two tokens are about equally probable."
+        )  # fmt: skip
     return [text]
 
 

@@ -145,8 +145,26 @@ def _batches(cells: Sequence[Measured], share: float, notes: _Notes) -> Iterator
         yield BatchScaling(where, tuple(efficiency or ()), tradeoffs.optimal_batch(rates, share))
 
 
+QUANT_SETTINGS = ("int8_threshold", "double_quant")
+"""Settings that some quantizations have, and that are at their default in the cells of all others."""
+
+
+def quant_groups(cells: Sequence[Measured]) -> Iterator[tuple[str, list[Measured]]]:
+    """Cells that differ in nothing but their quantization, for each choice of its settings, beside those that are not quantized and have none."""
+
+    def chosen(measured: Measured) -> tuple[object, ...]:
+        return tuple(getattr(measured.cell, name) for name in QUANT_SETTINGS)
+
+    choices = list(dict.fromkeys(map(chosen, cells)))
+    for choice in choices:
+        told = ", ".join(f"{name}={value:g}" for name, value in zip(QUANT_SETTINGS, choice, strict=True)) if len(choices) > 1 else ""
+        own = [measured for measured in cells if chosen(measured) == choice or measured.cell.quant in footprint.REFERENCES]
+        for where, group in grouped(own, ("quant", *QUANT_SETTINGS)):
+            yield f"{where} ({told})" if told else where, group
+
+
 def _quants(cells: Sequence[Measured]) -> Iterator[QuantEfficiency]:
-    for where, group in grouped(cells, ("quant",)):
+    for where, group in quant_groups(cells):
         memory = footprint.reductions(group)
         if not memory:
             continue

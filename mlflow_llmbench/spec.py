@@ -22,12 +22,13 @@ from . import launch
 from .combinations import check_find, check_together, check_twin
 from .errors import UsageError
 from .parameters import LENGTHS as LENGTHS
+from .parameters import MEANT_WITH as MEANT_WITH
 from .parameters import PARAMETERS as PARAMETERS
 from .parameters import SWEEPABLE as SWEEPABLE
 from .parameters import as_text as as_text
 from .parameters import default_text as default_text
 from .quantizations import KV_CACHES, QUANTIZATIONS
-from .records import DRAWN, Cell, Options
+from .records import DRAWN, SPECULATIVE, Cell, Options
 from .redaction import CONTROLS, redact
 
 BACKENDS = {
@@ -43,7 +44,7 @@ BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
 HISTORIES = ("none", "recomputed", "kept", "sent")
 BATCHINGS = ("static", "dynamic", "continuous")
-DECODES = ("generate",)
+DECODES = ("generate", "compiled", *SPECULATIVE)
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
 LEAST_TEXT_TOKENS = 512
@@ -75,8 +76,9 @@ SLOS: dict[str, dict[str, str]] = {
 """Benchmark of MLPerf Inference → its limits of the server scenario (mlperf.conf), which there hold for 99 % of the requests."""
 
 LOCAL = (
-    "weights", "revision", "backend", "group_size", "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode",
-    "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality", "quality_text", "quality_reference",
+    "weights", "revision", "backend", "group_size", "int8_threshold", "double_quant", "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap",
+    "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality",
+    "quality_text", "quality_reference",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""

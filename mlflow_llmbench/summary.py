@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
+from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
 from .online_summary import online_figures, ramp_steps, stream_figures
 from .quality import figures
-from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult, TextTimes
+from .records import SPECULATIVE, LoadInfo, MemorySample, Repetition, RequestRecord, RunResult, TextTimes
 from .stats import (
     block_bootstrap_interval,
     bootstrap_interval,
@@ -49,6 +49,18 @@ class Point:
 def requests(result: RunResult) -> list[RequestRecord]:
     """All requests of all repetitions, in order."""
     return [request for repetition in result.repetitions for request in repetition.requests]
+
+
+def several_in_a_step(result: RunResult) -> bool:
+    """Whether a step of the model brought several tokens. Then there is no inter-token latency, of no request: one whose every step brought a single
+    token is there by chance, and its gaps are not those of the others.
+    """
+    return result.cell.decode in SPECULATIVE and not all(request.single_tokens for request in requests(result))
+
+
+def token_gaps(result: RunResult) -> list[float]:
+    """Gaps between tokens of all requests, ms, of those whose every stamp is that of one token."""
+    return [] if several_in_a_step(result) else [gap for request in requests(result) for gap in gaps_ms(request)]
 
 
 def units(result: RunResult) -> list[tuple[Repetition, ...]]:
@@ -107,13 +119,16 @@ def summarize(result: RunResult) -> dict[str, float]:
         found["load/load_s"] = result.load.load_s
     found["load/first_call_ms"] = result.first_call_ms
     if result.repetitions:
-        found |= _latency(requests(result))
+        found |= _latency(result)
         found |= _throughput(result)
         found |= _of_scenario(result, found)
     if result.text_times and result.repetitions:
         found |= _around_the_model(result.text_times, requests(result)[0].rows, found["latency/e2e_ms_mean"] or 0.0)
     if result.same_replies:
         found["trust/same_replies_ratio"] = fmean(result.same_replies)
+    found["load/compile_s"] = result.compile_s
+    if result.same_tokens:
+        found["trust/same_tokens_ratio"] = fmean(result.same_tokens) / result.cell.output_tokens
     if result.quality:
         found |= figures(result.quality)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
@@ -123,7 +138,7 @@ def _of_scenario(result: RunResult, found: Mapping[str, float | None]) -> dict[s
     """What only a server's result has, only a stream's, or only one of single batches; MBU and MFU are of one batch of one length."""
     if result.cell.scenario == "online":
         return online_figures(result) | {PER_GB: _per_gb(found)}
-    own = _efficiency(result, found)
+    own = _efficiency(result, found) | {"lengths/tokens_per_step_mean": tokens_per_step(result)}
     if not result.cell.batching:
         return own
     return stream_figures(result) | {key: own[key] for key in (PER_GB, "efficiency/joules_per_token")}
@@ -149,19 +164,21 @@ def _memory(result: RunResult) -> dict[str, float | None]:
     return found
 
 
-def _latency(all_requests: Sequence[RequestRecord]) -> dict[str, float | None]:
+def _latency(result: RunResult) -> dict[str, float | None]:
     """Pooled over repetitions and rows, as `samples.csv.gz` has them; support counts distinct stamps.
 
     All requests of a cell have the same number of rows, so rows change no mean, and percentiles hardly.
     """
+    all_requests = requests(result)
     rows = all_requests[0].rows
     pools = {
         "ttft_ms": [ttft_ms(r) for r in all_requests],
-        "itl_ms": [gap for r in all_requests for gap in gaps_ms(r)],
+        "itl_ms": token_gaps(result),
+        "icl_ms": [gap for r in all_requests for gap in chunk_gaps_ms(r)] if several_in_a_step(result) else [],
         "tpot_ms": [value for r in all_requests if (value := tpot_ms(r)) is not None],
         "e2e_ms": [e2e_ms(r) for r in all_requests],
     }
-    wanted = {"ttft_ms": (50, 90, 95, 99), "itl_ms": (50, 90, 95, 99), "tpot_ms": (50, 95), "e2e_ms": (50, 95, 99)}
+    wanted = {"ttft_ms": (50, 90, 95, 99), "itl_ms": (50, 90, 95, 99), "icl_ms": (50, 95, 99), "tpot_ms": (50, 95), "e2e_ms": (50, 95, 99)}
     found: dict[str, float | None] = {}
     for name, pool in pools.items():
         if not pool:
@@ -267,6 +284,18 @@ def _per_gb(found: Mapping[str, float | None]) -> float | None:
     return rate / (peak / 1e9) if rate and peak else None
 
 
+def tokens_per_step(result: RunResult) -> float | None:
+    """Output tokens per row ÷ steps, where steps can bring several: of prefill, and of checking proposed tokens. None elsewhere."""
+    every = [r for r in requests(result) if r.chunk_tokens is not None]
+    return sum(r.output_tokens for r in every) / sum(len(r.stamps_ns) for r in every) if every else None
+
+
+def mean_step_ms(result: RunResult) -> float | None:
+    """Mean time of a decode step: the time per output token, or the gap between steps where these bring several tokens. None without any."""
+    every = requests(result)
+    return _mean([gap for r in every for gap in chunk_gaps_ms(r)] if several_in_a_step(result) else [value for r in every if (value := tpot_ms(r))])
+
+
 def mean_context(result: RunResult) -> float:
     """Mean number of tokens in the KV cache over the decode steps: P + N/2 for steps 2 … N."""
     lengths = [r.prompt_tokens or 0 for r in requests(result)]
@@ -283,17 +312,17 @@ def attended(load: LoadInfo, context: float) -> float:
 def model_bandwidth_utilization(result: RunResult) -> float | None:
     """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best read bandwidth measured here.
 
-    After "LLM inference performance engineering" (Databricks 2023). None without a measured bandwidth, with fewer than two
-    tokens, or when the weights are under 4× the last-level cache, which would serve part of the reads.
+    After "LLM inference performance engineering" (Databricks 2023). Where a step brings several tokens, it is the time of the step that
+    counts. None without a measured bandwidth, with fewer than two tokens, when the weights are under 4× the last-level cache, which would
+    serve part of the reads, or with a second model, whose reads are not known.
     """
-    load, bandwidth = result.load, result.peaks.get("read_bytes_per_s")
-    tpots = [value for r in requests(result) if (value := tpot_ms(r))]
-    if load is None or not load.step_bytes or not bandwidth or not tpots:
+    load, bandwidth, step_ms = result.load, result.peaks.get("read_bytes_per_s"), mean_step_ms(result)
+    if load is None or not load.step_bytes or not bandwidth or not step_ms or result.cell.assistant:
         return None
     if load.step_bytes < CACHE_FACTOR * (load.cache_bytes or 0):
         return None
     read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * attended(load, mean_context(result))
-    return read / (fmean(tpots) / 1e3) / bandwidth
+    return read / (step_ms / 1e3) / bandwidth
 
 
 def joules_per_token(result: RunResult) -> float | None:
@@ -307,9 +336,12 @@ def joules_per_token(result: RunResult) -> float | None:
 
 
 def model_flops_utilization(result: RunResult) -> float | None:
-    """MFU: FLOPs of prefill and decode ÷ their time ÷ best FLOP/s measured here (PaLM, Chowdhery et al. 2022, appendix B)."""
+    """MFU: FLOPs of prefill and decode ÷ their time ÷ best FLOP/s measured here (PaLM, Chowdhery et al. 2022, appendix B).
+
+    None where proposed tokens are checked: what those that were wrong cost is not known.
+    """
     load, peak = result.load, result.peaks.get("flops_per_s")
-    if load is None or not load.flops_per_token or not peak:
+    if load is None or not load.flops_per_token or not peak or result.cell.decode in SPECULATIVE:
         return None
     attention = load.attention_flops_per_context_token or 0.0
     done = seconds = 0.0
@@ -410,7 +442,7 @@ def series(result: RunResult) -> list[Point]:
     points += [Point(f"steps/turn_{name}", turn.number, value, result.ended_ms) for turn in turns_of(result) for name, value in turn.values().items()]
     points += [Point(key, step, value, result.ended_ms) for key, step, value in ramp_steps(result)]
     points += _memory_series(result)
-    for key, values in (("itl_ms", [g for r in requests(result) for g in gaps_ms(r)]), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):
+    for key, values in (("itl_ms", token_gaps(result)), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []
         order = sorted(values)
         points += [Point(f"percentiles/{key}", q, percentile(order, q), result.ended_ms) for q in supported]
@@ -455,7 +487,7 @@ def turns_of(result: RunResult) -> list[Turn]:
 def _token_series(result: RunResult) -> Iterator[Point]:
     """Median gap over repetitions by token index, at the time of that token in the last repetition."""
     every = [r for r in requests(result) if r.single_tokens]
-    if not every:
+    if not every or several_in_a_step(result):
         return
     last, wall = every[-1], result.repetitions[-1].wall_ms
     for index in range(1, max(r.output_tokens for r in every)):

@@ -323,6 +323,8 @@ class _Watch:
         match event["event"]:
             case "stage" if event["stage"] == "loading":
                 self._begins("loading", "load_timeout_s", self.limits.load_s)
+            case "compiling":
+                self._begins("compiling", "load_timeout_s", self.limits.load_s)
             case "measuring":
                 self.cell_since = time.monotonic()
                 self._begins("bringing a first token", "first_token_timeout_s", self.limits.first_token_s)

@@ -150,6 +150,7 @@ def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here", lacking: 
     def resolve(group: Sequence[Cell]) -> ModelFacts:
         # The devices of this machine are not those of a cluster.
         cell = group[0] if on == "here" else dataclasses.replace(group[0], device="cpu")
+        _refuse_unknown_paths(cell)
         try:
             return backend_class(cell.backend).resolve(cell)
         except MissingError as error:
@@ -161,10 +162,19 @@ def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here", lacking: 
 
     facts = [resolve(group) for group in groups]
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group}
-    messages = [estimate.beyond_context(cell, model) for cell, model in model_of.items()]
+    messages = [estimate.beyond_context(cell, model) or estimate.contradiction(cell) for cell, model in model_of.items()]
     if all(messages):
         raise UsageError(str(messages[0]))
     return model_of
+
+
+def _refuse_unknown_paths(cell: Cell) -> None:
+    """Raise UsageError if the backend of a cell cannot decode as it asks: nothing is measured under the name of something else."""
+    known = backend_class(cell.backend).capabilities
+    if cell.decode not in known.decodes:
+        raise UsageError(f"backend={cell.backend} has no decode={cell.decode}. Use decode={','.join(known.decodes)}.")
+    if cell.kv_cache is not None and cell.kv_cache not in known.kv_caches:
+        raise UsageError(f"backend={cell.backend} has no kv_cache={cell.kv_cache}. Use kv_cache={','.join(['auto', *known.kv_caches])}.")
 
 
 def _open_place(spec: BenchSpec, watcher: Watcher) -> Place:

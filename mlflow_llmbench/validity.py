@@ -30,7 +30,7 @@ def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
 def unsupported_percentiles(result: RunResult) -> list[str]:
     """Percentiles that are absent because the sample does not support them, as `TTFT p95 (n = 12, needs 59)`."""
     every = summary.requests(result)
-    sizes = {"TTFT": len(every), "ITL": sum(max(r.output_tokens - 1, 0) for r in every)}
+    sizes = {"TTFT": len(every), "ITL": 0 if summary.several_in_a_step(result) else sum(max(r.output_tokens - 1, 0) for r in every)}
     return [f"{name} p{q} (n = {n}, needs {PERCENTILE_SUPPORT[q]})" for name, n in sizes.items() if n for q in (90, 95, 99) if not supports(n, q)]
 
 

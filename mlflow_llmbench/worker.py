@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from . import machine, memory
-from .backends.base import Backend, ServerBackend, backend_class
+from .backends.base import Backend, DecodingBackend, ServerBackend, backend_class
 from .errors import LlmbenchError, MeasurementError, first_line
 from .journal import SERVER_LOG, EventLog
-from .measure import compare_replies, measure_cell, time_texts
+from .measure import compare_decoding, compare_replies, measure_cell, time_texts
 from .measure_server import measure_server
 from .measure_stream import measure_stream
 from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
@@ -200,6 +200,7 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         tell(event, number_of_cell=number, **{k: v for k, v in data.items() if k != "repetition"})
 
     try:
+        compile_s = _compile(backend, cell, prompts, info, tell)
         backend.trim()
         memory.trim()  # what a larger cell before this one needed is not this one's
         memory.reset_peak()
@@ -210,6 +211,7 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         else:
             measured = (measure_stream if cell.batching else measure_cell)(backend, cell, prompts, info.vocab_size or 32000, say)
         _stage("peak", backend, tell)
+        measured = replace(measured, compile_s=compile_s, same_tokens=_same_tokens(backend, cell, prompts, info))
         if cell.history == "kept":  # after the peak was read, for it computes what the cell did not
             try:
                 measured = replace(measured, same_replies=compare_replies(backend, cell, prompts, measured))
@@ -223,6 +225,28 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         log.append("complete", steady=measured.steady, first_call_ms=measured.first_call_ms)
     finally:
         log.close()
+
+
+def _compile(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo, tell: Any) -> float | None:
+    """Have the decode step compiled for the shape of a cell, before its clock and its peak of memory begin; seconds, None where nothing is."""
+    if cell.decode != "compiled" or cell.decode not in backend.capabilities.decodes:
+        return None
+    tell("compiling")
+    encode = backend.encode if backend.capabilities.tokenizer else None
+    sent = prompts.batch(cell, 0, info.vocab_size or 32000, encode)
+    longest = cell.prompt_tokens or max(len(backend.encode(text)) for text in prompts.texts)
+    return cast(DecodingBackend, backend).compile(sent, longest, cell.output_tokens)
+
+
+def _same_tokens(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo) -> tuple[int, ...]:
+    """Whether another decode path gives the tokens of the plain one, after the peak was read; empty where it is the plain one, or the only one."""
+    if (cell.decode == "generate" and cell.kv_cache is None) or len(backend.capabilities.decodes) == 1:
+        return ()
+    try:
+        return compare_decoding(cast(DecodingBackend, backend), cell, prompts, info.vocab_size or 32000)
+    except (LlmbenchError, MemoryError) as error:  # costs this figure only
+        print(f"Tokens of plain decoding: {error or 'memory ran out'}", file=sys.stderr)
+        return ()
 
 
 def _stage(stage: str, backend: Backend, tell: Any) -> None:

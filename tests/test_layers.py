@@ -105,6 +105,8 @@ HOMES = {
     "gguf": ("backends",),
     "llama_cpp": ("backends",),
     "optimum": ("backends",),
+    "torchao": ("backends",),
+    "hqq": ("backends",),
     "lm_eval": ("backends",),
     "uvloop": ("client",),
     "pynvml": ("gpu",),

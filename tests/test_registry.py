@@ -288,6 +288,8 @@ def test_each_quantization_becomes_its_recipe() -> None:
         "class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16",
     }  # fmt: skip
     assert four["dtype"] == "bfloat16"
+    twice = deploy(real("int4", **{"quant.type": "nf4", "quant.compute_dtype": "bfloat16", "quant.double_quant": "true"}))
+    assert twice["quantization"]["bnb_4bit_use_double_quant"] is True
     assert (deploy(real("none"))["dtype"], deploy(real("none"))["quantization"]) == ("auto", {})
     assert deploy(real("fp16"))["dtype"] == "float16"
     unpacked = deploy(real("bf16", "gguf"))
@@ -301,6 +303,8 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("weights", "random", "has random weights, whose answers mean nothing"),
         ("backend", "openai", "backend=openai cannot be registered"),
         ("decode", "compiled", "decode=compiled cannot be served yet"),
+        ("kv_cache", "fp8", "kv_cache=fp8 cannot be served yet"),
+        ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),
         ("quant", "gptq", "quant=gptq cannot be registered yet"),
         ("batching", "dynamic", "batching=dynamic cannot be served: the registered model batches the prompts of one request"),
         ("history", "kept", "history=kept cannot be served: .* Measure with history=recomputed"),

@@ -13,11 +13,12 @@ from mlflow_llmbench.spec import PARAMETERS, default_text, parse, read_yaml
 
 def test_defaults_are_those_of_the_vocabulary() -> None:
     assert {name: default_text(name) for name in PARAMETERS} == {
-        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128", "batch_size": "1",
+        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128",
+        "int8_threshold": "6", "double_quant": "false", "kv_cache": "auto", "assistant": "none", "draft_tokens": "10", "batch_size": "1",
         "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto", "repetitions": "auto",
         "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "attention": "auto",
         "decode": "generate", "seed": "0", "trust_remote_code": "false", "allow_pickle": "false", "preset": "none", "output_dir": "llmbench-results",
-        "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled", "quality_reference": "none", "gpu_layers": "auto", "kv_cache": "auto", "mmap": "true",
+        "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled", "quality_reference": "none", "gpu_layers": "auto", "mmap": "true",
         "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600", "first_token_timeout_s": "3600",
         "repetition_timeout_s": "3600", "cell_timeout_s": "none",
         "batching": "none", "batch_wait_ms": "100", "quality_tasks": "none", "quality_limit": "none",

@@ -35,7 +35,10 @@ class Token(NamedTuple):
 
 
 Emit = Callable[[Any], None]
-"""Called once per step with the step's token ids: a sequence of `batch` whole numbers, or an array with `tolist()`."""
+"""Called once per step with the step's token ids: a sequence of `batch` whole numbers, or an array with `tolist()`.
+
+A step that brings several tokens per row, as where proposed tokens are checked, is a sequence of `batch` sequences of equal length.
+"""
 
 
 Started = Callable[[int, dict[str, int | None] | None], None]
@@ -58,6 +61,8 @@ class Capabilities:
     online: bool = False  # a server: takes loads of requests, see `ServerBackend`
     padding: bool = False  # `generate` takes prompts of unequal lengths
     continuous: bool = False  # batches requests as they come, see `EngineBackend`
+    decodes: tuple[str, ...] = ("generate",)  # values of `decode`; one with more than this is a `DecodingBackend`
+    kv_caches: tuple[str, ...] = ()  # values of `kv_cache` beside auto
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,19 @@ class ServerBackend(Backend, Protocol):
 
     def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
         """What the server said of itself before, during and after a load; empty where it says nothing."""
+
+
+class DecodingBackend(Backend, Protocol):
+    """A backend with other decode paths than the plain one."""
+
+    def compile(self, prompts: Sequence[Sequence[int]], longest: int, output_tokens: int) -> float | None:
+        """Do what must be done once before prompts of up to `longest` tokens, in as many rows, are decoded; seconds, None where there is nothing.
+
+        Called before the first call of a cell, outside every timed region. Raises NotRealised where it cannot be done.
+        """
+
+    def generate_plainly(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        """Generate as with decode=generate and kv_cache=auto: what the tokens of another path are compared with. Not timed."""
 
 
 class Engine(Protocol):

@@ -12,6 +12,9 @@ The script is the model's name, `fake:` and settings joined by `+`, all of them 
     stop_after                   stop after this many tokens, whatever was asked
     late=1                       hand each token over one step late, as a deferred stop check does
     stall_ms, stall_at           an extra delay before token number stall_at
+    compile_ms                   with decode=compiled: delay of compiling for a shape (default 1)
+    step_tokens                  with decode=prompt_lookup or assisted: tokens that each step brings, one itl_ms a step (default 2)
+    differs_at                   with any decode but generate: the token from which on it is another one
     log_lines                    lines written to the log per call
     fail=oom|error|crash|kill|hang   a fault, at=load|generate (default generate)
     above_batch, below_batch     the fault happens only with more, or fewer, rows than this
@@ -30,13 +33,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MeasurementError, OutOfMemory, UsageError
-from ..records import Cell, LoadInfo, ModelFacts, hash16
+from ..records import SPECULATIVE, Cell, LoadInfo, ModelFacts, hash16
+from ..spec import DECODES
 from ..workload import turn_texts
 from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Token
 
 NUMBERS = {
     "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "prompt_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
-    "stall_ms": 0.0, "stall_at": 0.0, "log_lines": 0.0, "above_batch": 0.0, "below_batch": 1e9,
+    "stall_ms": 0.0, "stall_at": 0.0, "compile_ms": 1.0, "step_tokens": 2.0, "differs_at": 1e9, "log_lines": 0.0, "above_batch": 0.0, "below_batch": 1e9,
 }  # fmt: skip
 WORDS = {"fail": ("oom", "error", "crash", "kill", "hang"), "at": ("load", "generate")}
 
@@ -69,7 +73,7 @@ class FakeHistory:
 class FakeBackend(NothingToFetch):
     """Emits tokens on a schedule counted from the start of the call, so that delays do not add up."""
 
-    capabilities = Capabilities(tokenizer=True, conversations=True, padding=True, continuous=True)
+    capabilities = Capabilities(tokenizer=True, conversations=True, padding=True, continuous=True, decodes=DECODES)
     device = "cpu"
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
@@ -111,13 +115,27 @@ class FakeBackend(NothingToFetch):
         late = step if self.script["late"] else 0.0
         longest = max(len(prompt) for prompt in prompts)
         first = self.number("ttft_ms") + self.number("prompt_ms") * (longest - (history.tokens if history else 0))
-        for token in range(min(output_tokens, int(self.number("stop_after")))):
+        several = int(self.number("step_tokens")) if self.cell.decode in SPECULATIVE else 1
+        differs_at = int(self.number("differs_at")) if self.cell.decode != "generate" else output_tokens
+        for token in range(0, min(output_tokens, int(self.number("stop_after"))), several):
             stall = self.number("stall_ms") if 0 < self.number("stall_at") <= token + 1 else 0.0
             last = token == output_tokens - 1
-            _wait_until(started + int((first + token * step + stall + (0.0 if last and token else late)) * 1e6))
-            emit([_token(prompt, token) for prompt in prompts])
+            _wait_until(started + int((first + token // several * step + stall + (0.0 if last and token else late)) * 1e6))
+            ids = [[_token(prompt, i) + (i + 1 >= differs_at) for i in range(token, min(token + several, output_tokens))] for prompt in prompts]
+            emit(ids if self.cell.decode in SPECULATIVE else [row[0] for row in ids])
         if history:
             history.tokens = longest + output_tokens - 1
+
+    def compile(self, prompts: Sequence[Sequence[int]], longest: int, output_tokens: int) -> float | None:
+        if self.cell.decode != "compiled":
+            return None
+        started = time.perf_counter()
+        _wait_until(time.perf_counter_ns() + int(self.number("compile_ms") * 1e6))
+        return time.perf_counter() - started
+
+    def generate_plainly(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        for token in range(min(output_tokens, int(self.number("stop_after")))):
+            emit([_token(prompt, token) for prompt in prompts])
 
     def new_history(self) -> FakeHistory:
         return FakeHistory()

@@ -43,7 +43,9 @@ def inspect_model(model: Any) -> Inspection:
     device = "cpu"
     for module_name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if hasattr(module, "in_features") and next(module.children(), None) is None and "weight" not in own:  # GPTQ keeps its weights in buffers
+        if (
+            hasattr(module, "in_features") and next(module.children(), None) is None and not own.keys() & {"weight", "W_q"}
+        ):  # GPTQ keeps its weights in buffers
             parameters += int(module.in_features) * int(module.out_features)
         for name, tensor in [*own.items(), *module.named_buffers(recurse=False)]:
             if id(tensor) in seen:
@@ -75,6 +77,15 @@ def touch(model: Any) -> None:
                     flat.view(torch.uint8)[::1024].max()
 
 
+def stored_bytes(value: Any) -> int:
+    """Bytes of a tensor, of what a tensor subclass wraps, and of all tensors in tuples and dicts; 0 of anything else."""
+    if isinstance(value, dict | tuple | list):
+        return sum(map(stored_bytes, value.values() if isinstance(value, dict) else value))
+    if not hasattr(value, "element_size"):
+        return 0
+    return sum(piece.numel() * piece.element_size() for piece in _pieces(value, None))
+
+
 def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
     """The plain tensors that store one parameter: itself, its quantization state, or what a tensor subclass wraps."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
@@ -90,6 +101,8 @@ def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
                 value: Any = getattr(holder, name, None)
                 if hasattr(value, "element_size"):
                     yield value
+    if tensor is getattr(module, "W_q", None):  # HQQ: scales and zero points
+        yield from (value for value in module.meta.values() if hasattr(value, "element_size"))
     for holder in (tensor, getattr(module, "state", None)):  # bitsandbytes 8-bit: row scales
         scale = getattr(holder, "SCB", None)
         if scale is not None and tensor is getattr(module, "weight", None):
@@ -102,7 +115,7 @@ def _logical_count(tensor: torch.Tensor, module: Any, name: str) -> int:
     state = getattr(tensor, "quant_state", None)
     if state is not None:
         return int(state.shape.numel())
-    if name == "weight" and hasattr(module, "in_features") and tensor.dtype.itemsize == 1 and not tensor.dtype.is_floating_point:
+    if name in ("weight", "W_q") and hasattr(module, "in_features") and tensor.dtype.itemsize == 1 and not tensor.dtype.is_floating_point:
         return int(module.in_features) * int(module.out_features)
     return int(tensor.numel())
 
@@ -125,17 +138,37 @@ def _linear_layers(model: Any) -> tuple[float, dict[str, int]]:
     for module in model.modules():
         if module is head or not hasattr(module, "in_features") or next(module.children(), None) is not None:
             continue
-        classes[type(module).__name__] += 1
+        classes[_class_name(module)] += 1
         weights = [(n, t) for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"]
         stored += sum(p.numel() * p.element_size() for _, t in weights for p in _pieces(t, module))
         logical += int(module.in_features) * int(module.out_features)
     return (8 * stored / logical if logical else 0.0), dict(classes)
 
 
+def _class_name(module: Any) -> str:
+    """The class of a layer, and where its weight is a tensor subclass, whose kernel is another, that of the weight."""
+    weight = getattr(module, "weight", None)
+    if not hasattr(weight, "__tensor_flatten__"):
+        return type(module).__name__
+    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""  # activations are quantized too
+    return f"{type(module).__name__}({type(weight).__name__}{dynamic})"
+
+
 EXPECTED = {
     "int8": ({"Linear8bitLt"}, 8.0, 8.6),
     "int4": ({"Linear4bit"}, 4.0, 5.0),
     "fp4": ({"Linear4bit"}, 4.0, 5.0),
+    "int8-wo": ({"Linear(Int8Tensor)"}, 8.0, 8.6),
+    "int8-dq": ({"Linear(Int8Tensor, dynamic)"}, 8.0, 8.6),
+    "int4-wo": ({"Linear(Int4OpaqueTensor)", "Linear(Int4TilePackedTo4dTensor)"}, 4.0, 6.1),
+    "fp8": ({"Linear(Float8Tensor, dynamic)"}, 8.0, 8.6),
+    "hqq8": ({"HQQLinear"}, 8.0, 10.1),
+    "hqq4": ({"HQQLinear"}, 4.0, 6.1),
+    "hqq3": ({"HQQLinear"}, 3.0, 5.3),
+    "hqq2": ({"HQQLinear"}, 2.0, 4.1),
+    "quanto8": ({"QLinear(WeightQBytesTensor)", "QLinear(MarlinF8QBytesTensor)"}, 8.0, 8.6),
+    "quanto4": ({"QLinear(WeightQBitsTensor)", "QLinear(TinyGemmWeightQBitsTensor)", "QLinear(AWQWeightQBitsTensor)"}, 4.0, 5.0),
+    "quanto2": ({"QLinear(WeightQBitsTensor)"}, 2.0, 3.0),
     "gptq": (None, 4.0, 5.5),
     "gptq3": (None, 3.0, 4.5),
     "gptq8": (None, 8.0, 9.5),
@@ -143,7 +176,7 @@ EXPECTED = {
     "fp16": (None, 16.0, 16.0),
     "bf16": (None, 16.0, 16.0),
 }
-"""Quantization → classes of its linear layers (None: any), least and most stored bits per weight."""
+"""Quantization → classes of its linear layers (None: any), least and most stored bits per weight (of groups of 16 where they can be chosen)."""
 
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -156,9 +189,10 @@ def verify(quant: str, device: str, found: Inspection) -> None:
         return
     classes, low, high = EXPECTED[quant]
     if classes and not classes >= set(found.linear_classes):
-        raise NotRealised(
-            f"quant={quant} was asked for, and the linear layers are {found.linear_classes}. Use quant=none for a checkpoint that is quantized already."
-        )
+        advice = "Use quant=none for a checkpoint that is quantized already"
+        if quant == "int4-wo":  # torchao leaves a layer as it is where the groups do not fit
+            advice = "Use a group_size that divides the inputs of every layer"
+        raise NotRealised(f"quant={quant} was asked for, and the linear layers are {found.linear_classes}. {advice}.")
     if not low - 0.01 <= found.linear_bits <= high + 0.01:
         raise NotRealised(
             f"quant={quant} was asked for, and the linear layers hold {found.linear_bits:.2f} bits per weight, not {low:g} to {high:g}. "

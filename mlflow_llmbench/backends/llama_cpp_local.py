@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, memory, models
 from ..errors import MeasurementError, MissingError, NotRealised, UsageError
-from ..quantizations import GGUF_QUANTIZATIONS
+from ..quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
 from ..records import Cell, LoadInfo, ModelFacts
 from ..workload import turn_texts
 from . import gguf_file, gguf_made, sources, synthetic
@@ -43,7 +43,7 @@ ASK_PEAKS = "import json, sys; from mlflow_llmbench.backends.probe import measur
 class LlamaCppBackend:
     """`llama_decode` on all rows at once, and the most probable token of each."""
 
-    capabilities = Capabilities(tokenizer=True, logits=True, conversations=True, padding=True, heavy=("llama_cpp",))
+    capabilities = Capabilities(tokenizer=True, logits=True, conversations=True, padding=True, heavy=("llama_cpp",), kv_caches=GGUF_CACHES)
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell

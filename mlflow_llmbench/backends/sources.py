@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -59,6 +60,27 @@ def find_model(cell: Cell) -> ModelFacts:
     near = models.suggest_models(cell.model)
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
     raise ModelError(f"Unknown model: {cell.model}. {meant}`llmbench models` lists the presets; a Hub id has the form owner/name.")
+
+
+def assistant_of(cell: Cell) -> Cell:
+    """The small model that proposes tokens for a cell, as a cell of its own: as it was published, of the main branch."""
+    return dataclasses.replace(cell, model=cell.assistant or "", revision="main", quant="none", decode="generate", assistant=None)
+
+
+def with_assistant(cell: Cell, model: ModelFacts) -> ModelFacts:
+    """The model with the small one that proposes tokens for it, where there is one. Raises UsageError if their vocabularies differ."""
+    if cell.decode != "assisted":
+        return model
+    small = find_model(assistant_of(cell))
+    if small.source == "gguf":
+        raise UsageError(f"assistant={cell.assistant} is a GGUF file, and transformers takes none to propose tokens. Give a folder or a Hub id.")
+    sizes = [shape.vocab_size if (shape := models.Shape.from_config(one.config or {})) else None for one in (model, small)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise UsageError(
+            f"assistant={cell.assistant} has a vocabulary of {sizes[1]} tokens, and {cell.model} one of {sizes[0]}: it cannot propose tokens for it. "
+            "Give a smaller model of the same family."
+        )
+    return dataclasses.replace(model, assistant=small)
 
 
 def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:

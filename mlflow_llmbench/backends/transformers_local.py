@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
-from ..quantizations import BITSANDBYTES, GPTQ_BITS
+from ..quantizations import GPTQ_BITS, HQQ_BITS
 from ..records import Cell, LoadInfo, ModelFacts
+from ..spec import DECODES
 from ..workload import turn_texts
-from . import gptq, sources
+from . import decoding, gptq, quantizing, sources
 from .base import Capabilities, DeviceMemory, Emit, Token
 from .continuous import ContinuousEngine
+from .decoding import DecodePath
 from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify
 
 if TYPE_CHECKING:
@@ -29,8 +31,9 @@ class TransformersBackend:
     """`AutoModelForCausalLM` and `generate()` with a streamer that does nothing but pass each step on."""
 
     capabilities = Capabilities(
-        tokenizer=True, logits=True, harness=True, conversations=True, padding=True, continuous=True, heavy=("torch", "transformers")
-    )
+        tokenizer=True, logits=True, harness=True, conversations=True, padding=True, continuous=True, heavy=("torch", "transformers"),
+        decodes=DECODES, kv_caches=tuple(decoding.KV_BACKENDS),
+    )  # fmt: skip
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -38,6 +41,7 @@ class TransformersBackend:
         self.device = machine.require_device(cell.device)
         self.model: Any = None
         self.tokenizer: Any = None
+        self.path: DecodePath | None = None
         self._checked_late = False
         self.weights_format = ""
         self.load_s = 0.0
@@ -48,24 +52,27 @@ class TransformersBackend:
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise MissingError(f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench")
-        if cell.quant in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-            raise MissingError(f"quant={cell.quant} needs the package bitsandbytes, which is not installed. Run: pip install bitsandbytes")
+        quantizing.require(cell)
         if cell.quant in GPTQ_BITS:
             gptq.require()
-        machine.require_device(cell.device)
+        decoding.require(cell, machine.require_device(cell.device))
         model = sources.find_model(cell)
         gptq.require_for(model)
-        return model
+        quantizing.require_for(model)
+        return sources.with_assistant(cell, model)
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
         """Write the random checkpoint, or download the files from the Hub."""
         sources.fetch(cell, model)
+        if model.assistant:
+            sources.fetch(sources.assistant_of(cell), model.assistant)
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Whether the files are on this disk; a checkpoint that GPTQ makes is found by its content only, so it is never known before."""
-        return cell.quant not in GPTQ_BITS and sources.is_here(cell, model)
+        small = model.assistant is None or sources.is_here(sources.assistant_of(cell), model.assistant)
+        return cell.quant not in GPTQ_BITS and small and sources.is_here(cell, model)
 
     # Loading
 
@@ -79,13 +86,19 @@ class TransformersBackend:
         keywords = self._load_keywords(gguf_file)
         started = time.perf_counter()
         with _foreign_errors("loading"), torch.inference_mode():
-            self.model = AutoModelForCausalLM.from_pretrained(folder, **keywords)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
+            self.model, report = loaded
+            quantizing.refuse_missing(self.facts, report["missing_keys"])
+            if self.cell.quant in HQQ_BITS:
+                quantizing.quantize_with_hqq(self.model, self.cell, keywords["dtype"])
             self.model.eval()
             touch(self.model)  # part of the load: a mapped checkpoint is read from the disk only now
+            assistant = self._load_assistant(keywords)
         self._synchronise()
         self.load_s = time.perf_counter() - started
         # Neutral, so that no end-of-sequence token or sampling default of the checkpoint changes length or cost.
         self.model.generation_config = GenerationConfig()
+        self.path = DecodePath(self.cell, self.model, assistant)
         gc.collect()
         found = inspect_model(self.model)
         verify(self.cell.quant, self.device, found)
@@ -95,6 +108,21 @@ class TransformersBackend:
                 "Say so with quant=bf16, fp16 or fp32, or run it as it is with backend=llama_cpp."
             )
         return self._load_info(self.load_s, found)
+
+    def _load_assistant(self, keywords: dict[str, Any]) -> Any:
+        """The small model that proposes tokens, in the dtype of the computation; None where there is none."""
+        if self.facts.assistant is None:
+            return None
+        from transformers import AutoModelForCausalLM
+
+        cell = sources.assistant_of(self.cell)
+        folder, _ = sources.local_files(cell, self.facts.assistant)
+        named = {name: keywords[name] for name in ("local_files_only", "trust_remote_code", "device_map", "dtype")}
+        if not sources.may_be_pickled(cell, self.facts.assistant.source):
+            named["use_safetensors"] = True
+        assistant = AutoModelForCausalLM.from_pretrained(folder, **named)
+        touch(assistant.eval())
+        return assistant
 
     def describe(self) -> LoadInfo:
         return self._load_info(self.load_s, inspect_model(self.model))
@@ -108,9 +136,9 @@ class TransformersBackend:
             keywords["attn_implementation"] = self.cell.attention
         if quant in FLOAT_DTYPES:
             keywords["dtype"] = getattr(torch, FLOAT_DTYPES[quant])
-        elif quant in BITSANDBYTES:
+        elif quant in quantizing.PACKAGE:
             keywords["dtype"] = torch.bfloat16 if self._has_bfloat16() else torch.float16
-            keywords["quantization_config"] = _bitsandbytes_config(quant, keywords["dtype"])
+            keywords["quantization_config"] = quantizing.config(self.cell, self.device, keywords["dtype"])
         else:
             keywords["dtype"] = "auto"
         if not sources.may_be_pickled(self.cell, self.facts.source):
@@ -144,14 +172,19 @@ class TransformersBackend:
             "model.device": found.device,
             "quant.bits_per_weight": round(found.linear_bits, 3),
             "quant.kernel": ", ".join(f"{name} × {count}" for name, count in sorted(found.linear_classes.items())),
-            **_quantization_facts(self.model),
+            **quantizing.facts(self.model),
+            **(self.path.facts() if self.path else {}),
+            **({"assistant.revision": self.facts.assistant.revision} if self.facts.assistant else {}),
             **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
         }
+        costs = _costs(shape, compute.itemsize)
+        if self.path and self.path.kv_bytes_per_token is not None:
+            costs["kv_bytes_per_token"] = self.path.kv_bytes_per_token
         return LoadInfo(
             load_s=load_s,
             weight_bytes=found.weight_bytes,
             step_bytes=found.step_bytes,
-            **(shape.cost_fields(compute.itemsize) if shape else {}),
+            **costs,
             cache_bytes=self._cache_bytes(),
             facts=facts,
             vocab_size=int(config.vocab_size),
@@ -168,6 +201,32 @@ class TransformersBackend:
     # Generating
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None) -> None:
+        assert self.path
+        arguments = (
+            {"past_key_values": history.cache} if history else self.path.arguments()
+        )  # generate() leaves out of the prompt what the cache holds
+        self._generate(prompts, output_tokens, emit, self.path.settings(), arguments)
+        if history is None:
+            self.path.finish(arguments, len(prompts))
+
+    def generate_plainly(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        self._generate(prompts, output_tokens, emit, {}, {})
+
+    def compile(self, prompts: Sequence[Sequence[int]], longest: int, output_tokens: int) -> float | None:
+        if self.cell.decode != "compiled":
+            return None
+        assert self.path
+        path, few = self.path, min(output_tokens, decoding.COMPILE_TOKENS)
+
+        def run(**settings: Any) -> None:
+            arguments = path.arguments()
+            self._generate(prompts, few, lambda _: None, path.settings() | settings, arguments)
+            path.empty()
+
+        with _foreign_errors("compiling the decode step"):
+            return path.compile(longest + output_tokens, lambda: run(disable_compile=True), run, decodes=few > 1)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, fields: dict[str, Any], arguments: dict[str, Any]) -> None:
         import torch
         from transformers import GenerationConfig
 
@@ -176,15 +235,16 @@ class TransformersBackend:
         # Padded on the left, where attention and positions leave it out: the last token of every prompt is in the last column.
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.long)
         mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-        settings = GenerationConfig(max_new_tokens=output_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0, eos_token_id=None)
+        settings = GenerationConfig(
+            max_new_tokens=output_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0, eos_token_id=None, **fields
+        )
         streamer: Any = _Streamer(emit)
-        kept = {"past_key_values": history.cache} if history else {}  # generate() leaves out of the prompt what the cache holds
         with _foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
             if not self._checked_late:
                 streamer = stack.enter_context(_late_check(self.model, streamer))
                 self._checked_late = True
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-            self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer, **kept)
+            self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer, **arguments)
             self._synchronise()
 
     def new_history(self) -> _History:
@@ -267,7 +327,7 @@ class TransformersBackend:
         return found
 
     def close(self) -> None:
-        self.model = self.tokenizer = None
+        self.model = self.tokenizer = self.path = None
         self.trim()
 
     def trim(self) -> None:
@@ -353,24 +413,16 @@ def _foreign_errors(doing: str) -> Iterator[None]:
         raise MeasurementError(text) from error
 
 
-def _bitsandbytes_config(quant: str, compute: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quant == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
-    kind = "nf4" if quant == "int4" else "fp4"
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
-
-
-def _quantization_facts(model: Any) -> dict[str, str | int | float]:
-    """Method and settings of the quantization that the loaded model carries."""
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return {"quant.method": "none"}
-    data: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
-    facts: dict[str, str | int | float] = {"quant.method": str(getattr(data.get("quant_method"), "value", data.get("quant_method")))}
-    if data.get("load_in_8bit"):
-        facts |= {"quant.threshold": float(data["llm_int8_threshold"])}
-    if data.get("load_in_4bit"):
-        facts |= {"quant.type": data["bnb_4bit_quant_type"], "quant.compute_dtype": str(data["bnb_4bit_compute_dtype"]).removeprefix("torch.")}
-    return facts | {f"quant.{key}": data[key] for key in ("bits", "group_size") if isinstance(data.get(key), int)}
+def _costs(shape: models.Shape | None, value_bytes: int) -> dict[str, Any]:
+    """Cost formulas of a shape as fields of LoadInfo; empty where the architecture is unknown."""
+    if shape is None:
+        return {}
+    head = 2 * shape.hidden_size * shape.vocab_size
+    return {
+        "kv_bytes_per_token": shape.kv_bytes_per_token(value_bytes),
+        "flops_per_token": shape.flops_per_token(0) - head,
+        "head_flops": head,
+        "attention_flops_per_context_token": shape.flops_per_token(1) - shape.flops_per_token(0),
+        "sliding_window": shape.sliding_window,
+        "sliding_share": shape.sliding_layers / shape.layers,
+    }

@@ -1,0 +1,173 @@
+"""Ways in which transformers decodes: plainly, with a compiled step over a static cache, by checking proposed tokens, with a quantized KV cache.
+
+Each is `generate()` with other settings, as a user would deploy it. What is compiled is compiled before the first call of a cell, for its
+shape, and it is an error if it is compiled again while it is measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import MeasurementError, MissingError, NotRealised
+from ..records import Cell
+from . import quantizing
+from .inspection import stored_bytes
+
+COMPILE_TOKENS = 4
+"""Output tokens of a run that compiles: one of the prefill, and three steps. CUDA graphs run once, are recorded once, and are replayed."""
+
+COMPILE_RUNS = 2
+
+KV_BACKENDS = {"fp8": ("fp8", "", 0), "int8": ("hqq", "hqq", 8), "int4": ("quanto", "optimum-quanto", 4), "int2": ("quanto", "optimum-quanto", 2)}
+"""`kv_cache` → what transformers calls its backend, the package that it needs besides, and bits (0: it takes no number)."""
+
+
+def require(cell: Cell, device: str) -> None:
+    """Raise MissingError unless this machine has what the decode path and the KV cache of a cell need."""
+    if cell.decode == "compiled" and device.startswith("cuda"):
+        if importlib.util.find_spec("triton") is None:
+            raise MissingError("decode=compiled needs the package triton on a GPU, which is not installed. Run: pip install triton")
+    elif cell.decode == "compiled":
+        compiler = os.environ.get("CXX", "g++").split()[0]
+        if not shutil.which(compiler):
+            raise MissingError(
+                f"decode=compiled needs a C++ compiler, since torch.compile writes C++ for a CPU, and {compiler} is not there. Install g++, or set CXX."
+            )
+    package = KV_BACKENDS[cell.kv_cache][1] if cell.kv_cache else ""
+    if package and not quantizing.installed(package):
+        raise MissingError(
+            f"kv_cache={cell.kv_cache} needs the package {package}, which is not installed. Run: {quantizing.INSTALL[package]}; kv_cache=fp8 needs none."
+        )
+
+
+class DecodePath:
+    """What `generate()` is given so that it decodes as a cell asks, and what it was seen to do."""
+
+    def __init__(self, cell: Cell, model: Any, assistant: Any = None) -> None:
+        self.cell, self.model, self.assistant = cell, model, assistant
+        self.static: Any = None  # the cache of the compiled step
+        self.graphs = 0  # that were compiled for the shape of the cell
+        self.kv_bytes_per_token: int | None = None  # of a quantized cache, as it was stored at the end of the last call
+        if assistant is not None:
+            _fix_proposals(assistant, cell.draft_tokens)
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of GenerationConfig."""
+        if self.cell.decode == "prompt_lookup":
+            return {"prompt_lookup_num_tokens": self.cell.draft_tokens}
+        return {"compile_config": self._compile_config()} if self.cell.decode == "compiled" else {}
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `generate()`."""
+        if self.cell.decode == "compiled":
+            if self.static is None:
+                raise MeasurementError("decode=compiled was not compiled for this shape.")
+            return {"past_key_values": self.static}
+        if self.cell.decode == "assisted":
+            return {"assistant_model": self.assistant}
+        return {"past_key_values": self._quantized_cache()} if self.cell.kv_cache else {}
+
+    def finish(self, arguments: dict[str, Any], rows: int) -> None:
+        """After a call: empty the static cache for the next one, or read what the quantized one took. Raises NotRealised."""
+        if self.cell.decode == "compiled":
+            self.empty()
+            if self.graphs and self._compiled() != self.graphs:
+                raise NotRealised(
+                    f"The decode step was compiled again while it was measured ({self._compiled()} graphs, not {self.graphs}), so its latencies are "
+                    "not those of decoding. Use decode=generate for this model."
+                )
+        elif self.cell.kv_cache:
+            cache = arguments["past_key_values"]
+            quantized = [getattr(layer, name, None) for layer in cache.layers for name in ("_quantized_keys", "_quantized_values")]
+            if not all(stored_bytes(part) for part in quantized):
+                raise NotRealised(
+                    f"kv_cache={self.cell.kv_cache} was asked for, and the cache holds no quantized keys and values. Use kv_cache=auto."
+                )
+            residual = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+            self.kv_bytes_per_token = round(sum(map(stored_bytes, [*quantized, *residual])) / rows / int(cache.get_seq_length()))
+
+    def empty(self) -> None:
+        """Empty the static cache, in place: its addresses are part of what was compiled."""
+        import torch
+
+        with torch.inference_mode():
+            self.static.reset()
+
+    def compile(self, tokens: int, eagerly: Callable[[], None], run: Callable[[], None], decodes: bool) -> float:
+        """Make a static cache for so many tokens and compile the decode step for it; seconds of the runs that do.
+
+        `eagerly` is called before, uncompiled; `run` generates a few tokens; `decodes` says whether it comes to a decode step.
+        """
+        import torch
+        from transformers import StaticCache
+
+        torch._dynamo.reset()  # a graph of another shape would make torch compile for all shapes, or give up after a few
+        torch._dynamo.utils.counters.clear()
+        self.model.__dict__.pop("_compiled_call", None)
+        self.graphs = 0
+        self.static = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=tokens)
+        eagerly()
+        started = time.perf_counter()
+        for _ in range(COMPILE_RUNS):
+            run()
+        seconds = time.perf_counter() - started
+        self.graphs = self._compiled()
+        if decodes and not self.graphs:
+            raise NotRealised(
+                "decode=compiled was asked for, and nothing was compiled: transformers does not compile this model with this quantization. Use decode=generate."
+            )
+        return seconds
+
+    def facts(self) -> dict[str, str | int | float]:
+        """What is recorded of the decode path."""
+        found: dict[str, str | int | float] = {}
+        if self.cell.decode == "compiled" and self.static is not None:
+            from torch._dynamo.utils import counters
+
+            config = self._compile_config()
+            found |= {"decode.compile_mode": config.mode, "decode.graphs": self.graphs, "decode.graph_breaks": sum(counters["graph_break"].values())}
+            found["decode.static_cache_tokens"] = int(self.static.get_max_length())
+            found["decode.graphs_from_disk"] = int(counters["inductor"]["fxgraph_cache_hit"])
+        if self.assistant is not None:
+            found["assistant.parameters"] = sum(parameter.numel() for parameter in self.assistant.parameters())
+            found["assistant.dtype"] = str(self.assistant.dtype).removeprefix("torch.")
+        if self.cell.kv_cache:
+            found |= {"kv_cache.type": self.cell.kv_cache, "kv_cache.backend": KV_BACKENDS[self.cell.kv_cache][0]}
+        return found
+
+    def _compile_config(self) -> Any:
+        from transformers import CompileConfig
+
+        on_gpu = self.model.device.type == "cuda"
+        config = CompileConfig(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+        config._compile_all_devices = True  # type: ignore[assignment]
+        return config
+
+    @staticmethod
+    def _compiled() -> int:
+        from torch._dynamo.utils import counters
+
+        return int(counters["stats"]["unique_graphs"])
+
+    def _quantized_cache(self) -> Any:
+        from transformers import QuantizedCache
+
+        assert self.cell.kv_cache
+        backend, _, bits = KV_BACKENDS[self.cell.kv_cache]
+        return QuantizedCache(backend, self.model.config.get_text_config(decoder=True), **({"nbits": bits} if bits else {}))
+
+
+def _fix_proposals(assistant: Any, count: int) -> None:
+    """Let the small model propose exactly so many tokens in every step: transformers would adapt the number from call to call."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig()  # neutral, so that no sampling default or end token of its checkpoint counts
+    settings.num_assistant_tokens = count
+    settings.num_assistant_tokens_schedule = "constant"
+    settings.assistant_confidence_threshold = 0.0
+    assistant.generation_config = settings
