@@ -26,7 +26,7 @@ from .backends import decoding, gguf_made, quantizing
 from .backends.base import backend_class
 from .errors import MissingError, UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
-from .quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS, KV_CACHES, QUANTIZATIONS
+from .quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS, QUANTIZATIONS
 from .records import Cell
 from .redaction import redact
 from .spec import DECODES, known_backends
@@ -455,7 +455,7 @@ def decode_items() -> Iterator[Item]:
     """Every value of `decode` and of `kv_cache`, on the device that `device=auto` takes."""
     device = machine.require_device("auto")
     asked = [(f"decode={decode}", Cell(decode=decode)) for decode in DECODES]
-    asked += [(f"kv_cache={cache}", Cell(kv_cache=cache)) for cache in KV_CACHES]
+    asked += [(f"kv_cache={cache}", Cell(kv_cache=cache)) for cache in decoding.KV_BACKENDS]
     for name, cell in asked:
         try:
             decoding.require(cell, device)

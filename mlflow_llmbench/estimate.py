@@ -68,7 +68,7 @@ def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
     A static cache holds all tokens of prompt and output from the first step on, which is what a growing one needs at its end.
     """
     own = COMPILER_BYTES if cell.decode == "compiled" else 0
-    small = model.assistant and models.Shape.from_config(model.assistant.config or {})
+    small = cell.decode == "assisted" and model.assistant and models.Shape.from_config(model.assistant.config or {})
     if not small or not model.assistant:
         return own
     dtype = model.assistant.dtype if model.assistant.dtype in ("float32", "float16", "bfloat16") else "bfloat16"

@@ -101,7 +101,7 @@ def test_a_quantization_of_llama_cpp_names_its_backend() -> None:
         parse({"quant": "q8_0", "backend": "fake", "model": "fake:"})
 
 
-@pytest.mark.parametrize("own", [{"gpu_layers": "4"}, {"kv_cache": "f16,q8_0"}, {"mmap": "false"}])
+@pytest.mark.parametrize("own", [{"gpu_layers": "4"}, {"mmap": "false"}])
 def test_settings_of_llama_cpp_are_asked_of_it_alone(own: dict[str, str]) -> None:
     assert parse({**own, "backend": "llama_cpp"})
     assert parse({**own, "quant": "q8_0,q4_0"})
@@ -117,7 +117,8 @@ def test_its_settings_are_of_the_load_and_of_its_own_cells_identity_only() -> No
     changes = ({"kv_cache": "q8_0"}, {"gpu_layers": 3}, {"mmap": False})
     for change in changes:
         assert config_hash(ours, model) != config_hash(dataclasses.replace(ours, **change), model)
-        assert config_hash(theirs, model) == config_hash(dataclasses.replace(theirs, **change), model)
+        if "kv_cache" not in change:  # transformers has one too
+            assert config_hash(theirs, model) == config_hash(dataclasses.replace(theirs, **change), model)
     assert len(group_cells([ours, *(dataclasses.replace(ours, **change) for change in changes)])) == 4
 
 
