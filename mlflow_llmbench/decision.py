@@ -43,7 +43,7 @@ def recommendation_markdown(found: Recommendation) -> str:
             parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
     parts.append(
         "Values are as measured, with the 95 % interval in brackets. On the front is what no other configuration "
-        "dominates: none is nowhere worse, by more than 1 %, and somewhere better beyond chance (p < 0.05 after Holm)."
+        "dominates, being nowhere worse by more than 1 % and somewhere better beyond chance (p < 0.05 after Holm)."
     )
     return "\n\n".join(parts) + "\n"
 

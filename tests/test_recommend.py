@@ -219,6 +219,9 @@ def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
     text = files[0].read_text()
     assert all(name in text for name in ("int8 batch 8", "Peak memory (GB)", "Median time to first token (ms)", "winner", "limit"))
     assert draw_recommendation(recommend([INT4]), tmp_path / "one") == []
+    scored = [dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": 0.01}) for one in candidates([INT8, INT4])]
+    files = draw_recommendation(choose(scored, "throughput", [Limit("--min-quality", QUALITY["kl"], 0.05)]), tmp_path / "scored")
+    assert "KL divergence from the reference" in files[0].read_text()
     markdown = html.unescape(recommendation_markdown(found))
     assert "| int4 batch 1 | 96.2 tokens/s" in markdown and "- **int8 batch 8**: Its peak memory" in markdown
 
