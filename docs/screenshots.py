@@ -148,7 +148,7 @@ def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
         return {}
     champion = max(ours, key=lambda version: int(version.creation_timestamp))
     told = {
-        "model.png": (f"#/models/{champion.name}", 620, "table, [role=table]"),
+        "model.png": (f"#/models/{champion.name}", 900, "table, [role=table]"),
         "version.png": (f"#/models/{champion.name}/versions/{champion.version}", 1000, "table, [role=table]"),
     }
     run = client.get_run(champion.tags["llmbench.run_id"])
@@ -156,7 +156,7 @@ def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
     if "recommendation.md" not in {item.path for item in client.list_artifacts(parent)}:
         return told
     artifacts = f"#/experiments/{run.info.experiment_id}/runs/{parent}/artifacts"
-    told["recommendation.png"] = (f"{artifacts}/recommendation.md", 900, ".mlflow-ui-container h1, .artifact-view h1, h1")
+    told["recommendation.png"] = (f"{artifacts}/recommendation.md", 800, ".mlflow-ui-container h1, .artifact-view h1, h1")
     told["front.png"] = (f"{artifacts}/charts/recommendation.svg", 800, PREVIEWED)
     return told
 

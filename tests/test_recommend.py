@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench import run
 from mlflow_llmbench.cli import main
-from mlflow_llmbench.decision import answer, format_recommendation, recommendation_markdown
+from mlflow_llmbench.decision import answer, format_recommendation, recommendation_cells, recommendation_markdown
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.pareto import draw_recommendation
 from mlflow_llmbench.plan import config_hash
@@ -152,6 +152,7 @@ def test_suspect_results_take_part_only_if_that_is_accepted() -> None:
     assert accepted.winner is not None and accepted.winner.name == "int4"
     assert accepted.accepted_suspect == "a first look"
     assert "It is suspect, and was accepted: a first look." in answer(accepted)
+    assert [row[-1] for row in recommendation_cells(accepted)[1]] == ["winner, suspect", "runner-up"]
 
 
 def test_the_larger_group_of_alike_results_is_weighed() -> None:
