@@ -51,7 +51,7 @@ VISITED = {
 HIDDEN = ".modebar, [data-assistant-ui] { display: none !important }"
 """Plotly's tools, which a real pointer would have to touch to be seen, and the assistant's floating button."""
 
-CLICKED = """
+CLICKED = r"""
 const buttons = [...document.querySelectorAll('button')];
 const named = text => buttons.filter(button => button.textContent.trim() === text);
 named('Show more').forEach(button => button.click());
@@ -63,9 +63,14 @@ for (const leave of named('Exit shared view')) {
 for (const text of document.querySelectorAll('span, div')) {
   if (!text.children.length && text.textContent.startsWith('Path:')) text.parentElement.style.visibility = 'hidden';
 }
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const shown = walker.currentNode.nodeValue, short = shown.replace(/(?<![\w:.\/])\/(?:[\w.-]+\/)+/g, '');
+  if (short !== shown) walker.currentNode.nodeValue = short;
+}
 """
 """Opens long descriptions, closes the banner of a shared view by its cross, the only button there without a text, and hides where on
-this machine an artifact lies."""
+this machine an artifact lies; of a model in a local folder it leaves the folder's name."""
 
 
 @contextlib.contextmanager
@@ -143,7 +148,7 @@ def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
         return {}
     champion = max(ours, key=lambda version: int(version.creation_timestamp))
     told = {
-        "model.png": (f"#/models/{champion.name}", 620, "table, [role=table]"),
+        "model.png": (f"#/models/{champion.name}", 900, "table, [role=table]"),
         "version.png": (f"#/models/{champion.name}/versions/{champion.version}", 1000, "table, [role=table]"),
     }
     run = client.get_run(champion.tags["llmbench.run_id"])
@@ -151,7 +156,7 @@ def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
     if "recommendation.md" not in {item.path for item in client.list_artifacts(parent)}:
         return told
     artifacts = f"#/experiments/{run.info.experiment_id}/runs/{parent}/artifacts"
-    told["recommendation.png"] = (f"{artifacts}/recommendation.md", 900, ".mlflow-ui-container h1, .artifact-view h1, h1")
+    told["recommendation.png"] = (f"{artifacts}/recommendation.md", 800, ".mlflow-ui-container h1, .artifact-view h1, h1")
     told["front.png"] = (f"{artifacts}/charts/recommendation.svg", 800, PREVIEWED)
     return told
 

@@ -43,7 +43,7 @@ def recommendation_markdown(found: Recommendation) -> str:
             parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
     parts.append(
         "Values are as measured, with the 95 % interval in brackets. On the front is what no other configuration "
-        "dominates: none is nowhere worse, by more than 1 %, and somewhere better beyond chance (p < 0.05 after Holm)."
+        "dominates, being nowhere worse by more than 1 % and somewhere better beyond chance (p < 0.05 after Holm)."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -62,7 +62,7 @@ def answer(found: Recommendation) -> str:
 
 
 def recommendation_cells(found: Recommendation) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the table of all that were weighed: what is measured, whether it is on the front, and its rank."""
+    """Heading and body of the table of all that were weighed: what is measured, whether it is on the front, its rank, and that it is suspect."""
     heading = ["", *(measure.label for measure in found.objectives), "front", ""]
     front = {id(one) for one in found.front}
     places = {id(found.winner): "winner"} if found.winner else {}
@@ -70,7 +70,8 @@ def recommendation_cells(found: Recommendation) -> tuple[list[str], list[list[st
     body = []
     for one in found.eligible:
         shown = [_shown(one, measure) for measure in found.objectives]
-        body.append([one.name, *shown, "yes" if id(one) in front else "", places.get(id(one), "beyond a limit")])
+        suspect = ", suspect" if one.verdict.word == "suspect" else ""
+        body.append([one.name, *shown, "yes" if id(one) in front else "", places.get(id(one), "beyond a limit") + suspect])
     return heading, body
 
 

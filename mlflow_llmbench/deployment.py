@@ -93,15 +93,17 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
 
 
 def version_tags(deployment: Deployment) -> dict[str, str]:
-    """Tags of a version, for people who look only at the registry: the figures without their section, hashes, verdict, evidence."""
+    """Tags of a version, for people who look only at the registry: the figures without their section, verdict, evidence, hashes.
+
+    In this order, because the model's page shows only the first ones.
+    """
     config, evidence = deployment.config, deployment.evidence
     tags = {
-        "schema": config["schema"], "run_id": evidence.run_id, "sweep": evidence.sweep, "verdict": evidence.verdict.word,
-        "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons),
-        "accepted_suspect": evidence.accepted_suspect, "linked_run": evidence.linked,
         **{name: config[name] for name in SHOWN},
-        **{f"{name}_hash": value for name, value in config["hashes"].items()},
         **{key.partition("/")[2]: f"{value:.0f}" if value >= 1e6 else f"{value:.6g}" for key, value in deployment.figures.items()},
+        "verdict": evidence.verdict.word, "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons),
+        "accepted_suspect": evidence.accepted_suspect, "run_id": evidence.run_id, "sweep": evidence.sweep, "linked_run": evidence.linked,
+        **{f"{name}_hash": value for name, value in config["hashes"].items()}, "schema": config["schema"],
     }  # fmt: skip
     return {f"llmbench.{name}": str(value)[:5000] for name, value in tags.items() if value not in (None, "")}
 

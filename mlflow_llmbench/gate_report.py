@@ -75,7 +75,8 @@ def _value(key: str, value: float) -> str:
     metric = KEYS.get(key)
     if metric is not None and metric.unit == "bytes":
         return f"{value / 1e9:.4g} GB"
-    return f"{value:.4g} {metric.unit if metric else ''}".strip()
+    unit = metric.unit if metric is not None and metric.unit != "0–1" else ""
+    return f"{value:.4g} {unit}".strip()
 
 
 def _interval(check: Check) -> str:

@@ -29,7 +29,7 @@ def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
         return []
     with _style():
         name = found.winner.name if found.winner else "nothing keeps the limits"
-        title = f"{goal.label.capitalize()}: {name}"
+        title = f"{goal.label[:1].upper()}{goal.label[1:]}: {name}"
         columns = min(2, len(others))
         rows = -(-len(others) // columns)
         size = (WIDTH if columns == 1 else 1.3 * WIDTH, 4.8 if rows == 1 else 1.2 + 3.6 * rows)
@@ -117,4 +117,4 @@ def _axis_label(measure: Measure) -> str:
     key = measure.keys[-1]
     unit = KEYS[key].unit if key in KEYS else ""
     shown = {"bytes": "GB", "1/s": "tokens/s", "0–1": ""}.get(unit, unit)
-    return f"{measure.label.capitalize()}{f' ({shown})' if shown else ''}"
+    return f"{measure.label[:1].upper()}{measure.label[1:]}{f' ({shown})' if shown else ''}"

@@ -227,7 +227,8 @@ def describe(name: str, result: RunResult, deployment: Deployment) -> str:
     """A version's description: the run's summary, the limits, and how to serve it."""
     config, evidence = deployment.config, deployment.evidence
     metrics = summarize(result)
-    limits = f"up to {config['max_prompt_tokens']} prompt tokens, {config['max_new_tokens']} output tokens, {config['batch_size']} rows at a time"
+    rows = "1 row" if config["batch_size"] == 1 else f"{config['batch_size']} rows"
+    limits = f"up to {config['max_prompt_tokens']} prompt tokens, {config['max_new_tokens']} output tokens, {rows} at a time"
     parts = [
         summary_markdown(result, metrics, evidence.verdict).rstrip(),
         *([f"Suspect, and accepted: {evidence.accepted_suspect}"] if evidence.accepted_suspect else []),

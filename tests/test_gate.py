@@ -18,7 +18,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.cli import build_parser, main
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.gate import decide, missing, parse_limits, parse_ratio, quality_checks
-from mlflow_llmbench.gate_report import gate_junit, gate_markdown
+from mlflow_llmbench.gate_report import gate_cells, gate_junit, gate_markdown
 from mlflow_llmbench.records import Hashes, MemoryStages, Quality, RunResult, TextScores
 from mlflow_llmbench.registry import promote, register, result_of
 from mlflow_llmbench.tracking import open_store
@@ -90,6 +90,8 @@ def test_quality_is_held_too() -> None:
     assert state({"perplexity": 10.0}, {"perplexity": 8.0}) == ["ok"]
     assert state({"top1_agreement": 0.99, "kl_vs_reference": 0.0}, {"top1_agreement": 0.9, "kl_vs_reference": 0.01}) == ["regression", "regression"]
     assert state({}, {"perplexity": 10.0}) == []
+    shown = gate_cells(quality_checks({"quality/top1_agreement": 1.0}, {"quality/top1_agreement": 0.891}, {}, 0.05))
+    assert [row[1:3] for row in shown] == [["1", "0.891"]]
     assert missing({"quality/perplexity": 10.0, "memory/device_bytes_peak": 1.0}, {}) == ["memory/device_bytes_peak", "quality/perplexity"]
 
 

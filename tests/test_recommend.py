@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench import run
 from mlflow_llmbench.cli import main
-from mlflow_llmbench.decision import answer, format_recommendation, recommendation_markdown
+from mlflow_llmbench.decision import answer, format_recommendation, recommendation_cells, recommendation_markdown
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.pareto import draw_recommendation
 from mlflow_llmbench.plan import config_hash
@@ -152,6 +152,7 @@ def test_suspect_results_take_part_only_if_that_is_accepted() -> None:
     assert accepted.winner is not None and accepted.winner.name == "int4"
     assert accepted.accepted_suspect == "a first look"
     assert "It is suspect, and was accepted: a first look." in answer(accepted)
+    assert [row[-1] for row in recommendation_cells(accepted)[1]] == ["winner, suspect", "runner-up"]
 
 
 def test_the_larger_group_of_alike_results_is_weighed() -> None:
@@ -219,6 +220,9 @@ def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
     text = files[0].read_text()
     assert all(name in text for name in ("int8 batch 8", "Peak memory (GB)", "Median time to first token (ms)", "winner", "limit"))
     assert draw_recommendation(recommend([INT4]), tmp_path / "one") == []
+    scored = [dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": 0.01}) for one in candidates([INT8, INT4])]
+    files = draw_recommendation(choose(scored, "throughput", [Limit("--min-quality", QUALITY["kl"], 0.05)]), tmp_path / "scored")
+    assert "KL divergence from the reference" in files[0].read_text()
     markdown = html.unescape(recommendation_markdown(found))
     assert "| int4 batch 1 | 96.2 tokens/s" in markdown and "- **int8 batch 8**: Its peak memory" in markdown
 

@@ -71,6 +71,7 @@ def test_a_version_holds_the_configuration_its_figures_and_its_evidence(run_id: 
     assert version.tags["llmbench.quant"] == "int8"
     assert float(version.tags["llmbench.output_tokens_per_s"]) == pytest.approx(metrics["throughput/output_tokens_per_s"], rel=1e-5)
     assert version.tags["llmbench.config_hash"] == result.hashes.config
+    assert "up to 16 prompt tokens, 8 output tokens, 2 rows at a time" in version.description
     assert "| output throughput |" in version.description and f"run `{run_id}`" in version.description
     assert client.get_run(run_id).data.tags["llmbench.registered"] == "models:/support-bot/1"
     assert client.get_run(run_id).info.status == "FINISHED"
@@ -327,6 +328,13 @@ def test_recomputed_conversations_are_served_up_to_their_longest_history() -> No
     assert (config["workload"], config["history"], config["max_prompt_tokens"]) == ("chat", "recomputed", 40)
     tags = version_tags(deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid"))))
     assert (tags["llmbench.workload"], tags["llmbench.history"]) == ("synthetic", "none")
+
+
+def test_the_figures_of_a_version_come_before_its_evidence() -> None:
+    result = real("none")
+    names = list(version_tags(deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid")))))
+    order = [names.index(f"llmbench.{name}") for name in ("model", "quant", "output_tokens_per_s", "verdict", "run_id", "config_hash", "schema")]
+    assert order == sorted(order)
 
 
 def test_a_checkpoint_that_is_quantized_already_pins_what_loads_it() -> None:

@@ -33,11 +33,11 @@ from mlflow_llmbench.backends.transformers_local import TransformersBackend
 class SlowBackend(TransformersBackend):
     def generate(self, prompts, output_tokens, emit, history=None):
         def late(*tokens):
-            time.sleep(0.05)
+            time.sleep(0.5)
             emit(*tokens)
         super().generate(prompts, output_tokens, late, history)
 """
-"""The same model, 50 ms later with each token: a backend of somebody else's package."""
+"""The same model, half a second later with each token: a backend of somebody else's package."""
 
 
 def install_slow_backend(folder: Path) -> None:
@@ -81,10 +81,10 @@ def test_from_a_sweep_to_a_guarded_deployment(store_uri: str, tmp_path: Path) ->
     def measured(*arguments: str) -> dict[str, Any]:
         return dict(json.loads(llmbench("run", "--model", str(model), *shape, *arguments, "--json").splitlines()[-1]))
 
-    swept = measured("--quant", "bf16,int8,int4", "--quality", "auto")
+    swept = measured("--quant", "bf16,int8", "--quality", "auto")
     told = llmbench("recommend", name_of(swept), "--goal", "latency", "--min-quality", "kl=0.000001", *BUSY)
     assert told.startswith("Deploy bf16, the best for median end-to-end latency within --min-quality kl 1e-06")
-    assert "int4: Its KL divergence from the reference is " in told
+    assert "int8: Its KL divergence from the reference is " in told
     llmbench("register", name_of(swept), "--name", "support-bot", *BUSY)
     llmbench("promote", "models:/support-bot@candidate")
     client = MlflowClient(store_uri)
@@ -104,10 +104,6 @@ def test_from_a_sweep_to_a_guarded_deployment(store_uri: str, tmp_path: Path) ->
     told = llmbench("gate", str(elsewhere(folder, tmp_path / "elsewhere")), *gate, code=2)
     assert "→ Another CPU" in told
 
-    again = measured("--quant", "bf16", "--quality", "auto", "--rerun", "true")
-    llmbench("register", name_of(again), "--name", "support-bot", *BUSY)
-    assert "PASSED: " in llmbench("gate", "models:/support-bot@candidate", *gate, "--default-limit", "300%")
-    assert "Version 1 is kept as previous." in llmbench("promote", "models:/support-bot@candidate")
     told = llmbench("reproduce", "models:/support-bot@champion", "--margin", "90%")
     assert "Equivalent within ±90 %" in told
-    assert "This machine and its software are those of models:/support-bot/2." in told
+    assert "This machine and its software are those of models:/support-bot/1." in told
