@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from .errors import UsageError
+from .quant_plan import QUANTIZED, QuantPlan
 from .records import SCHEMA, RunResult, Verdict
 
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -65,7 +66,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "quant": cell.quant,
         "dtype": _dtype(result),
         "compute_dtype": facts.get("model.dtype"),
-        "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf"),
+        "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf", result.load and result.load.quant_plan),
         "kernel": facts.get("quant.kernel"),
         "bits_per_weight": facts.get("quant.bits_per_weight"),
         "decode": cell.decode,
@@ -124,8 +125,14 @@ def _dtype(result: RunResult) -> str:
     return "auto" if cell.quant == "none" else str(facts.get("model.dtype", "auto"))
 
 
-def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf: bool) -> dict[str, Any]:
-    """The recipe as it was realised: the class of transformers and its settings; empty where the checkpoint is loaded as it is."""
+def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf: bool, plan: QuantPlan | None) -> dict[str, Any]:
+    """The recipe as it was realised: the class of transformers and its settings; empty where the checkpoint is loaded as it is.
+
+    Of a mixed quantization the layers by scheme, which `serving_model` replaces one by one.
+    """
+    if plan is not None:
+        layers = {scheme: [name for name, given in plan.modules.items() if given == scheme] for scheme in QUANTIZED}
+        return {"class": "mixed", "layers": layers, "llm_int8_threshold": facts["quant.threshold"]}
     if quant == "int8":
         return {"class": "BitsAndBytesConfig", "load_in_8bit": True, "llm_int8_threshold": facts["quant.threshold"]}
     if quant in ("int4", "fp4"):
@@ -159,6 +166,6 @@ def _requirements(result: RunResult) -> tuple[str, ...]:
     """Pins of what the served model imports, in the versions that were measured; local labels (`+cpu`) are cut, no index has them."""
     packages = result.environment.get("packages") or {}
     wanted = ["torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy"]
-    wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4") else []
+    wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4", "mixed") else []
     wanted += ["gguf"] if result.model.source == "gguf" else []
     return tuple(f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in wanted if name in packages)

@@ -26,7 +26,7 @@ from .backends.base import backend_class
 from .errors import UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
 from .redaction import redact
-from .spec import BITSANDBYTES, GPTQ_BITS, QUANTIZATIONS, known_backends
+from .spec import BITSANDBYTES, GPTQ_BITS, MIXED, QUANTIZATIONS, known_backends
 
 TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
 
@@ -49,7 +49,7 @@ OPTIONAL = (
 )
 """Packages, what they give, how to get them."""
 
-QUANTIZATION_PACKAGES = {**dict.fromkeys(BITSANDBYTES, ("bitsandbytes",)), **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum"))}
+QUANTIZATION_PACKAGES = {**dict.fromkeys((*BITSANDBYTES, MIXED), ("bitsandbytes",)), **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum"))}
 
 LITTLE_MEMORY = 2_000_000_000
 LITTLE_DISK = 10_000_000_000

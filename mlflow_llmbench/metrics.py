@@ -296,6 +296,6 @@ OUTCOMES = {
 
 COLOURS = {
     "none": "#5f6b7a", "fp32": "#1f4e8c", "fp16": "#2e86c1", "bf16": "#17a2a2", "int8": "#e08e0b", "int4": "#c0392b", "fp4": "#8e44ad", "gptq": "#2e8b57",
-    "gptq3": "#7a9a01", "gptq8": "#5d8aa8",
+    "gptq3": "#7a9a01", "gptq8": "#5d8aa8", "mixed": "#b5476b",
 }  # fmt: skip
 """One colour per quantization, in MLflow (`mlflow.runColor`) and in our charts."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .metrics import SPOILED_CPU_LIMIT
+from .quant_plan import QuantPlan
 
 SCHEMA = 1
 DRAWN = ("synthetic", "mixed")
@@ -53,9 +54,15 @@ class Cell:
     revision: str = parameter("main", "Hub revision; the resolved commit is logged", kind="text")
     backend: str = parameter("transformers", "what runs the model", kind="backend")
     quant: str = parameter(
-        "none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8", kind="quant", sweep=True
+        "none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8, mixed (by block)", kind="quant", sweep=True
     )
     group_size: int = parameter(128, "weights that share a scale, for gptq", kind="count", low=16, high=1024)
+    quant_budget: str | None = parameter(
+        None, "quant=mixed: the most that the weights may take, 5.5 (bits per weight) or 300MB (the whole model)", kind="budget", unset="none"
+    )
+    quant_plan: str | None = parameter(
+        None, "quant=mixed: the quant_plan.json of an earlier run, in place of a budget", kind="plan_file", unset="none"
+    )
     batch_size: int = parameter(1, "rows in one forward pass", kind="count", sweep=True, high=4096)
     prompt_tokens: int | None = parameter(
         128, "exact prompt length in tokens; auto = as the workload gives it", kind="count", sweep=True, unset="auto", high=1_000_000
@@ -221,6 +228,7 @@ class ModelFacts:
     dtype: str | None = None  # of the checkpoint, torch's name
     context: int | None = None  # tokens
     files_bytes: int | None = None  # of the weight files
+    quant_plan: QuantPlan | None = None  # the one that was given
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,7 @@ class LoadInfo:
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     vocab_size: int | None = None
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
+    quant_plan: QuantPlan | None = None  # of a mixed quantization
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from .redaction import CONTROLS, redact
 
 BITSANDBYTES = ("int8", "int4", "fp4")
 GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
-MADE = (*BITSANDBYTES, *GPTQ_BITS)
+MIXED = "mixed"
+MADE = (*BITSANDBYTES, *GPTQ_BITS, MIXED)
 """Quantizations that are made of a checkpoint which is not quantized yet."""
 
 QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
@@ -73,7 +74,7 @@ SWEEPABLE = tuple(name for name, f in PARAMETERS.items() if f.metadata["sweep"])
 
 
 LOCAL = (
-    "weights", "revision", "backend", "quant", "group_size", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
+    "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "batch_size", "device", "threads", "attention", "decode", "trust_remote_code", "allow_pickle",
     "preset", "on", "force", "memory_limit", "quality", "quality_text",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
@@ -232,6 +233,21 @@ def _parse_size(name: str, text: str, bounds: Mapping[str, Any]) -> int:
     return int(size)
 
 
+def read_budget(text: str) -> tuple[float | None, int | None]:
+    """A budget of mixed quantization: bits per weight (`5.5`), or bytes of the whole model (`300MB`). Raises UsageError if it is neither."""
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        return None, _parse_size("quant_budget", text, {"low": 1e5, "high": 1e15, "unset": "bits per weight, such as 5.5"})
+    if not 1 <= float(text) <= 32:
+        raise UsageError(f"quant_budget is not from 1 to 32 bits per weight: {text}. Give such a number, or a size with its unit such as 300MB.")
+    return float(text), None
+
+
+def _parse_plan_file(name: str, text: str) -> str:
+    if not os.path.isfile(_parse_text(name, text)):
+        raise UsageError(f"There is no plan file {text}. Give {name} the quant_plan.json of a run with quant=mixed.")
+    return text
+
+
 def _parse_choice(name: str, text: str, choices: Iterable[str]) -> str:
     known = list(choices)
     if text in known:
@@ -340,6 +356,8 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "tasks": lambda name, text, _: _parse_tasks(name, text),
     "weights": lambda name, text, _: _parse_choice(name, text, ("hub", "random")),
     "quant": lambda name, text, _: _parse_choice(name, text, QUANTIZATIONS),
+    "budget": lambda name, text, _: text if read_budget(text) else None,
+    "plan_file": lambda name, text, _: _parse_plan_file(name, text),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),
@@ -374,8 +392,20 @@ def _check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
     if axes["history"] != ("none",) and axes["prompt_tokens"] != (None,):
         asked = next(history for history in axes["history"] if history != "none")
         raise UsageError(f"history={asked} sends each turn of a conversation at its own length. Give prompt_tokens=auto.")
+    _check_mixed(axes)
     _check_online(axes)
     _check_batching(axes)
+
+
+def _check_mixed(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A mixed quantization has a budget or a plan, and nothing else has one."""
+    given = [name for name in ("quant_budget", "quant_plan") if axes[name] != (None,)]
+    if MIXED in axes["quant"] and not given:
+        raise UsageError("quant=mixed needs a budget. Give quant_budget=5.5 (bits per weight) or 300MB (the whole model), or quant_plan=FILE.")
+    if MIXED not in axes["quant"] and given:
+        raise UsageError(f"{given[0]} is of quant=mixed. Add quant=mixed, or leave it out.")
+    if len(given) > 1:
+        raise UsageError("quant_plan has a scheme for each block, and quant_budget asks for them to be chosen. Give one of them.")
 
 
 def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:

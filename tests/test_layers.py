@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
-    "nouns": ("redaction", "errors", "metrics", "records"),
+    "nouns": ("redaction", "errors", "metrics", "quant_plan", "records"),
     "intent": ("spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "worker", "reference", "node"),
@@ -56,6 +56,7 @@ LAYERS = {
         "pareto",
         "gate_report",
         "export",
+        "sensitivity",
     ),
     "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
@@ -93,7 +94,7 @@ EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats"), ("measure_strea
 HOMES = {
     "torch": ("backends", "worker", "serving_model"),
     "transformers": ("backends", "worker", "serving_model"),
-    "bitsandbytes": ("backends",),
+    "bitsandbytes": ("backends", "serving_model"),
     "accelerate": ("backends",),
     "safetensors": ("backends",),
     "huggingface_hub": ("backends",),
@@ -103,7 +104,7 @@ HOMES = {
     "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts", "comparison_charts", "pareto", "scaling_charts", "study_charts", "tradeoff_charts"),
+    "matplotlib": ("charts", "comparison_charts", "pareto", "scaling_charts", "sensitivity", "study_charts", "tradeoff_charts"),
     "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
     "ray": ("cluster",),
 }

@@ -13,7 +13,8 @@ from mlflow_llmbench.spec import PARAMETERS, default_text, parse, read_yaml
 
 def test_defaults_are_those_of_the_vocabulary() -> None:
     assert {name: default_text(name) for name in PARAMETERS} == {
-        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128", "batch_size": "1",
+        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128", "quant_budget": "none",
+        "quant_plan": "none", "batch_size": "1",
         "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto", "repetitions": "auto",
         "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "attention": "auto",
         "decode": "generate", "seed": "0", "trust_remote_code": "false", "allow_pickle": "false", "preset": "none", "output_dir": "llmbench-results",

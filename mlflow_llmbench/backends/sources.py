@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from .. import models
 from ..errors import ModelError, UsageError, first_line
 from ..records import Cell, ModelFacts
-from ..spec import GPTQ_BITS, MADE
-from . import gptq, synthetic
+from ..spec import GPTQ_BITS, MADE, MIXED
+from . import gptq, mixed, synthetic
 from .base import LOCAL_FILES
 
 HUB_TIMEOUT_S = 12.0
@@ -279,6 +279,8 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         _download(model)
     if cell.quant in GPTQ_BITS:
         gptq.quantize(cell, model, _base_files(cell, model)[0], None if cell.workload == "synthetic" else _tokenizer(cell, *_base_files(cell, model)))
+    if cell.quant == MIXED and not mixed.is_prepared(cell, model):
+        mixed.prepare(cell, model, _base_files(cell, model)[0], None if cell.weights == "random" else load_tokenizer(cell, model))
 
 
 def is_here(cell: Cell, model: ModelFacts) -> bool:

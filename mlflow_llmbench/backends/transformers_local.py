@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import inspect
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
+from ..quant_plan import QuantPlan
 from ..records import Cell, LoadInfo, ModelFacts
-from ..spec import BITSANDBYTES, GPTQ_BITS
+from ..spec import BITSANDBYTES, GPTQ_BITS, MIXED
 from ..workload import turn_texts
-from . import gptq, sources
+from . import gptq, mixed, sources
 from .base import Capabilities, DeviceMemory, Emit, Token
 from .continuous import ContinuousEngine
-from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify
+from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify, verify_plan
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,7 @@ class TransformersBackend:
         self._checked_late = False
         self.weights_format = ""
         self.load_s = 0.0
+        self.plan: QuantPlan | None = None
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
@@ -48,14 +51,14 @@ class TransformersBackend:
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise MissingError(f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench")
-        if cell.quant in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        if cell.quant in (*BITSANDBYTES, MIXED) and importlib.util.find_spec("bitsandbytes") is None:
             raise MissingError(f"quant={cell.quant} needs the package bitsandbytes, which is not installed. Run: pip install bitsandbytes")
         if cell.quant in GPTQ_BITS:
             gptq.require()
         machine.require_device(cell.device)
         model = sources.find_model(cell)
         gptq.require_for(model)
-        return model
+        return dataclasses.replace(model, quant_plan=mixed.read_plan(cell.quant_plan, model)) if cell.quant_plan else model
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
@@ -65,7 +68,7 @@ class TransformersBackend:
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Whether the files are on this disk; a checkpoint that GPTQ makes is found by its content only, so it is never known before."""
-        return cell.quant not in GPTQ_BITS and sources.is_here(cell, model)
+        return cell.quant not in GPTQ_BITS and sources.is_here(cell, model) and (cell.quant != MIXED or mixed.is_prepared(cell, model))
 
     # Loading
 
@@ -76,11 +79,15 @@ class TransformersBackend:
 
         folder, gguf_file = sources.local_files(self.cell, self.facts)
         self.weights_format = "gguf" if gguf_file else sources.weights_format(folder)
+        self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
         keywords = self._load_keywords(gguf_file)
         started = time.perf_counter()
         with _foreign_errors("loading"), torch.inference_mode():
             self.model = AutoModelForCausalLM.from_pretrained(folder, **keywords)
             self.model.eval()
+            if self.plan:
+                mixed.realise(self.model, self.plan.modules, self.device)
+                self.model.to(self.device)
             touch(self.model)  # part of the load: a mapped checkpoint is read from the disk only now
         self._synchronise()
         self.load_s = time.perf_counter() - started
@@ -89,6 +96,8 @@ class TransformersBackend:
         gc.collect()
         found = inspect_model(self.model)
         verify(self.cell.quant, self.device, found)
+        if self.plan:
+            verify_plan(self.plan.modules, self.model)
         if gguf_file and self.cell.quant == "none" and not any("gguf" in name.lower() for name in found.linear_classes):
             raise NotRealised(
                 f"transformers cannot run {gguf_file} packed: it was unpacked to {', '.join(found.dtypes)}. "
@@ -109,8 +118,11 @@ class TransformersBackend:
         if quant in FLOAT_DTYPES:
             keywords["dtype"] = getattr(torch, FLOAT_DTYPES[quant])
         elif quant in BITSANDBYTES:
-            keywords["dtype"] = torch.bfloat16 if self._has_bfloat16() else torch.float16
+            keywords["dtype"] = torch.bfloat16 if mixed.has_bfloat16(self.device) else torch.float16
             keywords["quantization_config"] = _bitsandbytes_config(quant, keywords["dtype"])
+        elif self.plan:
+            keywords["dtype"] = getattr(torch, FLOAT_DTYPES[self.plan.sensitivity.kept])
+            keywords["device_map"] = {"": "cpu"}  # quantized block by block on the way to the device, which never holds all of it unquantized
         else:
             keywords["dtype"] = "auto"
         if not sources.may_be_pickled(self.cell, self.facts.source):
@@ -123,11 +135,6 @@ class TransformersBackend:
 
                 keywords["quantization_config"] = GgufConfig(dequantize=True)
         return keywords
-
-    def _has_bfloat16(self) -> bool:
-        import torch
-
-        return self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
 
     def _load_info(self, load_s: float, found: Inspection) -> LoadInfo:
         config = self.model.config.get_text_config()
@@ -146,6 +153,7 @@ class TransformersBackend:
             "quant.kernel": ", ".join(f"{name} × {count}" for name, count in sorted(found.linear_classes.items())),
             **_quantization_facts(self.model),
             **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
+            **(mixed.facts(self.plan) if self.plan else {}),
         }
         return LoadInfo(
             load_s=load_s,
@@ -156,6 +164,7 @@ class TransformersBackend:
             facts=facts,
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
+            quant_plan=self.plan,
         )
 
     def _cache_bytes(self) -> int | None:
