@@ -66,7 +66,9 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "quant": cell.quant,
         "dtype": _dtype(result),
         "compute_dtype": facts.get("model.dtype"),
-        "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf", result.load and result.load.quant_plan),
+        "quantization": {}
+        if cell.backend == "fake"
+        else _quantization(cell.quant, facts, model.source == "gguf", result.load and result.load.quant_plan),
         "kernel": facts.get("quant.kernel"),
         "bits_per_weight": facts.get("quant.bits_per_weight"),
         "decode": cell.decode,

@@ -54,7 +54,10 @@ class Cell:
     revision: str = parameter("main", "Hub revision; the resolved commit is logged", kind="text")
     backend: str = parameter("transformers", "what runs the model", kind="backend")
     quant: str = parameter(
-        "none", "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8, mixed (by block)", kind="quant", sweep=True
+        "none",
+        "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8, mixed (by block)",
+        kind="quant",
+        sweep=True,
     )
     group_size: int = parameter(128, "weights that share a scale, for gptq", kind="count", low=16, high=1024)
     quant_budget: str | None = parameter(

@@ -93,7 +93,10 @@ def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]])
         ends = [t_interval(block.kl[scheme]) or (cost, cost) for _, cost, block in points]
         layers, costs = [layer for layer, _, _ in points], [cost for _, cost, _ in points]
         # An interval that reaches 0 has no lower end on this scale.
-        reach: Any = [[min(cost - low, 0.99 * cost) for cost, (low, _) in zip(costs, ends, strict=True)], [e[1] - c for c, e in zip(costs, ends, strict=True)]]
+        reach: Any = [
+            [min(cost - low, 0.99 * cost) for cost, (low, _) in zip(costs, ends, strict=True)],
+            [e[1] - c for c, e in zip(costs, ends, strict=True)],
+        ]
         axes.errorbar(layers, costs, yerr=reach, color=COLOURS[scheme], marker="o", markersize=4, linewidth=1, elinewidth=0.8, capsize=0, zorder=2)
         chosen = [(layer, cost) for layer, cost, block in points if plan.schemes[block.name] == scheme]
         axes.plot([x for x, _ in chosen], [y for _, y in chosen], "o", markersize=10, mfc="none", mec=INK, mew=1.1, zorder=3)

@@ -43,7 +43,7 @@ def test_help_names_every_parameter_with_its_default(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["run", "--quant", "int44"], "llmbench: Unknown quant: int44. Did you mean int4? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8.\n"),
+        (["run", "--quant", "int44"], "llmbench: Unknown quant: int44. Did you mean int4? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8, mixed.\n"),
         (["run", "--batch-size", "0"], "llmbench: batch_size is too small: 0. The smallest is 1.\n"),
         (["run", "--batchsize", "2"], "llmbench: Unrecognized arguments: --batchsize 2. See `llmbench --help`.\n"),
         (["run", "--config", "none.yaml"], "llmbench: Cannot read parameters from none.yaml: [Errno 2] No such file or directory: 'none.yaml'. "

@@ -48,7 +48,7 @@ def test_auto_none_and_flags() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"quant": "int44"}, r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8\."),
+        ({"quant": "int44"}, r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8, mixed\."),
         ({"backend": "vllm"}, r"Unknown backend: vllm\. Known: transformers, fake"),
         ({"workload": "summarisation"}, r"Unknown workload: summarisation\. Did you mean summarization\?"),
         ({"workload": "missing.jsonl"}, r"There is no workload file missing\.jsonl"),
