@@ -86,6 +86,8 @@ def place(name: str, number: int) -> tuple[str, int]:
 
 
 def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     axes.set_yscale("log", nonpositive="mask")
     axes.set_ylabel("KL divergence, nats")
     for scheme in QUANTIZED:
@@ -102,8 +104,11 @@ def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]])
         axes.plot([x for x, _ in chosen], [y for _, y in chosen], "o", markersize=10, mfc="none", mec=INK, mew=1.1, zorder=3)
     kept = plan.sensitivity.kept
     layers = [layer for layer, block in blocks if plan.schemes[block.name] == kept]
-    axes.plot(layers, [0.03] * len(layers), "s", color=COLOURS[kept], markersize=6, transform=axes.get_xaxis_transform(), clip_on=False, zorder=3)
+    if layers:  # the layout cannot place an empty line in these coordinates
+        axes.plot(layers, [0.03] * len(layers), "s", color=COLOURS[kept], markersize=6, transform=axes.get_xaxis_transform(), zorder=3)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(plan: QuantPlan) -> list[Any]:

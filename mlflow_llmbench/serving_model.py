@@ -25,12 +25,13 @@ def refused(message: str) -> MlflowException:
 
 def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
     """A linear layer as LLM.int8 (int8) or NF4 (int4): what `backends.mixed.quantized` makes, which this file cannot import."""
+    import bitsandbytes
     import torch
-    from bitsandbytes import nn
 
+    nn: Any = bitsandbytes.nn
     sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
     weight = linear.weight.data.to("cpu")
-    form = {"compress_statistics": False, "quant_type": "nf4"}
+    form: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
     with torch.device("meta"):
         made: Any = (
             nn.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=threshold)

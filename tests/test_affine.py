@@ -48,7 +48,7 @@ def test_the_reference_is_off_by_half_a_step_at_most(weight: torch.Tensor, bits:
     assert bool((error <= step / 2 * (1 + 1e-9)).all())
     ends = affine(weight, bits, group).reshape(codes.shape)
     assert torch.allclose(ends.amin(1), low[:, 0]) and torch.allclose(ends.amax(1), weight.reshape(codes.shape).amax(1))
-    if bits > 3:  # rounding errors are then uniform over a step, whose variance is step²/12
+    if bits > 3 and group:  # errors are then uniform over a step, whose variance is step²/12; over the whole matrix its small rows are near 0
         assert rms(error / step) == pytest.approx(1 / math.sqrt(12), rel=0.05)
 
 
@@ -72,7 +72,7 @@ def test_llm_int8_is_off_by_half_a_step_of_its_row(weight: torch.Tensor) -> None
     assert rms(back - weight) > rms(affine(weight, 9, WIDTH) - weight)
 
 
-def test_nf4_is_off_by_half_a_gap_of_its_codebook_and_beats_four_affine_bits(weight: torch.Tensor) -> None:
+def test_nf4_is_off_by_half_a_gap_of_its_codebook_and_beats_affine_codes_of_as_many_bits(weight: torch.Tensor) -> None:
     """16 values at quantiles of the normal distribution, times the largest magnitude of each block of 64 (Dettmers et al. 2023)."""
     packed, state = functional.quantize_4bit(weight.float(), blocksize=64, quant_type="nf4", compress_statistics=False)
     back = functional.dequantize_4bit(packed, state).double()
@@ -86,7 +86,8 @@ def test_nf4_is_off_by_half_a_gap_of_its_codebook_and_beats_four_affine_bits(wei
     assert rms(its - blocks) == pytest.approx(rms(exact - blocks), rel=1e-3)  # each weight has the nearest of the 16
     smooth = torch.randn(256, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     made = functional.dequantize_4bit(*functional.quantize_4bit(smooth.float(), blocksize=64, quant_type="nf4", compress_statistics=False)).double()
-    assert rms(affine(smooth, 5, 64) - smooth) < rms(made - smooth) < 0.95 * rms(affine(smooth, 4, 64) - smooth)
+    assert bits_per_weight(4, 64, 32) == bits_per_weight(4, 128, 64)  # a scale for 64 weights, or a scale and a minimum for 128
+    assert rms(affine(smooth, 5, 128) - smooth) < rms(made - smooth) < 0.95 * rms(affine(smooth, 4, 128) - smooth)
 
 
 @pytest.mark.parametrize(

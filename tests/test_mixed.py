@@ -63,7 +63,7 @@ def test_the_choice_is_within_the_budget_and_spares_what_is_sensitive() -> None:
     assert set(everything.schemes.values()) == {"bf16"} and everything.predicted_kl == 0 and everything.bits == 16
     middle = mixed.choose(found, "8")
     assert middle.bits <= 8 and middle.counts == {"int8": 3, "int4": 1} and middle.schemes["m.0.attn"] == "int8"
-    assert mixed.choose(found, "9.2").schemes["m.0.attn"] == "bf16"
+    assert mixed.choose(found, "10.1").schemes["m.0.attn"] == "bf16"
     costs = [mixed.choose(found, str(bits)).predicted_kl for bits in (4.5, 5, 6, 7, 8, 8.1, 9, 12, 16)]
     assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1] == 0
     least = mixed.choose(found, "4.48")
@@ -273,6 +273,7 @@ def test_the_files_of_a_run_have_the_plan(tmp_path: Path) -> None:
     assert read_result(tmp_path) == result
 
 
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")  # of mlflow.pyfunc, as it is imported
 def test_a_registered_version_has_the_plan_and_answers_with_it(tiny_model: Path) -> None:
     """The served model is made by code of its own, so it is held to the measured one bit for bit."""
     from mlflow_llmbench.deployment import Evidence, deployment_of

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("bitsandbytes", "torch", "transformers")
-PASSAGES, PASSAGE_TOKENS, POSITIONS = 32, 64, 16
-"""Passages, tokens of each, and positions at its end whose distributions are compared: 270 MB of logits for Gemma's vocabulary."""
+PASSAGES, PASSAGE_TOKENS, POSITIONS = 24, 64, 8
+"""Passages, tokens of each, and positions at its end whose distributions are compared: 100 MB of logits for Gemma's vocabulary."""
 
 CALIBRATION = ("qa", "summarization", "creative", "code", "chat", "domain")
 """Bundled workloads that the passages are cut from: all but the one that is measured, so that its quality is judged on other texts."""
@@ -223,7 +223,8 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     import torch
 
     keep = {"logits_to_keep": POSITIONS} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    found = [model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, **keep).logits[:, -POSITIONS:] for rows in ids.split(ROWS)]
+    parts: Sequence[torch.Tensor] = torch.split(ids, ROWS)
+    found = [model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, **keep).logits[:, -POSITIONS:] for rows in parts]
     return torch.cat(found)
 
 
@@ -310,9 +311,10 @@ def realise(model: Any, schemes: Mapping[str, str], device: str) -> None:
 
 def quantized(linear: Any, scheme: str, device: str) -> Any:
     """A linear layer as bitsandbytes' LLM.int8 (int8) or NF4 with blocks of 64 (int4), made as transformers makes it."""
+    import bitsandbytes
     import torch
-    from bitsandbytes import nn
 
+    nn: Any = bitsandbytes.nn
     sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
     weight = linear.weight.data.to("cpu")
     with torch.device("meta"):
