@@ -49,7 +49,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
     """The deployment of a measured result with its summary metrics. Raises UsageError for a result that must not or cannot be deployed."""
     _refuse(result, evidence)
     cell, model = result.cell, result.model
-    facts = result.load.facts if result.load else {}
+    facts, plan = (result.load.facts, result.load.quant_plan) if result.load else ({}, None)
     figures = {key: metrics[key] for key in HEADLINES if key in metrics}
     path = PurePath(model.location)
     device = cell.device if cell.device != "auto" else str(facts.get("model.device", "cpu")).partition(":")[0]
@@ -66,9 +66,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "quant": cell.quant,
         "dtype": _dtype(result),
         "compute_dtype": facts.get("model.dtype"),
-        "quantization": {}
-        if cell.backend == "fake"
-        else _quantization(cell.quant, facts, model.source == "gguf", result.load and result.load.quant_plan),
+        "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf", plan),
         "kernel": facts.get("quant.kernel"),
         "bits_per_weight": facts.get("quant.bits_per_weight"),
         "decode": cell.decode,

@@ -26,7 +26,7 @@ def plan_markdown(plan: QuantPlan) -> str:
         f"The cost of a block is the KL divergence from the unquantized model ({found.kept}) with this block alone quantized, at the last "
         f"{found.positions} positions of {_passages(found.uniform)} passages ({markdown(found.calibration)}); intervals are over passages. That costs add up "
         "is an assumption: the whole plan was measured on the same passages, and so was uniform quantization.",
-        markdown_table(["quantization", "bits per weight", "sum of costs, nats", "measured, nats"], _totals(plan)),
+        markdown_table(["quantization", "bits per weight", "model, MB", "sum of costs, nats", "measured, nats"], _totals(plan)),
         markdown_table(["block", "weights", *(f"{scheme}, nats" for scheme in QUANTIZED), "scheme"], [_row(plan, block) for block in found.blocks]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -34,10 +34,11 @@ def plan_markdown(plan: QuantPlan) -> str:
 
 def _totals(plan: QuantPlan) -> list[list[str]]:
     found = plan.sensitivity
-    rows = [["this plan", f"{plan.bits:.2f}", f"{plan.predicted_kl:.4g}", _mean(plan.measured_kl)]]
+    rows = [["this plan", f"{plan.bits:.2f}", f"{plan.weight_bytes / 1e6:.1f}", f"{plan.predicted_kl:.4g}", _mean(plan.measured_kl)]]
     for scheme, measured in found.uniform.items():
-        bits = 8 * sum(block.stored[scheme] for block in found.blocks) / found.weights
-        rows.append([f"{scheme} throughout", f"{bits:.2f}", f"{found.additive_kl(scheme):.4g}", _mean(measured)])
+        size = sum(block.stored[scheme] for block in found.blocks)
+        figures = f"{8 * size / found.weights:.2f}", f"{(found.fixed_bytes + size) / 1e6:.1f}", f"{found.additive_kl(scheme):.4g}"
+        rows.append([f"{scheme} throughout", *figures, _mean(measured)])
     return rows
 
 

@@ -16,8 +16,10 @@ from mlflow_llmbench.backends import mixed
 from mlflow_llmbench.backends.inspection import verify_plan
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.errors import NotRealised, UsageError
+from mlflow_llmbench.estimate import predicted_bytes
 from mlflow_llmbench.footprint import reductions
 from mlflow_llmbench.journal import read_result
+from mlflow_llmbench.models import find_preset
 from mlflow_llmbench.plan import config_hash, group_cells
 from mlflow_llmbench.quant_plan import Block, QuantPlan, Sensitivity
 from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, from_json, to_json
@@ -37,7 +39,7 @@ def made_up(budget: str = "8", **schemes: str) -> QuantPlan:
         kl = {"int8": (0.01 * cost, 0.03 * cost), "int4": (0.5 * cost, 0.7 * cost)}
         blocks.append(Block(name, (f"{name}.a", f"{name}.b"), 1000, {"bf16": 2000, "int8": 1010, "int4": 560}, kl))
     uniform = {"int8": (0.02, 0.03), "int4": (0.7, 0.8)}
-    found = Sensitivity("m", "rev", "cpu", "bf16", 10_000, tuple(blocks), uniform, "qa, code", 16, {"torch": "1"}, 1.0)
+    found = Sensitivity("m", "rev", "cpu", "bf16", 10_000_000, tuple(blocks), uniform, "qa, code", 16, {"torch": "1"}, 1.0)
     given = {block.name: "int8" for block in blocks} | {name.replace("_", "."): scheme for name, scheme in schemes.items()}
     return QuantPlan(found, budget, given, (0.01, 0.02))
 
@@ -250,12 +252,19 @@ def test_memory_saved_in_theory_is_that_of_the_plan() -> None:
     assert found.theory == 1 - (16 + 4 + 8 + 8) / 4 / 16
 
 
+def test_the_memory_that_is_predicted_is_that_of_the_unquantized_model() -> None:
+    shape = find_preset("opt-125m").shape  # type: ignore[union-attr]
+    model = ModelFacts("opt-125m", "preset", "facebook/opt-125m", "main", dtype="float16")
+    mixed_one, plain = (predicted_bytes(Cell(quant=quant), model, shape) for quant in ("mixed", "none"))
+    assert mixed_one == plain and plain
+
+
 def test_what_the_plan_says(tmp_path: Path) -> None:
     plan = made_up(m_0_attn="bf16", m_0_mlp="int4")
     told = plan_markdown(plan)
     assert "Of 4 blocks 1 in bf16, 2 in int8, 1 in int4" in told
-    assert "| this plan | 9.16 | 0.064 | 0.015 (0–0.079) |" in told
-    assert "| int8 throughout | 8.08 | 0.026 | 0.025 (0–0.089) |" in told
+    assert "| this plan | 9.16 | 10.0 | 0.064 | 0.015 (0–0.079) |" in told
+    assert "| int8 throughout | 8.08 | 10.0 | 0.026 | 0.025 (0–0.089) |" in told
     files = draw_plan(plan, tmp_path)
     assert [file.name for file in files] == ["sensitivity.svg", "sensitivity.png"]
     words = texts(files[0])
