@@ -149,6 +149,13 @@ def test_a_mixed_model_is_measured_made_and_verified(tiny_model: Path, cache_fol
     written = sensitivity.stat().st_mtime_ns
     prepared(tiny_model, quant_budget="6")
     assert sensitivity.stat().st_mtime_ns == written and len(list(tmp_path.glob("mixed/*/plan-*.json"))) == 2
+    sensitivity.with_name("blocks.json").write_text(json.dumps(to_json(plan.sensitivity.blocks[:2])))
+    sensitivity.unlink()  # as after an interruption in the third block
+    measured, measure = [], mixed._measured_block
+    monkeypatch.setattr(mixed, "_measured_block", lambda name, *rest: (measured.append(name), measure(name, *rest))[1])
+    _, resumed = prepared(tiny_model, quant_budget="9")
+    assert resumed.quant_plan and resumed.quant_plan.sensitivity.blocks == plan.sensitivity.blocks
+    assert measured == ["model.layers.1.self_attn", "model.layers.1.mlp"] and not sensitivity.with_name("blocks.json").exists()
     again, _ = prepared(tiny_model, quant_plan=str(next(tmp_path.glob("mixed/*/plan-8.5.json"))))
     assert torch.equal(logits_of(again), logits_of(backend))
 

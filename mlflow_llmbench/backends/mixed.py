@@ -141,6 +141,7 @@ def prepare(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
             else:
                 found = _sensitivity(loaded, ids, reference, cell, model, kept, device)
                 _write(known, found)
+                (known.parent / "blocks.json").unlink(missing_ok=True)
             plan = choose(found, str(cell.quant_budget))
             with _as(loaded, plan.modules, device):
                 measured = _divergences(loaded, ids, reference)
@@ -174,17 +175,13 @@ def _sensitivity(model: Any, ids: torch.Tensor, reference: torch.Tensor, cell: C
     groups = blocks_of(model)
     if not groups:
         raise MeasurementError(f"{cell.model} has no linear layers that could be quantized. Use quant=none.")
-    blocks = []
+    partial = _folder(cell, facts) / "blocks.json"  # what an interrupted measurement had found
+    blocks = [from_json(Block, known) for known in json.loads(partial.read_text(encoding="utf-8"))] if partial.exists() else []
     for number, (name, modules) in enumerate(groups.items(), 1):
-        print(f"Sensitivity of {name} ({number}/{len(groups)})", file=sys.stderr)
-        stored = {kept: _stored(model, modules)}
-        kl: dict[str, tuple[float, ...]] = {}
-        for scheme in QUANTIZED:
-            with _as(model, dict.fromkeys(modules, scheme), device):
-                kl[scheme] = _divergences(model, ids, reference)
-                stored[scheme] = _stored(model, modules)
-        weights = sum(model.get_submodule(module).weight.numel() for module in modules)
-        blocks.append(Block(name, tuple(modules), weights, stored, kl))
+        if number > len(blocks):
+            print(f"Sensitivity of {name} ({number}/{len(groups)})", file=sys.stderr)
+            blocks.append(_measured_block(name, modules, model, ids, reference, kept, device))
+            _write(partial, blocks)
     uniform = {}
     for scheme in QUANTIZED:
         with _as(model, {module: scheme for modules in groups.values() for module in modules}, device):
@@ -193,6 +190,17 @@ def _sensitivity(model: Any, ids: torch.Tensor, reference: torch.Tensor, cell: C
         facts.name, facts.revision, device.partition(":")[0], kept, whole - sum(block.stored[kept] for block in blocks), tuple(blocks), uniform,
         ", ".join(_sets(cell)) or "seeded ids", POSITIONS, _versions(), round(time.perf_counter() - started, 1),
     )  # fmt: skip
+
+
+def _measured_block(name: str, modules: Sequence[str], model: Any, ids: torch.Tensor, reference: torch.Tensor, kept: str, device: str) -> Block:
+    stored = {kept: _stored(model, modules)}
+    kl: dict[str, tuple[float, ...]] = {}
+    for scheme in QUANTIZED:
+        with _as(model, dict.fromkeys(modules, scheme), device):
+            kl[scheme] = _divergences(model, ids, reference)
+            stored[scheme] = _stored(model, modules)
+    weights = sum(model.get_submodule(module).weight.numel() for module in modules)
+    return Block(name, tuple(modules), weights, stored, kl)
 
 
 def blocks_of(model: Any) -> dict[str, list[str]]:
