@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, load_charts, overview, page, report, scaling_charts, scaling_report, study_charts, study_report
+from . import charts, load_charts, overview, page, report, scaling_charts, scaling_report, sensitivity, study_charts, study_report
 from .compare import Comparison, comparison_json, comparison_markdown
 from .comparison_charts import draw_comparisons
 from .findings import Findings
@@ -39,6 +39,15 @@ def write_cell(result: RunResult, folder: Path) -> None:
         rows = [[text["prompt"], text["output"]] for text in result.texts]
         write_json(folder / "tables" / "texts.json", report.split_table(["prompt", "output"], rows))
         write_bytes(folder / "texts.md", _texts_markdown(rows).encode())
+    if result.load and result.load.quant_plan:
+        write_json(folder / "quant_plan.json", result.load.quant_plan)
+        write_bytes(folder / "quant_plan.md", sensitivity.plan_markdown(result.load.quant_plan).encode())
+
+
+def draw_cell(result: RunResult, folder: Path) -> list[Path]:
+    """Draw the charts of one cell (`charts.draw_cell`), and for a mixed quantization what its plan rests on; return the files."""
+    plan = result.load.quant_plan if result.load else None
+    return [*charts.draw_cell(result, folder), *(sensitivity.draw_plan(plan, folder) if plan else [])]
 
 
 def parameters_of(result: RunResult) -> dict[str, str]:

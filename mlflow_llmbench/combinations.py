@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from . import launch
 from .errors import UsageError
 from .parameters import LENGTHS, MEANT_WITH, PARAMETERS, as_text
-from .quantizations import GGUF_QUANTIZATIONS, LLAMA_CPP, backend_of
+from .quantizations import GGUF_QUANTIZATIONS, LLAMA_CPP, MIXED, backend_of
 from .records import DRAWN
 
 
@@ -29,6 +29,18 @@ def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
     _check_batching(axes)
     _check_llama_cpp(axes)
     _check_decoding(axes)
+    _check_mixed(axes)
+
+
+def _check_mixed(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """A mixed quantization has a budget or a plan, and nothing else has one."""
+    given = [name for name in ("quant_budget", "quant_plan") if axes[name] != (None,)]
+    if MIXED in axes["quant"] and not given:
+        raise UsageError("quant=mixed needs a budget. Give quant_budget=5.5 (bits per weight) or 300MB (the whole model), or quant_plan=FILE.")
+    if MIXED not in axes["quant"] and given:
+        raise UsageError(f"{given[0]} is of quant=mixed. Add quant=mixed, or leave it out.")
+    if len(given) > 1:
+        raise UsageError("quant_plan has a scheme for each block, and quant_budget asks for them to be chosen. Give one of them.")
 
 
 def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:

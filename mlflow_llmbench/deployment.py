@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from .errors import UsageError
+from .quant_plan import QUANTIZED, QuantPlan
 from .records import SCHEMA, RunResult, Verdict
 
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -55,7 +56,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
     """The deployment of a measured result with its summary metrics. Raises UsageError for a result that must not or cannot be deployed."""
     _refuse(result, evidence)
     cell, model = result.cell, result.model
-    facts = result.load.facts if result.load else {}
+    facts, plan = (result.load.facts, result.load.quant_plan) if result.load else ({}, None)
     figures = {key: metrics[key] for key in HEADLINES if key in metrics}
     path = PurePath(model.location)
     device = cell.device if cell.device != "auto" else str(facts.get("model.device", "cpu")).partition(":")[0]
@@ -72,7 +73,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "quant": cell.quant,
         "dtype": _dtype(result),
         "compute_dtype": facts.get("model.dtype"),
-        "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf"),
+        "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf", plan),
         "kernel": facts.get("quant.kernel"),
         "bits_per_weight": facts.get("quant.bits_per_weight"),
         "decode": cell.decode,
@@ -146,8 +147,14 @@ def _dtype(result: RunResult) -> str:
     return "auto" if cell.quant == "none" else str(facts.get("model.dtype", "auto"))
 
 
-def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf: bool) -> dict[str, Any]:
-    """The recipe as it was realised: the class of transformers and its settings; empty where the checkpoint is loaded as it is."""
+def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf: bool, plan: QuantPlan | None) -> dict[str, Any]:
+    """The recipe as it was realised: the class of transformers and its settings; empty where the checkpoint is loaded as it is.
+
+    Of a mixed quantization the layers by scheme, which `serving_model` replaces one by one.
+    """
+    if plan is not None:
+        layers = {scheme: [name for name, given in plan.modules.items() if given == scheme] for scheme in QUANTIZED}
+        return {"class": "mixed", "layers": layers, "llm_int8_threshold": facts["quant.threshold"]}
     if quant == "int8":
         return {"class": "BitsAndBytesConfig", "load_in_8bit": True, "llm_int8_threshold": facts["quant.threshold"]}
     if quant in ("int4", "fp4"):
@@ -182,7 +189,7 @@ def _requirements(result: RunResult) -> tuple[str, ...]:
     """Pins of what the served model imports, in the versions that were measured; local labels (`+cpu`) are cut, no index has them."""
     packages = result.environment.get("packages") or {}
     wanted = ["torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy"]
-    wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4") else []
+    wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4", "mixed") else []
     wanted += ["gguf"] if result.model.source == "gguf" else []
     method = str(result.load.facts.get("quant.method")) if result.load else ""
     wanted += CHECKPOINT_PACKAGES.get(method, ())

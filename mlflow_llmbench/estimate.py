@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from . import gpu, machine, memory, models
 from .arrivals import request_count
 from .metrics import LEAST_REPETITIONS
-from .quantizations import GPTQ_BITS
+from .quantizations import GPTQ_BITS, MIXED
 from .records import SPECULATIVE, Cell, ModelFacts
 from .spec import as_text
 from .workload import longest_of
@@ -31,7 +31,12 @@ READY_BITS = {bits: quant for quant, bits in GPTQ_BITS.items()}
 
 
 def stored_quant(cell: Cell, model: ModelFacts) -> str:
-    """The quantization of the weights as they are stored: that of the cell, or of a ready GPTQ or AWQ checkpoint, which take the same room."""
+    """The quantization of the weights as they are stored: that of the cell, or of a ready GPTQ or AWQ checkpoint, which take the same room.
+
+    Of a mixed one `none`: where it is measured and where it is loaded the whole checkpoint is there first.
+    """
+    if cell.quant == MIXED:
+        return "none"
     config = (model.config or {}).get("quantization_config") or {}
     bits = config.get("bits")
     ready = cell.quant == "none" and config.get("quant_method") in ("gptq", "awq")

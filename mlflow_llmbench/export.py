@@ -28,6 +28,8 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
         raise UsageError(f"Unknown target: {target}. Known: {', '.join(TARGETS)}.")
     if config["backend"] != "transformers":
         raise UsageError(f"{uri} was measured with backend={config['backend']}, and there is nothing to serve. Register a run of a real model.")
+    if config["quant"] == "mixed":
+        raise UsageError(f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m {uri}")
     comment = "".join(f"# {line}\n" for line in _measured(config, uri, target))
     return comment + TARGETS[target](config, uri, requirements)
 

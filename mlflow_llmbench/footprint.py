@@ -156,7 +156,10 @@ def _reduction(measured: Measured, reference: Measured) -> Reduction:
     return Reduction(measured.cell.quant, reference.cell.quant, theory, share("memory/weight_bytes"), share(peak))
 
 
-def _bits(measured: Measured) -> int | None:
-    """Bits of a weight in theory: of the quantization, or for `none` of the dtype that was loaded."""
+def _bits(measured: Measured) -> float | None:
+    """Bits of a weight in theory: of the quantization, or for `none` of the dtype that was loaded; of a mixed one the mean of its plan."""
+    plan = measured.result.load.quant_plan if measured.result.load else None
+    if plan is not None:
+        return plan.nominal_bits
     dtype = measured.result.load.facts.get("model.dtype") if measured.result.load else None
     return BITS.get(measured.cell.quant) or BITS.get(str(dtype))

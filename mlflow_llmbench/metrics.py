@@ -344,6 +344,6 @@ COLOURS = {
     "none": "#5f6b7a", "fp32": "#1f4e8c", "fp16": "#2e86c1", "bf16": "#17a2a2", "int8": "#e08e0b", "int4": "#c0392b", "fp4": "#8e44ad", "gptq": "#2e8b57",
     "gptq3": "#7a9a01", "gptq8": "#5d8aa8", "q8_0": "#b9770e", "q6_k": "#a0522d", "q5_k_m": "#b03a6b", "q4_k_m": "#6c3483", "q4_0": "#a569bd",
     "q3_k_m": "#34495e", "q2_k": "#1b2631", "int8-wo": "#d4a017", "int4-wo": "#e74c7a", "int8-dq": "#a04000", "fp8": "#6a5acd", "hqq8": "#117a65",
-    "hqq4": "#48a999", "hqq3": "#7fb3a6", "hqq2": "#a3c9bf", "quanto8": "#7b5544", "quanto4": "#a0826d", "quanto2": "#c8b09a",
+    "hqq4": "#48a999", "hqq3": "#7fb3a6", "hqq2": "#a3c9bf", "quanto8": "#7b5544", "quanto4": "#a0826d", "quanto2": "#c8b09a", "mixed": "#b5476b",
 }  # fmt: skip
 """One colour per quantization, in MLflow (`mlflow.runColor`) and in our charts."""

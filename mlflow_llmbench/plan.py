@@ -7,14 +7,14 @@ import itertools
 from dataclasses import dataclass
 
 from .launch import offline_quant
-from .quantizations import GPTQ_BITS, LLAMA_CPP, backend_of
+from .quantizations import GPTQ_BITS, LLAMA_CPP, MIXED, backend_of
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
 from .spec import MEANT_WITH, PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
 
 LOADED = (
-    "model", "weights", "revision", "backend", "quant", "group_size", "int8_threshold", "double_quant", "device", "threads", "gpu_layers", "kv_cache",
-    "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint",
+    "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant", "device", "threads",
+    "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint",
 )  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
@@ -25,6 +25,9 @@ WEIGHTS = (
 
 UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
 """Parameters of a cell that do not decide its result."""
+
+OF_MIXED = ("quant_budget", "quant_plan")
+"""Parameters of a mixed quantization; they belong to the identity of no other."""
 
 LONGEST_NAME = 250
 """Characters of a run's name; MLflow's tables have room for no more."""
@@ -74,7 +77,7 @@ def group_cells(cells: list[Cell]) -> list[Group]:
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         key = tuple(getattr(cell, name) for name in LOADED) + ((cell.seed,) if cell.weights == "random" else ())
-        key += (cell.seed, cell.workload) if cell.quant in GPTQ_BITS else ()
+        key += (cell.seed, cell.workload) if cell.quant in (*GPTQ_BITS, MIXED) else ()
         groups.setdefault(key, []).append(cell)
     return [Group(tuple(sorted(group, key=size, reverse=True))) for group in groups.values()]
 
@@ -104,7 +107,8 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
     fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]]
-    decisive = {f.name: getattr(cell, f.name) for f in fields if cell.backend == "llama_cpp" or f.name not in LLAMA_CPP}
+    idle = {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
+    decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision
     if model.assistant:
@@ -112,6 +116,8 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
             model.assistant.location if model.assistant.source in ("hub", "preset") else model.assistant.name,
             model.assistant.revision,
         ]
+    if model.quant_plan:  # what it says, not where it lies
+        decisive["quant_plan"] = dict(model.quant_plan.schemes)
     return hash16(decisive)
 
 

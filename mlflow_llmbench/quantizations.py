@@ -10,8 +10,9 @@ GGUF_QUANTIZATIONS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_
 TORCHAO = ("int8-wo", "int4-wo", "int8-dq", "fp8")
 HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2}
 QUANTO_BITS = {"quanto8": 8, "quanto4": 4, "quanto2": 2}
+MIXED = "mixed"
 
-MADE = (*BITSANDBYTES, *GPTQ_BITS, *TORCHAO, *HQQ_BITS, *QUANTO_BITS, *GGUF_QUANTIZATIONS)
+MADE = (*BITSANDBYTES, *GPTQ_BITS, *TORCHAO, *HQQ_BITS, *QUANTO_BITS, MIXED, *GGUF_QUANTIZATIONS)
 """Quantizations that are made of a checkpoint which is not quantized yet."""
 
 QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)

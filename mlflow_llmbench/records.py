@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .metrics import SPOILED_CPU_LIMIT
+from .quant_plan import QuantPlan
 
 SCHEMA = 1
 DRAWN = ("synthetic", "mixed")
@@ -60,7 +61,7 @@ class Cell:
     quant: str = parameter(
         "none",
         "none (the checkpoint's dtype), fp32, fp16, bf16, int8, int4 (NF4), fp4, gptq (4 bits), gptq3, gptq8; torchao's int8-wo, int4-wo, int8-dq, fp8; "
-        "hqq8 to hqq2; quanto8 to quanto2; llama.cpp's q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, q2_k",
+        "hqq8 to hqq2; quanto8 to quanto2; mixed (by block); llama.cpp's q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, q2_k",
         kind="quant",
         sweep=True,
     )
@@ -71,6 +72,12 @@ class Cell:
     )  # fmt: skip
     double_quant: bool = parameter(
         False, "quant=int4,fp4: the scales of the blocks are quantized too", kind="flag", sweep=True, scenarios="offline batching"
+    )
+    quant_budget: str | None = parameter(
+        None, "quant=mixed: the most that the weights may take, 5.5 (bits per weight) or 300MB (the whole model)", kind="budget", unset="none"
+    )
+    quant_plan: str | None = parameter(
+        None, "quant=mixed: the quant_plan.json of an earlier run, in place of a budget", kind="plan_file", unset="none"
     )
     batch_size: int = parameter(1, "rows in one forward pass", kind="count", sweep=True, high=4096)
     prompt_tokens: int | None = parameter(
@@ -286,6 +293,7 @@ class ModelFacts:
     context: int | None = None  # tokens
     files_bytes: int | None = None  # of the weight files
     assistant: ModelFacts | None = None  # the model that proposes tokens, with decode=assisted
+    quant_plan: QuantPlan | None = None  # the one that was given
 
 
 @dataclass(frozen=True)
@@ -305,6 +313,7 @@ class LoadInfo:
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     vocab_size: int | None = None
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
+    quant_plan: QuantPlan | None = None  # of a mixed quantization
 
 
 @dataclass(frozen=True)

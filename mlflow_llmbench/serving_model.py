@@ -23,6 +23,29 @@ def refused(message: str) -> MlflowException:
     return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
 
 
+def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
+    """A linear layer as LLM.int8 (int8) or NF4 (int4): what `backends.mixed.quantized` makes, which this file cannot import."""
+    import bitsandbytes
+    import torch
+
+    nn: Any = bitsandbytes.nn
+    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+    weight = linear.weight.data.to("cpu")
+    form: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
+    with torch.device("meta"):
+        made: Any = (
+            nn.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=threshold)
+            if scheme == "int8"
+            else nn.Linear4bit(*sizes, biased, compute_dtype=weight.dtype, **form)
+        )
+    if scheme == "int8":
+        made.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        made.weight = nn.Params4bit(weight, requires_grad=False, module=made, **form).to(device)
+    made.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.data.to(device), requires_grad=False)
+    return made.requires_grad_(False).eval()
+
+
 # Recorded, so not shown: the advice to add a type hint. With one, MLflow derives the signature from it and drops the request's parameters.
 with warnings.catch_warnings(record=True):
 
@@ -69,12 +92,20 @@ with warnings.catch_warnings(record=True):
                 named["gguf_file"] = config["gguf_file"]
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(config["location"], **named)
             settings = dict(config["quantization"])
-            if settings:
+            layers = settings.get("layers")
+            if settings and layers is None:
                 named["quantization_config"] = getattr(transformers, settings.pop("class"))(**settings)
             if config["attention"] != "auto":
                 named["attn_implementation"] = config["attention"]
             dtype = config["dtype"] if config["dtype"] == "auto" else getattr(torch, config["dtype"])
-            model = transformers.AutoModelForCausalLM.from_pretrained(config["location"], dtype=dtype, device_map={"": config["device"]}, **named)
+            place = config["device"] if layers is None else "cpu"
+            model = transformers.AutoModelForCausalLM.from_pretrained(config["location"], dtype=dtype, device_map={"": place}, **named)
+            if layers is not None:
+                for scheme, names in layers.items():
+                    for name in names:
+                        linear = model.get_submodule(name)
+                        model.set_submodule(name, quantized(linear, scheme, config["device"], settings["llm_int8_threshold"]))
+                model.to(config["device"])
             self._verify(model.eval())
             ends = model.generation_config.eos_token_id
             ends = self.tokenizer.eos_token_id if ends is None else ends

@@ -76,9 +76,9 @@ SLOS: dict[str, dict[str, str]] = {
 """Benchmark of MLPerf Inference → its limits of the server scenario (mlperf.conf), which there hold for 99 % of the requests."""
 
 LOCAL = (
-    "weights", "revision", "backend", "group_size", "int8_threshold", "double_quant", "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap",
-    "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality",
-    "quality_text", "quality_reference",
+    "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant", "batch_size", "device", "threads",
+    "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force",
+    "memory_limit", "quality", "quality_text", "quality_reference",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
@@ -252,6 +252,21 @@ def _parse_size(name: str, text: str, bounds: Mapping[str, Any]) -> int:
     return int(size)
 
 
+def read_budget(text: str) -> tuple[float | None, int | None]:
+    """A budget of mixed quantization: bits per weight (`5.5`), or bytes of the whole model (`300MB`). Raises UsageError if it is neither."""
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        return None, _parse_size("quant_budget", text, {"low": 1e5, "high": 1e15, "unset": "bits per weight, such as 5.5"})
+    if not 1 <= float(text) <= 32:
+        raise UsageError(f"quant_budget is not from 1 to 32 bits per weight: {text}. Give such a number, or a size with its unit such as 300MB.")
+    return float(text), None
+
+
+def _parse_plan_file(name: str, text: str) -> str:
+    if not os.path.isfile(_parse_text(name, text)):
+        raise UsageError(f"There is no plan file {text}. Give {name} the quant_plan.json of a run with quant=mixed.")
+    return text
+
+
 def _parse_choice(name: str, text: str, choices: Iterable[str]) -> str:
     known = list(choices)
     if text in known:
@@ -371,6 +386,8 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "slo": lambda name, text, _: _parse_choice(name, text, SLOS),
     "find": lambda name, text, _: _parse_choice(name, text, ("goodput",)),
     "launch": lambda name, text, _: launch.check_command(_parse_text(name, text)),
+    "budget": lambda name, text, _: text if read_budget(text) else None,
+    "plan_file": lambda name, text, _: _parse_plan_file(name, text),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),
     "decode": lambda name, text, _: _parse_choice(name, text, DECODES),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from . import artifacts, charts, estimate, goodput, jobs, overview, plan, reference, report, resume, tracking
+from . import artifacts, estimate, goodput, jobs, overview, plan, reference, report, resume, tracking
 from .backends.base import backend_class
 from .errors import MissingError, NodeLost, UsageError
 from .jobs import Job
@@ -442,7 +442,7 @@ def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None
         artifacts.write_cell(result, folder)
     if draw:
         with sweep.ledger.noted(f"the charts of {job.name}"):
-            charts.draw_cell(result, folder / "charts")
+            artifacts.draw_cell(result, folder / "charts")
     job.row = report.row_of(result)  # a cell that an interruption met before is done again by `_finish`
     sweep.ledger.upload(job, result)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from . import artifacts, charts, jobs, journal, overview, plan, report, supervise, tracking, view
+from . import artifacts, jobs, journal, overview, plan, report, supervise, tracking, view
 from .errors import JournalError
 from .records import Failure, RunResult
 from .relations import relate
@@ -181,7 +181,7 @@ def _write(job: jobs.Job, spec: BenchSpec, environment: Mapping[str, Any]) -> No
     result = jobs.measured_result(job, spec, environment) if job.measured else jobs.failed_result(job, spec, environment, "crashed", killed)
     artifacts.write_cell(result, job.folder / "artifacts")
     with contextlib.suppress(Exception):
-        charts.draw_cell(result, job.folder / "artifacts" / "charts")
+        artifacts.draw_cell(result, job.folder / "artifacts" / "charts")
 
 
 def _results(root: Path, known: Mapping[str, Any]) -> list[tuple[jobs.Job, RunResult]]:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
-    "nouns": ("redaction", "errors", "metrics", "records"),
+    "nouns": ("redaction", "errors", "metrics", "quant_plan", "records"),
     "intent": ("quantizations", "parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
@@ -59,6 +59,7 @@ LAYERS = {
         "pareto",
         "gate_report",
         "export",
+        "sensitivity",
     ),
     "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
@@ -98,7 +99,7 @@ EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats"), ("measure_strea
 HOMES = {
     "torch": ("backends", "worker", "serving_model"),
     "transformers": ("backends", "worker", "serving_model"),
-    "bitsandbytes": ("backends",),
+    "bitsandbytes": ("backends", "serving_model"),
     "accelerate": ("backends",),
     "safetensors": ("backends",),
     "huggingface_hub": ("backends",),
@@ -111,7 +112,7 @@ HOMES = {
     "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts", "comparison_charts", "load_charts", "pareto", "scaling_charts", "study_charts", "tradeoff_charts"),
+    "matplotlib": ("charts", "comparison_charts", "load_charts", "pareto", "scaling_charts", "sensitivity", "study_charts", "tradeoff_charts"),
     "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
     "ray": ("cluster",),
 }

@@ -13,7 +13,7 @@ from mlflow_llmbench.spec import PARAMETERS, default_text, parse, read_yaml
 
 def test_defaults_are_those_of_the_vocabulary() -> None:
     assert {name: default_text(name) for name in PARAMETERS} == {
-        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128",
+        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128", "quant_budget": "none", "quant_plan": "none",
         "int8_threshold": "6", "double_quant": "false", "kv_cache": "auto", "assistant": "none", "draft_tokens": "10", "batch_size": "1",
         "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto", "repetitions": "auto",
         "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "attention": "auto",

@@ -7,7 +7,7 @@ what was asked for, not what was done.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +139,7 @@ def _linear_layers(model: Any) -> tuple[float, dict[str, int]]:
         if module is head or not hasattr(module, "in_features") or next(module.children(), None) is not None:
             continue
         classes[_class_name(module)] += 1
-        weights = [(n, t) for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"]
-        stored += sum(p.numel() * p.element_size() for _, t in weights for p in _pieces(t, module))
+        stored += layer_bytes(module)
         logical += int(module.in_features) * int(module.out_features)
     return (8 * stored / logical if logical else 0.0), dict(classes)
 
@@ -152,6 +151,12 @@ def _class_name(module: Any) -> str:
         return type(module).__name__
     dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""  # activations are quantized too
     return f"{type(module).__name__}({type(weight).__name__}{dynamic})"
+
+
+def layer_bytes(module: Any) -> int:
+    """Bytes that the weight of a linear layer is held in, quantization state included, its bias left out."""
+    weights = [t for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"]
+    return sum(piece.numel() * piece.element_size() for tensor in weights for piece in _pieces(tensor, module))
 
 
 EXPECTED = {
@@ -201,3 +206,30 @@ def verify(quant: str, device: str, found: Inspection) -> None:
     wanted = FLOAT_DTYPES.get(quant)
     if wanted and set(found.dtypes) - {wanted}:
         raise NotRealised(f"quant={quant} was asked for, and the parameters' dtypes are {found.dtypes}. Use quant=none for this checkpoint.")
+
+
+BLOCK_CLASSES = {"fp16": "Linear", "bf16": "Linear", "int8": "Linear8bitLt", "int4": "Linear4bit"}
+"""Scheme of a block in a mixed model → the class of its linear layers."""
+
+
+def verify_plan(schemes: Mapping[str, str], model: Any) -> None:
+    """Raise NotRealised unless each linear layer but the output head is what the plan says (name → scheme), in class, dtype and bits."""
+    head = model.get_output_embeddings()
+    layers = {name: module for name, module in model.named_modules() if name in schemes or type(module).__name__ in ("Linear8bitLt", "Linear4bit")}
+    stored: Counter[str] = Counter()
+    logical: Counter[str] = Counter()
+    for name in {**schemes, **layers}:
+        module, scheme = layers.get(name), schemes.get(name)
+        found = type(module).__name__
+        if module is None or scheme is None or module is head or found != BLOCK_CLASSES[scheme]:
+            raise NotRealised(f"The plan has {name} in {scheme or 'no scheme'}, and the model has {found if module else 'no such layer'} there.")
+        wanted = FLOAT_DTYPES.get(scheme)
+        if wanted and str(module.weight.dtype) != f"torch.{wanted}":
+            raise NotRealised(f"The plan has {name} in {scheme}, and its weights are {str(module.weight.dtype).removeprefix('torch.')}.")
+        stored[scheme] += layer_bytes(module)
+        logical[scheme] += int(module.in_features) * int(module.out_features)
+    for scheme, size in stored.items():
+        _, low, high = EXPECTED[scheme]
+        bits = 8 * size / logical[scheme]
+        if not low - 0.01 <= bits <= high + 0.01:
+            raise NotRealised(f"The plan's layers in {scheme} hold {bits:.2f} bits per weight, not {low:g} to {high:g}.")

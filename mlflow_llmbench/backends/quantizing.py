@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu
 from ..errors import MissingError, NotRealised, UsageError
-from ..quantizations import BITSANDBYTES, HQQ_BITS, QUANTO_BITS, TORCHAO
+from ..quantizations import BITSANDBYTES, HQQ_BITS, MIXED, QUANTO_BITS, TORCHAO
 from ..records import Cell, ModelFacts
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ INSTALL = {
 """Package → the command that installs it."""
 
 PACKAGE = {
-    **dict.fromkeys(BITSANDBYTES, "bitsandbytes"),
+    **dict.fromkeys((*BITSANDBYTES, MIXED), "bitsandbytes"),
     **dict.fromkeys(TORCHAO, "torchao"),
     **dict.fromkeys(HQQ_BITS, "hqq"),
     **dict.fromkeys(QUANTO_BITS, "optimum-quanto"),

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from .. import models
 from ..errors import ModelError, UsageError, first_line
-from ..quantizations import GPTQ_BITS, MADE
+from ..quantizations import GPTQ_BITS, MADE, MIXED
 from ..records import Cell, ModelFacts
-from . import gguf_file, gptq, synthetic
+from . import gguf_file, gptq, mixed, synthetic
 from .base import LOCAL_FILES
 
 HUB_TIMEOUT_S = 12.0
@@ -408,6 +408,8 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         _download(model)
     if cell.quant in GPTQ_BITS:
         gptq.quantize(cell, model, base_files(cell, model)[0], None if cell.workload == "synthetic" else _tokenizer(cell, *base_files(cell, model)))
+    if cell.quant == MIXED and not mixed.is_prepared(cell, model):
+        mixed.prepare(cell, model, base_files(cell, model)[0], None if cell.weights == "random" else load_tokenizer(cell, model))
 
 
 def is_here(cell: Cell, model: ModelFacts) -> bool:

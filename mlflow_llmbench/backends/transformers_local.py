@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import inspect
@@ -13,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
-from ..quantizations import GPTQ_BITS, HQQ_BITS
+from ..quant_plan import QuantPlan
+from ..quantizations import GPTQ_BITS, HQQ_BITS, MIXED
 from ..records import Cell, LoadInfo, ModelFacts
 from ..spec import DECODES
 from ..workload import turn_texts
-from . import decoding, gptq, quantizing, sources
+from . import decoding, gptq, mixed, quantizing, sources
 from .base import Capabilities, DeviceMemory, Emit, Token
 from .continuous import ContinuousEngine
 from .decoding import DecodePath
-from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify
+from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify, verify_plan
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +47,7 @@ class TransformersBackend:
         self._checked_late = False
         self.weights_format = ""
         self.load_s = 0.0
+        self.plan: QuantPlan | None = None
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
@@ -59,6 +62,7 @@ class TransformersBackend:
         model = sources.find_model(cell)
         gptq.require_for(model)
         quantizing.require_for(model)
+        model = dataclasses.replace(model, quant_plan=mixed.read_plan(cell.quant_plan, model)) if cell.quant_plan else model
         return sources.with_assistant(cell, model)
 
     @classmethod
@@ -72,7 +76,8 @@ class TransformersBackend:
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Whether the files are on this disk; a checkpoint that GPTQ makes is found by its content only, so it is never known before."""
         small = model.assistant is None or sources.is_here(sources.assistant_of(cell), model.assistant)
-        return cell.quant not in GPTQ_BITS and small and sources.is_here(cell, model)
+        planned = cell.quant != MIXED or mixed.is_prepared(cell, model)
+        return cell.quant not in GPTQ_BITS and small and planned and sources.is_here(cell, model)
 
     # Loading
 
@@ -83,6 +88,7 @@ class TransformersBackend:
 
         folder, gguf_file = sources.local_files(self.cell, self.facts)
         self.weights_format = "gguf" if gguf_file else sources.weights_format(folder)
+        self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
         keywords = self._load_keywords(gguf_file)
         started = time.perf_counter()
         with _foreign_errors("loading"), torch.inference_mode():
@@ -92,6 +98,9 @@ class TransformersBackend:
             if self.cell.quant in HQQ_BITS:
                 quantizing.quantize_with_hqq(self.model, self.cell, keywords["dtype"])
             self.model.eval()
+            if self.plan:
+                mixed.realise(self.model, self.plan.modules, self.device)
+                self.model.to(self.device)
             touch(self.model)  # part of the load: a mapped checkpoint is read from the disk only now
             assistant = self._load_assistant(keywords)
         self._synchronise()
@@ -102,6 +111,8 @@ class TransformersBackend:
         gc.collect()
         found = inspect_model(self.model)
         verify(self.cell.quant, self.device, found)
+        if self.plan:
+            verify_plan(self.plan.modules, self.model)
         if gguf_file and self.cell.quant == "none" and not any("gguf" in name.lower() for name in found.linear_classes):
             raise NotRealised(
                 f"transformers cannot run {gguf_file} packed: it was unpacked to {', '.join(found.dtypes)}. "
@@ -136,8 +147,11 @@ class TransformersBackend:
             keywords["attn_implementation"] = self.cell.attention
         if quant in FLOAT_DTYPES:
             keywords["dtype"] = getattr(torch, FLOAT_DTYPES[quant])
+        elif self.plan:
+            keywords["dtype"] = getattr(torch, FLOAT_DTYPES[self.plan.sensitivity.kept])
+            keywords["device_map"] = {"": "cpu"}  # quantized block by block on the way to the device, which never holds all of it unquantized
         elif quant in quantizing.PACKAGE:
-            keywords["dtype"] = torch.bfloat16 if self._has_bfloat16() else torch.float16
+            keywords["dtype"] = torch.bfloat16 if mixed.has_bfloat16(self.device) else torch.float16
             keywords["quantization_config"] = quantizing.config(self.cell, self.device, keywords["dtype"])
         else:
             keywords["dtype"] = "auto"
@@ -151,11 +165,6 @@ class TransformersBackend:
 
                 keywords["quantization_config"] = GgufConfig(dequantize=True)
         return keywords
-
-    def _has_bfloat16(self) -> bool:
-        import torch
-
-        return self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
 
     def _load_info(self, load_s: float, found: Inspection) -> LoadInfo:
         config = self.model.config.get_text_config()
@@ -176,6 +185,7 @@ class TransformersBackend:
             **(self.path.facts() if self.path else {}),
             **({"assistant.revision": self.facts.assistant.revision} if self.facts.assistant else {}),
             **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
+            **(mixed.facts(self.plan) if self.plan else {}),
         }
         costs = _costs(shape, compute.itemsize)
         if self.path and self.path.kv_bytes_per_token is not None:
@@ -189,6 +199,7 @@ class TransformersBackend:
             facts=facts,
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
+            quant_plan=self.plan,
         )
 
     def _cache_bytes(self) -> int | None:
