@@ -72,9 +72,9 @@ def write_model(target: Path, layers: int = 8, hidden: int = 1024, words: int = 
     return target
 
 
-def compare(file: Path, prompt_tokens: int, output_tokens: int, repeats: int) -> Agreement:
+def compare(file: Path, prompt_tokens: int, output_tokens: int, repeats: int, threads: int | None = None) -> Agreement:
     """Time the same calls with both clocks."""
-    cell = Cell(model=str(file), backend="llama_cpp", device="cpu", prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    cell = Cell(model=str(file), backend="llama_cpp", device="cpu", threads=threads, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     backend = LlamaCppBackend(cell, LlamaCppBackend.resolve(cell))
     backend.load()
     prompt = [list(range(100, 100 + prompt_tokens))]
