@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from .records import Cell, ModelFacts, hash16
 from .redaction import escape_controls, redact
@@ -47,8 +48,10 @@ def expand_cells(spec: BenchSpec) -> list[Cell]:
 
 def _settled(cell: Cell) -> Cell:
     """The cell with its settings at their default where they have no meaning."""
-    idle = [name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values]
-    return dataclasses.replace(cell, **{name: PARAMETERS[name].default for name in idle})
+    idle: dict[str, Any] = {
+        name: PARAMETERS[name].default for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values
+    }
+    return dataclasses.replace(cell, **idle)
 
 
 def group_cells(cells: list[Cell]) -> list[Group]:

@@ -164,6 +164,8 @@ def facts(model: Any) -> dict[str, str | int | float]:
         found |= {"quant.type": data["bnb_4bit_quant_type"], "quant.compute_dtype": str(data["bnb_4bit_compute_dtype"]).removeprefix("torch.")}
         found["quant.double_quant"] = "true" if data.get("bnb_4bit_use_double_quant") else "false"
     if found["quant.method"] == "torchao":
-        kind = getattr(carried, "quant_type", None)
-        found |= {"quant.type": type(kind).__name__} | ({"quant.group_size": int(kind.group_size)} if getattr(kind, "group_size", None) else {})
+        kind: Any = getattr(carried, "quant_type", None)
+        found["quant.type"] = type(kind).__name__
+        if isinstance(size := getattr(kind, "group_size", None), int):
+            found["quant.group_size"] = size
     return found | {f"quant.{key}": data[key] for key in ("bits", "group_size") if isinstance(data.get(key), int)}

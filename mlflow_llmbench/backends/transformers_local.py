@@ -85,7 +85,8 @@ class TransformersBackend:
         keywords = self._load_keywords(gguf_file)
         started = time.perf_counter()
         with _foreign_errors("loading"), torch.inference_mode():
-            self.model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
+            self.model, report = loaded
             quantizing.refuse_missing(self.facts, report["missing_keys"])
             if self.cell.quant in HQQ_BITS:
                 quantizing.quantize_with_hqq(self.model, self.cell, keywords["dtype"])
