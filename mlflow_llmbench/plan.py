@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from .launch import offline_quant
 from .quantizations import GPTQ_BITS, LLAMA_CPP, MIXED, backend_of
@@ -58,8 +59,10 @@ def expand_cells(spec: BenchSpec) -> list[Cell]:
 
 def _settled(cell: Cell) -> Cell:
     """The cell with its settings at their default where they have no meaning."""
-    idle = [name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values]
-    return dataclasses.replace(cell, **{name: PARAMETERS[name].default for name in idle})  # type: ignore[arg-type]
+    idle: dict[str, Any] = {
+        name: PARAMETERS[name].default for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values
+    }
+    return dataclasses.replace(cell, **idle)
 
 
 def without_server(cell: Cell) -> Cell:

@@ -105,6 +105,7 @@ def test_a_cache_of_fewer_bits_takes_less(tiny_model: Path, cache: str, bits: fl
     assert info.facts["kv_cache.backend"] == ("hqq" if cache == "int8" else "quanto")
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_looked_up_tokens(tiny_model: Path, store_uri: str) -> None:
     """Texts that the model repeats: what is recorded is tokens per step, and no inter-token latency."""
     done = run(model=str(tiny_model), quant="fp32", decode="generate,prompt_lookup", prompt_tokens=16, output_tokens=32, repetitions=5, warmup=1)

@@ -151,8 +151,9 @@ def test_the_estimate_knows_the_decode_path() -> None:
     assert bytes_of(decode="compiled") > bytes_of()
     small = models.find_preset("opt-125m")
     assert small
+    alone = bytes_of(batch_size=1)
     facts = dataclasses.replace(facts, assistant=dataclasses.replace(MODEL, config=dict(small.config), dtype="float16"))
-    assert bytes_of(decode="assisted", batch_size=1) - bytes_of(batch_size=1) > small.parameters * 2
+    assert bytes_of(decode="assisted", batch_size=1) - alone > small.parameters * 2
     rates = {"read_bytes_per_s": 1e10, "flops_per_s": 1e12}
     one = dataclasses.replace(cell, batch_size=1, output_tokens=111)
     plain, drafted = (

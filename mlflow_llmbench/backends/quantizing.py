@@ -166,5 +166,6 @@ def facts(model: Any) -> dict[str, str | int | float]:
     if found["quant.method"] == "torchao":
         kind: Any = getattr(carried, "quant_type", None)
         found["quant.type"] = type(kind).__name__
-        found |= {"quant.group_size": int(kind.group_size)} if getattr(kind, "group_size", None) else {}
+        if isinstance(size := getattr(kind, "group_size", None), int):
+            found["quant.group_size"] = size
     return found | {f"quant.{key}": data[key] for key in ("bits", "group_size") if isinstance(data.get(key), int)}
