@@ -296,4 +296,5 @@ def read_reference(path: Path) -> Reference:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise MeasurementError(f"The reference {path} cannot be read: {error}. Delete it, so that it is computed again.") from None
     prompts = tuple((tuple(ids), int(positions)) for ids, positions in known["prompts"])
-    return Reference(path, known["name"], known["digest"], prompts, tuple(map(tuple, known["nll"])), tuple(map(tuple, known["text"])), known["words"])
+    before, own = map(tuple, known["text"])
+    return Reference(path, known["name"], known["digest"], prompts, tuple(map(tuple, known["nll"])), (before, own), known["words"])
