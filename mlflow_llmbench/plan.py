@@ -111,6 +111,7 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
     fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]]
     idle = {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
+    idle |= {name for name in (*MEANT_WITH, "kv_cache") if getattr(cell, name) == PARAMETERS[name].default}  # identities are older than these
     decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}
     decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
     decisive["revision"] = model.revision

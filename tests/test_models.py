@@ -279,7 +279,7 @@ def test_weight_bytes_of_llama_3_2_1b() -> None:
 
 @pytest.mark.parametrize(("quant", "dtype"), [("int3", "bfloat16"), ("none", "float8"), ("float16", "bfloat16"), ("int4", "half")])
 def test_an_unknown_scheme_is_refused_by_name(quant: str, dtype: str) -> None:
-    with pytest.raises(ValueError, match=f"quant={quant} with dtype={dtype}. Use one of none, fp32, fp16, bf16, int8, int4, fp4, gptq"):
+    with pytest.raises(ValueError, match=f"quant={quant} with dtype={dtype}. Use one of none, fp32, fp16, bf16, int8, int4, fp4"):
         shape_of("opt-125m").weight_bytes(quant, dtype)
 
 

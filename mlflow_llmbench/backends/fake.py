@@ -116,7 +116,7 @@ class FakeBackend(NothingToFetch):
         longest = max(len(prompt) for prompt in prompts)
         first = self.number("ttft_ms") + self.number("prompt_ms") * (longest - (history.tokens if history else 0))
         several = int(self.number("step_tokens")) if self.cell.decode in SPECULATIVE else 1
-        differs_at = int(self.number("differs_at")) if self.cell.decode != "generate" else output_tokens
+        differs_at = int(self.number("differs_at")) if self.cell.decode != "generate" else output_tokens + 1
         for token in range(0, min(output_tokens, int(self.number("stop_after"))), several):
             stall = self.number("stall_ms") if 0 < self.number("stall_at") <= token + 1 else 0.0
             last = token == output_tokens - 1

@@ -107,7 +107,7 @@ def config(cell: Cell, device: str, compute: torch.dtype) -> Any:
 
     quant = cell.quant
     if quant == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=cell.int8_threshold)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=float(cell.int8_threshold))
     if quant in BITSANDBYTES:
         kind = "nf4" if quant == "int4" else "fp4"
         return transformers.BitsAndBytesConfig(
