@@ -52,7 +52,7 @@ KV_VALUE_BYTES = {"fp8": 1.0, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64, "int2": 
 """Bytes of a value in a quantized KV cache: groups of 64 share two numbers of 16 bits. The newest 128 tokens, which stay as they are, are left out."""
 
 COMPILER_BYTES = 500_000_000
-"""What torch.compile leaves in the process: 0.3 to 0.5 GB, seen with torch 2.13 on a CPU."""
+"""What torch.compile is taken to leave in the process; a guess on the safe side, not measured."""
 
 
 def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
