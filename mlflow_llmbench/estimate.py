@@ -64,7 +64,7 @@ KV_VALUE_BYTES = {
 out; llama.cpp's types are blocks of 32 (ggml-common.h)."""
 
 COMPILER_BYTES = 500_000_000
-"""What torch.compile leaves in the process: 0.3 to 0.5 GB, seen with torch 2.13 on a CPU."""
+"""What torch.compile is taken to leave in the process; a guess on the safe side, not measured."""
 
 
 def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
