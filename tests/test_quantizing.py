@@ -18,7 +18,7 @@ from mlflow_llmbench.backends import quantizing
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
 from mlflow_llmbench.metrics import COLOURS
-from mlflow_llmbench.quantizations import QUANTIZATIONS
+from mlflow_llmbench.quantizations import MIXED, QUANTIZATIONS
 from mlflow_llmbench.records import Cell, LoadInfo
 
 GROUP = 64
@@ -142,8 +142,9 @@ def test_every_quantization_has_an_estimate_and_a_colour() -> None:
     assert preset
     full = preset.shape.weight_bytes("bf16", "float16")
     for quant in QUANTIZATIONS:
-        assert models.memory_estimate(preset.shape, quant, "float16") > 0
         assert quant in COLOURS
+        if quant != MIXED:  # what that takes is in its plan
+            assert models.memory_estimate(preset.shape, quant, "float16") > 0
     assert len(set(COLOURS.values())) == len(COLOURS)
     assert full > preset.shape.weight_bytes("hqq4", "float16") > preset.shape.weight_bytes("hqq2", "float16")
 
