@@ -187,7 +187,7 @@ class TransformersBackend:
             **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
             **(mixed.facts(self.plan) if self.plan else {}),
         }
-        costs = _costs(shape, compute.itemsize)
+        costs = shape.cost_fields(compute.itemsize) if shape else {}
         if self.path and self.path.kv_bytes_per_token is not None:
             costs["kv_bytes_per_token"] = self.path.kv_bytes_per_token
         return LoadInfo(
@@ -422,18 +422,3 @@ def _foreign_errors(doing: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "not enough memory" in str(error):
             raise OutOfMemory(text) from error
         raise MeasurementError(text) from error
-
-
-def _costs(shape: models.Shape | None, value_bytes: int) -> dict[str, Any]:
-    """Cost formulas of a shape as fields of LoadInfo; empty where the architecture is unknown."""
-    if shape is None:
-        return {}
-    head = 2 * shape.hidden_size * shape.vocab_size
-    return {
-        "kv_bytes_per_token": shape.kv_bytes_per_token(value_bytes),
-        "flops_per_token": shape.flops_per_token(0) - head,
-        "head_flops": head,
-        "attention_flops_per_context_token": shape.flops_per_token(1) - shape.flops_per_token(0),
-        "sliding_window": shape.sliding_window,
-        "sliding_share": shape.sliding_layers / shape.layers,
-    }
