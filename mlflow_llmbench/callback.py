@@ -19,8 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import machine, tracking
@@ -97,10 +96,9 @@ class InThisProcess(OneAtATime):
     """A place (`place.Place`) that measures a function here, in the process of the program that has it."""
 
     def __init__(self, device: str, encode: Callable[[str], Sequence[int]] | None, vocab_size: int) -> None:
+        super().__init__()
         self.device, self.encode, self.vocab_size = device, encode, vocab_size
         self.function: Generate | None = None
-        self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
-        self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
 
     def room(self, device: str) -> tuple[int | None, str]:
         """Nobody knows what the function needs."""

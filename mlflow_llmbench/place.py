@@ -56,7 +56,10 @@ class Place(Protocol):
 class OneAtATime:
     """What places have in common that measure one group at a time, in the call of `wait`; nothing waits there, and nothing is left behind."""
 
-    group: Group | None = None
+    def __init__(self) -> None:
+        self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
+        self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
+        self.group: Group | None = None
 
     @property
     def takes_more(self) -> bool:
@@ -94,9 +97,8 @@ class Here(OneAtATime):
     """The machine of the command: one group at a time, and nothing else meanwhile."""
 
     def __init__(self, options: Options) -> None:
+        super().__init__()
         self.options = options
-        self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
-        self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
         self.ask: Callable[[Group, GroupOutcome], Job | None] | None = None  # which cell of a search is next
         self.prepared: set[Cell] = set()  # cells whose files are on this disk
 
