@@ -77,13 +77,13 @@ def touch(model: Any) -> None:
                     flat.view(torch.uint8)[::1024].max()
 
 
-def stored_bytes(value: Any) -> int:
-    """Bytes of a tensor, of what a tensor subclass wraps, and of all tensors in tuples and dicts; 0 of anything else."""
+def stored_bytes(value: Any, module: Any = None) -> int:
+    """Bytes of a tensor (a parameter of `module`), of what a tensor subclass wraps, and of all tensors in tuples and dicts; 0 of anything else."""
     if isinstance(value, dict | tuple | list):
         return sum(map(stored_bytes, value.values() if isinstance(value, dict) else value))
     if not hasattr(value, "element_size"):
         return 0
-    return sum(piece.numel() * piece.element_size() for piece in _pieces(value, None))
+    return sum(piece.numel() * piece.element_size() for piece in _pieces(value, module))
 
 
 def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
@@ -156,7 +156,7 @@ def _class_name(module: Any) -> str:
 def layer_bytes(module: Any) -> int:
     """Bytes that the weight of a linear layer is held in, quantization state included, its bias left out."""
     weights = [t for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"]
-    return sum(piece.numel() * piece.element_size() for tensor in weights for piece in _pieces(tensor, module))
+    return sum(stored_bytes(tensor, module) for tensor in weights)
 
 
 EXPECTED = {
