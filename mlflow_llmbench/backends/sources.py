@@ -141,23 +141,13 @@ def _hub_gguf(cell: Cell, repository: str, file: str) -> ModelFacts:
             raise OSError("HF_HUB_OFFLINE is set")
         commit, sizes = _within(HUB_TIMEOUT_S, lambda: _ask_hub_files(repository, cell.revision))
     except errors.RevisionNotFoundError:
-        raise ModelError(
-            f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository."
-        ) from None
+        raise _no_revision(cell, repository) from None
     except Exception as error:
         cached = try_to_load_from_cache(repository, file, revision=cell.revision)
         if isinstance(cached, str):
             snapshot = next(parent for parent in Path(cached).parents if parent.parent.name == "snapshots")
             return ModelFacts(cell.model, "hub_gguf", location, snapshot.name, files_bytes=os.path.getsize(cached))
-        if isinstance(error, errors.GatedRepoError):
-            raise ModelError(
-                f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`."
-            ) from None
-        if isinstance(error, errors.RepositoryNotFoundError):
-            raise ModelError(f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`.") from None
-        raise ModelError(
-            f"The Hub cannot be reached for {location}, and it is not in the local cache: {first_line(error)}. Check the network, or give a local file."
-        ) from None
+        raise _not_had(error, repository, location, "Check the network, or give a local file.") from None
     parts = [(Path(file).parent / part.name).as_posix() for part in gguf_file.parts_of(Path(file))]
     absent = [part for part in parts if part not in sizes]
     if absent:
@@ -244,6 +234,23 @@ def _check_revision(cell: Cell) -> None:
         raise UsageError(f"revision is not the name of a branch, tag or commit: {cell.revision}. Use revision=main, or one of that repository.")
 
 
+def _no_revision(cell: Cell, repository: str) -> ModelError:
+    return ModelError(f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository.")
+
+
+def _not_had(error: Exception, repository: str, location: str, hint: str, without: str = "") -> ModelError:
+    """Why the Hub did not give what lies at `location`; `hint`: what to do if it does not answer, `without`: if its terms are not accepted."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return ModelError(
+            f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`{without}."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ModelError(f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`.")
+    return ModelError(f"The Hub cannot be reached for {location}, and it is not in the local cache: {first_line(error)}. {hint}")
+
+
 def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
     """Commit and configuration of a Hub model; from the local cache if the Hub does not answer."""
     from huggingface_hub import constants, errors
@@ -257,23 +264,16 @@ def _hub_model(cell: Cell, repository: str, source: str) -> ModelFacts:
             raise OSError("HF_HUB_OFFLINE is set")
         commit, config_file, sizes = _within(HUB_TIMEOUT_S, lambda: _ask_hub(repository, cell.revision))
     except errors.RevisionNotFoundError:
-        raise ModelError(
-            f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository."
-        ) from None
+        raise _no_revision(cell, repository) from None
     except Exception as error:  # connection errors come in many classes, from httpx and from the system
         if cached is not None:
             _refuse_pickle(cell, source, _weight_names(file.name for file in cached.iterdir()))
             return _with_config(cell, source, repository, cached.name, cached / "config.json", None)
-        if isinstance(error, errors.GatedRepoError):
-            message = f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`; "
-            message += "or measure speed and memory without the weights: -P weights=random."
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            message = f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`."
-        elif isinstance(error, errors.EntryNotFoundError):
+        if isinstance(error, errors.EntryNotFoundError):
             message = f"The repository {repository} has no config.json, so it is no transformers model. For a GGUF repository download the .gguf file and give its path."
-        else:
-            message = f"The Hub cannot be reached for {repository}, and it is not in the local cache: {first_line(error)}. {hint}"
-        raise ModelError(message) from None
+            raise ModelError(message) from None
+        without = "; or measure speed and memory without the weights: -P weights=random"
+        raise _not_had(error, repository, repository, hint, without) from None
     _refuse_pickle(cell, source, sizes)
     return _with_config(cell, source, repository, commit, Path(config_file), sum(sizes.values()) or None)
 
