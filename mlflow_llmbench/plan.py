@@ -113,13 +113,9 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
     idle = {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
     idle |= {name for name in (*MEANT_WITH, "kv_cache") if getattr(cell, name) == PARAMETERS[name].default}  # identities are older than these
     decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}
-    decisive["model"] = model.location if model.source in ("hub", "preset") else model.name
-    decisive["revision"] = model.revision
+    decisive["model"], decisive["revision"] = model.identity
     if model.assistant:
-        decisive["assistant"] = [
-            model.assistant.location if model.assistant.source in ("hub", "preset") else model.assistant.name,
-            model.assistant.revision,
-        ]
+        decisive["assistant"] = model.assistant.identity
     if model.quant_plan:  # what it says, not where it lies
         decisive["quant_plan"] = dict(model.quant_plan.schemes)
     return hash16(decisive)

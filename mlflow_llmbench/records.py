@@ -295,6 +295,11 @@ class ModelFacts:
     assistant: ModelFacts | None = None  # the model that proposes tokens, with decode=assisted
     quant_plan: QuantPlan | None = None  # the one that was given
 
+    @property
+    def identity(self) -> list[str]:
+        """What the model is, whatever it was called and wherever its files lie: its place on the Hub, else its name, and its revision."""
+        return [self.location if self.source in ("hub", "preset") else self.name, self.revision]
+
 
 @dataclass(frozen=True)
 class LoadInfo:

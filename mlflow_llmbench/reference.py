@@ -111,7 +111,7 @@ def _file(cell: Cell, model: ModelFacts, text: Text, env_hash: str) -> Path:
     """The file of a cell's reference, by what decides its content."""
     content = {
         "format": FORMAT,
-        "model": [model.location if model.source in ("hub", "preset") else model.name, model.revision],
+        "model": model.identity,
         "prompts": load_prompts(cell.workload).texts,
         "text": text.content,
         "device": cell.device,

@@ -61,8 +61,8 @@ def out_type(cell: Cell, model: ModelFacts) -> str:
 
 
 def _kept(model: ModelFacts, kind: str) -> Path:
-    name = model.location if model.source in ("hub", "preset") else model.name
-    content = {"model": name, "revision": model.revision, "kind": kind, "version": version()}
+    name, revision = model.identity
+    content = {"model": name, "revision": revision, "kind": kind, "version": version()}
     return machine.cache_folder() / "gguf" / f"{Path(model.name).name}-{kind}-{hash16(content)}.gguf"
 
 

@@ -62,8 +62,9 @@ def folder_of(cell: Cell, model: ModelFacts) -> Path:
     versions = {package: importlib.metadata.version(package) for package in (*PACKAGES, "transformers", "torch")}
     prompts = load_prompts(cell.workload)
     calibration = list(prompts.texts) or {"generator": "uniform-ids-1", "seed": cell.seed}
+    name, revision = model.identity
     made_of = {
-        "model": model.location if model.source in ("hub", "preset") else model.name, "revision": model.revision, "bits": GPTQ_BITS[cell.quant],
+        "model": name, "revision": revision, "bits": GPTQ_BITS[cell.quant],
         "group_size": cell.group_size, "calibration": calibration, "samples": [MOST_SAMPLES, SAMPLE_TOKENS], "versions": versions,
     }  # fmt: skip
     return machine.cache_folder() / "gptq" / f"{Path(model.name).name}-{cell.quant}-{hash16(made_of)}"

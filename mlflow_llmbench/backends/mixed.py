@@ -92,10 +92,11 @@ def read_plan(path: str, model: ModelFacts) -> QuantPlan:
 
 def _folder(cell: Cell, model: ModelFacts) -> Path:
     """The cache's folder for a model's sensitivity and its plans: named by everything that decides what is measured."""
+    name, revision = model.identity
     made_of = {
-        "model": model.location if model.source in ("hub", "preset") else model.name, "revision": model.revision,
+        "model": name, "revision": revision,
         "device": machine.require_device(cell.device).partition(":")[0], "attention": cell.attention, "size": [PASSAGES, PASSAGE_TOKENS, POSITIONS],
-        "calibration": [_texts(name, cell) for name in _sets(cell)] or {"generator": "uniform-ids-1", "seed": cell.seed}, "versions": _versions(),
+        "calibration": [_texts(texts, cell) for texts in _sets(cell)] or {"generator": "uniform-ids-1", "seed": cell.seed}, "versions": _versions(),
     }  # fmt: skip
     return machine.cache_folder() / "mixed" / f"{Path(model.name).name}-{hash16(made_of)}"
 
