@@ -28,8 +28,10 @@ SERVED_BACKENDS = ("transformers", "llama_cpp", "fake")
 SERVED_DECODES = ("generate",)
 SERVED_HISTORIES = ("none", "recomputed")
 
-CHECKPOINT_PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum")}
-"""Method of a checkpoint that is quantized already → what transformers loads it with."""
+PACKAGES = {
+    "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum"), "torchao": ("torchao",), "hqq": ("hqq",), "quanto": ("optimum-quanto",),
+}  # fmt: skip
+"""Method of a quantization → what transformers loads it with, or makes it with while it loads."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,18 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
     cell, model = result.cell, result.model
     facts, plan = (result.load.facts, result.load.quant_plan) if result.load else ({}, None)
     figures = {key: metrics[key] for key in HEADLINES if key in metrics}
-    packed = result.load.file if result.load else None
-    path = PurePath(packed or model.location)
-    place, file = (str(path.parent), path.name) if packed or model.source == "gguf" else (model.location, None)
-    if model.source == "hub_gguf":
-        place, _, file = model.location.partition(":")
+    source, place, file = _place(result)
     device = cell.device if cell.device != "auto" else str(facts.get("model.device", "cpu")).partition(":")[0]
     longest = [r.prompt_tokens for repetition in result.repetitions for r in repetition.requests if r.prompt_tokens]
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "model": cell.model,
         "backend": cell.backend,
-        "source": model.source,
+        "source": source,
         "location": place,
         "gguf_file": file,
         "revision": model.revision,
+        "tokenizer": _tokenizer(result),
         "trust_remote_code": cell.trust_remote_code,
         "quant": cell.quant,
         "dtype": _dtype(result),
@@ -94,7 +93,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "measured": figures,
         "hashes": vars(result.hashes),
         "evidence": _evidence(evidence),
-        **(_packed(result) if packed else {}),
+        **(_packed(result) if cell.backend == "llama_cpp" else {}),
     }
     return Deployment(config, figures, _requirements(result), evidence)
 
@@ -129,8 +128,8 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
         raise UsageError(
             f"backend={cell.backend} cannot be registered: the registered model is run by transformers or llama.cpp. Measure with one of them."
         )
-    if cell.backend == "llama_cpp" and (result.load is None or result.load.file is None):
-        raise UsageError(f"The run {evidence.run_id} does not say which file llama.cpp ran, so it cannot be served. Measure it again.")
+    if (cell.backend == "llama_cpp" or cell.quant.startswith("gptq")) and (result.load is None or result.load.made is None):
+        raise UsageError(f"The run {evidence.run_id} does not say where the files are that it ran, so it cannot be served. Measure it again.")
     if cell.batching:
         raise UsageError(
             f"batching={cell.batching} cannot be served: the registered model batches the prompts of one request, and not requests that come one "
@@ -171,9 +170,36 @@ def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf:
         return {"class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute, **double}
     if quant in FLOAT_DTYPES:
         return {"class": "GgufConfig", "dequantize": True} if from_gguf else {}
-    if quant == "none":
+    method = facts.get("quant.method")
+    if quant == "none" or method == "gptq":  # the checkpoint says it itself
         return {}
+    if method == "torchao":
+        return {"class": "TorchAoConfig", "scheme": quant, "group_size": facts.get("quant.group_size")}
+    if method == "quanto":
+        return {"class": "QuantoConfig", "weights": f"int{quant.removeprefix('quanto')}"}
+    if method == "hqq":
+        return {"class": "hqq", "bits": facts["quant.bits"], "group_size": facts["quant.group_size"]}
     raise UsageError(f"quant={quant} cannot be registered yet: how it was realised is not known to the served model. Use another quantization.")
+
+
+def _place(result: RunResult) -> tuple[str, str, str | None]:
+    """What kind of source the served model is loaded from, where that is, and the GGUF file in it."""
+    model, made = result.model, result.load.made if result.load else None
+    if model.source == "hub_gguf":
+        repository, _, file = model.location.partition(":")
+        return model.source, repository, file
+    if result.cell.backend == "llama_cpp" or model.source == "gguf":
+        path = PurePath(made or model.location)
+        return "gguf", str(path.parent), path.name
+    return ("folder", made, None) if made else (model.source, model.location, None)
+
+
+def _tokenizer(result: RunResult) -> dict[str, str | None] | None:
+    """Where the tokenizer is, of a checkpoint that was made of another; None where it lies with the weights."""
+    model = result.model
+    if result.cell.backend != "transformers" or result.load is None or result.load.made is None:
+        return None
+    return {"location": model.location, "revision": model.revision if model.source in ("hub", "preset") else None}
 
 
 def _packed(result: RunResult) -> dict[str, Any]:
@@ -214,5 +240,5 @@ def _requirements(result: RunResult) -> tuple[str, ...]:
     wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4", "mixed") else []
     wanted += ["gguf"] if result.model.source == "gguf" else []
     method = str(result.load.facts.get("quant.method")) if result.load else ""
-    wanted += CHECKPOINT_PACKAGES.get(method, ())
+    wanted += PACKAGES.get(method, ())
     return tuple(f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in wanted if name in packages)

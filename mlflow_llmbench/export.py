@@ -35,6 +35,8 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
         raise UsageError(f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a container.")
     if config["quant"] == "mixed":
         raise UsageError(f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m {uri}")
+    if config["quantization"].get("class") in ("TorchAoConfig", "QuantoConfig", "hqq") and target in ("vllm", "tgi", "sglang", "transformers"):
+        raise UsageError(f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models serve -m {uri}")
     comment = "".join(f"# {line}\n" for line in _measured(config, uri, target))
     return comment + TARGETS[target](config, uri, requirements)
 

@@ -319,7 +319,7 @@ class LoadInfo:
     vocab_size: int | None = None
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
     quant_plan: QuantPlan | None = None  # of a mixed quantization
-    file: str | None = None  # the one that was run, where it is not the checkpoint itself
+    made: str | None = None  # file or folder that was run, where it was made of the checkpoint, or is one file of a repository
 
 
 @dataclass(frozen=True)

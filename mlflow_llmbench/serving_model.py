@@ -50,6 +50,44 @@ def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
     return made.requires_grad_(False).eval()
 
 
+def torchao_settings(scheme: str, group_size: int | None, device: str) -> Any:
+    """What `backends.quantizing` asks of torchao: per output row for 8 bits, per `group_size` weights for 4, laid out for the device's kernel."""
+    from torchao import quantization
+
+    if scheme == "int8-wo":
+        return quantization.Int8WeightOnlyConfig()
+    if scheme == "int8-dq":
+        return quantization.Int8DynamicActivationInt8WeightConfig()
+    if scheme == "fp8":
+        return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+    if device.startswith("cuda"):
+        return quantization.Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+    return PrototypeInt4WeightOnlyConfig(group_size=group_size)
+
+
+def quantize_with_hqq(model: Any, bits: int, group_size: int, compute: Any) -> None:
+    """HQQ's layers in the place of the linear ones but for the output head, as `backends.quantizing` puts them."""
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
+    head = model.get_output_embeddings()
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            model.set_submodule(name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device)))
+
+
+def layer_name(layer: Any) -> str:
+    """The class of a layer, and that of its weight where it is a tensor subclass, as `backends.inspection` names it."""
+    weight = getattr(layer, "weight", None)
+    if not hasattr(weight, "__tensor_flatten__"):
+        return type(layer).__name__
+    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
+    return f"{type(layer).__name__}({type(weight).__name__}{dynamic})"
+
+
 class Checkpoint:
     """A checkpoint in transformers."""
 
@@ -65,16 +103,22 @@ class Checkpoint:
             named["revision"] = config["revision"]
         if config["gguf_file"]:
             named["gguf_file"] = config["gguf_file"]
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(config["location"], **named)
+        other = config["tokenizer"]  # what was made of a checkpoint has none of its own
+        words = {name: value for name, value in (named | {"revision": other["revision"]} if other else named).items() if value is not None}
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(other["location"] if other else config["location"], **words)
         settings = dict(config["quantization"])
-        layers = settings.get("layers")
-        if settings and layers is None:
-            named["quantization_config"] = getattr(transformers, settings.pop("class"))(**settings)
+        layers, kind = settings.get("layers"), settings.pop("class", None)
+        if kind == "TorchAoConfig":
+            named["quantization_config"] = transformers.TorchAoConfig(torchao_settings(**settings, device=config["device"]))
+        elif kind not in (None, "mixed", "hqq"):
+            named["quantization_config"] = getattr(transformers, kind)(**settings)
         if config["attention"] != "auto":
             named["attn_implementation"] = config["attention"]
         dtype = config["dtype"] if config["dtype"] == "auto" else getattr(torch, config["dtype"])
         place = config["device"] if layers is None else "cpu"
         model = transformers.AutoModelForCausalLM.from_pretrained(config["location"], dtype=dtype, device_map={"": place}, **named)
+        if kind == "hqq":
+            quantize_with_hqq(model, **settings, compute=dtype)
         if layers is not None:
             for scheme, names in layers.items():
                 for name in names:
@@ -93,7 +137,7 @@ class Checkpoint:
         """Refuse a model whose linear layers are not of the classes that were measured: it would be another quantization."""
         head = model.get_output_embeddings()
         layers = [m for m in model.modules() if m is not head and hasattr(m, "in_features") and next(m.children(), None) is None]
-        counts = Counter(type(layer).__name__ for layer in layers)
+        counts = Counter(map(layer_name, layers))
         kernel = ", ".join(f"{name} × {count}" for name, count in sorted(counts.items()))
         if self.config["kernel"] and kernel != self.config["kernel"]:
             raise MlflowException(f"The model was measured with the layers {self.config['kernel']}, and has been loaded with {kernel}.")

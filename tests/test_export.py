@@ -58,7 +58,7 @@ def packed(source: str = "folder", **cell: Any) -> dict[str, Any]:
     facts = {"quant.type": "Q4_K - Medium", "kv_cache.type": cell.get("kv_cache", "f16"), "llama_cpp.threads": 2, "model.device": "cpu"}
     result = made(
         batch=4, cell=Cell(model="own", backend="llama_cpp", quant="q4_k_m", batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
-        model=ModelFacts(location, source, location, "c0ffee"), load=LoadInfo(1.0, facts=facts, file="/cache/own-q4_k_m.gguf"),
+        model=ModelFacts(location, source, location, "c0ffee"), load=LoadInfo(1.0, facts=facts, made="/cache/own-q4_k_m.gguf"),
     )  # fmt: skip
     return dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
 

@@ -294,15 +294,13 @@ def test_a_registered_version_has_the_plan_and_answers_with_it(tiny_model: Path)
     """The served model is made by code of its own, so it is held to the measured one bit for bit."""
     from mlflow_llmbench.deployment import Evidence, deployment_of
     from mlflow_llmbench.records import Verdict
-    from mlflow_llmbench.serving_model import MeasuredModel
+    from mlflow_llmbench.serving_model import Checkpoint
 
     backend, info = prepared(tiny_model, quant_budget="8.5")
     result = made(cell=dataclasses.replace(backend.cell, device="cpu"), model=backend.facts, load=info)
     config = deployment_of(result, {}, Evidence("r", "s", Verdict("valid"))).config
     assert config["quantization"]["class"] == "mixed" and len(json.dumps(config)) < 8000
-    served = MeasuredModel()
-    served.config, served.model = json.loads(json.dumps(config)), None
-    served._load()
+    served = Checkpoint(json.loads(json.dumps(config)))
     with torch.inference_mode():
         assert torch.equal(served.model(torch.tensor(IDS)).logits, logits_of(backend))
 

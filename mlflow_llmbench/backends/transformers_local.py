@@ -200,6 +200,7 @@ class TransformersBackend:
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
             quant_plan=self.plan,
+            made=sources.local_files(self.cell, self.facts)[0] if self.cell.quant in GPTQ_BITS else None,
         )
 
     def _cache_bytes(self) -> int | None:
