@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlflow_llmbench import gpu, machine, summary
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import LlmbenchError
 from mlflow_llmbench.measure import compare_decoding, measure_cell, time_request
-from mlflow_llmbench.records import Cell, Hashes, RunResult
+from mlflow_llmbench.records import Hashes, RunResult
 from mlflow_llmbench.workload import load_prompts
 
 MODELS = ("opt-125m", "llama-3.2-1b")

@@ -27,8 +27,9 @@ import numpy as np
 
 from mlflow_llmbench import machine, stats, summary, tracking
 from mlflow_llmbench.backends.transformers_local import TransformersBackend, _Streamer
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.measure import time_request
-from mlflow_llmbench.records import Cell, Hashes, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import Hashes, ModelFacts, Repetition, RequestRecord, RunResult
 from mlflow_llmbench.summary import Point
 from mlflow_llmbench.workload import load_prompts
 

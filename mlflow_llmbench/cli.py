@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from . import __version__, decide
+from .cell import Cell
 from .errors import LlmbenchError, UsageError
-from .records import Cell
 from .redaction import Terminal, redact
 from .spec import COMMANDS as PARAMETERS_OF
 from .spec import PARAMETERS, default_text, parse, read_yaml

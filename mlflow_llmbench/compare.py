@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from .cell import DRAWN, Cell
 from .errors import NotComparable, UsageError
 from .markup import markdown, markdown_table
 from .metrics import KEYS
-from .records import DRAWN, Cell, Repetition, RunResult, Verdict
+from .records import Repetition, RunResult, Verdict
 from .stats import holm, mann_whitney, paired, welch
 from .summary import PER_REPETITION, number_text, process_count, summarize, unit_values
 from .validity import judge

@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 from . import gpu, machine, memory
 from .backends import decoding, gguf_made, quantizing
 from .backends.base import backend_class
+from .cell import Cell
 from .errors import MissingError, UsageError, first_line
 from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
 from .quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS, QUANTIZATIONS
-from .records import Cell
 from .redaction import redact
 from .spec import DECODES, known_backends
 

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from .cell import Cell
 from .latency import e2e_ms
 from .online_summary import met
-from .records import Cell, RunResult
+from .records import RunResult
 from .stats import t_interval
 from .summary import requests, summarize
 from .validity import judge

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .cell import Cell
 from .compare import BETTER, DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, SIGNIFICANCE, UNNAMED, UNTESTED, compare, differences, sentence, value_text
 from .errors import UsageError
 from .metrics import KEYS
-from .records import Cell, Repetition, RunResult, Verdict
+from .records import Repetition, RunResult, Verdict
 from .stats import t_interval, welch
 from .summary import summarize, unit_values
 from .validity import judge

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from .cell import Cell
 from .compare import DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, UNNAMED
 from .errors import NotFitted
 from .fits import (
@@ -32,7 +33,7 @@ from .fits import (
     share_of,
     verdict,
 )
-from .records import Cell, LoadInfo, RunResult
+from .records import LoadInfo, RunResult
 from .stats import coefficient_of_variation
 from .summary import attended, summarize, unit_values
 from .validity import judge

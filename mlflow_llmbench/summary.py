@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
+from .cell import SPECULATIVE
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
 from .online_summary import online_figures, ramp_steps, stream_figures
 from .quality import figures
-from .records import SPECULATIVE, LoadInfo, MemorySample, Repetition, RequestRecord, RunResult, TextTimes
+from .records import LoadInfo, MemorySample, Repetition, RequestRecord, RunResult, TextTimes
 from .stats import (
     block_bootstrap_interval,
     bootstrap_interval,

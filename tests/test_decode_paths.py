@@ -15,10 +15,10 @@ import torch
 from mlflow_llmbench import run
 from mlflow_llmbench.backends import decoding
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
 from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.measure import checked_ids, time_request
-from mlflow_llmbench.records import Cell
 from mlflow_llmbench.summary import summarize
 
 PROMPTS = [[5, 6, 7, 8, 9] * 4]

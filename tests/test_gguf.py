@@ -14,10 +14,11 @@ import pytest
 from mlflow_llmbench import doctor, estimate, machine, memory, models, reference
 from mlflow_llmbench.backends import gguf_convert, gguf_file, gguf_made, scoring, sources
 from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend, buffers_in, mapped_weights
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, ModelError, UsageError
 from mlflow_llmbench.plan import config_hash, expand_cells, group_cells
 from mlflow_llmbench.quantizations import GGUF_QUANTIZATIONS
-from mlflow_llmbench.records import Cell, ModelFacts
+from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import parse
 from tests.gguf_files import write_llama
 

@@ -14,9 +14,10 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench import journal, plan, run, summary
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.measure import Measured, compare_replies, measure_cell, time_turns
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, RequestRecord
+from mlflow_llmbench.records import LoadInfo, ModelFacts, RequestRecord
 from mlflow_llmbench.report import report_markdown
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.validity import judge

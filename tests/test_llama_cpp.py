@@ -18,9 +18,10 @@ from mlflow_llmbench import journal, memory, quality, sweep
 from mlflow_llmbench.backends import gguf_file, gguf_made, llama_cpp_session, scoring
 from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MeasurementError, NotRealised, UsageError
 from mlflow_llmbench.measure import checked_ids, measure_cell, time_request, time_turns
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts
+from mlflow_llmbench.records import LoadInfo, ModelFacts
 from mlflow_llmbench.workload import load_prompts
 from tests.gguf_files import write_llama
 

@@ -8,9 +8,10 @@ import pytest
 
 from mlflow_llmbench import summary
 from mlflow_llmbench.backends.fake import FakeBackend, parse_script
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MeasurementError, OutOfMemory, UsageError
 from mlflow_llmbench.measure import Measured, measure_cell, time_request
-from mlflow_llmbench.records import Cell, Hashes, RunResult
+from mlflow_llmbench.records import Hashes, RunResult
 from mlflow_llmbench.workload import load_prompts
 
 

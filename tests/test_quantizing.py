@@ -16,10 +16,11 @@ import torch
 from mlflow_llmbench import doctor, gpu, models
 from mlflow_llmbench.backends import quantizing
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
 from mlflow_llmbench.metrics import COLOURS
 from mlflow_llmbench.quantizations import MIXED, QUANTIZATIONS
-from mlflow_llmbench.records import Cell, LoadInfo
+from mlflow_llmbench.records import LoadInfo
 
 GROUP = 64
 LINEAR = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)

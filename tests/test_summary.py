@@ -10,20 +10,9 @@ import numpy as np
 import pytest
 
 from mlflow_llmbench import summary
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.metrics import KEYS, SERIES
-from mlflow_llmbench.records import (
-    Cell,
-    Hashes,
-    LoadInfo,
-    MemorySample,
-    MemoryStages,
-    ModelFacts,
-    Noise,
-    Repetition,
-    RequestRecord,
-    RunResult,
-    TextTimes,
-)
+from mlflow_llmbench.records import Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult, TextTimes
 from mlflow_llmbench.stats import block_bootstrap_interval
 from mlflow_llmbench.validity import judge, unsupported_percentiles
 

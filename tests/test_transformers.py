@@ -14,8 +14,9 @@ import torch
 from mlflow_llmbench import models
 from mlflow_llmbench.backends import inspection, synthetic
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, ModelError, NotRealised, UsageError
-from mlflow_llmbench.records import Cell, LoadInfo
+from mlflow_llmbench.records import LoadInfo
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 

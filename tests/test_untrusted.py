@@ -17,8 +17,8 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench.backends import sources
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import LlmbenchError, MeasurementError, ModelError, UsageError
-from mlflow_llmbench.records import Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ("--prompt-tokens", "4", "--output-tokens", "3", "--repetitions", "5", "--warmup", "1")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import models
+from ..cell import Cell
 from ..errors import ModelError, UsageError, first_line
 from ..quantizations import GPTQ_BITS, MADE, MIXED
-from ..records import Cell, ModelFacts
+from ..records import ModelFacts
 from . import gguf_file, gptq, mixed, synthetic
 from .base import LOCAL_FILES
 

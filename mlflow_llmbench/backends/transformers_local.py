@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models
+from ..cell import Cell
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..quant_plan import QuantPlan
 from ..quantizations import GPTQ_BITS, HQQ_BITS, MIXED
-from ..records import Cell, LoadInfo, ModelFacts
+from ..records import LoadInfo, ModelFacts
 from ..spec import DECODES
 from ..workload import turn_texts
 from . import decoding, gptq, mixed, quantizing, sources
