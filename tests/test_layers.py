@@ -44,6 +44,7 @@ LAYERS = {
     ),
     "show": (
         "report",
+        "model_table",
         "charts",
         "comparison_charts",
         "load_charts",
@@ -63,6 +64,7 @@ LAYERS = {
     ),
     "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
+        "packages",
         "doctor",
         "progress",
         "relations",
