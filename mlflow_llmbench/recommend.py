@@ -22,8 +22,9 @@ from .compare import BETTER, DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, SIGNIFICAN
 from .errors import UsageError
 from .metrics import KEYS
 from .records import Repetition, RunResult, Verdict
+from .repetitions import unit_values
 from .stats import t_interval, welch
-from .summary import summarize, unit_values
+from .summary import summarize
 from .validity import judge
 
 HEADLINE_VALUES = {headline.key: headline.of for headline in HEADLINES if headline.of}

@@ -20,6 +20,8 @@ LAYERS = {
         "stats",
         "quality",
         "latency",
+        "repetitions",
+        "efficiency",
         "online_summary",
         "summary",
         "twin",
