@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from mlflow_llmbench import machine, stats, summary, tracking
+from mlflow_llmbench import latency, machine, stats, summary, tracking
 from mlflow_llmbench.backends.transformers_local import TransformersBackend, _Streamer
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.measure import time_request
@@ -116,7 +116,7 @@ def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> d
         def end(self) -> None: ...
 
     def ours_gap() -> float:
-        return median(summary.gaps_ms(time_request(backend, prompts, TOKENS)[0]))
+        return median(latency.gaps_ms(time_request(backend, prompts, TOKENS)[0]))
 
     def bare_gap() -> float:
         streamer: Any = Bare()
@@ -126,7 +126,7 @@ def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> d
         return median((b - a) / 1e6 for a, b in itertools.pairwise(stamps))
 
     def ours_whole() -> float:
-        return summary.e2e_ms(time_request(backend, prompts, TOKENS)[0])
+        return latency.e2e_ms(time_request(backend, prompts, TOKENS)[0])
 
     def alone() -> float:
         with torch.inference_mode():

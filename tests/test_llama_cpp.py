@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,10 @@ from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MeasurementError, NotRealised, UsageError
 from mlflow_llmbench.measure import checked_ids, measure_cell, time_request, time_turns
-from mlflow_llmbench.records import LoadInfo, ModelFacts
+from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.workload import load_prompts
 from tests.gguf_files import write_llama
+from tests.loading import loaded
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: pip install -c constraints.txt -e '.[gguf]'"
@@ -45,15 +44,6 @@ def packed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cell_of(file: Path, **settings: Any) -> Cell:
     return Cell(**{"model": str(file), "backend": "llama_cpp", "device": "cpu", "threads": 1, "prompt_tokens": 5, "output_tokens": 12, **settings})
-
-
-@contextmanager
-def loaded(cell: Cell) -> Iterator[tuple[LlamaCppBackend, LoadInfo]]:
-    backend = LlamaCppBackend(cell, LlamaCppBackend.resolve(cell))
-    try:
-        yield backend, backend.load()
-    finally:
-        backend.close()
 
 
 def steps_of(backend: Any, prompts: list[list[int]] = PROMPTS, count: int = 12) -> list[list[int]]:

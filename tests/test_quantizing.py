@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
 from mlflow_llmbench.metrics import COLOURS
 from mlflow_llmbench.quantizations import MIXED, QUANTIZATIONS
-from mlflow_llmbench.records import LoadInfo
+from tests.loading import loaded
 
 GROUP = 64
 LINEAR = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
@@ -38,15 +36,6 @@ def installed(package: str) -> bool:
 
 def needs(package: str) -> Any:
     return pytest.mark.skipif(not installed(package), reason=f"needs the package {package}")
-
-
-@contextmanager
-def loaded(cell: Cell) -> Iterator[tuple[TransformersBackend, LoadInfo]]:
-    backend = TransformersBackend(cell, TransformersBackend.resolve(cell))
-    try:
-        yield backend, backend.load()
-    finally:
-        backend.close()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries, which are loaded in a process of their own elsewhere
