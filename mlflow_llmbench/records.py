@@ -63,6 +63,7 @@ class LoadInfo:
     vocab_size: int | None = None
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
     quant_plan: QuantPlan | None = None  # of a mixed quantization
+    file: str | None = None  # the one that was run, where it is not the checkpoint itself
 
 
 @dataclass(frozen=True)

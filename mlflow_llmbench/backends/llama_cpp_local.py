@@ -147,6 +147,7 @@ class LlamaCppBackend:
             facts=self._model_facts(model, header) | self._run_facts(model, kind) | gguf_made.recorded(self.file or Path()),
             vocab_size=model.words,
             mapped_weight_bytes=self._mapped,
+            file=str(self.file),
         )
 
     def _model_facts(self, model: Model, header: gguf_file.Header) -> dict[str, str | int | float]:
