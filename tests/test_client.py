@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench.backends.openai_server import OpenAIBackend, http_request
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.client import Load, LoadClient, Trace, address_of
 from mlflow_llmbench.errors import ModelError
 from mlflow_llmbench.http1 import Limits
-from mlflow_llmbench.records import Cell, ModelFacts, RequestRecord
+from mlflow_llmbench.records import ModelFacts, RequestRecord
 from mlflow_llmbench.workload import load_prompts
 
 from .null_server import null_server, read_log

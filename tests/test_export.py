@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.deployment import Evidence, deployment_of
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.export import TARGETS, export
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, Verdict
+from mlflow_llmbench.records import LoadInfo, ModelFacts, Verdict
 from mlflow_llmbench.registry import register
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.tracking import open_store

@@ -11,10 +11,11 @@ import pytest
 
 from mlflow_llmbench import run
 from mlflow_llmbench.backends import gptq
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, UsageError
 from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.plan import expand_cells, group_cells
-from mlflow_llmbench.records import Cell, Verdict
+from mlflow_llmbench.records import Verdict
 from mlflow_llmbench.spec import parse
 from tests.results import made
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
-    "nouns": ("redaction", "errors", "metrics", "quant_plan", "records"),
+    "nouns": ("redaction", "errors", "metrics", "quant_plan", "cell", "records"),
     "intent": ("quantizations", "parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
@@ -20,6 +20,8 @@ LAYERS = {
         "stats",
         "quality",
         "latency",
+        "repetitions",
+        "efficiency",
         "online_summary",
         "summary",
         "twin",
@@ -44,6 +46,7 @@ LAYERS = {
     ),
     "show": (
         "report",
+        "model_table",
         "charts",
         "comparison_charts",
         "load_charts",
@@ -63,6 +66,7 @@ LAYERS = {
     ),
     "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
+        "packages",
         "doctor",
         "progress",
         "relations",

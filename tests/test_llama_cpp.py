@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,16 @@ from mlflow_llmbench import journal, memory, quality, sweep
 from mlflow_llmbench.backends import gguf_file, gguf_made, llama_cpp_session, scoring
 from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.deployment import Evidence, deployment_of
 from mlflow_llmbench.errors import MeasurementError, NotRealised, UsageError
 from mlflow_llmbench.measure import checked_ids, measure_cell, time_request, time_turns
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, Verdict
+from mlflow_llmbench.records import ModelFacts, Verdict
 from mlflow_llmbench.registry import save
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.workload import load_prompts
 from tests.gguf_files import write_llama
+from tests.loading import loaded
 from tests.results import made
 
 pytestmark = pytest.mark.skipif(
@@ -48,15 +48,6 @@ def packed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cell_of(file: Path, **settings: Any) -> Cell:
     return Cell(**{"model": str(file), "backend": "llama_cpp", "device": "cpu", "threads": 1, "prompt_tokens": 5, "output_tokens": 12, **settings})
-
-
-@contextmanager
-def loaded(cell: Cell) -> Iterator[tuple[LlamaCppBackend, LoadInfo]]:
-    backend = LlamaCppBackend(cell, LlamaCppBackend.resolve(cell))
-    try:
-        yield backend, backend.load()
-    finally:
-        backend.close()
 
 
 def steps_of(backend: Any, prompts: list[list[int]] = PROMPTS, count: int = 12) -> list[list[int]]:

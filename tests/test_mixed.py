@@ -15,6 +15,7 @@ from mlflow_llmbench import artifacts, run
 from mlflow_llmbench.backends import mixed
 from mlflow_llmbench.backends.inspection import verify_plan
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import NotRealised, UsageError
 from mlflow_llmbench.estimate import predicted_bytes
 from mlflow_llmbench.footprint import reductions
@@ -22,7 +23,7 @@ from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.models import find_preset
 from mlflow_llmbench.plan import config_hash, group_cells
 from mlflow_llmbench.quant_plan import Block, QuantPlan, Sensitivity
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, from_json, to_json
+from mlflow_llmbench.records import LoadInfo, ModelFacts, from_json, to_json
 from mlflow_llmbench.scaling import Measured
 from mlflow_llmbench.sensitivity import draw_plan, place, plan_markdown
 from mlflow_llmbench.spec import parse

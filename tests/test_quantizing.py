@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,12 @@ import torch
 from mlflow_llmbench import doctor, gpu, models
 from mlflow_llmbench.backends import quantizing
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
 from mlflow_llmbench.metrics import COLOURS
 from mlflow_llmbench.quantizations import MIXED, QUANTIZATIONS
-from mlflow_llmbench.records import Cell, LoadInfo, Verdict
+from mlflow_llmbench.records import Verdict
+from tests.loading import loaded
 from tests.results import made
 
 GROUP = 64
@@ -38,15 +38,6 @@ def installed(package: str) -> bool:
 
 def needs(package: str) -> Any:
     return pytest.mark.skipif(not installed(package), reason=f"needs the package {package}")
-
-
-@contextmanager
-def loaded(cell: Cell) -> Iterator[tuple[TransformersBackend, LoadInfo]]:
-    backend = TransformersBackend(cell, TransformersBackend.resolve(cell))
-    try:
-        yield backend, backend.load()
-    finally:
-        backend.close()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries, which are loaded in a process of their own elsewhere

@@ -23,10 +23,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.deployment import Evidence, deployment_of, version_tags
 from mlflow_llmbench.errors import UsageError
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, RunResult, Verdict
+from mlflow_llmbench.records import LoadInfo, ModelFacts, RunResult, Verdict
 from mlflow_llmbench.registry import register, result_of, save
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.tracking import cells_of_sweep, open_store

@@ -11,10 +11,11 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import twin
+from mlflow_llmbench.cell import Cell, Options
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.plan import asked_params, cell_name, expand_cells, group_cells, option_params, without_server
-from mlflow_llmbench.records import Cell, MemoryStages, Options, Repetition, RunResult
+from mlflow_llmbench.records import MemoryStages, Repetition, RunResult
 from mlflow_llmbench.relations import relate
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.upload import upload

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, memory, models
+from ..cell import Cell
 from ..errors import MeasurementError, MissingError, NotRealised, UsageError
 from ..quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
-from ..records import Cell, LoadInfo, ModelFacts
+from ..records import LoadInfo, ModelFacts
 from ..workload import turn_texts
 from . import gguf_file, gguf_made, sources, synthetic
 from .base import Capabilities, DeviceMemory, Emit
