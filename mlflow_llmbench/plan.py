@@ -60,10 +60,14 @@ def expand_cells(spec: BenchSpec) -> list[Cell]:
 
 def _settled(cell: Cell) -> Cell:
     """The cell with its settings at their default where they have no meaning."""
-    idle: dict[str, Any] = {
-        name: PARAMETERS[name].default for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values
-    }
+    idle: dict[str, Any] = {name: PARAMETERS[name].default for name in _idle(cell)}
     return dataclasses.replace(cell, **idle)
+
+
+def _idle(cell: Cell) -> set[str]:
+    """Parameters that mean nothing for a cell: those of another backend, of another quantization, or of another setting's value."""
+    others = {name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values}
+    return others | {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
 
 
 def without_server(cell: Cell) -> Cell:
@@ -111,8 +115,9 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
     fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]]
-    idle = {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
-    idle |= {name for name in (*MEANT_WITH, "kv_cache") if getattr(cell, name) == PARAMETERS[name].default}  # identities are older than these
+    idle = _idle(cell) | {
+        name for name in (*MEANT_WITH, "kv_cache") if getattr(cell, name) == PARAMETERS[name].default
+    }  # identities are older than these
     decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}
     decisive["model"], decisive["revision"] = model.identity
     if model.assistant:
