@@ -20,8 +20,9 @@ from typing import Any
 
 from . import errors, gpu, machine
 from .backends.base import backend_class
+from .cell import Cell
 from .errors import LlmbenchError, MeasurementError, MissingError, UsageError
-from .records import Cell, ModelFacts, from_json, hash16, to_json
+from .records import ModelFacts, from_json, hash16, to_json
 from .redaction import redact, worker_environment
 
 LEAST = (3, 10)

@@ -15,8 +15,8 @@ from mlflow_llmbench import interpreter, journal, run
 from mlflow_llmbench.backends import openvino_local, vllm_local
 from mlflow_llmbench.backends.base import backend_class
 from mlflow_llmbench.backends.rows import Rows
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MeasurementError, MissingError, UsageError
-from mlflow_llmbench.records import Cell
 
 PYTHONS = {"vllm": "LLMBENCH_TEST_VLLM_PYTHON", "openvino": "LLMBENCH_TEST_OPENVINO_PYTHON"}
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17]]
@@ -117,7 +117,8 @@ ASK = """
 import json, sys, time
 from mlflow_llmbench.backends.base import backend_class
 from mlflow_llmbench.measure import time_request
-from mlflow_llmbench.records import Cell, from_json
+from mlflow_llmbench.cell import Cell
+from mlflow_llmbench.records import from_json
 from mlflow_llmbench.worker import _import_libraries
 asked = json.loads(sys.argv[1])
 cell = from_json(Cell, asked["cell"])

@@ -17,8 +17,9 @@ import mlflow_llmbench
 from mlflow_llmbench import ab, interpreter, journal, machine, plan, run, spec
 from mlflow_llmbench.backends.base import Capabilities
 from mlflow_llmbench.backends.fake import FakeBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import LlmbenchError, MissingError, UsageError
-from mlflow_llmbench.records import Cell, ModelFacts
+from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.sweep import SweepResult
 
 FAST: dict[str, Any] = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1, "model": "fake:ttft_ms=2+itl_ms=1"}

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
-    "nouns": ("redaction", "errors", "metrics", "quant_plan", "records"),
+    "nouns": ("redaction", "errors", "metrics", "quant_plan", "cell", "records"),
     "intent": ("quantizations", "parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "interpreter", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
@@ -20,6 +20,8 @@ LAYERS = {
         "stats",
         "quality",
         "latency",
+        "repetitions",
+        "efficiency",
         "online_summary",
         "summary",
         "twin",
@@ -44,6 +46,7 @@ LAYERS = {
     ),
     "show": (
         "report",
+        "model_table",
         "charts",
         "comparison_charts",
         "load_charts",
@@ -63,6 +66,7 @@ LAYERS = {
     ),
     "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
+        "packages",
         "doctor",
         "progress",
         "relations",
@@ -102,15 +106,15 @@ HOMES = {
     "bitsandbytes": ("backends", "serving_model"),
     "accelerate": ("backends",),
     "safetensors": ("backends",),
-    "huggingface_hub": ("backends",),
+    "huggingface_hub": ("backends", "serving_model"),
     "gguf": ("backends",),
-    "llama_cpp": ("backends",),
+    "llama_cpp": ("backends", "serving_model"),
     "vllm": ("backends",),
     "openvino": ("backends",),
     "openvino_genai": ("backends",),
     "optimum": ("backends",),
-    "torchao": ("backends",),
-    "hqq": ("backends",),
+    "torchao": ("backends", "serving_model"),
+    "hqq": ("backends", "serving_model"),
     "lm_eval": ("backends",),
     "uvloop": ("client",),
     "pynvml": ("gpu",),

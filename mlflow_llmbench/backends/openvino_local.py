@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import machine, models
+from ..cell import Cell
 from ..errors import LlmbenchError, MeasurementError, MissingError, OutOfMemory, UsageError, first_line
-from ..records import Cell, LoadInfo, ModelFacts
+from ..records import LoadInfo, ModelFacts
 from . import openvino_made, probe, sources
 from .base import Capabilities, DeviceMemory, Emit
 from .rows import Rows

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import machine
+from ..cell import Cell
 from ..errors import MissingError, ModelError, first_line
-from ..records import Cell, ModelFacts, hash16
+from ..records import ModelFacts, hash16
 
 MODEL = "openvino_model.xml"
 MAKERS = ("optimum-intel", "nncf", "openvino", "transformers", "torch")

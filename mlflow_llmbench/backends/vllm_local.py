@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models
+from ..cell import Cell
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, UsageError, first_line
-from ..records import Cell, LoadInfo, ModelFacts
-from . import sources
+from ..records import LoadInfo, ModelFacts
+from . import checkpoint, sources
 from .base import Capabilities, DeviceMemory, Emit
 from .rows import Rows
 
@@ -157,7 +158,7 @@ class VllmBackend:
             "model.dtype": str(compute).removeprefix("torch."),
             "model.class": type(runner.model).__name__,
             "model.revision": self.facts.revision,
-            "model.weights_format": sources.weights_format(sources.local_files(self.cell, self.facts)[0]),
+            "model.weights_format": checkpoint.weights_format(sources.local_files(self.cell, self.facts)[0]),
             "model.device": self.device,
             "model.remote_code": str(self.cell.trust_remote_code).lower(),
             "quant.method": str(settings.model_config.quantization or "none"),
