@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -94,12 +95,39 @@ def environment_of(cell: Cell, ours: Mapping[str, Any]) -> Mapping[str, Any]:
 def needed_modules(cell: Cell) -> tuple[str, ...]:
     """Modules that the worker of a cell cannot do without: those of its backend, and what reads this machine where the kernel alone does not say."""
     own = () if Path("/proc/self/status").exists() else ("psutil",)
-    return (*own, *(("pynvml",) if gpu.gpus() else ()), *backend_class(cell.backend).capabilities.heavy)
+    heavy = (module.partition(".")[0] for module in backend_class(cell.backend).capabilities.heavy)
+    return tuple(dict.fromkeys((*own, *(("pynvml",) if gpu.gpus() else ()), *heavy)))
 
 
-def importable(modules: Sequence[str]) -> bool:
-    """Whether our own interpreter has these modules; nothing is imported."""
-    return all(importlib.util.find_spec(module) is not None for module in modules)
+def lacking_here(modules: Sequence[str]) -> list[str]:
+    """What must be installed in our own interpreter to have these modules; nothing is imported."""
+    tops = dict.fromkeys(module.partition(".")[0] for module in modules)
+    return [distribution_of(top) for top in tops if importlib.util.find_spec(top) is None]
+
+
+ASK_DOCTOR = """
+import json
+from mlflow_llmbench import doctor
+from mlflow_llmbench.records import to_json
+print(json.dumps(to_json(doctor.runtime_items())))
+"""
+
+
+def ask_doctor(python: str) -> list[dict[str, Any]]:
+    """The items of `doctor.runtime_items` in another interpreter, with its own pip in their advice. Raises UsageError or MeasurementError."""
+    examine(python)
+    answer, problem = _ask([python, "-c", ASK_DOCTOR], "", RESOLVE_S, downloads=False)
+    if not answer:
+        raise MeasurementError(f"worker_python={python} cannot be examined: {problem}.")
+    items: list[dict[str, Any]] = json.loads(answer)
+    return [item | {"advice": item["advice"] and re.sub(r"(?<!/)pip install", lambda _: pip(python), item["advice"])} for item in items]
+
+
+def try_import(python: str, backend: str) -> str:
+    """Why a backend's modules cannot be imported in another interpreter; empty if they can. Takes as long as the import, up to a minute."""
+    kind = backend_class(backend)
+    text = f"import os; os.environ.update({dict(kind.capabilities.variables)!r}); import {', '.join(kind.capabilities.heavy)}; print('imported')"
+    return _ask([python, "-c", text], "", ASK_S, downloads=False)[1] if kind.capabilities.heavy else ""
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import mlflow_llmbench
-from mlflow_llmbench import ab, interpreter, journal, machine, plan, run, spec
+from mlflow_llmbench import ab, cli, doctor, interpreter, journal, machine, plan, run, spec
 from mlflow_llmbench.backends.base import Capabilities
 from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.cell import Cell
@@ -219,7 +219,7 @@ def test_an_error_of_that_environment_names_its_own_pip() -> None:
 
 
 def test_a_gpu_is_not_measured_by_a_worker_that_cannot_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeBackend, "capabilities", Capabilities(heavy=("vllm",)))
+    monkeypatch.setattr(FakeBackend, "capabilities", Capabilities(heavy=("vllm.engine", "vllm.other")))
     monkeypatch.setattr("mlflow_llmbench.gpu.gpus", lambda: [{"name": "one"}])
     assert interpreter.needed_modules(Cell(backend="fake")) == ("pynvml", "vllm")
 
@@ -241,3 +241,37 @@ def test_without_one_nothing_is_asked_of_another_process(monkeypatch: pytest.Mon
     ours = {"hashes": {}}
     assert interpreter.environment_of(Cell(backend="fake"), ours) is ours
     assert interpreter.resolve(Cell(**FAST_CELL)).source == "none"
+
+
+# What the doctor says of it
+
+
+def test_the_doctor_examines_another_environment(other: str) -> None:
+    report = doctor.examine_worker(other)
+    items = {(item.section, item.name): item for item in report.items}
+    assert items["Interpreter", "packages"].found == "torch 9.9.9+other, transformers 7.0.1"
+    assert items["Backends", "fake"].status == "ok"
+    assert items["Backends", "openvino"].status == "missing"
+    assert items["Backends", "transformers"].found == "needs torch, transformers"  # a version that is noted is no module
+    assert items["Quantizations", "int8"].advice == f"Run: {other} -m pip install bitsandbytes"
+    assert "ENVIRONMENT/bin/pip install openvino-genai" in str(items["Backends", "openvino"].advice)
+    assert report.ready
+
+
+def test_the_doctor_imports_a_runtime_that_is_there(tmp_path: Path) -> None:
+    python = environment(tmp_path / "broken", {})
+    [packages] = (tmp_path / "broken" / "lib").glob("python3*/site-packages")
+    for name in ("openvino", "openvino_genai"):
+        (packages / f"{name}.py").write_text("raise RuntimeError('built for another machine')" if name == "openvino_genai" else "")
+    [item] = [item for item in doctor.examine_worker(python).items if item.name == "openvino"]
+    assert (item.status, item.found) == ("limited", "cannot be imported: RuntimeError: built for another machine")
+    (packages / "openvino_genai.py").write_text("")
+    [item] = [item for item in doctor.examine_worker(python).items if item.name == "openvino"]
+    assert item.status == "ok"
+
+
+def test_the_command_of_the_doctor_takes_an_interpreter(other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--worker-python", other]) == 0
+    assert capsys.readouterr().out.startswith("Interpreter\n  ok       Python")
+    assert cli.main(["doctor", "--worker-python", "/none/python"]) == 2
+    assert "There is no interpreter /none/python" in capsys.readouterr().err

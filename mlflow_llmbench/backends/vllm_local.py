@@ -42,6 +42,9 @@ AUTO_TOKENS = 2048
 BLOCK = 128
 """Tokens of a block of vLLM's KV cache, or a multiple of them."""
 
+HEAVY = ("torch", "transformers", "vllm.engine.arg_utils", "vllm.v1.engine.llm_engine")
+"""The package itself imports nothing before it is asked."""
+
 VARIABLES = (
     ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1"), ("DO_NOT_TRACK", "1"), ("VLLM_LOGGING_LEVEL", "WARNING"),
 )  # fmt: skip
@@ -50,7 +53,7 @@ VARIABLES = (
 class VllmBackend:
     """`LLMEngine.step()` until every row has its tokens."""
 
-    capabilities = Capabilities(tokenizer=True, logits=True, padding=True, heavy=("torch", "transformers", "vllm"), variables=VARIABLES)
+    capabilities = Capabilities(tokenizer=True, logits=True, padding=True, heavy=HEAVY, variables=VARIABLES)
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
