@@ -33,6 +33,9 @@ ONLINE = {"int8-wo": "int8_per_channel_weight_only", "fp8": "fp8"}
 """Quantization → what vLLM calls the one that it makes while it loads."""
 
 RUNS = ("none", *DTYPES, *ONLINE)
+MOST_BITS = 9.0
+"""Bits of a weight, scales included, of a quantization to eight."""
+
 LEAST_ROWS, MOST_STEP_TOKENS = 256, 16_384
 """Rows that the engine has room for at least; prompt tokens that it computes in one step at most."""
 
@@ -115,7 +118,19 @@ class VllmBackend:
                 self.engine = engine.from_engine_args(arguments)
                 self.load_s = time.perf_counter() - started
             self.warm_up_s = sum(times)
+            self._verify()
         return self.describe()
+
+    def _verify(self) -> None:
+        """Raise NotRealised unless the engine computes in the dtype, and holds the bits, that were asked for."""
+        computed = str(self.engine.vllm_config.model_config.dtype).removeprefix("torch.")
+        if self._dtype() not in ("auto", computed):
+            raise NotRealised(
+                f"{self._dtype()} was asked for, and vLLM computes in {computed}. Give quant=bf16, fp16 or fp32 as it can on {self.device}."
+            )
+        _, bits = stored_weights(self._runner().model)
+        if self.cell.quant in ONLINE and bits is not None and bits > MOST_BITS:
+            raise NotRealised(f"quant={self.cell.quant} was asked for, and vLLM holds {bits:.1f} bits of a weight. Use quant=none.")
 
     def _arguments(self) -> dict[str, Any]:
         """What the engine is made with. The first cell of a group has the most tokens; the others have room beside it, see `_require_room`."""
