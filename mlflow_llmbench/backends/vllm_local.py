@@ -21,7 +21,7 @@ from .. import gpu, machine, models
 from ..cell import Cell
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, UsageError, first_line
 from ..records import LoadInfo, ModelFacts
-from . import checkpoint, sources
+from . import checkpoint, scoring, sources
 from .base import Capabilities, DeviceMemory, Emit
 from .rows import Rows
 
@@ -38,6 +38,9 @@ MOST_BITS = 9.0
 
 LEAST_ROWS, MOST_STEP_TOKENS = 256, 16_384
 """Rows that the engine has room for at least; prompt tokens that it computes in one step at most."""
+
+SCORED_TOKENS = scoring.MOST_PROMPT_TOKENS + scoring.MOST_POSITIONS + 1
+"""Tokens of the longest text whose quality is measured."""
 
 AUTO_TOKENS = 2048
 """Prompt tokens that room is made for where the workload gives the lengths."""
@@ -135,7 +138,7 @@ class VllmBackend:
     def _arguments(self) -> dict[str, Any]:
         """What the engine is made with. The first cell of a group has the most tokens; the others have room beside it, see `_require_room`."""
         tokens = self._most_tokens()
-        longest = min(tokens, self.facts.context or tokens)
+        longest = min(max(tokens, SCORED_TOKENS), self.facts.context or tokens)
         shape = models.Shape.from_config(self.facts.config or {})
         value_bytes = 4 if self._dtype() == "float32" else 2
         room = {"kv_cache_memory_bytes": (2 * tokens + 4 * LEAST_ROWS * BLOCK) * shape.kv_bytes_per_token(value_bytes)} if shape else {}
