@@ -17,16 +17,18 @@ from .spec import MEANT_WITH, PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant", "device", "threads",
     "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint",
+    "worker_python",
 )  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
 WEIGHTS = (
     "model", "weights", "revision", "backend", "quant", "double_quant", "device", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch",
+    "worker_python",
 )  # fmt: skip
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
-UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
-"""Parameters of a cell that do not decide its result."""
+UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python")
+"""Parameters of a cell that do not decide its result; of an interpreter its environment does, and not where it lies."""
 
 OF_MIXED = ("quant_budget", "quant_plan")
 """Parameters of a mixed quantization; they belong to the identity of no other."""

@@ -14,7 +14,7 @@ PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "quant_plan", "cell", "records"),
     "intent": ("quantizations", "parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
-    "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "estimate", "backends"),
+    "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "interpreter", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
     "think": (
         "stats",
@@ -109,6 +109,9 @@ HOMES = {
     "huggingface_hub": ("backends", "serving_model"),
     "gguf": ("backends",),
     "llama_cpp": ("backends", "serving_model"),
+    "vllm": ("backends",),
+    "openvino": ("backends",),
+    "openvino_genai": ("backends",),
     "optimum": ("backends",),
     "torchao": ("backends", "serving_model"),
     "hqq": ("backends", "serving_model"),
