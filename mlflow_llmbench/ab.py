@@ -19,7 +19,8 @@ from .errors import MeasurementError, UsageError
 from .journal import read_result
 from .records import RunResult
 from .spec import BenchSpec, as_text, parse
-from .sweep import SweepResult, Watcher, run_sides
+from .sweep import SweepResult, run_sides
+from .watcher import Watcher
 
 DEFAULT_PAIRS = 6
 """Pairs of processes: five degrees of freedom, a t of 2.6."""

@@ -32,7 +32,8 @@ from .place import Group, OneAtATime, Tell
 from .records import ModelFacts
 from .spec import BenchSpec, parse
 from .supervise import GroupOutcome
-from .sweep import SweepResult, Watcher, run_in
+from .sweep import SweepResult, run_in
+from .watcher import Watcher
 from .workload import load_prompts
 
 PARAMETERS = (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from .quantizations import backend_of
 
 DRAWN = ("synthetic", "mixed")
 """Workloads without texts: their prompts are drawn from the vocabulary."""
@@ -211,6 +214,13 @@ class Cell:
     def scenario(self) -> str:
         """`online` where a server is measured, `batching` where a stream of requests is batched in process, else `offline`."""
         return "online" if self.url or self.launch else "batching" if self.batching else "offline"
+
+
+def differing(cells: Sequence[Cell], without: Collection[str] = ()) -> list[str]:
+    """Parameters in which cells differ, to name them by; not their backend where the words for their quantizations tell it."""
+    names = [f.name for f in fields(Cell) if f.name not in without and len({getattr(cell, f.name) for cell in cells}) > 1]
+    told = "quant" in names and all(cell.backend == backend_of("transformers", cell.quant) for cell in cells)
+    return [name for name in names if name != "backend" or not told]
 
 
 @dataclass(frozen=True)

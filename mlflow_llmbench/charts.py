@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cell import Cell
+from .cell import Cell, differing
 from .metrics import COLOURS, KEYS
 from .plan import UNDECISIVE
 from .records import RequestRecord, RunResult
@@ -354,7 +354,7 @@ def _quality_figure(points: Points) -> Figure:
     from matplotlib.lines import Line2D
 
     cells = [cell for cell, _ in points]
-    varied = [f.name for f in dataclasses.fields(Cell) if f.name not in UNDECISIVE and len({getattr(cell, f.name) for cell in cells}) > 1]
+    varied = differing(cells, UNDECISIVE)
     models, quants = ([*dict.fromkeys(getattr(cell, name) for cell in cells)] for name in ("model", "quant"))
     other = [name for name in varied if name not in ("model", "quant")]
     notes = ["right and down is better", "lines: 95 % intervals", _describe(cells[0], [name for name in DESCRIBED if name not in varied])]

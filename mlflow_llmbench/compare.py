@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .cell import DRAWN, Cell
+from .cell import DRAWN, Cell, differing
 from .errors import NotComparable, UsageError
 from .markup import markdown, markdown_table
 from .metrics import KEYS
@@ -337,8 +337,7 @@ def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def names(a: RunResult, b: RunResult) -> tuple[str, str]:
     """What to call the two results: the parameters in which their cells differ (`bf16`, `int4`), or A and B if in none."""
-    fields = [f.name for f in dataclasses.fields(Cell) if f.name not in UNNAMED]
-    varied = [name for name in fields if getattr(a.cell, name) != getattr(b.cell, name)]
+    varied = differing([a.cell, b.cell], UNNAMED)
     first, second = (" ".join(_short(name, getattr(result.cell, name)) for name in varied) for result in (a, b))
     return (first, second) if first != second else ("A", "B")
 

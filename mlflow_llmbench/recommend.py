@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cell import Cell
+from .cell import differing
 from .compare import BETTER, DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, SIGNIFICANCE, UNNAMED, UNTESTED, compare, differences, sentence, value_text
 from .errors import UsageError
 from .metrics import KEYS
@@ -184,8 +184,7 @@ def choose(
 
 def names_of(results: Sequence[RunResult]) -> list[str]:
     """What to call each result: the parameters in which they differ (`int8 batch 4`); model, quantization and batch where none does."""
-    fields = [f.name for f in dataclasses.fields(Cell) if f.name not in UNNAMED]
-    varied = [name for name in fields if len({getattr(result.cell, name) for result in results}) > 1]
+    varied = differing([result.cell for result in results], UNNAMED)
     return [" ".join(_short(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size")) for result in results]
 
 

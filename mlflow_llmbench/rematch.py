@@ -14,7 +14,8 @@ from .cell import Options
 from .errors import MeasurementError, UsageError
 from .records import RunResult
 from .reproduce import parameters_again, require_same, unlike_here
-from .sweep import SweepResult, Watcher
+from .sweep import SweepResult
+from .watcher import Watcher
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ from .reproduction import (
 )
 from .spec import parse
 from .summary import summarize
-from .sweep import SweepResult, Watcher, run
+from .sweep import SweepResult, run
 from .validity import judge
+from .watcher import Watcher
 from .workload import load_prompts
 
 GRANTS = ("trust_remote_code", "allow_pickle")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from .cell import Cell
+from .cell import Cell, differing
 from .compare import DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, UNNAMED
 from .efficiency import attended
 from .errors import NotFitted
@@ -203,8 +203,7 @@ def usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
 
 def varied_settings(cells: Sequence[Cell]) -> list[str]:
     """Settings in which cells differ, without those that only say how long was measured."""
-    names = [f.name for f in dataclasses.fields(Cell) if f.name not in UNNAMED]
-    return [name for name in names if len({getattr(cell, name) for cell in cells}) > 1]
+    return differing(cells, UNNAMED)
 
 
 def describe(cell: Cell, names: Sequence[str]) -> str:

@@ -13,7 +13,8 @@ from .errors import LlmbenchError, MeasurementError, UsageError
 from .evidence import load_results
 from .findings import Findings
 from .records import RunResult
-from .sweep import SweepResult, Watcher
+from .sweep import SweepResult
+from .watcher import Watcher
 
 PRESET = "quick"
 """The grid of a study unless another is named."""

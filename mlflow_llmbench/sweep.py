@@ -30,8 +30,7 @@ from .relations import Relations, relate
 from .report import Row
 from .spec import BenchSpec, parse
 from .supervise import GroupOutcome
-from .watcher import Silent
-from .watcher import Watcher as Watcher
+from .watcher import Silent, Watcher
 from .workload import load_prompts, require_conversations
 
 MOST_CELLS = 5000

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
-    "nouns": ("redaction", "errors", "metrics", "quant_plan", "cell", "records"),
-    "intent": ("quantizations", "parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
+    "nouns": ("redaction", "errors", "metrics", "quantizations", "quant_plan", "cell", "records"),
+    "intent": ("parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
     "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "interpreter", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
     "think": (

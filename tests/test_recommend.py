@@ -13,12 +13,13 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.decision import answer, format_recommendation, recommendation_cells, recommendation_markdown
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.pareto import draw_recommendation
 from mlflow_llmbench.plan import config_hash
-from mlflow_llmbench.recommend import MEMORY, QUALITY, Limit, Measure, candidates, choose, interval, recommend, recommendation_json
+from mlflow_llmbench.recommend import MEMORY, QUALITY, Limit, Measure, candidates, choose, interval, names_of, recommend, recommendation_json
 from mlflow_llmbench.records import Failure, Hashes, MemoryStages, RunResult
 
 from .results import GB, WIGGLE
@@ -264,3 +265,11 @@ def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: 
     write_json(tmp_path / "one" / "result.json", INT4)
     assert main(["recommend", str(tmp_path / "one"), *arguments]) == 2
     assert capsys.readouterr().err == f"llmbench: {message}\n"
+
+
+def test_a_backend_that_the_quantization_tells_is_not_named() -> None:
+    cells = [Cell(quant="int4"), Cell(quant="q4_k_m", backend="llama_cpp")]
+    results = [result(cell=cell) for cell in cells]
+    assert names_of(results) == ["int4", "q4_k_m"]
+    other = dataclasses.replace(results[0], cell=Cell(quant="bf16", backend="llama_cpp"))
+    assert names_of([*results, other]) == ["backend=transformers int4", "backend=llama_cpp q4_k_m", "backend=llama_cpp bf16"]
