@@ -13,7 +13,20 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "quant_plan", "records"),
-    "intent": ("quantizations", "parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
+    "intent": (
+        "quantizations",
+        "parameters",
+        "launch",
+        "combinations",
+        "spec",
+        "models",
+        "plan",
+        "traces",
+        "workload",
+        "arrivals",
+        "batching",
+        "training",
+    ),
     "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
     "think": (
@@ -60,6 +73,7 @@ LAYERS = {
         "gate_report",
         "export",
         "sensitivity",
+        "training_report",
     ),
     "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
@@ -79,6 +93,7 @@ LAYERS = {
         "ab",
         "evidence",
         "study",
+        "qat",
         "reproduce",
         "rematch",
         "importing",
