@@ -324,10 +324,10 @@ def test_the_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth() -> None:
 
 
 def test_needed_bytes_by_hand() -> None:
-    """10 parameters trained (16 + 4 + 4) and 5 frozen (4); 6 arrays of 8 × 100 logits, or 4 without a teacher."""
+    """10 parameters trained (16 + 4 + 4) and 5 frozen (4); 6 arrays of 8 × 100 logits, or 4 without a teacher; 1.35 times that."""
     asked = Training(sequence_tokens=8)
-    assert training.needed_bytes(10, 5, 100, asked) == 10 * 24 + 5 * 4 + 6 * 8 * 100 * 4
-    assert training.needed_bytes(10, 5, 100, dataclasses.replace(asked, loss="lm")) == 10 * 20 + 5 * 4 + 4 * 8 * 100 * 4
+    assert training.needed_bytes(10, 5, 100, asked) == int(1.35 * (10 * 24 + 5 * 4 + 6 * 8 * 100 * 4))
+    assert training.needed_bytes(10, 5, 100, dataclasses.replace(asked, loss="lm")) == int(1.35 * (10 * 20 + 5 * 4 + 4 * 8 * 100 * 4))
 
 
 # The report
@@ -376,9 +376,8 @@ def test_divergences_at_other_positions_are_not_compared() -> None:
 
 
 @pytest.mark.slow
-def test_a_training_is_a_run_and_its_checkpoint_a_cell(
-    sharp_model: Path, tmp_path: Path, store_uri: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.timeout(600)
+def test_a_training_is_a_run_and_its_checkpoint_a_cell(sharp_model: Path, tmp_path: Path, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.txt").write_text(toy_text(300))
     arguments = ["--steps", "40", "--learning-rate", "3e-4", "--sequence-tokens", "64", "--group-size", "32", "--threads", "1", "--output", "made"]
     assert main(["qat", "--model", str(sharp_model), "--data", "data.txt", *arguments, "--tracking-uri", store_uri, "--json"]) == 0

@@ -35,8 +35,8 @@ BETAS = (0.9, 0.95)
 LARGEST_NORM = 1.0
 """Of the gradient of all parameters; a longer one is shortened to it."""
 
-QUANT_LOW, QUANT_HIGH, MIDDLE = 0, 15, 8
-"""The integers of 4 bits, and the one that stands for the zero point."""
+INTEGERS, QUANT_LOW, QUANT_HIGH, MIDDLE = "uint4", 0, 15, 8
+"""The integers of 4 bits: torch's name, their ends, and the one that stands for the zero point."""
 
 LEAST_SCALE = 1e-6
 
@@ -160,7 +160,7 @@ def prepare(model: Any, group_size: int) -> None:
     from torchao.quantization.quant_primitives import ZeroPointDomain
 
     config = IntxFakeQuantizeConfig(
-        torch.uint4, group_size=group_size, is_symmetric=False, scale_precision=torch.bfloat16, zero_point_precision=torch.bfloat16,
+        getattr(torch, INTEGERS), group_size=group_size, is_symmetric=False, scale_precision=torch.bfloat16, zero_point_precision=torch.bfloat16,
         zero_point_domain=ZeroPointDomain.FLOAT, eps=LEAST_SCALE,
     )  # fmt: skip
     names = set(quantized_layers(model))
@@ -201,7 +201,8 @@ def _quantizer() -> Any:
                 groups = (number - MIDDLE).view(*scale.shape, size).float()
                 value = groups.mul_(scale.float()[..., None]).add_(zero.float()[..., None]).view_as(weight)
             # The difference is exactly 0, and its gradient that of the weight.
-            return value + (weight - weight.detach())
+            rounded: torch.Tensor = value + (weight - weight.detach())
+            return rounded
 
     return AsLoaded
 
@@ -221,7 +222,7 @@ def _learn(model: Any, teacher: Any, rows: Sequence[Sequence[int]], training: Tr
             group["lr"] = training.learning_rate * rate_at(number, training.steps)
         total = 0.0
         for row in batch:
-            loss = _loss(model, teacher, torch.tensor([row], device=device)) / len(batch)
+            loss: Any = _loss(model, teacher, torch.tensor([row], device=device)) / len(batch)
             loss.backward()
             total += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(learned, LARGEST_NORM))
