@@ -19,8 +19,8 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.measure import time_request
-from mlflow_llmbench.records import Cell
 
 GOAL = 0.03
 

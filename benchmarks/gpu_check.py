@@ -17,11 +17,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench import gpu, machine, summary
+from mlflow_llmbench import efficiency, gpu, latency, machine, summary
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import LlmbenchError
 from mlflow_llmbench.measure import compare_decoding, measure_cell, time_request
-from mlflow_llmbench.records import Cell, Hashes, RunResult
+from mlflow_llmbench.records import Hashes, RunResult
 from mlflow_llmbench.workload import load_prompts
 
 MODELS = ("opt-125m", "llama-3.2-1b")
@@ -43,7 +44,7 @@ def against_events(backend: TransformersBackend, cell: Cell, vocabulary: int) ->
     record, _ = time_request(backend, prompts, cell.output_tokens)
     end.record()
     torch.cuda.synchronize()
-    return summary.e2e_ms(record) / float(start.elapsed_time(end))
+    return latency.e2e_ms(record) / float(start.elapsed_time(end))
 
 
 def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[str, float]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[
         "tokens_per_s": metrics["throughput/output_tokens_per_s"],
         "ttft_ms": metrics["latency/ttft_ms_p50"],
         "itl_ms": metrics["latency/itl_ms_p50"],
-        "mbu": summary.model_bandwidth_utilization(result),
+        "mbu": efficiency.model_bandwidth_utilization(result),
         "cv": metrics["trust/cv_ratio"],
         "weight_bytes": load.weight_bytes,
         "host_over_cuda_events": against_events(backend, cell, load.vocab_size),

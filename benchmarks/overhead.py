@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from mlflow_llmbench import machine, stats, summary, tracking
+from mlflow_llmbench import latency, machine, stats, summary, tracking
 from mlflow_llmbench.backends.transformers_local import TransformersBackend, _Streamer
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.measure import time_request
-from mlflow_llmbench.records import Cell, Hashes, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import Hashes, ModelFacts, Repetition, RequestRecord, RunResult
 from mlflow_llmbench.summary import Point
 from mlflow_llmbench.workload import load_prompts
 
@@ -115,7 +116,7 @@ def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> d
         def end(self) -> None: ...
 
     def ours_gap() -> float:
-        return median(summary.gaps_ms(time_request(backend, prompts, TOKENS)[0]))
+        return median(latency.gaps_ms(time_request(backend, prompts, TOKENS)[0]))
 
     def bare_gap() -> float:
         streamer: Any = Bare()
@@ -125,7 +126,7 @@ def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> d
         return median((b - a) / 1e6 for a, b in itertools.pairwise(stamps))
 
     def ours_whole() -> float:
-        return summary.e2e_ms(time_request(backend, prompts, TOKENS)[0])
+        return latency.e2e_ms(time_request(backend, prompts, TOKENS)[0])
 
     def alone() -> float:
         with torch.inference_mode():

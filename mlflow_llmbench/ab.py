@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import artifacts, compare, plan, tracking
+from .cell import Cell
 from .errors import MeasurementError, UsageError
 from .journal import read_result
-from .records import Cell, RunResult
+from .records import RunResult
 from .spec import BenchSpec, as_text, parse
 from .sweep import SweepResult, Watcher, run_sides
 

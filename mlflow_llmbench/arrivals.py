@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 
-from .records import Cell
+from .cell import Cell
 from .traces import read_trace
 
 LEAST_REQUESTS = 12

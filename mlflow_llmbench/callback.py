@@ -24,11 +24,12 @@ from typing import Any
 
 from . import machine, tracking
 from .backends.callback import CallbackBackend, Generate
+from .cell import DRAWN, Cell
 from .errors import LlmbenchError, OutOfMemory, UsageError
 from .journal import EventLog, write_bytes
 from .measure import measure_cell
 from .place import Group, OneAtATime, Tell
-from .records import DRAWN, Cell, ModelFacts
+from .records import ModelFacts
 from .spec import BenchSpec, parse
 from .supervise import GroupOutcome
 from .sweep import SweepResult, Watcher, run_in

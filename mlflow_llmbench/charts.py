@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .cell import Cell
 from .metrics import COLOURS, KEYS
 from .plan import UNDECISIVE
-from .records import Cell, RequestRecord, RunResult
+from .records import RequestRecord, RunResult
 from .stats import supports
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from . import __version__, decide
+from .cell import Cell
 from .errors import LlmbenchError, UsageError
-from .records import Cell
 from .redaction import Terminal, redact
 from .spec import COMMANDS as PARAMETERS_OF
 from .spec import PARAMETERS, default_text, parse, read_yaml
@@ -246,7 +246,7 @@ def _ab(given: argparse.Namespace) -> int:
 
 
 def _warn_of_versions() -> None:
-    from .doctor import warnings_of_versions
+    from .packages import warnings_of_versions
 
     for line in warnings_of_versions():
         print(f"llmbench: {line}", file=sys.stderr)
@@ -423,11 +423,11 @@ def _places(text: str) -> list[tuple[str, float]]:
 
 
 def _models(given: argparse.Namespace) -> int:
-    from . import doctor, gpu, memory
+    from . import gpu, memory, model_table
 
     devices = gpu.gpus()
     room = (memory.available_bytes(), devices[0]["memory_bytes"] if devices else None)
-    print(json.dumps(doctor.models_json(*room)) if given.json else doctor.models_table(*room))
+    print(json.dumps(model_table.models_json(*room)) if given.json else model_table.models_table(*room))
     return 0
 
 

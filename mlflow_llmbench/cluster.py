@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, node, supervise
+from .cell import Cell, Options
 from .errors import JournalError, LlmbenchError, MeasurementError, MissingError, NodeLost, OutOfMemory, UsageError, first_line
 from .journal import append_bytes
 from .place import Group, Tell, task_of
-from .records import Cell, Options
 from .spec import WORKLOADS
 from .supervise import GroupOutcome
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from . import launch
+from .cell import DRAWN
 from .errors import UsageError
 from .parameters import LENGTHS, MEANT_WITH, PARAMETERS, as_text
 from .quantizations import GGUF_QUANTIZATIONS, LLAMA_CPP, MIXED, backend_of
-from .records import DRAWN
 
 
 def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:

@@ -1,6 +1,6 @@
 """Two results → per metric the ratio, its interval, a test and an effect; a sentence to quote; and the guard against unlike things.
 
-The unit of inference is the process where a result has several, else the repetition (`summary.units`): each gives one value per
+The unit of inference is the process where a result has several, else the repetition (`repetitions.units`): each gives one value per
 metric, and what is inside it is not counted again. What a process does to all its repetitions alike (memory layout, clocks) is
 not seen between two single processes: measure in several, or interleaved, before a small difference is believed.
 
@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from .cell import DRAWN, Cell
 from .errors import NotComparable, UsageError
 from .markup import markdown, markdown_table
 from .metrics import KEYS
-from .records import DRAWN, Cell, Repetition, RunResult, Verdict
+from .records import Repetition, RunResult, Verdict
+from .repetitions import PER_REPETITION, process_count, unit_values
 from .stats import holm, mann_whitney, paired, welch
-from .summary import PER_REPETITION, number_text, process_count, summarize, unit_values
+from .summary import number_text, summarize
 from .validity import judge
 
 SIGNIFICANCE = 0.05

@@ -24,11 +24,14 @@ HEADLINES = (
 SHOWN = ("model", "revision", "quant", "decode", "device", "batch_size", "max_prompt_tokens", "max_new_tokens", "workload", "history")
 """What of the configuration is a tag of the version."""
 
+SERVED_BACKENDS = ("transformers", "llama_cpp", "fake")
 SERVED_DECODES = ("generate",)
 SERVED_HISTORIES = ("none", "recomputed")
 
-CHECKPOINT_PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum")}
-"""Method of a checkpoint that is quantized already → what transformers loads it with."""
+PACKAGES = {
+    "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum"), "torchao": ("torchao",), "hqq": ("hqq",), "quanto": ("optimum-quanto",),
+}  # fmt: skip
+"""Method of a quantization → what transformers loads it with, or makes it with while it loads."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +61,29 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
     cell, model = result.cell, result.model
     facts, plan = (result.load.facts, result.load.quant_plan) if result.load else ({}, None)
     figures = {key: metrics[key] for key in HEADLINES if key in metrics}
-    path = PurePath(model.location)
+    source, place, file = _place(result)
     device = cell.device if cell.device != "auto" else str(facts.get("model.device", "cpu")).partition(":")[0]
     longest = [r.prompt_tokens for repetition in result.repetitions for r in repetition.requests if r.prompt_tokens]
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "model": cell.model,
         "backend": cell.backend,
-        "source": model.source,
-        "location": str(path.parent) if model.source == "gguf" else model.location,
-        "gguf_file": path.name if model.source == "gguf" else None,
+        "source": source,
+        "location": place,
+        "gguf_file": file,
         "revision": model.revision,
+        "tokenizer": _tokenizer(result),
         "trust_remote_code": cell.trust_remote_code,
         "quant": cell.quant,
         "dtype": _dtype(result),
         "compute_dtype": facts.get("model.dtype"),
-        "quantization": {} if cell.backend == "fake" else _quantization(cell.quant, facts, model.source == "gguf", plan),
+        "quantization": _quantization(cell.quant, facts, model.source == "gguf", plan) if cell.backend == "transformers" else {},
         "kernel": facts.get("quant.kernel"),
         "bits_per_weight": facts.get("quant.bits_per_weight"),
         "decode": cell.decode,
         "attention": cell.attention,
         "device": device,
-        "threads": cell.threads,
+        "threads": facts.get("llama_cpp.threads", cell.threads),
         "batch_size": cell.batch_size,
         "max_prompt_tokens": max(longest, default=cell.prompt_tokens),
         "max_new_tokens": cell.output_tokens,
@@ -89,6 +93,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "measured": figures,
         "hashes": vars(result.hashes),
         "evidence": _evidence(evidence),
+        **(_packed(result) if cell.backend == "llama_cpp" else {}),
     }
     return Deployment(config, figures, _requirements(result), evidence)
 
@@ -119,10 +124,12 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
         raise UsageError(f'The run {evidence.run_id} is suspect ({codes}). Measure it again, or register it with --accept-suspect "REASON".')
     if cell.weights == "random":
         raise UsageError(f"The run {evidence.run_id} has random weights, whose answers mean nothing. Measure the model with its own weights.")
-    if cell.backend not in ("transformers", "fake"):
+    if cell.backend not in SERVED_BACKENDS:
         raise UsageError(
-            f"backend={cell.backend} cannot be registered: the registered model is run by transformers. Measure with backend=transformers."
+            f"backend={cell.backend} cannot be registered: the registered model is run by transformers or llama.cpp. Measure with one of them."
         )
+    if (cell.backend == "llama_cpp" or cell.quant.startswith("gptq")) and (result.load is None or result.load.made is None):
+        raise UsageError(f"The run {evidence.run_id} does not say where the files are that it ran, so it cannot be served. Measure it again.")
     if cell.batching:
         raise UsageError(
             f"batching={cell.batching} cannot be served: the registered model batches the prompts of one request, and not requests that come one "
@@ -132,7 +139,7 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
         raise UsageError(
             f"history={cell.history} cannot be served: the registered model keeps nothing from one request to the next. Measure with history=recomputed."
         )
-    if cell.kv_cache is not None:
+    if cell.kv_cache is not None and cell.backend != "llama_cpp":
         raise UsageError(f"kv_cache={cell.kv_cache} cannot be served yet. Measure with kv_cache=auto.")
     if cell.decode not in SERVED_DECODES:
         raise UsageError(f"decode={cell.decode} cannot be served yet. Measure with decode={', '.join(SERVED_DECODES)}.")
@@ -163,9 +170,47 @@ def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf:
         return {"class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute, **double}
     if quant in FLOAT_DTYPES:
         return {"class": "GgufConfig", "dequantize": True} if from_gguf else {}
-    if quant == "none":
+    method = facts.get("quant.method")
+    if quant == "none" or method == "gptq":  # the checkpoint says it itself
         return {}
+    if method == "torchao":
+        return {"class": "TorchAoConfig", "scheme": quant, "group_size": facts.get("quant.group_size")}
+    if method == "quanto":
+        return {"class": "QuantoConfig", "weights": f"int{quant.removeprefix('quanto')}"}
+    if method == "hqq":
+        return {"class": "hqq", "bits": facts["quant.bits"], "group_size": facts["quant.group_size"]}
     raise UsageError(f"quant={quant} cannot be registered yet: how it was realised is not known to the served model. Use another quantization.")
+
+
+def _place(result: RunResult) -> tuple[str, str, str | None]:
+    """What kind of source the served model is loaded from, where that is, and the GGUF file in it."""
+    model, made = result.model, result.load.made if result.load else None
+    if model.source == "hub_gguf":
+        repository, _, file = model.location.partition(":")
+        return model.source, repository, file
+    if result.cell.backend == "llama_cpp" or model.source == "gguf":
+        path = PurePath(made or model.location)
+        return "gguf", str(path.parent), path.name
+    return ("folder", made, None) if made else (model.source, model.location, None)
+
+
+def _tokenizer(result: RunResult) -> dict[str, str | None] | None:
+    """Where the tokenizer is, of a checkpoint that was made of another; None where it lies with the weights."""
+    model = result.model
+    if result.cell.backend != "transformers" or result.load is None or result.load.made is None:
+        return None
+    return {"location": model.location, "revision": model.revision if model.source in ("hub", "preset") else None}
+
+
+def _packed(result: RunResult) -> dict[str, Any]:
+    """What llama.cpp needs to know besides: how the file is mapped and placed, the type of its KV cache, and what the file must be."""
+    cell, facts = result.cell, result.load.facts if result.load else {}
+    return {
+        "file_type": facts["quant.type"],
+        "gpu_layers": cell.gpu_layers,
+        "mmap": cell.mmap,
+        "kv_cache": facts["kv_cache.type"],
+    }
 
 
 def _needs(result: RunResult, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -188,9 +233,12 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
 def _requirements(result: RunResult) -> tuple[str, ...]:
     """Pins of what the served model imports, in the versions that were measured; local labels (`+cpu`) are cut, no index has them."""
     packages = result.environment.get("packages") or {}
+    if result.cell.backend == "llama_cpp":
+        pins = tuple(f"{name}=={packages[name]}" for name in ("llama-cpp-python", "numpy") if name in packages)
+        return (*pins, "huggingface_hub") if result.model.source == "hub_gguf" else pins
     wanted = ["torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy"]
     wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4", "mixed") else []
     wanted += ["gguf"] if result.model.source == "gguf" else []
     method = str(result.load.facts.get("quant.method")) if result.load else ""
-    wanted += CHECKPOINT_PACKAGES.get(method, ())
+    wanted += PACKAGES.get(method, ())
     return tuple(f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in wanted if name in packages)

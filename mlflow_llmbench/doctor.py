@@ -1,13 +1,11 @@
-"""What this machine and environment can do, and which models fit into it. Each thing that is not well comes with what to do.
+"""What this machine and environment can do. Each thing that is not well comes with what to do.
 
-`models_table` and `format_report(examine())` are what `llmbench models` and `llmbench doctor` print. Nothing heavy is
-imported: torch is asked in a process of its own, versions are read from installed metadata. Whatever is absent is an
-item of the report, never an exception.
+`format_report(examine())` is what `llmbench doctor` prints. Nothing heavy is imported: torch is asked in a process of its own,
+versions are read from installed metadata. Whatever is absent is an item of the report, never an exception.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -24,50 +22,12 @@ from urllib.parse import urlsplit
 from . import gpu, machine, memory
 from .backends import decoding, gguf_made, quantizing
 from .backends.base import backend_class
+from .cell import Cell
 from .errors import MissingError, UsageError, first_line
-from .models import PRESETS, Preset, load_memory_estimate, memory_estimate
-from .quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS, QUANTIZATIONS
-from .records import Cell
+from .packages import ALSO_SHOWN, DISTRIBUTIONS, NEEDED, OPTIONAL, QUANTIZATION_PACKAGES, below_floor, is_written_for, version
+from .quantizations import QUANTIZATIONS
 from .redaction import redact
 from .spec import DECODES, known_backends
-
-TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
-
-NEEDED = {"torch": (">=2.6", ""), "transformers": (">=5.3", "<6"), "accelerate": (">=1.0", ""), "safetensors": ("", ""), "mlflow": (">=3.15", "<4")}
-"""Packages without which nothing can be measured and logged, with the versions that do, as in pyproject.toml."""
-
-FLOORS = {
-    "torch": ("2.6", "the oldest that runs no code out of pickled weights (CVE-2025-32434)"),
-    "transformers": ("5.3", "the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372)"),
-    "mlflow": ("3.10", "the oldest whose server lets no stranger read its files (CVE-2026-2614)"),
-}
-"""Package → the oldest version that is safe with models and addresses of others, and why. Older ones are warned of, not refused."""
-
-ALSO_SHOWN = ("tokenizers", "huggingface_hub", "numpy", "matplotlib", "psutil", "nvidia-ml-py", "triton", "kernels", "flash-attn")
-
-OPTIONAL = (
-    (("bitsandbytes",), "int8, int4 and fp4", "pip install bitsandbytes"),
-    (("gptqmodel", "optimum"), "checkpoints quantized with GPTQ", "pip install 'mlflow-llmbench[gptq]'"),
-    (("gguf",), "models in .gguf files", "pip install gguf"),
-    (
-        ("llama-cpp-python",),
-        "backend=llama_cpp: GGUF files as they are",
-        "pip install 'mlflow-llmbench[gguf]' (it compiles llama.cpp: C++ compiler, minutes)",
-    ),
-    (("torchao",), "int8-wo, int4-wo, int8-dq and fp8", "pip install 'mlflow-llmbench[torchao]'"),
-    (("hqq",), "hqq8 to hqq2, and kv_cache=int8", "pip install 'mlflow-llmbench[hqq]'"),
-    (("optimum-quanto",), "quanto8 to quanto2, and kv_cache=int4 and int2", "pip install 'mlflow-llmbench[quanto]'"),
-    (("compressed-tensors",), "checkpoints in the format compressed-tensors", "pip install 'mlflow-llmbench[compressed-tensors]'"),
-)
-"""Packages, what they give, how to get them."""
-
-QUANTIZATION_PACKAGES = {
-    **{quant: (package,) for quant, package in quantizing.PACKAGE.items()},
-    **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum")),
-    **dict.fromkeys(GGUF_QUANTIZATIONS, ("llama-cpp-python",)),
-}
-DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python"}
-"""Module → its distribution, where they differ in more than a dash."""
 
 LITTLE_MEMORY = 2_000_000_000
 LITTLE_DISK = 10_000_000_000
@@ -85,75 +45,6 @@ ASK_HUB = """
 import sys, huggingface_hub
 print(huggingface_hub.get_session().head(sys.argv[1], timeout=float(sys.argv[2])).status_code)
 """
-
-
-# Models
-
-
-def models_json(available_bytes: int | None, device_bytes: int | None) -> list[dict[str, Any]]:
-    """All presets with their estimated memory in bytes, at batch 1 with 128 prompt and 128 output tokens.
-
-    `memory` holds for each quantization `run_bytes`, `load_bytes`, the larger of both as `peak_bytes`, and whether that
-    fits: `fits_host` into `available_bytes`, `fits_device` into `device_bytes`; None where that is None.
-    """
-    return [_model_data(preset, available_bytes, device_bytes) for preset in PRESETS.values()]
-
-
-def models_table(available_bytes: int | None, device_bytes: int | None) -> str:
-    """All presets as a table of text, the peak in GB (10⁹ bytes); what does not fit is marked `no`, or `cpu` if it fits only there."""
-    models = models_json(available_bytes, device_bytes)
-    marks = [[_mark(size) for size in model["memory"].values()] for model in models]
-    width = max(len(mark) for row in marks for mark in row)
-    rows = [["model", "params", "context", *(f"{quant} {'':{width}}" for quant in TABLE_QUANTIZATIONS), "licence"]]
-    for model, row in zip(models, marks, strict=True):
-        sizes = [f"{size['peak_bytes'] / 1e9:.1f} {mark:{width}}" for size, mark in zip(model["memory"].values(), row, strict=True)]
-        licence = f"{model['licence']}, gated" if model["gated"] else model["licence"]
-        rows.append([model["name"], parameters_text(model["parameters"]), str(model["context"]), *sizes, licence])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]) for row in rows]
-    return "\n".join([*_legend(available_bytes, device_bytes), "", *lines])
-
-
-def parameters_text(count: int) -> str:
-    """A number of parameters with three digits: `1.32 B`, `125 M`, `70.4 M`."""
-    number, unit = (count / 1e9, "B") if count >= 999.5e6 else (count / 1e6, "M")
-    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {unit}"
-
-
-def _model_data(preset: Preset, available_bytes: int | None, device_bytes: int | None) -> dict[str, Any]:
-    sizes = {}
-    for quant in TABLE_QUANTIZATIONS:
-        run, load = memory_estimate(preset.shape, quant, preset.dtype), load_memory_estimate(preset.shape, quant, preset.dtype)
-        peak = max(run, load)
-        sizes[quant] = {
-            "run_bytes": run,
-            "load_bytes": load,
-            "peak_bytes": peak,
-            "fits_host": None if available_bytes is None else peak <= available_bytes,
-            "fits_device": None if device_bytes is None else peak <= device_bytes,
-        }
-    described = ("name", "repository", "parameters", "context", "dtype", "licence", "gated")
-    return {**{name: getattr(preset, name) for name in described}, "memory": sizes}
-
-
-def _mark(size: Mapping[str, Any]) -> str:
-    """The word after a size; none where it fits, or where nothing is known of the room."""
-    if size["fits_device"] is None:
-        return "no" if size["fits_host"] is False else ""
-    return "" if size["fits_device"] else "cpu" if size["fits_host"] else "no"
-
-
-def _legend(available_bytes: int | None, device_bytes: int | None) -> list[str]:
-    host = "" if available_bytes is None else f"{available_bytes / 1e9:.1f} GB free here"
-    if device_bytes is not None:
-        cpu = f" cpu: only in {host}, with device=cpu." if host else ""
-        fits = f"No mark: fits in {device_bytes / 1e9:.1f} GB of device memory.{cpu} no: does not fit."
-    else:
-        fits = f"No mark: fits in {host}. no: does not fit." if host else "How much memory is free here is not known."
-    return ["Estimated peak memory in GB, loading included, at batch 1 with 128 + 128 tokens; none = as published, fp16 or bf16.", fits]
-
-
-# Machine and environment
 
 
 @dataclass(frozen=True)
@@ -323,37 +214,14 @@ def software_items() -> Iterator[Item]:
 
 def package_item(name: str, installed: str | None) -> Item:
     """A needed package in its installed version, None if it is not."""
-    low, below = NEEDED[name]
-    wanted = ",".join(filter(None, [low, below]))
+    wanted = ",".join(filter(None, NEEDED[name]))
     install = f"Run: pip install '{name}{wanted}'" if wanted else f"Run: pip install {name}"
     if installed is None:
         return Item("Software", name, "missing", "not installed", install, needed=True)
-    numbers = _numbers(installed)
-    fits = not (low and numbers < _numbers(low)) and not (below and numbers >= _numbers(below))
-    if not fits:
+    if not is_written_for(name, installed):
         found = below_floor(name, installed) or f"{installed}, and {wanted} is what this was written for"
         return Item("Software", name, "limited", found, install, needed=True, data={"version": installed})
     return Item("Software", name, "ok", installed, needed=True, data={"version": installed})
-
-
-def below_floor(name: str, installed: str) -> str | None:
-    """What an installed version is too old for, such as `2.5.1 is older than 2.6, the oldest that …`; None where it is not."""
-    floor, why = FLOORS.get(name, ("", ""))
-    return f"{installed} is older than {floor}, {why}" if floor and _numbers(installed) < _numbers(floor) else None
-
-
-def warnings_of_versions() -> list[str]:
-    """One line for each installed package that is below its floor."""
-    olds = {name: old for name in FLOORS if (old := below_floor(name, version(name) or FLOORS[name][0]))}
-    return [f"{name} {old}. Run: pip install '{name}{','.join(filter(None, NEEDED[name]))}'" for name, old in olds.items()]
-
-
-def version(package: str) -> str | None:
-    """Installed version of a package, None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def hub_item(endpoint: str | None = None, seconds: float = HUB_S) -> Item:
@@ -516,12 +384,6 @@ def energy_item(folder: Path) -> Item:
         advice = f"Run: sudo chmod a+r {folder}/intel-rapl*/energy_uj (until the next boot; it lets every program read them)"
         return Item("Instruments", "energy counters", "limited", f"{_count(len(counters), 'counter')}, not readable for you", advice)
     return Item("Instruments", "energy counters", "ok", f"{_count(len(counters), 'counter')} can be read")
-
-
-def _numbers(text: str) -> tuple[int, int]:
-    """Major and minor version; (0, 0) where there are none."""
-    found = re.search(r"(\d+)(?:\.(\d+))?", text)
-    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
 
 
 def _count(number: int, noun: str) -> str:

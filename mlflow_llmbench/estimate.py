@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from . import gpu, machine, memory, models
 from .arrivals import request_count
+from .cell import SPECULATIVE, Cell
 from .metrics import LEAST_REPETITIONS
 from .quantizations import GPTQ_BITS, MIXED
-from .records import SPECULATIVE, Cell, ModelFacts
+from .records import ModelFacts
 from .spec import as_text
 from .workload import longest_of
 

@@ -3,8 +3,8 @@
 Another engine is not what was measured: batching, kernels and memory differ, and the comment says so. What an engine cannot
 do as it was measured (bitsandbytes in vLLM, a checkpoint in llama.cpp) is an error, never another quantization in silence.
 
-The options are those of vLLM 0.33 and SGLang 0.5.23, read in their packages, and of the lists that text-generation-inference
-and llama.cpp publish; none of these servers was started.
+The options are those of vLLM 0.33 and SGLang 0.5.23, read in their packages, of llama.cpp, in the sources that llama-cpp-python 0.3.36
+has, and of the list that text-generation-inference publishes; none of these servers was started.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typing import Any
 from .errors import UsageError
 
 Config = Mapping[str, Any]
+LIBRARIES = {"transformers": "transformers", "llama_cpp": "llama.cpp"}
+"""Backend that can be registered → what it runs models with."""
+
 BITSANDBYTES = ("int8", "int4", "fp4")
 Options = dict[str, str | None]
 """Option → its value, None for a flag; in the order of the command."""
@@ -26,10 +29,14 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
     """The text of `target` for the `model_config` of a version at `uri`. Raises UsageError for what the target cannot do."""
     if target not in TARGETS:
         raise UsageError(f"Unknown target: {target}. Known: {', '.join(TARGETS)}.")
-    if config["backend"] != "transformers":
+    if config["backend"] not in LIBRARIES:
         raise UsageError(f"{uri} was measured with backend={config['backend']}, and there is nothing to serve. Register a run of a real model.")
+    if config["backend"] == "llama_cpp" and target == "transformers":
+        raise UsageError(f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a container.")
     if config["quant"] == "mixed":
         raise UsageError(f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m {uri}")
+    if config["quantization"].get("class") in ("TorchAoConfig", "QuantoConfig", "hqq") and target in ("vllm", "tgi", "sglang", "transformers"):
+        raise UsageError(f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models serve -m {uri}")
     comment = "".join(f"# {line}\n" for line in _measured(config, uri, target))
     return comment + TARGETS[target](config, uri, requirements)
 
@@ -51,10 +58,12 @@ def _measured(config: Config, uri: str, target: str) -> list[str]:
     shape = f"{config['batch_size']} rows, up to {config['max_prompt_tokens']} + {config['max_new_tokens']} tokens"
     lines = [
         f"{uri}: {config['model']}, quant={config['quant']}, revision {config['revision']}",
-        f"Measured with transformers on {needs['measured_on']}: {', '.join(figures)} ({shape}).",
+        f"Measured with {LIBRARIES[config['backend']]} on {needs['measured_on']}: {', '.join(figures)} ({shape}).",
         f"Evidence: run {config['evidence']['run_id']}, verdict {config['evidence']['verdict']}.",
     ]
-    if target in ("vllm", "tgi", "sglang", "llama.cpp"):
+    if target == LIBRARIES[config["backend"]] == "llama.cpp":
+        lines.append("Measured in one process; the server adds its own time and batches requests as they come: `llmbench online` measures that.")
+    elif target in ("vllm", "tgi", "sglang", "llama.cpp"):
         lines.append(f"{target} is another engine: these figures are not its own. Measure it before you rely on them.")
     return lines
 
@@ -67,7 +76,7 @@ def _command(program: list[str], options: Options) -> str:
 
 
 def _from_hub(config: Config) -> bool:
-    return config["source"] in ("hub", "preset")
+    return config["source"] in ("hub", "preset", "hub_gguf")
 
 
 def _tokens(config: Config) -> int:
@@ -140,15 +149,22 @@ def _llama_cpp(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
             f"llama.cpp serves GGUF files, and {uri} was measured from {config['location']}. Measure a .gguf file, or export for another."
         )
     slots = int(config["batch_size"])
-    options: Options = {
-        "--model": f"{config['location']}/{config['gguf_file']}",
-        "--parallel": str(slots),
-        "--ctx-size": str(_tokens(config) * slots),
-    }
+    note = f"# --hf-file takes the newest revision; {config['revision']} was measured.\n" if _from_hub(config) else ""
+    options: Options = (
+        {"--hf-repo": config["location"], "--hf-file": config["gguf_file"]}
+        if _from_hub(config)
+        else {"--model": f"{config['location']}/{config['gguf_file']}"}
+    )
+    options |= {"--parallel": str(slots), "--ctx-size": str(_tokens(config) * slots)}
     options |= {"--n-predict": str(config["max_new_tokens"]), "--temp": "0"}
     options |= {"--threads": str(config["threads"])} if config["threads"] else {}
-    options |= {"--n-gpu-layers": "0"} if config["device"] == "cpu" else {}
-    note = "# transformers had unpacked this file; llama.cpp runs it packed, with other memory and speed.\n"
+    layers = 0 if config["device"] == "cpu" else config.get("gpu_layers")
+    options |= {} if layers is None else {"--n-gpu-layers": str(layers)}
+    if config["backend"] == "transformers":
+        note += "# transformers had unpacked this file; llama.cpp runs it packed, with other memory and speed.\n"
+        return note + _command(["llama-server"], options)
+    options |= {"--cache-type-k": config["kv_cache"], "--cache-type-v": config["kv_cache"]} if config["kv_cache"] != "f16" else {}
+    options |= {} if config["mmap"] else {"--load-mode": "none"}
     return note + _command(["llama-server"], options)
 
 
@@ -186,6 +202,10 @@ def _serving(config: Config, uri: str, requirements: tuple[str, ...]) -> list[st
     return ["sh", "-c", f"pip install --no-cache-dir {packages} && exec {serve}"]
 
 
+def _image(config: Config) -> str:
+    return "python:3.11" if config["backend"] == "llama_cpp" else "python:3.11-slim"  # llama-cpp-python is compiled
+
+
 def _memory_mib(config: Config) -> int:
     """Memory to reserve, MiB: the measured peak and a quarter more. It is no limit: what loading and the server take was not measured."""
     return int((config["needs"]["peak_memory_bytes"] or 0) * 1.25 / 2**20) + 1
@@ -194,7 +214,7 @@ def _memory_mib(config: Config) -> int:
 def _docker_compose(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     on_gpu = config["device"] != "cpu"
     service: dict[str, Any] = {
-        "image": "python:3.11-slim",
+        "image": _image(config),
         "command": [part.replace("$", "$$") for part in _serving(config, uri, requirements)],
         "environment": {"MLFLOW_TRACKING_URI": "${MLFLOW_TRACKING_URI:?the MLflow server that holds the version}"},
         "ports": ["5000:5000"],
@@ -218,7 +238,7 @@ def _kubernetes(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     labels = {"app": "llmbench-model"}
     container = {
         "name": "model",
-        "image": "python:3.11-slim",
+        "image": _image(config),
         "command": _serving(config, uri, requirements),
         "env": [{"name": "MLFLOW_TRACKING_URI", "valueFrom": {"configMapKeyRef": {"name": "mlflow", "key": "tracking-uri"}}}],
         "ports": [{"containerPort": 5000}],

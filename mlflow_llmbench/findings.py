@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from .cell import Cell
 from .claims import Claim, Estimate, QuantEffect, judge_claims, pooled, quant_effects
 from .compare import RATE, UNNAMED
 from .errors import UsageError
 from .metrics import COLOURS
 from .recommend import COST, ENERGY, MEMORY, Limit, Measure, Recommendation, bound_text, candidates, choose, figure
-from .records import Cell, RunResult
+from .records import RunResult
 from .scaling import TTFT, Measured, describe, grouped, usable, varied_settings
 from .scaling_study import TPOT, Study, study_scaling
 from .stats import t_interval

@@ -480,5 +480,5 @@ def rounded(value: float | None, width: float) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share with two digits, `3.4 %`; a dash for None."""
-    return "–" if value is None else f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"
+    """A share with two digits, `3.4 %`, and no exponent: `-170 %`; a dash for None."""
+    return "–" if value is None else f"{100 * value:.2g} %" if abs(value) < 0.995 else f"{100 * value:.0f} %"

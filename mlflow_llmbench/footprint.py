@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from .compare import DEVICE_PEAK
+from .efficiency import attended
 from .records import LoadInfo, MemorySample, RunResult
 from .scaling import Measured
 from .stats import Trend, trend
-from .summary import attended
 
 MOST_POINTS = 150
 """Samples that a trend is computed from; more are thinned to medians of neighbours."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .records import Cell
+from .cell import Cell
 
 TRIED = ("oom", "crashed", "timeout", "error")
 """Outcomes of a cell that was tried and failed: evidence."""

@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from .cell import Cell
 from .latency import e2e_ms
 from .online_summary import met
-from .records import Cell, RunResult
+from .records import RunResult
+from .repetitions import requests
 from .stats import t_interval
-from .summary import requests, summarize
+from .summary import summarize
 from .validity import judge
 
 RESOLUTION = 0.05

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from . import estimate, machine, models, plan, reference, stages
+from .cell import Cell
 from .errors import JournalError, UsageError
 from .journal import write_json
-from .records import Cell, Failure, Hashes, ModelFacts, Repetition, RunResult, from_json
+from .records import Failure, Hashes, ModelFacts, Repetition, RunResult, from_json
 from .report import Row
 from .spec import BenchSpec
 from .supervise import GroupOutcome

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cell import Cell
 from .charts import BLUE, BROWN, GREY, ORANGE, RED, Points, _describe, _figure, _name, _number, _put_legend, _save, _style
 from .goodput import knee
 from .plan import load_text
-from .records import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

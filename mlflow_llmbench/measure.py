@@ -16,9 +16,10 @@ from typing import Any
 
 from . import machine
 from .backends.base import Backend, DecodingBackend, History
+from .cell import Cell
 from .errors import MeasurementError
 from .metrics import LEAST_REPETITIONS
-from .records import Cell, Repetition, RequestRecord, TextTimes
+from .records import Repetition, RequestRecord, TextTimes
 from .stats import halves_agree, relative_half_width
 from .workload import PromptSet
 

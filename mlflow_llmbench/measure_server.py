@@ -17,11 +17,12 @@ from statistics import median
 from . import machine
 from .arrivals import arrival_times_ns, request_count
 from .backends.base import ServerBackend
+from .cell import Cell
 from .client import Load, Trace
 from .errors import MeasurementError
 from .measure import LEAST_WARMUPS, MOST_WARMUPS, Measured, Say, throughput
 from .metrics import LEAST_REPETITIONS
-from .records import Cell, ClientReadings, Repetition, RequestRecord
+from .records import ClientReadings, Repetition, RequestRecord
 from .stats import halves_agree, relative_half_width
 from .workload import PromptSet, lengths_of, lengths_vary
 

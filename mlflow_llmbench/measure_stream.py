@@ -19,9 +19,10 @@ from . import machine
 from .arrivals import arrival_times_ns, request_count
 from .backends.base import Backend, EngineBackend, Token
 from .batching import batch_positions, needed_positions, next_batch
+from .cell import Cell
 from .errors import MeasurementError
 from .measure import LEAST_WARMUPS, MOST_WARMUPS, Measured, Say, checked_ids, enough, time_request
-from .records import Cell, EngineReadings, Repetition, RequestRecord
+from .records import EngineReadings, Repetition, RequestRecord
 from .stats import halves_agree
 from .workload import PromptSet
 

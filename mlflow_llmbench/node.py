@@ -14,8 +14,9 @@ from typing import Any
 
 from . import estimate, machine, reference, supervise
 from .backends.base import LOCAL_FILES, backend_class
+from .cell import Cell, Options
 from .errors import JournalError, ModelError, UsageError
-from .records import Cell, ModelFacts, Options
+from .records import ModelFacts
 from .supervise import GroupOutcome, Limits, More, OnEvent
 
 Post = Callable[[Mapping[str, Any], Mapping[str, bytes]], None]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from .cell import Cell
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
 from .metrics import FAILURES, SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
-from .records import Cell, EngineReadings, Repetition, RequestRecord, RunResult
+from .records import EngineReadings, Repetition, RequestRecord, RunResult
 from .stats import percentile, supports
 
 SINGLE_SHARE = 0.95

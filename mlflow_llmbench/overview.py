@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from . import __version__
+from .cell import Cell
 from .frontier import TRIED, Attempt, Frontier, frontiers
 from .markup import code_block, markdown, markdown_table
 from .metrics import KEYS
 from .plan import LOADED, asked_params, option_params, sweep_name
-from .records import Cell
 from .report import TABLE_KEYS, Row, command, command_line, environment_facts, explanations, shown, table_cells
 from .spec import PARAMETERS, BenchSpec, as_text, default_text
 

@@ -68,6 +68,7 @@ pre { margin: .75rem 0; padding: .9rem 1rem; border-radius: .5rem; background: v
 figure { margin: 0; padding: .75rem; border: 1px solid var(--line); border-radius: .5rem; background: #fff; }
 figure:first-child { grid-column: 1 / -1; }
 img { display: block; width: 100%; height: auto; }
+@media (max-width: 64rem) { table { font-size: .8125rem; } th, td { padding: .45rem .4rem; } .why { white-space: normal; } }
 @media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.35rem; } .lead { font-size: 1.05rem; } h2 { margin-top: 2.25rem; } }
 @media print { @page { margin: 14mm; } body { background: none; font-size: 10pt; } main { max-width: none; padding: 0; }
   .scroll { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: .25rem .4rem; } .run { font-size: 5pt; }

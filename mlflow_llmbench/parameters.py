@@ -1,4 +1,4 @@
-"""The table of parameters, made of the fields of `records.Cell` and `records.Options`, and how a value of one is written."""
+"""The table of parameters, made of the fields of `cell.Cell` and `cell.Options`, and how a value of one is written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import Field
 from typing import Any
 
-from .records import SPECULATIVE, Cell, Options
+from .cell import SPECULATIVE, Cell, Options
 
 PARAMETERS: dict[str, Field[Any]] = {f.name: f for kind in (Cell, Options) for f in dataclasses.fields(kind)}
 """Name → declaration, in the order of the vocabulary."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import estimate, machine, node
+from .cell import Cell, Options
 from .jobs import Job
-from .records import Cell, Options
 from .supervise import GroupOutcome
 
 Group = Sequence[Job]

@@ -7,9 +7,10 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from .cell import Cell
 from .launch import offline_quant
 from .quantizations import GPTQ_BITS, LLAMA_CPP, MIXED, backend_of
-from .records import Cell, ModelFacts, hash16
+from .records import ModelFacts, hash16
 from .redaction import escape_controls, redact
 from .spec import MEANT_WITH, PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import estimate, jobs, machine, models, plan
-from .records import Cell, ModelFacts
+from .cell import Cell
+from .records import ModelFacts
 from .spec import as_text, parse
 from .sweep import expand, resolve_models
 

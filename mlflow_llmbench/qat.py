@@ -16,12 +16,13 @@ from typing import Any
 
 from . import estimate, machine, reference, supervise, tracking
 from .backends.base import backend_class
+from .cell import Cell, Options
 from .context import fingerprint_tags
 from .errors import MeasurementError, UsageError, first_line
 from .journal import new_sweep, write_bytes, write_json
 from .metrics import COLOURS
 from .node import Task
-from .records import Cell, ModelFacts, Options, Quality, hash16, to_json
+from .records import ModelFacts, Quality, hash16, to_json
 from .redaction import redact
 from .summary import Point
 from .supervise import Limits

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .cell import Cell
 from .compare import BETTER, DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, SIGNIFICANCE, UNNAMED, UNTESTED, compare, differences, sentence, value_text
 from .errors import UsageError
 from .metrics import KEYS
-from .records import Cell, Repetition, RunResult, Verdict
+from .records import Repetition, RunResult, Verdict
+from .repetitions import unit_values
 from .stats import t_interval, welch
-from .summary import summarize, unit_values
+from .summary import summarize
 from .validity import judge
 
 HEADLINE_VALUES = {headline.key: headline.of for headline in HEADLINES if headline.of}

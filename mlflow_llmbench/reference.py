@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from . import estimate, machine, models, supervise
 from .backends import harness
 from .backends.base import backend_class
+from .cell import Cell, Options
 from .errors import LlmbenchError
-from .records import Cell, ModelFacts, Options, Quality, hash16
+from .records import ModelFacts, Quality, hash16
 from .supervise import GroupOutcome, Limits
 from .workload import Text, load_prompts, load_text
 

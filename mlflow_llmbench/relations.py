@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import goodput, plan, twin
-from .records import Options, RunResult, to_json
+from .cell import Options
+from .records import RunResult, to_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .ab import DEFAULT_PAIRS, measure_in_turns, sides
+from .cell import Options
 from .errors import MeasurementError, UsageError
-from .records import Options, RunResult
+from .records import RunResult
 from .reproduce import parameters_again, require_same, unlike_here
 from .sweep import SweepResult, Watcher
 

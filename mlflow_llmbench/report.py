@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from .cell import Cell
 from .latency import e2e_ms, ttft_ms
 from .markup import code_block, markdown, markdown_table, plain
 from .metrics import KEYS
 from .quality import sentences
-from .records import Cell, RunResult, Verdict
+from .records import RunResult, Verdict
 from .spec import as_text, cell_fields, default_text
 from .stats import classify_outliers
 from .summary import Turn, gpu_of, statistics_cells, summarize, turns_of

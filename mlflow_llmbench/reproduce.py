@@ -13,11 +13,12 @@ from pathlib import Path
 
 from . import artifacts, compare, jobs, machine, plan, registry, report, tracking
 from .backends.base import backend_class
+from .cell import Cell
 from .errors import MeasurementError, NotComparable, UsageError
 from .evidence import RUN_ID, load_results
 from .gate import quality_text
 from .journal import read_result, write_bytes, write_json
-from .records import Cell, ModelFacts, RunResult
+from .records import ModelFacts, RunResult
 from .reproduction import (
     DEFAULT_MARGIN,
     HEADING,

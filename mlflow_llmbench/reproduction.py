@@ -20,8 +20,9 @@ from .compare import SIGNIFICANCE, Comparison, Difference, Effect, units_text
 from .markup import markdown, markdown_table
 from .metrics import KEYS
 from .records import RunResult
+from .repetitions import process_count
 from .stats import Equivalence, equivalence, holm, units_to_tell
-from .summary import number_text, process_count
+from .summary import number_text
 
 EQUIVALENT, DIFFERENT, UNTOLD, INVALID = "equivalent", "different", "cannot_tell", "invalid"
 EXIT_CODES = {EQUIVALENT: 0, DIFFERENT: 1, INVALID: 3, UNTOLD: 4}

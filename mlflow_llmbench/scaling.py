@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from .cell import Cell
 from .compare import DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, UNNAMED
+from .efficiency import attended
 from .errors import NotFitted
 from .fits import (
     Fit,
@@ -32,9 +34,10 @@ from .fits import (
     share_of,
     verdict,
 )
-from .records import Cell, LoadInfo, RunResult
+from .records import LoadInfo, RunResult
+from .repetitions import unit_values
 from .stats import coefficient_of_variation
-from .summary import attended, summarize, unit_values
+from .summary import summarize
 from .validity import judge
 
 if TYPE_CHECKING:

@@ -1,15 +1,19 @@
 """The model that a registered version runs. MLflow copies this file into each version, so it uses nothing of mlflow_llmbench.
 
-Everything comes from `model_config`: what to load, how it is quantized, the batch size and the limits, all as they were
-measured; each key can be overridden when the model is loaded. The weights are loaded with the first request.
+Everything comes from `model_config`: what to load and with which library, how it is quantized, the batch size and the limits, all as they
+were measured; each key can be overridden when the model is loaded. The weights are loaded with the first request.
 One request may hold any number of prompts; they are generated greedily, `batch_size` at a time.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -46,6 +50,241 @@ def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
     return made.requires_grad_(False).eval()
 
 
+def torchao_settings(scheme: str, group_size: int | None, device: str) -> Any:
+    """What `backends.quantizing` asks of torchao: per output row for 8 bits, per `group_size` weights for 4, laid out for the device's kernel."""
+    from torchao import quantization
+
+    if scheme == "int8-wo":
+        return quantization.Int8WeightOnlyConfig()
+    if scheme == "int8-dq":
+        return quantization.Int8DynamicActivationInt8WeightConfig()
+    if scheme == "fp8":
+        return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+    if device.startswith("cuda"):
+        return quantization.Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+    return PrototypeInt4WeightOnlyConfig(group_size=group_size)
+
+
+def quantize_with_hqq(model: Any, bits: int, group_size: int, compute: Any) -> None:
+    """HQQ's layers in the place of the linear ones but for the output head, as `backends.quantizing` puts them."""
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
+    head = model.get_output_embeddings()
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            model.set_submodule(name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device)))
+
+
+def layer_name(layer: Any) -> str:
+    """The class of a layer, and that of its weight where it is a tensor subclass, as `backends.inspection` names it."""
+    weight = getattr(layer, "weight", None)
+    if not hasattr(weight, "__tensor_flatten__"):
+        return type(layer).__name__
+    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
+    return f"{type(layer).__name__}({type(weight).__name__}{dynamic})"
+
+
+class Checkpoint:
+    """A checkpoint in transformers."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        import torch
+        import transformers
+
+        self.config = config
+        if config["threads"]:
+            torch.set_num_threads(int(config["threads"]))
+        named: dict[str, Any] = {"trust_remote_code": config["trust_remote_code"]}
+        if config["source"] in ("hub", "preset"):
+            named["revision"] = config["revision"]
+        if config["gguf_file"]:
+            named["gguf_file"] = config["gguf_file"]
+        other = config["tokenizer"]  # what was made of a checkpoint has none of its own
+        words = {name: value for name, value in (named | {"revision": other["revision"]} if other else named).items() if value is not None}
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(other["location"] if other else config["location"], **words)
+        settings = dict(config["quantization"])
+        layers, kind = settings.get("layers"), settings.pop("class", None)
+        if kind == "TorchAoConfig":
+            named["quantization_config"] = transformers.TorchAoConfig(torchao_settings(**settings, device=config["device"]))
+        elif kind not in (None, "mixed", "hqq"):
+            named["quantization_config"] = getattr(transformers, kind)(**settings)
+        if config["attention"] != "auto":
+            named["attn_implementation"] = config["attention"]
+        dtype = config["dtype"] if config["dtype"] == "auto" else getattr(torch, config["dtype"])
+        place = config["device"] if layers is None else "cpu"
+        model = transformers.AutoModelForCausalLM.from_pretrained(config["location"], dtype=dtype, device_map={"": place}, **named)
+        if kind == "hqq":
+            quantize_with_hqq(model, **settings, compute=dtype)
+        if layers is not None:
+            for scheme, names in layers.items():
+                for name in names:
+                    linear = model.get_submodule(name)
+                    model.set_submodule(name, quantized(linear, scheme, config["device"], settings["llm_int8_threshold"]))
+            model.to(config["device"])
+        self._verify(model.eval())
+        ends = model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        self.stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        # Neutral, as it was measured: generate() would fill in the checkpoint's sampling and penalties.
+        model.generation_config = transformers.GenerationConfig()
+        self.model: Any = model
+
+    def _verify(self, model: Any) -> None:
+        """Refuse a model whose linear layers are not of the classes that were measured: it would be another quantization."""
+        head = model.get_output_embeddings()
+        layers = [m for m in model.modules() if m is not head and hasattr(m, "in_features") and next(m.children(), None) is None]
+        counts = Counter(map(layer_name, layers))
+        kernel = ", ".join(f"{name} × {count}" for name, count in sorted(counts.items()))
+        if self.config["kernel"] and kernel != self.config["kernel"]:
+            raise MlflowException(f"The model was measured with the layers {self.config['kernel']}, and has been loaded with {kernel}.")
+
+    def encode(self, text: str) -> list[int]:
+        """Text → ids."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def generate(self, batch: Sequence[list[int]], most: int) -> list[tuple[list[int], bool]]:
+        """For each prompt its output, up to and with the first end of sequence, and whether there was one."""
+        import torch
+        from transformers import GenerationConfig
+
+        stops = self.stops
+        pad = next((i for i in (self.tokenizer.pad_token_id, *sorted(stops)) if i is not None), 0)
+        width = max(map(len, batch))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=self.model.device)
+        settings = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(stops) or None)
+        with torch.inference_mode():
+            found = self.model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+        ends = [next((place for place, token in enumerate(row) if token in stops), None) for row in found]
+        return [(row if end is None else row[: end + 1], end is not None) for row, end in zip(found, ends, strict=True)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids → text, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class GgufFile:
+    """A GGUF file in llama.cpp, through its C functions: rows are decoded together, as `backends.llama_cpp_session` measured them."""
+
+    ROOM = 256  # llama.cpp keeps room for a multiple of this many tokens per row
+    CHUNK = 2048  # tokens handed to it at once
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.lib: Any = importlib.import_module("llama_cpp.llama_cpp")
+        lib = self.lib
+        lib.llama_backend_init()
+        on_gpu = config["device"] != "cpu"
+        settings = lib.llama_model_default_params()
+        settings.load_mode = lib.LLAMA_LOAD_MODE_MMAP if config["mmap"] else lib.LLAMA_LOAD_MODE_NONE
+        settings.n_gpu_layers = (-1 if config["gpu_layers"] is None else int(config["gpu_layers"])) if on_gpu else 0
+        no_device = (ctypes.c_void_p * 1)(None)
+        if not on_gpu:
+            settings.devices = ctypes.cast(no_device, ctypes.c_void_p)
+        file = self._file(config)
+        self.model = lib.llama_model_load_from_file(file.encode(), settings)
+        if not self.model:
+            raise MlflowException(f"llama.cpp cannot load {file}. Its log says why.")
+        kind = lib.llama_ftype_name(lib.llama_model_ftype(self.model)).decode()
+        if kind != config["file_type"]:
+            raise MlflowException(f"The model was measured as {config['file_type']}, and {file} is {kind}.")
+        self.vocabulary = lib.llama_model_get_vocab(self.model)
+        self.words = int(lib.llama_vocab_n_tokens(self.vocabulary))
+        self.rows = int(config["batch_size"])
+        most = int(config["max_prompt_tokens"] or lib.llama_model_n_ctx_train(self.model)) + int(config["max_new_tokens"])
+        context = lib.llama_context_default_params()
+        context.n_ctx, context.n_seq_max, context.n_batch = self.rows * -(-most // self.ROOM) * self.ROOM, self.rows, self.CHUNK
+        if config["threads"]:
+            context.n_threads = context.n_threads_batch = int(config["threads"])
+        context.type_k = context.type_v = getattr(lib, f"GGML_TYPE_{config['kv_cache'].upper()}")
+        context.flash_attn_type = 0 if config["attention"] == "eager" else -1
+        context.offload_kqv = context.op_offload = on_gpu
+        context.swa_full, context.kv_unified = False, False
+        self.context = lib.llama_init_from_model(self.model, context)
+        if not self.context:
+            raise MlflowException(f"llama.cpp finds no memory for {self.rows} rows of {most} tokens. Load with a smaller batch_size.")
+
+    @staticmethod
+    def _file(config: dict[str, Any]) -> str:
+        if config["source"] == "hub_gguf":
+            from huggingface_hub import snapshot_download
+
+            parts = config["gguf_file"].replace("-00001-of-", "-*-of-")
+            return str(Path(snapshot_download(config["location"], revision=config["revision"], allow_patterns=[parts]), config["gguf_file"]))
+        file = Path(config["location"], config["gguf_file"])
+        if not file.is_file():
+            raise MlflowException(
+                f"{file}, which was measured, is not here. Copy it, or make it again: llmbench run --backend llama_cpp --model {config['model']} "
+                f"--quant {config['quant']}; then load with the folder as location and its name as gguf_file."
+            )
+        return str(file)
+
+    def encode(self, text: str) -> list[int]:
+        """Text → ids, with what the model wants before every text."""
+        data = text.encode()
+        room = len(data) + 16
+        found = (ctypes.c_int32 * room)()
+        return list(found[: max(self.lib.llama_tokenize(self.vocabulary, data, len(data), found, room, True, True), 0)])
+
+    def generate(self, batch: Sequence[list[int]], most: int) -> list[tuple[list[int], bool]]:
+        """For each prompt its output, up to and with the first end of sequence, and whether there was one."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+        outputs: list[list[int]] = [[] for _ in batch]
+        ended = [False] * len(batch)
+        asked = [(row, place, token, place == len(ids) - 1) for row, ids in enumerate(batch) for place, token in enumerate(ids)]
+        while asked:
+            chosen = {row: token for start in range(0, len(asked), self.CHUNK) for row, token in self._compute(asked[start : start + self.CHUNK])}
+            asked = []
+            for row, token in chosen.items():
+                outputs[row].append(token)
+                ended[row] = bool(self.lib.llama_vocab_is_eog(self.vocabulary, token))
+                if not ended[row] and len(outputs[row]) < most:
+                    asked.append((row, len(batch[row]) + len(outputs[row]) - 1, token, True))
+        return list(zip(outputs, ended, strict=True))
+
+    def _compute(self, asked: list[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
+        """Decode tokens (row, place, id, whether the next is wanted); the most probable next token of each that is wanted, with its row."""
+        import numpy
+
+        count = len(asked)
+        rows, places, tokens, wanted = zip(*asked, strict=True)
+        owners = (ctypes.c_int32 * count)(*rows)
+        fields = dict(self.lib.llama_batch._fields_)
+        addresses = (fields["seq_id"]._type_ * count)(*(ctypes.pointer(ctypes.c_int32.from_buffer(owners, 4 * place)) for place in range(count)))
+        code = self.lib.llama_decode(
+            self.context,
+            self.lib.llama_batch(
+                n_tokens=count, token=(ctypes.c_int32 * count)(*tokens), embd=None, pos=(ctypes.c_int32 * count)(*places),
+                n_seq_id=(ctypes.c_int32 * count)(*([1] * count)), seq_id=addresses, logits=(ctypes.c_int8 * count)(*wanted),
+            ),
+        )  # fmt: skip
+        if code:
+            raise MlflowException(f"llama.cpp failed while computing {count} tokens (code {code}). Its log says why.")
+        ids = [row for row, want in zip(rows, wanted, strict=True) if want]
+        if not ids:
+            return []
+        logits = numpy.ctypeslib.as_array(self.lib.llama_get_logits(self.context), shape=(len(ids), self.words))
+        return list(zip(ids, logits.argmax(axis=1).tolist(), strict=True))
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids → text, without special tokens."""
+        room = 64 + 32 * len(ids)
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        while True:
+            text = ctypes.create_string_buffer(room)
+            count = self.lib.llama_detokenize(self.vocabulary, tokens, len(ids), text, room, True, False)
+            if count >= 0:
+                return text.raw[:count].decode("utf-8", errors="replace")
+            room = -count
+
+
+ENGINES: dict[str, Any] = {"transformers": Checkpoint, "llama_cpp": GgufFile}
+
+
 # Recorded, so not shown: the advice to add a type hint. With one, MLflow derives the signature from it and drops the request's parameters.
 with warnings.catch_warnings(record=True):
 
@@ -56,9 +295,7 @@ with warnings.catch_warnings(record=True):
             """Keep the configuration; nothing is loaded yet."""
             self.config: dict[str, Any] = dict(context.model_config)
             self.lock = threading.Lock()
-            self.model: Any = None
-            self.tokenizer: Any = None
-            self.stops: set[int] = set()
+            self.engine: Any = None
 
         def predict(self, context: Any, model_input, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:  # type: ignore[no-untyped-def]
             """Answer each row's `prompt`: its text, the tokens of prompt and output, and whether it ended by itself (`stop`) or by `length`."""
@@ -71,60 +308,18 @@ with warnings.catch_warnings(record=True):
                     f"max_new_tokens is not from 1 to {most}, which was measured: {wanted}. Ask for less, or load with another max_new_tokens."
                 )
             with self.lock:  # one generation at a time: the figures were measured so
-                if self.model is None:
-                    self._load()
+                if self.engine is None:
+                    self.engine = self._engine()
                 ids = [self._encode(prompt) for prompt in prompts]
-                return [answer for start in range(0, len(ids), size) for answer in self._generate(ids[start : start + size], wanted)]
+                return [answer for start in range(0, len(ids), size) for answer in self._answers(ids[start : start + size], wanted)]
 
-        def _load(self) -> None:
-            import torch
-            import transformers
-
-            config = self.config
-            if config["backend"] != "transformers":
-                raise refused(f"This version was measured with backend={config['backend']}, which has no answers to give.")
-            if config["threads"]:
-                torch.set_num_threads(int(config["threads"]))
-            named: dict[str, Any] = {"trust_remote_code": config["trust_remote_code"]}
-            if config["source"] in ("hub", "preset"):
-                named["revision"] = config["revision"]
-            if config["gguf_file"]:
-                named["gguf_file"] = config["gguf_file"]
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(config["location"], **named)
-            settings = dict(config["quantization"])
-            layers = settings.get("layers")
-            if settings and layers is None:
-                named["quantization_config"] = getattr(transformers, settings.pop("class"))(**settings)
-            if config["attention"] != "auto":
-                named["attn_implementation"] = config["attention"]
-            dtype = config["dtype"] if config["dtype"] == "auto" else getattr(torch, config["dtype"])
-            place = config["device"] if layers is None else "cpu"
-            model = transformers.AutoModelForCausalLM.from_pretrained(config["location"], dtype=dtype, device_map={"": place}, **named)
-            if layers is not None:
-                for scheme, names in layers.items():
-                    for name in names:
-                        linear = model.get_submodule(name)
-                        model.set_submodule(name, quantized(linear, scheme, config["device"], settings["llm_int8_threshold"]))
-                model.to(config["device"])
-            self._verify(model.eval())
-            ends = model.generation_config.eos_token_id
-            ends = self.tokenizer.eos_token_id if ends is None else ends
-            self.stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-            # Neutral, as it was measured: generate() would fill in the checkpoint's sampling and penalties.
-            model.generation_config = transformers.GenerationConfig()
-            self.model = model
-
-        def _verify(self, model: Any) -> None:
-            """Refuse a model whose linear layers are not of the classes that were measured: it would be another quantization."""
-            head = model.get_output_embeddings()
-            layers = [m for m in model.modules() if m is not head and hasattr(m, "in_features") and next(m.children(), None) is None]
-            counts = Counter(type(layer).__name__ for layer in layers)
-            kernel = ", ".join(f"{name} × {count}" for name, count in sorted(counts.items()))
-            if self.config["kernel"] and kernel != self.config["kernel"]:
-                raise MlflowException(f"The model was measured with the layers {self.config['kernel']}, and has been loaded with {kernel}.")
+        def _engine(self) -> Any:
+            if self.config["backend"] not in ENGINES:
+                raise refused(f"This version was measured with backend={self.config['backend']}, which has no answers to give.")
+            return ENGINES[self.config["backend"]](self.config)
 
         def _encode(self, prompt: str) -> list[int]:
-            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            ids: list[int] = self.engine.encode(prompt)
             most = self.config["max_prompt_tokens"]
             if not ids:
                 raise refused("A prompt has no tokens. Give prompts with text.")
@@ -134,26 +329,16 @@ with warnings.catch_warnings(record=True):
                 )
             return ids
 
-        def _generate(self, batch: list[list[int]], most: int) -> list[dict[str, Any]]:
-            import torch
-            from transformers import GenerationConfig
-
-            tokenizer, stops = self.tokenizer, self.stops
-            pad = next((i for i in (tokenizer.pad_token_id, *sorted(stops)) if i is not None), 0)
-            width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=self.model.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=self.model.device)
-            settings = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(stops) or None)
-            with torch.inference_mode():
-                found = self.model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
-            answers = []
-            for prompt, row in zip(batch, found, strict=True):
-                end = next((place for place, token in enumerate(row) if token in stops), None)
-                tokens = row if end is None else row[: end + 1]
-                text = tokenizer.decode(tokens, skip_special_tokens=True)
-                finish = "length" if end is None else "stop"
-                answers.append({"text": text, "prompt_tokens": len(prompt), "output_tokens": len(tokens), "finish": finish})
-            return answers
+        def _answers(self, batch: list[list[int]], most: int) -> list[dict[str, Any]]:
+            return [
+                {
+                    "text": self.engine.decode(tokens),
+                    "prompt_tokens": len(prompt),
+                    "output_tokens": len(tokens),
+                    "finish": "stop" if ended else "length",
+                }
+                for prompt, (tokens, ended) in zip(batch, self.engine.generate(batch, most), strict=True)
+            ]
 
 
 set_model(MeasuredModel())

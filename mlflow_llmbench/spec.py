@@ -1,6 +1,6 @@
 """Parameters as text → a validated specification. Never acts: no import of a backend, no file but a YAML of parameters.
 
-The parameters are declared once, as the fields of `records.Cell` and `records.Options`. MLproject, the command line,
+The parameters are declared once, as the fields of `cell.Cell` and `cell.Options`. MLproject, the command line,
 YAML files and the params of the MLflow run use the same names; on the command line underscores become dashes.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import launch
+from .cell import DRAWN, SPECULATIVE, Cell, Options
 from .combinations import check_find, check_together, check_twin
 from .errors import UsageError
 from .parameters import LENGTHS as LENGTHS
@@ -28,7 +29,6 @@ from .parameters import SWEEPABLE as SWEEPABLE
 from .parameters import as_text as as_text
 from .parameters import default_text as default_text
 from .quantizations import KV_CACHES, QUANTIZATIONS
-from .records import DRAWN, SPECULATIVE, Cell, Options
 from .redaction import CONTROLS, redact
 
 BACKENDS = {

@@ -1,6 +1,6 @@
 """Statistics over plain lists of numbers: no I/O, no state.
 
-The unit of inference is the process or the repetition (`summary.units`), never the token: tokens of one request are correlated,
+The unit of inference is the process or the repetition (`repetitions.units`), never the token: tokens of one request are correlated,
 and pooling them gives 95 % intervals that cover the truth 35–50 % of the time.
 """
 

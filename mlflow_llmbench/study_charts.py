@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .cell import Cell
 from .charts import (
     BLUE,
     BROWN,
@@ -40,7 +41,6 @@ from .charts import (
 from .compare import DEVICE_PEAK, HOST_PEAK, RATE
 from .findings import Findings, at_focus, labels, with_interval
 from .metrics import COLOURS
-from .records import Cell
 from .scaling import TTFT, Measured
 from .scaling_study import TPOT, CliffSearch
 from .tradeoff_charts import draw_tradeoffs

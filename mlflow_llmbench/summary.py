@@ -6,16 +6,18 @@ Keys are those of MLflow (`metrics.KEYS`); what is not defined or not finite is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, tpot_ms, ttft_ms
+from .efficiency import PER_GB, efficiency_figures, per_gb, tokens_per_step
+from .latency import chunk_gaps_ms, e2e_ms, tpot_ms, ttft_ms
 from .metrics import STAGES
 from .online_summary import online_figures, ramp_steps, stream_figures
 from .quality import figures
-from .records import SPECULATIVE, LoadInfo, MemorySample, Repetition, RequestRecord, RunResult, TextTimes
+from .records import MemorySample, RequestRecord, RunResult, TextTimes
+from .repetitions import PER_REPETITION, RATES, mean_of, output_rate, process_count, requests, several_in_a_step, token_gaps, unit_values
 from .stats import (
     block_bootstrap_interval,
     bootstrap_interval,
@@ -30,11 +32,6 @@ from .stats import (
 MOST_SAMPLES = 300
 """Points of a memory series that are logged; the MLflow UI draws about as many."""
 
-PER_GB = "efficiency/tokens_per_s_per_gb"
-
-CACHE_FACTOR = 4
-"""MBU is absent when the weights are under this many times the last-level cache: the cache would serve part of the reads."""
-
 
 @dataclass(frozen=True)
 class Point:
@@ -44,53 +41,6 @@ class Point:
     step: int
     value: float
     wall_ms: int
-
-
-def requests(result: RunResult) -> list[RequestRecord]:
-    """All requests of all repetitions, in order."""
-    return [request for repetition in result.repetitions for request in repetition.requests]
-
-
-def several_in_a_step(result: RunResult) -> bool:
-    """Whether a step of the model brought several tokens. Then there is no inter-token latency, of no request: one whose every step brought a single
-    token is there by chance, and its gaps are not those of the others.
-    """
-    return result.cell.decode in SPECULATIVE and not all(request.single_tokens for request in requests(result))
-
-
-def token_gaps(result: RunResult) -> list[float]:
-    """Gaps between tokens of all requests, ms, of those whose every stamp is that of one token."""
-    return [] if several_in_a_step(result) else [gap for request in requests(result) for gap in gaps_ms(request)]
-
-
-def units(result: RunResult) -> list[tuple[Repetition, ...]]:
-    """What intervals and tests count as one value: the repetitions of each process where there are several, else each by itself.
-
-    A process does some things to all its repetitions alike (memory layout, order of compilation, clocks), so they agree more
-    with each other than with those of the next process, and an interval over them is too narrow. Each process therefore gives
-    one value, the mean of its repetitions (Georges, Buytaert & Eeckhout, Statistically rigorous Java performance evaluation,
-    OOPSLA 2007; Kalibera & Jones, Rigorous benchmarking in reasonable time, ISMM 2013, whose intervals rest on
-    the means of the highest level that is repeated). Within a single process that effect cannot be seen.
-    """
-    processes: dict[int, list[Repetition]] = {}
-    for repetition in result.repetitions:
-        processes.setdefault(repetition.process, []).append(repetition)
-    if len(processes) > 1:
-        return [tuple(processes[number]) for number in sorted(processes)]
-    return [(repetition,) for repetition in result.repetitions]
-
-
-def process_count(result: RunResult) -> int:
-    """In how many worker processes the repetitions were measured."""
-    return len({repetition.process for repetition in result.repetitions})
-
-
-def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> list[float] | None:
-    """One value for each of `units`: the mean over its repetitions. None if a repetition has none, or there is none at all."""
-    found = [[of(repetition) for repetition in unit] for unit in units(result)]
-    if not found or any(value is None for values in found for value in values):
-        return None
-    return [fmean(value for value in values if value is not None) for values in found]
 
 
 def gpu_of(result: RunResult) -> dict[str, Any] | None:
@@ -137,8 +87,8 @@ def summarize(result: RunResult) -> dict[str, float]:
 def _of_scenario(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
     """What only a server's result has, only a stream's, or only one of single batches; MBU and MFU are of one batch of one length."""
     if result.cell.scenario == "online":
-        return online_figures(result) | {PER_GB: _per_gb(found)}
-    own = _efficiency(result, found) | {"lengths/tokens_per_step_mean": tokens_per_step(result)}
+        return online_figures(result) | {PER_GB: per_gb(found)}
+    own = efficiency_figures(result, found) | {"lengths/tokens_per_step_mean": tokens_per_step(result)}
     if not result.cell.batching:
         return own
     return stream_figures(result) | {key: own[key] for key in (PER_GB, "efficiency/joules_per_token")}
@@ -198,56 +148,6 @@ def _around_the_model(times: TextTimes, rows: int, e2e: float) -> dict[str, floa
     }
 
 
-def _span_s(repetition: Repetition) -> float:
-    """From the first sending to the last arrival, s."""
-    return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
-
-
-def output_rate(repetition: Repetition) -> float | None:
-    """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending)."""
-    span_s = _span_s(repetition)
-    return sum(r.rows * r.output_tokens for r in repetition.requests) / span_s if span_s > 0 else None
-
-
-def total_rate(repetition: Repetition) -> float | None:
-    """The same with the prompt tokens."""
-    span_s = _span_s(repetition)
-    return sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests) / span_s if span_s > 0 else None
-
-
-def prefill_rate(repetition: Repetition) -> float | None:
-    """Prompt tokens of all rows that were computed ÷ TTFT, 1/s, mean over the requests."""
-    return _mean([r.rows * r.prefilled_tokens / ttft_ms(r) * 1e3 for r in repetition.requests if r.prefilled_tokens and ttft_ms(r) > 0])
-
-
-def decode_rate(repetition: Repetition) -> float | None:
-    """Tokens of all rows after the first ÷ their time, 1/s, mean over the requests."""
-    return _mean([r.rows / value * 1e3 for r in repetition.requests if (value := tpot_ms(r))])
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
-
-
-RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "decode": decode_rate}
-
-
-def typical_gap(repetition: Repetition) -> float | None:
-    """Median inter-token gap of all requests, ms; the mean would be the time per output token again. None without gaps."""
-    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
-    return median(gaps) if gaps else None
-
-
-PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
-    "throughput/output_tokens_per_s": output_rate,
-    "latency/ttft_ms_p50": lambda repetition: median(map(ttft_ms, repetition.requests)),
-    "latency/itl_ms_p50": typical_gap,
-    "latency/tpot_ms_mean": lambda repetition: _mean([value for r in repetition.requests if (value := tpot_ms(r)) is not None]),
-    "latency/e2e_ms_p50": lambda repetition: median(map(e2e_ms, repetition.requests)),
-}
-"""Metric → its value for one repetition, None where it has none: what comparisons and statistics rest on."""
-
-
 def _throughput(result: RunResult) -> dict[str, float | None]:
     """Rates, means over `units`; the interval and what the verdict rests on are over `units` too."""
     rates = {name: unit_values(result, rate) for name, rate in RATES.items()}
@@ -267,92 +167,6 @@ def _throughput(result: RunResult) -> dict[str, float | None]:
     if result.price_per_hour is not None:
         found["cost/per_million_tokens"] = result.price_per_hour / (mean * 3600) * 1e6
     return found
-
-
-def _efficiency(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {
-        PER_GB: _per_gb(found),
-        "efficiency/mbu_ratio": model_bandwidth_utilization(result),
-        "efficiency/mfu_ratio": model_flops_utilization(result),
-        "efficiency/joules_per_token": joules_per_token(result),
-    }
-
-
-def _per_gb(found: Mapping[str, float | None]) -> float | None:
-    rate = found.get("throughput/output_tokens_per_s")
-    peak = found.get("memory/device_bytes_peak") or found.get("memory/host_needed_bytes_peak")
-    return rate / (peak / 1e9) if rate and peak else None
-
-
-def tokens_per_step(result: RunResult) -> float | None:
-    """Output tokens per row ÷ steps, where steps can bring several: of prefill, and of checking proposed tokens. None elsewhere."""
-    every = [r for r in requests(result) if r.chunk_tokens is not None]
-    return sum(r.output_tokens for r in every) / sum(len(r.stamps_ns) for r in every) if every else None
-
-
-def mean_step_ms(result: RunResult) -> float | None:
-    """Mean time of a decode step: the time per output token, or the gap between steps where these bring several tokens. None without any."""
-    every = requests(result)
-    return _mean([gap for r in every for gap in chunk_gaps_ms(r)] if several_in_a_step(result) else [value for r in every if (value := tpot_ms(r))])
-
-
-def mean_context(result: RunResult) -> float:
-    """Mean number of tokens in the KV cache over the decode steps: P + N/2 for steps 2 … N."""
-    lengths = [r.prompt_tokens or 0 for r in requests(result)]
-    return fmean(lengths) + result.cell.output_tokens / 2
-
-
-def attended(load: LoadInfo, context: float) -> float:
-    """Tokens of context that the mean layer looks back at: layers with a sliding window see no more than it."""
-    if load.sliding_window is None:
-        return context
-    return (1 - load.sliding_share) * context + load.sliding_share * min(context, load.sliding_window)
-
-
-def model_bandwidth_utilization(result: RunResult) -> float | None:
-    """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best read bandwidth measured here.
-
-    After "LLM inference performance engineering" (Databricks 2023). Where a step brings several tokens, it is the time of the step that
-    counts. None without a measured bandwidth, with fewer than two tokens, when the weights are under 4× the last-level cache, which would
-    serve part of the reads, or with a second model, whose reads are not known.
-    """
-    load, bandwidth, step_ms = result.load, result.peaks.get("read_bytes_per_s"), mean_step_ms(result)
-    if load is None or not load.step_bytes or not bandwidth or not step_ms or result.cell.assistant:
-        return None
-    if load.step_bytes < CACHE_FACTOR * (load.cache_bytes or 0):
-        return None
-    read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * attended(load, mean_context(result))
-    return read / (step_ms / 1e3) / bandwidth
-
-
-def joules_per_token(result: RunResult) -> float | None:
-    """Energy above idle ÷ output tokens, J: Σ (energy − idle power · time) ÷ Σ tokens. None unless every repetition has a reading."""
-    noises = [r.noise for r in result.repetitions]
-    if result.idle_w is None or not all(n and n.energy_j is not None for n in noises):
-        return None
-    above = sum((n.energy_j or 0.0) - result.idle_w * n.wall_s for n in noises if n)
-    tokens = sum(r.rows * r.output_tokens for r in requests(result))
-    return above / tokens if tokens and above > 0 else None
-
-
-def model_flops_utilization(result: RunResult) -> float | None:
-    """MFU: FLOPs of prefill and decode ÷ their time ÷ best FLOP/s measured here (PaLM, Chowdhery et al. 2022, appendix B).
-
-    None where proposed tokens are checked: what those that were wrong cost is not known.
-    """
-    load, peak = result.load, result.peaks.get("flops_per_s")
-    if load is None or not load.flops_per_token or not peak or result.cell.decode in SPECULATIVE:
-        return None
-    attention = load.attention_flops_per_context_token or 0.0
-    done = seconds = 0.0
-    for request in requests(result):
-        prompt, output = request.prompt_tokens or 0, request.output_tokens
-        last, held = prompt + output - 1, request.cached_tokens or 0
-        # Token i attends to i tokens; the head is computed for the output tokens only, not for the prompt.
-        body = (last - held) * (load.flops_per_token + attention * attended(load, (last + held) / 2))
-        done += request.rows * (body + output * load.head_flops)
-        seconds += e2e_ms(request) / 1e3
-    return done / seconds / peak if seconds else None
 
 
 @dataclass(frozen=True)
@@ -476,8 +290,8 @@ def turns_of(result: RunResult) -> list[Turn]:
     told = result.cell.history != "sent" or any(r.cached_tokens is not None for r in requests(result))
     return [
         Turn(
-            number, len(column), _mean([r.prompt_tokens for r in column if r.prompt_tokens is not None]),
-            _mean([r.prefilled_tokens for r in column if r.prefilled_tokens is not None]) if told else None,
+            number, len(column), mean_of([r.prompt_tokens for r in column if r.prompt_tokens is not None]),
+            mean_of([r.prefilled_tokens for r in column if r.prefilled_tokens is not None]) if told else None,
             median(map(ttft_ms, column)), median(map(e2e_ms, column)),
         )
         for number, column in sorted(columns.items())

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, memory
+from .cell import Cell
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
 from .measure import Measured
 from .memory import HostMemory
-from .records import Cell, Divergence, LoadInfo, MemorySample, ModelFacts, TaskScore, TextScores, from_json, to_json
+from .records import Divergence, LoadInfo, MemorySample, ModelFacts, TaskScore, TextScores, from_json, to_json
 from .redaction import redact, worker_environment
 from .server_process import bounded, log_end, wait_for_end
 

@@ -18,12 +18,13 @@ from typing import Any, cast
 
 from . import artifacts, estimate, goodput, jobs, overview, plan, reference, report, resume, tracking
 from .backends.base import backend_class
+from .cell import Cell
 from .errors import MissingError, NodeLost, UsageError
 from .jobs import Job
 from .journal import claim, new_sweep, read_result, write_json
 from .ledger import Ledger
 from .place import Group, Here, Place
-from .records import Cell, Failure, ModelFacts, RunResult
+from .records import Failure, ModelFacts, RunResult
 from .redaction import redact_all
 from .relations import Relations, relate
 from .report import Row

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cell import Cell
 from .context import fingerprint_tags
 from .errors import StoreAway, TrackingError, UsageError, first_line
 from .metrics import COLOURS, OUTCOMES
-from .records import SCHEMA, Cell, Hashes, RunResult, Verdict, hash16
+from .records import SCHEMA, Hashes, RunResult, Verdict, hash16
 from .redaction import CONTROLS, redact, redact_all
 from .report import summary_markdown
 from .spec import WORKLOADS, as_text, cell_fields

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from . import parameters, spec
+from .cell import Cell, Options, parameter
 from .errors import UsageError
-from .records import Cell, Options, hash16, parameter
+from .records import hash16
 from .redaction import redact
 from .spec import BUNDLED_TEXT, COMMANDS, LEAST_TEXT_TOKENS, PARSERS, WORKLOADS
 from .workload import load_prompts, load_text

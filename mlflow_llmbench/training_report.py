@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .cell import Cell
 from .markup import markdown, markdown_table, plain
 from .quality import Estimate, figures, kl_divergence, kl_reduction, perplexity, sentences, top1_agreement
-from .records import Cell, Quality
+from .records import Quality
 from .report import shown, split_table
 from .training import QUANT, Training
 

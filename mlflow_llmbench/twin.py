@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from .records import RunResult
+from .repetitions import PER_REPETITION, requests, unit_values
 from .stats import welch
-from .summary import PER_REPETITION, requests, unit_values
 
 ADDED = {
     "twin/added_ttft_ms": "latency/ttft_ms_p50",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import online_validity, summary
+from . import online_validity
 from .latency import gaps_ms
 from .metrics import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
 from .records import Reason, RunResult, Verdict
+from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
 from .stats import coefficient_of_variation, supports
 
 VARIATION_LIMIT = 0.10
@@ -29,13 +30,13 @@ def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
 
 def unsupported_percentiles(result: RunResult) -> list[str]:
     """Percentiles that are absent because the sample does not support them, as `TTFT p95 (n = 12, needs 59)`."""
-    every = summary.requests(result)
-    sizes = {"TTFT": len(every), "ITL": 0 if summary.several_in_a_step(result) else sum(max(r.output_tokens - 1, 0) for r in every)}
+    every = requests(result)
+    sizes = {"TTFT": len(every), "ITL": 0 if several_in_a_step(result) else sum(max(r.output_tokens - 1, 0) for r in every)}
     return [f"{name} p{q} (n = {n}, needs {PERCENTILE_SUPPORT[q]})" for name, n in sizes.items() if n for q in (90, 95, 99) if not supports(n, q)]
 
 
 def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    every = [(r.output_tokens, r.asked[1] if r.asked else result.cell.output_tokens) for r in summary.requests(result)]
+    every = [(r.output_tokens, r.asked[1] if r.asked else result.cell.output_tokens) for r in requests(result)]
     wrong = [(came, asked) for came, asked in every if came != asked]
     if wrong:
         yield Reason(
@@ -46,7 +47,7 @@ def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
 
 
 def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    smallest = min((gap for r in summary.requests(result) for gap in gaps_ms(r)), default=0.0)
+    smallest = min((gap for r in requests(result) for gap in gaps_ms(r)), default=0.0)
     if smallest < 0:
         yield Reason(
             "negative_gap", f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers."
@@ -65,7 +66,7 @@ def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
 
 def _steadiness(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     if result.cell.warmup is None and result.steady is False:
-        processes = summary.process_count(result)
+        processes = process_count(result)
         seen = f"In at least one of {processes} processes the early and the late warm-up runs"
         if processes < 2:
             seen = f"After {len(result.warmup_s)} warm-up runs the early and the late ones"
@@ -74,7 +75,7 @@ def _steadiness(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
 
 def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     width, target = metrics.get("trust/relative_half_width"), result.cell.precision_target
-    repetitions, processes = len(result.repetitions), summary.process_count(result)
+    repetitions, processes = len(result.repetitions), process_count(result)
     if repetitions < LEAST_REPETITIONS:
         yield Reason(
             "too_few_samples",
@@ -102,9 +103,9 @@ def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
     time per output token.
     """
     talks = result.cell.history != "none"
-    of = summary.PER_REPETITION["latency/tpot_ms_mean"] if talks else summary.output_rate
+    of = PER_REPETITION["latency/tpot_ms_mean"] if talks else output_rate
     rates = [rate for repetition in result.repetitions if (rate := of(repetition)) is not None]
-    seen = {"processes": metrics.get("trust/cv_ratio") if summary.process_count(result) > 1 else None, "repetitions": coefficient_of_variation(rates)}
+    seen = {"processes": metrics.get("trust/cv_ratio") if process_count(result) > 1 else None, "repetitions": coefficient_of_variation(rates)}
     found = {noun: cv for noun, cv in seen.items() if cv is not None and cv > VARIATION_LIMIT}
     if found:
         noun = max(found, key=found.__getitem__)

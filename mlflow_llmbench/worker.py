@@ -23,12 +23,13 @@ from typing import Any, cast
 
 from . import machine, memory
 from .backends.base import Backend, DecodingBackend, ServerBackend, backend_class
+from .cell import Cell
 from .errors import LlmbenchError, MeasurementError, first_line
 from .journal import SERVER_LOG, EventLog
 from .measure import compare_decoding, compare_replies, measure_cell, time_texts
 from .measure_server import measure_server
 from .measure_stream import measure_stream
-from .records import Cell, LoadInfo, ModelFacts, from_json, to_json
+from .records import LoadInfo, ModelFacts, from_json, to_json
 from .workload import PromptSet, load_prompts
 
 LINES_PER_MESSAGE = 3

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from .cell import DRAWN, Cell
 from .errors import UsageError
-from .records import DRAWN, Cell, hash16
+from .records import hash16
 from .redaction import redact
 from .spec import BUNDLED_TEXT, WORKLOADS
 from .traces import read_trace

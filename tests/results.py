@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_llmbench.artifacts import write_cell
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.jobs import Job, write_job
-from mlflow_llmbench.records import Cell, Hashes, LoadInfo, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import Hashes, LoadInfo, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult
 from mlflow_llmbench.upload import upload
 
 MS, GB = 1_000_000, 10**9

@@ -15,7 +15,7 @@ from bitsandbytes import functional
 
 from mlflow_llmbench.backends import gptq, inspection, mixed
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
-from mlflow_llmbench.records import Cell
+from mlflow_llmbench.cell import Cell
 from tests.affine import bits_per_weight, dequantize, quantize
 
 ROWS, WIDTH = 96, 512

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench.arrivals import arrival_times_ns, request_count
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import UsageError
-from mlflow_llmbench.records import Cell
 from mlflow_llmbench.spec import parse
 
 
@@ -47,7 +47,7 @@ def test_a_seed_gives_the_same_times_in_every_process_and_repetitions_differ() -
     assert first == times(request_rate=7, requests=20, seed=3)
     assert len({first, times(1, request_rate=7, requests=20, seed=3), times(request_rate=7, requests=20, seed=4)}) == 3
     code = (
-        "from mlflow_llmbench.arrivals import arrival_times_ns; from mlflow_llmbench.records import Cell; "
+        "from mlflow_llmbench.arrivals import arrival_times_ns; from mlflow_llmbench.cell import Cell; "
         "print(arrival_times_ns(Cell(url='http://h', request_rate=7.0, requests=20, seed=3), 0))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)

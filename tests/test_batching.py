@@ -15,13 +15,14 @@ from mlflow import MlflowClient
 from mlflow_llmbench.backends.base import Backend
 from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.batching import batch_positions, needed_positions, next_batch
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.errors import MeasurementError
 from mlflow_llmbench.estimate import beyond_context
 from mlflow_llmbench.measure_stream import Order, Served, _server, measure_stream
 from mlflow_llmbench.online_summary import padding_waste
 from mlflow_llmbench.plan import config_hash
-from mlflow_llmbench.records import Cell, EngineReadings, Hashes, ModelFacts, Repetition, RequestRecord, RunResult, from_json, to_json
+from mlflow_llmbench.records import EngineReadings, Hashes, ModelFacts, Repetition, RequestRecord, RunResult, from_json, to_json
 from mlflow_llmbench.spec import UsageError, parse
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.validity import judge

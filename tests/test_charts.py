@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from mlflow_llmbench import charts
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.charts import draw_cell, draw_sweep
-from mlflow_llmbench.records import Cell, Hashes, MemorySample, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import Hashes, MemorySample, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
 from mlflow_llmbench.stats import percentile
 
 MS = 1_000_000  # ns
@@ -321,7 +322,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_pyplot_is_never_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from mlflow_llmbench import charts; assert 'matplotlib' not in sys.modules;"
-        "from mlflow_llmbench.records import Cell; k = 'latency/itl_ms_p50';"
+        "from mlflow_llmbench.cell import Cell; k = 'latency/itl_ms_p50';"
         "charts.draw_sweep([(Cell(), {k: 1.0}), (Cell(quant='int8'), {k: 2.0})], Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

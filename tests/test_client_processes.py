@@ -12,11 +12,12 @@ import pytest
 
 from mlflow_llmbench.backends.client_processes import Share
 from mlflow_llmbench.backends.openai_server import OpenAIBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.client import Load, Trace
 from mlflow_llmbench.errors import MeasurementError
 from mlflow_llmbench.http1 import Exchange
 from mlflow_llmbench.measure_server import _processes_for
-from mlflow_llmbench.records import Cell, ClientReadings, ModelFacts, from_json, to_json
+from mlflow_llmbench.records import ClientReadings, ModelFacts, from_json, to_json
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.sweep import run
 from mlflow_llmbench.workload import load_prompts

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.compare import ALLOWABLE, Comparison, compare, comparison_json, comparison_markdown, differences, format_comparison, sentence
 from mlflow_llmbench.errors import NotComparable, UsageError
 from mlflow_llmbench.metrics import KEYS
-from mlflow_llmbench.records import Cell, Failure, Hashes, LoadInfo, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import Failure, Hashes, LoadInfo, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
 from mlflow_llmbench.summary import summarize
 
 MS = 1_000_000

@@ -12,9 +12,10 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench.backends.openai_server import OpenAIBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.client import Load
-from mlflow_llmbench.records import Cell, ModelFacts, RequestRecord
+from mlflow_llmbench.records import ModelFacts, RequestRecord
 from mlflow_llmbench.summary import turns_of
 from mlflow_llmbench.workload import load_prompts
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +13,15 @@ import torch
 from mlflow_llmbench import run
 from mlflow_llmbench.backends import decoding
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
 from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.measure import checked_ids, time_request
-from mlflow_llmbench.records import Cell
 from mlflow_llmbench.summary import summarize
+from tests.loading import loaded
 
 PROMPTS = [[5, 6, 7, 8, 9] * 4]
 DENSE = 2 * 2 * 2 * 32  # values of keys and values per token: layers, KV heads, dimensions of a head
-
-
-@contextmanager
-def loaded(cell: Cell) -> Iterator[TransformersBackend]:
-    facts = TransformersBackend.resolve(cell)
-    TransformersBackend.prepare(cell, facts)
-    backend = TransformersBackend(cell, facts)
-    try:
-        backend.load()
-        yield backend
-    finally:
-        backend.close()
 
 
 def tokens_of(generate: Any, count: int, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
@@ -54,7 +41,7 @@ def needs(package: str) -> Any:
 
 def test_an_assistant_that_is_always_right_brings_its_tokens_and_one_more_in_each_step(tiny_model: Path) -> None:
     cell = Cell(model=str(tiny_model), quant="fp32", decode="assisted", assistant=str(tiny_model), draft_tokens=4)
-    with loaded(cell) as backend:
+    with loaded(cell) as (backend, _):
         record, steps = time_request(backend, PROMPTS, 30)
         assert record.chunk_tokens == (5,) * 6
         assert (record.tokens, record.output_tokens, record.single_tokens) == (30, 30, False)
@@ -67,7 +54,7 @@ def test_an_assistant_that_is_always_right_brings_its_tokens_and_one_more_in_eac
 
 def test_looked_up_tokens_are_checked_and_the_answer_is_the_same(tiny_model: Path) -> None:
     """The tiny model soon repeats itself, so that what it looks up is often right; the prompt alone holds no answer."""
-    with loaded(Cell(model=str(tiny_model), quant="fp32", decode="prompt_lookup", draft_tokens=3)) as backend:
+    with loaded(Cell(model=str(tiny_model), quant="fp32", decode="prompt_lookup", draft_tokens=3)) as (backend, _):
         record, _ = time_request(backend, PROMPTS, 40)
         assert record.output_tokens == 40
         assert record.chunk_tokens and 1 in record.chunk_tokens and max(record.chunk_tokens) == 4
@@ -84,7 +71,7 @@ def test_an_assistant_of_another_vocabulary_is_refused(cache_folder: Path) -> No
 
 
 def test_a_cache_of_8_bit_floats_takes_a_quarter_of_one_of_32(tiny_model: Path) -> None:
-    with loaded(Cell(model=str(tiny_model), quant="fp32", kv_cache="fp8")) as backend:
+    with loaded(Cell(model=str(tiny_model), quant="fp32", kv_cache="fp8")) as (backend, _):
         assert tokens_of(backend.generate, 12) == tokens_of(backend.generate_plainly, 12)
         info = backend.describe()
     assert info.kv_bytes_per_token == pytest.approx(DENSE, abs=1)  # and two scales a layer
@@ -97,7 +84,7 @@ def test_a_cache_of_8_bit_floats_takes_a_quarter_of_one_of_32(tiny_model: Path) 
 def test_a_cache_of_fewer_bits_takes_less(tiny_model: Path, cache: str, bits: float) -> None:
     """A prompt of 192 tokens is quantized at once in groups of 64 with two numbers of 16 or 32 bits; the three new tokens are not."""
     prompt = [[5 + i % 100 for i in range(192)]]
-    with loaded(Cell(model=str(tiny_model), quant="bf16", kv_cache=cache)) as backend:
+    with loaded(Cell(model=str(tiny_model), quant="bf16", kv_cache=cache)) as (backend, _):
         tokens_of(backend.generate, 4, prompt)
         info = backend.describe()
     least, most = DENSE * (bits - 0.5) / 8, DENSE * (bits + 1) / 8 + 3 * 2 * DENSE / 195
@@ -123,13 +110,16 @@ def test_a_whole_run_with_looked_up_tokens(tiny_model: Path, store_uri: str) -> 
 
 def test_what_is_not_compiled_is_not_measured_under_that_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as backend, pytest.raises(NotRealised, match="nothing was compiled"):
+    with (
+        loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _),
+        pytest.raises(NotRealised, match="nothing was compiled"),
+    ):
         backend.compile(PROMPTS, 20, 8)
 
 
 def test_the_static_cache_gives_the_same_tokens_again_and_again(tiny_model: Path) -> None:
     """Uncompiled, so that it is quick: the cache that the compiled step writes to, emptied after each call."""
-    with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as backend:
+    with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _):
         assert backend.path
         backend.path.compile(28, lambda: None, lambda: None, decodes=False)
         prompts = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
@@ -162,7 +152,7 @@ def test_the_step_is_compiled_once_for_each_shape(tiny_model: Path, store_uri: s
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, which runs in a process of its own elsewhere
 def test_a_step_that_is_compiled_again_while_it_is_measured_is_refused(tiny_model: Path) -> None:
-    with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as backend:
+    with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _):
         backend.compile(PROMPTS, 20, 8)
         assert tokens_of(backend.generate, 8) == tokens_of(backend.generate_plainly, 8)
         with pytest.raises(NotRealised, match="compiled again while it was measured"):

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench import estimate, models, run
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.plan import config_hash, expand_cells, group_cells
-from mlflow_llmbench.records import Cell, ModelFacts, RunResult
+from mlflow_llmbench.records import ModelFacts, RunResult
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.summary import series, statistics, summarize
 from mlflow_llmbench.validity import judge, unsupported_percentiles

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlflow_llmbench import gpu, machine, summary
+from mlflow_llmbench import efficiency, gpu, machine, summary
 from mlflow_llmbench.records import Noise, from_json, to_json
 from mlflow_llmbench.validity import judge
 from tests.test_summary import result
@@ -46,11 +46,11 @@ def with_energy(gaps: list[list[float]], joules: float, idle_w: float | None) ->
 
 def test_joules_per_token_are_above_idle_and_proportional() -> None:
     # 5 repetitions of 2 rows · 4 tokens; 30 J each, of which 10 W · 1 s are idle.
-    assert summary.joules_per_token(with_energy([[2, 2, 2]] * 5, 30.0, 10.0)) == pytest.approx(20 / 8)
+    assert efficiency.joules_per_token(with_energy([[2, 2, 2]] * 5, 30.0, 10.0)) == pytest.approx(20 / 8)
     once, twice = with_energy([[2.0] * 3] * 5, 30.0, 10.0), with_energy([[2.0] * 7] * 5, 50.0, 10.0)
-    assert summary.joules_per_token(once) == pytest.approx(summary.joules_per_token(twice))
-    assert summary.joules_per_token(with_energy([[2, 2, 2]] * 5, 30.0, None)) is None
-    assert summary.joules_per_token(with_energy([[2, 2, 2]] * 5, 5.0, 10.0)) is None
+    assert efficiency.joules_per_token(once) == pytest.approx(efficiency.joules_per_token(twice))
+    assert efficiency.joules_per_token(with_energy([[2, 2, 2]] * 5, 30.0, None)) is None
+    assert efficiency.joules_per_token(with_energy([[2, 2, 2]] * 5, 5.0, 10.0)) is None
     assert "efficiency/joules_per_token" in summary.summarize(once)
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.deployment import Evidence, deployment_of
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.export import TARGETS, export
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, Verdict
+from mlflow_llmbench.records import LoadInfo, ModelFacts, Verdict
 from mlflow_llmbench.registry import register
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.tracking import open_store
@@ -29,9 +30,10 @@ OPTIONS = {
                "--sampling-defaults", "--trust-remote-code"],
     "tgi": ["--model-id", "--revision", "--quantize", "--dtype", "--max-input-tokens", "--max-total-tokens", "--max-batch-size",
             "--max-batch-prefill-tokens", "--max-batch-total-tokens", "--trust-remote-code"],
-    "llama.cpp": ["--model", "--parallel", "--ctx-size", "--n-predict", "--temp", "--threads", "--n-gpu-layers"],
+    "llama.cpp": ["--model", "--parallel", "--ctx-size", "--n-predict", "--temp", "--threads", "--n-gpu-layers", "--hf-repo", "--hf-file",
+                  "--cache-type-k", "--cache-type-v", "--load-mode"],
 }  # fmt: skip
-"""Options that the programs have: read in the packages vllm 0.33.0 and sglang 0.5.23, and in the published lists of the other two."""
+"""Options that the programs have: read in the packages vllm 0.33.0 and sglang 0.5.23, in llama.cpp's sources, and in TGI's published list."""
 
 REFUSED = {"vllm": ("int8", "int4", "fp4"), "sglang": ("int8", "fp4")}
 
@@ -47,6 +49,17 @@ def config(quant: str = "bf16", source: str = "hub", dtype: str = "bfloat16", **
     result = made(
         batch=4, cell=Cell(model=location, quant=quant, batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
         model=ModelFacts(location, source, location, "c0ffee"), load=LoadInfo(1.0, facts={"model.dtype": dtype, **FACTS.get(quant, {})}),
+    )  # fmt: skip
+    return dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
+
+
+def packed(source: str = "folder", **cell: Any) -> dict[str, Any]:
+    """Of a file that llama.cpp made of a checkpoint, or of one on the Hub."""
+    location = {"folder": "/models/own", "hub_gguf": "ggml-org/gemma-3-270m-GGUF:sub/gemma-Q4_K_M.gguf"}[source]
+    facts = {"quant.type": "Q4_K - Medium", "kv_cache.type": cell.get("kv_cache", "f16"), "llama_cpp.threads": 2, "model.device": "cpu"}
+    result = made(
+        batch=4, cell=Cell(model="own", backend="llama_cpp", quant="q4_k_m", batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
+        model=ModelFacts(location, source, location, "c0ffee"), load=LoadInfo(1.0, facts=facts, made="/cache/own-q4_k_m.gguf"),
     )  # fmt: skip
     return dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
 
@@ -86,6 +99,24 @@ def test_the_commands() -> None:
     assert command(write("llama.cpp", "bf16", "gguf", threads=2, device="cpu")) == shlex.split(
         "llama-server --model /models/gemma.gguf --parallel 4 --ctx-size 52 --n-predict 5 --temp 0 --threads 2 --n-gpu-layers 0"
     )
+
+
+def test_what_llama_cpp_ran_is_exported_for_its_own_server() -> None:
+    text = export(packed(kv_cache="q8_0", mmap=False), uri="models:/bot/1", target="llama.cpp")
+    assert "# Measured with llama.cpp on AMD EPYC" in text
+    assert "another engine" not in text
+    assert command(text) == shlex.split(
+        "llama-server --model /cache/own-q4_k_m.gguf --parallel 4 --ctx-size 52 --n-predict 5 --temp 0 --threads 2 --n-gpu-layers 0 "
+        "--cache-type-k q8_0 --cache-type-v q8_0 --load-mode none"
+    )
+    hub = export(packed("hub_gguf"), uri="models:/bot/1", target="llama.cpp")
+    assert "--hf-repo ggml-org/gemma-3-270m-GGUF \\\n  --hf-file sub/gemma-Q4_K_M.gguf" in hub
+    assert "takes the newest revision; c0ffee was measured" in hub
+    assert {part for part in command(text) + command(hub) if part.startswith("--")} <= set(OPTIONS["llama.cpp"])
+    compose = yaml.safe_load(export(packed(), ("llama-cpp-python==0.3.36",), uri="models:/bot/1", target="docker-compose"))["services"]["model"]
+    assert (compose["image"], compose["volumes"][-1]) == ("python:3.11", "/cache:/cache:ro")
+    with pytest.raises(UsageError, match="was measured with llama.cpp, and transformers would unpack its file"):
+        export(packed(), uri="models:/bot/1", target="transformers")
 
 
 def test_a_checkpoint_of_its_own_dtype_is_not_left_to_what_an_engine_calls_auto() -> None:

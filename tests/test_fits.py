@@ -160,3 +160,10 @@ def test_the_true_curve_is_nearer_than_a_wrong_one() -> None:
 )
 def test_digits_follow_the_uncertainty(value: float | None, width: float, text: str) -> None:
     assert fits.rounded(value, width) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0342, "3.4 %"), (0.996, "100 %"), (-1.7, "-170 %"), (-0.998, "-100 %"), (12.3, "1230 %"), (None, "–")]
+)
+def test_shares_have_no_exponent(share: float | None, text: str) -> None:
+    assert fits.percent(share) == text

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlflow_llmbench import footprint
-from mlflow_llmbench.records import Cell, Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.cell import Cell
+from mlflow_llmbench.records import Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
 from mlflow_llmbench.scaling import Measured
 from mlflow_llmbench.stats import trend
 from mlflow_llmbench.summary import summarize

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.frontier import TRIED, UNTRIED, Attempt, Frontier, frontiers, is_within, tokens
 from mlflow_llmbench.plan import LOADED
-from mlflow_llmbench.records import Cell
 
 
 def tried(batch: int, prompt: int | None, output: int, outcome: str = "ok", **given: object) -> Attempt:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench import doctor, estimate, machine, memory, models, reference
-from mlflow_llmbench.backends import gguf_convert, gguf_file, gguf_made, scoring, sources
+from mlflow_llmbench.backends import gguf_convert, gguf_file, gguf_made, hub, scoring, sources
 from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend, buffers_in, mapped_weights
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, ModelError, UsageError
 from mlflow_llmbench.plan import config_hash, expand_cells, group_cells
 from mlflow_llmbench.quantizations import GGUF_QUANTIZATIONS
-from mlflow_llmbench.records import Cell, ModelFacts
+from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import parse
 from tests.gguf_files import write_llama
 
@@ -158,9 +159,9 @@ def test_a_gguf_files_facts_come_from_its_header(tiny_gguf: Path, monkeypatch: p
 
 
 def test_a_name_of_a_file_on_the_hub_has_one_form(tmp_path: Path) -> None:
-    assert sources._hub_gguf_name("owner/name:sub/file.gguf") == ("owner/name", "sub/file.gguf")
+    assert hub.gguf_name("owner/name:sub/file.gguf") == ("owner/name", "sub/file.gguf")
     for other in ("file.gguf", "C:file.gguf", "owner/name/file.gguf", "owner/name:../file.gguf", "owner/name:/file.gguf"):
-        assert sources._hub_gguf_name(other) is None
+        assert hub.gguf_name(other) is None
     with pytest.raises(ModelError, match=r"There is no file nowhere\.gguf\. Give the path of a \.gguf file, or OWNER/NAME:FILE\.gguf"):
         sources.find_model(Cell(model="nowhere.gguf"))
 

@@ -12,10 +12,11 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import goodput, load_charts
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.goodput import Tried, knee, next_cell, next_rate, share_interval
-from mlflow_llmbench.records import Cell, RunResult
+from mlflow_llmbench.records import RunResult
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.summary import summarize
 

@@ -11,11 +11,13 @@ import pytest
 
 from mlflow_llmbench import run
 from mlflow_llmbench.backends import gptq
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, UsageError
 from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.plan import expand_cells, group_cells
-from mlflow_llmbench.records import Cell
+from mlflow_llmbench.records import Verdict
 from mlflow_llmbench.spec import parse
+from tests.results import made
 
 installed = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"), reason="needs mlflow-llmbench[gptq] and g++"
@@ -54,6 +56,8 @@ def test_what_is_loaded_computes_what_was_quantized(tiny_model: Path, tmp_path: 
     from transformers import AutoModelForCausalLM
 
     from mlflow_llmbench.backends.transformers_local import TransformersBackend
+    from mlflow_llmbench.deployment import Evidence, deployment_of
+    from mlflow_llmbench.serving_model import Checkpoint
 
     monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path))
     torch.manual_seed(0)
@@ -66,9 +70,12 @@ def test_what_is_loaded_computes_what_was_quantized(tiny_model: Path, tmp_path: 
             facts = TransformersBackend.resolve(cell)
             TransformersBackend.prepare(cell, facts)
             backend = TransformersBackend(cell, facts)
-            backend.load()
+            info = backend.load()
             logits = backend.model(ids).logits.flatten().float()
             near[quant] = float(torch.nn.functional.cosine_similarity(exact, logits, dim=0))
+            deployment = deployment_of(made(cell=cell, model=facts, load=info), {}, Evidence("r", "s", Verdict("valid")))
+            served = Checkpoint(dict(deployment.config))  # from the folder that was made, as it was measured
+            assert torch.equal(served.model(ids).logits.flatten().float(), logits)
     assert near["gptq8"] > 0.999
     assert near["gptq"] > 0.97
 

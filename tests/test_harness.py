@@ -15,8 +15,9 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench import journal, quality, reference, resume, run
 from mlflow_llmbench.backends import harness
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, UsageError
-from mlflow_llmbench.records import Cell, Quality, TaskScore
+from mlflow_llmbench.records import Quality, TaskScore
 from mlflow_llmbench.spec import parse
 
 from .results import made

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_llmbench import journal, plan, run, summary
+from mlflow_llmbench import efficiency, journal, latency, plan, run, summary
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.measure import Measured, compare_replies, measure_cell, time_turns
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, RequestRecord
+from mlflow_llmbench.records import LoadInfo, ModelFacts, RequestRecord
 from mlflow_llmbench.report import report_markdown
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.validity import judge
@@ -158,7 +159,7 @@ def test_the_time_of_the_first_token_follows_what_is_prefilled() -> None:
         found[history] = measured.repetitions[0].requests
     for recomputed, kept in zip(found["recomputed"], found["kept"], strict=True):
         assert recomputed.prefilled_tokens == recomputed.prompt_tokens == kept.prompt_tokens
-        saved = summary.ttft_ms(recomputed) - summary.ttft_ms(kept)
+        saved = latency.ttft_ms(recomputed) - latency.ttft_ms(kept)
         assert saved == pytest.approx(kept.cached_tokens, abs=10, rel=0.2)
     assert (found["kept"][1].cached_tokens or 0) > 20
 
@@ -227,7 +228,7 @@ def test_flops_are_those_of_what_was_computed() -> None:
     whole = dataclasses.replace(talks(), load=load, peaks={"flops_per_s": 1e6})
     tokens = [(0, 13), (13, 33), (33, 53), (0, 23), (23, 43)]  # held before, and in the end
     done = sum((end - held) * (10 + (end + held) / 2) + 4 * 2 for held, end in tokens)
-    assert summary.model_flops_utilization(whole) == pytest.approx(done / ((13 + 23 + 33 + 23 + 43) / 1e3) / 1e6)
+    assert efficiency.model_flops_utilization(whole) == pytest.approx(done / ((13 + 23 + 33 + 23 + 43) / 1e3) / 1e6)
 
 
 def test_the_history_belongs_to_the_configuration_and_not_to_the_workload() -> None:

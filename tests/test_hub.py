@@ -198,7 +198,7 @@ def test_a_repository_of_pickles_is_refused_before_anything_is_downloaded(tiny_m
     (folder / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     code = (
-        "from mlflow_llmbench.backends.sources import find_model\nfrom mlflow_llmbench.records import Cell\n"
+        "from mlflow_llmbench.backends.sources import find_model\nfrom mlflow_llmbench.cell import Cell\n"
         "for cell in (Cell('tiny/llama'), Cell('tiny/llama', allow_pickle=True), Cell('opt-125m'), Cell('opt-125m', revision='refs/pr/7')):\n"
         "    try:\n        print(find_model(cell).files_bytes)\n    except Exception as error:\n        print(error)\n"
     )

@@ -18,10 +18,11 @@ from mlflow import MlflowClient
 from mlflow_llmbench import launch, memory, server_process
 from mlflow_llmbench.backends.openai_server import OpenAIBackend
 from mlflow_llmbench.backends.server_facts import name_among
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.errors import MeasurementError, UsageError
 from mlflow_llmbench.plan import config_hash, expand_cells, group_cells
-from mlflow_llmbench.records import Cell, ModelFacts
+from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.sweep import run
 

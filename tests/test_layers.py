@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
-    "nouns": ("redaction", "errors", "metrics", "quant_plan", "records"),
+    "nouns": ("redaction", "errors", "metrics", "quant_plan", "cell", "records"),
     "intent": (
         "quantizations",
         "parameters",
@@ -33,6 +33,8 @@ LAYERS = {
         "stats",
         "quality",
         "latency",
+        "repetitions",
+        "efficiency",
         "online_summary",
         "summary",
         "twin",
@@ -57,6 +59,7 @@ LAYERS = {
     ),
     "show": (
         "report",
+        "model_table",
         "charts",
         "comparison_charts",
         "load_charts",
@@ -77,6 +80,7 @@ LAYERS = {
     ),
     "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
+        "packages",
         "doctor",
         "progress",
         "relations",
@@ -117,12 +121,12 @@ HOMES = {
     "bitsandbytes": ("backends", "serving_model"),
     "accelerate": ("backends",),
     "safetensors": ("backends",),
-    "huggingface_hub": ("backends",),
+    "huggingface_hub": ("backends", "serving_model"),
     "gguf": ("backends",),
-    "llama_cpp": ("backends",),
+    "llama_cpp": ("backends", "serving_model"),
     "optimum": ("backends",),
-    "torchao": ("backends",),
-    "hqq": ("backends",),
+    "torchao": ("backends", "serving_model"),
+    "hqq": ("backends", "serving_model"),
     "lm_eval": ("backends",),
     "uvloop": ("client",),
     "pynvml": ("gpu",),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,17 @@ from mlflow_llmbench import journal, memory, quality, sweep
 from mlflow_llmbench.backends import gguf_file, gguf_made, llama_cpp_session, scoring
 from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
+from mlflow_llmbench.deployment import Evidence, deployment_of
 from mlflow_llmbench.errors import MeasurementError, NotRealised, UsageError
 from mlflow_llmbench.measure import checked_ids, measure_cell, time_request, time_turns
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts
+from mlflow_llmbench.records import ModelFacts, Verdict
+from mlflow_llmbench.registry import save
+from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.workload import load_prompts
 from tests.gguf_files import write_llama
+from tests.loading import loaded
+from tests.results import made
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: pip install -c constraints.txt -e '.[gguf]'"
@@ -44,15 +48,6 @@ def packed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cell_of(file: Path, **settings: Any) -> Cell:
     return Cell(**{"model": str(file), "backend": "llama_cpp", "device": "cpu", "threads": 1, "prompt_tokens": 5, "output_tokens": 12, **settings})
-
-
-@contextmanager
-def loaded(cell: Cell) -> Iterator[tuple[LlamaCppBackend, LoadInfo]]:
-    backend = LlamaCppBackend(cell, LlamaCppBackend.resolve(cell))
-    try:
-        yield backend, backend.load()
-    finally:
-        backend.close()
 
 
 def steps_of(backend: Any, prompts: list[list[int]] = PROMPTS, count: int = 12) -> list[list[int]]:
@@ -327,6 +322,39 @@ def test_a_gguf_file_is_a_cell_like_any_other(packed: Path, tiny_model: Path, st
         assert result.peaks["read_bytes_per_s"] > 0
         assert result.load
         assert result.load.facts["llama_cpp.package"]
+
+
+def test_what_it_ran_is_served_with_the_same_tokens_in_batches(packed: Path, tmp_path: Path) -> None:
+    """The served model is a file of its own, which uses nothing of this package."""
+    texts = ["the cat", "a dog and a cat and", "it"]
+    cell = cell_of(packed, batch_size=2, quant="none", workload="qa", prompt_tokens=None)
+    with loaded(cell) as (backend, info):
+        prompts = [list(backend.encode(text)) for text in texts]
+        rows = [*zip(*steps_of(backend, prompts[:2]), strict=True), *zip(*steps_of(backend, prompts[2:]), strict=True)]
+        wanted = [backend.decode(row) for row in rows]
+        facts = backend.describe().facts
+    result = made(batch=2, cell=cell, model=LlamaCppBackend.resolve(cell), load=dataclasses.replace(info, facts=facts))
+    deployment = deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid")))
+    assert (deployment.config["gguf_file"], deployment.config["file_type"], deployment.config["threads"]) == (packed.name, facts["quant.type"], 1)
+    save(deployment, tmp_path / "model")
+    served = serve(tmp_path / "model", max_prompt_tokens=30)
+    for answer, prompt, text in zip(served.predict([{"prompt": text} for text in texts]), prompts, wanted, strict=True):
+        assert answer["prompt_tokens"] == len(prompt)
+        assert answer["text"] == text if answer["finish"] == "length" else text.startswith(answer["text"])
+    [alone] = served.predict([{"prompt": texts[1]}], params={"max_new_tokens": 5})  # fewer rows, and nothing is left of those before
+    assert wanted[1].startswith(alone["text"])
+    for wrong, message in (
+        ({"file_type": "Q4_0"}, "The model was measured as Q4_0, and .*tiny-q8_0.gguf is .*Q8_0"),
+        ({"gguf_file": "gone.gguf"}, r"gone.gguf, which was measured, is not here. Copy it, or make it again: llmbench run"),
+    ):
+        with pytest.raises(Exception, match=message):
+            serve(tmp_path / "model", max_prompt_tokens=30, **wrong).predict([{"prompt": "it"}])
+
+
+def serve(folder: Path, **config: Any) -> Any:
+    import mlflow.pyfunc
+
+    return mlflow.pyfunc.load_model(str(folder), model_config=config)
 
 
 @pytest.mark.slow

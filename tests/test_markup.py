@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench import artifacts, markup, overview, report
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.compare import compare, comparison_markdown
 from mlflow_llmbench.journal import read_result
-from mlflow_llmbench.records import Cell, Failure, Reason, RunResult, Verdict
+from mlflow_llmbench.records import Failure, Reason, RunResult, Verdict
 from mlflow_llmbench.report import Row, row_of
 from mlflow_llmbench.spec import parse, read_yaml
 

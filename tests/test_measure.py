@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from mlflow_llmbench import summary
+from mlflow_llmbench import latency, summary
 from mlflow_llmbench.backends.fake import FakeBackend, parse_script
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MeasurementError, OutOfMemory, UsageError
 from mlflow_llmbench.measure import Measured, measure_cell, time_request
-from mlflow_llmbench.records import Cell, Hashes, RunResult
+from mlflow_llmbench.records import Hashes, RunResult
 from mlflow_llmbench.workload import load_prompts
 
 
@@ -32,15 +33,15 @@ def least(values: list[float]) -> float:
 def test_stamps_are_those_of_the_script() -> None:
     measured, _ = measure("ttft_ms=20+itl_ms=4", repetitions=8)
     requests = [r.requests[0] for r in measured.repetitions]
-    assert least([summary.ttft_ms(r) for r in requests]) == pytest.approx(20, abs=0.1)
-    assert sorted(g for r in requests for g in summary.gaps_ms(r))[28] == pytest.approx(4, rel=0.05)
-    assert least([summary.e2e_ms(r) for r in requests]) == pytest.approx(20 + 7 * 4, abs=0.2)
+    assert least([latency.ttft_ms(r) for r in requests]) == pytest.approx(20, abs=0.1)
+    assert sorted(g for r in requests for g in latency.gaps_ms(r))[28] == pytest.approx(4, rel=0.05)
+    assert least([latency.e2e_ms(r) for r in requests]) == pytest.approx(20 + 7 * 4, abs=0.2)
 
 
 def test_a_stall_lands_on_its_token_and_nowhere_else() -> None:
     backend, cell = fake("ttft_ms=5+itl_ms=2+stall_ms=300+stall_at=5")
     record, _ = time_request(backend, [[1, 2, 3, 4]], cell.output_tokens)
-    gaps = summary.gaps_ms(record)
+    gaps = latency.gaps_ms(record)
     assert gaps.index(max(gaps)) == 3  # the gap before token 5
     assert max(gaps) > 200
 
@@ -50,7 +51,7 @@ def test_a_late_streamer_shows_in_the_first_token() -> None:
     for _ in range(5):
         for script, found in (("ttft_ms=10+itl_ms=5+late=1", late), ("ttft_ms=10+itl_ms=5", punctual)):
             backend, cell = fake(script)
-            found.append(summary.ttft_ms(time_request(backend, prompt, cell.output_tokens)[0]))
+            found.append(latency.ttft_ms(time_request(backend, prompt, cell.output_tokens)[0]))
     assert least(late) - least(punctual) == pytest.approx(5, abs=0.5)
 
 
@@ -76,9 +77,9 @@ def test_auto_stops_at_the_maximum_when_the_interval_stays_wide() -> None:
 def test_one_output_token() -> None:
     measured, _ = measure("ttft_ms=3", output_tokens=1, repetitions=5)
     record = measured.repetitions[0].requests[0]
-    assert summary.gaps_ms(record) == []
-    assert summary.tpot_ms(record) is None
-    assert summary.e2e_ms(record) == summary.ttft_ms(record)
+    assert latency.gaps_ms(record) == []
+    assert latency.tpot_ms(record) is None
+    assert latency.e2e_ms(record) == latency.ttft_ms(record)
 
 
 def test_outputs_are_kept_for_texts_only() -> None:

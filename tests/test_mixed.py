@@ -15,6 +15,7 @@ from mlflow_llmbench import artifacts, run
 from mlflow_llmbench.backends import mixed
 from mlflow_llmbench.backends.inspection import verify_plan
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import NotRealised, UsageError
 from mlflow_llmbench.estimate import predicted_bytes
 from mlflow_llmbench.footprint import reductions
@@ -22,7 +23,7 @@ from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.models import find_preset
 from mlflow_llmbench.plan import config_hash, group_cells
 from mlflow_llmbench.quant_plan import Block, QuantPlan, Sensitivity
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, from_json, to_json
+from mlflow_llmbench.records import LoadInfo, ModelFacts, from_json, to_json
 from mlflow_llmbench.scaling import Measured
 from mlflow_llmbench.sensitivity import draw_plan, place, plan_markdown
 from mlflow_llmbench.spec import parse
@@ -294,15 +295,13 @@ def test_a_registered_version_has_the_plan_and_answers_with_it(tiny_model: Path)
     """The served model is made by code of its own, so it is held to the measured one bit for bit."""
     from mlflow_llmbench.deployment import Evidence, deployment_of
     from mlflow_llmbench.records import Verdict
-    from mlflow_llmbench.serving_model import MeasuredModel
+    from mlflow_llmbench.serving_model import Checkpoint
 
     backend, info = prepared(tiny_model, quant_budget="8.5")
     result = made(cell=dataclasses.replace(backend.cell, device="cpu"), model=backend.facts, load=info)
     config = deployment_of(result, {}, Evidence("r", "s", Verdict("valid"))).config
     assert config["quantization"]["class"] == "mixed" and len(json.dumps(config)) < 8000
-    served = MeasuredModel()
-    served.config, served.model = json.loads(json.dumps(config)), None
-    served._load()
+    served = Checkpoint(json.loads(json.dumps(config)))
     with torch.inference_mode():
         assert torch.equal(served.model(torch.tensor(IDS)).logits, logits_of(backend))
 

@@ -13,7 +13,8 @@ import pytest
 
 from mlflow_llmbench import node, stages, supervise
 from mlflow_llmbench.backends.fake import FakeBackend
-from mlflow_llmbench.records import Cell, ModelFacts, Options
+from mlflow_llmbench.cell import Cell, Options
+from mlflow_llmbench.records import ModelFacts
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path("/somewhere/else/sweep")

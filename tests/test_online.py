@@ -13,9 +13,10 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench import latency, online_summary
 from mlflow_llmbench.arrivals import arrival_times_ns
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.plan import cell_name, config_hash
-from mlflow_llmbench.records import Cell, ClientReadings, Hashes, LoadInfo, ModelFacts, Repetition, RequestRecord, RunResult, from_json, to_json
+from mlflow_llmbench.records import ClientReadings, Hashes, LoadInfo, ModelFacts, Repetition, RequestRecord, RunResult, from_json, to_json
 from mlflow_llmbench.summary import series, summarize
 from mlflow_llmbench.sweep import run
 from mlflow_llmbench.validity import judge

@@ -15,12 +15,13 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import artifacts, overview, page, run
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import build_parser
 from mlflow_llmbench.frontier import frontiers
 from mlflow_llmbench.journal import read_result, write_json
 from mlflow_llmbench.overview import Overview, Subject, description, headline, leaders
 from mlflow_llmbench.plan import LOADED, expand_cells, sweep_name
-from mlflow_llmbench.records import Cell, Failure, MemorySample, Reason, Repetition, RequestRecord, RunResult, Verdict
+from mlflow_llmbench.records import Failure, MemorySample, Reason, Repetition, RequestRecord, RunResult, Verdict
 from mlflow_llmbench.report import Row, row_of
 from mlflow_llmbench.spec import PARAMETERS, parse
 from mlflow_llmbench.stages import timeline_of

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.plan import cell_name, config_hash, expand_cells, group_cells, sweep_name
-from mlflow_llmbench.records import Cell, ModelFacts
+from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import parse
 
 MODEL = ModelFacts("opt-125m", "preset", "facebook/opt-125m", "abc")

@@ -9,10 +9,11 @@ import pytest
 
 from mlflow_llmbench import estimate, machine, models, preview, spec
 from mlflow_llmbench.backends import gptq
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.errors import MissingError, UsageError
 from mlflow_llmbench.plan import expand_cells
-from mlflow_llmbench.records import Cell, ModelFacts
+from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import GRIDS, default_text, parse
 
 PAPER = (

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench.backends.fake import FakeBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.progress import STAGES, WRITES_PER_S, Progress, duration, rough_duration
-from mlflow_llmbench.records import Cell
 from mlflow_llmbench.supervise import run_worker
 
 STARTED: list[dict[str, Any]] = [{"event": "stage", "stage": "starting"}, {"event": "peaks", "peaks": {}}, {"event": "stage", "stage": "baseline"}]

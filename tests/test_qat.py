@@ -24,15 +24,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mlflow_llmbench import run, training
 from mlflow_llmbench.backends import scoring, trainer
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.errors import MeasurementError, UsageError
 from mlflow_llmbench.metrics import KEYS
 from mlflow_llmbench.quality import Estimate, kl_reduction
-from mlflow_llmbench.records import Cell, Divergence, Quality, TextScores, to_json
+from mlflow_llmbench.records import Divergence, Quality, TextScores, to_json
 from mlflow_llmbench.training import Training, parse_training, read_texts
 from mlflow_llmbench.training_report import TRAINED, UNQUANTIZED, UNTRAINED, Trained, conclusion, format_trained, training_figures
+from tests.loading import loaded
 from tests.test_survival import until
-from tests.test_transformers import loaded
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = 32

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from mlflow_llmbench import journal, quality, resume, run, sweep
 from mlflow_llmbench.backends import scoring
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MeasurementError, UsageError
 from mlflow_llmbench.metrics import KEYS
-from mlflow_llmbench.records import Cell, Divergence, MemorySample, ModelFacts, Quality, RunResult, TextScores
+from mlflow_llmbench.records import Divergence, MemorySample, ModelFacts, Quality, RunResult, TextScores
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.stages import stages_of, timeline_of
 from mlflow_llmbench.stats import t_interval

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,13 @@ import torch
 from mlflow_llmbench import doctor, gpu, models
 from mlflow_llmbench.backends import quantizing
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
 from mlflow_llmbench.metrics import COLOURS
 from mlflow_llmbench.quantizations import MIXED, QUANTIZATIONS
-from mlflow_llmbench.records import Cell, LoadInfo
+from mlflow_llmbench.records import Verdict
+from tests.loading import loaded
+from tests.results import made
 
 GROUP = 64
 LINEAR = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
@@ -37,15 +38,6 @@ def installed(package: str) -> bool:
 
 def needs(package: str) -> Any:
     return pytest.mark.skipif(not installed(package), reason=f"needs the package {package}")
-
-
-@contextmanager
-def loaded(cell: Cell) -> Iterator[tuple[TransformersBackend, LoadInfo]]:
-    backend = TransformersBackend(cell, TransformersBackend.resolve(cell))
-    try:
-        yield backend, backend.load()
-    finally:
-        backend.close()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries, which are loaded in a process of their own elsewhere
@@ -79,6 +71,33 @@ def test_what_is_stored_is_what_was_asked(tiny_model: Path, quant: str, kernel: 
         backend.generate([[5, 6, 7]], 4, steps.append)
     assert closeness < float(near) < 1
     assert len(steps) == 4
+
+
+@pytest.mark.filterwarnings("ignore")  # as above, and MLflow's
+@pytest.mark.parametrize("quant", [
+    pytest.param("int8-wo", marks=needs("torchao")), pytest.param("int8-dq", marks=needs("torchao")), pytest.param("int4-wo", marks=needs("torchao")),
+    pytest.param("hqq4", marks=needs("hqq")), pytest.param("quanto8", marks=needs("optimum-quanto")),
+])  # fmt: skip
+def test_a_registered_version_computes_what_was_measured(tiny_model: Path, quant: str) -> None:
+    """The served model is made by code of its own, so it is held to the measured one bit for bit."""
+    from mlflow.exceptions import MlflowException
+
+    from mlflow_llmbench.deployment import Evidence, deployment_of
+    from mlflow_llmbench.export import export
+    from mlflow_llmbench.serving_model import Checkpoint
+
+    cell = Cell(model=str(tiny_model), quant=quant, group_size=GROUP, device="cpu")
+    ids = torch.randint(100, 500, (1, 64), generator=torch.Generator().manual_seed(0))
+    with loaded(cell) as (backend, info), torch.inference_mode():
+        result = made(cell=cell, model=backend.facts, load=info, environment={"packages": dict.fromkeys(quantizing.INSTALL, "1.0")})
+        deployment = deployment_of(result, {}, Evidence("r", "s", Verdict("valid")))
+        config = json.loads(json.dumps(deployment.config))
+        assert torch.equal(Checkpoint(config).model(ids).logits, backend.model(ids).logits)
+        with pytest.raises(MlflowException, match="The model was measured with the layers other, and has been loaded with"):
+            Checkpoint(config | {"kernel": "other"})
+    assert deployment.requirements == (f"{quantizing.PACKAGE[quant]}==1.0",)
+    with pytest.raises(UsageError, match=f"vllm cannot be told to make quant={quant} as it was measured. Serve it with: mlflow models serve"):
+        export(config, uri="models:/bot/1", target="vllm")
 
 
 @needs("torchao")

@@ -13,9 +13,10 @@ import pytest
 from mlflow_llmbench import estimate, models, run
 from mlflow_llmbench.backends import gptq
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, UsageError
 from mlflow_llmbench.journal import read_result
-from mlflow_llmbench.records import Cell, ModelFacts
+from mlflow_llmbench.records import ModelFacts
 
 installed = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"), reason="needs mlflow-llmbench[gptq] and g++"

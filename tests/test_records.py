@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.records import (
-    Cell,
     Divergence,
     Failure,
     Hashes,

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlflow_llmbench import redaction
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import UsageError, first_line
 from mlflow_llmbench.journal import redact_log
 from mlflow_llmbench.plan import cell_name
-from mlflow_llmbench.records import Cell, MemoryStages, RequestRecord
+from mlflow_llmbench.records import MemoryStages, RequestRecord
 from mlflow_llmbench.redaction import Terminal, escape_controls, is_secret_name, redact, redact_all, worker_environment
 
 

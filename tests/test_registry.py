@@ -23,10 +23,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.deployment import Evidence, deployment_of, version_tags
 from mlflow_llmbench.errors import UsageError
-from mlflow_llmbench.records import Cell, LoadInfo, ModelFacts, RunResult, Verdict
+from mlflow_llmbench.records import LoadInfo, ModelFacts, RunResult, Verdict
 from mlflow_llmbench.registry import register, result_of, save
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.tracking import cells_of_sweep, open_store
@@ -87,7 +88,7 @@ def test_a_version_has_no_weights_and_pins_what_was_measured(run_id: str, store_
     register(store, run_id, "bot", accept_suspect=BUSY)
     [logged] = [i.model_id for i in store.client.get_run(run_id).outputs.model_outputs]
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{logged}", dst_path=str(tmp_path / "m")))
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 15_000
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 25_000
     lines = (folder / "requirements.txt").read_text().splitlines()
     packages = result_of(store, run_id).environment["packages"]
     assert f"torch=={packages['torch'].partition('+')[0]}" in lines
@@ -305,8 +306,8 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("backend", "openai", "backend=openai cannot be registered"),
         ("decode", "compiled", "decode=compiled cannot be served yet"),
         ("kv_cache", "fp8", "kv_cache=fp8 cannot be served yet"),
-        ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),
-        ("quant", "gptq", "quant=gptq cannot be registered yet"),
+        ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),  # its load says no method
+        ("quant", "gptq", "does not say where the files are that it ran"),
         ("batching", "dynamic", "batching=dynamic cannot be served: the registered model batches the prompts of one request"),
         ("history", "kept", "history=kept cannot be served: .* Measure with history=recomputed"),
     ],

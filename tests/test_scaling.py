@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from mlflow_llmbench import artifacts, scaling_charts
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import OutOfRange, UsageError
 from mlflow_llmbench.fits import ranked
-from mlflow_llmbench.records import Cell, Failure, Hashes, LoadInfo, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import Failure, Hashes, LoadInfo, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
 from mlflow_llmbench.scaling import LawFit, roofline
 from mlflow_llmbench.scaling_report import format_study, study_json, study_markdown
 from mlflow_llmbench.scaling_study import Study, study_scaling

@@ -11,10 +11,11 @@ import pytest
 
 from mlflow_llmbench import client as load_client
 from mlflow_llmbench.backends.openai_server import OpenAIBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.client import Load, Trace
 from mlflow_llmbench.metrics import KEYS
 from mlflow_llmbench.prometheus import read_metrics
-from mlflow_llmbench.records import Cell, ModelFacts, RunResult, ServerReading, from_json, to_json
+from mlflow_llmbench.records import ModelFacts, RunResult, ServerReading, from_json, to_json
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.sweep import run
 from mlflow_llmbench.workload import load_prompts

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench import artifacts, claims, findings, study_report
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.findings import Findings, find
-from mlflow_llmbench.records import Cell, Divergence, Failure, LoadInfo, MemoryStages, Quality, RunResult
+from mlflow_llmbench.records import Divergence, Failure, LoadInfo, MemoryStages, Quality, RunResult
 from mlflow_llmbench.tradeoffs import Ratio
 
 from .test_scaling import result

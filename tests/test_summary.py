@@ -9,21 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlflow_llmbench import summary
+from mlflow_llmbench import efficiency, summary
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.metrics import KEYS, SERIES
-from mlflow_llmbench.records import (
-    Cell,
-    Hashes,
-    LoadInfo,
-    MemorySample,
-    MemoryStages,
-    ModelFacts,
-    Noise,
-    Repetition,
-    RequestRecord,
-    RunResult,
-    TextTimes,
-)
+from mlflow_llmbench.records import Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult, TextTimes
 from mlflow_llmbench.stats import block_bootstrap_interval
 from mlflow_llmbench.validity import judge, unsupported_percentiles
 
@@ -125,25 +114,25 @@ def test_bandwidth_utilization_by_hand_and_absent_when_the_cache_could_serve() -
     load = LoadInfo(1.0, weight_bytes=1_000, step_bytes=800, kv_bytes_per_token=10)
     # 800 + 2 rows · 10 bytes · (8 + 4/2 tokens) = 1000 bytes per 2 ms = 500,000 bytes/s of 1,000,000.
     fields: dict[str, Any] = {"load": load, "peaks": {"read_bytes_per_s": 1e6}}
-    assert summary.model_bandwidth_utilization(result([[2, 2, 2]] * 5, **fields)) == pytest.approx(0.5)
+    assert efficiency.model_bandwidth_utilization(result([[2, 2, 2]] * 5, **fields)) == pytest.approx(0.5)
     cached = result([[2, 2, 2]] * 5, **(fields | {"load": dataclasses.replace(load, cache_bytes=201)}))
-    assert summary.model_bandwidth_utilization(cached) is None
-    assert summary.model_bandwidth_utilization(result([[2, 2, 2]] * 5, load=load)) is None
+    assert efficiency.model_bandwidth_utilization(cached) is None
+    assert efficiency.model_bandwidth_utilization(result([[2, 2, 2]] * 5, load=load)) is None
 
 
 def test_sliding_windows_cut_what_is_read() -> None:
     load = LoadInfo(1.0, step_bytes=800, kv_bytes_per_token=10, sliding_window=4, sliding_share=0.5)
-    assert summary.attended(load, 10) == 0.5 * 10 + 0.5 * 4
-    assert summary.attended(load, 3) == 3
+    assert efficiency.attended(load, 10) == 0.5 * 10 + 0.5 * 4
+    assert efficiency.attended(load, 3) == 3
     fields: dict[str, Any] = {"load": load, "peaks": {"read_bytes_per_s": 1e6}}
-    assert summary.model_bandwidth_utilization(result([[2, 2, 2]] * 5, **fields)) == pytest.approx((800 + 2 * 10 * 7) / 0.002 / 1e6)
+    assert efficiency.model_bandwidth_utilization(result([[2, 2, 2]] * 5, **fields)) == pytest.approx((800 + 2 * 10 * 7) / 0.002 / 1e6)
 
 
 def test_flops_utilization_by_hand() -> None:
     # 2 rows; 8 + 4 tokens, of which 11 go through the body at 100 + 2 per token of context, 4 through the head at 1000; 16 ms a request.
     load = LoadInfo(1.0, flops_per_token=100.0, head_flops=1000.0, attention_flops_per_context_token=2.0)
     measured = result([[2, 2, 2]] * 5, load=load, peaks={"flops_per_s": 1e6})
-    assert summary.model_flops_utilization(measured) == pytest.approx(2 * (11 * (100 + 2 * 5.5) + 4 * 1000) / 0.016 / 1e6)
+    assert efficiency.model_flops_utilization(measured) == pytest.approx(2 * (11 * (100 + 2 * 5.5) + 4 * 1000) / 0.016 / 1e6)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from mlflow.entities import Run
 
 from mlflow_llmbench import journal, run
 from mlflow_llmbench.backends.fake import FakeBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import JournalError, TrackingError, UsageError
-from mlflow_llmbench.records import Cell, RunResult
+from mlflow_llmbench.records import RunResult
 from mlflow_llmbench.supervise import run_worker
 from mlflow_llmbench.sweep import SweepResult
 from mlflow_llmbench.upload import upload

@@ -345,7 +345,7 @@ def test_two_names_of_one_configuration_are_refused(store_uri: str, tiny_model: 
 
 def test_a_worker_that_hangs_is_ended_and_the_cell_is_a_timeout(tmp_path: Path) -> None:
     from mlflow_llmbench.backends.fake import FakeBackend
-    from mlflow_llmbench.records import Cell
+    from mlflow_llmbench.cell import Cell
     from mlflow_llmbench.supervise import Limits, run_worker
 
     cell = Cell(model="fake:fail=hang", backend="fake")

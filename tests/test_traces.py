@@ -12,10 +12,10 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench.arrivals import arrival_times_ns, request_count
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.plan import cell_name
-from mlflow_llmbench.records import Cell
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.traces import read_trace
 from mlflow_llmbench.workload import PromptSet, lengths_of, longest_of

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,11 @@ import torch
 from mlflow_llmbench import models
 from mlflow_llmbench.backends import inspection, synthetic
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, ModelError, NotRealised, UsageError
-from mlflow_llmbench.records import Cell, LoadInfo
+from tests.loading import loaded
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
-
-
-@contextmanager
-def loaded(cell: Cell) -> Iterator[tuple[TransformersBackend, LoadInfo]]:
-    facts = TransformersBackend.resolve(cell)
-    TransformersBackend.prepare(cell, facts)
-    backend = TransformersBackend(cell, facts)
-    try:
-        yield backend, backend.load()
-    finally:
-        backend.close()
 
 
 def finite(model: Any) -> bool:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from mlflow_llmbench.backends import sources
+from mlflow_llmbench.backends import checkpoint, sources
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import LlmbenchError, MeasurementError, ModelError, UsageError
-from mlflow_llmbench.records import Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ("--prompt-tokens", "4", "--output-tokens", "3", "--repetitions", "5", "--warmup", "1")
@@ -198,7 +198,7 @@ def test_a_revision_is_a_name(revision: str) -> None:
     ],
 )  # fmt: skip
 def test_whose_pickles_may_be_read(parameters: dict[str, Any], source: str, may: bool) -> None:
-    assert sources.may_be_pickled(Cell(**parameters), source) is may
+    assert checkpoint.may_be_pickled(Cell(**parameters), source) is may
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench import tracking, view
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.metrics import KEYS, SERIES
-from mlflow_llmbench.records import Cell
 from mlflow_llmbench.report import Row
 from tests.servers import serving
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import UsageError
-from mlflow_llmbench.records import Cell
 from mlflow_llmbench.workload import load_prompts
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..cell import Cell
 from ..errors import UsageError
-from ..records import Cell, LoadInfo, ModelFacts, RequestRecord, ServerReading
+from ..records import LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ..spec import known_backends
 
 if TYPE_CHECKING:  # what only servers need is not loaded into the worker of a local model

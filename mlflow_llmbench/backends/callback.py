@@ -6,8 +6,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..cell import Cell
 from ..errors import LlmbenchError, MeasurementError, UsageError, first_line
-from ..records import Cell, LoadInfo, ModelFacts
+from ..records import LoadInfo, ModelFacts
 from .base import Capabilities, DeviceMemory, Emit, History, NothingToFetch
 
 Generate = Callable[[Sequence[Sequence[int]], int, Emit], object]

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import machine
+from ..cell import Cell
 from ..client import Load, Trace, merge
 from ..errors import MeasurementError, first_line
-from ..records import Cell, ModelFacts
+from ..records import ModelFacts
 from ..workload import load_prompts
 
 HEAD_START_NS = 20_000_000

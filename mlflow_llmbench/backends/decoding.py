@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..cell import Cell
 from ..errors import MeasurementError, MissingError, NotRealised
-from ..records import Cell
 from . import quantizing
 from .inspection import stored_bytes
 

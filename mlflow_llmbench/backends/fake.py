@@ -32,8 +32,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..cell import SPECULATIVE, Cell
 from ..errors import MeasurementError, OutOfMemory, UsageError
-from ..records import SPECULATIVE, Cell, LoadInfo, ModelFacts, hash16
+from ..records import LoadInfo, ModelFacts, hash16
 from ..spec import DECODES
 from ..workload import turn_texts
 from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Token

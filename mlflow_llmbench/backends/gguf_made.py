@@ -23,9 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import machine
+from ..cell import Cell
 from ..errors import MeasurementError, MissingError, ModelError, first_line
 from ..quantizations import GGUF_QUANTIZATIONS
-from ..records import Cell, ModelFacts, hash16
+from ..records import ModelFacts, hash16
 from . import gguf_file
 
 PACKAGE = "llama-cpp-python"

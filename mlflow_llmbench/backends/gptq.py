@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import machine
+from ..cell import Cell
 from ..errors import MeasurementError, MissingError, first_line
 from ..quantizations import GPTQ_BITS
-from ..records import Cell, ModelFacts, hash16
+from ..records import ModelFacts, hash16
 from ..workload import load_prompts
 
 PACKAGES = ("optimum", "gptqmodel")

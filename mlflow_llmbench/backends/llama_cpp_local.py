@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, memory, models
+from ..cell import Cell
 from ..errors import MeasurementError, MissingError, NotRealised, UsageError
 from ..quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
-from ..records import Cell, LoadInfo, ModelFacts
+from ..records import LoadInfo, ModelFacts
 from ..workload import turn_texts
 from . import gguf_file, gguf_made, sources, synthetic
 from .base import Capabilities, DeviceMemory, Emit
@@ -146,6 +147,7 @@ class LlamaCppBackend:
             facts=self._model_facts(model, header) | self._run_facts(model, kind) | gguf_made.recorded(self.file or Path()),
             vocab_size=model.words,
             mapped_weight_bytes=self._mapped,
+            made=str(self.file),
         )
 
     def _model_facts(self, model: Model, header: gguf_file.Header) -> dict[str, str | int | float]:

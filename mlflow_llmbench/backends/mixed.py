@@ -23,9 +23,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .. import machine
+from ..cell import Cell
 from ..errors import MeasurementError, NotRealised, UsageError, first_line
 from ..quant_plan import QUANTIZED, Block, QuantPlan, Sensitivity
-from ..records import Cell, ModelFacts, from_json, hash16, to_json
+from ..records import ModelFacts, from_json, hash16, to_json
 from ..spec import read_budget
 from ..workload import load_prompts
 from . import inspection, knapsack, scoring

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cell import Cell
 from ..client import BuildRequest, Load, LoadClient, Trace, address_of
 from ..errors import MeasurementError, ModelError
 from ..gpu import process_bytes
@@ -22,7 +23,7 @@ from ..http1 import Exchange, Limits
 from ..launch import arguments
 from ..memory import forget_references, referenced_bytes
 from ..prometheus import read_metrics
-from ..records import Cell, LoadInfo, ModelFacts, RequestRecord, ServerReading
+from ..records import LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ..server_process import ServerProcess, free_port, log_end, require_program
 from ..sse import EventParser
 from ..workload import PromptSet, lengths_of, longest_of

@@ -11,9 +11,10 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from .. import gpu
+from ..cell import Cell
 from ..errors import MissingError, NotRealised, UsageError
 from ..quantizations import BITSANDBYTES, HQQ_BITS, MIXED, QUANTO_BITS, TORCHAO
-from ..records import Cell, ModelFacts
+from ..records import ModelFacts
 
 if TYPE_CHECKING:
     import torch

@@ -11,12 +11,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ..cell import Cell
 from ..client import Address, LoadClient
 from ..errors import ModelError
 from ..http1 import Exchange, Limits
 from ..launch import arguments
 from ..models import find_preset
-from ..records import Cell, ModelFacts
+from ..records import ModelFacts
 from ..server_process import require_program
 from .sources import find_model
 

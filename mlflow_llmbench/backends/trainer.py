@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import machine, models
+from ..cell import Cell
 from ..errors import MeasurementError, UsageError
-from ..records import Cell, ModelFacts, from_json
+from ..records import ModelFacts, from_json
 from ..training import RECIPE, Training, needed_bytes, require_enough
-from . import sources
+from . import checkpoint, sources
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def train(cell: Cell, facts: ModelFacts, order: Mapping[str, Any], say: Say) -> 
     _plan(cell, facts, source, training, order["room"], len(rows), say)
     say("stage", stage="loading")
     torch.manual_seed(cell.seed)
-    pickled = {} if sources.may_be_pickled(cell, facts.source) else {"use_safetensors": True}
+    pickled = {} if checkpoint.may_be_pickled(cell, facts.source) else {"use_safetensors": True}
     model = _load(cell, source, **pickled).to(machine.require_device(cell.device))
     _freeze(model, training)
     teacher = _teacher(model) if training.loss == "distill" else None

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models, training
+from ..cell import Cell
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..quant_plan import QuantPlan
 from ..quantizations import GPTQ_BITS, HQQ_BITS, MIXED
-from ..records import Cell, LoadInfo, ModelFacts
+from ..records import LoadInfo, ModelFacts
 from ..spec import DECODES
 from ..workload import turn_texts
-from . import decoding, gptq, mixed, quantizing, sources
+from . import checkpoint, decoding, gptq, mixed, quantizing, sources
 from .base import Capabilities, DeviceMemory, Emit, Token
 from .continuous import ContinuousEngine
 from .decoding import DecodePath
@@ -87,7 +88,7 @@ class TransformersBackend:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         folder, gguf_file = sources.local_files(self.cell, self.facts)
-        self.weights_format = "gguf" if gguf_file else sources.weights_format(folder)
+        self.weights_format = "gguf" if gguf_file else checkpoint.weights_format(folder)
         self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
         keywords = self._load_keywords(gguf_file)
         started = time.perf_counter()
@@ -129,7 +130,7 @@ class TransformersBackend:
         cell = sources.assistant_of(self.cell)
         folder, _ = sources.local_files(cell, self.facts.assistant)
         named = {name: keywords[name] for name in ("local_files_only", "trust_remote_code", "device_map", "dtype")}
-        if not sources.may_be_pickled(cell, self.facts.assistant.source):
+        if not checkpoint.may_be_pickled(cell, self.facts.assistant.source):
             named["use_safetensors"] = True
         assistant = AutoModelForCausalLM.from_pretrained(folder, **named)
         touch(assistant.eval())
@@ -155,7 +156,7 @@ class TransformersBackend:
             keywords["quantization_config"] = quantizing.config(self.cell, self.device, keywords["dtype"])
         else:
             keywords["dtype"] = "auto"
-        if not sources.may_be_pickled(self.cell, self.facts.source):
+        if not checkpoint.may_be_pickled(self.cell, self.facts.source):
             keywords["use_safetensors"] = True
         if gguf_file:
             keywords.pop("use_safetensors", None)
@@ -201,6 +202,7 @@ class TransformersBackend:
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
             quant_plan=self.plan,
+            made=sources.local_files(self.cell, self.facts)[0] if self.cell.quant in GPTQ_BITS else None,
         )
 
     def _cache_bytes(self) -> int | None:

@@ -1,0 +1,108 @@
+"""What each repetition of a result gives, and what counts as one value where values are averaged and compared. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
+
+from .cell import SPECULATIVE
+from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
+from .records import Repetition, RequestRecord, RunResult
+
+
+def requests(result: RunResult) -> list[RequestRecord]:
+    """All requests of all repetitions, in order."""
+    return [request for repetition in result.repetitions for request in repetition.requests]
+
+
+def several_in_a_step(result: RunResult) -> bool:
+    """Whether a step of the model brought several tokens. Then there is no inter-token latency, of no request: one whose every step brought a single
+    token is there by chance, and its gaps are not those of the others.
+    """
+    return result.cell.decode in SPECULATIVE and not all(request.single_tokens for request in requests(result))
+
+
+def token_gaps(result: RunResult) -> list[float]:
+    """Gaps between tokens of all requests, ms, of those whose every stamp is that of one token."""
+    return [] if several_in_a_step(result) else [gap for request in requests(result) for gap in gaps_ms(request)]
+
+
+def units(result: RunResult) -> list[tuple[Repetition, ...]]:
+    """What intervals and tests count as one value: the repetitions of each process where there are several, else each by itself.
+
+    A process does some things to all its repetitions alike (memory layout, order of compilation, clocks), so they agree more
+    with each other than with those of the next process, and an interval over them is too narrow. Each process therefore gives
+    one value, the mean of its repetitions (Georges, Buytaert & Eeckhout, Statistically rigorous Java performance evaluation,
+    OOPSLA 2007; Kalibera & Jones, Rigorous benchmarking in reasonable time, ISMM 2013, whose intervals rest on
+    the means of the highest level that is repeated). Within a single process that effect cannot be seen.
+    """
+    processes: dict[int, list[Repetition]] = {}
+    for repetition in result.repetitions:
+        processes.setdefault(repetition.process, []).append(repetition)
+    if len(processes) > 1:
+        return [tuple(processes[number]) for number in sorted(processes)]
+    return [(repetition,) for repetition in result.repetitions]
+
+
+def process_count(result: RunResult) -> int:
+    """In how many worker processes the repetitions were measured."""
+    return len({repetition.process for repetition in result.repetitions})
+
+
+def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> list[float] | None:
+    """One value for each of `units`: the mean over its repetitions. None if a repetition has none, or there is none at all."""
+    found = [[of(repetition) for repetition in unit] for unit in units(result)]
+    if not found or any(value is None for values in found for value in values):
+        return None
+    return [fmean(value for value in values if value is not None) for values in found]
+
+
+def output_rate(repetition: Repetition) -> float | None:
+    """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending)."""
+    span_s = _span_s(repetition)
+    return sum(r.rows * r.output_tokens for r in repetition.requests) / span_s if span_s > 0 else None
+
+
+def total_rate(repetition: Repetition) -> float | None:
+    """The same with the prompt tokens."""
+    span_s = _span_s(repetition)
+    return sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests) / span_s if span_s > 0 else None
+
+
+def prefill_rate(repetition: Repetition) -> float | None:
+    """Prompt tokens of all rows that were computed ÷ TTFT, 1/s, mean over the requests."""
+    return mean_of([r.rows * r.prefilled_tokens / ttft_ms(r) * 1e3 for r in repetition.requests if r.prefilled_tokens and ttft_ms(r) > 0])
+
+
+def decode_rate(repetition: Repetition) -> float | None:
+    """Tokens of all rows after the first ÷ their time, 1/s, mean over the requests."""
+    return mean_of([r.rows / value * 1e3 for r in repetition.requests if (value := tpot_ms(r))])
+
+
+RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "decode": decode_rate}
+
+
+def typical_gap(repetition: Repetition) -> float | None:
+    """Median inter-token gap of all requests, ms; the mean would be the time per output token again. None without gaps."""
+    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
+    return median(gaps) if gaps else None
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """Arithmetic mean; None of no values."""
+    return fmean(values) if values else None
+
+
+def _span_s(repetition: Repetition) -> float:
+    """From the first sending to the last arrival, s."""
+    return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
+
+
+PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
+    "throughput/output_tokens_per_s": output_rate,
+    "latency/ttft_ms_p50": lambda repetition: median(map(ttft_ms, repetition.requests)),
+    "latency/itl_ms_p50": typical_gap,
+    "latency/tpot_ms_mean": lambda repetition: mean_of([value for r in repetition.requests if (value := tpot_ms(r)) is not None]),
+    "latency/e2e_ms_p50": lambda repetition: median(map(e2e_ms, repetition.requests)),
+}
+"""Metric → its value for one repetition, None where it has none: what comparisons and statistics rest on."""
