@@ -106,7 +106,7 @@ def test_the_loaded_model_answers_within_its_limits(run_id: str, store_uri: str)
     assert [answer["prompt_tokens"] for answer in answers] == [7, 5, 13]
     assert all(1 <= answer["output_tokens"] <= 5 for answer in answers)
     inner = model.unwrap_python_model()
-    assert {type(layer).__name__ for layer in inner.model.modules() if hasattr(layer, "in_features")} == {"Linear8bitLt", "Linear"}
+    assert {type(layer).__name__ for layer in inner.engine.model.modules() if hasattr(layer, "in_features")} == {"Linear8bitLt", "Linear"}
     for prompts, params, message in (
         ([{"prompt": "x" * 17}], {}, "A prompt has 17 tokens, and 16 are the most that was measured"),
         ([{"prompt": ""}], {}, "A prompt has no tokens"),
@@ -125,13 +125,13 @@ def test_rows_are_generated_up_to_the_registered_batch_size(run_id: str, store_u
     for size in (2, 1):
         model = mlflow.pyfunc.load_model("models:/bot@candidate", model_config={"batch_size": size, "quantization": {}, "kernel": None})
         inner = model.unwrap_python_model()
-        generate, sizes[size] = inner._generate, []
+        generate, sizes[size] = inner._answers, []
 
         def counting(batch: Any, most: int, generate: Any = generate, seen: list[int] = sizes[size]) -> Any:
             seen.append(len(batch))
             return generate(batch, most)
 
-        inner._generate = counting
+        inner._answers = counting
         answers[size] = model.predict(prompts)
     assert sizes == {2: [2, 1], 1: [1, 1, 1]}
     assert answers[1] == answers[2]
@@ -160,6 +160,7 @@ def test_answers_are_greedy_and_end_where_the_checkpoint_says(run_id: str, store
     assert [answer(do_sample=True, temperature=9.0, repetition_penalty=50.0)] == plain
     inner = mlflow.pyfunc.load_model("models:/bot@candidate").unwrap_python_model()
     inner.predict(None, ["Hello"])
+    inner = inner.engine
     first = inner.model.generate(inner.tokenizer("Hello", return_tensors="pt")["input_ids"], max_new_tokens=1, do_sample=False, pad_token_id=0)
     stopped = answer(eos_token_id=[1, int(first[0, -1])])
     assert (stopped["output_tokens"], stopped["finish"]) == (1, "stop")
