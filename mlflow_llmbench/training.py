@@ -47,7 +47,7 @@ class Training:
         kind="data",
     )
     steps: int = parameter(100, "steps of the optimizer", kind="count", high=10_000_000)
-    learning_rate: float = parameter(1e-4, "of Adam, at its height", kind="number", low=1e-9, high=1)
+    learning_rate: float = parameter(5e-5, "of Adam, at its height", kind="number", low=1e-9, high=1)
     batch_size: int = parameter(4, "sequences of one step; computed one after another, so that memory does not grow", kind="count", high=65536)
     sequence_tokens: int = parameter(128, "tokens of a sequence", kind="count", low=8, high=1_000_000)
     loss: str = parameter(
