@@ -67,7 +67,8 @@ def run_ab(
         failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])
         raise MeasurementError(f"The sides could not be compared: {failed.outcome}: {failed.message} What was measured is in {done.folder}.")
     first, second = sides(done)
-    comparison = compare.compare(first, second, noise=noise, paired=True, allow=frozenset({"workload"}))
+    other = {"software"} if first.cell.worker_python != second.cell.worker_python else set()  # that is what was asked about
+    comparison = compare.compare(first, second, noise=noise, paired=True, allow=frozenset({"workload", *other}))
     artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
         tracking.log_folder(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")

@@ -93,6 +93,10 @@ class Cell:
     threads: int | None = parameter(
         None, "CPU threads of the worker; auto = physical cores it may use", kind="count", sweep=True, unset="auto", high=4096
     )
+    worker_python: str | None = parameter(
+        None, "interpreter that runs the worker, of an environment with other packages; none = the one of the command", kind="interpreter",
+        unset="none", scenarios="offline batching",
+    )  # fmt: skip
     gpu_layers: int | None = parameter(
         None, "backend=llama_cpp: layers on the GPU; auto = all with a CUDA device, else none", kind="count", sweep=True, unset="auto", low=0, high=10_000,
         scenarios="offline batching",

@@ -56,9 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         found[name].add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
         found[name].add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
-        commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".").add_argument(
-            "--json", action="store_true", help="as one JSON object"
-        )
+        found[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        found[name].add_argument("--json", action="store_true", help="as one JSON object")
+    found["doctor"].add_argument("--worker-python", metavar="PATH", help="examine what a worker of this interpreter can run, in place of ours")
     decide.add_parsers(commands)
     return parser
 
@@ -435,6 +435,11 @@ def _doctor(given: argparse.Namespace) -> int:
     from . import doctor
     from .records import to_json
 
+    if given.worker_python:
+        python = str(parse({"worker_python": given.worker_python}).first.worker_python)
+        report = doctor.examine_worker(python)
+        print(json.dumps(to_json(report)) if given.json else doctor.format_items(report.items))
+        return 0
     found = doctor.examine()
     print(json.dumps(to_json(found)) if given.json else doctor.format_report(found))
     return 0

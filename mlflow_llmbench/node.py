@@ -44,7 +44,7 @@ def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] 
     """
     log = task.folders[0] / "worker.log"
     try:
-        if task.prepare and not backend_class(task.cells[0].backend).is_prepared(task.cells[0], task.model):
+        if task.prepare and not _is_prepared(task.cells[0], task.model):
             preparing = {"event": "stage", "stage": "preparing"}
             on_event(preparing)  # in a process of its own, so that neither its time nor its memory is measured
             fetched = supervise.run_worker("prepare", task.cells[:1], task.model, task.folders[:1], log.with_name("prepare.log"))
@@ -64,6 +64,11 @@ def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] 
         return outcome
     except JournalError as error:
         return GroupOutcome(error=error, environment=environment)
+
+
+def _is_prepared(cell: Cell, model: ModelFacts) -> bool:
+    """Whether the model's files are known to be here; what depends on packages of another interpreter only its own worker can say."""
+    return cell.worker_python is None and backend_class(cell.backend).is_prepared(cell, model)
 
 
 def _limits(options: Options) -> Limits:

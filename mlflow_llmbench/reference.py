@@ -24,6 +24,9 @@ from .workload import Text, load_prompts, load_text
 if TYPE_CHECKING:
     from .node import Task
 
+OTHER_RUNTIMES = ("llama_cpp", "vllm", "openvino")
+"""Backends that run what is, unquantized, a checkpoint of transformers."""
+
 FORMAT = 2
 """Version of what is written and how it is computed; a change makes new files."""
 
@@ -43,12 +46,13 @@ def never(cell: Cell) -> str | None:
 def sibling(cell: Cell, named: str | None = None) -> Cell:
     """The unquantized model of a cell, run the ordinary way on the same device: the same for all cells that are compared with it.
 
-    It is run by transformers where llama.cpp runs the cell, so that both have one reference. `named` is the model that was asked for
+    It is run by transformers, in the environment of the command, wherever another runtime or another interpreter runs the cell, so that all
+    have one reference. `named` is the model that was asked for
     as reference, at its main revision.
     """
     names = ("model", "weights", "revision", "backend", "device", "threads", "trust_remote_code", "allow_pickle")
     own = Cell(**{name: getattr(cell, name) for name in names})
-    own = dataclasses.replace(own, backend="transformers") if own.backend == "llama_cpp" else own
+    own = dataclasses.replace(own, backend="transformers") if own.backend in OTHER_RUNTIMES else own
     return dataclasses.replace(own, model=named, revision="main", weights="hub") if named else own
 
 
@@ -75,7 +79,8 @@ def _text_order(task: Task, tell: Callable[[Mapping[str, Any]], None], environme
     """The part of the order that is about texts: perplexity, and divergence from the reference."""
     cell = task.cells[0]
     own, text = sibling(cell, task.options.quality_reference), load_text(task.options.quality_text)
-    is_reference = cell.quant == "none" and cell.attention == "auto" and (cell.backend, cell.model) == (own.backend, own.model)
+    plain = cell.quant == "none" and cell.attention == "auto" and cell.worker_python is None
+    is_reference = plain and (cell.backend, cell.model) == (own.backend, own.model)
     found: dict[str, Any] = {"text": text.name, "digest": text.digest, "references": {}, "is_reference": is_reference}
     try:
         model = backend_class(own.backend).resolve(own)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import artifacts, compare, jobs, machine, plan, registry, report, tracking
-from .backends.base import backend_class
+from . import artifacts, compare, interpreter, jobs, machine, plan, registry, report, tracking
 from .cell import Cell
 from .errors import MeasurementError, NotComparable, UsageError
 from .evidence import RUN_ID, load_results
@@ -110,7 +109,7 @@ def parameters_again(result: RunResult, granted: frozenset[str] = frozenset(), u
 def require_same(original: RunResult, parameters: dict[str, object]) -> None:
     """Raise NotComparable if the model or the workload is no longer the original's: then nothing would be reproduced."""
     [cell] = plan.expand_cells(parse(parameters))
-    model = backend_class(cell.backend).resolve(cell)
+    model = interpreter.resolve(cell)
     if not cell.url:
         _require_model(original, cell, model)
     if jobs.workload_hash(cell, model, load_prompts(cell.workload)) != original.hashes.workload:
@@ -130,7 +129,7 @@ def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
 
 def unlike_here(original: RunResult) -> list[compare.Difference]:
     """In what this machine and its software differ from where the original was measured."""
-    here = machine.environment(str(Path(__file__).parent))
+    here = interpreter.environment_of(original.cell, machine.environment(str(Path(__file__).parent)))
     hashes = dataclasses.replace(original.hashes, **here["hashes"])
     return compare.differences(original, dataclasses.replace(original, environment=here, hashes=hashes))
 

@@ -32,6 +32,7 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
     """
     if job.cell.scenario == "online":
         return None
+    env_hashes = (job.hashes.env,) if job.environment else env_hashes
     for found, source in _candidates(job, store, env_hashes):
         same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked and found.hashes.env in env_hashes
         ours = [getattr(found.hashes, name) == getattr(job.hashes, name) for name in ("config", "workload")]

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from . import launch
 from .cell import DRAWN, SPECULATIVE, Cell, Options
-from .combinations import check_find, check_together, check_twin
+from .combinations import check_find, check_place, check_together, check_twin
 from .errors import UsageError
 from .parameters import LENGTHS as LENGTHS
 from .parameters import MEANT_WITH as MEANT_WITH
@@ -34,6 +34,8 @@ from .redaction import CONTROLS, redact
 BACKENDS = {
     "transformers": "mlflow_llmbench.backends.transformers_local:TransformersBackend",
     "llama_cpp": "mlflow_llmbench.backends.llama_cpp_local:LlamaCppBackend",
+    "vllm": "mlflow_llmbench.backends.vllm_local:VllmBackend",
+    "openvino": "mlflow_llmbench.backends.openvino_local:OpenVinoBackend",
     "fake": "mlflow_llmbench.backends.fake:FakeBackend",
     "openai": "mlflow_llmbench.backends.openai_server:OpenAIBackend",
     "callback": "mlflow_llmbench.backends.callback:CallbackBackend",
@@ -78,7 +80,7 @@ SLOS: dict[str, dict[str, str]] = {
 LOCAL = (
     "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant", "batch_size", "device", "threads",
     "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force",
-    "memory_limit", "quality", "quality_text", "quality_reference",
+    "memory_limit", "quality", "quality_text", "quality_reference", "worker_python",
     "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that mean nothing where another process runs the model."""
@@ -176,6 +178,7 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
         check_twin(axes, QUANTIZATIONS)
         axes["backend"] = TWINS
     check_together(axes)
+    check_place(axes, str(options["on"]))
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
 
 
@@ -278,6 +281,18 @@ def _parse_plan_file(name: str, text: str) -> str:
     if not os.path.isfile(_parse_text(name, text)):
         raise UsageError(f"There is no plan file {text}. Give {name} the quant_plan.json of a run with quant=mixed.")
     return text
+
+
+def _parse_interpreter(name: str, text: str) -> str:
+    """The absolute path of a program; a link stays one, since the environment of an interpreter is found by where it was started."""
+    path = os.path.abspath(os.path.expanduser(_parse_text(name, text)))
+    if os.path.isdir(path):
+        raise UsageError(f"{name} is a folder: {text}. Give the interpreter in it, such as {os.path.join(text, 'bin', 'python')}.")
+    if not os.path.isfile(path):
+        raise UsageError(f"There is no interpreter {text}. Give {name} the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python.")
+    if not os.access(path, os.X_OK):
+        raise UsageError(f"{name} cannot be executed: {text}. Give the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python.")
+    return path
 
 
 def _parse_choice(name: str, text: str, choices: Iterable[str]) -> str:
@@ -400,6 +415,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "find": lambda name, text, _: _parse_choice(name, text, ("goodput",)),
     "launch": lambda name, text, _: launch.check_command(_parse_text(name, text)),
     "budget": lambda name, text, _: text if read_budget(text) else None,
+    "interpreter": lambda name, text, _: _parse_interpreter(name, text),
     "plan_file": lambda name, text, _: _parse_plan_file(name, text),
     "backend": lambda name, text, _: _parse_choice(name, text, BACKENDS if text in BACKENDS else known_backends()),
     "history": lambda name, text, _: _parse_choice(name, text, HISTORIES),

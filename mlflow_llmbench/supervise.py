@@ -12,7 +12,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import machine, memory
+from . import interpreter, machine, memory
 from .cell import Cell
 from .errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
@@ -164,8 +163,9 @@ def run_worker(
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow_llmbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables
-        )
+            [interpreter.command(cells[0].worker_python), "-m", "mlflow_llmbench.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables,
+        )  # fmt: skip
     watch = _Watch(process, outcome, limits or Limits(), on_event, watches_memory=cells[0].scenario != "online", more=more)
     try:
         assert process.stdin
@@ -234,20 +234,13 @@ def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
 
     A server that it is to launch inherits it, may download, and has as many threads as it takes by itself.
     """
-    package_parent = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if cell.launch:
-        return {**worker_environment(os.environ, downloads=True), "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": path}
+        told = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return interpreter.variables(None, {**worker_environment(os.environ, downloads=True), **told})
     key = {name: value for name, value in os.environ.items() if cell.url and name == "OPENAI_API_KEY"}
-    return {
-        **worker_environment(os.environ, downloads),
-        **key,
-        **quiet,
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-    }
+    counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return interpreter.variables(cell.worker_python, {**worker_environment(os.environ, downloads), **key, **quiet, **counts})
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from . import artifacts, estimate, goodput, jobs, overview, plan, reference, report, resume, tracking
+from . import artifacts, estimate, goodput, interpreter, jobs, overview, plan, reference, report, resume, tracking
 from .backends.base import backend_class
 from .cell import Cell
 from .errors import MissingError, NodeLost, UsageError
@@ -153,7 +153,7 @@ def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here", lacking: 
         cell = group[0] if on == "here" else dataclasses.replace(group[0], device="cpu")
         _refuse_unknown_paths(cell)
         try:
-            return backend_class(cell.backend).resolve(cell)
+            return interpreter.resolve(cell)
         except MissingError as error:
             if lacking is None or cell.quant == "none":
                 raise
@@ -174,6 +174,10 @@ def _refuse_unknown_paths(cell: Cell) -> None:
     known = backend_class(cell.backend).capabilities
     if cell.decode not in known.decodes:
         raise UsageError(f"backend={cell.backend} has no decode={cell.decode}. Use decode={','.join(known.decodes)}.")
+    if cell.history in ("recomputed", "kept") and not known.conversations:
+        raise UsageError(f"backend={cell.backend} cannot be measured turn by turn with history={cell.history}. Use history=none.")
+    if cell.batching == "continuous" and not known.continuous:
+        raise UsageError(f"backend={cell.backend} has no batching=continuous. Use batching=static or dynamic.")
     if cell.kv_cache is not None and cell.kv_cache not in known.kv_caches:
         raise UsageError(f"backend={cell.backend} has no kv_cache={cell.kv_cache}. Use kv_cache={','.join(['auto', *known.kv_caches])}.")
 

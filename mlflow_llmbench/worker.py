@@ -74,6 +74,9 @@ def main() -> int:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that half a checkpoint is removed
             cell = from_json(Cell, job["cells"][0])
             backend_class(cell.backend).prepare(cell, from_json(ModelFacts, job["model"]))
+        elif job["task"] == "resolve":
+            cell = from_json(Cell, job["cells"][0])
+            tell("resolved", model=backend_class(cell.backend).resolve(cell))
         elif job["task"] == "reference":
             _write_references(job, tell)
         elif job["task"] == "evaluate":
@@ -294,6 +297,7 @@ def _tame_logs() -> Flood:
 
 def _import_libraries(kind: type[Backend], threads: int) -> None:
     """Import what the backend needs before the *baseline* stage, with its logs sent our way and its threads set."""
+    os.environ.update(kind.capabilities.variables)
     for name in kind.capabilities.heavy:
         importlib.import_module(name)
     if "transformers" in kind.capabilities.heavy:

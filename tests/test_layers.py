@@ -27,7 +27,7 @@ LAYERS = {
         "batching",
         "training",
     ),
-    "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "estimate", "backends"),
+    "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "interpreter", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
     "think": (
         "stats",
@@ -124,6 +124,9 @@ HOMES = {
     "huggingface_hub": ("backends", "serving_model"),
     "gguf": ("backends",),
     "llama_cpp": ("backends", "serving_model"),
+    "vllm": ("backends",),
+    "openvino": ("backends",),
+    "openvino_genai": ("backends",),
     "optimum": ("backends",),
     "torchao": ("backends", "serving_model"),
     "hqq": ("backends", "serving_model"),

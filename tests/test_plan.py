@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.plan import cell_name, config_hash, expand_cells, group_cells, sweep_name
 from mlflow_llmbench.records import ModelFacts
-from mlflow_llmbench.spec import parse
+from mlflow_llmbench.spec import as_text, cell_fields, parse
 
 MODEL = ModelFacts("opt-125m", "preset", "facebook/opt-125m", "abc")
 
@@ -40,3 +42,20 @@ def test_names_say_what_varies() -> None:
     assert cell_name(cell, ["model", "prompt_tokens"]) == "model=my-model prompt_tokens=auto"
     assert cell_name(cell, []) == "my-model int4 b4"
     assert sweep_name(parse({"quant": "int8,int4", "batch_size": "1,2"})) == "opt-125m: quant × batch_size"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"quant": "bf16,mixed,q8_0", "quant_budget": "5.5"},
+        {"quant": "int8,int4", "int8_threshold": "0,6", "double_quant": "true"},
+        {"decode": "generate,prompt_lookup", "draft_tokens": "4"},
+    ],
+)
+def test_each_cell_of_a_sweep_can_be_asked_for_alone(asked: dict[str, str]) -> None:
+    """As `reproduce` does: a setting that means nothing for a cell is not kept with it."""
+    cells = expand_cells(parse(asked))
+    assert len(cells) > 1
+    for cell in cells:
+        alone = {name: [as_text(name, getattr(cell, name))] for name in cell_fields(cell)}
+        assert expand_cells(parse(alone)) == [cell]

@@ -16,7 +16,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128", "quant_budget": "none", "quant_plan": "none",
         "int8_threshold": "6", "double_quant": "false", "kv_cache": "auto", "assistant": "none", "draft_tokens": "10", "batch_size": "1",
         "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto", "repetitions": "auto",
-        "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "attention": "auto",
+        "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "worker_python": "none", "attention": "auto",
         "decode": "generate", "seed": "0", "trust_remote_code": "false", "allow_pickle": "false", "preset": "none", "output_dir": "llmbench-results",
         "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled", "quality_reference": "none", "gpu_layers": "auto", "mmap": "true",
         "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600", "first_token_timeout_s": "3600",
@@ -49,7 +49,7 @@ def test_auto_none_and_flags() -> None:
     ("parameters", "message"),
     [
         ({"quant": "int44"}, r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8"),
-        ({"backend": "vllm"}, r"Unknown backend: vllm\. Known: transformers, llama_cpp, fake"),
+        ({"backend": "tgi"}, r"Unknown backend: tgi\. Known: transformers, llama_cpp, vllm, openvino, fake"),
         ({"workload": "summarisation"}, r"Unknown workload: summarisation\. Did you mean summarization\?"),
         ({"workload": "missing.jsonl"}, r"There is no workload file missing\.jsonl"),
         ({"batch_size": "abc"}, r"batch_size is not a whole number: abc\. Give a whole number from 1\."),

@@ -57,6 +57,7 @@ class Capabilities:
     tokenizer: bool = False  # `encode` and `decode` work
     logits: bool = False  # `logits` works, so quality can be measured
     heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
+    variables: tuple[tuple[str, str], ...] = ()  # of the worker's environment, set before they are imported
     harness: bool = False  # `language_model` works, so tasks of lm-eval can be run
     conversations: bool = False  # `encode_turns` and `new_history` work, and `generate` takes a history
     online: bool = False  # a server: takes loads of requests, see `ServerBackend`

@@ -7,11 +7,8 @@ does, and its size is that of the cell. Every row gets its tokens by one `llama_
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, memory, models
 from ..cell import Cell
-from ..errors import MeasurementError, MissingError, NotRealised, UsageError
+from ..errors import MeasurementError, NotRealised, UsageError
 from ..quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
 from ..records import LoadInfo, ModelFacts
 from ..workload import turn_texts
-from . import gguf_file, gguf_made, sources, synthetic
+from . import gguf_file, gguf_made, probe, sources, synthetic
 from .base import Capabilities, DeviceMemory, Emit
 from .llama_cpp_session import Model, Session, Timings, library, log_lines
 
@@ -37,8 +34,6 @@ FLASH = {"auto": -1, "eager": 0}
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 MIB = 1024 * 1024
 BUFFER = re.compile(r"(\S+) model buffer size =\s*([\d.]+) MiB")
-
-ASK_PEAKS = "import json, sys; from mlflow_llmbench.backends.probe import measure_peaks; print(json.dumps(measure_peaks('cpu', int(sys.argv[1]))))"
 
 
 class LlamaCppBackend:
@@ -287,12 +282,7 @@ class LlamaCppBackend:
         """The same rates as for transformers, by torch in a process of its own: it would be most of this one's memory."""
         if self.device.startswith("cuda"):
             return {}
-        command = [sys.executable, "-c", ASK_PEAKS, str(machine.last_level_cache_bytes() or 0)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise MissingError("The best rates of this machine cannot be measured, since torch does not run. See `llmbench doctor`.")
-        found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-        return found
+        return probe.measure_peaks_apart()
 
     def trim(self) -> None:
         """Free the context: the next cell makes its own, in its first warm-up."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+
+from .. import machine
+from ..errors import MissingError
+from ..interpreter import COMMAND_PYTHON
 
 REPEATS = 8
 CACHE_FACTOR = 4
@@ -41,6 +49,22 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
             square = torch.ones((n, n), device=device, dtype=dtype)
             flops = max(flops, 2 * n**3 / _best(partial(torch.mm, square, square), finish))
     return {"read_bytes_per_s": read_bytes / seconds, "flops_per_s": flops}
+
+
+ASK_PEAKS = "import json, sys; from mlflow_llmbench.backends.probe import measure_peaks; print(json.dumps(measure_peaks('cpu', int(sys.argv[1]))))"
+
+
+def measure_peaks_apart() -> dict[str, float]:
+    """The same rates of the CPU by torch in a process of its own, for a worker without it, of whose memory it would be the most.
+
+    The interpreter is the command's, where the worker has another. Raises MissingError if torch does not run there.
+    """
+    command = [os.environ.get(COMMAND_PYTHON) or sys.executable, "-c", ASK_PEAKS, str(machine.last_level_cache_bytes() or 0)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MissingError("The best rates of this machine cannot be measured, since torch does not run. See `llmbench doctor`.")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def _best(work: Callable[[], object], finish: Callable[[], None]) -> float:

