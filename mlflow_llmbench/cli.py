@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -21,6 +22,8 @@ from .errors import LlmbenchError, UsageError
 from .redaction import Terminal, redact
 from .spec import COMMANDS as PARAMETERS_OF
 from .spec import PARAMETERS, default_text, parse, read_yaml
+from .training import NAMES, TRAINING, parse_training
+from .training import default_text as training_default
 
 if TYPE_CHECKING:
     from .study import StudyResult
@@ -47,9 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
     for name in ("compare", "ab"):
         found[name].add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
-    for name in ("run", "plan", "online", "compare", "ab", "scaling", "study"):
+    for name in ("run", "plan", "online", "compare", "ab", "scaling", "study", "qat"):
         found[name].add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    for name in ("run", "online", "upload", "compare", "ab", "scaling", "study"):
+    for name in ("run", "online", "upload", "compare", "ab", "scaling", "study", "qat"):
         found[name].add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
         found[name].add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
@@ -96,7 +99,14 @@ def _measuring(commands: Any) -> dict[str, Parser]:
     study.add_argument("--output", metavar="FOLDER", help="write study/ and scaling/ there (default: beside the sweep that was measured)")
     study.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run (default: the sweep's)")
     _add_parameters(study, PARAMETERS_OF["run"])
-    return {"run": run, "plan": plan, "online": online, "ab": duel, "study": study}
+    qat = commands.add_parser(
+        "qat",
+        help="train a model for int4-wo, and say how much of what that costs it took back",
+        description="Quantization-aware training on a text of yours. The checkpoint is then a model like any other: llmbench run --quant int4-wo.",
+    )
+    for name in NAMES:
+        _add_parameter(qat, name, TRAINING.get(name) or PARAMETERS[name], training_default(name), "")
+    return {"run": run, "plan": plan, "online": online, "ab": duel, "study": study, "qat": qat}
 
 
 def _reading(commands: Any) -> dict[str, Parser]:
@@ -125,10 +135,13 @@ def _reading(commands: Any) -> dict[str, Parser]:
 def _add_parameters(command: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """One option per declared parameter."""
     for name in names:
-        declared = PARAMETERS[name].metadata
-        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if declared["kind"] == "flag" else {}
-        text = f"{declared['help']}{' †' if declared['sweep'] else ''} (default: {default_text(name)})".replace("%", "%%")
-        command.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text, **flag)
+        _add_parameter(command, name, PARAMETERS[name], default_text(name), " †" if PARAMETERS[name].metadata["sweep"] else "")
+
+
+def _add_parameter(command: argparse.ArgumentParser, name: str, declared: Field[Any], default: str, mark: str) -> None:
+    flag: dict[str, Any] = {"nargs": "?", "const": "true"} if declared.metadata["kind"] == "flag" else {}
+    text = f"{declared.metadata['help']}{mark} (default: {default})".replace("%", "%%")
+    command.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text, **flag)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -378,6 +391,26 @@ def _print_study(done: StudyResult) -> None:
         )
 
 
+def _qat(given: argparse.Namespace) -> int:
+    named = {name: value for name in NAMES if (value := getattr(given, name)) is not None}
+    parse_training(named)  # before anything slow is imported
+
+    from . import qat, training_report
+    from .records import to_json
+
+    _warn_of_versions()
+    done = qat.train_quantized(
+        named, tracking_uri=given.tracking_uri, experiment=given.experiment, say=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    print(training_report.format_trained(done))
+    print(f"\nResults: {done.folder}" + (f"\nLogged on run {done.run_id}." if done.run_id else ""))
+    if done.checkpoint:
+        print(f"Run it: llmbench run --model {shlex.quote(done.checkpoint)} --quant int4-wo --group-size {done.cell.group_size}")
+    if given.json:
+        print(json.dumps({**to_json(done), "metrics": training_report.training_figures(done)}, ensure_ascii=False))
+    return done.exit_code
+
+
 def _places(text: str) -> list[tuple[str, float]]:
     """`batch_size=6,12` → the pairs to predict at."""
     name, _, values = text.partition("=")
@@ -421,6 +454,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compare": _compare,
     "scaling": _scaling,
     "study": _study,
+    "qat": _qat,
     "models": _models,
     "doctor": _doctor,
 } | decide.COMMANDS

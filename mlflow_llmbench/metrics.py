@@ -175,6 +175,21 @@ METRICS: tuple[Metric, ...] = (
         "perplexity",
     ),
     Metric("quality", "perplexity_ratio", "perplexity ÷ that of the unquantized model, paired by token", "", ("", "ci_low", "ci_high"), "lower"),
+    Metric(
+        "qat", "kl_recovered_ratio", "kl_reduction ÷ ptq_kl_vs_reference: share of the divergence that training took back", "0–1", ("",), "higher"
+    ),
+    Metric(
+        "qat",
+        "kl_reduction",
+        "KL of the untrained quantization − KL of the trained one, mean over the same positions; interval over prompts, paired",
+        "nats",
+        ADDED,
+        "higher",
+    ),
+    Metric("qat", "ptq_kl_vs_reference", "quality/kl_vs_reference of the same quantization without training", "nats", ADDED, "lower"),
+    Metric("qat", "ptq_top1_agreement", "likewise quality/top1_agreement", "0–1", ADDED, "higher"),
+    Metric("qat", "ptq_perplexity", "likewise quality/perplexity", "", ADDED, "lower"),
+    Metric("qat", "unquantized_perplexity", "the same of the unquantized model", "", ADDED, "lower"),
     Metric("load", "load_s", "the model's load, checkpoint on disk → ready", "s", ("",), "lower", "load s"),
     Metric("load", "compile_s", "compiling the decode step for this shape before its first call; not part of load_s", "s", ("",), "lower"),
     Metric("load", "first_call_ms", "the very first call, cold", "ms", ("",), "lower"),
@@ -305,6 +320,7 @@ METRICS: tuple[Metric, ...] = (
 )
 
 SERIES = {
+    "qat/loss": "step = step of the optimizer: mean loss of its sequences, nats per token",
     "steps/itl_ms": "step = token index i (2 … N): median gap over repetitions",
     "steps/ttft_ms": "step = repetition",
     "steps/e2e_ms": "step = repetition",

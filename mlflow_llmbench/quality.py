@@ -113,6 +113,18 @@ def top1_agreement(quality: Quality) -> Estimate | None:
     return cluster_proportion(quality.divergence.agrees) if quality.divergence else None
 
 
+def kl_reduction(before: Quality, after: Quality) -> Estimate | None:
+    """How much nearer to the unquantized model `after` is than `before`: mean over the positions of the difference of their divergences, nats.
+
+    Paired position by position, so what is hard for both falls out; the interval is over prompts. None unless both were given the same ids.
+    """
+    one, other = before.divergence, after.divergence
+    if one is None or other is None or one.digest != other.digest:
+        return None
+    pairs = zip(one.kl, other.kl, strict=True)
+    return cluster_mean([[a - b for a, b in zip(own, its, strict=True)] for own, its in pairs])
+
+
 def task_estimate(score: TaskScore) -> Estimate:
     """A score of lm-eval with its 95 % interval, 1.96 standard errors to each side, over documents; none where the error is 0 or unknown.
 

@@ -94,8 +94,21 @@ SERVERS = ("url", "launch")
 COMMANDS = {
     "run": tuple(name for name, f in PARAMETERS.items() if "batching" in f.metadata["scenarios"]),
     "online": (*SERVERS, *(name for name, f in PARAMETERS.items() if name not in (*LOCAL, *SERVERS) and "online" in f.metadata["scenarios"])),
+    "qat": (
+        "model",
+        "revision",
+        "group_size",
+        "device",
+        "threads",
+        "seed",
+        "trust_remote_code",
+        "allow_pickle",
+        "output_dir",
+        "force",
+        "memory_limit",
+    ),
 }
-"""Command, and entry point of the MLproject, → its parameters."""
+"""Command, and entry point of the MLproject, → its parameters; `qat` has those of `training.Training` besides."""
 
 
 def cell_fields(cell: Cell) -> list[str]:

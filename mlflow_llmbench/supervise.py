@@ -145,18 +145,19 @@ def run_worker(
     environment: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
     more: More | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
 
     What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again; `environment` is kept with it.
     An interruption ends the worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
     `quality` says what is evaluated after the last cell (see `reference.order`). With `more` the worker goes on with the cells that it
-    chooses by what was measured; they have the numbers after those of `cells`.
+    chooses by what was measured; they have the numbers after those of `cells`. `training` is the order of a training (see `qat`).
     """
     outcome = GroupOutcome(environment=environment)
     threads = cells[0].threads or machine.physical_cores()
     job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
-    job |= {"quality": quality, "searches": more is not None}
+    job |= {"quality": quality, "searches": more is not None, "training": training}
     failure: LlmbenchError | None = None
     variables = _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0])
     log_file.parent.mkdir(parents=True, exist_ok=True)

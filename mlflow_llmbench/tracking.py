@@ -277,7 +277,7 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     facts = {key: str(value) for key, value in (result.load.facts if result.load else {}).items()}
     log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
     note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
-    _log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
+    log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
     log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
     _log_workload(store, run_id, result)
     store.client.log_artifacts(run_id, str(artifacts))
@@ -334,7 +334,8 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
     return found | {"mlflow.runColor": COLOURS.get(result.cell.quant, COLOURS["none"])}
 
 
-def _log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
+def log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags by their whole names, without secrets."""
     from mlflow.entities import RunTag
 
     store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in redact_all(tags).items()])
@@ -370,11 +371,19 @@ def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
     store.client.log_inputs(run_id, [DatasetInput(prompts, [InputTag("mlflow.data.context", "benchmark")])])
 
 
+def log_dataset(store: Store, run_id: str, name: str, digest: str, uri: str, context: str, profile: Mapping[str, object]) -> None:
+    """Data of a run that is no workload, such as what it was trained on; the texts themselves stay where they are. Repeating it changes nothing."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data = Dataset(redact(name), digest, "local", json.dumps({"uri": redact(uri)}), profile=json.dumps(profile))
+    store.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+
+
 def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path, figures: Sequence[Point] = ()) -> None:
     """The parent of a sweep: what was asked, the comparison as description and artifacts, and figures of the whole."""
     log_params(store, run_id, params)
     log_metrics(store, run_id, figures)
-    _log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
+    log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
     if artifacts.is_dir():
         store.client.log_artifacts(run_id, str(artifacts))
     store.client.set_tag(run_id, UPLOADED_TAG, "true")

@@ -79,6 +79,10 @@ def main() -> int:
             tell("resolved", model=backend_class(cell.backend).resolve(cell))
         elif job["task"] == "reference":
             _write_references(job, tell)
+        elif job["task"] == "evaluate":
+            _evaluate_alone(job, tell)
+        elif job["task"] == "train":
+            _train(job, tell)
         else:
             _measure_group(job, tell)
     except LlmbenchError as error:
@@ -152,16 +156,38 @@ def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, tell
     scoring.evaluate(backend, order, context, tell)
 
 
-def _write_references(job: dict[str, Any], tell: Any) -> None:
-    """Compute what the quantized models are compared with, by the unquantized one."""
-    from .backends import scoring
-
+def _loaded(job: dict[str, Any], tell: Any) -> tuple[Backend, ModelFacts, LoadInfo]:
+    """The model of a job's first cell, loaded and not measured."""
     cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
     kind = backend_class(cell.backend)
     _import_libraries(kind, job["threads"])
     backend = kind(cell, facts)
     tell("stage", stage="loading")
-    backend.load()
+    return backend, facts, backend.load()
+
+
+def _evaluate_alone(job: dict[str, Any], tell: Any) -> None:
+    """Measure the quality of a model, and nothing else."""
+    backend, facts, info = _loaded(job, tell)
+    tell("load", info=info)
+    _evaluate(backend, job["quality"], facts.context, tell)
+
+
+def _train(job: dict[str, Any], tell: Any) -> None:
+    """Make a trained checkpoint of a model."""
+    cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
+    tell("stage", stage="starting")
+    _import_libraries(backend_class(cell.backend), job["threads"])
+    from .backends import trainer
+
+    trainer.train(cell, facts, job["training"], tell)
+
+
+def _write_references(job: dict[str, Any], tell: Any) -> None:
+    """Compute what the quantized models are compared with, by the unquantized one."""
+    from .backends import scoring
+
+    backend, facts, _ = _loaded(job, tell)
     scoring.write_references(backend, job["quality"], facts, f"{facts.name} {facts.revision[:12]}", tell)
 
 

@@ -13,7 +13,19 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlflow_llmbench"
 LAYERS = {
     "nouns": ("redaction", "errors", "metrics", "quantizations", "quant_plan", "cell", "records"),
-    "intent": ("parameters", "launch", "combinations", "spec", "models", "plan", "traces", "workload", "arrivals", "batching"),
+    "intent": (
+        "parameters",
+        "launch",
+        "combinations",
+        "spec",
+        "models",
+        "plan",
+        "traces",
+        "workload",
+        "arrivals",
+        "batching",
+        "training",
+    ),
     "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "interpreter", "estimate", "backends"),
     "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
     "think": (
@@ -63,6 +75,7 @@ LAYERS = {
         "gate_report",
         "export",
         "sensitivity",
+        "training_report",
     ),
     "keep": ("context", "tracking", "view", "registry", "serving_model"),
     "drive": (
@@ -83,6 +96,7 @@ LAYERS = {
         "ab",
         "evidence",
         "study",
+        "qat",
         "reproduce",
         "rematch",
         "importing",

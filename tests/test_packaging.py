@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mlflow_llmbench
-from mlflow_llmbench import spec, study
+from mlflow_llmbench import spec, study, training
 from mlflow_llmbench.cli import build_parser
 
 if sys.version_info >= (3, 11):
@@ -117,7 +117,7 @@ def test_the_project_has_the_declared_parameters_with_their_defaults(entry: str)
 
 def test_every_parameter_is_one_of_an_entry_point() -> None:
     assert set(spec.COMMANDS["run"]) | set(spec.COMMANDS["online"]) == set(spec.PARAMETERS)
-    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "study", *DECISIONS}
+    assert set(MLPROJECT["entry_points"]) == {*ENTRIES, "study", "qat", *DECISIONS}
 
 
 @pytest.mark.parametrize("entry", DECISIONS)
@@ -143,6 +143,15 @@ def test_a_study_takes_what_a_run_takes_and_what_is_its_own() -> None:
     assert entry["parameters"] == {name: {"type": "string", "default": text} for name, text in defaults.items()}
     options = [f"--{name.replace('_', '-')} {{{name}}}" for name in defaults]
     assert entry["command"] == " ".join(["python -m mlflow_llmbench study", *options])
+
+
+def test_a_training_takes_the_parameters_that_it_declares() -> None:
+    entry = MLPROJECT["entry_points"]["qat"]
+    assert entry["parameters"] == {name: {"type": "string", "default": training.default_text(name)} for name in training.NAMES}
+    assert list(entry["parameters"]) == [*spec.COMMANDS["qat"], *training.TRAINING]
+    options = [f"--{name.replace('_', '-')} {{{name}}}" for name in training.NAMES]
+    assert entry["command"] == " ".join(["python -m mlflow_llmbench qat", *options])
+    assert all(shlex.quote(one["default"]) == one["default"] for one in entry["parameters"].values())
 
 
 @pytest.mark.parametrize("name", spec.PARAMETERS)

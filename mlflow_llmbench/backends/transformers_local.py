@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import gpu, machine, models
+from .. import gpu, machine, models, training
 from ..cell import Cell
 from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
 from ..quant_plan import QuantPlan
@@ -187,6 +187,7 @@ class TransformersBackend:
             **({"assistant.revision": self.facts.assistant.revision} if self.facts.assistant else {}),
             **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
             **(mixed.facts(self.plan) if self.plan else {}),
+            **training.recorded(sources.base_files(self.cell, self.facts)[0]),
         }
         costs = shape.cost_fields(compute.itemsize) if shape else {}
         if self.path and self.path.kv_bytes_per_token is not None:

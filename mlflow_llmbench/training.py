@@ -1,0 +1,230 @@
+"""Quantization-aware training as it is asked for: its parameters, the text it learns from and the part that is held out, the memory it needs.
+
+The training itself is `backends.trainer`, in a worker; `qat` is the command. What a checkpoint was made of lies beside its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import parameters, spec
+from .cell import Cell, Options, parameter
+from .errors import UsageError
+from .records import hash16
+from .redaction import redact
+from .spec import BUNDLED_TEXT, COMMANDS, LEAST_TEXT_TOKENS, PARSERS, WORKLOADS
+from .workload import load_prompts, load_text
+
+QUANT = "int4-wo"
+"""The quantization that is trained for: the one whose arithmetic `backends.trainer` has."""
+
+LOSSES = ("distill", "lm")
+RECIPE = "llmbench_qat.json"
+"""Beside the weights of a trained checkpoint: what it was made of."""
+
+ADAM_BYTES = 16
+"""Of a trained parameter: weight, gradient, and the two moments of Adam, 4 bytes each."""
+
+BEYOND = 1.4
+"""What a training was seen to need ÷ the sum of what it is known to hold: activations, and pages that the allocator keeps (Gemma 3 270M, a CPU)."""
+
+LEAST_PARTS = 10
+"""Parts that a text must fall into before a finer cut is tried: paragraphs, lines, words."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parameters that only a training has; the others are those of a cell, `COMMANDS["qat"]`."""
+
+    data: str = parameter(
+        BUNDLED_TEXT,
+        "what it learns from: a text file, a JSON Lines file (text or prompt on each line), bundled, a bundled prompt set; several with commas",
+        kind="data",
+    )
+    steps: int = parameter(100, "steps of the optimizer", kind="count", high=10_000_000)
+    learning_rate: float = parameter(5e-5, "of Adam, at its height", kind="number", low=1e-9, high=1)
+    batch_size: int = parameter(4, "sequences of one step; computed one after another, so that memory does not grow", kind="count", high=65536)
+    sequence_tokens: int = parameter(128, "tokens of a sequence", kind="count", low=8, high=1_000_000)
+    loss: str = parameter(
+        "distill", "distill = KL divergence from the unquantized model's next-token distribution; lm = that of the next token itself", kind="loss"
+    )
+    held_out: float = parameter(0.2, "share of the data, the end of each part of it, that is never trained on and measures quality", kind="number",
+                                low=0.01, high=0.9)  # fmt: skip
+    freeze_embeddings: bool = parameter(True, "leave the embeddings and the output head as they are: int4-wo does not quantize them", kind="flag")
+    output: str | None = parameter(None, "folder of the trained checkpoint, new; none = in the results folder", kind="text", unset="none")
+
+
+TRAINING: dict[str, Field[Any]] = {f.name: f for f in dataclasses.fields(Training)}
+"""Name → declaration. `batch_size` has another meaning, and another default, than that of a cell."""
+
+NAMES = (*COMMANDS["qat"], *TRAINING)
+"""All parameters of the command."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The data: what is trained on, and what is not. `name` is the `data` parameter without folders."""
+
+    name: str
+    training: str
+    held_out: str
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits for both parts."""
+        return hash16([self.training, self.held_out])
+
+
+def declared(name: str) -> Field[Any]:
+    """The declaration of a parameter of the command."""
+    return TRAINING.get(name) or parameters.PARAMETERS[name]
+
+
+def as_text(name: str, value: object) -> str:
+    """A parameter's value as it is written on the command line and logged."""
+    return str(declared(name).metadata["unset"]) if value is None else parameters.as_text(name, value)
+
+
+def default_text(name: str) -> str:
+    """The default of a parameter of the command as text."""
+    return as_text(name, declared(name).default)
+
+
+def parse_training(values: Mapping[str, object]) -> tuple[Cell, Options, Training]:
+    """Validate the parameters of the command: the cell that is trained for, options, and the training. Raises UsageError."""
+    for name in values:
+        if name not in NAMES:
+            raise UsageError(f"Unknown parameter: {name}. Known: {', '.join(NAMES)}.")
+    shared = {name: value for name, value in values.items() if name not in TRAINING}
+    for name in shared:
+        if "," in str(shared[name]) and declared(name).metadata["sweep"]:
+            raise UsageError(f"{name} takes one value here: {shared[name]}. Train one model at a time.")
+    asked = spec.parse({**shared, "quant": QUANT})
+    own = {name: _parse(name, str(values.get(name, default_text(name))).strip()) for name in TRAINING}
+    return asked.first, asked.options, Training(**own)  # type: ignore[arg-type]
+
+
+def _parse(name: str, text: str) -> object:
+    metadata = TRAINING[name].metadata
+    if metadata["unset"] and text.lower() == metadata["unset"]:
+        return None
+    if metadata["kind"] == "loss":
+        if text not in LOSSES:
+            raise UsageError(f"Unknown loss: {text}. Give {' or '.join(LOSSES)}.")
+        return text
+    if metadata["kind"] == "data":
+        for part in _parts(str(PARSERS["text"](name, text, metadata))):
+            if part not in (BUNDLED_TEXT, *_PROMPT_SETS) and not Path(part).is_file():
+                raise UsageError(f"There is no data file {part}. Give a text file, a JSON Lines file, {BUNDLED_TEXT}, or {', '.join(_PROMPT_SETS)}.")
+        return text
+    return PARSERS[metadata["kind"]](name, text, metadata)
+
+
+_PROMPT_SETS = tuple(name for name in WORKLOADS if name not in ("synthetic", "mixed"))
+
+
+# Data
+
+
+def read_texts(training: Training) -> Texts:
+    """The data in two parts. Each file or set gives its own end to what is held out, at whole paragraphs, lines or prompts.
+
+    Raises UsageError for data that cannot be read, and for data that no tokenizer could make enough tokens of.
+    """
+    learned, held = [], []
+    for part in _parts(training.data):
+        pieces, joint = _pieces(part)
+        cut = _cut([len(piece) for piece in pieces], training.held_out)
+        learned.append(joint.join(pieces[:cut]))
+        held.append(joint.join(pieces[cut:]))
+    name = "+".join(Path(part).name for part in _parts(training.data))
+    texts = Texts(name, "\n\n".join(learned).strip(), "\n\n".join(held).strip())
+    require_enough(training, len(texts.training.encode()), len(texts.held_out.encode()), "bytes")
+    return texts
+
+
+def require_enough(training: Training, learned: int, held: int, unit: str = "tokens") -> None:
+    """Raise UsageError unless both parts have the tokens that they need; given in bytes, which are never fewer, where no tokens are known yet."""
+    least = training.batch_size * training.sequence_tokens
+    if learned < least:
+        raise UsageError(
+            f"The data are too short to train on: {learned:,} {unit} beside what is held out, and one step takes batch_size={training.batch_size} × "
+            f"sequence_tokens={training.sequence_tokens} tokens. Give more text, or smaller steps."
+        )
+    if held < LEAST_TEXT_TOKENS:
+        raise UsageError(
+            f"What is held out is too short to measure quality on: {held:,} {unit}, and {LEAST_TEXT_TOKENS} tokens are needed. Give more text, or a larger "
+            f"held_out than {training.held_out:g}."
+        )
+
+
+def _parts(data: str) -> list[str]:
+    """The files and sets of a `data` parameter; a file whose name has a comma is one."""
+    return [data] if Path(data).is_file() else [part.strip() for part in data.split(",")]
+
+
+def _pieces(name: str) -> tuple[Sequence[str], str]:
+    """What a file or set falls into, and what stands between two pieces."""
+    if name in _PROMPT_SETS:
+        return load_prompts(name).texts, "\n\n"
+    if name.endswith((".jsonl", ".json")):
+        return _documents(name), "\n\n"
+    text = load_text(name).content
+    for joint in ("\n\n", "\n", " "):
+        pieces = [piece for piece in text.split(joint) if piece.strip()]
+        if len(pieces) >= LEAST_PARTS:
+            return pieces, joint
+    raise UsageError(f"The data are too short to train on: {name} has {len(text)} characters. Give more text.")
+
+
+def _documents(file: str) -> Sequence[str]:
+    """The texts of a JSON Lines file: the `text` of each line, or its `prompt` or `messages` as a workload has them. Raises UsageError."""
+    try:
+        lines = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f'Cannot read {file}: {redact(str(error))[:80]}. Write {{"text": "…"}} on each line, in UTF-8.') from None
+    texts = [line.get("text") if isinstance(line, dict) else None for line in lines]
+    if lines and all(isinstance(text, str) and text.strip() for text in texts):
+        return [str(text) for text in texts]
+    return load_prompts(file).texts
+
+
+def _cut(lengths: Sequence[int], share: float) -> int:
+    """How many pieces are trained on: at least one is, and at least one is held out where there are two."""
+    total, seen = sum(lengths), 0
+    for number, length in enumerate(lengths):
+        if number and seen + length > (1 - share) * total:
+            return number
+        seen += length
+    return max(len(lengths) - 1, 1)
+
+
+# Memory
+
+
+def needed_bytes(trained: int, frozen: int, vocabulary: int, training: Training) -> int:
+    """Bytes that a training needs beside the process itself, everything in float32.
+
+    For each trained parameter 16 (`ADAM_BYTES`), 4 for its quantized value, and to distill 4 for what it was; 4 for each frozen one; and the
+    logits of one sequence with what is computed of them: 4 such arrays, to distill 6. All of it `BEYOND` times.
+    """
+    distills = training.loss == "distill"
+    logits = 4 * training.sequence_tokens * vocabulary
+    return int(BEYOND * (trained * (ADAM_BYTES + 4 + (4 if distills else 0)) + 4 * frozen + logits * (6 if distills else 4)))
+
+
+# What a checkpoint was made of
+
+
+def recorded(folder: str) -> dict[str, str | int | float]:
+    """What a trained checkpoint says of its making, as dotted params of a run; empty for any other."""
+    file = Path(folder) / RECIPE
+    if not file.is_file():
+        return {}
+    known: dict[str, str | int | float] = json.loads(file.read_text(encoding="utf-8"))
+    return {f"qat.{name}": value for name, value in known.items()}
