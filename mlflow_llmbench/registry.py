@@ -229,12 +229,13 @@ def describe(name: str, result: RunResult, deployment: Deployment) -> str:
     metrics = summarize(result)
     rows = "1 row" if config["batch_size"] == 1 else f"{config['batch_size']} rows"
     limits = f"up to {config['max_prompt_tokens']} prompt tokens, {config['max_new_tokens']} output tokens, {rows} at a time"
+    place = "/".join(filter(None, [config["location"], config["gguf_file"]]))
     parts = [
         summary_markdown(result, metrics, evidence.verdict).rstrip(),
         *([f"Suspect, and accepted: {evidence.accepted_suspect}"] if evidence.accepted_suspect else []),
         f"Measured for {limits}. Evidence: run `{evidence.run_id}` of the sweep `{evidence.sweep}`.",
         f"Serve it: `mlflow models serve -m models:/{name}@ALIAS --env-manager local`. No weights are stored here: they come from "
-        f"`{config['location']}`, revision `{config['revision']}`.",
+        f"`{place}`, revision `{config['revision']}`.",
     ]
     return "\n\n".join(parts) + "\n"
 
