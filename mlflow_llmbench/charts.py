@@ -320,7 +320,7 @@ class Grid:
 def _arrange(points: Points, one_panel: bool) -> Grid:
     cells = [cell for cell, _ in points]
     seen = {f.name: list(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
-    names = [name for name, values in seen.items() if len(values) > 1 and name not in ("quant", *UNDECISIVE)]
+    names = [name for name in differing(cells, UNDECISIVE) if name != "quant"]
     split = len(names) > 1 and "model" in names and not one_panel
     names = [name for name in names if not (split and name == "model")] or ["batch_size"]
     for name in names:  # numbers by size, None last; words as they came
@@ -412,7 +412,7 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
     """Bars of one panel with their values, intervals and weights; a dash where nothing was measured. `inches`: about the axes' width."""
     count, scale = len(grid.quants), 1e-9 if key.startswith("memory/") else 1.0
     pitch = 0.84 / count
-    span = max(len(grid.groups) + 0.1, 7 * pitch)  # few bars stay slim
+    span = max(len(grid.groups) + 0.1 if len(grid.groups) > 1 else 0.88, 7 * pitch)  # few bars stay slim
     bars = itertools.product(enumerate(grid.groups), enumerate(grid.quants))
     places = {(group, quant): g + (q - (count - 1) / 2) * pitch for (g, group), (q, quant) in bars}
     labels: list[tuple[float, float, str]] = []
@@ -438,6 +438,8 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
     axes.tick_params(axis="x", length=0)
     if len(grid.groups) == 1 and count > 1:
         axes.set(xticks=list(places.values()), xticklabels=[quant for _, quant in places], xlabel="Quantization")
+        if max(map(len, grid.quants)) * 9 * CHARACTER > room:
+            axes.tick_params(axis="x", labelrotation=30)
         return
     most = max(6, int(inches / span / (8.3 * CHARACTER)))
     texts = ["\n".join("auto" if value is None else textwrap.fill(_name(value), most) for value in group) for group in grid.groups]

@@ -236,6 +236,16 @@ def test_bars_stand_by_batch_size_and_quantization() -> None:
     assert heights(memory) == pytest.approx([2, 1, 1, 0.5, 2, 1, 1, 0.5])  # each bar with its weights
 
 
+def test_a_backend_that_the_quantization_tells_makes_no_groups() -> None:
+    points = [(Cell(quant=quant, backend=backend), {"throughput/output_tokens_per_s": 10.0}) for quant, backend in PACKED]
+    (axes,) = axes_of(charts._sweep_figure(points, "throughput/output_tokens_per_s"))
+    assert heights(axes) == [10, 10, 10]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["bf16", "q8_0", "q4_k_m"]
+
+
+PACKED = (("bf16", "transformers"), ("q4_k_m", "llama_cpp"), ("q8_0", "llama_cpp"))
+
+
 def test_quality_is_set_against_speed_with_both_intervals(tmp_path: Path) -> None:
     kl = {"fp32": 0.0, "int8": 0.25}
     points = [
