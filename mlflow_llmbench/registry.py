@@ -1,7 +1,7 @@
 """Deployment ↔ Model Registry: the version that serves a measured configuration, its evidence, its aliases.
 
 A version is a models-from-code pyfunc: `serving_model.py`, the configuration, a signature and pinned requirements, about
-15 KB and no weights. It is linked to the run that was measured; its tags carry the figures.
+20 KB and no weights. It is linked to the run that was measured; its tags carry the figures.
 """
 
 from __future__ import annotations
