@@ -23,6 +23,9 @@ exits with `exit_code`; nothing in the library prints or exits.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 from .redaction import escape_controls, redact
 
 
@@ -115,3 +118,25 @@ class WorkerTimeout(MeasurementError):
 
 class NotRealised(MeasurementError):
     """What was asked for (a quantization, a dtype, a device) is not what was loaded."""
+
+
+NO_MEMORY = (
+    "can't allocate memory", "cannot allocate", "failed to allocate", "not enough memory", "out of memory", "bad_alloc", "available memory on node",
+)  # fmt: skip
+"""Words with which libraries say that memory ran out, in lower case."""
+
+
+@contextlib.contextmanager
+def foreign_errors(doing: str, library: str = "", said: Callable[[Exception], str] = first_line) -> Iterator[None]:
+    """Map the errors of a library to ours, each on one line: OutOfMemory where its text or class says so, else MeasurementError."""
+    try:
+        yield
+    except LlmbenchError:
+        raise
+    except MemoryError:
+        raise OutOfMemory(f"Memory ran out while {doing}.") from None
+    except Exception as error:
+        kind = type(error).__name__
+        text = f"{library} failed while {doing}: {kind}: {said(error)}" if library else f"{kind} while {doing}: {said(error)}"
+        lacked = kind == "OutOfMemoryError" or any(word in str(error).lower() for word in NO_MEMORY)
+        raise (OutOfMemory if lacked else MeasurementError)(text) from error

@@ -14,7 +14,7 @@ import pytest
 from mlflow_llmbench import interpreter, journal, run
 from mlflow_llmbench.backends import openvino_local, vllm_local
 from mlflow_llmbench.backends.base import backend_class
-from mlflow_llmbench.backends.rows import Rows
+from mlflow_llmbench.backends.engine import Rows
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MeasurementError, MissingError, UsageError
 

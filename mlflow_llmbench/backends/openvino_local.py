@@ -12,16 +12,16 @@ import importlib.metadata
 import importlib.util
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import machine, models
 from ..cell import Cell
-from ..errors import LlmbenchError, MeasurementError, MissingError, OutOfMemory, UsageError, first_line
+from ..errors import MeasurementError, MissingError, UsageError, first_line, foreign_errors
 from ..records import LoadInfo, ModelFacts
 from . import openvino_made, probe, sources
 from .base import Capabilities, DeviceMemory, Emit
-from .rows import Rows
+from .engine import Engine, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ LEAST_ROWS, MOST_STEP_TOKENS, AUTO_TOKENS = 256, 16_384, 2048
 """As for vLLM: rows that there is room for at least, prompt tokens of one step at most, prompt tokens where the workload gives the lengths."""
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(Engine):
     """`ContinuousBatchingPipeline.step()` until every row has its tokens."""
 
     capabilities = Capabilities(
@@ -49,13 +49,11 @@ class OpenVinoBackend:
     )  # fmt: skip
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
-        self.cell = cell
-        self.facts = model
+        super().__init__(cell, model)
         self.device = machine.require_device(cell.device)
         self.threads = cell.threads or machine.physical_cores()
         self.folder = openvino_made.folder_of(cell, model)
         self.pipeline: Any = None
-        self.tokenizer: Any = None
         self.load_s = 0.0
         self.stored: openvino_made.Stored | None = None
         self.realised: dict[str, str] = {}
@@ -103,7 +101,7 @@ class OpenVinoBackend:
         """Read and compile the model; the time is that of the pipeline's making, the KV cache's room included."""
         if not openvino_made.is_made(self.cell, self.facts):
             raise MeasurementError(f"There is no model {self.folder} for {self.cell.model}. Run the command again, so that it is made.")
-        with _foreign_errors("loading"):
+        with foreign_errors("loading", "OpenVINO", _said):
             genai = importlib.import_module("openvino_genai")
             self.realised = realised_properties(self._properties())
             scheduler = genai.SchedulerConfig()
@@ -186,7 +184,7 @@ class OpenVinoBackend:
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
         self._require_room(prompts, output_tokens)
         rows = Rows(len(prompts), output_tokens, emit)
-        with _foreign_errors("generating"):
+        with foreign_errors("generating", "OpenVINO", _said):
             self._run(prompts, output_tokens, rows)
         rows.require_whole()
 
@@ -221,7 +219,7 @@ class OpenVinoBackend:
         import numpy
         import torch
 
-        with _foreign_errors("scoring"):
+        with foreign_errors("scoring", "OpenVINO", _said):
             if self._scorer is None:
                 core = importlib.import_module("openvino").Core()
                 self._scorer = core.compile_model(self.folder / openvino_made.MODEL, "CPU", self._properties()).create_infer_request()
@@ -236,24 +234,6 @@ class OpenVinoBackend:
             asked = {name for one in self._scorer.model_inputs for name in one.get_names()}
             self._scorer.infer({name: value for name, value in given.items() if name in asked})
             return torch.from_numpy(self._scorer.get_tensor("logits").data[0, -last:].copy())
-
-    def new_history(self) -> Any:
-        raise MeasurementError("backend=openvino keeps no history. Use history=none.")
-
-    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
-        raise MeasurementError("backend=openvino is not measured turn by turn. Use history=none.")
-
-    def encode(self, text: str) -> Sequence[int]:
-        if self.tokenizer is None:
-            self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def language_model(self) -> tuple[Any, Any]:
-        raise MeasurementError("backend=openvino gives lm-eval no model. Leave quality_tasks out.")
 
     # Device
 
@@ -290,18 +270,7 @@ def realised_properties(asked: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-@contextlib.contextmanager
-def _foreign_errors(doing: str) -> Iterator[None]:
-    """Map the errors of OpenVINO to ours, each on one line."""
-    try:
-        yield
-    except LlmbenchError:
-        raise
-    except MemoryError:
-        raise OutOfMemory(f"Memory ran out while {doing}.") from None
-    except Exception as error:
-        said = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check '"))]
-        text = f"OpenVINO failed while {doing}: {type(error).__name__}: {said[0][:200] if said else first_line(error)}"
-        if any(word in str(error).lower() for word in ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate")):
-            raise OutOfMemory(text) from error
-        raise MeasurementError(text) from error
+def _said(error: Exception) -> str:
+    """What an error says, without the places in its sources that OpenVINO puts before it."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check '"))]
+    return lines[0][:200] if lines else first_line(error)

