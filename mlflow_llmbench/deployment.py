@@ -30,6 +30,7 @@ SERVED_HISTORIES = ("none", "recomputed")
 
 PACKAGES = {
     "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum"), "torchao": ("torchao",), "hqq": ("hqq",), "quanto": ("optimum-quanto",),
+    "bitsandbytes": ("bitsandbytes",), "compressed-tensors": ("compressed-tensors",),
 }  # fmt: skip
 """Method of a quantization → what transformers loads it with, or makes it with while it loads."""
 
@@ -78,6 +79,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "dtype": _dtype(result),
         "compute_dtype": facts.get("model.dtype"),
         "quantization": _quantization(cell.quant, facts, model.source == "gguf", plan) if cell.backend == "transformers" else {},
+        "method": facts.get("quant.method"),
         "kernel": facts.get("quant.kernel"),
         "bits_per_weight": facts.get("quant.bits_per_weight"),
         "decode": cell.decode,
@@ -130,6 +132,8 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
         )
     if (cell.backend == "llama_cpp" or cell.quant.startswith("gptq")) and (result.load is None or result.load.made is None):
         raise UsageError(f"The run {evidence.run_id} does not say where the files are that it ran, so it cannot be served. Measure it again.")
+    if cell.backend == "llama_cpp" and result.load and result.load.facts.get("model.tokenizer") == "none":
+        raise UsageError(f"The GGUF file of the run {evidence.run_id} has no tokenizer, so it cannot answer texts. Measure a model that has one.")
     if cell.batching:
         raise UsageError(
             f"batching={cell.batching} cannot be served: the registered model batches the prompts of one request, and not requests that come one "
@@ -241,4 +245,4 @@ def _requirements(result: RunResult) -> tuple[str, ...]:
     wanted += ["gguf"] if result.model.source == "gguf" else []
     method = str(result.load.facts.get("quant.method")) if result.load else ""
     wanted += PACKAGES.get(method, ())
-    return tuple(f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in wanted if name in packages)
+    return tuple(f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in dict.fromkeys(wanted) if name in packages)

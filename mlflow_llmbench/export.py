@@ -37,6 +37,10 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
         raise UsageError(f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m {uri}")
     if config["quantization"].get("class") in ("TorchAoConfig", "QuantoConfig", "hqq") and target in ("vllm", "tgi", "sglang", "transformers"):
         raise UsageError(f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models serve -m {uri}")
+    if config.get("tokenizer") and target in ("vllm", "tgi", "sglang"):
+        raise UsageError(f"{uri} runs a checkpoint that was made here and has no tokenizer of its own. Serve it with: mlflow models serve -m {uri}")
+    if config["backend"] == "llama_cpp" and config["device"] != "cpu" and target in ("docker-compose", "kubernetes"):
+        raise UsageError(f"{uri} was measured on a GPU, and the image of this {target} has no CUDA build of llama.cpp. Export for llama.cpp.")
     comment = "".join(f"# {line}\n" for line in _measured(config, uri, target))
     return comment + TARGETS[target](config, uri, requirements)
 
@@ -101,7 +105,7 @@ def _dtype(config: Config) -> str:
 
 def _vllm(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     _no_gguf(config, "vllm")
-    if config["quant"] in BITSANDBYTES:
+    if config["quant"] in BITSANDBYTES or config.get("method") == "bitsandbytes":
         raise _cannot(config, "vllm", "it has no bitsandbytes any more (seen in 0.33)")
     options: Options = {"--revision": config["revision"]} if _from_hub(config) else {}
     options |= {"--dtype": _dtype(config), "--max-model-len": str(_tokens(config)), "--max-num-seqs": str(config["batch_size"])}
@@ -164,6 +168,7 @@ def _llama_cpp(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
         note += "# transformers had unpacked this file; llama.cpp runs it packed, with other memory and speed.\n"
         return note + _command(["llama-server"], options)
     options |= {"--cache-type-k": config["kv_cache"], "--cache-type-v": config["kv_cache"]} if config["kv_cache"] != "f16" else {}
+    options |= {"--flash-attn": "off"} if config["attention"] == "eager" else {}
     options |= {} if config["mmap"] else {"--load-mode": "none"}
     return note + _command(["llama-server"], options)
 
@@ -181,11 +186,13 @@ def _transformers(config: Config, uri: str, requirements: tuple[str, ...]) -> st
     arguments += [f"{name}={value!r}" for name, value in named.items()]
     names = ", ".join(sorted(["AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", *([kind] if kind else [])]))
     threads = f"torch.set_num_threads({config['threads']})\n" if config["threads"] else ""
-    files = "".join(f", {name}={value!r}" for name, value in named.items())
+    other = config.get("tokenizer") or {"location": config["location"]}
+    words = {"revision": other["revision"]} if other.get("revision") else {} if config.get("tokenizer") else named
+    files = "".join(f", {name}={value!r}" for name, value in words.items())
     return f"""{"import torch" + chr(10) if threads else ""}from transformers import {names}
 
 {threads}location = {config["location"]!r}
-tokenizer = AutoTokenizer.from_pretrained(location{files})
+tokenizer = AutoTokenizer.from_pretrained({repr(other["location"]) if config.get("tokenizer") else "location"}{files})
 model = AutoModelForCausalLM.from_pretrained(location, {", ".join(arguments)})
 end = model.generation_config.eos_token_id
 model.generation_config = GenerationConfig()  # as it was measured: greedy, without the checkpoint's sampling and penalties
@@ -228,7 +235,10 @@ def _docker_compose(config: Config, uri: str, requirements: tuple[str, ...]) -> 
 
 
 def _local_volume(config: Config) -> list[str]:
-    return [] if _from_hub(config) else [f"{config['location']}:{config['location']}:ro"]
+    other = config.get("tokenizer") or {"revision": "of the Hub"}
+    places = [] if _from_hub(config) else [config["location"]]
+    places += [] if other["revision"] else [other["location"]]
+    return [f"{place}:{place}:ro" for place in places]
 
 
 def _kubernetes(config: Config, uri: str, requirements: tuple[str, ...]) -> str:

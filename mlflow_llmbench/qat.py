@@ -18,7 +18,7 @@ from . import estimate, machine, reference, supervise, tracking
 from .backends.base import backend_class
 from .cell import Cell, Options
 from .context import fingerprint_tags
-from .errors import MeasurementError, UsageError, first_line
+from .errors import LlmbenchError, UsageError, first_line
 from .journal import new_sweep, write_bytes, write_json
 from .metrics import COLOURS
 from .node import Task
@@ -103,7 +103,9 @@ class _Job:
             outcome = "ok"
         except KeyboardInterrupt:
             outcome, message = "interrupted", "Interrupted." + ("" if self.saved else " No checkpoint was written.")
-        except MeasurementError as error:
+        except LlmbenchError as error:
+            if self.run_id is None:
+                raise
             message = str(error)
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)

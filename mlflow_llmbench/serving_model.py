@@ -185,16 +185,27 @@ class GgufFile:
         no_device = (ctypes.c_void_p * 1)(None)
         if not on_gpu:
             settings.devices = ctypes.cast(no_device, ctypes.c_void_p)
+        elif not lib.llama_supports_gpu_offload():
+            raise MlflowException(
+                f"This was measured on {config['device']}, and this build of llama-cpp-python has no GPU support. Build it again: "
+                "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
+            )
+        else:
+            settings.split_mode, settings.main_gpu = 0, int(config["device"].partition(":")[2] or 0)
         file = self._file(config)
         self.model = lib.llama_model_load_from_file(file.encode(), settings)
         if not self.model:
             raise MlflowException(f"llama.cpp cannot load {file}. Its log says why.")
-        kind = lib.llama_ftype_name(lib.llama_model_ftype(self.model)).decode()
+        kind = (lib.llama_ftype_name(lib.llama_model_ftype(self.model)) or b"unknown").decode()
         if kind != config["file_type"]:
             raise MlflowException(f"The model was measured as {config['file_type']}, and {file} is {kind}.")
         self.vocabulary = lib.llama_model_get_vocab(self.model)
+        if int(lib.llama_vocab_type(self.vocabulary)) == int(lib.LLAMA_VOCAB_TYPE_NONE):  # asked to cut a text, llama.cpp would end the process
+            raise MlflowException(f"{file} has no tokenizer, so it cannot answer texts.")
         self.words = int(lib.llama_vocab_n_tokens(self.vocabulary))
         self.rows = int(config["batch_size"])
+        if self.rows > int(lib.llama_max_parallel_sequences()):
+            raise MlflowException(f"batch_size={self.rows} is more than llama.cpp's {int(lib.llama_max_parallel_sequences())} sequences.")
         most = int(config["max_prompt_tokens"] or lib.llama_model_n_ctx_train(self.model)) + int(config["max_new_tokens"])
         context = lib.llama_context_default_params()
         context.n_ctx, context.n_seq_max, context.n_batch = self.rows * -(-most // self.ROOM) * self.ROOM, self.rows, self.CHUNK
@@ -204,6 +215,7 @@ class GgufFile:
         context.flash_attn_type = 0 if config["attention"] == "eager" else -1
         context.offload_kqv = context.op_offload = on_gpu
         context.swa_full, context.kv_unified = False, False
+        context.n_outputs_max, context.n_outputs_max_per_seq = self.rows, 1
         self.context = lib.llama_init_from_model(self.model, context)
         if not self.context:
             raise MlflowException(f"llama.cpp finds no memory for {self.rows} rows of {most} tokens. Load with a smaller batch_size.")
@@ -302,7 +314,8 @@ with warnings.catch_warnings(record=True):
             rows = model_input.to_dict("records") if hasattr(model_input, "to_dict") else model_input
             prompts = [str(row["prompt"]) if isinstance(row, dict) else str(row) for row in rows]
             most, size = int(self.config["max_new_tokens"]), int(self.config["batch_size"])
-            wanted = int((params or {}).get("max_new_tokens") or most)
+            asked = (params or {}).get("max_new_tokens")
+            wanted = most if asked is None else int(asked)
             if not 1 <= wanted <= most:
                 raise refused(
                     f"max_new_tokens is not from 1 to {most}, which was measured: {wanted}. Ask for less, or load with another max_new_tokens."

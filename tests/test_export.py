@@ -31,7 +31,7 @@ OPTIONS = {
     "tgi": ["--model-id", "--revision", "--quantize", "--dtype", "--max-input-tokens", "--max-total-tokens", "--max-batch-size",
             "--max-batch-prefill-tokens", "--max-batch-total-tokens", "--trust-remote-code"],
     "llama.cpp": ["--model", "--parallel", "--ctx-size", "--n-predict", "--temp", "--threads", "--n-gpu-layers", "--hf-repo", "--hf-file",
-                  "--cache-type-k", "--cache-type-v", "--load-mode"],
+                  "--cache-type-k", "--cache-type-v", "--load-mode", "--flash-attn"],
 }  # fmt: skip
 """Options that the programs have: read in the packages vllm 0.33.0 and sglang 0.5.23, in llama.cpp's sources, and in TGI's published list."""
 
@@ -115,8 +115,27 @@ def test_what_llama_cpp_ran_is_exported_for_its_own_server() -> None:
     assert {part for part in command(text) + command(hub) if part.startswith("--")} <= set(OPTIONS["llama.cpp"])
     compose = yaml.safe_load(export(packed(), ("llama-cpp-python==0.3.36",), uri="models:/bot/1", target="docker-compose"))["services"]["model"]
     assert (compose["image"], compose["volumes"][-1]) == ("python:3.11", "/cache:/cache:ro")
+    assert "--flash-attn off" in export(packed(attention="eager"), uri="models:/bot/1", target="llama.cpp").replace(" \\\n  ", " ")
+    on_gpu = packed() | {"device": "cuda"}
+    with pytest.raises(UsageError, match="was measured on a GPU, and the image of this docker-compose has no CUDA build"):
+        export(on_gpu, uri="models:/bot/1", target="docker-compose")
     with pytest.raises(UsageError, match="was measured with llama.cpp, and transformers would unpack its file"):
         export(packed(), uri="models:/bot/1", target="transformers")
+
+
+def test_a_checkpoint_that_was_made_here_takes_its_tokenizer_from_where_it_came() -> None:
+    result = made(
+        cell=Cell(model="m", quant="gptq", output_tokens=5), model=ModelFacts("m", "folder", "/models/own", "c0ffee"),
+        load=LoadInfo(1.0, facts={"model.dtype": "bfloat16", "quant.method": "gptq"}, made="/cache/own-gptq"),
+    )  # fmt: skip
+    settings = dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
+    script = export(settings, uri="models:/bot/1", target="transformers")
+    assert "AutoTokenizer.from_pretrained('/models/own')" in script
+    assert "location = '/cache/own-gptq'" in script
+    compose = yaml.safe_load(export(settings, uri="models:/bot/1", target="docker-compose"))["services"]["model"]
+    assert compose["volumes"][1:] == ["/cache/own-gptq:/cache/own-gptq:ro", "/models/own:/models/own:ro"]
+    with pytest.raises(UsageError, match="was made here and has no tokenizer of its own. Serve it with: mlflow models serve -m models:/bot/1"):
+        export(settings, uri="models:/bot/1", target="vllm")
 
 
 def test_a_checkpoint_of_its_own_dtype_is_not_left_to_what_an_engine_calls_auto() -> None:

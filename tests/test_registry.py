@@ -319,6 +319,15 @@ def test_what_cannot_be_served_is_not_registered(field: str, value: str, message
         deploy(dataclasses.replace(result, cell=dataclasses.replace(result.cell, **{field: value})))
 
 
+def test_a_gguf_file_without_a_tokenizer_is_not_registered() -> None:
+    """Asked to cut a text with it, llama.cpp ends the process."""
+    facts = {"quant.type": "Q4_0", "kv_cache.type": "f16", "model.tokenizer": "none"}
+    cell = Cell(model="m", backend="llama_cpp", quant="q4_0", output_tokens=5)
+    result = made(cell=cell, model=ModelFacts("m", "folder", "/models/m", "c"), load=LoadInfo(1.0, facts=facts, made="/cache/m.gguf"))
+    with pytest.raises(UsageError, match="has no tokenizer, so it cannot answer texts"):
+        deploy(result)
+
+
 def test_recomputed_conversations_are_served_up_to_their_longest_history() -> None:
     """A client sends the whole conversation with each turn, as it was measured."""
     result = real("none")
@@ -341,6 +350,8 @@ def test_the_figures_of_a_version_come_before_its_evidence() -> None:
 
 def test_a_checkpoint_that_is_quantized_already_pins_what_loads_it() -> None:
     packages = {"torch": "2.13.0+cpu", "gptqmodel": "7.6.0", "optimum": "2.1.0", "bitsandbytes": "0.50.2"}
+    ready = dataclasses.replace(real("none", **{"quant.method": "bitsandbytes"}), environment={"packages": packages})
+    assert "bitsandbytes==0.50.2" in deployment_of(ready, summarize(ready), Evidence("r", "s", Verdict("valid"))).requirements
     for method, pinned in (("awq", True), ("gptq", True), ("none", False)):
         result = dataclasses.replace(real("none", **{"quant.method": method}), environment={"packages": packages})
         found = deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid"))).requirements

@@ -274,8 +274,12 @@ def _loss(model: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
 def _save(model: Any, tokenizer: Any, scratch: Path, folder: Path, recipe: Mapping[str, Any]) -> None:
     """Write the checkpoint in bfloat16, which is what the cell quantizes; the folder gets its name when it is whole."""
     import torch
+    from transformers import GenerationConfig
 
     convert(model)
+    # Settings of sampling have no part in it, and some that are read cannot be written.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
     model.to(torch.bfloat16).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     (scratch / RECIPE).write_text(json.dumps(dict(recipe), indent=1), encoding="utf-8")

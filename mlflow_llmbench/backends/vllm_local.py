@@ -136,10 +136,12 @@ class VllmBackend(Engine):
     def _arguments(self) -> dict[str, Any]:
         """What the engine is made with. The first cell of a group has the most tokens; the others have room beside it, see `_require_room`."""
         tokens = self._most_tokens()
-        longest = min(max(tokens, SCORED_TOKENS), self.facts.context or tokens)
+        most = 2 * tokens + 4 * LEAST_ROWS * BLOCK  # what there is room for; how long texts are is not known here
+        longest = max(tokens, SCORED_TOKENS) if self.cell.prompt_tokens else max(most, SCORED_TOKENS)
+        longest = min(longest, self.facts.context or longest)
         shape = models.Shape.from_config(self.facts.config or {})
         value_bytes = 4 if self._dtype() == "float32" else 2
-        room = {"kv_cache_memory_bytes": (2 * tokens + 4 * LEAST_ROWS * BLOCK) * shape.kv_bytes_per_token(value_bytes)} if shape else {}
+        room = {"kv_cache_memory_bytes": most * shape.kv_bytes_per_token(value_bytes)} if shape else {}
         return {
             "model": sources.local_files(self.cell, self.facts)[0],
             "skip_tokenizer_init": True,
@@ -175,7 +177,7 @@ class VllmBackend(Engine):
         kv_type = compute if cache.cache_dtype == "auto" else cache.cache_dtype
         facts: dict[str, str | int | float] = {
             "model.dtype": str(compute).removeprefix("torch."),
-            "model.class": type(runner.model).__name__,
+            "model.class": type(runner.get_model()).__name__,  # `model` may be a wrapper that replays CUDA graphs
             "model.revision": self.facts.revision,
             "model.weights_format": checkpoint.weights_format(sources.local_files(self.cell, self.facts)[0]),
             "model.device": self.device,
@@ -241,7 +243,7 @@ class VllmBackend(Engine):
         if needed > self._room() or len(prompts) > most or longest > settings.model_config.max_model_len:
             raise MeasurementError(
                 f"vLLM made room for {self._room()} tokens of {most} rows, each of {settings.model_config.max_model_len} at most, by the largest "
-                f"cell of this load, and {len(prompts)} rows of up to {longest} tokens need more. Measure this cell in a command of its own."
+                f"cell of this load, and {len(prompts)} rows of up to {longest} tokens need more. Measure this cell in a command of its own, or shorter texts."
             )
 
     def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
