@@ -3,8 +3,8 @@
     python docs/screenshots.py --tracking-uri sqlite:///mlflow.db --experiment llmbench --out docs/images
 
 compare.png: the published comparison view · run.png: a run with its description and metrics · charts.png: a chart among its
-artifacts · runs.png: the runs as a table. Where the store holds a registered version of ours and the recommendation that it came
-from: recommendation.png and front.png: its text and its chart among the artifacts of the sweep's run · model.png: the registered
+artifacts · runs.png: the runs as a table · texts.png: what they answered, side by side, if that was text. Where the store holds a
+registered version of ours and the recommendation that it came from: recommendation.png and front.png: its text and its chart among the artifacts of the sweep's run · model.png: the registered
 model with its aliases · version.png: the champion's page. `--only` takes some of them.
 Needs selenium, Chromium and its driver; they are no dependency of the package.
 """
@@ -134,6 +134,7 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
         "run.png": (run, 1000, "[role=row], table"),
         "charts.png": (f"{run}/artifacts/{chart}", 800, PREVIEWED),
         "runs.png": (fragment.replace("=CHART", "=TABLE"), 700, ".ag-row"),
+        "texts.png": (fragment.replace("=CHART", "=ARTIFACT"), 800, "input[placeholder^='Filter by']:not([disabled])"),
     } | decision_pages(client)
 
 

@@ -48,6 +48,7 @@ PROBE_S = 2.0
 
 PARENT_TAG = "mlflow.parentRunId"
 UPLOADED_TAG = "llmbench.uploaded"
+TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, which `log_table` sets
 """Set when everything of a run has arrived."""
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -280,7 +281,7 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
     log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
     _log_workload(store, run_id, result)
-    store.client.log_artifacts(run_id, str(artifacts))
+    _log_artifacts(store, run_id, artifacts)
     store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last: what was cut off in the middle must be found again
 
 
@@ -385,8 +386,17 @@ def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: st
     log_metrics(store, run_id, figures)
     log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
     if artifacts.is_dir():
-        store.client.log_artifacts(run_id, str(artifacts))
+        _log_artifacts(store, run_id, artifacts)
     store.client.set_tag(run_id, UPLOADED_TAG, "true")
+
+
+def _log_artifacts(store: Store, run_id: str, folder: Path) -> None:
+    """All files of a folder, its tables named where the UI looks for those that it sets side by side: `texts.json` first."""
+    store.client.log_artifacts(run_id, str(folder))
+    tables = sorted(folder.glob("tables/*.json"), key=lambda file: (file.name != "texts.json", file.name))
+    if tables:
+        named = [{"path": file.relative_to(folder).as_posix(), "type": "table"} for file in tables]
+        store.client.set_tag(run_id, TABLES_TAG, json.dumps(named))
 
 
 def runs_of_sweep(store: Store, sweep: str) -> list[Run]:

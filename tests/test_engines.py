@@ -189,7 +189,7 @@ def test_tokens_and_logits_are_those_of_transformers(backend: str, tiny_model: P
     assert found["vocab_size"] == 512
     assert torch.allclose(torch.tensor(found["logits"]), logits, atol=2e-3)
     assert found["problem"].startswith("MeasurementError")
-    assert "need more. Measure this cell in a command of its own." in found["problem"]
+    assert "need more. Measure this cell in a command of its own" in found["problem"]
 
 
 @pytest.mark.slow

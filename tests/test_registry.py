@@ -377,3 +377,15 @@ def test_register_is_an_entry_point_of_the_project(store_uri: str, tmp_path: Pat
     [own] = client.search_runs(["0"])
     assert own.data.tags["llmbench.registered"] == "models:/support-bot/1"
     assert own.info.status == "FINISHED"
+
+
+def test_tables_are_named_where_the_ui_sets_them_side_by_side(run_id: str, store_uri: str) -> None:
+    """MLflow's evaluation view knows only tables that this tag names; texts are first."""
+    client = MlflowClient(store_uri)
+    named = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
+    assert {item["type"] for item in named} == {"table"}
+    paths = [item["path"] for item in named]
+    assert sorted(paths) == sorted(item.path for item in client.list_artifacts(run_id, "tables") if item.path.endswith(".json"))
+    assert paths[0] == "tables/texts.json" or "tables/texts.json" not in paths
+    data = json.loads(Path(client.download_artifacts(run_id, paths[0])).read_text())
+    assert {"columns", "data"} <= data.keys()
