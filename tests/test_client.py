@@ -88,10 +88,10 @@ def test_stamps_are_the_servers_own(server: str, endpoint: str) -> None:
 def test_the_golden_accuracy_at_sixty_four_streams(server: str) -> None:
     """Each TTFT beside the server's own, from its receipt to its first write: the median within 2 ms, and every count exact.
 
-    Client and server share this machine's cores, so the best of three loads counts: others can only make it worse.
+    Client and server share this machine's cores with other tests, so the best of ten loads counts: others can only make it worse.
     """
     best = math.inf
-    for _ in range(3):
+    for _ in range(10):
         records, _ = send(server, "ttft_ms=50+itl_ms=20", Load(requests=64, concurrency=64), output_tokens=20)
         log = read_log(server)
         assert [r.outcome for r in records] == ["complete"] * 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -34,6 +35,8 @@ from mlflow_llmbench.training import Training, parse_training, read_texts
 from mlflow_llmbench.training_report import TRAINED, UNQUANTIZED, UNTRAINED, Trained, conclusion, format_trained, training_figures
 from tests.loading import loaded
 from tests.test_survival import until
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs the package torchao")
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = 32
