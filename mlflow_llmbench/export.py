@@ -186,13 +186,14 @@ def _transformers(config: Config, uri: str, requirements: tuple[str, ...]) -> st
     arguments += [f"{name}={value!r}" for name, value in named.items()]
     names = ", ".join(sorted(["AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", *([kind] if kind else [])]))
     threads = f"torch.set_num_threads({config['threads']})\n" if config["threads"] else ""
-    other = config.get("tokenizer") or {"location": config["location"]}
-    words = {"revision": other["revision"]} if other.get("revision") else {} if config.get("tokenizer") else named
+    texts, words = "location", named
+    if other := config.get("tokenizer"):
+        texts, words = repr(other["location"]), {"revision": other["revision"]} if other["revision"] else {}
     files = "".join(f", {name}={value!r}" for name, value in words.items())
     return f"""{"import torch" + chr(10) if threads else ""}from transformers import {names}
 
 {threads}location = {config["location"]!r}
-tokenizer = AutoTokenizer.from_pretrained({repr(other["location"]) if config.get("tokenizer") else "location"}{files})
+tokenizer = AutoTokenizer.from_pretrained({texts}{files})
 model = AutoModelForCausalLM.from_pretrained(location, {", ".join(arguments)})
 end = model.generation_config.eos_token_id
 model.generation_config = GenerationConfig()  # as it was measured: greedy, without the checkpoint's sampling and penalties
@@ -235,9 +236,9 @@ def _docker_compose(config: Config, uri: str, requirements: tuple[str, ...]) -> 
 
 
 def _local_volume(config: Config) -> list[str]:
-    other = config.get("tokenizer") or {"revision": "of the Hub"}
+    other = config.get("tokenizer")
     places = [] if _from_hub(config) else [config["location"]]
-    places += [] if other["revision"] else [other["location"]]
+    places += [other["location"]] if other and not other["revision"] else []
     return [f"{place}:{place}:ro" for place in places]
 
 

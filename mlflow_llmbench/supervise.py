@@ -159,13 +159,7 @@ def run_worker(
     job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
     job |= {"quality": quality, "searches": more is not None, "training": training}
     failure: LlmbenchError | None = None
-    variables = _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0])
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("ab") as log:
-        process = subprocess.Popen(
-            [interpreter.command(cells[0].worker_python), "-m", "mlflow_llmbench.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables,
-        )  # fmt: skip
+    process = _start(cells[0], log_file, _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0]))
     watch = _Watch(process, outcome, limits or Limits(), on_event, watches_memory=cells[0].scenario != "online", more=more)
     try:
         assert process.stdin
@@ -227,6 +221,16 @@ def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], Gro
                 outcome.take(event)
     if folders:
         yield folders, outcome
+
+
+def _start(cell: Cell, log_file: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A worker with its log, in the interpreter that the cell names."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as log:
+        return subprocess.Popen(
+            [interpreter.command(cell.worker_python), "-m", "mlflow_llmbench.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables,
+        )  # fmt: skip
 
 
 def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
