@@ -1,9 +1,9 @@
-"""Does the knapsack choose better than chance? `python benchmarks/mixed.py MODEL [--budgets 5.5,7] [--blind 3] [--out FILE]`.
+"""Does a mixed plan pay? `python benchmarks/mixed.py MODEL [--budgets 5.5,7] [--uniform int4-wo:32,…] [--blind 3] [--out FILE]`.
 
-For each budget a plan is made as `quant=mixed` makes it, and its KL divergence from the unquantized model is measured on passages that it
-was not made with, beside blind plans of exactly as many bytes: the same schemes, dealt to the blocks of each kind without a look at their
-cost. Uniform int8 and int4 stand beside them. Differences are over the same passages, with Student's 95 % intervals. MODEL is a folder
-with real weights; the first time takes some minutes.
+A plan is made as `quant=mixed` makes it, and its KL divergence from the unquantized model is measured on passages that it was not made
+with: at the bytes of each uniform quantization (a name and its group size), beside that quantization; and at each budget, beside blind
+plans of exactly as many bytes, which are the same schemes dealt to the blocks of each kind without a look at their cost. Differences are
+over the same passages, with Student's 95 % intervals. MODEL is a folder with real weights; the first time takes some minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlflow_llmbench import machine
-from mlflow_llmbench.backends import mixed, sources
+from mlflow_llmbench.backends import inspection, mixed, scoring, sources
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.quant_plan import QUANTIZED, Sensitivity
@@ -61,6 +61,22 @@ def mean_with_ends(values: Sequence[float]) -> dict[str, float]:
     return {"mean": round(fmean(values), 6), "low": round(low, 6), "high": round(high, 6)}
 
 
+def uniform_logits(model: str, scheme: str, group_size: int, modules: Sequence[str], ids: Any) -> tuple[Any, int]:
+    """The logits of a model in one quantization throughout, and the bytes that these of its layers hold."""
+    cell = Cell(model=model, quant=scheme, group_size=group_size, workload="summarization", prompt_tokens=None)
+    facts = TransformersBackend.resolve(cell)
+    TransformersBackend.prepare(cell, facts)
+    backend = TransformersBackend(cell, facts)
+    backend.load()
+    logits = mixed._logits(backend.model, ids).float()
+    return logits, sum(inspection.layer_bytes(backend.model.get_submodule(module)) for module in modules)
+
+
+def divergences(reference: Any, logits: Any) -> tuple[float, ...]:
+    """KL divergence of each passage, nats."""
+    return tuple(fmean(scoring.divergence(its, own)[0]) for its, own in zip(reference, logits, strict=True))
+
+
 def main() -> int:
     """Print one JSON object; exit code 1 if a plan was not better than each of its blind ones."""
     import torch
@@ -68,6 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--budgets", default="5.5,7")
+    parser.add_argument("--uniform", default="int4-wo:32,hqq4:32,gptq:32")
     parser.add_argument("--blind", type=int, default=3, help="blind plans for each budget")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -76,7 +93,14 @@ def main() -> int:
     facts = TransformersBackend.resolve(cell)
     TransformersBackend.prepare(cell, facts)
     found = mixed.plan_of(cell, facts).sensitivity
+    modules = [module for block in found.blocks for module in block.modules]
     rows: list[dict[str, Any]] = []
+
+    def keep(name: str, block_bytes: int, values: Sequence[float], **more: Any) -> None:
+        bits = round(8 * block_bytes / found.weights, 3)
+        rows.append({"plan": name, "bytes": found.fixed_bytes + block_bytes, "bits": bits, "kl": mean_with_ends(values), **more})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+
     with torch.inference_mode():
         model = mixed._load(cell, facts.location, found.kept)
         ids = torch.tensor(passages(sources.load_tokenizer(cell, facts)))
@@ -85,14 +109,19 @@ def main() -> int:
         def measure(name: str, schemes: Mapping[str, str]) -> tuple[float, ...]:
             with mixed._as(model, {module: schemes[block.name] for block in found.blocks for module in block.modules}, "cpu"):
                 values = mixed._divergences(model, ids, reference)
-            size = found.fixed_bytes + sum(block.stored[schemes[block.name]] for block in found.blocks)
             counts = {scheme: list(schemes.values()).count(scheme) for scheme in found.schemes}
-            rows.append({"plan": name, "bytes": size, "blocks": counts, "kl": mean_with_ends(values)})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            keep(name, sum(block.stored[schemes[block.name]] for block in found.blocks), values, blocks=counts)
             return values
 
         for scheme in QUANTIZED:
             measure(scheme, dict.fromkeys((block.name for block in found.blocks), scheme))
+        for pair in filter(None, given.uniform.split(",")):
+            scheme, _, group = pair.partition(":")
+            logits, block_bytes = uniform_logits(given.model, scheme, int(group or 128), modules, ids)
+            other = divergences(reference, logits)
+            keep(f"{scheme}, groups of {group or 128}", block_bytes, other)
+            own = measure(f"mixed, bytes of {pair}", mixed.choose(found, f"{found.fixed_bytes + block_bytes}B").schemes)
+            rows[-1]["mixed_less_uniform"] = mean_with_ends([a - b for a, b in zip(own, other, strict=True)])
         for budget in budgets:
             schemes = dict(mixed.choose(found, budget).schemes)
             own = measure(f"mixed, {budget}", schemes)

@@ -18,10 +18,13 @@ HEAD_BYTES = 65536
 
 BODILESS = (204, 304)
 
+MOST_JOINED = 4096
+"""Bytes of a part without a line ending to which the next read is joined; beyond it joining would copy too much."""
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take: seconds to connect, to the first byte of the body, between reads, in all; bytes and reads of the answer."""
+    """What one request may take: seconds to connect, to the first byte of the body, between reads, in all; bytes of the answer, and reads, those of one line as one."""
 
     connect_s: float = 10.0
     first_s: float = 300.0
@@ -33,7 +36,8 @@ class Limits:
 
 @dataclass(eq=False)
 class Exchange:
-    """One request and the raw bytes of its answer. `stamps[i]` (ns, monotonic) is the arrival of `parts[i]`.
+    """One request and the raw bytes of its answer. `stamps[i]` (ns, monotonic) is the arrival of `parts[i]`, of its last byte where several
+    reads are one part: bytes without a line ending complete no event, so the next read goes with them.
 
     `framed` says that the body ended as its chunks or its length say; where only the connection's end ends it, a cut cannot be told. `fault` is the outcome where the transport already knows it
     (`timeout`, `refused`, `malformed`), and `message` why. `conversation` and `turn` say which turn of which conversation it is, from 1,
@@ -208,8 +212,12 @@ class Connection(asyncio.Protocol):
 
     def _add(self, data: bytes, now: int) -> None:
         assert self.exchange is not None
-        self.exchange.stamps.append(now)
-        self.exchange.parts.append(data)
+        stamps, parts = self.exchange.stamps, self.exchange.parts
+        if parts and len(before := parts[-1]) < MOST_JOINED and b"\n" not in before and b"\r" not in before:
+            parts[-1], stamps[-1] = before + data, now  # a proxy may cut an event into as many reads as it has bytes
+            return
+        stamps.append(now)
+        parts.append(data)
 
     def _until_close(self, data: bytes, now: int) -> None:
         self._add(data, now)

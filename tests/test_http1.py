@@ -139,7 +139,7 @@ def test_an_answer_has_a_budget_of_bytes_and_of_reads() -> None:
     exchange, _, ended = answer(endless, limits=Limits(most_bytes=50_000))
     assert (ended, exchange.fault) == (True, "malformed")
     assert sum(map(len, exchange.parts)) < 52_000
-    exchange, _, ended = answer([HEAD + b"\r\n", *[b"x"] * 200], limits=Limits(most_reads=100))
+    exchange, _, ended = answer([HEAD + b"\r\n", *[b"\n"] * 200], limits=Limits(most_reads=100))
     assert (ended, exchange.fault, len(exchange.parts)) == (True, "malformed", 101)
 
 
@@ -163,3 +163,18 @@ def test_stamps_are_those_of_the_reads_that_end_an_event() -> None:
     exchange, _, _ = answer([HEAD + b"\r\n" + EVENTS[0][:-1], EVENTS[0][-1:] + EVENTS[1], *EVENTS[2:]], cut=True)
     record = read_answer(exchange)
     assert record.stamps_ns == (exchange.stamps[1], exchange.stamps[1], exchange.stamps[2])
+
+
+def test_an_answer_cut_into_its_bytes_is_no_flood() -> None:
+    """Each byte a read: as many parts as there are lines, each stamped with its last byte; only lines without end are too many."""
+    stream = STREAMS["chunked"]
+    exchange, _, ended = answer([bytes([byte]) for byte in stream], limits=Limits(most_reads=20))
+    assert ended
+    assert (exchange.fault, b"".join(exchange.parts)) == ("", b"".join(EVENTS))
+    assert all(part.count(b"\n") == 1 and part.endswith(b"\n") for part in exchange.parts)
+    assert sorted(exchange.stamps) == exchange.stamps
+    assert read_answer(exchange).outcome == "complete"
+    lines, _, _ = answer([HEAD, b"\r\n", *[b"\n"] * 30], limits=Limits(most_reads=20))
+    assert lines.fault == "malformed"
+    line, _, _ = answer([HEAD, b"\r\n", *[b"x"] * 3 * 4096], limits=Limits(most_reads=20))
+    assert [len(part) for part in line.parts] == [4096] * 3
