@@ -36,7 +36,7 @@ Panels = Sequence[tuple[str, str, str]]  # model or "" for all, metric, heading
 INK, GREY, LIGHT = "#22272e", "#6b7480", "#e3e6ea"
 BLUE, ORANGE, RED, BROWN = "#2e6da4", "#d9820f", "#c0392b", "#8c6d31"
 
-DESCRIBED = ("quant", "batch_size", "prompt_tokens", "output_tokens", "workload")  # settings that a subtitle names
+DESCRIBED = ("quant", "batch_size", "concurrency", "request_rate", "prompt_tokens", "output_tokens", "workload")  # settings that a subtitle names
 
 SWEEP_AXES = {
     "throughput/output_tokens_per_s": ("throughput", "throughput", "output tokens/s"),
@@ -153,12 +153,17 @@ def _number(value: float) -> str:
 
 
 def _describe(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
-    """Say the settings in words: `quantization int8 · batch size 4 · 128 prompt tokens`."""
+    """Say the settings in words: `quantization int8 · batch size 4 · 128 prompt tokens`; of a server its load in place of a batch."""
+    online, rate = cell.scenario == "online", cell.request_rate
     words = {
-        "quant": f"quantization {cell.quant}", "batch_size": f"batch size {cell.batch_size}", "workload": f"{_name(cell.workload)} prompts",
+        "quant": "" if online and cell.quant == "none" else f"quantization {cell.quant}",
+        "batch_size": "" if online else f"batch size {cell.batch_size}",
+        "concurrency": "" if not online or rate else f"{cell.concurrency} {'user' if cell.concurrency == 1 else 'users'}",
+        "request_rate": f"{rate:g} requests/s" if rate else "",
+        "workload": f"{_name(cell.workload)} prompts",
         "prompt_tokens": f"{cell.prompt_tokens or 'auto'} prompt tokens", "output_tokens": f"{cell.output_tokens} output tokens",
     }  # fmt: skip
-    return " · ".join(words[name] for name in names)
+    return " · ".join(words[name] for name in names if words[name])
 
 
 def _requests(result: RunResult) -> list[RequestRecord]:

@@ -236,6 +236,17 @@ def test_bars_stand_by_batch_size_and_quantization() -> None:
     assert heights(memory) == pytest.approx([2, 1, 1, 0.5, 2, 1, 1, 0.5])  # each bar with its weights
 
 
+@pytest.mark.parametrize(
+    ("axis", "values", "told"), [("concurrency", (1, 4), ""), ("prompt_tokens", (16, 32), "4 users · "), ("request_rate", (1.0, 2.0), "")]
+)
+def test_of_a_server_the_load_is_told_and_no_batch(axis: str, values: tuple[Any, ...], told: str) -> None:
+    cell = Cell(backend="openai", url="http://127.0.0.1:1", model="m", concurrency=4, prompt_tokens=16)
+    points = [(dataclasses.replace(cell, **{axis: value}), {"throughput/output_tokens_per_s": 10.0}) for value in values]
+    figure = charts._sweep_figure(points, "throughput/output_tokens_per_s")
+    constant = "" if axis == "prompt_tokens" else "16 prompt tokens · "
+    assert [text.get_text() for text in figure.texts][1] == f"higher is better · {told}{constant}128 output tokens · synthetic prompts"
+
+
 def test_a_backend_that_the_quantization_tells_makes_no_groups() -> None:
     points = [(Cell(quant=quant, backend=backend), {"throughput/output_tokens_per_s": 10.0}) for quant, backend in PACKED]
     (axes,) = axes_of(charts._sweep_figure(points, "throughput/output_tokens_per_s"))

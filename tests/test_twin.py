@@ -19,6 +19,7 @@ from mlflow_llmbench.records import MemoryStages, Repetition, RunResult
 from mlflow_llmbench.relations import relate
 from mlflow_llmbench.spec import parse
 from mlflow_llmbench.upload import upload
+from mlflow_llmbench.view import TAG
 from mlflow_llmbench.workload import WORDS
 
 from .test_online import request, result
@@ -26,6 +27,8 @@ from .test_online import request, result
 LAUNCH = "serve {model} --port {port} --q {quant}"
 SERVED = {"backend": "openai", "launch": LAUNCH, "twin": "true"}
 SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai"))
+PLAIN = "transformers serve {model} --port {port} --device cpu"
+BATCHING = f"{PLAIN} --continuous-batching --cb-block-size 32 --cb-num-blocks 64 --cb-max-batch-tokens 256"
 
 
 def pair(served_start: float = 30, served_tokens: int = 4) -> tuple[RunResult, RunResult]:
@@ -150,12 +153,32 @@ def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.skipif(not SERVING, reason="pip install 'transformers[serving]'")
+def test_transformers_serve_with_and_without_batching_in_one_view(word_model: Path, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["online", "--launch", f"{PLAIN} ; {BATCHING}", "--model", str(word_model), "--concurrency", "2"]
+    arguments += ["--prompt-tokens", "16", "--output-tokens", "8", "--repetitions", "5", "--warmup", "1", "--requests", "4"]
+    assert main([*arguments, "--tracking-uri", store_uri]) == 0
+    client = MlflowClient(store_uri)
+    experiment = client.get_experiment_by_name("llmbench")
+    [view] = [name.removeprefix(TAG) for name in experiment.tags if name.startswith(TAG)]
+    assert view in capsys.readouterr().out
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [one for one in runs if "mlflow.parentRunId" not in one.data.tags]
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"report.html", "report.md"}
+    served = [one for one in runs if one.data.tags.get("llmbench.scenario") == "online" and "mlflow.parentRunId" in one.data.tags]
+    assert {one.data.params["launch"] for one in served} == {PLAIN, BATCHING}
+    for one in served:
+        assert one.info.status == "FINISHED"
+        assert one.data.tags["llmbench.outcome"] == "complete"
+        assert one.data.metrics["errors/failed_ratio"] == 0
+        assert one.data.metrics["latency/ttft_ms_p50"] > 0
+        assert client.list_artifacts(one.info.run_id, "server.log")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SERVING, reason="pip install 'transformers[serving]'")
 def test_transformers_serve_with_and_without_batching_beside_its_twin(word_model: Path, store_uri: str, store_template: Path, tmp_path: Path) -> None:
-    plain = "transformers serve {model} --port {port} --device cpu"
-    batching = f"{plain} --continuous-batching --cb-block-size 32 --cb-num-blocks 64 --cb-max-batch-tokens 256"
-    arguments = ["online", "--launch", f"{plain} ; {batching}", "--model", str(word_model), "--twin", "--concurrency", "2"]
+    arguments = ["online", "--launch", f"{PLAIN} ; {BATCHING}", "--model", str(word_model), "--twin", "--concurrency", "2"]
     arguments += ["--prompt-tokens", "32", "--output-tokens", "16", "--repetitions", "5", "--warmup", "1", "--requests", "8"]
     assert main([*arguments, "--tracking-uri", store_uri]) == 0
     client = MlflowClient(store_uri)
@@ -163,7 +186,7 @@ def test_transformers_serve_with_and_without_batching_beside_its_twin(word_model
     [parent] = [one for one in runs if "mlflow.parentRunId" not in one.data.tags]
     [offline] = [one for one in runs if one.data.tags.get("llmbench.scenario") == "offline"]
     served = [one for one in runs if one.data.tags.get("llmbench.scenario") == "online"]
-    assert {one.data.params["launch"] for one in served} == {plain, batching}
+    assert {one.data.params["launch"] for one in served} == {PLAIN, BATCHING}
     for one in served:
         assert one.data.metrics["errors/failed_ratio"] == 0
         low, added, high = (one.data.metrics[f"twin/added_ttft_ms{end}"] for end in ("_ci_low", "", "_ci_high"))
@@ -185,7 +208,7 @@ def test_transformers_serve_with_and_without_batching_beside_its_twin(word_model
 @pytest.mark.slow
 @pytest.mark.skipif(not SERVING, reason="pip install 'transformers[serving]'")
 def test_transformers_serve_with_chats(word_model: Path, store_uri: str) -> None:
-    common = ["online", "--launch", "transformers serve {model} --port {port} --device cpu", "--model", str(word_model), "--endpoint", "chat"]
+    common = ["online", "--launch", PLAIN, "--model", str(word_model), "--endpoint", "chat"]
     common += ["--output-tokens", "8", "--repetitions", "5", "--warmup", "1", "--requests", "3", "--tracking-uri", store_uri]
     assert main([*common, "--workload", "chat", "--history", "sent", "--prompt-tokens", "auto"]) == 0
     client = MlflowClient(store_uri)
