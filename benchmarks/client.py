@@ -3,6 +3,8 @@
 128 streams of 50 tokens a second from the null server, which writes down when it wrote each token; stamps of one machine's
 monotonic clock are comparable between processes. Each client runs in a fresh process; the clients take turns, and the median of
 the rounds' ratios is compared with a goal. The others do what load clients commonly do: stamp an event, then parse its JSON.
+At 64 streams that begin at once, our TTFT is also held against the server's own, from its receipt to its first write.
+A busy machine, where the server itself is late and several events share a read, hides what an event costs: see `load_average`.
 Needs httpx and aiohttp (pip install httpx aiohttp), and uvloop for our client as it is installed with the extra `online`.
 """
 
@@ -28,6 +30,7 @@ from tests.null_server import null_server, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMS, TOKENS, GAP_MS = 128, 100, 20.0
+GOLDEN_STREAMS, GOLDEN_MS = 64, 2.0
 CLIENTS = ("ours", "ours, asyncio", "httpx + json", "aiohttp + json", "aiohttp + json, uvloop")
 GOALS = {
     ("cpu_us", "httpx + json"): 0.35, ("cpu_us", "aiohttp + json"): 0.6, ("lag_p50_us", "httpx + json"): 0.15, ("lag_p50_us", "aiohttp + json"): 0.5,
@@ -39,6 +42,22 @@ def body(number: int) -> dict[str, Any]:
     """Streams begin evenly over one gap, as the requests of unrelated users would."""
     model = f"null:ttft_ms={100 + number * GAP_MS / STREAMS:.3f}+itl_ms={GAP_MS}"
     return {"model": model, "prompt": "a b c", "max_tokens": TOKENS, "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
+
+
+def ttft_error_ms(url: str) -> float:
+    """Median over 64 streams that begin at once: our time to first token less the server's own, ms. Every count must be exact."""
+    from mlflow_llmbench import client as load_client
+    from mlflow_llmbench.backends.openai_server import http_request, read_answer
+
+    asked = body(0) | {"model": "null:ttft_ms=50+itl_ms=20", "max_tokens": 20}
+    read_log(url)
+    address = load_client.address_of(url)
+    client = load_client.LoadClient(address)
+    trace = client.run(lambda n: http_request(address, "/v1/completions", asked, n), load_client.Load(GOLDEN_STREAMS, GOLDEN_STREAMS))
+    client.close()
+    log, records = read_log(url), [read_answer(exchange) for exchange in trace.exchanges]
+    assert [(r.outcome, r.tokens, len(r.stamps_ns)) for r in records] == [("complete", 20, 20)] * GOLDEN_STREAMS
+    return median((r.stamps_ns[0] - r.t0_ns) - (log[str(n)]["tokens_ns"][0] - log[str(n)]["received_ns"]) for n, r in enumerate(records)) / 1e6
 
 
 def run_ours(url: str, uvloop: bool) -> tuple[dict[int, list[int]], float, float]:
@@ -157,7 +176,9 @@ def main() -> int:
         for number in range(given.rounds):
             order = CLIENTS if number % 2 == 0 else CLIENTS[::-1]
             rounds.append({name: measure(name, url) for name in order})
-    missed = 0
+        errors = [ttft_error_ms(url) for _ in range(given.rounds)]
+    late = median(errors) > GOLDEN_MS
+    missed = int(late)
     for name in CLIENTS:
         print(f"{name:24}" + "  ".join(f"{key} {median(r[name][key] for r in rounds):9.1f}" for key in rounds[0][name]))
     ratios = {}
@@ -167,10 +188,12 @@ def main() -> int:
         ratios[f"{key}: ours ÷ {other}"] = {"ratio": median(pairs), "ratio_of_minima": least, "goal": goal, "pairs": pairs}
         missed += median(pairs) > goal
         print(f"{'met   ' if median(pairs) <= goal else 'MISSED'}  {median(pairs):7.3f} (minima {least:.3f})  goal {goal:<5g} {key}: ours ÷ {other}")
+    told = f"TTFT less the server's own, ms, {GOLDEN_STREAMS} streams"
+    print(f"{'MISSED' if late else 'met   '}  {median(errors):7.3f} (least {min(errors):.3f})   goal {GOLDEN_MS:<5g} {told}")
     environment = machine.environment(str(ROOT))
     where = {"cpu": environment["cpu"], "python": environment["python"], "os": environment["os"], "load_average": os.getloadavg()}
     load = {"streams": STREAMS, "tokens": TOKENS, "tokens_per_s": 1000 / GAP_MS}
-    text = json.dumps({"machine": where, "load": load, "ratios": ratios, "rounds": rounds})
+    text = json.dumps({"machine": where, "load": load, "ratios": ratios, "ttft_error_ms": errors, "rounds": rounds})
     print(text)
     if given.out:
         given.out.write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""What it saves to load once per group: `python benchmarks/groups.py [--model PRESET] [--tokens N] [--pairs N] [--out FILE]`.
+"""What it saves to load once per group: `python benchmarks/groups.py [--model PRESET] [--quant A,B] [--prompts M,N] [--tokens N] [--pairs N]`.
 
 Twelve cells with two loads (two precisions × six shapes), as one sweep and as twelve commands, in turns. Goals: the sweep takes at most
 0.4 of the twelve commands, and at most 1.15 of its two loads and its measured time. A command costs about 11 s around load and measurement
@@ -27,7 +27,7 @@ from mlflow_llmbench.journal import read_events
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXED = {"weights": "random", "repetitions": "5", "warmup": "3", "rerun": "true"}
-AXES = {"batch_size": ("1", "2", "4"), "prompt_tokens": ("16", "32")}
+BATCHES = ("1", "2", "4")
 GOALS = {"of_a_process_per_cell": 0.40, "of_loads_and_measured_time": 1.15}
 
 
@@ -56,6 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="opt-125m")
     parser.add_argument("--quant", default="fp32,bf16", help="the two precisions, so the two loads")
+    parser.add_argument("--prompts", default="16,32", help="the two lengths of a prompt, tokens")
     parser.add_argument("--tokens", default="8", help="output tokens of each cell")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -64,7 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         length = {"model": given.model, "output_tokens": given.tokens}
-        axes = {"quant": tuple(given.quant.split(",")), **AXES}
+        axes = {"quant": tuple(given.quant.split(",")), "batch_size": BATCHES, "prompt_tokens": tuple(given.prompts.split(","))}
         command(folder, length | {"quant": axes["quant"][0]})  # writes the checkpoint and makes the store
         for number in range(given.pairs):
             sweep = command(folder, length | {name: ",".join(values) for name, values in axes.items()})
@@ -80,6 +81,7 @@ def main() -> int:
     result: dict[str, Any] = {
         "model": given.model,
         "quant": given.quant,
+        "prompts": given.prompts,
         "tokens": given.tokens,
         "ratios": ratios,
         "goals": GOALS,
