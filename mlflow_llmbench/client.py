@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
+import ipaddress
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,11 @@ SCRAPE_S = 1.0
 
 MOST_SCRAPES = 30
 """Readings that are held; beyond it every second one is left out, and the time between them doubles."""
+
+STALE_S = 1.0
+"""An idle connection that the server had closed ends within this time after a request was written to it; a later end is of the request."""
+
+NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 SCRAPE_LIMITS = Limits(connect_s=2, first_s=2, gap_s=2, total_s=5, most_bytes=1 << 20)
 
@@ -100,7 +107,9 @@ class Address:
     @property
     def loopback(self) -> bool:
         """Whether it is this machine by its name."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
 
     @property
     def authority(self) -> str:
@@ -327,12 +336,18 @@ class _Run:
                 except (OSError, asyncio.TimeoutError) as error:
                     exchange.t0_ns = exchange.end_ns = time.perf_counter_ns()
                     late = isinstance(error, asyncio.TimeoutError) and not isinstance(error, ssl.SSLError)
-                    exchange.fail("timeout" if late else "refused", f"No connection: {first_line(error, 120)}.")
+                    own = (
+                        " This is the client's limit: raise it with `ulimit -n`, or send a smaller load."
+                        if getattr(error, "errno", None) in NO_FILES
+                        else ""
+                    )
+                    exchange.fail("timeout" if late else "refused", f"No connection: {first_line(error, 120)}.{own}")
                     return
             reused = connection.used > 0
             await client.begin(connection, exchange, request)
             client.put(connection)
-            if exchange.status or exchange.fault or not reused or attempt == 2:
+            at_once = exchange.end_ns - exchange.t0_ns < STALE_S * 1e9
+            if exchange.status or exchange.fault or not reused or not at_once or attempt == 2:
                 return
             self.retries += 1
 

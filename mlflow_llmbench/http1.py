@@ -109,6 +109,8 @@ class Connection(asyncio.Protocol):
         self._budget -= len(data)
         self._take(data, now)
         if self.exchange is exchange and (self._budget < 0 or len(exchange.parts) > self.limits.most_reads):
+            exchange.parts.clear()  # a load may have many such answers
+            exchange.stamps.clear()
             self._break("malformed", f"The answer was larger than {self.limits.most_bytes} bytes or {self.limits.most_reads} reads.")
 
     def eof_received(self) -> None:
@@ -125,11 +127,13 @@ class Connection(asyncio.Protocol):
         if exchange is None:
             return
         total, silent, limits = (now - exchange.t0_ns) / 1e9, (now - self.heard_ns) / 1e9, self.limits
+        # A first event may have only a role, which some servers send before they read the prompt.
+        waiting = len(exchange.parts) < 2 and sum(part.count(b"data:") for part in exchange.parts) < 2
         if total > limits.total_s:
             self._break("timeout", f"The answer took longer than {limits.total_s:g} s.")
-        elif not exchange.parts and total > limits.first_s:
+        elif waiting and total > limits.first_s:
             self._break("timeout", f"No token came within {limits.first_s:g} s.")
-        elif exchange.parts and silent > limits.gap_s:
+        elif not waiting and silent > limits.gap_s:
             self._break("timeout", f"The answer paused for longer than {limits.gap_s:g} s.")
 
     def close(self) -> None:

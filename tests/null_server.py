@@ -14,6 +14,7 @@ The script of a request is the name of its model, `null:` and settings joined by
     cached                   prompt tokens that usage tells as cached (default: not told)
     hits                     prompt tokens that /metrics counts as found in the prefix cache (default 0)
     prompt_extra             tokens that usage counts beyond the words of the prompt (default 0)
+    prompt_words             tokens that usage counts for a word of the prompt (default 1)
     usage=last|each|none     in an event of its own at the end, in each event, or never (default last, if asked for)
     done=0                   leave out the [DONE]
     eol=lf|crlf|cr           line endings of the events
@@ -25,7 +26,7 @@ The script of a request is the name of its model, `null:` and settings joined by
     status                   answer with this status, a JSON error and no stream
     error_at, bad_at, cut_at an error event, JSON that is none, or a cut connection in the place of this token
     cut_byte                 cut the connection after so many bytes of the whole answer
-    stale=1                  close the connection without a word when it is used a second time
+    stale=1                  close the connection without a word when it is used a second time, after stall_ms
     refuse=1                 close the connection without a word
     hang=1                   headers, then silence
     flood=line|events|tiny   no end: one line, events, or chunks of one byte
@@ -54,7 +55,7 @@ from typing import Any
 
 NUMBERS = {
     "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0, "reasoning": 0.0, "stop_after": 1e9,
-    "cached": -1.0, "hits": 0.0, "prompt_extra": 0.0, "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
+    "cached": -1.0, "hits": 0.0, "prompt_extra": 0.0, "prompt_words": 1.0, "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
     "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
 }  # fmt: skip
 WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": ""}
@@ -95,7 +96,8 @@ class Answer:
         self.tokens = int(min(asked, script["stop_after"])) if stopped else asked
         self.finish = "stop" if stopped else "length"
         prompt = body.get("prompt") if not chat else " ".join(str(m["content"]) for m in body["messages"])
-        self.prompt_tokens = (len(prompt) if isinstance(prompt, list) else len(str(prompt).split())) + int(script["prompt_extra"])
+        words = len(prompt) if isinstance(prompt, list) else len(str(prompt).split())
+        self.prompt_tokens = int(words * script["prompt_words"]) + int(script["prompt_extra"])
 
     def usage(self, tokens: int) -> dict[str, Any]:
         found: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": self.prompt_tokens + tokens}
@@ -243,6 +245,8 @@ class Connection(asyncio.Protocol):
         }  # fmt: skip
         self.server.log[headers.get("x-request-id", str(len(self.server.log)))] = entry
         self.served += 1
+        if script["stale"] and self.served > 1:
+            await asyncio.sleep(script["stall_ms"] / 1000)
         if script["refuse"] or (script["stale"] and self.served > 1):
             self.transport.abort()
             return

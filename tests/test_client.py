@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench.backends.openai_server import OpenAIBackend, http_request
+from mlflow_llmbench.backends.server_facts import Told, ask_server
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.client import Load, LoadClient, Trace, address_of
-from mlflow_llmbench.errors import ModelError
+from mlflow_llmbench.errors import ModelError, UsageError
 from mlflow_llmbench.http1 import Limits
 from mlflow_llmbench.records import ModelFacts, RequestRecord
 from mlflow_llmbench.workload import load_prompts
@@ -281,6 +282,53 @@ def test_a_connection_that_the_server_had_closed_is_replaced_and_counted(server:
     assert [r.outcome for r in records] == ["complete"] * 6
     assert trace.retries == 4
     assert send(server, "refuse=1", Load(requests=2))[0][1].outcome == "truncated"  # a new connection is not tried without end
+    records, trace = send(server, "stale=1+stall_ms=1500", Load(requests=2))  # it had the request for 1.5 s, and dropped it
+    assert ([r.outcome for r in records], trace.retries) == (["complete", "truncated"], 0)
+
+
+def test_a_lack_of_open_files_is_the_clients_own(server: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    try:
+        records, _ = send(server, "itl_ms=10", Load(requests=100, concurrency=100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "This is the client's limit: raise it with `ulimit -n`" in next(r.message for r in records if r.outcome == "refused")
+
+
+def test_halves_of_characters_that_a_server_sent_are_no_end_of_the_run() -> None:
+    assert b'"? a"' in http_request(address_of("http://h"), "/v1/chat/completions", {"content": "\ud83d a"})
+    assert Told({}, {"version": "1\ud83d"}, "odd\x1b[2J").software({}) == r"odd\x1b[2J 1\ud83d"
+
+
+def told_by(models: str) -> Told:
+    """What a server says that answers every question with this JSON."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(models)))
+            self.end_headers()
+            self.wfile.write(models.encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as odd:
+        thread = threading.Thread(target=odd.serve_forever)
+        thread.start()
+        address = address_of(f"http://127.0.0.1:{odd.server_port}")
+        client = LoadClient(address)
+        try:
+            return ask_server(client, address)
+        finally:
+            client.close()
+            odd.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("models", ['{"data": 5}', '{"data": {"a": 1}}', "[1]", '{"data": [1]}', "5"])
+def test_a_list_of_models_that_is_none_is_as_if_it_were_empty(models: str) -> None:
+    assert told_by(models).models == {}
 
 
 def test_the_clients_lag_is_seen(server: str) -> None:
@@ -313,6 +361,13 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(server: str, mon
     assert secret not in repr(record)
     for url, sent in (("http://example.com", False), ("https://example.com", True)):
         assert (secret.encode() in http_request(address_of(url), "/v1/models")) is sent
+    for url, here in (("http://127.0.0.1.example.com", False), ("http://127.example", False), ("http://127.1.2.3:80", True), ("http://[::1]", True)):
+        assert (secret.encode() in http_request(address_of(url), "/v1/models")) is here
+    monkeypatch.setenv("LLMBENCH_API_KEY", "sk-own\n")  # as a file that is read whole ends
+    assert b"Bearer sk-own\r\n" in http_request(address_of("http://example.com"), "/v1/models")
+    monkeypatch.setenv("LLMBENCH_API_KEY", "sk-ow\u20ac")
+    with pytest.raises(UsageError, match="LLMBENCH_API_KEY has a character that no HTTP header can hold"):
+        http_request(address_of("http://example.com"), "/v1/models")
     monkeypatch.setenv("LLMBENCH_API_KEY", "sk-own")
     assert b"sk-own" in http_request(address_of("http://example.com"), "/v1/models")
 
@@ -376,6 +431,8 @@ def test_a_probe_finds_how_many_tokens_a_word_has_and_what_the_server_tells(serv
     backend, sent = loaded("prompt_extra=11")
     assert (backend.fixed_tokens, backend.tokens_per_word, sent) == (11, 1, 50)
     assert backend.facts["server.prefix_cache"] == "not told, prompts made unique"
+    backend, sent = loaded("prompt_words=0.0625+prompt_extra=20")  # 9 for 144 words: no prompt is made huge for that
+    assert (backend.fixed_tokens, backend.tokens_per_word, sent) == (0, 1, 23)
     backend, _ = loaded("cached=0")
     assert backend.facts["server.prefix_cache"] == "told"
     assert backend.unique == ""

@@ -13,6 +13,14 @@ from mlflow_llmbench.backends.openai_server import read_answer
 from mlflow_llmbench.http1 import Connection, Exchange, Limits
 
 
+def said(*events: bytes, status: int = 200) -> Exchange:
+    """A whole answer of these parts, one read each."""
+    return Exchange(
+        0, t0_ns=1, end_ns=99, status=status, headers={"content-type": "text/event-stream"}, stamps=list(range(10, 10 + len(events))), parts=list(events),
+        framed=True,
+    )  # fmt: skip
+
+
 class Wire:
     """The end of a transport that a connection writes to."""
 
@@ -178,3 +186,50 @@ def test_an_answer_cut_into_its_bytes_is_no_flood() -> None:
     assert lines.fault == "malformed"
     line, _, _ = answer([HEAD, b"\r\n", *[b"x"] * 3 * 4096], limits=Limits(most_reads=20))
     assert [len(part) for part in line.parts] == [4096] * 3
+
+
+def counted(tokens: int) -> bytes:
+    return b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": %d}}\n\n' % tokens
+
+
+def test_a_count_of_zero_for_an_answer_with_text_is_no_count() -> None:
+    record = read_answer(said(token(" a"), token(" b", "length"), counted(0), b"data: [DONE]\n\n"))
+    assert (record.outcome, record.tokens, record.output_tokens) == ("complete", None, 2)
+
+
+def test_an_end_token_that_comes_with_text_makes_a_chunk_of_two_tokens() -> None:
+    record = read_answer(said(token(" a"), token(" b", "stop"), counted(3), b"data: [DONE]\n\n"))
+    assert (record.outcome, record.tokens, record.stamps_ns, record.single_tokens) == ("complete", 3, (10, 11), False)
+    alone = read_answer(said(token(" a"), token(" b"), token("", "stop"), counted(3), b"data: [DONE]\n\n"))
+    assert (alone.stamps_ns, alone.single_tokens) == ((10, 11, 12), True)
+
+
+def test_no_part_of_a_key_is_left_where_a_message_is_cut() -> None:
+    key = "Zq" + "7Kx9" * 10
+    for before in range(60, 220, 10):
+        text = json.dumps({"error": {"message": f"{'x' * before} {key} is wrong"}})
+        for exchange in (said(text.encode(), status=401), said(f"data: {text}\n\n".encode()), said(f"data: {'y' * before}{key}\n\n".encode())):
+            record = read_answer(exchange, key)
+            assert "7Kx9" not in record.message
+            assert 0 < len(record.message) <= 200
+
+
+def test_a_pause_after_the_first_event_is_waiting_for_the_first_token() -> None:
+    """Some servers send the role before they read the prompt."""
+    limits = Limits(first_s=5.0, gap_s=1.0, total_s=60.0)
+    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    role, paused = chunked(token(""), last=b""), "The answer paused for longer than 1 s."
+    for reads, after_s, message in (
+        ([role], 2.0, ""),
+        ([role], 6.0, "No token came within 5 s."),
+        ([role, role], 2.0, paused),
+        ([role + role], 2.0, paused),
+    ):
+        exchange, connection, _ = answer([head, *reads], limits=limits)
+        connection.overdue(exchange.t0_ns + int(after_s * 1e9))
+        assert exchange.message == message
+
+
+def test_an_answer_that_was_too_large_is_not_kept() -> None:
+    exchange, _, ended = answer([HEAD + b"\r\n", *[token(" a")] * 100], limits=Limits(most_bytes=2000))
+    assert (ended, exchange.fault, exchange.parts, exchange.stamps) == (True, "malformed", [], [])

@@ -32,8 +32,14 @@ from .client_processes import ClientProcesses, Order, Share
 from .server_facts import RESOLVE, api_key, ask_server, http_request, launchable, name_among
 
 PROBE_WORDS = (16, 144)
+LEAST_PER_WORD = 0.5
+"""Tokens of a word below which a server does not count words: no vocabulary has less than one, and prompts would be of any size."""
+
 HEALTH_S = 0.2
 """Seconds between two questions whether a server is ready."""
+
+MOST_SAID, MOST_MESSAGE = 2000, 200
+"""Characters of what a server says of an error that are read, and of the message that is kept."""
 
 STATE = ("options", "tokens_per_word", "fixed_tokens", "unique", "own_words")
 """What `load` finds out or draws, and every process that sends needs."""
@@ -82,7 +88,9 @@ class OpenAIBackend(NothingToFetch):
             client.close()
         names = list(told.models)
         if names and cell.model not in names:
-            raise ModelError(f"The server at {cell.url} has no model {cell.model}. It has: {', '.join(names[:8])}. Give one of them as model.")
+            raise ModelError(
+                f"The server at {cell.url} has no model {cell.model}. It has: {', '.join(name[:100] for name in names[:8])}. Give one of them as model."
+            )
         own = told.models.get(cell.model, {})
         context = own.get("max_model_len")
         return ModelFacts(
@@ -128,9 +136,11 @@ class OpenAIBackend(NothingToFetch):
         second = self._probe(PROBE_WORDS[1])
         if self.server:
             self.mapped_bytes = referenced_bytes(self.server.processes)
-        if first.prompt_tokens and second.prompt_tokens and second.prompt_tokens > first.prompt_tokens:
-            self.tokens_per_word = (second.prompt_tokens - first.prompt_tokens) / (PROBE_WORDS[1] - PROBE_WORDS[0])
-            self.fixed_tokens = first.prompt_tokens - PROBE_WORDS[0] * self.tokens_per_word
+        if first.prompt_tokens and second.prompt_tokens:
+            told_per_word = (second.prompt_tokens - first.prompt_tokens) / (PROBE_WORDS[1] - PROBE_WORDS[0])
+            if told_per_word >= LEAST_PER_WORD:
+                self.tokens_per_word = told_per_word
+                self.fixed_tokens = first.prompt_tokens - PROBE_WORDS[0] * self.tokens_per_word
         told = second.cached_tokens is not None
         self.unique = "" if told else secrets.token_hex(8)
         self.facts |= {
@@ -209,9 +219,7 @@ class OpenAIBackend(NothingToFetch):
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """What an answer was; a key that the server repeats in it is not kept."""
-        record = read_answer(exchange)
-        key = api_key(self.address)
-        return dataclasses.replace(record, message=record.message.replace(key, "…")) if key and key in record.message else record
+        return read_answer(exchange, api_key(self.address))
 
     def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
         """What the server said of itself, as far as it is known what it means."""
@@ -325,31 +333,34 @@ class _Answer:
     text: list[str] = dataclasses.field(default_factory=list)  # what is not in a reasoning channel
     finish: str = ""
     finish_ns: int | None = None
+    finish_has_text: bool = False  # the reason came in the chunk of a token
     done: bool = False
     fault: str = ""
     message: str = ""
 
 
-def read_answer(exchange: Exchange) -> RequestRecord:
+def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
     """One raw answer → its record: exactly one outcome, stamps of the chunks that hold tokens, counts as the server tells them.
+
+    `key` is taken out of what the server said before that is cut, since half a key is not recognised.
 
     `complete` needs a `[DONE]`, or a finish reason and a body that ended as its chunks or length say; and at least one token.
     """
     answer = _answer_of(exchange)
-    tokens, details = _count(answer.usage.get("completion_tokens")), answer.usage.get("prompt_tokens_details")
+    tokens, details = _count(answer.usage.get("completion_tokens")) or None, answer.usage.get("prompt_tokens_details")  # 0 of an answer is no count
     return RequestRecord(
         t0_ns=exchange.t0_ns,
         stamps_ns=tuple(answer.stamps),
         prompt_tokens=_count(answer.usage.get("prompt_tokens")),
         intended_ns=exchange.intended_ns,
         outcome=answer.fault or "complete",
-        message=answer.message[:200],
+        message=(answer.message.replace(key, "…") if key else answer.message)[:MOST_MESSAGE],
         tokens=tokens,
         chunk_tokens=_chunk_tokens(answer, tokens),
         visible_ns=answer.visible,
         end_ns=exchange.end_ns,
         cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else None,
-        finish=answer.finish[:40],
+        finish=answer.finish[:40] or "not told",
         conversation=exchange.conversation,
         turn=exchange.turn,
     )
@@ -367,7 +378,7 @@ def _answer_of(exchange: Exchange) -> _Answer:
         if not exchange.status:
             answer.message = "The connection was closed before an answer."
     tokens = _count(answer.usage.get("completion_tokens"))
-    if tokens == len(answer.stamps) + 1 and answer.finish == "stop" and answer.finish_ns is not None:
+    if tokens == len(answer.stamps) + 1 and answer.finish == "stop" and answer.finish_ns is not None and not answer.finish_has_text:
         answer.stamps.append(answer.finish_ns)  # the end token, which has no text and comes with the reason
         answer.told.append(tokens)
     if not answer.fault and not answer.stamps:
@@ -380,7 +391,7 @@ def _check_head(exchange: Exchange, answer: _Answer) -> None:
     status, kind = exchange.status, exchange.headers.get("content-type", "").lower()
     if not status or (status == 200 and kind.startswith("text/event-stream")):
         return
-    text = b"".join(exchange.parts)[:2000].decode("utf-8", "replace")
+    text = b"".join(exchange.parts)[:MOST_SAID].decode("utf-8", "replace")
     said = f"HTTP {status}: {_error_text(text)}"
     if status >= 500 and status != 503:
         answer.fault, answer.message = "server_error", said
@@ -400,7 +411,7 @@ def _error_text(text: str) -> str:
         found = (found.get("message") or found.get("detail") or found) if isinstance(found, dict) else found
     except (ValueError, RecursionError):
         found = text
-    return " ".join(str(found).split())[:150]
+    return " ".join(str(found)[:MOST_SAID].split())
 
 
 def _read_events(exchange: Exchange, answer: _Answer) -> None:
@@ -420,7 +431,10 @@ def _read_events(exchange: Exchange, answer: _Answer) -> None:
                 answer.message = answer.message or f"An error in the stream: {_error_text(event.data)}"
                 return
             if not isinstance(body, dict) or not _take_chunk(body, stamp, answer):
-                answer.fault, answer.message = answer.fault or "malformed", answer.message or f"Not an event of a completion: {event.data[:60]!r}."
+                answer.fault, answer.message = (
+                    answer.fault or "malformed",
+                    answer.message or f"Not an event of a completion: {event.data[:MOST_SAID]!r}.",
+                )
                 return
 
 
@@ -438,14 +452,15 @@ def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
         delta = choice.get("delta")
         fields: dict[str, Any] = delta if isinstance(delta, dict) else choice
         visible = fields.get("content") or fields.get("text")
-        if visible or fields.get("reasoning_content") or fields.get("reasoning") or fields.get("tool_calls") or fields.get("refusal"):
+        has_text = bool(visible or fields.get("reasoning_content") or fields.get("reasoning") or fields.get("tool_calls") or fields.get("refusal"))
+        if has_text:
             answer.stamps.append(stamp)
             answer.told.append(_count(usage.get("completion_tokens")) if isinstance(usage, dict) else None)
             if visible:
                 answer.visible = stamp if answer.visible is None else answer.visible
                 answer.text.append(str(visible))
         if choice.get("finish_reason"):
-            answer.finish, answer.finish_ns = str(choice["finish_reason"]), stamp
+            answer.finish, answer.finish_ns, answer.finish_has_text = str(choice["finish_reason"]), stamp, has_text
     return True
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from ..cell import Cell
 from ..client import Address, LoadClient
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..http1 import Exchange, Limits
 from ..launch import arguments
 from ..models import find_preset
 from ..records import ModelFacts
+from ..redaction import escape_controls
 from ..server_process import require_program
 from .sources import find_model
 
@@ -25,16 +26,17 @@ RESOLVE = Limits(connect_s=10, first_s=10, gap_s=5, total_s=12, most_bytes=4 << 
 
 
 def api_key(address: Address) -> str:
-    """The key for a server, empty if there is none."""
-    own = os.environ.get("LLMBENCH_API_KEY", "")
-    safe = address.tls or address.loopback
-    key = own or (os.environ.get("OPENAI_API_KEY", "") if safe else "")
-    return key.strip() if key.isascii() and key.isprintable() else ""
+    """The key for a server, empty if there is none. Raises UsageError for one that no header can hold."""
+    names = ("LLMBENCH_API_KEY", "OPENAI_API_KEY") if address.tls or address.loopback else ("LLMBENCH_API_KEY",)
+    name, key = next(((name, key) for name in names if (key := os.environ.get(name, "").strip())), ("", ""))
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{name} has a character that no HTTP header can hold. Set it to the key alone.")
+    return key
 
 
 def http_request(address: Address, path: str, body: object = None, number: int | str = 0) -> bytes:
     """A whole HTTP request: GET without a body, POST with one."""
-    data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
+    data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")  # of halves of characters that a server has sent
     key = api_key(address)
     lines = [
         f"{'GET' if body is None else 'POST'} {address.path}{path} HTTP/1.1",
@@ -83,14 +85,15 @@ class Told:
         """Its name and version, as far as it tells them; `own` is what it says of the model."""
         engine = str(own.get("owned_by") or "").strip() or self.server
         number = self.version.get("version") if isinstance(self.version, dict) else None
-        return f"{engine} {number}"[:100] if number else engine[:100]
+        return escape_controls(f"{engine} {number}" if number else engine)[:100]
 
 
 def ask_server(client: LoadClient, address: Address, needed: bool = True) -> Told:
     """Raises ModelError where the server is needed and is not there, or wants a key."""
     listed, told = _ask_json(client, address, "/v1/models", needed)
     version, _ = _ask_json(client, address, "/version", needed=False)
-    entries = [entry for entry in listed.get("data") or [] if isinstance(entry, dict)] if isinstance(listed, dict) else []
+    data = listed.get("data") if isinstance(listed, dict) else None
+    entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
     models: dict[str, dict[str, Any]] = {}
     for entry in entries:
         models.setdefault(str(entry.get("id")), entry)
