@@ -105,7 +105,10 @@ def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """A chunk of the stream is not a token."""
     every = _requests(result)
     if all(r.tokens is None for r in every):
-        yield Reason("chunked_stream", "The server tells no token counts, so each chunk was counted as one token. Use a server that sends usage.")
+        yield Reason(
+            "chunked_stream",
+            "The server tells no token counts, so each chunk was counted as one token, and gaps are inter-chunk latency (icl_ms). Use a server that sends usage.",
+        )
     elif single_share(every) < SINGLE_SHARE:
         yield Reason(
             "chunked_stream",

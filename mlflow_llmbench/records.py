@@ -134,7 +134,7 @@ class RequestRecord:
     visible_ns: int | None = None
     end_ns: int | None = None
     cached_tokens: int | None = None
-    finish: str = ""  # why the model stopped, in the server's word
+    finish: str = ""  # why the model stopped, in the server's word; empty without a server
     asked: tuple[int, int] | None = None
     conversation: int | None = None
     turn: int | None = None
@@ -156,7 +156,9 @@ class RequestRecord:
 
     @property
     def single_tokens(self) -> bool:
-        """Whether each stamp is that of one token."""
+        """Whether each stamp is that of one token; of a server that does not tell its count this is not known, and a chunk may hold several."""
+        if self.tokens is None and self.finish:
+            return False
         return self.output_tokens == len(self.stamps_ns) and (self.chunk_tokens is None or max(self.chunk_tokens, default=1) == 1)
 
 

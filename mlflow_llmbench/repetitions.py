@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 from .cell import SPECULATIVE
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
+from .online_summary import SINGLE_SHARE, single_share
 from .records import Repetition, RequestRecord, RunResult
 
 
@@ -16,9 +17,11 @@ def requests(result: RunResult) -> list[RequestRecord]:
 
 
 def several_in_a_step(result: RunResult) -> bool:
-    """Whether a step of the model brought several tokens. Then there is no inter-token latency, of no request: one whose every step brought a single
-    token is there by chance, and its gaps are not those of the others.
+    """Whether a step of the model, or a chunk of a server, brought several tokens. Then there is no inter-token latency, of no request: one whose every step
+    brought a single token is there by chance, and its gaps are not those of the others.
     """
+    if result.cell.scenario == "online" and result.repetitions:
+        return single_share(requests(result)) < SINGLE_SHARE
     return result.cell.decode in SPECULATIVE and not all(request.single_tokens for request in requests(result))
 
 

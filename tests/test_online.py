@@ -118,6 +118,17 @@ def test_gaps_between_chunks_are_never_called_inter_token_latency() -> None:
     assert codes(one) == {"chunked_stream"}
     uncounted = result(*[dataclasses.replace(r, tokens=None) for r in TWO_USERS])
     assert codes(uncounted) == {"chunked_stream"}
+    assert not any("itl" in key for key in (*summarize(uncounted), *(point.key for point in series(uncounted))))
+    assert summarize(uncounted)["latency/icl_ms_p50"] == 10
+    some = result(*TWO_USERS, *[request(n * 40, n * 40 + 10, n * 40 + 30, tokens=4) for n in range(5)])
+    assert not any("itl" in key for key in (*summarize(some), *(point.key for point in series(some))))
+
+
+def test_requests_that_all_come_at_once_have_no_rate_that_a_client_could_miss() -> None:
+    cell = dataclasses.replace(CELL, concurrency=1, request_rate=20.0)
+    one = result(*[request(n, n + 10, n + 20, n + 30, n + 40, intended_ns=0) for n in range(6)], cell=cell)
+    assert "client/rate_ratio" not in summarize(one)
+    assert "client_bound" not in codes(one)
 
 
 def test_the_first_visible_token_is_told_where_another_channel_came_first() -> None:
