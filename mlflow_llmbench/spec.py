@@ -378,6 +378,7 @@ def _parse_url(name: str, text: str) -> str:
     try:
         parts = urlsplit(text)
         port_is_good = parts.port is None or parts.port > 0
+        (parts.hostname or "").encode("idna")  # as the resolver has it: no part of a name is empty, or longer than 63 characters
     except ValueError:
         parts, port_is_good = urlsplit(""), False
     if "@" in parts.netloc or parts.query or parts.fragment:

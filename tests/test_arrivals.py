@@ -91,6 +91,8 @@ def test_how_many_requests_a_repetition_has(settings: dict[str, Any], count: int
         ({"url": "ftp://h", "backend": "openai"}, "url is not that of a server: ftp://h."),
         ({"url": "http://h:99999", "backend": "openai"}, "url is not that of a server"),
         ({"url": "http://", "backend": "openai"}, "url is not that of a server"),
+        ({"url": "http://a..b:8000", "backend": "openai"}, "url is not that of a server"),
+        ({"url": f"http://{'a' * 64}.example.com", "backend": "openai"}, "url is not that of a server"),
         ({"url": "http://h", "backend": "openai", "arrival": "weekly"}, "Unknown arrival: weekly."),
     ],
 )
