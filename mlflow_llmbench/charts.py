@@ -258,7 +258,7 @@ def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None
     shares = np.linspace(0, 100, MOST_BINS + 1)
     axes.plot(at(shares), shares, color=BLUE, linewidth=1.5)
     low, high = float(values[0]), min(float(values[-1]), float(2 * at(99) - values[0]))
-    space = max(high - low, 0.02 * high)
+    space = max(high - low, 0.02 * high) or 1.0  # of an answer that came in one read all gaps are 0
     for q in filter(lambda q: supports(len(values), q), (50, 90, 99)):
         axes.plot([at(q)], [q], "o", color=ORANGE, markersize=5, zorder=3)
         axes.annotate(f"p{q}  {_number(at(q))} ms", (at(q), q), (6, -4), textcoords="offset points", va="top", size=9)

@@ -175,6 +175,10 @@ def test_one_repetition_of_two_tokens_can_be_drawn(tmp_path: Path) -> None:
     assert "n = 1 repetition" in texts(tmp_path / "itl_by_token.svg")
 
 
+def test_an_answer_that_came_in_one_read_can_be_drawn(tmp_path: Path) -> None:
+    assert draw_cell(result_of([[0.0] * 40] * 3), tmp_path)
+
+
 def test_what_was_not_seen_is_left_out(tmp_path: Path) -> None:
     failed = dataclasses.replace(result_of([[20.0]]), repetitions=(), timeline=())
     assert draw_cell(failed, tmp_path / "none") == []
