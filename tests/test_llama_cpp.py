@@ -149,7 +149,7 @@ def test_what_is_loaded_is_said(packed: Path) -> None:
     with loaded(cell_of(packed, kv_cache="q8_0")) as (backend, info):
         steps_of(backend)
         facts = backend.describe().facts
-        backend.header = dataclasses.replace(backend.header, metadata={**backend.header.metadata, "llama.expert_count": 8})
+        backend.facts = dataclasses.replace(backend.facts, config={**backend.facts.config, "num_experts": 8})  # as its header would say
         assert backend.describe().step_bytes is None  # of a mixture it is not known
     header = gguf_file.read_header(packed)
     assert (info.weight_bytes, info.step_bytes, info.vocab_size) == (header.weight_bytes, header.step_bytes, 512)
