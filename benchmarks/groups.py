@@ -1,9 +1,9 @@
-"""What it saves to load once per group: `python benchmarks/groups.py [--model PRESET] [--quant A,B] [--prompts M,N] [--tokens N] [--pairs N]`.
+"""What it saves to load once per group: `python benchmarks/groups.py [--model PRESET] [--quant A,B] [--tokens N] [--pairs N] [--out FILE]`.
 
 Twelve cells with two loads (two precisions × six shapes), as one sweep and as twelve commands, in turns. Goals: the sweep takes at most
 0.4 of the twelve commands, and at most 1.15 of its two loads and its measured time. A command costs about 11 s around load and measurement
-on two cores, so with a model that loads in a second the first needs short cells (`--tokens 8`), and the second long ones (24). Takes some
-minutes; needs no network.
+on two cores, so with a model that loads in a second the first needs short cells (`--tokens 8`), and the second long ones (24). One whose load
+takes most of a minute meets both: `--model opt-1.3b --quant int4,fp4 --batches 1,2 --prompts 4,8,16 --tokens 2`, 20 minutes. No network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from mlflow_llmbench.journal import read_events
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXED = {"weights": "random", "repetitions": "5", "warmup": "3", "rerun": "true"}
-BATCHES = ("1", "2", "4")
 GOALS = {"of_a_process_per_cell": 0.40, "of_loads_and_measured_time": 1.15}
 
 
@@ -56,7 +55,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="opt-125m")
     parser.add_argument("--quant", default="fp32,bf16", help="the two precisions, so the two loads")
-    parser.add_argument("--prompts", default="16,32", help="the two lengths of a prompt, tokens")
+    parser.add_argument("--batches", default="1,2,4", help="batch sizes")
+    parser.add_argument("--prompts", default="16,32", help="lengths of a prompt, tokens; six shapes with the batch sizes")
     parser.add_argument("--tokens", default="8", help="output tokens of each cell")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -65,7 +65,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         length = {"model": given.model, "output_tokens": given.tokens}
-        axes = {"quant": tuple(given.quant.split(",")), "batch_size": BATCHES, "prompt_tokens": tuple(given.prompts.split(","))}
+        swept = {"quant": given.quant, "batch_size": given.batches, "prompt_tokens": given.prompts}
+        axes = {name: tuple(values.split(",")) for name, values in swept.items()}
         command(folder, length | {"quant": axes["quant"][0]})  # writes the checkpoint and makes the store
         for number in range(given.pairs):
             sweep = command(folder, length | {name: ",".join(values) for name, values in axes.items()})
@@ -81,6 +82,7 @@ def main() -> int:
     result: dict[str, Any] = {
         "model": given.model,
         "quant": given.quant,
+        "batches": given.batches,
         "prompts": given.prompts,
         "tokens": given.tokens,
         "ratios": ratios,

@@ -352,7 +352,7 @@ def _study(given: argparse.Namespace) -> int:
     from . import study, study_report
     from .progress import Progress
 
-    references = [part for text in given.of for part in ([text] if Path(text).exists() else text.split(",")) if part != "none"]
+    references = [part for text in given.of for part in ([text] if os.path.exists(text) else text.split(",")) if part != "none"]
     prices = study.parse_prices(given.price)
     _warn_of_versions()
     done = study.run_study(

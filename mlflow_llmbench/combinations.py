@@ -8,7 +8,7 @@ from . import launch
 from .cell import DRAWN
 from .errors import UsageError
 from .parameters import LENGTHS, MEANT_WITH, PARAMETERS, as_text
-from .quantizations import GGUF_QUANTIZATIONS, LLAMA_CPP, MIXED, backend_of
+from .quantizations import GGUF_QUANTIZATIONS, GROUPED, LLAMA_CPP, MIXED, backend_of
 
 
 def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
@@ -54,6 +54,10 @@ def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
     for name, (parameter, values) in MEANT_WITH.items():
         if axes[name] != (PARAMETERS[name].default,) and not set(axes[parameter]) & set(values):
             raise UsageError(f"{name} is a setting of {parameter}={','.join(values)}. Add {parameter}={values[0]}, or leave it out.")
+    if axes["group_size"] != (PARAMETERS["group_size"].default,) and not set(axes["quant"]) & set(GROUPED):
+        raise UsageError(
+            f"group_size is a setting of quant={','.join(GROUPED)}; others have groups of their own. Add quant={GROUPED[0]}, or leave it out."
+        )
     if "assisted" in axes["decode"] and None in axes["assistant"]:
         raise UsageError("decode=assisted needs a small model that proposes tokens. Give assistant=MODEL, one with the same vocabulary.")
     other = next((f"decode={decode}" for decode in axes["decode"] if decode != "generate"), None)

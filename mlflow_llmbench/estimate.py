@@ -51,7 +51,7 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
         return None if model.files_bytes is None else model.files_bytes * unpacked
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     (prompt, output), quant = longest_of(cell), stored_quant(cell, model)
-    running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output, KV_VALUE_BYTES.get(cell.kv_cache or "auto"))
+    running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output, _cache_value_bytes(cell))
     if _runs_packed(cell, model):
         return running - shape.weight_bytes(quant, dtype) + (model.files_bytes or 0) + models.PROCESS_BYTES
     return max(running, models.load_memory_estimate(shape, quant, dtype)) + models.PROCESS_BYTES + _beside(cell, model, (prompt or 512) + output)
@@ -63,6 +63,12 @@ KV_VALUE_BYTES = {
 }  # fmt: skip
 """Bytes of a value in the KV cache. Of transformers groups of 64 share two numbers of 16 bits, and the newest 128 tokens, which stay as they are, are left
 out; llama.cpp's types are blocks of 32 (ggml-common.h)."""
+
+
+def _cache_value_bytes(cell: Cell) -> float | None:
+    """Bytes of a value in the KV cache; None where they are those of the computation. llama.cpp's is f16 unless told otherwise."""
+    return KV_VALUE_BYTES.get(cell.kv_cache or ("f16" if cell.backend == "llama_cpp" else "auto"))
+
 
 COMPILER_BYTES = 500_000_000
 """What torch.compile is taken to leave in the process; a guess on the safe side, not measured."""
@@ -110,7 +116,7 @@ def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, pea
     context = prompt + cell.output_tokens // 2
     if cell.decode == "compiled":
         context = prompt + cell.output_tokens  # a static cache is read whole
-    value_bytes = KV_VALUE_BYTES.get(cell.kv_cache or "auto") or (4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
+    value_bytes = _cache_value_bytes(cell) or (4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
     cache = rows * shape.kv_bytes(context, value_bytes)
     prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)
     step = max((weights + cache) / bandwidth, rows * shape.flops_per_token(context) / flops)

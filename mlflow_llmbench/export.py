@@ -21,6 +21,9 @@ LIBRARIES = {"transformers": "transformers", "llama_cpp": "llama.cpp"}
 """Backend that can be registered → what it runs models with."""
 
 BITSANDBYTES = ("int8", "int4", "fp4")
+TGI_THRESHOLD = 6.0
+"""Activations beyond it are computed in 16 bits; fixed there, as is the second quantization of 4-bit weights (`server/…/layers/bnb.py`)."""
+
 Options = dict[str, str | None]
 """Option → its value, None for a flag; in the order of the command."""
 
@@ -114,14 +117,20 @@ def _vllm(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     return _command(["vllm", "serve", config["location"]], options)
 
 
+def _double_quantized(config: Config, engine: str) -> str:
+    """A comment where an engine quantizes the block maxima of 4-bit weights too, and what was measured has them as they are."""
+    if config["quantization"].get("bnb_4bit_use_double_quant"):
+        return ""
+    kind = str(config["quantization"]["bnb_4bit_quant_type"]).upper()
+    return f"# {engine} makes {kind} with block maxima that are quantized too, which was not measured: a little smaller and less exact.\n"
+
+
 def _sglang(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     _no_gguf(config, "sglang")
     if config["quant"] in ("int8", "fp4"):
         raise _cannot(config, "sglang", "of bitsandbytes it makes NF4 only")
     in_flight = config["quant"] == "int4"
-    note = (
-        "# SGLang makes NF4 with block maxima that are quantized too, which was not measured: a little smaller and less exact.\n" if in_flight else ""
-    )
+    note = _double_quantized(config, "SGLang") if in_flight else ""
     options: Options = {"--model-path": config["location"]} | ({"--revision": config["revision"]} if _from_hub(config) else {})
     options |= {"--dtype": _dtype(config), "--context-length": str(_tokens(config)), "--max-running-requests": str(config["batch_size"])}
     options |= {"--quantization": "bitsandbytes", "--load-format": "bitsandbytes"} if in_flight else {}
@@ -134,6 +143,10 @@ def _tgi(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     _no_gguf(config, "tgi")
     schemes = {"int8": "bitsandbytes", "int4": "bitsandbytes-nf4", "fp4": "bitsandbytes-fp4"}
     options: Options = {"--model-id": config["location"]} | ({"--revision": config["revision"]} if _from_hub(config) else {})
+    threshold = config["quantization"].get("llm_int8_threshold", TGI_THRESHOLD)
+    if threshold != TGI_THRESHOLD:
+        raise _cannot(config, "tgi", f"its threshold of LLM.int8 is {TGI_THRESHOLD:g}, and {threshold:g} was measured")
+    note = _double_quantized(config, "TGI") if config["quant"] in ("int4", "fp4") else ""
     if config["quant"] in schemes:
         options["--quantize"] = schemes[config["quant"]]  # and no --dtype: only one of both may be given
     elif _dtype(config) in ("float16", "bfloat16"):
@@ -144,7 +157,7 @@ def _tgi(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     options |= {"--max-input-tokens": str(prompt), "--max-total-tokens": str(_tokens(config)), "--max-batch-size": str(batch)}
     options |= {"--max-batch-prefill-tokens": str(prompt * batch), "--max-batch-total-tokens": str(_tokens(config) * batch)}
     options |= {"--trust-remote-code": None} if config["trust_remote_code"] else {}
-    return _command(["text-generation-launcher"], options)
+    return note + _command(["text-generation-launcher"], options)
 
 
 def _llama_cpp(config: Config, uri: str, requirements: tuple[str, ...]) -> str:

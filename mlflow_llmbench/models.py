@@ -25,8 +25,9 @@ _TIED_UNLESS_SAID = frozenset(  # their config.json leaves tie_word_embeddings o
     ["opt", "bloom", "gpt2", "gpt_neo", "gpt_bigcode", "falcon", "mpt", "cohere", "smollm3", "starcoder2"]
 )
 _LEARNED_POSITIONS = {"opt": 2, "biogpt": 2, "gpt2": 0, "gpt_neo": 0, "gpt_bigcode": 0}  # rows beyond the context
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _COSTS_OTHERWISE = (  # mixtures of experts, latent or shared attention, state spaces, encoders: the formulas do not hold
-    "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "kv_lora_rank", "num_kv_shared_layers",
+    *_EXPERTS, "kv_lora_rank", "num_kv_shared_layers",
     "hidden_size_per_layer_input", "ssm_cfg", "is_encoder_decoder",
 )  # fmt: skip
 _GEMMA3_LEFT_OUT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208, "sliding_window": 4096}
@@ -291,6 +292,12 @@ def _size(config: Mapping[str, Any], *keys: str) -> int | None:
     """The first of these keys that holds a positive whole number."""
     values = (config.get(key) for key in keys)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a model is a mixture of experts, of which a step reads some only: those that its tokens are sent to."""
+    part = _decoder_part(config)
+    return any(part.get(key) for key in _EXPERTS)
 
 
 def _decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -103,7 +103,7 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
 
     `of_any_shape`: the other did not even load, so its shape does not matter.
     """
-    if any(getattr(cell, name) != getattr(other, name) for name in (*WEIGHTS, *(() if of_any_shape else ("history", "batching")))):
+    if any(getattr(cell, name) != getattr(other, name) for name in (*WEIGHTS, *(() if of_any_shape else ("attention", "history", "batching")))):
         return False
     if of_any_shape:
         return True

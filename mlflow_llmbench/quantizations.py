@@ -9,6 +9,9 @@ GGUF_QUANTIZATIONS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_
 
 TORCHAO = ("int8-wo", "int4-wo", "int8-dq", "fp8")
 HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2}
+GROUPED = (*GPTQ_BITS, "int4-wo", *HQQ_BITS)
+"""Quantizations whose weights share scales in groups of `group_size`."""
+
 QUANTO_BITS = {"quanto8": 8, "quanto4": 4, "quanto2": 2}
 MIXED = "mixed"
 

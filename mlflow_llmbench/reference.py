@@ -79,7 +79,7 @@ def _text_order(task: Task, tell: Callable[[Mapping[str, Any]], None], environme
     """The part of the order that is about texts: perplexity, and divergence from the reference."""
     cell = task.cells[0]
     own, text = sibling(cell, task.options.quality_reference), load_text(task.options.quality_text)
-    plain = cell.quant == "none" and cell.attention == "auto" and cell.worker_python is None
+    plain = cell.quant == "none" and cell.attention == "auto" and cell.kv_cache is None and cell.worker_python is None
     is_reference = plain and (cell.backend, cell.model) == (own.backend, own.model)
     found: dict[str, Any] = {"text": text.name, "digest": text.digest, "references": {}, "is_reference": is_reference}
     try:

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
@@ -173,6 +173,8 @@ class GgufFile:
 
     ROOM = 256  # llama.cpp keeps room for a multiple of this many tokens per row
     CHUNK = 2048  # tokens handed to it at once
+    # ggml's numbers, since the package has no name for bf16
+    KV_TYPES: ClassVar[dict[str, int]] = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.lib: Any = importlib.import_module("llama_cpp.llama_cpp")
@@ -211,7 +213,7 @@ class GgufFile:
         context.n_ctx, context.n_seq_max, context.n_batch = self.rows * -(-most // self.ROOM) * self.ROOM, self.rows, self.CHUNK
         if config["threads"]:
             context.n_threads = context.n_threads_batch = int(config["threads"])
-        context.type_k = context.type_v = getattr(lib, f"GGML_TYPE_{config['kv_cache'].upper()}")
+        context.type_k = context.type_v = self.KV_TYPES[config["kv_cache"]]
         context.flash_attn_type = 0 if config["attention"] == "eager" else -1
         context.offload_kqv = context.op_offload = on_gpu
         context.swa_full, context.kv_unified = False, False

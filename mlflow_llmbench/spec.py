@@ -347,7 +347,7 @@ def _parse_trace(name: str, text: str) -> str:
 def _parse_text_file(name: str, text: str) -> str:
     if text.lower() == BUNDLED_TEXT:
         return BUNDLED_TEXT
-    if not Path(text).is_file():
+    if not os.path.isfile(text):  # Path.is_file raises for a name that is too long
         raise UsageError(f"There is no text file {text}. Give {name} a plain text file, or {BUNDLED_TEXT}.")
     if Path(text).stat().st_size < LEAST_TEXT_TOKENS:
         raise UsageError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def _parse(name: str, text: str) -> object:
         return text
     if metadata["kind"] == "data":
         for part in _parts(str(PARSERS["text"](name, text, metadata))):
-            if part not in (BUNDLED_TEXT, *_PROMPT_SETS) and not Path(part).is_file():
+            if part not in (BUNDLED_TEXT, *_PROMPT_SETS) and not os.path.isfile(part):  # Path.is_file raises for a name that is too long
                 raise UsageError(f"There is no data file {part}. Give a text file, a JSON Lines file, {BUNDLED_TEXT}, or {', '.join(_PROMPT_SETS)}.")
         return text
     return PARSERS[metadata["kind"]](name, text, metadata)
@@ -165,7 +166,7 @@ def require_enough(training: Training, learned: int, held: int, unit: str = "tok
 
 def _parts(data: str) -> list[str]:
     """The files and sets of a `data` parameter; a file whose name has a comma is one."""
-    return [data] if Path(data).is_file() else [part.strip() for part in data.split(",")]
+    return [data] if os.path.isfile(data) else [part.strip() for part in data.split(",")]
 
 
 def _pieces(name: str) -> tuple[Sequence[str], str]:

@@ -12,6 +12,7 @@ import torch
 
 from mlflow_llmbench import run
 from mlflow_llmbench.backends import decoding
+from mlflow_llmbench.backends.scoring import divergence
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
@@ -90,6 +91,22 @@ def test_a_cache_of_fewer_bits_takes_less(tiny_model: Path, cache: str, bits: fl
     least, most = DENSE * (bits - 0.5) / 8, DENSE * (bits + 1) / 8 + 3 * 2 * DENSE / 195
     assert least < (info.kv_bytes_per_token or 0) < most
     assert info.facts["kv_cache.backend"] == ("hqq" if cache == "int8" else "quanto")
+
+
+def test_quality_sees_the_prompt_as_the_quantized_cache_holds_it(tiny_model: Path) -> None:
+    """In a single pass no key would have been in a cache, and a cache of 2 bits would seem to cost nothing."""
+    ids = [5 + i * 7 % 100 for i in range(64)]
+    found = []
+    for cache in (None, "fp8"):
+        with loaded(Cell(model=str(tiny_model), quant="fp32", kv_cache=cache)) as (backend, _):
+            found.append(backend.logits(ids, 8))
+            assert backend.logits(ids, 1).shape == (1, 512)
+            assert backend.logits(ids, 64).shape == (64, 512)
+    exact, near = found
+    assert exact.shape == near.shape == (8, 512)
+    assert torch.allclose(exact[0], near[0], atol=1e-5)  # a prefill has its own keys in full
+    distances, _ = divergence(exact[1:], near[1:])
+    assert all(1e-9 < distance < 0.1 for distance in distances)
 
 
 @pytest.mark.slow

@@ -101,6 +101,19 @@ def test_the_commands() -> None:
     )
 
 
+def test_settings_of_bitsandbytes_that_an_engine_does_not_take_are_said_or_refused() -> None:
+    """TGI has one threshold for LLM.int8, and quantizes the block maxima of 4-bit weights as SGLang does."""
+    for target in ("sglang", "tgi"):
+        assert "makes NF4 with block maxima that are quantized too, which was not measured" in write(target, "int4")
+        double = config("int4") | {"quantization": {**config("int4")["quantization"], "bnb_4bit_use_double_quant": True}}
+        assert "block maxima" not in export(double, uri="models:/bot/1", target=target)
+    assert "# TGI makes FP4 with block maxima that are quantized too" in write("tgi", "fp4")
+    other = config("int8") | {"quantization": {**config("int8")["quantization"], "llm_int8_threshold": 0.0}}
+    with pytest.raises(UsageError, match=r"tgi cannot serve quant=int8 as it was measured: its threshold of LLM\.int8 is 6, and 0 was measured"):
+        export(other, uri="models:/bot/1", target="tgi")
+    assert "llm_int8_threshold=0.0" in export(other, uri="models:/bot/1", target="transformers")
+
+
 def test_what_llama_cpp_ran_is_exported_for_its_own_server() -> None:
     text = export(packed(kv_cache="q8_0", mmap=False), uri="models:/bot/1", target="llama.cpp")
     assert "# Measured with llama.cpp on AMD EPYC" in text

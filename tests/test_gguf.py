@@ -13,13 +13,17 @@ import pytest
 
 from mlflow_llmbench import doctor, estimate, machine, memory, models, reference
 from mlflow_llmbench.backends import gguf_convert, gguf_file, gguf_made, hub, scoring, sources
-from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend, buffers_in, mapped_weights
-from mlflow_llmbench.cell import Cell
+from mlflow_llmbench.backends.llama_cpp_local import KV_TYPES, LlamaCppBackend, buffers_in, mapped_weights
+from mlflow_llmbench.backends.transformers_local import TransformersBackend
+from mlflow_llmbench.cell import Cell, Options
 from mlflow_llmbench.errors import MissingError, ModelError, UsageError
+from mlflow_llmbench.node import Task
 from mlflow_llmbench.plan import config_hash, expand_cells, group_cells
-from mlflow_llmbench.quantizations import GGUF_QUANTIZATIONS
+from mlflow_llmbench.quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
 from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import parse
+from mlflow_llmbench.supervise import Limits
+from mlflow_llmbench.workload import load_text
 from tests.gguf_files import write_llama
 
 
@@ -61,6 +65,36 @@ def test_a_header_is_read_as_the_package_gguf_reads_it(tiny_gguf: Path) -> None:
 def test_the_sizes_in_a_header_are_those_of_the_configuration(tiny_gguf: Path, tiny_model: Path) -> None:
     from_file = models.Shape.from_config(gguf_file.read_header(tiny_gguf).as_config())
     assert from_file == models.Shape.from_config(json.loads((tiny_model / "config.json").read_text()))
+
+
+def test_tables_that_are_looked_up_are_no_part_of_a_step() -> None:
+    """Gemma 3n has a second table, of each layer's own embeddings, which is larger than all that a step reads."""
+    names = ("token_embd", "per_layer_token_embd", "output", "blk.0.attn_q")
+    header = gguf_file.Header({}, {}, tuple(gguf_file.Tensor(f"{name}.weight", (32, 64), 8, 2176) for name in names))
+    assert (header.weight_bytes, header.step_bytes) == (4 * 2176, 2 * 2176)
+
+
+def test_a_mixture_of_experts_is_known_by_its_header() -> None:
+    mixture = {"general.architecture": "qwen3moe", "qwen3moe.expert_count": 128, "qwen3moe.expert_used_count": 8}
+    assert models.has_experts(gguf_file.Header(mixture, {}, ()).as_config())
+    assert not models.has_experts(gguf_file.Header({"general.architecture": "llama", "llama.expert_count": 0}, {}, ()).as_config())
+
+
+@pytest.mark.filterwarnings("ignore")  # of mlflow
+def test_the_served_model_knows_the_types_of_the_cache() -> None:
+    from mlflow_llmbench.serving_model import GgufFile
+
+    assert GgufFile.KV_TYPES == KV_TYPES
+    assert set(KV_TYPES) == set(GGUF_CACHES)
+
+
+def test_the_cache_of_llama_cpp_is_estimated_in_its_own_16_bits() -> None:
+    shape, model = models.PRESETS["smollm2-1.7b"].shape, ModelFacts("m", "folder", "/m", "r", {}, "float32")
+    cells = [Cell(backend="llama_cpp", quant="q4_0", prompt_tokens=900, output_tokens=100, kv_cache=kind) for kind in (None, "f16", "f32")]
+    own, same, wide = (estimate.predicted_bytes(cell, model, shape) or 0 for cell in cells)
+    assert own == same == wide - shape.kv_bytes(1000, 2)
+    rates = {"read_bytes_per_s": 1e9, "flops_per_s": 1e15}
+    assert estimate.least_seconds(cells[0], model, shape, rates) == estimate.least_seconds(cells[1], model, shape, rates)
 
 
 @pytest.mark.parametrize("end", [2, 20, 2000, -100])
@@ -183,6 +217,22 @@ def test_quality_is_measured_against_the_checkpoint_in_transformers() -> None:
     assert made == reference.sibling(Cell(model="/models/m", quant="int8"))
     named = reference.sibling(Cell(model="/models/m.gguf", backend="llama_cpp", revision="v1"), "owner/name")
     assert (named.model, named.backend, named.revision, named.quant) == ("owner/name", "transformers", "main", "none")
+
+
+def test_a_model_with_a_quantized_cache_is_not_the_reference_itself(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path))
+    environment = {"hashes": {"env": "e"}}
+    found = {}
+    for cache in (None, "fp8"):
+        cell = Cell(model=str(tiny_model), kv_cache=cache, workload="qa")
+        facts = TransformersBackend.resolve(cell)
+        file = reference._file(cell, facts, load_text("bundled"), "e")
+        file.parent.mkdir(exist_ok=True)
+        file.touch()  # it is there, so that nothing is computed
+        order = reference.order(Task((cell,), facts, (tmp_path / "cell",), Options(quality="auto")), lambda event: None, environment, Limits())
+        assert order and order["references"] == {"qa": str(file)}
+        found[cache] = order["is_reference"]
+    assert found == {None: True, "fp8": False}
 
 
 class Spelling:

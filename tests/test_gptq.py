@@ -11,6 +11,7 @@ import pytest
 
 from mlflow_llmbench import run
 from mlflow_llmbench.backends import gptq
+from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import MissingError, UsageError
 from mlflow_llmbench.journal import read_result
@@ -78,6 +79,17 @@ def test_what_is_loaded_computes_what_was_quantized(tiny_model: Path, tmp_path: 
             assert torch.equal(served.model(ids).logits.flatten().float(), logits)
     assert near["gptq8"] > 0.999
     assert near["gptq"] > 0.97
+
+
+@installed
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+def test_drawn_prompts_calibrate_without_a_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    cell = Cell(model=str(folder), quant="gptq", group_size=64, workload="mixed", batching="static", request_rate=1.0)
+    facts = TransformersBackend.resolve(cell)
+    TransformersBackend.prepare(cell, facts)
+    assert gptq.recorded(str(gptq.folder_of(cell, facts)))["quant.calibration"] == "mixed"
 
 
 def test_other_calibration_is_another_checkpoint_and_another_load() -> None:

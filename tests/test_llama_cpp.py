@@ -149,6 +149,8 @@ def test_what_is_loaded_is_said(packed: Path) -> None:
     with loaded(cell_of(packed, kv_cache="q8_0")) as (backend, info):
         steps_of(backend)
         facts = backend.describe().facts
+        backend.facts = dataclasses.replace(backend.facts, config={**backend.facts.config, "num_experts": 8})  # as its header would say
+        assert backend.describe().step_bytes is None  # of a mixture it is not known
     header = gguf_file.read_header(packed)
     assert (info.weight_bytes, info.step_bytes, info.vocab_size) == (header.weight_bytes, header.step_bytes, 512)
     assert info.kv_bytes_per_token == 2 * 2 * 2 * 32 * 34 // 32
@@ -343,6 +345,7 @@ def test_what_it_ran_is_served_with_the_same_tokens_in_batches(packed: Path, tmp
         assert answer["text"] == text if answer["finish"] == "length" else text.startswith(answer["text"])
     [alone] = served.predict([{"prompt": texts[1]}], params={"max_new_tokens": 5})  # fewer rows, and nothing is left of those before
     assert wanted[1].startswith(alone["text"])
+    assert serve(tmp_path / "model", max_prompt_tokens=30, kv_cache="bf16").predict([{"prompt": "it"}])[0]["output_tokens"]
     for wrong, message in (
         ({"file_type": "Q4_0"}, "The model was measured as Q4_0, and .*tiny-q8_0.gguf is .*Q8_0"),
         ({"gguf_file": "gone.gguf"}, r"gone.gguf, which was measured, is not here. Copy it, or make it again: llmbench run"),

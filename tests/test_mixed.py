@@ -183,6 +183,8 @@ def test_what_was_not_realised_is_found(tiny_model: Path) -> None:
     backend.load()
     names = [name for inside in mixed.blocks_of(backend.model).values() for name in inside]
     verify_plan(dict.fromkeys(names, "bf16"), backend.model)
+    with pytest.raises(NotRealised, match=r"The plan has model\.layers\.0\.self_attn\.q_proj in no scheme, and the model has Linear there"):
+        verify_plan(dict.fromkeys(names[1:], "bf16"), backend.model)
     with pytest.raises(NotRealised, match=r"The plan has model\.layers\.0\.self_attn\.q_proj in int8, and the model has Linear there"):
         verify_plan(dict.fromkeys(names, "int8"), backend.model)
     with pytest.raises(NotRealised, match=r"in fp16, and its weights are bfloat16"):
@@ -200,6 +202,11 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path, tiny_model: Path) ->
     cell = Cell(model=str(tiny_model), quant="mixed", quant_plan=str(file))
     with pytest.raises(UsageError, match=r"was made for m rev, and the model is tiny-llama .*\. Make a plan for it with quant_budget\."):
         TransformersBackend.resolve(cell)
+    same_seed = dataclasses.replace(made_up(), sensitivity=dataclasses.replace(made_up().sensitivity, model="opt-125m", revision="random-seed0"))
+    file.write_text(json.dumps(to_json(same_seed)))
+    assert TransformersBackend.resolve(Cell(model="opt-125m", weights="random", quant="mixed", quant_plan=str(file))).quant_plan == same_seed
+    with pytest.raises(UsageError, match=r"was made for opt-125m random-seed0, and the model is opt-350m random-seed0"):
+        TransformersBackend.resolve(Cell(model="opt-350m", weights="random", quant="mixed", quant_plan=str(file)))
     file.write_text(json.dumps(to_json(made_up(m_0_attn="int3"))))
     with pytest.raises(UsageError, match="is not a whole plan"):
         TransformersBackend.resolve(cell)

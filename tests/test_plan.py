@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.plan import cell_name, config_hash, expand_cells, group_cells, sweep_name
+from mlflow_llmbench.plan import cell_name, config_hash, expand_cells, group_cells, needs_no_less, sweep_name
 from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import as_text, cell_fields, parse
 
@@ -59,3 +59,11 @@ def test_each_cell_of_a_sweep_can_be_asked_for_alone(asked: dict[str, str]) -> N
     for cell in cells:
         alone = {name: [as_text(name, getattr(cell, name))] for name in cell_fields(cell)}
         assert expand_cells(parse(alone)) == [cell]
+
+
+def test_another_attention_may_fit_where_one_did_not() -> None:
+    """`eager` stores the whole score matrix; what it did not get, `sdpa` may not need. Loading needs the same for both."""
+    eager, sdpa = (Cell(attention=attention, prompt_tokens=4096) for attention in ("eager", "sdpa"))
+    assert not needs_no_less(sdpa, eager)
+    assert needs_no_less(sdpa, eager, of_any_shape=True)
+    assert needs_no_less(dataclasses.replace(eager, batch_size=2), eager)

@@ -295,6 +295,11 @@ def test_bad_parameters_get_one_line(values: dict[str, object], line: str) -> No
     assert str(caught.value) == line
 
 
+def test_a_file_name_that_no_system_takes_is_one_line() -> None:
+    with pytest.raises(UsageError, match="There is no data file nnn"):
+        parse_training({"data": "n" * 300})
+
+
 def test_parameters_become_the_cell_that_is_trained_for() -> None:
     cell, options, asked = parse_training({"group_size": "64", "steps": "7", "freeze_embeddings": "false", "threads": "2", "force": "true"})
     assert (cell.quant, cell.group_size, cell.threads, options.force) == ("int4-wo", 64, 2, True)

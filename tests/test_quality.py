@@ -296,6 +296,7 @@ def test_what_scoring_took_is_in_no_memory_stage_and_not_in_the_timeline() -> No
     [
         ({"quality": "best"}, "Unknown quality: best. Known: none, auto, true, false"),
         ({"quality_text": "nowhere.txt"}, "There is no text file nowhere.txt"),
+        ({"quality_text": "n" * 300}, "There is no text file nnn"),
         ({"quality_text": "short.txt"}, "short.txt is too short for a perplexity: 5 bytes. Give at least 512 tokens of text."),
     ],
 )

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from mlflow_llmbench import doctor, gpu, models
-from mlflow_llmbench.backends import quantizing
+from mlflow_llmbench.backends import mixed, quantizing
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.errors import MissingError, NotRealised, UsageError
+from mlflow_llmbench.errors import MeasurementError, MissingError, NotRealised, UsageError
 from mlflow_llmbench.metrics import COLOURS
 from mlflow_llmbench.quantizations import MIXED, QUANTIZATIONS
 from mlflow_llmbench.records import Verdict
+from mlflow_llmbench.spec import parse
 from tests.loading import loaded
 from tests.results import made
 
@@ -180,6 +181,36 @@ def test_what_a_ready_checkpoint_needs_is_named(tiny_model: Path, tmp_path: Path
     assert str(caught.value) == start + quantizing.INSTALL[package]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_experts_that_stay_as_they_are_are_not_called_quantized(tmp_path: Path) -> None:
+    """transformers 5 holds the experts of a mixture in parameters of three dimensions, which no library that replaces linear layers sees."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=128,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixture")
+    with loaded(Cell(model=str(tmp_path / "mixture"))) as (_, info):
+        assert info.facts["quant.bits_per_weight"] == 16
+        assert info.step_bytes is None and (info.weight_bytes or 0) > 2 * 4 * 3 * 64 * 128  # a step reads two of four experts
+    message = r"quant=int4 was asked for, and the experts of this model are no linear layers .*: 98,304 of its 1\d\d,\d{3} weights stay as they are"
+    with pytest.raises(NotRealised, match=message), loaded(Cell(model=str(tmp_path / "mixture"), quant="int4")):
+        pass
+    cell = Cell(model=str(tmp_path / "mixture"), quant="mixed", quant_budget="6", workload="synthetic", weights="hub")
+    with pytest.raises(MeasurementError, match="is a mixture of experts, .* 98,304 of its"):
+        mixed.prepare(cell, TransformersBackend.resolve(cell), str(tmp_path / "mixture"), None)
+
+
+def test_a_size_of_groups_is_asked_of_those_that_have_groups() -> None:
+    assert parse({"quant": "int4,hqq4", "group_size": "64"})
+    for other in ("int4", "quanto4", "int8-wo"):
+        with pytest.raises(
+            UsageError, match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; others have groups of their own"
+        ):
+            parse({"quant": other, "group_size": "64"})
+
+
 @needs("compressed-tensors")
 @pytest.mark.filterwarnings("ignore")
 def test_a_ready_checkpoint_of_compressed_tensors_runs_and_says_what_it_holds(tiny_model: Path, tmp_path: Path) -> None:
@@ -192,6 +223,7 @@ def test_a_ready_checkpoint_of_compressed_tensors_runs_and_says_what_it_holds(ti
     with loaded(Cell(model=str(tmp_path / "packed"))) as (backend, info), torch.inference_mode():
         assert info.facts["quant.method"] == "compressed-tensors"
         assert float(info.facts["quant.bits_per_weight"]) < 9
+        assert info.facts["model.parameters"] == sum(parameter.numel() for parameter in exact.parameters())
         near = torch.nn.functional.cosine_similarity(exact(ids).logits.flatten(), backend.model(ids).logits.flatten().float(), dim=0)
         unpacked = backend.describe()
     assert float(near) > 0.999

@@ -55,6 +55,7 @@ def test_one_command_measures_and_studies_and_another_takes_it_in(store_uri: str
     ("arguments", "message"),
     [
         (["--of", "nowhere"], "nowhere is neither a folder, nor a run id, nor the name of a sweep."),
+        (["--of", "x" * 300], "xxx is neither a folder, nor a run id"),
         (["--of", "nowhere", *GRID], "nowhere is neither a folder"),  # before anything is measured
         ([*GRID, "--price", "cheap"], "--price is not a price per hour: cheap."),
         ([*GRID, "--price", "EPYC=-1"], "--price is not a price per hour: EPYC=-1."),

@@ -169,10 +169,10 @@ def test_transformers_serve_with_and_without_batching_in_one_view(word_model: Pa
     assert {one.data.params["launch"] for one in served} == {PLAIN, BATCHING}
     for one in served:
         assert one.info.status == "FINISHED"
-        assert one.data.tags["llmbench.outcome"] == "complete"
+        assert one.data.tags["llmbench.outcome"] == "ok"
         assert one.data.metrics["errors/failed_ratio"] == 0
         assert one.data.metrics["latency/ttft_ms_p50"] > 0
-        assert client.list_artifacts(one.info.run_id, "server.log")
+        assert "server.log" in {file.path for file in client.list_artifacts(one.info.run_id)}
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_transformers_serve_with_and_without_batching_beside_its_twin(word_model
         assert one.data.metrics["memory/host_needed_bytes_loaded"] > 50e6
         assert one.data.metrics["memory/host_needed_bytes_unloaded"] == 0
         assert one.data.params["server.ignore_eos"] in ("asked", "refused")
-        assert client.list_artifacts(one.info.run_id, "server.log")
+        assert "server.log" in {file.path for file in client.list_artifacts(one.info.run_id)}
     assert offline.data.params["batch_size"] == "2"
     assert parent.info.status == "FINISHED"
     shutil.copy(store_template, tmp_path / "second.db")

@@ -108,8 +108,8 @@ class Header:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes that a decode step reads: all but an embedding of which it reads one row."""
-        skipped = {"position_embd.weight", *(() if self.tied else ("token_embd.weight",))}
+        """Bytes that a decode step reads: all but an embedding of which it reads one row. Of a mixture it would be those of all experts."""
+        skipped = {"position_embd.weight", "per_layer_token_embd.weight", *(() if self.tied else ("token_embd.weight",))}
         return sum(tensor.stored_bytes for tensor in self.tensors if tensor.name not in skipped)
 
     @property

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Bytes and counts of a loaded model. `linear_bits`: mean stored bits per weight of the decoder's linear layers, metadata included."""
+    """Bytes and counts of a loaded model. `linear_bits`: mean stored bits per weight of the decoder's linear layers, metadata included.
+
+    `expert_weights`: weights of experts that are no linear layers; they are in `linear_bits`, and no quantization here touches them.
+    """
 
     parameters: int
     weight_bytes: int
@@ -30,6 +33,7 @@ class Inspection:
     linear_classes: dict[str, int]
     dtypes: dict[str, int]
     device: str
+    expert_weights: int = 0
 
 
 def inspect_model(model: Any) -> Inspection:
@@ -58,11 +62,12 @@ def inspect_model(model: Any) -> Inspection:
             if module_name not in skip:
                 step_bytes += size
             if name in own:
-                parameters += _logical_count(tensor, module, name)
+                if not hasattr(module, "in_features") or name in ("weight", "W_q", "bias"):  # others are scales and packed weights
+                    parameters += _logical_count(tensor, module, name)
                 dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
                 device = str(tensor.device)
-    bits, classes = _linear_layers(model)
-    return Inspection(parameters, weight_bytes, step_bytes, memory.mapped_bytes(spans), bits, classes, dict(dtypes), device)
+    bits, classes, experts = _linear_layers(model)
+    return Inspection(parameters, weight_bytes, step_bytes, memory.mapped_bytes(spans), bits, classes, dict(dtypes), device, experts)
 
 
 def touch(model: Any) -> None:
@@ -130,18 +135,30 @@ def _input_only(model: Any) -> Iterator[str]:
             yield name
 
 
-def _linear_layers(model: Any) -> tuple[float, dict[str, int]]:
-    """Mean stored bits per weight, and classes with their counts, of all linear layers but the output head."""
+def _linear_layers(model: Any) -> tuple[float, dict[str, int], int]:
+    """Mean stored bits per weight, classes with their counts, and how many weights are those of experts, of all linear layers but the output head."""
     head = model.get_output_embeddings()
     classes: Counter[str] = Counter()
-    stored = logical = 0
+    stored = logical = experts = 0
     for module in model.modules():
+        for tensor in _experts(module):
+            stored += stored_bytes(tensor, module)
+            logical += tensor.numel()
+            experts += tensor.numel()
         if module is head or not hasattr(module, "in_features") or next(module.children(), None) is not None:
             continue
         classes[_class_name(module)] += 1
         stored += layer_bytes(module)
         logical += int(module.in_features) * int(module.out_features)
-    return (8 * stored / logical if logical else 0.0), dict(classes)
+    return (8 * stored / logical if logical else 0.0), dict(classes), experts
+
+
+def _experts(module: Any) -> list[torch.Tensor]:
+    """The matrices of a mixture's experts, which transformers 5 holds in one parameter of three dimensions and not in linear layers."""
+    if hasattr(module, "in_features") or type(module).__module__.startswith("torch.nn"):  # a convolution has three dimensions too
+        return []
+    own = module.named_parameters(recurse=False)
+    return [tensor for name, tensor in own if tensor.ndim == 3 and tensor.is_floating_point() and "scale" not in name]
 
 
 def _class_name(module: Any) -> str:
@@ -198,6 +215,11 @@ def verify(quant: str, device: str, found: Inspection) -> None:
         if quant == "int4-wo":  # torchao leaves a layer as it is where the groups do not fit
             advice = "Use a group_size that divides the inputs of every layer"
         raise NotRealised(f"quant={quant} was asked for, and the linear layers are {found.linear_classes}. {advice}.")
+    if found.expert_weights and high < 16:
+        raise NotRealised(
+            f"quant={quant} was asked for, and the experts of this model are no linear layers in this version of transformers: {found.expert_weights:,} of "
+            f"its {found.parameters:,} weights stay as they are. Use quant=none, or a GGUF file of the model with backend=llama_cpp."
+        )
     if not low - 0.01 <= found.linear_bits <= high + 0.01:
         raise NotRealised(
             f"quant={quant} was asked for, and the linear layers hold {found.linear_bits:.2f} bits per weight, not {low:g} to {high:g}. "
@@ -216,6 +238,7 @@ def verify_plan(schemes: Mapping[str, str], model: Any) -> None:
     """Raise NotRealised unless each linear layer but the output head is what the plan says (name → scheme), in class, dtype and bits."""
     head = model.get_output_embeddings()
     layers = {name: module for name, module in model.named_modules() if name in schemes or type(module).__name__ in ("Linear8bitLt", "Linear4bit")}
+    layers |= {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear" and module is not head}
     stored: Counter[str] = Counter()
     logical: Counter[str] = Counter()
     for name in {**schemes, **layers}:

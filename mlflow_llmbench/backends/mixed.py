@@ -83,7 +83,8 @@ def read_plan(path: str, model: ModelFacts) -> QuantPlan:
         raise UsageError(f"{path} is not a plan: {first_line(error)}. Give the quant_plan.json of a run with quant=mixed.") from None
     if not complete:
         raise UsageError(f"{path} is not a whole plan: blocks without a scheme, or with an unknown one. Give the quant_plan.json of a run.")
-    if plan.sensitivity.revision != model.revision:
+    other = model.revision.startswith("random-") and plan.sensitivity.model != model.name  # a seed, the same of every preset
+    if other or plan.sensitivity.revision != model.revision:
         raise UsageError(
             f"The plan {path} was made for {plan.sensitivity.model} {plan.sensitivity.revision[:12]}, and the model is {model.name} "
             f"{model.revision[:12]}. Make a plan for it with quant_budget."
@@ -173,8 +174,13 @@ def choose(found: Sensitivity, budget: str) -> QuantPlan:
 
 def _sensitivity(model: Any, ids: torch.Tensor, reference: torch.Tensor, cell: Cell, facts: ModelFacts, kept: str, device: str) -> Sensitivity:
     started = time.perf_counter()
-    whole = inspection.inspect_model(model).weight_bytes
-    groups = blocks_of(model)
+    seen = inspection.inspect_model(model)
+    if seen.expert_weights:
+        raise MeasurementError(
+            f"{cell.model} is a mixture of experts, which are no linear layers in this version of transformers: {seen.expert_weights:,} of its "
+            f"{seen.parameters:,} weights would stay as they are. Use a GGUF file of it with backend=llama_cpp."
+        )
+    whole, groups = seen.weight_bytes, blocks_of(model)
     if not groups:
         raise MeasurementError(f"{cell.model} has no linear layers that could be quantized. Use quant=none.")
     partial = _folder(cell, facts) / "blocks.json"  # what an interrupted measurement had found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from ..cell import Cell
+from ..cell import DRAWN, Cell
 from ..errors import ModelError, UsageError, first_line
 from ..quantizations import GPTQ_BITS, MIXED
 from ..records import ModelFacts
@@ -125,7 +125,7 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
     elif model.source in ("hub", "preset") and not checkpoint.is_complete(hub.snapshot(model)):
         hub.download(model)
     if cell.quant in GPTQ_BITS:
-        gptq.quantize(cell, model, base_files(cell, model)[0], None if cell.workload == "synthetic" else _tokenizer(cell, *base_files(cell, model)))
+        gptq.quantize(cell, model, base_files(cell, model)[0], None if cell.workload in DRAWN else _tokenizer(cell, *base_files(cell, model)))
     if cell.quant == MIXED and not mixed.is_prepared(cell, model):
         mixed.prepare(cell, model, base_files(cell, model)[0], None if cell.weights == "random" else load_tokenizer(cell, model))
 

@@ -195,7 +195,7 @@ class TransformersBackend:
         return LoadInfo(
             load_s=load_s,
             weight_bytes=found.weight_bytes,
-            step_bytes=found.step_bytes,
+            step_bytes=None if models.has_experts(config.to_dict()) else found.step_bytes,
             **costs,
             cache_bytes=self._cache_bytes(),
             facts=facts,
@@ -307,11 +307,25 @@ class TransformersBackend:
 
         batch = torch.tensor([list(ids)], dtype=torch.long)
         # Most models can leave out the output head for the rest, which at 262,144 words would be most of the memory.
-        keep = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        through_cache = self.cell.kv_cache is not None and last > 1
+        keep = {"logits_to_keep": 1 if through_cache else last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         with foreign_errors("scoring"), torch.inference_mode():
             batch = batch.to(self.model.device)
-            found: torch.Tensor = self.model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False, **keep).logits
+            mask = torch.ones_like(batch)
+            if through_cache:
+                return self._logits_through_cache(batch, mask, last, keep)
+            found: torch.Tensor = self.model(input_ids=batch, attention_mask=mask, use_cache=False, **keep).logits
             return found[0, -last:]
+
+    def _logits_through_cache(self, batch: torch.Tensor, mask: torch.Tensor, last: int, keep: dict[str, int]) -> torch.Tensor:
+        """The logits at the last ids: of the first by a prefill, of the others by a pass that sees the prefill as the quantized KV cache holds it."""
+        import torch
+
+        assert self.path
+        cache, begin = self.path.arguments()["past_key_values"], batch.shape[1] - last + 1
+        first = self.model(input_ids=batch[:, :begin], attention_mask=mask[:, :begin], past_key_values=cache, use_cache=True, **keep).logits[0, -1:]
+        others = self.model(input_ids=batch[:, begin:], attention_mask=mask, past_key_values=cache, use_cache=True).logits[0]
+        return torch.cat([first, others])
 
     # Device
 
