@@ -46,9 +46,9 @@ STATE = ("options", "tokens_per_word", "fixed_tokens", "unique", "own_words")
 
 
 def limits_of(cell: Cell) -> Limits:
-    """What a request of a cell may take: 8 KiB and 8 reads for each token, where servers send 0.3 KiB in one; an end for what never ends."""
+    """What a request of a cell may take: 2 KiB and 8 reads for each token, where servers send 0.3 to 0.9 KiB in one; an end for what never ends."""
     tokens, seconds = longest_of(cell)[1], cell.request_timeout_s
-    most_bytes = min((64 << 10) + (8 << 10) * tokens, (16 << 20) + 1024 * tokens)
+    most_bytes = min((64 << 10) + (2 << 10) * tokens, (16 << 20) + 1024 * tokens)
     return Limits(first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens)
 
 
