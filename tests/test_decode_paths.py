@@ -158,7 +158,8 @@ def test_the_step_is_compiled_once_for_each_shape(tiny_model: Path, store_uri: s
         metrics = summarize(result)
         assert metrics["trust/same_tokens_ratio"] == 1
         assert metrics["load/compile_s"] * 1000 > 10 * metrics["latency/e2e_ms_mean"]
-        assert metrics["load/first_call_ms"] < metrics["load/compile_s"] * 1000 / 5
+        if result.cell.batch_size == 2:  # the larger one comes first, and only the first call after a load is cold
+            assert metrics["load/first_call_ms"] < metrics["load/compile_s"] * 1000 / 5
         assert result.load and result.load.facts["decode.graphs"] == 1
         assert result.load.facts["decode.graph_breaks"] == 0
         assert result.load.facts["decode.static_cache_tokens"] == 20
@@ -172,8 +173,9 @@ def test_a_step_that_is_compiled_again_while_it_is_measured_is_refused(tiny_mode
     with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _):
         backend.compile(PROMPTS, 20, 8)
         assert tokens_of(backend.generate, 8) == tokens_of(backend.generate_plainly, 8)
+        torch._dynamo.reset()  # as where a guard fails
         with pytest.raises(NotRealised, match="compiled again while it was measured"):
-            tokens_of(backend.generate, 8, [*PROMPTS, *PROMPTS])
+            tokens_of(backend.generate, 8)
 
 
 # What this machine lacks

@@ -79,7 +79,7 @@ def test_the_decision_by_entry_points(store_uri: str, tmp_path: Path) -> None:
     """Choose, register, gate, reproduce; each keeps what it found in the project's own run too."""
     client = MlflowClient(store_uri)
 
-    def entry(name: str, code: int = 0, **parameters: str) -> Run:
+    def entry(name: str, /, code: int = 0, **parameters: str) -> Run:
         done = mlflow_run(store_uri, tmp_path, name, **parameters)
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
         return client.search_runs(["0"], "tags.`mlflow.project.entryPoint` = '" + name + "'", order_by=["attributes.start_time DESC"])[0]
