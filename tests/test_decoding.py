@@ -37,8 +37,8 @@ def test_a_step_of_several_tokens_is_no_inter_token_latency(store_uri: str) -> N
     result, folder = fake("step_tokens=4+itl_ms=20", decode="prompt_lookup")
     metrics = summarize(result)
     assert metrics["lengths/tokens_per_step_mean"] == pytest.approx(10 / 3)
-    assert metrics["latency/tpot_ms_mean"] == pytest.approx(2 * 20 / 6, rel=0.1)
-    assert metrics["latency/icl_ms_p50"] == pytest.approx(20, rel=0.1)
+    assert metrics["latency/tpot_ms_mean"] == pytest.approx(2 * 20 / 6, rel=0.3)
+    assert metrics["latency/icl_ms_p50"] == pytest.approx(20, rel=0.3)
     assert [key for key in metrics if "itl_ms" in key] == []
     assert [point.key for point in series(result) if "itl_ms" in point.key] == []
     assert [s.key for s in statistics(result) if "itl_ms" in s.key] == []
@@ -53,9 +53,9 @@ def test_a_step_of_several_tokens_is_no_inter_token_latency(store_uri: str) -> N
 
 
 def test_steps_of_one_token_are_tokens(store_uri: str) -> None:
-    metrics = summarize(fake("step_tokens=1+itl_ms=3", decode="assisted", assistant="fake:")[0])
+    metrics = summarize(fake("step_tokens=1+itl_ms=10", decode="assisted", assistant="fake:")[0])
     assert metrics["lengths/tokens_per_step_mean"] == 1
-    assert metrics["latency/itl_ms_p50"] == pytest.approx(3, rel=0.2)
+    assert metrics["latency/itl_ms_p50"] == pytest.approx(10, rel=0.3)
     assert "latency/icl_ms_p50" not in metrics
 
 

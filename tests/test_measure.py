@@ -33,9 +33,9 @@ def least(values: list[float]) -> float:
 def test_stamps_are_those_of_the_script() -> None:
     measured, _ = measure("ttft_ms=20+itl_ms=4", repetitions=8)
     requests = [r.requests[0] for r in measured.repetitions]
-    assert least([latency.ttft_ms(r) for r in requests]) == pytest.approx(20, abs=0.1)
-    assert sorted(g for r in requests for g in latency.gaps_ms(r))[28] == pytest.approx(4, rel=0.05)
-    assert least([latency.e2e_ms(r) for r in requests]) == pytest.approx(20 + 7 * 4, abs=0.2)
+    assert least([latency.ttft_ms(r) for r in requests]) == pytest.approx(20, abs=1)
+    assert sorted(g for r in requests for g in latency.gaps_ms(r))[28] == pytest.approx(4, rel=0.2)
+    assert least([latency.e2e_ms(r) for r in requests]) == pytest.approx(20 + 7 * 4, abs=2)
 
 
 def test_a_stall_lands_on_its_token_and_nowhere_else() -> None:

@@ -477,9 +477,9 @@ def test_two_sides_in_turns(store_uri: str) -> None:
     from mlflow_llmbench.ab import parse_side, run_ab
 
     common = CELL | {"output_tokens": 20}
-    duel = run_ab(parse_side("model=fake:ttft_ms=2+itl_ms=2"), parse_side("model=fake:ttft_ms=2+itl_ms=3"), common, pairs=3)
+    duel = run_ab(parse_side("model=fake:ttft_ms=2+itl_ms=2"), parse_side("model=fake:ttft_ms=2+itl_ms=6"), common, pairs=3)
     gaps = duel.comparison.effect("latency/itl_ms_p50")
-    assert gaps and gaps.ratio == pytest.approx(1.5, rel=0.05) and gaps.effect == "worse"
+    assert gaps and gaps.ratio == pytest.approx(3, rel=0.25) and gaps.effect == "worse"
     assert duel.comparison.processes == (3, 3)
     parent = runs(store_uri)[duel.sweep.parent_id or ""]
     files = {item.path for item in MlflowClient(store_uri).list_artifacts(str(parent.info.run_id), "comparison")}
