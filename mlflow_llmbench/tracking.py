@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import ssl
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -28,7 +27,7 @@ from .cell import Cell
 from .context import fingerprint_tags
 from .errors import StoreAway, TrackingError, UsageError, first_line
 from .metrics import COLOURS, OUTCOMES
-from .records import SCHEMA, Hashes, RunResult, Verdict, hash16
+from .records import SCHEMA, Hashes, RunResult, Verdict
 from .redaction import CONTROLS, redact, redact_all
 from .report import summary_markdown
 from .spec import WORKLOADS, as_text, cell_fields
@@ -47,8 +46,8 @@ PROBE_S = 2.0
 """Seconds after which a server that says nothing is taken for away."""
 
 PARENT_TAG = "mlflow.parentRunId"
-UPLOADED_TAG = "llmbench.uploaded"
 TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, which `log_table` sets
+UPLOADED_TAG = "llmbench.uploaded"
 """Set when everything of a run has arrived."""
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -167,8 +166,9 @@ def _undisturbed(address: str) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                lock = stack.enter_context(open(os.path.join(tempfile.gettempdir(), f"llmbench-{hash16(os.path.abspath(path))}.lock"), "w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)  # no lock file of ours stays behind
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX)
             yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

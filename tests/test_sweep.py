@@ -152,14 +152,16 @@ def test_a_half_made_store_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_two_commands_may_make_one_new_store(tmp_path: Path) -> None:
+def test_two_commands_may_make_one_new_store_and_leave_nothing_else_behind(tmp_path: Path) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
     command = [sys.executable, "-m", "mlflow_llmbench", "run", "--backend", "fake", "--model", "fake:", "--output-tokens", "4", "--repetitions", "5"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=200)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 2
+    assert not list(temporary.iterdir())
 
 
 def test_texts_longer_than_the_context_are_refused_not_measured(store_uri: str, tiny_model: Path, tmp_path: Path) -> None:
