@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlflow_llmbench import machine
-from mlflow_llmbench.backends import inspection, mixed, scoring, sources
+from mlflow_llmbench.backends import inspection, mixed, sources
 from mlflow_llmbench.backends.transformers_local import TransformersBackend
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.quant_plan import QUANTIZED, Sensitivity
@@ -61,20 +61,14 @@ def mean_with_ends(values: Sequence[float]) -> dict[str, float]:
     return {"mean": round(fmean(values), 6), "low": round(low, 6), "high": round(high, 6)}
 
 
-def uniform_logits(model: str, scheme: str, group_size: int, modules: Sequence[str], ids: Any) -> tuple[Any, int]:
-    """The logits of a model in one quantization throughout, and the bytes that these of its layers hold."""
+def uniform(model: str, scheme: str, group_size: int, modules: Sequence[str]) -> tuple[Any, int]:
+    """A model in one quantization throughout, and the bytes that these of its layers hold."""
     cell = Cell(model=model, quant=scheme, group_size=group_size, workload="summarization", prompt_tokens=None)
     facts = TransformersBackend.resolve(cell)
     TransformersBackend.prepare(cell, facts)
     backend = TransformersBackend(cell, facts)
     backend.load()
-    logits = mixed._logits(backend.model, ids).float()
-    return logits, sum(inspection.layer_bytes(backend.model.get_submodule(module)) for module in modules)
-
-
-def divergences(reference: Any, logits: Any) -> tuple[float, ...]:
-    """KL divergence of each passage, nats."""
-    return tuple(fmean(scoring.divergence(its, own)[0]) for its, own in zip(reference, logits, strict=True))
+    return backend.model, sum(inspection.layer_bytes(backend.model.get_submodule(module)) for module in modules)
 
 
 def main() -> int:
@@ -117,8 +111,8 @@ def main() -> int:
             measure(scheme, dict.fromkeys((block.name for block in found.blocks), scheme))
         for pair in filter(None, given.uniform.split(",")):
             scheme, _, group = pair.partition(":")
-            logits, block_bytes = uniform_logits(given.model, scheme, int(group or 128), modules, ids)
-            other = divergences(reference, logits)
+            quantized, block_bytes = uniform(given.model, scheme, int(group or 128), modules)
+            other = mixed._divergences(quantized, ids, reference)
             keep(f"{scheme}, groups of {group or 128}", block_bytes, other)
             own = measure(f"mixed, bytes of {pair}", mixed.choose(found, f"{found.fixed_bytes + block_bytes}B").schemes)
             rows[-1]["mixed_less_uniform"] = mean_with_ends([a - b for a, b in zip(own, other, strict=True)])

@@ -294,10 +294,13 @@ def _size(config: Mapping[str, Any], *keys: str) -> int | None:
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
 
 
-def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a model is a mixture of experts, of which a step reads some only: those that its tokens are sent to."""
+def read_by_step(config: Mapping[str, Any], held: int | None) -> int | None:
+    """The bytes of weights that each decode step reads: all that it is given, or None for a mixture of experts.
+
+    Of those a step reads some only, the ones that its tokens are sent to.
+    """
     part = _decoder_part(config)
-    return any(part.get(key) for key in _EXPERTS)
+    return None if any(part.get(key) for key in _EXPERTS) else held
 
 
 def _decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

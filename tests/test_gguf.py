@@ -76,8 +76,8 @@ def test_tables_that_are_looked_up_are_no_part_of_a_step() -> None:
 
 def test_a_mixture_of_experts_is_known_by_its_header() -> None:
     mixture = {"general.architecture": "qwen3moe", "qwen3moe.expert_count": 128, "qwen3moe.expert_used_count": 8}
-    assert models.has_experts(gguf_file.Header(mixture, {}, ()).as_config())
-    assert not models.has_experts(gguf_file.Header({"general.architecture": "llama", "llama.expert_count": 0}, {}, ()).as_config())
+    assert models.read_by_step(gguf_file.Header(mixture, {}, ()).as_config(), 7) is None
+    assert models.read_by_step(gguf_file.Header({"general.architecture": "llama", "llama.expert_count": 0}, {}, ()).as_config(), 7) == 7
 
 
 @pytest.mark.filterwarnings("ignore")  # of mlflow

@@ -136,7 +136,7 @@ class LlamaCppBackend:
         return LoadInfo(
             load_s=self.load_s,
             weight_bytes=header.weight_bytes,
-            step_bytes=None if models.has_experts(self.facts.config or header.as_config()) else header.step_bytes,
+            step_bytes=models.read_by_step(self.facts.config or header.as_config(), header.step_bytes),
             **costs,
             cache_bytes=None if model.on_gpu else machine.last_level_cache_bytes(),
             facts=self._model_facts(model, header) | self._run_facts(model, kind) | gguf_made.recorded(self.file or Path()),

@@ -167,7 +167,7 @@ class OpenVinoBackend(Engine):
         return LoadInfo(
             load_s=self.load_s,
             weight_bytes=held.weight_bytes,
-            step_bytes=None if models.has_experts(self.facts.config or {}) else held.step_bytes,
+            step_bytes=models.read_by_step(self.facts.config or {}, held.step_bytes),
             **costs,
             cache_bytes=machine.last_level_cache_bytes(),
             facts=facts,

@@ -195,7 +195,7 @@ class TransformersBackend:
         return LoadInfo(
             load_s=load_s,
             weight_bytes=found.weight_bytes,
-            step_bytes=None if models.has_experts(config.to_dict()) else found.step_bytes,
+            step_bytes=models.read_by_step(config.to_dict(), found.step_bytes),
             **costs,
             cache_bytes=self._cache_bytes(),
             facts=facts,

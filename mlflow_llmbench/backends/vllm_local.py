@@ -196,7 +196,7 @@ class VllmBackend(Engine):
         return LoadInfo(
             load_s=self.load_s,
             weight_bytes=weights,
-            step_bytes=None if weights is None or models.has_experts(self.facts.config or {}) else weights - looked_up,
+            step_bytes=models.read_by_step(self.facts.config or {}, None if weights is None else weights - looked_up),
             **(shape.cost_fields(_item_size(kv_type)) if shape else {}),
             cache_bytes=machine.last_level_cache_bytes() if self.device == "cpu" else None,
             facts=facts,
