@@ -8,7 +8,7 @@ from . import gpu, machine, memory, models
 from .arrivals import request_count
 from .cell import SPECULATIVE, Cell
 from .metrics import LEAST_REPETITIONS
-from .quantizations import GPTQ_BITS, MIXED
+from .quantizations import MIXED
 from .records import ModelFacts
 from .spec import as_text
 from .workload import longest_of
@@ -28,20 +28,21 @@ def memory_limit(asked: int | None) -> tuple[int | None, str]:
     )
 
 
-READY_BITS = {bits: quant for quant, bits in GPTQ_BITS.items()}
+STAYS_PACKED = ("gptq", "awq", "bitsandbytes", "torchao")
+"""Methods of ready checkpoints whose weights take in memory what they take in their files. Of the others transformers unpacks some, compressed-tensors
+in its first call, so that they are taken for unquantized; vLLM leaves these packed."""
 
 
-def stored_quant(cell: Cell, model: ModelFacts) -> str:
-    """The quantization of the weights as they are stored: that of the cell, or of a ready GPTQ or AWQ checkpoint, which take the same room.
+def _weight_bytes(cell: Cell, model: ModelFacts, shape: models.Shape, dtype: str) -> int:
+    """Bytes of the weights as they are loaded: those of the files where these are run as they are, else by formula."""
+    if _runs_packed(cell, model):
+        return model.files_bytes or 0
+    return shape.weight_bytes(_quant_loaded(cell), dtype)
 
-    Of a mixed one `none`: where it is measured and where it is loaded the whole checkpoint is there first.
-    """
-    if cell.quant == MIXED:
-        return "none"
-    config = (model.config or {}).get("quantization_config") or {}
-    bits = config.get("bits")
-    ready = cell.quant == "none" and config.get("quant_method") in ("gptq", "awq")
-    return READY_BITS.get(bits, cell.quant) if ready and isinstance(bits, int) else cell.quant
+
+def _quant_loaded(cell: Cell) -> str:
+    """What the formulas take for the quantization. Of a mixed one `none`: where it is measured and where it is loaded the whole checkpoint is there first."""
+    return "none" if cell.quant == MIXED else cell.quant
 
 
 def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int | None:
@@ -50,11 +51,13 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
         unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source in ("gguf", "hub_gguf") else 1
         return None if model.files_bytes is None else model.files_bytes * unpacked
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
-    (prompt, output), quant = longest_of(cell), stored_quant(cell, model)
-    running = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output, _cache_value_bytes(cell))
+    (prompt, output), quant = longest_of(cell), _quant_loaded(cell)
+    peak = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output, _cache_value_bytes(cell))
     if _runs_packed(cell, model):
-        return running - shape.weight_bytes(quant, dtype) + (model.files_bytes or 0) + models.PROCESS_BYTES
-    return max(running, models.load_memory_estimate(shape, quant, dtype)) + models.PROCESS_BYTES + _beside(cell, model, (prompt or 512) + output)
+        peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
+    else:
+        peak = max(peak, models.load_memory_estimate(shape, quant, dtype))
+    return peak + models.PROCESS_BYTES + _beside(cell, model, (prompt or 512) + output)
 
 
 KV_VALUE_BYTES = {
@@ -89,8 +92,13 @@ def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
 
 
 def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
-    """Whether a GGUF file is run as it is, so that its weights take what the file takes."""
-    return cell.backend == "llama_cpp" and model.source in ("gguf", "hub_gguf") and model.files_bytes is not None
+    """Whether the weights take what their files take: of a GGUF file that llama.cpp runs, and of a checkpoint that was quantized before and stays so."""
+    if model.files_bytes is None or cell.quant != "none":
+        return False
+    if cell.backend == "llama_cpp":
+        return model.source in ("gguf", "hub_gguf")
+    method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
+    return method in STAYS_PACKED or (method == "compressed-tensors" and cell.backend == "vllm")
 
 
 LEAST_WARMUP = 3
@@ -111,7 +119,7 @@ def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, pea
     if shape is None or not bandwidth or not flops:
         return None
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
-    weights = (model.files_bytes or 0) if _runs_packed(cell, model) else shape.weight_bytes(stored_quant(cell, model), dtype)
+    weights = _weight_bytes(cell, model, shape, dtype)
     rows, prompt = cell.batch_size, cell.prompt_tokens or 512
     context = prompt + cell.output_tokens // 2
     if cell.decode == "compiled":

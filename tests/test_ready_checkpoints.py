@@ -123,13 +123,22 @@ def test_what_a_ready_checkpoint_needs_is_named(tiny_model: Path, tmp_path: Path
         TransformersBackend.resolve(Cell(model=str(tmp_path / "ready"), device="cpu"))
 
 
-def test_a_ready_checkpoint_is_expected_to_take_the_room_of_its_bits() -> None:
+@pytest.mark.parametrize(
+    ("method", "backend", "packed"),
+    [
+        ("awq", "transformers", True), ("gptq", "transformers", True), ("bitsandbytes", "transformers", True), ("torchao", "transformers", True),
+        ("compressed-tensors", "transformers", False), ("compressed-tensors", "vllm", True), ("mxfp4", "transformers", False),
+    ],
+)  # fmt: skip
+def test_a_ready_checkpoint_is_expected_to_take_the_room_of_its_files_where_it_stays_packed(method: str, backend: str, packed: bool) -> None:
     preset = models.find_preset("opt-1.3b")
     assert preset
     plain = ModelFacts("m", "folder", "m", "r", {}, "float16", 2048)
-    sizes = {}
-    for method in ("awq", "gptq"):
-        ready = ModelFacts("m", "folder", "m", "r", {"quantization_config": {"quant_method": method, "bits": 4}}, "float16", 2048)
-        sizes[method] = estimate.predicted_bytes(Cell(), ready, preset.shape)
-    assert sizes["awq"] == sizes["gptq"] == estimate.predicted_bytes(Cell(quant="gptq"), plain, preset.shape)
-    assert (sizes["awq"] or 0) < 0.7 * (estimate.predicted_bytes(Cell(), plain, preset.shape) or 0)
+    as_gptq = preset.shape.weight_bytes("gptq", "float16")
+    ready = ModelFacts("m", "folder", "m", "r", {"quantization_config": {"quant_method": method}}, "float16", 2048, as_gptq)
+    expected = estimate.predicted_bytes(Cell(quant="gptq" if packed else "none"), plain, preset.shape)
+    assert estimate.predicted_bytes(Cell(backend=backend), ready, preset.shape) == expected
+    peaks = {"read_bytes_per_s": 1e10, "flops_per_s": 1e15}
+    assert estimate.least_seconds(Cell(), ready, preset.shape, peaks) == estimate.least_seconds(
+        Cell(quant="gptq" if packed and backend == "transformers" else "none"), plain, preset.shape, peaks
+    )
