@@ -22,10 +22,10 @@ LOADED = (
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
 WEIGHTS = (
-    "model", "weights", "revision", "backend", "quant", "double_quant", "device", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch",
-    "worker_python",
+    "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "double_quant", "device", "gpu_layers", "kv_cache", "mmap",
+    "decode", "assistant", "url", "launch", "worker_python",
 )  # fmt: skip
-"""Parameters that decide what the weights take; cells that share them differ by their shape."""
+"""Parameters that decide what memory a load takes; cells that share them differ by their shape."""
 
 UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python")
 """Parameters of a cell that do not decide its result; of an interpreter its environment does, and not where it lies."""
@@ -98,12 +98,13 @@ def size(cell: Cell) -> tuple[int, int]:
     return rows * ((cell.prompt_tokens or 0) + cell.output_tokens), rows
 
 
-def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False) -> bool:
-    """Whether a cell needs at least the memory and time of another: the same weights, and no smaller in any dimension.
+def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False, of_time: bool = False) -> bool:
+    """Whether a cell needs at least the memory of another: the same weights, and no smaller in any dimension.
 
-    `of_any_shape`: the other did not even load, so its shape does not matter.
+    `of_any_shape`: the other did not even load, so its shape does not matter. `of_time`: at least its time, which more threads, say, may shorten.
     """
-    if any(getattr(cell, name) != getattr(other, name) for name in (*WEIGHTS, *(() if of_any_shape else ("attention", "history", "batching")))):
+    alike = LOADED if of_time else WEIGHTS
+    if any(getattr(cell, name) != getattr(other, name) for name in (*alike, *(() if of_any_shape else ("attention", "history", "batching")))):
         return False
     if of_any_shape:
         return True

@@ -398,7 +398,7 @@ def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
     """The jobs that are worth trying; those that need at least what another one did not get become `skipped`."""
     left = []
     for job in waiting:
-        smaller = next((one for one in sweep.failed if plan.needs_no_less(job.cell, one[0], of_any_shape=one[2])), None)
+        smaller = next((one for one in sweep.failed if plan.needs_no_less(job.cell, one[0], of_any_shape=one[2], of_time=one[1] == "timeout")), None)
         if smaller is None:
             left.append(job)
             continue

@@ -67,3 +67,16 @@ def test_another_attention_may_fit_where_one_did_not() -> None:
     assert not needs_no_less(sdpa, eager)
     assert needs_no_less(sdpa, eager, of_any_shape=True)
     assert needs_no_less(dataclasses.replace(eager, batch_size=2), eager)
+
+
+def test_a_smaller_budget_may_fit_where_a_larger_one_did_not() -> None:
+    large, small = (Cell(quant="mixed", quant_budget=budget) for budget in ("7", "4.5"))
+    for any_shape in (False, True):
+        assert not needs_no_less(small, large, of_any_shape=any_shape)
+
+
+def test_more_threads_may_be_in_time_and_need_no_less_memory() -> None:
+    one, two = (Cell(threads=threads) for threads in (1, 2))
+    assert needs_no_less(two, one)
+    assert not needs_no_less(two, one, of_time=True)
+    assert needs_no_less(dataclasses.replace(one, output_tokens=one.output_tokens + 1), one, of_time=True)

@@ -224,6 +224,11 @@ def test_limits_of_time(store_uri: str, script: str, limit: dict[str, float], me
     assert {status for status, _ in states(store_uri).values()} == {"FAILED"}
 
 
+def test_what_took_too_long_with_one_thread_is_tried_with_two(store_uri: str) -> None:
+    result = fake("ttft_ms=60000", threads="1,2", first_token_timeout_s=1)
+    assert [(row.cell.threads, row.outcome) for row in result.rows] == [(1, "timeout"), (2, "timeout")]
+
+
 def test_a_model_larger_than_the_limit_of_memory_is_ended_before_the_machine_suffers(store_uri: str) -> None:
     result = fake("memory_mb=600+load_ms=1", memory_limit="300MB")
     assert result.rows[0].outcome == "oom"
