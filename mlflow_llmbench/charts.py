@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cell import Cell, differing
+from .latency import gaps_ms
 from .metrics import COLOURS, KEYS
 from .plan import UNDECISIVE
 from .records import RequestRecord, RunResult
+from .repetitions import several_in_a_step
 from .stats import supports
 
 if TYPE_CHECKING:
@@ -176,11 +178,9 @@ def _count(result: RunResult, requests: int) -> str:
     return f"n = {requests:,} {noun}{'' if requests == 1 else 's'}"
 
 
-def _gaps(request: RequestRecord) -> Array:
-    """Gaps between tokens, ms; none where a stamp stands for several tokens."""
-    if not request.single_tokens:
-        return np.array([], dtype=np.float64)
-    return np.diff(np.array(request.stamps_ns, dtype=np.int64)).astype(np.float64) / 1e6
+def _gaps(result: RunResult) -> list[Array]:
+    """Gaps between tokens of each request, ms; none where tokens do not come singly."""
+    return [] if several_in_a_step(result) else [np.array(gaps_ms(request)) for request in _requests(result)]
 
 
 def _limits(low: float, high: float) -> tuple[float, float]:
@@ -191,7 +191,7 @@ def _limits(low: float, high: float) -> tuple[float, float]:
 
 def _itl_figure(result: RunResult) -> Figure | None:
     """Gap by token index 2 … N, ms: median over requests, with the band between their 10th and 90th percentile."""
-    gaps = [_gaps(request) for request in _requests(result)]
+    gaps = _gaps(result)
     longest = max((len(g) for g in gaps), default=0)
     if longest == 0:
         return None
@@ -223,8 +223,9 @@ def _latency_figure(result: RunResult) -> Figure | None:
     requests = _requests(result)
     if not requests:
         return None
-    values = np.concatenate([_gaps(request) for request in requests])
-    weights = np.concatenate([np.full(len(_gaps(request)), request.rows) for request in requests])
+    gaps = _gaps(result)
+    values = np.concatenate([np.array([]), *gaps])
+    weights = np.concatenate([np.array([], dtype=int), *(np.full(len(its), request.rows) for its, request in zip(gaps, requests, strict=False))])
     title = f"{_name(result.cell.model)} · latency distribution"
     figure, panels = _figure(title, _describe(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
     if len(values):

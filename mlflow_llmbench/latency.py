@@ -13,12 +13,12 @@ from .records import RequestRecord
 
 def gaps_ms(request: RequestRecord) -> list[float]:
     """Inter-token gaps of one request in ms: t(i) − t(i−1) for i = 2 … N. None where a stamp stands for several tokens."""
-    return chunk_gaps_ms(request) if request.single_tokens else []
+    return [(b - a) / 1e6 for a, b in pairwise(request.stamps_ns)] if request.single_tokens else []
 
 
 def chunk_gaps_ms(request: RequestRecord) -> list[float]:
-    """Gaps between the chunks of a stream in ms, whatever they hold."""
-    return [(b - a) / 1e6 for a, b in pairwise(request.stamps_ns)]
+    """Gaps between the arrivals of a stream in ms, whatever they hold; what came in one read came at once."""
+    return [(b - a) / 1e6 for a, b in pairwise(dict.fromkeys(request.stamps_ns))]
 
 
 def ttft_ms(request: RequestRecord) -> float:
@@ -37,16 +37,15 @@ def e2e_ms(request: RequestRecord) -> float:
 
 
 def tpot_ms(request: RequestRecord) -> float | None:
-    """Time per output token after those of the first stamp, (tN − t1)/(N − n1), in ms; None if there are none.
+    """Time per output token after those of the first arrival, (tN − t1)/(N − n1), in ms; None if there are none.
 
-    n1 is 1 where a stamp is one token; the first chunk's own count where the server tells it; else the mean of the chunks,
-    as if all were equal: with N − 1 a server that sends its tokens by fours would seem a third faster than it is.
+    n1 is 1 where a token comes by itself; else what the chunks of the first arrival hold: by the server's own count where it tells it, or by the
+    mean of the chunks, as if all were equal. With N − 1 a server that sends its tokens by fours would seem a third faster than it is.
     """
-    tokens, stamps = request.output_tokens, len(request.stamps_ns)
-    if stamps < 2:
-        return None
-    first = request.chunk_tokens[0] if request.chunk_tokens else tokens / stamps
-    if tokens <= first:
+    tokens, stamps = request.output_tokens, request.stamps_ns
+    at_first = stamps.count(stamps[0])
+    first = sum(request.chunk_tokens[:at_first]) if request.chunk_tokens else tokens / len(stamps) * at_first
+    if at_first == len(stamps) or tokens <= first:
         return None
     return (request.stamps_ns[-1] - request.stamps_ns[0]) / 1e6 / (tokens - first)
 

@@ -21,6 +21,9 @@ from .stats import percentile, supports
 SINGLE_SHARE = 0.95
 """Share of requests whose every chunk holds one token, from which on their gaps are called inter-token latency."""
 
+TOGETHER_SHARE = 0.05
+"""Share of tokens that came in one read with the one before them, up to which gaps are called inter-token latency: a few come so by chance."""
+
 Figures = dict[str, float | None]
 
 
@@ -97,9 +100,20 @@ def single_share(requests: Sequence[RequestRecord]) -> float:
     return sum(r.single_tokens for r in requests) / len(requests)
 
 
+def together_share(requests: Sequence[RequestRecord]) -> float:
+    """Share of the chunks after a first one that came in one read with the one before: held back by the server, or by a proxy."""
+    gaps = [later - sooner for r in requests for sooner, later in itertools.pairwise(r.stamps_ns)]
+    return sum(gap == 0 for gap in gaps) / len(gaps) if gaps else 0.0
+
+
+def come_singly(requests: Sequence[RequestRecord]) -> bool:
+    """Whether tokens come one by one, so that gaps are inter-token latency."""
+    return single_share(requests) >= SINGLE_SHARE and together_share(requests) <= TOGETHER_SHARE
+
+
 def _chunks(requests: Sequence[RequestRecord]) -> Figures:
     """Inter-chunk latency instead of inter-token latency, where a chunk is not a token."""
-    if single_share(requests) >= SINGLE_SHARE:
+    if come_singly(requests):
         return {}
     found = statistics("latency/icl_ms", [gap for r in requests for gap in chunk_gaps_ms(r)])
     return found | {f"latency/itl_ms_{name}": None for name in ("mean", "p50", "p90", "p95", "p99")}
@@ -164,8 +178,8 @@ def _windows(repetitions: Sequence[Repetition]) -> Figures:
     pools: Mapping[str, Sequence[float]] = {
         "full_ttft_ms": [ttft_ms(r) for r in requests],
         "steady_ttft_ms": firsts,
-        "full_itl_ms": [gap for r in requests for gap in gaps_ms(r)] if single_share(requests) >= SINGLE_SHARE else [],
-        "steady_itl_ms": gaps if single_share(requests) >= SINGLE_SHARE else [],
+        "full_itl_ms": [gap for r in requests for gap in gaps_ms(r)] if come_singly(requests) else [],
+        "steady_itl_ms": gaps if come_singly(requests) else [],
     }
     for name, pool in pools.items():
         found |= {f"window/{name}_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from .metrics import FOREIGN_CPU_LIMIT, PREFIX_CACHES
-from .online_summary import RATE_LIMIT, SINGLE_SHARE, cached_share, overload_of, single_share, steady_window
+from .online_summary import RATE_LIMIT, SINGLE_SHARE, TOGETHER_SHARE, cached_share, overload_of, single_share, steady_window, together_share
 from .records import Reason, RequestRecord, RunResult
 
 CPU_LIMIT = 0.75
@@ -114,6 +114,12 @@ def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
             "chunked_stream",
             f"Chunks hold {metrics['lengths/tokens_per_chunk_mean']:.2f} tokens on average; gaps between them are inter-chunk latency (icl_ms), and there is no "
             "inter-token latency. Ask the server to send each token by itself.",
+        )
+    elif (together := together_share(every)) > TOGETHER_SHARE:
+        yield Reason(
+            "chunked_stream",
+            f"{together:.0%} of the tokens came together with the one before, and the limit is {TOGETHER_SHARE:.0%}: the server, or a proxy before it, holds them back, "
+            "so that the first token is that of the first burst, and gaps are inter-chunk latency (icl_ms). Switch its buffering off, or measure behind it.",
         )
 
 

@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 from .cell import SPECULATIVE
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
-from .online_summary import SINGLE_SHARE, single_share
+from .online_summary import come_singly
 from .records import Repetition, RequestRecord, RunResult
 
 
@@ -21,7 +21,7 @@ def several_in_a_step(result: RunResult) -> bool:
     brought a single token is there by chance, and its gaps are not those of the others.
     """
     if result.cell.scenario == "online" and result.repetitions:
-        return single_share(requests(result)) < SINGLE_SHARE
+        return not come_singly(requests(result))
     return result.cell.decode in SPECULATIVE and not all(request.single_tokens for request in requests(result))
 
 
@@ -86,8 +86,8 @@ RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "d
 
 
 def typical_gap(repetition: Repetition) -> float | None:
-    """Median inter-token gap of all requests, ms; the mean would be the time per output token again. None without gaps."""
-    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
+    """Median inter-token gap of all requests, ms; the mean would be the time per output token again. None where tokens do not come singly."""
+    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)] if come_singly(repetition.requests) else []
     return median(gaps) if gaps else None
 
 

@@ -17,6 +17,7 @@ from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.plan import cell_name, config_hash
 from mlflow_llmbench.records import ClientReadings, Hashes, LoadInfo, ModelFacts, Repetition, RequestRecord, RunResult, from_json, to_json
+from mlflow_llmbench.repetitions import PER_REPETITION
 from mlflow_llmbench.summary import series, summarize
 from mlflow_llmbench.sweep import run
 from mlflow_llmbench.validity import judge
@@ -251,7 +252,7 @@ MODEL = "null:ttft_ms=10+itl_ms=3"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with null_server(MODEL, "null:status=503", "null:stop_after=3+eos=always", "null:per_chunk=2", "null:cut_at=4") as url:
+    with null_server(MODEL, "null:status=503", "null:stop_after=3+eos=always", "null:per_chunk=2", "null:per_write=4", "null:cut_at=4") as url:
         yield url
 
 
@@ -319,7 +320,7 @@ def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
 
 @pytest.mark.parametrize(
     ("script", "reason"),
-    [("null:stop_after=3+eos=always", "length_drift"), ("null:per_chunk=2", "chunked_stream")],
+    [("null:stop_after=3+eos=always", "length_drift"), ("null:per_chunk=2", "chunked_stream"), ("null:per_write=4", "chunked_stream")],
 )
 def test_what_the_server_does_otherwise_is_in_the_verdict(server: str, store_uri: str, script: str, reason: str) -> None:
     done = run(tracking_uri=store_uri, backend="openai", url=server, model=script, repetitions=5, warmup=1, output_tokens=8, prompt_tokens=16)
@@ -334,3 +335,26 @@ def test_a_server_that_answers_nothing_whole_is_a_failed_run_with_its_reason(ser
     assert (row.outcome, done.exit_code) == ("error", 1)
     assert word in row.message
     assert row.metrics == {}
+
+
+def test_tokens_that_a_proxy_holds_back_are_no_inter_token_latency() -> None:
+    """Four tokens in each of two bursts, and then all eight in one: each is counted as one chunk by the server."""
+    bursts = request(0, 10, 10, 10, 10, 30, 30, 30, 30)
+    assert latency.tpot_ms(bursts) == 20 / 4
+    assert latency.tpot_ms(dataclasses.replace(bursts, chunk_tokens=(1,) * 8)) == 20 / 4
+    assert latency.tpot_ms(request(0, *[30] * 8)) is None
+    assert latency.chunk_gaps_ms(bursts) == [20]
+    held = [request(n * 40, *[n * 40 + 10] * 4, *[n * 40 + 30] * 4) for n in range(5)]
+    one = result(*held, cell=dataclasses.replace(CELL, output_tokens=8))
+    metrics = summarize(one)
+    assert metrics["latency/icl_ms_p50"] == 20
+    assert not any("itl" in key for key in (*metrics, *(point.key for point in series(one))))
+    assert codes(one) == {"chunked_stream"}
+    [reason] = judge(one, metrics).reasons
+    assert reason.sentence.startswith("86% of the tokens came together with the one before, and the limit is 5%")
+    few = result(
+        *[request(n * 100, *(n * 100 + 10 + i for i in range(29)), n * 100 + 38) for n in range(5)], cell=dataclasses.replace(CELL, output_tokens=30)
+    )
+    assert PER_REPETITION["latency/itl_ms_p50"](one.repetitions[0]) is None
+    assert PER_REPETITION["latency/itl_ms_p50"](few.repetitions[0]) == 1
+    assert codes(few) == set() and summarize(few)["latency/itl_ms_p50"] == 1
