@@ -190,32 +190,40 @@ RATE_LIMIT = 0.95
 """Answers per second ÷ requests per second below which a server does not keep up."""
 
 GROWTH_LIMIT = 1.5
-"""Median TTFT of the last third of the requests ÷ that of the first third, from which on there is a queue that grows."""
+"""Median TTFT, or time of an answer, of the last third of the requests ÷ that of the first third, from which on there is a queue that grows."""
+
+STILL_GROWS = 1.2
+"""The same of the last third ÷ the middle one. Answers take longer until as many are in flight as the rate brings, and then no longer."""
 
 
 @dataclass(frozen=True)
 class Overload:
-    """What an open loop asked for, requests per second; what was answered of it; and how many times TTFT grew meanwhile."""
+    """What an open loop asked for, requests per second; what was answered of it; and how many times a latency grew meanwhile, and which."""
 
     asked_per_s: float
     answered_per_s: float
     growth: float
+    grew: str
 
 
 def overload_of(result: RunResult) -> Overload | None:
     """How far an open loop went beyond what the server can do; None where the server kept up.
 
     A rate of arrivals is compared with that at which the same requests are answered, so that the time of an answer does not enter. Of
-    a ramp it is those of the last third of its requests: a server that does not keep up gives there what it can.
+    a ramp it is those of the last third of its requests: a server that does not keep up gives there what it can. A server that begins
+    every request at once lets its answers wait instead of their first tokens; under a rate that rises they take longer anyway.
     """
-    grown = [growth for repetition in result.repetitions if (growth := _growth(repetition)) is not None]
-    if not result.cell.open_loop or not grown or median(grown) < GROWTH_LIMIT:
+    cell, grew = result.cell, "time to first token"
+    growth = _growth(result, ttft_ms)
+    if growth is None and cell.ramp_to is None and not cell.trace:
+        grew, growth = "time of an answer", _growth(result, e2e_ms, STILL_GROWS)
+    if growth is None or not cell.open_loop:
         return None
-    pairs = [pair for repetition in result.repetitions if (pair := _rates(repetition, result.cell.ramp_to is not None))]
+    pairs = [pair for repetition in result.repetitions if (pair := _rates(repetition, cell.ramp_to is not None))]
     if not pairs:
         return None
     asked, answered = fmean(came for came, _ in pairs), fmean(done for _, done in pairs)
-    return Overload(asked, answered, median(grown)) if answered < RATE_LIMIT * asked else None
+    return Overload(asked, answered, growth, grew) if answered < RATE_LIMIT * asked else None
 
 
 def _rates(repetition: Repetition, last_third: bool) -> tuple[float, float] | None:
@@ -228,12 +236,19 @@ def _rates(repetition: Repetition, last_third: bool) -> tuple[float, float] | No
     return (len(order) - 1) / (order[-1].start_ns - order[0].start_ns) * 1e9, (len(ends) - 1) / (max(ends) - min(ends)) * 1e9
 
 
-def _growth(repetition: Repetition) -> float | None:
-    """Median TTFT of the last third of the requests ÷ that of the first third."""
-    order = sorted(repetition.requests, key=lambda r: r.start_ns)
-    third = len(order) // 3
-    first = median(map(ttft_ms, order[:third])) if third else 0.0
-    return median(map(ttft_ms, order[-third:])) / first if first > 0 else None
+def _growth(result: RunResult, of: Callable[[RequestRecord], float], at_the_end: float = 0.0) -> float | None:
+    """Median over repetitions of a latency's median in the last third of the requests ÷ that in the first third; None where that is
+    below `GROWTH_LIMIT`, or the same over the middle third below `at_the_end`.
+    """
+    grown, lately = [], []
+    for repetition in result.repetitions:
+        order = sorted(repetition.requests, key=lambda r: r.start_ns)
+        if third := len(order) // 3:
+            first, middle, last = (median(map(of, part)) for part in (order[:third], order[third:-third], order[-third:]))
+            if first > 0 and middle > 0:
+                grown.append(last / first)
+                lately.append(last / middle)
+    return median(grown) if grown and median(grown) >= GROWTH_LIMIT and median(lately) >= at_the_end else None
 
 
 TENTHS = 10

@@ -137,7 +137,7 @@ def saturation(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     lower = "Replay fewer of its requests" if cell.trace else "Ask for a lower request_rate" if cell.ramp_to is None else "Stay below it"
     yield Reason(
         "saturated",
-        f"{came}; the time to first token grew {found.growth:.1f} times from the first to the last third. The latencies are those of a queue that "
+        f"{came}; the {found.grew} grew {found.growth:.1f} times from the first to the last third. The latencies are those of a queue that "
         f"grows with the length of the run. {lower}.",
     )
 

@@ -201,6 +201,19 @@ def test_lengths_caches_and_queues_are_named() -> None:
     assert summarize(beyond)["saturation/requests_per_s"] == pytest.approx(50)
 
 
+def test_a_server_that_begins_every_request_at_once_is_saturated_too() -> None:
+    """First tokens come after 5 ms as ever, and answers end every 20 ms; or they take longer only until four are in flight."""
+    cell = dataclasses.replace(CELL, concurrency=1, request_rate=100.0)
+    beyond = result(
+        *[request(n * 10, *(n * 10 + 5 + i * (n * 10 + 15) / 3 for i in range(4)), intended_ns=n * 10 * MS) for n in range(12)], cell=cell
+    )
+    assert codes(beyond) == {"saturated"}
+    [reason] = judge(beyond, summarize(beyond)).reasons
+    assert "were answered at 50; the time of an answer grew 3.3 times" in reason.sentence
+    filling = [request(n * 10, *(n * 10 + 5 + i * (1 + min(n, 4)) * 3 for i in range(4)), intended_ns=n * 10 * MS) for n in range(18)]
+    assert codes(result(*filling, cell=cell)) == set()
+
+
 def ramp_result(capacity_ms: float) -> RunResult:
     """Answers of 3 ms each, one server, whose next request is begun `capacity_ms` after the last one; 1 to 100 requests per second in 2 s."""
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=1.0, ramp_to=100.0, duration_s=2.0)
