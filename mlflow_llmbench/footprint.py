@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from .cell import Cell
 from .compare import DEVICE_PEAK
 from .efficiency import attended
 from .records import LoadInfo, MemorySample, RunResult
@@ -120,9 +121,14 @@ def growth(result: RunResult) -> Growth | None:
     last = [(float(bisect.bisect_right(stamps, t)), value) for t, value in inside[-1] if t >= stamps[0]]
     x, y = _thinned(last)
     levels = [median(value for _, value in part) for part in inside if part]
-    rows = result.repetitions[-1].requests[-1].rows
+    rows = 0 if _holds_whole_cache(result.cell) else result.repetitions[-1].requests[-1].rows
     expected = float(rows * result.load.kv_bytes_per_token)
     return Growth(where, len(last), trend(x, y), expected, trend([float(i) for i in range(len(levels))], levels))
+
+
+def _holds_whole_cache(cell: Cell) -> bool:
+    """Whether the KV cache has its full size before the first token, so that nothing of it grows."""
+    return cell.decode == "compiled" or cell.backend in ("llama_cpp", "vllm")
 
 
 def _bytes(sample: MemorySample, where: str) -> float:

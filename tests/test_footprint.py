@@ -56,6 +56,16 @@ def test_growth_of_the_cache_alone_is_no_leak(device: bool) -> None:
     assert not found.grows
 
 
+@pytest.mark.parametrize("asked", [{"decode": "compiled"}, {"backend": "llama_cpp"}])
+def test_a_cache_that_has_its_full_size_from_the_start_hides_no_leak(asked: dict[str, str]) -> None:
+    """Half of what a growing cache would take, of a cache that does not grow."""
+    whole = generated(ROWS * KV / 2, 0)
+    found = footprint.growth(dataclasses.replace(whole, cell=dataclasses.replace(whole.cell, **asked)))
+    assert found is not None and found.leak is not None
+    assert found.expected == 0
+    assert 0 < found.leak.low < ROWS * KV / 2 < found.leak.high
+
+
 def test_leaks_by_token_and_by_repetition_are_seen() -> None:
     found = footprint.growth(generated(ROWS * KV + 500, 40_000))
     assert found is not None and found.leak is not None and found.between is not None
