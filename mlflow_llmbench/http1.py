@@ -87,12 +87,13 @@ class Connection(asyncio.Protocol):
         self._transport, self.usable = cast(asyncio.Transport, transport), True  # uvloop's is no subclass
 
     def send(self, exchange: Exchange, request: bytes) -> None:
-        """Write the request; `t0_ns` is taken right before."""
+        """Write the request; `t0_ns` is taken right before, the first time."""
         assert self._transport is not None and self.exchange is None
         self.exchange = exchange
         self._take, self._rest, self._left, self._ending, self._keep = self._head, b"", 0, False, True
         self._budget = self.limits.most_bytes
-        exchange.t0_ns = self.heard_ns = time.perf_counter_ns()
+        self.heard_ns = time.perf_counter_ns()
+        exchange.t0_ns = exchange.t0_ns or self.heard_ns  # of a request that is sent again the first sending
         if self.usable:
             self._transport.write(request)
         else:

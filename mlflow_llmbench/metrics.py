@@ -288,6 +288,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("client", "rate_ratio", "open loop: rate reached ÷ rate asked", "0–1", ("",), "higher"),
     Metric(
         "client",
+        "resent_requests",
+        "requests sent again because the server had closed an idle connection; their latency is from the first sending",
+        "",
+        ("",),
+        "lower",
+    ),
+    Metric(
+        "client",
         "stamp_lag_ms",
         "continuous batching: our stamp of a step − the engine's own of its first token",
         "ms",

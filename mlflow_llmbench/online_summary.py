@@ -405,6 +405,7 @@ def _client(repetitions: Sequence[Repetition]) -> Figures:
             "client/processes": len(processes) or None,
             "client/cpu_ratio": max(sum(one.cpu_s for one in own) for own in processes) / wall if wall else None,
             "client/cpus": sum(one.cpu_s for one in readings) / wall if wall and len(processes) > 1 else None,
+            "client/resent_requests": sum(one.retries for one in readings) if readings else None,
             "client/rate_ratio": asked / sent if asked and sent else None,  # requests that all come at once have no rate
         }
     )

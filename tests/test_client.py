@@ -290,6 +290,9 @@ def test_a_connection_that_the_server_had_closed_is_replaced_and_counted(server:
     records, trace = send(server, "stale=1", Load(requests=6, concurrency=2))
     assert [r.outcome for r in records] == ["complete"] * 6
     assert trace.retries == 4
+    records, trace = send(server, "stale=1+stall_ms=300", Load(requests=2))
+    assert trace.retries == 1
+    assert records[1].stamps_ns[0] - records[1].t0_ns > 300e6  # what was lost by it is waited for as the rest is
     assert send(server, "refuse=1", Load(requests=2))[0][1].outcome == "truncated"  # a new connection is not tried without end
     records, trace = send(server, "stale=1+stall_ms=1500", Load(requests=2))  # it had the request for 1.5 s, and dropped it
     assert ([r.outcome for r in records], trace.retries) == (["complete", "truncated"], 0)

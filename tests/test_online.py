@@ -79,6 +79,8 @@ def test_a_worked_example() -> None:
     assert metrics["in_flight/requests_mean"] == pytest.approx((2 * 85 + 1 * 35) / 120)
     assert metrics["lengths/output_tokens_mean"] == 4
     assert (metrics["config/concurrency"], metrics["errors/failed_ratio"]) == (2, 0)
+    assert metrics["client/resent_requests"] == 0
+    assert summarize(result(*TWO_USERS, client=dataclasses.replace(QUIET, retries=2)))["client/resent_requests"] == 5 * 2
     assert judge(one, metrics).word == "valid"
     for absent in (
         "config/batch_size",
