@@ -114,8 +114,7 @@ def study_scaling(results: Sequence[RunResult], share: float = tradeoffs.KEPT_SH
     `at`: (setting, value) pairs to predict beside the powers of two that lie between the cells. Raises UsageError where no cell may be used, or
     a share lies outside 0 to 1, and OutOfRange for a value that no law over that setting reaches.
     """
-    if not 0 < share <= 1:
-        raise UsageError(f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half.")
+    check_share(share)
     cells, left_out = usable(_once(results))
     if not cells:
         raise UsageError(f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again.")
@@ -127,6 +126,12 @@ def study_scaling(results: Sequence[RunResult], share: float = tradeoffs.KEPT_SH
         len(cells), subject(cells), tuple(laws), tuple(surfaces), tuple(_batches(cells, share, notes)), tuple(_quants(cells)), tuple(_cliffs(cells, notes)),
         tuple(_exchanges(laws, notes)), tuple(_footprints(cells)), tuple(_predictions(laws, at)), tuple(notes.refused), tuple(left_out),
     )  # fmt: skip
+
+
+def check_share(share: float) -> None:
+    """Raise UsageError for a share of the best per-instance throughput that is none."""
+    if not 0 < share <= 1:
+        raise UsageError(f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half.")
 
 
 def _once(results: Sequence[RunResult]) -> list[RunResult]:
