@@ -196,13 +196,18 @@ def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
 
 
 def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
-    """At each group of lengths: the line among the rivals gives the price of a prompt token, the middle cell that of an output token."""
+    """At each group of lengths: the line among the rivals gives the price of a prompt token, the middle cell that of an output token.
+
+    Of 512 more prompt tokens, or of as many as the measured lengths lie apart where these are fewer: `preset=quick` spans 448.
+    """
     for law in laws:
         prefill = next((rival for rival in law.rivals if rival.form.formula == "L = a + c·s"), None)
         tpots = law.cells[len(law.cells) // 2].values(TPOT)
         if law.law.key != "latency_by_length" or prefill is None or not tpots:
             continue
-        found = notes.attempt(f"512 prompt tokens against 8 output tokens ({law.where})", lambda p=prefill, t=tpots: tradeoffs.exchange(p, t))  # type: ignore[misc]
+        low, high = prefill.ranges[0]
+        more = min(tradeoffs.TRUNK, int(high - low))
+        found = notes.attempt(f"{more} prompt tokens against 8 output tokens ({law.where})", lambda p=prefill, t=tpots, m=more: tradeoffs.exchange(p, t, m))  # type: ignore[misc]
         if found:
             yield ExchangeAt(law.where, found)
 
