@@ -11,6 +11,7 @@ from .compare import RATE
 from .errors import LlmbenchError, UsageError
 from .fits import Prediction
 from .footprint import Account, Growth, Reduction
+from .parameters import as_text
 from .records import RunResult
 from .scaling import TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, subject, untried, usable
 from .tradeoffs import Cliff, Exchange, OptimalBatch, Ratio
@@ -150,22 +151,30 @@ def _batches(cells: Sequence[Measured], share: float, notes: _Notes) -> Iterator
         yield BatchScaling(where, tuple(efficiency or ()), tradeoffs.optimal_batch(rates, share))
 
 
-QUANT_SETTINGS = ("int8_threshold", "double_quant")
-"""Settings that some quantizations have, and that are at their default in the cells of all others."""
+QUANT_SETTINGS = ("int8_threshold", "double_quant", "group_size", "quant_budget", "quant_plan")
+"""Settings that some quantizations have, and that mean nothing for cells that are not quantized, whatever their value there."""
 
 
 def quant_groups(cells: Sequence[Measured]) -> Iterator[tuple[str, list[Measured]]]:
-    """Cells that differ in nothing but their quantization, for each choice of its settings, beside those that are not quantized and have none."""
+    """Cells that differ in nothing but their quantization, for each choice of its settings.
+
+    Where none of them is without quantization, one that is and was measured with other settings stands first. No pair of cells is in two groups.
+    """
 
     def chosen(measured: Measured) -> tuple[object, ...]:
         return tuple(getattr(measured.cell, name) for name in QUANT_SETTINGS)
 
     choices = list(dict.fromkeys(map(chosen, cells)))
+    varied = [i for i in range(len(QUANT_SETTINGS)) if len({choice[i] for choice in choices}) > 1]
     for choice in choices:
-        told = ", ".join(f"{name}={value:g}" for name, value in zip(QUANT_SETTINGS, choice, strict=True)) if len(choices) > 1 else ""
+        told = ", ".join(f"{QUANT_SETTINGS[i]}={as_text(QUANT_SETTINGS[i], choice[i])}" for i in varied)
         own = [measured for measured in cells if chosen(measured) == choice or measured.cell.quant in footprint.REFERENCES]
         for where, group in grouped(own, ("quant", *QUANT_SETTINGS)):
-            yield f"{where} ({told})" if told else where, group
+            of_choice = [measured for measured in group if chosen(measured) == choice]
+            others = [m for m in group if m.cell.quant in footprint.REFERENCES and chosen(m) != choice]
+            own_reference = any(m.cell.quant in footprint.REFERENCES for m in of_choice)
+            beside = [] if own_reference else sorted(others, key=lambda m: footprint.REFERENCES.index(m.cell.quant))[:1]
+            yield f"{where} ({told})" if told else where, [*beside, *of_choice]
 
 
 def _quants(cells: Sequence[Measured]) -> Iterator[QuantEfficiency]:
