@@ -60,6 +60,8 @@ def run_study(
     what is wrong with the study itself, and what was measured is kept.
     """
     check_share(share)
+    if log:
+        tracking.require_run(tracking.open_store(tracking_uri, experiment), log.removeprefix("runs:/"))
     others = [result for reference in of for result in load_results(reference, tracking_uri)]
     if parameters is None:
         if not others:
