@@ -216,7 +216,9 @@ def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
             continue
         low, high = prefill.ranges[0]
         more = min(tradeoffs.TRUNK, int(high - low))
-        found = notes.attempt(f"{more} prompt tokens against 8 output tokens ({law.where})", lambda p=prefill, t=tpots, m=more: tradeoffs.exchange(p, t, m))  # type: ignore[misc]
+        found = notes.attempt(
+            f"{more} prompt tokens against 8 output tokens ({law.where})", lambda p=prefill, t=tpots, m=more: tradeoffs.exchange(p, t, m)
+        )  # type: ignore[misc]
         if found:
             yield ExchangeAt(law.where, found)
 
