@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from . import footprint, tradeoffs
@@ -11,7 +12,6 @@ from .compare import RATE
 from .errors import LlmbenchError, UsageError
 from .fits import Prediction
 from .footprint import Account, Growth, Reduction
-from .parameters import as_text
 from .records import RunResult
 from .scaling import TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, subject, untried, usable
 from .tradeoffs import Cliff, Exchange, OptimalBatch, Ratio
@@ -167,7 +167,7 @@ def quant_groups(cells: Sequence[Measured]) -> Iterator[tuple[str, list[Measured
     choices = list(dict.fromkeys(map(chosen, cells)))
     varied = [i for i in range(len(QUANT_SETTINGS)) if len({choice[i] for choice in choices}) > 1]
     for choice in choices:
-        told = ", ".join(f"{QUANT_SETTINGS[i]}={as_text(QUANT_SETTINGS[i], choice[i])}" for i in varied)
+        told = ", ".join(f"{QUANT_SETTINGS[i]}={'none' if choice[i] is None else choice[i]}" for i in varied)
         own = [measured for measured in cells if chosen(measured) == choice or measured.cell.quant in footprint.REFERENCES]
         for where, group in grouped(own, ("quant", *QUANT_SETTINGS)):
             of_choice = [measured for measured in group if chosen(measured) == choice]
@@ -216,9 +216,8 @@ def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
             continue
         low, high = prefill.ranges[0]
         more = min(tradeoffs.TRUNK, int(high - low))
-        found = notes.attempt(
-            f"{more} prompt tokens against 8 output tokens ({law.where})", lambda p=prefill, t=tpots, m=more: tradeoffs.exchange(p, t, m)
-        )  # type: ignore[misc]
+        price = partial(tradeoffs.exchange, prefill, tpots, more)
+        found = notes.attempt(f"{more} prompt tokens against 8 output tokens ({law.where})", price)
         if found:
             yield ExchangeAt(law.where, found)
 
