@@ -19,7 +19,7 @@ from .errors import UsageError
 from .metrics import COLOURS
 from .recommend import COST, ENERGY, MEMORY, Limit, Measure, Recommendation, bound_text, candidates, choose, figure
 from .records import RunResult
-from .scaling import TTFT, Measured, describe, grouped, usable, varied_settings
+from .scaling import TTFT, Measured, describe, grouped, models_text, usable, varied_settings
 from .scaling_study import TPOT, Study, study_scaling
 from .stats import t_interval
 from .summary import hardware_name, number_text
@@ -130,8 +130,7 @@ def find(
         "Machines": _between_machines(across, machines, not_said),
     }
     told = {heading: tuple(found) for heading, lines in sentences.items() if (found := list(lines))}
-    names = list(dict.fromkeys(describe(m.cell, ["model"]) for m in cells))
-    title = f"Study of {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+    title = f"Study of {models_text(cells)}"
     claims = tuple(judge_claims(study, cells))
     return Findings(title, study, tuple(results), tuple(cells), machines, focus, effects, told, claims, choices, across, tuple(not_said))
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import estimate, jobs, machine, models, plan
+from . import estimate, jobs, machine, models, plan, reference
 from .cell import Cell
 from .records import ModelFacts
 from .spec import as_text, parse
 from .sweep import expand, resolve_models
+from .workload import prompts_of
 
 MOST_LINES = 100
 """Cells that the text shows; `--json` has all."""
@@ -52,6 +53,8 @@ def preview(**parameters: object) -> Preview:
     lacking: dict[Cell, str] = {}
     model_of = resolve_models(groups, lacking=lacking)
     jobs.refuse_twins(cells, model_of)
+    prompts_of(cells)
+    reference.require(spec.options)
     limit, _ = estimate.memory_limit(spec.options.memory_limit)
     hardware, peaks = machine.environment()["hashes"]["hardware"], machine.known_peaks()
 

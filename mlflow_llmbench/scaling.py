@@ -58,6 +58,9 @@ MODEL = ("model", "revision", "weights", "trust_remote_code", "allow_pickle", "w
 """What goes with a model: speed and memory follow from its shape and from the number of tokens, whether its weights are published or random,
 and whatever its prompts say (with random weights there is no text)."""
 
+MOST_NAMED = 4
+"""Models that a heading names."""
+
 SHAPE = ("batch_size", "prompt_tokens", "output_tokens")
 
 
@@ -212,10 +215,17 @@ def describe(cell: Cell, names: Sequence[str]) -> str:
     return " ".join(short[name] if name in short else f"{name}={getattr(cell, name)}" for name in names or short)
 
 
+def models_text(cells: Sequence[Measured]) -> str:
+    """The names of the cells' models, the first `MOST_NAMED` of them."""
+    names = list(dict.fromkeys(describe(measured.cell, ["model"]) for measured in cells))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
 def subject(cells: Sequence[Measured]) -> str:
-    """What all cells have in common, in words: the model and the quantization as far as they have one."""
-    varied = varied_settings([measured.cell for measured in cells])
-    return describe(cells[0].cell, [name for name in ("model", "quant") if name not in varied] or varied[:1])
+    """What the cells are of, in words: their models, and the quantization where they have one."""
+    quants = {measured.cell.quant for measured in cells}
+    return " ".join([models_text(cells), *(quants if len(quants) == 1 else ())])
 
 
 def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:

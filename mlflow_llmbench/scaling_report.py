@@ -30,7 +30,7 @@ def sections(study: Study) -> dict[str, list[str]]:
         "Prompt against output": [_exchange_sentence(found) for found in study.exchanges],
         "Memory": list(_memory_sentences(study)),
         "Not said": _merged(study.refused),
-        "Left out": [f"{line}. The cell's verdict is not good enough." for line in study.left_out],
+        "Left out": [f"{line}." for line in study.left_out],
     }
     return {heading: sentences for heading, sentences in found.items() if sentences}
 

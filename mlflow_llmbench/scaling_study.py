@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from . import footprint, tradeoffs
@@ -114,8 +115,7 @@ def study_scaling(results: Sequence[RunResult], share: float = tradeoffs.KEPT_SH
     `at`: (setting, value) pairs to predict beside the powers of two that lie between the cells. Raises UsageError where no cell may be used, or
     a share lies outside 0 to 1, and OutOfRange for a value that no law over that setting reaches.
     """
-    if not 0 < share <= 1:
-        raise UsageError(f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half.")
+    check_share(share)
     cells, left_out = usable(_once(results))
     if not cells:
         raise UsageError(f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again.")
@@ -127,6 +127,12 @@ def study_scaling(results: Sequence[RunResult], share: float = tradeoffs.KEPT_SH
         len(cells), subject(cells), tuple(laws), tuple(surfaces), tuple(_batches(cells, share, notes)), tuple(_quants(cells)), tuple(_cliffs(cells, notes)),
         tuple(_exchanges(laws, notes)), tuple(_footprints(cells)), tuple(_predictions(laws, at)), tuple(notes.refused), tuple(left_out),
     )  # fmt: skip
+
+
+def check_share(share: float) -> None:
+    """Raise UsageError for a share of the best per-instance throughput that is none."""
+    if not 0 < share <= 1:
+        raise UsageError(f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half.")
 
 
 def _once(results: Sequence[RunResult]) -> list[RunResult]:
@@ -145,22 +151,30 @@ def _batches(cells: Sequence[Measured], share: float, notes: _Notes) -> Iterator
         yield BatchScaling(where, tuple(efficiency or ()), tradeoffs.optimal_batch(rates, share))
 
 
-QUANT_SETTINGS = ("int8_threshold", "double_quant")
-"""Settings that some quantizations have, and that are at their default in the cells of all others."""
+QUANT_SETTINGS = ("int8_threshold", "double_quant", "group_size", "quant_budget", "quant_plan")
+"""Settings that some quantizations have, and that mean nothing for cells that are not quantized, whatever their value there."""
 
 
 def quant_groups(cells: Sequence[Measured]) -> Iterator[tuple[str, list[Measured]]]:
-    """Cells that differ in nothing but their quantization, for each choice of its settings, beside those that are not quantized and have none."""
+    """Cells that differ in nothing but their quantization, for each choice of its settings.
+
+    Where none of them is without quantization, one that is and was measured with other settings stands first. No pair of cells is in two groups.
+    """
 
     def chosen(measured: Measured) -> tuple[object, ...]:
         return tuple(getattr(measured.cell, name) for name in QUANT_SETTINGS)
 
     choices = list(dict.fromkeys(map(chosen, cells)))
+    varied = [i for i in range(len(QUANT_SETTINGS)) if len({choice[i] for choice in choices}) > 1]
     for choice in choices:
-        told = ", ".join(f"{name}={value:g}" for name, value in zip(QUANT_SETTINGS, choice, strict=True)) if len(choices) > 1 else ""
+        told = ", ".join(f"{QUANT_SETTINGS[i]}={'none' if choice[i] is None else choice[i]}" for i in varied)
         own = [measured for measured in cells if chosen(measured) == choice or measured.cell.quant in footprint.REFERENCES]
         for where, group in grouped(own, ("quant", *QUANT_SETTINGS)):
-            yield f"{where} ({told})" if told else where, group
+            of_choice = [measured for measured in group if chosen(measured) == choice]
+            others = [m for m in group if m.cell.quant in footprint.REFERENCES and chosen(m) != choice]
+            own_reference = any(m.cell.quant in footprint.REFERENCES for m in of_choice)
+            beside = [] if own_reference else sorted(others, key=lambda m: footprint.REFERENCES.index(m.cell.quant))[:1]
+            yield f"{where} ({told})" if told else where, [*beside, *of_choice]
 
 
 def _quants(cells: Sequence[Measured]) -> Iterator[QuantEfficiency]:
@@ -191,13 +205,19 @@ def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
 
 
 def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
-    """At each group of lengths: the line among the rivals gives the price of a prompt token, the middle cell that of an output token."""
+    """At each group of lengths: the line among the rivals gives the price of a prompt token, the middle cell that of an output token.
+
+    Of 512 more prompt tokens, or of as many as the measured lengths lie apart where these are fewer: `preset=quick` spans 448.
+    """
     for law in laws:
         prefill = next((rival for rival in law.rivals if rival.form.formula == "L = a + c·s"), None)
         tpots = law.cells[len(law.cells) // 2].values(TPOT)
         if law.law.key != "latency_by_length" or prefill is None or not tpots:
             continue
-        found = notes.attempt(f"512 prompt tokens against 8 output tokens ({law.where})", lambda p=prefill, t=tpots: tradeoffs.exchange(p, t))  # type: ignore[misc]
+        low, high = prefill.ranges[0]
+        more = min(tradeoffs.TRUNK, int(high - low))
+        price = partial(tradeoffs.exchange, prefill, tpots, more)
+        found = notes.attempt(f"{more} prompt tokens against 8 output tokens ({law.where})", price)
         if found:
             yield ExchangeAt(law.where, found)
 

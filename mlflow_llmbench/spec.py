@@ -353,6 +353,10 @@ def _parse_text_file(name: str, text: str) -> str:
         raise UsageError(
             f"{text} is too short for a perplexity: {Path(text).stat().st_size} bytes. Give at least {LEAST_TEXT_TOKENS} tokens of text."
         )
+    try:
+        Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the text file {text}: {error}. Give {name} a plain text file in UTF-8.") from None
     return text
 
 

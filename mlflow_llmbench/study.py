@@ -13,6 +13,8 @@ from .errors import LlmbenchError, MeasurementError, UsageError
 from .evidence import load_results
 from .findings import Findings
 from .records import RunResult
+from .scaling_study import check_share
+from .spec import parse
 from .sweep import SweepResult
 from .watcher import Watcher
 
@@ -57,6 +59,9 @@ def run_study(
     sweep in `of` that the store knows. Other arguments are those of `findings.find`. Raises LlmbenchError; after a sweep only for
     what is wrong with the study itself, and what was measured is kept.
     """
+    check_share(share)
+    if log:
+        tracking.require_run(tracking.open_store(tracking_uri, experiment), log.removeprefix("runs:/"))
     others = [result for reference in of for result in load_results(reference, tracking_uri)]
     if parameters is None:
         if not others:
@@ -65,7 +70,9 @@ def run_study(
         store = tracking.open_store(tracking_uri, experiment)
         run_id = log.removeprefix("runs:/") if log else _parent(store, others)
         return StudyResult(None, found, *_keep(found, output, store, run_id))
-    done = sweep.run(tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **{"preset": PRESET, **parameters})
+    asked = {"preset": PRESET, **parameters}
+    _refuse_streams(asked)
+    done = sweep.run(tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **asked)
     if done.outcome == "interrupted":
         return StudyResult(done, None, None, None)
     try:
@@ -77,6 +84,16 @@ def run_study(
     run_id = log.removeprefix("runs:/") if log else own
     kept_in = tracking.open_store(tracking_uri, experiment, own) if run_id else None
     return StudyResult(done, found, *_keep(found, output or str(done.folder), kept_in, run_id))
+
+
+def _refuse_streams(parameters: Mapping[str, object]) -> None:
+    """Raise UsageError where every cell would be a stream of requests: none of them has a place in a study, and measuring takes long."""
+    ways = parse({name: value for name, value in parameters.items() if value is not None}).axes["batching"]
+    if None not in ways:
+        raise UsageError(
+            f"A study is of batches of one shape, and batching={','.join(map(str, ways))} measures streams of requests. "
+            "Compare ways of batching with `llmbench run`, whose report sets them side by side, or leave batching out."
+        )
 
 
 def _find(results: Sequence[RunResult], share: float, prices: Mapping[str, float] | None, accept_suspect: str | None) -> Findings:

@@ -31,7 +31,7 @@ from .report import Row
 from .spec import BenchSpec, parse
 from .supervise import GroupOutcome
 from .watcher import Silent, Watcher
-from .workload import load_prompts, require_conversations
+from .workload import load_prompts, prompts_of
 
 MOST_CELLS = 5000
 
@@ -202,9 +202,7 @@ def _prepare(
     place: Place,
 ) -> _Sweep:
     """The folder, the store, the jobs: all that can be wrong before anything is measured."""
-    prompts = {workload: load_prompts(workload) for workload in dict.fromkeys(cell.workload for cell in cells)}
-    for cell in cells:
-        require_conversations(cell, prompts[cell.workload])
+    prompts = prompts_of(cells)
     reference.require(spec.options)
     ledger = Ledger(spec, parent_name, watcher.note)
     ledger.open(*where)

@@ -441,8 +441,22 @@ def download_result(store: Store, run_id: str, folder: Path) -> Path:
 
 def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
     """Keep the files of a folder as artifacts of a run, below `under`. Raises TrackingError if the run is not there."""
+    require_run(store, run_id)
     with _plain_errors(store.uri):
         store.client.log_artifacts(run_id, str(folder), under)
+
+
+def require_run(store: Store, run_id: str) -> None:
+    """Raise TrackingError unless the store has a run."""
+    from mlflow.exceptions import MlflowException
+
+    with _plain_errors(store.uri):
+        try:
+            store.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise TrackingError(f"There is no run {run_id} in the MLflow store {without_user(store.uri)}. Give the id of one of its runs.") from None
 
 
 def find_tagged(store: Store, identity: Mapping[str, str]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -175,6 +175,15 @@ def require_conversations(cell: Cell, prompts: PromptSet) -> None:
             f"history={cell.history} needs conversations, and workload={cell.workload} has none. "
             'Use workload=chat, or a file whose lines have "messages" instead of a "prompt".'
         )
+
+
+def prompts_of(cells: Iterable[Cell]) -> dict[str, PromptSet]:
+    """The prompt sets of all workloads of cells. Raises UsageError for a file that cannot be read as one, and for a history of prompts without turns."""
+    cells = list(cells)
+    found = {workload: load_prompts(workload) for workload in dict.fromkeys(cell.workload for cell in cells)}
+    for cell in cells:
+        require_conversations(cell, found[cell.workload])
+    return found
 
 
 def turn_texts(messages: Sequence[str], render: Callable[[list[dict[str, str]]], str] | None) -> list[str]:

@@ -133,6 +133,19 @@ def test_the_plan_says_cells_memory_time_and_refusals(tmp_path: Path, monkeypatc
     assert any("cells would be refused (memory): opt-125m with quant=fp32" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("lines", "given", "message"),
+    [
+        ('{"prompt": "a"}\nnot json\n', {}, "line 2, is not a JSON object"),
+        ('{"prompt": "a"}\n', {"history": "kept", "prompt_tokens": "auto"}, "history=kept needs conversations"),
+    ],
+)
+def test_a_plan_reads_the_prompts_as_a_run_does(tiny_model: Path, tmp_path: Path, lines: str, given: dict[str, str], message: str) -> None:
+    (tmp_path / "mine.jsonl").write_text(lines)
+    with pytest.raises(UsageError, match=message):
+        preview.preview(model=str(tiny_model), workload=str(tmp_path / "mine.jsonl"), **given)
+
+
 def test_long_plans_are_cut_and_summed() -> None:
     found = preview.preview(backend="fake", model="fake:", batch_size=",".join(map(str, range(1, 131))))
     text = preview.format_preview(found)

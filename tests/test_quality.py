@@ -298,10 +298,12 @@ def test_what_scoring_took_is_in_no_memory_stage_and_not_in_the_timeline() -> No
         ({"quality_text": "nowhere.txt"}, "There is no text file nowhere.txt"),
         ({"quality_text": "n" * 300}, "There is no text file nnn"),
         ({"quality_text": "short.txt"}, "short.txt is too short for a perplexity: 5 bytes. Give at least 512 tokens of text."),
+        ({"quality_text": "latin.txt"}, "Cannot read the text file latin.txt: 'utf-8' codec can't decode byte 0xe9 in position 3"),
     ],
 )
 def test_wrong_parameters_are_one_line(tmp_path: Path, parameters: dict[str, str], message: str) -> None:
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 200)
     with pytest.raises(UsageError) as caught:
         parse(parameters)
     assert str(caught.value).startswith(message)

@@ -143,9 +143,38 @@ def test_invalid_cells_are_left_out_by_name() -> None:
     study = study_scaling([*good, bad, failed])
     assert study.cells == 6
     assert study.left_out == ("batch_size=32 output_tokens=64: wrong_token_count", "batch_size=1 output_tokens=32: oom")
-    assert "Left out" in format_study(study)
+    assert "Left out:\n- batch_size=32 output_tokens=64: wrong_token_count.\n- batch_size=1 output_tokens=32: oom." in format_study(study)
     with pytest.raises(UsageError, match="None of the 1 results can be used: opt-125m bf16: oom"):
         study_scaling([failed])
+
+
+def test_a_stream_is_left_out_for_what_it_is_and_not_for_its_verdict() -> None:
+    good = sweep(lengths=[128])
+    streams = dataclasses.replace(good[0], cell=dataclasses.replace(good[0].cell, batching="static", request_rate=5.0), started_ms=8)
+    text = format_study(study_scaling([*good, streams]))
+    assert text.partition("Left out:\n")[2].splitlines()[0].endswith(": a stream of requests, and the laws are of batches of one shape.")
+
+
+def test_the_heading_names_what_was_studied_and_not_the_first_cell_alone() -> None:
+    one = sweep(batches=[1, 2], lengths=[128])
+    assert study_scaling(one).subject == "opt-125m bf16"
+    two = [dataclasses.replace(r, cell=dataclasses.replace(r.cell, model="pythia-70m", quant="int8"), started_ms=7) for r in one]
+    study = study_scaling([*one, *two])
+    assert study.subject == "opt-125m, pythia-70m"
+    assert study_markdown(study).startswith("# Scaling: opt-125m, pythia-70m\n")
+    many = [dataclasses.replace(r, cell=dataclasses.replace(r.cell, model=f"m{i}"), started_ms=10 + i) for i in range(6) for r in one]
+    assert study_scaling(many).subject == "m0, m1, m2, m3 and 2 more bf16"
+
+
+def test_lengths_that_span_less_than_512_tokens_still_say_what_a_prompt_costs() -> None:
+    """`preset=quick` has lengths of 64 to 512 tokens, 448 apart."""
+    study = study_scaling(sweep(batches=[1], lengths=[64, 128, 256, 512]))
+    [found] = study.exchanges
+    assert found.exchange.prompt_tokens == 448
+    assert found.exchange.prompt[0] == pytest.approx(0.02 * (512**0.8 - 64**0.8), rel=0.1)
+    assert found.exchange.output[0] == pytest.approx(8 * 21.5, rel=0.02)
+    assert any(sentence.startswith("448 more prompt tokens cost") for sentence in study_json(study)["sentences"]["Prompt against output"])
+    assert study_scaling(sweep(batches=[1])).exchanges[0].exchange.prompt_tokens == 512
 
 
 def test_a_result_that_is_named_twice_counts_once() -> None:

@@ -63,7 +63,7 @@ def test_the_script_of_the_backend_comes_back(sweep: SweepResult, store: str, tm
         (["--at", "output_tokens=4"], "--at takes batch_size or prompt_tokens and a list: output_tokens=4"),
         (["--at", "batch_size=many"], "--at has a value that is not a number: batch_size=many"),
         (["--share", "1.5"], "not between 0 and 1: 1.5"),
-        (["--log", "0" * 32], "cannot be used"),
+        (["--log", "0" * 32], "There is no run 00000000000000000000000000000000 in the MLflow store"),
     ],
 )
 def test_wrong_use_is_one_line(sweep: SweepResult, store: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

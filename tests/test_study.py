@@ -151,6 +151,30 @@ def test_suspect_cells_are_recommended_only_when_that_is_accepted() -> None:
     assert all(choice.found.winner for choice in find(unsteady, accept_suspect="a busy machine").choices)
 
 
+def with_setting(one: RunResult, started_ms: int, **settings: Any) -> RunResult:
+    return dataclasses.replace(one, cell=dataclasses.replace(one.cell, **settings), started_ms=started_ms)
+
+
+@pytest.mark.parametrize(("quant", "settings"), [("gptq", {"group_size": 64}), ("int4", {"quant_budget": "5.5", "quant": "mixed"})])
+def test_settings_of_a_quantization_need_no_reference_that_has_them_too(quant: str, settings: dict[str, Any]) -> None:
+    """They mean nothing where nothing is quantized: a sweep of bf16 serves every later one."""
+    usual = [measured(quant=quant), measured()]
+    other = with_setting(measured(quant=quant, speed=0.5), 5, **settings)
+    found = find([*usual, other])
+    speeds = [(e.measured.cell.group_size, e.quant, e.speed.value) for e in found.effects]
+    assert [speed[:2] for speed in speeds] == [(128, quant), (other.cell.group_size, other.cell.quant)]
+    assert speeds[1][2] == pytest.approx(speeds[0][2] / 2, rel=0.02)
+    assert any(name in quant_.where for quant_ in found.scaling.quants for name in settings if name != "quant")
+
+
+def test_no_pair_of_cells_counts_twice() -> None:
+    """Two thresholds of LLM.int8 beside fp32 and bf16: fp32 against bf16 is one value, not one for each threshold."""
+    whole, single = measured(), with_setting(measured(speed=0.5), 3, quant="fp32")
+    eights = [measured(quant="int8"), with_setting(measured(quant="int8", speed=0.9), 4, int8_threshold=0.0)]
+    found = find([whole, single, *eights])
+    assert sorted((e.quant, e.measured.cell.int8_threshold) for e in found.effects) == [("fp32", 6), ("int8", 0.0), ("int8", 6)]
+
+
 def test_prices_are_by_hardware_and_an_unknown_one_is_named() -> None:
     here, there = grid(["opt-125m"], ["bf16"]), grid(["opt-125m"], ["bf16"], speed=2.0, env="b")
     there = [dataclasses.replace(one, environment={"cpu": {"name": "Xeon", "usable_cpus": 8}}) for one in there]

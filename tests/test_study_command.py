@@ -60,6 +60,13 @@ def test_one_command_measures_and_studies_and_another_takes_it_in(store_uri: str
         ([*GRID, "--price", "cheap"], "--price is not a price per hour: cheap."),
         ([*GRID, "--price", "EPYC=-1"], "--price is not a price per hour: EPYC=-1."),
         ([*GRID, "--preset", "quik"], "Unknown preset: quik."),
+        ([*GRID, "--share", "1.5"], "The share of per-instance throughput to keep is not between 0 and 1: 1.5."),
+        ([*GRID, "--share", "nan"], "The share of per-instance throughput to keep is not between 0 and 1: nan."),
+        ([*GRID, "--log", "nowhere"], "There is no run nowhere in the MLflow store"),
+        (
+            [*GRID, "--workload", "mixed", "--batching", "static,dynamic", "--request-rate", "9"],
+            "A study is of batches of one shape, and batching=static,dynamic",
+        ),
     ],
 )
 def test_wrong_use_is_one_line_and_measures_nothing(
