@@ -70,6 +70,37 @@ def test_what_chance_may_explain_passes_and_is_called_not_settled() -> None:
     assert any(note.startswith("Not settled, since they may be worse by more than their limits, and may not: ") for note in gate.notes)
 
 
+def test_a_limit_below_the_noise_threshold_is_held() -> None:
+    quiet = (0.9999, 1.0, 1.0001, 0.99995, 1.00005)
+    slower = made(step=10.08, ttft=20.16, factors=quiet)
+    assert decide(made(factors=quiet), slower).verdict == "pass"
+    gate = decide(made(factors=quiet), slower, limit=0.005)
+    assert gate.verdict == "regression"
+    assert "latency/itl_ms_p50 is 0.8% worse (limit 0.5%)" in gate.why
+    assert decide(made(factors=quiet), slower, limit=0.009).notes == ()
+
+
+def test_one_repetition_within_its_limit_is_not_settled() -> None:
+    gate = decide(made(factors=(1.0,)), made(factors=(1.0,), step=10.3), accept_suspect="a first look")
+    assert [check.state for check in gate.checks] == ["not settled"] * 5 + ["ok"]
+    assert gate.notes[-1].endswith("Measure more repetitions.")
+
+
+@pytest.mark.parametrize("limit", ["kl=1%", "ttft=1%,perplexity=0", "itl=1%"])
+def test_a_limit_for_what_was_not_measured_stops_the_gate(limit: str) -> None:
+    one_token = dataclasses.replace(
+        CHAMPION,
+        cell=dataclasses.replace(CHAMPION.cell, output_tokens=1),
+        repetitions=tuple(
+            dataclasses.replace(r, requests=tuple(dataclasses.replace(q, stamps_ns=q.stamps_ns[:1]) for q in r.requests)) for r in CHAMPION.repetitions
+        ),
+    )
+    gate = decide(one_token, one_token, parse_limits(limit), accept_suspect="made by hand")
+    assert (gate.verdict, gate.exit_code) == ("not_comparable", 2)
+    assert f"A limit is given for {parse_limits(limit).popitem()[0]}, and not both runs have it." in gate.why
+    assert decide(CHAMPION, CHAMPION, parse_limits("memory=1%,weights=1%,load=1%,ttft=1%")).verdict == "pass"
+
+
 def test_memory_regresses_beyond_its_limit() -> None:
     assert states(made(memory=4.1))["memory/host_needed_bytes_peak"] == "ok"
     assert states(made(memory=4.1), limits={"memory": 0.02})["memory/host_needed_bytes_peak"] == "regression"
