@@ -92,7 +92,8 @@ def test_a_limit_for_what_was_not_measured_stops_the_gate(limit: str) -> None:
         CHAMPION,
         cell=dataclasses.replace(CHAMPION.cell, output_tokens=1),
         repetitions=tuple(
-            dataclasses.replace(r, requests=tuple(dataclasses.replace(q, stamps_ns=q.stamps_ns[:1]) for q in r.requests)) for r in CHAMPION.repetitions
+            dataclasses.replace(r, requests=tuple(dataclasses.replace(q, stamps_ns=q.stamps_ns[:1]) for q in r.requests))
+            for r in CHAMPION.repetitions
         ),
     )
     gate = decide(one_token, one_token, parse_limits(limit), accept_suspect="made by hand")
