@@ -342,7 +342,7 @@ def test_both_are_measured_again_in_turns(measured_champion: str, store_uri: str
     more = ("--accept-suspect", "a test", "--default-limit", "30%")
     assert gate_of(liar, *more) == 0
     capsys.readouterr()
-    assert gate_of(liar, "--measure", "--pairs", "4", "--json", *more) == 1
+    assert gate_of(liar, "--measure", "--pairs", "4", "--output-dir", str(tmp_path / "gated"), "--json", *more) == 1
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     checks = {check["key"]: check["state"] for check in told["checks"]}
     assert checks["latency/itl_ms_p50"] == "regression" != checks["latency/ttft_ms_p50"]
@@ -354,7 +354,7 @@ def test_both_are_measured_again_in_turns(measured_champion: str, store_uri: str
     ]
     assert sorted(one.data.params["model"] for one in sides) == [FAST, SLOW]
     assert {one.data.params["processes"] for one in sides} == {"4"}
-    folder = tmp_path / "llmbench-results" / sides[0].data.tags["llmbench.sweep"]
+    folder = tmp_path / "gated" / sides[0].data.tags["llmbench.sweep"]
     assert json.loads((folder / "sweep.json").read_text())["parameters"]["rerun"] == "true"  # never taken from an earlier sweep
 
 
