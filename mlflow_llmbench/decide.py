@@ -49,7 +49,9 @@ def add_parsers(commands: Any) -> None:
     gate = commands.add_parser("gate", help="hold a measured run against the champion of a registered model; the exit code is the verdict")
     gate.add_argument("candidate", metavar="CANDIDATE", help="run id, sweep, results folder, or models:/NAME@ALIAS")
     gate.add_argument("--against", required=True, metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
-    gate.add_argument("--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02")
+    gate.add_argument(
+        "--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02; kl in nats where the champion has none"
+    )
     gate.add_argument("--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)")
     gate.add_argument("--measure", action="store_true", help="measure both configurations again here, in turns, instead of taking their runs")
     gate.add_argument("--pairs", metavar="N", help="fresh processes on each side, which says --measure too (default: 6)")
@@ -137,7 +139,8 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
         for run_id in filter(None, (parent, store.given_run_id)):
             registry.log_folder(store, run_id, folder)
         if parent:
-            print(f"\nLogged on run {parent}: recommendation.md. Register the winner: llmbench register {parent} --name NAME")
+            advice = f" Register the winner: llmbench register {parent} --name NAME" if found.winner else ""
+            print(f"\nLogged on run {parent}: recommendation.md.{advice}")
         else:
             print(f"\nNot logged: the store {redact(store.uri)} has no run of the sweep {sweep}.")
 

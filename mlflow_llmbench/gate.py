@@ -41,7 +41,10 @@ UNLESS_ASKED = ("memory/weight_bytes", "load/load_s")
 
 @dataclass(frozen=True)
 class Check:
-    """One metric. `a` is the champion's value, `b` the candidate's; `worse` by how much of `a` it is worse (0.1 = 10 %, negative = better)."""
+    """One metric. `a` is the champion's value, `b` the candidate's; `worse` by how much of `a` it is worse (0.1 = 10 %, negative = better).
+
+    Of a value of 0 there is no share: `worse` and `limit` are then in `unit`.
+    """
 
     key: str
     a: float
@@ -52,6 +55,15 @@ class Check:
     low: float | None = None  # 95 % interval of the ratio b ÷ a
     high: float | None = None
     p_holm: float | None = None
+    unit: str = ""
+
+    def worse_text(self) -> str:
+        """By how much it is worse, with its sign: `+6.2%`, or `+0.0187 nats`."""
+        return f"{self.worse:+.4g} {self.unit}" if self.unit else f"{self.worse:+.1%}"
+
+    def limit_text(self) -> str:
+        """The limit, as it is given: `5.0%`, or `0.05 nats`."""
+        return f"{self.limit:g} {self.unit}" if self.unit else f"{self.limit:.1%}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,7 @@ def decide(
         )
     worse = [check for check in checks if check.state == REGRESSED]
     if worse:
-        told = ", ".join(f"{check.key} is {check.worse:.1%} worse (limit {check.limit:.1%})" for check in worse)
+        told = ", ".join(f"{check.key} is {check.worse_text().lstrip('+')} worse (limit {check.limit_text()})" for check in worse)
         return Gate(REGRESSION, f"The candidate is worse than the champion: {told}.", checks, tuple(notes))
     return Gate(PASS, f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.", checks, tuple(notes))
 
@@ -207,22 +219,21 @@ def _limited_as(key: str) -> str:
 
 
 def quality_checks(champion: Mapping[str, float], candidate: Mapping[str, float], limits: Mapping[str, float], limit: float) -> list[Check]:
-    """Quality, as far as the champion has it."""
+    """Quality, as far as the champion has it.
+
+    A champion that is the reference itself has a divergence of 0, of which there is no ratio: what the candidate has is held against the
+    limit for it in nats, and without one any divergence is a regression.
+    """
     found = []
     for key, better in QUALITY.items():
         if key not in champion:
             continue
-        a, b, allowed = champion[key], candidate[key], limits.get(key, limit)
-        worse = _worse(a, b, better)
-        found.append(Check(key, a, b, worse, allowed, REGRESSED if worse > allowed else OK))
+        a, b = champion[key], candidate[key]
+        unit = KEYS[key].unit if a <= 0 and better == "lower" else ""
+        allowed = limits.get(key, 0.0 if unit else limit)
+        worse = b - a if unit else _by(b / a, better == "higher") if a > 0 else 0.0
+        found.append(Check(key, a, b, worse, allowed, REGRESSED if worse > allowed else OK, unit=unit))
     return found
-
-
-def _worse(a: float, b: float, better: str) -> float:
-    """By how much b is worse than a; infinite where a perfect value was lost."""
-    if a <= 0:
-        return 0.0 if a == b else math.inf
-    return _by(b / a, better == "higher")
 
 
 def _by(ratio: float, higher: bool) -> float:

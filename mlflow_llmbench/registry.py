@@ -109,7 +109,7 @@ def register(store: Store, reference: str, name: str, alias: str = CANDIDATE, ac
 
 
 def _check_names(name: str, alias: str) -> None:
-    if not name.strip() or re.search(r"[/:'\"%]", name) or len(name) > 250:
+    if not name.strip() or re.search(r"[/:@'\"%]", name) or len(name) > 250:
         raise UsageError(f"Not a name for a registered model: {name}. Give letters, digits, dots and dashes, for example support-bot.")
     if not re.fullmatch(r"[\w-]{1,250}", alias) or alias == "latest" or re.fullmatch(r"[vV]\d+", alias):
         raise UsageError(f"Not an alias: {alias}. Give letters, digits and dashes, and neither latest nor v1, for example {CANDIDATE}.")

@@ -121,7 +121,13 @@ def test_quality_is_held_too() -> None:
     assert state({"perplexity": 10.0}, {"perplexity": 10.4}, "perplexity=1%") == ["regression"]
     assert state({"perplexity": 10.0}, {"perplexity": 8.0}) == ["ok"]
     assert state({"top1_agreement": 0.99, "kl_vs_reference": 0.0}, {"top1_agreement": 0.9, "kl_vs_reference": 0.01}) == ["regression", "regression"]
+    assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.01}, "kl=0.02") == ["ok"]  # nats: there is no ratio to 0
+    assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.03}, "kl=0.02") == ["regression"]
+    assert state({"kl_vs_reference": 0.0, "top1_agreement": 0.0}, {"kl_vs_reference": 0.0, "top1_agreement": 0.5}) == ["ok", "ok"]
+    assert state({"kl_vs_reference": 0.01}, {"kl_vs_reference": 0.03}, "kl=0.05") == ["regression"]
     assert state({}, {"perplexity": 10.0}) == []
+    from_reference = quality_checks({"quality/kl_vs_reference": 0.0}, {"quality/kl_vs_reference": 0.03}, parse_limits("kl=0.02"), 0.05)
+    assert gate_cells(from_reference)[0][3:] == ["+0.03 nats", "–", "–", "0.02 nats", "regression"]
     shown = gate_cells(quality_checks({"quality/top1_agreement": 1.0}, {"quality/top1_agreement": 0.891}, {}, 0.05))
     assert [row[1:3] for row in shown] == [["1", "0.891"]]
     assert missing({"quality/perplexity": 10.0, "memory/device_bytes_peak": 1.0}, {}) == ["memory/device_bytes_peak", "quality/perplexity"]

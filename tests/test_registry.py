@@ -264,6 +264,7 @@ def test_invalid_runs_are_refused_and_suspect_ones_need_a_reason(store_uri: str,
     ("name", "alias", "reference", "message"),
     [
         ("a/b", "candidate", "", "Not a name for a registered model: a/b. Give letters"),
+        ("a@b", "candidate", "", "Not a name for a registered model: a@b. Give letters"),  # models:/a@b@candidate is no address
         ("bot", "v1", "", "Not an alias: v1. Give letters"),
         ("bot", "champion", "", "The alias champion is moved by `llmbench promote` only"),
         ("bot", "candidate", "nonsense", "nonsense is neither a run id, nor a sweep of this store"),
