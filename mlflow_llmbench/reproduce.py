@@ -197,8 +197,7 @@ def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: f
     if why := distrusted("reproduction", again):
         return Reproduced(original, Reproduction(INVALID, f"{why} Measure again.", margin), sweep)
     allow = frozenset({"hardware", "software"})
-    comparison = compare.compare(original.result, again, allow=allow)
-    comparison = dataclasses.replace(comparison, name_a="the original", name_b="the reproduction")
+    comparison = compare.compare(original.result, again, allow=allow, called=("the original", "the reproduction"))
     one_text = quality_text(original.result) == quality_text(again)
     metrics = [{k: v for k, v in summarize(r).items() if one_text or k != "quality/perplexity"} for r in (original.result, again)]
     found = weigh(comparison, margin, (metrics[0], metrics[1]))

@@ -256,10 +256,13 @@ def test_another_machine_is_named_and_not_refused(store_uri: str, tmp_path: Path
         first,
         environment={**first.environment, "cpu": {**first.environment["cpu"], "name": "Xeon"}},
         hashes=dataclasses.replace(first.hashes, hardware="other"),
+        cell=dataclasses.replace(first.cell, warmup=None),
+        steady=False,
     )
     [run_id] = stored(tmp_path / "elsewhere", store_uri, elsewhere)
     assert main(["reproduce", run_id, "--margin", "0.4"]) == 0
     out = capsys.readouterr().out
+    assert "The verdict on the original is suspect (not_steady)" in out and "on A is" not in out
     assert out.startswith(f"Here differs from where run {run_id} was measured: CPU Xeon → ")
     assert "The environment differs from the original's: CPU Xeon → " in out
 
