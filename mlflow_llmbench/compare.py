@@ -152,7 +152,8 @@ def compare(
     """Compare two results of one kind of work on one machine; ratios are B ÷ A.
 
     `noise`: a difference that is seen but smaller than this is called `below the noise threshold`. `paired`: both were measured
-    in turns, and the i-th process of both belong together, or the i-th repetition if each has one process. `called`: their names, else the parameters in which they differ. `allow`: kinds of differences (`ALLOWABLE`) that become labels.
+    in turns, and the i-th process of both belong together, or the i-th repetition if each has one process. `called`: their names, else the parameters in which they differ.
+    `allow`: kinds of differences (`ALLOWABLE`) that become labels.
     Raises NotComparable if the results are unlike in any other kind, one is invalid, or has nothing measured; UsageError for a wrong argument.
     """
     _check(noise, allow)

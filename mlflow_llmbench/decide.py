@@ -281,7 +281,7 @@ def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> 
         raise UsageError(
             f"{given.candidate} has {len(results)} cells, and {len(same)} of them have the champion's configuration. Give the run of one cell."
         )
-    run_id = registry.run_of(store, same[0].sweep, same[0].hashes.config)
+    run_id = registry.run_behind(store, given.candidate, same[0])
     return same[0], run_id, f"run {run_id}" if run_id else given.candidate
 
 

@@ -251,6 +251,19 @@ def test_of_a_sweep_the_cell_with_the_champions_configuration_is_meant(
     assert "has 2 cells, and 0 of them have the champion's configuration. Give the run of one cell." in capsys.readouterr().err
 
 
+def test_the_verdict_is_kept_with_the_run_that_was_named(measured_champion: str, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides of a gate of the champion against itself are of one configuration and one sweep."""
+    more = ("--accept-suspect", "a test", "--default-limit", "90%")
+    assert gate_of(measured_champion, "--pairs", "2", "--json", *more) == 0
+    client = MlflowClient(store_uri)
+    parent = json.loads(capsys.readouterr().out.splitlines()[-1])["measured"]
+    sides = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    for side in sides:
+        assert gate_of(f"runs:/{side.info.run_id}", *more) in (0, 1)
+        assert "llmbench.gate" in client.get_run(side.info.run_id).data.tags
+    assert len(sides) == 2
+
+
 def test_a_folder_that_no_store_has_is_gated_and_not_logged(champion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_sweep(tmp_path / "local", [made()])
     assert gate_of(str(folder)) == 0
