@@ -146,15 +146,18 @@ HEADLINES = (
 """What is compared, in the order of the table."""
 
 
-def compare(a: RunResult, b: RunResult, *, noise: float = 0.01, allow: frozenset[str] = frozenset(), paired: bool = False) -> Comparison:
+def compare(
+    a: RunResult, b: RunResult, *, noise: float = 0.01, allow: frozenset[str] = frozenset(), paired: bool = False, called: tuple[str, str] | None = None
+) -> Comparison:  # fmt: skip
     """Compare two results of one kind of work on one machine; ratios are B ÷ A.
 
     `noise`: a difference that is seen but smaller than this is called `below the noise threshold`. `paired`: both were measured
-    in turns, and the i-th process of both belong together, or the i-th repetition if each has one process. `allow`: kinds of differences (`ALLOWABLE`) that become labels.
+    in turns, and the i-th process of both belong together, or the i-th repetition if each has one process. `called`: their names, else the parameters in which they differ.
+    `allow`: kinds of differences (`ALLOWABLE`) that become labels.
     Raises NotComparable if the results are unlike in any other kind, one is invalid, or has nothing measured; UsageError for a wrong argument.
     """
     _check(noise, allow)
-    name_a, name_b = names(a, b)
+    name_a, name_b = called or names(a, b)
     for name, result in ((name_a, a), (name_b, b)):
         if not result.repetitions:
             raise NotComparable(f"{name} has no repetitions: its outcome is {result.outcome}. Measure it again, or compare another run.")

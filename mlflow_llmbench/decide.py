@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LlmbenchError, UsageError
+from .parameters import default_text
 from .redaction import redact
 
 if TYPE_CHECKING:
@@ -48,10 +49,13 @@ def add_parsers(commands: Any) -> None:
     gate = commands.add_parser("gate", help="hold a measured run against the champion of a registered model; the exit code is the verdict")
     gate.add_argument("candidate", metavar="CANDIDATE", help="run id, sweep, results folder, or models:/NAME@ALIAS")
     gate.add_argument("--against", required=True, metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
-    gate.add_argument("--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02")
+    gate.add_argument(
+        "--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02; kl in nats where the champion has none"
+    )
     gate.add_argument("--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)")
     gate.add_argument("--measure", action="store_true", help="measure both configurations again here, in turns, instead of taking their runs")
     gate.add_argument("--pairs", metavar="N", help="fresh processes on each side, which says --measure too (default: 6)")
+    _add_output_dir(gate, "with --measure: the journal's folder")
     gate.add_argument("--experiment", metavar="NAME", help="with --measure: MLflow experiment (default: llmbench)")
     _add_grants(gate)
     gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
@@ -72,7 +76,7 @@ def add_parsers(commands: Any) -> None:
     reproduce.add_argument("--margin", metavar="RATIO", default="5%", help="within what it counts as equivalent (default: 5%%)")
     _add_grants(reproduce)
     reproduce.add_argument("--url", metavar="URL", help="where the server is now, for a run that measured one")
-    reproduce.add_argument("--output-dir", metavar="FOLDER", help="the journal's folder (default: llmbench-results)")
+    _add_output_dir(reproduce, "the journal's folder")
     reproduce.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: that of the run)")
     bring = commands.add_parser("import", help="put results of vllm bench serve, GuideLLM, AIPerf, llama-bench or optimum-benchmark into the store")
     bring.add_argument("files", nargs="+", metavar="FILE", help="the JSON file that the program wrote")
@@ -83,6 +87,10 @@ def add_parsers(commands: Any) -> None:
 
 def _add_accept_suspect(parser: Any) -> None:
     parser.add_argument("--accept-suspect", metavar="REASON", help="accept suspect results, for this reason, which is recorded; none = do not")
+
+
+def _add_output_dir(parser: Any, what: str) -> None:
+    parser.add_argument("--output-dir", metavar="FOLDER", default=default_text("output_dir"), help=f"{what} (default: {default_text('output_dir')})")
 
 
 def _add_grants(parser: Any) -> None:
@@ -131,7 +139,8 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
         for run_id in filter(None, (parent, store.given_run_id)):
             registry.log_folder(store, run_id, folder)
         if parent:
-            print(f"\nLogged on run {parent}: recommendation.md. Register the winner: llmbench register {parent} --name NAME")
+            advice = f" Register the winner: llmbench register {parent} --name NAME" if found.winner else ""
+            print(f"\nLogged on run {parent}: recommendation.md.{advice}")
         else:
             print(f"\nNot logged: the store {redact(store.uri)} has no run of the sweep {sweep}.")
 
@@ -236,8 +245,8 @@ def _held(given: argparse.Namespace, baseline: RunResult, candidate: RunResult, 
     from .rematch import rematch
 
     done = rematch(
-        baseline, candidate, pairs=pairs, granted=_grants(given), tracking_uri=given.tracking_uri, experiment=given.experiment,
-        watcher=Progress(sys.stderr),
+        baseline, candidate, pairs=pairs, granted=_grants(given), output_dir=given.output_dir, tracking_uri=given.tracking_uri,
+        experiment=given.experiment, watcher=Progress(sys.stderr),
     )  # fmt: skip
     found = gate.decide(done.champion, done.candidate, limits, limit=limit, accept_suspect=_reason(given), in_turns=True)
     return dataclasses.replace(found, notes=(*found.notes, *done.notes)), done.sweep.parent_id
@@ -272,7 +281,7 @@ def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> 
         raise UsageError(
             f"{given.candidate} has {len(results)} cells, and {len(same)} of them have the champion's configuration. Give the run of one cell."
         )
-    run_id = registry.run_of(store, same[0].sweep, same[0].hashes.config)
+    run_id = registry.run_behind(store, given.candidate, same[0])
     return same[0], run_id, f"run {run_id}" if run_id else given.candidate
 
 

@@ -9,6 +9,7 @@ llama-bench's documentation:
 - GuideLLM's time per output token counts the first token in, its request latency ends after the last token, its percentiles do not interpolate;
 - AIPerf's percentiles hold failed requests as infinite, so they are ours only where none failed; of a run that it did not end nothing is;
 - llama-bench leaves out tokenization and sampling; optimum-benchmark stamps before the token is on the host and assumes the number of tokens;
+- vLLM and GuideLLM write 0 for a figure of no values (all outputs of one token, a reply that was not streamed): absent is absent, so 0 is not taken;
 - a percentile that the sample does not support (`metrics.PERCENTILE_SUPPORT`) is none of ours.
 
 Tokens are counted by the program (see `Foreign.tokens_by`), which matters to time per output token and to throughput.
@@ -122,7 +123,9 @@ def _vllm(data: Data) -> Iterator[Foreign]:
         ours |= _supported({f"{name}_itl_ms": f"latency/itl_ms_{own}" for name, own in gaps.items()}, sum(map(len, data["itls"])))
     if closed:
         ours |= {"output_throughput": "window/full_output_tokens_per_s", "request_throughput": "window/full_requests_per_s"}
-    metrics, own = _split("vllm", {name: value for name, value in data.items() if name not in VLLM_SETTINGS}, ours)
+    empty = [f"_{kind}_ms" for kind in ("ttft", "tpot", "itl", "e2el") if data.get(f"mean_{kind}_ms") == 0]
+    every = {name: value for name, value in data.items() if name not in VLLM_SETTINGS and not name.endswith(tuple(empty))}
+    metrics, own = _split("vllm", every, ours)
     if failed is not None and completed + failed > 0:
         metrics["errors/failed_ratio"] = failed / (completed + failed)
     if closed:
@@ -158,7 +161,7 @@ def _guidellm(data: Data) -> Iterator[Foreign]:
         every: dict[str, Any] = {}
         for name, statuses in benchmark["metrics"].items():
             successful = statuses.get("successful") if isinstance(statuses, dict) else None
-            if isinstance(successful, dict):
+            if isinstance(successful, dict) and successful.get("count") != 0:
                 every |= {f"{name}_{statistic}": successful.get(statistic) for statistic in GUIDELLM_STATISTICS}
                 every |= {f"{name}_{q}": (successful.get("percentiles") or {}).get(q) for q in ("p90", "p95", "p99")}
         ours = {"time_to_first_token_ms_mean": "latency/ttft_ms_mean"} if kind in GUIDELLM_CLOSED else {}

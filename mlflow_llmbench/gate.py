@@ -2,7 +2,8 @@
 
 A metric of every repetition regresses if it is worse beyond chance (p below 0.05 after Holm over the metrics tested, in
 `compare`) and by more than its limit; a metric that a run has once (memory, quality, load) if it is worse by more than
-its limit. Where the limit lies inside the interval and the difference is not shown, the metric passes as *not settled*.
+its limit. Where the limit lies inside the interval and the difference is not shown, the metric passes as *not settled*; so does one
+of a single repetition within its limit. A limit for a metric that was not measured stops the gate: it would have passed unseen.
 Another software is what a gate is often about: it is named, and does not stop it; other hardware or another workload does.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .compare import BETTER, DEVICE_PEAK, HOST_PEAK, RATE, SIGNIFICANCE, UNTESTED, WORSE, Comparison, Difference, compare, differences
+from .compare import BETTER, DEVICE_PEAK, HOST_PEAK, RATE, SIGNIFICANCE, Comparison, Difference, compare, differences
 from .errors import UsageError
 from .metrics import KEYS
 from .records import RunResult, Verdict
@@ -40,7 +41,10 @@ UNLESS_ASKED = ("memory/weight_bytes", "load/load_s")
 
 @dataclass(frozen=True)
 class Check:
-    """One metric. `a` is the champion's value, `b` the candidate's; `worse` by how much of `a` it is worse (0.1 = 10 %, negative = better)."""
+    """One metric. `a` is the champion's value, `b` the candidate's; `worse` by how much of `a` it is worse (0.1 = 10 %, negative = better).
+
+    Of a value of 0 there is no share: `worse` and `limit` are then in `unit`.
+    """
 
     key: str
     a: float
@@ -51,6 +55,15 @@ class Check:
     low: float | None = None  # 95 % interval of the ratio b ÷ a
     high: float | None = None
     p_holm: float | None = None
+    unit: str = ""
+
+    def worse_text(self) -> str:
+        """By how much it is worse, with its sign: `+6.2%`, or `+0.0187 nats`."""
+        return f"{self.worse:+.4g} {self.unit}" if self.unit else f"{self.worse:+.1%}"
+
+    def limit_text(self) -> str:
+        """The limit, as it is given: `5.0%`, or `0.05 nats`."""
+        return f"{self.limit:g} {self.unit}" if self.unit else f"{self.limit:.1%}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,9 @@ def decide(
         return Gate(NOT_COMPARABLE, f"The champion has {listed}, and the candidate has not. Measure the candidate as the champion was.")
     comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]), paired=in_turns)
     checks = (*_timed(comparison, limits or {}, limit), *quality_checks(*metrics, limits or {}, limit))
+    if unheld := [name for name in limits or {} if name not in {_limited_as(check.key) for check in checks}]:
+        listed = ", ".join(unheld)
+        return Gate(NOT_COMPARABLE, f"A limit is given for {listed}, and not both runs have it. Measure both with it, or leave the limit out.")
     notes = [f"The software differs: {_listed(unlike)}."] if unlike else []
     notes += [
         f"The verdict on the {n} is suspect ({_codes(v)})." for n, v in zip(("champion", "candidate"), verdicts, strict=True) if v.word == "suspect"
@@ -124,7 +140,7 @@ def decide(
         )
     worse = [check for check in checks if check.state == REGRESSED]
     if worse:
-        told = ", ".join(f"{check.key} is {check.worse:.1%} worse (limit {check.limit:.1%})" for check in worse)
+        told = ", ".join(f"{check.key} is {check.worse_text().lstrip('+')} worse (limit {check.limit_text()})" for check in worse)
         return Gate(REGRESSION, f"The candidate is worse than the champion: {told}.", checks, tuple(notes))
     return Gate(PASS, f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.", checks, tuple(notes))
 
@@ -177,43 +193,47 @@ def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) ->
     found = []
     for effect in comparison.effects:
         key = effect.key
-        short = "memory" if key in (DEVICE_PEAK, HOST_PEAK) else key
         if key in UNLESS_ASKED and key not in limits:
             continue
         if key == HOST_PEAK and comparison.effect(DEVICE_PEAK):
             continue
-        allowed = limits.get(short, limit)
+        allowed = limits.get(_limited_as(key), limit)
         higher = KEYS[key].better == "higher"
         worse = _by(effect.ratio, higher)
-        if effect.effect == UNTESTED:
-            state = REGRESSED if worse > allowed else OK
-        elif effect.effect == WORSE and worse > allowed:
+        shown = effect.p_holm is None or effect.p_holm < SIGNIFICANCE
+        if shown and worse > allowed:
             state = REGRESSED
+        elif effect.p_holm is None:
+            state = UNSETTLED if effect.headline.of else OK
         else:
             end = effect.low if higher else effect.high
             farthest = 0.0 if end is None else _by(end, higher)
-            state = IMPROVED if effect.effect == BETTER else UNSETTLED if farthest > allowed and effect.effect != WORSE else OK
+            state = IMPROVED if effect.effect == BETTER else UNSETTLED if farthest > allowed and not (shown and worse > 0) else OK
         found.append(Check(key, effect.a, effect.b, worse, allowed, state, effect.low, effect.high, effect.p_holm))
     return found
 
 
+def _limited_as(key: str) -> str:
+    """The name under which a limit for a metric is given."""
+    return "memory" if key in (DEVICE_PEAK, HOST_PEAK) else key
+
+
 def quality_checks(champion: Mapping[str, float], candidate: Mapping[str, float], limits: Mapping[str, float], limit: float) -> list[Check]:
-    """Quality, as far as the champion has it."""
+    """Quality, as far as the champion has it.
+
+    A champion that is the reference itself has a divergence of 0, of which there is no ratio: what the candidate has is held against the
+    limit for it in nats, and without one any divergence is a regression.
+    """
     found = []
     for key, better in QUALITY.items():
         if key not in champion:
             continue
-        a, b, allowed = champion[key], candidate[key], limits.get(key, limit)
-        worse = _worse(a, b, better)
-        found.append(Check(key, a, b, worse, allowed, REGRESSED if worse > allowed else OK))
+        a, b = champion[key], candidate[key]
+        unit = KEYS[key].unit if a <= 0 and better == "lower" else ""
+        allowed = limits.get(key, 0.0 if unit else limit)
+        worse = b - a if unit else _by(b / a, better == "higher") if a > 0 else 0.0
+        found.append(Check(key, a, b, worse, allowed, REGRESSED if worse > allowed else OK, unit=unit))
     return found
-
-
-def _worse(a: float, b: float, better: str) -> float:
-    """By how much b is worse than a; infinite where a perfect value was lost."""
-    if a <= 0:
-        return 0.0 if a == b else math.inf
-    return _by(b / a, better == "higher")
 
 
 def _by(ratio: float, higher: bool) -> float:

@@ -17,7 +17,7 @@ HEADING = ["metric", "champion", "candidate", "worse by", "95 % interval of the 
 def gate_cells(checks: Sequence[Check]) -> list[list[str]]:
     """The body of the table, one line per metric."""
     return [
-        [check.key, _value(check.key, check.a), _value(check.key, check.b), f"{check.worse:+.1%}", _interval(check), _p(check.p_holm), f"{check.limit:.1%}", check.state]
+        [check.key, _value(check.key, check.a), _value(check.key, check.b), check.worse_text(), _interval(check), _p(check.p_holm), check.limit_text(), check.state]
         for check in checks
     ]  # fmt: skip
 
@@ -59,7 +59,7 @@ def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
     for check in gate.checks:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "llmbench.gate", "name": check.key})
         if check.state == REGRESSED:
-            message = f"{check.worse:.1%} worse than the champion, and the limit is {check.limit:.1%}"
+            message = f"{check.worse_text().lstrip('+')} worse than the champion, and the limit is {check.limit_text()}"
             failure = ElementTree.SubElement(case, "failure", {"message": message, "type": "regression"})
             failure.text = (
                 f"champion {_value(check.key, check.a)}, candidate {_value(check.key, check.b)}, ratio {_interval(check)}, p {_p(check.p_holm)}"

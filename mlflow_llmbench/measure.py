@@ -110,7 +110,7 @@ def time_request(
 
 def _is_wide(step: Any) -> bool:
     """Whether a step brings a sequence of tokens for each row, and not one token."""
-    return len(step) > 0 and hasattr(step[0], "__len__") and getattr(step[0], "ndim", 1) > 0
+    return hasattr(step, "__len__") and len(step) > 0 and hasattr(step[0], "__len__") and getattr(step[0], "ndim", 1) > 0
 
 
 def time_turns(
@@ -257,11 +257,17 @@ def throughput(repetition: Repetition) -> float:
 
 
 def checked_ids(steps: Sequence[Any], rows: int) -> list[list[int]]:
-    """Ids by token: for each token one id per row. Each step must hold one id per row, or as many of them for every row."""
+    """Ids by token: for each token one id per row. Each step must hold one id per row, or as many of them for every row.
+
+    Raises MeasurementError for a step that does not.
+    """
     ids: list[list[int]] = []
     for number, step in enumerate(steps, 1):
-        if len(step) != rows:
+        if hasattr(step, "__len__") and len(step) != rows:
             raise MeasurementError(f"Step {number} brought {len(step)} tokens for {rows} rows. The backend does not emit one token per row.")
         held = step.tolist() if hasattr(step, "tolist") else step
-        ids += [[int(i) for i in token] for token in (zip(*held, strict=True) if _is_wide(step) else [held])]
+        try:
+            ids += [[int(i) for i in token] for token in (zip(*held, strict=True) if _is_wide(step) else [held])]
+        except (TypeError, ValueError):
+            raise MeasurementError(f"Step {number} is no list of ids: {repr(step)[:80]}. Emit one whole number for each row.") from None
     return ids

@@ -6,29 +6,33 @@ of `compare`; suspect ones if that was accepted, invalid ones never. Limits are 
 
 The front holds what nothing dominates. B dominates A if B is nowhere worse by more than the noise threshold and somewhere
 better beyond chance: with p below 0.05 after Holm in `compare` and by more than the threshold; a metric that a run has only
-once (memory, quality) counts as better beyond the threshold alone. What chance could explain therefore stays on the front.
+once (memory, quality) counts as better beyond the threshold alone, and a high percentile, which is one number of many repetitions
+that no test is made of, never does. What chance could explain therefore stays on the front.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .cell import differing
-from .compare import BETTER, DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, SIGNIFICANCE, UNNAMED, UNTESTED, compare, differences, sentence, value_text
+from .compare import BETTER, DEVICE_PEAK, HOST_PEAK, RATE, SIGNIFICANCE, UNNAMED, UNTESTED, compare, differences, sentence, value_text
 from .errors import UsageError
 from .metrics import KEYS
 from .records import Repetition, RunResult, Verdict
-from .repetitions import unit_values
+from .repetitions import PER_REPETITION, mean_ttft, typical_tpot, unit_values
 from .stats import t_interval, welch
 from .summary import summarize
 from .validity import judge
 
-HEADLINE_VALUES = {headline.key: headline.of for headline in HEADLINES if headline.of}
 COST, ENERGY = "cost/per_million_tokens", "efficiency/joules_per_token"
+PER_UNIT = {**PER_REPETITION, "latency/ttft_ms_mean": mean_ttft, "latency/tpot_ms_p50": typical_tpot}
+"""Metric → its value for one repetition: what is compared, and what else a limit can be about; a high percentile has none."""
+
 ALLOWABLE = ("hardware", "software", "workload", "scenario")
 """Kinds of differences among the results that can be accepted."""
 
@@ -59,6 +63,10 @@ QUALITY = {
     "perplexity": Measure("perplexity", ("quality/perplexity",), "lower", "Measure again with quality."),
     "top1": Measure("top-1 agreement", ("quality/top1_agreement",), "higher", "Measure again with quality."),
 }
+
+
+ONCE = ("memory", "quality")
+"""Sections of metrics that a run has only once."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,7 @@ def choose(
     objectives = _objectives(eligible, target, limits)
     front = tuple(one for one in eligible if not any(dominates(other, one, objectives, noise) for other in eligible if other is not one))
     suspects = [r.candidate for r in refused if r.candidate.verdict.word == "suspect" and not (eligible and _gap(eligible[0], r.candidate, allow))]
+    suspects = _without(suspects, _measured_again([*eligible, *suspects]))
     return Recommendation(
         goal, tuple(limits), winner,
         tuple(_runner_up(winner, one, target, noise) for one in fitting[1:]) if winner else (),
@@ -183,9 +192,21 @@ def choose(
 
 
 def names_of(results: Sequence[RunResult]) -> list[str]:
-    """What to call each result: the parameters in which they differ (`int8 batch 4`); model, quantization and batch where none does."""
+    """What to call each result: the parameters in which they differ (`int8 batch 4`); model, quantization and batch where none does.
+
+    Results of several machines that have one name besides are told apart by theirs.
+    """
     varied = differing([result.cell for result in results], UNNAMED)
-    return [" ".join(_short(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size")) for result in results]
+    names = [" ".join(_short(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size")) for result in results]
+    homes = [(name, result.hashes.hardware) for name, result in zip(names, results, strict=True)]
+    twins = {name for name, count in Counter(name for name, _ in set(homes)).items() if count > 1}
+    return [f"{name} on {_machine(result)}" if name in twins else name for name, result in zip(names, results, strict=True)]
+
+
+def _machine(result: RunResult) -> str:
+    """The GPU or CPU, and the hash, since machines with one of them differ in others."""
+    parts = [*(result.environment.get("gpus") or []), result.environment.get("cpu") or {}]
+    return f"{parts[0].get('name', 'unknown')} ({result.hashes.hardware[:6]})"
 
 
 def _short(name: str, value: object) -> str:
@@ -246,13 +267,17 @@ def _gap(a: Candidate, b: Candidate, allow: frozenset[str]) -> list[Any]:
 
 
 def _measured_again(given: Sequence[Candidate]) -> list[Refused]:
-    """Of one configuration that was measured several times, all but the newest."""
-    newest: dict[str, Candidate] = {}
+    """Of one configuration that was measured several times on one hardware, all but the newest."""
+    newest: dict[tuple[str, str], Candidate] = {}
     for one in given:
-        config = one.result.hashes.config
-        if config not in newest or one.result.ended_ms > newest[config].result.ended_ms:
-            newest[config] = one
-    return [Refused(one, "It was measured again later, and the newest counts.") for one in given if newest[one.result.hashes.config] is not one]
+        known = newest.setdefault(_measured_as(one), one)
+        if one.result.ended_ms > known.result.ended_ms:
+            newest[_measured_as(one)] = one
+    return [Refused(one, "It was measured again later, and the newest counts.") for one in given if newest[_measured_as(one)] is not one]
+
+
+def _measured_as(one: Candidate) -> tuple[str, str]:
+    return one.result.hashes.config, one.result.hashes.hardware
 
 
 def _lacking(one: Candidate, measure: Measure) -> Refused:
@@ -297,7 +322,7 @@ def _digits(value: float) -> str:
 
 def values(one: Candidate, key: str) -> list[float] | None:
     """A metric's value in each unit (process or repetition); None for what a run has only once, or where a unit lacks it."""
-    of: Callable[[Repetition], float | None] | None = HEADLINE_VALUES.get(key)
+    of: Callable[[Repetition], float | None] | None = PER_UNIT.get(key)
     if key == COST:
         of = _cost(one.result.price_per_hour)
     elif key == ENERGY:
@@ -308,7 +333,7 @@ def values(one: Candidate, key: str) -> list[float] | None:
 
 
 def _cost(price_per_hour: float | None) -> Callable[[Repetition], float | None]:
-    rate_of = HEADLINE_VALUES[RATE]
+    rate_of = PER_UNIT[RATE]
 
     def cost(repetition: Repetition) -> float | None:
         rate = rate_of(repetition)
@@ -373,9 +398,11 @@ def _surely_better(a: Candidate, b: Candidate, measure: Measure, noise: float) -
     effect = compare(a.result, b.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"])).effect(key)
     if effect is not None and effect.effect != UNTESTED:
         return effect.effect == BETTER
+    if KEYS[key].section in ONCE:
+        return True
     first, second = values(a, key), values(b, key)
     if first is None or second is None or min(*first, *second) <= 0:
-        return True
+        return False
     test = welch([math.log(value) for value in first], [math.log(value) for value in second])
     return test is not None and test.p_value < SIGNIFICANCE
 

@@ -69,6 +69,14 @@ def run_of(store: Store, sweep: str, config_hash: str) -> str | None:
     return str(max(found, key=lambda run: run.info.start_time or 0).info.run_id) if found else None
 
 
+def run_behind(store: Store, reference: str, result: RunResult) -> str | None:
+    """The run that holds a result: the one that `reference` names, if it is the run of a cell, else `run_of` it."""
+    match = RUN_ID.fullmatch(reference)
+    if match and tracking.cells_of_run(store, match[1]) == [match[1]]:
+        return match[1]
+    return run_of(store, result.sweep, result.hashes.config)
+
+
 def _holds_result(run: Run) -> bool:
     return "llmbench.outcome" in run.data.tags
 
@@ -109,7 +117,7 @@ def register(store: Store, reference: str, name: str, alias: str = CANDIDATE, ac
 
 
 def _check_names(name: str, alias: str) -> None:
-    if not name.strip() or re.search(r"[/:'\"%]", name) or len(name) > 250:
+    if not name.strip() or re.search(r"[/:@'\"%]", name) or len(name) > 250:
         raise UsageError(f"Not a name for a registered model: {name}. Give letters, digits, dots and dashes, for example support-bot.")
     if not re.fullmatch(r"[\w-]{1,250}", alias) or alias == "latest" or re.fullmatch(r"[vV]\d+", alias):
         raise UsageError(f"Not an alias: {alias}. Give letters, digits and dashes, and neither latest nor v1, for example {CANDIDATE}.")

@@ -34,6 +34,7 @@ def rematch(
     *,
     pairs: int = DEFAULT_PAIRS,
     granted: frozenset[str] = frozenset(),
+    output_dir: str | None = None,
     tracking_uri: str | None = None,
     experiment: str | None = None,
     watcher: Watcher | None = None,
@@ -51,6 +52,7 @@ def rematch(
     for result, parameters in zip((champion, candidate), sides_of, strict=True):
         require_same(result, parameters)
     common = {name: value for name, value in sides_of[0].items() if name in Options.__dataclass_fields__}
+    common |= {"output_dir": [output_dir]} if output_dir else {}
     a, b = ({name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of)
     done = measure_in_turns(a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher)
     if done.outcome == "interrupted":

@@ -91,6 +91,17 @@ def typical_gap(repetition: Repetition) -> float | None:
     return median(gaps) if gaps else None
 
 
+def mean_ttft(repetition: Repetition) -> float | None:
+    """Mean time to first token of all requests, ms."""
+    return mean_of([ttft_ms(request) for request in repetition.requests])
+
+
+def typical_tpot(repetition: Repetition) -> float | None:
+    """Median time per output token of all requests, ms. None where none has a second token."""
+    found = [value for request in repetition.requests if (value := tpot_ms(request)) is not None]
+    return median(found) if found else None
+
+
 def mean_of(values: Sequence[float]) -> float | None:
     """Arithmetic mean; None of no values."""
     return fmean(values) if values else None

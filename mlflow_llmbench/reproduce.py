@@ -14,7 +14,7 @@ from pathlib import Path
 from . import artifacts, compare, interpreter, jobs, machine, plan, registry, report, tracking
 from .cell import Cell
 from .errors import MeasurementError, NotComparable, UsageError
-from .evidence import RUN_ID, load_results
+from .evidence import load_results
 from .gate import quality_text
 from .journal import read_result, write_bytes, write_json
 from .records import ModelFacts, RunResult
@@ -73,11 +73,7 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
     results = load_results(reference, tracking_uri)
     if len(results) != 1:
         raise UsageError(f"{reference} has {len(results)} cells, and one is measured again at a time. Give the run of one cell.")
-    match = RUN_ID.fullmatch(reference)
-    store = tracking.open_store(tracking_uri)
-    run_id = registry.run_of(store, results[0].sweep, results[0].hashes.config)
-    if match and run_id != match[1] and tracking.cells_of_run(store, match[1]) == [match[1]]:
-        run_id = match[1]
+    run_id = registry.run_behind(tracking.open_store(tracking_uri), reference, results[0])
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
 
 
@@ -197,8 +193,7 @@ def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: f
     if why := distrusted("reproduction", again):
         return Reproduced(original, Reproduction(INVALID, f"{why} Measure again.", margin), sweep)
     allow = frozenset({"hardware", "software"})
-    comparison = compare.compare(original.result, again, allow=allow)
-    comparison = dataclasses.replace(comparison, name_a="the original", name_b="the reproduction")
+    comparison = compare.compare(original.result, again, allow=allow, called=("the original", "the reproduction"))
     one_text = quality_text(original.result) == quality_text(again)
     metrics = [{k: v for k, v in summarize(r).items() if one_text or k != "quality/perplexity"} for r in (original.result, again)]
     found = weigh(comparison, margin, (metrics[0], metrics[1]))

@@ -84,7 +84,9 @@ def weigh(
     tests = [equivalence(_logs(effect.values_a), _logs(effect.values_b), limit) for effect in held]
     adjusted = iter(holm([test.p_beyond for test in tests if test]))
     findings = [
-        _tested(effect, test, next(adjusted), limit) if test else _single(effect.key, effect.headline.label, effect.a, effect.b, limit)
+        _tested(effect, test, next(adjusted), limit, sum(map(bool, tests)))
+        if test
+        else _single(effect.key, effect.headline.label, effect.a, effect.b, limit)
         for effect, test in zip(held, tests, strict=True)
     ]
     findings += [
@@ -111,7 +113,7 @@ def _single(key: str, label: str, original: float, again: float, limit: float) -
     return Finding(key, label, original, again, ratio, EQUIVALENT if inside else DIFFERENT)
 
 
-def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float) -> Finding:
+def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, tests: int) -> Finding:
     state = EQUIVALENT if test.p_within < SIGNIFICANCE else DIFFERENT if p_beyond < SIGNIFICANCE else UNTOLD
     found = Finding(
         effect.key, effect.headline.label, effect.a, effect.b, effect.ratio, state,
@@ -119,10 +121,9 @@ def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float) ->
     )  # fmt: skip
     if state != UNTOLD:
         return found
-    distance = abs(abs(test.difference) - limit)
     spread = variance(_logs(effect.values_a)), variance(_logs(effect.values_b))
-    needed = units_to_tell(distance, spread, len(effect.values_a))
-    return dataclasses.replace(found, needed=needed, needed_each=None if needed else units_to_tell(distance, spread))
+    needed = units_to_tell(test.difference, limit, spread, len(effect.values_a), tests)
+    return dataclasses.replace(found, needed=needed, needed_each=None if needed else units_to_tell(test.difference, limit, spread, tests=tests))
 
 
 def _verdict(findings: Sequence[Finding]) -> str:

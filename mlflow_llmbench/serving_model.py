@@ -314,8 +314,12 @@ with warnings.catch_warnings(record=True):
         def predict(self, context: Any, model_input, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:  # type: ignore[no-untyped-def]
             """Answer each row's `prompt`: its text, the tokens of prompt and output, and whether it ended by itself (`stop`) or by `length`."""
             rows = model_input.to_dict("records") if hasattr(model_input, "to_dict") else model_input
-            prompts = [str(row["prompt"]) if isinstance(row, dict) else str(row) for row in rows]
+            prompts = [row["prompt"] if isinstance(row, dict) else row for row in rows]
+            if unlike := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+                raise refused(f"A prompt is no text: {unlike[0]!r}. Give each row a prompt.")
             most, size = int(self.config["max_new_tokens"]), int(self.config["batch_size"])
+            if size < 1:
+                raise refused(f"batch_size is not at least 1: {size}. Load with another batch_size.")
             asked = (params or {}).get("max_new_tokens")
             wanted = most if asked is None else int(asked)
             if not 1 <= wanted <= most:

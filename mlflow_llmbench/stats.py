@@ -390,19 +390,31 @@ def equivalence(a: Sequence[float], b: Sequence[float], margin: float) -> Equiva
 
 
 MOST_UNITS = 10_000
+POWER = 0.9
+"""Chance that a number of values which is said to tell does tell."""
 
 
-def units_to_tell(distance: float, variances: tuple[float, float], first: int | None = None) -> int | None:
-    """Least number of values of the second sample with which two one-sided tests at 5 % find a difference to lie on its side of the margin.
+def units_to_tell(difference: float, margin: float, variances: tuple[float, float], first: int | None = None, tests: int = 1) -> int | None:
+    """Least number of values of the second sample with which a difference is found to lie on its side of ±margin, at 5 % with power 0.9.
 
-    `distance`: from the difference to the nearer margin, with power 0.9 if it is the true one: (t₀.₉₅ + t₀.₉) · error ≤ distance.
+    Inside, both one-sided tests have to say so, and near 0 each fails as often as the other: P(t < (m − |d|)/error − t₀.₉₅) +
+    P(t < (m + |d|)/error − t₀.₉₅) − 1 (shifted central t). Beyond, the one test at 5 % ÷ `tests`, the number that it is adjusted for.
     `first` is the number of values of the first sample, None if it grows too. None if `MOST_UNITS` would not do.
     """
     from scipy import special
 
+    size = abs(difference)
+
     def enough(count: int) -> bool:
         error, degrees = _welch_error(variances, (first or count, count))
-        return float(special.stdtrit(degrees, 0.95) + special.stdtrit(degrees, 0.9)) * error <= distance
+        if error == 0:
+            return size != margin
+        if size > margin:
+            needed = special.stdtrit(degrees, 1 - 0.05 / tests)
+            return float(special.stdtr(degrees, (size - margin) / error - needed)) >= POWER
+        needed = special.stdtrit(degrees, 0.95)
+        near, far = (special.stdtr(degrees, (margin + side) / error - needed) for side in (-size, size))
+        return float(near + far) - 1 >= POWER
 
     low, high = 2, MOST_UNITS
     if not enough(high):

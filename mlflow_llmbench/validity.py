@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from statistics import median
 
 from . import online_validity
 from .latency import gaps_ms
@@ -13,6 +14,8 @@ from .stats import coefficient_of_variation, supports
 
 VARIATION_LIMIT = 0.10
 SWAPPED_PAGES_LIMIT = 256
+LEAST_GAP_MS = 0.01
+"""Between two tokens of a model that computes them; a loop that hands over what is there already takes a tenth of it."""
 
 Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
 
@@ -51,6 +54,17 @@ def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     if smallest < 0:
         yield Reason(
             "negative_gap", f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers."
+        )
+
+
+def _together(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    """Tokens that were all made before the first was handed over: a function of a user's that does not stream."""
+    gaps = [gap for r in requests(result) for gap in gaps_ms(r)]
+    if gaps and median(gaps) < LEAST_GAP_MS:
+        yield Reason(
+            "chunked_stream",
+            f"The tokens of a request came together, {median(gaps) * 1000:.2g} µs apart (median), and the limit is {LEAST_GAP_MS * 1000:g} µs: they were handed "
+            "over when all were made, so neither the time to the first token nor the gaps are those of the model. Emit each token as it is made.",
         )
 
 
@@ -155,7 +169,7 @@ def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
         yield Reason("contended", f"{foreign} other processes computed on the GPU, and the limit is none. Stop them, and measure again.")
 
 
-CHECKS: tuple[Check, ...] = (_counts, _order, _bandwidth, _steadiness, _convergence, _variation, _contention, _throttling)
+CHECKS: tuple[Check, ...] = (_counts, _order, _together, _bandwidth, _steadiness, _convergence, _variation, _contention, _throttling)
 ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, *online_validity.CHECKS)
 STREAM_CHECKS: tuple[Check, ...] = (
     _counts, _order, _steadiness, _convergence, _variation, _contention, _throttling, online_validity.client, online_validity.saturation, online_validity.windows,

@@ -101,6 +101,26 @@ def test_a_function_that_fails_fails_its_cell_only(store_uri: str) -> None:
     assert measured(lambda prompts, output_tokens, emit: None).rows[0].message.startswith("The backend generated no token at all.")
 
 
+def test_tokens_that_are_handed_over_at_the_end_are_no_stream(store_uri: str) -> None:
+    def at_once(prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        paced(prompts, 1, lambda ids: None)
+        for _ in range(output_tokens):
+            emit([7] * len(prompts))
+
+    [row] = measured(at_once).rows
+    assert row.verdict and row.verdict.word != "valid"
+    [reason] = [reason for reason in row.verdict.reasons if reason.code == "chunked_stream"]
+    assert reason.sentence.startswith("The tokens of a request came together, ") and reason.sentence.endswith("Emit each token as it is made.")
+    assert "chunked_stream" not in [reason.code for row in measured().rows if row.verdict for reason in row.verdict.reasons]
+
+
+@pytest.mark.parametrize("step", ["ab", None, ["x"], [[1], None]])
+def test_a_step_that_is_no_list_of_ids_fails_its_cell(step: Any, store_uri: str) -> None:
+    [row] = measured(lambda prompts, output_tokens, emit: emit(step), batch_size=2 if step in ("ab", [[1], None]) else 1).rows
+    assert row.outcome == "error"
+    assert row.message == f"Step 1 is no list of ids: {step!r}. Emit one whole number for each row."
+
+
 def test_texts_are_encoded_by_the_users_own_tokenizer(store_uri: str) -> None:
     prompts_seen: list[Sequence[int]] = []
 

@@ -70,6 +70,38 @@ def test_what_chance_may_explain_passes_and_is_called_not_settled() -> None:
     assert any(note.startswith("Not settled, since they may be worse by more than their limits, and may not: ") for note in gate.notes)
 
 
+def test_a_limit_below_the_noise_threshold_is_held() -> None:
+    quiet = (0.9999, 1.0, 1.0001, 0.99995, 1.00005)
+    slower = made(step=10.08, ttft=20.16, factors=quiet)
+    assert decide(made(factors=quiet), slower).verdict == "pass"
+    gate = decide(made(factors=quiet), slower, limit=0.005)
+    assert gate.verdict == "regression"
+    assert "latency/itl_ms_p50 is 0.8% worse (limit 0.5%)" in gate.why
+    assert decide(made(factors=quiet), slower, limit=0.009).notes == ()
+
+
+def test_one_repetition_within_its_limit_is_not_settled() -> None:
+    gate = decide(made(factors=(1.0,)), made(factors=(1.0,), step=10.3), accept_suspect="a first look")
+    assert [check.state for check in gate.checks] == ["not settled"] * 5 + ["ok"]
+    assert gate.notes[-1].endswith("Measure more repetitions.")
+
+
+@pytest.mark.parametrize("limit", ["kl=1%", "ttft=1%,perplexity=0", "itl=1%"])
+def test_a_limit_for_what_was_not_measured_stops_the_gate(limit: str) -> None:
+    one_token = dataclasses.replace(
+        CHAMPION,
+        cell=dataclasses.replace(CHAMPION.cell, output_tokens=1),
+        repetitions=tuple(
+            dataclasses.replace(r, requests=tuple(dataclasses.replace(q, stamps_ns=q.stamps_ns[:1]) for q in r.requests))
+            for r in CHAMPION.repetitions
+        ),
+    )
+    gate = decide(one_token, one_token, parse_limits(limit), accept_suspect="made by hand")
+    assert (gate.verdict, gate.exit_code) == ("not_comparable", 2)
+    assert f"A limit is given for {parse_limits(limit).popitem()[0]}, and not both runs have it." in gate.why
+    assert decide(CHAMPION, CHAMPION, parse_limits("memory=1%,weights=1%,load=1%,ttft=1%")).verdict == "pass"
+
+
 def test_memory_regresses_beyond_its_limit() -> None:
     assert states(made(memory=4.1))["memory/host_needed_bytes_peak"] == "ok"
     assert states(made(memory=4.1), limits={"memory": 0.02})["memory/host_needed_bytes_peak"] == "regression"
@@ -89,7 +121,13 @@ def test_quality_is_held_too() -> None:
     assert state({"perplexity": 10.0}, {"perplexity": 10.4}, "perplexity=1%") == ["regression"]
     assert state({"perplexity": 10.0}, {"perplexity": 8.0}) == ["ok"]
     assert state({"top1_agreement": 0.99, "kl_vs_reference": 0.0}, {"top1_agreement": 0.9, "kl_vs_reference": 0.01}) == ["regression", "regression"]
+    assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.01}, "kl=0.02") == ["ok"]  # nats: there is no ratio to 0
+    assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.03}, "kl=0.02") == ["regression"]
+    assert state({"kl_vs_reference": 0.0, "top1_agreement": 0.0}, {"kl_vs_reference": 0.0, "top1_agreement": 0.5}) == ["ok", "ok"]
+    assert state({"kl_vs_reference": 0.01}, {"kl_vs_reference": 0.03}, "kl=0.05") == ["regression"]
     assert state({}, {"perplexity": 10.0}) == []
+    from_reference = quality_checks({"quality/kl_vs_reference": 0.0}, {"quality/kl_vs_reference": 0.03}, parse_limits("kl=0.02"), 0.05)
+    assert gate_cells(from_reference)[0][3:] == ["+0.03 nats", "–", "–", "0.02 nats", "regression"]
     shown = gate_cells(quality_checks({"quality/top1_agreement": 1.0}, {"quality/top1_agreement": 0.891}, {}, 0.05))
     assert [row[1:3] for row in shown] == [["1", "0.891"]]
     assert missing({"quality/perplexity": 10.0, "memory/device_bytes_peak": 1.0}, {}) == ["memory/device_bytes_peak", "quality/perplexity"]
@@ -213,6 +251,19 @@ def test_of_a_sweep_the_cell_with_the_champions_configuration_is_meant(
     assert "has 2 cells, and 0 of them have the champion's configuration. Give the run of one cell." in capsys.readouterr().err
 
 
+def test_the_verdict_is_kept_with_the_run_that_was_named(measured_champion: str, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides of a gate of the champion against itself are of one configuration and one sweep."""
+    more = ("--accept-suspect", "a test", "--default-limit", "90%")
+    assert gate_of(measured_champion, "--pairs", "2", "--json", *more) == 0
+    client = MlflowClient(store_uri)
+    parent = json.loads(capsys.readouterr().out.splitlines()[-1])["measured"]
+    sides = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    for side in sides:
+        assert gate_of(f"runs:/{side.info.run_id}", *more) in (0, 1)
+        assert "llmbench.gate" in client.get_run(side.info.run_id).data.tags
+    assert len(sides) == 2
+
+
 def test_a_folder_that_no_store_has_is_gated_and_not_logged(champion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_sweep(tmp_path / "local", [made()])
     assert gate_of(str(folder)) == 0
@@ -310,7 +361,7 @@ def test_both_are_measured_again_in_turns(measured_champion: str, store_uri: str
     more = ("--accept-suspect", "a test", "--default-limit", "30%")
     assert gate_of(liar, *more) == 0
     capsys.readouterr()
-    assert gate_of(liar, "--measure", "--pairs", "4", "--json", *more) == 1
+    assert gate_of(liar, "--measure", "--pairs", "4", "--output-dir", str(tmp_path / "gated"), "--json", *more) == 1
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     checks = {check["key"]: check["state"] for check in told["checks"]}
     assert checks["latency/itl_ms_p50"] == "regression" != checks["latency/ttft_ms_p50"]
@@ -322,7 +373,7 @@ def test_both_are_measured_again_in_turns(measured_champion: str, store_uri: str
     ]
     assert sorted(one.data.params["model"] for one in sides) == [FAST, SLOW]
     assert {one.data.params["processes"] for one in sides} == {"4"}
-    folder = tmp_path / "llmbench-results" / sides[0].data.tags["llmbench.sweep"]
+    folder = tmp_path / "gated" / sides[0].data.tags["llmbench.sweep"]
     assert json.loads((folder / "sweep.json").read_text())["parameters"]["rerun"] == "true"  # never taken from an earlier sweep
 
 

@@ -47,6 +47,19 @@ def test_chunks_of_several_tokens_are_no_inter_token_latency() -> None:
     assert found.metrics["latency/tpot_ms_mean"] == 10.6667
 
 
+def test_a_zero_that_stands_for_no_value_is_absent() -> None:
+    data = load("vllm_serve_detailed")
+    none = {name: 0.0 for name in data if name.endswith(("_tpot_ms", "_itl_ms"))}
+    [found] = read_foreign({**data, **none, "output_lens": [1, 1, 1, 0], "itls": [[], [], [], []]})
+    assert not [key for key in {**found.metrics, **found.own} if "tpot" in key or "itl" in key]
+    assert found.metrics["latency/ttft_ms_mean"] == 21.0
+    report = load("guidellm_benchmarks")
+    first = report["benchmarks"][0]["metrics"]["time_to_first_token_ms"]["successful"]
+    first.update({name: 0 for name, value in first.items() if isinstance(value, int | float)}, percentiles=dict.fromkeys(first["percentiles"], 0.0))
+    [concurrent, _] = read_foreign(report)
+    assert not [key for key in {**concurrent.metrics, **concurrent.own} if "first_token" in key or "ttft" in key]
+
+
 def test_latencies_of_an_open_loop_are_counted_from_another_time() -> None:
     [found] = read("vllm_serve_open_loop")
     assert set(found.metrics) == {"latency/tpot_ms_mean", "latency/tpot_ms_p50", "errors/failed_ratio"}

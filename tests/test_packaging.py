@@ -137,6 +137,16 @@ def test_an_entry_point_of_the_decision_is_its_command_with_the_same_defaults(en
             assert getattr(given, name) == (getattr(alone, name) or "none")
 
 
+@pytest.mark.parametrize("entry", MLPROJECT["entry_points"])
+def test_an_entry_point_that_measures_says_where_its_journal_lies(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`mlflow run` works in the project's folder, and of a project in Git in a copy that is thrown away."""
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([ENTRIES.get(entry, entry), "--help"])
+    measures = "--output-dir" in capsys.readouterr().out
+    assert measures == ("output_dir" in MLPROJECT["entry_points"][entry]["parameters"])
+    assert measures == (entry not in ("recommend", "register"))
+
+
 def test_a_study_takes_what_a_run_takes_and_what_is_its_own() -> None:
     entry, own = MLPROJECT["entry_points"]["study"], {"of": "none", "share": "0.5", "price": "none", "accept_suspect": "none"}
     defaults = {name: spec.default_text(name) for name in spec.COMMANDS["run"]} | {"preset": study.PRESET} | own

@@ -19,7 +19,20 @@ from mlflow_llmbench.decision import answer, format_recommendation, recommendati
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.pareto import draw_recommendation
 from mlflow_llmbench.plan import config_hash
-from mlflow_llmbench.recommend import MEMORY, QUALITY, Limit, Measure, candidates, choose, interval, names_of, recommend, recommendation_json
+from mlflow_llmbench.recommend import (
+    GOALS,
+    MEMORY,
+    QUALITY,
+    Limit,
+    Measure,
+    candidates,
+    choose,
+    dominates,
+    interval,
+    names_of,
+    recommend,
+    recommendation_json,
+)
 from mlflow_llmbench.records import Failure, Hashes, MemoryStages, RunResult
 
 from .results import GB, WIGGLE
@@ -174,6 +187,36 @@ def test_of_one_configuration_the_newest_measurement_counts() -> None:
     assert [r.why for r in found.refused] == ["It was measured again later, and the newest counts."]
 
 
+def test_one_configuration_on_two_machines_is_two_to_choose_from() -> None:
+    later = result("int4", step=40, hashes=Hashes("int41", "w", "other", "s", "e2"), environment={"cpu": {"name": "Xeon"}})
+    later = dataclasses.replace(later, ended_ms=9000)
+    here = dataclasses.replace(INT4, hashes=Hashes("int41", "w", "h", "s", "e"))
+    found = recommend([here, later], allow=frozenset(["hardware"]))
+    assert found.winner is not None and found.winner.result is here
+    assert (found.winner.name, [r.candidate.name for r in found.runners_up], found.refused) == (
+        "fake:x int4 batch 1 on AMD EPYC (h)", ["fake:x int4 batch 1 on Xeon (other)"], (),
+    )  # fmt: skip
+
+
+def test_a_suspect_result_that_was_measured_again_promises_nothing() -> None:
+    lucky = dataclasses.replace(result("int8", step=2), steady=False, ended_ms=1000)
+    again = dataclasses.replace(INT8, ended_ms=5000)
+    assert not any("looks better" in line for line in recommend([lucky, again, INT4]).changes)
+    assert any("looks better" in line for line in recommend([lucky, INT4]).changes)
+
+
+def test_a_percentile_that_no_test_is_made_of_dominates_nothing() -> None:
+    measure = Measure("p95 time to first token", ("latency/ttft_ms_p95",), "lower")
+    a, b = candidates([result(quant="int8"), result(quant="int4")])
+    a, b = (dataclasses.replace(one, metrics={**one.metrics, "latency/ttft_ms_p95": p95}) for one, p95 in ((a, 21.0), (b, 20.0)))
+    assert not dominates(b, a, (GOALS["throughput"], measure), 0.01)
+    mean = Measure("mean time to first token", ("latency/ttft_ms_mean",), "lower")
+    noisy, other = candidates([result(quant="int8", factors=(0.8, 1.0, 1.3, 0.9, 1.1)), result(quant="int4", factors=(0.8, 1.0, 1.2, 0.9, 1.1))])
+    assert not dominates(other, noisy, (mean,), 0.01)
+    faster = candidates([result(quant="int8"), result(quant="int4", ttft=10)])
+    assert dominates(faster[1], faster[0], (GOALS["throughput"], mean), 0.01)
+
+
 def test_quality_is_a_limit_and_absent_quality_is_not_good_quality() -> None:
     limit = Limit("--min-quality kl", QUALITY["kl"], 0.05)
     best, bad, absent = candidates([INT8, INT4, BF16])
@@ -245,7 +288,8 @@ def test_the_command_logs_the_answer_on_the_sweeps_parent(store_uri: str, capsys
     assert {"recommendation.json", "recommendation.md"} <= {item.path for item in client.list_artifacts(sweep.parent_id or "")}
     assert "charts/recommendation.svg" in {item.path for item in client.list_artifacts(sweep.parent_id or "", "charts")}
     assert main([*arguments[:2], "--max-ttft", "1ms", "--accept-suspect", "x"]) == 1
-    assert "Nothing is recommended" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Nothing is recommended" in out and "Register the winner" not in out
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,14 @@ def test_the_loaded_model_answers_within_its_limits(run_id: str, store_uri: str)
     for prompts, params, message in (
         ([{"prompt": "x" * 17}], {}, "A prompt has 17 tokens, and 16 are the most that was measured"),
         ([{"prompt": ""}], {}, "A prompt has no tokens"),
+        ([{"prompt": None}], {}, "A prompt is no text: None. Give each row a prompt."),
         ([{"prompt": "x"}], {"max_new_tokens": 9}, "max_new_tokens is not from 1 to 8, which was measured: 9"),
     ):
         with pytest.raises(MlflowException, match=message):
             model.predict(prompts, params=params)
+    none = mlflow.pyfunc.load_model("models:/bot@candidate", model_config={"batch_size": -1})
+    with pytest.raises(MlflowException, match="batch_size is not at least 1: -1"):
+        none.predict([{"prompt": "x"}])
 
 
 def test_rows_are_generated_up_to_the_registered_batch_size(run_id: str, store_uri: str) -> None:
@@ -264,6 +268,7 @@ def test_invalid_runs_are_refused_and_suspect_ones_need_a_reason(store_uri: str,
     ("name", "alias", "reference", "message"),
     [
         ("a/b", "candidate", "", "Not a name for a registered model: a/b. Give letters"),
+        ("a@b", "candidate", "", "Not a name for a registered model: a@b. Give letters"),  # models:/a@b@candidate is no address
         ("bot", "v1", "", "Not an alias: v1. Give letters"),
         ("bot", "champion", "", "The alias champion is moved by `llmbench promote` only"),
         ("bot", "candidate", "nonsense", "nonsense is neither a run id, nor a sweep of this store"),

@@ -54,21 +54,25 @@ def test_the_two_one_sided_tests_are_those_of_scipy() -> None:
     assert exact and (exact.p_within, exact.p_beyond) == (1.0, 0.0)
 
 
-def test_as_many_repetitions_as_are_said_to_tell_do_tell_nine_times_in_ten() -> None:
+@pytest.mark.parametrize(("difference", "tests"), [(0.0, 1), (0.01, 1), (0.03, 1), (0.08, 1), (0.08, 5)])
+def test_as_many_repetitions_as_are_said_to_tell_do_tell_nine_times_in_ten(difference: float, tests: int) -> None:
     import numpy as np
 
     spread, margin = 0.04, 0.05
-    needed = units_to_tell(margin, (spread**2, spread**2))
+    needed = units_to_tell(difference, margin, (spread**2, spread**2), tests=tests)
     assert needed
     random = np.random.default_rng(0)
-    told = sum(
-        found.p_within < 0.05
-        for _ in range(500)
-        if (found := equivalence(random.normal(0.01, spread, needed), random.normal(0.0, spread, needed), margin + 0.01))
-    )
-    assert 0.86 < told / 500 < 0.94
-    assert units_to_tell(margin, (spread**2, spread**2), first=3) is None  # the first sample alone is too uncertain
-    assert units_to_tell(0.0, (spread**2, spread**2)) is None
+    told = 0
+    for _ in range(1000):
+        found = equivalence(random.normal(0.0, spread, needed), random.normal(difference, spread, needed), margin)
+        told += found is not None and (found.p_within if difference < margin else found.p_beyond * tests) < 0.05
+    assert 0.87 < told / 1000 < 0.94
+
+
+def test_no_number_of_repetitions_is_named_where_none_would_tell() -> None:
+    assert units_to_tell(0.0, 0.05, (0.04**2, 0.04**2), first=3) is None  # the first sample alone is too uncertain
+    assert units_to_tell(-0.05, 0.05, (0.04**2, 0.04**2)) is None
+    assert units_to_tell(0.1, 0.05, (0.0, 0.0)) == 2
 
 
 def test_the_same_again_is_equivalent() -> None:
@@ -252,10 +256,13 @@ def test_another_machine_is_named_and_not_refused(store_uri: str, tmp_path: Path
         first,
         environment={**first.environment, "cpu": {**first.environment["cpu"], "name": "Xeon"}},
         hashes=dataclasses.replace(first.hashes, hardware="other"),
+        cell=dataclasses.replace(first.cell, warmup=None),
+        steady=False,
     )
     [run_id] = stored(tmp_path / "elsewhere", store_uri, elsewhere)
     assert main(["reproduce", run_id, "--margin", "0.4"]) == 0
     out = capsys.readouterr().out
+    assert "The verdict on the original is suspect (not_steady)" in out and "on A is" not in out
     assert out.startswith(f"Here differs from where run {run_id} was measured: CPU Xeon → ")
     assert "The environment differs from the original's: CPU Xeon → " in out
 
