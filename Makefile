@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	@echo "(mlflow is $(BIN)/mlflow here)"
 
 # Files in their order: the reordering of xdist leaves the few slowest tests for the end, on one core.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"

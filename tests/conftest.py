@@ -17,12 +17,19 @@ os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZER
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test works in a folder of its own, with no MLflow run or store from outside."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Each test works in a folder of its own, with no MLflow run or store from outside, and leaves no variable behind.
+
+    GPTQModel moves the cache of the Hub by variables that it sets when it is imported.
+    """
+    before = set(os.environ)
     for name in list(os.environ):
         if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY":
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

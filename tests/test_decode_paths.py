@@ -125,9 +125,9 @@ def test_a_whole_run_with_looked_up_tokens(tiny_model: Path, store_uri: str) -> 
 # Compiled
 
 
-def test_what_is_not_compiled_is_not_measured_under_that_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+def test_what_is_not_compiled_is_not_measured_under_that_name(tiny_model: Path) -> None:
     with (
+        torch._dynamo.config.patch(disable=True),
         loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _),
         pytest.raises(NotRealised, match="nothing was compiled"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import pytest
@@ -31,11 +32,13 @@ def least(values: list[float]) -> float:
 
 
 def test_stamps_are_those_of_the_script() -> None:
-    measured, _ = measure("ttft_ms=20+itl_ms=4", repetitions=8)
+    """No token comes before its time; how late each is on a shared machine shows in the least disturbed of eight repetitions."""
+    measured, _ = measure("ttft_ms=40+itl_ms=20", repetitions=8)
     requests = [r.requests[0] for r in measured.repetitions]
-    assert least([latency.ttft_ms(r) for r in requests]) == pytest.approx(20, abs=1)
-    assert sorted(g for r in requests for g in latency.gaps_ms(r))[28] == pytest.approx(4, rel=0.2)
-    assert least([latency.e2e_ms(r) for r in requests]) == pytest.approx(20 + 7 * 4, abs=2)
+    assert all(stamp - r.t0_ns >= (40 + 20 * i) * 1e6 for r in requests for i, stamp in enumerate(r.stamps_ns))
+    assert least([latency.ttft_ms(r) for r in requests]) == pytest.approx(40, rel=0.25)
+    assert median(g for r in requests for g in latency.gaps_ms(r)) == pytest.approx(20, rel=0.5)
+    assert least([latency.e2e_ms(r) for r in requests]) == pytest.approx(40 + 7 * 20, rel=0.25)
 
 
 def test_a_stall_lands_on_its_token_and_nowhere_else() -> None:
@@ -49,10 +52,10 @@ def test_a_stall_lands_on_its_token_and_nowhere_else() -> None:
 def test_a_late_streamer_shows_in_the_first_token() -> None:
     prompt, late, punctual = [[1, 2, 3, 4]], [], []
     for _ in range(5):
-        for script, found in (("ttft_ms=10+itl_ms=5+late=1", late), ("ttft_ms=10+itl_ms=5", punctual)):
+        for script, found in (("ttft_ms=10+itl_ms=40+late=1", late), ("ttft_ms=10+itl_ms=40", punctual)):
             backend, cell = fake(script)
             found.append(latency.ttft_ms(time_request(backend, prompt, cell.output_tokens)[0]))
-    assert least(late) - least(punctual) == pytest.approx(5, abs=0.5)
+    assert least(late) - least(punctual) == pytest.approx(40, rel=0.5)
 
 
 def test_rows_share_stamps_and_are_counted() -> None:

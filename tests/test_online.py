@@ -283,7 +283,8 @@ def test_a_sweep_over_users_is_runs_in_mlflow(server: str, store_uri: str, tmp_p
     for users, measured in cells.items():
         metrics, params = measured.data.metrics, measured.data.params
         assert measured.data.tags["llmbench.scenario"] == "online"
-        assert metrics["latency/itl_ms_p50"] > 1
+        between = [value for key, value in metrics.items() if key in ("latency/itl_ms_p50", "latency/icl_ms_p50")]
+        assert len(between) == 1 and between[0] > 1  # on a busy machine some tokens come together, which is told
         assert metrics["in_flight/requests_max"] == int(users)
         assert metrics["goodput/attainment_ratio"] == 1
         assert metrics["lengths/prompt_tokens_mean"] == 20
