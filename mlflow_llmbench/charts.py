@@ -142,6 +142,15 @@ def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
     figure.legend(handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form).set_in_layout(False)
 
 
+def _plain_numbers(axes: Axes) -> None:
+    """A logarithmic axis of values with its numbers written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _name(model: object) -> str:
     """Give the last part of a name or path, at most 40 characters, and ? for those that our font lacks."""
     name = re.sub(r"[^\x20-\x7e\xa0-\u052f]", "?", str(model).rstrip("/").rsplit("/", 1)[-1])

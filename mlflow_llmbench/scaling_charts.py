@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, Array, _figure, _put_legend, _save, _style
+from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, Array, _figure, _plain_numbers, _put_legend, _save, _style
 from .fits import Fit, Prediction, ranked
 from .scaling import LawFit, Surface, parameters_text
 from .scaling_study import Study
@@ -57,7 +57,7 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
     for number, (axes, found) in enumerate(zip(panels, shown, strict=False)):
         predictions = [predicted for owner, predicted in study.predictions if owner is found]
         _draw_law(axes, found, predictions)
-        axes.set(title=textwrap.shorten(found.where, 44, placeholder="…") if len(shown) > 1 else "", xlabel=AXES[law.over])
+        axes.set(title=textwrap.fill(found.where, 44, max_lines=2, placeholder="…") if len(shown) > 1 else "", xlabel=AXES[law.over])
         if number % columns == 0:
             axes.set_ylabel(f"{law.title.partition(' against ')[0].capitalize()} ({law.unit})")
         parameters = parameters_text(found.fit).replace("), ", ")\n")
@@ -114,6 +114,7 @@ def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     if high > LOG_FROM * low > 0:
         axes.set_yscale("log")
+        _plain_numbers(axes)
         axes.set_ylim(low / 1.3, high * (high / low) ** 0.35)
     else:
         axes.set_ylim(0, high * 1.35)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .charts import GREY, INK, WIDTH, _figure, _put_legend, _save, _style
+from .charts import GREY, INK, WIDTH, _figure, _plain_numbers, _put_legend, _save, _style
 from .markup import markdown, markdown_table
 from .metrics import COLOURS
 from .quant_plan import QUANTIZED, Block, QuantPlan
@@ -87,8 +87,6 @@ def place(name: str, number: int) -> tuple[str, int]:
 
 
 def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     axes.set_yscale("log", nonpositive="mask")
     axes.set_ylabel("KL divergence, nats")
     for scheme in QUANTIZED:
@@ -108,8 +106,7 @@ def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]])
     if layers:  # the layout cannot place an empty line in these coordinates
         axes.plot(layers, [0.03] * len(layers), "s", color=COLOURS[kept], markersize=6, transform=axes.get_xaxis_transform(), zorder=3)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axes)
 
 
 def _legend(plan: QuantPlan) -> list[Any]:

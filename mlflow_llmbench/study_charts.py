@@ -32,6 +32,7 @@ from .charts import (
     _figure,
     _number,
     _overview_figure,
+    _plain_numbers,
     _put_legend,
     _quality_figure,
     _save,
@@ -264,15 +265,6 @@ def _draw_lines(axes: Axes, panel: Panel, tilt: bool) -> None:
         _plain_numbers(axes)
     else:
         axes.set_ylim(0, max((point[3] for line in panel.lines for point in line.points), default=1.0) * 1.1)
-
-
-def _plain_numbers(axes: Axes) -> None:
-    """A logarithmic axis of values with its numbers written out."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _same_scale(row: Sequence[Axes]) -> None:

@@ -266,3 +266,22 @@ def test_charts_draw_the_cells_and_nothing_beyond_them(tmp_path: Path) -> None:
         assert points[:, 0].min() >= 1 and points[:, 0].max() <= 32
     assert list(drawn["measured"][:, 0]) == [1, 2, 8, 32]
     assert list(drawn["predicted"][:, 0]) == [4, 16]
+
+
+def test_charts_of_many_groups_write_plain_numbers_and_tell_the_groups_apart(tmp_path: Path) -> None:
+    cells = [
+        dataclasses.replace(
+            one, cell=dataclasses.replace(one.cell, model=model, workload=workload), hashes=dataclasses.replace(one.hashes, config=model)
+        )
+        for model, workload in (("a-model-with-a-longer-name", "synthetic"), ("another-model-with-such-a-name", "qa"))
+        for one in sweep(batches=[1, 8, 64], lengths=[128, 1024])
+    ]
+    study = study_scaling(cells)
+    laws = tuple(found for found in study.laws if found.law.key == "latency_by_batch")
+    figure = scaling_charts._law_figure(laws, study)
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes]
+    assert len(titles) == len(laws) == 4
+    assert [" ".join(title.split()) for title in titles] == [found.where for found in laws]
+    assert any(axes.get_yscale() == "log" for axes in figure.axes)
+    drawn, _ = scaling_charts.draw_study(dataclasses.replace(study, laws=laws, surfaces=()), tmp_path)
+    assert "mathdefault" not in drawn.read_text()
