@@ -57,7 +57,7 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
     for number, (axes, found) in enumerate(zip(panels, shown, strict=False)):
         predictions = [predicted for owner, predicted in study.predictions if owner is found]
         _draw_law(axes, found, predictions)
-        axes.set(title=textwrap.fill(found.where, 36, max_lines=3, placeholder="…") if len(shown) > 1 else "", xlabel=AXES[law.over])
+        axes.set(title=textwrap.fill(found.where, 40, max_lines=3, placeholder="…") if len(shown) > 1 else "", xlabel=AXES[law.over])
         if number % columns == 0:
             axes.set_ylabel(f"{law.title.partition(' against ')[0].capitalize()} ({law.unit})")
         parameters = parameters_text(found.fit).replace("), ", ")\n")
