@@ -29,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
-# llama.cpp in process: there is no wheel of it, so it is compiled, which takes some minutes once; pip keeps what it made.
+# llama.cpp in process: there is no wheel of it, so it is compiled, without its part for pictures, which takes some minutes once; pip keeps what it made.
 gguf-wheel: $(WHEEL)
 
 test-gguf: $(INSTALLED) $(WHEEL)
@@ -67,5 +67,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 # In an environment of its own, so that it can run beside the installation of ours.
 $(WHEEL): constraints.txt
 	$(PYTHON) -m venv build/wheels/env
-	build/wheels/env/bin/python -m pip wheel -q --no-deps -c constraints.txt -w build/wheels llama-cpp-python
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" build/wheels/env/bin/python -m pip wheel -q --no-deps -c constraints.txt -w build/wheels llama-cpp-python
 	@touch $@
