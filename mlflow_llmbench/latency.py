@@ -43,9 +43,11 @@ def tpot_ms(request: RequestRecord) -> float | None:
     mean of the chunks, as if all were equal. With N − 1 a server that sends its tokens by fours would seem a third faster than it is.
     """
     tokens, stamps = request.output_tokens, request.stamps_ns
-    at_first = stamps.count(stamps[0])
+    at_first = stamps.count(stamps[0]) if stamps else 0
+    if at_first == len(stamps):
+        return None
     first = sum(request.chunk_tokens[:at_first]) if request.chunk_tokens else tokens / len(stamps) * at_first
-    if at_first == len(stamps) or tokens <= first:
+    if tokens <= first:
         return None
     return (request.stamps_ns[-1] - request.stamps_ns[0]) / 1e6 / (tokens - first)
 

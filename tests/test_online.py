@@ -359,6 +359,7 @@ def test_tokens_that_a_proxy_holds_back_are_no_inter_token_latency() -> None:
     assert latency.tpot_ms(bursts) == 20 / 4
     assert latency.tpot_ms(dataclasses.replace(bursts, chunk_tokens=(1,) * 8)) == 20 / 4
     assert latency.tpot_ms(request(0, *[30] * 8)) is None
+    assert latency.tpot_ms(request(0)) is None
     assert latency.chunk_gaps_ms(bursts) == [20]
     held = [request(n * 40, *[n * 40 + 10] * 4, *[n * 40 + 30] * 4) for n in range(5)]
     one = result(*held, cell=dataclasses.replace(CELL, output_tokens=8))
