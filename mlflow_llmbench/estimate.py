@@ -53,9 +53,8 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     (prompt, output), quant = longest_of(cell), _quant_loaded(cell)
     peak = models.memory_estimate(shape, quant, dtype, cell.batch_size, prompt or 512, output, _cache_value_bytes(cell))
-    if _runs_packed(cell, model):
-        peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
-    else:
+    peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
+    if not _runs_packed(cell, model):
         peak = max(peak, models.load_memory_estimate(shape, quant, dtype))
     return peak + models.PROCESS_BYTES + _beside(cell, model, (prompt or 512) + output)
 

@@ -8,7 +8,7 @@ busy, or every arrival of the schedule has come. It is made of events: tokens th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -102,8 +102,8 @@ def single_share(requests: Sequence[RequestRecord]) -> float:
 
 def together_share(requests: Sequence[RequestRecord]) -> float:
     """Share of the chunks after a first one that came in one read with the one before: held back by the server, or by a proxy."""
-    gaps = [later - sooner for r in requests for sooner, later in itertools.pairwise(r.stamps_ns)]
-    return sum(gap == 0 for gap in gaps) / len(gaps) if gaps else 0.0
+    gaps = sum(max(len(r.stamps_ns) - 1, 0) for r in requests)
+    return sum(sooner == later for r in requests for sooner, later in itertools.pairwise(r.stamps_ns)) / gaps if gaps else 0.0
 
 
 def come_singly(requests: Sequence[RequestRecord]) -> bool:
@@ -175,12 +175,9 @@ def _windows(repetitions: Sequence[Repetition]) -> Figures:
         inside = [r for r in one.requests if r.single_tokens]
         gaps += [gap for r in inside for gap, a, b in zip(gaps_ms(r), r.stamps_ns, r.stamps_ns[1:], strict=False) if a >= begin and b <= end]
     found |= {"window/steady_output_tokens_per_s": _mean(rates), "window/steady_requests_per_s": _mean(answers)}
-    pools: Mapping[str, Sequence[float]] = {
-        "full_ttft_ms": [ttft_ms(r) for r in requests],
-        "steady_ttft_ms": firsts,
-        "full_itl_ms": [gap for r in requests for gap in gaps_ms(r)] if come_singly(requests) else [],
-        "steady_itl_ms": gaps if come_singly(requests) else [],
-    }
+    pools: dict[str, Sequence[float]] = {"full_ttft_ms": [ttft_ms(r) for r in requests], "steady_ttft_ms": firsts}
+    if come_singly(requests):
+        pools |= {"full_itl_ms": [gap for r in requests for gap in gaps_ms(r)], "steady_itl_ms": gaps}
     for name, pool in pools.items():
         found |= {f"window/{name}_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)}
     return found
@@ -214,10 +211,12 @@ def overload_of(result: RunResult) -> Overload | None:
     every request at once lets its answers wait instead of their first tokens; under a rate that rises they take longer anyway.
     """
     cell, grew = result.cell, "time to first token"
+    if not cell.open_loop:
+        return None
     growth = _growth(result, ttft_ms)
     if growth is None and cell.ramp_to is None and not cell.trace:
         grew, growth = "time of an answer", _growth(result, e2e_ms, STILL_GROWS)
-    if growth is None or not cell.open_loop:
+    if growth is None:
         return None
     pairs = [pair for repetition in result.repetitions if (pair := _rates(repetition, cell.ramp_to is not None))]
     if not pairs:

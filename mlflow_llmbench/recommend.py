@@ -26,7 +26,7 @@ from .metrics import KEYS
 from .records import Repetition, RunResult, Verdict
 from .repetitions import PER_REPETITION, mean_ttft, typical_tpot, unit_values
 from .stats import t_interval, welch
-from .summary import summarize
+from .summary import hardware_name, summarize
 from .validity import judge
 
 COST, ENERGY = "cost/per_million_tokens", "efficiency/joules_per_token"
@@ -205,8 +205,7 @@ def names_of(results: Sequence[RunResult]) -> list[str]:
 
 def _machine(result: RunResult) -> str:
     """The GPU or CPU, and the hash, since machines with one of them differ in others."""
-    parts = [*(result.environment.get("gpus") or []), result.environment.get("cpu") or {}]
-    return f"{parts[0].get('name', 'unknown')} ({result.hashes.hardware[:6]})"
+    return f"{hardware_name(result)} ({result.hashes.hardware[:6]})"
 
 
 def _short(name: str, value: object) -> str:

@@ -9,7 +9,7 @@ from . import online_validity
 from .latency import gaps_ms
 from .metrics import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
 from .records import Reason, RunResult, Verdict
-from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
+from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step, token_gaps
 from .stats import coefficient_of_variation, supports
 
 VARIATION_LIMIT = 0.10
@@ -59,11 +59,11 @@ def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
 
 def _together(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     """Tokens that were all made before the first was handed over: a function of a user's that does not stream."""
-    gaps = [gap for r in requests(result) for gap in gaps_ms(r)]
-    if gaps and median(gaps) < LEAST_GAP_MS:
+    gaps = token_gaps(result)
+    if gaps and (apart := median(gaps)) < LEAST_GAP_MS:
         yield Reason(
             "chunked_stream",
-            f"The tokens of a request came together, {median(gaps) * 1000:.2g} µs apart (median), and the limit is {LEAST_GAP_MS * 1000:g} µs: they were handed "
+            f"The tokens of a request came together, {apart * 1000:.2g} µs apart (median), and the limit is {LEAST_GAP_MS * 1000:g} µs: they were handed "
             "over when all were made, so neither the time to the first token nor the gaps are those of the model. Emit each token as it is made.",
         )
 
