@@ -1,6 +1,7 @@
 """The examination of a machine and its environment, with real processes, files and servers, and once on this very machine."""
 
 import http.server
+import importlib.util
 import json
 import os
 import shutil
@@ -82,7 +83,8 @@ def test_this_machine() -> None:
     assert [item.name for item in report.items if item.status != "ok" and not item.advice] == []
     assert [item.name for item in report.items if item.found.startswith("could not be examined")] == []
     assert {name for section, name in items if section == "Quantizations"} == set(QUANTIZATIONS)
-    assert {name for section, name in items if section == "Backends"} == set(known_backends())
+    converter = {"llama.cpp's converter"} if importlib.util.find_spec("llama_cpp") else set()
+    assert {name for section, name in items if section == "Backends"} == {*known_backends(), *converter}
     assert items["Machine", "memory"].data["available_bytes"] > 0
     assert items["Software", "torch"].data["version"] == version("torch")
     assert items["Software", "torch runs"].data["device"] in ("cpu", "cuda")
