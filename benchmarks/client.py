@@ -41,7 +41,14 @@ GOALS = {
 def body(number: int) -> dict[str, Any]:
     """Streams begin evenly over one gap, as the requests of unrelated users would."""
     model = f"null:ttft_ms={100 + number * GAP_MS / STREAMS:.3f}+itl_ms={GAP_MS}"
-    return {"model": model, "prompt": "a b c", "max_tokens": TOKENS, "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    return {
+        "model": model,
+        "prompt": "a b c",
+        "max_tokens": TOKENS,
+        "stream": True,
+        "ignore_eos": True,
+        "stream_options": {"include_usage": True},
+    }
 
 
 def ttft_error_ms(url: str) -> float:
@@ -53,11 +60,19 @@ def ttft_error_ms(url: str) -> float:
     read_log(url)
     address = load_client.address_of(url)
     client = load_client.LoadClient(address)
-    trace = client.run(lambda n: http_request(address, "/v1/completions", asked, n), load_client.Load(GOLDEN_STREAMS, GOLDEN_STREAMS))
+    trace = client.run(
+        lambda n: http_request(address, "/v1/completions", asked, n), load_client.Load(GOLDEN_STREAMS, GOLDEN_STREAMS)
+    )
     client.close()
     log, records = read_log(url), [read_answer(exchange) for exchange in trace.exchanges]
     assert [(r.outcome, r.tokens, len(r.stamps_ns)) for r in records] == [("complete", 20, 20)] * GOLDEN_STREAMS
-    return median((r.stamps_ns[0] - r.t0_ns) - (log[str(n)]["tokens_ns"][0] - log[str(n)]["received_ns"]) for n, r in enumerate(records)) / 1e6
+    return (
+        median(
+            (r.stamps_ns[0] - r.t0_ns) - (log[str(n)]["tokens_ns"][0] - log[str(n)]["received_ns"])
+            for n, r in enumerate(records)
+        )
+        / 1e6
+    )
 
 
 def run_ours(url: str, uvloop: bool) -> tuple[dict[int, list[int]], float, float]:
@@ -70,23 +85,33 @@ def run_ours(url: str, uvloop: bool) -> tuple[dict[int, list[int]], float, float
     address = load_client.address_of(url)
     client = load_client.LoadClient(address)
     client.ask(http_request(address, "/health"))
-    trace = client.run(lambda n: http_request(address, "/v1/completions", body(n), n), load_client.Load(STREAMS, STREAMS))
+    trace = client.run(
+        lambda n: http_request(address, "/v1/completions", body(n), n), load_client.Load(STREAMS, STREAMS)
+    )
     before = time.process_time()
     records = [read_answer(exchange) for exchange in trace.exchanges]
     assert {r.outcome for r in records} == {"complete"}
     client.close()
-    return {n: list(r.stamps_ns) for n, r in enumerate(records)}, trace.cpu_s, trace.cpu_s + time.process_time() - before
+    return (
+        {n: list(r.stamps_ns) for n, r in enumerate(records)},
+        trace.cpu_s,
+        trace.cpu_s + time.process_time() - before,
+    )
 
 
 async def run_httpx(url: str) -> tuple[dict[int, list[int]], float, float]:
     import httpx
 
     stamps: dict[int, list[int]] = {}
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None, max_keepalive_connections=None), timeout=60) as client:
+    async with httpx.AsyncClient(
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None), timeout=60
+    ) as client:
 
         async def one(number: int) -> None:
             mine = stamps[number] = []
-            async with client.stream("POST", f"{url}/v1/completions", json=body(number), headers={"X-Request-Id": str(number)}) as answer:
+            async with client.stream(
+                "POST", f"{url}/v1/completions", json=body(number), headers={"X-Request-Id": str(number)}
+            ) as answer:
                 async for line in answer.aiter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         now = time.perf_counter_ns()
@@ -108,12 +133,18 @@ async def run_aiohttp(url: str) -> tuple[dict[int, list[int]], float, float]:
 
         async def one(number: int) -> None:
             mine, rest = stamps.setdefault(number, []), b""
-            async with client.post(f"{url}/v1/completions", json=body(number), headers={"X-Request-Id": str(number)}) as answer:
+            async with client.post(
+                f"{url}/v1/completions", json=body(number), headers={"X-Request-Id": str(number)}
+            ) as answer:
                 async for data in answer.content.iter_any():
                     now = time.perf_counter_ns()
                     *events, rest = (rest + data).split(b"\n\n")
                     for event in events:
-                        if event.startswith(b"data: ") and event != b"data: [DONE]" and json.loads(event[6:])["choices"]:
+                        if (
+                            event.startswith(b"data: ")
+                            and event != b"data: [DONE]"
+                            and json.loads(event[6:])["choices"]
+                        ):
                             mine.append(now)
 
         async def warm() -> None:
@@ -148,9 +179,15 @@ def measure(name: str, url: str) -> dict[str, float]:
         subprocess.run([sys.executable, __file__, "--one", name, "--url", url, "--out", str(out)], check=True)
         stamps, running, whole = json.loads(out.read_text())
     log = read_log(url)
-    lags = [own - its for number, mine in stamps.items() for own, its in zip(mine, log[number]["tokens_ns"], strict=True)]
+    lags = [
+        own - its for number, mine in stamps.items() for own, its in zip(mine, log[number]["tokens_ns"], strict=True)
+    ]
     assert len(lags) == STREAMS * TOKENS, (name, len(lags))
-    rates = [1e9 * (TOKENS - 1) / (truth["tokens_ns"][-1] - truth["tokens_ns"][0]) for key, truth in log.items() if key.isdecimal()]
+    rates = [
+        1e9 * (TOKENS - 1) / (truth["tokens_ns"][-1] - truth["tokens_ns"][0])
+        for key, truth in log.items()
+        if key.isdecimal()
+    ]
     return {
         "cpu_us": whole / len(lags) * 1e6,
         "cpu_while_running_us": running / len(lags) * 1e6,
@@ -185,13 +222,27 @@ def main() -> int:
     for (key, other), goal in GOALS.items():
         pairs = [r["ours"][key] / r[other][key] for r in rounds]
         least = min(r["ours"][key] for r in rounds) / min(r[other][key] for r in rounds)
-        ratios[f"{key}: ours ÷ {other}"] = {"ratio": median(pairs), "ratio_of_minima": least, "goal": goal, "pairs": pairs}
+        ratios[f"{key}: ours ÷ {other}"] = {
+            "ratio": median(pairs),
+            "ratio_of_minima": least,
+            "goal": goal,
+            "pairs": pairs,
+        }
         missed += median(pairs) > goal
-        print(f"{'met   ' if median(pairs) <= goal else 'MISSED'}  {median(pairs):7.3f} (minima {least:.3f})  goal {goal:<5g} {key}: ours ÷ {other}")
+        print(
+            f"{'met   ' if median(pairs) <= goal else 'MISSED'}  {median(pairs):7.3f} (minima {least:.3f})  goal {goal:<5g} {key}: ours ÷ {other}"
+        )
     told = f"TTFT less the server's own, ms, {GOLDEN_STREAMS} streams"
-    print(f"{'MISSED' if late else 'met   '}  {median(errors):7.3f} (least {min(errors):.3f})   goal {GOLDEN_MS:<5g} {told}")
+    print(
+        f"{'MISSED' if late else 'met   '}  {median(errors):7.3f} (least {min(errors):.3f})   goal {GOLDEN_MS:<5g} {told}"
+    )
     environment = machine.environment(str(ROOT))
-    where = {"cpu": environment["cpu"], "python": environment["python"], "os": environment["os"], "load_average": os.getloadavg()}
+    where = {
+        "cpu": environment["cpu"],
+        "python": environment["python"],
+        "os": environment["os"],
+        "load_average": os.getloadavg(),
+    }
     load = {"streams": STREAMS, "tokens": TOKENS, "tokens_per_s": 1000 / GAP_MS}
     text = json.dumps({"machine": where, "load": load, "ratios": ratios, "ttft_error_ms": errors, "rounds": rounds})
     print(text)

@@ -53,7 +53,9 @@ def write_model(target: Path, layers: int = 8, hidden: int = 1024, words: int = 
     writer.add_tokenizer_model("none")
 
     def matrix(name: str, rows: int, columns: int) -> None:
-        writer.add_tensor(f"{name}.weight", (draw.standard_normal((rows, columns), np.float32) * 0.02).astype(np.float16))
+        writer.add_tensor(
+            f"{name}.weight", (draw.standard_normal((rows, columns), np.float32) * 0.02).astype(np.float16)
+        )
 
     matrix("token_embd", words, hidden)
     writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
@@ -74,7 +76,14 @@ def write_model(target: Path, layers: int = 8, hidden: int = 1024, words: int = 
 
 def compare(file: Path, prompt_tokens: int, output_tokens: int, repeats: int, threads: int | None = None) -> Agreement:
     """Time the same calls with both clocks."""
-    cell = Cell(model=str(file), backend="llama_cpp", device="cpu", threads=threads, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    cell = Cell(
+        model=str(file),
+        backend="llama_cpp",
+        device="cpu",
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+    )
     backend = LlamaCppBackend(cell, LlamaCppBackend.resolve(cell))
     backend.load()
     prompt = [list(range(100, 100 + prompt_tokens))]
@@ -104,7 +113,9 @@ def main() -> int:
         print("Skipped: llama-cpp-python is not installed. Run: pip install -c constraints.txt -e '.[gguf]'")
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        found = compare(arguments.file or write_model(Path(scratch) / "model.gguf"), prompt_tokens=256, output_tokens=64, repeats=10)
+        found = compare(
+            arguments.file or write_model(Path(scratch) / "model.gguf"), prompt_tokens=256, output_tokens=64, repeats=10
+        )
     print(f"time to first token: {found.ttft_ms:.1f} ms, {found.prompt_ratio:.4f} of llama.cpp's own")
     print(f"per token after it:  {found.tpot_ms:.2f} ms, {found.step_ratio:.4f} of llama.cpp's own")
     good = abs(found.prompt_ratio - 1) < GOAL and abs(found.step_ratio - 1) < GOAL

@@ -101,7 +101,11 @@ def main() -> int:
                 backend.close()
             except LlmbenchError as error:
                 cells.append({"model": model, **settings, "error": str(error)})
-    print(json.dumps({"gpu": devices[0]["name"], "driver": devices[0]["driver"], "packages": machine.packages(), "cells": cells}))
+    print(
+        json.dumps(
+            {"gpu": devices[0]["name"], "driver": devices[0]["driver"], "packages": machine.packages(), "cells": cells}
+        )
+    )
     return 1 if any("error" in cell for cell in cells) else 0
 
 

@@ -32,10 +32,18 @@ GOALS = {"of_a_process_per_cell": 0.40, "of_loads_and_measured_time": 1.15}
 
 def command(folder: Path, parameters: dict[str, str]) -> float:
     """Seconds of one `llmbench run`, with its start, its charts and its upload."""
-    arguments = [text for name, value in (FIXED | parameters).items() for text in (f"--{name.replace('_', '-')}", value)]
+    arguments = [
+        text for name, value in (FIXED | parameters).items() for text in (f"--{name.replace('_', '-')}", value)
+    ]
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    subprocess.run([sys.executable, "-m", "mlflow_llmbench", "run", *arguments], cwd=folder, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "mlflow_llmbench", "run", *arguments],
+        cwd=folder,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
     return time.perf_counter() - started
 
 
@@ -56,7 +64,9 @@ def main() -> int:
     parser.add_argument("--model", default="opt-125m")
     parser.add_argument("--quant", default="fp32,bf16", help="the two precisions, so the two loads")
     parser.add_argument("--batches", default="1,2,4", help="batch sizes")
-    parser.add_argument("--prompts", default="16,32", help="lengths of a prompt, tokens; six shapes with the batch sizes")
+    parser.add_argument(
+        "--prompts", default="16,32", help="lengths of a prompt, tokens; six shapes with the batch sizes"
+    )
     parser.add_argument("--tokens", default="8", help="output tokens of each cell")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -71,7 +81,10 @@ def main() -> int:
         for number in range(given.pairs):
             sweep = command(folder, length | {name: ",".join(values) for name, values in axes.items()})
             needed = necessary(folder)
-            single = sum(command(folder, length | dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values()))
+            single = sum(
+                command(folder, length | dict(zip(axes, values, strict=True)))
+                for values in itertools.product(*axes.values())
+            )
             pairs.append({"sweep_s": sweep, "necessary_s": needed, "single_s": single})
             print(f"{number + 1}: {json.dumps(pairs[-1])}", file=sys.stderr, flush=True)
     ratios = {

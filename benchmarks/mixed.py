@@ -92,7 +92,9 @@ def main() -> int:
 
     def keep(name: str, block_bytes: int, values: Sequence[float], **more: Any) -> None:
         bits = round(8 * block_bytes / found.weights, 3)
-        rows.append({"plan": name, "bytes": found.fixed_bytes + block_bytes, "bits": bits, "kl": mean_with_ends(values), **more})
+        rows.append(
+            {"plan": name, "bytes": found.fixed_bytes + block_bytes, "bits": bits, "kl": mean_with_ends(values), **more}
+        )
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
 
     with torch.inference_mode():
@@ -101,7 +103,9 @@ def main() -> int:
         reference = mixed._logits(model, ids)
 
         def measure(name: str, schemes: Mapping[str, str]) -> tuple[float, ...]:
-            with mixed._as(model, {module: schemes[block.name] for block in found.blocks for module in block.modules}, "cpu"):
+            with mixed._as(
+                model, {module: schemes[block.name] for block in found.blocks for module in block.modules}, "cpu"
+            ):
                 values = mixed._divergences(model, ids, reference)
             counts = {scheme: list(schemes.values()).count(scheme) for scheme in found.schemes}
             keep(name, sum(block.stored[schemes[block.name]] for block in found.blocks), values, blocks=counts)
@@ -123,7 +127,15 @@ def main() -> int:
                 other = measure(f"blind {seed}, {budget}", blind(found, schemes, seed))
                 rows[-1]["mixed_less_blind"] = mean_with_ends([a - b for a, b in zip(own, other, strict=True)])
     better = all(row["mixed_less_blind"]["high"] < 0 for row in rows if "mixed_less_blind" in row)
-    text = json.dumps({"model": Path(given.model).name, "better_than_blind": better, "plans": rows, "environment": machine.environment()}, indent=1)
+    text = json.dumps(
+        {
+            "model": Path(given.model).name,
+            "better_than_blind": better,
+            "plans": rows,
+            "environment": machine.environment(),
+        },
+        indent=1,
+    )
     print(text)
     if given.out:
         given.out.write_text(text + "\n", encoding="utf-8")

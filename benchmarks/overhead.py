@@ -86,7 +86,10 @@ def stamp_costs(tokenizer: Any) -> dict[str, tuple[float, list[float], float]]:
 
     def text_streamer() -> float:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=False)
-        words = [torch.tensor([i]) for i in tokenizer("the quick brown fox jumps over it and runs away from the dog " * 60)["input_ids"][:512]]
+        words = [
+            torch.tensor([i])
+            for i in tokenizer("the quick brown fox jumps over it and runs away from the dog " * 60)["input_ids"][:512]
+        ]
         for word in words[:450]:
             streamer.put(word)
         return seconds(lambda: [streamer.put(word) for word in words[450:]]) / len(words[450:])
@@ -97,13 +100,17 @@ def stamp_costs(tokenizer: Any) -> dict[str, tuple[float, list[float], float]]:
     }
 
 
-def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> dict[str, tuple[float, list[float], float]]:
+def decode_costs(
+    backend: TransformersBackend, cell: Cell, vocabulary: int
+) -> dict[str, tuple[float, list[float], float]]:
     """Our measured path against generate() with the barest streamer, and against generate() alone."""
     import torch
     from transformers import GenerationConfig
 
     prompts = load_prompts("synthetic").batch(cell, 0, vocabulary, None)
-    settings = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=None)
+    settings = GenerationConfig(
+        max_new_tokens=TOKENS, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=None
+    )
     ids = torch.tensor(prompts)
 
     class Bare:
@@ -121,7 +128,9 @@ def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> d
     def bare_gap() -> float:
         streamer: Any = Bare()
         with torch.inference_mode():
-            backend.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+            backend.model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
+            )
         stamps = streamer.stamps[1:]
         return median((b - a) / 1e6 for a, b in itertools.pairwise(stamps))
 
@@ -130,7 +139,9 @@ def decode_costs(backend: TransformersBackend, cell: Cell, vocabulary: int) -> d
 
     def alone() -> float:
         with torch.inference_mode():
-            return 1000 * seconds(lambda: backend.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings))
+            return 1000 * seconds(
+                lambda: backend.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            )
 
     time_request(backend, prompts, TOKENS)
     return {
@@ -169,7 +180,9 @@ def start_costs() -> dict[str, tuple[float, list[float], float]]:
     """`llmbench --help` against importing torch and mlflow."""
 
     def of(*arguments: str) -> float:
-        return seconds(lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL))
+        return seconds(
+            lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        )
 
     return {
         "--help ÷ import torch, mlflow": (
@@ -187,7 +200,10 @@ def analysis_costs() -> dict[str, tuple[float, list[float], float]]:
     for number, shock in enumerate(rng.normal(size=gaps.size - 1)):
         gaps[number + 1] = 0.8 * gaps[number] + shock
     values = (20 + gaps).tolist()
-    stamps = [tuple(int(ns) for ns in 10_000_000 + 1e6 * np.cumsum([0.0, *values[start : start + 100]])) for start in range(0, len(values), 100)]
+    stamps = [
+        tuple(int(ns) for ns in 10_000_000 + 1e6 * np.cumsum([0.0, *values[start : start + 100]]))
+        for start in range(0, len(values), 100)
+    ]
     repetitions = tuple(Repetition(i, 0, (RequestRecord(0, own, 1, 8),)) for i, own in enumerate(stamps))
     facts, hashes = ModelFacts("m", "none", "m", "r"), Hashes(*["0" * 16] * 5)
     result = RunResult(Cell(output_tokens=101), "ok", 0, 1, hashes, facts, {}, repetitions=repetitions)

@@ -18,14 +18,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mlflow_llmbench import machine
 from mlflow_llmbench.ab import run_ab
 
-COMMON = {"model": "opt-125m", "weights": "random", "quant": "bf16", "prompt_tokens": 32, "output_tokens": 16, "repetitions": 8, "warmup": 3}
+COMMON = {
+    "model": "opt-125m",
+    "weights": "random",
+    "quant": "bf16",
+    "prompt_tokens": 32,
+    "output_tokens": 16,
+    "repetitions": 8,
+    "warmup": 3,
+}
 PAIRS = 5
 ALARMS = ("better", "worse")
 
 
 def once(folder: str) -> dict[str, Any]:
     """One comparison: the metrics that were called better or worse, and the smallest adjusted p value."""
-    duel = run_ab({}, {}, COMMON | {"output_dir": f"{folder}/results"}, pairs=PAIRS, tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    duel = run_ab(
+        {}, {}, COMMON | {"output_dir": f"{folder}/results"}, pairs=PAIRS, tracking_uri=f"sqlite:///{folder}/mlflow.db"
+    )
     tested = [effect for effect in duel.comparison.effects if effect.p_holm is not None]
     rate = duel.comparison.effects[0]
     return {

@@ -82,10 +82,25 @@ def server(uri: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--workers",
+        "1",
+    ]
     with tempfile.TemporaryFile() as log:
         environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
         try:
             _until_healthy(f"http://127.0.0.1:{port}", process, log)
             yield f"http://127.0.0.1:{port}"
@@ -113,19 +128,27 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         sys.exit(f"The store {uri} has no experiment {experiment}. Name one with --experiment.")
-    views = {key.removeprefix(view.TAG): json.loads(value) for key, value in found.tags.items() if key.startswith(view.TAG + view.OURS)}
+    views = {
+        key.removeprefix(view.TAG): json.loads(value)
+        for key, value in found.tags.items()
+        if key.startswith(view.TAG + view.OURS)
+    }
     if not views:
         sys.exit(f"The experiment {experiment} has no view of ours. Run a sweep into it first, which publishes one.")
     view_id = max(views, key=lambda one: int(views[one]["updatedAt"]))
     cells = client.search_runs(
-        [found.experiment_id], json.loads(views[view_id]["state"])["searchFilter"], order_by=[f"metrics.`{view.THROUGHPUT}` DESC"]
+        [found.experiment_id],
+        json.loads(views[view_id]["state"])["searchFilter"],
+        order_by=[f"metrics.`{view.THROUGHPUT}` DESC"],
     )
     measured = [run.info.run_id for run in cells if run.data.tags.get("llmbench.outcome") == "ok"]
     if not measured:
         sys.exit(f"No cell of the newest sweep in {experiment} was measured. Run a sweep that succeeds first.")
     charts = [item.path for item in client.list_artifacts(measured[0], "charts")]
     if not charts:
-        sys.exit(f"The run {measured[0]} has no charts. Its artifacts are sought in {found.artifact_location}; were they moved?")
+        sys.exit(
+            f"The run {measured[0]} has no charts. Its artifacts are sought in {found.artifact_location}; were they moved?"
+        )
     chart = CHART if CHART in charts else charts[0]
     fragment = view.link(found.experiment_id, view_id)
     run = f"#/experiments/{found.experiment_id}/runs/{measured[0]}"
@@ -141,7 +164,10 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
 def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
     """The same for the newest champion of ours, and for the recommendation of the sweep that it was measured in; empty without one."""
     champions = [
-        (model.name, version) for model in client.search_registered_models() for alias, version in model.aliases.items() if alias == "champion"
+        (model.name, version)
+        for model in client.search_registered_models()
+        for alias, version in model.aliases.items()
+        if alias == "champion"
     ]
     found = [client.get_model_version(name, version) for name, version in champions]
     ours = [version for version in found if "llmbench.run_id" in version.tags]
@@ -157,7 +183,11 @@ def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
     if "recommendation.md" not in {item.path for item in client.list_artifacts(parent)}:
         return told
     artifacts = f"#/experiments/{run.info.experiment_id}/runs/{parent}/artifacts"
-    told["recommendation.png"] = (f"{artifacts}/recommendation.md", 800, ".mlflow-ui-container h1, .artifact-view h1, h1")
+    told["recommendation.png"] = (
+        f"{artifacts}/recommendation.md",
+        800,
+        ".mlflow-ui-container h1, .artifact-view h1, h1",
+    )
     told["front.png"] = (f"{artifacts}/charts/recommendation.svg", 800, PREVIEWED)
     return told
 
@@ -171,7 +201,9 @@ def browser(profile: str) -> Any:
     binary = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver = shutil.which("chromedriver")
     if not binary or not driver:
-        sys.exit(f"{'chromedriver' if binary else 'Chromium'} is not on PATH. Install the packages chromium and chromium-driver, or their like.")
+        sys.exit(
+            f"{'chromedriver' if binary else 'Chromium'} is not on PATH. Install the packages chromium and chromium-driver, or their like."
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
@@ -191,7 +223,10 @@ def picture(driver: Any, address: str, height: int, awaited: str) -> bytes:
         if not driver.find_elements("css selector", awaited):
             continue
         driver.execute_script(CLICKED)
-        driver.execute_script("const style = document.createElement('style'); style.textContent = arguments[0]; document.head.append(style)", HIDDEN)
+        driver.execute_script(
+            "const style = document.createElement('style'); style.textContent = arguments[0]; document.head.append(style)",
+            HIDDEN,
+        )
         shot = bytes(driver.get_screenshot_as_png())
         if shot == last:
             return shot
@@ -215,7 +250,11 @@ def main() -> None:
             sys.exit(f"The store has nothing for {', '.join(missing)}. It has pages for {', '.join(wanted)}.")
         wanted = {name: wanted[name] for name in given.only.split(",")}
     given.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser(profile) as driver, server(given.tracking_uri) as address:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        browser(profile) as driver,
+        server(given.tracking_uri) as address,
+    ):
         driver.get(f"{address}/health")
         for key, value in VISITED.items():
             driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", key, json.dumps(value))

@@ -34,7 +34,9 @@ def build_folder(folder: Path) -> Path:
             raise SystemExit(f"{file.name} is damaged: its SHA-256 is not {SHA256}. Install the package again.")
         AutoTokenizer.from_pretrained(scratch, gguf_file=file.name).save_pretrained(folder)
         packed = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=packed)
+        model = AutoModelForCausalLM.from_pretrained(
+            scratch, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=packed
+        )
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
@@ -55,7 +57,9 @@ def write_sentencepiece(gguf_file: Path, target: Path) -> bool:
     words, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
     model = format.ModelProto()
     for word, score, kind in zip(words.data, scores.data, kinds.data, strict=True):
-        model.pieces.add(piece=bytes(words.parts[word]).decode(), score=float(scores.parts[score][0]), type=int(kinds.parts[kind][0]))
+        model.pieces.add(
+            piece=bytes(words.parts[word]).decode(), score=float(scores.parts[score][0]), type=int(kinds.parts[kind][0])
+        )
     model.trainer_spec.model_type = format.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = True
     model.trainer_spec.vocab_size = len(model.pieces)

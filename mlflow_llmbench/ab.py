@@ -63,16 +63,24 @@ def run_ab(
     `a` and `b` are the parameters in which the sides differ, `common` those that they share; a list is no side. Raises
     LlmbenchError for what is wrong before anything starts, and MeasurementError if either side could not be measured.
     """
-    done = measure_in_turns(a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher)
+    done = measure_in_turns(
+        a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
+    )
     if done.outcome != "ok":
         failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])
-        raise MeasurementError(f"The sides could not be compared: {failed.outcome}: {failed.message} What was measured is in {done.folder}.")
+        raise MeasurementError(
+            f"The sides could not be compared: {failed.outcome}: {failed.message} What was measured is in {done.folder}."
+        )
     first, second = sides(done)
-    other = {"software"} if first.cell.worker_python != second.cell.worker_python else set()  # that is what was asked about
+    other = (
+        {"software"} if first.cell.worker_python != second.cell.worker_python else set()
+    )  # that is what was asked about
     comparison = compare.compare(first, second, noise=noise, paired=True, allow=frozenset({"workload", *other}))
     artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
-        tracking.log_folder(tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
+        tracking.log_folder(
+            tracking.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison"
+        )
     return Duel(done, comparison)
 
 
@@ -88,13 +96,19 @@ def measure_in_turns(
 ) -> SweepResult:
     """Measure A and B in `pairs` fresh processes each, in turns; see `run_ab`. Neither is ever taken from an earlier sweep."""
     if pairs < 2:
-        raise UsageError(f"There are too few pairs for a test: {pairs}. Give at least 2; {DEFAULT_PAIRS} are the default.")
+        raise UsageError(
+            f"There are too few pairs for a test: {pairs}. Give at least 2; {DEFAULT_PAIRS} are the default."
+        )
     cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
     spec = _merged(cells, common)
     if spec.options.on != "here":
-        raise UsageError(f"The sides of an A/B comparison take turns on one machine, and not on a cluster: on={spec.options.on}. Leave it out.")
+        raise UsageError(
+            f"The sides of an A/B comparison take turns on one machine, and not on a cluster: on={spec.options.on}. Leave it out."
+        )
     names = (
-        ["A", "B"] if cells[0] == cells[1] else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
+        ["A", "B"]
+        if cells[0] == cells[1]
+        else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
     )
     return run_sides(spec, cells, names, (tracking_uri, experiment), watcher)
 
@@ -110,7 +124,9 @@ def _one_cell(parameters: Mapping[str, object]) -> Cell:
     spec = parse(parameters)
     if spec.varied:
         name = spec.varied[0]
-        raise UsageError(f"{name} has several values: {','.join(as_text(name, v) for v in spec.axes[name])}. Each side is one configuration.")
+        raise UsageError(
+            f"{name} has several values: {','.join(as_text(name, v) for v in spec.axes[name])}. Each side is one configuration."
+        )
     [cell] = plan.expand_cells(spec)
     return cell
 

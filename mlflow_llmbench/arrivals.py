@@ -24,7 +24,9 @@ def request_count(cell: Cell) -> int | None:
     if rate is not None:
         within = math.floor(rate * (AUTO_SECONDS if duration is None else duration)) + 1
         least = LEAST_REQUESTS if duration is None else 1
-        return max(within, least) if cell.requests is None else min(cell.requests, within if duration else cell.requests)
+        return (
+            max(within, least) if cell.requests is None else min(cell.requests, within if duration else cell.requests)
+        )
     if cell.requests is not None or duration is not None:
         return cell.requests
     return max(LEAST_REQUESTS, 4 * cell.concurrency)

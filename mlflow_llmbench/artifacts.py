@@ -6,7 +6,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import charts, load_charts, overview, page, report, scaling_charts, scaling_report, sensitivity, study_charts, study_report
+from . import (
+    charts,
+    load_charts,
+    overview,
+    page,
+    report,
+    scaling_charts,
+    scaling_report,
+    sensitivity,
+    study_charts,
+    study_report,
+)
 from .compare import Comparison, comparison_json, comparison_markdown
 from .comparison_charts import draw_comparisons
 from .findings import Findings
@@ -27,7 +38,10 @@ def write_cell(result: RunResult, folder: Path) -> None:
     metrics = summarize(result)
     verdict = judge(result, metrics)
     write_json(folder / "result.json", {**_whole(result), "metrics": metrics, "verdict": verdict})
-    write_json(folder / "environment.json", {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}})
+    write_json(
+        folder / "environment.json",
+        {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}},
+    )
     write_bytes(folder / "config.yaml", report.config_yaml(parameters_of(result)).encode())
     if result.repetitions:
         write_bytes(folder / "samples.csv.gz", samples_csv(result))
@@ -52,7 +66,9 @@ def draw_cell(result: RunResult, folder: Path) -> list[Path]:
 
 def parameters_of(result: RunResult) -> dict[str, str]:
     """What config.yaml holds: what was asked, with the commit that `revision` meant, so that it means the same later."""
-    from_hub = result.model.source in ("hub", "preset") and result.cell.weights != "random" and result.cell.backend != "fake"
+    from_hub = (
+        result.model.source in ("hub", "preset") and result.cell.weights != "random" and result.cell.backend != "fake"
+    )
     resolved = {"revision": result.model.revision} if from_hub else {}
     quality: dict[str, object] = {}
     if result.quality:
@@ -68,11 +84,15 @@ def _whole(result: RunResult) -> dict[str, object]:
 
 def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
     """What the model wrote, prompt by prompt."""
-    shown = ((markdown(json.dumps(prompt, ensure_ascii=False)[1:-1]), quotation(output.strip())) for prompt, output in rows)
+    shown = (
+        (markdown(json.dumps(prompt, ensure_ascii=False)[1:-1]), quotation(output.strip())) for prompt, output in rows
+    )
     return "\n".join(f"**{number}.** {prompt}\n\n{output}\n" for number, (prompt, output) in enumerate(shown, 1))
 
 
-def write_sweep(measured: Sequence[tuple[report.Row, str]], subject: overview.Subject, folder: Path, draw: bool = True) -> None:
+def write_sweep(
+    measured: Sequence[tuple[report.Row, str]], subject: overview.Subject, folder: Path, draw: bool = True
+) -> None:
     """Write what a sweep's parent holds into `folder`: the report as Markdown and HTML, the comparison as Markdown, CSV and MLflow table, charts.
 
     `measured`: rows with their MLflow run ids, "" where a run is not known. Unless `draw`, the charts that are there are shown.
@@ -82,7 +102,10 @@ def write_sweep(measured: Sequence[tuple[report.Row, str]], subject: overview.Su
     rows, varied = [row for row, _ in measured], subject.spec.varied
     heading, body = report.table_cells(rows, varied)
     write_bytes(folder / "comparison.md", overview.comparison_markdown(rows, varied).encode())
-    write_bytes(folder / "comparison.csv", csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode())
+    write_bytes(
+        folder / "comparison.csv",
+        csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode(),
+    )
     write_json(folder / "tables" / "comparison.json", report.split_table(heading, body))
     if draw:
         points = [(row.cell, row.metrics) for row in overview.drawable(rows)]
@@ -90,8 +113,12 @@ def write_sweep(measured: Sequence[tuple[report.Row, str]], subject: overview.Su
         load_charts.draw_loads(points, folder / "charts", subject.spec.options.attainment)
     pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
     told = overview.overview(measured, subject)
-    write_bytes(folder / "report.md", overview.overview_markdown(told, [f"charts/{path.name}" for path in pictures]).encode())
-    write_bytes(folder / "report.html", page.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}).encode())
+    write_bytes(
+        folder / "report.md", overview.overview_markdown(told, [f"charts/{path.name}" for path in pictures]).encode()
+    )
+    write_bytes(
+        folder / "report.html", page.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}).encode()
+    )
 
 
 def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:

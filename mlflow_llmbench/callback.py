@@ -37,16 +37,31 @@ from .watcher import Watcher
 from .workload import load_prompts
 
 PARAMETERS = (
-    "model", "revision", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload", "warmup", "repetitions", "max_repetitions",
-    "precision_target", "device", "seed", "output_dir", "price_per_hour",
-)  # fmt: skip
+    "model",
+    "revision",
+    "quant",
+    "batch_size",
+    "prompt_tokens",
+    "output_tokens",
+    "workload",
+    "warmup",
+    "repetitions",
+    "max_repetitions",
+    "precision_target",
+    "device",
+    "seed",
+    "output_dir",
+    "price_per_hour",
+)
 """What can be asked for; the rest has a meaning only where we load the model."""
 
 
 class Bench:
     """What `measure` gives: `run` measures a function. `result` is None until then."""
 
-    def __init__(self, spec: BenchSpec, place: InThisProcess, store: tuple[str | None, str | None], watcher: Watcher | None) -> None:
+    def __init__(
+        self, spec: BenchSpec, place: InThisProcess, store: tuple[str | None, str | None], watcher: Watcher | None
+    ) -> None:
         self.spec, self.place, self.store, self.watcher = spec, place, store, watcher
         self.result: SweepResult | None = None
 
@@ -85,7 +100,9 @@ def measure(
     spec = parse({"model": model, **asked, "backend": "callback", "rerun": True})
     texts = [workload for workload in spec.axes["workload"] if workload not in DRAWN]
     if texts and encode is None:
-        raise UsageError(f"workload={texts[0]} has texts, and the function takes ids. Give encode=…, which makes ids of a text.")
+        raise UsageError(
+            f"workload={texts[0]} has texts, and the function takes ids. Give encode=…, which makes ids of a text."
+        )
     device = machine.require_device(str(spec.axes["device"][0]))
     tracking.open_store(tracking_uri, experiment)
     bench = Bench(spec, InThisProcess(device, encode, vocab_size), (tracking_uri, experiment), watcher)
@@ -128,7 +145,12 @@ class InThisProcess(OneAtATime):
 
     def _backend(self, group: Group) -> CallbackBackend:
         backend = CallbackBackend(group[0].cell, group[0].model)
-        backend.function, backend.encoder, backend.device, backend.vocab_size = self.function, self.encode, self.device, self.vocab_size
+        backend.function, backend.encoder, backend.device, backend.vocab_size = (
+            self.function,
+            self.encode,
+            self.device,
+            self.vocab_size,
+        )
         backend.capabilities = dataclasses.replace(backend.capabilities, tokenizer=self.encode is not None)
         return backend
 
@@ -148,5 +170,7 @@ class InThisProcess(OneAtATime):
 
             outcome.measured[number] = measure_cell(backend, cell, prompts, self.vocab_size, say)
             outcome.texts[number] = []
-            log.append("complete", steady=outcome.measured[number].steady, first_call_ms=outcome.measured[number].first_call_ms)
+            log.append(
+                "complete", steady=outcome.measured[number].steady, first_call_ms=outcome.measured[number].first_call_ms
+            )
         tell(group, {"event": "measured", "number": number})

@@ -38,16 +38,26 @@ Panels = Sequence[tuple[str, str, str]]  # model or "" for all, metric, heading
 INK, GREY, LIGHT = "#22272e", "#6b7480", "#e3e6ea"
 BLUE, ORANGE, RED, BROWN = "#2e6da4", "#d9820f", "#c0392b", "#8c6d31"
 
-DESCRIBED = ("quant", "batch_size", "concurrency", "request_rate", "prompt_tokens", "output_tokens", "workload")  # settings that a subtitle names
+DESCRIBED = (
+    "quant",
+    "batch_size",
+    "concurrency",
+    "request_rate",
+    "prompt_tokens",
+    "output_tokens",
+    "workload",
+)  # settings that a subtitle names
 
 SWEEP_AXES = {
     "throughput/output_tokens_per_s": ("throughput", "throughput", "output tokens/s"),
-    "latency/ttft_ms_p50": ("ttft", "time to first token", "ms"), "latency/itl_ms_p50": ("itl", "inter-token latency", "ms"),
+    "latency/ttft_ms_p50": ("ttft", "time to first token", "ms"),
+    "latency/itl_ms_p50": ("itl", "inter-token latency", "ms"),
     "memory/device_bytes_peak": ("memory", "peak device memory", "GB"),
     "memory/host_needed_bytes_peak": ("memory", "peak host memory", "GB"),
-    "memory/host_rss_bytes_peak": ("memory", "peak resident memory", "GB"), "memory/weight_bytes": ("memory", "weights", "GB"),
+    "memory/host_rss_bytes_peak": ("memory", "peak resident memory", "GB"),
+    "memory/weight_bytes": ("memory", "weights", "GB"),
     "efficiency/padding_waste_ratio": ("padding", "computed for nothing", "share"),
-}  # fmt: skip
+}
 """Metric → the chart that draws it, what it is in words, the unit drawn. A chart draws the first of its metrics that any cell has."""
 
 THROUGHPUT, KL = "throughput/output_tokens_per_s", "quality/kl_vs_reference"
@@ -59,13 +69,37 @@ CHARACTER = 0.6 / 72  # inches of width per character and point of font size, De
 MOST_BINS = 400  # points of a line; a longer series is drawn by its bins
 
 STYLE: Any = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "text.parse_math": False, "text.color": INK,
-    "axes.labelcolor": INK, "axes.labelsize": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.edgecolor": GREY,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True, "axes.grid": True,
-    "axes.grid.axis": "y", "grid.color": LIGHT, "grid.linewidth": 0.8, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK, "xtick.labelsize": 9, "ytick.labelsize": 9, "ytick.major.size": 0, "xtick.major.size": 3,
-    "legend.frameon": False, "legend.fontsize": 9, "svg.fonttype": "none", "svg.hashsalt": "mlflow-llmbench",
-}  # fmt: skip
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": LIGHT,
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mlflow-llmbench",
+}
 
 
 def draw_cell(result: RunResult, folder: Path) -> list[Path]:
@@ -94,7 +128,9 @@ def draw_sweep(points: Points, folder: Path) -> list[Path]:
     if len({cell for cell, _ in points}) < 2 or not keys:
         return []
     with _style():
-        charts = {"overview": _overview_figure(points, keys.values())} | {name: _sweep_figure(points, key) for name, key in keys.items()}
+        charts = {"overview": _overview_figure(points, keys.values())} | {
+            name: _sweep_figure(points, key) for name, key in keys.items()
+        }
         scored = [(cell, metrics) for cell, metrics in points if KL in metrics and THROUGHPUT in metrics]
         charts |= {"quality": _quality_figure(scored)} if len({cell for cell, _ in scored}) > 1 else {}
         return [path for name, figure in charts.items() for path in _save(figure, folder, name)]
@@ -119,7 +155,12 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def _figure(
-    title: str, subtitle: str, inches: tuple[float, float] = (WIDTH, HEIGHT), grid: tuple[int, int] = (1, 1), legend: bool = True, polar: bool = False
+    title: str,
+    subtitle: str,
+    inches: tuple[float, float] = (WIDTH, HEIGHT),
+    grid: tuple[int, int] = (1, 1),
+    legend: bool = True,
+    polar: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """Lay out a bold title, a grey line below it, room for a row of legend entries, and rows × columns of axes."""
     from matplotlib.figure import Figure
@@ -127,19 +168,28 @@ def _figure(
     width, height = inches
     header = 0.92 if legend else 0.64
     figure = Figure(figsize=inches)
-    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02, hspace=0.04)
-    for text, size, wide, down, weight, colour in ((title, 13, 1.1, 0.13, "bold", INK), (subtitle, 9, 0.85, 0.41, "normal", GREY)):
+    figure.set_layout_engine(
+        "constrained", rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02, hspace=0.04
+    )
+    for text, size, wide, down, weight, colour in (
+        (title, 13, 1.1, 0.13, "bold", INK),
+        (subtitle, 9, 0.85, 0.41, "normal", GREY),
+    ):
         most = int((width - 0.2) / (wide * CHARACTER * size))
         short = text if len(text) <= most else text[: most - 1] + "…"
         figure.text(0.12 / width, 1 - down / height, short, va="top", size=size, weight=weight, color=colour)
-    return figure, list(figure.subplots(*grid, squeeze=False, subplot_kw={"projection": "polar"} if polar else None).flat)
+    return figure, list(
+        figure.subplots(*grid, squeeze=False, subplot_kw={"projection": "polar"} if polar else None).flat
+    )
 
 
 def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
     """One row of entries under the subtitle, outside the axes, where nothing is hidden by it."""
     place = (0.12 / figure.get_figwidth(), 1 - 0.62 / figure.get_figheight())
     form = {"borderaxespad": 0.0, "borderpad": 0.1, "handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.4}
-    figure.legend(handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form).set_in_layout(False)
+    figure.legend(
+        handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form
+    ).set_in_layout(False)
 
 
 def _plain_numbers(axes: Axes) -> None:
@@ -169,11 +219,14 @@ def _describe(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
     words = {
         "quant": "" if online and cell.quant == "none" else f"quantization {cell.quant}",
         "batch_size": "" if online else f"batch size {cell.batch_size}",
-        "concurrency": "" if not online or rate else f"{cell.concurrency} {'user' if cell.concurrency == 1 else 'users'}",
+        "concurrency": ""
+        if not online or rate
+        else f"{cell.concurrency} {'user' if cell.concurrency == 1 else 'users'}",
         "request_rate": f"{rate:g} requests/s" if rate else "",
         "workload": f"{_name(cell.workload)} prompts",
-        "prompt_tokens": f"{cell.prompt_tokens or 'auto'} prompt tokens", "output_tokens": f"{cell.output_tokens} output tokens",
-    }  # fmt: skip
+        "prompt_tokens": f"{cell.prompt_tokens or 'auto'} prompt tokens",
+        "output_tokens": f"{cell.output_tokens} output tokens",
+    }
     return " · ".join(words[name] for name in names if words[name])
 
 
@@ -210,12 +263,21 @@ def _itl_figure(result: RunResult) -> Figure | None:
     starts = np.arange(0, longest, stride)
     tokens = np.array([part.mean() for part in np.split(np.arange(2.0, longest + 2), starts[1:])])
     medians = np.array([np.median(part) for part in np.split(middle, starts[1:])])
-    subtitle = f"{_describe(result.cell)} · {_count(result, len(gaps))}" + (f" · bins of {stride} tokens" if stride > 1 else "")
+    subtitle = f"{_describe(result.cell)} · {_count(result, len(gaps))}" + (
+        f" · bins of {stride} tokens" if stride > 1 else ""
+    )
     figure, (axes,) = _figure(f"{_name(result.cell.model)} · inter-token latency by token", subtitle)
     axes.plot(tokens, medians, color=BLUE, linewidth=1.5, label="median", marker="o" if longest < 3 else "")
     if len(gaps) > 1:
         band = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
-        axes.fill_between(tokens, *band, color=BLUE, alpha=0.2, linewidth=0, label="10–90 %" if len(gaps) >= 10 else "lowest to highest")
+        axes.fill_between(
+            tokens,
+            *band,
+            color=BLUE,
+            alpha=0.2,
+            linewidth=0,
+            label="10–90 %" if len(gaps) >= 10 else "lowest to highest",
+        )
     axes.set_ylim(*_limits(float(low.min()), min(float(high.max()), 1.5 * float(np.percentile(high, 98)))))
     if (top := float(high.max())) > axes.get_ylim()[1]:
         note = f"beyond the axis: {_number(top)} ms at token {int(high.argmax()) + 2}"
@@ -234,14 +296,21 @@ def _latency_figure(result: RunResult) -> Figure | None:
         return None
     gaps = _gaps(result)
     values = np.concatenate([np.array([]), *gaps])
-    weights = np.concatenate([np.array([], dtype=int), *(np.full(len(its), request.rows) for its, request in zip(gaps, requests, strict=False))])
+    weights = np.concatenate(
+        [
+            np.array([], dtype=int),
+            *(np.full(len(its), request.rows) for its, request in zip(gaps, requests, strict=False)),
+        ]
+    )
     title = f"{_name(result.cell.model)} · latency distribution"
     figure, panels = _figure(title, _describe(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
     if len(values):
         _draw_distribution(panels[0], values, weights)
     ttft = np.array([(request.stamps_ns[0] - request.start_ns) / 1e6 for request in requests])
     groups = [[request for request in repetition.requests if request.stamps_ns] for repetition in result.repetitions]
-    x = [n + 0.7 + 0.6 * (i + 0.5) / len(group) for n, group in enumerate(groups) for i in range(len(group))]  # side by side, as sent
+    x = [
+        n + 0.7 + 0.6 * (i + 0.5) / len(group) for n, group in enumerate(groups) for i in range(len(group))
+    ]  # side by side, as sent
     axes = panels[-1]
     axes.plot(x, ttft, "o", color=BLUE, markersize=5, alpha=0.75, markeredgewidth=0, rasterized=len(ttft) > 1000)
     median = float(np.median(ttft))
@@ -250,7 +319,11 @@ def _latency_figure(result: RunResult) -> Figure | None:
     axes.set_ylim(*_limits(float(ttft.min()), float(ttft.max())))
     axes.set_xlim(0.4, len(groups) + 0.6)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axes.set(title=f"Time to first token · {_count(result, len(ttft))}", xlabel="Repetition", ylabel="Time to first token (ms)")
+    axes.set(
+        title=f"Time to first token · {_count(result, len(ttft))}",
+        xlabel="Repetition",
+        ylabel="Time to first token (ms)",
+    )
     return figure
 
 
@@ -262,7 +335,9 @@ def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None
     def at(q: Any) -> Any:
         """Percentiles with linear interpolation, as if each value were there `weight` times."""
         position = np.asarray(q) / 100 * (ranks[-1] - 1)
-        below, above = (values[np.searchsorted(ranks, k, side="right")] for k in (np.floor(position), np.ceil(position)))
+        below, above = (
+            values[np.searchsorted(ranks, k, side="right")] for k in (np.floor(position), np.ceil(position))
+        )
         return below + (above - below) * (position % 1)
 
     shares = np.linspace(0, 100, MOST_BINS + 1)
@@ -274,8 +349,22 @@ def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None
         axes.annotate(f"p{q}  {_number(at(q))} ms", (at(q), q), (6, -4), textcoords="offset points", va="top", size=9)
     axes.set_xlim(low - 0.06 * space, high + 0.45 * space)
     if values[-1] > high + 0.45 * space:
-        axes.text(1, 0.02, f"longest: {_number(values[-1])} ms", transform=axes.transAxes, ha="right", va="bottom", size=9, color=GREY)
-    axes.set(ylim=(0, 104), yticks=range(0, 101, 20), ylabel="Share of gaps up to this (%)", xlabel="Inter-token latency (ms)")
+        axes.text(
+            1,
+            0.02,
+            f"longest: {_number(values[-1])} ms",
+            transform=axes.transAxes,
+            ha="right",
+            va="bottom",
+            size=9,
+            color=GREY,
+        )
+    axes.set(
+        ylim=(0, 104),
+        yticks=range(0, 101, 20),
+        ylabel="Share of gaps up to this (%)",
+        xlabel="Inter-token latency (ms)",
+    )
     axes.set_title(f"Inter-token latency · n = {len(values):,} {'gap' if len(values) == 1 else 'gaps'}")
     axes.locator_params(axis="x", nbins=5)
 
@@ -286,11 +375,21 @@ def _memory_figure(result: RunResult) -> Figure | None:
         return None
     start = result.timeline[0].t_ns
     marks = {stage: (t - start) / 1e9 for stage, t in sorted(result.marks.items(), key=lambda mark: mark[1])}
-    figure, (axes,) = _figure(f"{_name(result.cell.model)} · memory over time", _describe(result.cell), (WIDTH, HEIGHT + 0.4))
-    for label, name, colour in (("host resident", "rss", BLUE), ("host anonymous", "anonymous", ORANGE), ("device", "device", RED)):
-        samples = [((s.t_ns - start) / 1e9, getattr(s, name) / 1e9) for s in result.timeline if getattr(s, name) is not None]
+    figure, (axes,) = _figure(
+        f"{_name(result.cell.model)} · memory over time", _describe(result.cell), (WIDTH, HEIGHT + 0.4)
+    )
+    for label, name, colour in (
+        ("host resident", "rss", BLUE),
+        ("host anonymous", "anonymous", ORANGE),
+        ("device", "device", RED),
+    ):
+        samples = [
+            ((s.t_ns - start) / 1e9, getattr(s, name) / 1e9) for s in result.timeline if getattr(s, name) is not None
+        ]
         if samples:
-            parts = np.array_split(np.array(samples), min(MOST_BINS, len(samples)))  # the extremes of each, so that peaks stay
+            parts = np.array_split(
+                np.array(samples), min(MOST_BINS, len(samples))
+            )  # the extremes of each, so that peaks stay
             kept = np.concatenate([part[sorted({part[:, 1].argmin(), part[:, 1].argmax()})] for part in parts])
             axes.plot(*kept.T, color=colour, linewidth=1.4, label=label)
     resident = ("resident at stage", result.memory.host_rss, BLUE, BLUE)
@@ -317,8 +416,24 @@ def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
         row = next((i for i, begin in enumerate(begins) if end < begin), len(begins))
         begins[row : row + 1] = [x]
         foot = 1.0 + 0.055 * row
-        axes.plot([t, t], [0, foot + 0.045], color="#aab2bd", linewidth=0.8, transform=axes.get_xaxis_transform(), clip_on=False, zorder=1)
-        axes.annotate(stage, (t, foot + 0.008), (3, 0), xycoords=axes.get_xaxis_transform(), textcoords="offset points", size=9, color=GREY)
+        axes.plot(
+            [t, t],
+            [0, foot + 0.045],
+            color="#aab2bd",
+            linewidth=0.8,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            zorder=1,
+        )
+        axes.annotate(
+            stage,
+            (t, foot + 0.008),
+            (3, 0),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            size=9,
+            color=GREY,
+        )
 
 
 @dataclass(frozen=True)
@@ -340,8 +455,13 @@ def _arrange(points: Points, one_panel: bool) -> Grid:
     names = [name for name in names if not (split and name == "model")] or ["batch_size"]
     for name in names:  # numbers by size, None last; words as they came
         seen[name].sort(key=lambda value: (value is None, 0 if value is None or isinstance(value, str) else value))
-    placed = {(cell.model if split else "", tuple(getattr(cell, name) for name in names), cell.quant): metrics for cell, metrics in points}
-    groups = sorted({g for _, g, _ in placed}, key=lambda g: [seen[name].index(value) for name, value in zip(names, g, strict=True)])
+    placed = {
+        (cell.model if split else "", tuple(getattr(cell, name) for name in names), cell.quant): metrics
+        for cell, metrics in points
+    }
+    groups = sorted(
+        {g for _, g, _ in placed}, key=lambda g: [seen[name].index(value) for name, value in zip(names, g, strict=True)]
+    )
     quants = [quant for quant in (*COLOURS, *sorted(set(seen["quant"]) - set(COLOURS))) if quant in seen["quant"]]
     return Grid(seen["model"] if split else [""], names, groups, quants, placed)
 
@@ -351,7 +471,9 @@ def _sweep_figure(points: Points, key: str) -> Figure:
     grid = _arrange(points, one_panel=False)
     notes = [f"{KEYS[key].better} is better", "median" if key.endswith("_p50") else ""]
     notes.append("line: 95 % interval" if any(f"{key}_ci_low" in metrics for _, metrics in points) else "")
-    figure = _bars_figure(points, grid, SWEEP_AXES[key][1], notes, [(panel, key, _name(panel)) for panel in grid.panels], 3, WIDTH)
+    figure = _bars_figure(
+        points, grid, SWEEP_AXES[key][1], notes, [(panel, key, _name(panel)) for panel in grid.panels], 3, WIDTH
+    )
     tops = [axes.get_ylim()[1] for axes in figure.axes]
     for axes in figure.axes if max(tops) < 8 * min(tops) else ():
         axes.set_ylim(0, max(tops))
@@ -372,30 +494,48 @@ def _quality_figure(points: Points) -> Figure:
     varied = differing(cells, UNDECISIVE)
     models, quants = ([*dict.fromkeys(getattr(cell, name) for cell in cells)] for name in ("model", "quant"))
     other = [name for name in varied if name not in ("model", "quant")]
-    notes = ["right and down is better", "lines: 95 % intervals", _describe(cells[0], [name for name in DESCRIBED if name not in varied])]
+    notes = [
+        "right and down is better",
+        "lines: 95 % intervals",
+        _describe(cells[0], [name for name in DESCRIBED if name not in varied]),
+    ]
     notes += [f"in brackets: {', '.join(other).replace('_', ' ')}"] if other else []
     title = f"{_name(models[0]) if len(models) == 1 else f'{len(models)} models'} · quality against speed"
     figure, (axes,) = _figure(title, " · ".join(filter(None, notes)))
     for cell, metrics in points:
         x, y, colour = metrics[THROUGHPUT], metrics[KL], COLOURS.get(cell.quant, BROWN)
         axes.plot([x], [y], MARKERS[models.index(cell.model) % len(MARKERS)], color=colour, markersize=7, zorder=3)
-        axes.hlines(y, metrics.get(f"{THROUGHPUT}_ci_low", x), metrics.get(f"{THROUGHPUT}_ci_high", x), color=colour, linewidth=1.2)
+        axes.hlines(
+            y,
+            metrics.get(f"{THROUGHPUT}_ci_low", x),
+            metrics.get(f"{THROUGHPUT}_ci_high", x),
+            color=colour,
+            linewidth=1.2,
+        )
         axes.vlines(x, metrics.get(f"{KL}_ci_low", y), metrics.get(f"{KL}_ci_high", y), color=colour, linewidth=1.2)
         if len(points) <= MOST_LABELS:
             settings = " ".join(_name(getattr(cell, name)) for name in other)
-            shift = -11 if quants.index(cell.quant) % 2 else 4  # points that lie close mostly differ in their quantization
-            axes.annotate(f"{y:.2g} {f'({settings})' if settings else ''}", (x, y), (6, shift), textcoords="offset points", size=8)
+            shift = (
+                -11 if quants.index(cell.quant) % 2 else 4
+            )  # points that lie close mostly differ in their quantization
+            axes.annotate(
+                f"{y:.2g} {f'({settings})' if settings else ''}", (x, y), (6, shift), textcoords="offset points", size=8
+            )
     top = max(axes.dataLim.y1, 1e-6)
     axes.set(xlim=(0, 1.12 * axes.dataLim.x1), ylim=(-0.05 * top, 1.12 * top))
     axes.set(xlabel="Throughput (output tokens/s)", ylabel="KL divergence from unquantized (nats)")
     shapes = zip(models, itertools.cycle(MARKERS), strict=False) if len(models) > 1 else ()
-    handles = [Line2D([], [], linestyle="", marker="o", color=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=COLOURS.get(quant, BROWN), label=quant) for quant in quants
+    ]
     handles += [Line2D([], [], linestyle="", marker=marker, color=GREY, label=_name(model)) for model, marker in shapes]
     _put_legend(figure, handles)
     return figure
 
 
-def _bars_figure(points: Points, grid: Grid, topic: str, notes: Sequence[str], drawn: Panels, most: int, width: float) -> Figure:
+def _bars_figure(
+    points: Points, grid: Grid, topic: str, notes: Sequence[str], drawn: Panels, most: int, width: float
+) -> Figure:
     """Panels of bars, each with its model (or ""), metric and heading. At most `most` columns; fewer where bars get thin."""
     from matplotlib.patches import Patch
 
@@ -406,9 +546,13 @@ def _bars_figure(points: Points, grid: Grid, topic: str, notes: Sequence[str], d
     models = list(dict.fromkeys(_name(cell.model) for cell in cells))
     title = f"{', '.join(models) if len(models) < 3 else f'{len(models)} models'} · {topic}"
     constant = _describe(cells[0], [name for name in DESCRIBED if len({getattr(cell, name) for cell in cells}) == 1])
-    quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []  # else named by the ticks or the subtitle
+    quants = (
+        grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []
+    )  # else named by the ticks or the subtitle
     legend = [Patch(facecolor=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
-    if any(key.endswith("_peak") for _, key, _ in drawn) and any(metrics.get("memory/weight_bytes") for _, metrics in points):
+    if any(key.endswith("_peak") for _, key, _ in drawn) and any(
+        metrics.get("memory/weight_bytes") for _, metrics in points
+    ):
         legend.append(Patch(facecolor="#00000040", label="shaded: weights"))
     size = width, HEIGHT if rows == 1 else 1 + 3 * rows
     figure, panels = _figure(title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend))
@@ -447,7 +591,9 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
     flat = max(len(text) for *_, text in labels) * 8 * CHARACTER < room
     for x, y, text in labels if flat or room > 0.12 else ():
         upright = 0 if flat or text == "–" else 90
-        axes.annotate(text, (x, y), (0, 2), textcoords="offset points", ha="center", va="bottom", size=8, rotation=upright)
+        axes.annotate(
+            text, (x, y), (0, 2), textcoords="offset points", ha="center", va="bottom", size=8, rotation=upright
+        )
     top, middle = max(y for _, y, _ in labels) * (1.1 if flat else 1.25), (len(grid.groups) - 1) / 2
     axes.set(ylim=(0, top or 1), xlim=(middle - span / 2, middle + span / 2))
     axes.tick_params(axis="x", length=0)
@@ -457,5 +603,8 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
             axes.tick_params(axis="x", labelrotation=30)
         return
     most = max(6, int(inches / span / (8.3 * CHARACTER)))
-    texts = ["\n".join("auto" if value is None else textwrap.fill(_name(value), most) for value in group) for group in grid.groups]
+    texts = [
+        "\n".join("auto" if value is None else textwrap.fill(_name(value), most) for value in group)
+        for group in grid.groups
+    ]
     axes.set(xticks=range(len(texts)), xticklabels=texts, xlabel=" · ".join(grid.names).replace("_", " ").capitalize())

@@ -55,7 +55,11 @@ class Estimate:
     @property
     def spread(self) -> str:
         """The lowest and the highest value in words; empty for one value."""
-        return "" if self.count == 1 and self.units == "repetitions" else f"from {self.least:.3g} to {self.most:.3g} in single cells"
+        return (
+            ""
+            if self.count == 1 and self.units == "repetitions"
+            else f"from {self.least:.3g} to {self.most:.3g} in single cells"
+        )
 
 
 @dataclass(frozen=True)
@@ -149,29 +153,63 @@ def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:
 
     rows: tuple[tuple[str, str, str, tuple[float, float], Callable[[QuantEffect], Ratio | None], str], ...] = (
         ("int8_memory", "int8", "INT8 takes half the memory", around(0.5), peak, "of the peak of 16 bits"),
-        ("int8_weights", "int8", "INT8 takes half the memory: the weights alone", around(0.5), weights, "of the weights of 16 bits"),
-        ("int8_speed", "int8", "INT8 runs at 90–95 % of the speed", (0.90, 0.95), speed, "of the throughput of 16 bits"),
-        ("int8_loss", "int8", "INT8 loses 0–5 % of the speed (elsewhere in the paper)", (0.95, 1.0), speed, "of the throughput of 16 bits"),
+        (
+            "int8_weights",
+            "int8",
+            "INT8 takes half the memory: the weights alone",
+            around(0.5),
+            weights,
+            "of the weights of 16 bits",
+        ),
+        (
+            "int8_speed",
+            "int8",
+            "INT8 runs at 90–95 % of the speed",
+            (0.90, 0.95),
+            speed,
+            "of the throughput of 16 bits",
+        ),
+        (
+            "int8_loss",
+            "int8",
+            "INT8 loses 0–5 % of the speed (elsewhere in the paper)",
+            (0.95, 1.0),
+            speed,
+            "of the throughput of 16 bits",
+        ),
         ("int4_speed", "int4", "INT4 is 10–30 % slower", (0.70, 0.90), speed, "of the throughput of 16 bits"),
     )
     for key, quant, said, claimed, of, what in rows:
-        found = [(effect.measured.cell.model, ratio) for effect in effects if effect.quant == quant and (ratio := of(effect))]
+        found = [
+            (effect.measured.cell.model, ratio) for effect in effects if effect.quant == quant and (ratio := of(effect))
+        ]
         if not found:
             yield Claim(
-                key, said, _range(claimed), "–", UNSAID, f"No cell of {quant} was measured beside one of 16 bits that differs in nothing else."
+                key,
+                said,
+                _range(claimed),
+                "–",
+                UNSAID,
+                f"No cell of {quant} was measured beside one of 16 bits that differs in nothing else.",
             )
             continue
         estimate = pooled(found)
         inside = sum(claimed[0] <= ratio.value <= claimed[1] for _, ratio in found)
         parts = [f"{inside} of {_count(len(found), 'cell')} lie in the range", estimate.spread, _rests(estimate)]
         why = f"{'; '.join(filter(None, parts))}."
-        yield Claim(key, said, _range(claimed), f"{estimate} {what}", judge_range(estimate.low, estimate.high, claimed), why)
+        yield Claim(
+            key, said, _range(claimed), f"{estimate} {what}", judge_range(estimate.low, estimate.high, claimed), why
+        )
 
 
 def _rests(estimate: Estimate) -> str:
     if estimate.low is None:
         return "there is no interval"
-    return f"the interval is over {estimate.count} {estimate.units}" if estimate.units != "repetitions" else "the interval is over repetitions"
+    return (
+        f"the interval is over {estimate.count} {estimate.units}"
+        if estimate.units != "repetitions"
+        else "the interval is over repetitions"
+    )
 
 
 def _count(number: int, noun: str) -> str:
@@ -185,7 +223,11 @@ def around(value: float) -> tuple[float, float]:
 
 def _range(claimed: tuple[float, float]) -> str:
     middle = (claimed[0] + claimed[1]) / 2
-    return f"{middle:g} ± {EXACT:.0%}".replace("%", " %") if claimed == around(middle) else f"{claimed[0]:g} to {claimed[1]:g}"
+    return (
+        f"{middle:g} ± {EXACT:.0%}".replace("%", " %")
+        if claimed == around(middle)
+        else f"{claimed[0]:g} to {claimed[1]:g}"
+    )
 
 
 def _between_claim(cells: Sequence[Measured]) -> Claim:
@@ -195,14 +237,28 @@ def _between_claim(cells: Sequence[Measured]) -> Claim:
         by_quant = {measured.cell.quant: measured for measured in group}
         if {GPTQ, *against} <= set(by_quant):
             for other, found in against.items():
-                found.append((group[0].cell.model, tradeoffs.ratio(other, by_quant[GPTQ].values(RATE), by_quant[other].values(RATE))))
+                found.append(
+                    (
+                        group[0].cell.model,
+                        tradeoffs.ratio(other, by_quant[GPTQ].values(RATE), by_quant[other].values(RATE)),
+                    )
+                )
     said, claimed = "GPTQ lies between INT4 and INT8 in speed", "GPTQ ÷ INT8 below 1, GPTQ ÷ INT4 above 1"
     if not against["int8"]:
-        return Claim("gptq_between", said, claimed, "–", UNSAID, "No cell of gptq was measured beside both int8 and int4.")
+        return Claim(
+            "gptq_between", said, claimed, "–", UNSAID, "No cell of gptq was measured beside both int8 and int4."
+        )
     eight, four = pooled(against["int8"]), pooled(against["int4"])
     verdicts = judge_range(eight.low, eight.high, (0.0, 1.0)), judge_range(four.low, four.high, (1.0, math.inf))
     verdict = NOT_CONFIRMED if NOT_CONFIRMED in verdicts else UNSAID if UNSAID in verdicts else CONFIRMED
-    return Claim("gptq_between", said, claimed, f"{eight} of INT8, {four} of INT4", verdict, f"{_rests(eight)[:1].upper()}{_rests(eight)[1:]}.")
+    return Claim(
+        "gptq_between",
+        said,
+        claimed,
+        f"{eight} of INT8, {four} of INT4",
+        verdict,
+        f"{_rests(eight)[:1].upper()}{_rests(eight)[1:]}.",
+    )
 
 
 def _batch_claim(study: Study) -> Claim:
@@ -251,13 +307,17 @@ def _paper_bytes(law: LawFit) -> float | None:
 def _parameter_claim(key: str, said: str, laws: Sequence[LawFit], claimed: tuple[float, float]) -> Claim:
     """A parameter of a law in every group that it was fitted to: most groups decide."""
     if not laws:
-        return Claim(key, said, _range(claimed), "–", UNSAID, "The law could not be fitted: too few cells differ in this alone.")
+        return Claim(
+            key, said, _range(claimed), "–", UNSAID, "The law could not be fitted: too few cells differ in this alone."
+        )
     found = [law.fit.parameter(law.law.main) for law in laws]
     verdicts = [judge_range(one.low, one.high, claimed) for one in found]
     counts = {word: verdicts.count(word) for word in (CONFIRMED, NOT_CONFIRMED, UNSAID)}
     majority = next((word for word, count in counts.items() if count * 2 > len(found)), UNSAID)
     refuted = sum(law.refuted for law in laws)
-    parts = [f"inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in {counts[UNSAID]} of {_count(len(found), 'group')}"]
+    parts = [
+        f"inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in {counts[UNSAID]} of {_count(len(found), 'group')}"
+    ]
     parts += [f"in {refuted} the cells lie off the law by more than their repetitions scatter"] if refuted else []
     return Claim(key, said, _range(claimed), _parameters(found), majority, f"The interval lies {'; '.join(parts)}.")
 
@@ -277,11 +337,24 @@ def _form_claims(study: Study) -> Iterator[Claim]:
     ):
         laws = [law for law in study.laws if law.law.key == key]
         if not laws:
-            yield Claim(f"{key}_form", said, "the nearest curve", "–", UNSAID, "The law could not be fitted: too few cells differ in this alone.")
+            yield Claim(
+                f"{key}_form",
+                said,
+                "the nearest curve",
+                "–",
+                UNSAID,
+                "The law could not be fitted: too few cells differ in this alone.",
+            )
             continue
         nearest, refuted = sum(law.best is law.fit for law in laws), sum(law.refuted for law in laws)
         others = sorted({law.best.form.formula for law in laws if law.best is not law.fit})
-        verdict = CONFIRMED if nearest == len(laws) and not refuted else NOT_CONFIRMED if nearest * 2 < len(laws) else UNSAID
-        shown = f"nearest in {nearest} of {_count(len(laws), 'group')}" + (f", else {', '.join(others)}" if others else "")
-        why = f"In {refuted} of {_count(len(laws), 'group')} the cells lie off it by more than their repetitions scatter."
+        verdict = (
+            CONFIRMED if nearest == len(laws) and not refuted else NOT_CONFIRMED if nearest * 2 < len(laws) else UNSAID
+        )
+        shown = f"nearest in {nearest} of {_count(len(laws), 'group')}" + (
+            f", else {', '.join(others)}" if others else ""
+        )
+        why = (
+            f"In {refuted} of {_count(len(laws), 'group')} the cells lie off it by more than their repetitions scatter."
+        )
         yield Claim(f"{key}_form", said, "the nearest curve", shown, verdict, why)

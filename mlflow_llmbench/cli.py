@@ -40,25 +40,42 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; the options of `run` come from the declared parameters."""
-    parser = Parser(prog="llmbench", description="Honest benchmarks of quantized language models, each one an MLflow run.")
+    parser = Parser(
+        prog="llmbench", description="Honest benchmarks of quantized language models, each one an MLflow run."
+    )
     parser.add_argument("--version", action="version", version=f"llmbench {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     found = {**_measuring(commands), **_reading(commands)}
     for name in ("run", "plan", "online", "study"):
         found[name].add_argument(
-            "--config", metavar="FILE", help="YAML file of parameters, such as a run's config.yaml; options given here override it"
+            "--config",
+            metavar="FILE",
+            help="YAML file of parameters, such as a run's config.yaml; options given here override it",
         )
     for name in ("compare", "ab"):
-        found[name].add_argument("--noise", metavar="RATIO", type=float, default=0.01, help="differences below this are called noise (default: 0.01)")
+        found[name].add_argument(
+            "--noise",
+            metavar="RATIO",
+            type=float,
+            default=0.01,
+            help="differences below this are called noise (default: 0.01)",
+        )
     for name in ("run", "plan", "online", "compare", "ab", "scaling", "study", "qat"):
         found[name].add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
     for name in ("run", "online", "upload", "compare", "ab", "scaling", "study", "qat"):
-        found[name].add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
+        found[name].add_argument(
+            "--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)"
+        )
         found[name].add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
-    for name, help in (("models", "list the presets, and what fits here"), ("doctor", "say what this machine and environment can do")):
+    for name, help in (
+        ("models", "list the presets, and what fits here"),
+        ("doctor", "say what this machine and environment can do"),
+    ):
         found[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         found[name].add_argument("--json", action="store_true", help="as one JSON object")
-    found["doctor"].add_argument("--worker-python", metavar="PATH", help="examine what a worker of this interpreter can run, in place of ours")
+    found["doctor"].add_argument(
+        "--worker-python", metavar="PATH", help="examine what a worker of this interpreter can run, in place of ours"
+    )
     decide.add_parsers(commands)
     return parser
 
@@ -66,10 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
 def _measuring(commands: Any) -> dict[str, Parser]:
     """The commands that measure, and `plan`, which says what `run` would."""
     run = commands.add_parser(
-        "run", help="measure one configuration, or a sweep", description="Comma lists on parameters marked † make a sweep: one run per cell."
+        "run",
+        help="measure one configuration, or a sweep",
+        description="Comma lists on parameters marked † make a sweep: one run per cell.",
     )
     _add_parameters(run, PARAMETERS_OF["run"])
-    plan = commands.add_parser("plan", help="show what `run` would measure with the same parameters: cells, memory, least time; nothing is started")
+    plan = commands.add_parser(
+        "plan",
+        help="show what `run` would measure with the same parameters: cells, memory, least time; nothing is started",
+    )
     _add_parameters(plan, PARAMETERS_OF["run"])
     online = commands.add_parser(
         "online",
@@ -92,11 +114,34 @@ def _measuring(commands: Any) -> dict[str, Parser]:
         description="Measures a sweep (preset quick unless another is given) and studies it, together with results that are there already (--of). "
         "Without parameters of a sweep it studies those alone.",
     )
-    study.add_argument("--of", metavar="LIST", action="append", default=[], help="sweeps, run ids, runs:/ID or results folders to take in too")
-    study.add_argument("--share", metavar="RATIO", type=float, default=0.5, help="of the best throughput per instance, to keep (default: 0.5)")
-    study.add_argument("--price", metavar="LIST", default="none", help="money per hour: 0.5, or by a part of the hardware's name EPYC=0.5,A100=2.4")
-    study.add_argument("--accept-suspect", metavar="REASON", help="recommend suspect results too, for this reason; none = do not")
-    study.add_argument("--output", metavar="FOLDER", help="write study/ and scaling/ there (default: beside the sweep that was measured)")
+    study.add_argument(
+        "--of",
+        metavar="LIST",
+        action="append",
+        default=[],
+        help="sweeps, run ids, runs:/ID or results folders to take in too",
+    )
+    study.add_argument(
+        "--share",
+        metavar="RATIO",
+        type=float,
+        default=0.5,
+        help="of the best throughput per instance, to keep (default: 0.5)",
+    )
+    study.add_argument(
+        "--price",
+        metavar="LIST",
+        default="none",
+        help="money per hour: 0.5, or by a part of the hardware's name EPYC=0.5,A100=2.4",
+    )
+    study.add_argument(
+        "--accept-suspect", metavar="REASON", help="recommend suspect results too, for this reason; none = do not"
+    )
+    study.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="write study/ and scaling/ there (default: beside the sweep that was measured)",
+    )
     study.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run (default: the sweep's)")
     _add_parameters(study, PARAMETERS_OF["run"])
     qat = commands.add_parser(
@@ -113,29 +158,66 @@ def _reading(commands: Any) -> dict[str, Parser]:
     """The commands that read results."""
     upload = commands.add_parser("upload", help="put a results folder into an MLflow store, as far as it is not there")
     upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as `llmbench run` prints it")
-    compare = commands.add_parser("compare", help="say how two or more results differ, and whether that is more than noise")
-    compare.add_argument(
-        "references", nargs="+", metavar="RESULT", help="run id, runs:/ID, sweep, or results folder; the first is the one compared against"
+    compare = commands.add_parser(
+        "compare", help="say how two or more results differ, and whether that is more than noise"
     )
     compare.add_argument(
-        "--allow", metavar="LIST", default="", help="compare in spite of a difference: hardware,software,workload,scenario,schema,verdict"
+        "references",
+        nargs="+",
+        metavar="RESULT",
+        help="run id, runs:/ID, sweep, or results folder; the first is the one compared against",
     )
-    compare.add_argument("--paired", action="store_true", help="both were measured in turns, process by process or repetition by repetition")
-    compare.add_argument("--log", metavar="RUN", help="keep the comparison and its charts as artifacts of this run, under comparison/")
+    compare.add_argument(
+        "--allow",
+        metavar="LIST",
+        default="",
+        help="compare in spite of a difference: hardware,software,workload,scenario,schema,verdict",
+    )
+    compare.add_argument(
+        "--paired",
+        action="store_true",
+        help="both were measured in turns, process by process or repetition by repetition",
+    )
+    compare.add_argument(
+        "--log", metavar="RUN", help="keep the comparison and its charts as artifacts of this run, under comparison/"
+    )
     compare.add_argument("--output", metavar="FOLDER", help="write the comparison and its charts into this folder")
-    scaling = commands.add_parser("scaling", help="fit the scaling laws of a sweep, and say what batch, length, size and quantization cost")
-    scaling.add_argument("references", nargs="+", metavar="SWEEP", help="sweep, run id, runs:/ID, or results folder; several are taken together")
-    scaling.add_argument("--share", metavar="RATIO", type=float, default=0.5, help="of the best throughput per instance, to keep (default: 0.5)")
-    scaling.add_argument("--at", metavar="NAME=LIST", action="append", default=[], help="predict there too: batch_size=6,12 or prompt_tokens=300")
+    scaling = commands.add_parser(
+        "scaling", help="fit the scaling laws of a sweep, and say what batch, length, size and quantization cost"
+    )
+    scaling.add_argument(
+        "references",
+        nargs="+",
+        metavar="SWEEP",
+        help="sweep, run id, runs:/ID, or results folder; several are taken together",
+    )
+    scaling.add_argument(
+        "--share",
+        metavar="RATIO",
+        type=float,
+        default=0.5,
+        help="of the best throughput per instance, to keep (default: 0.5)",
+    )
+    scaling.add_argument(
+        "--at",
+        metavar="NAME=LIST",
+        action="append",
+        default=[],
+        help="predict there too: batch_size=6,12 or prompt_tokens=300",
+    )
     scaling.add_argument("--output", metavar="FOLDER", help="write scaling.json, scaling.md and charts there")
-    scaling.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep")
+    scaling.add_argument(
+        "--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep"
+    )
     return {"upload": upload, "compare": compare, "scaling": scaling}
 
 
 def _add_parameters(command: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """One option per declared parameter."""
     for name in names:
-        _add_parameter(command, name, PARAMETERS[name], default_text(name), " †" if PARAMETERS[name].metadata["sweep"] else "")
+        _add_parameter(
+            command, name, PARAMETERS[name], default_text(name), " †" if PARAMETERS[name].metadata["sweep"] else ""
+        )
 
 
 def _add_parameter(command: argparse.ArgumentParser, name: str, declared: Field[Any], default: str, mark: str) -> None:
@@ -148,7 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failure, 2 for a wrong parameter, 130 when interrupted."""
     for name in SIGNALS:
         signal.signal(name, _interrupt)
-    with contextlib.redirect_stdout(cast(TextIO, Terminal(sys.stdout))), contextlib.redirect_stderr(cast(TextIO, Terminal(sys.stderr))):
+    with (
+        contextlib.redirect_stdout(cast(TextIO, Terminal(sys.stdout))),
+        contextlib.redirect_stderr(cast(TextIO, Terminal(sys.stderr))),
+    ):
         return _main(arguments)
 
 
@@ -210,7 +295,9 @@ def _run(given: argparse.Namespace) -> int:
     from .progress import Progress
 
     _warn_of_versions()
-    result = sweep.run(tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters)
+    result = sweep.run(
+        tracking_uri=given.tracking_uri, experiment=given.experiment, watcher=Progress(sys.stderr), **parameters
+    )
     print(result.table())
     for sentence in result.sentences:
         print(f"\n{sentence}")
@@ -307,8 +394,12 @@ def _compare(given: argparse.Namespace) -> int:
         raise UsageError(f"Unknown difference to allow: {unknown[0]}. Known: {', '.join(compare.ALLOWABLE)}.")
     results = [result for reference in given.references for result in load_results(reference, given.tracking_uri)]
     if len(results) < 2:
-        raise UsageError("A comparison needs two results, and there is one. Give another run, or the folder of a sweep.")
-    comparisons = [compare.compare(results[0], other, noise=given.noise, allow=allow, paired=given.paired) for other in results[1:]]
+        raise UsageError(
+            "A comparison needs two results, and there is one. Give another run, or the folder of a sweep."
+        )
+    comparisons = [
+        compare.compare(results[0], other, noise=given.noise, allow=allow, paired=given.paired) for other in results[1:]
+    ]
     for comparison in comparisons:
         print(f"{compare.format_comparison(comparison)}\n")
     _keep(given, lambda folder: artifacts.write_comparisons(comparisons, folder), "comparison")
@@ -327,7 +418,9 @@ def _keep(given: argparse.Namespace, write: Callable[[Path], object], under: str
 
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
-            tracking.log_folder(tracking.open_store(given.tracking_uri), given.log.removeprefix("runs:/"), Path(scratch), under)
+            tracking.log_folder(
+                tracking.open_store(given.tracking_uri), given.log.removeprefix("runs:/"), Path(scratch), under
+            )
 
 
 def _scaling(given: argparse.Namespace) -> int:
@@ -352,7 +445,9 @@ def _study(given: argparse.Namespace) -> int:
     from . import study, study_report
     from .progress import Progress
 
-    references = [part for text in given.of for part in ([text] if os.path.exists(text) else text.split(",")) if part != "none"]
+    references = [
+        part for text in given.of for part in ([text] if os.path.exists(text) else text.split(",")) if part != "none"
+    ]
     prices = study.parse_prices(given.price)
     _warn_of_versions()
     done = study.run_study(
@@ -387,7 +482,9 @@ def _print_study(done: StudyResult) -> None:
         print(f"Report: {done.folder / 'study' / 'report.html'}")
     if done.found:
         print(
-            f"Logged on run {done.run_id}: study/report.html." if done.run_id else "Not logged: the store has no run of these sweeps. Give --log RUN."
+            f"Logged on run {done.run_id}: study/report.html."
+            if done.run_id
+            else "Not logged: the store has no run of these sweeps. Give --log RUN."
         )
 
 
@@ -400,12 +497,17 @@ def _qat(given: argparse.Namespace) -> int:
 
     _warn_of_versions()
     done = qat.train_quantized(
-        named, tracking_uri=given.tracking_uri, experiment=given.experiment, say=lambda line: print(line, file=sys.stderr, flush=True)
+        named,
+        tracking_uri=given.tracking_uri,
+        experiment=given.experiment,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(training_report.format_trained(done))
     print(f"\nResults: {done.folder}" + (f"\nLogged on run {done.run_id}." if done.run_id else ""))
     if done.checkpoint:
-        print(f"Run it: llmbench run --model {shlex.quote(done.checkpoint)} --quant int4-wo --group-size {done.cell.group_size}")
+        print(
+            f"Run it: llmbench run --model {shlex.quote(done.checkpoint)} --quant int4-wo --group-size {done.cell.group_size}"
+        )
     if given.json:
         print(json.dumps({**to_json(done), "metrics": training_report.training_figures(done)}, ensure_ascii=False))
     return done.exit_code

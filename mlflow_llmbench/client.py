@@ -84,7 +84,9 @@ class Trace:
 def merge(traces: Sequence[Trace]) -> Trace:
     """The traces of processes that sent shares of one load as one: all stamps are of one clock, CPU seconds and retries are summed."""
     return Trace(
-        tuple(sorted((exchange for trace in traces for exchange in trace.exchanges), key=lambda exchange: exchange.number)),
+        tuple(
+            sorted((exchange for trace in traces for exchange in trace.exchanges), key=lambda exchange: exchange.number)
+        ),
         min(trace.started_ns for trace in traces),
         max(trace.ended_ns for trace in traces),
         (),
@@ -147,9 +149,14 @@ class LoadClient:
         self._busy: dict[Connection, asyncio.Future[None]] = {}
 
     def run(
-        self, build: BuildRequest, load: Load, expected: int | None = None, follow_up: FollowUp | None = None, ready: Callable[[], int] | None = None,
+        self,
+        build: BuildRequest,
+        load: Load,
+        expected: int | None = None,
+        follow_up: FollowUp | None = None,
+        ready: Callable[[], int] | None = None,
         scrape: bytes = b"",
-    ) -> Trace:  # fmt: skip
+    ) -> Trace:
         """Send a load and wait for the last answer. `expected` requests are built before it starts, the rest when they are due.
 
         With `follow_up` the requests of a closed loop begin conversations, and their users send what follows on each answer. `ready`
@@ -179,14 +186,20 @@ class LoadClient:
             await asyncio.sleep(0)
         self._idle = [connection for connection in self._idle if connection.usable]
         missing = [self.connect() for _ in range(number - len(self._idle))]
-        self._idle += [found for found in await asyncio.gather(*missing, return_exceptions=True) if isinstance(found, Connection)]
+        self._idle += [
+            found for found in await asyncio.gather(*missing, return_exceptions=True) if isinstance(found, Connection)
+        ]
 
     async def connect(self, limits: Limits | None = None) -> Connection:
         """A new connection. Raises OSError, ssl.SSLError or TimeoutError."""
         limits = limits or self.limits
         name = self.address.host if self._tls else None
         made = self.loop.create_connection(
-            lambda: Connection(limits, self._done), self.address.host, self.address.port, ssl=self._tls, server_hostname=name
+            lambda: Connection(limits, self._done),
+            self.address.host,
+            self.address.port,
+            ssl=self._tls,
+            server_hostname=name,
         )
         return (await asyncio.wait_for(made, limits.connect_s))[1]
 
@@ -240,7 +253,15 @@ class LoadClient:
 class _Run:
     """One load on its way."""
 
-    def __init__(self, client: LoadClient, build: BuildRequest, built: list[bytes], load: Load, follow_up: FollowUp | None, scrape: bytes) -> None:
+    def __init__(
+        self,
+        client: LoadClient,
+        build: BuildRequest,
+        built: list[bytes],
+        load: Load,
+        follow_up: FollowUp | None,
+        scrape: bytes,
+    ) -> None:
         self.client, self.build, self.built, self.load, self.follow_up = client, build, built, load, follow_up
         self.begun, self.scrape = 0, scrape
         self.scrapes: list[Exchange] = []
@@ -251,7 +272,9 @@ class _Run:
 
     async def run(self, ready: Callable[[], int] | None) -> Trace:
         load, client = self.load, self.client
-        await client.warm(load.concurrency if load.arrivals_ns is None else min(len(load.arrivals_ns), max(load.concurrency, 8)))
+        await client.warm(
+            load.concurrency if load.arrivals_ns is None else min(len(load.arrivals_ns), max(load.concurrency, 8))
+        )
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -275,7 +298,9 @@ class _Run:
         exchanges = sorted(self.exchanges, key=lambda exchange: exchange.number)
         if told and not await self._ask_server():
             self.scrapes.clear()  # without the last reading nothing is known of the whole load
-        return Trace(tuple(exchanges), started, ended, tuple(self.lags), used, self.retries, scrapes=tuple(self.scrapes))
+        return Trace(
+            tuple(exchanges), started, ended, tuple(self.lags), used, self.retries, scrapes=tuple(self.scrapes)
+        )
 
     async def _ask_server(self) -> bool:
         """Read the server's own metrics; whether it has some."""
@@ -305,7 +330,9 @@ class _Run:
             conversation, turn = (self.begun if self.follow_up else None), 1
             self.begun += 1
             while request is not None and time.perf_counter_ns() < self.stop_ns:
-                exchange = Exchange(len(self.exchanges), conversation=conversation, turn=turn if self.follow_up else None)
+                exchange = Exchange(
+                    len(self.exchanges), conversation=conversation, turn=turn if self.follow_up else None
+                )
                 self.exchanges.append(exchange)
                 await self._exchange(exchange, request)
                 if exchange.fault == "refused" and not exchange.status:
@@ -318,7 +345,9 @@ class _Run:
         loop = self.client.loop
         for number, offset in enumerate(arrivals_ns):
             intended = started + offset
-            while (left := intended - time.perf_counter_ns()) > 0:  # a loop's timer may be early by its resolution, a millisecond
+            while (
+                left := intended - time.perf_counter_ns()
+            ) > 0:  # a loop's timer may be early by its resolution, a millisecond
                 await asyncio.sleep(left / 1e9)
             exchange = Exchange(number, intended)
             self.exchanges.append(exchange)

@@ -25,7 +25,16 @@ from typing import Any
 
 from . import machine, node, supervise
 from .cell import Cell, Options
-from .errors import JournalError, LlmbenchError, MeasurementError, MissingError, NodeLost, OutOfMemory, UsageError, first_line
+from .errors import (
+    JournalError,
+    LlmbenchError,
+    MeasurementError,
+    MissingError,
+    NodeLost,
+    OutOfMemory,
+    UsageError,
+    first_line,
+)
 from .journal import append_bytes
 from .place import Group, Tell, task_of
 from .spec import WORKLOADS
@@ -84,13 +93,19 @@ class Flight:
 def connect(options: Options, device: str, warn: Callable[[str], None]) -> Cluster:
     """Join the cluster that `options.on` names, and ask its nodes what they are. Raises UsageError or MissingError, within seconds."""
     if device.startswith("cuda:"):
-        raise UsageError(f"device={device} numbers the GPUs of one machine, and on={options.on} has several. Give device=cuda.")
+        raise UsageError(
+            f"device={device} numbers the GPUs of one machine, and on={options.on} has several. Give device=cuda."
+        )
     try:
         import ray
     except ImportError:
-        raise MissingError(f"on={options.on} needs Ray, which is not installed. Run: pip install 'mlflow-llmbench[ray]'") from None
+        raise MissingError(
+            f"on={options.on} needs Ray, which is not installed. Run: pip install 'mlflow-llmbench[ray]'"
+        ) from None
     if ray.is_initialized():
-        raise UsageError("This program is connected to a Ray cluster already. Call ray.shutdown() first; on=ray connects by itself.")
+        raise UsageError(
+            "This program is connected to a Ray cluster already. Call ray.shutdown() first; on=ray connects by itself."
+        )
     _join(ray, options.on)
     try:
         return Cluster(ray, options, device, warn)
@@ -111,7 +126,7 @@ def _join(ray: Any, on: str) -> None:
                 runtime_env={"py_modules": [str(Path(__file__).parent)]},
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-            )  # fmt: skip
+            )
     except Exception as error:
         known = address if address != "auto" else "of this machine"
         hint = (
@@ -150,7 +165,9 @@ class Cluster:
         self.nodes = self._fitting(1, 0, alive)
         if not self.nodes:
             what = "a GPU and a CPU" if self.on_gpu else "a CPU"
-            raise MissingError(f"No node of the Ray cluster offers {what} to tasks (device={device}). Add one: ray start --address=HOST:PORT")
+            raise MissingError(
+                f"No node of the Ray cluster offers {what} to tasks (device={device}). Add one: ray start --address=HOST:PORT"
+            )
         found = self._ask_nodes()
         self.git = machine.git_commit(str(Path(__file__).parent))
         self.environment: Mapping[str, Any] = {**found[0], "git": self.git}
@@ -183,7 +200,9 @@ class Cluster:
 
         ask = self.ray.remote(_describe)
         asked = {
-            ask.options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(one.id, soft=False)).remote(self.on_gpu): one
+            ask.options(
+                num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(one.id, soft=False)
+            ).remote(self.on_gpu): one
             for one in self.nodes
         }
         answered, _ = self.ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
@@ -198,7 +217,9 @@ class Cluster:
                     f"{problem} Every node needs Python, Ray and what pip install mlflow-llmbench brings (MLflow is not needed)."
                 ) from None
         if not found:
-            raise MissingError(f"No node of the Ray cluster has said within {ANSWER_S:g} s what it is. Look at `ray status`.")
+            raise MissingError(
+                f"No node of the Ray cluster has said within {ANSWER_S:g} s what it is. Look at `ray status`."
+            )
         return found
 
     def room(self, device: str) -> tuple[int | None, str]:
@@ -227,7 +248,11 @@ class Cluster:
         nodes = self._fitting(1, memory, self._alive()) or self.nodes
         flight = Flight(self.given, group, min(one.cpus for one in nodes), memory)
         names = {one.id: one.name for one in nodes}
-        texts = {job.cell.workload: Path(job.cell.workload).read_bytes() for job in group if job.cell.workload not in WORKLOADS}
+        texts = {
+            job.cell.workload: Path(job.cell.workload).read_bytes()
+            for job in group
+            if job.cell.workload not in WORKLOADS
+        }
         task = self.ray.remote(_on_node).options(
             num_cpus=flight.cpus,
             num_gpus=int(self.on_gpu),
@@ -237,7 +262,9 @@ class Cluster:
             scheduling_strategy=NodeAffinitySchedulingStrategy(home, soft=True) if home else "DEFAULT",
             name=f"llmbench {group[0].name}",
         )
-        flight.ref = task.remote(task_of(group, self.options, prepare=True), texts, self.git, names, flight.number, self.mailbox)
+        flight.ref = task.remote(
+            task_of(group, self.options, prepare=True), texts, self.git, names, flight.number, self.mailbox
+        )
         self.flights.append(flight)
         self.given += 1
 
@@ -304,7 +331,9 @@ class Cluster:
                 flight.homeless_since = None
             elif flight.homeless_since is None:
                 flight.homeless_since = now
-                self.warn(f"{flight.group[0].name}: no node of the cluster can take it now. Waiting {WITHOUT_NODE_S:g} s for one.")
+                self.warn(
+                    f"{flight.group[0].name}: no node of the cluster can take it now. Waiting {WITHOUT_NODE_S:g} s for one."
+                )
             elif now - flight.homeless_since > WITHOUT_NODE_S:
                 self._cancel(flight)
                 over.append(flight.ref)
@@ -316,9 +345,13 @@ class Cluster:
     def _error(self, name: str, error: Exception) -> LlmbenchError:
         kinds = self.ray.exceptions
         if isinstance(error, kinds.OutOfMemoryError):
-            return OutOfMemory(f"Ray ended the task because the memory of {name} ran out. Try a smaller batch_size or quantization.")
+            return OutOfMemory(
+                f"Ray ended the task because the memory of {name} ran out. Try a smaller batch_size or quantization."
+            )
         if isinstance(error, kinds.RayTaskError):
-            return MeasurementError(f"The task failed on {name}: {type(error.cause).__name__}: {first_line(error.cause)}.")
+            return MeasurementError(
+                f"The task failed on {name}: {type(error.cause).__name__}: {first_line(error.cause)}."
+            )
         if isinstance(error, (kinds.RuntimeEnvSetupError, kinds.TaskCancelledError)):
             return MeasurementError(f"Ray did not run the task on {name}: {first_line(error)}.")
         return NodeLost(f"The node {name} is lost ({type(error).__name__}).")
@@ -400,7 +433,7 @@ def _describe(on_gpu: bool) -> dict[str, Any]:
 
 def _on_node(
     task: node.Task, texts: Mapping[str, bytes], git: str | None, names: Mapping[str, str], number: int, mailbox: Any
-) -> tuple[GroupOutcome, dict[str, bytes]]:  # fmt: skip
+) -> tuple[GroupOutcome, dict[str, bytes]]:
     """On a node: measure a group, and tell the command's mailbox how it goes on."""
     import ray
 

@@ -37,7 +37,11 @@ SIGNIFICANCE = 0.05
 RANKS_NEED = 8
 """Units on each side from which the Mann–Whitney test is given beside t."""
 
-RATE, DEVICE_PEAK, HOST_PEAK = "throughput/output_tokens_per_s", "memory/device_bytes_peak", "memory/host_needed_bytes_peak"
+RATE, DEVICE_PEAK, HOST_PEAK = (
+    "throughput/output_tokens_per_s",
+    "memory/device_bytes_peak",
+    "memory/host_needed_bytes_peak",
+)
 
 ALLOWABLE = ("hardware", "software", "workload", "scenario", "schema", "verdict")
 """What the guard refuses, and `allow` can accept."""
@@ -48,7 +52,13 @@ UNNAMED = ("warmup", "repetitions", "max_repetitions", "precision_target", "proc
 STREAM = ("request_rate", "ramp_to", "arrival", "burstiness", "seed", "requests")
 """Parameters that say when the requests of an open loop come."""
 
-BETTER, WORSE, ALIKE, NOISE, UNTESTED = "better", "worse", "no difference seen", "below the noise threshold", "not tested"
+BETTER, WORSE, ALIKE, NOISE, UNTESTED = (
+    "better",
+    "worse",
+    "no difference seen",
+    "below the noise threshold",
+    "not tested",
+)
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,14 @@ HEADLINES = (
 
 
 def compare(
-    a: RunResult, b: RunResult, *, noise: float = 0.01, allow: frozenset[str] = frozenset(), paired: bool = False, called: tuple[str, str] | None = None
-) -> Comparison:  # fmt: skip
+    a: RunResult,
+    b: RunResult,
+    *,
+    noise: float = 0.01,
+    allow: frozenset[str] = frozenset(),
+    paired: bool = False,
+    called: tuple[str, str] | None = None,
+) -> Comparison:
     """Compare two results of one kind of work on one machine; ratios are B ÷ A.
 
     `noise`: a difference that is seen but smaller than this is called `below the noise threshold`. `paired`: both were measured
@@ -160,7 +176,9 @@ def compare(
     name_a, name_b = called or names(a, b)
     for name, result in ((name_a, a), (name_b, b)):
         if not result.repetitions:
-            raise NotComparable(f"{name} has no repetitions: its outcome is {result.outcome}. Measure it again, or compare another run.")
+            raise NotComparable(
+                f"{name} has no repetitions: its outcome is {result.outcome}. Measure it again, or compare another run."
+            )
     repetitions, processes = (len(a.repetitions), len(b.repetitions)), (process_count(a), process_count(b))
     if paired:
         _check_pairs(repetitions, processes)
@@ -189,7 +207,9 @@ def _check_pairs(repetitions: tuple[int, int], processes: tuple[int, int]) -> No
     """Raise UsageError if the units of two results do not go together two by two."""
     noun, (first, second) = ("processes", processes) if max(processes) > 1 else ("repetitions", repetitions)
     if first != second:
-        raise UsageError(f"Paired results need as many {noun} on both sides: {first} and {second}. Compare them without paired.")
+        raise UsageError(
+            f"Paired results need as many {noun} on both sides: {first} and {second}. Compare them without paired."
+        )
 
 
 def _refuse(unlike: Sequence[Difference]) -> None:
@@ -211,9 +231,13 @@ def _invalid(verdicts: tuple[Verdict, Verdict]) -> list[Difference]:
     return [Difference("verdict", "verdict", first, second)]
 
 
-def _effects(a: RunResult, b: RunResult, metrics_a: Mapping[str, float], metrics_b: Mapping[str, float], in_pairs: bool) -> Iterator[Effect]:
+def _effects(
+    a: RunResult, b: RunResult, metrics_a: Mapping[str, float], metrics_b: Mapping[str, float], in_pairs: bool
+) -> Iterator[Effect]:
     """Every headline that both results have, before the adjustment for their number."""
-    elsewhere = (DEVICE_PEAK in metrics_a) != (DEVICE_PEAK in metrics_b)  # one model lies on a device, the other in the host
+    elsewhere = (DEVICE_PEAK in metrics_a) != (
+        DEVICE_PEAK in metrics_b
+    )  # one model lies on a device, the other in the host
     for headline in HEADLINES:
         if elsewhere and headline.key == HOST_PEAK:
             continue
@@ -236,13 +260,17 @@ def _tested(headline: Headline, a: Sequence[float], b: Sequence[float], in_pairs
         return effect
     ranks = mann_whitney(a, b) if not in_pairs and min(len(a), len(b)) >= RANKS_NEED else None
     p_ranks = ranks.p_value if ranks else None
-    return dataclasses.replace(effect, low=math.exp(found.low), high=math.exp(found.high), p_value=found.p_value, p_ranks=p_ranks)
+    return dataclasses.replace(
+        effect, low=math.exp(found.low), high=math.exp(found.high), p_value=found.p_value, p_ranks=p_ranks
+    )
 
 
 def _adjust(effects: Sequence[Effect], noise: float) -> tuple[Effect, ...]:
     """Holm over all metrics that were tested, and what each then means."""
     adjusted = iter(holm([effect.p_value for effect in effects if effect.p_value is not None]))
-    return tuple(_classify(effect, next(adjusted), noise) if effect.p_value is not None else effect for effect in effects)
+    return tuple(
+        _classify(effect, next(adjusted), noise) if effect.p_value is not None else effect for effect in effects
+    )
 
 
 def _classify(effect: Effect, p_holm: float, noise: float) -> Effect:
@@ -268,7 +296,10 @@ def differences(a: RunResult, b: RunResult) -> list[Difference]:
             found += _unlike(kind, describe(a), describe(b)) or [Difference(kind, f"{kind} hash", hash_a, hash_b)]
     named = {difference.name for difference in found}
     found += [difference for difference in _streams(a.cell, b.cell) if difference.name not in named]
-    for kind, word_a, word_b in (("scenario", a.cell.scenario, b.cell.scenario), ("schema", str(a.schema), str(b.schema))):
+    for kind, word_a, word_b in (
+        ("scenario", a.cell.scenario, b.cell.scenario),
+        ("schema", str(a.schema), str(b.schema)),
+    ):
         if word_a != word_b:
             found.append(Difference(kind, kind, word_a, word_b))
     return found
@@ -298,7 +329,9 @@ def _hardware(result: RunResult) -> dict[str, str]:
     cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
     total = (result.environment.get("memory") or {}).get("total_bytes")
     found: Sequence[Mapping[str, Any]] = result.environment.get("gpus") or []
-    gpus = Counter(f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB{', MIG' if gpu.get('mig') else ''})" for gpu in found)
+    gpus = Counter(
+        f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB{', MIG' if gpu.get('mig') else ''})" for gpu in found
+    )
     facts = {
         "CPU": cpu.get("name"),
         "architecture": cpu.get("architecture"),
@@ -326,10 +359,16 @@ def _software(result: RunResult) -> dict[str, str]:
 
 def _workload(result: RunResult) -> dict[str, str]:
     """What `workload_hash` is made of, in words; the texts themselves are not in the result."""
-    facts: dict[str, Any] = {name: value_text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")}
+    facts: dict[str, Any] = {
+        name: value_text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")
+    }
     facts["conversations"] = "as one prompt" if result.cell.history == "none" else "turn by turn"
     if result.cell.workload in DRAWN:
-        size = result.load.vocab_size if result.load and result.load.vocab_size else (result.model.config or {}).get("vocab_size")
+        size = (
+            result.load.vocab_size
+            if result.load and result.load.vocab_size
+            else (result.model.config or {}).get("vocab_size")
+        )
         facts |= {"seed": result.cell.seed, "vocabulary": f"{size} tokens" if size else None}
     return _stated(facts)
 
@@ -389,7 +428,9 @@ def _limits(comparison: Comparison) -> list[str]:
     found = [f"The conditions were not alike: {', '.join(unlike)}."] if unlike else []
     if min(comparison.processes) == 1 < max(comparison.processes):
         single = comparison.name_a if comparison.processes[0] == 1 else comparison.name_b
-        found.append(f"{single} was measured in one process, and what that did to all its repetitions alike is not seen.")
+        found.append(
+            f"{single} was measured in one process, and what that did to all its repetitions alike is not seen."
+        )
     return found + ([f"The verdict on {'; that on '.join(comparison.doubts)}."] if comparison.doubts else [])
 
 
@@ -425,7 +466,16 @@ def _p(value: float | None) -> str:
 def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Heading and body of the table; p of the ranks only where any metric has it."""
     with_ranks = any(effect.p_ranks is not None for effect in comparison.effects)
-    heading = ["", comparison.name_a, comparison.name_b, "ratio", "95 % interval", "p (Holm)", *(["p (ranks)"] if with_ranks else []), "effect"]
+    heading = [
+        "",
+        comparison.name_a,
+        comparison.name_b,
+        "ratio",
+        "95 % interval",
+        "p (Holm)",
+        *(["p (ranks)"] if with_ranks else []),
+        "effect",
+    ]
     body = []
     for effect in comparison.effects:
         scale = effect.headline.scale
@@ -472,7 +522,9 @@ def format_comparison(comparison: Comparison) -> str:
     last = len(heading) - 1
 
     def line(cells: Sequence[str]) -> str:
-        return "  ".join(c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip()
+        return "  ".join(
+            c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
 
     return "\n".join([sentence(comparison), "", line(heading), *map(line, body), "", _method(comparison)])
 
@@ -487,10 +539,18 @@ def comparison_markdown(comparison: Comparison) -> str:
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """A comparison as plain JSON data: per metric both values, ratio, interval, p values and the effect in words."""
     effects = {
-        effect.headline.key: {f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name != "headline"}
+        effect.headline.key: {
+            f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name != "headline"
+        }
         for effect in comparison.effects
     }
     unlike = [dataclasses.asdict(difference) for difference in comparison.labels]
-    told = {"a": comparison.name_a, "b": comparison.name_b, "sentence": sentence(comparison), "noise": comparison.noise, "paired": comparison.paired}
+    told = {
+        "a": comparison.name_a,
+        "b": comparison.name_b,
+        "sentence": sentence(comparison),
+        "noise": comparison.noise,
+        "paired": comparison.paired,
+    }
     counts = {"repetitions": list(comparison.repetitions), "processes": list(comparison.processes)}
     return {**told, **counts, "effects": effects, "unlike": unlike, "doubts": list(comparison.doubts)}

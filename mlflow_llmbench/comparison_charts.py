@@ -34,11 +34,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMES = {
-    RATE: ("Output throughput", "tokens/s"), "latency/ttft_ms_p50": ("Time to first token", "ms"),
-    "latency/itl_ms_p50": ("Inter-token latency", "ms"), "latency/tpot_ms_mean": ("Time per output token", "ms"),
-    "latency/e2e_ms_p50": ("End-to-end latency", "ms"), DEVICE_PEAK: ("Peak device memory", "GB"), HOST_PEAK: ("Peak host memory", "GB"),
-    "memory/weight_bytes": ("Weights", "GB"), "load/load_s": ("Load", "s"),
-}  # fmt: skip
+    RATE: ("Output throughput", "tokens/s"),
+    "latency/ttft_ms_p50": ("Time to first token", "ms"),
+    "latency/itl_ms_p50": ("Inter-token latency", "ms"),
+    "latency/tpot_ms_mean": ("Time per output token", "ms"),
+    "latency/e2e_ms_p50": ("End-to-end latency", "ms"),
+    DEVICE_PEAK: ("Peak device memory", "GB"),
+    HOST_PEAK: ("Peak host memory", "GB"),
+    "memory/weight_bytes": ("Weights", "GB"),
+    "load/load_s": ("Load", "s"),
+}
 """Metric that is compared → its name and unit in a chart, in the order of the table."""
 
 DIRECTIONS = (("higher", "Higher is better →"), ("lower", "← Lower is better"))
@@ -82,7 +87,9 @@ def _lines(comparisons: Sequence[Comparison]) -> Iterator[_Line]:
     """Metrics under the direction that is better for them; with several comparisons each metric is a heading too."""
     bases = {comparison.name_a for comparison in comparisons}
     for better, direction in DIRECTIONS:
-        keys = [key for key in NAMES if KEYS[key].better == better and any(_drawable(c.effect(key)) for c in comparisons)]
+        keys = [
+            key for key in NAMES if KEYS[key].better == better and any(_drawable(c.effect(key)) for c in comparisons)
+        ]
         if keys:
             yield _Line(direction, heading=True)
         for key in keys:
@@ -92,7 +99,10 @@ def _lines(comparisons: Sequence[Comparison]) -> Iterator[_Line]:
                 effect = comparison.effect(key)
                 name = comparison.name_b if len(bases) == 1 else f"{comparison.name_b} ÷ {comparison.name_a}"
                 if _drawable(effect):
-                    yield _Line(textwrap.shorten(_words(name), 44, placeholder="…") if len(comparisons) > 1 else NAMES[key][0], effect)
+                    yield _Line(
+                        textwrap.shorten(_words(name), 44, placeholder="…") if len(comparisons) > 1 else NAMES[key][0],
+                        effect,
+                    )
 
 
 def _words(name: str) -> str:
@@ -114,7 +124,11 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     base = _words(first.name_a) if len({c.name_a for c in comparisons}) == 1 else "their bases"
     other = _words(first.name_b) if len(comparisons) == 1 else f"{len(comparisons)} results"
     units = " · ".join(dict.fromkeys(units_text(c) for c in comparisons)) if len(comparisons) < 4 else ""
-    subtitle = " · ".join(filter(None, ["95 % intervals", units, "paired t test" if first.paired else "Welch's t test", "Holm over metrics"]))
+    subtitle = " · ".join(
+        filter(
+            None, ["95 % intervals", units, "paired t test" if first.paired else "Welch's t test", "Holm over metrics"]
+        )
+    )
     figure, (axes,) = _figure(f"{other} against {base} · ratios", subtitle, (WIDTH + 1.5, 1.75 + ROW * len(lines)))
     low, high = _span(effects)
     noise = 1 + first.noise
@@ -132,7 +146,9 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     axes.minorticks_off()
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
-    label = f"{other if len(comparisons) == 1 else 'Result'} ÷ {base if base != 'their bases' else 'its base'} (log scale)"
+    label = (
+        f"{other if len(comparisons) == 1 else 'Result'} ÷ {base if base != 'their bases' else 'its base'} (log scale)"
+    )
     axes.set_xlabel(textwrap.fill(label, 90, max_lines=2, placeholder="…"))
     _put_legend(figure, _legend(axes, effects))
     return figure
@@ -162,7 +178,14 @@ def _draw_effect(axes: Axes, place: float, effect: Effect, limits: tuple[float, 
     interval = f"{ratio_text(effect)}  ({interval_text(effect)})" if effect.low is not None else ratio_text(effect)
     for text, points, colour in ((interval, 12, INK), (effect.effect, 142, line)):
         axes.annotate(
-            text, (1, place), (points, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center", size=9, color=colour
+            text,
+            (1, place),
+            (points, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            va="center",
+            size=9,
+            color=colour,
         )
 
 
@@ -244,8 +267,22 @@ def _draw_values(axes: Axes, effect: Effect, paired: bool) -> None:
         form: Any = {"markersize": 3 if many else 5, "alpha": 0.5 if many else 0.75, "rasterized": len(values) > 1000}
         axes.plot(places, values, "o", color=colour, markeredgewidth=0, **form)
         end = side + 0.36 * outwards
-        axes.plot([side + 0.08 * outwards if paired else side - 0.36 * outwards, end], [mean, mean], color=INK, linewidth=1.6, zorder=3)
-        axes.annotate(_number(mean), (end, mean), (3 * outwards, 0), textcoords="offset points", ha="left" if side else "right", va="center", size=9)
+        axes.plot(
+            [side + 0.08 * outwards if paired else side - 0.36 * outwards, end],
+            [mean, mean],
+            color=INK,
+            linewidth=1.6,
+            zorder=3,
+        )
+        axes.annotate(
+            _number(mean),
+            (end, mean),
+            (3 * outwards, 0),
+            textcoords="offset points",
+            ha="left" if side else "right",
+            va="center",
+            size=9,
+        )
     every = [*itertools.chain(*sides)]
     axes.set(xlim=(-0.85, 1.85), ylim=_limits(min(every), max(every)))
     axes.tick_params(axis="x", length=0)

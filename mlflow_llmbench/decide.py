@@ -23,7 +23,18 @@ if TYPE_CHECKING:
     from .registry import Registered
     from .tracking import Store
 
-BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+BYTES = {
+    "": 1,
+    "b": 1,
+    "kb": 1e3,
+    "mb": 1e6,
+    "gb": 1e9,
+    "tb": 1e12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
 STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p50", "p95")}
 """Latency → its statistics that a limit can be about, the default first."""
@@ -31,30 +42,75 @@ STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p5
 
 def add_parsers(commands: Any) -> None:
     """Add the parsers of these commands to those of the command line."""
-    recommend = commands.add_parser("recommend", help="choose a configuration among results, within limits, and say why")
+    recommend = commands.add_parser(
+        "recommend", help="choose a configuration among results, within limits, and say why"
+    )
     recommend.add_argument("references", nargs="+", metavar="RESULT", help="sweep, run id, runs:/ID, or results folder")
-    recommend.add_argument("--goal", metavar="GOAL", default="throughput", help="throughput, latency, cost or energy (default: throughput)")
-    recommend.add_argument("--max-memory", metavar="SIZE", help="most peak memory, of the device if there is one: 6GB, 512MiB")
-    recommend.add_argument("--max-ttft", metavar="TIME", help="longest time to first token: 200ms (the median), or p95=0.2s")
-    recommend.add_argument("--max-tpot", metavar="TIME", help="longest time per output token: 50ms (the mean), or p95=60ms")
-    recommend.add_argument("--min-quality", metavar="LIST", help="least quality: kl=0.05 (at most), perplexity=12 (at most), top1=0.95 (at least)")
-    recommend.add_argument("--allow", metavar="LIST", default="", help="weigh in spite of a difference: hardware,software,workload,scenario")
+    recommend.add_argument(
+        "--goal", metavar="GOAL", default="throughput", help="throughput, latency, cost or energy (default: throughput)"
+    )
+    recommend.add_argument(
+        "--max-memory", metavar="SIZE", help="most peak memory, of the device if there is one: 6GB, 512MiB"
+    )
+    recommend.add_argument(
+        "--max-ttft", metavar="TIME", help="longest time to first token: 200ms (the median), or p95=0.2s"
+    )
+    recommend.add_argument(
+        "--max-tpot", metavar="TIME", help="longest time per output token: 50ms (the mean), or p95=60ms"
+    )
+    recommend.add_argument(
+        "--min-quality",
+        metavar="LIST",
+        help="least quality: kl=0.05 (at most), perplexity=12 (at most), top1=0.95 (at least)",
+    )
+    recommend.add_argument(
+        "--allow",
+        metavar="LIST",
+        default="",
+        help="weigh in spite of a difference: hardware,software,workload,scenario",
+    )
     _add_accept_suspect(recommend)
     recommend.add_argument("--output", metavar="FOLDER", help="write the files here too")
-    register = commands.add_parser("register", help="put a measured configuration into the Model Registry, with its evidence")
-    register.add_argument("reference", metavar="RUN", help="run id, the parent run of a sweep with a recommendation, or a recommendation.json")
-    register.add_argument("--name", required=True, metavar="NAME", help="registered model, for example support-bot")
-    register.add_argument("--alias", metavar="ALIAS", default="candidate", help="alias that points to the new version (default: candidate)")
-    _add_accept_suspect(register)
-    gate = commands.add_parser("gate", help="hold a measured run against the champion of a registered model; the exit code is the verdict")
-    gate.add_argument("candidate", metavar="CANDIDATE", help="run id, sweep, results folder, or models:/NAME@ALIAS")
-    gate.add_argument("--against", required=True, metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
-    gate.add_argument(
-        "--limit", metavar="LIST", default="", help="how much worse a metric may be: ttft=10%%,memory=0.02; kl in nats where the champion has none"
+    register = commands.add_parser(
+        "register", help="put a measured configuration into the Model Registry, with its evidence"
     )
-    gate.add_argument("--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)")
-    gate.add_argument("--measure", action="store_true", help="measure both configurations again here, in turns, instead of taking their runs")
-    gate.add_argument("--pairs", metavar="N", help="fresh processes on each side, which says --measure too (default: 6)")
+    register.add_argument(
+        "reference",
+        metavar="RUN",
+        help="run id, the parent run of a sweep with a recommendation, or a recommendation.json",
+    )
+    register.add_argument("--name", required=True, metavar="NAME", help="registered model, for example support-bot")
+    register.add_argument(
+        "--alias",
+        metavar="ALIAS",
+        default="candidate",
+        help="alias that points to the new version (default: candidate)",
+    )
+    _add_accept_suspect(register)
+    gate = commands.add_parser(
+        "gate", help="hold a measured run against the champion of a registered model; the exit code is the verdict"
+    )
+    gate.add_argument("candidate", metavar="CANDIDATE", help="run id, sweep, results folder, or models:/NAME@ALIAS")
+    gate.add_argument(
+        "--against", required=True, metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION"
+    )
+    gate.add_argument(
+        "--limit",
+        metavar="LIST",
+        default="",
+        help="how much worse a metric may be: ttft=10%%,memory=0.02; kl in nats where the champion has none",
+    )
+    gate.add_argument(
+        "--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)"
+    )
+    gate.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure both configurations again here, in turns, instead of taking their runs",
+    )
+    gate.add_argument(
+        "--pairs", metavar="N", help="fresh processes on each side, which says --measure too (default: 6)"
+    )
     _add_output_dir(gate, "with --measure: the journal's folder")
     gate.add_argument("--experiment", metavar="NAME", help="with --measure: MLflow experiment (default: llmbench)")
     _add_grants(gate)
@@ -62,23 +118,39 @@ def add_parsers(commands: Any) -> None:
     gate.add_argument("--markdown", metavar="FILE", help="write the verdict as Markdown")
     _add_accept_suspect(gate)
     promote = commands.add_parser("promote", help="make a version the champion, after a gate that it has passed")
-    promote.add_argument("version", metavar="VERSION", help="models:/NAME@candidate, models:/NAME/VERSION, or models:/NAME@previous to go back")
-    export = commands.add_parser("export", help="write the command or manifest that serves a registered version elsewhere")
+    promote.add_argument(
+        "version",
+        metavar="VERSION",
+        help="models:/NAME@candidate, models:/NAME/VERSION, or models:/NAME@previous to go back",
+    )
+    export = commands.add_parser(
+        "export", help="write the command or manifest that serves a registered version elsewhere"
+    )
     export.add_argument("version", metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
     export.add_argument(
-        "--for", dest="target", required=True, metavar="TARGET", help="vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes"
+        "--for",
+        dest="target",
+        required=True,
+        metavar="TARGET",
+        help="vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes",
     )
     export.add_argument("--output", metavar="FILE", help="write it here (default: print it)")
     reproduce = commands.add_parser(
-        "reproduce", help="measure a run or a registered version again, and say whether it came out alike; the exit code says it too"
+        "reproduce",
+        help="measure a run or a registered version again, and say whether it came out alike; the exit code says it too",
     )
     reproduce.add_argument("reference", metavar="RUN", help="run id, runs:/ID, results folder, or models:/NAME@ALIAS")
-    reproduce.add_argument("--margin", metavar="RATIO", default="5%", help="within what it counts as equivalent (default: 5%%)")
+    reproduce.add_argument(
+        "--margin", metavar="RATIO", default="5%", help="within what it counts as equivalent (default: 5%%)"
+    )
     _add_grants(reproduce)
     reproduce.add_argument("--url", metavar="URL", help="where the server is now, for a run that measured one")
     _add_output_dir(reproduce, "the journal's folder")
     reproduce.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: that of the run)")
-    bring = commands.add_parser("import", help="put results of vllm bench serve, GuideLLM, AIPerf, llama-bench or optimum-benchmark into the store")
+    bring = commands.add_parser(
+        "import",
+        help="put results of vllm bench serve, GuideLLM, AIPerf, llama-bench or optimum-benchmark into the store",
+    )
     bring.add_argument("files", nargs="+", metavar="FILE", help="the JSON file that the program wrote")
     bring.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for command in (recommend, register, gate, promote, export, reproduce, bring):
@@ -86,16 +158,27 @@ def add_parsers(commands: Any) -> None:
 
 
 def _add_accept_suspect(parser: Any) -> None:
-    parser.add_argument("--accept-suspect", metavar="REASON", help="accept suspect results, for this reason, which is recorded; none = do not")
+    parser.add_argument(
+        "--accept-suspect",
+        metavar="REASON",
+        help="accept suspect results, for this reason, which is recorded; none = do not",
+    )
 
 
 def _add_output_dir(parser: Any, what: str) -> None:
-    parser.add_argument("--output-dir", metavar="FOLDER", default=default_text("output_dir"), help=f"{what} (default: {default_text('output_dir')})")
+    parser.add_argument(
+        "--output-dir",
+        metavar="FOLDER",
+        default=default_text("output_dir"),
+        help=f"{what} (default: {default_text('output_dir')})",
+    )
 
 
 def _add_grants(parser: Any) -> None:
     """What is not taken over from a run that is measured again."""
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model, where the run did")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model, where the run did"
+    )
     parser.add_argument("--allow-pickle", action="store_true", help="read weights that are a pickle, where the run did")
 
 
@@ -105,7 +188,9 @@ def _grants(given: argparse.Namespace) -> frozenset[str]:
 
 def _add_common(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
-    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)")
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)"
+    )
 
 
 def _recommend(given: argparse.Namespace) -> int:
@@ -159,8 +244,12 @@ def _limits(given: argparse.Namespace) -> list[Limit]:
     for part in filter(None, (_told(given.min_quality) or "").split(",")):
         name, _, text = part.partition("=")
         if name not in QUALITY:
-            raise UsageError(f"Unknown quality: {name}. Known: {', '.join(QUALITY)}. Give for example --min-quality kl=0.05.")
-        found.append(Limit(f"--min-quality {name}", QUALITY[name], _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05")))
+            raise UsageError(
+                f"Unknown quality: {name}. Known: {', '.join(QUALITY)}. Give for example --min-quality kl=0.05."
+            )
+        found.append(
+            Limit(f"--min-quality {name}", QUALITY[name], _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05"))
+        )
     return found
 
 
@@ -174,7 +263,11 @@ def _latency(name: str, text: str) -> tuple[Measure, str]:
         raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(STATISTICS[name])}.")
     words = {"ttft": "time to first token", "tpot": "time per output token"}
     shown = {"p50": "median", "mean": "mean"}.get(statistic, statistic)
-    advice = "More repetitions support higher percentiles." if statistic not in ("mean", "p50") else "Measure at least 2 output tokens."
+    advice = (
+        "More repetitions support higher percentiles."
+        if statistic not in ("mean", "p50")
+        else "Measure at least 2 output tokens."
+    )
     return Measure(f"{shown} {words[name]}", (f"latency/{name}_ms_{statistic}",), "lower", advice), amount
 
 
@@ -184,7 +277,9 @@ def _quantity(option: str, text: str, units: dict[str, float], example: str) -> 
     unit = match[2].lower() if match else ""
     if match is None or unit not in units:
         known = [name for name in units if name]
-        raise UsageError(f"{option} is not a number{f' with a unit ({chr(44).join(known)})' if known else ''}: {text}. Give for example {example}.")
+        raise UsageError(
+            f"{option} is not a number{f' with a unit ({chr(44).join(known)})' if known else ''}: {text}. Give for example {example}."
+        )
     return float(match[1]) * units[unit]
 
 
@@ -197,7 +292,17 @@ def _register(given: argparse.Namespace) -> int:
     print(f"{what} {made.uri}, alias {given.alias}. Its evidence is the run {made.run_id}.")
     print(f"Serve it: mlflow models serve -m models:/{made.name}@{given.alias} --env-manager local")
     if given.json:
-        print(json.dumps({"name": made.name, "version": made.version, "alias": given.alias, "run_id": made.run_id, "new": made.new}))
+        print(
+            json.dumps(
+                {
+                    "name": made.name,
+                    "version": made.version,
+                    "alias": given.alias,
+                    "run_id": made.run_id,
+                    "new": made.new,
+                }
+            )
+        )
     return 0
 
 
@@ -215,7 +320,10 @@ def _gate(given: argparse.Namespace) -> int:
 def _gate_verdict(given: argparse.Namespace) -> int:
     from . import gate, gate_report, registry, tracking
 
-    limits, limit = gate.parse_limits(_told(given.limit) or ""), gate.parse_ratio("--default-limit", given.default_limit)
+    limits, limit = (
+        gate.parse_limits(_told(given.limit) or ""),
+        gate.parse_ratio("--default-limit", given.default_limit),
+    )
     store = tracking.open_store(given.tracking_uri)
     champion = registry.registered_at(store, given.against)
     baseline = registry.result_of(store, champion.run_id)
@@ -231,7 +339,9 @@ def _gate_verdict(given: argparse.Namespace) -> int:
     return found.exit_code
 
 
-def _held(given: argparse.Namespace, baseline: RunResult, candidate: RunResult, limits: dict[str, float], limit: float) -> tuple[Gate, str | None]:
+def _held(
+    given: argparse.Namespace, baseline: RunResult, candidate: RunResult, limits: dict[str, float], limit: float
+) -> tuple[Gate, str | None]:
     """The gate, and the run of the sweep that was measured for it."""
     from . import gate
 
@@ -245,10 +355,18 @@ def _held(given: argparse.Namespace, baseline: RunResult, candidate: RunResult, 
     from .rematch import rematch
 
     done = rematch(
-        baseline, candidate, pairs=pairs, granted=_grants(given), output_dir=given.output_dir, tracking_uri=given.tracking_uri,
-        experiment=given.experiment, watcher=Progress(sys.stderr),
-    )  # fmt: skip
-    found = gate.decide(done.champion, done.candidate, limits, limit=limit, accept_suspect=_reason(given), in_turns=True)
+        baseline,
+        candidate,
+        pairs=pairs,
+        granted=_grants(given),
+        output_dir=given.output_dir,
+        tracking_uri=given.tracking_uri,
+        experiment=given.experiment,
+        watcher=Progress(sys.stderr),
+    )
+    found = gate.decide(
+        done.champion, done.candidate, limits, limit=limit, accept_suspect=_reason(given), in_turns=True
+    )
     return dataclasses.replace(found, notes=(*found.notes, *done.notes)), done.sweep.parent_id
 
 
@@ -276,7 +394,11 @@ def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> 
         version = registry.registered_at(store, given.candidate)
         return registry.result_of(store, version.run_id), version.run_id, version.uri
     results = load_results(given.candidate, given.tracking_uri)
-    same = results if len(results) == 1 else [result for result in results if result.hashes.config == baseline.hashes.config]
+    same = (
+        results
+        if len(results) == 1
+        else [result for result in results if result.hashes.config == baseline.hashes.config]
+    )
     if len(same) != 1:
         raise UsageError(
             f"{given.candidate} has {len(results)} cells, and {len(same)} of them have the champion's configuration. Give the run of one cell."
@@ -286,7 +408,13 @@ def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> 
 
 
 def _write_gate(
-    given: argparse.Namespace, found: Gate, files: dict[str, bytes], store: Store, champion: Registered, run_id: str | None, measured: str | None
+    given: argparse.Namespace,
+    found: Gate,
+    files: dict[str, bytes],
+    store: Store,
+    champion: Registered,
+    run_id: str | None,
+    measured: str | None,
 ) -> None:
     from . import gate, gate_report, registry
     from .journal import write_bytes, write_json
@@ -296,7 +424,9 @@ def _write_gate(
         if option:
             write_bytes(Path(option), files[name])
     if run_id is None:
-        print(f"\nNot logged: the store {redact(store.uri)} has no run of the candidate. `llmbench upload` puts it there.")
+        print(
+            f"\nNot logged: the store {redact(store.uri)} has no run of the candidate. `llmbench upload` puts it there."
+        )
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -313,7 +443,10 @@ def _promote(given: argparse.Namespace) -> int:
 
     done = registry.promote(tracking.open_store(given.tracking_uri), given.version)
     new, before = done.champion, done.before
-    print(f"{new.uri} is the champion of {new.name}." + ("" if before else " It is the first, so there was nothing to gate it against."))
+    print(
+        f"{new.uri} is the champion of {new.name}."
+        + ("" if before else " It is the first, so there was nothing to gate it against.")
+    )
     if before:
         print(f"Version {before} is kept as previous. To go back: llmbench promote models:/{new.name}@previous")
     if given.json:
@@ -390,7 +523,15 @@ def _import(given: argparse.Namespace) -> int:
         for one, run_id in zip(done.found, done.run_ids, strict=True):
             ours = ", ".join(sorted(one.metrics)) or "nothing"
             print(f"  {run_id}  {one.name}: {len(one.own)} figures under its own names; under ours: {ours}")
-            told.append({"file": file, "source": one.source, "run_id": run_id, "metrics": dict(one.metrics), "own": dict(one.own)})
+            told.append(
+                {
+                    "file": file,
+                    "source": one.source,
+                    "run_id": run_id,
+                    "metrics": dict(one.metrics),
+                    "own": dict(one.own),
+                }
+            )
     if given.json:
         print(json.dumps(told, ensure_ascii=False))
     return 0

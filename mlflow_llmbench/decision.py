@@ -34,7 +34,9 @@ def recommendation_markdown(found: Recommendation) -> str:
     parts = ["# Recommendation", markdown(" ".join([answer(found), *found.cautions]))]
     parts += [markdown_table(heading, body)] if body else []
     lists = {
-        "Runners-up": [f"**{markdown(_ranked(r.candidate.name, r.tied))}**: {markdown(r.why)}" for r in found.runners_up],
+        "Runners-up": [
+            f"**{markdown(_ranked(r.candidate.name, r.tied))}**: {markdown(r.why)}" for r in found.runners_up
+        ],
         "Refused": [f"**{markdown(r.candidate.name)}**: {markdown(r.why)}" for r in found.refused],
         "What would change the answer": [markdown(line) for line in found.changes],
     }
@@ -54,7 +56,11 @@ def answer(found: Recommendation) -> str:
     asked = f"{GOALS[found.goal].label}{f' within {limits}' if limits else ''}"
     if found.winner is None:
         trusted = len(found.eligible)
-        why = f"none of the {trusted} that can be trusted and compared keeps the limits" if trusted else "no result can be trusted and compared"
+        why = (
+            f"none of the {trusted} that can be trusted and compared keeps the limits"
+            if trusted
+            else "no result can be trusted and compared"
+        )
         return f"Nothing is recommended for {asked}: {why}."
     figures = ", ".join(f"{measure.label} {_shown(found.winner, measure)}" for measure in found.objectives)
     suspect = f" It is suspect, and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
@@ -71,7 +77,9 @@ def recommendation_cells(found: Recommendation) -> tuple[list[str], list[list[st
     for one in found.eligible:
         shown = [_shown(one, measure) for measure in found.objectives]
         suspect = ", suspect" if one.verdict.word == "suspect" else ""
-        body.append([one.name, *shown, "yes" if id(one) in front else "", places.get(id(one), "beyond a limit") + suspect])
+        body.append(
+            [one.name, *shown, "yes" if id(one) in front else "", places.get(id(one), "beyond a limit") + suspect]
+        )
     return heading, body
 
 
@@ -81,7 +89,9 @@ def _shown(one: Candidate, measure: Measure) -> str:
     if value is None:
         return "–"
     ends = interval(one, measure)
-    return figure(key, value) + (f" ({figure(key, ends[0]).split()[0]} to {figure(key, ends[1]).split()[0]})" if ends else "")
+    return figure(key, value) + (
+        f" ({figure(key, ends[0]).split()[0]} to {figure(key, ends[1]).split()[0]})" if ends else ""
+    )
 
 
 def _ranked(name: str, tied: bool) -> str:

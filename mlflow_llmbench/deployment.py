@@ -14,14 +14,41 @@ from .records import SCHEMA, RunResult, Verdict
 
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 HEADLINES = (
-    "throughput/output_tokens_per_s", "throughput/output_tokens_per_s_ci_low", "throughput/output_tokens_per_s_ci_high", "latency/ttft_ms_p50",
-    "latency/ttft_ms_p95", "latency/itl_ms_p50", "latency/itl_ms_p95", "latency/tpot_ms_mean", "latency/e2e_ms_p50", "latency/e2e_ms_p95",
-    "memory/device_bytes_peak", "memory/host_needed_bytes_peak", "memory/weight_bytes", "efficiency/joules_per_token", "cost/per_million_tokens",
-    "quality/perplexity", "quality/kl_vs_reference", "quality/top1_agreement", "load/load_s", "trust/repetitions",
-)  # fmt: skip
+    "throughput/output_tokens_per_s",
+    "throughput/output_tokens_per_s_ci_low",
+    "throughput/output_tokens_per_s_ci_high",
+    "latency/ttft_ms_p50",
+    "latency/ttft_ms_p95",
+    "latency/itl_ms_p50",
+    "latency/itl_ms_p95",
+    "latency/tpot_ms_mean",
+    "latency/e2e_ms_p50",
+    "latency/e2e_ms_p95",
+    "memory/device_bytes_peak",
+    "memory/host_needed_bytes_peak",
+    "memory/weight_bytes",
+    "efficiency/joules_per_token",
+    "cost/per_million_tokens",
+    "quality/perplexity",
+    "quality/kl_vs_reference",
+    "quality/top1_agreement",
+    "load/load_s",
+    "trust/repetitions",
+)
 """Figures that a version carries, as far as they were measured."""
 
-SHOWN = ("model", "revision", "quant", "decode", "device", "batch_size", "max_prompt_tokens", "max_new_tokens", "workload", "history")
+SHOWN = (
+    "model",
+    "revision",
+    "quant",
+    "decode",
+    "device",
+    "batch_size",
+    "max_prompt_tokens",
+    "max_new_tokens",
+    "workload",
+    "history",
+)
 """What of the configuration is a tag of the version."""
 
 SERVED_BACKENDS = ("transformers", "llama_cpp", "fake")
@@ -29,9 +56,14 @@ SERVED_DECODES = ("generate",)
 SERVED_HISTORIES = ("none", "recomputed")
 
 PACKAGES = {
-    "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel", "optimum"), "torchao": ("torchao",), "hqq": ("hqq",), "quanto": ("optimum-quanto",),
-    "bitsandbytes": ("bitsandbytes",), "compressed-tensors": ("compressed-tensors",),
-}  # fmt: skip
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel", "optimum"),
+    "torchao": ("torchao",),
+    "hqq": ("hqq",),
+    "quanto": ("optimum-quanto",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+}
 """Method of a quantization → what transformers loads it with, or makes it with while it loads."""
 
 
@@ -78,7 +110,9 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "quant": cell.quant,
         "dtype": _dtype(result),
         "compute_dtype": facts.get("model.dtype"),
-        "quantization": _quantization(cell.quant, facts, model.source == "gguf", plan) if cell.backend == "transformers" else {},
+        "quantization": _quantization(cell.quant, facts, model.source == "gguf", plan)
+        if cell.backend == "transformers"
+        else {},
         "method": facts.get("quant.method"),
         "kernel": facts.get("quant.kernel"),
         "bits_per_weight": facts.get("quant.bits_per_weight"),
@@ -108,32 +142,56 @@ def version_tags(deployment: Deployment) -> dict[str, str]:
     config, evidence = deployment.config, deployment.evidence
     tags = {
         **{name: config[name] for name in SHOWN},
-        **{key.partition("/")[2]: f"{value:.0f}" if value >= 1e6 else f"{value:.6g}" for key, value in deployment.figures.items()},
-        "verdict": evidence.verdict.word, "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons),
-        "accepted_suspect": evidence.accepted_suspect, "run_id": evidence.run_id, "sweep": evidence.sweep, "linked_run": evidence.linked,
-        **{f"{name}_hash": value for name, value in config["hashes"].items()}, "schema": config["schema"],
-    }  # fmt: skip
+        **{
+            key.partition("/")[2]: f"{value:.0f}" if value >= 1e6 else f"{value:.6g}"
+            for key, value in deployment.figures.items()
+        },
+        "verdict": evidence.verdict.word,
+        "verdict_reasons": ",".join(reason.code for reason in evidence.verdict.reasons),
+        "accepted_suspect": evidence.accepted_suspect,
+        "run_id": evidence.run_id,
+        "sweep": evidence.sweep,
+        "linked_run": evidence.linked,
+        **{f"{name}_hash": value for name, value in config["hashes"].items()},
+        "schema": config["schema"],
+    }
     return {f"llmbench.{name}": str(value)[:5000] for name, value in tags.items() if value not in (None, "")}
 
 
 def _refuse(result: RunResult, evidence: Evidence) -> None:
     cell, verdict = result.cell, evidence.verdict
     if result.failure or verdict.word == "invalid":
-        why = f"its outcome is {result.outcome}" if result.failure else ", ".join(reason.code for reason in verdict.reasons)
-        raise UsageError(f"The run {evidence.run_id} is invalid ({why}), and is not registered. Measure it again, or give another run.")
+        why = (
+            f"its outcome is {result.outcome}"
+            if result.failure
+            else ", ".join(reason.code for reason in verdict.reasons)
+        )
+        raise UsageError(
+            f"The run {evidence.run_id} is invalid ({why}), and is not registered. Measure it again, or give another run."
+        )
     if verdict.word == "suspect" and not evidence.accepted_suspect:
         codes = ", ".join(reason.code for reason in verdict.reasons)
-        raise UsageError(f'The run {evidence.run_id} is suspect ({codes}). Measure it again, or register it with --accept-suspect "REASON".')
+        raise UsageError(
+            f'The run {evidence.run_id} is suspect ({codes}). Measure it again, or register it with --accept-suspect "REASON".'
+        )
     if cell.weights == "random":
-        raise UsageError(f"The run {evidence.run_id} has random weights, whose answers mean nothing. Measure the model with its own weights.")
+        raise UsageError(
+            f"The run {evidence.run_id} has random weights, whose answers mean nothing. Measure the model with its own weights."
+        )
     if cell.backend not in SERVED_BACKENDS:
         raise UsageError(
             f"backend={cell.backend} cannot be registered: the registered model is run by transformers or llama.cpp. Measure with one of them."
         )
-    if (cell.backend == "llama_cpp" or cell.quant.startswith("gptq")) and (result.load is None or result.load.made is None):
-        raise UsageError(f"The run {evidence.run_id} does not say where the files are that it ran, so it cannot be served. Measure it again.")
+    if (cell.backend == "llama_cpp" or cell.quant.startswith("gptq")) and (
+        result.load is None or result.load.made is None
+    ):
+        raise UsageError(
+            f"The run {evidence.run_id} does not say where the files are that it ran, so it cannot be served. Measure it again."
+        )
     if cell.backend == "llama_cpp" and result.load and result.load.facts.get("model.tokenizer") == "none":
-        raise UsageError(f"The GGUF file of the run {evidence.run_id} has no tokenizer, so it cannot answer texts. Measure a model that has one.")
+        raise UsageError(
+            f"The GGUF file of the run {evidence.run_id} has no tokenizer, so it cannot answer texts. Measure a model that has one."
+        )
     if cell.batching:
         raise UsageError(
             f"batching={cell.batching} cannot be served: the registered model batches the prompts of one request, and not requests that come one "
@@ -158,7 +216,9 @@ def _dtype(result: RunResult) -> str:
     return "auto" if cell.quant == "none" else str(facts.get("model.dtype", "auto"))
 
 
-def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf: bool, plan: QuantPlan | None) -> dict[str, Any]:
+def _quantization(
+    quant: str, facts: Mapping[str, str | int | float], from_gguf: bool, plan: QuantPlan | None
+) -> dict[str, Any]:
     """The recipe as it was realised: the class of transformers and its settings; empty where the checkpoint is loaded as it is.
 
     Of a mixed quantization the layers by scheme, which `serving_model` replaces one by one.
@@ -171,7 +231,13 @@ def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf:
     if quant in ("int4", "fp4"):
         kind, compute = facts["quant.type"], facts["quant.compute_dtype"]
         double = {"bnb_4bit_use_double_quant": True} if facts.get("quant.double_quant") == "true" else {}
-        return {"class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute, **double}
+        return {
+            "class": "BitsAndBytesConfig",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_compute_dtype": compute,
+            **double,
+        }
     if quant in FLOAT_DTYPES:
         return {"class": "GgufConfig", "dequantize": True} if from_gguf else {}
     method = facts.get("quant.method")
@@ -183,7 +249,9 @@ def _quantization(quant: str, facts: Mapping[str, str | int | float], from_gguf:
         return {"class": "QuantoConfig", "weights": f"int{quant.removeprefix('quanto')}"}
     if method == "hqq":
         return {"class": "hqq", "bits": facts["quant.bits"], "group_size": facts["quant.group_size"]}
-    raise UsageError(f"quant={quant} cannot be registered yet: how it was realised is not known to the served model. Use another quantization.")
+    raise UsageError(
+        f"quant={quant} cannot be registered yet: how it was realised is not known to the served model. Use another quantization."
+    )
 
 
 def _place(result: RunResult) -> tuple[str, str, str | None]:
@@ -223,15 +291,22 @@ def _needs(result: RunResult, metrics: Mapping[str, float]) -> dict[str, Any]:
     peak = metrics.get("memory/device_bytes_peak" if on_device else "memory/host_needed_bytes_peak")
     names = [gpu["name"] for gpu in result.environment.get("gpus") or []] if on_device else []
     machine = names[0] if names else (result.environment.get("cpu") or {}).get("name")
-    return {"peak_memory_bytes": None if peak is None else int(peak), "memory_of": "device" if on_device else "host", "measured_on": machine}
+    return {
+        "peak_memory_bytes": None if peak is None else int(peak),
+        "memory_of": "device" if on_device else "host",
+        "measured_on": machine,
+    }
 
 
 def _evidence(evidence: Evidence) -> dict[str, Any]:
     return {
-        "run_id": evidence.run_id, "sweep": evidence.sweep, "verdict": evidence.verdict.word,
-        "verdict_reasons": [reason.code for reason in evidence.verdict.reasons], "accepted_suspect": evidence.accepted_suspect,
+        "run_id": evidence.run_id,
+        "sweep": evidence.sweep,
+        "verdict": evidence.verdict.word,
+        "verdict_reasons": [reason.code for reason in evidence.verdict.reasons],
+        "accepted_suspect": evidence.accepted_suspect,
         **({"linked_run": evidence.linked} if evidence.linked else {}),
-    }  # fmt: skip
+    }
 
 
 def _requirements(result: RunResult) -> tuple[str, ...]:
@@ -245,4 +320,6 @@ def _requirements(result: RunResult) -> tuple[str, ...]:
     wanted += ["gguf"] if result.model.source == "gguf" else []
     method = str(result.load.facts.get("quant.method")) if result.load else ""
     wanted += PACKAGES.get(method, ())
-    return tuple(f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in dict.fromkeys(wanted) if name in packages)
+    return tuple(
+        f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in dict.fromkeys(wanted) if name in packages
+    )

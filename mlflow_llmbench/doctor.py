@@ -89,8 +89,16 @@ def examine_worker(python: str) -> Report:
         Item("Interpreter", "packages", "ok", packages or "none of ours"),
     ]
     for item in (Item(**found) for found in interpreter.ask_doctor(python)):
-        problem = interpreter.try_import(python, item.name) if item.section == "Backends" and item.status == "ok" and item.name in APART else ""
-        items.append(replace(item, status="limited", found=f"cannot be imported: {problem}", advice=IMPORT_ADVICE) if problem else item)
+        problem = (
+            interpreter.try_import(python, item.name)
+            if item.section == "Backends" and item.status == "ok" and item.name in APART
+            else ""
+        )
+        items.append(
+            replace(item, status="limited", found=f"cannot be imported: {problem}", advice=IMPORT_ADVICE)
+            if problem
+            else item
+        )
     return Report(any(item.section == "Backends" and item.status == "ok" for item in items), tuple(items))
 
 
@@ -148,14 +156,28 @@ def _guarded(section: str, name: str, check: Callable[[], Iterable[Item]]) -> li
     try:
         return list(check())
     except Exception as error:
-        return [Item(section, name, "limited", f"could not be examined: {first_line(error)}", "Please report this line; nothing else depends on it.")]
+        return [
+            Item(
+                section,
+                name,
+                "limited",
+                f"could not be examined: {first_line(error)}",
+                "Please report this line; nothing else depends on it.",
+            )
+        ]
 
 
 def machine_items() -> Iterator[Item]:
     """CPU, its vector instructions, memory, operating system."""
     cores, logical = machine.physical_cores(), len(machine.usable_cpus())
     data = {"name": machine.cpu_name(), "physical_cores": cores, "usable_cpus": logical}
-    yield Item("Machine", "CPU", "ok", f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}", data=data)
+    yield Item(
+        "Machine",
+        "CPU",
+        "ok",
+        f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}",
+        data=data,
+    )
     yield from vector_items(Path("/proc/cpuinfo"))
     yield memory_item(memory.available_bytes(), memory.total_bytes())
     yield Item("Machine", "system", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
@@ -170,13 +192,22 @@ def vector_items(cpuinfo: Path) -> Iterator[Item]:
     flags = set(found[1].split()) if found else set()
     if "sse2" not in flags:
         return
-    useful = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags]
+    useful = [
+        flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags
+    ]
     data = {"useful": useful}
     if "avx512f" in flags:
         yield Item("Machine", "vector instructions", "ok", ", ".join(useful), data=data)
     else:
         advice = "int4 and fp4 fall back to slow code on a CPU without AVX-512: compare them with fp32 before you choose them."
-        yield Item("Machine", "vector instructions", "limited", f"{', '.join(useful) or 'SSE only'}, no AVX-512", advice, data=data)
+        yield Item(
+            "Machine",
+            "vector instructions",
+            "limited",
+            f"{', '.join(useful) or 'SSE only'}, no AVX-512",
+            advice,
+            data=data,
+        )
 
 
 def memory_item(available: int | None, total: int | None) -> Item:
@@ -193,14 +224,22 @@ def memory_item(available: int | None, total: int | None) -> Item:
         )
     found = f"{available / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
     if available < LITTLE_MEMORY:
-        return Item("Machine", "memory", "limited", found, "Close other programs; `llmbench models` shows what fits.", data=data)
+        return Item(
+            "Machine", "memory", "limited", found, "Close other programs; `llmbench models` shows what fits.", data=data
+        )
     return Item("Machine", "memory", "ok", found, data=data)
 
 
 def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]:
     """The NVIDIA GPUs; `reader` says whether the package that reads them is installed."""
     if not reader:
-        yield Item("Machine", "GPU", "missing", "not looked for: the package nvidia-ml-py is not installed", "Run: pip install nvidia-ml-py")
+        yield Item(
+            "Machine",
+            "GPU",
+            "missing",
+            "not looked for: the package nvidia-ml-py is not installed",
+            "Run: pip install nvidia-ml-py",
+        )
     elif not gpus:
         advice = "Models run on the CPU. If there is one, `nvidia-smi` must show it: install the driver, or give the container access (--gpus all)."
         yield Item("Machine", "GPU", "missing", "no NVIDIA GPU answers", advice)
@@ -212,7 +251,9 @@ def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]
 def disk_items() -> Iterator[Item]:
     """Free space where checkpoints are kept: ours, and the Hub's."""
     yield disk_item("cache folder", machine.cache_folder(), "LLMBENCH_CACHE")
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    home = Path(
+        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
     yield disk_item("Hub cache", Path(os.environ.get("HF_HUB_CACHE") or home / "hub"), "HF_HOME")
 
 
@@ -222,10 +263,22 @@ def disk_item(name: str, folder: Path, variable: str) -> Item:
     free = shutil.disk_usage(there).free
     found, data = f"{free / 1e9:.1f} GB free in {folder}", {"folder": str(folder), "free_bytes": free}
     if not os.access(there, os.W_OK):
-        return Item("Machine", name, "limited", f"{folder} cannot be written", f"Set {variable} to a folder that you own.", data=data)
+        return Item(
+            "Machine",
+            name,
+            "limited",
+            f"{folder} cannot be written",
+            f"Set {variable} to a folder that you own.",
+            data=data,
+        )
     if free < LITTLE_DISK:
         return Item(
-            "Machine", name, "limited", found, f"A 7 B model takes 14 GB: free some space, or set {variable} to a folder on a larger disk.", data=data
+            "Machine",
+            name,
+            "limited",
+            found,
+            f"A 7 B model takes 14 GB: free some space, or set {variable} to a folder on a larger disk.",
+            data=data,
         )
     return Item("Machine", name, "ok", found, data=data)
 
@@ -233,12 +286,20 @@ def disk_item(name: str, folder: Path, variable: str) -> Item:
 def software_items() -> Iterator[Item]:
     """Python, the packages that are needed, and the versions of others that can touch a result."""
     python_ok = sys.version_info >= (3, 10)
-    yield Item("Software", "Python", "ok" if python_ok else "limited", platform.python_version(), None if python_ok else "Use Python 3.10 or later.")
+    yield Item(
+        "Software",
+        "Python",
+        "ok" if python_ok else "limited",
+        platform.python_version(),
+        None if python_ok else "Use Python 3.10 or later.",
+    )
     for name in NEEDED:
         yield package_item(name, version(name))
     others = {name: found for name in ALSO_SHOWN if (found := version(name))}
     if others:
-        yield Item("Software", "also", "ok", ", ".join(f"{name} {found}" for name, found in others.items()), data=others)
+        yield Item(
+            "Software", "also", "ok", ", ".join(f"{name} {found}" for name, found in others.items()), data=others
+        )
 
 
 def package_item(name: str, installed: str | None) -> Item:
@@ -329,7 +390,9 @@ def converter_item() -> Item:
     except MissingError as error:
         wrong, _, command = str(error).partition(". ")
         return Item("Backends", "llama.cpp's converter", "missing", wrong, command)
-    return Item("Backends", "llama.cpp's converter", "ok", f"{tree}, {len(gguf_made.architectures(tree))} architectures")
+    return Item(
+        "Backends", "llama.cpp's converter", "ok", f"{tree}, {len(gguf_made.architectures(tree))} architectures"
+    )
 
 
 def quantization_items(installed: Callable[[str], bool]) -> Iterator[Item]:
@@ -375,7 +438,13 @@ def optional_items() -> Iterator[Item]:
         if lacking:
             yield Item("Optional", name, "missing", f"gives {gives}", f"Run: {command}")
         else:
-            yield Item("Optional", name, "ok", f"{', '.join(str(installed) for installed in versions.values())}: {gives}", data=versions)
+            yield Item(
+                "Optional",
+                name,
+                "ok",
+                f"{', '.join(str(installed) for installed in versions.values())}: {gives}",
+                data=versions,
+            )
 
 
 def instrument_items() -> Iterator[Item]:
@@ -409,8 +478,16 @@ def energy_item(folder: Path) -> Item:
         for counter in counters:
             int(counter.read_text())
     except (OSError, ValueError):
-        advice = f"Run: sudo chmod a+r {folder}/intel-rapl*/energy_uj (until the next boot; it lets every program read them)"
-        return Item("Instruments", "energy counters", "limited", f"{_count(len(counters), 'counter')}, not readable for you", advice)
+        advice = (
+            f"Run: sudo chmod a+r {folder}/intel-rapl*/energy_uj (until the next boot; it lets every program read them)"
+        )
+        return Item(
+            "Instruments",
+            "energy counters",
+            "limited",
+            f"{_count(len(counters), 'counter')}, not readable for you",
+            advice,
+        )
     return Item("Instruments", "energy counters", "ok", f"{_count(len(counters), 'counter')} can be read")
 
 

@@ -42,7 +42,11 @@ def tokens_per_step(result: RunResult) -> float | None:
 def mean_step_ms(result: RunResult) -> float | None:
     """Mean time of a decode step: the time per output token, or the gap between steps where these bring several tokens. None without any."""
     every = requests(result)
-    return mean_of([gap for r in every for gap in chunk_gaps_ms(r)] if several_in_a_step(result) else [value for r in every if (value := tpot_ms(r))])
+    return mean_of(
+        [gap for r in every for gap in chunk_gaps_ms(r)]
+        if several_in_a_step(result)
+        else [value for r in every if (value := tpot_ms(r))]
+    )
 
 
 def mean_context(result: RunResult) -> float:
@@ -70,7 +74,9 @@ def model_bandwidth_utilization(result: RunResult) -> float | None:
         return None
     if load.step_bytes < CACHE_FACTOR * (load.cache_bytes or 0):
         return None
-    read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * attended(load, mean_context(result))
+    read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * attended(
+        load, mean_context(result)
+    )
     return read / (step_ms / 1e3) / bandwidth
 
 

@@ -121,8 +121,14 @@ class NotRealised(MeasurementError):
 
 
 NO_MEMORY = (
-    "can't allocate memory", "cannot allocate", "failed to allocate", "not enough memory", "out of memory", "bad_alloc", "available memory on node",
-)  # fmt: skip
+    "can't allocate memory",
+    "cannot allocate",
+    "failed to allocate",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "available memory on node",
+)
 """Words with which libraries say that memory ran out, in lower case."""
 
 
@@ -137,6 +143,10 @@ def foreign_errors(doing: str, library: str = "", said: Callable[[Exception], st
         raise OutOfMemory(f"Memory ran out while {doing}.") from None
     except Exception as error:
         kind = type(error).__name__
-        text = f"{library} failed while {doing}: {kind}: {said(error)}" if library else f"{kind} while {doing}: {said(error)}"
+        text = (
+            f"{library} failed while {doing}: {kind}: {said(error)}"
+            if library
+            else f"{kind} while {doing}: {said(error)}"
+        )
         lacked = kind == "OutOfMemoryError" or any(word in str(error).lower() for word in NO_MEMORY)
         raise (OutOfMemory if lacked else MeasurementError)(text) from error

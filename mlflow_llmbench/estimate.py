@@ -60,9 +60,19 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -
 
 
 KV_VALUE_BYTES = {
-    "fp8": 1.0, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64, "int2": 0.25 + 4 / 64, "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32,
-    "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
-}  # fmt: skip
+    "fp8": 1.0,
+    "int8": 1 + 4 / 64,
+    "int4": 0.5 + 4 / 64,
+    "int2": 0.25 + 4 / 64,
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+}
 """Bytes of a value in the KV cache. Of transformers groups of 64 share two numbers of 16 bits, and the newest 128 tokens, which stay as they are, are left
 out; llama.cpp's types are blocks of 32 (ggml-common.h)."""
 
@@ -104,7 +114,9 @@ LEAST_WARMUP = 3
 """Discarded runs that `warmup=auto` makes at least."""
 
 
-def least_seconds(cell: Cell, model: ModelFacts, shape: models.Shape | None, peaks: Mapping[str, float]) -> float | None:
+def least_seconds(
+    cell: Cell, model: ModelFacts, shape: models.Shape | None, peaks: Mapping[str, float]
+) -> float | None:
     """Least seconds for all runs of a cell, warm-up included, by the machine's measured rates; None without them or the architecture.
 
     A stream of requests takes at least as long as they take to come. Any other run is a prefill and N − 1 steps, each the longer of

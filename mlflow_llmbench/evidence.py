@@ -30,7 +30,9 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
             else sorted([*folder.glob("artifacts/result.json"), *folder.glob("*/artifacts/result.json")])
         )
         if not found:
-            raise JournalError(f"The folder {reference} holds no result. Give the folder that `llmbench run` printed, or that of a cell in it.")
+            raise JournalError(
+                f"The folder {reference} holds no result. Give the folder that `llmbench run` printed, or that of a cell in it."
+            )
         return [read_result(file.parent) for file in found]
     run = RUN_ID.fullmatch(reference)
     if run is None and not SWEEP_ID.fullmatch(reference):
@@ -45,6 +47,8 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
             "Its figures stand beside ours in the MLflow UI."
         )
     if not ids:
-        raise TrackingError(f"{reference} is not in the store {store.uri}, or holds no measured cell. Check --tracking-uri.")
+        raise TrackingError(
+            f"{reference} is not in the store {store.uri}, or holds no measured cell. Check --tracking-uri."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         return [read_result(tracking.download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids]

@@ -33,17 +33,34 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
     if target not in TARGETS:
         raise UsageError(f"Unknown target: {target}. Known: {', '.join(TARGETS)}.")
     if config["backend"] not in LIBRARIES:
-        raise UsageError(f"{uri} was measured with backend={config['backend']}, and there is nothing to serve. Register a run of a real model.")
+        raise UsageError(
+            f"{uri} was measured with backend={config['backend']}, and there is nothing to serve. Register a run of a real model."
+        )
     if config["backend"] == "llama_cpp" and target == "transformers":
-        raise UsageError(f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a container.")
+        raise UsageError(
+            f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a container."
+        )
     if config["quant"] == "mixed":
-        raise UsageError(f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m {uri}")
-    if config["quantization"].get("class") in ("TorchAoConfig", "QuantoConfig", "hqq") and target in ("vllm", "tgi", "sglang", "transformers"):
-        raise UsageError(f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models serve -m {uri}")
+        raise UsageError(
+            f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m {uri}"
+        )
+    if config["quantization"].get("class") in ("TorchAoConfig", "QuantoConfig", "hqq") and target in (
+        "vllm",
+        "tgi",
+        "sglang",
+        "transformers",
+    ):
+        raise UsageError(
+            f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models serve -m {uri}"
+        )
     if config.get("tokenizer") and target in ("vllm", "tgi", "sglang"):
-        raise UsageError(f"{uri} runs a checkpoint that was made here and has no tokenizer of its own. Serve it with: mlflow models serve -m {uri}")
+        raise UsageError(
+            f"{uri} runs a checkpoint that was made here and has no tokenizer of its own. Serve it with: mlflow models serve -m {uri}"
+        )
     if config["backend"] == "llama_cpp" and config["device"] != "cpu" and target in ("docker-compose", "kubernetes"):
-        raise UsageError(f"{uri} was measured on a GPU, and the image of this {target} has no CUDA build of llama.cpp. Export for llama.cpp.")
+        raise UsageError(
+            f"{uri} was measured on a GPU, and the image of this {target} has no CUDA build of llama.cpp. Export for llama.cpp."
+        )
     comment = "".join(f"# {line}\n" for line in _measured(config, uri, target))
     return comment + TARGETS[target](config, uri, requirements)
 
@@ -69,7 +86,9 @@ def _measured(config: Config, uri: str, target: str) -> list[str]:
         f"Evidence: run {config['evidence']['run_id']}, verdict {config['evidence']['verdict']}.",
     ]
     if target == LIBRARIES[config["backend"]] == "llama.cpp":
-        lines.append("Measured in one process; the server adds its own time and batches requests as they come: `llmbench online` measures that.")
+        lines.append(
+            "Measured in one process; the server adds its own time and batches requests as they come: `llmbench online` measures that."
+        )
     elif target in ("vllm", "tgi", "sglang", "llama.cpp"):
         lines.append(f"{target} is another engine: these figures are not its own. Measure it before you rely on them.")
     return lines
@@ -111,7 +130,11 @@ def _vllm(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     if config["quant"] in BITSANDBYTES or config.get("method") == "bitsandbytes":
         raise _cannot(config, "vllm", "it has no bitsandbytes any more (seen in 0.33)")
     options: Options = {"--revision": config["revision"]} if _from_hub(config) else {}
-    options |= {"--dtype": _dtype(config), "--max-model-len": str(_tokens(config)), "--max-num-seqs": str(config["batch_size"])}
+    options |= {
+        "--dtype": _dtype(config),
+        "--max-model-len": str(_tokens(config)),
+        "--max-num-seqs": str(config["batch_size"]),
+    }
     options |= {"--generation-config": "vllm"}  # without the checkpoint's sampling defaults, as it was measured
     options |= {"--trust-remote-code": None} if config["trust_remote_code"] else {}
     return _command(["vllm", "serve", config["location"]], options)
@@ -131,8 +154,14 @@ def _sglang(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
         raise _cannot(config, "sglang", "of bitsandbytes it makes NF4 only")
     in_flight = config["quant"] == "int4"
     note = _double_quantized(config, "SGLang") if in_flight else ""
-    options: Options = {"--model-path": config["location"]} | ({"--revision": config["revision"]} if _from_hub(config) else {})
-    options |= {"--dtype": _dtype(config), "--context-length": str(_tokens(config)), "--max-running-requests": str(config["batch_size"])}
+    options: Options = {"--model-path": config["location"]} | (
+        {"--revision": config["revision"]} if _from_hub(config) else {}
+    )
+    options |= {
+        "--dtype": _dtype(config),
+        "--context-length": str(_tokens(config)),
+        "--max-running-requests": str(config["batch_size"]),
+    }
     options |= {"--quantization": "bitsandbytes", "--load-format": "bitsandbytes"} if in_flight else {}
     options |= {"--sampling-defaults": "openai"}
     options |= {"--trust-remote-code": None} if config["trust_remote_code"] else {}
@@ -142,7 +171,9 @@ def _sglang(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
 def _tgi(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     _no_gguf(config, "tgi")
     schemes = {"int8": "bitsandbytes", "int4": "bitsandbytes-nf4", "fp4": "bitsandbytes-fp4"}
-    options: Options = {"--model-id": config["location"]} | ({"--revision": config["revision"]} if _from_hub(config) else {})
+    options: Options = {"--model-id": config["location"]} | (
+        {"--revision": config["revision"]} if _from_hub(config) else {}
+    )
     threshold = config["quantization"].get("llm_int8_threshold", TGI_THRESHOLD)
     if threshold != TGI_THRESHOLD:
         raise _cannot(config, "tgi", f"its threshold of LLM.int8 is {TGI_THRESHOLD:g}, and {threshold:g} was measured")
@@ -154,8 +185,15 @@ def _tgi(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     else:
         raise _cannot(config, "tgi", "it computes in float16 or bfloat16")
     prompt, batch = int(config["max_prompt_tokens"] or 1), int(config["batch_size"])
-    options |= {"--max-input-tokens": str(prompt), "--max-total-tokens": str(_tokens(config)), "--max-batch-size": str(batch)}
-    options |= {"--max-batch-prefill-tokens": str(prompt * batch), "--max-batch-total-tokens": str(_tokens(config) * batch)}
+    options |= {
+        "--max-input-tokens": str(prompt),
+        "--max-total-tokens": str(_tokens(config)),
+        "--max-batch-size": str(batch),
+    }
+    options |= {
+        "--max-batch-prefill-tokens": str(prompt * batch),
+        "--max-batch-total-tokens": str(_tokens(config) * batch),
+    }
     options |= {"--trust-remote-code": None} if config["trust_remote_code"] else {}
     return note + _command(["text-generation-launcher"], options)
 
@@ -180,7 +218,11 @@ def _llama_cpp(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     if config["backend"] == "transformers":
         note += "# transformers had unpacked this file; llama.cpp runs it packed, with other memory and speed.\n"
         return note + _command(["llama-server"], options)
-    options |= {"--cache-type-k": config["kv_cache"], "--cache-type-v": config["kv_cache"]} if config["kv_cache"] != "f16" else {}
+    options |= (
+        {"--cache-type-k": config["kv_cache"], "--cache-type-v": config["kv_cache"]}
+        if config["kv_cache"] != "f16"
+        else {}
+    )
     options |= {"--flash-attn": "off"} if config["attention"] == "eager" else {}
     options |= {} if config["mmap"] else {"--load-mode": "none"}
     return note + _command(["llama-server"], options)
@@ -242,7 +284,9 @@ def _docker_compose(config: Config, uri: str, requirements: tuple[str, ...]) -> 
         "volumes": ["huggingface:/root/.cache/huggingface", *_local_volume(config)],
     }
     if on_gpu:
-        service["deploy"] = {"resources": {"reservations": {"devices": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]}}}
+        service["deploy"] = {
+            "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]}}
+        }
     else:
         service["mem_reservation"] = f"{_memory_mib(config)}m"
     return _yaml({"services": {"model": service}, "volumes": {"huggingface": None}})
@@ -257,27 +301,37 @@ def _local_volume(config: Config) -> list[str]:
 
 def _kubernetes(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     if not _from_hub(config):
-        raise UsageError(f"{uri} was measured from local files, {config['location']}, which a cluster does not have. Measure the model from the Hub.")
-    needs = {"memory": f"{_memory_mib(config)}Mi"} if config["needs"]["memory_of"] == "host" else {"nvidia.com/gpu": "1"}
+        raise UsageError(
+            f"{uri} was measured from local files, {config['location']}, which a cluster does not have. Measure the model from the Hub."
+        )
+    needs = (
+        {"memory": f"{_memory_mib(config)}Mi"} if config["needs"]["memory_of"] == "host" else {"nvidia.com/gpu": "1"}
+    )
     labels = {"app": "llmbench-model"}
     container = {
         "name": "model",
         "image": _image(config),
         "command": _serving(config, uri, requirements),
-        "env": [{"name": "MLFLOW_TRACKING_URI", "valueFrom": {"configMapKeyRef": {"name": "mlflow", "key": "tracking-uri"}}}],
+        "env": [
+            {"name": "MLFLOW_TRACKING_URI", "valueFrom": {"configMapKeyRef": {"name": "mlflow", "key": "tracking-uri"}}}
+        ],
         "ports": [{"containerPort": 5000}],
         "readinessProbe": {"httpGet": {"path": "/ping", "port": 5000}},
         "resources": {"requests": needs} if "memory" in needs else {"limits": needs},
     }
     pod = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
     deployment = {
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "llmbench-model"},
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "llmbench-model"},
         "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": pod},
-    }  # fmt: skip
+    }
     service = {
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "llmbench-model"},
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "llmbench-model"},
         "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": 5000}]},
-    }  # fmt: skip
+    }
     return "---\n".join(_yaml(part) for part in (deployment, service))
 
 
@@ -288,7 +342,12 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 
 TARGETS: dict[str, Callable[[Config, str, tuple[str, ...]], str]] = {
-    "vllm": _vllm, "tgi": _tgi, "sglang": _sglang, "llama.cpp": _llama_cpp, "transformers": _transformers,
-    "docker-compose": _docker_compose, "kubernetes": _kubernetes,
-}  # fmt: skip
+    "vllm": _vllm,
+    "tgi": _tgi,
+    "sglang": _sglang,
+    "llama.cpp": _llama_cpp,
+    "transformers": _transformers,
+    "docker-compose": _docker_compose,
+    "kubernetes": _kubernetes,
+}
 """Target → what writes its text."""

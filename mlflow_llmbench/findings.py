@@ -132,7 +132,20 @@ def find(
     told = {heading: tuple(found) for heading, lines in sentences.items() if (found := list(lines))}
     title = f"Study of {models_text(cells)}"
     claims = tuple(judge_claims(study, cells))
-    return Findings(title, study, tuple(results), tuple(cells), machines, focus, effects, told, claims, choices, across, tuple(not_said))
+    return Findings(
+        title,
+        study,
+        tuple(results),
+        tuple(cells),
+        machines,
+        focus,
+        effects,
+        told,
+        claims,
+        choices,
+        across,
+        tuple(not_said),
+    )
 
 
 def _priced(results: Sequence[RunResult], prices: Mapping[str, float]) -> list[RunResult]:
@@ -140,10 +153,14 @@ def _priced(results: Sequence[RunResult], prices: Mapping[str, float]) -> list[R
     names = {hardware_name(result) for result in results}
     for part in prices:
         if not any(part.lower() in name.lower() for name in names):
-            raise UsageError(f"No machine of the study is called {part}, so it has no price. Known: {'; '.join(sorted(names))}.")
+            raise UsageError(
+                f"No machine of the study is called {part}, so it has no price. Known: {'; '.join(sorted(names))}."
+            )
     found = []
     for result in results:
-        price = next((p for part, p in prices.items() if part and part.lower() in hardware_name(result).lower()), prices.get(""))
+        price = next(
+            (p for part, p in prices.items() if part and part.lower() in hardware_name(result).lower()), prices.get("")
+        )
         found.append(result if price is None else dataclasses.replace(result, price_per_hour=price))
     return found
 
@@ -165,13 +182,21 @@ def _focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focus:
     counts = Counter(tuple(getattr(m.cell, name) for name in held) for m in here)
     settings = counts.most_common(1)[0][0]
     newest: dict[tuple[object, ...], Measured] = {}
-    for measured in sorted((m for m in here if tuple(getattr(m.cell, name) for name in held) == settings), key=lambda m: m.result.ended_ms):
+    for measured in sorted(
+        (m for m in here if tuple(getattr(m.cell, name) for name in held) == settings), key=lambda m: m.result.ended_ms
+    ):
         newest[tuple(getattr(measured.cell, name) for name in (*OF_MODEL, *SHOWN))] = measured
     shown = list(newest.values())
-    shapes: dict[tuple[int, float], int] = Counter((m.cell.batch_size, prompt) for m in shown if (prompt := m.variable("prompt_tokens")))
-    batch, prompt = min(shapes, key=lambda shape: (-shapes[shape], shape[0], abs(math.log(shape[1] / 128)))) if shapes else (1, 0.0)
+    shapes: dict[tuple[int, float], int] = Counter(
+        (m.cell.batch_size, prompt) for m in shown if (prompt := m.variable("prompt_tokens"))
+    )
+    batch, prompt = (
+        min(shapes, key=lambda shape: (-shapes[shape], shape[0], abs(math.log(shape[1] / 128)))) if shapes else (1, 0.0)
+    )
     others = len(here) - len(shown)
-    told = ", ".join(f"{name}={getattr(shown[0].cell, name)}" for name in held if name in varied_settings([m.cell for m in here]))
+    told = ", ".join(
+        f"{name}={getattr(shown[0].cell, name)}" for name in held if name in varied_settings([m.cell for m in here])
+    )
     note = (
         f"{others} of the {len(here)} cells there are not shown: they were measured again or with other settings than {told or 'these'}."
         if others
@@ -219,7 +244,9 @@ def _measured(results: Sequence[RunResult], cells: Sequence[Measured], machines:
     sweeps = len({result.sweep for result in results})
     suspect = sum(1 for one in candidates([m.result for m in cells]) if one.verdict.word == "suspect")
     text = f"{len(cells)} cells of {len(results)} can be used, from {sweeps} sweep{'' if sweeps == 1 else 's'}"
-    yield f"{text}, on {'; '.join(f'{m.name} ({m.cells})' for m in machines)}." + (f" {suspect} of them are suspect." if suspect else "")
+    yield f"{text}, on {'; '.join(f'{m.name} ({m.cells})' for m in machines)}." + (
+        f" {suspect} of them are suspect." if suspect else ""
+    )
     kinds = Counter(m.cell.weights for m in cells)
     if len(kinds) > 1:
         yield (
@@ -260,12 +287,19 @@ def _groups(count: int) -> str:
 def _by_quantization(effects: Sequence[QuantEffect], not_said: list[tuple[str, str]]) -> Iterator[str]:
     """Each quantization against its reference: speed pooled over models or groups, and memory saved."""
     if not effects:
-        not_said.append(("what quantization costs", "no cell of a quantization was measured beside its reference, differing in nothing else"))
+        not_said.append(
+            (
+                "what quantization costs",
+                "no cell of a quantization was measured beside its reference, differing in nothing else",
+            )
+        )
     pairs = dict.fromkeys((effect.quant, effect.memory.reference) for effect in effects)
     for quant, reference in pairs:
         own = [e for e in effects if (e.quant, e.memory.reference) == (quant, reference)]
         speed = pooled([(e.measured.cell.model, e.speed) for e in own])
-        first = pooled([(e.measured.cell.model, ratio(quant, e.measured.values(TTFT), e.reference.values(TTFT))) for e in own])
+        first = pooled(
+            [(e.measured.cell.model, ratio(quant, e.measured.values(TTFT), e.reference.values(TTFT))) for e in own]
+        )
         shares = [(median(values), name) for name, values in _saved(own) if values]
         saved = [f"{100 * abs(share):.3g} % {'less' if share >= 0 else 'more'} {name}" for share, name in shares]
         yield (
@@ -288,7 +322,10 @@ def _and(words: Sequence[str]) -> str:
 
 def _saved(effects: Sequence[QuantEffect]) -> list[tuple[str, list[float]]]:
     weights = [e.memory.weights for e in effects if e.memory.weights is not None]
-    return [("memory for the weights", weights), ("memory at the peak", [e.memory.peak for e in effects if e.memory.peak is not None])]
+    return [
+        ("memory for the weights", weights),
+        ("memory at the peak", [e.memory.peak for e in effects if e.memory.peak is not None]),
+    ]
 
 
 def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
@@ -304,7 +341,9 @@ def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
 
     def effect(key: str) -> Estimate | None:
         found = [
-            (low.cell.model, ratio("", high.values(key), low.values(key))) for low, high in pairs[least, most] if low.values(key) and high.values(key)
+            (low.cell.model, ratio("", high.values(key), low.values(key)))
+            for low, high in pairs[least, most]
+            if low.values(key) and high.values(key)
         ]
         return pooled(found) if found else None
 
@@ -323,9 +362,16 @@ def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:
             scored.setdefault((names[measured.result.hashes.config], measured.cell.quant), measured)
     if not scored:
         random = all(m.cell.weights == "random" for m in focus.cells)
-        not_said.append(("quality", "the weights are random" if random else "it was not measured; give quality=auto and real weights"))
+        not_said.append(
+            (
+                "quality",
+                "the weights are random" if random else "it was not measured; give quality=auto and real weights",
+            )
+        )
     order = list(COLOURS)
-    for (name, quant), measured in sorted(scored.items(), key=lambda one: (one[0][0], order.index(one[0][1]) if one[0][1] in order else len(order))):
+    for (name, quant), measured in sorted(
+        scored.items(), key=lambda one: (one[0][0], order.index(one[0][1]) if one[0][1] in order else len(order))
+    ):
         parts = [
             f"{label} {_shown(measured, key)}"
             for key, label in (
@@ -343,8 +389,14 @@ def _energy(focus: Focus, no_energy: str, not_said: list[tuple[str, str]]) -> It
     found = [m for m in focus.cells if ENERGY in m.metrics]
     if not found:
         readings = [r.noise for m in focus.cells for r in m.result.repetitions if r.noise]
-        seen = "no energy counter could be read while it was measured" if not any(n.energy_j for n in readings) else "the power at rest is not known"
-        not_said.append(("energy per token", f"{seen} on {focus.machine.name}{f'. {no_energy}' if no_energy else ''}".rstrip(".")))
+        seen = (
+            "no energy counter could be read while it was measured"
+            if not any(n.energy_j for n in readings)
+            else "the power at rest is not known"
+        )
+        not_said.append(
+            ("energy per token", f"{seen} on {focus.machine.name}{f'. {no_energy}' if no_energy else ''}".rstrip("."))
+        )
         return
     names = labels(focus.cells)
     for measured in (m for m in found if at_focus(m, focus)):
@@ -386,12 +438,24 @@ def _across(cells: Sequence[Measured], machines: Sequence[Machine]) -> Iterator[
         for key, measured in found[other.env].items():
             first = found[machines[0].env].get(key)
             if first is not None:
-                yield Across(describe(measured.cell, names), machines[0].name, other.name, ratio("", measured.values(RATE), first.values(RATE)))
+                yield Across(
+                    describe(measured.cell, names),
+                    machines[0].name,
+                    other.name,
+                    ratio("", measured.values(RATE), first.values(RATE)),
+                )
 
 
-def _between_machines(across: Sequence[Across], machines: Sequence[Machine], not_said: list[tuple[str, str]]) -> Iterator[str]:
+def _between_machines(
+    across: Sequence[Across], machines: Sequence[Machine], not_said: list[tuple[str, str]]
+) -> Iterator[str]:
     if len(machines) < 2:
-        not_said.append(("a comparison of machines", f"all cells were measured on {machines[0].name}; name the sweeps of others too"))
+        not_said.append(
+            (
+                "a comparison of machines",
+                f"all cells were measured on {machines[0].name}; name the sweeps of others too",
+            )
+        )
     elif not across:
         not_said.append(("a comparison of machines", "no configuration was measured on two of them"))
     for second in dict.fromkeys(one.second for one in across):
@@ -409,12 +473,21 @@ def _choices(focus: Focus, accept_suspect: str | None) -> Iterator[Choice]:
     names = labels(focus.cells)
     by_size = sorted(focus.cells, key=lambda m: m.variable("parameters") or 0.0)
     for model in dict.fromkeys(names[m.result.hashes.config] for m in by_size):
-        own = [m.result for m in focus.cells if names[m.result.hashes.config] == model and m.variable("prompt_tokens") == focus.prompt]
+        own = [
+            m.result
+            for m in focus.cells
+            if names[m.result.hashes.config] == model and m.variable("prompt_tokens") == focus.prompt
+        ]
         given = candidates(own)
         if len(given) < LEAST_CHOICE:
             continue
-        constraints: list[tuple[str, str, tuple[Limit, ...]]] = [("the most tokens, whatever it takes", "throughput", ())]
-        for option, measure, goal in (("memory", MEMORY, "throughput"), ("time to first token", TTFT_MEASURE, "throughput")):
+        constraints: list[tuple[str, str, tuple[Limit, ...]]] = [
+            ("the most tokens, whatever it takes", "throughput", ())
+        ]
+        for option, measure, goal in (
+            ("memory", MEMORY, "throughput"),
+            ("time to first token", TTFT_MEASURE, "throughput"),
+        ):
             bound = _middle([value for one in given if (value := one.value(measure)) is not None])
             if bound:
                 constraints.append((f"{option} ≤ {bound_text(measure, bound)}", goal, (Limit(option, measure, bound),)))

@@ -151,7 +151,9 @@ def fit(form: Form, x: Sequence[float] | Sequence[tuple[float, ...]], y: Sequenc
     points, logs = _columns(rows), np.log(values)
     found = _search(form, points, logs)
     if found is None:
-        raise NotFitted(f"{form.formula} cannot be fitted: no parameters give positive values at all {len(rows)} points. Look at the points.")
+        raise NotFitted(
+            f"{form.formula} cannot be fitted: no parameters give positive values at all {len(rows)} points. Look at the points."
+        )
     theta, left = found
     n, p = len(rows), len(form.names)
     left = left if left > n * EXACT else 0.0
@@ -159,10 +161,16 @@ def fit(form: Form, x: Sequence[float] | Sequence[tuple[float, ...]], y: Sequenc
     k = p + 1  # the variance is a parameter too
     aicc = n * math.log(max(left, n * EXACT) / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else None
     return Fit(
-        form, tuple(_intervals(form, points, logs, theta, left)), tuple(rows), tuple(values),
-        tuple(float(v) for v in np.exp(logs) / form.value(theta, points) - 1), math.sqrt(left / (n - p)),
-        1 - left / total if total > n * EXACT else None, aicc, _leave_one_out(form, points, logs, theta),
-    )  # fmt: skip
+        form,
+        tuple(_intervals(form, points, logs, theta, left)),
+        tuple(rows),
+        tuple(values),
+        tuple(float(v) for v in np.exp(logs) / form.value(theta, points) - 1),
+        math.sqrt(left / (n - p)),
+        1 - left / total if total > n * EXACT else None,
+        aicc,
+        _leave_one_out(form, points, logs, theta),
+    )
 
 
 def _checked(form: Form, rows: Sequence[tuple[float, ...]], y: Sequence[float | None]) -> list[float]:
@@ -176,11 +184,15 @@ def _checked(form: Form, rows: Sequence[tuple[float, ...]], y: Sequence[float | 
         if value is None or not math.isfinite(value) or not all(map(math.isfinite, place)):
             raise NotFitted(f"{refused} the value at {at} is missing. Leave that point out, or measure it.")
         if value <= 0 or min(place) <= 0:
-            raise NotFitted(f"{refused} a value or place is not above 0: {value:g} at {at}. Relative errors have no meaning there.")
+            raise NotFitted(
+                f"{refused} a value or place is not above 0: {value:g} at {at}. Relative errors have no meaning there."
+            )
         values.append(float(value))
     need, distinct = len(form.names) + 1, len(set(rows))
     if distinct < need:
-        raise NotFitted(f"{refused} {distinct} distinct points, and {len(form.names)} parameters with intervals need {need}. Measure more of them.")
+        raise NotFitted(
+            f"{refused} {distinct} distinct points, and {len(form.names)} parameters with intervals need {need}. Measure more of them."
+        )
     return values
 
 
@@ -251,7 +263,9 @@ def _intervals(form: Form, x: Array, logs: Array, theta: Array, left: float) -> 
             yield Parameter(name, value, value, value)
         elif form.name == "power":
             low, high = (
-                (value * math.exp(-t * error / value), value * math.exp(t * error / value)) if i == 0 else (value - t * error, value + t * error)
+                (value * math.exp(-t * error / value), value * math.exp(t * error / value))
+                if i == 0
+                else (value - t * error, value + t * error)
             )
             yield Parameter(name, value, low, high)
         else:
@@ -260,7 +274,9 @@ def _intervals(form: Form, x: Array, logs: Array, theta: Array, left: float) -> 
             yield Parameter(name, value, ends[0], ends[1])
 
 
-def _profile_end(form: Form, x: Array, logs: Array, theta: Array, index: int, step: float, limit: float) -> float | None:
+def _profile_end(
+    form: Form, x: Array, logs: Array, theta: Array, index: int, step: float, limit: float
+) -> float | None:
     """Where the profiled sum of squares of a parameter reaches `limit`, first about `step` away; None if it does not on the way there."""
     warm = theta
 
@@ -336,9 +352,13 @@ def power(formula: str, factor: str, exponent: str, falling: bool = False) -> Fo
         return [np.array([math.exp(level), sign * slope])]
 
     return Form(
-        "power", formula, (factor, exponent), lambda p, x: p[0] * x ** (sign * p[1]),
-        lambda p, x: np.column_stack([x ** (sign * p[1]), sign * p[0] * x ** (sign * p[1]) * np.log(x)]), starts,
-    )  # fmt: skip
+        "power",
+        formula,
+        (factor, exponent),
+        lambda p, x: p[0] * x ** (sign * p[1]),
+        lambda p, x: np.column_stack([x ** (sign * p[1]), sign * p[0] * x ** (sign * p[1]) * np.log(x)]),
+        starts,
+    )
 
 
 def _weighted(basis: Array, y: Array) -> Array:
@@ -348,7 +368,9 @@ def _weighted(basis: Array, y: Array) -> Array:
     return np.asarray(np.linalg.lstsq(basis / y[:, None], np.ones(len(y)), rcond=None)[0])
 
 
-def linear(formula: str, names: tuple[str, ...], basis: Callable[[Array], Array], over: Callable[[Array], Array] | None = None) -> Form:
+def linear(
+    formula: str, names: tuple[str, ...], basis: Callable[[Array], Array], over: Callable[[Array], Array] | None = None
+) -> Form:
     """A sum of columns Σ p_i·φ_i(x), or g(x) ÷ that sum where `over` gives g: latencies that add up, and the rate that follows."""
     import numpy as np
 
@@ -409,12 +431,19 @@ def offset_power(formula: str, names: tuple[str, str, str]) -> Form:
             curve = level + factor * x**exponent
             if (curve > 0).all():
                 found.append((float(((np.log(y) - np.log(curve)) ** 2).sum()), np.array([level, factor, exponent])))
-        return [start for _, start in sorted(found, key=lambda pair: pair[0])[:2]] or [np.array([float(np.median(y)), 0.0, 1.0])]
+        return [start for _, start in sorted(found, key=lambda pair: pair[0])[:2]] or [
+            np.array([float(np.median(y)), 0.0, 1.0])
+        ]
 
     return Form(
-        "offset power", formula, names, lambda p, x: p[0] + p[1] * x ** p[2],
-        lambda p, x: np.column_stack([np.ones(len(x)), x ** p[2], p[1] * x ** p[2] * np.log(x)]), starts, (2, *EXPONENTS),
-    )  # fmt: skip
+        "offset power",
+        formula,
+        names,
+        lambda p, x: p[0] + p[1] * x ** p[2],
+        lambda p, x: np.column_stack([np.ones(len(x)), x ** p[2], p[1] * x ** p[2] * np.log(x)]),
+        starts,
+        (2, *EXPONENTS),
+    )
 
 
 def share_of(formula: str, name: str, limit: Callable[[Array], Array]) -> Form:
@@ -422,9 +451,13 @@ def share_of(formula: str, name: str, limit: Callable[[Array], Array]) -> Form:
     import numpy as np
 
     return Form(
-        "share", formula, (name,), lambda p, x: p[0] * limit(x), lambda p, x: limit(x)[:, None],
+        "share",
+        formula,
+        (name,),
+        lambda p, x: p[0] * limit(x),
+        lambda p, x: limit(x)[:, None],
         lambda x, y: [np.array([math.exp(float(np.mean(np.log(y / limit(x)))))])],
-    )  # fmt: skip
+    )
 
 
 def constant(formula: str, name: str) -> Form:

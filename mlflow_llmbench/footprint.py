@@ -18,11 +18,37 @@ MOST_POINTS = 150
 """Samples that a trend is computed from; more are thinned to medians of neighbours."""
 
 BITS = {
-    "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "fp4": 4, "gptq": 4, "float32": 32, "float16": 16, "bfloat16": 16,
-    "q8_0": 8, "q6_k": 6, "q5_k_m": 5, "q4_k_m": 4, "q4_0": 4, "q3_k_m": 3, "q2_k": 2,
-    "gptq3": 3, "gptq8": 8, "int8-wo": 8, "int8-dq": 8, "int4-wo": 4, "fp8": 8, "hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2, "quanto8": 8, "quanto4": 4,
+    "fp32": 32,
+    "fp16": 16,
+    "bf16": 16,
+    "int8": 8,
+    "int4": 4,
+    "fp4": 4,
+    "gptq": 4,
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "q8_0": 8,
+    "q6_k": 6,
+    "q5_k_m": 5,
+    "q4_k_m": 4,
+    "q4_0": 4,
+    "q3_k_m": 3,
+    "q2_k": 2,
+    "gptq3": 3,
+    "gptq8": 8,
+    "int8-wo": 8,
+    "int8-dq": 8,
+    "int4-wo": 4,
+    "fp8": 8,
+    "hqq8": 8,
+    "hqq4": 4,
+    "hqq3": 3,
+    "hqq2": 2,
+    "quanto8": 8,
+    "quanto4": 4,
     "quanto2": 2,
-}  # fmt: skip
+}
 """Bits of a weight by quantization or dtype, without scales."""
 
 REFERENCES = ("none", "bf16", "fp16", "fp32")
@@ -68,7 +94,11 @@ class Growth:
     @property
     def leak(self) -> Trend | None:
         """Growth in a generation beyond the KV cache, bytes per output token."""
-        return Trend(self.seen.slope - self.expected, self.seen.low - self.expected, self.seen.high - self.expected) if self.seen else None
+        return (
+            Trend(self.seen.slope - self.expected, self.seen.low - self.expected, self.seen.high - self.expected)
+            if self.seen
+            else None
+        )
 
     @property
     def grows(self) -> bool:
@@ -98,7 +128,12 @@ def account(measured: Measured) -> Account | None:
     where = "device" if DEVICE_PEAK in metrics else "host"
     stages = result.memory.device if where == "device" else result.memory.host_needed
     prompt = metrics.get("config/prompt_tokens")
-    if result.load is None or result.load.weight_bytes is None or prompt is None or not {"baseline", "loaded", "peak"} <= set(stages):
+    if (
+        result.load is None
+        or result.load.weight_bytes is None
+        or prompt is None
+        or not {"baseline", "loaded", "peak"} <= set(stages)
+    ):
         return None
     cache = cache_bytes(result.load, result.cell.batch_size, prompt + result.cell.output_tokens - 1)
     if cache is None:
@@ -113,7 +148,9 @@ def growth(result: RunResult) -> Growth | None:
     if result.load is None or not result.load.kv_bytes_per_token or not result.repetitions:
         return None
     where = "device" if any(s.device is not None for s in result.timeline) else "host"
-    spans = [(min(r.t0_ns for r in rep.requests), max(r.stamps_ns[-1] for r in rep.requests)) for rep in result.repetitions]
+    spans = [
+        (min(r.t0_ns for r in rep.requests), max(r.stamps_ns[-1] for r in rep.requests)) for rep in result.repetitions
+    ]
     inside = [[(s.t_ns, _bytes(s, where)) for s in result.timeline if start <= s.t_ns <= end] for start, end in spans]
     if not any(inside):
         return None
@@ -157,7 +194,11 @@ def _reduction(measured: Measured, reference: Measured) -> Reduction:
         return 1 - after / before if after is not None and before else None
 
     bits, before = _bits(measured), _bits(reference)
-    peak = DEVICE_PEAK if DEVICE_PEAK in measured.metrics and DEVICE_PEAK in reference.metrics else "memory/host_needed_bytes_peak"
+    peak = (
+        DEVICE_PEAK
+        if DEVICE_PEAK in measured.metrics and DEVICE_PEAK in reference.metrics
+        else "memory/host_needed_bytes_peak"
+    )
     theory = 1 - bits / before if bits and before else None
     return Reduction(measured.cell.quant, reference.cell.quant, theory, share("memory/weight_bytes"), share(peak))
 

@@ -59,12 +59,18 @@ def read_foreign(data: Any) -> list[Foreign]:
             if not found:
                 raise UsageError(f"It is a result of {known} with no measurement in it.")
             return found
-    raise UsageError(f"It is no result that is known. Known: the JSON of {', '.join(known for known, _, _ in READERS)}.")
+    raise UsageError(
+        f"It is no result that is known. Known: the JSON of {', '.join(known for known, _, _ in READERS)}."
+    )
 
 
 def _number(value: Any) -> float | None:
     """A finite number; None for anything else. An absent figure is absent, never 0."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
 
 
 def _split(prefix: str, every: Mapping[str, Any], ours: Mapping[str, str]) -> tuple[Pairs, Pairs]:
@@ -85,7 +91,11 @@ def _supported(keys: Mapping[str, str], n: float | None) -> dict[str, str]:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(value)[:500] for name, value in values.items() if value is not None and not isinstance(value, dict | list)}
+    return {
+        name: str(value)[:500]
+        for name, value in values.items()
+        if value is not None and not isinstance(value, dict | list)
+    }
 
 
 # vLLM
@@ -110,7 +120,9 @@ def _is_vllm(data: Any) -> bool:
 
 def _vllm(data: Data) -> Iterator[Foreign]:
     # Without a limit an infinite rate is one burst, or a trace with times of its own, which the file does not tell apart.
-    closed = data.get("request_rate") == "inf" and not data.get("ramp_up_strategy") and bool(data.get("max_concurrency"))
+    closed = (
+        data.get("request_rate") == "inf" and not data.get("ramp_up_strategy") and bool(data.get("max_concurrency"))
+    )
     completed, failed = float(data["completed"]), _number(data.get("failed"))
     ours: dict[str, str] = {}
     latencies = {"e2el": "e2e", "ttft": "ttft"} if closed else {}
@@ -120,11 +132,18 @@ def _vllm(data: Data) -> Iterator[Foreign]:
     ours = _supported(ours, completed)
     if _single_tokens(data):
         gaps = {"mean": "mean", "median": "p50", "p90": "p90", "p95": "p95", "p99": "p99"}
-        ours |= _supported({f"{name}_itl_ms": f"latency/itl_ms_{own}" for name, own in gaps.items()}, sum(map(len, data["itls"])))
+        ours |= _supported(
+            {f"{name}_itl_ms": f"latency/itl_ms_{own}" for name, own in gaps.items()}, sum(map(len, data["itls"]))
+        )
     if closed:
-        ours |= {"output_throughput": "window/full_output_tokens_per_s", "request_throughput": "window/full_requests_per_s"}
+        ours |= {
+            "output_throughput": "window/full_output_tokens_per_s",
+            "request_throughput": "window/full_requests_per_s",
+        }
     empty = [f"_{kind}_ms" for kind in ("ttft", "tpot", "itl", "e2el") if data.get(f"mean_{kind}_ms") == 0]
-    every = {name: value for name, value in data.items() if name not in VLLM_SETTINGS and not name.endswith(tuple(empty))}
+    every = {
+        name: value for name, value in data.items() if name not in VLLM_SETTINGS and not name.endswith(tuple(empty))
+    }
     metrics, own = _split("vllm", every, ours)
     if failed is not None and completed + failed > 0:
         metrics["errors/failed_ratio"] = failed / (completed + failed)
@@ -132,7 +151,15 @@ def _vllm(data: Data) -> Iterator[Foreign]:
         metrics["config/concurrency"] = float(data["max_concurrency"])
     load = f"c{data['max_concurrency']}" if closed else f"{data.get('request_rate')}/s"
     params = _texts({name: data.get(name) for name in VLLM_SETTINGS})
-    yield Foreign("vllm bench serve", "", f"{data['model_id']} {load}", params, metrics, own, "the server, or the client's tokenizer")
+    yield Foreign(
+        "vllm bench serve",
+        "",
+        f"{data['model_id']} {load}",
+        params,
+        metrics,
+        own,
+        "the server, or the client's tokenizer",
+    )
 
 
 def _single_tokens(data: Data) -> bool:
@@ -171,7 +198,13 @@ def _guidellm(data: Data) -> Iterator[Foreign]:
             metrics["config/concurrency"] = streams
         level = strategy.get("streams") or strategy.get("rate") or ""
         yield Foreign(
-            "guidellm", version, f"{kind} {level}".strip(), _texts({f"strategy.{n}": v for n, v in strategy.items()}), metrics, own, "the server"
+            "guidellm",
+            version,
+            f"{kind} {level}".strip(),
+            _texts({f"strategy.{n}": v for n, v in strategy.items()}),
+            metrics,
+            own,
+            "the server",
         )
 
 
@@ -193,12 +226,21 @@ def _aiperf(data: Data) -> Iterator[Foreign]:
     errors = _number((data.get("error_request_count") or {}).get("avg")) or 0.0
     count = _number((data.get("request_count") or {}).get("avg"))
     tables = {name: table for name, table in data.items() if isinstance(table, dict) and "unit" in table}
-    every = {f"{name}_{statistic}": value for name, table in tables.items() for statistic, value in table.items() if statistic != "unit"}
-    translated = {"inter_token_latency": "tpot"} | ({"time_to_first_token": "ttft", "request_latency": "e2e"} if closed else {})
+    every = {
+        f"{name}_{statistic}": value
+        for name, table in tables.items()
+        for statistic, value in table.items()
+        if statistic != "unit"
+    }
+    translated = {"inter_token_latency": "tpot"} | (
+        {"time_to_first_token": "ttft", "request_latency": "e2e"} if closed else {}
+    )
     ours: dict[str, str] = {}
     for theirs, key in translated.items() if whole else ():
         if (tables.get(theirs) or {}).get("unit") == "ms":
-            statistics = {"avg": "mean"} | ({"p50": "p50", "p95": "p95"} | ({} if key == "tpot" else {"p99": "p99"}) if not errors else {})
+            statistics = {"avg": "mean"} | (
+                {"p50": "p50", "p95": "p95"} | ({} if key == "tpot" else {"p99": "p99"}) if not errors else {}
+            )
             ours |= {f"{theirs}_{name}": f"latency/{key}_ms_{own}" for name, own in statistics.items()}
     metrics, own = _split("aiperf", every, _supported(ours, count))
     if count is not None and count + errors > 0:
@@ -207,9 +249,16 @@ def _aiperf(data: Data) -> Iterator[Foreign]:
     if closed and concurrency is not None:
         metrics["config/concurrency"] = concurrency
     yield Foreign(
-        "aiperf", str(data.get("aiperf_version") or ""), " ".join(filter(None, ["aiperf", str(phase.get("type") or ""), str(phase.get("concurrency") or "")])),
-        _texts({f"phase.{name}": value for name, value in phase.items()} | {name: data.get(name) for name in AIPERF_STATES}), metrics, own, "the client's tokenizer, or the server",
-    )  # fmt: skip
+        "aiperf",
+        str(data.get("aiperf_version") or ""),
+        " ".join(filter(None, ["aiperf", str(phase.get("type") or ""), str(phase.get("concurrency") or "")])),
+        _texts(
+            {f"phase.{name}": value for name, value in phase.items()} | {name: data.get(name) for name in AIPERF_STATES}
+        ),
+        metrics,
+        own,
+        "the client's tokenizer, or the server",
+    )
 
 
 def _aiperf_phase(config: Data) -> Data:
@@ -223,21 +272,39 @@ def _aiperf_phase(config: Data) -> Data:
 
 
 def _is_llama_bench(data: Any) -> bool:
-    return isinstance(data, list) and bool(data) and all(isinstance(row, dict) and {"n_prompt", "n_gen", "avg_ts"} <= row.keys() for row in data)
+    return (
+        isinstance(data, list)
+        and bool(data)
+        and all(isinstance(row, dict) and {"n_prompt", "n_gen", "avg_ts"} <= row.keys() for row in data)
+    )
 
 
 def _llama_bench(data: Any) -> Iterator[Foreign]:
     for row in data:
         prompt, output = int(row["n_prompt"]), int(row["n_gen"])
-        figures = {name: row.get(name) for name in ("avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "model_size", "model_n_params")}
+        figures = {
+            name: row.get(name)
+            for name in ("avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "model_size", "model_n_params")
+        }
         metrics, own = _split("llama-bench", figures, {"model_size": "memory/weight_bytes"})
-        metrics |= {key: float(count) for key, count in (("config/prompt_tokens", prompt), ("config/output_tokens", output)) if count}
+        metrics |= {
+            key: float(count)
+            for key, count in (("config/prompt_tokens", prompt), ("config/output_tokens", output))
+            if count
+        }
         test = f"pp{prompt}+tg{output}" if prompt and output else f"pp{prompt}" if prompt else f"tg{output}"
         test += f" @ d{row['n_depth']}" if row.get("n_depth") else ""
         yield Foreign(
-            "llama-bench", str(row.get("build_commit") or ""), f"{row.get('model_type') or 'llama.cpp'} {test}",
-            _texts({name: value for name, value in row.items() if name not in figures and not name.startswith("samples")}), metrics, own, "what was asked",
-        )  # fmt: skip
+            "llama-bench",
+            str(row.get("build_commit") or ""),
+            f"{row.get('model_type') or 'llama.cpp'} {test}",
+            _texts(
+                {name: value for name, value in row.items() if name not in figures and not name.startswith("samples")}
+            ),
+            metrics,
+            own,
+            "what was asked",
+        )
 
 
 # optimum-benchmark
@@ -264,10 +331,19 @@ def _optimum(data: Data) -> Iterator[Foreign]:
     backend = config.get("backend") or {}
     environment = config.get("environment") or {}
     params = _texts(
-        {f"backend.{name}": value for name, value in backend.items()} | {f"environment.{name}": value for name, value in environment.items()}
+        {f"backend.{name}": value for name, value in backend.items()}
+        | {f"environment.{name}": value for name, value in environment.items()}
     )
     name = str(config.get("name") or backend.get("model") or "optimum-benchmark")
-    yield Foreign("optimum-benchmark", str(environment.get("optimum_benchmark_version") or ""), name, params, metrics, own, "what was asked")
+    yield Foreign(
+        "optimum-benchmark",
+        str(environment.get("optimum_benchmark_version") or ""),
+        name,
+        params,
+        metrics,
+        own,
+        "what was asked",
+    )
 
 
 READERS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], Iterator[Foreign]]], ...] = (

@@ -56,7 +56,9 @@ class Frontier:
     def boundary(self) -> str:
         """How the limit is known: `measured`, `predicted`, `measured and predicted`, `not reached`; `unknown` without evidence."""
         if self.failed or self.untried:
-            return " and ".join(word for word, found in (("measured", self.failed), ("predicted", self.untried)) if found)
+            return " and ".join(
+                word for word, found in (("measured", self.failed), ("predicted", self.untried)) if found
+            )
         return "not reached" if self.fits else "unknown"
 
 
@@ -91,8 +93,12 @@ def _frontier(load: Mapping[str, object], attempts: Sequence[Attempt]) -> Fronti
     known = [any(is_within(a.cell, fit.cell) for fit in fits) for a in attempts]
     beyond = [a for a, is_known in zip(attempts, known, strict=True) if not is_known]
     failed = _smallest([a for a in beyond if a.outcome in TRIED])
-    untried = _smallest([a for a in beyond if a.outcome in UNTRIED and not any(is_within(f.cell, a.cell) for f in failed)])
-    contradicted = tuple(a for a, is_known in zip(attempts, known, strict=True) if is_known and a.outcome in TRIED + UNTRIED)
+    untried = _smallest(
+        [a for a in beyond if a.outcome in UNTRIED and not any(is_within(f.cell, a.cell) for f in failed)]
+    )
+    contradicted = tuple(
+        a for a, is_known in zip(attempts, known, strict=True) if is_known and a.outcome in TRIED + UNTRIED
+    )
     return Frontier(load, fits, failed, untried, contradicted, _prediction(measured))
 
 

@@ -29,10 +29,18 @@ DEFAULT_LIMIT = 0.05
 
 QUALITY = {"quality/perplexity": "lower", "quality/kl_vs_reference": "lower", "quality/top1_agreement": "higher"}
 NAMES = {
-    "throughput": RATE, "ttft": "latency/ttft_ms_p50", "itl": "latency/itl_ms_p50", "tpot": "latency/tpot_ms_mean", "e2e": "latency/e2e_ms_p50",
-    "memory": "memory", "weights": "memory/weight_bytes", "load": "load/load_s", "perplexity": "quality/perplexity",
-    "kl": "quality/kl_vs_reference", "top1": "quality/top1_agreement",
-}  # fmt: skip
+    "throughput": RATE,
+    "ttft": "latency/ttft_ms_p50",
+    "itl": "latency/itl_ms_p50",
+    "tpot": "latency/tpot_ms_mean",
+    "e2e": "latency/e2e_ms_p50",
+    "memory": "memory",
+    "weights": "memory/weight_bytes",
+    "load": "load/load_s",
+    "perplexity": "quality/perplexity",
+    "kl": "quality/kl_vs_reference",
+    "top1": "quality/top1_agreement",
+}
 """Short name → metric that a limit can be about; `memory` is the device's peak, else the host's."""
 
 UNLESS_ASKED = ("memory/weight_bytes", "load/load_s")
@@ -105,9 +113,15 @@ def parse_ratio(option: str, text: str) -> float:
 
 
 def decide(
-    champion: RunResult, candidate: RunResult, limits: Mapping[str, float] | None = None, *,
-    limit: float = DEFAULT_LIMIT, noise: float = 0.01, accept_suspect: str | None = None, in_turns: bool = False,
-) -> Gate:  # fmt: skip
+    champion: RunResult,
+    candidate: RunResult,
+    limits: Mapping[str, float] | None = None,
+    *,
+    limit: float = DEFAULT_LIMIT,
+    noise: float = 0.01,
+    accept_suspect: str | None = None,
+    in_turns: bool = False,
+) -> Gate:
     """Hold a candidate against the champion. `limits` are ratios by metric, `limit` that of the others; nothing is raised for what was measured.
 
     `in_turns`: both were measured now, process by process in turns, so they are compared in pairs, and neither was accepted before.
@@ -121,18 +135,29 @@ def decide(
     if refused := _refused(unlike, ("software",)):
         return refused
     if quality_text(champion) != quality_text(candidate) and all("quality/perplexity" in found for found in metrics):
-        return Gate(NOT_COMPARABLE, "The perplexities are of two texts. Measure the candidate with the quality_text of the champion.")
+        return Gate(
+            NOT_COMPARABLE,
+            "The perplexities are of two texts. Measure the candidate with the quality_text of the champion.",
+        )
     if lacking := missing(*metrics):
         listed = ", ".join(lacking)
-        return Gate(NOT_COMPARABLE, f"The champion has {listed}, and the candidate has not. Measure the candidate as the champion was.")
+        return Gate(
+            NOT_COMPARABLE,
+            f"The champion has {listed}, and the candidate has not. Measure the candidate as the champion was.",
+        )
     comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]), paired=in_turns)
     checks = (*_timed(comparison, limits or {}, limit), *quality_checks(*metrics, limits or {}, limit))
     if unheld := [name for name in limits or {} if name not in {_limited_as(check.key) for check in checks}]:
         listed = ", ".join(unheld)
-        return Gate(NOT_COMPARABLE, f"A limit is given for {listed}, and not both runs have it. Measure both with it, or leave the limit out.")
+        return Gate(
+            NOT_COMPARABLE,
+            f"A limit is given for {listed}, and not both runs have it. Measure both with it, or leave the limit out.",
+        )
     notes = [f"The software differs: {_listed(unlike)}."] if unlike else []
     notes += [
-        f"The verdict on the {n} is suspect ({_codes(v)})." for n, v in zip(("champion", "candidate"), verdicts, strict=True) if v.word == "suspect"
+        f"The verdict on the {n} is suspect ({_codes(v)})."
+        for n, v in zip(("champion", "candidate"), verdicts, strict=True)
+        if v.word == "suspect"
     ]
     if unsettled := [check.key for check in checks if check.state == UNSETTLED]:
         notes.append(
@@ -140,9 +165,16 @@ def decide(
         )
     worse = [check for check in checks if check.state == REGRESSED]
     if worse:
-        told = ", ".join(f"{check.key} is {check.worse_text().lstrip('+')} worse (limit {check.limit_text()})" for check in worse)
+        told = ", ".join(
+            f"{check.key} is {check.worse_text().lstrip('+')} worse (limit {check.limit_text()})" for check in worse
+        )
         return Gate(REGRESSION, f"The candidate is worse than the champion: {told}.", checks, tuple(notes))
-    return Gate(PASS, f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.", checks, tuple(notes))
+    return Gate(
+        PASS,
+        f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.",
+        checks,
+        tuple(notes),
+    )
 
 
 def refuse_unlike_work(champion: RunResult, candidate: RunResult) -> Gate | None:
@@ -155,7 +187,8 @@ def _refused(unlike: list[Difference], allowed: tuple[str, ...]) -> Gate | None:
     if not refused:
         return None
     return Gate(
-        NOT_COMPARABLE, f"The champion and the candidate were not measured alike: {_listed(refused)}. Measure both on one machine, in one way."
+        NOT_COMPARABLE,
+        f"The champion and the candidate were not measured alike: {_listed(refused)}. Measure both on one machine, in one way.",
     )
 
 
@@ -208,7 +241,13 @@ def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) ->
         else:
             end = effect.low if higher else effect.high
             farthest = 0.0 if end is None else _by(end, higher)
-            state = IMPROVED if effect.effect == BETTER else UNSETTLED if farthest > allowed and not (shown and worse > 0) else OK
+            state = (
+                IMPROVED
+                if effect.effect == BETTER
+                else UNSETTLED
+                if farthest > allowed and not (shown and worse > 0)
+                else OK
+            )
         found.append(Check(key, effect.a, effect.b, worse, allowed, state, effect.low, effect.high, effect.p_holm))
     return found
 
@@ -218,7 +257,9 @@ def _limited_as(key: str) -> str:
     return "memory" if key in (DEVICE_PEAK, HOST_PEAK) else key
 
 
-def quality_checks(champion: Mapping[str, float], candidate: Mapping[str, float], limits: Mapping[str, float], limit: float) -> list[Check]:
+def quality_checks(
+    champion: Mapping[str, float], candidate: Mapping[str, float], limits: Mapping[str, float], limit: float
+) -> list[Check]:
     """Quality, as far as the champion has it.
 
     A champion that is the reference itself has a divergence of 0, of which there is no ratio: what the candidate has is held against the

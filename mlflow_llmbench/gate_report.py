@@ -17,9 +17,18 @@ HEADING = ["metric", "champion", "candidate", "worse by", "95 % interval of the 
 def gate_cells(checks: Sequence[Check]) -> list[list[str]]:
     """The body of the table, one line per metric."""
     return [
-        [check.key, _value(check.key, check.a), _value(check.key, check.b), check.worse_text(), _interval(check), _p(check.p_holm), check.limit_text(), check.state]
+        [
+            check.key,
+            _value(check.key, check.a),
+            _value(check.key, check.b),
+            check.worse_text(),
+            _interval(check),
+            _p(check.p_holm),
+            check.limit_text(),
+            check.state,
+        ]
         for check in checks
-    ]  # fmt: skip
+    ]
 
 
 def format_gate(gate: Gate, champion: str, candidate: str) -> str:
@@ -30,7 +39,10 @@ def format_gate(gate: Gate, champion: str, candidate: str) -> str:
         widths = [max(len(line[i]) for line in body) for i in range(len(HEADING))]
         lines.append("")
         lines += [
-            "  ".join(c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in body
+            "  ".join(
+                c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in body
         ]
     return "\n".join([*lines, *(["", *gate.notes] if gate.notes else [])])
 
@@ -55,15 +67,15 @@ def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
     failures = sum(check.state == REGRESSED for check in gate.checks)
     counts = {"tests": str(len(gate.checks) or 1), "failures": str(failures), "errors": str(errors)}
     suites = ElementTree.Element("testsuites", counts)
-    suite = ElementTree.SubElement(suites, "testsuite", {"name": f"llmbench gate: {candidate} against {champion}", **counts})
+    suite = ElementTree.SubElement(
+        suites, "testsuite", {"name": f"llmbench gate: {candidate} against {champion}", **counts}
+    )
     for check in gate.checks:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "llmbench.gate", "name": check.key})
         if check.state == REGRESSED:
             message = f"{check.worse_text().lstrip('+')} worse than the champion, and the limit is {check.limit_text()}"
             failure = ElementTree.SubElement(case, "failure", {"message": message, "type": "regression"})
-            failure.text = (
-                f"champion {_value(check.key, check.a)}, candidate {_value(check.key, check.b)}, ratio {_interval(check)}, p {_p(check.p_holm)}"
-            )
+            failure.text = f"champion {_value(check.key, check.a)}, candidate {_value(check.key, check.b)}, ratio {_interval(check)}, p {_p(check.p_holm)}"
     if errors:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "llmbench.gate", "name": "comparison"})
         ElementTree.SubElement(case, "error", {"message": gate.why, "type": gate.verdict})

@@ -65,7 +65,12 @@ class Limit:
     def figures(self) -> dict[str, float]:
         """The metrics under their MLflow keys; what was not found is absent."""
         key = "goodput/limit_requests_per_s"
-        found = {key: self.rate, f"{key}_low": self.low, f"{key}_high": self.high, "goodput/knee_requests_per_s": self.knee}
+        found = {
+            key: self.rate,
+            f"{key}_low": self.low,
+            f"{key}_high": self.high,
+            "goodput/knee_requests_per_s": self.knee,
+        }
         return {name: value for name, value in found.items() if value is not None}
 
     def sentence(self) -> str:
@@ -92,7 +97,10 @@ def share_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float, flo
         return None
     good, n = sum(good for good, _ in counts), sum(judged for _, judged in counts)
     p = good / n
-    middle, half = (p + Z**2 / (2 * n)) / (1 + Z**2 / n), Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    middle, half = (
+        (p + Z**2 / (2 * n)) / (1 + Z**2 / n),
+        Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)),
+    )
     low, high = t_interval(shares) or (0.0, 1.0)
     return p, max(0.0, min(low, middle - half)), min(1.0, max(high, middle + half))
 
@@ -126,8 +134,14 @@ def next_rate(found: Sequence[Tried], asked: float) -> float | None:
 
 def _ends(found: Sequence[Tried], asked: float) -> tuple[float | None, float | None]:
     """The lowest rate that is too high, or cannot be sent, and the highest below it that is not."""
-    bad = min((one.rate for one in found if one.rate is not None and (one.share < asked or not one.trusted)), default=None)
-    good = [one.rate for one in found if one.rate is not None and one.share >= asked and one.trusted and (bad is None or one.rate < bad)]
+    bad = min(
+        (one.rate for one in found if one.rate is not None and (one.share < asked or not one.trusted)), default=None
+    )
+    good = [
+        one.rate
+        for one in found
+        if one.rate is not None and one.share >= asked and one.trusted and (bad is None or one.rate < bad)
+    ]
     return max(good, default=None), bad
 
 
@@ -161,7 +175,13 @@ def _limit(cell: Cell, found: Sequence[Tried], asked: float) -> Limit:
     fails = min((rate for rate, one in rates if one.high < asked), default=None)
     meets = [rate for rate, one in rates if one.low >= asked and (bad is None or rate < bad)]
     return Limit(
-        cell, asked, tuple(found), good, max(meets, default=None), fails, knee({one.requests_per_s: one.e2e_ms for one in found if one.trusted})
+        cell,
+        asked,
+        tuple(found),
+        good,
+        max(meets, default=None),
+        fails,
+        knee({one.requests_per_s: one.e2e_ms for one in found if one.trusted}),
     )
 
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 THROTTLES = {
-    0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake",
-}  # fmt: skip
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
 """Bits of NVML's clock event reasons that mean that the GPU would go faster if it could (nvml.h, nvmlClocksEventReasons).
 The software power cap (0x4) is not among them: it is how a GPU under full load normally runs."""
 
@@ -161,7 +164,11 @@ def read(index: int) -> GpuReading | None:
             except (module.NVMLError, AttributeError):
                 return None
 
-        energy_mj, power_mw, used = ask("nvmlDeviceGetTotalEnergyConsumption"), ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetUtilizationRates")
+        energy_mj, power_mw, used = (
+            ask("nvmlDeviceGetTotalEnergyConsumption"),
+            ask("nvmlDeviceGetPowerUsage"),
+            ask("nvmlDeviceGetUtilizationRates"),
+        )
         if (ask("nvmlDeviceGetMigMode") or [0])[0]:
             energy_mj = power_mw = used = None  # these are of all instances together
         bits = ask("nvmlDeviceGetCurrentClocksEventReasons")
@@ -204,6 +211,8 @@ def held_back_between(before: GpuReading, after: GpuReading) -> tuple[tuple[str,
 
     Reasons are those whose counter moved, and those that stood at the end: not every driver counts every reason.
     """
-    moved = {name: after.held_back_ns[name] - ns for name, ns in before.held_back_ns.items() if name in after.held_back_ns}
+    moved = {
+        name: after.held_back_ns[name] - ns for name, ns in before.held_back_ns.items() if name in after.held_back_ns
+    }
     reasons = dict.fromkeys([*(name for name, ns in moved.items() if ns > 0), *after.throttles])
     return tuple(reasons), max(0, *moved.values()) / 1e9 if moved else None

@@ -112,7 +112,10 @@ class Connection(asyncio.Protocol):
         if self.exchange is exchange and (self._budget < 0 or len(exchange.parts) > self.limits.most_reads):
             exchange.parts.clear()  # a load may have many such answers
             exchange.stamps.clear()
-            self._break("malformed", f"The answer was larger than {self.limits.most_bytes} bytes or {self.limits.most_reads} reads.")
+            self._break(
+                "malformed",
+                f"The answer was larger than {self.limits.most_bytes} bytes or {self.limits.most_reads} reads.",
+            )
 
     def eof_received(self) -> None:
         """Part of asyncio.Protocol."""
@@ -170,7 +173,10 @@ class Connection(asyncio.Protocol):
         while True:
             head, found, rest_after = rest.partition(b"\r\n\r\n")
             if len(head) > HEAD_BYTES or not (rest.startswith(b"HTTP/1.") or b"HTTP/1.".startswith(rest)):
-                self._break("malformed", f"The answer does not begin as HTTP/1.1 does, or its headers do not end: {rest[:40]!r}.")
+                self._break(
+                    "malformed",
+                    f"The answer does not begin as HTTP/1.1 does, or its headers do not end: {rest[:40]!r}.",
+                )
                 return
             if not found:
                 self._rest = rest
@@ -184,7 +190,9 @@ class Connection(asyncio.Protocol):
             if not 100 <= int(status[:3]) < 200:
                 break
         self._rest, exchange.status = b"", int(status[:3])
-        exchange.headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        exchange.headers = {
+            name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+        }
         self._begin_body(exchange, version, rest, now)
 
     def _begin_body(self, exchange: Exchange, version: str, rest: bytes, now: int) -> None:
@@ -193,7 +201,9 @@ class Connection(asyncio.Protocol):
         self._keep = "close" not in connection and (version != "HTTP/1.0" or "keep-alive" in connection)
         coding, length = headers.get("transfer-encoding", "").lower(), headers.get("content-length")
         if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
-            self._break("malformed", f"The answer is compressed ({headers['content-encoding'][:20]}), which was not asked for.")
+            self._break(
+                "malformed", f"The answer is compressed ({headers['content-encoding'][:20]}), which was not asked for."
+            )
         elif exchange.status in BODILESS:
             self._keep = self._keep and not rest
             self._finish(framed=True)

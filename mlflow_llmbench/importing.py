@@ -72,7 +72,9 @@ def _parse(content: bytes) -> Any:
 def _read(path: str) -> bytes:
     try:
         if Path(path).stat().st_size > LARGEST:
-            raise UsageError(f"{path} is larger than {LARGEST / 1e6:.0f} MB. Write the result without the single requests.")
+            raise UsageError(
+                f"{path} is larger than {LARGEST / 1e6:.0f} MB. Write the result without the single requests."
+            )
         return Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}. Give the JSON file that the program wrote.") from None
@@ -84,7 +86,9 @@ def _log(store: tracking.Store, one: Foreign, identity: dict[str, str], file: st
     outcome = "error"
     try:
         tracking.log_params(store, run_id, dict(one.params))
-        tracking.log_metrics(store, run_id, [Point(key, 0, value, now) for key, value in {**one.own, **one.metrics}.items()])
+        tracking.log_metrics(
+            store, run_id, [Point(key, 0, value, now) for key, value in {**one.own, **one.metrics}.items()]
+        )
         told = {"source_version": one.version, "tokens_by": one.tokens_by, "translated": ", ".join(sorted(one.metrics))}
         tracking.set_tags(store, run_id, {name: value for name, value in told.items() if value})
         with tempfile.TemporaryDirectory() as scratch:

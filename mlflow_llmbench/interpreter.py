@@ -81,7 +81,9 @@ def package_folder() -> Path:
         scratch.symlink_to(package)
         scratch.replace(link)
     except OSError as error:
-        raise MissingError(f"The folder {folder} cannot be written: {error.strerror}. Set LLMBENCH_CACHE to a folder that you own.") from None
+        raise MissingError(
+            f"The folder {folder} cannot be written: {error.strerror}. Set LLMBENCH_CACHE to a folder that you own."
+        ) from None
     return folder
 
 
@@ -120,7 +122,10 @@ def ask_doctor(python: str) -> list[dict[str, Any]]:
     if not answer:
         raise MeasurementError(f"worker_python={python} cannot be examined: {problem}.")
     items: list[dict[str, Any]] = json.loads(answer)
-    return [item | {"advice": item["advice"] and re.sub(r"(?<!/)pip install", lambda _: pip(python), item["advice"])} for item in items]
+    return [
+        item | {"advice": item["advice"] and re.sub(r"(?<!/)pip install", lambda _: pip(python), item["advice"])}
+        for item in items
+    ]
 
 
 def try_import(python: str, backend: str) -> str:
@@ -188,7 +193,9 @@ def resolve(cell: Cell) -> ModelFacts:
             return from_json(ModelFacts, event["model"])
         if event["event"] == "failed":
             raise _error(python, event["kind"], event["message"])
-    raise MeasurementError(f"worker_python={python} did not say what the model {cell.model} is: {problem or 'its worker ended'}.")
+    raise MeasurementError(
+        f"worker_python={python} did not say what the model {cell.model} is: {problem or 'its worker ended'}."
+    )
 
 
 def _error(python: str, kind: str, message: str) -> LlmbenchError:
@@ -202,7 +209,16 @@ def _ask(arguments: Sequence[str], text: str, seconds: float, downloads: bool) -
     """What a process prints, and where it fails the last line of its errors, or how it ended."""
     environment = variables(arguments[0], worker_environment(os.environ, downloads))
     try:
-        done = subprocess.run(arguments, input=text, capture_output=True, text=True, errors="replace", timeout=seconds, check=False, env=environment)
+        done = subprocess.run(
+            arguments,
+            input=text,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+            env=environment,
+        )
     except subprocess.TimeoutExpired:
         return "", f"no answer within {seconds:g} s"
     except OSError as error:
@@ -210,4 +226,6 @@ def _ask(arguments: Sequence[str], text: str, seconds: float, downloads: bool) -
     said = done.stderr.strip().splitlines()
     failed = done.returncode != 0
     problem = (redact(said[-1])[:200] if said else f"it ended with code {done.returncode}") if failed else ""
-    return ("" if failed else done.stdout.strip().splitlines()[-1] if not text and done.stdout.strip() else done.stdout), problem
+    return (
+        "" if failed else done.stdout.strip().splitlines()[-1] if not text and done.stdout.strip() else done.stdout
+    ), problem

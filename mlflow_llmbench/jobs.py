@@ -34,7 +34,9 @@ class Job:
     refused: str | None = None
     run_id: str = ""
     started_ms: int = 0
-    attempts: list[tuple[GroupOutcome, int]] = field(default_factory=list)  # each process that measured it, and its number there
+    attempts: list[tuple[GroupOutcome, int]] = field(
+        default_factory=list
+    )  # each process that measured it, and its number there
     environment: Mapping[str, Any] | None = None  # of its worker's interpreter, where that is not the command's
     lost: int = 0  # how often the machine that was to measure it was gone before it had
     row: Row | None = None
@@ -68,12 +70,16 @@ def make_jobs(
         predicted = estimate.predicted_bytes(cell, model, shape)
         jobs.append(
             Job(
-                cell, model, Hashes(config, workload, own["hardware"], own["software"], own["env"]),
-                folder / (f"{config}-{twins + 1}" if twins else config), name, predicted,
+                cell,
+                model,
+                Hashes(config, workload, own["hardware"], own["software"], own["env"]),
+                folder / (f"{config}-{twins + 1}" if twins else config),
+                name,
+                predicted,
                 estimate.refusal(cell, model, predicted, (None, "") if spec.options.force else room(cell.device)),
                 environment=where if cell.worker_python else None,
             )
-        )  # fmt: skip
+        )
     return jobs
 
 
@@ -89,7 +95,9 @@ def refuse_twins(cells: Sequence[Cell], model_of: Mapping[Cell, ModelFacts]) -> 
     for cell in cells:
         twin = first.setdefault(plan.config_hash(cell, model_of[cell]), cell)
         if twin is not cell:
-            raise UsageError(f"{twin.model} and {cell.model} are the same model, so their cells are the same. Leave one of them out.")
+            raise UsageError(
+                f"{twin.model} and {cell.model} are the same model, so their cells are the same. Leave one of them out."
+            )
 
 
 def identity(job: Job) -> dict[str, str]:
@@ -99,7 +107,10 @@ def identity(job: Job) -> dict[str, str]:
 
 def write_job(job: Job) -> None:
     """Put on the disk what a result is made of besides the measurement. Raises JournalError."""
-    known = {name: getattr(job, name) for name in ("cell", "model", "hashes", "name", "predicted", "started_ms", "environment")}
+    known = {
+        name: getattr(job, name)
+        for name in ("cell", "model", "hashes", "name", "predicted", "started_ms", "environment")
+    }
     write_json(job.folder / "cell.json", known)
 
 
@@ -107,11 +118,17 @@ def read_job(folder: Path) -> Job:
     """The job that `write_job` left in a folder. Raises JournalError."""
     try:
         known = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        cell, model, hashes = from_json(Cell, known["cell"]), from_json(ModelFacts, known["model"]), from_json(Hashes, known["hashes"])
+        cell, model, hashes = (
+            from_json(Cell, known["cell"]),
+            from_json(ModelFacts, known["model"]),
+            from_json(Hashes, known["hashes"]),
+        )
         own = {"started_ms": known["started_ms"], "environment": known.get("environment")}
         return Job(cell, model, hashes, folder, known["name"], known["predicted"], **own)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JournalError(f"Cannot read {folder / 'cell.json'}: {error}. Delete the folder {folder} and measure the cell again.") from None
+        raise JournalError(
+            f"Cannot read {folder / 'cell.json'}: {error}. Delete the folder {folder} and measure the cell again."
+        ) from None
 
 
 def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -> RunResult:
@@ -120,7 +137,9 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
     measured = [outcome.measured[own] for outcome, own in job.attempts]
     repetitions: list[Repetition] = []
     for process, one in enumerate(measured):
-        repetitions += [dataclasses.replace(r, index=len(repetitions) + r.index, process=process) for r in one.repetitions]
+        repetitions += [
+            dataclasses.replace(r, index=len(repetitions) + r.index, process=process) for r in one.repetitions
+        ]
     result = empty_result(job, spec, first.environment or job.environment or environment, "ok")
     return dataclasses.replace(
         result,
@@ -132,7 +151,9 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         memory=stages.stages_of(first, number),
         timeline=stages.timeline_of(first, number),
         marks=_marks(first, number),
-        peaks=machine.best_peaks(first.peaks, f"{result.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"),
+        peaks=machine.best_peaks(
+            first.peaks, f"{result.hashes.hardware} {job.cell.device} {job.cell.threads or 'auto'}"
+        ),
         idle_w=first.idle_w,
         texts=tuple(first.texts[number]),
         same_replies=measured[0].same_replies,
@@ -145,7 +166,12 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
 
 
 def failed_result(
-    job: Job, spec: BenchSpec, environment: Mapping[str, Any], word: str, failure: Failure, outcome: GroupOutcome | None = None
+    job: Job,
+    spec: BenchSpec,
+    environment: Mapping[str, Any],
+    word: str,
+    failure: Failure,
+    outcome: GroupOutcome | None = None,
 ) -> RunResult:
     """The result of a job that has none: the word for it, why, and what its worker was seen to need until then."""
     where = (outcome and outcome.environment) or job.environment or environment
@@ -162,9 +188,17 @@ def empty_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any], word
     now = int(time.time() * 1000)
     hashes = dataclasses.replace(job.hashes, **environment.get("hashes", {}))
     return RunResult(
-        job.cell, word, job.started_ms or now, now, hashes, job.model, environment,
-        predicted_bytes=job.predicted, price_per_hour=spec.options.price_per_hour, sweep=job.folder.parent.name,
-    )  # fmt: skip
+        job.cell,
+        word,
+        job.started_ms or now,
+        now,
+        hashes,
+        job.model,
+        environment,
+        predicted_bytes=job.predicted,
+        price_per_hour=spec.options.price_per_hour,
+        sweep=job.folder.parent.name,
+    )
 
 
 def env_hashes(job: Job) -> set[str | None]:
@@ -176,4 +210,8 @@ def _marks(outcome: GroupOutcome, number: int) -> dict[str, int]:
     """Stage → monotonic ns at which it was reached, for the timeline of the memory."""
     marks = {stage: int(event["t_ns"]) for stage, event in outcome.stages.items()}
     own = outcome.cells.get(number, {})
-    return marks | ({"measuring": int(own["cell"]["t_ns"])} if own else {}) | ({"peak": int(own["peak"]["t_ns"])} if "peak" in own else {})
+    return (
+        marks
+        | ({"measuring": int(own["cell"]["t_ns"])} if own else {})
+        | ({"peak": int(own["peak"]["t_ns"])} if "peak" in own else {})
+    )

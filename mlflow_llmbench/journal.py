@@ -33,21 +33,28 @@ from .redaction import redact, redact_all
 
 def new_sweep(output_dir: str) -> Path:
     """Make a folder for one command, named by its start (UTC) so that folders sort by time. Raises JournalError."""
-    folder = Path(os.path.expanduser(output_dir)).resolve() / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+    folder = (
+        Path(os.path.expanduser(output_dir)).resolve()
+        / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+    )
     try:
         folder.mkdir(parents=True)
         probe = folder / ".writable"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise JournalError(f"Cannot write into the output folder {output_dir}: {error.strerror}. Give another one: output_dir=FOLDER.") from None
+        raise JournalError(
+            f"Cannot write into the output folder {output_dir}: {error.strerror}. Give another one: output_dir=FOLDER."
+        ) from None
     return folder
 
 
 def claim(folder: Path) -> IO[bytes]:
     """Mark a sweep's folder as being written, until the file that is returned is closed or this process ends, however it ends."""
     file = (folder / ".claim").open("wb")
-    with contextlib.suppress(ImportError, OSError):  # without locks (Windows, some network disks) nothing is ever taken for abandoned
+    with contextlib.suppress(
+        ImportError, OSError
+    ):  # without locks (Windows, some network disks) nothing is ever taken for abandoned
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +84,9 @@ def abandoned(output_dir: str) -> list[Path]:
 
 def write_json(path: Path, data: object) -> None:
     """Write a JSON file, without secrets, whole or not at all: a temporary file, flushed to the disk, then renamed."""
-    write_bytes(path, _utf8(json.dumps(redact_all(to_json(data)), ensure_ascii=False, indent=1, allow_nan=False) + "\n"))
+    write_bytes(
+        path, _utf8(json.dumps(redact_all(to_json(data)), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    )
 
 
 SERVER_LOG = "server.log"
@@ -130,7 +139,9 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise JournalError(f"Cannot write {path}: {error.strerror}. Free some space or give another output_dir, then run again.") from None
+        raise JournalError(
+            f"Cannot write {path}: {error.strerror}. Free some space or give another output_dir, then run again."
+        ) from None
 
 
 class EventLog:
@@ -184,7 +195,9 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError:
             if number == len(lines):  # no newline after it: it was being written
                 return
-            raise JournalError(f"{path}, line {number}, is damaged. Delete the folder {path.parent} and measure the cell again.") from None
+            raise JournalError(
+                f"{path}, line {number}, is damaged. Delete the folder {path.parent} and measure the cell again."
+            ) from None
 
 
 def read_result(folder: Path) -> RunResult:
@@ -212,6 +225,9 @@ def samples_csv(result: RunResult) -> bytes:
         row = 0
         for request in repetition.requests:
             for _ in range(request.rows):
-                writer.writerows((repetition.index, row, token, t_ns) for token, t_ns in enumerate((request.t0_ns, *_by_token(request))))
+                writer.writerows(
+                    (repetition.index, row, token, t_ns)
+                    for token, t_ns in enumerate((request.t0_ns, *_by_token(request)))
+                )
                 row += 1
     return gzip.compress(text.getvalue().encode(), mtime=0)

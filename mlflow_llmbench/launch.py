@@ -36,11 +36,19 @@ def check_command(text: str) -> str:
         known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
         raise UsageError(f"launch has a placeholder that is not known: {{{unknown[0]}}}. Known: {known}.")
     if not takes(text, "port"):
-        raise UsageError(f"launch does not say where the server is to listen: {text[:100]}. Add the server's option for it with {{port}}: {EXAMPLE}.")
+        raise UsageError(
+            f"launch does not say where the server is to listen: {text[:100]}. Add the server's option for it with {{port}}: {EXAMPLE}."
+        )
     secret = next((word for word in words if word.startswith("-") and is_secret_name(word.partition("=")[0])), None)
     if secret or redact(text) != text:
-        told = f"an option that is named as a secret, {secret.partition('=')[0]}," if secret else "what looks like a secret"
-        raise UsageError(f"launch has {told} and the command would be logged. Start the server without it, or from a script of your own.")
+        told = (
+            f"an option that is named as a secret, {secret.partition('=')[0]},"
+            if secret
+            else "what looks like a secret"
+        )
+        raise UsageError(
+            f"launch has {told} and the command would be logged. Start the server without it, or from a script of your own."
+        )
     return text
 
 
@@ -51,7 +59,9 @@ def takes(command: str, placeholder: str) -> bool:
 
 def arguments(command: str, *, model: str, port: int, quant: str) -> list[str]:
     """The arguments of the process. With quant=none an option whose value is `{quant}` alone is left out, with its value."""
-    return [_filled(word, {"model": model, "port": str(port), "quant": quant}) for word in _without_quant(command, quant)]
+    return [
+        _filled(word, {"model": model, "port": str(port), "quant": quant}) for word in _without_quant(command, quant)
+    ]
 
 
 def _without_quant(command: str, quant: str) -> Iterator[str]:
@@ -59,7 +69,9 @@ def _without_quant(command: str, quant: str) -> Iterator[str]:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         leads = word.startswith("-") and following == "{quant}"
-        if quant != "none" or not (leads or word == "{quant}" or (equals and name.startswith("-") and value == "{quant}")):
+        if quant != "none" or not (
+            leads or word == "{quant}" or (equals and name.startswith("-") and value == "{quant}")
+        ):
             yield word
 
 
@@ -71,7 +83,9 @@ def _words(text: str) -> list[str]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UsageError(f"launch cannot be read, {str(error).lower()}: {text[:100]}. Quote it as for a shell: {EXAMPLE}.") from None
+        raise UsageError(
+            f"launch cannot be read, {str(error).lower()}: {text[:100]}. Quote it as for a shell: {EXAMPLE}."
+        ) from None
     if not words:
         raise UsageError(f"launch is empty. Give a command such as {EXAMPLE}.")
     return words

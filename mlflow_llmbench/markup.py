@@ -63,7 +63,10 @@ def code_block(text: str) -> str:
 
 
 def markdown_table(
-    heading: Sequence[object], body: Iterable[Sequence[object]], numeric: Collection[int] = (), bold: Collection[tuple[int, int]] = ()
+    heading: Sequence[object],
+    body: Iterable[Sequence[object]],
+    numeric: Collection[int] = (),
+    bold: Collection[tuple[int, int]] = (),
 ) -> str:
     """A Markdown table, every cell harmless. Columns in `numeric` are aligned to the right; cells (line, column) in `bold` are bold."""
     rules = ["---:" if column in numeric else "---" for column in range(len(heading))]

@@ -105,16 +105,24 @@ def time_request(
     if any(map(_is_wide, steps)):
         sizes = tuple(len(step[0]) if _is_wide(step) else 1 for step in steps)
         counted = {"tokens": sum(sizes), "chunk_tokens": sizes}
-    return RequestRecord(t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0]), cached_tokens=cached, **counted), steps  # type: ignore[arg-type]
+    return RequestRecord(
+        t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0]), cached_tokens=cached, **counted
+    ), steps  # type: ignore[arg-type]
 
 
 def _is_wide(step: Any) -> bool:
     """Whether a step brings a sequence of tokens for each row, and not one token."""
-    return hasattr(step, "__len__") and len(step) > 0 and hasattr(step[0], "__len__") and getattr(step[0], "ndim", 1) > 0
+    return (
+        hasattr(step, "__len__") and len(step) > 0 and hasattr(step[0], "__len__") and getattr(step[0], "ndim", 1) > 0
+    )
 
 
 def time_turns(
-    backend: Backend, turns: Sequence[Sequence[Sequence[int]]], output_tokens: int, kept: bool = False, on_first: Callable[[], None] | None = None
+    backend: Backend,
+    turns: Sequence[Sequence[Sequence[int]]],
+    output_tokens: int,
+    kept: bool = False,
+    on_first: Callable[[], None] | None = None,
 ) -> Timed:
     """Send turns one after another, each with all that was said before it; a prompt that stands alone is the only turn.
 
@@ -189,7 +197,9 @@ def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: 
     return tuple(same)
 
 
-def time_texts(backend: Backend, texts: Sequence[Mapping[str, str]], outputs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> TextTimes:
+def time_texts(
+    backend: Backend, texts: Sequence[Mapping[str, str]], outputs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> TextTimes:
     """What lies around the model where texts come and go: the tokenizer's own time, one text after another, on the thread that waits for it."""
     clock = time.perf_counter_ns
     stamps = []
@@ -210,10 +220,15 @@ def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, v
         steps: list[Any] = []
         generate(sent, cell.output_tokens, steps.append)
         said.append(list(zip(*checked_ids(steps, len(sent)), strict=True)))
-    return tuple(sum(1 for _ in itertools.takewhile(bool, map(operator.eq, own, plain))) for own, plain in zip(*said, strict=True))
+    return tuple(
+        sum(1 for _ in itertools.takewhile(bool, map(operator.eq, own, plain)))
+        for own, plain in zip(*said, strict=True)
+    )
 
 
-def _warm_up(backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say) -> tuple[float, list[float], bool]:
+def _warm_up(
+    backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say
+) -> tuple[float, list[float], bool]:
     """Discarded runs of the measured shape. Returns the first call in ms, all durations in s, and whether they became steady.
 
     Conversations have other numbers of turns, so it is always the first one that shows whether they became steady.
@@ -224,7 +239,13 @@ def _warm_up(backend: Backend, cell: Cell, turns: Callable[[int], list[list[list
     steady = False
     while len(durations) < most and not (steady and not fixed):
         first = None if durations else lambda: say("first_token")
-        timed = time_turns(backend, turns(len(durations) if cell.history == "none" else 0), cell.output_tokens, cell.history == "kept", first)
+        timed = time_turns(
+            backend,
+            turns(len(durations) if cell.history == "none" else 0),
+            cell.output_tokens,
+            cell.history == "kept",
+            first,
+        )
         if not all(record.stamps_ns for record in timed.requests):
             raise MeasurementError("The backend generated no token at all. Nothing can be measured.")
         durations.append(timed.seconds)
@@ -264,10 +285,14 @@ def checked_ids(steps: Sequence[Any], rows: int) -> list[list[int]]:
     ids: list[list[int]] = []
     for number, step in enumerate(steps, 1):
         if hasattr(step, "__len__") and len(step) != rows:
-            raise MeasurementError(f"Step {number} brought {len(step)} tokens for {rows} rows. The backend does not emit one token per row.")
+            raise MeasurementError(
+                f"Step {number} brought {len(step)} tokens for {rows} rows. The backend does not emit one token per row."
+            )
         held = step.tolist() if hasattr(step, "tolist") else step
         try:
             ids += [[int(i) for i in token] for token in (zip(*held, strict=True) if _is_wide(step) else [held])]
         except (TypeError, ValueError):
-            raise MeasurementError(f"Step {number} is no list of ids: {repr(step)[:80]}. Emit one whole number for each row.") from None
+            raise MeasurementError(
+                f"Step {number} is no list of ids: {repr(step)[:80]}. Emit one whole number for each row."
+            ) from None
     return ids

@@ -56,7 +56,11 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
         requests = [_with_asked(server.read(exchange), cell, exchange.number) for exchange in trace.exchanges]
         complete = _complete(requests)
         failed = tuple(request for request in requests if request.outcome != "complete")
-        repetitions.append(Repetition(index, wall_ms, complete, noise, failed=failed, client=_readings(trace), server=server.readings(trace)))
+        repetitions.append(
+            Repetition(
+                index, wall_ms, complete, noise, failed=failed, client=_readings(trace), server=server.readings(trace)
+            )
+        )
         say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
     return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), ())
 
@@ -74,7 +78,9 @@ def _expected(cell: Cell, answer_s: float) -> int:
 
 
 def _readings(trace: Trace) -> ClientReadings:
-    return ClientReadings(trace.started_ns, trace.ended_ns, trace.lags_ns, trace.cpu_s, trace.retries, tuple(map(_readings, trace.parts)))
+    return ClientReadings(
+        trace.started_ns, trace.ended_ns, trace.lags_ns, trace.cpu_s, trace.retries, tuple(map(_readings, trace.parts))
+    )
 
 
 def _processes_for(load: Load, wave: Trace) -> int:
@@ -95,7 +101,9 @@ def _complete(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:
     if complete:
         return complete
     (outcome, message), _ = Counter((r.outcome, r.message) for r in requests).most_common(1)[0]
-    raise MeasurementError(f"None of {len(requests)} requests was complete, mostly {outcome}: {message} Check the server's log and the load.")
+    raise MeasurementError(
+        f"None of {len(requests)} requests was complete, mostly {outcome}: {message} Check the server's log and the load."
+    )
 
 
 def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> tuple[float, list[float], bool, Trace]:

@@ -56,7 +56,9 @@ def measure_stream(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size:
 
     first = orders(0, count)
     with _server(backend, cell, max(len(ids) + output for ids, output in first)) as serve:
-        first_call_ms, warmup_s, steady = _warm_up(cell, lambda number: orders(-1 - number, min(cell.batch_size, count)), serve, say)
+        first_call_ms, warmup_s, steady = _warm_up(
+            cell, lambda number: orders(-1 - number, min(cell.batch_size, count)), serve, say
+        )
         repetitions: list[Repetition] = []
         outputs: tuple[tuple[list[int], list[int]], ...] = ()
         limit = cell.repetitions or cell.max_repetitions
@@ -68,12 +70,16 @@ def measure_stream(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size:
             noise = machine.noise_between(before, machine.take_readings(backend.device))
             repetitions.append(Repetition(index, wall_ms, served.requests, noise, engine=served.readings))
             if prompts.texts and not index:
-                outputs = tuple((ids, out) for (ids, _), out in zip(stream, served.outputs, strict=True))[: len(prompts.texts)]
+                outputs = tuple((ids, out) for (ids, _), out in zip(stream, served.outputs, strict=True))[
+                    : len(prompts.texts)
+                ]
             say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
     return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), outputs)
 
 
-def _warm_up(cell: Cell, orders: Callable[[int], list[Order]], serve: Serve, say: Say) -> tuple[float, list[float], bool]:
+def _warm_up(
+    cell: Cell, orders: Callable[[int], list[Order]], serve: Serve, say: Say
+) -> tuple[float, list[float], bool]:
     """Full batches whose requests come all at once, discarded. Returns the first in ms, all in s, and whether they became steady."""
     fixed = cell.warmup is not None
     most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
@@ -93,7 +99,9 @@ def _server(backend: Backend, cell: Cell, longest: int) -> Iterator[Serve]:
     """What answers the requests of a cell, none of which has more than `longest` tokens with its answer."""
     able = backend.capabilities.continuous if cell.batching == "continuous" else backend.capabilities.padding
     if not able:
-        raise MeasurementError(f"backend={cell.backend} has no {cell.batching} batching. Use backend=transformers, or another batching.")
+        raise MeasurementError(
+            f"backend={cell.backend} has no {cell.batching} batching. Use backend=transformers, or another batching."
+        )
     if cell.batching != "continuous":
         yield lambda stream, due_ns: serve_batches(backend, cell, stream, due_ns)
         return
@@ -169,7 +177,9 @@ class _StepLog:
         self.stamps_ns.clear()
         self.steps.clear()
 
-    def served(self, stream: Sequence[Order], intended: Sequence[int], sent: Sequence[int], positions: int | None) -> Served:
+    def served(
+        self, stream: Sequence[Order], intended: Sequence[int], sent: Sequence[int], positions: int | None
+    ) -> Served:
         """The steps by request."""
         stamps: list[list[int]] = [[] for _ in stream]
         outputs: list[list[int]] = [[] for _ in stream]
@@ -192,8 +202,13 @@ def _record(order: Order, intended_ns: int, sent_ns: int, stamps_ns: tuple[int, 
     if not stamps_ns:
         raise MeasurementError("A request was answered without a token. Nothing can be measured.")
     return RequestRecord(
-        sent_ns, stamps_ns, prompt_tokens=len(ids), intended_ns=intended_ns, end_ns=stamps_ns[-1], asked=(len(ids), output)
-    )  # fmt: skip
+        sent_ns,
+        stamps_ns,
+        prompt_tokens=len(ids),
+        intended_ns=intended_ns,
+        end_ns=stamps_ns[-1],
+        asked=(len(ids), output),
+    )
 
 
 def _sleep_until(at_ns: int) -> None:

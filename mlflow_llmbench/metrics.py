@@ -49,20 +49,35 @@ FAILURES = ("truncated", "server_error", "timeout", "refused", "malformed")
 """How a request to a server ends that is not `complete`."""
 
 SERVER_GAUGES = (
-    "vllm:num_requests_running", "vllm:num_requests_waiting", "sglang:num_running_reqs", "sglang:num_queue_reqs", "tgi_batch_current_size",
-    "tgi_queue_size", "llamacpp:requests_processing", "llamacpp:requests_deferred",
-)  # fmt: skip
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "sglang:num_running_reqs",
+    "sglang:num_queue_reqs",
+    "tgi_batch_current_size",
+    "tgi_queue_size",
+    "llamacpp:requests_processing",
+    "llamacpp:requests_deferred",
+)
 """What servers tell of the requests that they compute, and of those that wait."""
 
 SERVER_RATIOS = (
-    "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage", "sglang:cache_hit_rate", "llamacpp:kv_cache_usage_ratio",
-)  # fmt: skip
+    "vllm:kv_cache_usage_perc",
+    "vllm:gpu_cache_usage_perc",
+    "sglang:token_usage",
+    "sglang:cache_hit_rate",
+    "llamacpp:kv_cache_usage_ratio",
+)
 """Shares, 0–1, whatever their name says: of the KV cache that is in use, and of prompts found in the prefix cache."""
 
 SERVER_COUNTERS = (
-    "vllm:num_preemptions_total", "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_queries_total",
-    "vllm:gpu_prefix_cache_hits_total", "sglang:cached_tokens_total", "sglang:num_aborted_requests_total",
-)  # fmt: skip
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:gpu_prefix_cache_queries_total",
+    "vllm:gpu_prefix_cache_hits_total",
+    "sglang:cached_tokens_total",
+    "sglang:num_aborted_requests_total",
+)
 """What they count: requests that were put back, and tokens asked of and found in the prefix cache."""
 
 SERVER_TIMES = ("vllm:request_queue_time_seconds", "sglang:queue_time_seconds", "tgi_request_queue_duration")
@@ -79,15 +94,40 @@ LATENCY = ("mean", "p50", "p90", "p95", "p99")
 ADDED = ("", "ci_low", "ci_high")
 
 METRICS: tuple[Metric, ...] = (
-    Metric("latency", "ttft_ms", "t1 − t0: prompt ids on the host → first generated id on the host", "ms", LATENCY, "lower", "TTFT ms"),
-    Metric("latency", "itl_ms", "gaps t(i) − t(i−1), i ≥ 2, pooled over repetitions and rows", "ms", LATENCY, "lower", "ITL ms"),
-    Metric("latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2", "ms", ("mean", "p50", "p95"), "lower"),
+    Metric(
+        "latency",
+        "ttft_ms",
+        "t1 − t0: prompt ids on the host → first generated id on the host",
+        "ms",
+        LATENCY,
+        "lower",
+        "TTFT ms",
+    ),
+    Metric(
+        "latency",
+        "itl_ms",
+        "gaps t(i) − t(i−1), i ≥ 2, pooled over repetitions and rows",
+        "ms",
+        LATENCY,
+        "lower",
+        "ITL ms",
+    ),
+    Metric(
+        "latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2", "ms", ("mean", "p50", "p95"), "lower"
+    ),
     Metric("latency", "e2e_ms", "tN − t0", "ms", ("mean", "p50", "p95", "p99"), "lower"),
     Metric(
-        "latency", "tokenize_ms", "text of a prompt → its ids, measured after the repetitions; only where prompts are texts", "ms", ("p50",), "lower"
+        "latency",
+        "tokenize_ms",
+        "text of a prompt → its ids, measured after the repetitions; only where prompts are texts",
+        "ms",
+        ("p50",),
+        "lower",
     ),
     Metric("latency", "detokenize_ms", "ids of an answer → its text, likewise", "ms", ("p50",), "lower"),
-    Metric("latency", "e2e_with_text_ms", "e2e_ms + batch · (text → ids + ids → text), all means", "ms", ("mean",), "lower"),
+    Metric(
+        "latency", "e2e_with_text_ms", "e2e_ms + batch · (text → ids + ids → text), all means", "ms", ("mean",), "lower"
+    ),
     Metric(
         "throughput",
         "output_tokens_per_s",
@@ -98,9 +138,20 @@ METRICS: tuple[Metric, ...] = (
         "tokens/s",
     ),
     Metric("throughput", "per_instance_tokens_per_s", "output throughput ÷ batch size", "1/s", ("",), "higher"),
-    Metric("throughput", "total_tokens_per_s", "batch · (P + N) / (tN − t0), mean over repetitions", "1/s", ("",), "higher"),
-    Metric("throughput", "prefill_tokens_per_s", "batch · P / (t1 − t0), of P what was computed, mean over repetitions", "1/s", ("",), "higher"),
-    Metric("throughput", "decode_tokens_per_s", "batch · (N − 1)/(tN − t1), mean over repetitions", "1/s", ("",), "higher"),
+    Metric(
+        "throughput", "total_tokens_per_s", "batch · (P + N) / (tN − t0), mean over repetitions", "1/s", ("",), "higher"
+    ),
+    Metric(
+        "throughput",
+        "prefill_tokens_per_s",
+        "batch · P / (t1 − t0), of P what was computed, mean over repetitions",
+        "1/s",
+        ("",),
+        "higher",
+    ),
+    Metric(
+        "throughput", "decode_tokens_per_s", "batch · (N − 1)/(tN − t1), mean over repetitions", "1/s", ("",), "higher"
+    ),
     Metric("memory", "host_rss_bytes", "resident memory of the worker at each stage", "bytes", STAGES, "lower"),
     Metric(
         "memory",
@@ -112,7 +163,16 @@ METRICS: tuple[Metric, ...] = (
         "host peak GB",
         1e-9,
     ),
-    Metric("memory", "device_bytes", "device memory of our process at each stage", "bytes", STAGES, "lower", "device peak GB", 1e-9),
+    Metric(
+        "memory",
+        "device_bytes",
+        "device memory of our process at each stage",
+        "bytes",
+        STAGES,
+        "lower",
+        "device peak GB",
+        1e-9,
+    ),
     Metric("memory", "device_reserved_bytes", "most that the allocator held", "bytes", ("peak",), "lower"),
     Metric(
         "memory",
@@ -134,9 +194,26 @@ METRICS: tuple[Metric, ...] = (
         ("",),
         "higher",
     ),
-    Metric("efficiency", "mbu_ratio", "bytes read per decode step ÷ mean TPOT ÷ read bandwidth measured here", "0–1", ("",), "higher", "MBU"),
-    Metric("efficiency", "mfu_ratio", "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here", "0–1", ("",), "higher"),
-    Metric("efficiency", "joules_per_token", "energy above idle ÷ output tokens, where a counter exists", "J", ("",), "lower"),
+    Metric(
+        "efficiency",
+        "mbu_ratio",
+        "bytes read per decode step ÷ mean TPOT ÷ read bandwidth measured here",
+        "0–1",
+        ("",),
+        "higher",
+        "MBU",
+    ),
+    Metric(
+        "efficiency", "mfu_ratio", "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here", "0–1", ("",), "higher"
+    ),
+    Metric(
+        "efficiency",
+        "joules_per_token",
+        "energy above idle ÷ output tokens, where a counter exists",
+        "J",
+        ("",),
+        "lower",
+    ),
     Metric(
         "efficiency",
         "padding_waste_ratio",
@@ -174,9 +251,21 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         "perplexity",
     ),
-    Metric("quality", "perplexity_ratio", "perplexity ÷ that of the unquantized model, paired by token", "", ("", "ci_low", "ci_high"), "lower"),
     Metric(
-        "qat", "kl_recovered_ratio", "kl_reduction ÷ ptq_kl_vs_reference: share of the divergence that training took back", "0–1", ("",), "higher"
+        "quality",
+        "perplexity_ratio",
+        "perplexity ÷ that of the unquantized model, paired by token",
+        "",
+        ("", "ci_low", "ci_high"),
+        "lower",
+    ),
+    Metric(
+        "qat",
+        "kl_recovered_ratio",
+        "kl_reduction ÷ ptq_kl_vs_reference: share of the divergence that training took back",
+        "0–1",
+        ("",),
+        "higher",
     ),
     Metric(
         "qat",
@@ -186,12 +275,26 @@ METRICS: tuple[Metric, ...] = (
         ADDED,
         "higher",
     ),
-    Metric("qat", "ptq_kl_vs_reference", "quality/kl_vs_reference of the same quantization without training", "nats", ADDED, "lower"),
+    Metric(
+        "qat",
+        "ptq_kl_vs_reference",
+        "quality/kl_vs_reference of the same quantization without training",
+        "nats",
+        ADDED,
+        "lower",
+    ),
     Metric("qat", "ptq_top1_agreement", "likewise quality/top1_agreement", "0–1", ADDED, "higher"),
     Metric("qat", "ptq_perplexity", "likewise quality/perplexity", "", ADDED, "lower"),
     Metric("qat", "unquantized_perplexity", "the same of the unquantized model", "", ADDED, "lower"),
     Metric("load", "load_s", "the model's load, checkpoint on disk → ready", "s", ("",), "lower", "load s"),
-    Metric("load", "compile_s", "compiling the decode step for this shape before its first call; not part of load_s", "s", ("",), "lower"),
+    Metric(
+        "load",
+        "compile_s",
+        "compiling the decode step for this shape before its first call; not part of load_s",
+        "s",
+        ("",),
+        "lower",
+    ),
     Metric("load", "first_call_ms", "the very first call, cold", "ms", ("",), "lower"),
     Metric("config", "batch_size", "setting, as a number to filter and plot by", "", ("",)),
     Metric("config", "prompt_tokens", "setting (mean of what was sent where it is auto)", "", ("",)),
@@ -215,7 +318,14 @@ METRICS: tuple[Metric, ...] = (
         ("mean", "p50", "p95", "p99"),
         "lower",
     ),
-    Metric("latency", "ttfo_ms", "start → first token outside a reasoning channel", "ms", ("mean", "p50", "p95", "p99"), "lower"),
+    Metric(
+        "latency",
+        "ttfo_ms",
+        "start → first token outside a reasoning channel",
+        "ms",
+        ("mean", "p50", "p95", "p99"),
+        "lower",
+    ),
     Metric(
         "throughput",
         "requests_per_s",
@@ -237,11 +347,22 @@ METRICS: tuple[Metric, ...] = (
         ("",),
         "higher",
     ),
-    Metric("window", "steady_requests_per_s", "answers, each by the share of its tokens that arrive in it, ÷ that time", "1/s", ("",), "higher"),
+    Metric(
+        "window",
+        "steady_requests_per_s",
+        "answers, each by the share of its tokens that arrive in it, ÷ that time",
+        "1/s",
+        ("",),
+        "higher",
+    ),
     Metric("window", "steady_ttft_ms", "TTFT of requests begun in it", "ms", ("p50", "p99"), "lower"),
     Metric("window", "steady_itl_ms", "gaps that lie in it", "ms", ("p50", "p99"), "lower"),
-    Metric("goodput", "requests_per_s", "requests that met every slo_…_ms, per second", "1/s", ("",), "higher", "goodput/s"),
-    Metric("goodput", "attainment_ratio", "their share of all that were sent and can be judged", "0–1", ("",), "higher"),
+    Metric(
+        "goodput", "requests_per_s", "requests that met every slo_…_ms, per second", "1/s", ("",), "higher", "goodput/s"
+    ),
+    Metric(
+        "goodput", "attainment_ratio", "their share of all that were sent and can be judged", "0–1", ("",), "higher"
+    ),
     Metric("goodput", "requests_without_tpot", "requests too short to be judged by slo_tpot_ms", "", ("",)),
     Metric(
         "goodput",
@@ -251,11 +372,33 @@ METRICS: tuple[Metric, ...] = (
         ("", "low", "high"),
         "higher",
     ),
-    Metric("goodput", "knee_requests_per_s", "of several loads that with the highest power, requests per second ÷ mean end to end", "1/s", ("",)),
-    Metric("twin", "added_ttft_ms", "behind the server − without it: median TTFT of a repetition, with Welch's 95 % interval", "ms", ADDED, "lower"),
-    Metric("twin", "added_tpot_ms", "the same of the mean time per output token", "ms", ADDED, "lower", "added TPOT ms"),
+    Metric(
+        "goodput",
+        "knee_requests_per_s",
+        "of several loads that with the highest power, requests per second ÷ mean end to end",
+        "1/s",
+        ("",),
+    ),
+    Metric(
+        "twin",
+        "added_ttft_ms",
+        "behind the server − without it: median TTFT of a repetition, with Welch's 95 % interval",
+        "ms",
+        ADDED,
+        "lower",
+    ),
+    Metric(
+        "twin", "added_tpot_ms", "the same of the mean time per output token", "ms", ADDED, "lower", "added TPOT ms"
+    ),
     Metric("twin", "added_e2e_ms", "the same of the median end to end", "ms", ADDED, "lower"),
-    Metric("twin", "added_host_needed_bytes", "the same of the peak of host memory, one reading each", "bytes", ("",), "lower"),
+    Metric(
+        "twin",
+        "added_host_needed_bytes",
+        "the same of the peak of host memory, one reading each",
+        "bytes",
+        ("",),
+        "lower",
+    ),
     Metric("twin", "throughput_ratio", "output tokens per second behind the server ÷ without it", "", ("",), "higher"),
     Metric("errors", "failed_ratio", "requests that were not complete ÷ all that were sent", "0–1", ("",), "lower"),
     *(Metric("errors", word, "requests that ended so", "", ("",), "lower") for word in FAILURES),
@@ -271,8 +414,16 @@ METRICS: tuple[Metric, ...] = (
         "higher",
         "tokens/step",
     ),
-    Metric("lengths", "cached_prompt_ratio", "prompt tokens from the server's prefix cache, where it tells them", "0–1", ("",)),
-    Metric("in_flight", "requests", "requests that wait for their end, over the time of a repetition", "", ("mean", "max")),
+    Metric(
+        "lengths",
+        "cached_prompt_ratio",
+        "prompt tokens from the server's prefix cache, where it tells them",
+        "0–1",
+        ("",),
+    ),
+    Metric(
+        "in_flight", "requests", "requests that wait for their end, over the time of a repetition", "", ("mean", "max")
+    ),
     Metric("client", "processes", "client processes that sent the load", "", ("",)),
     Metric(
         "client",
@@ -283,7 +434,14 @@ METRICS: tuple[Metric, ...] = (
         "lower",
     ),
     Metric("client", "send_delay_ms", "open loop: sent − meant", "ms", ("mean", "p50", "p99"), "lower"),
-    Metric("client", "cpu_ratio", "CPU time of the client ÷ wall time; it has one core; of several processes the busiest", "0–1", ("",), "lower"),
+    Metric(
+        "client",
+        "cpu_ratio",
+        "CPU time of the client ÷ wall time; it has one core; of several processes the busiest",
+        "0–1",
+        ("",),
+        "lower",
+    ),
     Metric("client", "cpus", "CPU time of several client processes together ÷ wall time", "", ("",), "lower"),
     Metric("client", "rate_ratio", "open loop: rate reached ÷ rate asked", "0–1", ("",), "higher"),
     Metric(
@@ -302,10 +460,22 @@ METRICS: tuple[Metric, ...] = (
         ("mean", "p50", "p99"),
         "lower",
     ),
-    *(Metric("server", name, "the server's own, over its readings while a load ran", "", ("mean", "max")) for name in SERVER_GAUGES),
-    *(Metric("server", name, "the server's own share, over its readings while a load ran", "0–1", ("mean", "max")) for name in SERVER_RATIOS),
-    *(Metric("server", name, "the server's own count: its growth over all repetitions", "", ("",)) for name in SERVER_COUNTERS),
-    *(Metric("server", name, "the server's own: mean of its requests in the repetitions", "s", ("mean",), "lower") for name in SERVER_TIMES),
+    *(
+        Metric("server", name, "the server's own, over its readings while a load ran", "", ("mean", "max"))
+        for name in SERVER_GAUGES
+    ),
+    *(
+        Metric("server", name, "the server's own share, over its readings while a load ran", "0–1", ("mean", "max"))
+        for name in SERVER_RATIOS
+    ),
+    *(
+        Metric("server", name, "the server's own count: its growth over all repetitions", "", ("",))
+        for name in SERVER_COUNTERS
+    ),
+    *(
+        Metric("server", name, "the server's own: mean of its requests in the repetitions", "s", ("mean",), "lower")
+        for name in SERVER_TIMES
+    ),
     Metric("trust", "repetitions", "timed repetitions that the numbers rest on", "", ("",), "higher"),
     Metric(
         "trust",
@@ -323,8 +493,22 @@ METRICS: tuple[Metric, ...] = (
         ("",),
         "higher",
     ),
-    Metric("trust", "relative_half_width", "half-width of the 95 % interval of the throughput ÷ its mean", "", ("",), "lower"),
-    Metric("trust", "cv_ratio", "standard deviation of the throughput over repetitions (processes, where several) ÷ its mean", "", ("",), "lower"),
+    Metric(
+        "trust",
+        "relative_half_width",
+        "half-width of the 95 % interval of the throughput ÷ its mean",
+        "",
+        ("",),
+        "lower",
+    ),
+    Metric(
+        "trust",
+        "cv_ratio",
+        "standard deviation of the throughput over repetitions (processes, where several) ÷ its mean",
+        "",
+        ("",),
+        "lower",
+    ),
 )
 
 SERIES = {
@@ -351,23 +535,67 @@ KEYS: dict[str, Metric] = {key: metric for metric in METRICS for key in metric.m
 """Summary key → its metric."""
 
 REASONS: dict[str, str] = {
-    "wrong_token_count": "invalid", "unfinished": "invalid", "client_bound": "invalid", "mbu_above_one": "invalid", "negative_gap": "invalid",
-    "not_steady": "suspect", "not_converged": "suspect", "too_few_samples": "suspect", "contended": "suspect", "throttled": "suspect",
-    "high_variation": "suspect", "length_drift": "suspect", "prefix_cache_hits": "suspect", "chunked_stream": "suspect", "swapping": "suspect",
-    "failed_requests": "suspect", "saturated": "suspect",
-}  # fmt: skip
+    "wrong_token_count": "invalid",
+    "unfinished": "invalid",
+    "client_bound": "invalid",
+    "mbu_above_one": "invalid",
+    "negative_gap": "invalid",
+    "not_steady": "suspect",
+    "not_converged": "suspect",
+    "too_few_samples": "suspect",
+    "contended": "suspect",
+    "throttled": "suspect",
+    "high_variation": "suspect",
+    "length_drift": "suspect",
+    "prefix_cache_hits": "suspect",
+    "chunked_stream": "suspect",
+    "swapping": "suspect",
+    "failed_requests": "suspect",
+    "saturated": "suspect",
+}
 """Reason code → the verdict it forces."""
 
 OUTCOMES = {
-    "ok": "FINISHED", "oom": "FAILED", "crashed": "FAILED", "timeout": "FAILED", "refused": "FAILED", "error": "FAILED",
-    "interrupted": "KILLED", "skipped": "KILLED",
-}  # fmt: skip
+    "ok": "FINISHED",
+    "oom": "FAILED",
+    "crashed": "FAILED",
+    "timeout": "FAILED",
+    "refused": "FAILED",
+    "error": "FAILED",
+    "interrupted": "KILLED",
+    "skipped": "KILLED",
+}
 """Outcome of a cell → status of its MLflow run."""
 
 COLOURS = {
-    "none": "#5f6b7a", "fp32": "#1f4e8c", "fp16": "#2e86c1", "bf16": "#17a2a2", "int8": "#e08e0b", "int4": "#c0392b", "fp4": "#8e44ad", "gptq": "#2e8b57",
-    "gptq3": "#7a9a01", "gptq8": "#5d8aa8", "q8_0": "#b9770e", "q6_k": "#a0522d", "q5_k_m": "#b03a6b", "q4_k_m": "#6c3483", "q4_0": "#a569bd",
-    "q3_k_m": "#34495e", "q2_k": "#1b2631", "int8-wo": "#d4a017", "int4-wo": "#e74c7a", "int8-dq": "#a04000", "fp8": "#6a5acd", "hqq8": "#117a65",
-    "hqq4": "#48a999", "hqq3": "#7fb3a6", "hqq2": "#a3c9bf", "quanto8": "#7b5544", "quanto4": "#a0826d", "quanto2": "#c8b09a", "mixed": "#b5476b",
-}  # fmt: skip
+    "none": "#5f6b7a",
+    "fp32": "#1f4e8c",
+    "fp16": "#2e86c1",
+    "bf16": "#17a2a2",
+    "int8": "#e08e0b",
+    "int4": "#c0392b",
+    "fp4": "#8e44ad",
+    "gptq": "#2e8b57",
+    "gptq3": "#7a9a01",
+    "gptq8": "#5d8aa8",
+    "q8_0": "#b9770e",
+    "q6_k": "#a0522d",
+    "q5_k_m": "#b03a6b",
+    "q4_k_m": "#6c3483",
+    "q4_0": "#a569bd",
+    "q3_k_m": "#34495e",
+    "q2_k": "#1b2631",
+    "int8-wo": "#d4a017",
+    "int4-wo": "#e74c7a",
+    "int8-dq": "#a04000",
+    "fp8": "#6a5acd",
+    "hqq8": "#117a65",
+    "hqq4": "#48a999",
+    "hqq3": "#7fb3a6",
+    "hqq2": "#a3c9bf",
+    "quanto8": "#7b5544",
+    "quanto4": "#a0826d",
+    "quanto2": "#c8b09a",
+    "mixed": "#b5476b",
+}
 """One colour per quantization, in MLflow (`mlflow.runColor`) and in our charts."""

@@ -26,7 +26,10 @@ def models_table(available_bytes: int | None, device_bytes: int | None) -> str:
     width = max(len(mark) for row in marks for mark in row)
     rows = [["model", "params", "context", *(f"{quant} {'':{width}}" for quant in TABLE_QUANTIZATIONS), "licence"]]
     for model, row in zip(models, marks, strict=True):
-        sizes = [f"{size['peak_bytes'] / 1e9:.1f} {mark:{width}}" for size, mark in zip(model["memory"].values(), row, strict=True)]
+        sizes = [
+            f"{size['peak_bytes'] / 1e9:.1f} {mark:{width}}"
+            for size, mark in zip(model["memory"].values(), row, strict=True)
+        ]
         licence = f"{model['licence']}, gated" if model["gated"] else model["licence"]
         rows.append([model["name"], parameters_text(model["parameters"]), str(model["context"]), *sizes, licence])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -43,7 +46,10 @@ def parameters_text(count: int) -> str:
 def _model_data(preset: Preset, available_bytes: int | None, device_bytes: int | None) -> dict[str, Any]:
     sizes = {}
     for quant in TABLE_QUANTIZATIONS:
-        run, load = memory_estimate(preset.shape, quant, preset.dtype), load_memory_estimate(preset.shape, quant, preset.dtype)
+        run, load = (
+            memory_estimate(preset.shape, quant, preset.dtype),
+            load_memory_estimate(preset.shape, quant, preset.dtype),
+        )
         peak = max(run, load)
         sizes[quant] = {
             "run_bytes": run,
@@ -70,4 +76,7 @@ def _legend(available_bytes: int | None, device_bytes: int | None) -> list[str]:
         fits = f"No mark: fits in {device_bytes / 1e9:.1f} GB of device memory.{cpu} no: does not fit."
     else:
         fits = f"No mark: fits in {host}. no: does not fit." if host else "How much memory is free here is not known."
-    return ["Estimated peak memory in GB, loading included, at batch 1 with 128 + 128 tokens; none = as published, fp16 or bf16.", fits]
+    return [
+        "Estimated peak memory in GB, loading included, at batch 1 with 128 + 128 tokens; none = as published, fp16 or bf16.",
+        fits,
+    ]

@@ -19,18 +19,43 @@ from typing import Any
 __all__ = ["PRESETS", "Preset", "Shape", "find_preset", "load_memory_estimate", "memory_estimate", "suggest_models"]
 
 _PLAIN_MLP = frozenset(  # two matrices and biases, where later families have a gate and none
-    ["opt", "gpt_neox", "bloom", "gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen", "falcon", "mpt", "phi", "starcoder2"]
+    [
+        "opt",
+        "gpt_neox",
+        "bloom",
+        "gpt2",
+        "gpt_neo",
+        "gptj",
+        "gpt_bigcode",
+        "codegen",
+        "falcon",
+        "mpt",
+        "phi",
+        "starcoder2",
+    ]
 )
-_TIED_UNLESS_SAID = frozenset(  # their config.json leaves tie_word_embeddings out where it is true (and every Gemma's does)
-    ["opt", "bloom", "gpt2", "gpt_neo", "gpt_bigcode", "falcon", "mpt", "cohere", "smollm3", "starcoder2"]
+_TIED_UNLESS_SAID = (
+    frozenset(  # their config.json leaves tie_word_embeddings out where it is true (and every Gemma's does)
+        ["opt", "bloom", "gpt2", "gpt_neo", "gpt_bigcode", "falcon", "mpt", "cohere", "smollm3", "starcoder2"]
+    )
 )
 _LEARNED_POSITIONS = {"opt": 2, "biogpt": 2, "gpt2": 0, "gpt_neo": 0, "gpt_bigcode": 0}  # rows beyond the context
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _COSTS_OTHERWISE = (  # mixtures of experts, latent or shared attention, state spaces, encoders: the formulas do not hold
-    *_EXPERTS, "kv_lora_rank", "num_kv_shared_layers",
-    "hidden_size_per_layer_input", "ssm_cfg", "is_encoder_decoder",
-)  # fmt: skip
-_GEMMA3_LEFT_OUT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208, "sliding_window": 4096}
+    *_EXPERTS,
+    "kv_lora_rank",
+    "num_kv_shared_layers",
+    "hidden_size_per_layer_input",
+    "ssm_cfg",
+    "is_encoder_decoder",
+)
+_GEMMA3_LEFT_OUT = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262_208,
+    "sliding_window": 4096,
+}
 
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOAT_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -95,13 +120,25 @@ class Shape:
         vocab = _size(config, "vocab_size")
         if not (layers and hidden and heads and vocab) or _costs_otherwise(config):
             return None
-        context = _size(config, "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+        context = _size(
+            config,
+            "max_position_embeddings",
+            "n_positions",
+            "max_sequence_length",
+            "max_seq_len",
+            "seq_length",
+            "n_ctx",
+        )
         window, sliding_layers = _sliding(config, family, layers, context)
         one_kv_head = config.get("multi_query") and not config.get("new_decoder_architecture")
         activation = str(config.get("hidden_act") or config.get("activation_function") or "silu")
         gemma = family.startswith("gemma")
         return cls(
-            layers=layers, hidden_size=hidden, attention_heads=heads, vocab_size=vocab, context=context,
+            layers=layers,
+            hidden_size=hidden,
+            attention_heads=heads,
+            vocab_size=vocab,
+            context=context,
             kv_heads=1 if one_kv_head else _size(config, "num_key_value_heads", "num_kv_heads") or heads,
             head_dim=_size(config, "head_dim") or hidden // heads,
             intermediate_size=_size(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * hidden,
@@ -109,8 +146,9 @@ class Shape:
             gated_mlp=gemma or (family not in _PLAIN_MLP and activation.startswith(("silu", "swi"))),
             embedding_dim=_size(config, "word_embed_proj_dim") or hidden,
             position_rows=context + _LEARNED_POSITIONS[family] if context and family in _LEARNED_POSITIONS else 0,
-            sliding_window=window, sliding_layers=sliding_layers,
-        )  # fmt: skip
+            sliding_window=window,
+            sliding_layers=sliding_layers,
+        )
 
     @property
     def linear_parameters(self) -> int:
@@ -234,14 +272,21 @@ class Preset:
         """The sizes that decide its cost."""
         shape = Shape.from_config(self.config)
         if shape is None:
-            raise ValueError(f"preset without a shape: {self.name}. Give its config layers, hidden size, heads and vocabulary.")
+            raise ValueError(
+                f"preset without a shape: {self.name}. Give its config layers, hidden size, heads and vocabulary."
+            )
         return shape
 
 
 def memory_estimate(
-    shape: Shape, quant: str = "none", dtype: str = "bfloat16", batch_size: int = 1, prompt_tokens: int = 128, output_tokens: int = 128,
+    shape: Shape,
+    quant: str = "none",
+    dtype: str = "bfloat16",
+    batch_size: int = 1,
+    prompt_tokens: int = 128,
+    output_tokens: int = 128,
     kv_value_bytes: float | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Bytes needed at the peak of a run, beside the interpreter and its libraries; `dtype` is that of the checkpoint.
 
     weights + batch · KV(prompt + output) + the activations of the prefill: batch · vocab · 4 for the logits of the last
@@ -281,10 +326,18 @@ def suggest_models(name: str, limit: int = 3) -> list[str]:
 
 def _value_bytes(quant: str, dtype: str) -> int:
     """Bytes of a value that is not quantized; the quantized schemes compute in a 2-byte dtype."""
-    stored = "float16" if quant in _LINEAR_BYTES or quant in GGUF_BITS else dtype if quant == "none" else _FLOAT_DTYPE.get(quant)
+    stored = (
+        "float16"
+        if quant in _LINEAR_BYTES or quant in GGUF_BITS
+        else dtype
+        if quant == "none"
+        else _FLOAT_DTYPE.get(quant)
+    )
     if stored not in _VALUE_BYTES or dtype not in _VALUE_BYTES:
         schemes, dtypes = ", ".join(["none", *_FLOAT_DTYPE, *_LINEAR_BYTES, *GGUF_BITS]), ", ".join(_VALUE_BYTES)
-        raise ValueError(f"no memory formula for quant={quant} with dtype={dtype}. Use one of {schemes} with one of {dtypes}.")
+        raise ValueError(
+            f"no memory formula for quant={quant} with dtype={dtype}. Use one of {schemes} with one of {dtypes}."
+        )
     return _VALUE_BYTES[stored]
 
 
@@ -317,7 +370,11 @@ def _costs_otherwise(config: Mapping[str, Any]) -> bool:
 def _sliding(config: Mapping[str, Any], family: str, layers: int, context: int | None) -> tuple[int | None, int]:
     """The window in tokens and how many layers have it; (None, 0) without one, or where it is no shorter than the context."""
     window = _size(config, "sliding_window")
-    if window is None or (context and window >= context) or not config.get("use_sliding_window", not family.startswith("qwen")):
+    if (
+        window is None
+        or (context and window >= context)
+        or not config.get("use_sliding_window", not family.startswith("qwen"))
+    ):
         return None, 0
     if config.get("layer_types"):
         count = list(config["layer_types"]).count("sliding_attention")
@@ -330,81 +387,217 @@ def _sliding(config: Mapping[str, Any], family: str, layers: int, context: int |
 
 def _opt(name: str, parameters: int, layers: int, hidden: int, heads: int, **other: Any) -> Preset:
     config = {
-        "model_type": "opt", "vocab_size": 50272, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "ffn_dim": 4 * hidden, "max_position_embeddings": 2048, "word_embed_proj_dim": hidden, "do_layer_norm_before": True,
-        "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, **other,
-    }  # fmt: skip
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": hidden,
+        "do_layer_norm_before": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        **other,
+    }
     return Preset(name, f"facebook/{name}", parameters, 2048, "float16", False, "opt-175b", "opt", config)
 
 
 def _pythia(name: str, parameters: int, layers: int, hidden: int, heads: int, vocab: int = 50304) -> Preset:
     config = {
-        "model_type": "gpt_neox", "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden, "max_position_embeddings": 2048, "use_parallel_residual": True, "attention_bias": True,
+        "model_type": "gpt_neox",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": 2048,
+        "use_parallel_residual": True,
+        "attention_bias": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
-        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return Preset(name, f"EleutherAI/{name}", parameters, 2048, "float16", False, "apache-2.0", "gpt_neox", config)
 
 
 def _bloom(name: str, parameters: int, layers: int, hidden: int, heads: int) -> Preset:
     config = {
-        "model_type": "bloom", "vocab_size": 250_880, "hidden_size": hidden, "n_layer": layers, "n_head": heads, "seq_length": 2048,
-        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
-    }  # fmt: skip
-    return Preset(name, f"bigscience/{name}", parameters, 2048, "float16", False, "bigscience-bloom-rail-1.0", "bloom", config)
+        "model_type": "bloom",
+        "vocab_size": 250_880,
+        "hidden_size": hidden,
+        "n_layer": layers,
+        "n_head": heads,
+        "seq_length": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    return Preset(
+        name, f"bigscience/{name}", parameters, 2048, "float16", False, "bigscience-bloom-rail-1.0", "bloom", config
+    )
 
 
 def _rotary(
-    name: str, repository: str, parameters: int, sizes: tuple[int, int, int, int, int], *, family: str = "llama",
-    licence: str = "apache-2.0", vocab: int = 32_000, context: int, theta: float = 1e4,
-    ids: tuple[int, int, int | None] = (1, 2, None), tied: bool = True, gated: bool = False, dtype: str = "bfloat16", **other: Any,
-) -> Preset:  # fmt: skip
+    name: str,
+    repository: str,
+    parameters: int,
+    sizes: tuple[int, int, int, int, int],
+    *,
+    family: str = "llama",
+    licence: str = "apache-2.0",
+    vocab: int = 32_000,
+    context: int,
+    theta: float = 1e4,
+    ids: tuple[int, int, int | None] = (1, 2, None),
+    tied: bool = True,
+    gated: bool = False,
+    dtype: str = "bfloat16",
+    **other: Any,
+) -> Preset:
     """A decoder with rotary positions, RMS norms and a gated MLP; `sizes` = layers, hidden, heads, KV heads, intermediate."""
     layers, hidden, heads, kv_heads, intermediate = sizes
     config = {
-        "model_type": family, "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
-        "max_position_embeddings": context, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "tie_word_embeddings": tied, "bos_token_id": ids[0], "eos_token_id": ids[1], "pad_token_id": ids[2], **other,
-    }  # fmt: skip
+        "model_type": family,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": tied,
+        "bos_token_id": ids[0],
+        "eos_token_id": ids[1],
+        "pad_token_id": ids[2],
+        **other,
+    }
     return Preset(name, repository, parameters, context, dtype, gated, licence, family, config)
 
 
 _LLAMA_2: dict[str, Any] = {"licence": "llama2", "context": 4096, "tied": False, "gated": True, "dtype": "float16"}
 _LLAMA_3_2: dict[str, Any] = {
-    "licence": "llama3.2", "vocab": 128_256, "context": 131_072, "ids": (128_000, 128_001, None), "gated": True,
-    "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                        "original_max_position_embeddings": 8192},
-}  # fmt: skip
-_GEMMA3: dict[str, Any] = {
-    "family": "gemma3_text", "licence": "gemma", "vocab": 262_144, "context": 32_768, "ids": (2, 1, 0), "gated": True, "head_dim": 256,
-    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "sliding_window": 512, "sliding_window_pattern": 6,
-    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
-                        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
-}  # fmt: skip
-_SMOLLM2: dict[str, Any] = {"vocab": 49_152, "context": 8192, "ids": (0, 0, None)}
-_QWEN3: dict[str, Any] = {"family": "qwen3", "vocab": 151_936, "context": 40_960, "theta": 1e6, "ids": (151_643, 151_645, None),
-                          "head_dim": 128, "rms_norm_eps": 1e-6}  # fmt: skip
-_PHI_4: dict[str, Any] = {
-    "family": "phi3", "licence": "mit", "vocab": 200_064, "context": 131_072, "ids": (199_999, 199_999, 199_999),
-    "sliding_window": 262_144, "original_max_position_embeddings": 4096,
+    "licence": "llama3.2",
+    "vocab": 128_256,
+    "context": 131_072,
+    "ids": (128_000, 128_001, None),
+    "gated": True,
     "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "factor": 32.0,
-        "original_max_position_embeddings": 4096, "short_factor": [1.0] * 48,
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_GEMMA3: dict[str, Any] = {
+    "family": "gemma3_text",
+    "licence": "gemma",
+    "vocab": 262_144,
+    "context": 32_768,
+    "ids": (2, 1, 0),
+    "gated": True,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+_SMOLLM2: dict[str, Any] = {"vocab": 49_152, "context": 8192, "ids": (0, 0, None)}
+_QWEN3: dict[str, Any] = {
+    "family": "qwen3",
+    "vocab": 151_936,
+    "context": 40_960,
+    "theta": 1e6,
+    "ids": (151_643, 151_645, None),
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+}
+_PHI_4: dict[str, Any] = {
+    "family": "phi3",
+    "licence": "mit",
+    "vocab": 200_064,
+    "context": 131_072,
+    "ids": (199_999, 199_999, 199_999),
+    "sliding_window": 262_144,
+    "original_max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1.0] * 48,
         "long_factor": [  # as in the published config.json
-            1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898, 2.735880826,
-            3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424, 6.693110555, 7.485043894,
-            8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283, 20.47818807,
-            22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97,
-            33.28, 33.49, 33.5, 44.16, 47.77,
+            1.0,
+            1.118320672,
+            1.250641126,
+            1.398617824,
+            1.564103225,
+            1.74916897,
+            1.956131817,
+            2.187582649,
+            2.446418898,
+            2.735880826,
+            3.059592084,
+            3.421605075,
+            3.826451687,
+            4.279200023,
+            4.785517845,
+            5.351743533,
+            5.984965424,
+            6.693110555,
+            7.485043894,
+            8.370679318,
+            9.36110372,
+            10.4687158,
+            11.70738129,
+            13.09260651,
+            14.64173252,
+            16.37415215,
+            18.31155283,
+            20.47818807,
+            22.90118105,
+            25.61086418,
+            28.64115884,
+            32.03,
+            32.1,
+            32.13,
+            32.23,
+            32.6,
+            32.61,
+            32.64,
+            32.66,
+            32.7,
+            32.71,
+            32.93,
+            32.97,
+            33.28,
+            33.49,
+            33.5,
+            44.16,
+            47.77,
         ],
     },
-}  # fmt: skip
+}
 
 _ALL = (
     _opt("opt-125m", 125_239_296, 12, 768, 12),
-    _opt("opt-350m", 331_196_416, 24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False),  # unlike its siblings
+    _opt(
+        "opt-350m", 331_196_416, 24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False
+    ),  # unlike its siblings
     _opt("opt-1.3b", 1_315_758_080, 24, 2048, 32),
     _opt("opt-2.7b", 2_651_596_800, 32, 2560, 32),
     _opt("opt-6.7b", 6_658_473_984, 32, 4096, 32),
@@ -422,20 +615,37 @@ _ALL = (
     _bloom("bloom-7b1", 7_069_016_064, 30, 4096, 32),
     _rotary("llama-2-7b", "meta-llama/Llama-2-7b-hf", 6_738_415_616, (32, 4096, 32, 32, 11008), **_LLAMA_2),
     _rotary("llama-2-13b", "meta-llama/Llama-2-13b-hf", 13_015_864_320, (40, 5120, 40, 40, 13824), **_LLAMA_2),
-    _rotary("mistral-7b", "mistralai/Mistral-7B-v0.1", 7_241_732_096, (32, 4096, 32, 8, 14336), family="mistral", context=32_768,
-            tied=False, sliding_window=4096),
+    _rotary(
+        "mistral-7b",
+        "mistralai/Mistral-7B-v0.1",
+        7_241_732_096,
+        (32, 4096, 32, 8, 14336),
+        family="mistral",
+        context=32_768,
+        tied=False,
+        sliding_window=4096,
+    ),
     _rotary("gemma-3-270m", "google/gemma-3-270m", 268_098_176, (18, 640, 4, 1, 2048), **_GEMMA3),
     _rotary("gemma-3-1b", "google/gemma-3-1b-pt", 999_885_952, (26, 1152, 4, 1, 6912), **_GEMMA3),
     _rotary("qwen3-0.6b", "Qwen/Qwen3-0.6B", 596_049_920, (28, 1024, 16, 8, 3072), **_QWEN3),
     _rotary("qwen3-1.7b", "Qwen/Qwen3-1.7B", 1_720_574_976, (28, 2048, 16, 8, 6144), **_QWEN3),
     _rotary("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", 134_515_008, (30, 576, 9, 3, 1536), theta=1e5, **_SMOLLM2),
     _rotary("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", 361_821_120, (32, 960, 15, 5, 2560), theta=1e5, **_SMOLLM2),
-    _rotary("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, (24, 2048, 32, 32, 8192), theta=1.3e5, **_SMOLLM2),
-    _rotary("tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_048_384, (22, 2048, 32, 4, 5632), context=2048, tied=False),
+    _rotary(
+        "smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, (24, 2048, 32, 32, 8192), theta=1.3e5, **_SMOLLM2
+    ),
+    _rotary(
+        "tinyllama-1.1b",
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        1_100_048_384,
+        (22, 2048, 32, 4, 5632),
+        context=2048,
+        tied=False,
+    ),
     _rotary("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, (16, 2048, 32, 8, 8192), **_LLAMA_3_2),
     _rotary("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3_212_749_824, (28, 3072, 24, 8, 8192), **_LLAMA_3_2),
     _rotary("phi-4-mini", "microsoft/Phi-4-mini-instruct", 3_836_021_760, (32, 3072, 24, 8, 8192), **_PHI_4),
-)  # fmt: skip
+)
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
 """Every preset by name, families together, small before large."""

@@ -37,7 +37,9 @@ class Task:
     prepare: bool = True
 
 
-def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] | None = None, more: More | None = None) -> GroupOutcome:
+def measure_group(
+    task: Task, on_event: OnEvent, environment: Mapping[str, Any] | None = None, more: More | None = None
+) -> GroupOutcome:
     """Measure the cells of one load in a fresh process. `on_event` is told `begun` when that starts, and all that the worker tells.
 
     What fails, the fetching too, is in the outcome's `error`. `environment` is kept with the outcome; `more` chooses further cells.
@@ -47,11 +49,16 @@ def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] 
         if task.prepare and not _is_prepared(task.cells[0], task.model):
             preparing = {"event": "stage", "stage": "preparing"}
             on_event(preparing)  # in a process of its own, so that neither its time nor its memory is measured
-            fetched = supervise.run_worker("prepare", task.cells[:1], task.model, task.folders[:1], log.with_name("prepare.log"))
+            fetched = supervise.run_worker(
+                "prepare", task.cells[:1], task.model, task.folders[:1], log.with_name("prepare.log")
+            )
             if fetched.error or fetched.interrupted:
                 return GroupOutcome(
-                    stages={"preparing": preparing}, error=fetched.error, interrupted=fetched.interrupted, environment=environment
-                )  # fmt: skip
+                    stages={"preparing": preparing},
+                    error=fetched.error,
+                    interrupted=fetched.interrupted,
+                    environment=environment,
+                )
         on_event({"event": "begun"})
         limits = _limits(task.options)
         why = ""
@@ -59,7 +66,9 @@ def measure_group(task: Task, on_event: OnEvent, environment: Mapping[str, Any] 
             quality = reference.order(task, on_event, environment, limits)
         except UsageError as error:
             quality, why = None, str(error)
-        outcome = supervise.run_worker("measure", task.cells, task.model, task.folders, log, on_event, limits, environment, quality, more)
+        outcome = supervise.run_worker(
+            "measure", task.cells, task.model, task.folders, log, on_event, limits, environment, quality, more
+        )
         outcome.withheld += [why] if why else []
         return outcome
     except JournalError as error:
@@ -73,12 +82,19 @@ def _is_prepared(cell: Cell, model: ModelFacts) -> bool:
 
 def _limits(options: Options) -> Limits:
     most, called = estimate.memory_limit(options.memory_limit)
-    return Limits(options.load_timeout_s, options.first_token_timeout_s, options.repetition_timeout_s, options.cell_timeout_s, most, called)
+    return Limits(
+        options.load_timeout_s,
+        options.first_token_timeout_s,
+        options.repetition_timeout_s,
+        options.cell_timeout_s,
+        most,
+        called,
+    )
 
 
 def measure_apart(
     task: Task, inputs: Mapping[str, bytes], known: Mapping[str, Any], post: Post
-) -> tuple[GroupOutcome, dict[str, bytes]]:  # fmt: skip
+) -> tuple[GroupOutcome, dict[str, bytes]]:
     """`measure_group` for a command on another machine, in a scratch folder: the outcome, and the files of the cells' folders.
 
     `inputs` are the workload files that cells name, `known` is added to this machine's fingerprint. `post` is told the events
@@ -98,7 +114,11 @@ def measure_apart(
             if event["event"] in ("begun", "cell", "measured"):
                 post({name: event[name] for name in ("event", "number") if name in event}, files.new())
 
-        here = dataclasses.replace(task, cells=_with_inputs(task.cells, inputs, root), folders=tuple(root / folder.name for folder in task.folders))
+        here = dataclasses.replace(
+            task,
+            cells=_with_inputs(task.cells, inputs, root),
+            folders=tuple(root / folder.name for folder in task.folders),
+        )
         outcome = measure_group(here, tell, environment)
         names = {own.workload: asked.workload for own, asked in zip(here.cells, task.cells, strict=True)}
         outcome.divergences = {names[workload]: found for workload, found in outcome.divergences.items()}

@@ -32,7 +32,11 @@ def online_figures(result: RunResult) -> Figures:
     repetitions = result.repetitions
     requests = [r for repetition in repetitions for r in repetition.requests]
     cell = result.cell
-    found: Figures = {"config/batch_size": None, "throughput/per_instance_tokens_per_s": None, "throughput/prefill_tokens_per_s": None}
+    found: Figures = {
+        "config/batch_size": None,
+        "throughput/per_instance_tokens_per_s": None,
+        "throughput/prefill_tokens_per_s": None,
+    }
     found |= {
         "config/concurrency": None if cell.open_loop else cell.concurrency,
         "config/request_rate": cell.request_rate,
@@ -103,7 +107,11 @@ def single_share(requests: Sequence[RequestRecord]) -> float:
 def together_share(requests: Sequence[RequestRecord]) -> float:
     """Share of the chunks after a first one that came in one read with the one before: held back by the server, or by a proxy."""
     gaps = sum(max(len(r.stamps_ns) - 1, 0) for r in requests)
-    return sum(sooner == later for r in requests for sooner, later in itertools.pairwise(r.stamps_ns)) / gaps if gaps else 0.0
+    return (
+        sum(sooner == later for r in requests for sooner, later in itertools.pairwise(r.stamps_ns)) / gaps
+        if gaps
+        else 0.0
+    )
 
 
 def come_singly(requests: Sequence[RequestRecord]) -> bool:
@@ -155,7 +163,9 @@ def _windows(repetitions: Sequence[Repetition]) -> Figures:
     """The same figures over both windows, so that what filling and draining did to them is seen."""
     requests = [r for repetition in repetitions for r in repetition.requests]
     found: Figures = {
-        "window/full_output_tokens_per_s": _mean([sum(r.output_tokens for r in one.requests) / s for one in repetitions if (s := span_s(one)) > 0]),
+        "window/full_output_tokens_per_s": _mean(
+            [sum(r.output_tokens for r in one.requests) / s for one in repetitions if (s := span_s(one)) > 0]
+        ),
         "window/full_requests_per_s": _mean([len(one.requests) / s for one in repetitions if (s := span_s(one)) > 0]),
     }
     rates: list[float] = []
@@ -173,7 +183,12 @@ def _windows(repetitions: Sequence[Repetition]) -> Figures:
         answers.append(sum(_tokens_within(r, begin, end) / r.output_tokens for r in one.requests) / seconds)
         firsts += [ttft_ms(r) for r in one.requests if begin <= r.start_ns <= end]
         inside = [r for r in one.requests if r.single_tokens]
-        gaps += [gap for r in inside for gap, a, b in zip(gaps_ms(r), r.stamps_ns, r.stamps_ns[1:], strict=False) if a >= begin and b <= end]
+        gaps += [
+            gap
+            for r in inside
+            for gap, a, b in zip(gaps_ms(r), r.stamps_ns, r.stamps_ns[1:], strict=False)
+            if a >= begin and b <= end
+        ]
     found |= {"window/steady_output_tokens_per_s": _mean(rates), "window/steady_requests_per_s": _mean(answers)}
     pools: dict[str, Sequence[float]] = {"full_ttft_ms": [ttft_ms(r) for r in requests], "steady_ttft_ms": firsts}
     if come_singly(requests):
@@ -232,7 +247,9 @@ def _rates(repetition: Repetition, last_third: bool) -> tuple[float, float] | No
     ends = [r.stamps_ns[-1] for r in order if r.outcome == "complete"]
     if len(ends) < 2 or max(ends) == min(ends) or order[-1].start_ns == order[0].start_ns:
         return None
-    return (len(order) - 1) / (order[-1].start_ns - order[0].start_ns) * 1e9, (len(ends) - 1) / (max(ends) - min(ends)) * 1e9
+    return (len(order) - 1) / (order[-1].start_ns - order[0].start_ns) * 1e9, (len(ends) - 1) / (
+        max(ends) - min(ends)
+    ) * 1e9
 
 
 def _growth(result: RunResult, of: Callable[[RequestRecord], float], at_the_end: float = 0.0) -> float | None:
@@ -243,7 +260,9 @@ def _growth(result: RunResult, of: Callable[[RequestRecord], float], at_the_end:
     for repetition in result.repetitions:
         order = sorted(repetition.requests, key=lambda r: r.start_ns)
         if third := len(order) // 3:
-            first, middle, last = (median(map(of, part)) for part in (order[:third], order[third:-third], order[-third:]))
+            first, middle, last = (
+                median(map(of, part)) for part in (order[:third], order[third:-third], order[-third:])
+            )
             if first > 0 and middle > 0:
                 grown.append(last / first)
                 lately.append(last / middle)
@@ -270,7 +289,10 @@ def ramp_steps(result: RunResult) -> list[tuple[str, int, float]]:
         complete = [r for r in group if r.outcome == "complete"]
         found += [("steps/ramp_request_rate", number, len(group) / seconds)] if seconds else []
         if complete:
-            found += [("steps/ramp_ttft_ms", number, median(map(ttft_ms, complete))), ("steps/ramp_e2e_ms", number, median(map(e2e_ms, complete)))]
+            found += [
+                ("steps/ramp_ttft_ms", number, median(map(ttft_ms, complete))),
+                ("steps/ramp_e2e_ms", number, median(map(e2e_ms, complete))),
+            ]
     return found
 
 
@@ -296,7 +318,9 @@ def _goodput(cell: Cell, repetitions: Sequence[Repetition]) -> Figures:
     good, judged = sum(good for good, _ in counts), sum(judged for _, judged in counts)
     sent = sum(len(one.requests) + len(one.failed) for one in repetitions)
     return {
-        "goodput/requests_per_s": _mean([good / span for one, (good, _) in zip(repetitions, counts, strict=True) if (span := span_s(one)) > 0]),
+        "goodput/requests_per_s": _mean(
+            [good / span for one, (good, _) in zip(repetitions, counts, strict=True) if (span := span_s(one)) > 0]
+        ),
         "goodput/attainment_ratio": good / judged if judged else None,
         "goodput/requests_without_tpot": sent - judged,
     }
@@ -322,7 +346,9 @@ def _errors(repetitions: Sequence[Repetition]) -> Figures:
 def in_flight(repetition: Repetition) -> list[tuple[int, int]]:
     """Requests in flight over time: (ns, number from then on), failed ones too."""
     every = (*repetition.requests, *repetition.failed)
-    changes = [(r.t0_ns, 1) for r in every] + [(end, -1) for r in every if (end := r.end_ns or max(r.stamps_ns, default=r.t0_ns))]
+    changes = [(r.t0_ns, 1) for r in every] + [
+        (end, -1) for r in every if (end := r.end_ns or max(r.stamps_ns, default=r.t0_ns))
+    ]
     found: list[tuple[int, int]] = []
     now = 0
     for at, change in sorted(changes):
@@ -350,7 +376,11 @@ def _server(repetitions: Sequence[Repetition]) -> Figures:
     """
     found: Figures = {}
     during = [
-        reading.values for one in repetitions if one.client for reading in one.server if one.client.started_ns < reading.t_ns < one.client.ended_ns
+        reading.values
+        for one in repetitions
+        if one.client
+        for reading in one.server
+        if one.client.started_ns < reading.t_ns < one.client.ended_ns
     ]
     for name in (*SERVER_GAUGES, *SERVER_RATIOS):
         values = [reading[name] for reading in during if name in reading]
@@ -385,7 +415,8 @@ def _client(repetitions: Sequence[Repetition]) -> Figures:
     """What the client saw of itself: is it the bottleneck? (Envoy's poll delay; inference-perf's schedule delay.)"""
     readings = [r.client for r in repetitions if r.client]
     processes = [
-        [one.processes[i] for one in readings if len(one.processes) > i] for i in range(max((len(r.processes) for r in readings), default=0))
+        [one.processes[i] for one in readings if len(one.processes) > i]
+        for i in range(max((len(r.processes) for r in readings), default=0))
     ]
     every = [r for repetition in repetitions for r in (*repetition.requests, *repetition.failed)]
     delays = [delay for r in every if (delay := send_delay_ms(r)) is not None]
@@ -396,7 +427,12 @@ def _client(repetitions: Sequence[Repetition]) -> Figures:
         if len(order) > 1:
             asked += max(r.start_ns for r in order) - min(r.start_ns for r in order)
             sent += max(r.t0_ns for r in order) - min(r.start_ns for r in order)
-    found = _worst([statistics("client/loop_lag_ms", [lag / 1e6 for one in own for lag in one.lags_ns], (50, 99)) for own in processes])
+    found = _worst(
+        [
+            statistics("client/loop_lag_ms", [lag / 1e6 for one in own for lag in one.lags_ns], (50, 99))
+            for own in processes
+        ]
+    )
     return (
         found
         | statistics("client/send_delay_ms", delays, (50, 99))
@@ -405,6 +441,8 @@ def _client(repetitions: Sequence[Repetition]) -> Figures:
             "client/cpu_ratio": max(sum(one.cpu_s for one in own) for own in processes) / wall if wall else None,
             "client/cpus": sum(one.cpu_s for one in readings) / wall if wall and len(processes) > 1 else None,
             "client/resent_requests": sum(one.retries for one in readings) if readings else None,
-            "client/rate_ratio": asked / sent if asked and sent else None,  # requests that all come at once have no rate
+            "client/rate_ratio": asked / sent
+            if asked and sent
+            else None,  # requests that all come at once have no rate
         }
     )

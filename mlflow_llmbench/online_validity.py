@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from .metrics import FOREIGN_CPU_LIMIT, PREFIX_CACHES
-from .online_summary import RATE_LIMIT, SINGLE_SHARE, TOGETHER_SHARE, cached_share, overload_of, single_share, steady_window, together_share
+from .online_summary import (
+    RATE_LIMIT,
+    SINGLE_SHARE,
+    TOGETHER_SHARE,
+    cached_share,
+    overload_of,
+    single_share,
+    steady_window,
+    together_share,
+)
 from .records import Reason, RequestRecord, RunResult
 
 CPU_LIMIT = 0.75
@@ -70,7 +79,9 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     asked = [r.asked or (cell.prompt_tokens, cell.output_tokens) for r in every]
     other = [r.output_tokens for r, (_, output) in zip(every, asked, strict=True) if r.output_tokens != output]
     if other:
-        wanted = "length that was asked" if cell.workload == "mixed" or cell.trace else f"asked {cell.output_tokens} tokens"
+        wanted = (
+            "length that was asked" if cell.workload == "mixed" or cell.trace else f"asked {cell.output_tokens} tokens"
+        )
         yield Reason(
             "length_drift",
             f"{len(other)} of {len(every)} answers have another length than the {wanted}, {fmean(other):.1f} on average; the rates "
@@ -134,7 +145,13 @@ def saturation(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
             f"The rate rose from {cell.request_rate:g} to {cell.ramp_to:g} requests per second; the last third of the requests came at "
             f"{found.asked_per_s:.3g} per second and were answered at {found.answered_per_s:.3g}, at which the server is saturated"
         )
-    lower = "Replay fewer of its requests" if cell.trace else "Ask for a lower request_rate" if cell.ramp_to is None else "Stay below it"
+    lower = (
+        "Replay fewer of its requests"
+        if cell.trace
+        else "Ask for a lower request_rate"
+        if cell.ramp_to is None
+        else "Stay below it"
+    )
     yield Reason(
         "saturated",
         f"{came}; the {found.grew} grew {found.growth:.1f} times from the first to the last third. The latencies are those of a queue that "
@@ -146,7 +163,8 @@ def windows(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Nothing was ever steady: each repetition is only filling and draining."""
     if all(steady_window(repetition) is None for repetition in result.repetitions):
         yield Reason(
-            "not_steady", "The last request was sent before the first answer had ended, so there is no steady window. Send more requests than users."
+            "not_steady",
+            "The last request was sent before the first answer had ended, so there is no steady window. Send more requests than users.",
         )
 
 

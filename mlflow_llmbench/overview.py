@@ -25,14 +25,21 @@ RATE = "throughput/output_tokens_per_s"
 PEAKS = ("memory/device_bytes_peak", "memory/host_needed_bytes_peak")
 GOODPUT = "goodput/requests_per_s"
 CLAIMS = (
-    ("fastest", (RATE,), "tokens/s"), ("most requests within the limits", (GOODPUT,), "1/s"),
-    ("first token soonest", ("latency/ttft_ms_p50",), "ms"), ("least memory", PEAKS, "GB"),
-)  # fmt: skip
+    ("fastest", (RATE,), "tokens/s"),
+    ("most requests within the limits", (GOODPUT,), "1/s"),
+    ("first token soonest", ("latency/ttft_ms_p50",), "ms"),
+    ("least memory", PEAKS, "GB"),
+)
 """What the headline names a cell for: in words, the metric (the first that any cell has), its unit as shown."""
 
 TOLERANCE = {
-    RATE: 0.05, GOODPUT: 0.05, "latency/ttft_ms_p50": 0.05, "latency/itl_ms_p50": 0.05, **dict.fromkeys(PEAKS, 0.01), "cost/per_million_tokens": 0.05
-}  # fmt: skip
+    RATE: 0.05,
+    GOODPUT: 0.05,
+    "latency/ttft_ms_p50": 0.05,
+    "latency/itl_ms_p50": 0.05,
+    **dict.fromkeys(PEAKS, 0.01),
+    "cost/per_million_tokens": 0.05,
+}
 """Metrics that have a best cell → relative difference from it below which another is not told apart, where there is no interval."""
 
 ALIKE = (
@@ -105,7 +112,12 @@ class Overview:
 
 def overview(measured: Sequence[tuple[Row, str]], subject: Subject) -> Overview:
     """Everything that the report of a sweep tells. `measured`: rows with their MLflow run ids, "" where a run is not known."""
-    rows, runs, spec, ui = [row for row, _ in measured], tuple(run_id for _, run_id in measured), subject.spec, _without_user(subject.ui)
+    rows, runs, spec, ui = (
+        [row for row, _ in measured],
+        tuple(run_id for _, run_id in measured),
+        subject.spec,
+        _without_user(subject.ui),
+    )
     groups = _frontiers(rows)
     is_linkable = ui.startswith(("http://", "https://")) and subject.experiment_id
     return Overview(
@@ -139,12 +151,16 @@ def headline(rows: Sequence[Row], varied: Sequence[str]) -> str:
     counts = Counter(row.outcome for row in rows)
     parts = [f"{counts.pop('ok', 0)} of {len(rows)} cells measured"]
     invalid = sum(row.state == "invalid" for row in rows)
-    parts[0] += "".join(f", {count} {outcome}" for outcome, count in counts.items()) + (f", {invalid} invalid" if invalid else "")
+    parts[0] += "".join(f", {count} {outcome}" for outcome, count in counts.items()) + (
+        f", {invalid} invalid" if invalid else ""
+    )
     for claim, keys, unit in CLAIMS:
         key = next((key for key in keys if any(key in row.metrics for row in rows)), None)
         best = leaders(rows, key) if key else []
         if key and best:
-            names = _listed([short_name(row.cell, varied) + (" (suspect)" if row.state == "suspect" else "") for row in best])
+            names = _listed(
+                [short_name(row.cell, varied) + (" (suspect)" if row.state == "suspect" else "") for row in best]
+            )
             parts.append(f"{claim}: {names}, {shown(key, best[0].metrics[key])} {unit}")
     return "; ".join(parts) + "."
 
@@ -198,9 +214,15 @@ def cells_table(rows: Sequence[Row], varied: Sequence[str]) -> Table:
     first = len(heading) - 1 - len(keys)
     order = {id(row): line for line, row in enumerate(rows)}
     best = {(order[id(row)], first + column) for column, key in enumerate(keys) for row in leaders(rows, key)}
-    counts = [column for column, name in enumerate(heading[:first]) if PARAMETERS[name].metadata["kind"] in ("count", "number")]
+    counts = [
+        column
+        for column, name in enumerate(heading[:first])
+        if PARAMETERS[name].metadata["kind"] in ("count", "number")
+    ]
     measured = frozenset(range(first, len(heading) - 1))
-    return Table(tuple(heading[:-1]), tuple(tuple(line[:-1]) for line in body), measured | set(counts), measured, frozenset(best))
+    return Table(
+        tuple(heading[:-1]), tuple(tuple(line[:-1]) for line in body), measured | set(counts), measured, frozenset(best)
+    )
 
 
 def _reasons(row: Row) -> tuple[str, ...]:
@@ -212,14 +234,19 @@ def _reasons(row: Row) -> tuple[str, ...]:
 def _frontiers(rows: Sequence[Row]) -> list[Frontier]:
     """What fits of each load; of a server the memory is not seen."""
     here = [row for row in rows if row.cell.scenario == "offline"]
-    return frontiers((Attempt(row.cell, row.outcome, row.peak_bytes, row.predicted_bytes, row.state != "invalid") for row in here), LOADED)
+    return frontiers(
+        (Attempt(row.cell, row.outcome, row.peak_bytes, row.predicted_bytes, row.state != "invalid") for row in here),
+        LOADED,
+    )
 
 
 def frontier_table(groups: Sequence[Frontier]) -> Table:
     """Per model and quantization, and what else was loaded differently: the largest shapes that fit beside the smallest that do not."""
     loads = [group.load for group in groups]
     names = [name for name in LOADED if len({load[name] for load in loads}) > 1] or ["model", "quant"]
-    predicted = any(attempt.predicted_bytes for group in groups for attempt in (*group.fits, *group.failed, *group.untried))
+    predicted = any(
+        attempt.predicted_bytes for group in groups for attempt in (*group.fits, *group.failed, *group.untried)
+    )
     heading = [*names, "largest that fits", "peak GB", *(["predicted GB"] if predicted else [])]
     heading += ["smallest that does not", "why", *(["predicted ÷ measured"] if predicted else []), "limit"]
     body = []
@@ -229,7 +256,10 @@ def frontier_table(groups: Sequence[Frontier]) -> Table:
             fit = group.fits[number] if number < len(group.fits) else None
             failed = beyond[number] if number < len(beyond) else None
             line = [as_text(name, group.load[name]) for name in names]
-            line += [shape(fit.cell) if fit else "none" if group.failed and not group.fits else "", _gigabytes(fit.peak_bytes if fit else None)]
+            line += [
+                shape(fit.cell) if fit else "none" if group.failed and not group.fits else "",
+                _gigabytes(fit.peak_bytes if fit else None),
+            ]
             line += [_gigabytes(fit.predicted_bytes if fit else None)] if predicted else []
             line += [shape(failed.cell) if failed else "", _why(failed) if failed else ""]
             line += [_range(group.prediction) if number == 0 else ""] if predicted else []
@@ -259,7 +289,9 @@ def _why(attempt: Attempt) -> str:
     """The outcome, whether it was seen or expected, and the bytes behind it."""
     if attempt.outcome in TRIED:
         return attempt.outcome + (f", {_gigabytes(attempt.peak_bytes)} GB reached" if attempt.peak_bytes else "")
-    return f"{attempt.outcome}, not tried" + (f", {_gigabytes(attempt.predicted_bytes)} GB predicted" if attempt.predicted_bytes else "")
+    return f"{attempt.outcome}, not tried" + (
+        f", {_gigabytes(attempt.predicted_bytes)} GB predicted" if attempt.predicted_bytes else ""
+    )
 
 
 def frontier_notes(groups: Sequence[Frontier]) -> tuple[str, ...]:
@@ -298,7 +330,9 @@ def _duration(seconds: float) -> str:
 def _settings(spec: BenchSpec) -> list[tuple[str, str]]:
     """What is the same in all cells, as far as it is worth a word."""
     asked = {name: text for name, text in asked_params(spec).items() if name not in spec.varied}
-    return [(name, text) for name, text in asked.items() if name in ALWAYS_TOLD or text != default_text(name)] + list(_options(spec).items())
+    return [(name, text) for name, text in asked.items() if name in ALWAYS_TOLD or text != default_text(name)] + list(
+        _options(spec).items()
+    )
 
 
 def drawable(rows: Sequence[Row]) -> list[Row]:
@@ -321,7 +355,9 @@ def _machines(rows: Sequence[Row]) -> tuple[tuple[str, tuple[tuple[str, str], ..
             key = json.dumps(found)
             facts[key] = found
             counts[key] += 1
-    return tuple((f"{counts[key]} of {len(rows)} cells" if len(facts) > 1 else "", found) for key, found in facts.items())
+    return tuple(
+        (f"{counts[key]} of {len(rows)} cells" if len(facts) > 1 else "", found) for key, found in facts.items()
+    )
 
 
 def _command(rows: Sequence[Row], subject: Subject) -> str:
@@ -341,7 +377,9 @@ def sweep_command(spec: BenchSpec) -> str:
 def _options(spec: BenchSpec) -> dict[str, str]:
     """The options of the command that are not at their default and say something of what is measured."""
     return {
-        name: text for name, text in option_params(spec).items() if vars(spec.options)[name] != PARAMETERS[name].default and name not in UNREPEATED
+        name: text
+        for name, text in option_params(spec).items()
+        if vars(spec.options)[name] != PARAMETERS[name].default and name not in UNREPEATED
     }
 
 
@@ -370,8 +408,13 @@ def _description(rows: Sequence[Row], varied: Sequence[str], most: int) -> str:
     told = sorted(rows, key=lambda row: -row.metrics.get(RATE, 0.0)) if len(rows) > most else rows
     groups = _frontiers(rows)
     limits, notes = frontier_table(groups), _explained(explanations(rows))
-    parts = [f"**{markdown(headline(rows, varied))}**", _markdown(cells_table(told, varied), {"verdict": [row.state for row in told]}, most)]
-    parts += [f"The {most} fastest; `report.md` and `report.html` have all {len(rows)} cells."] if len(rows) > most else []
+    parts = [
+        f"**{markdown(headline(rows, varied))}**",
+        _markdown(cells_table(told, varied), {"verdict": [row.state for row in told]}, most),
+    ]
+    parts += (
+        [f"The {most} fastest; `report.md` and `report.html` have all {len(rows)} cells."] if len(rows) > most else []
+    )
     parts += ["What fits, as rows × (prompt + output tokens):", _markdown(limits, most=most)] if groups else []
     parts += ["\n".join(f"- {line}" for line in notes[:most])] if notes else []
     return "\n\n".join(parts) + "\n"
@@ -385,13 +428,20 @@ def overview_markdown(told: Overview, charts: Sequence[str] = ()) -> str:
     """report.md of a sweep; `charts` are paths of pictures, seen from the report."""
     parts = [f"# {markdown(told.name)}", f"**{markdown(told.headline)}**"]
     parts.append("\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in told.facts))
-    verdicts = [f"{state} ({', '.join(codes)})" if codes else state for state, codes in zip(told.states, told.reasons, strict=True)]
+    verdicts = [
+        f"{state} ({', '.join(codes)})" if codes else state
+        for state, codes in zip(told.states, told.reasons, strict=True)
+    ]
     parts += ["## Cells", _markdown(told.cells, {"verdict": verdicts, "MLflow run": told.runs})]
     parts += [f"In bold: {ALIKE}"] if told.cells.best else []
     if told.explanations:
         parts += ["## What was seen", "\n".join(f"- {line}" for line in _explained(told.explanations))]
     if told.frontier.body:
-        parts += ["## What fits in memory", _markdown(told.frontier), "\n".join(f"- {markdown(note)}" for note in told.frontier_notes)]
+        parts += [
+            "## What fits in memory",
+            _markdown(told.frontier),
+            "\n".join(f"- {markdown(note)}" for note in told.frontier_notes),
+        ]
     if charts:
         parts += ["## Charts", *(f"![{chart_name(path)}]({path})" for path in charts), *filter(None, [told.not_drawn])]
     parts += [

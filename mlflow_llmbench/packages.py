@@ -8,7 +8,13 @@ import re
 from .backends import quantizing
 from .quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS
 
-NEEDED = {"torch": (">=2.6", ""), "transformers": (">=5.3", "<6"), "accelerate": (">=1.0", ""), "safetensors": ("", ""), "mlflow": (">=3.15", "<4")}
+NEEDED = {
+    "torch": (">=2.6", ""),
+    "transformers": (">=5.3", "<6"),
+    "accelerate": (">=1.0", ""),
+    "safetensors": ("", ""),
+    "mlflow": (">=3.15", "<4"),
+}
 """Packages without which nothing can be measured and logged, with the versions that do, as in pyproject.toml."""
 
 FLOORS = {
@@ -18,7 +24,17 @@ FLOORS = {
 }
 """Package → the oldest version that is safe with models and addresses of others, and why. Older ones are warned of, not refused."""
 
-ALSO_SHOWN = ("tokenizers", "huggingface_hub", "numpy", "matplotlib", "psutil", "nvidia-ml-py", "triton", "kernels", "flash-attn")
+ALSO_SHOWN = (
+    "tokenizers",
+    "huggingface_hub",
+    "numpy",
+    "matplotlib",
+    "psutil",
+    "nvidia-ml-py",
+    "triton",
+    "kernels",
+    "flash-attn",
+)
 
 OPTIONAL = (
     (("bitsandbytes",), "int8, int4 and fp4", "pip install bitsandbytes"),
@@ -32,7 +48,11 @@ OPTIONAL = (
     (("torchao",), "int8-wo, int4-wo, int8-dq and fp8", "pip install 'mlflow-llmbench[torchao]'"),
     (("hqq",), "hqq8 to hqq2, and kv_cache=int8", "pip install 'mlflow-llmbench[hqq]'"),
     (("optimum-quanto",), "quanto8 to quanto2, and kv_cache=int4 and int2", "pip install 'mlflow-llmbench[quanto]'"),
-    (("compressed-tensors",), "checkpoints in the format compressed-tensors", "pip install 'mlflow-llmbench[compressed-tensors]'"),
+    (
+        ("compressed-tensors",),
+        "checkpoints in the format compressed-tensors",
+        "pip install 'mlflow-llmbench[compressed-tensors]'",
+    ),
 )
 """Packages, what they give, how to get them."""
 
@@ -73,7 +93,9 @@ def below_floor(name: str, installed: str) -> str | None:
 def warnings_of_versions() -> list[str]:
     """One line for each installed package that is below its floor."""
     olds = {name: old for name in FLOORS if (old := below_floor(name, version(name) or FLOORS[name][0]))}
-    return [f"{name} {old}. Run: pip install '{name}{','.join(filter(None, NEEDED[name]))}'" for name, old in olds.items()]
+    return [
+        f"{name} {old}. Run: pip install '{name}{','.join(filter(None, NEEDED[name]))}'" for name, old in olds.items()
+    ]
 
 
 def _numbers(text: str) -> tuple[int, int]:

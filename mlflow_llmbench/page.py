@@ -87,12 +87,25 @@ def sweep_page(told: Overview, charts: Mapping[str, bytes]) -> str:
     parts = [
         f'<header><h1>{html(told.name)}</h1><p class="lead">{html(told.headline)}</p>{_facts(told.facts)}</header>',
         _section("Cells", _cells(told), _note(f"A dot marks {ALIKE}" if told.cells.best else "")),
-        _section("What was seen", _list(f"{_badge(title)}{html(text)}" for title, text in told.explanations)) if told.explanations else "",
-        _section("What fits in memory", _table(told.frontier), _list(map(html, told.frontier_notes), "note")) if told.frontier.body else "",
-        _section("Charts", f'<div class="charts">{"".join(map(_chart, charts, charts.values()))}</div>', _note(told.not_drawn)) if charts else "",
+        _section("What was seen", _list(f"{_badge(title)}{html(text)}" for title, text in told.explanations))
+        if told.explanations
+        else "",
+        _section("What fits in memory", _table(told.frontier), _list(map(html, told.frontier_notes), "note"))
+        if told.frontier.body
+        else "",
+        _section(
+            "Charts",
+            f'<div class="charts">{"".join(map(_chart, charts, charts.values()))}</div>',
+            _note(told.not_drawn),
+        )
+        if charts
+        else "",
         _section("Run it again", f"<pre>{html(told.command)}</pre>", _places(told)),
-        _section("Environment", *(f"{f'<h3>{html(title)}</h3>' if title else ''}{_facts(facts)}" for title, facts in told.machines)),
-    ]  # fmt: skip
+        _section(
+            "Environment",
+            *(f"{f'<h3>{html(title)}</h3>' if title else ''}{_facts(facts)}" for title, facts in told.machines),
+        ),
+    ]
     return document(told.name, parts)
 
 
@@ -139,7 +152,10 @@ def _table(table: Table, more: Sequence[tuple[str, Sequence[str]]] = (), void: C
 
     Settings that repeat the line above are quiet.
     """
-    heads = [f'<th class="{"number" if column in table.numeric else "name"}">{html(text)}</th>' for column, text in enumerate(table.heading)]
+    heads = [
+        f'<th class="{"number" if column in table.numeric else "name"}">{html(text)}</th>'
+        for column, text in enumerate(table.heading)
+    ]
     heads += [f"<th>{html(text)}</th>" for text, _ in more]
     lines = []
     for number, line in enumerate(table.body):
@@ -148,9 +164,12 @@ def _table(table: Table, more: Sequence[tuple[str, Sequence[str]]] = (), void: C
         cells = []
         for column, text in enumerate(line):
             words = {
-                "number" if column in table.numeric else "name": True, "best": (number, column) in table.best, "again": column < same,
-                "void": number in void and column in table.measured, "long": len(text) > LONG,
-            }  # fmt: skip
+                "number" if column in table.numeric else "name": True,
+                "best": (number, column) in table.best,
+                "again": column < same,
+                "void": number in void and column in table.measured,
+                "long": len(text) > LONG,
+            }
             cells.append(f'<td class="{" ".join(word for word, holds in words.items() if holds)}">{html(text)}</td>')
         cells += [f"<td>{column[number]}</td>" for _, column in more]
         lines.append(f"<tr>{''.join(cells)}</tr>")

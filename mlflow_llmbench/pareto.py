@@ -54,7 +54,9 @@ def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure)
                 centre = x if bars == "xerr" else y
                 reach: Any = [[centre - ends[0]], [ends[1] - centre]]
                 axes.errorbar([x], [y], **{bars: reach}, fmt="none", ecolor=GREY, elinewidth=0.9, capsize=2, zorder=2)
-        axes.plot([x], [y], "o", color=colour, markersize=7, mfc=colour if id(one) in front else "white", mew=1.5, zorder=3)
+        axes.plot(
+            [x], [y], "o", color=colour, markersize=7, mfc=colour if id(one) in front else "white", mew=1.5, zorder=3
+        )
         if one is found.winner:
             axes.plot([x], [y], "o", markersize=14, mfc="none", mec=INK, mew=1.4, zorder=4)
     axes.margins(0.14)
@@ -76,7 +78,12 @@ def _draw_limits(axes: Axes, found: Recommendation, across: Measure, up: Measure
             axes.axvline(bound, color=RED, linewidth=1.2, linestyle="--", zorder=1)
             axes.autoscale_view()
             low, high = axes.get_xlim()
-            axes.axvspan(*((bound, max(high, bound)) if across.better == "lower" else (min(low, bound), bound)), color=RED, alpha=0.07, zorder=0)
+            axes.axvspan(
+                *((bound, max(high, bound)) if across.better == "lower" else (min(low, bound), bound)),
+                color=RED,
+                alpha=0.07,
+                zorder=0,
+            )
             axes.set_xlim(low, max(high, bound))
         elif limit.measure == up:
             axes.axhline(bound, color=RED, linewidth=1.2, linestyle="--", zorder=1)
@@ -93,7 +100,10 @@ def _legend(found: Recommendation) -> list[Any]:
         entries.append(dot("winner", markersize=11, mfc="none", mec=INK, mew=1.4))
     quants = dict.fromkeys(one.result.cell.quant for one in found.eligible)
     if len(quants) > 1:
-        entries += [Line2D([], [], linestyle="none", marker="s", color=COLOURS.get(quant, BLUE), label=quant) for quant in quants]
+        entries += [
+            Line2D([], [], linestyle="none", marker="s", color=COLOURS.get(quant, BLUE), label=quant)
+            for quant in quants
+        ]
     if any(limit.measure in found.objectives for limit in found.limits):
         entries.append(Line2D([], [], color=RED, linestyle="--", linewidth=1.2, label="limit"))
     return entries

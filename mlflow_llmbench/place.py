@@ -124,4 +124,6 @@ def task_of(group: Group, options: Options, prepare: bool) -> node.Task:
     """What a machine has to know of a group. Quality is the same in each process, so the first one evaluates it."""
     if any(job.attempts for job in group):
         options = dataclasses.replace(options, quality="none")
-    return node.Task(tuple(job.cell for job in group), group[0].model, tuple(job.folder for job in group), options, prepare)
+    return node.Task(
+        tuple(job.cell for job in group), group[0].model, tuple(job.folder for job in group), options, prepare
+    )

@@ -15,16 +15,53 @@ from .redaction import escape_controls, redact
 from .spec import MEANT_WITH, PARAMETERS, TWINS, BenchSpec, as_text, cell_fields
 
 LOADED = (
-    "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant", "device", "threads",
-    "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "url", "launch", "endpoint",
+    "model",
+    "weights",
+    "revision",
+    "backend",
+    "quant",
+    "group_size",
+    "quant_budget",
+    "quant_plan",
+    "int8_threshold",
+    "double_quant",
+    "device",
+    "threads",
+    "gpu_layers",
+    "kv_cache",
+    "mmap",
+    "attention",
+    "decode",
+    "assistant",
+    "draft_tokens",
+    "trust_remote_code",
+    "url",
+    "launch",
+    "endpoint",
     "worker_python",
-)  # fmt: skip
+)
 """Parameters that decide what is loaded, and the process settings that cannot be changed afterwards."""
 
 WEIGHTS = (
-    "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "double_quant", "device", "gpu_layers", "kv_cache", "mmap",
-    "decode", "assistant", "url", "launch", "worker_python",
-)  # fmt: skip
+    "model",
+    "weights",
+    "revision",
+    "backend",
+    "quant",
+    "group_size",
+    "quant_budget",
+    "quant_plan",
+    "double_quant",
+    "device",
+    "gpu_layers",
+    "kv_cache",
+    "mmap",
+    "decode",
+    "assistant",
+    "url",
+    "launch",
+    "worker_python",
+)
 """Parameters that decide what memory a load takes; cells that share them differ by their shape."""
 
 UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python")
@@ -57,7 +94,9 @@ def expand_cells(spec: BenchSpec) -> list[Cell]:
     names = list(spec.axes)
     cells = [Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*spec.axes.values())]  # type: ignore[arg-type]
     cells = [_settled(dataclasses.replace(cell, backend=backend_of(cell.backend, cell.quant))) for cell in cells]
-    return list(dict.fromkeys(without_server(cell) if cell.launch and cell.backend != "openai" else cell for cell in cells))
+    return list(
+        dict.fromkeys(without_server(cell) if cell.launch and cell.backend != "openai" else cell for cell in cells)
+    )
 
 
 def _settled(cell: Cell) -> Cell:
@@ -104,7 +143,10 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False, of_time: 
     `of_any_shape`: the other did not even load, so its shape does not matter. `of_time`: at least its time, which more threads, say, may shorten.
     """
     alike = LOADED if of_time else WEIGHTS
-    if any(getattr(cell, name) != getattr(other, name) for name in (*alike, *(() if of_any_shape else ("attention", "history", "batching")))):
+    if any(
+        getattr(cell, name) != getattr(other, name)
+        for name in (*alike, *(() if of_any_shape else ("attention", "history", "batching")))
+    ):
         return False
     if of_any_shape:
         return True
@@ -117,7 +159,9 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False, of_time: 
 
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
-    fields = [f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]]
+    fields = [
+        f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]
+    ]
     idle = _idle(cell) | {
         name for name in (*MEANT_WITH, "kv_cache") if getattr(cell, name) == PARAMETERS[name].default
     }  # identities are older than these
@@ -133,8 +177,13 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
 def asked_params(spec: BenchSpec) -> dict[str, str]:
     """What was asked for, as text: each parameter with its value or its comma list."""
     names = cell_fields(spec.first)
-    values = {name: spec.axes[name][-1:] if name == "backend" else spec.axes[name] for name in names}  # `twin` says that there is another
-    return {name: PARAMETERS[name].metadata["separator"].join(as_text(name, value) for value in values[name]) for name in names}
+    values = {
+        name: spec.axes[name][-1:] if name == "backend" else spec.axes[name] for name in names
+    }  # `twin` says that there is another
+    return {
+        name: PARAMETERS[name].metadata["separator"].join(as_text(name, value) for value in values[name])
+        for name in names
+    }
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:
@@ -148,7 +197,9 @@ def cell_name(cell: Cell, varied: list[str]) -> str:
         load = f"trace {_last_part(cell.trace)}" if cell.trace else load_text(cell)
         return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
     if not varied and cell.batching:
-        return _named(f"{_last_part(cell.model)} {cell.quant} {cell.batching} b{cell.batch_size} {cell.request_rate:g}/s")
+        return _named(
+            f"{_last_part(cell.model)} {cell.quant} {cell.batching} b{cell.batch_size} {cell.request_rate:g}/s"
+        )
     if not varied:
         return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
     known = cell_fields(cell)

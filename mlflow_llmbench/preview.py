@@ -81,7 +81,12 @@ def format_preview(found: Preview) -> str:
         lines.append([*(as_text(name, getattr(planned.cell, name)) for name in names), size, state])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     last = len(names)
-    rows = ["  ".join(c.ljust(w) if i < last else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+    rows = [
+        "  ".join(
+            c.ljust(w) if i < last else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
     if len(found.cells) > MOST_LINES:
         rows.append(f"… and {len(found.cells) - MOST_LINES} more; --json has all.")
     return "\n".join([*rows, "", *_refusals(found), _sums(found)])
@@ -98,7 +103,13 @@ def _refusals(found: Preview) -> list[str]:
 
 
 def _kind(refusal: str) -> str:
-    return "context" if "is more than the context" in refusal else "package" if "is not installed" in refusal or "Install" in refusal else "memory"
+    return (
+        "context"
+        if "is more than the context" in refusal
+        else "package"
+        if "is not installed" in refusal or "Install" in refusal
+        else "memory"
+    )
 
 
 def _sums(found: Preview) -> str:
@@ -126,8 +137,12 @@ def duration(seconds: float | None) -> str:
 def preview_json(found: Preview) -> dict[str, Any]:
     """The plan as plain JSON data; what is not known is null."""
     cells = [
-        {"parameters": {name: as_text(name, value) for name, value in vars(p.cell).items()}, "predicted_bytes": p.predicted_bytes, "least_s": p.least_s,
-         "refused": p.refused}
+        {
+            "parameters": {name: as_text(name, value) for name, value in vars(p.cell).items()},
+            "predicted_bytes": p.predicted_bytes,
+            "least_s": p.least_s,
+            "refused": p.refused,
+        }
         for p in found.cells
-    ]  # fmt: skip
+    ]
     return {"cells": cells, "varied": list(found.varied), "loads": found.loads, "tried": len(found.tried)}

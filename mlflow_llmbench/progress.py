@@ -57,7 +57,9 @@ class Progress:
         self.places: dict[int, int] = {}  # number of a cell that was begun → its place in the order of measurement
         self.over: set[int] = set()  # numbers of cells that have ended, well or badly
         self.preparing = False
-        self.seconds: dict[int, float] = {}  # number of a measured cell → its seconds, with its share of starting and loading
+        self.seconds: dict[
+            int, float
+        ] = {}  # number of a measured cell → its seconds, with its share of starting and loading
         self.repetitions: dict[int, int] = {}  # number of a cell → repetitions done
         self.limit = 0  # most repetitions of this cell
         self.since = self.clock()  # when the last cell ended, or the sweep began
@@ -79,7 +81,9 @@ class Progress:
             case "stage" if event["stage"] in STAGES:
                 doing = STAGES[event["stage"]]
                 self._count_stage(event["stage"])
-                self._now(doing, log=doing if event["stage"] in ("preparing", "reference", "starting", "loading") else "")
+                self._now(
+                    doing, log=doing if event["stage"] in ("preparing", "reference", "starting", "loading") else ""
+                )
             case "load":
                 seconds = (event.get("info") or {}).get("load_s")
                 doing = "loaded" if seconds is None else f"loaded in {duration(seconds)}"
@@ -97,18 +101,26 @@ class Progress:
             case "repetition":
                 self.repetitions[self.number], self.limit = event["number"], event["limit"]
                 first = event["number"] == 1
-                self._now(f"repetition {event['number']}/{event['limit']}", log="measuring" if first else "", again=not first)
+                self._now(
+                    f"repetition {event['number']}/{event['limit']}", log="measuring" if first else "", again=not first
+                )
             case "measured":
                 taken = self._end()
                 self.over.add(self.number)
                 self.seconds[self.number] = self.seconds.get(self.number, 0.0) + taken
                 # Of several nodes at once, the time since the last cell ended is not that of this one.
-                doing, left = f"measured on {event['node']}" if "node" in event else f"measured in {duration(taken)}", self._left()
+                doing, left = (
+                    f"measured on {event['node']}" if "node" in event else f"measured in {duration(taken)}",
+                    self._left(),
+                )
                 self._now(doing, log=f"{doing}, {left}" if left else doing)
             case "evaluating":
                 self._now("evaluating quality", log="evaluating quality")
             case "scoring":
-                self._now("quality " + (f"{event['number']}/{event['limit']}" if "limit" in event else str(event["number"])), again=True)
+                self._now(
+                    "quality " + (f"{event['number']}/{event['limit']}" if "limit" in event else str(event["number"])),
+                    again=True,
+                )
             case "failed":
                 self._end()
                 self.over.add(self.number)

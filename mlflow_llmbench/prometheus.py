@@ -15,7 +15,12 @@ from .metrics import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 LINE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{[^{}]*\})?\s+(\S+)(?:\s+-?\d+)?\s*")
 """Name, labels, value, time in ms. A label's value with a brace in it makes a line that is passed over."""
 
-KEPT = {*SERVER_GAUGES, *SERVER_RATIOS, *SERVER_COUNTERS, *(f"{name}_{part}" for name in SERVER_TIMES for part in ("sum", "count"))}
+KEPT = {
+    *SERVER_GAUGES,
+    *SERVER_RATIOS,
+    *SERVER_COUNTERS,
+    *(f"{name}_{part}" for name in SERVER_TIMES for part in ("sum", "count")),
+}
 
 
 def read_metrics(text: str) -> Mapping[str, float]:

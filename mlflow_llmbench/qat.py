@@ -27,7 +27,15 @@ from .redaction import redact
 from .summary import Point
 from .supervise import Limits
 from .training import NAMES, QUANT, TRAINING, Texts, Training, as_text, parse_training, read_texts
-from .training_report import TRAINED, UNQUANTIZED, UNTRAINED, Trained, quality_table, training_figures, training_markdown
+from .training_report import (
+    TRAINED,
+    UNQUANTIZED,
+    UNTRAINED,
+    Trained,
+    quality_table,
+    training_figures,
+    training_markdown,
+)
 
 Say = Callable[[str], None]
 
@@ -39,7 +47,11 @@ LINES = 20
 
 
 def train_quantized(
-    values: Mapping[str, object], *, tracking_uri: str | None = None, experiment: str | None = None, say: Say = lambda line: None
+    values: Mapping[str, object],
+    *,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    say: Say = lambda line: None,
 ) -> Trained:
     """Train a model for int4-wo, measure it beside the unquantized and the untrained one, and log all of it. `values` are parameters by name.
 
@@ -130,17 +142,32 @@ class _Job:
     def _train(self) -> None:
         training = self.training
         recipe = {
-            "base": self.model.name, "base_revision": self.model.revision, "data": redact(self.texts.name), "data_hash": self.texts.digest,
-            "quant": QUANT, "group_size": self.cell.group_size, "seed": self.cell.seed, "steps": training.steps, "batch_size": training.batch_size,
-            "sequence_tokens": training.sequence_tokens, "learning_rate": training.learning_rate, "loss": training.loss,
+            "base": self.model.name,
+            "base_revision": self.model.revision,
+            "data": redact(self.texts.name),
+            "data_hash": self.texts.digest,
+            "quant": QUANT,
+            "group_size": self.cell.group_size,
+            "seed": self.cell.seed,
+            "steps": training.steps,
+            "batch_size": training.batch_size,
+            "sequence_tokens": training.sequence_tokens,
+            "learning_rate": training.learning_rate,
+            "loss": training.loss,
             "freeze_embeddings": as_text("freeze_embeddings", training.freeze_embeddings),
-            "torch": machine.packages().get("torch", ""), "torchao": machine.packages().get("torchao", ""),
-        }  # fmt: skip
+            "torch": machine.packages().get("torch", ""),
+            "torchao": machine.packages().get("torchao", ""),
+        }
         room = (None, "") if self.options.force else estimate.room_here(self.cell.device, self.options.memory_limit)
         order = {
-            "training": to_json(training), "learned": str(self.folder / "training.txt"), "held_out": str(self.folder / "held_out.txt"), "room": room,
-            "scratch": str(self._scratch), "folder": str(self.checkpoint), "recipe": recipe,
-        }  # fmt: skip
+            "training": to_json(training),
+            "learned": str(self.folder / "training.txt"),
+            "held_out": str(self.folder / "held_out.txt"),
+            "room": room,
+            "scratch": str(self._scratch),
+            "folder": str(self.checkpoint),
+            "recipe": recipe,
+        }
         self._work("train", self.cell, self.model, training=order)
 
     def _measure(self) -> None:
@@ -150,17 +177,25 @@ class _Job:
         resolve = backend_class(self.cell.backend).resolve
         plain, trained = resolve(base), dataclasses.replace(self.cell, model=str(self.checkpoint), revision="main")
         self.say("Measuring quality on what was held out.")
-        order = reference.order(Task((base,), plain, (self.folder / UNQUANTIZED,), options), self._heard, self.environment, self.limits)
+        order = reference.order(
+            Task((base,), plain, (self.folder / UNQUANTIZED,), options), self._heard, self.environment, self.limits
+        )
         if order is None:  # a backend without logits
             return
-        for name, cell, model in ((UNQUANTIZED, base, plain), (UNTRAINED, self.cell, self.model), (TRAINED, trained, resolve(trained))):
+        for name, cell, model in (
+            (UNQUANTIZED, base, plain),
+            (UNTRAINED, self.cell, self.model),
+            (TRAINED, trained, resolve(trained)),
+        ):
             outcome = self._work("evaluate", cell, model, name, quality={**order, "is_reference": name == UNQUANTIZED})
             self.qualities[name] = reference.quality_of(options, cell, outcome) or Quality()
 
     def _work(self, task: str, cell: Cell, model: ModelFacts, name: str = "", **orders: Any) -> supervise.GroupOutcome:
         """One worker's job. Raises its error, and KeyboardInterrupt if it was interrupted."""
         folder = self.folder / (name or task)
-        outcome = supervise.run_worker(task, [cell], model, [folder], folder / "worker.log", self._heard, self.limits, **orders)
+        outcome = supervise.run_worker(
+            task, [cell], model, [folder], folder / "worker.log", self._heard, self.limits, **orders
+        )
         if outcome.interrupted:
             raise KeyboardInterrupt
         if outcome.error:
@@ -174,7 +209,11 @@ class _Job:
                 self.plan = {name: int(event[name]) for name in ("trained", "frozen", "layers", "needed", "sequences")}
                 self._begin()
             case "stage" if event["stage"] in ("reference", "saving"):
-                self.say({"reference": "Computing the unquantized reference.", "saving": "Writing the checkpoint."}[event["stage"]])
+                self.say(
+                    {"reference": "Computing the unquantized reference.", "saving": "Writing the checkpoint."}[
+                        event["stage"]
+                    ]
+                )
             case "step":
                 number, limit = int(event["number"]), int(event["limit"])
                 self.losses.append(Point("qat/loss", number, float(event["loss"]), int(time.time() * 1000)))
@@ -186,7 +225,12 @@ class _Job:
                 self.say(str(event["message"]))
 
     def _begin(self) -> None:
-        plan, frozen = self.plan, "the embeddings and the output head stay as they are" if self.training.freeze_embeddings else "nothing is frozen"
+        plan, frozen = (
+            self.plan,
+            "the embeddings and the output head stay as they are"
+            if self.training.freeze_embeddings
+            else "nothing is frozen",
+        )
         passes = self.training.steps * self.training.batch_size / plan["sequences"]
         self.say(
             f"Training {plan['trained']:,} parameters of {self.cell.model} in float32, with {plan['layers']} linear layers as {QUANT} rounds them; {frozen} "
@@ -200,9 +244,18 @@ class _Job:
 
     def _result(self, outcome: str, message: str) -> Trained:
         return Trained(
-            self.cell, self.training, self.texts.digest, outcome, message, str(self.folder), str(self.checkpoint) if self.saved else None, self.run_id,
-            self.plan, tuple(point.value for point in self.losses), self.qualities,
-        )  # fmt: skip
+            self.cell,
+            self.training,
+            self.texts.digest,
+            outcome,
+            message,
+            str(self.folder),
+            str(self.checkpoint) if self.saved else None,
+            self.run_id,
+            self.plan,
+            tuple(point.value for point in self.losses),
+            self.qualities,
+        )
 
     def _keep(self, done: Trained) -> None:
         """Write the result to the disk, then log it and end the run; what the store does not take is on the disk."""
@@ -229,15 +282,26 @@ class _Job:
         tracking.log_metrics(self.store, run_id, [*self.losses, *figures])
         for context, text in (("training", self.texts.training), ("evaluation", self.texts.held_out)):
             name = self.texts.name if context == "training" else f"{self.texts.name}, held out"
-            tracking.log_dataset(self.store, run_id, name, hash16(text), self.training.data, context, {"characters": len(text)})
+            tracking.log_dataset(
+                self.store, run_id, name, hash16(text), self.training.data, context, {"characters": len(text)}
+            )
         tracking.log_tags(self.store, run_id, self._tags(done))
         tracking.log_folder(self.store, run_id, files, "")
         tracking.set_tags(self.store, run_id, {"uploaded": "true"})  # last: what was cut off in the middle can be told
 
     def _params(self) -> dict[str, str]:
-        known = {name: as_text(name, getattr(self.training if name in TRAINING else self.cell, name)) for name in SETTINGS}
+        known = {
+            name: as_text(name, getattr(self.training if name in TRAINING else self.cell, name)) for name in SETTINGS
+        }
         plan = {f"qat.{name}": str(count) for name, count in self.plan.items()}
-        return {**known, "quant": QUANT, "model.revision": self.model.revision, "qat.data_hash": self.texts.digest, "qat.dtype": "float32", **plan}
+        return {
+            **known,
+            "quant": QUANT,
+            "model.revision": self.model.revision,
+            "qat.data_hash": self.texts.digest,
+            "qat.dtype": "float32",
+            **plan,
+        }
 
     def _tags(self, done: Trained) -> dict[str, str]:
         from . import __version__

@@ -69,7 +69,9 @@ def cluster_proportion(clusters: Sequence[Sequence[bool]]) -> Estimate | None:
     variance = _cluster_variance(kept, share)
     size = float(number)
     if 0 < share < 1 and variance > 0:
-        size = min(share * (1 - share) / variance * (t_quantile_975(count - 1) / t_quantile_975(number - 1)) ** 2, float(count))
+        size = min(
+            share * (1 - share) / variance * (t_quantile_975(count - 1) / t_quantile_975(number - 1)) ** 2, float(count)
+        )
     z = t_quantile_975(10**9)  # the normal quantile
     centre = (share + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
@@ -145,7 +147,12 @@ SHARES = ("acc", "exact_match", "em")
 
 def task_key(score: TaskScore) -> str:
     """The MLflow key of a score; characters that a key cannot have become dashes."""
-    return "quality/lm_eval/" + re.sub(r"[^\w.-]", "-", score.task, flags=re.ASCII) + "/" + re.sub(r"[^\w.-]", "-", score.metric, flags=re.ASCII)
+    return (
+        "quality/lm_eval/"
+        + re.sub(r"[^\w.-]", "-", score.task, flags=re.ASCII)
+        + "/"
+        + re.sub(r"[^\w.-]", "-", score.metric, flags=re.ASCII)
+    )
 
 
 def figures(quality: Quality) -> dict[str, float | None]:
@@ -159,14 +166,24 @@ def figures(quality: Quality) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, estimate in estimates.items():
         if estimate is not None:
-            found |= {f"quality/{name}": estimate.value, f"quality/{name}_ci_low": estimate.low, f"quality/{name}_ci_high": estimate.high}
+            found |= {
+                f"quality/{name}": estimate.value,
+                f"quality/{name}_ci_low": estimate.low,
+                f"quality/{name}_ci_high": estimate.high,
+            }
     for score in quality.tasks:
         if score.part:
             continue
         own = task_estimate(score)
-        found |= {task_key(score): own.value, f"{task_key(score)}_ci_low": own.low, f"{task_key(score)}_ci_high": own.high}
+        found |= {
+            task_key(score): own.value,
+            f"{task_key(score)}_ci_low": own.low,
+            f"{task_key(score)}_ci_high": own.high,
+        }
     pool = [value for prompt in quality.divergence.kl for value in prompt] if quality.divergence else []
-    return found | {f"quality/kl_vs_reference_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)}
+    return found | {
+        f"quality/kl_vs_reference_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)
+    }
 
 
 def sentences(quality: Quality) -> list[str]:
@@ -192,9 +209,15 @@ def sentences(quality: Quality) -> list[str]:
             f"stride of {s.stride}; the interval is over windows. It depends on the text and the tokenizer: compare it within one model."
         )
     if quality.tasks:
-        counts = {score.task: score.documents for score in quality.tasks if score.documents is not None and not score.part}
+        counts = {
+            score.task: score.documents for score in quality.tasks if score.documents is not None and not score.part
+        }
         told = ", ".join(f"{task} ({count:,} documents)" for task, count in counts.items())
-        said.append(f"Tasks of lm-eval, with the harness's own prompts and no chat template: {told}; intervals are over documents.")
+        said.append(
+            f"Tasks of lm-eval, with the harness's own prompts and no chat template: {told}; intervals are over documents."
+        )
     if said:
-        said.append("The memory stage unloaded is absent: the evaluation came before it and left allocations behind that are not the measurement's.")
+        said.append(
+            "The memory stage unloaded is absent: the evaluation came before it and left allocations behind that are not the measurement's."
+        )
     return said + list(quality.withheld)

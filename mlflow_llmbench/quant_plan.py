@@ -100,7 +100,10 @@ class QuantPlan:
     @property
     def nominal_bits(self) -> float:
         """Mean bits per weight of the blocks, without scales."""
-        return sum(NOMINAL_BITS[self.schemes[block.name]] * block.weights for block in self.sensitivity.blocks) / self.sensitivity.weights
+        return (
+            sum(NOMINAL_BITS[self.schemes[block.name]] * block.weights for block in self.sensitivity.blocks)
+            / self.sensitivity.weights
+        )
 
     @property
     def predicted_kl(self) -> float:

@@ -20,7 +20,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cell import differing
-from .compare import BETTER, DEVICE_PEAK, HOST_PEAK, RATE, SIGNIFICANCE, UNNAMED, UNTESTED, compare, differences, sentence, value_text
+from .compare import (
+    BETTER,
+    DEVICE_PEAK,
+    HOST_PEAK,
+    RATE,
+    SIGNIFICANCE,
+    UNNAMED,
+    UNTESTED,
+    compare,
+    differences,
+    sentence,
+    value_text,
+)
 from .errors import UsageError
 from .metrics import KEYS
 from .records import Repetition, RunResult, Verdict
@@ -55,11 +67,15 @@ GOALS = {
     "throughput": Measure("output throughput", (RATE,), "higher"),
     "latency": Measure("median end-to-end latency", ("latency/e2e_ms_p50",), "lower"),
     "cost": Measure("cost per million tokens", (COST,), "lower", "Measure again with price_per_hour."),
-    "energy": Measure("energy per token", (ENERGY,), "lower", "It needs an energy counter; `llmbench doctor` says why there is none."),
+    "energy": Measure(
+        "energy per token", (ENERGY,), "lower", "It needs an energy counter; `llmbench doctor` says why there is none."
+    ),
 }
 MEMORY = Measure("peak memory", (DEVICE_PEAK, HOST_PEAK), "lower")
 QUALITY = {
-    "kl": Measure("KL divergence from the reference", ("quality/kl_vs_reference",), "lower", "Measure again with quality."),
+    "kl": Measure(
+        "KL divergence from the reference", ("quality/kl_vs_reference",), "lower", "Measure again with quality."
+    ),
     "perplexity": Measure("perplexity", ("quality/perplexity",), "lower", "Measure again with quality."),
     "top1": Measure("top-1 agreement", ("quality/top1_agreement",), "higher", "Measure again with quality."),
 }
@@ -136,9 +152,14 @@ class Recommendation:
 
 
 def recommend(
-    results: Sequence[RunResult], goal: str = "throughput", limits: Sequence[Limit] = (), *,
-    accept_suspect: str | None = None, allow: frozenset[str] = frozenset(), noise: float = 0.01,
-) -> Recommendation:  # fmt: skip
+    results: Sequence[RunResult],
+    goal: str = "throughput",
+    limits: Sequence[Limit] = (),
+    *,
+    accept_suspect: str | None = None,
+    allow: frozenset[str] = frozenset(),
+    noise: float = 0.01,
+) -> Recommendation:
     """Choose among results. `accept_suspect` is the reason for which suspect ones take part; `allow` are kinds of `ALLOWABLE`.
 
     Raises UsageError for a goal or a kind of difference that is unknown, or without results.
@@ -163,9 +184,14 @@ def candidates(results: Sequence[RunResult]) -> list[Candidate]:
 
 
 def choose(
-    given: Sequence[Candidate], goal: str, limits: Sequence[Limit] = (), *,
-    accept_suspect: str | None = None, allow: frozenset[str] = frozenset(), noise: float = 0.01,
-) -> Recommendation:  # fmt: skip
+    given: Sequence[Candidate],
+    goal: str,
+    limits: Sequence[Limit] = (),
+    *,
+    accept_suspect: str | None = None,
+    allow: frozenset[str] = frozenset(),
+    noise: float = 0.01,
+) -> Recommendation:
     """As `recommend`, from candidates that have their figures already."""
     target = GOALS[goal]
     refused = [refusal for one in given if (refusal := _untrusted(one, accept_suspect))]
@@ -178,17 +204,30 @@ def choose(
     fitting = _without(eligible, beyond)
     winner = fitting[0] if fitting else None
     objectives = _objectives(eligible, target, limits)
-    front = tuple(one for one in eligible if not any(dominates(other, one, objectives, noise) for other in eligible if other is not one))
-    suspects = [r.candidate for r in refused if r.candidate.verdict.word == "suspect" and not (eligible and _gap(eligible[0], r.candidate, allow))]
+    front = tuple(
+        one
+        for one in eligible
+        if not any(dominates(other, one, objectives, noise) for other in eligible if other is not one)
+    )
+    suspects = [
+        r.candidate
+        for r in refused
+        if r.candidate.verdict.word == "suspect" and not (eligible and _gap(eligible[0], r.candidate, allow))
+    ]
     suspects = _without(suspects, _measured_again([*eligible, *suspects]))
     return Recommendation(
-        goal, tuple(limits), winner,
+        goal,
+        tuple(limits),
+        winner,
         tuple(_runner_up(winner, one, target, noise) for one in fitting[1:]) if winner else (),
-        tuple(eligible), front, objectives, (*beyond, *refused),
+        tuple(eligible),
+        front,
+        objectives,
+        (*beyond, *refused),
         cautions=tuple(_cautions(winner, limits)) if winner else (),
         changes=tuple(_changes(winner, beyond, suspects, target, limits, noise)),
         accepted_suspect=accept_suspect if winner and winner.verdict.word == "suspect" else None,
-    )  # fmt: skip
+    )
 
 
 def names_of(results: Sequence[RunResult]) -> list[str]:
@@ -197,10 +236,15 @@ def names_of(results: Sequence[RunResult]) -> list[str]:
     Results of several machines that have one name besides are told apart by theirs.
     """
     varied = differing([result.cell for result in results], UNNAMED)
-    names = [" ".join(_short(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size")) for result in results]
+    names = [
+        " ".join(_short(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size"))
+        for result in results
+    ]
     homes = [(name, result.hashes.hardware) for name, result in zip(names, results, strict=True)]
     twins = {name for name, count in Counter(name for name, _ in set(homes)).items() if count > 1}
-    return [f"{name} on {_machine(result)}" if name in twins else name for name, result in zip(names, results, strict=True)]
+    return [
+        f"{name} on {_machine(result)}" if name in twins else name for name, result in zip(names, results, strict=True)
+    ]
 
 
 def _machine(result: RunResult) -> str:
@@ -234,7 +278,11 @@ def _untrusted(one: Candidate, accept_suspect: str | None) -> Refused | None:
     if verdict.word == "valid" or (verdict.word == "suspect" and accept_suspect):
         return None
     codes = ", ".join(reason.code for reason in verdict.reasons)
-    advice = ' Measure it again, or accept it with --accept-suspect "REASON".' if verdict.word == "suspect" else " Its numbers are not used."
+    advice = (
+        ' Measure it again, or accept it with --accept-suspect "REASON".'
+        if verdict.word == "suspect"
+        else " Its numbers are not used."
+    )
     return Refused(one, f"Its verdict is {verdict.word} ({codes}).{advice}")
 
 
@@ -256,7 +304,10 @@ def _unlike(given: Sequence[Candidate], allow: frozenset[str]) -> list[Refused]:
         kinds = ",".join(dict.fromkeys(difference.kind for difference in gap))
         listed = ", ".join(map(str, gap))
         found.append(
-            Refused(one, f"It cannot be compared with the {len(kept)} that are alike: {listed}. Choose among these alone, or add --allow {kinds}.")
+            Refused(
+                one,
+                f"It cannot be compared with the {len(kept)} that are alike: {listed}. Choose among these alone, or add --allow {kinds}.",
+            )
         )
     return found
 
@@ -272,7 +323,11 @@ def _measured_again(given: Sequence[Candidate]) -> list[Refused]:
         known = newest.setdefault(_measured_as(one), one)
         if one.result.ended_ms > known.result.ended_ms:
             newest[_measured_as(one)] = one
-    return [Refused(one, "It was measured again later, and the newest counts.") for one in given if newest[_measured_as(one)] is not one]
+    return [
+        Refused(one, "It was measured again later, and the newest counts.")
+        for one in given
+        if newest[_measured_as(one)] is not one
+    ]
 
 
 def _measured_as(one: Candidate) -> tuple[str, str]:
@@ -364,7 +419,9 @@ def interval(one: Candidate, measure: Measure) -> tuple[float, float] | None:
 def _objectives(eligible: Sequence[Candidate], target: Measure, limits: Sequence[Limit]) -> tuple[Measure, ...]:
     """What the front weighs: the goal, what limits are about, and memory, as far as every candidate has it."""
     wanted = dict.fromkeys([target, *(limit.measure for limit in limits), MEMORY])
-    return tuple(measure for measure in wanted if measure is target or all(one.value(measure) is not None for one in eligible))
+    return tuple(
+        measure for measure in wanted if measure is target or all(one.value(measure) is not None for one in eligible)
+    )
 
 
 def dominates(b: Candidate, a: Candidate, objectives: Sequence[Measure], noise: float) -> bool:
@@ -416,7 +473,9 @@ def _runner_up(winner: Candidate, one: Candidate, target: Measure, noise: float)
 
 def _versus(winner: Candidate, one: Candidate, target: Measure) -> str:
     mine, its = one.value(target) or 0.0, winner.value(target) or 0.0
-    return f"Its {target.label} is {figure(target.keys[-1], mine)}, that of {winner.name} {figure(target.keys[-1], its)}."
+    return (
+        f"Its {target.label} is {figure(target.keys[-1], mine)}, that of {winner.name} {figure(target.keys[-1], its)}."
+    )
 
 
 def _cautions(winner: Candidate, limits: Sequence[Limit]) -> Iterator[str]:
@@ -432,7 +491,12 @@ def _cautions(winner: Candidate, limits: Sequence[Limit]) -> Iterator[str]:
 
 
 def _changes(
-    winner: Candidate | None, beyond: Sequence[Refused], suspects: Sequence[Candidate], target: Measure, limits: Sequence[Limit], noise: float
+    winner: Candidate | None,
+    beyond: Sequence[Refused],
+    suspects: Sequence[Candidate],
+    target: Measure,
+    limits: Sequence[Limit],
+    noise: float,
 ) -> Iterator[str]:
     """What would change the answer: for each limit the best candidate that misses it alone, and suspect ones that look better."""
 
@@ -476,9 +540,13 @@ def recommendation_json(found: Recommendation) -> dict[str, Any]:
     return {
         "schema": 1,
         "goal": found.goal,
-        "limits": [{"option": limit.option, "metric": limit.measure.keys[-1], "bound": limit.bound} for limit in found.limits],
+        "limits": [
+            {"option": limit.option, "metric": limit.measure.keys[-1], "bound": limit.bound} for limit in found.limits
+        ],
         "winner": _entry(found.winner, found.objectives) if found.winner else None,
-        "runners_up": [{**_entry(r.candidate, found.objectives), "why": r.why, "tied": r.tied} for r in found.runners_up],
+        "runners_up": [
+            {**_entry(r.candidate, found.objectives), "why": r.why, "tied": r.tied} for r in found.runners_up
+        ],
         "refused": [{"name": r.candidate.name, **_identity(r.candidate), "why": r.why} for r in found.refused],
         "front": [one.name for one in found.eligible if id(one) in names],
         "cautions": list(found.cautions),
@@ -492,5 +560,9 @@ def _identity(one: Candidate) -> dict[str, Any]:
 
 
 def _entry(one: Candidate, objectives: Sequence[Measure]) -> dict[str, Any]:
-    measured = {key: {"value": one.metrics[key], "interval": interval(one, m)} for m in objectives if (key := m.key(one.metrics))}
+    measured = {
+        key: {"value": one.metrics[key], "interval": interval(one, m)}
+        for m in objectives
+        if (key := m.key(one.metrics))
+    }
     return {"name": one.name, **_identity(one), "parameters": vars(one.result.cell), "measured": measured}

@@ -63,7 +63,9 @@ class LoadInfo:
     vocab_size: int | None = None
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
     quant_plan: QuantPlan | None = None  # of a mixed quantization
-    made: str | None = None  # file or folder that was run, where it was made of the checkpoint, or is one file of a repository
+    made: str | None = (
+        None  # file or folder that was run, where it was made of the checkpoint, or is one file of a repository
+    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ class RequestRecord:
         """Whether each stamp is that of one token; of a server that does not tell its count this is not known, and a chunk may hold several."""
         if self.tokens is None and self.finish:
             return False
-        return self.output_tokens == len(self.stamps_ns) and (self.chunk_tokens is None or max(self.chunk_tokens, default=1) == 1)
+        return self.output_tokens == len(self.stamps_ns) and (
+            self.chunk_tokens is None or max(self.chunk_tokens, default=1) == 1
+        )
 
 
 @dataclass(frozen=True)
@@ -376,8 +380,12 @@ class RunResult:
     predicted_bytes: int | None = None
     price_per_hour: float | None = None
     compile_s: float | None = None  # for this cell's shape, before its first call; None where nothing is compiled
-    same_tokens: tuple[int, ...] = ()  # per row of the first repetition: output tokens before the first that plain decoding does not give
-    same_replies: tuple[bool, ...] = ()  # per turn of a conversation with kept history: whether recomputing gives the same reply
+    same_tokens: tuple[
+        int, ...
+    ] = ()  # per row of the first repetition: output tokens before the first that plain decoding does not give
+    same_replies: tuple[
+        bool, ...
+    ] = ()  # per turn of a conversation with kept history: whether recomputing gives the same reply
     text_times: TextTimes | None = None  # None where the prompts are no texts
     quality: Quality | None = None  # None where it was not asked for
     sweep: str = ""
@@ -421,5 +429,7 @@ def _build(kind: Any, data: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         types_of = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
-        return typing.cast(Any, kind)(**{key: _build(types_of[key], value) for key, value in data.items() if key in known})
+        return typing.cast(Any, kind)(
+            **{key: _build(types_of[key], value) for key, value in data.items() if key in known}
+        )
     return data

@@ -33,7 +33,9 @@ LEAST_LENGTH = 8
 LONGEST_WORD = 15
 """Letters of a plain lower-case word, which is no secret: `POSTGRES_PASSWORD=llmbench` would blank our own name."""
 
-SECRET_WORDS = frozenset(["AUTH", "BEARER", "COOKIE", "CREDS", "DSN", "JWT", "KEY", "KEYS", "PASS", "PAT", "PWD", "SAS", "WEBHOOK"])
+SECRET_WORDS = frozenset(
+    ["AUTH", "BEARER", "COOKIE", "CREDS", "DSN", "JWT", "KEY", "KEYS", "PASS", "PAT", "PWD", "SAS", "WEBHOOK"]
+)
 SECRET_PARTS = ("SECRET", "PASSW", "PASSPHRASE", "CREDENTIAL", "APIKEY", "ACCESSKEY", "PRIVATEKEY", "CONNECTION_STRING")
 """Words and parts of the name of an environment variable that say that its value is secret; a word that ends in TOKEN does too."""
 
@@ -53,7 +55,9 @@ _PASSWORD = re.compile(r"//(?P<secret>[^\s/@:\"'<>]{0,128}:(?!\d+(?:[/?#\s]|$))[
 SHAPES = (
     _PASSWORD,
     _USER,
-    re.compile(rf"(?i)[?&;](?:[\w.-]{{0,64}}(?:signature|{_NAMED})|sig|key|token|auth|awsaccesskeyid)=(?P<secret>[^&\s'\"<>]+)"),
+    re.compile(
+        rf"(?i)[?&;](?:[\w.-]{{0,64}}(?:signature|{_NAMED})|sig|key|token|auth|awsaccesskeyid)=(?P<secret>[^&\s'\"<>]+)"
+    ),
     re.compile(rf"(?i){_NAMED}[\"']?\s*[=:]\s*[\"']?(?P<secret>[^\s\"',;&]{{{LEAST_LENGTH},}})"),
     re.compile(r"(?i)token[\"']?\s*[=:]\s*[\"']?(?P<secret>(?=[\w.+/~=-]*\d)(?=[\w.+/~=-]*[a-z])[\w.+/~=-]{16,})"),
     re.compile(r"(?i)\bauthorization[\"']?\s*[=:]\s*[\"']?(?!(?:bearer|basic)\b)(?P<secret>[^\s\"',;]{8,})"),
@@ -63,7 +67,9 @@ SHAPES = (
     re.compile(
         r"\b(?P<secret>gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}|AIza[\w-]{20,}|dapi[0-9a-f]{16,})"
     ),
-    re.compile(r"\b(?P<secret>sk-(?=[A-Za-z_-]*\d)[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"),
+    re.compile(
+        r"\b(?P<secret>sk-(?=[A-Za-z_-]*\d)[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
+    ),
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?P<secret>[^-]+)"),
 )
 """What a secret looks like in the text of others: the group `secret` is masked.
@@ -96,7 +102,9 @@ def redact_all(data: T) -> T:
         if isinstance(value, list | tuple):
             return (list if isinstance(value, list) else tuple)(map(walk, value))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return dataclasses.replace(value, **{f.name: walk(getattr(value, f.name)) for f in dataclasses.fields(value)})
+            return dataclasses.replace(
+                value, **{f.name: walk(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
         return value
 
     return walk(data)  # type: ignore[no-any-return]
@@ -104,14 +112,20 @@ def redact_all(data: T) -> T:
 
 def escape_controls(text: str, keep: str = "") -> str:
     r"""The text with characters that act on a terminal written out (`\x1b`, `\n`, `\u202e`), except those in `keep`."""
-    return CONTROLS.sub(lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return CONTROLS.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape", "surrogatepass").decode(),
+        text,
+    )
 
 
 def is_secret_name(name: str) -> bool:
     """Whether the name of an environment variable says that its value is secret."""
     upper = name.upper()
     words = re.split(r"[^A-Z0-9]+", upper)
-    return upper != "PWD" and (any(word in SECRET_WORDS or word.endswith("TOKEN") for word in words) or any(part in upper for part in SECRET_PARTS))
+    return upper != "PWD" and (
+        any(word in SECRET_WORDS or word.endswith("TOKEN") for word in words)
+        or any(part in upper for part in SECRET_PARTS)
+    )
 
 
 def known_secrets() -> Iterator[str]:
@@ -132,7 +146,9 @@ def worker_environment(environment: Mapping[str, str], downloads: bool) -> dict[
         upper = name.upper()
         if upper.startswith("LLMBENCH_") or (downloads and (upper.startswith(HUB_PREFIXES) or upper in PROXIES)):
             return True
-        return not (upper.startswith(TRACKING_PREFIXES) or is_secret_name(name) or value in secrets or _mask(value, ()) != value)
+        return not (
+            upper.startswith(TRACKING_PREFIXES) or is_secret_name(name) or value in secrets or _mask(value, ()) != value
+        )
 
     return {name: value for name, value in environment.items() if stays(name, value)}
 

@@ -56,7 +56,9 @@ def sibling(cell: Cell, named: str | None = None) -> Cell:
     return dataclasses.replace(own, model=named, revision="main", weights="hub") if named else own
 
 
-def order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any] | None:
+def order(
+    task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits
+) -> dict[str, Any] | None:
     """What a worker is to evaluate after its last cell, its references being there; None if nothing.
 
     Computes the references that are missing, `tell` being told that it does; one that cannot be had is not tried again for the
@@ -75,7 +77,9 @@ def order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Ma
     return _text_order(task, tell, environment, limits) | tasks
 
 
-def _text_order(task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any]:
+def _text_order(
+    task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits
+) -> dict[str, Any]:
     """The part of the order that is about texts: perplexity, and divergence from the reference."""
     cell = task.cells[0]
     own, text = sibling(cell, task.options.quality_reference), load_text(task.options.quality_text)
@@ -126,7 +130,14 @@ def _file(cell: Cell, model: ModelFacts, text: Text, env_hash: str) -> Path:
     return machine.cache_folder() / "references" / f"{hash16(content)}.safetensors"
 
 
-def _compute(task: Task, own: Cell, model: ModelFacts, missing: Mapping[str, str], tell: Callable[[Mapping[str, Any]], None], limits: Limits) -> str:
+def _compute(
+    task: Task,
+    own: Cell,
+    model: ModelFacts,
+    missing: Mapping[str, str],
+    tell: Callable[[Mapping[str, Any]], None],
+    limits: Limits,
+) -> str:
     """Run the unquantized model and write its references. Returns why that failed, empty if it did not."""
     shape = models.Shape.from_config(model.config) if model.config else None
     largest = dataclasses.replace(own, prompt_tokens=max(min(512, model.context or 512) - 32, 1), output_tokens=32)
@@ -135,7 +146,9 @@ def _compute(task: Task, own: Cell, model: ModelFacts, missing: Mapping[str, str
     if refused:
         return refused
     tell({"event": "stage", "stage": "reference"})
-    if not backend_class(own.backend).is_prepared(own, model):  # the cells' own file may have been made of it long ago, or it is another model
+    if not backend_class(own.backend).is_prepared(
+        own, model
+    ):  # the cells' own file may have been made of it long ago, or it is another model
         fetched = supervise.run_worker("prepare", [own], model, task.folders[:1], task.folders[0] / "reference.log")
         if fetched.interrupted:
             raise KeyboardInterrupt
@@ -170,8 +183,14 @@ def quality_of(options: Options, cell: Cell, outcome: GroupOutcome) -> Quality |
         withheld = ["The worker ended before the quality was evaluated. Measure the cell again with rerun=true."]
     tasks = tuple(score for scores in outcome.task_scores.values() for score in scores)
     return Quality(
-        outcome.text_digest, outcome.scores, compared, tuple(withheld), options.quality_tasks or "", tasks_digest(options), tasks
-    )  # fmt: skip
+        outcome.text_digest,
+        outcome.scores,
+        compared,
+        tuple(withheld),
+        options.quality_tasks or "",
+        tasks_digest(options),
+        tasks,
+    )
 
 
 def require(options: Options) -> None:
@@ -185,5 +204,15 @@ def tasks_digest(options: Options) -> str:
     if options.quality_tasks is None:
         return ""
     paths = [Path(task) for task in options.quality_tasks.split(",")]
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.y*ml")) if path.is_dir() else [])]
-    return hash16([options.quality_tasks, options.quality_limit, [file.read_text(encoding="utf-8", errors="replace") for file in files]])
+    files = [
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else sorted(path.rglob("*.y*ml")) if path.is_dir() else [])
+    ]
+    return hash16(
+        [
+            options.quality_tasks,
+            options.quality_limit,
+            [file.read_text(encoding="utf-8", errors="replace") for file in files],
+        ]
+    )

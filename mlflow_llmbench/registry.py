@@ -58,7 +58,11 @@ class Registered:
 
 def parent_of_sweep(store: Store, sweep: str) -> str | None:
     """The run that stands for a sweep: its parent, or the only run where it had one cell. None if the store has no run of it."""
-    tops = [run for run in tracking.runs_of_sweep(store, sweep) if tracking.PARENT_TAG not in run.data.tags] if sweep else []
+    tops = (
+        [run for run in tracking.runs_of_sweep(store, sweep) if tracking.PARENT_TAG not in run.data.tags]
+        if sweep
+        else []
+    )
     return str(tops[0].info.run_id) if tops else None
 
 
@@ -93,7 +97,9 @@ def result_of(store: Store, run_id: str) -> RunResult:
         return read_result(download_result(store, run_id, Path(scratch)))
 
 
-def register(store: Store, reference: str, name: str, alias: str = CANDIDATE, accept_suspect: str | None = None) -> Registered:
+def register(
+    store: Store, reference: str, name: str, alias: str = CANDIDATE, accept_suspect: str | None = None
+) -> Registered:
     """Register a measured run, or the winner of a recommendation, as a new version of `name`, and point `alias` at it.
 
     `reference`: a run id, the parent run of a sweep that holds a recommendation, or a recommendation.json. A run that is
@@ -118,11 +124,17 @@ def register(store: Store, reference: str, name: str, alias: str = CANDIDATE, ac
 
 def _check_names(name: str, alias: str) -> None:
     if not name.strip() or re.search(r"[/:@'\"%]", name) or len(name) > 250:
-        raise UsageError(f"Not a name for a registered model: {name}. Give letters, digits, dots and dashes, for example support-bot.")
+        raise UsageError(
+            f"Not a name for a registered model: {name}. Give letters, digits, dots and dashes, for example support-bot."
+        )
     if not re.fullmatch(r"[\w-]{1,250}", alias) or alias == "latest" or re.fullmatch(r"[vV]\d+", alias):
-        raise UsageError(f"Not an alias: {alias}. Give letters, digits and dashes, and neither latest nor v1, for example {CANDIDATE}.")
+        raise UsageError(
+            f"Not an alias: {alias}. Give letters, digits and dashes, and neither latest nor v1, for example {CANDIDATE}."
+        )
     if alias in (CHAMPION, PREVIOUS):
-        raise UsageError(f"The alias {alias} is moved by `llmbench promote` only. Register as {CANDIDATE}, then gate and promote it.")
+        raise UsageError(
+            f"The alias {alias} is moved by `llmbench promote` only. Register as {CANDIDATE}, then gate and promote it."
+        )
 
 
 def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
@@ -137,7 +149,9 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
     match = RUN_ID.fullmatch(reference)
     run_id = match[1] if match else parent_of_sweep(store, reference)
     if run_id is None:
-        raise UsageError(f"{reference} is neither a run id, nor a sweep of this store, nor a recommendation.json. Give one of them.")
+        raise UsageError(
+            f"{reference} is neither a run id, nor a sweep of this store, nor a recommendation.json. Give one of them."
+        )
     if _holds_result(_run(store, run_id)):
         return run_id, None
     data = None
@@ -175,7 +189,9 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
         )
     run_id = run_of(store, winner["sweep"], winner["config_hash"])
     if run_id is None:
-        raise UsageError(f"The winner of {reference} is not in the store {store.uri}. Check --tracking-uri, or `llmbench upload` its folder first.")
+        raise UsageError(
+            f"The winner of {reference} is not in the store {store.uri}. Check --tracking-uri, or `llmbench upload` its folder first."
+        )
     return run_id, data.get("accepted_suspect")
 
 
@@ -191,11 +207,15 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
 
     client, run_id = store.client, deployment.evidence.run_id
     with contextlib.suppress(MlflowException):
-        client.create_registered_model(name, description="Measured configurations of a language model; each version links to its evidence.")
+        client.create_registered_model(
+            name, description="Measured configurations of a language model; each version links to its evidence."
+        )
     tags = version_tags(deployment)
     params = tracking.cell_params(result.cell)
     experiment = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment, "deployment", source_run_id=run_id, tags=tags, params=params, model_type="llm-deployment")
+    logged = client.create_logged_model(
+        experiment, "deployment", source_run_id=run_id, tags=tags, params=params, model_type="llm-deployment"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         save(deployment, folder, run_id, logged.model_id)
@@ -203,7 +223,9 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
     source = f"models:/{logged.model_id}"
-    made = client.create_model_version(name, source, run_id, tags, description=describe(name, result, deployment), model_id=logged.model_id)
+    made = client.create_model_version(
+        name, source, run_id, tags, description=describe(name, result, deployment), model_id=logged.model_id
+    )
     return str(made.version)
 
 
@@ -215,10 +237,13 @@ def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_
         from mlflow.models import Model
 
         mlflow.pyfunc.save_model(
-            folder, python_model=str(Path(__file__).parent / "serving_model.py"), model_config=dict(deployment.config),
-            signature=signature(int(deployment.config["max_new_tokens"])), mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
+            folder,
+            python_model=str(Path(__file__).parent / "serving_model.py"),
+            model_config=dict(deployment.config),
+            signature=signature(int(deployment.config["max_new_tokens"])),
+            mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
             pip_requirements=[f"mlflow=={mlflow.__version__}", *deployment.requirements],
-        )  # fmt: skip
+        )
 
 
 def signature(max_new_tokens: int) -> ModelSignature:
@@ -228,7 +253,11 @@ def signature(max_new_tokens: int) -> ModelSignature:
 
     columns = {"text": "string", "prompt_tokens": "long", "output_tokens": "long", "finish": "string"}
     outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
-    return ModelSignature(Schema([ColSpec("string", "prompt")]), outputs, ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)]))
+    return ModelSignature(
+        Schema([ColSpec("string", "prompt")]),
+        outputs,
+        ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)]),
+    )
 
 
 def describe(name: str, result: RunResult, deployment: Deployment) -> str:
@@ -236,7 +265,9 @@ def describe(name: str, result: RunResult, deployment: Deployment) -> str:
     config, evidence = deployment.config, deployment.evidence
     metrics = summarize(result)
     rows = "1 row" if config["batch_size"] == 1 else f"{config['batch_size']} rows"
-    limits = f"up to {config['max_prompt_tokens']} prompt tokens, {config['max_new_tokens']} output tokens, {rows} at a time"
+    limits = (
+        f"up to {config['max_prompt_tokens']} prompt tokens, {config['max_new_tokens']} output tokens, {rows} at a time"
+    )
     place = "/".join(filter(None, [config["location"], config["gguf_file"]]))
     parts = [
         summary_markdown(result, metrics, evidence.verdict).rstrip(),
@@ -254,14 +285,22 @@ def version_at(store: Store, reference: str) -> ModelVersion:
 
     match = REFERENCE.fullmatch(reference)
     if match is None:
-        raise UsageError(f"Not a registered version: {reference}. Give models:/NAME@{CHAMPION} or models:/NAME/VERSION.")
+        raise UsageError(
+            f"Not a registered version: {reference}. Give models:/NAME@{CHAMPION} or models:/NAME/VERSION."
+        )
     name, alias, number = match.groups()
     try:
-        found = store.client.get_model_version_by_alias(name, alias) if alias else store.client.get_model_version(name, number)
+        found = (
+            store.client.get_model_version_by_alias(name, alias)
+            if alias
+            else store.client.get_model_version(name, number)
+        )
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise TrackingError(f"The registry of {store.uri} cannot be asked: {str(error).splitlines()[0]}") from None
-        raise UsageError(f"There is no {reference} in the store {store.uri}. `llmbench register RUN --name {name}` makes a version.") from None
+        raise UsageError(
+            f"There is no {reference} in the store {store.uri}. `llmbench register RUN --name {name}` makes a version."
+        ) from None
     return found
 
 
@@ -270,7 +309,9 @@ def registered_at(store: Store, reference: str) -> Registered:
     found = version_at(store, reference)
     run_id = found.tags.get("llmbench.run_id")
     if not run_id:
-        raise UsageError(f"{reference} was not registered by `llmbench register`, so it has no evidence. Register a measured run under this name.")
+        raise UsageError(
+            f"{reference} was not registered by `llmbench register`, so it has no evidence. Register a measured run under this name."
+        )
     return Registered(str(found.name), str(found.version), run_id)
 
 
@@ -289,7 +330,14 @@ def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tu
 
 
 def log_gate(
-    store: Store, run_id: str, champion: Registered, verdict: str, why: str, accepted_suspect: str | None, folder: Path, measured: str | None = None
+    store: Store,
+    run_id: str,
+    champion: Registered,
+    verdict: str,
+    why: str,
+    accepted_suspect: str | None,
+    folder: Path,
+    measured: str | None = None,
 ) -> None:
     """Keep a gate's verdict with the candidate's run: as tags, and its files under `gate/`. Raises TrackingError.
 
@@ -323,7 +371,9 @@ def promote(store: Store, reference: str) -> Promotion:
     held against, and `previous` was champion before, so that going back needs no gate. Raises UsageError, TrackingError.
     """
     new = registered_at(store, reference)
-    aliases: dict[str, str] = {alias: str(version) for alias, version in store.client.get_registered_model(new.name).aliases.items()}
+    aliases: dict[str, str] = {
+        alias: str(version) for alias, version in store.client.get_registered_model(new.name).aliases.items()
+    }
     before = aliases.get(CHAMPION)
     if before == new.version:
         raise UsageError(f"{new.uri} is the champion already. Nothing was moved.")
@@ -338,8 +388,20 @@ def promote(store: Store, reference: str) -> Promotion:
 
 def _require_gate(store: Store, new: Registered, champion: str) -> None:
     tags = _run(store, new.run_id).data.tags
-    verdict, against, present = tags.get("llmbench.gate"), tags.get("llmbench.gate_against"), f"models:/{new.name}/{champion}"
+    verdict, against, present = (
+        tags.get("llmbench.gate"),
+        tags.get("llmbench.gate_against"),
+        f"models:/{new.name}/{champion}",
+    )
     if verdict == PASS and against == present:
         return
-    why = "has not been gated" if verdict is None else f"was gated against {against}" if against != present else f"did not pass its gate ({verdict})"
-    raise UsageError(f"{new.uri} {why}, and the champion is {present}. Nothing was moved. Run: llmbench gate {new.uri} --against {present}")
+    why = (
+        "has not been gated"
+        if verdict is None
+        else f"was gated against {against}"
+        if against != present
+        else f"did not pass its gate ({verdict})"
+    )
+    raise UsageError(
+        f"{new.uri} {why}, and the champion is {present}. Nothing was moved. Run: llmbench gate {new.uri} --against {present}"
+    )

@@ -31,7 +31,11 @@ def relate(results: Sequence[RunResult], names: Sequence[str], options: Options)
     added: list[dict[str, float]] = []
     sentences: list[str] = []
     for result, name in zip(results, names, strict=True):
-        offline = whole.get(plan.without_server(result.cell)) if options.twin and result.cell.launch and result.cell in whole else None
+        offline = (
+            whole.get(plan.without_server(result.cell))
+            if options.twin and result.cell.launch and result.cell in whole
+            else None
+        )
         added.append(twin.added(offline, result) if offline else {})
         sentences += [twin.sentence(name, added[-1])] if offline else []
     limits = goodput.limits(results, options.attainment) if options.find else []

@@ -47,14 +47,20 @@ def rematch(
     for result in (champion, candidate):
         if result.cell.scenario == "online":
             server = f"The server {result.cell.url}" if result.cell.url else "A server that a command starts"
-            raise UsageError(f"{server} is not started from here. Measure it with `llmbench online`, and gate that run without --measure.")
+            raise UsageError(
+                f"{server} is not started from here. Measure it with `llmbench online`, and gate that run without --measure."
+            )
     sides_of = [parameters_again(result, granted) for result in (champion, candidate)]
     for result, parameters in zip((champion, candidate), sides_of, strict=True):
         require_same(result, parameters)
     common = {name: value for name, value in sides_of[0].items() if name in Options.__dataclass_fields__}
     common |= {"output_dir": [output_dir]} if output_dir else {}
-    a, b = ({name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of)
-    done = measure_in_turns(a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher)
+    a, b = (
+        {name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of
+    )
+    done = measure_in_turns(
+        a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
+    )
     if done.outcome == "interrupted":
         raise MeasurementError(f"The measurement was interrupted. What was measured is in {done.folder}.")
     return Rematch(done, *sides(done), tuple(_notes({"champion": champion, "candidate": candidate})))

@@ -69,12 +69,22 @@ def output_rate(repetition: Repetition) -> float | None:
 def total_rate(repetition: Repetition) -> float | None:
     """The same with the prompt tokens."""
     span_s = _span_s(repetition)
-    return sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests) / span_s if span_s > 0 else None
+    return (
+        sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests) / span_s
+        if span_s > 0
+        else None
+    )
 
 
 def prefill_rate(repetition: Repetition) -> float | None:
     """Prompt tokens of all rows that were computed ÷ TTFT, 1/s, mean over the requests."""
-    return mean_of([r.rows * r.prefilled_tokens / ttft_ms(r) * 1e3 for r in repetition.requests if r.prefilled_tokens and ttft_ms(r) > 0])
+    return mean_of(
+        [
+            r.rows * r.prefilled_tokens / ttft_ms(r) * 1e3
+            for r in repetition.requests
+            if r.prefilled_tokens and ttft_ms(r) > 0
+        ]
+    )
 
 
 def decode_rate(repetition: Repetition) -> float | None:
@@ -87,7 +97,9 @@ RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "d
 
 def typical_gap(repetition: Repetition) -> float | None:
     """Median inter-token gap of all requests, ms; the mean would be the time per output token again. None where tokens do not come singly."""
-    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)] if come_singly(repetition.requests) else []
+    gaps = (
+        [gap for request in repetition.requests for gap in gaps_ms(request)] if come_singly(repetition.requests) else []
+    )
     return median(gaps) if gaps else None
 
 
@@ -116,7 +128,9 @@ PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
     "throughput/output_tokens_per_s": output_rate,
     "latency/ttft_ms_p50": lambda repetition: median(map(ttft_ms, repetition.requests)),
     "latency/itl_ms_p50": typical_gap,
-    "latency/tpot_ms_mean": lambda repetition: mean_of([value for r in repetition.requests if (value := tpot_ms(r)) is not None]),
+    "latency/tpot_ms_mean": lambda repetition: mean_of(
+        [value for r in repetition.requests if (value := tpot_ms(r)) is not None]
+    ),
     "latency/e2e_ms_p50": lambda repetition: median(map(e2e_ms, repetition.requests)),
 }
 """Metric → its value for one repetition, None where it has none: what comparisons and statistics rest on."""

@@ -25,11 +25,24 @@ from .workload import MIXED
 Metrics = Mapping[str, float]
 
 TABLE_KEYS = (
-    "throughput/output_tokens_per_s", "throughput/requests_per_s", "goodput/requests_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50",
-    "twin/added_tpot_ms", "lengths/tokens_per_step_mean", "memory/device_bytes_peak", "memory/host_needed_bytes_peak",
-    "memory/weight_bytes", "efficiency/mbu_ratio", "efficiency/padding_waste_ratio", "quality/kl_vs_reference", "quality/top1_agreement", "quality/perplexity", "load/load_s",
+    "throughput/output_tokens_per_s",
+    "throughput/requests_per_s",
+    "goodput/requests_per_s",
+    "latency/ttft_ms_p50",
+    "latency/itl_ms_p50",
+    "twin/added_tpot_ms",
+    "lengths/tokens_per_step_mean",
+    "memory/device_bytes_peak",
+    "memory/host_needed_bytes_peak",
+    "memory/weight_bytes",
+    "efficiency/mbu_ratio",
+    "efficiency/padding_waste_ratio",
+    "quality/kl_vs_reference",
+    "quality/top1_agreement",
+    "quality/perplexity",
+    "load/load_s",
     "cost/per_million_tokens",
-)  # fmt: skip
+)
 """Columns of the terminal's table, where any row has them."""
 
 
@@ -64,9 +77,15 @@ def row_of(result: RunResult) -> Row:
     """A result as one row; a cell that failed shows its message and no numbers."""
     metrics = summarize(result)
     row = Row(
-        result.cell, result.outcome, peak_bytes=_peak_bytes(result, metrics), predicted_bytes=result.predicted_bytes,
-        started_ms=result.started_ms, ended_ms=result.ended_ms, linked=result.linked, environment=result.environment,
-    )  # fmt: skip
+        result.cell,
+        result.outcome,
+        peak_bytes=_peak_bytes(result, metrics),
+        predicted_bytes=result.predicted_bytes,
+        started_ms=result.started_ms,
+        ended_ms=result.ended_ms,
+        linked=result.linked,
+        environment=result.environment,
+    )
     if result.failure:
         return dataclasses.replace(row, message=result.failure.message, stage=result.failure.stage)
     return dataclasses.replace(row, metrics=metrics, verdict=judge(result, metrics))
@@ -96,7 +115,9 @@ def _number(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.1 else 4 if size >= 0.01 else 6
+    digits = (
+        0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.1 else 4 if size >= 0.01 else 6
+    )
     return f"{value:.{digits}f}"
 
 
@@ -146,7 +167,10 @@ def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         last = len(cells) - 1
-        return "  ".join(c.ljust(w) if i < names or i == last else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip()
+        return "  ".join(
+            c.ljust(w) if i < names or i == last else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
 
     notes = [f"{title}: {plain(text)}" for title, text in explanations(rows)]
     return "\n".join([line(heading), *map(line, body), *(["", *notes] if notes else [])])
@@ -166,21 +190,34 @@ def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
     """The one-screen summary that becomes the run's description in the MLflow UI."""
     cell = result.cell
-    length = "lengths of the trace" if cell.trace else f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
+    length = (
+        "lengths of the trace"
+        if cell.trace
+        else f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
+    )
     what = f"**{markdown(cell.model)}** · {markdown(_load(cell))} · {length}"
     cpu, gpu = result.environment.get("cpu", {}).get("name", "unknown CPU"), gpu_of(result)
     where = markdown(f"{gpu['name']} ({cpu})" if gpu else cpu)
     if result.failure:
         return f"{what}\n\n**{markdown(result.outcome)}** at stage {markdown(result.failure.stage)}: {markdown(result.failure.message)}\n\n{where}\n"
     rows = [[name, text] for name, text in _headline(metrics) if text]
-    lines = [what, "", markdown_table(["measured", ""], rows), "", f"**Verdict: {verdict.word if verdict else 'none'}**"]
+    lines = [
+        what,
+        "",
+        markdown_table(["measured", ""], rows),
+        "",
+        f"**Verdict: {verdict.word if verdict else 'none'}**",
+    ]
     lines += [f"- `{reason.code}`: {markdown(reason.sentence)}" for reason in (verdict.reasons if verdict else ())]
     if cell.workload == "mixed":
         lines += ["", MIXED]
     if cell.weights == "random":
         lines += ["", "Random weights of the real architecture: speed and memory hold, the text means nothing."]
     lines += ["", *map(markdown, result.quality.withheld)] if result.quality and result.quality.withheld else []
-    lines += ["", f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions, {len(result.warmup_s)} warm-up runs"]
+    lines += [
+        "",
+        f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions, {len(result.warmup_s)} warm-up runs",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -195,7 +232,9 @@ def _load(cell: Cell) -> str:
         return f"{online} · trace {_name_of(cell.trace)}"
     rising = "" if cell.ramp_to is None else f" rising to {cell.ramp_to:g}"
     return (
-        f"{online} · {cell.request_rate:g}{rising} requests/s, {cell.arrival}" if cell.request_rate else f"{online} · concurrency {cell.concurrency}"
+        f"{online} · {cell.request_rate:g}{rising} requests/s, {cell.arrival}"
+        if cell.request_rate
+        else f"{online} · concurrency {cell.concurrency}"
     )
 
 
@@ -245,7 +284,10 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
     if absent:
         parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
     if metrics:
-        parts += ["## All metrics", markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()])]
+        parts += [
+            "## All metrics",
+            markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()]),
+        ]
     if turns := turns_of(result):
         parts += ["## Turn by turn", _turns_table(turns), *_replies(result)]
     parts += _same_tokens(result)
@@ -254,7 +296,10 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
     if result.quality:
         parts += ["## Quality", "\n".join(f"- {markdown(sentence)}" for sentence in sentences(result.quality))]
     if result.load:
-        parts += ["## What was loaded", markdown_table(["fact", "value"], [[k, str(v)] for k, v in result.load.facts.items()])]
+        parts += [
+            "## What was loaded",
+            markdown_table(["fact", "value"], [[k, str(v)] for k, v in result.load.facts.items()]),
+        ]
     if result.repetitions:
         parts += ["## Repetitions", _repetitions_table(result)]
     if result.warmup_s:
@@ -273,7 +318,11 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
 def _turns_table(turns: Sequence[Turn]) -> str:
     heading = ["turn", "conversations", "prompt tokens", "of them computed", "TTFT ms", "end to end ms"]
     body = [
-        [str(t.number), str(t.count), *("–" if v is None else _number(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms))]
+        [
+            str(t.number),
+            str(t.count),
+            *("–" if v is None else _number(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms)),
+        ]
         for t in turns
     ]
     return markdown_table(heading, body)
@@ -287,30 +336,34 @@ def _replies(result: RunResult) -> list[str]:
     same, count = sum(result.same_replies), len(result.same_replies)
     text = f"With its history recomputed, the first conversation gave the same answer, token by token, in {same} of its {count} turns."
     if same < count:
-        text += (
-            " Sums over a prompt in one piece and in several are rounded differently, which is enough where two tokens are about equally probable."
-        )
+        text += " Sums over a prompt in one piece and in several are rounded differently, which is enough where two tokens are about equally probable."
     return [text]
 
 
 def _same_tokens(result: RunResult) -> list[str]:
     """Whether another decode path, or a quantized KV cache, changes what the model says."""
     cell = result.cell
-    names = [f"decode={cell.decode}" if cell.decode != "generate" else "", f"kv_cache={cell.kv_cache}" if cell.kv_cache else ""]
+    names = [
+        f"decode={cell.decode}" if cell.decode != "generate" else "",
+        f"kv_cache={cell.kv_cache}" if cell.kv_cache else "",
+    ]
     path = " and ".join(filter(None, names))
     if not path or result.outcome != "ok":
         return []
     if not result.same_tokens:
-        return [f"Whether {path} gives the tokens of plain decoding could not be found out; worker.log in the results folder says why."]
+        return [
+            f"Whether {path} gives the tokens of plain decoding could not be found out; worker.log in the results folder says why."
+        ]
     same = [count for count in result.same_tokens if count >= cell.output_tokens]
     text = f"The rows of the first repetition that get the same {cell.output_tokens} tokens with {path} as with decode=generate and kv_cache=auto: "
     text += f"{len(same)} of {len(result.same_tokens)}."
     if len(same) < len(result.same_tokens):
         text += f" The first difference is at token {min(result.same_tokens) + 1}."
         text += (
-            " A quantized cache is another model, a little." if cell.kv_cache else
-            " Sums in another order are rounded differently, which is enough where two tokens are about equally probable."
-        )  # fmt: skip
+            " A quantized cache is another model, a little."
+            if cell.kv_cache
+            else " Sums in another order are rounded differently, which is enough where two tokens are about equally probable."
+        )
     return [text]
 
 
@@ -320,12 +373,28 @@ def _repetitions_table(result: RunResult) -> str:
     totals = [max(map(e2e_ms, r.requests)) for r in result.repetitions]
     for repetition, total, outlier in zip(result.repetitions, totals, classify_outliers(totals), strict=True):
         noise = repetition.noise
-        seen = [noise.foreign_cpu_s, noise.steal_s, noise.involuntary_switches, noise.major_faults] if noise else [None] * 4
+        seen = (
+            [noise.foreign_cpu_s, noise.steal_s, noise.involuntary_switches, noise.major_faults]
+            if noise
+            else [None] * 4
+        )
         first = _number(median(map(ttft_ms, repetition.requests)))
         shown = ["–" if value is None else _number(float(value)) for value in seen]
-        spoiled = "spoiled" if noise and noise.spoiled and result.cell.scenario != "online" else ""  # the other may be the server
+        spoiled = (
+            "spoiled" if noise and noise.spoiled and result.cell.scenario != "online" else ""
+        )  # the other may be the server
         body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
-    heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others", "CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
+    heading = [
+        "#",
+        "TTFT ms",
+        "end to end ms",
+        "outlier",
+        "by others",
+        "CPU s of others",
+        "CPU s stolen",
+        "involuntary switches",
+        "major faults",
+    ]
     return markdown_table(heading, body)
 
 
@@ -344,14 +413,18 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 def command(cell: Cell) -> str:
     """The command line that measures this cell again: the parameters that are not at their default."""
     online = cell.scenario == "online"
-    asked = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell) if not (online and name == "backend")}
+    asked = {
+        name: as_text(name, getattr(cell, name)) for name in cell_fields(cell) if not (online and name == "backend")
+    }
     return command_line(asked, "online" if online else "run")
 
 
 def command_line(asked: Mapping[str, str], command: str = "run") -> str:
     """`llmbench run` with parameters as text (a list with commas), quoted for a shell; defaults are left out, but for the model's."""
     told = [
-        f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in asked.items() if text != default_text(name) or name in ("model", "quant")
+        f"--{name.replace('_', '-')} {shlex.quote(text)}"
+        for name, text in asked.items()
+        if text != default_text(name) or name in ("model", "quant")
     ]
     return " ".join([f"llmbench {command}", *told])
 
@@ -374,4 +447,6 @@ def config_parameters(cell: Cell, extra: Mapping[str, object]) -> dict[str, str]
 
 def config_yaml(parameters: Mapping[str, str]) -> str:
     """config.yaml, readable by `llmbench run --config`."""
-    return "".join(f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in parameters.items())
+    return "".join(
+        f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in parameters.items()
+    )

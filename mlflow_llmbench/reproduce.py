@@ -72,12 +72,16 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
         return Original(registry.result_of(store, version.run_id), version.run_id, version.uri)
     results = load_results(reference, tracking_uri)
     if len(results) != 1:
-        raise UsageError(f"{reference} has {len(results)} cells, and one is measured again at a time. Give the run of one cell.")
+        raise UsageError(
+            f"{reference} has {len(results)} cells, and one is measured again at a time. Give the run of one cell."
+        )
     run_id = registry.run_behind(tracking.open_store(tracking_uri), reference, results[0])
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
 
 
-def parameters_again(result: RunResult, granted: frozenset[str] = frozenset(), url: str | None = None) -> dict[str, object]:
+def parameters_again(
+    result: RunResult, granted: frozenset[str] = frozenset(), url: str | None = None
+) -> dict[str, object]:
     """The parameters that measure a result's configuration again, every one with a single value.
 
     `granted` names those of `GRANTS` that are given again, `url` is where a server of the same kind is now. Raises UsageError
@@ -136,7 +140,11 @@ def distrusted(name: str, result: RunResult) -> str | None:
     if result.failure:
         return f"The {name} has no result: it ended with {result.outcome} at stage {result.failure.stage}."
     verdict = judge(result, summarize(result))
-    return f"The {name} is invalid ({', '.join(reason.code for reason in verdict.reasons)})." if verdict.word == "invalid" else None
+    return (
+        f"The {name} is invalid ({', '.join(reason.code for reason in verdict.reasons)})."
+        if verdict.word == "invalid"
+        else None
+    )
 
 
 def reproduce(
@@ -171,7 +179,9 @@ def reproduce(
     )
     where = {"output_dir": [output_dir]} if output_dir else {}
     experiment = experiment or _experiment_of(original, tracking_uri)
-    sweep = run(tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **(parameters | where | {"rerun": True}))
+    sweep = run(
+        tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **(parameters | where | {"rerun": True})
+    )
     again = read_again(sweep)
     done = _weighed(original, again, sweep, margin)
     if done.run_id:
@@ -195,13 +205,20 @@ def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: f
     allow = frozenset({"hardware", "software"})
     comparison = compare.compare(original.result, again, allow=allow, called=("the original", "the reproduction"))
     one_text = quality_text(original.result) == quality_text(again)
-    metrics = [{k: v for k, v in summarize(r).items() if one_text or k != "quality/perplexity"} for r in (original.result, again)]
+    metrics = [
+        {k: v for k, v in summarize(r).items() if one_text or k != "quality/perplexity"}
+        for r in (original.result, again)
+    ]
     found = weigh(comparison, margin, (metrics[0], metrics[1]))
     if changed := changed_facts(original.result, again):
         found = dataclasses.replace(found, notes=(*found.notes, changed))
     if not one_text:
         found = dataclasses.replace(
-            found, notes=(*found.notes, "The text of the perplexity is not kept with a run; another one was scored, and is not held against it.")
+            found,
+            notes=(
+                *found.notes,
+                "The text of the perplexity is not kept with a run; another one was scored, and is not held against it.",
+            ),
         )
     return Reproduced(original, found, sweep, comparison)
 
@@ -219,7 +236,8 @@ def _keep(done: Reproduced, tracking_uri: str | None) -> None:
     assert done.sweep and done.run_id
     folder = done.sweep.folder / "reproduction"
     write_json(
-        folder / "reproduction.json", {**reproduction_json(done.found), "original": done.original.name, "original_run_id": done.original.run_id}
+        folder / "reproduction.json",
+        {**reproduction_json(done.found), "original": done.original.name, "original_run_id": done.original.run_id},
     )
     write_bytes(folder / "reproduction.md", reproduction_markdown(done.found).encode())
     write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
@@ -227,6 +245,12 @@ def _keep(done: Reproduced, tracking_uri: str | None) -> None:
         artifacts.write_comparisons([done.comparison], folder)
     store = tracking.open_store(tracking_uri, own=done.run_id)
     tracking.log_folder(store, done.run_id, folder, "reproduction")
-    tracking.set_tags(store, done.run_id, {"reproduces": done.original.run_id or done.original.name, "reproduction": done.found.verdict})
+    tracking.set_tags(
+        store,
+        done.run_id,
+        {"reproduces": done.original.run_id or done.original.name, "reproduction": done.found.verdict},
+    )
     if done.original.run_id:
-        tracking.set_tags(store, done.original.run_id, {"reproduced_by": done.run_id, "reproduction": done.found.verdict})
+        tracking.set_tags(
+            store, done.original.run_id, {"reproduced_by": done.run_id, "reproduction": done.found.verdict}
+        )

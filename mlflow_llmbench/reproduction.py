@@ -76,7 +76,9 @@ class Reproduction:
 
 
 def weigh(
-    comparison: Comparison, margin: float = DEFAULT_MARGIN, quality: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {})
+    comparison: Comparison,
+    margin: float = DEFAULT_MARGIN,
+    quality: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
 ) -> Reproduction:
     """What a comparison of the reproduction (B) with the original (A) says of sameness within `margin`. `quality`: metrics of both that hold it."""
     held = [effect for effect in comparison.effects if effect.key not in NOT_HELD]
@@ -96,7 +98,12 @@ def weigh(
     ]
     verdict = _verdict(findings)
     return Reproduction(
-        verdict, _why(verdict, findings, margin, comparison), margin, tuple(findings), tuple(_notes(comparison)), units_text(comparison)
+        verdict,
+        _why(verdict, findings, margin, comparison),
+        margin,
+        tuple(findings),
+        tuple(_notes(comparison)),
+        units_text(comparison),
     )
 
 
@@ -116,14 +123,24 @@ def _single(key: str, label: str, original: float, again: float, limit: float) -
 def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, tests: int) -> Finding:
     state = EQUIVALENT if test.p_within < SIGNIFICANCE else DIFFERENT if p_beyond < SIGNIFICANCE else UNTOLD
     found = Finding(
-        effect.key, effect.headline.label, effect.a, effect.b, effect.ratio, state,
-        math.exp(test.low), math.exp(test.high), test.p_within, p_beyond,
-    )  # fmt: skip
+        effect.key,
+        effect.headline.label,
+        effect.a,
+        effect.b,
+        effect.ratio,
+        state,
+        math.exp(test.low),
+        math.exp(test.high),
+        test.p_within,
+        p_beyond,
+    )
     if state != UNTOLD:
         return found
     spread = variance(_logs(effect.values_a)), variance(_logs(effect.values_b))
     needed = units_to_tell(test.difference, limit, spread, len(effect.values_a), tests)
-    return dataclasses.replace(found, needed=needed, needed_each=None if needed else units_to_tell(test.difference, limit, spread, tests=tests))
+    return dataclasses.replace(
+        found, needed=needed, needed_each=None if needed else units_to_tell(test.difference, limit, spread, tests=tests)
+    )
 
 
 def _verdict(findings: Sequence[Finding]) -> str:
@@ -137,11 +154,15 @@ def _why(verdict: str, findings: Sequence[Finding], margin: float, comparison: C
     if verdict == EQUIVALENT:
         return f"Equivalent within {within} in all of {len(findings)} metrics."
     if verdict == DIFFERENT:
-        told = ", ".join(f"{f.label or f.key} {f.ratio:.3f} times the original's" for f in findings if f.state == DIFFERENT)
+        told = ", ".join(
+            f"{f.label or f.key} {f.ratio:.3f} times the original's" for f in findings if f.state == DIFFERENT
+        )
         return f"Different by more than {within}: {told}."
     untold = [f for f in findings if f.state == UNTOLD]
     if not findings or any(f.p_within is None for f in untold):
-        return f"Cannot tell whether it is equivalent within {within}: a test needs at least 2 repetitions on each side."
+        return (
+            f"Cannot tell whether it is equivalent within {within}: a test needs at least 2 repetitions on each side."
+        )
     noun = "processes" if max(comparison.processes) > 1 else "repetitions"
     names = ", ".join(f.label for f in untold)
     return f"Cannot tell whether it is equivalent within {within} in {names}. {_advice(untold, noun)}"
@@ -154,7 +175,9 @@ def _advice(untold: Sequence[Finding], noun: str) -> str:
     if all(f.needed or f.needed_each for f in untold):
         most = max(max(f.needed or 0, f.needed_each or 0) for f in untold)
         return f"The original is too uncertain for any number of {noun} here; about {most} on each side would tell, with a chance of 90 %."
-    return f"What was seen lies so near to the margin that no sensible number of {noun} would tell. Give another margin."
+    return (
+        f"What was seen lies so near to the margin that no sensible number of {noun} would tell. Give another margin."
+    )
 
 
 def _notes(comparison: Comparison) -> list[str]:
@@ -163,7 +186,9 @@ def _notes(comparison: Comparison) -> list[str]:
     found = [f"The environment differs from the original's: {unlike}."] if unlike else []
     found += [f"The verdict on {doubt}." for doubt in comparison.doubts]
     if max(comparison.processes) == 1:
-        found.append("Each was measured in one process, and what a process does to all its repetitions alike is not seen.")
+        found.append(
+            "Each was measured in one process, and what a process does to all its repetitions alike is not seen."
+        )
     return found
 
 
@@ -188,11 +213,17 @@ def reproduction_cells(found: Reproduction) -> list[list[str]]:
     """The body of the table, one line per metric."""
     return [
         [
-            f.label or f.key, _value(f.key, f.original), _value(f.key, f.again), f"{f.ratio:.3f}",
-            "–" if f.low is None or f.high is None else f"{f.low:.3f} to {f.high:.3f}", _p(f.p_within), _p(f.p_beyond), WORDS[f.state],
+            f.label or f.key,
+            _value(f.key, f.original),
+            _value(f.key, f.again),
+            f"{f.ratio:.3f}",
+            "–" if f.low is None or f.high is None else f"{f.low:.3f} to {f.high:.3f}",
+            _p(f.p_within),
+            _p(f.p_beyond),
+            WORDS[f.state],
         ]
         for f in found.findings
-    ]  # fmt: skip
+    ]
 
 
 def _value(key: str, value: float) -> str:
@@ -219,7 +250,9 @@ def format_reproduction(found: Reproduction) -> str:
         lines += [
             "",
             *(
-                "  ".join(c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+                "  ".join(
+                    c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+                ).rstrip()
                 for line in body
             ),
         ]
@@ -238,8 +271,16 @@ def reproduction_markdown(found: Reproduction) -> str:
 
 def reproduction_json(found: Reproduction) -> dict[str, Any]:
     """A reproduction as plain JSON data."""
-    findings = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(f).items()} for f in found.findings]
+    findings = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(f).items()}
+        for f in found.findings
+    ]
     return {
-        "verdict": found.verdict, "exit_code": found.exit_code, "why": found.why, "margin": found.margin, "findings": findings,
-        "notes": list(found.notes), "rests_on": found.rests_on,
-    }  # fmt: skip
+        "verdict": found.verdict,
+        "exit_code": found.exit_code,
+        "why": found.why,
+        "margin": found.margin,
+        "findings": findings,
+        "notes": list(found.notes),
+        "rests_on": found.rests_on,
+    }

@@ -37,7 +37,9 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
         same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked and found.hashes.env in env_hashes
         ours = [getattr(found.hashes, name) == getattr(job.hashes, name) for name in ("config", "workload")]
         if same and all(ours) and _quality_is_there(found, spec) and judge(found, summarize(found)).word == "valid":
-            return dataclasses.replace(found, sweep=job.folder.parent.name, linked=source, price_per_hour=spec.options.price_per_hour)
+            return dataclasses.replace(
+                found, sweep=job.folder.parent.name, linked=source, price_per_hour=spec.options.price_per_hour
+            )
     return None
 
 
@@ -50,8 +52,14 @@ def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
         return False
     if spec.options.quality == "none":
         return True
-    compared = spec.options.quality_reference is None or (found.quality is not None and found.quality.divergence is not None)
-    return compared and found.quality is not None and found.quality.text_digest == load_text(spec.options.quality_text).digest
+    compared = spec.options.quality_reference is None or (
+        found.quality is not None and found.quality.divergence is not None
+    )
+    return (
+        compared
+        and found.quality is not None
+        and found.quality.text_digest == load_text(spec.options.quality_text).digest
+    )
 
 
 def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Iterator[tuple[RunResult, str]]:
@@ -63,7 +71,10 @@ def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Ite
                 yield journal.read_result(folder), _run_of(folder.parent) or str(folder.parent)
     if store is None:
         return
-    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as scratch:  # a store that fails here says so when it is written to
+    with (
+        contextlib.suppress(Exception),
+        tempfile.TemporaryDirectory() as scratch,
+    ):  # a store that fails here says so when it is written to
         for env_hash in env_hashes:
             for run_id in tracking.find_measured(store, dataclasses.replace(job.hashes, env=env_hash)):
                 yield journal.read_result(tracking.download_result(store, run_id, Path(scratch) / run_id)), run_id
@@ -82,7 +93,9 @@ def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) 
             if _store_of(folder) == redact(store.uri):
                 kept = upload.recover(folder)
                 upload.complete(folder, dataclasses.replace(store, given_run_id=None))
-                warn(f"The sweep {folder.name} had been killed. Its runs are ended now; {kept} of its cells had been measured.")
+                warn(
+                    f"The sweep {folder.name} had been killed. Its runs are ended now; {kept} of its cells had been measured."
+                )
         except Exception as error:
             warn(
                 f"The sweep {folder.name} had been killed, and its runs cannot be ended: {first_line(error)}. `llmbench upload {folder}` tries it again."

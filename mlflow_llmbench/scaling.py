@@ -85,24 +85,101 @@ class Law:
 
 
 LAWS = (
-    Law("throughput_by_batch", "throughput against batch size", RATE, "tokens/s", "batch_size", ("batch_size",),
-        power("T = α·b^β", "α", "β"), (rate_per_step("T = b/(a + c·b)", "a", "c"), constant("T = a", "a")), "β"),
-    Law("throughput_by_size", "throughput against model size", RATE, "tokens/s", "parameters", MODEL,
-        power("T = γ·size^(−δ)", "γ", "δ", falling=True), (reciprocal("T = 1/(a + c·size)", "a", "c"),), "δ", (0.4, 0.6)),
-    Law("throughput_by_length", "throughput against prompt length", RATE, "tokens/s", "prompt_tokens", ("prompt_tokens",),
-        power("T = λ·s^(−μ)", "λ", "μ", falling=True), (reciprocal("T = 1/(a + c·s)", "a", "c"), constant("T = a", "a")), "μ", (0.2, 0.5)),
-    Law("latency_by_size", "time to first token against model size", TTFT, "ms", "parameters", MODEL,
-        line("L = α + β·size", "α", "β"), (power("L = a·size^c", "a", "c"),), "β"),
-    Law("latency_by_batch", "time to first token against batch size", TTFT, "ms", "batch_size", ("batch_size",),
-        power("L = L₁·b^φ", "L₁", "φ"), (line("L = a + c·b", "a", "c"), constant("L = a", "a")), "φ", (0.2, 0.5)),
-    Law("latency_by_length", "time to first token against prompt length", TTFT, "ms", "prompt_tokens", ("prompt_tokens",),
-        offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")), (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c"), constant("L = a", "a")),
-        "ω", (0.5, 1.0)),
-    Law("memory_by_size", "peak memory against model size", MEMORY, "GB", "parameters", MODEL,
-        line("M = overhead + c·size", "overhead", "c"), (power("M = a·size^p", "a", "p"),), "c", scale=1e-9),
-    Law("memory_by_tokens", "peak memory against tokens held", MEMORY, "GB", "held_tokens", SHAPE,
-        line("M = fixed + k·b·(s + n)", "fixed", "k"), (power("M = a·(b·(s + n))^p", "a", "p"), constant("M = a", "a")), "k", scale=1e-9),
-)  # fmt: skip
+    Law(
+        "throughput_by_batch",
+        "throughput against batch size",
+        RATE,
+        "tokens/s",
+        "batch_size",
+        ("batch_size",),
+        power("T = α·b^β", "α", "β"),
+        (rate_per_step("T = b/(a + c·b)", "a", "c"), constant("T = a", "a")),
+        "β",
+    ),
+    Law(
+        "throughput_by_size",
+        "throughput against model size",
+        RATE,
+        "tokens/s",
+        "parameters",
+        MODEL,
+        power("T = γ·size^(−δ)", "γ", "δ", falling=True),
+        (reciprocal("T = 1/(a + c·size)", "a", "c"),),
+        "δ",
+        (0.4, 0.6),
+    ),
+    Law(
+        "throughput_by_length",
+        "throughput against prompt length",
+        RATE,
+        "tokens/s",
+        "prompt_tokens",
+        ("prompt_tokens",),
+        power("T = λ·s^(−μ)", "λ", "μ", falling=True),
+        (reciprocal("T = 1/(a + c·s)", "a", "c"), constant("T = a", "a")),
+        "μ",
+        (0.2, 0.5),
+    ),
+    Law(
+        "latency_by_size",
+        "time to first token against model size",
+        TTFT,
+        "ms",
+        "parameters",
+        MODEL,
+        line("L = α + β·size", "α", "β"),
+        (power("L = a·size^c", "a", "c"),),
+        "β",
+    ),
+    Law(
+        "latency_by_batch",
+        "time to first token against batch size",
+        TTFT,
+        "ms",
+        "batch_size",
+        ("batch_size",),
+        power("L = L₁·b^φ", "L₁", "φ"),
+        (line("L = a + c·b", "a", "c"), constant("L = a", "a")),
+        "φ",
+        (0.2, 0.5),
+    ),
+    Law(
+        "latency_by_length",
+        "time to first token against prompt length",
+        TTFT,
+        "ms",
+        "prompt_tokens",
+        ("prompt_tokens",),
+        offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")),
+        (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c"), constant("L = a", "a")),
+        "ω",
+        (0.5, 1.0),
+    ),
+    Law(
+        "memory_by_size",
+        "peak memory against model size",
+        MEMORY,
+        "GB",
+        "parameters",
+        MODEL,
+        line("M = overhead + c·size", "overhead", "c"),
+        (power("M = a·size^p", "a", "p"),),
+        "c",
+        scale=1e-9,
+    ),
+    Law(
+        "memory_by_tokens",
+        "peak memory against tokens held",
+        MEMORY,
+        "GB",
+        "held_tokens",
+        SHAPE,
+        line("M = fixed + k·b·(s + n)", "fixed", "k"),
+        (power("M = a·(b·(s + n))^p", "a", "p"), constant("M = a", "a")),
+        "k",
+        scale=1e-9,
+    ),
+)
 """Sources, by section of the paper: Scaling Analysis (T = α·b^β(s)), Throughput Analysis (δ, μ), Latency Analysis (φ, ω, α + β·size),
 Memory Usage Analysis (c = 4, 2, 1, 0.5 GB per 10⁹ parameters for 32, 16, 8, 4 bits). Memory against tokens held is ours: weights and
 what else is fixed, and the KV cache, which grows with batch · (prompt + output)."""
@@ -245,10 +322,21 @@ def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[s
         own = (cell.workload if across and cell.prompt_tokens is None else "", measured.dtype if across else "")
         key = (measured.result.hashes.env, *(getattr(cell, name) for name in fixed), *own)
         groups.setdefault(key, []).append(measured)
-    for key in sorted(groups, key=lambda key: [(isinstance(v, str), v is None, v or 0) if not isinstance(v, str) else (True, False, v) for v in key]):
+    for key in sorted(
+        groups,
+        key=lambda key: [
+            (isinstance(v, str), v is None, v or 0) if not isinstance(v, str) else (True, False, v) for v in key
+        ],
+    ):
         first = groups[key][0]
-        where = describe(first.cell, [name for name in told if name != "revision"] or [name for name in ("model", "quant") if name not in freed])
-        yield where + (f" {key[-1]}" if len(dtypes) > 1 else "") + (f" on {key[0]}" if len(machines) > 1 else ""), groups[key]
+        where = describe(
+            first.cell,
+            [name for name in told if name != "revision"] or [name for name in ("model", "quant") if name not in freed],
+        )
+        yield (
+            where + (f" {key[-1]}" if len(dtypes) > 1 else "") + (f" on {key[0]}" if len(machines) > 1 else ""),
+            groups[key],
+        )
 
 
 def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:
@@ -268,7 +356,13 @@ def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:
 
 def fit_law(law: Law, where: str, group: Sequence[Measured]) -> LawFit:
     """One law and its rivals through one group of cells. Raises NotFitted; a rival that cannot be fitted is left out."""
-    metric = law.metric if law.metric != MEMORY else DEVICE_PEAK if all(DEVICE_PEAK in m.metrics for m in group) else HOST_PEAK
+    metric = (
+        law.metric
+        if law.metric != MEMORY
+        else DEVICE_PEAK
+        if all(DEVICE_PEAK in m.metrics for m in group)
+        else HOST_PEAK
+    )
     placed = [(place, m) for m in group if (place := m.variable(law.over)) is not None and metric in m.metrics]
     placed.sort(key=lambda pair: pair[0])
     x = [place for place, _ in placed]
@@ -303,7 +397,9 @@ def _misfit(found: Fit, values: Sequence[Sequence[float]]) -> tuple[float | None
     return squares**0.5, float(special.fdtrc(*degrees, found.sigma**2 / squares))
 
 
-def roofline(load: LoadInfo, peaks: Mapping[str, float], rows: float, prompt: float, output: float) -> tuple[float, float] | None:
+def roofline(
+    load: LoadInfo, peaks: Mapping[str, float], rows: float, prompt: float, output: float
+) -> tuple[float, float] | None:
     """Least seconds of the prefill and of one decode step, by the machine's measured read bandwidth and FLOP/s; None without them.
 
     Each is the longer of reading (weights, and for a step the KV cache at the mean context) and computing (Williams, Waterman &
@@ -344,7 +440,11 @@ def _limit(metric: str, over: str, first: Measured) -> Callable[[Array], Array] 
             rows = float(place[0]) if over in ("batch_size", "both") else float(cell.batch_size)
             length = float(place[-1]) if over in ("prompt_tokens", "both") else prompt
             prefill, step = roofline(load, peaks, rows, length, cell.output_tokens) or (np.nan, np.nan)
-            found.append(prefill * 1e3 if metric == TTFT else rows * cell.output_tokens / (prefill + (cell.output_tokens - 1) * step))
+            found.append(
+                prefill * 1e3
+                if metric == TTFT
+                else rows * cell.output_tokens / (prefill + (cell.output_tokens - 1) * step)
+            )
         return np.array(found)
 
     return limit
@@ -361,7 +461,9 @@ def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[l
     for where, group in grouped(cells, ("batch_size", "prompt_tokens")):
         ids = {id(measured) for measured in group}
         lengths = [
-            (f.cells[0].variable("prompt_tokens") or 0.0, f.fit) for f in fitted if f.law.key == "throughput_by_batch" and id(f.cells[0]) in ids
+            (f.cells[0].variable("prompt_tokens") or 0.0, f.fit)
+            for f in fitted
+            if f.law.key == "throughput_by_batch" and id(f.cells[0]) in ids
         ]
         if len(lengths) < 2:
             continue
@@ -405,7 +507,9 @@ def _joint_forms(lengths: Sequence[float], first: Measured) -> Iterator[Form]:
             found = np.linalg.lstsq(basis(x), np.log(y), rcond=None)[0]
             return [np.concatenate([np.exp(found[:count]), found[count:]])]
 
-        return Form("joint power", formula, (*names, *(f"β({length:g})" for length in lengths)), value, gradient, starts)
+        return Form(
+            "joint power", formula, (*names, *(f"β({length:g})" for length in lengths)), value, gradient, starts
+        )
 
     def latency(x: Array) -> Array:
         return np.column_stack([np.ones(len(x)), x[:, 0], x[:, 0] * x[:, 1]])
@@ -428,10 +532,14 @@ def untried(found: LawFit) -> list[Prediction]:
 
 def main_sentence(found: LawFit) -> str:
     """A law as fitted: where, its parameters with intervals, its range; how the paper's range compares; which curve is nearer."""
-    parts = [f"{found.law.title[:1].upper()}{found.law.title[1:]} ({found.where}): {found.fit.form.formula} with {parameters_text(found.fit)}"]
+    parts = [
+        f"{found.law.title[:1].upper()}{found.law.title[1:]} ({found.where}): {found.fit.form.formula} with {parameters_text(found.fit)}"
+    ]
     low, high = found.fit.ranges[0]
     parts = [f"{parts[0]}, from {len(found.cells)} cells with {found.law.over.replace('_', ' ')} {low:g} to {high:g}."]
-    return " ".join(filter(None, [*parts, _against_paper(found), verdict(found.fit, found.rivals), _misfit_sentence(found)]))
+    return " ".join(
+        filter(None, [*parts, _against_paper(found), verdict(found.fit, found.rivals), _misfit_sentence(found)])
+    )
 
 
 def parameters_text(found: Fit) -> str:

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .charts import BLUE, BROWN, GREY, INK, ORANGE, RED, WIDTH, Array, _figure, _plain_numbers, _put_legend, _save, _style
+from .charts import (
+    BLUE,
+    BROWN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    WIDTH,
+    Array,
+    _figure,
+    _plain_numbers,
+    _put_legend,
+    _save,
+    _style,
+)
 from .fits import Fit, Prediction, ranked
 from .scaling import LawFit, Surface, parameters_text
 from .scaling_study import Study
@@ -51,21 +65,43 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     law = shown[0].law
-    notes = [study.subject, law.form.formula, f"first {len(shown)} of {len(laws)} groups" if len(laws) > len(shown) else ""]
+    notes = [
+        study.subject,
+        law.form.formula,
+        f"first {len(shown)} of {len(laws)} groups" if len(laws) > len(shown) else "",
+    ]
     size = max(WIDTH, 3.9 * columns), 4.6 if rows == 1 else 1 + 3.2 * rows
-    figure, panels = _figure(law.title[:1].upper() + law.title[1:], " · ".join(filter(None, notes)), size, (rows, columns))
+    figure, panels = _figure(
+        law.title[:1].upper() + law.title[1:], " · ".join(filter(None, notes)), size, (rows, columns)
+    )
     for number, (axes, found) in enumerate(zip(panels, shown, strict=False)):
         predictions = [predicted for owner, predicted in study.predictions if owner is found]
         _draw_law(axes, found, predictions)
-        axes.set(title=textwrap.fill(found.where, 40, max_lines=3, placeholder="…") if len(shown) > 1 else "", xlabel=AXES[law.over])
+        axes.set(
+            title=textwrap.fill(found.where, 40, max_lines=3, placeholder="…") if len(shown) > 1 else "",
+            xlabel=AXES[law.over],
+        )
         if number % columns == 0:
             axes.set_ylabel(f"{law.title.partition(' against ')[0].capitalize()} ({law.unit})")
         parameters = parameters_text(found.fit).replace("), ", ")\n")
         falls = found.fit.y[0] > found.fit.y[-1]
-        axes.text(0.97 if falls else 0.03, 0.97, parameters, transform=axes.transAxes, va="top", ha="right" if falls else "left", size=8, color=INK)
+        axes.text(
+            0.97 if falls else 0.03,
+            0.97,
+            parameters,
+            transform=axes.transAxes,
+            va="top",
+            ha="right" if falls else "left",
+            size=8,
+            color=INK,
+        )
     for axes in panels[len(shown) :]:
         axes.remove()
-    handles = {label: handle for axes in panels[: len(shown)] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axes in panels[: len(shown)]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     for label, handle in handles.items():
         handle.set_label(label)
     _put_legend(figure, list(handles.values()))
@@ -79,7 +115,9 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
     curve = [found.fit.predict(float(place)) for place in x]
     band = [] if found.fit.undetermined else [value for p in curve for value in (p.mean_low, p.mean_high)]
     if band:
-        axes.fill_between(x, band[::2], band[1::2], color=BLUE, alpha=0.18, linewidth=0, label="95 % interval of the law")
+        axes.fill_between(
+            x, band[::2], band[1::2], color=BLUE, alpha=0.18, linewidth=0, label="95 % interval of the law"
+        )
     axes.plot(x, [p.value for p in curve], color=BLUE, linewidth=1.6, label="law")
     if found.rivals:
         rival = ranked(found.rivals)[0]
@@ -94,7 +132,9 @@ def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> N
     if predictions:
         at = [p.x[0] for p in predictions]
         axes.vlines(at, [p.low for p in predictions], [p.high for p in predictions], color=GREY, linewidth=1.0)
-        axes.plot(at, [p.value for p in predictions], "o", mfc="white", mec=GREY, markersize=5, label="predicted", zorder=3)
+        axes.plot(
+            at, [p.value for p in predictions], "o", mfc="white", mec=GREY, markersize=5, label="predicted", zorder=3
+        )
     _scale(axes, places, [*found.fit.y, *(min(high, 2 * max(found.fit.y)) for high in band[1::2])])
 
 
@@ -122,7 +162,10 @@ def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
 
 def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
     """β of the batch size by prompt length, with 95 % intervals: the paper's β(s)."""
-    figure, (axes,) = _figure("Exponent of the batch size by prompt length", "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval")
+    figure, (axes,) = _figure(
+        "Exponent of the batch size by prompt length",
+        "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval",
+    )
     for number, surface in enumerate(surfaces[:MOST_PANELS]):
         colour = (BLUE, ORANGE, RED, BROWN, GREY, INK)[number % 6]
         points = [(length, fit.parameter("β")) for length, fit in surface.exponents]

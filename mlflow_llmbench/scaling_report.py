@@ -42,12 +42,25 @@ def _merged(refused: Sequence[str]) -> list[str]:
         what, _, why = line.partition("): ")
         name, _, where = what.rpartition(" (")
         found.setdefault((name, why), []).append(where)
-    return [f"{name} ({places[0] if len(places) == 1 else f'{len(places)} groups'}): {why}" for (name, why), places in found.items()]
+    return [
+        f"{name} ({places[0] if len(places) == 1 else f'{len(places)} groups'}): {why}"
+        for (name, why), places in found.items()
+    ]
 
 
 def law_cells(study: Study) -> tuple[list[str], list[list[str]]]:
     """Heading and body of the table of laws."""
-    heading = ["law", "cells", "formula", "parameters (95 % interval)", "range", "R²", "residual", "leave-one-out", "nearest curve"]
+    heading = [
+        "law",
+        "cells",
+        "formula",
+        "parameters (95 % interval)",
+        "range",
+        "R²",
+        "residual",
+        "leave-one-out",
+        "nearest curve",
+    ]
     body = []
     for law in study.laws:
         low, high = law.fit.ranges[0]
@@ -70,19 +83,33 @@ def prediction_cells(study: Study) -> tuple[list[str], list[list[str]]]:
     for law, p in study.predictions:
         name = law.law.title.partition(" against ")[0]
         interval = f"{p.low:.4g} to {p.high:.4g}"
-        body.append([name, law.where, f"{law.law.over} {p.x[0]:g}", f"{p.value:.4g} {law.law.unit}", interval, law.best.form.formula])
+        body.append(
+            [
+                name,
+                law.where,
+                f"{law.law.over} {p.x[0]:g}",
+                f"{p.value:.4g} {law.law.unit}",
+                interval,
+                law.best.form.formula,
+            ]
+        )
     return heading, body
 
 
 def _columns(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *body])
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *body]
+    )
 
 
 def format_study(study: Study) -> str:
     """The study for a terminal: the tables of laws and of predictions, then the sentences."""
     tables = [_columns(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
-    sentences = ["\n".join([f"{heading}:", *(f"- {sentence}" for sentence in found)]) for heading, found in sections(study).items()]
+    sentences = [
+        "\n".join([f"{heading}:", *(f"- {sentence}" for sentence in found)])
+        for heading, found in sections(study).items()
+    ]
     return "\n\n".join([f"{study.cells} cells: {study.subject}", *tables, *sentences, METHOD])
 
 
@@ -100,14 +127,26 @@ def study_json(study: Study) -> dict[str, Any]:
     """The study as plain JSON data. Predictions carry `predicted: true`; absent is null."""
     rest = {
         name: to_json(getattr(study, name))
-        for name in ("cells", "subject", "batches", "quants", "cliffs", "exchanges", "footprints", "refused", "left_out")
+        for name in (
+            "cells",
+            "subject",
+            "batches",
+            "quants",
+            "cliffs",
+            "exchanges",
+            "footprints",
+            "refused",
+            "left_out",
+        )
     }
     return {
         "laws": [_law_json(law) for law in study.laws],
         "surfaces": [
             {
                 "where": surface.where,
-                "exponents": [{"prompt_tokens": length, **to_json(found.parameter("β"))} for length, found in surface.exponents],
+                "exponents": [
+                    {"prompt_tokens": length, **to_json(found.parameter("β"))} for length, found in surface.exponents
+                ],
                 "joint": [_fit_json(found) for found in surface.joint],
                 "sentence": surface_sentence(surface),
             }
@@ -115,29 +154,55 @@ def study_json(study: Study) -> dict[str, Any]:
         ],
         **rest,
         "predictions": [
-            {"law": law.law.key, "where": law.where, "metric": law.metric, "unit": law.law.unit, "curve": law.best.form.formula, "over": law.law.over,
-             **to_json(predicted), "x": predicted.x[0]}
+            {
+                "law": law.law.key,
+                "where": law.where,
+                "metric": law.metric,
+                "unit": law.law.unit,
+                "curve": law.best.form.formula,
+                "over": law.law.over,
+                **to_json(predicted),
+                "x": predicted.x[0],
+            }
             for law, predicted in study.predictions
         ],
         "sentences": sections(study),
-    }  # fmt: skip
+    }
 
 
 def _law_json(law: LawFit) -> dict[str, Any]:
     return {
-        "law": law.law.key, "where": law.where, "metric": law.metric, "unit": law.law.unit, "over": law.law.over, "paper": paper_range(law),
-        "main": law.law.main, "fit": _fit_json(law.fit), "rivals": [_fit_json(rival) for rival in law.rivals], "nearest": law.best.form.formula,
-        "noise": law.noise, "p_misfit": law.p_misfit, "config_hashes": [m.result.hashes.config for m in law.cells], "sentence": main_sentence(law),
-    }  # fmt: skip
+        "law": law.law.key,
+        "where": law.where,
+        "metric": law.metric,
+        "unit": law.law.unit,
+        "over": law.law.over,
+        "paper": paper_range(law),
+        "main": law.law.main,
+        "fit": _fit_json(law.fit),
+        "rivals": [_fit_json(rival) for rival in law.rivals],
+        "nearest": law.best.form.formula,
+        "noise": law.noise,
+        "p_misfit": law.p_misfit,
+        "config_hashes": [m.result.hashes.config for m in law.cells],
+        "sentence": main_sentence(law),
+    }
 
 
 def _fit_json(found: Fit) -> dict[str, Any]:
     x = [place[0] if len(place) == 1 else list(place) for place in found.x]
     return {
-        "formula": found.form.formula, "parameters": {p.name: {"value": p.value, "low": p.low, "high": p.high} for p in found.parameters},
-        "x": x, "y": list(found.y), "residuals": list(found.residuals), "sigma": found.sigma, "r_squared": found.r_squared,
-        "aicc": found.aicc, "loo_error": found.loo_error, "ranges": [list(ends) for ends in found.ranges],
-    }  # fmt: skip
+        "formula": found.form.formula,
+        "parameters": {p.name: {"value": p.value, "low": p.low, "high": p.high} for p in found.parameters},
+        "x": x,
+        "y": list(found.y),
+        "residuals": list(found.residuals),
+        "sigma": found.sigma,
+        "r_squared": found.r_squared,
+        "aicc": found.aicc,
+        "loo_error": found.loo_error,
+        "ranges": [list(ends) for ends in found.ranges],
+    }
 
 
 def _ratio(found: Ratio) -> str:
@@ -164,7 +229,11 @@ def _quant_sentences(quant: QuantEfficiency) -> Iterator[str]:
     for speed, memory in zip(quant.efficiency, quant.memory, strict=True):
         saved = [
             f"{name} {percent(value)}"
-            for name, value in (("in theory", memory.theory), ("of the weights", memory.weights), ("of the peak", memory.peak))
+            for name, value in (
+                ("in theory", memory.theory),
+                ("of the weights", memory.weights),
+                ("of the peak", memory.peak),
+            )
             if value is not None
         ]
         yield f"{speed.name} against {quant.reference} ({quant.where}): {_ratio(speed)} times the throughput; memory saved {', '.join(saved) or 'unknown'}."
@@ -178,7 +247,14 @@ def _cliff_sentences(searches: Sequence[CliffSearch]) -> list[str]:
         for cliff in search.cliffs
     ]
     clean = sum(not search.cliffs for search in searches)
-    return [*found, *([f"No cliff in {clean} of {len(searches)} series of latency over batch size or prompt length."] if clean else [])]
+    return [
+        *found,
+        *(
+            [f"No cliff in {clean} of {len(searches)} series of latency over batch size or prompt length."]
+            if clean
+            else []
+        ),
+    ]
 
 
 def _exchange_sentence(found: ExchangeAt) -> str:
@@ -214,9 +290,12 @@ def _memory_sentences(study: Study) -> Iterator[str]:
 def account_sentence(where: str, parts: Account) -> str:
     """The peak and its parts; the rest is named."""
     named = {
-        "before the load": parts.baseline, "weights": parts.weights, "that the load left besides (buffers, allocator)": parts.load_rest,
-        "KV cache": parts.cache, "while generating (activations, logits, copies of the cache)": parts.run_rest,
-    }  # fmt: skip
+        "before the load": parts.baseline,
+        "weights": parts.weights,
+        "that the load left besides (buffers, allocator)": parts.load_rest,
+        "KV cache": parts.cache,
+        "while generating (activations, logits, copies of the cache)": parts.run_rest,
+    }
     terms = " ".join(f"{'−' if value < 0 else '+'} {abs(value) / 1e9:.3f} GB {name}" for name, value in named.items())
     return f"Highest {parts.where} peak ({where}): {parts.peak / 1e9:.3f} GB = {terms.removeprefix('+ ')}."
 

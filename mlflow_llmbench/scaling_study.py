@@ -109,7 +109,9 @@ class _Notes:
             return None
 
 
-def study_scaling(results: Sequence[RunResult], share: float = tradeoffs.KEPT_SHARE, at: Sequence[tuple[str, float]] = ()) -> Study:
+def study_scaling(
+    results: Sequence[RunResult], share: float = tradeoffs.KEPT_SHARE, at: Sequence[tuple[str, float]] = ()
+) -> Study:
     """Fit and compute everything that the results allow. `share`: of the best per-instance throughput, that a batch must keep.
 
     `at`: (setting, value) pairs to predict beside the powers of two that lie between the cells. Raises UsageError where no cell may be used, or
@@ -118,21 +120,35 @@ def study_scaling(results: Sequence[RunResult], share: float = tradeoffs.KEPT_SH
     check_share(share)
     cells, left_out = usable(_once(results))
     if not cells:
-        raise UsageError(f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again.")
+        raise UsageError(
+            f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again."
+        )
     notes = _Notes()
     laws, refused = fit_laws(cells)
     surfaces, more = fit_surfaces(cells, laws)
     notes.refused += refused + more
     return Study(
-        len(cells), subject(cells), tuple(laws), tuple(surfaces), tuple(_batches(cells, share, notes)), tuple(_quants(cells)), tuple(_cliffs(cells, notes)),
-        tuple(_exchanges(laws, notes)), tuple(_footprints(cells)), tuple(_predictions(laws, at)), tuple(notes.refused), tuple(left_out),
-    )  # fmt: skip
+        len(cells),
+        subject(cells),
+        tuple(laws),
+        tuple(surfaces),
+        tuple(_batches(cells, share, notes)),
+        tuple(_quants(cells)),
+        tuple(_cliffs(cells, notes)),
+        tuple(_exchanges(laws, notes)),
+        tuple(_footprints(cells)),
+        tuple(_predictions(laws, at)),
+        tuple(notes.refused),
+        tuple(left_out),
+    )
 
 
 def check_share(share: float) -> None:
     """Raise UsageError for a share of the best per-instance throughput that is none."""
     if not 0 < share <= 1:
-        raise UsageError(f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half.")
+        raise UsageError(
+            f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half."
+        )
 
 
 def _once(results: Sequence[RunResult]) -> list[RunResult]:
@@ -147,7 +163,9 @@ def _batches(cells: Sequence[Measured], share: float, notes: _Notes) -> Iterator
             rates.setdefault(measured.cell.batch_size, []).extend(measured.values(RATE))
         if len(rates) < 2:
             continue
-        efficiency = notes.attempt(f"scaling efficiency ({where})", lambda rates=rates: tradeoffs.scaling_efficiency(rates))  # type: ignore[misc]
+        efficiency = notes.attempt(
+            f"scaling efficiency ({where})", lambda rates=rates: tradeoffs.scaling_efficiency(rates)
+        )  # type: ignore[misc]
         yield BatchScaling(where, tuple(efficiency or ()), tradeoffs.optimal_batch(rates, share))
 
 
@@ -168,7 +186,9 @@ def quant_groups(cells: Sequence[Measured]) -> Iterator[tuple[str, list[Measured
     varied = [i for i in range(len(QUANT_SETTINGS)) if len({choice[i] for choice in choices}) > 1]
     for choice in choices:
         told = ", ".join(f"{QUANT_SETTINGS[i]}={'none' if choice[i] is None else choice[i]}" for i in varied)
-        own = [measured for measured in cells if chosen(measured) == choice or measured.cell.quant in footprint.REFERENCES]
+        own = [
+            measured for measured in cells if chosen(measured) == choice or measured.cell.quant in footprint.REFERENCES
+        ]
         for where, group in grouped(own, ("quant", *QUANT_SETTINGS)):
             of_choice = [measured for measured in group if chosen(measured) == choice]
             others = [m for m in group if m.cell.quant in footprint.REFERENCES and chosen(m) != choice]
@@ -199,9 +219,19 @@ def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
                         series.setdefault(place, []).extend(values)
                 if len(series) < 2:
                     continue
-                found = notes.attempt(f"cliffs of {what} ({where})", lambda series=series, steepest=steepest: tradeoffs.find_cliffs(series, steepest))  # type: ignore[misc]
+                found = notes.attempt(
+                    f"cliffs of {what} ({where})",
+                    lambda series=series, steepest=steepest: tradeoffs.find_cliffs(series, steepest),
+                )  # type: ignore[misc]
                 if found is not None:
-                    yield CliffSearch(where, metric, over, tuple(sorted(series)), tuple(found), tuple(m.result.hashes.config for m in group))
+                    yield CliffSearch(
+                        where,
+                        metric,
+                        over,
+                        tuple(sorted(series)),
+                        tuple(found),
+                        tuple(m.result.hashes.config for m in group),
+                    )
 
 
 def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
@@ -237,4 +267,6 @@ def _predictions(laws: Sequence[LawFit], at: Sequence[tuple[str, float]]) -> Ite
         yield from ((law, law.predict(value)) for name, value in at if name == law.law.over and value not in measured)
     for name, value in at:
         if not any(law.law.over == name for law in laws):
-            raise UsageError(f"No law over {name} was fitted, so {name}={value:g} cannot be predicted. Measure three or more values of {name}.")
+            raise UsageError(
+                f"No law over {name} was fitted, so {name}={value:g} cannot be predicted. Measure three or more values of {name}."
+            )

@@ -26,24 +26,46 @@ def plan_markdown(plan: QuantPlan) -> str:
         f"The cost of a block is the KL divergence from the unquantized model ({found.kept}) with this block alone quantized, at the last "
         f"{found.positions} positions of {_passages(found.uniform)} passages ({markdown(found.calibration)}); intervals are over passages. That costs add up "
         "is an assumption: the whole plan was measured on the same passages, and so was uniform quantization.",
-        markdown_table(["quantization", "bits per weight", "model, MB", "sum of costs, nats", "measured, nats"], _totals(plan)),
-        markdown_table(["block", "weights", *(f"{scheme}, nats" for scheme in QUANTIZED), "scheme"], [_row(plan, block) for block in found.blocks]),
+        markdown_table(
+            ["quantization", "bits per weight", "model, MB", "sum of costs, nats", "measured, nats"], _totals(plan)
+        ),
+        markdown_table(
+            ["block", "weights", *(f"{scheme}, nats" for scheme in QUANTIZED), "scheme"],
+            [_row(plan, block) for block in found.blocks],
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _totals(plan: QuantPlan) -> list[list[str]]:
     found = plan.sensitivity
-    rows = [["this plan", f"{plan.bits:.2f}", f"{plan.weight_bytes / 1e6:.1f}", f"{plan.predicted_kl:.4g}", _mean(plan.measured_kl)]]
+    rows = [
+        [
+            "this plan",
+            f"{plan.bits:.2f}",
+            f"{plan.weight_bytes / 1e6:.1f}",
+            f"{plan.predicted_kl:.4g}",
+            _mean(plan.measured_kl),
+        ]
+    ]
     for scheme, measured in found.uniform.items():
         size = sum(block.stored[scheme] for block in found.blocks)
-        figures = f"{8 * size / found.weights:.2f}", f"{(found.fixed_bytes + size) / 1e6:.1f}", f"{found.additive_kl(scheme):.4g}"
+        figures = (
+            f"{8 * size / found.weights:.2f}",
+            f"{(found.fixed_bytes + size) / 1e6:.1f}",
+            f"{found.additive_kl(scheme):.4g}",
+        )
         rows.append([f"{scheme} throughout", *figures, _mean(measured)])
     return rows
 
 
 def _row(plan: QuantPlan, block: Block) -> list[str]:
-    return [block.name, f"{block.weights:,}", *(_mean(block.kl[scheme]) for scheme in QUANTIZED), plan.schemes[block.name]]
+    return [
+        block.name,
+        f"{block.weights:,}",
+        *(_mean(block.kl[scheme]) for scheme in QUANTIZED),
+        plan.schemes[block.name],
+    ]
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -98,13 +120,34 @@ def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]])
             [min(cost - low, 0.99 * cost) for cost, (low, _) in zip(costs, ends, strict=True)],
             [e[1] - c for c, e in zip(costs, ends, strict=True)],
         ]
-        axes.errorbar(layers, costs, yerr=reach, color=COLOURS[scheme], marker="o", markersize=4, linewidth=1, elinewidth=0.8, capsize=0, zorder=2)
+        axes.errorbar(
+            layers,
+            costs,
+            yerr=reach,
+            color=COLOURS[scheme],
+            marker="o",
+            markersize=4,
+            linewidth=1,
+            elinewidth=0.8,
+            capsize=0,
+            zorder=2,
+        )
         chosen = [(layer, cost) for layer, cost, block in points if plan.schemes[block.name] == scheme]
-        axes.plot([x for x, _ in chosen], [y for _, y in chosen], "o", markersize=10, mfc="none", mec=INK, mew=1.1, zorder=3)
+        axes.plot(
+            [x for x, _ in chosen], [y for _, y in chosen], "o", markersize=10, mfc="none", mec=INK, mew=1.1, zorder=3
+        )
     kept = plan.sensitivity.kept
     layers = [layer for layer, block in blocks if plan.schemes[block.name] == kept]
     if layers:  # the layout cannot place an empty line in these coordinates
-        axes.plot(layers, [0.03] * len(layers), "s", color=COLOURS[kept], markersize=6, transform=axes.get_xaxis_transform(), zorder=3)
+        axes.plot(
+            layers,
+            [0.03] * len(layers),
+            "s",
+            color=COLOURS[kept],
+            markersize=6,
+            transform=axes.get_xaxis_transform(),
+            zorder=3,
+        )
     axes.xaxis.get_major_locator().set_params(integer=True)
     _plain_numbers(axes)
 
@@ -112,7 +155,10 @@ def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]])
 def _legend(plan: QuantPlan) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=COLOURS[scheme], marker="o", markersize=4, label=f"this block alone in {scheme}") for scheme in QUANTIZED]
+    lines = [
+        Line2D([], [], color=COLOURS[scheme], marker="o", markersize=4, label=f"this block alone in {scheme}")
+        for scheme in QUANTIZED
+    ]
     ring = Line2D([], [], linestyle="none", marker="o", color=GREY, markersize=10, mfc="none", mec=INK, label="chosen")
     kept = plan.sensitivity.kept
     return [*lines, ring, Line2D([], [], linestyle="none", marker="s", color=COLOURS[kept], label=f"kept in {kept}")]

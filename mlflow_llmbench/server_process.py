@@ -49,7 +49,9 @@ def require_program(program: str) -> str:
         raise MissingError("launch needs a POSIX system. Start the server yourself, and give url.")
     found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
     if found is None:
-        raise UsageError(f"launch begins with a program that is not there: {program[:100]}. Install it, or give its path.")
+        raise UsageError(
+            f"launch begins with a program that is not there: {program[:100]}. Install it, or give its path."
+        )
     return found
 
 
@@ -71,9 +73,12 @@ class ServerProcess:
         package_parent = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.keeper = subprocess.Popen(
-            [sys.executable, *KEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
+            [sys.executable, *KEEPER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
-        )  # fmt: skip
+        )
         order = {"arguments": list(arguments), "log": str(log), "environment": _environment(package_parent)}
         assert self.keeper.stdin
         with contextlib.suppress(BrokenPipeError):
@@ -82,8 +87,12 @@ class ServerProcess:
         told = self._hear(None)
         if "pid" not in told:
             self.stop()
-            raise MeasurementError(f"The server cannot be started: {told.get('failed', 'its keeper ended')}. Try the command of launch by hand.")
-        self.beginning: dict[str, int | None] | None = told["beginning"]  # its memory when it had just been started, as `memory.HostMemory`
+            raise MeasurementError(
+                f"The server cannot be started: {told.get('failed', 'its keeper ended')}. Try the command of launch by hand."
+            )
+        self.beginning: dict[str, int | None] | None = told[
+            "beginning"
+        ]  # its memory when it had just been started, as `memory.HostMemory`
 
     @property
     def processes(self) -> list[int]:
@@ -95,7 +104,11 @@ class ServerProcess:
         if self.exit_code is None:
             self.exit_code = self._hear(0.0).get("ended")
         if self.exit_code is not None:
-            how = f"signal {signal.Signals(-self.exit_code).name}" if self.exit_code < 0 else f"exit code {self.exit_code}"
+            how = (
+                f"signal {signal.Signals(-self.exit_code).name}"
+                if self.exit_code < 0
+                else f"exit code {self.exit_code}"
+            )
             raise MeasurementError(f"The server ended by itself, with {how}. {log_end(self.log)}")
 
     def stop(self) -> None:
@@ -187,9 +200,14 @@ class _Keeper:
         try:
             with log.open("ab") as out:
                 server = subprocess.Popen(
-                    order["arguments"], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=order["environment"], start_new_session=True,
+                    order["arguments"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    env=order["environment"],
+                    start_new_session=True,
                     preexec_fn=machine.die_with_parent,
-                )  # fmt: skip
+                )
         except OSError as error:
             self._tell(failed=f"{error.strerror}: {order['arguments'][0]}")
             return 1

@@ -76,7 +76,9 @@ def quantize_with_hqq(model: Any, bits: int, group_size: int, compute: Any) -> N
     head = model.get_output_embeddings()
     for name, module in [*model.named_modules()]:
         if isinstance(module, torch.nn.Linear) and module is not head:
-            model.set_submodule(name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device)))
+            model.set_submodule(
+                name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device))
+            )
 
 
 def layer_name(layer: Any) -> str:
@@ -104,26 +106,38 @@ class Checkpoint:
         if config["gguf_file"]:
             named["gguf_file"] = config["gguf_file"]
         other = config["tokenizer"]  # what was made of a checkpoint has none of its own
-        words = {name: value for name, value in (named | {"revision": other["revision"]} if other else named).items() if value is not None}
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(other["location"] if other else config["location"], **words)
+        words = {
+            name: value
+            for name, value in (named | {"revision": other["revision"]} if other else named).items()
+            if value is not None
+        }
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            other["location"] if other else config["location"], **words
+        )
         settings = dict(config["quantization"])
         layers, kind = settings.get("layers"), settings.pop("class", None)
         if kind == "TorchAoConfig":
-            named["quantization_config"] = transformers.TorchAoConfig(torchao_settings(**settings, device=config["device"]))
+            named["quantization_config"] = transformers.TorchAoConfig(
+                torchao_settings(**settings, device=config["device"])
+            )
         elif kind not in (None, "mixed", "hqq"):
             named["quantization_config"] = getattr(transformers, kind)(**settings)
         if config["attention"] != "auto":
             named["attn_implementation"] = config["attention"]
         dtype = config["dtype"] if config["dtype"] == "auto" else getattr(torch, config["dtype"])
         place = config["device"] if layers is None else "cpu"
-        model = transformers.AutoModelForCausalLM.from_pretrained(config["location"], dtype=dtype, device_map={"": place}, **named)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            config["location"], dtype=dtype, device_map={"": place}, **named
+        )
         if kind == "hqq":
             quantize_with_hqq(model, **settings, compute=dtype)
         if layers is not None:
             for scheme, names in layers.items():
                 for name in names:
                     linear = model.get_submodule(name)
-                    model.set_submodule(name, quantized(linear, scheme, config["device"], settings["llm_int8_threshold"]))
+                    model.set_submodule(
+                        name, quantized(linear, scheme, config["device"], settings["llm_int8_threshold"])
+                    )
             model.to(config["device"])
         self._verify(model.eval())
         ends = model.generation_config.eos_token_id
@@ -136,11 +150,17 @@ class Checkpoint:
     def _verify(self, model: Any) -> None:
         """Refuse a model whose linear layers are not of the classes that were measured: it would be another quantization."""
         head = model.get_output_embeddings()
-        layers = [m for m in model.modules() if m is not head and hasattr(m, "in_features") and next(m.children(), None) is None]
+        layers = [
+            m
+            for m in model.modules()
+            if m is not head and hasattr(m, "in_features") and next(m.children(), None) is None
+        ]
         counts = Counter(map(layer_name, layers))
         kernel = ", ".join(f"{name} × {count}" for name, count in sorted(counts.items()))
         if self.config["kernel"] and kernel != self.config["kernel"]:
-            raise MlflowException(f"The model was measured with the layers {self.config['kernel']}, and has been loaded with {kernel}.")
+            raise MlflowException(
+                f"The model was measured with the layers {self.config['kernel']}, and has been loaded with {kernel}."
+            )
 
     def encode(self, text: str) -> list[int]:
         """Text → ids."""
@@ -157,7 +177,9 @@ class Checkpoint:
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=self.model.device)
-        settings = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(stops) or None)
+        settings = GenerationConfig(
+            max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(stops) or None
+        )
         with torch.inference_mode():
             found = self.model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
         ends = [next((place for place, token in enumerate(row) if token in stops), None) for row in found]
@@ -174,7 +196,16 @@ class GgufFile:
     ROOM = 256  # llama.cpp keeps room for a multiple of this many tokens per row
     CHUNK = 2048  # tokens handed to it at once
     # ggml's numbers, since the package has no name for bf16
-    KV_TYPES: ClassVar[dict[str, int]] = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
+    KV_TYPES: ClassVar[dict[str, int]] = {
+        "f32": 0,
+        "f16": 1,
+        "q4_0": 2,
+        "q4_1": 3,
+        "q5_0": 6,
+        "q5_1": 7,
+        "q8_0": 8,
+        "bf16": 30,
+    }
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.lib: Any = importlib.import_module("llama_cpp.llama_cpp")
@@ -202,15 +233,25 @@ class GgufFile:
         if kind != config["file_type"]:
             raise MlflowException(f"The model was measured as {config['file_type']}, and {file} is {kind}.")
         self.vocabulary = lib.llama_model_get_vocab(self.model)
-        if int(lib.llama_vocab_type(self.vocabulary)) == int(lib.LLAMA_VOCAB_TYPE_NONE):  # asked to cut a text, llama.cpp would end the process
+        if int(lib.llama_vocab_type(self.vocabulary)) == int(
+            lib.LLAMA_VOCAB_TYPE_NONE
+        ):  # asked to cut a text, llama.cpp would end the process
             raise MlflowException(f"{file} has no tokenizer, so it cannot answer texts.")
         self.words = int(lib.llama_vocab_n_tokens(self.vocabulary))
         self.rows = int(config["batch_size"])
         if self.rows > int(lib.llama_max_parallel_sequences()):
-            raise MlflowException(f"batch_size={self.rows} is more than llama.cpp's {int(lib.llama_max_parallel_sequences())} sequences.")
-        most = int(config["max_prompt_tokens"] or lib.llama_model_n_ctx_train(self.model)) + int(config["max_new_tokens"])
+            raise MlflowException(
+                f"batch_size={self.rows} is more than llama.cpp's {int(lib.llama_max_parallel_sequences())} sequences."
+            )
+        most = int(config["max_prompt_tokens"] or lib.llama_model_n_ctx_train(self.model)) + int(
+            config["max_new_tokens"]
+        )
         context = lib.llama_context_default_params()
-        context.n_ctx, context.n_seq_max, context.n_batch = self.rows * -(-most // self.ROOM) * self.ROOM, self.rows, self.CHUNK
+        context.n_ctx, context.n_seq_max, context.n_batch = (
+            self.rows * -(-most // self.ROOM) * self.ROOM,
+            self.rows,
+            self.CHUNK,
+        )
         if config["threads"]:
             context.n_threads = context.n_threads_batch = int(config["threads"])
         context.type_k = context.type_v = self.KV_TYPES[config["kv_cache"]]
@@ -220,7 +261,9 @@ class GgufFile:
         context.n_outputs_max, context.n_outputs_max_per_seq = self.rows, 1
         self.context = lib.llama_init_from_model(self.model, context)
         if not self.context:
-            raise MlflowException(f"llama.cpp finds no memory for {self.rows} rows of {most} tokens. Load with a smaller batch_size.")
+            raise MlflowException(
+                f"llama.cpp finds no memory for {self.rows} rows of {most} tokens. Load with a smaller batch_size."
+            )
 
     @staticmethod
     def _file(config: dict[str, Any]) -> str:
@@ -228,7 +271,12 @@ class GgufFile:
             from huggingface_hub import snapshot_download
 
             parts = config["gguf_file"].replace("-00001-of-", "-*-of-")
-            return str(Path(snapshot_download(config["location"], revision=config["revision"], allow_patterns=[parts]), config["gguf_file"]))
+            return str(
+                Path(
+                    snapshot_download(config["location"], revision=config["revision"], allow_patterns=[parts]),
+                    config["gguf_file"],
+                )
+            )
         file = Path(config["location"], config["gguf_file"])
         if not file.is_file():
             raise MlflowException(
@@ -249,9 +297,17 @@ class GgufFile:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
         outputs: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        asked = [(row, place, token, place == len(ids) - 1) for row, ids in enumerate(batch) for place, token in enumerate(ids)]
+        asked = [
+            (row, place, token, place == len(ids) - 1)
+            for row, ids in enumerate(batch)
+            for place, token in enumerate(ids)
+        ]
         while asked:
-            chosen = {row: token for start in range(0, len(asked), self.CHUNK) for row, token in self._compute(asked[start : start + self.CHUNK])}
+            chosen = {
+                row: token
+                for start in range(0, len(asked), self.CHUNK)
+                for row, token in self._compute(asked[start : start + self.CHUNK])
+            }
             asked = []
             for row, token in chosen.items():
                 outputs[row].append(token)
@@ -268,14 +324,21 @@ class GgufFile:
         rows, places, tokens, wanted = zip(*asked, strict=True)
         owners = (ctypes.c_int32 * count)(*rows)
         fields = dict(self.lib.llama_batch._fields_)
-        addresses = (fields["seq_id"]._type_ * count)(*(ctypes.pointer(ctypes.c_int32.from_buffer(owners, 4 * place)) for place in range(count)))
+        addresses = (fields["seq_id"]._type_ * count)(
+            *(ctypes.pointer(ctypes.c_int32.from_buffer(owners, 4 * place)) for place in range(count))
+        )
         code = self.lib.llama_decode(
             self.context,
             self.lib.llama_batch(
-                n_tokens=count, token=(ctypes.c_int32 * count)(*tokens), embd=None, pos=(ctypes.c_int32 * count)(*places),
-                n_seq_id=(ctypes.c_int32 * count)(*([1] * count)), seq_id=addresses, logits=(ctypes.c_int8 * count)(*wanted),
+                n_tokens=count,
+                token=(ctypes.c_int32 * count)(*tokens),
+                embd=None,
+                pos=(ctypes.c_int32 * count)(*places),
+                n_seq_id=(ctypes.c_int32 * count)(*([1] * count)),
+                seq_id=addresses,
+                logits=(ctypes.c_int8 * count)(*wanted),
             ),
-        )  # fmt: skip
+        )
         if code:
             raise MlflowException(f"llama.cpp failed while computing {count} tokens (code {code}). Its log says why.")
         ids = [row for row, want in zip(rows, wanted, strict=True) if want]
@@ -330,11 +393,17 @@ with warnings.catch_warnings(record=True):
                 if self.engine is None:
                     self.engine = self._engine()
                 ids = [self._encode(prompt) for prompt in prompts]
-                return [answer for start in range(0, len(ids), size) for answer in self._answers(ids[start : start + size], wanted)]
+                return [
+                    answer
+                    for start in range(0, len(ids), size)
+                    for answer in self._answers(ids[start : start + size], wanted)
+                ]
 
         def _engine(self) -> Any:
             if self.config["backend"] not in ENGINES:
-                raise refused(f"This version was measured with backend={self.config['backend']}, which has no answers to give.")
+                raise refused(
+                    f"This version was measured with backend={self.config['backend']}, which has no answers to give."
+                )
             return ENGINES[self.config["backend"]](self.config)
 
         def _encode(self, prompt: str) -> list[int]:

@@ -78,11 +78,37 @@ SLOS: dict[str, dict[str, str]] = {
 """Benchmark of MLPerf Inference → its limits of the server scenario (mlperf.conf), which there hold for 99 % of the requests."""
 
 LOCAL = (
-    "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant", "batch_size", "device", "threads",
-    "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant", "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force",
-    "memory_limit", "quality", "quality_text", "quality_reference", "worker_python",
-    "quality_tasks", "quality_limit",
-)  # fmt: skip
+    "weights",
+    "revision",
+    "backend",
+    "group_size",
+    "quant_budget",
+    "quant_plan",
+    "int8_threshold",
+    "double_quant",
+    "batch_size",
+    "device",
+    "threads",
+    "gpu_layers",
+    "kv_cache",
+    "mmap",
+    "attention",
+    "decode",
+    "assistant",
+    "draft_tokens",
+    "trust_remote_code",
+    "allow_pickle",
+    "preset",
+    "on",
+    "force",
+    "memory_limit",
+    "quality",
+    "quality_text",
+    "quality_reference",
+    "worker_python",
+    "quality_tasks",
+    "quality_limit",
+)
 """Parameters that mean nothing where another process runs the model."""
 
 TWINS = ("transformers", "openai")
@@ -93,7 +119,14 @@ SERVERS = ("url", "launch")
 
 COMMANDS = {
     "run": tuple(name for name, f in PARAMETERS.items() if "batching" in f.metadata["scenarios"]),
-    "online": (*SERVERS, *(name for name, f in PARAMETERS.items() if name not in (*LOCAL, *SERVERS) and "online" in f.metadata["scenarios"])),
+    "online": (
+        *SERVERS,
+        *(
+            name
+            for name, f in PARAMETERS.items()
+            if name not in (*LOCAL, *SERVERS) and "online" in f.metadata["scenarios"]
+        ),
+    ),
     "qat": (
         "model",
         "revision",
@@ -130,7 +163,11 @@ class BenchSpec:
     @property
     def varied(self) -> list[str]:
         """Names of the parameters that have more than one value."""
-        return [name for name, values in self.axes.items() if len(values) > 1 or (name == "request_rate" and self.options.find)]
+        return [
+            name
+            for name, values in self.axes.items()
+            if len(values) > 1 or (name == "request_rate" and self.options.find)
+        ]
 
     @property
     def scenario(self) -> str:
@@ -145,7 +182,11 @@ class BenchSpec:
 
 def known_backends() -> dict[str, str]:
     """Names of all backends, ours and those that installed packages declare, with their `module:class`."""
-    return BACKENDS | {entry.name: entry.value for entry in metadata.entry_points(group=BACKEND_ENTRY_POINTS) if entry.name not in BACKENDS}
+    return BACKENDS | {
+        entry.name: entry.value
+        for entry in metadata.entry_points(group=BACKEND_ENTRY_POINTS)
+        if entry.name not in BACKENDS
+    }
 
 
 def parse(values: Mapping[str, object]) -> BenchSpec:
@@ -165,7 +206,9 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
         given = values.get(name)
         texts = [default_text(name)] if given is None else _texts(name, given)
         if len(texts) > 1 and not declared.metadata["sweep"]:
-            raise UsageError(f"{name} takes one value: {','.join(texts)}. Lists are allowed for {', '.join(SWEEPABLE)}.")
+            raise UsageError(
+                f"{name} takes one value: {','.join(texts)}. Lists are allowed for {', '.join(SWEEPABLE)}."
+            )
         kind = "scheme" if name == "quant" and launched else declared.metadata["kind"]
         parsed = tuple(dict.fromkeys(_parse_one(name, declared, text, kind) for text in texts))
         if name in Options.__dataclass_fields__:
@@ -192,7 +235,11 @@ def _from_preset(values: Mapping[str, object]) -> dict[str, str]:
         return {}
     grid = GRIDS[_parse_choice("preset", preset, GRIDS)]
     whole = all(values.get(name) is not None for name in COMMANDS["run"])
-    return {name: text for name, text in grid.items() if values.get(name) is None or (whole and str(values[name]) == default_text(name))}
+    return {
+        name: text
+        for name, text in grid.items()
+        if values.get(name) is None or (whole and str(values[name]) == default_text(name))
+    }
 
 
 def _from_slo(values: Mapping[str, object]) -> dict[str, str]:
@@ -216,7 +263,9 @@ def read_yaml(path: str) -> dict[str, object]:
         ) from None
     if not isinstance(data, dict):
         raise UsageError(f"No parameters in {path}. Give a YAML file with one `name: value` per line.")
-    return {"on" if key is True else str(key): value for key, value in data.items()}  # YAML 1.1 reads an unquoted `on` as true
+    return {
+        "on" if key is True else str(key): value for key, value in data.items()
+    }  # YAML 1.1 reads an unquoted `on` as true
 
 
 def _texts(name: str, given: object) -> list[str]:
@@ -230,7 +279,9 @@ def _texts(name: str, given: object) -> list[str]:
         parts = [str(given)]
     parts = [part.strip() for part in parts]
     if not parts or not all(parts):
-        raise UsageError(f"{name} has an empty value: '{given}'. Leave the parameter out for its default ({default_text(name)}).")
+        raise UsageError(
+            f"{name} has an empty value: '{given}'. Leave the parameter out for its default ({default_text(name)})."
+        )
     return parts
 
 
@@ -253,7 +304,9 @@ def _parse_number(name: str, text: str, bounds: Mapping[str, Any], kind: type[in
     if number < bounds["low"]:
         raise UsageError(f"{name} is too small: {text}. The smallest is {bounds['low']:g}{unset}.")
     if number > bounds["high"]:
-        raise UsageError(f"{name} is too large: {text}. The largest is {int(bounds['high']) if kind is int else bounds['high']:,}{unset}.")
+        raise UsageError(
+            f"{name} is too large: {text}. The largest is {int(bounds['high']) if kind is int else bounds['high']:,}{unset}."
+        )
     return number
 
 
@@ -261,19 +314,27 @@ def _parse_size(name: str, text: str, bounds: Mapping[str, Any]) -> int:
     """Bytes from `6GB` (10⁹), `6GiB` (2³⁰) or a plain number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.lower())
     if not found:
-        raise UsageError(f"{name} is not a size: {text}. Give a number with its unit, such as 6GB or 800MiB, or {bounds['unset']}.")
+        raise UsageError(
+            f"{name} is not a size: {text}. Give a number with its unit, such as 6GB or 800MiB, or {bounds['unset']}."
+        )
     size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " ")
     if not bounds["low"] <= size <= bounds["high"]:
-        raise UsageError(f"{name} is out of range: {text}. The smallest is {bounds['low'] / 1e6:g}MB; did you leave out the unit?")
+        raise UsageError(
+            f"{name} is out of range: {text}. The smallest is {bounds['low'] / 1e6:g}MB; did you leave out the unit?"
+        )
     return int(size)
 
 
 def read_budget(text: str) -> tuple[float | None, int | None]:
     """A budget of mixed quantization: bits per weight (`5.5`), or bytes of the whole model (`300MB`). Raises UsageError if it is neither."""
     if not re.fullmatch(r"\d+(\.\d+)?", text):
-        return None, _parse_size("quant_budget", text, {"low": 1e5, "high": 1e15, "unset": "bits per weight, such as 5.5"})
+        return None, _parse_size(
+            "quant_budget", text, {"low": 1e5, "high": 1e15, "unset": "bits per weight, such as 5.5"}
+        )
     if not 1 <= float(text) <= 32:
-        raise UsageError(f"quant_budget is not from 1 to 32 bits per weight: {text}. Give such a number, or a size with its unit such as 300MB.")
+        raise UsageError(
+            f"quant_budget is not from 1 to 32 bits per weight: {text}. Give such a number, or a size with its unit such as 300MB."
+        )
     return float(text), None
 
 
@@ -287,11 +348,17 @@ def _parse_interpreter(name: str, text: str) -> str:
     """The absolute path of a program; a link stays one, since the environment of an interpreter is found by where it was started."""
     path = os.path.abspath(os.path.expanduser(_parse_text(name, text)))
     if os.path.isdir(path):
-        raise UsageError(f"{name} is a folder: {text}. Give the interpreter in it, such as {os.path.join(text, 'bin', 'python')}.")
+        raise UsageError(
+            f"{name} is a folder: {text}. Give the interpreter in it, such as {os.path.join(text, 'bin', 'python')}."
+        )
     if not os.path.isfile(path):
-        raise UsageError(f"There is no interpreter {text}. Give {name} the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python.")
+        raise UsageError(
+            f"There is no interpreter {text}. Give {name} the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python."
+        )
     if not os.access(path, os.X_OK):
-        raise UsageError(f"{name} cannot be executed: {text}. Give the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python.")
+        raise UsageError(
+            f"{name} cannot be executed: {text}. Give the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python."
+        )
     return path
 
 
@@ -323,7 +390,9 @@ def _parse_place(name: str, text: str) -> str:
     address = re.fullmatch(r"ray://([\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", text)
     if address and 0 < int(address[2]) < 65536:
         return text
-    raise UsageError(f"Unknown {name}: {text}. Give here, ray, or ray://HOST:PORT (the port of the Ray Client server, 10001 unless told otherwise).")
+    raise UsageError(
+        f"Unknown {name}: {text}. Give here, ray, or ray://HOST:PORT (the port of the Ray Client server, 10001 unless told otherwise)."
+    )
 
 
 def _parse_workload(name: str, text: str) -> str:
@@ -340,7 +409,9 @@ def _parse_workload(name: str, text: str) -> str:
 
 def _parse_trace(name: str, text: str) -> str:
     if not os.path.isfile(_parse_text(name, text)):
-        raise UsageError(f"There is no trace file {text}. Give a JSON Lines file of timestamp (ms), input_length and output_length (tokens).")
+        raise UsageError(
+            f"There is no trace file {text}. Give a JSON Lines file of timestamp (ms), input_length and output_length (tokens)."
+        )
     return text
 
 
@@ -356,7 +427,9 @@ def _parse_text_file(name: str, text: str) -> str:
     try:
         Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Cannot read the text file {text}: {error}. Give {name} a plain text file in UTF-8.") from None
+        raise UsageError(
+            f"Cannot read the text file {text}: {error}. Give {name} a plain text file in UTF-8."
+        ) from None
     return text
 
 
@@ -367,13 +440,17 @@ def _parse_tasks(name: str, text: str) -> str:
         raise UsageError(f"{name} has an empty name: {text}. Give names such as arc_easy,hellaswag.")
     for task in tasks:
         if ("/" in task or task.endswith((".yaml", ".yml"))) and not os.path.exists(task):
-            raise UsageError(f"There is no task file {task}. Give {name} a YAML file, a folder with YAML files, or a name that lm-eval knows.")
+            raise UsageError(
+                f"There is no task file {task}. Give {name} a YAML file, a folder with YAML files, or a name that lm-eval knows."
+            )
     return ",".join(dict.fromkeys(tasks))
 
 
 def _parse_text(name: str, text: str) -> str:
     if CONTROLS.search(text) or len(text) > 1000:
-        raise UsageError(f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. Give a plain name or path.")
+        raise UsageError(
+            f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. Give a plain name or path."
+        )
     return text
 
 
@@ -382,12 +459,22 @@ def _parse_url(name: str, text: str) -> str:
     try:
         parts = urlsplit(text)
         port_is_good = parts.port is None or parts.port > 0
-        (parts.hostname or "").encode("idna")  # as the resolver has it: no part of a name is empty, or longer than 63 characters
+        (parts.hostname or "").encode(
+            "idna"
+        )  # as the resolver has it: no part of a name is empty, or longer than 63 characters
     except ValueError:
         parts, port_is_good = urlsplit(""), False
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise UsageError(f"{name} has a user, a password or a query, and it would be logged. Give the key in the environment, LLMBENCH_API_KEY.")
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_good or not text.isascii() or " " in text:
+        raise UsageError(
+            f"{name} has a user, a password or a query, and it would be logged. Give the key in the environment, LLMBENCH_API_KEY."
+        )
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or not port_is_good
+        or not text.isascii()
+        or " " in text
+    ):
         shown = text.rpartition("@")[2][:100]
         raise UsageError(f"{name} is not that of a server: {shown}. Give one such as http://127.0.0.1:8000.")
     return _parse_text(name, text.rstrip("/").removesuffix("/v1"))
@@ -396,7 +483,9 @@ def _parse_url(name: str, text: str) -> str:
 def _parse_scheme(name: str, text: str) -> str:
     """A quantization in the word of the server that is started with it."""
     if not launch.SCHEME.fullmatch(text):
-        raise UsageError(f"{name} is not a word that a server could know: {text[:60]}. Give letters, digits, dots, dashes and underscores.")
+        raise UsageError(
+            f"{name} is not a word that a server could know: {text[:60]}. Give letters, digits, dots, dashes and underscores."
+        )
     return text
 
 

@@ -59,7 +59,11 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
     if "peak" in cell and loaded:
         measured = [s for s in outcome.samples if outcome.evaluated_ns is None or s.t_ns < outcome.evaluated_ns]
         unloading = outcome.samples[-1].t_ns - 1_000_000_000 if outcome.samples else 0
-        kept = [s for s in measured if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading]
+        kept = [
+            s
+            for s in measured
+            if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading
+        ]
     elif cell and loaded:  # it failed: what cells before it needed is not its own
         kept = [s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or s.t_ns >= cell["cell"]["t_ns"]]
     else:

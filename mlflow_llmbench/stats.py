@@ -23,10 +23,37 @@ if TYPE_CHECKING:
     Statistic = str | Callable[..., Any]
 
 T_975 = (
-    12.70620474, 4.30265273, 3.18244631, 2.77644511, 2.57058184, 2.44691185, 2.36462425, 2.30600414, 2.26215716, 2.22813885,
-    2.20098516, 2.17881283, 2.16036866, 2.14478669, 2.13144955, 2.11990530, 2.10981558, 2.10092204, 2.09302405, 2.08596345,
-    2.07961384, 2.07387307, 2.06865761, 2.06389856, 2.05953855, 2.05552944, 2.05183052, 2.04840714, 2.04522964, 2.04227246,
-)  # fmt: skip
+    12.70620474,
+    4.30265273,
+    3.18244631,
+    2.77644511,
+    2.57058184,
+    2.44691185,
+    2.36462425,
+    2.30600414,
+    2.26215716,
+    2.22813885,
+    2.20098516,
+    2.17881283,
+    2.16036866,
+    2.14478669,
+    2.13144955,
+    2.11990530,
+    2.10981558,
+    2.10092204,
+    2.09302405,
+    2.08596345,
+    2.07961384,
+    2.07387307,
+    2.06865761,
+    2.06389856,
+    2.05953855,
+    2.05552944,
+    2.05183052,
+    2.04840714,
+    2.04522964,
+    2.04227246,
+)
 """Quantiles t(0.975; ν) of Student's distribution for ν = 1 … 30 (any statistical table, e.g. NIST/SEMATECH e-Handbook 1.3.6.7.2)."""
 
 
@@ -41,7 +68,12 @@ def t_quantile_975(degrees: int) -> float:
         return T_975[degrees - 1]
     z = NormalDist().inv_cdf(0.975)
     n = float(degrees)
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -130,7 +162,9 @@ MOST_EXACT_MEDIANS = 1000
 """Values of a series up to which the median of a resample made of blocks is computed from the resample itself."""
 
 
-def bootstrap_interval(values: Sequence[float], statistic: Statistic, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+def bootstrap_interval(
+    values: Sequence[float], statistic: Statistic, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
     """95 % bootstrap interval of a statistic of independent values: "mean", "median", or a function like `numpy.std` with an `axis`.
 
     The expanded percentile interval of Hesterberg (The American Statistician 69, 2015, 371–386): quantiles of the resampled
@@ -185,7 +219,9 @@ def _function(statistic: Statistic) -> Callable[..., Any]:
     if not isinstance(statistic, str):
         return statistic
     if statistic not in named:
-        raise ValueError(f"unknown statistic: {statistic}; known are mean and median, or give a function of (array, axis)")
+        raise ValueError(
+            f"unknown statistic: {statistic}; known are mean and median, or give a function of (array, axis)"
+        )
     return named[statistic]
 
 
@@ -230,7 +266,11 @@ def block_length(series: Sequence[float]) -> int:
 
 
 def block_bootstrap_interval(
-    series: Sequence[float], block: int | None = None, statistic: Statistic = "mean", resamples: int = 2000, seed: int = 0
+    series: Sequence[float],
+    block: int | None = None,
+    statistic: Statistic = "mean",
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float] | None:
     """95 % interval of a statistic of one stationary, autocorrelated series, such as the token gaps of one long request.
 
@@ -350,7 +390,9 @@ def _t_test(difference: float, error: float, degrees: float) -> MeanDifference:
 
     t = difference / error
     half = float(special.stdtrit(degrees, 0.975)) * error
-    return MeanDifference(difference, difference - half, difference + half, t, degrees, 2 * float(special.stdtr(degrees, -abs(t))))
+    return MeanDifference(
+        difference, difference - half, difference + half, t, degrees, 2 * float(special.stdtr(degrees, -abs(t)))
+    )
 
 
 @dataclass(frozen=True)
@@ -394,7 +436,9 @@ POWER = 0.9
 """Chance that a number of values which is said to tell does tell."""
 
 
-def units_to_tell(difference: float, margin: float, variances: tuple[float, float], first: int | None = None, tests: int = 1) -> int | None:
+def units_to_tell(
+    difference: float, margin: float, variances: tuple[float, float], first: int | None = None, tests: int = 1
+) -> int | None:
     """Least number of values of the second sample with which a difference is found to lie on its side of ±margin, at 5 % with power 0.9.
 
     Inside, both one-sided tests have to say so, and near 0 each fails as often as the other: P(t < (m − |d|)/error − t₀.₉₅) +
@@ -481,7 +525,12 @@ def trend(x: Sequence[float], y: Sequence[float]) -> Trend | None:
     values = [median(y[a:b]) for a, b in pairwise(edges)]
     if len(set(places)) < TREND_BLOCKS // 2:
         return None
-    slopes = [(values[j] - values[i]) / (places[j] - places[i]) for i in range(blocks) for j in range(i + 1, blocks) if places[j] != places[i]]
+    slopes = [
+        (values[j] - values[i]) / (places[j] - places[i])
+        for i in range(blocks)
+        for j in range(i + 1, blocks)
+        if places[j] != places[i]
+    ]
     slope = median(slopes)
     centre = fmean(places)
     left = [value - slope * place for place, value in zip(places, values, strict=True)]

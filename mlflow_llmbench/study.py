@@ -65,7 +65,9 @@ def run_study(
     others = [result for reference in of for result in load_results(reference, tracking_uri)]
     if parameters is None:
         if not others:
-            raise UsageError("A study needs results. Give the parameters of a sweep, such as --model opt-125m,pythia-70m, or --of SWEEP.")
+            raise UsageError(
+                "A study needs results. Give the parameters of a sweep, such as --model opt-125m,pythia-70m, or --of SWEEP."
+            )
         found = _find(others, share, prices, accept_suspect)
         store = tracking.open_store(tracking_uri, experiment)
         run_id = log.removeprefix("runs:/") if log else _parent(store, others)
@@ -78,7 +80,9 @@ def run_study(
     try:
         found = _find([*load_results(str(done.folder)), *others], share, prices, accept_suspect)
     except LlmbenchError as error:
-        raise MeasurementError(f"The cells were measured and could not be studied: {error} They are in {done.folder}.") from None
+        raise MeasurementError(
+            f"The cells were measured and could not be studied: {error} They are in {done.folder}."
+        ) from None
     uploaded = done.run_ids and not done.not_uploaded
     own = (done.parent_id or done.run_ids[0]) if uploaded else None
     run_id = log.removeprefix("runs:/") if log else own
@@ -96,11 +100,17 @@ def _refuse_streams(parameters: Mapping[str, object]) -> None:
         )
 
 
-def _find(results: Sequence[RunResult], share: float, prices: Mapping[str, float] | None, accept_suspect: str | None) -> Findings:
+def _find(
+    results: Sequence[RunResult], share: float, prices: Mapping[str, float] | None, accept_suspect: str | None
+) -> Findings:
     """The findings; why energy cannot be read is known of this machine alone."""
     here = machine.environment()["hashes"]["hardware"]
     counters = doctor.energy_item(machine.RAPL)
-    no_energy = f"Here: {counters.found}. {counters.advice}" if any(r.hashes.hardware == here for r in results) and counters.advice else ""
+    no_energy = (
+        f"Here: {counters.found}. {counters.advice}"
+        if any(r.hashes.hardware == here for r in results) and counters.advice
+        else ""
+    )
     return findings.find(results, share=share, prices=prices, accept_suspect=accept_suspect, no_energy=no_energy)
 
 
@@ -110,7 +120,9 @@ def _parent(store: tracking.Store, results: Sequence[RunResult]) -> str | None:
     return next((parent for parent in parents if parent), None)
 
 
-def _keep(found: Findings, output: str | None, store: tracking.Store | None, run_id: str | None) -> tuple[Path | None, str | None]:
+def _keep(
+    found: Findings, output: str | None, store: tracking.Store | None, run_id: str | None
+) -> tuple[Path | None, str | None]:
     """Write the study into a folder of its own, log that, and copy it to where a person may have other files."""
     with tempfile.TemporaryDirectory() as scratch:
         artifacts.write_study(found, Path(scratch))
@@ -132,5 +144,7 @@ def parse_prices(text: str) -> dict[str, float]:
         except ValueError:
             found[name.strip()] = -1.0
         if not 0 < found[name.strip()] < float("inf"):
-            raise UsageError(f"--price is not a price per hour: {part}. Give --price 0.5, or by hardware --price EPYC=0.5,A100=2.4.")
+            raise UsageError(
+                f"--price is not a price per hour: {part}. Give --price 0.5, or by hardware --price EPYC=0.5,A100=2.4."
+            )
     return found

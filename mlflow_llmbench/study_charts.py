@@ -99,7 +99,9 @@ class View:
     @property
     def models(self) -> list[str]:
         """Names of the models by their size."""
-        return list(dict.fromkeys(self.name(m) for m in sorted(self.cells, key=lambda m: m.variable("parameters") or 0.0)))
+        return list(
+            dict.fromkeys(self.name(m) for m in sorted(self.cells, key=lambda m: m.variable("parameters") or 0.0))
+        )
 
     @property
     def quants(self) -> list[str]:
@@ -146,7 +148,9 @@ def _against_size(view: View) -> Figure | str:
         Panel("", "Parameters (10⁹), logarithmic", label, tuple(_by_quant(own, view.quants, "parameters", of)), sizes)
         for label, of in (("Throughput (output tokens/s)", _value(RATE)), ("Time to first token (ms)", _value(TTFT)))
     ]
-    return _lines_figure("Throughput and latency against model size", f"{_shape(view)} · {view.common}", panels, 2, tilt=True)
+    return _lines_figure(
+        "Throughput and latency against model size", f"{_shape(view)} · {view.common}", panels, 2, tilt=True
+    )
 
 
 def _memory_against_size(view: View) -> Figure | str:
@@ -157,10 +161,21 @@ def _memory_against_size(view: View) -> Figure | str:
         return "it needs two models of known size that were measured with the same batch size and prompt length"
     key = memory_key(own)
     panels = [
-        Panel("", "Parameters (10⁹), logarithmic", f"{heading} (GB)", tuple(_by_quant(own, view.quants, "parameters", _value(of, 1e-9))), sizes)
-        for heading, of in ((f"Peak {'device' if key == DEVICE_PEAK else 'host'} memory", key), ("Weights", "memory/weight_bytes"))
+        Panel(
+            "",
+            "Parameters (10⁹), logarithmic",
+            f"{heading} (GB)",
+            tuple(_by_quant(own, view.quants, "parameters", _value(of, 1e-9))),
+            sizes,
+        )
+        for heading, of in (
+            (f"Peak {'device' if key == DEVICE_PEAK else 'host'} memory", key),
+            ("Weights", "memory/weight_bytes"),
+        )
     ]
-    return _lines_figure("Memory against model size, by precision", f"{_shape(view)} · {view.common}", panels, 2, tilt=True)
+    return _lines_figure(
+        "Memory against model size, by precision", f"{_shape(view)} · {view.common}", panels, 2, tilt=True
+    )
 
 
 def memory_key(cells: Sequence[Measured]) -> str:
@@ -177,7 +192,10 @@ def _per_instance(measured: Measured) -> tuple[float, float, float] | None:
 
 
 def _by_quant(
-    cells: Sequence[Measured], quants: Sequence[str], over: str, of: Callable[[Measured], tuple[float, float, float] | None]
+    cells: Sequence[Measured],
+    quants: Sequence[str],
+    over: str,
+    of: Callable[[Measured], tuple[float, float, float] | None],
 ) -> Iterator[Line]:
     for quant, marker in zip(quants, itertools.cycle(MARKERS), strict=False):
         points = _points([m for m in cells if m.cell.quant == quant], over, of)
@@ -185,7 +203,9 @@ def _by_quant(
             yield Line(quant, COLOURS.get(quant, BROWN), marker, points)
 
 
-def _points(cells: Sequence[Measured], over: str, of: Callable[[Measured], tuple[float, float, float] | None]) -> tuple[Point, ...]:
+def _points(
+    cells: Sequence[Measured], over: str, of: Callable[[Measured], tuple[float, float, float] | None]
+) -> tuple[Point, ...]:
     found = [(x, *value) for m in cells if (x := m.variable(over)) and (value := of(m))]
     return tuple(sorted(found))
 
@@ -213,12 +233,22 @@ def _against(over: str, title: str, across: str, held: str, rows: Rows = SPEED) 
         for number, (up, of) in enumerate(rows):
             for quant in quants:
                 lines = [
-                    Line(model, *view.look(model), _points([m for m in own if m.cell.quant == quant and view.name(m) == model], over, of))
+                    Line(
+                        model,
+                        *view.look(model),
+                        _points([m for m in own if m.cell.quant == quant and view.name(m) == model], over, of),
+                    )
                     for model in view.models
                 ]
                 heading = quant if number == 0 and len(quants) > 1 else ""
                 panels.append(
-                    Panel(heading, across if number == len(rows) - 1 else "", up, tuple(line for line in lines if line.points), _ticks(places))
+                    Panel(
+                        heading,
+                        across if number == len(rows) - 1 else "",
+                        up,
+                        tuple(line for line in lines if line.points),
+                        _ticks(places),
+                    )
                 )
         note = "" if len(quants) > 1 else f"quantization {quants[0]}"
         return _lines_figure(title, " · ".join(filter(None, [words, note, view.common])), panels, len(quants))
@@ -290,7 +320,14 @@ def put_legend(figure: Figure, handles: Sequence[Any]) -> None:
         _put_legend(figure, handles)
         return
     columns = max(1, int((figure.get_figwidth() - 0.3) / max(widths)))
-    figure.legend(handles=list(handles), ncols=columns, loc="outside lower left", borderpad=0.1, handlelength=1.3, columnspacing=1.4)
+    figure.legend(
+        handles=list(handles),
+        ncols=columns,
+        loc="outside lower left",
+        borderpad=0.1,
+        handlelength=1.3,
+        columnspacing=1.4,
+    )
 
 
 def _heatmap(key: str, title: str, unit: str, cliffs: bool) -> Callable[[View], Figure | str]:
@@ -300,15 +337,27 @@ def _heatmap(key: str, title: str, unit: str, cliffs: bool) -> Callable[[View], 
         groups = [(model, quant) for model in view.models for quant in view.quants]
         maps = []
         for model, quant in groups:
-            own = [m for m in view.cells if view.name(m) == model and m.cell.quant == quant and key in m.metrics and m.variable("prompt_tokens")]
-            if min(len({m.cell.batch_size for m in own}), len({m.variable("prompt_tokens") for m in own})) >= LEAST_HEATMAP:
+            own = [
+                m
+                for m in view.cells
+                if view.name(m) == model and m.cell.quant == quant and key in m.metrics and m.variable("prompt_tokens")
+            ]
+            if (
+                min(len({m.cell.batch_size for m in own}), len({m.variable("prompt_tokens") for m in own}))
+                >= LEAST_HEATMAP
+            ):
                 maps.append((model, quant, own))
         if not maps:
             return "it needs two batch sizes and two prompt lengths of one model and quantization"
         shown = maps[:MOST_HEATMAPS]
         columns = min(len(view.quants) if len(view.quants) > 1 else 3, len(shown))
         rows = -(-len(shown) // columns)
-        notes = [unit, "red: a latency cliff" if cliffs else "", f"first {len(shown)} of {len(maps)}" if len(maps) > len(shown) else "", view.common]
+        notes = [
+            unit,
+            "red: a latency cliff" if cliffs else "",
+            f"first {len(shown)} of {len(maps)}" if len(maps) > len(shown) else "",
+            view.common,
+        ]
         size = max(WIDTH, 3.4 * columns), 1.2 + (2.5 if rows > 1 else 3.2) * rows
         figure, panels = _figure(title, " · ".join(filter(None, notes)), size, (rows, columns), legend=False)
         values = [m.metrics[key] for _, _, own in shown for m in own]
@@ -316,7 +365,10 @@ def _heatmap(key: str, title: str, unit: str, cliffs: bool) -> Callable[[View], 
         for number, (axes, (model, quant, own)) in enumerate(zip(panels, shown, strict=False)):
             _draw_map(axes, own, key, (min(values), max(values)), searches)
             _mark_failed(axes, view, own)
-            axes.set(title=f"{textwrap.shorten(model, 34, placeholder='…')} · {quant}", ylabel="Prompt tokens" if number % columns == 0 else "")
+            axes.set(
+                title=f"{textwrap.shorten(model, 34, placeholder='…')} · {quant}",
+                ylabel="Prompt tokens" if number % columns == 0 else "",
+            )
             axes.set_xlabel("Batch size" if number + columns >= len(shown) else "")
         for axes in panels[len(shown) :]:
             axes.remove()
@@ -329,7 +381,9 @@ def _places(own: Sequence[Measured]) -> tuple[list[float], list[float]]:
     return sorted({float(m.cell.batch_size) for m in own}), sorted({m.variable("prompt_tokens") or 0.0 for m in own})
 
 
-def _draw_map(axes: Axes, own: Sequence[Measured], key: str, ends: tuple[float, float], searches: Sequence[CliffSearch]) -> None:
+def _draw_map(
+    axes: Axes, own: Sequence[Measured], key: str, ends: tuple[float, float], searches: Sequence[CliffSearch]
+) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -342,8 +396,21 @@ def _draw_map(axes: Axes, own: Sequence[Measured], key: str, ends: tuple[float, 
     axes.imshow(table, origin="lower", aspect="auto", cmap=colours, norm=norm)
     for (row, column), value in np.ndenumerate(table):
         if not np.isnan(value):
-            axes.text(column, row, _number(float(value)), ha="center", va="center", size=8, color="white" if norm(value) > 0.55 else INK)
-    axes.set(xticks=range(len(batches)), xticklabels=[f"{b:g}" for b in batches], yticks=range(len(prompts)), yticklabels=[f"{p:g}" for p in prompts])
+            axes.text(
+                column,
+                row,
+                _number(float(value)),
+                ha="center",
+                va="center",
+                size=8,
+                color="white" if norm(value) > 0.55 else INK,
+            )
+    axes.set(
+        xticks=range(len(batches)),
+        xticklabels=[f"{b:g}" for b in batches],
+        yticks=range(len(prompts)),
+        yticklabels=[f"{p:g}" for p in prompts],
+    )
     axes.grid(visible=False)
     axes.tick_params(length=0)
     hashes = {m.result.hashes.config: m for m in own}
@@ -366,10 +433,23 @@ def _mark_failed(axes: Axes, view: View, own: Sequence[Measured]) -> None:
     same: Cell = own[0].cell
     for result in view.found.results:
         cell = result.cell
-        alike = (cell.model, cell.quant, cell.weights, cell.output_tokens) == (same.model, same.quant, same.weights, same.output_tokens)
+        alike = (cell.model, cell.quant, cell.weights, cell.output_tokens) == (
+            same.model,
+            same.quant,
+            same.weights,
+            same.output_tokens,
+        )
         here = result.hashes.env == view.found.focus.machine.env
         if result.failure and here and alike and cell.batch_size in batches and cell.prompt_tokens in prompts:
-            axes.text(batches.index(cell.batch_size), prompts.index(cell.prompt_tokens), result.outcome, ha="center", va="center", size=7, color=GREY)
+            axes.text(
+                batches.index(cell.batch_size),
+                prompts.index(cell.prompt_tokens),
+                result.outcome,
+                ha="center",
+                va="center",
+                size=7,
+                color=GREY,
+            )
 
 
 def _points_of(view: View, key: str = RATE) -> list[tuple[Cell, Mapping[str, float]]]:
@@ -378,7 +458,13 @@ def _points_of(view: View, key: str = RATE) -> list[tuple[Cell, Mapping[str, flo
     found: list[tuple[Cell, Mapping[str, float]]] = []
     for m in view.cells:
         if at_focus(m, view.found.focus) and key in m.metrics:
-            named = {"model": view.name(m), "weights": "hub", "revision": "main", "trust_remote_code": False, "allow_pickle": False}
+            named = {
+                "model": view.name(m),
+                "weights": "hub",
+                "revision": "main",
+                "trust_remote_code": False,
+                "allow_pickle": False,
+            }
             named |= {"workload": "various"} if len(workloads) > 1 else {}
             found.append((dataclasses.replace(m.cell, **named), m.metrics))  # type: ignore[arg-type]
     order = view.models
@@ -389,7 +475,12 @@ def _models(view: View) -> Figure | str:
     points = _points_of(view)
     if len({cell.model for cell, _ in points}) < 2:
         return "it needs two models that were measured with the same batch size and prompt length"
-    keys = [RATE, TTFT, *(["latency/itl_ms_p50"] if any("latency/itl_ms_p50" in m for _, m in points) else []), memory_key(view.cells)]
+    keys = [
+        RATE,
+        TTFT,
+        *(["latency/itl_ms_p50"] if any("latency/itl_ms_p50" in m for _, m in points) else []),
+        memory_key(view.cells),
+    ]
     return _overview_figure(points, keys)
 
 
@@ -419,12 +510,24 @@ def _scatter(view: View) -> Figure | str:
     if len(own) < 2:
         return "it needs two cells with a known peak of memory"
     batches = sorted({m.cell.batch_size for m in own})
-    figure, (axes,) = _figure("Throughput against peak memory", f"left and up is better · larger dots: larger batches · {view.common}", (WIDTH, 5.2))
+    figure, (axes,) = _figure(
+        "Throughput against peak memory",
+        f"left and up is better · larger dots: larger batches · {view.common}",
+        (WIDTH, 5.2),
+    )
     for m in own:
         x, (y, low, high) = m.metrics[key] * 1e-9, with_interval(m, RATE) or (0.0, 0.0, 0.0)
         colour, size = COLOURS.get(m.cell.quant, BROWN), 4.5 + 1.6 * batches.index(m.cell.batch_size)
         axes.vlines(x, low, high, color=colour, linewidth=1.0)
-        axes.plot([x], [y], view.look(view.name(m))[1], color=colour, markersize=size, markeredgecolor="white", markeredgewidth=0.6)
+        axes.plot(
+            [x],
+            [y],
+            view.look(view.name(m))[1],
+            color=colour,
+            markersize=size,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+        )
     rates = [m.metrics[RATE] for m in own]
     if max(rates) > LOG_FROM * min(rates) > 0:
         axes.set_yscale("log")
@@ -432,17 +535,27 @@ def _scatter(view: View) -> Figure | str:
     else:
         axes.set_ylim(0, None)
     axes.set_xlim(0, None)
-    axes.set(xlabel=f"Peak {'device' if key == DEVICE_PEAK else 'host'} memory (GB)", ylabel="Throughput (output tokens/s)")
-    handles = [Line2D([], [], linestyle="", marker="o", color=COLOURS.get(quant, BROWN), label=quant) for quant in view.quants]
-    handles += [Line2D([], [], linestyle="", marker=view.look(model)[1], color=GREY, label=model) for model in view.models]
+    axes.set(
+        xlabel=f"Peak {'device' if key == DEVICE_PEAK else 'host'} memory (GB)", ylabel="Throughput (output tokens/s)"
+    )
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=COLOURS.get(quant, BROWN), label=quant) for quant in view.quants
+    ]
+    handles += [
+        Line2D([], [], linestyle="", marker=view.look(model)[1], color=GREY, label=model) for model in view.models
+    ]
     put_legend(figure, handles)
     return figure
 
 
 FIGURES: dict[str, Callable[[View], Figure | str]] = {
     "against_model_size": _against_size,
-    "against_batch_size": _against("batch_size", "Throughput and latency against batch size", "Batch size", "prompt_tokens"),
-    "against_prompt_length": _against("prompt_tokens", "Throughput and latency against prompt length", "Prompt tokens", "batch_size"),
+    "against_batch_size": _against(
+        "batch_size", "Throughput and latency against batch size", "Batch size", "prompt_tokens"
+    ),
+    "against_prompt_length": _against(
+        "prompt_tokens", "Throughput and latency against prompt length", "Prompt tokens", "batch_size"
+    ),
     "per_instance": _against(
         "batch_size",
         "Throughput of one instance against batch size",

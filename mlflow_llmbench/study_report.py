@@ -81,20 +81,37 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
     not_drawn = tuple(f"{chart_name(name).capitalize()}: {why}." for name, why in drawn.missing)
     refused = tuple(laws.pop("Not said", []))
     left_out = tuple(laws.pop("Left out", []))
-    environment = tuple((machine.name, tuple(f"{name}: {value}" for name, value in _environment(found, machine.env))) for machine in found.machines)
+    environment = tuple(
+        (machine.name, tuple(f"{name}: {value}" for name, value in _environment(found, machine.env)))
+        for machine in found.machines
+    )
     rest = tuple((title, _cut(lines)) for title, lines in laws.items() if title != "Laws")
     told = [
         Section("Findings", groups=tuple(found.sentences.items())),
         Section("The paper's claims", _claims_lead(found.claims), claims_table(found.claims)),
-        Section("Recommendations", _choices_lead(found), choices_table(found.choices) if found.choices else None, _cautions(found.choices)),
-        Section("Figures", " ".join(filter(None, [_figures_lead(found), found.focus.note])), figures=tuple(_pictures(drawn.figures))),
+        Section(
+            "Recommendations",
+            _choices_lead(found),
+            choices_table(found.choices) if found.choices else None,
+            _cautions(found.choices),
+        ),
+        Section(
+            "Figures",
+            " ".join(filter(None, [_figures_lead(found), found.focus.note])),
+            figures=tuple(_pictures(drawn.figures)),
+        ),
         Section("Laws", f"{METHOD} {_law_note(found)}", _law_table(found), rest, tuple(_pictures(drawn.laws))),
         Section("Machines", "", _across_table(found) if found.across else None),
         Section(
             "What is not said",
             "",
             None,
-            (("No data", not_said), ("Figures that are not drawn", not_drawn), ("Laws", refused), ("Cells left out", left_out)),
+            (
+                ("No data", not_said),
+                ("Figures that are not drawn", not_drawn),
+                ("Laws", refused),
+                ("Cells left out", left_out),
+            ),
         ),
         Section("Environment", "", None, environment),
     ]
@@ -112,7 +129,10 @@ def _law_table(found: Findings) -> Table | None:
     heading, body = law_cells(found.scaling)
     seen: Counter[str] = Counter()
     kept = []
-    for _, line in sorted(zip(found.scaling.laws, body, strict=True), key=lambda pair: not any(at_focus(m, found.focus) for m in pair[0].cells)):
+    for _, line in sorted(
+        zip(found.scaling.laws, body, strict=True),
+        key=lambda pair: not any(at_focus(m, found.focus) for m in pair[0].cells),
+    ):
         seen[line[0]] += 1
         if seen[line[0]] <= MOST_GROUPS:
             kept.append(line)
@@ -121,7 +141,11 @@ def _law_table(found: Findings) -> Table | None:
 
 def _law_note(found: Findings) -> str:
     counts = Counter(law.law.key for law in found.scaling.laws)
-    parts = [f"Of each law at most {MOST_GROUPS} groups of cells are shown."] if any(count > MOST_GROUPS for count in counts.values()) else []
+    parts = (
+        [f"Of each law at most {MOST_GROUPS} groups of cells are shown."]
+        if any(count > MOST_GROUPS for count in counts.values())
+        else []
+    )
     predicted = len(found.scaling.predictions)
     parts += [
         f"All of them, and predictions for {predicted} cells that were not measured, are in scaling/scaling.md."
@@ -160,7 +184,9 @@ def _claims_lead(claims: Sequence[Claim]) -> str:
 
 def claims_table(claims: Sequence[Claim]) -> Table:
     """The paper's claims beside what was measured."""
-    return Table(CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured, claim.verdict, claim.why) for claim in claims))
+    return Table(
+        CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured, claim.verdict, claim.why) for claim in claims)
+    )
 
 
 def _choices_lead(found: Findings) -> str:
@@ -172,7 +198,11 @@ def _choices_lead(found: Findings) -> str:
         for refusal in choice.found.refused
         if not refusal.missed and refusal.candidate.verdict.word == "suspect"
     }
-    left_out = f" {len(suspect)} suspect configurations are not recommended; --accept-suspect REASON takes them in." if suspect else ""
+    left_out = (
+        f" {len(suspect)} suspect configurations are not recommended; --accept-suspect REASON takes them in."
+        if suspect
+        else ""
+    )
     return (
         f"For prompts of {found.focus.prompt:g} tokens on {found.focus.machine.name}. Limits of memory and time to first token lie where half of the "
         f"configurations keep them; llmbench recommend takes limits of your own.{left_out}"
@@ -195,7 +225,10 @@ def _figures(one: Candidate) -> tuple[str, ...]:
     rate, first, gap = (one.metrics.get(key) for key in ("throughput/output_tokens_per_s", "latency/ttft_ms_p50", TPOT))
     low, high = (one.metrics.get(f"throughput/output_tokens_per_s_ci_{end}") for end in ("low", "high"))
     shown = (
-        "–" if rate is None else number_text(rate) + (f" ({number_text(low)} to {number_text(high)})" if low is not None and high is not None else "")
+        "–"
+        if rate is None
+        else number_text(rate)
+        + (f" ({number_text(low)} to {number_text(high)})" if low is not None and high is not None else "")
     )
     key = MEMORY.key(one.metrics)
     peak = figure(key, one.metrics[key]) if key else "–"
@@ -216,9 +249,15 @@ def _figures_lead(found: Findings) -> str:
 def _across_table(found: Findings) -> Table:
     body = []
     for one in found.across:
-        ends = f"{one.speed.low:.3g} to {one.speed.high:.3g}" if one.speed.low is not None and one.speed.high is not None else "–"
+        ends = (
+            f"{one.speed.low:.3g} to {one.speed.high:.3g}"
+            if one.speed.low is not None and one.speed.high is not None
+            else "–"
+        )
         body.append((one.name, one.first, one.second, f"{one.speed.value:.3g}", ends))
-    return Table(("configuration", "first", "second", "throughput, second ÷ first", "95 % interval"), tuple(body), frozenset({3}))
+    return Table(
+        ("configuration", "first", "second", "throughput, second ÷ first", "95 % interval"), tuple(body), frozenset({3})
+    )
 
 
 def study_markdown(found: Findings, drawn: Drawn) -> str:
@@ -243,7 +282,10 @@ def study_page(found: Findings, drawn: Drawn) -> str:
         content = [f"<p>{html(one.lead)}</p>" if one.lead else ""]
         content += [_table(_badged(one.table), _verdicts(one.table))] if one.table else []
         content += [f"<h3>{html(title)}</h3>{_list(map(html, lines))}" for title, lines in one.groups if lines]
-        pictures = (_chart(name, svg).replace("</figure>", f"{_note(caption)}</figure>") for name, _, svg, caption in one.figures)
+        pictures = (
+            _chart(name, svg).replace("</figure>", f"{_note(caption)}</figure>")
+            for name, _, svg, caption in one.figures
+        )
         content += [f'<div class="charts">{"".join(pictures)}</div>'] if one.figures else []
         parts.append(_section(one.title, *content))
     return document(found.title, parts)
@@ -263,7 +305,8 @@ def _verdicts(table: Table) -> list[tuple[str, list[str]]]:
     if table.heading != CLAIM_HEADING:
         return []
     cells = [
-        f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span><span class="why told">{html(line[-1])}</span>' for line in table.body
+        f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span><span class="why told">{html(line[-1])}</span>'
+        for line in table.body
     ]
     return [("verdict", cells)]
 
@@ -272,11 +315,20 @@ def format_study(found: Findings) -> str:
     """The study for a terminal: findings, claims, recommendations, what is not said. The files have laws and figures."""
     blocks = [headline(found)]
     blocks += ["\n".join([f"{title}:", *(f"- {line}" for line in lines)]) for title, lines in found.sentences.items()]
-    claims = [f"- {c.said} ({c.range}): {c.verdict}. {c.why if c.measured == '–' else f'{c.measured}.'}" for c in found.claims]
+    claims = [
+        f"- {c.said} ({c.range}): {c.verdict}. {c.why if c.measured == '–' else f'{c.measured}.'}" for c in found.claims
+    ]
     blocks.append("\n".join(["The paper's claims:", *claims]))
     if found.choices:
         table = choices_table(found.choices)
-        blocks.append("\n".join(["Recommendations:", *(f"- {line[0]}, {line[1]}: {line[2]} ({line[3]} tokens/s)" for line in table.body)]))
+        blocks.append(
+            "\n".join(
+                [
+                    "Recommendations:",
+                    *(f"- {line[0]}, {line[1]}: {line[2]} ({line[3]} tokens/s)" for line in table.body),
+                ]
+            )
+        )
     blocks.append("\n".join(["Not said:", *(f"- {what}: {why}." for what, why in found.not_said)]))
     return "\n\n".join(block for block in blocks if "\n" in block or block == blocks[0])
 
@@ -288,7 +340,11 @@ def study_json(found: Findings, missing: Sequence[tuple[str, str]]) -> dict[str,
         "headline": headline(found),
         "cells": len(found.cells),
         "machines": to_json(found.machines),
-        "comparison_shape": {"batch_size": found.focus.batch, "prompt_tokens": found.focus.prompt, "machine": found.focus.machine.name},
+        "comparison_shape": {
+            "batch_size": found.focus.batch,
+            "prompt_tokens": found.focus.prompt,
+            "machine": found.focus.machine.name,
+        },
         "findings": to_json(found.sentences),
         "claims": to_json(found.claims),
         "quantization": [
@@ -301,7 +357,12 @@ def study_json(found: Findings, missing: Sequence[tuple[str, str]]) -> dict[str,
             for e in found.effects
         ],
         "recommendations": [
-            {"model": c.model, "constraint": c.constraint, "winner": c.found.winner and _chosen(c.found.winner), "answer": answer(c.found)}
+            {
+                "model": c.model,
+                "constraint": c.constraint,
+                "winner": c.found.winner and _chosen(c.found.winner),
+                "answer": answer(c.found),
+            }
             for c in found.choices
         ],
         "across_machines": to_json(found.across),
@@ -311,4 +372,9 @@ def study_json(found: Findings, missing: Sequence[tuple[str, str]]) -> dict[str,
 
 
 def _chosen(one: Candidate) -> dict[str, Any]:
-    return {"name": one.name, "config_hash": one.result.hashes.config, "sweep": one.result.sweep, "memory_interval": interval(one, MEMORY)}
+    return {
+        "name": one.name,
+        "config_hash": one.result.hashes.config,
+        "sweep": one.result.sweep,
+        "memory_interval": interval(one, MEMORY),
+    }

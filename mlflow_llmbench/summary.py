@@ -17,7 +17,17 @@ from .metrics import STAGES
 from .online_summary import online_figures, ramp_steps, stream_figures
 from .quality import figures
 from .records import MemorySample, RequestRecord, RunResult, TextTimes
-from .repetitions import PER_REPETITION, RATES, mean_of, output_rate, process_count, requests, several_in_a_step, token_gaps, unit_values
+from .repetitions import (
+    PER_REPETITION,
+    RATES,
+    mean_of,
+    output_rate,
+    process_count,
+    requests,
+    several_in_a_step,
+    token_gaps,
+    unit_values,
+)
 from .stats import (
     block_bootstrap_interval,
     bootstrap_interval,
@@ -104,7 +114,11 @@ def _settings(result: RunResult) -> Iterator[tuple[str, float | None]]:
 def _memory(result: RunResult) -> dict[str, float | None]:
     stages = result.memory
     found: dict[str, float | None] = {}
-    for name, readings in (("host_rss_bytes", stages.host_rss), ("host_needed_bytes", stages.host_needed), ("device_bytes", stages.device)):
+    for name, readings in (
+        ("host_rss_bytes", stages.host_rss),
+        ("host_needed_bytes", stages.host_needed),
+        ("device_bytes", stages.device),
+    ):
         found |= {f"memory/{name}_{stage}": readings.get(stage) for stage in STAGES}
     found["memory/device_reserved_bytes_peak"] = stages.device_reserved_peak
     found["memory/predicted_bytes"] = result.predicted_bytes
@@ -128,7 +142,13 @@ def _latency(result: RunResult) -> dict[str, float | None]:
         "tpot_ms": [value for r in all_requests if (value := tpot_ms(r)) is not None],
         "e2e_ms": [e2e_ms(r) for r in all_requests],
     }
-    wanted = {"ttft_ms": (50, 90, 95, 99), "itl_ms": (50, 90, 95, 99), "icl_ms": (50, 95, 99), "tpot_ms": (50, 95), "e2e_ms": (50, 95, 99)}
+    wanted = {
+        "ttft_ms": (50, 90, 95, 99),
+        "itl_ms": (50, 90, 95, 99),
+        "icl_ms": (50, 95, 99),
+        "tpot_ms": (50, 95),
+        "e2e_ms": (50, 95, 99),
+    }
     found: dict[str, float | None] = {}
     for name, pool in pools.items():
         if not pool:
@@ -151,7 +171,9 @@ def _around_the_model(times: TextTimes, rows: int, e2e: float) -> dict[str, floa
 def _throughput(result: RunResult) -> dict[str, float | None]:
     """Rates, means over `units`; the interval and what the verdict rests on are over `units` too."""
     rates = {name: unit_values(result, rate) for name, rate in RATES.items()}
-    found: dict[str, float | None] = {f"throughput/{name}_tokens_per_s": fmean(values) for name, values in rates.items() if values}
+    found: dict[str, float | None] = {
+        f"throughput/{name}_tokens_per_s": fmean(values) for name, values in rates.items() if values
+    }
     found["trust/repetitions"] = len(result.repetitions)
     output = rates["output"]
     if output is None:
@@ -161,7 +183,10 @@ def _throughput(result: RunResult) -> dict[str, float | None]:
     interval = t_interval(output)
     if interval:
         # Student's interval knows nothing of the fact that a rate is positive.
-        found["throughput/output_tokens_per_s_ci_low"], found["throughput/output_tokens_per_s_ci_high"] = max(interval[0], 0.0), interval[1]
+        found["throughput/output_tokens_per_s_ci_low"], found["throughput/output_tokens_per_s_ci_high"] = (
+            max(interval[0], 0.0),
+            interval[1],
+        )
     found["trust/relative_half_width"] = relative_half_width(output)
     found["trust/cv_ratio"] = coefficient_of_variation(output)
     if result.price_per_hour is not None:
@@ -204,17 +229,26 @@ def statistics(result: RunResult) -> list[Statistics]:
             found.append(_statistics(key, unit, values, low, high, bootstrap_interval(values, "median")))
     gaps = [point.value for point in _token_series(result)]
     if gaps:
-        found.append(_statistics("steps/itl_ms", "tokens", gaps, None, None, block_bootstrap_interval(gaps, statistic="median")))
+        found.append(
+            _statistics("steps/itl_ms", "tokens", gaps, None, None, block_bootstrap_interval(gaps, statistic="median"))
+        )
     return found
 
 
 def _statistics(
-    key: str, what: str, values: Sequence[float], low: float | None, high: float | None, interval: tuple[float, float] | None
+    key: str,
+    what: str,
+    values: Sequence[float],
+    low: float | None,
+    high: float | None,
+    interval: tuple[float, float] | None,
 ) -> Statistics:
     several = len(values) > 1
     median_low, median_high = interval or (None, None)
     sd, deviation = (stdev(values), mad(values)) if several else (None, None)
-    return Statistics(key, what, len(values), fmean(values), median(values), sd, deviation, low, high, median_low, median_high)
+    return Statistics(
+        key, what, len(values), fmean(values), median(values), sd, deviation, low, high, median_low, median_high
+    )
 
 
 def statistics_cells(result: RunResult) -> tuple[list[str], list[list[str]]]:
@@ -229,7 +263,10 @@ def statistics_cells(result: RunResult) -> tuple[list[str], list[list[str]]]:
     heading = ["metric", "values", "mean", "95 % interval (t)", "median", "95 % interval (bootstrap)", "sd", "MAD"]
     body = []
     for s in statistics(result):
-        means, medians = [text(s.mean), interval(s.mean_low, s.mean_high)], [text(s.median), interval(s.median_low, s.median_high)]
+        means, medians = (
+            [text(s.mean), interval(s.mean_low, s.mean_high)],
+            [text(s.median), interval(s.median_low, s.median_high)],
+        )
         counted = f"{s.n} {s.values}" if s.n > 1 else f"1 {s.values.removesuffix('s')}"
         body.append([s.key, counted, *means, *medians, text(s.sd), text(s.mad)])
     return heading, body
@@ -253,7 +290,11 @@ def series(result: RunResult) -> list[Point]:
         rate = output_rate(repetition)
         points += [] if rate is None else [Point("steps/output_tokens_per_s", step, rate, wall)]
     points += _token_series(result)
-    points += [Point(f"steps/turn_{name}", turn.number, value, result.ended_ms) for turn in turns_of(result) for name, value in turn.values().items()]
+    points += [
+        Point(f"steps/turn_{name}", turn.number, value, result.ended_ms)
+        for turn in turns_of(result)
+        for name, value in turn.values().items()
+    ]
     points += [Point(key, step, value, result.ended_ms) for key, step, value in ramp_steps(result)]
     points += _memory_series(result)
     for key, values in (("itl_ms", token_gaps(result)), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):
@@ -276,7 +317,9 @@ class Turn:
 
     def values(self) -> dict[str, float]:
         """The figures by name, those that are known."""
-        return {name: value for name, value in vars(self).items() if name not in ("number", "count") and value is not None}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("number", "count") and value is not None
+        }
 
 
 def turns_of(result: RunResult) -> list[Turn]:
@@ -290,12 +333,15 @@ def turns_of(result: RunResult) -> list[Turn]:
     told = result.cell.history != "sent" or any(r.cached_tokens is not None for r in requests(result))
     return [
         Turn(
-            number, len(column), mean_of([r.prompt_tokens for r in column if r.prompt_tokens is not None]),
+            number,
+            len(column),
+            mean_of([r.prompt_tokens for r in column if r.prompt_tokens is not None]),
             mean_of([r.prefilled_tokens for r in column if r.prefilled_tokens is not None]) if told else None,
-            median(map(ttft_ms, column)), median(map(e2e_ms, column)),
+            median(map(ttft_ms, column)),
+            median(map(e2e_ms, column)),
         )
         for number, column in sorted(columns.items())
-    ]  # fmt: skip
+    ]
 
 
 def _token_series(result: RunResult) -> Iterator[Point]:
@@ -322,4 +368,9 @@ def _memory_series(result: RunResult) -> Iterator[Point]:
         largest: MemorySample = max(part, key=lambda s: s.rss)
         yield Point("steps/host_rss_bytes", step // stride + 1, largest.rss, to_wall + largest.t_ns // 1_000_000)
         if largest.device is not None:
-            yield Point("steps/device_bytes", step // stride + 1, max(s.device or 0 for s in part), to_wall + largest.t_ns // 1_000_000)
+            yield Point(
+                "steps/device_bytes",
+                step // stride + 1,
+                max(s.device or 0 for s in part),
+                to_wall + largest.t_ns // 1_000_000,
+            )

@@ -156,11 +156,21 @@ def run_worker(
     """
     outcome = GroupOutcome(environment=environment)
     threads = cells[0].threads or machine.physical_cores()
-    job = {"task": task, "cells": to_json(cells), "model": to_json(model), "folders": [str(f) for f in folders], "threads": threads}
+    job = {
+        "task": task,
+        "cells": to_json(cells),
+        "model": to_json(model),
+        "folders": [str(f) for f in folders],
+        "threads": threads,
+    }
     job |= {"quality": quality, "searches": more is not None, "training": training}
     failure: LlmbenchError | None = None
-    process = _start(cells[0], log_file, _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0]))
-    watch = _Watch(process, outcome, limits or Limits(), on_event, watches_memory=cells[0].scenario != "online", more=more)
+    process = _start(
+        cells[0], log_file, _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0])
+    )
+    watch = _Watch(
+        process, outcome, limits or Limits(), on_event, watches_memory=cells[0].scenario != "online", more=more
+    )
     try:
         assert process.stdin
         process.stdin.write((json.dumps(job) + "\n").encode())
@@ -229,8 +239,11 @@ def _start(cell: Cell, log_file: Path, variables: Mapping[str, str]) -> subproce
     with log_file.open("ab") as log:
         return subprocess.Popen(
             [interpreter.command(cell.worker_python), "-m", "mlflow_llmbench.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=variables,
+        )
 
 
 def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
@@ -238,13 +251,20 @@ def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
 
     A server that it is to launch inherits it, may download, and has as many threads as it takes by itself.
     """
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     if cell.launch:
         told = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         return interpreter.variables(None, {**worker_environment(os.environ, downloads=True), **told})
     key = {name: value for name, value in os.environ.items() if cell.url and name == "OPENAI_API_KEY"}
     counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return interpreter.variables(cell.worker_python, {**worker_environment(os.environ, downloads), **key, **quiet, **counts})
+    return interpreter.variables(
+        cell.worker_python, {**worker_environment(os.environ, downloads), **key, **quiet, **counts}
+    )
 
 
 @dataclass

@@ -38,7 +38,9 @@ MOST_CELLS = 5000
 MOST_LOSSES = 3
 """How often a cell is given to another machine of a cluster because the one before was lost."""
 
-MIXED = "Its processes ran on nodes that are not alike, which makes no result. Run it again, or on nodes that are alike."
+MIXED = (
+    "Its processes ran on nodes that are not alike, which makes no result. Run it again, or on nodes that are alike."
+)
 UNREACHED = "The command ended before this cell was measured."
 
 
@@ -85,7 +87,13 @@ class _Sweep:
     related: Relations = field(default_factory=Relations)
 
 
-def run(*, tracking_uri: str | None = None, experiment: str | None = None, watcher: Watcher | None = None, **parameters: object) -> SweepResult:
+def run(
+    *,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+    **parameters: object,
+) -> SweepResult:
     """Measure one configuration, or a sweep where a parameter has several values.
 
     `parameters` have the names, values and defaults of the vocabulary (`model="opt-125m", quant="int8,int4"`, or a list).
@@ -110,24 +118,38 @@ def run(*, tracking_uri: str | None = None, experiment: str | None = None, watch
 
 
 def run_sides(
-    spec: BenchSpec, cells: Sequence[Cell], names: Sequence[str], store: tuple[str | None, str | None], watcher: Watcher | None = None
+    spec: BenchSpec,
+    cells: Sequence[Cell],
+    names: Sequence[str],
+    store: tuple[str | None, str | None],
+    watcher: Watcher | None = None,
 ) -> SweepResult:
     """Measure cells that are no product of lists, each in processes of its own, in turns: A B, then B A, then A B, …
 
     `spec` holds the parameters of all of them; `store` is a tracking URI and an experiment. Two cells may be the same.
     """
     model_of = resolve_models([(cell,) for cell in cells])
-    sweep = _prepare(spec, cells, names, model_of, {}, store, " against ".join(names), watcher or Silent(), Here(spec.options))
+    sweep = _prepare(
+        spec, cells, names, model_of, {}, store, " against ".join(names), watcher or Silent(), Here(spec.options)
+    )
     sweep.groups = [[job] for job in sweep.jobs]
     return _drive(sweep)
 
 
-def run_in(place: Place, spec: BenchSpec, model: ModelFacts, store: tuple[str | None, str | None], watcher: Watcher | None = None) -> SweepResult:
+def run_in(
+    place: Place,
+    spec: BenchSpec,
+    model: ModelFacts,
+    store: tuple[str | None, str | None],
+    watcher: Watcher | None = None,
+) -> SweepResult:
     """Measure a specification of one model that is known, in a place that is given."""
     cells = expand(spec)
     names = [plan.cell_name(cell, spec.varied) for cell in cells]
     parent_name = plan.sweep_name(spec) if len(cells) > 1 else None
-    sweep = _prepare(spec, cells, names, dict.fromkeys(cells, model), {}, store, parent_name, watcher or Silent(), place)
+    sweep = _prepare(
+        spec, cells, names, dict.fromkeys(cells, model), {}, store, parent_name, watcher or Silent(), place
+    )
     by_cell = {job.cell: job for job in sweep.jobs}
     sweep.groups = [[by_cell[cell] for cell in group.cells] for group in plan.group_cells(cells)]
     return _drive(sweep)
@@ -141,7 +163,9 @@ def expand(spec: BenchSpec) -> list[Cell]:
     return cells
 
 
-def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here", lacking: dict[Cell, str] | None = None) -> dict[Cell, ModelFacts]:
+def resolve_models(
+    groups: Sequence[Sequence[Cell]], on: str = "here", lacking: dict[Cell, str] | None = None
+) -> dict[Cell, ModelFacts]:
     """The model of each cell. Raises UsageError if no cell at all fits its model's context; single ones are refused one by one.
 
     `lacking`, where given, takes what this machine lacks for a quantization (a package), for each of its cells, instead of an error.
@@ -162,7 +186,9 @@ def resolve_models(groups: Sequence[Sequence[Cell]], on: str = "here", lacking: 
 
     facts = [resolve(group) for group in groups]
     model_of = {cell: model for group, model in zip(groups, facts, strict=True) for cell in group}
-    messages = [estimate.beyond_context(cell, model) or estimate.contradiction(cell) for cell, model in model_of.items()]
+    messages = [
+        estimate.beyond_context(cell, model) or estimate.contradiction(cell) for cell, model in model_of.items()
+    ]
     if all(messages):
         raise UsageError(str(messages[0]))
     return model_of
@@ -174,11 +200,15 @@ def _refuse_unknown_paths(cell: Cell) -> None:
     if cell.decode not in known.decodes:
         raise UsageError(f"backend={cell.backend} has no decode={cell.decode}. Use decode={','.join(known.decodes)}.")
     if cell.history in ("recomputed", "kept") and not known.conversations:
-        raise UsageError(f"backend={cell.backend} cannot be measured turn by turn with history={cell.history}. Use history=none.")
+        raise UsageError(
+            f"backend={cell.backend} cannot be measured turn by turn with history={cell.history}. Use history=none."
+        )
     if cell.batching == "continuous" and not known.continuous:
         raise UsageError(f"backend={cell.backend} has no batching=continuous. Use batching=static or dynamic.")
     if cell.kv_cache is not None and cell.kv_cache not in known.kv_caches:
-        raise UsageError(f"backend={cell.backend} has no kv_cache={cell.kv_cache}. Use kv_cache={','.join(['auto', *known.kv_caches])}.")
+        raise UsageError(
+            f"backend={cell.backend} has no kv_cache={cell.kv_cache}. Use kv_cache={','.join(['auto', *known.kv_caches])}."
+        )
 
 
 def _open_place(spec: BenchSpec, watcher: Watcher) -> Place:
@@ -340,7 +370,9 @@ def _tell(sweep: _Sweep, group: Group, event: Mapping[str, Any]) -> None:
 
 def _search(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> Job | None:
     """The next cell of a search by what a worker has measured, as a job that joins its group; None when the search has ended."""
-    here = [dataclasses.replace(job, attempts=[(outcome, own)]) for own, job in enumerate(group) if own in outcome.measured]
+    here = [
+        dataclasses.replace(job, attempts=[(outcome, own)]) for own, job in enumerate(group) if own in outcome.measured
+    ]
     results = [jobs.measured_result(job, sweep.spec, sweep.place.environment) for job in here]
     cell = goodput.next_cell(results, sweep.spec.options.attainment)
     if cell is None:
@@ -349,8 +381,15 @@ def _search(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> Job | None:
     sweep.spec = sweep.ledger.spec = dataclasses.replace(sweep.spec, axes={**sweep.spec.axes, "request_rate": rates})
     name, prompts = plan.cell_name(cell, sweep.spec.varied), {cell.workload: load_prompts(cell.workload)}
     [job] = jobs.make_jobs(
-        sweep.spec, [cell], [name], {cell: group[0].model}, prompts, sweep.place.environment, sweep.place.room, sweep.folder
-    )  # fmt: skip
+        sweep.spec,
+        [cell],
+        [name],
+        {cell: group[0].model},
+        prompts,
+        sweep.place.environment,
+        sweep.place.room,
+        sweep.folder,
+    )
     job.started_ms = int(time.time() * 1000)
     sweep.jobs.append(job)
     cast(list[Job], group).append(job)
@@ -389,14 +428,26 @@ def _lose(sweep: _Sweep, left: Sequence[Job], error: NodeLost) -> None:
     for job in left:
         job.lost += 1
         if job.lost > MOST_LOSSES:
-            _fail(sweep, job, "crashed", Failure("measuring", f"{error} It was the last of {job.lost} that were lost with this cell."))
+            _fail(
+                sweep,
+                job,
+                "crashed",
+                Failure("measuring", f"{error} It was the last of {job.lost} that were lost with this cell."),
+            )
 
 
 def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
     """The jobs that are worth trying; those that need at least what another one did not get become `skipped`."""
     left = []
     for job in waiting:
-        smaller = next((one for one in sweep.failed if plan.needs_no_less(job.cell, one[0], of_any_shape=one[2], of_time=one[1] == "timeout")), None)
+        smaller = next(
+            (
+                one
+                for one in sweep.failed
+                if plan.needs_no_less(job.cell, one[0], of_any_shape=one[2], of_time=one[1] == "timeout")
+            ),
+            None,
+        )
         if smaller is None:
             left.append(job)
             continue
@@ -405,7 +456,12 @@ def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
             if smaller[2]
             else f"batch_size={smaller[0].batch_size} with {smaller[0].prompt_tokens or 'auto'} + {smaller[0].output_tokens} tokens"
         )
-        _fail(sweep, job, "skipped", Failure("planning", f"Not tried: {what} ended with {smaller[1]}, and this cell needs no less."))
+        _fail(
+            sweep,
+            job,
+            "skipped",
+            Failure("planning", f"Not tried: {what} ended with {smaller[1]}, and this cell needs no less."),
+        )
     return left
 
 
@@ -429,7 +485,9 @@ def _succeed(sweep: _Sweep, job: Job, draw: bool = True) -> None:
     _keep(sweep, job, jobs.measured_result(job, sweep.spec, sweep.place.environment), draw)
 
 
-def _fail(sweep: _Sweep, job: Job, word: str, failure: Failure, outcome: GroupOutcome | None = None, draw: bool = True) -> None:
+def _fail(
+    sweep: _Sweep, job: Job, word: str, failure: Failure, outcome: GroupOutcome | None = None, draw: bool = True
+) -> None:
     sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
     sweep.watcher.note(f"{job.name}: {word}: {failure.message}")
     _keep(sweep, job, jobs.failed_result(job, sweep.spec, sweep.place.environment, word, failure, outcome), draw)

@@ -69,7 +69,9 @@ def _read(path: str, changed_ns: int, size: int) -> Recording:
         at_ms, prompt, output = _parse(line, f"{path}, line {number},")
         first = first if found else at_ms
         if found and at_ms < last:
-            raise UsageError(f"{path}, line {number}, goes back in time: {at_ms:g} ms after {last:g} ms. Sort the lines by timestamp.")
+            raise UsageError(
+                f"{path}, line {number}, goes back in time: {at_ms:g} ms after {last:g} ms. Sort the lines by timestamp."
+            )
         last = at_ms
         found.append(Recorded(round((at_ms - first) * 1e6), prompt, output))
     if not found:
@@ -83,9 +85,13 @@ def _parse(line: str, where: str) -> tuple[float, int, int]:
         data = json.loads(line)
         at, prompt, output = (data[name] for name in ("timestamp", "input_length", "output_length"))
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UsageError(f"{where} is not a request of a trace: {redact(line)[:60]}. Write {FORM} on each line.") from None
+        raise UsageError(
+            f"{where} is not a request of a trace: {redact(line)[:60]}. Write {FORM} on each line."
+        ) from None
     timed = isinstance(at, int | float) and not isinstance(at, bool) and 0 <= at < 1e15
-    if not timed or not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MOST_TOKENS for n in (prompt, output)):
+    if not timed or not all(
+        isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MOST_TOKENS for n in (prompt, output)
+    ):
         raise UsageError(
             f"{where} has a time that is no number of milliseconds from 0, or a length that is no number of tokens from 1: {redact(line)[:60]}."
         )

@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 DEFAULT_EXPERIMENT = "llmbench"
-HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
+HTTP_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
 """A dead server blocks mlflow's client for 246 s with its own defaults; whoever sets these variables is left alone."""
 
 PROBE_S = 2.0
@@ -86,7 +90,9 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
     import mlflow
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints a traceback for each error that we tell in a line
+    logging.getLogger("mlflow.store.db.utils").setLevel(
+        logging.CRITICAL
+    )  # it prints a traceback for each error that we tell in a line
     with _plain_errors(uri):
         if uri:
             mlflow.set_tracking_uri(uri)
@@ -112,7 +118,9 @@ def answers(address: str) -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # then it is there, and its first use tells best what is wrong with it
+        return isinstance(
+            error.reason, ssl.SSLError
+        )  # then it is there, and its first use tells best what is wrong with it
     except (OSError, http.client.HTTPException, ValueError) as error:
         return isinstance(error, ValueError | http.client.HTTPException)
 
@@ -128,7 +136,9 @@ def _given_run(client: MlflowClient, run_id: str, own: str | None) -> Run:
             f"MLFLOW_RUN_ID names the run {run_id}, which is not there: {first_line(error)}. Unset it, or name a run of this store."
         ) from None
     if run_id != own and ("llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags):
-        raise TrackingError(f"MLFLOW_RUN_ID names the run {run_id}, which holds a result already. Unset it, or name a new run.")
+        raise TrackingError(
+            f"MLFLOW_RUN_ID names the run {run_id}, which holds a result already. Unset it, or name a new run."
+        )
     for key, value in run.data.tags.items():
         if redact(value) != value:  # `mlflow run` notes the address of the git remote as it is, its token included
             client.set_tag(run_id, key, redact(value))
@@ -139,7 +149,9 @@ def _experiment_id(client: MlflowClient, wanted: str | None) -> str:
     """The experiment by parameter, MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, else `llmbench`; made if it is not there."""
     name = wanted or os.environ.get("MLFLOW_EXPERIMENT_NAME")
     identifier = None if name else os.environ.get("MLFLOW_EXPERIMENT_ID")
-    found = client.get_experiment(identifier) if identifier else client.get_experiment_by_name(name or DEFAULT_EXPERIMENT)
+    found = (
+        client.get_experiment(identifier) if identifier else client.get_experiment_by_name(name or DEFAULT_EXPERIMENT)
+    )
     if found is None:
         return str(client.create_experiment(name or DEFAULT_EXPERIMENT))
     if found.lifecycle_stage == "deleted":
@@ -166,7 +178,9 @@ def _undisturbed(address: str) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)  # no lock file of ours stays behind
+                folder = os.open(
+                    os.path.dirname(os.path.abspath(path)), os.O_RDONLY
+                )  # no lock file of ours stays behind
                 stack.callback(os.close, folder)
                 fcntl.flock(folder, fcntl.LOCK_EX)
             yield
@@ -210,7 +224,9 @@ def _agreed_params(store: Store, run_id: str, params: Mapping[str, str], otherwi
     return there
 
 
-def begin_run(store: Store, name: str, identity: Mapping[str, str], parent_id: str | None = None, started_ms: int | None = None) -> str:
+def begin_run(
+    store: Store, name: str, identity: Mapping[str, str], parent_id: str | None = None, started_ms: int | None = None
+) -> str:
     """The id of a RUNNING run: the one that the environment gave (top level only), or a new one. Raises TrackingError.
 
     `identity` are tags, without their prefix, by which the run is found again: `sweep`, and for a cell `cell` and `config_hash`.
@@ -279,7 +295,9 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
     note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
     log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
-    log_metrics(store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result))
+    log_metrics(
+        store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result)
+    )
     _log_workload(store, run_id, result)
     _log_artifacts(store, run_id, artifacts)
     store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last: what was cut off in the middle must be found again
@@ -290,7 +308,11 @@ def _linked(store: Store, result: RunResult) -> str:
     if not result.linked:
         return ""
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(result.started_ms / 1000))
-    where = f"run [{result.linked}](#/experiments/{store.experiment_id}/runs/{result.linked})" if RUN_ID.fullmatch(result.linked) else result.linked
+    where = (
+        f"run [{result.linked}](#/experiments/{store.experiment_id}/runs/{result.linked})"
+        if RUN_ID.fullmatch(result.linked)
+        else result.linked
+    )
     return f"Measured on {when} in {where}, with the same configuration, environment and workload, and not again; `rerun=true` measures again.\n\n"
 
 
@@ -304,9 +326,13 @@ def find_measured(store: Store, hashes: Hashes) -> list[str]:
         "verdict": "valid",
         "schema": str(SCHEMA),
     }
-    clauses = [f"tags.`llmbench.{key}` = '{value}'" for key, value in wanted.items()] + [f"tags.`{UPLOADED_TAG}` = 'true'"]
+    clauses = [f"tags.`llmbench.{key}` = '{value}'" for key, value in wanted.items()] + [
+        f"tags.`{UPLOADED_TAG}` = 'true'"
+    ]
     experiments = [e.experiment_id for e in store.client.search_experiments()]
-    found = store.client.search_runs(experiments, " and ".join(clauses), order_by=["attributes.start_time DESC"], max_results=5)
+    found = store.client.search_runs(
+        experiments, " and ".join(clauses), order_by=["attributes.start_time DESC"], max_results=5
+    )
     return [str(run.info.run_id) for run in found]
 
 
@@ -365,14 +391,22 @@ def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
 
     cell = result.cell
     own_file = cell.workload not in WORKLOADS
-    source = {"uri": redact(cell.workload)} if own_file else {"tags": {"mlflow.source.name": f"mlflow_llmbench/workloads: {cell.workload}"}}
+    source = (
+        {"uri": redact(cell.workload)}
+        if own_file
+        else {"tags": {"mlflow.source.name": f"mlflow_llmbench/workloads: {cell.workload}"}}
+    )
     lengths = {name: as_text(name, getattr(cell, name)) for name in ("prompt_tokens", "output_tokens")}
     name = redact(Path(cell.workload).stem if own_file else cell.workload)
-    prompts = Dataset(name, result.hashes.workload, "local" if own_file else "code", json.dumps(source), profile=json.dumps(lengths))
+    prompts = Dataset(
+        name, result.hashes.workload, "local" if own_file else "code", json.dumps(source), profile=json.dumps(lengths)
+    )
     store.client.log_inputs(run_id, [DatasetInput(prompts, [InputTag("mlflow.data.context", "benchmark")])])
 
 
-def log_dataset(store: Store, run_id: str, name: str, digest: str, uri: str, context: str, profile: Mapping[str, object]) -> None:
+def log_dataset(
+    store: Store, run_id: str, name: str, digest: str, uri: str, context: str, profile: Mapping[str, object]
+) -> None:
     """Data of a run that is no workload, such as what it was trained on; the texts themselves stay where they are. Repeating it changes nothing."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -380,7 +414,9 @@ def log_dataset(store: Store, run_id: str, name: str, digest: str, uri: str, con
     store.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
 
 
-def upload_parent(store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path, figures: Sequence[Point] = ()) -> None:
+def upload_parent(
+    store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path, figures: Sequence[Point] = ()
+) -> None:
     """The parent of a sweep: what was asked, the comparison as description and artifacts, and figures of the whole."""
     log_params(store, run_id, params)
     log_metrics(store, run_id, figures)
@@ -456,15 +492,21 @@ def require_run(store: Store, run_id: str) -> None:
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-            raise TrackingError(f"There is no run {run_id} in the MLflow store {without_user(store.uri)}. Give the id of one of its runs.") from None
+            raise TrackingError(
+                f"There is no run {run_id} in the MLflow store {without_user(store.uri)}. Give the id of one of its runs."
+            ) from None
 
 
 def find_tagged(store: Store, identity: Mapping[str, str]) -> str | None:
     """The newest whole run with these tags of ours, named without their prefix, in any experiment; None if there is none."""
     with _plain_errors(store.uri):
-        clauses = [f"tags.`llmbench.{name}` = '{value}'" for name, value in identity.items()] + [f"tags.`{UPLOADED_TAG}` = 'true'"]
+        clauses = [f"tags.`llmbench.{name}` = '{value}'" for name, value in identity.items()] + [
+            f"tags.`{UPLOADED_TAG}` = 'true'"
+        ]
         experiments = [e.experiment_id for e in store.client.search_experiments()]
-        found = store.client.search_runs(experiments, " and ".join(clauses), order_by=["attributes.start_time DESC"], max_results=1)
+        found = store.client.search_runs(
+            experiments, " and ".join(clauses), order_by=["attributes.start_time DESC"], max_results=1
+        )
         return str(found[0].info.run_id) if found else None
 
 

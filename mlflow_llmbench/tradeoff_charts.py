@@ -33,9 +33,13 @@ LEAST_SPOKES = 3
 Names = Mapping[str, str]
 
 SPOKES = (
-    ("throughput", RATE, True), ("first token", TTFT, False), ("decoding", TPOT, False), ("memory", "", False), ("energy", ENERGY, False),
+    ("throughput", RATE, True),
+    ("first token", TTFT, False),
+    ("decoding", TPOT, False),
+    ("memory", "", False),
+    ("energy", ENERGY, False),
     ("quality", TOP1, True),
-)  # fmt: skip
+)
 """Radar: the axis, its metric (memory: the peak), and whether more is better."""
 
 
@@ -71,17 +75,26 @@ def _quantization(found: Findings, names: Names) -> Figure | str:
         found.focus.machine.name,
     ]
     size = max(WIDTH, 3.6 * columns), 1.3 + rows * max(1.8, 0.6 + 0.27 * len(kept))
-    figure, panels = _figure("Throughput of quantizations relative to the reference", " · ".join(filter(None, notes)), size, (rows, columns))
+    figure, panels = _figure(
+        "Throughput of quantizations relative to the reference", " · ".join(filter(None, notes)), size, (rows, columns)
+    )
     for number, (axes, model) in enumerate(zip(panels, models, strict=False)):
         _draw_ratios(axes, [e for e in own if names[e.measured.result.hashes.config] == model], kept)
-        axes.set(title=textwrap.shorten(model, 40, placeholder="…"), ylabel="Batch × prompt tokens" if number % columns == 0 else "")
+        axes.set(
+            title=textwrap.shorten(model, 40, placeholder="…"),
+            ylabel="Batch × prompt tokens" if number % columns == 0 else "",
+        )
         axes.set_xlabel("Throughput ÷ reference" if number + columns >= len(models) else "")
     for axes in panels[len(models) :]:
         axes.remove()
     top = max(1.1, *(axes.get_xlim()[1] for axes in panels[: len(models)]))
     for axes in panels[: len(models)]:
         axes.set_xlim(0, top)
-    handles = {label: handle for axes in panels[: len(models)] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axes in panels[: len(models)]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     _put_legend(figure, list(handles.values()))
     return figure
 
@@ -96,9 +109,19 @@ def _draw_ratios(axes: Axes, own: Sequence[QuantEffect], shapes: Sequence[tuple[
         if _shape(effect.measured) not in shapes:
             continue
         shift = 0.22 * (quants.index(effect.quant) - (len(quants) - 1) / 2) if effect.quant in quants else 0.0
-        _draw_ratio(axes, shapes.index(_shape(effect.measured)) - shift, effect.speed, COLOURS.get(effect.quant, BROWN), effect.quant)
+        _draw_ratio(
+            axes,
+            shapes.index(_shape(effect.measured)) - shift,
+            effect.speed,
+            COLOURS.get(effect.quant, BROWN),
+            effect.quant,
+        )
     axes.axvline(1.0, color=INK, linewidth=1.0, zorder=1)
-    axes.set(yticks=range(len(shapes)), yticklabels=[f"{batch} × {prompt:g}" for prompt, batch in shapes], ylim=(-0.6, len(shapes) - 0.4))
+    axes.set(
+        yticks=range(len(shapes)),
+        yticklabels=[f"{batch} × {prompt:g}" for prompt, batch in shapes],
+        ylim=(-0.6, len(shapes) - 0.4),
+    )
     axes.grid(visible=True, axis="x")
 
 
@@ -112,11 +135,21 @@ def _radar(found: Findings, names: Names) -> Figure | str:
     """Quantizations of each model at the shape of comparison; on every axis the best of the model is 1, and further out is better."""
     order = list(COLOURS)
     here = [m for m in found.focus.cells if at_focus(m, found.focus)]
-    own = sorted(here, key=lambda m: (m.variable("parameters") or 0.0, order.index(m.cell.quant) if m.cell.quant in order else len(order)))
+    own = sorted(
+        here,
+        key=lambda m: (
+            m.variable("parameters") or 0.0,
+            order.index(m.cell.quant) if m.cell.quant in order else len(order),
+        ),
+    )
     groups: dict[str, list[Measured]] = {}
     for measured in own:
         groups.setdefault(names[measured.result.hashes.config], []).append(measured)
-    groups = {name: cells for name, cells in groups.items() if len({m.cell.quant for m in cells}) > 1 and len(_spokes(cells)) >= LEAST_SPOKES}
+    groups = {
+        name: cells
+        for name, cells in groups.items()
+        if len({m.cell.quant for m in cells}) > 1 and len(_spokes(cells)) >= LEAST_SPOKES
+    }
     if not groups:
         return "it needs two quantizations of one model, measured with the same batch size and prompt length"
     columns = min(3, len(groups))
@@ -127,13 +160,19 @@ def _radar(found: Findings, names: Names) -> Figure | str:
         "quality: top-1 agreement as it is" if quality else "quality not measured",
     ]
     size = max(WIDTH, 3.7 * columns), 1.2 + 3.4 * rows
-    figure, panels = _figure("Trade-offs of quantization", " · ".join([*notes, _where(found)]), size, (rows, columns), polar=True)
+    figure, panels = _figure(
+        "Trade-offs of quantization", " · ".join([*notes, _where(found)]), size, (rows, columns), polar=True
+    )
     for axes, (name, cells) in zip(panels, groups.items(), strict=False):
         _draw_radar(axes, cells)
         axes.set_title(textwrap.shorten(name, 40, placeholder="…"), pad=16)
     for axes in panels[len(groups) :]:
         axes.remove()
-    handles = {label: handle for axes in panels[: len(groups)] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axes in panels[: len(groups)]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     _put_legend(figure, list(handles.values()))
     return figure
 
@@ -151,10 +190,15 @@ def _spokes(cells: Sequence[Measured]) -> dict[str, list[float]]:
     found = {}
     for name, key, more in SPOKES:
         keys = [key] if key else [DEVICE_PEAK] if all(DEVICE_PEAK in m.metrics for m in cells) else [HOST_PEAK]
-        values = [m.metrics.get(keys[0], 1.0 if key == TOP1 and m.cell.quant in REFERENCES and _is_judged(cells) else None) for m in cells]
+        values = [
+            m.metrics.get(keys[0], 1.0 if key == TOP1 and m.cell.quant in REFERENCES and _is_judged(cells) else None)
+            for m in cells
+        ]
         known = [value for value in values if value is not None and value > 0]
         if len(known) == len(cells):
-            found[name] = known if key == TOP1 else [value / max(known) if more else min(known) / value for value in known]
+            found[name] = (
+                known if key == TOP1 else [value / max(known) if more else min(known) / value for value in known]
+            )
     return found
 
 
@@ -168,7 +212,15 @@ def _draw_radar(axes: Axes, cells: Sequence[Measured]) -> None:
     for number, measured in enumerate(cells):
         values = [spokes[name][number] for name in spokes]
         colour = COLOURS.get(measured.cell.quant, BROWN)
-        axes.plot([*angles, angles[0]], [*values, values[0]], "o-", color=colour, linewidth=1.5, markersize=3.5, label=measured.cell.quant)
+        axes.plot(
+            [*angles, angles[0]],
+            [*values, values[0]],
+            "o-",
+            color=colour,
+            linewidth=1.5,
+            markersize=3.5,
+            label=measured.cell.quant,
+        )
         axes.fill(angles, values, color=colour, alpha=0.08)
     axes.set(ylim=(0, 1.05), yticks=(0.25, 0.5, 0.75, 1.0))
     axes.set_yticklabels(("", "0.5", "", "1"), size=7, color=GREY)
@@ -188,13 +240,19 @@ def _cost(found: Findings, names: Names) -> Figure | str:
     best: dict[tuple[str, str, str], Measured] = {}
     for measured in found.cells:
         key = (measured.result.hashes.env, describe(measured.cell, ["model"]), measured.cell.quant)
-        if key[0] in prices and RATE in measured.metrics and (key not in best or measured.metrics[RATE] > best[key].metrics[RATE]):
+        if (
+            key[0] in prices
+            and RATE in measured.metrics
+            and (key not in best or measured.metrics[RATE] > best[key].metrics[RATE])
+        ):
             best[key] = measured
     if not best:
         return "no price was given; give --price with money per hour"
     rows = sorted(best.items(), key=lambda row: row[1].metrics[RATE] / (prices[row[0][0]].price or 1.0))[-MOST_ROWS:]
     subtitle = "the best batch size of each, in brackets · lines: 95 % intervals"
-    figure, (axes,) = _figure("Tokens per unit of money, by hardware", subtitle, (WIDTH + 2, 1.5 + 0.32 * len(rows)), legend=False)
+    figure, (axes,) = _figure(
+        "Tokens per unit of money, by hardware", subtitle, (WIDTH + 2, 1.5 + 0.32 * len(rows)), legend=False
+    )
     for y, ((env, _, quant), measured) in enumerate(rows):
         scale = 3600e-6 / (prices[env].price or 1.0)
         value, low, high = with_interval(measured, RATE, scale) or (0.0, 0.0, 0.0)
@@ -202,10 +260,16 @@ def _cost(found: Findings, names: Names) -> Figure | str:
         axes.hlines(y, low, high, color=INK, linewidth=1.2)
         axes.annotate(_number(value), (max(value, high), y), (4, 0), textcoords="offset points", va="center", size=8)
     machine = "" if len(prices) == 1 else " · {}"
-    texts = [f"{model} {quant} (batch {m.cell.batch_size}){machine.format(prices[env].name)}" for (env, model, quant), m in rows]
+    texts = [
+        f"{model} {quant} (batch {m.cell.batch_size}){machine.format(prices[env].name)}"
+        for (env, model, quant), m in rows
+    ]
     axes.set(yticks=range(len(rows)), yticklabels=[textwrap.shorten(text, 70, placeholder="…") for text in texts])
     told = "; ".join(f"{m.name}: {m.price:g} per hour" for m in prices.values())
-    axes.set(xlabel=f"Million output tokens per unit of money ({textwrap.shorten(told, 110, placeholder='…')})", xlim=(0, axes.dataLim.x1 * 1.14))
+    axes.set(
+        xlabel=f"Million output tokens per unit of money ({textwrap.shorten(told, 110, placeholder='…')})",
+        xlim=(0, axes.dataLim.x1 * 1.14),
+    )
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
     return figure
@@ -217,14 +281,23 @@ def _machines(found: Findings, names: Names) -> Figure | str:
         return "it needs one configuration that two machines have measured"
     shown = found.across[:MOST_ROWS]
     width = max(WIDTH, 6 + 0.075 * max(len(one.name) for one in shown))
-    notes = [f"÷ {shown[0].first}", "lines: 95 % intervals", f"first {len(shown)} of {len(found.across)}" if len(shown) < len(found.across) else ""]
-    figure, (axes,) = _figure("Throughput on other machines", " · ".join(filter(None, notes)), (min(width, 14.0), 1.6 + 0.3 * len(shown)))
+    notes = [
+        f"÷ {shown[0].first}",
+        "lines: 95 % intervals",
+        f"first {len(shown)} of {len(found.across)}" if len(shown) < len(found.across) else "",
+    ]
+    figure, (axes,) = _figure(
+        "Throughput on other machines", " · ".join(filter(None, notes)), (min(width, 14.0), 1.6 + 0.3 * len(shown))
+    )
     others = list(dict.fromkeys(one.second for one in shown))
     colours = (BLUE, "#d9820f", "#2e8b57", "#c0392b", "#8e44ad")
     for y, one in enumerate(reversed(shown)):
         _draw_ratio(axes, y, one.speed, colours[others.index(one.second) % len(colours)], one.second)
     axes.axvline(1.0, color=INK, linewidth=1.0, zorder=1)
-    axes.set(yticks=range(len(shown)), yticklabels=[textwrap.shorten(one.name, 80, placeholder="…") for one in reversed(shown)])
+    axes.set(
+        yticks=range(len(shown)),
+        yticklabels=[textwrap.shorten(one.name, 80, placeholder="…") for one in reversed(shown)],
+    )
     axes.set(xlabel="Throughput ÷ reference", xlim=(0, axes.dataLim.x1 * 1.1))
     axes.grid(visible=True, axis="x")
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

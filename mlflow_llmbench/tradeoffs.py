@@ -80,7 +80,9 @@ def ratio(name: str, over: Sequence[float], under: Sequence[float], scale: float
     first, second = [math.log(v) for v in under], [math.log(v) for v in over]
     value = scale * math.exp(fmean(second) - fmean(first))
     found = welch(first, second)
-    return Ratio(name, value, scale * math.exp(found.low) if found else None, scale * math.exp(found.high) if found else None)
+    return Ratio(
+        name, value, scale * math.exp(found.low) if found else None, scale * math.exp(found.high) if found else None
+    )
 
 
 def scaling_efficiency(rates: Mapping[int, Sequence[float]]) -> list[Ratio]:
@@ -89,7 +91,9 @@ def scaling_efficiency(rates: Mapping[int, Sequence[float]]) -> list[Ratio]:
     Raises NotFitted without a measurement at batch size 1.
     """
     if 1 not in rates:
-        raise NotFitted(f"Scaling efficiency needs batch size 1, and {', '.join(map(str, rates))} were measured. Measure it too.")
+        raise NotFitted(
+            f"Scaling efficiency needs batch size 1, and {', '.join(map(str, rates))} were measured. Measure it too."
+        )
     return [ratio(str(size), values, rates[1], 1 / size) for size, values in sorted(rates.items()) if size != 1]
 
 
@@ -104,11 +108,15 @@ def optimal_batch(rates: Mapping[int, Sequence[float]], share: float = KEPT_SHAR
     Raises NotFitted with fewer than two batch sizes.
     """
     if len(rates) < 2:
-        raise NotFitted(f"An optimal batch size needs at least two to choose from: {len(rates)} measured. Measure more of them.")
+        raise NotFitted(
+            f"An optimal batch size needs at least two to choose from: {len(rates)} measured. Measure more of them."
+        )
     each = {size: fmean(values) / size for size, values in sorted(rates.items())}
     best = max(each, key=each.__getitem__)
     others = [size for size in each if size != best]
-    tests = [welch([math.log(v / size) for v in rates[size]], [math.log(v / best) for v in rates[best]]) for size in others]
+    tests = [
+        welch([math.log(v / size) for v in rates[size]], [math.log(v / best) for v in rates[best]]) for size in others
+    ]
     adjusted = holm([test.p_value if test else 1.0 for test in tests])
     alike = tuple(size for size, p in zip(others, adjusted, strict=True) if p >= LEVEL)
     largest = max(size for size, value in each.items() if value >= share * each[best])
@@ -131,7 +139,9 @@ def find_cliffs(series: Mapping[float, Sequence[float]], steepest: float) -> lis
 
     places = sorted(series)
     if len(places) < 3 or any(len(series[x]) < 2 for x in places):
-        raise NotFitted(f"Cliffs cannot be told from noise in {len(places)} places: 3 with 2 repetitions each are needed. Measure more.")
+        raise NotFitted(
+            f"Cliffs cannot be told from noise in {len(places)} places: 3 with 2 repetitions each are needed. Measure more."
+        )
     logs = [[math.log(v) for v in series[x]] for x in places]
     level, spread = [fmean(v) for v in logs], [(variance(v) / len(v), len(v) - 1) for v in logs]
     widths = [math.log(places[i + 1] / places[i]) for i in range(len(places) - 1)]
@@ -164,7 +174,9 @@ def find_cliffs(series: Mapping[float, Sequence[float]], steepest: float) -> lis
     return found
 
 
-def exchange(prefill: Fit, tpot_ms: Sequence[float], prompt_tokens: int = TRUNK, output_tokens: int = BRANCH) -> Exchange:
+def exchange(
+    prefill: Fit, tpot_ms: Sequence[float], prompt_tokens: int = TRUNK, output_tokens: int = BRANCH
+) -> Exchange:
     """What `prompt_tokens` more in the prompt cost, by the slope c of a fitted line L = a + c·s, against `output_tokens` more in the output.
 
     `tpot_ms`: time per output token of each repetition. The interval of the quotient joins those of its parts (MOVER, on logarithms:
@@ -177,11 +189,19 @@ def exchange(prefill: Fit, tpot_ms: Sequence[float], prompt_tokens: int = TRUNK,
             f"{prompt_tokens} more prompt tokens are beyond the measured lengths {low:g} to {high:g}. Measure lengths that lie that far apart."
         )
     if not (slope.low and slope.high and gaps) or slope.low <= 0 or gaps[0] <= 0:
-        raise NotFitted("The cost of a prompt or output token cannot be told from 0 with these cells. Measure more lengths, or more repetitions.")
+        raise NotFitted(
+            "The cost of a prompt or output token cannot be told from 0 with these cells. Measure more lengths, or more repetitions."
+        )
     first = (slope.value * prompt_tokens, slope.low * prompt_tokens, slope.high * prompt_tokens)
     each = (fmean(tpot_ms), *gaps)
     second = (each[0] * output_tokens, each[1] * output_tokens, each[2] * output_tokens)
     centre = math.log(first[0] / each[0])
     below = math.hypot(math.log(first[0] / first[1]), math.log(each[2] / each[0]))
     above = math.hypot(math.log(first[2] / first[0]), math.log(each[0] / each[1]))
-    return Exchange(prompt_tokens, output_tokens, first, second, (math.exp(centre), math.exp(centre - below), math.exp(centre + above)))
+    return Exchange(
+        prompt_tokens,
+        output_tokens,
+        first,
+        second,
+        (math.exp(centre), math.exp(centre - below), math.exp(centre + above)),
+    )

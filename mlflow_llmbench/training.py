@@ -49,15 +49,28 @@ class Training:
     )
     steps: int = parameter(100, "steps of the optimizer", kind="count", high=10_000_000)
     learning_rate: float = parameter(5e-5, "of Adam, at its height", kind="number", low=1e-9, high=1)
-    batch_size: int = parameter(4, "sequences of one step; computed one after another, so that memory does not grow", kind="count", high=65536)
+    batch_size: int = parameter(
+        4, "sequences of one step; computed one after another, so that memory does not grow", kind="count", high=65536
+    )
     sequence_tokens: int = parameter(128, "tokens of a sequence", kind="count", low=8, high=1_000_000)
     loss: str = parameter(
-        "distill", "distill = KL divergence from the unquantized model's next-token distribution; lm = that of the next token itself", kind="loss"
+        "distill",
+        "distill = KL divergence from the unquantized model's next-token distribution; lm = that of the next token itself",
+        kind="loss",
     )
-    held_out: float = parameter(0.2, "share of the data, the end of each part of it, that is never trained on and measures quality", kind="number",
-                                low=0.01, high=0.9)  # fmt: skip
-    freeze_embeddings: bool = parameter(True, "leave the embeddings and the output head as they are: int4-wo does not quantize them", kind="flag")
-    output: str | None = parameter(None, "folder of the trained checkpoint, new; none = in the results folder", kind="text", unset="none")
+    held_out: float = parameter(
+        0.2,
+        "share of the data, the end of each part of it, that is never trained on and measures quality",
+        kind="number",
+        low=0.01,
+        high=0.9,
+    )
+    freeze_embeddings: bool = parameter(
+        True, "leave the embeddings and the output head as they are: int4-wo does not quantize them", kind="flag"
+    )
+    output: str | None = parameter(
+        None, "folder of the trained checkpoint, new; none = in the results folder", kind="text", unset="none"
+    )
 
 
 TRAINING: dict[str, Field[Any]] = {f.name: f for f in dataclasses.fields(Training)}
@@ -120,8 +133,12 @@ def _parse(name: str, text: str) -> object:
         return text
     if metadata["kind"] == "data":
         for part in _parts(str(PARSERS["text"](name, text, metadata))):
-            if part not in (BUNDLED_TEXT, *_PROMPT_SETS) and not os.path.isfile(part):  # Path.is_file raises for a name that is too long
-                raise UsageError(f"There is no data file {part}. Give a text file, a JSON Lines file, {BUNDLED_TEXT}, or {', '.join(_PROMPT_SETS)}.")
+            if part not in (BUNDLED_TEXT, *_PROMPT_SETS) and not os.path.isfile(
+                part
+            ):  # Path.is_file raises for a name that is too long
+                raise UsageError(
+                    f"There is no data file {part}. Give a text file, a JSON Lines file, {BUNDLED_TEXT}, or {', '.join(_PROMPT_SETS)}."
+                )
         return text
     return PARSERS[metadata["kind"]](name, text, metadata)
 
@@ -188,7 +205,9 @@ def _documents(file: str) -> Sequence[str]:
     try:
         lines = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UsageError(f'Cannot read {file}: {redact(str(error))[:80]}. Write {{"text": "…"}} on each line, in UTF-8.') from None
+        raise UsageError(
+            f'Cannot read {file}: {redact(str(error))[:80]}. Write {{"text": "…"}} on each line, in UTF-8.'
+        ) from None
     texts = [line.get("text") if isinstance(line, dict) else None for line in lines]
     if lines and all(isinstance(text, str) and text.strip() for text in texts):
         return [str(text) for text in texts]
@@ -216,7 +235,9 @@ def needed_bytes(trained: int, frozen: int, vocabulary: int, training: Training)
     """
     distills = training.loss == "distill"
     logits = 4 * training.sequence_tokens * vocabulary
-    return int(BEYOND * (trained * (ADAM_BYTES + 4 + (4 if distills else 0)) + 4 * frozen + logits * (6 if distills else 4)))
+    return int(
+        BEYOND * (trained * (ADAM_BYTES + 4 + (4 if distills else 0)) + 4 * frozen + logits * (6 if distills else 4))
+    )
 
 
 # What a checkpoint was made of

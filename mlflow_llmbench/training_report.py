@@ -16,7 +16,11 @@ from .training import QUANT, Training
 UNQUANTIZED, UNTRAINED, TRAINED = "unquantized", "untrained", "trained"
 """The three models that are compared: as it was, quantized after its training, and quantized after being trained for it."""
 
-ESTIMATES = {"quality/kl_vs_reference": kl_divergence, "quality/top1_agreement": top1_agreement, "quality/perplexity": perplexity}
+ESTIMATES = {
+    "quality/kl_vs_reference": kl_divergence,
+    "quality/top1_agreement": top1_agreement,
+    "quality/perplexity": perplexity,
+}
 HEADING = ("model", "KL nats", "top-1", "perplexity")
 
 
@@ -61,7 +65,11 @@ def training_figures(done: Trained) -> dict[str, float]:
 
 
 def _ends(key: str, estimate: Estimate | None) -> dict[str, float | None]:
-    return {} if estimate is None else {key: estimate.value, f"{key}_ci_low": estimate.low, f"{key}_ci_high": estimate.high}
+    return (
+        {}
+        if estimate is None
+        else {key: estimate.value, f"{key}_ci_low": estimate.low, f"{key}_ci_high": estimate.high}
+    )
 
 
 def _reduction(done: Trained) -> Estimate | None:
@@ -75,9 +83,7 @@ def conclusion(done: Trained) -> str:
     reduction, found = _reduction(done), training_figures(done)
     if reduction is None or reduction.low is None or reduction.high is None:
         return "How much the training recovered could not be measured."
-    ends = (
-        f"{shown('qat/kl_reduction', reduction.value)} nats [{shown('qat/kl_reduction', reduction.low)}, {shown('qat/kl_reduction', reduction.high)}]"
-    )
+    ends = f"{shown('qat/kl_reduction', reduction.value)} nats [{shown('qat/kl_reduction', reduction.low)}, {shown('qat/kl_reduction', reduction.high)}]"
     if reduction.low > 0:
         share = f"{100 * found['qat/kl_recovered_ratio']:.0f} % of the KL divergence that {QUANT} costs without it"
         return f"Training took back {share}: {ends}, 95 % interval over prompts, on text that was never trained on."
@@ -101,7 +107,11 @@ def _shown(key: str, estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     value = shown(key, estimate.value)
-    return value if estimate.low is None or estimate.high is None else f"{value} [{shown(key, estimate.low)}, {shown(key, estimate.high)}]"
+    return (
+        value
+        if estimate.low is None or estimate.high is None
+        else f"{value} [{shown(key, estimate.low)}, {shown(key, estimate.high)}]"
+    )
 
 
 def format_trained(done: Trained) -> str:
@@ -110,7 +120,10 @@ def format_trained(done: Trained) -> str:
     body = table_body(done)
     if body:
         widths = [max(map(len, column)) for column in zip(HEADING, *body, strict=True)]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [HEADING, *body]]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [HEADING, *body]
+        ]
         lines += ["", conclusion(done)]
         lines += [plain(why) for why in dict.fromkeys(why for one in done.qualities.values() for why in one.withheld)]
     return "\n".join(lines)
@@ -125,12 +138,22 @@ def training_markdown(done: Trained) -> str:
     if done.qualities:
         lines += ["", markdown_table(HEADING, table_body(done)), "", f"**{markdown(conclusion(done))}**"]
         told = next((one for one in (done.qualities.get(TRAINED), done.qualities.get(UNTRAINED)) if one), None)
-        lines += ["", *(f"- {markdown(sentence)}" for sentence in sentences(told) if "memory stage" not in sentence)] if told else []
+        lines += (
+            ["", *(f"- {markdown(sentence)}" for sentence in sentences(told) if "memory stage" not in sentence)]
+            if told
+            else []
+        )
     if plan:
-        lines += ["", f"{len(done.losses)} of {t.steps} steps of {t.batch_size} × {t.sequence_tokens} tokens, loss `{t.loss}`, learning rate {t.learning_rate:g}, "
-                  f"seed {done.cell.seed}; {plan['trained']:,} parameters trained in float32, {plan['frozen']:,} frozen."]  # fmt: skip
+        lines += [
+            "",
+            f"{len(done.losses)} of {t.steps} steps of {t.batch_size} × {t.sequence_tokens} tokens, loss `{t.loss}`, learning rate {t.learning_rate:g}, "
+            f"seed {done.cell.seed}; {plan['trained']:,} parameters trained in float32, {plan['frozen']:,} frozen.",
+        ]
     if done.checkpoint:
-        lines += ["", f"Run it: `llmbench run --model {plain(done.checkpoint)} --quant {QUANT} --group-size {done.cell.group_size}`"]
+        lines += [
+            "",
+            f"Run it: `llmbench run --model {plain(done.checkpoint)} --quant {QUANT} --group-size {done.cell.group_size}`",
+        ]
     return "\n".join(lines) + "\n"
 
 

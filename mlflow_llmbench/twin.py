@@ -26,7 +26,9 @@ ALIKE = 0.02
 def added(offline: RunResult, served: RunResult) -> dict[str, float]:
     """The metrics of a pair under their MLflow keys. What rests on lengths that differ is absent."""
     found: dict[str, float] = {}
-    prompts = _alike([_length(r.prompt_tokens) for r in requests(offline)], [_length(r.prompt_tokens) for r in requests(served)])
+    prompts = _alike(
+        [_length(r.prompt_tokens) for r in requests(offline)], [_length(r.prompt_tokens) for r in requests(served)]
+    )
     outputs = _alike([r.output_tokens for r in requests(offline)], [r.output_tokens for r in requests(served)])
     known = {"twin/added_ttft_ms": prompts, "twin/added_tpot_ms": True, "twin/added_e2e_ms": prompts and outputs}
     for key, of in ADDED.items():
@@ -46,7 +48,11 @@ def added(offline: RunResult, served: RunResult) -> dict[str, float]:
 
 def sentence(name: str, figures: dict[str, float]) -> str:
     """The difference in words, for the terminal."""
-    words = {"twin/added_ttft_ms": "to the first token", "twin/added_tpot_ms": "to each token after it", "twin/added_e2e_ms": "to the whole answer"}
+    words = {
+        "twin/added_ttft_ms": "to the first token",
+        "twin/added_tpot_ms": "to each token after it",
+        "twin/added_e2e_ms": "to the whole answer",
+    }
     told = [
         f"{figures[key]:+.3g} ms {what} ({figures[f'{key}_ci_low']:+.3g} to {figures[f'{key}_ci_high']:+.3g})"
         for key, what in words.items()

@@ -66,10 +66,14 @@ def upload(folder: str, tracking_uri: str | None = None, experiment: str | None 
     _, known = read_sweep(root)
     if not (root / "ended.json").exists():
         if journal.is_claimed(root):
-            raise JournalError(f"{folder} is being written by a command that still runs, and that uploads it. Wait for its end.")
+            raise JournalError(
+                f"{folder} is being written by a command that still runs, and that uploads it. Wait for its end."
+            )
         recover(root)
     if not _results(root, known):
-        raise JournalError(f"{folder} holds no finished cell, so there is nothing to upload. Give a folder that `llmbench run` has printed.")
+        raise JournalError(
+            f"{folder} holds no finished cell, so there is nothing to upload. Give a folder that `llmbench run` has printed."
+        )
     return complete(root, tracking.open_store(tracking_uri, experiment))
 
 
@@ -83,14 +87,18 @@ def complete(root: Path, store: tracking.Store) -> Uploaded:
     ended = max((result.ended_ms for _, result in results), default=None)
     if known["parent"]:
         begun = min((result.started_ms for _, result in results), default=None)
-        done.parent_id = done.count(parent) or tracking.begin_run(store, known["parent"], {"sweep": root.name}, None, begun)
+        done.parent_id = done.count(parent) or tracking.begin_run(
+            store, known["parent"], {"sweep": root.name}, None, begun
+        )
     by_cell = {run.data.tags.get("llmbench.cell"): run for run in runs}
     measured: list[tuple[report.Row, str]] = []
     related = relate([result for _, result in results], [job.name for job, _ in results], spec.options)
     added = {job.folder.name: found for (job, _), found in zip(results, related.added, strict=True)}
     for job, result in results:
         run = by_cell.get(job.folder.name)
-        run_id = done.count(run) or tracking.begin_run(store, job.name, jobs.identity(job), done.parent_id, result.started_ms)
+        run_id = done.count(run) or tracking.begin_run(
+            store, job.name, jobs.identity(job), done.parent_id, result.started_ms
+        )
         done.run_ids[job.folder.name] = run_id
         measured.append((report.with_figures(report.row_of(result), added[job.folder.name]), run_id))
         if not done.is_whole(run):
@@ -102,12 +110,23 @@ def complete(root: Path, store: tracking.Store) -> Uploaded:
             with tempfile.TemporaryDirectory() as scratch:
                 write_comparison(root, Path(scratch), store, spec, known["parent"], measured)
                 _copy(root / "comparison" / "goodput.json", Path(scratch))
-                done.page = publish_parent(store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None, related.figures)
-        tracking.end_run(store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended)
+                done.page = publish_parent(
+                    store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None, related.figures
+                )
+        tracking.end_run(
+            store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended
+        )
     return done
 
 
-def write_comparison(root: Path, folder: Path, store: tracking.Store, spec: BenchSpec, name: str, measured: Sequence[tuple[report.Row, str]]) -> None:
+def write_comparison(
+    root: Path,
+    folder: Path,
+    store: tracking.Store,
+    spec: BenchSpec,
+    name: str,
+    measured: Sequence[tuple[report.Row, str]],
+) -> None:
     """Write the comparison of a sweep into `folder` with the runs of this store; also where its command died before it. Charts that it drew are kept."""
     drawn = root / "comparison" / "charts"
     if drawn.is_dir():
@@ -178,7 +197,11 @@ def recover(folder: Path) -> int:
 
 def _write(job: jobs.Job, spec: BenchSpec, environment: Mapping[str, Any]) -> None:
     killed = Failure("measuring", KILLED)
-    result = jobs.measured_result(job, spec, environment) if job.measured else jobs.failed_result(job, spec, environment, "crashed", killed)
+    result = (
+        jobs.measured_result(job, spec, environment)
+        if job.measured
+        else jobs.failed_result(job, spec, environment, "crashed", killed)
+    )
     artifacts.write_cell(result, job.folder / "artifacts")
     with contextlib.suppress(Exception):
         artifacts.draw_cell(result, job.folder / "artifacts" / "charts")

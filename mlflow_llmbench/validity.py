@@ -34,8 +34,17 @@ def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
 def unsupported_percentiles(result: RunResult) -> list[str]:
     """Percentiles that are absent because the sample does not support them, as `TTFT p95 (n = 12, needs 59)`."""
     every = requests(result)
-    sizes = {"TTFT": len(every), "ITL": 0 if several_in_a_step(result) else sum(max(r.output_tokens - 1, 0) for r in every)}
-    return [f"{name} p{q} (n = {n}, needs {PERCENTILE_SUPPORT[q]})" for name, n in sizes.items() if n for q in (90, 95, 99) if not supports(n, q)]
+    sizes = {
+        "TTFT": len(every),
+        "ITL": 0 if several_in_a_step(result) else sum(max(r.output_tokens - 1, 0) for r in every),
+    }
+    return [
+        f"{name} p{q} (n = {n}, needs {PERCENTILE_SUPPORT[q]})"
+        for name, n in sizes.items()
+        if n
+        for q in (90, 95, 99)
+        if not supports(n, q)
+    ]
 
 
 def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
@@ -53,7 +62,8 @@ def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     smallest = min((gap for r in requests(result) for gap in gaps_ms(r)), default=0.0)
     if smallest < 0:
         yield Reason(
-            "negative_gap", f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers."
+            "negative_gap",
+            f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers.",
         )
 
 
@@ -84,7 +94,10 @@ def _steadiness(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
         seen = f"In at least one of {processes} processes the early and the late warm-up runs"
         if processes < 2:
             seen = f"After {len(result.warmup_s)} warm-up runs the early and the late ones"
-        yield Reason("not_steady", f"{seen} still differ by more than 5 %. Close other programs, or set warmup to a larger number.")
+        yield Reason(
+            "not_steady",
+            f"{seen} still differ by more than 5 %. Close other programs, or set warmup to a larger number.",
+        )
 
 
 def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
@@ -102,7 +115,11 @@ def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reaso
             "Raise processes to 5 or more.",
         )
     elif width is not None and width > target and result.cell.repetitions is None:
-        rests_on, more = (f"{processes} processes", "processes") if processes > 1 else (f"{repetitions} repetitions", "max_repetitions")
+        rests_on, more = (
+            (f"{processes} processes", "processes")
+            if processes > 1
+            else (f"{repetitions} repetitions", "max_repetitions")
+        )
         yield Reason(
             "not_converged",
             f"The 95 % interval of the throughput is ±{width:.1%} after {rests_on}, and the target is ±{target:.1%}. "
@@ -119,7 +136,10 @@ def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
     talks = result.cell.history != "none"
     of = PER_REPETITION["latency/tpot_ms_mean"] if talks else output_rate
     rates = [rate for repetition in result.repetitions if (rate := of(repetition)) is not None]
-    seen = {"processes": metrics.get("trust/cv_ratio") if process_count(result) > 1 else None, "repetitions": coefficient_of_variation(rates)}
+    seen = {
+        "processes": metrics.get("trust/cv_ratio") if process_count(result) > 1 else None,
+        "repetitions": coefficient_of_variation(rates),
+    }
     found = {noun: cv for noun, cv in seen.items() if cv is not None and cv > VARIATION_LIMIT}
     if found:
         noun = max(found, key=found.__getitem__)
@@ -166,12 +186,34 @@ def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
         )
     foreign = max((n.foreign_gpu_processes or 0 for n in noises), default=0)
     if foreign:
-        yield Reason("contended", f"{foreign} other processes computed on the GPU, and the limit is none. Stop them, and measure again.")
+        yield Reason(
+            "contended",
+            f"{foreign} other processes computed on the GPU, and the limit is none. Stop them, and measure again.",
+        )
 
 
-CHECKS: tuple[Check, ...] = (_counts, _order, _together, _bandwidth, _steadiness, _convergence, _variation, _contention, _throttling)
+CHECKS: tuple[Check, ...] = (
+    _counts,
+    _order,
+    _together,
+    _bandwidth,
+    _steadiness,
+    _convergence,
+    _variation,
+    _contention,
+    _throttling,
+)
 ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, *online_validity.CHECKS)
 STREAM_CHECKS: tuple[Check, ...] = (
-    _counts, _order, _steadiness, _convergence, _variation, _contention, _throttling, online_validity.client, online_validity.saturation, online_validity.windows,
-)  # fmt: skip
+    _counts,
+    _order,
+    _steadiness,
+    _convergence,
+    _variation,
+    _contention,
+    _throttling,
+    online_validity.client,
+    online_validity.saturation,
+    online_validity.windows,
+)
 CHECKS_OF = {"offline": CHECKS, "online": ONLINE_CHECKS, "batching": STREAM_CHECKS}

@@ -43,7 +43,9 @@ REFERENCES = ("none", "fp32", "bf16", "fp16")
 State = dict[str, Any]
 
 
-def comparison_view(varied: Sequence[str], has_device: bool, baseline_run_id: str | None, parent_id: str | None = None) -> State:
+def comparison_view(
+    varied: Sequence[str], has_device: bool, baseline_run_id: str | None, parent_id: str | None = None
+) -> State:
     """State of the runs page for a sweep over `varied`: its charts in sections, its columns, its order and its filter.
 
     The cells of `parent_id` are shown, or all runs of the experiment without it. Throughput orders them, best first.
@@ -62,14 +64,22 @@ def comparison_view(varied: Sequence[str], has_device: bool, baseline_run_id: st
         _chart(0, 0, "SCATTER", xaxis=_axis(TTFT), yaxis=_axis(THROUGHPUT)),
         _chart(1, 0, "SCATTER", xaxis=_axis(memory), yaxis=_axis(THROUGHPUT)),
         *(_chart(2 + i, 1, "BAR", metricKey=key) for i, key in enumerate(headline)),
-        _chart(6, 2, "PARALLEL", selectedParams=names, selectedMetrics=[memory, ITL, TTFT, THROUGHPUT], showAllRuns=False),
+        _chart(
+            6, 2, "PARALLEL", selectedParams=names, selectedMetrics=[memory, ITL, TTFT, THROUGHPUT], showAllRuns=False
+        ),
         _line(7, 3, "steps/itl_ms"),
         _line(8, 3, "percentiles/itl_ms"),
         _chart(
-            9, 4, "DIFFERENCE", chartName="Change from the baseline", compareGroups=["Model metrics", "Parameters"],
-            showChangeFromBaseline=True, showDifferencesOnly=True, baselineColumnUuid=baseline_run_id or "",
+            9,
+            4,
+            "DIFFERENCE",
+            chartName="Change from the baseline",
+            compareGroups=["Model metrics", "Parameters"],
+            showChangeFromBaseline=True,
+            showDifferencesOnly=True,
+            baselineColumnUuid=baseline_run_id or "",
         ),
-    ]  # fmt: skip
+    ]
     closed = dict.fromkeys(key.rpartition("/")[0] for key in [*KEYS, *SERIES])
     sections += [_section(name, display=False) for name in [*closed, "Model metrics", "System metrics"]]
     for number, section in enumerate(sections):
@@ -97,7 +107,15 @@ def comparison_view(varied: Sequence[str], has_device: bool, baseline_run_id: st
 
 def _section(name: str, columns: int = 3, height: int = 360, display: bool = True) -> State:
     layout = {"columns": columns, "cardHeight": height} if display else {}
-    return {"uuid": "", "name": name, "display": display, "isReordered": True, "deleted": False, "isGenerated": False, **layout}
+    return {
+        "uuid": "",
+        "name": name,
+        "display": display,
+        "isReordered": True,
+        "deleted": False,
+        "isGenerated": False,
+        **layout,
+    }
 
 
 def _chart(number: int, section: int, kind: str, **settings: Any) -> State:
@@ -111,13 +129,30 @@ def _axis(key: str) -> State:
 
 def _line(number: int, section: int, key: str) -> State:
     return _chart(
-        number, section, "LINE", metricKey=key, selectedMetricKeys=[key], xAxisKey="step", selectedXAxisMetricKey="",
-        useGlobalXaxisKey=False, useGlobalLineSmoothing=False, lineSmoothness=0, scaleType="linear", xAxisScaleType="linear", ignoreOutliers=False,
-    )  # fmt: skip
+        number,
+        section,
+        "LINE",
+        metricKey=key,
+        selectedMetricKeys=[key],
+        xAxisKey="step",
+        selectedXAxisMetricKey="",
+        useGlobalXaxisKey=False,
+        useGlobalLineSmoothing=False,
+        lineSmoothness=0,
+        scaleType="linear",
+        xAxisScaleType="linear",
+        ignoreOutliers=False,
+    )
 
 
 def publish(
-    store: Store, parent_id: str, name: str, varied: Sequence[str], rows: Sequence[Row], run_ids: Sequence[str], warn: Callable[[str], None]
+    store: Store,
+    parent_id: str,
+    name: str,
+    varied: Sequence[str],
+    rows: Sequence[Row],
+    run_ids: Sequence[str],
+    warn: Callable[[str], None],
 ) -> str | None:
     """Publish the view of a sweep; publishing it again replaces it. Returns what follows the UI's address, or None after `warn`.
 
@@ -131,13 +166,20 @@ def publish(
         now = int(time.time() * 1000)
         there = _published(store)
         created = there.get(view_id, {}).get("createdAt", now)
-        envelope = {"name": f"{name}, {time.strftime('%Y-%m-%d %H:%M')}", "createdAt": created, "updatedAt": now, "state": _text(state)}
+        envelope = {
+            "name": f"{name}, {time.strftime('%Y-%m-%d %H:%M')}",
+            "createdAt": created,
+            "updatedAt": now,
+            "state": _text(state),
+        }
         store.client.set_experiment_tag(store.experiment_id, TAG + view_id, _text(envelope))
         oldest_first = sorted((one for one in there if one != view_id), key=lambda one: there[one].get("updatedAt", 0))
         for old in oldest_first[: max(0, len(oldest_first) + 1 - MOST_VIEWS)]:
             store.client.delete_experiment_tag(store.experiment_id, TAG + old)
     except Exception as error:
-        warn(f"The comparison view was not published: {first_line(error)}. Sort the runs by any metric to compare them.")
+        warn(
+            f"The comparison view was not published: {first_line(error)}. Sort the runs by any metric to compare them."
+        )
         return None
     return link(store.experiment_id, view_id)
 
@@ -149,7 +191,9 @@ def link(experiment_id: str, view_id: str) -> str:
 
 def baseline_run(rows: Sequence[Row], run_ids: Sequence[str]) -> str | None:
     """The run that the others are compared with: the first measured one, one without quantization if there is any."""
-    measured = [(row.cell.quant, run_id) for row, run_id in zip(rows, run_ids, strict=True) if row.outcome == "ok" and run_id]
+    measured = [
+        (row.cell.quant, run_id) for row, run_id in zip(rows, run_ids, strict=True) if row.outcome == "ok" and run_id
+    ]
     return next((run_id for quant, run_id in measured if quant in REFERENCES), measured[0][1] if measured else None)
 
 
@@ -175,7 +219,9 @@ def _refuse_old(uri: str) -> None:
     text = _server_version(uri) if uri.startswith(("http://", "https://")) else _installed_version()
     found = re.match(r"(\d+)\.(\d+)", text)
     if found and (int(found[1]), int(found[2])) < OLDEST_MLFLOW:
-        raise RuntimeError(f"MLflow {text} has no saved views, and {'.'.join(map(str, OLDEST_MLFLOW))} is the first that has")
+        raise RuntimeError(
+            f"MLflow {text} has no saved views, and {'.'.join(map(str, OLDEST_MLFLOW))} is the first that has"
+        )
 
 
 def _installed_version() -> str:

@@ -66,7 +66,10 @@ def main() -> int:
     flood = _tame_logs()
 
     def tell(event: str, **data: Any) -> None:
-        events.write(json.dumps({"event": event, "t_ns": time.perf_counter_ns(), **{k: to_json(v) for k, v in data.items()}}) + "\n")
+        events.write(
+            json.dumps({"event": event, "t_ns": time.perf_counter_ns(), **{k: to_json(v) for k, v in data.items()}})
+            + "\n"
+        )
 
     job = json.loads(sys.stdin.readline())
     try:
@@ -91,7 +94,9 @@ def main() -> int:
         tell("failed", outcome="oom", kind="OutOfMemory", message="Memory ran out.")
     except Exception as error:
         traceback.print_exc()
-        tell("failed", outcome="error", kind=type(error).__name__, message=f"{type(error).__name__}: {first_line(error)}")
+        tell(
+            "failed", outcome="error", kind=type(error).__name__, message=f"{type(error).__name__}: {first_line(error)}"
+        )
     tell("end", log=flood.summary())
     events.close()
     return 0
@@ -217,7 +222,9 @@ def _check_conversations(backend: Backend, cell: Cell, prompts: PromptSet, conte
         )
 
 
-def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: LoadInfo, context: int | None, tell: Any) -> None:
+def _measure_one(
+    backend: Backend, cell: Cell, number: int, folder: Path, info: LoadInfo, context: int | None, tell: Any
+) -> None:
     log = EventLog(folder / "events.jsonl")
     prompts = load_prompts(cell.workload)
     tell("cell", number=number)
@@ -239,7 +246,9 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
         if backend.capabilities.online:
             measured = measure_server(cast(ServerBackend, backend), cell, prompts, say)
         else:
-            measured = (measure_stream if cell.batching else measure_cell)(backend, cell, prompts, info.vocab_size or 32000, say)
+            measured = (measure_stream if cell.batching else measure_cell)(
+                backend, cell, prompts, info.vocab_size or 32000, say
+            )
         _stage("peak", backend, tell)
         measured = replace(measured, compile_s=compile_s, same_tokens=_same_tokens(backend, cell, prompts, info))
         if cell.history == "kept":  # after the peak was read, for it computes what the cell did not
@@ -247,7 +256,9 @@ def _measure_one(backend: Backend, cell: Cell, number: int, folder: Path, info: 
                 measured = replace(measured, same_replies=compare_replies(backend, cell, prompts, measured))
             except (LlmbenchError, MemoryError) as error:  # costs this figure only
                 print(f"Replies with a recomputed history: {error or 'memory ran out'}", file=sys.stderr)
-        texts = [{"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs]
+        texts = [
+            {"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs
+        ]
         if texts and cell.history == "none" and not backend.capabilities.online:
             measured = replace(measured, text_times=time_texts(backend, texts, measured.outputs))
         tell("measured", number=number, measured=measured, texts=texts)

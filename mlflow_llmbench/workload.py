@@ -20,11 +20,72 @@ from .traces import read_trace
 Encode = Callable[[str], Sequence[int]]
 
 WORDS = (
-    "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at",
-    "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "her", "all", "she", "there", "would", "their",
-    "we", "him", "been", "has", "when", "who", "will", "more", "no", "if", "out", "so", "said", "what", "up", "its", "about", "into",
-    "than", "them", "can", "only", "other", "new", "some", "could", "time",
-)  # fmt: skip
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "that",
+    "for",
+    "it",
+    "as",
+    "was",
+    "with",
+    "be",
+    "by",
+    "on",
+    "not",
+    "he",
+    "his",
+    "but",
+    "at",
+    "are",
+    "this",
+    "have",
+    "from",
+    "or",
+    "had",
+    "an",
+    "they",
+    "which",
+    "one",
+    "you",
+    "were",
+    "her",
+    "all",
+    "she",
+    "there",
+    "would",
+    "their",
+    "we",
+    "him",
+    "been",
+    "has",
+    "when",
+    "who",
+    "will",
+    "more",
+    "no",
+    "if",
+    "out",
+    "so",
+    "said",
+    "what",
+    "up",
+    "its",
+    "about",
+    "into",
+    "than",
+    "them",
+    "can",
+    "only",
+    "other",
+    "new",
+    "some",
+    "could",
+    "time",
+)
 """Words that are one token each, with the space before them, in the usual vocabularies. A probe of the server tells where they are not."""
 
 SPREAD = math.log(2)
@@ -33,9 +94,7 @@ SPREAD = math.log(2)
 CLIP = (1 / 8, 4)
 """Least and most length of `mixed`, as multiples of the median: 3 standard deviations below and 2 above, where 2.3 % are cut."""
 
-MIXED = (
-    "Requests of varying length: log-normal with these lengths as medians, two thirds between half and twice the median, clipped at ⅛ and 4 times."
-)
+MIXED = "Requests of varying length: log-normal with these lengths as medians, two thirds between half and twice the median, clipped at ⅛ and 4 times."
 """The distribution of `mixed` in a sentence."""
 
 
@@ -77,7 +136,9 @@ class PromptSet:
 
     name: str
     texts: tuple[str, ...] = ()
-    conversations: tuple[tuple[str, ...], ...] = ()  # what the user says, turn by turn, where every line is a conversation
+    conversations: tuple[
+        tuple[str, ...], ...
+    ] = ()  # what the user says, turn by turn, where every line is a conversation
 
     def batch(self, cell: Cell, repetition: int, vocab_size: int, encode: Encode | None) -> list[list[int]]:
         """Prompts of one repetition: `batch_size` rows of token ids, all of one length, so that nothing is padded.
@@ -86,21 +147,33 @@ class PromptSet:
         uses text r (modulo their number) for all rows, at its own length.
         """
         if not self.texts:
-            return [self._random_row(cell, repetition, row, vocab_size, cell.prompt_tokens or 0) for row in range(cell.batch_size)]
+            return [
+                self._random_row(cell, repetition, row, vocab_size, cell.prompt_tokens or 0)
+                for row in range(cell.batch_size)
+            ]
         if encode is None:
-            raise UsageError(f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic.")
+            raise UsageError(
+                f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic."
+            )
         if cell.prompt_tokens is None:
             ids = list(encode(self.texts[repetition % len(self.texts)]))
             return [ids] * cell.batch_size
-        return [self._text_row(cell.prompt_tokens, repetition * cell.batch_size + row, encode) for row in range(cell.batch_size)]
+        return [
+            self._text_row(cell.prompt_tokens, repetition * cell.batch_size + row, encode)
+            for row in range(cell.batch_size)
+        ]
 
-    def request(self, cell: Cell, repetition: int, number: int, vocab_size: int, encode: Encode | None) -> tuple[list[int], int]:
+    def request(
+        self, cell: Cell, repetition: int, number: int, vocab_size: int, encode: Encode | None
+    ) -> tuple[list[int], int]:
         """Prompt ids and output tokens of one request of a stream; texts are taken in turn, at their own length where `prompt_tokens` is `auto`."""
         prompt_tokens, output_tokens = lengths_of(cell, number)
         if not self.texts:
             return self._random_row(cell, repetition, number, vocab_size, prompt_tokens), output_tokens
         if encode is None:
-            raise UsageError(f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic.")
+            raise UsageError(
+                f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic."
+            )
         if cell.prompt_tokens is None:
             return list(encode(self.texts[number % len(self.texts)])), output_tokens
         return self._text_row(prompt_tokens, number, encode), output_tokens
@@ -133,7 +206,9 @@ class PromptSet:
         while len(ids) < length:
             more = list(encode(self.texts[position % len(self.texts)]))
             if not more:
-                raise UsageError(f"Prompt {position % len(self.texts) + 1} of workload {self.name} has no tokens. Give prompts with text.")
+                raise UsageError(
+                    f"Prompt {position % len(self.texts) + 1} of workload {self.name} has no tokens. Give prompts with text."
+                )
             ids += more
             position += 1
         return ids[:length]
@@ -194,14 +269,18 @@ def turn_texts(messages: Sequence[str], render: Callable[[list[dict[str, str]]],
     form of `plain_dialogue`. Raises UsageError for a template that does not keep answers as they are.
     """
     if render is None:
-        return [f"{'' if number == 0 else chr(10)}User: {message}\nAssistant:" for number, message in enumerate(messages)]
+        return [
+            f"{'' if number == 0 else chr(10)}User: {message}\nAssistant:" for number, message in enumerate(messages)
+        ]
     found: list[str] = []
     chat: list[dict[str, str]] = []
     for message in messages:
         chat.append({"role": "user", "content": message})
         _, answer, added = render(chat).rpartition(STAND_IN)
         if chat[:-1] and not answer:
-            raise UsageError("The chat template of this model leaves earlier answers out, so that no history can be kept. Use history=none.")
+            raise UsageError(
+                "The chat template of this model leaves earlier answers out, so that no history can be kept. Use history=none."
+            )
         found.append(added)
         chat.append({"role": "assistant", "content": STAND_IN})
     return found
@@ -270,7 +349,10 @@ def _messages(given: object, origin: str) -> list[str]:
     """The texts of a conversation. Raises UsageError unless user and assistant take turns and the user has the last word."""
     roles = ("user", "assistant")
     found = (
-        [m.get("content") if isinstance(m, dict) and m.get("role") == roles[i % 2] else None for i, m in enumerate(given)]
+        [
+            m.get("content") if isinstance(m, dict) and m.get("role") == roles[i % 2] else None
+            for i, m in enumerate(given)
+        ]
         if isinstance(given, list)
         else []
     )

@@ -18,10 +18,14 @@ BYTE_LEVEL = "a b"
 
 def rotated(weight: Any, heads: int) -> Any:
     """Rows of a query or key projection in the order in which llama.cpp turns them: pairs side by side, where transformers has halves."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
 
 
-def write_llama(folder: Path, target: Path, tokenizer: bool = True, kind: str | None = None, template: str = "") -> Path:
+def write_llama(
+    folder: Path, target: Path, tokenizer: bool = True, kind: str | None = None, template: str = ""
+) -> Path:
     """A Llama's folder as a GGUF file; its matrices in `kind` (such as `Q8_0`) of gguf's own quantizers, or as they are."""
     import gguf
     from safetensors.numpy import load_file

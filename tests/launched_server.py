@@ -51,7 +51,13 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     helper = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     if given.note:
-        note = {"pid": os.getpid(), "helper": helper.pid, "quant": given.quant, "model": given.model, "variables": dict(os.environ)}
+        note = {
+            "pid": os.getpid(),
+            "helper": helper.pid,
+            "quant": given.quant,
+            "model": given.model,
+            "variables": dict(os.environ),
+        }
         with open(given.note, "a") as file:
             file.write(json.dumps(note) + "\n")
     time.sleep(given.late)

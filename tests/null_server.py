@@ -77,7 +77,9 @@ class Script:
 
     def due_ns(self, tokens: int) -> list[int]:
         """When each token is due, ns after the receipt."""
-        cycle = itertools.cycle([float(g) for g in self.words["gaps_ms"].split(";")] if self.words["gaps_ms"] else [self["itl_ms"]])
+        cycle = itertools.cycle(
+            [float(g) for g in self.words["gaps_ms"].split(";")] if self.words["gaps_ms"] else [self["itl_ms"]]
+        )
         found, at = [], self["ttft_ms"]
         for number in range(1, tokens + 1):
             at += next(cycle) if number > 1 else 0.0
@@ -100,7 +102,11 @@ class Answer:
         self.prompt_tokens = int(words * script["prompt_words"]) + int(script["prompt_extra"])
 
     def usage(self, tokens: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": self.prompt_tokens + tokens}
+        found: dict[str, Any] = {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self.prompt_tokens + tokens,
+        }
         if self.script["cached"] >= 0:
             found["prompt_tokens_details"] = {"cached_tokens": int(self.script["cached"])}
         return found
@@ -125,7 +131,9 @@ class Answer:
             sofar += size
             finish = self.finish if sofar == self.tokens and self.finish == "length" else None
             choice = (
-                {"index": 0, "delta": {field: text}, "finish_reason": finish} if self.chat else {"index": 0, "text": text, "finish_reason": finish}
+                {"index": 0, "delta": {field: text}, "finish_reason": finish}
+                if self.chat
+                else {"index": 0, "text": text, "finish_reason": finish}
             )
             yield size, sofar, self.event([choice], self.usage(sofar) if each else None)
 
@@ -133,7 +141,11 @@ class Answer:
         """Data of the events after the last token."""
         found = []
         if self.finish == "stop":
-            found.append(self.event([{"index": 0, "delta" if self.chat else "text": {} if self.chat else "", "finish_reason": "stop"}]))
+            found.append(
+                self.event(
+                    [{"index": 0, "delta" if self.chat else "text": {} if self.chat else "", "finish_reason": "stop"}]
+                )
+            )
         if self.script.words["usage"] == "last" and (self.body.get("stream_options") or {}).get("include_usage"):
             found.append(self.event([], self.usage(self.tokens + (self.finish == "stop"))))
         return found + (["[DONE]"] if self.script["done"] else [])
@@ -225,7 +237,15 @@ class Connection(asyncio.Protocol):
                 self.server.log.clear()
             self.plain(200, found)
         elif path == "/v1/models":
-            self.plain(200, json.dumps({"object": "list", "data": [{"id": m, "object": "model", "max_model_len": 8192} for m in self.server.models]}))
+            self.plain(
+                200,
+                json.dumps(
+                    {
+                        "object": "list",
+                        "data": [{"id": m, "object": "model", "max_model_len": 8192} for m in self.server.models],
+                    }
+                ),
+            )
         elif path == "/version":
             self.plain(200, json.dumps({"version": "1.2.3"}))
         elif path == "/metrics":
@@ -251,7 +271,10 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
             return
         if script["status"]:
-            self.plain(int(script["status"]), json.dumps({"error": {"message": f"Scripted status; the key was {headers.get('authorization')}"}}))
+            self.plain(
+                int(script["status"]),
+                json.dumps({"error": {"message": f"Scripted status; the key was {headers.get('authorization')}"}}),
+            )
             return
         if script.words["odd"]:
             self.odd(script.words["odd"])
@@ -379,7 +402,9 @@ def read_log(url: str) -> dict[str, dict[str, Any]]:
 
 async def serve(port: int, models: list[str]) -> None:
     server = Server(models)
-    listening = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", port, backlog=4096)
+    listening = await asyncio.get_running_loop().create_server(
+        lambda: Connection(server), "127.0.0.1", port, backlog=4096
+    )
     print(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", flush=True)
     gc.freeze()
     await asyncio.Event().wait()

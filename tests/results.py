@@ -11,7 +11,16 @@ from typing import Any
 from mlflow_llmbench.artifacts import write_cell
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.jobs import Job, write_job
-from mlflow_llmbench.records import Hashes, LoadInfo, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import (
+    Hashes,
+    LoadInfo,
+    MemoryStages,
+    ModelFacts,
+    Noise,
+    Repetition,
+    RequestRecord,
+    RunResult,
+)
 from mlflow_llmbench.upload import upload
 
 MS, GB = 1_000_000, 10**9
@@ -20,15 +29,31 @@ MACHINE = {"cpu": {"name": "AMD EPYC"}, "packages": {"torch": "2.12.0+cpu", "tra
 
 
 def made(
-    quant: str = "none", batch: int = 1, step: float = 10.0, ttft: float = 20.0, memory: float = 4.0, factors: Sequence[float] = WIGGLE, **fields: Any
+    quant: str = "none",
+    batch: int = 1,
+    step: float = 10.0,
+    ttft: float = 20.0,
+    memory: float = 4.0,
+    factors: Sequence[float] = WIGGLE,
+    **fields: Any,
 ) -> RunResult:
     """Repetitions of 5 tokens: the first after `ttft` ms, then one every `step` ms, all times the repetition's factor; peak memory in GB."""
     repetitions = []
     for index, factor in enumerate(factors):
         t0 = index * 10_000 * MS
         stamps = tuple(t0 + round((ttft + i * step) * factor * MS) for i in range(5))
-        repetitions.append(Repetition(index, index, (RequestRecord(t0, stamps, batch, 8),), Noise(1.0, energy_j=30.0 * factor)))
-    cell = Cell(model="fake:x", backend="fake", quant=quant, batch_size=batch, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1))
+        repetitions.append(
+            Repetition(index, index, (RequestRecord(t0, stamps, batch, 8),), Noise(1.0, energy_j=30.0 * factor))
+        )
+    cell = Cell(
+        model="fake:x",
+        backend="fake",
+        quant=quant,
+        batch_size=batch,
+        prompt_tokens=8,
+        output_tokens=5,
+        repetitions=max(len(factors), 1),
+    )
     base = RunResult(
         cell, "ok", 1000, 2000, Hashes(f"{quant}{batch}", "w", "h", "s", "e"), ModelFacts("fake:x", "none", "fake", "r"), MACHINE,
         LoadInfo(1.0, weight_bytes=GB), repetitions=tuple(repetitions), steady=True,
@@ -40,13 +65,24 @@ def made(
 def write_sweep(folder: Path, results: Sequence[RunResult]) -> Path:
     """A sweep's folder as `llmbench run` leaves it, holding these results; the folder's name is that of the sweep."""
     for result in results:
-        job = Job(result.cell, result.model, result.hashes, folder / result.hashes.config, f"{result.cell.quant} b{result.cell.batch_size}")
+        job = Job(
+            result.cell,
+            result.model,
+            result.hashes,
+            folder / result.hashes.config,
+            f"{result.cell.quant} b{result.cell.batch_size}",
+        )
         write_job(job)
         write_cell(dataclasses.replace(result, sweep=folder.name), job.folder / "artifacts")
     parameters = {"model": "fake:x", "backend": "fake", "quant": ",".join(dict.fromkeys(r.cell.quant for r in results))}
     parameters["batch_size"] = ",".join(dict.fromkeys(str(r.cell.batch_size) for r in results))
     order = [result.hashes.config for result in results]
-    known = {"parameters": parameters, "cells": len(results), "parent": "a sweep" if len(results) > 1 else None, "order": order}
+    known = {
+        "parameters": parameters,
+        "cells": len(results),
+        "parent": "a sweep" if len(results) > 1 else None,
+        "order": order,
+    }
     (folder / "sweep.json").write_text(json.dumps(known))
     return folder
 

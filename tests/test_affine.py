@@ -26,7 +26,10 @@ ROWS, WIDTH = 96, 512
 def weight() -> torch.Tensor:
     """Normally distributed weights whose rows differ in size, with a few large ones, as in trained models."""
     generator = torch.Generator().manual_seed(0)
-    found = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64) * torch.logspace(-2, 0, ROWS, dtype=torch.float64)[:, None]
+    found = (
+        torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64)
+        * torch.logspace(-2, 0, ROWS, dtype=torch.float64)[:, None]
+    )
     found[:, 7] *= 4
     return found.to(torch.float16).double()  # LLM.int8 takes fp16, so its rounding is not counted
 
@@ -48,7 +51,9 @@ def test_the_reference_is_off_by_half_a_step_at_most(weight: torch.Tensor, bits:
     assert bool((error <= step / 2 * (1 + 1e-9)).all())
     ends = affine(weight, bits, group).reshape(codes.shape)
     assert torch.allclose(ends.amin(1), low[:, 0]) and torch.allclose(ends.amax(1), weight.reshape(codes.shape).amax(1))
-    if bits > 3 and group:  # errors are then uniform over a step, whose variance is step²/12; over the whole matrix its small rows are near 0
+    if (
+        bits > 3 and group
+    ):  # errors are then uniform over a step, whose variance is step²/12; over the whole matrix its small rows are near 0
         assert rms(error / step) == pytest.approx(1 / math.sqrt(12), rel=0.05)
 
 
@@ -57,7 +62,9 @@ def test_smaller_groups_and_more_bits_lose_less(weight: torch.Tensor) -> None:
     assert by_group == sorted(by_group, reverse=True)
     by_bits = [rms(affine(weight, bits, 64) - weight) for bits in range(2, 9)]
     ratios = [more / less for less, more in zip(by_bits[1:], by_bits, strict=False)]
-    assert all(ratio == pytest.approx((2 ** (bits + 1) - 1) / (2**bits - 1), rel=0.06) for bits, ratio in enumerate(ratios, 2))
+    assert all(
+        ratio == pytest.approx((2 ** (bits + 1) - 1) / (2**bits - 1), rel=0.06) for bits, ratio in enumerate(ratios, 2)
+    )
 
 
 def test_llm_int8_is_off_by_half_a_step_of_its_row(weight: torch.Tensor) -> None:
@@ -85,8 +92,12 @@ def test_nf4_is_off_by_half_a_gap_of_its_codebook_and_beats_affine_codes_of_as_m
     exact = book[(blocks[..., None] / largest[..., None] - book).abs().argmin(-1)] * largest
     assert rms(its - blocks) == pytest.approx(rms(exact - blocks), rel=1e-3)  # each weight has the nearest of the 16
     smooth = torch.randn(256, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    made = functional.dequantize_4bit(*functional.quantize_4bit(smooth.float(), blocksize=64, quant_type="nf4", compress_statistics=False)).double()
-    assert bits_per_weight(4, 64, 32) == bits_per_weight(4, 128, 64)  # a scale for 64 weights, or a scale and a minimum for 128
+    made = functional.dequantize_4bit(
+        *functional.quantize_4bit(smooth.float(), blocksize=64, quant_type="nf4", compress_statistics=False)
+    ).double()
+    assert bits_per_weight(4, 64, 32) == bits_per_weight(
+        4, 128, 64
+    )  # a scale for 64 weights, or a scale and a minimum for 128
     assert rms(affine(smooth, 5, 128) - smooth) < rms(made - smooth) < 0.95 * rms(affine(smooth, 4, 128) - smooth)
 
 
@@ -116,7 +127,8 @@ def test_a_layer_computes_what_its_bits_allow(weight: torch.Tensor, scheme: str,
 
 
 installed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"), reason="needs mlflow-llmbench[gptq] and g++"
+    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"),
+    reason="needs mlflow-llmbench[gptq] and g++",
 )
 
 
@@ -137,12 +149,21 @@ def test_gptq_holds_an_affine_grid_for_each_group(tiny_model: Path, quant: str, 
     made, original = load_file(folder / "model.safetensors"), load_file(tiny_model / "model.safetensors")
     for name in [key.removesuffix(".qweight") for key in made if key.endswith(".qweight")]:
         exact = original[f"{name}.weight"].double()
-        stored = sum(made[f"{name}.{part}"].numel() * made[f"{name}.{part}"].element_size() for part in ("qweight", "qzeros", "scales"))
+        stored = sum(
+            made[f"{name}.{part}"].numel() * made[f"{name}.{part}"].element_size()
+            for part in ("qweight", "qzeros", "scales")
+        )
         assert 8 * stored / exact.numel() == bits_per_weight(bits, 64, 16 + bits)
         steps = made[f"{name}.scales"].double().T.repeat_interleave(64, 1)
         codes = torch.stack(list(unpacked(made[f"{name}.qweight"], bits)), 1).flatten(0, 1).T
-        zeros = torch.stack(list(unpacked(made[f"{name}.qzeros"].T.contiguous(), bits)), 1).flatten(0, 1).repeat_interleave(64, 1)
-        off = min((steps * (codes - zeros - shift) - exact for shift in (0, 1)), key=rms)  # version 1 of the format stores the zero point less 1
+        zeros = (
+            torch.stack(list(unpacked(made[f"{name}.qzeros"].T.contiguous(), bits)), 1)
+            .flatten(0, 1)
+            .repeat_interleave(64, 1)
+        )
+        off = min(
+            (steps * (codes - zeros - shift) - exact for shift in (0, 1)), key=rms
+        )  # version 1 of the format stores the zero point less 1
         affine_off = rms(affine(exact, bits, 64) - exact)
         assert affine_off * 0.9 < rms(off) < 4 * affine_off, name
 

@@ -27,8 +27,13 @@ def times(repetition: int = 0, **settings: Any) -> tuple[int, ...]:
     return found
 
 
-@pytest.mark.parametrize(("arrival", "burstiness", "variation"), [("constant", 1, 0), ("poisson", 1, 1), ("gamma", 0.25, 2), ("gamma", 4, 0.5)])
-def test_gaps_have_the_asked_rate_exactly_and_their_own_variation(arrival: str, burstiness: float, variation: float) -> None:
+@pytest.mark.parametrize(
+    ("arrival", "burstiness", "variation"),
+    [("constant", 1, 0), ("poisson", 1, 1), ("gamma", 0.25, 2), ("gamma", 4, 0.5)],
+)
+def test_gaps_have_the_asked_rate_exactly_and_their_own_variation(
+    arrival: str, burstiness: float, variation: float
+) -> None:
     found = times(request_rate=50, requests=5001, arrival=arrival, burstiness=burstiness)
     gaps = [b - a for a, b in pairwise(found)]
     assert found[0] == 0
@@ -50,7 +55,9 @@ def test_a_seed_gives_the_same_times_in_every_process_and_repetitions_differ() -
         "from mlflow_llmbench.arrivals import arrival_times_ns; from mlflow_llmbench.cell import Cell; "
         "print(arrival_times_ns(Cell(url='http://h', request_rate=7.0, requests=20, seed=3), 0))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
     assert done.stdout.strip() == str(first)
 
 
@@ -80,7 +87,10 @@ def test_how_many_requests_a_repetition_has(settings: dict[str, Any], count: int
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"url": "http://h"}, "url is given, and backend=transformers runs the model in this process. Add backend=openai"),
+        (
+            {"url": "http://h"},
+            "url is given, and backend=transformers runs the model in this process. Add backend=openai",
+        ),
         ({"backend": "openai"}, "backend=openai needs the address of a server. Give url="),
         ({"concurrency": "4"}, "concurrency has a meaning only where a server is measured."),
         ({"url": "http://h", "backend": "openai", "concurrency": "4", "request_rate": "2"}, "Give one of them."),
@@ -132,7 +142,10 @@ def test_a_ramp_that_does_not_rise_is_a_constant_rate() -> None:
     assert times(request_rate=4.0, ramp_to=4.0, requests=21) == times(request_rate=4.0, requests=21)
 
 
-@pytest.mark.parametrize(("rate", "message"), [("none", "request_rate where it begins is none"), ("2,10", "is 2,10. Give a lower"), ("12", "is 12.")])
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [("none", "request_rate where it begins is none"), ("2,10", "is 2,10. Give a lower"), ("12", "is 12.")],
+)
 def test_a_ramp_begins_below_its_end(rate: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse({"url": "http://h", "backend": "openai", "request_rate": rate, "ramp_to": "10"})

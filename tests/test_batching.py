@@ -22,7 +22,16 @@ from mlflow_llmbench.estimate import beyond_context
 from mlflow_llmbench.measure_stream import Order, Served, _server, measure_stream
 from mlflow_llmbench.online_summary import padding_waste
 from mlflow_llmbench.plan import config_hash
-from mlflow_llmbench.records import EngineReadings, Hashes, ModelFacts, Repetition, RequestRecord, RunResult, from_json, to_json
+from mlflow_llmbench.records import (
+    EngineReadings,
+    Hashes,
+    ModelFacts,
+    Repetition,
+    RequestRecord,
+    RunResult,
+    from_json,
+    to_json,
+)
 from mlflow_llmbench.spec import UsageError, parse
 from mlflow_llmbench.summary import summarize
 from mlflow_llmbench.validity import judge
@@ -47,7 +56,9 @@ MIXED = Cell(
 # Who is batched with whom
 
 
-def grouped(arrivals: Sequence[float], durations: Sequence[float], rows: int, wait: float | None) -> list[tuple[float, int]]:
+def grouped(
+    arrivals: Sequence[float], durations: Sequence[float], rows: int, wait: float | None
+) -> list[tuple[float, int]]:
     """Begin in ms and rows of each batch of a stream, when batch i takes `durations[i]` ms."""
     due, free, found = [int(at * MS) for at in arrivals], 0, []
     for duration in durations:
@@ -61,15 +72,27 @@ def grouped(arrivals: Sequence[float], durations: Sequence[float], rows: int, wa
 @pytest.mark.parametrize(
     ("rows", "wait", "durations", "batches"),
     [
-        (3, None, (10, 10, 10), [(5, 3), (30, 3), (60, 1)]),  # a static batch waits until it is full; the last one for the stream's end
+        (
+            3,
+            None,
+            (10, 10, 10),
+            [(5, 3), (30, 3), (60, 1)],
+        ),  # a static batch waits until it is full; the last one for the stream's end
         (3, None, (40, 40, 10), [(5, 3), (45, 3), (85, 1)]),  # or until the model is free
-        (3, 4, (10, 10, 10, 10, 10), [(4, 2), (14, 1), (29, 2), (39, 1), (64, 1)]),  # a dynamic one for the wait after its first request at most
+        (
+            3,
+            4,
+            (10, 10, 10, 10, 10),
+            [(4, 2), (14, 1), (29, 2), (39, 1), (64, 1)],
+        ),  # a dynamic one for the wait after its first request at most
         (3, 10, (10, 10, 10), [(5, 3), (30, 3), (70, 1)]),  # full before the wait is over
         (3, 0, (3, 3, 3, 10, 3, 3), [(0, 1), (3, 1), (6, 1), (25, 1), (35, 2), (60, 1)]),  # no wait: whoever is there
         (8, 1, (50, 10, 10), [(1, 1), (51, 5), (61, 1)]),  # what has come while the model was busy goes together
     ],
 )
-def test_batches_of_a_scripted_stream(rows: int, wait: float | None, durations: Sequence[float], batches: list[tuple[float, int]]) -> None:
+def test_batches_of_a_scripted_stream(
+    rows: int, wait: float | None, durations: Sequence[float], batches: list[tuple[float, int]]
+) -> None:
     assert grouped((0, 2, 5, 25, 26, 30, 60), durations, rows, wait) == batches
 
 
@@ -100,8 +123,14 @@ def test_lengths_are_log_normal_about_the_asked_medians_and_clipped() -> None:
 
 def test_a_stream_has_the_same_lengths_in_each_repetition_and_other_tokens() -> None:
     prompts = load_prompts("mixed")
-    first, second = ([prompts.request(MIXED, repetition, number, 1000, None) for number in range(9)] for repetition in (0, 1))
-    assert [(len(ids), output) for ids, output in first] == [(len(ids), output) for ids, output in second] == [lengths_of(MIXED, n) for n in range(9)]
+    first, second = (
+        [prompts.request(MIXED, repetition, number, 1000, None) for number in range(9)] for repetition in (0, 1)
+    )
+    assert (
+        [(len(ids), output) for ids, output in first]
+        == [(len(ids), output) for ids, output in second]
+        == [lengths_of(MIXED, n) for n in range(9)]
+    )
     assert len({len(ids) for ids, _ in first}) > 4
     assert all(a != b for (a, _), (b, _) in zip(first, second, strict=True))
     assert first == [prompts.request(MIXED, 0, number, 1000, None) for number in range(9)]
@@ -131,7 +160,10 @@ STREAM = {"backend": "fake", "model": "fake:itl_ms=1", "batching": "static", "re
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"workload": "mixed"}, "one batch has one exact length. Add batching=static,dynamic,continuous and request_rate"),
+        (
+            {"workload": "mixed"},
+            "one batch has one exact length. Add batching=static,dynamic,continuous and request_rate",
+        ),
         (
             {"workload": "mixed", "batching": "static", "request_rate": "2", "prompt_tokens": "auto"},
             "prompt_tokens=auto has no meaning for workload=mixed",
@@ -142,12 +174,18 @@ STREAM = {"backend": "fake", "model": "fake:itl_ms=1", "batching": "static", "re
         ({"slo_ttft_ms": "200"}, "slo_ttft_ms is of a stream of requests."),
         ({"batching": "dynmic", "request_rate": "2"}, "Did you mean dynamic?"),
         ({"batching": "static", "request_rate": "2", "batch_wait_ms": "5"}, "Add batching=dynamic, or leave it out."),
-        ({"batching": "static", "request_rate": "2", "concurrency": "5"}, "concurrency has a meaning only where a server is measured."),
+        (
+            {"batching": "static", "request_rate": "2", "concurrency": "5"},
+            "concurrency has a meaning only where a server is measured.",
+        ),
         (
             {"workload": "chat", "history": "kept", "prompt_tokens": "auto", "batching": "static", "request_rate": "2"},
             "and history is of conversations",
         ),
-        ({"url": "http://h", "backend": "openai", "batching": "static", "request_rate": "2"}, "the server batches as it was started"),
+        (
+            {"url": "http://h", "backend": "openai", "batching": "static", "request_rate": "2"},
+            "the server batches as it was started",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(given: dict[str, str], message: str) -> None:
@@ -158,7 +196,9 @@ def test_what_does_not_go_together_is_refused(given: dict[str, str], message: st
 
 def test_a_stream_changes_no_other_cell_s_identity() -> None:
     facts = ModelFacts("m", "none", "h", "x")
-    assert config_hash(Cell(), facts) == config_hash(Cell(request_rate=7.0, batch_wait_ms=5), facts) == "04d64520e6395112"
+    assert (
+        config_hash(Cell(), facts) == config_hash(Cell(request_rate=7.0, batch_wait_ms=5), facts) == "04d64520e6395112"
+    )
     assert config_hash(MIXED, facts) != config_hash(dataclasses.replace(MIXED, request_rate=7.0), facts)
     assert config_hash(MIXED, facts) != config_hash(dataclasses.replace(MIXED, batching="dynamic"), facts)
     assert parse(STREAM | {"batching": "static,continuous"}).scenario == "batching"
@@ -223,7 +263,9 @@ def test_a_request_joins_a_continuous_batch_while_another_one_runs() -> None:
 @pytest.mark.parametrize("batching", ["static", "dynamic", "continuous"])
 def test_the_batching_changes_no_token(batching: str) -> None:
     cell = dataclasses.replace(MIXED, batching=batching, batch_wait_ms=1)
-    assert serve(cell, FOUR, (0, 1, 2, 3)).outputs == tuple([97 + (sum(ids) + i) % 26 for i in range(output)] for ids, output in FOUR)
+    assert serve(cell, FOUR, (0, 1, 2, 3)).outputs == tuple(
+        [97 + (sum(ids) + i) % 26 for i in range(output)] for ids, output in FOUR
+    )
 
 
 def test_a_backend_that_cannot_batch_so_is_named() -> None:
@@ -233,7 +275,9 @@ def test_a_backend_that_cannot_batch_so_is_named() -> None:
     for batching in ("static", "continuous"):
         cell = dataclasses.replace(MIXED, batching=batching)
         with pytest.raises(MeasurementError, match=f"backend=fake has no {batching} batching"):
-            measure_stream(Single(cell, FakeBackend.resolve(cell)), cell, load_prompts("mixed"), 1000, lambda *_, **__: None)
+            measure_stream(
+                Single(cell, FakeBackend.resolve(cell)), cell, load_prompts("mixed"), 1000, lambda *_, **__: None
+            )
 
 
 # Figures and verdict
@@ -274,8 +318,17 @@ def test_figures_of_a_stream_by_hand() -> None:
     assert metrics["latency/e2e_ms_mean"] == pytest.approx((50 + 20 + 45) / 3)
     assert metrics["latency/tpot_ms_mean"] == pytest.approx(10)
     assert metrics["client/stamp_lag_ms_mean"] == pytest.approx(3)
-    assert (metrics["config/batch_size"], metrics["config/request_rate"], metrics["lengths/output_tokens_mean"]) == (3, 100, pytest.approx(8 / 3))
-    assert not {"config/concurrency", "efficiency/mbu_ratio", "efficiency/mfu_ratio", "throughput/prefill_tokens_per_s"} & set(metrics)
+    assert (metrics["config/batch_size"], metrics["config/request_rate"], metrics["lengths/output_tokens_mean"]) == (
+        3,
+        100,
+        pytest.approx(8 / 3),
+    )
+    assert not {
+        "config/concurrency",
+        "efficiency/mbu_ratio",
+        "efficiency/mfu_ratio",
+        "throughput/prefill_tokens_per_s",
+    } & set(metrics)
     assert "efficiency/padding_waste_ratio" not in summarize(result(*THREE, positions=None))
 
 
@@ -309,8 +362,34 @@ def test_a_sweep_over_ways_of_batching_is_runs_in_mlflow(store_uri: str, tmp_pat
         "--output-tokens",
         "8",
     ]
-    arguments += ["--batching", "static,dynamic,continuous", "--batch-wait-ms", "2", "--batch-size", "4", "--request-rate", "100", "--requests", "12"]
-    assert main([*arguments, "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri, "--output-dir", str(tmp_path / "out")]) == 0
+    arguments += [
+        "--batching",
+        "static,dynamic,continuous",
+        "--batch-wait-ms",
+        "2",
+        "--batch-size",
+        "4",
+        "--request-rate",
+        "100",
+        "--requests",
+        "12",
+    ]
+    assert (
+        main(
+            [
+                *arguments,
+                "--repetitions",
+                "5",
+                "--warmup",
+                "1",
+                "--tracking-uri",
+                store_uri,
+                "--output-dir",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     client = MlflowClient(store_uri)
     runs = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])
     cells = {run.data.params["batching"]: run for run in runs if "mlflow.parentRunId" in run.data.tags}
@@ -331,16 +410,42 @@ def test_a_sweep_over_ways_of_batching_is_runs_in_mlflow(store_uri: str, tmp_pat
 
 
 def test_an_ordinary_run_has_no_parameter_of_a_stream(store_uri: str) -> None:
-    assert main(["run", "--backend", "fake", "--model", "fake:itl_ms=1", "--output-tokens", "4", "--repetitions", "5", "--warmup", "1"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                "--backend",
+                "fake",
+                "--model",
+                "fake:itl_ms=1",
+                "--output-tokens",
+                "4",
+                "--repetitions",
+                "5",
+                "--warmup",
+                "1",
+            ]
+        )
+        == 0
+    )
     client = MlflowClient(store_uri)
     [run] = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])
-    assert not {"batching", "batch_wait_ms", "request_rate", "arrival", "requests", "slo_ttft_ms"} & set(run.data.params)
+    assert not {"batching", "batch_wait_ms", "request_rate", "arrival", "requests", "slo_ttft_ms"} & set(
+        run.data.params
+    )
 
 
 def test_a_server_gets_requests_of_those_lengths(store_uri: str) -> None:
     from mlflow_llmbench.sweep import run
 
-    settings: dict[str, Any] = {"workload": "mixed", "prompt_tokens": 24, "output_tokens": 8, "requests": 12, "repetitions": 5, "warmup": 1}
+    settings: dict[str, Any] = {
+        "workload": "mixed",
+        "prompt_tokens": 24,
+        "output_tokens": 8,
+        "requests": 12,
+        "repetitions": 5,
+        "warmup": 1,
+    }
     with null_server("null:ttft_ms=1+itl_ms=0") as url:
         done = run(tracking_uri=store_uri, backend="openai", url=url, model="null:ttft_ms=1+itl_ms=0", **settings)
     [row] = done.rows
@@ -360,7 +465,13 @@ def tiny(kind: str, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
 
     torch.manual_seed(1)
-    size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    size: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    }
     gemma = {
         "intermediate_size": 128,
         "num_key_value_heads": 2,
@@ -368,7 +479,9 @@ def tiny(kind: str, folder: Path) -> Path:
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     }
-    config = OPTConfig(ffn_dim=128, word_embed_proj_dim=64, **size) if kind == "opt" else Gemma3TextConfig(**size, **gemma)
+    config = (
+        OPTConfig(ffn_dim=128, word_embed_proj_dim=64, **size) if kind == "opt" else Gemma3TextConfig(**size, **gemma)
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
@@ -386,7 +499,13 @@ def test_every_way_of_batching_brings_the_tokens_of_plain_greedy_decoding(
     """Against each prompt by itself; and the positions that are said to be computed are those that went through the model."""
     folder = tiny_model if kind == "llama" else tiny(kind, tmp_path / kind)
     stream: list[Order] = [([5 + i, *range(20, 20 + 7 * i)], output) for i, output in enumerate((6, 1, 11, 3, 8))]
-    settings: dict[str, Any] = {"batching": batching, "batch_size": 2, "batch_wait_ms": 1, "request_rate": 100.0, "workload": "mixed"}
+    settings: dict[str, Any] = {
+        "batching": batching,
+        "batch_size": 2,
+        "batch_wait_ms": 1,
+        "request_rate": 100.0,
+        "workload": "mixed",
+    }
     cell = Cell(model=str(folder), quant="fp32", attention=attention, **settings)
     with loaded(cell) as (backend, _):
         alone: list[list[int]] = []
@@ -396,7 +515,9 @@ def test_every_way_of_batching_brings_the_tokens_of_plain_greedy_decoding(
             alone.append([int(step[0]) for step in steps])
         with _server(cast(Backend, backend), cell, 60) as answer:
             seen: list[int] = []
-            hook = backend.model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True)
+            hook = backend.model.register_forward_pre_hook(
+                lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+            )
             for _ in range(2):  # an engine serves several streams
                 seen.clear()
                 served = answer(stream, [0, 0, 0, 2 * MS, 3 * MS])
@@ -409,8 +530,14 @@ def test_every_way_of_batching_brings_the_tokens_of_plain_greedy_decoding(
 
 
 def test_an_attention_that_cannot_be_batched_continuously_is_one_clear_error(tiny_model: Path) -> None:
-    cell = Cell(model=str(tiny_model), attention="flex_attention", batching="continuous", batch_size=2, request_rate=1.0)
-    with loaded(cell) as (backend, _), pytest.raises(MeasurementError) as caught, _server(cast(Backend, backend), cell, 60):
+    cell = Cell(
+        model=str(tiny_model), attention="flex_attention", batching="continuous", batch_size=2, request_rate=1.0
+    )
+    with (
+        loaded(cell) as (backend, _),
+        pytest.raises(MeasurementError) as caught,
+        _server(cast(Backend, backend), cell, 60),
+    ):
         pass
     assert str(caught.value).startswith("transformers cannot batch this model continuously.")
     assert "flex_attention is not supported" in str(caught.value)

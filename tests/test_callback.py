@@ -61,11 +61,21 @@ def test_a_function_is_measured_stamped_and_logged(store_uri: str) -> None:
     assert row.metrics["latency/ttft_ms_p50"] >= 20 and row.metrics["latency/itl_ms_p50"] >= 3
     assert row.metrics["latency/ttft_ms_p50"] > 3 * row.metrics["latency/itl_ms_p50"]
     assert [len(r.requests[0].stamps_ns) for r in result.repetitions] == [6] * 5
-    assert not [key for key in row.metrics if key.startswith(("memory", "load/load_s", "efficiency"))]  # what was not seen is absent
+    assert not [
+        key for key in row.metrics if key.startswith(("memory", "load/load_s", "efficiency"))
+    ]  # what was not seen is absent
     client = MlflowClient(store_uri)
     found = client.get_run(done.run_ids[0])
-    assert (found.info.status, found.data.params["backend"], found.data.params["model"]) == ("FINISHED", "callback", "mine")
-    assert {item.path for item in client.list_artifacts(done.run_ids[0])} >= {"result.json", "samples.csv.gz", "report.md"}
+    assert (found.info.status, found.data.params["backend"], found.data.params["model"]) == (
+        "FINISHED",
+        "callback",
+        "mine",
+    )
+    assert {item.path for item in client.list_artifacts(done.run_ids[0])} >= {
+        "result.json",
+        "samples.csv.gz",
+        "report.md",
+    }
 
 
 def test_lists_make_a_sweep_and_nothing_is_taken_from_an_earlier_one(store_uri: str) -> None:
@@ -98,7 +108,11 @@ def test_a_function_that_fails_fails_its_cell_only(store_uri: str) -> None:
     assert done.rows[1].message == "The function that generates raised ZeroDivisionError: in my engine."
     [log] = done.folder.glob("*/worker.log")
     assert "in fragile" in log.read_text()
-    assert measured(lambda prompts, output_tokens, emit: None).rows[0].message.startswith("The backend generated no token at all.")
+    assert (
+        measured(lambda prompts, output_tokens, emit: None)
+        .rows[0]
+        .message.startswith("The backend generated no token at all.")
+    )
 
 
 def test_tokens_that_are_handed_over_at_the_end_are_no_stream(store_uri: str) -> None:
@@ -110,13 +124,19 @@ def test_tokens_that_are_handed_over_at_the_end_are_no_stream(store_uri: str) ->
     [row] = measured(at_once).rows
     assert row.verdict and row.verdict.word != "valid"
     [reason] = [reason for reason in row.verdict.reasons if reason.code == "chunked_stream"]
-    assert reason.sentence.startswith("The tokens of a request came together, ") and reason.sentence.endswith("Emit each token as it is made.")
-    assert "chunked_stream" not in [reason.code for row in measured().rows if row.verdict for reason in row.verdict.reasons]
+    assert reason.sentence.startswith("The tokens of a request came together, ") and reason.sentence.endswith(
+        "Emit each token as it is made."
+    )
+    assert "chunked_stream" not in [
+        reason.code for row in measured().rows if row.verdict for reason in row.verdict.reasons
+    ]
 
 
 @pytest.mark.parametrize("step", ["ab", None, ["x"], [[1], None]])
 def test_a_step_that_is_no_list_of_ids_fails_its_cell(step: Any, store_uri: str) -> None:
-    [row] = measured(lambda prompts, output_tokens, emit: emit(step), batch_size=2 if step in ("ab", [[1], None]) else 1).rows
+    [row] = measured(
+        lambda prompts, output_tokens, emit: emit(step), batch_size=2 if step in ("ab", [[1], None]) else 1
+    ).rows
     assert row.outcome == "error"
     assert row.message == f"Step 1 is no list of ids: {step!r}. Emit one whole number for each row."
 
@@ -147,7 +167,9 @@ def test_prompts_of_another_vocabulary_are_another_workload(store_uri: str) -> N
         ({"model": "a,b"}, "has a comma"),
     ],
 )
-def test_wrong_parameters_are_told_before_a_model_is_loaded(parameters: dict[str, Any], message: str, store_uri: str, tmp_path: Path) -> None:
+def test_wrong_parameters_are_told_before_a_model_is_loaded(
+    parameters: dict[str, Any], message: str, store_uri: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=message), measure(**{"model": "mine"} | parameters):
         pytest.fail("the body was entered")
     assert not (tmp_path / "llmbench-results").exists()
@@ -164,17 +186,24 @@ def test_a_store_that_is_wrong_and_a_body_that_measures_nothing(store_uri: str) 
             bench.run(paced)
 
 
-def test_its_folder_is_uploaded_and_its_run_not_reproduced(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_folder_is_uploaded_and_its_run_not_reproduced(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = measured()
     assert upload(str(done.folder), store_uri).there == 1
     assert main(["reproduce", done.run_ids[0]]) == 2
-    assert "mine was measured with backend=callback, a function of a program of yours. Run that program again" in capsys.readouterr().err
+    assert (
+        "mine was measured with backend=callback, a function of a program of yours. Run that program again"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_example_runs_and_has_five_lines(store_uri: str, tmp_path: Path) -> None:
     file = ROOT / "examples" / "own_generate.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
-    done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["1", "4"]
     body = next(node for node in ast.parse(file.read_text()).body if isinstance(node, ast.If))
     assert sum(len(node.body) + 1 if isinstance(node, ast.With) else 1 for node in body.body) <= 4  # and the import

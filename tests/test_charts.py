@@ -23,7 +23,9 @@ CELL_CHARTS = ("itl_by_token", "latency_distribution", "memory_timeline")
 MARKS = {"baseline": 1, "loading": 1, "loaded": 3, "measuring": 4, "peak": 9, "unloaded": 10}  # s
 
 
-def result_of(gaps: Sequence[Sequence[float]], ttft: Sequence[float] = (), rows: int = 1, quant: str = "int8") -> RunResult:
+def result_of(
+    gaps: Sequence[Sequence[float]], ttft: Sequence[float] = (), rows: int = 1, quant: str = "int8"
+) -> RunResult:
     """A cell with one request per repetition, of the given gaps and TTFTs in ms, and a memory timeline of 10 s."""
     repetitions = []
     for index, values in enumerate(gaps):
@@ -82,7 +84,9 @@ def texts(path: Path) -> str:
 
 
 def check_files(paths: list[Path], folder: Path, names: Sequence[str]) -> None:
-    assert [path.relative_to(folder).as_posix() for path in paths] == [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
+    assert [path.relative_to(folder).as_posix() for path in paths] == [
+        f"{name}.{kind}" for name in names for kind in ("svg", "png")
+    ]
     for path in paths:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -101,7 +105,9 @@ def heights(axes: Any) -> list[float]:
 
 
 def test_a_cell_gives_three_charts_with_their_words(tmp_path: Path) -> None:
-    check_files(draw_cell(result_of(noisy(40, 3)), tmp_path / "new" / "charts"), tmp_path / "new" / "charts", CELL_CHARTS)
+    check_files(
+        draw_cell(result_of(noisy(40, 3)), tmp_path / "new" / "charts"), tmp_path / "new" / "charts", CELL_CHARTS
+    )
     itl, distribution, memory = (texts(tmp_path / "new" / "charts" / f"{name}.svg") for name in CELL_CHARTS)
     assert "opt-125m · inter-token latency by token" in itl
     for word in ("Token index", "Inter-token latency (ms)", "lowest to highest", "n = 3 repetitions"):
@@ -223,9 +229,27 @@ def test_a_peak_of_a_single_sample_stays() -> None:
 def test_a_sweep_gives_an_overview_and_four_charts(tmp_path: Path) -> None:
     check_files(draw_sweep(points_of(), tmp_path), tmp_path, ("overview", "throughput", "ttft", "itl", "memory"))
     overview, throughput = texts(tmp_path / "overview.svg"), texts(tmp_path / "throughput.svg")
-    for word in ("opt-125m · overview", "Throughput · higher is better", "fp32", "int8", "Batch size", "weights", "128 prompt tokens"):
+    for word in (
+        "opt-125m · overview",
+        "Throughput · higher is better",
+        "fp32",
+        "int8",
+        "Batch size",
+        "weights",
+        "128 prompt tokens",
+    ):
         assert word in overview
-    for word in ("opt-125m · throughput", "Throughput (output tokens/s)", "95 % interval", "fp32", "int8", "10.0", "20.0", "40.0", "80.0"):
+    for word in (
+        "opt-125m · throughput",
+        "Throughput (output tokens/s)",
+        "95 % interval",
+        "fp32",
+        "int8",
+        "10.0",
+        "20.0",
+        "40.0",
+        "80.0",
+    ):
         assert word in throughput
     assert "Peak host memory (GB)" in texts(tmp_path / "memory.svg")
 
@@ -241,18 +265,25 @@ def test_bars_stand_by_batch_size_and_quantization() -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "values", "told"), [("concurrency", (1, 4), ""), ("prompt_tokens", (16, 32), "4 users · "), ("request_rate", (1.0, 2.0), "")]
+    ("axis", "values", "told"),
+    [("concurrency", (1, 4), ""), ("prompt_tokens", (16, 32), "4 users · "), ("request_rate", (1.0, 2.0), "")],
 )
 def test_of_a_server_the_load_is_told_and_no_batch(axis: str, values: tuple[Any, ...], told: str) -> None:
     cell = Cell(backend="openai", url="http://127.0.0.1:1", model="m", concurrency=4, prompt_tokens=16)
-    points = [(dataclasses.replace(cell, **{axis: value}), {"throughput/output_tokens_per_s": 10.0}) for value in values]
+    points = [
+        (dataclasses.replace(cell, **{axis: value}), {"throughput/output_tokens_per_s": 10.0}) for value in values
+    ]
     figure = charts._sweep_figure(points, "throughput/output_tokens_per_s")
     constant = "" if axis == "prompt_tokens" else "16 prompt tokens · "
-    assert [text.get_text() for text in figure.texts][1] == f"higher is better · {told}{constant}128 output tokens · synthetic prompts"
+    assert [text.get_text() for text in figure.texts][
+        1
+    ] == f"higher is better · {told}{constant}128 output tokens · synthetic prompts"
 
 
 def test_a_backend_that_the_quantization_tells_makes_no_groups() -> None:
-    points = [(Cell(quant=quant, backend=backend), {"throughput/output_tokens_per_s": 10.0}) for quant, backend in PACKED]
+    points = [
+        (Cell(quant=quant, backend=backend), {"throughput/output_tokens_per_s": 10.0}) for quant, backend in PACKED
+    ]
     (axes,) = axes_of(charts._sweep_figure(points, "throughput/output_tokens_per_s"))
     assert heights(axes) == [10, 10, 10]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["bf16", "q8_0", "q4_k_m"]
@@ -264,12 +295,25 @@ PACKED = (("bf16", "transformers"), ("q4_k_m", "llama_cpp"), ("q8_0", "llama_cpp
 def test_quality_is_set_against_speed_with_both_intervals(tmp_path: Path) -> None:
     kl = {"fp32": 0.0, "int8": 0.25}
     points = [
-        (cell, {**metrics, "quality/kl_vs_reference": kl[cell.quant], "quality/kl_vs_reference_ci_low": 0.0, "quality/kl_vs_reference_ci_high": 0.5})
+        (
+            cell,
+            {
+                **metrics,
+                "quality/kl_vs_reference": kl[cell.quant],
+                "quality/kl_vs_reference_ci_low": 0.0,
+                "quality/kl_vs_reference_ci_high": 0.5,
+            },
+        )
         for cell, metrics in points_of()
     ]
     check_files(draw_sweep(points, tmp_path), tmp_path, ("overview", "throughput", "ttft", "itl", "memory", "quality"))
     (axes,) = axes_of(charts._quality_figure(points))
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [(40.0, 0.0), (10.0, 0.0), (80.0, 0.25), (20.0, 0.25)]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [
+        (40.0, 0.0),
+        (10.0, 0.0),
+        (80.0, 0.25),
+        (20.0, 0.25),
+    ]
     across, upright = axes.collections[:2]
     assert across.get_segments()[0].tolist() == [[36.0, 0.0], [44.0, 0.0]]
     assert upright.get_segments()[0].tolist() == [[40.0, 0.0], [40.0, 0.5]]
@@ -290,20 +334,26 @@ def test_a_cell_that_failed_leaves_its_place_empty() -> None:
 
 
 def test_each_model_has_a_panel_with_one_scale() -> None:
-    panels = axes_of(charts._sweep_figure(points_of(models=("facebook/opt-125m", "opt-350m")), "throughput/output_tokens_per_s"))
+    panels = axes_of(
+        charts._sweep_figure(points_of(models=("facebook/opt-125m", "opt-350m")), "throughput/output_tokens_per_s")
+    )
     assert [axes.get_title(loc="left") or axes.get_title() for axes in panels] == ["opt-125m", "opt-350m"]
     assert heights(panels[1]) == [20, 40, 80, 160]
     assert panels[0].get_ylim() == panels[1].get_ylim()
 
 
 def test_models_are_groups_where_only_the_quantization_varies_besides() -> None:
-    (axes,) = axes_of(charts._sweep_figure(points_of(models=("b", "a"), batches=(1,)), "throughput/output_tokens_per_s"))
+    (axes,) = axes_of(
+        charts._sweep_figure(points_of(models=("b", "a"), batches=(1,)), "throughput/output_tokens_per_s")
+    )
     assert heights(axes) == [10, 20, 20, 40]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["b", "a"]
 
 
 def test_other_parameters_make_combinations() -> None:
-    points = [(dataclasses.replace(cell, threads=threads), metrics) for cell, metrics in points_of() for threads in (None, 2)]
+    points = [
+        (dataclasses.replace(cell, threads=threads), metrics) for cell, metrics in points_of() for threads in (None, 2)
+    ]
     (axes,) = axes_of(charts._sweep_figure(points, "latency/ttft_ms_p50"))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n2", "1\nauto", "4\n2", "4\nauto"]
     assert axes.get_xlabel() == "Batch size · threads"

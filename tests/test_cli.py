@@ -52,32 +52,46 @@ def test_help_names_every_parameter_with_its_default(capsys: pytest.CaptureFixtu
         ([], "llmbench: The following arguments are required: COMMAND. See `llmbench --help`.\n"),
     ],
 )  # fmt: skip
-def test_bad_arguments_get_one_line_and_exit_code_2(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_get_one_line_and_exit_code_2(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err == line
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--quant", "int44"], ["run", "--batch-size", "many"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--quant", "int44"], ["run", "--batch-size", "many"], ["--version"]]
+)
 def test_help_and_bad_parameters_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom mlflow_llmbench.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
         "print([m for m in ('torch', 'transformers', 'mlflow', 'matplotlib', 'numpy', 'ray', 'huggingface_hub', 'yaml') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_run_prints_a_table_the_folder_and_how_to_open_the_ui(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_prints_a_table_the_folder_and_how_to_open_the_ui(
+    store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["run", *FAST, "--batch-size", "1,2", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["batch_size", "tokens/s"]
     assert [line.split()[0] for line in lines[1:3]] == ["1", "2"]
     assert any(line.startswith("Results: /") and "llmbench-results" in line for line in lines)
     assert f"Open the comparison: mlflow ui --backend-store-uri {store_uri}" in lines
-    assert any(line.startswith("then http://127.0.0.1:5000/#/experiments/") and "viewStateShareKey=" in line for line in lines)
+    assert any(
+        line.startswith("then http://127.0.0.1:5000/#/experiments/") and "viewStateShareKey=" in line for line in lines
+    )
     last = json.loads(lines[-1])
     assert last["outcome"] == "ok"
     assert [run["params"]["batch_size"] for run in last["runs"]] == [1, 2]
@@ -94,7 +108,10 @@ def test_the_config_of_a_run_runs_again(store_uri: str, tmp_path: Path) -> None:
     assert main(["run", *FAST]) == 0
     config = next(tmp_path.glob("llmbench-results/*/*/artifacts/config.yaml"))
     assert main(["run", "--config", str(config), "--output-dir", "again"]) == 0
-    first, second = (json.loads(next(tmp_path.glob(f"{folder}/*/*/artifacts/result.json")).read_text()) for folder in ("llmbench-results", "again"))
+    first, second = (
+        json.loads(next(tmp_path.glob(f"{folder}/*/*/artifacts/result.json")).read_text())
+        for folder in ("llmbench-results", "again")
+    )
     assert first["hashes"]["config"] == second["hashes"]["config"]
 
 
@@ -114,7 +131,9 @@ def test_versions_below_the_safe_ones_are_told_and_not_refused(
     for package in ("torch-2.5.1", "transformers-5.2.0"):
         (tmp_path / f"site/{package}.dist-info").mkdir(parents=True)
         name, _, number = package.partition("-")
-        (tmp_path / f"site/{package}.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+        (tmp_path / f"site/{package}.dist-info/METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
+        )
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert main(["run", *FAST]) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [

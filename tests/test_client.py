@@ -45,9 +45,13 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def send(url: str, script: str, load: Load, limits: Limits | None = None, **settings: Any) -> tuple[list[RequestRecord], Trace]:
+def send(
+    url: str, script: str, load: Load, limits: Limits | None = None, **settings: Any
+) -> tuple[list[RequestRecord], Trace]:
     """Records and raw trace of a load whose requests all carry one script."""
-    cell = Cell(backend="openai", url=url, model=f"null:{script}", **{"output_tokens": 10, "prompt_tokens": 16} | settings)
+    cell = Cell(
+        backend="openai", url=url, model=f"null:{script}", **{"output_tokens": 10, "prompt_tokens": 16} | settings
+    )
     backend = OpenAIBackend(cell, NONE)
     if limits:
         backend.client.limits = limits
@@ -71,7 +75,9 @@ def gaps(stamps: Any) -> list[float]:
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_stamps_are_the_servers_own(server: str, endpoint: str) -> None:
     """16 streams with uneven gaps; all stamps of one machine's monotonic clock."""
-    records, _ = send(server, "ttft_ms=30+gaps_ms=4;19;1;9", Load(requests=32, concurrency=16), endpoint=endpoint, output_tokens=25)
+    records, _ = send(
+        server, "ttft_ms=30+gaps_ms=4;19;1;9", Load(requests=32, concurrency=16), endpoint=endpoint, output_tokens=25
+    )
     log = read_log(server)
     assert [r.outcome for r in records] == ["complete"] * 32
     assert [(r.tokens, len(r.stamps_ns), r.prompt_tokens) for r in records] == [(25, 25, 16)] * 32
@@ -80,7 +86,9 @@ def test_stamps_are_the_servers_own(server: str, endpoint: str) -> None:
         truth = log[str(number)]
         assert truth["chat"] == (endpoint == "chat")
         assert record.t0_ns < truth["received_ns"]
-        assert all(own > its for own, its in zip(record.stamps_ns, truth["tokens_ns"], strict=True))  # nothing arrives before it is written
+        assert all(
+            own > its for own, its in zip(record.stamps_ns, truth["tokens_ns"], strict=True)
+        )  # nothing arrives before it is written
         errors += [own - its for own, its in zip(gaps(record.stamps_ns), gaps(truth["tokens_ns"]), strict=True)]
     # The gap's error has no bias: half of it is what one stamp is late, half what the other was.
     assert sum(error > 0 for error in errors) == pytest.approx(len(errors) / 2, rel=0.3)
@@ -184,10 +192,26 @@ def test_usage_tells_of_the_prefix_cache_and_of_prompts_that_grew(server: str) -
     record = one(server, "cached=12+prompt_extra=3")
     assert (record.cached_tokens, record.prompt_tokens) == (12, 19)
     record = one(server, "usage=none")
-    assert (record.outcome, record.tokens, record.prompt_tokens, record.cached_tokens, record.output_tokens) == ("complete", None, None, None, 10)
+    assert (record.outcome, record.tokens, record.prompt_tokens, record.cached_tokens, record.output_tokens) == (
+        "complete",
+        None,
+        None,
+        None,
+        10,
+    )
 
 
-WHOLE = ["eol=crlf", "eol=cr", "comments=1", "framing=length", "framing=close", "keep=0", "split=1+output=1", "split=7+eol=crlf", "done=0"]
+WHOLE = [
+    "eol=crlf",
+    "eol=cr",
+    "comments=1",
+    "framing=length",
+    "framing=close",
+    "keep=0",
+    "split=1+output=1",
+    "split=7+eol=crlf",
+    "done=0",
+]
 
 
 @pytest.mark.parametrize("script", [s.replace("+output=1", "") for s in WHOLE])
@@ -246,7 +270,9 @@ def peak_kb(reset: bool = False) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("script", "users"), [("flood=line", 64), ("flood=events", 64), ("flood=tiny", 64), ("odd=gzip", 4)])
+@pytest.mark.parametrize(
+    ("script", "users"), [("flood=line", 64), ("flood=events", 64), ("flood=tiny", 64), ("odd=gzip", 4)]
+)
 def test_endless_answers_end_within_64_mb(server: str, script: str, users: int) -> None:
     before = peak_kb(reset=True)
     records, _ = send(server, script, Load(requests=users, concurrency=users), output_tokens=128)
@@ -293,8 +319,12 @@ def test_a_connection_that_the_server_had_closed_is_replaced_and_counted(server:
     records, trace = send(server, "stale=1+stall_ms=300", Load(requests=2))
     assert trace.retries == 1
     assert records[1].stamps_ns[0] - records[1].t0_ns > 300e6  # what was lost by it is waited for as the rest is
-    assert send(server, "refuse=1", Load(requests=2))[0][1].outcome == "truncated"  # a new connection is not tried without end
-    records, trace = send(server, "stale=1+stall_ms=1500", Load(requests=2))  # it had the request for 1.5 s, and dropped it
+    assert (
+        send(server, "refuse=1", Load(requests=2))[0][1].outcome == "truncated"
+    )  # a new connection is not tried without end
+    records, trace = send(
+        server, "stale=1+stall_ms=1500", Load(requests=2)
+    )  # it had the request for 1.5 s, and dropped it
     assert ([r.outcome for r in records], trace.retries) == (["complete", "truncated"], 0)
 
 
@@ -305,7 +335,9 @@ def test_a_lack_of_open_files_is_the_clients_own(server: str) -> None:
         records, _ = send(server, "itl_ms=10", Load(requests=100, concurrency=100))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert "This is the client's limit: raise it with `ulimit -n`" in next(r.message for r in records if r.outcome == "refused")
+    assert "This is the client's limit: raise it with `ulimit -n`" in next(
+        r.message for r in records if r.outcome == "refused"
+    )
 
 
 def test_halves_of_characters_that_a_server_sent_are_no_end_of_the_run() -> None:
@@ -373,7 +405,12 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(server: str, mon
     assert secret not in repr(record)
     for url, sent in (("http://example.com", False), ("https://example.com", True)):
         assert (secret.encode() in http_request(address_of(url), "/v1/models")) is sent
-    for url, here in (("http://127.0.0.1.example.com", False), ("http://127.example", False), ("http://127.1.2.3:80", True), ("http://[::1]", True)):
+    for url, here in (
+        ("http://127.0.0.1.example.com", False),
+        ("http://127.example", False),
+        ("http://127.1.2.3:80", True),
+        ("http://[::1]", True),
+    ):
         assert (secret.encode() in http_request(address_of(url), "/v1/models")) is here
     monkeypatch.setenv("LLMBENCH_API_KEY", "sk-own\n")  # as a file that is read whole ends
     assert b"Bearer sk-own\r\n" in http_request(address_of("http://example.com"), "/v1/models")
@@ -426,7 +463,9 @@ def test_resolve_says_what_the_server_is_or_why_not(server: str) -> None:
     assert (found.name, found.location, found.revision, found.context) == ("null:", server, "null 1.2.3", 8192)
     with pytest.raises(ModelError, match="has no model opt-125m. It has: null:. Give one of them"):
         OpenAIBackend.resolve(cell(model="opt-125m"))
-    with pytest.raises(ModelError, match="Cannot reach the server at http://127.0.0.1:9: No connection: .* Start it, or correct url"):
+    with pytest.raises(
+        ModelError, match="Cannot reach the server at http://127.0.0.1:9: No connection: .* Start it, or correct url"
+    ):
         OpenAIBackend.resolve(cell(url="http://127.0.0.1:9"))
 
 

@@ -66,13 +66,21 @@ def test_an_open_load_keeps_its_times() -> None:
     assert [found[number] for number in range(5)] == list(times)
 
 
-@pytest.mark.parametrize("load", [Load(11, 5), Load(arrivals_ns=tuple(range(0, 110_000_000, 10_000_000)))], ids=["closed", "open"])
+@pytest.mark.parametrize(
+    "load", [Load(11, 5), Load(arrivals_ns=tuple(range(0, 110_000_000, 10_000_000)))], ids=["closed", "open"]
+)
 def test_several_processes_send_what_one_sends_on_one_clock(server: str, load: Load) -> None:
     slow = "null:ttft_ms=200+itl_ms=2"
     alone, log_alone = send(server, load, 1, model=slow)
     several, log = send(server, load, 3, model=slow)
-    assert [exchange.number for exchange in several.exchanges] == [exchange.number for exchange in alone.exchanges] == list(range(11))
-    assert {number: entry["asked"] for number, entry in log.items()} == {number: entry["asked"] for number, entry in log_alone.items()}
+    assert (
+        [exchange.number for exchange in several.exchanges]
+        == [exchange.number for exchange in alone.exchanges]
+        == list(range(11))
+    )
+    assert {number: entry["asked"] for number, entry in log.items()} == {
+        number: entry["asked"] for number, entry in log_alone.items()
+    }
     assert (len(several.parts), len(alone.parts), several.lags_ns) == (3, 0, ())
     assert len({part.started_ns for part in several.parts}) == 1
     assert several.cpu_s == pytest.approx(sum(part.cpu_s for part in several.parts))
@@ -83,12 +91,18 @@ def test_several_processes_send_what_one_sends_on_one_clock(server: str, load: L
             assert exchange.intended_ns == several.started_ns + load.arrivals_ns[exchange.number] <= exchange.t0_ns
     if not load.arrivals_ns:
         fifth = sorted(exchange.t0_ns for exchange in several.exchanges)[4]
-        assert fifth < min(exchange.stamps[0] for exchange in several.exchanges)  # five users begin together, before the first answer
+        assert fifth < min(
+            exchange.stamps[0] for exchange in several.exchanges
+        )  # five users begin together, before the first answer
 
 
 def test_conversations_stay_with_their_process(server: str, tmp_path: Path) -> None:
     file = tmp_path / "talks.jsonl"
-    talk = [{"role": "user", "content": "One."}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "Two."}]
+    talk = [
+        {"role": "user", "content": "One."},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "Two."},
+    ]
     file.write_text(json.dumps({"messages": talk}))
     asked = {"history": "sent", "endpoint": "chat", "prompt_tokens": None, "workload": str(file)}
     trace, log = send(server, Load(5, 3), 2, **asked)
@@ -98,7 +112,9 @@ def test_conversations_stay_with_their_process(server: str, tmp_path: Path) -> N
     assert len({exchange.number for exchange in trace.exchanges}) == 10
     assert set(log) == {f"{number}-{turn}" for number in range(5) for turn in (1, 2)}
     assert log == {
-        name: entry | {"asked": send_alone[name]["asked"]} for send_alone in [send(server, Load(5, 3), 1, **asked)[1]] for name, entry in log.items()
+        name: entry | {"asked": send_alone[name]["asked"]}
+        for send_alone in [send(server, Load(5, 3), 1, **asked)[1]]
+        for name, entry in log.items()
     }
 
 
@@ -124,7 +140,11 @@ def test_a_late_process_is_not_hidden_by_the_others() -> None:
     one = result(*TWO_USERS, client=several)
     metrics = summarize(one)
     assert metrics["client/loop_lag_ms_p50"] == 20
-    assert (metrics["client/cpu_ratio"], metrics["client/cpus"], metrics["client/processes"]) == (0.5, pytest.approx(0.65), 4)
+    assert (metrics["client/cpu_ratio"], metrics["client/cpus"], metrics["client/processes"]) == (
+        0.5,
+        pytest.approx(0.65),
+        4,
+    )
     assert codes(one) == {"client_bound"}
     assert from_json(ClientReadings, json.loads(json.dumps(to_json(several)))) == several
     alone = summarize(result(*TWO_USERS))
@@ -139,10 +159,17 @@ def test_a_late_process_is_not_hidden_by_the_others() -> None:
         (Load(40, 10), 9.0, 4, 3),
         (Load(40, 10), 9.0, 1, 1),
         (Load(arrivals_ns=(0, 500_000_000, 1_000_000_000)), 0.01, 16, 1),  # 1 ms for each of 10 requests, 3 in a second
-        (Load(arrivals_ns=tuple(range(0, 1_000_000_000, 500_000))), 0.01, 16, 5),  # 2000 in a second: 2.0 cores, and one request more
+        (
+            Load(arrivals_ns=tuple(range(0, 1_000_000_000, 500_000))),
+            0.01,
+            16,
+            5,
+        ),  # 2000 in a second: 2.0 cores, and one request more
     ],
 )
-def test_auto_takes_what_a_wave_says(monkeypatch: pytest.MonkeyPatch, load: Load, cpu_s: float, cpus: int, count: int) -> None:
+def test_auto_takes_what_a_wave_says(
+    monkeypatch: pytest.MonkeyPatch, load: Load, cpu_s: float, cpus: int, count: int
+) -> None:
     monkeypatch.setattr("mlflow_llmbench.machine.usable_cpus", lambda: set(range(cpus)))
     wave = Trace(tuple(Exchange(number) for number in range(10)), 0, 1_000_000_000, (), cpu_s)
     assert _processes_for(load, wave) == count

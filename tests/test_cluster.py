@@ -26,7 +26,9 @@ from tests.test_survival import alive, states, until
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'mlflow-llmbench[ray]'")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),  # of Ray's own files
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),  # of Ray's own files
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,10 +126,14 @@ def workers() -> dict[int, int]:
 
 def of_ray() -> dict[int, int]:
     """Our workers whose parent is a process of a Ray task."""
-    return {pid: parent for pid, parent in workers().items() if b"ray::" in Path(f"/proc/{parent}/cmdline").read_bytes()}
+    return {
+        pid: parent for pid, parent in workers().items() if b"ray::" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    }
 
 
-def test_groups_are_measured_on_both_nodes_and_never_two_at_once_on_one(nodes: Nodes, store_uri: str, store_template: Path, tmp_path: Path) -> None:
+def test_groups_are_measured_on_both_nodes_and_never_two_at_once_on_one(
+    nodes: Nodes, store_uri: str, store_template: Path, tmp_path: Path
+) -> None:
     found = fake("ttft_ms=20+itl_ms=10", threads="1,2,3,4", batch_size="1,2")
     assert (found.outcome, found.exit_code) == ("ok", 0)
     by_cell = results(found)
@@ -135,7 +141,9 @@ def test_groups_are_measured_on_both_nodes_and_never_two_at_once_on_one(nodes: N
     spans: dict[str, list[tuple[int, int]]] = {"first": [], "second": []}
     for threads in range(1, 5):
         both = [by_cell[f"{rows}/{threads}"] for rows in (1, 2)]
-        assert {one.environment["node"] for one in both} == {both[0].environment["node"]}, "a load serves its cells on one node"
+        assert {one.environment["node"] for one in both} == {both[0].environment["node"]}, (
+            "a load serves its cells on one node"
+        )
         stamps = [repetition.wall_ms for one in both for repetition in one.repetitions]
         spans[both[0].environment["node"]].append((min(stamps), max(stamps)))
     for times in spans.values():
@@ -143,12 +151,20 @@ def test_groups_are_measured_on_both_nodes_and_never_two_at_once_on_one(nodes: N
         ordered = sorted(times)
         assert all(before[1] < after[0] for before, after in itertools.pairwise(ordered))
     kept = found.folder / by_cell["2/1"].hashes.config
-    assert [event["event"] for event in journal.read_events(kept / "events.jsonl")] == ["warmup", *["repetition"] * 5, "complete"]
+    assert [event["event"] for event in journal.read_events(kept / "events.jsonl")] == [
+        "warmup",
+        *["repetition"] * 5,
+        "complete",
+    ]
     assert (kept / "worker.log").exists()
     assert set(states(store_uri).values()) == {("FINISHED", "ok"), ("FINISHED", None)}
     shutil.copy(store_template, tmp_path / "elsewhere.db")
     assert upload(str(found.folder), f"sqlite:///{tmp_path}/elsewhere.db").new == 9
-    valid = [run_id for run_id, row in zip(found.run_ids, found.rows, strict=True) if row.verdict and row.verdict.word == "valid"]
+    valid = [
+        run_id
+        for run_id, row in zip(found.run_ids, found.rows, strict=True)
+        if row.verdict and row.verdict.word == "valid"
+    ]
     assert valid, "no result was good enough to be taken over, on a machine that is too busy for this test"
     again = fake("ttft_ms=20+itl_ms=10", threads="1,2,3,4", batch_size="1,2")
     assert {one.linked for one in results(again).values() if one.linked} == set(valid)
@@ -187,7 +203,9 @@ def test_a_crash_is_told_as_at_home(nodes: Nodes, store_uri: str) -> None:
     assert result.environment["node"] in CPUS
 
 
-def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(nodes: Nodes, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(
+    nodes: Nodes, store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     lost: list[str] = []
 
     def kill(cell: str, node: str) -> None:
@@ -207,7 +225,9 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(node
     assert [line for line in watcher.lines if "is lost" in line] == [
         f"The node {dead} is lost (NodeDiedError). Of its group 1 cells had not been measured."
     ]
-    assert [line for line in watcher.lines if line.startswith("batch_size=2: measuring")] == [f"batch_size=2: measuring on {dead}"]
+    assert [line for line in watcher.lines if line.startswith("batch_size=2: measuring")] == [
+        f"batch_size=2: measuring on {dead}"
+    ]
     assert {status for status, _ in states(store_uri).values()} == {"FINISHED"}
     until(lambda: not of_ray(), 20)
     assert "aylet" not in capsys.readouterr().out, "standard output is for the results"
@@ -258,9 +278,24 @@ HANG = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     arguments = [text for name, value in CELL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "mlflow_llmbench", "run", "--model", HANG, "--batch-size", "1,2", "--on", "ray", *arguments, *more]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow_llmbench",
+        "run",
+        "--model",
+        HANG,
+        "--batch-size",
+        "1,2",
+        "--on",
+        "ray",
+        *arguments,
+        *more,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def the_second_cell_has_begun(folder: Path) -> bool:
@@ -268,7 +303,9 @@ def the_second_cell_has_begun(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
-def test_an_interruption_ends_the_workers_on_the_nodes_and_keeps_what_was_measured(nodes: Nodes, store_uri: str, tmp_path: Path, how: str) -> None:
+def test_an_interruption_ends_the_workers_on_the_nodes_and_keeps_what_was_measured(
+    nodes: Nodes, store_uri: str, tmp_path: Path, how: str
+) -> None:
     process = start(tmp_path)
     until(lambda: the_second_cell_has_begun(tmp_path))
     [worker] = of_ray()
@@ -283,7 +320,9 @@ def test_an_interruption_ends_the_workers_on_the_nodes_and_keeps_what_was_measur
     assert "interrupted" in output
 
 
-def test_a_killed_command_leaves_no_worker_and_what_has_arrived_can_be_uploaded(nodes: Nodes, store_uri: str, tmp_path: Path) -> None:
+def test_a_killed_command_leaves_no_worker_and_what_has_arrived_can_be_uploaded(
+    nodes: Nodes, store_uri: str, tmp_path: Path
+) -> None:
     process = start(tmp_path)
     until(lambda: the_second_cell_has_begun(tmp_path))
     [worker] = of_ray()
@@ -296,7 +335,11 @@ def test_a_killed_command_leaves_no_worker_and_what_has_arrived_can_be_uploaded(
         "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "crashed"), f"{HANG}: batch_size": ("FAILED", None)
     }  # fmt: skip
     [kept] = [one for one in MlflowClient(store_uri).search_runs(["1"]) if one.info.run_name == "batch_size=2"]
-    [result] = [journal.read_result(file.parent) for file in folder.glob("*/artifacts/result.json") if '"outcome": "ok"' in file.read_text()]
+    [result] = [
+        journal.read_result(file.parent)
+        for file in folder.glob("*/artifacts/result.json")
+        if '"outcome": "ok"' in file.read_text()
+    ]
     assert result.environment["node"] in CPUS
     assert kept.data.tags["llmbench.env_hash"] == result.environment["hashes"]["env"]
 
@@ -314,13 +357,26 @@ def test_from_a_machine_outside_of_the_cluster(nodes: Nodes) -> None:
     [
         ({"on": "rey"}, UsageError, "Unknown on: rey. Give here, ray, or ray://HOST:PORT"),
         ({"on": "ray://host"}, UsageError, "Unknown on: ray://host. Give here"),
-        ({"device": "cuda:1"}, UsageError, "device=cuda:1 numbers the GPUs of one machine, and on=ray has several. Give device=cuda."),
-        ({"on": "ray://127.0.0.1:9"}, MissingError, "The Ray cluster ray://127.0.0.1:9 cannot be reached: .*10001 unless told otherwise"),
+        (
+            {"device": "cuda:1"},
+            UsageError,
+            "device=cuda:1 numbers the GPUs of one machine, and on=ray has several. Give device=cuda.",
+        ),
+        (
+            {"on": "ray://127.0.0.1:9"},
+            MissingError,
+            "The Ray cluster ray://127.0.0.1:9 cannot be reached: .*10001 unless told otherwise",
+        ),
         ({}, MissingError, "The Ray cluster 127.0.0.1:9 cannot be reached: .*ray start --head"),
     ],
 )
 def test_what_cannot_work_is_one_line_within_seconds_before_anything_starts(
-    store_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parameters: dict[str, Any], error: type[LlmbenchError], message: str
+    store_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    parameters: dict[str, Any],
+    error: type[LlmbenchError],
+    message: str,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the port of `discard`, where nobody listens
     started = time.monotonic()
@@ -333,14 +389,18 @@ def test_what_cannot_work_is_one_line_within_seconds_before_anything_starts(
 
 
 def test_a_gpu_that_no_node_has_is_told_before_anything_starts(nodes: Nodes, store_uri: str) -> None:
-    with pytest.raises(MissingError, match=r"No node of the Ray cluster offers a GPU and a CPU to tasks \(device=cuda\)"):
+    with pytest.raises(
+        MissingError, match=r"No node of the Ray cluster offers a GPU and a CPU to tasks \(device=cuda\)"
+    ):
         fake(device="cuda")
     assert states(store_uri) == {}
 
 
 def test_without_ray_the_command_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingError, match=r"on=ray needs Ray, which is not installed. Run: pip install 'mlflow-llmbench\[ray\]'"):
+    with pytest.raises(
+        MissingError, match=r"on=ray needs Ray, which is not installed. Run: pip install 'mlflow-llmbench\[ray\]'"
+    ):
         fake()
 
 

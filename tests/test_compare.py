@@ -11,10 +11,28 @@ import numpy as np
 import pytest
 
 from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.compare import ALLOWABLE, Comparison, compare, comparison_json, comparison_markdown, differences, format_comparison, sentence
+from mlflow_llmbench.compare import (
+    ALLOWABLE,
+    Comparison,
+    compare,
+    comparison_json,
+    comparison_markdown,
+    differences,
+    format_comparison,
+    sentence,
+)
 from mlflow_llmbench.errors import NotComparable, UsageError
 from mlflow_llmbench.metrics import KEYS
-from mlflow_llmbench.records import Failure, Hashes, LoadInfo, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import (
+    Failure,
+    Hashes,
+    LoadInfo,
+    MemoryStages,
+    ModelFacts,
+    Repetition,
+    RequestRecord,
+    RunResult,
+)
 from mlflow_llmbench.summary import summarize
 
 MS = 1_000_000
@@ -31,7 +49,9 @@ MACHINE = {
 RATE, MEMORY = "throughput/output_tokens_per_s", "memory/host_needed_bytes_peak"
 
 
-def result(factors: Sequence[float], quant: str = "bf16", ttft: Sequence[float] | None = None, **fields: Any) -> RunResult:
+def result(
+    factors: Sequence[float], quant: str = "bf16", ttft: Sequence[float] | None = None, **fields: Any
+) -> RunResult:
     """Repetitions of 5 tokens: the first after 20 ms, then gaps of 8, 12, 10 and 10 ms, all times the repetition's factor (TTFT its own)."""
     repetitions = []
     for index, factor in enumerate(factors):
@@ -39,7 +59,9 @@ def result(factors: Sequence[float], quant: str = "bf16", ttft: Sequence[float] 
         times = [20 * (ttft[index] if ttft else factor)]
         for gap in (8, 12, 10, 10):
             times.append(times[-1] + gap * factor)
-        repetitions.append(Repetition(index, index, (RequestRecord(t0, tuple(t0 + round(time * MS) for time in times), 1, 8),)))
+        repetitions.append(
+            Repetition(index, index, (RequestRecord(t0, tuple(t0 + round(time * MS) for time in times), 1, 8),))
+        )
     base = RunResult(
         Cell(quant=quant, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1)), "ok", 0, 1, Hashes("c", "w", "h", "s", "e"),
         ModelFacts("opt", "folder", "/opt", "r"), MACHINE, LoadInfo(2.0, weight_bytes=4 * 10**9), repetitions=tuple(repetitions), steady=True,
@@ -54,7 +76,12 @@ def spread(scale: float, n: int = 5) -> list[float]:
 
 
 BF16 = result(spread(1.0))
-INT4 = result(spread(0.75), "int4", load=LoadInfo(3.0, weight_bytes=10**9), memory=MemoryStages(host_needed={"peak": 2_750_000_000}))
+INT4 = result(
+    spread(0.75),
+    "int4",
+    load=LoadInfo(3.0, weight_bytes=10**9),
+    memory=MemoryStages(host_needed={"peak": 2_750_000_000}),
+)
 
 
 def test_ratio_interval_and_p_by_hand() -> None:
@@ -62,7 +89,10 @@ def test_ratio_interval_and_p_by_hand() -> None:
     rate = compare(BF16, INT4).effect(RATE)
     assert rate.ratio == pytest.approx(1 / 0.75, rel=1e-6)
     half = 2.30600414 * 0.005
-    assert (rate.low, rate.high) == (pytest.approx(math.exp(-half) / 0.75, rel=1e-6), pytest.approx(math.exp(half) / 0.75, rel=1e-6))
+    assert (rate.low, rate.high) == (
+        pytest.approx(math.exp(-half) / 0.75, rel=1e-6),
+        pytest.approx(math.exp(half) / 0.75, rel=1e-6),
+    )
     assert rate.a == pytest.approx(np.mean([5 / 0.060 / f for f in spread(1.0)]), rel=1e-6)
     assert rate.a == pytest.approx(summarize(BF16)[RATE])
     assert rate.effect == "better"
@@ -83,7 +113,11 @@ def test_each_metric_has_its_own_definition_and_direction() -> None:
     )
     assert {e.effect for e in compare(INT4, BF16).effects if e.p_holm is not None} == {"worse"}
     single = {e.key: (e.ratio, e.effect) for e in comparison.effects if e.p_holm is None}
-    assert single == {MEMORY: (0.55, "not tested"), "memory/weight_bytes": (0.25, "not tested"), "load/load_s": (1.5, "not tested")}
+    assert single == {
+        MEMORY: (0.55, "not tested"),
+        "memory/weight_bytes": (0.25, "not tested"),
+        "load/load_s": (1.5, "not tested"),
+    }
     assert {effect.key for effect in comparison.effects} <= set(KEYS)
 
 
@@ -118,7 +152,9 @@ def test_sentence_of_single_repetitions() -> None:
         "The verdict on bf16 is suspect (too_few_samples); that on int4 is suspect (too_few_samples)."
     )
     assert {effect.effect for effect in comparison.effects} == {"not tested"}
-    assert format_comparison(comparison).endswith("Nothing was tested: a test needs at least 2 repetitions on each side.")
+    assert format_comparison(comparison).endswith(
+        "Nothing was tested: a test needs at least 2 repetitions on each side."
+    )
 
 
 def test_terminal_table() -> None:
@@ -167,7 +203,9 @@ def test_pairs_see_through_a_drift_that_both_share() -> None:
     assert rate.effect == "better"
     assert rate.low < 1 / 0.97 < rate.high
     assert "Paired t test on the logarithms of 6 pairs of repetitions" in format_comparison(compare(a, b, paired=True))
-    with pytest.raises(UsageError, match="Paired results need as many repetitions on both sides: 6 and 5. Compare them without paired."):
+    with pytest.raises(
+        UsageError, match="Paired results need as many repetitions on both sides: 6 and 5. Compare them without paired."
+    ):
         compare(a, INT4, paired=True)
 
 
@@ -188,24 +226,40 @@ def test_names_are_what_differs() -> None:
     assert names() == ("A", "B")
 
 
-def unlike(base: RunResult, *, hashes: dict[str, str] | None = None, environment: dict[str, Any] | None = None, **fields: Any) -> RunResult:
+def unlike(
+    base: RunResult, *, hashes: dict[str, str] | None = None, environment: dict[str, Any] | None = None, **fields: Any
+) -> RunResult:
     return dataclasses.replace(
-        base, hashes=dataclasses.replace(base.hashes, **(hashes or {})), environment={**base.environment, **(environment or {})}, **fields
+        base,
+        hashes=dataclasses.replace(base.hashes, **(hashes or {})),
+        environment={**base.environment, **(environment or {})},
+        **fields,
     )
 
 
 OTHER_GPUS = [{"name": "NVIDIA H200", "memory_bytes": 141 * 10**9}] * 2
 UNLIKE = {
     "hardware": (
-        unlike(INT4, hashes={"hardware": "x"}, environment={"cpu": {**MACHINE["cpu"], "name": "Xeon"}, "gpus": OTHER_GPUS}),
+        unlike(
+            INT4, hashes={"hardware": "x"}, environment={"cpu": {**MACHINE["cpu"], "name": "Xeon"}, "gpus": OTHER_GPUS}
+        ),
         "hardware: CPU AMD EPYC → Xeon, GPU none → 2 × NVIDIA H200 (141 GB)",
     ),
     "software": (
-        unlike(INT4, hashes={"software": "x"}, environment={"driver": "570", "packages": {"torch": "2.13", "transformers": "5.0", "gguf": "0.1"}}),
+        unlike(
+            INT4,
+            hashes={"software": "x"},
+            environment={"driver": "570", "packages": {"torch": "2.13", "transformers": "5.0", "gguf": "0.1"}},
+        ),
         "software: driver 550 → 570, torch 2.12 → 2.13, gguf none → 0.1",
     ),
     "workload": (
-        unlike(INT4, hashes={"workload": "x"}, cell=dataclasses.replace(INT4.cell, seed=1), load=LoadInfo(3.0, vocab_size=32000)),
+        unlike(
+            INT4,
+            hashes={"workload": "x"},
+            cell=dataclasses.replace(INT4.cell, seed=1),
+            load=LoadInfo(3.0, vocab_size=32000),
+        ),
         "workload: seed 0 → 1, vocabulary none → 32000 tokens",
     ),
     "scenario": (
@@ -265,12 +319,19 @@ def test_all_kinds_are_named_at_once() -> None:
 
 def test_alike_results_have_no_differences() -> None:
     """Facts outside the hash, such as the commit or the size of a cache, are no difference."""
-    assert differences(BF16, unlike(INT4, environment={"git": "abc", "cpu": {**MACHINE["cpu"], "last_level_cache_bytes": 1}})) == []
+    assert (
+        differences(
+            BF16, unlike(INT4, environment={"git": "abc", "cpu": {**MACHINE["cpu"], "last_level_cache_bytes": 1}})
+        )
+        == []
+    )
 
 
 def test_when_requests_come_is_workload_and_how_many_users_there_are_is_not() -> None:
     def stream(**fields: Any) -> RunResult:
-        return dataclasses.replace(BF16, cell=dataclasses.replace(BF16.cell, **({"url": "http://127.0.0.1:1", "request_rate": 5.0} | fields)))
+        return dataclasses.replace(
+            BF16, cell=dataclasses.replace(BF16.cell, **({"url": "http://127.0.0.1:1", "request_rate": 5.0} | fields))
+        )
 
     assert differences(stream(), stream()) == []
     for name, value, listed in (
@@ -285,18 +346,23 @@ def test_when_requests_come_is_workload_and_how_many_users_there_are_is_not() ->
 
 def test_conversations_as_one_prompt_are_not_those_turn_by_turn() -> None:
     turns = unlike(INT4, hashes={"workload": "x"}, cell=dataclasses.replace(BF16.cell, history="kept"))
-    assert [str(difference) for difference in differences(BF16, turns)] == ["conversations as one prompt → turn by turn"]
+    assert [str(difference) for difference in differences(BF16, turns)] == [
+        "conversations as one prompt → turn by turn"
+    ]
 
 
 def test_nothing_measured_cannot_be_allowed() -> None:
     failed = dataclasses.replace(result([], "int4"), outcome="oom", failure=Failure("loading", "Memory ran out."))
-    with pytest.raises(NotComparable, match="int4 has no repetitions: its outcome is oom. Measure it again, or compare another run."):
+    with pytest.raises(
+        NotComparable, match="int4 has no repetitions: its outcome is oom. Measure it again, or compare another run."
+    ):
         compare(BF16, failed, allow=frozenset(ALLOWABLE))
 
 
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(
-        UsageError, match="Unknown kind of difference to allow: weather. Known: hardware, software, workload, scenario, schema, verdict."
+        UsageError,
+        match="Unknown kind of difference to allow: weather. Known: hardware, software, workload, scenario, schema, verdict.",
     ):
         compare(BF16, INT4, allow=frozenset({"weather", "hardware"}))
     with pytest.raises(UsageError, match="The noise threshold is not a ratio from 0 to below 1: 5"):
@@ -345,7 +411,10 @@ def in_processes(factors: Sequence[Sequence[float]], *args: Any, **fields: Any) 
     """A result whose repetitions have these factors, process by process."""
     flat = result([factor for own in factors for factor in own], *args, **fields)
     numbers = [number for number, own in enumerate(factors) for _ in own]
-    return dataclasses.replace(flat, repetitions=tuple(dataclasses.replace(r, process=n) for r, n in zip(flat.repetitions, numbers, strict=True)))
+    return dataclasses.replace(
+        flat,
+        repetitions=tuple(dataclasses.replace(r, process=n) for r, n in zip(flat.repetitions, numbers, strict=True)),
+    )
 
 
 def test_each_process_is_one_value_by_hand() -> None:
@@ -356,7 +425,9 @@ def test_each_process_is_one_value_by_hand() -> None:
     plain = compare(BF16, INT4)
     for key in (RATE, "latency/ttft_ms_p50", "latency/itl_ms_p50", "latency/e2e_ms_p50"):
         found, expected = comparison.effect(key), plain.effect(key)
-        assert (found.a, found.ratio, found.low, found.p_value) == pytest.approx((expected.a, expected.ratio, expected.low, expected.p_value))
+        assert (found.a, found.ratio, found.low, found.p_value) == pytest.approx(
+            (expected.a, expected.ratio, expected.low, expected.p_value)
+        )
     assert comparison.effect(RATE).a == pytest.approx(summarize(a)[RATE])
     assert (comparison.repetitions, comparison.processes) == ((12, 10), (5, 5))
 
@@ -382,7 +453,9 @@ def test_texts_say_which_unit_was_used() -> None:
     assert "int4 was measured in one process, and what that did to all its repetitions alike is not seen." in mixed
     assert "Welch's t test on the logarithms of 5 processes and 5 repetitions;" in mixed
     assert "in one process" not in format_comparison(compare(a, b))
-    with pytest.raises(UsageError, match="Paired results need as many processes on both sides: 5 and 1. Compare them without paired."):
+    with pytest.raises(
+        UsageError, match="Paired results need as many processes on both sides: 5 and 1. Compare them without paired."
+    ):
         compare(a, single, paired=True)
     with pytest.raises(UsageError, match="as many processes on both sides: 5 and 4"):
         compare(a, in_processes(factors[:4], "int4"), paired=True)
@@ -391,7 +464,10 @@ def test_texts_say_which_unit_was_used() -> None:
 def test_pairs_are_those_of_processes_by_number() -> None:
     """Both slow down by a third from process to process; in each pair B takes 3 % less. Repetitions may differ in number."""
     drift, noise = [1.0, 1.1, 1.2, 1.25, 1.3, 1.35], [0.969, 0.971, 0.97, 0.9695, 0.9705, 0.97]
-    a, b = in_processes([[d] * 2 for d in drift]), in_processes([[d * n] * 3 for d, n in zip(drift, noise, strict=True)], "int4")
+    a, b = (
+        in_processes([[d] * 2 for d in drift]),
+        in_processes([[d * n] * 3 for d, n in zip(drift, noise, strict=True)], "int4"),
+    )
     backwards = dataclasses.replace(b, repetitions=b.repetitions[::-1])
     assert compare(a, b).effect(RATE).effect == "no difference seen"
     for other in (b, backwards):
@@ -407,7 +483,9 @@ def drawn_in_processes(rng: np.random.Generator, k: int, n: int, scale: float = 
 
 
 def as_one_process(measured: RunResult) -> RunResult:
-    return dataclasses.replace(measured, repetitions=tuple(dataclasses.replace(r, process=0) for r in measured.repetitions))
+    return dataclasses.replace(
+        measured, repetitions=tuple(dataclasses.replace(r, process=0) for r in measured.repetitions)
+    )
 
 
 @pytest.mark.parametrize("in_pairs", [False, True])

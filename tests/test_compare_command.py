@@ -26,14 +26,18 @@ def sweep(store_uri: str) -> SweepResult:
 def test_every_kind_of_reference_leads_to_the_same_results(sweep: SweepResult) -> None:
     folders = load_results(str(sweep.folder))
     assert {r.hashes.config for r in folders} == {r.hashes.config for r in load_results(sweep.folder.name)}
-    assert [r.cell.batch_size for r in load_results(sweep.parent_id or "")] == [r.cell.batch_size for r in load_results(sweep.folder.name)]
+    assert [r.cell.batch_size for r in load_results(sweep.parent_id or "")] == [
+        r.cell.batch_size for r in load_results(sweep.folder.name)
+    ]
     [one] = load_results(f"runs:/{sweep.run_ids[1]}")
     assert one.cell.batch_size == 4
     assert load_results(str(sweep.folder / one.hashes.config)) == [one]
     assert load_results(str(sweep.folder / one.hashes.config / "artifacts")) == [one]
 
 
-def test_the_sentence_the_table_and_the_artifacts(sweep: SweepResult, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sentence_the_table_and_the_artifacts(
+    sweep: SweepResult, store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, four = sweep.run_ids
     # A busy machine may make a verdict `invalid` for no fault of the fake backend's; the comparison is about the command.
     assert main(["compare", one, f"runs:/{four}", "--log", one, "--json", "--allow", "verdict"]) == 0
@@ -52,7 +56,9 @@ def test_the_sentence_the_table_and_the_artifacts(sweep: SweepResult, store_uri:
     assert lines[0] in Path(client.download_artifacts(one, "comparison/comparison.md", ".")).read_text()
 
 
-def test_files_of_a_comparison_beside_what_is_there(sweep: SweepResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_a_comparison_beside_what_is_there(
+    sweep: SweepResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run gets the files of the comparison, and none of a person's that lie in the folder."""
     folder = tmp_path / "here"
     folder.mkdir()
@@ -61,7 +67,12 @@ def test_files_of_a_comparison_beside_what_is_there(sweep: SweepResult, tmp_path
     assert main(["compare", one, four, four, "--output", str(folder), "--log", one, "--allow", "verdict"]) == 0
     assert f"Written: {folder}" in capsys.readouterr().out
     drawn = {f"charts/{name}.{kind}" for name in ("ratios", "values_1", "values_2") for kind in ("svg", "png")}
-    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == {"comparison.md", "comparison.json", "diary.txt", *drawn}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == {
+        "comparison.md",
+        "comparison.json",
+        "diary.txt",
+        *drawn,
+    }
     assert len(json.loads((folder / "comparison.json").read_text())) == 2
     assert {item.path for item in MlflowClient(sweep.tracking_uri).list_artifacts(one, "comparison")} == {
         "comparison/comparison.md", "comparison/comparison.json", "comparison/charts"
@@ -73,7 +84,9 @@ def test_files_of_a_comparison_beside_what_is_there(sweep: SweepResult, tmp_path
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_unlike_hardware_is_refused_and_can_be_allowed(sweep: SweepResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unlike_hardware_is_refused_and_can_be_allowed(
+    sweep: SweepResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(next(sweep.folder.glob("*/artifacts")), other)
     data = json.loads((other / "result.json").read_text())

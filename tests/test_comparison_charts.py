@@ -49,10 +49,18 @@ def test_the_files_and_their_words(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert word in ratios
     assert "worse" not in ratios
-    for word in ("int4 against bf16 · values", "Output throughput · higher is better", "Time to first token · lower is better", "tokens/s", "83.3"):
+    for word in (
+        "int4 against bf16 · values",
+        "Output throughput · higher is better",
+        "Time to first token · lower is better",
+        "tokens/s",
+        "83.3",
+    ):
         assert word in values
     first = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
-    assert {path.name: path.read_bytes() for path in draw_comparisons([compare(BF16, INT4)], tmp_path / "again")} == first
+    assert {
+        path.name: path.read_bytes() for path in draw_comparisons([compare(BF16, INT4)], tmp_path / "again")
+    } == first
 
 
 def test_ratios_and_intervals_are_those_of_the_comparison() -> None:

@@ -28,7 +28,9 @@ def installed(tmp_path: Path) -> Path:
     folder = tmp_path / "site" / "llmbench_context-0.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: llmbench-context\nVersion: 0\n")
-    (folder / "entry_points.txt").write_text("[mlflow.run_context_provider]\nllmbench-here = mlflow_llmbench.context:RunContext\n")
+    (folder / "entry_points.txt").write_text(
+        "[mlflow.run_context_provider]\nllmbench-here = mlflow_llmbench.context:RunContext\n"
+    )
     return folder.parent
 
 
@@ -53,8 +55,18 @@ def test_importing_mlflow_loads_nothing_that_measures(installed: Path, variables
 def test_importing_mlflow_takes_no_longer(installed: Path) -> None:
     """Of one interpreter's own account of its imports, so that another's load touches all of them alike."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, installed)))}
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "import mlflow"], env=environment, capture_output=True, text=True, check=True)
-    lines = [line.removeprefix("import time:").split("|") for line in done.stderr.splitlines() if line.startswith("import time:")][1:]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import mlflow"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [
+        line.removeprefix("import time:").split("|")
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    ][1:]
     own_us = {name.strip(): int(own) for own, _, name in lines}
     ours = {name: took for name, took in own_us.items() if name.startswith("mlflow_llmbench")}
     assert ours and sum(ours.values()) < 0.05 * sum(own_us.values())
@@ -62,15 +74,21 @@ def test_importing_mlflow_takes_no_longer(installed: Path) -> None:
 
 def test_the_provider_needs_the_standard_library_only() -> None:
     tree = ast.parse((ROOT / "mlflow_llmbench" / "context.py").read_text(encoding="utf-8"))
-    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level and node.module}
+    names = {
+        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level and node.module
+    }
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names)
-    assert all(not isinstance(node, ast.ImportFrom) or not node.level for node in tree.body)  # of ours nothing before a run is begun
+    assert all(
+        not isinstance(node, ast.ImportFrom) or not node.level for node in tree.body
+    )  # of ours nothing before a run is begun
 
 
 def test_runs_of_others_are_tagged_where_it_is_asked_for(installed: Path, store_uri: str) -> None:
     code = TAGGED.format(uri=store_uri)
-    assert isinstance(off := told(code, ROOT, installed), dict) and not [name for name in off if name.startswith("llmbench.")]
+    assert isinstance(off := told(code, ROOT, installed), dict) and not [
+        name for name in off if name.startswith("llmbench.")
+    ]
     assert isinstance(zero := told(code, ROOT, installed, **{TAG_RUNS: "0"}), dict) and zero.keys() == off.keys()
     on = told(code, ROOT, installed, **{TAG_RUNS: "1"})
     assert isinstance(on, dict)
@@ -78,4 +96,6 @@ def test_runs_of_others_are_tagged_where_it_is_asked_for(installed: Path, store_
     assert on["llmbench.hardware_hash"] == here["hashes"]["hardware"]
     assert on["llmbench.env_hash"] == here["hashes"]["env"]
     assert on["llmbench.cpu"] == here["cpu"]["name"]
-    assert not {"llmbench.outcome", "llmbench.sweep", "llmbench.config_hash", "llmbench.verdict"} & on.keys()  # it is no result of ours
+    assert (
+        not {"llmbench.outcome", "llmbench.sweep", "llmbench.config_hash", "llmbench.verdict"} & on.keys()
+    )  # it is no result of ours

@@ -37,14 +37,24 @@ def talks(tmp_path: Path) -> Path:
     file = tmp_path / "talks.jsonl"
     lines = []
     for talk in TALKS:
-        messages = [message for text in talk for message in ({"role": "user", "content": text}, {"role": "assistant", "content": "scripted"})]
+        messages = [
+            message
+            for text in talk
+            for message in ({"role": "user", "content": text}, {"role": "assistant", "content": "scripted"})
+        ]
         lines.append(json.dumps({"messages": messages[:-1]}))
     file.write_text("\n".join(lines))
     return file
 
 
 def hold(url: str, talks: Path, script: str, load: Load, **settings: Any) -> list[RequestRecord]:
-    asked = {"endpoint": "chat", "history": "sent", "prompt_tokens": None, "output_tokens": 4, "workload": str(talks)} | settings
+    asked = {
+        "endpoint": "chat",
+        "history": "sent",
+        "prompt_tokens": None,
+        "output_tokens": 4,
+        "workload": str(talks),
+    } | settings
     cell = Cell(backend="openai", url=url, model=f"null:{script}", **asked)
     backend = OpenAIBackend(cell, ModelFacts("", "none", "", ""))
     read_log(url)
@@ -58,7 +68,17 @@ def hold(url: str, talks: Path, script: str, load: Load, **settings: Any) -> lis
 def test_each_turn_has_all_that_was_said_and_the_servers_own_answers(server: str, talks: Path) -> None:
     records = hold(server, talks, "ttft_ms=5+itl_ms=1", Load(requests=4, concurrency=2))
     assert {r.outcome for r in records} == {"complete"}
-    assert sorted((r.conversation, r.turn) for r in records) == [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
+    assert sorted((r.conversation, r.turn) for r in records) == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 1),
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (3, 2),
+        (3, 3),
+    ]
     log = read_log(server)
     first, second, third = (log[f"0-{turn}"] for turn in (1, 2, 3))
     messages = third["asked"]["messages"]
@@ -67,7 +87,9 @@ def test_each_turn_has_all_that_was_said_and_the_servers_own_answers(server: str
     assert [m["content"] for m in messages[1:]] == [" word" * 4, "And then?", " word" * 4, "Thanks."]
     assert second["asked"]["messages"] == messages[:3]
     assert first["asked"]["messages"] == messages[:1]
-    assert log["3-1"]["asked"]["messages"] != first["asked"]["messages"]  # the same conversation, with words of its own before it
+    assert (
+        log["3-1"]["asked"]["messages"] != first["asked"]["messages"]
+    )  # the same conversation, with words of its own before it
     for number, turn in ((0, 2), (0, 3), (2, 2)):
         own, before = (next(r for r in records if (r.conversation, r.turn) == (number, t)) for t in (turn, turn - 1))
         assert own.t0_ns > before.stamps_ns[-1]
@@ -103,14 +125,45 @@ def test_turns_are_told_by_their_number_and_later_ones_may_be_cached() -> None:
         (2, 5, 20, None, 5),
     ]
     told = [dataclasses.replace(r, cached_tokens=r.cached_tokens or 0) for r in said]
-    assert turns_of(result(*told, cell=cell))[1].values() == {"prompt_tokens": 20, "prefilled_tokens": 12, "ttft_ms": 5, "e2e_ms": 35}
+    assert turns_of(result(*told, cell=cell))[1].values() == {
+        "prompt_tokens": 20,
+        "prefilled_tokens": 12,
+        "ttft_ms": 5,
+        "e2e_ms": 35,
+    }
     assert "prefix_cache_hits" not in codes(result(*told, cell=cell))
     assert "prefix_cache_hits" in codes(result(dataclasses.replace(told[0], cached_tokens=3), *told[1:], cell=cell))
 
 
 def test_conversations_are_a_cell(server: str, talks: Path, store_uri: str) -> None:
-    asked = ["--url", server, "--model", MODEL, "--workload", str(talks), "--history", "sent", "--endpoint", "chat", "--prompt-tokens", "auto"]
-    asked += ["--concurrency", "2", "--requests", "6", "--output-tokens", "4", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri]
+    asked = [
+        "--url",
+        server,
+        "--model",
+        MODEL,
+        "--workload",
+        str(talks),
+        "--history",
+        "sent",
+        "--endpoint",
+        "chat",
+        "--prompt-tokens",
+        "auto",
+    ]
+    asked += [
+        "--concurrency",
+        "2",
+        "--requests",
+        "6",
+        "--output-tokens",
+        "4",
+        "--repetitions",
+        "5",
+        "--warmup",
+        "1",
+        "--tracking-uri",
+        store_uri,
+    ]
     assert main(["online", *asked]) == 0
     client = MlflowClient(store_uri)
     [run] = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])

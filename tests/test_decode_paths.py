@@ -64,9 +64,13 @@ def test_looked_up_tokens_are_checked_and_the_answer_is_the_same(tiny_model: Pat
 
 def test_an_assistant_of_another_vocabulary_is_refused(cache_folder: Path) -> None:
     cell = Cell(model="opt-125m", weights="random", decode="assisted", assistant="pythia-70m")
-    with pytest.raises(UsageError, match=r"assistant=pythia-70m has a vocabulary of 50304 tokens, and opt-125m one of 50272"):
+    with pytest.raises(
+        UsageError, match=r"assistant=pythia-70m has a vocabulary of 50304 tokens, and opt-125m one of 50272"
+    ):
         TransformersBackend.resolve(cell)
-    same = TransformersBackend.resolve(Cell(model="opt-350m", weights="random", decode="assisted", assistant="opt-125m"))
+    same = TransformersBackend.resolve(
+        Cell(model="opt-350m", weights="random", decode="assisted", assistant="opt-125m")
+    )
     assert same.assistant and same.assistant.location == "facebook/opt-125m"
     assert not TransformersBackend.is_prepared(cell, same)
 
@@ -112,7 +116,15 @@ def test_quality_sees_the_prompt_as_the_quantized_cache_holds_it(tiny_model: Pat
 @pytest.mark.slow
 def test_a_whole_run_with_looked_up_tokens(tiny_model: Path, store_uri: str) -> None:
     """Texts that the model repeats: what is recorded is tokens per step, and no inter-token latency."""
-    done = run(model=str(tiny_model), quant="fp32", decode="generate,prompt_lookup", prompt_tokens=16, output_tokens=32, repetitions=5, warmup=1)
+    done = run(
+        model=str(tiny_model),
+        quant="fp32",
+        decode="generate,prompt_lookup",
+        prompt_tokens=16,
+        output_tokens=32,
+        repetitions=5,
+        warmup=1,
+    )
     assert done.outcome == "ok", done.table()
     results = {r.cell.decode: r for r in (read_result(folder) for folder in done.folder.glob("*/artifacts"))}
     plain, looked = (summarize(results[decode]) for decode in ("generate", "prompt_lookup"))
@@ -183,7 +195,10 @@ def test_a_step_that_is_compiled_again_while_it_is_measured_is_refused(tiny_mode
 
 def test_what_a_decode_path_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(MissingError, match=r"decode=compiled needs a C\+\+ compiler, .* no-such-compiler is not there\. Install g\+\+, or set CXX\."):
+    with pytest.raises(
+        MissingError,
+        match=r"decode=compiled needs a C\+\+ compiler, .* no-such-compiler is not there\. Install g\+\+, or set CXX\.",
+    ):
         decoding.require(Cell(decode="compiled"), "cpu")
     known = importlib.metadata.version
 
@@ -194,7 +209,8 @@ def test_what_a_decode_path_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(
-        MissingError, match=r"kv_cache=int4 needs the package optimum-quanto, .* Run: pip install 'mlflow-llmbench\[quanto\]'; kv_cache=fp8"
+        MissingError,
+        match=r"kv_cache=int4 needs the package optimum-quanto, .* Run: pip install 'mlflow-llmbench\[quanto\]'; kv_cache=fp8",
     ):
         decoding.require(Cell(kv_cache="int4"), "cpu")
     with pytest.raises(MissingError, match=r"kv_cache=int8 needs the package hqq"):

@@ -49,7 +49,10 @@ def test_a_step_of_several_tokens_is_no_inter_token_latency(store_uri: str) -> N
         rows = [row for row in csv.DictReader(io.StringIO(file.read())) if row["repetition"] == "0"]
     assert [int(row["token"]) for row in rows] == list(range(11))
     assert [len({row["t_ns"] for row in rows[a:b]}) for a, b in ((1, 5), (5, 9), (9, 11))] == [1, 1, 1]
-    assert "10 tokens with decode=prompt_lookup as with decode=generate and kv_cache=auto: 1 of 1." in (folder / "report.md").read_text()
+    assert (
+        "10 tokens with decode=prompt_lookup as with decode=generate and kv_cache=auto: 1 of 1."
+        in (folder / "report.md").read_text()
+    )
 
 
 def test_steps_of_one_token_are_tokens(store_uri: str) -> None:
@@ -92,7 +95,11 @@ def test_settings_without_a_meaning_make_no_cells_of_their_own() -> None:
     found = [(cell.quant, cell.int8_threshold, cell.double_quant) for cell in expand_cells(spec)]
     assert found == [("int8", 0, False), ("int8", 6, False), ("int4", 6, True), ("int4", 6, False), ("bf16", 6, False)]
     spec = parse({"decode": "generate,prompt_lookup", "draft_tokens": "3,5"})
-    assert [(cell.decode, cell.draft_tokens) for cell in expand_cells(spec)] == [("generate", 10), ("prompt_lookup", 3), ("prompt_lookup", 5)]
+    assert [(cell.decode, cell.draft_tokens) for cell in expand_cells(spec)] == [
+        ("generate", 10),
+        ("prompt_lookup", 3),
+        ("prompt_lookup", 5),
+    ]
 
 
 def test_decode_path_and_cache_decide_the_load_and_the_configuration() -> None:
@@ -102,7 +109,10 @@ def test_decode_path_and_cache_decide_the_load_and_the_configuration() -> None:
     ]  # fmt: skip
     assert len(group_cells(cells)) == len({config_hash(cell, MODEL) for cell in cells}) == len(cells)
     assisted = Cell(decode="assisted", assistant="small")
-    first, second = (dataclasses.replace(MODEL, assistant=dataclasses.replace(MODEL, name="small", revision=revision)) for revision in "ab")
+    first, second = (
+        dataclasses.replace(MODEL, assistant=dataclasses.replace(MODEL, name="small", revision=revision))
+        for revision in "ab"
+    )
     assert config_hash(assisted, first) != config_hash(assisted, second)
 
 
@@ -129,7 +139,10 @@ def test_what_does_not_go_together_is_said_before_anything_starts(parameters: di
 def test_cells_that_contradict_themselves_are_refused_one_by_one(store_uri: str) -> None:
     done = run(backend="fake", model="fake:", decode="generate,prompt_lookup", batch_size="1,2", **FAST)
     assert [row.outcome for row in done.rows] == ["ok", "ok", "ok", "refused"]
-    assert "decode=prompt_lookup proposes tokens for one row, and batch_size is 2. Use batch_size=1" in done.rows[3].message
+    assert (
+        "decode=prompt_lookup proposes tokens for one row, and batch_size is 2. Use batch_size=1"
+        in done.rows[3].message
+    )
     with pytest.raises(UsageError, match="proposes tokens for one row"):
         run(backend="fake", model="fake:", decode="prompt_lookup", batch_size=2, **FAST)
     with pytest.raises(UsageError, match=r"backend=fake has no kv_cache=int4\. Use kv_cache=auto\."):
@@ -158,6 +171,7 @@ def test_the_estimate_knows_the_decode_path() -> None:
     rates = {"read_bytes_per_s": 1e10, "flops_per_s": 1e12}
     one = dataclasses.replace(cell, batch_size=1, output_tokens=111)
     plain, drafted = (
-        estimate.least_seconds(c, facts, preset.shape, rates) or 0 for c in (one, dataclasses.replace(one, decode="prompt_lookup", draft_tokens=10))
+        estimate.least_seconds(c, facts, preset.shape, rates) or 0
+        for c in (one, dataclasses.replace(one, decode="prompt_lookup", draft_tokens=10))
     )
     assert drafted < 0.25 * plain

@@ -61,7 +61,10 @@ def test_a_report_as_text() -> None:
 
 
 def test_a_report_of_a_machine_that_cannot_measure() -> None:
-    lacking = Report(False, (*REPORT.items, Item("Software", "mlflow", "missing", "not installed", "Run: pip install mlflow", needed=True)))
+    lacking = Report(
+        False,
+        (*REPORT.items, Item("Software", "mlflow", "missing", "not installed", "Run: pip install mlflow", needed=True)),
+    )
     assert doctor.format_report(lacking).splitlines()[-1] == "Not ready: mlflow. What to do stands above."
 
 
@@ -98,7 +101,9 @@ def test_this_machine() -> None:
 def test_it_does_not_load_torch_into_this_process() -> None:
     code = "import sys; from mlflow_llmbench import doctor; doctor.examine(); print({'torch', 'transformers', 'mlflow', 'matplotlib'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
@@ -121,7 +126,9 @@ def test_memory() -> None:
 
 
 def test_gpus() -> None:
-    assert [(i.name, i.status, i.found) for i in doctor.gpu_items([GPU], True)] == [("GPU 0", "ok", "NVIDIA T4, 16.1 GB, driver 570.1, CUDA 12.8")]
+    assert [(i.name, i.status, i.found) for i in doctor.gpu_items([GPU], True)] == [
+        ("GPU 0", "ok", "NVIDIA T4, 16.1 GB, driver 570.1, CUDA 12.8")
+    ]
     assert [(i.status, i.found) for i in doctor.gpu_items([], True)] == [("missing", "no NVIDIA GPU answers")]
     assert [i.advice for i in doctor.gpu_items([], False)] == ["Run: pip install nvidia-ml-py"]
 
@@ -168,8 +175,18 @@ def test_a_folder_that_cannot_be_written() -> None:
     [
         ("mlflow", "3.15.0", "ok", "3.15.0"),
         ("mlflow", "3.12.1", "limited", "3.12.1, and >=3.15,<4 is what this was written for"),
-        ("mlflow", "3.9.2", "limited", "3.9.2 is older than 3.10, the oldest whose server lets no stranger read its files (CVE-2026-2614)"),
-        ("torch", "2.5.1", "limited", "2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights (CVE-2025-32434)"),
+        (
+            "mlflow",
+            "3.9.2",
+            "limited",
+            "3.9.2 is older than 3.10, the oldest whose server lets no stranger read its files (CVE-2026-2614)",
+        ),
+        (
+            "torch",
+            "2.5.1",
+            "limited",
+            "2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights (CVE-2025-32434)",
+        ),
         (
             "transformers",
             "5.2.0",
@@ -234,7 +251,10 @@ def test_what_torch_and_the_driver_say_together() -> None:
     assert (works.status, works.found, works.data["device"]) == ("ok", "CUDA 12.8 works: NVIDIA T4", "cuda")
     assert doctor.torch_item([], torch_answer(cuda=True, devices=["NVIDIA T4"])).data["device"] == "cpu"
     wrong_build = doctor.torch_item([GPU], torch_answer(version="2.9.0+cpu", built_for=None))
-    assert (wrong_build.status, wrong_build.found) == ("limited", "on the CPU only: 2.9.0+cpu is a build without CUDA, and there is a GPU")
+    assert (wrong_build.status, wrong_build.found) == (
+        "limited",
+        "on the CPU only: 2.9.0+cpu is a build without CUDA, and there is a GPU",
+    )
     old_driver = doctor.torch_item([GPU], torch_answer())
     assert old_driver.found == "on the CPU only: CUDA 12.8 does not start on the GPU that the driver shows"
     assert doctor.torch_item([], torch_answer()).found == "on the CPU"
@@ -243,7 +263,10 @@ def test_what_torch_and_the_driver_say_together() -> None:
 @pytest.mark.parametrize(
     ("code", "found"),
     [
-        ("raise ImportError('libcudart.so.12: cannot open shared object file')", "ImportError: libcudart.so.12: cannot open shared object file"),
+        (
+            "raise ImportError('libcudart.so.12: cannot open shared object file')",
+            "ImportError: libcudart.so.12: cannot open shared object file",
+        ),
         ("import os; os._exit(3)", "it ended with code 3"),
         ("", "it ended with code 0"),
         ("import time; time.sleep(60)", "no answer within 0.5 s"),

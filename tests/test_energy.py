@@ -60,7 +60,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module: Any = types.ModuleType("pynvml")
     module.NVMLError = type("NVMLError", (Exception,), {})
     module.NVML_CLOCK_SM, module.NVML_TEMPERATURE_GPU = 1, 0
-    process, own = types.SimpleNamespace(pid=1, usedGpuMemory=7_000), types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=1_000)
+    process, own = (
+        types.SimpleNamespace(pid=1, usedGpuMemory=7_000),
+        types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=1_000),
+    )
     module.nvmlInit = module.nvmlShutdown = lambda: None
     module.nvmlDeviceGetCount = lambda: 2
     module.nvmlDeviceGetHandleByIndex = lambda index: index
@@ -100,9 +103,19 @@ def test_readings_of_a_gpu(driver: types.ModuleType) -> None:
     assert gpu.read(0) == gpu.GpuReading(5.0, 1980, 88, (), 0)
     assert gpu.read(1) == gpu.GpuReading(5.0, 1980, 88, ("hardware thermal slowdown",), 1)
     assert gpu.read(2) is None
-    assert (gpu.process_bytes(1), gpu.process_bytes(2), gpu.free_bytes(0), gpu.free_bytes(5)) == (7_000, None, 9_000, None)
+    assert (gpu.process_bytes(1), gpu.process_bytes(2), gpu.free_bytes(0), gpu.free_bytes(5)) == (
+        7_000,
+        None,
+        9_000,
+        None,
+    )
     noise = machine.noise_between(machine.take_readings("cuda:1"), machine.take_readings("cuda:1"))
-    assert (noise.energy_j, noise.frequency_mhz, noise.throttles, noise.foreign_gpu_processes) == (0.0, 1980, ("hardware thermal slowdown",), 1)
+    assert (noise.energy_j, noise.frequency_mhz, noise.throttles, noise.foreign_gpu_processes) == (
+        0.0,
+        1980,
+        ("hardware thermal slowdown",),
+        1,
+    )
 
 
 COUNTERS = {251: "software", 252: "hardware", 253: "brake"}
@@ -110,13 +123,19 @@ COUNTERS = {251: "software", 252: "hardware", 253: "brake"}
 
 def with_counters(driver: Any, held_ns: dict[int, int], kind: int = 3, refused: tuple[int, ...] = ()) -> None:
     """Give the stand-in the field values of newer drivers; `held_ns` can change between two readings. `kind` 3: unsigned long long."""
-    for number, name in zip(COUNTERS, ("SW_THERM_SLOWDOWN", "HW_THERM_SLOWDOWN", "HW_POWER_BRAKE_SLOWDOWN"), strict=True):
+    for number, name in zip(
+        COUNTERS, ("SW_THERM_SLOWDOWN", "HW_THERM_SLOWDOWN", "HW_POWER_BRAKE_SLOWDOWN"), strict=True
+    ):
         setattr(driver, f"NVML_FI_DEV_CLOCKS_EVENT_REASON_{name}", number)
     driver.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG = 3
 
     def values(handle: int, ids: list[int]) -> list[Any]:
         return [
-            types.SimpleNamespace(nvmlReturn=3 if i in refused else 0, valueType=kind, value=types.SimpleNamespace(ullVal=held_ns.get(i, 0)))
+            types.SimpleNamespace(
+                nvmlReturn=3 if i in refused else 0,
+                valueType=kind,
+                value=types.SimpleNamespace(ullVal=held_ns.get(i, 0)),
+            )
             for i in ids
         ]
 
@@ -152,10 +171,15 @@ def test_a_reason_that_stands_at_the_end_is_told_whatever_the_counters_say(drive
 def test_older_drivers_count_thermal_violations(driver: Any, fault: str) -> None:
     violations = [3_000_000_000]
     driver.NVML_PERF_POLICY_THERMAL = 1
-    driver.nvmlDeviceGetViolationStatus = lambda handle, policy: types.SimpleNamespace(violationTime=violations[policy - 1], referenceTime=0)
+    driver.nvmlDeviceGetViolationStatus = lambda handle, policy: types.SimpleNamespace(
+        violationTime=violations[policy - 1], referenceTime=0
+    )
     if fault != "absent":
         with_counters(
-            driver, {251: 5}, kind=1 if fault == "another field by that number" else 3, refused=tuple(COUNTERS) if fault == "refused" else ()
+            driver,
+            {251: 5},
+            kind=1 if fault == "another field by that number" else 3,
+            refused=tuple(COUNTERS) if fault == "refused" else (),
         )
     noise = between(lambda: violations.__setitem__(0, 3_250_000_000))
     assert (noise.throttles, noise.throttled_s) == (("thermal slowdown",), 0.25)
@@ -175,7 +199,12 @@ def test_what_else_a_gpu_says_of_a_repetition(driver: Any) -> None:
     driver.nvmlDeviceGetTotalEccErrors = lambda handle, kind, counter: errors[0] if (kind, counter) == (1, 0) else -1
     driver.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0x80
     noise = between(lambda: errors.__setitem__(0, 6))
-    assert (noise.frequency_mhz, noise.memory_clock_mhz, noise.power_w, noise.utilization_ratio) == (1980, 3201, 412.345, 0.97)
+    assert (noise.frequency_mhz, noise.memory_clock_mhz, noise.power_w, noise.utilization_ratio) == (
+        1980,
+        3201,
+        412.345,
+        0.97,
+    )
     assert (noise.gpu_memory_errors, noise.throttles) == (2, ("power brake",))
     assert from_json(Noise, to_json(noise)) == noise
 
@@ -194,7 +223,9 @@ def test_a_gpu_cut_into_instances_says_so_and_nothing_that_is_its_neighbours(dri
 
 
 def test_in_a_container_whose_pids_are_not_the_drivers_nothing_is_said_of_foreign_processes(driver: Any) -> None:
-    driver.nvmlDeviceGetComputeRunningProcesses = lambda handle: [types.SimpleNamespace(pid=4_000_000, usedGpuMemory=None)]
+    driver.nvmlDeviceGetComputeRunningProcesses = lambda handle: [
+        types.SimpleNamespace(pid=4_000_000, usedGpuMemory=None)
+    ]
     reading = gpu.read(0)
     assert reading and reading.foreign_processes is None
 
@@ -216,7 +247,9 @@ def test_throttling_and_foreign_processes_give_their_reasons() -> None:
         (Noise(1.0, foreign_gpu_processes=2), ["contended"]),
         (Noise(1.0, foreign_gpu_processes=0, temperature_c=60), []),
     ):
-        measured = dataclasses.replace(quiet, repetitions=tuple(dataclasses.replace(r, noise=noise) for r in quiet.repetitions))
+        measured = dataclasses.replace(
+            quiet, repetitions=tuple(dataclasses.replace(r, noise=noise) for r in quiet.repetitions)
+        )
         verdict = judge(measured, summary.summarize(measured))
         assert [r.code for r in verdict.reasons] == codes
     assert verdict.word == "valid"
@@ -226,7 +259,8 @@ def test_the_sentence_on_throttling_says_why_and_for_how_long() -> None:
     quiet = result([[2, 2, 2]] * 5)
     hot = Noise(1.0, throttles=("power brake",), throttled_s=0.25, temperature_c=88)
     measured = dataclasses.replace(
-        quiet, repetitions=tuple(dataclasses.replace(r, noise=hot if r.index < 2 else Noise(1.0)) for r in quiet.repetitions)
+        quiet,
+        repetitions=tuple(dataclasses.replace(r, noise=hot if r.index < 2 else Noise(1.0)) for r in quiet.repetitions),
     )
     [reason] = judge(measured, summary.summarize(measured)).reasons
     assert reason.sentence == (
@@ -234,6 +268,8 @@ def test_the_sentence_on_throttling_says_why_and_for_how_long() -> None:
         "Improve its cooling or raise its power limit, and measure again."
     )
     silent = dataclasses.replace(hot, throttled_s=None, temperature_c=None)
-    measured = dataclasses.replace(quiet, repetitions=tuple(dataclasses.replace(r, noise=silent) for r in quiet.repetitions))
+    measured = dataclasses.replace(
+        quiet, repetitions=tuple(dataclasses.replace(r, noise=silent) for r in quiet.repetitions)
+    )
     [reason] = judge(measured, summary.summarize(measured)).reasons
     assert "in 5 of 5 repetitions (power brake), and" in reason.sentence

@@ -97,16 +97,26 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": "x.gguf"}, "There is no file"),
     ],
 )
-def test_what_a_runtime_does_not_have_is_refused(backend: str, settings: dict[str, str], wrong: str, tiny_model: Path) -> None:
+def test_what_a_runtime_does_not_have_is_refused(
+    backend: str, settings: dict[str, str], wrong: str, tiny_model: Path
+) -> None:
     with pytest.raises(Exception, match=wrong):
-        backend_class(backend).resolve(Cell(**{"model": str(tiny_model), "backend": backend, "device": "cpu", **settings}))
+        backend_class(backend).resolve(
+            Cell(**{"model": str(tiny_model), "backend": backend, "device": "cpu", **settings})
+        )
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize(("name", "value"), [("decode", "compiled"), ("kv_cache", "q8_0"), ("history", "kept"), ("batching", "continuous")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("decode", "compiled"), ("kv_cache", "q8_0"), ("history", "kept"), ("batching", "continuous")]
+)
 @pytest.mark.parametrize("backend", PYTHONS)
-def test_what_the_declared_capabilities_do_not_hold_is_refused(backend: str, name: str, value: str, tiny_model: Path) -> None:
-    with_it = {"history": {"prompt_tokens": "auto", "workload": "chat"}, "batching": {"request_rate": "5"}}.get(name, {})
+def test_what_the_declared_capabilities_do_not_hold_is_refused(
+    backend: str, name: str, value: str, tiny_model: Path
+) -> None:
+    with_it = {"history": {"prompt_tokens": "auto", "workload": "chat"}, "batching": {"request_rate": "5"}}.get(
+        name, {}
+    )
     with pytest.raises(UsageError, match=f"backend={backend} .*{name}={value}"):
         run(model=str(tiny_model), backend=backend, device="cpu", **{name: value}, **with_it)
 
@@ -149,10 +159,26 @@ print("FOUND" + json.dumps(found), flush=True)
 def ask(backend: str, model: Path, **settings: Any) -> dict[str, Any]:
     """What an engine gives for the prompts, in one process of its environment: rows of one length, all rows, and one row."""
     python = python_of(backend)
-    cell = Cell(model=str(model), backend=backend, device="cpu", threads=1, batch_size=3, prompt_tokens=16, output_tokens=COUNT, **settings)
-    asked = {"cell": dataclasses.asdict(cell), "count": COUNT, "prompts": [PROMPTS[:2], PROMPTS, PROMPTS[2:]], "scored": list(range(3, 40))}
+    cell = Cell(
+        model=str(model),
+        backend=backend,
+        device="cpu",
+        threads=1,
+        batch_size=3,
+        prompt_tokens=16,
+        output_tokens=COUNT,
+        **settings,
+    )
+    asked = {
+        "cell": dataclasses.asdict(cell),
+        "count": COUNT,
+        "prompts": [PROMPTS[:2], PROMPTS, PROMPTS[2:]],
+        "scored": list(range(3, 40)),
+    }
     environment = interpreter.variables(python, os.environ) | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([python, "-c", ASK, json.dumps(asked)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [python, "-c", ASK, json.dumps(asked)], capture_output=True, text=True, env=environment, check=False
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert lines, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(lines[0].removeprefix("FOUND"))
@@ -167,7 +193,9 @@ def theirs(folder: Path) -> tuple[list[list[int]], Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         rows = [
-            model.generate(torch.tensor([p]), max_new_tokens=COUNT, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p) :].tolist()
+            model.generate(torch.tensor([p]), max_new_tokens=COUNT, do_sample=False, eos_token_id=None, pad_token_id=0)[
+                0, len(p) :
+            ].tolist()
             for p in PROMPTS
         ]
         return rows, model(torch.tensor([list(range(3, 40))])).logits[0, -4:]

@@ -56,7 +56,12 @@ def config(quant: str = "bf16", source: str = "hub", dtype: str = "bfloat16", **
 def packed(source: str = "folder", **cell: Any) -> dict[str, Any]:
     """Of a file that llama.cpp made of a checkpoint, or of one on the Hub."""
     location = {"folder": "/models/own", "hub_gguf": "ggml-org/gemma-3-270m-GGUF:sub/gemma-Q4_K_M.gguf"}[source]
-    facts = {"quant.type": "Q4_K - Medium", "kv_cache.type": cell.get("kv_cache", "f16"), "llama_cpp.threads": 2, "model.device": "cpu"}
+    facts = {
+        "quant.type": "Q4_K - Medium",
+        "kv_cache.type": cell.get("kv_cache", "f16"),
+        "llama_cpp.threads": 2,
+        "model.device": "cpu",
+    }
     result = made(
         batch=4, cell=Cell(model="own", backend="llama_cpp", quant="q4_k_m", batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
         model=ModelFacts(location, source, location, "c0ffee"), load=LoadInfo(1.0, facts=facts, made="/cache/own-q4_k_m.gguf"),
@@ -65,11 +70,15 @@ def packed(source: str = "folder", **cell: Any) -> dict[str, Any]:
 
 
 def write(target: str, *arguments: Any, **named: Any) -> str:
-    return export(config(*arguments, **named), ("mlflow==3.17.2", "torch==2.13.0"), uri="models:/support-bot/3", target=target)
+    return export(
+        config(*arguments, **named), ("mlflow==3.17.2", "torch==2.13.0"), uri="models:/support-bot/3", target=target
+    )
 
 
 def command(text: str) -> list[str]:
-    return shlex.split("".join(line for line in text.replace("\\\n", " ").splitlines(keepends=True) if not line.startswith("#")))
+    return shlex.split(
+        "".join(line for line in text.replace("\\\n", " ").splitlines(keepends=True) if not line.startswith("#"))
+    )
 
 
 def test_the_comment_says_what_was_measured_and_that_another_engine_was_not() -> None:
@@ -105,11 +114,16 @@ def test_settings_of_bitsandbytes_that_an_engine_does_not_take_are_said_or_refus
     """TGI has one threshold for LLM.int8, and quantizes the block maxima of 4-bit weights as SGLang does."""
     for target in ("sglang", "tgi"):
         assert "makes NF4 with block maxima that are quantized too, which was not measured" in write(target, "int4")
-        double = config("int4") | {"quantization": {**config("int4")["quantization"], "bnb_4bit_use_double_quant": True}}
+        double = config("int4") | {
+            "quantization": {**config("int4")["quantization"], "bnb_4bit_use_double_quant": True}
+        }
         assert "block maxima" not in export(double, uri="models:/bot/1", target=target)
     assert "# TGI makes FP4 with block maxima that are quantized too" in write("tgi", "fp4")
     other = config("int8") | {"quantization": {**config("int8")["quantization"], "llm_int8_threshold": 0.0}}
-    with pytest.raises(UsageError, match=r"tgi cannot serve quant=int8 as it was measured: its threshold of LLM\.int8 is 6, and 0 was measured"):
+    with pytest.raises(
+        UsageError,
+        match=r"tgi cannot serve quant=int8 as it was measured: its threshold of LLM\.int8 is 6, and 0 was measured",
+    ):
         export(other, uri="models:/bot/1", target="tgi")
     assert "llm_int8_threshold=0.0" in export(other, uri="models:/bot/1", target="transformers")
 
@@ -126,11 +140,17 @@ def test_what_llama_cpp_ran_is_exported_for_its_own_server() -> None:
     assert "--hf-repo ggml-org/gemma-3-270m-GGUF \\\n  --hf-file sub/gemma-Q4_K_M.gguf" in hub
     assert "takes the newest revision; c0ffee was measured" in hub
     assert {part for part in command(text) + command(hub) if part.startswith("--")} <= set(OPTIONS["llama.cpp"])
-    compose = yaml.safe_load(export(packed(), ("llama-cpp-python==0.3.36",), uri="models:/bot/1", target="docker-compose"))["services"]["model"]
+    compose = yaml.safe_load(
+        export(packed(), ("llama-cpp-python==0.3.36",), uri="models:/bot/1", target="docker-compose")
+    )["services"]["model"]
     assert (compose["image"], compose["volumes"][-1]) == ("python:3.11", "/cache:/cache:ro")
-    assert "--flash-attn off" in export(packed(attention="eager"), uri="models:/bot/1", target="llama.cpp").replace(" \\\n  ", " ")
+    assert "--flash-attn off" in export(packed(attention="eager"), uri="models:/bot/1", target="llama.cpp").replace(
+        " \\\n  ", " "
+    )
     on_gpu = packed() | {"device": "cuda"}
-    with pytest.raises(UsageError, match="was measured on a GPU, and the image of this docker-compose has no CUDA build"):
+    with pytest.raises(
+        UsageError, match="was measured on a GPU, and the image of this docker-compose has no CUDA build"
+    ):
         export(on_gpu, uri="models:/bot/1", target="docker-compose")
     with pytest.raises(UsageError, match="was measured with llama.cpp, and transformers would unpack its file"):
         export(packed(), uri="models:/bot/1", target="transformers")
@@ -147,7 +167,10 @@ def test_a_checkpoint_that_was_made_here_takes_its_tokenizer_from_where_it_came(
     assert "location = '/cache/own-gptq'" in script
     compose = yaml.safe_load(export(settings, uri="models:/bot/1", target="docker-compose"))["services"]["model"]
     assert compose["volumes"][1:] == ["/cache/own-gptq:/cache/own-gptq:ro", "/models/own:/models/own:ro"]
-    with pytest.raises(UsageError, match="was made here and has no tokenizer of its own. Serve it with: mlflow models serve -m models:/bot/1"):
+    with pytest.raises(
+        UsageError,
+        match="was made here and has no tokenizer of its own. Serve it with: mlflow models serve -m models:/bot/1",
+    ):
         export(settings, uri="models:/bot/1", target="vllm")
 
 
@@ -173,11 +196,23 @@ def test_every_option_is_one_that_the_program_has(target: str, quant: str) -> No
     [
         ("vllm", ("int4",), "vllm cannot serve quant=int4 as it was measured: it has no bitsandbytes any more"),
         ("sglang", ("int8",), "sglang cannot serve quant=int8 as it was measured: of bitsandbytes it makes NF4 only"),
-        ("tgi", ("fp32", "hub", "float32"), "tgi cannot serve quant=fp32 as it was measured: it computes in float16 or bfloat16"),
+        (
+            "tgi",
+            ("fp32", "hub", "float32"),
+            "tgi cannot serve quant=fp32 as it was measured: it computes in float16 or bfloat16",
+        ),
         ("vllm", ("bf16", "gguf"), "vllm is not offered for GGUF files"),
-        ("llama.cpp", ("bf16",), "llama.cpp serves GGUF files, and models:/support-bot/3 was measured from google/gemma-3-270m"),
+        (
+            "llama.cpp",
+            ("bf16",),
+            "llama.cpp serves GGUF files, and models:/support-bot/3 was measured from google/gemma-3-270m",
+        ),
         ("kubernetes", ("bf16", "folder"), "was measured from local files, /models/own, which a cluster does not have"),
-        ("ollama", (), "Unknown target: ollama. Known: vllm, tgi, sglang, llama.cpp, transformers, docker-compose, kubernetes"),
+        (
+            "ollama",
+            (),
+            "Unknown target: ollama. Known: vllm, tgi, sglang, llama.cpp, transformers, docker-compose, kubernetes",
+        ),
     ],
 )
 def test_what_a_target_cannot_do_is_refused(target: str, arguments: tuple[str, ...], message: str) -> None:
@@ -205,12 +240,20 @@ def test_the_script_for_transformers_answers(tiny_model: Path, tmp_path: Path) -
     script = tmp_path / "serve.py"
     script.write_text(export(given, uri="models:/support-bot/3", target="transformers"))
     assert "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)" in script.read_text()
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
 
 
-def test_the_command_reads_the_registered_version(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reads_the_registered_version(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = made(
         cell=Cell(model="owner/name", quant="bf16", prompt_tokens=8, output_tokens=5),
         model=ModelFacts("owner/name", "hub", "owner/name", "c0ffee"), load=LoadInfo(1.0, facts={"model.dtype": "bfloat16"}),

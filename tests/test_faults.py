@@ -28,7 +28,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are 
 
 
 def measure(script: str = SCRIPT, **parameters: Any) -> SweepResult:
-    return run(model=script, **{"backend": "fake", "output_tokens": TOKENS, "prompt_tokens": 4, "repetitions": 5, "warmup": 1} | parameters)
+    return run(
+        model=script,
+        **{"backend": "fake", "output_tokens": TOKENS, "prompt_tokens": 4, "repetitions": 5, "warmup": 1} | parameters,
+    )
 
 
 def reasons(result: SweepResult) -> list[str]:
@@ -54,7 +57,9 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info = folder / "llmbench_faults-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llmbench-faults\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[mlflow_llmbench.backends]\nswapping = llmbench_faults:Swapping\nheated = llmbench_faults:Heated\n")
+    (info / "entry_points.txt").write_text(
+        "[mlflow_llmbench.backends]\nswapping = llmbench_faults:Swapping\nheated = llmbench_faults:Heated\n"
+    )
     (folder / "llmbench_faults.py").write_text(f"""
 from pathlib import Path
 from mlflow_llmbench import machine
@@ -120,7 +125,9 @@ def stepping_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler is None:
         pytest.skip("needs a C compiler")
     (tmp_path / "clock.c").write_text(CLOCK)
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "clock.so", tmp_path / "clock.c", "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", tmp_path / "clock.so", tmp_path / "clock.c", "-ldl"], check=True
+    )
     monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "clock.so"))
 
 
@@ -169,10 +176,14 @@ def test_a_wall_clock_that_steps_changes_no_number_and_gives_no_reason(store_uri
 def test_swapped_pages_are_swapping_and_nothing_else(store_uri: str, plugins: Path) -> None:
     result = measure(backend="swapping")
     assert [r.noise.swapped_pages for r in measured(result).repetitions if r.noise] == [100] * 5
-    assert set(reasons(result)) - {"high_variation"} == {"swapping"}  # with no CPU counters nothing tells who else was busy
+    assert set(reasons(result)) - {"high_variation"} == {
+        "swapping"
+    }  # with no CPU counters nothing tells who else was busy
 
 
-def test_a_hot_gpu_is_throttled_and_nothing_else(store_uri: str, plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hot_gpu_is_throttled_and_nothing_else(
+    store_uri: str, plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The stand-in is on the worker's path only."""
     (tmp_path / "driver").mkdir()
     (tmp_path / "driver" / "pynvml.py").write_text(DRIVER)
@@ -180,5 +191,8 @@ def test_a_hot_gpu_is_throttled_and_nothing_else(store_uri: str, plugins: Path, 
     result = measure(backend="heated")
     assert faults(result) == {"throttled"}
     noises = [r.noise for r in measured(result).repetitions]
-    assert all(n and n.throttles == ("hardware thermal slowdown",) and n.throttled_s == pytest.approx(n.wall_s / 10, rel=0.3) for n in noises)
+    assert all(
+        n and n.throttles == ("hardware thermal slowdown",) and n.throttled_s == pytest.approx(n.wall_s / 10, rel=0.3)
+        for n in noises
+    )
     assert all(n and n.temperature_c == 91 for n in noises)

@@ -37,14 +37,19 @@ def noisy(form: Form, truth: Sequence[float], x: Sequence[float], sigma: float, 
     ],
     ids=lambda value: value.formula if isinstance(value, Form) else None,
 )
-def test_intervals_hold_the_known_parameters_as_often_as_they_say(form: Form, truth: tuple[float, ...], x: list[float]) -> None:
+def test_intervals_hold_the_known_parameters_as_often_as_they_say(
+    form: Form, truth: tuple[float, ...], x: list[float]
+) -> None:
     exact = fit(form, x, noisy(form, truth, x, 0))
     assert [p.value for p in exact.parameters] == pytest.approx(truth, rel=1e-4)
     times, sigma = 400, 0.02
     held, right = np.zeros(len(truth)), 0
     for seed in range(times):
         found = fit(form, x, noisy(form, truth, x, sigma, seed))
-        held += [(p.low is None or p.low <= t) and (p.high is None or p.high >= t) for p, t in zip(found.parameters, truth, strict=True)]
+        held += [
+            (p.low is None or p.low <= t) and (p.high is None or p.high >= t)
+            for p, t in zip(found.parameters, truth, strict=True)
+        ]
         at = math.sqrt(x[0] * x[-1])
         predicted = found.predict(at)
         new = noisy(form, truth, [at], sigma, seed + 10_000)[0]
@@ -59,7 +64,9 @@ def test_a_power_law_is_a_regression_of_logarithms() -> None:
     known = stats.linregress(np.log(BATCHES), np.log(y))
     t, n = stats.t.ppf(0.975, 5), len(y)
     slope = found.parameter("b")
-    assert (slope.value, slope.low, slope.high) == pytest.approx((known.slope, known.slope - t * known.stderr, known.slope + t * known.stderr))
+    assert (slope.value, slope.low, slope.high) == pytest.approx(
+        (known.slope, known.slope - t * known.stderr, known.slope + t * known.stderr)
+    )
     level = found.parameter("a")
     assert level.low == pytest.approx(math.exp(known.intercept - t * known.intercept_stderr))
     assert found.r_squared == pytest.approx(known.rvalue**2)
@@ -104,7 +111,9 @@ def test_the_best_offset_power_is_that_of_a_general_optimizer() -> None:
         (lambda x, y: ([], []), "0 distinct points"),
     ],
 )
-def test_what_cannot_carry_a_curve_is_refused_in_one_line(form: Form, spoil: Callable[..., tuple[list[float], list[float]]], message: str) -> None:
+def test_what_cannot_carry_a_curve_is_refused_in_one_line(
+    form: Form, spoil: Callable[..., tuple[list[float], list[float]]], message: str
+) -> None:
     with pytest.raises(NotFitted, match=message) as refused:
         fit(form, *spoil(BATCHES, [float(i + 1) for i in range(7)]))
     assert form.formula in str(refused.value)
@@ -113,7 +122,10 @@ def test_what_cannot_carry_a_curve_is_refused_in_one_line(form: Form, spoil: Cal
 
 def test_a_left_out_point_beyond_the_pole_of_a_curve_has_no_error() -> None:
     """Four models on a noisy machine: without the largest one the others lie on a curve that ends before it."""
-    sizes, rates = [0.070426624, 0.125239296, 0.162322944, 0.268098176], [71.47576387, 41.82767062, 36.07588552, 10.63418143]
+    sizes, rates = (
+        [0.070426624, 0.125239296, 0.162322944, 0.268098176],
+        [71.47576387, 41.82767062, 36.07588552, 10.63418143],
+    )
     found = fit(fits.reciprocal("T = 1/(a + c·size)", "a", "c"), sizes, rates)
     assert found.loo_error is None
     law = fit(POWER, sizes, rates)
@@ -156,14 +168,16 @@ def test_the_true_curve_is_nearer_than_a_wrong_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "width", "text"), [(201.34, 90, "201"), (20.0142, 0.012, "20.014"), (0.62, 0.067, "0.62"), (None, 1, "no limit"), (0.0, 1, "0")]
+    ("value", "width", "text"),
+    [(201.34, 90, "201"), (20.0142, 0.012, "20.014"), (0.62, 0.067, "0.62"), (None, 1, "no limit"), (0.0, 1, "0")],
 )
 def test_digits_follow_the_uncertainty(value: float | None, width: float, text: str) -> None:
     assert fits.rounded(value, width) == text
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(0.0342, "3.4 %"), (0.996, "100 %"), (-1.7, "-170 %"), (-0.998, "-100 %"), (12.3, "1230 %"), (None, "–")]
+    ("share", "text"),
+    [(0.0342, "3.4 %"), (0.996, "100 %"), (-1.7, "-170 %"), (-0.998, "-100 %"), (12.3, "1230 %"), (None, "–")],
 )
 def test_shares_have_no_exponent(share: float | None, text: str) -> None:
     assert fits.percent(share) == text

@@ -7,7 +7,16 @@ import pytest
 
 from mlflow_llmbench import footprint
 from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.records import Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import (
+    Hashes,
+    LoadInfo,
+    MemorySample,
+    MemoryStages,
+    ModelFacts,
+    Repetition,
+    RequestRecord,
+    RunResult,
+)
 from mlflow_llmbench.scaling import Measured
 from mlflow_llmbench.stats import trend
 from mlflow_llmbench.summary import summarize
@@ -106,10 +115,15 @@ def test_reductions_need_a_reference() -> None:
     cells = {quant: dataclasses.replace(generated(0, 0), cell=Cell(quant=quant)) for quant in ("int8", "int4")}
     assert footprint.reductions([Measured(r, summarize(r)) for r in cells.values()]) == []
     whole = dataclasses.replace(
-        generated(0, 0), cell=Cell(quant="none"), load=LoadInfo(1.0, weight_bytes=4 * 10**7, facts={"model.dtype": "float32"})
+        generated(0, 0),
+        cell=Cell(quant="none"),
+        load=LoadInfo(1.0, weight_bytes=4 * 10**7, facts={"model.dtype": "float32"}),
     )
     found = footprint.reductions([Measured(r, summarize(r)) for r in (*cells.values(), whole)])
-    assert [(r.quant, r.reference, r.theory, r.weights) for r in found] == [("int8", "none", 0.75, 0.75), ("int4", "none", 0.875, 0.75)]
+    assert [(r.quant, r.reference, r.theory, r.weights) for r in found] == [
+        ("int8", "none", 0.75, 0.75),
+        ("int4", "none", 0.875, 0.75),
+    ]
 
 
 def test_the_slope_of_a_series_covers_and_shrugs_at_spikes() -> None:

@@ -63,14 +63,25 @@ def test_none_fits() -> None:
 
 
 def test_a_prediction_is_not_called_a_measurement() -> None:
-    found = only(tried(1, 8, 8), tried(2, 8, 8, "refused", predicted_bytes=10), tried(4, 8, 8, "refused"), tried(4, 8, 16, "skipped"))
+    found = only(
+        tried(1, 8, 8),
+        tried(2, 8, 8, "refused", predicted_bytes=10),
+        tried(4, 8, 8, "refused"),
+        tried(4, 8, 16, "skipped"),
+    )
     assert (found.failed, shapes(found.untried), found.boundary) == ((), [(2, 8, 8)], "predicted")
     assert found.untried[0].predicted_bytes == 10
 
 
 def test_refused_below_what_failed_is_told_beside_it() -> None:
     """A refused cell that is smaller than one that ran out of memory does not hide it, nor the other way round."""
-    found = only(tried(1, 8, 8), tried(2, 8, 8, "refused"), tried(4, 8, 8, "oom"), tried(1, 64, 8, "skipped"), tried(8, 8, 8, "skipped"))
+    found = only(
+        tried(1, 8, 8),
+        tried(2, 8, 8, "refused"),
+        tried(4, 8, 8, "oom"),
+        tried(1, 64, 8, "skipped"),
+        tried(8, 8, 8, "skipped"),
+    )
     assert (shapes(found.failed), shapes(found.untried)) == ([(4, 8, 8)], [(2, 8, 8), (1, 64, 8)])
     assert found.boundary == "measured and predicted"
 
@@ -93,17 +104,28 @@ def test_prompts_of_unknown_length_compare_within_their_workload() -> None:
         tried(1, None, 8, workload="qa"), tried(2, None, 8, workload="qa"), tried(1, None, 8, workload="chat"), tried(1, 128, 8, workload="qa"),
         tried(4, None, 8, "oom", workload="qa"), tried(1, 512, 8, "oom", workload="qa"),
     )  # fmt: skip
-    assert [(a.cell.workload, a.cell.batch_size, a.cell.prompt_tokens) for a in found.fits] == [("qa", 1, 128), ("qa", 2, None), ("chat", 1, None)]
+    assert [(a.cell.workload, a.cell.batch_size, a.cell.prompt_tokens) for a in found.fits] == [
+        ("qa", 1, 128),
+        ("qa", 2, None),
+        ("chat", 1, None),
+    ]
     assert shapes(found.failed) == [(4, None, 8), (1, 512, 8)]
     assert not is_within(Cell(prompt_tokens=None, workload="qa"), Cell(prompt_tokens=1000, workload="qa"))
     assert not is_within(Cell(prompt_tokens=1, workload="qa"), Cell(prompt_tokens=None, workload="qa"))
 
 
 def test_one_frontier_per_model_quantization_and_threads_in_the_order_given() -> None:
-    attempts = [tried(b, 8, 8, "ok" if b < 4 else "oom", quant=q, threads=t) for q in ("int8", "int4") for t in (2, 1) for b in (1, 2, 4)]
+    attempts = [
+        tried(b, 8, 8, "ok" if b < 4 else "oom", quant=q, threads=t)
+        for q in ("int8", "int4")
+        for t in (2, 1)
+        for b in (1, 2, 4)
+    ]
     found = frontiers(attempts, LOADED)
     assert [(f.load["quant"], f.load["threads"]) for f in found] == [("int8", 2), ("int8", 1), ("int4", 2), ("int4", 1)]
-    assert {(f.fits[0].cell.batch_size, f.failed[0].cell.batch_size, len(f.fits), len(f.failed)) for f in found} == {(2, 4, 1, 1)}
+    assert {(f.fits[0].cell.batch_size, f.failed[0].cell.batch_size, len(f.fits), len(f.failed)) for f in found} == {
+        (2, 4, 1, 1)
+    }
 
 
 def test_how_far_prediction_and_measurement_lie_apart() -> None:
@@ -118,7 +140,11 @@ def test_how_far_prediction_and_measurement_lie_apart() -> None:
 
 
 def test_one_shape_measured_twice_is_shown_once_with_its_higher_peak() -> None:
-    found = only(tried(1, 8, 8, peak_bytes=5), tried(1, 8, 8, peak_bytes=7, workload="qa"), tried(1, 8, 8, peak_bytes=6, workload="chat"))
+    found = only(
+        tried(1, 8, 8, peak_bytes=5),
+        tried(1, 8, 8, peak_bytes=7, workload="qa"),
+        tried(1, 8, 8, peak_bytes=6, workload="chat"),
+    )
     assert [a.peak_bytes for a in found.fits] == [7]
 
 
@@ -128,7 +154,14 @@ def test_no_attempts_no_frontier() -> None:
 
 SIZES = st.sampled_from([1, 2, 3, 4])
 ATTEMPTS = st.lists(
-    st.builds(tried, SIZES, st.one_of(st.none(), SIZES), SIZES, st.sampled_from(["ok", *TRIED, *UNTRIED, "interrupted"]), trusted=st.booleans()),
+    st.builds(
+        tried,
+        SIZES,
+        st.one_of(st.none(), SIZES),
+        SIZES,
+        st.sampled_from(["ok", *TRIED, *UNTRIED, "interrupted"]),
+        trusted=st.booleans(),
+    ),
     min_size=1,
     max_size=40,
 )

@@ -67,7 +67,10 @@ def test_what_chance_may_explain_passes_and_is_called_not_settled() -> None:
     gate = decide(made(factors=wide), made(factors=wide, step=10.8), accept_suspect="wide on purpose")
     assert gate.verdict == "pass"
     assert "not settled" in {check.state for check in gate.checks}
-    assert any(note.startswith("Not settled, since they may be worse by more than their limits, and may not: ") for note in gate.notes)
+    assert any(
+        note.startswith("Not settled, since they may be worse by more than their limits, and may not: ")
+        for note in gate.notes
+    )
 
 
 def test_a_limit_below_the_noise_threshold_is_held() -> None:
@@ -92,7 +95,9 @@ def test_a_limit_for_what_was_not_measured_stops_the_gate(limit: str) -> None:
         CHAMPION,
         cell=dataclasses.replace(CHAMPION.cell, output_tokens=1),
         repetitions=tuple(
-            dataclasses.replace(r, requests=tuple(dataclasses.replace(q, stamps_ns=q.stamps_ns[:1]) for q in r.requests))
+            dataclasses.replace(
+                r, requests=tuple(dataclasses.replace(q, stamps_ns=q.stamps_ns[:1]) for q in r.requests)
+            )
             for r in CHAMPION.repetitions
         ),
     )
@@ -108,7 +113,9 @@ def test_memory_regresses_beyond_its_limit() -> None:
     assert states(made(memory=5))["memory/host_needed_bytes_peak"] == "regression"
     on_gpu = dataclasses.replace(CHAMPION, memory=MemoryStages(host_needed={"peak": GB}, device={"peak": GB}))
     larger = dataclasses.replace(CHAMPION, memory=MemoryStages(host_needed={"peak": 9 * GB}, device={"peak": GB}))
-    assert {check.key for check in decide(on_gpu, larger).checks if check.key.startswith("memory")} == {"memory/device_bytes_peak"}
+    assert {check.key for check in decide(on_gpu, larger).checks if check.key.startswith("memory")} == {
+        "memory/device_bytes_peak"
+    }
     assert decide(on_gpu, CHAMPION).verdict == "not_comparable"
 
 
@@ -120,17 +127,29 @@ def test_quality_is_held_too() -> None:
     assert state({"perplexity": 10.0}, {"perplexity": 10.4}) == ["ok"]
     assert state({"perplexity": 10.0}, {"perplexity": 10.4}, "perplexity=1%") == ["regression"]
     assert state({"perplexity": 10.0}, {"perplexity": 8.0}) == ["ok"]
-    assert state({"top1_agreement": 0.99, "kl_vs_reference": 0.0}, {"top1_agreement": 0.9, "kl_vs_reference": 0.01}) == ["regression", "regression"]
-    assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.01}, "kl=0.02") == ["ok"]  # nats: there is no ratio to 0
+    assert state(
+        {"top1_agreement": 0.99, "kl_vs_reference": 0.0}, {"top1_agreement": 0.9, "kl_vs_reference": 0.01}
+    ) == ["regression", "regression"]
+    assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.01}, "kl=0.02") == [
+        "ok"
+    ]  # nats: there is no ratio to 0
     assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.03}, "kl=0.02") == ["regression"]
-    assert state({"kl_vs_reference": 0.0, "top1_agreement": 0.0}, {"kl_vs_reference": 0.0, "top1_agreement": 0.5}) == ["ok", "ok"]
+    assert state({"kl_vs_reference": 0.0, "top1_agreement": 0.0}, {"kl_vs_reference": 0.0, "top1_agreement": 0.5}) == [
+        "ok",
+        "ok",
+    ]
     assert state({"kl_vs_reference": 0.01}, {"kl_vs_reference": 0.03}, "kl=0.05") == ["regression"]
     assert state({}, {"perplexity": 10.0}) == []
-    from_reference = quality_checks({"quality/kl_vs_reference": 0.0}, {"quality/kl_vs_reference": 0.03}, parse_limits("kl=0.02"), 0.05)
+    from_reference = quality_checks(
+        {"quality/kl_vs_reference": 0.0}, {"quality/kl_vs_reference": 0.03}, parse_limits("kl=0.02"), 0.05
+    )
     assert gate_cells(from_reference)[0][3:] == ["+0.03 nats", "–", "–", "0.02 nats", "regression"]
     shown = gate_cells(quality_checks({"quality/top1_agreement": 1.0}, {"quality/top1_agreement": 0.891}, {}, 0.05))
     assert [row[1:3] for row in shown] == [["1", "0.891"]]
-    assert missing({"quality/perplexity": 10.0, "memory/device_bytes_peak": 1.0}, {}) == ["memory/device_bytes_peak", "quality/perplexity"]
+    assert missing({"quality/perplexity": 10.0, "memory/device_bytes_peak": 1.0}, {}) == [
+        "memory/device_bytes_peak",
+        "quality/perplexity",
+    ]
 
 
 def test_perplexities_of_two_texts_are_not_comparable() -> None:
@@ -147,7 +166,9 @@ def test_perplexities_of_two_texts_are_not_comparable() -> None:
 
 def test_a_stream_that_comes_faster_is_another_workload() -> None:
     def stream(rate: float, batching: str = "dynamic") -> RunResult:
-        return dataclasses.replace(CHAMPION, cell=dataclasses.replace(CHAMPION.cell, batching=batching, request_rate=rate))
+        return dataclasses.replace(
+            CHAMPION, cell=dataclasses.replace(CHAMPION.cell, batching=batching, request_rate=rate)
+        )
 
     gate = decide(stream(5.0), stream(8.0), accept_suspect="made by hand")
     assert (gate.verdict, gate.exit_code) == ("not_comparable", 2)
@@ -160,7 +181,11 @@ def test_another_machine_is_not_comparable_and_other_software_is_named() -> None
     gate = decide(CHAMPION, elsewhere)
     assert (gate.verdict, gate.exit_code, gate.checks) == ("not_comparable", 2, ())
     assert "CPU AMD EPYC → Xeon" in gate.why
-    newer = made(step=12, hashes=Hashes("none1", "w", "h", "s2", "e2"), environment={"cpu": {"name": "AMD EPYC"}, "packages": {"torch": "2.13"}})
+    newer = made(
+        step=12,
+        hashes=Hashes("none1", "w", "h", "s2", "e2"),
+        environment={"cpu": {"name": "AMD EPYC"}, "packages": {"torch": "2.13"}},
+    )
     assert decide(CHAMPION, newer).verdict == "regression"
     assert decide(CHAMPION, newer).notes[0] == "The software differs: torch 2.12.0+cpu → 2.13, transformers 5.0 → none."
 
@@ -190,7 +215,12 @@ def test_the_junit_file_and_the_markdown() -> None:
     suite = ElementTree.fromstring(gate_junit(gate, "models:/bot/1", "run <x>").encode())[0]
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("6", "4", "0")
     failed = [case.get("name") for case in suite if case.find("failure") is not None]
-    assert failed == ["throughput/output_tokens_per_s", "latency/itl_ms_p50", "latency/tpot_ms_mean", "latency/e2e_ms_p50"]
+    assert failed == [
+        "throughput/output_tokens_per_s",
+        "latency/itl_ms_p50",
+        "latency/tpot_ms_mean",
+        "latency/e2e_ms_p50",
+    ]
     markdown = html.unescape(gate_markdown(gate, "models:/bot/1", "run x"))
     assert markdown.startswith("## REGRESSION: run x against models:/bot/1\n")
     assert "| latency/itl_ms_p50 | 10 ms | 12 ms | +20.0% |" in markdown
@@ -217,7 +247,9 @@ def gate_of(candidate: str, *more: str) -> int:
     return main(["gate", candidate, "--against", "models:/support-bot@champion", *more])
 
 
-def test_exit_codes_tags_and_files(champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_tags_and_files(
+    champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     client = MlflowClient(store_uri)
     assert gate_of(champion, "--json") == 0
     out = capsys.readouterr().out
@@ -229,13 +261,23 @@ def test_exit_codes_tags_and_files(champion: str, store_uri: str, tmp_path: Path
     assert "REGRESSION" in capsys.readouterr().out
     tags = client.get_run(slow).data.tags
     assert (tags["llmbench.gate"], tags["llmbench.gate_against"]) == ("regression", "models:/support-bot/1")
-    assert {item.path for item in client.list_artifacts(slow, "gate")} == {f"gate/{n}" for n in ("gate.md", "gate.json", "junit.xml", "table.json")}
+    assert {item.path for item in client.list_artifacts(slow, "gate")} == {
+        f"gate/{n}" for n in ("gate.md", "gate.json", "junit.xml", "table.json")
+    }
     assert ElementTree.parse("gate.xml").getroot().get("failures") == "4"
     assert Path("gate.md").read_text().startswith("## REGRESSION")
-    [elsewhere] = stored(tmp_path / "third", store_uri, made(hashes=Hashes("c", "w", "other", "s", "e2"), environment={"cpu": {"name": "Xeon"}}))
+    [elsewhere] = stored(
+        tmp_path / "third",
+        store_uri,
+        made(hashes=Hashes("c", "w", "other", "s", "e2"), environment={"cpu": {"name": "Xeon"}}),
+    )
     assert gate_of(elsewhere) == 2
     assert client.get_run(elsewhere).data.tags["llmbench.gate"] == "not_comparable"
-    [short] = stored(tmp_path / "fourth", store_uri, dataclasses.replace(CHAMPION, cell=dataclasses.replace(CHAMPION.cell, output_tokens=6)))
+    [short] = stored(
+        tmp_path / "fourth",
+        store_uri,
+        dataclasses.replace(CHAMPION, cell=dataclasses.replace(CHAMPION.cell, output_tokens=6)),
+    )
     assert gate_of(short) == 3
     assert client.get_run(short).data.tags["llmbench.gate"] == "invalid"
 
@@ -248,10 +290,15 @@ def test_of_a_sweep_the_cell_with_the_champions_configuration_is_meant(
     stored(tmp_path / "other", store_uri, made("int8"), made("int4"))
     capsys.readouterr()
     assert gate_of(str(tmp_path / "other")) == 2
-    assert "has 2 cells, and 0 of them have the champion's configuration. Give the run of one cell." in capsys.readouterr().err
+    assert (
+        "has 2 cells, and 0 of them have the champion's configuration. Give the run of one cell."
+        in capsys.readouterr().err
+    )
 
 
-def test_the_verdict_is_kept_with_the_run_that_was_named(measured_champion: str, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_is_kept_with_the_run_that_was_named(
+    measured_champion: str, store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both sides of a gate of the champion against itself are of one configuration and one sweep."""
     more = ("--accept-suspect", "a test", "--default-limit", "90%")
     assert gate_of(measured_champion, "--pairs", "2", "--json", *more) == 0
@@ -264,7 +311,9 @@ def test_the_verdict_is_kept_with_the_run_that_was_named(measured_champion: str,
     assert len(sides) == 2
 
 
-def test_a_folder_that_no_store_has_is_gated_and_not_logged(champion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_no_store_has_is_gated_and_not_logged(
+    champion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_sweep(tmp_path / "local", [made()])
     assert gate_of(str(folder)) == 0
     assert "Not logged: the store" in capsys.readouterr().out
@@ -278,14 +327,25 @@ def test_a_store_that_is_away_is_no_regression(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gate", "x", "--against", "support-bot"], "Not a registered version: support-bot. Give models:/NAME@champion or models:/NAME/VERSION."),
+        (
+            ["gate", "x", "--against", "support-bot"],
+            "Not a registered version: support-bot. Give models:/NAME@champion or models:/NAME/VERSION.",
+        ),
         (["gate", "x", "--against", "models:/none@champion"], "There is no models:/none@champion in the store"),
-        (["gate", "x", "--against", "models:/support-bot@champion", "--limit", "speed=1"], "Unknown metric in --limit: speed."),
-        (["promote", "models:/support-bot@champion"], "models:/support-bot/1 is the champion already. Nothing was moved."),
+        (
+            ["gate", "x", "--against", "models:/support-bot@champion", "--limit", "speed=1"],
+            "Unknown metric in --limit: speed.",
+        ),
+        (
+            ["promote", "models:/support-bot@champion"],
+            "models:/support-bot/1 is the champion already. Nothing was moved.",
+        ),
         (["promote", "models:/support-bot/7"], "There is no models:/support-bot/7 in the store"),
     ],
 )
-def test_wrong_use_is_one_line(champion: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_one_line(
+    champion: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -298,13 +358,18 @@ def test_only_what_passed_against_the_present_champion_is_promoted(
     store = open_store(store_uri)
 
     def aliases() -> dict[str, str]:
-        return {name: str(version) for name, version in store.client.get_registered_model("support-bot").aliases.items()}
+        return {
+            name: str(version) for name, version in store.client.get_registered_model("support-bot").aliases.items()
+        }
 
     slow, fast = stored(tmp_path / "second", store_uri, made("int8", step=12), made("int4", step=8))
     for one in (slow, fast):
         register(store, one, "support-bot", alias=f"from-{one[:4]}")
     assert main(["promote", "models:/support-bot/2"]) == 2
-    assert "models:/support-bot/2 has not been gated, and the champion is models:/support-bot/1. Nothing was moved." in capsys.readouterr().err
+    assert (
+        "models:/support-bot/2 has not been gated, and the champion is models:/support-bot/1. Nothing was moved."
+        in capsys.readouterr().err
+    )
     assert gate_of("models:/support-bot/2") == 1
     assert main(["promote", "models:/support-bot/2"]) == 2
     assert "did not pass its gate (regression)" in capsys.readouterr().err
@@ -320,7 +385,9 @@ def test_only_what_passed_against_the_present_champion_is_promoted(
     store.client.set_tag(newest, "llmbench.gate", "pass")
     store.client.set_tag(newest, "llmbench.gate_against", "models:/support-bot/1")
     assert main(["promote", "models:/support-bot/4"]) == 2
-    assert "was gated against models:/support-bot/1, and the champion is models:/support-bot/3" in capsys.readouterr().err
+    assert (
+        "was gated against models:/support-bot/1, and the champion is models:/support-bot/3" in capsys.readouterr().err
+    )
     assert main(["promote", "models:/support-bot@previous"]) == 0
     assert (aliases()["champion"], aliases()["previous"]) == ("1", "3")
 
@@ -331,7 +398,11 @@ def test_the_github_actions_example_uses_options_that_exist() -> None:
     lines = [step["run"] for step in steps if str(step.get("run", "")).startswith("llmbench")]
     assert [line.split()[1] for line in lines] == ["run", "gate"]
     for line in lines:
-        plain = re.sub(r'"\$\([^)]*\)"|"\$\w+"', "models:/x@champion", line.partition("|")[0] if " | " in line and "$(" not in line else line)
+        plain = re.sub(
+            r'"\$\([^)]*\)"|"\$\w+"',
+            "models:/x@champion",
+            line.partition("|")[0] if " | " in line and "$(" not in line else line,
+        )
         assert build_parser().parse_args(shlex.split(plain)[1:])
 
 
@@ -352,12 +423,16 @@ def measured_champion(store_uri: str) -> str:
     return run_id
 
 
-def test_both_are_measured_again_in_turns(measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_are_measured_again_in_turns(
+    measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The candidate's run claims to be fast, and is not: what was measured now decides."""
     [slow_run] = run(model=SLOW, **CELL).run_ids
     fast = result_of(open_store(store_uri), measured_champion)
     slow = result_of(open_store(store_uri), slow_run)
-    [liar] = stored(tmp_path / "liar", store_uri, dataclasses.replace(fast, cell=slow.cell, model=slow.model, hashes=slow.hashes))
+    [liar] = stored(
+        tmp_path / "liar", store_uri, dataclasses.replace(fast, cell=slow.cell, model=slow.model, hashes=slow.hashes)
+    )
     more = ("--accept-suspect", "a test", "--default-limit", "30%")
     assert gate_of(liar, *more) == 0
     capsys.readouterr()
@@ -369,15 +444,21 @@ def test_both_are_measured_again_in_turns(measured_champion: str, store_uri: str
     tags = client.get_run(liar).data.tags
     assert (tags["llmbench.gate"], tags["llmbench.gate_measured"]) == ("regression", told["measured"])
     sides = [
-        one for one in client.search_runs([client.get_run(liar).info.experiment_id]) if one.data.tags.get("mlflow.parentRunId") == told["measured"]
+        one
+        for one in client.search_runs([client.get_run(liar).info.experiment_id])
+        if one.data.tags.get("mlflow.parentRunId") == told["measured"]
     ]
     assert sorted(one.data.params["model"] for one in sides) == [FAST, SLOW]
     assert {one.data.params["processes"] for one in sides} == {"4"}
     folder = tmp_path / "gated" / sides[0].data.tags["llmbench.sweep"]
-    assert json.loads((folder / "sweep.json").read_text())["parameters"]["rerun"] == "true"  # never taken from an earlier sweep
+    assert (
+        json.loads((folder / "sweep.json").read_text())["parameters"]["rerun"] == "true"
+    )  # never taken from an earlier sweep
 
 
-def test_the_champion_passes_against_itself_measured_again_and_again(measured_champion: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_champion_passes_against_itself_measured_again_and_again(
+    measured_champion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = ("--measure", "--pairs", "3", "--accept-suspect", "a test", "--default-limit", "40%")
     assert gate_of(measured_champion, *more) == 0
     assert gate_of("models:/support-bot@champion", *more) == 0
@@ -390,7 +471,9 @@ def test_a_run_of_another_machine_is_measured_here_and_named(
     here = result_of(open_store(store_uri), measured_champion)
     elsewhere = {**here.environment, "cpu": {**here.environment["cpu"], "name": "Z80"}}
     [other] = stored(
-        tmp_path / "other", store_uri, dataclasses.replace(here, environment=elsewhere, hashes=dataclasses.replace(here.hashes, hardware="x"))
+        tmp_path / "other",
+        store_uri,
+        dataclasses.replace(here, environment=elsewhere, hashes=dataclasses.replace(here.hashes, hardware="x")),
     )
     assert gate_of(other, "--accept-suspect", "a test") == 2
     capsys.readouterr()
@@ -398,7 +481,9 @@ def test_a_run_of_another_machine_is_measured_here_and_named(
     assert "Here differs from where the candidate was measured before: CPU Z80 → " in capsys.readouterr().out
 
 
-def test_what_is_not_measured_again(measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_measured_again(
+    measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     [longer] = run(model=FAST, **CELL | {"output_tokens": 9}).run_ids
     before = len(list((tmp_path / "llmbench-results").iterdir()))
     capsys.readouterr()
@@ -406,7 +491,9 @@ def test_what_is_not_measured_again(measured_champion: str, store_uri: str, tmp_
     assert "NOT COMPARABLE" in capsys.readouterr().out
     here = result_of(open_store(store_uri), measured_champion)
     trusting = dataclasses.replace(
-        here, cell=dataclasses.replace(here.cell, trust_remote_code=True), hashes=dataclasses.replace(here.hashes, config="t")
+        here,
+        cell=dataclasses.replace(here.cell, trust_remote_code=True),
+        hashes=dataclasses.replace(here.hashes, config="t"),
     )
     [run_id] = stored(tmp_path / "trusting", store_uri, trusting)
     assert gate_of(run_id, "--measure") == 2

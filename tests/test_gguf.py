@@ -77,7 +77,12 @@ def test_tables_that_are_looked_up_are_no_part_of_a_step() -> None:
 def test_a_mixture_of_experts_is_known_by_its_header() -> None:
     mixture = {"general.architecture": "qwen3moe", "qwen3moe.expert_count": 128, "qwen3moe.expert_used_count": 8}
     assert models.read_by_step(gguf_file.Header(mixture, {}, ()).as_config(), 7) is None
-    assert models.read_by_step(gguf_file.Header({"general.architecture": "llama", "llama.expert_count": 0}, {}, ()).as_config(), 7) == 7
+    assert (
+        models.read_by_step(
+            gguf_file.Header({"general.architecture": "llama", "llama.expert_count": 0}, {}, ()).as_config(), 7
+        )
+        == 7
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # of mlflow
@@ -90,11 +95,16 @@ def test_the_served_model_knows_the_types_of_the_cache() -> None:
 
 def test_the_cache_of_llama_cpp_is_estimated_in_its_own_16_bits() -> None:
     shape, model = models.PRESETS["smollm2-1.7b"].shape, ModelFacts("m", "folder", "/m", "r", {}, "float32")
-    cells = [Cell(backend="llama_cpp", quant="q4_0", prompt_tokens=900, output_tokens=100, kv_cache=kind) for kind in (None, "f16", "f32")]
+    cells = [
+        Cell(backend="llama_cpp", quant="q4_0", prompt_tokens=900, output_tokens=100, kv_cache=kind)
+        for kind in (None, "f16", "f32")
+    ]
     own, same, wide = (estimate.predicted_bytes(cell, model, shape) or 0 for cell in cells)
     assert own == same == wide - shape.kv_bytes(1000, 2)
     rates = {"read_bytes_per_s": 1e9, "flops_per_s": 1e15}
-    assert estimate.least_seconds(cells[0], model, shape, rates) == estimate.least_seconds(cells[1], model, shape, rates)
+    assert estimate.least_seconds(cells[0], model, shape, rates) == estimate.least_seconds(
+        cells[1], model, shape, rates
+    )
 
 
 @pytest.mark.parametrize("end", [2, 20, 2000, -100])
@@ -107,7 +117,13 @@ def test_a_damaged_file_is_one_line(tiny_gguf: Path, tmp_path: Path, end: int) -
 
 def test_a_length_that_cannot_be_is_refused_before_it_is_read(tmp_path: Path) -> None:
     damaged = tmp_path / "long.gguf"
-    damaged.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + (1 << 60).to_bytes(8, "little"))
+    damaged.write_bytes(
+        b"GGUF"
+        + (3).to_bytes(4, "little")
+        + (0).to_bytes(8, "little")
+        + (1).to_bytes(8, "little")
+        + (1 << 60).to_bytes(8, "little")
+    )
     with pytest.raises(ModelError, match="a text in it claims"):
         gguf_file.read_header(damaged)
 
@@ -130,8 +146,14 @@ def test_a_split_model_is_all_its_parts(tiny_gguf: Path, tmp_path: Path) -> None
 
 def test_a_quantization_of_llama_cpp_names_its_backend() -> None:
     cells = expand_cells(parse({"quant": "bf16,q8_0,q4_k_m"}))
-    assert [(cell.quant, cell.backend) for cell in cells] == [("bf16", "transformers"), ("q8_0", "llama_cpp"), ("q4_k_m", "llama_cpp")]
-    assert [cell.backend for cell in expand_cells(parse({"quant": "none,q8_0", "backend": "llama_cpp"}))] == ["llama_cpp"] * 2
+    assert [(cell.quant, cell.backend) for cell in cells] == [
+        ("bf16", "transformers"),
+        ("q8_0", "llama_cpp"),
+        ("q4_k_m", "llama_cpp"),
+    ]
+    assert [cell.backend for cell in expand_cells(parse({"quant": "none,q8_0", "backend": "llama_cpp"}))] == [
+        "llama_cpp"
+    ] * 2
     with pytest.raises(UsageError, match=r"quant=q8_0 is one of llama\.cpp, and backend=fake is another"):
         parse({"quant": "q8_0", "backend": "fake", "model": "fake:"})
 
@@ -160,21 +182,29 @@ def test_its_settings_are_of_the_load_and_of_its_own_cells_identity_only() -> No
 def test_without_the_package_the_line_says_how_to_get_it(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setattr(gguf_made.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingError, match=r"backend=llama_cpp needs the package llama-cpp-python.* pip install 'mlflow-llmbench\[gguf\]'"):
+    with pytest.raises(
+        MissingError,
+        match=r"backend=llama_cpp needs the package llama-cpp-python.* pip install 'mlflow-llmbench\[gguf\]'",
+    ):
         LlamaCppBackend.resolve(Cell(model=str(tiny_gguf), backend="llama_cpp"))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant": "int8"}, r"quant=int8 is not one of llama\.cpp\. With backend=llama_cpp use none, fp32, fp16, bf16, q8_0"),
+        (
+            {"quant": "int8"},
+            r"quant=int8 is not one of llama\.cpp\. With backend=llama_cpp use none, fp32, fp16, bf16, q8_0",
+        ),
         ({"attention": "sdpa"}, r"llama\.cpp has no attention=sdpa"),
         ({"gpu_layers": 2, "device": "cpu"}, "gpu_layers=2 needs a GPU, and the device is cpu"),
         ({"quant": "q4_0"}, r"quant=q4_0 cannot be made from tiny-q8_0\.gguf, which is quantized already"),
         ({"quant": "bf16"}, r"quant=bf16 is not made from a GGUF file"),
     ],
 )
-def test_what_llama_cpp_cannot_do_is_refused(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], message: str) -> None:
+def test_what_llama_cpp_cannot_do_is_refused(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], message: str
+) -> None:
     monkeypatch.setattr(gguf_made, "require", lambda: None)
     with pytest.raises(UsageError, match=message):
         LlamaCppBackend.resolve(Cell(**{"model": str(tiny_gguf), "backend": "llama_cpp", "device": "cpu", **settings}))
@@ -194,9 +224,17 @@ def test_a_gguf_files_facts_come_from_its_header(tiny_gguf: Path, monkeypatch: p
 
 def test_a_name_of_a_file_on_the_hub_has_one_form(tmp_path: Path) -> None:
     assert hub.gguf_name("owner/name:sub/file.gguf") == ("owner/name", "sub/file.gguf")
-    for other in ("file.gguf", "C:file.gguf", "owner/name/file.gguf", "owner/name:../file.gguf", "owner/name:/file.gguf"):
+    for other in (
+        "file.gguf",
+        "C:file.gguf",
+        "owner/name/file.gguf",
+        "owner/name:../file.gguf",
+        "owner/name:/file.gguf",
+    ):
         assert hub.gguf_name(other) is None
-    with pytest.raises(ModelError, match=r"There is no file nowhere\.gguf\. Give the path of a \.gguf file, or OWNER/NAME:FILE\.gguf"):
+    with pytest.raises(
+        ModelError, match=r"There is no file nowhere\.gguf\. Give the path of a \.gguf file, or OWNER/NAME:FILE\.gguf"
+    ):
         sources.find_model(Cell(model="nowhere.gguf"))
 
 
@@ -219,7 +257,9 @@ def test_quality_is_measured_against_the_checkpoint_in_transformers() -> None:
     assert (named.model, named.backend, named.revision, named.quant) == ("owner/name", "transformers", "main", "none")
 
 
-def test_a_model_with_a_quantized_cache_is_not_the_reference_itself(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_a_quantized_cache_is_not_the_reference_itself(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path))
     environment = {"hashes": {"env": "e"}}
     found = {}
@@ -229,7 +269,12 @@ def test_a_model_with_a_quantized_cache_is_not_the_reference_itself(tiny_model: 
         file = reference._file(cell, facts, load_text("bundled"), "e")
         file.parent.mkdir(exist_ok=True)
         file.touch()  # it is there, so that nothing is computed
-        order = reference.order(Task((cell,), facts, (tmp_path / "cell",), Options(quality="auto")), lambda event: None, environment, Limits())
+        order = reference.order(
+            Task((cell,), facts, (tmp_path / "cell",), Options(quality="auto")),
+            lambda event: None,
+            environment,
+            Limits(),
+        )
         assert order and order["references"] == {"qa": str(file)}
         found[cache] = order["is_reference"]
     assert found == {None: True, "fp8": False}
@@ -249,7 +294,9 @@ class Spelling:
 
 
 def test_models_whose_ids_mean_other_words_are_told_apart(tmp_path: Path) -> None:
-    known = scoring.Reference(tmp_path, "the checkpoint", "", (), (), ((), ()), {str(i): chr(97 + i) for i in range(26)})
+    known = scoring.Reference(
+        tmp_path, "the checkpoint", "", (), (), ((), ()), {str(i): chr(97 + i) for i in range(26)}
+    )
     assert scoring.same_words(Spelling("a"), known)
     assert not scoring.same_words(Spelling("b"), known)
 
@@ -314,9 +361,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return machine.cache_folder()
 
 
-def test_the_converter_comes_from_the_source_package(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_converter_comes_from_the_source_package(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(
-        MissingError, match=r"Run: pip download --no-deps --no-binary llama-cpp-python -d \S+ llama-cpp-python==0\.0\.1 \(or set LLMBENCH"
+        MissingError,
+        match=r"Run: pip download --no-deps --no-binary llama-cpp-python -d \S+ llama-cpp-python==0\.0\.1 \(or set LLMBENCH",
     ):
         gguf_made.source_tree()
     assert doctor.converter_item().status == "missing"
@@ -347,7 +397,10 @@ def test_a_made_file_is_named_by_what_decides_its_content(own_cache: Path) -> No
     cell = Cell(backend="llama_cpp", model="/m")
     assert gguf_made.out_type(cell, model) == "bf16"
     assert gguf_made.file_of(cell, model) == gguf_made.file_of(dataclasses.replace(cell, quant="bf16"), model)
-    files = {gguf_made.file_of(dataclasses.replace(cell, quant=quant), model) for quant in ("bf16", "fp16", *GGUF_QUANTIZATIONS)}
+    files = {
+        gguf_made.file_of(dataclasses.replace(cell, quant=quant), model)
+        for quant in ("bf16", "fp16", *GGUF_QUANTIZATIONS)
+    }
     assert len(files) == 9
     other = dataclasses.replace(model, revision="other")
     assert gguf_made.file_of(cell, other) != gguf_made.file_of(cell, model)
@@ -355,7 +408,12 @@ def test_a_made_file_is_named_by_what_decides_its_content(own_cache: Path) -> No
 
 def test_a_checkpoint_without_a_tokenizer_gets_one_that_only_counts(tiny_model: Path, tmp_path: Path) -> None:
     folder = gguf_convert._without_tokenizer(tiny_model, tmp_path)
-    assert {file.name for file in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     assert len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]) == 512
 
 

@@ -86,7 +86,9 @@ def test_the_knee_is_where_the_power_is_highest() -> None:
 def measured(rate: float | None, ttft_ms: float, **more: Any) -> RunResult:
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=rate, slo_ttft_ms=20.0, **more)
     sent = [n * 1000 / (rate or 10) for n in range(12)]
-    return result(*[request(t, t + ttft_ms, t + ttft_ms + 10, t + ttft_ms + 20, intended_ns=int(t * MS)) for t in sent], cell=cell)
+    return result(
+        *[request(t, t + ttft_ms, t + ttft_ms + 10, t + ttft_ms + 20, intended_ns=int(t * MS)) for t in sent], cell=cell
+    )
 
 
 def test_what_was_found_is_told_with_its_ends() -> None:
@@ -98,7 +100,10 @@ def test_what_was_found_is_told_with_its_ends() -> None:
         "Goodput: 20 requests per second meet TTFT ≤ 20 ms for 90% of the requests (surely up to 20, surely not at 28.3)."
     )
     nothing = goodput.limits([measured(None, 100)], 0.9)[0]
-    assert nothing.sentence() == "No rate that was tried meets TTFT ≤ 20 ms for 90% of the requests; at best 0% of them met it."
+    assert (
+        nothing.sentence()
+        == "No rate that was tried meets TTFT ≤ 20 ms for 90% of the requests; at best 0% of them met it."
+    )
     assert "goodput/limit_requests_per_s" not in nothing.figures()
 
 
@@ -164,8 +169,14 @@ def test_a_search_that_one_user_alone_ends(store_uri: str, capsys: pytest.Captur
             "--prompt-tokens",
             "8",
         ]
-        assert main([*arguments, "--requests", "4", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri]) == 0
-    assert "No rate that was tried meets TTFT ≤ 1 ms for 90% of the requests; at best 0% of them met it." in capsys.readouterr().out
+        assert (
+            main([*arguments, "--requests", "4", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri])
+            == 0
+        )
+    assert (
+        "No rate that was tried meets TTFT ≤ 1 ms for 90% of the requests; at best 0% of them met it."
+        in capsys.readouterr().out
+    )
     client = MlflowClient(store_uri)
     runs = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])
     assert [one.data.params["request_rate"] for one in runs] == ["none", "none"]
@@ -177,8 +188,31 @@ def test_a_search_is_runs_in_mlflow(store_uri: str, tmp_path: Path, capsys: pyte
     """Two requests at once take 40 ms each: 50 per second, and beyond it the queue grows."""
     model = "null:ttft_ms=10+itl_ms=10+slots=2"
     with null_server(model) as url:
-        arguments = ["online", "--url", url, "--model", model, "--find", "goodput", "--slo-ttft-ms", "150", "--output-tokens", "4"]
-        arguments += ["--prompt-tokens", "8", "--requests", "40", "--repetitions", "5", "--warmup", "1", "--arrival", "constant"]
+        arguments = [
+            "online",
+            "--url",
+            url,
+            "--model",
+            model,
+            "--find",
+            "goodput",
+            "--slo-ttft-ms",
+            "150",
+            "--output-tokens",
+            "4",
+        ]
+        arguments += [
+            "--prompt-tokens",
+            "8",
+            "--requests",
+            "40",
+            "--repetitions",
+            "5",
+            "--warmup",
+            "1",
+            "--arrival",
+            "constant",
+        ]
         assert main([*arguments, "--request-rate", "20", "--tracking-uri", store_uri]) == 0
     told = capsys.readouterr().out
     assert "Goodput: " in told
@@ -196,6 +230,9 @@ def test_a_search_is_runs_in_mlflow(store_uri: str, tmp_path: Path, capsys: pyte
     found = json.loads(Path(client.download_artifacts(parent.info.run_id, "goodput.json", str(tmp_path))).read_text())
     assert found["limits"][0]["rate"] == limit
     assert found["limits"][0]["sentence"] in told
-    assert {file.path for file in client.list_artifacts(parent.info.run_id, "charts")} >= {"charts/load.svg", "charts/load.png"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id, "charts")} >= {
+        "charts/load.svg",
+        "charts/load.png",
+    }
     assert set(parent.data.params["request_rate"].split(",")) == set(cells)
     assert all(one.info.status == "FINISHED" for one in runs)

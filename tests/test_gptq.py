@@ -21,7 +21,8 @@ from mlflow_llmbench.spec import parse
 from tests.results import made
 
 installed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"), reason="needs mlflow-llmbench[gptq] and g++"
+    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"),
+    reason="needs mlflow-llmbench[gptq] and g++",
 )
 FAST = {"group_size": 64, "prompt_tokens": 8, "output_tokens": 4, "repetitions": 5, "warmup": 1}
 
@@ -37,7 +38,9 @@ def test_a_checkpoint_is_quantized_once_and_measured(store_uri: str, tiny_model:
     assert (facts["quant.method"], facts["quant.bits"], facts["quant.group_size"]) == ("gptq", 4, 64)
     assert 4 < float(facts["quant.bits_per_weight"]) < 5.5
     assert facts["quant.calibration"] == "synthetic" and facts["quant.quantize_s"] > 0
-    original = run(model=str(tiny_model), quant="fp32", **{name: value for name, value in FAST.items() if name != "group_size"}).folder
+    original = run(
+        model=str(tiny_model), quant="fp32", **{name: value for name, value in FAST.items() if name != "group_size"}
+    ).folder
     unquantized = read_result(next(original.glob("*/artifacts")))
     assert unquantized.load and facts["model.parameters"] == unquantized.load.facts["model.parameters"]
     assert (result.load.weight_bytes or 0) < 0.6 * (unquantized.load.weight_bytes or 0)
@@ -51,7 +54,9 @@ def test_a_checkpoint_is_quantized_once_and_measured(store_uri: str, tiny_model:
 @installed
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # of optimum and GPTQModel, which run in a process of their own elsewhere
-def test_what_is_loaded_computes_what_was_quantized(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_loaded_computes_what_was_quantized(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The stored format must be the one that the configuration names: a zero point off by one is another model, and still speaks."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -74,7 +79,9 @@ def test_what_is_loaded_computes_what_was_quantized(tiny_model: Path, tmp_path: 
             info = backend.load()
             logits = backend.model(ids).logits.flatten().float()
             near[quant] = float(torch.nn.functional.cosine_similarity(exact, logits, dim=0))
-            deployment = deployment_of(made(cell=cell, model=facts, load=info), {}, Evidence("r", "s", Verdict("valid")))
+            deployment = deployment_of(
+                made(cell=cell, model=facts, load=info), {}, Evidence("r", "s", Verdict("valid"))
+            )
             served = Checkpoint(dict(deployment.config))  # from the folder that was made, as it was measured
             assert torch.equal(served.model(ids).logits.flatten().float(), logits)
     assert near["gptq8"] > 0.999
@@ -102,7 +109,10 @@ def test_other_calibration_is_another_checkpoint_and_another_load() -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingError, match=r"needs the package optimum, which is not installed\. Run: pip install 'mlflow-llmbench\[gptq\]'"):
+    with pytest.raises(
+        MissingError,
+        match=r"needs the package optimum, which is not installed\. Run: pip install 'mlflow-llmbench\[gptq\]'",
+    ):
         gptq.require()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -115,6 +125,8 @@ def test_a_checkpoint_that_is_quantized_is_not_quantized_again(tiny_model: Path,
 
     shutil.copytree(tiny_model, tmp_path / "made")
     config = json.loads((tmp_path / "made" / "config.json").read_text())
-    (tmp_path / "made" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (tmp_path / "made" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(UsageError, match="which is quantized already"):
         find_model(Cell(model=str(tmp_path / "made"), quant="gptq"))

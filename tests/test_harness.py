@@ -88,7 +88,8 @@ def test_wrong_parameters_are_one_line(parameters: dict[str, str], message: str)
 def test_without_the_package_nothing_starts(monkeypatch: pytest.MonkeyPatch, store_uri: str) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(
-        MissingError, match=r"quality_tasks needs the package lm_eval, which is not installed. Run: pip install 'mlflow-llmbench\[lm-eval\]'"
+        MissingError,
+        match=r"quality_tasks needs the package lm_eval, which is not installed. Run: pip install 'mlflow-llmbench\[lm-eval\]'",
     ):
         run(model="fake:", backend="fake", quality_tasks="arc_easy")
 
@@ -98,7 +99,12 @@ def test_a_result_without_the_tasks_that_are_asked_for_is_measured_again(tmp_pat
     asked = parse({"quality_tasks": str(tmp_path / "mine.yaml")})
     digest = reference.tasks_digest(asked.options)
     of_tasks = Quality(tasks_digest=digest, tasks=(TaskScore("mine", "acc", 0.5),))
-    cases = [(None, False), (Quality(tasks_digest=digest), False), (of_tasks, True), (dataclasses.replace(of_tasks, tasks_digest="other"), False)]
+    cases = [
+        (None, False),
+        (Quality(tasks_digest=digest), False),
+        (of_tasks, True),
+        (dataclasses.replace(of_tasks, tasks_digest="other"), False),
+    ]
     for found, there in cases:
         result = dataclasses.replace(made(), cell=Cell(), quality=found)
         assert resume._quality_is_there(result, asked) is there
@@ -136,7 +142,13 @@ def test_a_local_task_is_scored_as_by_hand_and_others_cost_it_nothing(tiny_model
     spoken = Spoken(tiny_model)
     scores, withheld = spoken.run("no_such_task", str(task_file), "arc_easy")
     [score] = scores
-    assert (score.task, score.metric, score.documents, score.version, score.part) == ("capitals", "acc", 6, "1.0", False)
+    assert (score.task, score.metric, score.documents, score.version, score.part) == (
+        "capitals",
+        "acc",
+        6,
+        "1.0",
+        False,
+    )
     right = by_hand(spoken.backend, task_file.with_name("capitals.jsonl"))
     assert score.value == pytest.approx(sum(right) / 6)
     share = sum(right) / 6
@@ -186,4 +198,7 @@ def test_a_run_logs_the_scores_and_measures_as_without(tiny_model: Path, task_fi
     assert "no_such_task" in logged.data.tags["mlflow.note.content"]
     artifacts = next(done.folder.glob("*/artifacts"))
     assert yaml.safe_load((artifacts / "config.yaml").read_text())["quality_tasks"] == f"{task_file},no_such_task"
-    assert "Tasks of lm-eval, with the harness's own prompts and no chat template: capitals (6 documents)" in (artifacts / "report.md").read_text()
+    assert (
+        "Tasks of lm-eval, with the harness's own prompts and no chat template: capitals (6 documents)"
+        in (artifacts / "report.md").read_text()
+    )

@@ -36,7 +36,11 @@ TEMPLATE = (
 @pytest.fixture
 def conversations(tmp_path: Path) -> str:
     def messages(turns: list[str]) -> list[dict[str, str]]:
-        spoken = [{"role": role, "content": text} for turn in turns for role, text in (("user", turn), ("assistant", "I see."))]
+        spoken = [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in (("user", turn), ("assistant", "I see."))
+        ]
         return spoken[:-1]
 
     file = tmp_path / "talks.jsonl"
@@ -89,7 +93,11 @@ def test_turns_joined_with_the_answers_are_the_text_of_the_template() -> None:
         return "".join(f"<{m['role']}>{m['content'].strip()}</>" for m in chat) + "<assistant>"
 
     parts = turn_texts(TURNS[0], render)
-    assert parts == ["<user>Hello there.</><assistant>", "</><user>And then?</><assistant>", "</><user>Is that all of it?</><assistant>"]
+    assert parts == [
+        "<user>Hello there.</><assistant>",
+        "</><user>And then?</><assistant>",
+        "</><user>Is that all of it?</><assistant>",
+    ]
     assert turn_texts(TURNS[1], None) == ["User: One more.\nAssistant:", "\nUser: Thanks.\nAssistant:"]
 
 
@@ -105,7 +113,10 @@ def test_the_chat_template_of_the_tokenizer_is_used(tiny_model: Path) -> None:
     backend.tokenizer.chat_template = TEMPLATE
     first, second = backend.encode_turns(TURNS[1])
     assert [first[0], second[0]] == [backend.tokenizer.bos_token_id, backend.tokenizer.eos_token_id]
-    assert [backend.decode(ids) for ids in (first, second)] == ["[user] One more.\n[assistant] ", "\n[user] Thanks.\n[assistant] "]
+    assert [backend.decode(ids) for ids in (first, second)] == [
+        "[user] One more.\n[assistant] ",
+        "\n[user] Thanks.\n[assistant] ",
+    ]
     backend.tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(Exception, match="^TemplateError while applying the chat template: no$"):
         backend.encode_turns(TURNS[1])
@@ -114,7 +125,9 @@ def test_the_chat_template_of_the_tokenizer_is_used(tiny_model: Path) -> None:
 # What is sent and what comes out
 
 
-def test_the_same_tokens_come_out_whether_the_history_is_kept_or_recomputed(tiny_model: Path, conversations: str) -> None:
+def test_the_same_tokens_come_out_whether_the_history_is_kept_or_recomputed(
+    tiny_model: Path, conversations: str
+) -> None:
     backend = loaded(tiny_model)
     found = {}
     for history in ("recomputed", "kept"):
@@ -142,7 +155,9 @@ def test_the_same_tokens_come_out_whether_the_history_is_kept_or_recomputed(tiny
 def test_only_the_new_turn_is_prefilled_where_the_history_is_kept(tiny_model: Path) -> None:
     backend = loaded(tiny_model)
     seen: list[int] = []
-    backend.model.register_forward_hook(lambda _, arguments, keywords, output: seen.append(keywords["input_ids"].shape[1]), with_kwargs=True)
+    backend.model.register_forward_hook(
+        lambda _, arguments, keywords, output: seen.append(keywords["input_ids"].shape[1]), with_kwargs=True
+    )
     turns = [[[5, 6, 7, 8]], [[9, 10, 11]]]
     time_turns(backend, turns, 3, kept=True)
     assert seen == [4, 1, 1, 1 + 3, 1, 1]  # the last token of an answer was never computed
@@ -172,12 +187,16 @@ def talks() -> Any:
     ms = 1_000_000
 
     def request(start: int, first: int, prompt: int, cached: int) -> RequestRecord:
-        return RequestRecord(start * ms, tuple((start + first + i) * ms for i in range(4)), 1, prompt, cached_tokens=cached)
+        return RequestRecord(
+            start * ms, tuple((start + first + i) * ms for i in range(4)), 1, prompt, cached_tokens=cached
+        )
 
     base = made(factors=(1.0, 1.0))
     first = (request(0, 10, 10, 0), request(20, 20, 30, 13), request(50, 30, 50, 33))
     second = (request(100, 20, 20, 0), request(150, 40, 40, 23))
-    repetitions = tuple(dataclasses.replace(r, requests=q) for r, q in zip(base.repetitions, (first, second), strict=True))
+    repetitions = tuple(
+        dataclasses.replace(r, requests=q) for r, q in zip(base.repetitions, (first, second), strict=True)
+    )
     cell = dataclasses.replace(base.cell, history="kept", output_tokens=4, prompt_tokens=None, workload="chat")
     return dataclasses.replace(base, cell=cell, repetitions=repetitions, same_replies=(True, True, False))
 
@@ -209,7 +228,9 @@ def test_conversations_of_other_lengths_are_no_noise_and_noise_is() -> None:
         for number, factor in enumerate(pace):
             turns = 2 + number % 4
             requests = [
-                RequestRecord(i * 500 * ms, tuple(round((i * 500 + 100 * (i + 1) + 10 * factor * k) * ms) for k in range(4)), 1, 9)
+                RequestRecord(
+                    i * 500 * ms, tuple(round((i * 500 + 100 * (i + 1) + 10 * factor * k) * ms) for k in range(4)), 1, 9
+                )
                 for i in range(turns)
             ]
             repetitions.append(dataclasses.replace(made().repetitions[0], index=number, requests=tuple(requests)))
@@ -232,7 +253,9 @@ def test_flops_are_those_of_what_was_computed() -> None:
 
 
 def test_the_history_belongs_to_the_configuration_and_not_to_the_workload() -> None:
-    kept, recomputed = (Cell(workload="chat", prompt_tokens=None, history=history) for history in ("kept", "recomputed"))
+    kept, recomputed = (
+        Cell(workload="chat", prompt_tokens=None, history=history) for history in ("kept", "recomputed")
+    )
     prompts, model = load_prompts("chat"), ModelFacts("m", "folder", "m", "r")
     assert prompts.digest(kept, None) == prompts.digest(recomputed, None)
     assert prompts.digest(kept, None) != prompts.digest(dataclasses.replace(kept, history="none"), None)
@@ -252,7 +275,9 @@ def test_the_history_belongs_to_the_configuration_and_not_to_the_workload() -> N
         ({"workload": "qa", "history": "none,kept", "prompt_tokens": "auto"}, "history=kept needs conversations, and workload=qa has none. Use workload=chat"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_turn_by_turn_is_one_line(store_uri: str, parameters: dict[str, str], message: str) -> None:
+def test_what_cannot_be_measured_turn_by_turn_is_one_line(
+    store_uri: str, parameters: dict[str, str], message: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         run(model="fake:", backend="fake", **parameters)
     assert str(caught.value).startswith(message)
@@ -290,11 +315,26 @@ def test_a_sweep_over_histories_is_measured_and_logged(tiny_model: Path, convers
     [folder] = [f for f in done.folder.glob("*/artifacts") if journal.read_result(f).cell.history == "kept"]
     with gzip.open(folder / "samples.csv.gz", "rt") as file:
         rows = list(csv.DictReader(file))
-    assert sorted({(row["repetition"], row["row"]) for row in rows}) == [("0", "0"), ("0", "1"), ("0", "2"), ("1", "0"), ("1", "1")]
+    assert sorted({(row["repetition"], row["row"]) for row in rows}) == [
+        ("0", "0"),
+        ("0", "1"),
+        ("0", "2"),
+        ("1", "0"),
+        ("1", "1"),
+    ]
 
 
-def test_a_conversation_that_outgrows_the_context_is_refused_in_a_line(tiny_model: Path, conversations: str, store_uri: str) -> None:
-    done = run(model=str(tiny_model), workload=conversations, history="kept", prompt_tokens="auto", output_tokens="100", repetitions="2")
+def test_a_conversation_that_outgrows_the_context_is_refused_in_a_line(
+    tiny_model: Path, conversations: str, store_uri: str
+) -> None:
+    done = run(
+        model=str(tiny_model),
+        workload=conversations,
+        history="kept",
+        prompt_tokens="auto",
+        output_tokens="100",
+        repetitions="2",
+    )
     [row] = done.rows
     assert row.message.startswith("The longest conversation of workload talks has ")
     assert "is more than the context of 256" in row.message

@@ -33,7 +33,9 @@ class Wire:
         self.closed = True
 
 
-def answer(pieces: list[bytes], *, cut: bool = False, limits: Limits | None = None) -> tuple[Exchange, Connection, bool]:
+def answer(
+    pieces: list[bytes], *, cut: bool = False, limits: Limits | None = None
+) -> tuple[Exchange, Connection, bool]:
     """The exchange that a connection makes of these reads, and whether it ended."""
     ended: list[Exchange] = []
     connection = Connection(limits or Limits(), lambda _, exchange: ended.append(exchange))
@@ -55,7 +57,11 @@ def chunked(*parts: bytes, last: bytes = b"0\r\n\r\n") -> bytes:
 
 
 def token(text: str, finish: str | None = None) -> bytes:
-    return b"data: " + json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": finish}]}, ensure_ascii=False).encode() + b"\n\n"
+    return (
+        b"data: "
+        + json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": finish}]}, ensure_ascii=False).encode()
+        + b"\n\n"
+    )
 
 
 USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}\n\n'
@@ -63,7 +69,9 @@ EVENTS = [token(" a"), token(" \u20ac\U0001f600"), token(" c0\r\n\r\n", "length"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 STREAMS = {
     "chunked": HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*EVENTS),
-    "odd chunks": HEAD + b"transfer-encoding: Chunked\r\n\r\n" + chunked(*(b"".join(EVENTS)[i : i + 7] for i in range(0, len(b"".join(EVENTS)), 7))),
+    "odd chunks": HEAD
+    + b"transfer-encoding: Chunked\r\n\r\n"
+    + chunked(*(b"".join(EVENTS)[i : i + 7] for i in range(0, len(b"".join(EVENTS)), 7))),
     "extensions and trailers": HEAD
     + b"Transfer-Encoding: chunked\r\n\r\n"
     + chunked(*EVENTS, last=b"00;x=y\r\nA: b\r\nC: d\r\n\r\n").replace(b"\r\ndata", b";name=value \r\ndata"),
@@ -76,7 +84,9 @@ CLOSE = HEAD + b"Connection: close\r\n\r\n" + b"".join(EVENTS)
 @pytest.mark.parametrize("name", STREAMS)
 def test_every_cut_gives_the_same_answer(name: str) -> None:
     stream = STREAMS[name]
-    for pieces in [[stream[:cut], stream[cut:]] for cut in range(len(stream))] + [[stream[i : i + 1] for i in range(len(stream))]]:
+    for pieces in [[stream[:cut], stream[cut:]] for cut in range(len(stream))] + [
+        [stream[i : i + 1] for i in range(len(stream))]
+    ]:
         exchange, connection, ended = answer([piece for piece in pieces if piece])
         assert b"".join(exchange.parts) == b"".join(EVENTS)
         assert (ended, exchange.framed, exchange.fault, connection.usable) == (True, True, "", True)
@@ -209,7 +219,11 @@ def test_no_part_of_a_key_is_left_where_a_message_is_cut() -> None:
     key = "Zq" + "7Kx9" * 10
     for before in range(60, 220, 10):
         text = json.dumps({"error": {"message": f"{'x' * before} {key} is wrong"}})
-        for exchange in (said(text.encode(), status=401), said(f"data: {text}\n\n".encode()), said(f"data: {'y' * before}{key}\n\n".encode())):
+        for exchange in (
+            said(text.encode(), status=401),
+            said(f"data: {text}\n\n".encode()),
+            said(f"data: {'y' * before}{key}\n\n".encode()),
+        ):
             record = read_answer(exchange, key)
             assert "7Kx9" not in record.message
             assert 0 < len(record.message) <= 200

@@ -67,7 +67,10 @@ class Handler(BaseHTTPRequestHandler):
                 return self.refuse(404, "RevisionNotFound")
             if "tree" in parts:
                 return self.send(
-                    json.dumps([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]).encode(), body
+                    json.dumps(
+                        [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+                    ).encode(),
+                    body,
                 )
             siblings = [{"rfilename": f.name, "size": f.stat().st_size} for f in files]
             info = {
@@ -140,7 +143,9 @@ def test_a_hub_model_is_resolved_downloaded_once_and_measured(hub: Hub, store_ur
     assert not [r for r in hub.requests if r.endswith("model.safetensors")]
 
 
-def test_a_gguf_file_of_a_repository_is_resolved_downloaded_once_and_measured(hub: Hub, store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_gguf_file_of_a_repository_is_resolved_downloaded_once_and_measured(
+    hub: Hub, store_uri: str, tmp_path: Path, tiny_model: Path
+) -> None:
     hub.folder = tmp_path / "repository"
     hub.folder.mkdir()
     write_llama(tiny_model, hub.folder / "tiny-f32.gguf")
@@ -163,18 +168,25 @@ def test_a_gguf_file_of_a_repository_is_resolved_downloaded_once_and_measured(hu
 def test_a_gguf_file_that_a_repository_lacks_is_one_line(hub: Hub, store_uri: str, tmp_path: Path) -> None:
     done = llmbench(hub, tmp_path, store_uri, "--model", "tiny/llama:nothing.gguf", "--quant", "fp32")
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["llmbench: The repository tiny/llama has no file nothing.gguf. Its GGUF files: none."]
+    assert done.stderr.splitlines() == [
+        "llmbench: The repository tiny/llama has no file nothing.gguf. Its GGUF files: none."
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "tiny/gated"], "The model tiny/gated is gated. Accept its terms at https://huggingface.co/tiny/gated, then run `hf auth login`"),
+        (
+            ["--model", "tiny/gated"],
+            "The model tiny/gated is gated. Accept its terms at https://huggingface.co/tiny/gated, then run `hf auth login`",
+        ),
         (["--model", "tiny/nothing"], "There is no model tiny/nothing on the Hub, or it is private."),
         (["--model", "tiny/llama", "--revision", "no-such-tag"], "The model tiny/llama has no revision no-such-tag."),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(hub: Hub, store_uri: str, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_the_hub_refuses_is_one_line(
+    hub: Hub, store_uri: str, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     done = llmbench(hub, tmp_path, store_uri, *arguments)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
@@ -204,8 +216,16 @@ def test_a_repository_of_pickles_is_refused_before_anything_is_downloaded(tiny_m
     )
     server = Hub(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     server.shutdown()
     server.server_close()
     refused, size, preset, pull_request = done.stdout.splitlines()

@@ -55,7 +55,10 @@ def test_a_zero_that_stands_for_no_value_is_absent() -> None:
     assert found.metrics["latency/ttft_ms_mean"] == 21.0
     report = load("guidellm_benchmarks")
     first = report["benchmarks"][0]["metrics"]["time_to_first_token_ms"]["successful"]
-    first.update({name: 0 for name, value in first.items() if isinstance(value, int | float)}, percentiles=dict.fromkeys(first["percentiles"], 0.0))
+    first.update(
+        {name: 0 for name, value in first.items() if isinstance(value, int | float)},
+        percentiles=dict.fromkeys(first["percentiles"], 0.0),
+    )
     [concurrent, _] = read_foreign(report)
     assert not [key for key in {**concurrent.metrics, **concurrent.own} if "first_token" in key or "ttft" in key]
 
@@ -77,9 +80,15 @@ def test_of_guidellm_only_the_mean_time_to_first_token_is_ours() -> None:
     assert concurrent.metrics == {"latency/ttft_ms_mean": 30.0, "config/concurrency": 4.0}
     assert poisson.metrics == {}
     for found in (concurrent, poisson):  # weighted by tokens, and with the first token counted in
-        assert found.own["guidellm/inter_token_latency_ms_mean"] == 11.0 and found.own["guidellm/time_per_output_token_ms_mean"] == 12.0
+        assert (
+            found.own["guidellm/inter_token_latency_ms_mean"] == 11.0
+            and found.own["guidellm/time_per_output_token_ms_mean"] == 12.0
+        )
         assert found.own["guidellm/time_to_first_token_ms_p99"] == 32.0
-    assert "guidellm/time_to_first_token_ms_mean" not in concurrent.own and poisson.own["guidellm/time_to_first_token_ms_mean"] == 30.0
+    assert (
+        "guidellm/time_to_first_token_ms_mean" not in concurrent.own
+        and poisson.own["guidellm/time_to_first_token_ms_mean"] == 30.0
+    )
 
 
 def test_aiperfs_inter_token_latency_is_our_time_per_output_token() -> None:
@@ -102,7 +111,10 @@ def test_aiperfs_percentiles_count_failed_requests_and_its_open_loops_another_ti
     [broken] = read_foreign({**data, "is_complete": False, "incomplete_reason": "records stalled"})
     [stopped] = read_foreign({**data, "was_cancelled": True})
     for part in (broken, stopped):
-        assert not [key for key in part.metrics if key.startswith("latency/")] and part.own["aiperf/time_to_first_token_avg"] == 40.0
+        assert (
+            not [key for key in part.metrics if key.startswith("latency/")]
+            and part.own["aiperf/time_to_first_token_avg"] == 40.0
+        )
     assert (broken.params["is_complete"], broken.params["incomplete_reason"]) == ("False", "records stalled")
     data["input_config"]["phases"][1] |= {"type": "poisson"}
     [opened] = read_foreign(data)
@@ -119,7 +131,10 @@ def test_llama_bench_and_optimum_benchmark_keep_their_own_names() -> None:
     assert deep.name == "gemma3 270M Q4_K - Medium pp512 @ d512"
     [optimum] = read("optimum_benchmark")
     assert optimum.metrics == {"config/batch_size": 2.0, "config/prompt_tokens": 16.0}
-    assert optimum.own["optimum-benchmark/decode.throughput.value"] == 320.0 and optimum.own["optimum-benchmark/prefill.memory.max_ram"] == 1200.5
+    assert (
+        optimum.own["optimum-benchmark/decode.throughput.value"] == 320.0
+        and optimum.own["optimum-benchmark/prefill.memory.max_ram"] == 1200.5
+    )
     assert optimum.version == "0.6.0" and optimum.params["backend.model"] == "openai-community/gpt2"
     [bare] = read_foreign(load("optimum_benchmark")["report"])  # benchmark_report.json alone
     assert bare.metrics == {} and bare.own == optimum.own
@@ -135,7 +150,10 @@ def test_every_translation_is_a_key_of_ours_and_every_own_name_is_not(file: Path
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "It is no result that is known. Known: the JSON of vllm bench serve, guidellm, aiperf, llama-bench, optimum-benchmark."),
+        (
+            {},
+            "It is no result that is known. Known: the JSON of vllm bench serve, guidellm, aiperf, llama-bench, optimum-benchmark.",
+        ),
         ([], "It is no result that is known."),
         ("text", "It is no result that is known."),
         ({"metadata": {}, "benchmarks": []}, "It is a result of guidellm with no measurement in it."),
@@ -169,17 +187,24 @@ def test_files_become_runs_once(store_uri: str, capsys: pytest.CaptureFixture[st
     assert run.info.status == "FINISHED" and run.info.run_name == "meta-llama/Llama-3.2-1B c2"
     assert run.data.metrics["latency/ttft_ms_mean"] == 21.0 and run.data.metrics["vllm/p99_ttft_ms"] == 30.0
     tags = run.data.tags
-    assert (tags["llmbench.source"], tags["llmbench.tokens_by"]) == ("vllm bench serve", "the server, or the client's tokenizer")
+    assert (tags["llmbench.source"], tags["llmbench.tokens_by"]) == (
+        "vllm bench serve",
+        "the server, or the client's tokenizer",
+    )
     assert "latency/ttft_ms_mean" in tags["llmbench.translated"]
     assert not {"llmbench.outcome", "llmbench.verdict", "llmbench.hardware_hash", "llmbench.sweep"} & tags.keys()
-    assert [item.path for item in client.list_artifacts(told[2]["run_id"], "imported")] == ["imported/vllm_serve_detailed.json"]
+    assert [item.path for item in client.list_artifacts(told[2]["run_id"], "imported")] == [
+        "imported/vllm_serve_detailed.json"
+    ]
     assert main(["import", *files, "--json"]) == 0
     again = capsys.readouterr().out
     assert "0 of them new" in again
     assert [one["run_id"] for one in json.loads(again.splitlines()[-1])] == [one["run_id"] for one in told]
 
 
-def test_json_lines_of_llama_bench_are_read_too(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_of_llama_bench_are_read_too(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "llama.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in load("llama_bench")))
     assert main(["import", str(file)]) == 0
@@ -191,14 +216,19 @@ def test_nothing_is_concluded_from_an_imported_run(store_uri: str, capsys: pytes
     run_id = json.loads(capsys.readouterr().out.splitlines()[-1])[0]["run_id"]
     for command in (["compare", run_id, run_id], ["recommend", run_id], ["reproduce", run_id]):
         assert main(command) == 2
-        assert f"The run {run_id} was imported from vllm bench serve: it has neither raw stamps nor the fingerprint" in capsys.readouterr().err
+        assert (
+            f"The run {run_id} was imported from vllm bench serve: it has neither raw stamps nor the fingerprint"
+            in capsys.readouterr().err
+        )
     assert main(["register", run_id, "--name", "bot"]) == 2
 
 
 def test_secrets_in_a_file_are_masked(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     secret = "hf_" + "a1B2" * 9
     file = tmp_path / "result.json"
-    file.write_text(json.dumps({**load("vllm_serve_detailed"), "label": f"token {secret}", "generated_texts": [f"Bearer {secret}"]}))
+    file.write_text(
+        json.dumps({**load("vllm_serve_detailed"), "label": f"token {secret}", "generated_texts": [f"Bearer {secret}"]})
+    )
     assert main(["import", str(file), "--json"]) == 0
     run_id = json.loads(capsys.readouterr().out.splitlines()[-1])[0]["run_id"]
     client = MlflowClient(store_uri)
@@ -214,7 +244,9 @@ def test_secrets_in_a_file_are_masked(store_uri: str, tmp_path: Path, capsys: py
         ('{"a": 1}', "Cannot import file.json. It is no result that is known."),
     ],
 )
-def test_wrong_files_are_one_line(content: str | None, message: str, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_files_are_one_line(
+    content: str | None, message: str, store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if content is not None:
         Path("file.json").write_text(content)
     assert main(["import", "file.json"]) == 2

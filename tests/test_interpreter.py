@@ -22,7 +22,14 @@ from mlflow_llmbench.errors import LlmbenchError, MissingError, UsageError
 from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.sweep import SweepResult
 
-FAST: dict[str, Any] = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1, "model": "fake:ttft_ms=2+itl_ms=1"}
+FAST: dict[str, Any] = {
+    "backend": "fake",
+    "output_tokens": 6,
+    "prompt_tokens": 4,
+    "repetitions": 5,
+    "warmup": 1,
+    "model": "fake:ttft_ms=2+itl_ms=1",
+}
 VERSIONS = {"torch": "9.9.9+other", "transformers": "7.0.1"}
 
 
@@ -95,12 +102,21 @@ def test_a_worker_runs_in_an_environment_that_has_no_package_at_all(store_uri: s
     assert found.tags["llmbench.software_hash"] == result.hashes.software
 
 
-def test_what_is_installed_beside_us_stays_unseen_there(other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_installed_beside_us_stays_unseen_there(
+    other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "torch.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONHOME", str(tmp_path))  # with which no Python starts
     code = "import importlib.util as u, sys, mlflow_llmbench; print(mlflow_llmbench.__version__, u.find_spec('torch'), u.find_spec('tests'))"
-    done = subprocess.run([other, "-c", code], capture_output=True, text=True, check=True, cwd="/", env=interpreter.variables(other, os.environ))
+    done = subprocess.run(
+        [other, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+        env=interpreter.variables(other, os.environ),
+    )
     assert done.stdout.split() == [mlflow_llmbench.__version__, "None", "None"]
     assert [path.name for path in interpreter.package_folder().iterdir()] == ["mlflow_llmbench"]
 
@@ -138,7 +154,9 @@ def test_what_a_killed_command_left_is_of_that_environment(other: str, tmp_path:
 # What is the same, and what is not
 
 
-def test_where_an_interpreter_lies_does_not_decide_and_what_is_installed_does(store_uri: str, other: str, tmp_path: Path) -> None:
+def test_where_an_interpreter_lies_does_not_decide_and_what_is_installed_does(
+    store_uri: str, other: str, tmp_path: Path
+) -> None:
     first = fake(worker_python=other)
     assert not result_of(first).linked
     quieten(first)
@@ -153,7 +171,9 @@ def test_where_an_interpreter_lies_does_not_decide_and_what_is_installed_does(st
 
 def test_the_identity_of_a_configuration_is_older_than_the_parameter() -> None:
     model = ModelFacts("m", "none", "fake", "r")
-    assert plan.config_hash(Cell(model="m", worker_python="/a/python"), model) == plan.config_hash(Cell(model="m"), model)
+    assert plan.config_hash(Cell(model="m", worker_python="/a/python"), model) == plan.config_hash(
+        Cell(model="m"), model
+    )
     assert len(plan.group_cells([Cell(worker_python="/a/python"), Cell()])) == 2
 
 
@@ -169,7 +189,11 @@ def test_two_environments_can_be_compared_in_turns(store_uri: str, other: str) -
 
 
 def test_there_is_no_such_interpreter(tmp_path: Path) -> None:
-    for path, wrong in [(tmp_path / "none", "There is no interpreter"), (tmp_path, "is a folder"), (tmp_path / "plain", "cannot be executed")]:
+    for path, wrong in [
+        (tmp_path / "none", "There is no interpreter"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "plain", "cannot be executed"),
+    ]:
         (tmp_path / "plain").write_text("")
         with pytest.raises(UsageError, match=wrong) as caught:
             spec.parse({"worker_python": str(path)})
@@ -185,7 +209,9 @@ def test_there_is_no_such_interpreter(tmp_path: Path) -> None:
         ("#!/bin/sh\necho '{\"version\": [3, 9, 2]}'\n", "is Python 3.9.2, and a worker needs 3.10 or later"),
     ],
 )
-def test_what_cannot_run_a_worker_is_refused_in_one_line_before_anything_starts(script: str, wrong: str, tmp_path: Path, store_uri: str) -> None:
+def test_what_cannot_run_a_worker_is_refused_in_one_line_before_anything_starts(
+    script: str, wrong: str, tmp_path: Path, store_uri: str
+) -> None:
     python = program(tmp_path, script)
     with pytest.raises(UsageError, match=wrong) as caught:
         fake(worker_python=python)
@@ -208,7 +234,9 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(other: s
     )
 
 
-def test_a_backend_whose_packages_are_missing_there_is_refused_before_anything_starts(other: str, tmp_path: Path) -> None:
+def test_a_backend_whose_packages_are_missing_there_is_refused_before_anything_starts(
+    other: str, tmp_path: Path
+) -> None:
     with pytest.raises(MissingError, match=r"lacks the packages torch, transformers, which its worker needs"):
         run(model="opt-125m", weights="random", worker_python=other)
     assert not (tmp_path / "llmbench-results").exists()
@@ -263,7 +291,9 @@ def test_the_doctor_examines_another_environment(other: str) -> None:
     assert items["Interpreter", "packages"].found == "torch 9.9.9+other, transformers 7.0.1"
     assert items["Backends", "fake"].status == "ok"
     assert items["Backends", "openvino"].status == "missing"
-    assert items["Backends", "transformers"].found == "needs torch, transformers"  # a version that is noted is no module
+    assert (
+        items["Backends", "transformers"].found == "needs torch, transformers"
+    )  # a version that is noted is no module
     assert items["Quantizations", "int8"].advice == f"Run: {other} -m pip install bitsandbytes"
     assert "ENVIRONMENT/bin/pip install openvino-genai" in str(items["Backends", "openvino"].advice)
     assert report.ready
@@ -273,7 +303,9 @@ def test_the_doctor_imports_a_runtime_that_is_there(tmp_path: Path) -> None:
     python = environment(tmp_path / "broken", {})
     [packages] = (tmp_path / "broken" / "lib").glob("python3*/site-packages")
     for name in ("openvino", "openvino_genai"):
-        (packages / f"{name}.py").write_text("raise RuntimeError('built for another machine')" if name == "openvino_genai" else "")
+        (packages / f"{name}.py").write_text(
+            "raise RuntimeError('built for another machine')" if name == "openvino_genai" else ""
+        )
     [item] = [item for item in doctor.examine_worker(python).items if item.name == "openvino"]
     assert (item.status, item.found) == ("limited", "cannot be imported: RuntimeError: built for another machine")
     (packages / "openvino_genai.py").write_text("")

@@ -39,7 +39,13 @@ def test_a_model_of_eighty_layers_is_chosen_at_once() -> None:
     for _ in range(80):
         for weights in (150_000_000, 700_000_000):
             cost = int(draw.lognormvariate(0, 1) * 1e9)
-            items.append([(2 * weights, 0), (weights + draw.randrange(9999), cost), (weights * 9 // 16, int(cost * draw.uniform(5, 40)))])
+            items.append(
+                [
+                    (2 * weights, 0),
+                    (weights + draw.randrange(9999), cost),
+                    (weights * 9 // 16, int(cost * draw.uniform(5, 40))),
+                ]
+            )
     started = time.process_time()
     chosen = choose(items, sum(item[0][0] for item in items) * 11 // 32)
     assert chosen and len(set(chosen)) > 1

@@ -28,7 +28,14 @@ from mlflow_llmbench.sweep import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = f"{sys.executable} {ROOT / 'tests' / 'launched_server.py'} --port {{port}} --model {{model}}"
-FAST: dict[str, Any] = {"backend": "openai", "model": "null:itl_ms=1", "output_tokens": 4, "prompt_tokens": 16, "warmup": 1, "repetitions": 5}
+FAST: dict[str, Any] = {
+    "backend": "openai",
+    "model": "null:itl_ms=1",
+    "output_tokens": 4,
+    "prompt_tokens": 16,
+    "warmup": 1,
+    "repetitions": 5,
+}
 HEAVY = "null:itl_ms=1+ttft_ms=5"
 
 
@@ -57,19 +64,32 @@ def test_the_arguments_of_a_command() -> None:
 def test_without_a_quantization_its_option_is_left_out(option: str) -> None:
     command = f"serve --port {{port}} {option} --last"
     assert launch.arguments(command, model="m", port=81, quant="none") == ["serve", "--port", "81", "--last"]
-    assert launch.arguments("serve m-{quant}.gguf {port}", model="m", port=1, quant="none") == ["serve", "m-none.gguf", "1"]
+    assert launch.arguments("serve m-{quant}.gguf {port}", model="m", port=1, quant="none") == [
+        "serve",
+        "m-none.gguf",
+        "1",
+    ]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"launch": "serve --port {port} --x {name}"}, "launch has a placeholder that is not known: {name}. Known: {model}, {port}, {quant}."),
+        (
+            {"launch": "serve --port {port} --x {name}"},
+            "launch has a placeholder that is not known: {name}. Known: {model}, {port}, {quant}.",
+        ),
         ({"launch": "serve --port 8000"}, "launch does not say where the server is to listen"),
         ({"launch": "serve 'x {port}"}, "launch cannot be read, no closing quotation"),
-        ({"launch": "serve {port} --api-key abc"}, "launch has an option that is named as a secret, --api-key, and the command would be logged"),
+        (
+            {"launch": "serve {port} --api-key abc"},
+            "launch has an option that is named as a secret, --api-key, and the command would be logged",
+        ),
         ({"launch": "serve {port} --hf sk-1234567890abcdefgh1"}, "launch has what looks like a secret"),
         ({"launch": "serve {port}", "url": "http://h"}, "url is of a server that is there, and launch starts one"),
-        ({"launch": "serve {port}", "backend": "transformers"}, "launch is given, and backend=transformers runs the model in this process"),
+        (
+            {"launch": "serve {port}", "backend": "transformers"},
+            "launch is given, and backend=transformers runs the model in this process",
+        ),
         ({"launch": "serve {port}", "quant": "fp8"}, "quant=fp8 is asked for, and the server is not told"),
         ({"launch": "serve {port} {quant}", "quant": "a;b"}, "quant is not a word that a server could know: a;b"),
         ({"launch": "serve {port} ; none"}, "launch=none starts nothing"),
@@ -96,7 +116,14 @@ def test_a_program_beside_the_interpreter_is_found(monkeypatch: pytest.MonkeyPat
 
 
 def test_one_server_serves_the_cells_of_a_command_and_a_quantization() -> None:
-    spec = parse({"backend": "openai", "launch": "serve {port} {quant} ; serve {port} --q {quant}", "quant": "none,bnb-4bit", "concurrency": "1,2"})
+    spec = parse(
+        {
+            "backend": "openai",
+            "launch": "serve {port} {quant} ; serve {port} --q {quant}",
+            "quant": "none,bnb-4bit",
+            "concurrency": "1,2",
+        }
+    )
     groups = group_cells(expand_cells(spec))
     assert [len(group.cells) for group in groups] == [2, 2, 2, 2]
     facts = ModelFacts("m", "none", "m", "main")
@@ -115,14 +142,33 @@ def test_the_name_by_which_the_server_knows_the_model() -> None:
 def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
     store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    secrets = {"MLFLOW_TRACKING_PASSWORD": "canary-tracking-11", "AWS_SECRET_ACCESS_KEY": "canary-aws-22", "LLMBENCH_API_KEY": "canary-key-3333"}
+    secrets = {
+        "MLFLOW_TRACKING_PASSWORD": "canary-tracking-11",
+        "AWS_SECRET_ACCESS_KEY": "canary-aws-22",
+        "LLMBENCH_API_KEY": "canary-key-3333",
+    }
     for name, value in {**secrets, "HF_TOKEN": "hf_CanaryOfTheHub4444", "PLAIN": "seen"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     note = tmp_path / "notes.jsonl"
     command = f"{SERVER} --note {note} --quant {{quant}} --megabytes 200 --say hello --tell HF_TOKEN"
-    arguments = ["online", "--launch", command, "--model", HEAVY, "--quant", "none,q4", "--concurrency", "2", "--output-tokens", "4"]
-    assert main([*arguments, "--prompt-tokens", "16", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri]) == 0
+    arguments = [
+        "online",
+        "--launch",
+        command,
+        "--model",
+        HEAVY,
+        "--quant",
+        "none,q4",
+        "--concurrency",
+        "2",
+        "--output-tokens",
+        "4",
+    ]
+    assert (
+        main([*arguments, "--prompt-tokens", "16", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri])
+        == 0
+    )
     started = notes(note)
     assert [(one["quant"], one["model"]) for one in started] == [("not given", HEAVY), ("q4", HEAVY)]
     for one in started:
@@ -137,7 +183,10 @@ def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
     assert {(one.data.params["quant"], one.data.params["concurrency"]) for one in cells} == {("none", "2"), ("q4", "2")}
     for one in cells:
         metrics = one.data.metrics
-        needed = {stage: metrics[f"memory/host_needed_bytes_{stage}"] for stage in ("baseline", "loaded", "peak", "steady", "unloaded")}
+        needed = {
+            stage: metrics[f"memory/host_needed_bytes_{stage}"]
+            for stage in ("baseline", "loaded", "peak", "steady", "unloaded")
+        }
         assert needed["baseline"] < 100e6 < 200e6 < needed["loaded"] <= needed["peak"]
         assert 200e6 < needed["steady"] < 400e6
         assert needed["unloaded"] == metrics["memory/host_rss_bytes_unloaded"] == 0
@@ -166,7 +215,11 @@ def test_a_server_that_exits_at_once_is_a_failed_run_with_the_end_of_its_log(sto
 
 
 def test_a_server_that_crashes_in_the_middle_is_told_as_such(store_uri: str) -> None:
-    done = run(tracking_uri=store_uri, launch=f"{SERVER} --say 'out of memory' --die 3", **{**FAST, "repetitions": 500, "requests": 50})
+    done = run(
+        tracking_uri=store_uri,
+        launch=f"{SERVER} --say 'out of memory' --die 3",
+        **{**FAST, "repetitions": 500, "requests": 50},
+    )
     [row] = done.rows
     assert row.outcome == "error"
     assert row.message.startswith("The server ended by itself, with exit code 7. Its log ends with: out of memory")
@@ -175,7 +228,9 @@ def test_a_server_that_crashes_in_the_middle_is_told_as_such(store_uri: str) -> 
 
 def test_a_server_that_never_is_healthy_meets_the_time_limit(store_uri: str, tmp_path: Path) -> None:
     note = tmp_path / "notes.jsonl"
-    done = run(tracking_uri=store_uri, launch=f"{SERVER} --note {note} --say loading --late 60", load_timeout_s=3, **FAST)
+    done = run(
+        tracking_uri=store_uri, launch=f"{SERVER} --note {note} --say loading --late 60", load_timeout_s=3, **FAST
+    )
     [row] = done.rows
     assert row.outcome == "timeout"
     assert "took more than load_timeout_s=3" in row.message
@@ -203,14 +258,25 @@ def start_long(tmp_path: Path, *more: str) -> tuple[subprocess.Popen[bytes], dic
     ]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "mlflow_llmbench", "online", *arguments]
-    process = subprocess.Popen(program, cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        program,
+        cwd=tmp_path,
+        env=variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     assert within(60, note.exists)
     assert within(60, lambda: any("warmup" in file.read_text() for file in tmp_path.rglob("worker.jsonl")))
     return process, notes(note)[0]
 
 
-@pytest.mark.parametrize(("end", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 130)])
-def test_an_interrupted_command_leaves_no_server(store_uri: str, tmp_path: Path, end: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(
+    ("end", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 130)]
+)
+def test_an_interrupted_command_leaves_no_server(
+    store_uri: str, tmp_path: Path, end: signal.Signals, code: int
+) -> None:
     process, server = start_long(tmp_path)
     os.killpg(process.pid, end)
     assert process.wait(60) == code
@@ -300,7 +366,9 @@ def test_what_a_process_touches_of_a_mapped_file_is_counted(tmp_path: Path) -> N
         "touch = lambda size: sum(m[i] for i in range(0, size, 4096))\n"
         "for line in sys.stdin: touch(int(line)); print('done', flush=True)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin
         assert process.stdout
 

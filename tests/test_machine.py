@@ -28,7 +28,10 @@ def test_fingerprint_is_complete_and_stable(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_git_commit(tmp_path: Path) -> None:
     assert machine.git_commit(str(tmp_path)) is None
-    for command in (["init", "-q"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "x"]):
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     assert re.fullmatch("[0-9a-f]{40}", machine.git_commit(str(tmp_path)) or "")
 
@@ -72,10 +75,14 @@ def kernel_files(folder: Path, stolen: int, swapped: int, pressure_us: int) -> N
     (folder / "pressure" / "cpu").write_text(
         f"some avg10=1.00 avg60=0.50 avg300=0.10 total={pressure_us}\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
     )
-    (folder / "vmstat").write_text(f"nr_free_pages 1234\npgpgin 7\npswpin {swapped}\npswpout {2 * swapped}\npgfault 99\n")
+    (folder / "vmstat").write_text(
+        f"nr_free_pages 1234\npgpgin 7\npswpin {swapped}\npswpout {2 * swapped}\npgfault 99\n"
+    )
 
 
-def test_steal_pressure_and_swapping_are_read_as_the_kernel_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steal_pressure_and_swapping_are_read_as_the_kernel_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "PROC", tmp_path)
     ticks = os.sysconf("SC_CLK_TCK")
     kernel_files(tmp_path, 0, 100, 1_000_000)
@@ -88,13 +95,21 @@ def test_steal_pressure_and_swapping_are_read_as_the_kernel_writes_them(tmp_path
     for name in ("stat", "vmstat", "pressure/cpu"):
         (tmp_path / name).unlink()
     nothing = machine.noise_between(before, machine.take_readings())
-    assert (nothing.steal_s, nothing.foreign_cpu_s, nothing.swapped_pages, nothing.pressure_s) == (None, None, None, None)
+    assert (nothing.steal_s, nothing.foreign_cpu_s, nothing.swapped_pages, nothing.pressure_s) == (
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def test_the_best_rates_are_kept_by_hardware_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path / "cache"))
     assert machine.best_peaks({"read_bytes_per_s": 5.0}, "a cpu 2") == {"read_bytes_per_s": 5.0}
-    assert machine.best_peaks({"read_bytes_per_s": 3.0, "flops_per_s": 9.0}, "a cpu 2") == {"read_bytes_per_s": 5.0, "flops_per_s": 9.0}
+    assert machine.best_peaks({"read_bytes_per_s": 3.0, "flops_per_s": 9.0}, "a cpu 2") == {
+        "read_bytes_per_s": 5.0,
+        "flops_per_s": 9.0,
+    }
     assert machine.best_peaks({"read_bytes_per_s": 2.0}, "a cpu 1") == {"read_bytes_per_s": 2.0}
     (tmp_path / "cache" / "peaks.json").write_text("{damaged")
     assert machine.best_peaks({"read_bytes_per_s": 1.0}, "a cpu 2") == {"read_bytes_per_s": 1.0}

@@ -81,15 +81,30 @@ def rendered(text: str) -> str:
 
 def named(result: RunResult, text: str) -> RunResult:
     """A result that holds a text wherever text comes from outside."""
-    environment = {**result.environment, "cpu": {"name": text}, "gpus": [{"name": text, "memory_bytes": 1}], "packages": {"torch": text}}
+    environment = {
+        **result.environment,
+        "cpu": {"name": text},
+        "gpus": [{"name": text, "memory_bytes": 1}],
+        "packages": {"torch": text},
+    }
     load = dataclasses.replace(result.load, facts={"quant.kernel": text}) if result.load else None
     cell = dataclasses.replace(result.cell, model=text, workload=text, quant=text)
-    return dataclasses.replace(result, cell=cell, environment=environment, load=load, log=(text, text), texts=({"prompt": text, "output": text},))
+    return dataclasses.replace(
+        result,
+        cell=cell,
+        environment=environment,
+        load=load,
+        log=(text, text),
+        texts=({"prompt": text, "output": text},),
+    )
 
 
 def markdowns(text: str) -> dict[str, str]:
     """Every Markdown that is written, with a text wherever text comes from outside."""
-    fine, failed = named(BF16, text), dataclasses.replace(named(INT4, text), outcome="oom", failure=Failure(text, text), repetitions=())
+    fine, failed = (
+        named(BF16, text),
+        dataclasses.replace(named(INT4, text), outcome="oom", failure=Failure(text, text), repetitions=()),
+    )
     doubted = Row(fine.cell, "ok", row_of(BF16).metrics, Verdict("suspect", (Reason("contended", text),)), linked=text)
     rows = [row_of(fine), doubted, row_of(failed), Row(fine.cell, "skipped", message=text)]
     told = overview.overview([(row, text) for row in rows], subject(text))
@@ -103,13 +118,17 @@ def markdowns(text: str) -> dict[str, str]:
         "description": overview.description(rows, ["model", "workload", "quant"]),
         "comparison of a sweep": overview.comparison_markdown(rows, ["model", "workload", "quant"]),
         "report of a sweep": overview.overview_markdown(told, ["charts/overview.svg"]),
-        "comparison of two": comparison_markdown(compare(fine, dataclasses.replace(named(INT4, text), cell=dataclasses.replace(fine.cell, seed=1)))),
+        "comparison of two": comparison_markdown(
+            compare(fine, dataclasses.replace(named(INT4, text), cell=dataclasses.replace(fine.cell, seed=1)))
+        ),
     }
 
 
 def subject(text: str) -> overview.Subject:
     spec = parse({"model": HARMLESS, "quant": "int8,int4"})
-    spec = dataclasses.replace(spec, axes={**spec.axes, "model": (text, "other"), "workload": (text, "other"), "revision": (text,)})
+    spec = dataclasses.replace(
+        spec, axes={**spec.axes, "model": (text, "other"), "workload": (text, "other"), "revision": (text,)}
+    )
     return overview.Subject(spec, text, text, ui=text)
 
 
@@ -122,8 +141,13 @@ def test_no_markdown_gains_an_element(text: str) -> None:
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_the_page_gains_no_element(text: str, tmp_path: Path) -> None:
     def page(name: str) -> str:
-        fine, failed = named(BF16, name), dataclasses.replace(named(INT4, name), outcome="oom", failure=Failure(name, name))
-        artifacts.write_sweep([(row_of(fine), name), (row_of(failed), name)], subject(name), tmp_path / "comparison", draw=False)
+        fine, failed = (
+            named(BF16, name),
+            dataclasses.replace(named(INT4, name), outcome="oom", failure=Failure(name, name)),
+        )
+        artifacts.write_sweep(
+            [(row_of(fine), name), (row_of(failed), name)], subject(name), tmp_path / "comparison", draw=False
+        )
         return (tmp_path / "comparison" / "report.html").read_text(encoding="utf-8")
 
     assert elements(page(text)) == elements(page(HARMLESS))
@@ -158,7 +182,11 @@ def test_a_quotation_keeps_lines_and_indentation() -> None:
     assert elements(page) == Counter({("blockquote",): 1, "/blockquote": 1, ("p",): 2, "/p": 2, ("br",): 1, "/br": 1})
     parser = Elements()
     parser.feed(page)
-    assert [line for line in parser.text.split("\n") if line] == ["def f(x):", "\xa0\xa0\xa0\xa0return x", "# done | `y`"]
+    assert [line for line in parser.text.split("\n") if line] == [
+        "def f(x):",
+        "\xa0\xa0\xa0\xa0return x",
+        "# done | `y`",
+    ]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -171,12 +199,17 @@ def test_no_cell_of_a_csv_is_a_formula(text: str) -> None:
 
 
 def test_numbers_in_a_csv_stay_numbers() -> None:
-    assert markup.csv_table(["a"], [["-1.5"], ["+2"], ["1e-5"], ["0.0123"], [""]]) == '"a"\n"-1.5"\n"+2"\n"1e-5"\n"0.0123"\n""\n'
+    assert (
+        markup.csv_table(["a"], [["-1.5"], ["+2"], ["1e-5"], ["0.0123"], [""]])
+        == '"a"\n"-1.5"\n"+2"\n"1e-5"\n"0.0123"\n""\n'
+    )
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_nothing_acts_in_a_terminal(text: str) -> None:
-    shown = report.format_table([Row(Cell(model=text), "error", message=text), Row(Cell(model="other"), "ok")], ["model"])
+    shown = report.format_table(
+        [Row(Cell(model=text), "error", message=text), Row(Cell(model="other"), "ok")], ["model"]
+    )
     assert all(line.isprintable() for line in shown.split("\n"))
     assert len(shown.split("\n")) == 5
 

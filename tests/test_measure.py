@@ -120,14 +120,25 @@ def test_scripts_with_unknown_settings_are_refused() -> None:
 def result_of(measured: Measured, cell: Cell) -> RunResult:
     facts = FakeBackend.resolve(cell)
     return RunResult(
-        cell, "ok", 0, 0, Hashes("", "", "", "", ""), facts, {}, repetitions=measured.repetitions, warmup_s=measured.warmup_s, steady=measured.steady
+        cell,
+        "ok",
+        0,
+        0,
+        Hashes("", "", "", "", ""),
+        facts,
+        {},
+        repetitions=measured.repetitions,
+        warmup_s=measured.warmup_s,
+        steady=measured.steady,
     )
 
 
 def test_summary_of_a_real_measurement_agrees_with_the_script() -> None:
     measured, cell = measure("ttft_ms=10+itl_ms=2", batch_size=4, repetitions=6)
     metrics = summary.summarize(result_of(measured, cell))
-    assert metrics["latency/e2e_ms_mean"] == pytest.approx(metrics["latency/ttft_ms_mean"] + 7 * metrics["latency/tpot_ms_mean"])
+    assert metrics["latency/e2e_ms_mean"] == pytest.approx(
+        metrics["latency/ttft_ms_mean"] + 7 * metrics["latency/tpot_ms_mean"]
+    )
     assert metrics["throughput/output_tokens_per_s"] <= 4 * 8 / 0.024
     assert metrics["throughput/per_instance_tokens_per_s"] == metrics["throughput/output_tokens_per_s"] / 4
     assert metrics["config/prompt_tokens"] == 4

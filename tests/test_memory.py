@@ -41,7 +41,11 @@ print(memory.read().peak_rss - base)
 """
     root = Path(__file__).resolve().parent.parent
     printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
     ).stdout
     if "no reset" in printed:
         pytest.skip("this kernel does not let a process reset its peak")

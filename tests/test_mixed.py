@@ -40,8 +40,12 @@ def made_up(budget: str = "8", **schemes: str) -> QuantPlan:
         kl = {"int8": (0.01 * cost, 0.03 * cost), "int4": (0.5 * cost, 0.7 * cost)}
         blocks.append(Block(name, (f"{name}.a", f"{name}.b"), 1000, {"bf16": 2000, "int8": 1010, "int4": 560}, kl))
     uniform = {"int8": (0.02, 0.03), "int4": (0.7, 0.8)}
-    found = Sensitivity("m", "rev", "cpu", "bf16", 10_000_000, tuple(blocks), uniform, "qa, code", 16, {"torch": "1"}, 1.0)
-    given = {block.name: "int8" for block in blocks} | {name.replace("_", "."): scheme for name, scheme in schemes.items()}
+    found = Sensitivity(
+        "m", "rev", "cpu", "bf16", 10_000_000, tuple(blocks), uniform, "qa, code", 16, {"torch": "1"}, 1.0
+    )
+    given = {block.name: "int8" for block in blocks} | {
+        name.replace("_", "."): scheme for name, scheme in schemes.items()
+    }
     return QuantPlan(found, budget, given, (0.01, 0.02))
 
 
@@ -71,13 +75,18 @@ def test_the_choice_is_within_the_budget_and_spares_what_is_sensitive() -> None:
     assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1] == 0
     least = mixed.choose(found, "4.48")
     assert set(least.schemes.values()) == {"int4"} and least.bits == 4.48 and least.nominal_bits == 4
-    assert mixed.choose(found, "8.08").schemes == dict.fromkeys(middle.schemes, "int8")  # a swap for bf16 would cost an int4 more
+    assert mixed.choose(found, "8.08").schemes == dict.fromkeys(
+        middle.schemes, "int8"
+    )  # a swap for bf16 would cost an int4 more
 
 
 def test_a_budget_of_bytes_is_of_the_whole_model() -> None:
     found = dataclasses.replace(made_up().sensitivity, fixed_bytes=1_000_000)
     assert mixed.choose(found, "1004040B").weight_bytes == 1_004_040
-    with pytest.raises(UsageError, match=r"quant_budget=1MB is too small for m: int4 throughout takes 4\.48 bits per weight, 1\.1MB with what"):
+    with pytest.raises(
+        UsageError,
+        match=r"quant_budget=1MB is too small for m: int4 throughout takes 4\.48 bits per weight, 1\.1MB with what",
+    ):
         mixed.choose(found, "1MB")
     with pytest.raises(UsageError, match=r"quant_budget=4 is too small"):
         mixed.choose(found, "4")
@@ -120,7 +129,9 @@ def test_a_plan_of_one_scheme_is_that_quantization(tiny_model: Path, quant: str,
 
 
 def test_int8_layers_are_those_of_llm_int8(tiny_model: Path) -> None:
-    uniform = TransformersBackend(Cell(model=str(tiny_model), quant="int8"), TransformersBackend.resolve(Cell(model=str(tiny_model))))
+    uniform = TransformersBackend(
+        Cell(model=str(tiny_model), quant="int8"), TransformersBackend.resolve(Cell(model=str(tiny_model)))
+    )
     uniform.load()
     plain = TransformersBackend(Cell(model=str(tiny_model), quant="bf16"), uniform.facts)
     plain.load()
@@ -129,17 +140,27 @@ def test_int8_layers_are_those_of_llm_int8(tiny_model: Path) -> None:
     assert torch.equal(logits_of(plain), logits_of(uniform))
 
 
-def test_a_mixed_model_is_measured_made_and_verified(tiny_model: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_mixed_model_is_measured_made_and_verified(
+    tiny_model: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path))
     backend, info = prepared(tiny_model, quant_budget="8.5")
     plan = info.quant_plan
     assert plan and plan.sensitivity.revision == backend.facts.revision and plan.sensitivity.kept == "bf16"
-    assert [block.name for block in plan.sensitivity.blocks] == [f"model.layers.{n}.{kind}" for n in (0, 1) for kind in ("self_attn", "mlp")]
+    assert [block.name for block in plan.sensitivity.blocks] == [
+        f"model.layers.{n}.{kind}" for n in (0, 1) for kind in ("self_attn", "mlp")
+    ]
     for block in plan.sensitivity.blocks:
         assert 0 < block.cost("int8") < block.cost("int4") < 0.1
-        assert block.stored["bf16"] == 2 * block.weights and block.stored["int8"] < block.stored["bf16"] and len(block.kl["int8"]) == mixed.PASSAGES
+        assert (
+            block.stored["bf16"] == 2 * block.weights
+            and block.stored["int8"] < block.stored["bf16"]
+            and len(block.kl["int8"]) == mixed.PASSAGES
+        )
     assert plan.bits <= 8.5 and 0 < fmean(plan.measured_kl) < plan.sensitivity.additive_kl("int4")
-    assert float(info.facts["quant.bits_per_weight"]) == pytest.approx(plan.bits, abs=0.3)  # 4-bit weights are packed anew in the first call
+    assert float(info.facts["quant.bits_per_weight"]) == pytest.approx(
+        plan.bits, abs=0.3
+    )  # 4-bit weights are packed anew in the first call
     assert info.facts["quant.method"] == "mixed" and "Linear8bitLt" in str(info.facts["quant.kernel"])
     assert from_json(QuantPlan, json.loads(json.dumps(to_json(plan)))) == plan
     logits_of(backend)
@@ -156,13 +177,18 @@ def test_a_mixed_model_is_measured_made_and_verified(tiny_model: Path, cache_fol
     monkeypatch.setattr(mixed, "_measured_block", lambda name, *rest: (measured.append(name), measure(name, *rest))[1])
     _, resumed = prepared(tiny_model, quant_budget="9")
     assert resumed.quant_plan and resumed.quant_plan.sensitivity.blocks == plan.sensitivity.blocks
-    assert measured == ["model.layers.1.self_attn", "model.layers.1.mlp"] and not sensitivity.with_name("blocks.json").exists()
+    assert (
+        measured == ["model.layers.1.self_attn", "model.layers.1.mlp"]
+        and not sensitivity.with_name("blocks.json").exists()
+    )
     again, _ = prepared(tiny_model, quant_plan=str(next(tmp_path.glob("mixed/*/plan-8.5.json"))))
     assert torch.equal(logits_of(again), logits_of(backend))
 
 
 def test_the_model_is_as_before_after_a_block_was_tried(tiny_model: Path) -> None:
-    backend = TransformersBackend(Cell(model=str(tiny_model), quant="bf16"), TransformersBackend.resolve(Cell(model=str(tiny_model))))
+    backend = TransformersBackend(
+        Cell(model=str(tiny_model), quant="bf16"), TransformersBackend.resolve(Cell(model=str(tiny_model)))
+    )
     backend.load()
     before = logits_of(backend)
     with mixed._as(backend.model, {"model.layers.1.mlp.up_proj": "int4"}, "cpu"):
@@ -179,20 +205,29 @@ def test_the_model_is_as_before_after_a_block_was_tried(tiny_model: Path) -> Non
 
 
 def test_what_was_not_realised_is_found(tiny_model: Path) -> None:
-    backend = TransformersBackend(Cell(model=str(tiny_model), quant="bf16"), TransformersBackend.resolve(Cell(model=str(tiny_model))))
+    backend = TransformersBackend(
+        Cell(model=str(tiny_model), quant="bf16"), TransformersBackend.resolve(Cell(model=str(tiny_model)))
+    )
     backend.load()
     names = [name for inside in mixed.blocks_of(backend.model).values() for name in inside]
     verify_plan(dict.fromkeys(names, "bf16"), backend.model)
-    with pytest.raises(NotRealised, match=r"The plan has model\.layers\.0\.self_attn\.q_proj in no scheme, and the model has Linear there"):
+    with pytest.raises(
+        NotRealised,
+        match=r"The plan has model\.layers\.0\.self_attn\.q_proj in no scheme, and the model has Linear there",
+    ):
         verify_plan(dict.fromkeys(names[1:], "bf16"), backend.model)
-    with pytest.raises(NotRealised, match=r"The plan has model\.layers\.0\.self_attn\.q_proj in int8, and the model has Linear there"):
+    with pytest.raises(
+        NotRealised, match=r"The plan has model\.layers\.0\.self_attn\.q_proj in int8, and the model has Linear there"
+    ):
         verify_plan(dict.fromkeys(names, "int8"), backend.model)
     with pytest.raises(NotRealised, match=r"in fp16, and its weights are bfloat16"):
         verify_plan(dict.fromkeys(names, "fp16"), backend.model)
     mixed.realise(backend.model, {names[0]: "int4"}, "cpu")
     with pytest.raises(NotRealised, match=r"in no scheme, and the model has Linear4bit there"):
         verify_plan(dict.fromkeys(names[1:], "bf16"), backend.model)
-    with pytest.raises(NotRealised, match=r"The plan names the layer model\.layers\.7\.q, which this model does not have"):
+    with pytest.raises(
+        NotRealised, match=r"The plan names the layer model\.layers\.7\.q, which this model does not have"
+    ):
         mixed.realise(backend.model, {"model.layers.7.q": "int4"}, "cpu")
 
 
@@ -200,11 +235,20 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path, tiny_model: Path) ->
     file = tmp_path / "quant_plan.json"
     file.write_text(json.dumps(to_json(made_up())))
     cell = Cell(model=str(tiny_model), quant="mixed", quant_plan=str(file))
-    with pytest.raises(UsageError, match=r"was made for m rev, and the model is tiny-llama .*\. Make a plan for it with quant_budget\."):
+    with pytest.raises(
+        UsageError, match=r"was made for m rev, and the model is tiny-llama .*\. Make a plan for it with quant_budget\."
+    ):
         TransformersBackend.resolve(cell)
-    same_seed = dataclasses.replace(made_up(), sensitivity=dataclasses.replace(made_up().sensitivity, model="opt-125m", revision="random-seed0"))
+    same_seed = dataclasses.replace(
+        made_up(), sensitivity=dataclasses.replace(made_up().sensitivity, model="opt-125m", revision="random-seed0")
+    )
     file.write_text(json.dumps(to_json(same_seed)))
-    assert TransformersBackend.resolve(Cell(model="opt-125m", weights="random", quant="mixed", quant_plan=str(file))).quant_plan == same_seed
+    assert (
+        TransformersBackend.resolve(
+            Cell(model="opt-125m", weights="random", quant="mixed", quant_plan=str(file))
+        ).quant_plan
+        == same_seed
+    )
     with pytest.raises(UsageError, match=r"was made for opt-125m random-seed0, and the model is opt-350m random-seed0"):
         TransformersBackend.resolve(Cell(model="opt-350m", weights="random", quant="mixed", quant_plan=str(file)))
     file.write_text(json.dumps(to_json(made_up(m_0_attn="int3"))))
@@ -234,12 +278,16 @@ def test_a_budget_that_makes_no_sense(given: dict[str, str], message: str) -> No
 def test_a_plan_decides_the_result_and_a_budget_no_other_quantization(tmp_path: Path) -> None:
     model = ModelFacts("m", "folder", "/m", "rev")
     assert config_hash(Cell(quant="int8", quant_budget="5"), model) == config_hash(Cell(quant="int8"), model)
-    assert config_hash(Cell(quant="mixed", quant_budget="5"), model) != config_hash(Cell(quant="mixed", quant_budget="6"), model)
+    assert config_hash(Cell(quant="mixed", quant_budget="5"), model) != config_hash(
+        Cell(quant="mixed", quant_budget="6"), model
+    )
     cell = Cell(quant="mixed", quant_plan="a.json")
     first, second = (dataclasses.replace(model, quant_plan=plan) for plan in (made_up(), made_up(m_0_attn="bf16")))
     assert config_hash(cell, first) != config_hash(cell, second)
     assert config_hash(cell, first) == config_hash(dataclasses.replace(cell, quant_plan="b.json"), first)
-    assert len(group_cells([Cell(quant="mixed", quant_budget="5", workload=workload) for workload in ("qa", "code")])) == 2
+    assert (
+        len(group_cells([Cell(quant="mixed", quant_budget="5", workload=workload) for workload in ("qa", "code")])) == 2
+    )
     (tmp_path / "p.json").write_text("{}")
     with pytest.raises(UsageError, match="Give one of them"):
         parse({"quant": "mixed", "quant_plan": str(tmp_path / "p.json"), "quant_budget": "5"})
@@ -257,7 +305,10 @@ def test_texts_from_a_file_that_are_measured_are_left_out(tmp_path: Path) -> Non
     taken = load_prompts("code").texts[3]
     (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": taken}))
     cell = Cell(workload=str(tmp_path / "own.jsonl"))
-    assert taken not in mixed._texts("code", cell) and len(mixed._texts("code", cell)) == len(load_prompts("code").texts) - 1
+    assert (
+        taken not in mixed._texts("code", cell)
+        and len(mixed._texts("code", cell)) == len(load_prompts("code").texts) - 1
+    )
 
 
 def test_memory_saved_in_theory_is_that_of_the_plan() -> None:
@@ -283,7 +334,12 @@ def test_what_the_plan_says(tmp_path: Path) -> None:
     files = draw_plan(plan, tmp_path)
     assert [file.name for file in files] == ["sensitivity.svg", "sensitivity.png"]
     words = texts(files[0])
-    assert "attn" in words and "mlp" in words and "kept in bf16" in words and "sum of costs 0.064 nats, measured 0.015" in words
+    assert (
+        "attn" in words
+        and "mlp" in words
+        and "kept in bf16" in words
+        and "sum of costs 0.064 nats, measured 0.015" in words
+    )
     assert draw_plan(plan, tmp_path / "again")[0].read_bytes() == files[0].read_bytes()
 
 
@@ -319,7 +375,8 @@ def test_a_mixed_version_is_exported_to_no_other_server() -> None:
     config = {"backend": "transformers", "quant": "mixed"}
     for target in TARGETS:
         with pytest.raises(
-            UsageError, match=r"is quantized block by block, which .* cannot be told\. Serve it with: mlflow models serve -m models:/bot/1"
+            UsageError,
+            match=r"is quantized block by block, which .* cannot be told\. Serve it with: mlflow models serve -m models:/bot/1",
         ):
             export(config, uri="models:/bot/1", target=target)
 
@@ -332,7 +389,13 @@ def test_a_mixed_quantization_from_budget_to_plan_file(store_uri: str, tiny_mode
     assert [row.outcome for row in first.rows] == ["ok"], first.table()
     [folder] = first.folder.glob("*/artifacts")
     result = read_result(folder)
-    assert result.load and result.load.quant_plan and result.load.quant_plan.bits <= 7 and result.quality and result.quality.divergence
+    assert (
+        result.load
+        and result.load.quant_plan
+        and result.load.quant_plan.bits <= 7
+        and result.quality
+        and result.quality.divergence
+    )
     assert float(result.load.facts["quant.bits_per_weight"]) <= 7
     assert (folder / "charts" / "sensitivity.svg").exists()
     second = run(model=str(tmp_path / "model"), quant="mixed", quant_plan=str(folder / "quant_plan.json"), **fast)

@@ -14,7 +14,9 @@ from mlflow.entities import Run
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def mlflow_run(store_uri: str, folder: Path, entry: str = "main", **parameters: str) -> subprocess.CompletedProcess[str]:
+def mlflow_run(
+    store_uri: str, folder: Path, entry: str = "main", **parameters: str
+) -> subprocess.CompletedProcess[str]:
     where = {} if entry in ("recommend", "register", "gate", "reproduce") else {"output_dir": f"{folder}/results"}
     given = [part for name, value in (where | parameters).items() for part in ("-P", f"{name}={value}")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -24,7 +26,16 @@ def mlflow_run(store_uri: str, folder: Path, entry: str = "main", **parameters: 
 
 
 def test_a_single_configuration_is_the_projects_own_run(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
-    done = mlflow_run(store_uri, tmp_path, model=str(tiny_model), quant="int8", prompt_tokens="8", output_tokens="4", warmup="1", repetitions="5")
+    done = mlflow_run(
+        store_uri,
+        tmp_path,
+        model=str(tiny_model),
+        quant="int8",
+        prompt_tokens="8",
+        output_tokens="4",
+        warmup="1",
+        repetitions="5",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     client = MlflowClient(store_uri)
     [found] = client.search_runs(["0"])
@@ -38,7 +49,14 @@ def test_a_single_configuration_is_the_projects_own_run(store_uri: str, tmp_path
 
 def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
     done = mlflow_run(
-        store_uri, tmp_path, model=str(tiny_model), quant="fp32,bf16", prompt_tokens="8", output_tokens="4", warmup="1", repetitions="5"
+        store_uri,
+        tmp_path,
+        model=str(tiny_model),
+        quant="fp32,bf16",
+        prompt_tokens="8",
+        output_tokens="4",
+        warmup="1",
+        repetitions="5",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     runs = MlflowClient(store_uri).search_runs(["0"])
@@ -54,7 +72,17 @@ def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path
 
 def test_a_study_stays_with_the_projects_run(store_uri: str, tmp_path: Path) -> None:
     model = "fake:ttft_ms=4+itl_ms=1+row_ms=1"
-    done = mlflow_run(store_uri, tmp_path, "study", backend="fake", model=model, batch_size="1,2", prompt_tokens="8", output_tokens="4", warmup="1")
+    done = mlflow_run(
+        store_uri,
+        tmp_path,
+        "study",
+        backend="fake",
+        model=model,
+        batch_size="1,2",
+        prompt_tokens="8",
+        output_tokens="4",
+        warmup="1",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     client = MlflowClient(store_uri)
     [parent] = [run for run in client.search_runs(["0"]) if "mlflow.parentRunId" not in run.data.tags]
@@ -64,9 +92,12 @@ def test_a_study_stays_with_the_projects_run(store_uri: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"), [("quant", "int44", "Did you mean int4?"), ("batch_size", "abc", "batch_size is not a whole number: abc")]
+    ("name", "value", "message"),
+    [("quant", "int44", "Did you mean int4?"), ("batch_size", "abc", "batch_size is not a whole number: abc")],
 )
-def test_a_bad_parameter_fails_the_run_with_one_line(store_uri: str, tmp_path: Path, name: str, value: str, message: str) -> None:
+def test_a_bad_parameter_fails_the_run_with_one_line(
+    store_uri: str, tmp_path: Path, name: str, value: str, message: str
+) -> None:
     done = mlflow_run(store_uri, tmp_path, **{name: value})
     assert done.returncode == 1
     assert message in done.stderr
@@ -82,14 +113,32 @@ def test_the_decision_by_entry_points(store_uri: str, tmp_path: Path) -> None:
     def entry(name: str, /, code: int = 0, **parameters: str) -> Run:
         done = mlflow_run(store_uri, tmp_path, name, **parameters)
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
-        return client.search_runs(["0"], "tags.`mlflow.project.entryPoint` = '" + name + "'", order_by=["attributes.start_time DESC"])[0]
+        return client.search_runs(
+            ["0"], "tags.`mlflow.project.entryPoint` = '" + name + "'", order_by=["attributes.start_time DESC"]
+        )[0]
 
     model = "fake:ttft_ms=20+itl_ms=10"
-    swept = entry("main", backend="fake", model=model, batch_size="1,2", prompt_tokens="8", output_tokens="4", warmup="1", repetitions="5")
+    swept = entry(
+        "main",
+        backend="fake",
+        model=model,
+        batch_size="1,2",
+        prompt_tokens="8",
+        output_tokens="4",
+        warmup="1",
+        repetitions="5",
+    )
     chosen = entry("recommend", sweep=swept.info.run_id, max_ttft="1s", accept_suspect="busy")
     assert "recommendation.json" in {item.path for item in client.list_artifacts(chosen.info.run_id)}
     entry("register", run=swept.info.run_id, name="bot", accept_suspect="busy")
-    gated = entry("gate", candidate="models:/bot@candidate", against="models:/bot/1", pairs="3", default_limit="60%", accept_suspect="busy")
+    gated = entry(
+        "gate",
+        candidate="models:/bot@candidate",
+        against="models:/bot/1",
+        pairs="3",
+        default_limit="60%",
+        accept_suspect="busy",
+    )
     assert (gated.data.tags["llmbench.gate"], gated.data.tags["llmbench.gate_against"]) == ("pass", "models:/bot/1")
     assert gated.data.tags["llmbench.gate_measured"] == gated.info.run_id  # what was measured for it are its children
     again = entry("reproduce", run="models:/bot@candidate", margin="90%")

@@ -26,8 +26,13 @@ def test_the_table_on_a_cpu() -> None:
 
 def test_the_table_with_a_gpu() -> None:
     table = models_table(24_000_000_000, 8_000_000_000)
-    assert table.splitlines()[1] == "No mark: fits in 8.0 GB of device memory. cpu: only in 24.0 GB free here, with device=cpu. no: does not fit."
-    assert rows(table)["opt-6.7b"] == "opt-6.7b        6.66 B     2048  13.5 cpu  31.6 no   11.9 cpu   9.1 cpu  opt-175b"
+    assert (
+        table.splitlines()[1]
+        == "No mark: fits in 8.0 GB of device memory. cpu: only in 24.0 GB free here, with device=cpu. no: does not fit."
+    )
+    assert (
+        rows(table)["opt-6.7b"] == "opt-6.7b        6.66 B     2048  13.5 cpu  31.6 no   11.9 cpu   9.1 cpu  opt-175b"
+    )
     alone = models_table(None, 8_000_000_000)
     assert alone.splitlines()[1] == "No mark: fits in 8.0 GB of device memory. no: does not fit."
     assert "13.5 no " in rows(alone)["opt-6.7b"]
@@ -57,7 +62,18 @@ def test_the_larger_of_loading_and_running_decides() -> None:
 
 
 def test_numbers_of_parameters_have_three_digits() -> None:
-    counts = (70_426_624, 99_960_000, 125_239_296, 999_499_999, 999_885_952, 1_315_758_080, 9_994_000_000, 9_996_000_000, 11_846_072_320, 175e9)
+    counts = (
+        70_426_624,
+        99_960_000,
+        125_239_296,
+        999_499_999,
+        999_885_952,
+        1_315_758_080,
+        9_994_000_000,
+        9_996_000_000,
+        11_846_072_320,
+        175e9,
+    )
     assert [parameters_text(int(count)) for count in counts] == [
         "70.4 M", "100 M", "125 M", "999 M", "1.00 B", "1.32 B", "9.99 B", "10.0 B", "11.8 B", "175 B",
     ]  # fmt: skip

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench import models
-from mlflow_llmbench.models import PRESETS, Preset, Shape, find_preset, load_memory_estimate, memory_estimate, suggest_models
+from mlflow_llmbench.models import (
+    PRESETS,
+    Preset,
+    Shape,
+    find_preset,
+    load_memory_estimate,
+    memory_estimate,
+    suggest_models,
+)
 
 PUBLISHED_COUNTS = {
     "opt-125m": 125_239_296,
@@ -95,10 +103,15 @@ def test_a_preset_builds_the_published_architecture(preset: Preset) -> None:
     model = build(preset)
     config = model.config
 
-    assert sum(parameter.numel() for parameter in model.parameters()) == preset.parameters == PUBLISHED_COUNTS[preset.name]
+    assert (
+        sum(parameter.numel() for parameter in model.parameters()) == preset.parameters == PUBLISHED_COUNTS[preset.name]
+    )
     assert config.model_type == preset.family
     assert config.tie_word_embeddings is preset.shape.tied
-    assert list(getattr(config, "layer_types", None) or ()).count("sliding_attention") in (0, preset.shape.sliding_layers)
+    assert list(getattr(config, "layer_types", None) or ()).count("sliding_attention") in (
+        0,
+        preset.shape.sliding_layers,
+    )
     assert json.dumps(dict(preset.config)) == before, "building a model changed the preset"
 
 
@@ -223,7 +236,13 @@ def test_published_config_files_read_like_the_presets() -> None:
 
 def test_a_nested_text_config_is_the_decoder() -> None:
     gemma = read(json.loads(GEMMA_3_4B_JSON))
-    assert (gemma.layers, gemma.hidden_size, gemma.attention_heads, gemma.kv_heads, gemma.head_dim) == (34, 2560, 8, 4, 256)
+    assert (gemma.layers, gemma.hidden_size, gemma.attention_heads, gemma.kv_heads, gemma.head_dim) == (
+        34,
+        2560,
+        8,
+        4,
+        256,
+    )
     assert (gemma.tied, gemma.gated_mlp, gemma.sliding_window, gemma.sliding_layers) == (True, True, 1024, 29)
     assert gemma.parameters == pytest.approx(3_880_263_168, rel=0.01)  # the language model of Gemma 3 4B
 
@@ -243,7 +262,15 @@ def test_an_unknown_family_is_read_by_the_usual_key_names() -> None:
 
 
 def test_gpt2_has_learned_positions_and_a_plain_mlp() -> None:
-    config = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "n_ctx": 1024, "vocab_size": 50_257}
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "n_ctx": 1024,
+        "vocab_size": 50_257,
+    }
     assert read(config).parameters == 124_439_808
 
 
@@ -274,12 +301,21 @@ def test_weight_bytes_of_llama_3_2_1b() -> None:
     assert shape.weight_bytes("int8") == linear + 4 * rows + rest
     assert shape.weight_bytes("int4") == shape.weight_bytes("fp4") == linear * 9 // 16 + rest
     assert shape.weight_bytes("gptq") == round(linear * (0.5 + 2.5 / 128)) + rest
-    assert shape.weight_bytes("gptq") < shape.weight_bytes("int4") < shape.weight_bytes("int8") < shape.weight_bytes("fp16")
+    assert (
+        shape.weight_bytes("gptq")
+        < shape.weight_bytes("int4")
+        < shape.weight_bytes("int8")
+        < shape.weight_bytes("fp16")
+    )
 
 
-@pytest.mark.parametrize(("quant", "dtype"), [("int3", "bfloat16"), ("none", "float8"), ("float16", "bfloat16"), ("int4", "half")])
+@pytest.mark.parametrize(
+    ("quant", "dtype"), [("int3", "bfloat16"), ("none", "float8"), ("float16", "bfloat16"), ("int4", "half")]
+)
 def test_an_unknown_scheme_is_refused_by_name(quant: str, dtype: str) -> None:
-    with pytest.raises(ValueError, match=f"quant={quant} with dtype={dtype}. Use one of none, fp32, fp16, bf16, int8, int4, fp4"):
+    with pytest.raises(
+        ValueError, match=f"quant={quant} with dtype={dtype}. Use one of none, fp32, fp16, bf16, int8, int4, fp4"
+    ):
         shape_of("opt-125m").weight_bytes(quant, dtype)
 
 
@@ -304,7 +340,11 @@ def test_memory_estimate_is_the_sum_of_its_parts() -> None:
 
 def test_loading_needs_a_shard_besides_the_weights_when_they_are_converted() -> None:
     small, large = shape_of("opt-125m"), shape_of("llama-2-7b")
-    assert load_memory_estimate(small, "none", "float16") == load_memory_estimate(small, "fp16", "float16") == 2 * small.parameters
+    assert (
+        load_memory_estimate(small, "none", "float16")
+        == load_memory_estimate(small, "fp16", "float16")
+        == 2 * small.parameters
+    )
     assert load_memory_estimate(small, "fp32", "float16") == (4 + 2) * small.parameters
     assert load_memory_estimate(small, "int4", "float16") == small.weight_bytes("int4") + 2 * small.parameters
     assert load_memory_estimate(large, "int8", "float16") == large.weight_bytes("int8") + 5_000_000_000

@@ -23,7 +23,18 @@ NAMES = (
 )  # fmt: skip
 
 REFUSED = [name for name in NAMES if CONTROLS.search(name) or len(name) > 1000]
-FOLDERS = ["../../x", "..", "~", "~nobody-of-this-name/x", "x" * 300, "x/" * 150, "CON", "-rf", "$(touch x)", "\U0001f642"]
+FOLDERS = [
+    "../../x",
+    "..",
+    "~",
+    "~nobody-of-this-name/x",
+    "x" * 300,
+    "x/" * 150,
+    "CON",
+    "-rf",
+    "$(touch x)",
+    "\U0001f642",
+]
 
 
 def test_there_are_at_least_thirty() -> None:
@@ -57,9 +68,15 @@ def check(code: int, err: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_as_a_model_of_transformers(name: str, outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
+def test_as_a_model_of_transformers(
+    name: str, outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str
+) -> None:
     before = tree(outside)
-    for arguments in ((f"--model={name}",), (f"--model={name}", "--weights=random"), ("--model=opt-125m", f"--revision={name}")):
+    for arguments in (
+        (f"--model={name}",),
+        (f"--model={name}", "--weights=random"),
+        ("--model=opt-125m", f"--revision={name}"),
+    ):
         code = main([*FAST, *arguments, "--tracking-uri", store_uri])
         assert code
         check(code, capsys.readouterr().err)
@@ -67,7 +84,9 @@ def test_as_a_model_of_transformers(name: str, outside: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("name", REFUSED, ids=ascii)
-def test_names_that_no_run_may_have(name: str, outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
+def test_names_that_no_run_may_have(
+    name: str, outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str
+) -> None:
     before = tree(outside)
     assert main([*FAST, "--backend=fake", f"--model={name}", "--output-dir=out", "--tracking-uri", store_uri]) == 2
     check(2, capsys.readouterr().err)
@@ -79,12 +98,24 @@ def test_as_models_that_run(outside: Path, capsys: pytest.CaptureFixture[str], s
     """The fake backend takes any name, so that it comes into every name and file of a run."""
     names = [name for name in NAMES if name not in REFUSED]
     before = tree(outside)
-    code = main([*FAST, "--backend=fake", f"--model={','.join(names)}", "--output-dir=out", "--tracking-uri", store_uri, "--json"])
+    code = main(
+        [
+            *FAST,
+            "--backend=fake",
+            f"--model={','.join(names)}",
+            "--output-dir=out",
+            "--tracking-uri",
+            store_uri,
+            "--json",
+        ]
+    )
     out, err = capsys.readouterr()
     assert code == 0, err
     assert not CONTROLS.search((out + err).replace("\n", "").replace("\r", ""))
     new = tree(outside) - before
-    assert not [path for path in new if path != "a/b/c/out" and not path.startswith(("a/b/c/out/", "a/b/c/mlruns"))], new
+    assert not [path for path in new if path != "a/b/c/out" and not path.startswith(("a/b/c/out/", "a/b/c/mlruns"))], (
+        new
+    )
     assert not [path for path in new if not re.fullmatch(r"[\w./-]+", path)]  # none of the names became a path
     last = json.loads(out.splitlines()[-1])
     runs = {run.info.run_id: run for run in MlflowClient(store_uri).search_runs([last["experiment_id"]])}
@@ -100,17 +131,27 @@ def test_as_models_that_run(outside: Path, capsys: pytest.CaptureFixture[str], s
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_as_another_parameter(name: str, parameter: str, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(outside)
-    code = main([*FAST, *(() if parameter == "backend" else ("--backend=fake", "--model=fake:ttft_ms=1")), f"--{parameter}={name}"])
+    code = main(
+        [
+            *FAST,
+            *(() if parameter == "backend" else ("--backend=fake", "--model=fake:ttft_ms=1")),
+            f"--{parameter}={name}",
+        ]
+    )
     assert code == 2
     check(code, capsys.readouterr().err)
     assert tree(outside) == before
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *FOLDERS], ids=ascii)
-def test_as_a_part_of_the_output_folder(name: str, outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
+def test_as_a_part_of_the_output_folder(
+    name: str, outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str
+) -> None:
     before = tree(outside)
     asked = f"out/{name}"
-    code = main([*FAST, "--backend=fake", "--model=fake:ttft_ms=1", f"--output-dir={asked}", "--tracking-uri", store_uri])
+    code = main(
+        [*FAST, "--backend=fake", "--model=fake:ttft_ms=1", f"--output-dir={asked}", "--tracking-uri", store_uri]
+    )
     check(code, capsys.readouterr().err)
     new = {outside / path for path in tree(outside) - before}
     folder = Path(os.path.realpath(asked)) if code == 0 else None
@@ -120,7 +161,9 @@ def test_as_a_part_of_the_output_folder(name: str, outside: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_as_what_is_compared_uploaded_or_named(name: str, outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
+def test_as_what_is_compared_uploaded_or_named(
+    name: str, outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str
+) -> None:
     before = tree(outside)
     for arguments in (
         ("compare", "--", name, name),
@@ -135,14 +178,33 @@ def test_as_what_is_compared_uploaded_or_named(name: str, outside: Path, capsys:
     assert tree(outside) == before
 
 
-def test_a_name_of_an_experiment_with_control_characters_is_refused(outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
-    assert main([*FAST, "--backend=fake", "--model=fake:ttft_ms=1", "--experiment=a\x1b[31m", "--tracking-uri", store_uri]) == 2
+def test_a_name_of_an_experiment_with_control_characters_is_refused(
+    outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str
+) -> None:
+    assert (
+        main([*FAST, "--backend=fake", "--model=fake:ttft_ms=1", "--experiment=a\x1b[31m", "--tracking-uri", store_uri])
+        == 2
+    )
     expected = r"llmbench: The name of the experiment has control characters: a\x1b[31m. Give a plain name."
     assert capsys.readouterr().err.splitlines() == [expected]
 
 
-def test_a_result_of_another_machine_cannot_write_to_the_terminal(outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
-    assert main([*FAST, "--backend=fake", "--model=fake:ttft_ms=1,fake:ttft_ms=2", "--output-dir=out", "--tracking-uri", store_uri]) == 0
+def test_a_result_of_another_machine_cannot_write_to_the_terminal(
+    outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str
+) -> None:
+    assert (
+        main(
+            [
+                *FAST,
+                "--backend=fake",
+                "--model=fake:ttft_ms=1,fake:ttft_ms=2",
+                "--output-dir=out",
+                "--tracking-uri",
+                store_uri,
+            ]
+        )
+        == 0
+    )
     for file in Path("out").glob("*/*/artifacts/result.json"):
         file.write_text(file.read_text().replace("fake:ttft_ms=", r"\u001b[2Jhostile\u202e"))
     capsys.readouterr()

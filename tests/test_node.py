@@ -21,11 +21,18 @@ HOME = Path("/somewhere/else/sweep")
 
 
 def cell(script: str, **parameters: Any) -> Cell:
-    return Cell(f"fake:{script}", backend="fake", output_tokens=4, **({"prompt_tokens": 4, "repetitions": 5, "warmup": 1} | parameters))
+    return Cell(
+        f"fake:{script}",
+        backend="fake",
+        output_tokens=4,
+        **({"prompt_tokens": 4, "repetitions": 5, "warmup": 1} | parameters),
+    )
 
 
 def task(*cells: Cell, model: ModelFacts | None = None) -> node.Task:
-    return node.Task(cells, model or FakeBackend.resolve(cells[0]), tuple(HOME / f"cell-{n}" for n in range(len(cells))), Options())
+    return node.Task(
+        cells, model or FakeBackend.resolve(cells[0]), tuple(HOME / f"cell-{n}" for n in range(len(cells))), Options()
+    )
 
 
 class Letters:
@@ -49,15 +56,28 @@ def outcomes(told: bytes) -> list[tuple[list[str], supervise.GroupOutcome]]:
 
 def test_a_group_is_measured_in_a_scratch_folder_and_its_files_come_back() -> None:
     letters = Letters()
-    outcome, files = node.measure_apart(task(cell("", batch_size=2), cell("")), {}, {"node": "far", "git": "abc"}, letters)
-    assert letters.events == [("placed", None), ("begun", None), ("cell", 0), ("measured", 0), ("cell", 1), ("measured", 1)]
+    outcome, files = node.measure_apart(
+        task(cell("", batch_size=2), cell("")), {}, {"node": "far", "git": "abc"}, letters
+    )
+    assert letters.events == [
+        ("placed", None),
+        ("begun", None),
+        ("cell", 0),
+        ("measured", 0),
+        ("cell", 1),
+        ("measured", 1),
+    ]
     assert sorted(outcome.measured) == [0, 1]
     assert outcome.environment is not None
     assert (outcome.environment["node"], outcome.environment["git"]) == ("far", "abc")
     assert {"cell-0/worker.jsonl", "cell-0/worker.log", "cell-0/events.jsonl", "cell-1/events.jsonl"} == set(files)
     [(names, again)] = outcomes(files["cell-0/worker.jsonl"])
     assert names == ["cell-0", "cell-1"]
-    assert (again.measured, again.samples, again.environment) == (outcome.measured, outcome.samples, outcome.environment)
+    assert (again.measured, again.samples, again.environment) == (
+        outcome.measured,
+        outcome.samples,
+        outcome.environment,
+    )
     assert not HOME.exists()
 
 
@@ -83,7 +103,9 @@ def test_the_cells_behind_one_that_failed_are_not_told() -> None:
 
 def test_a_workload_file_comes_along(tmp_path: Path) -> None:
     text = (json.dumps({"prompt": "one prompt"}) + "\n").encode()
-    outcome, _ = node.measure_apart(task(cell("", workload="nowhere/mine.jsonl", prompt_tokens=None)), {"nowhere/mine.jsonl": text}, {}, Letters())
+    outcome, _ = node.measure_apart(
+        task(cell("", workload="nowhere/mine.jsonl", prompt_tokens=None)), {"nowhere/mine.jsonl": text}, {}, Letters()
+    )
     assert outcome.error is None
     assert outcome.texts[0][0]["prompt"] == "one prompt"
 
@@ -93,7 +115,10 @@ def test_a_model_that_lies_on_another_disk_is_one_line(source: str) -> None:
     model = ModelFacts("mine", source, "/nowhere/mine", "0")
     outcome, files = node.measure_apart(task(cell(""), model=model), {}, {}, Letters())
     assert outcome.stage == "preparing"
-    assert str(outcome.error) == "There is no /nowhere/mine on this node. Put it on a disk that every node has under that path, or give a Hub id."
+    assert (
+        str(outcome.error)
+        == "There is no /nowhere/mine on this node. Put it on a disk that every node has under that path, or give a Hub id."
+    )
     assert files == {}
 
 

@@ -16,7 +16,17 @@ from mlflow_llmbench.arrivals import arrival_times_ns
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.cli import main
 from mlflow_llmbench.plan import cell_name, config_hash
-from mlflow_llmbench.records import ClientReadings, Hashes, LoadInfo, ModelFacts, Repetition, RequestRecord, RunResult, from_json, to_json
+from mlflow_llmbench.records import (
+    ClientReadings,
+    Hashes,
+    LoadInfo,
+    ModelFacts,
+    Repetition,
+    RequestRecord,
+    RunResult,
+    from_json,
+    to_json,
+)
 from mlflow_llmbench.repetitions import PER_REPETITION
 from mlflow_llmbench.summary import series, summarize
 from mlflow_llmbench.sweep import run
@@ -49,7 +59,12 @@ TWO_USERS = (
 )  # fmt: skip
 
 
-def result(*requests: RequestRecord, cell: Cell = CELL, failures: tuple[RequestRecord, ...] = (), client: ClientReadings = QUIET) -> RunResult:
+def result(
+    *requests: RequestRecord,
+    cell: Cell = CELL,
+    failures: tuple[RequestRecord, ...] = (),
+    client: ClientReadings = QUIET,
+) -> RunResult:
     repetitions = tuple(Repetition(i, 1000 * i, requests, failed=failures, client=client) for i in range(5))
     return RunResult(
         cell, "ok", 0, 9000, Hashes("c", "w", "h", "s", "e"), ModelFacts("m", "none", "http://h", "x"), {}, load=LoadInfo(None), steady=True,
@@ -80,7 +95,9 @@ def test_a_worked_example() -> None:
     assert metrics["lengths/output_tokens_mean"] == 4
     assert (metrics["config/concurrency"], metrics["errors/failed_ratio"]) == (2, 0)
     assert metrics["client/resent_requests"] == 0
-    assert summarize(result(*TWO_USERS, client=dataclasses.replace(QUIET, retries=2)))["client/resent_requests"] == 5 * 2
+    assert (
+        summarize(result(*TWO_USERS, client=dataclasses.replace(QUIET, retries=2)))["client/resent_requests"] == 5 * 2
+    )
     assert judge(one, metrics).word == "valid"
     for absent in (
         "config/batch_size",
@@ -99,7 +116,11 @@ def test_an_open_loop_counts_from_the_intended_time() -> None:
     assert (latency.ttft_ms(late), latency.e2e_ms(late), latency.send_delay_ms(late)) == (30, 60, 20)
     assert latency.tpot_ms(late) == 10
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=20.0)
-    metrics = summarize(result(*[dataclasses.replace(late, intended_ns=n * 5 * MS, t0_ns=n * 5 * MS + 2 * MS) for n in range(6)], cell=cell))
+    metrics = summarize(
+        result(
+            *[dataclasses.replace(late, intended_ns=n * 5 * MS, t0_ns=n * 5 * MS + 2 * MS) for n in range(6)], cell=cell
+        )
+    )
     assert metrics["client/send_delay_ms_p50"] == 2
     assert metrics["client/rate_ratio"] == pytest.approx(25 / 27)
     assert metrics["config/request_rate"] == 20
@@ -112,7 +133,10 @@ def test_gaps_between_chunks_are_never_called_inter_token_latency() -> None:
     assert latency.chunk_gaps_ms(chunked) == [20]
     assert latency.tpot_ms(chunked) == 20 / 4  # two chunks of four
     assert latency.tpot_ms(dataclasses.replace(chunked, chunk_tokens=(6, 2))) == 20 / 2
-    one = result(*[request(n * 40, n * 40 + 10, n * 40 + 30, tokens=8) for n in range(5)], cell=dataclasses.replace(CELL, output_tokens=8))
+    one = result(
+        *[request(n * 40, n * 40 + 10, n * 40 + 30, tokens=8) for n in range(5)],
+        cell=dataclasses.replace(CELL, output_tokens=8),
+    )
     metrics = summarize(one)
     assert metrics["latency/icl_ms_p50"] == 20
     assert metrics["lengths/tokens_per_chunk_mean"] == 4
@@ -135,7 +159,9 @@ def test_requests_that_all_come_at_once_have_no_rate_that_a_client_could_miss() 
 
 
 def test_the_first_visible_token_is_told_where_another_channel_came_first() -> None:
-    assert "latency/ttfo_ms_p50" not in summarize(result(*[dataclasses.replace(r, visible_ns=r.stamps_ns[0]) for r in TWO_USERS]))
+    assert "latency/ttfo_ms_p50" not in summarize(
+        result(*[dataclasses.replace(r, visible_ns=r.stamps_ns[0]) for r in TWO_USERS])
+    )
     metrics = summarize(result(*[dataclasses.replace(r, visible_ns=r.stamps_ns[2]) for r in TWO_USERS]))
     assert metrics["latency/ttfo_ms_p50"] == metrics["latency/ttft_ms_p50"] + 20
 
@@ -182,7 +208,10 @@ def test_a_slow_client_makes_the_run_invalid(client: ClientReadings, word: str) 
 
 def test_a_client_that_sends_late_is_the_bottleneck() -> None:
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=100.0)
-    sent = [request(n * 10 + 15, n * 10 + 20, n * 10 + 30, n * 10 + 40, n * 10 + 50, intended_ns=n * 10 * MS) for n in range(12)]
+    sent = [
+        request(n * 10 + 15, n * 10 + 20, n * 10 + 30, n * 10 + 40, n * 10 + 50, intended_ns=n * 10 * MS)
+        for n in range(12)
+    ]
     one = result(*sent, cell=cell)
     assert "client_bound" in codes(one)
     assert "15.0 ms later than meant" in judge(one, summarize(one)).reasons[0].sentence
@@ -207,12 +236,19 @@ def test_a_server_that_begins_every_request_at_once_is_saturated_too() -> None:
     """First tokens come after 5 ms as ever, and answers end every 20 ms; or they take longer only until four are in flight."""
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=100.0)
     beyond = result(
-        *[request(n * 10, *(n * 10 + 5 + i * (n * 10 + 15) / 3 for i in range(4)), intended_ns=n * 10 * MS) for n in range(12)], cell=cell
+        *[
+            request(n * 10, *(n * 10 + 5 + i * (n * 10 + 15) / 3 for i in range(4)), intended_ns=n * 10 * MS)
+            for n in range(12)
+        ],
+        cell=cell,
     )
     assert codes(beyond) == {"saturated"}
     [reason] = judge(beyond, summarize(beyond)).reasons
     assert "were answered at 50; the time of an answer grew 3.3 times" in reason.sentence
-    filling = [request(n * 10, *(n * 10 + 5 + i * (1 + min(n, 4)) * 3 for i in range(4)), intended_ns=n * 10 * MS) for n in range(18)]
+    filling = [
+        request(n * 10, *(n * 10 + 5 + i * (1 + min(n, 4)) * 3 for i in range(4)), intended_ns=n * 10 * MS)
+        for n in range(18)
+    ]
     assert codes(result(*filling, cell=cell)) == set()
 
 
@@ -234,7 +270,9 @@ def test_a_ramp_finds_what_the_server_can_do() -> None:
     assert (metrics["config/request_rate"], metrics["config/ramp_to"]) == (1, 100)
     assert codes(slow) == {"saturated"}
     [reason] = judge(slow, metrics).reasons
-    assert reason.sentence.startswith("The rate rose from 1 to 100 requests per second; the last third of the requests came at ")
+    assert reason.sentence.startswith(
+        "The rate rose from 1 to 100 requests per second; the last third of the requests came at "
+    )
     assert "were answered at 50, at which the server is saturated" in reason.sentence
     steps = {(p.key, p.step): p.value for p in series(slow) if p.key.startswith("steps/ramp_")}
     assert [step for key, step in steps if key == "steps/ramp_ttft_ms"] == list(range(1, 11))
@@ -248,7 +286,9 @@ def test_a_ramp_finds_what_the_server_can_do() -> None:
 
 
 def test_records_come_back_from_json_as_they_were() -> None:
-    one = result(*TWO_USERS, dataclasses.replace(TWO_USERS[0], chunk_tokens=(1, 1, 2), visible_ns=7), failures=(failed(0, 5),))
+    one = result(
+        *TWO_USERS, dataclasses.replace(TWO_USERS[0], chunk_tokens=(1, 1, 2), visible_ns=7), failures=(failed(0, 5),)
+    )
     assert from_json(RunResult, json.loads(json.dumps(to_json(one)))) == one
 
 
@@ -267,18 +307,46 @@ MODEL = "null:ttft_ms=10+itl_ms=3"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with null_server(MODEL, "null:status=503", "null:stop_after=3+eos=always", "null:per_chunk=2", "null:per_write=4", "null:cut_at=4") as url:
+    with null_server(
+        MODEL,
+        "null:status=503",
+        "null:stop_after=3+eos=always",
+        "null:per_chunk=2",
+        "null:per_write=4",
+        "null:cut_at=4",
+    ) as url:
         yield url
 
 
-def test_a_sweep_over_users_is_runs_in_mlflow(server: str, store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_over_users_is_runs_in_mlflow(
+    server: str, store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     secret = "sk-canary-0987654321"
     monkeypatch.setenv("LLMBENCH_API_KEY", secret)
-    arguments = ["online", "--url", server, "--model", MODEL, "--concurrency", "1,3", "--output-tokens", "8", "--prompt-tokens", "20"]
-    assert main([*arguments, "--repetitions", "5", "--warmup", "1", "--slo-ttft-ms", "1000", "--tracking-uri", store_uri]) == 0
+    arguments = [
+        "online",
+        "--url",
+        server,
+        "--model",
+        MODEL,
+        "--concurrency",
+        "1,3",
+        "--output-tokens",
+        "8",
+        "--prompt-tokens",
+        "20",
+    ]
+    assert (
+        main([*arguments, "--repetitions", "5", "--warmup", "1", "--slo-ttft-ms", "1000", "--tracking-uri", store_uri])
+        == 0
+    )
     client = MlflowClient(store_uri)
     runs = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])
-    cells = {run.data.params["concurrency"]: run for run in runs if "llmbench.outcome" in run.data.tags and "mlflow.parentRunId" in run.data.tags}
+    cells = {
+        run.data.params["concurrency"]: run
+        for run in runs
+        if "llmbench.outcome" in run.data.tags and "mlflow.parentRunId" in run.data.tags
+    }
     assert set(cells) == {"1", "3"}
     for users, measured in cells.items():
         metrics, params = measured.data.metrics, measured.data.params
@@ -291,7 +359,10 @@ def test_a_sweep_over_users_is_runs_in_mlflow(server: str, store_uri: str, tmp_p
         assert params["server.prefix_cache"] == "not told, prompts made unique"
         assert "batch_size" not in params
         assert not any(key.startswith("memory/") for key in metrics)
-    assert cells["3"].data.metrics["throughput/requests_per_s"] > 1.5 * cells["1"].data.metrics["throughput/requests_per_s"]
+    assert (
+        cells["3"].data.metrics["throughput/requests_per_s"]
+        > 1.5 * cells["1"].data.metrics["throughput/requests_per_s"]
+    )
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 20
     assert not [path for path in written if secret.encode() in path.read_bytes()]
@@ -300,16 +371,35 @@ def test_a_sweep_over_users_is_runs_in_mlflow(server: str, store_uri: str, tmp_p
 def test_the_key_of_openais_own_client_is_sent(server: str, store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read_log(server)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-1234567890")
-    settings: dict[str, Any] = {"backend": "openai", "url": server, "model": MODEL, "repetitions": 5, "warmup": 1, "output_tokens": 4, "requests": 12}
+    settings: dict[str, Any] = {
+        "backend": "openai",
+        "url": server,
+        "model": MODEL,
+        "repetitions": 5,
+        "warmup": 1,
+        "output_tokens": 4,
+        "requests": 12,
+    }
     assert run(tracking_uri=store_uri, **settings).exit_code == 0
     assert {entry["key"] for entry in read_log(server).values()} == {"Bearer sk-canary-1234567890"}
 
 
 def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
     """It may have been started anew with another quantization under the same address."""
-    settings: dict[str, Any] = {"backend": "openai", "url": server, "model": MODEL, "repetitions": 5, "warmup": 1, "output_tokens": 4, "requests": 12}
+    settings: dict[str, Any] = {
+        "backend": "openai",
+        "url": server,
+        "model": MODEL,
+        "repetitions": 5,
+        "warmup": 1,
+        "output_tokens": 4,
+        "requests": 12,
+    }
     first, second = (run(tracking_uri=store_uri, **settings) for _ in range(2))
-    assert first.rows[0].metrics["throughput/output_tokens_per_s"] != second.rows[0].metrics["throughput/output_tokens_per_s"]
+    assert (
+        first.rows[0].metrics["throughput/output_tokens_per_s"]
+        != second.rows[0].metrics["throughput/output_tokens_per_s"]
+    )
 
 
 def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
@@ -336,17 +426,43 @@ def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
 
 @pytest.mark.parametrize(
     ("script", "reason"),
-    [("null:stop_after=3+eos=always", "length_drift"), ("null:per_chunk=2", "chunked_stream"), ("null:per_write=4", "chunked_stream")],
+    [
+        ("null:stop_after=3+eos=always", "length_drift"),
+        ("null:per_chunk=2", "chunked_stream"),
+        ("null:per_write=4", "chunked_stream"),
+    ],
 )
-def test_what_the_server_does_otherwise_is_in_the_verdict(server: str, store_uri: str, script: str, reason: str) -> None:
-    done = run(tracking_uri=store_uri, backend="openai", url=server, model=script, repetitions=5, warmup=1, output_tokens=8, prompt_tokens=16)
+def test_what_the_server_does_otherwise_is_in_the_verdict(
+    server: str, store_uri: str, script: str, reason: str
+) -> None:
+    done = run(
+        tracking_uri=store_uri,
+        backend="openai",
+        url=server,
+        model=script,
+        repetitions=5,
+        warmup=1,
+        output_tokens=8,
+        prompt_tokens=16,
+    )
     assert done.rows[0].verdict is not None
     assert reason in {one.code for one in done.rows[0].verdict.reasons}
 
 
 @pytest.mark.parametrize(("script", "word"), [("null:status=503", "refused"), ("null:cut_at=4", "None of")])
-def test_a_server_that_answers_nothing_whole_is_a_failed_run_with_its_reason(server: str, store_uri: str, script: str, word: str) -> None:
-    done = run(tracking_uri=store_uri, backend="openai", url=server, model=script, repetitions=5, warmup=1, output_tokens=8, prompt_tokens=16)
+def test_a_server_that_answers_nothing_whole_is_a_failed_run_with_its_reason(
+    server: str, store_uri: str, script: str, word: str
+) -> None:
+    done = run(
+        tracking_uri=store_uri,
+        backend="openai",
+        url=server,
+        model=script,
+        repetitions=5,
+        warmup=1,
+        output_tokens=8,
+        prompt_tokens=16,
+    )
     [row] = done.rows
     assert (row.outcome, done.exit_code) == ("error", 1)
     assert word in row.message
@@ -370,7 +486,8 @@ def test_tokens_that_a_proxy_holds_back_are_no_inter_token_latency() -> None:
     [reason] = judge(one, metrics).reasons
     assert reason.sentence.startswith("86% of the tokens came together with the one before, and the limit is 5%")
     few = result(
-        *[request(n * 100, *(n * 100 + 10 + i for i in range(29)), n * 100 + 38) for n in range(5)], cell=dataclasses.replace(CELL, output_tokens=30)
+        *[request(n * 100, *(n * 100 + 10 + i for i in range(29)), n * 100 + 38) for n in range(5)],
+        cell=dataclasses.replace(CELL, output_tokens=30),
     )
     assert PER_REPETITION["latency/itl_ms_p50"](one.repetitions[0]) is None
     assert PER_REPETITION["latency/itl_ms_p50"](few.repetitions[0]) == 1

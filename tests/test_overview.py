@@ -35,7 +35,14 @@ VARIED = ["quant", "batch_size"]
 
 
 def row(quant: str, batch: int, rate: float, verdict: str = "valid", half: float = 0.0, **given: Any) -> Row:
-    metrics = {RATE: rate, f"{RATE}_ci_low": rate - half, f"{RATE}_ci_high": rate + half, TTFT: 1000 / rate, PEAK: 2e9, **given.pop("metrics", {})}
+    metrics = {
+        RATE: rate,
+        f"{RATE}_ci_low": rate - half,
+        f"{RATE}_ci_high": rate + half,
+        TTFT: 1000 / rate,
+        PEAK: 2e9,
+        **given.pop("metrics", {}),
+    }
     reasons = (Reason("contended", "Others took time."),) if verdict == "suspect" else ()
     return Row(Cell(quant=quant, batch_size=batch), "ok", metrics, Verdict(verdict, reasons), **given)
 
@@ -55,7 +62,12 @@ def told(rows: list[Row], **given: str) -> Overview:
 
 
 def test_the_headline_names_the_best() -> None:
-    rows = [row("bf16", 1, 20, metrics={PEAK: 2.6e9}), row("int8", 4, 40), row("int4", 4, 61.2, metrics={PEAK: 1.3e9}), failed("bf16", 4)]
+    rows = [
+        row("bf16", 1, 20, metrics={PEAK: 2.6e9}),
+        row("int8", 4, 40),
+        row("int4", 4, 61.2, metrics={PEAK: 1.3e9}),
+        failed("bf16", 4),
+    ]
     assert headline(rows, VARIED) == (
         "3 of 4 cells measured, 1 oom; fastest: int4 b4, 61.2 tokens/s; first token soonest: int4 b4, 16.3 ms; least memory: int4 b4, 1.30 GB."
     )
@@ -79,7 +91,10 @@ def test_what_cannot_be_told_apart_is_not_ranked() -> None:
     """Intervals that meet are alike; so is a difference within the tolerance where a metric has no interval."""
     close = [row("bf16", 1, 100, half=3), row("int8", 1, 104, half=3), row("int4", 1, 90, half=3)]
     assert [one.cell.quant for one in leaders(close, RATE)] == ["int8", "bf16"]
-    assert [one.cell.quant for one in leaders(close, TTFT)] == ["int8", "bf16"]  # 9.6 and 10 ms; 11.1 is more than 5 % away
+    assert [one.cell.quant for one in leaders(close, TTFT)] == [
+        "int8",
+        "bf16",
+    ]  # 9.6 and 10 ms; 11.1 is more than 5 % away
     assert "fastest: int8 b1 and bf16 b1, 104 tokens/s" in headline(close, VARIED)
     many = [*close, row("fp16", 1, 103, half=3)]
     assert "fastest: int8 b1 and 2 others alike, 104 tokens/s" in headline(many, VARIED)
@@ -91,7 +106,11 @@ def test_what_cannot_be_told_apart_is_not_ranked() -> None:
 
 def test_latencies_of_noisy_cells_are_not_told_apart() -> None:
     noisy = {"trust/relative_half_width": 0.3}
-    rows = [row("bf16", 1, 100, metrics=noisy), row("int8", 1, 70, metrics=noisy), row("int4", 1, 50, metrics={**noisy, PEAK: 1e9})]
+    rows = [
+        row("bf16", 1, 100, metrics=noisy),
+        row("int8", 1, 70, metrics=noisy),
+        row("int4", 1, 50, metrics={**noisy, PEAK: 1e9}),
+    ]
     assert [one.cell.quant for one in leaders(rows, TTFT)] == ["bf16", "int8"]  # 10, 14.3 and 20 ms; 60 % is the noise
     assert [one.cell.quant for one in leaders(rows, PEAK)] == ["int4"]
 
@@ -114,7 +133,16 @@ def test_what_fits_is_a_table_of_both_sides_of_the_limit() -> None:
     )  # fmt: skip
     assert found.body == (
         ("bf16", "1 × (128 + 128)", "2.00", "2.50", "4 × (128 + 128)", "oom, 3.10 GB reached", "1.25", "measured"),
-        ("int4", "1 × (128 + 128)", "1.00", "1.10", "4 × (128 + 128)", "refused, not tried, 9.00 GB predicted", "1.10", "predicted"),
+        (
+            "int4",
+            "1 × (128 + 128)",
+            "1.00",
+            "1.10",
+            "4 × (128 + 128)",
+            "refused, not tried, 9.00 GB predicted",
+            "1.10",
+            "predicted",
+        ),
     )
     assert "A predicted limit was not tried" in overview.overview_markdown(told(rows))
 
@@ -122,7 +150,10 @@ def test_what_fits_is_a_table_of_both_sides_of_the_limit() -> None:
 def test_a_staircase_takes_several_lines_and_what_is_unknown_no_column() -> None:
     spec = parse({"quant": "int4", "batch_size": "1,4", "prompt_tokens": "16,64"})
     outcome = {(1, 16): "ok", (4, 16): "ok", (1, 64): "ok", (4, 64): "oom"}
-    rows = [Row(cell, outcome[cell.batch_size, cell.prompt_tokens or 0], {RATE: 1.0}, Verdict("valid")) for cell in expand_cells(spec)]
+    rows = [
+        Row(cell, outcome[cell.batch_size, cell.prompt_tokens or 0], {RATE: 1.0}, Verdict("valid"))
+        for cell in expand_cells(spec)
+    ]
     found = overview.overview([(one, "") for one in rows], Subject(spec, sweep_name(spec), "s")).frontier
     assert found.heading == ("model", "quant", "largest that fits", "peak GB", "smallest that does not", "why", "limit")
     assert found.body == (
@@ -135,7 +166,10 @@ def test_notes_say_where_the_limit_is_not_known_or_contradicted() -> None:
     fine = [row("int4", 4, 1)]
     assert told(fine).frontier_notes[1:] == ("All that was asked for fits, so the limit was not reached.",)
     [_, note] = told([*fine, failed("int4", 8), failed("int4", 1, "crashed")]).frontier_notes
-    assert note == "opt-125m int4: 1 × (128 + 128) ended with crashed although a shape at least as large fits, so memory is not the reason."
+    assert (
+        note
+        == "opt-125m int4: 1 × (128 + 128) ended with crashed although a shape at least as large fits, so memory is not the reason."
+    )
     none = told([failed("int4", 1), row("int4", 4, 5, "invalid")]).frontier
     assert none.body == (("opt-125m", "int4", "none", "", "1 × (128 + 128)", "oom", "measured"),)
     untried = told([failed("int4", 1, "refused"), failed("bf16", 1, "interrupted")]).frontier
@@ -149,7 +183,13 @@ def test_notes_say_where_the_limit_is_not_known_or_contradicted() -> None:
 
 def test_the_peak_of_a_cell_that_failed_is_what_it_reached() -> None:
     samples = (MemorySample(1, 500, 300), MemorySample(2, 900, 700), MemorySample(3, 600, 400))
-    oom = dataclasses.replace(result([1.0]), outcome="oom", failure=Failure("measuring", "m"), timeline=samples, memory=type(result([1.0]).memory)())
+    oom = dataclasses.replace(
+        result([1.0]),
+        outcome="oom",
+        failure=Failure("measuring", "m"),
+        timeline=samples,
+        memory=type(result([1.0]).memory)(),
+    )
     assert row_of(oom).peak_bytes == 700
     on_device = tuple(dataclasses.replace(sample, device=sample.rss * 10) for sample in samples)
     assert row_of(dataclasses.replace(oom, timeline=on_device)).peak_bytes == 9000
@@ -168,8 +208,20 @@ def test_a_failed_cell_does_not_inherit_the_peak_of_the_cell_before_it() -> None
     "parameters",
     [
         {"quant": "int8,int4", "batch_size": "1,4"},
-        {"model": "/models/my model's,opt-125m", "prompt_tokens": "auto", "workload": "qa", "force": "true", "price_per_hour": "1.5"},
-        {"threads": "1,2", "memory_limit": "6GB", "precision_target": "0.05", "output_dir": "/elsewhere", "rerun": "true"},
+        {
+            "model": "/models/my model's,opt-125m",
+            "prompt_tokens": "auto",
+            "workload": "qa",
+            "force": "true",
+            "price_per_hour": "1.5",
+        },
+        {
+            "threads": "1,2",
+            "memory_limit": "6GB",
+            "precision_target": "0.05",
+            "output_dir": "/elsewhere",
+            "rerun": "true",
+        },
     ],
 )
 def test_the_command_asks_for_the_same(parameters: dict[str, str]) -> None:
@@ -182,13 +234,23 @@ def test_the_command_asks_for_the_same(parameters: dict[str, str]) -> None:
     assert again.axes == spec.axes
     if parameters.get("quant") == "int8,int4":
         assert arguments == ["run", "--model", "opt-125m", "--quant", "int8,int4", "--batch-size", "1,4"]
-    assert dataclasses.replace(again.options, output_dir=spec.options.output_dir, rerun=spec.options.rerun) == spec.options
+    assert (
+        dataclasses.replace(again.options, output_dir=spec.options.output_dir, rerun=spec.options.rerun) == spec.options
+    )
 
 
 def test_a_server_is_told_without_memory_and_repeated_with_its_own_command() -> None:
     about = subject(model="m", backend="openai", url="http://127.0.0.1:8000", concurrency="1,8")
     cells = expand_cells(about.spec)
-    rows = [Row(cell, "ok", {RATE: 10.0 * cell.concurrency, "goodput/requests_per_s": 9.0 / cell.concurrency}, Verdict("valid")) for cell in cells]
+    rows = [
+        Row(
+            cell,
+            "ok",
+            {RATE: 10.0 * cell.concurrency, "goodput/requests_per_s": 9.0 / cell.concurrency},
+            Verdict("valid"),
+        )
+        for cell in cells
+    ]
     found = overview.overview([(one, "") for one in rows], about)
     assert found.command == "llmbench online --model m --url http://127.0.0.1:8000 --concurrency 1,8"
     assert found.headline == (
@@ -201,8 +263,12 @@ def test_a_server_is_told_without_memory_and_repeated_with_its_own_command() -> 
 
 def test_no_secret_of_the_parameters_is_in_a_report(tmp_path: Path) -> None:
     about = subject(model="https://user:hunter2secret@host/model,other", quant="int4")
-    rows = [Row(cell, "interrupted", message="hf_abcdefghijklmnopqrstuvwxyz0123456789") for cell in expand_cells(about.spec)]
-    artifacts.write_sweep([(one, "") for one in rows], dataclasses.replace(about, ui="http://u:hunter2secret@host"), tmp_path, draw=False)
+    rows = [
+        Row(cell, "interrupted", message="hf_abcdefghijklmnopqrstuvwxyz0123456789") for cell in expand_cells(about.spec)
+    ]
+    artifacts.write_sweep(
+        [(one, "") for one in rows], dataclasses.replace(about, ui="http://u:hunter2secret@host"), tmp_path, draw=False
+    )
     texts = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
     assert len(texts) == 5
     assert not [text for text in texts if "hunter2secret" in text or "hf_abcdef" in text]
@@ -228,11 +294,18 @@ def test_the_description_is_one_screen() -> None:
     assert "The 16 fastest; `report.md` and `report.html` have all 300 cells." in text
     assert "contended (300 cells)" in text
     few = description(rows[:3], VARIED)
-    assert [line.split("|")[2].strip() for line in few.splitlines() if line.startswith("| bf16 |")][:3] == ["1", "2", "3"]
+    assert [line.split("|")[2].strip() for line in few.splitlines() if line.startswith("| bf16 |")][:3] == [
+        "1",
+        "2",
+        "3",
+    ]
 
 
 def test_a_description_of_long_messages_still_fits_into_a_tag() -> None:
-    rows = [Row(Cell(quant="int4", batch_size=batch, model=f"{batch}-" * 60), f"error {batch}", message="m" * 300) for batch in range(1, 30)]
+    rows = [
+        Row(Cell(quant="int4", batch_size=batch, model=f"{batch}-" * 60), f"error {batch}", message="m" * 300)
+        for batch in range(1, 30)
+    ]
     assert len(description(rows, ["model", "batch_size"])) <= 8000
 
 
@@ -242,12 +315,18 @@ def test_environments_are_told_apart() -> None:
         row("int8", 1, 1, environment=MACHINE),
         row("int4", 1, 1, environment={**MACHINE, "python": "3.12"}),
     ]
-    assert [(title, dict(facts)["Python"]) for title, facts in told(rows).machines] == [("2 of 3 cells", "3.11.7"), ("1 of 3 cells", "3.12")]
+    assert [(title, dict(facts)["Python"]) for title, facts in told(rows).machines] == [
+        ("2 of 3 cells", "3.11.7"),
+        ("1 of 3 cells", "3.12"),
+    ]
     assert [title for title, _ in told(rows[:2]).machines] == [""]
 
 
 def test_what_was_measured_before_is_said_and_is_not_timed() -> None:
-    rows = [row("bf16", 1, 1, started_ms=1_000_000, ended_ms=1_060_000), row("int8", 1, 1, started_ms=1, ended_ms=2, linked="f" * 32)]
+    rows = [
+        row("bf16", 1, 1, started_ms=1_000_000, ended_ms=1_060_000),
+        row("int8", 1, 1, started_ms=1, ended_ms=2, linked="f" * 32),
+    ]
     assert ("took", "60 s") in told(rows).facts
     assert f"valid (measured before, in {'f' * 32})" in overview.overview_markdown(told(rows))
 
@@ -307,7 +386,9 @@ def test_runs_are_text_and_links_where_the_ui_has_an_address(ui: str, linked: st
     assert "secret" not in text + overview.overview_markdown(told([row("int4", 1, 5)], ui=ui))
 
 
-def test_the_parent_holds_the_report_and_a_late_upload_names_its_own_runs(store_uri: str, store_template: Path, tmp_path: Path) -> None:
+def test_the_parent_holds_the_report_and_a_late_upload_names_its_own_runs(
+    store_uri: str, store_template: Path, tmp_path: Path
+) -> None:
     import shutil
 
     model = "fake:ttft_ms=1+itl_ms=1+row_ms=3+fail=oom+above_batch=2"
@@ -315,11 +396,15 @@ def test_the_parent_holds_the_report_and_a_late_upload_names_its_own_runs(store_
     done = run(model=model, batch_size="1,2,4,8", tracking_uri=store_uri, **given)
     client = MlflowClient(store_uri)
     assert done.parent_id
-    assert {"report.md", "report.html", "comparison.md", "comparison.csv", "charts"} <= {item.path for item in client.list_artifacts(done.parent_id)}
+    assert {"report.md", "report.html", "comparison.md", "comparison.csv", "charts"} <= {
+        item.path for item in client.list_artifacts(done.parent_id)
+    }
     note = client.get_run(done.parent_id).data.tags["mlflow.note.content"]
     assert "2 of 4 cells measured, 2 oom" in note
     assert "| 2 × (4 + 6) |" in note and "| 4 × (4 + 6) | oom, " in note and "| measured |" in note
-    written = {name: (done.folder / "comparison" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html")}
+    written = {
+        name: (done.folder / "comparison" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html")
+    }
     for text in written.values():
         assert all(run_id in text for run_id in done.run_ids)
         assert f"llmbench run --model {model} --backend fake --quant none --batch-size 1,2,4,8 " in text
@@ -336,7 +421,9 @@ def test_the_parent_holds_the_report_and_a_late_upload_names_its_own_runs(store_
     other = MlflowClient(elsewhere)
     assert late.parent_id
     text = Path(other.download_artifacts(late.parent_id, "report.html", str(tmp_path))).read_text(encoding="utf-8")
-    assert all(run_id in text for run_id in late.run_ids.values()) and not any(run_id in text for run_id in done.run_ids)
+    assert all(run_id in text for run_id in late.run_ids.values()) and not any(
+        run_id in text for run_id in done.run_ids
+    )
     assert text.count('<img alt="') == len(pictures)
 
 
@@ -349,7 +436,9 @@ def plain_result(number: int) -> RunResult:
         stamps = tuple((index * 10_000 + 20 + 9 * i) * MS + number for i in range(64))
         repetitions.append(Repetition(index, index, (RequestRecord(index * 10_000 * MS, stamps, number + 1, 8),)))
     timeline = tuple(MemorySample(i * 50 * MS, 10**9 + i, 10**9) for i in range(100))
-    return dataclasses.replace(base, cell=cell, repetitions=tuple(repetitions), timeline=timeline, predicted_bytes=6 * 10**9)
+    return dataclasses.replace(
+        base, cell=cell, repetitions=tuple(repetitions), timeline=timeline, predicted_bytes=6 * 10**9
+    )
 
 
 def test_a_report_of_a_hundred_cells_takes_no_longer_than_reading_its_data(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def test_conda_has_the_requirements_of_the_package_and_nothing_that_uv_would_dro
 
 def test_every_import_is_of_a_declared_requirement() -> None:
     declared = {canonicalize_name(one.name) for one in requirements()}
-    missing = {name for name in third_party_imports() if canonicalize_name(DISTRIBUTIONS.get(name, name)) not in declared}
+    missing = {
+        name for name in third_party_imports() if canonicalize_name(DISTRIBUTIONS.get(name, name)) not in declared
+    }
     assert not missing
 
 
@@ -125,9 +127,16 @@ def test_an_entry_point_of_the_decision_is_its_command_with_the_same_defaults(en
     declared: dict[str, dict[str, str]] = MLPROJECT["entry_points"][entry]["parameters"]
     command = MLPROJECT["entry_points"][entry]["command"]
     first, *others = declared
-    assert command == " ".join([f"python -m mlflow_llmbench {entry} {{{first}}}", *(f"--{name.replace('_', '-')} {{{name}}}" for name in others)])
+    assert command == " ".join(
+        [
+            f"python -m mlflow_llmbench {entry} {{{first}}}",
+            *(f"--{name.replace('_', '-')} {{{name}}}" for name in others),
+        ]
+    )
     required = [name for name, one in declared.items() if "default" not in one]
-    given = build_parser().parse_args(shlex.split(command.format(**{name: one.get("default", "given") for name, one in declared.items()}))[3:])
+    given = build_parser().parse_args(
+        shlex.split(command.format(**{name: one.get("default", "given") for name, one in declared.items()}))[3:]
+    )
     options = [part for name in required[1:] for part in (f"--{name}", "given")]
     alone = build_parser().parse_args([entry, "given", *options])
     for name, one in declared.items():
@@ -138,7 +147,9 @@ def test_an_entry_point_of_the_decision_is_its_command_with_the_same_defaults(en
 
 
 @pytest.mark.parametrize("entry", MLPROJECT["entry_points"])
-def test_an_entry_point_that_measures_says_where_its_journal_lies(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_entry_point_that_measures_says_where_its_journal_lies(
+    entry: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`mlflow run` works in the project's folder, and of a project in Git in a copy that is thrown away."""
     with pytest.raises(SystemExit):
         build_parser().parse_args([ENTRIES.get(entry, entry), "--help"])
@@ -148,7 +159,10 @@ def test_an_entry_point_that_measures_says_where_its_journal_lies(entry: str, ca
 
 
 def test_a_study_takes_what_a_run_takes_and_what_is_its_own() -> None:
-    entry, own = MLPROJECT["entry_points"]["study"], {"of": "none", "share": "0.5", "price": "none", "accept_suspect": "none"}
+    entry, own = (
+        MLPROJECT["entry_points"]["study"],
+        {"of": "none", "share": "0.5", "price": "none", "accept_suspect": "none"},
+    )
     defaults = {name: spec.default_text(name) for name in spec.COMMANDS["run"]} | {"preset": study.PRESET} | own
     assert entry["parameters"] == {name: {"type": "string", "default": text} for name, text in defaults.items()}
     options = [f"--{name.replace('_', '-')} {{{name}}}" for name in defaults]
@@ -157,7 +171,9 @@ def test_a_study_takes_what_a_run_takes_and_what_is_its_own() -> None:
 
 def test_a_training_takes_the_parameters_that_it_declares() -> None:
     entry = MLPROJECT["entry_points"]["qat"]
-    assert entry["parameters"] == {name: {"type": "string", "default": training.default_text(name)} for name in training.NAMES}
+    assert entry["parameters"] == {
+        name: {"type": "string", "default": training.default_text(name)} for name in training.NAMES
+    }
     assert list(entry["parameters"]) == [*spec.COMMANDS["qat"], *training.TRAINING]
     options = [f"--{name.replace('_', '-')} {{{name}}}" for name in training.NAMES]
     assert entry["command"] == " ".join(["python -m mlflow_llmbench qat", *options])
@@ -176,6 +192,8 @@ def test_a_default_passes_through_the_shell_unchanged(name: str) -> None:
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_the_command_passes_every_parameter_on(entry: str) -> None:
     options = [f"--{name.replace('_', '-')} {{{name}}}" for name in spec.COMMANDS[ENTRIES[entry]]]
-    assert MLPROJECT["entry_points"][entry]["command"] == " ".join([f"python -m mlflow_llmbench {ENTRIES[entry]}", *options])
+    assert MLPROJECT["entry_points"][entry]["command"] == " ".join(
+        [f"python -m mlflow_llmbench {ENTRIES[entry]}", *options]
+    )
     assert MLPROJECT["name"] == PROJECT["name"]
     assert MLPROJECT["conda_env"] == "conda.yaml"

@@ -16,7 +16,14 @@ MODEL = ModelFacts("opt-125m", "preset", "facebook/opt-125m", "abc")
 
 def test_product_in_given_order_and_groups_largest_first() -> None:
     cells = expand_cells(parse({"quant": "int8,int4", "batch_size": "1,16,4"}))
-    assert [(c.quant, c.batch_size) for c in cells] == [("int8", 1), ("int8", 16), ("int8", 4), ("int4", 1), ("int4", 16), ("int4", 4)]
+    assert [(c.quant, c.batch_size) for c in cells] == [
+        ("int8", 1),
+        ("int8", 16),
+        ("int8", 4),
+        ("int4", 1),
+        ("int4", 16),
+        ("int4", 4),
+    ]
     groups = group_cells(cells)
     assert [[c.batch_size for c in group.cells] for group in groups] == [[16, 4, 1], [16, 4, 1]]
     assert [group.first.quant for group in groups] == ["int8", "int4"]
@@ -30,7 +37,11 @@ def test_what_is_loaded_decides_the_group() -> None:
 def test_config_hash_is_stable_and_knows_what_decides() -> None:
     cell = Cell()
     assert config_hash(cell, MODEL) == config_hash(dataclasses.replace(cell, max_repetitions=99), MODEL)
-    changed = [dataclasses.replace(cell, quant="int8"), dataclasses.replace(cell, seed=1), dataclasses.replace(cell, repetitions=10)]
+    changed = [
+        dataclasses.replace(cell, quant="int8"),
+        dataclasses.replace(cell, seed=1),
+        dataclasses.replace(cell, repetitions=10),
+    ]
     assert len({config_hash(c, MODEL) for c in [cell, *changed]}) == 4
     assert config_hash(cell, MODEL) != config_hash(cell, dataclasses.replace(MODEL, revision="def"))
     assert config_hash(cell, MODEL) == config_hash(dataclasses.replace(cell, model="facebook/opt-125m"), MODEL)

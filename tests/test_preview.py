@@ -34,7 +34,9 @@ def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monke
     monkeypatch.setattr(estimate, "room_here", lambda device, limit: (8 * 10**9, "are free here"))
     found = preview.preview(preset="effillm", model=PAPER, weights="random")
     assert len(found.cells) == 19 * 7 * 7 * 5
-    context = {m: 4096 if m.startswith("llama") else 32768 if m.startswith("mistral") else 2048 for m in PAPER.split(",")}
+    context = {
+        m: 4096 if m.startswith("llama") else 32768 if m.startswith("mistral") else 2048 for m in PAPER.split(",")
+    }
     lacking = ""
     try:
         gptq.require()
@@ -45,13 +47,24 @@ def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monke
         if lacking and cell.quant == "gptq":
             assert planned.refused == lacking
         elif (cell.prompt_tokens or 0) + cell.output_tokens > context[cell.model]:
-            assert planned.refused and f"is more than the context of {cell.model}, {context[cell.model]} tokens" in planned.refused
+            assert (
+                planned.refused
+                and f"is more than the context of {cell.model}, {context[cell.model]} tokens" in planned.refused
+            )
         elif (planned.predicted_bytes or 0) > 8 * 10**9:
-            assert planned.refused and f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about" in planned.refused
+            assert (
+                planned.refused
+                and f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about" in planned.refused
+            )
         else:
             assert planned.refused is None and planned.predicted_bytes
     small = [planned for planned in found.tried if planned.cell.model == "opt-125m"]
-    assert {planned.cell.prompt_tokens for planned in small} == {128, 256, 512, 1024}  # 2048 and 256 to come are more than its context
+    assert {planned.cell.prompt_tokens for planned in small} == {
+        128,
+        256,
+        512,
+        1024,
+    }  # 2048 and 256 to come are more than its context
     largest = {planned.cell.quant for planned in found.tried if planned.cell.model == "llama-2-13b"}
     assert (largest or lacking) and not largest & {"fp32", "fp16", "int8"}
 
@@ -76,7 +89,9 @@ def test_quick_is_a_twentieth_of_it_and_enough_for_every_law() -> None:
 
 def test_what_is_given_overrides_the_preset() -> None:
     cells = expand_cells(parse({"preset": "QUICK", "batch_size": "1", "quant": "int8,int4"}))
-    assert {(cell.batch_size, cell.prompt_tokens, cell.quant) for cell in cells} == {(1, s, q) for s in (64, 128, 256, 512) for q in ("int8", "int4")}
+    assert {(cell.batch_size, cell.prompt_tokens, cell.quant) for cell in cells} == {
+        (1, s, q) for s in (64, 128, 256, 512) for q in ("int8", "int4")
+    }
 
 
 def test_mlproject_gives_everything_and_its_defaults_do_not_override() -> None:
@@ -96,7 +111,9 @@ def test_an_unknown_preset_is_named() -> None:
 
 def test_the_least_time_by_hand() -> None:
     preset = models.PRESETS["opt-125m"]
-    cell = Cell(model="opt-125m", quant="fp16", batch_size=2, prompt_tokens=100, output_tokens=11, warmup=1, repetitions=4)
+    cell = Cell(
+        model="opt-125m", quant="fp16", batch_size=2, prompt_tokens=100, output_tokens=11, warmup=1, repetitions=4
+    )
     facts = ModelFacts("opt-125m", "preset", "facebook/opt-125m", "main", dtype="float16")
     shape, slow = preset.shape, {"read_bytes_per_s": 1e9, "flops_per_s": 1e15}
     weights = shape.weight_bytes("fp16", "float16")
@@ -109,7 +126,9 @@ def test_the_least_time_by_hand() -> None:
     assert estimate.least_seconds(cell, facts, None, slow) is None
 
 
-def test_the_plan_says_cells_memory_time_and_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_says_cells_memory_time_and_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path / "cache"))
     given = ["plan", "--preset", "quick", "--model", "opt-125m", "--weights", "random", "--quant", "fp32", "--json"]
     assert main([*given, "--prompt-tokens", "64,2048", "--memory-limit", "2GB"]) == 0
@@ -140,7 +159,9 @@ def test_the_plan_says_cells_memory_time_and_refusals(tmp_path: Path, monkeypatc
         ('{"prompt": "a"}\n', {"history": "kept", "prompt_tokens": "auto"}, "history=kept needs conversations"),
     ],
 )
-def test_a_plan_reads_the_prompts_as_a_run_does(tiny_model: Path, tmp_path: Path, lines: str, given: dict[str, str], message: str) -> None:
+def test_a_plan_reads_the_prompts_as_a_run_does(
+    tiny_model: Path, tmp_path: Path, lines: str, given: dict[str, str], message: str
+) -> None:
     (tmp_path / "mine.jsonl").write_text(lines)
     with pytest.raises(UsageError, match=message):
         preview.preview(model=str(tiny_model), workload=str(tmp_path / "mine.jsonl"), **given)
@@ -153,6 +174,8 @@ def test_long_plans_are_cut_and_summed() -> None:
     assert "130 of 130 cells would be measured, with 1 loads" in text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(None, "–"), (0.44, "0.4 s"), (61.4, "61 s"), (210, "3.5 min"), (7560, "2.1 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "–"), (0.44, "0.4 s"), (61.4, "61 s"), (210, "3.5 min"), (7560, "2.1 h")]
+)
 def test_durations_are_readable(seconds: float | None, text: str) -> None:
     assert preview.duration(seconds) == text

@@ -15,7 +15,11 @@ from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.progress import STAGES, WRITES_PER_S, Progress, duration, rough_duration
 from mlflow_llmbench.supervise import run_worker
 
-STARTED: list[dict[str, Any]] = [{"event": "stage", "stage": "starting"}, {"event": "peaks", "peaks": {}}, {"event": "stage", "stage": "baseline"}]
+STARTED: list[dict[str, Any]] = [
+    {"event": "stage", "stage": "starting"},
+    {"event": "peaks", "peaks": {}},
+    {"event": "stage", "stage": "baseline"},
+]
 LOADING = {"event": "stage", "stage": "loading"}
 LOADED: list[dict[str, Any]] = [{"event": "load", "info": {"load_s": 3.21}}, {"event": "stage", "stage": "loaded"}]
 PEAK = {"event": "stage", "stage": "peak"}
@@ -149,7 +153,10 @@ def test_a_terminal_has_one_line_that_is_rewritten() -> None:
     assert shown.after(2, repetition(1)) == "cell 1/2 · opt-1.3b int4 b1 · repetition 1/30 · up to 3 min left"
     assert shown.after(2, repetition(2)) == "cell 1/2 · opt-1.3b int4 b1 · repetition 2/30 · up to 3 min left"
     assert shown.after(2, PEAK) == "cell 1/2 · opt-1.3b int4 b1 · finishing · up to 15 s left"
-    assert shown.after(1, {"event": "measured", "number": 0}) == "cell 1/2 · opt-1.3b int4 b1 · measured in 16 s · about 20 s left"
+    assert (
+        shown.after(1, {"event": "measured", "number": 0})
+        == "cell 1/2 · opt-1.3b int4 b1 · measured in 16 s · about 20 s left"
+    )
     shown.progress.finish()
     assert screen(shown.stream.getvalue()) == [""]
     assert shown.stream.getvalue().endswith("\r")
@@ -292,7 +299,12 @@ def test_a_note_stays_and_the_line_goes_on_below() -> None:
     shown.progress.note("before anything")
     shown.progress.cell(1, "a rather long name")
     shown.progress.note("short\nand a second line")
-    assert screen(shown.stream.getvalue()) == ["before anything", "short", "and a second line", "cell 1/1 · a rather long name"]
+    assert screen(shown.stream.getvalue()) == [
+        "before anything",
+        "short",
+        "and a second line",
+        "cell 1/1 · a rather long name",
+    ]
     shown.progress.finish()
     assert screen(shown.stream.getvalue())[-1] == ""
 
@@ -336,7 +348,9 @@ def test_before_the_first_cell_there_is_no_count() -> None:
     assert stream.getvalue() == "loading\n"
 
 
-@pytest.mark.parametrize("event", [{"event": "peaks"}, {"event": "stage", "stage": "baseline"}, {"event": "of a later version"}, END])
+@pytest.mark.parametrize(
+    "event", [{"event": "peaks"}, {"event": "stage", "stage": "baseline"}, {"event": "of a later version"}, END]
+)
 def test_other_events_write_nothing(event: dict[str, Any]) -> None:
     shown = Shown(1)
     shown.progress.event(event)
@@ -367,7 +381,10 @@ def test_a_stream_that_breaks_ends_the_display_and_nothing_else(tmp_path: Path) 
 
 @pytest.mark.parametrize("fault", ["", "+fail=oom+above_batch=1"])
 def test_a_real_worker(fault: str, tmp_path: Path) -> None:
-    cells = [Cell(model=f"fake:ttft_ms=1{fault}", backend="fake", batch_size=b, output_tokens=4, warmup=2, repetitions=3) for b in (2, 1)]
+    cells = [
+        Cell(model=f"fake:ttft_ms=1{fault}", backend="fake", batch_size=b, output_tokens=4, warmup=2, repetitions=3)
+        for b in (2, 1)
+    ]
     stream, clock = io.StringIO(), Clock()
     progress = Progress(stream, clock)
     progress.start(2)

@@ -32,7 +32,15 @@ from mlflow_llmbench.metrics import KEYS
 from mlflow_llmbench.quality import Estimate, kl_reduction
 from mlflow_llmbench.records import Divergence, Quality, TextScores, to_json
 from mlflow_llmbench.training import Training, parse_training, read_texts
-from mlflow_llmbench.training_report import TRAINED, UNQUANTIZED, UNTRAINED, Trained, conclusion, format_trained, training_figures
+from mlflow_llmbench.training_report import (
+    TRAINED,
+    UNQUANTIZED,
+    UNTRAINED,
+    Trained,
+    conclusion,
+    format_trained,
+    training_figures,
+)
 from tests.loading import loaded
 from tests.test_survival import until
 
@@ -40,7 +48,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, rea
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = 32
-NOUNS, VERBS = ("keeper", "miller", "lock", "river", "barge", "mule", "bridge"), ("opens", "passes", "mends", "sees", "paints", "leaves")
+NOUNS, VERBS = (
+    ("keeper", "miller", "lock", "river", "barge", "mule", "bridge"),
+    ("opens", "passes", "mends", "sees", "paints", "leaves"),
+)
 
 
 def toy_text(sentences: int, seed: int = 0) -> str:
@@ -74,7 +85,9 @@ def ordered(folder: Path, learned: str, held_out: str, room: Any = (None, ""), *
     }  # fmt: skip
 
 
-def trained(model: Path, order: Mapping[str, Any], say: trainer.Say = lambda event, **data: None, group: int = GROUP) -> Path:
+def trained(
+    model: Path, order: Mapping[str, Any], say: trainer.Say = lambda event, **data: None, group: int = GROUP
+) -> Path:
     """The checkpoint of a training in this process."""
     cell = Cell(model=str(model), quant="int4-wo", group_size=group, threads=1, device="cpu")
     trainer.train(cell, TransformersBackend.resolve(cell), order, say)
@@ -97,7 +110,11 @@ def test_fake_quantized_weights_are_bit_for_bit_those_of_the_loaded_cell(tiny_mo
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     trainer.prepare(model, group)
     with loaded(Cell(model=str(tiny_model), quant="int4-wo", group_size=group)) as (backend, _):
-        names = {name for name, module in backend.model.named_modules() if type(getattr(module, "weight", None)).__name__ == "Int4OpaqueTensor"}
+        names = {
+            name
+            for name, module in backend.model.named_modules()
+            if type(getattr(module, "weight", None)).__name__ == "Int4OpaqueTensor"
+        }
         assert names == {name for name, module in model.named_modules() if hasattr(module, "weight_fake_quantizer")}
         assert len(names) == 14
         for name in names:
@@ -106,7 +123,9 @@ def test_fake_quantized_weights_are_bit_for_bit_those_of_the_loaded_cell(tiny_mo
             assert torch.equal(value, kernel_weights(real)), name
             assert len(value[0, :group].unique()) <= 16
             with torch.inference_mode():  # and the layer as the cell calls it, in bfloat16
-                assert torch.equal(real(torch.eye(fake.in_features, dtype=torch.bfloat16)).T, value.to(torch.bfloat16)), name
+                assert torch.equal(
+                    real(torch.eye(fake.in_features, dtype=torch.bfloat16)).T, value.to(torch.bfloat16)
+                ), name
 
 
 def test_torchaos_own_fake_quantizer_has_the_same_integers_and_rounds_their_values_once_more(tiny_model: Path) -> None:
@@ -138,7 +157,11 @@ def test_the_gradient_passes_through_the_rounding(tiny_model: Path) -> None:
 def divergences(model: Path, reference: Any, rows: torch.Tensor, quant: str) -> float:
     """Mean KL divergence from the unquantized model over all positions of the rows, as an ordinary cell gives it."""
     with loaded(Cell(model=str(model), quant=quant, group_size=GROUP)) as (backend, _):
-        values = [kl for row, its in zip(rows, reference, strict=True) for kl in scoring.divergence(its, backend.logits(row.tolist(), len(row)))[0]]
+        values = [
+            kl
+            for row, its in zip(rows, reference, strict=True)
+            for kl in scoring.divergence(its, backend.logits(row.tolist(), len(row)))[0]
+        ]
     return math.fsum(values) / len(values)
 
 
@@ -156,17 +179,32 @@ def test_training_takes_back_part_of_what_int4_costs(sharp_model: Path, tmp_path
     rows = torch.tensor(trainer.sequences(tokenizer, unseen, 64))[:12]
     with loaded(Cell(model=str(sharp_model))) as (backend, _):
         reference = [backend.logits(row.tolist(), len(row)) for row in rows]
-    before, after = divergences(sharp_model, reference, rows, "int4-wo"), divergences(checkpoint, reference, rows, "int4-wo")
+    before, after = (
+        divergences(sharp_model, reference, rows, "int4-wo"),
+        divergences(checkpoint, reference, rows, "int4-wo"),
+    )
     assert len(losses) == 30
     assert math.fsum(losses[-10:]) < 0.7 * math.fsum(losses[:10])
     assert before > 0.05
     assert 0 < after < 0.7 * before
 
 
-def test_a_checkpoint_is_whole_says_what_it_was_made_of_and_leaves_the_embeddings(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_whole_says_what_it_was_made_of_and_leaves_the_embeddings(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     told: list[tuple[str, dict[str, Any]]] = []
-    checkpoint = trained(tiny_model, ordered(tmp_path / "out", toy_text(40), toy_text(40)), lambda event, **data: told.append((event, data)))
-    assert [event for event, data in told if event in ("planned", "step", "saved")] == ["planned", "step", "step", "step", "saved"]
+    checkpoint = trained(
+        tiny_model,
+        ordered(tmp_path / "out", toy_text(40), toy_text(40)),
+        lambda event, **data: told.append((event, data)),
+    )
+    assert [event for event, data in told if event in ("planned", "step", "saved")] == [
+        "planned",
+        "step",
+        "step",
+        "step",
+        "saved",
+    ]
     plan = next(data for event, data in told if event == "planned")
     before, after = load_file(tiny_model / "model.safetensors"), load_file(checkpoint / "model.safetensors")
     frozen = ("model.embed_tokens.weight", "lm_head.weight")
@@ -175,7 +213,9 @@ def test_a_checkpoint_is_whole_says_what_it_was_made_of_and_leaves_the_embedding
     assert set(after) == set(before)
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert all(torch.equal(after[name], before[name].to(torch.bfloat16)) for name in frozen)
-    assert not torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"].to(torch.bfloat16))
+    assert not torch.equal(
+        after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"].to(torch.bfloat16)
+    )
     assert training.recorded(str(checkpoint)) == {"qat.base": "tiny", "qat.steps": 3}
     assert training.recorded(str(tiny_model)) == {}
     assert not (tmp_path / "out" / ".scratch").exists()
@@ -183,7 +223,10 @@ def test_a_checkpoint_is_whole_says_what_it_was_made_of_and_leaves_the_embedding
 
 def test_the_same_seed_gives_the_same_weights(tiny_model: Path, tmp_path: Path) -> None:
     one, other = (
-        load_file(trained(tiny_model, ordered(tmp_path / name, toy_text(40), toy_text(40), loss="lm")) / "model.safetensors") for name in "ab"
+        load_file(
+            trained(tiny_model, ordered(tmp_path / name, toy_text(40), toy_text(40), loss="lm")) / "model.safetensors"
+        )
+        for name in "ab"
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -191,9 +234,14 @@ def test_the_same_seed_gives_the_same_weights(tiny_model: Path, tmp_path: Path) 
 # What is refused, and what stops
 
 
-def test_too_little_memory_is_refused_with_both_sizes_before_the_weights_are_read(tiny_model: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_refused_with_both_sizes_before_the_weights_are_read(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     order = ordered(tmp_path / "out", toy_text(40), toy_text(40), room=(1_000_000, "are free here"))
-    with pytest.raises(MeasurementError, match=r"needs about 0\.4 GB, and 0\.0 GB are free here\. Use a smaller model, fewer sequence_tokens"):
+    with pytest.raises(
+        MeasurementError,
+        match=r"needs about 0\.4 GB, and 0\.0 GB are free here\. Use a smaller model, fewer sequence_tokens",
+    ):
         trained(tiny_model, order, lambda event, **data: pytest.fail(event))
 
 
@@ -203,7 +251,9 @@ def test_groups_that_do_not_fit_a_layer_are_refused_by_name(tiny_model: Path, tm
     smaller = AutoModelForCausalLM.from_config(model.config)
     smaller.save_pretrained(tmp_path / "odd")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "odd")
-    with pytest.raises(MeasurementError, match=r"layers\.0\.mlp\.down_proj has 160 inputs, which group_size=64 does not divide"):
+    with pytest.raises(
+        MeasurementError, match=r"layers\.0\.mlp\.down_proj has 160 inputs, which group_size=64 does not divide"
+    ):
         trained(tmp_path / "odd", ordered(tmp_path / "out", toy_text(40), toy_text(40)), group=64)
 
 
@@ -212,7 +262,9 @@ def test_groups_that_do_not_fit_a_layer_are_refused_by_name(tiny_model: Path, tm
                "Give more text, or smaller steps."),
     (600, 500, "What is held out is too short to measure quality on: 500 tokens, and 512 tokens are needed. Give more text, or a larger held_out than 0.2."),
 ])  # fmt: skip
-def test_data_that_are_too_short_are_refused(tiny_model: Path, tmp_path: Path, learned: int, held: int, line: str) -> None:
+def test_data_that_are_too_short_are_refused(
+    tiny_model: Path, tmp_path: Path, learned: int, held: int, line: str
+) -> None:
     """Of the tiny model's tokenizer each character is a token."""
     with pytest.raises(UsageError) as caught:
         trained(tiny_model, ordered(tmp_path / "out", toy_text(40)[:learned], toy_text(40)[:held]))
@@ -226,7 +278,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_nothing(tiny_model: Path, tmp
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        MeasurementError, match=r"The loss at step 1 is not finite \(nan, gradient nan\), so nothing was kept\. Use a smaller learning_rate"
+        MeasurementError,
+        match=r"The loss at step 1 is not finite \(nan, gradient nan\), so nothing was kept\. Use a smaller learning_rate",
     ):
         trained(broken, ordered(tmp_path / "out", toy_text(40), toy_text(40)))
     assert not (tmp_path / "out" / "checkpoint").exists()
@@ -301,18 +354,37 @@ def test_a_file_name_that_no_system_takes_is_one_line() -> None:
 
 
 def test_parameters_become_the_cell_that_is_trained_for() -> None:
-    cell, options, asked = parse_training({"group_size": "64", "steps": "7", "freeze_embeddings": "false", "threads": "2", "force": "true"})
+    cell, options, asked = parse_training(
+        {"group_size": "64", "steps": "7", "freeze_embeddings": "false", "threads": "2", "force": "true"}
+    )
     assert (cell.quant, cell.group_size, cell.threads, options.force) == ("int4-wo", 64, 2, True)
     assert (asked.steps, asked.freeze_embeddings, asked.batch_size, asked.output) == (7, False, 4, None)
 
 
-def test_an_output_that_is_there_is_not_overwritten(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
+def test_an_output_that_is_there_is_not_overwritten(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], store_uri: str
+) -> None:
     (tmp_path / "data.txt").write_text(toy_text(200))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    arguments = ["qat", "--model", str(tiny_model), "--data", "data.txt", "--group-size", "32", "--output", "mine", "--tracking-uri", store_uri]
+    arguments = [
+        "qat",
+        "--model",
+        str(tiny_model),
+        "--data",
+        "data.txt",
+        "--group-size",
+        "32",
+        "--output",
+        "mine",
+        "--tracking-uri",
+        store_uri,
+    ]
     assert main(arguments) == 2
-    assert capsys.readouterr().err == "llmbench: output=mine is there already. Name a new folder, so that no checkpoint is overwritten.\n"
+    assert (
+        capsys.readouterr().err
+        == "llmbench: output=mine is there already. Name a new folder, so that no checkpoint is overwritten.\n"
+    )
 
 
 def test_each_sequence_comes_once_before_any_comes_twice() -> None:
@@ -336,7 +408,9 @@ def test_needed_bytes_by_hand() -> None:
     """10 parameters trained (16 + 4 + 4) and 5 frozen (4); 6 arrays of 8 × 100 logits, or 4 without a teacher; 1.4 times that."""
     asked = Training(sequence_tokens=8)
     assert training.needed_bytes(10, 5, 100, asked) == int(1.4 * (10 * 24 + 5 * 4 + 6 * 8 * 100 * 4))
-    assert training.needed_bytes(10, 5, 100, dataclasses.replace(asked, loss="lm")) == int(1.4 * (10 * 20 + 5 * 4 + 4 * 8 * 100 * 4))
+    assert training.needed_bytes(10, 5, 100, dataclasses.replace(asked, loss="lm")) == int(
+        1.4 * (10 * 20 + 5 * 4 + 4 * 8 * 100 * 4)
+    )
 
 
 # The report
@@ -350,7 +424,9 @@ def quality(*kl: tuple[float, ...], nll: float = 1.0, digest: str = "d") -> Qual
 def result(before: Quality, after: Quality) -> Trained:
     qualities = {UNQUANTIZED: quality((0.0, 0.0), (0.0, 0.0)), UNTRAINED: before, TRAINED: after}
     plan = {"trained": 10, "frozen": 5, "layers": 2, "needed": 100, "sequences": 3}
-    return Trained(Cell(model="tiny", quant="int4-wo"), Training(), "h", "ok", plan=plan, losses=(1.0,), qualities=qualities)
+    return Trained(
+        Cell(model="tiny", quant="int4-wo"), Training(), "h", "ok", plan=plan, losses=(1.0,), qualities=qualities
+    )
 
 
 def test_what_was_taken_back_by_hand() -> None:
@@ -364,16 +440,30 @@ def test_what_was_taken_back_by_hand() -> None:
     assert found["qat/ptq_perplexity"] == pytest.approx(math.exp(1.2))
     assert found["qat/unquantized_perplexity"] == pytest.approx(math.e)
     assert set(found) <= set(KEYS)
-    assert conclusion(done).startswith("Training took back 50 % of the KL divergence that int4-wo costs without it: 0.300 nats [0.300, 0.300]")
+    assert conclusion(done).startswith(
+        "Training took back 50 % of the KL divergence that int4-wo costs without it: 0.300 nats [0.300, 0.300]"
+    )
     lines = format_trained(done).splitlines()
-    assert [line.split("  ")[0] for line in lines[:4]] == ["model", "unquantized", "int4-wo, group_size=128", "int4-wo, group_size=128, trained"]
+    assert [line.split("  ")[0] for line in lines[:4]] == [
+        "model",
+        "unquantized",
+        "int4-wo, group_size=128",
+        "int4-wo, group_size=128, trained",
+    ]
 
 
 def test_a_conclusion_claims_no_more_than_its_interval() -> None:
     before = quality((0.5, 0.7), (0.6, 0.6))
-    assert conclusion(result(before, quality((0.1, 0.2), (0.9, 0.9)))).startswith("Whether training helped cannot be told: 0.0750 nats [-")
-    assert conclusion(result(before, quality((0.8, 1.0), (0.9, 0.9)))).startswith("Training made the KL divergence larger: -0.300 nats")
-    assert conclusion(result(before, quality((0.1, 0.2), (0.9, 0.9), digest="e"))) == "How much the training recovered could not be measured."
+    assert conclusion(result(before, quality((0.1, 0.2), (0.9, 0.9)))).startswith(
+        "Whether training helped cannot be told: 0.0750 nats [-"
+    )
+    assert conclusion(result(before, quality((0.8, 1.0), (0.9, 0.9)))).startswith(
+        "Training made the KL divergence larger: -0.300 nats"
+    )
+    assert (
+        conclusion(result(before, quality((0.1, 0.2), (0.9, 0.9), digest="e")))
+        == "How much the training recovered could not be measured."
+    )
 
 
 def test_divergences_at_other_positions_are_not_compared() -> None:
@@ -386,12 +476,45 @@ def test_divergences_at_other_positions_are_not_compared() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_training_is_a_run_and_its_checkpoint_a_cell(sharp_model: Path, tmp_path: Path, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_is_a_run_and_its_checkpoint_a_cell(
+    sharp_model: Path, tmp_path: Path, store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "data.txt").write_text(toy_text(300))
-    arguments = ["--steps", "40", "--learning-rate", "3e-4", "--sequence-tokens", "64", "--group-size", "32", "--threads", "1", "--output", "made"]
-    assert main(["qat", "--model", str(sharp_model), "--data", "data.txt", *arguments, "--tracking-uri", store_uri, "--json"]) == 0
+    arguments = [
+        "--steps",
+        "40",
+        "--learning-rate",
+        "3e-4",
+        "--sequence-tokens",
+        "64",
+        "--group-size",
+        "32",
+        "--threads",
+        "1",
+        "--output",
+        "made",
+    ]
+    assert (
+        main(
+            [
+                "qat",
+                "--model",
+                str(sharp_model),
+                "--data",
+                "data.txt",
+                *arguments,
+                "--tracking-uri",
+                store_uri,
+                "--json",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
-    assert "in float32, with 14 linear layers as int4-wo rounds them; the embeddings and the output head stay as they are" in err
+    assert (
+        "in float32, with 14 linear layers as int4-wo rounds them; the embeddings and the output head stay as they are"
+        in err
+    )
     last = json.loads(out.splitlines()[-1])
     assert last["checkpoint"] == str(tmp_path / "made")
     found = MlflowClient(store_uri).get_run(last["run_id"])
@@ -411,14 +534,25 @@ def test_a_training_is_a_run_and_its_checkpoint_a_cell(sharp_model: Path, tmp_pa
     recipe = json.loads((tmp_path / "made" / training.RECIPE).read_text())
     assert recipe["data_hash"] == found.data.params["qat.data_hash"] == last["data_digest"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".made")]
-    cell = run(model=str(tmp_path / "made"), quant="int4-wo", group_size=32, threads=1, prompt_tokens=8, output_tokens=4, repetitions=2, warmup=1)
+    cell = run(
+        model=str(tmp_path / "made"),
+        quant="int4-wo",
+        group_size=32,
+        threads=1,
+        prompt_tokens=8,
+        output_tokens=4,
+        repetitions=2,
+        warmup=1,
+    )
     assert cell.outcome == "ok"
     params = MlflowClient(store_uri).get_run(cell.run_ids[0]).data.params
     assert (params["qat.base"], params["qat.steps"], params["quant.group_size"]) == (sharp_model.name, "40", "32")
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_ends_killed_and_leaves_no_checkpoint(tiny_model: Path, tmp_path: Path, store_uri: str) -> None:
+def test_an_interrupted_training_ends_killed_and_leaves_no_checkpoint(
+    tiny_model: Path, tmp_path: Path, store_uri: str
+) -> None:
     (tmp_path / "data.txt").write_text(toy_text(300))
     command = [
         sys.executable,
@@ -436,9 +570,18 @@ def test_an_interrupted_training_ends_killed_and_leaves_no_checkpoint(tiny_model
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
     process = subprocess.Popen(
-        [*command, "--steps", "100000"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--steps", "100000"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    until(lambda: any('"event":"step"' in file.read_text() for file in tmp_path.glob("llmbench-results/*/train/worker.jsonl")))
+    until(
+        lambda: any(
+            '"event":"step"' in file.read_text() for file in tmp_path.glob("llmbench-results/*/train/worker.jsonl")
+        )
+    )
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

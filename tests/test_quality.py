@@ -53,7 +53,9 @@ def test_the_mean_over_clusters_of_one_size_is_that_of_their_means() -> None:
 def test_the_mean_over_clusters_of_unlike_sizes_by_hand() -> None:
     """Sums 6 and 0, sizes 3 and 1: mean 1.5, residuals 1.5 and −1.5, variance 2/1 · 4.5/16 = 0.5625, t(1) = 12.7062."""
     found = quality.cluster_mean([[1.0, 2.0, 3.0], [], [0.0]])
-    assert found == quality.Estimate(1.5, pytest.approx(1.5 - 12.70620474 * 0.75), pytest.approx(1.5 + 12.70620474 * 0.75))
+    assert found == quality.Estimate(
+        1.5, pytest.approx(1.5 - 12.70620474 * 0.75), pytest.approx(1.5 + 12.70620474 * 0.75)
+    )
     assert quality.cluster_mean([[2.0, 4.0]]) == quality.Estimate(3.0)
     assert quality.cluster_mean([[], []]) is None
 
@@ -71,7 +73,10 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     held = {"mean": 0, "share": 0}
     for _ in range(400):
         levels = draw.lognormal(0, 0.5, 24)
-        values = [list(level * draw.exponential(1.0, size)) for level, size in zip(levels, draw.integers(4, 17, 24), strict=True)]
+        values = [
+            list(level * draw.exponential(1.0, size))
+            for level, size in zip(levels, draw.integers(4, 17, 24), strict=True)
+        ]
         mean = quality.cluster_mean(values)
         assert mean and mean.low is not None and mean.high is not None
         held["mean"] += mean.low <= math.exp(0.125) <= mean.high
@@ -92,7 +97,9 @@ def test_every_figure_by_hand() -> None:
     found = quality.figures(example())
     assert found["quality/perplexity"] == pytest.approx(math.exp(2.0))
     assert found["quality/perplexity_ratio"] == pytest.approx(math.exp(0.5))
-    assert (found["quality/perplexity_ratio_ci_low"], found["quality/perplexity_ratio_ci_high"]) == pytest.approx([math.exp(0.5)] * 2)
+    assert (found["quality/perplexity_ratio_ci_low"], found["quality/perplexity_ratio_ci_high"]) == pytest.approx(
+        [math.exp(0.5)] * 2
+    )
     assert found["quality/kl_vs_reference"] == pytest.approx(0.2)
     assert found["quality/kl_vs_reference_p50"] == pytest.approx(0.2)
     assert "quality/kl_vs_reference_p99" not in found  # 4 positions, 299 are needed
@@ -103,7 +110,9 @@ def test_every_figure_by_hand() -> None:
 def test_what_was_not_measured_is_absent_and_said() -> None:
     assert quality.figures(Quality(withheld=("why",))) == {}
     assert quality.sentences(Quality(withheld=("why",))) == ["why"]
-    assert "noise floor" in " ".join(quality.sentences(example(divergence=Divergence("tiny", "d", ((0.0,),), ((True,),), is_reference=True))))
+    assert "noise floor" in " ".join(
+        quality.sentences(example(divergence=Divergence("tiny", "d", ((0.0,),), ((True,),), is_reference=True)))
+    )
     alone = example(scores=TextScores("mine.txt", 9, 4, 2, ((1.0,),)), divergence=None)
     assert set(quality.figures(alone)) == {f"quality/perplexity{end}" for end in ("", "_ci_low", "_ci_high")}
 
@@ -125,7 +134,9 @@ def test_a_word_that_the_reference_rules_out_counts_nothing() -> None:
     assert scoring.divergence(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))[1] == [False]
 
 
-@pytest.mark.parametrize(("count", "window", "stride", "begin"), [(10, 4, 2, 1), (10, 4, 2, 0), (3, 8, 4, 1), (9, 4, 3, 0), (4, 4, 2, 0)])
+@pytest.mark.parametrize(
+    ("count", "window", "stride", "begin"), [(10, 4, 2, 1), (10, 4, 2, 0), (3, 8, 4, 1), (9, 4, 3, 0), (4, 4, 2, 0)]
+)
 def test_windows_score_each_token_once_with_context(count: int, window: int, stride: int, begin: int) -> None:
     plan = list(scoring.windows(count, window, stride, begin))
     assert [token for _, first, end in plan for token in range(first, end)] == list(range(begin, count))
@@ -156,10 +167,14 @@ def test_perplexity_is_that_of_plain_torch(tiny_model: Path) -> None:
                 seen = torch.tensor([ids[max(0, end - 64) : token]])
                 loss = -torch.log_softmax(backend.model(seen).logits[0, -1].double(), -1)[ids[token]]
                 assert values[token - 1] == pytest.approx(float(loss), abs=1e-4)
-    assert quality.figures(Quality("", found))["quality/perplexity"] == pytest.approx(math.exp(sum(values) / len(values)))
+    assert quality.figures(Quality("", found))["quality/perplexity"] == pytest.approx(
+        math.exp(sum(values) / len(values))
+    )
 
 
-def test_what_a_tokenizer_puts_before_a_text_stands_before_every_window(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_tokenizer_puts_before_a_text_stands_before_every_window(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with loaded(Cell(model=str(tiny_model))) as (backend, _):
         plain = backend.encode
         monkeypatch.setattr(backend, "encode", lambda text: [0, *plain(text)])
@@ -179,7 +194,9 @@ def test_what_a_tokenizer_puts_before_a_text_stands_before_every_window(tiny_mod
 def test_a_text_that_is_too_short_is_refused(tiny_model: Path) -> None:
     with (
         loaded(Cell(model=str(tiny_model))) as (backend, _),
-        pytest.raises(UsageError, match=r"The text mine is too short for a perplexity: 100 tokens\. Give at least 512 tokens"),
+        pytest.raises(
+            UsageError, match=r"The text mine is too short for a perplexity: 100 tokens\. Give at least 512 tokens"
+        ),
     ):
         scoring.score_text(backend, Text("mine", "x" * 100), 64, silent)
 
@@ -192,9 +209,14 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
 @pytest.fixture(scope="module")
 def reference_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("To be", "Once upon a time", "x" * 300)))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in ("To be", "Once upon a time", "x" * 300))
+    )
     (folder / "text.txt").write_text(TEXT)
-    order = {"text": str(folder / "text.txt"), "references": {str(folder / "prompts.jsonl"): str(folder / "one.safetensors")}}
+    order = {
+        "text": str(folder / "text.txt"),
+        "references": {str(folder / "prompts.jsonl"): str(folder / "one.safetensors")},
+    }
     cell = Cell(model=str(tiny_model))
     with loaded(cell) as (backend, _):
         scoring.write_references(backend, order, backend.facts, "tiny", silent)
@@ -204,11 +226,17 @@ def reference_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_model_beside_itself_does_not_diverge(tiny_model: Path, reference_file: Path) -> None:
     reference = scoring.read_reference(reference_file)
     assert reference.name == "tiny, float32"
-    assert [len(ids) - positions for ids, positions in reference.prompts] == [5, 16, 256 - 32]  # the last prompt is cut to the context
+    assert [len(ids) - positions for ids, positions in reference.prompts] == [
+        5,
+        16,
+        256 - 32,
+    ]  # the last prompt is cut to the context
     with loaded(Cell(model=str(tiny_model))) as (backend, _):
         found = scoring.compare(backend, reference, silent)
         continued = torch.tensor([reference.prompts[1][0][:16]])
-        greedy = backend.model.generate(continued, attention_mask=torch.ones_like(continued), max_new_tokens=32, do_sample=False, pad_token_id=0)
+        greedy = backend.model.generate(
+            continued, attention_mask=torch.ones_like(continued), max_new_tokens=32, do_sample=False, pad_token_id=0
+        )
     assert greedy[0].tolist() == list(reference.prompts[1][0])
     assert max(value for prompt in found.kl for value in prompt) < 1e-9
     assert all(all(prompt) for prompt in found.agrees)
@@ -220,7 +248,9 @@ def test_a_perturbed_copy_diverges_as_plain_torch_says(tiny_model: Path, referen
     copy = tmp_path / "perturbed"
     shutil.copytree(tiny_model, copy)
     tensors = load_file(copy / "model.safetensors")
-    tensors["lm_head.weight"] += 0.05 * torch.randn(tensors["lm_head.weight"].shape, generator=torch.Generator().manual_seed(1))
+    tensors["lm_head.weight"] += 0.05 * torch.randn(
+        tensors["lm_head.weight"].shape, generator=torch.Generator().manual_seed(1)
+    )
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     reference = scoring.read_reference(reference_file)
     with loaded(Cell(model=str(copy))) as (backend, _):
@@ -229,7 +259,9 @@ def test_a_perturbed_copy_diverges_as_plain_torch_says(tiny_model: Path, referen
     for number, (ids, positions) in enumerate(reference.prompts):
         with torch.inference_mode():
             p, q = (model(torch.tensor([ids])).logits[0, -positions - 1 : -1] for model in (original, perturbed))
-        expected = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        expected = torch.nn.functional.kl_div(
+            q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1)
         assert list(found.kl[number]) == pytest.approx(expected.tolist(), rel=1e-3)
         assert list(found.agrees[number]) == (p.argmax(-1) == q.argmax(-1)).tolist()
     assert min(value for prompt in found.kl for value in prompt) > 1e-3
@@ -238,7 +270,11 @@ def test_a_perturbed_copy_diverges_as_plain_torch_says(tiny_model: Path, referen
 def test_a_continuation_ends_with_its_end_of_sequence() -> None:
     assert scoring._until_end([5, 6, 1, 7], {1}) == [5, 6, 1]
     assert scoring._until_end([5, 6], {1}) == [5, 6]
-    for config, ends in (({"eos_token_id": 1}, {1}), ({"text_config": {"eos_token_id": [1, 106]}}, {1, 106}), ({}, set())):
+    for config, ends in (
+        ({"eos_token_id": 1}, {1}),
+        ({"text_config": {"eos_token_id": [1, 106]}}, {1, 106}),
+        ({}, set()),
+    ):
         assert scoring._end_ids(ModelFacts("m", "folder", "/m", "r", config)) == ends
 
 
@@ -285,7 +321,9 @@ def test_what_scoring_took_is_in_no_memory_stage_and_not_in_the_timeline() -> No
     assert [s.t_ns // 10**8 for s in timeline_of(plain, 0)] == [*range(11), *range(20, 31), *range(89, 100)]
     assert [s.t_ns // 10**8 for s in timeline_of(evaluated, 0)] == [*range(11), *range(20, 31)]
     assert set(stages_of(plain, 0).host_rss) == {"loaded", "peak", "steady", "unloaded"}
-    assert stages_of(evaluated, 0).host_rss == {k: v for k, v in stages_of(plain, 0).host_rss.items() if k != "unloaded"}
+    assert stages_of(evaluated, 0).host_rss == {
+        k: v for k, v in stages_of(plain, 0).host_rss.items() if k != "unloaded"
+    }
 
 
 # Parameters and whole commands
@@ -297,8 +335,14 @@ def test_what_scoring_took_is_in_no_memory_stage_and_not_in_the_timeline() -> No
         ({"quality": "best"}, "Unknown quality: best. Known: none, auto, true, false"),
         ({"quality_text": "nowhere.txt"}, "There is no text file nowhere.txt"),
         ({"quality_text": "n" * 300}, "There is no text file nnn"),
-        ({"quality_text": "short.txt"}, "short.txt is too short for a perplexity: 5 bytes. Give at least 512 tokens of text."),
-        ({"quality_text": "latin.txt"}, "Cannot read the text file latin.txt: 'utf-8' codec can't decode byte 0xe9 in position 3"),
+        (
+            {"quality_text": "short.txt"},
+            "short.txt is too short for a perplexity: 5 bytes. Give at least 512 tokens of text.",
+        ),
+        (
+            {"quality_text": "latin.txt"},
+            "Cannot read the text file latin.txt: 'utf-8' codec can't decode byte 0xe9 in position 3",
+        ),
     ],
 )
 def test_wrong_parameters_are_one_line(tmp_path: Path, parameters: dict[str, str], message: str) -> None:
@@ -348,7 +392,9 @@ def test_a_backend_without_logits_says_so_and_has_no_figure(store_uri: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_sweep_measures_quality_beside_speed(tiny_model: Path, store_uri: str, tmp_path: Path, cache_folder: Path) -> None:
+def test_a_sweep_measures_quality_beside_speed(
+    tiny_model: Path, store_uri: str, tmp_path: Path, cache_folder: Path
+) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     asked = {**FAST, "model": str(tiny_model), "quant": "none,bf16", "quality_text": str(tmp_path / "text.txt")}
     [before] = results_of(run(**{**asked, "quality": "none", "quant": "none"})).values()
@@ -366,7 +412,9 @@ def test_a_sweep_measures_quality_beside_speed(tiny_model: Path, store_uri: str,
     assert len({*(cache_folder / "references").glob("*.safetensors")} - known) == 1
     metrics = {
         r.data.params["quant"]: r.data.metrics
-        for r in MlflowClient(store_uri).search_runs([done.experiment_id], f"tags.llmbench.sweep = '{done.folder.name}'")
+        for r in MlflowClient(store_uri).search_runs(
+            [done.experiment_id], f"tags.llmbench.sweep = '{done.folder.name}'"
+        )
         if "quant" in r.data.params
     }
     assert metrics["bf16"]["quality/perplexity"] == pytest.approx(500, rel=0.2)

@@ -46,15 +46,33 @@ def needs(package: str) -> Any:
     ("quant", "kernel", "method", "stored", "closeness"),
     [
         pytest.param("int8-wo", "Linear(Int8Tensor) × 14", "torchao", LINEAR + 4 * ROWS, 0.999, marks=needs("torchao")),
-        pytest.param("int8-dq", "Linear(Int8Tensor, dynamic) × 14", "torchao", LINEAR + 4 * ROWS, 0.999, marks=needs("torchao")),
-        pytest.param("int4-wo", "Linear(Int4OpaqueTensor) × 14", "torchao", LINEAR // 2 + 4 * LINEAR // GROUP, 0.97, marks=needs("torchao")),
+        pytest.param(
+            "int8-dq", "Linear(Int8Tensor, dynamic) × 14", "torchao", LINEAR + 4 * ROWS, 0.999, marks=needs("torchao")
+        ),
+        pytest.param(
+            "int4-wo",
+            "Linear(Int4OpaqueTensor) × 14",
+            "torchao",
+            LINEAR // 2 + 4 * LINEAR // GROUP,
+            0.97,
+            marks=needs("torchao"),
+        ),
         pytest.param("hqq8", "HQQLinear × 14", "hqq", LINEAR + 4 * LINEAR // GROUP, 0.999, marks=needs("hqq")),
         pytest.param("hqq4", "HQQLinear × 14", "hqq", LINEAR // 2 + 4 * LINEAR // GROUP, 0.97, marks=needs("hqq")),
         pytest.param("hqq2", "HQQLinear × 14", "hqq", LINEAR // 4 + 4 * LINEAR // GROUP, 0.5, marks=needs("hqq")),
-        pytest.param("quanto8", "QLinear(WeightQBytesTensor) × 14", "quanto", LINEAR + 2 * ROWS, 0.999, marks=needs("optimum-quanto")),
+        pytest.param(
+            "quanto8",
+            "QLinear(WeightQBytesTensor) × 14",
+            "quanto",
+            LINEAR + 2 * ROWS,
+            0.999,
+            marks=needs("optimum-quanto"),
+        ),
     ],
 )
-def test_what_is_stored_is_what_was_asked(tiny_model: Path, quant: str, kernel: str, method: str, stored: int, closeness: float) -> None:
+def test_what_is_stored_is_what_was_asked(
+    tiny_model: Path, quant: str, kernel: str, method: str, stored: int, closeness: float
+) -> None:
     """Bytes counted by hand, and logits beside those of the model as it was."""
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +85,9 @@ def test_what_is_stored_is_what_was_asked(tiny_model: Path, quant: str, kernel: 
         assert info.facts["model.dtype"] == "bfloat16"
         assert info.weight_bytes == pytest.approx(REST + stored, rel=0.005)
         assert info.facts["quant.bits_per_weight"] == pytest.approx(8 * stored / LINEAR, rel=0.01)
-        near = torch.nn.functional.cosine_similarity(exact(ids).logits.flatten(), backend.model(ids).logits.flatten().float(), dim=0)
+        near = torch.nn.functional.cosine_similarity(
+            exact(ids).logits.flatten(), backend.model(ids).logits.flatten().float(), dim=0
+        )
         steps: list[Any] = []
         backend.generate([[5, 6, 7]], 4, steps.append)
     assert closeness < float(near) < 1
@@ -90,14 +110,24 @@ def test_a_registered_version_computes_what_was_measured(tiny_model: Path, quant
     cell = Cell(model=str(tiny_model), quant=quant, group_size=GROUP, device="cpu")
     ids = torch.randint(100, 500, (1, 64), generator=torch.Generator().manual_seed(0))
     with loaded(cell) as (backend, info), torch.inference_mode():
-        result = made(cell=cell, model=backend.facts, load=info, environment={"packages": dict.fromkeys(quantizing.INSTALL, "1.0")})
+        result = made(
+            cell=cell,
+            model=backend.facts,
+            load=info,
+            environment={"packages": dict.fromkeys(quantizing.INSTALL, "1.0")},
+        )
         deployment = deployment_of(result, {}, Evidence("r", "s", Verdict("valid")))
         config = json.loads(json.dumps(deployment.config))
         assert torch.equal(Checkpoint(config).model(ids).logits, backend.model(ids).logits)
-        with pytest.raises(MlflowException, match="The model was measured with the layers other, and has been loaded with"):
+        with pytest.raises(
+            MlflowException, match="The model was measured with the layers other, and has been loaded with"
+        ):
             Checkpoint(config | {"kernel": "other"})
     assert deployment.requirements == (f"{quantizing.PACKAGE[quant]}==1.0",)
-    with pytest.raises(UsageError, match=f"vllm cannot be told to make quant={quant} as it was measured. Serve it with: mlflow models serve"):
+    with pytest.raises(
+        UsageError,
+        match=f"vllm cannot be told to make quant={quant} as it was measured. Serve it with: mlflow models serve",
+    ):
         export(config, uri="models:/bot/1", target="vllm")
 
 
@@ -107,11 +137,18 @@ def test_groups_that_do_not_fit_are_told_and_not_left_out(tiny_model: Path, tmp_
     """A hidden size of 96 has no groups of 64; torchao leaves such a layer as it is and says nothing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(tmp_path / "odd")
     with (
         pytest.raises(
-            NotRealised, match=r"quant=int4-wo was asked for, and the linear layers are .*'Linear': 6.*Use a group_size that divides the inputs"
+            NotRealised,
+            match=r"quant=int4-wo was asked for, and the linear layers are .*'Linear': 6.*Use a group_size that divides the inputs",
         ),
         loaded(Cell(model=str(tmp_path / "odd"), quant="int4-wo", group_size=64)),
     ):
@@ -132,12 +169,17 @@ def test_the_threshold_and_the_second_quantization_are_those_that_were_asked(tin
 
 
 @pytest.mark.parametrize("quant", [*quantizing.PACKAGE])
-def test_a_missing_package_is_named_with_its_command(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
+def test_a_missing_package_is_named_with_its_command(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, quant: str
+) -> None:
     monkeypatch.setattr(quantizing, "installed", lambda package: False)
     package = quantizing.PACKAGE[quant]
     with pytest.raises(MissingError) as caught:
         TransformersBackend.resolve(Cell(model=str(tiny_model), quant=quant))
-    assert str(caught.value) == f"quant={quant} needs the package {package}, which is not installed. Run: {quantizing.INSTALL[package]}"
+    assert (
+        str(caught.value)
+        == f"quant={quant} needs the package {package}, which is not installed. Run: {quantizing.INSTALL[package]}"
+    )
 
 
 @needs("torchao")
@@ -148,7 +190,10 @@ def test_8_bit_floats_need_a_gpu_that_multiplies_them(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, why: str
 ) -> None:
     monkeypatch.setattr(gpu, "compute_capability", lambda index: capability)
-    with pytest.raises(MissingError, match=rf"quant=fp8 needs a GPU of compute capability 8\.9 or newer, and {why}\. Use quant=int8-wo or int8-dq\."):
+    with pytest.raises(
+        MissingError,
+        match=rf"quant=fp8 needs a GPU of compute capability 8\.9 or newer, and {why}\. Use quant=int8-wo or int8-dq\.",
+    ):
         TransformersBackend.resolve(Cell(model=str(tiny_model), quant="fp8"))
     [item] = [item for item in doctor.quantization_items(lambda package: True) if item.name == "fp8"]
     assert (item.status, item.advice) == ("missing", "Use quant=int8-wo or int8-dq.")
@@ -170,14 +215,20 @@ def test_every_quantization_has_an_estimate_and_a_colour() -> None:
 
 
 @pytest.mark.parametrize(("method", "package"), [*quantizing.READY.items()])
-def test_what_a_ready_checkpoint_needs_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, package: str) -> None:
+def test_what_a_ready_checkpoint_needs_is_named(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, package: str
+) -> None:
     shutil.copytree(tiny_model, tmp_path / "ready")
     config = json.loads((tmp_path / "ready" / "config.json").read_text())
-    (tmp_path / "ready" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    (tmp_path / "ready" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": method}})
+    )
     monkeypatch.setattr(quantizing, "installed", lambda package: False)
     with pytest.raises(MissingError) as caught:
         TransformersBackend.resolve(Cell(model=str(tmp_path / "ready"), device="cpu"))
-    start = f"ready is quantized with {method}, and loading it needs the package {package}, which is not installed. Run: "
+    start = (
+        f"ready is quantized with {method}, and loading it needs the package {package}, which is not installed. Run: "
+    )
     assert str(caught.value) == start + quantizing.INSTALL[package]
 
 
@@ -193,7 +244,9 @@ def test_experts_that_stay_as_they_are_are_not_called_quantized(tmp_path: Path) 
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixture")
     with loaded(Cell(model=str(tmp_path / "mixture"))) as (_, info):
         assert info.facts["quant.bits_per_weight"] == 16
-        assert info.step_bytes is None and (info.weight_bytes or 0) > 2 * 4 * 3 * 64 * 128  # a step reads two of four experts
+        assert (
+            info.step_bytes is None and (info.weight_bytes or 0) > 2 * 4 * 3 * 64 * 128
+        )  # a step reads two of four experts
     message = r"quant=int4 was asked for, and the experts of this model are no linear layers .*: 98,304 of its 1\d\d,\d{3} weights stay as they are"
     with pytest.raises(NotRealised, match=message), loaded(Cell(model=str(tmp_path / "mixture"), quant="int4")):
         pass
@@ -206,7 +259,8 @@ def test_a_size_of_groups_is_asked_of_those_that_have_groups() -> None:
     assert parse({"quant": "int4,hqq4", "group_size": "64"})
     for other in ("int4", "quanto4", "int8-wo"):
         with pytest.raises(
-            UsageError, match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; others have groups of their own"
+            UsageError,
+            match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; others have groups of their own",
         ):
             parse({"quant": other, "group_size": "64"})
 
@@ -224,7 +278,9 @@ def test_a_ready_checkpoint_of_compressed_tensors_runs_and_says_what_it_holds(ti
         assert info.facts["quant.method"] == "compressed-tensors"
         assert float(info.facts["quant.bits_per_weight"]) < 9
         assert info.facts["model.parameters"] == sum(parameter.numel() for parameter in exact.parameters())
-        near = torch.nn.functional.cosine_similarity(exact(ids).logits.flatten(), backend.model(ids).logits.flatten().float(), dim=0)
+        near = torch.nn.functional.cosine_similarity(
+            exact(ids).logits.flatten(), backend.model(ids).logits.flatten().float(), dim=0
+        )
         unpacked = backend.describe()
     assert float(near) > 0.999
     # transformers unpacks it in the first call: what is measured is not 8 bits, and is not called so.
@@ -239,10 +295,15 @@ def test_a_ready_checkpoint_without_all_its_weights_is_refused(tiny_model: Path,
 
     write_compressed(tiny_model, tmp_path / "packed")
     file = tmp_path / "packed" / "model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(file).items() if "1.mlp.up_proj" not in name}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in load_file(file).items() if "1.mlp.up_proj" not in name},
+        file,
+        metadata={"format": "pt"},
+    )
     with (
         pytest.raises(
-            NotRealised, match=r"The checkpoint packed does not have \d of the weights .*compressed-tensors.*model\.layers\.1\.mlp\.up_proj\.weight"
+            NotRealised,
+            match=r"The checkpoint packed does not have \d of the weights .*compressed-tensors.*model\.layers\.1\.mlp\.up_proj\.weight",
         ),
         loaded(Cell(model=str(tmp_path / "packed"))),
     ):
@@ -269,7 +330,13 @@ def write_compressed(source: Path, folder: Path) -> dict[str, torch.Tensor]:
         meant[name] = levels * scale
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     scheme = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    group = {"targets": ["Linear"], "format": "pack-quantized", "weights": scheme, "input_activations": None, "output_activations": None}
+    group = {
+        "targets": ["Linear"],
+        "format": "pack-quantized",
+        "weights": scheme,
+        "input_activations": None,
+        "output_activations": None,
+    }
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],

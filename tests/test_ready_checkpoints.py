@@ -19,7 +19,8 @@ from mlflow_llmbench.journal import read_result
 from mlflow_llmbench.records import ModelFacts
 
 installed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"), reason="needs mlflow-llmbench[gptq] and g++"
+    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"),
+    reason="needs mlflow-llmbench[gptq] and g++",
 )
 FAST = {"prompt_tokens": 8, "output_tokens": 4, "repetitions": 5, "warmup": 1}
 GROUP = 64
@@ -53,9 +54,17 @@ def write_awq(source: Path, folder: Path) -> dict[str, Any]:
         zero = (-low / scale).round().clamp(0, 15)
         levels = (groups / scale[:, None] + zero[:, None]).round().clamp(0, 15)
         base = name.removesuffix(".weight")
-        stored |= {f"{base}.qweight": pack(levels.reshape(columns, rows)), f"{base}.qzeros": pack(zero), f"{base}.scales": scale.half()}
+        stored |= {
+            f"{base}.qweight": pack(levels.reshape(columns, rows)),
+            f"{base}.qzeros": pack(zero),
+            f"{base}.scales": scale.half(),
+        }
         meant[name] = ((levels - zero[:, None]) * scale[:, None]).reshape(columns, rows).T
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in stored.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = json.loads((folder / "config.json").read_text())
     method = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16", "quantization_config": method}))
@@ -65,7 +74,9 @@ def write_awq(source: Path, folder: Path) -> dict[str, Any]:
 @installed
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # of GPTQModel, which runs in a process of its own elsewhere
-def test_an_awq_checkpoint_is_measured_and_computes_what_it_stands_for(tiny_model: Path, tmp_path: Path, store_uri: str) -> None:
+def test_an_awq_checkpoint_is_measured_and_computes_what_it_stands_for(
+    tiny_model: Path, tmp_path: Path, store_uri: str
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -76,7 +87,9 @@ def test_an_awq_checkpoint_is_measured_and_computes_what_it_stands_for(tiny_mode
     assert result.load and result.cell.quant == "none"
     facts = result.load.facts
     assert (facts["quant.method"], facts["quant.bits"], facts["quant.group_size"]) == ("awq", 4, GROUP)
-    assert 4.25 < float(facts["quant.bits_per_weight"]) < 4.6  # the kernel for CPUs unpacks the zero points in its first call
+    assert (
+        4.25 < float(facts["quant.bits_per_weight"]) < 4.6
+    )  # the kernel for CPUs unpacks the zero points in its first call
     assert "Awq" in str(facts["quant.kernel"])
     exact = AutoModelForCausalLM.from_pretrained(tiny_model)
     original = exact.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
@@ -94,7 +107,9 @@ def test_an_awq_checkpoint_is_measured_and_computes_what_it_stands_for(tiny_mode
 
 @installed
 @pytest.mark.timeout(600)
-def test_a_ready_gptq_checkpoint_is_measured_as_it_is(tiny_model: Path, tmp_path: Path, store_uri: str, cache_folder: Path) -> None:
+def test_a_ready_gptq_checkpoint_is_measured_as_it_is(
+    tiny_model: Path, tmp_path: Path, store_uri: str, cache_folder: Path
+) -> None:
     made = run(model=str(tiny_model), quant="gptq", group_size=GROUP, seed=7, **FAST)
     assert made.outcome == "ok", made.table()
     newest = max(cache_folder.glob("gptq/*"), key=lambda folder: folder.stat().st_mtime)
@@ -110,14 +125,23 @@ def test_a_ready_gptq_checkpoint_is_measured_as_it_is(tiny_model: Path, tmp_path
 
 
 @pytest.mark.parametrize(("method", "package"), [("awq", "gptqmodel"), ("gptq", "optimum")])
-def test_what_a_ready_checkpoint_needs_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, package: str) -> None:
+def test_what_a_ready_checkpoint_needs_is_named(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, package: str
+) -> None:
     shutil.copytree(tiny_model, tmp_path / "ready")
     config = json.loads((tmp_path / "ready" / "config.json").read_text())
-    (tmp_path / "ready" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method, "bits": 4}}))
-    with pytest.raises(UsageError, match=rf"quant=int4 cannot be made from .*, which is quantized already \({method}\)\. Use quant=none"):
+    (tmp_path / "ready" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": method, "bits": 4}})
+    )
+    with pytest.raises(
+        UsageError,
+        match=rf"quant=int4 cannot be made from .*, which is quantized already \({method}\)\. Use quant=none",
+    ):
         TransformersBackend.resolve(Cell(model=str(tmp_path / "ready"), quant="int4", device="cpu"))
     known = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in gptq.PACKAGES else known(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in gptq.PACKAGES else known(name, *rest)
+    )
     wanted = rf"ready is quantized with {method}, and loading it needs the package {package}, which is not installed\. Run: pip install 'mlflow-llmbench\[gptq\]'"
     with pytest.raises(MissingError, match=wanted):
         TransformersBackend.resolve(Cell(model=str(tmp_path / "ready"), device="cpu"))
@@ -130,12 +154,16 @@ def test_what_a_ready_checkpoint_needs_is_named(tiny_model: Path, tmp_path: Path
         ("compressed-tensors", "transformers", False), ("compressed-tensors", "vllm", True), ("mxfp4", "transformers", False),
     ],
 )  # fmt: skip
-def test_a_ready_checkpoint_is_expected_to_take_the_room_of_its_files_where_it_stays_packed(method: str, backend: str, packed: bool) -> None:
+def test_a_ready_checkpoint_is_expected_to_take_the_room_of_its_files_where_it_stays_packed(
+    method: str, backend: str, packed: bool
+) -> None:
     preset = models.find_preset("opt-1.3b")
     assert preset
     plain = ModelFacts("m", "folder", "m", "r", {}, "float16", 2048)
     as_gptq = preset.shape.weight_bytes("gptq", "float16")
-    ready = ModelFacts("m", "folder", "m", "r", {"quantization_config": {"quant_method": method}}, "float16", 2048, as_gptq)
+    ready = ModelFacts(
+        "m", "folder", "m", "r", {"quantization_config": {"quant_method": method}}, "float16", 2048, as_gptq
+    )
     expected = estimate.predicted_bytes(Cell(quant="gptq" if packed else "none"), plain, preset.shape)
     assert estimate.predicted_bytes(Cell(backend=backend), ready, preset.shape) == expected
     peaks = {"read_bytes_per_s": 1e10, "flops_per_s": 1e15}

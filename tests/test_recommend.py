@@ -57,9 +57,16 @@ def test_the_fastest_within_the_limits_wins_and_the_others_are_told_why() -> Non
     assert names(found.runners_up) == ["bf16 batch 1", "int8 batch 1"]
     assert found.runners_up[0].why.startswith("It generates 0.8")
     assert "and needs 3.00 times the memory." in found.runners_up[0].why
-    assert [(r.candidate.name, r.why) for r in found.refused] == [("int8 batch 8", "Its peak memory is 7.00 GB, and --max-memory is 6 GB.")]
-    assert found.changes == ("With --max-memory 7 GB, int8 batch 8 would win: output throughput 286 tokens/s instead of 96.2 tokens/s.",)
-    assert "Deploy int4 batch 1, the best for output throughput within --max-memory 6 GB: output throughput 96.2 tokens/s" in answer(found)
+    assert [(r.candidate.name, r.why) for r in found.refused] == [
+        ("int8 batch 8", "Its peak memory is 7.00 GB, and --max-memory is 6 GB.")
+    ]
+    assert found.changes == (
+        "With --max-memory 7 GB, int8 batch 8 would win: output throughput 286 tokens/s instead of 96.2 tokens/s.",
+    )
+    assert (
+        "Deploy int4 batch 1, the best for output throughput within --max-memory 6 GB: output throughput 96.2 tokens/s"
+        in answer(found)
+    )
 
 
 def test_the_front_keeps_what_is_best_at_something() -> None:
@@ -104,7 +111,11 @@ def test_ways_of_batching_and_of_keeping_a_history_are_configurations_of_their_o
         return dataclasses.replace(result(step=10 * factor), cell=cell, hashes=hashes, ended_ms=2000 + number)
 
     stream = {"batching": "dynamic", "request_rate": 5.0}
-    streams = [other(0, 1.2, **stream), other(1, 1.0, **stream, batch_wait_ms=20.0), other(2, 1.1, **(stream | {"batching": "continuous"}))]
+    streams = [
+        other(0, 1.2, **stream),
+        other(1, 1.0, **stream, batch_wait_ms=20.0),
+        other(2, 1.1, **(stream | {"batching": "continuous"})),
+    ]
     found = recommend(streams, accept_suspect="made by hand")
     assert found.winner is not None and found.winner.name == "batching=dynamic batch_wait_ms=20"
     assert names(found.runners_up) == ["batching=continuous batch_wait_ms=100", "batching=dynamic batch_wait_ms=100"]
@@ -117,7 +128,9 @@ def test_ways_of_batching_and_of_keeping_a_history_are_configurations_of_their_o
 def test_a_rate_at_which_requests_come_is_no_configuration_to_choose() -> None:
     base = result()
     streams = [
-        dataclasses.replace(result(step=step), cell=dataclasses.replace(base.cell, batching="static", request_rate=rate))
+        dataclasses.replace(
+            result(step=step), cell=dataclasses.replace(base.cell, batching="static", request_rate=rate)
+        )
         for rate, step in ((5.0, 10), (50.0, 5))
     ]
     [refused] = recommend(streams, accept_suspect="made by hand").refused
@@ -125,7 +138,8 @@ def test_a_rate_at_which_requests_come_is_no_configuration_to_choose() -> None:
 
 
 @pytest.mark.parametrize(
-    ("goal", "winner"), [("throughput", "int8 batch 8"), ("latency", "int4 batch 1"), ("cost", "int8 batch 8"), ("energy", "int8 batch 8")]
+    ("goal", "winner"),
+    [("throughput", "int8 batch 8"), ("latency", "int4 batch 1"), ("cost", "int8 batch 8"), ("energy", "int8 batch 8")],
 )
 def test_each_goal_has_its_metric(goal: str, winner: str) -> None:
     results = [dataclasses.replace(one, idle_w=10.0) for one in ALL]
@@ -143,7 +157,9 @@ def test_a_goal_that_was_not_measured_is_no_answer() -> None:
 
 
 def test_failed_and_invalid_results_are_never_chosen() -> None:
-    failed = dataclasses.replace(result("fp32", step=1, factors=()), outcome="oom", failure=Failure("loading", "Memory ran out."))
+    failed = dataclasses.replace(
+        result("fp32", step=1, factors=()), outcome="oom", failure=Failure("loading", "Memory ran out.")
+    )
     short = result("fp4", step=1)
     short = dataclasses.replace(short, cell=dataclasses.replace(short.cell, output_tokens=6))
     found = recommend([failed, short, INT8], accept_suspect="all of it")
@@ -158,7 +174,10 @@ def test_suspect_results_take_part_only_if_that_is_accepted() -> None:
     few = result("int4", step=5, factors=WIGGLE[:3])
     found = recommend([few, INT8])
     assert found.winner is not None and found.winner.name == "int8"
-    assert found.refused[0].why == 'Its verdict is suspect (too_few_samples). Measure it again, or accept it with --accept-suspect "REASON".'
+    assert (
+        found.refused[0].why
+        == 'Its verdict is suspect (too_few_samples). Measure it again, or accept it with --accept-suspect "REASON".'
+    )
     assert found.changes == (
         "int4 looks better and is suspect: output throughput 126 tokens/s instead of 73.5 tokens/s. Measured again and valid, it would win.",
     )
@@ -170,7 +189,9 @@ def test_suspect_results_take_part_only_if_that_is_accepted() -> None:
 
 
 def test_the_larger_group_of_alike_results_is_weighed() -> None:
-    elsewhere = result("fp4", step=1, hashes=Hashes("fp4", "w", "other", "s", "e2"), environment={"cpu": {"name": "Xeon"}})
+    elsewhere = result(
+        "fp4", step=1, hashes=Hashes("fp4", "w", "other", "s", "e2"), environment={"cpu": {"name": "Xeon"}}
+    )
     found = recommend([elsewhere, INT4, INT8])
     assert found.winner is not None and found.winner.name == "int4"
     why = next(r.why for r in found.refused if r.candidate.result is elsewhere)
@@ -188,7 +209,9 @@ def test_of_one_configuration_the_newest_measurement_counts() -> None:
 
 
 def test_one_configuration_on_two_machines_is_two_to_choose_from() -> None:
-    later = result("int4", step=40, hashes=Hashes("int41", "w", "other", "s", "e2"), environment={"cpu": {"name": "Xeon"}})
+    later = result(
+        "int4", step=40, hashes=Hashes("int41", "w", "other", "s", "e2"), environment={"cpu": {"name": "Xeon"}}
+    )
     later = dataclasses.replace(later, ended_ms=9000)
     here = dataclasses.replace(INT4, hashes=Hashes("int41", "w", "h", "s", "e"))
     found = recommend([here, later], allow=frozenset(["hardware"]))
@@ -208,10 +231,18 @@ def test_a_suspect_result_that_was_measured_again_promises_nothing() -> None:
 def test_a_percentile_that_no_test_is_made_of_dominates_nothing() -> None:
     measure = Measure("p95 time to first token", ("latency/ttft_ms_p95",), "lower")
     a, b = candidates([result(quant="int8"), result(quant="int4")])
-    a, b = (dataclasses.replace(one, metrics={**one.metrics, "latency/ttft_ms_p95": p95}) for one, p95 in ((a, 21.0), (b, 20.0)))
+    a, b = (
+        dataclasses.replace(one, metrics={**one.metrics, "latency/ttft_ms_p95": p95})
+        for one, p95 in ((a, 21.0), (b, 20.0))
+    )
     assert not dominates(b, a, (GOALS["throughput"], measure), 0.01)
     mean = Measure("mean time to first token", ("latency/ttft_ms_mean",), "lower")
-    noisy, other = candidates([result(quant="int8", factors=(0.8, 1.0, 1.3, 0.9, 1.1)), result(quant="int4", factors=(0.8, 1.0, 1.2, 0.9, 1.1))])
+    noisy, other = candidates(
+        [
+            result(quant="int8", factors=(0.8, 1.0, 1.3, 0.9, 1.1)),
+            result(quant="int4", factors=(0.8, 1.0, 1.2, 0.9, 1.1)),
+        ]
+    )
     assert not dominates(other, noisy, (mean,), 0.01)
     faster = candidates([result(quant="int8"), result(quant="int4", ttft=10)])
     assert dominates(faster[1], faster[0], (GOALS["throughput"], mean), 0.01)
@@ -220,13 +251,20 @@ def test_a_percentile_that_no_test_is_made_of_dominates_nothing() -> None:
 def test_quality_is_a_limit_and_absent_quality_is_not_good_quality() -> None:
     limit = Limit("--min-quality kl", QUALITY["kl"], 0.05)
     best, bad, absent = candidates([INT8, INT4, BF16])
-    best, bad = (dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": kl}) for one, kl in ((best, 0.04), (bad, 0.3)))
+    best, bad = (
+        dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": kl})
+        for one, kl in ((best, 0.04), (bad, 0.3))
+    )
     found = choose([best, bad, absent], "throughput", [limit])
     assert found.winner is best
     told = {r.candidate.name: r.why for r in found.refused}
     assert told["int4"] == "Its KL divergence from the reference is 0.300, and --min-quality kl is 0.05."
-    assert told["bf16"].startswith("It has no quality/kl_vs_reference, so --min-quality kl 0.05 cannot be held against it.")
-    assert found.changes == ("With --min-quality kl 0.3, int4 would win: output throughput 96.2 tokens/s instead of 73.5 tokens/s.",)
+    assert told["bf16"].startswith(
+        "It has no quality/kl_vs_reference, so --min-quality kl 0.05 cannot be held against it."
+    )
+    assert found.changes == (
+        "With --min-quality kl 0.3, int4 would win: output throughput 96.2 tokens/s instead of 73.5 tokens/s.",
+    )
 
 
 def test_a_limit_inside_the_interval_is_a_caution() -> None:
@@ -262,10 +300,18 @@ def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
     files = draw_recommendation(found, tmp_path)
     assert [file.name for file in files] == ["recommendation.svg", "recommendation.png"]
     text = files[0].read_text()
-    assert all(name in text for name in ("int8 batch 8", "Peak memory (GB)", "Median time to first token (ms)", "winner", "limit"))
+    assert all(
+        name in text
+        for name in ("int8 batch 8", "Peak memory (GB)", "Median time to first token (ms)", "winner", "limit")
+    )
     assert draw_recommendation(recommend([INT4]), tmp_path / "one") == []
-    scored = [dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": 0.01}) for one in candidates([INT8, INT4])]
-    files = draw_recommendation(choose(scored, "throughput", [Limit("--min-quality", QUALITY["kl"], 0.05)]), tmp_path / "scored")
+    scored = [
+        dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": 0.01})
+        for one in candidates([INT8, INT4])
+    ]
+    files = draw_recommendation(
+        choose(scored, "throughput", [Limit("--min-quality", QUALITY["kl"], 0.05)]), tmp_path / "scored"
+    )
     assert "KL divergence from the reference" in files[0].read_text()
     markdown = html.unescape(recommendation_markdown(found))
     assert "| int4 batch 1 | 96.2 tokens/s" in markdown and "- **int8 batch 8**: Its peak memory" in markdown
@@ -278,14 +324,28 @@ FAST = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions"
 
 def test_the_command_logs_the_answer_on_the_sweeps_parent(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = run(model="fake:ttft_ms=6+itl_ms=2+row_ms=0.2+memory_mb=8", batch_size="1,4", **FAST)
-    arguments = ["recommend", sweep.parent_id or "", "--max-ttft", "1s", "--max-memory", "6GB", "--accept-suspect", "a busy test machine", "--json"]
+    arguments = [
+        "recommend",
+        sweep.parent_id or "",
+        "--max-ttft",
+        "1s",
+        "--max-memory",
+        "6GB",
+        "--accept-suspect",
+        "a busy test machine",
+        "--json",
+    ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Deploy batch 4, the best for output throughput within --max-memory 6 GB, --max-ttft 1000 ms:")
+    assert out.startswith(
+        "Deploy batch 4, the best for output throughput within --max-memory 6 GB, --max-ttft 1000 ms:"
+    )
     assert f"Logged on run {sweep.parent_id}: recommendation.md." in out
     assert json.loads(out.splitlines()[-1])["winner"]["parameters"]["batch_size"] == 4
     client = MlflowClient(store_uri)
-    assert {"recommendation.json", "recommendation.md"} <= {item.path for item in client.list_artifacts(sweep.parent_id or "")}
+    assert {"recommendation.json", "recommendation.md"} <= {
+        item.path for item in client.list_artifacts(sweep.parent_id or "")
+    }
     assert "charts/recommendation.svg" in {item.path for item in client.list_artifacts(sweep.parent_id or "", "charts")}
     assert main([*arguments[:2], "--max-ttft", "1ms", "--accept-suspect", "x"]) == 1
     out = capsys.readouterr().out
@@ -295,15 +355,26 @@ def test_the_command_logs_the_answer_on_the_sweeps_parent(store_uri: str, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-memory", "much"], "--max-memory is not a number with a unit (b,kb,mb,gb,tb,kib,mib,gib,tib): much. Give for example 6GB."),
-        (["--max-ttft", "200min"], "--max-ttft is not a number with a unit (us,µs,ms,s): 200min. Give for example 200ms."),
+        (
+            ["--max-memory", "much"],
+            "--max-memory is not a number with a unit (b,kb,mb,gb,tb,kib,mib,gib,tib): much. Give for example 6GB.",
+        ),
+        (
+            ["--max-ttft", "200min"],
+            "--max-ttft is not a number with a unit (us,µs,ms,s): 200min. Give for example 200ms.",
+        ),
         (["--max-tpot", "p99=5ms"], "Unknown statistic in --max-tpot: p99. Known: mean, p50, p95."),
-        (["--min-quality", "bleu=3"], "Unknown quality: bleu. Known: kl, perplexity, top1. Give for example --min-quality kl=0.05."),
+        (
+            ["--min-quality", "bleu=3"],
+            "Unknown quality: bleu. Known: kl, perplexity, top1. Give for example --min-quality kl=0.05.",
+        ),
         (["--min-quality", "kl"], "--min-quality kl is not a number: . Give for example kl=0.05."),
         (["--goal", "speed"], "Unknown goal: speed. Known: throughput, latency, cost, energy."),
     ],
 )
-def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mlflow_llmbench.journal import write_json
 
     write_json(tmp_path / "one" / "result.json", INT4)
@@ -316,4 +387,8 @@ def test_a_backend_that_the_quantization_tells_is_not_named() -> None:
     results = [result(cell=cell) for cell in cells]
     assert names_of(results) == ["int4", "q4_k_m"]
     other = dataclasses.replace(results[0], cell=Cell(quant="bf16", backend="llama_cpp"))
-    assert names_of([*results, other]) == ["backend=transformers int4", "backend=llama_cpp q4_k_m", "backend=llama_cpp bf16"]
+    assert names_of([*results, other]) == [
+        "backend=transformers int4",
+        "backend=llama_cpp q4_k_m",
+        "backend=llama_cpp bf16",
+    ]

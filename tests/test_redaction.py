@@ -38,7 +38,10 @@ def no_files_of_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         ("https://u:1234@h, then https://v:q@k", "https://***@h, then https://***@k"),
         ("setting //user:pw@host/x", "setting //***@host/x"),
         ("index https://some-token@host/simple", "index https://***@host/simple"),
-        ("s3://b/k?X-Amz-Credential=AK%2F1&X-Amz-Signature=0f&v=1", "s3://b/k?X-Amz-Credential=***&X-Amz-Signature=***&v=1"),
+        (
+            "s3://b/k?X-Amz-Credential=AK%2F1&X-Amz-Signature=0f&v=1",
+            "s3://b/k?X-Amz-Credential=***&X-Amz-Signature=***&v=1",
+        ),
         ("file:///x?sv=2024&sig=a%2Fb", "file:///x?sv=2024&sig=***"),
         ("sqlite:///a.db?password=short", "sqlite:///a.db?password=***"),
         ("{'Authorization': 'Bearer abc.def-12'}", "{'Authorization': 'Bearer ***'}"),
@@ -50,7 +53,10 @@ def no_files_of_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         ("token hf_abcDEF123456 is wrong", "token *** is wrong"),
         ("ghp_0123456789abcdef0123", "***"),
         ("jwt eyJhbGciOiJI.eyJzdWIiOiIx.c2ln", "jwt ***"),
-        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "-----BEGIN RSA PRIVATE KEY-----***-----END RSA PRIVATE KEY-----"),
+        (
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+            "-----BEGIN RSA PRIVATE KEY-----***-----END RSA PRIVATE KEY-----",
+        ),
     ],
 )
 def test_secrets_are_known_by_their_looks(text: str, masked: str) -> None:
@@ -88,7 +94,10 @@ def test_secrets_are_known_from_the_environment_and_from_files(monkeypatch: pyte
         path = tmp_path / "home" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert redact('it was p@ss "w%rd, p%40ss%20%22w%25rd in an address, p@ss \\"w%rd in JSON') == "it was ***, *** in an address, *** in JSON"
+    assert (
+        redact('it was p@ss "w%rd, p%40ss%20%22w%25rd in an address, p@ss \\"w%rd in JSON')
+        == "it was ***, *** in an address, *** in JSON"
+    )
     assert redact("proxy-word of-the-hub-1 of-the-hub-2 of-mlflow-1") == "*** *** *** ***"
     assert redact("[mlflow] somebody, someone, p@ss, work") == "[mlflow] somebody, someone, p@ss, work"
 
@@ -104,7 +113,10 @@ def test_numbers_words_and_paths_are_no_secrets(monkeypatch: pytest.MonkeyPatch,
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.recursive(st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none(), lambda one: st.lists(one) | st.dictionaries(st.text(), one))
+    st.recursive(
+        st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none(),
+        lambda one: st.lists(one) | st.dictionaries(st.text(), one),
+    )
 )
 def test_data_without_texts_comes_back_as_it_was(data: object) -> None:
     assert json.dumps(redact_all(data)) == json.dumps(data)
@@ -127,7 +139,10 @@ def test_names_that_say_secret(name: str) -> None:
     assert is_secret_name(name)
 
 
-@pytest.mark.parametrize("name", ["PATH", "PWD", "HOME", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "KEYBOARD", "XAUTHORITY", "MONKEY", "COMPASS"])
+@pytest.mark.parametrize(
+    "name",
+    ["PATH", "PWD", "HOME", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "KEYBOARD", "XAUTHORITY", "MONKEY", "COMPASS"],
+)
 def test_names_that_do_not(name: str) -> None:
     assert not is_secret_name(name)
 
@@ -137,7 +152,12 @@ ORDINARY = {
     "HF_HOME": "/data/hf", "HF_HUB_OFFLINE": "1", "VIRTUAL_ENV": "/venv", "TMPDIR": "/tmp", "LC_ALL": "C.UTF-8", "CC": "gcc", "TRITON_CACHE_DIR": "/t",
     "LLMBENCH_API_KEY": "meant-for-the-worker", "HTTPS_PROXY": "http://proxy:3128", "no_proxy": "localhost", "SSL_CERT_FILE": "/etc/ssl/cert.pem",
 }  # fmt: skip
-FOR_DOWNLOADS = {"HF_TOKEN": "hf_abcDEF123456", "HF_TOKEN_PATH": "/t", "HUGGING_FACE_HUB_TOKEN": "x", "https_proxy": "http://me:word@proxy:3128"}
+FOR_DOWNLOADS = {
+    "HF_TOKEN": "hf_abcDEF123456",
+    "HF_TOKEN_PATH": "/t",
+    "HUGGING_FACE_HUB_TOKEN": "x",
+    "https_proxy": "http://me:word@proxy:3128",
+}
 NEVER = {
     "MLFLOW_TRACKING_URI": "https://host", "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_TOKEN": "x", "AWS_PROFILE": "work", "AZURE_TENANT_ID": "1",
     "GOOGLE_APPLICATION_CREDENTIALS": "/k.json", "DATABRICKS_HOST": "https://host", "OPENAI_API_KEY": "x", "SSH_AUTH_SOCK": "/run/s",
@@ -152,7 +172,10 @@ def test_a_worker_has_what_it_needs_and_no_secret() -> None:
 
 
 def test_characters_that_act_are_written_out() -> None:
-    assert escape_controls("a\x1b[31mb\nc\x00\x7f\x9b\u2028\u202eabc\udce9") == r"a\x1b[31mb\nc\x00\x7f\x9b\u2028\u202eabc\udce9"
+    assert (
+        escape_controls("a\x1b[31mb\nc\x00\x7f\x9b\u2028\u202eabc\udce9")
+        == r"a\x1b[31mb\nc\x00\x7f\x9b\u2028\u202eabc\udce9"
+    )
     assert escape_controls("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\x1b"
     assert escape_controls("naïve 東京 👩‍💻 \u200f") == "naïve 東京 👩‍💻 \u200f"
 

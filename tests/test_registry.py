@@ -59,18 +59,28 @@ def run_id(measured: Path, store_uri: str) -> str:
     return found
 
 
-def test_a_version_holds_the_configuration_its_figures_and_its_evidence(run_id: str, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_version_holds_the_configuration_its_figures_and_its_evidence(
+    run_id: str, store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["register", run_id, "--name", "support-bot", "--accept-suspect", BUSY, "--json"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"Registered models:/support-bot/1, alias candidate. Its evidence is the run {run_id}.\n")
-    assert json.loads(out.splitlines()[-1]) == {"name": "support-bot", "version": "1", "alias": "candidate", "run_id": run_id, "new": True}
+    assert json.loads(out.splitlines()[-1]) == {
+        "name": "support-bot",
+        "version": "1",
+        "alias": "candidate",
+        "run_id": run_id,
+        "new": True,
+    }
     client = MlflowClient(store_uri)
     version = client.get_model_version_by_alias("support-bot", "candidate")
     result = result_of(open_store(store_uri), run_id)
     metrics = summarize(result)
     assert version.run_id == run_id
     assert version.tags["llmbench.quant"] == "int8"
-    assert float(version.tags["llmbench.output_tokens_per_s"]) == pytest.approx(metrics["throughput/output_tokens_per_s"], rel=1e-5)
+    assert float(version.tags["llmbench.output_tokens_per_s"]) == pytest.approx(
+        metrics["throughput/output_tokens_per_s"], rel=1e-5
+    )
     assert version.tags["llmbench.config_hash"] == result.hashes.config
     assert "up to 16 prompt tokens, 8 output tokens, 2 rows at a time" in version.description
     assert "| output throughput |" in version.description and f"run `{run_id}`" in version.description
@@ -78,7 +88,12 @@ def test_a_version_holds_the_configuration_its_figures_and_its_evidence(run_id: 
     assert client.get_run(run_id).info.status == "FINISHED"
     config = mlflow.pyfunc.load_model("models:/support-bot@candidate").unwrap_python_model().config
     assert config["quantization"] == {"class": "BitsAndBytesConfig", "load_in_8bit": True, "llm_int8_threshold": 6.0}
-    assert (config["batch_size"], config["max_prompt_tokens"], config["max_new_tokens"], config["device"]) == (2, 16, 8, "cpu")
+    assert (config["batch_size"], config["max_prompt_tokens"], config["max_new_tokens"], config["device"]) == (
+        2,
+        16,
+        8,
+        "cpu",
+    )
     assert config["revision"] == result.model.revision
     assert config["evidence"]["run_id"] == run_id
 
@@ -102,11 +117,16 @@ def test_a_version_has_no_weights_and_pins_what_was_measured(run_id: str, store_
 def test_the_loaded_model_answers_within_its_limits(run_id: str, store_uri: str) -> None:
     register(open_store(store_uri), run_id, "bot", accept_suspect=BUSY)
     model = mlflow.pyfunc.load_model("models:/bot@candidate")
-    answers = model.predict([{"prompt": text} for text in ("One two", "Three", "Four five six")], params={"max_new_tokens": 5})
+    answers = model.predict(
+        [{"prompt": text} for text in ("One two", "Three", "Four five six")], params={"max_new_tokens": 5}
+    )
     assert [answer["prompt_tokens"] for answer in answers] == [7, 5, 13]
     assert all(1 <= answer["output_tokens"] <= 5 for answer in answers)
     inner = model.unwrap_python_model()
-    assert {type(layer).__name__ for layer in inner.engine.model.modules() if hasattr(layer, "in_features")} == {"Linear8bitLt", "Linear"}
+    assert {type(layer).__name__ for layer in inner.engine.model.modules() if hasattr(layer, "in_features")} == {
+        "Linear8bitLt",
+        "Linear",
+    }
     for prompts, params, message in (
         ([{"prompt": "x" * 17}], {}, "A prompt has 17 tokens, and 16 are the most that was measured"),
         ([{"prompt": ""}], {}, "A prompt has no tokens"),
@@ -127,7 +147,9 @@ def test_rows_are_generated_up_to_the_registered_batch_size(run_id: str, store_u
     sizes: dict[int, list[int]] = {}
     answers = {}
     for size in (2, 1):
-        model = mlflow.pyfunc.load_model("models:/bot@candidate", model_config={"batch_size": size, "quantization": {}, "kernel": None})
+        model = mlflow.pyfunc.load_model(
+            "models:/bot@candidate", model_config={"batch_size": size, "quantization": {}, "kernel": None}
+        )
         inner = model.unwrap_python_model()
         generate, sizes[size] = inner._answers, []
 
@@ -144,7 +166,9 @@ def test_rows_are_generated_up_to_the_registered_batch_size(run_id: str, store_u
 def test_a_model_that_is_not_quantized_as_measured_is_refused(run_id: str, store_uri: str) -> None:
     register(open_store(store_uri), run_id, "bot", accept_suspect=BUSY)
     model = mlflow.pyfunc.load_model("models:/bot@candidate", model_config={"quantization": {}})
-    with pytest.raises(MlflowException, match="measured with the layers Linear8bitLt × 14, and has been loaded with Linear × 14"):
+    with pytest.raises(
+        MlflowException, match="measured with the layers Linear8bitLt × 14, and has been loaded with Linear × 14"
+    ):
         model.predict([{"prompt": "x"}])
 
 
@@ -158,14 +182,18 @@ def test_answers_are_greedy_and_end_where_the_checkpoint_says(run_id: str, store
 
     def answer(**settings: Any) -> dict[str, Any]:
         (folder / "generation_config.json").write_text(json.dumps(own | settings))
-        [found] = mlflow.pyfunc.load_model("models:/bot@candidate", model_config={"location": str(folder)}).predict([{"prompt": "Hello"}])
+        [found] = mlflow.pyfunc.load_model("models:/bot@candidate", model_config={"location": str(folder)}).predict(
+            [{"prompt": "Hello"}]
+        )
         return dict(found)
 
     assert [answer(do_sample=True, temperature=9.0, repetition_penalty=50.0)] == plain
     inner = mlflow.pyfunc.load_model("models:/bot@candidate").unwrap_python_model()
     inner.predict(None, ["Hello"])
     inner = inner.engine
-    first = inner.model.generate(inner.tokenizer("Hello", return_tensors="pt")["input_ids"], max_new_tokens=1, do_sample=False, pad_token_id=0)
+    first = inner.model.generate(
+        inner.tokenizer("Hello", return_tensors="pt")["input_ids"], max_new_tokens=1, do_sample=False, pad_token_id=0
+    )
     stopped = answer(eos_token_id=[1, int(first[0, -1])])
     assert (stopped["output_tokens"], stopped["finish"]) == (1, "stop")
 
@@ -176,12 +204,28 @@ def served(uri: str, store_uri: str, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "-p", str(port), "-h", "127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        uri,
+        "--env-manager",
+        "local",
+        "-p",
+        str(port),
+        "-h",
+        "127.0.0.1",
+    ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"PATH": path, "MLFLOW_TRACKING_URI": store_uri, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
-        server = subprocess.Popen([*command, "-w", "1"], env=environment, stdout=output, stderr=output, cwd=log.parent, start_new_session=True)
+        server = subprocess.Popen(
+            [*command, "-w", "1"], env=environment, stdout=output, stderr=output, cwd=log.parent, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 240
         while True:
@@ -206,7 +250,9 @@ def ask(address: str, body: dict[str, Any]) -> Any:
 @pytest.mark.slow
 def test_a_served_version_answers_over_http(run_id: str, store_uri: str, tmp_path: Path) -> None:
     register(open_store(store_uri), run_id, "support-bot", accept_suspect=BUSY)
-    expected = mlflow.pyfunc.load_model("models:/support-bot@candidate").predict([{"prompt": "Hello"}, {"prompt": "Why is that?"}])
+    expected = mlflow.pyfunc.load_model("models:/support-bot@candidate").predict(
+        [{"prompt": "Hello"}, {"prompt": "Why is that?"}]
+    )
     with served("models:/support-bot@candidate", store_uri, tmp_path / "serve.log") as address:
         records = [{"prompt": "Hello"}, {"prompt": "Why is that?"}]
         assert ask(address, {"dataframe_records": records})["predictions"] == expected
@@ -231,7 +277,9 @@ def test_a_second_registration_of_a_run_makes_no_second_version(store_uri: str, 
     assert sorted(store.client.get_model_version("bot", "1").aliases) == ["candidate", "cheapest"]
 
 
-def test_the_winner_of_a_recommendation_is_registered(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_winner_of_a_recommendation_is_registered(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slow, fast = stored(tmp_path / "sweep", store_uri, made("int8", step=20), made("int4", step=5))
     store = open_store(store_uri)
     parent = store.client.get_run(slow).data.tags["mlflow.parentRunId"]
@@ -255,7 +303,9 @@ def test_invalid_runs_are_refused_and_suspect_ones_need_a_reason(store_uri: str,
     store = open_store(store_uri)
     with pytest.raises(UsageError, match=rf"The run {invalid} is invalid \(wrong_token_count\), and is not registered"):
         register(store, invalid, "bot", accept_suspect="anything")
-    with pytest.raises(UsageError, match=rf'The run {suspect} is suspect \(too_few_samples\).*--accept-suspect "REASON"'):
+    with pytest.raises(
+        UsageError, match=rf'The run {suspect} is suspect \(too_few_samples\).*--accept-suspect "REASON"'
+    ):
         register(store, suspect, "bot")
     assert list(store.client.search_registered_models()) == []
     register(store, suspect, "bot", accept_suspect="a first look")
@@ -268,7 +318,12 @@ def test_invalid_runs_are_refused_and_suspect_ones_need_a_reason(store_uri: str,
     ("name", "alias", "reference", "message"),
     [
         ("a/b", "candidate", "", "Not a name for a registered model: a/b. Give letters"),
-        ("a@b", "candidate", "", "Not a name for a registered model: a@b. Give letters"),  # models:/a@b@candidate is no address
+        (
+            "a@b",
+            "candidate",
+            "",
+            "Not a name for a registered model: a@b. Give letters",
+        ),  # models:/a@b@candidate is no address
         ("bot", "v1", "", "Not an alias: v1. Give letters"),
         ("bot", "champion", "", "The alias champion is moved by `llmbench promote` only"),
         ("bot", "candidate", "nonsense", "nonsense is neither a run id, nor a sweep of this store"),
@@ -287,7 +342,11 @@ def deploy(result: RunResult) -> Any:
 
 def real(quant: str, source: str = "folder", **facts: Any) -> RunResult:
     model = ModelFacts("m", source, "/models/m.gguf" if source == "gguf" else "/models/m", "c0ffee")
-    return made(cell=Cell(model="m", quant=quant, output_tokens=5), model=model, load=LoadInfo(1.0, facts={"model.dtype": "bfloat16", **facts}))
+    return made(
+        cell=Cell(model="m", quant=quant, output_tokens=5),
+        model=model,
+        load=LoadInfo(1.0, facts={"model.dtype": "bfloat16", **facts}),
+    )
 
 
 def test_each_quantization_becomes_its_recipe() -> None:
@@ -296,7 +355,9 @@ def test_each_quantization_becomes_its_recipe() -> None:
         "class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16",
     }  # fmt: skip
     assert four["dtype"] == "bfloat16"
-    twice = deploy(real("int4", **{"quant.type": "nf4", "quant.compute_dtype": "bfloat16", "quant.double_quant": "true"}))
+    twice = deploy(
+        real("int4", **{"quant.type": "nf4", "quant.compute_dtype": "bfloat16", "quant.double_quant": "true"})
+    )
     assert twice["quantization"]["bnb_4bit_use_double_quant"] is True
     assert (deploy(real("none"))["dtype"], deploy(real("none"))["quantization"]) == ("auto", {})
     assert deploy(real("fp16"))["dtype"] == "float16"
@@ -314,7 +375,11 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("kv_cache", "fp8", "kv_cache=fp8 cannot be served yet"),
         ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),  # its load says no method
         ("quant", "gptq", "does not say where the files are that it ran"),
-        ("batching", "dynamic", "batching=dynamic cannot be served: the registered model batches the prompts of one request"),
+        (
+            "batching",
+            "dynamic",
+            "batching=dynamic cannot be served: the registered model batches the prompts of one request",
+        ),
         ("history", "kept", "history=kept cannot be served: .* Measure with history=recomputed"),
     ],
 )
@@ -328,7 +393,11 @@ def test_a_gguf_file_without_a_tokenizer_is_not_registered() -> None:
     """Asked to cut a text with it, llama.cpp ends the process."""
     facts = {"quant.type": "Q4_0", "kv_cache.type": "f16", "model.tokenizer": "none"}
     cell = Cell(model="m", backend="llama_cpp", quant="q4_0", output_tokens=5)
-    result = made(cell=cell, model=ModelFacts("m", "folder", "/models/m", "c"), load=LoadInfo(1.0, facts=facts, made="/cache/m.gguf"))
+    result = made(
+        cell=cell,
+        model=ModelFacts("m", "folder", "/models/m", "c"),
+        load=LoadInfo(1.0, facts=facts, made="/cache/m.gguf"),
+    )
     with pytest.raises(UsageError, match="has no tokenizer, so it cannot answer texts"):
         deploy(result)
 
@@ -337,7 +406,8 @@ def test_recomputed_conversations_are_served_up_to_their_longest_history() -> No
     """A client sends the whole conversation with each turn, as it was measured."""
     result = real("none")
     turns = tuple(
-        dataclasses.replace(r, requests=tuple(dataclasses.replace(one, prompt_tokens=40) for one in r.requests)) for r in result.repetitions
+        dataclasses.replace(r, requests=tuple(dataclasses.replace(one, prompt_tokens=40) for one in r.requests))
+        for r in result.repetitions
     )
     cell = dataclasses.replace(result.cell, workload="chat", history="recomputed", prompt_tokens=None)
     config = deploy(dataclasses.replace(result, cell=cell, repetitions=turns))
@@ -349,14 +419,20 @@ def test_recomputed_conversations_are_served_up_to_their_longest_history() -> No
 def test_the_figures_of_a_version_come_before_its_evidence() -> None:
     result = real("none")
     names = list(version_tags(deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid")))))
-    order = [names.index(f"llmbench.{name}") for name in ("model", "quant", "output_tokens_per_s", "verdict", "run_id", "config_hash", "schema")]
+    order = [
+        names.index(f"llmbench.{name}")
+        for name in ("model", "quant", "output_tokens_per_s", "verdict", "run_id", "config_hash", "schema")
+    ]
     assert order == sorted(order)
 
 
 def test_a_checkpoint_that_is_quantized_already_pins_what_loads_it() -> None:
     packages = {"torch": "2.13.0+cpu", "gptqmodel": "7.6.0", "optimum": "2.1.0", "bitsandbytes": "0.50.2"}
     ready = dataclasses.replace(real("none", **{"quant.method": "bitsandbytes"}), environment={"packages": packages})
-    assert "bitsandbytes==0.50.2" in deployment_of(ready, summarize(ready), Evidence("r", "s", Verdict("valid"))).requirements
+    assert (
+        "bitsandbytes==0.50.2"
+        in deployment_of(ready, summarize(ready), Evidence("r", "s", Verdict("valid"))).requirements
+    )
     for method, pinned in (("awq", True), ("gptq", True), ("none", False)):
         result = dataclasses.replace(real("none", **{"quant.method": method}), environment={"packages": packages})
         found = deployment_of(result, summarize(result), Evidence("r", "s", Verdict("valid"))).requirements
@@ -374,8 +450,25 @@ def test_register_is_an_entry_point_of_the_project(store_uri: str, tmp_path: Pat
     [one] = stored(tmp_path / "sweep", store_uri, made())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     parameters = ["-P", f"run={one}", "-P", "name=support-bot"]
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "register", "--env-manager", "local", *parameters]
-    done = subprocess.run(command, env={**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store_uri}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "run",
+        str(ROOT),
+        "-e",
+        "register",
+        "--env-manager",
+        "local",
+        *parameters,
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store_uri},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     client = MlflowClient(store_uri)
     assert client.get_model_version_by_alias("support-bot", "candidate").run_id == one
@@ -390,7 +483,9 @@ def test_tables_are_named_where_the_ui_sets_them_side_by_side(run_id: str, store
     named = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
     assert {item["type"] for item in named} == {"table"}
     paths = [item["path"] for item in named]
-    assert sorted(paths) == sorted(item.path for item in client.list_artifacts(run_id, "tables") if item.path.endswith(".json"))
+    assert sorted(paths) == sorted(
+        item.path for item in client.list_artifacts(run_id, "tables") if item.path.endswith(".json")
+    )
     assert paths[0] == "tables/texts.json" or "tables/texts.json" not in paths
     data = json.loads(Path(client.download_artifacts(run_id, paths[0])).read_text())
     assert {"columns", "data"} <= data.keys()

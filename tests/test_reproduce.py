@@ -27,7 +27,14 @@ from mlflow_llmbench.tracking import open_store
 from .results import WIGGLE, made, stored
 
 ORIGINAL = made()
-CELL = {"backend": "fake", "model": "fake:ttft_ms=20+itl_ms=10", "prompt_tokens": 8, "output_tokens": 5, "repetitions": 5, "warmup": 1}
+CELL = {
+    "backend": "fake",
+    "model": "fake:ttft_ms=20+itl_ms=10",
+    "prompt_tokens": 8,
+    "output_tokens": 5,
+    "repetitions": 5,
+    "warmup": 1,
+}
 
 
 def weighed(**again: object) -> Reproduction:
@@ -108,7 +115,9 @@ def test_what_cannot_be_told_says_how_many_repetitions_would() -> None:
 
 def test_quality_is_held_against_the_margin_too() -> None:
     def verdict(now: float) -> str:
-        return weigh(compare(ORIGINAL, made()), 0.05, ({"quality/perplexity": 10.0}, {"quality/perplexity": now})).verdict
+        return weigh(
+            compare(ORIGINAL, made()), 0.05, ({"quality/perplexity": 10.0}, {"quality/perplexity": now})
+        ).verdict
 
     assert (verdict(10.1), verdict(11.0)) == ("equivalent", "different")
 
@@ -135,8 +144,22 @@ def test_the_parameters_are_those_of_the_run_with_the_commit_that_was_measured()
 @pytest.mark.parametrize(
     "settings",
     [
-        {"batching": "dynamic", "batch_wait_ms": 50.0, "request_rate": 40.0, "arrival": "gamma", "burstiness": 2.0, "requests": 6, "batch_size": 2},
-        {"batching": "continuous", "batch_wait_ms": 100.0, "request_rate": 40.0, "burstiness": 1.0, "workload": "mixed"},
+        {
+            "batching": "dynamic",
+            "batch_wait_ms": 50.0,
+            "request_rate": 40.0,
+            "arrival": "gamma",
+            "burstiness": 2.0,
+            "requests": 6,
+            "batch_size": 2,
+        },
+        {
+            "batching": "continuous",
+            "batch_wait_ms": 100.0,
+            "request_rate": 40.0,
+            "burstiness": 1.0,
+            "workload": "mixed",
+        },
         {"workload": "chat", "history": "kept", "prompt_tokens": None},
         {"quant": "gptq", "group_size": 64},
         {"threads": 1, "attention": "eager", "processes": 2, "seed": 3},
@@ -146,19 +169,27 @@ def test_every_parameter_of_a_cell_is_measured_again(settings: dict[str, Any]) -
     cell = dataclasses.replace(ORIGINAL.cell, **settings)
     [again] = expand_cells(parse(parameters_again(made(cell=cell))))
     assert again == cell
-    assert config_hash(again, ORIGINAL.model) == config_hash(cell, ORIGINAL.model) != config_hash(ORIGINAL.cell, ORIGINAL.model)
+    assert (
+        config_hash(again, ORIGINAL.model)
+        == config_hash(cell, ORIGINAL.model)
+        != config_hash(ORIGINAL.cell, ORIGINAL.model)
+    )
 
 
 @pytest.mark.parametrize("grant", ["trust_remote_code", "allow_pickle"])
 def test_what_a_run_may_do_is_not_taken_over_from_it(grant: str) -> None:
     trusting = dataclasses.replace(ORIGINAL, cell=dataclasses.replace(ORIGINAL.cell, **{grant: True}))
-    with pytest.raises(UsageError, match=f"{grant}=true, which is not taken over from a run.*add --{grant.replace('_', '-')}"):
+    with pytest.raises(
+        UsageError, match=f"{grant}=true, which is not taken over from a run.*add --{grant.replace('_', '-')}"
+    ):
         parameters_again(trusting)
     assert parameters_again(trusting, frozenset({grant}))[grant] == ["true"]
 
 
 def test_a_servers_address_is_not_taken_over() -> None:
-    served = dataclasses.replace(ORIGINAL, cell=dataclasses.replace(ORIGINAL.cell, url="http://10.0.0.1:8000", backend="openai"))
+    served = dataclasses.replace(
+        ORIGINAL, cell=dataclasses.replace(ORIGINAL.cell, url="http://10.0.0.1:8000", backend="openai")
+    )
     with pytest.raises(UsageError, match="an address is not taken over from a run. Add --url http://10.0.0.1:8000"):
         parameters_again(served)
     assert parameters_again(served, url="http://127.0.0.1:1")["url"] == ["http://127.0.0.1:1"]
@@ -194,26 +225,37 @@ def test_a_run_is_measured_again_linked_and_judged(store_uri: str, capsys: pytes
     first = run(**CELL, experiment="mine")
     code = main(["reproduce", first.run_ids[0], "--margin", "40%", "--json"])
     out = capsys.readouterr().out
-    assert out.startswith(f"This machine and its software are those of run {first.run_ids[0]}.\nEquivalent within ±40 % in all of ")
+    assert out.startswith(
+        f"This machine and its software are those of run {first.run_ids[0]}.\nEquivalent within ±40 % in all of "
+    )
     assert "Welch's t test on the logarithms of 5 and 5 repetitions" in out
     told = json.loads(out.splitlines()[-1])
     assert (code, told["verdict"], told["original_run_id"]) == (0, "equivalent", first.run_ids[0])
     client = MlflowClient(store_uri)
     new, old = client.get_run(told["run_id"]), client.get_run(first.run_ids[0])
     assert new.info.experiment_id == old.info.experiment_id
-    assert (new.data.tags["llmbench.reproduces"], new.data.tags["llmbench.reproduction"]) == (old.info.run_id, "equivalent")
+    assert (new.data.tags["llmbench.reproduces"], new.data.tags["llmbench.reproduction"]) == (
+        old.info.run_id,
+        "equivalent",
+    )
     assert old.data.tags["llmbench.reproduced_by"] == new.info.run_id
     assert new.data.tags["llmbench.config_hash"] == old.data.tags["llmbench.config_hash"]
     assert "llmbench.linked_run" not in new.data.tags  # it was measured, not found
     files = {item.path for item in client.list_artifacts(told["run_id"], "reproduction")}
-    assert {f"reproduction/{name}" for name in ("reproduction.json", "reproduction.md", "comparison.md", "table.json")} <= files
+    assert {
+        f"reproduction/{name}" for name in ("reproduction.json", "reproduction.md", "comparison.md", "table.json")
+    } <= files
 
 
-def test_a_registered_version_whose_figures_are_not_met_is_exit_code_1(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_registered_version_whose_figures_are_not_met_is_exit_code_1(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     faster = run(**CELL | {"model": "fake:ttft_ms=10+itl_ms=5"})
     measured = find_original(str(faster.folder)).result
     slow = dataclasses.replace(
-        measured, cell=dataclasses.replace(measured.cell, model=CELL["model"]), model=dataclasses.replace(measured.model, **_named(CELL["model"]))
+        measured,
+        cell=dataclasses.replace(measured.cell, model=CELL["model"]),
+        model=dataclasses.replace(measured.model, **_named(CELL["model"])),
     )
     [run_id] = stored(tmp_path / "claimed", store_uri, slow)
     register(open_store(store_uri), run_id, "bot", accept_suspect="a test")
@@ -250,7 +292,9 @@ def test_another_text_is_no_other_perplexity() -> None:
     assert any("The text of the perplexity is not kept with a run" in note for note in found("b").notes)
 
 
-def test_another_machine_is_named_and_not_refused(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_machine_is_named_and_not_refused(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = find_original(str(run(**CELL).folder)).result
     elsewhere = dataclasses.replace(
         first,
@@ -275,11 +319,20 @@ def test_another_machine_is_named_and_not_refused(store_uri: str, tmp_path: Path
             3,
             "The original is invalid (wrong_token_count). There is nothing to reproduce.",
         ),
-        ({"cell": dataclasses.replace(ORIGINAL.cell, trust_remote_code=True)}, 2, "If you trust the model fake:x, add --trust-remote-code."),
+        (
+            {"cell": dataclasses.replace(ORIGINAL.cell, trust_remote_code=True)},
+            2,
+            "If you trust the model fake:x, add --trust-remote-code.",
+        ),
     ],
 )
 def test_what_is_not_measured_again(
-    fields: dict[str, object], code: int, message: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fields: dict[str, object],
+    code: int,
+    message: str,
+    store_uri: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     [run_id] = stored(tmp_path / "s", store_uri, dataclasses.replace(ORIGINAL, **fields))  # type: ignore[arg-type]
     assert main(["reproduce", run_id]) == code
@@ -288,7 +341,9 @@ def test_what_is_not_measured_again(
     assert len(MlflowClient(store_uri).search_runs([MlflowClient(store_uri).get_run(run_id).info.experiment_id])) == 1
 
 
-def test_a_workload_that_has_changed_is_told_before_anything_is_measured(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_workload_that_has_changed_is_told_before_anything_is_measured(
+    store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "one two three"}\n')
     first = run(**CELL | {"workload": str(prompts), "repetitions": 2})
@@ -306,7 +361,10 @@ def test_wrong_use_and_a_failed_measurement(store_uri: str, tmp_path: Path, caps
         assert main(["reproduce", several[0], "--margin", margin]) == 2
     capsys.readouterr()
     script = "fake:fail=error"
-    broken = made(cell=dataclasses.replace(ORIGINAL.cell, model=script), model=dataclasses.replace(ORIGINAL.model, **_named(script)))
+    broken = made(
+        cell=dataclasses.replace(ORIGINAL.cell, model=script),
+        model=dataclasses.replace(ORIGINAL.model, **_named(script)),
+    )
     broken = dataclasses.replace(broken, hashes=dataclasses.replace(broken.hashes, workload=_workload_of(broken)))
     [run_id] = stored(tmp_path / "b", store_uri, broken)
     assert main(["reproduce", run_id]) == 4

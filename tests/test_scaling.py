@@ -15,7 +15,16 @@ from mlflow_llmbench import artifacts, scaling_charts
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.errors import OutOfRange, UsageError
 from mlflow_llmbench.fits import ranked
-from mlflow_llmbench.records import Failure, Hashes, LoadInfo, MemoryStages, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.records import (
+    Failure,
+    Hashes,
+    LoadInfo,
+    MemoryStages,
+    ModelFacts,
+    Repetition,
+    RequestRecord,
+    RunResult,
+)
 from mlflow_llmbench.scaling import LawFit, roofline
 from mlflow_llmbench.scaling_report import format_study, study_json, study_markdown
 from mlflow_llmbench.scaling_study import Study, study_scaling
@@ -28,22 +37,41 @@ LOAD = LoadInfo(
 
 
 def result(
-    cell: Cell, ttft_ms: float, tpot_ms: float, *, seed: int = 0, sigma: float = 0.005, env: str = "a", load: LoadInfo = LOAD, **other: Any
+    cell: Cell,
+    ttft_ms: float,
+    tpot_ms: float,
+    *,
+    seed: int = 0,
+    sigma: float = 0.005,
+    env: str = "a",
+    load: LoadInfo = LOAD,
+    **other: Any,
 ) -> RunResult:
     """A measured cell of 6 repetitions whose times scatter by `sigma`."""
     draw, repetitions = np.random.default_rng(seed), []
     for index in range(6):
         first, gap = (value * MS * math.exp(draw.normal(0, sigma)) for value in (ttft_ms, tpot_ms))
         stamps = tuple(int(first + gap * i) for i in range(cell.output_tokens))
-        repetitions.append(Repetition(index, 1000 + index, (RequestRecord(0, stamps, cell.batch_size, cell.prompt_tokens),)))
-    peak = 400_000_000 + (load.weight_bytes or 0) + 50_000 * cell.batch_size * ((cell.prompt_tokens or 0) + cell.output_tokens) + 10_000_000
+        repetitions.append(
+            Repetition(index, 1000 + index, (RequestRecord(0, stamps, cell.batch_size, cell.prompt_tokens),))
+        )
+    peak = (
+        400_000_000
+        + (load.weight_bytes or 0)
+        + 50_000 * cell.batch_size * ((cell.prompt_tokens or 0) + cell.output_tokens)
+        + 10_000_000
+    )
     stages = MemoryStages({}, {"baseline": 400_000_000, "loaded": 405_000_000 + (load.weight_bytes or 0), "peak": peak})
     hashes = Hashes(f"{hash(cell):016x}"[:16], "w", env, env, env)
     model = ModelFacts(cell.model, "preset", cell.model, "main")
-    return RunResult(cell, "ok", seed, seed + 1, hashes, model, {}, load, repetitions=tuple(repetitions), memory=stages, **other)
+    return RunResult(
+        cell, "ok", seed, seed + 1, hashes, model, {}, load, repetitions=tuple(repetitions), memory=stages, **other
+    )
 
 
-def sweep(batches: Sequence[int] = BATCHES, lengths: Sequence[int] = LENGTHS, quant: str = "bf16", **other: Any) -> list[RunResult]:
+def sweep(
+    batches: Sequence[int] = BATCHES, lengths: Sequence[int] = LENGTHS, quant: str = "bf16", **other: Any
+) -> list[RunResult]:
     """TTFT = 30 + 0.02·b·s^0.8 ms, TPOT = 20 + 1.5·b ms."""
     found = []
     for b in batches:
@@ -66,12 +94,18 @@ def test_the_parameters_of_the_cells_come_back() -> None:
         assert parameter.low is not None and parameter.high is not None
         assert parameter.low < truth < parameter.high
     assert found.where == "batch_size=4"
-    assert [found.where for found in study.laws if found.law.key == "throughput_by_batch"] == [f"prompt_tokens={s}" for s in LENGTHS]
+    assert [found.where for found in study.laws if found.law.key == "throughput_by_batch"] == [
+        f"prompt_tokens={s}" for s in LENGTHS
+    ]
     by_batch = law(study, "throughput_by_batch", "prompt_tokens=128")
     # 32 tokens take 30 + 0.02·b·128^0.8 + 31·(20 + 1.5·b) ms
     rival = by_batch.best.parameter("c")
     assert by_batch.best.form.formula == "T = b/(a + c·b)"
-    assert rival.low is not None and rival.high is not None and rival.low < (0.02 * 128**0.8 + 31 * 1.5) / 32e3 < rival.high
+    assert (
+        rival.low is not None
+        and rival.high is not None
+        and rival.low < (0.02 * 128**0.8 + 31 * 1.5) / 32e3 < rival.high
+    )
     assert by_batch.refuted
     slope = law(study, "memory_by_tokens").fit.parameter("k")
     assert slope.value == pytest.approx(50_000e-9, rel=1e-3)
@@ -102,7 +136,9 @@ def test_the_papers_joint_law_is_nearest_where_it_holds() -> None:
     [surface] = study_scaling(found).surfaces
     law_ = ranked(surface.joint)[0]
     assert law_.form.formula == "T = α·b^β(s)"
-    for (_, single), name, truth in zip(surface.exponents, ("β(128)", "β(512)", "β(2048)"), (0.8, 0.6, 0.4), strict=True):
+    for (_, single), name, truth in zip(
+        surface.exponents, ("β(128)", "β(512)", "β(2048)"), (0.8, 0.6, 0.4), strict=True
+    ):
         for parameter in (law_.parameter(name), single.parameter("β")):
             assert parameter.low is not None and parameter.high is not None
             assert parameter.low < truth < parameter.high
@@ -131,38 +167,62 @@ def test_unlike_machines_and_settings_are_never_fitted_together() -> None:
     here, there = sweep(lengths=[128]), sweep(lengths=[128], env="b")
     study = study_scaling([*here, *there])
     assert [len(found.cells) for found in study.laws if found.law.key == "throughput_by_batch"] == [6, 6]
-    assert {found.where for found in study.laws if found.law.key == "throughput_by_batch"} == {"opt-125m bf16 on a", "opt-125m bf16 on b"}
+    assert {found.where for found in study.laws if found.law.key == "throughput_by_batch"} == {
+        "opt-125m bf16 on a",
+        "opt-125m bf16 on b",
+    }
     other = sweep(lengths=[128], quant="int8")
-    assert [found.where for found in study_scaling([*here, *other]).laws if found.law.key == "throughput_by_batch"] == ["bf16", "int8"]
+    assert [found.where for found in study_scaling([*here, *other]).laws if found.law.key == "throughput_by_batch"] == [
+        "bf16",
+        "int8",
+    ]
 
 
 def test_invalid_cells_are_left_out_by_name() -> None:
     good = sweep(lengths=[128])
     bad = dataclasses.replace(good[-1], cell=dataclasses.replace(good[-1].cell, output_tokens=64), started_ms=7)
-    failed = dataclasses.replace(good[0], outcome="oom", repetitions=(), failure=Failure("generate", "No memory."), started_ms=8)
+    failed = dataclasses.replace(
+        good[0], outcome="oom", repetitions=(), failure=Failure("generate", "No memory."), started_ms=8
+    )
     study = study_scaling([*good, bad, failed])
     assert study.cells == 6
     assert study.left_out == ("batch_size=32 output_tokens=64: wrong_token_count", "batch_size=1 output_tokens=32: oom")
-    assert "Left out:\n- batch_size=32 output_tokens=64: wrong_token_count.\n- batch_size=1 output_tokens=32: oom." in format_study(study)
+    assert (
+        "Left out:\n- batch_size=32 output_tokens=64: wrong_token_count.\n- batch_size=1 output_tokens=32: oom."
+        in format_study(study)
+    )
     with pytest.raises(UsageError, match="None of the 1 results can be used: opt-125m bf16: oom"):
         study_scaling([failed])
 
 
 def test_a_stream_is_left_out_for_what_it_is_and_not_for_its_verdict() -> None:
     good = sweep(lengths=[128])
-    streams = dataclasses.replace(good[0], cell=dataclasses.replace(good[0].cell, batching="static", request_rate=5.0), started_ms=8)
+    streams = dataclasses.replace(
+        good[0], cell=dataclasses.replace(good[0].cell, batching="static", request_rate=5.0), started_ms=8
+    )
     text = format_study(study_scaling([*good, streams]))
-    assert text.partition("Left out:\n")[2].splitlines()[0].endswith(": a stream of requests, and the laws are of batches of one shape.")
+    assert (
+        text.partition("Left out:\n")[2]
+        .splitlines()[0]
+        .endswith(": a stream of requests, and the laws are of batches of one shape.")
+    )
 
 
 def test_the_heading_names_what_was_studied_and_not_the_first_cell_alone() -> None:
     one = sweep(batches=[1, 2], lengths=[128])
     assert study_scaling(one).subject == "opt-125m bf16"
-    two = [dataclasses.replace(r, cell=dataclasses.replace(r.cell, model="pythia-70m", quant="int8"), started_ms=7) for r in one]
+    two = [
+        dataclasses.replace(r, cell=dataclasses.replace(r.cell, model="pythia-70m", quant="int8"), started_ms=7)
+        for r in one
+    ]
     study = study_scaling([*one, *two])
     assert study.subject == "opt-125m, pythia-70m"
     assert study_markdown(study).startswith("# Scaling: opt-125m, pythia-70m\n")
-    many = [dataclasses.replace(r, cell=dataclasses.replace(r.cell, model=f"m{i}"), started_ms=10 + i) for i in range(6) for r in one]
+    many = [
+        dataclasses.replace(r, cell=dataclasses.replace(r.cell, model=f"m{i}"), started_ms=10 + i)
+        for i in range(6)
+        for r in one
+    ]
     assert study_scaling(many).subject == "m0, m1, m2, m3 and 2 more bf16"
 
 
@@ -173,7 +233,10 @@ def test_lengths_that_span_less_than_512_tokens_still_say_what_a_prompt_costs() 
     assert found.exchange.prompt_tokens == 448
     assert found.exchange.prompt[0] == pytest.approx(0.02 * (512**0.8 - 64**0.8), rel=0.1)
     assert found.exchange.output[0] == pytest.approx(8 * 21.5, rel=0.02)
-    assert any(sentence.startswith("448 more prompt tokens cost") for sentence in study_json(study)["sentences"]["Prompt against output"])
+    assert any(
+        sentence.startswith("448 more prompt tokens cost")
+        for sentence in study_json(study)["sentences"]["Prompt against output"]
+    )
     assert study_scaling(sweep(batches=[1])).exchanges[0].exchange.prompt_tokens == 512
 
 
@@ -186,7 +249,8 @@ def test_two_points_are_refused_by_name_and_one_is_no_law() -> None:
     study = study_scaling(sweep(batches=[1, 8], lengths=[128]))
     assert study.laws == ()
     assert any(
-        line.startswith("throughput against batch size (opt-125m bf16): T = α·b^β cannot be fitted: 2 distinct points") for line in study.refused
+        line.startswith("throughput against batch size (opt-125m bf16): T = α·b^β cannot be fitted: 2 distinct points")
+        for line in study.refused
     )
     assert study_scaling(sweep(batches=[1], lengths=[128])).refused == ()
 
@@ -200,7 +264,9 @@ def test_predictions_lie_between_the_cells_and_are_marked() -> None:
     assert all(p["predicted"] is True for p in study_json(study)["predictions"])
     with pytest.raises(OutOfRange, match="64 lies outside the measured range 1 to 32"):
         study_scaling(sweep(batches=[1, 2, 8, 32], lengths=[128]), at=[("batch_size", 64)])
-    with pytest.raises(UsageError, match="No law over prompt_tokens was fitted, so prompt_tokens=200 cannot be predicted"):
+    with pytest.raises(
+        UsageError, match="No law over prompt_tokens was fitted, so prompt_tokens=200 cannot be predicted"
+    ):
         study_scaling(sweep(batches=[1, 2, 8, 32], lengths=[128]), at=[("prompt_tokens", 200)])
     with pytest.raises(UsageError, match="not between 0 and 1: 0"):
         study_scaling(sweep(lengths=[128]), share=0)
@@ -271,7 +337,9 @@ def test_charts_draw_the_cells_and_nothing_beyond_them(tmp_path: Path) -> None:
 def test_charts_of_many_groups_write_plain_numbers_and_tell_the_groups_apart(tmp_path: Path) -> None:
     cells = [
         dataclasses.replace(
-            one, cell=dataclasses.replace(one.cell, model=model, workload=workload), hashes=dataclasses.replace(one.hashes, config=model)
+            one,
+            cell=dataclasses.replace(one.cell, model=model, workload=workload),
+            hashes=dataclasses.replace(one.hashes, config=model),
         )
         for model, workload in (("a-model-with-a-longer-name", "synthetic"), ("another-model-with-such-a-name", "qa"))
         for one in sweep(batches=[1, 8, 64], lengths=[128, 1024])

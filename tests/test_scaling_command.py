@@ -28,14 +28,34 @@ def sweep(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swee
     import mlflow
 
     model = f"fake:ttft_ms={TTFT:g}+itl_ms={ITL:g}+row_ms={ROW:g}"
-    given = {"backend": "fake", "output_tokens": TOKENS, "repetitions": 6, "warmup": 1, "output_dir": str(tmp_path_factory.mktemp("results"))}
+    given = {
+        "backend": "fake",
+        "output_tokens": TOKENS,
+        "repetitions": 6,
+        "warmup": 1,
+        "output_dir": str(tmp_path_factory.mktemp("results")),
+    }
     yield run(model=model, batch_size="1,2,4,8,16", prompt_tokens=16, tracking_uri=store, **given)
     mlflow.set_tracking_uri(None)
 
 
-def test_the_script_of_the_backend_comes_back(sweep: SweepResult, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_of_the_backend_comes_back(
+    sweep: SweepResult, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, parent = tmp_path / "out", sweep.parent_id or ""
-    arguments = ["scaling", str(sweep.folder), "--at", "batch_size=3,12", "--output", str(folder), "--log", parent, "--tracking-uri", store, "--json"]
+    arguments = [
+        "scaling",
+        str(sweep.folder),
+        "--at",
+        "batch_size=3,12",
+        "--output",
+        str(folder),
+        "--log",
+        parent,
+        "--tracking-uri",
+        store,
+        "--json",
+    ]
     assert main(arguments) == 0
     *printed, last = capsys.readouterr().out.splitlines()
     assert any(line.startswith("- Throughput against batch size") for line in printed)
@@ -52,7 +72,11 @@ def test_the_script_of_the_backend_comes_back(sweep: SweepResult, store: str, tm
     assert predicted[12]["value"] == pytest.approx(12 * TOKENS * 1e3 / (TTFT + steps * (ITL + 11 * ROW)), rel=0.05)
     assert json.loads((folder / "scaling.json").read_text())["laws"] == data["laws"]
     client = MlflowClient(store)
-    assert {item.path for item in client.list_artifacts(parent, "scaling")} == {"scaling/charts", "scaling/scaling.json", "scaling/scaling.md"}
+    assert {item.path for item in client.list_artifacts(parent, "scaling")} == {
+        "scaling/charts",
+        "scaling/scaling.json",
+        "scaling/scaling.md",
+    }
     assert len(client.list_artifacts(parent, "scaling/charts")) == len(list((folder / "charts").iterdir())) > 0
 
 
@@ -66,7 +90,9 @@ def test_the_script_of_the_backend_comes_back(sweep: SweepResult, store: str, tm
         (["--log", "0" * 32], "There is no run 00000000000000000000000000000000 in the MLflow store"),
     ],
 )
-def test_wrong_use_is_one_line(sweep: SweepResult, store: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_one_line(
+    sweep: SweepResult, store: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["scaling", str(sweep.folder), "--tracking-uri", store, *arguments]) in (1, 2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error

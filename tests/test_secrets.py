@@ -113,7 +113,9 @@ TEXTS = (
 FILES = {"hub/token": "canary-22-tokenfile", "hub/stored_tokens": "[a]\nhf_token = canary-23-stored\n",
          "home/.mlflow/credentials": "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = canary-24-file\n"}  # fmt: skip
 CANARIES = [
-    value for name, value in VARIABLES.items() if name not in ("DATABASE_URL", "HTTP_PROXY", "PIP_INDEX_URL", "AZURE_STORAGE_CONNECTION_STRING")
+    value
+    for name, value in VARIABLES.items()
+    if name not in ("DATABASE_URL", "HTTP_PROXY", "PIP_INDEX_URL", "AZURE_STORAGE_CONNECTION_STRING")
 ]
 CANARIES += [
     "canary-11/of@db",
@@ -145,7 +147,13 @@ def planted(tmp_path: Path) -> dict[str, str]:
     (site / "leaky.py").write_text(BACKEND)
     (site / "leaky-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: leaky\nVersion: 1.0\n")
     (site / "leaky-1.0.dist-info" / "entry_points.txt").write_text("[mlflow_llmbench.backends]\nleaky = leaky:Leaky\n")
-    known = [*VARIABLES.values(), "canary-22-tokenfile", "canary-23-stored", "canary-24-file", quote(VARIABLES["MY_DB_PASSWD"])]
+    known = [
+        *VARIABLES.values(),
+        "canary-22-tokenfile",
+        "canary-23-stored",
+        "canary-24-file",
+        quote(VARIABLES["MY_DB_PASSWD"]),
+    ]
     for file, text in {**FILES, "planted/planted.txt": "\n".join([*TEXTS, *known])}.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
@@ -157,7 +165,13 @@ def planted(tmp_path: Path) -> dict[str, str]:
 
 
 def llmbench(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mlflow_llmbench", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "mlflow_llmbench", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def places(text: str | bytes, canaries: list[str]) -> list[str]:
@@ -182,18 +196,36 @@ def test_there_are_at_least_twenty() -> None:
 
 
 def test_planted_secrets_are_found_nowhere(
-    store_uri: str, tmp_path: Path, planted: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    store_uri: str,
+    tmp_path: Path,
+    planted: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     for name in [name for name in os.environ if name not in planted]:
         monkeypatch.delenv(name)
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the proxies of its first use, here the planted one, for the process
+    monkeypatch.setattr(
+        urllib.request, "_opener", None
+    )  # urllib keeps the proxies of its first use, here the planted one, for the process
     prompts = tmp_path / "planted" / "prompts.jsonl"
     prompts.write_text('{"prompt": "Say something."}\n{"prompt": "And canary-07-github."}\n')
     models = "https://user:canary-21@host.example/m,./canary-06-openai/fails,crashes?sig=canary19"
-    run = ("run", "--backend", "leaky", "--workload", str(prompts), "--tracking-uri", store_uri, "--output-dir", "results", *FAST, "--json")
+    run = (
+        "run",
+        "--backend",
+        "leaky",
+        "--workload",
+        str(prompts),
+        "--tracking-uri",
+        store_uri,
+        "--output-dir",
+        "results",
+        *FAST,
+        "--json",
+    )
     assert main([*run, "--model", models]) == 1
     shown = capfd.readouterr()
     last = json.loads(shown.out.splitlines()[-1])
@@ -218,7 +250,9 @@ def test_planted_secrets_are_found_nowhere(
     for text in (shown.out, shown.err, also.out, also.err, *(done.stdout + done.stderr for done in asked)):
         assert places(text, CANARIES) == [], text
     assert found_in(tmp_path, CANARIES) == {}
-    notes = [run.data.tags["mlflow.note.content"] for run in MlflowClient(store_uri).search_runs([last["experiment_id"]])]
+    notes = [
+        run.data.tags["mlflow.note.content"] for run in MlflowClient(store_uri).search_runs([last["experiment_id"]])
+    ]
     assert all("***" in html.unescape(note) for note in notes)  # they were there to be masked
     assert {path.name for path in tmp_path.rglob("*.log") if "***" in path.read_text()} == {"worker.log", "prepare.log"}
 
@@ -227,7 +261,9 @@ def test_a_worker_is_started_without_them(store_uri: str, tmp_path: Path, plante
     run = ("run", "--backend", "leaky", "--model", "one", "--workload", "qa", "--tracking-uri", store_uri, *FAST)
     done = llmbench({**planted, "LLMBENCH_OURS": "stays", "CC": "stays too"}, tmp_path, *run)
     assert done.returncode == 0, done.stderr
-    seen: dict[str, dict[str, Any]] = {task: json.loads((tmp_path / "planted" / f"{task}.json").read_text()) for task in ("prepare", "measure")}
+    seen: dict[str, dict[str, Any]] = {
+        task: json.loads((tmp_path / "planted" / f"{task}.json").read_text()) for task in ("prepare", "measure")
+    }
     assert set(VARIABLES) & set(seen["measure"]) == set()
     assert set(VARIABLES) & set(seen["prepare"]) == {"HF_TOKEN", "HTTP_PROXY"}  # for a download
     assert places(json.dumps(seen["measure"]), CANARIES) == []
@@ -248,21 +284,45 @@ def test_what_a_killed_command_left_is_masked_by_the_next(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_the_password_of_a_server_that_takes_it_is_kept_nowhere(store_uri: str, tmp_path: Path, planted: dict[str, str]) -> None:
+def test_the_password_of_a_server_that_takes_it_is_kept_nowhere(
+    store_uri: str, tmp_path: Path, planted: dict[str, str]
+) -> None:
     port = free_port()
     with mlflow_server(store_uri, tmp_path, port):
         address = f"http://user:canary-21@127.0.0.1:{port}"
-        run = ("run", "--backend", "leaky", "--model", "one", "--workload", "qa", "--batch-size", "1,2", "--tracking-uri", address, *FAST, "--json")
+        run = (
+            "run",
+            "--backend",
+            "leaky",
+            "--model",
+            "one",
+            "--workload",
+            "qa",
+            "--batch-size",
+            "1,2",
+            "--tracking-uri",
+            address,
+            *FAST,
+            "--json",
+        )
         done = llmbench({name: value for name, value in planted.items() if "TRACKING" not in name}, tmp_path, *run)
     assert done.returncode == 0, done.stderr
     assert f"Open the comparison: http://***@127.0.0.1:{port}/#/experiments/" in done.stdout
-    assert "viewStateShareKey=llmbench-" in done.stdout  # the server's version was asked for, without the password in the address
-    known = [canary for canary in CANARIES if canary not in (VARIABLES["MLFLOW_TRACKING_PASSWORD"], VARIABLES["MLFLOW_TRACKING_TOKEN"])]
+    assert (
+        "viewStateShareKey=llmbench-" in done.stdout
+    )  # the server's version was asked for, without the password in the address
+    known = [
+        canary
+        for canary in CANARIES
+        if canary not in (VARIABLES["MLFLOW_TRACKING_PASSWORD"], VARIABLES["MLFLOW_TRACKING_TOKEN"])
+    ]
     assert places(done.stdout + done.stderr, known) == []
     assert found_in(tmp_path, known) == {}
 
 
-def test_a_token_that_a_client_has_noted_of_the_git_remote_leaves_the_store_again(store_uri: str, tmp_path: Path, planted: dict[str, str]) -> None:
+def test_a_token_that_a_client_has_noted_of_the_git_remote_leaves_the_store_again(
+    store_uri: str, tmp_path: Path, planted: dict[str, str]
+) -> None:
     """`mlflow run` notes the address of the remote; MLflow 3.17 strips the user from it, others may not, and a source can be any address."""
     client = MlflowClient(store_uri)
     tags = {
@@ -271,7 +331,9 @@ def test_a_token_that_a_client_has_noted_of_the_git_remote_leaves_the_store_agai
     }
     run_id = client.create_run("0", tags={**tags, "mine": "stays"}).info.run_id
     environment = {**planted, "MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_URI": store_uri}
-    done = llmbench(environment, tmp_path, "run", "--backend", "fake", "--model", "fake:ttft_ms=1", *FAST, "--prompt-tokens", "4")
+    done = llmbench(
+        environment, tmp_path, "run", "--backend", "fake", "--model", "fake:ttft_ms=1", *FAST, "--prompt-tokens", "4"
+    )
     assert done.returncode == 0, done.stderr
     found = client.get_run(run_id).data.tags
     assert found["mlflow.source.git.repoURL"] == found["mlflow.source.name"] == "https://***@host.example/x.git"

@@ -68,7 +68,9 @@ def test_label_sets_are_summed_and_of_shares_the_largest_is_taken() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_server_is_read_before_during_and_after_a_load(server: str, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+def test_a_server_is_read_before_during_and_after_a_load(
+    server: str, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
     """Four users at two slots: two wait while two are served."""
     if processes == 1:
         monkeypatch.setattr(load_client, "SCRAPE_S", 0.1)
@@ -94,7 +96,10 @@ def test_the_last_reading_is_after_the_last_process(server: str) -> None:
     backend, trace = send(server, "ttft_ms=20+itl_ms=1", Load(arrivals_ns=(0, 400_000_000)), processes=2)
     first, last = backend.readings(trace)[0], backend.readings(trace)[-1]
     assert trace.parts[0].ended_ns + 200e6 < trace.ended_ns < last.t_ns
-    assert last.values["vllm:request_queue_time_seconds_count"] - first.values["vllm:request_queue_time_seconds_count"] == 2
+    assert (
+        last.values["vllm:request_queue_time_seconds_count"] - first.values["vllm:request_queue_time_seconds_count"]
+        == 2
+    )
 
 
 def test_a_long_load_holds_a_bounded_number_of_readings(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,16 +177,29 @@ def test_what_was_not_told_is_absent() -> None:
 
 @pytest.mark.parametrize(("hits", "found"), [(10, {"prefix_cache_hits"}), (1, set())])
 def test_the_prefix_cache_is_judged_by_metrics_where_answers_do_not_tell(hits: float, found: set[str]) -> None:
-    before, after = {"vllm:prefix_cache_hits_total": 5, "vllm:prefix_cache_queries_total": 50}, {"vllm:prefix_cache_queries_total": 250}
+    before, after = (
+        {"vllm:prefix_cache_hits_total": 5, "vllm:prefix_cache_queries_total": 50},
+        {"vllm:prefix_cache_queries_total": 250},
+    )
     one = told(before, after | {"vllm:prefix_cache_hits_total": 5 + hits})
     assert codes(one) == found
-    quiet = tuple(dataclasses.replace(r, requests=tuple(dataclasses.replace(q, cached_tokens=0) for q in r.requests)) for r in one.repetitions)
+    quiet = tuple(
+        dataclasses.replace(r, requests=tuple(dataclasses.replace(q, cached_tokens=0) for q in r.requests))
+        for r in one.repetitions
+    )
     assert codes(dataclasses.replace(one, repetitions=quiet)) == set()
     assert CELL.history == "none"
 
 
 def test_a_server_that_tells_of_itself_is_a_cell(server: str, store_uri: str) -> None:
-    settings: dict[str, Any] = {"backend": "openai", "url": server, "repetitions": 5, "warmup": 1, "output_tokens": 4, "prompt_tokens": 16}
+    settings: dict[str, Any] = {
+        "backend": "openai",
+        "url": server,
+        "repetitions": 5,
+        "warmup": 1,
+        "output_tokens": 4,
+        "prompt_tokens": 16,
+    }
     done = run(tracking_uri=store_uri, model=f"{MODEL}+hits=8", **settings)
     [row] = done.rows
     assert row.outcome == "ok", row.message

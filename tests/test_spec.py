@@ -37,7 +37,9 @@ def test_lists_make_axes_and_repeated_values_count_once() -> None:
 
 
 def test_auto_none_and_flags() -> None:
-    spec = parse({"threads": "auto", "price_per_hour": "none", "trust_remote_code": "yes", "repetitions": "10", "warmup": "1"})
+    spec = parse(
+        {"threads": "auto", "price_per_hour": "none", "trust_remote_code": "yes", "repetitions": "10", "warmup": "1"}
+    )
     assert spec.axes["threads"] == (None,)
     assert spec.options.price_per_hour is None
     assert spec.axes["trust_remote_code"] == (True,)
@@ -90,7 +92,10 @@ def test_yaml_files(tmp_path: Path) -> None:
         read_yaml("nowhere.yaml")
 
 
-@pytest.mark.parametrize(("text", "size"), [("6GB", 6_000_000_000), ("800 MiB", 800 * 2**20), ("1.5g", 1_500_000_000), ("250000000", 250_000_000)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GB", 6_000_000_000), ("800 MiB", 800 * 2**20), ("1.5g", 1_500_000_000), ("250000000", 250_000_000)],
+)
 def test_sizes(text: str, size: int) -> None:
     assert parse({"memory_limit": text}).options.memory_limit == size
 

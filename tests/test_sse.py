@@ -69,7 +69,11 @@ def test_every_cut_gives_the_same_events(name: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    lines=st.lists(st.sampled_from([b"data: \xe2\x82\xac", b"data:x", b":c", b"", b"", b"event: e", b"id: 1", b"data"]), max_size=12), draw=st.data()
+    lines=st.lists(
+        st.sampled_from([b"data: \xe2\x82\xac", b"data:x", b":c", b"", b"", b"event: e", b"id: 1", b"data"]),
+        max_size=12,
+    ),
+    draw=st.data(),
 )
 def test_any_lines_any_endings_any_cuts(lines: list[bytes], draw: st.DataObject) -> None:
     endings = draw.draw(st.lists(st.sampled_from([b"\n", b"\r\n"]), min_size=len(lines), max_size=len(lines)))
@@ -88,7 +92,9 @@ def test_an_event_is_told_by_the_piece_that_ends_it() -> None:
 
 def test_parsing_costs_less_than_the_json_inside() -> None:
     """Ratio of minima in one process, so that a busy machine changes both."""
-    payload = json.dumps({"id": "cmpl-1", "object": "text_completion", "choices": [{"index": 0, "text": " word", "finish_reason": None}]})
+    payload = json.dumps(
+        {"id": "cmpl-1", "object": "text_completion", "choices": [{"index": 0, "text": " word", "finish_reason": None}]}
+    )
     pieces = [f"data: {payload}\n\n".encode()] * 2000
 
     def fastest(work: object) -> float:

@@ -53,12 +53,34 @@ def test_repeated_values_count_as_often_as_if_written_out(values: list[float], q
 
 def test_percentile_of_a_published_example() -> None:
     """The 12 gauge values of the NIST/SEMATECH e-Handbook 7.2.6.2: its own definition (type 6) gives 95.1981, type 7 gives 95.19568."""
-    values = [95.1772, 95.1567, 95.1937, 95.1959, 95.1442, 95.0610, 95.1591, 95.1195, 95.1065, 95.0925, 95.1990, 95.1682]
+    values = [
+        95.1772,
+        95.1567,
+        95.1937,
+        95.1959,
+        95.1442,
+        95.0610,
+        95.1591,
+        95.1195,
+        95.1065,
+        95.0925,
+        95.1990,
+        95.1682,
+    ]
     assert stats.percentile(values, 90) == pytest.approx(95.19568, abs=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("n", "q", "enough"), [(28, 90, False), (29, 90, True), (58, 95, False), (59, 95, True), (298, 99, False), (299, 99, True), (1, 50, True)]
+    ("n", "q", "enough"),
+    [
+        (28, 90, False),
+        (29, 90, True),
+        (58, 95, False),
+        (59, 95, True),
+        (298, 99, False),
+        (299, 99, True),
+        (1, 50, True),
+    ],
 )
 def test_support_of_percentiles(n: int, q: int, enough: bool) -> None:
     assert stats.supports(n, q) is enough
@@ -204,7 +226,9 @@ def test_medians_by_shares_are_those_of_whole_resamples() -> None:
     """The same skewed series, with whole resamples (a function of one's own) and by shares: ends agree within a tenth of the width."""
     for number, series in enumerate(np.exp(2 * autoregressive(0.8, 3000, 4, seed=8))):
         low, high = stats.block_bootstrap_interval(series, 20, "median", seed=number)
-        exact = stats.block_bootstrap_interval(series, 20, lambda rows, axis: np.median(rows, axis=axis), seed=number + 100)
+        exact = stats.block_bootstrap_interval(
+            series, 20, lambda rows, axis: np.median(rows, axis=axis), seed=number + 100
+        )
         assert (low, high) == pytest.approx(exact, abs=0.1 * (high - low))
 
 
@@ -212,7 +236,9 @@ def test_block_length_follows_the_published_optimum() -> None:
     """For AR(1) and the circular bootstrap g/g(0) = 2φ/(1 − φ²), so b = (1.5·(2φ/(1 − φ²))²·n)^(1/3) (Politis & White 2004, 3.1): 57 and 17."""
     for phi, n in ((0.8, 6400), (0.5, 2000)):
         ideal = (1.5 * (2 * phi / (1 - phi**2)) ** 2 * n) ** (1 / 3)
-        assert np.median([stats.block_length(series) for series in autoregressive(phi, n, 20)]) == pytest.approx(ideal, rel=0.2)
+        assert np.median([stats.block_length(series) for series in autoregressive(phi, n, 20)]) == pytest.approx(
+            ideal, rel=0.2
+        )
     assert stats.block_length(np.random.default_rng(0).normal(size=1000)) == 1
     assert stats.block_length([3.0] * 100) == 1
     assert stats.block_length([1.0, 2.0]) == 1
@@ -221,7 +247,9 @@ def test_block_length_follows_the_published_optimum() -> None:
 def test_blocks_are_summed_as_if_written_out() -> None:
     series = autoregressive(0.5, 103, 1)[0] + 50
     fast = stats.block_bootstrap_interval(series, 10, "mean")
-    assert fast == pytest.approx(stats.block_bootstrap_interval(series, 10, lambda rows, axis: rows.mean(axis=axis)), rel=0.005)
+    assert fast == pytest.approx(
+        stats.block_bootstrap_interval(series, 10, lambda rows, axis: rows.mean(axis=axis)), rel=0.005
+    )
     ring = np.concatenate([series, series[:9]])
     starts = np.array([[0, 100, 7, 3, 50, 60, 70, 80, 90, 95, 102]])
     written = np.concatenate([ring[s : s + 10] for s in starts[0]])[:103]

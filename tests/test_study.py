@@ -27,11 +27,26 @@ MACHINE = {"cpu": {"name": "AMD EPYC", "usable_cpus": 2}}
 
 
 def measured(
-    model: str = "opt-125m", quant: str = "bf16", batch: int = 1, prompt: int = 128, *, speed: float = 1.0, weights: str = "random", **other: Any
+    model: str = "opt-125m",
+    quant: str = "bf16",
+    batch: int = 1,
+    prompt: int = 128,
+    *,
+    speed: float = 1.0,
+    weights: str = "random",
+    **other: Any,
 ) -> RunResult:
     """One cell: TTFT and TPOT grow with size, batch and length; times are divided by the quantization's speed and by `speed`."""
     size = MODELS[model]
-    cell = Cell(model=model, quant=quant, weights=weights, batch_size=batch, prompt_tokens=prompt, output_tokens=16, repetitions=6)
+    cell = Cell(
+        model=model,
+        quant=quant,
+        weights=weights,
+        batch_size=batch,
+        prompt_tokens=prompt,
+        output_tokens=16,
+        repetitions=6,
+    )
     fast = SPEED[quant] * speed
     facts = {"model.parameters": int(size * 1e9), "model.dtype": "bfloat16"}
     load = LoadInfo(1.0, weight_bytes=int(size * 1e9 * BYTES[quant]), kv_bytes_per_token=10_000, facts=facts)
@@ -43,7 +58,11 @@ def measured(
     return dataclasses.replace(made, memory=stages, environment=MACHINE, sweep="20260101T000000Z-abcdef", steady=True)
 
 
-def grid(models: Sequence[str] = ("pythia-70m", "opt-125m", "pythia-160m"), quants: Sequence[str] = tuple(SPEED), **other: Any) -> list[RunResult]:
+def grid(
+    models: Sequence[str] = ("pythia-70m", "opt-125m", "pythia-160m"),
+    quants: Sequence[str] = tuple(SPEED),
+    **other: Any,
+) -> list[RunResult]:
     return [measured(m, q, b, s, **other) for m in models for q in quants for b in BATCHES for s in LENGTHS]
 
 
@@ -116,27 +135,38 @@ def test_random_and_published_weights_are_in_one_study_and_told_apart() -> None:
 
 def test_prompts_of_one_length_may_say_anything_and_those_of_their_own_length_not() -> None:
     def with_text(one: RunResult, prompt: int | None) -> RunResult:
-        return dataclasses.replace(one, cell=dataclasses.replace(one.cell, workload="qa", weights="hub", prompt_tokens=prompt))
+        return dataclasses.replace(
+            one, cell=dataclasses.replace(one.cell, workload="qa", weights="hub", prompt_tokens=prompt)
+        )
 
     three, last = [measured(m) for m in list(MODELS)[:3]], measured("gemma-3-270m")
     sizes = [law for law in find([*three, with_text(last, 128)]).scaling.laws if law.law.over == "parameters"]
     assert sizes and all(len(law.cells) == 4 for law in sizes)
     texts = [with_text(one, None) for one in three]
-    other = dataclasses.replace(last, cell=dataclasses.replace(last.cell, weights="hub", prompt_tokens=None, workload="code"))
+    other = dataclasses.replace(
+        last, cell=dataclasses.replace(last.cell, weights="hub", prompt_tokens=None, workload="code")
+    )
     sizes = [law for law in find([*texts, other]).scaling.laws if law.law.over == "parameters"]
     assert sizes and all(len(law.cells) == 3 for law in sizes)
 
 
 def test_models_of_another_dtype_are_not_in_one_law() -> None:
     cells = [measured(m) for m in MODELS]
-    other = dataclasses.replace(cells[0], load=dataclasses.replace(cells[0].load, facts={"model.parameters": 7 * 10**7, "model.dtype": "float16"}))  # type: ignore[type-var]
+    other = dataclasses.replace(
+        cells[0],
+        load=dataclasses.replace(cells[0].load, facts={"model.parameters": 7 * 10**7, "model.dtype": "float16"}),
+    )  # type: ignore[type-var]
     laws = find([other, *cells[1:]]).scaling.laws
     assert all(len(one.cells) == 3 for one in laws if one.law.over == "parameters")
 
 
 def test_each_constraint_has_its_choice(found: Findings) -> None:
     own = {choice.constraint: choice.found.winner for choice in found.choices if choice.model == "opt-125m"}
-    assert [constraint.partition(" ≤ ")[0] for constraint in own][:3] == ["the most tokens, whatever it takes", "memory", "time to first token"]
+    assert [constraint.partition(" ≤ ")[0] for constraint in own][:3] == [
+        "the most tokens, whatever it takes",
+        "memory",
+        "time to first token",
+    ]
     fastest = own["the most tokens, whatever it takes"]
     assert fastest and fastest.name == "quant=bf16 batch 16".replace("quant=", "")
     memory = next(winner for constraint, winner in own.items() if constraint.startswith("memory"))
@@ -155,7 +185,9 @@ def with_setting(one: RunResult, started_ms: int, **settings: Any) -> RunResult:
     return dataclasses.replace(one, cell=dataclasses.replace(one.cell, **settings), started_ms=started_ms)
 
 
-@pytest.mark.parametrize(("quant", "settings"), [("gptq", {"group_size": 64}), ("int4", {"quant_budget": "5.5", "quant": "mixed"})])
+@pytest.mark.parametrize(
+    ("quant", "settings"), [("gptq", {"group_size": 64}), ("int4", {"quant_budget": "5.5", "quant": "mixed"})]
+)
 def test_settings_of_a_quantization_need_no_reference_that_has_them_too(quant: str, settings: dict[str, Any]) -> None:
     """They mean nothing where nothing is quantized: a sweep of bf16 serves every later one."""
     usual = [measured(quant=quant), measured()]
@@ -172,7 +204,11 @@ def test_no_pair_of_cells_counts_twice() -> None:
     whole, single = measured(), with_setting(measured(speed=0.5), 3, quant="fp32")
     eights = [measured(quant="int8"), with_setting(measured(quant="int8", speed=0.9), 4, int8_threshold=0.0)]
     found = find([whole, single, *eights])
-    assert sorted((e.quant, e.measured.cell.int8_threshold) for e in found.effects) == [("fp32", 6), ("int8", 0.0), ("int8", 6)]
+    assert sorted((e.quant, e.measured.cell.int8_threshold) for e in found.effects) == [
+        ("fp32", 6),
+        ("int8", 0.0),
+        ("int8", 6),
+    ]
 
 
 def test_prices_are_by_hardware_and_an_unknown_one_is_named() -> None:
@@ -185,7 +221,10 @@ def test_prices_are_by_hardware_and_an_unknown_one_is_named() -> None:
     assert len(both.across) == len(here)
     assert all(one.speed.value == pytest.approx(2, rel=0.01) for one in both.across)
     assert len(both.sentences["Cost"]) == 2
-    with pytest.raises(UsageError, match=re.escape("No machine of the study is called A100, so it has no price. Known: AMD EPYC, 2 CPUs.")):
+    with pytest.raises(
+        UsageError,
+        match=re.escape("No machine of the study is called A100, so it has no price. Known: AMD EPYC, 2 CPUs."),
+    ):
         find(here, prices={"A100": 1.0})
 
 
@@ -199,7 +238,9 @@ def test_what_cannot_be_said_is_named_with_its_reason(found: Findings) -> None:
 
 def test_quality_is_told_where_it_was_measured(tmp_path: Path) -> None:
     def judged(quant: str, kl: float, agree: int) -> RunResult:
-        divergence = Divergence("bf16", "d", ((kl, kl * 1.1), (kl * 0.9, kl)), tuple((n < agree, True) for n in range(2)))
+        divergence = Divergence(
+            "bf16", "d", ((kl, kl * 1.1), (kl * 0.9, kl)), tuple((n < agree, True) for n in range(2))
+        )
         return dataclasses.replace(measured(quant=quant, weights="hub"), quality=Quality(divergence=divergence))
 
     results = [judged("bf16", 1e-6, 2), judged("int8", 0.01, 2), judged("int4", 0.2, 1)]
@@ -259,6 +300,8 @@ def test_what_more_rows_and_longer_prompts_do_is_said_although_a_cell_is_missing
 
 def test_a_cell_that_failed_is_marked_in_the_maps(tmp_path: Path) -> None:
     good = [one for one in grid(["opt-125m"], ["bf16"]) if (one.cell.batch_size, one.cell.prompt_tokens) != (16, 512)]
-    failed = dataclasses.replace(measured(batch=16, prompt=512), outcome="oom", repetitions=(), failure=Failure("measuring", "no memory left"))
+    failed = dataclasses.replace(
+        measured(batch=16, prompt=512), outcome="oom", repetitions=(), failure=Failure("measuring", "no memory left")
+    )
     artifacts.write_study(find([*good, failed]), tmp_path)
     assert ">oom<" in (tmp_path / "study/charts/heatmap_throughput.svg").read_text()

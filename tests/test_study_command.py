@@ -12,7 +12,20 @@ from mlflow_llmbench.cli import main
 from mlflow_llmbench.errors import UsageError
 from mlflow_llmbench.study import parse_prices, run_study
 
-GRID = ["--backend", "fake", "--preset", "quick", "--batch-size", "1,2,4", "--prompt-tokens", "16,32,64", "--output-tokens", "4", "--warmup", "1"]
+GRID = [
+    "--backend",
+    "fake",
+    "--preset",
+    "quick",
+    "--batch-size",
+    "1,2,4",
+    "--prompt-tokens",
+    "16,32,64",
+    "--output-tokens",
+    "4",
+    "--warmup",
+    "1",
+]
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, object]]:
@@ -20,7 +33,9 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, objec
     return lines, json.loads(last)
 
 
-def test_one_command_measures_and_studies_and_another_takes_it_in(store_uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_one_command_measures_and_studies_and_another_takes_it_in(
+    store_uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     command = ["study", *GRID, "--tracking-uri", store_uri, "--json"]
     assert main([*command, "--model", "fake:ttft_ms=4+itl_ms=1+row_ms=1", "--price", "0.5"]) == 0
     lines, data = told(capsys)
@@ -32,7 +47,11 @@ def test_one_command_measures_and_studies_and_another_takes_it_in(store_uri: str
     assert {item.path for item in client.list_artifacts(parent, "study")} == {
         "study/charts", "study/report.html", "study/report.md", "study/study.json",
     }  # fmt: skip
-    assert {item.path for item in client.list_artifacts(parent, "scaling")} == {"scaling/charts", "scaling/scaling.json", "scaling/scaling.md"}
+    assert {item.path for item in client.list_artifacts(parent, "scaling")} == {
+        "scaling/charts",
+        "scaling/scaling.json",
+        "scaling/scaling.md",
+    }
     charts = {Path(item.path).stem for item in client.list_artifacts(parent, "study/charts")}
     assert {"against_batch_size", "against_prompt_length", "per_instance", "heatmap_ttft", "cost_by_hardware"} <= charts
     assert client.get_run(parent).info.status == "FINISHED"
@@ -45,7 +64,9 @@ def test_one_command_measures_and_studies_and_another_takes_it_in(store_uri: str
 
     first, second = Path(str(data["folder"])).name, str(both["parent_run_id"])
     out = tmp_path / "out"
-    assert main(["study", "--of", f"{first},{second}", "--output", str(out), "--tracking-uri", store_uri, "--json"]) == 0
+    assert (
+        main(["study", "--of", f"{first},{second}", "--output", str(out), "--tracking-uri", store_uri, "--json"]) == 0
+    )
     _, again = told(capsys)
     assert again["run_id"] == parent and "runs" not in again  # that of the first sweep; nothing was measured
     assert json.loads((out / "study/study.json").read_text())["claims"] == study["claims"]
@@ -88,9 +109,26 @@ def test_a_study_of_nothing_is_refused() -> None:
         run_study(None)
 
 
-def test_what_was_measured_is_kept_when_it_cannot_be_studied(store_uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = ["--backend", "fake", "--model", "fake:", "--batch-size", "1", "--prompt-tokens", "8", "--output-tokens", "4", "--warmup", "1"]
+def test_what_was_measured_is_kept_when_it_cannot_be_studied(
+    store_uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [
+        "--backend",
+        "fake",
+        "--model",
+        "fake:",
+        "--batch-size",
+        "1",
+        "--prompt-tokens",
+        "8",
+        "--output-tokens",
+        "4",
+        "--warmup",
+        "1",
+    ]
     assert main(["study", *arguments, "--price", "A100=1", "--tracking-uri", store_uri]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("llmbench: The cells were measured and could not be studied: No machine of the study is called A100")
+    assert error.startswith(
+        "llmbench: The cells were measured and could not be studied: No machine of the study is called A100"
+    )
     assert list((tmp_path / "llmbench-results").glob("*/*/artifacts/result.json"))

@@ -12,7 +12,18 @@ import pytest
 from mlflow_llmbench import efficiency, summary
 from mlflow_llmbench.cell import Cell
 from mlflow_llmbench.metrics import KEYS, SERIES
-from mlflow_llmbench.records import Hashes, LoadInfo, MemorySample, MemoryStages, ModelFacts, Noise, Repetition, RequestRecord, RunResult, TextTimes
+from mlflow_llmbench.records import (
+    Hashes,
+    LoadInfo,
+    MemorySample,
+    MemoryStages,
+    ModelFacts,
+    Noise,
+    Repetition,
+    RequestRecord,
+    RunResult,
+    TextTimes,
+)
 from mlflow_llmbench.stats import block_bootstrap_interval
 from mlflow_llmbench.validity import judge, unsupported_percentiles
 
@@ -25,7 +36,11 @@ def result(gaps: list[list[float]], ttft: float = 10.0, rows: int = 2, **fields:
     for index, own in enumerate(gaps):
         t0 = index * 1000 * MS
         stamps = tuple(t0 + int((ttft + sum(own[:i])) * MS) for i in range(len(own) + 1))
-        repetitions.append(Repetition(index, 1_000_000 + index * 1000, (RequestRecord(t0, stamps, rows, 8),), Noise(1.0, 0.0, 0.0, 1.0)))
+        repetitions.append(
+            Repetition(
+                index, 1_000_000 + index * 1000, (RequestRecord(t0, stamps, rows, 8),), Noise(1.0, 0.0, 0.0, 1.0)
+            )
+        )
     cell = Cell(batch_size=rows, prompt_tokens=8, output_tokens=len(gaps[0]) + 1 if gaps else 4)
     empty = RunResult(
         cell,
@@ -77,7 +92,9 @@ def test_all_keys_are_in_the_vocabulary_and_finite() -> None:
     metrics = summary.summarize(full)
     assert set(metrics) <= set(KEYS)
     assert all(math.isfinite(v) for v in metrics.values())
-    assert metrics["cost/per_million_tokens"] == pytest.approx(2.0 / (metrics["throughput/output_tokens_per_s"] * 3600) * 1e6)
+    assert metrics["cost/per_million_tokens"] == pytest.approx(
+        2.0 / (metrics["throughput/output_tokens_per_s"] * 3600) * 1e6
+    )
     assert metrics["efficiency/tokens_per_s_per_gb"] == pytest.approx(metrics["throughput/output_tokens_per_s"] / 8e-9)
     points = summary.series(full)
     assert {p.key for p in points} <= set(SERIES)
@@ -125,14 +142,18 @@ def test_sliding_windows_cut_what_is_read() -> None:
     assert efficiency.attended(load, 10) == 0.5 * 10 + 0.5 * 4
     assert efficiency.attended(load, 3) == 3
     fields: dict[str, Any] = {"load": load, "peaks": {"read_bytes_per_s": 1e6}}
-    assert efficiency.model_bandwidth_utilization(result([[2, 2, 2]] * 5, **fields)) == pytest.approx((800 + 2 * 10 * 7) / 0.002 / 1e6)
+    assert efficiency.model_bandwidth_utilization(result([[2, 2, 2]] * 5, **fields)) == pytest.approx(
+        (800 + 2 * 10 * 7) / 0.002 / 1e6
+    )
 
 
 def test_flops_utilization_by_hand() -> None:
     # 2 rows; 8 + 4 tokens, of which 11 go through the body at 100 + 2 per token of context, 4 through the head at 1000; 16 ms a request.
     load = LoadInfo(1.0, flops_per_token=100.0, head_flops=1000.0, attention_flops_per_context_token=2.0)
     measured = result([[2, 2, 2]] * 5, load=load, peaks={"flops_per_s": 1e6})
-    assert efficiency.model_flops_utilization(measured) == pytest.approx(2 * (11 * (100 + 2 * 5.5) + 4 * 1000) / 0.016 / 1e6)
+    assert efficiency.model_flops_utilization(measured) == pytest.approx(
+        2 * (11 * (100 + 2 * 5.5) + 4 * 1000) / 0.016 / 1e6
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,8 +164,16 @@ def test_flops_utilization_by_hand() -> None:
         (result([[2, 2, 2]] * 5, steady=False), "suspect", ["not_steady"]),
         (result([[2, 2, -1]] * 5), "invalid", ["negative_gap"]),
         (result([[2, 2, 2]] * 5, cell=Cell(batch_size=2, output_tokens=9)), "invalid", ["wrong_token_count"]),
-        (result([[2, 2, 2], [9, 9, 9], [2, 2, 2], [9, 9, 9], [2, 2, 2]]), "suspect", ["not_converged", "high_variation"]),
-        (result([[2, 2, 2]] * 5, load=LoadInfo(1.0, 1, 8000), peaks={"read_bytes_per_s": 1e6}), "invalid", ["mbu_above_one"]),
+        (
+            result([[2, 2, 2], [9, 9, 9], [2, 2, 2], [9, 9, 9], [2, 2, 2]]),
+            "suspect",
+            ["not_converged", "high_variation"],
+        ),
+        (
+            result([[2, 2, 2]] * 5, load=LoadInfo(1.0, 1, 8000), peaks={"read_bytes_per_s": 1e6}),
+            "invalid",
+            ["mbu_above_one"],
+        ),
     ],
 )
 def test_each_fault_gives_exactly_its_reason(measured: RunResult, word: str, codes: list[str]) -> None:
@@ -157,7 +186,9 @@ def test_each_fault_gives_exactly_its_reason(measured: RunResult, word: str, cod
 
 def in_processes(measured: RunResult, each: int) -> RunResult:
     """The same repetitions, every `each` of them measured in a process of its own."""
-    return dataclasses.replace(measured, repetitions=tuple(dataclasses.replace(r, process=r.index // each) for r in measured.repetitions))
+    return dataclasses.replace(
+        measured, repetitions=tuple(dataclasses.replace(r, process=r.index // each) for r in measured.repetitions)
+    )
 
 
 def test_the_interval_of_several_processes_is_that_of_their_means_by_hand() -> None:
@@ -191,7 +222,9 @@ def test_statistics_by_hand() -> None:
 
 
 def test_statistics_rest_on_processes_where_there_are_several() -> None:
-    found = {s.key: s for s in summary.statistics(in_processes(result([[f] * 3 for f in (1.0, 3.0, 2.0, 4.0)], rows=1), 2))}
+    found = {
+        s.key: s for s in summary.statistics(in_processes(result([[f] * 3 for f in (1.0, 3.0, 2.0, 4.0)], rows=1), 2))
+    }
     e2e = found["latency/e2e_ms_p50"]
     assert (e2e.values, e2e.n, e2e.mean, e2e.median, e2e.mad) == ("processes", 2, 17.5, 17.5, 1.5)
     assert e2e.median_low is None  # no bootstrap with fewer than 5
@@ -207,7 +240,16 @@ def test_the_series_of_gaps_has_the_interval_of_the_block_bootstrap() -> None:
 
 def test_the_table_of_statistics() -> None:
     heading, body = summary.statistics_cells(result([[f] * 3 for f in (1.0, 2.0, 3.0, 4.0, 10.0)], rows=1))
-    assert heading == ["metric", "values", "mean", "95 % interval (t)", "median", "95 % interval (bootstrap)", "sd", "MAD"]
+    assert heading == [
+        "metric",
+        "values",
+        "mean",
+        "95 % interval (t)",
+        "median",
+        "95 % interval (bootstrap)",
+        "sd",
+        "MAD",
+    ]
     [e2e] = [line for line in body if line[0] == "latency/e2e_ms_p50"]
     assert e2e[1:5] == ["5 repetitions", "22.00", "8.830 to 35.17", "19.00"]
     assert e2e[6:] == ["10.61", "3.000"]
@@ -253,7 +295,10 @@ SLOW, FAST = [2.4, 2.4, 2.4], [2.0, 2.0, 2.0]
             },
         ),
         (
-            in_processes(result([FAST, FAST, [8.0] * 3, [8.0] * 3] * 3, cell=Cell(batch_size=2, output_tokens=4, repetitions=2)), 2),
+            in_processes(
+                result([FAST, FAST, [8.0] * 3, [8.0] * 3] * 3, cell=Cell(batch_size=2, output_tokens=4, repetitions=2)),
+                2,
+            ),
             {
                 "high_variation": "The throughput of the processes varies by 39.4% (standard deviation ÷ mean), and the limit is 10%. "
                 "Look for what ran beside it, and measure again."
@@ -268,9 +313,16 @@ def test_the_verdict_on_several_processes_speaks_of_processes(measured: RunResul
 
 
 @pytest.mark.parametrize(
-    ("noise", "code"), [(Noise(1.0, 0.05, 0.2), "contended"), (Noise(1.0, 0.0, 0.0, swapped_pages=100), "swapping"), (Noise(1.0, 0.02, 0.05), None)]
+    ("noise", "code"),
+    [
+        (Noise(1.0, 0.05, 0.2), "contended"),
+        (Noise(1.0, 0.0, 0.0, swapped_pages=100), "swapping"),
+        (Noise(1.0, 0.02, 0.05), None),
+    ],
 )
 def test_noise_beside_the_benchmark(noise: Noise, code: str | None) -> None:
     quiet = result([[2, 2, 2]] * 5)
-    noisy = dataclasses.replace(quiet, repetitions=tuple(dataclasses.replace(r, noise=noise) for r in quiet.repetitions))
+    noisy = dataclasses.replace(
+        quiet, repetitions=tuple(dataclasses.replace(r, noise=noise) for r in quiet.repetitions)
+    )
     assert [r.code for r in judge(noisy, summary.summarize(noisy)).reasons] == ([code] if code else [])

@@ -47,7 +47,9 @@ def runs(uri: str) -> dict[str, Run]:
 
 def states(uri: str) -> dict[str, tuple[str, str | None]]:
     """Run name → status and outcome."""
-    return {str(one.info.run_name): (one.info.status, one.data.tags.get("llmbench.outcome")) for one in runs(uri).values()}
+    return {
+        str(one.info.run_name): (one.info.status, one.data.tags.get("llmbench.outcome")) for one in runs(uri).values()
+    }
 
 
 def until(condition: Callable[[], object], seconds: float = 90) -> None:
@@ -61,7 +63,9 @@ def start(folder: Path, uri: str, *arguments: str, **keywords: Any) -> subproces
     """`llmbench run` of the fake backend in a folder, with a store."""
     command = [sys.executable, "-m", "mlflow_llmbench", "run", *ARGUMENTS, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords
+    )
 
 
 def first_cell_is_measured(folder: Path) -> bool:
@@ -87,13 +91,22 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("how", "whom"), [("SIGINT", "parent"), ("SIGTERM", "parent"), ("SIGINT", "group"), ("SIGHUP", "group")])
-def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(store_uri: str, tmp_path: Path, how: str, whom: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "whom"), [("SIGINT", "parent"), ("SIGTERM", "parent"), ("SIGINT", "group"), ("SIGHUP", "group")]
+)
+def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(
+    store_uri: str, tmp_path: Path, how: str, whom: str
+) -> None:
     process = start(tmp_path, store_uri, "--model", HANG, "--batch-size", "1,2", start_new_session=True)
     until(lambda: first_cell_is_measured(tmp_path))
     [worker] = workers(process.pid)
     (os.killpg if whom == "group" else os.kill)(process.pid, getattr(signal, how))
-    until(lambda: "RUNNING" not in {one.info.status for one in runs(store_uri).values() if one.info.run_name != "batch_size=2"})
+    until(
+        lambda: (
+            "RUNNING"
+            not in {one.info.status for one in runs(store_uri).values() if one.info.run_name != "batch_size=2"}
+        )
+    )
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
@@ -104,7 +117,9 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(store_u
     assert "interrupted" in output
 
 
-def test_an_interruption_between_the_charts_of_a_cell_and_its_upload_loses_nothing(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_between_the_charts_of_a_cell_and_its_upload_loses_nothing(
+    store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow_llmbench import charts
 
     draw = charts.draw_cell
@@ -122,7 +137,10 @@ def test_an_interruption_between_the_charts_of_a_cell_and_its_upload_loses_nothi
 
 
 def test_what_a_worker_had_told_and_nobody_had_read_is_taken_after_an_interruption(tmp_path: Path) -> None:
-    cells = [Cell(model="fake:ttft_ms=1+itl_ms=1", backend="fake", batch_size=rows, output_tokens=4, warmup=1, repetitions=3) for rows in (2, 1)]
+    cells = [
+        Cell(model="fake:ttft_ms=1+itl_ms=1", backend="fake", batch_size=rows, output_tokens=4, warmup=1, repetitions=3)
+        for rows in (2, 1)
+    ]
     folders = [tmp_path / str(cell.batch_size) for cell in cells]
 
     def measured(folder: Path) -> bool:
@@ -140,7 +158,9 @@ def test_what_a_worker_had_told_and_nobody_had_read_is_taken_after_an_interrupti
 
 
 @pytest.mark.parametrize("whom", ["parent", "group"])
-def test_a_killed_sweep_is_ended_at_the_next_start_and_nothing_measured_is_lost(store_uri: str, tmp_path: Path, whom: str) -> None:
+def test_a_killed_sweep_is_ended_at_the_next_start_and_nothing_measured_is_lost(
+    store_uri: str, tmp_path: Path, whom: str
+) -> None:
     process = start(tmp_path, store_uri, "--model", HANG, "--batch-size", "1,2", start_new_session=True)
     until(lambda: first_cell_is_measured(tmp_path))
     [worker] = workers(process.pid)
@@ -151,7 +171,11 @@ def test_a_killed_sweep_is_ended_at_the_next_start_and_nothing_measured_is_lost(
     other = fake("ttft_ms=1")
     assert other.outcome == "ok"
     mine = {name: state for name, state in states(store_uri).items() if "ttft_ms=1 " not in name}
-    assert mine == {"batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "crashed"), f"{HANG}: batch_size": ("FAILED", None)}
+    assert mine == {
+        "batch_size=2": ("FINISHED", "ok"),
+        "batch_size=1": ("FAILED", "crashed"),
+        f"{HANG}: batch_size": ("FAILED", None),
+    }
     kept = next(one for one in runs(store_uri).values() if one.info.run_name == "batch_size=2")
     assert kept.data.metrics["trust/repetitions"] == 5
     assert kept.data.metrics["memory/host_rss_bytes_peak"] > 0
@@ -202,7 +226,11 @@ def test_leaving_through_sys_exit_ends_every_run(store_uri: str, tmp_path: Path)
         f"run(model='fake:', batch_size='1,2', watcher=Leaving(), tracking_uri={store_uri!r}, **{CELL!r})\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, capture_output=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+        capture_output=True,
     )
     assert done.returncode == 3, done.stderr
     assert {status for status, _ in states(store_uri).values()} == {"FAILED"}
@@ -212,8 +240,16 @@ def test_leaving_through_sys_exit_ends_every_run(store_uri: str, tmp_path: Path)
     ("script", "limit", "message"),
     [
         ("load_ms=60000", {"load_timeout_s": 2}, "loading took more than load_timeout_s=2"),
-        ("ttft_ms=60000", {"first_token_timeout_s": 2}, "bringing a first token took more than first_token_timeout_s=2"),
-        ("ttft_ms=1+itl_ms=12000", {"repetition_timeout_s": 2}, "one run of the cell took more than repetition_timeout_s=2"),
+        (
+            "ttft_ms=60000",
+            {"first_token_timeout_s": 2},
+            "bringing a first token took more than first_token_timeout_s=2",
+        ),
+        (
+            "ttft_ms=1+itl_ms=12000",
+            {"repetition_timeout_s": 2},
+            "one run of the cell took more than repetition_timeout_s=2",
+        ),
         ("ttft_ms=1+itl_ms=100", {"cell_timeout_s": 1.2}, "the whole cell took more than cell_timeout_s=1.2"),
     ],
 )
@@ -239,7 +275,9 @@ def test_a_model_larger_than_the_limit_of_memory_is_ended_before_the_machine_suf
 
 
 def test_a_real_model_larger_than_the_limit(store_uri: str, tiny_model: Path) -> None:
-    result = run(model=str(tiny_model), memory_limit="150MB", force=True, prompt_tokens=8, output_tokens=2, batch_size="1,2")
+    result = run(
+        model=str(tiny_model), memory_limit="150MB", force=True, prompt_tokens=8, output_tokens=2, batch_size="1,2"
+    )
     assert [row.outcome for row in result.rows] == ["oom", "oom"]
     assert "was ended there, since memory_limit is 0.150 GB" in result.rows[0].message
 
@@ -291,7 +329,9 @@ def test_what_is_not_valid_or_was_measured_otherwise_is_measured_again(store_uri
         assert "llmbench.linked_run" not in runs(store_uri)[again].data.tags
 
 
-def test_the_given_run_of_mlflow_is_filled_with_the_linked_result(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_given_run_of_mlflow_is_filled_with_the_linked_result(
+    store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake("ttft_ms=5+itl_ms=5")
     given = MlflowClient(store_uri).create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
@@ -305,9 +345,23 @@ def mlflow_server(uri: str, folder: Path, port: int) -> Iterator[subprocess.Pope
     """A real `mlflow server` on loopback, once it answers."""
     import urllib.request
 
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--artifacts-destination", str(folder / "artifacts"), "--port"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+        "--port",
+    ]
     process = subprocess.Popen(
-        [*command, str(port), "--workers", "1"], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [*command, str(port), "--workers", "1"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
     def healthy() -> bool:
@@ -353,7 +407,9 @@ def test_a_server_that_hangs_is_waited_for_a_few_seconds_in_all(store_uri: str, 
         alone = fake(batch_size="1,2", threads="1,2,3", rerun=True).outcome
         usual = time.monotonic() - started
         started = time.monotonic()
-        result = fake(batch_size="1,2", threads="1,2,3", rerun=True, tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        result = fake(
+            batch_size="1,2", threads="1,2,3", rerun=True, tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}"
+        )
         assert (alone, result.outcome) == ("ok", "ok")
         assert time.monotonic() - started < usual + 12 + 0.5 * usual
 
@@ -367,7 +423,16 @@ def test_a_server_that_goes_and_comes_back_has_everything_in_the_end(store_uri: 
     port = free_port()
     with mlflow_server(store_uri, tmp_path, port):
         door = Door(port)
-        process = start(tmp_path, f"http://127.0.0.1:{door.port}", "--model", "fake:ttft_ms=2+itl_ms=50", "--batch-size", "1", "--threads", "1,2,3")
+        process = start(
+            tmp_path,
+            f"http://127.0.0.1:{door.port}",
+            "--model",
+            "fake:ttft_ms=2+itl_ms=50",
+            "--batch-size",
+            "1",
+            "--threads",
+            "1,2,3",
+        )
         until(lambda: results() >= 1)
         door.shut()
         until(lambda: results() >= 2)
@@ -387,13 +452,33 @@ def test_a_full_disk_fails_the_cell_and_says_so(store_uri: str, tmp_path: Path) 
     code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); sys.argv[0] = 'llmbench'; runpy.run_module('mlflow_llmbench', run_name='__main__')"
     port = free_port()
     with mlflow_server(store_uri, tmp_path, port):
-        command = [sys.executable, "-c", code, "run", "--backend", "fake", "--model", "fake:ttft_ms=0+itl_ms=0", "--output-tokens", "1,500"]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "run",
+            "--backend",
+            "fake",
+            "--model",
+            "fake:ttft_ms=0+itl_ms=0",
+            "--output-tokens",
+            "1,500",
+        ]
         command += ["--prompt-tokens", "4", "--repetitions", "20", "--warmup", "1", "--json"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MPLCONFIGDIR": str(tmp_path)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}",
+            "MPLCONFIGDIR": str(tmp_path),
+        }
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    outcomes = {one["params"]["output_tokens"]: one["outcome"] for one in json.loads(done.stdout.splitlines()[-1])["runs"]}
+    outcomes = {
+        one["params"]["output_tokens"]: one["outcome"] for one in json.loads(done.stdout.splitlines()[-1])["runs"]
+    }
     assert outcomes == {500: "error", 1: "ok"}
     assert "Cannot write" in done.stdout and "File too large" in done.stdout
     assert "RUNNING" not in {status for status, _ in states(store_uri).values()}
@@ -402,7 +487,10 @@ def test_a_full_disk_fails_the_cell_and_says_so(store_uri: str, tmp_path: Path) 
 def test_a_store_that_is_read_only(store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Known before the start where the experiment has to be made; else in the middle, and then the results wait on the disk."""
     only_read = store_uri.replace("sqlite:///", "sqlite:///file:") + "?mode=ro&uri=true"
-    with pytest.raises(TrackingError, match=r"cannot be used: attempt to write a readonly database\. Check the path and its permissions"):
+    with pytest.raises(
+        TrackingError,
+        match=r"cannot be used: attempt to write a readonly database\. Check the path and its permissions",
+    ):
         fake(tracking_uri=only_read)
     MlflowClient(store_uri).create_experiment("llmbench")
     result = fake(tracking_uri=only_read)
@@ -457,8 +545,14 @@ def test_one_of_each_failure_in_twenty_cells(store_uri: str) -> None:
         "error": "ttft_ms=1+itl_ms=1+fail=error+above_batch=3", "timeout": "ttft_ms=1+itl_ms=1+fail=hang+above_batch=3",
         "ok": "ttft_ms=1+itl_ms=1",
     }  # fmt: skip
-    result = run(model=[f"fake:{script}" for script in scripts.values()], **(CELL | {"batch_size": "1,2,3,4", "first_token_timeout_s": 3}))
-    outcomes = {script: [row.outcome for row in result.rows if row.cell.model == f"fake:{script}"] for script in scripts.values()}
+    result = run(
+        model=[f"fake:{script}" for script in scripts.values()],
+        **(CELL | {"batch_size": "1,2,3,4", "first_token_timeout_s": 3}),
+    )
+    outcomes = {
+        script: [row.outcome for row in result.rows if row.cell.model == f"fake:{script}"]
+        for script in scripts.values()
+    }
     assert outcomes == {script: ["ok", "ok", "ok", word] for word, script in scripts.items()}
     assert (result.outcome, result.exit_code) == ("error", 1)
     assert "RUNNING" not in {status for status, _ in states(store_uri).values()}
@@ -482,7 +576,9 @@ def test_two_sides_in_turns(store_uri: str) -> None:
     from mlflow_llmbench.ab import parse_side, run_ab
 
     common = CELL | {"output_tokens": 20}
-    duel = run_ab(parse_side("model=fake:ttft_ms=2+itl_ms=2"), parse_side("model=fake:ttft_ms=2+itl_ms=6"), common, pairs=3)
+    duel = run_ab(
+        parse_side("model=fake:ttft_ms=2+itl_ms=2"), parse_side("model=fake:ttft_ms=2+itl_ms=6"), common, pairs=3
+    )
     gaps = duel.comparison.effect("latency/itl_ms_p50")
     assert gaps and gaps.ratio == pytest.approx(3, rel=0.25) and gaps.effect == "worse"
     assert duel.comparison.processes == (3, 3)
@@ -495,7 +591,11 @@ def test_a_configuration_against_itself(store_uri: str) -> None:
     from mlflow_llmbench.ab import run_ab
 
     duel = run_ab({}, {}, CELL | {"model": "fake:ttft_ms=5+itl_ms=3"}, pairs=3)
-    assert {effect.effect for effect in duel.comparison.effects} <= {"no difference seen", "below the noise threshold", "not tested"}
+    assert {effect.effect for effect in duel.comparison.effects} <= {
+        "no difference seen",
+        "below the noise threshold",
+        "not tested",
+    }
     assert sorted(name for name, _ in states(store_uri).items()) == ["A", "A against B", "B"]
 
 

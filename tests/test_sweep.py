@@ -38,12 +38,22 @@ def test_one_cell_is_one_run_with_everything_in_it(store_uri: str) -> None:
     assert found.info.run_name == "fake:ttft_ms=2+itl_ms=1 none b1"
     assert found.data.params["quant.method"] == "fake"
     assert found.data.params["threads"] == "auto"
-    assert found.data.metrics["cost/per_million_tokens"] == pytest.approx(1e3 / found.data.metrics["throughput/output_tokens_per_s"])
+    assert found.data.metrics["cost/per_million_tokens"] == pytest.approx(
+        1e3 / found.data.metrics["throughput/output_tokens_per_s"]
+    )
     assert found.data.tags["llmbench.outcome"] == "ok"
     assert "tokens/s (95 % interval" in found.data.tags["mlflow.note.content"]
     assert [p.step for p in client.get_metric_history(found.info.run_id, "steps/itl_ms")] == [2, 3, 4, 5, 6]
     artifacts = {item.path for item in client.list_artifacts(found.info.run_id)}
-    assert {"result.json", "samples.csv.gz", "environment.json", "config.yaml", "report.md", "charts", "tables"} <= artifacts
+    assert {
+        "result.json",
+        "samples.csv.gz",
+        "environment.json",
+        "config.yaml",
+        "report.md",
+        "charts",
+        "tables",
+    } <= artifacts
 
 
 def test_the_checker_of_the_vocabulary_finds_no_fault(store_uri: str) -> None:
@@ -51,9 +61,13 @@ def test_the_checker_of_the_vocabulary_finds_no_fault(store_uri: str) -> None:
     checker = ROOT.parent / "shared" / "check" / "main_job.py"
     if not checker.exists():
         pytest.skip("the vocabulary's checker is not beside this checkout")
-    done = subprocess.run([sys.executable, checker, "--tracking-uri", store_uri], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, checker, "--tracking-uri", store_uri], capture_output=True, text=True, check=False
+    )
     # With one output token there are no gaps, which the checker reports as missing metrics, and rightly absent they are.
-    faults = [line for line in done.stdout.splitlines()[:-1] if line and "output_tokens=1" not in line and "torch" not in line]
+    faults = [
+        line for line in done.stdout.splitlines()[:-1] if line and "output_tokens=1" not in line and "torch" not in line
+    ]
     assert [f for f in faults if not f.endswith("param decode missing")] == []
 
 
@@ -67,9 +81,19 @@ def test_a_sweep_is_a_parent_with_children_named_by_what_varies(store_uri: str) 
     assert parent.data.params["batch_size"] == "1,2"
     assert parent.info.status == "FINISHED"
     names = [runs[i].info.run_name for i in result.run_ids]
-    assert names == ["batch_size=1 output_tokens=6", "batch_size=1 output_tokens=4", "batch_size=2 output_tokens=6", "batch_size=2 output_tokens=4"]
+    assert names == [
+        "batch_size=1 output_tokens=6",
+        "batch_size=1 output_tokens=4",
+        "batch_size=2 output_tokens=6",
+        "batch_size=2 output_tokens=4",
+    ]
     assert {runs[i].data.tags["mlflow.parentRunId"] for i in result.run_ids} == {result.parent_id}
-    assert {item.path for item in client.list_artifacts(result.parent_id)} >= {"comparison.md", "comparison.csv", "charts", "tables"}
+    assert {item.path for item in client.list_artifacts(result.parent_id)} >= {
+        "comparison.md",
+        "comparison.csv",
+        "charts",
+        "tables",
+    }
     assert f"[Compare the cells in charts]({result.page})" in parent.data.tags["mlflow.note.content"]
     assert any(key.startswith("mlflow.sharedViewState.") for key in client.get_experiment(result.experiment_id).tags)
     heading = result.table().splitlines()[0].split()
@@ -102,7 +126,11 @@ def test_the_run_that_mlflow_run_made_is_used(store_uri: str, monkeypatch: pytes
     result = fake(batch_size="02")
     assert result.run_ids == (given.info.run_id,)
     found = client.get_run(given.info.run_id)
-    assert (found.info.status, found.data.params["batch_size"], found.data.metrics["config/batch_size"]) == ("FINISHED", "02", 2)
+    assert (found.info.status, found.data.params["batch_size"], found.data.metrics["config/batch_size"]) == (
+        "FINISHED",
+        "02",
+        2,
+    )
     assert result.not_uploaded == ()
 
 
@@ -138,7 +166,9 @@ def test_a_run_that_holds_a_result_is_not_overwritten(store_uri: str, monkeypatc
 def test_a_deleted_experiment_says_how_to_restore_it(store_uri: str) -> None:
     client = MlflowClient(store_uri)
     client.delete_experiment(client.create_experiment("llmbench"))
-    with pytest.raises(TrackingError, match="The experiment llmbench is deleted. Restore it with `mlflow experiments restore"):
+    with pytest.raises(
+        TrackingError, match="The experiment llmbench is deleted. Restore it with `mlflow experiments restore"
+    ):
         fake()
 
 
@@ -154,9 +184,27 @@ def test_a_half_made_store_is_one_line(tmp_path: Path) -> None:
 
 def test_two_commands_may_make_one_new_store_and_leave_nothing_else_behind(tmp_path: Path) -> None:
     (temporary := tmp_path / "temporary").mkdir()
-    command = [sys.executable, "-m", "mlflow_llmbench", "run", "--backend", "fake", "--model", "fake:", "--output-tokens", "4", "--repetitions", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow_llmbench",
+        "run",
+        "--backend",
+        "fake",
+        "--model",
+        "fake:",
+        "--output-tokens",
+        "4",
+        "--repetitions",
+        "5",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
-    both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     errors = [process.communicate(timeout=200)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -164,9 +212,13 @@ def test_two_commands_may_make_one_new_store_and_leave_nothing_else_behind(tmp_p
     assert not list(temporary.iterdir())
 
 
-def test_texts_longer_than_the_context_are_refused_not_measured(store_uri: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_texts_longer_than_the_context_are_refused_not_measured(
+    store_uri: str, tiny_model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 250}) + "\n" + json.dumps({"prompt": "short"}))
-    result = run(model=str(tiny_model), workload="long.jsonl", prompt_tokens="auto", output_tokens=10, repetitions=5, warmup=1)
+    result = run(
+        model=str(tiny_model), workload="long.jsonl", prompt_tokens="auto", output_tokens=10, repetitions=5, warmup=1
+    )
     assert result.rows[0].outcome == "error"
     assert "has 250 tokens, and with output_tokens=10 that is more than the context of 256" in result.rows[0].message
 
@@ -271,13 +323,27 @@ def test_only_the_cells_beyond_the_context_are_refused(store_uri: str, tiny_mode
 def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path: Path) -> None:
     """The larger cell, measured first, is quick; the smaller one stalls for ten minutes at its second token, where the signal meets it."""
     script = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
-    command = [sys.executable, "-m", "mlflow_llmbench", "run", "--backend", "fake", "--model", script, "--batch-size", "1,2"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow_llmbench",
+        "run",
+        "--backend",
+        "fake",
+        "--model",
+        script,
+        "--batch-size",
+        "1,2",
+    ]
     command += ["--output-tokens", "6", "--prompt-tokens", "4", "--repetitions", "5", "--warmup", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while (
-        not any(b'"event":"complete"' in f.read_bytes() for f in tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline
+        not any(b'"event":"complete"' in f.read_bytes() for f in tmp_path.glob("llmbench-results/*/*/events.jsonl"))
+        and time.monotonic() < deadline
     ):
         time.sleep(0.1)
     for _ in range(3):  # an impatient person
@@ -286,7 +352,9 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     client = MlflowClient(store_uri)
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.`mlflow.parentRunId` != 'x'")
+    runs = client.search_runs(
+        [e.experiment_id for e in client.search_experiments()], "tags.`mlflow.parentRunId` != 'x'"
+    )
     states = {r.data.params["batch_size"]: (r.info.status, r.data.tags["llmbench.outcome"]) for r in runs}
     assert states == {"2": ("FINISHED", "ok"), "1": ("KILLED", "interrupted")}
     assert "latency/ttft_ms_mean" in next(r for r in runs if r.data.params["batch_size"] == "2").data.metrics
@@ -309,7 +377,9 @@ def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp
         "5",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("llmbench-results/*/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -351,7 +421,14 @@ def test_a_worker_that_hangs_is_ended_and_the_cell_is_a_timeout(tmp_path: Path) 
     from mlflow_llmbench.supervise import Limits, run_worker
 
     cell = Cell(model="fake:fail=hang", backend="fake")
-    outcome = run_worker("measure", [cell], FakeBackend.resolve(cell), [tmp_path], tmp_path / "worker.log", limits=Limits(first_token_s=3.0))
+    outcome = run_worker(
+        "measure",
+        [cell],
+        FakeBackend.resolve(cell),
+        [tmp_path],
+        tmp_path / "worker.log",
+        limits=Limits(first_token_s=3.0),
+    )
     assert getattr(outcome.error, "outcome", None) == "timeout"
     assert "at stage loaded: bringing a first token took more than first_token_timeout_s=3." in str(outcome.error)
 
@@ -359,7 +436,14 @@ def test_a_worker_that_hangs_is_ended_and_the_cell_is_a_timeout(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_smaller_cell_does_not_inherit_the_memory_of_a_larger_one(store_uri: str, tiny_model: Path) -> None:
     """Interleaved alone and after a large cell; allocator noise is some MB, the large cell's prefill is over a hundred."""
-    small = {"model": str(tiny_model), "quant": "fp32", "output_tokens": 2, "prompt_tokens": 8, "repetitions": 5, "warmup": 1}
+    small = {
+        "model": str(tiny_model),
+        "quant": "fp32",
+        "output_tokens": 2,
+        "prompt_tokens": 8,
+        "repetitions": 5,
+        "warmup": 1,
+    }
     alone = run(**small, batch_size="1").rows[0].metrics
     after = run(**small | {"prompt_tokens": "8,200"}, batch_size="1,256").rows
     [same] = [row.metrics for row in after if row.cell.batch_size == 1 and row.cell.prompt_tokens == 8]

@@ -29,7 +29,10 @@ REQUESTS = ((1000, 20, 4), (1010, 9, 7), (1010.5, 40, 2), (1100, 12, 5))
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     file = tmp_path / "day.jsonl"
-    lines = [json.dumps({"timestamp": at, "input_length": prompt, "output_length": output, "hash_ids": [1]}) for at, prompt, output in REQUESTS]
+    lines = [
+        json.dumps({"timestamp": at, "input_length": prompt, "output_length": output, "hash_ids": [1]})
+        for at, prompt, output in REQUESTS
+    ]
     file.write_text("\n".join(lines) + "\n\n")
     return file
 
@@ -54,7 +57,8 @@ def test_times_count_from_the_first_request_and_every_request_has_its_lengths(tr
 
 
 @pytest.mark.parametrize(
-    ("settings", "count"), [({}, 4), ({"requests": 3}, 3), ({"requests": 9}, 4), ({"duration_s": 0.05}, 3), ({"duration_s": 0.1}, 4)]
+    ("settings", "count"),
+    [({}, 4), ({"requests": 3}, 3), ({"requests": 9}, 4), ({"duration_s": 0.05}, 3), ({"duration_s": 0.1}, 4)],
 )
 def test_the_beginning_of_a_trace_is_enough(trace: Path, settings: dict[str, object], count: int) -> None:
     one = cell(trace, **settings)

@@ -20,7 +20,10 @@ def measured(curve: np.ndarray, drift: float, seed: int, repetitions: int = 6) -
     """A series whose cells drift by `drift`, and whose repetitions scatter by 2 %."""
     draw = np.random.default_rng(seed)
     cells = curve * np.exp(draw.normal(0, drift, len(curve)))
-    return {float(x): [float(v) for v in cell * np.exp(draw.normal(0, 0.02, repetitions))] for x, cell in zip(BATCHES, cells, strict=True)}
+    return {
+        float(x): [float(v) for v in cell * np.exp(draw.normal(0, 0.02, repetitions))]
+        for x, cell in zip(BATCHES, cells, strict=True)
+    }
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.03])
@@ -37,14 +40,25 @@ def test_one_side_alone_makes_no_cliff() -> None:
         draw = np.random.default_rng(seed)
         curve = np.maximum(20, 5 * BATCHES)
         alarms += bool(
-            find_cliffs({float(x): [float(v) for v in y * np.exp(draw.normal(0, 0.15, 5))] for x, y in zip(BATCHES, curve, strict=True)}, 1.0)
+            find_cliffs(
+                {
+                    float(x): [float(v) for v in y * np.exp(draw.normal(0, 0.15, 5))]
+                    for x, y in zip(BATCHES, curve, strict=True)
+                },
+                1.0,
+            )
         )
     assert alarms <= 300 * tradeoffs.LEVEL
 
 
-@pytest.mark.parametrize(("before", "jump"), [(1.0, 3.0), (8.0, 1.9), (32.0, 1.9)])  # an end has one neighbour: its jump must exceed proportion
+@pytest.mark.parametrize(
+    ("before", "jump"), [(1.0, 3.0), (8.0, 1.9), (32.0, 1.9)]
+)  # an end has one neighbour: its jump must exceed proportion
 def test_a_jump_is_found_where_it_is(before: float, jump: float) -> None:
-    found = [find_cliffs(measured((20 + 3 * BATCHES) * np.where(before < BATCHES, jump, 1.0), 0.0, seed), 1.0) for seed in range(50)]
+    found = [
+        find_cliffs(measured((20 + 3 * BATCHES) * np.where(before < BATCHES, jump, 1.0), 0.0, seed), 1.0)
+        for seed in range(50)
+    ]
     right = [cliffs[0] for cliffs in found if len(cliffs) == 1 and cliffs[0].before == before]
     assert len(right) >= 48
     assert all(cliff.after == 2 * before and cliff.factor > 1.25 and cliff.p_value < 0.05 for cliff in right)
@@ -76,7 +90,10 @@ def test_scaling_efficiency_by_hand() -> None:
 
 def test_the_best_batch_by_both_definitions() -> None:
     near = [1.0, 1.01, 0.99, 1.005, 0.995]
-    rates = {size: [rate * size * v for v in near] for size, rate in {1: 10.0, 2: 10.05, 4: 12.0, 8: 9.0, 16: 6.1, 32: 5.0}.items()}
+    rates = {
+        size: [rate * size * v for v in near]
+        for size, rate in {1: 10.0, 2: 10.05, 4: 12.0, 8: 9.0, 16: 6.1, 32: 5.0}.items()
+    }
     best = optimal_batch(rates)
     assert (best.per_instance, best.alike, best.largest, best.throughput) == (4, (), 16, 32)
     assert optimal_batch(rates, share=0.7).largest == 8

@@ -52,7 +52,9 @@ def test_length_is_forced_past_the_end_of_sequence_token(tiny_model: Path, tmp_p
         first = steps_of(backend, 1)[0]
     copy = tmp_path / "eager-to-stop"
     shutil.copytree(tiny_model, copy)
-    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": first, "do_sample": True, "temperature": 5.0, "max_length": 7}))
+    (copy / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": first, "do_sample": True, "temperature": 5.0, "max_length": 7})
+    )
     with loaded(Cell(model=str(copy))) as (backend, _):
         steps = steps_of(backend, 12)
     assert len(steps) == 12
@@ -88,7 +90,10 @@ def test_a_stop_check_that_hands_tokens_over_late_is_refused(tiny_model: Path, m
             return 0
 
     monkeypatch.setattr(utils, "StopCheck", OneStepBehind)
-    with loaded(Cell(model=str(tiny_model))) as (backend, _), pytest.raises(NotRealised, match="after 2 forward passes, not 1"):
+    with (
+        loaded(Cell(model=str(tiny_model))) as (backend, _),
+        pytest.raises(NotRealised, match="after 2 forward passes, not 1"),
+    ):
         steps_of(backend, 4)
 
 
@@ -104,7 +109,9 @@ def test_a_stop_check_that_hands_tokens_over_late_is_refused(tiny_model: Path, m
         ("fp4", "bfloat16", 4.5, "Linear4bit", "bitsandbytes"),
     ],
 )
-def test_what_is_loaded_is_what_was_asked(tiny_model: Path, quant: str, dtype: str, bits: float, kernel: str, method: str) -> None:
+def test_what_is_loaded_is_what_was_asked(
+    tiny_model: Path, quant: str, dtype: str, bits: float, kernel: str, method: str
+) -> None:
     with loaded(Cell(model=str(tiny_model), quant=quant)) as (backend, info):
         assert info.facts["model.dtype"] == dtype
         assert info.facts["quant.bits_per_weight"] == pytest.approx(bits, abs=0.1)
@@ -125,7 +132,10 @@ def test_weight_bytes_are_counted_by_hand(tiny_model: Path) -> None:
         assert info.step_bytes == info.weight_bytes - 2 * embedding
     with loaded(Cell(model=str(tiny_model), quant="int4")) as (_, info):
         layers = 14
-        assert info.weight_bytes == 2 * (embedding + head + norms) + linear // 2 + linear // 64 * 4 + layers * 16 * 4 + rotary
+        assert (
+            info.weight_bytes
+            == 2 * (embedding + head + norms) + linear // 2 + linear // 64 * 4 + layers * 16 * 4 + rotary
+        )
     with loaded(Cell(model=str(tiny_model), quant="int8")) as (_, info):
         rows = 2 * (2 * 128 + 2 * 64 + 2 * 256 + 128)
         assert info.weight_bytes == 2 * (embedding + head + norms) + linear + 4 * rows + rotary
@@ -181,7 +191,9 @@ def test_random_checkpoint_is_seeded_written_once_and_loads_like_a_real_one(cach
 
 
 @pytest.mark.parametrize("name", ["gemma-3-270m", "opt-350m", "bloom-560m"])
-def test_random_checkpoints_of_odd_architectures_load_without_missing_weights(cache_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_checkpoints_of_odd_architectures_load_without_missing_weights(
+    cache_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tied heads, projected embeddings, ALiBi: cut to two layers so that it is quick."""
     import dataclasses
 
@@ -239,17 +251,26 @@ def test_damaged_and_contradicting_files(tmp_path: Path, tiny_model: Path) -> No
         TransformersBackend.resolve(Cell(model=str(copy), quant="int4"))
     (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
     assert TransformersBackend.resolve(Cell(model=str(copy))).source == "folder"  # transformers has Llama itself
-    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}, "model_type": "brand-new"}))
+    (copy / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}, "model_type": "brand-new"})
+    )
     with pytest.raises(ModelError, match="trust_remote_code=true"):
         TransformersBackend.resolve(Cell(model=str(copy)))
 
 
-def test_a_quantization_without_its_package_names_the_command(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantization_without_its_package_names_the_command(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest))
-    with pytest.raises(MissingError, match=r"quant=int4 needs the package bitsandbytes, which is not installed. Run: pip install bitsandbytes"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest)
+    )
+    with pytest.raises(
+        MissingError,
+        match=r"quant=int4 needs the package bitsandbytes, which is not installed. Run: pip install bitsandbytes",
+    ):
         TransformersBackend.resolve(Cell(model=str(tiny_model), quant="int4"))
     assert TransformersBackend.resolve(Cell(model=str(tiny_model), quant="bf16")).source == "folder"
 
@@ -286,7 +307,9 @@ def test_what_the_first_call_repacks_is_counted_as_it_is_then(tiny_model: Path) 
 
 
 @pytest.mark.parametrize(("quant", "kernel"), [("int8", "Linear8bitLt"), ("int4", "Linear4bit")])
-def test_a_checkpoint_that_is_quantized_already_runs_as_it_is(tiny_model: Path, tmp_path: Path, quant: str, kernel: str) -> None:
+def test_a_checkpoint_that_is_quantized_already_runs_as_it_is(
+    tiny_model: Path, tmp_path: Path, quant: str, kernel: str
+) -> None:
     with loaded(Cell(model=str(tiny_model), quant=quant)) as (backend, _):
         backend.model.save_pretrained(tmp_path / "saved")
     with loaded(Cell(model=str(tmp_path / "saved"))) as (backend, info):

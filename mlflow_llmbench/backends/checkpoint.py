@@ -17,7 +17,9 @@ from ..records import ModelFacts
 SAMPLES, BLOCK_BYTES = 128, 1 << 14
 
 
-def read_facts(cell: Cell, source: str, location: str, revision: str, config_file: Path, files_bytes: int | None) -> ModelFacts:
+def read_facts(
+    cell: Cell, source: str, location: str, revision: str, config_file: Path, files_bytes: int | None
+) -> ModelFacts:
     """What the configuration of a checkpoint says of it.
 
     Raises ModelError if it cannot be read or wants code of its own to be run, and UsageError if it is to be quantized a second time.
@@ -27,7 +29,9 @@ def read_facts(cell: Cell, source: str, location: str, revision: str, config_fil
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        raise ModelError(f"The configuration of {cell.model} cannot be read: {error}. Download the model again.") from None
+        raise ModelError(
+            f"The configuration of {cell.model} cannot be read: {error}. Download the model again."
+        ) from None
     if not cell.trust_remote_code and (code := _code_in(config)):
         raise ModelError(
             f"The model {cell.model} brings code of its own ({code}), which is not run unless you say so. Read it, then give trust_remote_code=true."
@@ -73,8 +77,12 @@ def refuse_pickle(cell: Cell, source: str, names: Iterable[str]) -> None:
 
 def weight_names(names: Iterable[str]) -> set[str]:
     """The files that hold the weights: safetensors, or where there are none the pickled ones, which torch reads without running code."""
-    top = {name for name in names if "/" not in name and not name.startswith("consolidated")}  # the same weights again, in another format
-    return {n for n in top if n.endswith(".safetensors")} or {n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")}
+    top = {
+        name for name in names if "/" not in name and not name.startswith("consolidated")
+    }  # the same weights again, in another format
+    return {n for n in top if n.endswith(".safetensors")} or {
+        n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")
+    }
 
 
 def is_complete(folder: Path) -> bool:
@@ -116,7 +124,12 @@ def _code_in(config: Mapping[str, Any]) -> str | None:
     if config.get("auto_map") and not _is_native(str(config.get("model_type"))):
         return "auto_map"
     parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
-    kernels = (f"{key}: {value}" for part in parts for key, value in part.items() if "_implementation" in key and "/" in json.dumps(value))
+    kernels = (
+        f"{key}: {value}"
+        for part in parts
+        for key, value in part.items()
+        if "_implementation" in key and "/" in json.dumps(value)
+    )
     return next(kernels, None)
 
 

@@ -50,7 +50,11 @@ class Share:
         if load.arrivals_ns is not None:
             return cls(replace(load, arrivals_ns=load.arrivals_ns[index::count], requests=None), index, count, count, 1)
         own = len(range(index, load.concurrency, count))
-        limit = None if load.requests is None else sum(number % load.concurrency % count == index for number in range(load.requests))
+        limit = (
+            None
+            if load.requests is None
+            else sum(number % load.concurrency % count == index for number in range(load.requests))
+        )
         return cls(replace(load, concurrency=own, requests=limit), index, count, load.concurrency, own)
 
     def number(self, position: int) -> int:
@@ -77,7 +81,10 @@ class ClientProcesses:
         package_parent = str(Path(__file__).resolve().parent.parent.parent)
         path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
         command, variables = [sys.executable, "-m", __name__], {**os.environ, "PYTHONPATH": path}
-        self.processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables) for _ in range(count)]
+        self.processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables)
+            for _ in range(count)
+        ]
 
     def send(self, orders: Sequence[Order]) -> Trace:
         """Send all shares of a load at once, and wait for the last answer. Raises MeasurementError if a process could not."""
@@ -121,7 +128,9 @@ class ClientProcesses:
     def _lost(self, process: subprocess.Popen[bytes]) -> MeasurementError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=2)
-        return MeasurementError(f"A client process ended without a word (exit code {process.returncode}). Look into the worker's log and the memory.")
+        return MeasurementError(
+            f"A client process ended without a word (exit code {process.returncode}). Look into the worker's log and the memory."
+        )
 
 
 def main() -> int:

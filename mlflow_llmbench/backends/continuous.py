@@ -41,7 +41,9 @@ class _Router:
 
     def deliver_batch(self, outputs: Sequence[Any]) -> None:
         """One step: an output of each request that has a new token."""
-        self.on_step([Token(int(one.request_id), one.generated_tokens[-1], int(one.timestamps[-1] * 1e9)) for one in outputs])
+        self.on_step(
+            [Token(int(one.request_id), one.generated_tokens[-1], int(one.timestamps[-1] * 1e9)) for one in outputs]
+        )
         self._end(sum(one.is_finished() for one in outputs))
 
     def fail_and_deliver(self, state: Any, error: Exception) -> None:
@@ -81,7 +83,9 @@ class ContinuousEngine:
         self.manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=settings)
         self.manager.output_router = self.router
         self.manager.warmup()  # makes the cache, so that an error of it comes out here
-        self.counted = not any(self.manager.continuous_batching_config.cuda_graph_booleans)  # a replayed graph calls no hook
+        self.counted = not any(
+            self.manager.continuous_batching_config.cuda_graph_booleans
+        )  # a replayed graph calls no hook
         self.positions = 0
         self.hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self.manager.start()
@@ -90,8 +94,13 @@ class ContinuousEngine:
         """Hand a request over; it ends after exactly that many tokens, whatever they are."""
         self.router.begin()
         given = self.manager.add_request(
-            list(prompt), str(number), max_new_tokens=output_tokens, streaming=True, record_timestamps=True, eos_token_id=-1
-        )  # fmt: skip
+            list(prompt),
+            str(number),
+            max_new_tokens=output_tokens,
+            streaming=True,
+            record_timestamps=True,
+            eos_token_id=-1,
+        )
         if given is None:
             raise self._error("takes no more requests")
 

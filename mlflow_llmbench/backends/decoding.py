@@ -23,7 +23,12 @@ COMPILE_TOKENS = 4
 
 COMPILE_RUNS = 2
 
-KV_BACKENDS = {"fp8": ("fp8", "", 0), "int8": ("hqq", "hqq", 8), "int4": ("quanto", "optimum-quanto", 4), "int2": ("quanto", "optimum-quanto", 2)}
+KV_BACKENDS = {
+    "fp8": ("fp8", "", 0),
+    "int8": ("hqq", "hqq", 8),
+    "int4": ("quanto", "optimum-quanto", 4),
+    "int2": ("quanto", "optimum-quanto", 2),
+}
 """`kv_cache` → what transformers calls its backend, the package that it needs besides, and bits (0: it takes no number)."""
 
 
@@ -31,7 +36,9 @@ def require(cell: Cell, device: str) -> None:
     """Raise MissingError unless this machine has what the decode path and the KV cache of a cell need."""
     if cell.decode == "compiled" and device.startswith("cuda"):
         if importlib.util.find_spec("triton") is None:
-            raise MissingError("decode=compiled needs the package triton on a GPU, which is not installed. Run: pip install triton")
+            raise MissingError(
+                "decode=compiled needs the package triton on a GPU, which is not installed. Run: pip install triton"
+            )
     elif cell.decode == "compiled":
         compiler = os.environ.get("CXX", "g++").split()[0]
         if not shutil.which(compiler):
@@ -83,13 +90,19 @@ class DecodePath:
                 )
         elif self.cell.kv_cache:
             cache = arguments["past_key_values"]
-            quantized = [getattr(layer, name, None) for layer in cache.layers for name in ("_quantized_keys", "_quantized_values")]
+            quantized = [
+                getattr(layer, name, None)
+                for layer in cache.layers
+                for name in ("_quantized_keys", "_quantized_values")
+            ]
             if not all(stored_bytes(part) for part in quantized):
                 raise NotRealised(
                     f"kv_cache={self.cell.kv_cache} was asked for, and the cache holds no quantized keys and values. Use kv_cache=auto."
                 )
             residual = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-            self.kv_bytes_per_token = round(sum(map(stored_bytes, [*quantized, *residual])) / rows / int(cache.get_seq_length()))
+            self.kv_bytes_per_token = round(
+                sum(map(stored_bytes, [*quantized, *residual])) / rows / int(cache.get_seq_length())
+            )
 
     def empty(self) -> None:
         """Empty the static cache, in place: its addresses are part of what was compiled."""
@@ -130,7 +143,11 @@ class DecodePath:
             from torch._dynamo.utils import counters
 
             config = self._compile_config()
-            found |= {"decode.compile_mode": config.mode, "decode.graphs": self.graphs, "decode.graph_breaks": sum(counters["graph_break"].values())}
+            found |= {
+                "decode.compile_mode": config.mode,
+                "decode.graphs": self.graphs,
+                "decode.graph_breaks": sum(counters["graph_break"].values()),
+            }
             found["decode.static_cache_tokens"] = int(self.static.get_max_length())
             found["decode.graphs_from_disk"] = int(counters["inductor"]["fxgraph_cache_hit"])
         if self.assistant is not None:
@@ -159,7 +176,9 @@ class DecodePath:
 
         assert self.cell.kv_cache
         backend, _, bits = KV_BACKENDS[self.cell.kv_cache]
-        return QuantizedCache(backend, self.model.config.get_text_config(decoder=True), **({"nbits": bits} if bits else {}))
+        return QuantizedCache(
+            backend, self.model.config.get_text_config(decoder=True), **({"nbits": bits} if bits else {})
+        )
 
 
 def _fix_proposals(assistant: Any, count: int) -> None:

@@ -40,9 +40,24 @@ from ..workload import turn_texts
 from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Token
 
 NUMBERS = {
-    "load_ms": 1.0, "ttft_ms": 5.0, "itl_ms": 1.0, "row_ms": 0.0, "prompt_ms": 0.0, "memory_mb": 1.0, "vocab": 32000.0, "stop_after": 1e9, "late": 0.0,
-    "stall_ms": 0.0, "stall_at": 0.0, "compile_ms": 1.0, "step_tokens": 2.0, "differs_at": 1e9, "log_lines": 0.0, "above_batch": 0.0, "below_batch": 1e9,
-}  # fmt: skip
+    "load_ms": 1.0,
+    "ttft_ms": 5.0,
+    "itl_ms": 1.0,
+    "row_ms": 0.0,
+    "prompt_ms": 0.0,
+    "memory_mb": 1.0,
+    "vocab": 32000.0,
+    "stop_after": 1e9,
+    "late": 0.0,
+    "stall_ms": 0.0,
+    "stall_at": 0.0,
+    "compile_ms": 1.0,
+    "step_tokens": 2.0,
+    "differs_at": 1e9,
+    "log_lines": 0.0,
+    "above_batch": 0.0,
+    "below_batch": 1e9,
+}
 WORDS = {"fail": ("oom", "error", "crash", "kill", "hang"), "at": ("load", "generate")}
 
 
@@ -60,7 +75,9 @@ def parse_script(model: str) -> dict[str, float | str]:
                 raise ValueError
             script[name] = float(text)
         except ValueError:
-            raise UsageError(f"The fake backend does not know the setting {setting}. Known: {', '.join([*NUMBERS, *WORDS])}.") from None
+            raise UsageError(
+                f"The fake backend does not know the setting {setting}. Known: {', '.join([*NUMBERS, *WORDS])}."
+            ) from None
     return script
 
 
@@ -86,7 +103,14 @@ class FakeBackend(NothingToFetch):
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
         parse_script(cell.model)
-        return ModelFacts(name=cell.model, source="none", location="fake", revision=hash16(cell.model), context=1_000_000, dtype="float32")
+        return ModelFacts(
+            name=cell.model,
+            source="none",
+            location="fake",
+            revision=hash16(cell.model),
+            context=1_000_000,
+            dtype="float32",
+        )
 
     def load(self) -> LoadInfo:
         started = time.perf_counter()
@@ -106,7 +130,9 @@ class FakeBackend(NothingToFetch):
             vocab_size=int(self.number("vocab")),
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: FakeHistory | None = None) -> None:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: FakeHistory | None = None
+    ) -> None:
         started = time.perf_counter_ns()
         rows = len(prompts)
         for _ in range(int(self.number("log_lines"))):
@@ -121,8 +147,13 @@ class FakeBackend(NothingToFetch):
         for token in range(0, min(output_tokens, int(self.number("stop_after"))), several):
             stall = self.number("stall_ms") if 0 < self.number("stall_at") <= token + 1 else 0.0
             last = token == output_tokens - 1
-            _wait_until(started + int((first + token // several * step + stall + (0.0 if last and token else late)) * 1e6))
-            ids = [[_token(prompt, i) + (i + 1 >= differs_at) for i in range(token, min(token + several, output_tokens))] for prompt in prompts]
+            _wait_until(
+                started + int((first + token // several * step + stall + (0.0 if last and token else late)) * 1e6)
+            )
+            ids = [
+                [_token(prompt, i) + (i + 1 >= differs_at) for i in range(token, min(token + several, output_tokens))]
+                for prompt in prompts
+            ]
             emit(ids if self.cell.decode in SPECULATIVE else [row[0] for row in ids])
         if history:
             history.tokens = longest + output_tokens - 1

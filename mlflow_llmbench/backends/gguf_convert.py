@@ -39,7 +39,11 @@ def _convert(checkpoint: str, target: str, kind: str, with_tokenizer: bool) -> s
 
     conversion: Any = importlib.import_module("conversion")
     gguf: Any = importlib.import_module("gguf")
-    types = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "bf16": gguf.LlamaFileType.MOSTLY_BF16}
+    types = {
+        "f32": gguf.LlamaFileType.ALL_F32,
+        "f16": gguf.LlamaFileType.MOSTLY_F16,
+        "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    }
     with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
         folder = Path(checkpoint) if with_tokenizer else _without_tokenizer(Path(checkpoint), Path(scratch))
         sizes = conversion.ModelBase.load_hparams(folder, False)
@@ -71,11 +75,17 @@ def _no_vocabulary(kind: Any) -> Any:
 def _without_tokenizer(checkpoint: Path, folder: Path) -> Path:
     """The checkpoint's configuration and weights in a folder of links, with a list of as many words as it has rows, which Gemma's class counts."""
     for file in checkpoint.iterdir():
-        if file.is_file() and file.name not in TOKENIZERS and not file.name.startswith(("tokenizer", "special_tokens", "added_tokens")):
+        if (
+            file.is_file()
+            and file.name not in TOKENIZERS
+            and not file.name.startswith(("tokenizer", "special_tokens", "added_tokens"))
+        ):
             os.symlink(file.resolve(), folder / file.name)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     words = int((config.get("text_config") or config)["vocab_size"])
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {str(i): i for i in range(words)}}, "added_tokens": []}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": {str(i): i for i in range(words)}}, "added_tokens": []})
+    )
     return folder
 
 

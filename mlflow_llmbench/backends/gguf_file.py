@@ -18,13 +18,38 @@ from typing import Any, BinaryIO
 from ..errors import ModelError
 
 TYPES: Mapping[int, tuple[str, int, int]] = {
-    0: ("f32", 1, 4), 1: ("f16", 1, 2), 2: ("q4_0", 32, 18), 3: ("q4_1", 32, 20), 6: ("q5_0", 32, 22), 7: ("q5_1", 32, 24), 8: ("q8_0", 32, 34),
-    10: ("q2_K", 256, 84), 11: ("q3_K", 256, 110), 12: ("q4_K", 256, 144), 13: ("q5_K", 256, 176), 14: ("q6_K", 256, 210), 15: ("q8_K", 256, 292),
-    16: ("iq2_xxs", 256, 66), 17: ("iq2_xs", 256, 74), 18: ("iq3_xxs", 256, 98), 19: ("iq1_s", 256, 50), 20: ("iq4_nl", 32, 18),
-    21: ("iq3_s", 256, 110), 22: ("iq2_s", 256, 82), 23: ("iq4_xs", 256, 136), 24: ("i8", 1, 1), 25: ("i16", 1, 2), 26: ("i32", 1, 4),
-    27: ("i64", 1, 8), 28: ("f64", 1, 8), 29: ("iq1_m", 256, 56), 30: ("bf16", 1, 2), 34: ("tq1_0", 256, 54), 35: ("tq2_0", 256, 66),
+    0: ("f32", 1, 4),
+    1: ("f16", 1, 2),
+    2: ("q4_0", 32, 18),
+    3: ("q4_1", 32, 20),
+    6: ("q5_0", 32, 22),
+    7: ("q5_1", 32, 24),
+    8: ("q8_0", 32, 34),
+    10: ("q2_K", 256, 84),
+    11: ("q3_K", 256, 110),
+    12: ("q4_K", 256, 144),
+    13: ("q5_K", 256, 176),
+    14: ("q6_K", 256, 210),
+    15: ("q8_K", 256, 292),
+    16: ("iq2_xxs", 256, 66),
+    17: ("iq2_xs", 256, 74),
+    18: ("iq3_xxs", 256, 98),
+    19: ("iq1_s", 256, 50),
+    20: ("iq4_nl", 32, 18),
+    21: ("iq3_s", 256, 110),
+    22: ("iq2_s", 256, 82),
+    23: ("iq4_xs", 256, 136),
+    24: ("i8", 1, 1),
+    25: ("i16", 1, 2),
+    26: ("i32", 1, 4),
+    27: ("i64", 1, 8),
+    28: ("f64", 1, 8),
+    29: ("iq1_m", 256, 56),
+    30: ("bf16", 1, 2),
+    34: ("tq1_0", 256, 54),
+    35: ("tq2_0", 256, 66),
     39: ("mxfp4", 32, 17),
-}  # fmt: skip
+}
 """Number of a type in the file → its name, values in a block, bytes of a block."""
 
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -109,13 +134,19 @@ class Header:
     @property
     def step_bytes(self) -> int:
         """Bytes that a decode step reads: all but an embedding of which it reads one row. Of a mixture it would be those of all experts."""
-        skipped = {"position_embd.weight", "per_layer_token_embd.weight", *(() if self.tied else ("token_embd.weight",))}
+        skipped = {
+            "position_embd.weight",
+            "per_layer_token_embd.weight",
+            *(() if self.tied else ("token_embd.weight",)),
+        }
         return sum(tensor.stored_bytes for tensor in self.tensors if tensor.name not in skipped)
 
     @property
     def linear(self) -> tuple[Tensor, ...]:
         """The weight matrices of the decoder's layers."""
-        return tuple(t for t in self.tensors if t.name.startswith("blk.") and t.name.endswith(".weight") and len(t.shape) > 1)
+        return tuple(
+            t for t in self.tensors if t.name.startswith("blk.") and t.name.endswith(".weight") and len(t.shape) > 1
+        )
 
     @property
     def linear_bits(self) -> float:
@@ -139,7 +170,12 @@ class Header:
         layers, heads = self.of_model("block_count"), self.of_model("attention.head_count")
         kv_heads = self.of_model("attention.head_count_kv") or heads
         hidden = self.of_model("embedding_length")
-        if not isinstance(layers, int) or not isinstance(heads, int) or not isinstance(hidden, int) or self.of_model("attention.kv_lora_rank"):
+        if (
+            not isinstance(layers, int)
+            or not isinstance(heads, int)
+            or not isinstance(hidden, int)
+            or self.of_model("attention.kv_lora_rank")
+        ):
             return None
         key, value = (self.of_model(f"attention.{name}_length") or hidden // heads for name in ("key", "value"))
         total = sum(kv_heads) if isinstance(kv_heads, list) else layers * int(kv_heads)
@@ -150,11 +186,17 @@ class Header:
         architecture = self.architecture
         family = {"gemma3": "gemma3_text", "gptneox": "gpt_neox", "phi2": "phi"}.get(architecture, architecture)
         keys = {
-            "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
-            "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
-            "sliding_window": "attention.sliding_window", "num_experts": "expert_count", "kv_lora_rank": "attention.kv_lora_rank",
+            "num_hidden_layers": "block_count",
+            "hidden_size": "embedding_length",
+            "intermediate_size": "feed_forward_length",
+            "num_attention_heads": "attention.head_count",
+            "num_key_value_heads": "attention.head_count_kv",
+            "head_dim": "attention.key_length",
+            "sliding_window": "attention.sliding_window",
+            "num_experts": "expert_count",
+            "kv_lora_rank": "attention.kv_lora_rank",
             "ssm_cfg": "ssm.state_size",
-        }  # fmt: skip
+        }
         found = {name: value for name, key in keys.items() if isinstance(value := self.of_model(key), int)}
         sizes = {"max_position_embeddings": self.context, "vocab_size": self.vocab_size}
         known = {name: size for name, size in sizes.items() if size}
@@ -167,8 +209,13 @@ def parts_of(path: Path) -> list[Path]:
     if part is None:
         return [path]
     if int(part["number"]) != 1:
-        raise ModelError(f"{path.name} is a part of a split model. Give the first part, {part['stem']}-00001-of-{part['count']}.gguf.")
-    return [path.with_name(f"{part['stem']}-{number:05d}-of-{part['count']}.gguf") for number in range(1, int(part["count"]) + 1)]
+        raise ModelError(
+            f"{path.name} is a part of a split model. Give the first part, {part['stem']}-00001-of-{part['count']}.gguf."
+        )
+    return [
+        path.with_name(f"{part['stem']}-{number:05d}-of-{part['count']}.gguf")
+        for number in range(1, int(part["count"]) + 1)
+    ]
 
 
 def read_header(path: Path) -> Header:
@@ -215,8 +262,15 @@ class _Reader:
         begin = -(-self.file.tell() // alignment) * alignment
         ends = [*sorted(offset for *_, offset in infos), file_bytes - begin]
         following = dict(itertools.pairwise(ends))
-        tensors = [Tensor(name, shape, kind, _stored(shape, kind, following[offset] - offset)) for name, shape, kind, offset in infos]
-        if tensors and begin + max(offset + tensor.stored_bytes for (*_, offset), tensor in zip(infos, tensors, strict=True)) > file_bytes:
+        tensors = [
+            Tensor(name, shape, kind, _stored(shape, kind, following[offset] - offset))
+            for name, shape, kind, offset in infos
+        ]
+        if (
+            tensors
+            and begin + max(offset + tensor.stored_bytes for (*_, offset), tensor in zip(infos, tensors, strict=True))
+            > file_bytes
+        ):
             raise ValueError("it ends before its last tensor")
         return metadata, lengths, tensors
 

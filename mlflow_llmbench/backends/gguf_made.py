@@ -117,7 +117,9 @@ def source_tree() -> Path:
         if (tree / CONVERTER).is_file():
             return tree
     if named:
-        raise MissingError(f"{SOURCE_VARIABLE}={named} is neither a source tree of llama.cpp, with {CONVERTER}, nor a source package of {PACKAGE}.")
+        raise MissingError(
+            f"{SOURCE_VARIABLE}={named} is neither a source tree of llama.cpp, with {CONVERTER}, nor a source package of {PACKAGE}."
+        )
     raise MissingError(
         f"Making a GGUF file needs llama.cpp's converter, which is in the source package of {PACKAGE} only. Run: pip download --no-deps "
         f"--no-binary {PACKAGE} -d {machine.cache_folder()} {PACKAGE}=={version()} (or set {SOURCE_VARIABLE} to a source tree of llama.cpp)."
@@ -130,10 +132,17 @@ def _unpacked(package: Path) -> Path:
     if not (folder / CONVERTER).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converter-") as scratch, tarfile.open(package) as archive:
+            with (
+                tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converter-") as scratch,
+                tarfile.open(package) as archive,
+            ):
                 for member in archive:
                     inner = member.name.partition("/vendor/llama.cpp/")[2]
-                    if member.isfile() and inner.startswith((CONVERTER, "conversion/", "gguf-py/gguf/")) and ".." not in inner:
+                    if (
+                        member.isfile()
+                        and inner.startswith((CONVERTER, "conversion/", "gguf-py/gguf/"))
+                        and ".." not in inner
+                    ):
                         target = Path(scratch, inner)
                         target.parent.mkdir(parents=True, exist_ok=True)
                         content = archive.extractfile(member)
@@ -142,7 +151,9 @@ def _unpacked(package: Path) -> Path:
                     os.rename(scratch, folder)
                     os.mkdir(scratch)
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise MissingError(f"The source package {package} cannot be read: {first_line(error)}. Download it again.") from None
+            raise MissingError(
+                f"The source package {package} cannot be read: {first_line(error)}. Download it again."
+            ) from None
     return folder
 
 
@@ -153,8 +164,14 @@ def architectures(tree: Path) -> set[str]:
     except (OSError, SyntaxError):
         return set()
     for node in module.body:
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "TEXT_MODEL_MAP" and isinstance(node.value, ast.Dict):
-            return {key.value for key in node.value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+        if (
+            isinstance(node, ast.AnnAssign)
+            and getattr(node.target, "id", "") == "TEXT_MODEL_MAP"
+            and isinstance(node.value, ast.Dict)
+        ):
+            return {
+                key.value for key in node.value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)
+            }
     return set()
 
 
@@ -180,12 +197,25 @@ def _convert(cell: Cell, checkpoint: str, target: Path, kind: str) -> Facts:
     if not list(Path(checkpoint).glob("*.safetensors")) and not list(Path(checkpoint).glob("*.bin")):
         raise ModelError(f"{cell.model} has no weights that llama.cpp's converter can read.")
     command = [sys.executable, "-m", "mlflow_llmbench.backends.gguf_convert", str(tree), checkpoint, str(target), kind]
-    variables = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env={**os.environ, **variables})
+    variables = {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        )
+    }
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, **variables},
+    )
     sys.stderr.write(done.stderr[-20_000:])  # to the log of the preparing process
     if done.returncode or not target.is_file():
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise MeasurementError(f"llama.cpp's converter could not convert {cell.model}: {said[:300]}. Use backend=transformers, or another model.")
+        raise MeasurementError(
+            f"llama.cpp's converter could not convert {cell.model}: {said[:300]}. Use backend=transformers, or another model."
+        )
     told: Facts = json.loads(done.stdout.strip().splitlines()[-1])
     return told
 

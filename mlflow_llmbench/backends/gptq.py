@@ -35,7 +35,9 @@ def require() -> None:
     """Raise MissingError unless the packages and, for a CPU, a C++ compiler are there."""
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
-            raise MissingError(f"quant=gptq needs the package {package}, which is not installed. Run: pip install 'mlflow-llmbench[gptq]'")
+            raise MissingError(
+                f"quant=gptq needs the package {package}, which is not installed. Run: pip install 'mlflow-llmbench[gptq]'"
+            )
     compiler = os.environ.get("CXX", "g++").split()[0]
     if not shutil.which(compiler):
         raise MissingError(
@@ -65,9 +67,14 @@ def folder_of(cell: Cell, model: ModelFacts) -> Path:
     calibration = list(prompts.texts) or {"generator": "uniform-ids-1", "seed": cell.seed}
     name, revision = model.identity
     made_of = {
-        "model": name, "revision": revision, "bits": GPTQ_BITS[cell.quant],
-        "group_size": cell.group_size, "calibration": calibration, "samples": [MOST_SAMPLES, SAMPLE_TOKENS], "versions": versions,
-    }  # fmt: skip
+        "model": name,
+        "revision": revision,
+        "bits": GPTQ_BITS[cell.quant],
+        "group_size": cell.group_size,
+        "calibration": calibration,
+        "samples": [MOST_SAMPLES, SAMPLE_TOKENS],
+        "versions": versions,
+    }
     return machine.cache_folder() / "gptq" / f"{Path(model.name).name}-{cell.quant}-{hash16(made_of)}"
 
 
@@ -100,10 +107,17 @@ def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> Non
     from optimum.gptq import GPTQQuantizer
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype="auto")
-    samples = [torch.tensor([ids], dtype=torch.long) for ids in _samples(cell, int(loaded.config.get_text_config().vocab_size), tokenizer)]
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype="auto"
+    )
+    samples = [
+        torch.tensor([ids], dtype=torch.long)
+        for ids in _samples(cell, int(loaded.config.get_text_config().vocab_size), tokenizer)
+    ]
     dataset = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
-    quantizer = GPTQQuantizer(bits=GPTQ_BITS[cell.quant], group_size=cell.group_size, dataset=dataset, desc_act=False, sym=True)
+    quantizer = GPTQQuantizer(
+        bits=GPTQ_BITS[cell.quant], group_size=cell.group_size, dataset=dataset, desc_act=False, sym=True
+    )
     started = time.perf_counter()
     quantized = quantizer.quantize_model(loaded, None)
     seconds = time.perf_counter() - started
@@ -117,7 +131,11 @@ def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> Non
     config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    recipe = {"quant.quantize_s": round(seconds, 1), "quant.calibration": cell.workload, "quant.calibration_samples": len(samples)}
+    recipe = {
+        "quant.quantize_s": round(seconds, 1),
+        "quant.calibration": cell.workload,
+        "quant.calibration_samples": len(samples),
+    }
     (folder / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
 
 

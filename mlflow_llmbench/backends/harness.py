@@ -22,7 +22,9 @@ Say = Callable[..., None]
 def require() -> None:
     """Raise MissingError unless the harness is installed; it is not imported."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingError("quality_tasks needs the package lm_eval, which is not installed. Run: pip install 'mlflow-llmbench[lm-eval]'")
+        raise MissingError(
+            "quality_tasks needs the package lm_eval, which is not installed. Run: pip install 'mlflow-llmbench[lm-eval]'"
+        )
 
 
 def evaluate(backend: Backend, tasks: Sequence[str], most: int | None, say: Say) -> None:
@@ -52,7 +54,9 @@ def _in_a_line(what: str, say: Say) -> Iterator[None]:
         say("withheld", message=f"{what} was not evaluated: memory ran out.")
     except Exception as error:
         why = first_line(error).rstrip(".")
-        advice = "Data sets are downloaded once: check the network, or give the YAML file of a task whose data lies here."
+        advice = (
+            "Data sets are downloaded once: check the network, or give the YAML file of a task whose data lies here."
+        )
         if isinstance(error, KeyError):
             why, advice = (
                 "there is no task of that name",
@@ -87,27 +91,43 @@ def _wrapped(backend: Backend, say: Say) -> Any:
 def _names(folder: str, manager: Any) -> list[str]:
     """The tasks and groups that the YAML files of a folder declare."""
     root = Path(folder).resolve()
-    return sorted(name for name, entry in manager.task_index.items() if entry.yaml_path and root in Path(entry.yaml_path).resolve().parents)
+    return sorted(
+        name
+        for name, entry in manager.task_index.items()
+        if entry.yaml_path and root in Path(entry.yaml_path).resolve().parents
+    )
 
 
 def _run(model: Any, name: str, manager: Any, most: int | None) -> tuple[TaskScore, ...]:
     """The scores of a task, or of a group with all its tasks."""
     from lm_eval import simple_evaluate
 
-    found: Mapping[str, Any] = simple_evaluate(model=model, tasks=[name], task_manager=manager, limit=most, log_samples=False, bootstrap_iters=1000)
+    found: Mapping[str, Any] = simple_evaluate(
+        model=model, tasks=[name], task_manager=manager, limit=most, log_samples=False, bootstrap_iters=1000
+    )
     counts, versions = found.get("n-samples") or {}, found.get("versions") or {}
     whole = any(isinstance(value, float) for value in (found.get("groups") or {}).get(name, {}).values())
     scores = []
     for task, figures in {**found["results"], **(found.get("groups") or {})}.items():
         for key, value in figures.items():
             metric, _, chosen = key.partition(",")
-            if metric.endswith("_stderr") or isinstance(value, str | bool) or not isinstance(value, int | float) or not chosen:
+            if (
+                metric.endswith("_stderr")
+                or isinstance(value, str | bool)
+                or not isinstance(value, int | float)
+                or not chosen
+            ):
                 continue
             error = figures.get(f"{metric}_stderr,{chosen}")
             scores.append(
                 TaskScore(
-                    task, metric if chosen == "none" else f"{metric}.{chosen}", float(value), float(error) if isinstance(error, int | float) else None,
-                    (counts.get(task) or {}).get("effective"), str(versions.get(task, "")), whole and task != name,
+                    task,
+                    metric if chosen == "none" else f"{metric}.{chosen}",
+                    float(value),
+                    float(error) if isinstance(error, int | float) else None,
+                    (counts.get(task) or {}).get("effective"),
+                    str(versions.get(task, "")),
+                    whole and task != name,
                 )
-            )  # fmt: skip
+            )
     return tuple(scores)

@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a Hub id, owner/name, by the Hub's own rules (`huggingface_hub.utils.validate_repo_id`)."""
-    return len(name) <= 96 and re.fullmatch(r"(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", name, re.ASCII) is not None
+    return (
+        len(name) <= 96
+        and re.fullmatch(r"(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", name, re.ASCII) is not None
+    )
 
 
 def gguf_name(name: str) -> tuple[str, str] | None:
@@ -132,8 +135,12 @@ def download(model: ModelFacts) -> None:
 
     try:
         names = HfApi().list_repo_files(model.location, revision=model.revision)
-        other = [n for n in names if "/" not in n and n.endswith((".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"))]
-        snapshot_download(model.location, revision=model.revision, allow_patterns=[*checkpoint.weight_names(names), *other])
+        other = [
+            n for n in names if "/" not in n and n.endswith((".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"))
+        ]
+        snapshot_download(
+            model.location, revision=model.revision, allow_patterns=[*checkpoint.weight_names(names), *other]
+        )
     except Exception as error:
         raise ModelError(
             f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept."
@@ -175,11 +182,15 @@ def _gguf_names(model: ModelFacts) -> tuple[str, list[str]]:
 
 def _check_revision(cell: Cell) -> None:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", cell.revision, re.ASCII) or ".." in cell.revision:
-        raise UsageError(f"revision is not the name of a branch, tag or commit: {cell.revision}. Use revision=main, or one of that repository.")
+        raise UsageError(
+            f"revision is not the name of a branch, tag or commit: {cell.revision}. Use revision=main, or one of that repository."
+        )
 
 
 def _no_revision(cell: Cell, repository: str) -> ModelError:
-    return ModelError(f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository.")
+    return ModelError(
+        f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository."
+    )
 
 
 def _not_had(error: Exception, repository: str, location: str, hint: str, without: str = "") -> ModelError:
@@ -191,8 +202,12 @@ def _not_had(error: Exception, repository: str, location: str, hint: str, withou
             f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`{without}."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return ModelError(f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`.")
-    return ModelError(f"The Hub cannot be reached for {location}, and it is not in the local cache: {first_line(error)}. {hint}")
+        return ModelError(
+            f"There is no model {repository} on the Hub, or it is private. Check the name, or run `hf auth login`."
+        )
+    return ModelError(
+        f"The Hub cannot be reached for {location}, and it is not in the local cache: {first_line(error)}. {hint}"
+    )
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T:

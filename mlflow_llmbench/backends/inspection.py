@@ -48,7 +48,9 @@ def inspect_model(model: Any) -> Inspection:
     for module_name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if (
-            hasattr(module, "in_features") and next(module.children(), None) is None and not own.keys() & {"weight", "W_q"}
+            hasattr(module, "in_features")
+            and next(module.children(), None) is None
+            and not own.keys() & {"weight", "W_q"}
         ):  # GPTQ keeps its weights in buffers
             parameters += int(module.in_features) * int(module.out_features)
         for name, tensor in [*own.items(), *module.named_buffers(recurse=False)]:
@@ -58,16 +60,26 @@ def inspect_model(model: Any) -> Inspection:
             pieces = list(_pieces(tensor, module))
             size = sum(piece.numel() * piece.element_size() for piece in pieces)
             weight_bytes += size
-            spans += [(piece.data_ptr(), piece.numel() * piece.element_size()) for piece in pieces if piece.device.type == "cpu"]
+            spans += [
+                (piece.data_ptr(), piece.numel() * piece.element_size())
+                for piece in pieces
+                if piece.device.type == "cpu"
+            ]
             if module_name not in skip:
                 step_bytes += size
             if name in own:
-                if not hasattr(module, "in_features") or name in ("weight", "W_q", "bias"):  # others are scales and packed weights
+                if not hasattr(module, "in_features") or name in (
+                    "weight",
+                    "W_q",
+                    "bias",
+                ):  # others are scales and packed weights
                     parameters += _logical_count(tensor, module, name)
                 dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
                 device = str(tensor.device)
     bits, classes, experts = _linear_layers(model)
-    return Inspection(parameters, weight_bytes, step_bytes, memory.mapped_bytes(spans), bits, classes, dict(dtypes), device, experts)
+    return Inspection(
+        parameters, weight_bytes, step_bytes, memory.mapped_bytes(spans), bits, classes, dict(dtypes), device, experts
+    )
 
 
 def touch(model: Any) -> None:
@@ -100,7 +112,9 @@ def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
         return
     yield tensor.data if hasattr(tensor, "data") else tensor
     state = getattr(tensor, "quant_state", None)
-    if state is not None:  # bitsandbytes 4-bit: block maxima, code table, and both again where they are quantized themselves
+    if (
+        state is not None
+    ):  # bitsandbytes 4-bit: block maxima, code table, and both again where they are quantized themselves
         for holder in (state, getattr(state, "state2", None)):
             for name in ("absmax", "code", "offset"):
                 value: Any = getattr(holder, name, None)
@@ -120,7 +134,12 @@ def _logical_count(tensor: torch.Tensor, module: Any, name: str) -> int:
     state = getattr(tensor, "quant_state", None)
     if state is not None:
         return int(state.shape.numel())
-    if name in ("weight", "W_q") and hasattr(module, "in_features") and tensor.dtype.itemsize == 1 and not tensor.dtype.is_floating_point:
+    if (
+        name in ("weight", "W_q")
+        and hasattr(module, "in_features")
+        and tensor.dtype.itemsize == 1
+        and not tensor.dtype.is_floating_point
+    ):
         return int(module.in_features) * int(module.out_features)
     return int(tensor.numel())
 
@@ -131,7 +150,9 @@ def _input_only(model: Any) -> Iterator[str]:
 
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and (head is None or getattr(head, "weight", None) is not module.weight):
+        if isinstance(module, torch.nn.Embedding) and (
+            head is None or getattr(head, "weight", None) is not module.weight
+        ):
             yield name
 
 
@@ -155,7 +176,9 @@ def _linear_layers(model: Any) -> tuple[float, dict[str, int], int]:
 
 def _experts(module: Any) -> list[torch.Tensor]:
     """The matrices of a mixture's experts, which transformers 5 holds in one parameter of three dimensions and not in linear layers."""
-    if hasattr(module, "in_features") or type(module).__module__.startswith("torch.nn"):  # a convolution has three dimensions too
+    if hasattr(module, "in_features") or type(module).__module__.startswith(
+        "torch.nn"
+    ):  # a convolution has three dimensions too
         return []
     own = module.named_parameters(recurse=False)
     return [tensor for name, tensor in own if tensor.ndim == 3 and tensor.is_floating_point() and "scale" not in name]
@@ -166,13 +189,17 @@ def _class_name(module: Any) -> str:
     weight = getattr(module, "weight", None)
     if not hasattr(weight, "__tensor_flatten__"):
         return type(module).__name__
-    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""  # activations are quantized too
+    dynamic = (
+        ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
+    )  # activations are quantized too
     return f"{type(module).__name__}({type(weight).__name__}{dynamic})"
 
 
 def layer_bytes(module: Any) -> int:
     """Bytes that the weight of a linear layer is held in, quantization state included, its bias left out."""
-    weights = [t for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"]
+    weights = [
+        t for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"
+    ]
     return sum(stored_bytes(tensor, module) for tensor in weights)
 
 
@@ -189,7 +216,11 @@ EXPECTED = {
     "hqq3": ({"HQQLinear"}, 3.0, 5.3),
     "hqq2": ({"HQQLinear"}, 2.0, 4.1),
     "quanto8": ({"QLinear(WeightQBytesTensor)", "QLinear(MarlinF8QBytesTensor)"}, 8.0, 8.6),
-    "quanto4": ({"QLinear(WeightQBitsTensor)", "QLinear(TinyGemmWeightQBitsTensor)", "QLinear(AWQWeightQBitsTensor)"}, 4.0, 5.0),
+    "quanto4": (
+        {"QLinear(WeightQBitsTensor)", "QLinear(TinyGemmWeightQBitsTensor)", "QLinear(AWQWeightQBitsTensor)"},
+        4.0,
+        5.0,
+    ),
     "quanto2": ({"QLinear(WeightQBitsTensor)"}, 2.0, 3.0),
     "gptq": (None, 4.0, 5.5),
     "gptq3": (None, 3.0, 4.5),
@@ -206,7 +237,9 @@ FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def verify(quant: str, device: str, found: Inspection) -> None:
     """Raise NotRealised unless the loaded model is what `quant` and `device` asked for."""
     if not found.device.startswith(device.partition(":")[0]):
-        raise NotRealised(f"The model is on {found.device}, not on {device}. Use device={found.device.partition(':')[0]}.")
+        raise NotRealised(
+            f"The model is on {found.device}, not on {device}. Use device={found.device.partition(':')[0]}."
+        )
     if quant not in EXPECTED:
         return
     classes, low, high = EXPECTED[quant]
@@ -227,7 +260,9 @@ def verify(quant: str, device: str, found: Inspection) -> None:
         )
     wanted = FLOAT_DTYPES.get(quant)
     if wanted and set(found.dtypes) - {wanted}:
-        raise NotRealised(f"quant={quant} was asked for, and the parameters' dtypes are {found.dtypes}. Use quant=none for this checkpoint.")
+        raise NotRealised(
+            f"quant={quant} was asked for, and the parameters' dtypes are {found.dtypes}. Use quant=none for this checkpoint."
+        )
 
 
 BLOCK_CLASSES = {"fp16": "Linear", "bf16": "Linear", "int8": "Linear8bitLt", "int4": "Linear4bit"}
@@ -237,22 +272,36 @@ BLOCK_CLASSES = {"fp16": "Linear", "bf16": "Linear", "int8": "Linear8bitLt", "in
 def verify_plan(schemes: Mapping[str, str], model: Any) -> None:
     """Raise NotRealised unless each linear layer but the output head is what the plan says (name → scheme), in class, dtype and bits."""
     head = model.get_output_embeddings()
-    layers = {name: module for name, module in model.named_modules() if name in schemes or type(module).__name__ in ("Linear8bitLt", "Linear4bit")}
-    layers |= {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear" and module is not head}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if name in schemes or type(module).__name__ in ("Linear8bitLt", "Linear4bit")
+    }
+    layers |= {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Linear" and module is not head
+    }
     stored: Counter[str] = Counter()
     logical: Counter[str] = Counter()
     for name in {**schemes, **layers}:
         module, scheme = layers.get(name), schemes.get(name)
         found = type(module).__name__
         if module is None or scheme is None or module is head or found != BLOCK_CLASSES[scheme]:
-            raise NotRealised(f"The plan has {name} in {scheme or 'no scheme'}, and the model has {found if module else 'no such layer'} there.")
+            raise NotRealised(
+                f"The plan has {name} in {scheme or 'no scheme'}, and the model has {found if module else 'no such layer'} there."
+            )
         wanted = FLOAT_DTYPES.get(scheme)
         if wanted and str(module.weight.dtype) != f"torch.{wanted}":
-            raise NotRealised(f"The plan has {name} in {scheme}, and its weights are {str(module.weight.dtype).removeprefix('torch.')}.")
+            raise NotRealised(
+                f"The plan has {name} in {scheme}, and its weights are {str(module.weight.dtype).removeprefix('torch.')}."
+            )
         stored[scheme] += layer_bytes(module)
         logical[scheme] += int(module.in_features) * int(module.out_features)
     for scheme, size in stored.items():
         _, low, high = EXPECTED[scheme]
         bits = 8 * size / logical[scheme]
         if not low - 0.01 <= bits <= high + 0.01:
-            raise NotRealised(f"The plan's layers in {scheme} hold {bits:.2f} bits per weight, not {low:g} to {high:g}.")
+            raise NotRealised(
+                f"The plan's layers in {scheme} hold {bits:.2f} bits per weight, not {low:g} to {high:g}."
+            )

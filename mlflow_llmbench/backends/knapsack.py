@@ -32,7 +32,8 @@ def choose(items: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...] | 
             for before, (size, cost, _, _) in enumerate(tables[-1])
             for option, (more, added) in enumerate(item)
             if size + more + least[number] <= budget
-            and cost + added + bound[number] - price * (budget - size - more) <= known * (1 + 1e-9) + 1  # room for the bound's own rounding
+            and cost + added + bound[number] - price * (budget - size - more)
+            <= known * (1 + 1e-9) + 1  # room for the bound's own rounding
         ]
         kept: list[tuple[int, int, int, int]] = []
         for state in sorted(reached):

@@ -39,7 +39,9 @@ BUFFER = re.compile(r"(\S+) model buffer size =\s*([\d.]+) MiB")
 class LlamaCppBackend:
     """`llama_decode` on all rows at once, and the most probable token of each."""
 
-    capabilities = Capabilities(tokenizer=True, logits=True, conversations=True, padding=True, heavy=("llama_cpp",), kv_caches=GGUF_CACHES)
+    capabilities = Capabilities(
+        tokenizer=True, logits=True, conversations=True, padding=True, heavy=("llama_cpp",), kv_caches=GGUF_CACHES
+    )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -61,12 +63,18 @@ class LlamaCppBackend:
         """GGUF file, or a checkpoint of which one is made → its files, commit and configuration. Raises ModelError, MissingError or UsageError."""
         gguf_made.require()
         if cell.quant not in RUNS:
-            raise UsageError(f"quant={cell.quant} is not one of llama.cpp. With backend=llama_cpp use {', '.join(RUNS)}.")
+            raise UsageError(
+                f"quant={cell.quant} is not one of llama.cpp. With backend=llama_cpp use {', '.join(RUNS)}."
+            )
         if cell.attention not in FLASH:
-            raise UsageError(f"llama.cpp has no attention={cell.attention}. Use auto, which is its own flash attention where it can, or eager.")
+            raise UsageError(
+                f"llama.cpp has no attention={cell.attention}. Use auto, which is its own flash attention where it can, or eager."
+            )
         device = machine.require_device(cell.device)
         if device == "cpu" and cell.gpu_layers:
-            raise UsageError(f"gpu_layers={cell.gpu_layers} needs a GPU, and the device is cpu. Leave it out, or give device=cuda.")
+            raise UsageError(
+                f"gpu_layers={cell.gpu_layers} needs a GPU, and the device is cpu. Leave it out, or give device=cuda."
+            )
         model = sources.find_model(cell)
         if model.source in sources.GGUF_SOURCES:
             return _with_header(cell, model)
@@ -89,14 +97,20 @@ class LlamaCppBackend:
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Whether the file that llama.cpp reads is on this disk."""
-        return sources.is_here(cell, model) if model.source in sources.GGUF_SOURCES else gguf_made.file_of(cell, model).exists()
+        return (
+            sources.is_here(cell, model)
+            if model.source in sources.GGUF_SOURCES
+            else gguf_made.file_of(cell, model).exists()
+        )
 
     # Loading
 
     def load(self) -> LoadInfo:
         """Load, verify and touch the model; the time is that of llama.cpp's load, and of reading what it has mapped."""
         if self.file is None or not self.file.is_file():
-            raise MeasurementError(f"There is no file {self.file} for {self.cell.model}. Run the command again, so that it is made.")
+            raise MeasurementError(
+                f"There is no file {self.file} for {self.cell.model}. Run the command again, so that it is made."
+            )
         number = int(self.device.partition(":")[2] or 0) if self.device.startswith("cuda") else None
         if number is not None and not library().llama_supports_gpu_offload():
             raise NotRealised(
@@ -122,7 +136,9 @@ class LlamaCppBackend:
             return
         number = getattr(model.lib, f"LLAMA_FTYPE_MOSTLY_{wanted.upper()}")
         if int(model.lib.llama_model_ftype(model.handle)) != number:
-            raise NotRealised(f"quant={wanted} was asked for, and {self.file} is {model.file_type()}. Delete the file, so that it is made again.")
+            raise NotRealised(
+                f"quant={wanted} was asked for, and {self.file} is {model.file_type()}. Delete the file, so that it is made again."
+            )
 
     def describe(self) -> LoadInfo:
         model, header = self._loaded()
@@ -139,7 +155,9 @@ class LlamaCppBackend:
             step_bytes=models.read_by_step(self.facts.config or header.as_config(), header.step_bytes),
             **costs,
             cache_bytes=None if model.on_gpu else machine.last_level_cache_bytes(),
-            facts=self._model_facts(model, header) | self._run_facts(model, kind) | gguf_made.recorded(self.file or Path()),
+            facts=self._model_facts(model, header)
+            | self._run_facts(model, kind)
+            | gguf_made.recorded(self.file or Path()),
             vocab_size=model.words,
             mapped_weight_bytes=self._mapped,
             made=str(self.file),
@@ -163,9 +181,17 @@ class LlamaCppBackend:
     def _run_facts(self, model: Model, kind: str) -> dict[str, str | int | float]:
         """How llama.cpp runs it, by its own log."""
         lines = log_lines()
-        offloaded = next((found[1] for line in lines if (found := re.search(r"offloaded (\d+/\d+) layers", line))), None)
-        told = [found[1] for line in lines if (found := re.search(r"(?:Flash Attention|flash_attn +=) (enabled|disabled|not supported)", line))]
-        attention = {"enabled": "flash", "disabled": "eager", "not supported": "eager"}.get(told[-1] if told else "", "flash where it can")
+        offloaded = next(
+            (found[1] for line in lines if (found := re.search(r"offloaded (\d+/\d+) layers", line))), None
+        )
+        told = [
+            found[1]
+            for line in lines
+            if (found := re.search(r"(?:Flash Attention|flash_attn +=) (enabled|disabled|not supported)", line))
+        ]
+        attention = {"enabled": "flash", "disabled": "eager", "not supported": "eager"}.get(
+            told[-1] if told else "", "flash where it can"
+        )
         return {
             "model.attention": attention,
             "model.device": f"{self.device}, {offloaded} layers" if offloaded and model.on_gpu else self.device,
@@ -185,7 +211,9 @@ class LlamaCppBackend:
 
     # Generating
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None) -> None:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None
+    ) -> None:
         longest = max(len(prompt) for prompt in prompts)
         if self.cell.prompt_tokens is None:
             longest = max(longest, self._longest_text)  # one context for all texts of a workload, whichever comes first
@@ -337,12 +365,21 @@ def _path_of(cell: Cell, model: ModelFacts) -> Path | None:
 def _with_header(cell: Cell, model: ModelFacts) -> ModelFacts:
     """The facts with what the file's header says, where it is on this disk."""
     if cell.quant != "none":
-        raise UsageError(f"quant={cell.quant} is not made from a GGUF file. Use quant=none to run {cell.model} as it is.")
+        raise UsageError(
+            f"quant={cell.quant} is not made from a GGUF file. Use quant=none to run {cell.model} as it is."
+        )
     path = sources.gguf_path(model)
     if path is None:
         return model
     header = gguf_file.read_header(path)
     dtype = gguf_file.FLOATS.get(header.embedding_type)
     return ModelFacts(
-        model.name, model.source, model.location, model.revision, header.as_config(), dtype, header.context, model.files_bytes
-    )  # fmt: skip
+        model.name,
+        model.source,
+        model.location,
+        model.revision,
+        header.as_config(),
+        dtype,
+        header.context,
+        model.files_bytes,
+    )

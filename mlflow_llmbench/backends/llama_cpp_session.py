@@ -78,7 +78,11 @@ def failure(doing: str) -> MeasurementError | OutOfMemory:
     said = [line for level, line in _log if level == ERROR]
     why = re.sub(r"^\w+:\s*", "", said[0].strip())[:300] if said else "it gave no reason"
     text = f"llama.cpp failed while {doing}: {why}"
-    return OutOfMemory(text) if any(word in line.lower() for line in said for word in _NO_MEMORY) else MeasurementError(text)
+    return (
+        OutOfMemory(text)
+        if any(word in line.lower() for line in said for word in _NO_MEMORY)
+        else MeasurementError(text)
+    )
 
 
 class Model:
@@ -92,7 +96,9 @@ class Model:
         settings.n_gpu_layers = gpu_layers if gpu is not None else 0
         none = (ctypes.c_void_p * 1)(None)
         if gpu is None:
-            settings.devices = ctypes.cast(none, ctypes.c_void_p)  # no device: else a build for GPUs computes long prompts there
+            settings.devices = ctypes.cast(
+                none, ctypes.c_void_p
+            )  # no device: else a build for GPUs computes long prompts there
         else:
             settings.split_mode, settings.main_gpu = 0, gpu
         self.on_gpu = gpu is not None
@@ -141,7 +147,9 @@ class Model:
             try:
                 return str(formatter(messages=chat).prompt)
             except Exception as error:  # templates raise what they like
-                raise MeasurementError(f"The chat template of the file fails: {first_line(error)}. Use history=none.") from None
+                raise MeasurementError(
+                    f"The chat template of the file fails: {first_line(error)}. Use history=none."
+                ) from None
 
         return render
 
@@ -177,13 +185,17 @@ class Session:
     window holds that window only, as in llama.cpp's own programs.
     """
 
-    def __init__(self, model: Model, rows: int, longest: int, threads: int, kv_type: int, flash: int, every: bool = False) -> None:
+    def __init__(
+        self, model: Model, rows: int, longest: int, threads: int, kv_type: int, flash: int, every: bool = False
+    ) -> None:
         import numpy
 
         self.model, self.lib = model, model.lib
         most = int(self.lib.llama_max_parallel_sequences())
         if rows > most:
-            raise UsageError(f"batch_size={rows} is more than the {most} sequences of llama.cpp. Ask for at most {most} rows.")
+            raise UsageError(
+                f"batch_size={rows} is more than the {most} sequences of llama.cpp. Ask for at most {most} rows."
+            )
         self.rows, self.longest = rows, -(-longest // PAD) * PAD
         self.chunk = 512 if every else CHUNK
         settings = self.lib.llama_context_default_params()
@@ -199,7 +211,13 @@ class Session:
             raise failure(f"making room for {rows} rows of {longest} tokens")
         self._sequences = numpy.arange(rows, dtype=numpy.int32)
         self._addresses = (self._sequences.ctypes.data + 4 * numpy.arange(rows)).astype(numpy.uint64)
-        self._steps = _Batch(self.lib, numpy.zeros(rows, numpy.int32), numpy.zeros(rows, numpy.int32), self._addresses, numpy.ones(rows, numpy.int8))
+        self._steps = _Batch(
+            self.lib,
+            numpy.zeros(rows, numpy.int32),
+            numpy.zeros(rows, numpy.int32),
+            self._addresses,
+            numpy.ones(rows, numpy.int8),
+        )
 
     def prefill(self, prompts: Sequence[Sequence[int]], kept: int = 0) -> np.ndarray[Any, Any]:
         """Forget everything, compute the prompts, one in each row, and return the most probable next token of each.
@@ -241,7 +259,9 @@ class Session:
     def _decode(self, batch: _Batch) -> None:
         code = self.lib.llama_decode(self.handle, batch.struct)
         if code == 1:
-            raise MeasurementError(f"llama.cpp found no room in its KV cache of {self.rows} rows with {self.longest} tokens each.")
+            raise MeasurementError(
+                f"llama.cpp found no room in its KV cache of {self.rows} rows with {self.longest} tokens each."
+            )
         if code:
             raise failure("computing a batch")
 
@@ -294,7 +314,9 @@ class _Batch:
     def __init__(self, lib: Any, tokens: Any, places: Any, owners: Any, wanted: Any) -> None:
         import numpy
 
-        self.tokens, self.places, self.owners, self.wanted = (numpy.ascontiguousarray(array) for array in (tokens, places, owners, wanted))
+        self.tokens, self.places, self.owners, self.wanted = (
+            numpy.ascontiguousarray(array) for array in (tokens, places, owners, wanted)
+        )
         self.ones = numpy.ones(len(self.tokens), numpy.int32)
         self.wanted_count = int(self.wanted.sum())
         fields = dict(lib.llama_batch._fields_)

@@ -64,7 +64,9 @@ def plan_of(cell: Cell, model: ModelFacts) -> QuantPlan:
     try:
         return from_json(QuantPlan, json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MeasurementError(f"The plan {file} cannot be read: {error}. Delete it, so that it is made again.") from None
+        raise MeasurementError(
+            f"The plan {file} cannot be read: {error}. Delete it, so that it is made again."
+        ) from None
 
 
 def is_prepared(cell: Cell, model: ModelFacts) -> bool:
@@ -76,14 +78,20 @@ def read_plan(path: str, model: ModelFacts) -> QuantPlan:
     """The plan in a file `quant_plan.json` of an earlier run. Raises UsageError if it is none, or one of another model."""
     try:
         plan = from_json(QuantPlan, json.loads(Path(path).read_text(encoding="utf-8")))
-        complete = set(plan.schemes) == {block.name for block in plan.sensitivity.blocks} and set(plan.schemes.values()) <= {
-            *plan.sensitivity.schemes
-        }
+        complete = set(plan.schemes) == {block.name for block in plan.sensitivity.blocks} and set(
+            plan.schemes.values()
+        ) <= {*plan.sensitivity.schemes}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path} is not a plan: {first_line(error)}. Give the quant_plan.json of a run with quant=mixed.") from None
+        raise UsageError(
+            f"{path} is not a plan: {first_line(error)}. Give the quant_plan.json of a run with quant=mixed."
+        ) from None
     if not complete:
-        raise UsageError(f"{path} is not a whole plan: blocks without a scheme, or with an unknown one. Give the quant_plan.json of a run.")
-    other = model.revision.startswith("random-") and plan.sensitivity.model != model.name  # a seed, the same of every preset
+        raise UsageError(
+            f"{path} is not a whole plan: blocks without a scheme, or with an unknown one. Give the quant_plan.json of a run."
+        )
+    other = (
+        model.revision.startswith("random-") and plan.sensitivity.model != model.name
+    )  # a seed, the same of every preset
     if other or plan.sensitivity.revision != model.revision:
         raise UsageError(
             f"The plan {path} was made for {plan.sensitivity.model} {plan.sensitivity.revision[:12]}, and the model is {model.name} "
@@ -96,10 +104,15 @@ def _folder(cell: Cell, model: ModelFacts) -> Path:
     """The cache's folder for a model's sensitivity and its plans: named by everything that decides what is measured."""
     name, revision = model.identity
     made_of = {
-        "model": name, "revision": revision,
-        "device": machine.require_device(cell.device).partition(":")[0], "attention": cell.attention, "size": [PASSAGES, PASSAGE_TOKENS, POSITIONS],
-        "calibration": [_texts(texts, cell) for texts in _sets(cell)] or {"generator": "uniform-ids-1", "seed": cell.seed}, "versions": _versions(),
-    }  # fmt: skip
+        "model": name,
+        "revision": revision,
+        "device": machine.require_device(cell.device).partition(":")[0],
+        "attention": cell.attention,
+        "size": [PASSAGES, PASSAGE_TOKENS, POSITIONS],
+        "calibration": [_texts(texts, cell) for texts in _sets(cell)]
+        or {"generator": "uniform-ids-1", "seed": cell.seed},
+        "versions": _versions(),
+    }
     return machine.cache_folder() / "mixed" / f"{Path(model.name).name}-{hash16(made_of)}"
 
 
@@ -136,7 +149,9 @@ def prepare(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
         with torch.inference_mode():
             kept = kept_scheme(model, has_bfloat16(device))
             loaded = _load(cell, source, kept).to(device)
-            ids = torch.tensor(_passages(cell, int(loaded.config.get_text_config().vocab_size), tokenizer), device=device)
+            ids = torch.tensor(
+                _passages(cell, int(loaded.config.get_text_config().vocab_size), tokenizer), device=device
+            )
             reference = _logits(loaded, ids)
             known = _folder(cell, model) / "sensitivity.json"
             if known.exists():
@@ -161,7 +176,9 @@ def choose(found: Sensitivity, budget: str) -> QuantPlan:
     """The plan of least predicted KL divergence within a budget (`5.5` bits per weight, `300MB`). Raises UsageError if nothing fits."""
     bits, size = read_budget(budget)
     room = size - found.fixed_bytes if size is not None else math.floor((bits or 0) * found.weights / 8 + 1e-6)
-    options = [[(block.stored[scheme], round(block.cost(scheme) * NANO)) for scheme in found.schemes] for block in found.blocks]
+    options = [
+        [(block.stored[scheme], round(block.cost(scheme) * NANO)) for scheme in found.schemes] for block in found.blocks
+    ]
     chosen = knapsack.choose(options, room)
     if chosen is None:
         least = sum(min(block.stored.values()) for block in found.blocks)
@@ -169,10 +186,14 @@ def choose(found: Sensitivity, budget: str) -> QuantPlan:
             f"quant_budget={budget} is too small for {found.model}: int4 throughout takes {math.ceil(800 * least / found.weights) / 100:.2f} bits per "
             f"weight, {math.ceil((found.fixed_bytes + least) / 1e5) / 10:.1f}MB with what is not quantized. Give at least that."
         )
-    return QuantPlan(found, budget, {block.name: found.schemes[number] for block, number in zip(found.blocks, chosen, strict=True)})
+    return QuantPlan(
+        found, budget, {block.name: found.schemes[number] for block, number in zip(found.blocks, chosen, strict=True)}
+    )
 
 
-def _sensitivity(model: Any, ids: torch.Tensor, reference: torch.Tensor, cell: Cell, facts: ModelFacts, kept: str, device: str) -> Sensitivity:
+def _sensitivity(
+    model: Any, ids: torch.Tensor, reference: torch.Tensor, cell: Cell, facts: ModelFacts, kept: str, device: str
+) -> Sensitivity:
     started = time.perf_counter()
     seen = inspection.inspect_model(model)
     if seen.expert_weights:
@@ -184,7 +205,11 @@ def _sensitivity(model: Any, ids: torch.Tensor, reference: torch.Tensor, cell: C
     if not groups:
         raise MeasurementError(f"{cell.model} has no linear layers that could be quantized. Use quant=none.")
     partial = _folder(cell, facts) / "blocks.json"  # what an interrupted measurement had found
-    blocks = [from_json(Block, known) for known in json.loads(partial.read_text(encoding="utf-8"))] if partial.exists() else []
+    blocks = (
+        [from_json(Block, known) for known in json.loads(partial.read_text(encoding="utf-8"))]
+        if partial.exists()
+        else []
+    )
     for number, (name, modules) in enumerate(groups.items(), 1):
         if number > len(blocks):
             print(f"Sensitivity of {name} ({number}/{len(groups)})", file=sys.stderr)
@@ -195,12 +220,23 @@ def _sensitivity(model: Any, ids: torch.Tensor, reference: torch.Tensor, cell: C
         with _as(model, {module: scheme for modules in groups.values() for module in modules}, device):
             uniform[scheme] = _divergences(model, ids, reference)
     return Sensitivity(
-        facts.name, facts.revision, device.partition(":")[0], kept, whole - sum(block.stored[kept] for block in blocks), tuple(blocks), uniform,
-        ", ".join(_sets(cell)) or "seeded ids", POSITIONS, _versions(), round(time.perf_counter() - started, 1),
-    )  # fmt: skip
+        facts.name,
+        facts.revision,
+        device.partition(":")[0],
+        kept,
+        whole - sum(block.stored[kept] for block in blocks),
+        tuple(blocks),
+        uniform,
+        ", ".join(_sets(cell)) or "seeded ids",
+        POSITIONS,
+        _versions(),
+        round(time.perf_counter() - started, 1),
+    )
 
 
-def _measured_block(name: str, modules: Sequence[str], model: Any, ids: torch.Tensor, reference: torch.Tensor, kept: str, device: str) -> Block:
+def _measured_block(
+    name: str, modules: Sequence[str], model: Any, ids: torch.Tensor, reference: torch.Tensor, kept: str, device: str
+) -> Block:
     stored = {kept: _stored(model, modules)}
     kl: dict[str, tuple[float, ...]] = {}
     for scheme in QUANTIZED:
@@ -240,7 +276,10 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
     keep = {"logits_to_keep": POSITIONS} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     parts: Sequence[torch.Tensor] = torch.split(ids, ROWS)
-    found = [model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, **keep).logits[:, -POSITIONS:] for rows in parts]
+    found = [
+        model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, **keep).logits[:, -POSITIONS:]
+        for rows in parts
+    ]
     return torch.cat(found)
 
 
@@ -249,7 +288,9 @@ def _divergences(model: Any, ids: torch.Tensor, reference: torch.Tensor) -> tupl
     own = _logits(model, ids)
     means = [fmean(scoring.divergence(its, mine)[0]) for its, mine in zip(reference, own, strict=True)]
     if not all(map(math.isfinite, means)):
-        raise MeasurementError("A quantized block gives logits that are not finite, so its cost cannot be measured. Use quant=none.")
+        raise MeasurementError(
+            "A quantized block gives logits that are not finite, so its cost cannot be measured. Use quant=none."
+        )
     return tuple(float(f"{mean:.6g}") for mean in means)
 
 
@@ -269,7 +310,10 @@ def _passages(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
     sets = _sets(cell)
     if tokenizer is None or not sets:
         draw = random.Random(f"mixed/{cell.seed}")
-        return [[draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(PASSAGE_TOKENS)] for _ in range(PASSAGES)]
+        return [
+            [draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(PASSAGE_TOKENS)]
+            for _ in range(PASSAGES)
+        ]
     prefix = list(tokenizer("")["input_ids"])  # what the tokenizer puts before every text
     length = PASSAGE_TOKENS - len(prefix)
     found: list[list[int]] = []
@@ -290,7 +334,11 @@ def _load(cell: Cell, source: str, kept: str) -> Any:
 
     attention = {} if cell.attention == "auto" else {"attn_implementation": cell.attention}
     return AutoModelForCausalLM.from_pretrained(
-        source, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype=getattr(torch, DTYPES[kept]), **attention
+        source,
+        local_files_only=True,
+        trust_remote_code=cell.trust_remote_code,
+        dtype=getattr(torch, DTYPES[kept]),
+        **attention,
     ).eval()
 
 
@@ -321,7 +369,9 @@ def realise(model: Any, schemes: Mapping[str, str], device: str) -> None:
         try:
             linear = model.get_submodule(name)
         except AttributeError:
-            raise NotRealised(f"The plan names the layer {name}, which this model does not have. Make a plan for it with quant_budget.") from None
+            raise NotRealised(
+                f"The plan names the layer {name}, which this model does not have. Make a plan for it with quant_budget."
+            ) from None
         model.set_submodule(name, quantized(linear, scheme, device))
 
 
@@ -342,7 +392,9 @@ def quantized(linear: Any, scheme: str, device: str) -> Any:
     if scheme == "int8":
         made.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
     else:
-        made.weight = nn.Params4bit(weight, requires_grad=False, compress_statistics=False, quant_type="nf4", module=made).to(device)
+        made.weight = nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=False, quant_type="nf4", module=made
+        ).to(device)
     made.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.data.to(device), requires_grad=False)
     return made.requires_grad_(False).eval()
 

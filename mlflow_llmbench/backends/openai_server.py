@@ -49,7 +49,9 @@ def limits_of(cell: Cell) -> Limits:
     """What a request of a cell may take: 2 KiB and 8 reads for each token, where servers send 0.3 to 0.9 KiB in one; an end for what never ends."""
     tokens, seconds = longest_of(cell)[1], cell.request_timeout_s
     most_bytes = min((64 << 10) + (2 << 10) * tokens, (16 << 20) + 1024 * tokens)
-    return Limits(first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens)
+    return Limits(
+        first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens
+    )
 
 
 class OpenAIBackend(NothingToFetch):
@@ -125,7 +127,9 @@ class OpenAIBackend(NothingToFetch):
     def _is_healthy(self) -> bool:
         """Whether `/health` says so, or where the server has none, whether it lists its models."""
         status = self.client.ask(http_request(self.address, "/health")).status
-        return status == 200 or (status in (404, 405, 501) and self.client.ask(http_request(self.address, "/v1/models")).status == 200)
+        return status == 200 or (
+            status in (404, 405, 501) and self.client.ask(http_request(self.address, "/v1/models")).status == 200
+        )
 
     def load(self) -> LoadInfo:
         """Find out which options the server takes, how many tokens its words have, and whether it tells of its prefix cache."""
@@ -162,23 +166,41 @@ class OpenAIBackend(NothingToFetch):
         words = max(1, round((prompt_tokens - self.fixed_tokens) / self.tokens_per_word))
         return self.body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
 
-    def send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None = None, processes: int = 1) -> Trace:
+    def send(
+        self,
+        prompts: PromptSet,
+        cell: Cell,
+        repetition: int,
+        load: Load,
+        expected: int | None = None,
+        processes: int = 1,
+    ) -> Trace:
         """Send a load of a cell's requests, or of its conversations. Raises MeasurementError if a server that we started has ended meanwhile."""
         trace = self._send(prompts, cell, repetition, load, expected, processes)
         if self.server:
             self.server.require_running()
         return trace
 
-    def _send(self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None, processes: int) -> Trace:
+    def _send(
+        self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None, processes: int
+    ) -> Trace:
         count = min(processes, load.concurrency if load.arrivals_ns is None else len(load.arrivals_ns))
         if count == 1:
             return self.send_share(prompts, Order(self.cell, cell, repetition, Share.of(load, 0, 1), expected, {}))
         if self.others is None or len(self.others.processes) != count:
             self._end_others()
             self.others = ClientProcesses(count)
-        state, each = {name: getattr(self, name) for name in STATE}, None if expected is None else math.ceil(expected / count)
+        state, each = (
+            {name: getattr(self, name) for name in STATE},
+            None if expected is None else math.ceil(expected / count),
+        )
         try:
-            trace = self.others.send([Order(self.cell, cell, repetition, Share.of(load, index, count), each, state) for index in range(count)])
+            trace = self.others.send(
+                [
+                    Order(self.cell, cell, repetition, Share.of(load, index, count), each, state)
+                    for index in range(count)
+                ]
+            )
         except MeasurementError:
             self._end_others()  # some of them may be in the middle of it
             raise
@@ -238,7 +260,9 @@ class OpenAIBackend(NothingToFetch):
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         """Of a server that we started, what the driver attributes to its processes; its allocator cannot be seen."""
-        held = [size for pid in self.server.processes if (size := process_bytes(pid)) is not None] if self.server else []
+        held = (
+            [size for pid in self.server.processes if (size := process_bytes(pid)) is not None] if self.server else []
+        )
         return DeviceMemory(allocated=0, reserved=0, peak_reserved=0, driver=sum(held)) if held else None
 
     def peaks(self) -> dict[str, float]:
@@ -260,8 +284,18 @@ class OpenAIBackend(NothingToFetch):
     def body(self, prompt: str | list[dict[str, str]], output_tokens: int, number: int | str) -> bytes:
         """The whole request for an answer to a prompt, or to messages."""
         chat = self.cell.endpoint == "chat"
-        body: dict[str, Any] = {"model": self.cell.model, "max_tokens": output_tokens, "temperature": 0, "stream": True, **self.options}
-        body |= {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt} if chat else {"prompt": prompt}
+        body: dict[str, Any] = {
+            "model": self.cell.model,
+            "max_tokens": output_tokens,
+            "temperature": 0,
+            "stream": True,
+            **self.options,
+        }
+        body |= (
+            {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+            if chat
+            else {"prompt": prompt}
+        )
         return http_request(self.address, "/v1/chat/completions" if chat else "/v1/completions", body, number)
 
     def _probe(self, words: int) -> RequestRecord:
@@ -312,7 +346,10 @@ class Dialogues:
         if answer is None or answer.fault:
             del self.said[number]
             return None
-        self.said[number] += [{"role": "assistant", "content": "".join(answer.text)}, {"role": "user", "content": asks[turn]}]
+        self.said[number] += [
+            {"role": "assistant", "content": "".join(answer.text)},
+            {"role": "user", "content": asks[turn]},
+        ]
         return self._turn(number, turn + 1)
 
     def _asks(self, number: int) -> tuple[str, ...]:
@@ -347,7 +384,10 @@ def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
     `complete` needs a `[DONE]`, or a finish reason and a body that ended as its chunks or length say; and at least one token.
     """
     answer = _answer_of(exchange)
-    tokens, details = _count(answer.usage.get("completion_tokens")) or None, answer.usage.get("prompt_tokens_details")  # 0 of an answer is no count
+    tokens, details = (
+        _count(answer.usage.get("completion_tokens")) or None,
+        answer.usage.get("prompt_tokens_details"),
+    )  # 0 of an answer is no count
     return RequestRecord(
         t0_ns=exchange.t0_ns,
         stamps_ns=tuple(answer.stamps),
@@ -374,11 +414,19 @@ def _answer_of(exchange: Exchange) -> _Answer:
     if exchange.status == 200:
         _read_events(exchange, answer)
     if not answer.fault and not (answer.done or (answer.finish and exchange.framed)):
-        answer.fault, answer.message = "truncated", f"The answer ended after {len(answer.stamps)} chunks without its end."
+        answer.fault, answer.message = (
+            "truncated",
+            f"The answer ended after {len(answer.stamps)} chunks without its end.",
+        )
         if not exchange.status:
             answer.message = "The connection was closed before an answer."
     tokens = _count(answer.usage.get("completion_tokens"))
-    if tokens == len(answer.stamps) + 1 and answer.finish == "stop" and answer.finish_ns is not None and not answer.finish_has_text:
+    if (
+        tokens == len(answer.stamps) + 1
+        and answer.finish == "stop"
+        and answer.finish_ns is not None
+        and not answer.finish_has_text
+    ):
         answer.stamps.append(answer.finish_ns)  # the end token, which has no text and comes with the reason
         answer.told.append(tokens)
     if not answer.fault and not answer.stamps:
@@ -396,11 +444,17 @@ def _check_head(exchange: Exchange, answer: _Answer) -> None:
     if status >= 500 and status != 503:
         answer.fault, answer.message = "server_error", said
     elif 300 <= status < 400:
-        answer.fault, answer.message = "refused", f"HTTP {status}: redirects are not followed. Give the final address as url."
+        answer.fault, answer.message = (
+            "refused",
+            f"HTTP {status}: redirects are not followed. Give the final address as url.",
+        )
     elif status >= 400:
         answer.fault, answer.message = "refused", said
     else:
-        answer.fault, answer.message = "malformed", f"HTTP {status} with {kind[:40] or 'no content type'} instead of text/event-stream."
+        answer.fault, answer.message = (
+            "malformed",
+            f"HTTP {status} with {kind[:40] or 'no content type'} instead of text/event-stream.",
+        )
 
 
 def _error_text(text: str) -> str:
@@ -452,7 +506,13 @@ def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
         delta = choice.get("delta")
         fields: dict[str, Any] = delta if isinstance(delta, dict) else choice
         visible = fields.get("content") or fields.get("text")
-        has_text = bool(visible or fields.get("reasoning_content") or fields.get("reasoning") or fields.get("tool_calls") or fields.get("refusal"))
+        has_text = bool(
+            visible
+            or fields.get("reasoning_content")
+            or fields.get("reasoning")
+            or fields.get("tool_calls")
+            or fields.get("refusal")
+        )
         if has_text:
             answer.stamps.append(stamp)
             answer.told.append(_count(usage.get("completion_tokens")) if isinstance(usage, dict) else None)

@@ -44,9 +44,13 @@ class OpenVinoBackend(Engine):
     """`ContinuousBatchingPipeline.step()` until every row has its tokens."""
 
     capabilities = Capabilities(
-        tokenizer=True, logits=True, padding=True, heavy=("openvino", "openvino_genai"), kv_caches=tuple(KV_TYPES),
+        tokenizer=True,
+        logits=True,
+        padding=True,
+        heavy=("openvino", "openvino_genai"),
+        kv_caches=tuple(KV_TYPES),
         variables=(("OPENVINO_TELEMETRY_OPT_OUT", "1"),),
-    )  # fmt: skip
+    )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         super().__init__(cell, model)
@@ -72,7 +76,9 @@ class OpenVinoBackend(Engine):
         if cell.quant not in RUNS:
             raise UsageError(f"quant={cell.quant} is not one of OpenVINO. With backend=openvino use {', '.join(RUNS)}.")
         if cell.attention != "auto":
-            raise UsageError(f"backend=openvino has an attention of its own, and not attention={cell.attention}. Leave it out.")
+            raise UsageError(
+                f"backend=openvino has an attention of its own, and not attention={cell.attention}. Leave it out."
+            )
         if machine.require_device(cell.device) != "cpu":
             raise UsageError(f"backend=openvino runs on the CPU here, and device is {cell.device}. Give device=cpu.")
         model = sources.find_model(cell)
@@ -100,7 +106,9 @@ class OpenVinoBackend(Engine):
     def load(self) -> LoadInfo:
         """Read and compile the model; the time is that of the pipeline's making, the KV cache's room included."""
         if not openvino_made.is_made(self.cell, self.facts):
-            raise MeasurementError(f"There is no model {self.folder} for {self.cell.model}. Run the command again, so that it is made.")
+            raise MeasurementError(
+                f"There is no model {self.folder} for {self.cell.model}. Run the command again, so that it is made."
+            )
         with foreign_errors("loading", "OpenVINO", _said):
             genai = importlib.import_module("openvino_genai")
             self.realised = realised_properties(self._properties())
@@ -158,12 +166,18 @@ class OpenVinoBackend(Engine):
             "openvino.genai": importlib.metadata.version("openvino-genai"),
             "openvino.threads": self.threads,
             "openvino.requirements": self.realised.get("RUNTIME_REQUIREMENTS", ""),
-            **({"kv_cache.bytes_per_value": round(token_bytes / shape.kv_bytes_per_token(1), 3)} if shape and token_bytes else {}),
+            **(
+                {"kv_cache.bytes_per_value": round(token_bytes / shape.kv_bytes_per_token(1), 3)}
+                if shape and token_bytes
+                else {}
+            ),
             "kv_cache.tokens": self._settings()["num_kv_blocks"] * PAGE,
             **openvino_made.recorded(self.folder),
         }
         if self.cell.quant in openvino_made.BITS:
-            facts["openvino.dynamic_quantization_group_size"] = self.realised.get("DYNAMIC_QUANTIZATION_GROUP_SIZE", "0")
+            facts["openvino.dynamic_quantization_group_size"] = self.realised.get(
+                "DYNAMIC_QUANTIZATION_GROUP_SIZE", "0"
+            )
         return LoadInfo(
             load_s=self.load_s,
             weight_bytes=held.weight_bytes,
@@ -197,12 +211,24 @@ class OpenVinoBackend(Engine):
         settings.max_new_tokens, settings.ignore_eos, settings.do_sample = output_tokens, True, False
         pipeline, numbers = self.pipeline, self._calls
         handles = [
-            (row, pipeline.add_request(next(numbers), openvino.Tensor(numpy.array([list(prompt)], dtype=numpy.int64)), settings))
+            (
+                row,
+                pipeline.add_request(
+                    next(numbers), openvino.Tensor(numpy.array([list(prompt)], dtype=numpy.int64)), settings
+                ),
+            )
             for row, prompt in enumerate(prompts)
         ]
         while pipeline.has_non_finished_requests():
             pipeline.step()
-            rows.add([(row, ids) for row, handle in handles if handle.can_read() for ids in (one.generated_ids for one in handle.read().values())])
+            rows.add(
+                [
+                    (row, ids)
+                    for row, handle in handles
+                    if handle.can_read()
+                    for ids in (one.generated_ids for one in handle.read().values())
+                ]
+            )
 
     def _require_room(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> None:
         """Raise MeasurementError where rows would have to wait for others' pages."""
@@ -222,7 +248,9 @@ class OpenVinoBackend(Engine):
         with foreign_errors("scoring", "OpenVINO", _said):
             if self._scorer is None:
                 core = importlib.import_module("openvino").Core()
-                self._scorer = core.compile_model(self.folder / openvino_made.MODEL, "CPU", self._properties()).create_infer_request()
+                self._scorer = core.compile_model(
+                    self.folder / openvino_made.MODEL, "CPU", self._properties()
+                ).create_infer_request()
             self._scorer.reset_state()
             count = len(ids)
             given = {
@@ -259,7 +287,9 @@ def realised_properties(asked: dict[str, Any]) -> dict[str, str]:
 
     openvino, ops = importlib.import_module("openvino"), importlib.import_module("openvino.opset13")
     given = ops.parameter([1, 64], numpy.float32)
-    tiny = openvino.Model([ops.matmul(given, ops.constant(numpy.ones((64, 64), numpy.float32)), False, False)], [given], "tiny")
+    tiny = openvino.Model(
+        [ops.matmul(given, ops.constant(numpy.ones((64, 64), numpy.float32)), False, False)], [given], "tiny"
+    )
     own = {name: value for name, value in asked.items() if name != "ENABLE_MMAP"}
     compiled = openvino.Core().compile_model(tiny, "CPU", own)
     found = {}
@@ -272,5 +302,7 @@ def realised_properties(asked: dict[str, Any]) -> dict[str, str]:
 
 def _said(error: Exception) -> str:
     """What an error says, without the places in its sources that OpenVINO puts before it."""
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check '"))]
+    lines = [
+        line for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check '"))
+    ]
     return lines[0][:200] if lines else first_line(error)

@@ -72,7 +72,9 @@ def is_made(cell: Cell, model: ModelFacts) -> bool:
 def require(cell: Cell, model: ModelFacts) -> None:
     """Raise MissingError if the model is not made and cannot be."""
     if not is_made(cell, model) and version("optimum-intel") is None:
-        raise MissingError(f"A model of OpenVINO is made of {cell.model} by optimum-intel, which is not installed. Run: pip install optimum-intel")
+        raise MissingError(
+            f"A model of OpenVINO is made of {cell.model} by optimum-intel, which is not installed. Run: pip install optimum-intel"
+        )
 
 
 def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:

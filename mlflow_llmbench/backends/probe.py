@@ -59,10 +59,17 @@ def measure_peaks_apart() -> dict[str, float]:
 
     The interpreter is the command's, where the worker has another. Raises MissingError if torch does not run there.
     """
-    command = [os.environ.get(COMMAND_PYTHON) or sys.executable, "-c", ASK_PEAKS, str(machine.last_level_cache_bytes() or 0)]
+    command = [
+        os.environ.get(COMMAND_PYTHON) or sys.executable,
+        "-c",
+        ASK_PEAKS,
+        str(machine.last_level_cache_bytes() or 0),
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise MissingError("The best rates of this machine cannot be measured, since torch does not run. See `llmbench doctor`.")
+        raise MissingError(
+            "The best rates of this machine cannot be measured, since torch does not run. See `llmbench doctor`."
+        )
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

@@ -47,9 +47,13 @@ def require(cell: Cell) -> None:
     """Raise MissingError unless this machine has what the quantization of a cell needs, and UsageError for groups without a kernel."""
     package = PACKAGE.get(cell.quant)
     if package and not installed(package):
-        raise MissingError(f"quant={cell.quant} needs the package {package}, which is not installed. Run: {INSTALL[package]}")
+        raise MissingError(
+            f"quant={cell.quant} needs the package {package}, which is not installed. Run: {INSTALL[package]}"
+        )
     if cell.quant == "int4-wo" and cell.group_size not in INT4_GROUPS:
-        raise UsageError(f"quant=int4-wo has no kernel for group_size={cell.group_size}. Use group_size={','.join(map(str, INT4_GROUPS))}.")
+        raise UsageError(
+            f"quant=int4-wo has no kernel for group_size={cell.group_size}. Use group_size={','.join(map(str, INT4_GROUPS))}."
+        )
     # The device of a cell that a cluster will measure is not known here; it is given as the CPU.
     if cell.device != "cpu" and (lack := lacking_device(cell.quant, int(cell.device.partition(":")[2] or 0))):
         raise MissingError(f"quant={cell.quant} {lack}")
@@ -112,7 +116,10 @@ def config(cell: Cell, device: str, compute: torch.dtype) -> Any:
     if quant in BITSANDBYTES:
         kind = "nf4" if quant == "int4" else "fp4"
         return transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=cell.double_quant
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=cell.double_quant,
         )
     if quant in HQQ_BITS:
         return None
@@ -131,7 +138,9 @@ def quantize_with_hqq(model: Any, cell: Cell, compute: torch.dtype) -> None:
     head = model.get_output_embeddings()
     for name, module in [*model.named_modules()]:
         if isinstance(module, torch.nn.Linear) and module is not head:
-            model.set_submodule(name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device)))
+            model.set_submodule(
+                name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device))
+            )
     model.config.quantization_config = {"quant_method": "hqq", "bits": bits, "group_size": cell.group_size}
 
 
@@ -147,7 +156,9 @@ def _torchao_config(cell: Cell, device: str) -> Any:
         return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
     if device.startswith("cuda"):
         return quantization.Int4WeightOnlyConfig(group_size=cell.group_size, int4_packing_format="tile_packed_to_4d")
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # where torchao keeps its kernel for CPUs
+    from torchao.prototype.quantization.int4 import (
+        PrototypeInt4WeightOnlyConfig,
+    )  # where torchao keeps its kernel for CPUs
 
     return PrototypeInt4WeightOnlyConfig(group_size=cell.group_size)
 
@@ -158,11 +169,16 @@ def facts(model: Any) -> dict[str, str | int | float]:
     if carried is None:
         return {"quant.method": "none"}
     data: dict[str, Any] = carried if isinstance(carried, dict) else carried.to_dict()
-    found: dict[str, str | int | float] = {"quant.method": str(getattr(data.get("quant_method"), "value", data.get("quant_method")))}
+    found: dict[str, str | int | float] = {
+        "quant.method": str(getattr(data.get("quant_method"), "value", data.get("quant_method")))
+    }
     if data.get("load_in_8bit"):
         found |= {"quant.threshold": float(data["llm_int8_threshold"])}
     if data.get("load_in_4bit"):
-        found |= {"quant.type": data["bnb_4bit_quant_type"], "quant.compute_dtype": str(data["bnb_4bit_compute_dtype"]).removeprefix("torch.")}
+        found |= {
+            "quant.type": data["bnb_4bit_quant_type"],
+            "quant.compute_dtype": str(data["bnb_4bit_compute_dtype"]).removeprefix("torch."),
+        }
         found["quant.double_quant"] = "true" if data.get("bnb_4bit_use_double_quant") else "false"
     if found["quant.method"] == "torchao":
         kind: Any = getattr(carried, "quant_type", None)

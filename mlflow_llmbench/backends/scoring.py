@@ -70,7 +70,10 @@ def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | N
     text = load_text(order["text"])
     known = next(iter(references.values()), None)
     if known and not same_words(backend, known):
-        say("withheld", message=f"The model has not the vocabulary of {known.name}: the same ids mean other words, so that the two are not compared.")
+        say(
+            "withheld",
+            message=f"The model has not the vocabulary of {known.name}: the same ids mean other words, so that the two are not compared.",
+        )
         references, known = {}, None
     try:
         say("scored", scores=score_text(backend, text, context, say, known))
@@ -108,7 +111,9 @@ def windows(count: int, window: int, stride: int, begin: int = 0) -> Iterator[tu
         yield max(0, end - window), first, end
 
 
-def score_text(backend: Backend, text: Text, context: int | None, say: Say, known: Reference | None = None) -> TextScores:
+def score_text(
+    backend: Backend, text: Text, context: int | None, say: Say, known: Reference | None = None
+) -> TextScores:
     """Negative log-likelihood of each token of a text, window by window; of the very tokens that a reference was given, where there is one.
 
     What the tokenizer puts before every text (a beginning-of-sequence token) stands before every window: a model that was never
@@ -117,7 +122,9 @@ def score_text(backend: Backend, text: Text, context: int | None, say: Say, know
     prefix, ids = (list(known.text[0]), list(known.text[1])) if known else split_prefix(backend, text.content)
     reference_nll = known.nll if known else ()
     if len(ids) < LEAST_TEXT_TOKENS:
-        raise UsageError(f"The text {text.name} is too short for a perplexity: {len(ids)} tokens. Give at least {LEAST_TEXT_TOKENS} tokens of text.")
+        raise UsageError(
+            f"The text {text.name} is too short for a perplexity: {len(ids)} tokens. Give at least {LEAST_TEXT_TOKENS} tokens of text."
+        )
     size = min(WINDOW, context or WINDOW)
     stride = min(STRIDE, size // 2)
     plan = list(windows(min(len(ids), MOST_TEXT_TOKENS), size - len(prefix), stride, 0 if prefix else 1))
@@ -127,7 +134,9 @@ def score_text(backend: Backend, text: Text, context: int | None, say: Say, know
         seen = [*prefix, *ids[start : end - 1]]
         nll.append(tuple(losses(backend.logits(seen, end - first), ids[first:end])))
     if reference_nll and [*map(len, reference_nll)] != [*map(len, nll)]:
-        raise MeasurementError("The reference scored other windows of the text. Delete its file, so that it is computed again.")
+        raise MeasurementError(
+            "The reference scored other windows of the text. Delete its file, so that it is computed again."
+        )
     return TextScores(text.name, len(ids), size, stride, tuple(nll), reference_nll)
 
 
@@ -146,7 +155,9 @@ def losses(logits: torch.Tensor, targets: Sequence[int]) -> list[float]:
     found: list[float] = []
     for start in range(0, len(targets), ROWS):
         wanted = torch.tensor(targets[start : start + ROWS], device=logits.device)
-        found += torch.nn.functional.cross_entropy(logits[start : start + ROWS].double(), wanted, reduction="none").tolist()
+        found += torch.nn.functional.cross_entropy(
+            logits[start : start + ROWS].double(), wanted, reduction="none"
+        ).tolist()
     return [round(_finite(value), 6) for value in found]
 
 
@@ -171,7 +182,9 @@ def compare(backend: Backend, reference: Reference, say: Say, is_reference: bool
             its = file.get_tensor(f"logits.{number}")
             own = backend.logits(ids[:-1], positions)
             if own.shape != its.shape:
-                raise MeasurementError(f"The model has {own.shape[1]} words, and the unquantized one has {its.shape[1]}. They cannot be compared.")
+                raise MeasurementError(
+                    f"The model has {own.shape[1]} words, and the unquantized one has {its.shape[1]}. They cannot be compared."
+                )
             distances, same = divergence(its.to(own.device), own)
             kl.append(tuple(float(f"{_finite(value):.6g}") for value in distances))
             agrees.append(tuple(same))
@@ -213,7 +226,14 @@ def write_references(backend: Backend, order: Mapping[str, Any], model: ModelFac
 
 
 def _write_reference(
-    backend: Backend, workload: str, text: Text, model: ModelFacts, path: Path, name: str, nll: Sequence[Sequence[float]], say: Say
+    backend: Backend,
+    workload: str,
+    text: Text,
+    model: ModelFacts,
+    path: Path,
+    name: str,
+    nll: Sequence[Sequence[float]],
+    say: Say,
 ) -> None:
     from safetensors.torch import save_file
 
@@ -234,9 +254,13 @@ def _write_reference(
     scored = split_prefix(backend, text.content)
     seen = {*scored[0], *scored[1][:MOST_TEXT_TOKENS], *(i for ids, _ in kept for i in ids)}
     known = {
-        "name": f"{name}, {str(row.dtype).removeprefix('torch.')}", "digest": hash16(kept), "prompts": kept, "nll": nll, "text": scored,
+        "name": f"{name}, {str(row.dtype).removeprefix('torch.')}",
+        "digest": hash16(kept),
+        "prompts": kept,
+        "nll": nll,
+        "text": scored,
         "words": {str(i): backend.decode([i]) for i in sorted(seen)},
-    }  # fmt: skip
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -294,7 +318,11 @@ def read_reference(path: Path) -> Reference:
         with safe_open(path, "pt") as file:
             known = json.loads(file.metadata()["reference"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise MeasurementError(f"The reference {path} cannot be read: {error}. Delete it, so that it is computed again.") from None
+        raise MeasurementError(
+            f"The reference {path} cannot be read: {error}. Delete it, so that it is computed again."
+        ) from None
     prompts = tuple((tuple(ids), int(positions)) for ids, positions in known["prompts"])
     before, own = map(tuple, known["text"])
-    return Reference(path, known["name"], known["digest"], prompts, tuple(map(tuple, known["nll"])), (before, own), known["words"])
+    return Reference(
+        path, known["name"], known["digest"], prompts, tuple(map(tuple, known["nll"])), (before, own), known["words"]
+    )

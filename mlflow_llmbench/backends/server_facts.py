@@ -36,7 +36,9 @@ def api_key(address: Address) -> str:
 
 def http_request(address: Address, path: str, body: object = None, number: int | str = 0) -> bytes:
     """A whole HTTP request: GET without a body, POST with one."""
-    data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")  # of halves of characters that a server has sent
+    data = (
+        b"" if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+    )  # of halves of characters that a server has sent
     key = api_key(address)
     lines = [
         f"{'GET' if body is None else 'POST'} {address.path}{path} HTTP/1.1",
@@ -45,7 +47,11 @@ def http_request(address: Address, path: str, body: object = None, number: int |
         "Accept: text/event-stream, application/json",
         "Accept-Encoding: identity",
         *([f"Authorization: Bearer {key}"] if key else []),
-        *(["Content-Type: application/json", f"Content-Length: {len(data)}", f"X-Request-Id: {number}"] if data else []),
+        *(
+            ["Content-Type: application/json", f"Content-Length: {len(data)}", f"X-Request-Id: {number}"]
+            if data
+            else []
+        ),
     ]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
 
@@ -105,9 +111,13 @@ def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = Tr
     exchange = client.ask(http_request(address, path))
     where = f"the server at {'https' if address.tls else 'http'}://{address.authority}{address.path}"
     if needed and (exchange.fault or not exchange.status):
-        raise ModelError(f"Cannot reach {where}: {exchange.message or 'it closed the connection.'} Start it, or correct url.")
+        raise ModelError(
+            f"Cannot reach {where}: {exchange.message or 'it closed the connection.'} Start it, or correct url."
+        )
     if needed and exchange.status in (401, 403):
-        raise ModelError(f"{where[0].upper()}{where[1:]} wants another key (HTTP {exchange.status}). Set LLMBENCH_API_KEY in the environment.")
+        raise ModelError(
+            f"{where[0].upper()}{where[1:]} wants another key (HTTP {exchange.status}). Set LLMBENCH_API_KEY in the environment."
+        )
     try:
         found = json.loads(b"".join(exchange.parts)) if exchange.status == 200 else None
     except (ValueError, RecursionError):

@@ -47,12 +47,16 @@ def find_model(cell: Cell) -> ModelFacts:
         return hub.find_checkpoint(cell, cell.model, "hub")
     near = models.suggest_models(cell.model)
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise ModelError(f"Unknown model: {cell.model}. {meant}`llmbench models` lists the presets; a Hub id has the form owner/name.")
+    raise ModelError(
+        f"Unknown model: {cell.model}. {meant}`llmbench models` lists the presets; a Hub id has the form owner/name."
+    )
 
 
 def assistant_of(cell: Cell) -> Cell:
     """The small model that proposes tokens for a cell, as a cell of its own: as it was published, of the main branch."""
-    return dataclasses.replace(cell, model=cell.assistant or "", revision="main", quant="none", decode="generate", assistant=None)
+    return dataclasses.replace(
+        cell, model=cell.assistant or "", revision="main", quant="none", decode="generate", assistant=None
+    )
 
 
 def with_assistant(cell: Cell, model: ModelFacts) -> ModelFacts:
@@ -61,8 +65,12 @@ def with_assistant(cell: Cell, model: ModelFacts) -> ModelFacts:
         return model
     small = find_model(assistant_of(cell))
     if small.source == "gguf":
-        raise UsageError(f"assistant={cell.assistant} is a GGUF file, and transformers takes none to propose tokens. Give a folder or a Hub id.")
-    sizes = [shape.vocab_size if (shape := models.Shape.from_config(one.config or {})) else None for one in (model, small)]
+        raise UsageError(
+            f"assistant={cell.assistant} is a GGUF file, and transformers takes none to propose tokens. Give a folder or a Hub id."
+        )
+    sizes = [
+        shape.vocab_size if (shape := models.Shape.from_config(one.config or {})) else None for one in (model, small)
+    ]
     if None not in sizes and sizes[0] != sizes[1]:
         raise UsageError(
             f"assistant={cell.assistant} has a vocabulary of {sizes[1]} tokens, and {cell.model} one of {sizes[0]}: it cannot propose tokens for it. "
@@ -75,7 +83,9 @@ def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
     if preset is None:
         near = models.suggest_models(cell.model)
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"weights=random needs a preset, and {cell.model} is none.{meant} `llmbench models` lists them.")
+        raise ModelError(
+            f"weights=random needs a preset, and {cell.model} is none.{meant} `llmbench models` lists them."
+        )
     return ModelFacts(
         name=preset.name,
         source="preset",
@@ -90,27 +100,41 @@ def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
 
 def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
     if not os.path.isfile(path):
-        raise ModelError(f"There is no file {cell.model}. Give the path of a .gguf file, or OWNER/NAME:FILE.gguf for one of the Hub.")
+        raise ModelError(
+            f"There is no file {cell.model}. Give the path of a .gguf file, or OWNER/NAME:FILE.gguf for one of the Hub."
+        )
     checkpoint.refuse_made(cell, path.name)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{cell.model} is not a GGUF file: it does not begin with GGUF. Download it again.")
     parts = gguf_file.parts_of(path)
     if absent := next((part for part in parts if not part.is_file()), None):
-        raise ModelError(f"{cell.model} is split, and its part {absent.name} is not beside it. Download all {len(parts)} parts.")
-    return ModelFacts(cell.model, "gguf", str(path.resolve()), checkpoint.content_hash(parts), files_bytes=sum(part.stat().st_size for part in parts))
+        raise ModelError(
+            f"{cell.model} is split, and its part {absent.name} is not beside it. Download all {len(parts)} parts."
+        )
+    return ModelFacts(
+        cell.model,
+        "gguf",
+        str(path.resolve()),
+        checkpoint.content_hash(parts),
+        files_bytes=sum(part.stat().st_size for part in parts),
+    )
 
 
 def _folder(cell: Cell, path: Path) -> ModelFacts:
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise ModelError(f"The folder {cell.model} has no config.json, so it is no model. Give a folder that save_pretrained wrote, or a .gguf file.")
+        raise ModelError(
+            f"The folder {cell.model} has no config.json, so it is no model. Give a folder that save_pretrained wrote, or a .gguf file."
+        )
     weights = [path / name for name in sorted(checkpoint.weight_names(file.name for file in path.iterdir()))]
     if not weights:
         raise ModelError(f"The folder {cell.model} has no weights (*.safetensors). Download them, or check the path.")
     checkpoint.refuse_pickle(cell, "folder", [file.name for file in weights])
     size = sum(file.stat().st_size for file in weights)
-    return checkpoint.read_facts(cell, "folder", str(path.resolve()), checkpoint.content_hash([config_file, *weights]), config_file, size)
+    return checkpoint.read_facts(
+        cell, "folder", str(path.resolve()), checkpoint.content_hash([config_file, *weights]), config_file, size
+    )
 
 
 def fetch(cell: Cell, model: ModelFacts) -> None:
@@ -125,9 +149,16 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
     elif model.source in ("hub", "preset") and not checkpoint.is_complete(hub.snapshot(model)):
         hub.download(model)
     if cell.quant in GPTQ_BITS:
-        gptq.quantize(cell, model, base_files(cell, model)[0], None if cell.workload in DRAWN else _tokenizer(cell, *base_files(cell, model)))
+        gptq.quantize(
+            cell,
+            model,
+            base_files(cell, model)[0],
+            None if cell.workload in DRAWN else _tokenizer(cell, *base_files(cell, model)),
+        )
     if cell.quant == MIXED and not mixed.is_prepared(cell, model):
-        mixed.prepare(cell, model, base_files(cell, model)[0], None if cell.weights == "random" else load_tokenizer(cell, model))
+        mixed.prepare(
+            cell, model, base_files(cell, model)[0], None if cell.weights == "random" else load_tokenizer(cell, model)
+        )
 
 
 def is_here(cell: Cell, model: ModelFacts) -> bool:
@@ -179,7 +210,9 @@ def _tokenizer(cell: Cell, folder: str, gguf_file: str | None) -> Any:
 
     keywords: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords)
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=cell.trust_remote_code, **keywords
+        )
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(

@@ -89,7 +89,10 @@ def _write_shards(folder: Path, preset: Preset, seed: int, dtype: torch.dtype) -
             held = 0
         shards[-1].append(name)
         held += size
-    index: dict[str, Any] = {"metadata": {"total_size": sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize}, "weight_map": {}}
+    index: dict[str, Any] = {
+        "metadata": {"total_size": sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize},
+        "weight_map": {},
+    }
     position = 0
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -77,7 +77,9 @@ def train(cell: Cell, facts: ModelFacts, order: Mapping[str, Any], say: Say) -> 
 def _check_data(tokenizer: Any, order: Mapping[str, Any], training: Training, facts: ModelFacts) -> list[list[int]]:
     """The sequences that are trained on. Raises UsageError if they are too few, too long for the model, or too little is held out."""
     if facts.context is not None and training.sequence_tokens > facts.context:
-        raise UsageError(f"sequence_tokens={training.sequence_tokens} is more than the context of {facts.name}, {facts.context}. Give fewer.")
+        raise UsageError(
+            f"sequence_tokens={training.sequence_tokens} is more than the context of {facts.name}, {facts.context}. Give fewer."
+        )
     learned, held = (Path(order[name]).read_text(encoding="utf-8") for name in ("learned", "held_out"))
     rows = sequences(tokenizer, learned, training.sequence_tokens)
     prefix = len(tokenizer("")["input_ids"])
@@ -93,7 +95,9 @@ def sequences(tokenizer: Any, text: str, length: int) -> list[list[int]]:
     return [[*prefix, *ids[start : start + own]] for start in range(0, len(ids) - own + 1, own)]
 
 
-def _plan(cell: Cell, facts: ModelFacts, source: str, training: Training, room: Sequence[Any], rows: int, say: Say) -> None:
+def _plan(
+    cell: Cell, facts: ModelFacts, source: str, training: Training, room: Sequence[Any], rows: int, say: Say
+) -> None:
     """Tell what will be trained and what it needs, before a weight is read. Raises MeasurementError if it cannot be done here."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -106,8 +110,14 @@ def _plan(cell: Cell, facts: ModelFacts, source: str, training: Training, room: 
     odd = {name: layer.in_features for name, layer in layers.items() if layer.in_features % cell.group_size}
     if odd or not layers:
         name, inputs = next(iter(odd.items()), ("", 0))
-        what = f"{name} has {inputs} inputs, which group_size={cell.group_size} does not divide" if odd else "it has no linear layers"
-        raise MeasurementError(f"quant=int4-wo cannot be trained for with {cell.model}: {what}. Use another group_size, or another model.")
+        what = (
+            f"{name} has {inputs} inputs, which group_size={cell.group_size} does not divide"
+            if odd
+            else "it has no linear layers"
+        )
+        raise MeasurementError(
+            f"quant=int4-wo cannot be trained for with {cell.model}: {what}. Use another group_size, or another model."
+        )
     counts = {needs: sum(p.numel() for p in model.parameters() if p.requires_grad is needs) for needs in (True, False)}
     vocabulary = int(model.config.get_text_config().vocab_size)
     needed = models.PROCESS_BYTES + needed_bytes(counts[True], counts[False], vocabulary, training)
@@ -150,7 +160,11 @@ def quantized_layers(model: Any) -> dict[str, Any]:
     import torch
 
     head = model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
 
 
 def prepare(model: Any, group_size: int) -> None:
@@ -161,9 +175,14 @@ def prepare(model: Any, group_size: int) -> None:
     from torchao.quantization.quant_primitives import ZeroPointDomain
 
     config = IntxFakeQuantizeConfig(
-        getattr(torch, INTEGERS), group_size=group_size, is_symmetric=False, scale_precision=torch.bfloat16, zero_point_precision=torch.bfloat16,
-        zero_point_domain=ZeroPointDomain.FLOAT, eps=LEAST_SCALE,
-    )  # fmt: skip
+        getattr(torch, INTEGERS),
+        group_size=group_size,
+        is_symmetric=False,
+        scale_precision=torch.bfloat16,
+        zero_point_precision=torch.bfloat16,
+        zero_point_domain=ZeroPointDomain.FLOAT,
+        eps=LEAST_SCALE,
+    )
     names = set(quantized_layers(model))
     quantize_(model, QATConfig(weight_config=config, step="prepare"), filter_fn=lambda _, name: name in names)
     for name in names:
@@ -279,7 +298,9 @@ def _save(model: Any, tokenizer: Any, scratch: Path, folder: Path, recipe: Mappi
     convert(model)
     # Settings of sampling have no part in it, and some that are read cannot be written.
     own = model.generation_config
-    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    model.generation_config = GenerationConfig(
+        **{name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    )
     model.to(torch.bfloat16).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     (scratch / RECIPE).write_text(json.dumps(dict(recipe), indent=1), encoding="utf-8")

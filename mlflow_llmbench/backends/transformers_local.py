@@ -34,9 +34,16 @@ class TransformersBackend:
     """`AutoModelForCausalLM` and `generate()` with a streamer that does nothing but pass each step on."""
 
     capabilities = Capabilities(
-        tokenizer=True, logits=True, harness=True, conversations=True, padding=True, continuous=True, heavy=("torch", "transformers"),
-        decodes=DECODES, kv_caches=tuple(decoding.KV_BACKENDS),
-    )  # fmt: skip
+        tokenizer=True,
+        logits=True,
+        harness=True,
+        conversations=True,
+        padding=True,
+        continuous=True,
+        heavy=("torch", "transformers"),
+        decodes=DECODES,
+        kv_caches=tuple(decoding.KV_BACKENDS),
+    )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -55,7 +62,9 @@ class TransformersBackend:
         """Preset, folder, GGUF file or Hub id → its files, commit and configuration. Raises ModelError or MissingError."""
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
-                raise MissingError(f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench")
+                raise MissingError(
+                    f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench"
+                )
         quantizing.require(cell)
         if cell.quant in GPTQ_BITS:
             gptq.require()
@@ -63,7 +72,9 @@ class TransformersBackend:
         model = sources.find_model(cell)
         gptq.require_for(model)
         quantizing.require_for(model)
-        model = dataclasses.replace(model, quant_plan=mixed.read_plan(cell.quant_plan, model)) if cell.quant_plan else model
+        model = (
+            dataclasses.replace(model, quant_plan=mixed.read_plan(cell.quant_plan, model)) if cell.quant_plan else model
+        )
         return sources.with_assistant(cell, model)
 
     @classmethod
@@ -143,14 +154,20 @@ class TransformersBackend:
         import torch
 
         quant = self.cell.quant
-        keywords: dict[str, Any] = {"local_files_only": True, "trust_remote_code": self.cell.trust_remote_code, "device_map": {"": self.device}}
+        keywords: dict[str, Any] = {
+            "local_files_only": True,
+            "trust_remote_code": self.cell.trust_remote_code,
+            "device_map": {"": self.device},
+        }
         if self.cell.attention != "auto":
             keywords["attn_implementation"] = self.cell.attention
         if quant in FLOAT_DTYPES:
             keywords["dtype"] = getattr(torch, FLOAT_DTYPES[quant])
         elif self.plan:
             keywords["dtype"] = getattr(torch, FLOAT_DTYPES[self.plan.sensitivity.kept])
-            keywords["device_map"] = {"": "cpu"}  # quantized block by block on the way to the device, which never holds all of it unquantized
+            keywords["device_map"] = {
+                "": "cpu"
+            }  # quantized block by block on the way to the device, which never holds all of it unquantized
         elif quant in quantizing.PACKAGE:
             keywords["dtype"] = torch.bfloat16 if mixed.has_bfloat16(self.device) else torch.float16
             keywords["quantization_config"] = quantizing.config(self.cell, self.device, keywords["dtype"])
@@ -177,7 +194,9 @@ class TransformersBackend:
             "model.class": type(self.model).__name__,
             "model.revision": self.facts.revision,
             "model.weights_format": self.weights_format,
-            "model.remote_code": "true" if any(name.startswith("transformers_modules.") for name in sys.modules) else "false",
+            "model.remote_code": "true"
+            if any(name.startswith("transformers_modules.") for name in sys.modules)
+            else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
             "quant.bits_per_weight": round(found.linear_bits, 3),
@@ -214,7 +233,9 @@ class TransformersBackend:
 
     # Generating
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None) -> None:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None
+    ) -> None:
         assert self.path
         arguments = (
             {"past_key_values": history.cache} if history else self.path.arguments()
@@ -240,7 +261,14 @@ class TransformersBackend:
         with foreign_errors("compiling the decode step"):
             return path.compile(longest + output_tokens, lambda: run(disable_compile=True), run, decodes=few > 1)
 
-    def _generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, fields: dict[str, Any], arguments: dict[str, Any]) -> None:
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        emit: Emit,
+        fields: dict[str, Any],
+        arguments: dict[str, Any],
+    ) -> None:
         import torch
         from transformers import GenerationConfig
 
@@ -250,7 +278,13 @@ class TransformersBackend:
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.long)
         mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
         settings = GenerationConfig(
-            max_new_tokens=output_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=0, eos_token_id=None, **fields
+            max_new_tokens=output_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=0,
+            eos_token_id=None,
+            **fields,
         )
         streamer: Any = _Streamer(emit)
         with foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
@@ -308,7 +342,11 @@ class TransformersBackend:
         batch = torch.tensor([list(ids)], dtype=torch.long)
         # Most models can leave out the output head for the rest, which at 262,144 words would be most of the memory.
         through_cache = self.cell.kv_cache is not None and last > 1
-        keep = {"logits_to_keep": 1 if through_cache else last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        keep = (
+            {"logits_to_keep": 1 if through_cache else last}
+            if "logits_to_keep" in inspect.signature(self.model.forward).parameters
+            else {}
+        )
         with foreign_errors("scoring"), torch.inference_mode():
             batch = batch.to(self.model.device)
             mask = torch.ones_like(batch)
@@ -317,14 +355,20 @@ class TransformersBackend:
             found: torch.Tensor = self.model(input_ids=batch, attention_mask=mask, use_cache=False, **keep).logits
             return found[0, -last:]
 
-    def _logits_through_cache(self, batch: torch.Tensor, mask: torch.Tensor, last: int, keep: dict[str, int]) -> torch.Tensor:
+    def _logits_through_cache(
+        self, batch: torch.Tensor, mask: torch.Tensor, last: int, keep: dict[str, int]
+    ) -> torch.Tensor:
         """The logits at the last ids: of the first by a prefill, of the others by a pass that sees the prefill as the quantized KV cache holds it."""
         import torch
 
         assert self.path
         cache, begin = self.path.arguments()["past_key_values"], batch.shape[1] - last + 1
-        first = self.model(input_ids=batch[:, :begin], attention_mask=mask[:, :begin], past_key_values=cache, use_cache=True, **keep).logits[0, -1:]
-        others = self.model(input_ids=batch[:, begin:], attention_mask=mask, past_key_values=cache, use_cache=True).logits[0]
+        first = self.model(
+            input_ids=batch[:, :begin], attention_mask=mask[:, :begin], past_key_values=cache, use_cache=True, **keep
+        ).logits[0, -1:]
+        others = self.model(
+            input_ids=batch[:, begin:], attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits[0]
         return torch.cat([first, others])
 
     # Device

@@ -52,8 +52,11 @@ HEAVY = ("torch", "transformers", "vllm.engine.arg_utils", "vllm.v1.engine.llm_e
 """The package itself imports nothing before it is asked."""
 
 VARIABLES = (
-    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_NO_USAGE_STATS", "1"), ("DO_NOT_TRACK", "1"), ("VLLM_LOGGING_LEVEL", "WARNING"),
-)  # fmt: skip
+    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+    ("VLLM_NO_USAGE_STATS", "1"),
+    ("DO_NOT_TRACK", "1"),
+    ("VLLM_LOGGING_LEVEL", "WARNING"),
+)
 
 
 class VllmBackend(Engine):
@@ -78,17 +81,25 @@ class VllmBackend(Engine):
                 "worker_python=ENVIRONMENT/bin/python."
             )
         if cell.quant not in RUNS:
-            raise UsageError(f"quant={cell.quant} is not one that vLLM makes. With backend=vllm use {', '.join(RUNS)}, or a ready checkpoint.")
+            raise UsageError(
+                f"quant={cell.quant} is not one that vLLM makes. With backend=vllm use {', '.join(RUNS)}, or a ready checkpoint."
+            )
         if cell.attention != "auto":
-            raise UsageError(f"backend=vllm has an attention of its own, and not attention={cell.attention}. Leave it out.")
+            raise UsageError(
+                f"backend=vllm has an attention of its own, and not attention={cell.attention}. Leave it out."
+            )
         device = machine.require_device(cell.device)
         if device not in ("cpu", "cuda", "cuda:0"):
-            raise UsageError(f"backend=vllm takes the first GPU, and device is {device}. Give device=cuda, with CUDA_VISIBLE_DEVICES for another.")
+            raise UsageError(
+                f"backend=vllm takes the first GPU, and device is {device}. Give device=cuda, with CUDA_VISIBLE_DEVICES for another."
+            )
         if cell.quant == "fp8" and device == "cpu":
             raise MissingError("quant=fp8 of vLLM needs a GPU. Use int8-wo, or bf16.")
         model = sources.find_model(cell)
         if model.source in sources.GGUF_SOURCES:
-            raise UsageError(f"backend=vllm runs no GGUF file: {cell.model}. Give a checkpoint, or use backend=llama_cpp.")
+            raise UsageError(
+                f"backend=vllm runs no GGUF file: {cell.model}. Give a checkpoint, or use backend=llama_cpp."
+            )
         return model
 
     @classmethod
@@ -114,7 +125,9 @@ class VllmBackend(Engine):
                 )
             engine = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
             arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(**self._arguments())
-            with _timed(importlib.import_module("vllm.v1.executor.abstract").Executor, "determine_available_memory") as times:
+            with _timed(
+                importlib.import_module("vllm.v1.executor.abstract").Executor, "determine_available_memory"
+            ) as times:
                 started = time.perf_counter()
                 self.engine = engine.from_engine_args(arguments)
                 self.load_s = time.perf_counter() - started
@@ -131,7 +144,9 @@ class VllmBackend(Engine):
             )
         _, bits = stored_weights(self._runner().model)
         if self.cell.quant in ONLINE and bits is not None and bits > MOST_BITS:
-            raise NotRealised(f"quant={self.cell.quant} was asked for, and vLLM holds {bits:.1f} bits of a weight. Use quant=none.")
+            raise NotRealised(
+                f"quant={self.cell.quant} was asked for, and vLLM holds {bits:.1f} bits of a weight. Use quant=none."
+            )
 
     def _arguments(self) -> dict[str, Any]:
         """What the engine is made with. The first cell of a group has the most tokens; the others have room beside it, see `_require_room`."""
@@ -226,7 +241,9 @@ class VllmBackend(Engine):
         for row, prompt in enumerate(prompts):
             engine.add_request(f"{call}-{row}", {"prompt_token_ids": list(prompt)}, sampling)
         while engine.has_unfinished_requests():
-            rows.add([(int(found.request_id.rpartition("-")[2]), found.outputs[0].token_ids) for found in engine.step()])
+            rows.add(
+                [(int(found.request_id.rpartition("-")[2]), found.outputs[0].token_ids) for found in engine.step()]
+            )
 
     def _room(self) -> int:
         """Tokens that the KV cache has room for, in all layers."""
@@ -263,13 +280,17 @@ class VllmBackend(Engine):
         model.compute_logits = keep
         try:
             with foreign_errors("scoring", "vLLM"):
-                self._run([ids], Rows(1, 1, lambda _: None), temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=1)
+                self._run(
+                    [ids], Rows(1, 1, lambda _: None), temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=1
+                )
         finally:
             del model.compute_logits
         # A step computes the logits of what it samples before those of the prompt.
         whole = torch.cat([*found[1:], found[0]]) if len(found) > 1 else found[0]
         if len(whole) != len(ids):
-            raise MeasurementError(f"vLLM gave logits of {len(whole)} positions for {len(ids)} tokens. Please report this, with its version.")
+            raise MeasurementError(
+                f"vLLM gave logits of {len(whole)} positions for {len(ids)} tokens. Please report this, with its version."
+            )
         return whole[-last:]
 
     # Device
@@ -280,7 +301,10 @@ class VllmBackend(Engine):
         import torch
 
         seen = DeviceMemory(
-            torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved(), gpu.process_bytes(os.getpid())
+            torch.cuda.memory_allocated(),
+            torch.cuda.memory_reserved(),
+            torch.cuda.max_memory_reserved(),
+            gpu.process_bytes(os.getpid()),
         )
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -307,7 +331,11 @@ def stored_weights(model: Any) -> tuple[int | None, float | None]:
 
     A kernel of the CPU takes unquantized weights into a form of its own, of the same size, and leaves an empty tensor behind.
     """
-    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.parameters() if tensor.numel()}
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in model.parameters()
+        if tensor.numel()
+    }
     linear_bytes = linear_weights = packed = 0
     known = True
     for module in model.modules():
@@ -318,9 +346,15 @@ def stored_weights(model: Any) -> tuple[int | None, float | None]:
         taken = weight.numel() == 0
         known = known and not (taken and "Unquantized" not in type(module.quant_method).__name__)
         packed += count * weight.itemsize if taken else 0
-        linear_bytes += count * weight.itemsize if taken else sum(one.nbytes for name, one in module.named_parameters() if name != "bias")
+        linear_bytes += (
+            count * weight.itemsize
+            if taken
+            else sum(one.nbytes for name, one in module.named_parameters() if name != "bias")
+        )
         linear_weights += count
-    return (sum(sizes.values()) + packed if known else None), (8 * linear_bytes / linear_weights if known and linear_weights else None)
+    return (sum(sizes.values()) + packed if known else None), (
+        8 * linear_bytes / linear_weights if known and linear_weights else None
+    )
 
 
 def embedding_bytes(model: Any) -> int:
