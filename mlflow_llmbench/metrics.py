@@ -1,9 +1,9 @@
-"""The vocabulary of metrics: one table from which keys, tables, docs and report columns are derived.
+"""Metrics of the vocabulary: one table from which keys, tables, docs and report columns are derived.
 
-In code a metric is named `<metric>_<unit>_<statistic>`; in MLflow a section is put before it, because the MLflow UI
-makes one chart section per prefix: `ttft_ms_p50` is logged as `latency/ttft_ms_p50`.
+In code a metric is named `<metric>_<unit>_<statistic>`. MLflow keys add a section, because the MLflow UI makes one
+chart section per prefix: `ttft_ms_p50` is logged as `latency/ttft_ms_p50`.
 
-One request is sent at t0; its output tokens arrive at t1 … tN.
+A request is sent at t0; its output tokens arrive at t1 … tN.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STAGES = ("baseline", "loaded", "peak", "steady", "unloaded")
-"""The five memory stages, in the order of a worker's life."""
+"""The five memory stages, in the order of a worker's life cycle."""
 
 PERCENTILE_SUPPORT = {50: 1, 90: 29, 95: 59, 99: 299}
-"""Smallest number of distinct samples that supports a percentile: n with 1 − q^n ≥ 0.95 (Wilks 1941), so that the largest
-sample lies above the percentile with 95 % probability."""
+"""Smallest number of distinct samples that supports a percentile: n with 1 − q^n ≥ 0.95, so that the largest sample
+lies above the percentile with 95 % probability (Wilks 1941)."""
 
 LEAST_REPETITIONS = 5
-"""The fewest timed repetitions that an interval may rest on."""
+"""Smallest number of timed repetitions for a confidence interval."""
 
 FOREIGN_CPU_LIMIT = 0.10
-"""CPUs' worth of time that others (processes, hypervisor) may take during all repetitions together: a tenth of one core."""
+"""CPUs that others (processes, hypervisor) may use on average over all repetitions: a tenth of one core."""
 
 SPOILED_CPU_LIMIT = 0.25
-"""The same for one repetition, above which it is called spoiled; higher, since a short one meets bursts."""
+"""The same limit for one repetition, above which it counts as spoiled. Higher, because a short one meets bursts."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its section in MLflow, unit, statistics, the direction that is better, and its definition."""
+    """One metric: section in MLflow, name, definition, unit, statistics, and the better direction."""
 
     section: str
     name: str
     definition: str
     unit: str = ""
     statistics: tuple[str, ...] = ("",)
-    better: str = ""  # "lower", "higher" or "" where neither is
+    better: str = ""  # "lower", "higher", or "" for neither
     label: str = ""  # column heading of a table; empty = not in tables
     scale: float = 1.0  # table value = stored value × scale
 
@@ -46,7 +46,7 @@ class Metric:
 
 
 FAILURES = ("truncated", "server_error", "timeout", "refused", "malformed")
-"""How a request to a server ends that is not `complete`."""
+"""Outcomes of a request to a server other than `complete`."""
 
 SERVER_GAUGES = (
     "vllm:num_requests_running",
@@ -58,7 +58,7 @@ SERVER_GAUGES = (
     "llamacpp:requests_processing",
     "llamacpp:requests_deferred",
 )
-"""What servers tell of the requests that they compute, and of those that wait."""
+"""Server gauges: requests being computed, and requests waiting."""
 
 SERVER_RATIOS = (
     "vllm:kv_cache_usage_perc",
@@ -67,7 +67,7 @@ SERVER_RATIOS = (
     "sglang:cache_hit_rate",
     "llamacpp:kv_cache_usage_ratio",
 )
-"""Shares, 0–1, whatever their name says: of the KV cache that is in use, and of prompts found in the prefix cache."""
+"""Server gauges from 0 to 1, whatever their names say: share of the KV cache in use, prefix cache hit rate."""
 
 SERVER_COUNTERS = (
     "vllm:num_preemptions_total",
@@ -78,438 +78,200 @@ SERVER_COUNTERS = (
     "sglang:cached_tokens_total",
     "sglang:num_aborted_requests_total",
 )
-"""What they count: requests that were put back, and tokens asked of and found in the prefix cache."""
+"""Server counters: preempted or aborted requests, and tokens looked up and found in the prefix cache."""
 
 SERVER_TIMES = ("vllm:request_queue_time_seconds", "sglang:queue_time_seconds", "tgi_request_queue_duration")
-"""Histograms of the seconds that requests wait before they are computed."""
+"""Server histograms: seconds that requests wait before they are computed."""
 
 PREFIX_CACHES = (
     ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"),
     ("vllm:gpu_prefix_cache_hits_total", "vllm:gpu_prefix_cache_queries_total"),
 )
-"""Counters of tokens found in a prefix cache, and of those looked for."""
+"""Pairs of server counters: tokens found in the prefix cache, and tokens looked up."""
 
 LATENCY = ("mean", "p50", "p90", "p95", "p99")
 
 ADDED = ("", "ci_low", "ci_high")
 
 METRICS: tuple[Metric, ...] = (
-    Metric(
-        "latency",
-        "ttft_ms",
-        "t1 − t0: prompt ids on the host → first generated id on the host",
-        "ms",
-        LATENCY,
-        "lower",
-        "TTFT ms",
-    ),
-    Metric(
-        "latency",
-        "itl_ms",
-        "gaps t(i) − t(i−1), i ≥ 2, pooled over repetitions and rows",
-        "ms",
-        LATENCY,
-        "lower",
-        "ITL ms",
-    ),
-    Metric(
-        "latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2", "ms", ("mean", "p50", "p95"), "lower"
-    ),
+    Metric("latency", "ttft_ms", "t1 − t0: prompt ids on the host → first generated id on the host",
+           "ms", LATENCY, "lower", "TTFT ms"),
+    Metric("latency", "itl_ms", "gaps t(i) − t(i−1), i ≥ 2, pooled over repetitions and rows",
+           "ms", LATENCY, "lower", "ITL ms"),
+    Metric("latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2",
+           "ms", ("mean", "p50", "p95"), "lower"),
     Metric("latency", "e2e_ms", "tN − t0", "ms", ("mean", "p50", "p95", "p99"), "lower"),
-    Metric(
-        "latency",
-        "tokenize_ms",
-        "text of a prompt → its ids, measured after the repetitions; only where prompts are texts",
-        "ms",
-        ("p50",),
-        "lower",
-    ),
-    Metric("latency", "detokenize_ms", "ids of an answer → its text, likewise", "ms", ("p50",), "lower"),
-    Metric(
-        "latency", "e2e_with_text_ms", "e2e_ms + batch · (text → ids + ids → text), all means", "ms", ("mean",), "lower"
-    ),
-    Metric(
-        "throughput",
-        "output_tokens_per_s",
-        "batch · N / (tN − t0), mean over repetitions (over processes, where several), with its 95 % t interval",
-        "1/s",
-        ("", "ci_low", "ci_high"),
-        "higher",
-        "tokens/s",
-    ),
+    Metric("latency", "tokenize_ms", "prompt text → ids, measured after the repetitions; only for text prompts",
+           "ms", ("p50",), "lower"),
+    Metric("latency", "detokenize_ms", "answer ids → text, measured likewise", "ms", ("p50",), "lower"),
+    Metric("latency", "e2e_with_text_ms", "e2e_ms + batch · (text → ids + ids → text), all means",
+           "ms", ("mean",), "lower"),
+    Metric("throughput", "output_tokens_per_s",
+           "batch · N / (tN − t0): mean over repetitions (over processes if several), with its 95 % t interval",
+           "1/s", ("", "ci_low", "ci_high"), "higher", "tokens/s"),
     Metric("throughput", "per_instance_tokens_per_s", "output throughput ÷ batch size", "1/s", ("",), "higher"),
-    Metric(
-        "throughput", "total_tokens_per_s", "batch · (P + N) / (tN − t0), mean over repetitions", "1/s", ("",), "higher"
-    ),
-    Metric(
-        "throughput",
-        "prefill_tokens_per_s",
-        "batch · P / (t1 − t0), of P what was computed, mean over repetitions",
-        "1/s",
-        ("",),
-        "higher",
-    ),
-    Metric(
-        "throughput", "decode_tokens_per_s", "batch · (N − 1)/(tN − t1), mean over repetitions", "1/s", ("",), "higher"
-    ),
+    Metric("throughput", "total_tokens_per_s", "batch · (P + N) / (tN − t0), mean over repetitions",
+           "1/s", ("",), "higher"),
+    Metric("throughput", "prefill_tokens_per_s",
+           "batch · P / (t1 − t0), mean over repetitions; P counts computed prompt tokens only",
+           "1/s", ("",), "higher"),
+    Metric("throughput", "decode_tokens_per_s", "batch · (N − 1)/(tN − t1), mean over repetitions",
+           "1/s", ("",), "higher"),
     Metric("memory", "host_rss_bytes", "resident memory of the worker at each stage", "bytes", STAGES, "lower"),
-    Metric(
-        "memory",
-        "host_needed_bytes",
-        "anonymous pages plus the bytes of parameters that live in file mappings",
-        "bytes",
-        STAGES,
-        "lower",
-        "host peak GB",
-        1e-9,
-    ),
-    Metric(
-        "memory",
-        "device_bytes",
-        "device memory of our process at each stage",
-        "bytes",
-        STAGES,
-        "lower",
-        "device peak GB",
-        1e-9,
-    ),
-    Metric("memory", "device_reserved_bytes", "most that the allocator held", "bytes", ("peak",), "lower"),
-    Metric(
-        "memory",
-        "weight_bytes",
-        "parameters as stored, quantization metadata and inner tensors included",
-        "bytes",
-        ("",),
-        "lower",
-        "weights GB",
-        1e-9,
-    ),
-    Metric("memory", "predicted_bytes", "peak that was estimated before anything was loaded", "bytes", ("",)),
+    Metric("memory", "host_needed_bytes", "anonymous pages plus the bytes of parameters that live in file mappings",
+           "bytes", STAGES, "lower", "host peak GB", 1e-9),
+    Metric("memory", "device_bytes", "device memory of our process at each stage",
+           "bytes", STAGES, "lower", "device peak GB", 1e-9),
+    Metric("memory", "device_reserved_bytes", "maximum held by the allocator", "bytes", ("peak",), "lower"),
+    Metric("memory", "weight_bytes", "parameters as stored, quantization metadata and inner tensors included",
+           "bytes", ("",), "lower", "weights GB", 1e-9),
+    Metric("memory", "predicted_bytes", "peak estimated before anything was loaded", "bytes", ("",)),
     Metric("memory", "kv_bytes_per_token", "KV cache per token and row", "bytes", ("",), "lower"),
-    Metric(
-        "efficiency",
-        "tokens_per_s_per_gb",
-        "output throughput ÷ peak memory in 10⁹ bytes (device if there is one, else host needed)",
-        "1/s/GB",
-        ("",),
-        "higher",
-    ),
-    Metric(
-        "efficiency",
-        "mbu_ratio",
-        "bytes read per decode step ÷ mean TPOT ÷ read bandwidth measured here",
-        "0–1",
-        ("",),
-        "higher",
-        "MBU",
-    ),
-    Metric(
-        "efficiency", "mfu_ratio", "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here", "0–1", ("",), "higher"
-    ),
-    Metric(
-        "efficiency",
-        "joules_per_token",
-        "energy above idle ÷ output tokens, where a counter exists",
-        "J",
-        ("",),
-        "lower",
-    ),
-    Metric(
-        "efficiency",
-        "padding_waste_ratio",
-        "a stream batched in process: 1 − Σ (P + N − 1) over requests ÷ token positions computed, padding and rows that have ended included",
-        "0–1",
-        ("",),
-        "lower",
-        "padding",
-    ),
+    Metric("efficiency", "tokens_per_s_per_gb",
+           "output throughput ÷ peak memory in 10⁹ bytes (device if there is one, else host needed)",
+           "1/s/GB", ("",), "higher"),
+    Metric("efficiency", "mbu_ratio", "bytes read per decode step ÷ mean TPOT ÷ read bandwidth measured here",
+           "0–1", ("",), "higher", "MBU"),
+    Metric("efficiency", "mfu_ratio", "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here",
+           "0–1", ("",), "higher"),
+    Metric("efficiency", "joules_per_token", "energy above idle ÷ output tokens, where a counter exists",
+           "J", ("",), "lower"),
+    Metric("efficiency", "padding_waste_ratio",
+           "stream batched in process: 1 − Σ (P + N − 1) over requests ÷ token positions computed, including padding "
+           "and finished rows",
+           "0–1", ("",), "lower", "padding"),
     Metric("cost", "per_million_tokens", "price_per_hour ÷ tokens per hour · 10⁶", "money", ("",), "lower", "cost/1M"),
-    Metric(
-        "quality",
-        "kl_vs_reference",
-        "KL(unquantized‖this) of the next token, mean over the positions of the unquantized model's own continuations; interval over prompts",
-        "nats",
-        ("", "ci_low", "ci_high", "p50", "p99"),
-        "lower",
-        "KL nats",
-    ),
-    Metric(
-        "quality",
-        "top1_agreement",
-        "share of positions with the same most probable token as the unquantized model; interval over prompts",
-        "0–1",
-        ("", "ci_low", "ci_high"),
-        "higher",
-        "top-1",
-    ),
-    Metric(
-        "quality",
-        "perplexity",
-        "exp of the mean negative log-likelihood per token of a text, sliding window; interval over windows",
-        "",
-        ("", "ci_low", "ci_high"),
-        "lower",
-        "perplexity",
-    ),
-    Metric(
-        "quality",
-        "perplexity_ratio",
-        "perplexity ÷ that of the unquantized model, paired by token",
-        "",
-        ("", "ci_low", "ci_high"),
-        "lower",
-    ),
-    Metric(
-        "qat",
-        "kl_recovered_ratio",
-        "kl_reduction ÷ ptq_kl_vs_reference: share of the divergence that training took back",
-        "0–1",
-        ("",),
-        "higher",
-    ),
-    Metric(
-        "qat",
-        "kl_reduction",
-        "KL of the untrained quantization − KL of the trained one, mean over the same positions; interval over prompts, paired",
-        "nats",
-        ADDED,
-        "higher",
-    ),
-    Metric(
-        "qat",
-        "ptq_kl_vs_reference",
-        "quality/kl_vs_reference of the same quantization without training",
-        "nats",
-        ADDED,
-        "lower",
-    ),
-    Metric("qat", "ptq_top1_agreement", "likewise quality/top1_agreement", "0–1", ADDED, "higher"),
-    Metric("qat", "ptq_perplexity", "likewise quality/perplexity", "", ADDED, "lower"),
-    Metric("qat", "unquantized_perplexity", "the same of the unquantized model", "", ADDED, "lower"),
-    Metric("load", "load_s", "the model's load, checkpoint on disk → ready", "s", ("",), "lower", "load s"),
-    Metric(
-        "load",
-        "compile_s",
-        "compiling the decode step for this shape before its first call; not part of load_s",
-        "s",
-        ("",),
-        "lower",
-    ),
-    Metric("load", "first_call_ms", "the very first call, cold", "ms", ("",), "lower"),
+    Metric("quality", "kl_vs_reference",
+           "KL(unquantized‖this) of the next token, mean over the positions of the unquantized model's own "
+           "continuations; interval over prompts",
+           "nats", ("", "ci_low", "ci_high", "p50", "p99"), "lower", "KL nats"),
+    Metric("quality", "top1_agreement",
+           "share of positions with the same most probable token as the unquantized model; interval over prompts",
+           "0–1", ("", "ci_low", "ci_high"), "higher", "top-1"),
+    Metric("quality", "perplexity",
+           "exp of the mean negative log-likelihood per token of a text, sliding window; interval over windows",
+           "", ("", "ci_low", "ci_high"), "lower", "perplexity"),
+    Metric("quality", "perplexity_ratio", "perplexity ÷ that of the unquantized model, paired by token",
+           "", ("", "ci_low", "ci_high"), "lower"),
+    Metric("qat", "kl_recovered_ratio",
+           "kl_reduction ÷ ptq_kl_vs_reference: share of the divergence that training removed", "0–1", ("",), "higher"),
+    Metric("qat", "kl_reduction",
+           "KL of the untrained quantization − KL of the trained one, mean over the same positions; interval over "
+           "prompts, paired",
+           "nats", ADDED, "higher"),
+    Metric("qat", "ptq_kl_vs_reference", "quality/kl_vs_reference of the same quantization without training",
+           "nats", ADDED, "lower"),
+    Metric("qat", "ptq_top1_agreement", "quality/top1_agreement of the same quantization without training",
+           "0–1", ADDED, "higher"),
+    Metric("qat", "ptq_perplexity", "quality/perplexity of the same quantization without training", "", ADDED, "lower"),
+    Metric("qat", "unquantized_perplexity", "quality/perplexity of the unquantized model", "", ADDED, "lower"),
+    Metric("load", "load_s", "model load: checkpoint on disk → ready", "s", ("",), "lower", "load s"),
+    Metric("load", "compile_s",
+           "compilation of the decode step for this shape, before its first call; not part of load_s",
+           "s", ("",), "lower"),
+    Metric("load", "first_call_ms", "first call, cold", "ms", ("",), "lower"),
     Metric("config", "batch_size", "setting, as a number to filter and plot by", "", ("",)),
-    Metric("config", "prompt_tokens", "setting (mean of what was sent where it is auto)", "", ("",)),
+    Metric("config", "prompt_tokens", "setting (with auto: mean of what was sent)", "", ("",)),
     Metric("config", "output_tokens", "setting", "", ("",)),
     Metric("config", "concurrency", "setting of a closed loop: users", "", ("",)),
     Metric("config", "request_rate", "setting of an open loop", "1/s", ("",)),
-    Metric("config", "ramp_to", "setting of a ramp: the rate at which it ends", "1/s", ("",)),
-    Metric(
-        "saturation",
-        "requests_per_s",
-        "an open loop beyond what the server can do: answers per second (of a ramp, of the last third of its requests); absent where it kept up",
-        "1/s",
-        ("",),
-        "higher",
-    ),
-    Metric(
-        "latency",
-        "icl_ms",
-        "gaps between chunks or steps that bring several tokens, in place of itl_ms",
-        "ms",
-        ("mean", "p50", "p95", "p99"),
-        "lower",
-    ),
-    Metric(
-        "latency",
-        "ttfo_ms",
-        "start → first token outside a reasoning channel",
-        "ms",
-        ("mean", "p50", "p95", "p99"),
-        "lower",
-    ),
-    Metric(
-        "throughput",
-        "requests_per_s",
-        "complete requests ÷ (last arrival − first sending), mean over repetitions",
-        "1/s",
-        ("",),
-        "higher",
-        "requests/s",
-    ),
-    Metric("window", "full_output_tokens_per_s", "from the first sending to the last arrival", "1/s", ("",), "higher"),
-    Metric("window", "full_requests_per_s", "complete requests in the same", "1/s", ("",), "higher"),
+    Metric("config", "ramp_to", "setting of a ramp: final rate", "1/s", ("",)),
+    Metric("saturation", "requests_per_s",
+           "open loop beyond the server's capacity: answers per second (in a ramp: of the last third of its "
+           "requests); absent if the server kept up",
+           "1/s", ("",), "higher"),
+    Metric("latency", "icl_ms", "gaps between chunks or steps that bring several tokens, in place of itl_ms",
+           "ms", ("mean", "p50", "p95", "p99"), "lower"),
+    Metric("latency", "ttfo_ms", "start → first token outside a reasoning channel",
+           "ms", ("mean", "p50", "p95", "p99"), "lower"),
+    Metric("throughput", "requests_per_s", "complete requests ÷ (last arrival − first sending), mean over repetitions",
+           "1/s", ("",), "higher", "requests/s"),
+    Metric("window", "full_output_tokens_per_s", "output tokens per second from the first sending to the last arrival",
+           "1/s", ("",), "higher"),
+    Metric("window", "full_requests_per_s", "complete requests per second in the same time", "1/s", ("",), "higher"),
     Metric("window", "full_ttft_ms", "TTFT of all requests", "ms", ("p50", "p99"), "lower"),
     Metric("window", "full_itl_ms", "ITL of all requests", "ms", ("p50", "p99"), "lower"),
-    Metric(
-        "window",
-        "steady_output_tokens_per_s",
-        "tokens that arrive from the end of the first answer to the last sending ÷ that time",
-        "1/s",
-        ("",),
-        "higher",
-    ),
-    Metric(
-        "window",
-        "steady_requests_per_s",
-        "answers, each by the share of its tokens that arrive in it, ÷ that time",
-        "1/s",
-        ("",),
-        "higher",
-    ),
-    Metric("window", "steady_ttft_ms", "TTFT of requests begun in it", "ms", ("p50", "p99"), "lower"),
-    Metric("window", "steady_itl_ms", "gaps that lie in it", "ms", ("p50", "p99"), "lower"),
-    Metric(
-        "goodput", "requests_per_s", "requests that met every slo_…_ms, per second", "1/s", ("",), "higher", "goodput/s"
-    ),
-    Metric(
-        "goodput", "attainment_ratio", "their share of all that were sent and can be judged", "0–1", ("",), "higher"
-    ),
+    Metric("window", "steady_output_tokens_per_s",
+           "tokens that arrive between the end of the first answer and the last sending ÷ that time",
+           "1/s", ("",), "higher"),
+    Metric("window", "steady_requests_per_s",
+           "answers ÷ the same time, each counted by the share of its tokens that arrive in it",
+           "1/s", ("",), "higher"),
+    Metric("window", "steady_ttft_ms", "TTFT of requests begun in the same time", "ms", ("p50", "p99"), "lower"),
+    Metric("window", "steady_itl_ms", "gaps within the same time", "ms", ("p50", "p99"), "lower"),
+    Metric("goodput", "requests_per_s", "requests that met every slo_…_ms, per second",
+           "1/s", ("",), "higher", "goodput/s"),
+    Metric("goodput", "attainment_ratio",
+           "requests that met every slo_…_ms ÷ requests that were sent and can be judged", "0–1", ("",), "higher"),
     Metric("goodput", "requests_without_tpot", "requests too short to be judged by slo_tpot_ms", "", ("",)),
-    Metric(
-        "goodput",
-        "limit_requests_per_s",
-        "find=goodput: the highest request rate at which the asked share met every SLO; low: the highest at which that is sure, high: the lowest at which it is surely not",
-        "1/s",
-        ("", "low", "high"),
-        "higher",
-    ),
-    Metric(
-        "goodput",
-        "knee_requests_per_s",
-        "of several loads that with the highest power, requests per second ÷ mean end to end",
-        "1/s",
-        ("",),
-    ),
-    Metric(
-        "twin",
-        "added_ttft_ms",
-        "behind the server − without it: median TTFT of a repetition, with Welch's 95 % interval",
-        "ms",
-        ADDED,
-        "lower",
-    ),
-    Metric(
-        "twin", "added_tpot_ms", "the same of the mean time per output token", "ms", ADDED, "lower", "added TPOT ms"
-    ),
-    Metric("twin", "added_e2e_ms", "the same of the median end to end", "ms", ADDED, "lower"),
-    Metric(
-        "twin",
-        "added_host_needed_bytes",
-        "the same of the peak of host memory, one reading each",
-        "bytes",
-        ("",),
-        "lower",
-    ),
-    Metric("twin", "throughput_ratio", "output tokens per second behind the server ÷ without it", "", ("",), "higher"),
-    Metric("errors", "failed_ratio", "requests that were not complete ÷ all that were sent", "0–1", ("",), "lower"),
-    *(Metric("errors", word, "requests that ended so", "", ("",), "lower") for word in FAILURES),
+    Metric("goodput", "limit_requests_per_s",
+           "find=goodput: highest request rate at which the asked share met every SLO; low: highest rate that surely "
+           "does, high: lowest that surely does not",
+           "1/s", ("", "low", "high"), "higher"),
+    Metric("goodput", "knee_requests_per_s",
+           "of several loads, the one with the highest power: requests per second ÷ mean end-to-end latency",
+           "1/s", ("",)),
+    Metric("twin", "added_ttft_ms",
+           "with the server − without it: median TTFT of a repetition, with Welch's 95 % interval",
+           "ms", ADDED, "lower"),
+    Metric("twin", "added_tpot_ms", "the same for the mean time per output token",
+           "ms", ADDED, "lower", "added TPOT ms"),
+    Metric("twin", "added_e2e_ms", "the same for the median end-to-end latency", "ms", ADDED, "lower"),
+    Metric("twin", "added_host_needed_bytes", "the same for peak host memory, one reading each",
+           "bytes", ("",), "lower"),
+    Metric("twin", "throughput_ratio", "output tokens per second with the server ÷ without it", "", ("",), "higher"),
+    Metric("errors", "failed_ratio", "requests not completed ÷ requests sent", "0–1", ("",), "lower"),
+    *(Metric("errors", word, "requests that ended this way", "", ("",), "lower") for word in FAILURES),
     Metric("lengths", "prompt_tokens", "by the server's count", "", ("mean",)),
     Metric("lengths", "output_tokens", "by the server's count", "", ("mean",)),
     Metric("lengths", "tokens_per_chunk", "output tokens ÷ chunks of the stream", "", ("mean",)),
-    Metric(
-        "lengths",
-        "tokens_per_step",
-        "proposed tokens that are checked: output tokens per row ÷ steps of the model",
-        "",
-        ("mean",),
-        "higher",
-        "tokens/step",
-    ),
-    Metric(
-        "lengths",
-        "cached_prompt_ratio",
-        "prompt tokens from the server's prefix cache, where it tells them",
-        "0–1",
-        ("",),
-    ),
-    Metric(
-        "in_flight", "requests", "requests that wait for their end, over the time of a repetition", "", ("mean", "max")
-    ),
+    Metric("lengths", "tokens_per_step", "speculative decoding: output tokens per row ÷ steps of the model",
+           "", ("mean",), "higher", "tokens/step"),
+    Metric("lengths", "cached_prompt_ratio",
+           "share of prompt tokens from the server's prefix cache, where it reports them", "0–1", ("",)),
+    Metric("in_flight", "requests", "unfinished requests, over the time of a repetition", "", ("mean", "max")),
     Metric("client", "processes", "client processes that sent the load", "", ("",)),
-    Metric(
-        "client",
-        "loop_lag_ms",
-        "the client's event loop: actual − expected wake-up; of several processes that which was latest",
-        "ms",
-        ("mean", "p50", "p99"),
-        "lower",
-    ),
-    Metric("client", "send_delay_ms", "open loop: sent − meant", "ms", ("mean", "p50", "p99"), "lower"),
-    Metric(
-        "client",
-        "cpu_ratio",
-        "CPU time of the client ÷ wall time; it has one core; of several processes the busiest",
-        "0–1",
-        ("",),
-        "lower",
-    ),
-    Metric("client", "cpus", "CPU time of several client processes together ÷ wall time", "", ("",), "lower"),
-    Metric("client", "rate_ratio", "open loop: rate reached ÷ rate asked", "0–1", ("",), "higher"),
-    Metric(
-        "client",
-        "resent_requests",
-        "requests sent again because the server had closed an idle connection; their latency is from the first sending",
-        "",
-        ("",),
-        "lower",
-    ),
-    Metric(
-        "client",
-        "stamp_lag_ms",
-        "continuous batching: our stamp of a step − the engine's own of its first token",
-        "ms",
-        ("mean", "p50", "p99"),
-        "lower",
-    ),
-    *(
-        Metric("server", name, "the server's own, over its readings while a load ran", "", ("mean", "max"))
-        for name in SERVER_GAUGES
-    ),
-    *(
-        Metric("server", name, "the server's own share, over its readings while a load ran", "0–1", ("mean", "max"))
-        for name in SERVER_RATIOS
-    ),
-    *(
-        Metric("server", name, "the server's own count: its growth over all repetitions", "", ("",))
-        for name in SERVER_COUNTERS
-    ),
-    *(
-        Metric("server", name, "the server's own: mean of its requests in the repetitions", "s", ("mean",), "lower")
-        for name in SERVER_TIMES
-    ),
-    Metric("trust", "repetitions", "timed repetitions that the numbers rest on", "", ("",), "higher"),
-    Metric(
-        "trust",
-        "same_replies_ratio",
-        "history=kept: answers of the first conversation that are the same, token by token, when its history is recomputed",
-        "0–1",
-        ("",),
-        "higher",
-    ),
-    Metric(
-        "trust",
-        "same_tokens_ratio",
-        "another decode path or KV cache: output tokens of the first repetition before the first that plain decoding does not give ÷ all of them",
-        "0–1",
-        ("",),
-        "higher",
-    ),
-    Metric(
-        "trust",
-        "relative_half_width",
-        "half-width of the 95 % interval of the throughput ÷ its mean",
-        "",
-        ("",),
-        "lower",
-    ),
-    Metric(
-        "trust",
-        "cv_ratio",
-        "standard deviation of the throughput over repetitions (processes, where several) ÷ its mean",
-        "",
-        ("",),
-        "lower",
-    ),
-)
+    Metric("client", "loop_lag_ms",
+           "client event loop: actual − expected wake-up; with several processes, that of the latest",
+           "ms", ("mean", "p50", "p99"), "lower"),
+    Metric("client", "send_delay_ms", "open loop: actual − intended sending time",
+           "ms", ("mean", "p50", "p99"), "lower"),
+    Metric("client", "cpu_ratio",
+           "CPU time of the client, which has one core, ÷ wall time; with several processes, that of the busiest",
+           "0–1", ("",), "lower"),
+    Metric("client", "cpus", "total CPU time of several client processes ÷ wall time", "", ("",), "lower"),
+    Metric("client", "rate_ratio", "open loop: achieved rate ÷ requested rate", "0–1", ("",), "higher"),
+    Metric("client", "resent_requests",
+           "requests resent because the server had closed an idle connection; their latency counts from the first "
+           "sending",
+           "", ("",), "lower"),
+    Metric("client", "stamp_lag_ms",
+           "continuous batching: our time stamp of a step − the engine's stamp of its first token",
+           "ms", ("mean", "p50", "p99"), "lower"),
+    *(Metric("server", name, "server's own gauge, over its readings during a load", "", ("mean", "max"))
+      for name in SERVER_GAUGES),
+    *(Metric("server", name, "server's own share, over its readings during a load", "0–1", ("mean", "max"))
+      for name in SERVER_RATIOS),
+    *(Metric("server", name, "server's own counter: increase over all repetitions", "", ("",))
+      for name in SERVER_COUNTERS),
+    *(Metric("server", name, "server's own histogram: mean over its requests in the repetitions",
+             "s", ("mean",), "lower")
+      for name in SERVER_TIMES),
+    Metric("trust", "repetitions", "timed repetitions behind the numbers", "", ("",), "higher"),
+    Metric("trust", "same_replies_ratio",
+           "history=kept: share of answers of the first conversation that are the same, token by token, when its "
+           "history is recomputed",
+           "0–1", ("",), "higher"),
+    Metric("trust", "same_tokens_ratio",
+           "other decode path or KV cache: share of the first repetition's output tokens before the first that "
+           "differs from plain decoding",
+           "0–1", ("",), "higher"),
+    Metric("trust", "relative_half_width", "half-width of the 95 % interval of the throughput ÷ its mean",
+           "", ("",), "lower"),
+    Metric("trust", "cv_ratio",
+           "standard deviation of the throughput over repetitions (processes if several) ÷ its mean",
+           "", ("",), "lower"),
+)  # fmt: skip
 
 SERIES = {
     "qat/loss": "step = step of the optimizer: mean loss of its sequences, nats per token",
@@ -517,13 +279,13 @@ SERIES = {
     "steps/ttft_ms": "step = repetition",
     "steps/e2e_ms": "step = repetition",
     "steps/output_tokens_per_s": "step = repetition",
-    "steps/ramp_request_rate": "step = tenth of a ramp's time: the rate at which requests came",
-    "steps/ramp_ttft_ms": "the same: median of the requests that came in it",
+    "steps/ramp_request_rate": "step = tenth of a ramp's time: arrival rate of requests",
+    "steps/ramp_ttft_ms": "the same: median over requests that arrived in it",
     "steps/ramp_e2e_ms": "the same",
     "steps/turn_ttft_ms": "step = turn of a conversation: median over conversations",
     "steps/turn_e2e_ms": "the same",
-    "steps/turn_prompt_tokens": "the same: mean length of the prompt, its history included",
-    "steps/turn_prefilled_tokens": "the same: mean of the part of it that was computed",
+    "steps/turn_prompt_tokens": "the same: mean length of the prompt, including its history",
+    "steps/turn_prefilled_tokens": "the same: mean length of its computed part",
     "steps/host_rss_bytes": "step = sample",
     "steps/device_bytes": "step = sample",
     "percentiles/itl_ms": "step = percentile 1 … 99",
