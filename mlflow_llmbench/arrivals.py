@@ -1,4 +1,4 @@
-"""When the requests of an open loop are sent, from a seed."""
+"""Sending times of the requests of an open loop, from a seed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .cell import Cell
 from .traces import read_trace
 
 LEAST_REQUESTS = 12
-"""Requests of a repetition at least: five repetitions then support a p95."""
+"""Minimum requests per repetition: five repetitions then support a p95."""
 
 AUTO_SECONDS = 10.0
 
 
 def request_count(cell: Cell) -> int | None:
-    """Requests of one repetition; None where only the duration of a closed loop ends it."""
+    """Requests of one repetition; None if only the duration of a closed loop ends it."""
     rate, duration = cell.mean_rate, cell.duration_s
     if cell.trace:
         recorded = [one for one in read_trace(cell.trace).requests if duration is None or one.at_ns <= duration * 1e9]
@@ -33,15 +33,15 @@ def request_count(cell: Cell) -> int | None:
 
 
 def arrival_times_ns(cell: Cell, repetition: int) -> tuple[int, ...] | None:
-    """When each request of a repetition is meant to be sent, ns after its start; None for a closed loop.
+    """Intended sending times of the requests of a repetition, ns after its start; None for a closed loop.
 
-    The gaps are independent: exponential (`poisson`), equal (`constant`), or of a gamma distribution with the shape
-    `burstiness` (`gamma`), whose coefficient of variation is 1/√shape. They are scaled so that n requests take (n − 1)/rate:
-    each repetition has exactly the asked rate, and repetitions differ by what the server did and not by the draw. The same
-    seed gives the same times. Those of a trace are as they were recorded.
+    The gaps are independent: exponential (`poisson`), equal (`constant`), or gamma with shape `burstiness` (`gamma`),
+    whose coefficient of variation is 1/√shape. They are scaled so that n requests take (n − 1)/rate: every repetition
+    has exactly the requested rate, and repetitions differ by the server and not by the draw. The same seed gives the
+    same times. Times of a trace are used as recorded.
 
-    For a ramp the same gaps are drawn on a scale on which its rate is constant, that of Λ(t), the number of requests that it lets
-    expect until t, and taken back by Λ⁻¹ (time rescaling; Çinlar, Introduction to Stochastic Processes, 1975, section 4.7).
+    For a ramp the gaps are drawn on a scale of constant rate, that of Λ(t), the expected number of requests until t,
+    and mapped back by Λ⁻¹ (time rescaling; Çinlar, Introduction to Stochastic Processes, 1975, section 4.7).
     """
     rate, count = cell.mean_rate, request_count(cell)
     if cell.trace:
@@ -59,8 +59,8 @@ def arrival_times_ns(cell: Cell, repetition: int) -> tuple[int, ...] | None:
 
 
 def _ramp_share(share: float, first: float, last: float) -> float:
-    """The share of the time by which a ramp has sent a share of its requests; `first` and `last` are its rates ÷ their mean.
+    """Share of the time by which a ramp has sent `share` of its requests; `first`, `last`: its rates ÷ their mean.
 
-    The solution t of first · t + (last − first) · t²/2 = share, in a form that is exact for a constant rate too.
+    Solves first · t + (last − first) · t²/2 = share for t, in a form that is exact for a constant rate too.
     """
     return 2 * share / (first + math.sqrt(first * first + 2 * (last - first) * share))

@@ -1,4 +1,4 @@
-"""Which requests are batched together and when, and what a batch computes for nothing. Pure: times in, times out."""
+"""Batching of a request stream: when a batch begins, which requests it holds, its padding. Pure functions of time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 def next_batch(due_ns: Sequence[int], free_ns: int, rows: int, wait_ns: int | None) -> tuple[int, int]:
-    """When a batch begins, and how many of the requests that are not served yet are in it.
+    """Return the time at which the next batch begins, in ns, and its number of requests.
 
-    `due_ns`: when each of them comes, in order; a batch takes them in that order, at most `rows`. `free_ns`: when the last
-    batch has ended. A static batch (`wait_ns` None) begins when it is full, or when the last request of the stream has come; a
-    dynamic one also `wait_ns` after its first request has come, with those that are there then, however few they are.
+    `due_ns`: arrival times of unserved requests, in order; a batch takes them in that order, at most `rows` ·
+    `free_ns`: end of the last batch. A static batch (`wait_ns` None) begins when it is full, or when the last request
+    of the stream has arrived. A dynamic one begins also `wait_ns` after its first request, with those that are there.
     """
     full_ns = due_ns[rows - 1] if len(due_ns) >= rows else None
     if wait_ns is None:
@@ -24,14 +24,14 @@ def next_batch(due_ns: Sequence[int], free_ns: int, rows: int, wait_ns: int | No
 
 
 def batch_positions(lengths: Sequence[tuple[int, int]]) -> int:
-    """Token positions that one batch computes, for the prompt and output tokens of each row: rows · (longest prompt + most output − 1).
+    """Token positions that one batch computes: rows · (longest prompt + longest output − 1).
 
-    Shorter prompts are padded to the longest, and rows that have all their tokens are computed until the last one has its own.
-    The last token of a row is never fed back, hence the 1.
+    `lengths`: prompt and output tokens of each row. Shorter prompts are padded to the longest, and finished rows are
+    computed until the last one has finished. The last token of a row is never fed back, hence the 1.
     """
     return len(lengths) * (max(prompt for prompt, _ in lengths) + max(output for _, output in lengths) - 1)
 
 
 def needed_positions(lengths: Sequence[tuple[int, int]]) -> int:
-    """Token positions that the same requests need, each by itself: Σ (prompt + output − 1)."""
+    """Token positions that the same requests need individually: Σ (prompt + output − 1)."""
     return sum(prompt + output - 1 for prompt, output in lengths)

@@ -1,24 +1,24 @@
-"""Every exception that this package raises on purpose.
+"""Exceptions of this package.
 
     LlmbenchError
     ├── UsageError             a parameter is wrong; nothing was started
-    ├── ModelError             the model cannot be had: unknown, unreachable, gated, damaged
-    ├── MissingError           a package, a device or a driver is not there
-    ├── TrackingError          the MLflow store refuses, or cannot be what the address says
+    ├── ModelError             the model is not available: unknown, unreachable, gated, damaged
+    ├── MissingError           a package, a device or a driver is missing
+    ├── TrackingError          the MLflow store refuses a request, or its address is not that of a store
     │   └── StoreAway          the MLflow server does not answer now
     ├── JournalError           the output folder cannot be written, or a record in it cannot be read
-    ├── NotComparable          two results differ in more than what was asked about
+    ├── NotComparable          two results differ in more than the question allows
     ├── NotFitted              the data are too few, or of the wrong kind, for a law
-    ├── OutOfRange             a law was asked about what lies beyond the data that it was fitted to
+    ├── OutOfRange             a law was asked about values beyond the data that it was fitted to
     └── MeasurementError       the measurement itself failed
         ├── OutOfMemory        memory ran out while loading or generating
-        ├── WorkerCrashed      the worker process ended without a word
-        │   └── NodeLost       the machine of a cluster that it ran on is gone
-        ├── WorkerTimeout      the worker went over a time limit
-        └── NotRealised        what was asked for is not what was loaded
+        ├── WorkerCrashed      the worker process ended without an error message
+        │   └── NodeLost       the cluster machine that it ran on is gone
+        ├── WorkerTimeout      the worker exceeded a time limit
+        └── NotRealised        the loaded model is not what was asked for
 
-A message says what is wrong, with which value, and what to do next, on one line. The command line prints it and
-exits with `exit_code`; nothing in the library prints or exits.
+A message is one line: what is wrong, the value, and what to do. The command line prints it and exits with `exit_code`;
+nothing in the library prints or exits.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .redaction import escape_controls, redact
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of a foreign error's text without secrets, cut to `limit` characters; its class name if it has no text."""
+    """Return the first line of a foreign error without secrets, cut to `limit` characters, or else its class name."""
     text = redact(str(error)).strip()  # before it is cut: half a secret is not recognised
     return escape_controls(text.splitlines()[0])[:limit] if text else type(error).__name__
 
 
 class LlmbenchError(Exception):
-    """Base of all errors of this package. Its message is one line that holds neither a secret nor a control character, whatever it was made of."""
+    """Base of all errors of this package. The message becomes one line without secrets and control characters."""
 
     exit_code = 1
 
@@ -51,19 +51,19 @@ class UsageError(LlmbenchError):
 
 
 class ModelError(LlmbenchError):
-    """The model cannot be had: unknown, unreachable, gated or damaged."""
+    """The model is not available: unknown, unreachable, gated or damaged."""
 
 
 class MissingError(LlmbenchError):
-    """A package, a device or a driver that the request needs is not there."""
+    """A package, device or driver that the request needs is missing."""
 
 
 class TrackingError(LlmbenchError):
-    """The MLflow store refuses, or cannot be what the address says."""
+    """The MLflow store refuses a request, or its address is not that of a store."""
 
 
 class StoreAway(TrackingError):
-    """The MLflow server does not answer now; it may later."""
+    """The MLflow server does not answer now; it may answer later."""
 
 
 class JournalError(LlmbenchError):
@@ -71,25 +71,25 @@ class JournalError(LlmbenchError):
 
 
 class NotComparable(LlmbenchError):
-    """Two results differ in more than what was asked about, or one of them cannot be trusted; nothing was compared."""
+    """Two results differ in more than the question allows, or one cannot be trusted; nothing was compared."""
 
     exit_code = 2
 
 
 class NotFitted(LlmbenchError):
-    """The data are too few, or of the wrong kind, for a law; no parameters were made up."""
+    """The data are too few, or of the wrong kind, for a law; no parameters were invented."""
 
     exit_code = 2
 
 
 class OutOfRange(LlmbenchError):
-    """A law was asked about what lies beyond the data that it was fitted to; nothing was extrapolated."""
+    """A law was asked about values beyond the data that it was fitted to; nothing was extrapolated."""
 
     exit_code = 2
 
 
 class MeasurementError(LlmbenchError):
-    """The measurement failed. `outcome` is the word of the vocabulary for it."""
+    """The measurement failed. `outcome` is the vocabulary's word for the failure."""
 
     outcome = "error"
 
@@ -101,23 +101,23 @@ class OutOfMemory(MeasurementError):
 
 
 class WorkerCrashed(MeasurementError):
-    """The worker process ended without saying why."""
+    """The worker process ended without an error message."""
 
     outcome = "crashed"
 
 
 class NodeLost(WorkerCrashed):
-    """The machine of a cluster that the worker ran on is gone; what it had not measured can be measured on another."""
+    """The cluster machine that the worker ran on is gone. Cells it had not measured can be measured on another."""
 
 
 class WorkerTimeout(MeasurementError):
-    """The worker went over a time limit."""
+    """The worker exceeded a time limit."""
 
     outcome = "timeout"
 
 
 class NotRealised(MeasurementError):
-    """What was asked for (a quantization, a dtype, a device) is not what was loaded."""
+    """The loaded quantization, dtype or device is not the one that was asked for."""
 
 
 NO_MEMORY = (
@@ -129,12 +129,12 @@ NO_MEMORY = (
     "bad_alloc",
     "available memory on node",
 )
-"""Words with which libraries say that memory ran out, in lower case."""
+"""Phrases by which libraries report that memory ran out, in lower case."""
 
 
 @contextlib.contextmanager
 def foreign_errors(doing: str, library: str = "", said: Callable[[Exception], str] = first_line) -> Iterator[None]:
-    """Map the errors of a library to ours, each on one line: OutOfMemory where its text or class says so, else MeasurementError."""
+    """Map the errors of a library to ours, one line each: OutOfMemory if text or class say so, or MeasurementError."""
     try:
         yield
     except LlmbenchError:

@@ -1,4 +1,4 @@
-"""What a cell will need, before anything is loaded, and whether that is there: the reasons to refuse a cell unmeasured."""
+"""Estimates of a cell's memory and time before anything is loaded, and the reasons to refuse a cell unmeasured."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from .spec import as_text
 from .workload import longest_of
 
 SPARE = 0.05
-"""Share of the machine's memory that an automatic limit leaves free, since swapping begins before the last page is taken."""
+"""Share of the machine's memory that an automatic limit keeps free, since swapping starts before the last page."""
 
 
 def memory_limit(asked: int | None) -> tuple[int | None, str]:
-    """Most bytes of host memory that a worker may need now, and how that limit is called; None where the system does not say what is free."""
+    """Host memory in bytes that a worker may need now, and the name of the limit.
+
+    None if the system does not report free memory.
+    """
     if asked is not None:
         return asked, "memory_limit"
     free, total = memory.available_bytes(), memory.total_bytes()
@@ -29,24 +32,24 @@ def memory_limit(asked: int | None) -> tuple[int | None, str]:
 
 
 STAYS_PACKED = ("gptq", "awq", "bitsandbytes", "torchao")
-"""Methods of ready checkpoints whose weights take in memory what they take in their files. Of the others transformers unpacks some, compressed-tensors
-in its first call, so that they are taken for unquantized; vLLM leaves these packed."""
+"""Methods of quantized checkpoints whose weights take as much memory as their files. transformers unpacks some others
+(compressed-tensors in its first call), so those are estimated as unquantized; vLLM keeps them packed."""
 
 
 def _weight_bytes(cell: Cell, model: ModelFacts, shape: models.Shape, dtype: str) -> int:
-    """Bytes of the weights as they are loaded: those of the files where these are run as they are, else by formula."""
+    """Bytes of the loaded weights: those of the files if these run as they are, else by formula."""
     if _runs_packed(cell, model):
         return model.files_bytes or 0
     return shape.weight_bytes(_quant_loaded(cell), dtype)
 
 
 def _quant_loaded(cell: Cell) -> str:
-    """What the formulas take for the quantization. Of a mixed one `none`: where it is measured and where it is loaded the whole checkpoint is there first."""
+    """Quantization for the formulas: `none` for a mixed one, since the whole checkpoint is loaded first."""
     return "none" if cell.quant == MIXED else cell.quant
 
 
 def predicted_bytes(cell: Cell, model: ModelFacts, shape: models.Shape | None) -> int | None:
-    """Estimated peak bytes of a cell, of loading or of generating, whichever is more; None if the architecture is unknown."""
+    """Estimated peak bytes of a cell, the larger of loading and generating; None if the architecture is unknown."""
     if shape is None:
         unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source in ("gguf", "hub_gguf") else 1
         return None if model.files_bytes is None else model.files_bytes * unpacked
@@ -73,23 +76,23 @@ KV_VALUE_BYTES = {
     "q4_1": 20 / 32,
     "q4_0": 18 / 32,
 }
-"""Bytes of a value in the KV cache. Of transformers groups of 64 share two numbers of 16 bits, and the newest 128 tokens, which stay as they are, are left
-out; llama.cpp's types are blocks of 32 (ggml-common.h)."""
+"""Bytes of a value in the KV cache. In transformers, groups of 64 share two 16-bit numbers; the newest 128 tokens,
+which are not quantized, are ignored. llama.cpp's types are blocks of 32 (ggml-common.h)."""
 
 
 def _cache_value_bytes(cell: Cell) -> float | None:
-    """Bytes of a value in the KV cache; None where they are those of the computation. llama.cpp's is f16 unless told otherwise."""
+    """Bytes of a value in the KV cache; None for the dtype of the computation. llama.cpp's default is f16."""
     return KV_VALUE_BYTES.get(cell.kv_cache or ("f16" if cell.backend == "llama_cpp" else "auto"))
 
 
 COMPILER_BYTES = 500_000_000
-"""What torch.compile is taken to leave in the process; a guess on the safe side, not measured."""
+"""Assumed memory that torch.compile leaves in the process: a guess on the safe side, not measured."""
 
 
 def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
-    """Bytes that a decode path needs beside the model: the compiler, or the small model that proposes tokens with its own cache.
+    """Bytes that a decode path needs besides the model: the compiler, or the draft model with its own cache.
 
-    A static cache holds all tokens of prompt and output from the first step on, which is what a growing one needs at its end.
+    A static cache holds all prompt and output tokens from the first step on, as much as a growing one at its end.
     """
     own = COMPILER_BYTES if cell.decode == "compiled" else 0
     small = cell.decode == "assisted" and model.assistant and models.Shape.from_config(model.assistant.config or {})
@@ -101,7 +104,10 @@ def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
 
 
 def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
-    """Whether the weights take what their files take: of a GGUF file that llama.cpp runs, and of a checkpoint that was quantized before and stays so."""
+    """Return True if the weights take as much memory as their files.
+
+    That holds for a GGUF file that llama.cpp runs, and for a quantized checkpoint that stays packed.
+    """
     if model.files_bytes is None or cell.quant != "none":
         return False
     if cell.backend == "llama_cpp":
@@ -111,17 +117,18 @@ def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
 
 
 LEAST_WARMUP = 3
-"""Discarded runs that `warmup=auto` makes at least."""
+"""Minimum of discarded runs with `warmup=auto`."""
 
 
 def least_seconds(
     cell: Cell, model: ModelFacts, shape: models.Shape | None, peaks: Mapping[str, float]
 ) -> float | None:
-    """Least seconds for all runs of a cell, warm-up included, by the machine's measured rates; None without them or the architecture.
+    """Lower bound of the seconds for all runs of a cell, including warm-up, from the machine's measured rates.
 
-    A stream of requests takes at least as long as they take to come. Any other run is a prefill and N − 1 steps, each the longer of
-    reading (weights, and for a step the KV cache at the mean context) and computing (the roofline of Williams, Waterman & Patterson,
-    CACM 52, 2009). Where proposed tokens are checked, as if all of them were right. Loading, downloads and all overheads come on top.
+    None without these rates or an unknown architecture. A stream of requests takes at least as long as its requests
+    take to arrive. Any other run is a prefill and N − 1 steps, each the longer of reading (weights, and for a step the
+    KV cache at the mean context) and computing (the roofline of Williams, Waterman & Patterson, CACM 52, 2009).
+    Speculative decoding counts as if all proposed tokens were right. Loading, downloads and all overheads come on top.
     """
     if cell.batching and cell.request_rate:
         runs = cell.repetitions or LEAST_REPETITIONS
@@ -147,36 +154,48 @@ def least_seconds(
 
 
 def refusal(cell: Cell, model: ModelFacts, predicted: int | None, room: tuple[int | None, str]) -> str | None:
-    """Why a cell cannot be measured where there is `room`, bytes and words that follow on them; None if it can be tried."""
+    """Return why a cell cannot be measured, or None. `room`: bytes available, and words that follow them."""
     return beyond_context(cell, model) or contradiction(cell) or _beyond_memory(cell, predicted, *room)
 
 
 def contradiction(cell: Cell) -> str | None:
-    """Why a cell cannot be measured wherever it is, by what is asked of it together; None if it can be."""
+    """Return why a cell's settings cannot be measured on any machine, or None."""
     if cell.decode in SPECULATIVE and cell.batch_size > 1:
-        return f"decode={cell.decode} proposes tokens for one row, and batch_size is {cell.batch_size}. Use batch_size=1, or decode=generate."
+        return (
+            f"decode={cell.decode} proposes tokens for one row, and batch_size is {cell.batch_size}. "
+            "Use batch_size=1, or decode=generate."
+        )
     if cell.kv_cache is not None and cell.decode != "generate":
-        return f"kv_cache={cell.kv_cache} is of decode=generate: the cache of decode={cell.decode} is not quantized. Use one of them."
+        return (
+            f"kv_cache={cell.kv_cache} works with decode=generate only: the cache of decode={cell.decode} is not "
+            "quantized. Use one of them."
+        )
     return None
 
 
 def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
-    """Why a cell does not fit its model's context; None if it does."""
+    """Return why a cell does not fit its model's context, or None."""
     asked = sum(longest_of(cell))
     if model.context is None or asked <= model.context:
         return None
     if cell.trace:
         prompt, output = longest_of(cell)
-        return f"The requests of {cell.trace} have up to {prompt} + {output} tokens, and the context of {cell.model} has {model.context}. Leave the longest out."
+        return (
+            f"The requests of {cell.trace} have up to {prompt} + {output} tokens, and the context of {cell.model} has "
+            f"{model.context}. Leave the longest out."
+        )
     at_most = f" (the medians of workload=mixed, whose longest request has {asked})" if cell.workload == "mixed" else ""
     return (
-        f"prompt_tokens={as_text('prompt_tokens', cell.prompt_tokens)} + output_tokens={cell.output_tokens}{at_most} is more than the context of {cell.model}, "
-        f"{model.context} tokens. Ask for fewer tokens."
+        f"prompt_tokens={as_text('prompt_tokens', cell.prompt_tokens)} + output_tokens={cell.output_tokens}{at_most} "
+        f"is more than the context of {cell.model}, {model.context} tokens. Ask for fewer tokens."
     )
 
 
 def room_here(device: str, limit: int | None) -> tuple[int | None, str]:
-    """Bytes that a cell may need on a device of this machine, `limit` at most on its CPU, and words that follow on the bytes; None where the system does not say."""
+    """Bytes that a cell may need on a device of this machine, and words that follow them in a message.
+
+    `limit` applies to the CPU only. None if the system does not report free memory.
+    """
     if machine.require_device(device).startswith("cuda"):
         return gpu.free_bytes(int(device.partition(":")[2] or 0)), "are free on the GPU"
     available = memory.available_bytes()
@@ -189,6 +208,7 @@ def _beyond_memory(cell: Cell, predicted: int | None, available: int | None, whe
     if predicted is None or available is None or predicted <= available:
         return None
     return (
-        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB, and {available / 1e9:.1f} GB {where}. "
+        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB, "
+        f"and {available / 1e9:.1f} GB {where}. "
         "Use a smaller model, batch or quantization, or try it all the same with force=true."
     )

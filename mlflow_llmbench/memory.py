@@ -1,8 +1,8 @@
-"""Host memory of a process, as the kernel accounts for it. Linux's /proc first; elsewhere what psutil can say.
+"""Host memory of a process, as the kernel accounts for it: from Linux's /proc, elsewhere from psutil.
 
-Resident memory misleads in both directions: the pages of a memory-mapped checkpoint count although the kernel can take
-them back, and a bf16 model whose parameters all lie in the mapping shows almost no anonymous memory. What a user must
-have is *anonymous pages + parameters that live in file mappings*, here called needed.
+Resident memory misleads in both directions: pages of a memory-mapped checkpoint count although the kernel can reclaim
+them, and a bf16 model whose parameters all lie in the mapping shows almost no anonymous memory. A user needs
+*anonymous pages + parameters in file mappings*, here called needed memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of one process now: resident, anonymous (None where the system does not say), and the resident high-water mark."""
+    """Bytes of one process now: resident, anonymous (None if the system does not report it), and peak resident."""
 
     rss: int
     anonymous: int | None = None
@@ -26,7 +26,10 @@ class HostMemory:
 
 
 def read(pid: int | str = "self") -> HostMemory | None:
-    """Memory of a process; None if it has ended. Costs about 50 µs: one small file, never smaps, which walks every page."""
+    """Return the memory of a process; None if it has ended.
+
+    Costs about 50 µs: one small file, never smaps, which walks every page.
+    """
     try:
         fields = dict(
             line.split(":", 1)
@@ -35,14 +38,14 @@ def read(pid: int | str = "self") -> HostMemory | None:
         )
     except (FileNotFoundError, ProcessLookupError):
         return _read_psutil(pid) if not Path("/proc/self/status").exists() else None
-    if "VmRSS" not in fields:  # a process that has ended and was not waited for
+    if "VmRSS" not in fields:  # a process that has ended and has not been waited for
         return None
     size = {name: int(text.split()[0]) * 1024 for name, text in fields.items()}
     return HostMemory(size["VmRSS"], size.get("RssAnon"), size.get("VmHWM"))
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that descend from a process and have not ended, in no order; without itself. Costs some milliseconds."""
+    """Return the running descendants of a process, without itself, in no order. Costs some milliseconds."""
     parents: dict[int, int] = {}
     ended: set[int] = set()
     if not Path("/proc/self/stat").exists():
@@ -60,18 +63,21 @@ def descendants(pid: int) -> list[int]:
 
 
 def read_all(pids: Iterable[int]) -> HostMemory:
-    """Memory of several processes together, without a high-water mark. Pages that they share count in each of them."""
+    """Return the total memory of several processes, without a peak. Shared pages count in each of them."""
     seen = [found for found in map(read, pids) if found]
     known = [one.anonymous for one in seen if one.anonymous is not None]
     return HostMemory(sum(one.rss for one in seen), sum(known) if len(known) == len(seen) else None)
 
 
 LEAST_MAPPING = 16 << 20
-"""Bytes of a mapped file that may hold a model's parameters."""
+"""Smallest mapped file, in bytes, that counts as holding model parameters."""
 
 
 def forget_references(pids: Iterable[int]) -> bool:
-    """Let the kernel note anew which pages of mapped files the processes touch (`/proc/PID/clear_refs`, proc(5)). False where it does not."""
+    """Reset the kernel's record of touched pages of mapped files (`/proc/PID/clear_refs`, proc(5)).
+
+    Return False if it cannot be reset for any of the processes.
+    """
     done = []
     for pid in pids:
         try:
@@ -83,10 +89,10 @@ def forget_references(pids: Iterable[int]) -> bool:
 
 
 def referenced_bytes(pids: Iterable[int]) -> int:
-    """Bytes of mapped files that the processes have touched since `forget_references`: of a model that lies in its checkpoint, what it reads.
+    """Bytes of mapped files touched by the processes since `forget_references`: the part of a checkpoint that was read.
 
-    Files under `LEAST_MAPPING` and executable ones are left out; of a file that several processes map, the one that touched most counts.
-    Walks every page of theirs, so never in a timed region. 0 where /proc/PID/smaps does not exist.
+    Excludes files under `LEAST_MAPPING` and executable mappings. If several processes map a file, the one that touched
+    most counts. Walks every page, so never call it in a timed region. 0 if /proc/PID/smaps does not exist.
     """
     touched: dict[str, int] = {}
     for pid in pids:
@@ -98,7 +104,7 @@ def referenced_bytes(pids: Iterable[int]) -> int:
 
 
 def _mappings(pid: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """The large mapped files of a process, with what the kernel tells of each mapping in bytes."""
+    """Yield the large mapped files of a process, with the kernel's figures for each mapping in bytes."""
     try:
         lines = Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines()
     except OSError:
@@ -143,9 +149,9 @@ def _read_psutil(pid: int | str) -> HostMemory | None:
 
 
 def reset_peak() -> bool:
-    """Reset this process's resident high-water mark, so that the next reading is exact for what came since.
+    """Reset this process's peak resident memory, so that the next reading is exact for the time since.
 
-    Returns False where the kernel does not allow it (`/proc/self/clear_refs`, proc(5)); a peak is then one of the whole life.
+    Return False if the kernel does not allow it (`/proc/self/clear_refs`, proc(5)); a peak then covers the whole life.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -155,13 +161,16 @@ def reset_peak() -> bool:
 
 
 def trim() -> None:
-    """Give back to the system what the C allocator keeps of freed memory, where it can (glibc's malloc_trim)."""
+    """Return freed memory that the C allocator keeps to the system, where possible (glibc's malloc_trim)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _file_mappings() -> list[tuple[int, int, str]]:
-    """First address, end and file of each file mapping of this process, by address; empty where /proc/self/maps does not exist."""
+    """Return start address, end and file of each file mapping of this process, sorted by address.
+
+    Empty if /proc/self/maps does not exist.
+    """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -176,7 +185,7 @@ def _file_mappings() -> list[tuple[int, int, str]]:
 
 
 def touch_mapped(files: Iterable[Path]) -> int:
-    """Read a byte of each page of these files that is mapped into this process, so that all of it is resident. Returns the bytes of the mappings."""
+    """Read a byte of each mapped page of these files, so that all of them are resident. Return the mappings' bytes."""
     names = {str(file) for file in files}
     spans = [(low, high) for low, high, name in _file_mappings() if name in names]
     for low, high in spans:
@@ -185,9 +194,9 @@ def touch_mapped(files: Iterable[Path]) -> int:
 
 
 def mapped_bytes(spans: Iterable[tuple[int, int]]) -> int:
-    """How many bytes of the given (address, length) spans of this process lie in file mappings.
+    """Return the number of bytes of the given (address, length) spans of this process that lie in file mappings.
 
-    Parameters of a safetensors checkpoint stay there when no cast copies them. 0 where /proc/self/maps does not exist.
+    Parameters of a safetensors checkpoint stay there if no cast copies them. 0 if /proc/self/maps does not exist.
     """
     mappings = _file_mappings()
     starts, ends = [low for low, _, _ in mappings], [high for _, high, _ in mappings]
@@ -201,7 +210,7 @@ def mapped_bytes(spans: Iterable[tuple[int, int]]) -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that a new process may use without swapping: MemAvailable, cut by the cgroup's limit (v2, then v1)."""
+    """Memory that a new process may use without swapping: MemAvailable, limited by the cgroup (v2, then v1)."""
     available = _meminfo("MemAvailable")
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -209,7 +218,7 @@ def available_bytes() -> int | None:
     ):
         try:
             free = int(Path(limit_file).read_text()) - int(Path(used_file).read_text())
-            # Files that were read, a download for example, count as used; the kernel gives them up first.
+            # Cached files, a download for example, count as used, but the kernel drops them first.
             counts = dict(line.split() for line in Path(used_file).with_name("memory.stat").read_text().splitlines())
             free += int(counts.get("inactive_file", counts.get("total_inactive_file", 0)))
         except (OSError, ValueError):
@@ -219,7 +228,7 @@ def available_bytes() -> int | None:
 
 
 def total_bytes() -> int | None:
-    """Memory of the machine, or of the container where that is less."""
+    """Memory of the machine, or of the container if that is less."""
     total = _meminfo("MemTotal")
     for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

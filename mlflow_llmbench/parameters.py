@@ -1,4 +1,4 @@
-"""The table of parameters, made of the fields of `cell.Cell` and `cell.Options`, and how a value of one is written."""
+"""Table of all parameters, made of the fields of `cell.Cell` and `cell.Options`, and the text form of their values."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MEANT_WITH = {
     "assistant": ("decode", ("assisted",)),
     "draft_tokens": ("decode", SPECULATIVE),
 }
-"""Setting → the parameter, and its values, with which it has a meaning. In other cells it is at its default."""
+"""Setting → the parameter and values with which it has a meaning. Other cells have it at its default."""
 
 
 def as_text(name: str, value: object) -> str:
-    """A parameter's value as it is written on the command line and logged: `auto` or `none` for None, `true`/`false`, 0.02."""
+    """Return a value as written on the command line and logged: `auto` or `none` for None, `true`/`false`, 0.02."""
     if value is None:
         return str(PARAMETERS[name].metadata["unset"])
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""A plan of mixed quantization: what each block costs in each scheme, as it was measured, and the scheme that each block gets."""
+"""Plan of a mixed quantization: measured cost of each block in each scheme, and the scheme chosen for each block."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from statistics import fmean
 
 QUANTIZED = ("int8", "int4")
-"""Schemes of a block beside the dtype that is kept: LLM.int8 and NF4 of bitsandbytes."""
+"""Schemes of a block besides the kept dtype: bitsandbytes LLM.int8 and NF4."""
 
 NOMINAL_BITS = {"fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-"""Bits of a weight by scheme, without scales."""
+"""Bits per weight by scheme, without scales."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Linear layers that get one scheme: the attention of a layer, or its MLP.
+    """Linear layers that share one scheme: the attention or the MLP of one layer.
 
-    `modules`: names of the layers · `weights`: how many weights they have · `stored`: scheme → bytes that they are held in, metadata
-    included, as it is after the first forward pass · `kl`: scheme → KL divergence from the unquantized model in nats, one mean per
-    passage, where this block alone has the scheme.
+    `modules`: names of the linear layers · `weights`: number of their weights · `stored`: scheme → bytes, including
+    metadata, after the first forward pass · `kl`: scheme → KL divergence from the unquantized model in nats, one mean
+    per passage, when only this block has the scheme.
     """
 
     name: str
@@ -29,17 +29,18 @@ class Block:
     kl: Mapping[str, tuple[float, ...]]
 
     def cost(self, scheme: str) -> float:
-        """Mean KL divergence in nats; 0 in the dtype that is kept, where nothing changes."""
+        """Mean KL divergence in nats; 0 for the kept dtype, which changes nothing."""
         return fmean(self.kl[scheme]) if scheme in self.kl else 0.0
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What quantizing each block of a model costs, whatever the budget.
+    """Cost of quantizing each block of a model, independent of a budget.
 
-    `kept`: the dtype of blocks that are not quantized (`bf16`, `fp16`) · `fixed_bytes`: bytes of everything outside the blocks ·
-    `calibration`: what the passages are, `positions`: how many positions of each were compared · `uniform`: scheme → KL divergence per
-    passage where every block has it · `seconds`: what measuring took.
+    `kept`: dtype of blocks that are not quantized (`bf16`, `fp16`) · `fixed_bytes`: bytes of everything outside the
+    blocks · `calibration`: description of the passages · `positions`: positions compared per passage ·
+    `uniform`: scheme → KL divergence per passage when every block has the scheme · `seconds`: duration of the
+    measurement.
     """
 
     model: str
@@ -65,15 +66,16 @@ class Sensitivity:
         return sum(block.weights for block in self.blocks)
 
     def additive_kl(self, scheme: str) -> float:
-        """What uniform quantization would cost if the costs of blocks added up, nats."""
+        """Sum of the blocks' costs in nats: the cost of uniform quantization if costs added up."""
         return sum(block.cost(scheme) for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """A budget and the scheme of each block under it (block name → scheme).
+    """A budget and the scheme that each block gets under it (block name → scheme).
 
-    `measured_kl`: KL divergence per passage of the whole plan, on the passages that the blocks were measured with; empty where it was not measured.
+    `measured_kl`: KL divergence per passage of the whole plan, on the passages used for the blocks; empty if it was not
+    measured.
     """
 
     sensitivity: Sensitivity
@@ -107,7 +109,7 @@ class QuantPlan:
 
     @property
     def predicted_kl(self) -> float:
-        """Sum of what the blocks cost alone, nats. That costs add up is an assumption; `measured_kl` tells how far it holds."""
+        """Sum of the blocks' costs in nats. Additivity is an assumption; `measured_kl` shows how far it holds."""
         return sum(block.cost(self.schemes[block.name]) for block in self.sensitivity.blocks)
 
     @property

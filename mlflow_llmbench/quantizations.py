@@ -1,11 +1,11 @@
-"""The words for quantizations, of weights and of the KV cache, and which library makes them."""
+"""Names of quantizations, of weights and of the KV cache, by the library that makes them."""
 
 from __future__ import annotations
 
 BITSANDBYTES = ("int8", "int4", "fp4")
 GPTQ_BITS = {"gptq": 4, "gptq3": 3, "gptq8": 8}
 GGUF_QUANTIZATIONS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
-"""Quantizations of llama.cpp, which its backend makes and runs."""
+"""Quantizations that llama.cpp makes and runs."""
 
 TORCHAO = ("int8-wo", "int4-wo", "int8-dq", "fp8")
 HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2}
@@ -16,18 +16,21 @@ QUANTO_BITS = {"quanto8": 8, "quanto4": 4, "quanto2": 2}
 MIXED = "mixed"
 
 MADE = (*BITSANDBYTES, *GPTQ_BITS, *TORCHAO, *HQQ_BITS, *QUANTO_BITS, MIXED, *GGUF_QUANTIZATIONS)
-"""Quantizations that are made of a checkpoint which is not quantized yet."""
+"""Quantizations made from a checkpoint that is not quantized yet."""
 
 QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
 
 GGUF_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 KV_CACHES = ("fp8", "int8", "int4", "int2", *GGUF_CACHES)
-"""Types of the KV cache: those of transformers, and those of llama.cpp."""
+"""KV cache types of transformers, then those of llama.cpp."""
 
 LLAMA_CPP = ("gpu_layers", "mmap")
-"""Parameters that only the backend llama_cpp has."""
+"""Parameters that only the llama_cpp backend has."""
 
 
 def backend_of(backend: str, quant: str) -> str:
-    """What runs a quantization: the backend that was asked for, but for those that llama.cpp alone has, beside transformers in one sweep."""
+    """Return the backend that runs a quantization.
+
+    That is `backend`, except that llama.cpp's own quantizations run in llama_cpp beside transformers in one sweep.
+    """
     return "llama_cpp" if backend == "transformers" and quant in GGUF_QUANTIZATIONS else backend

@@ -1,7 +1,7 @@
-"""The nouns: frozen dataclasses that say what was seen and what it means; what was asked is a `Cell`.
+"""Records: frozen dataclasses of what was measured and what it means. The request itself is a `Cell`.
 
-They check themselves and do nothing else. Times are integer nanoseconds of one monotonic clock, sizes are bytes,
-absent is None. `to_json` and `from_json` are inverse; `SCHEMA` is the version of the format and of the vocabulary.
+They only check themselves. Times are integer nanoseconds of one monotonic clock, sizes are bytes, absent values are
+None. `to_json` and `from_json` are inverse; `SCHEMA` is the version of the format and of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before it is loaded: where it lies, its commit, its configuration."""
+    """Facts about a model before it is loaded: its location, its commit, its configuration."""
 
     name: str
     source: str  # "preset", "hub", "folder", "gguf", "hub_gguf", or "none" where there are no files
@@ -41,13 +41,13 @@ class ModelFacts:
 
     @property
     def identity(self) -> list[str]:
-        """What the model is, whatever it was called and wherever its files lie: its place on the Hub, else its name, and its revision."""
+        """Identity of the model, however it was named: its Hub repository, or else its name, and revision."""
         return [self.location if self.source in ("hub", "preset") else self.name, self.revision]
 
 
 @dataclass(frozen=True)
 class LoadInfo:
-    """What a load really gave. `facts` become dotted params (`quant.kernel`, `model.dtype`, …)."""
+    """Properties of the model as loaded. `facts` become dotted params (`quant.kernel`, `model.dtype`, …)."""
 
     load_s: float | None  # None where a server had loaded it before
     weight_bytes: int | None = None  # as stored, with quantization state and inner tensors
@@ -63,22 +63,20 @@ class LoadInfo:
     vocab_size: int | None = None
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
     quant_plan: QuantPlan | None = None  # of a mixed quantization
-    made: str | None = (
-        None  # file or folder that was run, where it was made of the checkpoint, or is one file of a repository
-    )
+    made: str | None = None  # file or folder that was run, if made from the checkpoint or one file of a repository
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What the machine did during one repetition, beside the work that was measured.
+    """Activity of the machine during one repetition, apart from the measured work.
 
-    `steal_s`: seconds of CPU taken by the hypervisor · `foreign_cpu_s`: seconds of CPU used by processes that are not
-    ours · `pressure_s`: seconds in which some task waited for a CPU (PSI) · `energy_j`: of the device, idle included ·
-    `throttles`: why the GPU's clock was held back, during the repetition where the driver counts it, and when it ended ·
-    `throttled_s`: for how many seconds, by the reason that lasted longest · `gpu_memory_errors`: uncorrected ones (ECC).
-    The rest is read once, at the instant when the repetition has ended: `frequency_mhz`: mean over our CPUs, or the GPU's
-    SM clock · `memory_clock_mhz`, `power_w`, `temperature_c`, `foreign_gpu_processes`: of the GPU · `utilization_ratio`:
-    share of the last sixth of a second to one second in which the GPU ran a kernel.
+    `steal_s`: CPU seconds taken by the hypervisor · `foreign_cpu_s`: CPU seconds used by processes that are not ours ·
+    `pressure_s`: seconds in which some task waited for a CPU (PSI) · `energy_j`: of the device, idle included ·
+    `throttles`: why the GPU's clock was held back, during the repetition if the driver counts it, and at its end ·
+    `throttled_s`: seconds by the longest-lasting reason · `gpu_memory_errors`: uncorrected errors (ECC). The rest is
+    read once, when the repetition has ended: `frequency_mhz`: mean over our CPUs, or the GPU's SM clock ·
+    `memory_clock_mhz`, `power_w`, `temperature_c`, `foreign_gpu_processes`: of the GPU · `utilization_ratio`: share of
+    the last sixth of a second to one second in which the GPU ran a kernel.
     """
 
     wall_s: float
@@ -102,26 +100,30 @@ class Noise:
 
     @property
     def others_cpus(self) -> float:
-        """CPUs' worth of time that others took: processes that are not ours, and the hypervisor."""
+        """Mean number of CPUs used by others: processes that are not ours, and the hypervisor."""
         return ((self.foreign_cpu_s or 0.0) + (self.steal_s or 0.0)) / self.wall_s if self.wall_s > 0 else 0.0
 
     @property
     def spoiled(self) -> bool:
-        """Whether others took so much that the repetition is worth repeating; not told of short ones, for /proc/stat counts in 10 ms."""
+        """True if others used so much CPU that the repetition should be repeated.
+
+        False for short repetitions, since /proc/stat counts in 10 ms.
+        """
         return self.wall_s >= 0.2 and self.others_cpus > SPOILED_CPU_LIMIT
 
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`. `rows` rows of one forward pass share the stamps.
+    """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`.
 
-    Behind a server a stamp is the arrival of a chunk of the stream, and a chunk may hold several tokens: `tokens` is the
-    server's own count of the output (None: one token per stamp), `chunk_tokens` that of each chunk where it tells them. A model
-    that checks proposed tokens brings several in a step: then `tokens` is their count per row, and `chunk_tokens` that of each step.
-    `intended_ns` is when an open loop meant to send it, `visible_ns` the first token outside a reasoning channel,
-    `end_ns` the end of the answer, `cached_tokens` the part of the prompt that was not computed again: in the server's prefix
-    cache, or in the history that a conversation keeps; `asked` the prompt and output tokens that were asked for where they differ
-    from request to request; `conversation` and `turn` (from 1) which turn of which conversation with a server it was.
+    `rows` rows of one forward pass share the stamps. From a server, a stamp is the arrival of a chunk, which may hold
+    several tokens: `tokens` is the server's count of output tokens (None: one per stamp), `chunk_tokens` that of each
+    chunk if reported. With speculative decoding a step brings several tokens: `tokens` is then the count per row, and
+    `chunk_tokens` that of each step. `intended_ns`: intended sending time of an open loop · `visible_ns`: first token
+    outside a reasoning channel · `end_ns`: end of the answer · `cached_tokens`: part of the prompt that was not
+    recomputed, from the server's prefix cache or the kept history of a conversation · `asked`: requested prompt and
+    output tokens, if they differ between requests · `conversation`, `turn` (from 1): position in a conversation with a
+    server.
     """
 
     t0_ns: int
@@ -153,12 +155,15 @@ class RequestRecord:
 
     @property
     def start_ns(self) -> int:
-        """What latencies are counted from: the intended time of an open loop, else the sending."""
+        """Start for latencies: the intended sending time of an open loop, else the actual one."""
         return self.t0_ns if self.intended_ns is None else self.intended_ns
 
     @property
     def single_tokens(self) -> bool:
-        """Whether each stamp is that of one token; of a server that does not tell its count this is not known, and a chunk may hold several."""
+        """True if each stamp is that of one token.
+
+        False if a server does not report its token count: a chunk may then hold several.
+        """
         if self.tokens is None and self.finish:
             return False
         return self.output_tokens == len(self.stamps_ns) and (
@@ -168,11 +173,12 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class ClientReadings:
-    """What the load client saw of itself during one repetition.
+    """Self-observation of the load client during one repetition.
 
-    `started_ns`, `ended_ns`: from the first sending to the end of the last answer · `lags_ns`: how late its event loop woke
-    up, every 20 ms · `cpu_s`: CPU seconds of its one process · `retries`: requests sent again because the server had closed an idle connection.
-    Where several processes sent the load, `parts` are their own readings, and the whole has the sums and no lags.
+    `started_ns`, `ended_ns`: first sending and end of the last answer · `lags_ns`: delays of its event loop's wake-ups,
+    every 20 ms · `cpu_s`: CPU seconds of its one process · `retries`: requests resent because the server had closed an
+    idle connection. If several processes sent the load, `parts` holds their readings, and the whole has sums and no
+    lags.
     """
 
     started_ns: int
@@ -190,7 +196,7 @@ class ClientReadings:
 
 @dataclass(frozen=True)
 class ServerReading:
-    """What a server said of itself at `t_ns` (monotonic, when its answer had come): value by the server's own name."""
+    """Values that a server reported, by its own names, at `t_ns` (monotonic, arrival of its answer)."""
 
     t_ns: int
     values: Mapping[str, float]
@@ -198,11 +204,12 @@ class ServerReading:
 
 @dataclass(frozen=True)
 class EngineReadings:
-    """What batched the requests of one repetition in process.
+    """Readings of the engine that batched the requests of one repetition in process.
 
-    `positions`: token positions that were computed, None where they cannot be counted · `needed`: those that the answers need,
-    Σ (prompt + output − 1) · `batches`: rows of each batch that was formed once; empty where the batch changes with every pass ·
-    `lags_ns`: for each step of an engine with its own thread, our stamp less the engine's own of the step's first token.
+    `positions`: token positions computed, None if they cannot be counted · `needed`: positions that the answers need,
+    Σ (prompt + output − 1) · `batches`: rows of each batch that was formed once; empty if the batch changes with every
+    pass · `lags_ns`: per step of an engine with its own thread, our time stamp minus the engine's stamp of the step's
+    first token.
     """
 
     positions: int | None
@@ -213,11 +220,11 @@ class EngineReadings:
 
 @dataclass(frozen=True)
 class Repetition:
-    """One timed repeat. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
+    """One timed repetition. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
 
-    Only complete requests are in `requests`, so that no other enters a latency; those that failed are in `failed`.
-    Of a conversation the requests are its turns, in order. `server` is what the server said of itself: before the load, about every
-    second while it ran, and after it.
+    `requests` has only complete requests, so that no other enters a latency; failed ones are in `failed`. The requests
+    of a conversation are its turns, in order. `server`: the server's reports before the load, about every second during
+    it, and after it.
     """
 
     index: int
@@ -243,7 +250,7 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class MemoryStages:
-    """The five stages of the vocabulary, bytes. `host_rss` is exact (kernel high-water mark); see `metrics` for definitions."""
+    """The five memory stages of the vocabulary, bytes. `host_rss` is exact (kernel high-water mark); see `metrics`."""
 
     host_rss: Mapping[str, int] = field(default_factory=dict)
     host_needed: Mapping[str, int] = field(default_factory=dict)
@@ -253,14 +260,14 @@ class MemoryStages:
 
 @dataclass(frozen=True)
 class TextScores:
-    """What a model made of a text: negative log-likelihoods in nats, one list per window, one value per token that it scores.
+    """Scores of a text: negative log-likelihoods in nats, one list per window, one value per scored token.
 
-    `reference_nll` are those of the unquantized model, token by token the same, where it could be run.
+    `reference_nll`: the same tokens scored by the unquantized model, if it could be run.
     """
 
     text: str
     tokens: int  # of the whole text
-    window: int  # tokens that the model sees at most
+    window: int  # maximum tokens that the model sees
     stride: int  # tokens that each window after the first scores
     nll: tuple[tuple[float, ...], ...]
     reference_nll: tuple[tuple[float, ...], ...] = ()
@@ -268,7 +275,7 @@ class TextScores:
 
 @dataclass(frozen=True)
 class TextTimes:
-    """Nanoseconds from the text of each prompt to its ids, and from the ids of each answer to its text, by the model's own tokenizer."""
+    """Nanoseconds to tokenize each prompt and to detokenize each answer, with the model's own tokenizer."""
 
     tokenize_ns: tuple[int, ...]
     detokenize_ns: tuple[int, ...]
@@ -276,10 +283,10 @@ class TextTimes:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Next-token distributions beside those of the unquantized model, one list per prompt, one value per position.
+    """Next-token distributions compared with the unquantized model's, one list per prompt, one value per position.
 
-    `kl`: KL(reference‖this model) in nats over the whole vocabulary · `agrees`: whether the most probable tokens are the same
-    one · `digest`: of the token ids · `is_reference`: whether this is the reference itself, computed a second time.
+    `kl`: KL(reference‖this model) in nats over the whole vocabulary · `agrees`: True if the most probable tokens are
+    the same · `digest`: of the token ids · `is_reference`: True if this is the reference itself, computed again.
     """
 
     reference: str
@@ -291,7 +298,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task of the lm-evaluation-harness, with its standard error over documents, as the harness gives them."""
+    """One metric of one lm-evaluation-harness task, with its standard error over documents, as reported there."""
 
     task: str
     metric: str  # with its filter, where that is not `none`: exact_match.strict-match
@@ -304,9 +311,10 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good the loaded model still is, raw; `withheld` says in sentences why something is absent. `text_digest`: of the text for perplexity.
+    """Raw quality figures of the loaded model; `withheld` says in sentences why figures are absent.
 
-    `tasks` holds the scores of lm-eval's tasks, `asked_tasks` which were asked for, `tasks_digest` what decides them.
+    `text_digest`: of the perplexity text · `tasks`: scores of lm-eval's tasks · `asked_tasks`: those asked for ·
+    `tasks_digest`: hash of what decides them.
     """
 
     text_digest: str = ""
@@ -320,7 +328,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Reason:
-    """One reason of a verdict: its code in the vocabulary and a sentence: what was seen, the limit, what to try."""
+    """A reason of a verdict: its code in the vocabulary, and a sentence with the observation, the limit and advice."""
 
     code: str
     sentence: str
@@ -328,7 +336,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Can the numbers be trusted: `valid`, `suspect` or `invalid`, and why not."""
+    """Trust in the figures: `valid`, `suspect` or `invalid`, and the reasons."""
 
     word: str
     reasons: tuple[Reason, ...] = ()
@@ -336,7 +344,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a cell has no result: at which stage, and the one-line message."""
+    """Reason why a cell has no result: the stage, and a one-line message."""
 
     stage: str
     message: str
@@ -375,21 +383,19 @@ class RunResult:
     peaks: Mapping[str, float] = field(default_factory=dict)  # read_bytes_per_s, flops_per_s
     idle_w: float | None = None  # power of the device before the load
     texts: tuple[Mapping[str, str], ...] = ()
-    log: tuple[str, ...] = ()  # what third-party code printed, each message once with its count
+    log: tuple[str, ...] = ()  # messages printed by third-party code, each once with its count
     failure: Failure | None = None
     predicted_bytes: int | None = None
     price_per_hour: float | None = None
     compile_s: float | None = None  # for this cell's shape, before its first call; None where nothing is compiled
-    same_tokens: tuple[
-        int, ...
-    ] = ()  # per row of the first repetition: output tokens before the first that plain decoding does not give
-    same_replies: tuple[
-        bool, ...
-    ] = ()  # per turn of a conversation with kept history: whether recomputing gives the same reply
-    text_times: TextTimes | None = None  # None where the prompts are no texts
+    # Per row of the first repetition: output tokens before the first that differs from plain decoding.
+    same_tokens: tuple[int, ...] = ()
+    # Per turn of a conversation with kept history: True if recomputing gives the same reply.
+    same_replies: tuple[bool, ...] = ()
+    text_times: TextTimes | None = None  # None if the prompts are not texts
     quality: Quality | None = None  # None where it was not asked for
     sweep: str = ""
-    linked: str = ""  # the run (or the folder) that this result was measured in, where it was not measured again
+    linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     schema: int = SCHEMA
 
 
@@ -400,7 +406,7 @@ def hash16(value: object) -> str:
 
 
 def to_json(record: object) -> Any:
-    """A record as plain JSON data: dataclasses and mappings become objects, tuples and lists arrays."""
+    """Convert a record to plain JSON data: dataclasses and mappings become objects, tuples and lists arrays."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
     if isinstance(record, Mapping):
@@ -411,7 +417,7 @@ def to_json(record: object) -> Any:
 
 
 def from_json(kind: type[T], data: Any) -> T:
-    """The record of class `kind` that `to_json` made `data` of. Unknown fields are ignored (written by a later version)."""
+    """Build the record of class `kind` from data of `to_json`. Unknown fields of later versions are ignored."""
     return typing.cast(T, _build(kind, data))
 
 

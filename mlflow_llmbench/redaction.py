@@ -1,14 +1,15 @@
-"""What must be neither shown nor kept: secrets, and characters that act on a terminal. Every way out goes through here.
+"""Mask secrets, and escape characters that act on a terminal, in everything that leaves the process.
 
-What is logged is listed field by field elsewhere (the parameters, the vocabulary's metrics and tags, the fingerprint), and
-neither the environment nor the command line is among it. But a listed field can hold text of others: an error of a model, of
-the Hub or of a store, a path that was given. Such text passes `redact` where it leaves: into an error of ours (`errors`),
-the journal (`journal`), the store (`tracking`), the terminal (`Terminal`). Masked are
+Logged fields are listed explicitly elsewhere (parameters, metrics and tags of the vocabulary, fingerprint); the
+environment and the command line are not among them. But a listed field can hold foreign text: an error of a model, of
+the Hub or of a store, a path that was given. Such text passes `redact` on its way into an error of ours (`errors`), the
+journal (`journal`), the store (`tracking`) or the terminal (`Terminal`). Masked are
 
-- the values of environment variables whose names say that they are secret, and the tokens of the Hub's and MLflow's own files;
-- in any text the user and password of an address, signatures and keys in its query, `password=…`, `Bearer …`, known shapes of tokens.
+- the values of environment variables with secret-looking names, and the tokens in the Hub's and MLflow's own files;
+- in any text: user and password of an address, signatures and keys in its query, `password=…`, `Bearer …`, and tokens
+  of known shapes.
 
-Numbers stay as they are: only text is looked at, and a value that is only a number is nobody's secret here.
+Numbers stay as they are: only text is searched, and a purely numeric value is not treated as a secret.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ T = TypeVar("T")
 MASK = "***"
 
 LEAST_LENGTH = 8
-"""Characters of a secret; the value of `KEY=1` would blank every 1."""
+"""Minimum length of a secret in characters: masking the value of `KEY=1` would blank every 1."""
 
 LONGEST_WORD = 15
-"""Letters of a plain lower-case word, which is no secret: `POSTGRES_PASSWORD=llmbench` would blank our own name."""
+"""Lower-case words up to this many letters are not secrets: `POSTGRES_PASSWORD=llmbench` would blank our own name."""
 
 SECRET_WORDS = frozenset(
     ["AUTH", "BEARER", "COOKIE", "CREDS", "DSN", "JWT", "KEY", "KEYS", "PASS", "PAT", "PWD", "SAS", "WEBHOOK"]
 )
 SECRET_PARTS = ("SECRET", "PASSW", "PASSPHRASE", "CREDENTIAL", "APIKEY", "ACCESSKEY", "PRIVATEKEY", "CONNECTION_STRING")
-"""Words and parts of the name of an environment variable that say that its value is secret; a word that ends in TOKEN does too."""
+"""Words and parts that mark the name of an environment variable as secret. Words that end in TOKEN do too."""
 
 TRACKING_PREFIXES = ("MLFLOW_", "AWS_", "AZURE_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "DATABRICKS_")
-"""Settings of tracking stores and of the clouds that they lie in: a worker, which knows no store, gets none of them."""
+"""Settings of tracking stores and their clouds. A worker knows no store and gets none of them."""
 
 HUB_PREFIXES = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_")
 PROXIES = frozenset(["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY"])
-"""What a download needs, secret or not."""
+"""Settings that a download needs, secret or not."""
 
 _NAMED = (
     r"(?:pass(?:word|wd|phrase)|pwd|secret|credentials?|(?:api|access|account|private|shared[-_]?access)[-_]?key"
@@ -72,24 +73,28 @@ SHAPES = (
     ),
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?P<secret>[^-]+)"),
 )
-"""What a secret looks like in the text of others: the group `secret` is masked.
+"""Patterns of secrets in foreign text; the group `secret` is masked.
 
-In turn: the user and password of an address, which may hold a slash or an @ where SQLAlchemy reads it; a user, or a token in its place;
-signatures and keys in a query; a name that says so before `=` or `:`; tokens by that name; headers; tokens by the form that their
-makers gave them (Hugging Face, GitHub, GitLab, Slack, Google, Databricks, OpenAI, AWS, JSON web tokens); private keys.
+In turn: user and password of an address, which may hold a slash or an @ where SQLAlchemy reads it; a user, or a token
+in its place; signatures and keys in a query; names such as `password` before `=` or `:`; tokens named as such; headers;
+tokens in their makers' formats (Hugging Face, GitHub, GitLab, Slack, Google, Databricks, OpenAI, AWS, JSON web tokens);
+private keys.
 """
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that act instead of being seen: controls, line separators, changes of direction, halves of a character."""
+"""Characters that act instead of being shown: controls, line separators, changes of direction, lone surrogates."""
 
 
 def redact(text: str) -> str:
-    """The text with every secret in it masked. Doing it twice changes nothing."""
+    """Return the text with every secret masked. Idempotent."""
     return _mask(text, list(known_secrets()))
 
 
 def redact_all(data: T) -> T:
-    """The same data with every text in it redacted: strings in mappings, lists, tuples and dataclasses. Numbers are not looked at."""
+    """Return a copy of the data with every string redacted, in mappings, lists, tuples and dataclasses.
+
+    Numbers are not searched.
+    """
     known: list[str] | None = None  # found at the first text; most events of a measurement have none
 
     def walk(value: Any) -> Any:
@@ -111,7 +116,7 @@ def redact_all(data: T) -> T:
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    r"""The text with characters that act on a terminal written out (`\x1b`, `\n`, `\u202e`), except those in `keep`."""
+    r"""Return the text with terminal control characters escaped (`\x1b`, `\n`, `\u202e`), except those in `keep`."""
     return CONTROLS.sub(
         lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape", "surrogatepass").decode(),
         text,
@@ -119,7 +124,7 @@ def escape_controls(text: str, keep: str = "") -> str:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether the name of an environment variable says that its value is secret."""
+    """Return True if an environment variable of this name holds a secret."""
     upper = name.upper()
     words = re.split(r"[^A-Z0-9]+", upper)
     return upper != "PWD" and (
@@ -129,16 +134,16 @@ def is_secret_name(name: str) -> bool:
 
 
 def known_secrets() -> Iterator[str]:
-    """The secrets that this process could give away, the longest first, so that none is masked in part."""
+    """Yield the secrets that this process knows, longest first, so that none is masked only in part."""
     telling = {secret for secret in (*_in_variables(tuple(os.environ.items())), *_in_files()) if _is_telling(secret)}
     telling |= {spelling for secret in telling for spelling in (quote(secret, safe=""), json.dumps(secret)[1:-1])}
     yield from sorted(telling, key=len, reverse=True)
 
 
 def worker_environment(environment: Mapping[str, str], downloads: bool) -> dict[str, str]:
-    """The variables that a worker may have: all but those of tracking stores and clouds, and those that hold a secret.
+    """Return the variables that a worker may have: none of tracking stores or clouds, and none that hold a secret.
 
-    With `downloads` also what the Hub and proxies need. Ours (`LLMBENCH_…`) stay: they are meant for the worker.
+    `downloads` adds those of the Hub and of proxies. Ours (`LLMBENCH_…`) stay, since they are meant for the worker.
     """
     secrets = {value for name, value in environment.items() if is_secret_name(name) and _is_telling(value)}
 
@@ -154,13 +159,13 @@ def worker_environment(environment: Mapping[str, str], downloads: bool) -> dict[
 
 
 class Terminal:
-    """A text stream that lets neither a secret nor a control character through, but for line ends, tabs and the return of a display."""
+    """Text stream that masks secrets and escapes control characters, except newline, carriage return and tab."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text as it may be seen."""
+        """Write the redacted text; return the length of the original."""
         self.stream.write(escape_controls(redact(text), keep="\n\r\t"))
         return len(text)
 
@@ -187,7 +192,10 @@ def _masked(found: re.Match[str]) -> str:
 
 
 def _shaped(text: str) -> Iterator[str]:
-    """The parts of a text that look like a secret, and of a user with a password the password; not a user alone, which may be a common name."""
+    """Yield the parts of a text that look like secrets; for user:password also the password alone.
+
+    A user alone is left out, since it may be a common name.
+    """
     for shape in SHAPES:
         for found in shape.finditer(text) if shape is not _USER else ():
             yield found["secret"]
@@ -196,20 +204,20 @@ def _shaped(text: str) -> Iterator[str]:
 
 
 def _is_telling(secret: str) -> bool:
-    """Whether masking a value hides something, and not words, numbers or paths that stand everywhere."""
+    """Return True if a value is worth masking: not a common word, a number or an existing path."""
     plain = re.fullmatch(rf"[a-z]{{,{LONGEST_WORD}}}|[\d.,:_+eE-]*", secret)
     return len(secret) >= LEAST_LENGTH and not plain and not os.path.exists(secret)
 
 
 @functools.lru_cache(maxsize=1)
 def _in_variables(environment: tuple[tuple[str, str], ...]) -> frozenset[str]:
-    """The secrets in environment variables, by their names and by their looks; remembered, since most of a call's time goes into it."""
+    """Return the secrets in environment variables, by name and by shape. Cached: finding them takes most of a call."""
     named = {value for name, value in environment if is_secret_name(name)}
     return frozenset(named | {part for _, value in environment for part in _shaped(value)})
 
 
 def _in_files() -> Iterator[str]:
-    """The tokens that `hf auth login` and MLflow's credentials file have left on this disk."""
+    """Yield the tokens that `hf auth login` and MLflow's credentials file have left on this disk."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     hub = os.environ.get("HF_HOME") or f"{cache}/huggingface"
     yield _text_of(os.environ.get("HF_TOKEN_PATH") or f"{hub}/token").strip()

@@ -1,7 +1,7 @@
-"""Parameters as text → a validated specification. Never acts: no import of a backend, no file but a YAML of parameters.
+"""Parse parameters given as text into a validated specification. Import no backend, read no file but a YAML of them.
 
-The parameters are declared once, as the fields of `cell.Cell` and `cell.Options`. MLproject, the command line,
-YAML files and the params of the MLflow run use the same names; on the command line underscores become dashes.
+Parameters are declared once, as the fields of `cell.Cell` and `cell.Options`. MLproject, the command line, YAML files
+and the params of the MLflow run use the same names; on the command line underscores become dashes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BACKENDS = {
     "openai": "mlflow_llmbench.backends.openai_server:OpenAIBackend",
     "callback": "mlflow_llmbench.backends.callback:CallbackBackend",
 }
-"""Name → `module:class`. The same table is declared as entry points; this one serves an uninstalled checkout."""
+"""Name → `module:class`. The same table is declared as entry points; this one works in an uninstalled checkout."""
 
 BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
@@ -50,7 +50,7 @@ DECODES = ("generate", "compiled", *SPECULATIVE)
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
 LEAST_TEXT_TOKENS = 512
-"""Tokens that a text for perplexity must have at least, so a file of fewer bytes never does."""
+"""Minimum tokens of a text for perplexity. A file with fewer bytes cannot have them."""
 
 ENDPOINTS = ("completions", "chat")
 ARRIVALS = ("poisson", "constant", "gamma")
@@ -66,8 +66,8 @@ GRIDS: dict[str, dict[str, str]] = {
         "repetitions": "10",
     },
 }
-"""Preset → the parameters that it gives. `effillm` is the grid of the paper (facts/effillm.md, Axes and Method) for any models; `quick` has
-a twentieth of its cells, and enough batch sizes and lengths for every law."""
+"""Preset → its parameters. `effillm` is the grid of the EffiLLM paper (axes and method), for any models; `quick` has a
+twentieth of its cells, with enough batch sizes and lengths for every law."""
 
 SLOS: dict[str, dict[str, str]] = {
     "llama2-70b": {"slo_ttft_ms": "2000", "slo_tpot_ms": "200"},
@@ -75,47 +75,21 @@ SLOS: dict[str, dict[str, str]] = {
     "llama3.1-8b": {"slo_ttft_ms": "2000", "slo_tpot_ms": "100"},
     "llama3.1-8b-interactive": {"slo_ttft_ms": "500", "slo_tpot_ms": "30"},
 }
-"""Benchmark of MLPerf Inference → its limits of the server scenario (mlperf.conf), which there hold for 99 % of the requests."""
+"""MLPerf Inference benchmark → its server scenario limits (mlperf.conf), which hold there for 99 % of requests."""
 
 LOCAL = (
-    "weights",
-    "revision",
-    "backend",
-    "group_size",
-    "quant_budget",
-    "quant_plan",
-    "int8_threshold",
-    "double_quant",
-    "batch_size",
-    "device",
-    "threads",
-    "gpu_layers",
-    "kv_cache",
-    "mmap",
-    "attention",
-    "decode",
-    "assistant",
-    "draft_tokens",
-    "trust_remote_code",
-    "allow_pickle",
-    "preset",
-    "on",
-    "force",
-    "memory_limit",
-    "quality",
-    "quality_text",
-    "quality_reference",
-    "worker_python",
-    "quality_tasks",
-    "quality_limit",
-)
-"""Parameters that mean nothing where another process runs the model."""
+    "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant",
+    "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant",
+    "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality",
+    "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
+)  # fmt: skip
+"""Parameters that have no meaning if another process runs the model."""
 
 TWINS = ("transformers", "openai")
-"""Backends of `twin`: the model in this process, and behind its server."""
+"""Backends of `twin`: the model in this process, and the model behind its server."""
 
 SERVERS = ("url", "launch")
-"""Parameters that say which server is measured; one of them is given."""
+"""Parameters that name the server to measure; one of them is given."""
 
 COMMANDS = {
     "run": tuple(name for name, f in PARAMETERS.items() if "batching" in f.metadata["scenarios"]),
@@ -128,24 +102,15 @@ COMMANDS = {
         ),
     ),
     "qat": (
-        "model",
-        "revision",
-        "group_size",
-        "device",
-        "threads",
-        "seed",
-        "trust_remote_code",
-        "allow_pickle",
-        "output_dir",
-        "force",
-        "memory_limit",
+        "model", "revision", "group_size", "device", "threads", "seed", "trust_remote_code", "allow_pickle",
+        "output_dir", "force", "memory_limit",
     ),
-}
-"""Command, and entry point of the MLproject, → its parameters; `qat` has those of `training.Training` besides."""
+}  # fmt: skip
+"""Command (also entry point of the MLproject) → its parameters; `qat` also has those of `training.Training`."""
 
 
 def cell_fields(cell: Cell) -> list[str]:
-    """The parameters that mean something for a cell: what a server that we did not start was started with is not known."""
+    """Return the parameters that have a meaning for a cell. Startup settings of a foreign server are unknown."""
     scenario = cell.scenario
     known = {*COMMANDS["online"], "backend"} if scenario == "online" else {*COMMANDS["run"]}
     known -= {"url"} if cell.launch else {"launch", "quant"} if cell.url else set()
@@ -155,14 +120,14 @@ def cell_fields(cell: Cell) -> list[str]:
 
 @dataclass(frozen=True)
 class BenchSpec:
-    """What was asked for: for each parameter of a cell its list of values, and the options of the command."""
+    """The request: a list of values for each parameter of a cell, and the options of the command."""
 
     axes: Mapping[str, tuple[object, ...]]
     options: Options = field(default_factory=Options)
 
     @property
     def varied(self) -> list[str]:
-        """Names of the parameters that have more than one value."""
+        """Names of the parameters with more than one value."""
         return [
             name
             for name, values in self.axes.items()
@@ -171,17 +136,17 @@ class BenchSpec:
 
     @property
     def scenario(self) -> str:
-        """That of its cells, which is one: see `Cell.scenario`."""
+        """The scenario that all cells share: see `Cell.scenario`."""
         return self.first.scenario
 
     @property
     def first(self) -> Cell:
-        """The cell of the first values; what has a list of values that are alike in kind is alike for all cells."""
+        """The cell of the first values. Facts that all cells share can be read from it."""
         return Cell(**{name: values[0] for name, values in self.axes.items()})  # type: ignore[arg-type]
 
 
 def known_backends() -> dict[str, str]:
-    """Names of all backends, ours and those that installed packages declare, with their `module:class`."""
+    """Return all backends with their `module:class`: ours, and those that installed packages declare."""
     return BACKENDS | {
         entry.name: entry.value
         for entry in metadata.entry_points(group=BACKEND_ENTRY_POINTS)
@@ -192,7 +157,7 @@ def known_backends() -> dict[str, str]:
 def parse(values: Mapping[str, object]) -> BenchSpec:
     """Validate parameters given as text (or numbers) and expand comma lists.
 
-    Parameters that are not given take their defaults. Raises UsageError, one line, on the first thing that is wrong.
+    Missing parameters take their defaults. Raises UsageError, one line, on the first error.
     """
     for name in values:
         if name not in PARAMETERS:
@@ -226,9 +191,9 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
 
 
 def _from_preset(values: Mapping[str, object]) -> dict[str, str]:
-    """The parameters that come from the named preset: those of its grid that are not given.
+    """Return the parameters that the named preset sets: those of its grid that are not given.
 
-    Where every parameter is given, as MLproject does with its defaults, those at their default count as not given.
+    If every parameter is given, as MLproject does, values equal to the default count as not given.
     """
     preset = str(values.get("preset") or "none")
     if preset.lower() == "none":
@@ -243,7 +208,7 @@ def _from_preset(values: Mapping[str, object]) -> dict[str, str]:
 
 
 def _from_slo(values: Mapping[str, object]) -> dict[str, str]:
-    """The limits of the named benchmark that are not given."""
+    """Return the limits of the named benchmark that are not given."""
     name = str(values.get("slo") or "none")
     if name.lower() == "none":
         return {}
@@ -252,20 +217,23 @@ def _from_slo(values: Mapping[str, object]) -> dict[str, str]:
 
 
 def read_yaml(path: str) -> dict[str, object]:
-    """Parameters from a YAML file (a mapping of names to a value or a list); the `config.yaml` of a run is one."""
+    """Read parameters from a YAML file that maps names to a value or a list, such as the `config.yaml` of a run.
+
+    Raises UsageError if it cannot be read.
+    """
     import yaml
 
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise UsageError(
-            f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. Give a YAML file with one `name: value` per line."
+            f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. "
+            "Give a YAML file with one `name: value` per line."
         ) from None
     if not isinstance(data, dict):
         raise UsageError(f"No parameters in {path}. Give a YAML file with one `name: value` per line.")
-    return {
-        "on" if key is True else str(key): value for key, value in data.items()
-    }  # YAML 1.1 reads an unquoted `on` as true
+    # YAML 1.1 reads an unquoted `on` as true
+    return {"on" if key is True else str(key): value for key, value in data.items()}
 
 
 def _texts(name: str, given: object) -> list[str]:
@@ -305,13 +273,14 @@ def _parse_number(name: str, text: str, bounds: Mapping[str, Any], kind: type[in
         raise UsageError(f"{name} is too small: {text}. The smallest is {bounds['low']:g}{unset}.")
     if number > bounds["high"]:
         raise UsageError(
-            f"{name} is too large: {text}. The largest is {int(bounds['high']) if kind is int else bounds['high']:,}{unset}."
+            f"{name} is too large: {text}. "
+            f"The largest is {int(bounds['high']) if kind is int else bounds['high']:,}{unset}."
         )
     return number
 
 
 def _parse_size(name: str, text: str, bounds: Mapping[str, Any]) -> int:
-    """Bytes from `6GB` (10⁹), `6GiB` (2³⁰) or a plain number of bytes."""
+    """Parse bytes from `6GB` (10⁹), `6GiB` (2³⁰) or a plain number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.lower())
     if not found:
         raise UsageError(
@@ -326,14 +295,18 @@ def _parse_size(name: str, text: str, bounds: Mapping[str, Any]) -> int:
 
 
 def read_budget(text: str) -> tuple[float | None, int | None]:
-    """A budget of mixed quantization: bits per weight (`5.5`), or bytes of the whole model (`300MB`). Raises UsageError if it is neither."""
+    """Parse a budget of mixed quantization into bits per weight (`5.5`) or bytes of the whole model (`300MB`).
+
+    Raises UsageError if it is neither.
+    """
     if not re.fullmatch(r"\d+(\.\d+)?", text):
         return None, _parse_size(
             "quant_budget", text, {"low": 1e5, "high": 1e15, "unset": "bits per weight, such as 5.5"}
         )
     if not 1 <= float(text) <= 32:
         raise UsageError(
-            f"quant_budget is not from 1 to 32 bits per weight: {text}. Give such a number, or a size with its unit such as 300MB."
+            f"quant_budget is not from 1 to 32 bits per weight: {text}. "
+            "Give such a number, or a size with its unit such as 300MB."
         )
     return float(text), None
 
@@ -345,7 +318,7 @@ def _parse_plan_file(name: str, text: str) -> str:
 
 
 def _parse_interpreter(name: str, text: str) -> str:
-    """The absolute path of a program; a link stays one, since the environment of an interpreter is found by where it was started."""
+    """Return the absolute path of a program. Links are kept: an interpreter finds its environment by its start path."""
     path = os.path.abspath(os.path.expanduser(_parse_text(name, text)))
     if os.path.isdir(path):
         raise UsageError(
@@ -353,11 +326,13 @@ def _parse_interpreter(name: str, text: str) -> str:
         )
     if not os.path.isfile(path):
         raise UsageError(
-            f"There is no interpreter {text}. Give {name} the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python."
+            f"There is no interpreter {text}. "
+            f"Give {name} the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python."
         )
     if not os.access(path, os.X_OK):
         raise UsageError(
-            f"{name} cannot be executed: {text}. Give the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python."
+            f"{name} cannot be executed: {text}. "
+            "Give the path of a Python 3.10 or later, such as ENVIRONMENT/bin/python."
         )
     return path
 
@@ -391,7 +366,8 @@ def _parse_place(name: str, text: str) -> str:
     if address and 0 < int(address[2]) < 65536:
         return text
     raise UsageError(
-        f"Unknown {name}: {text}. Give here, ray, or ray://HOST:PORT (the port of the Ray Client server, 10001 unless told otherwise)."
+        f"Unknown {name}: {text}. "
+        "Give here, ray, or ray://HOST:PORT (the port of the Ray Client server, 10001 unless told otherwise)."
     )
 
 
@@ -401,7 +377,8 @@ def _parse_workload(name: str, text: str) -> str:
     if _parse_text(name, text).endswith((".jsonl", ".json")) or "/" in text:
         if not os.path.isfile(text):
             raise UsageError(
-                f"There is no workload file {text}. Give a JSON Lines file whose lines have a `prompt`, or one of {', '.join(WORKLOADS)}."
+                f"There is no workload file {text}. "
+                f"Give a JSON Lines file whose lines have a `prompt`, or one of {', '.join(WORKLOADS)}."
             )
         return text
     raise UsageError(f"Unknown {name}: {text}. {_nearest(text, WORKLOADS)} A file ends in .jsonl.")
@@ -410,7 +387,8 @@ def _parse_workload(name: str, text: str) -> str:
 def _parse_trace(name: str, text: str) -> str:
     if not os.path.isfile(_parse_text(name, text)):
         raise UsageError(
-            f"There is no trace file {text}. Give a JSON Lines file of timestamp (ms), input_length and output_length (tokens)."
+            f"There is no trace file {text}. "
+            "Give a JSON Lines file of timestamp (ms), input_length and output_length (tokens)."
         )
     return text
 
@@ -422,7 +400,8 @@ def _parse_text_file(name: str, text: str) -> str:
         raise UsageError(f"There is no text file {text}. Give {name} a plain text file, or {BUNDLED_TEXT}.")
     if Path(text).stat().st_size < LEAST_TEXT_TOKENS:
         raise UsageError(
-            f"{text} is too short for a perplexity: {Path(text).stat().st_size} bytes. Give at least {LEAST_TEXT_TOKENS} tokens of text."
+            f"{text} is too short for a perplexity: {Path(text).stat().st_size} bytes. "
+            f"Give at least {LEAST_TEXT_TOKENS} tokens of text."
         )
     try:
         Path(text).read_text(encoding="utf-8")
@@ -434,14 +413,15 @@ def _parse_text_file(name: str, text: str) -> str:
 
 
 def _parse_tasks(name: str, text: str) -> str:
-    """Names of tasks, or paths of YAML files or of folders, with commas."""
+    """Parse names of tasks, or paths of YAML files or folders, separated by commas."""
     tasks = [task.strip() for task in _parse_text(name, text).split(",")]
     if not all(tasks):
         raise UsageError(f"{name} has an empty name: {text}. Give names such as arc_easy,hellaswag.")
     for task in tasks:
         if ("/" in task or task.endswith((".yaml", ".yml"))) and not os.path.exists(task):
             raise UsageError(
-                f"There is no task file {task}. Give {name} a YAML file, a folder with YAML files, or a name that lm-eval knows."
+                f"There is no task file {task}. "
+                f"Give {name} a YAML file, a folder with YAML files, or a name that lm-eval knows."
             )
     return ",".join(dict.fromkeys(tasks))
 
@@ -449,24 +429,25 @@ def _parse_tasks(name: str, text: str) -> str:
 def _parse_text(name: str, text: str) -> str:
     if CONTROLS.search(text) or len(text) > 1000:
         raise UsageError(
-            f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. Give a plain name or path."
+            f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. "
+            "Give a plain name or path."
         )
     return text
 
 
 def _parse_url(name: str, text: str) -> str:
-    """A server's URL without user, password and query: what it holds is logged."""
+    """Parse a server's URL. User, password and query are refused, because the URL is logged."""
     try:
         parts = urlsplit(text)
         port_is_good = parts.port is None or parts.port > 0
-        (parts.hostname or "").encode(
-            "idna"
-        )  # as the resolver has it: no part of a name is empty, or longer than 63 characters
+        # As the resolver does: no part of a name may be empty or longer than 63 characters.
+        (parts.hostname or "").encode("idna")
     except ValueError:
         parts, port_is_good = urlsplit(""), False
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(
-            f"{name} has a user, a password or a query, and it would be logged. Give the key in the environment, LLMBENCH_API_KEY."
+            f"{name} has a user, a password or a query, and it would be logged. "
+            "Give the key in the environment, LLMBENCH_API_KEY."
         )
     if (
         parts.scheme not in ("http", "https")
@@ -476,15 +457,16 @@ def _parse_url(name: str, text: str) -> str:
         or " " in text
     ):
         shown = text.rpartition("@")[2][:100]
-        raise UsageError(f"{name} is not that of a server: {shown}. Give one such as http://127.0.0.1:8000.")
+        raise UsageError(f"{name} is not a server's address: {shown}. Give one such as http://127.0.0.1:8000.")
     return _parse_text(name, text.rstrip("/").removesuffix("/v1"))
 
 
 def _parse_scheme(name: str, text: str) -> str:
-    """A quantization in the word of the server that is started with it."""
+    """Parse a quantization named in the word of the server that is started with it."""
     if not launch.SCHEME.fullmatch(text):
         raise UsageError(
-            f"{name} is not a word that a server could know: {text[:60]}. Give letters, digits, dots, dashes and underscores."
+            f"{name} is not a word that a server could know: {text[:60]}. "
+            "Give letters, digits, dots, dashes and underscores."
         )
     return text
 
@@ -522,7 +504,7 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
     "arrival": lambda name, text, _: _parse_choice(name, text, ARRIVALS),
     "batching": lambda name, text, _: _parse_choice(name, text, BATCHINGS),
 }
-"""Kind of a parameter → how its text is read."""
+"""Kind of a parameter → its parser."""
 
 
 def _nearest(text: str, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""Recorded arrivals: a file that says when each request of an open loop came, and how long it was.
+"""Traces: files with recorded arrival times and lengths of the requests of an open loop.
 
-JSON Lines as in Mooncake's traces (github.com/kvcache-ai/Mooncake): on each line an object with `timestamp`, milliseconds that
-never decrease, `input_length` and `output_length`, tokens. Other keys are not read.
+JSON Lines as in Mooncake's traces (github.com/kvcache-ai/Mooncake): each line is an object with `timestamp`, in
+milliseconds that never decrease, `input_length` and `output_length`, in tokens. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FORM = '{"timestamp": MILLISECONDS, "input_length": TOKENS, "output_length": TOK
 
 @dataclass(frozen=True)
 class Recorded:
-    """One recorded request: when it came, in ns after the first one, and its prompt and output tokens."""
+    """One recorded request: arrival in ns after the first one, prompt tokens and output tokens."""
 
     at_ns: int
     prompt_tokens: int
@@ -31,23 +31,26 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Recording:
-    """The requests of a trace file, in their order."""
+    """Requests of a trace file, in order."""
 
     requests: tuple[Recorded, ...]
 
     @functools.cached_property
     def longest(self) -> tuple[int, int]:
-        """The most prompt and output tokens of a request."""
+        """Largest numbers of prompt and output tokens of a request."""
         return max(r.prompt_tokens for r in self.requests), max(r.output_tokens for r in self.requests)
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 hex digits for times and lengths."""
+        """16 hex digits that identify times and lengths."""
         return hash16([(r.at_ns, r.prompt_tokens, r.output_tokens) for r in self.requests])
 
 
 def read_trace(path: str) -> Recording:
-    """The requests of a trace file; read again only when the file has changed. Raises UsageError, naming the line, for one that is none."""
+    """Read the requests of a trace file; cached until the file changes.
+
+    Raises UsageError, naming the line, for a file that is not a trace.
+    """
     try:
         seen = os.stat(path)
     except OSError as error:
@@ -70,7 +73,8 @@ def _read(path: str, changed_ns: int, size: int) -> Recording:
         first = first if found else at_ms
         if found and at_ms < last:
             raise UsageError(
-                f"{path}, line {number}, goes back in time: {at_ms:g} ms after {last:g} ms. Sort the lines by timestamp."
+                f"{path}, line {number}, goes back in time: {at_ms:g} ms after {last:g} ms. "
+                "Sort the lines by timestamp."
             )
         last = at_ms
         found.append(Recorded(round((at_ms - first) * 1e6), prompt, output))
@@ -80,7 +84,7 @@ def _read(path: str, changed_ns: int, size: int) -> Recording:
 
 
 def _parse(line: str, where: str) -> tuple[float, int, int]:
-    """Time in ms, prompt and output tokens of a line."""
+    """Return time in ms, prompt tokens and output tokens of a line."""
     try:
         data = json.loads(line)
         at, prompt, output = (data[name] for name in ("timestamp", "input_length", "output_length"))
@@ -93,6 +97,7 @@ def _parse(line: str, where: str) -> tuple[float, int, int]:
         isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MOST_TOKENS for n in (prompt, output)
     ):
         raise UsageError(
-            f"{where} has a time that is no number of milliseconds from 0, or a length that is no number of tokens from 1: {redact(line)[:60]}."
+            f"{where} has a time that is no number of milliseconds from 0, or a length that is no number of tokens "
+            f"from 1: {redact(line)[:60]}. Write {FORM} on each line."
         )
     return float(at), prompt, output

@@ -1,6 +1,7 @@
-"""Quantization-aware training as it is asked for: its parameters, the text it learns from and the part that is held out, the memory it needs.
+"""Quantization-aware training (QAT): its parameters, its training and held-out text, and the memory it needs.
 
-The training itself is `backends.trainer`, in a worker; `qat` is the command. What a checkpoint was made of lies beside its weights.
+`backends.trainer` does the training, in a worker; `qat` is the command. A file beside the weights of a trained
+checkpoint records how it was made.
 """
 
 from __future__ import annotations
@@ -22,59 +23,61 @@ from .spec import BUNDLED_TEXT, COMMANDS, LEAST_TEXT_TOKENS, PARSERS, WORKLOADS
 from .workload import load_prompts, load_text
 
 QUANT = "int4-wo"
-"""The quantization that is trained for: the one whose arithmetic `backends.trainer` has."""
+"""The quantization that is trained for: the one that `backends.trainer` emulates."""
 
 LOSSES = ("distill", "lm")
 RECIPE = "llmbench_qat.json"
-"""Beside the weights of a trained checkpoint: what it was made of."""
+"""File beside the weights of a trained checkpoint that records how it was made."""
 
 ADAM_BYTES = 16
-"""Of a trained parameter: weight, gradient, and the two moments of Adam, 4 bytes each."""
+"""Bytes per trained parameter: weight, gradient and Adam's two moments, 4 bytes each."""
 
 BEYOND = 1.4
-"""What a training was seen to need ÷ the sum of what it is known to hold: activations, and pages that the allocator keeps (Gemma 3 270M, a CPU)."""
+"""Factor on the sum of known tensors, for activations and allocator overhead (seen with Gemma 3 270M on a CPU)."""
 
 LEAST_PARTS = 10
-"""Parts that a text must fall into before a finer cut is tried: paragraphs, lines, words."""
+"""A text is split into paragraphs, lines or words: the first of these that gives at least this many parts."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The parameters that only a training has; the others are those of a cell, `COMMANDS["qat"]`."""
+    """Parameters that only a training has; the others are those of a cell, `COMMANDS["qat"]`."""
 
     data: str = parameter(
         BUNDLED_TEXT,
-        "what it learns from: a text file, a JSON Lines file (text or prompt on each line), bundled, a bundled prompt set; several with commas",
+        "text to learn from: a text file, a JSON Lines file (text or prompt on each line), bundled, or a bundled "
+        "prompt set; separate several by commas",
         kind="data",
     )
     steps: int = parameter(100, "steps of the optimizer", kind="count", high=10_000_000)
-    learning_rate: float = parameter(5e-5, "of Adam, at its height", kind="number", low=1e-9, high=1)
+    learning_rate: float = parameter(5e-5, "peak learning rate of Adam", kind="number", low=1e-9, high=1)
     batch_size: int = parameter(
-        4, "sequences of one step; computed one after another, so that memory does not grow", kind="count", high=65536
+        4, "sequences per step; computed one after another, so memory does not grow", kind="count", high=65536
     )
-    sequence_tokens: int = parameter(128, "tokens of a sequence", kind="count", low=8, high=1_000_000)
+    sequence_tokens: int = parameter(128, "tokens per sequence", kind="count", low=8, high=1_000_000)
     loss: str = parameter(
         "distill",
-        "distill = KL divergence from the unquantized model's next-token distribution; lm = that of the next token itself",
+        "distill = KL divergence from the unquantized model's next-token distribution; lm = cross-entropy of the next "
+        "token",
         kind="loss",
     )
     held_out: float = parameter(
         0.2,
-        "share of the data, the end of each part of it, that is never trained on and measures quality",
+        "share of the data, at the end of each part, that is never trained on and measures quality",
         kind="number",
         low=0.01,
         high=0.9,
     )
     freeze_embeddings: bool = parameter(
-        True, "leave the embeddings and the output head as they are: int4-wo does not quantize them", kind="flag"
+        True, "do not train the embeddings and the output head: int4-wo does not quantize them", kind="flag"
     )
     output: str | None = parameter(
-        None, "folder of the trained checkpoint, new; none = in the results folder", kind="text", unset="none"
+        None, "new folder for the trained checkpoint; none = in the results folder", kind="text", unset="none"
     )
 
 
 TRAINING: dict[str, Field[Any]] = {f.name: f for f in dataclasses.fields(Training)}
-"""Name → declaration. `batch_size` has another meaning, and another default, than that of a cell."""
+"""Name → declaration. `batch_size` has another meaning and another default here than in a cell."""
 
 NAMES = (*COMMANDS["qat"], *TRAINING)
 """All parameters of the command."""
@@ -82,7 +85,7 @@ NAMES = (*COMMANDS["qat"], *TRAINING)
 
 @dataclass(frozen=True)
 class Texts:
-    """The data: what is trained on, and what is not. `name` is the `data` parameter without folders."""
+    """The data: training text and held-out text. `name` is the `data` parameter without folders."""
 
     name: str
     training: str
@@ -110,7 +113,10 @@ def default_text(name: str) -> str:
 
 
 def parse_training(values: Mapping[str, object]) -> tuple[Cell, Options, Training]:
-    """Validate the parameters of the command: the cell that is trained for, options, and the training. Raises UsageError."""
+    """Validate the command's parameters; return the cell that is trained for, the options and the training.
+
+    Raises UsageError.
+    """
     for name in values:
         if name not in NAMES:
             raise UsageError(f"Unknown parameter: {name}. Known: {', '.join(NAMES)}.")
@@ -133,11 +139,11 @@ def _parse(name: str, text: str) -> object:
         return text
     if metadata["kind"] == "data":
         for part in _parts(str(PARSERS["text"](name, text, metadata))):
-            if part not in (BUNDLED_TEXT, *_PROMPT_SETS) and not os.path.isfile(
-                part
-            ):  # Path.is_file raises for a name that is too long
+            # os.path.isfile, since Path.is_file raises for a name that is too long
+            if part not in (BUNDLED_TEXT, *_PROMPT_SETS) and not os.path.isfile(part):
                 raise UsageError(
-                    f"There is no data file {part}. Give a text file, a JSON Lines file, {BUNDLED_TEXT}, or {', '.join(_PROMPT_SETS)}."
+                    f"There is no data file {part}. "
+                    f"Give a text file, a JSON Lines file, {BUNDLED_TEXT}, or {', '.join(_PROMPT_SETS)}."
                 )
         return text
     return PARSERS[metadata["kind"]](name, text, metadata)
@@ -150,9 +156,9 @@ _PROMPT_SETS = tuple(name for name in WORKLOADS if name not in ("synthetic", "mi
 
 
 def read_texts(training: Training) -> Texts:
-    """The data in two parts. Each file or set gives its own end to what is held out, at whole paragraphs, lines or prompts.
+    """Read the data and split it. The end of each file or set is held out, at whole paragraphs, lines or prompts.
 
-    Raises UsageError for data that cannot be read, and for data that no tokenizer could make enough tokens of.
+    Raises UsageError for data that cannot be read, and for data too short for enough tokens under any tokenizer.
     """
     learned, held = [], []
     for part in _parts(training.data):
@@ -167,27 +173,31 @@ def read_texts(training: Training) -> Texts:
 
 
 def require_enough(training: Training, learned: int, held: int, unit: str = "tokens") -> None:
-    """Raise UsageError unless both parts have the tokens that they need; given in bytes, which are never fewer, where no tokens are known yet."""
+    """Raise UsageError unless both parts have enough tokens.
+
+    Before the tokens are known, lengths are given in bytes, which are never fewer.
+    """
     least = training.batch_size * training.sequence_tokens
     if learned < least:
         raise UsageError(
-            f"The data are too short to train on: {learned:,} {unit} beside what is held out, and one step takes batch_size={training.batch_size} × "
-            f"sequence_tokens={training.sequence_tokens} tokens. Give more text, or smaller steps."
+            f"The data are too short to train on: {learned:,} {unit} beside what is held out, and one step takes "
+            f"batch_size={training.batch_size} × sequence_tokens={training.sequence_tokens} tokens. "
+            "Give more text, or smaller steps."
         )
     if held < LEAST_TEXT_TOKENS:
         raise UsageError(
-            f"What is held out is too short to measure quality on: {held:,} {unit}, and {LEAST_TEXT_TOKENS} tokens are needed. Give more text, or a larger "
-            f"held_out than {training.held_out:g}."
+            f"What is held out is too short to measure quality on: {held:,} {unit}, and {LEAST_TEXT_TOKENS} tokens "
+            f"are needed. Give more text, or a larger held_out than {training.held_out:g}."
         )
 
 
 def _parts(data: str) -> list[str]:
-    """The files and sets of a `data` parameter; a file whose name has a comma is one."""
+    """Split a `data` parameter into files and sets. A file whose own name has a comma is not split."""
     return [data] if os.path.isfile(data) else [part.strip() for part in data.split(",")]
 
 
 def _pieces(name: str) -> tuple[Sequence[str], str]:
-    """What a file or set falls into, and what stands between two pieces."""
+    """Pieces of a file or set, and the separator between them. Raises UsageError if there are too few."""
     if name in _PROMPT_SETS:
         return load_prompts(name).texts, "\n\n"
     if name.endswith((".jsonl", ".json")):
@@ -201,7 +211,10 @@ def _pieces(name: str) -> tuple[Sequence[str], str]:
 
 
 def _documents(file: str) -> Sequence[str]:
-    """The texts of a JSON Lines file: the `text` of each line, or its `prompt` or `messages` as a workload has them. Raises UsageError."""
+    """Texts of a JSON Lines file: the `text` of each line, or else its `prompt` or `messages` as in a workload.
+
+    Raises UsageError.
+    """
     try:
         lines = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -215,7 +228,7 @@ def _documents(file: str) -> Sequence[str]:
 
 
 def _cut(lengths: Sequence[int], share: float) -> int:
-    """How many pieces are trained on: at least one is, and at least one is held out where there are two."""
+    """Number of pieces to train on: at least one, leaving at least one held out if there are two."""
     total, seen = sum(lengths), 0
     for number, length in enumerate(lengths):
         if number and seen + length > (1 - share) * total:
@@ -228,10 +241,10 @@ def _cut(lengths: Sequence[int], share: float) -> int:
 
 
 def needed_bytes(trained: int, frozen: int, vocabulary: int, training: Training) -> int:
-    """Bytes that a training needs beside the process itself, everything in float32.
+    """Bytes that a training needs beyond the process itself, everything in float32.
 
-    For each trained parameter 16 (`ADAM_BYTES`), 4 for its quantized value, and to distill 4 for what it was; 4 for each frozen one; and the
-    logits of one sequence with what is computed of them: 4 such arrays, to distill 6. All of it `BEYOND` times.
+    Per trained parameter 16 (`ADAM_BYTES`) + 4 for its quantized value, + 4 for its original value to distill; per
+    frozen parameter 4; and arrays of the size of one sequence's logits: 4, to distill 6. All of it times `BEYOND`.
     """
     distills = training.loss == "distill"
     logits = 4 * training.sequence_tokens * vocabulary
@@ -240,11 +253,11 @@ def needed_bytes(trained: int, frozen: int, vocabulary: int, training: Training)
     )
 
 
-# What a checkpoint was made of
+# Record of a checkpoint's making
 
 
 def recorded(folder: str) -> dict[str, str | int | float]:
-    """What a trained checkpoint says of its making, as dotted params of a run; empty for any other."""
+    """Return a trained checkpoint's recipe as dotted params of a run; empty for any other folder."""
     file = Path(folder) / RECIPE
     if not file.is_file():
         return {}

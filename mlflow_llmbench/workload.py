@@ -1,4 +1,4 @@
-"""What is sent to the model: prompts of an exact length in tokens, the same ones for every configuration, from a seed."""
+"""Prompts sent to a model: of an exact length in tokens, identical for every configuration, generated from a seed."""
 
 from __future__ import annotations
 
@@ -20,95 +20,40 @@ from .traces import read_trace
 Encode = Callable[[str], Sequence[int]]
 
 WORDS = (
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "was",
-    "with",
-    "be",
-    "by",
-    "on",
-    "not",
-    "he",
-    "his",
-    "but",
-    "at",
-    "are",
-    "this",
-    "have",
-    "from",
-    "or",
-    "had",
-    "an",
-    "they",
-    "which",
-    "one",
-    "you",
-    "were",
-    "her",
-    "all",
-    "she",
-    "there",
-    "would",
-    "their",
-    "we",
-    "him",
-    "been",
-    "has",
-    "when",
-    "who",
-    "will",
-    "more",
-    "no",
-    "if",
-    "out",
-    "so",
-    "said",
-    "what",
-    "up",
-    "its",
-    "about",
-    "into",
-    "than",
-    "them",
-    "can",
-    "only",
-    "other",
-    "new",
-    "some",
-    "could",
-    "time",
-)
-"""Words that are one token each, with the space before them, in the usual vocabularies. A probe of the server tells where they are not."""
+    "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he",
+    "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "her",
+    "all", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "more", "no", "if",
+    "out", "so", "said", "what", "up", "its", "about", "into", "than", "them", "can", "only", "other", "new", "some",
+    "could", "time",
+)  # fmt: skip
+"""Words that are one token each, with the space before them, in common vocabularies. A probe of the server detects
+others."""
 
 SPREAD = math.log(2)
-"""Standard deviation of the logarithm of a length of `mixed`: two thirds of all lie between half and twice the median."""
+"""Standard deviation of the log of a `mixed` length: two thirds lie between half and twice the median."""
 
 CLIP = (1 / 8, 4)
-"""Least and most length of `mixed`, as multiples of the median: 3 standard deviations below and 2 above, where 2.3 % are cut."""
+"""Bounds of a `mixed` length, as multiples of the median: 3 standard deviations below, 2 above (cutting 2.3 %)."""
 
-MIXED = "Requests of varying length: log-normal with these lengths as medians, two thirds between half and twice the median, clipped at ⅛ and 4 times."
-"""The distribution of `mixed` in a sentence."""
+MIXED = (
+    "Requests of varying length: log-normal with these lengths as medians, two thirds between half and twice the "
+    "median, clipped at ⅛ and 4 times."
+)
+"""Description of the distribution of `mixed`."""
 
 
 def lengths_vary(cell: Cell) -> bool:
-    """Whether each request of a cell is asked for at lengths of its own."""
+    """Return True if each request of a cell has its own lengths."""
     return cell.workload == "mixed" or cell.trace is not None
 
 
 def lengths_of(cell: Cell, number: int) -> tuple[int, int]:
-    """Prompt and output tokens of request `number`: those of the cell, those of the trace, or for `mixed` drawn with those of the cell as medians.
+    """Prompt and output tokens of request `number`: those of the cell or its trace, or drawn around them for `mixed`.
 
-    Each is exp(N(ln median, `SPREAD`²)), rounded, within `CLIP` and at least 1; the two are independent. Real
-    requests are skewed to the right like that: many short ones, few long ones. They depend on the seed and on the number, not on the
-    repetition: repetitions then differ by what was measured and not by the draw, as with the rate of the arrivals.
+    A drawn length is exp(N(ln median, `SPREAD`²)) with the cell's length as median, rounded, within `CLIP` and at
+    least 1; prompt and output are independent. Real requests are skewed to the right like that: many short, few long.
+    The draw depends on the seed and the number, not on the repetition, so repetitions differ by what was measured and
+    not by the draw, as with the rate of the arrivals.
     """
     medians = (cell.prompt_tokens or 0, cell.output_tokens)
     if cell.trace:
@@ -123,7 +68,7 @@ def lengths_of(cell: Cell, number: int) -> tuple[int, int]:
 
 
 def longest_of(cell: Cell) -> tuple[int, int]:
-    """The most prompt and output tokens that a request of a cell may have."""
+    """Largest numbers of prompt and output tokens that a request of a cell may have."""
     if cell.trace:
         return read_trace(cell.trace).longest
     most = CLIP[1] if cell.workload == "mixed" else 1
@@ -132,19 +77,19 @@ def longest_of(cell: Cell) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Texts of a workload in file order; empty for `synthetic` and `mixed`, whose prompts are drawn from the vocabulary."""
+    """Texts of a workload in file order; none for `synthetic` and `mixed`, which draw prompts from the vocabulary."""
 
     name: str
     texts: tuple[str, ...] = ()
-    conversations: tuple[
-        tuple[str, ...], ...
-    ] = ()  # what the user says, turn by turn, where every line is a conversation
+    # The user's turns of each conversation, if every line is a conversation.
+    conversations: tuple[tuple[str, ...], ...] = ()
 
     def batch(self, cell: Cell, repetition: int, vocab_size: int, encode: Encode | None) -> list[list[int]]:
         """Prompts of one repetition: `batch_size` rows of token ids, all of one length, so that nothing is padded.
 
-        With a numeric `prompt_tokens` each row has exactly that many tokens, and rows differ. With `auto` repetition r
-        uses text r (modulo their number) for all rows, at its own length.
+        With a numeric `prompt_tokens` each row has exactly that many tokens, and rows differ. With `auto` all rows of
+        repetition r are text r (modulo the number of texts), at its own length. Raises UsageError if
+        texts need a tokenizer and there is none.
         """
         if not self.texts:
             return [
@@ -166,7 +111,11 @@ class PromptSet:
     def request(
         self, cell: Cell, repetition: int, number: int, vocab_size: int, encode: Encode | None
     ) -> tuple[list[int], int]:
-        """Prompt ids and output tokens of one request of a stream; texts are taken in turn, at their own length where `prompt_tokens` is `auto`."""
+        """Prompt ids and output tokens of one request of a stream.
+
+        Texts are taken in turn, at their own length if `prompt_tokens` is `auto`. Raises UsageError if they need a
+        tokenizer and there is none.
+        """
         prompt_tokens, output_tokens = lengths_of(cell, number)
         if not self.texts:
             return self._random_row(cell, repetition, number, vocab_size, prompt_tokens), output_tokens
@@ -179,9 +128,9 @@ class PromptSet:
         return self._text_row(prompt_tokens, number, encode), output_tokens
 
     def words(self, cell: Cell, repetition: int, number: int, count: int, unique: str = "") -> str:
-        """The prompt of one request to a server: `count` words from the seed, or the text of a workload.
+        """Prompt of one request to a server: `count` words drawn from the seed, or the text of a workload.
 
-        With `unique` the first words are drawn from it, so that no cache of an earlier run can hold the beginning of the prompt.
+        `unique` seeds the first words, so that no cache of an earlier run can hold the beginning of the prompt.
         """
         draw = random.Random(f"{cell.seed}/{repetition}/{number}")
         first = random.Random(f"{unique}/{repetition}/{number}").choices(WORDS, k=min(8, count)) if unique else []
@@ -207,14 +156,15 @@ class PromptSet:
             more = list(encode(self.texts[position % len(self.texts)]))
             if not more:
                 raise UsageError(
-                    f"Prompt {position % len(self.texts) + 1} of workload {self.name} has no tokens. Give prompts with text."
+                    f"Prompt {position % len(self.texts) + 1} of workload {self.name} has no tokens. "
+                    "Give prompts with text."
                 )
             ids += more
             position += 1
         return ids[:length]
 
     def digest(self, cell: Cell, vocab_size: int | None) -> str:
-        """`workload_hash`: what is sent and how much is asked for; the batch size and the model's settings are not part of it."""
+        """Return `workload_hash`: identity of prompts and lengths, without the batch size and the model's settings."""
         texts = [list(turns) for turns in self.conversations] if cell.history != "none" else list(self.texts)
         prompts: object = texts or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
         if cell.scenario == "online" and not self.texts:
@@ -227,9 +177,10 @@ class PromptSet:
 
 
 def load_prompts(workload: str) -> PromptSet:
-    """The prompt set of a `workload` parameter: `synthetic` or `mixed`, a bundled name, or a JSON Lines file with a `prompt` per line.
+    """Load the prompt set of a `workload` parameter.
 
-    Raises UsageError, naming the line, for a file that cannot be read as such.
+    That is `synthetic` or `mixed`, a bundled name, or a JSON Lines file with a `prompt` per line. Raises UsageError,
+    naming the line, for a file that cannot be read as such.
     """
     if workload in DRAWN:
         return PromptSet(workload)
@@ -244,7 +195,7 @@ def load_prompts(workload: str) -> PromptSet:
 
 
 def require_conversations(cell: Cell, prompts: PromptSet) -> None:
-    """Raise UsageError if a cell is to be measured turn by turn and its workload has no turns."""
+    """Raise UsageError if a cell is measured turn by turn and its workload has no conversations."""
     if cell.history != "none" and not prompts.conversations:
         raise UsageError(
             f"history={cell.history} needs conversations, and workload={cell.workload} has none. "
@@ -253,7 +204,10 @@ def require_conversations(cell: Cell, prompts: PromptSet) -> None:
 
 
 def prompts_of(cells: Iterable[Cell]) -> dict[str, PromptSet]:
-    """The prompt sets of all workloads of cells. Raises UsageError for a file that cannot be read as one, and for a history of prompts without turns."""
+    """Load the prompt sets of all workloads of the cells.
+
+    Raises UsageError for an unreadable file, and for a history with prompts that have no turns.
+    """
     cells = list(cells)
     found = {workload: load_prompts(workload) for workload in dict.fromkeys(cell.workload for cell in cells)}
     for cell in cells:
@@ -262,11 +216,11 @@ def prompts_of(cells: Iterable[Cell]) -> dict[str, PromptSet]:
 
 
 def turn_texts(messages: Sequence[str], render: Callable[[list[dict[str, str]]], str] | None) -> list[str]:
-    """What each message of the user adds to the text of a conversation, the end of the answer before it included.
+    """Return the text that each user message adds to a conversation, including the end of the answer before it.
 
-    `render` is the tokenizer's chat template: messages with roles → text that ends where the answer begins. What it puts
-    between two turns is found by a stand-in for the answer, so that the text of the history is never made anew; None is the plain
-    form of `plain_dialogue`. Raises UsageError for a template that does not keep answers as they are.
+    `render`: the tokenizer's chat template, from messages with roles to text that ends where the answer begins; None
+    gives the plain form of `plain_dialogue`. A stand-in for the answer shows what the template puts between two turns,
+    so the text of the history is never rendered again. Raises UsageError for a template that changes answers.
     """
     if render is None:
         return [
@@ -279,7 +233,8 @@ def turn_texts(messages: Sequence[str], render: Callable[[list[dict[str, str]]],
         _, answer, added = render(chat).rpartition(STAND_IN)
         if chat[:-1] and not answer:
             raise UsageError(
-                "The chat template of this model leaves earlier answers out, so that no history can be kept. Use history=none."
+                "The chat template of this model leaves earlier answers out, so that no history can be kept. "
+                "Use history=none."
             )
         found.append(added)
         chat.append({"role": "assistant", "content": STAND_IN})
@@ -287,18 +242,18 @@ def turn_texts(messages: Sequence[str], render: Callable[[list[dict[str, str]]],
 
 
 STAND_IN = "an-answer-that-stands-here"
-"""Words that no chat template changes."""
+"""Text that no chat template changes."""
 
 
 def plain_dialogue(messages: Sequence[str]) -> str:
-    """Messages of user and assistant in turns as one text, `User: …` and `Assistant: …`, which ends where the next answer begins."""
+    """Join alternating messages into one text, `User: …` and `Assistant: …`, that ends where the next answer begins."""
     lines = [f"{'Assistant' if number % 2 else 'User'}: {message}" for number, message in enumerate(messages)]
     return "\n".join([*lines, "Assistant:"])
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text for perplexity: its name as given, and its digest."""
+    """A text for perplexity: name as given, and content."""
 
     name: str
     content: str
@@ -310,7 +265,10 @@ class Text:
 
 
 def load_text(name: str) -> Text:
-    """The text of a `quality_text` parameter: the bundled one, or a UTF-8 file. Raises UsageError for a file that cannot be read as such."""
+    """Load the text of a `quality_text` parameter: the bundled one, or a UTF-8 file.
+
+    Raises UsageError for a file that cannot be read as such.
+    """
     if name == BUNDLED_TEXT:
         return Text(name, (resources.files(__package__) / "workloads" / "perplexity.txt").read_text(encoding="utf-8"))
     try:
@@ -320,7 +278,7 @@ def load_text(name: str) -> Text:
 
 
 def _parse_lines(text: str, origin: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """The prompts, one per line, and where every line is a conversation what its user says."""
+    """Return the prompts, one per line, and if every line is a conversation also the user's turns of each."""
     prompts, conversations = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -337,7 +295,8 @@ def _parse_lines(text: str, origin: str) -> tuple[tuple[str, ...], tuple[tuple[s
             prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UsageError(
-                f'{origin}, line {number}, is not a JSON object with a "prompt" text: {redact(line)[:60]}. Write {{"prompt": "…"}} on each line.'
+                f'{origin}, line {number}, is not a JSON object with a "prompt" text: {redact(line)[:60]}. '
+                'Write {"prompt": "…"} on each line.'
             )
         prompts.append(prompt)
     if not prompts:
@@ -346,7 +305,7 @@ def _parse_lines(text: str, origin: str) -> tuple[tuple[str, ...], tuple[tuple[s
 
 
 def _messages(given: object, origin: str) -> list[str]:
-    """The texts of a conversation. Raises UsageError unless user and assistant take turns and the user has the last word."""
+    """Return the texts of a conversation. Raises UsageError unless roles alternate, the user first and last."""
     roles = ("user", "assistant")
     found = (
         [
@@ -358,7 +317,7 @@ def _messages(given: object, origin: str) -> list[str]:
     )
     if len(found) % 2 == 0 or not all(isinstance(text, str) and text.strip() for text in found):
         raise UsageError(
-            f'{origin}: "messages" are not a conversation. Write a list of {{"role": "user", "content": "…"}} and {{"role": "assistant", …}} in turns '
-            "that begins and ends with the user."
+            f'{origin}: "messages" are not a conversation. Write a list of {{"role": "user", "content": "…"}} and '
+            '{"role": "assistant", …} in turns that begins and ends with the user.'
         )
     return [str(text) for text in found]
