@@ -181,7 +181,8 @@ def check_twin(axes: Mapping[str, tuple[object, ...]], quantizations: Sequence[s
     """Require that `twin` compares a launched server with one batch of one length, in a quantization we can load."""
     if axes["launch"] == (None,) or axes["backend"] != ("openai",):
         raise UsageError(
-            "twin also measures without its server what a command starts. Give launch=COMMAND, or leave twin out."
+            "twin measures a server that launch starts, and the same without it. "
+            "Give launch=COMMAND, or leave twin out."
         )
     stream = {
         "request_rate": (None,),

@@ -92,17 +92,17 @@ def test_how_many_requests_a_repetition_has(settings: dict[str, Any], count: int
             "url is given, and backend=transformers runs the model in this process. Add backend=openai",
         ),
         ({"backend": "openai"}, "backend=openai needs the address of a server. Give url="),
-        ({"concurrency": "4"}, "concurrency has a meaning only where a server is measured."),
+        ({"concurrency": "4"}, "concurrency has a meaning only if a server is measured."),
         ({"url": "http://h", "backend": "openai", "concurrency": "4", "request_rate": "2"}, "Give one of them."),
         ({"url": "http://h", "backend": "openai", "burstiness": "2"}, "Add arrival=gamma."),
         ({"url": "http://h", "backend": "openai", "quant": "int4"}, "are the server's own settings"),
         ({"url": "http://user:secret@h", "backend": "openai"}, "url has a user, a password or a query"),
         ({"url": "http://h?key=secret", "backend": "openai"}, "url has a user, a password or a query"),
-        ({"url": "ftp://h", "backend": "openai"}, "url is not that of a server: ftp://h."),
-        ({"url": "http://h:99999", "backend": "openai"}, "url is not that of a server"),
-        ({"url": "http://", "backend": "openai"}, "url is not that of a server"),
-        ({"url": "http://a..b:8000", "backend": "openai"}, "url is not that of a server"),
-        ({"url": f"http://{'a' * 64}.example.com", "backend": "openai"}, "url is not that of a server"),
+        ({"url": "ftp://h", "backend": "openai"}, "url is not a server's address: ftp://h."),
+        ({"url": "http://h:99999", "backend": "openai"}, "url is not a server's address"),
+        ({"url": "http://", "backend": "openai"}, "url is not a server's address"),
+        ({"url": "http://a..b:8000", "backend": "openai"}, "url is not a server's address"),
+        ({"url": f"http://{'a' * 64}.example.com", "backend": "openai"}, "url is not a server's address"),
         ({"url": "http://h", "backend": "openai", "arrival": "weekly"}, "Unknown arrival: weekly."),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_ramp_that_does_not_rise_is_a_constant_rate() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "message"),
-    [("none", "request_rate where it begins is none"), ("2,10", "is 2,10. Give a lower"), ("12", "is 12.")],
+    [("none", "request_rate, where it begins, is none"), ("2,10", "is 2,10. Give a lower"), ("12", "is 12.")],
 )
 def test_a_ramp_begins_below_its_end(rate: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -170,17 +170,17 @@ STREAM = {"backend": "fake", "model": "fake:itl_ms=1", "batching": "static", "re
         ),
         ({"batching": "static"}, "batching needs a stream of requests. Give request_rate"),
         ({"batching": "static,none", "request_rate": "2"}, "Leave none out of the list"),
-        ({"request_rate": "2"}, "request_rate is of a stream of requests. Add batching="),
-        ({"slo_ttft_ms": "200"}, "slo_ttft_ms is of a stream of requests."),
+        ({"request_rate": "2"}, "request_rate is for a stream of requests. Add batching="),
+        ({"slo_ttft_ms": "200"}, "slo_ttft_ms is for a stream of requests."),
         ({"batching": "dynmic", "request_rate": "2"}, "Did you mean dynamic?"),
         ({"batching": "static", "request_rate": "2", "batch_wait_ms": "5"}, "Add batching=dynamic, or leave it out."),
         (
             {"batching": "static", "request_rate": "2", "concurrency": "5"},
-            "concurrency has a meaning only where a server is measured.",
+            "concurrency has a meaning only if a server is measured.",
         ),
         (
             {"workload": "chat", "history": "kept", "prompt_tokens": "auto", "batching": "static", "request_rate": "2"},
-            "and history is of conversations",
+            "and history is for conversations",
         ),
         (
             {"url": "http://h", "backend": "openai", "batching": "static", "request_rate": "2"},

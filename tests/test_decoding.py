@@ -128,7 +128,7 @@ def test_decode_path_and_cache_decide_the_load_and_the_configuration() -> None:
         ({"kv_cache": "int3"}, r"Unknown kv_cache: int3\."),
         ({"decode": "compiled", "history": "recomputed", "workload": "chat", "prompt_tokens": "auto"}, r"history=recomputed cannot be measured with decode=compiled"),
         ({"kv_cache": "fp8", "history": "kept", "workload": "chat", "prompt_tokens": "auto"}, r"history=kept cannot be measured with kv_cache=fp8"),
-        ({"decode": "prompt_lookup", "batching": "static", "request_rate": "5"}, r"decode=prompt_lookup is of single batches"),
+        ({"decode": "prompt_lookup", "batching": "static", "request_rate": "5"}, r"decode=prompt_lookup works for single batches only"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said_before_anything_starts(parameters: dict[str, object], message: str) -> None:

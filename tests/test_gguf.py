@@ -154,7 +154,7 @@ def test_a_quantization_of_llama_cpp_names_its_backend() -> None:
     assert [cell.backend for cell in expand_cells(parse({"quant": "none,q8_0", "backend": "llama_cpp"}))] == [
         "llama_cpp"
     ] * 2
-    with pytest.raises(UsageError, match=r"quant=q8_0 is one of llama\.cpp, and backend=fake is another"):
+    with pytest.raises(UsageError, match=r"quant=q8_0 is a quantization of llama\.cpp, not of backend=fake"):
         parse({"quant": "q8_0", "backend": "fake", "model": "fake:"})
 
 

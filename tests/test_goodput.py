@@ -120,7 +120,7 @@ def test_each_configuration_has_its_own_search() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"find": "goodput"}, "find=goodput searches for the highest rate that meets limits, and there is none"),
+        ({"find": "goodput"}, "find=goodput searches for the highest rate that meets limits, and none is given"),
         (
             {"find": "goodput", "slo_ttft_ms": "9", "concurrency": "4"},
             "find=goodput searches among rates of an open loop, and concurrency is another load",

@@ -266,7 +266,7 @@ def test_a_gpu_is_not_measured_by_a_worker_that_cannot_see_it(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("parameters", "wrong"),
     [
-        ({"backend": "openai", "url": "http://127.0.0.1:9"}, "the server is one of its own"),
+        ({"backend": "openai", "url": "http://127.0.0.1:9"}, "and a server has its own"),
         ({"on": "ray"}, "an interpreter of this machine"),
     ],
 )

@@ -76,7 +76,7 @@ def test_without_a_quantization_its_option_is_left_out(option: str) -> None:
     [
         (
             {"launch": "serve --port {port} --x {name}"},
-            "launch has a placeholder that is not known: {name}. Known: {model}, {port}, {quant}.",
+            "launch has an unknown placeholder: {name}. Known: {model}, {port}, {quant}.",
         ),
         ({"launch": "serve --port 8000"}, "launch does not say where the server is to listen"),
         ({"launch": "serve 'x {port}"}, "launch cannot be read, no closing quotation"),
@@ -85,7 +85,7 @@ def test_without_a_quantization_its_option_is_left_out(option: str) -> None:
             "launch has an option that is named as a secret, --api-key, and the command would be logged",
         ),
         ({"launch": "serve {port} --hf sk-1234567890abcdefgh1"}, "launch has what looks like a secret"),
-        ({"launch": "serve {port}", "url": "http://h"}, "url is of a server that is there, and launch starts one"),
+        ({"launch": "serve {port}", "url": "http://h"}, "url is for a running server, and launch starts one"),
         (
             {"launch": "serve {port}", "backend": "transformers"},
             "launch is given, and backend=transformers runs the model in this process",

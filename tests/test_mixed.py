@@ -263,7 +263,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path, tiny_model: Path) ->
     ("given", "message"),
     [
         ({"quant": "mixed"}, r"quant=mixed needs a budget\. Give quant_budget=5\.5"),
-        ({"quant": "int8", "quant_budget": "5"}, r"quant_budget is of quant=mixed\. Add quant=mixed"),
+        ({"quant": "int8", "quant_budget": "5"}, r"quant_budget is a setting of quant=mixed\. Add quant=mixed"),
         ({"quant": "mixed", "quant_budget": "5,6"}, r"quant_budget is not a size: 5,6"),
         ({"quant": "mixed", "quant_budget": "99"}, r"quant_budget is not from 1 to 32 bits per weight: 99"),
         ({"quant": "mixed", "quant_budget": "few"}, r"quant_budget is not a size: few"),

@@ -260,7 +260,7 @@ def test_a_size_of_groups_is_asked_of_those_that_have_groups() -> None:
     for other in ("int4", "quanto4", "int8-wo"):
         with pytest.raises(
             UsageError,
-            match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; others have groups of their own",
+            match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; others have their own groups",
         ):
             parse({"quant": other, "group_size": "64"})
 

@@ -112,7 +112,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -
         ({"concurrency": "5"}, "and concurrency is given too"),
         ({"output_tokens": "5"}, "and output_tokens is given too"),
         ({"workload": "mixed"}, "A trace has its own lengths, and workload=mixed draws them."),
-        ({"url": "none", "backend": "fake"}, "trace has a meaning only where a server is measured"),
+        ({"url": "none", "backend": "fake"}, "trace has a meaning only if a server is measured"),
     ],
 )
 def test_what_a_trace_replaces_is_not_given_too(trace: Path, given: dict[str, str], message: str) -> None:

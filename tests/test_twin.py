@@ -131,19 +131,19 @@ def test_pairs_are_related() -> None:
     [
         (
             {"backend": "openai", "url": "http://h", "twin": "true"},
-            "twin measures what a command starts without its server too. Give launch=COMMAND",
+            "twin measures a server that launch starts, and the same without it. Give launch=COMMAND",
         ),
         (
             {**SERVED, "request_rate": "4"},
-            "twin compares with one batch of one length, as many rows as concurrency, and request_rate is none",
+            "as many rows as concurrency, and request_rate does not fit that",
         ),
         (
             {**SERVED, "endpoint": "chat"},
-            "twin compares with one batch of one length, as many rows as concurrency, and endpoint is none",
+            "as many rows as concurrency, and endpoint does not fit that",
         ),
         (
             {**SERVED, "workload": "mixed"},
-            "twin compares with one batch of one length, as many rows as concurrency, and workload=mixed is none",
+            "as many rows as concurrency, and workload=mixed does not fit that",
         ),
         ({**SERVED, "quant": "bnb-4bit"}, "quant=bnb-4bit is the server's own word, and twin cannot load it here."),
         (
