@@ -69,8 +69,9 @@ def model_bandwidth_utilization(result: RunResult) -> float | None:
     """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best measured bandwidth.
 
     After "LLM inference performance engineering" (Databricks 2023). Bandwidth is that of reading on this machine. If a
-    step brings several tokens, its time replaces TPOT. None without a measured bandwidth, with fewer than two tokens, if the weights are under 4× the last-level
-    cache, which would serve part of the reads, or with a second model, whose reads are not known.
+    step brings several tokens, its time replaces TPOT. None without a measured bandwidth, with fewer than two tokens,
+    if the weights are under 4× the last-level cache, which would serve part of the reads, or with a second model, whose
+    reads are not known.
     """
     load, bandwidth, step_ms = result.load, result.peaks.get("read_bytes_per_s"), mean_step_ms(result)
     if load is None or not load.step_bytes or not bandwidth or not step_ms or result.cell.assistant:

@@ -284,7 +284,7 @@ TENTHS = 10
 
 
 def ramp_steps(result: RunResult) -> list[tuple[str, int, float]]:
-    """Series of a ramp: key, tenth of its time from 1, and value, over the requests of all repetitions in that tenth."""
+    """Series of a ramp: key, tenth of its time from 1, and value over the requests of all repetitions in that tenth."""
     if result.cell.ramp_to is None:
         return []
     tenths: list[list[RequestRecord]] = [[] for _ in range(TENTHS)]

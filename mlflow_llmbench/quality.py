@@ -31,7 +31,8 @@ def cluster_mean(clusters: Clusters) -> Estimate | None:
 
     Clusters differ in size, so the mean is the ratio Σyⱼ/Σnⱼ of their sums and sizes. Its variance is that of the
     linearised ratio, J/(J − 1) · Σ(yⱼ − nⱼ·mean)² / (Σnⱼ)², with J − 1 degrees of freedom (Cochran, Sampling
-    Techniques, 3rd edition 1977, sections 2.11 and 9A.4). With clusters of equal size it is `stats.t_interval` of their means.
+    Techniques, 3rd edition 1977, sections 2.11 and 9A.4). With clusters of equal size it is `stats.t_interval` of
+    their means.
     """
     kept = [cluster for cluster in clusters if cluster]
     count = sum(map(len, kept))
@@ -107,7 +108,7 @@ def _exp(found: Estimate | None) -> Estimate | None:
 
 
 def kl_divergence(quality: Quality) -> Estimate | None:
-    """Mean KL(reference‖this model) of the next token over positions, nats, at least 0; the interval is over prompts."""
+    """Mean KL(reference‖this model) of the next token over positions, nats, at least 0. The interval is by prompt."""
     found = cluster_mean(quality.divergence.kl) if quality.divergence else None
     if found is None or found.low is None:
         return found
@@ -162,7 +163,7 @@ def task_key(score: TaskScore) -> str:
 
 
 def figures(quality: Quality) -> dict[str, float | None]:
-    """Summary metrics by MLflow key; a metric that was not measured is absent, an unknown end of an interval is None."""
+    """Summary metrics by MLflow key; a metric not measured is absent, an unknown end of an interval is None."""
     estimates = {
         "kl_vs_reference": kl_divergence(quality),
         "top1_agreement": top1_agreement(quality),

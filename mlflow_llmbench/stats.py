@@ -336,7 +336,7 @@ class RankTest:
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
-    """Mean of b − mean of a, with unequal variances (Welch, Biometrika 34, 1947). None with fewer than 2 values each."""
+    """Mean of b − mean of a, with unequal variances (Welch, Biometrika 34, 1947). None with under 2 values each."""
     if len(a) < 2 or len(b) < 2:
         return None
     return _t_test(fmean(b) - fmean(a), *_welch_error((variance(a), variance(b)), (len(a), len(b))))
@@ -363,7 +363,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
 
 
 def _t_test(difference: float, error: float, degrees: float) -> MeanDifference:
-    """Student's t of a difference with its standard error; without variation the interval is a point and p is 0 or 1."""
+    """Student's t of a difference with its standard error; without variation the interval is a point, p is 0 or 1."""
     if error == 0:
         t = math.copysign(math.inf, difference) if difference else 0.0
         return MeanDifference(difference, difference, difference, t, degrees, 0.0 if difference else 1.0)
@@ -499,9 +499,9 @@ def trend(x: Sequence[float], y: Sequence[float]) -> Trend | None:
     The series is cut into `TREND_BLOCKS` equal blocks, each is replaced by its medians, and the interval is Student's
     for a line through them (batch means: Schmeiser, Operations Research 30, 1982). Neighbours may thus depend on each
     other over about a block, and a spike of memory has no effect. Simulated coverage for AR(1) noise, 4,000 series
-    each, n = 16, 40, 150: φ = 0: 0.95, 0.94, 0.95 · φ = 0.5: 0.86, 0.92, 0.95 · φ = 0.8: 0.69, 0.83, 0.93. A circular block
-    bootstrap of the residuals, tried first, had 0.76 to 0.88 at φ = 0.5 and 0.48 to 0.83 at φ = 0.8. None with fewer
-    than 8 values or 4 distinct x.
+    each, n = 16, 40, 150: φ = 0: 0.95, 0.94, 0.95 · φ = 0.5: 0.86, 0.92, 0.95 · φ = 0.8: 0.69, 0.83, 0.93. A circular
+    block bootstrap of the residuals, tried first, had 0.76 to 0.88 at φ = 0.5 and 0.48 to 0.83 at φ = 0.8. None with
+    fewer than 8 values or 4 distinct block medians of x.
     """
     blocks = min(TREND_BLOCKS, len(x))
     edges = [round(i * len(x) / blocks) for i in range(blocks + 1)] if blocks >= TREND_BLOCKS else []
