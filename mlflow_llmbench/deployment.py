@@ -37,7 +37,18 @@ HEADLINES = (
 )
 """Metrics stored with a version, if measured."""
 
-SHOWN = tuple("model revision quant decode device batch_size max_prompt_tokens max_new_tokens workload history".split())
+SHOWN = (
+    "model",
+    "revision",
+    "quant",
+    "decode",
+    "device",
+    "batch_size",
+    "max_prompt_tokens",
+    "max_new_tokens",
+    "workload",
+    "history",
+)
 """Keys of the configuration that become tags of the version."""
 
 SERVED_BACKENDS = ("transformers", "llama_cpp", "fake")

@@ -112,8 +112,17 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 # vLLM
 
-VLLM_SETTINGS = tuple(
-    "date backend endpoint_type label model_id tokenizer_id num_prompts request_rate burstiness max_concurrency".split()
+VLLM_SETTINGS = (
+    "date",
+    "backend",
+    "endpoint_type",
+    "label",
+    "model_id",
+    "tokenizer_id",
+    "num_prompts",
+    "request_rate",
+    "burstiness",
+    "max_concurrency",
 )
 
 

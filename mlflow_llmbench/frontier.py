@@ -78,8 +78,8 @@ def is_within(small: Cell, large: Cell) -> bool:
 
 
 def tokens(cell: Cell) -> int:
-    """Tokens that a cell holds at its end: batch_size · (prompt_tokens + output_tokens), without prompts of unknown length."""
     """Tokens that a cell holds at its end: batch_size · (prompt_tokens + output_tokens), without unknown prompts."""
+    return cell.batch_size * ((cell.prompt_tokens or 0) + cell.output_tokens)
 
 
 def frontiers(attempts: Iterable[Attempt], load_parameters: Sequence[str]) -> list[Frontier]:

@@ -78,7 +78,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Gate:
-    """Gate result: verdict (`pass`, `regression`, `not_comparable`, `invalid`), its reason, and the checks behind it."""
+    """Gate result: verdict (`pass`, `regression`, `not_comparable`, `invalid`), its reason, and its checks."""
 
     verdict: str
     why: str
