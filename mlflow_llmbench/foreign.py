@@ -72,7 +72,7 @@ def read_foreign(data: Any) -> list[Foreign]:
                 raise UsageError(f"It is a result of {known} without any measurement. Give another file.")
             return found
     raise UsageError(
-        f"The result is of no known program. Give the JSON of {', '.join(known for known, _, _ in READERS)}."
+        f"It is not a result of a known program. Give the JSON of {', '.join(known for known, _, _ in READERS)}."
     )
 
 

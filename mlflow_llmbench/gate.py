@@ -140,7 +140,7 @@ def decide(
     if quality_text(champion) != quality_text(candidate) and all("quality/perplexity" in found for found in metrics):
         return Gate(
             NOT_COMPARABLE,
-            "The perplexities are of two different texts. Measure the candidate with the quality_text of the champion.",
+            "The perplexities are of two texts. Measure the candidate with the quality_text of the champion.",
         )
     if lacking := missing(*metrics):
         listed = ", ".join(lacking)

@@ -223,7 +223,8 @@ def sentences(quality: Quality) -> list[str]:
         }
         told = ", ".join(f"{task} ({count:,} documents)" for task, count in counts.items())
         said.append(
-            f"Tasks of lm-eval, with its own prompts and no chat template: {told}; intervals are over documents."
+            f"Tasks of lm-eval, with the harness's own prompts and no chat template: {told}; intervals are over "
+            "documents."
         )
     if said:
         said.append(
