@@ -1,14 +1,15 @@
-"""Two results → per metric the ratio, its interval, a test and an effect; a sentence to quote; and the guard against unlike things.
+"""Compare two results: ratio, interval, test and effect per metric, a sentence to quote, a guard against unlike runs.
 
-The unit of inference is the process where a result has several, else the repetition (`repetitions.units`): each gives one value per
-metric, and what is inside it is not counted again. What a process does to all its repetitions alike (memory layout, clocks) is
-not seen between two single processes: measure in several, or interleaved, before a small difference is believed.
+The unit of inference is the process if a result has several, else the repetition (`repetitions.units`): each gives one
+value per metric, and values within it are not counted again. Effects of a process on all its repetitions (memory
+layout, clocks) do not show between two single processes: measure in several, or interleaved, before you believe a small
+difference.
 
-Ratios are B ÷ A of geometric means. Their 95 % interval and p value come from Student's t on the logarithms (Welch's for
-independent units, the paired one for those measured in turns): the difference of mean logarithms is the logarithm of the
-ratio, so its interval needs no approximation, as Fieller's for arithmetic means would. p values are adjusted for the number
-of metrics tested (Holm), so that of all comparisons of like with like at most 5 % show any difference. Interval and p
-value of a ratio can disagree at the edge, since the interval stands for its metric alone.
+Ratios are B ÷ A of geometric means. Their 95 % interval and p value come from Student's t on the logarithms (Welch's
+for independent units, the paired test for units measured in turns): the difference of mean logarithms is the logarithm
+of the ratio, so the interval needs no approximation, unlike Fieller's for arithmetic means. p values are adjusted for
+the number of metrics tested (Holm), so that at most 5 % of all comparisons of like with like show any difference. The
+interval and the p value of a ratio can disagree at the edge, because the interval is for its metric alone.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from .summary import number_text, summarize
 from .validity import judge
 
 SIGNIFICANCE = 0.05
-"""A metric differs where its p value after Holm is below this: a false alarm in at most 5 % of comparisons, over all metrics."""
+"""A metric differs if its p value after Holm is below this: false alarms in at most 5 % of comparisons, all metrics."""
 
 RANKS_NEED = 8
-"""Units on each side from which the Mann–Whitney test is given beside t."""
+"""Minimum number of units on each side for the Mann–Whitney test to be shown beside t."""
 
 RATE, DEVICE_PEAK, HOST_PEAK = (
     "throughput/output_tokens_per_s",
@@ -44,13 +45,13 @@ RATE, DEVICE_PEAK, HOST_PEAK = (
 )
 
 ALLOWABLE = ("hardware", "software", "workload", "scenario", "schema", "verdict")
-"""What the guard refuses, and `allow` can accept."""
+"""Kinds of differences that the guard refuses and `allow` can accept."""
 
 UNNAMED = ("warmup", "repetitions", "max_repetitions", "precision_target", "processes")
-"""Parameters that say how long a cell was measured, not what it is."""
+"""Parameters that set how long a cell is measured, not what it is."""
 
 STREAM = ("request_rate", "ramp_to", "arrival", "burstiness", "seed", "requests")
-"""Parameters that say when the requests of an open loop come."""
+"""Parameters that set when the requests of an open loop come."""
 
 BETTER, WORSE, ALIKE, NOISE, UNTESTED = (
     "better",
@@ -63,7 +64,7 @@ BETTER, WORSE, ALIKE, NOISE, UNTESTED = (
 
 @dataclass(frozen=True)
 class Difference:
-    """Something in which two results are unlike: its kind (one of `ALLOWABLE`), its name, and both values as text."""
+    """Difference between two results: its kind (one of `ALLOWABLE`), its name, and both values as text."""
 
     kind: str
     name: str
@@ -76,7 +77,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Headline:
-    """A metric that is compared: its key and heading, and its value for one repetition (None for what a run has once)."""
+    """Metric to compare: its key, heading, and value for one repetition (None for a metric that a run has once)."""
 
     key: str
     label: str
@@ -84,16 +85,17 @@ class Headline:
 
     @property
     def scale(self) -> float:
-        """Shown value = stored value × scale."""
+        """Factor from the stored to the shown value."""
         return KEYS[self.key].scale
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One metric compared. `a` and `b` are means over units; `ratio` is b ÷ a of geometric means, `low` to `high` its 95 % interval.
+    """Comparison of one metric. `a` and `b` are means over units; `ratio` is b ÷ a of geometric means.
 
-    `p_value` is that of t alone, `p_holm` after the adjustment, which decides; `p_ranks` is Mann and Whitney's, alone.
-    What cannot be had is None: all of these for a metric that a run has only once. `values_a` and `values_b` are those of the units.
+    `low` to `high` is the 95 % interval of the ratio. `p_value` is that of t alone; `p_holm`, after the adjustment,
+    decides; `p_ranks` is Mann and Whitney's, alone. All of these are None for a metric that a run has only once.
+    `values_a` and `values_b` are the values of the units.
     """
 
     headline: Headline
@@ -111,15 +113,16 @@ class Effect:
 
     @property
     def key(self) -> str:
-        """The metric's MLflow key."""
+        """MLflow key of the metric."""
         return self.headline.key
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result B against result A. `labels` is what the guard found and was told to allow; `doubts` are verdicts short of valid.
+    """Result B against result A.
 
-    `repetitions` and `processes` count those of A and B; where a result has several processes, they are its units.
+    `labels` are the differences found by the guard and allowed; `doubts` are verdicts other than valid. `repetitions`
+    and `processes` are counts of A and B; if a result has several processes, they are its units.
     """
 
     name_a: str
@@ -138,7 +141,7 @@ class Comparison:
 
     @property
     def memory(self) -> Effect | None:
-        """Peak memory: of the device if both results have it, else what the host needed."""
+        """Peak memory: of the device if both results have it, else needed host memory."""
         return self.effect(DEVICE_PEAK) or self.effect(HOST_PEAK)
 
 
@@ -153,7 +156,7 @@ HEADLINES = (
     Headline("memory/weight_bytes", "weights GB"),
     Headline("load/load_s", "load s"),
 )
-"""What is compared, in the order of the table."""
+"""Compared metrics, in the order of the table."""
 
 
 def compare(
@@ -167,10 +170,11 @@ def compare(
 ) -> Comparison:
     """Compare two results of one kind of work on one machine; ratios are B ÷ A.
 
-    `noise`: a difference that is seen but smaller than this is called `below the noise threshold`. `paired`: both were measured
-    in turns, and the i-th process of both belong together, or the i-th repetition if each has one process. `called`: their names, else the parameters in which they differ.
-    `allow`: kinds of differences (`ALLOWABLE`) that become labels.
-    Raises NotComparable if the results are unlike in any other kind, one is invalid, or has nothing measured; UsageError for a wrong argument.
+    `noise`: ratio below which a significant difference is called `below the noise threshold`. `paired`: both were
+    measured in turns, and the i-th process of both belong together, or the i-th repetition if each has one process.
+    `called`: their names, by default the parameters in which they differ. `allow`: kinds of differences (`ALLOWABLE`)
+    that become labels. Raises NotComparable if the results differ in any other kind, if one is invalid or has no
+    repetitions; UsageError for a wrong argument.
     """
     _check(noise, allow)
     name_a, name_b = called or names(a, b)
@@ -204,7 +208,7 @@ def _check(noise: float, allow: frozenset[str]) -> None:
 
 
 def _check_pairs(repetitions: tuple[int, int], processes: tuple[int, int]) -> None:
-    """Raise UsageError if the units of two results do not go together two by two."""
+    """Raise UsageError if the units of the two results do not form pairs."""
     noun, (first, second) = ("processes", processes) if max(processes) > 1 else ("repetitions", repetitions)
     if first != second:
         raise UsageError(
@@ -213,18 +217,19 @@ def _check_pairs(repetitions: tuple[int, int], processes: tuple[int, int]) -> No
 
 
 def _refuse(unlike: Sequence[Difference]) -> None:
-    """Raise NotComparable for differences that were not allowed."""
+    """Raise NotComparable for differences that are not allowed."""
     if not unlike:
         return
     kinds = [kind for kind in ALLOWABLE if any(difference.kind == kind for difference in unlike)]
     listed = "; ".join(f"{kind}: " + ", ".join(str(d) for d in unlike if d.kind == kind) for kind in kinds)
     raise NotComparable(
-        f"The two results are not alike. {listed}. Measure both in the same way, or compare them all the same, labelled, with --allow {','.join(kinds)}."
+        f"The two results are not alike. {listed}. Measure both in the same way, or compare them anyway, with labels, "
+        f"with --allow {','.join(kinds)}."
     )
 
 
 def _invalid(verdicts: tuple[Verdict, Verdict]) -> list[Difference]:
-    """The verdicts as something to refuse, if either is invalid."""
+    """The verdicts as a difference to refuse, if either is invalid."""
     if all(verdict.word != "invalid" for verdict in verdicts):
         return []
     first, second = (f"{v.word} ({', '.join(r.code for r in v.reasons)})" if v.reasons else v.word for v in verdicts)
@@ -234,10 +239,9 @@ def _invalid(verdicts: tuple[Verdict, Verdict]) -> list[Difference]:
 def _effects(
     a: RunResult, b: RunResult, metrics_a: Mapping[str, float], metrics_b: Mapping[str, float], in_pairs: bool
 ) -> Iterator[Effect]:
-    """Every headline that both results have, before the adjustment for their number."""
-    elsewhere = (DEVICE_PEAK in metrics_a) != (
-        DEVICE_PEAK in metrics_b
-    )  # one model lies on a device, the other in the host
+    """Effects on every headline metric that both results have, before the adjustment for their number."""
+    # True if one model is on a device and the other on the host.
+    elsewhere = (DEVICE_PEAK in metrics_a) != (DEVICE_PEAK in metrics_b)
     for headline in HEADLINES:
         if elsewhere and headline.key == HOST_PEAK:
             continue
@@ -251,7 +255,7 @@ def _effects(
 
 
 def _tested(headline: Headline, a: Sequence[float], b: Sequence[float], in_pairs: bool) -> Effect:
-    """One metric's values per unit → ratio, interval and p values."""
+    """Compute ratio, interval and p values of one metric from its values per unit."""
     logs_a, logs_b = [math.log(value) for value in a], [math.log(value) for value in b]
     ratio = math.exp(fmean(logs_b) - fmean(logs_a))
     found = (paired if in_pairs else welch)(logs_a, logs_b)
@@ -266,7 +270,7 @@ def _tested(headline: Headline, a: Sequence[float], b: Sequence[float], in_pairs
 
 
 def _adjust(effects: Sequence[Effect], noise: float) -> tuple[Effect, ...]:
-    """Holm over all metrics that were tested, and what each then means."""
+    """Adjust p values over all tested metrics (Holm) and name each effect."""
     adjusted = iter(holm([effect.p_value for effect in effects if effect.p_value is not None]))
     return tuple(
         _classify(effect, next(adjusted), noise) if effect.p_value is not None else effect for effect in effects
@@ -284,9 +288,9 @@ def _classify(effect: Effect, p_holm: float, noise: float) -> Effect:
 
 
 def differences(a: RunResult, b: RunResult) -> list[Difference]:
-    """In what two results are unlike although it was not asked about: hardware, software, workload, scenario, definitions of the metrics.
+    """Differences between two results that were not asked about: hardware, software, workload, scenario, schema.
 
-    Hashes decide; the readable facts behind them explain, and where none of those differs the hashes are shown.
+    Hashes decide; the readable facts behind them explain. If no fact differs, the hashes are shown.
     """
     described = {"hardware": _hardware, "software": _software, "workload": _workload}
     found: list[Difference] = []
@@ -306,16 +310,17 @@ def differences(a: RunResult, b: RunResult) -> list[Difference]:
 
 
 def _unlike(kind: str, facts_a: Mapping[str, str], facts_b: Mapping[str, str]) -> list[Difference]:
-    """The facts in which two results differ."""
+    """Facts in which two results differ."""
     known = dict.fromkeys([*facts_a, *facts_b])
     readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
     return [difference for difference in readable if difference.a != difference.b]
 
 
 def _streams(a: Cell, b: Cell) -> list[Difference]:
-    """In what two open loops differ that is asked of a system, and no choice of it: when their requests come.
+    """Differences between two open loops in the load put on the system: when their requests come.
 
-    None between closed loops, whose number of users is such a choice, as a batch size is. A trace has its times in `workload_hash`.
+    None between closed loops: their number of users is a choice, like a batch size. A trace has its times in
+    `workload_hash`.
     """
     if a.scenario != b.scenario or a.trace or b.trace or not (a.open_loop or b.open_loop):
         return []
@@ -325,7 +330,7 @@ def _streams(a: Cell, b: Cell) -> list[Difference]:
 
 
 def _hardware(result: RunResult) -> dict[str, str]:
-    """What `hardware_hash` is made of, in words."""
+    """Readable facts behind `hardware_hash`."""
     cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
     total = (result.environment.get("memory") or {}).get("total_bytes")
     found: Sequence[Mapping[str, Any]] = result.environment.get("gpus") or []
@@ -344,7 +349,7 @@ def _hardware(result: RunResult) -> dict[str, str]:
 
 
 def _software(result: RunResult) -> dict[str, str]:
-    """What `software_hash` is made of, in words."""
+    """Readable facts behind `software_hash`."""
     environment = result.environment
     system: Mapping[str, Any] = environment.get("os") or {}
     facts = {
@@ -358,7 +363,7 @@ def _software(result: RunResult) -> dict[str, str]:
 
 
 def _workload(result: RunResult) -> dict[str, str]:
-    """What `workload_hash` is made of, in words; the texts themselves are not in the result."""
+    """Readable facts behind `workload_hash`; the texts themselves are not in the result."""
     facts: dict[str, Any] = {
         name: value_text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")
     }
@@ -378,7 +383,7 @@ def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def names(a: RunResult, b: RunResult) -> tuple[str, str]:
-    """What to call the two results: the parameters in which their cells differ (`bf16`, `int4`), or A and B if in none."""
+    """Names of the two results: the parameters in which their cells differ (`bf16`, `int4`), else A and B."""
     varied = differing([a.cell, b.cell], UNNAMED)
     first, second = (" ".join(_short(name, getattr(result.cell, name)) for name in varied) for result in (a, b))
     return (first, second) if first != second else ("A", "B")
@@ -393,7 +398,7 @@ def _short(name: str, value: object) -> str:
 
 
 def value_text(name: str, value: object) -> str:
-    """A parameter as on the command line: `auto` for None, `true` and `false`, 5 for 5.0."""
+    """A parameter value as on the command line: `auto` for None, `true` and `false`, 5 for 5.0."""
     if value is None:
         return str(Cell.__dataclass_fields__[name].metadata["unset"])
     if isinstance(value, float):
@@ -402,7 +407,7 @@ def value_text(name: str, value: object) -> str:
 
 
 def sentence(comparison: Comparison) -> str:
-    """The comparison as one sentence to quote: throughput with its interval, and memory; then what limits it, if anything does."""
+    """The comparison as one sentence to quote: throughput with interval, and memory; then its limitations, if any."""
     rate, memory = comparison.effect(RATE), comparison.memory
     claims = [_rate_claim(comparison, rate)] if rate else []
     if memory:
@@ -418,24 +423,27 @@ def _rate_claim(comparison: Comparison, rate: Effect) -> str:
     if rate.effect == ALIKE:
         return f"generates tokens no measurably faster or slower than {other} (ratio {times}, {interval})"
     if rate.effect == NOISE:
-        return f"generates tokens as fast as {other} within the noise threshold of {percent_text(comparison.noise)} (ratio {times}, {interval})"
+        return (
+            f"generates tokens as fast as {other} within the noise threshold of {percent_text(comparison.noise)} "
+            f"(ratio {times}, {interval})"
+        )
     return f"generates {times} times the tokens per second of {other} ({interval})"
 
 
 def _limits(comparison: Comparison) -> list[str]:
-    """Sentences on what makes the comparison weaker: unlike conditions that were allowed, and verdicts short of valid."""
+    """Sentences on limitations of the comparison: allowed differences, single processes, verdicts other than valid."""
     unlike = [str(label) for label in comparison.labels if label.kind != "verdict"]
     found = [f"The conditions were not alike: {', '.join(unlike)}."] if unlike else []
     if min(comparison.processes) == 1 < max(comparison.processes):
         single = comparison.name_a if comparison.processes[0] == 1 else comparison.name_b
         found.append(
-            f"{single} was measured in one process, and what that did to all its repetitions alike is not seen."
+            f"{single} was measured in one process: an effect of the process on all its repetitions is not seen."
         )
     return found + ([f"The verdict on {'; that on '.join(comparison.doubts)}."] if comparison.doubts else [])
 
 
 def ratio_text(effect: Effect) -> str:
-    """A ratio with two decimals, or as many as its interval is narrow, up to four."""
+    """A ratio with two decimals, or up to four if its interval is narrow."""
     return f"{effect.ratio:.{_decimals(effect)}f}"
 
 
@@ -464,7 +472,7 @@ def _p(value: float | None) -> str:
 
 
 def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the table; p of the ranks only where any metric has it."""
+    """Heading and body of the table; the column p (ranks) only if any metric has it."""
     with_ranks = any(effect.p_ranks is not None for effect in comparison.effects)
     heading = [
         "",
@@ -492,7 +500,7 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
 
 
 def _method(comparison: Comparison) -> str:
-    """How the table was made, in one sentence."""
+    """Sentence on how the table was made."""
     tested = sum(effect.p_holm is not None for effect in comparison.effects)
     if not tested:
         return "Nothing was tested: a test needs at least 2 repetitions on each side."
@@ -505,7 +513,7 @@ def _method(comparison: Comparison) -> str:
 
 
 def units_text(comparison: Comparison) -> str:
-    """What the test rests on: `5 and 6 repetitions`, `10 pairs of processes`, `5 processes and 8 repetitions`."""
+    """Units of the test: `5 and 6 repetitions`, `10 pairs of processes`, `5 processes and 8 repetitions`."""
     counts = zip(comparison.repetitions, comparison.processes, strict=True)
     (first, noun), (second, other) = (
         (processes, "processes") if processes > 1 else (repetitions, "repetitions") for repetitions, processes in counts
@@ -516,7 +524,7 @@ def units_text(comparison: Comparison) -> str:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The comparison for a terminal: the sentence, the table, and how it was made."""
+    """The comparison for a terminal: the sentence, the table, and the method."""
     heading, body = comparison_cells(comparison)
     widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
     last = len(heading) - 1
@@ -530,14 +538,14 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown: the sentence, the table, and how it was made."""
+    """The comparison as Markdown: the sentence, the table, and the method."""
     heading, body = comparison_cells(comparison)
     table = markdown_table(heading, body, range(1, len(heading) - 1))
     return "\n\n".join([markdown(sentence(comparison)), table, _method(comparison)]) + "\n"
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as plain JSON data: per metric both values, ratio, interval, p values and the effect in words."""
+    """The comparison as plain JSON data: per metric both values, ratio, interval, p values and the effect in words."""
     effects = {
         effect.headline.key: {
             f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name != "headline"

@@ -1,4 +1,4 @@
-"""A measured result → the deployment that a registered version holds: what to load and how, its limits, its figures, its evidence."""
+"""Deployment of a measured result, as held by a registered version: model, settings, limits, metrics, evidence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEADLINES = (
     "load/load_s",
     "trust/repetitions",
 )
-"""Figures that a version carries, as far as they were measured."""
+"""Metrics stored with a version, if measured."""
 
 SHOWN = (
     "model",
@@ -49,7 +49,7 @@ SHOWN = (
     "workload",
     "history",
 )
-"""What of the configuration is a tag of the version."""
+"""Keys of the configuration that become tags of the version."""
 
 SERVED_BACKENDS = ("transformers", "llama_cpp", "fake")
 SERVED_DECODES = ("generate",)
@@ -64,23 +64,26 @@ PACKAGES = {
     "bitsandbytes": ("bitsandbytes",),
     "compressed-tensors": ("compressed-tensors",),
 }
-"""Method of a quantization → what transformers loads it with, or makes it with while it loads."""
+"""Quantization method → packages with which transformers loads it, or makes it while loading."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Where the figures come from: the measured run, its sweep, its verdict, and why a suspect one was accepted."""
+    """Source of the metrics: the measured run, its sweep, its verdict, and why a suspect one was accepted."""
 
     run_id: str
     sweep: str
     verdict: Verdict
     accepted_suspect: str | None = None
-    linked: str = ""  # the run that was measured, where this one only links to it
+    linked: str = ""  # the run that was measured, if this one only links to it
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is registered. `config` is the `model_config` of the served model, plain JSON data; `figures` are its headline metrics."""
+    """Data of a registered version.
+
+    `config` is the `model_config` of the served model, plain JSON data; `figures` are its headline metrics.
+    """
 
     config: Mapping[str, Any]
     figures: Mapping[str, float]
@@ -89,7 +92,10 @@ class Deployment:
 
 
 def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evidence) -> Deployment:
-    """The deployment of a measured result with its summary metrics. Raises UsageError for a result that must not or cannot be deployed."""
+    """Build the deployment of a measured result from its summary metrics.
+
+    Raises UsageError for a result that must not or cannot be deployed.
+    """
     _refuse(result, evidence)
     cell, model = result.cell, result.model
     facts, plan = (result.load.facts, result.load.quant_plan) if result.load else ({}, None)
@@ -135,9 +141,9 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
 
 
 def version_tags(deployment: Deployment) -> dict[str, str]:
-    """Tags of a version, for people who look only at the registry: the figures without their section, verdict, evidence, hashes.
+    """Tags of a version for readers of the registry: metrics without their section, verdict, evidence, hashes.
 
-    In this order, because the model's page shows only the first ones.
+    The order matters: the model's page shows only the first ones.
     """
     config, evidence = deployment.config, deployment.evidence
     tags = {
@@ -167,39 +173,46 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
             else ", ".join(reason.code for reason in verdict.reasons)
         )
         raise UsageError(
-            f"The run {evidence.run_id} is invalid ({why}), and is not registered. Measure it again, or give another run."
+            f"The run {evidence.run_id} is invalid ({why}), and is not registered. Measure it again, or give another "
+            "run."
         )
     if verdict.word == "suspect" and not evidence.accepted_suspect:
         codes = ", ".join(reason.code for reason in verdict.reasons)
         raise UsageError(
-            f'The run {evidence.run_id} is suspect ({codes}). Measure it again, or register it with --accept-suspect "REASON".'
+            f"The run {evidence.run_id} is suspect ({codes}). Measure it again, or register it with "
+            '--accept-suspect "REASON".'
         )
     if cell.weights == "random":
         raise UsageError(
-            f"The run {evidence.run_id} has random weights, whose answers mean nothing. Measure the model with its own weights."
+            f"The run {evidence.run_id} has random weights, whose answers mean nothing. Measure the model with its own "
+            "weights."
         )
     if cell.backend not in SERVED_BACKENDS:
         raise UsageError(
-            f"backend={cell.backend} cannot be registered: the registered model is run by transformers or llama.cpp. Measure with one of them."
+            f"backend={cell.backend} cannot be registered: the registered model is run by transformers or llama.cpp. "
+            "Measure with one of them."
         )
     if (cell.backend == "llama_cpp" or cell.quant.startswith("gptq")) and (
         result.load is None or result.load.made is None
     ):
         raise UsageError(
-            f"The run {evidence.run_id} does not say where the files are that it ran, so it cannot be served. Measure it again."
+            f"The run {evidence.run_id} does not say where its model files are, so it cannot be served. Measure it "
+            "again."
         )
     if cell.backend == "llama_cpp" and result.load and result.load.facts.get("model.tokenizer") == "none":
         raise UsageError(
-            f"The GGUF file of the run {evidence.run_id} has no tokenizer, so it cannot answer texts. Measure a model that has one."
+            f"The GGUF file of the run {evidence.run_id} has no tokenizer, so it cannot answer texts. Measure a model "
+            "that has one."
         )
     if cell.batching:
         raise UsageError(
-            f"batching={cell.batching} cannot be served: the registered model batches the prompts of one request, and not requests that come one "
-            "by one. Measure with batching=none."
+            f"batching={cell.batching} cannot be served: the registered model batches the prompts of one request, not "
+            "requests that come one by one. Measure with batching=none."
         )
     if cell.history not in SERVED_HISTORIES:
         raise UsageError(
-            f"history={cell.history} cannot be served: the registered model keeps nothing from one request to the next. Measure with history=recomputed."
+            f"history={cell.history} cannot be served: the registered model keeps nothing from one request to the "
+            "next. Measure with history=recomputed."
         )
     if cell.kv_cache is not None and cell.backend != "llama_cpp":
         raise UsageError(f"kv_cache={cell.kv_cache} cannot be served yet. Measure with kv_cache=auto.")
@@ -208,7 +221,7 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
 
 
 def _dtype(result: RunResult) -> str:
-    """The dtype to load with: the one asked for, the compute dtype of a quantization, or the checkpoint's own."""
+    """The dtype to load with: the requested one, the compute dtype of a quantization, or the checkpoint's own."""
     cell = result.cell
     if cell.quant in FLOAT_DTYPES:
         return FLOAT_DTYPES[cell.quant]
@@ -219,9 +232,9 @@ def _dtype(result: RunResult) -> str:
 def _quantization(
     quant: str, facts: Mapping[str, str | int | float], from_gguf: bool, plan: QuantPlan | None
 ) -> dict[str, Any]:
-    """The recipe as it was realised: the class of transformers and its settings; empty where the checkpoint is loaded as it is.
+    """The quantization as realised: the transformers class and its settings; empty if the checkpoint loads as it is.
 
-    Of a mixed quantization the layers by scheme, which `serving_model` replaces one by one.
+    For a mixed quantization, the layers by scheme, which `serving_model` replaces one by one.
     """
     if plan is not None:
         layers = {scheme: [name for name, given in plan.modules.items() if given == scheme] for scheme in QUANTIZED}
@@ -241,7 +254,7 @@ def _quantization(
     if quant in FLOAT_DTYPES:
         return {"class": "GgufConfig", "dequantize": True} if from_gguf else {}
     method = facts.get("quant.method")
-    if quant == "none" or method == "gptq":  # the checkpoint says it itself
+    if quant == "none" or method == "gptq":  # the checkpoint names its quantization itself
         return {}
     if method == "torchao":
         return {"class": "TorchAoConfig", "scheme": quant, "group_size": facts.get("quant.group_size")}
@@ -250,12 +263,13 @@ def _quantization(
     if method == "hqq":
         return {"class": "hqq", "bits": facts["quant.bits"], "group_size": facts["quant.group_size"]}
     raise UsageError(
-        f"quant={quant} cannot be registered yet: how it was realised is not known to the served model. Use another quantization."
+        f"quant={quant} cannot be registered yet: the served model does not know how it was realised. Use another "
+        "quantization."
     )
 
 
 def _place(result: RunResult) -> tuple[str, str, str | None]:
-    """What kind of source the served model is loaded from, where that is, and the GGUF file in it."""
+    """Source of the served model: its kind, its location, and the GGUF file in it."""
     model, made = result.model, result.load.made if result.load else None
     if model.source == "hub_gguf":
         repository, _, file = model.location.partition(":")
@@ -267,7 +281,7 @@ def _place(result: RunResult) -> tuple[str, str, str | None]:
 
 
 def _tokenizer(result: RunResult) -> dict[str, str | None] | None:
-    """Where the tokenizer is, of a checkpoint that was made of another; None where it lies with the weights."""
+    """Location of the tokenizer of a checkpoint made from another one; None if it lies with the weights."""
     model = result.model
     if result.cell.backend != "transformers" or result.load is None or result.load.made is None:
         return None
@@ -275,7 +289,7 @@ def _tokenizer(result: RunResult) -> dict[str, str | None] | None:
 
 
 def _packed(result: RunResult) -> dict[str, Any]:
-    """What llama.cpp needs to know besides: how the file is mapped and placed, the type of its KV cache, and what the file must be."""
+    """Settings for llama.cpp: expected file type, layers on the GPU, mapping, and the type of the KV cache."""
     cell, facts = result.cell, result.load.facts if result.load else {}
     return {
         "file_type": facts["quant.type"],
@@ -286,7 +300,7 @@ def _packed(result: RunResult) -> dict[str, Any]:
 
 
 def _needs(result: RunResult, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What a machine must have: peak memory in bytes and where, and the machine that it was measured on."""
+    """Requirements on a machine: peak memory in bytes, of host or device, and the machine that was measured."""
     on_device = "memory/device_bytes_peak" in metrics
     peak = metrics.get("memory/device_bytes_peak" if on_device else "memory/host_needed_bytes_peak")
     names = [gpu["name"] for gpu in result.environment.get("gpus") or []] if on_device else []
@@ -310,7 +324,7 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
 
 
 def _requirements(result: RunResult) -> tuple[str, ...]:
-    """Pins of what the served model imports, in the versions that were measured; local labels (`+cpu`) are cut, no index has them."""
+    """Pins of the packages that the served model imports, as measured; local labels (`+cpu`), on no index, are cut."""
     packages = result.environment.get("packages") or {}
     if result.cell.backend == "llama_cpp":
         pins = tuple(f"{name}=={packages[name]}" for name in ("llama-cpp-python", "numpy") if name in packages)

@@ -1,4 +1,4 @@
-"""What a result makes of its machine: bandwidth, FLOP/s, memory and energy for each token. Pure."""
+"""Hardware efficiency of a result: bandwidth and FLOP/s utilization, memory and energy per token. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .repetitions import mean_of, requests, several_in_a_step
 PER_GB = "efficiency/tokens_per_s_per_gb"
 
 CACHE_FACTOR = 4
-"""MBU is absent when the weights are under this many times the last-level cache: the cache would serve part of the reads."""
+"""MBU is absent if the weights are under this many times the last-level cache, which would serve part of the reads."""
 
 
 def efficiency_figures(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The figures under their MLflow keys; `found` holds the throughput and the memory of the same result."""
+    """Efficiency metrics by MLflow key; `found` holds the throughput and the memory metrics of the same result."""
     return {
         PER_GB: per_gb(found),
         "efficiency/mbu_ratio": model_bandwidth_utilization(result),
@@ -27,20 +27,23 @@ def efficiency_figures(result: RunResult, found: Mapping[str, float | None]) -> 
 
 
 def per_gb(found: Mapping[str, float | None]) -> float | None:
-    """Output tokens per second ÷ GB (10⁹ bytes) of memory at its peak: the device's, else what the host needed."""
+    """Output tokens per second ÷ GB (10⁹ bytes) of peak memory: the device's if known, else needed host memory."""
     rate = found.get("throughput/output_tokens_per_s")
     peak = found.get("memory/device_bytes_peak") or found.get("memory/host_needed_bytes_peak")
     return rate / (peak / 1e9) if rate and peak else None
 
 
 def tokens_per_step(result: RunResult) -> float | None:
-    """Output tokens per row ÷ steps, where steps can bring several: of prefill, and of checking proposed tokens. None elsewhere."""
+    """Output tokens per row ÷ steps (prefill and checks of proposed tokens) if steps can bring several; else None."""
     every = [r for r in requests(result) if r.chunk_tokens is not None]
     return sum(r.output_tokens for r in every) / sum(len(r.stamps_ns) for r in every) if every else None
 
 
 def mean_step_ms(result: RunResult) -> float | None:
-    """Mean time of a decode step: the time per output token, or the gap between steps where these bring several tokens. None without any."""
+    """Mean time of a decode step: the time per output token, or the gap between steps that bring several tokens.
+
+    None without any.
+    """
     every = requests(result)
     return mean_of(
         [gap for r in every for gap in chunk_gaps_ms(r)]
@@ -56,18 +59,19 @@ def mean_context(result: RunResult) -> float:
 
 
 def attended(load: LoadInfo, context: float) -> float:
-    """Tokens of context that the mean layer looks back at: layers with a sliding window see no more than it."""
+    """Mean number of context tokens that a layer attends to; a layer with a sliding window sees at most that window."""
     if load.sliding_window is None:
         return context
     return (1 - load.sliding_share) * context + load.sliding_share * min(context, load.sliding_window)
 
 
 def model_bandwidth_utilization(result: RunResult) -> float | None:
-    """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best read bandwidth measured here.
+    """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best measured bandwidth.
 
-    After "LLM inference performance engineering" (Databricks 2023). Where a step brings several tokens, it is the time of the step that
-    counts. None without a measured bandwidth, with fewer than two tokens, when the weights are under 4× the last-level cache, which would
-    serve part of the reads, or with a second model, whose reads are not known.
+    After "LLM inference performance engineering" (Databricks 2023). Bandwidth is that of reading on this machine. If a
+    step brings several tokens, its time replaces TPOT. None without a measured bandwidth, with fewer than two tokens,
+    if the weights are under 4× the last-level cache, which would serve part of the reads, or with a second model, whose
+    reads are not known.
     """
     load, bandwidth, step_ms = result.load, result.peaks.get("read_bytes_per_s"), mean_step_ms(result)
     if load is None or not load.step_bytes or not bandwidth or not step_ms or result.cell.assistant:
@@ -81,7 +85,10 @@ def model_bandwidth_utilization(result: RunResult) -> float | None:
 
 
 def joules_per_token(result: RunResult) -> float | None:
-    """Energy above idle ÷ output tokens, J: Σ (energy − idle power · time) ÷ Σ tokens. None unless every repetition has a reading."""
+    """Energy above idle ÷ output tokens, J: Σ (energy − idle power · time) ÷ Σ tokens.
+
+    None unless every repetition has a reading and the sum is above 0.
+    """
     noises = [r.noise for r in result.repetitions]
     if result.idle_w is None or not all(n and n.energy_j is not None for n in noises):
         return None
@@ -91,9 +98,9 @@ def joules_per_token(result: RunResult) -> float | None:
 
 
 def model_flops_utilization(result: RunResult) -> float | None:
-    """MFU: FLOPs of prefill and decode ÷ their time ÷ best FLOP/s measured here (PaLM, Chowdhery et al. 2022, appendix B).
+    """MFU: FLOPs of prefill and decode ÷ their time ÷ best FLOP/s measured (PaLM, Chowdhery et al. 2022, appendix B).
 
-    None where proposed tokens are checked: what those that were wrong cost is not known.
+    None if proposed tokens are checked: the cost of rejected ones is not known.
     """
     load, peak = result.load, result.peaks.get("flops_per_s")
     if load is None or not load.flops_per_token or not peak or result.cell.decode in SPECULATIVE:

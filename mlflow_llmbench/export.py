@@ -1,10 +1,11 @@
-"""A registered configuration → the command or manifest that serves it elsewhere, with what was measured as a comment.
+"""Export a registered configuration: command or manifest to serve it elsewhere, with its measurements as a comment.
 
-Another engine is not what was measured: batching, kernels and memory differ, and the comment says so. What an engine cannot
-do as it was measured (bitsandbytes in vLLM, a checkpoint in llama.cpp) is an error, never another quantization in silence.
+Another engine is not the measured one: batching, kernels and memory differ, and the comment says so. If an engine
+cannot serve a configuration as measured (bitsandbytes in vLLM, a checkpoint in llama.cpp), that is an error: the
+quantization is never replaced silently.
 
-The options are those of vLLM 0.33 and SGLang 0.5.23, read in their packages, of llama.cpp, in the sources that llama-cpp-python 0.3.36
-has, and of the list that text-generation-inference publishes; none of these servers was started.
+The options are those of vLLM 0.33 and SGLang 0.5.23, from their packages; of llama.cpp, from the sources in
+llama-cpp-python 0.3.36; and of text-generation-inference, from its published list. None of these servers was started.
 """
 
 from __future__ import annotations
@@ -18,31 +19,40 @@ from .errors import UsageError
 
 Config = Mapping[str, Any]
 LIBRARIES = {"transformers": "transformers", "llama_cpp": "llama.cpp"}
-"""Backend that can be registered → what it runs models with."""
+"""Backend that can be registered → library that runs its models."""
 
 BITSANDBYTES = ("int8", "int4", "fp4")
 TGI_THRESHOLD = 6.0
-"""Activations beyond it are computed in 16 bits; fixed there, as is the second quantization of 4-bit weights (`server/…/layers/bnb.py`)."""
+"""TGI computes activations above this in 16 bits: a constant there, like the double quantization of 4-bit weights.
+
+Source: `server/…/layers/bnb.py`.
+"""
 
 Options = dict[str, str | None]
 """Option → its value, None for a flag; in the order of the command."""
 
 
 def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, target: str) -> str:
-    """The text of `target` for the `model_config` of a version at `uri`. Raises UsageError for what the target cannot do."""
+    """Return the text of `target` for the `model_config` of a version at `uri`.
+
+    Raises UsageError for an unknown target and for configurations that the target cannot serve.
+    """
     if target not in TARGETS:
         raise UsageError(f"Unknown target: {target}. Known: {', '.join(TARGETS)}.")
     if config["backend"] not in LIBRARIES:
         raise UsageError(
-            f"{uri} was measured with backend={config['backend']}, and there is nothing to serve. Register a run of a real model."
+            f"{uri} was measured with backend={config['backend']}, and there is nothing to serve. Register a run of a "
+            "real model."
         )
     if config["backend"] == "llama_cpp" and target == "transformers":
         raise UsageError(
-            f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a container."
+            f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a "
+            "container."
         )
     if config["quant"] == "mixed":
         raise UsageError(
-            f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m {uri}"
+            f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m "
+            f"{uri}"
         )
     if config["quantization"].get("class") in ("TorchAoConfig", "QuantoConfig", "hqq") and target in (
         "vllm",
@@ -51,22 +61,25 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
         "transformers",
     ):
         raise UsageError(
-            f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models serve -m {uri}"
+            f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models "
+            f"serve -m {uri}"
         )
     if config.get("tokenizer") and target in ("vllm", "tgi", "sglang"):
         raise UsageError(
-            f"{uri} runs a checkpoint that was made here and has no tokenizer of its own. Serve it with: mlflow models serve -m {uri}"
+            f"{uri} runs a checkpoint that was made here and has no tokenizer of its own. Serve it with: mlflow models "
+            f"serve -m {uri}"
         )
     if config["backend"] == "llama_cpp" and config["device"] != "cpu" and target in ("docker-compose", "kubernetes"):
         raise UsageError(
-            f"{uri} was measured on a GPU, and the image of this {target} has no CUDA build of llama.cpp. Export for llama.cpp."
+            f"{uri} was measured on a GPU, and the image of this {target} has no CUDA build of llama.cpp. Export for "
+            "llama.cpp."
         )
     comment = "".join(f"# {line}\n" for line in _measured(config, uri, target))
     return comment + TARGETS[target](config, uri, requirements)
 
 
 def _measured(config: Config, uri: str, target: str) -> list[str]:
-    """What was measured, as lines of a comment."""
+    """Lines of a comment with the measurements."""
     found, needs = config["measured"], config["needs"]
     figures = [
         f"{found[key] * scale:.4g} {unit}"
@@ -87,7 +100,8 @@ def _measured(config: Config, uri: str, target: str) -> list[str]:
     ]
     if target == LIBRARIES[config["backend"]] == "llama.cpp":
         lines.append(
-            "Measured in one process; the server adds its own time and batches requests as they come: `llmbench online` measures that."
+            "Measured in one process; the server adds its own time and batches requests as they come: `llmbench "
+            "online` measures that."
         )
     elif target in ("vllm", "tgi", "sglang", "llama.cpp"):
         lines.append(f"{target} is another engine: these figures are not its own. Measure it before you rely on them.")
@@ -116,12 +130,13 @@ def _no_gguf(config: Config, target: str) -> None:
 
 def _cannot(config: Config, target: str, why: str) -> UsageError:
     return UsageError(
-        f"{target} cannot serve quant={config['quant']} as it was measured: {why}. Export for transformers, or measure another quantization."
+        f"{target} cannot serve quant={config['quant']} as it was measured: {why}. Export for transformers, or measure "
+        "another quantization."
     )
 
 
 def _dtype(config: Config) -> str:
-    """The dtype that was computed in; what these engines call `auto` turns a float32 checkpoint into float16."""
+    """The compute dtype, because `auto` in these engines turns a float32 checkpoint into float16."""
     return str(config["compute_dtype"] or config["dtype"])
 
 
@@ -135,17 +150,20 @@ def _vllm(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
         "--max-model-len": str(_tokens(config)),
         "--max-num-seqs": str(config["batch_size"]),
     }
-    options |= {"--generation-config": "vllm"}  # without the checkpoint's sampling defaults, as it was measured
+    options |= {"--generation-config": "vllm"}  # as measured: without the checkpoint's sampling defaults
     options |= {"--trust-remote-code": None} if config["trust_remote_code"] else {}
     return _command(["vllm", "serve", config["location"]], options)
 
 
 def _double_quantized(config: Config, engine: str) -> str:
-    """A comment where an engine quantizes the block maxima of 4-bit weights too, and what was measured has them as they are."""
+    """Comment for an engine that also quantizes the block maxima of 4-bit weights, if the measured model does not."""
     if config["quantization"].get("bnb_4bit_use_double_quant"):
         return ""
     kind = str(config["quantization"]["bnb_4bit_quant_type"]).upper()
-    return f"# {engine} makes {kind} with block maxima that are quantized too, which was not measured: a little smaller and less exact.\n"
+    return (
+        f"# {engine} makes {kind} with block maxima that are quantized too, which was not measured: a little smaller "
+        "and less exact.\n"
+    )
 
 
 def _sglang(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
@@ -179,7 +197,7 @@ def _tgi(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
         raise _cannot(config, "tgi", f"its threshold of LLM.int8 is {TGI_THRESHOLD:g}, and {threshold:g} was measured")
     note = _double_quantized(config, "TGI") if config["quant"] in ("int4", "fp4") else ""
     if config["quant"] in schemes:
-        options["--quantize"] = schemes[config["quant"]]  # and no --dtype: only one of both may be given
+        options["--quantize"] = schemes[config["quant"]]  # without --dtype: only one of them may be given
     elif _dtype(config) in ("float16", "bfloat16"):
         options["--dtype"] = _dtype(config)
     else:
@@ -201,7 +219,8 @@ def _tgi(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
 def _llama_cpp(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     if not config["gguf_file"]:
         raise UsageError(
-            f"llama.cpp serves GGUF files, and {uri} was measured from {config['location']}. Measure a .gguf file, or export for another."
+            f"llama.cpp serves GGUF files, and {uri} was measured from {config['location']}. Measure a .gguf file, or "
+            "export for another target."
         )
     slots = int(config["batch_size"])
     note = f"# --hf-file takes the newest revision; {config['revision']} was measured.\n" if _from_hub(config) else ""
@@ -216,7 +235,7 @@ def _llama_cpp(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     layers = 0 if config["device"] == "cpu" else config.get("gpu_layers")
     options |= {} if layers is None else {"--n-gpu-layers": str(layers)}
     if config["backend"] == "transformers":
-        note += "# transformers had unpacked this file; llama.cpp runs it packed, with other memory and speed.\n"
+        note += "# transformers unpacked this file; llama.cpp runs it packed, with other memory use and speed.\n"
         return note + _command(["llama-server"], options)
     options |= (
         {"--cache-type-k": config["kv_cache"], "--cache-type-v": config["kv_cache"]}
@@ -229,7 +248,7 @@ def _llama_cpp(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
 
 
 def _transformers(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
-    """A Python script that loads and generates as it was measured."""
+    """A Python script that loads and generates as measured."""
     settings = dict(config["quantization"])
     kind = settings.pop("class", None)
     named = {"revision": config["revision"]} if _from_hub(config) else {}
@@ -251,15 +270,21 @@ def _transformers(config: Config, uri: str, requirements: tuple[str, ...]) -> st
 tokenizer = AutoTokenizer.from_pretrained({texts}{files})
 model = AutoModelForCausalLM.from_pretrained(location, {", ".join(arguments)})
 end = model.generation_config.eos_token_id
-model.generation_config = GenerationConfig()  # as it was measured: greedy, without the checkpoint's sampling and penalties
+model.generation_config = GenerationConfig()  # as measured: greedy, without the checkpoint's sampling and penalties
 prompt = tokenizer("Hello", return_tensors="pt").to(model.device)
-output = model.generate(**prompt, max_new_tokens={config["max_new_tokens"]}, do_sample=False, eos_token_id=end, pad_token_id=tokenizer.pad_token_id or 0)
+output = model.generate(
+    **prompt,
+    max_new_tokens={config["max_new_tokens"]},
+    do_sample=False,
+    eos_token_id=end,
+    pad_token_id=tokenizer.pad_token_id or 0,
+)
 print(tokenizer.decode(output[0][prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
 
 def _serving(config: Config, uri: str, requirements: tuple[str, ...]) -> list[str]:
-    """The shell command of a container that serves the registered version itself."""
+    """Shell command of a container that serves the registered version itself."""
     packages = " ".join(map(shlex.quote, requirements))
     serve = f"mlflow models serve -m {shlex.quote(uri)} --env-manager local -h 0.0.0.0 -p 5000 -w 1"
     return ["sh", "-c", f"pip install --no-cache-dir {packages} && exec {serve}"]
@@ -270,7 +295,10 @@ def _image(config: Config) -> str:
 
 
 def _memory_mib(config: Config) -> int:
-    """Memory to reserve, MiB: the measured peak and a quarter more. It is no limit: what loading and the server take was not measured."""
+    """Memory to reserve in MiB: the measured peak plus 25 %.
+
+    It is not a limit, because memory for loading and for the server was not measured.
+    """
     return int((config["needs"]["peak_memory_bytes"] or 0) * 1.25 / 2**20) + 1
 
 
@@ -302,7 +330,8 @@ def _local_volume(config: Config) -> list[str]:
 def _kubernetes(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     if not _from_hub(config):
         raise UsageError(
-            f"{uri} was measured from local files, {config['location']}, which a cluster does not have. Measure the model from the Hub."
+            f"{uri} was measured from local files, {config['location']}, which a cluster does not have. Measure the "
+            "model from the Hub."
         )
     needs = (
         {"memory": f"{_memory_mib(config)}Mi"} if config["needs"]["memory_of"] == "host" else {"nvidia.com/gpu": "1"}
@@ -350,4 +379,4 @@ TARGETS: dict[str, Callable[[Config, str, tuple[str, ...]], str]] = {
     "docker-compose": _docker_compose,
     "kubernetes": _kubernetes,
 }
-"""Target → what writes its text."""
+"""Target → function that writes its text."""

@@ -1,18 +1,23 @@
-"""Results of other programs in our vocabulary: each figure under our key only where its definition is ours, else under the program's own name.
+"""Read results of other programs. Figures with the same definition get our key; all others keep the program's own name.
 
-The same word is not the same figure. What stops a translation, read in vLLM 0.33, GuideLLM 0.8, AIPerf 0.13, optimum-benchmark 0.6 and
-llama-bench's documentation:
+The same word does not mean the same figure. Reasons against a translation, from the code of vLLM 0.33, GuideLLM 0.8,
+AIPerf 0.13, optimum-benchmark 0.6 and the documentation of llama-bench:
 
-- an open loop: ours counts from the time at which a request was meant to be sent, theirs from when it was; so latencies of closed loops only;
-- `inter-token latency`: pooled gaps between chunks in vLLM, which are ours only where each chunk holds one token; a mean per request in AIPerf,
-  which is our time per output token; weighted by tokens in GuideLLM, which is neither;
-- GuideLLM's time per output token counts the first token in, its request latency ends after the last token, its percentiles do not interpolate;
-- AIPerf's percentiles hold failed requests as infinite, so they are ours only where none failed; of a run that it did not end nothing is;
-- llama-bench leaves out tokenization and sampling; optimum-benchmark stamps before the token is on the host and assumes the number of tokens;
-- vLLM and GuideLLM write 0 for a figure of no values (all outputs of one token, a reply that was not streamed): absent is absent, so 0 is not taken;
-- a percentile that the sample does not support (`metrics.PERCENTILE_SUPPORT`) is none of ours.
+- open loops: ours count from the intended sending time, theirs from the actual one, so latencies are translated for
+  closed loops only;
+- `inter-token latency`: in vLLM, pooled gaps between chunks, the same as ours only if each chunk holds one token; in
+  AIPerf, a mean per request, which is our time per output token; in GuideLLM, weighted by tokens, which is neither;
+- GuideLLM's time per output token includes the first token, its request latency ends after the last token, its
+  percentiles do not interpolate;
+- AIPerf's percentiles hold failed requests as infinite, so they are translated only if none failed; nothing is
+  translated from a run that did not finish;
+- llama-bench leaves out tokenization and sampling; optimum-benchmark stamps before the token is on the host and assumes
+  the number of tokens;
+- vLLM and GuideLLM write 0 for a figure without values (all outputs of one token, a reply that was not streamed): such
+  a 0 is not taken, the figure is absent;
+- a percentile that the sample does not support (`metrics.PERCENTILE_SUPPORT`) is not translated.
 
-Tokens are counted by the program (see `Foreign.tokens_by`), which matters to time per output token and to throughput.
+The program counts the tokens (see `Foreign.tokens_by`), which affects time per output token and throughput.
 """
 
 from __future__ import annotations
@@ -28,14 +33,17 @@ from .metrics import PERCENTILE_SUPPORT
 
 Data = Mapping[str, Any]
 UNUSABLE = re.compile(r"[^A-Za-z0-9_./-]")
-"""What MLflow takes in no metric key."""
+"""Characters that MLflow does not allow in a metric key."""
 
 Pairs = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """One measurement of another program. `metrics` are under our keys, `own` under the program's (`vllm/mean_itl_ms`); params are as it tells them."""
+    """One measurement of another program.
+
+    `metrics` have our keys, `own` the program's names (`vllm/mean_itl_ms`); `params` are as the program reports them.
+    """
 
     source: str
     version: str
@@ -47,25 +55,29 @@ class Foreign:
 
 
 def read_foreign(data: Any) -> list[Foreign]:
-    """The measurements in the JSON of a program's result file. Raises UsageError if it is of none of the known programs, or lacks what it must have."""
+    """Read the measurements in the JSON of a program's result file.
+
+    Raises UsageError if the program is unknown, or if the file is broken or has no measurement.
+    """
     for known, recognise, read in READERS:
         if recognise(data):
             try:
                 found = list(read(data))
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 raise UsageError(
-                    f"It looks like a result of {known}, and cannot be read: {type(error).__name__}: {error}. Is the file whole?"
+                    f"It looks like a result of {known}, and cannot be read: {type(error).__name__}: {error}. Check "
+                    "that the file is complete."
                 ) from None
             if not found:
-                raise UsageError(f"It is a result of {known} with no measurement in it.")
+                raise UsageError(f"It is a result of {known} without any measurement. Give another file.")
             return found
     raise UsageError(
-        f"It is no result that is known. Known: the JSON of {', '.join(known for known, _, _ in READERS)}."
+        f"It is not a result of a known program. Give the JSON of {', '.join(known for known, _, _ in READERS)}."
     )
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; None for anything else. An absent figure is absent, never 0."""
+    """A finite number; None for anything else: an absent figure is absent, never 0."""
     return (
         float(value)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -74,14 +86,14 @@ def _number(value: Any) -> float | None:
 
 
 def _split(prefix: str, every: Mapping[str, Any], ours: Mapping[str, str]) -> tuple[Pairs, Pairs]:
-    """Figures by the program's name → (those under our keys, the others under its own)."""
+    """Split figures by the program's names into (those under our keys, the others under its own names)."""
     numbers = {name: number for name, value in every.items() if (number := _number(value)) is not None}
     own = {f"{prefix}/{UNUSABLE.sub('_', name)}": number for name, number in numbers.items() if name not in ours}
     return {ours[name]: number for name, number in numbers.items() if name in ours}, own
 
 
 def _supported(keys: Mapping[str, str], n: float | None) -> dict[str, str]:
-    """Of a translation those statistics that n requests support."""
+    """The part of a translation that n requests support."""
     found = {}
     for name, key in keys.items():
         quantile = re.search(r"_p(\d+)$", key)
@@ -119,7 +131,7 @@ def _is_vllm(data: Any) -> bool:
 
 
 def _vllm(data: Data) -> Iterator[Foreign]:
-    # Without a limit an infinite rate is one burst, or a trace with times of its own, which the file does not tell apart.
+    # Without a limit, an infinite rate is one burst, or a trace with its own times: the file does not say which.
     closed = (
         data.get("request_rate") == "inf" and not data.get("ramp_up_strategy") and bool(data.get("max_concurrency"))
     )
@@ -163,7 +175,7 @@ def _vllm(data: Data) -> Iterator[Foreign]:
 
 
 def _single_tokens(data: Data) -> bool:
-    """Whether every chunk held one token, as far as the file has the single requests (`--save-detailed`)."""
+    """Return True if every chunk held one token; needs a file with single requests (`--save-detailed`)."""
     gaps, lengths = data.get("itls"), data.get("output_lens")
     if not isinstance(gaps, list) or not isinstance(lengths, list) or len(gaps) != len(lengths) or not gaps:
         return False
@@ -262,7 +274,7 @@ def _aiperf(data: Data) -> Iterator[Foreign]:
 
 
 def _aiperf_phase(config: Data) -> Data:
-    """The phase that was profiled; empty where the configuration does not tell it."""
+    """The profiled phase; empty if the configuration does not name it."""
     phases = config.get("phases")
     known = [phase for phase in phases if isinstance(phase, dict)] if isinstance(phases, list) else []
     return next((phase for phase in known if phase.get("name") == "profiling"), known[-1] if known else {})
@@ -353,4 +365,4 @@ READERS: tuple[tuple[str, Callable[[Any], bool], Callable[[Any], Iterator[Foreig
     ("llama-bench", _is_llama_bench, _llama_bench),
     ("optimum-benchmark", _is_optimum, _optimum),
 )
-"""Program → whether some JSON is its result, and how that is read."""
+"""Program, check if some JSON is its result, reader of that JSON."""

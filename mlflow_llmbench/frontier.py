@@ -1,8 +1,8 @@
-"""The memory frontier of a sweep: what fits, what does not, and whether that was measured or only predicted.
+"""Memory frontier of a sweep: the shapes that fit and those that do not, measured or predicted.
 
-Three dimensions make a cell larger: its rows, its prompt tokens, its output tokens. A cell that was measured fits, and so
-does every smaller one; one that was tried and failed does not, nor does any larger one. Shapes that exceed each other in
-different dimensions are incomparable, so each boundary is a staircase: the largest that fit, the smallest that failed.
+A cell grows in three dimensions: rows, prompt tokens, output tokens. A measured cell fits, and so does every smaller
+one. A cell that was tried and failed does not fit, nor does any larger one. Shapes that exceed each other in different
+dimensions are incomparable, so each boundary is a staircase: the largest that fit, the smallest that failed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ TRIED = ("oom", "crashed", "timeout", "error")
 """Outcomes of a cell that was tried and failed: evidence."""
 
 UNTRIED = ("refused", "skipped")
-"""Outcomes of a cell that was not tried, because it was expected to fail: a prediction. An interrupted cell is neither."""
+"""Outcomes of a cell not tried because it was expected to fail: a prediction. An interrupted cell is neither."""
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One cell as evidence of what fits.
 
-    `peak_bytes`: the most memory that was seen, on the device if there is one, else needed of the host; of a cell that
-    failed it is what was reached before. `trusted`: False for a result with an invalid verdict, which may not have held
-    the tokens that were asked for, and so proves nothing.
+    `peak_bytes`: highest memory seen, on the device if there is one, else needed host memory; for a failed cell, the
+    memory reached before the failure. `trusted`: False for a result with an invalid verdict, which proves nothing: it
+    may not have held the requested tokens.
     """
 
     cell: Cell
@@ -37,12 +37,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What fits of one model, loaded in one way.
+    """Memory frontier of one model, loaded in one way.
 
-    `load`: what was loaded, parameter → value. `fits`: the largest shapes that were measured, largest first. `failed`:
-    the smallest that were tried and failed. `untried`: the smallest that were refused or skipped, where no smaller one
-    failed. `contradicted`: cells that failed or were not tried although a cell at least as large was measured, so that
-    memory cannot be the reason. `prediction`: lowest and highest ratio of predicted to measured peak bytes.
+    `load`: what was loaded, parameter → value. `fits`: the largest measured shapes, largest first. `failed`: the
+    smallest that were tried and failed. `untried`: the smallest that were refused or skipped, if no smaller one failed.
+    `contradicted`: cells that failed or were not tried although a cell at least as large was measured, so memory
+    cannot be the reason. `prediction`: lowest and highest ratio of predicted to measured peak bytes.
     """
 
     load: Mapping[str, object]
@@ -54,7 +54,10 @@ class Frontier:
 
     @property
     def boundary(self) -> str:
-        """How the limit is known: `measured`, `predicted`, `measured and predicted`, `not reached`; `unknown` without evidence."""
+        """Source of the limit: `measured`, `predicted`, `measured and predicted`, `not reached`, or `unknown`.
+
+        It is `unknown` without evidence.
+        """
         if self.failed or self.untried:
             return " and ".join(
                 word for word, found in (("measured", self.failed), ("predicted", self.untried)) if found
@@ -63,9 +66,9 @@ class Frontier:
 
 
 def is_within(small: Cell, large: Cell) -> bool:
-    """Whether a cell is no larger than another in any dimension: rows, prompt tokens, output tokens.
+    """Return True if a cell is no larger than another in any dimension: rows, prompt tokens, output tokens.
 
-    A prompt of length `auto` (None) is as long as its workload makes it, so it compares only with the same workload's.
+    A prompt of length `auto` (None) is as long as its workload makes it, so it compares only within one workload.
     """
     if small.prompt_tokens is None or large.prompt_tokens is None:
         prompt = small.prompt_tokens is large.prompt_tokens and small.workload == large.workload
@@ -75,12 +78,12 @@ def is_within(small: Cell, large: Cell) -> bool:
 
 
 def tokens(cell: Cell) -> int:
-    """Tokens that a cell holds at its end: batch_size · (prompt_tokens + output_tokens), without prompts of unknown length."""
+    """Tokens that a cell holds at its end: batch_size · (prompt_tokens + output_tokens), without unknown prompts."""
     return cell.batch_size * ((cell.prompt_tokens or 0) + cell.output_tokens)
 
 
 def frontiers(attempts: Iterable[Attempt], load_parameters: Sequence[str]) -> list[Frontier]:
-    """One frontier for each combination of the parameters that decide what is loaded, in the order of their first cell."""
+    """One frontier for each combination of the parameters that decide what is loaded, in the order of first cells."""
     groups: dict[tuple[object, ...], list[Attempt]] = {}
     for attempt in attempts:
         groups.setdefault(tuple(getattr(attempt.cell, name) for name in load_parameters), []).append(attempt)
@@ -103,12 +106,12 @@ def _frontier(load: Mapping[str, object], attempts: Sequence[Attempt]) -> Fronti
 
 
 def _size(attempt: Attempt) -> tuple[int, int, int]:
-    """An order in which no cell comes before one that it is within; of equal shapes the higher peak is the larger."""
+    """Sort key that puts no cell before one that it is within; of equal shapes, the higher peak is larger."""
     return tokens(attempt.cell), attempt.cell.batch_size, attempt.peak_bytes or 0
 
 
 def _largest(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
-    """Those that are within no other, largest first; one of each shape."""
+    """Attempts that are within no other, largest first; one of each shape."""
     kept: list[Attempt] = []
     for attempt in sorted(attempts, key=_size, reverse=True):
         if not any(is_within(attempt.cell, larger.cell) for larger in kept):
@@ -117,7 +120,7 @@ def _largest(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
 
 
 def _smallest(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
-    """Those that no other is within, smallest first; one of each shape."""
+    """Attempts that no other is within, smallest first; one of each shape."""
     kept: list[Attempt] = []
     for attempt in sorted(attempts, key=_size):
         if not any(is_within(smaller.cell, attempt.cell) for smaller in kept):

@@ -1,10 +1,11 @@
-"""A candidate against the champion: pass, regression, not comparable or invalid, metric by metric.
+"""Gate: compare a candidate with the champion, metric by metric: pass, regression, not comparable or invalid.
 
-A metric of every repetition regresses if it is worse beyond chance (p below 0.05 after Holm over the metrics tested, in
-`compare`) and by more than its limit; a metric that a run has once (memory, quality, load) if it is worse by more than
-its limit. Where the limit lies inside the interval and the difference is not shown, the metric passes as *not settled*; so does one
-of a single repetition within its limit. A limit for a metric that was not measured stops the gate: it would have passed unseen.
-Another software is what a gate is often about: it is named, and does not stop it; other hardware or another workload does.
+A metric of every repetition regresses if it is worse beyond chance (p below 0.05 after Holm over the tested metrics, in
+`compare`) and by more than its limit. A metric that a run has once (memory, quality, load) regresses if it is worse by
+more than its limit. If the limit lies inside the interval and the difference is not shown, the metric passes as *not
+settled*; so does a metric of a single repetition within its limit. A limit for a metric that was not measured stops the
+gate: the metric would pass unseen. Different software is noted and does not stop the gate, since it is often what a
+gate checks; different hardware or another workload does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PASS, REGRESSION, NOT_COMPARABLE, INVALID = "pass", "regression", "not_comparabl
 EXIT_CODES = {PASS: 0, REGRESSION: 1, NOT_COMPARABLE: 2, INVALID: 3}
 OK, IMPROVED, REGRESSED, UNSETTLED = "ok", "improved", "regression", "not settled"
 DEFAULT_LIMIT = 0.05
-"""How much worse a metric may be, as a ratio: 5 %."""
+"""Default limit: how much worse a metric may be, as a ratio (5 %)."""
 
 QUALITY = {"quality/perplexity": "lower", "quality/kl_vs_reference": "lower", "quality/top1_agreement": "higher"}
 NAMES = {
@@ -41,17 +42,18 @@ NAMES = {
     "kl": "quality/kl_vs_reference",
     "top1": "quality/top1_agreement",
 }
-"""Short name → metric that a limit can be about; `memory` is the device's peak, else the host's."""
+"""Short name → metric that a limit can name; `memory` is the device's peak, else the host's."""
 
 UNLESS_ASKED = ("memory/weight_bytes", "load/load_s")
-"""Compared only where a limit names them: weights say nothing that memory does not, and a single load is mostly the disk."""
+"""Compared only if a limit names them: weights add nothing to memory, and a single load is mostly the disk."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One metric. `a` is the champion's value, `b` the candidate's; `worse` by how much of `a` it is worse (0.1 = 10 %, negative = better).
+    """Check of one metric. `a` is the champion's value, `b` the candidate's.
 
-    Of a value of 0 there is no share: `worse` and `limit` are then in `unit`.
+    `worse`: by which share of `a` it is worse (0.1 = 10 %, negative = better). A value of 0 has no share: `worse` and
+    `limit` are then in `unit`.
     """
 
     key: str
@@ -66,17 +68,17 @@ class Check:
     unit: str = ""
 
     def worse_text(self) -> str:
-        """By how much it is worse, with its sign: `+6.2%`, or `+0.0187 nats`."""
+        """`worse` with its sign: `+6.2%`, or `+0.0187 nats`."""
         return f"{self.worse:+.4g} {self.unit}" if self.unit else f"{self.worse:+.1%}"
 
     def limit_text(self) -> str:
-        """The limit, as it is given: `5.0%`, or `0.05 nats`."""
+        """The limit as given: `5.0%`, or `0.05 nats`."""
         return f"{self.limit:g} {self.unit}" if self.unit else f"{self.limit:.1%}"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The verdict (`pass`, `regression`, `not_comparable`, `invalid`), a sentence on why, and the checks behind it."""
+    """Gate result: verdict (`pass`, `regression`, `not_comparable`, `invalid`), its reason, and its checks."""
 
     verdict: str
     why: str
@@ -85,12 +87,12 @@ class Gate:
 
     @property
     def exit_code(self) -> int:
-        """0 pass, 1 regression, 2 not comparable, 3 invalid."""
+        """Exit code: 0 pass, 1 regression, 2 not comparable, 3 invalid."""
         return EXIT_CODES[self.verdict]
 
 
 def parse_limits(text: str) -> dict[str, float]:
-    """`ttft=10%,memory=0.02` → key → ratio. Raises UsageError for an unknown name or a number that is none."""
+    """Parse `ttft=10%,memory=0.02` into key → ratio. Raises UsageError for an unknown name or an invalid number."""
     found = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, _, amount = part.partition("=")
@@ -102,7 +104,7 @@ def parse_limits(text: str) -> dict[str, float]:
 
 
 def parse_ratio(option: str, text: str) -> float:
-    """`5%` or `0.05` → 0.05. Raises UsageError."""
+    """Parse `5%` or `0.05` into 0.05. Raises UsageError if it is not a finite ratio of at least 0."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
         if not 0 <= value < math.inf:
@@ -122,9 +124,10 @@ def decide(
     accept_suspect: str | None = None,
     in_turns: bool = False,
 ) -> Gate:
-    """Hold a candidate against the champion. `limits` are ratios by metric, `limit` that of the others; nothing is raised for what was measured.
+    """Compare a candidate with the champion. It never raises for measured results: the verdict says what is wrong.
 
-    `in_turns`: both were measured now, process by process in turns, so they are compared in pairs, and neither was accepted before.
+    `limits` are ratios by metric, `limit` is that of all others. `in_turns`: both were measured now, process by process
+    in turns, so they are compared in pairs, and neither was accepted before.
     """
     metrics = summarize(champion), summarize(candidate)
     verdicts = judge(champion, metrics[0]), judge(candidate, metrics[1])
@@ -143,7 +146,7 @@ def decide(
         listed = ", ".join(lacking)
         return Gate(
             NOT_COMPARABLE,
-            f"The champion has {listed}, and the candidate has not. Measure the candidate as the champion was.",
+            f"The candidate lacks metrics of the champion: {listed}. Measure the candidate like the champion.",
         )
     comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]), paired=in_turns)
     checks = (*_timed(comparison, limits or {}, limit), *quality_checks(*metrics, limits or {}, limit))
@@ -161,7 +164,8 @@ def decide(
     ]
     if unsettled := [check.key for check in checks if check.state == UNSETTLED]:
         notes.append(
-            f"Not settled, since they may be worse by more than their limits, and may not: {', '.join(unsettled)}. Measure more repetitions."
+            f"Not settled, since they may be worse by more than their limits, or not: {', '.join(unsettled)}. Measure "
+            "more repetitions."
         )
     worse = [check for check in checks if check.state == REGRESSED]
     if worse:
@@ -178,7 +182,7 @@ def decide(
 
 
 def refuse_unlike_work(champion: RunResult, candidate: RunResult) -> Gate | None:
-    """The gate of two results that could not be compared even if both were measured again here; None if they could."""
+    """The gate of two results that would stay incomparable if both were measured again here; None if they would not."""
     return _refused(differences(champion, candidate), ("software", "hardware"))
 
 
@@ -188,14 +192,18 @@ def _refused(unlike: list[Difference], allowed: tuple[str, ...]) -> Gate | None:
         return None
     return Gate(
         NOT_COMPARABLE,
-        f"The champion and the candidate were not measured alike: {_listed(refused)}. Measure both on one machine, in one way.",
+        f"The champion and the candidate were not measured alike: {_listed(refused)}. Measure both on one machine, in "
+        "one way.",
     )
 
 
 def _untrusted(name: str, result: RunResult, verdict: Verdict, accept_suspect: str | None, known: bool) -> str | None:
-    """Why a result cannot be used; None if it can. `known`: a suspect champion was accepted when it was registered."""
+    """Return why a result cannot be used, or None. `known`: a suspect champion was accepted at its registration."""
     if result.failure:
-        return f"The {name} has no result: it ended with {result.outcome} at stage {result.failure.stage}. Measure it again."
+        return (
+            f"The {name} has no result: it ended with {result.outcome} at stage {result.failure.stage}. Measure it "
+            "again."
+        )
     if verdict.word == "invalid":
         return f"The {name} is invalid ({_codes(verdict)}). Measure it again."
     if verdict.word == "suspect" and not known and not accept_suspect:
@@ -212,17 +220,17 @@ def _listed(unlike: list[Difference]) -> str:
 
 
 def missing(champion: Mapping[str, float], candidate: Mapping[str, float]) -> list[str]:
-    """Quality and device memory that the candidate lacks: what was not measured has not passed."""
+    """Quality and device memory metrics that the candidate lacks: what was not measured has not passed."""
     return [key for key in (DEVICE_PEAK, *QUALITY) if key in champion and key not in candidate]
 
 
 def quality_text(result: RunResult) -> str:
-    """The digest of the text that a result's perplexity is of; empty where there is none."""
+    """Digest of the text of a result's perplexity; empty if there is none."""
     return result.quality.text_digest if result.quality else ""
 
 
 def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) -> list[Check]:
-    """The metrics of `compare`, each with its limit."""
+    """Checks of the metrics of `compare`, each with its limit."""
     found = []
     for effect in comparison.effects:
         key = effect.key
@@ -253,17 +261,17 @@ def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) ->
 
 
 def _limited_as(key: str) -> str:
-    """The name under which a limit for a metric is given."""
+    """Name under which a limit for a metric is given."""
     return "memory" if key in (DEVICE_PEAK, HOST_PEAK) else key
 
 
 def quality_checks(
     champion: Mapping[str, float], candidate: Mapping[str, float], limits: Mapping[str, float], limit: float
 ) -> list[Check]:
-    """Quality, as far as the champion has it.
+    """Checks of the quality metrics that the champion has.
 
-    A champion that is the reference itself has a divergence of 0, of which there is no ratio: what the candidate has is held against the
-    limit for it in nats, and without one any divergence is a regression.
+    A champion that is the reference itself has a divergence of 0, which has no ratio: the candidate's value is then
+    compared with its limit in nats, and without a limit any divergence is a regression.
     """
     found = []
     for key, better in QUALITY.items():
@@ -278,12 +286,12 @@ def quality_checks(
 
 
 def _by(ratio: float, higher: bool) -> float:
-    """A ratio b ÷ a as how much b is worse: 0.9 is 0.1 where higher is better and −0.1 where lower is."""
+    """Convert a ratio b ÷ a to how much b is worse: 0.9 gives 0.1 if higher is better, −0.1 if lower is better."""
     return 1 - ratio if higher else ratio - 1
 
 
 def gate_json(gate: Gate) -> dict[str, Any]:
-    """A gate as plain JSON data."""
+    """The gate result as plain JSON data."""
     checks = [{name: _finite(getattr(check, name)) for name in check.__dataclass_fields__} for check in gate.checks]
     return {
         "verdict": gate.verdict,

@@ -1,7 +1,8 @@
-"""The highest request rate that meets the SLOs: which rate to try next, and what those that were tried say. Pure.
+"""Search for the highest request rate that meets the SLOs: the next rate to try, and the limit found. Pure.
 
-Rates are doubled until one is too high and then halved between, on a scale of logarithms. A rate *meets* the SLOs where its share of good
-requests is at least the asked one with its whole 95 % interval, *fails* where the whole interval is below, and is *unclear* between.
+Rates are doubled until one is too high, then bisected on a logarithmic scale. A rate *meets* the SLOs if the whole 95 %
+interval of its share of good requests is at least the requested share, *fails* if the whole interval is below it, and
+is *unclear* otherwise.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from .summary import summarize
 from .validity import judge
 
 RESOLUTION = 0.05
-"""The search ends where the lowest rate that is too high is nearer than this share to the highest that is not."""
+"""The search ends when the lowest rate that is too high exceeds the highest that is not by at most this share."""
 
 MOST_RATES = 16
 LEAST_SHARE = 1 / 64
-"""Of the first rate: a lower one is not tried."""
+"""Minimum rate, as a share of the first rate tried: lower ones are not tried."""
 
 Z = 1.959964
-"""Quantile of the normal distribution at 97.5 %."""
+"""97.5 % quantile of the normal distribution."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One load of a search: its rate, None for one user alone; requests per second that were answered; the share of good requests with
-    its interval; whether the result can be trusted; mean end to end in ms.
+    """One load of a search: rate in requests per second (None for one user alone), answered requests per second,
+    share of good requests with its interval, True if the result can be trusted, mean end-to-end latency in ms.
     """
 
     rate: float | None
@@ -49,9 +50,10 @@ class Tried:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a search found for one configuration: the highest rate that met the SLOs, the highest that surely does, the lowest that surely does not.
+    """Result of the search for one configuration, in requests per second; None if no rate was found.
 
-    None where no rate did. `knee`: the requests per second of the load with the highest power.
+    `rate`: highest rate that met the SLOs. `low`: highest whose whole interval meets them. `high`: lowest whose whole
+    interval fails. `knee`: the throughput of the load with the highest power.
     """
 
     cell: Cell
@@ -63,7 +65,7 @@ class Limit:
     knee: float | None
 
     def figures(self) -> dict[str, float]:
-        """The metrics under their MLflow keys; what was not found is absent."""
+        """Metrics by MLflow key; what was not found is absent."""
         key = "goodput/limit_requests_per_s"
         found = {
             key: self.rate,
@@ -74,23 +76,30 @@ class Limit:
         return {name: value for name, value in found.items() if value is not None}
 
     def sentence(self) -> str:
-        """The answer in words."""
+        """The result as a sentence."""
         slos = {"TTFT": self.cell.slo_ttft_ms, "TPOT": self.cell.slo_tpot_ms, "end to end": self.cell.slo_e2e_ms}
         limits = ", ".join(f"{name} ≤ {value:g} ms" for name, value in slos.items() if value is not None)
         if self.rate is None:
             best = max((one.share for one in self.tried), default=0.0)
-            return f"No rate that was tried meets {limits} for {self.asked:.0%} of the requests; at best {best:.0%} of them met it."
-        ends = f"surely up to {self.low:g}" if self.low is not None else "which is not sure"
+            return (
+                f"No rate that was tried meets {limits} for {self.asked:.0%} of the requests; at best {best:.0%} of "
+                "them met it."
+            )
+        ends = f"surely up to {self.low:g}" if self.low is not None else "not certain"
         ends += f", surely not at {self.high:g}" if self.high is not None else ", and no higher one was surely too high"
         knee = f" The knee is at {self.knee:.3g} requests per second." if self.knee is not None else ""
-        return f"Goodput: {self.rate:g} requests per second meet {limits} for {self.asked:.0%} of the requests ({ends}).{knee}"
+        return (
+            f"Goodput: {self.rate:g} requests per second meet {limits} for {self.asked:.0%} of the requests ({ends})."
+            f"{knee}"
+        )
 
 
 def share_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float, float] | None:
-    """Share of good requests over (good, judged) of each repetition, with its ends at 95 %; None if none could be judged.
+    """Share of good requests and its 95 % interval, from (good, judged) counts of repetitions; None if none is judged.
 
-    Requests of a repetition are not independent, since they share a queue, and repetitions can be too alike to show any spread: the interval
-    is the wider one on each side of Student's over repetitions and Wilson's over requests (JASA 22, 1927).
+    Requests of a repetition are not independent, since they share a queue, and repetitions can be too alike to show any
+    spread. On each side, the interval is therefore the wider one of Student's over repetitions and Wilson's over
+    requests (JASA 22, 1927).
     """
     shares = [good / judged for good, judged in counts if judged]
     if not shares:
@@ -106,7 +115,7 @@ def share_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float, flo
 
 
 def tried(result: RunResult) -> Tried | None:
-    """What one measured load says; None if nothing could be judged."""
+    """Judge one measured load; None if it has no judged request or no rate."""
     interval = share_interval([met(result.cell, repetition) for repetition in result.repetitions])
     metrics = summarize(result)
     rate = metrics.get("throughput/requests_per_s")
@@ -117,7 +126,7 @@ def tried(result: RunResult) -> Tried | None:
 
 
 def next_rate(found: Sequence[Tried], asked: float) -> float | None:
-    """The rate to try next; None when the search has ended."""
+    """The rate to try next, in requests per second; None when the search has ended."""
     open_loops = [one for one in found if one.rate is not None]
     alone = [one for one in found if one.rate is None]
     if not open_loops:
@@ -133,7 +142,7 @@ def next_rate(found: Sequence[Tried], asked: float) -> float | None:
 
 
 def _ends(found: Sequence[Tried], asked: float) -> tuple[float | None, float | None]:
-    """The lowest rate that is too high, or cannot be sent, and the highest below it that is not."""
+    """The highest rate that is good, below the lowest that is too high or cannot be sent, and that lowest rate."""
     bad = min(
         (one.rate for one in found if one.rate is not None and (one.share < asked or not one.trusted)), default=None
     )
@@ -146,7 +155,7 @@ def _ends(found: Sequence[Tried], asked: float) -> tuple[float | None, float | N
 
 
 def next_cell(results: Sequence[RunResult], asked: float) -> Cell | None:
-    """The next load of the first configuration whose search has not ended; None when all have."""
+    """The next load of the first configuration whose search has not ended; None when all have ended."""
     for cell, found in searches(results).items():
         rate = next_rate(found, asked)
         if rate is not None:
@@ -155,7 +164,7 @@ def next_cell(results: Sequence[RunResult], asked: float) -> Cell | None:
 
 
 def searches(results: Sequence[RunResult]) -> dict[Cell, list[Tried]]:
-    """What was tried of each configuration, which is its cell without a rate."""
+    """Loads tried for each configuration, which is its cell without a rate."""
     found: dict[Cell, list[Tried]] = {}
     for result in results:
         one = tried(result) if result.outcome == "ok" and result.cell.scenario == "online" else None
@@ -165,7 +174,7 @@ def searches(results: Sequence[RunResult]) -> dict[Cell, list[Tried]]:
 
 
 def limits(results: Sequence[RunResult], asked: float) -> list[Limit]:
-    """What was found for each configuration."""
+    """The result of the search for each configuration."""
     return [_limit(cell, found, asked) for cell, found in searches(results).items()]
 
 
@@ -188,7 +197,7 @@ def _limit(cell: Cell, found: Sequence[Tried], asked: float) -> Limit:
 def knee(latency_of: Mapping[float, float]) -> float | None:
     """The throughput with the highest power, throughput ÷ latency (Kleinrock, ICC 1979).
 
-    None with fewer than 3 loads, and where it is at an end of them: the knee lies beyond what was measured.
+    None with fewer than 3 loads, or if it is the lowest or highest: the knee then lies beyond the measured loads.
     """
     loads = sorted(latency_of)
     if len(loads) < 3:

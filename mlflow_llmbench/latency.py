@@ -1,7 +1,7 @@
-"""One request → its latencies in ms. Pure functions of its stamps.
+"""Latencies of one request in ms: pure functions of its time stamps.
 
-In an open loop they are counted from the time at which the request was meant to be sent, so that what waits unsent is not
-left out (coordinated omission); what the client was late is told apart, as send delay.
+In an open loop they count from the time at which the request was meant to be sent, so that the wait of an unsent
+request is included (else: coordinated omission). The client's own delay is reported separately, as send delay.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from .records import RequestRecord
 
 
 def gaps_ms(request: RequestRecord) -> list[float]:
-    """Inter-token gaps of one request in ms: t(i) − t(i−1) for i = 2 … N. None where a stamp stands for several tokens."""
+    """Inter-token gaps of one request in ms: t(i) − t(i−1), i = 2 … N. Empty if a stamp stands for several tokens."""
     return [(b - a) / 1e6 for a, b in pairwise(request.stamps_ns)] if request.single_tokens else []
 
 
 def chunk_gaps_ms(request: RequestRecord) -> list[float]:
-    """Gaps between the arrivals of a stream in ms, whatever they hold; what came in one read came at once."""
+    """Gaps between the arrivals of a stream in ms, whatever they hold; chunks of one read count as one arrival."""
     return [(b - a) / 1e6 for a, b in pairwise(dict.fromkeys(request.stamps_ns))]
 
 
@@ -39,8 +39,9 @@ def e2e_ms(request: RequestRecord) -> float:
 def tpot_ms(request: RequestRecord) -> float | None:
     """Time per output token after those of the first arrival, (tN − t1)/(N − n1), in ms; None if there are none.
 
-    n1 is 1 where a token comes by itself; else what the chunks of the first arrival hold: by the server's own count where it tells it, or by the
-    mean of the chunks, as if all were equal. With N − 1 a server that sends its tokens by fours would seem a third faster than it is.
+    n1 is the number of tokens in the first arrival: 1 if tokens come one at a time, else the count of its chunks as
+    reported by the server, or else estimated from the mean chunk size. With N − 1, a server that sends four tokens at a
+    time would seem a third faster than it is.
     """
     tokens, stamps = request.output_tokens, request.stamps_ns
     at_first = stamps.count(stamps[0]) if stamps else 0
@@ -53,5 +54,5 @@ def tpot_ms(request: RequestRecord) -> float | None:
 
 
 def send_delay_ms(request: RequestRecord) -> float | None:
-    """How much later than meant an open loop sent the request, in ms; None in a closed loop."""
+    """Delay of an open-loop request's sending after its intended time, in ms; None in a closed loop."""
     return None if request.intended_ns is None else (request.t0_ns - request.intended_ns) / 1e6

@@ -1,8 +1,8 @@
-"""What only the result of a load of requests has: windows, goodput, errors, requests in flight, and what the client saw of itself. Pure.
+"""Metrics of results under request load: windows, goodput, errors, requests in flight, and the client's own load. Pure.
 
-Two windows are told. *full* is all of a repetition, from the first sending to the last arrival, with its filling and its
-draining. *steady* begins when the first answer has ended and ends when the last request is sent: until then every user is
-busy, or every arrival of the schedule has come. It is made of events: tokens that arrive in it count, whosever they are.
+Two windows are reported. *full* is the whole repetition, from the first sending to the last arrival, including ramp-up
+and drain. *steady* begins when the first answer has ended and ends when the last request is sent: until then every user
+is busy, or every arrival of the schedule has come. It counts the tokens that arrive in it, of any request.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from .records import EngineReadings, Repetition, RequestRecord, RunResult
 from .stats import percentile, supports
 
 SINGLE_SHARE = 0.95
-"""Share of requests whose every chunk holds one token, from which on their gaps are called inter-token latency."""
+"""Minimum share of requests with one token in every chunk for their gaps to be called inter-token latency."""
 
 TOGETHER_SHARE = 0.05
-"""Share of tokens that came in one read with the one before them, up to which gaps are called inter-token latency: a few come so by chance."""
+"""Maximum share of tokens read together with the one before for gaps to be called inter-token latency.
+
+A few come together by chance.
+"""
 
 Figures = dict[str, float | None]
 
 
 def online_figures(result: RunResult) -> Figures:
-    """Figures of a server's result under MLflow keys; None takes a key away that means nothing here."""
+    """Metrics of a server's result by MLflow key; None removes a key that has no meaning here."""
     repetitions = result.repetitions
     requests = [r for repetition in repetitions for r in repetition.requests]
     cell = result.cell
@@ -59,7 +62,7 @@ def online_figures(result: RunResult) -> Figures:
 
 
 def stream_figures(result: RunResult) -> Figures:
-    """Figures of a stream that was batched in process: those of a server's result that mean the same, and what the batching computed for nothing."""
+    """Metrics of a stream batched in process: those of a server's result with the same meaning, and padding waste."""
     found = online_figures(result)
     for key in list(found):
         if key.startswith("errors/") or key == "lengths/cached_prompt_ratio":
@@ -75,7 +78,10 @@ def stream_figures(result: RunResult) -> Figures:
 
 
 def padding_waste(readings: Sequence[EngineReadings]) -> float | None:
-    """Share of the computed token positions that no answer needed: padding, and rows that had all their tokens. None where they were not counted."""
+    """Share of the computed token positions that no answer needed: padding, and rows already finished.
+
+    None if they were not counted.
+    """
     computed = [one.positions for one in readings if one.positions]
     if not computed or len(computed) < len(readings):
         return None
@@ -83,7 +89,7 @@ def padding_waste(readings: Sequence[EngineReadings]) -> float | None:
 
 
 def statistics(key: str, values: Sequence[float], wanted: Sequence[int] = (50, 95, 99)) -> Figures:
-    """Mean and those percentiles that the sample supports."""
+    """Mean, and the `wanted` percentiles that the sample supports."""
     if not values:
         return {}
     found: Figures = {f"{key}_mean": fmean(values)}
@@ -95,17 +101,17 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def span_s(repetition: Repetition) -> float:
-    """The full window, s."""
+    """Length of the full window, s."""
     return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
 
 
 def single_share(requests: Sequence[RequestRecord]) -> float:
-    """Share of requests whose every chunk holds one token."""
+    """Share of requests with one token in every chunk."""
     return sum(r.single_tokens for r in requests) / len(requests)
 
 
 def together_share(requests: Sequence[RequestRecord]) -> float:
-    """Share of the chunks after a first one that came in one read with the one before: held back by the server, or by a proxy."""
+    """Share of chunks read together with the one before, first chunks left out: a server or proxy held them back."""
     gaps = sum(max(len(r.stamps_ns) - 1, 0) for r in requests)
     return (
         sum(sooner == later for r in requests for sooner, later in itertools.pairwise(r.stamps_ns)) / gaps
@@ -115,12 +121,12 @@ def together_share(requests: Sequence[RequestRecord]) -> float:
 
 
 def come_singly(requests: Sequence[RequestRecord]) -> bool:
-    """Whether tokens come one by one, so that gaps are inter-token latency."""
+    """Return True if tokens come one at a time, so that gaps are inter-token latencies."""
     return single_share(requests) >= SINGLE_SHARE and together_share(requests) <= TOGETHER_SHARE
 
 
 def _chunks(requests: Sequence[RequestRecord]) -> Figures:
-    """Inter-chunk latency instead of inter-token latency, where a chunk is not a token."""
+    """Inter-chunk latency instead of inter-token latency if a chunk is not a token."""
     if come_singly(requests):
         return {}
     found = statistics("latency/icl_ms", [gap for r in requests for gap in chunk_gaps_ms(r)])
@@ -128,7 +134,7 @@ def _chunks(requests: Sequence[RequestRecord]) -> Figures:
 
 
 def _lengths(requests: Sequence[RequestRecord]) -> Figures:
-    """What was really sent and generated, as the server counts it."""
+    """Mean lengths really sent and generated, in tokens as the server counts them."""
     prompts = [r.prompt_tokens for r in requests if r.prompt_tokens is not None]
     chunks = sum(len(r.stamps_ns) for r in requests)
     return {
@@ -140,27 +146,27 @@ def _lengths(requests: Sequence[RequestRecord]) -> Figures:
 
 
 def cached_share(requests: Sequence[RequestRecord]) -> float | None:
-    """Share of the prompt tokens that came from the server's prefix cache; None where it does not tell."""
+    """Share of the prompt tokens that came from the server's prefix cache; None if the server does not report it."""
     told = [(r.cached_tokens, r.prompt_tokens) for r in requests if r.cached_tokens is not None and r.prompt_tokens]
     return sum(cached for cached, _ in told) / sum(prompt for _, prompt in told) if told else None
 
 
 def steady_window(repetition: Repetition) -> tuple[int, int] | None:
-    """Begin and end in ns: the end of the first answer, the sending of the last request. None if nothing lies between them."""
+    """Begin and end in ns: the end of the first answer, the sending of the last request; None if empty."""
     every = (*repetition.requests, *repetition.failed)
     begin, end = min(r.end_ns or r.stamps_ns[-1] for r in every if r.end_ns or r.stamps_ns), max(r.t0_ns for r in every)
     return (begin, end) if end > begin else None
 
 
 def _tokens_within(request: RequestRecord, begin: int, end: int) -> float:
-    """Output tokens that arrived within a window; chunks that do not tell their size share the tokens equally."""
+    """Output tokens that arrived in a window; chunks of unknown size share the tokens equally."""
     share = request.output_tokens / len(request.stamps_ns)
     sizes = request.chunk_tokens or (share,) * len(request.stamps_ns)
     return sum(size for size, stamp in zip(sizes, request.stamps_ns, strict=True) if begin < stamp <= end)
 
 
 def _windows(repetitions: Sequence[Repetition]) -> Figures:
-    """The same figures over both windows, so that what filling and draining did to them is seen."""
+    """The same metrics over both windows, to show the effect of ramp-up and drain."""
     requests = [r for repetition in repetitions for r in repetition.requests]
     found: Figures = {
         "window/full_output_tokens_per_s": _mean(
@@ -179,7 +185,7 @@ def _windows(repetitions: Sequence[Repetition]) -> Figures:
         begin, end = window
         seconds = (end - begin) / 1e9
         rates.append(sum(_tokens_within(r, begin, end) for r in one.requests) / seconds)
-        # Users in step end their answers in bursts, one at each end of the window: a count of ends would be too high.
+        # Users in step end their answers in bursts, one at each end of the window: counting ends would be too high.
         answers.append(sum(_tokens_within(r, begin, end) / r.output_tokens for r in one.requests) / seconds)
         firsts += [ttft_ms(r) for r in one.requests if begin <= r.start_ns <= end]
         inside = [r for r in one.requests if r.single_tokens]
@@ -202,15 +208,18 @@ RATE_LIMIT = 0.95
 """Answers per second ÷ requests per second below which a server does not keep up."""
 
 GROWTH_LIMIT = 1.5
-"""Median TTFT, or time of an answer, of the last third of the requests ÷ that of the first third, from which on there is a queue that grows."""
+"""Median TTFT, or time of an answer, of the last third of the requests ÷ first third; from here on, a queue grows."""
 
 STILL_GROWS = 1.2
-"""The same of the last third ÷ the middle one. Answers take longer until as many are in flight as the rate brings, and then no longer."""
+"""The same for the last third ÷ the middle one.
+
+Times of answers rise until as many are in flight as the rate brings, and then no longer.
+"""
 
 
 @dataclass(frozen=True)
 class Overload:
-    """What an open loop asked for, requests per second; what was answered of it; and how many times a latency grew meanwhile, and which."""
+    """Overload in an open loop: requests asked and answered per second, growth of a latency, and its name."""
 
     asked_per_s: float
     answered_per_s: float
@@ -219,11 +228,12 @@ class Overload:
 
 
 def overload_of(result: RunResult) -> Overload | None:
-    """How far an open loop went beyond what the server can do; None where the server kept up.
+    """Compare the load of an open loop with the server's rate of answers; None if the server kept up.
 
-    A rate of arrivals is compared with that at which the same requests are answered, so that the time of an answer does not enter. Of
-    a ramp it is those of the last third of its requests: a server that does not keep up gives there what it can. A server that begins
-    every request at once lets its answers wait instead of their first tokens; under a rate that rises they take longer anyway.
+    The arrival rate is compared with the rate at which the same requests are answered, so the time of an answer does
+    not matter. For a ramp only the last third of its requests counts: a server that does not keep up works at its limit
+    there. A server that starts every request at once delays the answers instead of the first tokens, so the time of an
+    answer is checked too, except under a rising rate, where it grows anyway, and a trace.
     """
     cell, grew = result.cell, "time to first token"
     if not cell.open_loop:
@@ -241,7 +251,7 @@ def overload_of(result: RunResult) -> Overload | None:
 
 
 def _rates(repetition: Repetition, last_third: bool) -> tuple[float, float] | None:
-    """Requests and answers per second of all requests, or of the last third of them; failed ones came and were not answered."""
+    """Requests and answers per second of all requests, or of the last third; failed requests count as unanswered."""
     order = sorted((*repetition.requests, *repetition.failed), key=lambda r: r.start_ns)
     order = order[len(order) - len(order) // 3 :] if last_third else order
     ends = [r.stamps_ns[-1] for r in order if r.outcome == "complete"]
@@ -253,8 +263,9 @@ def _rates(repetition: Repetition, last_third: bool) -> tuple[float, float] | No
 
 
 def _growth(result: RunResult, of: Callable[[RequestRecord], float], at_the_end: float = 0.0) -> float | None:
-    """Median over repetitions of a latency's median in the last third of the requests ÷ that in the first third; None where that is
-    below `GROWTH_LIMIT`, or the same over the middle third below `at_the_end`.
+    """Median over repetitions of a latency's median in the last third of the requests ÷ that in the first third.
+
+    None if it is below `GROWTH_LIMIT`, or if the same over the middle third is below `at_the_end`.
     """
     grown, lately = [], []
     for repetition in result.repetitions:
@@ -273,7 +284,7 @@ TENTHS = 10
 
 
 def ramp_steps(result: RunResult) -> list[tuple[str, int, float]]:
-    """Of a ramp: key, tenth of its time from 1, and value, over the requests of all repetitions that came in that tenth."""
+    """Series of a ramp: key, tenth of its time from 1, and value over the requests of all repetitions in that tenth."""
     if result.cell.ramp_to is None:
         return []
     tenths: list[list[RequestRecord]] = [[] for _ in range(TENTHS)]
@@ -297,7 +308,7 @@ def ramp_steps(result: RunResult) -> list[tuple[str, int, float]]:
 
 
 def slos(cell: Cell) -> dict[str, tuple[float, Callable[[RequestRecord], float | None]]]:
-    """The limits that were given, with what they limit."""
+    """The service level limits that are set, in ms, each with the function of the request that it limits."""
     wanted: dict[str, tuple[float | None, Callable[[RequestRecord], float | None]]] = {
         "ttft": (cell.slo_ttft_ms, ttft_ms),
         "tpot": (cell.slo_tpot_ms, tpot_ms),
@@ -307,9 +318,9 @@ def slos(cell: Cell) -> dict[str, tuple[float, Callable[[RequestRecord], float |
 
 
 def _goodput(cell: Cell, repetitions: Sequence[Repetition]) -> Figures:
-    """Requests per second that met every limit, and their share of all that were sent; a failed request meets none.
+    """Requests per second that met every limit, and their share of all judged requests; a failed request meets none.
 
-    A request too short for a time per output token cannot be judged by one: it is counted apart, not as good.
+    A request too short to have a time per output token cannot be judged by it: it is counted separately, not as good.
     """
     limits = slos(cell)
     if not limits:
@@ -327,7 +338,7 @@ def _goodput(cell: Cell, repetitions: Sequence[Repetition]) -> Figures:
 
 
 def met(cell: Cell, repetition: Repetition) -> tuple[int, int]:
-    """Requests that met every limit, and those that can be judged, the failed ones among them."""
+    """Number of requests that met every limit, and of those that can be judged, failed ones included."""
     limits = slos(cell).values()
     values = [[of(request) for _, of in limits] for request in repetition.requests]
     able = [[value for value in one if value is not None] for one in values]
@@ -344,7 +355,7 @@ def _errors(repetitions: Sequence[Repetition]) -> Figures:
 
 
 def in_flight(repetition: Repetition) -> list[tuple[int, int]]:
-    """Requests in flight over time: (ns, number from then on), failed ones too."""
+    """Requests in flight over time, failed ones included: (ns, number from then on)."""
     every = (*repetition.requests, *repetition.failed)
     changes = [(r.t0_ns, 1) for r in every] + [
         (end, -1) for r in every if (end := r.end_ns or max(r.stamps_ns, default=r.t0_ns))
@@ -370,9 +381,9 @@ def _in_flight(repetitions: Sequence[Repetition]) -> Figures:
 
 
 def _server(repetitions: Sequence[Repetition]) -> Figures:
-    """What the server said of itself, under its own names: gauges while a load ran, growth of counters, means of histograms.
+    """The server's own metrics, under its own names: gauges while a load ran, growth of counters, means of histograms.
 
-    Where a counter went back, the server was started anew, and how far it grew is not known.
+    If a counter went back, the server was restarted and the growth is unknown.
     """
     found: Figures = {}
     during = [
@@ -394,7 +405,7 @@ def _server(repetitions: Sequence[Repetition]) -> Figures:
 
 
 def _growth_of(name: str, repetitions: Sequence[Repetition]) -> float | None:
-    """How far a counter grew from before to after the loads; None unless every repetition has both, and none went back."""
+    """Growth of a counter from before to after the loads; None unless every repetition has both and none went back."""
     grown = [
         one.server[-1].values[name] - one.server[0].values[name]
         for one in repetitions
@@ -404,7 +415,7 @@ def _growth_of(name: str, repetitions: Sequence[Repetition]) -> float | None:
 
 
 def _worst(each: Sequence[Figures]) -> Figures:
-    """Of each figure the largest: a process that is late would be hidden by others that are not."""
+    """Largest value of each metric over the client processes: a late one must not be hidden by others."""
     return {
         key: max((value for figures in each if (value := figures.get(key)) is not None), default=None)
         for key in dict.fromkeys(k for f in each for k in f)
@@ -412,7 +423,7 @@ def _worst(each: Sequence[Figures]) -> Figures:
 
 
 def _client(repetitions: Sequence[Repetition]) -> Figures:
-    """What the client saw of itself: is it the bottleneck? (Envoy's poll delay; inference-perf's schedule delay.)"""
+    """Metrics that show if the client is the bottleneck (Envoy's poll delay; inference-perf's schedule delay)."""
     readings = [r.client for r in repetitions if r.client]
     processes = [
         [one.processes[i] for one in readings if len(one.processes) > i]
@@ -441,8 +452,7 @@ def _client(repetitions: Sequence[Repetition]) -> Figures:
             "client/cpu_ratio": max(sum(one.cpu_s for one in own) for own in processes) / wall if wall else None,
             "client/cpus": sum(one.cpu_s for one in readings) / wall if wall and len(processes) > 1 else None,
             "client/resent_requests": sum(one.retries for one in readings) if readings else None,
-            "client/rate_ratio": asked / sent
-            if asked and sent
-            else None,  # requests that all come at once have no rate
+            # Requests that all come at once have no rate.
+            "client/rate_ratio": asked / sent if asked and sent else None,
         }
     )

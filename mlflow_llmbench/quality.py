@@ -1,7 +1,7 @@
-"""Figures of quality from raw scores: perplexity, divergence from the unquantized model, agreement on the next token. Pure.
+"""Quality metrics from raw scores: perplexity, KL divergence from the unquantized model, next-token agreement. Pure.
 
-Tokens of one prompt, or of one window of a text, are correlated. The unit of each interval is therefore the prompt or the
-window, a *cluster*; figures are means over all tokens.
+Tokens of one prompt, or of one window of a text, are correlated. The unit of each interval is therefore the prompt or
+the window, a *cluster*; the estimates are means over all tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Clusters = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over all tokens with its 95 % interval over clusters; `low` and `high` are None with fewer than two clusters."""
+    """Mean over all tokens, 95 % interval over clusters; `low` and `high` are None with fewer than two clusters."""
 
     value: float
     low: float | None = None
@@ -27,11 +27,12 @@ class Estimate:
 
 
 def cluster_mean(clusters: Clusters) -> Estimate | None:
-    """Mean over all values, with Student's interval whose unit is the cluster; None without any value.
+    """Mean over all values, with Student's interval over clusters; None without any value.
 
-    Clusters differ in size, so the mean is the ratio Σyⱼ/Σnⱼ of their sums and sizes, and its variance is that of the
-    linearised ratio, J/(J − 1) · Σ(yⱼ − nⱼ·mean)² / (Σnⱼ)², with J − 1 degrees of freedom (Cochran, Sampling Techniques,
-    3rd edition 1977, sections 2.11 and 9A.4). With clusters of one size it is `stats.t_interval` of their means.
+    Clusters differ in size, so the mean is the ratio Σyⱼ/Σnⱼ of their sums and sizes. Its variance is that of the
+    linearised ratio, J/(J − 1) · Σ(yⱼ − nⱼ·mean)² / (Σnⱼ)², with J − 1 degrees of freedom (Cochran, Sampling
+    Techniques, 3rd edition 1977, sections 2.11 and 9A.4). With clusters of equal size it is `stats.t_interval` of
+    their means.
     """
     kept = [cluster for cluster in clusters if cluster]
     count = sum(map(len, kept))
@@ -45,7 +46,7 @@ def cluster_mean(clusters: Clusters) -> Estimate | None:
 
 
 def _cluster_variance(clusters: Clusters, mean: float) -> float:
-    """Variance of the mean over all values, from the sums of the clusters."""
+    """Variance of the mean over all values, from the sums of the clusters (formula in `cluster_mean`)."""
     count, number = sum(map(len, clusters)), len(clusters)
     residuals = [math.fsum(cluster) - len(cluster) * mean for cluster in clusters]
     return number / (number - 1) * math.fsum(r * r for r in residuals) / count**2
@@ -54,10 +55,10 @@ def _cluster_variance(clusters: Clusters, mean: float) -> float:
 def cluster_proportion(clusters: Sequence[Sequence[bool]]) -> Estimate | None:
     """Share of true values, with Wilson's interval (1927) at the effective sample size; None without any value.
 
-    The effective size is p(1 − p) ÷ the variance over clusters, corrected for its few degrees of freedom and never above the
-    number of values (Korn & Graubard, Survey Methodology 24, 1998; Wilson in its place as in Franco et al., Journal of Survey
-    Statistics and Methodology 7, 2019). Where all values agree there is no variance to estimate, and each cluster counts as
-    one value: 20 prompts without a single disagreement say at least 84 %, not 100 %.
+    The effective size is p(1 − p) ÷ the variance over clusters, corrected for its few degrees of freedom and at most
+    the number of values (Korn & Graubard, Survey Methodology 24, 1998; with Wilson's interval instead of theirs as in
+    Franco et al., Journal of Survey Statistics and Methodology 7, 2019). If all values agree there is no variance to
+    estimate, and each cluster counts as one value: 20 prompts without a disagreement show at least 84 %, not 100 %.
     """
     kept = [[float(value) for value in cluster] for cluster in clusters if cluster]
     count, number = sum(map(len, kept)), len(kept)
@@ -75,19 +76,23 @@ def cluster_proportion(clusters: Sequence[Sequence[bool]]) -> Estimate | None:
     z = t_quantile_975(10**9)  # the normal quantile
     centre = (share + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
-    # With no exception at all one end is exactly 0 or 1, which rounding misses.
+    # If all values agree, one end is exactly 0 or 1, which rounding misses.
     return Estimate(share, 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half)
 
 
 def perplexity(quality: Quality) -> Estimate | None:
-    """Perplexity: e to the mean negative log-likelihood per token (nats) of the text, over sliding windows; the interval is over windows."""
+    """Perplexity: exp of the mean negative log-likelihood per token (nats), over sliding windows of a text.
+
+    The interval is over windows.
+    """
     return _exp(cluster_mean(quality.scores.nll)) if quality.scores else None
 
 
 def perplexity_ratio(quality: Quality) -> Estimate | None:
-    """Perplexity ÷ that of the reference on the same windows: e to the mean difference of the log-likelihoods, paired token by token.
+    """Perplexity ÷ the reference's on the same windows: exp of the mean log-likelihood difference, paired by token.
 
-    What is hard for both falls out, so the interval is far narrower than that of either (so does llama.cpp's `PPL(Q)/PPL(base)`).
+    Difficulty common to both cancels, so the interval is far narrower than either one's (compare llama.cpp's
+    `PPL(Q)/PPL(base)`).
     """
     scores = quality.scores
     if scores is None or not scores.reference_nll:
@@ -103,7 +108,7 @@ def _exp(found: Estimate | None) -> Estimate | None:
 
 
 def kl_divergence(quality: Quality) -> Estimate | None:
-    """Mean over the positions of KL(reference‖this model) of the next token, nats; never below 0. The interval is over prompts."""
+    """Mean KL(reference‖this model) of the next token over positions, nats, at least 0. The interval is by prompt."""
     found = cluster_mean(quality.divergence.kl) if quality.divergence else None
     if found is None or found.low is None:
         return found
@@ -111,14 +116,15 @@ def kl_divergence(quality: Quality) -> Estimate | None:
 
 
 def top1_agreement(quality: Quality) -> Estimate | None:
-    """Share of positions at which this model's most probable token is the reference's; the interval is over prompts."""
+    """Share of positions where this model's most probable token is the reference's; the interval is over prompts."""
     return cluster_proportion(quality.divergence.agrees) if quality.divergence else None
 
 
 def kl_reduction(before: Quality, after: Quality) -> Estimate | None:
-    """How much nearer to the unquantized model `after` is than `before`: mean over the positions of the difference of their divergences, nats.
+    """Decrease of the mean KL divergence from the unquantized model, `before` − `after`, nats; above 0 is better.
 
-    Paired position by position, so what is hard for both falls out; the interval is over prompts. None unless both were given the same ids.
+    Paired by position, so difficulty common to both cancels; the interval is over prompts. None unless both were given
+    the same ids.
     """
     one, other = before.divergence, after.divergence
     if one is None or other is None or one.digest != other.digest:
@@ -128,9 +134,10 @@ def kl_reduction(before: Quality, after: Quality) -> Estimate | None:
 
 
 def task_estimate(score: TaskScore) -> Estimate:
-    """A score of lm-eval with its 95 % interval, 1.96 standard errors to each side, over documents; none where the error is 0 or unknown.
+    """Score of lm-eval with its 95 % interval over documents, 1.96 standard errors to each side.
 
-    Shares do not leave 0 to 1. An error of 0, where all documents agree, says nothing of the next one.
+    No interval if the error is unknown or 0: an error of 0, where all documents agree, says nothing about the next one.
+    The interval of a share is cut to 0 … 1.
     """
     if not score.stderr:
         return Estimate(score.value)
@@ -142,11 +149,11 @@ def task_estimate(score: TaskScore) -> Estimate:
 
 
 SHARES = ("acc", "exact_match", "em")
-"""How the metrics of lm-eval that are shares begin."""
+"""Prefixes of the lm-eval metrics that are shares."""
 
 
 def task_key(score: TaskScore) -> str:
-    """The MLflow key of a score; characters that a key cannot have become dashes."""
+    """MLflow key of a score; characters that a key cannot have become dashes."""
     return (
         "quality/lm_eval/"
         + re.sub(r"[^\w.-]", "-", score.task, flags=re.ASCII)
@@ -156,7 +163,7 @@ def task_key(score: TaskScore) -> str:
 
 
 def figures(quality: Quality) -> dict[str, float | None]:
-    """Summary metrics under their MLflow keys; what was not measured is absent."""
+    """Summary metrics by MLflow key; a metric not measured is absent, an unknown end of an interval is None."""
     estimates = {
         "kl_vs_reference": kl_divergence(quality),
         "top1_agreement": top1_agreement(quality),
@@ -187,26 +194,28 @@ def figures(quality: Quality) -> dict[str, float | None]:
 
 
 def sentences(quality: Quality) -> list[str]:
-    """What the figures rest on, and why one is missing, in words."""
+    """Sentences on how the quality metrics were obtained, and why one is missing."""
     said = []
     if quality.divergence:
         d = quality.divergence
         positions = sum(map(len, d.kl))
         said.append(
-            f"The reference is {d.reference}, unquantized. Both models were given its own greedy continuations of {len(d.kl)} prompts, and their "
-            f"probabilities of the whole vocabulary were compared at {positions} positions; intervals are over prompts."
+            f"The reference is {d.reference}, unquantized. Both models were given its own greedy continuations of "
+            f"{len(d.kl)} prompts, and their probabilities of the whole vocabulary were compared at {positions} "
+            "positions; intervals are over prompts."
         )
         if d.is_reference:
             said.append(
-                "This is the reference itself, computed a second time: its divergence is the noise floor of the comparison here, "
-                "0 where the machine repeats itself exactly, and no statement about quality."
+                "This is the reference itself, computed a second time: its divergence is the noise floor of the "
+                "comparison here, 0 if the machine repeats itself exactly, and says nothing about quality."
             )
     if quality.scores:
         s = quality.scores
         scored = sum(map(len, s.nll))
         said.append(
-            f"Perplexity is over {scored:,} of the {s.tokens:,} tokens of the text {s.text}, in {len(s.nll)} windows of at most {s.window} tokens with a "
-            f"stride of {s.stride}; the interval is over windows. It depends on the text and the tokenizer: compare it within one model."
+            f"Perplexity is over {scored:,} of the {s.tokens:,} tokens of the text {s.text}, in {len(s.nll)} windows "
+            f"of at most {s.window} tokens with a stride of {s.stride}; the interval is over windows. It depends on "
+            "the text and the tokenizer: compare it within one model."
         )
     if quality.tasks:
         counts = {
@@ -214,10 +223,12 @@ def sentences(quality: Quality) -> list[str]:
         }
         told = ", ".join(f"{task} ({count:,} documents)" for task, count in counts.items())
         said.append(
-            f"Tasks of lm-eval, with the harness's own prompts and no chat template: {told}; intervals are over documents."
+            f"Tasks of lm-eval, with the harness's own prompts and no chat template: {told}; intervals are over "
+            "documents."
         )
     if said:
         said.append(
-            "The memory stage unloaded is absent: the evaluation came before it and left allocations behind that are not the measurement's."
+            "The memory stage unloaded is absent: the evaluation ran before it and left allocations that do not belong "
+            "to the measurement."
         )
     return said + list(quality.withheld)

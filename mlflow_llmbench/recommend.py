@@ -1,13 +1,13 @@
-"""Results and limits → the configuration to deploy, the front it was chosen from, and in sentences why not the others.
+"""Recommend a configuration from results and limits, with the Pareto front and reasons against the others.
 
-Only results that can be trusted and compared take part: one outcome (`ok`), one hardware, software and workload, by the guard
-of `compare`; suspect ones if that was accepted, invalid ones never. Limits are held against the measured value; where the
-95 % interval reaches across a limit, that is said.
+Only results that can be trusted and compared take part: outcome `ok`, one hardware, software and workload by the guard
+of `compare`; suspect ones if accepted, invalid ones never. Limits are checked against the measured value; if the 95 %
+interval reaches across a limit, a caution says so.
 
-The front holds what nothing dominates. B dominates A if B is nowhere worse by more than the noise threshold and somewhere
-better beyond chance: with p below 0.05 after Holm in `compare` and by more than the threshold; a metric that a run has only
-once (memory, quality) counts as better beyond the threshold alone, and a high percentile, which is one number of many repetitions
-that no test is made of, never does. What chance could explain therefore stays on the front.
+The front holds every result that nothing dominates. B dominates A if B is worse in no metric by more than the noise
+threshold and better in some metric beyond chance: p below 0.05 after Holm in `compare`, and by more than the threshold.
+A metric that a run has only once (memory, quality) counts as better beyond the threshold alone. A high percentile never
+does: it is one number of many repetitions, which no test uses. Differences that chance could explain stay on the front.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .validity import judge
 
 COST, ENERGY = "cost/per_million_tokens", "efficiency/joules_per_token"
 PER_UNIT = {**PER_REPETITION, "latency/ttft_ms_mean": mean_ttft, "latency/tpot_ms_p50": typical_tpot}
-"""Metric → its value for one repetition: what is compared, and what else a limit can be about; a high percentile has none."""
+"""Metric → its value for one repetition: compared metrics, and others that a limit can name; no high percentiles."""
 
 ALLOWABLE = ("hardware", "software", "workload", "scenario")
 """Kinds of differences among the results that can be accepted."""
@@ -51,7 +51,7 @@ ALLOWABLE = ("hardware", "software", "workload", "scenario")
 
 @dataclass(frozen=True)
 class Measure:
-    """Something to judge a configuration by: its name in sentences and its metric; of several keys the first that a result has."""
+    """Metric to judge a configuration by: its name in sentences, its keys (the first that a result has counts)."""
 
     label: str
     keys: tuple[str, ...]
@@ -87,14 +87,14 @@ ONCE = ("memory", "quality")
 
 @dataclass(frozen=True)
 class Limit:
-    """What a configuration must keep: `option` as it was given, and the bound in the metric's unit (bytes, ms, ratio)."""
+    """Limit for a configuration: `option` as given, and the bound in the metric's unit (bytes, ms, ratio)."""
 
     option: str
     measure: Measure
     bound: float
 
     def keeps(self, value: float) -> bool:
-        """Whether a value is within the limit, the bound included."""
+        """Return True if a value is within the limit, bound included."""
         return value <= self.bound if self.measure.better == "lower" else value >= self.bound
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One result with its figures, its verdict, and what to call it among the others."""
+    """One result with its metrics, its verdict, and its name among the others."""
 
     name: str
     result: RunResult
@@ -111,14 +111,14 @@ class Candidate:
     verdict: Verdict
 
     def value(self, measure: Measure) -> float | None:
-        """The measured value; None if it has none."""
+        """The measured value; None if there is none."""
         key = measure.key(self.metrics)
         return None if key is None else self.metrics[key]
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A candidate that cannot be chosen, why, and which limits it misses, if that is the reason."""
+    """A candidate that cannot be chosen: why, and the limits it misses, if that is the reason."""
 
     candidate: Candidate
     why: str
@@ -127,7 +127,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class RunnerUp:
-    """A candidate within all limits that is not the winner, and how it differs from it, in a sentence. `tied`: not measurably worse."""
+    """A candidate within all limits that is not the winner; `why`: how it differs. `tied`: not measurably worse."""
 
     candidate: Candidate
     why: str
@@ -136,7 +136,10 @@ class RunnerUp:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The answer. `winner` is None if nothing keeps the limits. `front` and `eligible` include configurations beyond the limits."""
+    """The recommendation. `winner` is None if no candidate keeps the limits.
+
+    `front` and `eligible` include configurations beyond the limits.
+    """
 
     goal: str
     limits: tuple[Limit, ...]
@@ -160,9 +163,10 @@ def recommend(
     allow: frozenset[str] = frozenset(),
     noise: float = 0.01,
 ) -> Recommendation:
-    """Choose among results. `accept_suspect` is the reason for which suspect ones take part; `allow` are kinds of `ALLOWABLE`.
+    """Choose among results.
 
-    Raises UsageError for a goal or a kind of difference that is unknown, or without results.
+    `accept_suspect` is the reason for which suspect results take part; `allow` are kinds of `ALLOWABLE`; `noise` is a
+    ratio. Raises UsageError for an unknown goal or kind of difference, or without results.
     """
     if goal not in GOALS:
         raise UsageError(f"Unknown goal: {goal}. Known: {', '.join(GOALS)}.")
@@ -174,7 +178,7 @@ def recommend(
 
 
 def candidates(results: Sequence[RunResult]) -> list[Candidate]:
-    """Results with their figures and verdicts, named by the parameters that vary among them."""
+    """Results with their metrics and verdicts, named by the parameters that vary among them."""
     names = names_of(results)
     found = []
     for name, result in zip(names, results, strict=True):
@@ -192,7 +196,7 @@ def choose(
     allow: frozenset[str] = frozenset(),
     noise: float = 0.01,
 ) -> Recommendation:
-    """As `recommend`, from candidates that have their figures already."""
+    """Choose like `recommend`, from candidates with their metrics."""
     target = GOALS[goal]
     refused = [refusal for one in given if (refusal := _untrusted(one, accept_suspect))]
     trusted = _without(given, refused)
@@ -231,9 +235,9 @@ def choose(
 
 
 def names_of(results: Sequence[RunResult]) -> list[str]:
-    """What to call each result: the parameters in which they differ (`int8 batch 4`); model, quantization and batch where none does.
+    """Name each result by the parameters in which they differ (`int8 batch 4`), else by model, quantization and batch.
 
-    Results of several machines that have one name besides are told apart by theirs.
+    Results with one name from several machines get the name of their machine as well.
     """
     varied = differing([result.cell for result in results], UNNAMED)
     names = [
@@ -248,7 +252,7 @@ def names_of(results: Sequence[RunResult]) -> list[str]:
 
 
 def _machine(result: RunResult) -> str:
-    """The GPU or CPU, and the hash, since machines with one of them differ in others."""
+    """Name of the GPU or CPU, with the hardware hash, since machines with the same one can differ otherwise."""
     return f"{hardware_name(result)} ({result.hashes.hardware[:6]})"
 
 
@@ -271,7 +275,7 @@ def _order(one: Candidate, target: Measure) -> float:
 
 
 def _untrusted(one: Candidate, accept_suspect: str | None) -> Refused | None:
-    """The refusal of a cell that failed, of an invalid one, and of a suspect one unless that was accepted."""
+    """The refusal of a failed or invalid cell, or of a suspect one unless accepted."""
     failure, verdict = one.result.failure, one.verdict
     if failure:
         return Refused(one, f"It ended with {one.result.outcome} at stage {failure.stage}: {failure.message}")
@@ -287,7 +291,7 @@ def _untrusted(one: Candidate, accept_suspect: str | None) -> Refused | None:
 
 
 def _unlike(given: Sequence[Candidate], allow: frozenset[str]) -> list[Refused]:
-    """What cannot be compared with the largest group of results that are alike; of groups of one size the first counts."""
+    """Refuse what cannot be compared with the largest group of alike results; of equal groups the first counts."""
     groups: list[list[Candidate]] = []
     for one in given:
         home = next((group for group in groups if not _gap(group[0], one, allow)), None)
@@ -306,7 +310,8 @@ def _unlike(given: Sequence[Candidate], allow: frozenset[str]) -> list[Refused]:
         found.append(
             Refused(
                 one,
-                f"It cannot be compared with the {len(kept)} that are alike: {listed}. Choose among these alone, or add --allow {kinds}.",
+                f"It cannot be compared with the {len(kept)} that are alike: {listed}. Choose among these alone, or "
+                f"add --allow {kinds}.",
             )
         )
     return found
@@ -317,7 +322,7 @@ def _gap(a: Candidate, b: Candidate, allow: frozenset[str]) -> list[Any]:
 
 
 def _measured_again(given: Sequence[Candidate]) -> list[Refused]:
-    """Of one configuration that was measured several times on one hardware, all but the newest."""
+    """Refuse all but the newest result of a configuration that was measured several times on one hardware."""
     newest: dict[tuple[str, str], Candidate] = {}
     for one in given:
         known = newest.setdefault(_measured_as(one), one)
@@ -339,7 +344,7 @@ def _lacking(one: Candidate, measure: Measure) -> Refused:
 
 
 def _beyond(one: Candidate, limits: Sequence[Limit]) -> Refused | None:
-    """The refusal of a candidate that misses limits, all of them named; one that a limit cannot be held against misses it too."""
+    """The refusal of a candidate that misses limits, all of them named; a missing value misses its limit too."""
     missed = [limit for limit in limits if (value := one.value(limit.measure)) is None or not limit.keeps(value)]
     if not missed:
         return None
@@ -349,12 +354,15 @@ def _beyond(one: Candidate, limits: Sequence[Limit]) -> Refused | None:
 def _missed(one: Candidate, limit: Limit) -> str:
     value, measure = one.value(limit.measure), limit.measure
     if value is None:
-        return f"It has no {measure.keys[-1]}, so {limit} cannot be held against it. {measure.absent}"
-    return f"Its {measure.label} is {figure(measure.keys[-1], value)}, and {limit.option} is {bound_text(measure, limit.bound)}."
+        return f"It has no {measure.keys[-1]}, so {limit} cannot be checked. {measure.absent}"
+    return (
+        f"Its {measure.label} is {figure(measure.keys[-1], value)}, and {limit.option} is "
+        f"{bound_text(measure, limit.bound)}."
+    )
 
 
 def figure(key: str, value: float) -> str:
-    """A value as a person reads it: bytes as GB, milliseconds as ms, rates per second; three significant digits."""
+    """Format a value with its unit (GB, ms, tokens/s, J) and three significant digits."""
     unit = KEYS[key].unit if key in KEYS else ""
     if unit == "bytes":
         return f"{_digits(value / 1e9)} GB"
@@ -363,7 +371,7 @@ def figure(key: str, value: float) -> str:
 
 
 def bound_text(measure: Measure, bound: float) -> str:
-    """A bound as a person gives it: `6 GB`, `200 ms`, `0.05`."""
+    """Format a bound as a person gives it: `6 GB`, `200 ms`, `0.05`."""
     unit = KEYS[measure.keys[-1]].unit if measure.keys[-1] in KEYS else ""
     return f"{bound / 1e9:.6g} GB" if unit == "bytes" else f"{bound:.6g}{' ms' if unit == 'ms' else ''}"
 
@@ -375,7 +383,7 @@ def _digits(value: float) -> str:
 
 
 def values(one: Candidate, key: str) -> list[float] | None:
-    """A metric's value in each unit (process or repetition); None for what a run has only once, or where a unit lacks it."""
+    """Values of a metric per unit (process or repetition); None if a run has it only once, or a unit lacks it."""
     of: Callable[[Repetition], float | None] | None = PER_UNIT.get(key)
     if key == COST:
         of = _cost(one.result.price_per_hour)
@@ -407,7 +415,7 @@ def _joules(idle_w: float | None) -> Callable[[Repetition], float | None]:
 
 
 def interval(one: Candidate, measure: Measure) -> tuple[float, float] | None:
-    """95 % interval of the mean over units; None for what a run has only once. It always holds the reported value."""
+    """95 % interval of the mean over units, always including the reported value; None if a run has it only once."""
     key = measure.key(one.metrics)
     found = values(one, key) if key else None
     ends = t_interval(found) if found else None
@@ -417,7 +425,7 @@ def interval(one: Candidate, measure: Measure) -> tuple[float, float] | None:
 
 
 def _objectives(eligible: Sequence[Candidate], target: Measure, limits: Sequence[Limit]) -> tuple[Measure, ...]:
-    """What the front weighs: the goal, what limits are about, and memory, as far as every candidate has it."""
+    """Metrics that the front weighs: the goal, those of limits, and memory, if every candidate has them."""
     wanted = dict.fromkeys([target, *(limit.measure for limit in limits), MEMORY])
     return tuple(
         measure for measure in wanted if measure is target or all(one.value(measure) is not None for one in eligible)
@@ -425,7 +433,7 @@ def _objectives(eligible: Sequence[Candidate], target: Measure, limits: Sequence
 
 
 def dominates(b: Candidate, a: Candidate, objectives: Sequence[Measure], noise: float) -> bool:
-    """Whether b is nowhere worse than a by more than the noise threshold, and somewhere better beyond chance."""
+    """Return True if b is in no metric worse than a by more than the noise threshold, and in some surely better."""
     gains = [_gain(a, b, measure) for measure in objectives]
     if any(gain < -math.log1p(noise) for gain in gains) or not any(gain > math.log1p(noise) for gain in gains):
         return False
@@ -433,7 +441,7 @@ def dominates(b: Candidate, a: Candidate, objectives: Sequence[Measure], noise: 
 
 
 def _gain(a: Candidate, b: Candidate, measure: Measure) -> float:
-    """Logarithm of the ratio by which b is better than a; −∞ where they cannot be weighed, as memory of a device with that of a host."""
+    """Logarithm of the ratio by which b is better than a; −∞ if incomparable, e.g. device memory with host memory."""
     key_a, key_b = measure.key(a.metrics), measure.key(b.metrics)
     if key_a is None or key_a != key_b:
         return -math.inf
@@ -447,7 +455,7 @@ def _gain(a: Candidate, b: Candidate, measure: Measure) -> float:
 
 
 def _surely_better(a: Candidate, b: Candidate, measure: Measure, noise: float) -> bool:
-    """Whether b is better than a by more than chance and the noise threshold would explain."""
+    """Return True if b is better than a by more than chance and the noise threshold would explain."""
     key = measure.key(a.metrics)
     if key is None or _gain(a, b, measure) <= math.log1p(noise):
         return False
@@ -464,7 +472,7 @@ def _surely_better(a: Candidate, b: Candidate, measure: Measure, noise: float) -
 
 
 def _runner_up(winner: Candidate, one: Candidate, target: Measure, noise: float) -> RunnerUp:
-    """How a candidate within all limits differs from the winner."""
+    """Describe how a candidate within all limits differs from the winner."""
     tied = not _surely_better(one, winner, target, noise)
     comparison = compare(winner.result, one.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"]))
     told = sentence(dataclasses.replace(comparison, name_a=winner.name, name_b="It", labels=(), doubts=()))
@@ -479,14 +487,14 @@ def _versus(winner: Candidate, one: Candidate, target: Measure) -> str:
 
 
 def _cautions(winner: Candidate, limits: Sequence[Limit]) -> Iterator[str]:
-    """Where the winner keeps a limit by its measured value, and its interval reaches across."""
+    """Cautions for limits that the winner keeps by its measured value, but not with its whole interval."""
     for limit in limits:
         ends, key = interval(winner, limit.measure), limit.measure.keys[-1]
         if ends and not all(map(limit.keeps, ends)):
             shown = " to ".join(figure(key, end) for end in ends)
             yield (
-                f"{winner.name} keeps {limit} by its measured value only: the 95 % interval of its {limit.measure.label} "
-                f"is {shown}. Measure more repetitions, or leave more room."
+                f"{winner.name} keeps {limit} by its measured value only: the 95 % interval of its "
+                f"{limit.measure.label} is {shown}. Measure more repetitions, or leave more room."
             )
 
 
@@ -498,7 +506,7 @@ def _changes(
     limits: Sequence[Limit],
     noise: float,
 ) -> Iterator[str]:
-    """What would change the answer: for each limit the best candidate that misses it alone, and suspect ones that look better."""
+    """Changes that would alter the answer: per limit the best candidate that misses only it, and a better suspect."""
 
     def wins(one: Candidate) -> bool:
         return winner is None or _surely_better(winner, one, target, noise)
@@ -509,14 +517,20 @@ def _changes(
         best = min(alone, key=lambda one: _order(one, target), default=None)
         if best is not None and wins(best):
             told = True
-            yield f"With {limit.option} {_loosened(limit, best)}, {best.name} would win: {_figures(best, winner, target)}."
+            yield (
+                f"With {limit.option} {_loosened(limit, best)}, {best.name} would win: "
+                f"{_figures(best, winner, target)}."
+            )
     if winner is None and not told and beyond:
         nearest = min(beyond, key=lambda refusal: (len(refusal.missed), _order(refusal.candidate, target)))
         yield f"{nearest.candidate.name} is the nearest. {nearest.why}"
     keeping = [one for one in suspects if one.value(target) is not None and not _beyond(one, limits)]
     best = min(keeping, key=lambda one: _order(one, target), default=None)
     if best is not None and (winner is None or _gain(winner, best, target) > math.log1p(noise)):
-        yield f"{best.name} looks better and is suspect: {_figures(best, winner, target)}. Measured again and valid, it would win."
+        yield (
+            f"{best.name} looks better and is suspect: {_figures(best, winner, target)}. If it is measured again and "
+            "valid, it would win."
+        )
 
 
 def _figures(best: Candidate, winner: Candidate | None, target: Measure) -> str:
@@ -535,7 +549,7 @@ def _loosened(limit: Limit, one: Candidate) -> str:
 
 
 def recommendation_json(found: Recommendation) -> dict[str, Any]:
-    """The recommendation as plain JSON data; `winner` is what `llmbench register` reads."""
+    """The recommendation as plain JSON data; `llmbench register` reads `winner`."""
     names = {id(one) for one in found.front}
     return {
         "schema": 1,

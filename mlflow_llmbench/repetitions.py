@@ -1,4 +1,4 @@
-"""What each repetition of a result gives, and what counts as one value where values are averaged and compared. Pure."""
+"""Values of each repetition of a result, and the units over which values are averaged and compared. Pure."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ def requests(result: RunResult) -> list[RequestRecord]:
 
 
 def several_in_a_step(result: RunResult) -> bool:
-    """Whether a step of the model, or a chunk of a server, brought several tokens. Then there is no inter-token latency, of no request: one whose every step
-    brought a single token is there by chance, and its gaps are not those of the others.
+    """Return True if a step of the model, or a chunk of a server, brought several tokens.
+
+    Then no request has inter-token latencies: one whose every step brought a single token did so by chance, and its
+    gaps do not represent the others.
     """
     if result.cell.scenario == "online" and result.repetitions:
         return not come_singly(requests(result))
@@ -26,18 +28,18 @@ def several_in_a_step(result: RunResult) -> bool:
 
 
 def token_gaps(result: RunResult) -> list[float]:
-    """Gaps between tokens of all requests, ms, of those whose every stamp is that of one token."""
+    """Gaps between tokens in ms, of all requests with one token per stamp; empty if `several_in_a_step`."""
     return [] if several_in_a_step(result) else [gap for request in requests(result) for gap in gaps_ms(request)]
 
 
 def units(result: RunResult) -> list[tuple[Repetition, ...]]:
-    """What intervals and tests count as one value: the repetitions of each process where there are several, else each by itself.
+    """Group the repetitions by the unit of intervals and tests: the process if there are several, else the repetition.
 
-    A process does some things to all its repetitions alike (memory layout, order of compilation, clocks), so they agree more
-    with each other than with those of the next process, and an interval over them is too narrow. Each process therefore gives
-    one value, the mean of its repetitions (Georges, Buytaert & Eeckhout, Statistically rigorous Java performance evaluation,
-    OOPSLA 2007; Kalibera & Jones, Rigorous benchmarking in reasonable time, ISMM 2013, whose intervals rest on
-    the means of the highest level that is repeated). Within a single process that effect cannot be seen.
+    A process affects all its repetitions alike (memory layout, order of compilation, clocks), so they agree more with
+    each other than with those of the next process, and an interval over them is too narrow. Each process therefore
+    gives one value, the mean of its repetitions (Georges, Buytaert & Eeckhout, Statistically rigorous Java performance
+    evaluation, OOPSLA 2007; Kalibera & Jones, Rigorous benchmarking in reasonable time, ISMM 2013, whose intervals use
+    the means of the highest level that is repeated). Within a single process this effect cannot be seen.
     """
     processes: dict[int, list[Repetition]] = {}
     for repetition in result.repetitions:
@@ -48,12 +50,12 @@ def units(result: RunResult) -> list[tuple[Repetition, ...]]:
 
 
 def process_count(result: RunResult) -> int:
-    """In how many worker processes the repetitions were measured."""
+    """Number of worker processes in which the repetitions were measured."""
     return len({repetition.process for repetition in result.repetitions})
 
 
 def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> list[float] | None:
-    """One value for each of `units`: the mean over its repetitions. None if a repetition has none, or there is none at all."""
+    """One value per unit of `units`: the mean over its repetitions. None if a repetition has none, or none exists."""
     found = [[of(repetition) for repetition in unit] for unit in units(result)]
     if not found or any(value is None for values in found for value in values):
         return None
@@ -67,7 +69,7 @@ def output_rate(repetition: Repetition) -> float | None:
 
 
 def total_rate(repetition: Repetition) -> float | None:
-    """The same with the prompt tokens."""
+    """Prompt and output tokens per second, over the time span of `output_rate`."""
     span_s = _span_s(repetition)
     return (
         sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests) / span_s
@@ -77,7 +79,7 @@ def total_rate(repetition: Repetition) -> float | None:
 
 
 def prefill_rate(repetition: Repetition) -> float | None:
-    """Prompt tokens of all rows that were computed ÷ TTFT, 1/s, mean over the requests."""
+    """Computed prompt tokens of all rows ÷ TTFT, 1/s, mean over the requests."""
     return mean_of(
         [
             r.rows * r.prefilled_tokens / ttft_ms(r) * 1e3
@@ -88,7 +90,7 @@ def prefill_rate(repetition: Repetition) -> float | None:
 
 
 def decode_rate(repetition: Repetition) -> float | None:
-    """Tokens of all rows after the first ÷ their time, 1/s, mean over the requests."""
+    """Tokens of all rows after the first ÷ the time they took, 1/s, mean over the requests."""
     return mean_of([r.rows / value * 1e3 for r in repetition.requests if (value := tpot_ms(r))])
 
 
@@ -96,7 +98,10 @@ RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "d
 
 
 def typical_gap(repetition: Repetition) -> float | None:
-    """Median inter-token gap of all requests, ms; the mean would be the time per output token again. None where tokens do not come singly."""
+    """Median inter-token gap of all requests, ms; the mean would repeat the time per output token.
+
+    None if tokens do not come one at a time.
+    """
     gaps = (
         [gap for request in repetition.requests for gap in gaps_ms(request)] if come_singly(repetition.requests) else []
     )
@@ -109,18 +114,18 @@ def mean_ttft(repetition: Repetition) -> float | None:
 
 
 def typical_tpot(repetition: Repetition) -> float | None:
-    """Median time per output token of all requests, ms. None where none has a second token."""
+    """Median time per output token of all requests, ms; None if no request has a second token."""
     found = [value for request in repetition.requests if (value := tpot_ms(request)) is not None]
     return median(found) if found else None
 
 
 def mean_of(values: Sequence[float]) -> float | None:
-    """Arithmetic mean; None of no values."""
+    """Arithmetic mean; None without values."""
     return fmean(values) if values else None
 
 
 def _span_s(repetition: Repetition) -> float:
-    """From the first sending to the last arrival, s."""
+    """Time from the first sending to the last arrival, s."""
     return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
 
 
@@ -133,4 +138,4 @@ PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
     ),
     "latency/e2e_ms_p50": lambda repetition: median(map(e2e_ms, repetition.requests)),
 }
-"""Metric → its value for one repetition, None where it has none: what comparisons and statistics rest on."""
+"""Metric → its value for one repetition, None if it has none: the input of comparisons and statistics."""

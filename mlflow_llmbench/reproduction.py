@@ -1,10 +1,11 @@
-"""A measurement that was done again: equivalent within a margin, different, or not to be told, metric by metric and as a whole.
+"""Judge a repeated measurement, per metric and as a whole: equivalent within a margin, different, or cannot tell.
 
-"No difference seen" is no proof of sameness: few or noisy repetitions see nothing. So each metric of every repetition is held
-against the margin by two one-sided t tests on the logarithms (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987): *equivalent*
-where the ratio is shown to lie within 1 ÷ (1 + margin) to 1 + margin, *different* where it is shown to lie beyond (Holm over the metrics),
-*cannot tell* otherwise, with the number of repetitions that would tell. The whole is equivalent if every metric is, which needs
-no adjustment (an intersection–union test, Berger 1982). What a run has once (memory, weights, quality) is compared by its value.
+"No difference seen" does not prove sameness: few or noisy repetitions show nothing. So each metric of every repetition
+is compared with the margin by two one-sided t tests on the logarithms (Schuirmann, J. Pharmacokinet. Biopharm. 15,
+1987). It is *equivalent* if the ratio is shown to lie within 1 ÷ (1 + margin) to 1 + margin, *different* if it is shown
+to lie outside (Holm over the metrics), else *cannot tell*, with the number of repetitions that would tell. The whole is
+equivalent if every metric is, which needs no adjustment (an intersection–union test, Berger 1982). A metric that a run
+has once (memory, weights, quality) is compared by its value.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from .summary import number_text
 EQUIVALENT, DIFFERENT, UNTOLD, INVALID = "equivalent", "different", "cannot_tell", "invalid"
 EXIT_CODES = {EQUIVALENT: 0, DIFFERENT: 1, INVALID: 3, UNTOLD: 4}
 DEFAULT_MARGIN = 0.05
-"""Within what ratio a reproduction is called equivalent: 5 %."""
+"""Default margin within which a reproduction is equivalent, as a ratio (5 %)."""
 
 NOT_HELD = ("load/load_s",)
-"""Compared and not held against the margin: a single load is mostly the disk and its cache."""
+"""Metrics not compared with the margin: a single load is mostly the disk and its cache."""
 
 WORDS = {EQUIVALENT: "equivalent", DIFFERENT: "different", UNTOLD: "cannot tell"}
 HEADING = ["metric", "original", "again", "ratio", "90 % interval", "p (within)", "p (beyond)", ""]
@@ -38,10 +39,11 @@ HEADING = ["metric", "original", "again", "ratio", "90 % interval", "p (within)"
 
 @dataclass(frozen=True)
 class Finding:
-    """One metric: both values, the ratio again ÷ original with its 90 % interval, and what it was found to be.
+    """One metric: both values, the ratio again ÷ original with its 90 % interval, and its state.
 
-    `needed` repetitions (processes, where several) of the reproduction would tell, beside the original as it is; else
-    `needed_each` on both sides; both None where no sensible number would, or nothing need be told. Tests are None for what a run has once.
+    `needed`: repetitions (processes, if several) of the reproduction that would tell, with the original as it is; else
+    `needed_each` on both sides. Both are None if no sensible number would tell, or nothing needs to be told. Tests are
+    None for a metric that a run has once.
     """
 
     key: str
@@ -60,7 +62,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The verdict (`equivalent`, `different`, `cannot_tell`, `invalid`), the sentence, the metrics behind it, and what else is to be known."""
+    """Verdict (`equivalent`, `different`, `cannot_tell`, `invalid`), its sentence, the metrics behind it, and notes."""
 
     verdict: str
     why: str
@@ -71,7 +73,7 @@ class Reproduction:
 
     @property
     def exit_code(self) -> int:
-        """0 equivalent, 1 different, 3 invalid, 4 cannot tell."""
+        """Exit code: 0 equivalent, 1 different, 3 invalid, 4 cannot tell."""
         return EXIT_CODES[self.verdict]
 
 
@@ -80,7 +82,10 @@ def weigh(
     margin: float = DEFAULT_MARGIN,
     quality: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
 ) -> Reproduction:
-    """What a comparison of the reproduction (B) with the original (A) says of sameness within `margin`. `quality`: metrics of both that hold it."""
+    """Judge from a comparison of the reproduction (B) with the original (A) if they are equivalent within `margin`.
+
+    `margin` is a ratio; `quality` holds the metrics of original and reproduction that include quality.
+    """
     held = [effect for effect in comparison.effects if effect.key not in NOT_HELD]
     limit = math.log1p(margin)
     tests = [equivalence(_logs(effect.values_a), _logs(effect.values_b), limit) for effect in held]
@@ -112,7 +117,7 @@ def _logs(values: Sequence[float]) -> list[float]:
 
 
 def _single(key: str, label: str, original: float, again: float, limit: float) -> Finding:
-    """A value that a run has once, or a metric with too few values for a test: inside or outside by what was seen."""
+    """Finding of a metric without a test: inside or outside by its value; cannot tell if it has too few values."""
     ratio = again / original if original > 0 else math.inf
     inside = 0 < ratio < math.inf and abs(math.log(ratio)) <= limit
     if key not in KEYS or KEYS[key].section in ("latency", "throughput"):
@@ -169,26 +174,31 @@ def _why(verdict: str, findings: Sequence[Finding], margin: float, comparison: C
 
 
 def _advice(untold: Sequence[Finding], noun: str) -> str:
-    """How many repetitions would tell, if what was seen is what is true."""
+    """Number of repetitions that would tell, if the observed values are the true ones."""
     if all(f.needed for f in untold):
-        return f"About {max(f.needed or 0 for f in untold)} {noun} of the reproduction would tell, with a chance of 90 % if the ratios that were seen are the true ones."
+        return (
+            f"About {max(f.needed or 0 for f in untold)} {noun} of the reproduction would tell, with a chance of 90 % "
+            "if the observed ratios are the true ones."
+        )
     if all(f.needed or f.needed_each for f in untold):
         most = max(max(f.needed or 0, f.needed_each or 0) for f in untold)
-        return f"The original is too uncertain for any number of {noun} here; about {most} on each side would tell, with a chance of 90 %."
+        return (
+            f"The original is too uncertain for any number of {noun} here; about {most} on each side would tell, with "
+            "a chance of 90 %."
+        )
     return (
-        f"What was seen lies so near to the margin that no sensible number of {noun} would tell. Give another margin."
+        f"The observed ratio is so near to the margin that no sensible number of {noun} would tell. Give another "
+        "margin."
     )
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """What weakens the answer: unlike environments, verdicts short of valid, a single process on each side."""
+    """Sentences on what weakens the answer: unlike environments, verdicts other than valid, single processes."""
     unlike = _listed(comparison.labels)
     found = [f"The environment differs from the original's: {unlike}."] if unlike else []
     found += [f"The verdict on {doubt}." for doubt in comparison.doubts]
     if max(comparison.processes) == 1:
-        found.append(
-            "Each was measured in one process, and what a process does to all its repetitions alike is not seen."
-        )
+        found.append("Each was measured in one process: an effect of the process on all its repetitions is not seen.")
     return found
 
 
@@ -197,7 +207,7 @@ def _listed(unlike: Sequence[Difference]) -> str:
 
 
 def changed_facts(original: RunResult, again: RunResult) -> str:
-    """Facts of the loaded model that are others now (`quant.kernel a → b`), as a sentence; empty if none."""
+    """Changed facts of the loaded model (`quant.kernel a → b`), as a sentence; empty if none."""
     facts = [dict(result.load.facts) if result.load else {} for result in (original, again)]
     changed = [
         f"{name} {facts[0].get(name, 'none')} → {facts[1].get(name, 'none')}"
@@ -210,7 +220,7 @@ def changed_facts(original: RunResult, again: RunResult) -> str:
 
 
 def reproduction_cells(found: Reproduction) -> list[list[str]]:
-    """The body of the table, one line per metric."""
+    """Body of the table, one line per metric."""
     return [
         [
             f.label or f.key,
@@ -236,13 +246,14 @@ def _p(value: float | None) -> str:
 
 def _method(found: Reproduction) -> str:
     return (
-        f"Two one-sided Welch's t tests on the logarithms of {found.rests_on} against ±{100 * found.margin:.3g} %: within if p < {SIGNIFICANCE:g}; beyond if "
-        f"p < {SIGNIFICANCE:g} after Holm. What a run has only once is compared by its value."
+        f"Two one-sided Welch's t tests on the logarithms of {found.rests_on} against ±{100 * found.margin:.3g} %: "
+        f"within if p < {SIGNIFICANCE:g}; beyond if p < {SIGNIFICANCE:g} after Holm. A metric that a run has only once "
+        "is compared by its value."
     )
 
 
 def format_reproduction(found: Reproduction) -> str:
-    """The reproduction for a terminal: the sentence, the table, how it was made, the notes."""
+    """The reproduction for a terminal: the sentence, the table, the method, the notes."""
     lines = [found.why]
     if found.findings:
         body = [HEADING, *reproduction_cells(found)]
@@ -261,7 +272,7 @@ def format_reproduction(found: Reproduction) -> str:
 
 
 def reproduction_markdown(found: Reproduction) -> str:
-    """reproduction.md: the same as Markdown."""
+    """The text of reproduction.md: the same as Markdown."""
     parts = [f"## {markdown(found.why)}"]
     if found.findings:
         parts += [markdown_table(HEADING, reproduction_cells(found), range(1, 7)), _method(found)]
@@ -270,7 +281,7 @@ def reproduction_markdown(found: Reproduction) -> str:
 
 
 def reproduction_json(found: Reproduction) -> dict[str, Any]:
-    """A reproduction as plain JSON data."""
+    """The reproduction as plain JSON data."""
     findings = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(f).items()}
         for f in found.findings

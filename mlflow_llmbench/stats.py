@@ -1,7 +1,7 @@
 """Statistics over plain lists of numbers: no I/O, no state.
 
-The unit of inference is the process or the repetition (`repetitions.units`), never the token: tokens of one request are correlated,
-and pooling them gives 95 % intervals that cover the truth 35–50 % of the time.
+The unit of inference is the process or the repetition (`repetitions.units`), never the token: tokens of one request
+are correlated, and pooling them gives 95 % intervals that cover the truth 35–50 % of the time.
 """
 
 from __future__ import annotations
@@ -23,44 +23,18 @@ if TYPE_CHECKING:
     Statistic = str | Callable[..., Any]
 
 T_975 = (
-    12.70620474,
-    4.30265273,
-    3.18244631,
-    2.77644511,
-    2.57058184,
-    2.44691185,
-    2.36462425,
-    2.30600414,
-    2.26215716,
-    2.22813885,
-    2.20098516,
-    2.17881283,
-    2.16036866,
-    2.14478669,
-    2.13144955,
-    2.11990530,
-    2.10981558,
-    2.10092204,
-    2.09302405,
-    2.08596345,
-    2.07961384,
-    2.07387307,
-    2.06865761,
-    2.06389856,
-    2.05953855,
-    2.05552944,
-    2.05183052,
-    2.04840714,
-    2.04522964,
-    2.04227246,
-)
-"""Quantiles t(0.975; ν) of Student's distribution for ν = 1 … 30 (any statistical table, e.g. NIST/SEMATECH e-Handbook 1.3.6.7.2)."""
+    12.70620474, 4.30265273, 3.18244631, 2.77644511, 2.57058184, 2.44691185, 2.36462425, 2.30600414, 2.26215716,
+    2.22813885, 2.20098516, 2.17881283, 2.16036866, 2.14478669, 2.13144955, 2.11990530, 2.10981558, 2.10092204,
+    2.09302405, 2.08596345, 2.07961384, 2.07387307, 2.06865761, 2.06389856, 2.05953855, 2.05552944, 2.05183052,
+    2.04840714, 2.04522964, 2.04227246,
+)  # fmt: skip
+"""Quantiles t(0.975; ν) of Student's distribution, ν = 1 … 30 (e.g. NIST/SEMATECH e-Handbook 1.3.6.7.2)."""
 
 
 def t_quantile_975(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t with `degrees` ≥ 1 degrees of freedom.
+    """Two-sided 95 % quantile of Student's t with `degrees` degrees of freedom; ValueError if below 1.
 
-    Above 30 the Cornish–Fisher expansion of Abramowitz & Stegun 26.7.5 is used; its error there is below 1e-6.
+    Above 30 it uses the Cornish–Fisher expansion of Abramowitz & Stegun 26.7.5, with an error below 1e-6 there.
     """
     if degrees < 1:
         raise ValueError(f"degrees of freedom must be at least 1: {degrees}")
@@ -103,7 +77,8 @@ def coefficient_of_variation(values: Sequence[float]) -> float | None:
 def percentile(values: Sequence[float], q: float, repeat: int = 1) -> float:
     """The q-th percentile (0 … 100) with linear interpolation, as numpy's default (Hyndman & Fan 1996, type 7).
 
-    With `repeat` each value counts that often, as rows of one batch share a stamp; they are not written out, there can be 10⁹.
+    With `repeat`, each value counts that often: rows of one batch share a stamp. The copies, up to 10⁹, are not stored.
+    ValueError without values.
     """
     if not values:
         raise ValueError("no values")
@@ -116,16 +91,17 @@ def percentile(values: Sequence[float], q: float, repeat: int = 1) -> float:
 
 
 def supports(n: int, q: int) -> bool:
-    """Whether n distinct samples support the q-th percentile (see `metrics.PERCENTILE_SUPPORT`)."""
+    """Return True if n distinct samples are enough to report the q-th percentile (see `metrics.PERCENTILE_SUPPORT`)."""
     needed = PERCENTILE_SUPPORT.get(q)
     return n >= (needed if needed is not None else math.ceil(math.log(0.05) / math.log(q / 100)) if q > 50 else 1)
 
 
 def halves_agree(values: Sequence[float], tolerance: float = 0.05) -> bool:
-    """Whether a trace of durations is steady: the medians of its first and second half differ by less than `tolerance`.
+    """Return True if a trace of durations is steady: the medians of its two halves differ by at most `tolerance`.
 
-    The first value (cold caches, compilation) is left out. The comparison of an early with a late part of a trace is
-    Geweke's diagnostic (1992), here with medians, since one disturbed run must not decide. False with fewer than 3 values.
+    The first value (cold caches, compilation) is left out. Comparing an early with a late part of a trace is Geweke's
+    diagnostic (1992). Medians replace his means, so that one disturbed run does not decide. False with fewer than 3
+    values.
     """
     rest = list(values[1:])
     if len(rest) < 2:
@@ -136,7 +112,7 @@ def halves_agree(values: Sequence[float], tolerance: float = 0.05) -> bool:
 
 
 def mad(values: Sequence[float]) -> float:
-    """Median absolute deviation from the median, unscaled; × 1.4826 it estimates the standard deviation of a normal sample."""
+    """Median absolute deviation from the median, unscaled; × 1.4826 estimates the standard deviation of normal data."""
     centre = median(values)
     return median(abs(value - centre) for value in values)
 
@@ -144,8 +120,8 @@ def mad(values: Sequence[float]) -> float:
 def classify_outliers(values: Sequence[float]) -> list[str | None]:
     """For each value None, "mild" (beyond 1.5 interquartile ranges from the quartiles) or "severe" (beyond 3).
 
-    The fences of Tukey, Exploratory Data Analysis (1977), with quartiles by `percentile`. Outliers are shown, never dropped:
-    where the middle half of the values agrees exactly, the range is 0 and every other value is severe. All None
+    The fences of Tukey, Exploratory Data Analysis (1977), with quartiles by `percentile`. Outliers are shown, never
+    dropped. If the middle half of the values is identical, the range is 0 and every other value is severe. All None
     with fewer than 5 values, whose quartiles say nothing.
     """
     if len(values) < 5:
@@ -156,28 +132,30 @@ def classify_outliers(values: Sequence[float]) -> list[str | None]:
 
 
 CHUNK = 1 << 18
-"""Resampled values that are in memory at once: 2 MB, which a cache holds."""
+"""Resampled values held in memory at once: 2 MB, which fit in a cache."""
 
 MOST_EXACT_MEDIANS = 1000
-"""Values of a series up to which the median of a resample made of blocks is computed from the resample itself."""
+"""Longest series for which a block bootstrap computes the median of each resample exactly."""
 
 
 def bootstrap_interval(
     values: Sequence[float], statistic: Statistic, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % bootstrap interval of a statistic of independent values: "mean", "median", or a function like `numpy.std` with an `axis`.
+    """95 % bootstrap interval of a statistic of independent values.
 
-    The expanded percentile interval of Hesterberg (The American Statistician 69, 2015, 371–386): quantiles of the resampled
-    statistic at Φ(∓√(n/(n − 1))·t(0.975; n − 1)) in place of 2.5 and 97.5 %, since the plain percentile interval is too
-    narrow in small samples. Simulated coverage of the mean, normal data, 3,000 samples (plain percentiles in brackets):
-    n = 5: 0.91 (0.83) · 6: 0.93 (0.85) · 10: 0.94 (0.90) · 20: 0.95 (0.92) · 30: 0.95 (0.94); of the median 0.93 to 0.98.
-    For the mean of 5 values take `t_interval`, which covers 0.95.
+    `statistic` is "mean", "median", or a function like `numpy.std` with an `axis`.
 
-    The mean is resampled in full, n draws each, in chunks. The median is not: the ranks of the middle order statistics of
-    n draws are n times those of n uniform numbers, whose joint distribution is Beta, so they are drawn directly. That is
-    the same distribution (Efron 1979 derives it for the median), for two random numbers a resample.
-    100,000 values and 2,000 resamples take about 1 s and 12 MB for the mean and 2 ms for the median (2-core AMD EPYC); a
-    function of one's own takes the time of the mean and its own.
+    The expanded percentile interval of Hesterberg (The American Statistician 69, 2015, 371–386): quantiles of the
+    resampled statistic at Φ(∓√(n/(n − 1))·t(0.975; n − 1)) instead of 2.5 and 97.5 %, because the plain percentile
+    interval is too narrow in small samples. Simulated coverage of the mean, normal data, 3,000 samples (plain
+    percentiles in brackets): n = 5: 0.91 (0.83) · 6: 0.93 (0.85) · 10: 0.94 (0.90) · 20: 0.95 (0.92) ·
+    30: 0.95 (0.94); of the median 0.93 to 0.98. For the mean of 5 values use `t_interval`, which covers 0.95.
+
+    The mean is resampled in full, n draws each, in chunks. For the median, the ranks of the middle order statistics of
+    n draws are n times those of n uniform numbers, whose joint distribution is Beta, so they are drawn directly. This
+    gives the same distribution (Efron 1979 derives it for the median) with two random numbers per resample.
+    100,000 values and 2,000 resamples take about 1 s and 12 MB for the mean and 2 ms for the median (2-core AMD EPYC).
+    A custom function takes the time of the mean plus its own.
 
     None with fewer than 5 values: no resample leaves their range, which then holds the truth too rarely.
     """
@@ -190,7 +168,7 @@ def bootstrap_interval(
 
 
 def _resample(data: Array, statistic: Statistic, resamples: int, seed: int) -> Array:
-    """The statistic of each of `resamples` samples drawn from `data` with replacement."""
+    """Return the statistic of each of `resamples` samples drawn from `data` with replacement."""
     import numpy as np
 
     draw = np.random.Generator(np.random.SFC64(seed))
@@ -206,7 +184,7 @@ def _resample(data: Array, statistic: Statistic, resamples: int, seed: int) -> A
     rows = max(1, CHUNK // n)
     parts = []
     for start in range(0, resamples, rows):
-        # 32-bit numbers are drawn twice as fast as 64-bit ones, and looked up four times as fast once they are 64-bit.
+        # 32-bit numbers are drawn twice as fast as 64-bit ones, but 64-bit indices are looked up four times as fast.
         chosen = draw.integers(0, n, (min(rows, resamples - start), n), dtype=np.uint32).astype(np.intp)
         parts.append(compute(data.take(chosen), axis=1))
     return np.concatenate(parts)
@@ -219,14 +197,12 @@ def _function(statistic: Statistic) -> Callable[..., Any]:
     if not isinstance(statistic, str):
         return statistic
     if statistic not in named:
-        raise ValueError(
-            f"unknown statistic: {statistic}; known are mean and median, or give a function of (array, axis)"
-        )
+        raise ValueError(f"unknown statistic: {statistic}. Use mean or median, or a function of (array, axis).")
     return named[statistic]
 
 
 def _expanded_percentiles(distribution: Array, n: int) -> tuple[float, float]:
-    """Percentile interval, widened to what Student's t needs with n independent values."""
+    """Percentile interval, widened to the width that Student's t needs with n independent values."""
     import numpy as np
 
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile_975(n - 1))
@@ -235,11 +211,12 @@ def _expanded_percentiles(distribution: Array, n: int) -> tuple[float, float]:
 
 
 def block_length(series: Sequence[float]) -> int:
-    """Block length for the circular block bootstrap of a stationary series: Politis & White, Econometric Reviews 23 (2004) 53–70.
+    """Block length for the circular block bootstrap of a stationary series, 1 to min(3√n, n/3), rounded up.
 
-    b = (2ĝ²/D̂)^(1/3)·n^(1/3), D̂ = 4/3·ĝ(0)², with the correction of Patton, Politis & White (28, 2009, 372–375), where
-    ĝ = Σ λ(k/M)·|k|·R(k), ĝ(0) = Σ λ(k/M)·R(k), R the autocovariances, λ the flat-top window, and M twice the lag after
-    which the autocorrelations stay within ±2√(log₁₀ n/n). At most 3√n and n/3.
+    After Politis & White, Econometric Reviews 23 (2004) 53–70: b = (2ĝ²/D̂)^(1/3)·n^(1/3), D̂ = 4/3·ĝ(0)², with the
+    correction of Patton, Politis & White (28, 2009, 372–375), where ĝ = Σ λ(k/M)·|k|·R(k), ĝ(0) = Σ λ(k/M)·R(k),
+    R the autocovariances, λ the flat-top window, and M twice the lag after which the autocorrelations stay within
+    ±2√(log₁₀ n/n).
     """
     import numpy as np
 
@@ -272,16 +249,17 @@ def block_bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """95 % interval of a statistic of one stationary, autocorrelated series, such as the token gaps of one long request.
+    """95 % interval of a statistic of one stationary, autocorrelated series, e.g. the token gaps of one long request.
 
-    The circular block bootstrap of Politis & Romano (1992): n/b blocks of b neighbours, drawn from the series closed to a
-    ring; `block=None` takes `block_length`. The percentiles are expanded as in `bootstrap_interval`, for n/b values.
-    Simulated coverage of the mean of AR(1) series, 1,000 each, n = 128, 256, 1,000: φ = 0: 0.95, 0.94, 0.95 · φ = 0.5: 0.90,
-    0.92, 0.94 · φ = 0.8: 0.86, 0.91, 0.93 · φ = 0.9: 0.84, 0.87, 0.91; of the median with φ = 0.8: 0.90, 0.91, 0.93. Of 100,000 values with φ = 0.8, 2,000 resamples take
-    0.2 s for the mean and the median. A function of one's own needs every resample in full, and takes a hundred times that.
+    The circular block bootstrap of Politis & Romano (1992): n/b blocks of b neighbours, drawn from the series closed to
+    a ring. `block=None` takes `block_length`. The percentiles are expanded as in `bootstrap_interval`, for n/b values.
+    Simulated coverage of the mean of AR(1) series, 1,000 each, n = 128, 256, 1,000: φ = 0: 0.95, 0.94, 0.95 ·
+    φ = 0.5: 0.90, 0.92, 0.94 · φ = 0.8: 0.86, 0.91, 0.93 · φ = 0.9: 0.84, 0.87, 0.91; of the median with φ = 0.8: 0.90,
+    0.91, 0.93. For 100,000 values with φ = 0.8, 2,000 resamples take 0.2 s for the mean and the median. A custom
+    function needs every resample in full and takes a hundred times as long.
 
-    It speaks of this series only. Between runs it says nothing: the unit of inference is the process or the repetition. None
-    with fewer than 5 values or 3 blocks.
+    The interval describes this series only, not the variation between runs: the unit of inference is the process or the
+    repetition. None with fewer than 5 values or 3 blocks; ValueError if `block` is below 1.
     """
     import numpy as np
 
@@ -289,7 +267,7 @@ def block_bootstrap_interval(
     n = data.size
     length = block_length(series) if block is None else block
     if length < 1:
-        raise ValueError(f"a block has at least 1 value: {length}")
+        raise ValueError(f"block is too short: {length}. Use at least 1.")
     if n < 5 or n // length < 3:
         return None
     if length == 1:
@@ -298,11 +276,11 @@ def block_bootstrap_interval(
 
 
 def _resample_blocks(data: Array, length: int, statistic: Statistic, resamples: int, seed: int) -> Array:
-    """The statistic of each of `resamples` series made of blocks.
+    """Return the statistic of each of `resamples` series made of blocks.
 
-    Means come from sums of blocks. So do medians of long series: a resample in which a share s of the values lies at or below the
-    series' median has its own median where the series has its quantile 1 − s, up to O(n^(−3/4)) (Bahadur, Annals of
-    Mathematical Statistics 37, 1966). Short series, and other functions, are written out.
+    Means come from sums of blocks, and so do medians of long series: if a share s of a resample lies at or below the
+    median of the series, its own median is the (1 − s)-quantile of the series, up to O(n^(−3/4)) (Bahadur, Annals of
+    Mathematical Statistics 37, 1966). Short series and other functions are resampled in full.
     """
     import numpy as np
 
@@ -327,7 +305,7 @@ def _resample_blocks(data: Array, length: int, statistic: Statistic, resamples: 
 
 
 def _block_means(ring: Array, n: int, length: int, starts: NDArray[np.intp]) -> Array:
-    """Means of resamples (rows of `starts`) from sums of blocks, so that none is written out; the last block is cut to make n values."""
+    """Means of resamples (rows of `starts`) from sums of blocks, not written out; the last block is cut to n values."""
     import numpy as np
 
     total = np.concatenate([[0.0], np.cumsum(ring - ring.mean())])  # centred, so that long sums lose no digits
@@ -339,7 +317,7 @@ def _block_means(ring: Array, n: int, length: int, starts: NDArray[np.intp]) -> 
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """A difference of means, second − first, with its 95 % interval and the two-sided p value of no difference."""
+    """Difference of means, second − first, with its 95 % interval and the two-sided p value of no difference."""
 
     difference: float
     low: float
@@ -351,14 +329,14 @@ class MeanDifference:
 
 @dataclass(frozen=True)
 class RankTest:
-    """Mann and Whitney's U: the number of pairs in which the first sample is larger, ties counting half; two-sided p value."""
+    """Mann–Whitney U: number of pairs in which the first sample is larger, ties counting half; two-sided p value."""
 
     statistic: float
     p_value: float
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
-    """Mean of b − mean of a, without the assumption of equal variances (Welch, Biometrika 34, 1947). None with fewer than 2 values each."""
+    """Mean of b − mean of a, with unequal variances (Welch, Biometrika 34, 1947). None with under 2 values each."""
     if len(a) < 2 or len(b) < 2:
         return None
     return _t_test(fmean(b) - fmean(a), *_welch_error((variance(a), variance(b)), (len(a), len(b))))
@@ -372,7 +350,10 @@ def _welch_error(variances: tuple[float, float], counts: tuple[int, int]) -> tup
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
-    """Mean of the differences b − a of interleaved pairs (Student 1908). None with fewer than 2 pairs; ValueError if unequal in number."""
+    """Mean of the differences b − a of interleaved pairs (Student 1908).
+
+    None with fewer than 2 pairs; ValueError if the numbers of values differ.
+    """
     if len(a) != len(b):
         raise ValueError(f"pairs need as many values on both sides: {len(a)} and {len(b)}")
     if len(a) < 2:
@@ -382,7 +363,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
 
 
 def _t_test(difference: float, error: float, degrees: float) -> MeanDifference:
-    """Student's t of a difference with its standard error. Without any variation the interval is a point, and p is 0 or 1."""
+    """Student's t of a difference with its standard error; without variation the interval is a point, p is 0 or 1."""
     if error == 0:
         t = math.copysign(math.inf, difference) if difference else 0.0
         return MeanDifference(difference, difference, difference, t, degrees, 0.0 if difference else 1.0)
@@ -397,10 +378,10 @@ def _t_test(difference: float, error: float, degrees: float) -> MeanDifference:
 
 @dataclass(frozen=True)
 class Equivalence:
-    """A difference of means, second − first, held against ±margin; `low` to `high` is its 90 % interval.
+    """Difference of means, second − first, compared with ±margin; `low` to `high` is its 90 % interval.
 
-    `p_within` is that of the two one-sided tests (small: the difference lies inside), `p_beyond` that of the test against the
-    nearer margin (small: it lies outside). Both can be large, never both small.
+    `p_within` is the p value of the two one-sided tests (small: the difference lies inside), `p_beyond` that of the
+    test against the nearer margin (small: it lies outside). Both can be large, never both small.
     """
 
     difference: float
@@ -413,7 +394,7 @@ class Equivalence:
 def equivalence(a: Sequence[float], b: Sequence[float], margin: float) -> Equivalence | None:
     """Two one-sided t tests (Schuirmann 1987) with Welch's error. None with fewer than 2 values on a side.
 
-    At 5 % they say the same as the 90 % interval: inside where all of it lies between −margin and margin.
+    At 5 % they agree with the 90 % interval: the difference is inside if all of the interval lies within ±margin.
     """
     if len(a) < 2 or len(b) < 2:
         return None
@@ -433,17 +414,18 @@ def equivalence(a: Sequence[float], b: Sequence[float], margin: float) -> Equiva
 
 MOST_UNITS = 10_000
 POWER = 0.9
-"""Chance that a number of values which is said to tell does tell."""
+"""Power for which `units_to_tell` plans: the chance that its number of values does find the difference."""
 
 
 def units_to_tell(
     difference: float, margin: float, variances: tuple[float, float], first: int | None = None, tests: int = 1
 ) -> int | None:
-    """Least number of values of the second sample with which a difference is found to lie on its side of ±margin, at 5 % with power 0.9.
+    """Number of values of the second sample needed to place a difference inside or outside ±margin, at 5 %, power 0.9.
 
-    Inside, both one-sided tests have to say so, and near 0 each fails as often as the other: P(t < (m − |d|)/error − t₀.₉₅) +
-    P(t < (m + |d|)/error − t₀.₉₅) − 1 (shifted central t). Beyond, the one test at 5 % ÷ `tests`, the number that it is adjusted for.
-    `first` is the number of values of the first sample, None if it grows too. None if `MOST_UNITS` would not do.
+    Inside, both one-sided tests must succeed, and near 0 each fails as often as the other:
+    P(t < (m − |d|)/error − t₀.₉₅) + P(t < (m + |d|)/error − t₀.₉₅) − 1 (shifted central t). Outside, one test at
+    5 % ÷ `tests`, the number of tests that it is adjusted for. `first` is the number of values of the first sample,
+    None if it grows too. None if `MOST_UNITS` values are not enough.
     """
     from scipy import special
 
@@ -470,13 +452,14 @@ def units_to_tell(
 
 
 def mann_whitney(a: Sequence[float], b: Sequence[float]) -> RankTest | None:
-    """Whether values of one sample tend to be larger (Mann & Whitney 1947), by scipy: exact with up to 8 values and no ties, else normal.
+    """Test if values of one sample tend to be larger (Mann & Whitney 1947), with scipy. None without values.
 
-    With 3 values each p cannot be below 0.10, with 4 each 0.029: it needs at least 8 to say much. None without values.
+    Exact with up to 8 values and no ties, else the normal approximation. With 3 values each p cannot be below 0.10,
+    with 4 each 0.029: it needs at least 8 to say much.
     """
     if not a or not b:
         return None
-    if len({*a, *b}) == 1:  # one single value, whose ranks have no variance
+    if len({*a, *b}) == 1:  # all values are equal: their ranks have no variance
         return RankTest(len(a) * len(b) / 2, 1.0)
     from scipy import stats
 
@@ -487,7 +470,7 @@ def mann_whitney(a: Sequence[float], b: Sequence[float]) -> RankTest | None:
 def holm(p_values: Sequence[float]) -> list[float]:
     """P values adjusted for their number, in the order given (Holm, Scandinavian Journal of Statistics 6, 1979, 65–70).
 
-    The chance of any false alarm among those below 0.05 is then at most 5 %, however the tests depend on each other.
+    The chance of any false alarm among those below 0.05 is then at most 5 %, whatever the dependence between the tests.
     """
     adjusted = [0.0] * len(p_values)
     highest = 0.0
@@ -499,7 +482,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Trend:
-    """A slope, y per x, with its 95 % interval."""
+    """Slope, y per x, with its 95 % interval."""
 
     slope: float
     low: float
@@ -507,17 +490,18 @@ class Trend:
 
 
 TREND_BLOCKS = 8
-"""Blocks that a series is cut into for its slope."""
+"""Number of blocks into which `trend` cuts a series."""
 
 
 def trend(x: Sequence[float], y: Sequence[float]) -> Trend | None:
-    """Slope of a noisy, autocorrelated series in order of x: Theil and Sen's, the median of the slopes between blocks (Sen 1968).
+    """Slope of a noisy, autocorrelated series in order of x: Theil–Sen, the median of slopes between blocks (Sen 1968).
 
-    The series is cut into `TREND_BLOCKS` equal blocks, each is replaced by its medians, and the interval is Student's for a line through
-    those (batch means: Schmeiser, Operations Research 30, 1982), so that neighbours may depend on each other over about a block,
-    and a spike of memory moves nothing. Simulated coverage for AR(1) noise, 4,000 series each, n = 16, 40, 150: φ = 0: 0.95, 0.94,
-    0.95 · φ = 0.5: 0.86, 0.92, 0.95 · φ = 0.8: 0.69, 0.83, 0.93. A circular block bootstrap of the residuals, tried first, had
-    0.76 to 0.88 at φ = 0.5 and 0.48 to 0.83 at φ = 0.8. None with fewer than 8 values, or 4 distinct places.
+    The series is cut into `TREND_BLOCKS` equal blocks, each is replaced by its medians, and the interval is Student's
+    for a line through them (batch means: Schmeiser, Operations Research 30, 1982). Neighbours may thus depend on each
+    other over about a block, and a spike of memory has no effect. Simulated coverage for AR(1) noise, 4,000 series
+    each, n = 16, 40, 150: φ = 0: 0.95, 0.94, 0.95 · φ = 0.5: 0.86, 0.92, 0.95 · φ = 0.8: 0.69, 0.83, 0.93. A circular
+    block bootstrap of the residuals, tried first, had 0.76 to 0.88 at φ = 0.5 and 0.48 to 0.83 at φ = 0.8. None with
+    fewer than 8 values or 4 distinct block medians of x.
     """
     blocks = min(TREND_BLOCKS, len(x))
     edges = [round(i * len(x) / blocks) for i in range(blocks + 1)] if blocks >= TREND_BLOCKS else []

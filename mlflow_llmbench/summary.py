@@ -1,6 +1,6 @@
-"""A result → the metrics and series of the vocabulary. Pure: every figure is a function of the raw stamps and readings.
+"""Summary metrics and series of a result. Pure: every metric is a function of the raw stamps and readings.
 
-Keys are those of MLflow (`metrics.KEYS`); what is not defined or not finite is absent.
+Keys are MLflow keys (`metrics.KEYS`). An undefined or non-finite metric is absent.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from .stats import (
 )
 
 MOST_SAMPLES = 300
-"""Points of a memory series that are logged; the MLflow UI draws about as many."""
+"""Maximum number of logged points of a memory series; the MLflow UI draws about as many."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a series: its step, value, and the wall-clock time in ms at which it happened."""
+    """One point of a series: key, step, value, and wall-clock time in ms."""
 
     key: str
     step: int
@@ -54,7 +54,7 @@ class Point:
 
 
 def gpu_of(result: RunResult) -> dict[str, Any] | None:
-    """The GPU that a result was measured on, as in its environment; None for a CPU, whatever else the machine has."""
+    """The GPU that a result was measured on, as in its environment; None for a CPU, even if the machine has a GPU."""
     device = str(result.load.facts.get("model.device", "cpu")) if result.load else result.cell.device
     gpus: list[dict[str, Any]] = result.environment.get("gpus") or []
     index = int(device.partition(":")[2] or 0)
@@ -62,7 +62,7 @@ def gpu_of(result: RunResult) -> dict[str, Any] | None:
 
 
 def hardware_name(result: RunResult) -> str:
-    """What a result was measured on, in words: `NVIDIA A100`, or `AMD EPYC 7B13, 2 CPUs`."""
+    """Name of the hardware that a result was measured on: `NVIDIA A100`, or `AMD EPYC 7B13, 2 CPUs`."""
     gpu = gpu_of(result)
     if gpu:
         return str(gpu["name"])
@@ -72,7 +72,7 @@ def hardware_name(result: RunResult) -> str:
 
 
 def summarize(result: RunResult) -> dict[str, float]:
-    """Summary metrics under their MLflow keys. A result without repetitions has the settings and what was read of memory."""
+    """Summary metrics by MLflow key; a result without repetitions has only the settings and the memory readings."""
     found: dict[str, float | None] = dict(_settings(result))
     found |= _memory(result)
     if result.load:
@@ -95,7 +95,7 @@ def summarize(result: RunResult) -> dict[str, float]:
 
 
 def _of_scenario(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
-    """What only a server's result has, only a stream's, or only one of single batches; MBU and MFU are of one batch of one length."""
+    """Metrics of one scenario: server, stream, or single batches; MBU and MFU only for one batch of one length."""
     if result.cell.scenario == "online":
         return online_figures(result) | {PER_GB: per_gb(found)}
     own = efficiency_figures(result, found) | {"lengths/tokens_per_step_mean": tokens_per_step(result)}
@@ -129,9 +129,9 @@ def _memory(result: RunResult) -> dict[str, float | None]:
 
 
 def _latency(result: RunResult) -> dict[str, float | None]:
-    """Pooled over repetitions and rows, as `samples.csv.gz` has them; support counts distinct stamps.
+    """Latency metrics pooled over repetitions and rows, as in `samples.csv.gz`; support counts distinct stamps.
 
-    All requests of a cell have the same number of rows, so rows change no mean, and percentiles hardly.
+    All requests of a cell have the same number of rows, so rows change no mean and hardly any percentile.
     """
     all_requests = requests(result)
     rows = all_requests[0].rows
@@ -159,7 +159,7 @@ def _latency(result: RunResult) -> dict[str, float | None]:
 
 
 def _around_the_model(times: TextTimes, rows: int, e2e: float) -> dict[str, float]:
-    """The tokenizer's share of an answer: each row's prompt is encoded and its answer decoded, one after another."""
+    """The tokenizer's share of a request: encode each row's prompt and decode its answer, one after another."""
     tokenize, detokenize = ([ns / 1e6 for ns in some] for some in (times.tokenize_ns, times.detokenize_ns))
     return {
         "latency/tokenize_ms_p50": median(tokenize),
@@ -169,7 +169,7 @@ def _around_the_model(times: TextTimes, rows: int, e2e: float) -> dict[str, floa
 
 
 def _throughput(result: RunResult) -> dict[str, float | None]:
-    """Rates, means over `units`; the interval and what the verdict rests on are over `units` too."""
+    """Token rates, means over `units`; the interval and the trust metrics are over `units` too."""
     rates = {name: unit_values(result, rate) for name, rate in RATES.items()}
     found: dict[str, float | None] = {
         f"throughput/{name}_tokens_per_s": fmean(values) for name, values in rates.items() if values
@@ -182,7 +182,7 @@ def _throughput(result: RunResult) -> dict[str, float | None]:
     found["throughput/per_instance_tokens_per_s"] = mean / result.cell.batch_size
     interval = t_interval(output)
     if interval:
-        # Student's interval knows nothing of the fact that a rate is positive.
+        # Student's interval does not know that a rate is positive.
         found["throughput/output_tokens_per_s_ci_low"], found["throughput/output_tokens_per_s_ci_high"] = (
             max(interval[0], 0.0),
             interval[1],
@@ -196,10 +196,11 @@ def _throughput(result: RunResult) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Statistics:
-    """How one metric's values vary. `values` says what they are: repetitions, processes, or the tokens of a series.
+    """Statistics of one metric. `values` says over what: repetitions, processes, or the tokens of a series.
 
-    `mean_low` to `mean_high` is Student's 95 % interval of the mean, `median_low` to `median_high` the bootstrap's of the median;
-    `mad` is the unscaled median absolute deviation. None where there are too few values, or, in a series, where Student's does not hold.
+    `mean_low` to `mean_high` is Student's 95 % interval of the mean, `median_low` to `median_high` the bootstrap's of
+    the median; `mad` is the unscaled median absolute deviation. None with too few values, or, for the mean of a series,
+    because Student's interval does not hold.
     """
 
     key: str
@@ -216,9 +217,10 @@ class Statistics:
 
 
 def statistics(result: RunResult) -> list[Statistics]:
-    """Of each metric that a repetition has, over `units`; and of the series of gaps by token, whose neighbours are correlated.
+    """Statistics of each metric that a repetition has, over `units`, and of the series of gaps by token.
 
-    In the series the interval is that of the block bootstrap, and speaks of the tokens of this cell, not of other runs.
+    Neighbouring gaps are correlated, so their interval is that of the block bootstrap. It describes the tokens of this
+    cell, not other runs.
     """
     unit = "processes" if process_count(result) > 1 else "repetitions"
     found = []
@@ -252,7 +254,7 @@ def _statistics(
 
 
 def statistics_cells(result: RunResult) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the table of `statistics`; – where something is absent."""
+    """Heading and body of the table of `statistics`; – for an absent value."""
 
     def text(value: float | None) -> str:
         return "–" if value is None else number_text(value)
@@ -273,14 +275,14 @@ def statistics_cells(result: RunResult) -> tuple[list[str], list[list[str]]]:
 
 
 def number_text(value: float) -> str:
-    """Four significant digits, and no exponent."""
+    """Format with four significant digits and no exponent."""
     if value == 0:
         return "0"
     return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def series(result: RunResult) -> list[Point]:
-    """All series of the vocabulary with the times at which things happened. Steps never repeat within a key."""
+    """All series, with the times of their points; no step repeats within a key."""
     points: list[Point] = []
     for repetition in result.repetitions:
         wall, step = repetition.wall_ms, repetition.index + 1
@@ -306,7 +308,7 @@ def series(result: RunResult) -> list[Point]:
 
 @dataclass(frozen=True)
 class Turn:
-    """The turns of one number over all conversations that were measured: how many had it, mean lengths in tokens, and medians in ms."""
+    """Turns with one number over all measured conversations: their count, mean lengths in tokens, medians in ms."""
 
     number: int
     count: int
@@ -316,14 +318,14 @@ class Turn:
     e2e_ms: float
 
     def values(self) -> dict[str, float]:
-        """The figures by name, those that are known."""
+        """The known values by name, without number and count."""
         return {
             name: value for name, value in vars(self).items() if name not in ("number", "count") and value is not None
         }
 
 
 def turns_of(result: RunResult) -> list[Turn]:
-    """The turns of conversations, by number; empty where nothing was measured turn by turn."""
+    """Turns of conversations, by number; empty if nothing was measured turn by turn."""
     if result.cell.history == "none":
         return []
     columns: dict[int, list[RequestRecord]] = {}
@@ -357,7 +359,7 @@ def _token_series(result: RunResult) -> Iterator[Point]:
 
 
 def _memory_series(result: RunResult) -> Iterator[Point]:
-    """The timeline, thinned to `MOST_SAMPLES` points; each keeps the largest of those it stands for, so that peaks stay."""
+    """Memory timeline, thinned to `MOST_SAMPLES` points; each keeps the largest sample of its part, so peaks remain."""
     if not result.timeline or not result.repetitions:
         return
     anchor = result.repetitions[0]

@@ -1,6 +1,7 @@
-"""What a server adds: one configuration behind it and without it. Pure: every figure is a function of two results.
+"""Overhead of a server: the same configuration behind it and without it. Pure: functions of two results.
 
-Differences are server − without, of the values of each repetition (medians of TTFT and end to end, mean TPOT), with Welch's 95 % interval.
+Differences are server − without, of the values of each repetition (medians of TTFT and end to end, mean TPOT), with
+Welch's 95 % interval.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ ADDED = {
     "twin/added_tpot_ms": "latency/tpot_ms_mean",
     "twin/added_e2e_ms": "latency/e2e_ms_p50",
 }
-"""Metric → what it is the difference of."""
+"""Metric → the metric whose difference it is."""
 
 ALIKE = 0.02
-"""Mean lengths that differ by more than this share are not alike, and times that depend on them are not compared."""
+"""Mean lengths that differ by more than this share are unlike; times that depend on them are not compared."""
 
 
 def added(offline: RunResult, served: RunResult) -> dict[str, float]:
-    """The metrics of a pair under their MLflow keys. What rests on lengths that differ is absent."""
+    """Metrics of a pair by MLflow key; those that depend on unlike lengths are absent."""
     found: dict[str, float] = {}
     prompts = _alike(
         [_length(r.prompt_tokens) for r in requests(offline)], [_length(r.prompt_tokens) for r in requests(served)]
@@ -47,7 +48,7 @@ def added(offline: RunResult, served: RunResult) -> dict[str, float]:
 
 
 def sentence(name: str, figures: dict[str, float]) -> str:
-    """The difference in words, for the terminal."""
+    """The difference as a sentence for the terminal; intervals are 95 %, in ms."""
     words = {
         "twin/added_ttft_ms": "to the first token",
         "twin/added_tpot_ms": "to each token after it",
@@ -60,7 +61,7 @@ def sentence(name: str, figures: dict[str, float]) -> str:
     ]
     told += [f"throughput × {figures['twin/throughput_ratio']:.3g}"] if "twin/throughput_ratio" in figures else []
     if not told:
-        return f"{name}: nothing of the server can be compared with the same model without it."
+        return f"{name}: no metric of the server can be compared with the same model without it."
     return f"{name}: the server adds {', '.join(told)}."
 
 

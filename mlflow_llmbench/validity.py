@@ -1,4 +1,4 @@
-"""The verdict: can the numbers of a result be trusted, and if not, why, in sentences that end in what to try."""
+"""Verdict on a result: whether its numbers can be trusted, and if not, why and what to try."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from .stats import coefficient_of_variation, supports
 VARIATION_LIMIT = 0.10
 SWAPPED_PAGES_LIMIT = 256
 LEAST_GAP_MS = 0.01
-"""Between two tokens of a model that computes them; a loop that hands over what is there already takes a tenth of it."""
+"""Minimum time between two tokens that a model computes; passing on tokens that exist already takes a tenth of it."""
 
 Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
 
 
 def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
-    """The verdict on a result; `metrics` are its summary under MLflow keys. The worst reason decides; a failed cell is `invalid`."""
+    """Return the verdict on a result; `metrics` are its summary by MLflow key.
+
+    The worst reason decides; a failed cell is `invalid`.
+    """
     if result.failure:
         sentence = f"The cell ended with {result.outcome} at stage {result.failure.stage}: {result.failure.message}"
         return Verdict("invalid", (Reason("unfinished", sentence),))
@@ -32,7 +35,7 @@ def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
 
 
 def unsupported_percentiles(result: RunResult) -> list[str]:
-    """Percentiles that are absent because the sample does not support them, as `TTFT p95 (n = 12, needs 59)`."""
+    """Percentiles that are absent because the sample is too small, as `TTFT p95 (n = 12, needs 59)`."""
     every = requests(result)
     sizes = {
         "TTFT": len(every),
@@ -53,8 +56,9 @@ def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     if wrong:
         yield Reason(
             "wrong_token_count",
-            f"{len(wrong)} of {len(every)} requests brought {wrong[0][0]} tokens instead of {wrong[0][1]}; rates and latencies are not "
-            "those of the requested length. Check the backend, or ask for a length that it can force.",
+            f"{len(wrong)} of {len(every)} requests returned {wrong[0][0]} tokens instead of {wrong[0][1]}; rates and "
+            "latencies are not those of the requested length. Check the backend, or ask for a length that it can "
+            "force.",
         )
 
 
@@ -63,18 +67,20 @@ def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     if smallest < 0:
         yield Reason(
             "negative_gap",
-            f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use these numbers.",
+            f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use "
+            "these numbers.",
         )
 
 
 def _together(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    """Tokens that were all made before the first was handed over: a function of a user's that does not stream."""
+    """Check for tokens handed over only after all were made: a user's function that does not stream."""
     gaps = token_gaps(result)
     if gaps and (apart := median(gaps)) < LEAST_GAP_MS:
         yield Reason(
             "chunked_stream",
-            f"The tokens of a request came together, {apart * 1000:.2g} µs apart (median), and the limit is {LEAST_GAP_MS * 1000:g} µs: they were handed "
-            "over when all were made, so neither the time to the first token nor the gaps are those of the model. Emit each token as it is made.",
+            f"The tokens of a request came together, {apart * 1000:.2g} µs apart (median; limit "
+            f"{LEAST_GAP_MS * 1000:g} µs): they were handed over when all were made, so neither the time to the first "
+            "token nor the gaps are those of the model. Emit each token as it is made.",
         )
 
 
@@ -83,8 +89,8 @@ def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
     if mbu is not None and mbu > 1:
         yield Reason(
             "mbu_above_one",
-            f"The decode would have read {mbu:.2f} times the best bandwidth measured here, and the limit is 1: tokens were not all computed, or the "
-            "bandwidth probe was disturbed. Measure again on a quiet machine.",
+            f"The decode would have read {mbu:.2f} times the best bandwidth measured here (limit 1): tokens were not "
+            "all computed, or the bandwidth probe was disturbed. Measure again on a quiet machine.",
         )
 
 
@@ -106,13 +112,14 @@ def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reaso
     if repetitions < LEAST_REPETITIONS:
         yield Reason(
             "too_few_samples",
-            f"There are {repetitions} repetitions, and {LEAST_REPETITIONS} are the least that an interval can rest on. Set repetitions to 5 or more.",
+            f"There are {repetitions} repetitions; an interval needs at least {LEAST_REPETITIONS}. Set repetitions to "
+            "5 or more.",
         )
     elif 1 < processes < LEAST_REPETITIONS:
         yield Reason(
             "too_few_samples",
-            f"There are {processes} processes, and {LEAST_REPETITIONS} are the least that an interval over processes can rest on. "
-            "Raise processes to 5 or more.",
+            f"There are {processes} processes; an interval over processes needs at least {LEAST_REPETITIONS}. Raise "
+            "processes to 5 or more.",
         )
     elif width is not None and width > target and result.cell.repetitions is None:
         rests_on, more = (
@@ -128,10 +135,10 @@ def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reaso
 
 
 def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    """Between processes where there are several, and between repetitions, which the means of processes would hide.
+    """Check the variation between processes, if several, and between repetitions, which means of processes would hide.
 
-    Conversations differ in their turns, and their throughput with them; what a quiet machine has in common over all of them is the
-    time per output token.
+    Conversations differ in their turns and therefore in throughput; on a quiet machine they share the time per output
+    token, which is checked instead.
     """
     talks = result.cell.history != "none"
     of = PER_REPETITION["latency/tpot_ms_mean"] if talks else output_rate
@@ -146,8 +153,8 @@ def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
         what = "time per output token" if talks and noun == "repetitions" else "throughput"
         yield Reason(
             "high_variation",
-            f"The {what} of the {noun} varies by {found[noun]:.1%} (standard deviation ÷ mean), and the limit is {VARIATION_LIMIT:.0%}. "
-            "Look for what ran beside it, and measure again.",
+            f"The {what} of the {noun} varies by {found[noun]:.1%} (standard deviation ÷ mean; limit "
+            f"{VARIATION_LIMIT:.0%}). Look for other programs that ran at the same time, and measure again.",
         )
 
 
@@ -159,14 +166,16 @@ def _contention(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
     if wall > 0.5 and (steal + foreign) / wall > FOREIGN_CPU_LIMIT:
         yield Reason(
             "contended",
-            f"During the repetitions other processes used {foreign / wall:.2f} and the hypervisor took {steal / wall:.2f} CPUs' worth of time, and the limit is "
-            f"{FOREIGN_CPU_LIMIT:.2f} together. Stop what runs beside the benchmark, and measure again.",
+            f"During the repetitions other processes used {foreign / wall:.2f} and the hypervisor took "
+            f"{steal / wall:.2f} CPUs' worth of time (limit {FOREIGN_CPU_LIMIT:.2f} together). Stop other programs, "
+            "and measure again.",
         )
     swapped = sum(n.swapped_pages or 0 for n in noises)
     if swapped > SWAPPED_PAGES_LIMIT:
         yield Reason(
             "swapping",
-            f"{swapped} pages were swapped during the repetitions, and the limit is {SWAPPED_PAGES_LIMIT}. The model does not fit beside what else runs: use a smaller batch_size or quantization.",
+            f"{swapped} pages were swapped during the repetitions (limit {SWAPPED_PAGES_LIMIT}). The model does not "
+            "fit in memory with the other programs: use a smaller batch_size or quantization.",
         )
 
 
@@ -181,14 +190,14 @@ def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
         lasted = f", for {counted:.2g} s of {sum(n.wall_s for n in noises):.3g} s" if counted else ""
         yield Reason(
             "throttled",
-            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(names)}{lasted}{hottest}), and the limit is none. "
-            "Improve its cooling or raise its power limit, and measure again.",
+            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(names)}{lasted}"
+            f"{hottest}; limit 0). Improve its cooling or raise its power limit, and measure again.",
         )
     foreign = max((n.foreign_gpu_processes or 0 for n in noises), default=0)
     if foreign:
         yield Reason(
             "contended",
-            f"{foreign} other processes computed on the GPU, and the limit is none. Stop them, and measure again.",
+            f"{foreign} other processes computed on the GPU (limit 0). Stop them, and measure again.",
         )
 
 

@@ -52,7 +52,10 @@ RATE, MEMORY = "throughput/output_tokens_per_s", "memory/host_needed_bytes_peak"
 def result(
     factors: Sequence[float], quant: str = "bf16", ttft: Sequence[float] | None = None, **fields: Any
 ) -> RunResult:
-    """Repetitions of 5 tokens: the first after 20 ms, then gaps of 8, 12, 10 and 10 ms, all times the repetition's factor (TTFT its own)."""
+    """Repetitions of 5 tokens: the first after 20 ms, then gaps of 8, 12, 10 and 10 ms, all times a factor each.
+
+    TTFT can have its own factors.
+    """
     repetitions = []
     for index, factor in enumerate(factors):
         t0 = index * 1000 * MS
@@ -63,15 +66,16 @@ def result(
             Repetition(index, index, (RequestRecord(t0, tuple(t0 + round(time * MS) for time in times), 1, 8),))
         )
     base = RunResult(
-        Cell(quant=quant, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1)), "ok", 0, 1, Hashes("c", "w", "h", "s", "e"),
-        ModelFacts("opt", "folder", "/opt", "r"), MACHINE, LoadInfo(2.0, weight_bytes=4 * 10**9), repetitions=tuple(repetitions), steady=True,
+        Cell(quant=quant, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1)), "ok", 0, 1,
+        Hashes("c", "w", "h", "s", "e"), ModelFacts("opt", "folder", "/opt", "r"), MACHINE,
+        LoadInfo(2.0, weight_bytes=4 * 10**9), repetitions=tuple(repetitions), steady=True,
         memory=MemoryStages(host_needed={"peak": 5 * 10**9}),
     )  # fmt: skip
     return dataclasses.replace(base, **fields)
 
 
 def spread(scale: float, n: int = 5) -> list[float]:
-    """Factors around `scale` whose logarithms are a line of width 0.02 centred on its own: mean and variance are known."""
+    """Factors around `scale` whose logarithms lie evenly over a width of 0.02: mean and variance are known."""
     return [scale * math.exp(0.02 * (i / (n - 1) - 0.5)) for i in range(n)]
 
 
@@ -85,7 +89,10 @@ INT4 = result(
 
 
 def test_ratio_interval_and_p_by_hand() -> None:
-    """Logarithms −0.01 … 0.01 in steps of 0.005 have variance 6.25e-5; two samples of 5 give t on 8 degrees with error √(2 · 6.25e-5/5) = 0.005."""
+    """Logarithms −0.01 … 0.01 in steps of 0.005 have variance 6.25e-5.
+
+    Two samples of 5 give t on 8 degrees with error √(2 · 6.25e-5/5) = 0.005.
+    """
     rate = compare(BF16, INT4).effect(RATE)
     assert rate.ratio == pytest.approx(1 / 0.75, rel=1e-6)
     half = 2.30600414 * 0.005
@@ -123,14 +130,16 @@ def test_each_metric_has_its_own_definition_and_direction() -> None:
 
 def test_sentence_to_quote() -> None:
     assert sentence(compare(BF16, INT4)) == (
-        "int4 generates 1.33 times the tokens per second of bf16 (95 % interval 1.32 to 1.35) and needs 0.55 times the memory."
+        "int4 generates 1.33 times the tokens per second of bf16 (95 % interval 1.32 to 1.35) and needs 0.55 times the "
+        "memory."
     )
 
 
 def test_sentence_without_a_difference() -> None:
     other = result(spread(1.001), "fp16")
     assert sentence(compare(BF16, other)) == (
-        "fp16 generates tokens no measurably faster or slower than bf16 (ratio 1.00, 95 % interval 0.99 to 1.01) and needs the same memory."
+        "fp16 generates tokens no measurably faster or slower than bf16 (ratio 1.00, 95 % interval 0.99 to 1.01) and "
+        "needs the same memory."
     )
 
 
@@ -140,7 +149,8 @@ def test_sentence_below_the_noise_threshold() -> None:
     comparison = compare(steady, other)
     assert comparison.effect(RATE).effect == "below the noise threshold"
     assert sentence(comparison) == (
-        "fp16 generates tokens as fast as bf16 within the noise threshold of 1 % (ratio 1.0050, 95 % interval 1.0049 to 1.0051)."
+        "fp16 generates tokens as fast as bf16 within the noise threshold of 1 % (ratio 1.0050, 95 % interval 1.0049 "
+        "to 1.0051)."
     )
     assert compare(steady, other, noise=0.001).effect(RATE).effect == "better"
 
@@ -194,7 +204,10 @@ def test_ranks_are_tested_where_there_are_enough() -> None:
 
 
 def test_pairs_see_through_a_drift_that_both_share() -> None:
-    """Both slow down by a third; in each pair B takes 3 % less time, with a little noise. Welch sees the drift, the paired test sees the 3 %."""
+    """Both slow down by a third; in each pair B takes 3 % less time, with a little noise.
+
+    Welch sees the drift, the paired test sees the 3 %.
+    """
     drift = [1.0, 1.1, 1.2, 1.25, 1.3, 1.35]
     noise = [0.969, 0.971, 0.97, 0.9695, 0.9705, 0.97]
     a, b = result(drift), result([d * n for d, n in zip(drift, noise, strict=True)], "int4")
@@ -285,7 +298,8 @@ def test_unlike_results_are_refused(kind: str) -> None:
     with pytest.raises(NotComparable) as caught:
         compare(BF16, other)
     assert str(caught.value) == (
-        f"The two results are not alike. {listed}. Measure both in the same way, or compare them all the same, labelled, with --allow {kind}."
+        f"The two results are not alike. {listed}. Measure both in the same way, or compare them anyway, with labels, "
+        f"with --allow {kind}."
     )
     assert "\n" not in str(caught.value)
     with pytest.raises(NotComparable):
@@ -311,8 +325,9 @@ def test_all_kinds_are_named_at_once() -> None:
     with pytest.raises(NotComparable) as caught:
         compare(BF16, other)
     assert str(caught.value) == (
-        "The two results are not alike. hardware: hardware hash h → x; software: driver 550 → 570; workload: workload hash w → z. "
-        "Measure both in the same way, or compare them all the same, labelled, with --allow hardware,software,workload."
+        "The two results are not alike. hardware: hardware hash h → x; software: driver 550 → 570; workload: workload "
+        "hash w → z. Measure both in the same way, or compare them anyway, with labels, with --allow "
+        "hardware,software,workload."
     )
     assert caught.value.exit_code == 2
 
@@ -335,8 +350,9 @@ def test_when_requests_come_is_workload_and_how_many_users_there_are_is_not() ->
 
     assert differences(stream(), stream()) == []
     for name, value, listed in (
-        ("request_rate", 8.0, "request_rate 5 → 8"), ("ramp_to", 9.0, "ramp_to none → 9"), ("arrival", "constant", "arrival poisson → constant"),
-        ("seed", 1, "seed 0 → 1"), ("requests", 40, "requests auto → 40"),
+        ("request_rate", 8.0, "request_rate 5 → 8"), ("ramp_to", 9.0, "ramp_to none → 9"),
+        ("arrival", "constant", "arrival poisson → constant"), ("seed", 1, "seed 0 → 1"),
+        ("requests", 40, "requests auto → 40"),
     ):  # fmt: skip
         [found] = differences(stream(), stream(**{name: value}))
         assert (found.kind, str(found)) == ("workload", listed)
@@ -362,7 +378,8 @@ def test_nothing_measured_cannot_be_allowed() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(
         UsageError,
-        match="Unknown kind of difference to allow: weather. Known: hardware, software, workload, scenario, schema, verdict.",
+        match="Unknown kind of difference to allow: weather. "
+        "Known: hardware, software, workload, scenario, schema, verdict.",
     ):
         compare(BF16, INT4, allow=frozenset({"weather", "hardware"}))
     with pytest.raises(UsageError, match="The noise threshold is not a ratio from 0 to below 1: 5"):
@@ -370,7 +387,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def drawn(rng: np.random.Generator, n: int, scale: float = 1.0) -> RunResult:
-    """A result of n repetitions with lognormal noise: 3 % on all of a repetition, and 2 % of its own on the first token."""
+    """A result of n repetitions with lognormal noise: 3 % on the whole repetition, 2 % more on the first token."""
     factors = scale * rng.lognormal(0, 0.03, n)
     return result(factors.tolist(), ttft=(factors * rng.lognormal(0, 0.02, n)).tolist())
 
@@ -381,10 +398,10 @@ def alarmed(comparison: Comparison) -> bool:
 
 @pytest.mark.parametrize("in_pairs", [False, True])
 def test_a_against_a_raises_few_alarms(in_pairs: bool) -> None:
-    """Of 1,000 comparisons of like with like at most 5 % show a difference in any metric, below the noise threshold or not.
+    """Of 1,000 comparisons of like with like at most 5 % show a difference in any metric, below the noise or not.
 
-    The share's standard deviation at 5 % is 0.7 %. That the metrics depend on each other makes Holm stricter: about 2 % are seen,
-    and 8 % without the adjustment.
+    The share's standard deviation at 5 % is 0.7 %. The metrics depend on each other, which makes Holm stricter: about
+    2 % are seen, and 8 % without the adjustment.
     """
     rng = np.random.default_rng(20)
     alarms = 0
@@ -396,7 +413,7 @@ def test_a_against_a_raises_few_alarms(in_pairs: bool) -> None:
 
 
 def test_a_difference_of_ten_percent_is_found_and_its_interval_holds_the_truth() -> None:
-    """Of 400, with 5 to 10 repetitions of 3 % noise: the loss of rate is found in 95 % at least; 95 ± 3.3 % of intervals hold it (3 sd)."""
+    """Of 400 with 5 to 10 repetitions of 3 % noise, at least 95 % find the loss of rate; 95 ± 3.3 % hold it (3 sd)."""
     rng = np.random.default_rng(21)
     found = held = 0
     for _ in range(400):
@@ -418,7 +435,7 @@ def in_processes(factors: Sequence[Sequence[float]], *args: Any, **fields: Any) 
 
 
 def test_each_process_is_one_value_by_hand() -> None:
-    """Five processes of 2 or 3 equal repetitions, and of 2, have the interval and p of five single repetitions, worked out above."""
+    """Five processes of 2 or 3 equal repetitions give the interval and p of five single repetitions, as above."""
     a = in_processes([[f] * (2 + i % 2) for i, f in enumerate(spread(1.0))])
     b = in_processes([[f] * 2 for f in spread(0.75)], "int4")
     comparison = compare(a, b)
@@ -444,13 +461,14 @@ def test_texts_say_which_unit_was_used() -> None:
     factors = [[f, f] for f in spread(1.0)]
     a, b, single = in_processes(factors), in_processes([[0.7 * f for f in own] for own in factors], "int4"), INT4
     assert format_comparison(compare(a, b)).endswith(
-        "Welch's t test on the logarithms of 5 and 5 processes; p adjusted for 5 metrics (Holm); noise threshold 1 %. Values are means over "
-        "processes, each the mean of its repetitions, for ITL of each repetition's median; ratios are those of geometric means."
+        "Welch's t test on the logarithms of 5 and 5 processes; p adjusted for 5 metrics (Holm); noise threshold 1 %. "
+        "Values are means over processes, each the mean of its repetitions, for ITL of each repetition's median; "
+        "ratios are those of geometric means."
     )
     assert "Paired t test on the logarithms of 5 pairs of processes;" in comparison_markdown(compare(a, b, paired=True))
     assert comparison_json(compare(a, b))["processes"] == [5, 5]
     mixed = format_comparison(compare(a, single))
-    assert "int4 was measured in one process, and what that did to all its repetitions alike is not seen." in mixed
+    assert "int4 was measured in one process: an effect of the process on all its repetitions is not seen." in mixed
     assert "Welch's t test on the logarithms of 5 processes and 5 repetitions;" in mixed
     assert "in one process" not in format_comparison(compare(a, b))
     with pytest.raises(
@@ -462,7 +480,7 @@ def test_texts_say_which_unit_was_used() -> None:
 
 
 def test_pairs_are_those_of_processes_by_number() -> None:
-    """Both slow down by a third from process to process; in each pair B takes 3 % less. Repetitions may differ in number."""
+    """Both slow down by a third over the processes; in each pair B takes 3 % less, with unequal repetitions."""
     drift, noise = [1.0, 1.1, 1.2, 1.25, 1.3, 1.35], [0.969, 0.971, 0.97, 0.9695, 0.9705, 0.97]
     a, b = (
         in_processes([[d] * 2 for d in drift]),
@@ -477,7 +495,7 @@ def test_pairs_are_those_of_processes_by_number() -> None:
 
 
 def drawn_in_processes(rng: np.random.Generator, k: int, n: int, scale: float = 1.0) -> RunResult:
-    """k processes of n repetitions: 3 % from process to process, shared by all its repetitions, and 1 % of each repetition's own."""
+    """k processes of n repetitions: 3 % between processes, shared by their repetitions, and 1 % per repetition."""
     shared = scale * rng.lognormal(0, 0.03, k)
     return in_processes([(own * rng.lognormal(0, 0.01, n)).tolist() for own in shared])
 
@@ -490,7 +508,7 @@ def as_one_process(measured: RunResult) -> RunResult:
 
 @pytest.mark.parametrize("in_pairs", [False, True])
 def test_a_against_a_in_processes_raises_few_alarms(in_pairs: bool) -> None:
-    """Of 1,000 comparisons of like with like, with 5 to 8 processes that differ by 3 %, at most 5 % show a difference in any metric."""
+    """Of 1,000 comparisons of like with like, 5 to 8 processes that differ by 3 %, at most 5 % show any difference."""
     rng = np.random.default_rng(22)
     alarms = 0
     for _ in range(1000):
@@ -501,7 +519,7 @@ def test_a_against_a_in_processes_raises_few_alarms(in_pairs: bool) -> None:
 
 
 def test_repetitions_taken_for_independent_raise_false_alarms() -> None:
-    """What the unit is for: the same data with the processes forgotten. Of 200 comparisons of like with like a third at least alarm."""
+    """Without the process as the unit, at least a third of 200 comparisons of like with like raise a false alarm."""
     rng = np.random.default_rng(23)
     pairs = [(drawn_in_processes(rng, 5, 6), drawn_in_processes(rng, 5, 6)) for _ in range(200)]
     assert sum(alarmed(compare(as_one_process(a), as_one_process(b))) for a, b in pairs) >= 66
@@ -509,7 +527,9 @@ def test_repetitions_taken_for_independent_raise_false_alarms() -> None:
 
 
 def test_the_interval_of_the_throughput_covers_with_processes_and_not_without() -> None:
-    """1,000 results of 5 processes of 10 repetitions: 92–98 % of the intervals hold the true rate, against under 70 % over repetitions.
+    """For 1,000 results of 5 processes of 10 repetitions, 92–98 % of the intervals hold the true rate.
+
+    Intervals over repetitions hold it in under 70 %.
 
     The true rate is the mean of 1/f over both lognormal effects, exp((0.03² + 0.01²)/2) of the base.
     """

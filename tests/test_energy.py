@@ -264,7 +264,7 @@ def test_the_sentence_on_throttling_says_why_and_for_how_long() -> None:
     )
     [reason] = judge(measured, summary.summarize(measured)).reasons
     assert reason.sentence == (
-        "The GPU held its clock back in 2 of 5 repetitions (power brake, for 0.5 s of 5 s, up to 88 °C), and the limit is none. "
+        "The GPU held its clock back in 2 of 5 repetitions (power brake, for 0.5 s of 5 s, up to 88 °C; limit 0). "
         "Improve its cooling or raise its power limit, and measure again."
     )
     silent = dataclasses.replace(hot, throttled_s=None, temperature_c=None)

@@ -1,4 +1,4 @@
-"""The gate: its verdicts and exit codes, what it leaves, and the promotion that it guards."""
+"""The gate: its verdicts and exit codes, its records, and the promotion that it guards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_the_champion_passes_against_itself() -> None:
     assert (gate.verdict, gate.exit_code) == ("pass", 0)
     assert {check.state for check in gate.checks} == {"ok"}
     assert [check.key for check in gate.checks] == [
-        "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "latency/tpot_ms_mean", "latency/e2e_ms_p50",
+        "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "latency/tpot_ms_mean",
+        "latency/e2e_ms_p50",
         "memory/host_needed_bytes_peak",
     ]  # fmt: skip
 
@@ -68,7 +69,7 @@ def test_what_chance_may_explain_passes_and_is_called_not_settled() -> None:
     assert gate.verdict == "pass"
     assert "not settled" in {check.state for check in gate.checks}
     assert any(
-        note.startswith("Not settled, since they may be worse by more than their limits, and may not: ")
+        note.startswith("Not settled, since they may be worse by more than their limits, or not: ")
         for note in gate.notes
     )
 
@@ -299,7 +300,7 @@ def test_of_a_sweep_the_cell_with_the_champions_configuration_is_meant(
 def test_the_verdict_is_kept_with_the_run_that_was_named(
     measured_champion: str, store_uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both sides of a gate of the champion against itself are of one configuration and one sweep."""
+    """A gate of the champion against itself compares one configuration of one sweep."""
     more = ("--accept-suspect", "a test", "--default-limit", "90%")
     assert gate_of(measured_champion, "--pairs", "2", "--json", *more) == 0
     client = MlflowClient(store_uri)
@@ -415,7 +416,7 @@ FAST, SLOW = "fake:ttft_ms=6+itl_ms=3", "fake:ttft_ms=6+itl_ms=6"
 
 @pytest.fixture
 def measured_champion(store_uri: str) -> str:
-    """A champion that was really measured, on this machine; its run."""
+    """A champion really measured on this machine; its run."""
     [run_id] = run(model=FAST, **CELL).run_ids
     store = open_store(store_uri)
     register(store, run_id, "support-bot", accept_suspect="a test")
@@ -426,7 +427,7 @@ def measured_champion(store_uri: str) -> str:
 def test_both_are_measured_again_in_turns(
     measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The candidate's run claims to be fast, and is not: what was measured now decides."""
+    """The candidate's run claims to be fast and is not: the new measurement decides."""
     [slow_run] = run(model=SLOW, **CELL).run_ids
     fast = result_of(open_store(store_uri), measured_champion)
     slow = result_of(open_store(store_uri), slow_run)

@@ -97,7 +97,8 @@ def test_what_was_found_is_told_with_its_ends() -> None:
     assert (limit.rate, limit.low, limit.high) == (20, 20, 28.3)
     assert limit.figures()["goodput/limit_requests_per_s"] == 20
     assert limit.sentence().startswith(
-        "Goodput: 20 requests per second meet TTFT ≤ 20 ms for 90% of the requests (surely up to 20, surely not at 28.3)."
+        "Goodput: 20 requests per second meet TTFT ≤ 20 ms for 90% of the requests (surely up to 20, surely not at "
+        "28.3)."
     )
     nothing = goodput.limits([measured(None, 100)], 0.9)[0]
     assert (

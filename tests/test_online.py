@@ -1,4 +1,4 @@
-"""A server as an ordinary cell: worked examples of the figures, the verdict, and the whole way from the command to MLflow."""
+"""A server as an ordinary cell: worked examples of the metrics, the verdict, and whole runs from command to MLflow."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def failed(t0: float, end: float, outcome: str = "server_error") -> RequestRecor
 
 
 TWO_USERS = (
-    request(0, 10, 20, 30, 40), request(0, 15, 25, 35, 45), request(40, 50, 60, 70, 80), request(45, 55, 65, 75, 85), request(80, 90, 100, 110, 120),
+    request(0, 10, 20, 30, 40), request(0, 15, 25, 35, 45), request(40, 50, 60, 70, 80), request(45, 55, 65, 75, 85),
+    request(80, 90, 100, 110, 120),
 )  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def result(
 ) -> RunResult:
     repetitions = tuple(Repetition(i, 1000 * i, requests, failed=failures, client=client) for i in range(5))
     return RunResult(
-        cell, "ok", 0, 9000, Hashes("c", "w", "h", "s", "e"), ModelFacts("m", "none", "http://h", "x"), {}, load=LoadInfo(None), steady=True,
-        warmup_s=(0.04, 0.04, 0.04), repetitions=repetitions,
+        cell, "ok", 0, 9000, Hashes("c", "w", "h", "s", "e"), ModelFacts("m", "none", "http://h", "x"), {},
+        load=LoadInfo(None), steady=True, warmup_s=(0.04, 0.04, 0.04), repetitions=repetitions,
     )  # fmt: skip
 
 
@@ -233,7 +234,7 @@ def test_lengths_caches_and_queues_are_named() -> None:
 
 
 def test_a_server_that_begins_every_request_at_once_is_saturated_too() -> None:
-    """First tokens come after 5 ms as ever, and answers end every 20 ms; or they take longer only until four are in flight."""
+    """First tokens always come after 5 ms and answers end every 20 ms, or take longer only until four are in flight."""
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=100.0)
     beyond = result(
         *[
@@ -253,7 +254,7 @@ def test_a_server_that_begins_every_request_at_once_is_saturated_too() -> None:
 
 
 def ramp_result(capacity_ms: float) -> RunResult:
-    """Answers of 3 ms each, one server, whose next request is begun `capacity_ms` after the last one; 1 to 100 requests per second in 2 s."""
+    """Answers of 3 ms each from one server that begins a request every `capacity_ms`; 1 to 100 requests/s in 2 s."""
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=1.0, ramp_to=100.0, duration_s=2.0)
     free, sent = 0.0, []
     for at_ns in arrival_times_ns(cell, 0) or ():
@@ -273,7 +274,7 @@ def test_a_ramp_finds_what_the_server_can_do() -> None:
     assert reason.sentence.startswith(
         "The rate rose from 1 to 100 requests per second; the last third of the requests came at "
     )
-    assert "were answered at 50, at which the server is saturated" in reason.sentence
+    assert "were answered at 50, the rate at which the server is saturated" in reason.sentence
     steps = {(p.key, p.step): p.value for p in series(slow) if p.key.startswith("steps/ramp_")}
     assert [step for key, step in steps if key == "steps/ramp_ttft_ms"] == list(range(1, 11))
     assert sum(steps["steps/ramp_request_rate", n] for n in range(1, 11)) / 10 == pytest.approx(50.5, rel=0.02)
@@ -385,7 +386,7 @@ def test_the_key_of_openais_own_client_is_sent(server: str, store_uri: str, monk
 
 
 def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
-    """It may have been started anew with another quantization under the same address."""
+    """A server may have been restarted with another quantization under the same address."""
     settings: dict[str, Any] = {
         "backend": "openai",
         "url": server,
@@ -404,8 +405,8 @@ def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
 
 def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=10, ramp_to=200, requests=30, repetitions=5, warmup=1,
-        output_tokens=4, prompt_tokens=16,
+        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=10, ramp_to=200, requests=30,
+        repetitions=5, warmup=1, output_tokens=4, prompt_tokens=16,
     )  # fmt: skip
     [row] = done.rows
     assert row.outcome == "ok"
@@ -414,8 +415,8 @@ def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
 
 def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=100, requests=30, repetitions=5, warmup=1, output_tokens=8,
-        prompt_tokens=16, endpoint="chat", arrival="gamma", burstiness=0.5,
+        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=100, requests=30, repetitions=5,
+        warmup=1, output_tokens=8, prompt_tokens=16, endpoint="chat", arrival="gamma", burstiness=0.5,
     )  # fmt: skip
     [row] = done.rows
     assert row.outcome == "ok"
@@ -470,7 +471,7 @@ def test_a_server_that_answers_nothing_whole_is_a_failed_run_with_its_reason(
 
 
 def test_tokens_that_a_proxy_holds_back_are_no_inter_token_latency() -> None:
-    """Four tokens in each of two bursts, and then all eight in one: each is counted as one chunk by the server."""
+    """Four tokens in each of two bursts, then all eight in one: the server counts each as one chunk."""
     bursts = request(0, 10, 10, 10, 10, 30, 30, 30, 30)
     assert latency.tpot_ms(bursts) == 20 / 4
     assert latency.tpot_ms(dataclasses.replace(bursts, chunk_tokens=(1,) * 8)) == 20 / 4
@@ -484,7 +485,7 @@ def test_tokens_that_a_proxy_holds_back_are_no_inter_token_latency() -> None:
     assert not any("itl" in key for key in (*metrics, *(point.key for point in series(one))))
     assert codes(one) == {"chunked_stream"}
     [reason] = judge(one, metrics).reasons
-    assert reason.sentence.startswith("86% of the tokens came together with the one before, and the limit is 5%")
+    assert reason.sentence.startswith("86% of the tokens came together with the one before (limit 5%)")
     few = result(
         *[request(n * 100, *(n * 100 + 10 + i for i in range(29)), n * 100 + 38) for n in range(5)],
         cell=dataclasses.replace(CELL, output_tokens=30),

@@ -1,4 +1,4 @@
-"""The choice among results: limits, the front, what is refused and why, and what would change the answer; then the command."""
+"""Recommendations: limits, the front, refusals with reasons, changes that would alter the answer; then the command."""
 
 from __future__ import annotations
 
@@ -179,7 +179,8 @@ def test_suspect_results_take_part_only_if_that_is_accepted() -> None:
         == 'Its verdict is suspect (too_few_samples). Measure it again, or accept it with --accept-suspect "REASON".'
     )
     assert found.changes == (
-        "int4 looks better and is suspect: output throughput 126 tokens/s instead of 73.5 tokens/s. Measured again and valid, it would win.",
+        "int4 looks better and is suspect: output throughput 126 tokens/s instead of 73.5 tokens/s. "
+        "If it is measured again and valid, it would win.",
     )
     accepted = recommend([few, INT8], accept_suspect="a first look")
     assert accepted.winner is not None and accepted.winner.name == "int4"
@@ -259,9 +260,7 @@ def test_quality_is_a_limit_and_absent_quality_is_not_good_quality() -> None:
     assert found.winner is best
     told = {r.candidate.name: r.why for r in found.refused}
     assert told["int4"] == "Its KL divergence from the reference is 0.300, and --min-quality kl is 0.05."
-    assert told["bf16"].startswith(
-        "It has no quality/kl_vs_reference, so --min-quality kl 0.05 cannot be held against it."
-    )
+    assert told["bf16"].startswith("It has no quality/kl_vs_reference, so --min-quality kl 0.05 cannot be checked.")
     assert found.changes == (
         "With --min-quality kl 0.3, int4 would win: output throughput 96.2 tokens/s instead of 73.5 tokens/s.",
     )
@@ -279,7 +278,8 @@ def test_nothing_keeps_the_limits() -> None:
     found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, GB), Limit("--max-ttft", TTFT, 1.0)])
     assert found.winner is None and found.runners_up == ()
     assert found.changes[0].startswith(
-        "int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. Its median time to first token"
+        "int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. "
+        "Its median time to first token"
     )
     assert "none of the 4 that can be trusted and compared keeps the limits" in answer(found)
     data = json.loads(json.dumps(recommendation_json(found)))

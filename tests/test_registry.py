@@ -374,7 +374,7 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("decode", "compiled", "decode=compiled cannot be served yet"),
         ("kv_cache", "fp8", "kv_cache=fp8 cannot be served yet"),
         ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),  # its load says no method
-        ("quant", "gptq", "does not say where the files are that it ran"),
+        ("quant", "gptq", "does not say where its model files are"),
         (
             "batching",
             "dynamic",

@@ -265,7 +265,7 @@ def test_wrong_token_counts_are_invalid_not_hidden(store_uri: str) -> None:
     result = fake("ttft_ms=1+itl_ms=1+stop_after=4")
     assert result.rows[0].verdict and result.rows[0].verdict.word == "invalid"
     assert "wrong_token_count" in [r.code for r in result.rows[0].verdict.reasons]
-    assert "brought 4 tokens instead of 6" in result.table()
+    assert "returned 4 tokens instead of 6" in result.table()
 
 
 def test_fresh_processes(store_uri: str) -> None:
