@@ -27,7 +27,7 @@ EXACT = 0.05
 """Relative tolerance of a claim that is one number."""
 
 LEAST_MODELS = 3
-"""Least number of models for which each model counts as one value of a pooled effect; below, each group of cells does."""
+"""Least number of models to pool an effect over models; with fewer it is pooled over groups of cells."""
 
 BATCHES = (4, 16)
 """The paper's range of the best batch size per instance."""
@@ -37,9 +37,10 @@ GPTQ = "gptq"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A pooled effect: geometric mean, 95 % interval (None for one value without repetitions), lowest and highest value.
+    """A pooled effect: geometric mean, 95 % interval, lowest and highest value.
 
-    The mean is over `count` `units`, which are `models`, `groups` or `repetitions`.
+    The mean is over `count` `units`: `models`, `groups` or `repetitions`. The interval is None for one value without
+    repetitions.
     """
 
     value: float

@@ -1,4 +1,4 @@
-"""Fit curves to positive measurements: parameters with intervals, predictions inside the data, and a ranking of rivals.
+"""Curves fitted to positive measurements: parameters with intervals, predictions inside the data, ranking of rivals.
 
 Every fit minimises Σ (ln y − ln f(x))², the squared relative errors, because times and rates scatter in proportion to
 their size. With one error model for all curves, their AICc are comparable. A power law is a straight line in
@@ -332,7 +332,7 @@ def _profile_end(
 
 
 def _restart(form: Form, x: Array, logs: Array, index: int, value: float) -> tuple[Array, float] | None:
-    """Return the best fit with one parameter held at `value`, from the form's own starting points; None if none works."""
+    """Return the best fit with one parameter held at `value`, from the form's own starting points, or None."""
     import numpy as np
 
     found = []
@@ -393,7 +393,7 @@ def _weighted(basis: Array, y: Array) -> Array:
 def linear(
     formula: str, names: tuple[str, ...], basis: Callable[[Array], Array], over: Callable[[Array], Array] | None = None
 ) -> Form:
-    """A sum of columns Σ p_i·φ_i(x), for latencies that add up; or, if `over` is g, the rate g(x) ÷ that sum."""
+    """A sum of columns Σ p_i·φ_i(x), for latencies that add up; or, with `over`, the rate over(x) ÷ that sum."""
     import numpy as np
 
     def starts(x: Array, y: Array) -> list[Array]:
@@ -433,7 +433,7 @@ def line(formula: str, level: str, slope: str) -> Form:
 
 
 def rate_per_step(formula: str, fixed: str, per_row: str) -> Form:
-    """The curve x / (a + b·x): the rate of steps with a fixed time, shared by all rows (Amdahl's law), and one per row."""
+    """The curve x / (a + b·x): the rate of steps with a time shared by all rows (Amdahl's law) and a time per row."""
     return linear(formula, (fixed, per_row), _line_basis, lambda x: x)
 
 

@@ -189,7 +189,7 @@ def _reduction(measured: Measured, reference: Measured) -> Reduction:
 
 
 def _bits(measured: Measured) -> float | None:
-    """Nominal bits of a weight: of the quantization, for `none` of the loaded dtype, for a mixed one its plan's mean."""
+    """Nominal bits of a weight: by quantization, for `none` by the loaded dtype, for a mixed one the plan's mean."""
     plan = measured.result.load.quant_plan if measured.result.load else None
     if plan is not None:
         return plan.nominal_bits

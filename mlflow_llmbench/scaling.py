@@ -49,15 +49,15 @@ if TYPE_CHECKING:
 
 TTFT = "latency/ttft_ms_p50"
 MEMORY = "memory"
-"""Placeholder metric for peak memory: of the device if all cells of a law have it, else the memory needed on the host."""
+"""Placeholder for the peak memory metric: the device's if all cells of a law have it, else the host's needed memory."""
 
 REFUTED = 0.05
-"""Significance level at which a law whose residuals exceed the scatter of the repetitions is called an approximation."""
+"""Significance level: below it, a law's residuals exceed the scatter of repetitions, so it is only an approximation."""
 
 PER_REPETITION = {headline.key: headline.of for headline in HEADLINES if headline.of}
 MODEL = ("model", "revision", "weights", "trust_remote_code", "allow_pickle", "workload")
-"""Settings that may differ between models: speed and memory depend on the model's shape and the number of tokens, not on
-published or random weights, nor on the prompts' text (with random weights there is none)."""
+"""Settings that may differ between models: speed and memory depend on a model's shape and the number of tokens, but not
+on whether weights are published or random, nor on what the prompts say (with random weights there is no text)."""
 
 MOST_NAMED = 4
 """Most models that a heading names."""
@@ -67,7 +67,7 @@ SHAPE = ("batch_size", "prompt_tokens", "output_tokens")
 
 @dataclass(frozen=True)
 class Law:
-    """A law of the paper: a metric over a variable, with its formula, its rivals and the paper's range of the exponent.
+    """A law of the paper: a metric over a variable, with formula, rivals and the paper's range of the main parameter.
 
     `freed`: settings in which the cells of one fit may differ · `scale`: factor from the metric to the shown `unit`.
     """
@@ -86,104 +86,43 @@ class Law:
 
 
 LAWS = (
-    Law(
-        "throughput_by_batch",
-        "throughput against batch size",
-        RATE,
-        "tokens/s",
-        "batch_size",
-        ("batch_size",),
+    Law("throughput_by_batch", "throughput against batch size", RATE, "tokens/s", "batch_size", ("batch_size",),
         power("T = α·b^β", "α", "β"),
         (rate_per_step("T = b/(a + c·b)", "a", "c"), constant("T = a", "a")),
-        "β",
-    ),
-    Law(
-        "throughput_by_size",
-        "throughput against model size",
-        RATE,
-        "tokens/s",
-        "parameters",
-        MODEL,
+        "β"),
+    Law("throughput_by_size", "throughput against model size", RATE, "tokens/s", "parameters", MODEL,
         power("T = γ·size^(−δ)", "γ", "δ", falling=True),
         (reciprocal("T = 1/(a + c·size)", "a", "c"),),
-        "δ",
-        (0.4, 0.6),
-    ),
-    Law(
-        "throughput_by_length",
-        "throughput against prompt length",
-        RATE,
-        "tokens/s",
-        "prompt_tokens",
-        ("prompt_tokens",),
+        "δ", (0.4, 0.6)),
+    Law("throughput_by_length", "throughput against prompt length", RATE, "tokens/s", "prompt_tokens", ("prompt_tokens",),
         power("T = λ·s^(−μ)", "λ", "μ", falling=True),
         (reciprocal("T = 1/(a + c·s)", "a", "c"), constant("T = a", "a")),
-        "μ",
-        (0.2, 0.5),
-    ),
-    Law(
-        "latency_by_size",
-        "time to first token against model size",
-        TTFT,
-        "ms",
-        "parameters",
-        MODEL,
+        "μ", (0.2, 0.5)),
+    Law("latency_by_size", "time to first token against model size", TTFT, "ms", "parameters", MODEL,
         line("L = α + β·size", "α", "β"),
         (power("L = a·size^c", "a", "c"),),
-        "β",
-    ),
-    Law(
-        "latency_by_batch",
-        "time to first token against batch size",
-        TTFT,
-        "ms",
-        "batch_size",
-        ("batch_size",),
+        "β"),
+    Law("latency_by_batch", "time to first token against batch size", TTFT, "ms", "batch_size", ("batch_size",),
         power("L = L₁·b^φ", "L₁", "φ"),
         (line("L = a + c·b", "a", "c"), constant("L = a", "a")),
-        "φ",
-        (0.2, 0.5),
-    ),
-    Law(
-        "latency_by_length",
-        "time to first token against prompt length",
-        TTFT,
-        "ms",
-        "prompt_tokens",
-        ("prompt_tokens",),
+        "φ", (0.2, 0.5)),
+    Law("latency_by_length", "time to first token against prompt length", TTFT, "ms", "prompt_tokens", ("prompt_tokens",),
         offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")),
         (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c"), constant("L = a", "a")),
-        "ω",
-        (0.5, 1.0),
-    ),
-    Law(
-        "memory_by_size",
-        "peak memory against model size",
-        MEMORY,
-        "GB",
-        "parameters",
-        MODEL,
+        "ω", (0.5, 1.0)),
+    Law("memory_by_size", "peak memory against model size", MEMORY, "GB", "parameters", MODEL,
         line("M = overhead + c·size", "overhead", "c"),
         (power("M = a·size^p", "a", "p"),),
-        "c",
-        scale=1e-9,
-    ),
-    Law(
-        "memory_by_tokens",
-        "peak memory against tokens held",
-        MEMORY,
-        "GB",
-        "held_tokens",
-        SHAPE,
+        "c", scale=1e-9),
+    Law("memory_by_tokens", "peak memory against tokens held", MEMORY, "GB", "held_tokens", SHAPE,
         line("M = fixed + k·b·(s + n)", "fixed", "k"),
         (power("M = a·(b·(s + n))^p", "a", "p"), constant("M = a", "a")),
-        "k",
-        scale=1e-9,
-    ),
-)
-"""Sources, by section of the paper: Scaling Analysis (T = α·b^β(s)), Throughput Analysis (δ, μ), Latency Analysis (φ, ω,
-α + β·size), Memory Usage Analysis (c = 4, 2, 1, 0.5 GB per 10⁹ parameters for 32, 16, 8, 4 bits). Memory against tokens
-held is our own law: a fixed part such as the weights, and the KV cache, which grows with batch · (prompt + output)."""
+        "k", scale=1e-9),
+)  # fmt: skip
+"""Sources, by section of the paper: Scaling Analysis (T = α·b^β(s)), Throughput Analysis (δ, μ), Latency Analysis
+(φ, ω, α + β·size), Memory Usage Analysis (c = 4, 2, 1, 0.5 GB per 10⁹ parameters for 32, 16, 8, 4 bits). Memory against
+tokens held is our own law: a fixed part such as the weights, and the KV cache, which grows with
+batch · (prompt + output)."""
 
 PAPER_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5, "fp4": 0.5, "gptq": 0.5}
 """The paper's c of the memory law by quantization, GB per 10⁹ parameters."""
@@ -271,7 +210,7 @@ class Surface:
 
 
 def usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
-    """Return the results with a valid or suspect verdict, and one line for each other: its name and why it is left out."""
+    """Return the results with a valid or suspect verdict, and one line on each other result and why it is left out."""
     kept, left_out = [], []
     varied = varied_settings([result.cell for result in results])
     for result in results:
@@ -315,11 +254,11 @@ def subject(cells: Sequence[Measured]) -> str:
 
 
 def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
-    """Yield groups of cells that differ only in the freed settings, on one machine with one software, sorted by settings.
+    """Yield (name, cells) of groups that differ only in the freed settings, on one machine with one software.
 
-    Each comes with a name that says what it has and the others do not. Models share a group only if their weights have
-    the same dtype, since `none` can mean a different one for each; and, if prompts are as long as their texts, only with
-    the same workload.
+    Groups are sorted by their settings and named by those that vary between them. Models share a group only if their
+    weights have the same dtype, since `none` can mean a different one for each, and, if prompts are as long as their
+    texts, only with the same workload.
     """
     fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
     told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
@@ -365,7 +304,7 @@ def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:
 
 
 def fit_law(law: Law, where: str, group: Sequence[Measured]) -> LawFit:
-    """Fit one law and its rivals to one group. Raises NotFitted for the law; rivals that cannot be fitted are left out."""
+    """Fit one law and its rivals to one group. Raises NotFitted for the law; a rival that fails is left out."""
     metric = (
         law.metric
         if law.metric != MEMORY
@@ -436,7 +375,10 @@ def _roofline_form(law: Law, group: Sequence[Measured]) -> Iterator[Form]:
 
 
 def _limit(metric: str, over: str, first: Measured) -> Callable[[Array], Array] | None:
-    """Return the roofline's rate (tokens/s) or TTFT (ms) as a function of batch sizes, prompt lengths, or pairs of both."""
+    """Return the roofline's rate (tokens/s) or TTFT (ms) as a function of batch size, prompt length, or pairs of both.
+
+    None without the model's load record or the machine's peaks.
+    """
     import numpy as np
 
     load, peaks, cell = first.result.load, first.result.peaks, first.cell
@@ -461,10 +403,10 @@ def _limit(metric: str, over: str, first: Measured) -> Callable[[Array], Array] 
 
 
 def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[list[Surface], list[str]]:
-    """Fit T(b, s) ≈ α·b^β(s) if the batch size was varied at two or more prompt lengths; also return failed fits as text.
+    """Fit T(b, s) ≈ α·b^β(s) where the batch size was varied at two or more prompt lengths.
 
-    The paper has one α for all lengths, so that length would not matter at b = 1. The rivals are an α per length, linear
-    latency T = b/(a + c·b + d·b·s), and a share of the roofline.
+    The paper has one α for all lengths, so that length would not matter at b = 1. The rivals are an α per length,
+    linear latency T = b/(a + c·b + d·b·s), and a share of the roofline. Also returns one line for each fit that fails.
     """
     surfaces: list[Surface] = []
     refused: list[str] = []
@@ -491,7 +433,7 @@ def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[l
 
 
 def _joint_forms(lengths: Sequence[float], first: Measured) -> Iterator[Form]:
-    """Yield the paper's surface, its generalisation with one α per length, linear latency, and a share of the roofline."""
+    """Yield the paper's surface, the same with one α per length, linear latency, and a share of the roofline."""
     import numpy as np
 
     columns = np.array(lengths)
@@ -533,7 +475,7 @@ def _joint_forms(lengths: Sequence[float], first: Measured) -> Iterator[Form]:
 
 
 def untried(found: LawFit) -> list[Prediction]:
-    """Predict the unmeasured powers of two between the cells of a law; empty for laws over model size or tokens held."""
+    """Predict unmeasured powers of two between a law's cells. Empty unless it is over batch size or prompt length."""
     if found.law.over not in ("batch_size", "prompt_tokens"):
         return []
     (low, high), tried = found.fit.ranges[0], {place[0] for place in found.fit.x}

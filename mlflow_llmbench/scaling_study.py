@@ -1,4 +1,4 @@
-"""Study the scaling of a set of measured cells: laws, trade-offs, memory, and what could not be computed, in one record."""
+"""Scaling study of a set of measured cells: laws, trade-offs, memory, and a line for each thing that is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 TPOT = "latency/tpot_ms_mean"
 
 STEEPEST = {"batch_size": 1.0, "prompt_tokens": 2.0}
-"""Largest elasticity of latency that is not a cliff: 1, since rows could be run one by one; 2, for quadratic attention."""
+"""Largest elasticity of latency without a cliff: rows could be run one by one; attention is quadratic in length."""
 
 WATCHED = {TTFT: "time to first token", TPOT: "time per output token"}
 
@@ -52,7 +52,7 @@ class QuantEfficiency(At):
 
 @dataclass(frozen=True)
 class CliffSearch(At):
-    """The cliffs of one series: its metric, the setting that varies, its values, and the cells' configuration hashes."""
+    """The cliffs of one series: its metric, the varied setting, its values, and the cells' configuration hashes."""
 
     metric: str
     over: str
@@ -78,7 +78,7 @@ class Footprint(At):
 
 @dataclass(frozen=True)
 class Study:
-    """All findings, and one line each for what could not be computed (`refused`) and for cells not used (`left_out`)."""
+    """All findings, and one line for each computation that failed (`refused`) and each cell not used (`left_out`)."""
 
     cells: int
     subject: str
