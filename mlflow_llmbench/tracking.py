@@ -326,7 +326,7 @@ def _linked(store: Store, result: RunResult) -> str:
     )
     return (
         f"Measured on {when} in {where}, with the same configuration, environment and workload. "
-        "Not measured again; `rerun=true` does.\n\n"
+        "Measure again with `rerun=true`.\n\n"
     )
 
 

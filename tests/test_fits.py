@@ -142,7 +142,7 @@ def test_equal_values_have_no_growth_and_no_exponent() -> None:
     assert noise.undetermined == ["w"]
     assert noise.loo_error is not None and same.loo_error is not None and noise.loo_error < same.loo_error
     assert fits.ranked([noise, same]) == [same, noise]  # although it is nearer
-    assert "do not determine w of y = k + n·x^w; y = a is taken" in fits.verdict(noise, [same])
+    assert "do not determine w of y = k + n·x^w; y = a is used" in fits.verdict(noise, [same])
 
 
 def test_nothing_is_said_beyond_the_data() -> None:
