@@ -188,7 +188,7 @@ def _checked(form: Form, rows: Sequence[tuple[float, ...]], y: Sequence[float | 
     """Return the values as floats. Raises NotFitted if x or y cannot be used for this curve."""
     refused = f"{form.formula} cannot be fitted:"
     if len(rows) != len(y):
-        raise NotFitted(f"{refused} it got {len(rows)} x and {len(y)} values. Give one value for each x.")
+        raise NotFitted(f"{refused} {len(rows)} x and {len(y)} values. Give one value for each x.")
     values: list[float] = []
     for place, value in zip(rows, y, strict=True):
         at = ", ".join(f"{part:g}" for part in place)
@@ -203,7 +203,7 @@ def _checked(form: Form, rows: Sequence[tuple[float, ...]], y: Sequence[float | 
     need, distinct = len(form.names) + 1, len(set(rows))
     if distinct < need:
         raise NotFitted(
-            f"{refused} there are {distinct} distinct points, and {len(form.names)} parameters with intervals "
+            f"{refused} {distinct} distinct points, and {len(form.names)} parameters with intervals "
             f"need {need}. Measure more of them."
         )
     return values

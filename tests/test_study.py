@@ -113,7 +113,7 @@ def test_a_claim_that_is_wrong_here_is_not_confirmed_and_one_without_data_is_not
     assert claim(slow, "int8_speed").measured.startswith("0.46")
     four = claim(slow, "int4_speed")
     assert (four.verdict, four.measured) == (UNSAID, "–")
-    assert "No cell of int4 was measured beside one of 16 bits" in four.why
+    assert "No cell of int4 was measured together with a 16-bit cell" in four.why
     assert claim(slow, "gptq_between").why == "No cell of gptq was measured beside both int8 and int4."
     assert claim(slow, "best_batch").why == "No cells differ only in batch size."
 
