@@ -1,7 +1,8 @@
-"""What the EffiLLM paper claims, each beside what was measured: confirmed, not confirmed, or not to be said here.
+"""Check the claims of the EffiLLM paper against measurements: confirmed, not confirmed, or undecided.
 
-A claim is a range. What was measured has a 95 % interval: inside the range it confirms the claim, outside it does not, and where it
-reaches across an end nothing can be said. A claim that is one number is taken as that number ± `EXACT`.
+A claim is a range, a measured value has a 95 % interval. An interval inside the range confirms the claim, one outside
+does not, and one that crosses an end of the range leaves it undecided. A claim that is one number means that number
+± `EXACT`.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ from .tradeoffs import Ratio
 CONFIRMED, NOT_CONFIRMED, UNSAID = "confirmed", "not confirmed", "cannot be said here"
 
 EXACT = 0.05
-"""How far a measured value may lie from a claim that is one number."""
+"""Relative tolerance of a claim that is one number."""
 
 LEAST_MODELS = 3
-"""Models from which each counts as one value of a pooled effect; with fewer every group of cells does."""
+"""Least number of models to pool an effect over models; with fewer it is pooled over groups of cells."""
 
 BATCHES = (4, 16)
-"""The paper's best batch sizes per instance."""
+"""The paper's range of the best batch size per instance."""
 
 GPTQ = "gptq"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A pooled effect: the geometric mean over `count` `units` (`models`, `groups` or `repetitions`), its 95 % interval (None for one
-    value without repetitions), and the lowest and highest value seen.
+    """A pooled effect: geometric mean, 95 % interval, lowest and highest value.
+
+    The mean is over `count` `units`: `models`, `groups` or `repetitions`. The interval is None for one value without
+    repetitions.
     """
 
     value: float
@@ -54,7 +57,7 @@ class Estimate:
 
     @property
     def spread(self) -> str:
-        """The lowest and the highest value in words; empty for one value."""
+        """The lowest and the highest value as text; empty for one value."""
         return (
             ""
             if self.count == 1 and self.units == "repetitions"
@@ -64,7 +67,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class QuantEffect:
-    """A quantized cell against its reference, which differs in nothing else: throughput with its interval, and memory saved."""
+    """A quantized cell against its reference, which differs only in quantization: throughput ratio and memory saved."""
 
     measured: Measured
     reference: Measured
@@ -73,18 +76,18 @@ class QuantEffect:
 
     @property
     def quant(self) -> str:
-        """The quantization."""
+        """The cell's quantization."""
         return self.measured.cell.quant
 
     @property
     def from_16_bits(self) -> bool:
-        """Whether the reference has 16-bit weights, as the paper's has."""
+        """True if the reference has 16-bit weights, as the paper's has."""
         return self.memory.theory == 1 - footprint.BITS.get(self.quant, 16) / 16
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: what the paper says, its range as text, what was measured, the verdict, and what that rests on or why there is none."""
+    """One claim: the paper's statement, its range as text, the measured value, the verdict, and the reason for it."""
 
     key: str
     said: str
@@ -95,7 +98,7 @@ class Claim:
 
 
 def quant_effects(cells: Sequence[Measured]) -> list[QuantEffect]:
-    """Every quantized cell that has a reference beside it."""
+    """Return the effect of every quantized cell that has a reference."""
     found = []
     for _, group in quant_groups(cells):
         by_quant = {measured.cell.quant: measured for measured in group}
@@ -107,9 +110,10 @@ def quant_effects(cells: Sequence[Measured]) -> list[QuantEffect]:
 
 
 def pooled(effects: Sequence[tuple[str, Ratio]]) -> Estimate:
-    """Ratios of several cells as one: geometric mean and Student's interval on the logarithms. `effects`: (model, ratio), at least one.
+    """Pool the ratios of several cells: geometric mean, and Student's interval on the logarithms.
 
-    A model's cells agree more with each other than with another's, so each model gives one value where there are `LEAST_MODELS`.
+    `effects`: (model, ratio), at least one. Cells of one model are not independent, so each model gives one value if
+    there are at least `LEAST_MODELS` models.
     """
     values = [effect.value for _, effect in effects]
     by_model: dict[str, list[float]] = {}
@@ -127,7 +131,7 @@ def pooled(effects: Sequence[tuple[str, Ratio]]) -> Estimate:
 
 
 def judge_range(low: float | None, high: float | None, claimed: tuple[float, float]) -> str:
-    """The verdict on a claimed range of a measured interval; None ends are unknown."""
+    """Return the verdict on a claimed range, given the measured interval; an end of None is unknown."""
     least, most = -math.inf if low is None else low, math.inf if high is None else high
     if claimed[0] <= least and most <= claimed[1]:
         return CONFIRMED
@@ -135,7 +139,7 @@ def judge_range(low: float | None, high: float | None, claimed: tuple[float, flo
 
 
 def judge_claims(study: Study, cells: Sequence[Measured]) -> list[Claim]:
-    """All claims of the paper, in its order, whether or not anything was measured for them."""
+    """Judge all claims of the paper, in its order, even if nothing was measured for them."""
     effects = [effect for effect in quant_effects(cells) if effect.from_16_bits]
     claims = [*_quantization_claims(effects), _between_claim(cells), _batch_claim(study)]
     return [*claims, *(_exponent_claim(study, *row) for row in EXPONENTS), *_memory_claims(study), *_form_claims(study)]
@@ -190,7 +194,7 @@ def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:
                 _range(claimed),
                 "–",
                 UNSAID,
-                f"No cell of {quant} was measured beside one of 16 bits that differs in nothing else.",
+                f"No cell of {quant} was measured together with a 16-bit cell that differs only in quantization.",
             )
             continue
         estimate = pooled(found)
@@ -217,7 +221,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def around(value: float) -> tuple[float, float]:
-    """A claim that is one number, as a range."""
+    """Turn a claim that is one number into a range."""
     return value * (1 - EXACT), value * (1 + EXACT)
 
 
@@ -231,7 +235,7 @@ def _range(claimed: tuple[float, float]) -> str:
 
 
 def _between_claim(cells: Sequence[Measured]) -> Claim:
-    """GPTQ between INT4 and INT8: slower than the one and faster than the other, each by its interval."""
+    """Judge whether GPTQ is slower than INT8 and faster than INT4, each by its interval."""
     against: dict[str, list[tuple[str, Ratio]]] = {"int8": [], "int4": []}
     for _, group in grouped(cells, ("quant", "group_size")):
         by_quant = {measured.cell.quant: measured for measured in group}
@@ -262,16 +266,19 @@ def _between_claim(cells: Sequence[Measured]) -> Claim:
 
 
 def _batch_claim(study: Study) -> Claim:
-    """The best batch size per instance, with those that cannot be told from it."""
+    """Judge the best batch size per instance, together with the sizes that are not measurably worse."""
     said, claimed = "The best batch size per instance is 4 to 16", "4 to 16"
     best = [{batch.optimal.per_instance, *batch.optimal.alike} for batch in study.batches]
     if not best:
-        return Claim("best_batch", said, claimed, "–", UNSAID, "No cells differ in nothing but their batch size.")
+        return Claim("best_batch", said, claimed, "–", UNSAID, "No cells differ only in batch size.")
     inside = sum(all(BATCHES[0] <= size <= BATCHES[1] for size in sizes) for sizes in best)
     outside = sum(not any(BATCHES[0] <= size <= BATCHES[1] for size in sizes) for sizes in best)
     verdict = CONFIRMED if inside == len(best) else NOT_CONFIRMED if outside * 2 > len(best) else UNSAID
     sizes = sorted({batch.optimal.per_instance for batch in study.batches})
-    why = f"The best sizes lie in the range in {inside} of {_count(len(best), 'group')} and outside it in {outside}, by Welch's test; else both are as good."
+    why = (
+        f"By Welch's test, the best sizes lie in the range in {inside} of {_count(len(best), 'group')} and outside it "
+        f"in {outside}; otherwise sizes inside and outside are equally good."
+    )
     return Claim("best_batch", said, claimed, f"best: {', '.join(map(str, sizes))}", verdict, why)
 
 
@@ -289,7 +296,7 @@ def _exponent_claim(study: Study, key: str, said: str, claimed: tuple[float, flo
 
 
 def _memory_claims(study: Study) -> Iterator[Claim]:
-    """The slope c of the memory law, GB per 10⁹ parameters, for each width of a weight."""
+    """Judge the slope c of the memory law, GB per 10⁹ parameters, for each weight width."""
     laws = [law for law in study.laws if law.law.key == "memory_by_size"]
     for names, value in (("FP32", 4.0), ("FP16", 2.0), ("INT8", 1.0), ("INT4", 0.5)):
         own = [law for law in laws if _paper_bytes(law) == value]
@@ -298,17 +305,17 @@ def _memory_claims(study: Study) -> Iterator[Claim]:
 
 
 def _paper_bytes(law: LawFit) -> float | None:
-    """The paper's c of a law's cells; an unquantized checkpoint by the type of its weights."""
+    """Return the paper's c for a law's cells, GB per 10⁹ parameters; of an unquantized checkpoint by its dtype."""
     widths = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
     first, expected = law.cells[0], paper_range(law)
     return expected[0] if expected else widths.get(first.dtype) if first.cell.quant == "none" else None
 
 
 def _parameter_claim(key: str, said: str, laws: Sequence[LawFit], claimed: tuple[float, float]) -> Claim:
-    """A parameter of a law in every group that it was fitted to: most groups decide."""
+    """Judge the main parameter of a law; the majority of the groups that it was fitted to decides."""
     if not laws:
         return Claim(
-            key, said, _range(claimed), "–", UNSAID, "The law could not be fitted: too few cells differ in this alone."
+            key, said, _range(claimed), "–", UNSAID, "The law could not be fitted: too few cells differ only in this."
         )
     found = [law.fit.parameter(law.law.main) for law in laws]
     verdicts = [judge_range(one.low, one.high, claimed) for one in found]
@@ -316,9 +323,10 @@ def _parameter_claim(key: str, said: str, laws: Sequence[LawFit], claimed: tuple
     majority = next((word for word, count in counts.items() if count * 2 > len(found)), UNSAID)
     refuted = sum(law.refuted for law in laws)
     parts = [
-        f"inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in {counts[UNSAID]} of {_count(len(found), 'group')}"
+        f"inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in {counts[UNSAID]} "
+        f"of {_count(len(found), 'group')}"
     ]
-    parts += [f"in {refuted} the cells lie off the law by more than their repetitions scatter"] if refuted else []
+    parts += [f"in {refuted} the cells deviate from the law by more than their repetitions scatter"] if refuted else []
     return Claim(key, said, _range(claimed), _parameters(found), majority, f"The interval lies {'; '.join(parts)}.")
 
 
@@ -326,11 +334,14 @@ def _parameters(found: Sequence[Parameter]) -> str:
     if len(found) == 1:
         return str(found[0])
     values = [one.value for one in found]
-    return f"{found[0].name} = {median(values):.3g} (median of {len(values)} groups, {min(values):.3g} to {max(values):.3g})"
+    return (
+        f"{found[0].name} = {median(values):.3g} "
+        f"(median of {len(values)} groups, {min(values):.3g} to {max(values):.3g})"
+    )
 
 
 def _form_claims(study: Study) -> Iterator[Claim]:
-    """Whether the paper's curve is the nearest of those tried."""
+    """Judge whether the paper's curve fits best among those tried."""
     for key, said in (
         ("throughput_by_batch", "Throughput follows a power of the batch size, α·b^β"),
         ("latency_by_size", "Time to first token is a line over model size"),
@@ -343,7 +354,7 @@ def _form_claims(study: Study) -> Iterator[Claim]:
                 "the nearest curve",
                 "–",
                 UNSAID,
-                "The law could not be fitted: too few cells differ in this alone.",
+                "The law could not be fitted: too few cells differ only in this.",
             )
             continue
         nearest, refuted = sum(law.best is law.fit for law in laws), sum(law.refuted for law in laws)
@@ -355,6 +366,7 @@ def _form_claims(study: Study) -> Iterator[Claim]:
             f", else {', '.join(others)}" if others else ""
         )
         why = (
-            f"In {refuted} of {_count(len(laws), 'group')} the cells lie off it by more than their repetitions scatter."
+            f"In {refuted} of {_count(len(laws), 'group')} the cells deviate from it by more than their repetitions "
+            "scatter."
         )
         yield Claim(f"{key}_form", said, "the nearest curve", shown, verdict, why)

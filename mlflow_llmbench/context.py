@@ -1,9 +1,9 @@
-"""A run-context provider of MLflow: tags the runs of any program with the fingerprint of the machine, where that is asked for.
+"""MLflow run-context provider: tag the runs of any program with the machine's fingerprint.
 
-Off unless MLFLOW_LLMBENCH_TAG_RUNS=1. MLflow loads this in the middle of its own import, in every program of the environment, and an
-error here would end all of them: so it needs the standard library only, takes no base class of MLflow's, and reads the machine
-when the first run is begun and not before. MLflow asks it at each `mlflow.start_run` that makes a run, and not for `mlflow run`, a resumed
-run or a client's `create_run`; our own runs are tagged by `tracking`, with the same tags.
+Off unless MLFLOW_LLMBENCH_TAG_RUNS=1. MLflow loads this module during its own import, in every program of the
+environment, and an error here would end all of them. So it uses only the standard library and no base class of MLflow,
+and reads the machine only when the first run starts. MLflow calls it for each `mlflow.start_run` that creates a run,
+but not for `mlflow run`, a resumed run or a client's `create_run`. `tracking` sets the same tags on our own runs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 TAG_RUNS = "MLFLOW_LLMBENCH_TAG_RUNS"
-"""The environment variable that turns it on: 1, true, yes or on."""
+"""Environment variable that turns the tagging on: 1, true, yes or on."""
 
 
 def fingerprint_tags(environment: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> dict[str, str | None]:
-    """The tags of the vocabulary that say where and with what a run ran, without their prefix; `gpu` is the one that it used."""
+    """Return the tags for the hardware and software of a run, without their prefix. `gpu` is the GPU that it used."""
     packages, hashes = environment.get("packages") or {}, environment.get("hashes") or {}
     return {
         "env_hash": hashes.get("env"),
@@ -35,7 +35,7 @@ def fingerprint_tags(environment: Mapping[str, Any], gpu: Mapping[str, Any] | No
 
 @functools.cache
 def _tags_here() -> dict[str, str]:
-    """Those of this machine, read once per process; of several GPUs the first."""
+    """Return this machine's tags, read once per process, with the first of several GPUs."""
     from . import __version__, machine
 
     found = machine.fingerprint()
@@ -44,12 +44,12 @@ def _tags_here() -> dict[str, str]:
 
 
 class RunContext:
-    """What MLflow asks at the beginning of a run (its `RunContextProvider`, by its two methods)."""
+    """The two methods of MLflow's `RunContextProvider`, which MLflow calls when a run starts."""
 
     def in_context(self) -> bool:
-        """Whether the user wants runs to be tagged."""
+        """Return True if the user turned the tagging on."""
         return os.environ.get(TAG_RUNS, "").strip().lower() in ("1", "true", "yes", "on")
 
     def tags(self) -> dict[str, str]:
-        """The fingerprint as tags `llmbench.…`."""
+        """Return the fingerprint as tags `llmbench.…`."""
         return dict(_tags_here())

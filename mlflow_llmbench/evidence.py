@@ -1,4 +1,4 @@
-"""Results by any name that a person has at hand: a folder, a run, a sweep."""
+"""Load results by reference: a folder, a run or a sweep."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 
 
 def load_results(reference: str, tracking_uri: str | None = None) -> list[RunResult]:
-    """The results that a reference stands for: a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, or a sweep's name.
+    """Load results from a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, or a sweep's name.
 
-    The parent of a sweep stands for its cells. Raises JournalError or TrackingError, one line that says what was looked for, and
-    NotComparable for a run that was imported.
+    The parent run of a sweep gives the results of its cells. Raises JournalError or TrackingError, with a one-line
+    message that says what was looked for, and NotComparable for an imported run.
     """
     folder = Path(reference)
     if os.path.isdir(folder):
@@ -31,20 +31,22 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
         )
         if not found:
             raise JournalError(
-                f"The folder {reference} holds no result. Give the folder that `llmbench run` printed, or that of a cell in it."
+                f"The folder {reference} holds no result. "
+                "Give the folder that `llmbench run` printed, or that of a cell in it."
             )
         return [read_result(file.parent) for file in found]
     run = RUN_ID.fullmatch(reference)
     if run is None and not SWEEP_ID.fullmatch(reference):
         raise JournalError(
-            f"{reference} is neither a folder, nor a run id, nor the name of a sweep. Give one of them; `llmbench run --json` prints all three."
+            f"{reference} is neither a folder, nor a run id, nor the name of a sweep. "
+            "Give one of them; `llmbench run --json` prints all three."
         )
     store = tracking.open_store(tracking_uri)
     ids = tracking.cells_of_run(store, run[1]) if run else tracking.cells_of_sweep(store, reference)
     if not ids and run and (source := tracking.source_of(store, run[1])):
         raise NotComparable(
-            f"The run {run[1]} was imported from {source}: it has neither raw stamps nor the fingerprint of its machine, so nothing is concluded from it. "
-            "Its figures stand beside ours in the MLflow UI."
+            f"The run {run[1]} was imported from {source}: it has neither raw stamps nor the fingerprint of its "
+            "machine, so nothing can be concluded from it. Look at its figures beside ours in the MLflow UI."
         )
     if not ids:
         raise TrackingError(

@@ -1,6 +1,7 @@
-"""The whole study of one or several sweeps, before it is Markdown or HTML: sentences with intervals, claims, recommendations, costs, machines.
+"""Findings of one or several sweeps as data: sentences with intervals, claims, recommendations, costs, machines.
 
-Everything is computed from the results. What cannot be said is named with its reason, so that a missing line is never taken for a zero.
+Everything is computed from the results; `study_report` renders it. A missing finding is listed with its reason, so that
+it cannot be mistaken for a zero.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from .summary import hardware_name, number_text
 from .tradeoffs import Ratio, ratio
 
 OF_MODEL = ("model", "revision", "weights", "backend", "trust_remote_code", "allow_pickle", "workload")
-"""Settings that go with a model: each may have its own in one figure, and is named where it varies."""
+"""Settings of a model: in one figure each model may have its own, and those that vary are named."""
 
 SHOWN = ("quant", "batch_size", "prompt_tokens")
 """The axes of the figures, beside the model."""
 
 LEAST_CHOICE = 2
-"""Configurations that a recommendation needs to choose among."""
+"""Least number of configurations to choose among."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine with one software: the hash of both, its name (with the hash where two have the same), its cells, its price per hour."""
+    """One machine with one software: environment hash, name (with the hash if two share it), cells, price per hour."""
 
     env: str
     name: str
@@ -47,9 +48,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Focus:
-    """The cells that the figures show: those of one machine that differ in model, quantization, batch size and prompt length only.
+    """The cells in the figures: of one machine, differing only in model, quantization, batch size and prompt length.
 
-    `batch` and `prompt` are where others are held when one of them is varied; `note` says what was left out.
+    `batch`, `prompt`: the values held fixed while something else varies · `note`: what is left out.
     """
 
     machine: Machine
@@ -61,7 +62,7 @@ class Focus:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to deploy of one model under one constraint."""
+    """The recommended configuration of one model under one constraint."""
 
     model: str
     constraint: str
@@ -70,7 +71,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Across:
-    """One configuration on two machines: throughput of the second ÷ that of the first, and money per million tokens where both have a price."""
+    """One configuration on two machines: throughput of the second ÷ that of the first."""
 
     name: str
     first: str
@@ -80,7 +81,7 @@ class Across:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that the report of a study tells. `sentences`: heading → sentences. `not_said`: what and why not."""
+    """Content of a study's report. `sentences`: heading → sentences. `not_said`: what is missing, and why."""
 
     title: str
     scaling: Study
@@ -104,10 +105,11 @@ def find(
     accept_suspect: str | None = None,
     no_energy: str = "",
 ) -> Findings:
-    """The study of results. `prices`: money per hour by a part of the hardware's name, "" for all; they take the place of those measured with.
+    """Study results.
 
-    `accept_suspect`: the reason for which suspect results may be recommended. `no_energy`: why energy cannot be read on this machine.
-    Raises UsageError where no result can be used, or a price meets no machine.
+    `prices`: money per hour by part of the hardware's name, "" for all; they replace the recorded prices.
+    `accept_suspect`: reason for which suspect results may be recommended. `no_energy`: why energy cannot be read on
+    this machine. Raises UsageError if no result can be used, or if a price matches no machine.
     """
     results = _priced(results, prices or {})
     study = study_scaling(results, share)
@@ -149,12 +151,13 @@ def find(
 
 
 def _priced(results: Sequence[RunResult], prices: Mapping[str, float]) -> list[RunResult]:
-    """Results with the price of their hardware. Raises UsageError for a name that no hardware has."""
+    """Set the price of each result's hardware. Raises UsageError for a name that matches no hardware."""
     names = {hardware_name(result) for result in results}
     for part in prices:
         if not any(part.lower() in name.lower() for name in names):
             raise UsageError(
-                f"No machine of the study is called {part}, so it has no price. Known: {'; '.join(sorted(names))}."
+                f"No machine of the study is called {part}. "
+                f"Give the price for one of these, or for a part of its name: {'; '.join(sorted(names))}."
             )
     found = []
     for result in results:
@@ -166,7 +169,7 @@ def _priced(results: Sequence[RunResult], prices: Mapping[str, float]) -> list[R
 
 
 def _machines(cells: Sequence[Measured]) -> tuple[Machine, ...]:
-    """The machines, that with most cells first."""
+    """Return the machines, the one with most cells first."""
     counts = Counter(measured.result.hashes.env for measured in cells)
     first = {env: next(m.result for m in cells if m.result.hashes.env == env) for env in counts}
     names = {env: hardware_name(result) for env, result in first.items()}
@@ -176,7 +179,7 @@ def _machines(cells: Sequence[Measured]) -> tuple[Machine, ...]:
 
 
 def _focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focus:
-    """The machine and the settings that most cells have; and the batch size and prompt length at which most models and quantizations meet."""
+    """Choose the machine and settings of most cells, and the shape at which most models and quantizations meet."""
     here = [measured for measured in cells if measured.result.hashes.env == machines[0].env]
     held = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *OF_MODEL, *SHOWN)]
     counts = Counter(tuple(getattr(m.cell, name) for name in held) for m in here)
@@ -198,7 +201,8 @@ def _focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focus:
         f"{name}={getattr(shown[0].cell, name)}" for name in held if name in varied_settings([m.cell for m in here])
     )
     note = (
-        f"{others} of the {len(here)} cells there are not shown: they were measured again or with other settings than {told or 'these'}."
+        f"{others} of the {len(here)} cells there are not shown: they were measured again or with other settings than "
+        f"{told or 'these'}."
         if others
         else ""
     )
@@ -206,7 +210,7 @@ def _focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focus:
 
 
 def labels(cells: Sequence[Measured]) -> dict[str, str]:
-    """Config hash → what to call the cell's model: its name, and of weights and workload what varies among the cells."""
+    """Map config hash → label of the cell's model: its name, with weights and workload if they vary among the cells."""
     varied = [name for name in ("weights", "workload") if len({getattr(m.cell, name) for m in cells}) > 1]
     words = {"hub": "real", "random": "random"}
 
@@ -218,7 +222,10 @@ def labels(cells: Sequence[Measured]) -> dict[str, str]:
 
 
 def with_interval(measured: Measured, key: str, scale: float = 1.0) -> tuple[float, float, float] | None:
-    """A metric's value with the ends of its 95 % interval, each the value itself where there is none; None without the metric."""
+    """Return (value, low, high) of a metric, with the ends of its 95 % interval; None without the metric.
+
+    Without an interval both ends are the value itself.
+    """
     value = measured.metrics.get(key)
     if value is None:
         return None
@@ -230,7 +237,7 @@ def with_interval(measured: Measured, key: str, scale: float = 1.0) -> tuple[flo
 
 
 def _shown(measured: Measured, key: str) -> str:
-    """A metric with its interval: `123.4 tokens/s (121.0 to 125.1)`."""
+    """Format a metric with its interval: `123.4 tokens/s (121.0 to 125.1)`."""
     found = with_interval(measured, key)
     if found is None:
         return "–"
@@ -240,7 +247,7 @@ def _shown(measured: Measured, key: str) -> str:
 
 
 def _measured(results: Sequence[RunResult], cells: Sequence[Measured], machines: Sequence[Machine]) -> Iterator[str]:
-    """How much was measured, where, and which cell is best at what."""
+    """Say how much was measured, where, and which cells are best."""
     sweeps = len({result.sweep for result in results})
     suspect = sum(1 for one in candidates([m.result for m in cells]) if one.verdict.word == "suspect")
     text = f"{len(cells)} cells of {len(results)} can be used, from {sweeps} sweep{'' if sweeps == 1 else 's'}"
@@ -250,8 +257,8 @@ def _measured(results: Sequence[RunResult], cells: Sequence[Measured], machines:
     kinds = Counter(m.cell.weights for m in cells)
     if len(kinds) > 1:
         yield (
-            f"{kinds['random']} cells have random weights and {kinds['hub']} published ones. Speed and memory follow from the shape of a model, so they are "
-            "set beside each other; quality is of published weights alone."
+            f"{kinds['random']} cells have random weights and {kinds['hub']} published ones. Speed and memory follow "
+            "from the shape of a model, so both kinds are compared; quality is of published weights alone."
         )
     names = varied_settings([m.cell for m in cells])
     for what, key, better in (("The highest throughput", RATE, max), ("The shortest time to first token", TTFT, min)):
@@ -262,7 +269,7 @@ def _measured(results: Sequence[RunResult], cells: Sequence[Measured], machines:
 
 
 def _by_size(study: Study) -> Iterator[str]:
-    """Of each law over model size how its parameter lies; the laws themselves are told in full elsewhere."""
+    """Give the main parameter of each law over model size. The section on laws has the rest."""
     for key in ("throughput_by_size", "latency_by_size", "memory_by_size"):
         laws = [law for law in study.laws if law.law.key == key]
         if not laws:
@@ -276,7 +283,8 @@ def _by_size(study: Study) -> Iterator[str]:
             )
         title = laws[0].law.title
         yield (
-            f"{title[:1].upper()}{title[1:]}: {laws[0].law.form.formula} with {shown} of {_groups(len(laws))}, from {low:.3g} to {high:.3g} · 10⁹ parameters."
+            f"{title[:1].upper()}{title[1:]}: {laws[0].law.form.formula} with {shown} of {_groups(len(laws))}, "
+            f"from {low:.3g} to {high:.3g} · 10⁹ parameters."
         )
 
 
@@ -285,12 +293,12 @@ def _groups(count: int) -> str:
 
 
 def _by_quantization(effects: Sequence[QuantEffect], not_said: list[tuple[str, str]]) -> Iterator[str]:
-    """Each quantization against its reference: speed pooled over models or groups, and memory saved."""
+    """Compare each quantization with its reference: speed pooled over models or groups, and memory saved."""
     if not effects:
         not_said.append(
             (
                 "what quantization costs",
-                "no cell of a quantization was measured beside its reference, differing in nothing else",
+                "no quantized cell was measured together with a reference that differs only in quantization",
             )
         )
     pairs = dict.fromkeys((effect.quant, effect.memory.reference) for effect in effects)
@@ -303,13 +311,14 @@ def _by_quantization(effects: Sequence[QuantEffect], not_said: list[tuple[str, s
         shares = [(median(values), name) for name, values in _saved(own) if values]
         saved = [f"{100 * abs(share):.3g} % {'less' if share >= 0 else 'more'} {name}" for share, name in shares]
         yield (
-            f"{quant} against {reference}: {_told(speed)} times the throughput, {_told(first)} times the time to first token; over {speed.count} {speed.units}"
+            f"{quant} against {reference}: {_told(speed)} times the throughput, {_told(first)} times the time to first "
+            f"token; over {speed.count} {speed.units}"
             f"{f'. It takes {_and(saved)}' if saved else ''}{' (medians)' if saved and len(own) > 1 else ''}."
         )
 
 
 def _told(estimate: Estimate) -> str:
-    """An effect with its interval and its spread: `0.92 (0.91 to 0.93; from 0.8 to 1.0 in single cells)`."""
+    """Format an effect with its interval and spread: `0.92 (0.91 to 0.93; from 0.8 to 1.0 in single cells)`."""
     text = str(estimate)
     if not estimate.spread:
         return text
@@ -329,7 +338,10 @@ def _saved(effects: Sequence[QuantEffect]) -> list[tuple[str, list[float]]]:
 
 
 def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
-    """What the smallest and the largest value of a setting do to throughput and latency, pooled over the groups that have most often these ends."""
+    """Compare throughput and latency at the smallest and the largest value of a setting.
+
+    Pooled over the groups with the most frequent pair of smallest and largest value.
+    """
     pairs: dict[tuple[float, float], list[tuple[Measured, Measured]]] = {}
     for _, group in grouped(focus.cells, (setting,)):
         placed = sorted((place, number) for number, m in enumerate(group) if (place := m.variable(setting)))
@@ -349,12 +361,17 @@ def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
 
     rate, first, gap = effect(RATE), effect(TTFT), effect(TPOT)
     if rate and first:
-        text = f"From {words} {least:g} to {most:g} throughput is {_told(rate)} times as high, the time to first token {_told(first)} times as long"
-        yield f"{text}{f', the time per output token {_told(gap)} times' if gap else ''}; over {rate.count} {rate.units}."
+        text = (
+            f"From {words} {least:g} to {most:g} throughput is {_told(rate)} times as high, "
+            f"the time to first token {_told(first)} times as long"
+        )
+        yield (
+            f"{text}{f', the time per output token {_told(gap)} times' if gap else ''}; over {rate.count} {rate.units}."
+        )
 
 
 def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:
-    """KL divergence, agreement and perplexity by model and quantization; of several shapes the widest sample counts."""
+    """Give KL divergence, agreement and perplexity by model and quantization, from the first cell that has them."""
     scored: dict[tuple[str, str], Measured] = {}
     names = labels(focus.cells)
     for measured in focus.cells:
@@ -365,7 +382,7 @@ def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:
         not_said.append(
             (
                 "quality",
-                "the weights are random" if random else "it was not measured; give quality=auto and real weights",
+                "the weights are random" if random else "it was not measured; use quality=auto and real weights",
             )
         )
     order = list(COLOURS)
@@ -385,7 +402,7 @@ def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def _energy(focus: Focus, no_energy: str, not_said: list[tuple[str, str]]) -> Iterator[str]:
-    """Energy per token at the shape of comparison, or why there is none."""
+    """Give the energy per token at the shape of comparison, or the reason why there is none."""
     found = [m for m in focus.cells if ENERGY in m.metrics]
     if not found:
         readings = [r.noise for m in focus.cells for r in m.result.repetitions if r.noise]
@@ -400,16 +417,19 @@ def _energy(focus: Focus, no_energy: str, not_said: list[tuple[str, str]]) -> It
         return
     names = labels(focus.cells)
     for measured in (m for m in found if at_focus(m, focus)):
-        yield f"{names[measured.result.hashes.config]} {measured.cell.quant}: {figure(ENERGY, measured.metrics[ENERGY])} per token."
+        yield (
+            f"{names[measured.result.hashes.config]} {measured.cell.quant}: "
+            f"{figure(ENERGY, measured.metrics[ENERGY])} per token."
+        )
 
 
 def at_focus(measured: Measured, focus: Focus) -> bool:
-    """Whether a cell has the batch size and prompt length at which models and quantizations are compared."""
+    """Return True if a cell has the batch size and prompt length at which models and quantizations are compared."""
     return measured.cell.batch_size == focus.batch and measured.variable("prompt_tokens") == focus.prompt
 
 
 def _cost(cells: Sequence[Measured], machines: Sequence[Machine], not_said: list[tuple[str, str]]) -> Iterator[str]:
-    """The cheapest cell of each machine with a price."""
+    """Give the cheapest cell of each machine with a price."""
     if all(machine.price is None for machine in machines):
         not_said.append(("cost", "no price was given; give --price with money per hour"))
     for machine in machines:
@@ -420,14 +440,15 @@ def _cost(cells: Sequence[Measured], machines: Sequence[Machine], not_said: list
         value, low, high = with_interval(best, RATE) or (0.0, 0.0, 0.0)
         names = varied_settings([m.cell for m in own])
         yield (
-            f"{machine.name} at {machine.price:g} per hour: at best {number_text(value * 3600 / machine.price)} tokens per unit of money "
-            f"({number_text(low * 3600 / machine.price)} to {number_text(high * 3600 / machine.price)}), "
+            f"{machine.name} at {machine.price:g} per hour: at best {number_text(value * 3600 / machine.price)} tokens "
+            f"per unit of money ({number_text(low * 3600 / machine.price)} to "
+            f"{number_text(high * 3600 / machine.price)}), "
             f"{number_text(best.metrics[COST])} per million tokens, with {describe(best.cell, names)}."
         )
 
 
 def _across(cells: Sequence[Measured], machines: Sequence[Machine]) -> Iterator[Across]:
-    """Every configuration that two machines have measured, against the machine with most cells."""
+    """Compare every configuration that two machines have measured with the machine that has most cells."""
     found: dict[str, dict[tuple[str, str], Measured]] = {}
     for measured in cells:
         hashes = measured.result.hashes
@@ -461,7 +482,10 @@ def _between_machines(
     for second in dict.fromkeys(one.second for one in across):
         own = [one for one in across if one.second == second]
         speed = pooled([(one.name, one.speed) for one in own])
-        yield f"{second} has {_told(speed)} times the throughput of {own[0].first}, over {len(own)} configurations that both measured."
+        yield (
+            f"{second} has {_told(speed)} times the throughput of {own[0].first}, over {len(own)} configurations "
+            "that both measured."
+        )
 
 
 TTFT_MEASURE = Measure("median time to first token", (TTFT,), "lower")
@@ -469,7 +493,10 @@ TPOT_MEASURE = Measure("mean time per output token", (TPOT,), "lower")
 
 
 def _choices(focus: Focus, accept_suspect: str | None) -> Iterator[Choice]:
-    """For each model, at the prompt length of comparison, the choice under each constraint. Limits lie where half of the cells keep them."""
+    """Choose for each model, at the prompt length of comparison, under each constraint.
+
+    Limits of memory and time to first token are set so that half of the cells keep them.
+    """
     names = labels(focus.cells)
     by_size = sorted(focus.cells, key=lambda m: m.variable("parameters") or 0.0)
     for model in dict.fromkeys(names[m.result.hashes.config] for m in by_size):
@@ -507,7 +534,7 @@ def _choices(focus: Focus, accept_suspect: str | None) -> Iterator[Choice]:
 
 
 def _middle(values: Sequence[float]) -> float | None:
-    """A bound that the lower half keeps, rounded up to two digits; None where all values are the same."""
+    """Return the median, rounded up to two digits, as a bound; None if all values are the same."""
     return _rounded_up(median(values)) if values and min(values) < max(values) else None
 
 

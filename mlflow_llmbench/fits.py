@@ -1,12 +1,14 @@
-"""Curves through positive measurements: parameters with intervals, predictions inside the data, and which of several curves is nearer.
+"""Curves fitted to positive measurements: parameters with intervals, predictions inside the data, ranking of rivals.
 
-Every fit minimises Σ (ln y − ln f(x))², the squared relative errors: times and rates scatter in proportion to their size, and a
-common error model is what makes the AICc of different curves comparable. A power law is then a straight line in logarithms
-and its intervals are Student's, exact under normal errors. Those of the other curves come from the profile likelihood (Bates &
-Watts, Nonlinear Regression Analysis, 1988, 6.1): all values of a parameter at which the other ones can still bring the sum of
-squares to S·(1 + t(0.975; n − p)²/(n − p)) or less. They may be lopsided, and open at an end that the data do not bound.
+Every fit minimises Σ (ln y − ln f(x))², the squared relative errors, because times and rates scatter in proportion to
+their size. With one error model for all curves, their AICc are comparable. A power law is a straight line in
+logarithms: its intervals are Student's, exact under normal errors. The other curves get profile-likelihood intervals
+(Bates & Watts, Nonlinear Regression Analysis, 1988, 6.1): all values of a parameter for which refitting the other
+parameters keeps the sum of squares at or below S·(1 + t(0.975; n − p)²/(n − p)). These may be asymmetric, and open at
+an end that the data do not bound.
 
-One point is one measured cell. All intervals suppose that the curve holds; `Fit.residuals` and the rivals say whether it does.
+One point is one measured cell. All intervals assume that the curve is right; check it by `Fit.residuals` and the
+rivals.
 """
 
 from __future__ import annotations
@@ -26,23 +28,24 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 EXPONENTS = (0.05, 5.0)
-"""Where the exponent of k + n·x^w is looked for; below, x^w is a logarithm, and above a wall."""
+"""Search range of the exponent w of k + n·x^w. Below it x^w acts like a logarithm, above it like a step."""
 
 EXACT = 1e-24
-"""A mean squared relative error below this is rounding."""
+"""Mean squared relative error below which a residual is only rounding."""
 
 AS_GOOD, CLEARLY = 2.0, 10.0
-"""Differences of AICc up to which two curves are alike, and from which one has no support (Burnham & Anderson 2002, 2.6)."""
+"""AICc differences: below the first, two curves fit equally well; above the second, the worse one has no support
+(Burnham & Anderson 2002, 2.6)."""
 
 ALIKE = 1.25
-"""Ratio of leave-one-out errors up to which two curves are alike, where there are too few points for AICc."""
+"""Ratio of leave-one-out errors up to which two curves fit equally well; used if there are too few points for AICc."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A family of curves y = f(x; p): its formula, the names of its parameters, f, ∂f/∂p (n × p), and where to start looking.
+    """A family of curves y = f(x; p): formula, parameter names, f, ∂f/∂p (n × p), and starting points for the search.
 
-    x has shape (n,) or (n, k). `bounds` are (parameter, low, high).
+    x has shape (n,) or (n, k). `bounds` is (index of a parameter, low, high).
     """
 
     name: str
@@ -56,7 +59,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A fitted parameter and its 95 % interval; an end is None where the data set no limit."""
+    """A fitted parameter and its 95 % interval. An end is None if the data do not bound it."""
 
     name: str
     value: float
@@ -65,11 +68,11 @@ class Parameter:
 
     @property
     def determined(self) -> bool:
-        """Whether the data bound it on both sides."""
+        """True if the data bound it on both sides."""
         return self.low is not None and self.high is not None
 
     def __str__(self) -> str:
-        """`β = 0.620 (0.553 to 0.687)`, with the digits that its interval supports."""
+        """Return `β = 0.620 (0.553 to 0.687)`, with as many digits as the interval supports."""
         if self.low is None and self.high is None:
             return f"{self.name} not determined"
         width = max(abs(end - self.value) for end in (self.low, self.high) if end is not None)
@@ -79,7 +82,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a curve says of a cell that was not measured: the value, and the 95 % interval in which one new measurement lies."""
+    """A curve's prediction for a cell that was not measured: the value and the 95 % interval of one new measurement."""
 
     x: tuple[float, ...]
     value: float
@@ -92,8 +95,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Fit:
-    """A curve through points. `residuals` are y/f − 1; `sigma` their standard deviation; `loo_error` the typical relative error (root mean
-    square of ln y − ln f) when each point is predicted from the others. What is not defined is None.
+    """A curve fitted to points; undefined figures are None.
+
+    `residuals`: y/f − 1 · `sigma`: their standard deviation · `loo_error`: the typical relative error (root mean square
+    of ln y − ln f) when each point is predicted from the others.
     """
 
     form: Form
@@ -112,22 +117,26 @@ class Fit:
         return tuple((min(column), max(column)) for column in zip(*self.x, strict=True))
 
     def parameter(self, name: str) -> Parameter:
-        """A parameter by name."""
+        """Return the parameter of this name."""
         return next(parameter for parameter in self.parameters if parameter.name == name)
 
     @property
     def undetermined(self) -> list[str]:
-        """Names of the parameters that the points bound on neither side."""
+        """Names of the parameters that the points do not bound on either side."""
         return [p.name for p in self.parameters if p.low is None and p.high is None]
 
     def predict(self, *x: float) -> Prediction:
-        """The curve at x with its 95 % intervals (delta method; exact for a power law). Raises OutOfRange beyond the data."""
+        """Predict the value at x with 95 % intervals (delta method; exact for a power law).
+
+        Raises OutOfRange outside the range of the data.
+        """
         import numpy as np
 
         for value, (low, high) in zip(x, self.ranges, strict=True):
             if not low <= value <= high:
                 raise OutOfRange(
-                    f"{value:g} lies outside the measured range {low:g} to {high:g} of {self.form.formula}. Measure there; a law is not extrapolated."
+                    f"{value:g} lies outside the measured range {low:g} to {high:g} of {self.form.formula}. "
+                    "Measure there; a law is not extrapolated."
                 )
         theta = np.array([parameter.value for parameter in self.parameters])
         points, there = _columns(self.x), _columns([x])
@@ -140,9 +149,10 @@ class Fit:
 
 
 def fit(form: Form, x: Sequence[float] | Sequence[tuple[float, ...]], y: Sequence[float | None]) -> Fit:
-    """Fit a curve. Raises NotFitted, one line, for data from which no parameters with intervals can come.
+    """Fit a curve. Raises NotFitted, with a one-line message, if the data do not determine parameters with intervals.
 
-    As many distinct x as there are parameters would be met exactly, and say nothing of the law: one more is needed.
+    With only as many distinct x as parameters, the curve would pass through every point and test nothing, so one more
+    distinct x is required.
     """
     import numpy as np
 
@@ -152,7 +162,8 @@ def fit(form: Form, x: Sequence[float] | Sequence[tuple[float, ...]], y: Sequenc
     found = _search(form, points, logs)
     if found is None:
         raise NotFitted(
-            f"{form.formula} cannot be fitted: no parameters give positive values at all {len(rows)} points. Look at the points."
+            f"{form.formula} cannot be fitted: no parameters give positive values at all {len(rows)} points. "
+            "Check the points."
         )
     theta, left = found
     n, p = len(rows), len(form.names)
@@ -174,10 +185,10 @@ def fit(form: Form, x: Sequence[float] | Sequence[tuple[float, ...]], y: Sequenc
 
 
 def _checked(form: Form, rows: Sequence[tuple[float, ...]], y: Sequence[float | None]) -> list[float]:
-    """The values, if they and their places can carry the curve; else NotFitted."""
+    """Return the values as floats. Raises NotFitted if x or y cannot be used for this curve."""
     refused = f"{form.formula} cannot be fitted:"
     if len(rows) != len(y):
-        raise NotFitted(f"{refused} {len(rows)} places and {len(y)} values. Give one value for each place.")
+        raise NotFitted(f"{refused} {len(rows)} x and {len(y)} values. Give one value for each x.")
     values: list[float] = []
     for place, value in zip(rows, y, strict=True):
         at = ", ".join(f"{part:g}" for part in place)
@@ -185,13 +196,15 @@ def _checked(form: Form, rows: Sequence[tuple[float, ...]], y: Sequence[float | 
             raise NotFitted(f"{refused} the value at {at} is missing. Leave that point out, or measure it.")
         if value <= 0 or min(place) <= 0:
             raise NotFitted(
-                f"{refused} a value or place is not above 0: {value:g} at {at}. Relative errors have no meaning there."
+                f"{refused} a value or its x is not above 0: {value:g} at {at}. "
+                "Leave that point out: it has no relative error."
             )
         values.append(float(value))
     need, distinct = len(form.names) + 1, len(set(rows))
     if distinct < need:
         raise NotFitted(
-            f"{refused} {distinct} distinct points, and {len(form.names)} parameters with intervals need {need}. Measure more of them."
+            f"{refused} {distinct} distinct points, and {len(form.names)} parameters with intervals "
+            f"need {need}. Measure more of them."
         )
     return values
 
@@ -204,7 +217,7 @@ def _columns(rows: Sequence[tuple[float, ...]]) -> Array:
 
 
 def _search(form: Form, x: Array, logs: Array) -> tuple[Array, float] | None:
-    """The parameters with the least sum of squares from all starting points, and that sum."""
+    """Return the parameters with the smallest sum of squares over all starting points, and that sum."""
     import numpy as np
 
     found = [done for start in form.starts(x, np.exp(logs)) if (done := _descend(form, x, logs, start))]
@@ -212,7 +225,10 @@ def _search(form: Form, x: Array, logs: Array) -> tuple[Array, float] | None:
 
 
 def _descend(form: Form, x: Array, logs: Array, start: Array, held: int | None = None) -> tuple[Array, float] | None:
-    """Gauss and Newton's iteration with step halving; the parameter `held` stays as it is. None if the start gives no positive curve."""
+    """Gauss–Newton iteration with step halving. The parameter with index `held` stays fixed.
+
+    Return the parameters and the sum of squares, or None if the curve is not positive at the start.
+    """
     import numpy as np
 
     def squares(at: Array) -> tuple[float, Array, Array] | None:
@@ -249,7 +265,7 @@ def _descend(form: Form, x: Array, logs: Array, start: Array, held: int | None =
 
 
 def _intervals(form: Form, x: Array, logs: Array, theta: Array, left: float) -> Iterator[Parameter]:
-    """Profile intervals of all parameters; for a power law those of Student, which are the same and need no search."""
+    """Yield each parameter with its profile interval. For a power law it equals Student's, which needs no search."""
     import numpy as np
 
     degrees = len(logs) - theta.size
@@ -277,14 +293,17 @@ def _intervals(form: Form, x: Array, logs: Array, theta: Array, left: float) -> 
 def _profile_end(
     form: Form, x: Array, logs: Array, theta: Array, index: int, step: float, limit: float
 ) -> float | None:
-    """Where the profiled sum of squares of a parameter reaches `limit`, first about `step` away; None if it does not on the way there."""
+    """Find the value at which a parameter's profiled sum of squares reaches `limit`, first trying `step` away.
+
+    None if the limit is not reached in that direction.
+    """
     warm = theta
 
     def above(value: float) -> bool:
         nonlocal warm
         start = warm.copy()
         start[index] = value
-        # Where no start gives a positive curve the parameter is as impossible as beyond the limit.
+        # If no start gives a positive curve, the value is as impossible as one beyond the limit.
         done = _descend(form, x, logs, start, held=index) or _restart(form, x, logs, index, value)
         if done is None or done[1] > limit:
             return True
@@ -313,7 +332,7 @@ def _profile_end(
 
 
 def _restart(form: Form, x: Array, logs: Array, index: int, value: float) -> tuple[Array, float] | None:
-    """The best with one parameter held, from the form's own starting points."""
+    """Return the best fit with one parameter held at `value`, from the form's own starting points, or None."""
     import numpy as np
 
     found = []
@@ -325,7 +344,10 @@ def _restart(form: Form, x: Array, logs: Array, index: int, value: float) -> tup
 
 
 def _leave_one_out(form: Form, x: Array, logs: Array, theta: Array) -> float | None:
-    """Root mean square of ln y − ln f where f was fitted without that point; None where a point cannot be spared, or has no value then."""
+    """Root mean square of ln y − ln f with f fitted without that point.
+
+    None if too few points are left without one, or if the curve has no positive value there.
+    """
     import numpy as np
 
     errors = []
@@ -342,7 +364,7 @@ def _leave_one_out(form: Form, x: Array, logs: Array, theta: Array) -> float | N
 
 
 def power(formula: str, factor: str, exponent: str, falling: bool = False) -> Form:
-    """The curve a·x^b, or a·x^(−b) where it falls: a straight line in logarithms."""
+    """The curve a·x^b, or a·x^(−b) if `falling`: a straight line in logarithms."""
     import numpy as np
 
     sign = -1.0 if falling else 1.0
@@ -362,7 +384,7 @@ def power(formula: str, factor: str, exponent: str, falling: bool = False) -> Fo
 
 
 def _weighted(basis: Array, y: Array) -> Array:
-    """Coefficients of a sum of columns with the least squared errors relative to y."""
+    """Least-squares coefficients of the columns of `basis`, with errors relative to y."""
     import numpy as np
 
     return np.asarray(np.linalg.lstsq(basis / y[:, None], np.ones(len(y)), rcond=None)[0])
@@ -371,7 +393,7 @@ def _weighted(basis: Array, y: Array) -> Array:
 def linear(
     formula: str, names: tuple[str, ...], basis: Callable[[Array], Array], over: Callable[[Array], Array] | None = None
 ) -> Form:
-    """A sum of columns Σ p_i·φ_i(x), or g(x) ÷ that sum where `over` gives g: latencies that add up, and the rate that follows."""
+    """A sum of columns Σ p_i·φ_i(x), for latencies that add up; or, with `over`, the rate over(x) ÷ that sum."""
     import numpy as np
 
     def starts(x: Array, y: Array) -> list[Array]:
@@ -411,7 +433,7 @@ def line(formula: str, level: str, slope: str) -> Form:
 
 
 def rate_per_step(formula: str, fixed: str, per_row: str) -> Form:
-    """The curve x / (a + b·x): the rate of steps that take a fixed time and a time per row, as Amdahl's law has it for what is shared."""
+    """The curve x / (a + b·x): the rate of steps with a time shared by all rows (Amdahl's law) and a time per row."""
     return linear(formula, (fixed, per_row), _line_basis, lambda x: x)
 
 
@@ -421,7 +443,7 @@ def reciprocal(formula: str, level: str, slope: str) -> Form:
 
 
 def offset_power(formula: str, names: tuple[str, str, str]) -> Form:
-    """The curve k + n·x^w, w between the `EXPONENTS`."""
+    """The curve k + n·x^w with w in the range `EXPONENTS`."""
     import numpy as np
 
     def starts(x: Array, y: Array) -> list[Array]:
@@ -447,7 +469,7 @@ def offset_power(formula: str, names: tuple[str, str, str]) -> Form:
 
 
 def share_of(formula: str, name: str, limit: Callable[[Array], Array]) -> Form:
-    """The curve p·limit(x): a constant share of a bound that is known beforehand, such as a roofline."""
+    """The curve p·limit(x): a constant share of a known bound, such as a roofline."""
     import numpy as np
 
     return Form(
@@ -461,14 +483,15 @@ def share_of(formula: str, name: str, limit: Callable[[Array], Array]) -> Form:
 
 
 def constant(formula: str, name: str) -> Form:
-    """No dependence at all: the rival that says whether there is anything to explain."""
+    """A constant, the null model: y does not depend on x."""
     return share_of(formula, name, _ones)
 
 
 def ranked(fits: Sequence[Fit]) -> list[Fit]:
-    """Fits of the same points, the best first: by AICc where all have one, else by the leave-one-out error.
+    """Sort fits of the same points, best first: by AICc if all have one, else by the leave-one-out error.
 
-    A curve with a parameter that the points do not determine comes after those without, however near it is: it has bent to the noise.
+    A curve with an undetermined parameter comes after those without one, however well it fits: it has followed the
+    noise.
     """
     by_aicc = all(found.aicc is not None for found in fits)
 
@@ -480,30 +503,39 @@ def ranked(fits: Sequence[Fit]) -> list[Fit]:
 
 
 def verdict(law: Fit, rivals: Sequence[Fit]) -> str:
-    """Which of a law and its rivals is nearer to the same points, as one sentence; empty without rivals."""
+    """Say in one sentence whether a law or a rival fits the same points better. Empty without rivals."""
     if not rivals:
         return ""
     best, *rest = ranked([law, *rivals])
     second = law if best is not law else rest[0]
     first, other = best.form.formula, second.form.formula
     if second.undetermined and not best.undetermined:
-        return f"The cells do not determine {', '.join(second.undetermined)} of {other}; {first} is taken (leave-one-out error {percent(best.loo_error)})."
+        return (
+            f"The cells do not determine {', '.join(second.undetermined)} of {other}; {first} is used "
+            f"(leave-one-out error {percent(best.loo_error)})."
+        )
     errors = f"leave-one-out error {percent(best.loo_error)} against {percent(second.loo_error)}"
     if best.aicc is None or second.aicc is None:
         few = f"{len(law.y)} cells are too few for AICc"
         if (second.loo_error or math.inf) < ALIKE * (best.loo_error or 0.0):
             return f"{first} and {other} fit about equally well ({errors}; {few})."
-        return f"{first} is nearer than {other} ({errors}; {few})."
+        return f"{first} fits better than {other} ({errors}; {few})."
     gap = second.aicc - best.aicc
     if gap < AS_GOOD:
         return f"{first} and {other} fit about equally well (AICc differs by {gap:.1f}; {errors})."
     if (best.loo_error or 0.0) > (second.loo_error or math.inf):
         return f"AICc prefers {first} to {other} by {gap:.1f}, but it predicts left-out cells less well ({errors})."
-    return f"{first} fits {'clearly better' if gap > CLEARLY else 'better'} than {other} (AICc lower by {gap:.1f}; {errors})."
+    return (
+        f"{first} fits {'clearly better' if gap > CLEARLY else 'better'} than {other} "
+        f"(AICc lower by {gap:.1f}; {errors})."
+    )
 
 
 def rounded(value: float | None, width: float) -> str:
-    """A number with two digits of its uncertainty, at least three and at most six significant: 201.3 ± 90 is `201`; None is `no limit`."""
+    """Format a number to two digits of its uncertainty, with three to six significant digits: 201.3 ± 90 is `201`.
+
+    None is `no limit`.
+    """
     if value is None:
         return "no limit"
     if value == 0 or width <= 0:
@@ -513,5 +545,5 @@ def rounded(value: float | None, width: float) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share with two digits, `3.4 %`, and no exponent: `-170 %`; a dash for None."""
+    """Format a share with two digits and no exponent: `3.4 %`, `-170 %`. A dash for None."""
     return "–" if value is None else f"{100 * value:.2g} %" if abs(value) < 0.995 else f"{100 * value:.0f} %"

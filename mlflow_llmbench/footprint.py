@@ -1,4 +1,4 @@
-"""Memory accounted for: what weights and KV cache explain of a peak and what is left, growth over a generation, reduction by quantization."""
+"""Memory of a cell: the parts of the peak, growth over a generation, and savings by quantization."""
 
 from __future__ import annotations
 
@@ -15,53 +15,28 @@ from .scaling import Measured
 from .stats import Trend, trend
 
 MOST_POINTS = 150
-"""Samples that a trend is computed from; more are thinned to medians of neighbours."""
+"""Most samples that a trend is computed from; more are thinned to medians of neighbours."""
 
 BITS = {
-    "fp32": 32,
-    "fp16": 16,
-    "bf16": 16,
-    "int8": 8,
-    "int4": 4,
-    "fp4": 4,
-    "gptq": 4,
-    "float32": 32,
-    "float16": 16,
-    "bfloat16": 16,
-    "q8_0": 8,
-    "q6_k": 6,
-    "q5_k_m": 5,
-    "q4_k_m": 4,
-    "q4_0": 4,
-    "q3_k_m": 3,
-    "q2_k": 2,
-    "gptq3": 3,
-    "gptq8": 8,
-    "int8-wo": 8,
-    "int8-dq": 8,
-    "int4-wo": 4,
-    "fp8": 8,
-    "hqq8": 8,
-    "hqq4": 4,
-    "hqq3": 3,
-    "hqq2": 2,
-    "quanto8": 8,
-    "quanto4": 4,
-    "quanto2": 2,
-}
+    "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "fp4": 4, "gptq": 4,
+    "float32": 32, "float16": 16, "bfloat16": 16,
+    "q8_0": 8, "q6_k": 6, "q5_k_m": 5, "q4_k_m": 4, "q4_0": 4, "q3_k_m": 3, "q2_k": 2,
+    "gptq3": 3, "gptq8": 8, "int8-wo": 8, "int8-dq": 8, "int4-wo": 4, "fp8": 8,
+    "hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2, "quanto8": 8, "quanto4": 4, "quanto2": 2,
+}  # fmt: skip
 """Bits of a weight by quantization or dtype, without scales."""
 
 REFERENCES = ("none", "bf16", "fp16", "fp32")
-"""What quantized cells are measured against: the first of these that was measured beside them."""
+"""References for quantized cells: the first of these that was measured beside them is used."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """Peak memory of a cell in parts, bytes; they add up to `peak` exactly, so a part may be below 0.
+    """Peak memory of a cell in parts, bytes. They add up to `peak` exactly, so a part may be below 0.
 
-    `baseline`: libraries, before the load · `weights`: parameters as stored · `load_rest`: what else the load left (quantization
-    buffers, allocator, the device's context) · `cache`: KV cache of batch · (P + N − 1) tokens · `run_rest`: what generating took beside it
-    (activations, logits, copies of the cache while it grows).
+    `baseline`: libraries, before the load · `weights`: parameters as stored · `load_rest`: the rest after the load
+    (quantization buffers, allocator, the device's context) · `cache`: KV cache of batch · (P + N − 1) tokens ·
+    `run_rest`: the rest of generating (activations, logits, copies of the cache while it grows).
     """
 
     where: str  # "device" or "host"
@@ -74,15 +49,16 @@ class Account:
 
     @property
     def unexplained(self) -> int:
-        """What neither baseline nor weights nor KV cache explain."""
+        """Bytes of the peak that are not baseline, weights or KV cache."""
         return self.load_rest + self.run_rest
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Growth of memory, bytes per output token of the whole batch, during the last generation, beside what the KV cache explains.
+    """Growth of memory during the last generation, in bytes per output token of the whole batch.
 
-    `leak`: growth beyond the KV cache, with its interval; `between`: growth of the level from repetition to repetition, bytes each.
+    `seen`: measured growth · `expected`: growth of the KV cache · `between`: growth of the median level from one
+    repetition to the next, in bytes per repetition.
     """
 
     where: str
@@ -93,7 +69,7 @@ class Growth:
 
     @property
     def leak(self) -> Trend | None:
-        """Growth in a generation beyond the KV cache, bytes per output token."""
+        """Growth during a generation beyond the KV cache, bytes per output token, with its interval."""
         return (
             Trend(self.seen.slope - self.expected, self.seen.low - self.expected, self.seen.high - self.expected)
             if self.seen
@@ -102,13 +78,16 @@ class Growth:
 
     @property
     def grows(self) -> bool:
-        """Whether memory is kept from one repetition to the next, beyond 95 %."""
+        """True if memory grows from one repetition to the next: the 95 % interval lies above 0."""
         return self.between is not None and self.between.low > 0
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Memory saved by a quantization against a reference, shares from 0 to 1: in theory 1 − bits_q/bits_ref, of the weights, of the peak."""
+    """Memory saved by a quantization against a reference, as shares of 1 (below 0 if it takes more).
+
+    `theory`: 1 − bits_q/bits_ref · `weights`: of the weights · `peak`: of the peak.
+    """
 
     quant: str
     reference: str
@@ -118,12 +97,15 @@ class Reduction:
 
 
 def cache_bytes(load: LoadInfo, rows: int, tokens: float) -> int | None:
-    """KV cache of a batch after `tokens` tokens, sliding windows counted: rows · tokens held · bytes per token."""
+    """Bytes of a batch's KV cache after `tokens` tokens: rows · tokens held · bytes per token, sliding windows counted.
+
+    None if the bytes per token are unknown.
+    """
     return round(rows * attended(load, tokens) * load.kv_bytes_per_token) if load.kv_bytes_per_token else None
 
 
 def account(measured: Measured) -> Account | None:
-    """Take the peak apart; None where a stage, the weights or the size of the KV cache is not known."""
+    """Split the peak into parts; None if a stage, the weights or the size of the KV cache is unknown."""
     result, metrics = measured.result, measured.metrics
     where = "device" if DEVICE_PEAK in metrics else "host"
     stages = result.memory.device if where == "device" else result.memory.host_needed
@@ -144,7 +126,7 @@ def account(measured: Measured) -> Account | None:
 
 
 def growth(result: RunResult) -> Growth | None:
-    """Leak check over a cell's memory timeline; None without samples during the repetitions or without a known KV cache."""
+    """Check a cell's memory timeline for leaks; None without samples in the repetitions or a known KV cache size."""
     if result.load is None or not result.load.kv_bytes_per_token or not result.repetitions:
         return None
     where = "device" if any(s.device is not None for s in result.timeline) else "host"
@@ -164,7 +146,7 @@ def growth(result: RunResult) -> Growth | None:
 
 
 def _holds_whole_cache(cell: Cell) -> bool:
-    """Whether the KV cache has its full size before the first token, so that nothing of it grows."""
+    """Return True if the KV cache has its full size before the first token, so that it does not grow."""
     return cell.decode == "compiled" or cell.backend in ("llama_cpp", "vllm")
 
 
@@ -173,14 +155,17 @@ def _bytes(sample: MemorySample, where: str) -> float:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """At most `MOST_POINTS` points: medians of neighbours."""
+    """Thin points to at most `MOST_POINTS`, by medians of neighbours. Returns x and y."""
     stride = -(-len(points) // MOST_POINTS) or 1
     parts = [points[i : i + stride] for i in range(0, len(points), stride)]
     return [median(x for x, _ in part) for part in parts], [median(y for _, y in part) for part in parts]
 
 
 def reductions(group: Sequence[Measured]) -> list[Reduction]:
-    """Each quantization of cells that are alike but for it, against the reference among them; empty without one or without others."""
+    """Compare each quantization with the reference, among cells that differ only in quantization.
+
+    Empty without a reference or without another quantization.
+    """
     by_quant = {measured.cell.quant: measured for measured in group}
     reference = next((by_quant[quant] for quant in REFERENCES if quant in by_quant), None)
     if reference is None:
@@ -204,7 +189,7 @@ def _reduction(measured: Measured, reference: Measured) -> Reduction:
 
 
 def _bits(measured: Measured) -> float | None:
-    """Bits of a weight in theory: of the quantization, or for `none` of the dtype that was loaded; of a mixed one the mean of its plan."""
+    """Nominal bits of a weight: by quantization, for `none` by the loaded dtype, for a mixed one the plan's mean."""
     plan = measured.result.load.quant_plan if measured.result.load else None
     if plan is not None:
         return plan.nominal_bits

@@ -1,7 +1,7 @@
-"""Deployment ↔ Model Registry: the version that serves a measured configuration, its evidence, its aliases.
+"""Model Registry: register the version that serves a measured configuration, with its evidence, and move its aliases.
 
-A version is a models-from-code pyfunc: `serving_model.py`, the configuration, a signature and pinned requirements, about
-20 KB and no weights. It is linked to the run that was measured; its tags carry the figures.
+A version is a models-from-code pyfunc: `serving_model.py`, the configuration, a signature and pinned requirements,
+about 20 KB and no weights. It is linked to the measured run, and its tags hold the figures.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
-"""Aliases: registered and not yet promoted, in use, in use before."""
+"""Aliases: registered but not promoted, in use, formerly in use."""
 
 REFERENCE = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
@@ -43,7 +43,7 @@ RECOMMENDATION = "recommendation.json"
 
 @dataclass(frozen=True)
 class Registered:
-    """A version of a registered model, and the run that it rests on. `new` is False if this run was registered before."""
+    """A version of a registered model and its evidence run. `new` is False if the run was already registered."""
 
     name: str
     version: str
@@ -52,12 +52,12 @@ class Registered:
 
     @property
     def uri(self) -> str:
-        """The address of exactly this version."""
+        """The URI of exactly this version."""
         return f"models:/{self.name}/{self.version}"
 
 
 def parent_of_sweep(store: Store, sweep: str) -> str | None:
-    """The run that stands for a sweep: its parent, or the only run where it had one cell. None if the store has no run of it."""
+    """Return a sweep's parent run, or its only run if it had one cell. None if the store has no run of it."""
     tops = (
         [run for run in tracking.runs_of_sweep(store, sweep) if tracking.PARENT_TAG not in run.data.tags]
         if sweep
@@ -67,14 +67,14 @@ def parent_of_sweep(store: Store, sweep: str) -> str | None:
 
 
 def run_of(store: Store, sweep: str, config_hash: str) -> str | None:
-    """The run of one cell of a sweep, of twins the newest; None if the store does not have it."""
+    """Return the newest run of one cell of a sweep; None if the store has none."""
     runs = tracking.runs_of_sweep(store, sweep) if sweep else []
     found = [run for run in runs if run.data.tags.get("llmbench.config_hash") == config_hash and _holds_result(run)]
     return str(max(found, key=lambda run: run.info.start_time or 0).info.run_id) if found else None
 
 
 def run_behind(store: Store, reference: str, result: RunResult) -> str | None:
-    """The run that holds a result: the one that `reference` names, if it is the run of a cell, else `run_of` it."""
+    """Return the run that holds a result: `reference` if it is the run of a cell, else by `run_of`."""
     match = RUN_ID.fullmatch(reference)
     if match and tracking.cells_of_run(store, match[1]) == [match[1]]:
         return match[1]
@@ -92,7 +92,7 @@ def log_folder(store: Store, run_id: str, folder: Path) -> None:
 
 
 def result_of(store: Store, run_id: str) -> RunResult:
-    """The result that a run holds. Raises TrackingError."""
+    """Return the result that a run holds. Raises TrackingError."""
     with tempfile.TemporaryDirectory() as scratch:
         return read_result(download_result(store, run_id, Path(scratch)))
 
@@ -102,9 +102,10 @@ def register(
 ) -> Registered:
     """Register a measured run, or the winner of a recommendation, as a new version of `name`, and point `alias` at it.
 
-    `reference`: a run id, the parent run of a sweep that holds a recommendation, or a recommendation.json. A run that is
-    registered under this name already gets the alias and no second version. Raises UsageError for a run that must not be
-    registered (invalid, suspect and not accepted) and for names that MLflow would refuse, TrackingError for the store.
+    `reference`: a run id, the parent run of a sweep that holds a recommendation, or a recommendation.json. A run that
+    is already registered under this name gets the alias but no second version. Raises UsageError for a run that must
+    not be registered (invalid, or suspect and not accepted) and for names that MLflow would refuse, TrackingError for
+    the store.
     """
     _check_names(name, alias)
     run_id, accepted = _chosen_run(store, reference)
@@ -125,26 +126,29 @@ def register(
 def _check_names(name: str, alias: str) -> None:
     if not name.strip() or re.search(r"[/:@'\"%]", name) or len(name) > 250:
         raise UsageError(
-            f"Not a name for a registered model: {name}. Give letters, digits, dots and dashes, for example support-bot."
+            f"Not a name for a registered model: {name}. "
+            "Give letters, digits, dots and dashes, for example support-bot."
         )
     if not re.fullmatch(r"[\w-]{1,250}", alias) or alias == "latest" or re.fullmatch(r"[vV]\d+", alias):
         raise UsageError(
-            f"Not an alias: {alias}. Give letters, digits and dashes, and neither latest nor v1, for example {CANDIDATE}."
+            f"Not an alias: {alias}. "
+            f"Give letters, digits and dashes, and neither latest nor v1, for example {CANDIDATE}."
         )
     if alias in (CHAMPION, PREVIOUS):
         raise UsageError(
-            f"The alias {alias} is moved by `llmbench promote` only. Register as {CANDIDATE}, then gate and promote it."
+            f"Only `llmbench promote` moves the alias {alias}. Register as {CANDIDATE}, then gate and promote it."
         )
 
 
 def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
-    """The run that a reference stands for, and the reason for which a recommendation accepted suspect results."""
+    """Return the run of a reference, and the reason for which a recommendation accepted suspect results."""
     if reference.endswith(".json"):
         try:
             return _winner(store, json.loads(Path(reference).read_text(encoding="utf-8")), reference)
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"Cannot read the recommendation {reference}: {error}. Give the file that `llmbench recommend --output` wrote."
+                f"Cannot read the recommendation {reference}: {error}. "
+                "Give the file that `llmbench recommend --output` wrote."
             ) from None
     match = RUN_ID.fullmatch(reference)
     run_id = match[1] if match else parent_of_sweep(store, reference)
@@ -163,7 +167,8 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
                 data = json.loads(Path(path).read_text(encoding="utf-8"))
     if data is None:
         raise UsageError(
-            f"The run {run_id} holds neither a result nor a recommendation. Run `llmbench recommend {run_id}`, or give the run of a cell."
+            f"The run {run_id} holds neither a result nor a recommendation. "
+            f"Run `llmbench recommend {run_id}`, or give the run of a cell."
         )
     return _winner(store, data, reference)
 
@@ -185,12 +190,14 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
     winner = data.get("winner") if isinstance(data, dict) else None
     if not winner:
         raise UsageError(
-            f"The recommendation {reference} has no winner: nothing kept the limits. Recommend again with others, or give the run of a cell."
+            f"The recommendation {reference} has no winner: nothing kept the limits. "
+            "Recommend again with others, or give the run of a cell."
         )
     run_id = run_of(store, winner["sweep"], winner["config_hash"])
     if run_id is None:
         raise UsageError(
-            f"The winner of {reference} is not in the store {store.uri}. Check --tracking-uri, or `llmbench upload` its folder first."
+            f"The winner of {reference} is not in the store {store.uri}. "
+            "Check --tracking-uri, or `llmbench upload` its folder first."
         )
     return run_id, data.get("accepted_suspect")
 
@@ -201,7 +208,7 @@ def _version_of_run(store: Store, name: str, run_id: str) -> str | None:
 
 
 def _create(store: Store, name: str, result: RunResult, deployment: Deployment) -> str:
-    """Log the model at the evidence run, which stays as it is, and make a version of it. Returns the version's number."""
+    """Log the model with the evidence run as source, create a version of it, and return the version's number."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.exceptions import MlflowException
 
@@ -230,8 +237,8 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
 
 
 def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_id: str | None = None) -> None:
-    """Write the pyfunc of a deployment into `folder`, as MLflow stores models."""
-    with warnings.catch_warnings(record=True):  # its advice, on type hints and input examples, is not for our users
+    """Write the pyfunc of a deployment into `folder`, in MLflow's model format."""
+    with warnings.catch_warnings(record=True):  # MLflow's advice on type hints and input examples is not for our users
         warnings.simplefilter("always")
         import mlflow.pyfunc
         from mlflow.models import Model
@@ -247,7 +254,7 @@ def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_
 
 
 def signature(max_new_tokens: int) -> ModelSignature:
-    """`prompt` → `text` and its counts, with `max_new_tokens` as the parameter of a request."""
+    """Return the signature: `prompt` → `text` with its counts, and `max_new_tokens` as the parameter of a request."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -261,7 +268,7 @@ def signature(max_new_tokens: int) -> ModelSignature:
 
 
 def describe(name: str, result: RunResult, deployment: Deployment) -> str:
-    """A version's description: the run's summary, the limits, and how to serve it."""
+    """Return a version's description: the run's summary, the limits, and how to serve it."""
     config, evidence = deployment.config, deployment.evidence
     metrics = summarize(result)
     rows = "1 row" if config["batch_size"] == 1 else f"{config['batch_size']} rows"
@@ -273,14 +280,17 @@ def describe(name: str, result: RunResult, deployment: Deployment) -> str:
         summary_markdown(result, metrics, evidence.verdict).rstrip(),
         *([f"Suspect, and accepted: {evidence.accepted_suspect}"] if evidence.accepted_suspect else []),
         f"Measured for {limits}. Evidence: run `{evidence.run_id}` of the sweep `{evidence.sweep}`.",
-        f"Serve it: `mlflow models serve -m models:/{name}@ALIAS --env-manager local`. No weights are stored here: they come from "
-        f"`{place}`, revision `{config['revision']}`.",
+        f"Serve it: `mlflow models serve -m models:/{name}@ALIAS --env-manager local`. No weights are stored here: "
+        f"they come from `{place}`, revision `{config['revision']}`.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def version_at(store: Store, reference: str) -> ModelVersion:
-    """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names. Raises UsageError, one line."""
+    """Return the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names.
+
+    Raises UsageError for a malformed or unknown reference, TrackingError if the registry cannot be read.
+    """
     from mlflow.exceptions import MlflowException
 
     match = REFERENCE.fullmatch(reference)
@@ -297,26 +307,31 @@ def version_at(store: Store, reference: str) -> ModelVersion:
         )
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise TrackingError(f"The registry of {store.uri} cannot be asked: {str(error).splitlines()[0]}") from None
+            raise TrackingError(f"The registry of {store.uri} cannot be read: {str(error).splitlines()[0]}") from None
         raise UsageError(
-            f"There is no {reference} in the store {store.uri}. `llmbench register RUN --name {name}` makes a version."
+            f"There is no {reference} in the store {store.uri}. "
+            f"Create a version with `llmbench register RUN --name {name}`."
         ) from None
     return found
 
 
 def registered_at(store: Store, reference: str) -> Registered:
-    """The version at a reference with its evidence run. Raises UsageError if it was not registered by `llmbench register`."""
+    """Return the version at a reference, with its evidence run.
+
+    Raises UsageError if it was not registered by `llmbench register`.
+    """
     found = version_at(store, reference)
     run_id = found.tags.get("llmbench.run_id")
     if not run_id:
         raise UsageError(
-            f"{reference} was not registered by `llmbench register`, so it has no evidence. Register a measured run under this name."
+            f"{reference} was not registered by `llmbench register`, so it has no evidence. "
+            "Register a measured run under this name."
         )
     return Registered(str(found.name), str(found.version), run_id)
 
 
 def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The `model_config` that a version holds, and its pinned requirements. Raises TrackingError."""
+    """Return a version's `model_config` and its pinned requirements. Raises TrackingError."""
     import yaml
 
     _without_progress_bars()
@@ -339,9 +354,9 @@ def log_gate(
     folder: Path,
     measured: str | None = None,
 ) -> None:
-    """Keep a gate's verdict with the candidate's run: as tags, and its files under `gate/`. Raises TrackingError.
+    """Store a gate's verdict with the candidate's run: as tags, and its files under `gate/`. Raises TrackingError.
 
-    `measured` is the run in which both sides were measured again for it, None where their own runs were taken.
+    `measured`: the run in which both sides were measured again for the gate, None if their own runs were used.
     """
     tags = {
         "gate": verdict,
@@ -358,17 +373,18 @@ def log_gate(
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion did: the new champion, and the version that was it before (None for the first)."""
+    """Result of a promotion: the new champion, and the version of the former one (None for the first)."""
 
     champion: Registered
     before: str | None
 
 
 def promote(store: Store, reference: str) -> Promotion:
-    """Make a version the champion, and the champion before it `previous`.
+    """Make a version the champion, and the former champion `previous`.
 
-    The version's last gate must have been passed against the present champion; the first champion of a name has nothing to be
-    held against, and `previous` was champion before, so that going back needs no gate. Raises UsageError, TrackingError.
+    The version must have passed its last gate, against the present champion. No gate is needed for the first champion
+    of a name, which has nothing to compare with, nor for going back to `previous`, which was champion before. Raises
+    UsageError, TrackingError.
     """
     new = registered_at(store, reference)
     aliases: dict[str, str] = {
@@ -403,5 +419,6 @@ def _require_gate(store: Store, new: Registered, champion: str) -> None:
         else f"did not pass its gate ({verdict})"
     )
     raise UsageError(
-        f"{new.uri} {why}, and the champion is {present}. Nothing was moved. Run: llmbench gate {new.uri} --against {present}"
+        f"{new.uri} {why}, and the champion is {present}. Nothing was moved. "
+        f"Run: llmbench gate {new.uri} --against {present}"
     )

@@ -1,8 +1,9 @@
-"""The scaling laws of the EffiLLM paper, fitted to measured cells, each beside the curves that a reader would try instead.
+"""Fit the scaling laws of the EffiLLM paper to measured cells, each together with rival curves.
 
-NB & NB, "EffiLLM: A Comprehensive Framework for Benchmarking and Optimizing Large Language Models in Resource-Constrained
-Environments" (2024), gives the formulas and typical exponents, with no intervals. Here a law is fitted to the cells that
-differ in nothing but its variable, on one machine with one software; `fits` says how. What cannot be fitted is refused by name.
+NB & NB, "EffiLLM: A Comprehensive Framework for Benchmarking and Optimizing Large Language Models in
+Resource-Constrained Environments" (2024), gives the formulas and typical exponents, without intervals. Here a law is
+fitted to cells that differ only in its variable, on one machine with one software; `fits` documents the method. A law
+that cannot be fitted is reported by name.
 """
 
 from __future__ import annotations
@@ -48,27 +49,27 @@ if TYPE_CHECKING:
 
 TTFT = "latency/ttft_ms_p50"
 MEMORY = "memory"
-"""Stands for peak memory: of the device if all cells of a law have it, else what the host needed."""
+"""Placeholder for the peak memory metric: the device's if all cells of a law have it, else the host's needed memory."""
 
 REFUTED = 0.05
-"""A law is called an approximation where its residuals exceed the scatter of the repetitions at this level."""
+"""Significance level: below it, a law's residuals exceed the scatter of repetitions, so it is only an approximation."""
 
 PER_REPETITION = {headline.key: headline.of for headline in HEADLINES if headline.of}
 MODEL = ("model", "revision", "weights", "trust_remote_code", "allow_pickle", "workload")
-"""What goes with a model: speed and memory follow from its shape and from the number of tokens, whether its weights are published or random,
-and whatever its prompts say (with random weights there is no text)."""
+"""Settings that may differ between models: speed and memory depend on a model's shape and the number of tokens, but not
+on whether weights are published or random, nor on what the prompts say (with random weights there is no text)."""
 
 MOST_NAMED = 4
-"""Models that a heading names."""
+"""Most models that a heading names."""
 
 SHAPE = ("batch_size", "prompt_tokens", "output_tokens")
 
 
 @dataclass(frozen=True)
 class Law:
-    """A law of the paper: what it says of which metric over which variable, its formula, the rivals, and the paper's range.
+    """A law of the paper: a metric over a variable, with formula, rivals and the paper's range of the main parameter.
 
-    `freed` are the settings in which the cells of one fit may differ. `scale` makes the metric's shown unit.
+    `freed`: settings in which the cells of one fit may differ · `scale`: factor from the metric to the shown `unit`.
     """
 
     key: str
@@ -79,134 +80,78 @@ class Law:
     freed: tuple[str, ...]
     form: Form
     rivals: tuple[Form, ...]
-    main: str  # the parameter that says how it scales
+    main: str  # name of the parameter that describes the scaling
     paper: tuple[float, float] | None = None
     scale: float = 1.0
 
 
 LAWS = (
-    Law(
-        "throughput_by_batch",
-        "throughput against batch size",
-        RATE,
-        "tokens/s",
-        "batch_size",
-        ("batch_size",),
+    Law("throughput_by_batch", "throughput against batch size", RATE, "tokens/s", "batch_size", ("batch_size",),
         power("T = α·b^β", "α", "β"),
         (rate_per_step("T = b/(a + c·b)", "a", "c"), constant("T = a", "a")),
-        "β",
-    ),
-    Law(
-        "throughput_by_size",
-        "throughput against model size",
-        RATE,
-        "tokens/s",
-        "parameters",
-        MODEL,
+        "β"),
+    Law("throughput_by_size", "throughput against model size", RATE, "tokens/s", "parameters", MODEL,
         power("T = γ·size^(−δ)", "γ", "δ", falling=True),
         (reciprocal("T = 1/(a + c·size)", "a", "c"),),
-        "δ",
-        (0.4, 0.6),
-    ),
-    Law(
-        "throughput_by_length",
-        "throughput against prompt length",
-        RATE,
-        "tokens/s",
-        "prompt_tokens",
-        ("prompt_tokens",),
+        "δ", (0.4, 0.6)),
+    Law("throughput_by_length", "throughput against prompt length", RATE, "tokens/s",
+        "prompt_tokens", ("prompt_tokens",),
         power("T = λ·s^(−μ)", "λ", "μ", falling=True),
         (reciprocal("T = 1/(a + c·s)", "a", "c"), constant("T = a", "a")),
-        "μ",
-        (0.2, 0.5),
-    ),
-    Law(
-        "latency_by_size",
-        "time to first token against model size",
-        TTFT,
-        "ms",
-        "parameters",
-        MODEL,
+        "μ", (0.2, 0.5)),
+    Law("latency_by_size", "time to first token against model size", TTFT, "ms", "parameters", MODEL,
         line("L = α + β·size", "α", "β"),
         (power("L = a·size^c", "a", "c"),),
-        "β",
-    ),
-    Law(
-        "latency_by_batch",
-        "time to first token against batch size",
-        TTFT,
-        "ms",
-        "batch_size",
-        ("batch_size",),
+        "β"),
+    Law("latency_by_batch", "time to first token against batch size", TTFT, "ms", "batch_size", ("batch_size",),
         power("L = L₁·b^φ", "L₁", "φ"),
         (line("L = a + c·b", "a", "c"), constant("L = a", "a")),
-        "φ",
-        (0.2, 0.5),
-    ),
-    Law(
-        "latency_by_length",
-        "time to first token against prompt length",
-        TTFT,
-        "ms",
-        "prompt_tokens",
-        ("prompt_tokens",),
+        "φ", (0.2, 0.5)),
+    Law("latency_by_length", "time to first token against prompt length", TTFT, "ms",
+        "prompt_tokens", ("prompt_tokens",),
         offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")),
         (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c"), constant("L = a", "a")),
-        "ω",
-        (0.5, 1.0),
-    ),
-    Law(
-        "memory_by_size",
-        "peak memory against model size",
-        MEMORY,
-        "GB",
-        "parameters",
-        MODEL,
+        "ω", (0.5, 1.0)),
+    Law("memory_by_size", "peak memory against model size", MEMORY, "GB", "parameters", MODEL,
         line("M = overhead + c·size", "overhead", "c"),
         (power("M = a·size^p", "a", "p"),),
-        "c",
-        scale=1e-9,
-    ),
-    Law(
-        "memory_by_tokens",
-        "peak memory against tokens held",
-        MEMORY,
-        "GB",
-        "held_tokens",
-        SHAPE,
+        "c", scale=1e-9),
+    Law("memory_by_tokens", "peak memory against tokens held", MEMORY, "GB", "held_tokens", SHAPE,
         line("M = fixed + k·b·(s + n)", "fixed", "k"),
         (power("M = a·(b·(s + n))^p", "a", "p"), constant("M = a", "a")),
-        "k",
-        scale=1e-9,
-    ),
-)
-"""Sources, by section of the paper: Scaling Analysis (T = α·b^β(s)), Throughput Analysis (δ, μ), Latency Analysis (φ, ω, α + β·size),
-Memory Usage Analysis (c = 4, 2, 1, 0.5 GB per 10⁹ parameters for 32, 16, 8, 4 bits). Memory against tokens held is ours: weights and
-what else is fixed, and the KV cache, which grows with batch · (prompt + output)."""
+        "k", scale=1e-9),
+)  # fmt: skip
+"""Sources, by section of the paper: Scaling Analysis (T = α·b^β(s)), Throughput Analysis (δ, μ), Latency Analysis
+(φ, ω, α + β·size), Memory Usage Analysis (c = 4, 2, 1, 0.5 GB per 10⁹ parameters for 32, 16, 8, 4 bits). Memory against
+tokens held is our own law: a fixed part such as the weights, and the KV cache, which grows with
+batch · (prompt + output)."""
 
 PAPER_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5, "fp4": 0.5, "gptq": 0.5}
-"""c of the memory law by quantization, GB per 10⁹ parameters."""
+"""The paper's c of the memory law by quantization, GB per 10⁹ parameters."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A result that may be used, with its summary metrics; `values` are those of each unit, per metric."""
+    """A usable result with its summary metrics."""
 
     result: RunResult
     metrics: Mapping[str, float]
 
     @property
     def cell(self) -> Cell:
-        """What was measured."""
+        """The cell that was measured."""
         return self.result.cell
 
     @property
     def dtype(self) -> str:
-        """The type of the weights as loaded, torch's name; empty where that is not known."""
+        """The dtype of the loaded weights, by torch's name; empty if unknown."""
         return str(self.result.load.facts.get("model.dtype", "")) if self.result.load else ""
 
     def variable(self, name: str) -> float | None:
-        """A law's x: a setting, `parameters` in 10⁹, or `held_tokens` = batch · (prompt + output)."""
+        """Return a law's x: a setting, `parameters` in 10⁹, or `held_tokens` = batch · (prompt + output).
+
+        None if the number of parameters or of prompt tokens is unknown.
+        """
         prompt = self.metrics.get("config/prompt_tokens")
         if name == "parameters":
             count = self.result.load.facts.get("model.parameters") if self.result.load else None
@@ -216,7 +161,10 @@ class Measured:
         return prompt if name == "prompt_tokens" else float(getattr(self.cell, name))
 
     def values(self, metric: str) -> list[float]:
-        """The metric of each repetition, or of each process where there are several; empty for what a run has once."""
+        """Return the metric's values above 0, per repetition, or per process if there are several.
+
+        Empty for a metric that a run has only once.
+        """
         of = PER_REPETITION.get(metric)
         found = unit_values(self.result, of) if of else None
         return [value for value in found or [] if value > 0]
@@ -224,8 +172,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class LawFit:
-    """A law through the cells of one group, with its rivals. `noise` is the relative standard error of a cell from its repetitions
-    (root mean square), None for what a run has once; `p_misfit` the p value of the residuals being no more than that.
+    """A law fitted to the cells of one group, with its rivals.
+
+    `noise`: relative standard error of a cell from its repetitions (root mean square), None for a metric that a run has
+    only once · `p_misfit`: p value of the hypothesis that the residuals are no larger than `noise`.
     """
 
     law: Law
@@ -239,22 +189,22 @@ class LawFit:
 
     @property
     def best(self) -> Fit:
-        """The nearest of the law and its rivals."""
+        """The best fit among the law and its rivals."""
         return ranked([self.fit, *self.rivals])[0]
 
     @property
     def refuted(self) -> bool:
-        """Whether the cells lie off the law by more than their repetitions scatter."""
+        """True if the cells deviate from the law by more than their repetitions scatter."""
         return self.p_misfit is not None and self.p_misfit < REFUTED
 
     def predict(self, x: float) -> Prediction:
-        """What the nearest curve says of a cell that was not measured. Raises OutOfRange beyond the cells."""
+        """Predict a cell that was not measured from the best-fitting curve. Raises OutOfRange beyond the cells."""
         return self.best.predict(x)
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Throughput over batch size and prompt length together: the exponent β of each length, and which joint law is nearest."""
+    """Throughput over batch size and prompt length together: the exponent β of each length, and the joint laws."""
 
     where: str
     exponents: tuple[tuple[float, Fit], ...]  # prompt tokens, the fit at that length
@@ -262,7 +212,7 @@ class Surface:
 
 
 def usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
-    """Results whose verdict is valid or suspect, and for the rest a line each on what was left out and why."""
+    """Return the results with a valid or suspect verdict, and one line on each other result and why it is left out."""
     kept, left_out = [], []
     varied = varied_settings([result.cell for result in results])
     for result in results:
@@ -273,7 +223,7 @@ def usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
             why = result.outcome if result.failure else ", ".join(reason.code for reason in verdict_.reasons)
             left_out.append(f"{name}: {why}")
         elif result.cell.batching:
-            left_out.append(f"{name}: a stream of requests, and the laws are of batches of one shape")
+            left_out.append(f"{name}: a stream of requests; the laws hold for batches of one shape")
         elif not result.repetitions:
             left_out.append(f"{name}: no repetitions")
         else:
@@ -282,34 +232,35 @@ def usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
 
 
 def varied_settings(cells: Sequence[Cell]) -> list[str]:
-    """Settings in which cells differ, without those that only say how long was measured."""
+    """Return the settings in which cells differ, without those that only control how long is measured."""
     return differing(cells, UNNAMED)
 
 
 def describe(cell: Cell, names: Sequence[str]) -> str:
-    """The named settings in words: `opt-125m int8 batch_size=4`; model and quantization where none is named."""
+    """Name a cell by the given settings: `opt-125m int8 batch_size=4`. Without any, by model and quantization."""
     short = {"model": cell.model.rstrip("/").rsplit("/", 1)[-1], "quant": cell.quant}
     return " ".join(short[name] if name in short else f"{name}={getattr(cell, name)}" for name in names or short)
 
 
 def models_text(cells: Sequence[Measured]) -> str:
-    """The names of the cells' models, the first `MOST_NAMED` of them."""
+    """List the names of the cells' models, at most `MOST_NAMED` of them."""
     names = list(dict.fromkeys(describe(measured.cell, ["model"]) for measured in cells))
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
 
 
 def subject(cells: Sequence[Measured]) -> str:
-    """What the cells are of, in words: their models, and the quantization where they have one."""
+    """Name the cells by their models, and by their quantization if all have the same."""
     quants = {measured.cell.quant for measured in cells}
     return " ".join([models_text(cells), *(quants if len(quants) == 1 else ())])
 
 
 def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
-    """Cells that differ in nothing but the freed settings, on one machine with one software, and the group in words, in order of its settings.
+    """Yield (name, cells) of groups that differ only in the freed settings, on one machine with one software.
 
-    Models are taken together only where their weights have the same type, since `none` means another one for each, and where prompts are
-    as long as their texts, only with the same texts.
+    Groups are sorted by their settings and named by those that vary between them. Models share a group only if their
+    weights have the same dtype, since `none` can mean a different one for each, and, if prompts are as long as their
+    texts, only with the same workload.
     """
     fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
     told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
@@ -340,7 +291,7 @@ def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[s
 
 
 def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:
-    """Every law through every group of cells that has enough of its variable; and for groups with too few a line each."""
+    """Fit every law to every group with two or more values of its variable; add one line for each fit that fails."""
     fitted: list[LawFit] = []
     refused: list[str] = []
     for law in LAWS:
@@ -355,7 +306,7 @@ def fit_laws(cells: Sequence[Measured]) -> tuple[list[LawFit], list[str]]:
 
 
 def fit_law(law: Law, where: str, group: Sequence[Measured]) -> LawFit:
-    """One law and its rivals through one group of cells. Raises NotFitted; a rival that cannot be fitted is left out."""
+    """Fit one law and its rivals to one group. Raises NotFitted for the law; a rival that fails is left out."""
     metric = (
         law.metric
         if law.metric != MEMORY
@@ -380,11 +331,11 @@ def fit_law(law: Law, where: str, group: Sequence[Measured]) -> LawFit:
 
 
 def _misfit(found: Fit, values: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
-    """Typical relative standard error of a cell, and the p value of the F test of lack of fit against it.
+    """Return the typical relative standard error of a cell, and the p value of the F test of lack of fit against it.
 
-    F = residual variance ÷ mean squared standard error, with n − p and Σ(repetitions − 1) degrees (Draper & Smith, Applied Regression
-    Analysis, 1998, 2.1). Repetitions of one process do not show what differs from process to process, so a refusal
-    says that the cells scatter more than their repetitions, for whatever reason.
+    F = residual variance ÷ mean squared standard error, with n − p and Σ(repetitions − 1) degrees of freedom (Draper &
+    Smith, Applied Regression Analysis, 1998, 2.1). Repetitions in one process do not show differences between
+    processes, so a rejection means only that the cells scatter more than their repetitions, for whatever reason.
     """
     if any(len(v) < 2 for v in values):
         return None, None
@@ -400,10 +351,10 @@ def _misfit(found: Fit, values: Sequence[Sequence[float]]) -> tuple[float | None
 def roofline(
     load: LoadInfo, peaks: Mapping[str, float], rows: float, prompt: float, output: float
 ) -> tuple[float, float] | None:
-    """Least seconds of the prefill and of one decode step, by the machine's measured read bandwidth and FLOP/s; None without them.
+    """Return the least seconds of the prefill and of one decode step, from measured read bandwidth and FLOP/s.
 
-    Each is the longer of reading (weights, and for a step the KV cache at the mean context) and computing (Williams, Waterman &
-    Patterson, "Roofline", CACM 52, 2009).
+    Each is the longer of reading (weights, and for a step the KV cache at the mean context) and computing (Williams,
+    Waterman & Patterson, "Roofline", CACM 52, 2009). None if a peak or the model's bytes or FLOPs are unknown.
     """
     bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
     if not (bandwidth and flops and load.step_bytes and load.flops_per_token):
@@ -416,7 +367,7 @@ def roofline(
 
 
 def _roofline_form(law: Law, group: Sequence[Measured]) -> Iterator[Form]:
-    """The law's metric as a constant share of the roofline, where one model is varied in shape and its machine's peaks are known."""
+    """Yield a constant share of the roofline, if only a model's shape is varied and the machine's peaks are known."""
     if law.over not in ("batch_size", "prompt_tokens") or law.metric not in (RATE, TTFT) or not group:
         return
     limit = _limit(law.metric, law.over, group[0])
@@ -426,7 +377,10 @@ def _roofline_form(law: Law, group: Sequence[Measured]) -> Iterator[Form]:
 
 
 def _limit(metric: str, over: str, first: Measured) -> Callable[[Array], Array] | None:
-    """The roofline's rate (tokens/s) or TTFT (ms) as a function of x: of batch sizes, of prompt lengths, or of pairs of both."""
+    """Return the roofline's rate (tokens/s) or TTFT (ms) as a function of batch size, prompt length, or pairs of both.
+
+    None without the model's load record or the machine's peaks.
+    """
     import numpy as np
 
     load, peaks, cell = first.result.load, first.result.peaks, first.cell
@@ -451,10 +405,10 @@ def _limit(metric: str, over: str, first: Measured) -> Callable[[Array], Array] 
 
 
 def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[list[Surface], list[str]]:
-    """T(b, s) ≈ α·b^β(s) where the batch size was varied at two or more prompt lengths; and what was refused.
+    """Fit T(b, s) ≈ α·b^β(s) where the batch size was varied at two or more prompt lengths.
 
-    The paper has one α for all lengths, so that at b = 1 the length would not matter; its rivals are an α per length, the linear
-    latency T = b/(a + c·b + d·b·s), and a share of the roofline.
+    The paper has one α for all lengths, so that length would not matter at b = 1. The rivals are an α per length,
+    linear latency T = b/(a + c·b + d·b·s), and a share of the roofline. Also returns one line for each fit that fails.
     """
     surfaces: list[Surface] = []
     refused: list[str] = []
@@ -481,7 +435,7 @@ def fit_surfaces(cells: Sequence[Measured], fitted: Sequence[LawFit]) -> tuple[l
 
 
 def _joint_forms(lengths: Sequence[float], first: Measured) -> Iterator[Form]:
-    """The paper's surface, its generalisation, linear latency, and a share of the roofline."""
+    """Yield the paper's surface, the same with one α per length, linear latency, and a share of the roofline."""
     import numpy as np
 
     columns = np.array(lengths)
@@ -523,7 +477,7 @@ def _joint_forms(lengths: Sequence[float], first: Measured) -> Iterator[Form]:
 
 
 def untried(found: LawFit) -> list[Prediction]:
-    """Predictions at the powers of two between the cells of a law that were not measured; empty for laws over model size."""
+    """Predict unmeasured powers of two between a law's cells. Empty unless it is over batch size or prompt length."""
     if found.law.over not in ("batch_size", "prompt_tokens"):
         return []
     (low, high), tried = found.fit.ranges[0], {place[0] for place in found.fit.x}
@@ -531,9 +485,10 @@ def untried(found: LawFit) -> list[Prediction]:
 
 
 def main_sentence(found: LawFit) -> str:
-    """A law as fitted: where, its parameters with intervals, its range; how the paper's range compares; which curve is nearer."""
+    """Describe a fitted law: group, parameters with intervals, range, the paper's range, and which curve fits best."""
     parts = [
-        f"{found.law.title[:1].upper()}{found.law.title[1:]} ({found.where}): {found.fit.form.formula} with {parameters_text(found.fit)}"
+        f"{found.law.title[:1].upper()}{found.law.title[1:]} ({found.where}): "
+        f"{found.fit.form.formula} with {parameters_text(found.fit)}"
     ]
     low, high = found.fit.ranges[0]
     parts = [f"{parts[0]}, from {len(found.cells)} cells with {found.law.over.replace('_', ' ')} {low:g} to {high:g}."]
@@ -543,17 +498,17 @@ def main_sentence(found: LawFit) -> str:
 
 
 def parameters_text(found: Fit) -> str:
-    """All parameters with their intervals: `α = 201 (130 to 310), β = 0.62 (0.55 to 0.69)`."""
+    """List all parameters with their intervals: `α = 201 (130 to 310), β = 0.62 (0.55 to 0.69)`."""
     return ", ".join(map(str, found.parameters))
 
 
 def describe_fit(found: Fit) -> str:
-    """A curve with its parameters' values, without intervals: `T = b/(a + c·b), a = 0.02, c = 0.001`."""
+    """Describe a curve with its parameters' values, without intervals: `T = b/(a + c·b), a = 0.02, c = 0.001`."""
     return ", ".join([found.form.formula, *(f"{p.name} = {p.value:.3g}" for p in found.parameters)])
 
 
 def paper_range(found: LawFit) -> tuple[float, float] | None:
-    """What the paper says of a law's main parameter; for the memory law the bytes per parameter of the quantization."""
+    """Return the paper's range of a law's main parameter, for the memory law the quantization's bytes per parameter."""
     if found.law.key == "memory_by_size":
         bytes_ = PAPER_BYTES.get(found.cells[0].cell.quant)
         return None if bytes_ is None else (bytes_, bytes_)
@@ -561,7 +516,7 @@ def paper_range(found: LawFit) -> tuple[float, float] | None:
 
 
 def _against_paper(found: LawFit) -> str:
-    """Whether the interval of the main parameter meets the paper's range."""
+    """Say whether the interval of the main parameter overlaps the paper's range."""
     expected, main = paper_range(found), found.fit.parameter(found.law.main)
     if found.law.key == "memory_by_tokens":
         return _against_cache(found)
@@ -571,35 +526,41 @@ def _against_paper(found: LawFit) -> str:
     if not main.determined:
         return f"The paper's {main.name} of {said} can be neither confirmed nor refuted with these cells."
     meets = (main.low or 0.0) <= expected[1] and (main.high or 0.0) >= expected[0]
-    return f"The paper's {main.name} of {said} is {'compatible with this' if meets else 'not what is seen here'}."
+    return f"The paper's {main.name} of {said} is {'compatible with this' if meets else 'not compatible with this'}."
 
 
 def _against_cache(found: LawFit) -> str:
-    """The slope of memory beside the KV cache's bytes per token."""
+    """Compare the slope of memory with the KV cache's bytes per token."""
     load, slope = found.cells[0].result.load, found.fit.parameter("k")
     if load is None or not load.kv_bytes_per_token or slope.low is None or slope.high is None:
         return ""
     value, low, high = (number / found.law.scale for number in (slope.value, slope.low, slope.high))
-    return f"That is {value:,.0f} bytes for each token held ({low:,.0f} to {high:,.0f}), and the KV cache takes {load.kv_bytes_per_token:,}."
+    return (
+        f"That is {value:,.0f} bytes for each token held ({low:,.0f} to {high:,.0f}); "
+        f"the KV cache takes {load.kv_bytes_per_token:,}."
+    )
 
 
 def _misfit_sentence(found: LawFit) -> str:
-    """A warning where the residuals are larger than what the repetitions explain."""
+    """Warn if the residuals are larger than the scatter of the repetitions explains."""
     if not found.refuted or not found.noise:
         return ""
     worst = max(range(len(found.cells)), key=lambda i: abs(found.fit.residuals[i]))
     times = found.fit.sigma / found.noise
     return (
-        f"It is an approximation: the cells lie off it by typically {percent(found.fit.sigma)}, {times:.0f} times what their repetitions explain, "
-        f"most at {found.fit.x[worst][0]:g}."
+        f"It is an approximation: the cells deviate from it by typically {percent(found.fit.sigma)}, {times:.0f} times "
+        f"what their repetitions explain, most at {found.fit.x[worst][0]:g}."
     )
 
 
 def surface_sentence(surface: Surface) -> str:
-    """β by length, and which joint law is nearest."""
+    """Say how β depends on the prompt length, and which joint law fits best."""
     betas = ", ".join(f"{_exponent(found)} at {length:g}" for length, found in surface.exponents)
     law, *rivals = surface.joint or (None,)
-    return f"Exponent β of the batch size by prompt length ({surface.where}): {betas}. {verdict(law, rivals) if law else ''}".strip()
+    return (
+        f"Exponent β of the batch size by prompt length ({surface.where}): {betas}. "
+        f"{verdict(law, rivals) if law else ''}"
+    ).strip()
 
 
 def _exponent(found: Fit) -> str:

@@ -1,4 +1,4 @@
-"""Charts of a scaling study: measured cells, the law with its interval, the nearest rival. Nothing is drawn beyond the cells."""
+"""Charts of a scaling study: measured cells, the law with its interval, the best rival; nothing beyond the cells."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PANELS = 9
-"""Groups of cells that one chart shows; scaling.md has all."""
+"""Most groups of cells in one chart; scaling.md has all."""
 
 LOG_FROM = 20.0
 """Ratio of the highest to the lowest value from which the y axis is logarithmic."""
@@ -49,7 +49,10 @@ POINTS = 120  # of a curve
 
 
 def draw_study(study: Study, folder: Path) -> list[Path]:
-    """Write one chart per law that was fitted, and `exponent_by_length`, as .svg and .png; return the files. Creates `folder`."""
+    """Write a chart for each fitted law, and `exponent_by_length`, as .svg and .png in `folder`, which is created.
+
+    Return the files.
+    """
     files: list[Path] = []
     with _style():
         for key in dict.fromkeys(law.law.key for law in study.laws):
@@ -60,7 +63,7 @@ def draw_study(study: Study, folder: Path) -> list[Path]:
 
 
 def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
-    """One panel per group of cells: dots, the law with the 95 % band of the curve, the nearest rival, hollow dots for predictions."""
+    """Draw one panel per group: cells (dots), the law with its 95 % band, the best rival, predictions (hollow dots)."""
     shown = laws[:MOST_PANELS]
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
@@ -111,7 +114,7 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
 def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> None:
     low, high = found.fit.ranges[0]
     x: Array = np.geomspace(low, high, POINTS).astype(np.float64)
-    x[0], x[-1] = low, high  # not a rounding error beyond them
+    x[0], x[-1] = low, high  # without the rounding error that would put them out of range
     curve = [found.fit.predict(float(place)) for place in x]
     band = [] if found.fit.undetermined else [value for p in curve for value in (p.mean_low, p.mean_high)]
     if band:
@@ -143,7 +146,10 @@ def _values(found: Fit, x: Array) -> list[float]:
 
 
 def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
-    """Logarithmic x with the measured places as ticks; y from 0, or logarithmic over a wide range; room for the parameters above."""
+    """Make x logarithmic with the measured places as ticks, and y start at 0 or, over a wide range, logarithmic.
+
+    Leaves room above for the text with the parameters.
+    """
     axes.set_xscale("log", base=2)
     ticks = sorted({float(place) for place in places})
     kept = ticks if len(ticks) <= 8 else [2.0**k for k in range(-6, 31) if ticks[0] <= 2.0**k <= ticks[-1]]
@@ -161,7 +167,7 @@ def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
 
 
 def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
-    """β of the batch size by prompt length, with 95 % intervals: the paper's β(s)."""
+    """Draw β of the batch size by prompt length, with 95 % intervals: the paper's β(s)."""
     figure, (axes,) = _figure(
         "Exponent of the batch size by prompt length",
         "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval",

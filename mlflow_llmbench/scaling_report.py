@@ -14,13 +14,14 @@ from .scaling_study import WATCHED, BatchScaling, CliffSearch, ExchangeAt, Quant
 from .tradeoffs import Ratio
 
 METHOD = (
-    "Each point is one measured cell. Curves minimise squared relative errors; intervals are 95 %, Student's for power laws and by profile "
-    "likelihood for the others, and suppose that the curve holds. Nothing is predicted beyond the measured range."
+    "Each point is one measured cell. Curves minimise squared relative errors. Intervals are 95 %, Student's for power "
+    "laws and by profile likelihood for the others, and assume that the curve is right. Nothing is predicted beyond "
+    "the measured range."
 )
 
 
 def sections(study: Study) -> dict[str, list[str]]:
-    """Heading → sentences; headings without any are left out."""
+    """Map heading → sentences; headings without sentences are left out."""
     found = {
         "Laws": [main_sentence(law) for law in study.laws],
         "Batch size and prompt length together": [surface_sentence(surface) for surface in study.surfaces],
@@ -36,7 +37,7 @@ def sections(study: Study) -> dict[str, list[str]]:
 
 
 def _merged(refused: Sequence[str]) -> list[str]:
-    """Refusals with the same reason once, with the number of groups."""
+    """Merge refusals with the same reason into one line with the number of groups."""
     found: dict[tuple[str, str], list[str]] = {}
     for line in refused:
         what, _, why = line.partition("): ")
@@ -49,18 +50,11 @@ def _merged(refused: Sequence[str]) -> list[str]:
 
 
 def law_cells(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the table of laws."""
+    """Return heading and body of the table of laws."""
     heading = [
-        "law",
-        "cells",
-        "formula",
-        "parameters (95 % interval)",
-        "range",
-        "R²",
-        "residual",
-        "leave-one-out",
-        "nearest curve",
-    ]
+        "law", "cells", "formula", "parameters (95 % interval)", "range",
+        "R²", "residual", "leave-one-out", "nearest curve",
+    ]  # fmt: skip
     body = []
     for law in study.laws:
         low, high = law.fit.ranges[0]
@@ -77,7 +71,7 @@ def law_cells(study: Study) -> tuple[list[str], list[list[str]]]:
 
 
 def prediction_cells(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the table of predictions: values that were not measured, and where a measurement would lie."""
+    """Return heading and body of the table of predictions: unmeasured values, and the interval of a measurement."""
     heading = ["predicted, not measured", "cells", "at", "value", "95 % interval of a new measurement", "by"]
     body = []
     for law, p in study.predictions:
@@ -104,7 +98,7 @@ def _columns(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def format_study(study: Study) -> str:
-    """The study for a terminal: the tables of laws and of predictions, then the sentences."""
+    """Format the study for a terminal: the tables of laws and of predictions, then the sentences."""
     tables = [_columns(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
     sentences = [
         "\n".join([f"{heading}:", *(f"- {sentence}" for sentence in found)])
@@ -114,7 +108,7 @@ def format_study(study: Study) -> str:
 
 
 def study_markdown(study: Study, charts: Sequence[str] = ()) -> str:
-    """scaling.md: the tables, the charts (paths relative to the file), the sentences."""
+    """Return scaling.md: the tables, the charts (paths relative to the file), the sentences."""
     parts = [f"# Scaling: {markdown(study.subject)}", f"{study.cells} cells. {METHOD}"]
     parts += [markdown_table(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
     parts += [f"![{path}]({path})" for path in charts]
@@ -124,21 +118,9 @@ def study_markdown(study: Study, charts: Sequence[str] = ()) -> str:
 
 
 def study_json(study: Study) -> dict[str, Any]:
-    """The study as plain JSON data. Predictions carry `predicted: true`; absent is null."""
-    rest = {
-        name: to_json(getattr(study, name))
-        for name in (
-            "cells",
-            "subject",
-            "batches",
-            "quants",
-            "cliffs",
-            "exchanges",
-            "footprints",
-            "refused",
-            "left_out",
-        )
-    }
+    """Return the study as plain JSON data. Predictions have `predicted: true`; an absent value is null."""
+    names = ["cells", "subject", "batches", "quants", "cliffs", "exchanges", "footprints", "refused", "left_out"]
+    rest = {name: to_json(getattr(study, name)) for name in names}
     return {
         "laws": [_law_json(law) for law in study.laws],
         "surfaces": [
@@ -220,8 +202,8 @@ def _batch_sentences(batch: BatchScaling) -> Iterator[str]:
     best = batch.optimal
     alike = f" (not measurably better than {', '.join(map(str, best.alike))})" if best.alike else ""
     yield (
-        f"Best batch size ({batch.where}): {best.per_instance} by throughput per instance{alike}; the largest that keeps {percent(best.share)} of that is "
-        f"{best.largest}; {best.throughput} has the highest throughput."
+        f"Best batch size ({batch.where}): {best.per_instance} by throughput per instance{alike}; the largest that "
+        f"keeps {percent(best.share)} of that is {best.largest}; {best.throughput} has the highest throughput."
     )
 
 
@@ -236,13 +218,17 @@ def _quant_sentences(quant: QuantEfficiency) -> Iterator[str]:
             )
             if value is not None
         ]
-        yield f"{speed.name} against {quant.reference} ({quant.where}): {_ratio(speed)} times the throughput; memory saved {', '.join(saved) or 'unknown'}."
+        yield (
+            f"{speed.name} against {quant.reference} ({quant.where}): {_ratio(speed)} times the throughput; "
+            f"memory saved {', '.join(saved) or 'unknown'}."
+        )
 
 
 def _cliff_sentences(searches: Sequence[CliffSearch]) -> list[str]:
     found = [
-        f"Latency cliff ({search.where}): from {search.over.replace('_', ' ')} {cliff.before:g} to {cliff.after:g} the {WATCHED[search.metric]} grows "
-        f"{cliff.factor:.2f} times more than the steps beside it allow (p {'< 0.001' if cliff.p_value < 0.001 else f'= {cliff.p_value:.3f}'})."
+        f"Latency cliff ({search.where}): from {search.over.replace('_', ' ')} {cliff.before:g} to {cliff.after:g} "
+        f"the {WATCHED[search.metric]} grows {cliff.factor:.2f} times more than the neighbouring steps explain "
+        f"(p {'< 0.001' if cliff.p_value < 0.001 else f'= {cliff.p_value:.3f}'})."
         for search in searches
         for cliff in search.cliffs
     ]
@@ -260,14 +246,15 @@ def _cliff_sentences(searches: Sequence[CliffSearch]) -> list[str]:
 def _exchange_sentence(found: ExchangeAt) -> str:
     e = found.exchange
     return (
-        f"{e.prompt_tokens} more prompt tokens cost {e.prompt[0]:.3g} ms ({e.prompt[1]:.3g} to {e.prompt[2]:.3g}) of time to first token, {e.output_tokens} more "
-        f"output tokens {e.output[0]:.3g} ms ({e.output[1]:.3g} to {e.output[2]:.3g}) ({found.where}): the prompt tokens cost as much as "
+        f"{e.prompt_tokens} more prompt tokens cost {e.prompt[0]:.3g} ms ({e.prompt[1]:.3g} to {e.prompt[2]:.3g}) of "
+        f"time to first token, {e.output_tokens} more output tokens {e.output[0]:.3g} ms ({e.output[1]:.3g} to "
+        f"{e.output[2]:.3g}) ({found.where}): the prompt tokens cost as much as "
         f"{e.equal_output[0]:.3g} output tokens ({e.equal_output[1]:.3g} to {e.equal_output[2]:.3g})."
     )
 
 
 def _memory_sentences(study: Study) -> Iterator[str]:
-    """The account of the cell with the highest peak of each place, every cell that leaks, and how many do not."""
+    """Give the highest peak on host and device in parts, every cell that leaks, and the number of those that do not."""
     accounts = [(f.where, f.account) for f in study.footprints if f.account]
     for place in sorted({account.where for _, account in accounts}):
         where, parts = max(((w, a) for w, a in accounts if a.where == place), key=lambda pair: pair[1].peak)
@@ -276,23 +263,26 @@ def _memory_sentences(study: Study) -> Iterator[str]:
     leaking = [(where, grown) for where, grown in checked if grown.grows]
     yield from (leak_sentence(where, grown) for where, grown in leaking)
     if len(checked) > len(leaking):
-        yield f"No growth of memory from repetition to repetition is seen in {len(checked) - len(leaking)} of {len(checked)} cells that could be checked."
+        yield (
+            f"No growth of memory from repetition to repetition is seen in {len(checked) - len(leaking)} of "
+            f"{len(checked)} cells that could be checked."
+        )
     for found in study.footprints:
         if found.growth and found.growth.leak:
             leak = found.growth.leak
             if leak.low > 0:
                 yield (
-                    f"During a generation ({found.where}) memory grows by {leak.slope:,.0f} bytes a token ({leak.low:,.0f} to {leak.high:,.0f}) more than the "
-                    f"KV cache's {found.growth.expected:,.0f}."
+                    f"During a generation ({found.where}) memory grows by {leak.slope:,.0f} bytes a token "
+                    f"({leak.low:,.0f} to {leak.high:,.0f}) more than the KV cache's {found.growth.expected:,.0f}."
                 )
 
 
 def account_sentence(where: str, parts: Account) -> str:
-    """The peak and its parts; the rest is named."""
+    """Write the peak as the sum of its parts."""
     named = {
         "before the load": parts.baseline,
         "weights": parts.weights,
-        "that the load left besides (buffers, allocator)": parts.load_rest,
+        "left by the load (buffers, allocator)": parts.load_rest,
         "KV cache": parts.cache,
         "while generating (activations, logits, copies of the cache)": parts.run_rest,
     }
@@ -301,10 +291,11 @@ def account_sentence(where: str, parts: Account) -> str:
 
 
 def leak_sentence(where: str, grown: Growth) -> str:
-    """Memory that stays from one repetition to the next."""
+    """Report memory that grows from one repetition to the next; empty without a trend."""
     kept = grown.between
     return (
-        f"Memory grows from repetition to repetition ({where}): {kept.slope:,.0f} bytes each ({kept.low:,.0f} to {kept.high:,.0f}). Look for a leak."
+        f"Memory grows from repetition to repetition ({where}): {kept.slope:,.0f} bytes each "
+        f"({kept.low:,.0f} to {kept.high:,.0f}). Look for a leak."
         if kept
         else ""
     )

@@ -1,4 +1,4 @@
-"""Everything that a set of measured cells says about scaling, in one record: laws, trade-offs, memory, and what could not be said."""
+"""Scaling study of a set of measured cells: laws, trade-offs, memory, and a line for each thing that is missing."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ T = TypeVar("T")
 TPOT = "latency/tpot_ms_mean"
 
 STEEPEST = {"batch_size": 1.0, "prompt_tokens": 2.0}
-"""Largest elasticity of latency that is no cliff: rows could be run one by one; attention is quadratic in the length."""
+"""Largest elasticity of latency without a cliff: rows could be run one by one; attention is quadratic in length."""
 
 WATCHED = {TTFT: "time to first token", TPOT: "time per output token"}
 
 
 @dataclass(frozen=True)
 class At:
-    """Where something was found: the group of cells in words."""
+    """A finding about one group of cells; `where` names the group."""
 
     where: str
 
 
 @dataclass(frozen=True)
 class BatchScaling(At):
-    """Scaling efficiency η_b of each batch size and the best sizes, of cells that differ in their batch size only."""
+    """Scaling efficiency η_b of each batch size and the best sizes, for cells that differ only in batch size."""
 
     efficiency: tuple[Ratio, ...]
     optimal: OptimalBatch
@@ -43,7 +43,7 @@ class BatchScaling(At):
 
 @dataclass(frozen=True)
 class QuantEfficiency(At):
-    """T_q / T_ref and the memory saved, of cells that differ in their quantization only."""
+    """T_q / T_ref and the memory saved, for cells that differ only in quantization."""
 
     reference: str
     efficiency: tuple[Ratio, ...]
@@ -52,7 +52,7 @@ class QuantEfficiency(At):
 
 @dataclass(frozen=True)
 class CliffSearch(At):
-    """The cliffs of one series: the metric, over which setting, its places, and the cells by their configurations."""
+    """The cliffs of one series: its metric, the varied setting, its values, and the cells' configuration hashes."""
 
     metric: str
     over: str
@@ -70,7 +70,7 @@ class ExchangeAt(At):
 
 @dataclass(frozen=True)
 class Footprint(At):
-    """A cell's peak memory in parts, and its growth."""
+    """Peak memory of a cell in parts, and its growth."""
 
     account: Account | None
     growth: Growth | None
@@ -78,7 +78,7 @@ class Footprint(At):
 
 @dataclass(frozen=True)
 class Study:
-    """What was found, and, in one line each, what was refused (`refused`) and which cells were left out (`left_out`)."""
+    """All findings, and one line for each computation that failed (`refused`) and each cell not used (`left_out`)."""
 
     cells: int
     subject: str
@@ -96,12 +96,12 @@ class Study:
 
 @dataclass
 class _Notes:
-    """Refusals as they come."""
+    """Collects one line for each computation that fails."""
 
     refused: list[str] = field(default_factory=list)
 
     def attempt(self, what: str, compute: Callable[[], T]) -> T | None:
-        """The value, or None and a line on why there is none."""
+        """Return the computed value, or None after noting the reason of a LlmbenchError."""
         try:
             return compute()
         except LlmbenchError as error:
@@ -112,10 +112,12 @@ class _Notes:
 def study_scaling(
     results: Sequence[RunResult], share: float = tradeoffs.KEPT_SHARE, at: Sequence[tuple[str, float]] = ()
 ) -> Study:
-    """Fit and compute everything that the results allow. `share`: of the best per-instance throughput, that a batch must keep.
+    """Fit and compute everything that the results allow.
 
-    `at`: (setting, value) pairs to predict beside the powers of two that lie between the cells. Raises UsageError where no cell may be used, or
-    a share lies outside 0 to 1, and OutOfRange for a value that no law over that setting reaches.
+    `share`: share of the best per-instance throughput that a batch must keep. `at`: (setting, value) pairs to predict,
+    in addition to the powers of two between the cells. Raises UsageError if no result can be used, if the share is
+    outside 0 to 1, or if no law over a setting was fitted; OutOfRange for a value outside the range of a law over its
+    setting.
     """
     check_share(share)
     cells, left_out = usable(_once(results))
@@ -144,7 +146,7 @@ def study_scaling(
 
 
 def check_share(share: float) -> None:
-    """Raise UsageError for a share of the best per-instance throughput that is none."""
+    """Raise UsageError unless 0 < share ≤ 1, for the share of the best per-instance throughput."""
     if not 0 < share <= 1:
         raise UsageError(
             f"The share of per-instance throughput to keep is not between 0 and 1: {share:g}. Give 0.5 for a half."
@@ -152,7 +154,7 @@ def check_share(share: float) -> None:
 
 
 def _once(results: Sequence[RunResult]) -> list[RunResult]:
-    """Each result once, however often it was named."""
+    """Drop results that were named more than once."""
     return list({(r.hashes.config, r.hashes.env, r.started_ms): r for r in results}.values())
 
 
@@ -170,13 +172,14 @@ def _batches(cells: Sequence[Measured], share: float, notes: _Notes) -> Iterator
 
 
 QUANT_SETTINGS = ("int8_threshold", "double_quant", "group_size", "quant_budget", "quant_plan")
-"""Settings that some quantizations have, and that mean nothing for cells that are not quantized, whatever their value there."""
+"""Settings of some quantizations. They have no effect on cells that are not quantized, whatever their value there."""
 
 
 def quant_groups(cells: Sequence[Measured]) -> Iterator[tuple[str, list[Measured]]]:
-    """Cells that differ in nothing but their quantization, for each choice of its settings.
+    """Yield groups of cells that differ only in quantization, one group for each choice of the quantization's settings.
 
-    Where none of them is without quantization, one that is and was measured with other settings stands first. No pair of cells is in two groups.
+    A group without an unquantized cell begins with one that was measured with other settings, if there is any. No pair
+    of cells is in two groups.
     """
 
     def chosen(measured: Measured) -> tuple[object, ...]:
@@ -235,9 +238,10 @@ def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
 
 
 def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
-    """At each group of lengths: the line among the rivals gives the price of a prompt token, the middle cell that of an output token.
+    """Compare prompt and output tokens for each group of prompt lengths.
 
-    Of 512 more prompt tokens, or of as many as the measured lengths lie apart where these are fewer: `preset=quick` spans 448.
+    The line among the rivals gives the cost of a prompt token, the middle cell that of an output token. The comparison
+    is for 512 more prompt tokens, or for the span of the measured lengths if that is smaller: `preset=quick` spans 448.
     """
     for law in laws:
         prefill = next((rival for rival in law.rivals if rival.form.formula == "L = a + c·s"), None)
@@ -268,5 +272,6 @@ def _predictions(laws: Sequence[LawFit], at: Sequence[tuple[str, float]]) -> Ite
     for name, value in at:
         if not any(law.law.over == name for law in laws):
             raise UsageError(
-                f"No law over {name} was fitted, so {name}={value:g} cannot be predicted. Measure three or more values of {name}."
+                f"No law over {name} was fitted, so {name}={value:g} cannot be predicted. "
+                f"Measure three or more values of {name}."
             )

@@ -1,8 +1,8 @@
-"""The model that a registered version runs. MLflow copies this file into each version, so it uses nothing of mlflow_llmbench.
+"""Model of a registered version. MLflow copies this file into each version, so it imports nothing of mlflow_llmbench.
 
-Everything comes from `model_config`: what to load and with which library, how it is quantized, the batch size and the limits, all as they
-were measured; each key can be overridden when the model is loaded. The weights are loaded with the first request.
-One request may hold any number of prompts; they are generated greedily, `batch_size` at a time.
+`model_config` holds all settings as they were measured: the checkpoint, the library, the quantization, the batch size
+and the limits. Each key can be overridden when the model is loaded. The weights are loaded with the first request. One
+request may hold any number of prompts; they are generated greedily, `batch_size` at a time.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from mlflow.pyfunc import PythonModel  # type: ignore[attr-defined]
 
 
 def refused(message: str) -> MlflowException:
-    """What the caller did wrong, as an answer with status 400."""
+    """Return an error of the caller, which MLflow answers with status 400."""
     return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
 
 
 def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
-    """A linear layer as LLM.int8 (int8) or NF4 (int4): what `backends.mixed.quantized` makes, which this file cannot import."""
+    """Return a linear layer as LLM.int8 (int8) or NF4 (int4), like `backends.mixed.quantized`.
+
+    This file cannot import that function.
+    """
     import bitsandbytes
     import torch
 
@@ -51,7 +54,10 @@ def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
 
 
 def torchao_settings(scheme: str, group_size: int | None, device: str) -> Any:
-    """What `backends.quantizing` asks of torchao: per output row for 8 bits, per `group_size` weights for 4, laid out for the device's kernel."""
+    """Return the settings for torchao as in `backends.quantizing`.
+
+    8 bits: scales per output row. 4 bits: per `group_size` weights, laid out for the device's kernel.
+    """
     from torchao import quantization
 
     if scheme == "int8-wo":
@@ -68,7 +74,7 @@ def torchao_settings(scheme: str, group_size: int | None, device: str) -> Any:
 
 
 def quantize_with_hqq(model: Any, bits: int, group_size: int, compute: Any) -> None:
-    """HQQ's layers in the place of the linear ones but for the output head, as `backends.quantizing` puts them."""
+    """Replace all linear layers except the output head by HQQ's, as `backends.quantizing` does."""
     import torch
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -82,7 +88,7 @@ def quantize_with_hqq(model: Any, bits: int, group_size: int, compute: Any) -> N
 
 
 def layer_name(layer: Any) -> str:
-    """The class of a layer, and that of its weight where it is a tensor subclass, as `backends.inspection` names it."""
+    """Name a layer by its class, and its weight's class if that is a tensor subclass, as `backends.inspection` does."""
     weight = getattr(layer, "weight", None)
     if not hasattr(weight, "__tensor_flatten__"):
         return type(layer).__name__
@@ -91,7 +97,7 @@ def layer_name(layer: Any) -> str:
 
 
 class Checkpoint:
-    """A checkpoint in transformers."""
+    """A checkpoint run by transformers."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         import torch
@@ -105,7 +111,7 @@ class Checkpoint:
             named["revision"] = config["revision"]
         if config["gguf_file"]:
             named["gguf_file"] = config["gguf_file"]
-        other = config["tokenizer"]  # what was made of a checkpoint has none of its own
+        other = config["tokenizer"]  # a file made from a checkpoint has no tokenizer of its own
         words = {
             name: value
             for name, value in (named | {"revision": other["revision"]} if other else named).items()
@@ -143,12 +149,12 @@ class Checkpoint:
         ends = model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        # Neutral, as it was measured: generate() would fill in the checkpoint's sampling and penalties.
+        # Neutral settings, as measured: generate() would otherwise use the checkpoint's sampling and penalties.
         model.generation_config = transformers.GenerationConfig()
         self.model: Any = model
 
     def _verify(self, model: Any) -> None:
-        """Refuse a model whose linear layers are not of the classes that were measured: it would be another quantization."""
+        """Raise MlflowException if the linear layers' classes differ from those measured: another quantization."""
         head = model.get_output_embeddings()
         layers = [
             m
@@ -168,7 +174,7 @@ class Checkpoint:
         return ids
 
     def generate(self, batch: Sequence[list[int]], most: int) -> list[tuple[list[int], bool]]:
-        """For each prompt its output, up to and with the first end of sequence, and whether there was one."""
+        """Return each prompt's output ids, up to and including the first end of sequence, and True if there was one."""
         import torch
         from transformers import GenerationConfig
 
@@ -191,10 +197,10 @@ class Checkpoint:
 
 
 class GgufFile:
-    """A GGUF file in llama.cpp, through its C functions: rows are decoded together, as `backends.llama_cpp_session` measured them."""
+    """A GGUF file run by llama.cpp's C functions. Rows are decoded together, as in `backends.llama_cpp_session`."""
 
-    ROOM = 256  # llama.cpp keeps room for a multiple of this many tokens per row
-    CHUNK = 2048  # tokens handed to it at once
+    ROOM = 256  # llama.cpp allocates a multiple of this many tokens per row
+    CHUNK = 2048  # tokens per call of llama_decode
     # ggml's numbers, since the package has no name for bf16
     KV_TYPES: ClassVar[dict[str, int]] = {
         "f32": 0,
@@ -220,7 +226,8 @@ class GgufFile:
             settings.devices = ctypes.cast(no_device, ctypes.c_void_p)
         elif not lib.llama_supports_gpu_offload():
             raise MlflowException(
-                f"This was measured on {config['device']}, and this build of llama-cpp-python has no GPU support. Build it again: "
+                f"This was measured on {config['device']}, and this build of llama-cpp-python has no GPU support. "
+                "Build it again: "
                 "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
             )
         else:
@@ -233,9 +240,8 @@ class GgufFile:
         if kind != config["file_type"]:
             raise MlflowException(f"The model was measured as {config['file_type']}, and {file} is {kind}.")
         self.vocabulary = lib.llama_model_get_vocab(self.model)
-        if int(lib.llama_vocab_type(self.vocabulary)) == int(
-            lib.LLAMA_VOCAB_TYPE_NONE
-        ):  # asked to cut a text, llama.cpp would end the process
+        # Without a tokenizer, llama.cpp would end the process when it tokenizes a text.
+        if int(lib.llama_vocab_type(self.vocabulary)) == int(lib.LLAMA_VOCAB_TYPE_NONE):
             raise MlflowException(f"{file} has no tokenizer, so it cannot answer texts.")
         self.words = int(lib.llama_vocab_n_tokens(self.vocabulary))
         self.rows = int(config["batch_size"])
@@ -262,7 +268,7 @@ class GgufFile:
         self.context = lib.llama_init_from_model(self.model, context)
         if not self.context:
             raise MlflowException(
-                f"llama.cpp finds no memory for {self.rows} rows of {most} tokens. Load with a smaller batch_size."
+                f"llama.cpp has no memory for {self.rows} rows of {most} tokens. Load with a smaller batch_size."
             )
 
     @staticmethod
@@ -280,20 +286,21 @@ class GgufFile:
         file = Path(config["location"], config["gguf_file"])
         if not file.is_file():
             raise MlflowException(
-                f"{file}, which was measured, is not here. Copy it, or make it again: llmbench run --backend llama_cpp --model {config['model']} "
-                f"--quant {config['quant']}; then load with the folder as location and its name as gguf_file."
+                f"{file}, which was measured, is not here. Copy it, or make it again: llmbench run --backend llama_cpp "
+                f"--model {config['model']} --quant {config['quant']}; then load with the folder as location and its "
+                "name as gguf_file."
             )
         return str(file)
 
     def encode(self, text: str) -> list[int]:
-        """Text → ids, with what the model wants before every text."""
+        """Text → ids, with the tokens that the model adds before every text."""
         data = text.encode()
         room = len(data) + 16
         found = (ctypes.c_int32 * room)()
         return list(found[: max(self.lib.llama_tokenize(self.vocabulary, data, len(data), found, room, True, True), 0)])
 
     def generate(self, batch: Sequence[list[int]], most: int) -> list[tuple[list[int], bool]]:
-        """For each prompt its output, up to and with the first end of sequence, and whether there was one."""
+        """Return each prompt's output ids, up to and including the first end of sequence, and True if there was one."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
         outputs: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
@@ -317,7 +324,10 @@ class GgufFile:
         return list(zip(outputs, ended, strict=True))
 
     def _compute(self, asked: list[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
-        """Decode tokens (row, place, id, whether the next is wanted); the most probable next token of each that is wanted, with its row."""
+        """Decode tokens, given as (row, position, id, whether the next token is wanted).
+
+        Returns (row, most probable next token) for each token whose next one is wanted.
+        """
         import numpy
 
         count = len(asked)
@@ -362,11 +372,12 @@ class GgufFile:
 ENGINES: dict[str, Any] = {"transformers": Checkpoint, "llama_cpp": GgufFile}
 
 
-# Recorded, so not shown: the advice to add a type hint. With one, MLflow derives the signature from it and drops the request's parameters.
+# MLflow advises a type hint here; the warning is recorded, so it is not shown. With a type hint, MLflow would derive
+# the signature from it and drop the request's parameters.
 with warnings.catch_warnings(record=True):
 
     class MeasuredModel(PythonModel):
-        """Prompts → texts, with the quantization and the limits of the registered configuration."""
+        """Answers prompts with the quantization and the limits of the registered configuration."""
 
         def load_context(self, context: Any) -> None:
             """Keep the configuration; nothing is loaded yet."""
@@ -375,11 +386,15 @@ with warnings.catch_warnings(record=True):
             self.engine: Any = None
 
         def predict(self, context: Any, model_input, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:  # type: ignore[no-untyped-def]
-            """Answer each row's `prompt`: its text, the tokens of prompt and output, and whether it ended by itself (`stop`) or by `length`."""
+            """Answer each row's `prompt`.
+
+            Returns for each row the text, the numbers of prompt and output tokens, and the reason why it ended: `stop`
+            or `length`. Raises MlflowException (status 400) for prompts or parameters outside the measured limits.
+            """
             rows = model_input.to_dict("records") if hasattr(model_input, "to_dict") else model_input
             prompts = [row["prompt"] if isinstance(row, dict) else row for row in rows]
             if unlike := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-                raise refused(f"A prompt is no text: {unlike[0]!r}. Give each row a prompt.")
+                raise refused(f"A prompt is not a text: {unlike[0]!r}. Give each row a prompt.")
             most, size = int(self.config["max_new_tokens"]), int(self.config["batch_size"])
             if size < 1:
                 raise refused(f"batch_size is not at least 1: {size}. Load with another batch_size.")
@@ -387,9 +402,10 @@ with warnings.catch_warnings(record=True):
             wanted = most if asked is None else int(asked)
             if not 1 <= wanted <= most:
                 raise refused(
-                    f"max_new_tokens is not from 1 to {most}, which was measured: {wanted}. Ask for less, or load with another max_new_tokens."
+                    f"max_new_tokens is not from 1 to {most}, which was measured: {wanted}. "
+                    "Ask for less, or load with another max_new_tokens."
                 )
-            with self.lock:  # one generation at a time: the figures were measured so
+            with self.lock:  # one generation at a time, as in the measurement
                 if self.engine is None:
                     self.engine = self._engine()
                 ids = [self._encode(prompt) for prompt in prompts]
@@ -413,7 +429,8 @@ with warnings.catch_warnings(record=True):
                 raise refused("A prompt has no tokens. Give prompts with text.")
             if most and len(ids) > most:
                 raise refused(
-                    f"A prompt has {len(ids)} tokens, and {most} are the most that was measured. Shorten it, or load with another max_prompt_tokens."
+                    f"A prompt has {len(ids)} tokens, and {most} are the most that was measured. "
+                    "Shorten it, or load with another max_prompt_tokens."
                 )
             return ids
 

@@ -1,7 +1,7 @@
-"""The figures of the EffiLLM paper, from measured cells: against model size, batch size and prompt length, heatmaps, memory, comparisons.
+"""Figures of the EffiLLM paper, from measured cells: against model size, batch size, prompt length; heatmaps, memory.
 
-A figure whose data are missing is not drawn, and its reason is returned. Lines join measured cells and nothing else; bars across a dot
-are 95 % intervals. Drawn as `charts` draws.
+A figure whose data are missing is not drawn, and the reason is returned. Lines join measured cells only; bars across a
+dot are 95 % intervals. The style is that of `charts`.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = (BLUE, ORANGE, "#2e8b57", RED, "#8e44ad", BROWN, "#17a2a2", GREY)
-"""Colours of models, where quantizations are not what differs in a panel."""
+"""Colours of models, for panels in which quantization does not vary."""
 
 LOG_FROM = 12.0
 """Ratio of the highest to the lowest value from which an axis of values is logarithmic."""
 
 MOST_HEATMAPS = 24
-LEAST_HEATMAP = 2  # batch sizes and prompt lengths that make a map
+LEAST_HEATMAP = 2  # least number of batch sizes and of prompt lengths
 
 Point = tuple[float, float, float, float]  # x, value, low, high
 
 
 @dataclass(frozen=True)
 class Line:
-    """Measured cells to join: what they are called, how they look."""
+    """Measured cells to join by a line: label, look and points."""
 
     label: str
     colour: str
@@ -74,7 +74,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: heading, names of x and y, lines; `ticks` are the places along x with their names."""
+    """One pair of axes: heading, names of x and y, lines. `ticks`: places along x → their names."""
 
     heading: str
     across: str
@@ -85,7 +85,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class View:
-    """What all figures are drawn from: the cells of the focus, what to call each cell's model, and what all have in common in words."""
+    """Data of all figures: the cells of the focus, a label for each cell's model, and the settings they all share."""
 
     found: Findings
     cells: tuple[Measured, ...]
@@ -93,12 +93,12 @@ class View:
     common: str
 
     def name(self, measured: Measured) -> str:
-        """What a cell's model is called."""
+        """Return the label of a cell's model."""
         return self.names[measured.result.hashes.config]
 
     @property
     def models(self) -> list[str]:
-        """Names of the models by their size."""
+        """Labels of the models, smallest first."""
         return list(
             dict.fromkeys(self.name(m) for m in sorted(self.cells, key=lambda m: m.variable("parameters") or 0.0))
         )
@@ -110,13 +110,16 @@ class View:
         return [quant for quant in (*COLOURS, *sorted(seen - set(COLOURS))) if quant in seen]
 
     def look(self, model: str) -> tuple[str, str]:
-        """Colour and marker of a model."""
+        """Return colour and marker of a model."""
         number = self.models.index(model)
         return PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
 
 
 def draw_figures(found: Findings, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Write the figures as .svg and .png; return the files, and (figure, reason) for each that is not drawn. Creates `folder`."""
+    """Write the figures as .svg and .png in `folder`, which is created.
+
+    Return the files, and (figure, reason) for each that is not drawn.
+    """
     names = labels(found.focus.cells)
     lengths = {m.cell.output_tokens for m in found.focus.cells}
     common = [found.focus.machine.name, *(f"{length} output tokens" for length in lengths)]
@@ -139,7 +142,7 @@ def _ticks(places: Iterable[float], words: Callable[[float], str] = lambda value
 
 
 def _against_size(view: View) -> Figure | str:
-    """Throughput and time to first token over model size, one line per quantization, at the shape of comparison."""
+    """Draw throughput and time to first token over model size, a line per quantization, at the shape of comparison."""
     own = [m for m in view.cells if at_focus(m, view.found.focus) and m.variable("parameters")]
     sizes = {m.variable("parameters") or 0.0: view.name(m) for m in own}
     if len(sizes) < 2:
@@ -154,7 +157,7 @@ def _against_size(view: View) -> Figure | str:
 
 
 def _memory_against_size(view: View) -> Figure | str:
-    """Peak memory over model size by precision, and the weights alone."""
+    """Draw peak memory, and the weights alone, over model size by precision."""
     own = [m for m in view.cells if at_focus(m, view.found.focus) and m.variable("parameters")]
     sizes = {m.variable("parameters") or 0.0: view.name(m) for m in own}
     if len(sizes) < 2:
@@ -179,7 +182,7 @@ def _memory_against_size(view: View) -> Figure | str:
 
 
 def memory_key(cells: Sequence[Measured]) -> str:
-    """Peak memory of the device if all cells have it, else what the host needed."""
+    """Return the metric of peak memory: of the device if all cells have it, else needed on the host."""
     return DEVICE_PEAK if all(DEVICE_PEAK in m.metrics for m in cells) else HOST_PEAK
 
 
@@ -215,7 +218,10 @@ SPEED: Rows = (("Throughput (output tokens/s)", _value(RATE)), ("Time to first t
 
 
 def _against(over: str, title: str, across: str, held: str, rows: Rows = SPEED) -> Callable[[View], Figure | str]:
-    """A figure over a setting, the other one held at that of comparison: a column per quantization, a row per metric, a line per model."""
+    """Return a function that draws metrics over a setting, the setting `held` fixed at that of comparison.
+
+    A column per quantization, a row per metric, a line per model.
+    """
 
     def draw(view: View) -> Figure | str:
         focus = view.found.focus
@@ -298,7 +304,7 @@ def _draw_lines(axes: Axes, panel: Panel, tilt: bool) -> None:
 
 
 def _same_scale(row: Sequence[Axes]) -> None:
-    """One axis of values for a row of panels, logarithmic if one of them is."""
+    """Give a row of panels the same axis of values, logarithmic if one of them is."""
     if any(axes.get_yscale() == "log" for axes in row):
         low = min(axes.dataLim.y0 for axes in row)
         for axes in row:
@@ -312,7 +318,7 @@ def _same_scale(row: Sequence[Axes]) -> None:
 
 
 def put_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Entries in one row under the subtitle, or where they are too many in several rows at the foot."""
+    """Place the legend in one row under the subtitle, or in several rows at the bottom if it is too wide."""
     if not handles:
         return
     widths = [len(str(handle.get_label())) * 9 * CHARACTER + 0.5 for handle in handles]
@@ -331,7 +337,10 @@ def put_legend(figure: Figure, handles: Sequence[Any]) -> None:
 
 
 def _heatmap(key: str, title: str, unit: str, cliffs: bool) -> Callable[[View], Figure | str]:
-    """A map of batch size × prompt length for each model and quantization; cliffs of this latency are marked."""
+    """Return a function that draws a map of batch size × prompt length for each model and quantization.
+
+    With `cliffs`, the cliffs of this latency are marked.
+    """
 
     def draw(view: View) -> Figure | str:
         groups = [(model, quant) for model in view.models for quant in view.quants]
@@ -428,7 +437,7 @@ def _draw_map(
 
 
 def _mark_failed(axes: Axes, view: View, own: Sequence[Measured]) -> None:
-    """Cells of the map that were tried or refused: their outcome in words."""
+    """Write the outcome of failed or refused cells into the map."""
     batches, prompts = _places(own)
     same: Cell = own[0].cell
     for result in view.found.results:
@@ -453,7 +462,7 @@ def _mark_failed(axes: Axes, view: View, own: Sequence[Measured]) -> None:
 
 
 def _points_of(view: View, key: str = RATE) -> list[tuple[Cell, Mapping[str, float]]]:
-    """The cells at the shape of comparison as `charts` draws them, each model under the name that it has here."""
+    """Return the cells at the shape of comparison as `charts` draws them, with the labels of `view` as model names."""
     workloads = {m.cell.workload for m in view.cells}
     found: list[tuple[Cell, Mapping[str, float]]] = []
     for m in view.cells:
@@ -497,12 +506,12 @@ def _quality(view: View) -> Figure | str:
     return (
         _quality_figure(scored)
         if len(scored) > 1
-        else "no two cells at the shape of comparison have figures of quality: they need real weights and quality=auto"
+        else "it needs two cells at the shape of comparison with figures of quality: use real weights and quality=auto"
     )
 
 
 def _scatter(view: View) -> Figure | str:
-    """Throughput over peak memory, one dot per cell; a larger dot is a larger batch."""
+    """Draw throughput over peak memory, one dot per cell; a larger dot is a larger batch."""
     from matplotlib.lines import Line2D
 
     key = memory_key(view.cells)
@@ -572,4 +581,4 @@ FIGURES: dict[str, Callable[[View], Figure | str]] = {
     "models": _models,
     "quality_against_speed": _quality,
 }
-"""Figure → what draws it, or gives the reason why it cannot be drawn."""
+"""Figure → function that draws it, or returns the reason why it cannot be drawn."""

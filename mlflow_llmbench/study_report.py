@@ -1,6 +1,6 @@
-"""A study as report.md, as report.html (one file that asks nobody for anything), as study.json, and as text for a terminal.
+"""Reports of a study: report.md, report.html (one file that loads nothing), study.json, and text for a terminal.
 
-All forms are made of the same sections, so that they say the same.
+report.md and report.html are made from the same sections.
 """
 
 from __future__ import annotations
@@ -25,38 +25,45 @@ from .scaling_study import TPOT
 from .summary import number_text
 
 CAPTIONS = {
-    "against_model_size": "Throughput and time to first token over model size. Models of one size class lie side by side, whatever their family.",
-    "against_batch_size": "What larger batches give and cost, at one prompt length.",
-    "against_prompt_length": "What longer prompts cost, at one batch size.",
-    "per_instance": "What each request of a batch gets: throughput ÷ batch size.",
-    "heatmap_throughput": "Throughput of every shape. Grey: not measured, with the outcome where it was tried.",
-    "heatmap_ttft": "Time to first token of every shape. A red edge is a latency cliff: a step out of line with those beside it.",
-    "heatmap_tpot": "Time per output token of every shape, cliffs likewise.",
+    "against_model_size": (
+        "Throughput and time to first token over model size. Models of similar size lie side by side, "
+        "whatever their family."
+    ),
+    "against_batch_size": "Throughput and time to first token over batch size, at one prompt length.",
+    "against_prompt_length": "Throughput and time to first token over prompt length, at one batch size.",
+    "per_instance": "Throughput of each request of a batch: throughput ÷ batch size.",
+    "heatmap_throughput": "Throughput of every shape. Grey: not measured, with the outcome if it was tried.",
+    "heatmap_ttft": (
+        "Time to first token of every shape. "
+        "A red edge is a latency cliff: a step that is steeper than both neighbours."
+    ),
+    "heatmap_tpot": "Time per output token of every shape. Red edges are cliffs, as above.",
     "memory_against_model_size": "Peak memory of the process and bytes of the weights, by precision.",
     "memory_by_quantization": "Peak memory by quantization; the dark part is the weights.",
-    "memory_against_throughput": "What throughput costs in memory, every cell.",
-    "quantization_effect": "Each quantization against the reference that differs in nothing else.",
+    "memory_against_throughput": "Throughput against peak memory, every cell.",
+    "quantization_effect": "Each quantization against the reference that differs only in quantization.",
     "quantization_radar": (
-        "Trade-offs of each quantization. Throughput is divided by the highest of the model; the lowest time, memory or energy is divided by each; "
-        "quality is the share of positions with the unquantized model's most probable token. 1 is best on every axis."
+        "Trade-offs of each quantization. Throughput is divided by the highest of the model; the lowest time, memory "
+        "or energy is divided by each; quality is the share of positions with the unquantized model's most probable "
+        "token. 1 is best on every axis."
     ),
-    "quality_against_speed": "What quantization costs in divergence from the unquantized model against its speed.",
+    "quality_against_speed": "Divergence of each quantization from the unquantized model, against its speed.",
     "models": "All models at one shape.",
     "cost_by_hardware": "Output tokens per unit of money at the given prices.",
     "machines": "The same configurations on other machines.",
 }
-"""Figure → what it shows. Figures of the laws are named by the law."""
+"""Figure → caption. Figures of the laws have the law's key as name and no caption."""
 
 MOST_LINES, MOST_GROUPS = 10, 6
-"""Sentences under one heading, and groups of cells of one law, that the report shows; scaling.md has all."""
+"""Most sentences under one heading, and most groups of cells of one law, in the report; scaling.md has all."""
 
-CLAIM_HEADING = ("the paper says", "its range", "measured here", "verdict", "which rests on")
+CLAIM_HEADING = ("the paper says", "its range", "measured here", "verdict", "reason")
 CHOICE_HEADING = ("model", "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "note")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of a report: name → SVG and its path from report.md; and (figure, reason) for what is not drawn."""
+    """Pictures of a report: name → SVG and its path relative to report.md; and (figure, reason) for each not drawn."""
 
     figures: Mapping[str, tuple[bytes, str]]
     laws: Mapping[str, tuple[bytes, str]]
@@ -65,7 +72,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what is below it, in this order; empty parts are left out. `groups`: lists with a heading of their own."""
+    """A heading and its content, in the order of the fields; empty parts are left out.
+
+    `groups`: lists with a heading of their own.
+    """
 
     title: str
     lead: str = ""
@@ -75,7 +85,7 @@ class Section:
 
 
 def sections(found: Findings, drawn: Drawn) -> list[Section]:
-    """Everything after the title, in the order of the report."""
+    """Return everything after the title, in the order of the report."""
     laws = law_sections(found.scaling)
     not_said = tuple(f"{what[:1].upper()}{what[1:]}: {why}." for what, why in found.not_said)
     not_drawn = tuple(f"{chart_name(name).capitalize()}: {why}." for name, why in drawn.missing)
@@ -103,7 +113,7 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
         Section("Laws", f"{METHOD} {_law_note(found)}", _law_table(found), rest, tuple(_pictures(drawn.laws))),
         Section("Machines", "", _across_table(found) if found.across else None),
         Section(
-            "What is not said",
+            "Not determined",
             "",
             None,
             (
@@ -119,13 +129,13 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
 
 
 def _cut(lines: Sequence[str]) -> tuple[str, ...]:
-    """The first lines, and how many more there are elsewhere."""
+    """Keep the first `MOST_LINES` lines and add how many more scaling.md has."""
     more = [f"And {len(lines) - MOST_LINES} more, in scaling/scaling.md."] if len(lines) > MOST_LINES else []
     return (*lines[:MOST_LINES], *more)
 
 
 def _law_table(found: Findings) -> Table | None:
-    """The laws, of each at most `MOST_GROUPS` groups of cells, at the shape of comparison first."""
+    """Return the table of laws, each with at most `MOST_GROUPS` groups of cells: the shape of comparison first."""
     heading, body = law_cells(found.scaling)
     seen: Counter[str] = Counter()
     kept = []
@@ -169,7 +179,7 @@ def _pictures(pictures: Mapping[str, tuple[bytes, str]]) -> Iterator[tuple[str, 
 
 
 def headline(found: Findings) -> str:
-    """The study in one or two sentences: how much was measured where, and how the paper's claims fare."""
+    """Summarize the study: how much was measured, where, and the verdicts on the paper's claims."""
     counts = Counter(claim.verdict for claim in found.claims)
     said = ", ".join(f"{counts[word]} {word}" for word in (CONFIRMED, NOT_CONFIRMED, UNSAID) if counts[word])
     return f"{found.sentences['What was measured'][0]} Of {len(found.claims)} claims of the paper: {said}."
@@ -177,13 +187,14 @@ def headline(found: Findings) -> str:
 
 def _claims_lead(claims: Sequence[Claim]) -> str:
     return (
-        "NB & NB, “EffiLLM” (2024). A claim is confirmed where the whole 95 % interval of what was measured lies in its range, not confirmed where it lies "
-        "outside, and cannot be said where it reaches across. What holds here holds for this hardware, software and these models."
+        "NB & NB, “EffiLLM” (2024). A claim is confirmed if the whole 95 % interval of the measured value lies in its "
+        "range, not confirmed if it lies outside, and cannot be said if it crosses an end. The verdicts hold for this "
+        "hardware, this software and these models."
     )
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:
-    """The paper's claims beside what was measured."""
+    """Return the table of the paper's claims, measured values and verdicts."""
     return Table(
         CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured, claim.verdict, claim.why) for claim in claims)
     )
@@ -199,18 +210,19 @@ def _choices_lead(found: Findings) -> str:
         if not refusal.missed and refusal.candidate.verdict.word == "suspect"
     }
     left_out = (
-        f" {len(suspect)} suspect configurations are not recommended; --accept-suspect REASON takes them in."
+        f" {len(suspect)} suspect configurations are not recommended; --accept-suspect REASON includes them."
         if suspect
         else ""
     )
     return (
-        f"For prompts of {found.focus.prompt:g} tokens on {found.focus.machine.name}. Limits of memory and time to first token lie where half of the "
-        f"configurations keep them; llmbench recommend takes limits of your own.{left_out}"
+        f"For prompts of {found.focus.prompt:g} tokens on {found.focus.machine.name}. Limits of memory and time to "
+        "first token are set so that half of the configurations keep them; "
+        f"llmbench recommend takes your own limits.{left_out}"
     )
 
 
 def choices_table(choices: Sequence[Choice]) -> Table:
-    """What to deploy under each constraint, with its figures; a dash where nothing is recommended."""
+    """Return the table of the recommended configuration under each constraint; a dash if there is none."""
     body = []
     for choice in choices:
         winner = choice.found.winner
@@ -237,13 +249,16 @@ def _figures(one: Candidate) -> tuple[str, ...]:
 
 def _cautions(choices: Sequence[Choice]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     lines = dict.fromkeys(f"{choice.model}: {caution}" for choice in choices for caution in choice.found.cautions)
-    return (("Where an interval reaches across a limit", tuple(lines)),)
+    return (("Intervals that cross a limit", tuple(lines)),)
 
 
 def _figures_lead(found: Findings) -> str:
     focus = found.focus
     words = f"Figures show {len(focus.cells)} cells of {focus.machine.name}"
-    return f"{words}; where models or quantizations are compared at one shape, it is batch size {focus.batch} with {focus.prompt:g} prompt tokens."
+    return (
+        f"{words}. Figures that compare models or quantizations at one shape use batch size {focus.batch} with "
+        f"{focus.prompt:g} prompt tokens."
+    )
 
 
 def _across_table(found: Findings) -> Table:
@@ -261,7 +276,7 @@ def _across_table(found: Findings) -> Table:
 
 
 def study_markdown(found: Findings, drawn: Drawn) -> str:
-    """report.md."""
+    """Return report.md."""
     parts = [f"# {markdown(found.title)}", f"**{markdown(headline(found))}**"]
     for one in sections(found, drawn):
         parts.append(f"## {one.title}")
@@ -276,7 +291,7 @@ def study_markdown(found: Findings, drawn: Drawn) -> str:
 
 
 def study_page(found: Findings, drawn: Drawn) -> str:
-    """report.html: no script, no request."""
+    """Return report.html, which has no script and makes no request."""
     parts = [f'<header><h1>{html(found.title)}</h1><p class="lead">{html(headline(found))}</p></header>']
     for one in sections(found, drawn):
         content = [f"<p>{html(one.lead)}</p>" if one.lead else ""]
@@ -295,7 +310,7 @@ VERDICT_CLASS = {CONFIRMED: "valid", NOT_CONFIRMED: "failed", UNSAID: ""}
 
 
 def _badged(table: Table) -> Table:
-    """The table of claims without its last two columns, which are HTML of their own."""
+    """Return the table of claims without its last two columns, which `_verdicts` gives as HTML."""
     if table.heading != CLAIM_HEADING:
         return table
     return Table(table.heading[:-2], tuple(line[:-2] for line in table.body))
@@ -305,14 +320,18 @@ def _verdicts(table: Table) -> list[tuple[str, list[str]]]:
     if table.heading != CLAIM_HEADING:
         return []
     cells = [
-        f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span><span class="why told">{html(line[-1])}</span>'
+        f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span>'
+        f'<span class="why told">{html(line[-1])}</span>'
         for line in table.body
     ]
     return [("verdict", cells)]
 
 
 def format_study(found: Findings) -> str:
-    """The study for a terminal: findings, claims, recommendations, what is not said. The files have laws and figures."""
+    """Format the study for a terminal: findings, claims, recommendations, what is missing.
+
+    Laws and figures are only in the files.
+    """
     blocks = [headline(found)]
     blocks += ["\n".join([f"{title}:", *(f"- {line}" for line in lines)]) for title, lines in found.sentences.items()]
     claims = [
@@ -329,12 +348,12 @@ def format_study(found: Findings) -> str:
                 ]
             )
         )
-    blocks.append("\n".join(["Not said:", *(f"- {what}: {why}." for what, why in found.not_said)]))
+    blocks.append("\n".join(["Not determined:", *(f"- {what}: {why}." for what, why in found.not_said)]))
     return "\n\n".join(block for block in blocks if "\n" in block or block == blocks[0])
 
 
 def study_json(found: Findings, missing: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """study.json: plain data; scaling.json holds the laws."""
+    """Return study.json as plain data; scaling.json holds the laws."""
     return {
         "title": found.title,
         "headline": headline(found),

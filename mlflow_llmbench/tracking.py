@@ -1,7 +1,7 @@
-"""Results ↔ MLflow runs: params, metrics, tags, artifacts. The only user of mlflow among the measuring parts.
+"""Log results as MLflow runs and read them back: params, metrics, tags, artifacts.
 
-Everything is sent after the measurement, with the times at which things happened. An upload can be repeated: what is
-there already with the same value is left alone.
+This is the only module of the measuring parts that uses mlflow. Everything is sent after the measurement, with the
+times at which it happened. An upload can be repeated: values that are already there are not changed.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ HTTP_LIMITS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
-"""A dead server blocks mlflow's client for 246 s with its own defaults; whoever sets these variables is left alone."""
+"""Limits for mlflow's client, which waits 246 s for a dead server by default. Variables that the user set are kept."""
 
 PROBE_S = 2.0
-"""Seconds after which a server that says nothing is taken for away."""
+"""Seconds without an answer after which a server counts as unreachable."""
 
 PARENT_TAG = "mlflow.parentRunId"
 TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, which `log_table` sets
 UPLOADED_TAG = "llmbench.uploaded"
-"""Set when everything of a run has arrived."""
+"""Tag that is set when everything of a run has arrived."""
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
-"""Run names that MLflow makes up; a name that a person gave is kept."""
+"""Run names that MLflow generates. Only these are replaced; a name that a person gave is kept."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """A tracking store that answered: its client and address, the experiment, and the run that the environment gave, if any."""
+    """A tracking store that answered: client, address, experiment, and the run that MLFLOW_RUN_ID names, if any."""
 
     client: MlflowClient
     uri: str
@@ -71,17 +71,18 @@ class Store:
 
 
 def address_of(uri: str | None = None) -> str:
-    """The store's address: the one given, that of MLFLOW_TRACKING_URI, or MLflow's default."""
+    """Return the store's address: the given one, else MLFLOW_TRACKING_URI, else MLflow's default."""
     import mlflow
 
     return uri or str(mlflow.get_tracking_uri())
 
 
 def open_store(uri: str | None = None, experiment: str | None = None, own: str | None = None) -> Store:
-    """Connect to the store, so that an unreachable one is known before anything expensive starts.
+    """Connect to the store, so that an unreachable one is found before anything expensive starts.
 
-    `mlflow run` gives a run by MLFLOW_RUN_ID; then its experiment holds, and it must be empty unless it is the run `own`, which the same
-    command has filled. Raises TrackingError, one line.
+    If MLFLOW_RUN_ID names a run, as under `mlflow run`, its experiment is used, and the run must hold no result, unless
+    it is the run `own`, which the same command has filled. Raises TrackingError with a one-line message, StoreAway for
+    a server that does not answer, UsageError for an experiment name with control characters.
     """
     if experiment and CONTROLS.search(experiment):
         raise UsageError(f"The name of the experiment has control characters: {experiment}. Give a plain name.")
@@ -90,9 +91,8 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
     import mlflow
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(
-        logging.CRITICAL
-    )  # it prints a traceback for each error that we tell in a line
+    # This logger prints a traceback for each error that we report in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with _plain_errors(uri):
         if uri:
             mlflow.set_tracking_uri(uri)
@@ -109,7 +109,7 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
 
 
 def answers(address: str) -> bool:
-    """Whether a server says anything at all within `PROBE_S`; True for stores that are no server, which are just tried."""
+    """Return True if a server answers anything within `PROBE_S`; also True for stores that are not a server."""
     if not address.startswith(("http://", "https://")):
         return True
     try:
@@ -118,35 +118,41 @@ def answers(address: str) -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        return isinstance(
-            error.reason, ssl.SSLError
-        )  # then it is there, and its first use tells best what is wrong with it
+        # With a TLS error the server is there, and its first use gives the best message.
+        return isinstance(error.reason, ssl.SSLError)
     except (OSError, http.client.HTTPException, ValueError) as error:
         return isinstance(error, ValueError | http.client.HTTPException)
 
 
 def _given_run(client: MlflowClient, run_id: str, own: str | None) -> Run:
-    """The run that MLFLOW_RUN_ID names. Raises TrackingError if it is not there, or is not our own and holds a result already."""
+    """Return the run that MLFLOW_RUN_ID names.
+
+    Raises TrackingError if it does not exist, or if it holds a result already and is not `own`.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise TrackingError(
-            f"MLFLOW_RUN_ID names the run {run_id}, which is not there: {first_line(error)}. Unset it, or name a run of this store."
+            f"MLFLOW_RUN_ID names the run {run_id}, which is not there: {first_line(error)}. "
+            "Unset it, or name a run of this store."
         ) from None
     if run_id != own and ("llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags):
         raise TrackingError(
             f"MLFLOW_RUN_ID names the run {run_id}, which holds a result already. Unset it, or name a new run."
         )
     for key, value in run.data.tags.items():
-        if redact(value) != value:  # `mlflow run` notes the address of the git remote as it is, its token included
+        if redact(value) != value:  # `mlflow run` records the address of the git remote unchanged, with its token
             client.set_tag(run_id, key, redact(value))
     return run
 
 
 def _experiment_id(client: MlflowClient, wanted: str | None) -> str:
-    """The experiment by parameter, MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, else `llmbench`; made if it is not there."""
+    """Return the id of the experiment, created if missing. Raises TrackingError if it is deleted.
+
+    Its name comes from `wanted`, else MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_ID (as id), else `llmbench`.
+    """
     name = wanted or os.environ.get("MLFLOW_EXPERIMENT_NAME")
     identifier = None if name else os.environ.get("MLFLOW_EXPERIMENT_ID")
     found = (
@@ -156,16 +162,17 @@ def _experiment_id(client: MlflowClient, wanted: str | None) -> str:
         return str(client.create_experiment(name or DEFAULT_EXPERIMENT))
     if found.lifecycle_stage == "deleted":
         raise TrackingError(
-            f"The experiment {found.name} is deleted. Restore it with `mlflow experiments restore -x {found.experiment_id}`, or give another: --experiment NAME."
+            f"The experiment {found.name} is deleted. Restore it with `mlflow experiments restore -x "
+            f"{found.experiment_id}`, or give another: --experiment NAME."
         )
     return str(found.experiment_id)
 
 
 @contextlib.contextmanager
 def _undisturbed(address: str) -> Iterator[None]:
-    """The first touch of a SQLite store, which makes its tables: one process at a time, and no signal in the middle.
+    """Guard the first access to a SQLite store, which creates its tables: one process at a time, signals blocked.
 
-    A store that was left half made can never be opened again.
+    A store with only some of its tables can never be opened again.
     """
     path = address.removeprefix("sqlite:///")
     if path == address or os.name != "posix":
@@ -178,9 +185,8 @@ def _undisturbed(address: str) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                folder = os.open(
-                    os.path.dirname(os.path.abspath(path)), os.O_RDONLY
-                )  # no lock file of ours stays behind
+                # Locking the folder leaves no lock file behind.
+                folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
                 stack.callback(os.close, folder)
                 fcntl.flock(folder, fcntl.LOCK_EX)
             yield
@@ -190,7 +196,7 @@ def _undisturbed(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_errors(uri: str | None) -> Iterator[None]:
-    """Map whatever mlflow, its database layer or the network raises to one line."""
+    """Turn whatever mlflow, its database layer or the network raises into a TrackingError with one line."""
     try:
         yield
     except TrackingError:
@@ -198,25 +204,28 @@ def _plain_errors(uri: str | None) -> Iterator[None]:
     except Exception as error:
         import mlflow
 
-        # mlflow wraps urllib3, which wraps the system: the innermost sentence is the one that helps.
-        known = r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied|unable to open database file|attempt to write a readonly database|already exists|Max retries)"
+        # mlflow wraps urllib3, which wraps the system; the innermost sentence is the most helpful.
+        known = (
+            r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied"
+            r"|unable to open database file|attempt to write a readonly database|already exists|Max retries)"
+        )
         inner = re.findall(known, str(error))
         address = uri or mlflow.get_tracking_uri()
         advice = "Check the address and that the server runs, or leave it out for a SQLite file here."
         if address.startswith("sqlite"):
-            advice = "Check the path and its permissions; a new file that was left half made must be deleted."
+            advice = "Check the path and its permissions; delete a new file that was left incomplete."
         why = inner[-1] if inner else first_line(error).rstrip(".")
         raise TrackingError(f"The MLflow store {address} cannot be used: {why}. {advice}") from None
 
 
 def refuse_other_params(store: Store, params: Mapping[str, str]) -> None:
-    """Raise TrackingError, before anything is measured, if the given run has one of these params with another value."""
+    """Raise TrackingError if the given run has one of these params with another value. Call it before measuring."""
     if store.given_run_id:
         _agreed_params(store, store.given_run_id, params, "was asked for. Use a new run, or unset MLFLOW_RUN_ID.")
 
 
 def _agreed_params(store: Store, run_id: str, params: Mapping[str, str], otherwise: str) -> dict[str, str]:
-    """The params that a run has. Raises TrackingError, ending in `otherwise`, if one has another value, shell quotes aside."""
+    """Return a run's params. Raises TrackingError, ending in `otherwise`, if one differs by more than shell quotes."""
     there: dict[str, str] = store.client.get_run(run_id).data.params
     for key, value in redact_all(params).items():
         if key in there and redact(there[key]) != value and redact(_unquoted(there[key])) != value:
@@ -227,9 +236,10 @@ def _agreed_params(store: Store, run_id: str, params: Mapping[str, str], otherwi
 def begin_run(
     store: Store, name: str, identity: Mapping[str, str], parent_id: str | None = None, started_ms: int | None = None
 ) -> str:
-    """The id of a RUNNING run: the one that the environment gave (top level only), or a new one. Raises TrackingError.
+    """Return the id of a RUNNING run: the one that MLFLOW_RUN_ID names (top level only), or a new one.
 
-    `identity` are tags, without their prefix, by which the run is found again: `sweep`, and for a cell `cell` and `config_hash`.
+    `identity`: tags without their prefix, by which the run is found again: `sweep`, and for a cell `cell` and
+    `config_hash`. Raises TrackingError.
     """
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 
@@ -260,8 +270,8 @@ def end_run(store: Store, run_id: str, outcome: str, ended_ms: int | None = None
 def log_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
     """Log the params that a run does not have yet.
 
-    `mlflow run` has logged the MLproject's parameters before us, shell-quoted. Raises TrackingError if one is there with
-    another value after unquoting: the run belongs to another configuration.
+    `mlflow run` has already logged the MLproject's parameters, shell-quoted. Raises TrackingError if one has another
+    value after unquoting, because then the run belongs to another configuration.
     """
     from mlflow.entities import Param
 
@@ -280,14 +290,15 @@ def _unquoted(text: str) -> str:
 
 
 def cell_params(cell: Cell) -> dict[str, str]:
-    """The params of a cell as text."""
+    """Return the params of a cell as text."""
     return {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell)}
 
 
 def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
-    """Everything of one cell: params, tags, metrics, series, artifacts. `asked` are params as `mlflow run` has logged them (`INT4`, `08`).
+    """Upload everything of one cell: params, tags, metrics, series, artifacts.
 
-    Can be repeated: params that are there are left alone, and a point with the same key, step, time and value is stored once.
+    `asked`: params as `mlflow run` has logged them (`INT4`, `08`). Can be repeated: existing params are not changed,
+    and a point with the same key, step, time and value is stored once.
     """
     metrics = summarize(result)
     verdict = judge(result, metrics)
@@ -300,11 +311,11 @@ def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, a
     )
     _log_workload(store, run_id, result)
     _log_artifacts(store, run_id, artifacts)
-    store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last: what was cut off in the middle must be found again
+    store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last, so that an interrupted upload can be found again
 
 
 def _linked(store: Store, result: RunResult) -> str:
-    """For a result that was not measured again: where and when it was."""
+    """Say where and when a reused result was measured; empty for one that was measured in this run."""
     if not result.linked:
         return ""
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(result.started_ms / 1000))
@@ -313,11 +324,17 @@ def _linked(store: Store, result: RunResult) -> str:
         if RUN_ID.fullmatch(result.linked)
         else result.linked
     )
-    return f"Measured on {when} in {where}, with the same configuration, environment and workload, and not again; `rerun=true` measures again.\n\n"
+    return (
+        f"Measured on {when} in {where}, with the same configuration, environment and workload. "
+        "Measure again with `rerun=true`.\n\n"
+    )
 
 
 def find_measured(store: Store, hashes: Hashes) -> list[str]:
-    """Ids of runs that hold a whole and valid result of this configuration, environment and workload, newest first, in any experiment."""
+    """Find runs with a complete, valid result of this configuration, environment and workload, in any experiment.
+
+    Returns at most 5 ids, newest first.
+    """
     wanted = {
         "config_hash": hashes.config,
         "env_hash": hashes.env,
@@ -337,7 +354,7 @@ def find_measured(store: Store, hashes: Hashes) -> list[str]:
 
 
 def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
-    """The tags of the vocabulary for one cell."""
+    """Return the tags of one cell's run."""
     from . import __version__
 
     tags = fingerprint_tags(result.environment, gpu_of(result)) | {
@@ -362,14 +379,14 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
 
 
 def log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags by their whole names, without secrets."""
+    """Set tags by their full names, with secrets redacted."""
     from mlflow.entities import RunTag
 
     store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in redact_all(tags).items()])
 
 
 def log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
-    """Log points, a thousand per request: the most that a server takes."""
+    """Log points, a thousand per request, which is the most that a server accepts."""
     from mlflow.entities import Metric
 
     values = [Metric(p.key, p.value, p.wall_ms, p.step) for p in points]
@@ -378,14 +395,15 @@ def log_metrics(store: Store, run_id: str, points: Sequence[Point]) -> None:
 
 
 def log_figures(store: Store, run_id: str, figures: Mapping[str, float], at_ms: int) -> None:
-    """Log summary metrics that a run has by others: what compares it with them. A second time changes nothing."""
+    """Log summary metrics that compare a run with other runs. Repeating it changes nothing."""
     log_metrics(store, run_id, [Point(key, 0, value, at_ms) for key, value in figures.items()])
 
 
 def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
-    """The prompts as the run's dataset, whose digest is `workload_hash`: `dataset.digest = '…'` finds all runs that were sent the same.
+    """Log the prompts as the run's dataset, with `workload_hash` as digest.
 
-    The texts themselves stay where they are. A second time changes nothing: MLflow knows a dataset by its name and digest.
+    `dataset.digest = '…'` finds all runs with the same prompts. The texts themselves are not uploaded. Repeating it
+    changes nothing: MLflow identifies a dataset by name and digest.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -407,7 +425,10 @@ def _log_workload(store: Store, run_id: str, result: RunResult) -> None:
 def log_dataset(
     store: Store, run_id: str, name: str, digest: str, uri: str, context: str, profile: Mapping[str, object]
 ) -> None:
-    """Data of a run that is no workload, such as what it was trained on; the texts themselves stay where they are. Repeating it changes nothing."""
+    """Log data of a run other than its workload, such as training data.
+
+    The texts themselves are not uploaded. Repeating it changes nothing.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     data = Dataset(redact(name), digest, "local", json.dumps({"uri": redact(uri)}), profile=json.dumps(profile))
@@ -417,7 +438,7 @@ def log_dataset(
 def upload_parent(
     store: Store, run_id: str, params: Mapping[str, str], note: str, artifacts: Path, figures: Sequence[Point] = ()
 ) -> None:
-    """The parent of a sweep: what was asked, the comparison as description and artifacts, and figures of the whole."""
+    """Upload the parent run of a sweep: its params, the comparison as description and artifacts, overall figures."""
     log_params(store, run_id, params)
     log_metrics(store, run_id, figures)
     log_tags(store, run_id, {"mlflow.note.content": note, "llmbench.schema": str(SCHEMA)})
@@ -427,7 +448,7 @@ def upload_parent(
 
 
 def _log_artifacts(store: Store, run_id: str, folder: Path) -> None:
-    """All files of a folder, its tables named where the UI looks for those that it sets side by side: `texts.json` first."""
+    """Log all files of a folder, and list its tables in the tag that the UI's comparison reads, `texts.json` first."""
     store.client.log_artifacts(run_id, str(folder))
     tables = sorted(folder.glob("tables/*.json"), key=lambda file: (file.name != "texts.json", file.name))
     if tables:
@@ -436,19 +457,19 @@ def _log_artifacts(store: Store, run_id: str, folder: Path) -> None:
 
 
 def runs_of_sweep(store: Store, sweep: str) -> list[Run]:
-    """All runs of a sweep that the store has, in any experiment."""
+    """Return all runs of a sweep in the store, in any experiment."""
     experiments = [e.experiment_id for e in store.client.search_experiments()]
     return list(store.client.search_runs(experiments, f"tags.`llmbench.sweep` = '{sweep}'", max_results=50_000))
 
 
 def cells_of_sweep(store: Store, sweep: str) -> list[str]:
-    """Ids of the runs of a sweep that hold a result, in the order in which they were begun."""
+    """Return the ids of a sweep's runs that hold a result, in the order in which they started."""
     runs = [r for r in runs_of_sweep(store, sweep) if "llmbench.outcome" in r.data.tags]
     return [str(r.info.run_id) for r in sorted(runs, key=lambda r: int(r.info.start_time or 0))]
 
 
 def cells_of_run(store: Store, run_id: str) -> list[str]:
-    """The run itself if it holds a result, or those of its children that do. Empty if the store does not have it."""
+    """Return the run itself if it holds a result, else its children that do. Empty if the store does not have it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -470,13 +491,14 @@ def download_result(store: Store, run_id: str, folder: Path) -> Path:
         store.client.download_artifacts(run_id, "result.json", str(folder))
     except (MlflowException, OSError) as error:
         raise TrackingError(
-            f"The run {run_id} has no result.json that can be read: {first_line(error)}. `llmbench upload FOLDER` completes a run."
+            f"The run {run_id} has no result.json that can be read: {first_line(error)}. "
+            "`llmbench upload FOLDER` completes a run."
         ) from None
     return folder
 
 
 def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
-    """Keep the files of a folder as artifacts of a run, below `under`. Raises TrackingError if the run is not there."""
+    """Log a folder's files as artifacts of a run, below `under`. Raises TrackingError if the run does not exist."""
     require_run(store, run_id)
     with _plain_errors(store.uri):
         store.client.log_artifacts(run_id, str(folder), under)
@@ -493,12 +515,13 @@ def require_run(store: Store, run_id: str) -> None:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise TrackingError(
-                f"There is no run {run_id} in the MLflow store {without_user(store.uri)}. Give the id of one of its runs."
+                f"There is no run {run_id} in the MLflow store {without_user(store.uri)}. "
+                "Give the id of one of its runs."
             ) from None
 
 
 def find_tagged(store: Store, identity: Mapping[str, str]) -> str | None:
-    """The newest whole run with these tags of ours, named without their prefix, in any experiment; None if there is none."""
+    """Return the newest complete run with these tags (named without `llmbench.`) in any experiment, or None."""
     with _plain_errors(store.uri):
         clauses = [f"tags.`llmbench.{name}` = '{value}'" for name, value in identity.items()] + [
             f"tags.`{UPLOADED_TAG}` = 'true'"
@@ -511,7 +534,7 @@ def find_tagged(store: Store, identity: Mapping[str, str]) -> str | None:
 
 
 def source_of(store: Store, run_id: str) -> str | None:
-    """The program that an imported run comes from; None for a run of ours, or one that is not there."""
+    """Return the program that an imported run comes from; None for a run of ours or one that does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -522,19 +545,19 @@ def source_of(store: Store, run_id: str) -> str | None:
 
 
 def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of ours on a run, named without their prefix. Raises TrackingError if the run is not there."""
+    """Set tags on a run, named without the prefix `llmbench.`. Raises TrackingError if the run does not exist."""
     with _plain_errors(store.uri):
         for name, value in tags.items():
             store.client.set_tag(run_id, f"llmbench.{name}", redact(value)[:5000])
 
 
 def without_user(address: str) -> str:
-    """An address without the user and password in it, which urllib takes for a part of the host's name."""
+    """Remove user and password from an address; urllib takes them for a part of the host's name."""
     parts = urllib.parse.urlsplit(address)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def ui_command(address: str) -> str:
-    """How to open the UI on a store, passwords masked."""
+    """Return the address of a server's UI, or the command that opens the UI on a store, with passwords masked."""
     shown = redact(address)
     return shown if shown.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {shlex.quote(shown)}"

@@ -1,4 +1,4 @@
-"""Figures of what is gained and paid: quantization relative to its reference, the radar, tokens per unit of money, machines against each other."""
+"""Figures of trade-offs: quantization relative to its reference, a radar, tokens per unit of money, machines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_ROWS = 24
-"""Rows of a chart of ratios or of costs; scaling.json and the report's tables have all."""
+"""Most rows of a chart of ratios or costs; scaling.json and the report's tables have all."""
 
 TOP1 = "quality/top1_agreement"
 LEAST_SPOKES = 3
@@ -40,11 +40,14 @@ SPOKES = (
     ("energy", ENERGY, False),
     ("quality", TOP1, True),
 )
-"""Radar: the axis, its metric (memory: the peak), and whether more is better."""
+"""Axes of the radar: name, metric (memory: the peak), True if more is better."""
 
 
 def draw_tradeoffs(found: Findings, names: Names, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Write these figures as .svg and .png in the style that holds; return the files, and (figure, reason) for each that is not drawn."""
+    """Write these figures as .svg and .png, in the style that is set.
+
+    Return the files, and (figure, reason) for each that is not drawn.
+    """
     files: list[Path] = []
     missing: list[tuple[str, str]] = []
     for name, draw in FIGURES.items():
@@ -57,10 +60,10 @@ def draw_tradeoffs(found: Findings, names: Names, folder: Path) -> tuple[list[Pa
 
 
 def _quantization(found: Findings, names: Names) -> Figure | str:
-    """Throughput of each quantized cell ÷ that of its reference, one panel per model, one row per shape."""
+    """Draw the throughput of each quantized cell ÷ that of its reference, one panel per model, one row per shape."""
     own = [e for e in found.effects if e.measured.result.hashes.config in names]
     if not own:
-        return "no cell of a quantization was measured beside its reference, differing in nothing else"
+        return "no quantized cell was measured together with a reference that differs only in quantization"
     by_size = sorted(own, key=lambda e: e.measured.variable("parameters") or 0.0)
     models = list(dict.fromkeys(names[e.measured.result.hashes.config] for e in by_size))
     shapes = sorted({_shape(e.measured) for e in own}, reverse=True)
@@ -132,7 +135,10 @@ def _draw_ratio(axes: Axes, y: float, speed: Ratio, colour: str, label: str) -> 
 
 
 def _radar(found: Findings, names: Names) -> Figure | str:
-    """Quantizations of each model at the shape of comparison; on every axis the best of the model is 1, and further out is better."""
+    """Draw the quantizations of each model at the shape of comparison.
+
+    On every axis further out is better, and the best of the model is 1; quality is the share itself.
+    """
     order = list(COLOURS)
     here = [m for m in found.focus.cells if at_focus(m, found.focus)]
     own = sorted(
@@ -182,10 +188,10 @@ def _where(found: Findings) -> str:
 
 
 def _spokes(cells: Sequence[Measured]) -> dict[str, list[float]]:
-    """Axis → the value of each cell, 1 for the best; axes that some cell lacks are left out.
+    """Map axis → the value of each cell, 1 for the best. An axis that a cell lacks is left out.
 
-    A throughput is divided by the highest, a time, a size or an energy divides the lowest; agreement with the unquantized model
-    is a share already, and 1 for that model itself.
+    A throughput is divided by the highest; the lowest time, size or energy is divided by each. Agreement with the
+    unquantized model is shown as it is: a share, and 1 for that model itself.
     """
     found = {}
     for name, key, more in SPOKES:
@@ -224,7 +230,8 @@ def _draw_radar(axes: Axes, cells: Sequence[Measured]) -> None:
         axes.fill(angles, values, color=colour, alpha=0.08)
     axes.set(ylim=(0, 1.05), yticks=(0.25, 0.5, 0.75, 1.0))
     axes.set_yticklabels(("", "0.5", "", "1"), size=7, color=GREY)
-    axes.set_theta_offset(np.pi / 2)  # type: ignore[attr-defined]  # the first axis points up, so that few names lie beside the circle
+    # The first axis points up, so that few names lie beside the circle.
+    axes.set_theta_offset(np.pi / 2)  # type: ignore[attr-defined]
     axes.set_xticks(angles, list(spokes), size=9)
     axes.tick_params(axis="x", pad=2)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
@@ -235,7 +242,7 @@ def _draw_radar(axes: Axes, cells: Sequence[Measured]) -> None:
 
 
 def _cost(found: Findings, names: Names) -> Figure | str:
-    """Tokens per unit of money: the best cell of each machine, model and quantization."""
+    """Draw the tokens per unit of money of the best cell of each machine, model and quantization."""
     prices = {machine.env: machine for machine in found.machines if machine.price}
     best: dict[tuple[str, str, str], Measured] = {}
     for measured in found.cells:
@@ -276,7 +283,7 @@ def _cost(found: Findings, names: Names) -> Figure | str:
 
 
 def _machines(found: Findings, names: Names) -> Figure | str:
-    """Each configuration on another machine ÷ on the one with most cells."""
+    """Draw the throughput of each configuration on another machine ÷ that on the machine with most cells."""
     if not found.across:
         return "it needs one configuration that two machines have measured"
     shown = found.across[:MOST_ROWS]
@@ -311,4 +318,4 @@ FIGURES: dict[str, Callable[[Findings, Names], Figure | str]] = {
     "cost_by_hardware": _cost,
     "machines": _machines,
 }
-"""Figure → what draws it, or gives the reason why it cannot be drawn."""
+"""Figure → function that draws it, or returns the reason why it cannot be drawn."""

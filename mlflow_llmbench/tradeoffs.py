@@ -1,7 +1,7 @@
-"""What a choice costs: batch scaling and its best size, quantization against its reference, latency cliffs, prompt against output.
+"""Trade-offs: batch size, quantization against its reference, latency cliffs, prompt tokens against output tokens.
 
-Everything is a function of the values of single repetitions; ratios are those of geometric means with Welch's interval on the
-logarithms, as in `compare`.
+Everything is computed from the values of single repetitions. Ratios are those of geometric means, with Welch's interval
+on the logarithms, as in `compare`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .fits import Fit
 from .stats import holm, t_interval, welch
 
 LEVEL = 0.05
-"""False alarms allowed in one series, over all its points."""
+"""Probability of a false alarm in one series, over all its points."""
 
 LEAST_CLIFF = 1.25
-"""A jump below this factor is no cliff, whatever its significance: cells measured in turns drift by some percent."""
+"""Smallest factor of a cliff, however significant a jump is: cells measured one after another drift by some percent."""
 
 KEPT_SHARE = 0.5
-"""Share of the best per-instance throughput that the largest acceptable batch must keep, unless another is given."""
+"""Default share of the best per-instance throughput that the largest acceptable batch must keep."""
 
 TRUNK = 512
 BRANCH = 8
@@ -31,7 +31,10 @@ BRANCH = 8
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two cells' throughput by the name of the first (its batch size or quantization), and its 95 % interval (None with fewer than two repetitions on a side)."""
+    """A ratio of two cells' throughput and its 95 % interval, None if a side has fewer than two repetitions.
+
+    `name`: batch size or quantization of the first cell.
+    """
 
     name: str
     value: float
@@ -43,8 +46,9 @@ class Ratio:
 class OptimalBatch:
     """The best batch size, by both definitions and by plain throughput.
 
-    `per_instance`: argmax T(b)/b (EffiLLM, Per-Instance Efficiency Analysis) · `alike`: sizes whose T(b)/b is not measurably below it
-    · `largest`: the largest size whose T(b)/b keeps `share` of the maximum · `throughput`: argmax T(b).
+    `per_instance`: argmax T(b)/b (EffiLLM, Per-Instance Efficiency Analysis) · `alike`: sizes whose T(b)/b is not
+    measurably lower · `largest`: the largest size whose T(b)/b keeps `share` of the maximum · `throughput`: argmax
+    T(b).
     """
 
     per_instance: int
@@ -56,7 +60,7 @@ class OptimalBatch:
 
 @dataclass(frozen=True)
 class Cliff:
-    """A step of a series at which latency grows out of line: between `before` and `after`, by `factor` more than its surroundings allow."""
+    """A jump of latency from `before` to `after`, `factor` times larger than the neighbouring steps explain."""
 
     before: float
     after: float
@@ -66,7 +70,10 @@ class Cliff:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What more prompt and more output tokens cost, ms, each with its 95 % interval; `equal_output` output tokens cost as much as the prompt."""
+    """Cost in ms of more prompt tokens and of more output tokens, each as (value, low, high) with a 95 % interval.
+
+    `equal_output`: the number of output tokens that cost as much as the prompt tokens, with its interval.
+    """
 
     prompt_tokens: int
     output_tokens: int
@@ -76,7 +83,7 @@ class Exchange:
 
 
 def ratio(name: str, over: Sequence[float], under: Sequence[float], scale: float = 1.0) -> Ratio:
-    """Give scale · over ÷ under, geometric means, with Welch's interval on the logarithms."""
+    """Return scale · over ÷ under, of geometric means, with Welch's interval on the logarithms."""
     first, second = [math.log(v) for v in under], [math.log(v) for v in over]
     value = scale * math.exp(fmean(second) - fmean(first))
     found = welch(first, second)
@@ -86,9 +93,9 @@ def ratio(name: str, over: Sequence[float], under: Sequence[float], scale: float
 
 
 def scaling_efficiency(rates: Mapping[int, Sequence[float]]) -> list[Ratio]:
-    """η_b = T(b) / (b·T(1)) of each batch size above 1 (EffiLLM, Batch Size Scaling), from each repetition's throughput.
+    """Return η_b = T(b) / (b·T(1)) of each batch size except 1 (EffiLLM, Batch Size Scaling).
 
-    Raises NotFitted without a measurement at batch size 1.
+    `rates`: batch size → throughput of each repetition. Raises NotFitted without a measurement at batch size 1.
     """
     if 1 not in rates:
         raise NotFitted(
@@ -98,14 +105,15 @@ def scaling_efficiency(rates: Mapping[int, Sequence[float]]) -> list[Ratio]:
 
 
 def quantization_efficiency(name: str, quantized: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """T_q / T_ref (EffiLLM, Performance Impact of Quantization), from each repetition's throughput."""
+    """Return T_q / T_ref (EffiLLM, Performance Impact of Quantization), from each repetition's throughput."""
     return ratio(name, quantized, reference)
 
 
 def optimal_batch(rates: Mapping[int, Sequence[float]], share: float = KEPT_SHARE) -> OptimalBatch:
-    """The best batch size by both definitions; sizes are alike where Welch's test on ln T(b)/b (Holm over sizes) sees no difference.
+    """Return the best batch size by both definitions.
 
-    Raises NotFitted with fewer than two batch sizes.
+    Sizes are alike if Welch's test on ln T(b)/b (Holm over sizes) finds no difference. Raises NotFitted with fewer than
+    two batch sizes.
     """
     if len(rates) < 2:
         raise NotFitted(
@@ -124,14 +132,18 @@ def optimal_batch(rates: Mapping[int, Sequence[float]], share: float = KEPT_SHAR
 
 
 def find_cliffs(series: Mapping[float, Sequence[float]], steepest: float) -> list[Cliff]:
-    """Steps of a latency series (x → the values of its repetitions) that are steeper than both of their neighbours.
+    """Find the steps of a latency series (x → the values of its repetitions) that are steeper than both neighbours.
 
-    The steepness of a step is its elasticity e = Δ ln y / Δ ln x. Under every smooth law of this subject (k + n·x^w, a roofline's knee,
-    a quadratic) e rises steadily with x and nowhere falls again, and stays below `steepest` (1 over batch sizes, since one could run
-    the rows one by one; 2 over lengths, for quadratic attention). A cliff is a step whose e exceeds that before it and
-    that after it (at an end: `steepest`) — both in a one-sided Welch test of the contrast at 5 %, Holm over all steps (an
-    intersection-union test, Berger 1982, so no further correction for the two) — and whose jump is at least `LEAST_CLIFF`. A jump in the first or
-    last step that stays below proportion is not told from growth, and one that spreads over two steps is not told at all.
+    The steepness of a step is its elasticity e = Δ ln y / Δ ln x. Under every smooth law considered here (k + n·x^w,
+    the knee of a roofline, a quadratic) e never falls as x grows and stays below `steepest`: 1 over batch sizes, since
+    the rows could be run one by one; 2 over lengths, for quadratic attention.
+
+    A cliff is a step whose e exceeds that of the step before and that of the step after (at an end: `steepest`), each
+    in a one-sided Welch test of the contrast at 5 %, with Holm's correction over all steps, and whose jump is at least
+    `LEAST_CLIFF`. Requiring both is an intersection-union test (Berger 1982) and needs no further correction.
+
+    Not detected: a jump in the first or last step that stays below `steepest`, which looks like growth, and a jump that
+    spreads over two steps.
 
     Raises NotFitted with fewer than 3 places, or fewer than 2 values at one.
     """
@@ -140,7 +152,8 @@ def find_cliffs(series: Mapping[float, Sequence[float]], steepest: float) -> lis
     places = sorted(series)
     if len(places) < 3 or any(len(series[x]) < 2 for x in places):
         raise NotFitted(
-            f"Cliffs cannot be told from noise in {len(places)} places: 3 with 2 repetitions each are needed. Measure more."
+            f"Cliffs cannot be told from noise in {len(places)} places: 3 with 2 repetitions each are needed. "
+            "Measure more."
         )
     logs = [[math.log(v) for v in series[x]] for x in places]
     level, spread = [fmean(v) for v in logs], [(variance(v) / len(v), len(v) - 1) for v in logs]
@@ -148,7 +161,7 @@ def find_cliffs(series: Mapping[float, Sequence[float]], steepest: float) -> lis
     steepness = [(level[i + 1] - level[i]) / widths[i] for i in range(len(widths))]
 
     def p_steeper(step: int, other: int) -> float:
-        """One-sided p of e(step) ≤ e(other), by Welch and Satterthwaite; `other` beyond the ends stands for `steepest`."""
+        """One-sided p value of e(step) ≤ e(other), by Welch–Satterthwaite; `other` beyond the ends means `steepest`."""
         weights = dict.fromkeys(range(len(places)), 0.0)
         weights[step + 1] += 1 / widths[step]
         weights[step] -= 1 / widths[step]
@@ -177,20 +190,24 @@ def find_cliffs(series: Mapping[float, Sequence[float]], steepest: float) -> lis
 def exchange(
     prefill: Fit, tpot_ms: Sequence[float], prompt_tokens: int = TRUNK, output_tokens: int = BRANCH
 ) -> Exchange:
-    """What `prompt_tokens` more in the prompt cost, by the slope c of a fitted line L = a + c·s, against `output_tokens` more in the output.
+    """Compare the cost of `prompt_tokens` more in the prompt with that of `output_tokens` more in the output.
 
-    `tpot_ms`: time per output token of each repetition. The interval of the quotient joins those of its parts (MOVER, on logarithms:
-    Zou & Donner, Statistics in Medicine 27, 2008). The cost of decoding beside a longer cache is left out. Raises OutOfRange where
-    the measured lengths span less than `prompt_tokens`, NotFitted where a cost is not above 0 within its interval.
+    A prompt token costs the slope c of the fitted line L = a + c·s (ms); an output token the mean of `tpot_ms`, the
+    time per output token of each repetition. The interval of the quotient combines those of its parts (MOVER on
+    logarithms: Zou & Donner, Statistics in Medicine 27, 2008). Slower decoding with a longer cache is not included.
+    Raises OutOfRange if the measured lengths span less than `prompt_tokens`, NotFitted if the interval of a cost
+    reaches 0.
     """
     (low, high), slope, gaps = prefill.ranges[0], prefill.parameter("c"), t_interval(tpot_ms)
     if high - low < prompt_tokens:
         raise OutOfRange(
-            f"{prompt_tokens} more prompt tokens are beyond the measured lengths {low:g} to {high:g}. Measure lengths that lie that far apart."
+            f"{prompt_tokens} more prompt tokens are beyond the measured lengths {low:g} to {high:g}. "
+            "Measure lengths that lie that far apart."
         )
     if not (slope.low and slope.high and gaps) or slope.low <= 0 or gaps[0] <= 0:
         raise NotFitted(
-            "The cost of a prompt or output token cannot be told from 0 with these cells. Measure more lengths, or more repetitions."
+            "The cost of a prompt or output token cannot be told from 0 with these cells. "
+            "Measure more lengths, or more repetitions."
         )
     first = (slope.value * prompt_tokens, slope.low * prompt_tokens, slope.high * prompt_tokens)
     each = (fmean(tpot_ms), *gaps)

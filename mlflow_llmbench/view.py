@@ -1,12 +1,15 @@
-"""The published comparison view: what the MLflow UI shows of a sweep, arranged from here. Experimental, best effort.
+"""Publish a saved view of the MLflow UI that compares the runs of a sweep. Experimental, best effort.
 
-MLflow keeps a saved view of its runs page as one experiment tag, `mlflow.sharedViewState.<id>`: JSON with a name, two times
-and the state of the page. The format is private to the UI (seen in 3.17.2 and 3.18.0; saved views came with 3.15), so it is
-known in this module only. A view that is not taken costs a warning, never a result.
+MLflow keeps a saved view of its runs page as one experiment tag, `mlflow.sharedViewState.<id>`: JSON with a name, two
+times and the state of the page. The format is private to the UI (seen in 3.17.2 and 3.18.0; saved views came with
+3.15), so only this module knows it. If a view cannot be published, the user gets a warning and all results are kept.
 
-Three facts about the UI decide the state: children of a sweep are rows of their own only if the runs are sorted by a metric
-or filtered; it adds a bar chart for every metric that no chart here has, to the section of its prefix, so those sections are
-listed and closed; and an address that has a filter of its own is opened without the view, so the filter is in the state.
+Three facts about the UI determine the state:
+
+- The children of a sweep are separate rows only if the runs are sorted by a metric or filtered.
+- The UI adds a bar chart for every metric without a chart here, to the section of its prefix. So those sections are
+  listed, and closed.
+- An address with a filter of its own opens without the view. So the filter is in the state.
 """
 
 from __future__ import annotations
@@ -28,17 +31,17 @@ if TYPE_CHECKING:
 
 TAG = "mlflow.sharedViewState."
 OURS = "llmbench-"
-"""What the id of a view that we published begins with."""
+"""Prefix of the ids of views that we publish."""
 
 OLDEST_MLFLOW = (3, 15)
 MOST_VIEWS = 30
-"""Views of ours that an experiment keeps, the newest; with 40 in all the UI lets its user save no more."""
+"""Most views of ours in an experiment; the oldest are deleted. With 40 views in all, the UI refuses to save more."""
 
 THROUGHPUT = "throughput/output_tokens_per_s"
 TTFT = "latency/ttft_ms_p50"
 ITL = "latency/itl_ms_p50"
 REFERENCES = ("none", "fp32", "bf16", "fp16")
-"""Quantizations that are none: the run that the others are compared with is sought among them."""
+"""Values of `quant` without quantization; the baseline run is chosen among them."""
 
 State = dict[str, Any]
 
@@ -46,9 +49,9 @@ State = dict[str, Any]
 def comparison_view(
     varied: Sequence[str], has_device: bool, baseline_run_id: str | None, parent_id: str | None = None
 ) -> State:
-    """State of the runs page for a sweep over `varied`: its charts in sections, its columns, its order and its filter.
+    """Return the state of the runs page for a sweep over `varied`: charts in sections, columns, order and filter.
 
-    The cells of `parent_id` are shown, or all runs of the experiment without it. Throughput orders them, best first.
+    Shows the cells of `parent_id`, or all runs of the experiment without it, sorted by throughput, best first.
     """
     memory = f"memory/{'device' if has_device else 'host_needed'}_bytes_peak"
     names = list(varied) or ["quant"]
@@ -154,9 +157,10 @@ def publish(
     run_ids: Sequence[str],
     warn: Callable[[str], None],
 ) -> str | None:
-    """Publish the view of a sweep; publishing it again replaces it. Returns what follows the UI's address, or None after `warn`.
+    """Publish the view of a sweep; publishing it again replaces it.
 
-    `run_ids` belong to `rows`. Never raises: a view is a convenience, and the runs are there without it.
+    `run_ids`: the run of each of `rows`. Returns the link to append to the UI's address, or None after calling `warn`.
+    Never raises: the view is a convenience, and the runs are complete without it.
     """
     view_id = f"{OURS}{parent_id[:16]}"
     try:
@@ -185,12 +189,18 @@ def publish(
 
 
 def link(experiment_id: str, view_id: str) -> str:
-    """What follows the UI's address for a published view. A filter or order in it would switch the view off."""
-    return f"#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning&viewStateShareKey={view_id}"
+    """Return the link to a published view, to append to the UI's address.
+
+    A filter or order in the link would disable the view.
+    """
+    return (
+        f"#/experiments/{experiment_id}/runs"
+        f"?compareRunsMode=CHART&workflowType=machine_learning&viewStateShareKey={view_id}"
+    )
 
 
 def baseline_run(rows: Sequence[Row], run_ids: Sequence[str]) -> str | None:
-    """The run that the others are compared with: the first measured one, one without quantization if there is any."""
+    """Return the baseline's run id: the first measured run without quantization, else the first measured run."""
     measured = [
         (row.cell.quant, run_id) for row, run_id in zip(rows, run_ids, strict=True) if row.outcome == "ok" and run_id
     ]
@@ -202,7 +212,7 @@ def _text(value: Any) -> str:
 
 
 def _published(store: Store) -> dict[str, Mapping[str, Any]]:
-    """The views of ours that the experiment has, by id."""
+    """Return our published views in the experiment, by id."""
     found: dict[str, Mapping[str, Any]] = {}
     for key, value in store.client.get_experiment(store.experiment_id).tags.items():
         if key.startswith(TAG + OURS):
@@ -215,13 +225,11 @@ def _published(store: Store) -> dict[str, Mapping[str, Any]]:
 
 
 def _refuse_old(uri: str) -> None:
-    """Raise if the UI that will show the view is known to be too old for it. A server that does not say is taken as new."""
+    """Raise RuntimeError if the UI is known to be too old for the view. A server of unknown version counts as new."""
     text = _server_version(uri) if uri.startswith(("http://", "https://")) else _installed_version()
     found = re.match(r"(\d+)\.(\d+)", text)
     if found and (int(found[1]), int(found[2])) < OLDEST_MLFLOW:
-        raise RuntimeError(
-            f"MLflow {text} has no saved views, and {'.'.join(map(str, OLDEST_MLFLOW))} is the first that has"
-        )
+        raise RuntimeError(f"MLflow {text} has no saved views; they need {'.'.join(map(str, OLDEST_MLFLOW))} or newer")
 
 
 def _installed_version() -> str:

@@ -1,4 +1,4 @@
-"""The run-context provider, found by MLflow through its entry point in a fresh interpreter, as in any program of the environment."""
+"""The run-context provider, found by MLflow through its entry point in a fresh interpreter, as in any program."""
 
 from __future__ import annotations
 

@@ -101,13 +101,13 @@ def test_the_best_offset_power_is_that_of_a_general_optimizer() -> None:
     [
         (lambda x, y: (x[:2], y[:2]), "2 distinct points, and . parameters with intervals need"),
         (lambda x, y: ([4.0] * len(x), y), "1 distinct points"),
-        (lambda x, y: (x, [0.0, *y[1:]]), "a value or place is not above 0: 0 at 1"),
-        (lambda x, y: ([0.0, *x[1:]], y), "a value or place is not above 0"),
+        (lambda x, y: (x, [0.0, *y[1:]]), "a value or its x is not above 0: 0 at 1"),
+        (lambda x, y: ([0.0, *x[1:]], y), "a value or its x is not above 0"),
         (lambda x, y: (x, [-1.0, *y[1:]]), "not above 0: -1 at 1"),
         (lambda x, y: (x, [None, *y[1:]]), "the value at 1 is missing"),
         (lambda x, y: (x, [math.nan, *y[1:]]), "the value at 1 is missing"),
         (lambda x, y: (x, [math.inf, *y[1:]]), "the value at 1 is missing"),
-        (lambda x, y: (x, y[1:]), "7 places and 6 values"),
+        (lambda x, y: (x, y[1:]), "7 x and 6 values"),
         (lambda x, y: ([], []), "0 distinct points"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_left_out_point_beyond_the_pole_of_a_curve_has_no_error() -> None:
     assert found.loo_error is None
     law = fit(POWER, sizes, rates)
     assert fits.ranked([found, law]) == [law, found]
-    assert "y = a·x^b is nearer than T = 1/(a + c·size)" in fits.verdict(law, [found])
+    assert "y = a·x^b fits better than T = 1/(a + c·size)" in fits.verdict(law, [found])
 
 
 def test_equal_values_have_no_growth_and_no_exponent() -> None:
@@ -142,7 +142,7 @@ def test_equal_values_have_no_growth_and_no_exponent() -> None:
     assert noise.undetermined == ["w"]
     assert noise.loo_error is not None and same.loo_error is not None and noise.loo_error < same.loo_error
     assert fits.ranked([noise, same]) == [same, noise]  # although it is nearer
-    assert "do not determine w of y = k + n·x^w; y = a is taken" in fits.verdict(noise, [same])
+    assert "do not determine w of y = k + n·x^w; y = a is used" in fits.verdict(noise, [same])
 
 
 def test_nothing_is_said_beyond_the_data() -> None:

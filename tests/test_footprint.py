@@ -26,7 +26,10 @@ KV, TOKENS, ROWS = 1000, 400, 2
 
 
 def generated(per_token: float, per_repetition: float, repetitions: int = 10, device: bool = False) -> RunResult:
-    """Repetitions of 400 tokens in 4 s, memory sampled every 40 ms with 2 kB of noise: its growth by token, and what stays of each repetition."""
+    """Repetitions of 400 tokens in 4 s, with memory sampled every 40 ms with 2 kB of noise.
+
+    It grows with each token, and some of it stays after each repetition.
+    """
     draw, timeline, done = np.random.default_rng(0), [], []
     for index in range(repetitions):
         start = index * 5000 * MS

@@ -1,4 +1,4 @@
-"""The Model Registry: what a version holds, what is refused, and that it answers prompts, in this process and in a served one."""
+"""The Model Registry: content of a version, refusals, and answers to prompts, in this process and in a served one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, store_t
     """The folder of a real sweep: the tiny model as int8, two rows of 16 + 8 tokens."""
     folder = tmp_path_factory.mktemp("measured")
     shutil.copy(store_template, folder / "mlflow.db")
-    options = "--quant int8 --batch-size 2 --workload qa --prompt-tokens 16 --output-tokens 8 --repetitions 2 --warmup 1 --device cpu --threads 1"
+    options = (
+        "--quant int8 --batch-size 2 --workload qa --prompt-tokens 16 --output-tokens 8 "
+        "--repetitions 2 --warmup 1 --device cpu --threads 1"
+    )
     command = [sys.executable, "-m", "mlflow_llmbench", "run", "--model", str(tiny_model), *options.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
@@ -130,7 +133,7 @@ def test_the_loaded_model_answers_within_its_limits(run_id: str, store_uri: str)
     for prompts, params, message in (
         ([{"prompt": "x" * 17}], {}, "A prompt has 17 tokens, and 16 are the most that was measured"),
         ([{"prompt": ""}], {}, "A prompt has no tokens"),
-        ([{"prompt": None}], {}, "A prompt is no text: None. Give each row a prompt."),
+        ([{"prompt": None}], {}, "A prompt is not a text: None. Give each row a prompt."),
         ([{"prompt": "x"}], {"max_new_tokens": 9}, "max_new_tokens is not from 1 to 8, which was measured: 9"),
     ):
         with pytest.raises(MlflowException, match=message):
@@ -141,7 +144,7 @@ def test_the_loaded_model_answers_within_its_limits(run_id: str, store_uri: str)
 
 
 def test_rows_are_generated_up_to_the_registered_batch_size(run_id: str, store_uri: str) -> None:
-    """The same greedy answers for any batch size, since padding is masked; and as many calls as the batch size asks for."""
+    """The same greedy answers for any batch size, since padding is masked; as many calls as the batch size needs."""
     register(open_store(store_uri), run_id, "bot", accept_suspect=BUSY)
     prompts = [{"prompt": text} for text in ("One two", "Three", "Four five six")]
     sizes: dict[int, list[int]] = {}
@@ -325,7 +328,7 @@ def test_invalid_runs_are_refused_and_suspect_ones_need_a_reason(store_uri: str,
             "Not a name for a registered model: a@b. Give letters",
         ),  # models:/a@b@candidate is no address
         ("bot", "v1", "", "Not an alias: v1. Give letters"),
-        ("bot", "champion", "", "The alias champion is moved by `llmbench promote` only"),
+        ("bot", "champion", "", "Only `llmbench promote` moves the alias champion"),
         ("bot", "candidate", "nonsense", "nonsense is neither a run id, nor a sweep of this store"),
         ("bot", "candidate", "0" * 32, "The run 0{32} is not in the store"),
         ("bot", "candidate", "none.json", "Cannot read the recommendation none.json"),
@@ -352,7 +355,8 @@ def real(quant: str, source: str = "folder", **facts: Any) -> RunResult:
 def test_each_quantization_becomes_its_recipe() -> None:
     four = deploy(real("fp4", **{"quant.type": "fp4", "quant.compute_dtype": "bfloat16"}))
     assert four["quantization"] == {
-        "class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16",
+        "class": "BitsAndBytesConfig", "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16",
     }  # fmt: skip
     assert four["dtype"] == "bfloat16"
     twice = deploy(

@@ -1,4 +1,4 @@
-"""Laws over records made from known parameters: groups, intervals, rivals, what is left out, the report and the charts."""
+"""Laws over records with known parameters: groups, intervals, rivals, cells left out, the report and the charts."""
 
 import dataclasses
 import html
@@ -32,7 +32,8 @@ from mlflow_llmbench.scaling_study import Study, study_scaling
 MS = 1_000_000
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048)
 LOAD = LoadInfo(
-    1.0, weight_bytes=10**9, step_bytes=10**9, kv_bytes_per_token=50_000, flops_per_token=2e9, facts={"model.parameters": 5 * 10**8, "model.dtype": "bfloat16"}
+    1.0, weight_bytes=10**9, step_bytes=10**9, kv_bytes_per_token=50_000, flops_per_token=2e9,
+    facts={"model.parameters": 5 * 10**8, "model.dtype": "bfloat16"},
 )  # fmt: skip
 
 
@@ -204,7 +205,7 @@ def test_a_stream_is_left_out_for_what_it_is_and_not_for_its_verdict() -> None:
     assert (
         text.partition("Left out:\n")[2]
         .splitlines()[0]
-        .endswith(": a stream of requests, and the laws are of batches of one shape.")
+        .endswith(": a stream of requests; the laws hold for batches of one shape.")
     )
 
 

@@ -1,4 +1,4 @@
-"""The whole study over records made from known parameters: claims by their intervals, findings, recommendations, figures, reports."""
+"""The whole study over records with known parameters: claims, findings, recommendations, figures, reports."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def measured(
     weights: str = "random",
     **other: Any,
 ) -> RunResult:
-    """One cell: TTFT and TPOT grow with size, batch and length; times are divided by the quantization's speed and by `speed`."""
+    """One cell: TTFT and TPOT grow with size, batch and length, divided by the quantization's speed and by `speed`."""
     size = MODELS[model]
     cell = Cell(
         model=model,
@@ -77,7 +77,8 @@ def claim(found: Findings, key: str) -> Claim:
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.91, 0.94, CONFIRMED), (0.5, 0.89, NOT_CONFIRMED), (0.96, 1.2, NOT_CONFIRMED), (0.89, 0.92, UNSAID), (0.8, 1.0, UNSAID), (None, None, UNSAID),
+    [(0.91, 0.94, CONFIRMED), (0.5, 0.89, NOT_CONFIRMED), (0.96, 1.2, NOT_CONFIRMED), (0.89, 0.92, UNSAID),
+     (0.8, 1.0, UNSAID), (None, None, UNSAID),
      (0.96, None, NOT_CONFIRMED), (0.92, None, UNSAID), (None, 0.8, NOT_CONFIRMED)],
 )  # fmt: skip
 def test_an_interval_confirms_refutes_or_says_nothing(low: float | None, high: float | None, verdict: str) -> None:
@@ -112,9 +113,9 @@ def test_a_claim_that_is_wrong_here_is_not_confirmed_and_one_without_data_is_not
     assert claim(slow, "int8_speed").measured.startswith("0.46")
     four = claim(slow, "int4_speed")
     assert (four.verdict, four.measured) == (UNSAID, "–")
-    assert "No cell of int4 was measured beside one of 16 bits" in four.why
+    assert "No cell of int4 was measured together with a 16-bit cell" in four.why
     assert claim(slow, "gptq_between").why == "No cell of gptq was measured beside both int8 and int4."
-    assert claim(slow, "best_batch").why == "No cells differ in nothing but their batch size."
+    assert claim(slow, "best_batch").why == "No cells differ only in batch size."
 
 
 def test_the_slope_of_memory_is_held_against_the_papers_bytes(found: Findings) -> None:
@@ -223,7 +224,10 @@ def test_prices_are_by_hardware_and_an_unknown_one_is_named() -> None:
     assert len(both.sentences["Cost"]) == 2
     with pytest.raises(
         UsageError,
-        match=re.escape("No machine of the study is called A100, so it has no price. Known: AMD EPYC, 2 CPUs."),
+        match=re.escape(
+            "No machine of the study is called A100. "
+            "Give the price for one of these, or for a part of its name: AMD EPYC, 2 CPUs."
+        ),
     ):
         find(here, prices={"A100": 1.0})
 
@@ -253,8 +257,10 @@ def test_quality_is_told_where_it_was_measured(tmp_path: Path) -> None:
 
 
 EVERY = {
-    "against_model_size", "against_batch_size", "against_prompt_length", "per_instance", "heatmap_throughput", "heatmap_ttft", "heatmap_tpot",
-    "memory_against_model_size", "memory_by_quantization", "memory_against_throughput", "models", "quantization_effect", "quantization_radar",
+    "against_model_size", "against_batch_size", "against_prompt_length", "per_instance",
+    "heatmap_throughput", "heatmap_ttft", "heatmap_tpot",
+    "memory_against_model_size", "memory_by_quantization", "memory_against_throughput",
+    "models", "quantization_effect", "quantization_radar",
 }  # fmt: skip
 
 
@@ -269,7 +275,7 @@ def test_every_figure_is_drawn_or_its_reason_is_told(found: Findings, tmp_path: 
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         assert (report.parent / path).exists(), path
     assert "Cost by hardware: no price was given; give --price with money per hour." in text
-    assert "Quality against speed: no two cells" in text
+    assert "Quality against speed: it needs two cells" in text
     told = json.loads((tmp_path / "study/study.json").read_text())
     assert {one["figure"] for one in told["not_drawn"]} == {"quality_against_speed", "cost_by_hardware", "machines"}
     assert [one["verdict"] for one in told["claims"]] == [one.verdict for one in found.claims]

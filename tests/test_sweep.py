@@ -177,7 +177,7 @@ def test_a_half_made_store_is_one_line(tmp_path: Path) -> None:
 
     with sqlite3.connect(tmp_path / "half.db") as database:
         database.execute("CREATE TABLE experiments (experiment_id INTEGER)")
-    with pytest.raises(TrackingError, match="a new file that was left half made must be deleted") as caught:
+    with pytest.raises(TrackingError, match="delete a new file that was left incomplete") as caught:
         fake(tracking_uri=f"sqlite:///{tmp_path}/half.db")
     assert "\n" not in str(caught.value)
 
