@@ -249,7 +249,7 @@ def test_a_server_that_is_away_refuses(server: str) -> None:
 @pytest.mark.parametrize(
     ("script", "limits", "message"),
     [
-        ("hang=1", Limits(first_s=0.3), "No token came within 0.3 s."),
+        ("hang=1", Limits(first_s=0.3), "No token arrived within 0.3 s."),
         ("stall_ms=60000+stall_at=5", Limits(gap_s=0.3), "paused for longer than 0.3 s"),
         ("itl_ms=50", Limits(total_s=0.4), "took longer than 0.4 s"),
     ],

@@ -236,7 +236,7 @@ def test_a_pause_after_the_first_event_is_waiting_for_the_first_token() -> None:
     role, paused = chunked(token(""), last=b""), "The answer paused for longer than 1 s."
     for reads, after_s, message in (
         ([role], 2.0, ""),
-        ([role], 6.0, "No token came within 5 s."),
+        ([role], 6.0, "No token arrived within 5 s."),
         ([role, role], 2.0, paused),
         ([role + role], 2.0, paused),
     ):

@@ -164,7 +164,7 @@ def test_a_staircase_takes_several_lines_and_what_is_unknown_no_column() -> None
 
 def test_notes_say_where_the_limit_is_not_known_or_contradicted() -> None:
     fine = [row("int4", 4, 1)]
-    assert told(fine).frontier_notes[1:] == ("All that was asked for fits, so the limit was not reached.",)
+    assert told(fine).frontier_notes[1:] == ("Every requested shape fits, so the limit was not reached.",)
     [_, note] = told([*fine, failed("int4", 8), failed("int4", 1, "crashed")]).frontier_notes
     assert (
         note
@@ -291,7 +291,7 @@ def test_the_description_is_one_screen() -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 16 + 2 + 3
     assert "| bf16 | 100 |" in lines[2]  # the fastest first
-    assert "The 16 fastest; `report.md` and `report.html` have all 300 cells." in text
+    assert "The 16 fastest cells. All 300 are in `report.md` and `report.html`." in text
     assert "contended (300 cells)" in text
     few = description(rows[:3], VARIED)
     assert [line.split("|")[2].strip() for line in few.splitlines() if line.startswith("| bf16 |")][:3] == [
