@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
 def plain(text: object) -> str:
-    r"""Return one line of visible text. Line breaks and tabs become spaces, other invisible characters escapes (`\u202e`)."""
+    r"""Return one line of visible text: line breaks and tabs become spaces, invisible characters escapes (`\u202e`)."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), _SPACES.sub(" ", str(text)))
 
 

@@ -1,4 +1,4 @@
-"""Measure one cell in process: warm up, repeat, stamp, stop. No other module takes the time stamps of a model run.
+"""Measure one cell in process: warm up, repeat, stamp, stop.
 
 A timed region contains only the model and, per token, one clock reading and two list appends. Everything else (prompts,
 noise counters, journal, garbage collection) happens between repetitions.
@@ -218,7 +218,7 @@ def time_texts(
 
 
 def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, vocab_size: int) -> tuple[int, ...]:
-    """Compare with plain decoding. Return per row of the first repetition the output tokens before the first difference.
+    """Count, per row of the first repetition, the output tokens before the first difference from plain decoding.
 
     Only the first turn of a conversation is compared. Not timed.
     """
@@ -237,7 +237,7 @@ def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, v
 def _warm_up(
     backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say
 ) -> tuple[float, list[float], bool]:
-    """Make discarded runs of the measured shape. Return the first in ms, all durations in s, and whether they got steady.
+    """Make discarded runs of the measured shape. Return the first in ms, all in s, and whether they became steady.
 
     Conversations differ in their number of turns, so the first one is always used to judge steadiness.
     """

@@ -86,8 +86,8 @@ def _readings(trace: Trace) -> ClientReadings:
 def _processes_for(load: Load, wave: Trace) -> int:
     """Return the client processes that a load needs so that each uses at most `PROCESS_SHARE` of its core.
 
-    The estimate is based on the CPU time of a warm-up wave: for a closed loop, the CPU use of all its users in the wave;
-    for an open loop, CPU seconds per request × request rate. One core is left for the server.
+    The estimate is based on the CPU time of a warm-up wave: for a closed loop, the CPU use of all its users in the
+    wave; for an open loop, CPU seconds per request × request rate. One core is left for the server.
     """
     busy = wave.cpu_s / max(1e-9, (wave.ended_ns - wave.started_ns) / 1e9)
     if load.arrivals_ns is not None:

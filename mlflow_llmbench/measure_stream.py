@@ -1,9 +1,9 @@
 """Measure a stream of requests that a model in this process answers in batches: static, dynamic or continuous.
 
 Requests and arrival times are the same for each kind of batching. Latencies count from the arrival times, so they
-include waiting for a batch. Static and dynamic batches are formed here; the backend generates them like any other batch,
-padded to the longest prompt, until the longest answer ends. A row's tokens count as they arrive, up to its own length:
-its latency does not include waiting for the rest of its batch. Continuous batching is done by the backend.
+include waiting for a batch. Static and dynamic batches are formed here. The backend generates them like any other
+batch, padded to the longest prompt, until the longest answer ends. A row's tokens count as they arrive, up to its own
+length: its latency does not include waiting for the rest of its batch. Continuous batching is done by the backend.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A keeper process, `python -m mlflow_llmbench.server_process`, stands between this process and the server. It runs in its
 own session, so neither Ctrl-C nor a signal to our process group reaches it. It reads from a pipe that the kernel closes
-when this process is gone, even if killed. Then it sends TERM to the server's process group, and KILL to whatever is left
-after `GRACE_S`. Orphans of the server become the keeper's children (Linux: PR_SET_CHILD_SUBREAPER), so it also finds
-those that moved into a session of their own.
+when this process is gone, even if killed. Then it sends TERM to the server's process group, and KILL to whatever is
+left after `GRACE_S`. Orphans of the server become the keeper's children (Linux: PR_SET_CHILD_SUBREAPER), so it also
+finds those that moved into a session of their own.
 """
 
 from __future__ import annotations
