@@ -1,4 +1,4 @@
-"""Every file of a run, written beside the journal: what MLflow gets as artifacts, and what remains without MLflow."""
+"""Write every file of a run beside the journal. They become the artifacts in MLflow, and remain without MLflow."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def write_cell(result: RunResult, folder: Path) -> None:
 
 
 def draw_cell(result: RunResult, folder: Path) -> list[Path]:
-    """Draw the charts of one cell (`charts.draw_cell`), and for a mixed quantization what its plan rests on; return the files."""
+    """Draw the charts of one cell (`charts.draw_cell`) and, for a mixed quantization, of its plan; return the files."""
     plan = result.load.quant_plan if result.load else None
     return [*charts.draw_cell(result, folder), *(sensitivity.draw_plan(plan, folder) if plan else [])]
 
 
 def parameters_of(result: RunResult) -> dict[str, str]:
-    """What config.yaml holds: what was asked, with the commit that `revision` meant, so that it means the same later."""
+    """Return the requested parameters for config.yaml, with `revision` replaced by the commit that it resolved to."""
     from_hub = (
         result.model.source in ("hub", "preset") and result.cell.weights != "random" and result.cell.backend != "fake"
     )
@@ -83,7 +83,7 @@ def _whole(result: RunResult) -> dict[str, object]:
 
 
 def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """What the model wrote, prompt by prompt."""
+    """Return the model's outputs, prompt by prompt."""
     shown = (
         (markdown(json.dumps(prompt, ensure_ascii=False)[1:-1]), quotation(output.strip())) for prompt, output in rows
     )
@@ -93,9 +93,10 @@ def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
 def write_sweep(
     measured: Sequence[tuple[report.Row, str]], subject: overview.Subject, folder: Path, draw: bool = True
 ) -> None:
-    """Write what a sweep's parent holds into `folder`: the report as Markdown and HTML, the comparison as Markdown, CSV and MLflow table, charts.
+    """Write the files of a sweep's parent run into `folder`.
 
-    `measured`: rows with their MLflow run ids, "" where a run is not known. Unless `draw`, the charts that are there are shown.
+    These are the report as Markdown and HTML, the comparison as Markdown, CSV and MLflow table, and the charts.
+    `measured` holds rows with their MLflow run ids, "" if unknown. Without `draw`, the existing charts are used.
     Raises JournalError, for example when the disk is full.
     """
     measured, subject = redact_all((tuple(measured), subject))
@@ -122,14 +123,20 @@ def write_sweep(
 
 
 def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
-    """Write comparison.md, comparison.json (a list) and the charts of `llmbench compare` into `folder`. Raises JournalError."""
+    """Write comparison.md, comparison.json (a list) and the charts of `llmbench compare` into `folder`.
+
+    Raises JournalError.
+    """
     write_bytes(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)).encode())
     write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
     draw_comparisons(comparisons, folder / "charts")
 
 
 def write_scaling(study: Study, folder: Path) -> list[Path]:
-    """Write scaling.json, scaling.md and the charts of a scaling study; return the files. Raises JournalError, for example when the disk is full."""
+    """Write scaling.json, scaling.md and the charts of a scaling study; return the files.
+
+    Raises JournalError, for example when the disk is full.
+    """
     drawn = scaling_charts.draw_study(study, folder / "charts")
     write_json(folder / "scaling.json", scaling_report.study_json(study))
     shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
@@ -138,9 +145,9 @@ def write_scaling(study: Study, folder: Path) -> list[Path]:
 
 
 def write_study(found: Findings, folder: Path) -> list[Path]:
-    """Write a study into `folder`: study/ with report.md, report.html, study.json and the figures, and scaling/ as `write_scaling` does.
+    """Write a study into `folder`: study/ with report.md, report.html, study.json and the figures, and scaling/.
 
-    Returns the files. Raises JournalError, for example when the disk is full.
+    `write_scaling` writes scaling/. Returns the files. Raises JournalError, for example when the disk is full.
     """
     home = folder / "study"
     scaled = write_scaling(found.scaling, folder / "scaling")

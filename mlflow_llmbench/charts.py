@@ -1,7 +1,7 @@
-"""Charts as SVG and PNG, of one measured cell and of a sweep, and the look of all charts.
+"""Charts of one measured cell and of a sweep as SVG and PNG, and the style of all charts.
 
-Same input, same bytes. pyplot is not used; the style holds for the time of a call, in an `rc_context`, so a notebook's own
-settings are neither read nor changed (rcParams are global: do not draw in two threads at once).
+The same input gives the same bytes. pyplot is not used. The style is set in an `rc_context` during a call, so a
+notebook's own settings are neither read nor changed. rcParams are global: do not draw in two threads at once.
 """
 
 from __future__ import annotations
@@ -38,15 +38,8 @@ Panels = Sequence[tuple[str, str, str]]  # model or "" for all, metric, heading
 INK, GREY, LIGHT = "#22272e", "#6b7480", "#e3e6ea"
 BLUE, ORANGE, RED, BROWN = "#2e6da4", "#d9820f", "#c0392b", "#8c6d31"
 
-DESCRIBED = (
-    "quant",
-    "batch_size",
-    "concurrency",
-    "request_rate",
-    "prompt_tokens",
-    "output_tokens",
-    "workload",
-)  # settings that a subtitle names
+DESCRIBED = ("quant", "batch_size", "concurrency", "request_rate", "prompt_tokens", "output_tokens", "workload")
+"""Settings that a subtitle names."""
 
 SWEEP_AXES = {
     "throughput/output_tokens_per_s": ("throughput", "throughput", "output tokens/s"),
@@ -58,7 +51,7 @@ SWEEP_AXES = {
     "memory/weight_bytes": ("memory", "weights", "GB"),
     "efficiency/padding_waste_ratio": ("padding", "computed for nothing", "share"),
 }
-"""Metric → the chart that draws it, what it is in words, the unit drawn. A chart draws the first of its metrics that any cell has."""
+"""Metric → its chart, its name in words, its unit there. A chart draws the first of its metrics that any cell has."""
 
 THROUGHPUT, KL = "throughput/output_tokens_per_s", "quality/kl_vs_reference"
 MARKERS = "osD^vP*X"  # one per model
@@ -103,9 +96,9 @@ STYLE: Any = {
 
 
 def draw_cell(result: RunResult, folder: Path) -> list[Path]:
-    """Write `itl_by_token`, `latency_distribution` and `memory_timeline` of one cell, each as .svg and .png; return the files.
+    """Write `itl_by_token`, `latency_distribution` and `memory_timeline` of one cell, each as .svg and .png.
 
-    A chart without data (one output token, no timeline, a failed cell) is left out. Creates `folder`.
+    Return the files. A chart without data (one output token, no timeline, a failed cell) is left out. Creates `folder`.
     """
     with _style():
         drawn = _itl_figure(result), _latency_figure(result), _memory_figure(result)
@@ -114,12 +107,13 @@ def draw_cell(result: RunResult, folder: Path) -> list[Path]:
 
 
 def draw_sweep(points: Points, folder: Path) -> list[Path]:
-    """Write `overview`, `throughput`, `ttft`, `itl`, `memory` and `quality` of measured cells with their summary metrics, as .svg and .png.
+    """Write `overview`, `throughput`, `ttft`, `itl`, `memory` and `quality` of measured cells, as .svg and .png.
 
-    `quality` sets the divergence from the unquantized model against throughput. In the others there is one bar per quantization.
-    Groups along x are the batch sizes, or the combinations of all else that varies; each model has its panel, or is a group where
-    only the quantization varies besides. Of a cell measured twice the last counts. A chart without
-    any value is left out; fewer than two cells give none.
+    `points` holds cells with their summary metrics. Returns the files. `quality` plots the divergence from the
+    unquantized model against throughput. The others have one bar per quantization. Groups along x are the batch sizes,
+    or the combinations of all other varied parameters. Each model has its own panel, or is a group if only the
+    quantization varies besides. If a cell was measured twice, the last one counts. A chart without any value is left
+    out. Fewer than two cells give no charts.
     """
     keys: dict[str, str] = {}  # chart → its metric
     for key, (chart, *_) in SWEEP_AXES.items():
@@ -149,7 +143,7 @@ def _style() -> Iterator[None]:
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    figure.set_layout_engine("none")  # it stands; to find it again takes a third of the time
+    figure.set_layout_engine("none")  # the layout is fixed; computing it again would take a third of the time
     figure.savefig(folder / f"{name}.png", dpi=DPI)
     return [folder / f"{name}.svg", folder / f"{name}.png"]
 
@@ -162,7 +156,7 @@ def _figure(
     legend: bool = True,
     polar: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """Lay out a bold title, a grey line below it, room for a row of legend entries, and rows × columns of axes."""
+    """Lay out a bold title, a grey subtitle, room for one row of legend entries, and rows × columns of axes."""
     from matplotlib.figure import Figure
 
     width, height = inches
@@ -184,7 +178,7 @@ def _figure(
 
 
 def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """One row of entries under the subtitle, outside the axes, where nothing is hidden by it."""
+    """Put the legend in one row under the subtitle, outside the axes, where it hides nothing."""
     place = (0.12 / figure.get_figwidth(), 1 - 0.62 / figure.get_figheight())
     form = {"borderaxespad": 0.0, "borderpad": 0.1, "handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.4}
     figure.legend(
@@ -193,7 +187,7 @@ def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
 
 
 def _plain_numbers(axes: Axes) -> None:
-    """A logarithmic axis of values with its numbers written out."""
+    """Write the numbers of a logarithmic y axis without exponents."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
@@ -202,19 +196,22 @@ def _plain_numbers(axes: Axes) -> None:
 
 
 def _name(model: object) -> str:
-    """Give the last part of a name or path, at most 40 characters, and ? for those that our font lacks."""
+    """Return the last part of a name or path, at most 40 characters, with ? for characters that our font lacks."""
     name = re.sub(r"[^\x20-\x7e\xa0-\u052f]", "?", str(model).rstrip("/").rsplit("/", 1)[-1])
     return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 def _number(value: float) -> str:
-    """About three digits: 12345 → 12,345, 41.27 → 41.3, 0.872 → 0.87."""
+    """Format a number with about three digits: 12345 → 12,345, 41.27 → 41.3, 0.872 → 0.87."""
     digits = 0 if value >= 99.95 or value == 0 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
     return f"{value:,.{digits}f}" if value >= 9999.5 else f"{value:.{digits}f}"
 
 
 def _describe(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
-    """Say the settings in words: `quantization int8 · batch size 4 · 128 prompt tokens`; of a server its load in place of a batch."""
+    """Describe the settings in words: `quantization int8 · batch size 4 · 128 prompt tokens`.
+
+    An online cell has its load in place of the batch size.
+    """
     online, rate = cell.scenario == "online", cell.request_rate
     words = {
         "quant": "" if online and cell.quant == "none" else f"quantization {cell.quant}",
@@ -235,24 +232,24 @@ def _requests(result: RunResult) -> list[RequestRecord]:
 
 
 def _count(result: RunResult, requests: int) -> str:
-    """How many samples a value per repetition (or per request, where a repetition has several) rests on."""
+    """Return the sample count in words; the unit is the repetition, or the request if a repetition has several."""
     noun = "repetition" if requests == len(result.repetitions) else "request"
     return f"n = {requests:,} {noun}{'' if requests == 1 else 's'}"
 
 
 def _gaps(result: RunResult) -> list[Array]:
-    """Gaps between tokens of each request, ms; none where tokens do not come singly."""
+    """Return the gaps between the tokens of each request in ms; none if several tokens arrive in one step."""
     return [] if several_in_a_step(result) else [np.array(gaps_ms(request)) for request in _requests(result)]
 
 
 def _limits(low: float, high: float) -> tuple[float, float]:
-    """Limits around the data with air; at least ±15 % of the level, so that harmless jitter looks harmless."""
+    """Return axis limits with a margin around the data, at least ±15 % of the level: small jitter should look small."""
     half = max(0.56 * (high - low), 0.075 * (high + low), 1e-6)
     return max(0.0, (low + high) / 2 - half), (low + high) / 2 + half
 
 
 def _itl_figure(result: RunResult) -> Figure | None:
-    """Gap by token index 2 … N, ms: median over requests, with the band between their 10th and 90th percentile."""
+    """Draw the gap in ms by token index 2 … N: median over requests, and the 10th to 90th percentile as a band."""
     gaps = _gaps(result)
     longest = max((len(g) for g in gaps), default=0)
     if longest == 0:
@@ -290,7 +287,7 @@ def _itl_figure(result: RunResult) -> Figure | None:
 
 
 def _latency_figure(result: RunResult) -> Figure | None:
-    """Draw the cumulative distribution of all gaps with its supported percentiles, and TTFT by repetition with its median."""
+    """Draw the cumulative distribution of all gaps with its supported percentiles, and TTFT by repetition."""
     requests = _requests(result)
     if not requests:
         return None
@@ -328,12 +325,12 @@ def _latency_figure(result: RunResult) -> Figure | None:
 
 
 def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None:
-    """Share of gaps up to x. As in the summary metrics, a gap weighs by the rows that share it, and n counts it once."""
+    """Draw the share of gaps up to x. As in the summary metrics, a gap is weighted by its rows; n counts it once."""
     order = np.argsort(values, kind="stable")
     values, ranks = values[order], np.cumsum(weights[order])
 
     def at(q: Any) -> Any:
-        """Percentiles with linear interpolation, as if each value were there `weight` times."""
+        """Return percentiles with linear interpolation, as if each value occurred `weight` times."""
         position = np.asarray(q) / 100 * (ranks[-1] - 1)
         below, above = (
             values[np.searchsorted(ranks, k, side="right")] for k in (np.floor(position), np.ceil(position))
@@ -343,7 +340,7 @@ def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None
     shares = np.linspace(0, 100, MOST_BINS + 1)
     axes.plot(at(shares), shares, color=BLUE, linewidth=1.5)
     low, high = float(values[0]), min(float(values[-1]), float(2 * at(99) - values[0]))
-    space = max(high - low, 0.02 * high) or 1.0  # of an answer that came in one read all gaps are 0
+    space = max(high - low, 0.02 * high) or 1.0  # all gaps are 0 if the whole answer came in one read
     for q in filter(lambda q: supports(len(values), q), (50, 90, 99)):
         axes.plot([at(q)], [q], "o", color=ORANGE, markersize=5, zorder=3)
         axes.annotate(f"p{q}  {_number(at(q))} ms", (at(q), q), (6, -4), textcoords="offset points", va="top", size=9)
@@ -370,7 +367,7 @@ def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None
 
 
 def _memory_figure(result: RunResult) -> Figure | None:
-    """Memory over time in 10⁹ bytes, the stages as vertical lines, and the stages' exact readings as dots on them."""
+    """Draw memory over time in GB (10⁹ bytes), with the stages as vertical lines and their exact readings as dots."""
     if not result.timeline:
         return None
     start = result.timeline[0].t_ns
@@ -387,9 +384,8 @@ def _memory_figure(result: RunResult) -> Figure | None:
             ((s.t_ns - start) / 1e9, getattr(s, name) / 1e9) for s in result.timeline if getattr(s, name) is not None
         ]
         if samples:
-            parts = np.array_split(
-                np.array(samples), min(MOST_BINS, len(samples))
-            )  # the extremes of each, so that peaks stay
+            parts = np.array_split(np.array(samples), min(MOST_BINS, len(samples)))
+            # Keep the lowest and the highest sample of each part, so that peaks are not lost.
             kept = np.concatenate([part[sorted({part[:, 1].argmin(), part[:, 1].argmax()})] for part in parts])
             axes.plot(*kept.T, color=colour, linewidth=1.4, label=label)
     resident = ("resident at stage", result.memory.host_rss, BLUE, BLUE)
@@ -407,7 +403,7 @@ def _memory_figure(result: RunResult) -> Figure | None:
 
 
 def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
-    """Thin vertical lines with their names above the axes. Names that would touch go to higher rows, earlier ones higher."""
+    """Draw thin vertical lines named above the axes. Names that would touch go to higher rows, earlier ones higher."""
     low, high = axes.get_xlim()
     begins: list[float] = []  # per row: where its leftmost name begins, as a fraction of the width
     for stage, t in sorted(marks.items(), key=lambda mark: mark[1], reverse=True):
@@ -438,7 +434,7 @@ def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each cell's bar stands: its panel (a model, or "" for all), its group along x, and its quantization."""
+    """The position of each cell's bar: its panel (a model, or "" for all), its group along x, and its quantization."""
 
     panels: list[str]
     names: list[str]  # the parameters whose values make a group
@@ -453,7 +449,7 @@ def _arrange(points: Points, one_panel: bool) -> Grid:
     names = [name for name in differing(cells, UNDECISIVE) if name != "quant"]
     split = len(names) > 1 and "model" in names and not one_panel
     names = [name for name in names if not (split and name == "model")] or ["batch_size"]
-    for name in names:  # numbers by size, None last; words as they came
+    for name in names:  # numbers by size, None last; words in their given order
         seen[name].sort(key=lambda value: (value is None, 0 if value is None or isinstance(value, str) else value))
     placed = {
         (cell.model if split else "", tuple(getattr(cell, name) for name in names), cell.quant): metrics
@@ -467,7 +463,7 @@ def _arrange(points: Points, one_panel: bool) -> Grid:
 
 
 def _sweep_figure(points: Points, key: str) -> Figure:
-    """One metric, one panel per model; one y scale for all models, unless the small ones would vanish on it."""
+    """Draw one metric, one panel per model. All share one y scale, unless small values would vanish on it."""
     grid = _arrange(points, one_panel=False)
     notes = [f"{KEYS[key].better} is better", "median" if key.endswith("_p50") else ""]
     notes.append("line: 95 % interval" if any(f"{key}_ci_low" in metrics for _, metrics in points) else "")
@@ -481,13 +477,13 @@ def _sweep_figure(points: Points, key: str) -> Figure:
 
 
 def _overview_figure(points: Points, keys: Iterable[str]) -> Figure:
-    """All metrics of a sweep in one picture with one legend; models are groups along x."""
+    """Draw all metrics of a sweep in one figure with one legend; models are groups along x."""
     drawn = [("", key, f"{SWEEP_AXES[key][1].capitalize()} · {KEYS[key].better} is better") for key in keys]
     return _bars_figure(points, _arrange(points, one_panel=True), "overview", [], drawn, 2, 11.0)
 
 
 def _quality_figure(points: Points) -> Figure:
-    """What quantization costs in quality against what it gains in speed: one point per cell, with both intervals."""
+    """Draw quality loss by quantization against speed: one point per cell, with both 95 % intervals."""
     from matplotlib.lines import Line2D
 
     cells = [cell for cell, _ in points]
@@ -515,9 +511,8 @@ def _quality_figure(points: Points) -> Figure:
         axes.vlines(x, metrics.get(f"{KL}_ci_low", y), metrics.get(f"{KL}_ci_high", y), color=colour, linewidth=1.2)
         if len(points) <= MOST_LABELS:
             settings = " ".join(_name(getattr(cell, name)) for name in other)
-            shift = (
-                -11 if quants.index(cell.quant) % 2 else 4
-            )  # points that lie close mostly differ in their quantization
+            # Points that lie close mostly differ in their quantization: alternate the labels by it.
+            shift = -11 if quants.index(cell.quant) % 2 else 4
             axes.annotate(
                 f"{y:.2g} {f'({settings})' if settings else ''}", (x, y), (6, shift), textcoords="offset points", size=8
             )
@@ -536,7 +531,10 @@ def _quality_figure(points: Points) -> Figure:
 def _bars_figure(
     points: Points, grid: Grid, topic: str, notes: Sequence[str], drawn: Panels, most: int, width: float
 ) -> Figure:
-    """Panels of bars, each with its model (or ""), metric and heading. At most `most` columns; fewer where bars get thin."""
+    """Draw panels of bars, each with its model (or ""), metric and heading.
+
+    There are at most `most` columns, fewer if the bars would get too thin. `width` is in inches.
+    """
     from matplotlib.patches import Patch
 
     need = 0.8 + 0.14 * len(grid.groups) * (len(grid.quants) + 1)
@@ -546,9 +544,8 @@ def _bars_figure(
     models = list(dict.fromkeys(_name(cell.model) for cell in cells))
     title = f"{', '.join(models) if len(models) < 3 else f'{len(models)} models'} · {topic}"
     constant = _describe(cells[0], [name for name in DESCRIBED if len({getattr(cell, name) for cell in cells}) == 1])
-    quants = (
-        grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []
-    )  # else named by the ticks or the subtitle
+    # Otherwise the ticks or the subtitle name the quantization.
+    quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []
     legend = [Patch(facecolor=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
     if any(key.endswith("_peak") for _, key, _ in drawn) and any(
         metrics.get("memory/weight_bytes") for _, metrics in points
@@ -568,7 +565,10 @@ def _bars_figure(
 
 
 def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> None:
-    """Bars of one panel with their values, intervals and weights; a dash where nothing was measured. `inches`: about the axes' width."""
+    """Draw the bars of one panel with their values, 95 % intervals and weights; a dash where nothing was measured.
+
+    `inches` is the approximate width of the axes.
+    """
     count, scale = len(grid.quants), 1e-9 if key.startswith("memory/") else 1.0
     pitch = 0.84 / count
     span = max(len(grid.groups) + 0.1 if len(grid.groups) > 1 else 0.88, 7 * pitch)  # few bars stay slim

@@ -1,8 +1,8 @@
-"""The load client: sends requests in a closed or an open loop and keeps what came back, as raw bytes with stamps.
+"""The load client: sends requests in a closed or an open loop and keeps the answers as raw bytes with stamps.
 
-One thread, one event loop (uvloop where it is installed). While a load runs nothing is parsed, logged or collected; all
-requests are built before. The client watches itself: how late its event loop wakes up, how late it sends, and how much
-CPU it takes, because a client that is the bottleneck reports its own latency.
+It uses one thread and one event loop (uvloop if it is installed). While a load runs, nothing is parsed, logged or
+garbage collected; requests are built before. The client also measures how late its event loop wakes up, how late it
+sends, and how much CPU it uses, because a client that is the bottleneck reports its own latency.
 """
 
 from __future__ import annotations
@@ -22,37 +22,40 @@ from .errors import first_line
 from .http1 import Connection, Exchange, Limits
 
 BEAT_S = 0.02
-"""Time between two looks at the event loop's lag."""
+"""Seconds between two measurements of the event loop's lag."""
 
 WATCH_BEATS = 10
-"""Every so many beats the requests in flight are held against their time limits."""
+"""Lag measurements between two checks of the time limits of requests in flight."""
 
 SCRAPE_S = 1.0
-"""Time between two readings of the server's own metrics."""
+"""Seconds between two readings of the server's own metrics."""
 
 MOST_SCRAPES = 30
-"""Readings that are held; beyond it every second one is left out, and the time between them doubles."""
+"""Most readings that are kept. Above it, every second one is dropped and the time between readings doubles."""
 
 STALE_S = 1.0
-"""An idle connection that the server had closed ends within this time after a request was written to it; a later end is of the request."""
+"""A connection that the server closed while idle ends within this many seconds after a request is written to it.
+
+A later end is that of the request.
+"""
 
 NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 SCRAPE_LIMITS = Limits(connect_s=2, first_s=2, gap_s=2, total_s=5, most_bytes=1 << 20)
 
 BuildRequest = Callable[[int], bytes]
-"""The whole request of a number, head and body."""
+"""Builds the whole request, head and body, of a request number."""
 
 FollowUp = Callable[[Exchange], bytes | None]
-"""What the same user sends when an answer has ended; None if nothing."""
+"""Builds the next request of the same user from an answer; None if there is none."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent: `requests` at most, and none is begun after `duration_s`.
+    """The requests to send: at most `requests`, none of which starts after `duration_s`.
 
-    Closed loop: `concurrency` users, each sends the next request when it has the answer to its last. Open loop: request i
-    is sent `arrivals_ns[i]` after the start, whatever has been answered.
+    Closed loop: `concurrency` users, each of which sends its next request when its last one is answered. Open loop:
+    request i is sent `arrivals_ns[i]` after the start, whether or not earlier ones are answered.
     """
 
     requests: int | None = None
@@ -63,12 +66,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a load left: raw exchanges in the order of their numbers, and what the client saw of itself.
+    """The result of a load: raw exchanges in the order of their numbers, and measurements of the client itself.
 
-    `lags_ns`: expected against actual wake-up of the event loop, every 20 ms · `cpu_s`: CPU seconds of this process ·
-    `retries`: requests sent again because the server had closed an idle connection · `parts`: what each of several processes left,
-    without its exchanges, where several sent the load; the lags are theirs then · `scrapes`: the server's own metrics before, during and
-    after the load.
+    `lags_ns`: delay of the event loop's wake-ups, one every 20 ms · `cpu_s`: CPU seconds of this process · `retries`:
+    requests sent again because the server had closed an idle connection · `parts`: if several processes sent the load,
+    the trace of each without its exchanges; only these have lags then · `scrapes`: the server's own metrics before,
+    during and after the load.
     """
 
     exchanges: tuple[Exchange, ...]
@@ -82,7 +85,10 @@ class Trace:
 
 
 def merge(traces: Sequence[Trace]) -> Trace:
-    """The traces of processes that sent shares of one load as one: all stamps are of one clock, CPU seconds and retries are summed."""
+    """Merge the traces of processes that each sent a share of one load.
+
+    All stamps come from one clock. CPU seconds and retries are summed.
+    """
     return Trace(
         tuple(
             sorted((exchange for trace in traces for exchange in trace.exchanges), key=lambda exchange: exchange.number)
@@ -99,7 +105,7 @@ def merge(traces: Sequence[Trace]) -> Trace:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens: the parts of its URL."""
+    """The address of a server: the parts of its URL."""
 
     host: str
     port: int
@@ -108,27 +114,27 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Whether it is this machine by its name."""
+        """Return True if the host is a loopback address or `localhost`."""
         with contextlib.suppress(ValueError):
             return ipaddress.ip_address(self.host).is_loopback
         return self.host == "localhost"
 
     @property
     def authority(self) -> str:
-        """Host and port as a Host header has them."""
+        """Return host and port as in a Host header."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         return name if self.port == (443 if self.tls else 80) else f"{name}:{self.port}"
 
 
 def address_of(url: str) -> Address:
-    """The parts of a URL that `spec` has accepted."""
+    """Return the parts of a URL that `spec` has validated."""
     parts = urlsplit(url)
     tls = parts.scheme == "https"
     return Address(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """A loop of uvloop where it is installed, else of asyncio."""
+    """Return an event loop of uvloop if it is installed, else of asyncio."""
     with contextlib.suppress(ImportError):
         import uvloop
 
@@ -157,18 +163,20 @@ class LoadClient:
         ready: Callable[[], int] | None = None,
         scrape: bytes = b"",
     ) -> Trace:
-        """Send a load and wait for the last answer. `expected` requests are built before it starts, the rest when they are due.
+        """Send a load and wait for the last answer.
 
-        With `follow_up` the requests of a closed loop begin conversations, and their users send what follows on each answer. `ready`
-        is called when all is prepared, and says when to begin, ns of the monotonic clock; without it the load begins at once.
-        `scrape` is the request for the server's own metrics, if they are wanted.
+        If the load has no fixed number of requests, `expected` ones are built before it starts, the rest when they are
+        due. With `follow_up`, each request of a closed loop begins a conversation, whose user sends what `follow_up`
+        returns for each answer. `ready` is called when everything is prepared, and returns the start in ns of the
+        monotonic clock; without it the load starts at once. `scrape` is the request for the server's own metrics, if
+        they are wanted.
         """
         count = len(load.arrivals_ns) if load.arrivals_ns is not None else load.requests
         built = [build(number) for number in range(count if count is not None else expected or load.concurrency)]
         return self.loop.run_until_complete(_Run(self, build, built, load, follow_up, scrape).run(ready))
 
     def ask(self, request: bytes) -> Exchange:
-        """One request, and its answer."""
+        """Send one request and return it with its answer."""
         return self.run(lambda _: request, Load(requests=1)).exchanges[0]
 
     def close(self) -> None:
@@ -181,7 +189,10 @@ class LoadClient:
         self.loop.close()
 
     async def warm(self, number: int) -> None:
-        """Have `number` idle connections; those that the server has closed meanwhile are dropped. A refusal is for the request to meet."""
+        """Open connections until `number` are idle. Those that the server has closed meanwhile are dropped.
+
+        A refused connection is ignored here; the request that needs it will report it.
+        """
         for _ in range(2):
             await asyncio.sleep(0)
         self._idle = [connection for connection in self._idle if connection.usable]
@@ -191,7 +202,7 @@ class LoadClient:
         ]
 
     async def connect(self, limits: Limits | None = None) -> Connection:
-        """A new connection. Raises OSError, ssl.SSLError or TimeoutError."""
+        """Open a new connection. Raises OSError, ssl.SSLError or TimeoutError."""
         limits = limits or self.limits
         name = self.address.host if self._tls else None
         made = self.loop.create_connection(
@@ -204,7 +215,7 @@ class LoadClient:
         return (await asyncio.wait_for(made, limits.connect_s))[1]
 
     async def scrape(self, request: bytes) -> Exchange | None:
-        """The server's own metrics, over a connection of their own; None if it has none, or does not give them soon."""
+        """Read the server's own metrics over a separate connection; None if it has none or does not answer in time."""
         exchange = Exchange(-1)
         try:
             connection = await self.connect(SCRAPE_LIMITS)
@@ -217,11 +228,11 @@ class LoadClient:
         return exchange if exchange.status == 200 and exchange.parts and not exchange.fault else None
 
     def scrape_now(self, request: bytes) -> Exchange | None:
-        """The same between loads."""
+        """Read the server's own metrics between loads; like `scrape`."""
         return self.loop.run_until_complete(self.scrape(request))
 
     def take(self) -> Connection | None:
-        """An idle connection that is still open; the one used last, which the server is the least likely to close."""
+        """Return the open idle connection used last, which the server is the least likely to close, or None."""
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
@@ -229,18 +240,18 @@ class LoadClient:
         return None
 
     def put(self, connection: Connection) -> None:
-        """Give a connection back."""
+        """Return a connection to the idle ones."""
         if connection.usable:
             self._idle.append(connection)
 
     def begin(self, connection: Connection, exchange: Exchange, request: bytes) -> asyncio.Future[None]:
-        """Send a request; the future is done when its answer has ended."""
+        """Send a request. The returned future is done when the answer has ended."""
         future = self._busy[connection] = self.loop.create_future()
         connection.send(exchange, request)
         return future
 
     def watch(self, now: int) -> None:
-        """End what is over its limits."""
+        """End all requests that exceed their limits at `now` (ns, monotonic)."""
         for connection in list(self._busy):
             connection.overdue(now)
 
@@ -251,7 +262,7 @@ class LoadClient:
 
 
 class _Run:
-    """One load on its way."""
+    """One load while it is sent."""
 
     def __init__(
         self,
@@ -297,13 +308,13 @@ class _Run:
             gc.unfreeze()
         exchanges = sorted(self.exchanges, key=lambda exchange: exchange.number)
         if told and not await self._ask_server():
-            self.scrapes.clear()  # without the last reading nothing is known of the whole load
+            self.scrapes.clear()  # without the last reading they do not cover the whole load
         return Trace(
             tuple(exchanges), started, ended, tuple(self.lags), used, self.retries, scrapes=tuple(self.scrapes)
         )
 
     async def _ask_server(self) -> bool:
-        """Read the server's own metrics; whether it has some."""
+        """Read the server's own metrics. Return True if it has some."""
         found = await self.client.scrape(self.scrape) if self.scrape else None
         self.scrapes += [found] if found else []
         return found is not None
@@ -336,18 +347,17 @@ class _Run:
                 self.exchanges.append(exchange)
                 await self._exchange(exchange, request)
                 if exchange.fault == "refused" and not exchange.status:
-                    await asyncio.sleep(0.05)  # a server that is away is not asked in a tight loop
+                    await asyncio.sleep(0.05)  # do not ask an unreachable server in a tight loop
                 request, turn = self.follow_up(exchange) if self.follow_up else None, turn + 1
 
     async def _open(self, started: int, arrivals_ns: tuple[int, ...]) -> None:
-        """Send each request when it is due; those that are due already go at once, in order."""
+        """Send each request when it is due. Overdue requests are sent at once, in order."""
         tasks: list[asyncio.Task[None]] = []
         loop = self.client.loop
         for number, offset in enumerate(arrivals_ns):
             intended = started + offset
-            while (
-                left := intended - time.perf_counter_ns()
-            ) > 0:  # a loop's timer may be early by its resolution, a millisecond
+            # The timer of an event loop may be early by its resolution, a millisecond.
+            while (left := intended - time.perf_counter_ns()) > 0:
                 await asyncio.sleep(left / 1e9)
             exchange = Exchange(number, intended)
             self.exchanges.append(exchange)
@@ -355,7 +365,7 @@ class _Run:
         await asyncio.gather(*tasks)
 
     async def _exchange(self, exchange: Exchange, request: bytes) -> None:
-        """Send one request and wait for its end; once more if the connection was an idle one that the server had closed."""
+        """Send one request and wait for its end. Send it again if the server had closed the idle connection."""
         client = self.client
         for attempt in (1, 2):
             connection = client.take() if attempt == 1 else None

@@ -1,4 +1,4 @@
-"""Charts of comparisons: the ratios with their intervals, and the values that they rest on. Drawn as `charts` draws."""
+"""Charts of comparisons: the ratios with their intervals, and the values behind them, in the style of `charts`."""
 
 from __future__ import annotations
 
@@ -44,24 +44,25 @@ NAMES = {
     "memory/weight_bytes": ("Weights", "GB"),
     "load/load_s": ("Load", "s"),
 }
-"""Metric that is compared → its name and unit in a chart, in the order of the table."""
+"""Compared metric → its name and unit in a chart, in the order of the table."""
 
 DIRECTIONS = (("higher", "Higher is better →"), ("lower", "← Lower is better"))
 LOOKS = {BETTER: (BLUE, BLUE), WORSE: (RED, RED), ALIKE: (GREY, GREY), NOISE: (GREY, "white"), UNTESTED: (INK, "white")}
-"""Effect → colours of its line and of its dot's inside."""
+"""Effect → colours of its line and of its dot's fill."""
 
 MOST_TOGETHER = 8  # comparisons in one chart of ratios
-LEAST_SPAN = math.log(1.03)  # half the axis of ratios, so that harmless differences look harmless
-MOST_BEYOND = math.log(3)  # how far an interval may widen the axis beyond the ratios
+LEAST_SPAN = math.log(1.03)  # least half width of the ratio axis, so that small differences look small
+MOST_BEYOND = math.log(3)  # most that an interval may widen the axis beyond the ratios
 ROW = 0.27  # inches
-MOST_LETTERS = 13  # of a line under a column of values, so that neighbours do not touch
+MOST_LETTERS = 13  # per line under a column of values, so that neighbours do not touch
 
 
 def draw_comparisons(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
-    """Write `ratios` and, for each comparison, `values`, each as .svg and .png; numbered from 1 where there are several. Return the files.
+    """Write `ratios` and, for each comparison, `values`, each as .svg and .png. Return the files.
 
-    `ratios` has each metric's ratio with its 95 % interval on a logarithmic axis, what is below the noise threshold shaded.
-    `values` has the values of both results, one dot per unit, pairs joined. A chart without data is left out. Creates `folder`.
+    Several charts of a kind are numbered from 1. `ratios` has each metric's ratio with its 95 % interval on a
+    logarithmic axis; the range below the noise threshold is shaded. `values` has the values of both results, one dot
+    per unit, with pairs joined. A chart without data is left out. Creates `folder`.
     """
     batches = [comparisons[start : start + MOST_TOGETHER] for start in range(0, len(comparisons), MOST_TOGETHER)]
     with _style():
@@ -76,7 +77,7 @@ def _numbered(name: str, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of the chart of ratios: a heading, or what is compared and its effect."""
+    """One line of the ratio chart: a heading, or the name of a metric or result with its effect."""
 
     label: str
     effect: Effect | None = None
@@ -84,7 +85,7 @@ class _Line:
 
 
 def _lines(comparisons: Sequence[Comparison]) -> Iterator[_Line]:
-    """Metrics under the direction that is better for them; with several comparisons each metric is a heading too."""
+    """Yield the metrics grouped by their better direction. With several comparisons, each metric is a heading too."""
     bases = {comparison.name_a for comparison in comparisons}
     for better, direction in DIRECTIONS:
         keys = [
@@ -106,7 +107,7 @@ def _lines(comparisons: Sequence[Comparison]) -> Iterator[_Line]:
 
 
 def _words(name: str) -> str:
-    """The parameters in which a result differs, each as `charts` shows names."""
+    """Return the parameters in which a result differs, each shortened as names in charts are."""
     return " ".join(map(_name, name.split()))
 
 
@@ -115,7 +116,7 @@ def _drawable(effect: Effect | None) -> bool:
 
 
 def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
-    """A line per metric and comparison: the ratio as a dot, its interval as a line, both in words at the right."""
+    """Draw a line per metric and comparison: ratio as a dot, interval as a line, both as text at the right."""
     lines = [*_lines(comparisons)]
     effects = [line.effect for line in lines if line.effect]
     if not effects:
@@ -155,7 +156,7 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
 
 
 def _span(effects: Sequence[Effect]) -> tuple[float, float]:
-    """Limits of the axis of ratios: all ratios and 1, and their intervals as far as these are not absurdly wide."""
+    """Return the limits of the ratio axis: all ratios, 1, and their intervals up to `MOST_BEYOND`."""
     ratios = [0.0, *(math.log(effect.ratio) for effect in effects)]
     low, high = min(ratios), max(ratios)
     ends = [math.log(end) for effect in effects for end in (effect.low, effect.high) if end]
@@ -166,7 +167,7 @@ def _span(effects: Sequence[Effect]) -> tuple[float, float]:
 
 
 def _draw_effect(axes: Axes, place: float, effect: Effect, limits: tuple[float, float]) -> None:
-    """Dot, interval (an arrow where it leaves the axis), and the numbers in words."""
+    """Draw the dot, the interval (an arrow where it leaves the axis), and both as text."""
     line, inside = LOOKS[effect.effect]
     if effect.low is not None and effect.high is not None:
         low, high = max(effect.low, limits[0]), min(effect.high, limits[1])
@@ -190,7 +191,7 @@ def _draw_effect(axes: Axes, place: float, effect: Effect, limits: tuple[float, 
 
 
 def _label_lines(axes: Axes, lines: Sequence[_Line], several: bool) -> None:
-    """Names at the left: headings grey, with several comparisons metrics bold above the results."""
+    """Write the names at the left: headings grey; with several comparisons, metrics in bold above the results."""
     axes.set_yticks(range(len(lines)), [line.label for line in lines])
     for label, line in zip(axes.get_yticklabels(), lines, strict=True):
         if line.heading:
@@ -203,7 +204,7 @@ def _label_lines(axes: Axes, lines: Sequence[_Line], several: bool) -> None:
 
 
 def _legend(axes: Axes, effects: Sequence[Effect]) -> list[object]:
-    """The effects that occur, in a fixed order, and the shade."""
+    """Return the legend entries: the effects that occur, in a fixed order, and the shaded range."""
     from matplotlib.lines import Line2D
 
     seen = {effect.effect for effect in effects}
@@ -217,7 +218,7 @@ def _legend(axes: Axes, effects: Sequence[Effect]) -> list[object]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """At most nine ratios between two limits: in even steps where these are close, else round numbers and their reciprocals."""
+    """Return at most nine ticks between two ratios: even steps if they are close, else round numbers and inverses."""
     if high / low < 1.7:
         step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if (high - low) / step < 9)
         return [round(number * step, 4) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -230,7 +231,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _values_figure(comparison: Comparison) -> Figure | None:
-    """A panel per tested metric: the values of A and of B, one dot per unit, their means as bars, pairs joined."""
+    """Draw a panel per tested metric: the values of A and B, one dot per unit, their means as bars, pairs joined."""
     effects = [effect for effect in comparison.effects if effect.values_a and effect.values_b]
     if not effects:
         return None
@@ -252,7 +253,7 @@ def _values_figure(comparison: Comparison) -> Figure | None:
 
 
 def _draw_values(axes: Axes, effect: Effect, paired: bool) -> None:
-    """One panel. Unpaired values lie side by side as they were measured, so that a drift is seen."""
+    """Draw one panel. Unpaired values lie side by side in the order of measurement, so that a drift is visible."""
     scale = effect.headline.scale
     sides = [[value * scale for value in values] for values in (effect.values_a, effect.values_b)]
     if paired:
@@ -260,7 +261,7 @@ def _draw_values(axes: Axes, effect: Effect, paired: bool) -> None:
         axes.plot([0, 1], [sides[0], sides[1]], color=GREY, linewidth=0.9, alpha=alpha, zorder=1)
     means = (effect.a * scale, effect.b * scale)
     for side, (values, mean, colour) in enumerate(zip(sides, means, (GREY, BLUE), strict=True)):
-        outwards = 2 * side - 1  # pairs leave the inside to their lines
+        outwards = 2 * side - 1  # with pairs, the space between the columns belongs to their lines
         spread = 0.0 if paired else 0.3
         places = [side + spread * (2 * (number + 0.5) / len(values) - 1) for number in range(len(values))]
         many = len(values) > 60

@@ -1,4 +1,4 @@
-"""A recommendation as text: for a terminal, and as Markdown for a run's artifacts and a version's description."""
+"""Format a recommendation: for a terminal, and as Markdown for a run's artifacts and a version's description."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from .markup import markdown, markdown_table
 from .recommend import GOALS, Candidate, Measure, Recommendation, figure, interval
 
 MOST_REFUSED = 30
-"""Refusals that a terminal shows; recommendation.md and .json hold all."""
+"""Refusals that are shown on a terminal; recommendation.md and .json hold all."""
 
 
 def format_recommendation(found: Recommendation) -> str:
-    """The recommendation for a terminal: the answer, the table of the front, why the others were refused, what would change it."""
+    """Format the recommendation for a terminal: the answer, the table of candidates, refusals, possible changes."""
     heading, body = recommendation_cells(found)
     widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
     table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *body]]
@@ -29,7 +29,7 @@ def format_recommendation(found: Recommendation) -> str:
 
 
 def recommendation_markdown(found: Recommendation) -> str:
-    """recommendation.md: the same, with every refusal."""
+    """Return recommendation.md: the same, with every refusal."""
     heading, body = recommendation_cells(found)
     parts = ["# Recommendation", markdown(" ".join([answer(found), *found.cautions]))]
     parts += [markdown_table(heading, body)] if body else []
@@ -44,31 +44,32 @@ def recommendation_markdown(found: Recommendation) -> str:
         if lines:
             parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
     parts.append(
-        "Values are as measured, with the 95 % interval in brackets. On the front is what no other configuration "
-        "dominates, being nowhere worse by more than 1 % and somewhere better beyond chance (p < 0.05 after Holm)."
+        "Values are as measured, with the 95 % interval in brackets. A configuration is on the front if no other "
+        "dominates it. One dominates another if it is nowhere worse by more than 1 % and somewhere significantly "
+        "better (p < 0.05 after Holm)."
     )
     return "\n\n".join(parts) + "\n"
 
 
 def answer(found: Recommendation) -> str:
-    """The answer in one or two sentences: the winner with its figures, or that nothing keeps the limits."""
+    """Return the answer in one or two sentences: the winner with its figures, or the reason why there is none."""
     limits = ", ".join(map(str, found.limits))
     asked = f"{GOALS[found.goal].label}{f' within {limits}' if limits else ''}"
     if found.winner is None:
         trusted = len(found.eligible)
         why = (
-            f"none of the {trusted} that can be trusted and compared keeps the limits"
+            f"none of the {trusted} trusted and comparable results meets the limits"
             if trusted
-            else "no result can be trusted and compared"
+            else "there is no trusted and comparable result"
         )
         return f"Nothing is recommended for {asked}: {why}."
     figures = ", ".join(f"{measure.label} {_shown(found.winner, measure)}" for measure in found.objectives)
-    suspect = f" It is suspect, and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
+    suspect = f" It is suspect and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
     return f"Deploy {found.winner.name}, the best for {asked}: {figures}.{suspect}"
 
 
 def recommendation_cells(found: Recommendation) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the table of all that were weighed: what is measured, whether it is on the front, its rank, and that it is suspect."""
+    """Return heading and body of the table of eligible candidates: figures, front, rank, and a mark if suspect."""
     heading = ["", *(measure.label for measure in found.objectives), "front", ""]
     front = {id(one) for one in found.front}
     places = {id(found.winner): "winner"} if found.winner else {}
@@ -84,7 +85,7 @@ def recommendation_cells(found: Recommendation) -> tuple[list[str], list[list[st
 
 
 def _shown(one: Candidate, measure: Measure) -> str:
-    """A value with its interval: `123 tokens/s (121 to 125)`."""
+    """Format a value with its interval: `123 tokens/s (121 to 125)`."""
     key, value = measure.keys[-1], one.value(measure)
     if value is None:
         return "–"

@@ -1,4 +1,4 @@
-"""The verdict of a gate as text: a table for a terminal, Markdown, and JUnit XML for CI."""
+"""Format the verdict of a gate: a table for a terminal, Markdown, and JUnit XML for CI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADING = ["metric", "champion", "candidate", "worse by", "95 % interval of the 
 
 
 def gate_cells(checks: Sequence[Check]) -> list[list[str]]:
-    """The body of the table, one line per metric."""
+    """Return the body of the table, one line per metric."""
     return [
         [
             check.key,
@@ -32,7 +32,7 @@ def gate_cells(checks: Sequence[Check]) -> list[list[str]]:
 
 
 def format_gate(gate: Gate, champion: str, candidate: str) -> str:
-    """The gate for a terminal: the verdict, the table, the notes."""
+    """Format the gate for a terminal: the verdict, the table, the notes."""
     lines = [f"{WORDS[gate.verdict]}: {candidate} against {champion}. {gate.why}"]
     if gate.checks:
         body = [HEADING, *gate_cells(gate.checks)]
@@ -48,21 +48,22 @@ def format_gate(gate: Gate, champion: str, candidate: str) -> str:
 
 
 def gate_markdown(gate: Gate, champion: str, candidate: str) -> str:
-    """gate.md: for a run's artifacts, a pull request's comment or a job's summary."""
+    """Return gate.md for a run's artifacts, a comment on a pull request or the summary of a CI job."""
     parts = [f"## {WORDS[gate.verdict]}: {markdown(candidate)} against {markdown(champion)}", markdown(gate.why)]
     if gate.checks:
         parts.append(markdown_table(HEADING, gate_cells(gate.checks)))
     parts += ["\n".join(f"- {markdown(note)}" for note in gate.notes)] if gate.notes else []
     if gate.checks:
         parts.append(
-            f"A metric of every repetition regresses if it is worse with p < {SIGNIFICANCE:g} after Holm and by more than its limit; one that a run has "
-            "only once, if it is worse by more than its limit."
+            "A metric that every repetition has regresses if it is worse by more than its limit and with "
+            f"p < {SIGNIFICANCE:g} after Holm. A metric that a run has only once regresses if it is worse by more than "
+            "its limit."
         )
     return "\n\n".join(parts) + "\n"
 
 
 def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
-    """JUnit XML: one test case per metric; where nothing could be compared, one case that is an error."""
+    """Return JUnit XML: one test case per metric, or one case with an error if nothing could be compared."""
     errors = int(gate.verdict in (NOT_COMPARABLE, INVALID))
     failures = sum(check.state == REGRESSED for check in gate.checks)
     counts = {"tests": str(len(gate.checks) or 1), "failures": str(failures), "errors": str(errors)}
@@ -75,7 +76,10 @@ def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
         if check.state == REGRESSED:
             message = f"{check.worse_text().lstrip('+')} worse than the champion, and the limit is {check.limit_text()}"
             failure = ElementTree.SubElement(case, "failure", {"message": message, "type": "regression"})
-            failure.text = f"champion {_value(check.key, check.a)}, candidate {_value(check.key, check.b)}, ratio {_interval(check)}, p {_p(check.p_holm)}"
+            failure.text = (
+                f"champion {_value(check.key, check.a)}, candidate {_value(check.key, check.b)}, "
+                f"ratio {_interval(check)}, p {_p(check.p_holm)}"
+            )
     if errors:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "llmbench.gate", "name": "comparison"})
         ElementTree.SubElement(case, "error", {"message": gate.why, "type": gate.verdict})

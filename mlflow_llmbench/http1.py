@@ -1,8 +1,8 @@
-"""HTTP/1.1 connections that stamp bytes the moment they arrive, and do little else with them.
+"""HTTP/1.1 connections that stamp bytes on arrival and do little else with them.
 
-A response is kept as it came: the bodies of the reads, chunked framing taken off, each with the time at which the event
-loop handed it over. What the bytes mean is found out after the run. Whatever a server sends, a request ends: within its
-time limits, and within its budgets of bytes and reads.
+A response is kept as it arrived: the body of each read without chunked framing, with the time at which the event loop
+delivered it. The bytes are parsed after the run. Whatever a server sends, every request ends within its time limits and
+within its budgets of bytes and reads.
 """
 
 from __future__ import annotations
@@ -14,17 +14,24 @@ from dataclasses import dataclass, field
 from typing import cast
 
 HEAD_BYTES = 65536
-"""The most that a response's status line and headers may take."""
+"""Most bytes of a response's status line and headers."""
 
 BODILESS = (204, 304)
 
 MOST_JOINED = 4096
-"""Bytes of a part without a line ending to which the next read is joined; beyond it joining would copy too much."""
+"""Parts without a line ending that are shorter than this many bytes are joined with the next read.
+
+Joining longer parts would copy too much.
+"""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take: seconds to connect, to the first byte of the body, between reads, in all; bytes of the answer, and reads, those of one line as one."""
+    """Limits of one request.
+
+    Seconds to connect, to the first token, between reads, and in total; bytes and reads of the answer. Reads within one
+    line count as one.
+    """
 
     connect_s: float = 10.0
     first_s: float = 300.0
@@ -36,12 +43,13 @@ class Limits:
 
 @dataclass(eq=False)
 class Exchange:
-    """One request and the raw bytes of its answer. `stamps[i]` (ns, monotonic) is the arrival of `parts[i]`, of its last byte where several
-    reads are one part: bytes without a line ending complete no event, so the next read goes with them.
+    """One request and the raw bytes of its answer.
 
-    `framed` says that the body ended as its chunks or its length say; where only the connection's end ends it, a cut cannot be told. `fault` is the outcome where the transport already knows it
-    (`timeout`, `refused`, `malformed`), and `message` why. `conversation` and `turn` say which turn of which conversation it is, from 1,
-    where requests depend on answers.
+    `stamps[i]` (ns, monotonic) is the arrival of `parts[i]`. Bytes without a line ending complete no event, so the next
+    read is joined to them; such a part has the stamp of its last byte. `framed` is True if the body ended as its chunks
+    or its length say. If only the end of the connection ends it, a truncation cannot be detected. `fault` is the
+    outcome if the transport already knows it (`timeout`, `refused`, `malformed`), and `message` the reason.
+    `conversation` and `turn` (from 1) identify the turn if requests depend on answers.
     """
 
     number: int
@@ -59,62 +67,65 @@ class Exchange:
     turn: int | None = None
 
     def fail(self, fault: str, message: str) -> None:
-        """Set the outcome, unless it is known."""
+        """Set the outcome, unless it is already set."""
         if not self.fault:
             self.fault, self.message = fault, message
 
 
 class Connection(asyncio.Protocol):
-    """One connection; at most one request at a time. `done(connection, exchange)` is called once for each request that was sent."""
+    """One connection with at most one request at a time.
+
+    `done(connection, exchange)` is called once for each request that was sent.
+    """
 
     def __init__(self, limits: Limits, done: Callable[[Connection, Exchange], None]) -> None:
         self.limits = limits
         self.done = done
         self.exchange: Exchange | None = None
         self.usable = False
-        self.used = 0  # requests that it has carried to their end
+        self.used = 0  # requests that have ended on this connection
         self.heard_ns = 0
         self._transport: asyncio.Transport | None = None
         self._take: Callable[[bytes, int], None] = self._head
         self._budget = 0
         self._keep = True
-        self._rest = b""  # of a head or of a chunk's size that is not whole
-        self._left = 0  # bytes of the body (length), or of the chunk with its line ending (chunked)
-        self._ending = False  # the last chunk has come, trailers follow
+        self._rest = b""  # incomplete head or chunk size
+        self._left = 0  # bytes left of the body (length), or of the chunk with its line ending (chunked)
+        self._ending = False  # the last chunk has arrived, trailers follow
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of asyncio.Protocol."""
         self._transport, self.usable = cast(asyncio.Transport, transport), True  # uvloop's is no subclass
 
     def send(self, exchange: Exchange, request: bytes) -> None:
-        """Write the request; `t0_ns` is taken right before, the first time."""
+        """Write the request. `t0_ns` is taken right before the first time that it is sent."""
         assert self._transport is not None and self.exchange is None
         self.exchange = exchange
         self._take, self._rest, self._left, self._ending, self._keep = self._head, b"", 0, False, True
         self._budget = self.limits.most_bytes
         self.heard_ns = time.perf_counter_ns()
-        exchange.t0_ns = exchange.t0_ns or self.heard_ns  # of a request that is sent again the first sending
+        exchange.t0_ns = exchange.t0_ns or self.heard_ns  # a request that is sent again keeps its first t0
         if self.usable:
             self._transport.write(request)
         else:
             self._finish(framed=False)
 
     def data_received(self, data: bytes) -> None:
-        """Part of asyncio.Protocol: stamp, take the framing off, keep."""
+        """Part of asyncio.Protocol: stamp the bytes, remove the framing, keep the rest."""
         now = time.perf_counter_ns()
         exchange = self.exchange
-        if exchange is None:  # bytes that nobody asked for
+        if exchange is None:  # unsolicited bytes
             self.close()
             return
         self.heard_ns = now
         self._budget -= len(data)
         self._take(data, now)
         if self.exchange is exchange and (self._budget < 0 or len(exchange.parts) > self.limits.most_reads):
-            exchange.parts.clear()  # a load may have many such answers
+            exchange.parts.clear()  # a load may have many such answers: free their memory
             exchange.stamps.clear()
             self._break(
                 "malformed",
-                f"The answer was larger than {self.limits.most_bytes} bytes or {self.limits.most_reads} reads.",
+                f"The answer exceeded {self.limits.most_bytes} bytes or {self.limits.most_reads} reads.",
             )
 
     def eof_received(self) -> None:
@@ -126,22 +137,22 @@ class Connection(asyncio.Protocol):
         self._closed()
 
     def overdue(self, now: int) -> None:
-        """End the request if it is over one of its limits at `now`."""
+        """End the request if it exceeds one of its limits at `now` (ns, monotonic)."""
         exchange = self.exchange
         if exchange is None:
             return
         total, silent, limits = (now - exchange.t0_ns) / 1e9, (now - self.heard_ns) / 1e9, self.limits
-        # A first event may have only a role, which some servers send before they read the prompt.
+        # The first event may hold only a role, which some servers send before they read the prompt.
         waiting = len(exchange.parts) < 2 and sum(part.count(b"data:") for part in exchange.parts) < 2
         if total > limits.total_s:
             self._break("timeout", f"The answer took longer than {limits.total_s:g} s.")
         elif waiting and total > limits.first_s:
-            self._break("timeout", f"No token came within {limits.first_s:g} s.")
+            self._break("timeout", f"No token arrived within {limits.first_s:g} s.")
         elif not waiting and silent > limits.gap_s:
             self._break("timeout", f"The answer paused for longer than {limits.gap_s:g} s.")
 
     def close(self) -> None:
-        """Close at once; an open request ends as cut."""
+        """Close at once. A request in progress ends as truncated."""
         self.usable = False
         if self._transport is not None:
             self._transport.abort()
@@ -175,7 +186,7 @@ class Connection(asyncio.Protocol):
             if len(head) > HEAD_BYTES or not (rest.startswith(b"HTTP/1.") or b"HTTP/1.".startswith(rest)):
                 self._break(
                     "malformed",
-                    f"The answer does not begin as HTTP/1.1 does, or its headers do not end: {rest[:40]!r}.",
+                    f"The answer does not begin like HTTP/1.1, or its headers do not end: {rest[:40]!r}.",
                 )
                 return
             if not found:
@@ -184,7 +195,7 @@ class Connection(asyncio.Protocol):
             first, *lines = head.decode("latin-1").split("\r\n")
             version, _, status = first.partition(" ")
             if not (status[:3].isdecimal() and len(status[:3]) == 3 and status[3:4] in ("", " ")):
-                self._break("malformed", f"The answer has no status: {first[:60]!r}.")
+                self._break("malformed", f"The answer has no status code: {first[:60]!r}.")
                 return
             rest = rest_after
             if not 100 <= int(status[:3]) < 200:
@@ -229,7 +240,7 @@ class Connection(asyncio.Protocol):
         assert self.exchange is not None
         stamps, parts = self.exchange.stamps, self.exchange.parts
         if parts and len(before := parts[-1]) < MOST_JOINED and b"\n" not in before and b"\r" not in before:
-            parts[-1], stamps[-1] = before + data, now  # a proxy may cut an event into as many reads as it has bytes
+            parts[-1], stamps[-1] = before + data, now  # a proxy may split an event into single bytes
             return
         stamps.append(now)
         parts.append(data)
@@ -248,7 +259,7 @@ class Connection(asyncio.Protocol):
             self._finish(framed=True)
 
     def _chunked(self, data: bytes, now: int) -> None:
-        """Take the framing of chunks off (RFC 9112, section 7.1); chunks may be cut anywhere."""
+        """Remove the framing of chunks (RFC 9112, section 7.1). Chunks may be cut anywhere."""
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, size = 0, len(data)
@@ -297,4 +308,4 @@ class Connection(asyncio.Protocol):
     def _bad_chunk(self, found: list[bytes], now: int) -> None:
         if found:
             self._add(b"".join(found), now)
-        self._break("malformed", "The chunks of the answer are not framed as HTTP/1.1 says.")
+        self._break("malformed", "The answer violates the chunked framing of HTTP/1.1.")

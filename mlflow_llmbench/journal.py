@@ -1,15 +1,17 @@
-"""The journal: append-only raw records on disk, written before MLflow hears of anything. The only reader and writer of this format.
+"""The journal: append-only raw records on disk, written before anything is logged to MLflow.
+
+This module alone reads and writes the format.
 
 <output_dir>/<sweep_id>/
-    sweep.json           what was asked, and the environment
+    sweep.json           the requested parameters, and the environment
     ended.json           how the command ended; missing while it runs, and after it was killed
     .claim               locked by the command that writes here, for as long as it lives
-    <config_hash>/       one folder per cell; a second cell with the same hash has -2 behind it
+    <config_hash>/       one folder per cell; a second cell with the same hash has the suffix -2
         cell.json            the cell, the model's facts, hashes
-        events.jsonl         one line per event: warm-ups and repetitions with all stamps; flushed to the disk one by one
-        worker.jsonl         what a worker that began with this cell told, and its memory samples: a result can be made of it again
-        worker.log           what libraries printed
-        artifacts/           result.json and what is drawn from it, once the cell is complete
+        events.jsonl         one line per event (warm-ups and repetitions with all stamps), each flushed to disk
+        worker.jsonl         events and memory samples of a worker that began with this cell; can be replayed
+        worker.log           output of libraries
+        artifacts/           result.json and the files made from it, once the cell is complete
 """
 
 from __future__ import annotations
@@ -50,11 +52,10 @@ def new_sweep(output_dir: str) -> Path:
 
 
 def claim(folder: Path) -> IO[bytes]:
-    """Mark a sweep's folder as being written, until the file that is returned is closed or this process ends, however it ends."""
+    """Lock a sweep's folder for writing, until the returned file is closed or this process ends in any way."""
     file = (folder / ".claim").open("wb")
-    with contextlib.suppress(
-        ImportError, OSError
-    ):  # without locks (Windows, some network disks) nothing is ever taken for abandoned
+    # Without locks (Windows, some network disks) no sweep is ever considered abandoned.
+    with contextlib.suppress(ImportError, OSError):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +63,7 @@ def claim(folder: Path) -> IO[bytes]:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a living command writes into a sweep's folder; also where the system cannot tell."""
+    """Return True if a living command writes into a sweep's folder, or if the system cannot tell."""
     try:
         import fcntl
 
@@ -76,39 +77,42 @@ def is_claimed(folder: Path) -> bool:
 
 
 def abandoned(output_dir: str) -> list[Path]:
-    """Folders of sweeps whose command was killed before it could end them, oldest first."""
+    """Return the folders of sweeps whose command was killed before it could end them, oldest first."""
     root = Path(os.path.expanduser(output_dir))
     begun = [file.parent for file in sorted(root.glob("*/sweep.json")) if not (file.parent / "ended.json").exists()]
     return [folder for folder in begun if not is_claimed(folder)]
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write a JSON file, without secrets, whole or not at all: a temporary file, flushed to the disk, then renamed."""
+    """Write a JSON file without secrets, atomically: write a temporary file, flush it to disk, rename it.
+
+    Raises JournalError.
+    """
     write_bytes(
         path, _utf8(json.dumps(redact_all(to_json(data)), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     )
 
 
 SERVER_LOG = "server.log"
-"""What a server that we started has printed, in the folder of its first cell."""
+"""Output of a server that we started, in the folder of its first cell."""
 
 
 def redact_log(path: Path) -> None:
-    """Mask the secrets in what libraries printed. It was written by another process, which no text can be held back from."""
+    """Mask the secrets in a log. Another process wrote it, so they could not be kept out while it was written."""
     with contextlib.suppress(OSError, JournalError):
         text = path.read_bytes().decode(errors="replace")
         if redact(text) != text:
-            path.unlink()  # rather no log than one with a secret, where the disk takes no other
+            path.unlink()  # if the disk is full, no log is better than one with a secret
             write_bytes(path, redact(text).encode())
 
 
 def _utf8(text: str) -> bytes:
-    r"""JSON as bytes. What UTF-8 cannot write, from a file name that is not UTF-8, becomes JSON's own escape: `\udcff`."""
+    r"""Encode JSON. What UTF-8 cannot encode, such as parts of a file name, becomes a JSON escape: `\udcff`."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises JournalError, for example when the disk is full."""
+    """Write a file atomically. Raises JournalError, for example when the disk is full."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _writing(path), contextlib.ExitStack() as failed:
         failed.callback(_remove, temporary)
@@ -121,7 +125,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def append_bytes(path: Path, data: bytes) -> None:
-    """Add to a journal what its writer on another machine has written. Raises JournalError."""
+    """Append bytes to a journal that were written on another machine. Raises JournalError."""
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
@@ -129,13 +133,13 @@ def append_bytes(path: Path, data: bytes) -> None:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # it is gone, or its folder is a file
+    with contextlib.suppress(OSError):  # the file does not exist, or its folder is a file
         path.unlink()
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Map what the disk refuses to JournalError."""
+    """Turn an OSError into a JournalError."""
     try:
         yield
     except OSError as error:
@@ -145,7 +149,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 class EventLog:
-    """An append-only file of JSON lines; with `durable`, each line is on the disk when `append` returns. Raises JournalError."""
+    """An append-only file of JSON lines. With `durable`, each line is on disk when `append` returns.
+
+    Raises JournalError.
+    """
 
     def __init__(self, path: Path, durable: bool = True) -> None:
         self.path, self.durable = path, durable
@@ -155,7 +162,7 @@ class EventLog:
             self.repair()
 
     def repair(self) -> None:
-        """Cut off a last line that a crash left unfinished, so that the next one is not joined to it."""
+        """Cut off a last line that a crash left incomplete, so that the next line is not joined to it."""
         with self.path.open("rb+") as file:
             content = file.read()
             if content and not content.endswith(b"\n"):
@@ -166,7 +173,7 @@ class EventLog:
         line = json.dumps({"event": event, **redact_all(to_json(data))}, ensure_ascii=False, separators=(",", ":"))
         with _writing(self.path):
             rest = memoryview(_utf8(line) + b"\n")
-            while rest:  # a full disk takes a part, and refuses the next
+            while rest:  # a disk that becomes full takes a part and refuses the next
                 rest = rest[self.file.write(rest) :]
             if self.durable:
                 os.fsync(self.file.fileno())
@@ -183,7 +190,10 @@ class EventLog:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a journal file; a last line that a crash cut off is left out. Raises JournalError for damage before it."""
+    """Yield the events of a journal file, without a last line that a crash cut off.
+
+    Raises JournalError if an earlier line is damaged.
+    """
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")
@@ -193,7 +203,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError:
-            if number == len(lines):  # no newline after it: it was being written
+            if number == len(lines):  # no newline after it: a crash interrupted the writing
                 return
             raise JournalError(
                 f"{path}, line {number}, is damaged. Delete the folder {path.parent} and measure the cell again."
@@ -201,7 +211,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_result(folder: Path) -> RunResult:
-    """The result of a finished cell. Raises JournalError if there is none or it cannot be read."""
+    """Read the result of a finished cell. Raises JournalError if there is none or it cannot be read."""
     path = folder / "result.json"
     try:
         return from_json(RunResult, json.loads(path.read_text(encoding="utf-8")))
@@ -210,14 +220,17 @@ def read_result(folder: Path) -> RunResult:
 
 
 def _by_token(request: RequestRecord) -> Sequence[int]:
-    """The stamps, one for each token where it is known how many tokens a stamp stands for."""
+    """Return one stamp per token if the number of tokens per stamp is known, else the stamps as they are."""
     if request.chunk_tokens is None:
         return request.stamps_ns
     return [stamp for stamp, count in zip(request.stamps_ns, request.chunk_tokens, strict=True) for _ in range(count)]
 
 
 def samples_csv(result: RunResult) -> bytes:
-    """`samples.csv.gz`: columns repetition,row,token,t_ns; token 0 is the sending, token i the arrival of the i-th output token."""
+    """Return `samples.csv.gz` with columns repetition,row,token,t_ns.
+
+    Token 0 is the sending, token i the arrival of the i-th output token; t_ns is in ns of a monotonic clock.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["repetition", "row", "token", "t_ns"])

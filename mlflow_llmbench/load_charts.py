@@ -1,4 +1,4 @@
-"""Latency against throughput over the loads of a server, with the knee, the limits, and which loads meet them. Drawn as `charts` draws."""
+"""Charts of latency against throughput over the loads of a server, with the knee and the limits."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ LEAST_LOADS = 3
 
 
 def draw_loads(points: Points, folder: Path, asked: float) -> list[Path]:
-    """Write `load`, `load-2`, … as .svg and .png: one for each configuration that was measured under `LEAST_LOADS` loads or more.
+    """Write `load`, `load-2`, … as .svg and .png, one for each configuration with at least `LEAST_LOADS` loads.
 
-    A filled dot met the limits for the `asked` share of the requests. Points are joined in the order of the load that was asked for.
+    Returns the files. A filled dot met the limits for the `asked` share (0–1) of the requests. Points are joined in the
+    order of the requested load.
     """
     loads: dict[Cell, list[tuple[Cell, Mapping[str, float]]]] = {}
     for cell, metrics in points:
@@ -94,7 +95,7 @@ def _draw_panel(
     asked: float | None,
     handles: dict[str, Any],
 ) -> None:
-    """Lines of the median and, where the samples support it, of the 95th percentile; at each median what load was asked for."""
+    """Draw the median and, if the samples support it, the 95th percentile, with the requested load at each median."""
     for statistic, label, colour in LINES:
         known = [(cell, metrics) for cell, metrics in ordered if f"{key}_{statistic}" in metrics]
         if not known:

@@ -1,6 +1,6 @@
-"""The measurement of one cell: warm up, repeat, stamp, stop. The only module that reads the clock of a result.
+"""Measure one cell in process: warm up, repeat, stamp, stop.
 
-Inside a timed region there is the model, one clock reading and one list append per token. Everything else (prompts,
+A timed region contains only the model and, per token, one clock reading and two list appends. Everything else (prompts,
 noise counters, journal, garbage collection) happens between repetitions.
 """
 
@@ -32,10 +32,11 @@ Say = Callable[..., None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What `measure_cell` returns. `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads.
+    """The result of `measure_cell`.
 
-    Of a conversation the prompt is everything before the last answer. `same_replies` and `same_tokens`: what `compare_replies` and
-    `compare_decoding` found.
+    `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads. The prompt of a
+    conversation is everything before the last answer. `same_replies` and `same_tokens` are the results of
+    `compare_replies` and `compare_decoding`.
     """
 
     first_call_ms: float
@@ -51,7 +52,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Timed:
-    """One run of a cell: its request, or those of a conversation's turns, and what the first row was given and said in the last one."""
+    """One run of a cell: its request, or one request per turn of a conversation.
+
+    `prompt` and `output` are the ids of the first row in the last request.
+    """
 
     requests: tuple[RequestRecord, ...]
     prompt: list[int]
@@ -59,7 +63,7 @@ class Timed:
 
     @property
     def seconds(self) -> float:
-        """From the first sending to the last arrival."""
+        """Seconds from the first sending to the last arrival."""
         return (self.requests[-1].stamps_ns[-1] - self.requests[0].t0_ns) / 1e9
 
 
@@ -70,13 +74,13 @@ def time_request(
     on_first: Callable[[], None] | None = None,
     history: History | None = None,
 ) -> tuple[RequestRecord, list[Any]]:
-    """Generate once and stamp each step. Returns the record and the steps as the backend emitted them.
+    """Generate once and stamp each step. Return the record and the steps as the backend emitted them.
 
-    What `history` holds of the prompts is not computed, and is `cached_tokens` of the record.
+    Prompt tokens that `history` holds are not computed; their number is `cached_tokens` of the record.
 
-    t0 is taken with the prompt ids on the host, t(i) when the i-th id of each row is on the host. The stamps are those
-    of `time.perf_counter_ns`, a monotonic clock, which a change of the wall clock does not move. `on_first` is called after
-    the first step, inside the timed region: for a call that is not measured.
+    t0 is taken with the prompt ids on the host, t(i) when the i-th id of each row is on the host. Stamps are ns of
+    `time.perf_counter_ns`, a monotonic clock that changes of the wall clock do not affect. `on_first` is called after
+    the first step, inside the timed region: use it only in warm-ups.
     """
     clock = time.perf_counter_ns
     stamps: list[int] = []
@@ -111,7 +115,7 @@ def time_request(
 
 
 def _is_wide(step: Any) -> bool:
-    """Whether a step brings a sequence of tokens for each row, and not one token."""
+    """Return True if a step holds a sequence of tokens for each row instead of one token."""
     return (
         hasattr(step, "__len__") and len(step) > 0 and hasattr(step[0], "__len__") and getattr(step[0], "ndim", 1) > 0
     )
@@ -124,10 +128,10 @@ def time_turns(
     kept: bool = False,
     on_first: Callable[[], None] | None = None,
 ) -> Timed:
-    """Send turns one after another, each with all that was said before it; a prompt that stands alone is the only turn.
+    """Send turns one after another, each with the whole conversation before it. A single prompt is one turn.
 
-    `turns` holds for each turn what it adds to each row, as ids. The answers in the history are the model's own, in the ids that it
-    wrote; with `kept` their keys and values, and those of the turns before, stay in the KV cache.
+    `turns` holds for each turn the ids that it adds to each row. Answers in the history are the ids that the model
+    itself generated. With `kept`, the KV cache of previous turns and answers is kept.
     """
     history = backend.new_history() if kept else None
     said: list[list[int]] = [[] for _ in turns[0]]
@@ -146,7 +150,8 @@ def time_turns(
 def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, say: Say) -> Measured:
     """Warm up with the shape of the cell until steady, then repeat until the throughput's interval is narrow enough.
 
-    `say("warmup" | "repetition", …)` is called after each run, outside the timed region. Raises MeasurementError.
+    `say("warmup" | "repetition", …)` is called after each run, outside the timed region. Raises MeasurementError if the
+    backend generates no token or a malformed step.
     """
 
     def turns(number: int) -> list[list[list[int]]]:
@@ -175,7 +180,7 @@ def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: i
 
 
 def _turns(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, number: int) -> list[list[list[int]]]:
-    """What repetition `number` sends: its batch of prompts, or the turns of its conversation, the same one in every row."""
+    """Return the turns of repetition `number`: one batch of prompts, or a conversation, the same one in every row."""
     if cell.history == "none":
         return [prompts.batch(cell, number, vocab_size, backend.encode if backend.capabilities.tokenizer else None)]
     messages = prompts.conversations[number % len(prompts.conversations)]
@@ -183,9 +188,9 @@ def _turns(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, nu
 
 
 def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: Measured) -> tuple[bool, ...]:
-    """For each turn of the first conversation that was measured with its history kept: whether recomputing it gives the same answer.
+    """Compare kept and recomputed history. Return per turn of the first conversation whether the answers are the same.
 
-    Each turn is given the ids of the kept history, so that one answer that differs does not make the next ones differ. Not timed.
+    Each turn gets the ids of the kept history, so a different answer does not make the next ones differ. Not timed.
     """
     prompt, output = measured.outputs[0]
     said, same, end = [*prompt, *output], [], 0
@@ -200,7 +205,7 @@ def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: 
 def time_texts(
     backend: Backend, texts: Sequence[Mapping[str, str]], outputs: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> TextTimes:
-    """What lies around the model where texts come and go: the tokenizer's own time, one text after another, on the thread that waits for it."""
+    """Time the tokenizer: encode each prompt and decode each output, one text after another, in this thread."""
     clock = time.perf_counter_ns
     stamps = []
     for text, (_, output) in zip(texts, outputs, strict=True):
@@ -213,7 +218,10 @@ def time_texts(
 
 
 def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, vocab_size: int) -> tuple[int, ...]:
-    """For each row of the first repetition (of its first turn): the output tokens before the first that plain decoding does not give. Not timed."""
+    """Count, per row of the first repetition, the output tokens before the first difference from plain decoding.
+
+    Only the first turn of a conversation is compared. Not timed.
+    """
     sent = _turns(backend, cell, prompts, vocab_size, 0)[0]
     said = []
     for generate in (backend.generate, backend.generate_plainly):
@@ -229,9 +237,9 @@ def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, v
 def _warm_up(
     backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say
 ) -> tuple[float, list[float], bool]:
-    """Discarded runs of the measured shape. Returns the first call in ms, all durations in s, and whether they became steady.
+    """Make discarded runs of the measured shape. Return the first in ms, all in s, and whether they became steady.
 
-    Conversations have other numbers of turns, so it is always the first one that shows whether they became steady.
+    Conversations differ in their number of turns, so the first one is always used to judge steadiness.
     """
     durations: list[float] = []
     fixed = cell.warmup is not None
@@ -247,7 +255,7 @@ def _warm_up(
             first,
         )
         if not all(record.stamps_ns for record in timed.requests):
-            raise MeasurementError("The backend generated no token at all. Nothing can be measured.")
+            raise MeasurementError("The backend generated no token. Nothing can be measured.")
         durations.append(timed.seconds)
         steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
         say("warmup", number=len(durations), limit=most, seconds=durations[-1])
@@ -255,10 +263,11 @@ def _warm_up(
 
 
 def enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
-    """Whether `auto` may stop: at least 5 that nothing spoiled, and the 95 % interval of the throughput within `precision_target`.
+    """Return True if `auto` may stop repeating.
 
-    A spoiled repetition is repeated, and both are kept: what is left out by hand is how wishes become results. On a machine
-    that is never quiet, five more than the least are enough to know it; the verdict says `contended`.
+    It needs at least 5 unspoiled repetitions and the relative half-width of the throughput's 95 % interval within
+    `precision_target`. A spoiled repetition is repeated and kept, because leaving out results by hand would bias them.
+    On a machine that is never quiet, twice the least number of repetitions is enough; the verdict is then `contended`.
     """
     clean = [r for r in repetitions if not (r.noise and r.noise.spoiled)]
     if cell.repetitions is not None or len(repetitions) < LEAST_REPETITIONS:
@@ -270,7 +279,7 @@ def enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
 
 
 def throughput(repetition: Repetition) -> float:
-    """Output tokens per second of one repetition: all tokens of all rows ÷ (last arrival − first sending)."""
+    """Return output tokens per second of one repetition: all tokens of all rows ÷ (last arrival − first sending)."""
     requests = repetition.requests
     tokens = sum(r.rows * r.output_tokens for r in requests)
     span = max(r.stamps_ns[-1] for r in requests) - min(r.t0_ns for r in requests)
@@ -278,21 +287,21 @@ def throughput(repetition: Repetition) -> float:
 
 
 def checked_ids(steps: Sequence[Any], rows: int) -> list[list[int]]:
-    """Ids by token: for each token one id per row. Each step must hold one id per row, or as many of them for every row.
+    """Return the ids by token: tokens × rows.
 
-    Raises MeasurementError for a step that does not.
+    Each step must hold one id per row, or the same number of ids for every row. Raises MeasurementError otherwise.
     """
     ids: list[list[int]] = []
     for number, step in enumerate(steps, 1):
         if hasattr(step, "__len__") and len(step) != rows:
             raise MeasurementError(
-                f"Step {number} brought {len(step)} tokens for {rows} rows. The backend does not emit one token per row."
+                f"Step {number} has {len(step)} tokens for {rows} rows. The backend must emit one token per row."
             )
         held = step.tolist() if hasattr(step, "tolist") else step
         try:
             ids += [[int(i) for i in token] for token in (zip(*held, strict=True) if _is_wide(step) else [held])]
         except (TypeError, ValueError):
             raise MeasurementError(
-                f"Step {number} is no list of ids: {repr(step)[:80]}. Emit one whole number for each row."
+                f"Step {number} is not a list of ids: {repr(step)[:80]}. Emit one integer for each row."
             ) from None
     return ids

@@ -1,8 +1,8 @@
-"""The measurement of one cell behind a server: warm up, repeat the load, read what came.
+"""Measure one cell on a server: warm up, repeat the load, parse the answers.
 
-A repetition is one repeat of the whole load, from an idle server to the last answer, so that repetitions are independent
-of each other and no request belongs to two: intervals over windows of one long run would take its slow drift for noise.
-Answers are parsed between repetitions.
+A repetition is one run of the whole load, from an idle server to the last answer. Repetitions are thus independent, and
+no request belongs to two of them; intervals over windows of one long run would mistake slow drift for noise. Answers
+are parsed between repetitions.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .stats import halves_agree, relative_half_width
 from .workload import PromptSet, lengths_of, lengths_vary
 
 WARM_USERS = 4
-"""Requests at once in the warm-up of an open loop, which has no number of users."""
+"""Concurrent requests in the warm-up of an open loop, which has no number of users."""
 
 PROCESS_SHARE = 0.5
-"""Share of its core that a client process is given to do at most, well below that at which a run is invalid."""
+"""Most CPU use that is planned for a client process, as a share of its core; far below that of an invalid run."""
 
 EXPECTED_MARGIN = 1.5
-"""Requests that are built before a load of a given duration, as a multiple of what the warm-up lets expect."""
+"""Requests built before a load of a given duration, as a multiple of the number expected from the warm-up."""
 
 
 def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> Measured:
@@ -66,12 +66,12 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
 
 
 def _with_asked(request: RequestRecord, cell: Cell, number: int) -> RequestRecord:
-    """The record with what was asked for, where that is another length for each request."""
+    """Return the record with its requested lengths, if these vary between requests."""
     return dataclasses.replace(request, asked=lengths_of(cell, number)) if lengths_vary(cell) else request
 
 
 def _expected(cell: Cell, answer_s: float) -> int:
-    """Requests that a closed loop of a given duration will send, and some more: building one takes time that belongs to sending."""
+    """Estimate, with a margin, the requests of a closed loop of a given duration, so that all are built before it."""
     if cell.duration_s is None:
         return cell.concurrency
     return math.ceil(cell.concurrency * (EXPECTED_MARGIN * cell.duration_s / max(answer_s, 0.001) + 1))
@@ -84,10 +84,10 @@ def _readings(trace: Trace) -> ClientReadings:
 
 
 def _processes_for(load: Load, wave: Trace) -> int:
-    """How many client processes a load needs if each is to use `PROCESS_SHARE` of its core at most, by the CPU time of a warm-up wave.
+    """Return the client processes that a load needs so that each uses at most `PROCESS_SHARE` of its core.
 
-    A closed loop takes what its users took together in the wave; an open one the CPU seconds of a request times its rate. One core is left
-    for the server.
+    The estimate is based on the CPU time of a warm-up wave: for a closed loop, the CPU use of all its users in the
+    wave; for an open loop, CPU seconds per request × request rate. One core is left for the server.
     """
     busy = wave.cpu_s / max(1e-9, (wave.ended_ns - wave.started_ns) / 1e9)
     if load.arrivals_ns is not None:
@@ -96,19 +96,22 @@ def _processes_for(load: Load, wave: Trace) -> int:
 
 
 def _complete(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:
-    """The complete ones. Raises MeasurementError if there are none: nothing has a latency then."""
+    """Return the complete requests. Raises MeasurementError if there are none, since only they have latencies."""
     complete = tuple(request for request in requests if request.outcome == "complete")
     if complete:
         return complete
     (outcome, message), _ = Counter((r.outcome, r.message) for r in requests).most_common(1)[0]
     raise MeasurementError(
-        f"None of {len(requests)} requests was complete, mostly {outcome}: {message} Check the server's log and the load."
+        f"None of {len(requests)} requests was complete, mostly {outcome}: {message} "
+        "Check the server's log and the load."
     )
 
 
 def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> tuple[float, list[float], bool, Trace]:
-    """Waves of one request for each user, discarded. Returns the first answer in ms, the median answer of each wave in s, whether
-    the waves became steady, and the last wave.
+    """Send discarded waves of one request per user.
+
+    Return the first answer in ms, the median answer of each wave in s, whether the waves became steady, and the last
+    wave. Raises MeasurementError if no request of a wave was complete.
     """
     fixed = cell.warmup is not None
     most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
@@ -128,9 +131,10 @@ def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) ->
 
 
 def _enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
-    """Whether `auto` may stop: at least 5, and the 95 % interval of the throughput within `precision_target`.
+    """Return True if `auto` may stop: at least 5 repetitions, and the throughput's interval within `precision_target`.
 
-    What other processes took is no reason to repeat: one of them may be the server.
+    The bound is on the relative half-width of the 95 % interval. CPU use by other processes is no reason to repeat: one
+    of them may be the server.
     """
     if cell.repetitions is not None or len(repetitions) < LEAST_REPETITIONS:
         return False

@@ -1,4 +1,4 @@
-"""The presets as a table: what each takes of memory, and whether that fits here. It is what `llmbench models` prints."""
+"""The table of presets that `llmbench models` prints: the memory that each needs, and whether it fits here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
 
 
 def models_json(available_bytes: int | None, device_bytes: int | None) -> list[dict[str, Any]]:
-    """All presets with their estimated memory in bytes, at batch 1 with 128 prompt and 128 output tokens.
+    """Return all presets with their estimated memory in bytes, at batch 1 with 128 prompt and 128 output tokens.
 
-    `memory` holds for each quantization `run_bytes`, `load_bytes`, the larger of both as `peak_bytes`, and whether that
-    fits: `fits_host` into `available_bytes`, `fits_device` into `device_bytes`; None where that is None.
+    `memory` holds for each quantization `run_bytes`, `load_bytes`, and the larger of both as `peak_bytes`. `fits_host`
+    tells whether the peak fits into `available_bytes`, `fits_device` into `device_bytes`; each is None if its limit is.
     """
     return [_model_data(preset, available_bytes, device_bytes) for preset in PRESETS.values()]
 
 
 def models_table(available_bytes: int | None, device_bytes: int | None) -> str:
-    """All presets as a table of text, the peak in GB (10⁹ bytes); what does not fit is marked `no`, or `cpu` if it fits only there."""
+    """Return all presets as a text table, with the peak in GB (10⁹ bytes).
+
+    A peak that does not fit is marked `no`, or `cpu` if it fits only in host memory.
+    """
     models = models_json(available_bytes, device_bytes)
     marks = [[_mark(size) for size in model["memory"].values()] for model in models]
     width = max(len(mark) for row in marks for mark in row)
@@ -38,7 +41,7 @@ def models_table(available_bytes: int | None, device_bytes: int | None) -> str:
 
 
 def parameters_text(count: int) -> str:
-    """A number of parameters with three digits: `1.32 B`, `125 M`, `70.4 M`."""
+    """Format a number of parameters with three digits: `1.32 B`, `125 M`, `70.4 M`."""
     number, unit = (count / 1e9, "B") if count >= 999.5e6 else (count / 1e6, "M")
     return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {unit}"
 
@@ -63,7 +66,7 @@ def _model_data(preset: Preset, available_bytes: int | None, device_bytes: int |
 
 
 def _mark(size: Mapping[str, Any]) -> str:
-    """The word after a size; none where it fits, or where nothing is known of the room."""
+    """Return the mark after a size; empty if it fits, or if the available memory is unknown."""
     if size["fits_device"] is None:
         return "no" if size["fits_host"] is False else ""
     return "" if size["fits_device"] else "cpu" if size["fits_host"] else "no"
@@ -77,6 +80,7 @@ def _legend(available_bytes: int | None, device_bytes: int | None) -> list[str]:
     else:
         fits = f"No mark: fits in {host}. no: does not fit." if host else "How much memory is free here is not known."
     return [
-        "Estimated peak memory in GB, loading included, at batch 1 with 128 + 128 tokens; none = as published, fp16 or bf16.",
+        "Estimated peak memory in GB, loading included, at batch 1 with 128 + 128 tokens; "
+        "none = as published, fp16 or bf16.",
         fits,
     ]

@@ -1,6 +1,6 @@
-"""One group of cells on the machine that this runs on: fetch the model's files, then measure in a worker; for another machine too.
+"""Measure one group of cells on this machine, also for a command on another: fetch the model's files, start a worker.
 
-Knows neither MLflow nor Ray: a node of a cluster needs only what a worker needs.
+This module uses neither MLflow nor Ray, so a node of a cluster needs only what a worker needs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .records import ModelFacts
 from .supervise import GroupOutcome, Limits, More, OnEvent
 
 Post = Callable[[Mapping[str, Any], Mapping[str, bytes]], None]
-"""Called with an event, and with what was written since the last call, by the file's path from the sweep's folder."""
+"""Called with an event and the bytes written since the last call, keyed by file path relative to the sweep's folder."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker measures: cells that share a load, the folder of each, and the command's options, which limit it.
+    """The task of one worker: cells that share a load, the folder of each, and the command's options with its limits.
 
-    `prepare`: the model's files may not be on this machine yet.
+    `prepare` is True if the model's files may not be on this machine yet.
     """
 
     cells: tuple[Cell, ...]
@@ -40,15 +40,16 @@ class Task:
 def measure_group(
     task: Task, on_event: OnEvent, environment: Mapping[str, Any] | None = None, more: More | None = None
 ) -> GroupOutcome:
-    """Measure the cells of one load in a fresh process. `on_event` is told `begun` when that starts, and all that the worker tells.
+    """Measure the cells of one load in a fresh process.
 
-    What fails, the fetching too, is in the outcome's `error`. `environment` is kept with the outcome; `more` chooses further cells.
+    `on_event` gets the event `begun` when that starts, and all events of the worker. Failures, also of fetching, are in
+    the outcome's `error`. `environment` is kept with the outcome; `more` chooses further cells.
     """
     log = task.folders[0] / "worker.log"
     try:
         if task.prepare and not _is_prepared(task.cells[0], task.model):
             preparing = {"event": "stage", "stage": "preparing"}
-            on_event(preparing)  # in a process of its own, so that neither its time nor its memory is measured
+            on_event(preparing)  # in a separate process, so that neither its time nor its memory is measured
             fetched = supervise.run_worker(
                 "prepare", task.cells[:1], task.model, task.folders[:1], log.with_name("prepare.log")
             )
@@ -76,7 +77,10 @@ def measure_group(
 
 
 def _is_prepared(cell: Cell, model: ModelFacts) -> bool:
-    """Whether the model's files are known to be here; what depends on packages of another interpreter only its own worker can say."""
+    """Return True if the model's files are known to be on this machine.
+
+    If the cell has another interpreter, only its own worker can tell, so the answer is False.
+    """
     return cell.worker_python is None and backend_class(cell.backend).is_prepared(cell, model)
 
 
@@ -95,10 +99,11 @@ def _limits(options: Options) -> Limits:
 def measure_apart(
     task: Task, inputs: Mapping[str, bytes], known: Mapping[str, Any], post: Post
 ) -> tuple[GroupOutcome, dict[str, bytes]]:
-    """`measure_group` for a command on another machine, in a scratch folder: the outcome, and the files of the cells' folders.
+    """Run `measure_group` in a scratch folder for a command on another machine.
 
-    `inputs` are the workload files that cells name, `known` is added to this machine's fingerprint. `post` is told the events
-    `placed`, `begun`, `cell` and `measured`, so that what was measured is not lost with this machine.
+    Return the outcome, and the contents of the files in the cells' folders. `inputs` holds the workload files that
+    cells name; `known` is added to this machine's environment. `post` gets the events `placed`, `begun`, `cell` and
+    `measured`, so that measurements are not lost with this machine.
     """
     with tempfile.TemporaryDirectory(prefix="llmbench-") as scratch:
         root = Path(scratch).resolve()
@@ -106,7 +111,10 @@ def measure_apart(
         post({"event": "placed"}, {})
         local = [one.location for one in (task.model, task.model.assistant) if one and one.source in LOCAL_FILES]
         if absent := [location for location in local if not Path(location).exists()]:
-            message = f"There is no {absent[0]} on this node. Put it on a disk that every node has under that path, or give a Hub id."
+            message = (
+                f"There is no {absent[0]} on this node. Put it on a disk that every node has under that path, or give "
+                "a Hub id."
+            )
             return GroupOutcome(stages={"preparing": {}}, error=ModelError(message), environment=environment), {}
         files = _Files(root, [folder.name for folder in task.folders])
 
@@ -122,13 +130,13 @@ def measure_apart(
         outcome = measure_group(here, tell, environment)
         names = {own.workload: asked.workload for own, asked in zip(here.cells, task.cells, strict=True)}
         outcome.divergences = {names[workload]: found for workload, found in outcome.divergences.items()}
-        if outcome.error:  # a log that is named in it will lie in the command's folder
+        if outcome.error:  # a log that it names will be in the command's folder
             outcome.error = type(outcome.error)(str(outcome.error).replace(str(root), str(task.folders[0].parent)))
         return outcome, files.all()
 
 
 def _with_inputs(cells: tuple[Cell, ...], inputs: Mapping[str, bytes], root: Path) -> tuple[Cell, ...]:
-    """The cells, with workload files that lie here under names of their own."""
+    """Write the workload files into `root`, and return the cells with the paths of these copies."""
     files = {name: root / f"workload-{number}" / Path(name).name for number, name in enumerate(inputs)}
     for name, file in files.items():
         file.parent.mkdir()
@@ -137,19 +145,19 @@ def _with_inputs(cells: tuple[Cell, ...], inputs: Mapping[str, bytes], root: Pat
 
 
 class _Files:
-    """The files of some folders, as they grow."""
+    """Reader of the growing files of some folders."""
 
     def __init__(self, root: Path, folders: list[str]) -> None:
         self.root, self.folders = root, folders
-        self.read: dict[str, int] = {}  # path from the root → bytes that were given out
+        self.read: dict[str, int] = {}  # path relative to the root → bytes already returned
 
     def all(self) -> dict[str, bytes]:
-        """Every file, whole."""
+        """Return the whole content of every file."""
         files = [file for folder in self.folders for file in sorted((self.root / folder).glob("*"))]
         return {file.relative_to(self.root).as_posix(): file.read_bytes() for file in files}
 
     def new(self) -> dict[str, bytes]:
-        """What came since the last call, in whole lines."""
+        """Return the content added since the last call, in whole lines."""
         found = {}
         for path, content in self.all().items():
             known = self.read.get(path, 0)

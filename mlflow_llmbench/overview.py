@@ -1,6 +1,6 @@
-"""What a sweep says, before it is Markdown or HTML: its headline, its cells with the best of each column, what fits, and how to repeat it.
+"""The content of a sweep's report: headline, cells with the best of each column, memory limits, and how to repeat it.
 
-`report.md` and `report.html` are written from the same `Overview`, so that they say the same.
+`report.md` and `report.html` are both written from one `Overview`, so they agree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLAIMS = (
     ("first token soonest", ("latency/ttft_ms_p50",), "ms"),
     ("least memory", PEAKS, "GB"),
 )
-"""What the headline names a cell for: in words, the metric (the first that any cell has), its unit as shown."""
+"""Claims of the headline: the words, the metric (the first that any cell has), its unit as shown."""
 
 TOLERANCE = {
     RATE: 0.05,
@@ -40,31 +40,35 @@ TOLERANCE = {
     **dict.fromkeys(PEAKS, 0.01),
     "cost/per_million_tokens": 0.05,
 }
-"""Metrics that have a best cell → relative difference from it below which another is not told apart, where there is no interval."""
+"""Metrics that have a best cell → largest relative difference that counts as equal, if there is no interval."""
 
 ALIKE = (
-    "the best of a column, and what cannot be told from it: 95 % intervals that meet; latencies and goodput within 5 %, or within the intervals "
-    "of the throughput; memory within 1 %. An invalid result is never marked."
+    "the best of a column and every result that cannot be told from it: overlapping 95 % intervals; latencies and "
+    "goodput within 5 %, or within the intervals of the throughput; memory within 1 %. An invalid result is never "
+    "marked."
 )
 
-AGAIN = "What is kept and valid is not measured again, unless --rerun is added."
+AGAIN = "Valid results that are kept are not measured again. To measure them again, add --rerun."
 
 UNREPEATED = ("output_dir", "rerun")
-"""Options that say nothing of what is measured."""
+"""Options that do not affect what is measured."""
 
 ALWAYS_TOLD = ("model", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload")
-"""Settings that are told although they are at their default."""
+"""Settings that are shown even if they are at their default."""
 
 MOST_LINES = (16, 8, 4)
-"""Lines of a table in the parent's description: the first with which it is short enough."""
+"""Lines of a table in the parent's description: the first number that makes it short enough is used."""
 
 MOST_CHARACTERS = 7000
-"""Of the description; MLflow cuts a tag at 8000, and the link to the view comes before it."""
+"""Characters of the description. MLflow cuts a tag at 8000, and the link to the view comes before the description."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is about: the parameters asked for, the parent's name, the sweep's id, and the UI's address or the command that opens it."""
+    """The subject of a report: the requested parameters, the parent run's name, and the sweep's id.
+
+    `ui` is the address of the MLflow UI, or the command that opens it.
+    """
 
     spec: BenchSpec
     name: str
@@ -75,7 +79,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: columns in `numeric` are numbers, those in `measured` were measured; cells (line, column) in `best` are the best of their column."""
+    """A table. Columns in `numeric` hold numbers, those in `measured` measured values.
+
+    Cells (line, column) in `best` are the best of their column.
+    """
 
     heading: tuple[str, ...]
     body: tuple[tuple[str, ...], ...]
@@ -86,11 +93,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Overview:
-    """A sweep as its report tells it.
+    """The content of a sweep's report.
 
-    `states`, `reasons` (codes of the verdict, and a note on what was measured before) and `runs` (MLflow run ids, "" where there is none) belong to the lines of `cells`.
+    `states`, `reasons` and `runs` have one entry per line of `cells`. `reasons` are the verdict's codes, and a note if
+    the cell was measured before; `runs` are MLflow run ids, "" if there is none.
 
-    `runs_url` is what stands before a run id in the address of its page, "" where the UI has no known address.
+    `runs_url` is the address of a run's page without the run id, "" if the UI has no known address.
     """
 
     name: str
@@ -111,7 +119,7 @@ class Overview:
 
 
 def overview(measured: Sequence[tuple[Row, str]], subject: Subject) -> Overview:
-    """Everything that the report of a sweep tells. `measured`: rows with their MLflow run ids, "" where a run is not known."""
+    """Return the content of a sweep's report. `measured` holds rows with their MLflow run ids, "" if unknown."""
     rows, runs, spec, ui = (
         [row for row, _ in measured],
         tuple(run_id for _, run_id in measured),
@@ -140,14 +148,14 @@ def overview(measured: Sequence[tuple[Row, str]], subject: Subject) -> Overview:
 
 
 def _without_user(address: str) -> str:
-    """An address without user and password: those who may open it have their own."""
+    """Return an address without user and password: everyone who may open it has their own."""
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def headline(rows: Sequence[Row], varied: Sequence[str]) -> str:
-    """One sentence: how many cells were measured, and which was best at what. An invalid result is best at nothing."""
+    """Return one sentence: the number of measured cells, and the best cell per claim. No invalid result is best."""
     counts = Counter(row.outcome for row in rows)
     parts = [f"{counts.pop('ok', 0)} of {len(rows)} cells measured"]
     invalid = sum(row.state == "invalid" for row in rows)
@@ -170,11 +178,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def leaders(rows: Sequence[Row], key: str) -> list[Row]:
-    """The cell with the best value of a metric and those that cannot be told from it, best first; none where that is all of them.
+    """Return the cell with the best value of a metric and those that cannot be told from it, best first.
 
-    Where the metric has an interval, cells whose interval meets that of the best are alike; else those within `TOLERANCE`,
-    or for a time within the two half-widths of the throughput's intervals, if that is more.
-    Only measured cells count whose verdict is not invalid.
+    Return none if that is all cells. If the metric has an interval, cells whose interval overlaps that of the best are
+    alike. Otherwise cells within `TOLERANCE` are, or, except for memory, within the sum of both half-widths of the
+    throughput's intervals, if that is more. Only measured cells whose verdict is not invalid count.
     """
     trusted = [row for row in rows if row.state in ("valid", "suspect") and key in row.metrics]
     if not trusted or key not in TOLERANCE:
@@ -190,13 +198,13 @@ def _is_alike(row: Row, best: Row, key: str) -> bool:
     low, high = f"{key}_ci_low", f"{key}_ci_high"
     if all(name in one.metrics for name in (low, high) for one in (row, best)):
         return row.metrics[high] >= best.metrics[low] and best.metrics[high] >= row.metrics[low]
-    # A time or a goodput without an interval of its own is at least as uncertain as the throughput of the same repetitions.
+    # A time or goodput without an interval of its own is at least as uncertain as the throughput of its repetitions.
     noise = 0.0 if key in PEAKS else sum(one.metrics.get("trust/relative_half_width", 0.0) for one in (row, best))
     return abs(row.metrics[key] - best.metrics[key]) <= max(TOLERANCE[key], noise) * abs(best.metrics[key])
 
 
 def short_name(cell: Cell, varied: Sequence[str]) -> str:
-    """A cell by what varies, in few characters: `int4 b4`, `opt-125m int8 threads=2`."""
+    """Return a short name of a cell from its varied parameters: `int4 b4`, `opt-125m int8 threads=2`."""
 
     def part(name: str) -> str:
         text = as_text(name, getattr(cell, name))
@@ -208,7 +216,7 @@ def short_name(cell: Cell, varied: Sequence[str]) -> str:
 
 
 def cells_table(rows: Sequence[Row], varied: Sequence[str]) -> Table:
-    """The cells with their settings and figures, the best of each column marked."""
+    """Return the cells with their settings and figures, the best of each column marked."""
     heading, body = table_cells(rows, varied)
     keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
     first = len(heading) - 1 - len(keys)
@@ -226,13 +234,13 @@ def cells_table(rows: Sequence[Row], varied: Sequence[str]) -> Table:
 
 
 def _reasons(row: Row) -> tuple[str, ...]:
-    """What is to be said of a cell beside its state: the codes of its verdict, and where it was measured if not here."""
+    """Return the codes of a cell's verdict, and the earlier run or folder if it was measured there."""
     codes = [reason.code for reason in row.verdict.reasons] if row.verdict else []
     return (*codes, *([f"measured before, in {row.linked}"] if row.linked else []))
 
 
 def _frontiers(rows: Sequence[Row]) -> list[Frontier]:
-    """What fits of each load; of a server the memory is not seen."""
+    """Return the frontier of each load. Online cells are left out: the memory of a server is not visible."""
     here = [row for row in rows if row.cell.scenario == "offline"]
     return frontiers(
         (Attempt(row.cell, row.outcome, row.peak_bytes, row.predicted_bytes, row.state != "invalid") for row in here),
@@ -241,7 +249,7 @@ def _frontiers(rows: Sequence[Row]) -> list[Frontier]:
 
 
 def frontier_table(groups: Sequence[Frontier]) -> Table:
-    """Per model and quantization, and what else was loaded differently: the largest shapes that fit beside the smallest that do not."""
+    """Return the largest shapes that fit beside the smallest that do not, per load (model, quantization and so on)."""
     loads = [group.load for group in groups]
     names = [name for name in LOADED if len({load[name] for load in loads}) > 1] or ["model", "quant"]
     predicted = any(
@@ -269,7 +277,7 @@ def frontier_table(groups: Sequence[Frontier]) -> Table:
 
 
 def shape(cell: Cell) -> str:
-    """Rows × (prompt + output tokens) of a cell: `4 × (128 + 64)`."""
+    """Return rows × (prompt + output tokens) of a cell: `4 × (128 + 64)`."""
     prompt = f"auto {cell.workload}" if cell.prompt_tokens is None else str(cell.prompt_tokens)
     return f"{cell.batch_size} × ({prompt} + {cell.output_tokens})"
 
@@ -286,7 +294,7 @@ def _range(ratios: tuple[float, float] | None) -> str:
 
 
 def _why(attempt: Attempt) -> str:
-    """The outcome, whether it was seen or expected, and the bytes behind it."""
+    """Return the outcome, whether it was tried or only predicted, and the memory reached or predicted."""
     if attempt.outcome in TRIED:
         return attempt.outcome + (f", {_gigabytes(attempt.peak_bytes)} GB reached" if attempt.peak_bytes else "")
     return f"{attempt.outcome}, not tried" + (
@@ -295,18 +303,19 @@ def _why(attempt: Attempt) -> str:
 
 
 def frontier_notes(groups: Sequence[Frontier]) -> tuple[str, ...]:
-    """What the table means: rows × (prompt + output tokens), and where a limit is not known, only predicted, or contradicted."""
-    notes = ["A shape is rows × (prompt + output tokens); all that is no larger in any of the three fits too."]
+    """Explain the table: the shape, and each limit that was not reached, only predicted, or contradicted."""
+    notes = ["A shape is rows × (prompt + output tokens). Every shape that is no larger in any of the three fits too."]
     boundaries = {group.boundary for group in groups}
     if boundaries == {"not reached"}:
-        notes.append("All that was asked for fits, so the limit was not reached.")
+        notes.append("Every requested shape fits, so the limit was not reached.")
     if any("predicted" in boundary for boundary in boundaries):
-        notes.append("A predicted limit was not tried; what was refused for its memory is tried with force=true.")
+        notes.append("A predicted limit was not tried. To try cells refused for their memory, use force=true.")
     for group in groups:
         for attempt in group.contradicted:
             how = "was not tried" if attempt.outcome not in TRIED else f"ended with {attempt.outcome}"
             notes.append(
-                f"{attempt.cell.model} {attempt.cell.quant}: {shape(attempt.cell)} {how} although a shape at least as large fits, so memory is not the reason."
+                f"{attempt.cell.model} {attempt.cell.quant}: {shape(attempt.cell)} {how} although a shape at least as "
+                "large fits, so memory is not the reason."
             )
     return tuple(notes)
 
@@ -328,7 +337,7 @@ def _duration(seconds: float) -> str:
 
 
 def _settings(spec: BenchSpec) -> list[tuple[str, str]]:
-    """What is the same in all cells, as far as it is worth a word."""
+    """Return the settings that all cells share: those in `ALWAYS_TOLD` and those that are not at their default."""
     asked = {name: text for name, text in asked_params(spec).items() if name not in spec.varied}
     return [(name, text) for name, text in asked.items() if name in ALWAYS_TOLD or text != default_text(name)] + list(
         _options(spec).items()
@@ -336,7 +345,7 @@ def _settings(spec: BenchSpec) -> list[tuple[str, str]]:
 
 
 def drawable(rows: Sequence[Row]) -> list[Row]:
-    """The rows that charts show: an invalid number is worse than none."""
+    """Return the rows that charts show: measured and not invalid."""
     return [row for row in rows if row.metrics and row.state != "invalid"]
 
 
@@ -346,7 +355,7 @@ def _not_drawn(rows: Sequence[Row]) -> str:
 
 
 def _machines(rows: Sequence[Row]) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
-    """Each environment that cells were measured in, with how many they are where there are several."""
+    """Return each environment in which cells were measured, with the number of cells if there are several."""
     counts: Counter[str] = Counter()
     facts: dict[str, tuple[tuple[str, str], ...]] = {}
     for row in rows:
@@ -361,21 +370,21 @@ def _machines(rows: Sequence[Row]) -> tuple[tuple[str, tuple[tuple[str, str], ..
 
 
 def _command(rows: Sequence[Row], subject: Subject) -> str:
-    """The command that measures all this again; where the cells are no product of lists, one line for each."""
+    """Return the command that measures the sweep again; one line per cell if the cells are no product of lists."""
     if subject.name == sweep_name(subject.spec):
         return sweep_command(subject.spec)
     return "\n".join(dict.fromkeys(command(row.cell) for row in rows))
 
 
 def sweep_command(spec: BenchSpec) -> str:
-    """The command line that runs a sweep again, from the parameters as they were asked for; not where its results go."""
+    """Return the command line that runs a sweep again from its requested parameters, without the output folder."""
     online = spec.scenario == "online"
     asked = {name: text for name, text in asked_params(spec).items() if not (online and name == "backend")}
     return command_line(asked | _options(spec), "online" if online else "run")
 
 
 def _options(spec: BenchSpec) -> dict[str, str]:
-    """The options of the command that are not at their default and say something of what is measured."""
+    """Return the options that are not at their default and affect what is measured."""
     return {
         name: text
         for name, text in option_params(spec).items()
@@ -384,23 +393,23 @@ def _options(spec: BenchSpec) -> dict[str, str]:
 
 
 def _markdown(table: Table, more: Mapping[str, Sequence[str]] = MappingProxyType({}), most: int | None = None) -> str:
-    """A table as Markdown with more columns at its end, the best in bold; at most `most` lines."""
+    """Return a table as Markdown with more columns at its end, the best in bold; at most `most` lines."""
     columns = zip(table.body, *more.values(), strict=True)
     lines = [(*line, *rest) for line, *rest in columns][:most]
     return markdown_table([*table.heading, *more], lines, table.numeric, table.best)
 
 
 def description(rows: Sequence[Row], varied: Sequence[str]) -> str:
-    """The parent's description, one screen: the headline, the cells, what fits, and what each failure and verdict said.
+    """Return the parent's one-screen description: the headline, the cells, what fits, failures and verdict reasons.
 
-    Of a large sweep the fastest cells, as many as a screen and MLflow's limit on a tag have room for.
+    A large sweep shows only its fastest cells, as many as fit on a screen and into a tag of MLflow.
     """
     texts = [_description(rows, varied, most) for most in MOST_LINES]
     return next((text for text in texts if len(text) <= MOST_CHARACTERS), texts[-1])
 
 
 def comparison_markdown(rows: Sequence[Row], varied: Sequence[str]) -> str:
-    """comparison.md: the description with all cells."""
+    """Return comparison.md: the description with all cells."""
     return _description(rows, varied, len(rows))
 
 
@@ -413,7 +422,7 @@ def _description(rows: Sequence[Row], varied: Sequence[str], most: int) -> str:
         _markdown(cells_table(told, varied), {"verdict": [row.state for row in told]}, most),
     ]
     parts += (
-        [f"The {most} fastest; `report.md` and `report.html` have all {len(rows)} cells."] if len(rows) > most else []
+        [f"The {most} fastest cells. All {len(rows)} are in `report.md` and `report.html`."] if len(rows) > most else []
     )
     parts += ["What fits, as rows × (prompt + output tokens):", _markdown(limits, most=most)] if groups else []
     parts += ["\n".join(f"- {line}" for line in notes[:most])] if notes else []
@@ -425,7 +434,7 @@ def _explained(found: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def overview_markdown(told: Overview, charts: Sequence[str] = ()) -> str:
-    """report.md of a sweep; `charts` are paths of pictures, seen from the report."""
+    """Return report.md of a sweep; `charts` are paths of pictures relative to the report."""
     parts = [f"# {markdown(told.name)}", f"**{markdown(told.headline)}**"]
     parts.append("\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in told.facts))
     verdicts = [
@@ -458,5 +467,5 @@ def overview_markdown(told: Overview, charts: Sequence[str] = ()) -> str:
 
 
 def chart_name(path: str) -> str:
-    """A chart's name in words: `charts/itl_by_token.svg` → `itl by token`."""
+    """Return a chart's name in words: `charts/itl_by_token.svg` → `itl by token`."""
     return path.rsplit("/", 1)[-1].partition(".")[0].replace("_", " ")

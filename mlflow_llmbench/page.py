@@ -1,7 +1,8 @@
-"""report.html of a sweep: one file that opens from a disk, asks nobody for anything and runs no script.
+"""report.html of a sweep: one self-contained file that makes no requests and runs no script.
 
-Charts are pictures in `data:` addresses: nothing inside an SVG acts there, and ids of two charts cannot collide. They keep a
-light ground of their own in a dark page, since their ink is dark. The page's own policy forbids whatever is not in the file.
+Charts are images in `data:` URLs: nothing inside an SVG can act there, and ids of two charts cannot collide. They keep
+a light background in a dark page, since their ink is dark. The page's content security policy forbids anything that is
+not in the file.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from .overview import AGAIN, ALIKE, Overview, Table, chart_name
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE = """
-:root { color-scheme: light dark; --page: #fcfcfb; --ink: #1f2430; --quiet: #667080; --line: #e5e7eb; --soft: #f3f4f6; --link: #1f5fa8;
+:root { color-scheme: light dark;
+  --page: #fcfcfb; --ink: #1f2430; --quiet: #667080; --line: #e5e7eb; --soft: #f3f4f6; --link: #1f5fa8;
   --good: #17743a; --good-soft: #e7f4ec; --doubt: #8a5800; --doubt-soft: #fdf2d9; --bad: #b3261e; --bad-soft: #fcebea; }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #15181d; --ink: #e4e7ec; --quiet: #98a1ae; --line: #2c323b; --soft: #1e2229;
-  --link: #82b4ec; --good: #74cf97; --good-soft: #183326; --doubt: #e5b454; --doubt-soft: #372c14; --bad: #f2938c; --bad-soft: #3d1f1d; } }
+@media screen and (prefers-color-scheme: dark) { :root {
+  --page: #15181d; --ink: #e4e7ec; --quiet: #98a1ae; --line: #2c323b; --soft: #1e2229; --link: #82b4ec;
+  --good: #74cf97; --good-soft: #183326; --doubt: #e5b454; --doubt-soft: #372c14; --bad: #f2938c; --bad-soft: #3d1f1d;
+  } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
 main { max-width: 80rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; font-weight: 650; letter-spacing: -.012em; margin: 0 0 .75rem; }
@@ -50,15 +55,15 @@ td.long { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 .best { font-weight: 650; }
 .best::before { content: ""; display: inline-block; width: .36em; height: .36em; margin-right: .5em; border-radius: 50%;
   background: var(--good); vertical-align: .15em; }
-.state { display: inline-block; padding: .05rem .5rem; border-radius: 1rem; font-size: .75rem; font-weight: 550; white-space: nowrap;
-  background: var(--soft); color: var(--quiet); }
+.state { display: inline-block; padding: .05rem .5rem; border-radius: 1rem; font-size: .75rem; font-weight: 550;
+  white-space: nowrap; background: var(--soft); color: var(--quiet); }
 .valid { background: var(--good-soft); color: var(--good); }
 .suspect { background: var(--doubt-soft); color: var(--doubt); }
 .failed { background: var(--bad-soft); color: var(--bad); }
 .why { display: block; margin-top: .15rem; font-size: .75rem; color: var(--quiet); }
 .why.told { white-space: normal; min-width: 20rem; }
-.run { display: block; width: 16.2ch; font: .65rem/1.3 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; color: var(--quiet);
-  white-space: normal; overflow-wrap: anywhere; }
+.run { display: block; width: 16.2ch; font: .65rem/1.3 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  color: var(--quiet); white-space: normal; overflow-wrap: anywhere; }
 ul { margin: .75rem 0 0; padding: 0; list-style: none; max-width: 64rem; }
 li { padding: .3rem 0; font-size: .9rem; }
 li .state { margin-right: .5rem; }
@@ -68,22 +73,26 @@ pre { margin: .75rem 0; padding: .9rem 1rem; border-radius: .5rem; background: v
 figure { margin: 0; padding: .75rem; border: 1px solid var(--line); border-radius: .5rem; background: #fff; }
 figure:first-child { grid-column: 1 / -1; }
 img { display: block; width: 100%; height: auto; }
-@media (max-width: 64rem) { table { font-size: .8125rem; } th, td { padding: .45rem .4rem; } .why { white-space: normal; } }
-@media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.35rem; } .lead { font-size: 1.05rem; } h2 { margin-top: 2.25rem; } }
+@media (max-width: 64rem) {
+  table { font-size: .8125rem; } th, td { padding: .45rem .4rem; } .why { white-space: normal; } }
+@media (max-width: 40rem) {
+  main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.35rem; } .lead { font-size: 1.05rem; }
+  h2 { margin-top: 2.25rem; } }
 @media print { @page { margin: 14mm; } body { background: none; font-size: 10pt; } main { max-width: none; padding: 0; }
   .scroll { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: .25rem .4rem; } .run { font-size: 5pt; }
-  tr, li, figure, pre { break-inside: avoid; } h2 { break-after: avoid; margin-top: 1.5rem; } figure { border: 0; padding: 0; } a { color: inherit; } }
+  tr, li, figure, pre { break-inside: avoid; } h2 { break-after: avoid; margin-top: 1.5rem; }
+  figure { border: 0; padding: 0; } a { color: inherit; } }
 """
 
 LONG = 40
-"""Characters above which a table's cell is broken into lines."""
+"""Characters above which a table cell is wrapped."""
 
 DOUBTFUL = {"valid": "valid", "suspect": "suspect", "skipped": "", "refused": "", "interrupted": ""}
-"""State of a cell → the class of its badge; all others are failures."""
+"""State of a cell → CSS class of its badge. All other states are failures."""
 
 
 def sweep_page(told: Overview, charts: Mapping[str, bytes]) -> str:
-    """The page of a sweep; `charts`: names and SVG files."""
+    """Return the HTML page of a sweep. `charts` maps names to the contents of SVG files."""
     parts = [
         f'<header><h1>{html(told.name)}</h1><p class="lead">{html(told.headline)}</p>{_facts(told.facts)}</header>',
         _section("Cells", _cells(told), _note(f"A dot marks {ALIKE}" if told.cells.best else "")),
@@ -110,10 +119,12 @@ def sweep_page(told: Overview, charts: Mapping[str, bytes]) -> str:
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """A whole page of parts that are HTML already; empty ones are left out."""
+    """Return a whole page. `parts` are HTML already; empty ones are left out."""
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{html(POLICY)}">\n<title>{html(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{html(POLICY)}">\n'
+        f"<title>{html(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{''.join(f'{part}{chr(10)}' for part in parts if part)}"
         f"<footer>mlflow-llmbench {html(__version__)}</footer>\n</main>\n</body>\n</html>\n"
     )
@@ -128,7 +139,7 @@ def _facts(facts: Iterable[tuple[str, str]]) -> str:
 
 
 def _list(items: Iterable[str], kind: str = "") -> str:
-    """Items that are HTML already."""
+    """Return a list of items that are HTML already."""
     return f'<ul class="{kind}">{"".join(f"<li>{item}</li>" for item in items)}</ul>'
 
 
@@ -137,7 +148,10 @@ def _note(text: str) -> str:
 
 
 def _badge(title: str) -> str:
-    """A state, or a reason as bad as the verdict that it forces; what follows the first word is a count."""
+    """Return the badge of a state, or of a reason with the class of the verdict that it forces.
+
+    Text after the first word is a count.
+    """
     word = title.partition(" ")[0]
     return f'<span class="state {DOUBTFUL.get(REASONS.get(word, word), "failed")}">{html(title)}</span>'
 
@@ -148,9 +162,10 @@ def _chart(name: str, svg: bytes) -> str:
 
 
 def _table(table: Table, more: Sequence[tuple[str, Sequence[str]]] = (), void: Collection[int] = ()) -> str:
-    """A table; `more`: further columns at its end, of cells that are HTML already. `void`: lines whose numbers do not count.
+    """Return an HTML table.
 
-    Settings that repeat the line above are quiet.
+    `more` holds further columns at its end, with cells that are HTML already. `void` holds the lines whose measured
+    values are struck through. Settings that repeat the line above are grey.
     """
     heads = [
         f'<th class="{"number" if column in table.numeric else "name"}">{html(text)}</th>'
@@ -173,7 +188,10 @@ def _table(table: Table, more: Sequence[tuple[str, Sequence[str]]] = (), void: C
             cells.append(f'<td class="{" ".join(word for word, holds in words.items() if holds)}">{html(text)}</td>')
         cells += [f"<td>{column[number]}</td>" for _, column in more]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>\n<tbody>{chr(10).join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>\n'
+        f"<tbody>{chr(10).join(lines)}</tbody></table></div>"
+    )
 
 
 def _cells(told: Overview) -> str:

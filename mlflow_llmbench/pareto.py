@@ -1,4 +1,4 @@
-"""The chart of a recommendation: what was weighed against each other, the front, the limits, the winner."""
+"""The chart of a recommendation: the candidates, the Pareto front, the limits, and the winner."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LABELS = 14
-"""Points that are named; of more, only the front is."""
+"""Points that are labelled. If there are more, only those on the front are."""
 
 
 def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
-    """Write `recommendation.svg` and `.png`: the goal against memory and against everything limited, one panel each.
+    """Write `recommendation.svg` and `.png`: the goal against memory and against each limited measure, one panel each.
 
-    Filled points are on the front, the ring marks the winner, shaded is what a limit excludes, bars are 95 % intervals.
-    Without two candidates to weigh nothing is drawn. Creates `folder`.
+    Filled points are on the front, the ring marks the winner, the shaded range is excluded by a limit, bars are 95 %
+    intervals. Returns the files; none if there are fewer than two candidates or a value is missing. Creates `folder`.
     """
     goal = GOALS[found.goal]
     others = [measure for measure in found.objectives if measure is not goal] or [MEMORY]
@@ -28,7 +28,7 @@ def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
     if len(found.eligible) < 2 or any(one.value(measure) is None for one in found.eligible for measure in others):
         return []
     with _style():
-        name = found.winner.name if found.winner else "nothing keeps the limits"
+        name = found.winner.name if found.winner else "nothing meets the limits"
         title = f"{goal.label[:1].upper()}{goal.label[1:]}: {name}"
         columns = min(2, len(others))
         rows = -(-len(others) // columns)
@@ -43,7 +43,7 @@ def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
 
 
 def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
-    """One scatter: `across` on x, the goal on y."""
+    """Draw one scatter plot: `across` on x, the goal on y."""
     front = {id(one) for one in found.front}
     named = found.eligible if len(found.eligible) <= MOST_LABELS else found.front
     for one in found.eligible:
@@ -71,7 +71,7 @@ def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure)
 
 
 def _draw_limits(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
-    """Each limit as a line, and what it excludes shaded."""
+    """Draw each limit as a line, and shade the range that a limit on x excludes."""
     for limit in found.limits:
         bound = limit.bound * _scale(limit.measure)
         if limit.measure == across:

@@ -1,7 +1,7 @@
-"""What a server says of itself at /metrics, in the text format of Prometheus.
+"""Parse a server's own metrics (/metrics) in the text format of Prometheus.
 
-The format: github.com/prometheus/docs, content/docs/instrumenting/exposition_formats.md. Only what `metrics` lists is kept; whatever
-else stands there, and lines that are none, are passed over.
+Format: github.com/prometheus/docs, content/docs/instrumenting/exposition_formats.md. Only the names that `metrics`
+lists are kept. Other names and malformed lines are skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from .metrics import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 
 LINE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{[^{}]*\})?\s+(\S+)(?:\s+-?\d+)?\s*")
-"""Name, labels, value, time in ms. A label's value with a brace in it makes a line that is passed over."""
+"""Name, labels, value, time in ms. A line with a brace in a label's value does not match and is skipped."""
 
 KEPT = {
     *SERVER_GAUGES,
@@ -24,7 +24,7 @@ KEPT = {
 
 
 def read_metrics(text: str) -> Mapping[str, float]:
-    """Value by name, of all label sets together: their sum, and the largest where it is a share of something."""
+    """Return the value of each metric over all label sets: their sum, or the largest for a ratio."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         match = None if line.startswith("#") else LINE.fullmatch(line)

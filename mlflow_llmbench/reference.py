@@ -1,7 +1,7 @@
-"""What quality is measured against: the unquantized model. Which one it is, where its logits are kept, and when there is none.
+"""The reference of quality figures: find the unquantized model, compute its logits, and cache them.
 
-A reference is computed once, in a worker of its own before the first cell that needs it is measured, and kept in the cache by
-its content: model, workload, text, hardware and software.
+A reference is computed once, in a separate worker, before the first cell that needs it is measured. It is cached under
+a hash of what decides its content: model, workload, text, device, hardware and software.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from .node import Task
 
 OTHER_RUNTIMES = ("llama_cpp", "vllm", "openvino")
-"""Backends that run what is, unquantized, a checkpoint of transformers."""
+"""Backends whose models, unquantized, are checkpoints of transformers."""
 
 FORMAT = 2
-"""Version of what is written and how it is computed; a change makes new files."""
+"""Version of the file content and of its computation. A change makes new files."""
 
 MOST_KEPT = 8
-"""References that the cache keeps, the newest; one takes up to 300 MB."""
+"""Newest references that the cache keeps. One takes up to 300 MB."""
 
 
 def never(cell: Cell) -> str | None:
-    """Why the quality of a cell is never measured; None if it can be."""
+    """Return the reason why the quality of a cell is never measured, or None if it can be."""
     if cell.weights == "random":
         return "Quality is not measured with weights=random: they write no language."
     if not backend_class(cell.backend).capabilities.logits:
@@ -44,11 +44,11 @@ def never(cell: Cell) -> str | None:
 
 
 def sibling(cell: Cell, named: str | None = None) -> Cell:
-    """The unquantized model of a cell, run the ordinary way on the same device: the same for all cells that are compared with it.
+    """Return the unquantized counterpart of a cell, run with default settings on the same device.
 
-    It is run by transformers, in the environment of the command, wherever another runtime or another interpreter runs the cell, so that all
-    have one reference. `named` is the model that was asked for
-    as reference, at its main revision.
+    All cells that are compared with it have the same. Cells of other runtimes or interpreters get one that transformers
+    runs in the command's own environment, so that all share one reference. `named` is a model requested as reference;
+    its main revision is used.
     """
     names = ("model", "weights", "revision", "backend", "device", "threads", "trust_remote_code", "allow_pickle")
     own = Cell(**{name: getattr(cell, name) for name in names})
@@ -59,11 +59,11 @@ def sibling(cell: Cell, named: str | None = None) -> Cell:
 def order(
     task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits
 ) -> dict[str, Any] | None:
-    """What a worker is to evaluate after its last cell, its references being there; None if nothing.
+    """Return the evaluation that a worker does after its last cell, with its references ready; None if there is none.
 
-    Computes the references that are missing, `tell` being told that it does; one that cannot be had is not tried again for the
-    same sweep: a model too large for this machine is not loaded for each of its quantizations. `environment` is that of this
-    machine, where it is known. Raises KeyboardInterrupt, and UsageError if the text cannot be read.
+    Missing references are computed, which is reported to `tell`. One that fails is not tried again in the same sweep: a
+    model too large for this machine is not loaded for each of its quantizations. `environment` is that of this machine,
+    if known. Raises KeyboardInterrupt, and UsageError if the text cannot be read.
     """
     cell, options = task.cells[0], task.options
     if options.quality == "none" and options.quality_tasks is None:
@@ -80,7 +80,7 @@ def order(
 def _text_order(
     task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits
 ) -> dict[str, Any]:
-    """The part of the order that is about texts: perplexity, and divergence from the reference."""
+    """Return the part of the order about texts: perplexity and divergence from the reference."""
     cell = task.cells[0]
     own, text = sibling(cell, task.options.quality_reference), load_text(task.options.quality_text)
     plain = cell.quant == "none" and cell.attention == "auto" and cell.kv_cache is None and cell.worker_python is None
@@ -106,19 +106,22 @@ def _text_order(
 
 
 _FAILED: dict[str, str] = {}
-"""References of a sweep that were tried: why each could not be computed, empty if it was."""
+"""References that were tried → why they could not be computed, empty if they were. Keyed by sweep and files."""
 
 
 def _already_quantized(cell: Cell, model: ModelFacts) -> str:
     method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
     if model.source in ("gguf", "hub_gguf") or method:
         how = f"quantized already ({method})" if method else "a GGUF file"
-        return f"{cell.model} is {how}, so there is no unquantized model to compare with; only the perplexity is measured. Name one with quality_reference."
+        return (
+            f"{cell.model} is {how}, so there is no unquantized model to compare with; only the perplexity is "
+            "measured. Name one with quality_reference."
+        )
     return ""
 
 
 def _file(cell: Cell, model: ModelFacts, text: Text, env_hash: str) -> Path:
-    """The file of a cell's reference, by what decides its content."""
+    """Return the file of a cell's reference, named by a hash of everything that decides its content."""
     content = {
         "format": FORMAT,
         "model": model.identity,
@@ -138,7 +141,7 @@ def _compute(
     tell: Callable[[Mapping[str, Any]], None],
     limits: Limits,
 ) -> str:
-    """Run the unquantized model and write its references. Returns why that failed, empty if it did not."""
+    """Run the unquantized model and write its references. Return why that failed, or an empty string."""
     shape = models.Shape.from_config(model.config) if model.config else None
     largest = dataclasses.replace(own, prompt_tokens=max(min(512, model.context or 512) - 32, 1), output_tokens=32)
     room = (None, "") if task.options.force else estimate.room_here(own.device, limits.memory_bytes)
@@ -146,9 +149,8 @@ def _compute(
     if refused:
         return refused
     tell({"event": "stage", "stage": "reference"})
-    if not backend_class(own.backend).is_prepared(
-        own, model
-    ):  # the cells' own file may have been made of it long ago, or it is another model
+    # It may be missing here: the cells' own file may have been made from it long ago, or it is another model.
+    if not backend_class(own.backend).is_prepared(own, model):
         fetched = supervise.run_worker("prepare", [own], model, task.folders[:1], task.folders[0] / "reference.log")
         if fetched.interrupted:
             raise KeyboardInterrupt
@@ -163,7 +165,7 @@ def _compute(
 
 
 def _forget_old(needed: Sequence[Path]) -> None:
-    """Keep the newest references in the cache, and those that are needed now."""
+    """Delete all references from the cache except the newest ones and those that are needed now."""
     with contextlib.suppress(OSError):
         newest = sorted(needed[0].parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
         for file in set(newest[MOST_KEPT:]) - set(needed):
@@ -171,7 +173,10 @@ def _forget_old(needed: Sequence[Path]) -> None:
 
 
 def quality_of(options: Options, cell: Cell, outcome: GroupOutcome) -> Quality | None:
-    """What a worker found of a cell's quality; None if it was not asked for. Whatever is absent has its sentence."""
+    """Return the quality of a cell from a worker's outcome, with a sentence for anything absent.
+
+    Return None if quality was not requested.
+    """
     if options.quality == "none" and options.quality_tasks is None:
         return None
     if why := never(cell):
@@ -194,13 +199,13 @@ def quality_of(options: Options, cell: Cell, outcome: GroupOutcome) -> Quality |
 
 
 def require(options: Options) -> None:
-    """Raise MissingError if what an option needs is not installed."""
+    """Raise MissingError if a package that the options need is not installed."""
     if options.quality_tasks is not None:
         harness.require()
 
 
 def tasks_digest(options: Options) -> str:
-    """16 hex digits for which tasks of lm-eval are asked for, with the files that declare them; empty without any."""
+    """Return 16 hex digits over the requested lm-eval tasks, their limit and their files; empty if there are none."""
     if options.quality_tasks is None:
         return ""
     paths = [Path(task) for task in options.quality_tasks.split(",")]

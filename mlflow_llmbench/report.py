@@ -1,4 +1,4 @@
-"""Results as text: the terminal's table, a run's one-screen summary, its report.md, and the table that the MLflow UI compares."""
+"""Results as text: the table for the terminal, the one-screen summary of a run, its report.md, and its MLflow table."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ TABLE_KEYS = (
     "load/load_s",
     "cost/per_million_tokens",
 )
-"""Columns of the terminal's table, where any row has them."""
+"""Columns of the terminal's table. A column is shown if any row has a value for it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of a comparison: what was asked, what came out. `metrics` is empty where nothing was measured.
+    """One cell of a comparison with its outcome. `metrics` is empty if nothing was measured.
 
-    `peak_bytes` and `predicted_bytes` are those of `frontier.Attempt`; times are epoch milliseconds; `linked` is the run or
-    folder that it was measured in, where it was not measured again.
+    `peak_bytes` and `predicted_bytes` are those of `frontier.Attempt`. Times are epoch milliseconds. `linked` names the
+    earlier run or folder that holds the measurement of a cell that was not measured again.
     """
 
     cell: Cell
@@ -69,12 +69,12 @@ class Row:
 
     @property
     def state(self) -> str:
-        """The verdict of a measured cell, `valid`, `suspect` or `invalid`; else the outcome."""
+        """The verdict of a measured cell (`valid`, `suspect` or `invalid`), else the outcome."""
         return self.verdict.word if self.verdict and self.outcome == "ok" else self.outcome
 
 
 def row_of(result: RunResult) -> Row:
-    """A result as one row; a cell that failed shows its message and no numbers."""
+    """Return a result as one row. A failed cell has its message and no metrics."""
     metrics = summarize(result)
     row = Row(
         result.cell,
@@ -92,12 +92,12 @@ def row_of(result: RunResult) -> Row:
 
 
 def with_figures(row: Row, figures: Metrics) -> Row:
-    """A row with metrics that it has by comparison with others."""
+    """Return the row with metrics added that come from comparing it with other rows."""
     return dataclasses.replace(row, metrics={**row.metrics, **figures}) if figures else row
 
 
 def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
-    """The peak on the device, else what was needed of the host; of a cell that did not come so far the highest sample."""
+    """Return the peak device memory in bytes, else the peak host memory needed, else the highest memory sample."""
     peak = metrics.get("memory/device_bytes_peak") or metrics.get("memory/host_needed_bytes_peak")
     if peak is None and result.timeline:
         devices = [sample.device for sample in result.timeline if sample.device is not None]
@@ -106,12 +106,12 @@ def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
 
 
 def _heading(key: str) -> tuple[str, float]:
-    """Column heading and scale of a metric key."""
+    """Return the column heading and the scale of a metric key."""
     return KEYS[key].label or KEYS[key].name, KEYS[key].scale
 
 
 def _number(value: float) -> str:
-    """Three significant digits, and no exponent: 0.000123, 0.0123, 1.23, 12.3, 123, 12346."""
+    """Format a number with about three significant digits and no exponent: 0.000123, 0.0123, 1.23, 12.3, 123, 12346."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -122,19 +122,19 @@ def _number(value: float) -> str:
 
 
 def shown(key: str, value: float) -> str:
-    """A metric as tables show it: scaled, with three significant digits."""
+    """Format a metric for a table: scaled, with about three significant digits."""
     return _number(value * _heading(key)[1])
 
 
 def _figure(key: str, value: float) -> str:
-    """A metric with its unit: whole numbers whole, bytes in groups of three digits."""
+    """Format a metric with its unit. Whole counts and bytes have no decimals, and their digits are grouped by three."""
     unit = KEYS[key].unit if key in KEYS else ""
     text = f"{int(value):,}" if value == int(value) and unit in ("", "bytes") else _number(value)
     return f"{text} {unit}".strip() if unit != "0–1" else text
 
 
 def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of a comparison: the parameters that vary, the metrics that any row has, and the verdict."""
+    """Return heading and body of a comparison: the varied parameters, the metrics that any row has, and the verdict."""
     keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
     scenario = rows[0].cell.scenario if rows else "offline"
     plain = {"online": ["model", "concurrency", "request_rate"], "batching": ["model", "batching", "request_rate"]}.get(
@@ -159,7 +159,7 @@ def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], 
 
 
 def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
-    """The comparison for a terminal: numbers to the right, words to the left, and below it why a cell failed."""
+    """Format the comparison for a terminal: numbers right-aligned, words left-aligned, reasons of failures below."""
     heading, cells = table_cells(rows, varied)
     body = [[plain(cell) for cell in line] for line in cells]
     names = len(varied) or 3
@@ -177,7 +177,10 @@ def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
 
 
 def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """For each kind of failure and each reason of a verdict: its name and how many cells have it, and the sentence of the least steady one."""
+    """Return (title, sentence) for each kind of failure and each verdict reason.
+
+    The title has the number of cells if there are several. The sentence is that of the cell with the highest variation.
+    """
     found: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: -row.metrics.get("trust/cv_ratio", 0.0)):
         if row.message:
@@ -188,7 +191,7 @@ def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
-    """The one-screen summary that becomes the run's description in the MLflow UI."""
+    """Return the one-screen summary of a run, its description in the MLflow UI."""
     cell = result.cell
     length = (
         "lengths of the trace"
@@ -199,7 +202,10 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     cpu, gpu = result.environment.get("cpu", {}).get("name", "unknown CPU"), gpu_of(result)
     where = markdown(f"{gpu['name']} ({cpu})" if gpu else cpu)
     if result.failure:
-        return f"{what}\n\n**{markdown(result.outcome)}** at stage {markdown(result.failure.stage)}: {markdown(result.failure.message)}\n\n{where}\n"
+        return (
+            f"{what}\n\n**{markdown(result.outcome)}** at stage {markdown(result.failure.stage)}: "
+            f"{markdown(result.failure.message)}\n\n{where}\n"
+        )
     rows = [[name, text] for name, text in _headline(metrics) if text]
     lines = [
         what,
@@ -212,7 +218,7 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     if cell.workload == "mixed":
         lines += ["", MIXED]
     if cell.weights == "random":
-        lines += ["", "Random weights of the real architecture: speed and memory hold, the text means nothing."]
+        lines += ["", "Random weights of the real architecture: speed and memory are valid, the text is meaningless."]
     lines += ["", *map(markdown, result.quality.withheld)] if result.quality and result.quality.withheld else []
     lines += [
         "",
@@ -222,9 +228,12 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
 
 
 def _load(cell: Cell) -> str:
-    """What varies most: the quantization and batch of a model here, the load on a server."""
+    """Describe the quantization and batch of an offline cell, or the load of an online one."""
     if cell.batching:
-        return f"{cell.quant} · {cell.batching} batching, at most {cell.batch_size} rows · {cell.request_rate:g} requests/s, {cell.arrival}"
+        return (
+            f"{cell.quant} · {cell.batching} batching, at most {cell.batch_size} rows · "
+            f"{cell.request_rate:g} requests/s, {cell.arrival}"
+        )
     if cell.scenario == "offline":
         return f"{cell.quant} · batch {cell.batch_size}"
     online = f"{cell.quant} · online" if cell.launch else "online"
@@ -278,7 +287,7 @@ def _headline(metrics: Metrics) -> list[tuple[str, str]]:
 
 
 def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
-    """report.md: the summary, then all figures, what was realised, what the machine did, and how to repeat it."""
+    """Return report.md: the summary, all metrics, the loaded model, the repetitions, and the command to repeat it."""
     parts = [f"# {markdown(f'{result.cell.model} · {_load(result.cell)}')}", summary_markdown(result, metrics, verdict)]
     absent = unsupported_percentiles(result)
     if absent:
@@ -329,19 +338,27 @@ def _turns_table(turns: Sequence[Turn]) -> str:
 
 
 def _replies(result: RunResult) -> list[str]:
-    """Whether a history that is kept changes what the model says."""
+    """Say whether a kept history changes the model's answers."""
     if not result.same_replies:
-        unknown = "Whether a recomputed history gives the same answers could not be found out; worker.log in the results folder says why."
+        unknown = (
+            "It is unknown whether a recomputed history gives the same answers. See worker.log in the results folder."
+        )
         return [unknown] if result.cell.history == "kept" and result.outcome == "ok" else []
     same, count = sum(result.same_replies), len(result.same_replies)
-    text = f"With its history recomputed, the first conversation gave the same answer, token by token, in {same} of its {count} turns."
+    text = (
+        "With its history recomputed, the first conversation gave the same answer, token by token, "
+        f"in {same} of its {count} turns."
+    )
     if same < count:
-        text += " Sums over a prompt in one piece and in several are rounded differently, which is enough where two tokens are about equally probable."
+        text += (
+            " A prompt computed in one piece is rounded differently than in several, which matters where two tokens "
+            "are about equally probable."
+        )
     return [text]
 
 
 def _same_tokens(result: RunResult) -> list[str]:
-    """Whether another decode path, or a quantized KV cache, changes what the model says."""
+    """Say whether another decode path, or a quantized KV cache, changes the model's output."""
     cell = result.cell
     names = [
         f"decode={cell.decode}" if cell.decode != "generate" else "",
@@ -352,23 +369,26 @@ def _same_tokens(result: RunResult) -> list[str]:
         return []
     if not result.same_tokens:
         return [
-            f"Whether {path} gives the tokens of plain decoding could not be found out; worker.log in the results folder says why."
+            f"It is unknown whether {path} gives the tokens of plain decoding. See worker.log in the results folder."
         ]
     same = [count for count in result.same_tokens if count >= cell.output_tokens]
-    text = f"The rows of the first repetition that get the same {cell.output_tokens} tokens with {path} as with decode=generate and kv_cache=auto: "
-    text += f"{len(same)} of {len(result.same_tokens)}."
+    text = (
+        f"Rows of the first repetition with the same {cell.output_tokens} tokens under {path} as under "
+        f"decode=generate and kv_cache=auto: {len(same)} of {len(result.same_tokens)}."
+    )
     if len(same) < len(result.same_tokens):
         text += f" The first difference is at token {min(result.same_tokens) + 1}."
         text += (
-            " A quantized cache is another model, a little."
+            " A quantized cache changes the model slightly."
             if cell.kv_cache
-            else " Sums in another order are rounded differently, which is enough where two tokens are about equally probable."
+            else " Sums in another order are rounded differently, which matters where two tokens are about equally "
+            "probable."
         )
     return [text]
 
 
 def _repetitions_table(result: RunResult) -> str:
-    """Each repetition with what the machine did meanwhile, outliers named (Tukey's fences on the end-to-end time)."""
+    """Return a table of the repetitions, their noise, and their outliers (Tukey's fences on the end-to-end time)."""
     body = []
     totals = [max(map(e2e_ms, r.requests)) for r in result.repetitions]
     for repetition, total, outlier in zip(result.repetitions, totals, classify_outliers(totals), strict=True):
@@ -381,25 +401,17 @@ def _repetitions_table(result: RunResult) -> str:
         first = _number(median(map(ttft_ms, repetition.requests)))
         shown = ["–" if value is None else _number(float(value)) for value in seen]
         spoiled = (
+            # Online, the other process may be the server itself.
             "spoiled" if noise and noise.spoiled and result.cell.scenario != "online" else ""
-        )  # the other may be the server
+        )
         body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
-    heading = [
-        "#",
-        "TTFT ms",
-        "end to end ms",
-        "outlier",
-        "by others",
-        "CPU s of others",
-        "CPU s stolen",
-        "involuntary switches",
-        "major faults",
-    ]
+    heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others"]
+    heading += ["CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
     return markdown_table(heading, body)
 
 
 def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The machine and the software of a result, as names and values; what is not known is left out."""
+    """Return the machine and the software of a result as names and values. Unknown values are left out."""
     cpu, memory = environment.get("cpu") or {}, environment.get("memory") or {}
     total = f"{memory['total_bytes'] / 1e9:.1f} GB" if memory.get("total_bytes") else None
     facts = [("CPU", cpu.get("name")), ("usable CPUs", cpu.get("usable_cpus")), ("memory", total)]
@@ -411,7 +423,7 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def command(cell: Cell) -> str:
-    """The command line that measures this cell again: the parameters that are not at their default."""
+    """Return the command line that measures this cell again, with the parameters that are not at their default."""
     online = cell.scenario == "online"
     asked = {
         name: as_text(name, getattr(cell, name)) for name in cell_fields(cell) if not (online and name == "backend")
@@ -420,7 +432,10 @@ def command(cell: Cell) -> str:
 
 
 def command_line(asked: Mapping[str, str], command: str = "run") -> str:
-    """`llmbench run` with parameters as text (a list with commas), quoted for a shell; defaults are left out, but for the model's."""
+    """Return `llmbench <command>` with parameters as text (a list with commas), quoted for a shell.
+
+    Parameters at their default are left out, except `model` and `quant`.
+    """
     told = [
         f"--{name.replace('_', '-')} {shlex.quote(text)}"
         for name, text in asked.items()
@@ -430,23 +445,23 @@ def command_line(asked: Mapping[str, str], command: str = "run") -> str:
 
 
 def split_table(heading: Sequence[str], body: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """A table in pandas' "split" layout, which the MLflow UI shows and compares between runs."""
+    """Return a table in pandas' "split" layout, which the MLflow UI shows and compares between runs."""
     return {"columns": list(heading), "data": [list(row) for row in body]}
 
 
 def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:
-    """tables/summary.json of one run: one row per metric."""
+    """Return tables/summary.json of one run: one row per metric."""
     return split_table(["metric", "value"], [[key, value] for key, value in metrics.items()])
 
 
 def config_parameters(cell: Cell, extra: Mapping[str, object]) -> dict[str, str]:
-    """Every parameter of a cell as text, in the order of the vocabulary, and `extra` ones."""
+    """Return every parameter of a cell as text, in the order of the vocabulary, followed by the `extra` ones."""
     lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell)}
     return lines | {name: as_text(name, value) for name, value in extra.items()}
 
 
 def config_yaml(parameters: Mapping[str, str]) -> str:
-    """config.yaml, readable by `llmbench run --config`."""
+    """Return config.yaml, which `llmbench run --config` reads."""
     return "".join(
         f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in parameters.items()
     )

@@ -1,4 +1,4 @@
-"""What quantizing each block of a model costs, and what a plan made of it: a table in Markdown, and a chart by layer."""
+"""The cost of quantizing each block of a model, and the plan based on it: a table in Markdown and a chart by layer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from .stats import t_interval
 
 
 def plan_markdown(plan: QuantPlan) -> str:
-    """quant_plan.md: the choice, its predicted divergence beside the measured one, uniform quantization likewise, and every block."""
+    """Return quant_plan.md: the choice, the predicted and measured divergence (uniform schemes too), and all blocks."""
     found = plan.sensitivity
     given = ", ".join(f"{count} in {scheme}" for scheme, count in plan.counts.items())
     parts = [
         f"# Mixed quantization of {markdown(found.model)}",
-        f"Of {len(found.blocks)} blocks {given}: {plan.bits:.2f} bits per weight, {plan.weight_bytes / 1e6:.1f} MB with what is never quantized; the budget "
-        f"was {markdown(plan.budget)}. No other choice of these schemes within the budget has a smaller sum of the blocks' costs.",
-        f"The cost of a block is the KL divergence from the unquantized model ({found.kept}) with this block alone quantized, at the last "
-        f"{found.positions} positions of {_passages(found.uniform)} passages ({markdown(found.calibration)}); intervals are over passages. That costs add up "
-        "is an assumption: the whole plan was measured on the same passages, and so was uniform quantization.",
+        f"Of {len(found.blocks)} blocks, {given}: {plan.bits:.2f} bits per weight, {plan.weight_bytes / 1e6:.1f} MB "
+        f"with the parts that are never quantized. The budget was {markdown(plan.budget)}. No other choice of these "
+        "schemes within the budget has a smaller sum of the blocks' costs.",
+        f"The cost of a block is the KL divergence from the unquantized model ({found.kept}) with only this block "
+        f"quantized, at the last {found.positions} positions of {_passages(found.uniform)} passages "
+        f"({markdown(found.calibration)}); intervals are over passages. The sum assumes that costs add up. To check "
+        "this, the whole plan and uniform quantization were measured on the same passages.",
         markdown_table(
             ["quantization", "bits per weight", "model, MB", "sum of costs, nats", "measured, nats"], _totals(plan)
         ),
@@ -69,7 +71,7 @@ def _row(plan: QuantPlan, block: Block) -> list[str]:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """A mean with its interval; – where nothing was measured."""
+    """Format a mean with its 95 % interval; – if nothing was measured."""
     if not values:
         return "–"
     ends = t_interval(values)
@@ -81,9 +83,10 @@ def _passages(uniform: Mapping[str, Sequence[float]]) -> int:
 
 
 def draw_plan(plan: QuantPlan, folder: Path) -> list[Path]:
-    """Write `sensitivity.svg` and `.png`: the cost of each block by layer, one panel per kind of block; rings are what the plan chose.
+    """Write `sensitivity.svg` and `.png`: the cost of each block by layer, one panel per kind of block.
 
-    Blocks that keep their dtype have a square at the foot of the panel. Creates `folder`.
+    Rings mark the choice of the plan. Blocks that keep their dtype have a square at the foot of the panel. Returns the
+    files. Creates `folder`.
     """
     kinds: dict[str, list[tuple[int, Block]]] = {}
     for number, block in enumerate(plan.sensitivity.blocks):
@@ -92,7 +95,10 @@ def draw_plan(plan: QuantPlan, folder: Path) -> list[Path]:
     measured = f", measured {fmean(plan.measured_kl):.3g}" if plan.measured_kl else ""
     with _style():
         title = f"Sensitivity to quantization: {plan.sensitivity.model}"
-        told = f"{plan.bits:.2f} bits per weight: sum of costs {plan.predicted_kl:.3g} nats{measured}. Bars are 95 % intervals over passages"
+        told = (
+            f"{plan.bits:.2f} bits per weight: sum of costs {plan.predicted_kl:.3g} nats{measured}. "
+            "Bars are 95 % intervals over passages"
+        )
         figure, panels = _figure(title, told, (WIDTH, 1.2 + 2.6 * len(kinds)), (len(kinds), 1))
         for axes, (kind, blocks) in zip(panels, kinds.items(), strict=True):
             _draw_panel(axes, plan, blocks)
@@ -103,7 +109,11 @@ def draw_plan(plan: QuantPlan, folder: Path) -> list[Path]:
 
 
 def place(name: str, number: int) -> tuple[str, int]:
-    """Kind of a block and its layer, from its name; the kind is `layer` for what a layer holds directly, and the name where there is no layer."""
+    """Return the kind and the layer of a block, from its name.
+
+    The kind is `layer` if the name ends with the layer's number. If the name has no layer, the kind is the name itself
+    and the layer is `number`.
+    """
     found = re.match(r".*?\.(\d+)(?:\.(.+))?$", name)
     return (found[2] or "layer", int(found[1])) if found else (name, number)
 
@@ -115,7 +125,7 @@ def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]])
         points = [(layer, block.cost(scheme), block) for layer, block in blocks if block.cost(scheme) > 0]
         ends = [t_interval(block.kl[scheme]) or (cost, cost) for _, cost, block in points]
         layers, costs = [layer for layer, _, _ in points], [cost for _, cost, _ in points]
-        # An interval that reaches 0 has no lower end on this scale.
+        # An interval that reaches 0 has no lower end on a logarithmic scale.
         reach: Any = [
             [min(cost - low, 0.99 * cost) for cost, (low, _) in zip(costs, ends, strict=True)],
             [e[1] - c for c, e in zip(costs, ends, strict=True)],

@@ -1,9 +1,10 @@
-"""A server that we start: the process and all that descends from it, which end with us, however we end.
+"""Start a server as a child process. It and all its descendants end when this process ends, in whatever way.
 
-Between us and the server stands a keeper, `python -m mlflow_llmbench.server_process`, in a session of its own, where neither
-Ctrl-C nor a signal to our group reaches it. It reads from a pipe of ours, which the kernel closes when we are gone, killed or not; then it
-asks the server's process group to end (TERM), and after `GRACE_S` ends what is left (KILL). Orphans of the server become its
-children (PR_SET_CHILD_SUBREAPER of Linux), so that none is lost by going into a session of its own.
+A keeper process, `python -m mlflow_llmbench.server_process`, stands between this process and the server. It runs in its
+own session, so neither Ctrl-C nor a signal to our process group reaches it. It reads from a pipe that the kernel closes
+when this process is gone, even if killed. Then it sends TERM to the server's process group, and KILL to whatever is
+left after `GRACE_S`. Orphans of the server become the keeper's children (Linux: PR_SET_CHILD_SUBREAPER), so it also
+finds those that moved into a session of their own.
 """
 
 from __future__ import annotations
@@ -28,35 +29,38 @@ from . import machine, memory
 from .errors import MeasurementError, MissingError, UsageError
 
 GRACE_S = 10.0
-"""Seconds that a server has for its own ending before it is killed."""
+"""Seconds that a server has to end by itself before it is killed."""
 
 MOST_LOG_BYTES = 16 << 20
-"""Bytes of a server's log on the disk while it runs; what is more is given up, but for its beginning."""
+"""Most bytes of a server's log on disk while it runs. A longer log is cut to its beginning and its end."""
 
 HEAD_BYTES, TAIL_BYTES = 1 << 16, 3 << 16
-"""Beginning and end of a log that are kept."""
+"""Bytes that are kept of the beginning and of the end of a log."""
 
 CUT = b"\n[... a part of the log is left out ...]\n"
 
 
 KEEPER = ("-m", "mlflow_llmbench.server_process")
-"""What the interpreter runs as a keeper."""
+"""Arguments of the interpreter that start a keeper."""
 
 
 def require_program(program: str) -> str:
-    """The path of a program, from PATH or beside the interpreter that runs us. Raises UsageError or MissingError, one line."""
+    """Return the path of a program from PATH, or beside the running interpreter.
+
+    Raises UsageError if there is none, MissingError if the system is not POSIX.
+    """
     if os.name != "posix":
         raise MissingError("launch needs a POSIX system. Start the server yourself, and give url.")
     found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
     if found is None:
         raise UsageError(
-            f"launch begins with a program that is not there: {program[:100]}. Install it, or give its path."
+            f"launch begins with a program that was not found: {program[:100]}. Install it, or give its path."
         )
     return found
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
+    """Return a port of the loopback interface on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -68,7 +72,7 @@ class ServerProcess:
 
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
         self.log = log
-        self.exit_code: int | None = None  # of the server, once it has ended by itself
+        self.exit_code: int | None = None  # the server's, once it has ended by itself
         self._unread = b""
         package_parent = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -88,19 +92,19 @@ class ServerProcess:
         if "pid" not in told:
             self.stop()
             raise MeasurementError(
-                f"The server cannot be started: {told.get('failed', 'its keeper ended')}. Try the command of launch by hand."
+                f"The server cannot be started: {told.get('failed', 'its keeper ended')}. "
+                "Try the command of launch by hand."
             )
-        self.beginning: dict[str, int | None] | None = told[
-            "beginning"
-        ]  # its memory when it had just been started, as `memory.HostMemory`
+        # The server's memory right after its start, as `memory.HostMemory`.
+        self.beginning: dict[str, int | None] | None = told["beginning"]
 
     @property
     def processes(self) -> list[int]:
-        """The server's processes now."""
+        """Ids of the server's current processes."""
         return memory.descendants(self.keeper.pid)
 
     def require_running(self) -> None:
-        """Raises MeasurementError, with the end of its log, if the server has ended by itself; asked between loads."""
+        """Raise MeasurementError with the end of the log if the server has ended by itself. Call between loads."""
         if self.exit_code is None:
             self.exit_code = self._hear(0.0).get("ended")
         if self.exit_code is not None:
@@ -124,7 +128,7 @@ class ServerProcess:
             self.keeper.wait()
 
     def _hear(self, timeout_s: float | None) -> dict[str, Any]:
-        """What the keeper says within a time; empty if nothing."""
+        """Return the keeper's next message, or an empty dict if none arrives within `timeout_s`."""
         assert self.keeper.stdout
         pipe = self.keeper.stdout.fileno()
         while b"\n" not in self._unread:
@@ -140,14 +144,17 @@ class ServerProcess:
 
 
 def _environment(package_parent: str) -> dict[str, str]:
-    """The server's variables: ours, which have no credentials of a store, without the client's key and the path to this package."""
+    """Return the server's environment: ours without the client's API key and the path to this package.
+
+    Ours holds no credentials of a store.
+    """
     variables = {name: value for name, value in os.environ.items() if name not in ("LLMBENCH_API_KEY", "PYTHONPATH")}
     path = os.environ.get("PYTHONPATH", "").removeprefix(package_parent).lstrip(os.pathsep)
     return variables | ({"PYTHONPATH": path} if path else {})
 
 
 def log_end(log: Path, lines: int = 6) -> str:
-    """The last lines of a log as a sentence."""
+    """Return the last lines of a log as a sentence."""
     with contextlib.suppress(OSError):
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))
@@ -158,12 +165,12 @@ def log_end(log: Path, lines: int = 6) -> str:
 
 
 def bounded(data: bytes) -> bytes:
-    """A log as it is kept: its beginning and its end."""
+    """Return a log cut to its beginning and its end."""
     return data if len(data) <= HEAD_BYTES + TAIL_BYTES else data[:HEAD_BYTES] + CUT + data[-TAIL_BYTES:]
 
 
 def bound(log: Path) -> None:
-    """Keep a log that has grown too long from filling the disk. The server goes on writing at its end, since it appends."""
+    """Shorten a log that has grown too long. The server appends, so it goes on writing at the new end."""
     with contextlib.suppress(OSError):
         if log.stat().st_size > MOST_LOG_BYTES:
             kept = bounded(log.read_bytes())
@@ -173,7 +180,7 @@ def bound(log: Path) -> None:
 
 
 def wait_for_end(pid: int) -> None:
-    """Wait until the keeper of a client that is gone has ended its server, for a time that is more than it takes."""
+    """Wait until the keeper of a client that is gone has ended its server, at most `GRACE_S` + 5 seconds."""
     deadline = time.monotonic() + GRACE_S + 5
     while memory.read(pid) is not None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -212,7 +219,7 @@ class _Keeper:
             self._tell(failed=f"{error.strerror}: {order['arguments'][0]}")
             return 1
         self.server = server.pid
-        seen = memory.read(server.pid)  # at once: it grows from now on
+        seen = memory.read(server.pid)  # read now: it grows from here on
         self._tell(pid=server.pid, beginning=seen and dataclasses.asdict(seen))
         asked = False
         while not asked:
@@ -239,7 +246,7 @@ class _Keeper:
             os.write(self.told, json.dumps(what).encode() + b"\n")
 
     def _reap(self) -> None:
-        """Take note of children that have ended: the server, and orphans that it left."""
+        """Reap children that have ended: the server, and orphans that it left."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -250,7 +257,7 @@ class _Keeper:
                     self._tell(ended=os.waitstatus_to_exitcode(status))
 
     def _end_all(self) -> None:
-        """Ask the server's group to end; what outlives the server is asked too, and what outlives `GRACE_S` is killed."""
+        """Send TERM to the server's group and to what outlives the server, and KILL to what outlives `GRACE_S`."""
         deadline, asked = time.monotonic() + GRACE_S, set[int]()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.server, signal.SIGTERM)
@@ -265,9 +272,9 @@ class _Keeper:
 
 
 def main() -> int:
-    """Keep one server, as ordered on standard input, until that ends."""
+    """Run one server as ordered on standard input, until standard input closes."""
     for name in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(name, lambda *_: None)  # not ignored: that would be inherited
+        signal.signal(name, lambda *_: None)  # not SIG_IGN, which the server would inherit
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER

@@ -1,7 +1,8 @@
-"""Server-sent events from bytes, apart from any transport: the parsing rules of the WHATWG HTML standard, section 9.2.6.
+"""Parse server-sent events from bytes, independent of transport: WHATWG HTML standard, section 9.2.6.
 
-Bytes may be cut anywhere, inside a line ending or a UTF-8 sequence too; the events are the same for every cut. A line
-ends with CR LF, LF or CR; a blank line dispatches the event; an event that no blank line follows is never dispatched.
+Bytes may be cut anywhere, even inside a line ending or a UTF-8 sequence; the events are the same for every cut. A line
+ends with CR LF, LF or CR. A blank line dispatches the event; an event without a blank line after it is never
+dispatched.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Event(NamedTuple):
-    """One dispatched event: its data (lines joined by a line feed), its type, and the last id that the stream has set."""
+    """A dispatched event: its data (lines joined by a line feed), its type, and the last id that the stream set."""
 
     data: str
     type: str = "message"
@@ -20,21 +21,21 @@ class Event(NamedTuple):
 
 
 class EventParser:
-    """Takes bytes as they come and returns the events that they complete.
+    """Incremental parser: takes bytes as they arrive and returns the events that they complete.
 
-    Lines are decoded when they are whole, so no cut can split a character. Damaged UTF-8 becomes U+FFFD, as the standard says.
+    Only whole lines are decoded, so no cut can split a character. Invalid UTF-8 becomes U+FFFD, as the standard says.
     """
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []  # of the line that has not ended
-        self._after_cr = False  # a line feed that comes next belongs to the line before
+        self._after_cr = False  # a line feed that comes next belongs to the previous line ending
         self._first = True
         self._data: list[str] = []
         self._type = ""
         self._id = ""
 
     def feed(self, data: bytes) -> list[Event]:
-        """Events that end within `data`, in order."""
+        """Return the events that end within `data`, in order."""
         if self._after_cr and data:
             self._after_cr = False
             if data[:1] == b"\n":

@@ -1,4 +1,4 @@
-"""Memory of a cell at the five stages, and over time, from what its worker told and what was seen of it from outside."""
+"""Memory of a cell at the five stages and over time, from its worker's events and from samples taken by the parent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from .records import MemorySample, MemoryStages
 from .supervise import GroupOutcome
 
 MOST_SAMPLES = 2000
-"""Memory samples that a result keeps; a night at twenty a second would make it unreadable."""
+"""Most memory samples in a result. At twenty a second, a long run would otherwise make it unreadable."""
 
 
 def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
-    """The five memory stages of one cell of a group; a stage that was not reached, or cannot be read here, is absent."""
+    """Return the memory in bytes of one cell of a group at the five stages.
+
+    A stage that was not reached, or cannot be read on this machine, is absent.
+    """
     mapped = outcome.load.mapped_weight_bytes if outcome.load else 0
     rss: dict[str, int] = {}
     needed: dict[str, int] = {}
@@ -31,7 +34,7 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
             device[stage] = _device_bytes(event["device"], peak=False)
     cell = outcome.cells.get(number, {})
     peak = cell.get("peak")
-    if peak is None and outcome.samples and outcome.error:  # as far as it came, seen from outside twenty times a second
+    if peak is None and outcome.samples and outcome.error:  # it failed: use the parent's samples up to then
         window = [s for s in outcome.samples if not cell or cell["cell"]["t_ns"] <= s.t_ns]
         rss["peak"] = max((s.rss for s in window), default=outcome.samples[-1].rss)
         needed["peak"] = max((s.anonymous for s in window), default=outcome.samples[-1].anonymous) + mapped
@@ -42,19 +45,22 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
         steady = _steady_samples(window, outcome.measured.get(number))
         rss["steady"] = int(median([s.rss for s in steady])) if steady else own["rss"]
         if own["anonymous"] is not None:
-            # Resident peak (exact) less the file pages at the end, for a spike between two samples.
+            # Exact resident peak minus the file pages at the end: catches a spike between two samples.
             spike = rss["peak"] - (own["rss"] - own["anonymous"]) if own["peak_rss"] else 0
             needed["peak"] = max([own["anonymous"], spike, *(s.anonymous for s in window)]) + mapped
             needed["steady"] = (int(median([s.anonymous for s in steady])) if steady else own["anonymous"]) + mapped
     if peak and peak.get("device"):
         device["peak"] = _device_bytes(peak["device"], peak=True)
         device["steady"] = _device_bytes(peak["device"], peak=False)
-        reserved_peak = peak["device"]["peak_reserved"] or None  # what cannot be seen is told as 0
+        reserved_peak = peak["device"]["peak_reserved"] or None  # 0 means that it cannot be read
     return MemoryStages(rss, needed, device, reserved_peak)
 
 
 def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
-    """Memory samples up to the end of the load and during one cell and after it, thinned to `MOST_SAMPLES`; peaks stay."""
+    """Return the memory samples of the load, of one cell and of what follows it, thinned to `MOST_SAMPLES`.
+
+    Each group of neighbouring samples is represented by its largest, so peaks are kept.
+    """
     cell, loaded = outcome.cells.get(number, {}), outcome.stages.get("loaded")
     if "peak" in cell and loaded:
         measured = [s for s in outcome.samples if outcome.evaluated_ns is None or s.t_ns < outcome.evaluated_ns]
@@ -64,7 +70,7 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
             for s in measured
             if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading
         ]
-    elif cell and loaded:  # it failed: what cells before it needed is not its own
+    elif cell and loaded:  # it failed: leave out the memory of earlier cells
         kept = [s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or s.t_ns >= cell["cell"]["t_ns"]]
     else:
         kept = outcome.samples
@@ -73,9 +79,9 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
 
 
 def _device_bytes(seen: Mapping[str, Any], peak: bool) -> int:
-    """What the driver attributes to the process (context and libraries included), else what the allocator holds.
+    """Return the driver's memory of the process in bytes (context and libraries included), else the allocator's.
 
-    The driver keeps no peak: it is what lies outside the allocator now, plus the most that the allocator held.
+    The driver keeps no peak. It is computed as the memory outside the allocator now plus the allocator's peak.
     """
     reserved: int = seen["peak_reserved"] if peak else seen["reserved"]
     if seen["driver"] is None:
@@ -85,7 +91,7 @@ def _device_bytes(seen: Mapping[str, Any], peak: bool) -> int:
 
 
 def _steady_samples(window: Sequence[MemorySample], measured: Measured | None) -> list[MemorySample]:
-    """Samples in the second half of the last repetition."""
+    """Return the samples in the second half of the last repetition."""
     if measured is None or not measured.repetitions:
         return []
     last = measured.repetitions[-1].requests

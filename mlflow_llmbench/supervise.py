@@ -1,4 +1,4 @@
-"""The parent's side of a worker: start it, watch its memory from outside, collect its events, and know how it ended.
+"""Supervise a worker from its parent: start it, sample its memory, collect its events, and find out how it ended.
 
 While a worker measures, this process sleeps in a select and reads one small /proc file twenty times a second.
 """
@@ -30,32 +30,32 @@ from .redaction import redact, worker_environment
 from .server_process import bounded, log_end, wait_for_end
 
 SAMPLE_S = 0.05
-"""Time between two memory samples."""
+"""Seconds between two memory samples."""
 
 LOOK_S = 2.0
-"""Time between two searches for the processes of a server while it is measured."""
+"""Seconds between two searches for the processes of a server while it is measured."""
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
 More = Callable[["GroupOutcome"], tuple[Cell, Path] | None]
-"""Which cell is measured next, and its folder, by what was measured; None for none."""
+"""Chooses the next cell and its folder from the results so far; None if there is none."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a worker may take at most: seconds for each thing that it does, and bytes of host memory. None is no limit."""
+    """Limits of a worker: seconds per step and bytes of host memory. None means no limit."""
 
     load_s: float | None = None
     first_token_s: float | None = None
     repetition_s: float | None = None
     cell_s: float | None = None
     memory_bytes: int | None = None
-    memory_limit: str = "memory_limit"  # how the limit of the memory is called in a message
+    memory_limit: str = "memory_limit"  # name of the memory limit in a message
 
 
 @dataclass
 class GroupOutcome:
-    """What one worker left: its load, stage readings, memory samples, and per cell what was measured or why not."""
+    """The outcome of one worker: its load, stage readings, memory samples, and the measurements or the error."""
 
     load: LoadInfo | None = None
     peaks: dict[str, float] = field(default_factory=dict)
@@ -66,45 +66,45 @@ class GroupOutcome:
     texts: dict[int, list[dict[str, str]]] = field(default_factory=dict)
     cells: dict[int, dict[str, Any]] = field(default_factory=dict)  # number → events "cell" and "peak" of that cell
     log: list[str] = field(default_factory=list)
-    evaluated_ns: int | None = None  # when the evaluation of the quality began, after the last cell
-    text_digest: str = ""  # of the text that is scored
+    evaluated_ns: int | None = None  # start of the quality evaluation, after the last cell
+    text_digest: str = ""  # of the scored text
     scores: TextScores | None = None
-    divergences: dict[str, Divergence] = field(default_factory=dict)  # workload → beside the reference
-    task_scores: dict[str, tuple[TaskScore, ...]] = field(default_factory=dict)  # task of lm-eval as asked → its scores
-    withheld: list[str] = field(default_factory=list)  # why a figure of quality is absent
-    environment: Mapping[str, Any] | None = None  # of the machine that it ran on, where that is not the command's
+    divergences: dict[str, Divergence] = field(default_factory=dict)  # workload → divergence from the reference
+    task_scores: dict[str, tuple[TaskScore, ...]] = field(default_factory=dict)  # requested lm-eval task → its scores
+    withheld: list[str] = field(default_factory=list)  # reasons why quality figures are absent
+    environment: Mapping[str, Any] | None = None  # of the worker's machine, if it is not the command's
     error: LlmbenchError | None = None
     ended: bool = False
     interrupted: bool = False
 
     @property
     def current(self) -> int | None:
-        """Number of the cell that was being measured when the worker ended; None while loading."""
+        """Number of the cell that was being measured when the worker ended; None if there was none."""
         begun = [n for n in self.cells if n not in self.measured]
         return begun[-1] if begun else None
 
     @property
     def stage(self) -> str:
-        """The last stage that was reached."""
+        """The last stage reached."""
         return list(self.stages)[-1] if self.stages else "starting"
 
     def fail(self, error: LlmbenchError) -> None:
-        """Note why the worker did not come to its end. Once every cell is measured that costs figures of quality, nothing else."""
+        """Record why the worker ended early. Once every cell is measured, only quality figures are lost."""
         if self.evaluated_ns is None:
             self.error = error
         else:
             self.withheld.append(f"The evaluation of the quality ended early: {error}")
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """Add one event of the worker."""
+        """Add one event of the worker to the outcome."""
         match event["event"]:
             case "stage" if event["stage"] == "peak":
                 self.cells[list(self.cells)[-1]]["peak"] = event
             case "stage" if event["stage"] == "unloaded" and self.evaluated_ns is not None:
-                pass  # scoring leaves allocations behind (0.5 GB with LLM.int8): what is held then is not what loading left
+                pass  # scoring leaves allocations behind (0.5 GB with LLM.int8), which are not those of the load
             case "stage":
                 self.stages[event["stage"]] = dict(event)
-            case "launched":  # the server's own beginning, not that of the client
+            case "launched":  # the baseline is the server's, not the client's
                 self.stages["baseline"] = dict(event)
             case "peaks":
                 self.peaks, self.idle_w = event["peaks"], event["idle_w"]
@@ -147,12 +147,13 @@ def run_worker(
     more: More | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> GroupOutcome:
-    """Run one job in a fresh process and wait for its end, good or bad: the worker's failure is in `outcome.error`, never raised.
+    """Run one job in a fresh process and wait for its end. A failure of the worker is in `outcome.error`, never raised.
 
-    What it tells is kept in a file beside `log_file`, from which `replay` makes the outcome again; `environment` is kept with it.
-    An interruption ends the worker and is told by `outcome.interrupted`, so that what was measured before is not lost.
-    `quality` says what is evaluated after the last cell (see `reference.order`). With `more` the worker goes on with the cells that it
-    chooses by what was measured; they have the numbers after those of `cells`. `training` is the order of a training (see `qat`).
+    Its events and `environment` are written to a file beside `log_file`, from which `replay` can rebuild the outcome.
+    An interruption ends the worker and sets `outcome.interrupted`, so that earlier measurements are not lost.
+    `quality` is the evaluation to do after the last cell (see `reference.order`). With `more`, the worker goes on with
+    the cells that `more` chooses from the results so far; their numbers follow those of `cells`. `training` is the
+    order of a training (see `qat`).
     """
     outcome = GroupOutcome(environment=environment)
     threads = cells[0].threads or machine.physical_cores()
@@ -189,7 +190,7 @@ def run_worker(
         watch.drain()
     finally:
         _end(process)
-        if watch.keeper:  # the server has our life for its own, and a moment more to end in order
+        if watch.keeper:  # the server ends after its client, in order
             wait_for_end(watch.keeper)
         redact_log(log_file)
         if isinstance(failure, WorkerTimeout) and watch.keeper and outcome.load is None:
@@ -203,7 +204,7 @@ def run_worker(
 
 
 def _keep_server_log(folders: Sequence[Path]) -> None:
-    """Put the beginning and the end of a server's log among the artifacts of each cell that it served, without the secrets in it."""
+    """Write beginning and end of a server's log, without secrets, to the artifacts of each cell that it served."""
     raw = folders[0] / SERVER_LOG
     with contextlib.suppress(OSError, JournalError):
         if raw.exists():
@@ -214,7 +215,10 @@ def _keep_server_log(folders: Sequence[Path]) -> None:
 
 
 def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], GroupOutcome]]:
-    """What each worker of a journal (`worker.jsonl`) told before it, or this program, was killed: the names of its cells' folders, and the outcome."""
+    """Rebuild the outcome of each worker from its journal (`worker.jsonl`), after it or this program was killed.
+
+    Yields the names of its cells' folders, and the outcome.
+    """
     outcome = GroupOutcome()
     folders: list[str] = []
     for event in events:
@@ -234,7 +238,7 @@ def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], Gro
 
 
 def _start(cell: Cell, log_file: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A worker with its log, in the interpreter that the cell names."""
+    """Start a worker that writes to its log, in the interpreter that the cell names."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         return subprocess.Popen(
@@ -247,9 +251,11 @@ def _start(cell: Cell, log_file: Path, variables: Mapping[str, str]) -> subproce
 
 
 def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
-    """The worker's environment: no secret but what a download or a server needs, as many threads as asked, this package importable, nothing that talks.
+    """Return the worker's environment variables.
 
-    A server that it is to launch inherits it, may download, and has as many threads as it takes by itself.
+    They hold no secrets except those that a download or a server needs, set the number of threads, make this package
+    importable, and silence progress bars and telemetry. A server to be launched inherits them, may download, and
+    chooses its own number of threads.
     """
     quiet = {
         "TOKENIZERS_PARALLELISM": "false",
@@ -269,28 +275,28 @@ def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
 
 @dataclass
 class _Watch:
-    """Takes a worker's events until it closes its pipe, samples its memory meanwhile, and holds it to its limits."""
+    """Collect a worker's events until it closes its pipe, sample its memory meanwhile, and enforce its limits."""
 
     process: subprocess.Popen[bytes]
     outcome: GroupOutcome
     limits: Limits
     on_event: OnEvent | None
-    watches_memory: bool = True  # that of a client is not its model's
+    watches_memory: bool = True  # False for a client, whose memory is not the model's
     told: EventLog | None = None
     more: More | None = None
-    added: list[Path] = field(default_factory=list)  # folders of the cells that it has chosen
-    keeper: int | None = None  # the process from which those of a server that we started descend
-    pids: list[int] = field(default_factory=list)  # the server's, as they were last looked for
+    added: list[Path] = field(default_factory=list)  # folders of the cells chosen by `more`
+    keeper: int | None = None  # pid of the keeper, the ancestor of all processes of a server that we started
+    pids: list[int] = field(default_factory=list)  # the server's processes when last searched for
     looked: float = 0.0
-    unread: bytes = b""  # what has come of a line that has not ended
-    lines: deque[bytes] = field(default_factory=deque)  # not taken yet
-    doing: tuple[str, str, float | None] = ("", "", None)  # what the worker does, the limit's name, the limit in s
+    unread: bytes = b""  # beginning of an incomplete line
+    lines: deque[bytes] = field(default_factory=deque)  # complete lines that are not processed yet
+    doing: tuple[str, str, float | None] = ("", "", None)  # the worker's step, its limit's name, its limit in s
     since: float = 0.0
     cell_since: float | None = None
-    written: int = 0  # memory samples that are in the journal
+    written: int = 0  # memory samples already in the journal
 
     def collect(self) -> None:
-        """Raises WorkerTimeout or OutOfMemory where a limit is passed."""
+        """Collect events until the worker closes its pipe. Raises WorkerTimeout or OutOfMemory beyond a limit."""
         assert self.process.stdout
         pipe = self.process.stdout.fileno()
         self._begins("loading", "load_timeout_s", self.limits.load_s)
@@ -314,7 +320,7 @@ class _Watch:
                     self._take(self._next())
 
     def drain(self) -> None:
-        """After an interruption, once the worker is gone: take what it had told and nobody has read, a measured cell perhaps."""
+        """Read the remaining events of a worker that was interrupted and is gone; they may hold a measured cell."""
         assert self.process.stdout
         with contextlib.suppress(OSError):
             while chunk := os.read(self.process.stdout.fileno(), 1 << 20):
@@ -327,7 +333,10 @@ class _Watch:
         self.lines.extend(lines)
 
     def _next(self) -> dict[str, Any]:
-        """The next event, added to the outcome before its line is given up: an interruption can come between any two steps."""
+        """Return the next event.
+
+        It is added to the outcome before its line is dropped, since an interruption can come between any two steps.
+        """
         event: dict[str, Any] = json.loads(self.lines[0])
         if event["event"] == "launched":
             self.keeper = event["keeper"]
@@ -378,7 +387,7 @@ class _Watch:
                 self.told.append("samples", samples=samples)
             if self.told:
                 self.told.append(**event)
-        except JournalError:  # it serves only where this process is killed; the worker's own journal says what matters
+        except JournalError:  # only needed if this process is killed; the worker's own journal has the measurements
             self.told = None
 
     def _begins(self, doing: str, name: str, limit_s: float | None) -> None:
@@ -391,7 +400,8 @@ class _Watch:
         for since, doing, name, limit_s in checks:
             if limit_s is not None and time.monotonic() - since > limit_s:
                 raise WorkerTimeout(
-                    f"The worker was ended at stage {self.outcome.stage}: {doing} took more than {name}={limit_s:g}. Try a smaller configuration, or allow it more."
+                    f"The worker was ended at stage {self.outcome.stage}: {doing} took more than {name}={limit_s:g}. "
+                    "Try a smaller configuration, or raise the limit."
                 )
 
     def _sample(self) -> None:
@@ -404,12 +414,16 @@ class _Watch:
         limit = self.limits.memory_bytes
         if limit is not None and needed > limit:
             raise OutOfMemory(
-                f"The {'server' if self.keeper else 'worker'} needed {needed / 1e9:.3f} GB at stage {self.outcome.stage} and was ended there, since {self.limits.memory_limit} is "
-                f"{limit / 1e9:.3f} GB. Try a smaller batch_size or quantization."
+                f"The {'server' if self.keeper else 'worker'} needed {needed / 1e9:.3f} GB at stage "
+                f"{self.outcome.stage} and was ended there, since {self.limits.memory_limit} is {limit / 1e9:.3f} GB. "
+                "Try a smaller batch_size or quantization."
             )
 
     def _server_memory(self, anew: bool = False) -> HostMemory:
-        """Memory of a server's processes, which are looked for `anew` at a stage, else now and then: that takes milliseconds."""
+        """Read the memory of a server's processes.
+
+        The processes are searched for if `anew` (at a stage), else every `LOOK_S`, since a search takes milliseconds.
+        """
         assert self.keeper
         now = time.monotonic()
         if anew or now - self.looked > LOOK_S:
@@ -426,7 +440,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Make sure that the worker is gone: ask, wait a little, insist."""
+    """End the worker: TERM, wait up to 2 s, then KILL."""
     for stop in (process.terminate, process.kill):
         if process.poll() is None:
             stop()
@@ -437,10 +451,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _sudden_end(code: int, stage: str, log_file: Path) -> LlmbenchError:
-    """The error for a worker that ended without a word."""
+    """Return the error for a worker that ended without reporting its end."""
     if code == -signal.SIGKILL:
         return OutOfMemory(
-            f"The worker was killed at stage {stage}, most likely by the kernel because memory ran out. Try a smaller batch_size or quantization."
+            f"The worker was killed at stage {stage}, most likely by the kernel because memory ran out. "
+            "Try a smaller batch_size or quantization."
         )
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     tail = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing was printed"]

@@ -1,4 +1,7 @@
-"""What a quantization-aware training gained, as figures, sentences and tables: the unquantized model, the quantization untrained, and trained."""
+"""The gain of a quantization-aware training as figures, sentences and tables.
+
+Three models are compared: unquantized, quantized without training, and quantized with training.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from .report import shown, split_table
 from .training import QUANT, Training
 
 UNQUANTIZED, UNTRAINED, TRAINED = "unquantized", "untrained", "trained"
-"""The three models that are compared: as it was, quantized after its training, and quantized after being trained for it."""
+"""The three compared models: unquantized, quantized without training for it, and quantized after training for it."""
 
 ESTIMATES = {
     "quality/kl_vs_reference": kl_divergence,
@@ -26,9 +29,11 @@ HEADING = ("model", "KL nats", "top-1", "perplexity")
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training left. `outcome`: `ok`, `error` or `interrupted`; `losses`: of each step, nats per token; `qualities`: by the names above.
+    """The result of a training.
 
-    `plan` counts what was to be done: parameters `trained` and `frozen`, `layers`, bytes `needed`, `sequences` of the data.
+    `outcome` is `ok`, `error` or `interrupted`. `losses` has one loss per step, in nats per token. `qualities` is keyed
+    by the names above. `plan` counts parameters `trained` and `frozen`, `layers`, bytes `needed`, and `sequences` of
+    the data.
     """
 
     cell: Cell
@@ -37,7 +42,7 @@ class Trained:
     outcome: str = "error"
     message: str = ""  # why it ended early
     folder: str = ""  # of the results
-    checkpoint: str | None = None  # where it is, once it is whole
+    checkpoint: str | None = None  # its folder, once it is complete
     run_id: str | None = None
     plan: Mapping[str, int] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
@@ -45,12 +50,15 @@ class Trained:
 
     @property
     def exit_code(self) -> int:
-        """Of the command."""
+        """The exit code of the command: 0, 130 if interrupted, else 1."""
         return {"ok": 0, "interrupted": 130}.get(self.outcome, 1)
 
 
 def training_figures(done: Trained) -> dict[str, float]:
-    """Summary metrics under their MLflow keys: `quality/…` of the trained quantization, `qat/…` beside it. What was not measured is absent."""
+    """Return the summary metrics under their MLflow keys: `quality/…` of the trained quantization, and `qat/…`.
+
+    Metrics that were not measured are absent.
+    """
     found: dict[str, float | None] = dict(figures(done.qualities[TRAINED])) if TRAINED in done.qualities else {}
     for name, prefix in ((UNTRAINED, "ptq"), (UNQUANTIZED, "unquantized")):
         if name in done.qualities:
@@ -79,21 +87,27 @@ def _reduction(done: Trained) -> Estimate | None:
 
 
 def conclusion(done: Trained) -> str:
-    """What the training did to the divergence, in a sentence that claims no more than the interval does."""
+    """Return one sentence on how the training changed the divergence. It claims no more than the interval supports."""
     reduction, found = _reduction(done), training_figures(done)
     if reduction is None or reduction.low is None or reduction.high is None:
-        return "How much the training recovered could not be measured."
-    ends = f"{shown('qat/kl_reduction', reduction.value)} nats [{shown('qat/kl_reduction', reduction.low)}, {shown('qat/kl_reduction', reduction.high)}]"
+        return "The effect of the training could not be measured."
+    ends = (
+        f"{shown('qat/kl_reduction', reduction.value)} nats "
+        f"[{shown('qat/kl_reduction', reduction.low)}, {shown('qat/kl_reduction', reduction.high)}]"
+    )
     if reduction.low > 0:
         share = f"{100 * found['qat/kl_recovered_ratio']:.0f} % of the KL divergence that {QUANT} costs without it"
-        return f"Training took back {share}: {ends}, 95 % interval over prompts, on text that was never trained on."
+        return f"Training recovered {share}: {ends}, 95 % interval over prompts, on text held out from training."
     if reduction.high < 0:
         return f"Training made the KL divergence larger: {ends}. Use a smaller learning_rate, or more text."
-    return f"Whether training helped cannot be told: {ends} of KL divergence less, 95 % interval over prompts. Train longer, or hold out more text."
+    return (
+        f"It cannot be told whether training helped: the KL divergence fell by {ends}, 95 % interval over prompts. "
+        "Train longer, or hold out more text."
+    )
 
 
 def table_body(done: Trained) -> list[list[str]]:
-    """One line for each model that was measured: figures with their intervals."""
+    """Return one line for each measured model: figures with their 95 % intervals."""
     groups = f"group_size={done.cell.group_size}"
     names = {UNQUANTIZED: "unquantized", UNTRAINED: f"{QUANT}, {groups}", TRAINED: f"{QUANT}, {groups}, trained"}
     body = []
@@ -115,7 +129,7 @@ def _shown(key: str, estimate: Estimate | None) -> str:
 
 
 def format_trained(done: Trained) -> str:
-    """The result for a terminal."""
+    """Format the result for a terminal."""
     lines = [plain(done.message)] if done.message else []
     body = table_body(done)
     if body:
@@ -130,7 +144,7 @@ def format_trained(done: Trained) -> str:
 
 
 def training_markdown(done: Trained) -> str:
-    """The description of the run, and its report.md."""
+    """Return the description of the run, which is also its report.md."""
     t, plan = done.training, done.plan
     lines = [f"**{markdown(done.cell.model)}** trained for `{QUANT}`, groups of {done.cell.group_size}"]
     if done.message:
@@ -146,17 +160,19 @@ def training_markdown(done: Trained) -> str:
     if plan:
         lines += [
             "",
-            f"{len(done.losses)} of {t.steps} steps of {t.batch_size} × {t.sequence_tokens} tokens, loss `{t.loss}`, learning rate {t.learning_rate:g}, "
-            f"seed {done.cell.seed}; {plan['trained']:,} parameters trained in float32, {plan['frozen']:,} frozen.",
+            f"{len(done.losses)} of {t.steps} steps of {t.batch_size} × {t.sequence_tokens} tokens, loss `{t.loss}`, "
+            f"learning rate {t.learning_rate:g}, seed {done.cell.seed}; {plan['trained']:,} parameters trained in "
+            f"float32, {plan['frozen']:,} frozen.",
         ]
     if done.checkpoint:
         lines += [
             "",
-            f"Run it: `llmbench run --model {plain(done.checkpoint)} --quant {QUANT} --group-size {done.cell.group_size}`",
+            f"Run it: `llmbench run --model {plain(done.checkpoint)} --quant {QUANT} "
+            f"--group-size {done.cell.group_size}`",
         ]
     return "\n".join(lines) + "\n"
 
 
 def quality_table(done: Trained) -> dict[str, Any]:
-    """tables/quality.json, which the MLflow UI shows and compares."""
+    """Return tables/quality.json, which the MLflow UI shows and compares."""
     return split_table(HEADING, table_body(done))

@@ -1,7 +1,7 @@
-"""The child process: load a model once, measure the cells that share it, journal every repetition, unload.
+"""The worker process: load a model once, measure the cells that share it, journal every repetition, unload.
 
-`python -m mlflow_llmbench.worker` reads one job (JSON) from its standard input and writes events as JSON lines to its
-standard output, which nothing else can reach: whatever libraries print goes to the log. It does not know MLflow.
+`python -m mlflow_llmbench.worker` reads one job (JSON) from standard input and writes events as JSON lines to standard
+output. Nothing else can write there: output of libraries goes to the log. It does not use MLflow.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from .records import LoadInfo, ModelFacts, from_json, to_json
 from .workload import PromptSet, load_prompts
 
 LINES_PER_MESSAGE = 3
-"""How often one log message is written; bitsandbytes has one per matrix product, a hundred thousand in a minute."""
+"""Times that one log message is written. bitsandbytes logs one per matrix product, 100 000 in a minute."""
 
 
 class Flood(logging.Handler):
-    """Writes each distinct message of third-party loggers a few times, then only counts it."""
+    """A log handler that writes each distinct message `LINES_PER_MESSAGE` times, then only counts it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Count the message, and write it while it is new."""
+        """Count the message, and write it unless it was written often enough."""
         key = (record.name, str(record.msg))
         self.counts[key] += 1
         if self.counts[key] <= LINES_PER_MESSAGE:
             sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
 
     def summary(self) -> list[str]:
-        """Each message once, with how often it came."""
+        """Return the 50 most frequent messages, each with its count."""
         return [f"{name}: {message} (× {count})" for (name, message), count in self.counts.most_common(50)]
 
 
 def main() -> int:
-    """Run the job that stands on standard input. Returns the exit code: 0 when the job's events tell its end, good or bad."""
+    """Run the job on standard input. Return the exit code: 0 if its events report the end, success or failure."""
     machine.die_with_parent()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a closed terminal reach the whole group; the parent decides
+    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a closed terminal signal the whole group; the parent decides
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     flood = _tame_logs()
@@ -74,7 +74,7 @@ def main() -> int:
     job = json.loads(sys.stdin.readline())
     try:
         if job["task"] == "prepare":
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that half a checkpoint is removed
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an incomplete checkpoint is removed
             cell = from_json(Cell, job["cells"][0])
             backend_class(cell.backend).prepare(cell, from_json(ModelFacts, job["model"]))
         elif job["task"] == "resolve":
@@ -126,12 +126,12 @@ def _measure_group(job: dict[str, Any], tell: Any) -> None:
     finally:
         backend.close()
         gc.collect()
-        memory.trim()  # the C allocator's cache is emptied like the device's; what remains is really held
+        memory.trim()  # empty the C allocator's cache like the device's, so that the reading has only memory in use
         _stage("unloaded", backend, tell)
 
 
 def _cells(cells: Sequence[Cell], job: Mapping[str, Any], tell: Any) -> Iterator[tuple[Cell, Path]]:
-    """The cells of a job with their folders; then, where it is a search, those that the parent chooses by what was measured."""
+    """Yield the cells of a job with their folders; in a search, then those that the parent chooses from the results."""
     yield from zip(cells, map(Path, job["folders"]), strict=True)
     while job["searches"]:
         tell("asks")
@@ -142,7 +142,10 @@ def _cells(cells: Sequence[Cell], job: Mapping[str, Any], tell: Any) -> Iterator
 
 
 def _launch(backend: ServerBackend, folder: Path, tell: Any) -> LoadInfo:
-    """Start the server of a group's cells, and find out what it is; it ends with us, and at once if it is not what was asked for."""
+    """Start the server of a group's cells and return its facts.
+
+    It ends with this process, and at once if it is not the requested one.
+    """
     try:
         backend.launch(folder / SERVER_LOG, lambda keeper, beginning: tell("launched", keeper=keeper, host=beginning))
         return backend.load()
@@ -152,7 +155,10 @@ def _launch(backend: ServerBackend, folder: Path, tell: Any) -> LoadInfo:
 
 
 def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, tell: Any) -> None:
-    """Measure the quality of the loaded model. Every cell is measured, and its memory is read: nothing of this is in their figures."""
+    """Measure the quality of the loaded model.
+
+    This runs after every cell is measured and its memory is read, so it does not affect their figures.
+    """
     tell("evaluating", digest=order["digest"])
     if order.get("withheld"):
         tell("withheld", message=order["withheld"])
@@ -162,7 +168,7 @@ def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, tell
 
 
 def _loaded(job: dict[str, Any], tell: Any) -> tuple[Backend, ModelFacts, LoadInfo]:
-    """The model of a job's first cell, loaded and not measured."""
+    """Load the model of a job's first cell without measuring it."""
     cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
     kind = backend_class(cell.backend)
     _import_libraries(kind, job["threads"])
@@ -172,14 +178,14 @@ def _loaded(job: dict[str, Any], tell: Any) -> tuple[Backend, ModelFacts, LoadIn
 
 
 def _evaluate_alone(job: dict[str, Any], tell: Any) -> None:
-    """Measure the quality of a model, and nothing else."""
+    """Measure only the quality of a model."""
     backend, facts, info = _loaded(job, tell)
     tell("load", info=info)
     _evaluate(backend, job["quality"], facts.context, tell)
 
 
 def _train(job: dict[str, Any], tell: Any) -> None:
-    """Make a trained checkpoint of a model."""
+    """Train a model and write the checkpoint."""
     cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
     tell("stage", stage="starting")
     _import_libraries(backend_class(cell.backend), job["threads"])
@@ -189,7 +195,7 @@ def _train(job: dict[str, Any], tell: Any) -> None:
 
 
 def _write_references(job: dict[str, Any], tell: Any) -> None:
-    """Compute what the quantized models are compared with, by the unquantized one."""
+    """Compute the reference for quantized models with the unquantized one."""
     from .backends import scoring
 
     backend, facts, _ = _loaded(job, tell)
@@ -197,15 +203,16 @@ def _write_references(job: dict[str, Any], tell: Any) -> None:
 
 
 def _check_lengths(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:
-    """Raise MeasurementError if a text that is taken as it is leaves no room for the output."""
+    """Raise MeasurementError if a text of unchanged length leaves no room for the output in the context."""
     if cell.history != "none":
         _check_conversations(backend, cell, prompts, context)
         return
     longest = max(len(backend.encode(text)) for text in prompts.texts)
     if cell.prompt_tokens is None and context is not None and longest + cell.output_tokens > context:
         raise MeasurementError(
-            f"The longest text of workload {prompts.name} has {longest} tokens, and with output_tokens={cell.output_tokens} that is more than the "
-            f"context of {context}. Give a number of prompt_tokens, or shorter texts."
+            f"The longest text of workload {prompts.name} has {longest} tokens, and with "
+            f"output_tokens={cell.output_tokens} that is more than the context of {context}. "
+            "Give a number of prompt_tokens, or shorter texts."
         )
 
 
@@ -217,8 +224,9 @@ def _check_conversations(backend: Backend, cell: Cell, prompts: PromptSet, conte
     longest = max(sum(map(len, added)) + len(added) * cell.output_tokens for added in turns)
     if context is not None and longest > context:
         raise MeasurementError(
-            f"The longest conversation of workload {prompts.name} has {longest} tokens with output_tokens={cell.output_tokens} for each answer, and that "
-            f"is more than the context of {context}. Ask for shorter answers, or give shorter conversations."
+            f"The longest conversation of workload {prompts.name} has {longest} tokens with "
+            f"output_tokens={cell.output_tokens} for each answer, and that is more than the context of {context}. "
+            "Ask for shorter answers, or give shorter conversations."
         )
 
 
@@ -229,7 +237,7 @@ def _measure_one(
     prompts = load_prompts(cell.workload)
     tell("cell", number=number)
     if prompts.texts and not backend.capabilities.online:
-        _check_lengths(backend, cell, prompts, context)  # and the tokenizer is loaded before the clock runs
+        _check_lengths(backend, cell, prompts, context)  # this also loads the tokenizer before the clock runs
 
     def say(event: str, **data: Any) -> None:
         if event != "first_token":
@@ -239,7 +247,7 @@ def _measure_one(
     try:
         compile_s = _compile(backend, cell, prompts, info, tell)
         backend.trim()
-        memory.trim()  # what a larger cell before this one needed is not this one's
+        memory.trim()  # memory of a larger earlier cell is not this one's
         memory.reset_peak()
         backend.device_memory(reset=True)
         tell("measuring", number=number)
@@ -251,10 +259,10 @@ def _measure_one(
             )
         _stage("peak", backend, tell)
         measured = replace(measured, compile_s=compile_s, same_tokens=_same_tokens(backend, cell, prompts, info))
-        if cell.history == "kept":  # after the peak was read, for it computes what the cell did not
+        if cell.history == "kept":  # after the peak was read, since this computes more than the cell did
             try:
                 measured = replace(measured, same_replies=compare_replies(backend, cell, prompts, measured))
-            except (LlmbenchError, MemoryError) as error:  # costs this figure only
+            except (LlmbenchError, MemoryError) as error:  # only this figure is lost
                 print(f"Replies with a recomputed history: {error or 'memory ran out'}", file=sys.stderr)
         texts = [
             {"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs
@@ -269,7 +277,10 @@ def _measure_one(
 
 
 def _compile(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo, tell: Any) -> float | None:
-    """Have the decode step compiled for the shape of a cell, before its clock and its peak of memory begin; seconds, None where nothing is."""
+    """Compile the decode step for the shape of a cell, before its clock and its peak memory begin.
+
+    Return the seconds that it took, or None if the cell is not compiled.
+    """
     if cell.decode != "compiled" or cell.decode not in backend.capabilities.decodes:
         return None
     tell("compiling")
@@ -280,18 +291,21 @@ def _compile(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo, t
 
 
 def _same_tokens(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo) -> tuple[int, ...]:
-    """Whether another decode path gives the tokens of the plain one, after the peak was read; empty where it is the plain one, or the only one."""
+    """Compare the tokens of another decode path with plain decoding (see `compare_decoding`), after the peak was read.
+
+    Return an empty tuple for plain decoding, or if the backend has only one decode path.
+    """
     if (cell.decode == "generate" and cell.kv_cache is None) or len(backend.capabilities.decodes) == 1:
         return ()
     try:
         return compare_decoding(cast(DecodingBackend, backend), cell, prompts, info.vocab_size or 32000)
-    except (LlmbenchError, MemoryError) as error:  # costs this figure only
+    except (LlmbenchError, MemoryError) as error:  # only this figure is lost
         print(f"Tokens of plain decoding: {error or 'memory ran out'}", file=sys.stderr)
         return ()
 
 
 def _stage(stage: str, backend: Backend, tell: Any) -> None:
-    """Tell that a stage is reached, with this process's own exact reading; then start a new high-water mark."""
+    """Report that a stage is reached, with this process's own exact memory reading; then reset the peak."""
     own = None if backend.capabilities.online else memory.read()  # the client's memory is not the model's
     device = backend.device_memory()
     tell("stage", stage=stage, host=own, device=device)
@@ -299,7 +313,7 @@ def _stage(stage: str, backend: Backend, tell: Any) -> None:
 
 
 def _tame_logs() -> Flood:
-    """Send every library's log and warnings through one handler that writes repeated messages a few times only."""
+    """Send the logs and warnings of all libraries through one `Flood` handler, and return it."""
     flood = Flood()
     logging.basicConfig(handlers=[flood], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
@@ -307,7 +321,7 @@ def _tame_logs() -> Flood:
 
 
 def _import_libraries(kind: type[Backend], threads: int) -> None:
-    """Import what the backend needs before the *baseline* stage, with its logs sent our way and its threads set."""
+    """Import the backend's libraries before the *baseline* stage, redirect their logs, and set the threads."""
     os.environ.update(kind.capabilities.variables)
     for name in kind.capabilities.heavy:
         importlib.import_module(name)
@@ -326,4 +340,4 @@ def _import_libraries(kind: type[Backend], threads: int) -> None:
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    os._exit(code)  # all is told and closed; to take torch apart in order takes more than a second of the sweep's time
+    os._exit(code)  # everything is written and closed; an orderly exit with torch would take more than a second

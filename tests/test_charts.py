@@ -1,4 +1,4 @@
-"""Charts of real records: which files come, that they hold the right values and words, and that they never change by themselves."""
+"""Charts of real records: the files, their values and words, and that the same input gives the same bytes."""
 
 import dataclasses
 import subprocess
@@ -75,7 +75,7 @@ def points_of(
 
 
 def texts(path: Path) -> str:
-    """All text of an SVG; fails if it is not well-formed XML or if text was drawn as paths."""
+    """Return all text of an SVG. Fails if it is not well-formed XML or if text was drawn as paths."""
     root = ElementTree.parse(path).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     found = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -396,7 +396,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_pyplot_is_never_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from mlflow_llmbench import charts; assert 'matplotlib' not in sys.modules;"
+        "import sys; from pathlib import Path; from mlflow_llmbench import charts;"
+        "assert 'matplotlib' not in sys.modules;"
         "from mlflow_llmbench.cell import Cell; k = 'latency/itl_ms_p50';"
         "charts.draw_sweep([(Cell(), {k: 1.0}), (Cell(quant='int8'), {k: 2.0})], Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules"

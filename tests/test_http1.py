@@ -1,4 +1,4 @@
-"""HTTP/1.1 answers cut anywhere: the same body, or an end that is told as what it was."""
+"""HTTP/1.1 answers cut anywhere give the same body, or an outcome that says how they ended."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mlflow_llmbench.http1 import Connection, Exchange, Limits
 
 
 def said(*events: bytes, status: int = 200) -> Exchange:
-    """A whole answer of these parts, one read each."""
+    """Return a whole answer of these parts, one read each."""
     return Exchange(
-        0, t0_ns=1, end_ns=99, status=status, headers={"content-type": "text/event-stream"}, stamps=list(range(10, 10 + len(events))), parts=list(events),
-        framed=True,
+        0, t0_ns=1, end_ns=99, status=status, headers={"content-type": "text/event-stream"},
+        stamps=list(range(10, 10 + len(events))), parts=list(events), framed=True,
     )  # fmt: skip
 
 
 class Wire:
-    """The end of a transport that a connection writes to."""
+    """A transport that records what a connection writes."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -36,7 +36,7 @@ class Wire:
 def answer(
     pieces: list[bytes], *, cut: bool = False, limits: Limits | None = None
 ) -> tuple[Exchange, Connection, bool]:
-    """The exchange that a connection makes of these reads, and whether it ended."""
+    """Return the exchange that a connection makes of these reads, and whether it ended."""
     ended: list[Exchange] = []
     connection = Connection(limits or Limits(), lambda _, exchange: ended.append(exchange))
     wire: Any = Wire()
@@ -96,7 +96,7 @@ def test_every_cut_gives_the_same_answer(name: str) -> None:
 
 @pytest.mark.parametrize("stream", [*STREAMS.values(), CLOSE], ids=[*STREAMS, "close"])
 def test_an_answer_that_was_cut_is_never_complete(stream: bytes) -> None:
-    """At every byte. Complete is only what has its [DONE], wherever the connection ended after it."""
+    """Cut at every byte. An answer is complete only with its [DONE], wherever the connection ends after it."""
     for cut in range(len(stream)):
         exchange, connection, ended = answer([stream[:cut]] if cut else [], cut=True)
         record = read_answer(exchange)
@@ -185,7 +185,7 @@ def test_stamps_are_those_of_the_reads_that_end_an_event() -> None:
 
 
 def test_an_answer_cut_into_its_bytes_is_no_flood() -> None:
-    """Each byte a read: as many parts as there are lines, each stamped with its last byte; only lines without end are too many."""
+    """With one read per byte, there is one part per line, stamped with its last byte; only endless lines fail."""
     stream = STREAMS["chunked"]
     exchange, _, ended = answer([bytes([byte]) for byte in stream], limits=Limits(most_reads=20))
     assert ended
@@ -236,7 +236,7 @@ def test_a_pause_after_the_first_event_is_waiting_for_the_first_token() -> None:
     role, paused = chunked(token(""), last=b""), "The answer paused for longer than 1 s."
     for reads, after_s, message in (
         ([role], 2.0, ""),
-        ([role], 6.0, "No token came within 5 s."),
+        ([role], 6.0, "No token arrived within 5 s."),
         ([role, role], 2.0, paused),
         ([role + role], 2.0, paused),
     ):

@@ -105,7 +105,7 @@ def test_a_command_that_cannot_be_meant_is_refused_by_one_line(settings: dict[st
 
 
 def test_a_program_that_is_not_there_is_refused_before_anything_starts(store_uri: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="launch begins with a program that is not there: serve-nothing"):
+    with pytest.raises(UsageError, match="launch begins with a program that was not found: serve-nothing"):
         run(tracking_uri=store_uri, launch="serve-nothing {port}", **FAST)
     assert not (tmp_path / "llmbench-results").exists()
 

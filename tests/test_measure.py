@@ -1,4 +1,4 @@
-"""The measurement against a backend whose every delay is known."""
+"""The measurement of a backend with known delays."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def measure(script: str, **settings: Any) -> tuple[Measured, Cell]:
 
 
 def least(values: list[float]) -> float:
-    """The least disturbed value: on a shared machine a deadline can only be missed, never be met early."""
+    """Return the least disturbed value: on a shared machine, events can only be late, never early."""
     return min(values)
 
 
 def test_stamps_are_those_of_the_script() -> None:
-    """No token comes before its time; how late each is on a shared machine shows in the least disturbed of eight repetitions."""
+    """No token is early. Its delay on a shared machine is that in the least disturbed of eight repetitions."""
     measured, _ = measure("ttft_ms=40+itl_ms=20", repetitions=8)
     requests = [r.requests[0] for r in measured.repetitions]
     assert all(stamp - r.t0_ns >= (40 + 20 * i) * 1e6 for r in requests for i, stamp in enumerate(r.stamps_ns))
@@ -96,7 +96,7 @@ def test_outputs_are_kept_for_texts_only() -> None:
 def test_faults_come_out_as_ours() -> None:
     with pytest.raises(OutOfMemory, match="Scripted out-of-memory"):
         measure("fail=oom")
-    with pytest.raises(MeasurementError, match="no token at all"):
+    with pytest.raises(MeasurementError, match="generated no token"):
         measure("stop_after=0")
     backend, cell = fake("fail=oom+above_batch=2", batch_size=2)
     assert time_request(backend, [[1], [2]], cell.output_tokens)[0].rows == 2

@@ -441,7 +441,7 @@ def test_what_was_taken_back_by_hand() -> None:
     assert found["qat/unquantized_perplexity"] == pytest.approx(math.e)
     assert set(found) <= set(KEYS)
     assert conclusion(done).startswith(
-        "Training took back 50 % of the KL divergence that int4-wo costs without it: 0.300 nats [0.300, 0.300]"
+        "Training recovered 50 % of the KL divergence that int4-wo costs without it: 0.300 nats [0.300, 0.300]"
     )
     lines = format_trained(done).splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == [
@@ -455,14 +455,14 @@ def test_what_was_taken_back_by_hand() -> None:
 def test_a_conclusion_claims_no_more_than_its_interval() -> None:
     before = quality((0.5, 0.7), (0.6, 0.6))
     assert conclusion(result(before, quality((0.1, 0.2), (0.9, 0.9)))).startswith(
-        "Whether training helped cannot be told: 0.0750 nats [-"
+        "It cannot be told whether training helped: the KL divergence fell by 0.0750 nats [-"
     )
     assert conclusion(result(before, quality((0.8, 1.0), (0.9, 0.9)))).startswith(
         "Training made the KL divergence larger: -0.300 nats"
     )
     assert (
         conclusion(result(before, quality((0.1, 0.2), (0.9, 0.9), digest="e")))
-        == "How much the training recovered could not be measured."
+        == "The effect of the training could not be measured."
     )
 
 
@@ -530,7 +530,7 @@ def test_a_training_is_a_run_and_its_checkpoint_a_cell(
     assert contexts == {"data.txt": "training", "data.txt, held out": "evaluation"}
     tags = found.data.tags
     assert tags["llmbench.env_hash"] and tags["llmbench.uploaded"] == "true"
-    assert "took back" in tags["mlflow.note.content"]
+    assert "recovered" in tags["mlflow.note.content"]
     recipe = json.loads((tmp_path / "made" / training.RECIPE).read_text())
     assert recipe["data_hash"] == found.data.params["qat.data_hash"] == last["data_digest"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".made")]

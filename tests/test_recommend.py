@@ -281,7 +281,7 @@ def test_nothing_keeps_the_limits() -> None:
         "int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. "
         "Its median time to first token"
     )
-    assert "none of the 4 that can be trusted and compared keeps the limits" in answer(found)
+    assert "none of the 4 trusted and comparable results meets the limits" in answer(found)
     data = json.loads(json.dumps(recommendation_json(found)))
     assert data["winner"] is None and len(data["refused"]) == 4
 
