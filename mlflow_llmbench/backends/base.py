@@ -43,9 +43,9 @@ A step with several tokens per row, as in speculative decoding, is a sequence of
 
 
 Started = Callable[[int, dict[str, int | None] | None], None]
-"""Called when a server was started: the id of its root process, and the memory of that process then, if it can be read.
+"""Called when a server was started: id of the process from which all of its processes descend, and its memory then.
 
-The memory has the fields of `memory.HostMemory`.
+The memory has the fields of `memory.HostMemory`; it is None if it cannot be read.
 """
 
 
