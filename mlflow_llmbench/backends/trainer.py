@@ -217,10 +217,11 @@ def _quantizer() -> Any:
     from torchao.quantization.utils import get_groupwise_affine_qparams
 
     class AsLoaded(IntxFakeQuantizer):  # type: ignore[misc]
-        """Quantizes a weight as in the loaded cell: cast to bfloat16, as it is saved, with bfloat16 scale and zero point.
+        """Quantizes a weight as in the loaded cell: cast to bfloat16, as saved, with scale and zero point in bfloat16.
 
         The integers come from the functions with which torchao packs weights. Their values, (q − 8) · scale + zero,
-        are computed in float32, as in the kernels (aten `int4mm_kernel.cpp`); torchao's own fake quantizer rounds
+        are computed in float32, as in the kernels (aten
+        `int4mm_kernel.cpp`); torchao's own fake quantizer rounds
         product and sum to bfloat16.
         """
 

@@ -90,7 +90,7 @@ class TransformersBackend:
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        """Return True if the files are on this disk. Always False for GPTQ, whose checkpoint is found by content only."""
+        """Return True if the files are on this disk. Always False for GPTQ: its checkpoint is found by content only."""
         small = model.assistant is None or sources.is_here(sources.assistant_of(cell), model.assistant)
         planned = cell.quant != MIXED or mixed.is_prepared(cell, model)
         return cell.quant not in GPTQ_BITS and small and planned and sources.is_here(cell, model)
