@@ -119,7 +119,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         gptq.require()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(MissingError, match=r"needs a C\+\+ compiler, .* no-such-compiler is not there"):
+    with pytest.raises(MissingError, match=r"needs a C\+\+ compiler, .* no-such-compiler is not installed"):
         gptq.require()
 
 

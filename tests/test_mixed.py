@@ -85,7 +85,7 @@ def test_a_budget_of_bytes_is_of_the_whole_model() -> None:
     assert mixed.choose(found, "1004040B").weight_bytes == 1_004_040
     with pytest.raises(
         UsageError,
-        match=r"quant_budget=1MB is too small for m: int4 throughout takes 4\.48 bits per weight, 1\.1MB with what",
+        match=r"quant_budget=1MB is too small for m: int4 throughout takes 4\.48 bits per weight, 1\.1MB with",
     ):
         mixed.choose(found, "1MB")
     with pytest.raises(UsageError, match=r"quant_budget=4 is too small"):

@@ -147,7 +147,7 @@ def test_a_dtype_that_was_not_realised_is_found(tiny_model: Path) -> None:
         found = inspection.inspect_model(backend.model)
     with pytest.raises(NotRealised, match="quant=bf16 was asked for"):
         inspection.verify("bf16", "cpu", found)
-    with pytest.raises(NotRealised, match="quant=int8 was asked for, and the linear layers are"):
+    with pytest.raises(NotRealised, match="quant=int8 was asked for, but the linear layers are"):
         inspection.verify("int8", "cpu", found)
     with pytest.raises(NotRealised, match="The model is on cpu, not on cuda:0"):
         inspection.verify("bf16", "cuda:0", found)

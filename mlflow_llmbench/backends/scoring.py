@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import torch
 
 WINDOW, STRIDE = 512, 256
-"""Most tokens that the model sees, and tokens that each window after the first scores."""
+"""Maximum number of tokens that the model sees, and tokens that each window after the first scores."""
 
 MOST_TEXT_TOKENS = 16_384
-"""Most tokens of a text that are scored; a book on a CPU would take hours, and the interval is narrow long before."""
+"""Maximum number of scored tokens of a text. A book on a CPU would take hours; the interval is narrow long before."""
 
 REFERENCE_BYTES = 300_000_000
-"""Most bytes of the logits of one reference; a row of Gemma's vocabulary takes half a megabyte."""
+"""Maximum size in bytes of the logits of one reference; a row of Gemma's vocabulary takes half a megabyte."""
 
 MOST_PROMPTS, MOST_POSITIONS, LEAST_POSITIONS = 64, 32, 8
 MOST_PROMPT_TOKENS = 512
