@@ -1,4 +1,4 @@
-"""Affine quantization as the EffiLLM paper writes it, for checking what quantizations of the libraries hold and lose. Not a product."""
+"""Affine quantization as the EffiLLM paper defines it, to check size and error of the libraries' quantizations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 
 
 def quantize(x: torch.Tensor, bits: int, group: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Q(x) = round((x − min) / (max − min) · (2^b − 1)): codes, and min and step (max − min) / (2^b − 1) of each group.
+    """Return the codes Q(x) = round((x − min) / (max − min) · (2^b − 1)), and minimum and step of each group.
 
-    `group`: values in a row that share a range; None: all values (per tensor); the length of a row: per channel.
+    The step is (max − min) / (2^b − 1). `group`: number of consecutive values that share a range; None: all values (per
+    tensor); the length of a row: per channel.
     """
     rows = x.double().reshape(-1, group or x.numel())
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
@@ -17,10 +18,10 @@ def quantize(x: torch.Tensor, bits: int, group: int | None = None) -> tuple[torc
 
 
 def dequantize(codes: torch.Tensor, low: torch.Tensor, step: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """min + code · step, in the shape of the original; off by at most half a step."""
+    """Return min + code · step in the shape of the original, with an error of at most half a step."""
     return (low + codes * step).reshape(shape)
 
 
 def bits_per_weight(bits: int, group: int, scale_bits: int) -> float:
-    """Stored bits of a weight where each group has a step and a minimum of `scale_bits` together."""
+    """Return the stored bits per weight if step and minimum of each group take `scale_bits` together."""
     return bits + scale_bits / group

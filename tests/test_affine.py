@@ -1,4 +1,4 @@
-"""What quantizations claim of their bits and errors, against affine quantization as the paper writes it."""
+"""Claimed bits and errors of quantizations, compared with affine quantization as the paper defines it."""
 
 from __future__ import annotations
 
@@ -51,9 +51,8 @@ def test_the_reference_is_off_by_half_a_step_at_most(weight: torch.Tensor, bits:
     assert bool((error <= step / 2 * (1 + 1e-9)).all())
     ends = affine(weight, bits, group).reshape(codes.shape)
     assert torch.allclose(ends.amin(1), low[:, 0]) and torch.allclose(ends.amax(1), weight.reshape(codes.shape).amax(1))
-    if (
-        bits > 3 and group
-    ):  # errors are then uniform over a step, whose variance is step²/12; over the whole matrix its small rows are near 0
+    # Errors are then uniform over a step, with variance step²/12; over the whole matrix its small rows are near 0.
+    if bits > 3 and group:
         assert rms(error / step) == pytest.approx(1 / math.sqrt(12), rel=0.05)
 
 
@@ -68,7 +67,7 @@ def test_smaller_groups_and_more_bits_lose_less(weight: torch.Tensor) -> None:
 
 
 def test_llm_int8_is_off_by_half_a_step_of_its_row(weight: torch.Tensor) -> None:
-    """Codes from −127 to 127 with one scale a row, its largest magnitude: a step of max|x|/127, of which the affine one wastes nothing."""
+    """Codes from −127 to 127 with one scale per row: a step of max|x|/127, while the affine one wastes no range."""
     codes, scale, _ = functional.int8_vectorwise_quant(weight.half())
     back = codes.double() * scale[:, None].double() / 127
     step = weight.abs().amax(1, keepdim=True) / 127
@@ -80,7 +79,7 @@ def test_llm_int8_is_off_by_half_a_step_of_its_row(weight: torch.Tensor) -> None
 
 
 def test_nf4_is_off_by_half_a_gap_of_its_codebook_and_beats_affine_codes_of_as_many_bits(weight: torch.Tensor) -> None:
-    """16 values at quantiles of the normal distribution, times the largest magnitude of each block of 64 (Dettmers et al. 2023)."""
+    """16 values at normal quantiles, times the largest magnitude of each block of 64 (Dettmers et al. 2023)."""
     packed, state = functional.quantize_4bit(weight.float(), blocksize=64, quant_type="nf4", compress_statistics=False)
     back = functional.dequantize_4bit(packed, state).double()
     blocks, its = weight.reshape(-1, 64), back.reshape(-1, 64)
@@ -95,9 +94,8 @@ def test_nf4_is_off_by_half_a_gap_of_its_codebook_and_beats_affine_codes_of_as_m
     made = functional.dequantize_4bit(
         *functional.quantize_4bit(smooth.float(), blocksize=64, quant_type="nf4", compress_statistics=False)
     ).double()
-    assert bits_per_weight(4, 64, 32) == bits_per_weight(
-        4, 128, 64
-    )  # a scale for 64 weights, or a scale and a minimum for 128
+    # A scale for 64 weights, or a scale and a minimum for 128.
+    assert bits_per_weight(4, 64, 32) == bits_per_weight(4, 128, 64)
     assert rms(affine(smooth, 5, 128) - smooth) < rms(made - smooth) < 0.95 * rms(affine(smooth, 4, 128) - smooth)
 
 
@@ -115,7 +113,7 @@ def test_bits_that_are_claimed_are_codes_scales_and_codebook(weight: torch.Tenso
 
 @pytest.mark.parametrize(("scheme", "bits", "group"), [("int8", 8, WIDTH), ("int4", 4, 64)])
 def test_a_layer_computes_what_its_bits_allow(weight: torch.Tensor, scheme: str, bits: int, group: int) -> None:
-    """The product is about as far off as with affine weights of as many bits; LLM.int8 rounds its input as well."""
+    """The product's error is about that of affine weights with as many bits; LLM.int8 rounds its input as well."""
     linear = torch.nn.Linear(WIDTH, ROWS, bias=False, dtype=torch.bfloat16)
     linear.weight.data = weight.bfloat16()
     x = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -135,10 +133,10 @@ installed = pytest.mark.skipif(
 @installed
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore")  # of optimum and GPTQModel, which run in a process of their own elsewhere
+@pytest.mark.filterwarnings("ignore")  # warnings of optimum and GPTQModel, which otherwise run in their own process
 @pytest.mark.parametrize(("quant", "bits"), [("gptq", 4), ("gptq8", 8)])
 def test_gptq_holds_an_affine_grid_for_each_group(tiny_model: Path, quant: str, bits: int) -> None:
-    """Codes, a step and a zero point per group and output; it gives up nearness of weights for nearness of products."""
+    """Codes, with a step and a zero point per group and output; the weights are less exact, the products more so."""
     from safetensors.torch import load_file
 
     cell = Cell(model=str(tiny_model), quant=quant, group_size=64)
@@ -161,14 +159,13 @@ def test_gptq_holds_an_affine_grid_for_each_group(tiny_model: Path, quant: str, 
             .flatten(0, 1)
             .repeat_interleave(64, 1)
         )
-        off = min(
-            (steps * (codes - zeros - shift) - exact for shift in (0, 1)), key=rms
-        )  # version 1 of the format stores the zero point less 1
+        # Version 1 of the format stores the zero point minus 1.
+        off = min((steps * (codes - zeros - shift) - exact for shift in (0, 1)), key=rms)
         affine_off = rms(affine(exact, bits, 64) - exact)
         assert affine_off * 0.9 < rms(off) < 4 * affine_off, name
 
 
 def unpacked(packed: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
-    """The numbers that each int32 holds, lowest bits first: one tensor of the same shape for each place."""
+    """Yield the numbers in each int32, lowest bits first: one tensor of the same shape for each position."""
     for place in range(32 // bits):
         yield (packed >> (bits * place)) & (2**bits - 1)

@@ -193,7 +193,7 @@ def test_its_folder_is_uploaded_and_its_run_not_reproduced(
     assert upload(str(done.folder), store_uri).there == 1
     assert main(["reproduce", done.run_ids[0]]) == 2
     assert (
-        "mine was measured with backend=callback, a function of a program of yours. Run that program again"
+        "mine was measured with backend=callback, a function in a program of yours. Run that program again"
         in capsys.readouterr().err
     )
 

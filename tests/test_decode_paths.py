@@ -1,4 +1,4 @@
-"""Decode paths and KV caches of transformers on a tiny real model: the same tokens, several in a step, fewer bytes, and what is refused."""
+"""Decode paths and KV caches of transformers on a tiny real model: tokens, tokens per step, bytes and refusals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_assistant_that_is_always_right_brings_its_tokens_and_one_more_in_eac
 
 
 def test_looked_up_tokens_are_checked_and_the_answer_is_the_same(tiny_model: Path) -> None:
-    """The tiny model soon repeats itself, so that what it looks up is often right; the prompt alone holds no answer."""
+    """The tiny model soon repeats itself, so proposals looked up are often right; the prompt alone holds no answer."""
     with loaded(Cell(model=str(tiny_model), quant="fp32", decode="prompt_lookup", draft_tokens=3)) as (backend, _):
         record, _ = time_request(backend, PROMPTS, 40)
         assert record.output_tokens == 40
@@ -79,15 +79,22 @@ def test_a_cache_of_8_bit_floats_takes_a_quarter_of_one_of_32(tiny_model: Path) 
     with loaded(Cell(model=str(tiny_model), quant="fp32", kv_cache="fp8")) as (backend, _):
         assert tokens_of(backend.generate, 12) == tokens_of(backend.generate_plainly, 12)
         info = backend.describe()
-    assert info.kv_bytes_per_token == pytest.approx(DENSE, abs=1)  # and two scales a layer
+    assert info.kv_bytes_per_token == pytest.approx(DENSE, abs=1)  # plus two scales per layer
     assert info.facts["kv_cache.type"] == "fp8"
 
 
 @pytest.mark.parametrize(
-    ("cache", "bits"), [pytest.param("int8", 8.5, marks=needs("hqq")), *(pytest.param(f"int{b}", b + 0.5, marks=needs("optimum-quanto")) for b in (4, 2))]
-)  # fmt: skip
+    ("cache", "bits"),
+    [
+        pytest.param("int8", 8.5, marks=needs("hqq")),
+        *(pytest.param(f"int{b}", b + 0.5, marks=needs("optimum-quanto")) for b in (4, 2)),
+    ],
+)
 def test_a_cache_of_fewer_bits_takes_less(tiny_model: Path, cache: str, bits: float) -> None:
-    """A prompt of 192 tokens is quantized at once in groups of 64 with two numbers of 16 or 32 bits; the three new tokens are not."""
+    """A prompt of 192 tokens is quantized at once, in groups of 64 with two numbers of 16 or 32 bits.
+
+    The three new tokens are not quantized.
+    """
     prompt = [[5 + i % 100 for i in range(192)]]
     with loaded(Cell(model=str(tiny_model), quant="bf16", kv_cache=cache)) as (backend, _):
         tokens_of(backend.generate, 4, prompt)
@@ -98,7 +105,7 @@ def test_a_cache_of_fewer_bits_takes_less(tiny_model: Path, cache: str, bits: fl
 
 
 def test_quality_sees_the_prompt_as_the_quantized_cache_holds_it(tiny_model: Path) -> None:
-    """In a single pass no key would have been in a cache, and a cache of 2 bits would seem to cost nothing."""
+    """In a single pass no key would come from the cache, and a cache of 2 bits would seem to cost nothing."""
     ids = [5 + i * 7 % 100 for i in range(64)]
     found = []
     for cache in (None, "fp8"):
@@ -108,14 +115,14 @@ def test_quality_sees_the_prompt_as_the_quantized_cache_holds_it(tiny_model: Pat
             assert backend.logits(ids, 64).shape == (64, 512)
     exact, near = found
     assert exact.shape == near.shape == (8, 512)
-    assert torch.allclose(exact[0], near[0], atol=1e-5)  # a prefill has its own keys in full
+    assert torch.allclose(exact[0], near[0], atol=1e-5)  # a prefill uses its own keys at full precision
     distances, _ = divergence(exact[1:], near[1:])
     assert all(1e-9 < distance < 0.1 for distance in distances)
 
 
 @pytest.mark.slow
 def test_a_whole_run_with_looked_up_tokens(tiny_model: Path, store_uri: str) -> None:
-    """Texts that the model repeats: what is recorded is tokens per step, and no inter-token latency."""
+    """Tokens per step are recorded on texts that the model repeats, and no inter-token latency."""
     done = run(
         model=str(tiny_model),
         quant="fp32",
@@ -147,7 +154,7 @@ def test_what_is_not_compiled_is_not_measured_under_that_name(tiny_model: Path) 
 
 
 def test_the_static_cache_gives_the_same_tokens_again_and_again(tiny_model: Path) -> None:
-    """Uncompiled, so that it is quick: the cache that the compiled step writes to, emptied after each call."""
+    """The cache of the compiled step is emptied after each call; uncompiled here, to be quick."""
     with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _):
         assert backend.path
         backend.path.compile(28, lambda: None, lambda: None, decodes=False)
@@ -180,24 +187,25 @@ def test_the_step_is_compiled_once_for_each_shape(tiny_model: Path, store_uri: s
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler, which runs in a process of its own elsewhere
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler, which otherwise runs in a process of its own
 def test_a_step_that_is_compiled_again_while_it_is_measured_is_refused(tiny_model: Path) -> None:
     with loaded(Cell(model=str(tiny_model), quant="fp32", decode="compiled")) as (backend, _):
         backend.compile(PROMPTS, 20, 8)
         assert tokens_of(backend.generate, 8) == tokens_of(backend.generate_plainly, 8)
-        torch._dynamo.reset()  # as where a guard fails
+        torch._dynamo.reset()  # as if a guard failed
         with pytest.raises(NotRealised, match="compiled again while it was measured"):
             tokens_of(backend.generate, 8)
 
 
-# What this machine lacks
+# Missing requirements
 
 
 def test_what_a_decode_path_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
         MissingError,
-        match=r"decode=compiled needs a C\+\+ compiler, .* no-such-compiler is not there\. Install g\+\+, or set CXX\.",
+        match=r"decode=compiled needs a C\+\+ compiler, .* no-such-compiler is not installed\. "
+        r"Install g\+\+, or set CXX\.",
     ):
         decoding.require(Cell(decode="compiled"), "cpu")
     known = importlib.metadata.version
@@ -210,7 +218,8 @@ def test_what_a_decode_path_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(
         MissingError,
-        match=r"kv_cache=int4 needs the package optimum-quanto, .* Run: pip install 'mlflow-llmbench\[quanto\]'; kv_cache=fp8",
+        match=r"kv_cache=int4 needs the package optimum-quanto, .* "
+        r"Run: pip install 'mlflow-llmbench\[quanto\]'; kv_cache=fp8",
     ):
         decoding.require(Cell(kv_cache="int4"), "cpu")
     with pytest.raises(MissingError, match=r"kv_cache=int8 needs the package hqq"):

@@ -1,4 +1,4 @@
-"""Decode paths: what is compiled, proposed or kept in fewer bits, on the scripted backend and on a tiny real model."""
+"""Decode paths: compiled, speculative and with a quantized cache, on the scripted backend and on a tiny real model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_steps_of_one_token_are_tokens(store_uri: str) -> None:
 
 
 def test_one_lucky_repetition_among_others_has_no_inter_token_latency_either(store_uri: str) -> None:
-    """A repetition in which nothing proposed was right has gaps of single tokens, which are the slow ones."""
+    """A repetition in which every proposal was wrong has gaps of single tokens, which are the slow ones."""
     result, _ = fake("step_tokens=2", decode="prompt_lookup")
     single, _ = fake("step_tokens=1+itl_ms=5", decode="prompt_lookup")
     mixed = dataclasses.replace(result, repetitions=(*result.repetitions[1:], single.repetitions[0]))
@@ -104,9 +104,16 @@ def test_settings_without_a_meaning_make_no_cells_of_their_own() -> None:
 
 def test_decode_path_and_cache_decide_the_load_and_the_configuration() -> None:
     cells = [
-        Cell(), Cell(decode="compiled"), Cell(decode="prompt_lookup"), Cell(decode="prompt_lookup", draft_tokens=3), Cell(kv_cache="fp8"),
-        Cell(quant="int8", int8_threshold=0), Cell(quant="int8"), Cell(quant="int4", double_quant=True), Cell(quant="int4"),
-    ]  # fmt: skip
+        Cell(),
+        Cell(decode="compiled"),
+        Cell(decode="prompt_lookup"),
+        Cell(decode="prompt_lookup", draft_tokens=3),
+        Cell(kv_cache="fp8"),
+        Cell(quant="int8", int8_threshold=0),
+        Cell(quant="int8"),
+        Cell(quant="int4", double_quant=True),
+        Cell(quant="int4"),
+    ]
     assert len(group_cells(cells)) == len({config_hash(cell, MODEL) for cell in cells}) == len(cells)
     assisted = Cell(decode="assisted", assistant="small")
     first, second = (
@@ -120,15 +127,19 @@ def test_decode_path_and_cache_decide_the_load_and_the_configuration() -> None:
     ("parameters", "message"),
     [
         ({"decode": "assisted"}, r"decode=assisted needs a small model that proposes tokens\. Give assistant=MODEL"),
-        ({"assistant": "opt-125m"}, r"assistant is a setting of decode=assisted\. Add decode=assisted, or leave it out\."),
+        ({"assistant": "opt-125m"},
+         r"assistant is a setting of decode=assisted\. Add decode=assisted, or leave it out\."),
         ({"draft_tokens": "4"}, r"draft_tokens is a setting of decode=prompt_lookup,assisted"),
         ({"int8_threshold": "0", "quant": "int4"}, r"int8_threshold is a setting of quant=int8"),
         ({"double_quant": "true", "quant": "int8"}, r"double_quant is a setting of quant=int4,fp4"),
         ({"decode": "compile"}, r"Unknown decode: compile\. Did you mean compiled\?"),
         ({"kv_cache": "int3"}, r"Unknown kv_cache: int3\."),
-        ({"decode": "compiled", "history": "recomputed", "workload": "chat", "prompt_tokens": "auto"}, r"history=recomputed cannot be measured with decode=compiled"),
-        ({"kv_cache": "fp8", "history": "kept", "workload": "chat", "prompt_tokens": "auto"}, r"history=kept cannot be measured with kv_cache=fp8"),
-        ({"decode": "prompt_lookup", "batching": "static", "request_rate": "5"}, r"decode=prompt_lookup works for single batches only"),
+        ({"decode": "compiled", "history": "recomputed", "workload": "chat", "prompt_tokens": "auto"},
+         r"history=recomputed cannot be measured with decode=compiled"),
+        ({"kv_cache": "fp8", "history": "kept", "workload": "chat", "prompt_tokens": "auto"},
+         r"history=kept cannot be measured with kv_cache=fp8"),
+        ({"decode": "prompt_lookup", "batching": "static", "request_rate": "5"},
+         r"decode=prompt_lookup works for single batches only"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said_before_anything_starts(parameters: dict[str, object], message: str) -> None:

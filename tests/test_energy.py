@@ -1,4 +1,4 @@
-"""Energy and GPU readings: real files in the kernel's layout, and a stand-in for the driver's library (there is no GPU here)."""
+"""Energy and GPU readings: real files in the kernel's layout, and a fake of the driver's library (no GPU is needed)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def counters(folder: Path, *micro_joules: int) -> None:
     for number, value in enumerate(micro_joules):
         (folder / f"intel-rapl:{number}").mkdir(exist_ok=True)
         (folder / f"intel-rapl:{number}" / "energy_uj").write_text(f"{value}\n")
-        (folder / f"intel-rapl:{number}:0").mkdir(exist_ok=True)  # a part of the package, counted in it already
+        (folder / f"intel-rapl:{number}:0").mkdir(exist_ok=True)  # a part of the package, already counted in it
         (folder / f"intel-rapl:{number}:0" / "energy_uj").write_text("999999999\n")
 
 
@@ -45,7 +45,7 @@ def with_energy(gaps: list[list[float]], joules: float, idle_w: float | None) ->
 
 
 def test_joules_per_token_are_above_idle_and_proportional() -> None:
-    # 5 repetitions of 2 rows · 4 tokens; 30 J each, of which 10 W · 1 s are idle.
+    # 5 repetitions of 2 rows · 4 tokens; 30 J each, of which 10 W · 1 s are idle energy.
     assert efficiency.joules_per_token(with_energy([[2, 2, 2]] * 5, 30.0, 10.0)) == pytest.approx(20 / 8)
     once, twice = with_energy([[2.0] * 3] * 5, 30.0, 10.0), with_energy([[2.0] * 7] * 5, 50.0, 10.0)
     assert efficiency.joules_per_token(once) == pytest.approx(efficiency.joules_per_token(twice))
@@ -56,7 +56,7 @@ def test_joules_per_token_are_above_idle_and_proportional() -> None:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A stand-in for pynvml with two GPUs, of which the second is hot, held back and used by someone else."""
+    """A fake pynvml with two GPUs, of which the second is hot, throttled and used by another process."""
     module: Any = types.ModuleType("pynvml")
     module.NVMLError = type("NVMLError", (Exception,), {})
     module.NVML_CLOCK_SM, module.NVML_TEMPERATURE_GPU = 1, 0
@@ -122,7 +122,10 @@ COUNTERS = {251: "software", 252: "hardware", 253: "brake"}
 
 
 def with_counters(driver: Any, held_ns: dict[int, int], kind: int = 3, refused: tuple[int, ...] = ()) -> None:
-    """Give the stand-in the field values of newer drivers; `held_ns` can change between two readings. `kind` 3: unsigned long long."""
+    """Give the fake the field values of newer drivers; `held_ns` can change between two readings.
+
+    `kind` 3: unsigned long long.
+    """
     for number, name in zip(
         COUNTERS, ("SW_THERM_SLOWDOWN", "HW_THERM_SLOWDOWN", "HW_POWER_BRAKE_SLOWDOWN"), strict=True
     ):
@@ -143,14 +146,14 @@ def with_counters(driver: Any, held_ns: dict[int, int], kind: int = 3, refused: 
 
 
 def between(change: Any, device: str = "cuda:0") -> Noise:
-    """The noise of a repetition during which `change` happened."""
+    """Return the noise of a repetition during which `change` happened."""
     before = machine.take_readings(device)
     change()
     return machine.noise_between(before, machine.take_readings(device))
 
 
 def test_a_throttle_that_came_and_went_is_counted(driver: Any) -> None:
-    """At the end the clock is free again (GPU 0 says idle); the counters tell. Before: only what stood at the end was seen."""
+    """At the end the clock is free again (GPU 0 says idle), but the counters show that it was throttled."""
     held = {251: 7_000_000, 252: 40_000_000, 253: 1}
     with_counters(driver, held)
     noise = between(lambda: held.update({252: 540_000_000}))
@@ -264,7 +267,8 @@ def test_the_sentence_on_throttling_says_why_and_for_how_long() -> None:
     )
     [reason] = judge(measured, summary.summarize(measured)).reasons
     assert reason.sentence == (
-        "The GPU held its clock back in 2 of 5 repetitions (power brake, for 0.5 s of 5 s, up to 88 °C; limit 0). "
+        "The GPU held its clock back in 2 of 5 repetitions "
+        "(power brake, for 0.5 s of 5 s, up to 88 °C; limit 0). "
         "Improve its cooling or raise its power limit, and measure again."
     )
     silent = dataclasses.replace(hot, throttled_s=None, temperature_c=None)

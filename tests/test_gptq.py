@@ -1,4 +1,7 @@
-"""GPTQ on the CPU, whole: calibrate, quantize, keep, load, run. Needs the extra `gptq` and a C++ compiler; the first use compiles for a minute."""
+"""GPTQ on the CPU from end to end: calibrate, quantize, cache, load, run.
+
+Needs the extra `gptq` and a C++ compiler; the first use compiles for a minute.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +56,11 @@ def test_a_checkpoint_is_quantized_once_and_measured(store_uri: str, tiny_model:
 
 @installed
 @pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore")  # of optimum and GPTQModel, which run in a process of their own elsewhere
+@pytest.mark.filterwarnings("ignore")  # warnings of optimum and GPTQModel, which otherwise run in their own process
 def test_what_is_loaded_computes_what_was_quantized(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stored format must be the one that the configuration names: a zero point off by one is another model, and still speaks."""
+    """The stored format must be the configured one: with a zero point off by one, it still generates text."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +85,7 @@ def test_what_is_loaded_computes_what_was_quantized(
             deployment = deployment_of(
                 made(cell=cell, model=facts, load=info), {}, Evidence("r", "s", Verdict("valid"))
             )
-            served = Checkpoint(dict(deployment.config))  # from the folder that was made, as it was measured
+            served = Checkpoint(dict(deployment.config))  # from the folder that was made and measured
             assert torch.equal(served.model(ids).logits.flatten().float(), logits)
     assert near["gptq8"] > 0.999
     assert near["gptq"] > 0.97
@@ -116,7 +119,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         gptq.require()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(MissingError, match=r"needs a C\+\+ compiler, .* no-such-compiler is not there"):
+    with pytest.raises(MissingError, match=r"needs a C\+\+ compiler, .* no-such-compiler is not installed"):
         gptq.require()
 
 

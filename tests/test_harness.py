@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a tiny model: a local one that really runs, and those that cannot be had."""
+"""Tasks of lm-eval on a tiny model: a local one that really runs, and unavailable ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAST = {"prompt_tokens": "8", "output_tokens": "4", "warmup": "1", "repetitions"
 
 @pytest.fixture
 def task_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A task of six questions with two choices each, and its data, in a folder of their own."""
+    """Write a task of six questions with two choices each, and its data, in a folder of their own."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -39,10 +39,17 @@ def task_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ]
     (folder / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     declared = {
-        "task": "capitals", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "capitals.jsonl")}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}], "metadata": {"version": 1.0},
-    }  # fmt: skip
+        "task": "capitals",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "capitals.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
     (folder / "capitals.yaml").write_text(yaml.safe_dump(declared))
     return folder / "capitals.yaml"
 
@@ -89,7 +96,8 @@ def test_without_the_package_nothing_starts(monkeypatch: pytest.MonkeyPatch, sto
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(
         MissingError,
-        match=r"quality_tasks needs the package lm_eval, which is not installed. Run: pip install 'mlflow-llmbench\[lm-eval\]'",
+        match=r"quality_tasks needs the package lm_eval, which is not installed. "
+        r"Run: pip install 'mlflow-llmbench\[lm-eval\]'",
     ):
         run(model="fake:", backend="fake", quality_tasks="arc_easy")
 
@@ -118,7 +126,7 @@ def test_a_result_without_the_tasks_that_are_asked_for_is_measured_again(tmp_pat
 
 
 class Spoken:
-    """A loaded tiny model with what the harness is told to say."""
+    """A loaded tiny model, and the events that the harness reports."""
 
     def __init__(self, folder: Path) -> None:
         from mlflow_llmbench.backends.transformers_local import TransformersBackend
@@ -155,8 +163,8 @@ def test_a_local_task_is_scored_as_by_hand_and_others_cost_it_nothing(tiny_model
     assert score.stderr == pytest.approx(math.sqrt(share * (1 - share) / 5))
     missing, unreachable = withheld
     assert missing == (
-        "The task no_such_task of lm-eval was not evaluated: there is no task of that name. Give a name that `lm-eval ls tasks` lists, or the path "
-        "of a YAML file or of a folder with them."
+        "The task no_such_task of lm-eval was not evaluated: there is no task of that name. "
+        "Give a name that `lm-eval ls tasks` lists, or the path of a YAML file or of a folder with them."
     )
     assert unreachable.startswith("The task arc_easy of lm-eval was not evaluated: ") and "\n" not in unreachable
     assert [event for event, _ in spoken.said].count("scoring") >= 6
@@ -166,7 +174,7 @@ def test_a_local_task_is_scored_as_by_hand_and_others_cost_it_nothing(tiny_model
 
 
 def by_hand(backend: Any, file: Path) -> list[bool]:
-    """For each question whether the right answer is the more probable one, token by token."""
+    """Return for each question if the right answer is the more probable one, token by token."""
     import torch
 
     found = []

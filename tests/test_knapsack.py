@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack against all combinations, and at the size of the largest models."""
+"""The multiple-choice knapsack, compared with all combinations, and at the size of the largest models."""
 
 import itertools
 import random
@@ -28,7 +28,7 @@ def test_it_is_the_best_of_all_combinations(items: list[list[Option]], budget: i
 
 
 def test_a_greedy_choice_would_be_worse() -> None:
-    """The best gain per byte first leaves room that nothing fits in."""
+    """Greedy choice by gain per byte leaves room in which nothing fits."""
     items = [[(1, 100), (6, 40)], [(1, 100), (5, 50)], [(1, 100), (5, 50)]]
     assert choose(items, 11) == (0, 1, 1)
 
@@ -49,4 +49,4 @@ def test_a_model_of_eighty_layers_is_chosen_at_once() -> None:
     started = time.process_time()
     chosen = choose(items, sum(item[0][0] for item in items) * 11 // 32)
     assert chosen and len(set(chosen)) > 1
-    assert time.process_time() - started < 30  # without its bounds it does not end
+    assert time.process_time() - started < 30  # without its bounds it would not end

@@ -1,4 +1,4 @@
-"""Mixed quantization on a tiny model: what is measured, what is chosen, what is then loaded, and how it is said."""
+"""Mixed quantization on a tiny model: measuring, choosing, loading and reporting."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_budget_of_bytes_is_of_the_whole_model() -> None:
     assert mixed.choose(found, "1004040B").weight_bytes == 1_004_040
     with pytest.raises(
         UsageError,
-        match=r"quant_budget=1MB is too small for m: int4 throughout takes 4\.48 bits per weight, 1\.1MB with what",
+        match=r"quant_budget=1MB is too small for m: int4 throughout takes 4\.48 bits per weight, 1\.1MB with",
     ):
         mixed.choose(found, "1MB")
     with pytest.raises(UsageError, match=r"quant_budget=4 is too small"):
@@ -94,10 +94,14 @@ def test_a_budget_of_bytes_is_of_the_whole_model() -> None:
 
 def test_blocks_are_attention_and_mlp_of_each_layer() -> None:
     names = {
-        "model.layers.0.self_attn.q_proj": "model.layers.0.self_attn", "model.layers.0.self_attn.o_proj": "model.layers.0.self_attn",
-        "model.layers.0.mlp.up_proj": "model.layers.0.mlp", "model.layers.10.fc1": "model.layers.10", "model.layers.10.fc2": "model.layers.10",
-        "h.3.mlp.experts.1.w1": "h.3.mlp", "model.project_in": "model.project_in",
-    }  # fmt: skip
+        "model.layers.0.self_attn.q_proj": "model.layers.0.self_attn",
+        "model.layers.0.self_attn.o_proj": "model.layers.0.self_attn",
+        "model.layers.0.mlp.up_proj": "model.layers.0.mlp",
+        "model.layers.10.fc1": "model.layers.10",
+        "model.layers.10.fc2": "model.layers.10",
+        "h.3.mlp.experts.1.w1": "h.3.mlp",
+        "model.project_in": "model.project_in",
+    }
 
     class Model(torch.nn.Module):
         head = torch.nn.Linear(2, 2)
@@ -119,7 +123,7 @@ def test_blocks_are_attention_and_mlp_of_each_layer() -> None:
 
 @pytest.mark.parametrize(("quant", "budget"), [("bf16", "16"), ("int4", "4.75")])
 def test_a_plan_of_one_scheme_is_that_quantization(tiny_model: Path, quant: str, budget: str) -> None:
-    """Bit for bit what transformers makes of it, so that nothing but the mixture differs."""
+    """The layers equal those of transformers bit for bit, so that only the mixture differs."""
     backend, info = prepared(tiny_model, quant_budget=budget)
     assert info.quant_plan and info.quant_plan.counts == {quant: 4}
     uniform = TransformersBackend(Cell(model=str(tiny_model), quant=quant), backend.facts)
@@ -213,17 +217,17 @@ def test_what_was_not_realised_is_found(tiny_model: Path) -> None:
     verify_plan(dict.fromkeys(names, "bf16"), backend.model)
     with pytest.raises(
         NotRealised,
-        match=r"The plan has model\.layers\.0\.self_attn\.q_proj in no scheme, and the model has Linear there",
+        match=r"The plan has model\.layers\.0\.self_attn\.q_proj in no scheme, but the model has Linear there",
     ):
         verify_plan(dict.fromkeys(names[1:], "bf16"), backend.model)
     with pytest.raises(
-        NotRealised, match=r"The plan has model\.layers\.0\.self_attn\.q_proj in int8, and the model has Linear there"
+        NotRealised, match=r"The plan has model\.layers\.0\.self_attn\.q_proj in int8, but the model has Linear there"
     ):
         verify_plan(dict.fromkeys(names, "int8"), backend.model)
-    with pytest.raises(NotRealised, match=r"in fp16, and its weights are bfloat16"):
+    with pytest.raises(NotRealised, match=r"in fp16, but its weights are bfloat16"):
         verify_plan(dict.fromkeys(names, "fp16"), backend.model)
     mixed.realise(backend.model, {names[0]: "int4"}, "cpu")
-    with pytest.raises(NotRealised, match=r"in no scheme, and the model has Linear4bit there"):
+    with pytest.raises(NotRealised, match=r"in no scheme, but the model has Linear4bit there"):
         verify_plan(dict.fromkeys(names[1:], "bf16"), backend.model)
     with pytest.raises(
         NotRealised, match=r"The plan names the layer model\.layers\.7\.q, which this model does not have"
@@ -236,7 +240,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path, tiny_model: Path) ->
     file.write_text(json.dumps(to_json(made_up())))
     cell = Cell(model=str(tiny_model), quant="mixed", quant_plan=str(file))
     with pytest.raises(
-        UsageError, match=r"was made for m rev, and the model is tiny-llama .*\. Make a plan for it with quant_budget\."
+        UsageError, match=r"was made for m rev, but the model is tiny-llama .*\. Make a plan for it with quant_budget\."
     ):
         TransformersBackend.resolve(cell)
     same_seed = dataclasses.replace(
@@ -249,10 +253,10 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path, tiny_model: Path) ->
         ).quant_plan
         == same_seed
     )
-    with pytest.raises(UsageError, match=r"was made for opt-125m random-seed0, and the model is opt-350m random-seed0"):
+    with pytest.raises(UsageError, match=r"was made for opt-125m random-seed0, but the model is opt-350m random-seed0"):
         TransformersBackend.resolve(Cell(model="opt-350m", weights="random", quant="mixed", quant_plan=str(file)))
     file.write_text(json.dumps(to_json(made_up(m_0_attn="int3"))))
-    with pytest.raises(UsageError, match="is not a whole plan"):
+    with pytest.raises(UsageError, match="is not a complete plan"):
         TransformersBackend.resolve(cell)
     file.write_text("[1]")
     with pytest.raises(UsageError, match="is not a plan"):
@@ -353,9 +357,9 @@ def test_the_files_of_a_run_have_the_plan(tmp_path: Path) -> None:
     assert read_result(tmp_path) == result
 
 
-@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")  # of mlflow.pyfunc, as it is imported
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")  # raised when mlflow.pyfunc is imported
 def test_a_registered_version_has_the_plan_and_answers_with_it(tiny_model: Path) -> None:
-    """The served model is made by code of its own, so it is held to the measured one bit for bit."""
+    """The served model is made by other code, so it must equal the measured one bit for bit."""
     from mlflow_llmbench.deployment import Evidence, deployment_of
     from mlflow_llmbench.records import Verdict
     from mlflow_llmbench.serving_model import Checkpoint
@@ -376,7 +380,8 @@ def test_a_mixed_version_is_exported_to_no_other_server() -> None:
     for target in TARGETS:
         with pytest.raises(
             UsageError,
-            match=r"is quantized block by block, which .* cannot be told\. Serve it with: mlflow models serve -m models:/bot/1",
+            match=r"is quantized block by block, which .* cannot be told\. "
+            r"Serve it with: mlflow models serve -m models:/bot/1",
         ):
             export(config, uri="models:/bot/1", target=target)
 

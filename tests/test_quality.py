@@ -1,4 +1,4 @@
-"""Quality metrics against values worked out by hand, scores against plain torch on a tiny model, and whole commands."""
+"""Quality: figures compared with hand-computed numbers, scores with plain torch on a tiny model, and whole commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXT = "The keeper wound the paddle down, and the chamber began to breathe. " * 
 
 
 def silent(event: str, **data: Any) -> None:
-    """Stand in for a worker's `tell` and drop the message."""
+    """Do nothing, in place of a worker's `tell`."""
 
 
 # Figures
@@ -121,7 +121,7 @@ def test_what_was_not_measured_is_absent_and_said() -> None:
 
 
 def test_divergence_of_tiny_distributions_by_hand() -> None:
-    """P = (1/2, 1/2), Q = (1/4, 3/4): KL = ½·ln 2 + ½·ln ⅔ = 0.143841 nats, whatever is added to all logits."""
+    """P = (1/2, 1/2), Q = (1/4, 3/4): KL = ½·ln 2 + ½·ln ⅔ = 0.143841 nats; a constant on the logits has no effect."""
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log() + 7, torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
     distances, agrees = scoring.divergence(p, q)
     assert distances == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.0], abs=1e-6)
@@ -153,7 +153,7 @@ def test_room_is_shared_prompts_first() -> None:
 
 
 def test_perplexity_is_that_of_plain_torch(tiny_model: Path) -> None:
-    """Each token's loss, from its own forward pass over just the tokens that its window shows it."""
+    """Each token's loss is compared with that of a forward pass over only the tokens that its window shows it."""
     with loaded(Cell(model=str(tiny_model))) as (backend, _):
         found = scoring.score_text(backend, Text("mine", TEXT), 64, silent)
         ids = list(backend.encode(TEXT))
@@ -290,7 +290,7 @@ def test_the_bundled_text_is_prose_and_code() -> None:
     assert all(part in text.content for part in ("The keeper of the lock", "def find_position", "SELECT c.name"))
 
 
-# Messages of a worker
+# Reports of a worker
 
 
 def test_a_worker_that_fails_while_it_evaluates_costs_nothing_but_quality() -> None:

@@ -1,4 +1,4 @@
-"""Quantizations of torchao, HQQ, quanto and bitsandbytes made on the CPU: what is really stored, what it computes, and what is lacking."""
+"""Quantizations of torchao, HQQ, quanto and bitsandbytes on the CPU: stored bytes, logits and missing packages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def needs(package: str) -> Any:
     return pytest.mark.skipif(not installed(package), reason=f"needs the package {package}")
 
 
-@pytest.mark.filterwarnings("ignore")  # of the libraries, which are loaded in a process of their own elsewhere
+@pytest.mark.filterwarnings("ignore")  # warnings of the libraries, which otherwise run in a process of their own
 @pytest.mark.parametrize(
     ("quant", "kernel", "method", "stored", "closeness"),
     [
@@ -73,7 +73,7 @@ def needs(package: str) -> Any:
 def test_what_is_stored_is_what_was_asked(
     tiny_model: Path, quant: str, kernel: str, method: str, stored: int, closeness: float
 ) -> None:
-    """Bytes counted by hand, and logits beside those of the model as it was."""
+    """Bytes are counted by hand, and logits compared with those of the unquantized model."""
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(100, 500, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -96,11 +96,11 @@ def test_what_is_stored_is_what_was_asked(
 
 @pytest.mark.filterwarnings("ignore")  # as above, and MLflow's
 @pytest.mark.parametrize("quant", [
-    pytest.param("int8-wo", marks=needs("torchao")), pytest.param("int8-dq", marks=needs("torchao")), pytest.param("int4-wo", marks=needs("torchao")),
+    *(pytest.param(quant, marks=needs("torchao")) for quant in ("int8-wo", "int8-dq", "int4-wo")),
     pytest.param("hqq4", marks=needs("hqq")), pytest.param("quanto8", marks=needs("optimum-quanto")),
 ])  # fmt: skip
 def test_a_registered_version_computes_what_was_measured(tiny_model: Path, quant: str) -> None:
-    """The served model is made by code of its own, so it is held to the measured one bit for bit."""
+    """The served model is made by other code, so it must equal the measured one bit for bit."""
     from mlflow.exceptions import MlflowException
 
     from mlflow_llmbench.deployment import Evidence, deployment_of
@@ -134,7 +134,7 @@ def test_a_registered_version_computes_what_was_measured(tiny_model: Path, quant
 @needs("torchao")
 @pytest.mark.filterwarnings("ignore")
 def test_groups_that_do_not_fit_are_told_and_not_left_out(tiny_model: Path, tmp_path: Path) -> None:
-    """A hidden size of 96 has no groups of 64; torchao leaves such a layer as it is and says nothing."""
+    """A hidden size of 96 has no groups of 64; torchao silently leaves such a layer unquantized."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
@@ -148,7 +148,8 @@ def test_groups_that_do_not_fit_are_told_and_not_left_out(tiny_model: Path, tmp_
     with (
         pytest.raises(
             NotRealised,
-            match=r"quant=int4-wo was asked for, and the linear layers are .*'Linear': 6.*Use a group_size that divides the inputs",
+            match=r"quant=int4-wo was asked for, but the linear layers are .*'Linear': 6.*"
+            r"Use a group_size that divides the inputs",
         ),
         loaded(Cell(model=str(tmp_path / "odd"), quant="int4-wo", group_size=64)),
     ):
@@ -208,7 +209,7 @@ def test_every_quantization_has_an_estimate_and_a_colour() -> None:
     full = preset.shape.weight_bytes("bf16", "float16")
     for quant in QUANTIZATIONS:
         assert quant in COLOURS
-        if quant != MIXED:  # what that takes is in its plan
+        if quant != MIXED:  # its size is in its plan
             assert models.memory_estimate(preset.shape, quant, "float16") > 0
     assert len(set(COLOURS.values())) == len(COLOURS)
     assert full > preset.shape.weight_bytes("hqq4", "float16") > preset.shape.weight_bytes("hqq2", "float16")
@@ -234,20 +235,22 @@ def test_what_a_ready_checkpoint_needs_is_named(
 
 @pytest.mark.filterwarnings("ignore")
 def test_experts_that_stay_as_they_are_are_not_called_quantized(tmp_path: Path) -> None:
-    """transformers 5 holds the experts of a mixture in parameters of three dimensions, which no library that replaces linear layers sees."""
+    """transformers 5 holds experts in three-dimensional parameters, which libraries that replace linear layers miss."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
-        num_experts_per_tok=2, max_position_embeddings=128,
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
     )  # fmt: skip
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixture")
     with loaded(Cell(model=str(tmp_path / "mixture"))) as (_, info):
         assert info.facts["quant.bits_per_weight"] == 16
-        assert (
-            info.step_bytes is None and (info.weight_bytes or 0) > 2 * 4 * 3 * 64 * 128
-        )  # a step reads two of four experts
-    message = r"quant=int4 was asked for, and the experts of this model are no linear layers .*: 98,304 of its 1\d\d,\d{3} weights stay as they are"
+        # A step reads two of four experts.
+        assert info.step_bytes is None and (info.weight_bytes or 0) > 2 * 4 * 3 * 64 * 128
+    message = (
+        r"quant=int4 was asked for, but the experts of this model are not linear layers .*: "
+        r"98,304 of its 1\d\d,\d{3} weights stay as they are"
+    )
     with pytest.raises(NotRealised, match=message), loaded(Cell(model=str(tmp_path / "mixture"), quant="int4")):
         pass
     cell = Cell(model=str(tmp_path / "mixture"), quant="mixed", quant_budget="6", workload="synthetic", weights="hub")
@@ -260,7 +263,8 @@ def test_a_size_of_groups_is_asked_of_those_that_have_groups() -> None:
     for other in ("int4", "quanto4", "int8-wo"):
         with pytest.raises(
             UsageError,
-            match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; others have their own groups",
+            match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; "
+            r"others have their own groups",
         ):
             parse({"quant": other, "group_size": "64"})
 
@@ -283,14 +287,14 @@ def test_a_ready_checkpoint_of_compressed_tensors_runs_and_says_what_it_holds(ti
         )
         unpacked = backend.describe()
     assert float(near) > 0.999
-    # transformers unpacks it in the first call: what is measured is not 8 bits, and is not called so.
+    # transformers unpacks it in the first call, so the measured model does not have 8 bits, and is not said to.
     assert float(unpacked.facts["quant.bits_per_weight"]) >= 16
 
 
 @needs("compressed-tensors")
 @pytest.mark.filterwarnings("ignore")
 def test_a_ready_checkpoint_without_all_its_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """transformers would draw what is missing at random, say so in its log, and go on."""
+    """transformers would initialize missing weights at random, log it, and continue."""
     from safetensors.torch import load_file, save_file
 
     write_compressed(tiny_model, tmp_path / "packed")
@@ -303,7 +307,8 @@ def test_a_ready_checkpoint_without_all_its_weights_is_refused(tiny_model: Path,
     with (
         pytest.raises(
             NotRealised,
-            match=r"The checkpoint packed does not have \d of the weights .*compressed-tensors.*model\.layers\.1\.mlp\.up_proj\.weight",
+            match=r"The checkpoint packed lacks \d of the weights "
+            r".*compressed-tensors.*model\.layers\.1\.mlp\.up_proj\.weight",
         ),
         loaded(Cell(model=str(tmp_path / "packed"))),
     ):
@@ -311,7 +316,7 @@ def test_a_ready_checkpoint_without_all_its_weights_is_refused(tiny_model: Path,
 
 
 def write_compressed(source: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint with 8-bit weights per output row, by the published layout; returns the weights that it stands for."""
+    """Write a checkpoint with 8-bit weights per output row, in the published layout; return its dequantized weights."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, folder)
@@ -339,8 +344,9 @@ def write_compressed(source: Path, folder: Path) -> dict[str, torch.Tensor]:
     }
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
-        "config_groups": {"group_0": group}, "kv_cache_scheme": None, "global_compression_ratio": None,
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": group},
+        "kv_cache_scheme": None, "global_compression_ratio": None,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return meant

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already, GPTQ and AWQ: loaded as they are, measured as ordinary cells with quant=none."""
+"""Ready-quantized GPTQ and AWQ checkpoints: loaded as they are, measured as ordinary cells with quant=none."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ installed = pytest.mark.skipif(
 FAST = {"prompt_tokens": 8, "output_tokens": 4, "repetitions": 5, "warmup": 1}
 GROUP = 64
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
-"""AWQ's GEMM layout: which of eight neighbouring columns lies in which four bits of a word, from the lowest."""
+"""AWQ's GEMM layout: the column, of eight neighbouring ones, in each four bits of a word, from the lowest."""
 
 
 def write_awq(source: Path, folder: Path) -> dict[str, Any]:
-    """A checkpoint in AWQ's GEMM format, by its published layout and without any library of AWQ; returns the weights that it stands for."""
+    """Write a checkpoint in AWQ's GEMM format, in its published layout; return the weights that it represents.
+
+    No library of AWQ is used.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -73,7 +76,7 @@ def write_awq(source: Path, folder: Path) -> dict[str, Any]:
 
 @installed
 @pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore")  # of GPTQModel, which runs in a process of its own elsewhere
+@pytest.mark.filterwarnings("ignore")  # warnings of GPTQModel, which otherwise runs in a process of its own
 def test_an_awq_checkpoint_is_measured_and_computes_what_it_stands_for(
     tiny_model: Path, tmp_path: Path, store_uri: str
 ) -> None:
@@ -142,7 +145,10 @@ def test_what_a_ready_checkpoint_needs_is_named(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name in gptq.PACKAGES else known(name, *rest)
     )
-    wanted = rf"ready is quantized with {method}, and loading it needs the package {package}, which is not installed\. Run: pip install 'mlflow-llmbench\[gptq\]'"
+    wanted = (
+        rf"ready is quantized with {method}, and loading it needs the package {package}, which is not installed\. "
+        r"Run: pip install 'mlflow-llmbench\[gptq\]'"
+    )
     with pytest.raises(MissingError, match=wanted):
         TransformersBackend.resolve(Cell(model=str(tmp_path / "ready"), device="cpu"))
 
@@ -150,8 +156,10 @@ def test_what_a_ready_checkpoint_needs_is_named(
 @pytest.mark.parametrize(
     ("method", "backend", "packed"),
     [
-        ("awq", "transformers", True), ("gptq", "transformers", True), ("bitsandbytes", "transformers", True), ("torchao", "transformers", True),
-        ("compressed-tensors", "transformers", False), ("compressed-tensors", "vllm", True), ("mxfp4", "transformers", False),
+        ("awq", "transformers", True), ("gptq", "transformers", True),
+        ("bitsandbytes", "transformers", True), ("torchao", "transformers", True),
+        ("compressed-tensors", "transformers", False), ("compressed-tensors", "vllm", True),
+        ("mxfp4", "transformers", False),
     ],
 )  # fmt: skip
 def test_a_ready_checkpoint_is_expected_to_take_the_room_of_its_files_where_it_stays_packed(

@@ -1,4 +1,4 @@
-"""The transformers backend on real, tiny models: what is loaded, what is generated, and what is refused."""
+"""The transformers backend on real, tiny models: loading, generation and refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def steps_of(backend: TransformersBackend, count: int) -> list[list[int]]:
 
 
 def test_tokens_are_those_of_plain_greedy_decoding(tiny_model: Path) -> None:
-    """Against a loop of forward passes without generate(), streamer or cache."""
+    """Compare with a loop of forward passes without generate(), streamer or cache."""
     from transformers import AutoModelForCausalLM
 
     with loaded(Cell(model=str(tiny_model), quant="fp32")) as (backend, _):
@@ -45,7 +45,7 @@ def test_tokens_are_those_of_plain_greedy_decoding(tiny_model: Path) -> None:
 
 
 def test_length_is_forced_past_the_end_of_sequence_token(tiny_model: Path, tmp_path: Path) -> None:
-    """A checkpoint whose generation config ends at the very token that greedy decoding brings first."""
+    """The checkpoint's generation config ends at the very token that greedy decoding gives first."""
     import json
 
     with loaded(Cell(model=str(tiny_model))) as (backend, _):
@@ -70,7 +70,7 @@ def test_the_first_token_comes_after_exactly_one_forward_pass(tiny_model: Path) 
 
 
 def test_a_stop_check_that_hands_tokens_over_late_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop check that holds each token back by one step, as transformers' DeferredStopCheck does on Apple's devices."""
+    """The stop check delays each token by one step, like transformers' DeferredStopCheck on Apple devices."""
     from transformers.generation import utils
 
     class OneStepBehind(utils.StopCheck):
@@ -147,7 +147,7 @@ def test_a_dtype_that_was_not_realised_is_found(tiny_model: Path) -> None:
         found = inspection.inspect_model(backend.model)
     with pytest.raises(NotRealised, match="quant=bf16 was asked for"):
         inspection.verify("bf16", "cpu", found)
-    with pytest.raises(NotRealised, match="quant=int8 was asked for, and the linear layers are"):
+    with pytest.raises(NotRealised, match="quant=int8 was asked for, but the linear layers are"):
         inspection.verify("int8", "cpu", found)
     with pytest.raises(NotRealised, match="The model is on cpu, not on cuda:0"):
         inspection.verify("bf16", "cuda:0", found)
@@ -297,7 +297,7 @@ def test_two_checkpoints_of_one_architecture_are_two_models(tiny_model: Path, tm
 
 
 def test_what_the_first_call_repacks_is_counted_as_it_is_then(tiny_model: Path) -> None:
-    """On CPUs with AVX-512 BF16 bitsandbytes packs 4-bit weights anew in its first product, with smaller block maxima."""
+    """On CPUs with AVX-512 BF16, bitsandbytes repacks 4-bit weights in its first product, with smaller block maxima."""
     with loaded(Cell(model=str(tiny_model), quant="int4")) as (backend, before):
         steps_of(backend, 2)
         after = backend.describe()

@@ -1,1 +1,1 @@
-"""What runs a model: the seam, and one module per thing that runs models."""
+"""Backends: their interface (`base`), and one module per library, engine or server that runs models."""

@@ -1,11 +1,11 @@
-"""The seam to models and servers: what a backend must do, on one page.
+"""The interface to models and servers: everything a backend must do.
 
-A backend is a class. `resolve` is asked first, cheaply and without heavy imports, whether the model of a cell can be
-had; then, in a worker process, an instance is made, loaded once, and generates for several cells.
+A backend is a class. First, `resolve` finds the model of a cell, cheaply and without heavy imports. Then a worker
+process makes an instance, loads it once, and lets it generate for several cells.
 
-Generation *pushes*: the backend calls `emit(tokens)` the moment one more token per row is really on the host. `measure`
-passes an `emit` that stamps its clock first. An iterator would hand each token from a library's callback to another
-thread, tens of microseconds late; a call costs a third of one.
+Generation *pushes*: the backend calls `emit(tokens)` as soon as one more token per row is on the host. The `emit` that
+`measure` passes stamps its clock first. An iterator would hand each token from a library's callback to another thread,
+tens of microseconds late; a call costs a third of a microsecond.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..errors import UsageError
 from ..records import LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ..spec import known_backends
 
-if TYPE_CHECKING:  # what only servers need is not loaded into the worker of a local model
+if TYPE_CHECKING:  # only servers need these, so the worker of a local model does not load them
     from ..client import Load, Trace
     from ..http1 import Exchange
     from ..workload import PromptSet
 
 
 class Token(NamedTuple):
-    """One output token of an engine: its request's number, its id, and the engine's own stamp of it, monotonic ns."""
+    """One output token of an engine: number of its request, token id, and the engine's own stamp (monotonic, ns)."""
 
     request: int
     id: int
@@ -38,38 +38,45 @@ class Token(NamedTuple):
 Emit = Callable[[Any], None]
 """Called once per step with the step's token ids: a sequence of `batch` whole numbers, or an array with `tolist()`.
 
-A step that brings several tokens per row, as where proposed tokens are checked, is a sequence of `batch` sequences of equal length.
+A step with several tokens per row, as in speculative decoding, is a sequence of `batch` sequences of equal length.
 """
 
 
 Started = Callable[[int, dict[str, int | None] | None], None]
-"""Told that a server was started: the process that all of its processes descend from, and its memory then (`memory.HostMemory`), if it can be read."""
+"""Called when a server was started: id of the process from which all of its processes descend, and its memory then.
+
+The memory has the fields of `memory.HostMemory`; it is None if it cannot be read.
+"""
 
 
 LOCAL_FILES = ("folder", "gguf")
-"""Sources of models whose files lie where the command was told; there is nothing to fetch, and no other machine may have them."""
+"""Model sources that are the user's own local files. Nothing is fetched, and other machines may not have them."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do, declared; never guessed from its name."""
+    """Declared features of a backend; they are never guessed from its name."""
 
     tokenizer: bool = False  # `encode` and `decode` work
     logits: bool = False  # `logits` works, so quality can be measured
     heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
-    variables: tuple[tuple[str, str], ...] = ()  # of the worker's environment, set before they are imported
-    harness: bool = False  # `language_model` works, so tasks of lm-eval can be run
+    variables: tuple[tuple[str, str], ...] = ()  # environment variables of the worker, set before these imports
+    harness: bool = False  # `language_model` works, so lm-eval tasks can be run
     conversations: bool = False  # `encode_turns` and `new_history` work, and `generate` takes a history
-    online: bool = False  # a server: takes loads of requests, see `ServerBackend`
+    online: bool = False  # a server that takes loads of requests, see `ServerBackend`
     padding: bool = False  # `generate` takes prompts of unequal lengths
-    continuous: bool = False  # batches requests as they come, see `EngineBackend`
-    decodes: tuple[str, ...] = ("generate",)  # values of `decode`; one with more than this is a `DecodingBackend`
-    kv_caches: tuple[str, ...] = ()  # values of `kv_cache` beside auto
+    continuous: bool = False  # batches requests as they arrive, see `EngineBackend`
+    decodes: tuple[str, ...] = ("generate",)  # values of `decode`; a backend with more is a `DecodingBackend`
+    kv_caches: tuple[str, ...] = ()  # values of `kv_cache` besides auto
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Device memory of this process in bytes: held by tensors, reserved by the allocator now and at most, seen by the driver."""
+    """Device memory of this process in bytes.
+
+    `allocated`: held by tensors. `reserved`, `peak_reserved`: by the allocator, now and at most. `driver`: as the
+    driver sees it.
+    """
 
     allocated: int
     reserved: int
@@ -78,98 +85,117 @@ class DeviceMemory:
 
 
 class History(Protocol):
-    """What a conversation keeps from one call of `generate` to the next."""
+    """The state of a conversation between two calls of `generate`."""
 
     @property
     def tokens(self) -> int:
-        """Tokens at the beginning of each row of the next prompt whose keys and values it holds, so that they are not computed again."""
+        """Number of tokens at the start of each row of the next prompt whose keys and values are held already."""
 
 
 class Backend(Protocol):
-    """What every backend does. Errors come out as errors of `mlflow_llmbench.errors`, foreign ones are mapped here."""
+    """Methods of every backend. They raise errors of `mlflow_llmbench.errors`; foreign errors are mapped to those."""
 
     capabilities: Capabilities
-    device: str  # of an instance: cpu, cuda or cuda:N
+    device: str  # of an instance: `cpu`, `cuda` or `cuda:N`
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
-        """Find the model and its commit without loading it; within 15 s; no heavy import. Raises ModelError or MissingError."""
+        """Find the model and its commit without loading it, within 15 s and without heavy imports.
+
+        Raises ModelError or MissingError.
+        """
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Put the model's files on this disk (download, or write a synthetic checkpoint). Runs in a process of its own, untimed."""
+        """Put the model's files on this disk: download them, or write a synthetic checkpoint.
+
+        Runs in a process of its own and is not timed.
+        """
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        """Whether `prepare` would find everything done. Asked before a process is started for it, so that it imports nothing heavy."""
+        """Return True if `prepare` would find everything done.
+
+        Called before a process is started for `prepare`, so it imports nothing heavy.
+        """
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None: ...
 
     def load(self) -> LoadInfo:
-        """Load the model, verify that it is what was asked for, touch every parameter. Raises NotRealised or OutOfMemory."""
+        """Load the model, verify that it is what was asked for, and touch every parameter.
+
+        Raises NotRealised or OutOfMemory.
+        """
 
     def describe(self) -> LoadInfo:
-        """What the loaded model is now; some libraries repack weights in their first call."""
+        """Describe the loaded model as it is now; some libraries repack weights in their first call."""
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
         """Generate exactly `output_tokens` tokens for each prompt (ids), greedily; emit each step.
 
-        All prompts are of one length, unless `padding` is among the capabilities. `history`, of `new_history`, holds the beginning of
-        the prompts, and afterwards the prompts and all but the last token. It is given only where `capabilities.conversations` says
-        that it may be, and to prompts of one length.
+        All prompts have one length, unless `capabilities.padding` is set. `history`, made by `new_history`, holds the
+        beginning of the prompts, and afterwards the prompts and all generated tokens but the last. It is passed only
+        if `capabilities.conversations` is set, and only with prompts of one length.
         """
 
     def new_history(self) -> History:
-        """An empty history."""
+        """Return an empty history."""
 
     def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
-        """What each message of a user adds to a conversation, as ids, in the model's own chat template where it has one."""
+        """Return the ids that each user message adds to a conversation, in the model's chat template if it has one."""
 
     def encode(self, text: str) -> Sequence[int]:
-        """Text → token ids, as the model's own tokenizer does."""
+        """Convert text to token ids with the model's own tokenizer."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Token ids → text."""
+        """Convert token ids to text."""
 
     def logits(self, ids: Sequence[int], last: int) -> Any:
-        """One forward pass: the logits after each of the last `last` ids, a torch tensor (last, vocabulary) as the model computes them."""
+        """Run one forward pass and return the logits after each of the last `last` ids.
+
+        The result is a torch tensor (last, vocabulary) in the dtype in which the model computes it.
+        """
 
     def language_model(self) -> tuple[Any, Any]:
-        """The loaded model and its tokenizer, as transformers has them."""
+        """Return the loaded model and its tokenizer as transformers objects."""
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        """Device memory, None without a device. `reset` starts a new peak."""
+        """Return the device memory of this process, None without a device. `reset` starts a new peak."""
 
     def peaks(self) -> dict[str, float]:
-        """Best rates seen on this device with these threads: `read_bytes_per_s`, `flops_per_s`. Measured before anything is loaded."""
+        """Measure the best rates of this device with these threads: `read_bytes_per_s`, `flops_per_s`.
+
+        Called before anything is loaded.
+        """
 
     def trim(self) -> None:
-        """Give cached device memory back, so that what one cell needed is not counted for the next."""
+        """Free cached device memory, so that memory of one cell is not counted for the next."""
 
     def close(self) -> None:
-        """Delete the model and give memory back."""
+        """Delete the model and free its memory."""
 
 
 class NothingToFetch:
-    """What backends have in common whose models are not files."""
+    """Base of backends whose models are not files."""
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Nothing to fetch."""
+        """Do nothing: there is nothing to fetch."""
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        """It always is."""
+        """Return True."""
         return True
 
 
 class ServerBackend(Backend, Protocol):
-    """A backend whose model another process runs. It takes loads of requests instead of `generate`."""
+    """A backend whose model runs in another process. It takes loads of requests instead of calls of `generate`."""
 
     def launch(self, log: Path, started: Started) -> None:
-        """Before `load`, where the cell has a command: start its server and wait until it is healthy. `close` ends it.
+        """Start the server of the cell's command and wait until it is healthy. `close` ends it.
 
-        Raises MeasurementError if the server ends before.
+        Called before `load`, only if the cell has a command. Raises MeasurementError if the server ends before it is
+        healthy.
         """
 
     def send(
@@ -181,59 +207,61 @@ class ServerBackend(Backend, Protocol):
         expected: int | None = None,
         processes: int = 1,
     ) -> Trace:
-        """Send a load of a cell's requests and wait for the last answer; `expected` of them are built before (negative repetitions are warm-ups).
+        """Send a load of a cell's requests and wait for the last answer. Negative repetitions are warm-ups.
 
-        It comes from so many client processes, or from as many as there are users or requests. Raises MeasurementError.
+        `expected` requests are built beforehand. The load comes from `processes` client processes, fewer if there are
+        fewer users or requests. Raises MeasurementError.
         """
 
     def read(self, exchange: Exchange) -> RequestRecord:
-        """What an answer was. Called after the run."""
+        """Parse an answer. Called after the run."""
 
     def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
-        """What the server said of itself before, during and after a load; empty where it says nothing."""
+        """Return the server's own metrics before, during and after a load; empty if it publishes none."""
 
 
 class DecodingBackend(Backend, Protocol):
-    """A backend with other decode paths than the plain one."""
+    """A backend with more decode paths than the plain one."""
 
     def compile(self, prompts: Sequence[Sequence[int]], longest: int, output_tokens: int) -> float | None:
-        """Do what must be done once before prompts of up to `longest` tokens, in as many rows, are decoded; seconds, None where there is nothing.
+        """Prepare to decode prompts of up to `longest` tokens, in as many rows.
 
-        Called before the first call of a cell, outside every timed region. Raises NotRealised where it cannot be done.
+        Returns the seconds it took, None if there is nothing to do. Called before the first call of a cell, outside
+        every timed region. Raises NotRealised if it cannot be done.
         """
 
     def generate_plainly(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
-        """Generate as with decode=generate and kv_cache=auto: what the tokens of another path are compared with. Not timed."""
+        """Generate as with decode=generate and kv_cache=auto, to compare the tokens of another path with. Not timed."""
 
 
 class Engine(Protocol):
-    """Takes requests as they come, and generates them together in a thread of its own."""
+    """Takes requests as they arrive, and generates their tokens together in a thread of its own."""
 
     def submit(self, number: int, prompt: Sequence[int], output_tokens: int) -> None:
-        """Hand a request over, which ends after exactly that many tokens."""
+        """Submit a request, which ends after exactly `output_tokens` tokens."""
 
     def wait(self) -> None:
-        """Wait until all requests are answered. Raises MeasurementError where one was not."""
+        """Wait until all requests are answered. Raises MeasurementError if one was not."""
 
     def take_positions(self) -> int | None:
-        """Token positions that were computed since the last call; None where they cannot be counted."""
+        """Return the number of token positions computed since the last call; None if they cannot be counted."""
 
     def close(self) -> None:
-        """End the thread and free what it held."""
+        """End the thread and free its memory."""
 
 
 class EngineBackend(Backend, Protocol):
     """A backend that batches continuously in this process."""
 
     def open_engine(self, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> Engine:
-        """An engine for at most `rows` requests at once, of at most `longest` tokens each with their answers.
+        """Start an engine for at most `rows` requests at once, each of at most `longest` tokens including its answer.
 
-        `on_step` is called from the engine's thread with the new tokens of each step the moment they are on the host.
+        The engine's thread calls `on_step` with the new tokens of each step as soon as they are on the host.
         """
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The class of a backend by its name. Raises UsageError for an unknown one or one that cannot be imported."""
+    """Return the class of a backend by its name. Raises UsageError if it is unknown or cannot be imported."""
     known = known_backends()
     if name not in known:
         raise UsageError(f"Unknown backend: {name}. Known: {', '.join(sorted(known))}.")

@@ -1,4 +1,4 @@
-"""A function of the user's own as a backend: `mlflow_llmbench.callback` measures it. It cannot be started from a command line."""
+"""A user's own function as a backend, measured by `mlflow_llmbench.callback`, never started from a command line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from ..records import LoadInfo, ModelFacts
 from .base import Capabilities, DeviceMemory, Emit, History, NothingToFetch
 
 Generate = Callable[[Sequence[Sequence[int]], int, Emit], object]
-"""`generate(prompts, output_tokens, emit)`: for each prompt (ids) so many tokens; `emit(ids)` with one id per prompt the moment they are there."""
+"""`generate(prompts, output_tokens, emit)` generates so many tokens for each prompt (ids).
+
+It calls `emit(ids)` with one id per prompt as soon as they are there.
+"""
 
 
 class CallbackBackend(NothingToFetch):
-    """Calls the function that it was given; there is nothing to load."""
+    """Calls the function that it is given; there is nothing to load."""
 
     capabilities = Capabilities()
     device = "cpu"
@@ -24,7 +27,8 @@ class CallbackBackend(NothingToFetch):
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
         raise UsageError(
-            f"{cell.model} was measured with backend=callback, a function of a program of yours. Run that program again: see mlflow_llmbench.callback."
+            f"{cell.model} was measured with backend=callback, a function in a program of yours. "
+            "Run that program again: see mlflow_llmbench.callback."
         )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
@@ -32,7 +36,7 @@ class CallbackBackend(NothingToFetch):
         self.function: Generate | None = None
         self.encoder: Callable[[str], Sequence[int]] | None = None
         self.vocab_size = 0
-        self.raised = ""  # traceback of what the function raised
+        self.raised = ""  # traceback of the error that the function raised
 
     def load(self) -> LoadInfo:
         return self.describe()
@@ -57,7 +61,7 @@ class CallbackBackend(NothingToFetch):
         return self.encoder(text)
 
     def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
-        raise MeasurementError("A function of your own is not measured turn by turn. Use history=none.")
+        raise MeasurementError("A function of your own cannot be measured turn by turn. Use history=none.")
 
     def new_history(self) -> History:
         raise MeasurementError("A function of your own keeps no history. Use history=none.")

@@ -1,7 +1,8 @@
-"""Continuous batching by transformers in this process: requests join the running batch at any step and leave it when they have their tokens.
+"""Continuous batching by transformers in this process.
 
-Its own thread generates; `add_request` hands it a request, and it hands each step's tokens to an output router the moment
-they are on the host. The router here takes the place of the library's queue, so that no token waits for another thread.
+Requests join the running batch at any step and leave it when they have their tokens. The library generates in a thread
+of its own: `add_request` submits a request, and the tokens of each step go to an output router as soon as they are on
+the host. The router of this module replaces the library's queue, so that no token waits for another thread.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from ..errors import MeasurementError
 from .base import Token
 
 PAGE_TOKENS = 256
-"""Tokens of a page of the KV cache, the library's default."""
+"""Tokens per page of the KV cache (the library's default)."""
 
 PASS_TOKENS = 2048
-"""Prompt tokens of a pass at most; longer prompts are taken in parts. The mask of an attention without flash has as many rows, and is allocated at once."""
+"""Maximum number of prompt tokens in a pass; longer prompts are processed in parts.
+
+Without flash attention, the mask has as many rows and is allocated as a whole.
+"""
 
 LOOK_S = 1.0
-"""Time between two looks at whether the engine's thread still lives."""
+"""Seconds between two checks that the engine's thread is still running."""
 
 
 class _Router:
-    """What the engine's thread calls with the tokens of each step, in the place of the library's output queue."""
+    """Replaces the library's output queue: the engine's thread calls it with the tokens of each step."""
 
     def __init__(self, on_step: Callable[[Sequence[Token]], None]) -> None:
         self.on_step = on_step
@@ -40,14 +44,14 @@ class _Router:
             self.idle.clear()
 
     def deliver_batch(self, outputs: Sequence[Any]) -> None:
-        """One step: an output of each request that has a new token."""
+        """Pass on one step: an output of each request that has a new token."""
         self.on_step(
             [Token(int(one.request_id), one.generated_tokens[-1], int(one.timestamps[-1] * 1e9)) for one in outputs]
         )
         self._end(sum(one.is_finished() for one in outputs))
 
     def fail_and_deliver(self, state: Any, error: Exception) -> None:
-        """A request that the engine gives up."""
+        """Record a request that the engine gave up."""
         self.errors.append(f"{type(error).__name__}: {error}")
         self._end(1)
 
@@ -61,8 +65,9 @@ class _Router:
 class ContinuousEngine:
     """A running `ContinuousBatchingManager` of a loaded model with room for `rows` requests of `longest` tokens each.
 
-    Prefix sharing is off, as no other way of batching has it; the attention stays that of the model, but for eager, whose paged
-    form takes its place. Raises what the library raises, also for a model or an attention that it cannot batch like that.
+    Prefix sharing is off, because no other way of batching has it. The model keeps its attention; only eager attention
+    is replaced by its paged form. Raises the library's own errors, also for a model or an attention that it cannot
+    batch continuously.
     """
 
     def __init__(self, model: Any, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> None:
@@ -74,7 +79,7 @@ class ContinuousEngine:
             num_blocks=rows * (-(-longest // PAGE_TOKENS) + 1),
             max_batch_tokens=max(rows, min(rows * longest, PASS_TOKENS)),
             max_requests_per_batch=rows,
-            safety_margin=0.0,  # there is room for all rows, so none has to wait for others' blocks
+            safety_margin=0.0,  # there is room for all rows, so none has to wait for blocks of others
             allow_block_sharing=False,
             auto_switch_to_flash=False,
         )
@@ -82,16 +87,15 @@ class ContinuousEngine:
         self.router = _Router(on_step)
         self.manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=settings)
         self.manager.output_router = self.router
-        self.manager.warmup()  # makes the cache, so that an error of it comes out here
-        self.counted = not any(
-            self.manager.continuous_batching_config.cuda_graph_booleans
-        )  # a replayed graph calls no hook
+        self.manager.warmup()  # allocates the cache, so that its errors are raised here
+        # A replayed CUDA graph calls no hook.
+        self.counted = not any(self.manager.continuous_batching_config.cuda_graph_booleans)
         self.positions = 0
         self.hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self.manager.start()
 
     def submit(self, number: int, prompt: Sequence[int], output_tokens: int) -> None:
-        """Hand a request over; it ends after exactly that many tokens, whatever they are."""
+        """Submit a request; it ends after exactly `output_tokens` tokens, whatever they are."""
         self.router.begin()
         given = self.manager.add_request(
             list(prompt),
@@ -105,7 +109,7 @@ class ContinuousEngine:
             raise self._error("takes no more requests")
 
     def wait(self) -> None:
-        """Wait until all requests are answered. Raises MeasurementError where the engine gave one up, or ended."""
+        """Wait until all requests are answered. Raises MeasurementError if the engine gave one up or ended."""
         while not self.router.idle.wait(LOOK_S):
             if not self.manager.is_running():
                 raise self._error("has ended")
@@ -113,12 +117,12 @@ class ContinuousEngine:
             raise self._error("gave a request up")
 
     def take_positions(self) -> int | None:
-        """Token positions of all passes since the last call; None where they cannot be counted."""
+        """Return the token positions of all passes since the last call; None if they cannot be counted."""
         counted, self.positions = self.positions, 0
         return counted if self.counted else None
 
     def close(self) -> None:
-        """End the thread, free the cache and give the model its attention back."""
+        """End the thread, free the cache and restore the model's attention."""
         self.hook.remove()
         self.manager.stop(block=True, timeout=60, hard_stop=True)
         self.manager.destroy()

@@ -1,7 +1,7 @@
-"""Ways in which transformers decodes: plainly, with a compiled step over a static cache, by checking proposed tokens, with a quantized KV cache.
+"""Decode paths of transformers: plain, compiled over a static cache, speculative, or with a quantized KV cache.
 
-Each is `generate()` with other settings, as a user would deploy it. What is compiled is compiled before the first call of a cell, for its
-shape, and it is an error if it is compiled again while it is measured.
+Each path is `generate()` with other settings, as a user would deploy it. Compilation happens before the first call of a
+cell, for its shape. Compiling again during the measurement is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from . import quantizing
 from .inspection import stored_bytes
 
 COMPILE_TOKENS = 4
-"""Output tokens of a run that compiles: one of the prefill, and three steps. CUDA graphs run once, are recorded once, and are replayed."""
+"""Output tokens of a run that compiles: one of the prefill, and three decode steps.
+
+With CUDA graphs, one step runs, one is recorded and one is replayed.
+"""
 
 COMPILE_RUNS = 2
 
@@ -29,7 +32,7 @@ KV_BACKENDS = {
     "int4": ("quanto", "optimum-quanto", 4),
     "int2": ("quanto", "optimum-quanto", 2),
 }
-"""`kv_cache` → what transformers calls its backend, the package that it needs besides, and bits (0: it takes no number)."""
+"""`kv_cache` → transformers' name of the backend, package that it needs, and bits (0: it takes no number)."""
 
 
 def require(cell: Cell, device: str) -> None:
@@ -43,34 +46,36 @@ def require(cell: Cell, device: str) -> None:
         compiler = os.environ.get("CXX", "g++").split()[0]
         if not shutil.which(compiler):
             raise MissingError(
-                f"decode=compiled needs a C++ compiler, since torch.compile writes C++ for a CPU, and {compiler} is not there. Install g++, or set CXX."
+                "decode=compiled needs a C++ compiler, since torch.compile writes C++ for a CPU, "
+                f"and {compiler} is not installed. Install g++, or set CXX."
             )
     package = KV_BACKENDS[cell.kv_cache][1] if cell.kv_cache else ""
     if package and not quantizing.installed(package):
         raise MissingError(
-            f"kv_cache={cell.kv_cache} needs the package {package}, which is not installed. Run: {quantizing.INSTALL[package]}; kv_cache=fp8 needs none."
+            f"kv_cache={cell.kv_cache} needs the package {package}, which is not installed. "
+            f"Run: {quantizing.INSTALL[package]}; kv_cache=fp8 needs none."
         )
 
 
 class DecodePath:
-    """What `generate()` is given so that it decodes as a cell asks, and what it was seen to do."""
+    """Settings and arguments of `generate()` for the decode path of a cell, and facts observed while it ran."""
 
     def __init__(self, cell: Cell, model: Any, assistant: Any = None) -> None:
         self.cell, self.model, self.assistant = cell, model, assistant
         self.static: Any = None  # the cache of the compiled step
-        self.graphs = 0  # that were compiled for the shape of the cell
-        self.kv_bytes_per_token: int | None = None  # of a quantized cache, as it was stored at the end of the last call
+        self.graphs = 0  # number of graphs compiled for the shape of the cell
+        self.kv_bytes_per_token: int | None = None  # of a quantized cache, as stored at the end of the last call
         if assistant is not None:
             _fix_proposals(assistant, cell.draft_tokens)
 
     def settings(self) -> dict[str, Any]:
-        """Fields of GenerationConfig."""
+        """Return fields of GenerationConfig."""
         if self.cell.decode == "prompt_lookup":
             return {"prompt_lookup_num_tokens": self.cell.draft_tokens}
         return {"compile_config": self._compile_config()} if self.cell.decode == "compiled" else {}
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `generate()`."""
+        """Return arguments of `generate()`. Raises MeasurementError if decode=compiled is not compiled yet."""
         if self.cell.decode == "compiled":
             if self.static is None:
                 raise MeasurementError("decode=compiled was not compiled for this shape.")
@@ -80,13 +85,17 @@ class DecodePath:
         return {"past_key_values": self._quantized_cache()} if self.cell.kv_cache else {}
 
     def finish(self, arguments: dict[str, Any], rows: int) -> None:
-        """After a call: empty the static cache for the next one, or read what the quantized one took. Raises NotRealised."""
+        """Clean up after a call: empty the static cache, or read the bytes per token of the quantized one.
+
+        Raises NotRealised if the step was compiled again, or if the cache is not quantized.
+        """
         if self.cell.decode == "compiled":
             self.empty()
             if self.graphs and self._compiled() != self.graphs:
                 raise NotRealised(
-                    f"The decode step was compiled again while it was measured ({self._compiled()} graphs, not {self.graphs}), so its latencies are "
-                    "not those of decoding. Use decode=generate for this model."
+                    f"The decode step was compiled again while it was measured ({self._compiled()} graphs, "
+                    f"not {self.graphs}), so its latencies are not those of decoding. "
+                    "Use decode=generate for this model."
                 )
         elif self.cell.kv_cache:
             cache = arguments["past_key_values"]
@@ -97,7 +106,8 @@ class DecodePath:
             ]
             if not all(stored_bytes(part) for part in quantized):
                 raise NotRealised(
-                    f"kv_cache={self.cell.kv_cache} was asked for, and the cache holds no quantized keys and values. Use kv_cache=auto."
+                    f"kv_cache={self.cell.kv_cache} was asked for, but the cache holds no quantized keys and values. "
+                    "Use kv_cache=auto."
                 )
             residual = [part for layer in cache.layers for part in (layer.keys, layer.values)]
             self.kv_bytes_per_token = round(
@@ -105,21 +115,23 @@ class DecodePath:
             )
 
     def empty(self) -> None:
-        """Empty the static cache, in place: its addresses are part of what was compiled."""
+        """Empty the static cache in place, because its addresses are compiled into the step."""
         import torch
 
         with torch.inference_mode():
             self.static.reset()
 
     def compile(self, tokens: int, eagerly: Callable[[], None], run: Callable[[], None], decodes: bool) -> float:
-        """Make a static cache for so many tokens and compile the decode step for it; seconds of the runs that do.
+        """Make a static cache for `tokens` tokens and compile the decode step for it.
 
-        `eagerly` is called before, uncompiled; `run` generates a few tokens; `decodes` says whether it comes to a decode step.
+        Returns the seconds of the compiling runs. `eagerly` is called first and runs uncompiled. `run` generates a few
+        tokens. `decodes` is True if `run` reaches a decode step. Raises NotRealised if nothing was compiled.
         """
         import torch
         from transformers import StaticCache
 
-        torch._dynamo.reset()  # a graph of another shape would make torch compile for all shapes, or give up after a few
+        # With a graph of another shape, torch would compile for all shapes, or give up after a few.
+        torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         self.model.__dict__.pop("_compiled_call", None)
         self.graphs = 0
@@ -132,12 +144,13 @@ class DecodePath:
         self.graphs = self._compiled()
         if decodes and not self.graphs:
             raise NotRealised(
-                "decode=compiled was asked for, and nothing was compiled: transformers does not compile this model with this quantization. Use decode=generate."
+                "decode=compiled was asked for, but nothing was compiled: transformers does not compile this model "
+                "with this quantization. Use decode=generate."
             )
         return seconds
 
     def facts(self) -> dict[str, str | int | float]:
-        """What is recorded of the decode path."""
+        """Return the recorded facts of the decode path."""
         found: dict[str, str | int | float] = {}
         if self.cell.decode == "compiled" and self.static is not None:
             from torch._dynamo.utils import counters
@@ -182,10 +195,10 @@ class DecodePath:
 
 
 def _fix_proposals(assistant: Any, count: int) -> None:
-    """Let the small model propose exactly so many tokens in every step: transformers would adapt the number from call to call."""
+    """Make the small model propose exactly `count` tokens per step; transformers would adapt it from call to call."""
     from transformers import GenerationConfig
 
-    settings = GenerationConfig()  # neutral, so that no sampling default or end token of its checkpoint counts
+    settings = GenerationConfig()  # neutral, so that no sampling default or end token of its checkpoint has an effect
     settings.num_assistant_tokens = count
     settings.num_assistant_tokens_schedule = "constant"
     settings.assistant_confidence_threshold = 0.0

@@ -1,4 +1,7 @@
-"""What engines with a scheduler of their own (vLLM, OpenVINO GenAI) have in common: steps of rows, the checkpoint's tokenizer, what they lack."""
+"""Common parts of engines with a scheduler of their own (vLLM, OpenVINO GenAI).
+
+These are: emission of steps, the checkpoint's tokenizer, and the errors of features that they lack.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from .base import Emit
 
 
 class Engine:
-    """The part of a backend that does not depend on its engine."""
+    """The part of a backend that is the same for all engines."""
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
@@ -25,7 +28,7 @@ class Engine:
         raise MeasurementError(f"backend={self.cell.backend} keeps no history. Use history=none.")
 
     def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
-        raise MeasurementError(f"backend={self.cell.backend} is not measured turn by turn. Use history=none.")
+        raise MeasurementError(f"backend={self.cell.backend} cannot be measured turn by turn. Use history=none.")
 
     def encode(self, text: str) -> Sequence[int]:
         if self.tokenizer is None:
@@ -43,8 +46,9 @@ class Engine:
 class Rows:
     """Emits a step as soon as every row has its token.
 
-    An engine takes rows of one length in step, and each of its steps is emitted at once. Where it does not (a prompt that it computed in
-    parts, so that another row was ahead), a row's token waits for the slowest row: the stamp is when the whole batch had so many tokens.
+    An engine advances rows of one length together, so each of its steps is emitted at once. If one row is ahead
+    (because another row's prompt was computed in parts), its token waits for the slowest row: the stamp is the time at
+    which the whole batch had that many tokens.
     """
 
     def __init__(self, count: int, output_tokens: int, emit: Emit) -> None:
@@ -53,7 +57,7 @@ class Rows:
         self.emit = emit
 
     def add(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """What one step of the engine brought: numbers of rows, each with its new ids."""
+        """Add the result of one step of the engine: row numbers, each with its new ids."""
         for row, ids in tokens:
             self.waiting[row].extend(ids)
             self.left[row] -= len(ids)
@@ -61,6 +65,6 @@ class Rows:
             self.emit([row.popleft() for row in self.waiting])
 
     def require_whole(self) -> None:
-        """Raise MeasurementError unless every row has had all of its tokens, and no more."""
+        """Raise MeasurementError unless every row got exactly its number of tokens."""
         if any(self.left):
             raise MeasurementError(f"The engine ended its rows with {self.left} tokens left. Please report this.")

@@ -1,20 +1,20 @@
-"""A scripted backend: every delay and every fault at a known time. Public: users test their set-up with it too.
+"""A scripted backend: every delay and every fault happens at a known time. Public: users can test their set-up with it.
 
-The script is the model's name, `fake:` and settings joined by `+`, all of them optional:
+The script is the model's name: `fake:` and optional settings joined by `+`:
 
     llmbench run --backend fake --model fake:ttft_ms=50+itl_ms=20 --batch-size 1,4
 
     load_ms, ttft_ms, itl_ms     delays (default 1, 5, 1)
     row_ms                       more delay per step for each row after the first (default 0)
-    prompt_ms                    more delay of the first token for each token of the prompt that no history holds (default 0)
+    prompt_ms                    more delay of the first token for each prompt token that no history holds (default 0)
     memory_mb                    memory that a load really allocates and touches (default 1)
     vocab                        size of the vocabulary (default 32000)
-    stop_after                   stop after this many tokens, whatever was asked
-    late=1                       hand each token over one step late, as a deferred stop check does
+    stop_after                   stop after this many tokens, whatever was asked for
+    late=1                       emit each token one step late, as a deferred stop check does
     stall_ms, stall_at           an extra delay before token number stall_at
     compile_ms                   with decode=compiled: delay of compiling for a shape (default 1)
-    step_tokens                  with decode=prompt_lookup or assisted: tokens that each step brings, one itl_ms a step (default 2)
-    differs_at                   with any decode but generate: the token from which on it is another one
+    step_tokens                  with decode=prompt_lookup or assisted: tokens per step of itl_ms (default 2)
+    differs_at                   with any decode but generate: tokens from this number on differ from those of generate
     log_lines                    lines written to the log per call
     fail=oom|error|crash|kill|hang   a fault, at=load|generate (default generate)
     above_batch, below_batch     the fault happens only with more, or fewer, rows than this
@@ -62,7 +62,7 @@ WORDS = {"fail": ("oom", "error", "crash", "kill", "hang"), "at": ("load", "gene
 
 
 def parse_script(model: str) -> dict[str, float | str]:
-    """The settings in a model name such as `fake:ttft_ms=50+itl_ms=20`. Raises UsageError, naming the setting."""
+    """Parse the settings in a model name such as `fake:ttft_ms=50+itl_ms=20`. Raises UsageError, naming the setting."""
     script: dict[str, float | str] = dict(NUMBERS)
     _, _, settings = model.partition(":")
     for setting in filter(None, settings.split("+")):
@@ -83,7 +83,7 @@ def parse_script(model: str) -> dict[str, float | str]:
 
 @dataclass
 class FakeHistory:
-    """Counts what a real one would hold."""
+    """Counts the tokens that a real history would hold."""
 
     tokens: int = 0
 
@@ -213,14 +213,14 @@ class FakeBackend(NothingToFetch):
                 raise MeasurementError("Scripted error.")
             case "crash":
                 os._exit(13)
-            case "kill":  # as the kernel does when memory runs out
+            case "kill":  # as the kernel does if memory runs out
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
                 time.sleep(3600)
 
 
 class FakeEngine:
-    """Continuous batching on the same schedule: a step takes `ttft_ms` if a request joins in it, else `itl_ms` and `row_ms`."""
+    """Continuous batching, same schedule. A step takes `ttft_ms` if a request joins, else `itl_ms` and `row_ms`."""
 
     def __init__(self, backend: FakeBackend, rows: int, on_step: Callable[[Sequence[Token]], None]) -> None:
         self.backend, self.rows, self.on_step = backend, rows, on_step
@@ -272,7 +272,7 @@ class FakeEngine:
 
 
 def _token(prompt: Sequence[int], index: int) -> int:
-    """The token that follows a prompt at an index: a letter that depends on both."""
+    """Return the output token at an index: a letter that depends on the prompt and the index."""
     return 97 + (sum(prompt) + index) % 26
 
 

@@ -1,7 +1,8 @@
-"""GPTQ: quantize a checkpoint with a workload's prompts as calibration, once, and keep the result by content.
+"""GPTQ: quantize a checkpoint once, calibrated with a workload's prompts, and cache the result by content.
 
-Frantar et al. 2023 (arXiv:2210.17323), through optimum and GPTQModel, the maintained successor of AutoGPTQ. Runs in the process
-that prepares files, so that neither its time nor its memory is measured; the result is an ordinary checkpoint.
+The method of Frantar et al. 2023 (arXiv:2210.17323), through optimum and GPTQModel, the maintained successor of
+AutoGPTQ. Runs in the process that prepares files, so that neither its time nor its memory is measured. The result is
+an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -28,40 +29,42 @@ PACKAGES = ("optimum", "gptqmodel")
 MOST_SAMPLES = 64
 SAMPLE_TOKENS = 256
 RECIPE = "llmbench.json"
-"""Beside the weights: how they were made."""
+"""File beside the weights that records how they were made."""
 
 
 def require() -> None:
-    """Raise MissingError unless the packages and, for a CPU, a C++ compiler are there."""
+    """Raise MissingError unless the packages and a C++ compiler are installed."""
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise MissingError(
-                f"quant=gptq needs the package {package}, which is not installed. Run: pip install 'mlflow-llmbench[gptq]'"
+                f"quant=gptq needs the package {package}, which is not installed. "
+                "Run: pip install 'mlflow-llmbench[gptq]'"
             )
     compiler = os.environ.get("CXX", "g++").split()[0]
     if not shutil.which(compiler):
         raise MissingError(
-            f"quant=gptq needs a C++ compiler, since GPTQModel builds a part of itself, and {compiler} is not there. Install g++, or set CXX."
+            "quant=gptq needs a C++ compiler, since GPTQModel builds a part of itself, "
+            f"and {compiler} is not installed. Install g++, or set CXX."
         )
 
 
 READY = {"gptq": PACKAGES, "awq": ("gptqmodel",)}
-"""Method of a checkpoint that is quantized already → the packages through which transformers loads it."""
+"""Quantization method of a ready checkpoint → the packages with which transformers loads it."""
 
 
 def require_for(model: ModelFacts) -> None:
-    """Raise MissingError unless a ready GPTQ or AWQ checkpoint can be loaded here; nothing is asked of any other model."""
+    """Raise MissingError if a ready GPTQ or AWQ checkpoint cannot be loaded here. Other models always pass."""
     method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
     for package in READY.get(str(method), ()):
         if importlib.util.find_spec(package) is None:
             raise MissingError(
-                f"{model.name} is quantized with {method}, and loading it needs the package {package}, which is not installed. "
-                "Run: pip install 'mlflow-llmbench[gptq]'"
+                f"{model.name} is quantized with {method}, and loading it needs the package {package}, "
+                "which is not installed. Run: pip install 'mlflow-llmbench[gptq]'"
             )
 
 
 def folder_of(cell: Cell, model: ModelFacts) -> Path:
-    """Where the quantized checkpoint is kept: named by everything that decides its content."""
+    """Return the cache folder of the quantized checkpoint, named by a hash of everything that decides its content."""
     versions = {package: importlib.metadata.version(package) for package in (*PACKAGES, "transformers", "torch")}
     prompts = load_prompts(cell.workload)
     calibration = list(prompts.texts) or {"generator": "uniform-ids-1", "seed": cell.seed}
@@ -79,9 +82,10 @@ def folder_of(cell: Cell, model: ModelFacts) -> Path:
 
 
 def quantize(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
-    """Write the quantized checkpoint unless it is there. `tokenizer` is None for synthetic prompts. Raises MeasurementError.
+    """Write the quantized checkpoint unless it exists. `tokenizer` is None for synthetic prompts.
 
-    The folder appears whole or not at all; an interruption leaves a temporary one, which is removed.
+    Raises MeasurementError if it cannot be quantized. The folder appears complete or not at all. An interruption
+    leaves a temporary folder, which is removed.
     """
     target = folder_of(cell, model)
     if (target / RECIPE).exists():
@@ -94,12 +98,13 @@ def quantize(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None
             raise
         except Exception as error:
             raise MeasurementError(
-                f"GPTQ could not quantize {cell.model} with {GPTQ_BITS[cell.quant]} bits and group_size={cell.group_size}: {type(error).__name__}: "
-                f"{first_line(error)}. Try another group_size, or quant=int4."
+                f"GPTQ could not quantize {cell.model} with {GPTQ_BITS[cell.quant]} bits and "
+                f"group_size={cell.group_size}: {type(error).__name__}: {first_line(error)}. "
+                "Try another group_size, or quant=int4."
             ) from error
         shutil.rmtree(target, ignore_errors=True)
         os.rename(scratch, target)
-        os.mkdir(scratch)  # for its context manager to remove
+        os.mkdir(scratch)  # so that its context manager can remove it
 
 
 def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> None:
@@ -121,10 +126,10 @@ def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> Non
     started = time.perf_counter()
     quantized = quantizer.quantize_model(loaded, None)
     seconds = time.perf_counter() - started
-    quantizer.dataset = None  # tensors, which no JSON takes
+    quantizer.dataset = None  # tensors, which cannot be written as JSON
     quantized.config.quantization_config = quantizer.to_dict()
     quantizer.save(quantized, str(folder))
-    # optimum writes the configuration before it converts the weights to the format of version 1, and so names the wrong one.
+    # optimum writes the configuration before it converts the weights to format version 1, so it names the wrong one.
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["quantization_config"] = quantizer.to_dict()
@@ -140,7 +145,7 @@ def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> Non
 
 
 def _samples(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
-    """Token ids to calibrate with: the workload's prompts, cut to `SAMPLE_TOKENS`, or seeded random ids where it has no text."""
+    """Return ids to calibrate with: the workload's texts cut to `SAMPLE_TOKENS`, or seeded random ids without any."""
     texts = load_prompts(cell.workload).texts[:MOST_SAMPLES]
     if not texts:
         draw = random.Random(f"gptq/{cell.seed}")
@@ -150,7 +155,7 @@ def _samples(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
 
 
 def recorded(folder: str) -> dict[str, str | int | float]:
-    """What `quantize` wrote of itself beside the weights; empty for a checkpoint from elsewhere."""
+    """Return the facts that `quantize` recorded beside the weights; empty for a checkpoint from elsewhere."""
     file = Path(folder) / RECIPE
     if not file.is_file():
         return {}

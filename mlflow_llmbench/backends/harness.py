@@ -1,6 +1,7 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on the loaded model, by name or from a YAML file or folder. The home of lm_eval.
+"""Tasks of EleutherAI's lm-evaluation-harness on the loaded model, by name or from a YAML file or folder.
 
-Prompts, few-shot examples, metrics and their standard errors are the harness's own; no chat template is applied.
+The only module that imports lm_eval. Prompts, few-shot examples, metrics and their standard errors are the harness's
+own. No chat template is applied.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ Say = Callable[..., None]
 
 
 def require() -> None:
-    """Raise MissingError unless the harness is installed; it is not imported."""
+    """Raise MissingError unless the harness is installed; does not import it."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingError(
-            "quality_tasks needs the package lm_eval, which is not installed. Run: pip install 'mlflow-llmbench[lm-eval]'"
+            "quality_tasks needs the package lm_eval, which is not installed. "
+            "Run: pip install 'mlflow-llmbench[lm-eval]'"
         )
 
 
 def evaluate(backend: Backend, tasks: Sequence[str], most: int | None, say: Say) -> None:
-    """Run each task on the loaded model, at most `most` of its documents, and tell its scores; one that cannot be had costs no other.
+    """Run each task on the loaded model, with at most `most` of its documents, and report its scores as `tasked`.
 
-    A folder stands for all tasks in it. Each failure is told as `withheld`, in a line.
+    A folder stands for all tasks in it. A failing task is reported as `withheld`, in one line, and the others still
+    run.
     """
     from lm_eval.tasks import TaskManager
 
@@ -47,16 +50,17 @@ def evaluate(backend: Backend, tasks: Sequence[str], most: int | None, say: Say)
 
 @contextlib.contextmanager
 def _in_a_line(what: str, say: Say) -> Iterator[None]:
-    """Whatever the harness, its data sets or the network raise costs this figure only. Memory that runs out is told as such."""
+    """Report any error of the harness, its data sets or the network as `withheld`, so that only this score is lost.
+
+    Memory that runs out is reported as such.
+    """
     try:
         yield
     except MemoryError:
         say("withheld", message=f"{what} was not evaluated: memory ran out.")
     except Exception as error:
         why = first_line(error).rstrip(".")
-        advice = (
-            "Data sets are downloaded once: check the network, or give the YAML file of a task whose data lies here."
-        )
+        advice = "Data sets are downloaded once: check the network, or give the YAML file of a task whose data is here."
         if isinstance(error, KeyError):
             why, advice = (
                 "there is no task of that name",
@@ -66,7 +70,7 @@ def _in_a_line(what: str, say: Say) -> Iterator[None]:
 
 
 def _wrapped(backend: Backend, say: Say) -> Any:
-    """The loaded model as the harness takes it, which tells of each call that it goes on."""
+    """Wrap the loaded model for the harness; each call of it is reported as `scoring`."""
     from lm_eval.models.huggingface import HFLM
 
     class Told(HFLM):  # type: ignore[misc]
@@ -89,7 +93,7 @@ def _wrapped(backend: Backend, say: Say) -> Any:
 
 
 def _names(folder: str, manager: Any) -> list[str]:
-    """The tasks and groups that the YAML files of a folder declare."""
+    """Return the tasks and groups that the YAML files of a folder declare, sorted."""
     root = Path(folder).resolve()
     return sorted(
         name
@@ -99,7 +103,7 @@ def _names(folder: str, manager: Any) -> list[str]:
 
 
 def _run(model: Any, name: str, manager: Any, most: int | None) -> tuple[TaskScore, ...]:
-    """The scores of a task, or of a group with all its tasks."""
+    """Return the scores of a task, or of a group with all its tasks."""
     from lm_eval import simple_evaluate
 
     found: Mapping[str, Any] = simple_evaluate(

@@ -1,6 +1,6 @@
-"""What was really loaded: classes, dtypes, bytes and kernels of a torch model, read from the model itself.
+"""Inspect a loaded torch model: classes, dtypes, bytes and kernels, read from the model itself.
 
-`get_memory_footprint` misses quantization state and the inner tensors of some tensor subclasses; names of settings say
+`get_memory_footprint` misses quantization state and the inner tensors of some tensor subclasses. Settings show only
 what was asked for, not what was done.
 """
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Bytes and counts of a loaded model. `linear_bits`: mean stored bits per weight of the decoder's linear layers, metadata included.
+    """Bytes and counts of a loaded model.
 
-    `expert_weights`: weights of experts that are no linear layers; they are in `linear_bits`, and no quantization here touches them.
+    `linear_bits`: mean stored bits per weight of the decoder's linear layers, metadata included. `expert_weights`:
+    weights of experts that are not linear layers. They count in `linear_bits`, and no quantization of this package
+    changes them.
     """
 
     parameters: int
@@ -37,7 +39,7 @@ class Inspection:
 
 
 def inspect_model(model: Any) -> Inspection:
-    """Read a loaded model. Reading values touches every parameter once (see `touch`); this does not."""
+    """Inspect a loaded model without reading the values of its parameters (`touch` does that)."""
     seen: set[int] = set()
     weight_bytes = parameters = 0
     spans: list[tuple[int, int]] = []
@@ -47,11 +49,12 @@ def inspect_model(model: Any) -> Inspection:
     device = "cpu"
     for module_name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
+        # GPTQ keeps its weights in buffers.
         if (
             hasattr(module, "in_features")
             and next(module.children(), None) is None
             and not own.keys() & {"weight", "W_q"}
-        ):  # GPTQ keeps its weights in buffers
+        ):
             parameters += int(module.in_features) * int(module.out_features)
         for name, tensor in [*own.items(), *module.named_buffers(recurse=False)]:
             if id(tensor) in seen:
@@ -68,11 +71,8 @@ def inspect_model(model: Any) -> Inspection:
             if module_name not in skip:
                 step_bytes += size
             if name in own:
-                if not hasattr(module, "in_features") or name in (
-                    "weight",
-                    "W_q",
-                    "bias",
-                ):  # others are scales and packed weights
+                # Other parameters of linear layers are scales and packed weights.
+                if not hasattr(module, "in_features") or name in ("weight", "W_q", "bias"):
                     parameters += _logical_count(tensor, module, name)
                 dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
                 device = str(tensor.device)
@@ -83,7 +83,7 @@ def inspect_model(model: Any) -> Inspection:
 
 
 def touch(model: Any) -> None:
-    """Read every stored byte of the model once, so that pages of a mapped checkpoint are resident and copies are done."""
+    """Read the whole stored model once, so that pages of a mapped checkpoint are resident and copies are finished."""
     import torch
 
     for module in model.modules():
@@ -95,7 +95,10 @@ def touch(model: Any) -> None:
 
 
 def stored_bytes(value: Any, module: Any = None) -> int:
-    """Bytes of a tensor (a parameter of `module`), of what a tensor subclass wraps, and of all tensors in tuples and dicts; 0 of anything else."""
+    """Return the stored bytes of a tensor (a parameter of `module`), or of all tensors in tuples, lists and dicts.
+
+    Includes what a tensor subclass wraps. Anything else has 0 bytes.
+    """
     if isinstance(value, dict | tuple | list):
         return sum(map(stored_bytes, value.values() if isinstance(value, dict) else value))
     if not hasattr(value, "element_size"):
@@ -104,7 +107,7 @@ def stored_bytes(value: Any, module: Any = None) -> int:
 
 
 def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
-    """The plain tensors that store one parameter: itself, its quantization state, or what a tensor subclass wraps."""
+    """Yield the plain tensors that store a parameter: itself, its quantization state, or those in a tensor subclass."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None and not type(tensor).__module__.startswith("torch.nn"):
         for name in flatten()[0]:
@@ -112,9 +115,8 @@ def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
         return
     yield tensor.data if hasattr(tensor, "data") else tensor
     state = getattr(tensor, "quant_state", None)
-    if (
-        state is not None
-    ):  # bitsandbytes 4-bit: block maxima, code table, and both again where they are quantized themselves
+    # bitsandbytes 4-bit: block maxima and code table, and both once more if the maxima are quantized themselves.
+    if state is not None:
         for holder in (state, getattr(state, "state2", None)):
             for name in ("absmax", "code", "offset"):
                 value: Any = getattr(holder, name, None)
@@ -130,7 +132,7 @@ def _pieces(tensor: torch.Tensor, module: Any) -> Iterator[torch.Tensor]:
 
 
 def _logical_count(tensor: torch.Tensor, module: Any, name: str) -> int:
-    """Number of weights that a parameter stands for; packed ones hold several in a byte."""
+    """Return the number of weights that a parameter represents; packed ones hold several in a byte."""
     state = getattr(tensor, "quant_state", None)
     if state is not None:
         return int(state.shape.numel())
@@ -145,7 +147,10 @@ def _logical_count(tensor: torch.Tensor, module: Any, name: str) -> int:
 
 
 def _input_only(model: Any) -> Iterator[str]:
-    """Names of the embedding modules that a decode step reads one row of: all but one whose weight is the output head's too."""
+    """Yield the names of embedding modules of which a decode step reads one row only.
+
+    These are all embeddings that do not share their weight with the output head.
+    """
     import torch
 
     head = model.get_output_embeddings()
@@ -157,7 +162,10 @@ def _input_only(model: Any) -> Iterator[str]:
 
 
 def _linear_layers(model: Any) -> tuple[float, dict[str, int], int]:
-    """Mean stored bits per weight, classes with their counts, and how many weights are those of experts, of all linear layers but the output head."""
+    """Return mean stored bits per weight, classes with their counts, and the number of weights of experts.
+
+    Covers all linear layers but the output head, and the experts.
+    """
     head = model.get_output_embeddings()
     classes: Counter[str] = Counter()
     stored = logical = experts = 0
@@ -175,28 +183,26 @@ def _linear_layers(model: Any) -> tuple[float, dict[str, int], int]:
 
 
 def _experts(module: Any) -> list[torch.Tensor]:
-    """The matrices of a mixture's experts, which transformers 5 holds in one parameter of three dimensions and not in linear layers."""
-    if hasattr(module, "in_features") or type(module).__module__.startswith(
-        "torch.nn"
-    ):  # a convolution has three dimensions too
+    """Return the matrices of a mixture's experts, which transformers 5 holds in parameters of three dimensions."""
+    # torch.nn: the weight of a convolution has three dimensions too.
+    if hasattr(module, "in_features") or type(module).__module__.startswith("torch.nn"):
         return []
     own = module.named_parameters(recurse=False)
     return [tensor for name, tensor in own if tensor.ndim == 3 and tensor.is_floating_point() and "scale" not in name]
 
 
 def _class_name(module: Any) -> str:
-    """The class of a layer, and where its weight is a tensor subclass, whose kernel is another, that of the weight."""
+    """Return a layer's class name, with that of its weight if it is a tensor subclass, which has another kernel."""
     weight = getattr(module, "weight", None)
     if not hasattr(weight, "__tensor_flatten__"):
         return type(module).__name__
-    dynamic = (
-        ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
-    )  # activations are quantized too
+    # With act_quant_kwargs, activations are quantized too.
+    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
     return f"{type(module).__name__}({type(weight).__name__}{dynamic})"
 
 
 def layer_bytes(module: Any) -> int:
-    """Bytes that the weight of a linear layer is held in, quantization state included, its bias left out."""
+    """Return the stored bytes of a linear layer's weight, with quantization state and without bias."""
     weights = [
         t for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)] if n != "bias"
     ]
@@ -229,13 +235,16 @@ EXPECTED = {
     "fp16": (None, 16.0, 16.0),
     "bf16": (None, 16.0, 16.0),
 }
-"""Quantization → classes of its linear layers (None: any), least and most stored bits per weight (of groups of 16 where they can be chosen)."""
+"""Quantization → classes of its linear layers (None: any), lowest and highest stored bits per weight.
+
+The highest holds for groups of 16 where the group size can be chosen.
+"""
 
 FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def verify(quant: str, device: str, found: Inspection) -> None:
-    """Raise NotRealised unless the loaded model is what `quant` and `device` asked for."""
+    """Raise NotRealised unless the loaded model has the quantization `quant` and is on `device`."""
     if not found.device.startswith(device.partition(":")[0]):
         raise NotRealised(
             f"The model is on {found.device}, not on {device}. Use device={found.device.partition(':')[0]}."
@@ -245,32 +254,37 @@ def verify(quant: str, device: str, found: Inspection) -> None:
     classes, low, high = EXPECTED[quant]
     if classes and not classes >= set(found.linear_classes):
         advice = "Use quant=none for a checkpoint that is quantized already"
-        if quant == "int4-wo":  # torchao leaves a layer as it is where the groups do not fit
+        if quant == "int4-wo":  # torchao leaves a layer as it is if the groups do not fit
             advice = "Use a group_size that divides the inputs of every layer"
-        raise NotRealised(f"quant={quant} was asked for, and the linear layers are {found.linear_classes}. {advice}.")
+        raise NotRealised(f"quant={quant} was asked for, but the linear layers are {found.linear_classes}. {advice}.")
     if found.expert_weights and high < 16:
         raise NotRealised(
-            f"quant={quant} was asked for, and the experts of this model are no linear layers in this version of transformers: {found.expert_weights:,} of "
-            f"its {found.parameters:,} weights stay as they are. Use quant=none, or a GGUF file of the model with backend=llama_cpp."
+            f"quant={quant} was asked for, but the experts of this model are not linear layers in this version of "
+            f"transformers: {found.expert_weights:,} of its {found.parameters:,} weights stay as they are. "
+            "Use quant=none, or a GGUF file of the model with backend=llama_cpp."
         )
     if not low - 0.01 <= found.linear_bits <= high + 0.01:
         raise NotRealised(
-            f"quant={quant} was asked for, and the linear layers hold {found.linear_bits:.2f} bits per weight, not {low:g} to {high:g}. "
-            "Use quant=none for a checkpoint that is quantized already."
+            f"quant={quant} was asked for, but the linear layers hold {found.linear_bits:.2f} bits per weight, "
+            f"not {low:g} to {high:g}. Use quant=none for a checkpoint that is quantized already."
         )
     wanted = FLOAT_DTYPES.get(quant)
     if wanted and set(found.dtypes) - {wanted}:
         raise NotRealised(
-            f"quant={quant} was asked for, and the parameters' dtypes are {found.dtypes}. Use quant=none for this checkpoint."
+            f"quant={quant} was asked for, but the parameters' dtypes are {found.dtypes}. "
+            "Use quant=none for this checkpoint."
         )
 
 
 BLOCK_CLASSES = {"fp16": "Linear", "bf16": "Linear", "int8": "Linear8bitLt", "int4": "Linear4bit"}
-"""Scheme of a block in a mixed model → the class of its linear layers."""
+"""Scheme of a block in a mixed model → class of its linear layers."""
 
 
 def verify_plan(schemes: Mapping[str, str], model: Any) -> None:
-    """Raise NotRealised unless each linear layer but the output head is what the plan says (name → scheme), in class, dtype and bits."""
+    """Raise NotRealised unless each linear layer but the output head has the class, dtype and bits of its scheme.
+
+    `schemes` maps names of layers to schemes, as planned.
+    """
     head = model.get_output_embeddings()
     layers = {
         name: module
@@ -289,12 +303,14 @@ def verify_plan(schemes: Mapping[str, str], model: Any) -> None:
         found = type(module).__name__
         if module is None or scheme is None or module is head or found != BLOCK_CLASSES[scheme]:
             raise NotRealised(
-                f"The plan has {name} in {scheme or 'no scheme'}, and the model has {found if module else 'no such layer'} there."
+                f"The plan has {name} in {scheme or 'no scheme'}, "
+                f"but the model has {found if module else 'no such layer'} there."
             )
         wanted = FLOAT_DTYPES.get(scheme)
         if wanted and str(module.weight.dtype) != f"torch.{wanted}":
             raise NotRealised(
-                f"The plan has {name} in {scheme}, and its weights are {str(module.weight.dtype).removeprefix('torch.')}."
+                f"The plan has {name} in {scheme}, "
+                f"but its weights are {str(module.weight.dtype).removeprefix('torch.')}."
             )
         stored[scheme] += layer_bytes(module)
         logical[scheme] += int(module.in_features) * int(module.out_features)

@@ -1,20 +1,21 @@
-"""The multiple-choice knapsack, solved exactly: of each item one option, least cost in all, within a budget of bytes."""
+"""Exact multiple-choice knapsack: choose one option of each item, at the least total cost, within a byte budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 Option = tuple[int, int]
-"""Bytes and cost of one option, whole numbers, so that sums are exact."""
+"""Bytes and cost of one option; whole numbers, so that sums are exact."""
 
 
 def choose(items: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...] | None:
-    """Number of the chosen option of each item; None if even the smallest ones exceed the budget.
+    """Return the index of the chosen option of each item; None if even the smallest options exceed the budget (bytes).
 
-    Dynamic programming over the undominated totals (Nemhauser & Ullmann, Management Science 15, 1969): after each item only those
-    (bytes, cost) are kept that no other betters in both. A total is dropped as well where the rest cannot fit any more, or where even
-    the rest's Lagrangian bound, Σ min(cost + λ·bytes) − λ·room for any λ ≥ 0, is no better than a solution that is known (Pisinger,
-    European Journal of Operational Research 83, 1995). Of several solutions of one cost the one of fewest bytes is chosen.
+    Dynamic programming over the undominated totals (Nemhauser & Ullmann, Management Science 15, 1969): after each
+    item, only those (bytes, cost) are kept that no other beats in both. A total is also dropped if the remaining items
+    cannot fit any more, or if even their Lagrangian bound, Σ min(cost + λ·bytes) − λ·room for any λ ≥ 0, is no better
+    than a known solution (Pisinger, European Journal of Operational Research 83, 1995). Of several solutions with the
+    same cost, the one with the fewest bytes is chosen.
     """
     if sum(min(size for size, _ in item) for item in items) > budget:
         return None
@@ -33,14 +34,14 @@ def choose(items: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...] | 
             for option, (more, added) in enumerate(item)
             if size + more + least[number] <= budget
             and cost + added + bound[number] - price * (budget - size - more)
-            <= known * (1 + 1e-9) + 1  # room for the bound's own rounding
+            <= known * (1 + 1e-9) + 1  # tolerance for rounding of the bound
         ]
         kept: list[tuple[int, int, int, int]] = []
         for state in sorted(reached):
             if not kept or state[1] < kept[-1][1]:
                 kept.append(state)
         tables.append(kept)
-    chosen, place = [], len(tables[-1]) - 1  # undominated, so the last has the least cost
+    chosen, place = [], len(tables[-1]) - 1  # the totals are undominated, so the last one has the least cost
     for table in reversed(tables[1:]):
         _, _, place, option = table[place]
         chosen.append(option)
@@ -48,7 +49,7 @@ def choose(items: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...] | 
 
 
 def _priced(items: Sequence[Sequence[Option]], budget: int) -> tuple[float, int]:
-    """A price λ per byte at which the cheapest options fit, nearly the lowest such, and the cost of those options."""
+    """Return nearly the lowest price λ per byte at which the cheapest options fit, and the cost of those options."""
     low, high = 0.0, 1.0
 
     def at(price: float) -> tuple[int, int]:

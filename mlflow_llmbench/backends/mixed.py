@@ -1,8 +1,9 @@
-"""Mixed quantization: measure what each block of a model costs in int8 and in int4, choose under a budget, and make the model so.
+"""Mixed quantization: measure the cost of each block in int8 and int4, choose schemes under a budget, apply them.
 
-The paper's "dynamic quantization". Sensitivity is measured by forward passes alone: one block at a time is quantized, and the next-token
-distributions are compared with those of the unquantized model (KL divergence, as Dong et al. 2019, arXiv:1911.03852, do by
-curvature). It runs in the process that prepares files, and is kept by content; budgets share it.
+The paper's "dynamic quantization". Sensitivity is measured with forward passes only: one block at a time is quantized,
+and the next-token distributions are compared with those of the unquantized model (by KL divergence; Dong et al. 2019,
+arXiv:1911.03852, use curvature). It runs in the process that prepares files. The result is cached by content and
+shared by all budgets.
 """
 
 from __future__ import annotations
@@ -36,28 +37,34 @@ if TYPE_CHECKING:
 
 PACKAGES = ("bitsandbytes", "torch", "transformers")
 PASSAGES, PASSAGE_TOKENS, POSITIONS = 24, 64, 8
-"""Passages, tokens of each, and positions at its end whose distributions are compared: 100 MB of logits for Gemma's vocabulary."""
+"""Number of passages, tokens of each, and positions at its end at which distributions are compared.
+
+Gemma's vocabulary takes 100 MB of logits.
+"""
 
 CALIBRATION = ("qa", "summarization", "creative", "code", "chat", "domain")
-"""Bundled workloads that the passages are cut from: all but the one that is measured, so that its quality is judged on other texts."""
+"""Bundled workloads from which passages are cut, except the measured one: its quality is judged on other texts."""
 
 ROWS = 8  # passages in one forward pass
 THRESHOLD = 6.0  # LLM.int8's, as for quant=int8
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-NANO = 10**12  # costs as whole numbers
+NANO = 10**12  # factor that makes costs whole numbers
 
 
 def kept_scheme(model: ModelFacts, bfloat16: bool) -> str:
-    """What blocks stay in that are not quantized: the checkpoint's own 16 bits, or where it has more bf16, fp16 on devices without it."""
+    """Return the scheme of blocks that are not quantized.
+
+    It is the checkpoint's own 16-bit type, or bf16 if it has more bits, or fp16 on devices without bf16.
+    """
     own = {dtype: scheme for scheme, dtype in DTYPES.items()}.get(str(model.dtype))
     return own if own and (bfloat16 or own != "bf16") else "bf16" if bfloat16 else "fp16"
 
 
-# Where it is kept
+# Cached files
 
 
 def plan_of(cell: Cell, model: ModelFacts) -> QuantPlan:
-    """The plan of a cell: the one that was given, or the one that `prepare` wrote. Raises MeasurementError."""
+    """Return the plan of a cell, given or written by `prepare`. Raises MeasurementError if it cannot be read."""
     if model.quant_plan is not None:
         return model.quant_plan
     file = _folder(cell, model) / _plan_name(cell)
@@ -70,12 +77,12 @@ def plan_of(cell: Cell, model: ModelFacts) -> QuantPlan:
 
 
 def is_prepared(cell: Cell, model: ModelFacts) -> bool:
-    """Whether the plan of a cell is there."""
+    """Return True if the plan of a cell is there."""
     return model.quant_plan is not None or (_folder(cell, model) / _plan_name(cell)).exists()
 
 
 def read_plan(path: str, model: ModelFacts) -> QuantPlan:
-    """The plan in a file `quant_plan.json` of an earlier run. Raises UsageError if it is none, or one of another model."""
+    """Read the `quant_plan.json` of an earlier run. Raises UsageError if it is no plan, or one of another model."""
     try:
         plan = from_json(QuantPlan, json.loads(Path(path).read_text(encoding="utf-8")))
         complete = set(plan.schemes) == {block.name for block in plan.sensitivity.blocks} and set(
@@ -87,21 +94,21 @@ def read_plan(path: str, model: ModelFacts) -> QuantPlan:
         ) from None
     if not complete:
         raise UsageError(
-            f"{path} is not a whole plan: blocks without a scheme, or with an unknown one. Give the quant_plan.json of a run."
+            f"{path} is not a complete plan: it has blocks without a scheme, or with an unknown one. "
+            "Give the quant_plan.json of a run."
         )
-    other = (
-        model.revision.startswith("random-") and plan.sensitivity.model != model.name
-    )  # a seed, the same of every preset
+    # The revision of random weights is their seed, which is the same for every preset.
+    other = model.revision.startswith("random-") and plan.sensitivity.model != model.name
     if other or plan.sensitivity.revision != model.revision:
         raise UsageError(
-            f"The plan {path} was made for {plan.sensitivity.model} {plan.sensitivity.revision[:12]}, and the model is {model.name} "
-            f"{model.revision[:12]}. Make a plan for it with quant_budget."
+            f"The plan {path} was made for {plan.sensitivity.model} {plan.sensitivity.revision[:12]}, "
+            f"but the model is {model.name} {model.revision[:12]}. Make a plan for it with quant_budget."
         )
     return plan
 
 
 def _folder(cell: Cell, model: ModelFacts) -> Path:
-    """The cache's folder for a model's sensitivity and its plans: named by everything that decides what is measured."""
+    """Return the cache folder of a model's sensitivity and plans, named by a hash of everything that decides them."""
     name, revision = model.identity
     made_of = {
         "model": name,
@@ -135,10 +142,10 @@ def _write(file: Path, record: object) -> None:
 
 
 def prepare(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
-    """Measure the sensitivity of a model unless that is there, choose under the cell's budget, measure the whole plan, and write it.
+    """Make and write the plan of a cell: measure the sensitivity unless it is cached, and choose under the budget.
 
-    `source` is the folder of the checkpoint, `tokenizer` None for random weights. Raises UsageError for a budget that nothing fits, and
-    MeasurementError.
+    The plan as a whole is measured too. `source` is the folder of the checkpoint; `tokenizer` is None for random
+    weights. Raises UsageError if nothing fits the budget, and MeasurementError if the sensitivity cannot be measured.
     """
     if is_prepared(cell, model):
         return
@@ -167,13 +174,17 @@ def prepare(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
         raise
     except Exception as error:
         raise MeasurementError(
-            f"The sensitivity of {cell.model} could not be measured: {type(error).__name__}: {first_line(error)}. Try a smaller model, or quant=int8."
+            f"The sensitivity of {cell.model} could not be measured: {type(error).__name__}: {first_line(error)}. "
+            "Try a smaller model, or quant=int8."
         ) from error
     _write(_folder(cell, model) / _plan_name(cell), QuantPlan(found, plan.budget, plan.schemes, measured))
 
 
 def choose(found: Sensitivity, budget: str) -> QuantPlan:
-    """The plan of least predicted KL divergence within a budget (`5.5` bits per weight, `300MB`). Raises UsageError if nothing fits."""
+    """Return the plan of least predicted KL divergence within a budget such as `5.5` (bits per weight) or `300MB`.
+
+    Raises UsageError if nothing fits.
+    """
     bits, size = read_budget(budget)
     room = size - found.fixed_bytes if size is not None else math.floor((bits or 0) * found.weights / 8 + 1e-6)
     options = [
@@ -183,8 +194,10 @@ def choose(found: Sensitivity, budget: str) -> QuantPlan:
     if chosen is None:
         least = sum(min(block.stored.values()) for block in found.blocks)
         raise UsageError(
-            f"quant_budget={budget} is too small for {found.model}: int4 throughout takes {math.ceil(800 * least / found.weights) / 100:.2f} bits per "
-            f"weight, {math.ceil((found.fixed_bytes + least) / 1e5) / 10:.1f}MB with what is not quantized. Give at least that."
+            f"quant_budget={budget} is too small for {found.model}: int4 throughout takes "
+            f"{math.ceil(800 * least / found.weights) / 100:.2f} bits per weight, "
+            f"{math.ceil((found.fixed_bytes + least) / 1e5) / 10:.1f}MB with the parts that are not quantized. "
+            "Give at least that."
         )
     return QuantPlan(
         found, budget, {block.name: found.schemes[number] for block, number in zip(found.blocks, chosen, strict=True)}
@@ -198,13 +211,14 @@ def _sensitivity(
     seen = inspection.inspect_model(model)
     if seen.expert_weights:
         raise MeasurementError(
-            f"{cell.model} is a mixture of experts, which are no linear layers in this version of transformers: {seen.expert_weights:,} of its "
-            f"{seen.parameters:,} weights would stay as they are. Use a GGUF file of it with backend=llama_cpp."
+            f"{cell.model} is a mixture of experts, which are not linear layers in this version of transformers: "
+            f"{seen.expert_weights:,} of its {seen.parameters:,} weights would stay as they are. "
+            "Use a GGUF file of it with backend=llama_cpp."
         )
     whole, groups = seen.weight_bytes, blocks_of(model)
     if not groups:
         raise MeasurementError(f"{cell.model} has no linear layers that could be quantized. Use quant=none.")
-    partial = _folder(cell, facts) / "blocks.json"  # what an interrupted measurement had found
+    partial = _folder(cell, facts) / "blocks.json"  # results of an interrupted measurement
     blocks = (
         [from_json(Block, known) for known in json.loads(partial.read_text(encoding="utf-8"))]
         if partial.exists()
@@ -248,10 +262,10 @@ def _measured_block(
 
 
 def blocks_of(model: Any) -> dict[str, list[str]]:
-    """Name of each block → its linear layers: those of a layer's attention, those of its MLP, and whatever stands by itself.
+    """Map the name of each block to its linear layers: those of a layer's attention, of its MLP, and any single ones.
 
-    A block is named by the path through the layer's number to what is below it; linear layers that a layer holds directly (OPT's MLP)
-    are a block of the layer's own name. The output head is none.
+    The name is the path up to the part below the layer's number, as in `model.layers.0.mlp`. Linear layers that a layer
+    holds directly (OPT's MLP) form a block with the layer's own name. The output head belongs to no block.
     """
     import torch
 
@@ -271,7 +285,7 @@ def _stored(model: Any, modules: Sequence[str]) -> int:
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits at the last `POSITIONS` of each passage: (passages, positions, vocabulary)."""
+    """Return the logits at the last `POSITIONS` of each passage: (passages, positions, vocabulary)."""
     import torch
 
     keep = {"logits_to_keep": POSITIONS} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -284,7 +298,10 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _divergences(model: Any, ids: torch.Tensor, reference: torch.Tensor) -> tuple[float, ...]:
-    """Mean KL divergence from the reference in nats, one value per passage. Raises MeasurementError where it is not finite."""
+    """Return the mean KL divergence of each passage from the reference, in nats.
+
+    Raises MeasurementError if one is not finite.
+    """
     own = _logits(model, ids)
     means = [fmean(scoring.divergence(its, mine)[0]) for its, mine in zip(reference, own, strict=True)]
     if not all(map(math.isfinite, means)):
@@ -295,18 +312,21 @@ def _divergences(model: Any, ids: torch.Tensor, reference: torch.Tensor) -> tupl
 
 
 def _sets(cell: Cell) -> list[str]:
-    """Workloads whose texts are calibrated with; none for random weights, which have no tokenizer."""
+    """Return the workloads to calibrate with; none for random weights, which have no tokenizer."""
     return [] if cell.weights == "random" else [name for name in CALIBRATION if name != cell.workload]
 
 
 def _texts(name: str, cell: Cell) -> list[str]:
-    """The texts of a bundled workload, less those that are measured."""
+    """Return the texts of a bundled workload without those that are measured."""
     own = set(load_prompts(cell.workload).texts)
     return [text for text in load_prompts(name).texts if text not in own]
 
 
 def _passages(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
-    """`PASSAGES` passages of `PASSAGE_TOKENS` ids: cut evenly from each set's texts in a row, or seeded random ids where there is no text."""
+    """Return `PASSAGES` passages of `PASSAGE_TOKENS` ids: cut at even distances from the joined texts of each workload.
+
+    Without texts, they are seeded random ids.
+    """
     sets = _sets(cell)
     if tokenizer is None or not sets:
         draw = random.Random(f"mixed/{cell.seed}")
@@ -314,7 +334,7 @@ def _passages(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
             [draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(PASSAGE_TOKENS)]
             for _ in range(PASSAGES)
         ]
-    prefix = list(tokenizer("")["input_ids"])  # what the tokenizer puts before every text
+    prefix = list(tokenizer("")["input_ids"])  # the ids that the tokenizer puts before every text
     length = PASSAGE_TOKENS - len(prefix)
     found: list[list[int]] = []
     for number, name in enumerate(sets):
@@ -325,7 +345,7 @@ def _passages(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
     return [passage for passage in found if len(passage) == PASSAGE_TOKENS]
 
 
-# Making it
+# Applying a plan
 
 
 def _load(cell: Cell, source: str, kept: str) -> Any:
@@ -343,7 +363,7 @@ def _load(cell: Cell, source: str, kept: str) -> Any:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device computes in bf16 itself."""
+    """Return True if a device computes in bf16 natively."""
     import torch
 
     return device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -351,7 +371,7 @@ def has_bfloat16(device: str) -> bool:
 
 @contextlib.contextmanager
 def _as(model: Any, schemes: Mapping[str, str], device: str) -> Iterator[None]:
-    """The model with these linear layers (name → scheme) quantized; afterwards it is as before."""
+    """Quantize these linear layers (name → scheme) of the model, and restore them afterwards."""
     before = {name: model.get_submodule(name) for name, scheme in schemes.items() if scheme in QUANTIZED}
     try:
         realise(model, schemes, device)
@@ -362,7 +382,10 @@ def _as(model: Any, schemes: Mapping[str, str], device: str) -> Iterator[None]:
 
 
 def realise(model: Any, schemes: Mapping[str, str], device: str) -> None:
-    """Replace linear layers (name → scheme) by quantized ones on the device. Raises NotRealised if the model has no such layer."""
+    """Replace linear layers (name → scheme) by quantized ones on the device.
+
+    Raises NotRealised if the model has no such layer.
+    """
     for name, scheme in schemes.items():
         if scheme not in QUANTIZED:
             continue
@@ -370,13 +393,14 @@ def realise(model: Any, schemes: Mapping[str, str], device: str) -> None:
             linear = model.get_submodule(name)
         except AttributeError:
             raise NotRealised(
-                f"The plan names the layer {name}, which this model does not have. Make a plan for it with quant_budget."
+                f"The plan names the layer {name}, which this model does not have. "
+                "Make a plan for it with quant_budget."
             ) from None
         model.set_submodule(name, quantized(linear, scheme, device))
 
 
 def quantized(linear: Any, scheme: str, device: str) -> Any:
-    """A linear layer as bitsandbytes' LLM.int8 (int8) or NF4 with blocks of 64 (int4), made as transformers makes it."""
+    """Quantize a linear layer with bitsandbytes as transformers does: LLM.int8 (int8) or NF4 in blocks of 64 (int4)."""
     import bitsandbytes
     import torch
 
@@ -400,7 +424,7 @@ def quantized(linear: Any, scheme: str, device: str) -> Any:
 
 
 def facts(plan: QuantPlan) -> dict[str, str | int | float]:
-    """What a run says of its plan, as dotted params."""
+    """Return the facts of a plan that a run logs, as dotted params."""
     found = plan.sensitivity
     said: dict[str, str | int | float] = {
         "quant.method": "mixed",

@@ -1,4 +1,4 @@
-"""The best rates of a device, measured with the library and the threads that will run the model: what MBU and MFU are shares of."""
+"""Best rates of a device, of which MBU and MFU are shares, measured with the library and threads that run the model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..interpreter import COMMAND_PYTHON
 
 REPEATS = 8
 CACHE_FACTOR = 4
-"""The buffer is at least this many times the last-level cache, so that it comes from memory."""
+"""The buffer has at least this many times the size of the last-level cache, so that it is read from memory."""
 
 
 def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
-    """`read_bytes_per_s` and `flops_per_s` of a device (torch's name), the best of several tries. Takes about a second.
+    """Measure `read_bytes_per_s` and `flops_per_s` of a device (torch's name). Takes about a second.
 
-    Bandwidth: a sum over float32 and a matrix–vector product, whichever reads faster. FLOP/s: a square matrix product
-    (2n³ operations) in float32 and bfloat16, whichever is faster. Best of, because disturbances only make it slower.
+    Bandwidth: a sum over float32 or a matrix–vector product, whichever reads faster. FLOP/s: a square matrix product
+    (2n³ operations) in float32 or bfloat16, whichever is faster. Each is the best of several runs, because disturbances
+    only make it slower.
     """
     import torch
 
@@ -51,13 +52,17 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
     return {"read_bytes_per_s": read_bytes / seconds, "flops_per_s": flops}
 
 
-ASK_PEAKS = "import json, sys; from mlflow_llmbench.backends.probe import measure_peaks; print(json.dumps(measure_peaks('cpu', int(sys.argv[1]))))"
+ASK_PEAKS = (
+    "import json, sys; from mlflow_llmbench.backends.probe import measure_peaks; "
+    "print(json.dumps(measure_peaks('cpu', int(sys.argv[1]))))"
+)
 
 
 def measure_peaks_apart() -> dict[str, float]:
-    """The same rates of the CPU by torch in a process of its own, for a worker without it, of whose memory it would be the most.
+    """Measure the same rates of the CPU with torch in a process of its own.
 
-    The interpreter is the command's, where the worker has another. Raises MissingError if torch does not run there.
+    For workers without torch, whose memory it would dominate. Uses the command's interpreter if the worker has another
+    one. Raises MissingError if torch does not run there.
     """
     command = [
         os.environ.get(COMMAND_PYTHON) or sys.executable,
@@ -68,14 +73,14 @@ def measure_peaks_apart() -> dict[str, float]:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MissingError(
-            "The best rates of this machine cannot be measured, since torch does not run. See `llmbench doctor`."
+            "The best rates of this machine cannot be measured: torch does not run. See `llmbench doctor`."
         )
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
 def _best(work: Callable[[], object], finish: Callable[[], None]) -> float:
-    """Shortest of several runs, seconds; the first is discarded."""
+    """Return the shortest of several runs in seconds; the first one is discarded."""
     times = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()

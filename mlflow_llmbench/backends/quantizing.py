@@ -1,6 +1,6 @@
-"""Quantizations that transformers makes while it loads a checkpoint: by bitsandbytes, torchao, HQQ or quanto. What each needs, and its settings.
+"""Quantization at load time by bitsandbytes, torchao, HQQ or quanto: requirements and settings of each.
 
-Nothing heavy is imported before `config` is called, so that `resolve` and `llmbench doctor` can ask what is lacking.
+Nothing heavy is imported before `config` is called, so that `resolve` and `llmbench doctor` can ask what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INSTALL = {
     "optimum-quanto": "pip install 'mlflow-llmbench[quanto]'",
     "compressed-tensors": "pip install 'mlflow-llmbench[compressed-tensors]'",
 }
-"""Package → the command that installs it."""
+"""Package → command that installs it."""
 
 PACKAGE = {
     **dict.fromkeys((*BITSANDBYTES, MIXED), "bitsandbytes"),
@@ -34,17 +34,17 @@ PACKAGE = {
     **dict.fromkeys(HQQ_BITS, "hqq"),
     **dict.fromkeys(QUANTO_BITS, "optimum-quanto"),
 }
-"""Quantization → the package that makes it."""
+"""Quantization → package that makes it."""
 
 INT4_GROUPS = (32, 64, 128)
-"""Sizes of groups that torchao's kernels for 4-bit weights know, on a CPU and on a GPU."""
+"""Group sizes that torchao's kernels for 4-bit weights support, on a CPU and on a GPU."""
 
 FP8_CAPABILITY = (8, 9)
-"""Compute capability of the oldest GPUs with products of 8-bit floats: Ada and Hopper (torchao's own requirement)."""
+"""Compute capability of the oldest GPUs that multiply 8-bit floats: Ada and Hopper (torchao's own requirement)."""
 
 
 def require(cell: Cell) -> None:
-    """Raise MissingError unless this machine has what the quantization of a cell needs, and UsageError for groups without a kernel."""
+    """Raise MissingError if a cell's quantization lacks something here, UsageError if its groups have no kernel."""
     package = PACKAGE.get(cell.quant)
     if package and not installed(package):
         raise MissingError(
@@ -52,33 +52,39 @@ def require(cell: Cell) -> None:
         )
     if cell.quant == "int4-wo" and cell.group_size not in INT4_GROUPS:
         raise UsageError(
-            f"quant=int4-wo has no kernel for group_size={cell.group_size}. Use group_size={','.join(map(str, INT4_GROUPS))}."
+            f"quant=int4-wo has no kernel for group_size={cell.group_size}. "
+            f"Use group_size={','.join(map(str, INT4_GROUPS))}."
         )
-    # The device of a cell that a cluster will measure is not known here; it is given as the CPU.
+    # For a cell that a cluster will measure, the device is not known here and given as the CPU.
     if cell.device != "cpu" and (lack := lacking_device(cell.quant, int(cell.device.partition(":")[2] or 0))):
         raise MissingError(f"quant={cell.quant} {lack}")
 
 
 READY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed-tensors"}
-"""Method of a checkpoint that is quantized already → the package through which transformers loads it; see `gptq.READY` for others."""
+"""Quantization method of a ready checkpoint → package with which transformers loads it; others are in `gptq.READY`."""
 
 
 def require_for(model: ModelFacts) -> None:
-    """Raise MissingError unless a checkpoint that one of these packages wrote can be loaded here; nothing is asked of any other model."""
+    """Raise MissingError if a checkpoint that one of these packages wrote cannot be loaded here. Others always pass."""
     method = _ready_method(model)
     package = READY.get(method)
     if package and not installed(package):
         raise MissingError(
-            f"{model.name} is quantized with {method}, and loading it needs the package {package}, which is not installed. Run: {INSTALL[package]}"
+            f"{model.name} is quantized with {method}, and loading it needs the package {package}, "
+            f"which is not installed. Run: {INSTALL[package]}"
         )
 
 
 def refuse_missing(model: ModelFacts, missing: Collection[str]) -> None:
-    """Raise NotRealised if a checkpoint that one of these packages wrote lacks weights: transformers would draw them at random, and go on."""
+    """Raise NotRealised if a checkpoint that one of these packages wrote lacks weights.
+
+    transformers would initialize them at random and continue.
+    """
     if missing and _ready_method(model) in READY:
         raise NotRealised(
-            f"The checkpoint {model.name} does not have {len(missing)} of the weights that its quantization_config ({_ready_method(model)}) speaks of, such as "
-            f"{sorted(missing)[0]}. Its format is not one that the installed versions read; use another checkpoint."
+            f"The checkpoint {model.name} lacks {len(missing)} of the weights that its quantization_config "
+            f"({_ready_method(model)}) requires, such as {sorted(missing)[0]}. "
+            "The installed versions cannot read its format; use another checkpoint."
         )
 
 
@@ -87,7 +93,7 @@ def _ready_method(model: ModelFacts) -> str:
 
 
 def lacking_device(quant: str, index: int = 0) -> str | None:
-    """What GPU `index` of this machine lacks for a quantization, and what to use; None if nothing, or if any device will do."""
+    """Say what GPU `index` of this machine lacks for a quantization, and what to use; None if it lacks nothing."""
     if quant != "fp8":
         return None
     found = gpu.compute_capability(index)
@@ -98,7 +104,7 @@ def lacking_device(quant: str, index: int = 0) -> str | None:
 
 
 def installed(package: str) -> bool:
-    """Whether a package is installed, by its own name or by that of its module."""
+    """Return True if a package is installed, given by its own name or that of its module."""
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -107,7 +113,7 @@ def installed(package: str) -> bool:
 
 
 def config(cell: Cell, device: str, compute: torch.dtype) -> Any:
-    """The settings of a cell's quantization as transformers takes them, None for HQQ. `compute` is the dtype of its products."""
+    """Return the quantization settings of a cell for transformers, None for HQQ. `compute` is the dtype of products."""
     import transformers
 
     quant = cell.quant
@@ -129,7 +135,10 @@ def config(cell: Cell, device: str, compute: torch.dtype) -> Any:
 
 
 def quantize_with_hqq(model: Any, cell: Cell, compute: torch.dtype) -> None:
-    """Put HQQ's layers in the place of the linear ones, but for the output head: transformers 5 names the method and cannot load with it."""
+    """Replace all linear layers but the output head by HQQ's.
+
+    transformers 5 lists the method but cannot load with it.
+    """
     import torch
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -145,7 +154,10 @@ def quantize_with_hqq(model: Any, cell: Cell, compute: torch.dtype) -> None:
 
 
 def _torchao_config(cell: Cell, device: str) -> Any:
-    """Per output row for 8 bits, per `group_size` weights for 4; the layout of 4-bit weights is that of the device's own kernel."""
+    """Return torchao's settings: scales per output row for 8 bits, per `group_size` weights for 4.
+
+    4-bit weights get the layout of the device's own kernel.
+    """
     from torchao import quantization
 
     if cell.quant == "int8-wo":
@@ -156,15 +168,14 @@ def _torchao_config(cell: Cell, device: str) -> Any:
         return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
     if device.startswith("cuda"):
         return quantization.Int4WeightOnlyConfig(group_size=cell.group_size, int4_packing_format="tile_packed_to_4d")
-    from torchao.prototype.quantization.int4 import (
-        PrototypeInt4WeightOnlyConfig,
-    )  # where torchao keeps its kernel for CPUs
+    # torchao's kernel for CPUs is a prototype.
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
     return PrototypeInt4WeightOnlyConfig(group_size=cell.group_size)
 
 
 def facts(model: Any) -> dict[str, str | int | float]:
-    """Method and settings of the quantization that the loaded model carries."""
+    """Return method and settings of the loaded model's quantization."""
     carried = getattr(model.config, "quantization_config", None)
     if carried is None:
         return {"quant.method": "none"}

@@ -1,9 +1,10 @@
-"""What a loaded model makes of given texts: likelihoods of a text, and next-token distributions beside those of the unquantized model.
+"""Quality of a loaded model: likelihood of a text, and next-token distributions compared with the unquantized model's.
 
-The reference is computed by the unquantized model in a process of its own and kept as a safetensors file, since two models at once
-may not fit: for each prompt its ids with the model's own greedy continuation, and the *logits* at each of its positions, in the
-dtype in which the model gives them. Log-probabilities in fp16 would take as much room and be rounded; so nothing is lost, and
-a model compared with itself diverges by 0. All sums over the vocabulary are in double precision.
+The unquantized model computes the reference in a process of its own, since two models at once may not fit. The
+reference is a safetensors file: for each prompt, its ids with the model's own greedy continuation, and the *logits* at
+each position of the continuation, in the dtype in which the model gives them. Log-probabilities in fp16 would take as
+much room and be rounded. With logits nothing is lost, and a model compared with itself diverges by 0. All sums over
+the vocabulary are in double precision.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
     import torch
 
 WINDOW, STRIDE = 512, 256
-"""Tokens that the model sees at most, and tokens that each window after the first scores."""
+"""Maximum number of tokens that the model sees, and tokens that each window after the first scores."""
 
 MOST_TEXT_TOKENS = 16_384
-"""Tokens of a text that are scored: a whole book on a CPU would take hours, and the interval is narrow long before."""
+"""Maximum number of scored tokens of a text. A book on a CPU would take hours; the interval is narrow long before."""
 
 REFERENCE_BYTES = 300_000_000
-"""Room for the logits of one reference; a row of Gemma's vocabulary takes half a megabyte."""
+"""Maximum size in bytes of the logits of one reference; a row of Gemma's vocabulary takes half a megabyte."""
 
 MOST_PROMPTS, MOST_POSITIONS, LEAST_POSITIONS = 64, 32, 8
 MOST_PROMPT_TOKENS = 512
-PASSAGE_TOKENS = 32  # prompts cut from the text, where the workload has none
+PASSAGE_TOKENS = 32  # of a prompt cut from the text, if the workload has no prompts
 MOST_OTHER_WORDS = 0.01
 ROWS = 8  # positions whose distributions are held in double precision at once
 
@@ -46,19 +47,22 @@ Say = Callable[..., None]
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference file: per prompt its ids with the continuation, and how many positions at their end have logits."""
+    """A reference file. `prompts`: ids with the continuation, and number of positions at their end with logits."""
 
     path: Path
     name: str
     digest: str
     prompts: tuple[tuple[tuple[int, ...], int], ...]
     nll: tuple[tuple[float, ...], ...]
-    text: tuple[tuple[int, ...], tuple[int, ...]]  # ids of the scored text: what stands before every text, and its own
-    words: Mapping[str, str]  # id → what it means, of every id in the prompts and in the text
+    text: tuple[tuple[int, ...], tuple[int, ...]]  # ids of the scored text: the tokenizer's prefix, and its own
+    words: Mapping[str, str]  # id → decoded word, of every id in the prompts and in the text
 
 
 def evaluate(backend: Backend, order: Mapping[str, Any], context: int | None, say: Say) -> None:
-    """Score the text, compare with each reference of the order (`reference.order`), run its tasks; each result is told as soon as it is there."""
+    """Score the text, compare with each reference, and run the tasks of an order (`reference.order`).
+
+    Reports each result as soon as it is there.
+    """
     if "text" in order:
         _evaluate_texts(backend, order, context, say)
     if order.get("tasks"):
@@ -72,7 +76,8 @@ def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | N
     if known and not same_words(backend, known):
         say(
             "withheld",
-            message=f"The model has not the vocabulary of {known.name}: the same ids mean other words, so that the two are not compared.",
+            message=f"The model does not have the vocabulary of {known.name}: the same ids mean other words, "
+            "so the two are not compared.",
         )
         references, known = {}, None
     try:
@@ -84,12 +89,13 @@ def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | N
 
 
 def same_words(backend: Backend, known: Reference) -> bool:
-    """Whether the ids of a reference mean the same words to a model. Spaces around a word are left out, since tokenizers write them in several ways.
+    """Return True if the ids of a reference mean the same words to a model.
 
-    Runtimes cut some texts differently with one vocabulary (llama.cpp, runs of spaces and line ends), so all are given the ids of the
-    reference; and they show a few special words differently, so one in a hundred may differ.
+    Spaces around a word are ignored, since tokenizers write them in different ways. With the same vocabulary, runtimes
+    tokenize some texts differently (llama.cpp: runs of spaces and line ends), so all get the ids of the reference.
+    They also decode a few special words differently, so one word in a hundred may differ.
     """
-    backend.encode("")  # so that the tokenizer is there
+    backend.encode("")  # loads the tokenizer
     other = sum(backend.decode([int(number)]).strip() != word.strip() for number, word in known.words.items())
     return other <= MOST_OTHER_WORDS * len(known.words)
 
@@ -98,11 +104,11 @@ def same_words(backend: Backend, known: Reference) -> bool:
 
 
 def windows(count: int, window: int, stride: int, begin: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Sliding windows over `count` tokens: (first token seen, first token scored, end), the token `begin` being the first scored.
+    """Yield sliding windows over `count` tokens: (first token seen, first token scored, end).
 
-    Each token is scored once. The first window scores all that it sees; each one after it scores `stride` tokens more and
-    sees `window` in all, so that nearly every token has at least `window − stride` before it ("Perplexity of fixed-length
-    models", Hugging Face transformers documentation).
+    Each token from `begin` on is scored once. The first window scores all tokens that it sees. Each later window scores
+    `stride` more tokens and sees `window` in all, so nearly every token has at least `window − stride` before it
+    ("Perplexity of fixed-length models", Hugging Face transformers documentation).
     """
     end = min(window, count)
     yield 0, begin, end
@@ -114,16 +120,18 @@ def windows(count: int, window: int, stride: int, begin: int = 0) -> Iterator[tu
 def score_text(
     backend: Backend, text: Text, context: int | None, say: Say, known: Reference | None = None
 ) -> TextScores:
-    """Negative log-likelihood of each token of a text, window by window; of the very tokens that a reference was given, where there is one.
+    """Compute the negative log-likelihood in nats of each token of a text, window by window.
 
-    What the tokenizer puts before every text (a beginning-of-sequence token) stands before every window: a model that was never
-    without it does much worse where it is missing. Raises UsageError if the text is too short.
+    With a reference, its tokens are scored. Every window begins with the tokenizer's prefix (a beginning-of-sequence
+    token): a model trained with it does much worse without it. Raises UsageError if the text is too short,
+    MeasurementError if the reference scored other windows.
     """
     prefix, ids = (list(known.text[0]), list(known.text[1])) if known else split_prefix(backend, text.content)
     reference_nll = known.nll if known else ()
     if len(ids) < LEAST_TEXT_TOKENS:
         raise UsageError(
-            f"The text {text.name} is too short for a perplexity: {len(ids)} tokens. Give at least {LEAST_TEXT_TOKENS} tokens of text."
+            f"The text {text.name} is too short for a perplexity: {len(ids)} tokens. "
+            f"Give at least {LEAST_TEXT_TOKENS} tokens of text."
         )
     size = min(WINDOW, context or WINDOW)
     stride = min(STRIDE, size // 2)
@@ -141,7 +149,7 @@ def score_text(
 
 
 def split_prefix(backend: Backend, text: str) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before any text, and those of the text itself."""
+    """Return the prefix, which is the ids that the tokenizer puts before any text, and the ids of the text itself."""
     prefix, ids = list(backend.encode("")), list(backend.encode(text))
     if ids[: len(prefix)] != prefix:
         prefix = []
@@ -149,7 +157,7 @@ def split_prefix(backend: Backend, text: str) -> tuple[list[int], list[int]]:
 
 
 def losses(logits: torch.Tensor, targets: Sequence[int]) -> list[float]:
-    """−log p(target) in nats for each row of logits. Raises MeasurementError where it is not finite."""
+    """Return −log p(target) in nats for each row of logits. Raises MeasurementError if it is not finite."""
     import torch
 
     found: list[float] = []
@@ -163,15 +171,18 @@ def losses(logits: torch.Tensor, targets: Sequence[int]) -> list[float]:
 
 def _finite(value: float) -> float:
     if not abs(value) < float("inf"):
-        raise MeasurementError(f"The model gave logits that are not finite ({value}), so it has no quality to measure.")
+        raise MeasurementError(f"The model gave logits that are not finite ({value}), so its quality is not defined.")
     return value
 
 
-# Beside the reference
+# Comparison with a reference
 
 
 def compare(backend: Backend, reference: Reference, say: Say, is_reference: bool = False) -> Divergence:
-    """Give the model each prompt of a reference with its continuation, and compare the distributions at each position."""
+    """Run the model on each prompt of a reference with its continuation, and compare distributions at each position.
+
+    Raises MeasurementError if the vocabularies differ in size, or if a divergence is not finite.
+    """
     from safetensors import safe_open
 
     kl: list[tuple[float, ...]] = []
@@ -183,7 +194,8 @@ def compare(backend: Backend, reference: Reference, say: Say, is_reference: bool
             own = backend.logits(ids[:-1], positions)
             if own.shape != its.shape:
                 raise MeasurementError(
-                    f"The model has {own.shape[1]} words, and the unquantized one has {its.shape[1]}. They cannot be compared."
+                    f"The model has {own.shape[1]} words, but the unquantized one has {its.shape[1]}. "
+                    "They cannot be compared."
                 )
             distances, same = divergence(its.to(own.device), own)
             kl.append(tuple(float(f"{_finite(value):.6g}") for value in distances))
@@ -192,10 +204,11 @@ def compare(backend: Backend, reference: Reference, say: Say, is_reference: bool
 
 
 def divergence(reference: torch.Tensor, own: torch.Tensor) -> tuple[list[float], list[bool]]:
-    """KL(reference‖own) in nats for each row of logits (positions, vocabulary), and whether both have a most probable token in common.
+    """Return KL(reference‖own) in nats and top-1 agreement for each row of logits (positions, vocabulary).
 
-    Σ p·(log p − log q) over the whole vocabulary (Kullback & Leibler 1951), in double precision. Of several equally probable
-    tokens, which 16-bit logits have often, any may be chosen, so that is no disagreement.
+    KL is Σ p·(log p − log q) over the whole vocabulary (Kullback & Leibler 1951), in double precision. The two agree
+    if they have a most probable token in common: 16-bit logits often have several equally probable ones, of which any
+    may be chosen.
     """
     import torch
 
@@ -211,15 +224,15 @@ def divergence(reference: torch.Tensor, own: torch.Tensor) -> tuple[list[float],
     return distances, agrees
 
 
-# Making a reference
+# Writing and reading references
 
 
 def write_references(backend: Backend, order: Mapping[str, Any], model: ModelFacts, name: str, say: Say) -> None:
-    """Write the reference file of each workload in the order: the model is loaded, and it is the unquantized one."""
+    """Write the reference file of each workload in the order. The loaded model must be the unquantized one."""
     text = load_text(order["text"])
     try:
         nll = score_text(backend, text, model.context, say).nll
-    except UsageError:  # the models that are compared say it
+    except UsageError:  # reported when the compared models are scored
         nll = ()
     for workload, path in order["references"].items():
         _write_reference(backend, workload, text, model, Path(path), name, nll, say)
@@ -271,7 +284,7 @@ def _write_reference(
 
 
 def _prompts(backend: Backend, workload: str, text: Text) -> list[list[int]]:
-    """The texts of a workload as they are; where it has none, passages of the text for perplexity, evenly spread over it."""
+    """Return the ids of a workload's texts; if it has none, passages spread evenly over the text for perplexity."""
     texts = load_prompts(workload).texts[:MOST_PROMPTS]
     if texts:
         return [ids for ids in (list(backend.encode(one)) for one in texts) if ids]
@@ -282,7 +295,10 @@ def _prompts(backend: Backend, workload: str, text: Text) -> list[list[int]]:
 
 
 def share_room(prompts: int, row_bytes: int, room: int = REFERENCE_BYTES) -> tuple[int, int]:
-    """How many prompts, and how many positions of each, fit. Prompts before positions: they are what an interval rests on."""
+    """Return the number of prompts, and of positions of each, that fit into `room` bytes.
+
+    Prompts come before positions, because the width of an interval depends on the number of prompts.
+    """
     count = min(prompts, MOST_PROMPTS)
     positions = min(MOST_POSITIONS, room // (count * row_bytes))
     if positions < LEAST_POSITIONS:
@@ -292,14 +308,14 @@ def share_room(prompts: int, row_bytes: int, room: int = REFERENCE_BYTES) -> tup
 
 
 def _continue(backend: Backend, prompt: Sequence[int], count: int) -> list[int]:
-    """The model's own greedy continuation of a prompt."""
+    """Generate the model's own greedy continuation of a prompt."""
     steps: list[Any] = []
     backend.generate([prompt], count, steps.append)
     return [int(step[0]) for step in steps]
 
 
 def _until_end(ids: Sequence[int], ends: set[int]) -> list[int]:
-    """The ids up to the first end-of-sequence token, that one included: what a model writes after it is no continuation."""
+    """Return the ids up to and including the first end-of-sequence token; those after it are not part of the answer."""
     before = list(itertools.takewhile(lambda i: i not in ends, ids))
     return list(ids[: len(before) + 1])
 
@@ -311,7 +327,7 @@ def _end_ids(model: ModelFacts) -> set[int]:
 
 
 def read_reference(path: Path) -> Reference:
-    """What a reference file holds besides its logits. Raises MeasurementError if it cannot be read."""
+    """Read a reference file, without its logits. Raises MeasurementError if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:

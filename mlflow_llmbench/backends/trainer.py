@@ -1,9 +1,10 @@
-"""Quantization-aware training: a checkpoint whose weights are learned as `quant=int4-wo` will round them. Runs in a worker of its own.
+"""Quantization-aware training for `quant=int4-wo`: train weights under the rounding of the quantized cell.
 
-torchao's fake quantization (`torchao.quantization.qat`) stands in every linear layer but the output head: the forward pass sees the
-weights as the quantized cell computes with them, the gradient passes through the rounding as if it were not there (the straight-through
-estimator of Bengio et al., arXiv:1308.3432). By default the loss is the KL divergence from the unquantized model, which teaches it what it knew
-(Liu et al., LLM-QAT, arXiv:2305.17888), not the text.
+Runs in a worker of its own. torchao's fake quantization (`torchao.quantization.qat`) is put into every linear layer
+but the output head: the forward pass uses the weights as the quantized cell computes with them, and the gradient
+passes through the rounding unchanged (the straight-through estimator of Bengio et al., arXiv:1308.3432). By default
+the loss is the KL divergence from the unquantized model (Liu et al., LLM-QAT, arXiv:2305.17888), so the model learns
+to keep its knowledge and not the text.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
     import torch
 
 WARMUP = 0.1
-"""Share of the steps over which the learning rate rises to its height; from there it falls evenly to a tenth of it."""
+"""Share of the steps in which the learning rate rises to its maximum; then it falls linearly to `LAST_RATE` of it."""
 
 LAST_RATE = 0.1
 BETAS = (0.9, 0.95)
 LARGEST_NORM = 1.0
-"""Of the gradient of all parameters; a longer one is shortened to it."""
+"""Maximum norm of the gradient of all parameters; a larger gradient is clipped to it."""
 
 INTEGERS, QUANT_LOW, QUANT_HIGH, MIDDLE = "uint4", 0, 15, 8
-"""The integers of 4 bits: torch's name, their ends, and the one that stands for the zero point."""
+"""The 4-bit integers: torch's name, lowest, highest, and the one that represents the zero point."""
 
 LEAST_SCALE = 1e-6
 
@@ -45,10 +46,10 @@ Say = Callable[..., None]
 
 
 def train(cell: Cell, facts: ModelFacts, order: Mapping[str, Any], say: Say) -> None:
-    """Train as ordered, and write the checkpoint to `order["folder"]`: whole, or not at all.
+    """Train as ordered, and write the checkpoint to `order["folder"]`, complete or not at all.
 
-    Tells `planned` when everything is checked, `step` with the loss after each, and `saved`. Raises UsageError for data that are too short,
-    MeasurementError for too little memory, a layer without a kernel, or a loss that is not finite.
+    Reports `planned` after all checks, `step` with the loss after each step, and `saved`. Raises UsageError if the
+    data are too short, MeasurementError for too little memory, a layer without a kernel, or a loss that is not finite.
     """
     import torch
 
@@ -71,14 +72,18 @@ def train(cell: Cell, facts: ModelFacts, order: Mapping[str, Any], say: Say) -> 
     say("saved", folder=order["folder"])
 
 
-# Before it starts
+# Checks before training
 
 
 def _check_data(tokenizer: Any, order: Mapping[str, Any], training: Training, facts: ModelFacts) -> list[list[int]]:
-    """The sequences that are trained on. Raises UsageError if they are too few, too long for the model, or too little is held out."""
+    """Return the sequences to train on.
+
+    Raises UsageError if they are too few or too long for the model, or if too little text is held out.
+    """
     if facts.context is not None and training.sequence_tokens > facts.context:
         raise UsageError(
-            f"sequence_tokens={training.sequence_tokens} is more than the context of {facts.name}, {facts.context}. Give fewer."
+            f"sequence_tokens={training.sequence_tokens} is more than the context of {facts.name}, "
+            f"{facts.context}. Give fewer."
         )
     learned, held = (Path(order[name]).read_text(encoding="utf-8") for name in ("learned", "held_out"))
     rows = sequences(tokenizer, learned, training.sequence_tokens)
@@ -88,7 +93,10 @@ def _check_data(tokenizer: Any, order: Mapping[str, Any], training: Training, fa
 
 
 def sequences(tokenizer: Any, text: str, length: int) -> list[list[int]]:
-    """A text as rows of `length` ids one after another, each with what the tokenizer puts before every text; what is left over is left out."""
+    """Cut a text into consecutive rows of `length` ids, each beginning with the tokenizer's prefix.
+
+    The prefix is what the tokenizer puts before every text. A remainder shorter than a row is dropped.
+    """
     prefix = list(tokenizer("")["input_ids"])
     ids = list(tokenizer(text)["input_ids"])[len(prefix) :]
     own = length - len(prefix)
@@ -98,7 +106,10 @@ def sequences(tokenizer: Any, text: str, length: int) -> list[list[int]]:
 def _plan(
     cell: Cell, facts: ModelFacts, source: str, training: Training, room: Sequence[Any], rows: int, say: Say
 ) -> None:
-    """Tell what will be trained and what it needs, before a weight is read. Raises MeasurementError if it cannot be done here."""
+    """Report what will be trained and the memory it needs, before any weight is read.
+
+    Raises MeasurementError if the model cannot be trained on this machine.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -116,7 +127,7 @@ def _plan(
             else "it has no linear layers"
         )
         raise MeasurementError(
-            f"quant=int4-wo cannot be trained for with {cell.model}: {what}. Use another group_size, or another model."
+            f"{cell.model} cannot be trained for quant=int4-wo: {what}. Use another group_size, or another model."
         )
     counts = {needs: sum(p.numel() for p in model.parameters() if p.requires_grad is needs) for needs in (True, False)}
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -124,14 +135,14 @@ def _plan(
     available, where = room
     if available is not None and needed > available:
         raise MeasurementError(
-            f"Training {cell.model} needs about {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB {where}. Use a smaller model, fewer sequence_tokens or "
-            "loss=lm, or try it all the same with force=true."
+            f"Training {cell.model} needs about {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB {where}. "
+            "Use a smaller model, fewer sequence_tokens or loss=lm, or try it all the same with force=true."
         )
     say("planned", trained=counts[True], frozen=counts[False], layers=len(layers), needed=needed, sequences=rows)
 
 
 def _load(cell: Cell, source: str, **keywords: Any) -> Any:
-    """The checkpoint in float32, without dropout: small steps on weights in 16 bits are lost in rounding."""
+    """Load the checkpoint in float32, without dropout; in 16 bits, small steps would be lost in rounding."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -147,7 +158,7 @@ def _freeze(model: Any, training: Training) -> None:
 
 
 def _teacher(model: Any) -> Any:
-    """The model as it is now, never trained; it shares what is frozen."""
+    """Copy the model as it is now. The copy is never trained and shares the frozen parameters."""
     shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
 
@@ -156,7 +167,7 @@ def _teacher(model: Any) -> Any:
 
 
 def quantized_layers(model: Any) -> dict[str, Any]:
-    """Name → each layer that the cell will quantize: linear, and not the output head (what transformers leaves out as well)."""
+    """Return the layers that the cell will quantize, by name: all linear ones but the output head, as transformers."""
     import torch
 
     head = model.get_output_embeddings()
@@ -168,7 +179,7 @@ def quantized_layers(model: Any) -> dict[str, Any]:
 
 
 def prepare(model: Any, group_size: int) -> None:
-    """Put fake quantization by torchao into each layer that the cell will quantize."""
+    """Put torchao's fake quantization into each layer that the cell will quantize."""
     import torch
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -190,7 +201,7 @@ def prepare(model: Any, group_size: int) -> None:
 
 
 def convert(model: Any) -> None:
-    """Take fake quantization out again: ordinary linear layers with the weights that were learned."""
+    """Remove fake quantization: restore ordinary linear layers with the learned weights."""
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
@@ -199,17 +210,19 @@ def convert(model: Any) -> None:
 
 @functools.cache
 def _quantizer() -> Any:
-    """The fake quantizer of torchao with the arithmetic of the kernels that the cell runs; the class is made here, where torch is."""
+    """Return torchao's fake quantizer with the arithmetic of the cell's kernels; made here to import torch late."""
     import torch
     from torchao.quantization.qat import IntxFakeQuantizer
     from torchao.quantization.quant_primitives import _quantize_affine_tinygemm
     from torchao.quantization.utils import get_groupwise_affine_qparams
 
     class AsLoaded(IntxFakeQuantizer):  # type: ignore[misc]
-        """The weight as the loaded cell has it: cast to bfloat16, which is what is saved and loaded, its scale and zero point in bfloat16.
+        """Quantizes a weight as in the loaded cell: cast to bfloat16, as saved, with scale and zero point in bfloat16.
 
-        The integers are torchao's, by the functions with which it packs weights. Their values, (q − 8) · scale + zero, are computed
-        in float32, as the kernels do (aten `int4mm_kernel.cpp`); torchao's own fake quantizer rounds product and sum to bfloat16.
+        The integers come from the functions with which torchao packs weights. Their values, (q − 8) · scale + zero,
+        are computed in float32, as in the kernels (aten
+        `int4mm_kernel.cpp`); torchao's own fake quantizer rounds
+        product and sum to bfloat16.
         """
 
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
@@ -220,7 +233,7 @@ def _quantizer() -> Any:
                 number = _quantize_affine_tinygemm(stored, (1, size), scale, zero, torch.int32, QUANT_LOW, QUANT_HIGH)
                 groups = (number - MIDDLE).view(*scale.shape, size).float()
                 value = groups.mul_(scale.float()[..., None]).add_(zero.float()[..., None]).view_as(weight)
-            # The difference is exactly 0, and its gradient that of the weight.
+            # The difference is exactly 0, and its gradient is that of the weight.
             rounded: torch.Tensor = value + (weight - weight.detach())
             return rounded
 
@@ -231,7 +244,7 @@ def _quantizer() -> Any:
 
 
 def _learn(model: Any, teacher: Any, rows: Sequence[Sequence[int]], training: Training, seed: int, say: Say) -> None:
-    """Take the steps. Raises MeasurementError as soon as a loss or a gradient is not finite."""
+    """Train for all steps. Raises MeasurementError as soon as a loss or a gradient is not finite."""
     import torch
 
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -248,8 +261,8 @@ def _learn(model: Any, teacher: Any, rows: Sequence[Sequence[int]], training: Tr
         norm = float(torch.nn.utils.clip_grad_norm_(learned, LARGEST_NORM))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise MeasurementError(
-                f"The loss at step {number} is not finite ({total:g}, gradient {norm:g}), so nothing was kept. Use a smaller learning_rate than "
-                f"{training.learning_rate:g}."
+                f"The loss at step {number} is not finite ({total:g}, gradient {norm:g}), so nothing was kept. "
+                f"Use a smaller learning_rate than {training.learning_rate:g}."
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -257,7 +270,10 @@ def _learn(model: Any, teacher: Any, rows: Sequence[Sequence[int]], training: Tr
 
 
 def batches(rows: Sequence[Sequence[int]], training: Training, seed: int) -> Iterator[list[Sequence[int]]]:
-    """The sequences of each step: all rows in a seeded order, then all again in another, so that none comes twice before each came once."""
+    """Yield the sequences of each step: all rows in a seeded order, then all again in another order, and so on.
+
+    No row comes twice before each came once.
+    """
     draw = random.Random(f"qat/{seed}")
     waiting: list[Sequence[int]] = []
     for _ in range(training.steps):
@@ -268,7 +284,10 @@ def batches(rows: Sequence[Sequence[int]], training: Training, seed: int) -> Ite
 
 
 def rate_at(number: int, steps: int) -> float:
-    """The learning rate of step `number` of `steps` as a share of its height: up over the first tenth, then evenly down to a tenth."""
+    """Return the learning rate of step `number` of `steps`, as a share of its maximum.
+
+    It rises linearly over the first tenth of the steps, then falls linearly to a tenth.
+    """
     rising = max(round(WARMUP * steps), 1)
     if number <= rising:
         return number / rising
@@ -276,7 +295,10 @@ def rate_at(number: int, steps: int) -> float:
 
 
 def _loss(model: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Mean over the positions of one sequence, nats: KL(teacher‖model) of the next token, or −log p of the next token without a teacher."""
+    """Return the loss of one sequence in nats: the mean over positions of KL(teacher‖model) of the next token.
+
+    Without a teacher, it is the mean of −log p of the next token.
+    """
     import torch
 
     own = model(input_ids=ids, use_cache=False).logits[0]
@@ -287,16 +309,16 @@ def _loss(model: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.kl_div(torch.log_softmax(own, -1), its, reduction="sum", log_target=True) / len(own)
 
 
-# Keeping
+# Saving
 
 
 def _save(model: Any, tokenizer: Any, scratch: Path, folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Write the checkpoint in bfloat16, which is what the cell quantizes; the folder gets its name when it is whole."""
+    """Write the checkpoint in bfloat16, from which the cell quantizes. The folder gets its name when it is complete."""
     import torch
     from transformers import GenerationConfig
 
     convert(model)
-    # Settings of sampling have no part in it, and some that are read cannot be written.
+    # Sampling settings do not matter here, and some that can be read cannot be written.
     own = model.generation_config
     model.generation_config = GenerationConfig(
         **{name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

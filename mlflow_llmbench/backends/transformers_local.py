@@ -1,4 +1,4 @@
-"""Models run in this process by transformers, on the CPU or one CUDA GPU: the decode path that most people deploy."""
+"""Run models in this process with transformers, on the CPU or one CUDA GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class TransformersBackend:
-    """`AutoModelForCausalLM` and `generate()` with a streamer that does nothing but pass each step on."""
+    """Runs `AutoModelForCausalLM` and `generate()` with a streamer that only passes each step on."""
 
     capabilities = Capabilities(
         tokenizer=True,
@@ -59,11 +59,15 @@ class TransformersBackend:
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
-        """Preset, folder, GGUF file or Hub id → its files, commit and configuration. Raises ModelError or MissingError."""
+        """Find files, commit and configuration of a preset, folder, GGUF file or Hub id.
+
+        Raises ModelError or MissingError.
+        """
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise MissingError(
-                    f"backend=transformers needs the package {package}, which is not installed. Run: pip install mlflow-llmbench"
+                    f"backend=transformers needs the package {package}, which is not installed. "
+                    "Run: pip install mlflow-llmbench"
                 )
         quantizing.require(cell)
         if cell.quant in GPTQ_BITS:
@@ -86,7 +90,7 @@ class TransformersBackend:
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        """Whether the files are on this disk; a checkpoint that GPTQ makes is found by its content only, so it is never known before."""
+        """Return True if the files are on this disk. Always False for GPTQ: its checkpoint is found by content only."""
         small = model.assistant is None or sources.is_here(sources.assistant_of(cell), model.assistant)
         planned = cell.quant != MIXED or mixed.is_prepared(cell, model)
         return cell.quant not in GPTQ_BITS and small and planned and sources.is_here(cell, model)
@@ -94,7 +98,7 @@ class TransformersBackend:
     # Loading
 
     def load(self) -> LoadInfo:
-        """Load, verify and touch the model; the time is that of the library's load alone, from local files."""
+        """Load, verify and touch the model. The time covers loading from local files and touching, not verification."""
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -113,11 +117,11 @@ class TransformersBackend:
             if self.plan:
                 mixed.realise(self.model, self.plan.modules, self.device)
                 self.model.to(self.device)
-            touch(self.model)  # part of the load: a mapped checkpoint is read from the disk only now
+            touch(self.model)  # part of the load: only now is a mapped checkpoint read from the disk
             assistant = self._load_assistant(keywords)
         self._synchronise()
         self.load_s = time.perf_counter() - started
-        # Neutral, so that no end-of-sequence token or sampling default of the checkpoint changes length or cost.
+        # Neutral settings: no end-of-sequence token or sampling default of the checkpoint changes length or cost.
         self.model.generation_config = GenerationConfig()
         self.path = DecodePath(self.cell, self.model, assistant)
         gc.collect()
@@ -133,7 +137,7 @@ class TransformersBackend:
         return self._load_info(self.load_s, found)
 
     def _load_assistant(self, keywords: dict[str, Any]) -> Any:
-        """The small model that proposes tokens, in the dtype of the computation; None where there is none."""
+        """Load the small model that proposes tokens, in the dtype of the computation; None if the cell has none."""
         if self.facts.assistant is None:
             return None
         from transformers import AutoModelForCausalLM
@@ -165,9 +169,8 @@ class TransformersBackend:
             keywords["dtype"] = getattr(torch, FLOAT_DTYPES[quant])
         elif self.plan:
             keywords["dtype"] = getattr(torch, FLOAT_DTYPES[self.plan.sensitivity.kept])
-            keywords["device_map"] = {
-                "": "cpu"
-            }  # quantized block by block on the way to the device, which never holds all of it unquantized
+            # Quantized block by block on the way to the device, which never holds all of it unquantized.
+            keywords["device_map"] = {"": "cpu"}
         elif quant in quantizing.PACKAGE:
             keywords["dtype"] = torch.bfloat16 if mixed.has_bfloat16(self.device) else torch.float16
             keywords["quantization_config"] = quantizing.config(self.cell, self.device, keywords["dtype"])
@@ -237,9 +240,8 @@ class TransformersBackend:
         self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None
     ) -> None:
         assert self.path
-        arguments = (
-            {"past_key_values": history.cache} if history else self.path.arguments()
-        )  # generate() leaves out of the prompt what the cache holds
+        # generate() skips the part of the prompt that the cache holds.
+        arguments = {"past_key_values": history.cache} if history else self.path.arguments()
         self._generate(prompts, output_tokens, emit, self.path.settings(), arguments)
         if history is None:
             self.path.finish(arguments, len(prompts))
@@ -274,7 +276,7 @@ class TransformersBackend:
 
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
-        # Padded on the left, where attention and positions leave it out: the last token of every prompt is in the last column.
+        # Padded on the left, where attention and positions ignore it, so that every prompt ends in the last column.
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.long)
         mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
         settings = GenerationConfig(
@@ -306,7 +308,8 @@ class TransformersBackend:
                 return ContinuousEngine(self.model, rows, longest, on_step)
         except MeasurementError as error:
             raise MeasurementError(
-                f"transformers cannot batch this model continuously. {error} Use batching=static,dynamic, or another attention."
+                f"transformers cannot batch this model continuously. {error} "
+                "Use batching=static,dynamic, or another attention."
             ) from error
 
     def encode(self, text: str) -> Sequence[int]:
@@ -322,11 +325,11 @@ class TransformersBackend:
         def render(chat: list[dict[str, str]]) -> str:
             return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
-        with foreign_errors("applying the chat template"):  # which writes the special tokens itself
+        with foreign_errors("applying the chat template"):  # the template writes the special tokens itself
             return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in turn_texts(messages, render)]
 
     def _tokenizer(self) -> Any:
-        if self.tokenizer is None:  # only text workloads need one, and building it from a GGUF file takes a minute
+        if self.tokenizer is None:  # only text workloads need it, and building it from a GGUF file takes a minute
             self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
         return self.tokenizer
 
@@ -340,7 +343,7 @@ class TransformersBackend:
         import torch
 
         batch = torch.tensor([list(ids)], dtype=torch.long)
-        # Most models can leave out the output head for the rest, which at 262,144 words would be most of the memory.
+        # Most models can skip the output head for the other ids, which at 262,144 words would take most of the memory.
         through_cache = self.cell.kv_cache is not None and last > 1
         keep = (
             {"logits_to_keep": 1 if through_cache else last}
@@ -358,7 +361,10 @@ class TransformersBackend:
     def _logits_through_cache(
         self, batch: torch.Tensor, mask: torch.Tensor, last: int, keep: dict[str, int]
     ) -> torch.Tensor:
-        """The logits at the last ids: of the first by a prefill, of the others by a pass that sees the prefill as the quantized KV cache holds it."""
+        """Compute the logits of the last ids through the quantized KV cache.
+
+        A prefill gives those of the first; a second pass, which reads the prefill from the cache, gives the others.
+        """
         import torch
 
         assert self.path
@@ -428,7 +434,10 @@ class _History:
 
 
 class _Streamer:
-    """Passes each step's ids on. generate() calls `put` first with the prompt, then once per step with ids that are on the host."""
+    """Passes the ids of each step on.
+
+    generate() calls `put` first with the prompt, then once per step with ids that are on the host.
+    """
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
@@ -438,15 +447,16 @@ class _Streamer:
         self.put = self.emit
 
     def end(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: nothing is buffered."""
 
 
 @contextlib.contextmanager
 def _late_check(model: Any, streamer: _Streamer) -> Iterator[Any]:
-    """Make sure that the first token is handed over after exactly one forward pass.
+    """Raise NotRealised unless the first token is emitted after exactly one forward pass.
 
-    A deferred stop check (transformers uses one where reading the device is slow) hands each token over one step late;
-    every TTFT would be too long by one step. Done once per load, in the very first call, which is a warm-up.
+    With a deferred stop check, which transformers uses where reading the device is slow, each token would be emitted
+    one step late, and every TTFT would be one step too long. Done once per load, in the very first call, which is a
+    warm-up.
     """
     forwards: list[int] = []
     seen_at_first: list[int] = []
@@ -464,6 +474,6 @@ def _late_check(model: Any, streamer: _Streamer) -> Iterator[Any]:
         hook.remove()
     if seen_at_first and seen_at_first[0] != 1:
         raise NotRealised(
-            f"The first token was handed over after {seen_at_first[0]} forward passes, not 1, so every stamp would be late. "
+            f"The first token was emitted after {seen_at_first[0]} forward passes, not 1, so all stamps would be late. "
             "Use a transformers version without a deferred stop check on this device."
         )
