@@ -131,7 +131,7 @@ def test_a_process_that_dies_is_one_clear_line(server: str) -> None:
         assert len(backend.send(prompts, cell, 1, Load(4, 2), processes=2).exchanges) == 4
     finally:
         backend.close()
-    assert "A client process ended without a word (exit code -9)." in str(caught.value)
+    assert "A client process ended without a message (exit code -9)." in str(caught.value)
 
 
 def test_a_late_process_is_not_hidden_by_the_others() -> None:

@@ -93,7 +93,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"quant": "int4"}, "quant=int4 is not one"),
         ({"quant": "hqq4"}, "quant=hqq4 is not one"),
-        ({"attention": "sdpa"}, "attention of its own"),
+        ({"attention": "sdpa"}, "has its own attention"),
         ({"model": "x.gguf"}, "There is no file"),
     ],
 )
@@ -217,7 +217,7 @@ def test_tokens_and_logits_are_those_of_transformers(backend: str, tiny_model: P
     assert found["vocab_size"] == 512
     assert torch.allclose(torch.tensor(found["logits"]), logits, atol=2e-3)
     assert found["problem"].startswith("MeasurementError")
-    assert "need more. Measure this cell in a command of its own" in found["problem"]
+    assert "need more. Measure this cell in a separate command" in found["problem"]
 
 
 @pytest.mark.slow

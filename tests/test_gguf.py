@@ -111,7 +111,7 @@ def test_the_cache_of_llama_cpp_is_estimated_in_its_own_16_bits() -> None:
 def test_a_damaged_file_is_one_line(tiny_gguf: Path, tmp_path: Path, end: int) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(tiny_gguf.read_bytes()[:end])
-    with pytest.raises(ModelError, match=r"damaged\.gguf is no GGUF file that can be read: .+\. Download it again\."):
+    with pytest.raises(ModelError, match=r"damaged\.gguf is not a readable GGUF file: .+\. Download it again\."):
         gguf_file.read_header(damaged)
 
 
@@ -131,7 +131,7 @@ def test_a_length_that_cannot_be_is_refused_before_it_is_read(tmp_path: Path) ->
 def test_a_split_model_is_all_its_parts(tiny_gguf: Path, tmp_path: Path) -> None:
     names = [f"m-{number:05d}-of-00002.gguf" for number in (1, 2)]
     assert [part.name for part in gguf_file.parts_of(tmp_path / names[0])] == names
-    with pytest.raises(ModelError, match=r"is a part of a split model\. Give the first part, m-00001-of-00002\.gguf"):
+    with pytest.raises(ModelError, match=r"is not the first part of a split model\. Give m-00001-of-00002\.gguf"):
         gguf_file.parts_of(tmp_path / names[1])
     (tmp_path / names[0]).write_bytes(tiny_gguf.read_bytes())
     with pytest.raises(ModelError, match=r"its part m-00002-of-00002\.gguf is not beside it"):
@@ -194,12 +194,12 @@ def test_without_the_package_the_line_says_how_to_get_it(tiny_gguf: Path, monkey
     [
         (
             {"quant": "int8"},
-            r"quant=int8 is not one of llama\.cpp\. With backend=llama_cpp use none, fp32, fp16, bf16, q8_0",
+            r"llama\.cpp has no quant=int8\. With backend=llama_cpp use none, fp32, fp16, bf16, q8_0",
         ),
         ({"attention": "sdpa"}, r"llama\.cpp has no attention=sdpa"),
-        ({"gpu_layers": 2, "device": "cpu"}, "gpu_layers=2 needs a GPU, and the device is cpu"),
+        ({"gpu_layers": 2, "device": "cpu"}, "gpu_layers=2 needs a GPU, but the device is cpu"),
         ({"quant": "q4_0"}, r"quant=q4_0 cannot be made from tiny-q8_0\.gguf, which is quantized already"),
-        ({"quant": "bf16"}, r"quant=bf16 is not made from a GGUF file"),
+        ({"quant": "bf16"}, r"quant=bf16 cannot be made from a GGUF file"),
     ],
 )
 def test_what_llama_cpp_cannot_do_is_refused(

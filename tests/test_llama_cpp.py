@@ -284,7 +284,7 @@ def test_its_own_quantizer_makes_what_is_asked(plain: Path, tmp_path: Path) -> N
     cell = cell_of(tmp_path / "q8_0.gguf")
     backend = LlamaCppBackend(cell, LlamaCppBackend.resolve(cell))
     backend.cell = dataclasses.replace(cell, quant="q4_0")
-    with pytest.raises(NotRealised, match="quant=q4_0 was asked for, and .* is Q8_0"):
+    with pytest.raises(NotRealised, match="quant=q4_0 was requested, but .* is Q8_0"):
         backend.load()
     backend.close()
 
