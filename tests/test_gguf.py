@@ -1,4 +1,4 @@
-"""GGUF files without llama.cpp: what their headers say, what can be asked of them, how one is made."""
+"""GGUF files without llama.cpp: headers, refused settings, estimates, and making a file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_sizes_in_a_header_are_those_of_the_configuration(tiny_gguf: Path, t
 
 
 def test_tables_that_are_looked_up_are_no_part_of_a_step() -> None:
-    """Gemma 3n has a second table, of each layer's own embeddings, which is larger than all that a step reads."""
+    """Gemma 3n has a second table, the per-layer embeddings, which is larger than all that a step reads."""
     names = ("token_embd", "per_layer_token_embd", "output", "blk.0.attn_q")
     header = gguf_file.Header({}, {}, tuple(gguf_file.Tensor(f"{name}.weight", (32, 64), 8, 2176) for name in names))
     assert (header.weight_bytes, header.step_bytes) == (4 * 2176, 2 * 2176)
@@ -281,7 +281,7 @@ def test_a_model_with_a_quantized_cache_is_not_the_reference_itself(
 
 
 class Spelling:
-    """Ids that mean letters, from a given one on."""
+    """A tokenizer whose ids are letters, from `first` on."""
 
     def __init__(self, first: str) -> None:
         self.first = first
@@ -340,7 +340,9 @@ def source_package(folder: Path) -> Path:
     """A source package with a converter that knows two architectures."""
     files = {
         "convert_hf_to_gguf.py": "",
-        "conversion/__init__.py": 'TEXT_MODEL_MAP: dict[str, str] = {"LlamaForCausalLM": "llama", "Gemma3ForCausalLM": "gemma"}\n',
+        "conversion/__init__.py": (
+            'TEXT_MODEL_MAP: dict[str, str] = {"LlamaForCausalLM": "llama", "Gemma3ForCausalLM": "gemma"}\n'
+        ),
         "src/other.cpp": "",
     }
     package = folder / "llama_cpp_python-0.0.1.tar.gz"
@@ -366,7 +368,10 @@ def test_the_converter_comes_from_the_source_package(
 ) -> None:
     with pytest.raises(
         MissingError,
-        match=r"Run: pip download --no-deps --no-binary llama-cpp-python -d \S+ llama-cpp-python==0\.0\.1 \(or set LLMBENCH",
+        match=(
+            r"Run: pip download --no-deps --no-binary llama-cpp-python -d \S+ llama-cpp-python==0\.0\.1 "
+            r"\(or set LLMBENCH"
+        ),
     ):
         gguf_made.source_tree()
     assert doctor.converter_item().status == "missing"

@@ -1,4 +1,4 @@
-"""HTTP/1.1 answers cut anywhere: the same body, or an end that is told as what it was."""
+"""HTTP/1.1 answers cut anywhere give the same body, or the right fault."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mlflow_llmbench.http1 import Connection, Exchange, Limits
 
 
 def said(*events: bytes, status: int = 200) -> Exchange:
-    """A whole answer of these parts, one read each."""
+    """Return a whole answer of these parts, one read each."""
     return Exchange(
-        0, t0_ns=1, end_ns=99, status=status, headers={"content-type": "text/event-stream"}, stamps=list(range(10, 10 + len(events))), parts=list(events),
-        framed=True,
+        0, t0_ns=1, end_ns=99, status=status, headers={"content-type": "text/event-stream"},
+        stamps=list(range(10, 10 + len(events))), parts=list(events), framed=True,
     )  # fmt: skip
 
 
 class Wire:
-    """The end of a transport that a connection writes to."""
+    """The transport that a connection writes to."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -36,7 +36,7 @@ class Wire:
 def answer(
     pieces: list[bytes], *, cut: bool = False, limits: Limits | None = None
 ) -> tuple[Exchange, Connection, bool]:
-    """The exchange that a connection makes of these reads, and whether it ended."""
+    """Return the exchange that a connection makes of these reads, and True if it ended."""
     ended: list[Exchange] = []
     connection = Connection(limits or Limits(), lambda _, exchange: ended.append(exchange))
     wire: Any = Wire()
@@ -96,7 +96,7 @@ def test_every_cut_gives_the_same_answer(name: str) -> None:
 
 @pytest.mark.parametrize("stream", [*STREAMS.values(), CLOSE], ids=[*STREAMS, "close"])
 def test_an_answer_that_was_cut_is_never_complete(stream: bytes) -> None:
-    """At every byte. Complete is only what has its [DONE], wherever the connection ended after it."""
+    """Cut at every byte. An answer is complete only with its [DONE], wherever the connection ends after it."""
     for cut in range(len(stream)):
         exchange, connection, ended = answer([stream[:cut]] if cut else [], cut=True)
         record = read_answer(exchange)
@@ -111,7 +111,7 @@ def test_an_answer_that_was_cut_is_never_complete(stream: bytes) -> None:
 
 
 def test_a_finish_reason_ends_an_answer_only_if_its_framing_has_ended() -> None:
-    """Without a [DONE], as some servers have it."""
+    """Some servers send no [DONE]."""
     head, body = HEAD + b"Transfer-Encoding: chunked\r\n\r\n", EVENTS[:4]
     assert read_answer(answer([head, chunked(*body)])[0]).outcome == "complete"
     assert read_answer(answer([head, chunked(*body, last=b"")], cut=True)[0]).outcome == "truncated"
@@ -185,7 +185,7 @@ def test_stamps_are_those_of_the_reads_that_end_an_event() -> None:
 
 
 def test_an_answer_cut_into_its_bytes_is_no_flood() -> None:
-    """Each byte a read: as many parts as there are lines, each stamped with its last byte; only lines without end are too many."""
+    """Read byte by byte: one part per line, stamped with its last byte. Only endless lines are too many reads."""
     stream = STREAMS["chunked"]
     exchange, _, ended = answer([bytes([byte]) for byte in stream], limits=Limits(most_reads=20))
     assert ended

@@ -1,4 +1,4 @@
-"""A server as an ordinary cell: worked examples of the figures, the verdict, and the whole way from the command to MLflow."""
+"""A server as an ordinary cell: worked examples of the figures, the verdict, and whole runs from command to MLflow."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def failed(t0: float, end: float, outcome: str = "server_error") -> RequestRecor
 
 
 TWO_USERS = (
-    request(0, 10, 20, 30, 40), request(0, 15, 25, 35, 45), request(40, 50, 60, 70, 80), request(45, 55, 65, 75, 85), request(80, 90, 100, 110, 120),
+    request(0, 10, 20, 30, 40), request(0, 15, 25, 35, 45), request(40, 50, 60, 70, 80), request(45, 55, 65, 75, 85),
+    request(80, 90, 100, 110, 120),
 )  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def result(
 ) -> RunResult:
     repetitions = tuple(Repetition(i, 1000 * i, requests, failed=failures, client=client) for i in range(5))
     return RunResult(
-        cell, "ok", 0, 9000, Hashes("c", "w", "h", "s", "e"), ModelFacts("m", "none", "http://h", "x"), {}, load=LoadInfo(None), steady=True,
-        warmup_s=(0.04, 0.04, 0.04), repetitions=repetitions,
+        cell, "ok", 0, 9000, Hashes("c", "w", "h", "s", "e"), ModelFacts("m", "none", "http://h", "x"), {},
+        load=LoadInfo(None), steady=True, warmup_s=(0.04, 0.04, 0.04), repetitions=repetitions,
     )  # fmt: skip
 
 
@@ -233,7 +234,10 @@ def test_lengths_caches_and_queues_are_named() -> None:
 
 
 def test_a_server_that_begins_every_request_at_once_is_saturated_too() -> None:
-    """First tokens come after 5 ms as ever, and answers end every 20 ms; or they take longer only until four are in flight."""
+    """A server whose first tokens always come after 5 ms while its answers end every 20 ms.
+
+    Or one whose answers take longer only until four are in flight.
+    """
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=100.0)
     beyond = result(
         *[
@@ -253,7 +257,10 @@ def test_a_server_that_begins_every_request_at_once_is_saturated_too() -> None:
 
 
 def ramp_result(capacity_ms: float) -> RunResult:
-    """Answers of 3 ms each, one server, whose next request is begun `capacity_ms` after the last one; 1 to 100 requests per second in 2 s."""
+    """A ramp of 1 to 100 requests per second in 2 s on one server with answers of 3 ms.
+
+    The server starts a request at least `capacity_ms` after the last one.
+    """
     cell = dataclasses.replace(CELL, concurrency=1, request_rate=1.0, ramp_to=100.0, duration_s=2.0)
     free, sent = 0.0, []
     for at_ns in arrival_times_ns(cell, 0) or ():
@@ -385,7 +392,7 @@ def test_the_key_of_openais_own_client_is_sent(server: str, store_uri: str, monk
 
 
 def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
-    """It may have been started anew with another quantization under the same address."""
+    """A server may have been restarted with another quantization at the same address."""
     settings: dict[str, Any] = {
         "backend": "openai",
         "url": server,
@@ -404,8 +411,8 @@ def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
 
 def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=10, ramp_to=200, requests=30, repetitions=5, warmup=1,
-        output_tokens=4, prompt_tokens=16,
+        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=10, ramp_to=200, requests=30,
+        repetitions=5, warmup=1, output_tokens=4, prompt_tokens=16,
     )  # fmt: skip
     [row] = done.rows
     assert row.outcome == "ok"
@@ -414,8 +421,8 @@ def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
 
 def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=100, requests=30, repetitions=5, warmup=1, output_tokens=8,
-        prompt_tokens=16, endpoint="chat", arrival="gamma", burstiness=0.5,
+        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=100, requests=30, repetitions=5,
+        warmup=1, output_tokens=8, prompt_tokens=16, endpoint="chat", arrival="gamma", burstiness=0.5,
     )  # fmt: skip
     [row] = done.rows
     assert row.outcome == "ok"
@@ -470,7 +477,7 @@ def test_a_server_that_answers_nothing_whole_is_a_failed_run_with_its_reason(
 
 
 def test_tokens_that_a_proxy_holds_back_are_no_inter_token_latency() -> None:
-    """Four tokens in each of two bursts, and then all eight in one: each is counted as one chunk by the server."""
+    """Four tokens in each of two bursts, then all eight in one. The server counts each burst as one chunk."""
     bursts = request(0, 10, 10, 10, 10, 30, 30, 30, 30)
     assert latency.tpot_ms(bursts) == 20 / 4
     assert latency.tpot_ms(dataclasses.replace(bursts, chunk_tokens=(1,) * 8)) == 20 / 4

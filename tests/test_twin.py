@@ -1,4 +1,4 @@
-"""One configuration behind a server and without it: the difference, worked by hand and on a real model."""
+"""One configuration with and without a server: the difference, worked by hand and on a real model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BATCHING = f"{PLAIN} --continuous-batching --cb-block-size 32 --cb-num-blocks 64
 
 
 def pair(served_start: float = 30, served_tokens: int = 4) -> tuple[RunResult, RunResult]:
-    """Without a server 10 ms to the first token and 5 ms a token; behind it 30 ms and 7."""
+    """10 ms to the first token and 5 ms per token without a server; 30 ms and 7 ms behind it."""
     cell = Cell(backend="openai", launch=LAUNCH, model="m", prompt_tokens=10, output_tokens=4)
     served = request(0, *(served_start + 7 * n for n in range(served_tokens)))
     alone = dataclasses.replace(request(0, 10, 15, 20, 25), tokens=None)
@@ -160,9 +160,10 @@ def test_a_twin_that_cannot_be_is_refused_by_one_line(settings: dict[str, str], 
 
 @pytest.fixture(scope="module")
 def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Llama with seeded weights whose tokens are words, as many as Gemma's vocabulary has, so that each is seen at once.
+    """A two-layer Llama with seeded weights whose tokens are words, so that each is visible at once.
 
-    Such a model says its last word again and again, so the words of the chat template are among them.
+    It has as many as Gemma's vocabulary. Such a model repeats its last word again and again, so the words of the chat
+    template are among them.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -171,8 +172,9 @@ def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words") / "word-llama"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=262_144, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, eos_token_id=1, bos_token_id=0, pad_token_id=2, tie_word_embeddings=True,
+        vocab_size=262_144, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=1, bos_token_id=0, pad_token_id=2,
+        tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     words = [
