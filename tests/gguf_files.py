@@ -1,4 +1,4 @@
-"""Write a tiny model as a GGUF file with the package gguf, so that no test needs llama.cpp's converter or a download."""
+"""Write a tiny model as a GGUF file with the package gguf, so no test needs llama.cpp's converter or a download."""
 
 from __future__ import annotations
 

@@ -382,7 +382,7 @@ def test_the_converter_comes_from_the_source_package(
     assert gguf_made.architectures(tree) == {"LlamaForCausalLM", "Gemma3ForCausalLM"}
     assert doctor.converter_item().found.endswith("2 architectures")
     gguf_made.check_architecture(Cell(), "LlamaForCausalLM")
-    with pytest.raises(ModelError, match=r"llama\.cpp has no architecture OPTForCausalLM, which opt-125m is"):
+    with pytest.raises(ModelError, match=r"llama\.cpp has no architecture OPTForCausalLM, so opt-125m cannot"):
         gguf_made.check_architecture(Cell(), "OPTForCausalLM")
     monkeypatch.setenv(gguf_made.SOURCE_VARIABLE, str(tmp_path))
     with pytest.raises(MissingError, match="is neither a source tree of llama.cpp"):

@@ -264,7 +264,7 @@ def test_failures_are_one_line_and_the_process_lives(plain: Path, tmp_path: Path
         pass
     with (
         loaded(cell_of(plain)) as (backend, _),
-        pytest.raises(UsageError, match=r"batch_size=4096 is more than the \d+ sequences of llama\.cpp"),
+        pytest.raises(UsageError, match=r"batch_size=4096 is more than the \d+ sequences that llama\.cpp supports"),
     ):
         backend.generate([[1]] * 4096, 1, lambda _: None)
     with (
