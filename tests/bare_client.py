@@ -1,6 +1,7 @@
-"""The least that a client can do: sockets, one write, and a stamp for each event of a read; nothing is checked or kept.
+"""A minimal client: sockets, one write, and a stamp for each event of a read. Nothing is checked or kept.
 
-What a stamp of ours is later than one of its is ours; what both are late is the machine's, so that a test needs no absolute time.
+The load client's extra delay against this one is its own; the delay of both is the machine's. So a test needs no
+absolute time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 
 def stamps(url: str, requests: list[bytes]) -> list[tuple[int, list[int]]]:
-    """When each request was sent and when each of its events came, ns of the monotonic clock; all are sent at once."""
+    """Send all requests at once. Return the time each was sent and those of its events, ns of the monotonic clock."""
     place = urlsplit(url)
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[int, list[int]]:

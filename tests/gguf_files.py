@@ -1,4 +1,4 @@
-"""A tiny model as a GGUF file, written with the package gguf alone, so that no test needs llama.cpp's converter or a download."""
+"""Write a tiny model as a GGUF file with the package gguf, so no test needs llama.cpp's converter or a download."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 
 NAMES = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 BYTE_LEVEL = "a b"
-"""A merge whose result is no word, so that nothing is merged; llama.cpp wants one."""
+"""A merge whose result is not in the vocabulary, so nothing is merged. llama.cpp requires at least one merge."""
 
 
 def rotated(weight: Any, heads: int) -> Any:
-    """Rows of a query or key projection in the order in which llama.cpp turns them: pairs side by side, where transformers has halves."""
+    """Reorder the rows of a query or key projection for llama.cpp's rotary embedding.
+
+    llama.cpp has pairs side by side, transformers has halves.
+    """
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
@@ -26,7 +30,7 @@ def rotated(weight: Any, heads: int) -> Any:
 def write_llama(
     folder: Path, target: Path, tokenizer: bool = True, kind: str | None = None, template: str = ""
 ) -> Path:
-    """A Llama's folder as a GGUF file; its matrices in `kind` (such as `Q8_0`) of gguf's own quantizers, or as they are."""
+    """Write a Llama's folder as a GGUF file, its matrices quantized by gguf to `kind` (such as `Q8_0`), or as is."""
     import gguf
     from safetensors.numpy import load_file
 

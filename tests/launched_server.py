@@ -1,14 +1,14 @@
-"""A null server as a command starts it, with a life of its own: `python tests/launched_server.py --port N --model NAME …`.
+"""A null server as a command starts it: `python tests/launched_server.py --port N --model NAME …`.
 
 --note FILE    append a line of JSON: its pid, that of its helper, its arguments and variables
 --say TEXT     print it first
---fail CODE    and exit
---megabytes N  hold so much memory
---deaf         do not end when asked to
---tell NAME    print that variable
---die S        crash after so many seconds
---late S       listen after so many seconds
-A helper process is started in a session of its own, as some servers do for their engines.
+--fail CODE    exit with this code
+--megabytes N  hold N MB of memory
+--deaf         ignore the request to end
+--tell NAME    print this variable
+--die S        crash after S seconds
+--late S       listen after S seconds
+It starts a helper process in a separate session, as some servers do for their engines.
 """
 
 from __future__ import annotations

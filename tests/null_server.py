@@ -1,39 +1,39 @@
-"""A server whose every byte goes out at a scripted time, and that writes down when it did: `python tests/null_server.py --port 0`.
+"""A server that sends every byte at a scripted time and records it: `python tests/null_server.py --port 0`.
 
-It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat/completions (streaming), /v1/models, /health, /metrics.
-The script of a request is the name of its model, `null:` and settings joined by `+`, all of them optional:
+It speaks HTTP/1.1 as OpenAI-compatible servers do: /v1/completions and /v1/chat/completions (streaming), /v1/models,
+/health, /metrics. The script of a request is the name of its model, `null:` and settings joined by `+`, all optional:
 
-    ttft_ms, itl_ms          delays of the first token and between tokens, counted from the receipt of the request (default 5, 2)
+    ttft_ms, itl_ms          delays of the first token, from the request's receipt, and between tokens (default 5, 2)
     gaps_ms=1;20;3           uneven gaps, repeated in turns, instead of itl_ms
     stall_ms, stall_at       an extra delay before token number stall_at
     per_chunk                tokens in one event (default 1)
     per_write                events in one write (default 1)
-    reasoning                so many tokens come in the reasoning channel first
-    stop_after               stop here as a model does at its end token, unless ignore_eos is asked for and `eos` is not `always`
-    eos=ignorable|always     whether ignore_eos is honoured (default ignorable)
-    cached                   prompt tokens that usage tells as cached (default: not told)
+    reasoning                number of tokens that come in the reasoning channel first
+    stop_after               stop here as at an end token, unless ignore_eos is requested and `eos` is not `always`
+    eos=ignorable|always     honour ignore_eos or not (default ignorable)
+    cached                   prompt tokens that usage reports as cached (default: not reported)
     hits                     prompt tokens that /metrics counts as found in the prefix cache (default 0)
     prompt_extra             tokens that usage counts beyond the words of the prompt (default 0)
-    prompt_words             tokens that usage counts for a word of the prompt (default 1)
+    prompt_words             tokens that usage counts per word of the prompt (default 1)
     usage=last|each|none     in an event of its own at the end, in each event, or never (default last, if asked for)
     done=0                   leave out the [DONE]
     eol=lf|crlf|cr           line endings of the events
     comments=1               a comment line before each event
-    framing=chunked|length|close    how the body's end is told (default chunked)
+    framing=chunked|length|close    marking of the body's end (default chunked)
     keep=0                   close the connection after the answer
-    split                    write the body in pieces of so many bytes
-    slots                    so many requests are served at once, the others wait (default: all)
+    split                    write the body in pieces of this many bytes
+    slots                    number of requests served at once; the others wait (default: all)
     status                   answer with this status, a JSON error and no stream
-    error_at, bad_at, cut_at an error event, JSON that is none, or a cut connection in the place of this token
-    cut_byte                 cut the connection after so many bytes of the whole answer
-    stale=1                  close the connection without a word when it is used a second time, after stall_ms
-    refuse=1                 close the connection without a word
+    error_at, bad_at, cut_at an error event, invalid JSON, or a cut connection in place of this token
+    cut_byte                 cut the connection after this many bytes of the whole answer
+    stale=1                  close the connection without an answer when it is used a second time, after stall_ms
+    refuse=1                 close the connection without an answer
     hang=1                   headers, then silence
     flood=line|events|tiny   no end: one line, events, or chunks of one byte
-    odd=gzip|204|redirect|html|noise    an answer that is no event stream
+    odd=gzip|204|redirect|html|noise    an answer that is not an event stream
 
-GET /log gives, by the header X-Request-Id, when each request was received, when each token was written (ns of CLOCK_MONOTONIC, which
-all processes of a machine share), and what was asked; POST /log forgets it.
+GET /log gives, by the header X-Request-Id, the time of receipt of each request, the times of writing its tokens (ns of
+CLOCK_MONOTONIC, which all processes of a machine share), and the request itself. POST /log clears it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ from contextlib import contextmanager
 from typing import Any
 
 NUMBERS = {
-    "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0, "reasoning": 0.0, "stop_after": 1e9,
-    "cached": -1.0, "hits": 0.0, "prompt_extra": 0.0, "prompt_words": 1.0, "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
+    "ttft_ms": 5.0, "itl_ms": 2.0, "stall_ms": 0.0, "stall_at": 0.0, "per_chunk": 1.0, "per_write": 1.0,
+    "reasoning": 0.0, "stop_after": 1e9, "cached": -1.0, "hits": 0.0, "prompt_extra": 0.0, "prompt_words": 1.0,
+    "done": 1.0, "comments": 0.0, "keep": 1.0, "split": 0.0, "slots": 1e9, "status": 0.0, "error_at": 0.0,
     "bad_at": 0.0, "cut_at": 0.0, "cut_byte": -1.0, "stale": 0.0, "refuse": 0.0, "hang": 0.0,
 }  # fmt: skip
 WORDS = {"gaps_ms": "", "eos": "ignorable", "usage": "last", "eol": "lf", "framing": "chunked", "flood": "", "odd": ""}
@@ -76,7 +77,7 @@ class Script:
         return self.numbers[name]
 
     def due_ns(self, tokens: int) -> list[int]:
-        """When each token is due, ns after the receipt."""
+        """Return the due time of each token, ns after the receipt."""
         cycle = itertools.cycle(
             [float(g) for g in self.words["gaps_ms"].split(";")] if self.words["gaps_ms"] else [self["itl_ms"]]
         )
@@ -89,7 +90,7 @@ class Script:
 
 
 class Answer:
-    """The events of one answer: (tokens so far, text of the event) in order, and what ends it."""
+    """Return the events of one answer in order, (tokens so far, text of the event), and its end."""
 
     def __init__(self, script: Script, body: dict[str, Any], chat: bool) -> None:
         self.script, self.body, self.chat = script, body, chat
@@ -121,7 +122,7 @@ class Answer:
         return json.dumps(body | ({"usage": usage} if usage else {}))
 
     def events(self) -> Iterator[tuple[int, int, str]]:
-        """(tokens in it, tokens so far, its data) of each event with tokens."""
+        """Return (tokens in it, tokens so far, its data) of each event with tokens."""
         sofar = 0
         each = self.script.words["usage"] == "each"
         while sofar < self.tokens:
@@ -138,7 +139,7 @@ class Answer:
             yield size, sofar, self.event([choice], self.usage(sofar) if each else None)
 
     def last(self) -> list[str]:
-        """Data of the events after the last token."""
+        """Return the data of the events after the last token."""
         found = []
         if self.finish == "stop":
             found.append(
@@ -162,7 +163,7 @@ class Server:
         self.looked_up = self.found = 0
 
     def metrics(self) -> str:
-        """What vLLM tells under these names, of two engines, the second of which does nothing."""
+        """Return what vLLM reports under these names, for two engines, the second of which is idle."""
         return "\n".join(
             [
                 "# HELP vllm:num_requests_running Number of requests.",
@@ -185,7 +186,7 @@ class Server:
 
 
 class Connection(asyncio.Protocol):
-    """One connection: requests one after the other."""
+    """One connection, with one request after the other."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -254,7 +255,10 @@ class Connection(asyncio.Protocol):
             self.plain(200 if path == "/health" else 404, "{}")
 
     def plain(self, status: int, text: str, kind: str = "application/json", extra: str = "") -> None:
-        head = f"HTTP/1.1 {status} X\r\nServer: null\r\nContent-Type: {kind}\r\n{extra}Content-Length: {len(text.encode())}\r\n\r\n"
+        head = (
+            f"HTTP/1.1 {status} X\r\nServer: null\r\nContent-Type: {kind}\r\n{extra}"
+            f"Content-Length: {len(text.encode())}\r\n\r\n"
+        )
         self.transport.write(head.encode() + text.encode())
 
     async def complete(self, now: int, chat: bool, headers: dict[str, str], body: dict[str, Any]) -> None:
@@ -302,7 +306,10 @@ class Connection(asyncio.Protocol):
     def odd(self, what: str) -> None:
         if what == "gzip":
             data = gzip.compress(b"data: " + b"0" * 100_000_000 + b"\n\n", 1)
-            head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\nContent-Length: {len(data)}\r\n\r\n"
+            head = (
+                "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\n"
+                f"Content-Length: {len(data)}\r\n\r\n"
+            )
             self.transport.write(head.encode() + data)
         elif what == "204":
             self.transport.write(b"HTTP/1.1 204 No Content\r\n\r\ndata: what is this\n\n")
@@ -345,7 +352,8 @@ class Connection(asyncio.Protocol):
             first = part[0][1] - part[0][0] + 1
             data = b"".join(e[2] for e in part)
             if first <= script["error_at"] <= part[-1][1]:
-                data = f'event: error{eol}data: {{"error": {{"message": "Scripted error.", "code": 500}}}}{eol}{eol}'.encode()
+                error = '{"error": {"message": "Scripted error.", "code": 500}}'
+                data = f"event: error{eol}data: {error}{eol}{eol}".encode()
             if first <= script["bad_at"] <= part[-1][1]:
                 data = f'data: {{"choices": [{{"text": {eol}{eol}'.encode()
             if first <= script["cut_at"] <= part[-1][1]:
@@ -383,7 +391,7 @@ class Connection(asyncio.Protocol):
 
 @contextmanager
 def null_server(*models: str) -> Iterator[str]:
-    """The address of a null server in a process of its own, until the block ends."""
+    """Yield the address of a null server in a separate process, until the block ends."""
     command = [sys.executable, __file__, *itertools.chain.from_iterable(("--model", model) for model in models)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -394,7 +402,7 @@ def null_server(*models: str) -> Iterator[str]:
 
 
 def read_log(url: str) -> dict[str, dict[str, Any]]:
-    """What the server wrote down, by request; it is forgotten there."""
+    """Return the server's log by request, and clear it there."""
     with urllib.request.urlopen(urllib.request.Request(f"{url}/log", data=b"", method="POST"), timeout=10) as answer:
         found: dict[str, dict[str, Any]] = json.load(answer)
         return found

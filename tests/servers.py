@@ -13,7 +13,7 @@ from typing import Any
 
 
 class LeavingIsNoError(socketserver.BaseServer):
-    """A client that has gone is not told on standard error: a thread may notice it a minute later, in the midst of another test."""
+    """Report no disconnected client on standard error: a thread may notice one a minute later, in another test."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -21,12 +21,12 @@ class LeavingIsNoError(socketserver.BaseServer):
 
 
 class HTTPServer(LeavingIsNoError, http.server.ThreadingHTTPServer):
-    """What the tests serve HTTP with."""
+    """The HTTP server of the tests."""
 
 
 @contextmanager
 def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of a server that answers with `handler` until the block ends."""
+    """Yield the address of a server that answers with `handler` until the block ends."""
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -36,7 +36,7 @@ def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 class Door:
-    """A port on loopback that leads to another one while it is open; while it is shut, connections are cut, and new ones refused."""
+    """A port on loopback that forwards to another one. While shut, it cuts connections and refuses new ones."""
 
     def __init__(self, to: int) -> None:
         self.to, self.port, self.connections = to, 0, list[socket.socket]()

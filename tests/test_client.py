@@ -1,4 +1,4 @@
-"""The load client against a scripted server that records the time at which it writes each byte."""
+"""The load client against a server that sends every byte by a script and records when it sent it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def send(
     url: str, script: str, load: Load, limits: Limits | None = None, **settings: Any
 ) -> tuple[list[RequestRecord], Trace]:
-    """Return records and raw trace of a load whose requests all carry one script."""
+    """Return records and raw trace of a load whose requests all have one script."""
     cell = Cell(
         backend="openai", url=url, model=f"null:{script}", **{"output_tokens": 10, "prompt_tokens": 16} | settings
     )
@@ -90,12 +90,12 @@ def test_stamps_are_the_servers_own(server: str, endpoint: str) -> None:
             own > its for own, its in zip(record.stamps_ns, truth["tokens_ns"], strict=True)
         )  # nothing arrives before it is written
         errors += [own - its for own, its in zip(gaps(record.stamps_ns), gaps(truth["tokens_ns"]), strict=True)]
-    # The error of a gap has no bias: it is the delay of one stamp minus that of the one before.
+    # The gap's error has no bias: it is the difference of the delays of its two stamps.
     assert sum(error > 0 for error in errors) == pytest.approx(len(errors) / 2, rel=0.3)
 
 
 def bare(url: str, script: str, streams: int, tokens: int) -> list[tuple[int, list[int]]]:
-    """Return the stamps of a minimal client for the same streams."""
+    """Return the stamps of a minimal client on the same streams."""
     body = {"model": f"null:{script}", "prompt": "a b c", "max_tokens": tokens, "stream": True, "ignore_eos": True}
     requests = [http_request(address_of(url), "/v1/completions", body, number) for number in range(streams)]
     read_log(url)
@@ -103,10 +103,10 @@ def bare(url: str, script: str, streams: int, tokens: int) -> list[tuple[int, li
 
 
 def test_the_golden_accuracy_at_sixty_four_streams(server: str) -> None:
-    """Every count is exact, and TTFTs are as close to the server's own as those of a client that only reads.
+    """Every count is exact, and a TTFT is as near to the server's own as that of a client that only reads.
 
-    benchmarks/client.py measures the milliseconds on a machine that is not shared. Here both clients take turns, and
-    the best of each counts.
+    benchmarks/client.py gives milliseconds, on a machine that is not shared. Here both clients take turns, and the best
+    of each counts.
     """
     script, best = "ttft_ms=50+itl_ms=20", {"ours": math.inf, "bare": math.inf}
     for _ in range(10):
@@ -128,7 +128,7 @@ def test_the_golden_accuracy_at_sixty_four_streams(server: str) -> None:
 
 
 def test_one_stream_alone_is_stamped_as_it_comes(server: str) -> None:
-    """The gaps of one stream are as close to the server's own as those of a client that only reads."""
+    """The gaps of one stream are as near to the server's own as those of a client that only reads."""
     script, best = "ttft_ms=20+itl_ms=10", {"ours": math.inf, "bare": math.inf}
     for _ in range(10):
         records, _ = send(server, script, Load(requests=1), output_tokens=50)
@@ -222,12 +222,12 @@ def test_every_way_to_write_the_same_stream(server: str, script: str) -> None:
 
 
 FAULTS = {
-    "status=500": "server_error", "status=502": "server_error",
-    "error_at=4": "server_error", "error_at=1": "server_error", "status=429": "refused", "status=503": "refused", "status=401": "refused", "status=404": "refused",
-    "odd=redirect": "refused", "bad_at=3": "malformed", "odd=204": "malformed", "odd=html": "malformed",
-    "odd=noise": "malformed", "odd=gzip": "malformed", "cut_at=4": "truncated", "cut_at=1": "truncated",
-    "cut_byte=0": "truncated", "cut_byte=20": "truncated", "cut_byte=500": "truncated", "refuse=1": "truncated",
-    "framing=close+cut_at=5": "truncated", "framing=length+cut_at=5": "truncated",
+    "status=500": "server_error", "status=502": "server_error", "status=429": "refused", "status=503": "refused",
+    "status=401": "refused", "status=404": "refused", "error_at=4": "server_error", "error_at=1": "server_error",
+    "bad_at=3": "malformed", "cut_at=4": "truncated", "cut_at=1": "truncated", "cut_byte=0": "truncated",
+    "cut_byte=20": "truncated", "cut_byte=500": "truncated", "refuse=1": "truncated",
+    "framing=close+cut_at=5": "truncated", "framing=length+cut_at=5": "truncated", "odd=204": "malformed",
+    "odd=redirect": "refused", "odd=html": "malformed", "odd=noise": "malformed", "odd=gzip": "malformed",
 }  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def test_limits_of_time_end_a_request(server: str, script: str, limits: Limits, 
 
 
 def peak_kb(reset: bool = False) -> int:
-    """Peak resident memory of this process in kB. It is reset first, since earlier tests used memory too."""
+    """Return the peak resident memory of this process in kB, reset first because earlier tests had their own peaks."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
@@ -303,7 +303,10 @@ def test_a_duration_ends_the_sending_and_waits_for_the_answers(server: str) -> N
 
 
 def test_an_open_loop_sends_when_it_is_due_and_counts_from_there(server: str) -> None:
-    """One slot of 50 ms, an arrival every 10 ms: an open loop's latency includes the queue, 40 ms more per request."""
+    """With one slot of 50 ms and an arrival every 10 ms, an open loop's latency includes the queue.
+
+    It grows by 50 ms for every four requests.
+    """
     arrivals = tuple(number * 10_000_000 for number in range(12))
     records, trace = send(server, "ttft_ms=41+itl_ms=1+slots=1", Load(arrivals_ns=arrivals))
     assert [r.intended_ns for r in records] == [trace.started_ns + offset for offset in arrivals]
@@ -348,7 +351,7 @@ def test_halves_of_characters_that_a_server_sent_are_no_end_of_the_run() -> None
 
 
 def told_by(models: str) -> Told:
-    """Return the facts read from a server that answers every request with this JSON."""
+    """Ask a server that answers every request with this JSON."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -378,7 +381,7 @@ def test_a_list_of_models_that_is_none_is_as_if_it_were_empty(models: str) -> No
 
 
 def test_the_clients_lag_is_seen(server: str) -> None:
-    """A thread that holds the interpreter for 30 ms at a time delays the loop, and the beat says so."""
+    """A thread that holds the interpreter for 30 ms at a time delays the loop, and the measured lag shows it."""
     stop = threading.Event()
 
     def hold() -> None:

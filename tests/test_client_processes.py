@@ -1,4 +1,4 @@
-"""One load from several client processes: the same requests as from one, divided without a rest, on one clock."""
+"""One load from several client processes: the same requests as from one, all divided, on one clock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def server() -> Iterator[str]:
 
 
 def send(url: str, load: Load, processes: int, **settings: Any) -> tuple[Trace, dict[str, dict[str, Any]]]:
-    """A load of cells that ask for 4 tokens, and what the server wrote down."""
+    """Return the trace of a load of requests for 4 tokens, and the server's log."""
     cell = Cell(**{"backend": "openai", "url": url, "model": MODEL, "output_tokens": 4, "prompt_tokens": 16} | settings)
     backend = OpenAIBackend(cell, ModelFacts("", "none", "", ""))
     backend.unique = backend.own_words = "the same for all"
@@ -131,7 +131,7 @@ def test_a_process_that_dies_is_one_clear_line(server: str) -> None:
         assert len(backend.send(prompts, cell, 1, Load(4, 2), processes=2).exchanges) == 4
     finally:
         backend.close()
-    assert "A client process ended without a word (exit code -9)." in str(caught.value)
+    assert "A client process ended without a message (exit code -9)." in str(caught.value)
 
 
 def test_a_late_process_is_not_hidden_by_the_others() -> None:
@@ -177,8 +177,8 @@ def test_auto_takes_what_a_wave_says(
 
 def test_several_processes_are_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, concurrency=4, client_processes=2, repetitions=5, warmup=1, output_tokens=4,
-        prompt_tokens=16,
+        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, concurrency=4, client_processes=2,
+        repetitions=5, warmup=1, output_tokens=4, prompt_tokens=16,
     )  # fmt: skip
     [row] = done.rows
     assert row.outcome == "ok", row.message

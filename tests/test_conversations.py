@@ -1,4 +1,4 @@
-"""Conversations with a server, turn by turn: what is sent, how it is counted, and the whole way into MLflow."""
+"""Conversations with a server, turn by turn: requests, counts, and whole runs to MLflow."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_each_turn_has_all_that_was_said_and_the_servers_own_answers(server: str
     assert first["asked"]["messages"] == messages[:1]
     assert (
         log["3-1"]["asked"]["messages"] != first["asked"]["messages"]
-    )  # the same conversation, with words of its own before it
+    )  # the same conversation, with other unique words before it
     for number, turn in ((0, 2), (0, 3), (2, 2)):
         own, before = (next(r for r in records if (r.conversation, r.turn) == (number, t)) for t in (turn, turn - 1))
         assert own.t0_ns > before.stamps_ns[-1]

@@ -65,7 +65,7 @@ def test_looked_up_tokens_are_checked_and_the_answer_is_the_same(tiny_model: Pat
 def test_an_assistant_of_another_vocabulary_is_refused(cache_folder: Path) -> None:
     cell = Cell(model="opt-125m", weights="random", decode="assisted", assistant="pythia-70m")
     with pytest.raises(
-        UsageError, match=r"assistant=pythia-70m has a vocabulary of 50304 tokens, and opt-125m one of 50272"
+        UsageError, match=r"assistant=pythia-70m has a vocabulary of 50304 tokens, but opt-125m has 50272"
     ):
         TransformersBackend.resolve(cell)
     same = TransformersBackend.resolve(

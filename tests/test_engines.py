@@ -1,4 +1,4 @@
-"""vLLM and OpenVINO: their rows as steps, what they refuse; and the engines themselves, in the environments that variables name."""
+"""vLLM and OpenVINO: rows as steps, refused settings, and the engines themselves in environments named by variables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COUNT = 12
 
 
 def python_of(backend: str) -> str:
-    """The interpreter of an environment that has the runtime."""
+    """Return the interpreter of an environment that has the runtime."""
     found = os.environ.get(PYTHONS[backend])
     if not found:
         pytest.skip(f"set {PYTHONS[backend]} to the interpreter of an environment with it (docs/runtimes.md)")
@@ -81,7 +81,7 @@ def test_a_runtime_that_is_not_installed_says_how_to_have_it(backend: str, packa
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if both runtimes were there, for what is refused before they are imported."""
+    """Pretend that both runtimes are installed, for settings that are refused before they are imported."""
     for module in (vllm_local, openvino_local):
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object())
 
@@ -91,9 +91,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
-        ({"quant": "int4"}, "quant=int4 is not one"),
-        ({"quant": "hqq4"}, "quant=hqq4 is not one"),
-        ({"attention": "sdpa"}, "attention of its own"),
+        ({"quant": "int4"}, r"quant=int4\. With backend="),
+        ({"quant": "hqq4"}, r"quant=hqq4\. With backend="),
+        ({"attention": "sdpa"}, "has its own attention"),
         ({"model": "x.gguf"}, "There is no file"),
     ],
 )
@@ -147,9 +147,15 @@ try:
 except Exception as error:
     problem = type(error).__name__ + ": " + str(error)
 found = {
-    "steps": [[list(map(int, step)) for step in steps] for _, steps in requests], "stamps": [record.stamps_ns for record, _ in requests],
-    "again": [list(map(int, step)) for step in again], "logits": logits.tolist(), "facts": dict(backend.describe().facts),
-    "weight_bytes": info.weight_bytes, "vocab_size": info.vocab_size, "kv": backend.describe().kv_bytes_per_token, "problem": problem,
+    "steps": [[list(map(int, step)) for step in steps] for _, steps in requests],
+    "stamps": [record.stamps_ns for record, _ in requests],
+    "again": [list(map(int, step)) for step in again],
+    "logits": logits.tolist(),
+    "facts": dict(backend.describe().facts),
+    "weight_bytes": info.weight_bytes,
+    "vocab_size": info.vocab_size,
+    "kv": backend.describe().kv_bytes_per_token,
+    "problem": problem,
 }
 backend.close()
 print("FOUND" + json.dumps(found), flush=True)
@@ -157,7 +163,7 @@ print("FOUND" + json.dumps(found), flush=True)
 
 
 def ask(backend: str, model: Path, **settings: Any) -> dict[str, Any]:
-    """What an engine gives for the prompts, in one process of its environment: rows of one length, all rows, and one row."""
+    """Run an engine on the prompts in one process of its environment: rows of one length, all rows, and one row."""
     python = python_of(backend)
     cell = Cell(
         model=str(model),
@@ -186,7 +192,7 @@ def ask(backend: str, model: Path, **settings: Any) -> dict[str, Any]:
 
 
 def theirs(folder: Path) -> tuple[list[list[int]], Any]:
-    """Transformers' greedy tokens of each prompt from the same weights, and the last logits of a text."""
+    """Return transformers' greedy tokens of each prompt from the same weights, and the last logits of a text."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -217,7 +223,7 @@ def test_tokens_and_logits_are_those_of_transformers(backend: str, tiny_model: P
     assert found["vocab_size"] == 512
     assert torch.allclose(torch.tensor(found["logits"]), logits, atol=2e-3)
     assert found["problem"].startswith("MeasurementError")
-    assert "need more. Measure this cell in a command of its own" in found["problem"]
+    assert "need more. Measure this cell in a separate command" in found["problem"]
 
 
 @pytest.mark.slow
@@ -237,8 +243,8 @@ def test_what_is_said_of_a_model_is_what_it_is(backend: str, tiny_model: Path) -
 @pytest.mark.parametrize("backend", PYTHONS)
 def test_a_whole_command_with_quality(backend: str, tiny_model: Path, store_uri: str) -> None:
     done = run(
-        model=str(tiny_model), backend=backend, worker_python=python_of(backend), device="cpu", threads=1, batch_size="1,3", prompt_tokens=16, output_tokens=8,
-        warmup=1, repetitions=5, quality="auto",
+        model=str(tiny_model), backend=backend, worker_python=python_of(backend), device="cpu", threads=1,
+        batch_size="1,3", prompt_tokens=16, output_tokens=8, warmup=1, repetitions=5, quality="auto",
     )  # fmt: skip
     assert done.outcome == "ok", [row.message for row in done.rows]
     for folder in done.folder.glob("*/artifacts"):

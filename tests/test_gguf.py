@@ -1,4 +1,4 @@
-"""GGUF files without llama.cpp: what their headers say, what can be asked of them, how one is made."""
+"""GGUF files without llama.cpp: headers, refused settings, estimates, and making a file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_sizes_in_a_header_are_those_of_the_configuration(tiny_gguf: Path, t
 
 
 def test_tables_that_are_looked_up_are_no_part_of_a_step() -> None:
-    """Gemma 3n has a second table, of each layer's own embeddings, which is larger than all that a step reads."""
+    """Gemma 3n has a second table, the per-layer embeddings, which is larger than all that a step reads."""
     names = ("token_embd", "per_layer_token_embd", "output", "blk.0.attn_q")
     header = gguf_file.Header({}, {}, tuple(gguf_file.Tensor(f"{name}.weight", (32, 64), 8, 2176) for name in names))
     assert (header.weight_bytes, header.step_bytes) == (4 * 2176, 2 * 2176)
@@ -111,7 +111,7 @@ def test_the_cache_of_llama_cpp_is_estimated_in_its_own_16_bits() -> None:
 def test_a_damaged_file_is_one_line(tiny_gguf: Path, tmp_path: Path, end: int) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(tiny_gguf.read_bytes()[:end])
-    with pytest.raises(ModelError, match=r"damaged\.gguf is no GGUF file that can be read: .+\. Download it again\."):
+    with pytest.raises(ModelError, match=r"damaged\.gguf is not a readable GGUF file: .+\. Download it again\."):
         gguf_file.read_header(damaged)
 
 
@@ -131,7 +131,7 @@ def test_a_length_that_cannot_be_is_refused_before_it_is_read(tmp_path: Path) ->
 def test_a_split_model_is_all_its_parts(tiny_gguf: Path, tmp_path: Path) -> None:
     names = [f"m-{number:05d}-of-00002.gguf" for number in (1, 2)]
     assert [part.name for part in gguf_file.parts_of(tmp_path / names[0])] == names
-    with pytest.raises(ModelError, match=r"is a part of a split model\. Give the first part, m-00001-of-00002\.gguf"):
+    with pytest.raises(ModelError, match=r"is not the first part of a split model\. Give m-00001-of-00002\.gguf"):
         gguf_file.parts_of(tmp_path / names[1])
     (tmp_path / names[0]).write_bytes(tiny_gguf.read_bytes())
     with pytest.raises(ModelError, match=r"its part m-00002-of-00002\.gguf is not beside it"):
@@ -194,12 +194,12 @@ def test_without_the_package_the_line_says_how_to_get_it(tiny_gguf: Path, monkey
     [
         (
             {"quant": "int8"},
-            r"quant=int8 is not one of llama\.cpp\. With backend=llama_cpp use none, fp32, fp16, bf16, q8_0",
+            r"llama\.cpp has no quant=int8\. With backend=llama_cpp use none, fp32, fp16, bf16, q8_0",
         ),
         ({"attention": "sdpa"}, r"llama\.cpp has no attention=sdpa"),
-        ({"gpu_layers": 2, "device": "cpu"}, "gpu_layers=2 needs a GPU, and the device is cpu"),
+        ({"gpu_layers": 2, "device": "cpu"}, "gpu_layers=2 needs a GPU, but the device is cpu"),
         ({"quant": "q4_0"}, r"quant=q4_0 cannot be made from tiny-q8_0\.gguf, which is quantized already"),
-        ({"quant": "bf16"}, r"quant=bf16 is not made from a GGUF file"),
+        ({"quant": "bf16"}, r"quant=bf16 cannot be made from a GGUF file"),
     ],
 )
 def test_what_llama_cpp_cannot_do_is_refused(
@@ -281,7 +281,7 @@ def test_a_model_with_a_quantized_cache_is_not_the_reference_itself(
 
 
 class Spelling:
-    """Ids that mean letters, from a given one on."""
+    """A tokenizer whose ids are letters, from `first` on."""
 
     def __init__(self, first: str) -> None:
         self.first = first
@@ -340,7 +340,9 @@ def source_package(folder: Path) -> Path:
     """A source package with a converter that knows two architectures."""
     files = {
         "convert_hf_to_gguf.py": "",
-        "conversion/__init__.py": 'TEXT_MODEL_MAP: dict[str, str] = {"LlamaForCausalLM": "llama", "Gemma3ForCausalLM": "gemma"}\n',
+        "conversion/__init__.py": (
+            'TEXT_MODEL_MAP: dict[str, str] = {"LlamaForCausalLM": "llama", "Gemma3ForCausalLM": "gemma"}\n'
+        ),
         "src/other.cpp": "",
     }
     package = folder / "llama_cpp_python-0.0.1.tar.gz"
@@ -366,7 +368,10 @@ def test_the_converter_comes_from_the_source_package(
 ) -> None:
     with pytest.raises(
         MissingError,
-        match=r"Run: pip download --no-deps --no-binary llama-cpp-python -d \S+ llama-cpp-python==0\.0\.1 \(or set LLMBENCH",
+        match=(
+            r"Run: pip download --no-deps --no-binary llama-cpp-python -d \S+ llama-cpp-python==0\.0\.1 "
+            r"\(or set LLMBENCH"
+        ),
     ):
         gguf_made.source_tree()
     assert doctor.converter_item().status == "missing"
@@ -377,7 +382,7 @@ def test_the_converter_comes_from_the_source_package(
     assert gguf_made.architectures(tree) == {"LlamaForCausalLM", "Gemma3ForCausalLM"}
     assert doctor.converter_item().found.endswith("2 architectures")
     gguf_made.check_architecture(Cell(), "LlamaForCausalLM")
-    with pytest.raises(ModelError, match=r"llama\.cpp has no architecture OPTForCausalLM, which opt-125m is"):
+    with pytest.raises(ModelError, match=r"llama\.cpp has no architecture OPTForCausalLM, so opt-125m cannot"):
         gguf_made.check_architecture(Cell(), "OPTForCausalLM")
     monkeypatch.setenv(gguf_made.SOURCE_VARIABLE, str(tmp_path))
     with pytest.raises(MissingError, match="is neither a source tree of llama.cpp"):

@@ -1,4 +1,4 @@
-"""The search for the highest rate within the SLOs: which rate is next, what was found, and the whole way to MLflow."""
+"""The search for the highest rate within the SLOs: the next rate, the result, and whole runs to MLflow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tried(rate: float | None, share: float, half: float = 0.0, trusted: bool = T
 
 
 def search(share_at: Callable[[float], float], first: float | None = None) -> list[Tried]:
-    """The whole search of a server whose share of good requests is a function of the rate."""
+    """Run the whole search on a server whose share of good requests is a function of the rate."""
     found = [tried(None, 1.0)] if first is None else [tried(first, share_at(first))]
     while (rate := next_rate(found, 0.9)) is not None:
         found.append(tried(rate, share_at(rate)))
@@ -186,7 +186,7 @@ def test_a_search_that_one_user_alone_ends(store_uri: str, capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_a_search_is_runs_in_mlflow(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two requests at once take 40 ms each: 50 per second, and beyond it the queue grows."""
+    """Two requests at once take 40 ms each, so above 50 per second the queue grows."""
     model = "null:ttft_ms=10+itl_ms=10+slots=2"
     with null_server(model) as url:
         arguments = [

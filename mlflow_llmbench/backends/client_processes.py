@@ -1,8 +1,9 @@
-"""Several client processes for one load, where one core is not enough: `python -m mlflow_llmbench.backends.client_processes` is one of them.
+"""Send one load from several client processes, if one core is not enough.
 
-A load is divided before it begins, and nothing is shared while it runs. Each process builds its own requests and opens its own connections, says that it
-is ready, and begins at the same instant of the monotonic clock, which all processes of a machine share, so that their stamps are
-those of one. Requests keep the numbers, times, lengths and prompts that they have in a single process.
+`python -m mlflow_llmbench.backends.client_processes` starts one such process. A load is divided before it begins, and
+nothing is shared while it runs. Each process builds its requests, opens its connections, reports that it is ready, and
+starts at a common instant of the monotonic clock. All processes of a machine share that clock, so their stamps can be
+merged. Requests keep the numbers, times, lengths and prompts that they have in a single process.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from ..records import ModelFacts
 from ..workload import load_prompts
 
 HEAD_START_NS = 20_000_000
-"""Time from the last process's word that it is ready to the common start: each has to read it and wake up."""
+"""Nanoseconds from the last process's ready message to the common start, which each process must read in time."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What process `index` of `count` sends of a load.
+    """The part of a load that process `index` of `count` sends.
 
-    The users of a closed loop, and the requests of an open one, are dealt out in turns. The process's request j is that with the number
-    (j div m) · U + index + count · (j mod m), with m of all U users its own; an open loop has one user for each process.
+    The users of a closed loop, or the requests of an open loop, are dealt to the processes in turns. Request j of a
+    process has the number (j div m) · U + index + count · (j mod m) in the whole load, where U is the number of users
+    and m the number that this process has. An open loop has one user per process.
     """
 
     load: Load
@@ -46,7 +48,7 @@ class Share:
 
     @classmethod
     def of(cls, load: Load, index: int, count: int) -> Share:
-        """The share of a process; `count` is not more than there are users, or requests of an open loop."""
+        """Return the share of a process. `count` is at most the number of users, or of requests of an open loop."""
         if load.arrivals_ns is not None:
             return cls(replace(load, arrivals_ns=load.arrivals_ns[index::count], requests=None), index, count, count, 1)
         own = len(range(index, load.concurrency, count))
@@ -58,13 +60,13 @@ class Share:
         return cls(replace(load, concurrency=own, requests=limit), index, count, load.concurrency, own)
 
     def number(self, position: int) -> int:
-        """The number in the whole load of this process's request at a position."""
+        """Return the number, in the whole load, of this process's request at a position."""
         return position // self.own * self.users + self.index + self.count * (position % self.own)
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a process is to send: its share of a cell's load, and what the backend has found out about the server (`state`)."""
+    """An order to a process: its share of a cell's load, and the backend's findings about the server (`state`)."""
 
     first: Cell
     cell: Cell
@@ -75,7 +77,7 @@ class Order:
 
 
 class ClientProcesses:
-    """The processes, from the first load that needs them on."""
+    """The client processes. They are started once and serve all later loads of the same number of processes."""
 
     def __init__(self, count: int) -> None:
         package_parent = str(Path(__file__).resolve().parent.parent.parent)
@@ -87,7 +89,7 @@ class ClientProcesses:
         ]
 
     def send(self, orders: Sequence[Order]) -> Trace:
-        """Send all shares of a load at once, and wait for the last answer. Raises MeasurementError if a process could not."""
+        """Send all shares of a load at once, wait for the last answer. Raises MeasurementError if a process fails."""
         for process, order in zip(self.processes, orders, strict=True):
             self._tell(process, order)
         for process in self.processes:
@@ -122,19 +124,20 @@ class ClientProcesses:
         except (OSError, EOFError, pickle.UnpicklingError):
             raise self._lost(process) from None
         if isinstance(found, str):
-            raise MeasurementError(f"A client process failed: {found}. Look into the worker's log.")
+            raise MeasurementError(f"A client process failed: {found}. Check the worker's log.")
         return found
 
     def _lost(self, process: subprocess.Popen[bytes]) -> MeasurementError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=2)
         return MeasurementError(
-            f"A client process ended without a word (exit code {process.returncode}). Look into the worker's log and the memory."
+            f"A client process ended without a message (exit code {process.returncode}). Check the worker's log and "
+            "the free memory."
         )
 
 
 def main() -> int:
-    """Send loads as they are ordered on standard input, until it ends; what came of each goes to what was standard output."""
+    """Send the loads ordered on standard input until it ends. Each result goes to the original standard output."""
     machine.die_with_parent()
     for name in ("SIGINT", "SIGHUP"):  # they reach the whole group; the parent decides
         if hasattr(signal, name):

@@ -1,8 +1,11 @@
-"""Run llama.cpp's own converter on one checkpoint: `python -m mlflow_llmbench.backends.gguf_convert TREE CHECKPOINT TARGET TYPE`.
+"""Run llama.cpp's converter on one checkpoint.
 
-What the program `convert_hf_to_gguf.py` does, by the same classes, with one addition: a checkpoint without a tokenizer (random weights),
-or with one that the converter does not know, becomes a file without a vocabulary, which is enough for prompts of token ids. The last
-line of the standard output is JSON with `model.tokenizer`. Imports nothing of ours, since the source tree has a gguf of its own.
+Usage: `python -m mlflow_llmbench.backends.gguf_convert TREE CHECKPOINT TARGET TYPE`
+
+It uses the classes of `convert_hf_to_gguf.py`, with one addition. A checkpoint without a tokenizer (random weights), or
+with one that the converter does not know, becomes a file without a vocabulary. That is enough for prompts of token ids.
+The last line of standard output is JSON with `model.tokenizer`. This module imports nothing else of this package,
+because the source tree has its own gguf.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "tiktoken.model
 
 
 def main(tree: str, checkpoint: str, target: str, kind: str) -> None:
-    """Write the file. Any error ends the process with its text as the last line of the standard error."""
+    """Write the file. Any error ends the process, with its text as the last line of standard error."""
     logging.basicConfig(level=logging.WARNING)
     sys.path[:0] = [tree, str(Path(tree, "gguf-py"))]
     has_tokenizer = any(Path(checkpoint, name).is_file() for name in TOKENIZERS)
@@ -34,7 +37,7 @@ def main(tree: str, checkpoint: str, target: str, kind: str) -> None:
 
 
 def _convert(checkpoint: str, target: str, kind: str, with_tokenizer: bool) -> str:
-    """The name of the vocabulary that the file has."""
+    """Write the file and return the name of its vocabulary, or `none`."""
     import torch
 
     conversion: Any = importlib.import_module("conversion")
@@ -57,10 +60,10 @@ def _convert(checkpoint: str, target: str, kind: str, with_tokenizer: bool) -> s
 
 
 def _no_vocabulary(kind: Any) -> Any:
-    """The converter's class of an architecture, writing the number of words in place of the words."""
+    """Return a subclass of the converter's class that writes the vocabulary's size in place of the vocabulary."""
 
     class WithoutVocabulary(kind):  # type: ignore[misc]
-        model_arch = kind.model_arch  # its base wants it of every class
+        model_arch = kind.model_arch  # the base class requires it in every subclass
 
         def set_vocab(self) -> None:
             self._set_vocab_none()
@@ -73,7 +76,10 @@ def _no_vocabulary(kind: Any) -> Any:
 
 
 def _without_tokenizer(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint's configuration and weights in a folder of links, with a list of as many words as it has rows, which Gemma's class counts."""
+    """Link the checkpoint's configuration and weights into a folder, with a made-up vocabulary of the right size.
+
+    The converter's class for Gemma counts the entries of that vocabulary.
+    """
     for file in checkpoint.iterdir():
         if (
             file.is_file()

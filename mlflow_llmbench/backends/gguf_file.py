@@ -1,7 +1,7 @@
-"""What a GGUF file says of itself, read from its header: metadata, tensors and their types. The standard library only.
+"""Read the header of a GGUF file: metadata, tensors and their types. Uses the standard library only.
 
-The format is that of ggml's documentation (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian. A vocabulary of 262,144 words
-is counted and not kept, so that a header is read in a fraction of a second and before anything heavy is imported.
+Format: ggml's documentation (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian. The entries of a vocabulary
+are counted, not kept, so a header is read in a fraction of a second, before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ TYPES: Mapping[int, tuple[str, int, int]] = {
     35: ("tq2_0", 256, 66),
     39: ("mxfp4", 32, 17),
 }
-"""Number of a type in the file → its name, values in a block, bytes of a block."""
+"""Type number in the file → (name, values per block, bytes per block)."""
 
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-"""Types that are not quantized → torch's name."""
+"""Unquantized type → torch's name of it."""
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 LONGEST_ARRAY_KEPT = 4096
-"""Values of an array that are kept: one per layer, and no vocabulary."""
+"""Longest array whose values are kept: enough for one value per layer, too short for a vocabulary."""
 
 LONGEST_STRING = 1 << 28
 PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -66,7 +66,7 @@ PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file: its dimensions in ggml's order (columns first), the number of its type, and its bytes."""
+    """A tensor of the file. `shape` is in ggml's order (columns first); `kind` is the number of its type."""
 
     name: str
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Tensor:
 
     @property
     def count(self) -> int:
-        """How many values it has."""
+        """Number of values."""
         product = 1
         for size in self.shape:
             product *= size
@@ -83,13 +83,13 @@ class Tensor:
 
     @property
     def type_name(self) -> str:
-        """As llama.cpp names the type; `type N` where it is newer than this table."""
+        """Name of the type in llama.cpp; `type N` for a type that is not in `TYPES`."""
         return TYPES[self.kind][0] if self.kind in TYPES else f"type {self.kind}"
 
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata by key (an array that is longer than `LONGEST_ARRAY_KEPT`, or one of texts, as its length), and the tensors."""
+    """Metadata by key, and the tensors. An array of texts or one longer than `LONGEST_ARRAY_KEPT` is its length."""
 
     metadata: Mapping[str, Any]
     lengths: Mapping[str, int]  # of every array
@@ -97,28 +97,28 @@ class Header:
 
     @property
     def architecture(self) -> str:
-        """`llama`, `gemma3`, …; empty where the file does not say."""
+        """Name of the architecture: `llama`, `gemma3`, …; empty if the file does not say."""
         return str(self.metadata.get("general.architecture", ""))
 
     def of_model(self, key: str) -> Any:
-        """The value of a key of the architecture, such as `block_count`; None where it is absent."""
+        """Return the value of one of the architecture's keys, such as `block_count`; None if it is absent."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     @property
     def vocab_size(self) -> int | None:
-        """Words that the output head knows: the rows of the embedding."""
+        """Number of tokens in the vocabulary, which is the number of rows of the embedding."""
         embedding = next((t for t in self.tensors if t.name == "token_embd.weight"), None)
         return embedding.shape[-1] if embedding and len(embedding.shape) == 2 else None
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model was made for."""
+        """Context length of the model in tokens."""
         found = self.of_model("context_length")
         return found if isinstance(found, int) and found > 0 else None
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the file holds a vocabulary that texts can be cut with."""
+        """True if the file holds a vocabulary, so that text can be tokenized."""
         return str(self.metadata.get("tokenizer.ggml.model", "none")) not in ("none", "no_vocab")
 
     @property
@@ -128,12 +128,15 @@ class Header:
 
     @property
     def tied(self) -> bool:
-        """Whether the input embedding is the output head too."""
+        """True if the input embedding is also the output head."""
         return not any(tensor.name == "output.weight" for tensor in self.tensors)
 
     @property
     def step_bytes(self) -> int:
-        """Bytes that a decode step reads: all but an embedding of which it reads one row. Of a mixture it would be those of all experts."""
+        """Bytes that a decode step reads: all tensors but an embedding of which it reads one row.
+
+        For a mixture of experts this counts all experts.
+        """
         skipped = {
             "position_embd.weight",
             "per_layer_token_embd.weight",
@@ -143,7 +146,7 @@ class Header:
 
     @property
     def linear(self) -> tuple[Tensor, ...]:
-        """The weight matrices of the decoder's layers."""
+        """Weight matrices of the decoder's layers."""
         return tuple(
             t for t in self.tensors if t.name.startswith("blk.") and t.name.endswith(".weight") and len(t.shape) > 1
         )
@@ -156,17 +159,20 @@ class Header:
 
     @property
     def linear_types(self) -> str:
-        """Their types with how many matrices have each, `q4_K × 90, q6_K × 18`."""
+        """Types of the layers' matrices with the number of matrices of each, such as `q4_K × 90, q6_K × 18`."""
         counts = Counter(tensor.type_name for tensor in self.linear)
         return ", ".join(f"{name} × {count}" for name, count in sorted(counts.items()))
 
     @property
     def embedding_type(self) -> str:
-        """The type of the input embedding."""
+        """Type of the input embedding."""
         return next((tensor.type_name for tensor in self.tensors if tensor.name == "token_embd.weight"), "unknown")
 
     def kv_values_per_token(self) -> int | None:
-        """Keys and values that one token of one row adds to the cache while no window is full; None where it does not follow from the header."""
+        """Return the number of key and value entries that one token of one row adds to the cache.
+
+        Valid while no sliding window is full. None if it does not follow from the header.
+        """
         layers, heads = self.of_model("block_count"), self.of_model("attention.head_count")
         kv_heads = self.of_model("attention.head_count_kv") or heads
         hidden = self.of_model("embedding_length")
@@ -182,7 +188,7 @@ class Header:
         return int(total * (key + value))
 
     def as_config(self) -> dict[str, Any]:
-        """The sizes under the names of a `config.json`, for the formulas of `models.Shape`; without what the file does not say."""
+        """Return the sizes under the names of a `config.json`, for `models.Shape`. Absent values are left out."""
         architecture = self.architecture
         family = {"gemma3": "gemma3_text", "gptneox": "gpt_neox", "phi2": "phi"}.get(architecture, architecture)
         keys = {
@@ -204,13 +210,16 @@ class Header:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """All files of a model that is split, given its first one; else the file itself. Raises ModelError for another part than the first."""
+    """Return all files of a split model, given the first part; for any other file, the file itself.
+
+    Raises ModelError if `path` is another part than the first.
+    """
     part = PART.match(path.name)
     if part is None:
         return [path]
     if int(part["number"]) != 1:
         raise ModelError(
-            f"{path.name} is a part of a split model. Give the first part, {part['stem']}-00001-of-{part['count']}.gguf."
+            f"{path.name} is not the first part of a split model. Give {part['stem']}-00001-of-{part['count']}.gguf."
         )
     return [
         path.with_name(f"{part['stem']}-{number:05d}-of-{part['count']}.gguf")
@@ -219,7 +228,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file, and the tensors of all its parts. Raises ModelError where it is none, or is damaged."""
+    """Read the header of a GGUF file and the tensors of all its parts. Raises ModelError for an unreadable file."""
     metadata: dict[str, Any] = {}
     lengths: dict[str, int] = {}
     tensors: list[Tensor] = []
@@ -231,12 +240,12 @@ def read_header(path: Path) -> Header:
                 metadata, lengths = found, counts
             tensors += held
     except (OSError, struct.error, ValueError, OverflowError, MemoryError) as error:
-        raise ModelError(f"{path} is no GGUF file that can be read: {error}. Download it again.") from None
+        raise ModelError(f"{path} is not a readable GGUF file: {error}. Download it again.") from None
     return Header(metadata, lengths, tuple(tensors))
 
 
 class _Reader:
-    """Reads the fields of one file in their order."""
+    """Read the fields of one file in their order."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -246,7 +255,7 @@ class _Reader:
             raise ValueError("it does not begin with GGUF")
         version, tensor_count, key_count = self.number("I"), self.number("Q"), self.number("Q")
         if version not in (2, 3):
-            raise ValueError(f"its version is {version}, and 2 and 3 are known")
+            raise ValueError(f"its version is {version}; only 2 and 3 are supported")
         metadata: dict[str, Any] = {}
         lengths: dict[str, int] = {}
         for _ in range(key_count):
@@ -291,7 +300,7 @@ class _Reader:
         return self.number(SCALARS[kind])
 
     def array(self, key: str, lengths: dict[str, int]) -> Any:
-        """The values, or how many there are."""
+        """Read an array. Return its values, or their number if they are not kept."""
         kind, count = self.number("I"), self.number("Q")
         lengths[key] = count
         if kind == STRING:
@@ -308,7 +317,7 @@ class _Reader:
 
 
 def _stored(shape: tuple[int, ...], kind: int, room: int) -> int:
-    """Bytes of a tensor; where its type is not in the table, all until the next one begins."""
+    """Return the bytes of a tensor; for a type that is not in `TYPES`, all bytes before the next tensor."""
     if kind not in TYPES:
         return room
     _, block, size = TYPES[kind]

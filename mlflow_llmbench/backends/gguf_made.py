@@ -1,8 +1,8 @@
-"""GGUF files made of a checkpoint: llama.cpp's own converter, then its own quantizer, once; kept in the cache by content.
+"""Make GGUF files from a checkpoint with llama.cpp's converter and quantizer, once, and cache them by content.
 
-The converter is a Python program in llama.cpp's source tree, which the source package of llama-cpp-python has and an installed one has
-not. It runs in a process of its own (`gguf_convert`), since it brings another version of the package gguf along. Both run where files
-are prepared, so that neither their time nor their memory is measured.
+The converter is a Python program in llama.cpp's source tree. The source package of llama-cpp-python contains it, an
+installed package does not. It runs in a separate process (`gguf_convert`), because it brings its own version of the
+package gguf. Both run while files are prepared, so neither their time nor their memory is measured.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ SOURCE_VARIABLE = "LLMBENCH_LLAMA_CPP"
 CONVERTER = "convert_hf_to_gguf.py"
 ARCHITECTURES = Path("conversion", "__init__.py")
 OUT_TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-"""A quantization that is none, or the dtype of a checkpoint → what the converter calls it."""
+"""An unquantized `quant`, or the dtype of a checkpoint → the converter's name of it."""
 
 
 def require() -> None:
-    """Raise MissingError unless llama.cpp can be called from here."""
+    """Raise MissingError unless llama-cpp-python is installed."""
     if importlib.util.find_spec("llama_cpp") is None:
         raise MissingError(
-            f"backend=llama_cpp needs the package {PACKAGE}, which is not installed. Run: pip install 'mlflow-llmbench[gguf]' (it compiles "
-            "llama.cpp, which takes a C++ compiler and some minutes)."
+            f"backend=llama_cpp needs the package {PACKAGE}, which is not installed. Run: pip install "
+            "'mlflow-llmbench[gguf]' (it compiles llama.cpp, which needs a C++ compiler and some minutes)."
         )
 
 
 def version() -> str:
-    """Of llama-cpp-python; with it goes the version of llama.cpp, of its converter and of its quantizer."""
+    """Return the version of llama-cpp-python, which fixes those of llama.cpp, its converter and its quantizer."""
     return importlib.metadata.version(PACKAGE)
 
 
 def file_of(cell: Cell, model: ModelFacts) -> Path:
-    """Where the file that a cell runs is kept: named by everything that decides its content."""
+    """Return the cache path of the file that a cell runs. Its name depends on everything that decides its content."""
     return _kept(model, cell.quant if cell.quant in GGUF_QUANTIZATIONS else out_type(cell, model))
 
 
 def out_type(cell: Cell, model: ModelFacts) -> str:
-    """f32, f16 or bf16: what was asked for, or the checkpoint's own dtype, of which quantized files are made."""
+    """Return f32, f16 or bf16: the requested type, or for quantized files the checkpoint's own dtype."""
     return OUT_TYPES.get(cell.quant) or OUT_TYPES.get(model.dtype or "", "f16")
 
 
@@ -68,7 +68,11 @@ def _kept(model: ModelFacts, kind: str) -> Path:
 
 
 def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:
-    """Write the file of a cell unless it is there. Raises ModelError for an architecture that llama.cpp does not know, else MeasurementError."""
+    """Write the file of a cell unless it exists.
+
+    Raises ModelError for an architecture that llama.cpp does not know or a checkpoint that its converter cannot read,
+    MissingError without the converter, and MeasurementError or OutOfMemory if a program fails.
+    """
     wanted = file_of(cell, model)
     if wanted.exists():
         return
@@ -85,7 +89,7 @@ Facts = dict[str, str | int | float]
 
 
 def _write(target: Path, make_file: Callable[[Path], Facts]) -> None:
-    """Call `make_file` with a path beside the target, which then becomes the target; what it returns is written as its recipe."""
+    """Call `make_file` with a temporary path, save the returned facts as JSON, then move the file to `target`."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as folder:
         scratch = Path(folder) / "model.gguf"
         started = time.perf_counter()
@@ -96,7 +100,7 @@ def _write(target: Path, make_file: Callable[[Path], Facts]) -> None:
 
 
 def recorded(file: Path) -> Facts:
-    """What was written of how a file was made; empty for one from elsewhere."""
+    """Return the recorded facts on how a file was made; empty for a file that was not made here."""
     recipe = file.with_suffix(".json")
     if not recipe.is_file() or machine.cache_folder() / "gguf" != file.parent:
         return {}
@@ -108,7 +112,10 @@ def recorded(file: Path) -> Facts:
 
 
 def source_tree() -> Path:
-    """The folder of llama.cpp's sources: what `LLMBENCH_LLAMA_CPP` names, or the source package in the cache. Raises MissingError."""
+    """Return the folder of llama.cpp's sources: `LLMBENCH_LLAMA_CPP`, or the source package in the cache.
+
+    Raises MissingError.
+    """
     named = os.environ.get(SOURCE_VARIABLE)
     package = Path(named) if named else machine.cache_folder() / f"llama_cpp_python-{version()}.tar.gz"
     if package.is_file():
@@ -118,16 +125,18 @@ def source_tree() -> Path:
             return tree
     if named:
         raise MissingError(
-            f"{SOURCE_VARIABLE}={named} is neither a source tree of llama.cpp, with {CONVERTER}, nor a source package of {PACKAGE}."
+            f"{SOURCE_VARIABLE}={named} is neither a source tree of llama.cpp, with {CONVERTER}, nor a source package "
+            f"of {PACKAGE}. Set it to one of them."
         )
     raise MissingError(
-        f"Making a GGUF file needs llama.cpp's converter, which is in the source package of {PACKAGE} only. Run: pip download --no-deps "
-        f"--no-binary {PACKAGE} -d {machine.cache_folder()} {PACKAGE}=={version()} (or set {SOURCE_VARIABLE} to a source tree of llama.cpp)."
+        f"Making a GGUF file needs llama.cpp's converter, which is only in the source package of {PACKAGE}. "
+        f"Run: pip download --no-deps --no-binary {PACKAGE} -d {machine.cache_folder()} {PACKAGE}=={version()} "
+        f"(or set {SOURCE_VARIABLE} to a source tree of llama.cpp)."
     )
 
 
 def _unpacked(package: Path) -> Path:
-    """The converter's part of a source package, unpacked in the cache."""
+    """Unpack the converter from a source package into the cache and return its folder. Raises MissingError."""
     folder = machine.cache_folder() / "gguf" / f"converter-{package.name.removesuffix('.tar.gz')}"
     if not (folder / CONVERTER).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +167,10 @@ def _unpacked(package: Path) -> Path:
 
 
 def architectures(tree: Path) -> set[str]:
-    """Names of the classes of transformers that the converter knows, read from its table without running it; empty where there is none."""
+    """Return the transformers class names that the converter knows; empty if its table cannot be read.
+
+    The table is parsed, not run.
+    """
     try:
         module = ast.parse((tree / ARCHITECTURES).read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
@@ -181,18 +193,21 @@ def _check_architecture(cell: Cell, checkpoint: str) -> None:
 
 
 def check_architecture(cell: Cell, architecture: str) -> None:
-    """Raise ModelError unless the converter knows an architecture, by the name of its class in transformers."""
+    """Raise ModelError unless the converter knows an architecture, given as its transformers class name."""
     known = architectures(source_tree())
     if known and architecture not in known:
         raise ModelError(
-            f"llama.cpp has no architecture {architecture}, which {cell.model} is, so there is no GGUF file of it. Use backend=transformers with one of "
-            "its quantizations, or another model: Llama, Gemma, Qwen, Mistral, Phi, Pythia and BLOOM are among the "
-            f"{len(known)} that llama.cpp {version()} converts."
+            f"llama.cpp has no architecture {architecture}, so {cell.model} cannot become a GGUF file. Use "
+            "backend=transformers with one of its quantizations, or another model: Llama, Gemma, Qwen, Mistral, Phi, "
+            f"Pythia and BLOOM are among the {len(known)} that llama.cpp {version()} converts."
         )
 
 
 def _convert(cell: Cell, checkpoint: str, target: Path, kind: str) -> Facts:
-    """Write a checkpoint as a GGUF file that is not quantized. Returns facts on it."""
+    """Convert a checkpoint to an unquantized GGUF file and return facts on it.
+
+    Raises ModelError or MeasurementError.
+    """
     tree = source_tree()
     if not list(Path(checkpoint).glob("*.safetensors")) and not list(Path(checkpoint).glob("*.bin")):
         raise ModelError(f"{cell.model} has no weights that llama.cpp's converter can read.")
@@ -214,7 +229,8 @@ def _convert(cell: Cell, checkpoint: str, target: Path, kind: str) -> Facts:
     if done.returncode or not target.is_file():
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise MeasurementError(
-            f"llama.cpp's converter could not convert {cell.model}: {said[:300]}. Use backend=transformers, or another model."
+            f"llama.cpp's converter could not convert {cell.model}: {said[:300]}. Use backend=transformers, or another "
+            "model."
         )
     told: Facts = json.loads(done.stdout.strip().splitlines()[-1])
     return told
@@ -224,7 +240,7 @@ def _convert(cell: Cell, checkpoint: str, target: Path, kind: str) -> Facts:
 
 
 def _quantize(cell: Cell, base: Path, target: Path) -> Facts:
-    """Quantize a GGUF file with llama.cpp's quantizer, without an importance matrix. Returns facts on it."""
+    """Quantize a GGUF file with llama.cpp's quantizer, without an importance matrix, and return facts on it."""
     from . import llama_cpp_session
 
     lib = llama_cpp_session.library()

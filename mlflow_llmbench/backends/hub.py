@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: what it says of them, or the local cache where it does not answer, and the download of exactly one commit."""
+"""Resolve models of the Hugging Face Hub, or of its local cache if the Hub does not answer, and download one commit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from ..records import ModelFacts
 from . import checkpoint, gguf_file
 
 HUB_TIMEOUT_S = 12.0
-"""Longest wait for the Hub before a run; an unreachable one must be known within 15 s."""
+"""Longest wait for the Hub before a run, in seconds. An unreachable Hub must be reported within 15 s."""
 
 T = TypeVar("T")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id, owner/name, by the Hub's own rules (`huggingface_hub.utils.validate_repo_id`)."""
+    """Return True if a name is a valid Hub id, owner/name.
+
+    The rules are those of `huggingface_hub.utils.validate_repo_id`.
+    """
     return (
         len(name) <= 96
         and re.fullmatch(r"(?!.*(?:--|\.\.))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", name, re.ASCII) is not None
@@ -30,7 +33,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def gguf_name(name: str) -> tuple[str, str] | None:
-    """Repository and file of `owner/name:file.gguf`; None where that is not its form."""
+    """Split `owner/name:file.gguf` into repository and file; None if the name has another form."""
     repository, colon, file = name.partition(":")
     if not colon or not is_hub_id(repository) or file.startswith("/") or ".." in file.split("/"):
         return None
@@ -38,7 +41,10 @@ def gguf_name(name: str) -> tuple[str, str] | None:
 
 
 def find_checkpoint(cell: Cell, repository: str, source: str) -> ModelFacts:
-    """Commit and configuration of a Hub model; from the local cache if the Hub does not answer."""
+    """Return commit and configuration of a Hub model, from the local cache if the Hub does not answer.
+
+    Raises ModelError or UsageError.
+    """
     from huggingface_hub import constants, errors
 
     _check_revision(cell)
@@ -56,7 +62,10 @@ def find_checkpoint(cell: Cell, repository: str, source: str) -> ModelFacts:
             checkpoint.refuse_pickle(cell, source, checkpoint.weight_names(file.name for file in cached.iterdir()))
             return checkpoint.read_facts(cell, source, repository, cached.name, cached / "config.json", None)
         if isinstance(error, errors.EntryNotFoundError):
-            message = f"The repository {repository} has no config.json, so it is no transformers model. For a GGUF repository download the .gguf file and give its path."
+            message = (
+                f"The repository {repository} has no config.json, so it is not a transformers model. For a GGUF "
+                "repository download the .gguf file and give its path."
+            )
             raise ModelError(message) from None
         without = "; or measure speed and memory without the weights: -P weights=random"
         raise _not_had(error, repository, repository, hint, without) from None
@@ -66,18 +75,24 @@ def find_checkpoint(cell: Cell, repository: str, source: str) -> ModelFacts:
 
 @functools.cache
 def _ask_hub(repository: str, revision: str) -> tuple[str, str, Mapping[str, int]]:
-    """Commit, path of config.json, and the files of the weights with their bytes; asked once, so that all cells of a sweep have one commit."""
+    """Return the commit, the path of config.json, and the weight files with their bytes.
+
+    Cached, so that all cells of a sweep use one commit.
+    """
     from huggingface_hub import HfApi, hf_hub_download
 
     info = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S / 2, files_metadata=True)
-    # By the name of the revision, so that the cache learns which commit it is; the folder is named by the commit.
+    # Ask by the revision's name, so that the cache records its commit. The folder is named by the commit.
     config = hf_hub_download(repository, "config.json", revision=revision, etag_timeout=HUB_TIMEOUT_S / 2)
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
     return Path(config).parent.name, config, {name: sizes[name] for name in checkpoint.weight_names(sizes)}
 
 
 def find_gguf(cell: Cell, repository: str, file: str) -> ModelFacts:
-    """A GGUF file of a Hub repository, at its resolved commit; from the local cache if the Hub does not answer."""
+    """Return the facts of a GGUF file on the Hub, from the local cache if the Hub does not answer.
+
+    Raises ModelError or UsageError.
+    """
     from huggingface_hub import constants, errors, try_to_load_from_cache
 
     _check_revision(cell)
@@ -105,7 +120,10 @@ def find_gguf(cell: Cell, repository: str, file: str) -> ModelFacts:
 
 @functools.cache
 def _ask_hub_files(repository: str, revision: str) -> tuple[str, Mapping[str, int]]:
-    """Commit of a repository, and its files with their bytes; asked once, so that all cells of a sweep have one commit."""
+    """Return a repository's commit, and its files with their bytes.
+
+    Cached, so that all cells of a sweep use one commit.
+    """
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S / 2, files_metadata=True)
@@ -123,7 +141,7 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def snapshot(model: ModelFacts) -> Path:
-    """The cache's folder of exactly this commit; it has a configuration at least, since the model was found."""
+    """Return the cache's folder of exactly this commit. It has at least a configuration, since the model was found."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model.location, revision=model.revision, local_files_only=True))
@@ -143,12 +161,13 @@ def download(model: ModelFacts) -> None:
         )
     except Exception as error:
         raise ModelError(
-            f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept."
+            f"The download of {model.location} failed: {first_line(error)}. Run the same command again: complete files "
+            "are kept."
         ) from None
 
 
 def cached_gguf(model: ModelFacts) -> Path | None:
-    """The first file of a GGUF model in the local cache; None where not all its parts are there."""
+    """Return the first file of a GGUF model in the local cache; None if a part is missing."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, names = _gguf_names(model)
@@ -157,7 +176,10 @@ def cached_gguf(model: ModelFacts) -> Path | None:
 
 
 def download_gguf(cell: Cell, model: ModelFacts) -> None:
-    """Download all parts at exactly the resolved commit, and note in the cache which commit the revision is, as a download by its name would."""
+    """Download all parts at exactly the resolved commit. Raises ModelError.
+
+    The commit of the revision is recorded in the cache, as a download by the revision's name would do.
+    """
     from huggingface_hub import hf_hub_download
 
     repository, names = _gguf_names(model)
@@ -165,7 +187,8 @@ def download_gguf(cell: Cell, model: ModelFacts) -> None:
         first, *_ = (Path(hf_hub_download(repository, name, revision=model.revision)) for name in names)
     except Exception as error:
         raise ModelError(
-            f"The download of {model.location} failed: {first_line(error)}. Run the same command again: what is complete is kept."
+            f"The download of {model.location} failed: {first_line(error)}. Run the same command again: complete files "
+            "are kept."
         ) from None
     root = next(parent.parent for parent in first.parents if parent.name == "snapshots")
     if cell.revision != model.revision:
@@ -175,7 +198,7 @@ def download_gguf(cell: Cell, model: ModelFacts) -> None:
 
 
 def _gguf_names(model: ModelFacts) -> tuple[str, list[str]]:
-    """The repository of a GGUF model, and the names of all its parts in it."""
+    """Return the repository of a GGUF model and the names of all its parts."""
     repository, _, file = model.location.partition(":")
     return repository, [part.as_posix() for part in gguf_file.parts_of(Path(file))]
 
@@ -183,23 +206,29 @@ def _gguf_names(model: ModelFacts) -> tuple[str, list[str]]:
 def _check_revision(cell: Cell) -> None:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", cell.revision, re.ASCII) or ".." in cell.revision:
         raise UsageError(
-            f"revision is not the name of a branch, tag or commit: {cell.revision}. Use revision=main, or one of that repository."
+            f"revision is not the name of a branch, tag or commit: {cell.revision}. Use revision=main, or one of that "
+            "repository."
         )
 
 
 def _no_revision(cell: Cell, repository: str) -> ModelError:
     return ModelError(
-        f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that repository."
+        f"The model {repository} has no revision {cell.revision}. Use revision=main, or a commit or tag of that "
+        "repository."
     )
 
 
 def _not_had(error: Exception, repository: str, location: str, hint: str, without: str = "") -> ModelError:
-    """Why the Hub did not give what lies at `location`; `hint`: what to do if it does not answer, `without`: if its terms are not accepted."""
+    """Return the error for a failed request for `location`.
+
+    `hint` is the advice if the Hub does not answer, `without` the advice if the terms of the model are not accepted.
+    """
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
         return ModelError(
-            f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run `hf auth login`{without}."
+            f"The model {repository} is gated. Accept its terms at https://huggingface.co/{repository}, then run "
+            f"`hf auth login`{without}."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ModelError(
@@ -211,7 +240,7 @@ def _not_had(error: Exception, repository: str, location: str, hint: str, withou
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T:
-    """The result of `ask`, or TimeoutError after `seconds`; a name lookup has no time limit of its own."""
+    """Return the result of `ask`, or raise TimeoutError after `seconds`. A name lookup has no time limit of its own."""
     outcome: list[T] = []
     failure: list[BaseException] = []
 

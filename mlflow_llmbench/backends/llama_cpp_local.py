@@ -1,8 +1,9 @@
-"""GGUF models run in this process by llama.cpp: on the CPU, the fastest way that most people have.
+"""Run GGUF models in this process with llama.cpp, the fastest option on a CPU that most people have.
 
-A `.gguf` file runs as it is. Of any other checkpoint whose architecture llama.cpp knows a file is made, see `gguf_made`. One context serves
-all repetitions of a cell: its KV cache is emptied at the beginning of each call, inside the timed region, as llama.cpp's own benchmark
-does, and its size is that of the cell. Every row gets its tokens by one `llama_decode` per step, the most probable one each.
+A `.gguf` file runs as it is. Any other checkpoint is converted first if llama.cpp knows its architecture (`gguf_made`).
+One context of the cell's size serves all repetitions of a cell. Its KV cache is emptied at the beginning of each call,
+inside the timed region, as llama.cpp's own benchmark does. Each step is one `llama_decode` for all rows and takes the
+most probable token of each row.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 RUNS = ("none", "fp32", "fp16", "bf16", *GGUF_QUANTIZATIONS)
 FLASH = {"auto": -1, "eager": 0}
-"""Value of `attention` → llama.cpp's own flash attention: where it can, never."""
+"""Value of `attention` → llama.cpp's flash attention setting: −1 where possible, 0 never."""
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 MIB = 1024 * 1024
@@ -37,7 +38,7 @@ BUFFER = re.compile(r"(\S+) model buffer size =\s*([\d.]+) MiB")
 
 
 class LlamaCppBackend:
-    """`llama_decode` on all rows at once, and the most probable token of each."""
+    """Call `llama_decode` on all rows at once and take the most probable token of each."""
 
     capabilities = Capabilities(
         tokenizer=True, logits=True, conversations=True, padding=True, heavy=("llama_cpp",), kv_caches=GGUF_CACHES
@@ -60,35 +61,37 @@ class LlamaCppBackend:
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
-        """GGUF file, or a checkpoint of which one is made → its files, commit and configuration. Raises ModelError, MissingError or UsageError."""
+        """Find the files, commit and configuration of a GGUF file, or of a checkpoint to convert.
+
+        Raises ModelError, MissingError or UsageError.
+        """
         gguf_made.require()
         if cell.quant not in RUNS:
-            raise UsageError(
-                f"quant={cell.quant} is not one of llama.cpp. With backend=llama_cpp use {', '.join(RUNS)}."
-            )
+            raise UsageError(f"llama.cpp has no quant={cell.quant}. With backend=llama_cpp use {', '.join(RUNS)}.")
         if cell.attention not in FLASH:
             raise UsageError(
-                f"llama.cpp has no attention={cell.attention}. Use auto, which is its own flash attention where it can, or eager."
+                f"llama.cpp has no attention={cell.attention}. Use auto, which is its own flash attention where "
+                "possible, or eager."
             )
         device = machine.require_device(cell.device)
         if device == "cpu" and cell.gpu_layers:
             raise UsageError(
-                f"gpu_layers={cell.gpu_layers} needs a GPU, and the device is cpu. Leave it out, or give device=cuda."
+                f"gpu_layers={cell.gpu_layers} needs a GPU, but the device is cpu. Leave it out, or give device=cuda."
             )
         model = sources.find_model(cell)
         if model.source in sources.GGUF_SOURCES:
             return _with_header(cell, model)
         if not gguf_made.file_of(cell, model).exists():
-            gguf_made.source_tree()  # or say now what to do for it
+            gguf_made.source_tree()  # raises now, with advice, if the converter is missing
             for architecture in ((model.config or {}).get("architectures") or ())[:1]:
                 gguf_made.check_architecture(cell, str(architecture))
         return model
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Fetch or write the checkpoint, and make the GGUF file of it."""
+        """Fetch or write the checkpoint, and convert it to a GGUF file."""
         preset = models.find_preset(cell.model)
-        if cell.weights == "random" and preset is not None:  # before gigabytes are written
+        if cell.weights == "random" and preset is not None:  # check before gigabytes are written
             gguf_made.check_architecture(cell, synthetic.architecture(preset))
         sources.fetch(cell, model)
         if model.source not in sources.GGUF_SOURCES:
@@ -96,7 +99,7 @@ class LlamaCppBackend:
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        """Whether the file that llama.cpp reads is on this disk."""
+        """Return True if the file that llama.cpp reads is on this disk."""
         return (
             sources.is_here(cell, model)
             if model.source in sources.GGUF_SOURCES
@@ -106,15 +109,18 @@ class LlamaCppBackend:
     # Loading
 
     def load(self) -> LoadInfo:
-        """Load, verify and touch the model; the time is that of llama.cpp's load, and of reading what it has mapped."""
+        """Load and verify the model and touch its pages.
+
+        `load_s` is the time of llama.cpp's load plus that of reading the mapped file. Raises MeasurementError or
+        NotRealised.
+        """
         if self.file is None or not self.file.is_file():
-            raise MeasurementError(
-                f"There is no file {self.file} for {self.cell.model}. Run the command again, so that it is made."
-            )
+            raise MeasurementError(f"{self.cell.model} has no GGUF file {self.file}. Run the command again to make it.")
         number = int(self.device.partition(":")[2] or 0) if self.device.startswith("cuda") else None
         if number is not None and not library().llama_supports_gpu_offload():
             raise NotRealised(
-                "This build of llama-cpp-python has no GPU support, so device=cuda cannot be had. Use device=cpu, or build it again: "
+                "This build of llama-cpp-python has no GPU support, so device=cuda cannot be used. Use device=cpu, "
+                "or build it again: "
                 "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
             )
         layers = -1 if self.cell.gpu_layers is None else self.cell.gpu_layers
@@ -130,14 +136,15 @@ class LlamaCppBackend:
         return self.describe()
 
     def _verify(self, model: Model) -> None:
-        """Raise NotRealised unless the file is of the quantization that was asked for."""
+        """Raise NotRealised unless the file has the requested quantization."""
         wanted = self.cell.quant
         if wanted not in GGUF_QUANTIZATIONS:
             return
         number = getattr(model.lib, f"LLAMA_FTYPE_MOSTLY_{wanted.upper()}")
         if int(model.lib.llama_model_ftype(model.handle)) != number:
             raise NotRealised(
-                f"quant={wanted} was asked for, and {self.file} is {model.file_type()}. Delete the file, so that it is made again."
+                f"quant={wanted} was requested, but {self.file} is {model.file_type()}. Delete the file, then run the "
+                "command again to make it anew."
             )
 
     def describe(self) -> LoadInfo:
@@ -179,7 +186,7 @@ class LlamaCppBackend:
         }
 
     def _run_facts(self, model: Model, kind: str) -> dict[str, str | int | float]:
-        """How llama.cpp runs it, by its own log."""
+        """Return facts on how llama.cpp runs the model, read from its log."""
         lines = log_lines()
         offloaded = next(
             (found[1] for line in lines if (found := re.search(r"offloaded (\d+/\d+) layers", line))), None
@@ -216,11 +223,11 @@ class LlamaCppBackend:
     ) -> None:
         longest = max(len(prompt) for prompt in prompts)
         if self.cell.prompt_tokens is None:
-            longest = max(longest, self._longest_text)  # one context for all texts of a workload, whichever comes first
+            longest = max(longest, self._longest_text)  # one context for all texts of a workload, in any order
         self._has_generated = True
         session = self._context(len(prompts), longest + output_tokens)
         if history and history.tokens and history.session is not session:
-            raise MeasurementError("The conversation outgrew its context, and its history with it. Please report this.")
+            raise MeasurementError("The conversation outgrew its context, so its history is lost. Please report this.")
         ids = session.prefill(prompts, history.tokens if history else 0)
         emit(ids)
         for _ in range(output_tokens - 1):
@@ -230,7 +237,7 @@ class LlamaCppBackend:
             history.session, history.tokens = session, max(len(prompt) for prompt in prompts) + output_tokens - 1
 
     def _context(self, rows: int, longest: int) -> Session:
-        """A context for so many rows and tokens: the one that is there, if it has room, else a new one in its place."""
+        """Return a context for this many rows and tokens: the present one if it has room, else a new one."""
         found = self.session
         if found is not None and found.rows >= rows and found.longest >= longest:
             return found
@@ -244,7 +251,7 @@ class LlamaCppBackend:
         return Session(self._loaded()[0], rows, longest, self.threads, kind, FLASH[self.cell.attention], every)
 
     def timings(self, reset: bool = False) -> Timings | None:
-        """llama.cpp's own clock of what the context has computed; None before the first call."""
+        """Return llama.cpp's own timings of the context; None before the first call."""
         if self.session is None:
             return None
         found = self.session.timings()
@@ -267,8 +274,8 @@ class LlamaCppBackend:
         model = self._loaded()[0]
         if not model.has_tokenizer:
             raise MeasurementError(
-                f"The GGUF file of {self.cell.model} has no tokenizer: its checkpoint has none, or one that llama.cpp's converter does not know. "
-                "Use workload=synthetic."
+                f"The GGUF file of {self.cell.model} has no tokenizer: its checkpoint has none, or one that "
+                "llama.cpp's converter does not know. Use workload=synthetic."
             )
         return model
 
@@ -278,7 +285,10 @@ class LlamaCppBackend:
         return ids
 
     def _note_length(self, tokens: int) -> None:
-        """Remember the longest text since the last generation: those of a cell are all cut before its first."""
+        """Remember the longest text since the last generation.
+
+        All texts of a cell are tokenized before its first generation.
+        """
         self._longest_text = max(0 if self._has_generated else self._longest_text, tokens)
         self._has_generated = False
 
@@ -297,23 +307,29 @@ class LlamaCppBackend:
         return torch.from_numpy(self._scorer.logits(ids, last))
 
     def language_model(self) -> tuple[Any, Any]:
-        raise MeasurementError("backend=llama_cpp gives lm-eval no model. Leave quality_tasks out.")
+        raise MeasurementError("backend=llama_cpp cannot give a model to lm-eval. Leave quality_tasks out.")
 
     # Device
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        """What the driver sees, since llama.cpp does not count; the peak is then that of the readings."""
+        """Return the driver's reading in every field, since llama.cpp does not count its memory.
+
+        The peak is then the highest of the readings.
+        """
         seen = gpu.process_bytes(os.getpid()) if self.device.startswith("cuda") else None
         return None if seen is None else DeviceMemory(seen, seen, seen, seen)
 
     def peaks(self) -> dict[str, float]:
-        """The same rates as for transformers, by torch in a process of its own: it would be most of this one's memory."""
+        """Measure the same rates as for transformers, in a separate process.
+
+        torch would otherwise be most of this process's memory.
+        """
         if self.device.startswith("cuda"):
             return {}
         return probe.measure_peaks_apart()
 
     def trim(self) -> None:
-        """Free the context: the next cell makes its own, in its first warm-up."""
+        """Free the context. The next cell makes its own in its first warm-up."""
         self._close_session()
 
     def close(self) -> None:
@@ -332,7 +348,7 @@ class LlamaCppBackend:
 
 
 class _History:
-    """How many tokens of each row the context holds of a conversation."""
+    """Number of tokens of a conversation that each row of the context holds."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -340,7 +356,7 @@ class _History:
 
 
 def buffers_in(lines: Sequence[str]) -> dict[str, int]:
-    """Where llama.cpp put the weights: the name of each kind of buffer → bytes, by its log, which rounds to 0.01 MiB."""
+    """Return the bytes of weights by kind of buffer, from llama.cpp's log, which rounds to 0.01 MiB."""
     found: dict[str, int] = {}
     for line in lines:
         if match := BUFFER.search(line):
@@ -349,9 +365,9 @@ def buffers_in(lines: Sequence[str]) -> dict[str, int]:
 
 
 def mapped_weights(buffers: dict[str, int], weight_bytes: int) -> int:
-    """Bytes of weights that stay in the mapped file, and are needed there: those for which there is no buffer of another kind.
+    """Return the bytes of weights that are read from the mapped file: all that no other kind of buffer holds.
 
-    A buffer `…_Mapped` spans the file from its first to its last tensor, so that it may be larger than what is needed of it.
+    A buffer `…_Mapped` spans the file from its first to its last tensor, so it may be larger than the needed part.
     """
     spans = sum(size for name, size in buffers.items() if name.endswith("_Mapped"))
     others = sum(size for name, size in buffers.items() if not name.endswith("_Mapped"))
@@ -363,10 +379,10 @@ def _path_of(cell: Cell, model: ModelFacts) -> Path | None:
 
 
 def _with_header(cell: Cell, model: ModelFacts) -> ModelFacts:
-    """The facts with what the file's header says, where it is on this disk."""
+    """Return the facts, completed from the file's header if the file is on this disk."""
     if cell.quant != "none":
         raise UsageError(
-            f"quant={cell.quant} is not made from a GGUF file. Use quant=none to run {cell.model} as it is."
+            f"quant={cell.quant} cannot be made from a GGUF file. Use quant=none to run {cell.model} as it is."
         )
     path = sources.gguf_path(model)
     if path is None:

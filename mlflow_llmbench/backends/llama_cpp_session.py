@@ -1,7 +1,8 @@
-"""llama.cpp through its own C functions: a loaded model, and a context in which rows of tokens are decoded together.
+"""Call llama.cpp's C functions: a loaded model, and a context in which rows of tokens are decoded together.
 
-The low-level interface of llama-cpp-python, whose high-level one batches nothing and checks each token in Python. One `llama_decode`
-makes one token of every row; the arrays that it reads are numpy's, filled without a loop over tokens.
+This uses the low-level interface of llama-cpp-python. The high-level one does not batch and checks each token in
+Python. One `llama_decode` makes one token for every row. It reads numpy arrays that are filled without a loop over
+tokens.
 """
 
 from __future__ import annotations
@@ -21,22 +22,26 @@ if TYPE_CHECKING:
     import numpy as np
 
 PAD = 256
-"""llama.cpp keeps room in the KV cache for a multiple of this many tokens per row."""
+"""llama.cpp rounds the KV cache up to a multiple of this many tokens per row."""
 
 CHUNK = 2048
-"""Tokens that are handed to one `llama_decode` at most, llama.cpp's own default; it computes 512 of them at once, its default too."""
+"""Maximum tokens per `llama_decode` call. Both this and the 512 tokens computed at once are llama.cpp's defaults."""
 
 LOG_LINES = 5000
 WARNING, ERROR = 3, 4
 _NO_MEMORY = ("failed to allocate", "out of memory", "unable to allocate", "cannot allocate", "can't allocate")
 _log: deque[tuple[int, str]] = deque(maxlen=LOG_LINES)
 _kept: list[Any] = []
-"""The callback that llama.cpp holds; freed, it would be called all the same."""
+"""The log callback. It must stay alive, because llama.cpp would still call it after it is freed."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """llama.cpp's own clock, ms since the last reset: of calls with several tokens, and of those with one, with how many there were."""
+    """Timings by llama.cpp itself since the last reset.
+
+    Milliseconds and token count of calls with several tokens (prompts), and milliseconds and count of calls with one
+    token (steps).
+    """
 
     prompt_ms: float
     prompt_tokens: int
@@ -45,7 +50,7 @@ class Timings:
 
 
 def library() -> Any:
-    """The C functions, with llama.cpp's log led to ours: warnings and errors to `logging`, everything to `log_lines`."""
+    """Return the C functions, with llama.cpp's log redirected: warnings and errors to `logging`, all to `log_lines`."""
     lib = importlib.import_module("llama_cpp.llama_cpp")
     if not _kept:
         logger = logging.getLogger("llama.cpp")
@@ -64,17 +69,17 @@ def library() -> Any:
 
 
 def log_lines() -> list[str]:
-    """The last lines of llama.cpp's log."""
+    """Return the last lines of llama.cpp's log, at most `LOG_LINES`."""
     return [line for _, line in _log]
 
 
 def forget_log() -> None:
-    """Begin a new log."""
+    """Clear the kept log."""
     _log.clear()
 
 
 def failure(doing: str) -> MeasurementError | OutOfMemory:
-    """The error for a call of llama.cpp that failed, with the last thing that it said of it."""
+    """Return the error for a failed call of llama.cpp, with the first error line of its log."""
     said = [line for level, line in _log if level == ERROR]
     why = re.sub(r"^\w+:\s*", "", said[0].strip())[:300] if said else "it gave no reason"
     text = f"llama.cpp failed while {doing}: {why}"
@@ -86,7 +91,7 @@ def failure(doing: str) -> MeasurementError | OutOfMemory:
 
 
 class Model:
-    """A loaded model. `gpu_layers` is how many of its layers are on the GPU with the number `gpu` (−1: all); without a GPU it is None."""
+    """A loaded model, with `gpu_layers` of its layers on GPU number `gpu` (−1: all layers; `gpu` None: CPU only)."""
 
     def __init__(self, path: str, mmap: bool, gpu: int | None, gpu_layers: int) -> None:
         self.lib = library()
@@ -96,9 +101,8 @@ class Model:
         settings.n_gpu_layers = gpu_layers if gpu is not None else 0
         none = (ctypes.c_void_p * 1)(None)
         if gpu is None:
-            settings.devices = ctypes.cast(
-                none, ctypes.c_void_p
-            )  # no device: else a build for GPUs computes long prompts there
+            # An empty list of devices. Without it, a build for GPUs computes long prompts on the GPU.
+            settings.devices = ctypes.cast(none, ctypes.c_void_p)
         else:
             settings.split_mode, settings.main_gpu = 0, gpu
         self.on_gpu = gpu is not None
@@ -110,21 +114,24 @@ class Model:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether it can cut texts; asked of a model without a vocabulary, llama.cpp ends the process."""
+        """True if the model has a vocabulary. Without one, llama.cpp would end the process on a text to tokenize."""
         return int(self.lib.llama_vocab_type(self.vocabulary)) != int(self.lib.LLAMA_VOCAB_TYPE_NONE)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Text → ids, with what the model wants before every text unless not `special`; special tokens in it are read as such, as transformers does."""
+        """Tokenize a text, with the model's own leading tokens if `special`. Raises MeasurementError.
+
+        Special tokens in the text are parsed as such, as transformers does.
+        """
         data = text.encode("utf-8")
         room = len(data) + 16
         found = (ctypes.c_int32 * room)()
         count = self.lib.llama_tokenize(self.vocabulary, data, len(data), found, room, special, True)
         if count < 0:
-            raise MeasurementError(f"llama.cpp cannot cut a text of {len(data)} bytes into tokens.")
+            raise MeasurementError(f"llama.cpp cannot tokenize a text of {len(data)} bytes.")
         return list(found[:count])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids → text, without special tokens."""
+        """Return the text of ids, without special tokens."""
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         room = 64 + 32 * len(ids)
         while True:
@@ -135,7 +142,7 @@ class Model:
             room = -count
 
     def chat_renderer(self) -> Callable[[list[dict[str, str]]], str] | None:
-        """The file's chat template, messages with roles → text; None where it has none."""
+        """Return a function that renders messages with the file's chat template; None if the file has no template."""
         template = self.lib.llama_model_chat_template(self.handle, None)
         if not template:
             return None
@@ -146,7 +153,7 @@ class Model:
         def render(chat: list[dict[str, str]]) -> str:
             try:
                 return str(formatter(messages=chat).prompt)
-            except Exception as error:  # templates raise what they like
+            except Exception as error:  # templates raise any class
                 raise MeasurementError(
                     f"The chat template of the file fails: {first_line(error)}. Use history=none."
                 ) from None
@@ -157,32 +164,33 @@ class Model:
         return str(self.lib.llama_vocab_get_text(self.vocabulary, number).decode("utf-8")) if number >= 0 else ""
 
     def describe(self) -> str:
-        """What llama.cpp calls the model: architecture, size, file type."""
+        """Return llama.cpp's description of the model: architecture, size, file type."""
         text = ctypes.create_string_buffer(256)
         self.lib.llama_model_desc(self.handle, text, 256)
         return text.value.decode(errors="replace")
 
     def parameters(self) -> int:
-        """How many weights it has."""
+        """Return the number of weights."""
         return int(self.lib.llama_model_n_params(self.handle))
 
     def file_type(self) -> str:
-        """The name of the file's quantization, `Q4_K - Medium`."""
+        """Return the name of the file's quantization, such as `Q4_K - Medium`."""
         name = self.lib.llama_ftype_name(self.lib.llama_model_ftype(self.handle))
         return name.decode(errors="replace") if name else "unknown"
 
     def close(self) -> None:
-        """Free it. Its contexts must be closed before."""
+        """Free the model. Its contexts must be closed first."""
         if self.handle:
             self.lib.llama_model_free(self.handle)
             self.handle = None
 
 
 class Session:
-    """A context: a KV cache for `rows` rows of `longest` tokens, and the buffers to compute in. Raises MeasurementError or OutOfMemory.
+    """A context: a KV cache for `rows` rows of `longest` tokens, and the compute buffers.
 
-    `every`: logits of all tokens can be asked for, which takes room for 512 rows of the vocabulary. The cache of layers with a sliding
-    window holds that window only, as in llama.cpp's own programs.
+    With `every`, logits of all tokens can be requested, which takes room for 512 rows of the vocabulary. The cache of
+    layers with a sliding window holds only that window, as in llama.cpp's own programs.
+    Raises UsageError, MeasurementError or OutOfMemory.
     """
 
     def __init__(
@@ -194,7 +202,7 @@ class Session:
         most = int(self.lib.llama_max_parallel_sequences())
         if rows > most:
             raise UsageError(
-                f"batch_size={rows} is more than the {most} sequences of llama.cpp. Ask for at most {most} rows."
+                f"batch_size={rows} is more than the {most} sequences that llama.cpp supports. Use at most {most}."
             )
         self.rows, self.longest = rows, -(-longest // PAD) * PAD
         self.chunk = 512 if every else CHUNK
@@ -220,9 +228,9 @@ class Session:
         )
 
     def prefill(self, prompts: Sequence[Sequence[int]], kept: int = 0) -> np.ndarray[Any, Any]:
-        """Forget everything, compute the prompts, one in each row, and return the most probable next token of each.
+        """Empty the cache, compute one prompt per row, and return the most probable next token of each row.
 
-        The first `kept` tokens of each are in the cache already, and are not forgotten.
+        If `kept` is not 0, the cache is not emptied: it already holds the first `kept` tokens of each prompt.
         """
         import numpy
 
@@ -244,14 +252,14 @@ class Session:
         return first
 
     def step(self, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """One more token of each row, given the last ones."""
+        """Compute the next token of each row from its last one."""
         self._steps.tokens[: len(tokens)] = tokens
         chosen = self._run(self._steps)
         self._steps.places += 1
         return chosen
 
     def _run(self, batch: _Batch) -> np.ndarray[Any, Any]:
-        """Compute a batch; the most probable token after each of those whose logits are wanted, in their order."""
+        """Compute a batch. Return the most probable next token for each token with requested logits, in batch order."""
         self._decode(batch)
         found: np.ndarray[Any, Any] = self._logits(batch.wanted_count).argmax(axis=1)
         return found
@@ -266,7 +274,7 @@ class Session:
             raise failure("computing a batch")
 
     def _logits(self, count: int) -> np.ndarray[Any, Any]:
-        """The last batch's logits (count, vocabulary), in llama.cpp's memory; waits until they are there."""
+        """Wait for the last batch's logits and return them as a view of llama.cpp's memory, (count, vocabulary)."""
         import numpy
 
         if not count:
@@ -278,7 +286,7 @@ class Session:
         return numpy.ctypeslib.as_array(pointer, shape=(count, self.model.words))
 
     def logits(self, ids: Sequence[int], last: int) -> np.ndarray[Any, Any]:
-        """The logits (last, vocabulary) after each of the last ids of one text. Of a session with `every` only."""
+        """Return the logits after each of the `last` last ids of one text, shape (last, vocabulary). Needs `every`."""
         import numpy
 
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.handle), False)
@@ -293,12 +301,12 @@ class Session:
         return numpy.concatenate(found)
 
     def timings(self) -> Timings:
-        """llama.cpp's own figures since they were last reset."""
+        """Return llama.cpp's own timings since the last reset."""
         told = self.lib.llama_perf_context(self.handle)
         return Timings(told.t_p_eval_ms, told.n_p_eval, told.t_eval_ms, told.n_eval)
 
     def reset_timings(self) -> None:
-        """Begin to count anew."""
+        """Reset llama.cpp's timings."""
         self.lib.llama_perf_context_reset(self.handle)
 
     def close(self) -> None:
@@ -309,7 +317,10 @@ class Session:
 
 
 class _Batch:
-    """Tokens, their places in their rows, the address of each row's number, and which of them want logits; and llama.cpp's view of that."""
+    """A batch in numpy arrays and as llama.cpp's struct.
+
+    Tokens, their positions in their rows, the address of each row's number, and flags for the tokens that need logits.
+    """
 
     def __init__(self, lib: Any, tokens: Any, places: Any, owners: Any, wanted: Any) -> None:
         import numpy
@@ -331,5 +342,5 @@ class _Batch:
         )
 
     def resize(self, count: int) -> None:
-        """Use the first `count` of its tokens, all of which want logits."""
+        """Use the first `count` tokens only, all with logits."""
         self.struct.n_tokens = self.wanted_count = count

@@ -1,7 +1,9 @@
-"""A model behind a server that speaks OpenAI's HTTP interface: vLLM, SGLang, TGI, TensorRT-LLM, llama.cpp, Ollama, `transformers serve`, …
+"""Measure a model behind a server with OpenAI's HTTP interface.
 
-The server owns the model. What is asked of it, and what its answers mean, is here; sending and stamping are in `client`.
-The API key comes from the environment only: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this machine only.
+Such servers are vLLM, SGLang, TGI, TensorRT-LLM, llama.cpp, Ollama, `transformers serve`, … The server owns the model.
+This module builds requests and interprets answers; `client` sends them and takes the time stamps.
+The API key comes only from the environment: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this
+machine only.
 """
 
 from __future__ import annotations
@@ -33,20 +35,26 @@ from .server_facts import RESOLVE, api_key, ask_server, http_request, launchable
 
 PROBE_WORDS = (16, 144)
 LEAST_PER_WORD = 0.5
-"""Tokens of a word below which a server does not count words: no vocabulary has less than one, and prompts would be of any size."""
+"""Least plausible number of tokens per word in a server's count.
+
+A lower count is ignored: every vocabulary needs at least one token per word, and prompts would get any size.
+"""
 
 HEALTH_S = 0.2
-"""Seconds between two questions whether a server is ready."""
+"""Seconds between two health checks of a starting server."""
 
 MOST_SAID, MOST_MESSAGE = 2000, 200
-"""Characters of what a server says of an error that are read, and of the message that is kept."""
+"""Characters of a server's error that are read, and of the message that is kept."""
 
 STATE = ("options", "tokens_per_word", "fixed_tokens", "unique", "own_words")
-"""What `load` finds out or draws, and every process that sends needs."""
+"""Attributes that `load` sets and every sending process needs."""
 
 
 def limits_of(cell: Cell) -> Limits:
-    """What a request of a cell may take: 2 KiB and 8 reads for each token, where servers send 0.3 to 0.9 KiB in one; an end for what never ends."""
+    """Return the limits of a cell's request, so that no answer goes on for ever.
+
+    Each token may take 2 KiB and 8 reads; servers send 0.3 to 0.9 KiB per token, in one read.
+    """
     tokens, seconds = longest_of(cell)[1], cell.request_timeout_s
     most_bytes = min((64 << 10) + (2 << 10) * tokens, (16 << 20) + 1024 * tokens)
     return Limits(
@@ -55,7 +63,7 @@ def limits_of(cell: Cell) -> Limits:
 
 
 class OpenAIBackend(NothingToFetch):
-    """One server. `load` finds out what it understands; then it takes loads of requests."""
+    """One server. `load` finds out which options it accepts; `send` then sends loads of requests."""
 
     capabilities = Capabilities(online=True)
     device = "cpu"
@@ -63,7 +71,7 @@ class OpenAIBackend(NothingToFetch):
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell, self.model = cell, model
         self.server: ServerProcess | None = None
-        self.begun_s = 0.0  # when it was started
+        self.begun_s = 0.0  # monotonic time at which the server was started
         self.load_s: float | None = None
         self.mapped_bytes = 0
         self._connect()
@@ -72,7 +80,7 @@ class OpenAIBackend(NothingToFetch):
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
         self.unique = ""
         self.others: ClientProcesses | None = None
-        self.own_words = secrets.token_hex(8)  # what conversations of this run begin with
+        self.own_words = secrets.token_hex(8)  # makes the beginnings of this run's conversations unique
 
     def _connect(self) -> None:
         self.address = address_of(self.cell.url or "")
@@ -91,7 +99,8 @@ class OpenAIBackend(NothingToFetch):
         names = list(told.models)
         if names and cell.model not in names:
             raise ModelError(
-                f"The server at {cell.url} has no model {cell.model}. It has: {', '.join(name[:100] for name in names[:8])}. Give one of them as model."
+                f"The server at {cell.url} has no model {cell.model}. "
+                f"It has: {', '.join(name[:100] for name in names[:8])}. Give one of them as model."
             )
         own = told.models.get(cell.model, {})
         context = own.get("max_model_len")
@@ -104,9 +113,11 @@ class OpenAIBackend(NothingToFetch):
         )
 
     def launch(self, log: Path, started: Started) -> None:
-        """Start the server of the cell's command and wait until it says that it is healthy; `started` is told its keeper's process and its memory.
+        """Start the server by the cell's command and wait until it is healthy.
 
-        Raises MeasurementError, with the end of its log, if it ends before. How long it may take is the business of who watches us.
+        `started` is called with the process id of the server's keeper and with its memory at the beginning. Raises
+        MeasurementError, with the end of the server's log, if the server exits first. There is no time limit here; the
+        process that supervises this worker sets it.
         """
         cell, port, begun = self.cell, free_port(), time.monotonic()
         command = arguments(cell.launch or "", model=self.model.location, port=port, quant=cell.quant)
@@ -125,14 +136,14 @@ class OpenAIBackend(NothingToFetch):
         self.begun_s = begun
 
     def _is_healthy(self) -> bool:
-        """Whether `/health` says so, or where the server has none, whether it lists its models."""
+        """Return True if `/health` answers 200; on a server without it, if `/v1/models` does."""
         status = self.client.ask(http_request(self.address, "/health")).status
         return status == 200 or (
             status in (404, 405, 501) and self.client.ask(http_request(self.address, "/v1/models")).status == 200
         )
 
     def load(self) -> LoadInfo:
-        """Find out which options the server takes, how many tokens its words have, and whether it tells of its prefix cache."""
+        """Find out which options the server accepts, its tokens per word, and if it reports prefix cache hits."""
         first = self._probe_options()
         if self.server:
             self.load_s = time.monotonic() - self.begun_s
@@ -161,7 +172,7 @@ class OpenAIBackend(NothingToFetch):
         return LoadInfo(load_s=self.load_s, facts=self.facts, mapped_weight_bytes=self.mapped_bytes)
 
     def request(self, prompts: PromptSet, cell: Cell, repetition: int, number: int) -> bytes:
-        """The request `number` of a repetition (negative ones are warm-ups), of the asked length as nearly as words allow."""
+        """Build request `number` of a repetition (negative: warm-up), as near to the wanted length as words allow."""
         prompt_tokens, output_tokens = lengths_of(cell, number)
         words = max(1, round((prompt_tokens - self.fixed_tokens) / self.tokens_per_word))
         return self.body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
@@ -175,7 +186,10 @@ class OpenAIBackend(NothingToFetch):
         expected: int | None = None,
         processes: int = 1,
     ) -> Trace:
-        """Send a load of a cell's requests, or of its conversations. Raises MeasurementError if a server that we started has ended meanwhile."""
+        """Send a load of a cell's requests or conversations.
+
+        Raises MeasurementError if a server that we started has exited, or a client process failed.
+        """
         trace = self._send(prompts, cell, repetition, load, expected, processes)
         if self.server:
             self.server.require_running()
@@ -202,14 +216,14 @@ class OpenAIBackend(NothingToFetch):
                 ]
             )
         except MeasurementError:
-            self._end_others()  # some of them may be in the middle of it
+            self._end_others()  # some of them may still be sending
             raise
-        # The process that reads the server's metrics may have had its last answer before the others.
+        # The process that reads the server's metrics may have ended before the others, so read them once more.
         last = self.client.scrape_now(self._metrics_request()) if trace.scrapes else None
         return dataclasses.replace(trace, scrapes=(*trace.scrapes, last) if last else ())
 
     def send_share(self, prompts: PromptSet, order: Order, ready: Callable[[], int] | None = None) -> Trace:
-        """Send a share of a load from this process; see `LoadClient.run` for `ready`."""
+        """Send a share of a load from this process. `ready` is explained at `LoadClient.run`."""
         for name, value in order.state.items():
             setattr(self, name, value)
         share, cell = order.share, order.cell
@@ -240,26 +254,26 @@ class OpenAIBackend(NothingToFetch):
         return self.client.run(build, load, expected)
 
     def read(self, exchange: Exchange) -> RequestRecord:
-        """What an answer was; a key that the server repeats in it is not kept."""
+        """Return the record of an answer. An API key that the server repeats in it is removed."""
         return read_answer(exchange, api_key(self.address))
 
     def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
-        """What the server said of itself, as far as it is known what it means."""
+        """Return the server's metrics that we know; empty if there are none."""
         texts = [(scrape.stamps[-1], b"".join(scrape.parts).decode("utf-8", "replace")) for scrape in trace.scrapes]
         found = tuple(ServerReading(at, read_metrics(text)) for at, text in texts)
         return found if any(reading.values for reading in found) else ()
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
-        raise MeasurementError("A server takes loads of requests, not single steps. This is a mistake of the program.")
+        raise MeasurementError("A server takes loads of requests, not single steps. Please report this.")
 
     def encode(self, text: str) -> Sequence[int]:
-        raise MeasurementError("A server's tokenizer cannot be reached. This is a mistake of the program.")
+        raise MeasurementError("A server's tokenizer cannot be reached. Please report this.")
 
     def decode(self, ids: Sequence[int]) -> str:
-        raise MeasurementError("A server's tokenizer cannot be reached. This is a mistake of the program.")
+        raise MeasurementError("A server's tokenizer cannot be reached. Please report this.")
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
-        """Of a server that we started, what the driver attributes to its processes; its allocator cannot be seen."""
+        """Return the driver's figure for the processes of a server that we started; its allocator cannot be seen."""
         held = (
             [size for pid in self.server.processes if (size := process_bytes(pid)) is not None] if self.server else []
         )
@@ -282,7 +296,7 @@ class OpenAIBackend(NothingToFetch):
             self.others = None
 
     def body(self, prompt: str | list[dict[str, str]], output_tokens: int, number: int | str) -> bytes:
-        """The whole request for an answer to a prompt, or to messages."""
+        """Build the whole HTTP request for an answer to a prompt or to messages."""
         chat = self.cell.endpoint == "chat"
         body: dict[str, Any] = {
             "model": self.cell.model,
@@ -303,7 +317,7 @@ class OpenAIBackend(NothingToFetch):
         return self.read(self.client.ask(self.body(prompt, 1, -1)))
 
     def _probe_options(self) -> RequestRecord:
-        """A first answer, with as many of the options as the server takes."""
+        """Get a first answer with as many of the options as the server accepts. Raises MeasurementError without one."""
         usage = {"stream_options": {"include_usage": True}}
         for options in ({"ignore_eos": True, **usage}, usage, {}):
             self.options = options
@@ -316,16 +330,18 @@ class OpenAIBackend(NothingToFetch):
             self.server.require_running()
         why = f" {log_end(self.server.log)}" if self.server else ""
         raise MeasurementError(
-            f"The server does not answer a first request ({record.outcome}): {record.message} Check its log, model and endpoint.{why}"
+            f"The server does not answer a first request ({record.outcome}): {record.message} Check its log, model and "
+            f"endpoint.{why}"
         )
 
 
 class Dialogues:
-    """The conversations of one repetition, turn by turn. Each turn has all that was said before it, the server's own answers among it.
+    """The conversations of one repetition, turn by turn. Each turn sends all earlier turns and the server's answers.
 
-    An answer is read when it has ended, in the client's one thread, because the next turn needs its text; the time that this takes is in
-    the lag of the client's event loop. A turn that fails ends its conversation. Each begins with words of its own, so that no prefix
-    cache knows it from an earlier repetition: its later turns may find it there, as they would in use.
+    An answer is parsed when it has ended, in the client's single thread, because the next turn needs its text. The time
+    of that is part of the lag of the client's event loop. A failed turn ends its conversation. Each conversation begins
+    with unique words, so that no prefix cache holds it from an earlier repetition. Its later turns may hit the cache,
+    as they would in use.
     """
 
     def __init__(self, backend: OpenAIBackend, prompts: PromptSet, cell: Cell, repetition: int) -> None:
@@ -333,13 +349,13 @@ class Dialogues:
         self.said: dict[int, list[dict[str, str]]] = {}
 
     def begin(self, number: int) -> bytes:
-        """The first turn of a conversation."""
+        """Build the request of the first turn of a conversation."""
         first = PromptSet("synthetic").words(self.cell, self.repetition, number, 8, self.backend.own_words)
         self.said[number] = [{"role": "user", "content": f"{first} {self._asks(number)[0]}"}]
         return self._turn(number, 1)
 
     def follow_up(self, exchange: Exchange) -> bytes | None:
-        """The turn after an answer; None after the last one, and after a failure."""
+        """Build the request of the turn after an answer; None after the last turn or a failure."""
         number, turn = exchange.conversation or 0, exchange.turn or 1
         asks = self._asks(number)
         answer = _answer_of(exchange) if turn < len(asks) else None
@@ -361,33 +377,34 @@ class Dialogues:
 
 @dataclasses.dataclass
 class _Answer:
-    """An answer while its events are read."""
+    """State of an answer while its events are read."""
 
     stamps: list[int] = dataclasses.field(default_factory=list)
-    told: list[int | None] = dataclasses.field(default_factory=list)  # output tokens so far, as each chunk tells
+    told: list[int | None] = dataclasses.field(default_factory=list)  # output tokens so far, as each chunk reports
     usage: dict[str, Any] = dataclasses.field(default_factory=dict)
     visible: int | None = None
-    text: list[str] = dataclasses.field(default_factory=list)  # what is not in a reasoning channel
+    text: list[str] = dataclasses.field(default_factory=list)  # without the reasoning channel
     finish: str = ""
     finish_ns: int | None = None
-    finish_has_text: bool = False  # the reason came in the chunk of a token
+    finish_has_text: bool = False  # the finish reason came in a chunk with text
     done: bool = False
     fault: str = ""
     message: str = ""
 
 
 def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
-    """One raw answer → its record: exactly one outcome, stamps of the chunks that hold tokens, counts as the server tells them.
+    """Convert a raw answer to a record: one outcome, the stamps of chunks with tokens, and the server's token counts.
 
-    `key` is taken out of what the server said before that is cut, since half a key is not recognised.
+    The outcome `complete` needs at least one token, and either `[DONE]`, or a finish reason and a body that ended
+    according to its chunks or length.
 
-    `complete` needs a `[DONE]`, or a finish reason and a body that ended as its chunks or length say; and at least one token.
+    `key` is removed from the server's message before that is cut, since half a key would not be recognised.
     """
     answer = _answer_of(exchange)
     tokens, details = (
-        _count(answer.usage.get("completion_tokens")) or None,
+        _count(answer.usage.get("completion_tokens")) or None,  # a count of 0 means that the server did not count
         answer.usage.get("prompt_tokens_details"),
-    )  # 0 of an answer is no count
+    )
     return RequestRecord(
         t0_ns=exchange.t0_ns,
         stamps_ns=tuple(answer.stamps),
@@ -407,7 +424,7 @@ def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
 
 
 def _answer_of(exchange: Exchange) -> _Answer:
-    """What the events of an answer say, and its fault if it has one."""
+    """Parse the events of an answer and set its fault, if it has one."""
     answer = _Answer(fault=exchange.fault, message=exchange.message)
     if not answer.fault:
         _check_head(exchange, answer)
@@ -416,7 +433,7 @@ def _answer_of(exchange: Exchange) -> _Answer:
     if not answer.fault and not (answer.done or (answer.finish and exchange.framed)):
         answer.fault, answer.message = (
             "truncated",
-            f"The answer ended after {len(answer.stamps)} chunks without its end.",
+            f"The answer stopped after {len(answer.stamps)} chunks, before its end.",
         )
         if not exchange.status:
             answer.message = "The connection was closed before an answer."
@@ -427,15 +444,15 @@ def _answer_of(exchange: Exchange) -> _Answer:
         and answer.finish_ns is not None
         and not answer.finish_has_text
     ):
-        answer.stamps.append(answer.finish_ns)  # the end token, which has no text and comes with the reason
+        answer.stamps.append(answer.finish_ns)  # the end token, which has no text and comes with the finish reason
         answer.told.append(tokens)
     if not answer.fault and not answer.stamps:
-        answer.fault, answer.message = "malformed", "The answer was complete and had no token."
+        answer.fault, answer.message = "malformed", "The answer was complete but had no token."
     return answer
 
 
 def _check_head(exchange: Exchange, answer: _Answer) -> None:
-    """Set the outcome of an answer that is no stream."""
+    """Set the fault and message of an answer that is not an event stream."""
     status, kind = exchange.status, exchange.headers.get("content-type", "").lower()
     if not status or (status == 200 and kind.startswith("text/event-stream")):
         return
@@ -458,7 +475,7 @@ def _check_head(exchange: Exchange, answer: _Answer) -> None:
 
 
 def _error_text(text: str) -> str:
-    """The message of a JSON error, else the text itself, on one line."""
+    """Return the message of a JSON error, else the text itself, on one line."""
     try:
         found: Any = json.loads(text)
         found = found.get("error", found) if isinstance(found, dict) else found
@@ -469,7 +486,7 @@ def _error_text(text: str) -> str:
 
 
 def _read_events(exchange: Exchange, answer: _Answer) -> None:
-    """Read the events of the stream into `answer`, up to its end or the first one that is wrong."""
+    """Read the events of the stream into `answer`, up to its end or the first invalid event."""
     parser = EventParser()
     for stamp, part in zip(exchange.stamps, exchange.parts, strict=True):
         for event in parser.feed(part):
@@ -493,13 +510,13 @@ def _read_events(exchange: Exchange, answer: _Answer) -> None:
 
 
 def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
-    """Read one chunk; False if it is not one."""
+    """Read one chunk into `answer`. Return False if it is not a chunk."""
     usage = body.get("usage")
     if isinstance(usage, dict):
         answer.usage = usage
     choices = body.get("choices")
     if not isinstance(choices, list):
-        return isinstance(usage, dict) or "choices" not in body  # other objects may be in the stream
+        return isinstance(usage, dict) or "choices" not in body  # the stream may contain other objects
     for choice in choices:
         if not isinstance(choice, dict):
             return False
@@ -525,7 +542,7 @@ def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
 
 
 def _chunk_tokens(answer: _Answer, tokens: int | None) -> tuple[int, ...] | None:
-    """Tokens of each chunk where every chunk tells the count so far; None where not, or where each holds one."""
+    """Return the tokens of each chunk if every chunk reports the count so far; None if not, or if each holds one."""
     told = [count for count in answer.told if count is not None]
     if not told or len(told) != len(answer.stamps) or told[-1] != tokens:
         return None

@@ -1,7 +1,8 @@
-"""OpenVINO on the CPU: the pipeline of OpenVINO GenAI with continuous batching, stepped here, all rows of a batch being its requests.
+"""Run OpenVINO on the CPU by stepping OpenVINO GenAI's continuous batching pipeline. Its requests are a batch's rows.
 
-A model is made of the checkpoint by optimum-intel first (`openvino_made`). The pipeline is what applications of OpenVINO use: attention in pages, a KV
-cache in the type that OpenVINO takes, activations quantized beside packed weights. Prefix caching is off.
+optimum-intel first converts the checkpoint (`openvino_made`). The pipeline is the one that OpenVINO applications use:
+paged attention, a KV cache in OpenVINO's default type, and quantized activations with packed weights. Prefix caching is
+off.
 """
 
 from __future__ import annotations
@@ -28,20 +29,23 @@ if TYPE_CHECKING:
 
 RUNS = ("none", *openvino_made.BITS)
 KV_TYPES = {"f32": "f32", "f16": "f16", "bf16": "bf16", "int8": "u8"}
-"""Value of `kv_cache` → OpenVINO's word."""
+"""Value of `kv_cache` → OpenVINO's name of it."""
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
-"""Dtype of a checkpoint → the precision that is asked for; of float16 OpenVINO takes what this CPU computes."""
+"""Dtype of a checkpoint → the requested precision. For float16 OpenVINO chooses what this CPU computes in."""
 
 PAGE = 32
-"""Tokens of a page of the KV cache on the CPU."""
+"""Tokens per page of the KV cache on the CPU."""
 
 LEAST_ROWS, MOST_STEP_TOKENS, AUTO_TOKENS = 256, 16_384, 2048
-"""As for vLLM: rows that there is room for at least, prompt tokens of one step at most, prompt tokens where the workload gives the lengths."""
+"""Least rows to make room for, most prompt tokens of one step, assumed prompt tokens if the workload gives the lengths.
+
+They are the same as for vLLM.
+"""
 
 
 class OpenVinoBackend(Engine):
-    """`ContinuousBatchingPipeline.step()` until every row has its tokens."""
+    """Call `ContinuousBatchingPipeline.step()` until every row has its tokens."""
 
     capabilities = Capabilities(
         tokenizer=True,
@@ -66,48 +70,50 @@ class OpenVinoBackend(Engine):
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
-        """A checkpoint of which a model of OpenVINO is made. Raises ModelError, MissingError or UsageError."""
+        """Find a checkpoint to convert to an OpenVINO model. Raises ModelError, MissingError or UsageError."""
         if importlib.util.find_spec("openvino_genai") is None:
             raise MissingError(
-                "backend=openvino needs OpenVINO GenAI, and optimum-intel, which needs versions of other packages that are not ours. Make them an "
-                "environment, python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', and give "
-                "worker_python=ENVIRONMENT/bin/python."
+                "backend=openvino needs OpenVINO GenAI, and optimum-intel, which conflicts with our versions of other "
+                "packages. Make an environment for them, python -m venv ENVIRONMENT && "
+                "ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', "
+                "and give worker_python=ENVIRONMENT/bin/python."
             )
         if cell.quant not in RUNS:
-            raise UsageError(f"quant={cell.quant} is not one of OpenVINO. With backend=openvino use {', '.join(RUNS)}.")
+            raise UsageError(f"OpenVINO has no quant={cell.quant}. With backend=openvino use {', '.join(RUNS)}.")
         if cell.attention != "auto":
             raise UsageError(
-                f"backend=openvino has an attention of its own, and not attention={cell.attention}. Leave it out."
+                f"backend=openvino has its own attention, so attention={cell.attention} cannot be used. Leave it out."
             )
         if machine.require_device(cell.device) != "cpu":
-            raise UsageError(f"backend=openvino runs on the CPU here, and device is {cell.device}. Give device=cpu.")
+            raise UsageError(f"backend=openvino runs on the CPU only, but device is {cell.device}. Give device=cpu.")
         model = sources.find_model(cell)
         method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
         if model.source in sources.GGUF_SOURCES or method:
             raise UsageError(
-                f"backend=openvino takes no model that is quantized already: {cell.model} ({method or 'a GGUF file'}). Give a checkpoint."
+                f"backend=openvino cannot run an already quantized model: {cell.model} ({method or 'a GGUF file'}). "
+                "Give an unquantized checkpoint."
             )
         openvino_made.require(cell, model)
         return model
 
     @classmethod
     def prepare(cls, cell: Cell, model: ModelFacts) -> None:
-        """Fetch or write the checkpoint, and make OpenVINO's model of it."""
+        """Fetch or write the checkpoint, and convert it to an OpenVINO model."""
         sources.fetch(cell, model)
         openvino_made.make(cell, model, sources.base_files(cell, model)[0])
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        """Whether OpenVINO's model is on this disk."""
+        """Return True if the OpenVINO model is on this disk."""
         return openvino_made.is_made(cell, model)
 
     # Loading
 
     def load(self) -> LoadInfo:
-        """Read and compile the model; the time is that of the pipeline's making, the KV cache's room included."""
+        """Read and compile the model. `load_s` is the time to create the pipeline, with room for its KV cache."""
         if not openvino_made.is_made(self.cell, self.facts):
             raise MeasurementError(
-                f"There is no model {self.folder} for {self.cell.model}. Run the command again, so that it is made."
+                f"{self.cell.model} has no OpenVINO model {self.folder}. Run the command again to make it."
             )
         with foreign_errors("loading", "OpenVINO", _said):
             genai = importlib.import_module("openvino_genai")
@@ -122,7 +128,10 @@ class OpenVinoBackend(Engine):
         return self.describe()
 
     def _properties(self) -> dict[str, Any]:
-        """What OpenVINO's compiler is asked for. The file is read and not mapped, so that all that the model needs is memory of its own."""
+        """Return the properties for OpenVINO's compiler.
+
+        The file is read, not mapped, so that all memory that the model needs is anonymous.
+        """
         found: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_MMAP": False}
         if self.facts.dtype in PRECISIONS:
             found["INFERENCE_PRECISION_HINT"] = PRECISIONS[self.facts.dtype]
@@ -131,7 +140,10 @@ class OpenVinoBackend(Engine):
         return found
 
     def _settings(self) -> dict[str, Any]:
-        """The scheduler's. The first cell of a group has the most tokens; the others have room beside it, see `_require_room`."""
+        """Return the scheduler's settings, sized for the first cell of a group, which has the most tokens.
+
+        `_require_room` checks that the other cells fit.
+        """
         tokens = self.cell.batch_size * ((self.cell.prompt_tokens or AUTO_TOKENS) + self.cell.output_tokens)
         return {
             "num_kv_blocks": -(-2 * tokens // PAGE) + 2 * LEAST_ROWS,
@@ -189,7 +201,7 @@ class OpenVinoBackend(Engine):
         )
 
     def _token_bytes(self) -> int | None:
-        """Bytes of a token in the KV cache, by what the pipeline has allocated; None before it has."""
+        """Return the KV cache's bytes per token, from the pipeline's allocation; None before it is allocated."""
         whole = int(self.pipeline.get_metrics().kv_cache_size_in_bytes)
         return whole // (self._settings()["num_kv_blocks"] * PAGE) or None
 
@@ -203,7 +215,7 @@ class OpenVinoBackend(Engine):
         rows.require_whole()
 
     def _run(self, prompts: Sequence[Sequence[int]], output_tokens: int, rows: Rows) -> None:
-        """Hand the prompts over and step the pipeline until all are answered."""
+        """Submit the prompts and step the pipeline until all are answered."""
         import numpy
 
         genai, openvino = importlib.import_module("openvino_genai"), importlib.import_module("openvino")
@@ -231,17 +243,21 @@ class OpenVinoBackend(Engine):
             )
 
     def _require_room(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> None:
-        """Raise MeasurementError where rows would have to wait for others' pages."""
+        """Raise MeasurementError if rows would have to wait for others' pages."""
         settings = self._settings()
         needed = sum(-(-(len(prompt) + output_tokens) // PAGE) for prompt in prompts)
         if needed > settings["num_kv_blocks"] or len(prompts) > settings["max_num_seqs"]:
             raise MeasurementError(
-                f"OpenVINO made room for {settings['num_kv_blocks'] * PAGE} tokens of {settings['max_num_seqs']} rows, by the largest cell of this load, "
-                f"and {len(prompts)} rows with {needed * PAGE} tokens need more. Measure this cell in a command of its own."
+                f"OpenVINO made room for {settings['num_kv_blocks'] * PAGE} tokens of {settings['max_num_seqs']} rows, "
+                f"by the largest cell of this load, but {len(prompts)} rows with {needed * PAGE} tokens need more. "
+                "Measure this cell in a separate command."
             )
 
     def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
-        """Of the same file, compiled with the same settings and its ordinary attention, for the pipeline keeps its logits to itself."""
+        """Compute logits from the same file with the same settings, but with ordinary attention.
+
+        The pipeline does not expose its logits.
+        """
         import numpy
         import torch
 
@@ -272,7 +288,7 @@ class OpenVinoBackend(Engine):
         return probe.measure_peaks_apart()
 
     def trim(self) -> None:
-        """The pipeline's KV cache serves all cells of a load."""
+        """Free nothing: the pipeline's KV cache serves all cells of a load."""
 
     def close(self) -> None:
         self.pipeline = self._scorer = self.tokenizer = None
@@ -282,7 +298,10 @@ _ITEM_SIZES = {"f32": 4, "bf16": 2, "f16": 2}
 
 
 def realised_properties(asked: dict[str, Any]) -> dict[str, str]:
-    """What OpenVINO makes of such settings on this CPU, asked of a model with one matrix: the pipeline does not say it of its own."""
+    """Return the properties that OpenVINO realises on this CPU, read from a compiled model with one matrix.
+
+    The pipeline does not report its own.
+    """
     import numpy
 
     openvino, ops = importlib.import_module("openvino"), importlib.import_module("openvino.opset13")
@@ -294,14 +313,14 @@ def realised_properties(asked: dict[str, Any]) -> dict[str, str]:
     compiled = openvino.Core().compile_model(tiny, "CPU", own)
     found = {}
     for name in ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "RUNTIME_REQUIREMENTS"):
-        with contextlib.suppress(RuntimeError):  # a version that does not know it
+        with contextlib.suppress(RuntimeError):  # this version does not know the property
             value = compiled.get_property(name)
             found[name] = value.to_string() if hasattr(value, "to_string") else str(value)
     return found
 
 
 def _said(error: Exception) -> str:
-    """What an error says, without the places in its sources that OpenVINO puts before it."""
+    """Return an error's message without the source locations that OpenVINO puts before it."""
     lines = [
         line for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check '"))
     ]

