@@ -101,7 +101,9 @@ def measure_in_turns(
     Earlier results are never reused. Raises UsageError for fewer than 2 pairs, a list on a side, or a cluster.
     """
     if pairs < 2:
-        raise UsageError(f"There are too few pairs for a test: {pairs}. Give at least 2; the default is {DEFAULT_PAIRS}.")
+        raise UsageError(
+            f"There are too few pairs for a test: {pairs}. Give at least 2; the default is {DEFAULT_PAIRS}."
+        )
     cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
     spec = _merged(cells, common)
     if spec.options.on != "here":

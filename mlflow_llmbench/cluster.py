@@ -236,9 +236,7 @@ class Cluster:
                     "(MLflow is not needed)."
                 ) from None
         if not found:
-            raise MissingError(
-                f"No node of the Ray cluster has answered within {ANSWER_S:g} s. Look at `ray status`."
-            )
+            raise MissingError(f"No node of the Ray cluster has answered within {ANSWER_S:g} s. Look at `ray status`.")
         return found
 
     def room(self, device: str) -> tuple[int | None, str]:
@@ -305,9 +303,7 @@ class Cluster:
 
     def _land(self, flight: Flight) -> GroupOutcome:
         if flight.homeless_since is not None:
-            message = (
-                f"No node of the cluster could take it for {WITHOUT_NODE_S:g} s. Look at `ray status`, and run it again."
-            )
+            message = f"No node of the cluster could take it for {WITHOUT_NODE_S:g} s. Look at `ray status`, and run it again."
             return GroupOutcome(error=MeasurementError(message))
         try:
             with _connected():

@@ -110,7 +110,7 @@ class Here(OneAtATime):
         return estimate.room_here(device, estimate.memory_limit(self.options.memory_limit)[0])
 
     def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Measure the group that was given."""
+        """Measure the given group."""
         group = self.take()
         task = task_of(group, self.options, prepare=not self.prepared.issuperset(job.cell for job in group))
         more = functools.partial(self._more, group) if self.ask else None

@@ -60,7 +60,9 @@ class Progress:
         self.places: dict[int, int] = {}  # number of a begun cell → its place in the order of measurement
         self.over: set[int] = set()  # numbers of cells that have ended, well or badly
         self.preparing = False
-        self.seconds: dict[int, float] = {}  # number of a measured cell → seconds, with its share of starting and loading
+        self.seconds: dict[
+            int, float
+        ] = {}  # number of a measured cell → seconds, with its share of starting and loading
         self.repetitions: dict[int, int] = {}  # number of a cell → repetitions done
         self.limit = 0  # most repetitions of this cell
         self.since = self.clock()  # when the last cell ended, or the sweep began

@@ -288,7 +288,9 @@ class _Job:
             )
         tracking.log_tags(self.store, run_id, self._tags(done))
         tracking.log_folder(self.store, run_id, files, "")
-        tracking.set_tags(self.store, run_id, {"uploaded": "true"})  # last, so that an incomplete upload can be recognised
+        tracking.set_tags(
+            self.store, run_id, {"uploaded": "true"}
+        )  # last, so that an incomplete upload can be recognised
 
     def _params(self) -> dict[str, str]:
         known = {

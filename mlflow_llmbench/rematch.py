@@ -70,4 +70,8 @@ def rematch(
 
 def _notes(before: Mapping[str, RunResult]) -> list[str]:
     unlike = {name: ", ".join(map(str, unlike_here(result))) for name, result in before.items()}
-    return [f"This machine or its software differs from where the {name} was measured before: {told}." for name, told in unlike.items() if told]
+    return [
+        f"This machine or its software differs from where the {name} was measured before: {told}."
+        for name, told in unlike.items()
+        if told
+    ]
