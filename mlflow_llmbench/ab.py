@@ -1,8 +1,8 @@
 """A/B comparison: measure two configurations in fresh processes in alternating order, and test whether they differ.
 
 The order is A B, B A, A B, … (ABBA), so that drift over time affects both sides alike. Each process gives one value, so
-effects that are constant within a process (memory layout, placement of threads) show up in the spread. Both sides may be
-the same configuration: the result is then the difference that this machine shows where there is none.
+effects that are constant within a process (memory layout, placement of threads) show up in the spread. Both sides may
+be the same configuration: the result is then the difference that this machine shows where there is none.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def run_ab(
     """Measure A and B in `pairs` fresh processes each, in alternating order, and compare them pair by pair.
 
     `a` and `b` are the parameters in which the sides differ, `common` those that they share. Each side is one
-    configuration, so lists are refused. Differences below `noise` (a ratio) are called noise. Raises LlmbenchError for an
-    error found before anything starts, MeasurementError if either side could not be measured.
+    configuration, so lists are refused. Differences below `noise` (a ratio) are called noise. Raises LlmbenchError for
+    an error found before anything starts, MeasurementError if either side could not be measured.
     """
     done = measure_in_turns(
         a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher

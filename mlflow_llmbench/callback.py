@@ -6,12 +6,13 @@
         result = bench.run(generate)
     print(result.table())
 
-`generate(prompts, output_tokens, emit)` must call `emit(ids)`, with one id per prompt, as soon as each step is on the host.
+`generate(prompts, output_tokens, emit)` must call `emit(ids)`, with one id per prompt, as soon as each step is on the
+host.
 
-Warm-up until steady, repetitions until the interval is narrow, stamps, noise, verdict, journal, runs and sweeps are those
-of `llmbench run`. The differences: the function runs in this process, so memory and load time are absent (this process
-holds more than the model), the loaded model is not verified (`quant` is your own statement), and a crash ends your
-program. Earlier results are never reused, since the function may have changed; name your version in `revision`.
+Warm-up until steady, repetitions until the interval is narrow, stamps, noise, verdict, journal, runs and sweeps are
+those of `llmbench run`. The differences: the function runs in this process, so memory and load time are absent (this
+process holds more than the model), the loaded model is not verified (`quant` is your own statement), and a crash ends
+your program. Earlier results are never reused, since the function may have changed; name your version in `revision`.
 """
 
 from __future__ import annotations
@@ -37,22 +38,9 @@ from .watcher import Watcher
 from .workload import load_prompts
 
 PARAMETERS = (
-    "model",
-    "revision",
-    "quant",
-    "batch_size",
-    "prompt_tokens",
-    "output_tokens",
-    "workload",
-    "warmup",
-    "repetitions",
-    "max_repetitions",
-    "precision_target",
-    "device",
-    "seed",
-    "output_dir",
-    "price_per_hour",
-)
+    "model", "revision", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload", "warmup",
+    "repetitions", "max_repetitions", "precision_target", "device", "seed", "output_dir", "price_per_hour",
+)  # fmt: skip
 """Accepted parameters; the others have a meaning only if we load the model."""
 
 
@@ -66,7 +54,7 @@ class Bench:
         self.result: SweepResult | None = None
 
     def run(self, generate: Generate) -> SweepResult:
-        """Measure every requested cell; one that fails is a row with its outcome. Raises UsageError on a second call."""
+        """Measure every requested cell; a failed one is a row with its outcome. Raises UsageError on a second call."""
         if self.result:
             raise UsageError("This measurement is already done. Begin another one: with measure(…) as bench.")
         self.place.function = generate
@@ -89,8 +77,8 @@ def measure(
     """Check parameters and store before you load your model, and yield a `Bench` whose `run` measures.
 
     `parameters` are the ones of `llmbench run` that are in `PARAMETERS`; lists make a sweep. `encode` (text → ids) is
-    needed for workloads with texts; randomly drawn prompts have ids below `vocab_size`. Raises LlmbenchError for an error
-    found here, UsageError at the end if nothing was measured.
+    needed for workloads with texts; randomly drawn prompts have ids below `vocab_size`. Raises LlmbenchError for an
+    error found here, UsageError at the end if nothing was measured.
     """
     if "," in model:
         raise UsageError(f"model is a name for one function, but it has a comma: {model}. Give one name.")
@@ -102,7 +90,7 @@ def measure(
     texts = [workload for workload in spec.axes["workload"] if workload not in DRAWN]
     if texts and encode is None:
         raise UsageError(
-            f"workload={texts[0]} has texts, but the function takes ids. Give encode=…, a function from a text to its ids."
+            f"workload={texts[0]} has texts, but the function takes ids. Give encode=…, a function from text to ids."
         )
     device = machine.require_device(str(spec.axes["device"][0]))
     tracking.open_store(tracking_uri, experiment)

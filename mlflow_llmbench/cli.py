@@ -114,7 +114,7 @@ def _measuring(commands: Any) -> dict[str, Parser]:
     _add_parameters(duel, [name for name in PARAMETERS_OF["run"] if name != "processes"])
     study = commands.add_parser(
         "study",
-        help="measure a grid of models, and report scaling laws, trade-offs, claims and recommendations with all figures",
+        help="measure a grid of models, and report laws, trade-offs, claims and recommendations with all figures",
         description="Measures a sweep (preset quick unless another is given) and studies it together with existing "
         "results (--of). With --of and no sweep parameters, it studies only the existing results.",
     )
@@ -130,7 +130,7 @@ def _measuring(commands: Any) -> dict[str, Parser]:
         metavar="RATIO",
         type=float,
         default=0.5,
-        help="of the best throughput per instance, to keep (default: 0.5)",
+        help="share of the best throughput per instance that a batch size must keep (default: 0.5)",
     )
     study.add_argument(
         "--price",
@@ -151,8 +151,8 @@ def _measuring(commands: Any) -> dict[str, Parser]:
     qat = commands.add_parser(
         "qat",
         help="train a model for int4-wo, and report how much of the lost quality it recovers",
-        description="Quantization-aware training on your own text. The checkpoint can be measured like any other model: "
-        "llmbench run --model FOLDER --quant int4-wo.",
+        description="Quantization-aware training on your own text. The checkpoint can be measured like any other "
+        "model: llmbench run --model FOLDER --quant int4-wo.",
     )
     for name in NAMES:
         _add_parameter(qat, name, TRAINING.get(name) or PARAMETERS[name], training_default(name), "")
@@ -201,7 +201,7 @@ def _reading(commands: Any) -> dict[str, Parser]:
         metavar="RATIO",
         type=float,
         default=0.5,
-        help="of the best throughput per instance, to keep (default: 0.5)",
+        help="share of the best throughput per instance that a batch size must keep (default: 0.5)",
     )
     scaling.add_argument(
         "--at",

@@ -1,8 +1,8 @@
 """Executor on a Ray cluster: each group is a Ray task, alone on a node. Ray does all the scheduling.
 
-This is the only module that imports Ray. A node needs Python, Ray and what a worker needs, but no MLflow; the task brings
-this package along. Results come back as journal files, a part whenever a cell ends, so that only unfinished cells are
-lost with a node.
+This is the only module that imports Ray. A node needs Python, Ray and what a worker needs, but no MLflow; the task
+brings this package along. Results come back as journal files, a part whenever a cell ends, so that only unfinished
+cells are lost with a node.
 
 Resources that a task requests:
 
@@ -55,7 +55,8 @@ REACH_S = 5.0
 """Longest wait for a connection, in seconds; Ray itself would try for minutes."""
 
 ANSWER_S = 120.0
-"""Longest wait for the nodes to describe themselves, in seconds; they may first start a process and fetch this package."""
+"""Longest wait for the nodes to describe themselves, in seconds; each may first start a process and fetch this package.
+"""
 
 POLL_S = 1.0
 """Seconds between two polls for events of the nodes."""
@@ -101,8 +102,8 @@ class Flight:
 def connect(options: Options, device: str, warn: Callable[[str], None]) -> Cluster:
     """Join the cluster that `options.on` names, and ask its nodes to describe themselves.
 
-    Raises UsageError for a device that names one GPU or if Ray is connected already, MissingError if Ray is not installed
-    or the cluster cannot be reached or used.
+    Raises UsageError for a device that names one GPU or if Ray is connected already, MissingError if Ray is not
+    installed or the cluster cannot be reached or used.
     """
     if device.startswith("cuda:"):
         raise UsageError(
@@ -303,7 +304,10 @@ class Cluster:
 
     def _land(self, flight: Flight) -> GroupOutcome:
         if flight.homeless_since is not None:
-            message = f"No node of the cluster could take it for {WITHOUT_NODE_S:g} s. Look at `ray status`, and run it again."
+            message = (
+                f"No node of the cluster could take it for {WITHOUT_NODE_S:g} s. "
+                "Look at `ray status`, and run it again."
+            )
             return GroupOutcome(error=MeasurementError(message))
         try:
             with _connected():

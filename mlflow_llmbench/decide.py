@@ -27,17 +27,9 @@ if TYPE_CHECKING:
     from .tracking import Store
 
 BYTES = {
-    "": 1,
-    "b": 1,
-    "kb": 1e3,
-    "mb": 1e6,
-    "gb": 1e9,
-    "tb": 1e12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+    "": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
 MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
 STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p50", "p95")}
 """Latency → the statistics that a limit can name, the default first."""
@@ -432,7 +424,8 @@ def _write_gate(
             write_bytes(Path(option), files[name])
     if run_id is None:
         print(
-            f"\nNot logged: the store {redact(store.uri)} has no run of the candidate. Upload it with `llmbench upload`."
+            f"\nNot logged: the store {redact(store.uri)} has no run of the candidate. "
+            "Upload it with `llmbench upload`."
         )
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -480,7 +473,10 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _reproduce(given: argparse.Namespace) -> int:
-    """Reproduce a run. Exit code: 0 equivalent, 1 different, 2 not comparable or a wrong parameter, 3 invalid, 4 if undecided or not measured."""
+    """Reproduce a run.
+
+    Exit code: 0 equivalent, 1 different, 2 not comparable or a wrong parameter, 3 invalid, 4 undecided or not measured.
+    """
     try:
         return _reproduced(given)
     except LlmbenchError as error:

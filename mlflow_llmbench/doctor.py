@@ -159,28 +159,16 @@ def _guarded(section: str, name: str, check: Callable[[], Iterable[Item]]) -> li
     try:
         return list(check())
     except Exception as error:
-        return [
-            Item(
-                section,
-                name,
-                "limited",
-                f"could not be examined: {first_line(error)}",
-                "Please report this line; nothing else depends on it.",
-            )
-        ]
+        advice = "Please report this line; nothing else depends on it."
+        return [Item(section, name, "limited", f"could not be examined: {first_line(error)}", advice)]
 
 
 def machine_items() -> Iterator[Item]:
     """Yield CPU, vector instructions, memory and operating system."""
     cores, logical = machine.physical_cores(), len(machine.usable_cpus())
     data = {"name": machine.cpu_name(), "physical_cores": cores, "usable_cpus": logical}
-    yield Item(
-        "Machine",
-        "CPU",
-        "ok",
-        f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}",
-        data=data,
-    )
+    found = f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}"
+    yield Item("Machine", "CPU", "ok", found, data=data)
     yield from vector_items(Path("/proc/cpuinfo"))
     yield memory_item(memory.available_bytes(), memory.total_bytes())
     yield Item("Machine", "system", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
@@ -202,7 +190,10 @@ def vector_items(cpuinfo: Path) -> Iterator[Item]:
     if "avx512f" in flags:
         yield Item("Machine", "vector instructions", "ok", ", ".join(useful), data=data)
     else:
-        advice = "int4 and fp4 fall back to slow code on a CPU without AVX-512: compare them with fp32 before you choose them."
+        advice = (
+            "int4 and fp4 fall back to slow code on a CPU without AVX-512: "
+            "compare them with fp32 before you choose them."
+        )
         yield Item(
             "Machine",
             "vector instructions",
@@ -217,14 +208,8 @@ def memory_item(available: int | None, total: int | None) -> Item:
     """Return the item of free memory; both arguments are bytes, None if unknown."""
     data = {"available_bytes": available, "total_bytes": total}
     if available is None or total is None:
-        return Item(
-            "Machine",
-            "memory",
-            "limited",
-            "not known",
-            "Estimates cannot be compared with free memory; a model that is too large fails while it loads.",
-            data=data,
-        )
+        advice = "Estimates cannot be compared with free memory; a model that is too large fails while it loads."
+        return Item("Machine", "memory", "limited", "not known", advice, data=data)
     found = f"{available / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
     if available < LITTLE_MEMORY:
         return Item(
@@ -236,13 +221,8 @@ def memory_item(available: int | None, total: int | None) -> Item:
 def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]:
     """Yield the NVIDIA GPUs; `reader` is True if the package that reads them (nvidia-ml-py) is installed."""
     if not reader:
-        yield Item(
-            "Machine",
-            "GPU",
-            "missing",
-            "not checked: the package nvidia-ml-py is not installed",
-            "Run: pip install nvidia-ml-py",
-        )
+        why = "not checked: the package nvidia-ml-py is not installed"
+        yield Item("Machine", "GPU", "missing", why, "Run: pip install nvidia-ml-py")
     elif not gpus:
         advice = (
             "Models run on the CPU. If there is a GPU, `nvidia-smi` must show it: install the driver, "
@@ -264,28 +244,16 @@ def disk_items() -> Iterator[Item]:
 
 
 def disk_item(name: str, folder: Path, variable: str) -> Item:
-    """Return the free space for a folder, which need not exist yet; `variable` is the environment variable that sets it."""
+    """Return the free space for a folder, which need not exist yet; the environment variable `variable` sets it."""
     there = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir()), Path.cwd())
     free = shutil.disk_usage(there).free
     found, data = f"{free / 1e9:.1f} GB free in {folder}", {"folder": str(folder), "free_bytes": free}
     if not os.access(there, os.W_OK):
-        return Item(
-            "Machine",
-            name,
-            "limited",
-            f"{folder} cannot be written",
-            f"Set {variable} to a folder that you own.",
-            data=data,
-        )
+        advice = f"Set {variable} to a folder that you own."
+        return Item("Machine", name, "limited", f"{folder} cannot be written", advice, data=data)
     if free < LITTLE_DISK:
-        return Item(
-            "Machine",
-            name,
-            "limited",
-            found,
-            f"A 7 B model takes 14 GB: free some space, or set {variable} to a folder on a larger disk.",
-            data=data,
-        )
+        advice = f"A 7 B model takes 14 GB: free some space, or set {variable} to a folder on a larger disk."
+        return Item("Machine", name, "limited", found, advice, data=data)
     return Item("Machine", name, "ok", found, data=data)
 
 
@@ -396,7 +364,7 @@ def backend_items() -> Iterator[Item]:
 
 
 def converter_item() -> Item:
-    """Return the item of llama.cpp's converter, which makes GGUF files and is not part of installed llama-cpp-python."""
+    """Return the item of llama.cpp's converter, which makes GGUF files and is not in an installed llama-cpp-python."""
     try:
         tree = gguf_made.source_tree()
     except MissingError as error:

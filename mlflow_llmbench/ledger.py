@@ -108,7 +108,7 @@ class Ledger:
             self.end(job.run_id, result.outcome, result.ended_ms)
 
     def end(self, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
-        """End a run, even if its upload failed: it must not stay RUNNING in the store. `ended_ms` is Unix time in ms."""
+        """End a run, even if its upload failed: it must not stay RUNNING. `ended_ms` is Unix time in milliseconds."""
         self._try(f"the end of run {run_id}", lambda store: tracking.end_run(store, run_id, outcome, ended_ms))
 
     def add(self, run_id: str, name: str, figures: Mapping[str, float], at_ms: int) -> None:
@@ -119,7 +119,7 @@ class Ledger:
     def finish(
         self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str, figures: Mapping[str, float]
     ) -> None:
-        """Log the comparison of the cells (rows with their run ids) and the sweep's figures on the parent, and end it."""
+        """Log the comparison of the cells (rows and run ids) and the sweep's figures on the parent run, and end it."""
         if self.parent_id is None:
             return
         parent = self.parent_id
@@ -167,7 +167,8 @@ class Ledger:
         except Exception as error:
             self.missed.append(f"{name}: {first_line(error)}")
             self.warn(
-                f"Not uploaded: {name}: {first_line(error)}. It is kept in {self.folder}; the upload is tried again at the end."
+                f"Not uploaded: {name}: {first_line(error)}. "
+                f"It is kept in {self.folder}, and the upload is tried again at the end."
             )
             return None
 

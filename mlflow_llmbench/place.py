@@ -30,7 +30,7 @@ class Place(Protocol):
     env_hashes: Sequence[str]  # of all environments in which this executor may measure a cell
 
     def room(self, device: str) -> tuple[int | None, str]:
-        """Return the most bytes that a cell may need on a device (None if unknown) and words that continue the number."""
+        """Return the most bytes that a cell may need on a device (None if unknown), and words to put after them."""
 
     @property
     def takes_more(self) -> bool:

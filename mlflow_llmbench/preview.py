@@ -48,8 +48,8 @@ class Preview:
 def preview(**parameters: object) -> Preview:
     """Expand and estimate what `sweep.run` would do with the same parameters.
 
-    Raises the errors that it would raise before it starts, except for a quantization whose package is missing: its cells
-    are refused for that reason, and the others are still planned.
+    Raises the errors that it would raise before it starts, except for a quantization whose package is missing: its
+    cells are refused for that reason, and the others are still planned.
     """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
     cells = expand(spec)

@@ -38,11 +38,11 @@ STAGES = {
 
 
 class Progress:
-    """Display of one sweep. Call `start`, then for each cell `cell` and `event` with the worker's events, then `finish`.
+    """Display of one sweep: call `start`, for each cell `cell` and `event` (worker events), and at the end `finish`.
 
     A worker numbers the cells of its own group; the sweep calls `cell` with their numbers in the whole plan, before it
-    starts a worker and again at the worker's event `cell`. The same number twice is one cell. Cells may come in any order
-    and are counted as they come. If the stream cannot be written to, the display ends but the sweep goes on.
+    starts a worker and again at the worker's event `cell`. The same number twice is one cell. Cells may come in any
+    order and are counted as they come. If the stream cannot be written to, the display ends but the sweep goes on.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -148,9 +148,10 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Return the estimated seconds to the end; None before anything is known.
 
-        This cell: its remaining repetitions at their pace so far, or the mean of the measured cells minus its time so far.
-        Each later cell: the mean of the measured cells, or this cell's estimated total. The expected number of repetitions
-        is the mean over the measured cells; if there is none, it is the limit, which makes the estimate an upper bound.
+        This cell: its remaining repetitions at their pace so far, or the mean of the measured cells minus its time so
+        far. Each later cell: the mean of the measured cells, or this cell's estimated total. The expected number of
+        repetitions is the mean over the measured cells; if there is none, it is the limit, which makes the estimate an
+        upper bound.
         """
         now = self.clock()
         cell_s = fmean(self.seconds.values()) if self.seconds else None

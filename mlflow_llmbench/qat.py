@@ -56,8 +56,8 @@ def train_quantized(
 ) -> Trained:
     """Train a model for int4-wo, measure it beside the unquantized and the untrained model, and log everything.
 
-    `values` are parameters by name. A failure or interruption after the training has begun is recorded in the result, and
-    the run ends FAILED or KILLED. Before that, raises UsageError, ModelError, MissingError or TrackingError.
+    `values` are parameters by name. A failure or interruption after the training has begun is recorded in the result,
+    and the run ends FAILED or KILLED. Before that, raises UsageError, ModelError, MissingError or TrackingError.
     """
     cell, options, training = parse_training(values)
     texts = read_texts(training)
@@ -236,7 +236,8 @@ class _Job:
         self.say(
             f"Training {plan['trained']:,} parameters of {self.cell.model} in float32, with {plan['layers']} linear "
             f"layers rounded as by {QUANT}; {frozen} ({plan['frozen']:,} parameters). It needs about "
-            f"{plan['needed'] / 1e9:.1f} GB of memory, and sees {plan['sequences']:,} sequences {passes:.2g} times each."
+            f"{plan['needed'] / 1e9:.1f} GB of memory, and sees {plan['sequences']:,} sequences "
+            f"{passes:.2g} times each."
         )
         name = f"qat {Path(self.cell.model).name} {QUANT}"
         self.run_id = tracking.begin_run(self.store, name, {"qat": self.folder.name})

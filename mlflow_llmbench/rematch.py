@@ -42,8 +42,8 @@ def rematch(
 ) -> Rematch:
     """Measure the configurations of two results in `pairs` fresh processes each, in alternating order.
 
-    A side that fails is a result with its failure. `granted` is as in `reproduce.parameters_again`. Raises UsageError or
-    NotComparable if a side cannot be rebuilt (see `reproduce.require_same`), MeasurementError if interrupted.
+    A side that fails is a result with its failure. `granted` is as in `reproduce.parameters_again`. Raises UsageError
+    or NotComparable if a side cannot be rebuilt (see `reproduce.require_same`), MeasurementError if interrupted.
     """
     for result in (champion, candidate):
         if result.cell.scenario == "online":

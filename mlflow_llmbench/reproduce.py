@@ -1,8 +1,8 @@
-"""Reproduce a run or a registered version: measure it again, list what differs on this machine, and compare the results.
+"""Reproduce a run or a registered version: measure it again, list what differs here, and compare the results.
 
-Configuration and workload come from the run's artifacts. The run may come from a store that others write to, so anything
-beyond generating (running code that comes with a model, reading pickles, sending prompts and a key to a server) needs to
-be allowed again by the user who reproduces it.
+Configuration and workload come from the run's artifacts. The run may come from a store that others write to, so
+anything beyond generating (running code that comes with a model, reading pickles, sending prompts and a key to a
+server) needs to be allowed again by the user who reproduces it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
     results = load_results(reference, tracking_uri)
     if len(results) != 1:
         raise UsageError(
-            f"{reference} has {len(results)} cells, but only one can be measured again at a time. Give the run of one cell."
+            f"{reference} has {len(results)} cells, but only one can be measured again at a time. "
+            "Give the run of one cell."
         )
     run_id = registry.run_behind(tracking.open_store(tracking_uri), reference, results[0])
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
@@ -229,7 +230,7 @@ def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: f
             found,
             notes=(
                 *found.notes,
-                "Perplexity is not compared: a run does not keep the text that it was measured on, and another was used now.",
+                "Perplexity is not compared: a run does not keep the text it was measured on; another one was used.",
             ),
         )
     return Reproduced(original, found, sweep, comparison)

@@ -56,8 +56,8 @@ def run_study(
 ) -> StudyResult:
     """Measure the sweep of `parameters` (None: no sweep), add the results named in `of`, and study all of them.
 
-    The study is written beside the sweep, or into `output`. It is logged on the run `log`, else on the sweep's run, else
-    on the run of the first sweep in `of` that the store has. `share`, `prices` and `accept_suspect` are those of
+    The study is written beside the sweep, or into `output`. It is logged on the run `log`, else on the sweep's run,
+    else on the run of the first sweep in `of` that the store has. `share`, `prices` and `accept_suspect` are those of
     `findings.find`. Raises LlmbenchError; if the study fails after a sweep, the sweep's results are kept.
     """
     check_share(share)

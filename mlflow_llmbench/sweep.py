@@ -1,8 +1,8 @@
 """Run a plan: resolve the models, refuse cells that cannot work, then start one worker per group and one run per cell.
 
-The command line, MLproject and Python all call `run`. While a worker measures on this machine, this process only watches
-it: runs are uploaded when their group has ended. A `Place` measures the groups, on this machine or on a cluster. This
-thread writes and uploads all results.
+The command line, MLproject and Python all call `run`. While a worker measures on this machine, this process only
+watches it: runs are uploaded when their group has ended. A `Place` measures the groups, on this machine or on a
+cluster. This thread writes and uploads all results.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SweepResult:
 
     @property
     def exit_code(self) -> int:
-        """Exit code: 0 if every cell was measured or skipped and everything was uploaded, 130 if interrupted, else 1."""
+        """Exit code: 0 if every cell was measured or skipped and all was uploaded, 130 if interrupted, else 1."""
         return 130 if self.outcome == "interrupted" else int(self.outcome != "ok" or bool(self.not_uploaded))
 
     def table(self) -> str:
@@ -100,8 +100,9 @@ def run(
 ) -> SweepResult:
     """Measure one configuration, or a sweep if a parameter has several values.
 
-    `parameters` have the names, values and defaults of the command line (`model="opt-125m", quant="int8,int4"`, or a list).
-    Raises LlmbenchError for an error found before anything starts. A cell that fails later is a row with its outcome.
+    `parameters` have the names, values and defaults of the command line (`model="opt-125m", quant="int8,int4"`, or a
+    list). Raises LlmbenchError for an error found before anything starts. A cell that fails later is a row with its
+    outcome.
     """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
     cells = expand(spec)
@@ -130,8 +131,8 @@ def run_sides(
 ) -> SweepResult:
     """Measure a given list of cells, each in its own processes, in alternating order: A B, then B A, then A B, …
 
-    The cells need not be a product of lists, and two of them may be the same. `spec` holds the parameters of all of them.
-    `store` is a tracking URI and an experiment name.
+    The cells need not be a product of lists, and two of them may be the same. `spec` holds the parameters of all of
+    them. `store` is a tracking URI and an experiment name.
     """
     model_of = resolve_models([(cell,) for cell in cells])
     sweep = _prepare(
@@ -174,8 +175,8 @@ def resolve_models(
     """Return the model of each cell. `groups` are cells that share a model.
 
     Raises UsageError if every cell exceeds its model's context or has settings that exclude each other. Otherwise such
-    cells are refused later, one by one. Raises MissingError if a quantization needs a package that is not installed here. If `lacking` is
-    given, that message is stored in it for each cell concerned instead.
+    cells are refused later, one by one. Raises MissingError if a quantization needs a package that is not installed
+    here. If `lacking` is given, that message is stored in it for each cell concerned instead.
     """
 
     def resolve(group: Sequence[Cell]) -> ModelFacts:
