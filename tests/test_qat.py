@@ -1,4 +1,4 @@
-"""Quantization-aware training: its arithmetic is that of the cell, its data are kept apart, and it takes back what int4 costs."""
+"""Quantization-aware training: the cell's arithmetic, separate data, and recovery of the quality that int4 loses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def toy_text(sentences: int, seed: int = 0) -> str:
 
 @pytest.fixture(scope="session")
 def sharp_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with larger weights, so that it is sure of its next token and int4 costs it something: 0.15 nats with groups of 128."""
+    """The tiny model with larger weights, so that it is sure of its next token and loses quality with int4.
+
+    The loss is 0.15 nats with groups of 128.
+    """
     folder = tmp_path_factory.mktemp("sharp") / "sharp-llama"
     shutil.copytree(tiny_model, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -80,8 +83,9 @@ def ordered(folder: Path, learned: str, held_out: str, room: Any = (None, ""), *
     (folder / "held_out.txt").write_text(held_out)
     settings = {"steps": 3, "sequence_tokens": 64, "batch_size": 2} | settings
     return {
-        "training": to_json(Training(**settings)), "learned": str(folder / "learned.txt"), "held_out": str(folder / "held_out.txt"),
-        "room": room, "scratch": str(folder / ".scratch"), "folder": str(folder / "checkpoint"), "recipe": {"base": "tiny", "steps": settings["steps"]},
+        "training": to_json(Training(**settings)), "learned": str(folder / "learned.txt"),
+        "held_out": str(folder / "held_out.txt"), "room": room, "scratch": str(folder / ".scratch"),
+        "folder": str(folder / "checkpoint"), "recipe": {"base": "tiny", "steps": settings["steps"]},
     }  # fmt: skip
 
 
@@ -98,7 +102,7 @@ def trained(
 
 
 def kernel_weights(linear: Any) -> torch.Tensor:
-    """The weights that torch's own kernel multiplies with: its product with the identity, in float32, where nothing is rounded again."""
+    """Return the weights of torch's own kernel: its product with the identity, in float32 without further rounding."""
     packed = linear.weight
     eye = torch.eye(linear.in_features)
     size = packed.block_size[-1]
@@ -129,7 +133,7 @@ def test_fake_quantized_weights_are_bit_for_bit_those_of_the_loaded_cell(tiny_mo
 
 
 def test_torchaos_own_fake_quantizer_has_the_same_integers_and_rounds_their_values_once_more(tiny_model: Path) -> None:
-    """The reason for ours: the same scale and zero point, and values within two roundings of bfloat16, far less than a step."""
+    """Why we have our own: same scale and zero point, values within two roundings of bfloat16, far less than a step."""
     from torchao.quantization.qat import IntxFakeQuantizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -166,7 +170,7 @@ def divergences(model: Path, reference: Any, rows: torch.Tensor, quant: str) -> 
 
 
 def test_training_takes_back_part_of_what_int4_costs(sharp_model: Path, tmp_path: Path) -> None:
-    """On sentences that neither the model nor the training has seen; the checkpoint is loaded as any other."""
+    """Uses sentences that neither the model nor the training has seen; the checkpoint is loaded as any other."""
     unseen = toy_text(60, seed=1)
     losses: list[float] = []
 
@@ -258,14 +262,15 @@ def test_groups_that_do_not_fit_a_layer_are_refused_by_name(tiny_model: Path, tm
 
 
 @pytest.mark.parametrize(("learned", "held", "line"), [
-    (100, 600, "The data are too short to train on: 64 tokens beside what is held out, and one step takes batch_size=2 × sequence_tokens=64 tokens. "
-               "Give more text, or smaller steps."),
-    (600, 500, "What is held out is too short to measure quality on: 500 tokens, and 512 tokens are needed. Give more text, or a larger held_out than 0.2."),
+    (100, 600, "The data are too short to train on: 64 tokens beside what is held out, and one step takes "
+               "batch_size=2 × sequence_tokens=64 tokens. Give more text, or smaller steps."),
+    (600, 500, "What is held out is too short to measure quality on: 500 tokens, and 512 tokens are needed. "
+               "Give more text, or a larger held_out than 0.2."),
 ])  # fmt: skip
 def test_data_that_are_too_short_are_refused(
     tiny_model: Path, tmp_path: Path, learned: int, held: int, line: str
 ) -> None:
-    """Of the tiny model's tokenizer each character is a token."""
+    """Each character is a token of the tiny model's tokenizer."""
     with pytest.raises(UsageError) as caught:
         trained(tiny_model, ordered(tmp_path / "out", toy_text(40)[:learned], toy_text(40)[:held]))
     assert str(caught.value) == line
@@ -279,7 +284,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_nothing(tiny_model: Path, tmp
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         MeasurementError,
-        match=r"The loss at step 1 is not finite \(nan, gradient nan\), so nothing was kept\. Use a smaller learning_rate",
+        match=r"The loss at step 1 is not finite \(nan, gradient nan\), so nothing was kept\. "
+        r"Use a smaller learning_rate",
     ):
         trained(broken, ordered(tmp_path / "out", toy_text(40), toy_text(40)))
     assert not (tmp_path / "out" / "checkpoint").exists()
@@ -322,7 +328,8 @@ def test_the_shipped_texts_are_data_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "line"), [
     ("short", "The data are too short to train on: data.txt has 5 characters. Give more text."),
-    ("word " * 300, "What is held out is too short to measure quality on: 299 bytes, and 512 tokens are needed. Give more text, or a larger held_out than 0.2."),
+    ("word " * 300, "What is held out is too short to measure quality on: 299 bytes, and 512 tokens are needed. "
+                    "Give more text, or a larger held_out than 0.2."),
 ])  # fmt: skip
 def test_a_short_text_is_refused_before_anything_is_loaded(
     tmp_path: Path, content: str, line: str, capsys: pytest.CaptureFixture[str], store_uri: str
@@ -338,7 +345,8 @@ def test_a_short_text_is_refused_before_anything_is_loaded(
     ({"loss": "mse"}, "Unknown loss: mse. Give distill or lm."),
     ({"steps": 0}, "steps is too small: 0. The smallest is 1."),
     ({"learning_rate": "fast"}, "learning_rate is not a number: fast. Give a number from 1e-09."),
-    ({"data": "none.txt"}, "There is no data file none.txt. Give a text file, a JSON Lines file, bundled, or qa, summarization, creative, code, chat, domain."),
+    ({"data": "none.txt"}, "There is no data file none.txt. Give a text file, a JSON Lines file, bundled, "
+                           "or qa, summarization, creative, code, chat, domain."),
     ({"model": "a,b"}, "model takes one value here: a,b. Train one model at a time."),
     ({"quant": "int8"}, f"Unknown parameter: quant. Known: {', '.join(training.NAMES)}."),
 ])  # fmt: skip
@@ -383,7 +391,7 @@ def test_an_output_that_is_there_is_not_overwritten(
     assert main(arguments) == 2
     assert (
         capsys.readouterr().err
-        == "llmbench: output=mine is there already. Name a new folder, so that no checkpoint is overwritten.\n"
+        == "llmbench: output=mine exists already. Name a new folder, so that no checkpoint is overwritten.\n"
     )
 
 
@@ -405,7 +413,7 @@ def test_the_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth() -> None:
 
 
 def test_needed_bytes_by_hand() -> None:
-    """10 parameters trained (16 + 4 + 4) and 5 frozen (4); 6 arrays of 8 × 100 logits, or 4 without a teacher; 1.4 times that."""
+    """10 parameters trained (16 + 4 + 4) and 5 frozen (4); 6 arrays of 8 × 100 logits, or 4 without a teacher; × 1.4."""
     asked = Training(sequence_tokens=8)
     assert training.needed_bytes(10, 5, 100, asked) == int(1.4 * (10 * 24 + 5 * 4 + 6 * 8 * 100 * 4))
     assert training.needed_bytes(10, 5, 100, dataclasses.replace(asked, loss="lm")) == int(
@@ -430,7 +438,10 @@ def result(before: Quality, after: Quality) -> Trained:
 
 
 def test_what_was_taken_back_by_hand() -> None:
-    """Differences 0.2, 0.4 | 0.3, 0.3: mean 0.3 with equal means of both prompts, so an interval of no width; before it was 0.6."""
+    """Differences 0.2, 0.4 | 0.3, 0.3: mean 0.3 with equal means of both prompts, so an interval of no width.
+
+    Before training the mean was 0.6.
+    """
     done = result(quality((0.5, 0.7), (0.6, 0.6), nll=1.2), quality((0.3, 0.3), (0.3, 0.3), nll=1.1))
     found = training_figures(done)
     assert found["qat/kl_reduction"] == pytest.approx(0.3)
@@ -512,16 +523,18 @@ def test_a_training_is_a_run_and_its_checkpoint_a_cell(
     )
     out, err = capsys.readouterr()
     assert (
-        "in float32, with 14 linear layers as int4-wo rounds them; the embeddings and the output head stay as they are"
+        "in float32, with 14 linear layers rounded as by int4-wo; the embeddings and the output head stay as they are"
         in err
     )
     last = json.loads(out.splitlines()[-1])
     assert last["checkpoint"] == str(tmp_path / "made")
     found = MlflowClient(store_uri).get_run(last["run_id"])
     assert found.info.status == "FINISHED"
-    assert {name: found.data.params[name] for name in ("quant", "group_size", "steps", "learning_rate", "loss", "data")} == {
-        "quant": "int4-wo", "group_size": "32", "steps": "40", "learning_rate": "0.0003", "loss": "distill", "data": "data.txt"
+    expected = {
+        "quant": "int4-wo", "group_size": "32", "steps": "40",
+        "learning_rate": "0.0003", "loss": "distill", "data": "data.txt",
     }  # fmt: skip
+    assert {name: found.data.params[name] for name in expected} == expected
     metrics = found.data.metrics
     assert 0 < metrics["quality/kl_vs_reference"] < metrics["qat/ptq_kl_vs_reference"]
     assert metrics["qat/kl_reduction_ci_low"] > 0

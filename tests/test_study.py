@@ -1,4 +1,4 @@
-"""The whole study over records made from known parameters: claims by their intervals, findings, recommendations, figures, reports."""
+"""The whole study over records of known parameters: claims by their intervals, findings, figures, reports."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def measured(
     weights: str = "random",
     **other: Any,
 ) -> RunResult:
-    """One cell: TTFT and TPOT grow with size, batch and length; times are divided by the quantization's speed and by `speed`."""
+    """One cell: TTFT and TPOT grow with size, batch and length, divided by the quantization's speed and by `speed`."""
     size = MODELS[model]
     cell = Cell(
         model=model,
@@ -77,8 +77,9 @@ def claim(found: Findings, key: str) -> Claim:
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.91, 0.94, CONFIRMED), (0.5, 0.89, NOT_CONFIRMED), (0.96, 1.2, NOT_CONFIRMED), (0.89, 0.92, UNSAID), (0.8, 1.0, UNSAID), (None, None, UNSAID),
-     (0.96, None, NOT_CONFIRMED), (0.92, None, UNSAID), (None, 0.8, NOT_CONFIRMED)],
+    [(0.91, 0.94, CONFIRMED), (0.5, 0.89, NOT_CONFIRMED), (0.96, 1.2, NOT_CONFIRMED), (0.89, 0.92, UNSAID),
+     (0.8, 1.0, UNSAID), (None, None, UNSAID), (0.96, None, NOT_CONFIRMED), (0.92, None, UNSAID),
+     (None, 0.8, NOT_CONFIRMED)],
 )  # fmt: skip
 def test_an_interval_confirms_refutes_or_says_nothing(low: float | None, high: float | None, verdict: str) -> None:
     assert claims.judge_range(low, high, (0.90, 0.95)) == verdict
@@ -253,8 +254,9 @@ def test_quality_is_told_where_it_was_measured(tmp_path: Path) -> None:
 
 
 EVERY = {
-    "against_model_size", "against_batch_size", "against_prompt_length", "per_instance", "heatmap_throughput", "heatmap_ttft", "heatmap_tpot",
-    "memory_against_model_size", "memory_by_quantization", "memory_against_throughput", "models", "quantization_effect", "quantization_radar",
+    "against_model_size", "against_batch_size", "against_prompt_length", "per_instance", "heatmap_throughput",
+    "heatmap_ttft", "heatmap_tpot", "memory_against_model_size", "memory_by_quantization", "memory_against_throughput",
+    "models", "quantization_effect", "quantization_radar",
 }  # fmt: skip
 
 
