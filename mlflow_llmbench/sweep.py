@@ -445,7 +445,7 @@ def _take(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> list[Job]:
 
 
 def _lose(sweep: _Sweep, left: Sequence[Job], error: NodeLost) -> None:
-    """Count a lost machine for its unmeasured jobs. They are retried, and fail after more than `MOST_LOSSES` losses."""
+    """Count a lost machine for its unmeasured jobs: they are retried, and fail after more than `MOST_LOSSES` losses."""
     sweep.watcher.note(f"{error} {len(left)} cells of its group had not been measured.")
     for job in left:
         job.lost += 1
@@ -454,7 +454,7 @@ def _lose(sweep: _Sweep, left: Sequence[Job], error: NodeLost) -> None:
                 sweep,
                 job,
                 "crashed",
-                Failure("measuring", f"{error} {job.lost} nodes were lost while they had this cell."),
+                Failure("measuring", f"{error} This cell was lost in this way {job.lost} times."),
             )
 
 

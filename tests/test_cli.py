@@ -140,8 +140,8 @@ def test_versions_below_the_safe_ones_are_told_and_not_refused(
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert main(["run", *FAST]) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [
-        "llmbench: torch 2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights (CVE-2025-32434). "
-        "Run: pip install 'torch>=2.6'",
+        "llmbench: torch 2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights (CVE-2025-32434)."
+        " Run: pip install 'torch>=2.6'",
         "llmbench: transformers 5.2.0 is older than 5.3, the oldest that runs no code of a model without "
         "trust_remote_code (CVE-2026-4372). Run: pip install 'transformers>=5.3,<6'",
     ]

@@ -270,7 +270,7 @@ def test_a_cell_whose_task_dies_again_and_again_has_crashed(nodes: Nodes) -> Non
     found = fake("ttft_ms=400+itl_ms=1", batch_size="1,2", watcher=Watching(kill))
     assert [row.outcome for row in found.rows] == ["crashed", "ok"]
     assert len(gone) == 4
-    assert "4 nodes were lost while they had this cell." in found.rows[0].message
+    assert "This cell was lost in this way 4 times." in found.rows[0].message
 
 
 HANG = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"

@@ -1,4 +1,4 @@
-"""Results of other programs: translated figures, figures that keep their own name and why, and the runs made of them."""
+"""Results of other programs: translated figures, figures that keep their own name and why, and their runs."""
 
 from __future__ import annotations
 

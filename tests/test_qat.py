@@ -413,7 +413,7 @@ def test_the_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth() -> None:
 
 
 def test_needed_bytes_by_hand() -> None:
-    """10 parameters trained (16 + 4 + 4) and 5 frozen (4); 6 arrays of 8 × 100 logits, or 4 without a teacher; × 1.4."""
+    """10 parameters trained (16 + 4 + 4) and 5 frozen (4); 6 arrays of 8 × 100 logits, 4 without a teacher; × 1.4."""
     asked = Training(sequence_tokens=8)
     assert training.needed_bytes(10, 5, 100, asked) == int(1.4 * (10 * 24 + 5 * 4 + 6 * 8 * 100 * 4))
     assert training.needed_bytes(10, 5, 100, dataclasses.replace(asked, loss="lm")) == int(

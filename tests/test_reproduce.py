@@ -1,4 +1,4 @@
-"""Reproducing a run: the basis of the verdict, refusals before anything is measured, and the command on a real store."""
+"""Reproducing a run: basis of the verdict, refusals before anything is measured, and the command on a real store."""
 
 from __future__ import annotations
 
