@@ -182,7 +182,7 @@ def test_a_store_that_is_wrong_and_a_body_that_measures_nothing(store_uri: str) 
         pass
     with measure("mine", **CELL) as bench:
         bench.run(paced)
-        with pytest.raises(UsageError, match="done already"):
+        with pytest.raises(UsageError, match="already done"):
             bench.run(paced)
 
 

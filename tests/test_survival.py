@@ -188,7 +188,7 @@ def test_a_killed_sweep_is_uploaded_by_name_too(store_uri: str, store_template: 
     process = start(tmp_path, store_uri, "--model", HANG, "--batch-size", "1,2")
     until(lambda: first_cell_is_measured(tmp_path))
     [folder] = tmp_path.glob("llmbench-results/*")
-    with pytest.raises(JournalError, match="is being written by a command that still runs"):
+    with pytest.raises(JournalError, match="is still being written by a running command"):
         upload(str(folder), store_uri)
     process.kill()
     process.communicate(timeout=60)

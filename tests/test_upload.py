@@ -178,7 +178,7 @@ def test_a_store_that_breaks_in_the_middle_loses_nothing(store_uri: str, elsewhe
 
 
 def test_folders_that_are_no_results(tmp_path: Path, store_uri: str) -> None:
-    with pytest.raises(JournalError, match="has no sweep.json that can be read"):
+    with pytest.raises(JournalError, match="has no readable sweep.json"):
         upload(str(tmp_path))
     (tmp_path / "sweep.json").write_text(json.dumps({"parameters": {}, "cells": 1}))
     with pytest.raises(JournalError, match="holds no finished cell"):
