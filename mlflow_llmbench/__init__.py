@@ -23,7 +23,7 @@ __all__ = ["LlmbenchError", "__version__", "run"]
 
 
 def run(**parameters: Any) -> SweepResult:
-    """Measure one configuration, or a sweep; see `mlflow_llmbench.sweep.run` for the parameters and what is raised."""
+    """Measure one configuration, or a sweep; see `mlflow_llmbench.sweep.run` for the parameters and errors."""
     from . import sweep
 
     return sweep.run(**parameters)

@@ -1,4 +1,4 @@
-"""`python -m mlflow_llmbench` is the command `llmbench`, without an installation; MLproject calls it so."""
+"""Run the command `llmbench` as `python -m mlflow_llmbench`, without an installation, as MLproject does."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Two configurations against each other, in fresh processes and in turns: the sharpest answer to whether they differ.
+"""A/B comparison: measure two configurations in fresh processes in alternating order, and test whether they differ.
 
-A B, B A, A B, … (ABBA): what drifts with time meets both sides alike, and what a process does to all its repetitions (memory
-layout, where its threads run) is seen, since each process gives one value. Both sides may be the same configuration: then
-the answer says what this machine takes for a difference where there is none.
+The order is A B, B A, A B, … (ABBA), so that drift over time affects both sides alike. Each process gives one value, so
+effects that are constant within a process (memory layout, placement of threads) show up in the spread. Both sides may
+be the same configuration: the result is then the difference that this machine shows where there is none.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from .sweep import SweepResult, run_sides
 from .watcher import Watcher
 
 DEFAULT_PAIRS = 6
-"""Pairs of processes: five degrees of freedom, a t of 2.6."""
+"""Pairs of processes: six give five degrees of freedom and a t quantile of 2.6."""
 
 
 @dataclass(frozen=True)
 class Duel:
-    """What `run_ab` returns: the sweep of both sides, and the comparison, B against A."""
+    """Result of `run_ab`: the sweep of both sides, and the comparison of B against A."""
 
     sweep: SweepResult
     comparison: compare.Comparison
 
 
 def parse_side(text: str) -> dict[str, str]:
-    """One side, `quant=int4 batch_size=4`, as parameters. Raises UsageError."""
+    """Parse one side, such as `quant=int4 batch_size=4`, into parameters. Raises UsageError."""
     found: dict[str, str] = {}
     for part in text.split():
         name, equals, value = part.partition("=")
         if not equals:
             raise UsageError(
-                f"A side of an A/B comparison is not written as name=value: {part}. Give for example quant=int4 or 'quant=int4 batch_size=4'."
+                f"A side of an A/B comparison is not written as name=value: {part}. "
+                "Give for example quant=int4 or 'quant=int4 batch_size=4'."
             )
         found[name] = value
     return found
@@ -58,10 +59,11 @@ def run_ab(
     experiment: str | None = None,
     watcher: Watcher | None = None,
 ) -> Duel:
-    """Measure A and B in `pairs` fresh processes each, in turns, and compare them pair by pair.
+    """Measure A and B in `pairs` fresh processes each, in alternating order, and compare them pair by pair.
 
-    `a` and `b` are the parameters in which the sides differ, `common` those that they share; a list is no side. Raises
-    LlmbenchError for what is wrong before anything starts, and MeasurementError if either side could not be measured.
+    `a` and `b` are the parameters in which the sides differ, `common` those that they share. Each side is one
+    configuration, so lists are refused. Differences below `noise` (a ratio) are called noise. Raises LlmbenchError for
+    an error found before anything starts, MeasurementError if either side could not be measured.
     """
     done = measure_in_turns(
         a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
@@ -69,12 +71,12 @@ def run_ab(
     if done.outcome != "ok":
         failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])
         raise MeasurementError(
-            f"The sides could not be compared: {failed.outcome}: {failed.message} What was measured is in {done.folder}."
+            f"The sides could not be compared: {failed.outcome}: {failed.message} "
+            f"The results so far are in {done.folder}."
         )
     first, second = sides(done)
-    other = (
-        {"software"} if first.cell.worker_python != second.cell.worker_python else set()
-    )  # that is what was asked about
+    # Sides with different interpreters compare software on purpose.
+    other = {"software"} if first.cell.worker_python != second.cell.worker_python else set()
     comparison = compare.compare(first, second, noise=noise, paired=True, allow=frozenset({"workload", *other}))
     artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
@@ -94,16 +96,20 @@ def measure_in_turns(
     experiment: str | None = None,
     watcher: Watcher | None = None,
 ) -> SweepResult:
-    """Measure A and B in `pairs` fresh processes each, in turns; see `run_ab`. Neither is ever taken from an earlier sweep."""
+    """Measure A and B in `pairs` fresh processes each, in alternating order; see `run_ab`.
+
+    Earlier results are never reused. Raises UsageError for fewer than 2 pairs, a list on a side, or a cluster.
+    """
     if pairs < 2:
         raise UsageError(
-            f"There are too few pairs for a test: {pairs}. Give at least 2; {DEFAULT_PAIRS} are the default."
+            f"There are too few pairs for a test: {pairs}. Give at least 2; the default is {DEFAULT_PAIRS}."
         )
     cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
     spec = _merged(cells, common)
     if spec.options.on != "here":
         raise UsageError(
-            f"The sides of an A/B comparison take turns on one machine, and not on a cluster: on={spec.options.on}. Leave it out."
+            "The sides of an A/B comparison take turns on one machine, not on a cluster: "
+            f"on={spec.options.on}. Leave it out."
         )
     names = (
         ["A", "B"]
@@ -114,25 +120,26 @@ def measure_in_turns(
 
 
 def sides(done: SweepResult) -> tuple[RunResult, RunResult]:
-    """The results of A and B. Raises JournalError if one was not written."""
+    """Read the results of A and B. Raises JournalError if one was not written."""
     first, second = (read_result(done.folder / name / "artifacts") for name in _folders(done.folder))
     return first, second
 
 
 def _one_cell(parameters: Mapping[str, object]) -> Cell:
-    """The only cell that the parameters of one side make. Raises UsageError for a list."""
+    """Return the one cell that the parameters of a side make. Raises UsageError for a list."""
     spec = parse(parameters)
     if spec.varied:
         name = spec.varied[0]
         raise UsageError(
-            f"{name} has several values: {','.join(as_text(name, v) for v in spec.axes[name])}. Each side is one configuration."
+            f"{name} has several values: {','.join(as_text(name, v) for v in spec.axes[name])}. "
+            "Each side is one configuration: give one value."
         )
     [cell] = plan.expand_cells(spec)
     return cell
 
 
 def _merged(cells: list[Cell], common: Mapping[str, object]) -> BenchSpec:
-    """The parameters of both sides as one specification; the options of the command are those of `common`."""
+    """Return the parameters of both sides as one specification, with the options of `common`."""
     axes = {f.name: tuple(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
     return BenchSpec(axes, dataclasses.replace(parse(common).options, rerun=True))
 

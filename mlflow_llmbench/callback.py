@@ -6,12 +6,13 @@
         result = bench.run(generate)
     print(result.table())
 
-where `generate(prompts, output_tokens, emit)` calls `emit(ids)` with one id per prompt the moment each step is on the host.
+`generate(prompts, output_tokens, emit)` must call `emit(ids)`, with one id per prompt, as soon as each step is on the
+host.
 
-Warm-up until steady, repetitions until the interval is narrow, stamps, noise, verdict, journal, runs and sweeps are those of `llmbench run`. What is
-not: the function runs in this process, so memory and load time are absent (this process holds more than the model), nothing of what
-was loaded is verified (`quant` is your word for it), and a crash ends your program. A result is never taken from an earlier run, since
-a function may have changed unseen; name a version of yours by `revision`.
+Warm-up until steady, repetitions until the interval is narrow, stamps, noise, verdict, journal, runs and sweeps are
+those of `llmbench run`. The differences: the function runs in this process, so memory and load time are absent (this
+process holds more than the model), the loaded model is not verified (`quant` is your own statement), and a crash ends
+your program. Earlier results are never reused, since the function may have changed; name your version in `revision`.
 """
 
 from __future__ import annotations
@@ -37,27 +38,14 @@ from .watcher import Watcher
 from .workload import load_prompts
 
 PARAMETERS = (
-    "model",
-    "revision",
-    "quant",
-    "batch_size",
-    "prompt_tokens",
-    "output_tokens",
-    "workload",
-    "warmup",
-    "repetitions",
-    "max_repetitions",
-    "precision_target",
-    "device",
-    "seed",
-    "output_dir",
-    "price_per_hour",
-)
-"""What can be asked for; the rest has a meaning only where we load the model."""
+    "model", "revision", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload", "warmup",
+    "repetitions", "max_repetitions", "precision_target", "device", "seed", "output_dir", "price_per_hour",
+)  # fmt: skip
+"""Accepted parameters; the others have a meaning only if we load the model."""
 
 
 class Bench:
-    """What `measure` gives: `run` measures a function. `result` is None until then."""
+    """Object that `measure` yields: `run` measures a function. `result` is None until then."""
 
     def __init__(
         self, spec: BenchSpec, place: InThisProcess, store: tuple[str | None, str | None], watcher: Watcher | None
@@ -66,9 +54,9 @@ class Bench:
         self.result: SweepResult | None = None
 
     def run(self, generate: Generate) -> SweepResult:
-        """Measure every cell that was asked for; one that fails is a row with its outcome. Raises UsageError if it was called before."""
+        """Measure every requested cell; a failed one is a row with its outcome. Raises UsageError on a second call."""
         if self.result:
-            raise UsageError("This measurement is done already. Begin another one: with measure(…) as bench.")
+            raise UsageError("This measurement is already done. Begin another one: with measure(…) as bench.")
         self.place.function = generate
         facts = ModelFacts(str(self.spec.axes["model"][0]), "none", "", str(self.spec.axes["revision"][0]))
         self.result = run_in(self.place, self.spec, facts, self.store, self.watcher)
@@ -86,13 +74,14 @@ def measure(
     watcher: Watcher | None = None,
     **parameters: object,
 ) -> Iterator[Bench]:
-    """Check parameters and store before your model is loaded; then `run` of what this gives measures.
+    """Check parameters and store before you load your model, and yield a `Bench` whose `run` measures.
 
-    `parameters` are those of `llmbench run` that are in `PARAMETERS`; lists make a sweep. `encode`: text → ids, for workloads with texts;
-    drawn prompts have ids below `vocab_size`. Raises LlmbenchError for what is wrong, UsageError at the end if nothing was measured.
+    `parameters` are the ones of `llmbench run` that are in `PARAMETERS`; lists make a sweep. `encode` (text → ids) is
+    needed for workloads with texts; randomly drawn prompts have ids below `vocab_size`. Raises LlmbenchError for an
+    error found here, UsageError at the end if nothing was measured.
     """
     if "," in model:
-        raise UsageError(f"model is a name for one function, and has a comma: {model}. Give one name.")
+        raise UsageError(f"model is a name for one function, but it has a comma: {model}. Give one name.")
     unknown = [name for name in parameters if name not in PARAMETERS]
     if unknown:
         raise UsageError(f"{unknown[0]} has no meaning for a function of your own. Known: {', '.join(PARAMETERS)}.")
@@ -101,7 +90,7 @@ def measure(
     texts = [workload for workload in spec.axes["workload"] if workload not in DRAWN]
     if texts and encode is None:
         raise UsageError(
-            f"workload={texts[0]} has texts, and the function takes ids. Give encode=…, which makes ids of a text."
+            f"workload={texts[0]} has texts, but the function takes ids. Give encode=…, a function from text to ids."
         )
     device = machine.require_device(str(spec.axes["device"][0]))
     tracking.open_store(tracking_uri, experiment)
@@ -112,7 +101,7 @@ def measure(
 
 
 class InThisProcess(OneAtATime):
-    """A place (`place.Place`) that measures a function here, in the process of the program that has it."""
+    """Executor (`place.Place`) that measures a function in this process."""
 
     def __init__(self, device: str, encode: Callable[[str], Sequence[int]] | None, vocab_size: int) -> None:
         super().__init__()
@@ -120,11 +109,11 @@ class InThisProcess(OneAtATime):
         self.function: Generate | None = None
 
     def room(self, device: str) -> tuple[int | None, str]:
-        """Nobody knows what the function needs."""
+        """Return no limit: the memory need of the function is unknown."""
         return None, ""
 
     def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Measure the group that was given, as a worker would."""
+        """Measure the given group, as a worker would."""
         group = self.take()
         tell(group, {"event": "begun"})
         backend = self._backend(group)

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function of the library, print. Imports of consequence happen inside the commands."""
+"""Command line: parse, call one function of the library, print. Slow imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of our form: one line, what is wrong and what to do, exit code 2."""
+    """ArgumentParser with errors in our form: one line, what is wrong and what to do, exit code 2."""
 
     def error(self, message: str) -> Any:
-        """Raise instead of printing the usage."""
+        """Raise UsageError instead of printing the usage and exiting."""
         raise UsageError(f"{message[:1].upper()}{message[1:]}. See `{self.prog} --help`.")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; the options of `run` come from the declared parameters."""
+    """Build the parser of all commands; the options of `run` come from the declared parameters."""
     parser = Parser(
         prog="llmbench", description="Honest benchmarks of quantized language models, each one an MLflow run."
     )
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         found[name].add_argument(
             "--config",
             metavar="FILE",
-            help="YAML file of parameters, such as a run's config.yaml; options given here override it",
+            help="YAML file of parameters, such as a run's config.yaml; command-line options override it",
         )
     for name in ("compare", "ab"):
         found[name].add_argument(
@@ -58,30 +58,32 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="RATIO",
             type=float,
             default=0.01,
-            help="differences below this are called noise (default: 0.01)",
+            help="relative differences below this count as noise (default: 0.01)",
         )
     for name in ("run", "plan", "online", "compare", "ab", "scaling", "study", "qat"):
-        found[name].add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+        found[name].add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     for name in ("run", "online", "upload", "compare", "ab", "scaling", "study", "qat"):
         found[name].add_argument(
             "--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)"
         )
         found[name].add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for name, help in (
-        ("models", "list the presets, and what fits here"),
-        ("doctor", "say what this machine and environment can do"),
+        ("models", "list the model presets and which of them fit on this machine"),
+        ("doctor", "report what this machine and environment can do, and what is missing"),
     ):
         found[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        found[name].add_argument("--json", action="store_true", help="as one JSON object")
+        found[name].add_argument("--json", action="store_true", help="print one JSON object instead of text")
     found["doctor"].add_argument(
-        "--worker-python", metavar="PATH", help="examine what a worker of this interpreter can run, in place of ours"
+        "--worker-python",
+        metavar="PATH",
+        help="examine this Python interpreter for workers, instead of the current one",
     )
     decide.add_parsers(commands)
     return parser
 
 
 def _measuring(commands: Any) -> dict[str, Parser]:
-    """The commands that measure, and `plan`, which says what `run` would."""
+    """Add the commands that measure, and `plan`, which previews `run`."""
     run = commands.add_parser(
         "run",
         help="measure one configuration, or a sweep",
@@ -90,64 +92,67 @@ def _measuring(commands: Any) -> dict[str, Parser]:
     _add_parameters(run, PARAMETERS_OF["run"])
     plan = commands.add_parser(
         "plan",
-        help="show what `run` would measure with the same parameters: cells, memory, least time; nothing is started",
+        help="show what `run` would measure with the same parameters (cells, memory, minimum time); starts nothing",
     )
     _add_parameters(plan, PARAMETERS_OF["run"])
     online = commands.add_parser(
         "online",
-        help="measure a model behind a server that speaks OpenAI's interface",
-        description="The API key comes from the environment: LLMBENCH_API_KEY or OPENAI_API_KEY. Comma lists on parameters marked † make a sweep.",
+        help="measure a model behind an OpenAI-compatible server",
+        description="The API key comes from the environment: LLMBENCH_API_KEY or OPENAI_API_KEY. "
+        "Comma lists on parameters marked † make a sweep.",
     )
     _add_parameters(online, PARAMETERS_OF["online"])
     duel = commands.add_parser(
         "ab",
-        help="measure two configurations in turns, in fresh processes, and say how they differ",
-        description="Each side is name=value, or several in quotes: llmbench ab quant=bf16 'quant=int4 threads=1' --model opt-125m. Two equal sides show the machine's noise.",
+        help="measure two configurations in alternating fresh processes, and report how they differ",
+        description="Each side is name=value, or several in quotes: "
+        "llmbench ab quant=bf16 'quant=int4 threads=1' --model opt-125m. Two equal sides show the machine's noise.",
     )
     for side in ("a", "b"):
         duel.add_argument(side, metavar=side.upper(), help="the parameters of this side")
-    duel.add_argument("--pairs", metavar="N", type=int, default=6, help="fresh processes on each side (default: 6)")
+    duel.add_argument("--pairs", metavar="N", type=int, default=6, help="fresh processes per side (default: 6)")
     _add_parameters(duel, [name for name in PARAMETERS_OF["run"] if name != "processes"])
     study = commands.add_parser(
         "study",
-        help="the whole study: measure a grid of models, and report laws, trade-offs, claims and recommendations with all figures",
-        description="Measures a sweep (preset quick unless another is given) and studies it, together with results that are there already (--of). "
-        "Without parameters of a sweep it studies those alone.",
+        help="measure a grid of models, and report laws, trade-offs, claims and recommendations with all figures",
+        description="Measures a sweep (preset quick unless another is given) and studies it together with existing "
+        "results (--of). With --of and no sweep parameters, it studies only the existing results.",
     )
     study.add_argument(
         "--of",
         metavar="LIST",
         action="append",
         default=[],
-        help="sweeps, run ids, runs:/ID or results folders to take in too",
+        help="existing results to include: sweeps, run ids, runs:/ID or results folders",
     )
     study.add_argument(
         "--share",
         metavar="RATIO",
         type=float,
         default=0.5,
-        help="of the best throughput per instance, to keep (default: 0.5)",
+        help="share of the best throughput per instance that a batch size must keep (default: 0.5)",
     )
     study.add_argument(
         "--price",
         metavar="LIST",
         default="none",
-        help="money per hour: 0.5, or by a part of the hardware's name EPYC=0.5,A100=2.4",
+        help="price in money per hour: 0.5, or by part of the hardware's name: EPYC=0.5,A100=2.4 (default: none)",
     )
     study.add_argument(
-        "--accept-suspect", metavar="REASON", help="recommend suspect results too, for this reason; none = do not"
+        "--accept-suspect", metavar="REASON", help="also recommend suspect results, for this reason; none = do not"
     )
     study.add_argument(
         "--output",
         metavar="FOLDER",
-        help="write study/ and scaling/ there (default: beside the sweep that was measured)",
+        help="write study/ and scaling/ into this folder (default: the folder of the measured sweep)",
     )
-    study.add_argument("--log", metavar="RUN", help="keep them as artifacts of this run (default: the sweep's)")
+    study.add_argument("--log", metavar="RUN", help="log them as artifacts of this run (default: the sweep's run)")
     _add_parameters(study, PARAMETERS_OF["run"])
     qat = commands.add_parser(
         "qat",
-        help="train a model for int4-wo, and say how much of what that costs it took back",
-        description="Quantization-aware training on a text of yours. The checkpoint is then a model like any other: llmbench run --quant int4-wo.",
+        help="train a model for int4-wo, and report how much of the lost quality it recovers",
+        description="Quantization-aware training on your own text. The checkpoint can be measured like any other "
+        "model: llmbench run --model FOLDER --quant int4-wo.",
     )
     for name in NAMES:
         _add_parameter(qat, name, TRAINING.get(name) or PARAMETERS[name], training_default(name), "")
@@ -155,65 +160,67 @@ def _measuring(commands: Any) -> dict[str, Parser]:
 
 
 def _reading(commands: Any) -> dict[str, Parser]:
-    """The commands that read results."""
-    upload = commands.add_parser("upload", help="put a results folder into an MLflow store, as far as it is not there")
-    upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as `llmbench run` prints it")
+    """Add the commands that read results."""
+    upload = commands.add_parser("upload", help="upload what an MLflow store lacks of a results folder")
+    upload.add_argument("folder", metavar="FOLDER", help="a sweep's folder, as printed by `llmbench run`")
     compare = commands.add_parser(
-        "compare", help="say how two or more results differ, and whether that is more than noise"
+        "compare", help="report how two or more results differ, and whether that is more than noise"
     )
     compare.add_argument(
         "references",
         nargs="+",
         metavar="RESULT",
-        help="run id, runs:/ID, sweep, or results folder; the first is the one compared against",
+        help="run id, runs:/ID, sweep, or results folder; all others are compared with the first",
     )
     compare.add_argument(
         "--allow",
         metavar="LIST",
         default="",
-        help="compare in spite of a difference: hardware,software,workload,scenario,schema,verdict",
+        help="compare despite these differences: hardware,software,workload,scenario,schema,verdict",
     )
     compare.add_argument(
         "--paired",
         action="store_true",
-        help="both were measured in turns, process by process or repetition by repetition",
+        help="pair the values: both were measured in alternating order, by process or by repetition",
     )
     compare.add_argument(
-        "--log", metavar="RUN", help="keep the comparison and its charts as artifacts of this run, under comparison/"
+        "--log", metavar="RUN", help="log the comparison and its charts as artifacts of this run, under comparison/"
     )
     compare.add_argument("--output", metavar="FOLDER", help="write the comparison and its charts into this folder")
     scaling = commands.add_parser(
-        "scaling", help="fit the scaling laws of a sweep, and say what batch, length, size and quantization cost"
+        "scaling", help="fit scaling laws to a sweep, and report what batch, length, size and quantization cost"
     )
     scaling.add_argument(
         "references",
         nargs="+",
         metavar="SWEEP",
-        help="sweep, run id, runs:/ID, or results folder; several are taken together",
+        help="sweep, run id, runs:/ID, or results folder; several are studied together",
     )
     scaling.add_argument(
         "--share",
         metavar="RATIO",
         type=float,
         default=0.5,
-        help="of the best throughput per instance, to keep (default: 0.5)",
+        help="share of the best throughput per instance that a batch size must keep (default: 0.5)",
     )
     scaling.add_argument(
         "--at",
         metavar="NAME=LIST",
         action="append",
         default=[],
-        help="predict there too: batch_size=6,12 or prompt_tokens=300",
+        help="also predict at these values: batch_size=6,12 or prompt_tokens=300",
     )
-    scaling.add_argument("--output", metavar="FOLDER", help="write scaling.json, scaling.md and charts there")
     scaling.add_argument(
-        "--log", metavar="RUN", help="keep them as artifacts of this run, such as the parent of the sweep"
+        "--output", metavar="FOLDER", help="write scaling.json, scaling.md and charts into this folder"
+    )
+    scaling.add_argument(
+        "--log", metavar="RUN", help="log them as artifacts of this run, such as the parent of the sweep"
     )
     return {"upload": upload, "compare": compare, "scaling": scaling}
 
 
 def _add_parameters(command: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """One option per declared parameter."""
+    """Add one option per declared parameter."""
     for name in names:
         _add_parameter(
             command, name, PARAMETERS[name], default_text(name), " †" if PARAMETERS[name].metadata["sweep"] else ""
@@ -227,7 +234,10 @@ def _add_parameter(command: argparse.ArgumentParser, name: str, declared: Field[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a failure, 2 for a wrong parameter, 130 when interrupted."""
+    """Run one command. Returns the exit code: 0, 1 for a failure, 2 for a wrong parameter, 130 if interrupted.
+
+    `gate` and `reproduce` have further exit codes.
+    """
     for name in SIGNALS:
         signal.signal(name, _interrupt)
     with (
@@ -251,23 +261,23 @@ def _main(arguments: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception:
-        traceback.print_exc()  # here, where what it prints is redacted
+        traceback.print_exc()  # inside `main`, whose streams redact secrets
         return 1
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What ends a command in order: Ctrl-C, a scheduler, a terminal that was closed."""
+"""Signals that end a command in order: from Ctrl-C, a scheduler, or a closed terminal."""
 
 
 def _interrupt(*_: object) -> None:
-    """The first signal interrupts; those after it are ignored, so that every run is ended and what was measured is kept."""
+    """Handle the first signal only. Later ones are ignored until every run has ended and its results are saved."""
     for name in SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _parameters(given: argparse.Namespace) -> dict[str, object]:
-    """What the file and the options say, checked before anything slow is imported."""
+    """Return the parameters of the file and the options, checked before anything slow is imported."""
     parameters: dict[str, object] = read_yaml(given.config) if given.config else {}
     parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name, None)) is not None}
     if given.command == "online":
@@ -340,7 +350,7 @@ def _warn_of_versions() -> None:
 
 
 def _print_where(result: SweepResult) -> None:
-    """Where the results are, and how to look at them."""
+    """Print where the results are and how to open them."""
     print(f"\nResults: {result.folder}")
     for line in result.not_uploaded:
         print(f"Not uploaded: {line}")
@@ -350,11 +360,11 @@ def _print_where(result: SweepResult) -> None:
     else:
         print(f"Open the {what}: {result.ui}\nthen http://127.0.0.1:5000/{result.page}")
     if result.not_uploaded:
-        print(f"Upload what is missing: llmbench upload {shlex.quote(str(result.folder))}")
+        print(f"Upload the rest: llmbench upload {shlex.quote(str(result.folder))}")
 
 
 def _as_json(result: SweepResult) -> Mapping[str, Any]:
-    """The result as one JSON object: outcome, runs with their parameters and metrics, and where they are."""
+    """Return the result as one JSON object: outcome, locations, and runs with their parameters and metrics."""
     runs = [
         {
             "run_id": run_id,
@@ -381,7 +391,7 @@ def _upload(given: argparse.Namespace) -> int:
     from .upload import upload
 
     done = upload(given.folder, given.tracking_uri, given.experiment)
-    print(f"{done.new} runs uploaded, {done.completed} completed, {done.there} were there. Open them: {done.ui}")
+    print(f"{done.new} runs uploaded, {done.completed} completed, {done.there} already there. Open them: {done.ui}")
     return 0
 
 
@@ -409,11 +419,11 @@ def _compare(given: argparse.Namespace) -> int:
 
 
 def _keep(given: argparse.Namespace, write: Callable[[Path], object], under: str) -> None:
-    """What a command found as files in a folder (`--output`) and in a run below `under` (`--log`), where asked for."""
+    """Write the findings of a command into a folder (`--output`) and log them on a run under `under` (`--log`)."""
     if given.output:
         write(Path(given.output))
         print(f"Written: {given.output}")
-    if given.log:  # from a folder of its own: the other may hold a person's files
+    if given.log:  # from a temporary folder: the other may hold the user's own files
         from . import tracking
 
         with tempfile.TemporaryDirectory() as scratch:
@@ -475,7 +485,7 @@ def _study(given: argparse.Namespace) -> int:
 
 
 def _print_study(done: StudyResult) -> None:
-    """Where the study is."""
+    """Print where the study is."""
     if done.sweep:
         _print_where(done.sweep)
     if done.found and done.folder:
@@ -506,7 +516,8 @@ def _qat(given: argparse.Namespace) -> int:
     print(f"\nResults: {done.folder}" + (f"\nLogged on run {done.run_id}." if done.run_id else ""))
     if done.checkpoint:
         print(
-            f"Run it: llmbench run --model {shlex.quote(done.checkpoint)} --quant int4-wo --group-size {done.cell.group_size}"
+            f"Run it: llmbench run --model {shlex.quote(done.checkpoint)} --quant int4-wo "
+            f"--group-size {done.cell.group_size}"
         )
     if given.json:
         print(json.dumps({**to_json(done), "metrics": training_report.training_figures(done)}, ensure_ascii=False))
@@ -514,7 +525,7 @@ def _qat(given: argparse.Namespace) -> int:
 
 
 def _places(text: str) -> list[tuple[str, float]]:
-    """`batch_size=6,12` → the pairs to predict at."""
+    """Parse `batch_size=6,12` into (name, value) pairs to predict at. Raises UsageError."""
     name, _, values = text.partition("=")
     if name not in ("batch_size", "prompt_tokens"):
         raise UsageError(f"--at takes batch_size or prompt_tokens and a list: {text}. Give --at batch_size=6,12.")

@@ -1,10 +1,15 @@
-"""Groups on a Ray cluster: each is a Ray task on a node of its own. The only importer of Ray, which does all the scheduling.
+"""Executor on a Ray cluster: each group is a Ray task, alone on a node. Ray does all the scheduling.
 
-A node needs Python, Ray and what a worker needs, no MLflow; this package comes along with the task. What is measured comes back
-as the files of the journal, a part whenever a cell has ended, so that a lost node takes only unfinished cells with it.
+This is the only module that imports Ray. A node needs Python, Ray and what a worker needs, but no MLflow; the task
+brings this package along. Results come back as journal files, a part whenever a cell ends, so that only unfinished
+cells are lost with a node.
 
-What a task asks for: one unit of `ALONE`, so that no node has two of them; all CPUs of the smallest node that will do, so
-that where nodes are alike no other Ray job has a core of it either; a GPU, unless the device is the CPU; the predicted memory.
+Resources that a task requests:
+
+- one unit of `ALONE`, so that no node runs two of our tasks;
+- all CPUs of the smallest node that fits, so that on identical nodes no other Ray job gets a core of the same node;
+- a GPU, unless the device is the CPU;
+- the predicted memory.
 """
 
 from __future__ import annotations
@@ -41,27 +46,31 @@ from .spec import WORKLOADS
 from .supervise import GroupOutcome
 
 ALONE = "node:__internal_implicit_resource_llmbench"
-"""Ray gives every node one unit of any resource whose name begins like this (Ray Serve keeps its replicas apart by it)."""
+"""Resource that keeps our tasks on separate nodes.
+
+Ray gives every node one unit of any resource with this prefix; Ray Serve spreads its replicas the same way.
+"""
 
 REACH_S = 5.0
-"""Longest wait for a connection; Ray itself would try for minutes."""
+"""Longest wait for a connection, in seconds; Ray itself would try for minutes."""
 
 ANSWER_S = 120.0
-"""Longest wait for a node to say what it is; it may have to start a process and to fetch this package first."""
+"""Longest wait for the nodes to describe themselves, in seconds; each may first start a process and fetch this package.
+"""
 
 POLL_S = 1.0
-"""Time between two looks for news of the nodes."""
+"""Seconds between two polls for events of the nodes."""
 
 WITHOUT_NODE_S = 600.0
-"""Longest wait for a node that could take a group, where no node of the cluster could any more; Ray may bring one back."""
+"""Longest wait in seconds while no node of the cluster can take a group; Ray may bring a lost node back."""
 
 STOP_S = 2.0
-"""Longest wait for the last news when everything is ended."""
+"""Longest wait for new events at each poll and at the end, in seconds."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is alive: what it offers to tasks. `memory` is the bytes that Ray lets them have."""
+    """A node that is alive, and the resources that it offers to tasks. `memory` is in bytes."""
 
     id: str
     name: str
@@ -72,29 +81,33 @@ class Node:
 
 @dataclass
 class Flight:
-    """A group that was given to Ray: what it asked for, its result to come, where it is measured, what has arrived of its files."""
+    """A group submitted to Ray: its requested resources, future result (`ref`), node, and the files received so far."""
 
     number: int
     group: Group
     cpus: float
     memory: int
     ref: Any = None
-    node_id: str = ""  # empty until a node has it
-    received: dict[str, bytes] = field(default_factory=dict)  # path from the sweep's folder → its bytes so far
-    homeless_since: float | None = None  # since when there is no node that could take it
+    node_id: str = ""  # empty until a node has begun
+    received: dict[str, bytes] = field(default_factory=dict)  # path in the sweep's folder → bytes so far
+    homeless_since: float | None = None  # monotonic seconds; since then no node could take it
 
     def so_far(self) -> GroupOutcome:
-        """What has arrived, as the outcome of a worker that was killed."""
+        """Return what has arrived, as the outcome of a killed worker."""
         told = self.received.get(f"{self.group[0].folder.name}/worker.jsonl", b"")
         outcomes = [outcome for _, outcome in supervise.replay(json.loads(line) for line in told.splitlines())]
         return outcomes[-1] if outcomes else GroupOutcome()
 
 
 def connect(options: Options, device: str, warn: Callable[[str], None]) -> Cluster:
-    """Join the cluster that `options.on` names, and ask its nodes what they are. Raises UsageError or MissingError, within seconds."""
+    """Join the cluster that `options.on` names, and ask its nodes to describe themselves.
+
+    Raises UsageError for a device that names one GPU or if Ray is connected already, MissingError if Ray is not
+    installed or the cluster cannot be reached or used.
+    """
     if device.startswith("cuda:"):
         raise UsageError(
-            f"device={device} numbers the GPUs of one machine, and on={options.on} has several. Give device=cuda."
+            f"device={device} names a GPU of one machine, but on={options.on} has several machines. Give device=cuda."
         )
     try:
         import ray
@@ -130,7 +143,8 @@ def _join(ray: Any, on: str) -> None:
     except Exception as error:
         known = address if address != "auto" else "of this machine"
         hint = (
-            "The address of ray://HOST:PORT is that of the Ray Client server, port 10001 unless told otherwise, and needs 'ray[client]' on both sides."
+            "ray://HOST:PORT is the address of the Ray Client server, by default port 10001, "
+            "and needs 'ray[client]' on both sides."
             if address.startswith("ray://")
             else "Start one with `ray start --head`, name one by RAY_ADDRESS=HOST:PORT, or give on=ray://HOST:PORT."
         )
@@ -139,7 +153,7 @@ def _join(ray: Any, on: str) -> None:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; here the first signal interrupts, and what was measured is kept."""
+    """Restore our SIGTERM handler, which Ray replaces: the first signal must interrupt and keep all results."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -151,22 +165,23 @@ def _signals_kept() -> Iterator[None]:
 
 
 class Cluster:
-    """A Ray cluster as a `Place`: as many groups at a time as it has nodes for them; the others wait in Ray's queue."""
+    """Executor (`Place`) on a Ray cluster: as many groups at once as it has nodes; the others wait in Ray's queue."""
 
     takes_more = True
 
     def __init__(self, ray: Any, options: Options, device: str, warn: Callable[[str], None]) -> None:
         self.ray, self.options, self.warn = ray, options, warn
         self.flights: list[Flight] = []
-        self.given = self.letters = 0  # how many groups were given, how many letters were read
-        self.homes: dict[Cell, str] = {}  # measured cell → node; its further processes run there too
+        self.given = self.letters = 0  # numbers of groups given and of letters read
+        self.homes: dict[Cell, str] = {}  # measured cell → node; its further processes run on the same one
         alive = self._alive()
         self.on_gpu = device == "cuda" or (device == "auto" and any(one.gpus >= 1 for one in alive))
         self.nodes = self._fitting(1, 0, alive)
         if not self.nodes:
             what = "a GPU and a CPU" if self.on_gpu else "a CPU"
             raise MissingError(
-                f"No node of the Ray cluster offers {what} to tasks (device={device}). Add one: ray start --address=HOST:PORT"
+                f"No node of the Ray cluster offers {what} to tasks (device={device}). "
+                "Add one: ray start --address=HOST:PORT"
             )
         found = self._ask_nodes()
         self.git = machine.git_commit(str(Path(__file__).parent))
@@ -177,7 +192,8 @@ class Cluster:
         own = ray.get_runtime_context().get_node_id()
         if any(one.id == own for one in self.nodes):
             warn(
-                f"This command runs, or is served, on the node {self._name(own)}, which measures too and may be disturbed. Start Ray there with --num-cpus=0."
+                f"This command runs, or is served, on the node {self._name(own)}, which also measures and may be "
+                "disturbed. Start Ray there with --num-cpus=0."
             )
         self.prints = ray._private.worker.print_to_stdstream
         ray._private.worker.print_to_stdstream = _say_nothing
@@ -185,7 +201,7 @@ class Cluster:
     def _alive(self) -> list[Node]:
         found = []
         for one in self.ray.nodes():
-            has, given = one["Resources"], one.get("NodeName")  # the address, unless it was started with --node-name
+            has, given = one["Resources"], one.get("NodeName")  # the address, unless started with --node-name
             name = given if given and given != one["NodeManagerAddress"] else one["NodeManagerHostname"]
             if one["Alive"]:
                 found.append(Node(one["NodeID"], name, has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0)))
@@ -195,7 +211,10 @@ class Cluster:
         return [one for one in alive if one.cpus >= cpus and one.gpus >= self.on_gpu and one.memory >= memory]
 
     def _ask_nodes(self) -> list[dict[str, Any]]:
-        """The fingerprints of the nodes that answer. Raises MissingError if one cannot run this package, or none answers."""
+        """Return the fingerprints of the nodes that answer.
+
+        Raises MissingError if a node cannot run this package, or if none answers.
+        """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         ask = self.ray.remote(_describe)
@@ -214,16 +233,15 @@ class Cluster:
                 if isinstance(problem := self._error(asked[ref].name, error), NodeLost):
                     continue
                 raise MissingError(
-                    f"{problem} Every node needs Python, Ray and what pip install mlflow-llmbench brings (MLflow is not needed)."
+                    f"{problem} Every node needs Python, Ray and the packages that pip install mlflow-llmbench brings "
+                    "(MLflow is not needed)."
                 ) from None
         if not found:
-            raise MissingError(
-                f"No node of the Ray cluster has said within {ANSWER_S:g} s what it is. Look at `ray status`."
-            )
+            raise MissingError(f"No node of the Ray cluster has answered within {ANSWER_S:g} s. Look at `ray status`.")
         return found
 
     def room(self, device: str) -> tuple[int | None, str]:
-        """What the largest node, or the largest GPU, has in all: what is free is known only when a group comes there."""
+        """Return the total bytes of the largest node or GPU; free memory is known only once a group runs there."""
         if self.on_gpu:
             return max(self.gpu_bytes, default=None), "are on the largest GPU of the cluster"
         largest, limit = int(max(one.memory for one in self.nodes)), self.options.memory_limit
@@ -233,11 +251,11 @@ class Cluster:
 
     @property
     def busy(self) -> bool:
-        """Whether there are groups that have not ended."""
+        """True if there are groups that have not ended."""
         return bool(self.flights)
 
     def give(self, group: Group) -> None:
-        """Hand a group to Ray, in parts where its cells were measured on several nodes before."""
+        """Submit a group to Ray, split by the nodes on which its cells were measured before."""
         for home in dict.fromkeys(self.homes.get(job.cell) for job in group):
             self._launch([job for job in group if self.homes.get(job.cell) == home], home)
 
@@ -269,7 +287,7 @@ class Cluster:
         self.given += 1
 
     def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Pass on what the nodes tell, until one of the groups has ended."""
+        """Pass the nodes' events to `tell` until one of the groups has ended. Returns that group and its outcome."""
         while True:
             with _connected():
                 ended, _ = self.ray.wait([flight.ref for flight in self.flights], timeout=POLL_S)
@@ -286,7 +304,10 @@ class Cluster:
 
     def _land(self, flight: Flight) -> GroupOutcome:
         if flight.homeless_since is not None:
-            message = f"For {WITHOUT_NODE_S:g} s no node of the cluster could take it. Look at `ray status`, and run it again."
+            message = (
+                f"No node of the cluster could take it for {WITHOUT_NODE_S:g} s. "
+                "Look at `ray status`, and run it again."
+            )
             return GroupOutcome(error=MeasurementError(message))
         try:
             with _connected():
@@ -298,7 +319,7 @@ class Cluster:
         return outcome
 
     def _read_letters(self, tell: Tell | None) -> None:
-        """Take what the nodes have told since the last time. Letters that do not come now come the next time."""
+        """Fetch the nodes' new events (letters). Those that do not arrive within `STOP_S` arrive at the next call."""
         try:
             with _connected():
                 letters = self.ray.get(self.mailbox.take.remote(self.letters), timeout=STOP_S)
@@ -322,7 +343,10 @@ class Cluster:
                 self.warn(str(error))
 
     def _homeless(self) -> list[Any]:
-        """The groups for which there has been no node for too long, while nothing is measured. Ray alone would wait forever."""
+        """Cancel groups that no node could take for `WITHOUT_NODE_S`, and return their refs; Ray would wait forever.
+
+        Called only while no group is being measured.
+        """
         over, now = [], time.monotonic()
         with _connected():
             alive = self._alive()
@@ -332,7 +356,8 @@ class Cluster:
             elif flight.homeless_since is None:
                 flight.homeless_since = now
                 self.warn(
-                    f"{flight.group[0].name}: no node of the cluster can take it now. Waiting {WITHOUT_NODE_S:g} s for one."
+                    f"{flight.group[0].name}: no node of the cluster can take it now. "
+                    f"Waiting up to {WITHOUT_NODE_S:g} s for one."
                 )
             elif now - flight.homeless_since > WITHOUT_NODE_S:
                 self._cancel(flight)
@@ -357,7 +382,7 @@ class Cluster:
         return NodeLost(f"The node {name} is lost ({type(error).__name__}).")
 
     def _cancel(self, flight: Flight) -> None:
-        """End a task with its process, and the worker with that; where Ray is gone they are too."""
+        """End a task, its process and the worker. If Ray is gone, they are gone too, and errors are ignored."""
         with contextlib.suppress(Exception):
             self.ray.cancel(flight.ref, force=True)
 
@@ -370,7 +395,7 @@ class Cluster:
         return [flight.group for flight in waiting]
 
     def stop(self) -> list[tuple[Group, GroupOutcome]]:
-        """End all tasks. What they told before is the outcome of their groups."""
+        """End all tasks. Returns the groups that had not ended, each with the outcome received so far."""
         for flight in self.flights:
             self._cancel(flight)
         with contextlib.suppress(Exception):
@@ -379,29 +404,33 @@ class Cluster:
         return [(flight.group, flight.so_far()) for flight in left]
 
     def close(self) -> None:
-        """Leave the cluster. Ray ends whatever this program had there."""
+        """Leave the cluster. Ray then ends everything that this program ran there."""
         with contextlib.suppress(Exception):
             self.ray.shutdown()
         self.ray._private.worker.print_to_stdstream = self.prints
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:
-    """Print nothing: Ray puts dozens of lines about a lost node on the standard output, and it is told in one."""
+    """Print nothing: Ray writes dozens of lines about a lost node to standard output; we report it in one line."""
 
 
 @contextlib.contextmanager
 def _connected() -> Iterator[None]:
-    """A connection through Ray Client that broke is told in a line, and ends the sweep; another one does not break without this process."""
+    """Turn a broken Ray Client connection into a MeasurementError of one line, which ends the sweep.
+
+    Other connections do not break without ending this process.
+    """
     try:
         yield
     except ConnectionError as error:
         raise MeasurementError(
-            f"The connection to the Ray cluster is lost: {first_line(error)} What has arrived is kept; the same command measures the rest."
+            f"The connection to the Ray cluster is lost: {first_line(error)} The results received so far are kept. "
+            "Run the same command again to measure the rest."
         ) from None
 
 
 class Mailbox:
-    """What the nodes tell, in order, kept until it has arrived: an actor on the head node."""
+    """Actor on the head node that keeps the nodes' events (letters), in order, until they have been received."""
 
     def __init__(self) -> None:
         self.first, self.letters = 0, list[Any]()
@@ -411,14 +440,14 @@ class Mailbox:
         self.letters.append(letter)
 
     def take(self, known: int) -> list[Any]:
-        """The letters after the first `known` ones, which have arrived and are forgotten."""
+        """Return the letters after the first `known` ones, which have been received and are deleted."""
         del self.letters[: known - self.first]
         self.first = known
         return self.letters
 
 
 def _describe(on_gpu: bool) -> dict[str, Any]:
-    """On a node: its fingerprint as one of our tasks sees it, which is with one GPU if it asks for one."""
+    """On a node: return its fingerprint as one of our tasks sees it, with one GPU if `on_gpu`."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
@@ -434,7 +463,7 @@ def _describe(on_gpu: bool) -> dict[str, Any]:
 def _on_node(
     task: node.Task, texts: Mapping[str, bytes], git: str | None, names: Mapping[str, str], number: int, mailbox: Any
 ) -> tuple[GroupOutcome, dict[str, bytes]]:
-    """On a node: measure a group, and tell the command's mailbox how it goes on."""
+    """On a node: measure a group, and post its events and files to the command's mailbox."""
     import ray
 
     node_id = str(ray.get_runtime_context().get_node_id())

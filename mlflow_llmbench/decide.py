@@ -1,4 +1,7 @@
-"""The commands of the decision: recommend, register, gate, promote, export, reproduce, import. Parse, call one function, print."""
+"""Commands that decide: recommend, register, gate, promote, export, reproduce, import.
+
+Each parses its options, calls one function of the library and prints.
+"""
 
 from __future__ import annotations
 
@@ -24,60 +27,53 @@ if TYPE_CHECKING:
     from .tracking import Store
 
 BYTES = {
-    "": 1,
-    "b": 1,
-    "kb": 1e3,
-    "mb": 1e6,
-    "gb": 1e9,
-    "tb": 1e12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+    "": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
 MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
 STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p50", "p95")}
-"""Latency → its statistics that a limit can be about, the default first."""
+"""Latency → the statistics that a limit can name, the default first."""
 
 
 def add_parsers(commands: Any) -> None:
-    """Add the parsers of these commands to those of the command line."""
+    """Add the parsers of these commands to `commands`, the subparsers of the command line."""
     recommend = commands.add_parser(
-        "recommend", help="choose a configuration among results, within limits, and say why"
+        "recommend", help="choose the best configuration among results, within limits, and explain the choice"
     )
     recommend.add_argument("references", nargs="+", metavar="RESULT", help="sweep, run id, runs:/ID, or results folder")
     recommend.add_argument(
-        "--goal", metavar="GOAL", default="throughput", help="throughput, latency, cost or energy (default: throughput)"
+        "--goal",
+        metavar="GOAL",
+        default="throughput",
+        help="optimize throughput, latency, cost or energy (default: throughput)",
     )
     recommend.add_argument(
-        "--max-memory", metavar="SIZE", help="most peak memory, of the device if there is one: 6GB, 512MiB"
+        "--max-memory", metavar="SIZE", help="maximum peak memory, of the device if there is one: 6GB, 512MiB"
     )
     recommend.add_argument(
-        "--max-ttft", metavar="TIME", help="longest time to first token: 200ms (the median), or p95=0.2s"
+        "--max-ttft", metavar="TIME", help="maximum time to first token: 200ms (median), or p95=0.2s"
     )
-    recommend.add_argument(
-        "--max-tpot", metavar="TIME", help="longest time per output token: 50ms (the mean), or p95=60ms"
-    )
+    recommend.add_argument("--max-tpot", metavar="TIME", help="maximum time per output token: 50ms (mean), or p95=60ms")
     recommend.add_argument(
         "--min-quality",
         metavar="LIST",
-        help="least quality: kl=0.05 (at most), perplexity=12 (at most), top1=0.95 (at least)",
+        help="quality limits: kl=0.05 (maximum), perplexity=12 (maximum), top1=0.95 (minimum)",
     )
     recommend.add_argument(
         "--allow",
         metavar="LIST",
         default="",
-        help="weigh in spite of a difference: hardware,software,workload,scenario",
+        help="compare results despite these differences: hardware,software,workload,scenario",
     )
     _add_accept_suspect(recommend)
-    recommend.add_argument("--output", metavar="FOLDER", help="write the files here too")
+    recommend.add_argument("--output", metavar="FOLDER", help="also write the files into this folder")
     register = commands.add_parser(
-        "register", help="put a measured configuration into the Model Registry, with its evidence"
+        "register", help="add a measured configuration to the MLflow Model Registry, with its evidence"
     )
     register.add_argument(
         "reference",
         metavar="RUN",
-        help="run id, the parent run of a sweep with a recommendation, or a recommendation.json",
+        help="run id, parent run of a sweep with a recommendation, or a recommendation.json file",
     )
     register.add_argument("--name", required=True, metavar="NAME", help="registered model, for example support-bot")
     register.add_argument(
@@ -88,7 +84,7 @@ def add_parsers(commands: Any) -> None:
     )
     _add_accept_suspect(register)
     gate = commands.add_parser(
-        "gate", help="hold a measured run against the champion of a registered model; the exit code is the verdict"
+        "gate", help="compare a measured run with the champion of a registered model; the exit code is the verdict"
     )
     gate.add_argument("candidate", metavar="CANDIDATE", help="run id, sweep, results folder, or models:/NAME@ALIAS")
     gate.add_argument(
@@ -98,33 +94,34 @@ def add_parsers(commands: Any) -> None:
         "--limit",
         metavar="LIST",
         default="",
-        help="how much worse a metric may be: ttft=10%%,memory=0.02; kl in nats where the champion has none",
+        help="allowed regression per metric: ttft=10%%,memory=0.02; kl in nats if the champion has no kl",
     )
     gate.add_argument(
-        "--default-limit", metavar="RATIO", default="5%", help="the same for every other metric (default: 5%%)"
+        "--default-limit",
+        metavar="RATIO",
+        default="5%",
+        help="allowed regression of every other metric (default: 5%%)",
     )
     gate.add_argument(
         "--measure",
         action="store_true",
-        help="measure both configurations again here, in turns, instead of taking their runs",
+        help="measure both configurations again here, in alternating order, instead of using their runs",
     )
-    gate.add_argument(
-        "--pairs", metavar="N", help="fresh processes on each side, which says --measure too (default: 6)"
-    )
-    _add_output_dir(gate, "with --measure: the journal's folder")
+    gate.add_argument("--pairs", metavar="N", help="number of fresh processes per side; implies --measure (default: 6)")
+    _add_output_dir(gate, "with --measure: folder for results")
     gate.add_argument("--experiment", metavar="NAME", help="with --measure: MLflow experiment (default: llmbench)")
     _add_grants(gate)
     gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
     gate.add_argument("--markdown", metavar="FILE", help="write the verdict as Markdown")
     _add_accept_suspect(gate)
-    promote = commands.add_parser("promote", help="make a version the champion, after a gate that it has passed")
+    promote = commands.add_parser("promote", help="make a version that has passed its gate the champion")
     promote.add_argument(
         "version",
         metavar="VERSION",
         help="models:/NAME@candidate, models:/NAME/VERSION, or models:/NAME@previous to go back",
     )
     export = commands.add_parser(
-        "export", help="write the command or manifest that serves a registered version elsewhere"
+        "export", help="write the command or manifest that serves a registered version with another engine"
     )
     export.add_argument("version", metavar="VERSION", help="models:/NAME@champion, or models:/NAME/VERSION")
     export.add_argument(
@@ -134,24 +131,24 @@ def add_parsers(commands: Any) -> None:
         metavar="TARGET",
         help="vllm, tgi, sglang, llama.cpp, transformers, docker-compose or kubernetes",
     )
-    export.add_argument("--output", metavar="FILE", help="write it here (default: print it)")
+    export.add_argument("--output", metavar="FILE", help="write it to this file (default: print it)")
     reproduce = commands.add_parser(
         "reproduce",
-        help="measure a run or a registered version again, and say whether it came out alike; the exit code says it too",
+        help="measure a run or a registered version again and compare; the exit code says whether they agree",
     )
     reproduce.add_argument("reference", metavar="RUN", help="run id, runs:/ID, results folder, or models:/NAME@ALIAS")
     reproduce.add_argument(
-        "--margin", metavar="RATIO", default="5%", help="within what it counts as equivalent (default: 5%%)"
+        "--margin", metavar="RATIO", default="5%", help="largest difference that counts as equivalent (default: 5%%)"
     )
     _add_grants(reproduce)
-    reproduce.add_argument("--url", metavar="URL", help="where the server is now, for a run that measured one")
-    _add_output_dir(reproduce, "the journal's folder")
-    reproduce.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: that of the run)")
+    reproduce.add_argument("--url", metavar="URL", help="present address of the server, for a run that measured one")
+    _add_output_dir(reproduce, "folder for results")
+    reproduce.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: the run's)")
     bring = commands.add_parser(
         "import",
-        help="put results of vllm bench serve, GuideLLM, AIPerf, llama-bench or optimum-benchmark into the store",
+        help="import results of vllm bench serve, GuideLLM, AIPerf, llama-bench or optimum-benchmark into the store",
     )
-    bring.add_argument("files", nargs="+", metavar="FILE", help="the JSON file that the program wrote")
+    bring.add_argument("files", nargs="+", metavar="FILE", help="JSON file that the program wrote")
     bring.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
     for command in (recommend, register, gate, promote, export, reproduce, bring):
         _add_common(command)
@@ -161,7 +158,7 @@ def _add_accept_suspect(parser: Any) -> None:
     parser.add_argument(
         "--accept-suspect",
         metavar="REASON",
-        help="accept suspect results, for this reason, which is recorded; none = do not",
+        help="accept suspect results for this reason, which is recorded; none = do not accept them",
     )
 
 
@@ -175,11 +172,11 @@ def _add_output_dir(parser: Any, what: str) -> None:
 
 
 def _add_grants(parser: Any) -> None:
-    """What is not taken over from a run that is measured again."""
+    """Add the options for permissions that are not taken over from a run that is measured again."""
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model, where the run did"
+        "--trust-remote-code", action="store_true", help="run code that comes with the model, if the run did"
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="read weights that are a pickle, where the run did")
+    parser.add_argument("--allow-pickle", action="store_true", help="read weights stored as a pickle, if the run did")
 
 
 def _grants(given: argparse.Namespace) -> frozenset[str]:
@@ -187,7 +184,7 @@ def _grants(given: argparse.Namespace) -> frozenset[str]:
 
 
 def _add_common(parser: Any) -> None:
-    parser.add_argument("--json", action="store_true", help="make the last line of stdout one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     parser.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)"
     )
@@ -209,7 +206,7 @@ def _recommend(given: argparse.Namespace) -> int:
 
 
 def _keep_recommendation(given: argparse.Namespace, found: Recommendation, results: list[RunResult]) -> None:
-    """Write recommendation.json, .md and the chart, and log them on the parent of the sweep that holds the winner."""
+    """Write recommendation.json, .md and the chart, and log them on the parent run of the winner's sweep."""
     from . import decision, pareto, recommend, registry, tracking
     from .journal import write_bytes, write_json
 
@@ -231,7 +228,7 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
 
 
 def _limits(given: argparse.Namespace) -> list[Limit]:
-    """The limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
+    """Parse the limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
     from .recommend import MEMORY, QUALITY, Limit
 
     found = []
@@ -254,7 +251,7 @@ def _limits(given: argparse.Namespace) -> list[Limit]:
 
 
 def _latency(name: str, text: str) -> tuple[Measure, str]:
-    """`p95=200ms` → the measure of that statistic, and the amount."""
+    """Split `p95=200ms` into the measure of that statistic and the amount as text. Raises UsageError."""
     from .recommend import Measure
 
     statistic, _, amount = text.rpartition("=")
@@ -272,13 +269,14 @@ def _latency(name: str, text: str) -> tuple[Measure, str]:
 
 
 def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
-    """A positive number with a unit, in the first unit's measure. Raises UsageError."""
+    """Parse a non-negative number with a unit; returns bytes for BYTES, ms for MILLISECONDS. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-zµ]*)\s*", text)
     unit = match[2].lower() if match else ""
     if match is None or unit not in units:
         known = [name for name in units if name]
         raise UsageError(
-            f"{option} is not a number{f' with a unit ({chr(44).join(known)})' if known else ''}: {text}. Give for example {example}."
+            f"{option} is not a number{f' with a unit ({chr(44).join(known)})' if known else ''}: {text}. "
+            f"Give for example {example}."
         )
     return float(match[1]) * units[unit]
 
@@ -288,7 +286,7 @@ def _register(given: argparse.Namespace) -> int:
 
     store = tracking.open_store(given.tracking_uri)
     made = registry.register(store, given.reference, given.name, given.alias, _reason(given))
-    what = "Registered" if made.new else "Registered before, as"
+    what = "Registered" if made.new else "Already registered as"
     print(f"{what} {made.uri}, alias {given.alias}. Its evidence is the run {made.run_id}.")
     print(f"Serve it: mlflow models serve -m models:/{made.name}@{given.alias} --env-manager local")
     if given.json:
@@ -307,13 +305,13 @@ def _register(given: argparse.Namespace) -> int:
 
 
 def _gate(given: argparse.Namespace) -> int:
-    """Exit code 0 pass, 1 regression, 2 not comparable or a wrong parameter, 3 invalid, 4 if nothing could be judged."""
+    """Run the gate. Exit code: 0 pass, 1 regression, 2 not comparable or a wrong parameter, 3 invalid, 4 no verdict."""
     try:
         return _gate_verdict(given)
     except LlmbenchError as error:
         if error.exit_code != 1:
             raise
-        print(f"llmbench: {error}", file=sys.stderr)  # 1 means regression here, and a store that is away is none
+        print(f"llmbench: {error}", file=sys.stderr)  # not 1, which means regression here
         return 4
 
 
@@ -342,7 +340,7 @@ def _gate_verdict(given: argparse.Namespace) -> int:
 def _held(
     given: argparse.Namespace, baseline: RunResult, candidate: RunResult, limits: dict[str, float], limit: float
 ) -> tuple[Gate, str | None]:
-    """The gate, and the run of the sweep that was measured for it."""
+    """Return the gate, and the parent run of the sweep that was measured for it (None if none was)."""
     from . import gate
 
     pairs = _pairs(given)
@@ -371,21 +369,21 @@ def _held(
 
 
 def _pairs(given: argparse.Namespace) -> int | None:
-    """Fresh processes on each side where both are to be measured again; None where their runs are taken. Raises UsageError."""
+    """Return the number of fresh processes per side; None if the existing runs are used. Raises UsageError."""
     from .ab import DEFAULT_PAIRS
 
     text = _told(given.pairs)
     if text is None:
         return DEFAULT_PAIRS if given.measure else None
     if not text.isdecimal():
-        raise UsageError(f"--pairs is not a whole number: {text}. Give at least 2; {DEFAULT_PAIRS} are the default.")
+        raise UsageError(f"--pairs is not a whole number: {text}. Give at least 2; the default is {DEFAULT_PAIRS}.")
     return int(text)
 
 
 def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> tuple[RunResult, str | None, str]:
-    """The candidate's result, its run in the store if it has one, and what to call it.
+    """Return the candidate's result, its run id (None if the store has none), and its name in messages.
 
-    Of a sweep, the cell with the champion's configuration is meant. Raises UsageError if there is no such cell.
+    For a sweep, take the cell with the champion's configuration. Raises UsageError if there is not exactly one.
     """
     from . import registry
     from .evidence import load_results
@@ -401,7 +399,8 @@ def _candidate(given: argparse.Namespace, store: Store, baseline: RunResult) -> 
     )
     if len(same) != 1:
         raise UsageError(
-            f"{given.candidate} has {len(results)} cells, and {len(same)} of them have the champion's configuration. Give the run of one cell."
+            f"{given.candidate} has {len(results)} cells, and {len(same)} of them have the champion's configuration. "
+            "Give the run of one cell."
         )
     run_id = registry.run_behind(store, given.candidate, same[0])
     return same[0], run_id, f"run {run_id}" if run_id else given.candidate
@@ -425,7 +424,8 @@ def _write_gate(
             write_bytes(Path(option), files[name])
     if run_id is None:
         print(
-            f"\nNot logged: the store {redact(store.uri)} has no run of the candidate. `llmbench upload` puts it there."
+            f"\nNot logged: the store {redact(store.uri)} has no run of the candidate. "
+            "Upload it with `llmbench upload`."
         )
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -473,13 +473,16 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _reproduce(given: argparse.Namespace) -> int:
-    """Exit code 0 equivalent, 1 different, 2 not comparable or a wrong parameter, 3 invalid, 4 if it cannot be told or was not measured."""
+    """Reproduce a run.
+
+    Exit code: 0 equivalent, 1 different, 2 not comparable or a wrong parameter, 3 invalid, 4 undecided or not measured.
+    """
     try:
         return _reproduced(given)
     except LlmbenchError as error:
         if error.exit_code != 1:
             raise
-        print(f"llmbench: {error}", file=sys.stderr)  # 1 means different here
+        print(f"llmbench: {error}", file=sys.stderr)  # not 1, which means different here
         return 4
 
 
@@ -538,12 +541,12 @@ def _import(given: argparse.Namespace) -> int:
 
 
 def _reason(given: argparse.Namespace) -> str | None:
-    """Why suspect results are accepted."""
+    """Return the reason for accepting suspect results, None if they are not accepted."""
     return _told(given.accept_suspect)
 
 
 def _told(text: str | None) -> str | None:
-    """What an option says; `none`, the default of an MLproject parameter, says nothing."""
+    """Return the value of an option; None if it is empty or `none`, the default of an MLproject parameter."""
     text = (text or "").strip()
     return None if text in ("", "none") else text
 

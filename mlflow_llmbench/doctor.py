@@ -1,7 +1,7 @@
-"""What this machine and environment can do. Each thing that is not well comes with what to do.
+"""Report what this machine and environment can do, with advice for everything that is missing or limited.
 
-`format_report(examine())` is what `llmbench doctor` prints. Nothing heavy is imported: torch is asked in a process of its own,
-versions are read from installed metadata. Whatever is absent is an item of the report, never an exception.
+`llmbench doctor` prints `format_report(examine())`. Nothing heavy is imported: torch is queried in its own process, and
+versions are read from installed metadata. A missing thing is an item of the report, never an exception.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ print(huggingface_hub.get_session().head(sys.argv[1], timeout=float(sys.argv[2])
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that was looked at. `status`: `ok`, `missing`, or `limited` (there, but not all of it works).
+    """One item of the report. `status`: `ok`, `missing`, or `limited` (present, but not everything works).
 
-    `found` says what is there, `advice` what to do where that is not well. Without a `needed` item nothing can be measured.
+    `found` says what is there, `advice` what to do about a problem. Without a `needed` item nothing can be measured.
     """
 
     section: str
@@ -65,14 +65,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Report:
-    """All items in the order in which they are shown, and whether models can be measured here (nothing needed is missing)."""
+    """All items in display order. `ready` is True if models can be measured here: nothing needed is missing."""
 
     ready: bool
     items: tuple[Item, ...]
 
 
 def runtime_items() -> list[Item]:
-    """What depends on the installed packages of the interpreter that runs this: backends, quantizations, decode paths."""
+    """Return the items that depend on this interpreter's packages: backends, quantizations, decode paths."""
     return [
         *_guarded("Backends", "backends", backend_items),
         *_guarded("Quantizations", "quantizations", lambda: quantization_items(lambda name: version(name) is not None)),
@@ -81,7 +81,10 @@ def runtime_items() -> list[Item]:
 
 
 def examine_worker(python: str) -> Report:
-    """What a worker of another interpreter can run; the runtimes that are installed there are really imported. Raises UsageError or MeasurementError."""
+    """Report what a worker of another interpreter can run; the runtimes installed there are really imported.
+
+    Raises UsageError or MeasurementError.
+    """
     environment = interpreter.examine(python)
     packages = ", ".join(f"{name} {found}" for name, found in environment["packages"].items())
     items = [
@@ -102,11 +105,11 @@ def examine_worker(python: str) -> Report:
     return Report(any(item.section == "Backends" and item.status == "ok" for item in items), tuple(items))
 
 
-IMPORT_ADVICE = "Packages there do not fit together. See docs/runtimes.md for a set that does."
+IMPORT_ADVICE = "The packages there do not work together. See docs/runtimes.md for a set that does."
 
 
 def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
-    """Look at everything; takes a second more than an import of torch, and at most about `torch_s` + `hub_s` seconds."""
+    """Check everything. Takes about a second more than importing torch, at most about `torch_s` + `hub_s` seconds."""
     checks: tuple[tuple[str, str, Callable[[], Iterable[Item]]], ...] = (
         ("Machine", "machine", machine_items),
         ("Machine", "GPU", lambda: gpu_items(gpu.gpus(), version("nvidia-ml-py") is not None)),
@@ -123,12 +126,12 @@ def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
 
 
 def format_report(report: Report) -> str:
-    """The report as text: its items, and a last sentence."""
+    """Return the report as text: its items, and a last sentence."""
     return f"{format_items(report.items)}\n\n{_last_sentence(report)}"
 
 
 def format_items(items: Sequence[Item]) -> str:
-    """Items as text: sections, one line per item, what to do below it."""
+    """Return items as text: sections, one line per item, its advice below."""
     width = max((len(item.name) for item in items), default=0)
     lines: list[str] = []
     section = None
@@ -145,46 +148,34 @@ def format_items(items: Sequence[Item]) -> str:
 def _last_sentence(report: Report) -> str:
     lacking = [item.name for item in report.items if item.needed and item.status == "missing"]
     if lacking:
-        return f"Not ready: {', '.join(dict.fromkeys(lacking))}. What to do stands above."
+        return f"Not ready: {', '.join(dict.fromkeys(lacking))}. See the advice above."
     device = next((item.data["device"] for item in report.items if "device" in item.data), "cpu")
     quants = [item.name for item in report.items if item.section == "Quantizations" and item.status == "ok"]
     return f"Ready: models can be measured with device={device} and quant={','.join(quants)}."
 
 
 def _guarded(section: str, name: str, check: Callable[[], Iterable[Item]]) -> list[Item]:
-    """The items of a check; one item that says so if the check itself fails."""
+    """Return the items of a check, or one item with the error if the check itself fails."""
     try:
         return list(check())
     except Exception as error:
-        return [
-            Item(
-                section,
-                name,
-                "limited",
-                f"could not be examined: {first_line(error)}",
-                "Please report this line; nothing else depends on it.",
-            )
-        ]
+        advice = "Please report this line; nothing else depends on it."
+        return [Item(section, name, "limited", f"could not be examined: {first_line(error)}", advice)]
 
 
 def machine_items() -> Iterator[Item]:
-    """CPU, its vector instructions, memory, operating system."""
+    """Yield CPU, vector instructions, memory and operating system."""
     cores, logical = machine.physical_cores(), len(machine.usable_cpus())
     data = {"name": machine.cpu_name(), "physical_cores": cores, "usable_cpus": logical}
-    yield Item(
-        "Machine",
-        "CPU",
-        "ok",
-        f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}",
-        data=data,
-    )
+    found = f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}"
+    yield Item("Machine", "CPU", "ok", found, data=data)
     yield from vector_items(Path("/proc/cpuinfo"))
     yield memory_item(memory.available_bytes(), memory.total_bytes())
     yield Item("Machine", "system", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
 
 
 def vector_items(cpuinfo: Path) -> Iterator[Item]:
-    """What quantized and 16-bit models need of an x86 CPU to be fast; nothing on others."""
+    """Yield the vector instructions that make quantized and 16-bit models fast on an x86 CPU; nothing on others."""
     try:
         found = re.search(r"^flags\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
@@ -199,7 +190,10 @@ def vector_items(cpuinfo: Path) -> Iterator[Item]:
     if "avx512f" in flags:
         yield Item("Machine", "vector instructions", "ok", ", ".join(useful), data=data)
     else:
-        advice = "int4 and fp4 fall back to slow code on a CPU without AVX-512: compare them with fp32 before you choose them."
+        advice = (
+            "int4 and fp4 fall back to slow code on a CPU without AVX-512: "
+            "compare them with fp32 before you choose them."
+        )
         yield Item(
             "Machine",
             "vector instructions",
@@ -211,17 +205,11 @@ def vector_items(cpuinfo: Path) -> Iterator[Item]:
 
 
 def memory_item(available: int | None, total: int | None) -> Item:
-    """How much memory is free."""
+    """Return the item of free memory; both arguments are bytes, None if unknown."""
     data = {"available_bytes": available, "total_bytes": total}
     if available is None or total is None:
-        return Item(
-            "Machine",
-            "memory",
-            "limited",
-            "not known",
-            "Estimates cannot be compared with it; a model that is too large fails while it loads.",
-            data=data,
-        )
+        advice = "Estimates cannot be compared with free memory; a model that is too large fails while it loads."
+        return Item("Machine", "memory", "limited", "not known", advice, data=data)
     found = f"{available / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
     if available < LITTLE_MEMORY:
         return Item(
@@ -231,17 +219,15 @@ def memory_item(available: int | None, total: int | None) -> Item:
 
 
 def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]:
-    """The NVIDIA GPUs; `reader` says whether the package that reads them is installed."""
+    """Yield the NVIDIA GPUs; `reader` is True if the package that reads them (nvidia-ml-py) is installed."""
     if not reader:
-        yield Item(
-            "Machine",
-            "GPU",
-            "missing",
-            "not looked for: the package nvidia-ml-py is not installed",
-            "Run: pip install nvidia-ml-py",
-        )
+        why = "not checked: the package nvidia-ml-py is not installed"
+        yield Item("Machine", "GPU", "missing", why, "Run: pip install nvidia-ml-py")
     elif not gpus:
-        advice = "Models run on the CPU. If there is one, `nvidia-smi` must show it: install the driver, or give the container access (--gpus all)."
+        advice = (
+            "Models run on the CPU. If there is a GPU, `nvidia-smi` must show it: install the driver, "
+            "or give the container access (--gpus all)."
+        )
         yield Item("Machine", "GPU", "missing", "no NVIDIA GPU answers", advice)
     for one in gpus:
         found = f"{one['name']}, {one['memory_bytes'] / 1e9:.1f} GB, driver {one['driver']}, CUDA {one['cuda']}"
@@ -249,7 +235,7 @@ def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]
 
 
 def disk_items() -> Iterator[Item]:
-    """Free space where checkpoints are kept: ours, and the Hub's."""
+    """Yield the free space of the folders for checkpoints: our cache and the Hub's."""
     yield disk_item("cache folder", machine.cache_folder(), "LLMBENCH_CACHE")
     home = Path(
         os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
@@ -258,33 +244,21 @@ def disk_items() -> Iterator[Item]:
 
 
 def disk_item(name: str, folder: Path, variable: str) -> Item:
-    """Free space for a folder, which need not exist yet; `variable` is the environment variable that moves it."""
+    """Return the free space for a folder, which need not exist yet; the environment variable `variable` sets it."""
     there = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir()), Path.cwd())
     free = shutil.disk_usage(there).free
     found, data = f"{free / 1e9:.1f} GB free in {folder}", {"folder": str(folder), "free_bytes": free}
     if not os.access(there, os.W_OK):
-        return Item(
-            "Machine",
-            name,
-            "limited",
-            f"{folder} cannot be written",
-            f"Set {variable} to a folder that you own.",
-            data=data,
-        )
+        advice = f"Set {variable} to a folder that you own."
+        return Item("Machine", name, "limited", f"{folder} cannot be written", advice, data=data)
     if free < LITTLE_DISK:
-        return Item(
-            "Machine",
-            name,
-            "limited",
-            found,
-            f"A 7 B model takes 14 GB: free some space, or set {variable} to a folder on a larger disk.",
-            data=data,
-        )
+        advice = f"A 7 B model takes 14 GB: free some space, or set {variable} to a folder on a larger disk."
+        return Item("Machine", name, "limited", found, advice, data=data)
     return Item("Machine", name, "ok", found, data=data)
 
 
 def software_items() -> Iterator[Item]:
-    """Python, the packages that are needed, and the versions of others that can touch a result."""
+    """Yield Python, the required packages, and the versions of other packages that can affect a result."""
     python_ok = sys.version_info >= (3, 10)
     yield Item(
         "Software",
@@ -303,22 +277,22 @@ def software_items() -> Iterator[Item]:
 
 
 def package_item(name: str, installed: str | None) -> Item:
-    """A needed package in its installed version, None if it is not."""
+    """Return the item of a required package; `installed` is its version, None if it is not installed."""
     wanted = ",".join(filter(None, NEEDED[name]))
     install = f"Run: pip install '{name}{wanted}'" if wanted else f"Run: pip install {name}"
     if installed is None:
         return Item("Software", name, "missing", "not installed", install, needed=True)
     if not is_written_for(name, installed):
-        found = below_floor(name, installed) or f"{installed}, and {wanted} is what this was written for"
+        found = below_floor(name, installed) or f"{installed}, but this program was written for {wanted}"
         return Item("Software", name, "limited", found, install, needed=True, data={"version": installed})
     return Item("Software", name, "ok", installed, needed=True, data={"version": installed})
 
 
 def hub_item(endpoint: str | None = None, seconds: float = HUB_S) -> Item:
-    """Whether the Hub answers; it is not asked where the environment says offline."""
+    """Return the item of the Hugging Face Hub. It is not contacted if an environment variable says offline."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
-            advice = f"Local folders, cached models and -P weights=random work. Unset {variable} to download."
+            advice = f"Local folders, cached models and --weights random work. Unset {variable} to download."
             return Item("Software", "Hugging Face Hub", "limited", f"not asked: {variable} is set", advice)
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     host = urlsplit(address).hostname or "the given address"
@@ -327,15 +301,21 @@ def hub_item(endpoint: str | None = None, seconds: float = HUB_S) -> Item:
     if 0 < code < 400 or code in (404, 405):  # a mirror need not have a front page
         return Item("Software", "Hugging Face Hub", "ok", f"{host} answers")
     found = f"{host} answers with HTTP {code}" if code else f"{host} cannot be reached: {problem}"
-    advice = "Check the network or the proxy (HTTPS_PROXY). Local folders, cached models and -P weights=random work without it."
+    advice = (
+        "Check the network or the proxy (HTTPS_PROXY). "
+        "Local folders, cached models and --weights random work without the Hub."
+    )
     return Item("Software", "Hugging Face Hub", "limited", found, advice)
 
 
 def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), seconds: float = TORCH_S) -> Item:
-    """What torch says of CUDA, beside the `gpus` that the driver shows. It is imported in a process of its own (`command`)."""
+    """Return what torch says about CUDA, compared with the `gpus` that the driver shows.
+
+    torch is imported in a separate process (`command`).
+    """
     answer, problem = _ask(command or [sys.executable, "-c", ASK_TORCH], seconds)
     if not answer:
-        again = "Try `python -c 'import torch'`; to install it again, run: pip install --force-reinstall 'torch>=2.6'"
+        again = "Try `python -c 'import torch'`. To reinstall it, run: pip install --force-reinstall 'torch>=2.6'"
         return Item("Software", "torch runs", "missing", problem, again, needed=True)
     data = json.loads(answer)
     data["device"] = "cuda" if data["cuda"] and gpus else "cpu"
@@ -351,12 +331,12 @@ def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), s
         advice = "Install a build for CUDA: https://pytorch.org/get-started/locally"
     else:
         found = f"on the CPU only: CUDA {data['built_for']} does not start on the GPU that the driver shows"
-        advice = "Update the driver, or install a build for an older CUDA; CUDA_VISIBLE_DEVICES may hide the GPU too."
+        advice = "Update the driver, or install a build for an older CUDA. CUDA_VISIBLE_DEVICES may also hide the GPU."
     return Item("Software", "torch runs", "limited" if advice else "ok", found, advice, needed=True, data=data)
 
 
 def _ask(command: Sequence[str], seconds: float) -> tuple[str, str]:
-    """The last line that a process prints, or an empty text and why there is none: its last line of error, or the time that passed."""
+    """Return the last line that a process prints and "", or "" and the reason: its last error line, or the timeout."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
@@ -368,12 +348,12 @@ def _ask(command: Sequence[str], seconds: float) -> tuple[str, str]:
 
 
 def backend_items() -> Iterator[Item]:
-    """Every backend that is declared, whether it can be imported, and whether the modules that it names are there."""
+    """Yield every declared backend: whether it can be imported, and whether the modules that it needs are installed."""
     for name, where in sorted(known_backends().items()):
         try:
             lacking = interpreter.lacking_here(backend_class(name).capabilities.heavy)
         except UsageError as error:
-            yield Item("Backends", name, "missing", str(error), f"Install again the package that declares {where}.")
+            yield Item("Backends", name, "missing", str(error), f"Reinstall the package that declares {where}.")
             continue
         status, found = ("missing", f"needs {', '.join(lacking)}") if lacking else ("ok", where)
         commands = {package: command for packages, _, command in OPTIONAL for package in packages}
@@ -384,7 +364,7 @@ def backend_items() -> Iterator[Item]:
 
 
 def converter_item() -> Item:
-    """Whether GGUF files can be made of checkpoints here: llama.cpp's converter is not in an installed llama-cpp-python."""
+    """Return the item of llama.cpp's converter, which makes GGUF files and is not in an installed llama-cpp-python."""
     try:
         tree = gguf_made.source_tree()
     except MissingError as error:
@@ -396,7 +376,7 @@ def converter_item() -> Item:
 
 
 def quantization_items(installed: Callable[[str], bool]) -> Iterator[Item]:
-    """Every value of `quant`, and the packages that it needs beside torch and transformers."""
+    """Yield every value of `quant`, with the packages that it needs besides torch and transformers."""
     commands = {package: command for packages, _, command in OPTIONAL for package in packages}
     for quant in QUANTIZATIONS:
         packages = ("torch", "transformers", *QUANTIZATION_PACKAGES.get(quant, ()))
@@ -411,7 +391,7 @@ def quantization_items(installed: Callable[[str], bool]) -> Iterator[Item]:
 
 
 def decode_items() -> Iterator[Item]:
-    """Every value of `decode` and of `kv_cache`, on the device that `device=auto` takes."""
+    """Yield every value of `decode` and of `kv_cache`, on the device that `device=auto` selects."""
     device = machine.require_device("auto")
     asked = [(f"decode={decode}", Cell(decode=decode)) for decode in DECODES]
     asked += [(f"kv_cache={cache}", Cell(kv_cache=cache)) for cache in decoding.KV_BACKENDS]
@@ -424,13 +404,13 @@ def decode_items() -> Iterator[Item]:
 
 
 def _missing(section: str, name: str, sentences: str) -> Item:
-    """An item for what cannot be done here: the first sentence says why, the rest what to do."""
+    """Return a missing item: the first sentence says why, the rest what to do."""
     found, _, advice = sentences.partition(". ")
     return Item(section, name, "missing", found, advice)
 
 
 def optional_items() -> Iterator[Item]:
-    """Packages that one can do without, and what each gives."""
+    """Yield the optional packages and what each of them gives."""
     for packages, gives, command in OPTIONAL:
         versions = {package: version(package) for package in packages}
         lacking = [package for package, found in versions.items() if found is None]
@@ -448,31 +428,34 @@ def optional_items() -> Iterator[Item]:
 
 
 def instrument_items() -> Iterator[Item]:
-    """What can be read of memory, pressure and energy."""
+    """Yield the instruments for memory peaks, CPU pressure and energy."""
     if memory.reset_peak():
         yield Item("Instruments", "memory peaks", "ok", "exact: the kernel's high-water mark can be reset")
     else:
-        advice = "Peaks of a cell are then taken from 20 samples a second, which can miss a short one."
+        advice = "Peaks of a cell are then taken from 20 samples per second, which can miss a short peak."
         yield Item("Instruments", "memory peaks", "limited", "/proc/self/clear_refs cannot be written", advice)
     yield pressure_item(Path("/proc/pressure/cpu"))
     yield energy_item(Path("/sys/class/powercap"))
 
 
 def pressure_item(file: Path) -> Item:
-    """Pressure stall information: how long something waited for a CPU."""
+    """Return the item of pressure stall information: how long tasks waited for a CPU."""
     try:
         file.read_text()
     except OSError as error:
-        advice = "Disturbance is then judged by CPU time of others alone. Boot with psi=1 for more."
+        advice = "Disturbance is then judged only by the CPU time of other processes. Boot with psi=1 for more."
         return Item("Instruments", "CPU pressure", "missing", f"{file} cannot be read: {error.strerror}", advice)
     return Item("Instruments", "CPU pressure", "ok", f"{file} can be read")
 
 
 def energy_item(folder: Path) -> Item:
-    """Energy counters of the CPU (RAPL); reading them has been for root only since 2020."""
+    """Return the item of the CPU's energy counters (RAPL), which since 2020 only root can read by default."""
     counters = sorted(folder.glob("intel-rapl*/energy_uj"))
     if not counters:
-        advice = "Energy of the CPU cannot be measured. Virtual machines have no counters; on hardware load the module intel_rapl_common."
+        advice = (
+            "Energy of the CPU cannot be measured. Virtual machines have no counters; "
+            "on hardware load the module intel_rapl_common."
+        )
         return Item("Instruments", "energy counters", "missing", f"none in {folder}", advice)
     try:
         for counter in counters:
@@ -485,7 +468,7 @@ def energy_item(folder: Path) -> Item:
             "Instruments",
             "energy counters",
             "limited",
-            f"{_count(len(counters), 'counter')}, not readable for you",
+            f"{_count(len(counters), 'counter')}, no permission to read",
             advice,
         )
     return Item("Instruments", "energy counters", "ok", f"{_count(len(counters), 'counter')} can be read")

@@ -1,4 +1,7 @@
-"""Put results of other programs into the store, beside ours: their own runs, tagged with their source, and never compared as if they were ours."""
+"""Import results of other programs into the store, as runs tagged with their source.
+
+They stand beside our runs and are never compared as if they were ours.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from .redaction import redact, redact_all
 from .summary import Point
 
 LARGEST = 200_000_000
-"""Bytes of a file that is read; results with every single request are some tens of megabytes."""
+"""Largest file that is read, in bytes; results with every single request take some tens of megabytes."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What `import_file` did: the measurements, their runs in the same order, and how many of these are new."""
+    """Result of `import_file`: the measurements, their runs in the same order, and the number of new runs."""
 
     found: tuple[Foreign, ...]
     run_ids: tuple[str, ...]
@@ -31,19 +34,22 @@ class Imported:
 
 
 def import_file(path: str, tracking_uri: str | None = None, experiment: str | None = None) -> Imported:
-    """One MLflow run for each measurement in a result file; what was imported before is left alone. Raises UsageError, TrackingError."""
+    """Make one MLflow run for each measurement in a result file, except for those imported before.
+
+    Raises UsageError for a file that cannot be imported, TrackingError for a problem of the store.
+    """
     content = _read(path)
     try:
         found = read_foreign(_parse(content))
     except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}. Give the JSON file that the program wrote.") from None
+        raise UsageError(f"{path} is not JSON: {error}. Give the JSON file that the program wrote.") from None
     except UsageError as error:
         raise UsageError(f"Cannot import {path}. {error}") from None
     found = list(redact_all(found))
     digest = hashlib.sha256(content).hexdigest()[:16]
     store = tracking.open_store(tracking_uri, experiment)
     if store.given_run_id:
-        raise UsageError("MLFLOW_RUN_ID names one run, and an import makes its own. Unset it.")
+        raise UsageError("MLFLOW_RUN_ID is set, but an import makes its own runs. Unset it.")
     run_ids, new = [], 0
     for number, one in enumerate(found):
         identity = {"source": one.source, "import": f"{digest}-{number}"}
@@ -55,7 +61,7 @@ def import_file(path: str, tracking_uri: str | None = None, experiment: str | No
 
 
 def _parse(content: bytes) -> Any:
-    """The JSON of a file, or of JSON Lines, as `llama-bench -o jsonl` writes them, the list of their objects. Raises ValueError."""
+    """Parse JSON, or JSON Lines (`llama-bench -o jsonl`) into the list of their objects. Raises ValueError."""
     try:
         return json.loads(content)
     except ValueError:
@@ -73,7 +79,7 @@ def _read(path: str) -> bytes:
     try:
         if Path(path).stat().st_size > LARGEST:
             raise UsageError(
-                f"{path} is larger than {LARGEST / 1e6:.0f} MB. Write the result without the single requests."
+                f"{path} is larger than {LARGEST / 1e6:.0f} MB. Write the result without its individual requests."
             )
         return Path(path).read_bytes()
     except OSError as error:
@@ -94,7 +100,7 @@ def _log(store: tracking.Store, one: Foreign, identity: dict[str, str], file: st
         with tempfile.TemporaryDirectory() as scratch:
             write_bytes(Path(scratch) / file, redact(content.decode("utf-8", "replace")).encode())
             tracking.log_folder(store, run_id, Path(scratch), "imported")
-        tracking.set_tags(store, run_id, {"uploaded": "true"})  # last: what was cut off in the middle is imported again
+        tracking.set_tags(store, run_id, {"uploaded": "true"})  # last, so that an import cut off midway is repeated
         outcome = "ok"
     finally:
         tracking.end_run(store, run_id, outcome)

@@ -1,4 +1,4 @@
-"""A cell on its way through a sweep: what is known of it before, what its processes left, and the result that they make."""
+"""Jobs: a cell of a sweep with its model and folder, the outcomes of its processes, and the result made from them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from .supervise import GroupOutcome
 from .workload import PromptSet
 
 
-@dataclass(eq=False)  # one job is one cell on its way: lists of thousands are searched for it
+@dataclass(eq=False)  # compared by identity: lists of thousands are searched for a job
 class Job:
-    """One cell: its model, identity and folder, why it is refused if it is, its run, and in the end its row of the comparison."""
+    """One cell of a sweep: its model, hashes, folder and run, the reason if it is refused, and its row once it is done.
+
+    `predicted` is the predicted peak memory in bytes, `started_ms` is Unix time in milliseconds.
+    """
 
     cell: Cell
     model: ModelFacts
@@ -34,16 +37,15 @@ class Job:
     refused: str | None = None
     run_id: str = ""
     started_ms: int = 0
-    attempts: list[tuple[GroupOutcome, int]] = field(
-        default_factory=list
-    )  # each process that measured it, and its number there
-    environment: Mapping[str, Any] | None = None  # of its worker's interpreter, where that is not the command's
-    lost: int = 0  # how often the machine that was to measure it was gone before it had
+    # Outcome of each process that measured this cell, and the cell's number in that process.
+    attempts: list[tuple[GroupOutcome, int]] = field(default_factory=list)
+    environment: Mapping[str, Any] | None = None  # of the worker's interpreter, if it is not the command's
+    lost: int = 0  # times that the machine was lost before it had measured this cell
     row: Row | None = None
 
     @property
     def measured(self) -> bool:
-        """Whether as many processes have measured it as were asked for."""
+        """True if as many processes have measured it as were requested."""
         return len(self.attempts) >= self.cell.processes
 
 
@@ -57,7 +59,10 @@ def make_jobs(
     room: Callable[[str], tuple[int | None, str]],
     folder: Path,
 ) -> list[Job]:
-    """One job per cell, in their order; what does not fit into the `room` of its device (see `estimate.refusal`) is marked as refused."""
+    """Make one job per cell, in the given order.
+
+    A cell that does not fit its model or the `room` of its device is marked as refused (see `estimate.refusal`).
+    """
     jobs: list[Job] = []
     for cell, name in zip(cells, names, strict=True):
         model = model_of[cell]
@@ -84,13 +89,13 @@ def make_jobs(
 
 
 def workload_hash(cell: Cell, model: ModelFacts, prompts: PromptSet) -> str:
-    """The hash of what a cell sends; drawn prompts depend on the model's vocabulary."""
+    """Return the hash of the prompts of a cell. Randomly drawn prompts depend on the model's vocabulary size."""
     shape = models.Shape.from_config(model.config) if model.config else None
     return prompts.digest(cell, shape.vocab_size if shape else None)
 
 
 def refuse_twins(cells: Sequence[Cell], model_of: Mapping[Cell, ModelFacts]) -> None:
-    """Raise UsageError if two cells are one configuration under two names: nothing would be compared."""
+    """Raise UsageError if two cells are the same configuration under two model names."""
     first: dict[str, Cell] = {}
     for cell in cells:
         twin = first.setdefault(plan.config_hash(cell, model_of[cell]), cell)
@@ -101,12 +106,12 @@ def refuse_twins(cells: Sequence[Cell], model_of: Mapping[Cell, ModelFacts]) -> 
 
 
 def identity(job: Job) -> dict[str, str]:
-    """The tags by which a run is found again: its sweep, its folder there, its configuration."""
+    """Return the tags that identify the run of a job: its sweep, its folder in the sweep, its configuration."""
     return {"sweep": job.folder.parent.name, "cell": job.folder.name, "config_hash": job.hashes.config}
 
 
 def write_job(job: Job) -> None:
-    """Put on the disk what a result is made of besides the measurement. Raises JournalError."""
+    """Write cell.json: everything that a result needs besides the measurement. Raises JournalError."""
     known = {
         name: getattr(job, name)
         for name in ("cell", "model", "hashes", "name", "predicted", "started_ms", "environment")
@@ -115,7 +120,7 @@ def write_job(job: Job) -> None:
 
 
 def read_job(folder: Path) -> Job:
-    """The job that `write_job` left in a folder. Raises JournalError."""
+    """Read the job that `write_job` wrote into a folder. Raises JournalError."""
     try:
         known = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
         cell, model, hashes = (
@@ -132,7 +137,7 @@ def read_job(folder: Path) -> Job:
 
 
 def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -> RunResult:
-    """The result of a job that all its processes have measured."""
+    """Return the result of a job after all its processes have measured it; `environment` is the command's."""
     first, number = job.attempts[0]
     measured = [outcome.measured[own] for outcome, own in job.attempts]
     repetitions: list[Repetition] = []
@@ -173,7 +178,7 @@ def failed_result(
     failure: Failure,
     outcome: GroupOutcome | None = None,
 ) -> RunResult:
-    """The result of a job that has none: the word for it, why, and what its worker was seen to need until then."""
+    """Return the result of a job that failed: outcome `word`, the failure, and the worker's memory use until then."""
     where = (outcome and outcome.environment) or job.environment or environment
     result = dataclasses.replace(empty_result(job, spec, where, word), failure=failure)
     if outcome is None:
@@ -184,7 +189,7 @@ def failed_result(
 
 
 def empty_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any], word: str) -> RunResult:
-    """What every result of a job holds, measured or not; `environment` is that of the machine that did it."""
+    """Return the fields that every result of a job has; `environment` is that of the machine that ran it."""
     now = int(time.time() * 1000)
     hashes = dataclasses.replace(job.hashes, **environment.get("hashes", {}))
     return RunResult(
@@ -202,12 +207,12 @@ def empty_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any], word
 
 
 def env_hashes(job: Job) -> set[str | None]:
-    """Hashes of the environments in which the processes of a job measured it; None stands for the command's own."""
+    """Return the hashes of the environments in which a job was measured; None stands for the command's own."""
     return {outcome.environment["hashes"]["env"] if outcome.environment else None for outcome, _ in job.attempts}
 
 
 def _marks(outcome: GroupOutcome, number: int) -> dict[str, int]:
-    """Stage → monotonic ns at which it was reached, for the timeline of the memory."""
+    """Map each stage to the monotonic time in ns at which it was reached, for the memory timeline."""
     marks = {stage: int(event["t_ns"]) for stage, event in outcome.stages.items()}
     own = outcome.cells.get(number, {})
     return (

@@ -1,7 +1,7 @@
-"""The MLflow runs of one sweep: begun, filled, ended. Nothing that goes wrong with the store stops a measurement.
+"""Begin, fill and end the MLflow runs of one sweep. An error of the store never stops a measurement.
 
-What did not arrive is told and tried once more at the end; until then it lies in the sweep's folder. A store that is away is
-asked whether it answers before it is given anything, and costs a few seconds in all.
+A failed upload is reported and retried once at the end; until then the results stay in the sweep's folder. The store is
+asked whether it answers before each call, so that an unreachable store costs only a few seconds in all.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE_S = 5.0
-"""Seconds of vain waiting for a store after which it is not asked again before the end."""
+"""Seconds spent waiting for an unreachable store after which it is not asked again until the end."""
 
 
 class Ledger:
-    """The runs of one sweep in one store; `warn` is told each trouble in a line. `parent_name` is None for a single cell."""
+    """The runs of one sweep in one store.
+
+    Each problem is passed to `warn` as one line. `parent_name` is None for a single cell, which has no parent run.
+    """
 
     def __init__(self, spec: BenchSpec, parent_name: str | None, warn: Callable[[str], None]) -> None:
         self.spec, self.parent_name, self.warn = spec, parent_name, warn
         self.folder = Path()  # of the sweep
-        self.asked: Mapping[str, str] = {}  # params as `mlflow run` has logged them
+        self.asked: Mapping[str, str] = {}  # params as `mlflow run` logged them
         self.store: Store | None = None
         self.where: tuple[str | None, str | None] = (None, None)
         self.parent_id: str | None = None
         self.page: str | None = None
-        self.missed: list[str] = []  # what the store lacks; `retry` brings it
-        self.unwritten: list[str] = []  # what the disk lacks
+        self.missed: list[str] = []  # not in the store yet; `retry` uploads it
+        self.unwritten: list[str] = []  # could not be written to the disk
         self.waited_s = 0.0
 
     @property
@@ -51,7 +54,10 @@ class Ledger:
         return self.store.uri if self.store else tracking.address_of(self.where[0])
 
     def open(self, tracking_uri: str | None, experiment: str | None) -> None:
-        """Connect. A server that does not answer is told, and tried again at the end. Raises TrackingError for an address that cannot be right."""
+        """Connect to the store. If it does not answer, warn and try again at the end.
+
+        Raises TrackingError for an invalid address.
+        """
         self.where = tracking_uri, experiment
         started = time.monotonic()
         try:
@@ -60,11 +66,12 @@ class Ledger:
             self.waited_s += time.monotonic() - started
             self.missed.append(f"the runs: {error}")
             self.warn(
-                f"{error} Measuring all the same: results are kept on the disk, and uploaded at the end if it answers then."
+                f"{error} Measuring all the same: results are kept on the disk and uploaded at the end, "
+                "if it answers then."
             )
 
     def begin_parent(self) -> None:
-        """Open the parent's run, if there is to be one and it is not open."""
+        """Begin the parent's run, if this sweep has a parent and it has not begun."""
         if self.parent_name is not None and self.parent_id is None:
             name = self.parent_name
             self.parent_id = self._try(
@@ -72,7 +79,7 @@ class Ledger:
             )
 
     def begin(self, job: Job) -> None:
-        """Open the run of a cell."""
+        """Begin the run of a cell."""
         job.started_ms = job.started_ms or int(time.time() * 1000)
         self.begin_parent()
         if self.parent_name is not None and self.parent_id is None:
@@ -87,7 +94,7 @@ class Ledger:
                 write_json(job.folder / "run.json", {"run_id": started, "tracking_uri": self.store and self.store.uri})
 
     def upload(self, job: Job, result: RunResult) -> None:
-        """Put a cell's result into its run, and end that, also where an interruption meets it."""
+        """Log a cell's result on its run, and end the run even if this is interrupted."""
         if not job.run_id:
             self.begin(job)
         if not job.run_id:
@@ -101,18 +108,18 @@ class Ledger:
             self.end(job.run_id, result.outcome, result.ended_ms)
 
     def end(self, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
-        """End a run, also where its upload failed: a store that answers again must not show it as running."""
+        """End a run, even if its upload failed: it must not stay RUNNING. `ended_ms` is Unix time in milliseconds."""
         self._try(f"the end of run {run_id}", lambda store: tracking.end_run(store, run_id, outcome, ended_ms))
 
     def add(self, run_id: str, name: str, figures: Mapping[str, float], at_ms: int) -> None:
-        """Put metrics that a run has by comparison with others beside its own."""
+        """Log metrics of a run that come from a comparison with other runs."""
         if run_id and figures:
             self._try(name, lambda store: tracking.log_figures(store, run_id, figures, at_ms))
 
     def finish(
         self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str, figures: Mapping[str, float]
     ) -> None:
-        """Fill the parent with the comparison of the cells (rows with their run ids) and figures of the whole, and end it."""
+        """Log the comparison of the cells (rows and run ids) and the sweep's figures on the parent run, and end it."""
         if self.parent_id is None:
             return
         parent = self.parent_id
@@ -128,7 +135,7 @@ class Ledger:
             self.end(parent, outcome)
 
     def retry(self, jobs: Sequence[Job]) -> None:
-        """Bring what the store lacks, if it answers now."""
+        """Upload what the store does not have yet, if it answers now."""
         if not self.missed:
             return
         with contextlib.suppress(Exception):
@@ -143,7 +150,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def noted(self, name: str) -> Iterator[None]:
-        """Go on after an error of drawing or writing; it is told, and again at the end."""
+        """Continue after an error of drawing or writing; warn now, and list it again at the end."""
         try:
             yield
         except Exception as error:
@@ -151,7 +158,7 @@ class Ledger:
             self.warn(f"Not written: {name}: {first_line(error)}.")
 
     def _try(self, name: str, action: Callable[[Store], T]) -> T | None:
-        """Do something with the store if it answers; None where it did not work out."""
+        """Call `action` with the store if it answers. Returns None if it does not, or if `action` fails."""
         if self.store is None or not self._answers(self.store):
             self.missed.append(f"{name}: the store does not answer")
             return None
@@ -160,7 +167,8 @@ class Ledger:
         except Exception as error:
             self.missed.append(f"{name}: {first_line(error)}")
             self.warn(
-                f"Not uploaded: {name}: {first_line(error)}. It is kept in {self.folder}, and tried again at the end."
+                f"Not uploaded: {name}: {first_line(error)}. "
+                f"It is kept in {self.folder}, and the upload is tried again at the end."
             )
             return None
 

@@ -1,4 +1,7 @@
-"""Where the cells of a sweep are measured: on this machine, one group after the other, or on a cluster (`cluster.py`), several at a time."""
+"""Executors: measure the groups of a sweep on this machine, one after another, or several at once on a Ray cluster.
+
+`cluster.py` has the cluster.
+"""
 
 from __future__ import annotations
 
@@ -14,47 +17,47 @@ from .jobs import Job
 from .supervise import GroupOutcome
 
 Group = Sequence[Job]
-"""Jobs that share a load, in the order in which one process measures them."""
+"""Jobs that share one loaded model, in the order in which one process measures them."""
 
 Tell = Callable[[Group, Mapping[str, Any]], None]
-"""Called with an event of a group: `begun`, and what its worker tells. What comes from a cluster has the node's name in `node`."""
+"""Callback for an event of a group: `begun`, or an event of its worker. On a cluster `node` is the node's name."""
 
 
 class Place(Protocol):
-    """Who measures groups. `environment` is the fingerprint of its machine, of one of them if there are several."""
+    """Executor of groups. `environment` is the fingerprint of its machine, or of one of them if there are several."""
 
     environment: Mapping[str, Any]
-    env_hashes: Sequence[str]  # of the environments in which a cell may be measured here
+    env_hashes: Sequence[str]  # of all environments in which this executor may measure a cell
 
     def room(self, device: str) -> tuple[int | None, str]:
-        """Most bytes that a cell may need on a device, and words that follow on them; None where nobody says."""
+        """Return the most bytes that a cell may need on a device (None if unknown), and words to put after them."""
 
     @property
     def takes_more(self) -> bool:
-        """Whether another group can be given now."""
+        """True if another group can be given now."""
 
     @property
     def busy(self) -> bool:
-        """Whether a group was given that has not ended."""
+        """True if a group was given that has not ended."""
 
     def give(self, group: Group) -> None:
-        """Take a group, to be measured as soon as there is a machine for it."""
+        """Accept a group; it is measured as soon as a machine is free for it."""
 
     def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Wait until one of the groups has ended."""
+        """Wait until one of the groups has ended, passing events to `tell`. Returns that group and its outcome."""
 
     def recall(self) -> list[Group]:
-        """Take back the groups that no machine has begun with."""
+        """Take back the groups that no machine has begun."""
 
     def stop(self) -> list[tuple[Group, GroupOutcome]]:
-        """End everything now. Returns what was measured of the groups that had not ended."""
+        """Stop everything now. Returns the groups that had not ended, each with what was measured of it."""
 
     def close(self) -> None:
-        """Leave the place; nothing of ours stays there."""
+        """Release the machines; nothing of ours stays there."""
 
 
 class OneAtATime:
-    """What places have in common that measure one group at a time, in the call of `wait`; nothing waits there, and nothing is left behind."""
+    """Base of executors that measure one group at a time, inside `wait`. They have no queue and nothing to clean up."""
 
     def __init__(self) -> None:
         self.environment: Mapping[str, Any] = machine.environment(str(Path(__file__).parent))
@@ -63,51 +66,51 @@ class OneAtATime:
 
     @property
     def takes_more(self) -> bool:
-        """Whether it is free."""
+        """True if no group is waiting to be measured."""
         return self.group is None
 
     @property
     def busy(self) -> bool:
-        """Whether there is a group to measure."""
+        """True if there is a group to measure."""
         return self.group is not None
 
     def give(self, group: Group) -> None:
-        """Take a group; `wait` measures it."""
+        """Accept a group; `wait` measures it."""
         self.group = group
 
     def take(self) -> Group:
-        """The group that was given; the place is free again."""
+        """Return the given group and become free for another."""
         assert self.group
         group, self.group = self.group, None
         return group
 
     def recall(self) -> list[Group]:
-        """Nothing waits here."""
+        """Return nothing: there is no queue."""
         return []
 
     def stop(self) -> list[tuple[Group, GroupOutcome]]:
-        """What measures a group ends with the call that waits for it."""
+        """Return nothing: no measurement outlives its call of `wait`."""
         return []
 
     def close(self) -> None:
-        """There is nothing to leave."""
+        """Do nothing: there is nothing to release."""
 
 
 class Here(OneAtATime):
-    """The machine of the command: one group at a time, and nothing else meanwhile."""
+    """Executor on the machine of the command: one group at a time, and nothing else meanwhile."""
 
     def __init__(self, options: Options) -> None:
         super().__init__()
         self.options = options
-        self.ask: Callable[[Group, GroupOutcome], Job | None] | None = None  # which cell of a search is next
+        self.ask: Callable[[Group, GroupOutcome], Job | None] | None = None  # chooses the next cell of a search
         self.prepared: set[Cell] = set()  # cells whose files are on this disk
 
     def room(self, device: str) -> tuple[int | None, str]:
-        """What is free here, and allowed."""
+        """Return the bytes that are free on this machine and allowed by `memory_limit`."""
         return estimate.room_here(device, estimate.memory_limit(self.options.memory_limit)[0])
 
     def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Measure the group that was given."""
+        """Measure the given group."""
         group = self.take()
         task = task_of(group, self.options, prepare=not self.prepared.issuperset(job.cell for job in group))
         more = functools.partial(self._more, group) if self.ask else None
@@ -121,7 +124,7 @@ class Here(OneAtATime):
 
 
 def task_of(group: Group, options: Options, prepare: bool) -> node.Task:
-    """What a machine has to know of a group. Quality is the same in each process, so the first one evaluates it."""
+    """Make the task of a group. Quality is the same in every process, so only the first process evaluates it."""
     if any(job.attempts for job in group):
         options = dataclasses.replace(options, quality="none")
     return node.Task(

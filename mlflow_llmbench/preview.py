@@ -1,4 +1,4 @@
-"""What a command would measure: its cells with their memory and time, and which of them would be refused. Nothing is started."""
+"""Preview of a command: its cells with estimated memory and time, and those that would be refused. Starts nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from .sweep import expand, resolve_models
 from .workload import prompts_of
 
 MOST_LINES = 100
-"""Cells that the text shows; `--json` has all."""
+"""Most cells that the text shows; `--json` has all."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One cell: estimated peak bytes and least seconds (None where not known), and why it would be refused (None if it would be tried)."""
+    """One planned cell: estimated peak bytes and minimum seconds (None if unknown), and why it would be refused.
+
+    `refused` is None if the cell would be tried.
+    """
 
     cell: Cell
     predicted_bytes: int | None
@@ -30,7 +33,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Preview:
-    """All cells in their order, the settings that vary, and how many times a model would be loaded."""
+    """All cells in order, the names of the settings that vary, and the number of model loads."""
 
     cells: tuple[Planned, ...]
     varied: tuple[str, ...]
@@ -38,14 +41,15 @@ class Preview:
 
     @property
     def tried(self) -> list[Planned]:
-        """Those that would be measured."""
+        """Cells that would be measured."""
         return [planned for planned in self.cells if planned.refused is None]
 
 
 def preview(**parameters: object) -> Preview:
-    """Expand and estimate what `sweep.run` would do with the same parameters. Raises what it would raise before it starts.
+    """Expand and estimate what `sweep.run` would do with the same parameters.
 
-    But for a quantization whose package is missing, its cells are refused with that reason: the others are planned all the same.
+    Raises the errors that it would raise before it starts, except for a quantization whose package is missing: its
+    cells are refused for that reason, and the others are still planned.
     """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
     cells = expand(spec)
@@ -72,7 +76,7 @@ def preview(**parameters: object) -> Preview:
 
 
 def format_preview(found: Preview) -> str:
-    """The plan for a terminal: a line per cell, why some would be refused, and the sums."""
+    """Return the plan as text: a line per cell, the reasons for refusals, and the totals."""
     names = found.varied or ("model", "quant", "batch_size")
     lines = [[*names, "memory GB", "at least"]]
     for planned in found.cells[:MOST_LINES]:
@@ -93,7 +97,7 @@ def format_preview(found: Preview) -> str:
 
 
 def _refusals(found: Preview) -> list[str]:
-    """Per kind of refusal the number of cells, and the sentence of the first."""
+    """Return a line per kind of refusal: the number of cells, and the message of the first."""
     told = [p.refused for p in found.cells if p.refused]
     first: dict[str, str] = {}
     for text in told:
@@ -113,7 +117,7 @@ def _kind(refusal: str) -> str:
 
 
 def _sums(found: Preview) -> str:
-    """How many cells would be measured, with how many loads, how long at least and with how much memory at most."""
+    """Return a sentence with the totals: cells, loads, maximum memory and minimum time."""
     tried = found.tried
     sizes = [p.predicted_bytes for p in tried if p.predicted_bytes is not None]
     text = f"{len(tried)} of {len(found.cells)} cells would be measured, with {found.loads} loads"
@@ -121,12 +125,17 @@ def _sums(found: Preview) -> str:
         text += f", at most about {max(sizes) / 1e9:.2f} GB"
     known = [p.least_s for p in tried if p.least_s is not None]
     if tried and len(known) == len(tried):
-        return f"{text}, in at least {duration(sum(known))} by this machine's best rates; loading, downloads and overheads come on top."
-    return f"{text}. How long it takes is not known before a real model was measured here once with the same device and threads."
+        return (
+            f"{text}, in at least {duration(sum(known))} by this machine's best rates; "
+            "loading, downloads and overheads come on top."
+        )
+    return (
+        f"{text}. The time is unknown until a real model has been measured here once with the same device and threads."
+    )
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in a form to read: `0.4 s`, `12 s`, `3.5 min`, `2.1 h`; a dash for None."""
+    """Format seconds: `0.4 s`, `12 s`, `3.5 min`, `2.1 h`; a dash for None."""
     if seconds is None:
         return "–"
     if seconds < 90:
@@ -135,7 +144,7 @@ def duration(seconds: float | None) -> str:
 
 
 def preview_json(found: Preview) -> dict[str, Any]:
-    """The plan as plain JSON data; what is not known is null."""
+    """Return the plan as JSON data; unknown values are null."""
     cells = [
         {
             "parameters": {name: as_text(name, value) for name, value in vars(p.cell).items()},

@@ -1,9 +1,9 @@
-"""Where a sweep is: which cell of how many, which stage, and how long still. Written to a text stream, for a person who waits.
+"""Progress display of a sweep on a text stream: which cell of how many, which stage, and the time left.
 
-Nothing here runs by itself: no thread, no timer. An event of the worker costs a few microseconds and at most one short
-write, so the display takes no CPU from the model that is being measured. On a terminal one line is rewritten; elsewhere
-(CI, the log of an MLflow run) there is a plain line at each change of stage and none per repetition. No colours, no
-escape sequences: a line is erased with spaces.
+It has no thread and no timer. A worker event costs a few microseconds and at most one short write, so the display takes
+no CPU from the model that is being measured. On a terminal one line is rewritten. Elsewhere (CI, the log of an MLflow
+run) each change of stage gets a plain line, and repetitions get none. No colours and no escape sequences: a line is
+erased with spaces.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from statistics import fmean
 from typing import Any, TextIO
 
 WRITES_PER_S = 4
-"""Most writes to a terminal in any second. Of these, repetitions use what is left by changes of stage."""
+"""Most writes to a terminal in any second. Repetitions only use those that changes of stage leave."""
 
 SHORTEST_NAME = 12
-"""Columns that a cell's name keeps in a narrow terminal before the rest of the line is cut."""
+"""Columns that a cell's name keeps on a narrow terminal; beyond that the rest of the line is cut."""
 
 STAGES = {
     "preparing": "preparing the files",
@@ -31,15 +31,18 @@ STAGES = {
     "peak": "finishing",
     "unloaded": "unloaded",
 }
-"""Stage → what is shown. *preparing* and *reference* come from the sweep, the others from the worker; *baseline* is a reading, nothing that one waits for; *loaded* comes with the event `load`."""
+"""Stage → text shown. *preparing* and *reference* come from the sweep, the others from the worker.
+
+*baseline* is not shown because it takes no time; *loaded* is shown at the event `load`.
+"""
 
 
 class Progress:
-    """The display of one sweep: `start`, then for each cell `cell` and the worker's events, then `finish`.
+    """Display of one sweep: call `start`, for each cell `cell` and `event` (worker events), and at the end `finish`.
 
-    A worker numbers the cells of its own group, and the sweep calls `cell` with their numbers in the whole plan, before it
-    starts a worker and again at the worker's event `cell`: the same number twice is one cell. Cells come in any order and
-    are counted as they come. A stream that cannot be written to ends the display, never the sweep.
+    A worker numbers the cells of its own group; the sweep calls `cell` with their numbers in the whole plan, before it
+    starts a worker and again at the worker's event `cell`. The same number twice is one cell. Cells may come in any
+    order and are counted as they come. If the stream cannot be written to, the display ends but the sweep goes on.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,26 +50,26 @@ class Progress:
         self.clock = clock
         self.terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self.writes: deque[float] = deque(maxlen=WRITES_PER_S)
-        self.shown = 0  # columns of the line that stands on the terminal
+        self.shown = 0  # columns of the line now on the terminal
         self.start(0)
 
     def start(self, total_cells: int) -> None:
-        """Begin: nothing is known, nothing is shown."""
+        """Reset everything and begin a sweep of `total_cells` cells; shows nothing yet."""
         self.total = total_cells
         self.number, self.name, self.doing = 0, "", ""
-        self.places: dict[int, int] = {}  # number of a cell that was begun → its place in the order of measurement
+        self.places: dict[int, int] = {}  # number of a begun cell → its place in the order of measurement
         self.over: set[int] = set()  # numbers of cells that have ended, well or badly
         self.preparing = False
         self.seconds: dict[
             int, float
-        ] = {}  # number of a measured cell → its seconds, with its share of starting and loading
+        ] = {}  # number of a measured cell → seconds, with its share of starting and loading
         self.repetitions: dict[int, int] = {}  # number of a cell → repetitions done
         self.limit = 0  # most repetitions of this cell
         self.since = self.clock()  # when the last cell ended, or the sweep began
         self.timed_since = self.since  # when the repetitions of this cell began
 
     def cell(self, number: int, name: str) -> None:
-        """Cell `number` of the plan, counted from 1, is next. Cells of a sweep may come in any order."""
+        """Show cell `number` of the plan, counted from 1, as the current one. Cells may come in any order."""
         if (number, name) == (self.number, self.name):
             return
         self.over.add(self.number)  # also a cell that was skipped, or whose worker said nothing more
@@ -76,7 +79,7 @@ class Progress:
         self._now("", log=name)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """One event of the worker, as `supervise.run_worker` passes it on. Unknown events change nothing."""
+        """Handle one event of the worker, as `supervise.run_worker` passes it on. Unknown events change nothing."""
         match event["event"]:
             case "stage" if event["stage"] in STAGES:
                 doing = STAGES[event["stage"]]
@@ -108,7 +111,7 @@ class Progress:
                 taken = self._end()
                 self.over.add(self.number)
                 self.seconds[self.number] = self.seconds.get(self.number, 0.0) + taken
-                # Of several nodes at once, the time since the last cell ended is not that of this one.
+                # When several nodes measure at once, the time since the last cell ended is not this cell's.
                 doing, left = (
                     f"measured on {event['node']}" if "node" in event else f"measured in {duration(taken)}",
                     self._left(),
@@ -130,7 +133,7 @@ class Progress:
                 self._end()
 
     def note(self, text: str) -> None:
-        """A line that stays: a warning, a failure."""
+        """Write a line that stays, such as a warning or a failure."""
         if self.terminal:
             line = self._line()
             self._write(f"{self._erased()}{text}\n{line}", line)
@@ -138,16 +141,17 @@ class Progress:
             self._write(f"{text}\n")
 
     def finish(self) -> None:
-        """Take the line off the terminal, so that what is printed next starts in an empty one."""
+        """Erase the line on the terminal, so that the next output starts on an empty one."""
         if self.terminal and self.shown:
             self._write(self._erased())
 
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the end; None before anything is known.
+        """Return the estimated seconds to the end; None before anything is known.
 
-        Of this cell: its repetitions still to do at their pace so far, or what the mean of the measured cells leaves.
-        Of each later cell: the mean of the measured cells, or this one's estimated whole. Repetitions still to do are
-        those that measured cells needed on average, or without one the limit, which makes an upper bound of it.
+        This cell: its remaining repetitions at their pace so far, or the mean of the measured cells minus its time so
+        far. Each later cell: the mean of the measured cells, or this cell's estimated total. The expected number of
+        repetitions is the mean over the measured cells; if there is none, it is the limit, which makes the estimate an
+        upper bound.
         """
         now = self.clock()
         cell_s = fmean(self.seconds.values()) if self.seconds else None
@@ -169,26 +173,27 @@ class Progress:
         return here + self._later() * cell_s
 
     def _later(self) -> int:
-        """Number of cells that have not begun."""
+        """Return the number of cells that have not begun."""
         return max(self.total - len(self.places), 0)
 
     def _count_stage(self, stage: str) -> None:
         if stage == "peak":  # no repetition follows
             self.limit = self.repetitions.get(self.number, 0)
-        elif stage == "starting" and self.preparing:  # a download says nothing of the cells to come
+        elif stage == "starting" and self.preparing:  # the time of a download must not count for later cells
             self._end()
         self.preparing = stage in ("preparing", "reference")
 
     def _end(self) -> float:
-        """A cell, or what came before it, has ended: start the count of the next. Returns its seconds."""
+        """Start timing the next cell. Returns the seconds since the last one ended."""
         now = self.clock()
         taken, self.since = now - self.since, now
         return taken
 
     def _now(self, doing: str, log: str = "", again: bool = False) -> None:
-        """What the worker does now: rewrite the line of a terminal, if the limit of writes allows it; elsewhere write `log`, if any.
+        """Show what the worker does now.
 
-        `again` says that it is one more of the same, which can wait for a later event.
+        On a terminal, rewrite the line if the limit of writes allows it; elsewhere write `log`, if not empty. `again`
+        marks one more event of the same kind, which may be left out.
         """
         self.doing = doing
         if not self.terminal:
@@ -207,28 +212,31 @@ class Progress:
         return f"cell {self.places[self.number]}/{self.total}"
 
     def _left(self) -> str:
-        """`about 2 min left`, or `up to …` while it rests on the limit of repetitions; empty before anything is known and at the end."""
+        """Return `about 2 min left`, or `up to …` while the estimate rests on the limit of repetitions.
+
+        Empty before anything is known and at the end.
+        """
         seconds = self.seconds_left()
         if seconds is None or (self.number in self.over and not self._later()):
             return ""
         return f"{'about' if self.seconds else 'up to'} {rough_duration(seconds)} left"
 
     def _line(self) -> str:
-        """Count, name, stage and time left, as wide as the terminal allows; the name is cut first."""
+        """Return the line: count, name, stage and time left, cut to the terminal's width, the name first."""
         count = self._count() if self.number else ""
         others = [part for part in (count, self.doing, self._left()) if part]
         name = _cut(self.name, max(self._room() - sum(_columns(part) + 3 for part in others), SHORTEST_NAME))
         return _cut(" · ".join(part for part in (*others[:1], name, *others[1:]) if part), self._room())
 
     def _room(self) -> int:
-        """One column less than the terminal has, because some wrap at the last one."""
+        """Return one column less than the terminal has, because some terminals wrap at the last one."""
         return max(_terminal_columns(self.stream) - 1, 1)
 
     def _erased(self) -> str:
         return f"\r{' ' * min(self.shown, self._room())}\r" if self.shown else ""
 
     def _write(self, text: str, line: str = "") -> None:
-        """Write and flush; `line` is what then stands on the terminal."""
+        """Write and flush; `line` is the line then on the terminal."""
         if self.stream is None:
             return
         try:
@@ -240,7 +248,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds that were measured, for reading: `0.4 s`, `41 s`, `3 min 5 s`, `2 h 7 min`."""
+    """Format measured seconds: `0.4 s`, `41 s`, `3 min 5 s`, `2 h 7 min`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -252,7 +260,7 @@ def duration(seconds: float) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-    """Seconds that were estimated, rounded up to what an estimate is worth: `5 s`, `40 s`, `2 min`, `1 h 20 min`."""
+    """Format estimated seconds, rounded up coarsely: `5 s`, `40 s`, `2 min`, `1 h 20 min`."""
     if seconds <= 90:
         return f"{max(-(-seconds // 5) * 5, 5):.0f} s"
     minutes = int(-(-seconds // 60))
@@ -263,7 +271,7 @@ def rough_duration(seconds: float) -> str:
 
 
 def _terminal_columns(stream: TextIO | None) -> int:
-    """Width of the terminal behind the stream; of the one that the environment or standard output tells of where it has none."""
+    """Return the width of the stream's terminal; if it has none, that of the environment or of standard output."""
     try:
         own = os.get_terminal_size(stream.fileno()).columns if stream else 0
     except (OSError, ValueError, AttributeError):
@@ -272,7 +280,7 @@ def _terminal_columns(stream: TextIO | None) -> int:
 
 
 def _columns(text: str) -> int:
-    """Columns that a text takes: East Asian wide characters take two, combining marks none."""
+    """Return the columns that a text takes: East Asian wide characters take two, combining marks none."""
     return len(text) if text.isascii() else sum(map(_width, text))
 
 
@@ -281,8 +289,8 @@ def _width(character: str) -> int:
 
 
 def _cut(text: str, room: int) -> str:
-    """The text, with `…` for its end if it takes more than `room` columns."""
-    used = kept = 0  # columns so far; characters that leave a column for the `…`
+    """Return the text, its end replaced by `…` if it takes more than `room` columns."""
+    used = kept = 0  # columns so far; characters that still leave a column for the `…`
     for position, character in enumerate(text):
         used += _width(character)
         if used > room:

@@ -1,6 +1,7 @@
-"""Quantization-aware training as an MLflow run: train in a worker, then measure what was lost and recovered on text that was never trained on.
+"""Quantization-aware training as an MLflow run: train in a worker, then measure lost and recovered quality.
 
-The result is a checkpoint, a cell like any other: `llmbench run --model FOLDER --quant int4-wo`.
+Quality is measured on text that was not trained on. The resulting checkpoint is measured like any other model:
+`llmbench run --model FOLDER --quant int4-wo`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from .training_report import (
 Say = Callable[[str], None]
 
 SETTINGS = tuple(name for name in NAMES if name in TRAINING or name in Cell.__dataclass_fields__)
-"""Parameters that decide what comes out."""
+"""Parameters that affect the result."""
 
 LINES = 20
-"""Lines that are said of all steps together."""
+"""About how many progress lines are written for all training steps."""
 
 
 def train_quantized(
@@ -53,10 +54,10 @@ def train_quantized(
     experiment: str | None = None,
     say: Say = lambda line: None,
 ) -> Trained:
-    """Train a model for int4-wo, measure it beside the unquantized and the untrained one, and log all of it. `values` are parameters by name.
+    """Train a model for int4-wo, measure it beside the unquantized and the untrained model, and log everything.
 
-    What fails or is interrupted after the training has begun is in the result, and its run has ended FAILED or KILLED. Raises UsageError,
-    ModelError, MissingError or TrackingError where nothing was begun.
+    `values` are parameters by name. A failure or interruption after the training has begun is recorded in the result,
+    and the run ends FAILED or KILLED. Before that, raises UsageError, ModelError, MissingError or TrackingError.
     """
     cell, options, training = parse_training(values)
     texts = read_texts(training)
@@ -70,16 +71,16 @@ def train_quantized(
 
 
 def _new_folder(text: str) -> Path:
-    """The folder that a checkpoint is to get. Raises UsageError if something is there."""
+    """Return the absolute path for a new checkpoint. Raises UsageError if it exists and is not an empty folder."""
     folder = Path(os.path.expanduser(text)).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"output={text} is there already. Name a new folder, so that no checkpoint is overwritten.")
+        raise UsageError(f"output={text} exists already. Name a new folder, so that no checkpoint is overwritten.")
     return folder
 
 
 @dataclasses.dataclass
 class _Job:
-    """One training on its way: what was asked, and what has come of it."""
+    """State of one training: its inputs, and its results so far."""
 
     cell: Cell
     options: Options
@@ -90,7 +91,7 @@ class _Job:
     checkpoint: Path
     store: tracking.Store
     say: Say
-    asked: Mapping[str, str] = dataclasses.field(default_factory=dict)  # params as `mlflow run` has logged them
+    asked: Mapping[str, str] = dataclasses.field(default_factory=dict)  # params as `mlflow run` logged them
     run_id: str | None = None
     plan: dict[str, int] = dataclasses.field(default_factory=dict)
     losses: list[Point] = dataclasses.field(default_factory=list)
@@ -100,12 +101,12 @@ class _Job:
 
     @property
     def limits(self) -> Limits:
-        """What a worker may take."""
+        """Limits of a worker: bytes of host memory, and the name of that limit."""
         most, called = estimate.memory_limit(self.options.memory_limit)
         return Limits(memory_bytes=None if self.options.force else most, memory_limit=called)
 
     def run(self) -> Trained:
-        """Train, measure, log, and end the run, whatever happens."""
+        """Train, measure and log. The run is ended whatever happens."""
         self.environment = machine.environment(str(Path(__file__).parent))
         outcome, message = "error", ""
         try:
@@ -127,11 +128,11 @@ class _Job:
 
     @property
     def _scratch(self) -> Path:
-        """Where the checkpoint is written until it is whole: beside its place, so that it can be renamed."""
+        """Temporary folder of an unfinished checkpoint, beside its final path so that it can be renamed."""
         return self.checkpoint.with_name(f".{self.checkpoint.name}-{self.folder.name}")
 
     def _prepare(self) -> None:
-        """Fetch the model's files, and write both parts of the data where the worker finds them."""
+        """Download the model's files, and write the training and held-out text for the worker."""
         write_bytes(self.folder / "training.txt", self.texts.training.encode())
         write_bytes(self.folder / "held_out.txt", self.texts.held_out.encode())
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -171,12 +172,12 @@ class _Job:
         self._work("train", self.cell, self.model, training=order)
 
     def _measure(self) -> None:
-        """Measure the quality of all three by the project's own means: the held-out text, and continuations of its passages."""
+        """Measure the quality of all three models on the held-out text and on continuations of its passages."""
         base = dataclasses.replace(self.cell, quant="none")
         options = dataclasses.replace(self.options, quality="auto", quality_text=str(self.folder / "held_out.txt"))
         resolve = backend_class(self.cell.backend).resolve
         plain, trained = resolve(base), dataclasses.replace(self.cell, model=str(self.checkpoint), revision="main")
-        self.say("Measuring quality on what was held out.")
+        self.say("Measuring quality on the held-out text.")
         order = reference.order(
             Task((base,), plain, (self.folder / UNQUANTIZED,), options), self._heard, self.environment, self.limits
         )
@@ -191,7 +192,7 @@ class _Job:
             self.qualities[name] = reference.quality_of(options, cell, outcome) or Quality()
 
     def _work(self, task: str, cell: Cell, model: ModelFacts, name: str = "", **orders: Any) -> supervise.GroupOutcome:
-        """One worker's job. Raises its error, and KeyboardInterrupt if it was interrupted."""
+        """Run one task in a worker. Raises its error, or KeyboardInterrupt if it was interrupted."""
         folder = self.folder / (name or task)
         outcome = supervise.run_worker(
             task, [cell], model, [folder], folder / "worker.log", self._heard, self.limits, **orders
@@ -203,7 +204,7 @@ class _Job:
         return outcome
 
     def _heard(self, event: Mapping[str, Any]) -> None:
-        """Take an event of a worker; the run begins when the training does."""
+        """Handle an event of a worker; the MLflow run begins with the training."""
         match event["event"]:
             case "planned":
                 self.plan = {name: int(event[name]) for name in ("trained", "frozen", "layers", "needed", "sequences")}
@@ -233,14 +234,15 @@ class _Job:
         )
         passes = self.training.steps * self.training.batch_size / plan["sequences"]
         self.say(
-            f"Training {plan['trained']:,} parameters of {self.cell.model} in float32, with {plan['layers']} linear layers as {QUANT} rounds them; {frozen} "
-            f"({plan['frozen']:,} parameters). It needs about {plan['needed'] / 1e9:.1f} GB of memory, and sees {plan['sequences']:,} sequences "
+            f"Training {plan['trained']:,} parameters of {self.cell.model} in float32, with {plan['layers']} linear "
+            f"layers rounded as by {QUANT}; {frozen} ({plan['frozen']:,} parameters). It needs about "
+            f"{plan['needed'] / 1e9:.1f} GB of memory, and sees {plan['sequences']:,} sequences "
             f"{passes:.2g} times each."
         )
         name = f"qat {Path(self.cell.model).name} {QUANT}"
         self.run_id = tracking.begin_run(self.store, name, {"qat": self.folder.name})
 
-    # What is left of it
+    # Result and logging
 
     def _result(self, outcome: str, message: str) -> Trained:
         return Trained(
@@ -258,7 +260,7 @@ class _Job:
         )
 
     def _keep(self, done: Trained) -> None:
-        """Write the result to the disk, then log it and end the run; what the store does not take is on the disk."""
+        """Write the result to the disk, then log it and end the run. The files remain if logging fails."""
         files = self.folder / "artifacts"
         write_json(files / "qat.json", {**to_json(done), "base": self.model.identity, "data": self.texts.name})
         write_bytes(files / "report.md", training_markdown(done).encode())
@@ -268,14 +270,14 @@ class _Job:
             return
         try:
             self._log(done, self.run_id, files)
-        except Exception as error:  # whatever the store raises, hours of training are not lost with it
+        except Exception as error:  # an error of the store must not lose hours of training
             self.say(f"Not logged: {first_line(error)}. The result is in {files}.")
         finally:
             with contextlib.suppress(Exception):
                 tracking.end_run(self.store, self.run_id, done.outcome)
 
     def _log(self, done: Trained, run_id: str, files: Path) -> None:
-        """Params, tags, the data as the run's datasets, metrics, artifacts."""
+        """Log params, tags, datasets, metrics and artifacts."""
         now = int(time.time() * 1000)
         tracking.log_params(self.store, run_id, {**self._params(), **self.asked})
         figures = [Point(key, 0, value, now) for key, value in training_figures(done).items()]
@@ -287,7 +289,9 @@ class _Job:
             )
         tracking.log_tags(self.store, run_id, self._tags(done))
         tracking.log_folder(self.store, run_id, files, "")
-        tracking.set_tags(self.store, run_id, {"uploaded": "true"})  # last: what was cut off in the middle can be told
+        tracking.set_tags(
+            self.store, run_id, {"uploaded": "true"}
+        )  # last, so that an incomplete upload can be recognised
 
     def _params(self) -> dict[str, str]:
         known = {

@@ -1,4 +1,4 @@
-"""What the results of a sweep say together and none of them alone: pairs with and without a server, the limits of a search."""
+"""Findings that need several results of a sweep: pairs with and without a server, and the limits of a search."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from .records import RunResult, to_json
 
 @dataclass(frozen=True)
 class Relations:
-    """`added`: metrics of each result beside its own · `figures`: metrics of the whole · `sentences`: for a person · `limits`: of a search."""
+    """Findings across the results of a sweep.
+
+    `added`: extra metrics of each result, in order · `figures`: metrics of the whole sweep · `sentences`: for people ·
+    `limits`: the limits that a search found.
+    """
 
     added: tuple[Mapping[str, float], ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -21,12 +25,15 @@ class Relations:
     limits: tuple[goodput.Limit, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """What is kept of a search as goodput.json; of several configurations none has its limits among the figures."""
+        """Return the content of goodput.json: every limit of a search.
+
+        With several configurations, only this file has their limits; `figures` has none.
+        """
         return {"limits": [{**to_json(limit), "sentence": limit.sentence()} for limit in self.limits]}
 
 
 def relate(results: Sequence[RunResult], names: Sequence[str], options: Options) -> Relations:
-    """What results of one sweep, with the names of their runs, say of each other."""
+    """Relate the results of one sweep to each other; `names` are the names of their runs, in the same order."""
     whole = {result.cell: result for result in results if result.outcome == "ok" and result.repetitions}
     added: list[dict[str, float]] = []
     sentences: list[str] = []

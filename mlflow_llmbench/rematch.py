@@ -1,7 +1,8 @@
-"""A candidate and the champion measured again here, in turns: what drifts with time or with the machine meets both alike.
+"""Rematch: measure the champion and a candidate again on this machine, in alternating order.
 
-The runs that were registered say what was measured, perhaps weeks ago and elsewhere; a gate on them refuses another machine. Measured
-again, only the two configurations differ: whether a change of the software made both slower is not seen so, but by the runs.
+Registered runs may be weeks old and from another machine, which a gate on them refuses. Measured again in alternating
+order, drift affects both sides alike and only their configurations differ. A software change that made both slower does
+not show up this way; it shows up in the registered runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .watcher import Watcher
 
 @dataclass(frozen=True)
 class Rematch:
-    """What `rematch` returns: the sweep of both, their new results, and sentences on what is not as it was."""
+    """Result of `rematch`: the sweep of both sides, their new results, and notes on what differs from before."""
 
     sweep: SweepResult
     champion: RunResult
@@ -39,16 +40,17 @@ def rematch(
     experiment: str | None = None,
     watcher: Watcher | None = None,
 ) -> Rematch:
-    """Measure the configurations of two results in `pairs` fresh processes each, in turns.
+    """Measure the configurations of two results in `pairs` fresh processes each, in alternating order.
 
-    A side that fails is a result with its failure. Raises UsageError or NotComparable if one cannot be rebuilt (see
-    `reproduce.require_same`), MeasurementError if it was interrupted.
+    A side that fails is a result with its failure. `granted` is as in `reproduce.parameters_again`. Raises UsageError
+    or NotComparable if a side cannot be rebuilt (see `reproduce.require_same`), MeasurementError if interrupted.
     """
     for result in (champion, candidate):
         if result.cell.scenario == "online":
             server = f"The server {result.cell.url}" if result.cell.url else "A server that a command starts"
             raise UsageError(
-                f"{server} is not started from here. Measure it with `llmbench online`, and gate that run without --measure."
+                f"{server} is not started from here. Measure it with `llmbench online`, "
+                "and gate that run without --measure."
             )
     sides_of = [parameters_again(result, granted) for result in (champion, candidate)]
     for result, parameters in zip((champion, candidate), sides_of, strict=True):
@@ -62,10 +64,14 @@ def rematch(
         a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
     )
     if done.outcome == "interrupted":
-        raise MeasurementError(f"The measurement was interrupted. What was measured is in {done.folder}.")
+        raise MeasurementError(f"The measurement was interrupted. The results so far are in {done.folder}.")
     return Rematch(done, *sides(done), tuple(_notes({"champion": champion, "candidate": candidate})))
 
 
 def _notes(before: Mapping[str, RunResult]) -> list[str]:
     unlike = {name: ", ".join(map(str, unlike_here(result))) for name, result in before.items()}
-    return [f"Here differs from where the {name} was measured before: {told}." for name, told in unlike.items() if told]
+    return [
+        f"This machine or its software differs from where the {name} was measured before: {told}."
+        for name, told in unlike.items()
+        if told
+    ]

@@ -1,7 +1,8 @@
-"""Measure a run, or a registered version, again: its configuration and workload from its artifacts, what differs here by name, and how alike it came out.
+"""Reproduce a run or a registered version: measure it again, list what differs here, and compare the results.
 
-A run may come from a store that others write to. What it would make this machine do beyond generating (run code that comes with a
-model, read pickles, send prompts and a key to a server) it does only where the person who reproduces it says so again.
+Configuration and workload come from the run's artifacts. The run may come from a store that others write to, so
+anything beyond generating (running code that comes with a model, reading pickles, sending prompts and a key to a
+server) needs to be allowed again by the user who reproduces it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from .watcher import Watcher
 from .workload import load_prompts
 
 GRANTS = ("trust_remote_code", "allow_pickle")
-"""Parameters of a run that are not taken over from it, and have to be given again."""
+"""Parameters that are not taken over from a run and must be given again."""
 
 
 @dataclass(frozen=True)
 class Original:
-    """What is reproduced: the result, its run if the store has it, and what to call it."""
+    """The original to reproduce: its result, its run id if the store has it, and its name in messages."""
 
     result: RunResult
     run_id: str | None
@@ -51,7 +52,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Reproduced:
-    """What `reproduce` returns. Without `sweep` nothing was measured, since the original cannot be trusted."""
+    """Result of `reproduce`. `sweep` is None if nothing was measured because the original is not valid."""
 
     original: Original
     found: Reproduction
@@ -60,12 +61,15 @@ class Reproduced:
 
     @property
     def run_id(self) -> str | None:
-        """The new run."""
+        """Id of the new run, None if there is none."""
         return (self.sweep.run_ids[0] or None) if self.sweep else None
 
 
 def find_original(reference: str, tracking_uri: str | None = None) -> Original:
-    """The one result that a run id, `runs:/ID`, sweep, folder or `models:/NAME@ALIAS` stands for. Raises UsageError where there are several."""
+    """Load the one result behind a run id, `runs:/ID`, sweep, folder or `models:/NAME@ALIAS`.
+
+    Raises UsageError if there are several.
+    """
     if reference.startswith("models:/"):
         store = tracking.open_store(tracking_uri)
         version = registry.registered_at(store, reference)
@@ -73,7 +77,8 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
     results = load_results(reference, tracking_uri)
     if len(results) != 1:
         raise UsageError(
-            f"{reference} has {len(results)} cells, and one is measured again at a time. Give the run of one cell."
+            f"{reference} has {len(results)} cells, but only one can be measured again at a time. "
+            "Give the run of one cell."
         )
     run_id = registry.run_behind(tracking.open_store(tracking_uri), reference, results[0])
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
@@ -82,40 +87,45 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
 def parameters_again(
     result: RunResult, granted: frozenset[str] = frozenset(), url: str | None = None
 ) -> dict[str, object]:
-    """The parameters that measure a result's configuration again, every one with a single value.
+    """Return the parameters that measure a result's configuration again, each with a single value.
 
-    `granted` names those of `GRANTS` that are given again, `url` is where a server of the same kind is now. Raises UsageError
-    where the run needs one of them and it was not given, and for a url where no server was measured.
+    `granted` names the parameters of `GRANTS` that the user allows again; `url` is the present address of the server.
+    Raises UsageError if the run needs one of these and it is not given, if its server was started by a command, or if
+    `url` is given but no server was measured.
     """
     needed = [name for name in GRANTS if getattr(result.cell, name) and name not in granted]
     if needed:
         option = f"--{needed[0].replace('_', '-')}"
         raise UsageError(
-            f"It was measured with {needed[0]}=true, which is not taken over from a run. If you trust the model {result.cell.model}, add {option}."
+            f"It was measured with {needed[0]}=true, which is not taken over from a run. "
+            f"If you trust the model {result.cell.model}, add {option}."
         )
     if result.cell.launch:
         raise UsageError(
-            f"It was measured on a server that a command started, and a command is not taken over from a run. If you trust it: {report.command(result.cell)}"
+            "It was measured on a server that a command started, and a command is not taken over from a run. "
+            f"If you trust it: {report.command(result.cell)}"
         )
     if result.cell.url and not url:
         raise UsageError(
-            f"It was measured on the server {result.cell.url}, and an address is not taken over from a run. Add --url {result.cell.url}, or where it is now."
+            f"It was measured on the server {result.cell.url}, and an address is not taken over from a run. "
+            f"Add --url {result.cell.url}, or its present address."
         )
     if url and not result.cell.url:
-        raise UsageError(f"--url is given, and no server was measured: {url}. Leave it out.")
+        raise UsageError(f"--url is given, but no server was measured: {url}. Leave it out.")
     parameters = artifacts.parameters_of(result) | ({"url": url} if url else {})
     return {name: [text] for name, text in parameters.items()}
 
 
 def require_same(original: RunResult, parameters: dict[str, object]) -> None:
-    """Raise NotComparable if the model or the workload is no longer the original's: then nothing would be reproduced."""
+    """Raise NotComparable if the model or the workload is no longer that of the original."""
     [cell] = plan.expand_cells(parse(parameters))
     model = interpreter.resolve(cell)
     if not cell.url:
         _require_model(original, cell, model)
     if jobs.workload_hash(cell, model, load_prompts(cell.workload)) != original.hashes.workload:
         raise NotComparable(
-            f"The workload {cell.workload} is not what it was when the run was measured. Restore the file or the release that it came with."
+            f"The workload {cell.workload} has changed since the run was measured. "
+            "Restore the file, or the release that it came with."
         )
 
 
@@ -123,20 +133,21 @@ def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
     before, now = (plan.config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
     if before != now:
         raise NotComparable(
-            f"The model {cell.model} is not what was measured: {original.model.name} {original.model.revision} → {model.name} {model.revision}. "
-            "Restore these files, or measure what is there with `llmbench run`."
+            f"The model {cell.model} has changed since the run was measured: "
+            f"{original.model.name} {original.model.revision} → {model.name} {model.revision}. "
+            "Restore the old files, or measure the present ones with `llmbench run`."
         )
 
 
 def unlike_here(original: RunResult) -> list[compare.Difference]:
-    """In what this machine and its software differ from where the original was measured."""
+    """Return the differences of this machine and its software from where the original was measured."""
     here = interpreter.environment_of(original.cell, machine.environment(str(Path(__file__).parent)))
     hashes = dataclasses.replace(original.hashes, **here["hashes"])
     return compare.differences(original, dataclasses.replace(original, environment=here, hashes=hashes))
 
 
 def distrusted(name: str, result: RunResult) -> str | None:
-    """Why a result is no measurement that another can be held against; None if it is one."""
+    """Return the reason why a result cannot be compared with another (failed or invalid); None if it can."""
     if result.failure:
         return f"The {name} has no result: it ended with {result.outcome} at stage {result.failure.stage}."
     verdict = judge(result, summarize(result))
@@ -159,10 +170,11 @@ def reproduce(
     watcher: Watcher | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Reproduced:
-    """Measure what `reference` stands for again here, and hold it against the original within `margin` (a ratio).
+    """Measure `reference` again on this machine, and compare it with the original within `margin` (a ratio).
 
-    `say` is told what differs before anything is measured. The new run is linked to the original, and holds the comparison under
-    `reproduction/`. Raises UsageError, NotComparable if model or workload are not those of the original, MeasurementError if nothing was measured.
+    Before measuring, `say` gets a line on what differs here. The new run is linked to the original and holds the
+    comparison under `reproduction/`. `granted` and `url` are as in `parameters_again`. Raises UsageError, NotComparable
+    if model or workload have changed, MeasurementError if nothing was measured.
     """
     if not 0 < margin < 1:
         raise UsageError(f"The margin is not a ratio between 0 and 1: {margin}. Give 0.05 for ±5 %.")
@@ -173,7 +185,7 @@ def reproduce(
     require_same(original.result, parameters)
     unlike = unlike_here(original.result)
     say(
-        f"Here differs from where {original.name} was measured: {', '.join(map(str, unlike))}."
+        f"This machine or its software differs from where {original.name} was measured: {', '.join(map(str, unlike))}."
         if unlike
         else f"This machine and its software are those of {original.name}."
     )
@@ -190,10 +202,11 @@ def reproduce(
 
 
 def read_again(sweep: SweepResult) -> RunResult:
-    """The result of the only cell of a sweep. Raises MeasurementError if it has none."""
+    """Read the result of the only cell of a sweep. Raises MeasurementError if it has none."""
     if sweep.outcome != "ok" or sweep.rows[0].outcome != "ok":
         raise MeasurementError(
-            f"It could not be measured again: {sweep.rows[0].outcome}: {sweep.rows[0].message} What there is lies in {sweep.folder}."
+            f"It could not be measured again: {sweep.rows[0].outcome}: {sweep.rows[0].message} "
+            f"The files are in {sweep.folder}."
         )
     [folder] = [file.parent for file in sweep.folder.glob("*/artifacts/result.json")]
     return read_result(folder)
@@ -217,14 +230,14 @@ def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: f
             found,
             notes=(
                 *found.notes,
-                "The text of the perplexity is not kept with a run; another one was scored, and is not held against it.",
+                "Perplexity is not compared: a run does not keep the text it was measured on; another one was used.",
             ),
         )
     return Reproduced(original, found, sweep, comparison)
 
 
 def _experiment_of(original: Original, tracking_uri: str | None) -> str | None:
-    """The original's experiment, where its run is in the store."""
+    """Return the name of the original's experiment, None if its run is not in the store."""
     if original.run_id is None:
         return None
     client = tracking.open_store(tracking_uri).client
@@ -232,7 +245,7 @@ def _experiment_of(original: Original, tracking_uri: str | None) -> str | None:
 
 
 def _keep(done: Reproduced, tracking_uri: str | None) -> None:
-    """Write the answer beside the new result and into its run, and link both runs by tags."""
+    """Write the comparison beside the new result and log it on the new run; link both runs by tags."""
     assert done.sweep and done.run_id
     folder = done.sweep.folder / "reproduction"
     write_json(

@@ -1,4 +1,4 @@
-"""What need not be measured again: results of the same configuration, environment and workload, and what a killed command left."""
+"""Reuse of earlier results: of the same configuration, environment and workload, or left by a killed command."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 
 def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[str]) -> RunResult | None:
-    """A finished and valid result of just this cell, from the journal or from the store, as a result of this sweep; None if there is none.
+    """Return a finished, valid result of exactly this cell, from the journal or the store; None if there is none.
 
-    It was measured in an environment of `env_hashes`: those of the machines that would measure it now. Never one of a server: it
-    may have been started anew with other settings under the same address, and of one that we start we know the command and not its files.
+    It must have been measured in one of `env_hashes`, the environments of the machines that would measure it now.
+    Server results are never reused: a server may have been restarted with other settings under the same address, and of
+    a server that we start we know the command but not its files.
     """
     if job.cell.scenario == "online":
         return None
@@ -44,7 +45,7 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
 
 
 def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
-    """Whether a result has the quality that is asked for, on the same text and tasks."""
+    """Return True if a result has the requested quality figures, on the same text and tasks."""
     if reference.never(found.cell):
         return True
     tasks = reference.tasks_digest(spec.options)
@@ -63,7 +64,7 @@ def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
 
 
 def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Iterator[tuple[RunResult, str]]:
-    """Results that may do, newest first, each with the run or the folder that it was measured in."""
+    """Yield candidate results, each with its run id or folder: the journal's, newest first, then the store's."""
     folders = job.folder.parent.parent.glob(f"*/{job.hashes.config}*/artifacts")
     for folder in sorted(folders, reverse=True):
         if folder.parent != job.folder:
@@ -71,10 +72,8 @@ def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Ite
                 yield journal.read_result(folder), _run_of(folder.parent) or str(folder.parent)
     if store is None:
         return
-    with (
-        contextlib.suppress(Exception),
-        tempfile.TemporaryDirectory() as scratch,
-    ):  # a store that fails here says so when it is written to
+    # If the store fails here, the error is reported when it is written to.
+    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as scratch:
         for env_hash in env_hashes:
             for run_id in tracking.find_measured(store, dataclasses.replace(job.hashes, env=env_hash)):
                 yield journal.read_result(tracking.download_result(store, run_id, Path(scratch) / run_id)), run_id
@@ -87,18 +86,23 @@ def _run_of(folder: Path) -> str:
 
 
 def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) -> None:
-    """End the runs of sweeps whose command was killed: what it had measured is kept and uploaded, the cell that it was at is `crashed`."""
+    """End the runs of sweeps whose command was killed.
+
+    Measured cells are kept and uploaded, and the cell that was running becomes `crashed`. An error is passed to `warn`.
+    """
     for folder in journal.abandoned(output_dir):
         try:
             if _store_of(folder) == redact(store.uri):
                 kept = upload.recover(folder)
                 upload.complete(folder, dataclasses.replace(store, given_run_id=None))
                 warn(
-                    f"The sweep {folder.name} had been killed. Its runs are ended now; {kept} of its cells had been measured."
+                    f"The sweep {folder.name} had been killed. Its runs are ended now; "
+                    f"{kept} of its cells had been measured."
                 )
         except Exception as error:
             warn(
-                f"The sweep {folder.name} had been killed, and its runs cannot be ended: {first_line(error)}. `llmbench upload {folder}` tries it again."
+                f"The sweep {folder.name} had been killed, and its runs cannot be ended: {first_line(error)}. "
+                f"To try again: `llmbench upload {folder}`."
             )
 
 

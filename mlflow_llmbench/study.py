@@ -1,4 +1,4 @@
-"""The whole study by one command: a sweep where one is asked for, results that are there already, and everything that both say together."""
+"""The whole study in one command: measure a sweep if requested, add existing results, and report on all of them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from .sweep import SweepResult
 from .watcher import Watcher
 
 PRESET = "quick"
-"""The grid of a study unless another is named."""
+"""Preset of a study's grid unless another is given."""
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What `run_study` returns. `sweep` is None where nothing was measured, `found` where that was interrupted.
+    """Result of `run_study`. `sweep` is None if nothing was measured, `found` is None if the sweep was interrupted.
 
-    `folder` holds study/ and scaling/ (None where they were only logged), `run_id` is the run that holds them (None where there is none).
+    `folder` holds study/ and scaling/ (None if they were only logged); `run_id` is the run that holds them (None if
+    there is none).
     """
 
     sweep: SweepResult | None
@@ -36,7 +37,7 @@ class StudyResult:
 
     @property
     def exit_code(self) -> int:
-        """That of the sweep, 0 without one."""
+        """Exit code of the sweep, 0 without one."""
         return self.sweep.exit_code if self.sweep else 0
 
 
@@ -53,11 +54,11 @@ def run_study(
     experiment: str | None = None,
     watcher: Watcher | None = None,
 ) -> StudyResult:
-    """Measure the sweep that `parameters` ask for (None: none), take in the results named in `of`, and keep the study of all of them.
+    """Measure the sweep of `parameters` (None: no sweep), add the results named in `of`, and study all of them.
 
-    It is written beside the sweep, or into `output`, and logged on the run `log`, else on that of the sweep, else on that of the first
-    sweep in `of` that the store knows. Other arguments are those of `findings.find`. Raises LlmbenchError; after a sweep only for
-    what is wrong with the study itself, and what was measured is kept.
+    The study is written beside the sweep, or into `output`. It is logged on the run `log`, else on the sweep's run,
+    else on the run of the first sweep in `of` that the store has. `share`, `prices` and `accept_suspect` are those of
+    `findings.find`. Raises LlmbenchError; if the study fails after a sweep, the sweep's results are kept.
     """
     check_share(share)
     if log:
@@ -66,7 +67,8 @@ def run_study(
     if parameters is None:
         if not others:
             raise UsageError(
-                "A study needs results. Give the parameters of a sweep, such as --model opt-125m,pythia-70m, or --of SWEEP."
+                "A study needs results. Give the parameters of a sweep, such as --model opt-125m,pythia-70m, "
+                "or --of SWEEP."
             )
         found = _find(others, share, prices, accept_suspect)
         store = tracking.open_store(tracking_uri, experiment)
@@ -81,7 +83,7 @@ def run_study(
         found = _find([*load_results(str(done.folder)), *others], share, prices, accept_suspect)
     except LlmbenchError as error:
         raise MeasurementError(
-            f"The cells were measured and could not be studied: {error} They are in {done.folder}."
+            f"The cells were measured but could not be studied: {error} Their results are in {done.folder}."
         ) from None
     uploaded = done.run_ids and not done.not_uploaded
     own = (done.parent_id or done.run_ids[0]) if uploaded else None
@@ -91,19 +93,19 @@ def run_study(
 
 
 def _refuse_streams(parameters: Mapping[str, object]) -> None:
-    """Raise UsageError where every cell would be a stream of requests: none of them has a place in a study, and measuring takes long."""
+    """Raise UsageError if every cell would be a stream of requests, which a study cannot use, before measuring them."""
     ways = parse({name: value for name, value in parameters.items() if value is not None}).axes["batching"]
     if None not in ways:
         raise UsageError(
-            f"A study is of batches of one shape, and batching={','.join(map(str, ways))} measures streams of requests. "
-            "Compare ways of batching with `llmbench run`, whose report sets them side by side, or leave batching out."
+            f"A study uses batches of one shape, but batching={','.join(map(str, ways))} measures streams of requests. "
+            "Compare ways of batching with `llmbench run`, whose report shows them side by side, or leave batching out."
         )
 
 
 def _find(
     results: Sequence[RunResult], share: float, prices: Mapping[str, float] | None, accept_suspect: str | None
 ) -> Findings:
-    """The findings; why energy cannot be read is known of this machine alone."""
+    """Return the findings. The reason why energy cannot be read is known only for results of this machine."""
     here = machine.environment()["hashes"]["hardware"]
     counters = doctor.energy_item(machine.RAPL)
     no_energy = (
@@ -115,7 +117,7 @@ def _find(
 
 
 def _parent(store: tracking.Store, results: Sequence[RunResult]) -> str | None:
-    """The run of the first sweep that the store has."""
+    """Return the parent run of the first sweep that the store has, None if it has none."""
     parents = (registry.parent_of_sweep(store, sweep) for sweep in dict.fromkeys(result.sweep for result in results))
     return next((parent for parent in parents if parent), None)
 
@@ -123,7 +125,7 @@ def _parent(store: tracking.Store, results: Sequence[RunResult]) -> str | None:
 def _keep(
     found: Findings, output: str | None, store: tracking.Store | None, run_id: str | None
 ) -> tuple[Path | None, str | None]:
-    """Write the study into a folder of its own, log that, and copy it to where a person may have other files."""
+    """Write the study into a temporary folder and log that; copy it to `output`, which may hold other files."""
     with tempfile.TemporaryDirectory() as scratch:
         artifacts.write_study(found, Path(scratch))
         if output:
@@ -135,7 +137,10 @@ def _keep(
 
 
 def parse_prices(text: str) -> dict[str, float]:
-    """`0.5` for all machines, or `EPYC=0.5,A100=2.4` by a part of their names, as money per hour; `none` for no price. Raises UsageError."""
+    """Parse prices in money per hour: `0.5` for all machines, `EPYC=0.5,A100=2.4` by a part of their names, or `none`.
+
+    Returns prices by part of the name, "" for all. Raises UsageError.
+    """
     found: dict[str, float] = {}
     for part in text.split(",") if text.lower() != "none" else ():
         name, _, amount = part.rpartition("=")

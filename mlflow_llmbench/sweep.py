@@ -1,8 +1,8 @@
-"""Run a plan: resolve, refuse what cannot work, then one worker per group of cells, and one MLflow run per cell.
+"""Run a plan: resolve the models, refuse cells that cannot work, then start one worker per group and one run per cell.
 
-One function, `run`, stands behind the command line, MLproject and Python. Nothing of this process runs while a worker
-measures on this machine, except the watch over it: runs are uploaded when their group has ended. Where groups are measured,
-here or on a cluster, is the business of a `Place`; all that is kept and uploaded goes through this thread.
+The command line, MLproject and Python all call `run`. While a worker measures on this machine, this process only
+watches it: runs are uploaded when their group has ended. A `Place` measures the groups, on this machine or on a
+cluster. This thread writes and uploads all results.
 """
 
 from __future__ import annotations
@@ -36,17 +36,21 @@ from .workload import load_prompts, prompts_of
 MOST_CELLS = 5000
 
 MOST_LOSSES = 3
-"""How often a cell is given to another machine of a cluster because the one before was lost."""
+"""Most times that a cell is given to another machine of a cluster after its machine was lost."""
 
 MIXED = (
-    "Its processes ran on nodes that are not alike, which makes no result. Run it again, or on nodes that are alike."
+    "The processes of this cell ran on nodes that differ, so they make no result. Run it again, or on identical nodes."
 )
 UNREACHED = "The command ended before this cell was measured."
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a command left. `run_ids` belong to `rows`; `parent_id` is None for a single cell; `page` is the UI's page to open."""
+    """Result of a command.
+
+    `run_ids` are in the order of the planned cells, "" where a cell has no run. `parent_id` is None for a single cell.
+    `page` is the page to open in the MLflow UI.
+    """
 
     rows: tuple[Row, ...]
     varied: tuple[str, ...]
@@ -59,21 +63,21 @@ class SweepResult:
     ui: str
     page: str
     not_uploaded: tuple[str, ...] = ()
-    sentences: tuple[str, ...] = ()  # what the cells say together
+    sentences: tuple[str, ...] = ()  # findings that need several cells
 
     @property
     def exit_code(self) -> int:
-        """0 if every cell was measured or skipped, and all of it uploaded; 130 when interrupted; else 1."""
+        """Exit code: 0 if every cell was measured or skipped and all was uploaded, 130 if interrupted, else 1."""
         return 130 if self.outcome == "interrupted" else int(self.outcome != "ok" or bool(self.not_uploaded))
 
     def table(self) -> str:
-        """The comparison as text."""
+        """Return the comparison as text."""
         return report.format_table(self.rows, self.varied)
 
 
 @dataclass
 class _Sweep:
-    """State of one command. `groups` are the jobs by what has to be loaded for them."""
+    """State of one command. `groups` holds the jobs, those that share a loaded model together."""
 
     spec: BenchSpec
     jobs: list[Job]
@@ -82,7 +86,7 @@ class _Sweep:
     folder: Path
     place: Place
     watcher: Watcher
-    told: set[str] = field(default_factory=set)  # why figures of quality are withheld
+    told: set[str] = field(default_factory=set)  # reasons already shown for withheld quality figures
     failed: list[tuple[Cell, str, bool]] = field(default_factory=list)  # cell, outcome, whether its load failed
     related: Relations = field(default_factory=Relations)
 
@@ -94,10 +98,11 @@ def run(
     watcher: Watcher | None = None,
     **parameters: object,
 ) -> SweepResult:
-    """Measure one configuration, or a sweep where a parameter has several values.
+    """Measure one configuration, or a sweep if a parameter has several values.
 
-    `parameters` have the names, values and defaults of the vocabulary (`model="opt-125m", quant="int8,int4"`, or a list).
-    Raises LlmbenchError for what is wrong before anything starts; a cell that fails later is a row with its outcome.
+    `parameters` have the names, values and defaults of the command line (`model="opt-125m", quant="int8,int4"`, or a
+    list). Raises LlmbenchError for an error found before anything starts. A cell that fails later is a row with its
+    outcome.
     """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
     cells = expand(spec)
@@ -124,9 +129,10 @@ def run_sides(
     store: tuple[str | None, str | None],
     watcher: Watcher | None = None,
 ) -> SweepResult:
-    """Measure cells that are no product of lists, each in processes of its own, in turns: A B, then B A, then A B, …
+    """Measure a given list of cells, each in its own processes, in alternating order: A B, then B A, then A B, …
 
-    `spec` holds the parameters of all of them; `store` is a tracking URI and an experiment. Two cells may be the same.
+    The cells need not be a product of lists, and two of them may be the same. `spec` holds the parameters of all of
+    them. `store` is a tracking URI and an experiment name.
     """
     model_of = resolve_models([(cell,) for cell in cells])
     sweep = _prepare(
@@ -143,7 +149,7 @@ def run_in(
     store: tuple[str | None, str | None],
     watcher: Watcher | None = None,
 ) -> SweepResult:
-    """Measure a specification of one model that is known, in a place that is given."""
+    """Measure a specification of one model, already resolved, in the given place. `store` is as in `run_sides`."""
     cells = expand(spec)
     names = [plan.cell_name(cell, spec.varied) for cell in cells]
     parent_name = plan.sweep_name(spec) if len(cells) > 1 else None
@@ -156,23 +162,25 @@ def run_in(
 
 
 def expand(spec: BenchSpec) -> list[Cell]:
-    """The cells of a specification. Raises UsageError if they are more than `MOST_CELLS`."""
+    """Return the cells of a specification. Raises UsageError if there are more than `MOST_CELLS`."""
     cells = plan.expand_cells(spec)
     if len(cells) > MOST_CELLS:
-        raise UsageError(f"The lists make {len(cells)} cells, and {MOST_CELLS} are the most. Give shorter lists.")
+        raise UsageError(f"The lists make {len(cells)} cells, and the maximum is {MOST_CELLS}. Give shorter lists.")
     return cells
 
 
 def resolve_models(
     groups: Sequence[Sequence[Cell]], on: str = "here", lacking: dict[Cell, str] | None = None
 ) -> dict[Cell, ModelFacts]:
-    """The model of each cell. Raises UsageError if no cell at all fits its model's context; single ones are refused one by one.
+    """Return the model of each cell. `groups` are cells that share a model.
 
-    `lacking`, where given, takes what this machine lacks for a quantization (a package), for each of its cells, instead of an error.
+    Raises UsageError if every cell exceeds its model's context or has settings that exclude each other. Otherwise such
+    cells are refused later, one by one. Raises MissingError if a quantization needs a package that is not installed
+    here. If `lacking` is given, that message is stored in it for each cell concerned instead.
     """
 
     def resolve(group: Sequence[Cell]) -> ModelFacts:
-        # The devices of this machine are not those of a cluster.
+        # A cluster has other devices than this machine.
         cell = group[0] if on == "here" else dataclasses.replace(group[0], device="cpu")
         _refuse_unknown_paths(cell)
         try:
@@ -181,7 +189,7 @@ def resolve_models(
             if lacking is None or cell.quant == "none":
                 raise
             lacking.update(dict.fromkeys(group, str(error)))
-            plain = reference.sibling(cell)  # the same model, by what needs no more than transformers
+            plain = reference.sibling(cell)  # the same model unquantized, which needs only transformers
             return backend_class(plain.backend).resolve(plain)
 
     facts = [resolve(group) for group in groups]
@@ -195,7 +203,10 @@ def resolve_models(
 
 
 def _refuse_unknown_paths(cell: Cell) -> None:
-    """Raise UsageError if the backend of a cell cannot decode as it asks: nothing is measured under the name of something else."""
+    """Raise UsageError if the backend lacks a decode path, history, batching or KV cache that the cell asks for.
+
+    Without this check another path could be measured under the requested name.
+    """
     known = backend_class(cell.backend).capabilities
     if cell.decode not in known.decodes:
         raise UsageError(f"backend={cell.backend} has no decode={cell.decode}. Use decode={','.join(known.decodes)}.")
@@ -207,12 +218,13 @@ def _refuse_unknown_paths(cell: Cell) -> None:
         raise UsageError(f"backend={cell.backend} has no batching=continuous. Use batching=static or dynamic.")
     if cell.kv_cache is not None and cell.kv_cache not in known.kv_caches:
         raise UsageError(
-            f"backend={cell.backend} has no kv_cache={cell.kv_cache}. Use kv_cache={','.join(['auto', *known.kv_caches])}."
+            f"backend={cell.backend} has no kv_cache={cell.kv_cache}. "
+            f"Use kv_cache={','.join(['auto', *known.kv_caches])}."
         )
 
 
 def _open_place(spec: BenchSpec, watcher: Watcher) -> Place:
-    """The machine of the command, or the cluster that was asked for. Raises LlmbenchError if it cannot be had."""
+    """Return this machine, or connect to the requested cluster. Raises LlmbenchError if that fails."""
     if spec.options.on == "here":
         return Here(spec.options)
     from . import cluster
@@ -231,7 +243,10 @@ def _prepare(
     watcher: Watcher,
     place: Place,
 ) -> _Sweep:
-    """The folder, the store, the jobs: all that can be wrong before anything is measured."""
+    """Open the store, create the sweep's folder and make the jobs: everything that can fail before measuring.
+
+    `asked` are the parameters as the user wrote them, `where` is a tracking URI and an experiment name.
+    """
     prompts = prompts_of(cells)
     reference.require(spec.options)
     ledger = Ledger(spec, parent_name, watcher.note)
@@ -246,7 +261,7 @@ def _prepare(
 
 
 def _drive(sweep: _Sweep) -> SweepResult:
-    """Open the runs, measure group by group, upload, and end every run that was begun, whatever happens."""
+    """Open the runs, measure group by group, upload. Every run that was begun is ended, whatever happens."""
     ledger = sweep.ledger
     with claim(sweep.folder):
         _write_plan(sweep)
@@ -304,31 +319,32 @@ def _summary(sweep: _Sweep, outcome: str) -> SweepResult:
 
 
 def _measure(sweep: _Sweep) -> None:
-    """Every cell that is neither refused nor known, in as many rounds as processes were asked for, each in turn from the other end.
+    """Measure every cell that is neither refused nor already measured, one round per requested process.
 
-    What drifts with time then meets all cells alike: in A B, B A, A B, … (Kalibera and Jones 2013 call for processes in turns).
+    Every second round runs in reverse order (A B, B A, A B, …), so that drift over time affects all cells alike.
+    Kalibera and Jones 2013 recommend processes in alternating order.
     """
     for job in sweep.jobs:
         if job.refused:
             _fail(sweep, job, "refused", Failure("planning", job.refused))
-        elif not (sweep.spec.options.rerun or sweep.spec.options.twin):  # a pair is measured on one day
+        elif not (sweep.spec.options.rerun or sweep.spec.options.twin):  # a pair is always measured together
             _link(sweep, job)
     for number in range(max(job.cell.processes for job in sweep.jobs)):
         _run_round(sweep, sweep.groups[:: -1 if number % 2 else 1])
 
 
 def _link(sweep: _Sweep, job: Job) -> None:
-    """Take over the result of a cell that was measured before."""
+    """Take over an earlier result of this cell, if there is one."""
     found = resume.find(job, sweep.spec, sweep.ledger.store, sweep.place.env_hashes)
     if found:
         sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
-        sweep.watcher.note(f"{job.name}: measured before, in {found.linked}; rerun=true measures again.")
+        sweep.watcher.note(f"{job.name}: measured before, in {found.linked}. To measure it again: rerun=true.")
         job.started_ms = found.started_ms
         _keep(sweep, job, found)
 
 
 def _run_round(sweep: _Sweep, groups: Sequence[Group]) -> None:
-    """One process for each group; after a failure the rest of a group, which is smaller, goes on in a new one."""
+    """Measure each group in one process. After a failure the remaining cells of the group get a new process."""
     place, todo = sweep.place, deque(groups)
     while todo or place.busy:
         while todo and place.takes_more:
@@ -340,12 +356,12 @@ def _run_round(sweep: _Sweep, groups: Sequence[Group]) -> None:
             left = _take(sweep, *place.wait(lambda group, event: _tell(sweep, group, event)))
             if left:
                 todo.appendleft(left)
-            if len(sweep.failed) > known:  # what waits may be hopeless now
+            if len(sweep.failed) > known:  # waiting cells may be too large as well
                 todo.extend(place.recall())
 
 
 def _tell(sweep: _Sweep, group: Group, event: Mapping[str, Any]) -> None:
-    """Begin the runs of a group when its measurement begins, and pass on what the person who waits can follow."""
+    """Handle an event of a group: begin its runs when it begins, and pass progress on to the watcher."""
     job = group[event["number"]] if event["event"] in ("cell", "measured") else group[0]
     if event["event"] == "begun":
         for one in group:
@@ -361,7 +377,7 @@ def _tell(sweep: _Sweep, group: Group, event: Mapping[str, Any]) -> None:
         if event["event"] in ("begun", "cell") or event.get("stage") in ("preparing", "reference"):
             sweep.watcher.cell(number, job.name)
         sweep.watcher.event(event)
-    elif event["event"] == "cell":  # several are measured at once: a line when one begins, the count when it has ended
+    elif event["event"] == "cell":  # several at once: a line at the begin, the count at the end
         sweep.watcher.note(f"{job.name}: measuring on {node}")
     elif event["event"] == "measured":
         sweep.watcher.cell(number, job.name)
@@ -369,7 +385,10 @@ def _tell(sweep: _Sweep, group: Group, event: Mapping[str, Any]) -> None:
 
 
 def _search(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> Job | None:
-    """The next cell of a search by what a worker has measured, as a job that joins its group; None when the search has ended."""
+    """Return the next cell of a search as a job, chosen from the results so far and added to the group.
+
+    Returns None when the search has ended.
+    """
     here = [
         dataclasses.replace(job, attempts=[(outcome, own)]) for own, job in enumerate(group) if own in outcome.measured
     ]
@@ -400,14 +419,17 @@ def _search(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> Job | None:
 
 
 def _count(group: Group, outcome: GroupOutcome) -> None:
-    """Note for each job what a process has measured of it."""
+    """Add the outcome to each job of the group that it measured."""
     for own, job in enumerate(group):
         if own in outcome.measured:
             job.attempts.append((outcome, own))
 
 
 def _take(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> list[Job]:
-    """Keep what a process has left of a group. Returns the jobs that need a new one, since it failed before it came to them."""
+    """Keep the results of a process. Returns the jobs that still need one, because it failed before it reached them.
+
+    Raises KeyboardInterrupt if the process was interrupted.
+    """
     _count(group, outcome)
     if outcome.interrupted:
         raise KeyboardInterrupt
@@ -423,8 +445,8 @@ def _take(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> list[Job]:
 
 
 def _lose(sweep: _Sweep, left: Sequence[Job], error: NodeLost) -> None:
-    """Their machine is gone, which says nothing of these cells, unless it happens again and again."""
-    sweep.watcher.note(f"{error} Of its group {len(left)} cells had not been measured.")
+    """Count a lost machine for its unmeasured jobs: they are retried, and fail after more than `MOST_LOSSES` losses."""
+    sweep.watcher.note(f"{error} {len(left)} cells of its group had not been measured.")
     for job in left:
         job.lost += 1
         if job.lost > MOST_LOSSES:
@@ -432,12 +454,12 @@ def _lose(sweep: _Sweep, left: Sequence[Job], error: NodeLost) -> None:
                 sweep,
                 job,
                 "crashed",
-                Failure("measuring", f"{error} It was the last of {job.lost} that were lost with this cell."),
+                Failure("measuring", f"{error} This cell was lost in this way {job.lost} times."),
             )
 
 
 def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
-    """The jobs that are worth trying; those that need at least what another one did not get become `skipped`."""
+    """Return the jobs that are worth trying. Those that need at least as much as a failed one become `skipped`."""
     left = []
     for job in waiting:
         smaller = next(
@@ -454,19 +476,20 @@ def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
         what = (
             "loading it"
             if smaller[2]
-            else f"batch_size={smaller[0].batch_size} with {smaller[0].prompt_tokens or 'auto'} + {smaller[0].output_tokens} tokens"
+            else f"batch_size={smaller[0].batch_size} with {smaller[0].prompt_tokens or 'auto'} + "
+            f"{smaller[0].output_tokens} tokens"
         )
         _fail(
             sweep,
             job,
             "skipped",
-            Failure("planning", f"Not tried: {what} ended with {smaller[1]}, and this cell needs no less."),
+            Failure("planning", f"Not tried: {what} ended with {smaller[1]}, and this cell needs at least as much."),
         )
     return left
 
 
 def _fail_in(sweep: _Sweep, waiting: Group, outcome: GroupOutcome) -> None:
-    """Record the cell that a worker failed in, or all of them if it failed to load."""
+    """Record the failure of the cell at which the worker failed, or of all cells if loading failed."""
     error = outcome.error
     word = getattr(error, "outcome", "error")
     loading = outcome.current is None
@@ -494,7 +517,7 @@ def _fail(
 
 
 def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None:
-    """Write the files of a cell, then upload them, and end its run."""
+    """Write the files of a cell, upload them and end its run."""
     result = redact_all(result)
     folder = job.folder / "artifacts"
     with sweep.ledger.noted(f"the files of {job.name}"):
@@ -503,12 +526,12 @@ def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None
     if draw:
         with sweep.ledger.noted(f"the charts of {job.name}"):
             artifacts.draw_cell(result, folder / "charts")
-    job.row = report.row_of(result)  # a cell that an interruption met before is done again by `_finish`
+    job.row = report.row_of(result)  # if interrupted before this line, `_finish` repeats the cell
     sweep.ledger.upload(job, result)
 
 
 def _relate(sweep: _Sweep) -> None:
-    """What the cells say together, where they were asked for it: metrics beside their own, and a file of what a search found."""
+    """Add metrics and findings that need several cells (`twin` pairs, the limits of `find`), if they were requested."""
     options = sweep.spec.options
     if not (options.twin or options.find):
         return
@@ -524,7 +547,10 @@ def _relate(sweep: _Sweep) -> None:
 
 
 def _finish(sweep: _Sweep, outcome: str) -> None:
-    """End what is still open, the quick things first: after an interruption there are seconds left, and charts can be drawn later."""
+    """End everything that is still open, quick steps first: after an interruption only seconds are left.
+
+    Charts are not drawn then; they can be drawn later.
+    """
     ledger, draw = sweep.ledger, outcome != "interrupted"
     unfinished = [job for job in sweep.jobs if job.row is None and not job.measured]
     for job in unfinished:

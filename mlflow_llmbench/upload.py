@@ -1,4 +1,7 @@
-"""Put a sweep's folder into a tracking store, as far as it is not there yet: after a server was away, or on another machine."""
+"""Upload a sweep's folder to a tracking store, leaving out what is there already.
+
+Used when the server was unreachable during the sweep, or to upload from or to another machine.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Uploaded:
-    """What an upload did: runs that are new, runs that were completed, runs that were whole already; and where they are.
+    """Result of an upload: numbers of runs that are new, completed, or were complete already, and where they are.
 
-    `run_ids` are by name of the cell's folder; `page` is the published view, if one was published.
+    `run_ids` maps the name of a cell's folder to its run; `page` is the published view, None if there is none.
     """
 
     new: int = 0
@@ -42,7 +45,7 @@ class Uploaded:
     run_ids: dict[str, str] = field(default_factory=dict)
 
     def count(self, run: Run | None) -> str | None:
-        """Count a run as new, as begun, or as whole (all has arrived, and it has ended). Returns its id unless it is new."""
+        """Count a run as new (None), completed now, or complete already. Returns its id, None for a new one."""
         if run is None:
             self.new += 1
             return None
@@ -54,12 +57,15 @@ class Uploaded:
 
     @staticmethod
     def is_whole(run: Run | None) -> bool:
-        """Whether everything of a run has arrived."""
+        """Return True if everything of a run has been uploaded and the run has ended."""
         return run is not None and tracking.UPLOADED_TAG in run.data.tags and run.info.status != "RUNNING"
 
 
 def upload(folder: str, tracking_uri: str | None = None, experiment: str | None = None) -> Uploaded:
-    """Upload what a sweep's folder holds, also where its command was killed. A second upload changes nothing. Raises JournalError or TrackingError."""
+    """Upload a sweep's folder, even if its command was killed. A second upload changes nothing.
+
+    Raises JournalError if the folder cannot be uploaded, TrackingError for a problem of the store.
+    """
     if not os.path.isdir(folder):
         raise JournalError(f"There is no folder {folder}. Give a folder that `llmbench run` has printed.")
     root = Path(folder).resolve()
@@ -67,18 +73,22 @@ def upload(folder: str, tracking_uri: str | None = None, experiment: str | None 
     if not (root / "ended.json").exists():
         if journal.is_claimed(root):
             raise JournalError(
-                f"{folder} is being written by a command that still runs, and that uploads it. Wait for its end."
+                f"{folder} is still being written by a running command, which uploads it. Wait until it ends."
             )
         recover(root)
     if not _results(root, known):
         raise JournalError(
-            f"{folder} holds no finished cell, so there is nothing to upload. Give a folder that `llmbench run` has printed."
+            f"{folder} holds no finished cell, so there is nothing to upload. "
+            "Give a folder that `llmbench run` has printed."
         )
     return complete(root, tracking.open_store(tracking_uri, experiment))
 
 
 def complete(root: Path, store: tracking.Store) -> Uploaded:
-    """Bring a sweep's folder into an open store, as far as it is not there. Changes nothing the second time. Raises JournalError or TrackingError."""
+    """Upload what an open store lacks of a sweep's folder. A second call changes nothing.
+
+    Raises JournalError or TrackingError.
+    """
     spec, known = read_sweep(root)
     results = _results(root, known)
     runs = tracking.runs_of_sweep(store, root.name)
@@ -127,7 +137,10 @@ def write_comparison(
     name: str,
     measured: Sequence[tuple[report.Row, str]],
 ) -> None:
-    """Write the comparison of a sweep into `folder` with the runs of this store; also where its command died before it. Charts that it drew are kept."""
+    """Write the comparison of a sweep, with the run ids of this store, into `folder`.
+
+    Charts that the sweep has drawn are copied; if it was killed before that, they are drawn.
+    """
     drawn = root / "comparison" / "charts"
     if drawn.is_dir():
         shutil.copytree(drawn, folder / "charts")
@@ -150,32 +163,39 @@ def publish_parent(
     warn: Callable[[str], None],
     figures: Mapping[str, float] = MappingProxyType({}),
 ) -> str | None:
-    """The parent of a sweep: the view of its cells (rows with their run ids), its description, params and comparison.
+    """Log a sweep's parent run: the view of its cells (rows with their run ids), description, params and comparison.
 
-    Returns the view's page, None where the store did not take one; `warn` is told why.
+    Returns the view's page; None if the store does not accept one, with the reason passed to `warn`.
     """
     rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
     link = view.publish(store, parent_id, plan.sweep_name(spec), spec.varied, rows, ids, warn)
     note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + overview.description(rows, spec.varied)
-    at_ms = max((row.ended_ms or 0 for row in rows), default=0)  # the same each time
+    at_ms = max((row.ended_ms or 0 for row in rows), default=0)  # the same at each upload
     points = [Point(key, 0, value, at_ms) for key, value in figures.items()]
     tracking.upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison, points)
     return link
 
 
 def read_sweep(root: Path) -> tuple[BenchSpec, dict[str, Any]]:
-    """What was asked for, and what else sweep.json holds: cells, parent's name, order of the folders. Raises JournalError."""
+    """Read sweep.json: the specification, and the rest (cells, parent's name, order of the folders).
+
+    Raises JournalError.
+    """
     try:
         known = json.loads((root / "sweep.json").read_text(encoding="utf-8"))
         return parse(known["parameters"]), {"parent": None, "order": [], **known, "cells": int(known["cells"])}
     except (OSError, ValueError, KeyError, TypeError):
         raise JournalError(
-            f"{root} is not the folder of a sweep: it has no sweep.json that can be read. Give a folder that `llmbench run` has printed."
+            f"{root} is not the folder of a sweep: it has no readable sweep.json. "
+            "Give a folder that `llmbench run` has printed."
         ) from None
 
 
 def recover(folder: Path) -> int:
-    """Make results of what a killed command's workers had told, and mark the sweep as ended; returns how many cells have one. Raises JournalError."""
+    """Make results from the worker events that a killed command has kept, and mark the sweep as ended.
+
+    Returns how many cells had been measured. Raises JournalError.
+    """
     spec, known = read_sweep(folder)
     for log in folder.glob("*/*.log"):
         journal.redact_log(log)
@@ -208,7 +228,7 @@ def _write(job: jobs.Job, spec: BenchSpec, environment: Mapping[str, Any]) -> No
 
 
 def _results(root: Path, known: Mapping[str, Any]) -> list[tuple[jobs.Job, RunResult]]:
-    """The finished cells in the order of the plan."""
+    """Return the finished cells in the order of the plan."""
     order = {name: number for number, name in enumerate(known["order"])}
     folders = [file.parent.parent for file in root.glob("*/artifacts/result.json")]
     folders.sort(key=lambda folder: order.get(folder.name, len(order)))
@@ -217,7 +237,7 @@ def _results(root: Path, known: Mapping[str, Any]) -> list[tuple[jobs.Job, RunRe
 
 
 def _outcome(root: Path, results: list[RunResult], planned: int) -> str:
-    """How the sweep ended, as its command wrote it down; else what its cells say."""
+    """Return the outcome that the command wrote; without one, derive it from the cells."""
     try:
         return str(json.loads((root / "ended.json").read_text(encoding="utf-8"))["outcome"])
     except (OSError, ValueError, KeyError, TypeError):

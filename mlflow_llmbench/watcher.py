@@ -1,4 +1,4 @@
-"""Who is told how a sweep goes on."""
+"""Progress reporting of a sweep: the interface, and an implementation that shows nothing."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from typing import Any, Protocol
 
 
 class Watcher(Protocol):
-    """Who is told how a sweep goes on; `progress.Progress` is one."""
+    """Receiver of a sweep's progress, such as `progress.Progress`."""
 
     def start(self, total_cells: int) -> None:
-        """The plan stands."""
+        """Begin: the plan has `total_cells` cells."""
 
     def cell(self, number: int, name: str) -> None:
-        """Cell `number` of the plan is next; also for a cell that ends without a worker."""
+        """Announce that cell `number` of the plan is next; also called for a cell that ends without a worker."""
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """A worker's event."""
+        """Handle a worker's event."""
 
     def note(self, text: str) -> None:
-        """A line for the person who waits."""
+        """Show a line to the user."""
 
     def finish(self) -> None:
-        """Nothing more comes."""
+        """End: nothing more comes."""
 
 
 class Silent:
-    """A watcher that tells nobody."""
+    """A watcher that shows nothing."""
 
     def start(self, total_cells: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def cell(self, number: int, name: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def finish(self) -> None:
-        """Say nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""A generate function of the user's own: the same records, verdicts and runs as any other measurement, and clear refusals."""
+"""A generate function of the user's own: records, verdicts and runs as of any other measurement, and clear refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Emit = Callable[[list[int]], None]
 
 
 def paced(prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
-    """First token after 20 ms, then one every 4 ms."""
+    """Emit the first token after 20 ms, then one every 4 ms."""
     started = time.perf_counter()
     for step in range(output_tokens):
         while time.perf_counter() < started + 0.020 + 0.004 * step:
@@ -162,7 +162,7 @@ def test_prompts_of_another_vocabulary_are_another_workload(store_uri: str) -> N
     ("parameters", "message"),
     [
         ({"batching": "static"}, "batching has no meaning for a function of your own. Known: model, "),
-        ({"workload": "qa"}, "workload=qa has texts, and the function takes ids. Give encode="),
+        ({"workload": "qa"}, "workload=qa has texts, but the function takes ids. Give encode="),
         ({"batch_size": 0}, "batch_size is too small: 0."),
         ({"model": "a,b"}, "has a comma"),
     ],
@@ -182,7 +182,7 @@ def test_a_store_that_is_wrong_and_a_body_that_measures_nothing(store_uri: str) 
         pass
     with measure("mine", **CELL) as bench:
         bench.run(paced)
-        with pytest.raises(UsageError, match="done already"):
+        with pytest.raises(UsageError, match="already done"):
             bench.run(paced)
 
 

@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray cluster of two nodes on this machine. The nodes are told apart by a package that only the second one has."""
+"""Sweeps on a real Ray cluster of two nodes on this machine. A package that only the second has distinguishes them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parent.parent
 CELL = {"backend": "fake", "output_tokens": 4, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}
 CPUS = {"first": 4, "second": 2}
-"""The first could take two groups by its number of CPUs."""
+"""The first node has enough CPUs for two groups."""
 
 
 HEAD = {
     "num_cpus": 0, "include_dashboard": False, "ray_client_server_port": 23117,
-    "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 12},  # a dead node is seen soon, a slow one is alive
+    # A dead node is noticed soon, and a slow one counts as alive.
+    "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 12},
 }  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def nodes(started: Nodes, monkeypatch: pytest.MonkeyPatch, store_uri: str) -> It
 
 
 class Watching(Silent):
-    """Keeps the lines; what `on` says happens when a cell begins on a node."""
+    """Keep the lines, and call `on` when a cell begins on a node."""
 
     def __init__(self, on: Callable[[str, str], object] = lambda cell, node: None) -> None:
         self.lines: list[str] = []
@@ -223,7 +224,7 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(
     assert by_cell["2/None"].hashes.env != by_cell["1/None"].hashes.env
     assert {len(one.repetitions) for one in by_cell.values()} == {5}
     assert [line for line in watcher.lines if "is lost" in line] == [
-        f"The node {dead} is lost (NodeDiedError). Of its group 1 cells had not been measured."
+        f"The node {dead} is lost (NodeDiedError). 1 cells of its group had not been measured."
     ]
     assert [line for line in watcher.lines if line.startswith("batch_size=2: measuring")] == [
         f"batch_size=2: measuring on {dead}"
@@ -234,14 +235,14 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(
 
 
 def test_a_node_that_died_just_before_is_left_out(nodes: Nodes) -> None:
-    """The cluster still lists it for some seconds; what is asked of it there is answered by an error of Ray's own."""
+    """The cluster still lists it for some seconds; a task sent to it there ends with one of Ray's own errors."""
     nodes.kill("second")
     found = fake()
     assert found.outcome == "ok"
 
 
 def test_processes_on_unlike_nodes_make_no_result(nodes: Nodes) -> None:
-    """The node of the first process is killed before the second has ended, and the other one is not like it."""
+    """The node of the first process is killed before the second has ended, and the other node differs from it."""
     begun: list[str] = []
 
     def kill(cell: str, node: str) -> None:
@@ -252,7 +253,7 @@ def test_processes_on_unlike_nodes_make_no_result(nodes: Nodes) -> None:
     found = fake("ttft_ms=400+itl_ms=1", processes=2, watcher=Watching(kill))
     assert begun[0] == begun[1] != begun[2]
     [row] = found.rows
-    assert (row.outcome, "are not alike" in row.message) == ("error", True)
+    assert (row.outcome, "ran on nodes that differ" in row.message) == ("error", True)
 
 
 def test_a_cell_whose_task_dies_again_and_again_has_crashed(nodes: Nodes) -> None:
@@ -269,7 +270,7 @@ def test_a_cell_whose_task_dies_again_and_again_has_crashed(nodes: Nodes) -> Non
     found = fake("ttft_ms=400+itl_ms=1", batch_size="1,2", watcher=Watching(kill))
     assert [row.outcome for row in found.rows] == ["crashed", "ok"]
     assert len(gone) == 4
-    assert "It was the last of 4 that were lost with this cell." in found.rows[0].message
+    assert "This cell was lost in this way 4 times." in found.rows[0].message
 
 
 HANG = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
@@ -315,7 +316,8 @@ def test_an_interruption_ends_the_workers_on_the_nodes_and_keeps_what_was_measur
     assert "Traceback" not in errors
     until(lambda: not alive(worker), 20)
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"), f"{HANG}: batch_size": ("KILLED", None)
+        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"),
+        f"{HANG}: batch_size": ("KILLED", None),
     }  # fmt: skip
     assert "interrupted" in output
 
@@ -332,7 +334,8 @@ def test_a_killed_command_leaves_no_worker_and_what_has_arrived_can_be_uploaded(
     [folder] = tmp_path.glob("llmbench-results/*")
     assert upload(str(folder), store_uri).completed == 3
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "crashed"), f"{HANG}: batch_size": ("FAILED", None)
+        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "crashed"),
+        f"{HANG}: batch_size": ("FAILED", None),
     }  # fmt: skip
     [kept] = [one for one in MlflowClient(store_uri).search_runs(["1"]) if one.info.run_name == "batch_size=2"]
     [result] = [
@@ -360,12 +363,12 @@ def test_from_a_machine_outside_of_the_cluster(nodes: Nodes) -> None:
         (
             {"device": "cuda:1"},
             UsageError,
-            "device=cuda:1 numbers the GPUs of one machine, and on=ray has several. Give device=cuda.",
+            "device=cuda:1 names a GPU of one machine, but on=ray has several machines. Give device=cuda.",
         ),
         (
             {"on": "ray://127.0.0.1:9"},
             MissingError,
-            "The Ray cluster ray://127.0.0.1:9 cannot be reached: .*10001 unless told otherwise",
+            "The Ray cluster ray://127.0.0.1:9 cannot be reached: .*by default port 10001",
         ),
         ({}, MissingError, "The Ray cluster 127.0.0.1:9 cannot be reached: .*ray start --head"),
     ],
@@ -405,7 +408,7 @@ def test_without_ray_the_command_to_install_it_is_told(monkeypatch: pytest.Monke
 
 
 def test_a_comparison_in_turns_is_of_one_machine() -> None:
-    with pytest.raises(UsageError, match="take turns on one machine, and not on a cluster: on=ray. Leave it out."):
+    with pytest.raises(UsageError, match="take turns on one machine, not on a cluster: on=ray. Leave it out."):
         ab.run_ab({"batch_size": 1}, {"batch_size": 2}, {**CELL, "model": "fake:", "on": "ray"})
 
 

@@ -1,4 +1,4 @@
-"""The examination of a machine and its environment, with real processes, files and servers, and once on this very machine."""
+"""Examination of a machine and its environment, with real processes, files and servers, and once on this machine."""
 
 import http.server
 import importlib.util
@@ -65,14 +65,15 @@ def test_a_report_of_a_machine_that_cannot_measure() -> None:
         False,
         (*REPORT.items, Item("Software", "mlflow", "missing", "not installed", "Run: pip install mlflow", needed=True)),
     )
-    assert doctor.format_report(lacking).splitlines()[-1] == "Not ready: mlflow. What to do stands above."
+    assert doctor.format_report(lacking).splitlines()[-1] == "Not ready: mlflow. See the advice above."
 
 
 def test_a_report_as_json() -> None:
     data = json.loads(json.dumps(to_json(REPORT)))
     assert data["ready"] is True
     assert data["items"][2] == {
-        "section": "Software", "name": "torch runs", "status": "ok", "found": "on the CPU", "advice": None, "needed": True, "data": {"device": "cpu"},
+        "section": "Software", "name": "torch runs", "status": "ok", "found": "on the CPU",
+        "advice": None, "needed": True, "data": {"device": "cpu"},
     }  # fmt: skip
     assert from_json(Report, data) == REPORT
 
@@ -99,7 +100,10 @@ def test_this_machine() -> None:
 
 
 def test_it_does_not_load_torch_into_this_process() -> None:
-    code = "import sys; from mlflow_llmbench import doctor; doctor.examine(); print({'torch', 'transformers', 'mlflow', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys; from mlflow_llmbench import doctor; doctor.examine(); "
+        "print({'torch', 'transformers', 'mlflow', 'matplotlib'} & set(sys.modules))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=120
@@ -174,7 +178,7 @@ def test_a_folder_that_cannot_be_written() -> None:
     ("name", "installed", "status", "found"),
     [
         ("mlflow", "3.15.0", "ok", "3.15.0"),
-        ("mlflow", "3.12.1", "limited", "3.12.1, and >=3.15,<4 is what this was written for"),
+        ("mlflow", "3.12.1", "limited", "3.12.1, but this program was written for >=3.15,<4"),
         (
             "mlflow",
             "3.9.2",
@@ -191,9 +195,10 @@ def test_a_folder_that_cannot_be_written() -> None:
             "transformers",
             "5.2.0",
             "limited",
-            "5.2.0 is older than 5.3, the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372)",
+            "5.2.0 is older than 5.3, the oldest that runs no code of a model without trust_remote_code "
+            "(CVE-2026-4372)",
         ),
-        ("mlflow", "4.0.0rc1", "limited", "4.0.0rc1, and >=3.15,<4 is what this was written for"),
+        ("mlflow", "4.0.0rc1", "limited", "4.0.0rc1, but this program was written for >=3.15,<4"),
         ("torch", "2.13.0+cpu", "ok", "2.13.0+cpu"),
         ("safetensors", "0.8", "ok", "0.8"),
         ("torch", None, "missing", "not installed"),
@@ -289,7 +294,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """Answers HEAD: 200, or the number that the path is."""
+    """Answer HEAD with 200, or with the number in the path."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -357,6 +362,6 @@ def test_energy_counters(tmp_path: Path) -> None:
     (tmp_path / "intel-rapl:1").mkdir()
     (tmp_path / "intel-rapl:1" / "energy_uj").mkdir()  # cannot be read by anybody, root included
     item = doctor.energy_item(tmp_path)
-    assert (item.status, item.found) == ("limited", "2 counters, not readable for you")
+    assert (item.status, item.found) == ("limited", "2 counters, no permission to read")
     assert item.advice
     assert item.advice.startswith(f"Run: sudo chmod a+r {tmp_path}/intel-rapl*/energy_uj")

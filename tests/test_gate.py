@@ -479,7 +479,7 @@ def test_a_run_of_another_machine_is_measured_here_and_named(
     assert gate_of(other, "--accept-suspect", "a test") == 2
     capsys.readouterr()
     assert gate_of(other, "--measure", "--pairs", "3", "--accept-suspect", "a test", "--default-limit", "40%") == 0
-    assert "Here differs from where the candidate was measured before: CPU Z80 → " in capsys.readouterr().out
+    assert "software differs from where the candidate was measured before: CPU Z80 → " in capsys.readouterr().out
 
 
 def test_what_is_not_measured_again(

@@ -1,4 +1,4 @@
-"""Presets and `llmbench plan`: the right cells, memory, least time and refusals, and nothing started."""
+"""Presets and `llmbench plan`: the right cells, memory, minimum time and refusals, and nothing started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import GRIDS, default_text, parse
 
 PAPER = (
-    "opt-125m,opt-350m,opt-1.3b,opt-2.7b,opt-6.7b,pythia-70m,pythia-160m,pythia-410m,pythia-1b,pythia-2.8b,pythia-6.9b,pythia-12b,"
+    "opt-125m,opt-350m,opt-1.3b,opt-2.7b,opt-6.7b,"
+    "pythia-70m,pythia-160m,pythia-410m,pythia-1b,pythia-2.8b,pythia-6.9b,pythia-12b,"
     "bloom-560m,bloom-1b1,bloom-3b,bloom-7b1,llama-2-7b,llama-2-13b,mistral-7b"
 )
 
@@ -139,7 +140,7 @@ def test_the_plan_says_cells_memory_time_and_refusals(
     assert all("is more than the context of opt-125m, 2048 tokens" in cell["refused"] for cell in data["cells"][1::2])
     assert all(cell["least_s"] is None for cell in data["cells"])
     assert any(line.startswith("3 cells would be refused (context): ") for line in lines)
-    assert "not known before a real model was measured here" in lines[-1]
+    assert "The time is unknown until a real model has been measured here" in lines[-1]
     assert list(tmp_path.iterdir()) == []  # nothing was started, nothing was written
 
     hardware = machine.environment()["hashes"]["hardware"]

@@ -28,7 +28,7 @@ END = {"event": "end", "log": []}
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that stands still until it is moved."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -57,7 +57,7 @@ def repetition(number: int, limit: int = 30) -> dict[str, Any]:
 
 
 def screen(written: str) -> list[str]:
-    """What stands on a terminal of endless width after these characters, line by line, without trailing spaces."""
+    """Return the lines on a terminal of endless width after these characters, without trailing spaces."""
     lines = [""]
     column = 0
     for character in written:
@@ -73,7 +73,7 @@ def screen(written: str) -> list[str]:
 
 
 class Shown:
-    """A display on a terminal, and what each event after `seconds` made it write."""
+    """A display on a terminal, and the text that it wrote at each event after `seconds`."""
 
     def __init__(self, total: int) -> None:
         self.clock, self.stream = Clock(), Terminal()
@@ -407,7 +407,8 @@ def test_a_real_worker(fault: str, tmp_path: Path) -> None:
         assert lines[5].startswith("cell 1/2: b2 failed: ")
         assert len(lines) == 6
     else:
-        # one second an event: 7 of the worker, measuring, 2 warm-ups, 3 repetitions, the stage peak; then the same without the first seven
+        # One second per event: 7 of the worker, measuring, 2 warm-ups, 3 repetitions, the stage peak;
+        # then the same without the first seven.
         assert lines[4:] == [
             "cell 1/2: warming up", "cell 1/2: measuring", "cell 1/2: measured in 15 s, about 15 s left",
             "cell 2/2: b1", "cell 2/2: warming up", "cell 2/2: measuring", "cell 2/2: measured in 11 s",
@@ -422,7 +423,7 @@ def test_the_stages_are_those_of_worker_and_sweep() -> None:
 
 
 def test_an_event_costs_no_more_in_a_long_sweep_with_long_names() -> None:
-    """What a sweep has behind it is not gone through again at each event."""
+    """An event does not go through all finished cells of a sweep again."""
     event = json.loads(json.dumps(repetition(7)))
 
     def seconds(cells: int, name: str, stream: io.StringIO) -> float:

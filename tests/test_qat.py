@@ -392,7 +392,7 @@ def test_an_output_that_is_there_is_not_overwritten(
     assert main(arguments) == 2
     assert (
         capsys.readouterr().err
-        == "llmbench: output=mine is there already. Name a new folder, so that no checkpoint is overwritten.\n"
+        == "llmbench: output=mine exists already. Name a new folder, so that no checkpoint is overwritten.\n"
     )
 
 
@@ -521,7 +521,7 @@ def test_a_training_is_a_run_and_its_checkpoint_a_cell(
     )
     out, err = capsys.readouterr()
     assert (
-        "in float32, with 14 linear layers as int4-wo rounds them; the embeddings and the output head stay as they are"
+        "in float32, with 14 linear layers rounded as by int4-wo; the embeddings and the output head stay as they are"
         in err
     )
     last = json.loads(out.splitlines()[-1])

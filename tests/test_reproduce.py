@@ -1,4 +1,4 @@
-"""A run measured again: what the verdict rests on, what is refused before anything is measured, and the command on a real store."""
+"""Reproducing a run: basis of the verdict, refusals before anything is measured, and the command on a real store."""
 
 from __future__ import annotations
 
@@ -202,10 +202,10 @@ def test_another_model_or_workload_is_no_reproduction(tmp_path: Path) -> None:
     original = find_original(str(result.folder), f"sqlite:///{tmp_path}/m.db").result
     require_same(original, parameters_again(original))
     other = dataclasses.replace(original, model=dataclasses.replace(original.model, revision="0" * 16))
-    with pytest.raises(NotComparable, match="is not what was measured: .* 0000000000000000 → "):
+    with pytest.raises(NotComparable, match="has changed since the run was measured: .* 0000000000000000 → "):
         require_same(other, parameters_again(other))
     changed = dataclasses.replace(original, hashes=dataclasses.replace(original.hashes, workload="another"))
-    with pytest.raises(NotComparable, match="The workload synthetic is not what it was"):
+    with pytest.raises(NotComparable, match="The workload synthetic has changed since"):
         require_same(changed, parameters_again(changed))
 
 
@@ -285,11 +285,12 @@ def test_another_text_is_no_other_perplexity() -> None:
         return dataclasses.replace(ORIGINAL, quality=Quality(text, TextScores(text, 3, 8, 4, ((nll, nll),))), sweep="s")
 
     def found(text: str) -> Reproduction:
-        return _weighed(Original(scored("a", 1.0), None, "a"), scored(text, 2.0), None, 0.05).found  # type: ignore[arg-type]
+        original = Original(scored("a", 1.0), None, "a")
+        return _weighed(original, scored(text, 2.0), None, 0.05).found  # type: ignore[arg-type]
 
     assert found("a").verdict == "different"
     assert found("b").verdict == "equivalent"
-    assert any("The text of the perplexity is not kept with a run" in note for note in found("b").notes)
+    assert any("Perplexity is not compared: a run does not keep the text" in note for note in found("b").notes)
 
 
 def test_another_machine_is_named_and_not_refused(
@@ -307,7 +308,7 @@ def test_another_machine_is_named_and_not_refused(
     assert main(["reproduce", run_id, "--margin", "0.4"]) == 0
     out = capsys.readouterr().out
     assert "The verdict on the original is suspect (not_steady)" in out and "on A is" not in out
-    assert out.startswith(f"Here differs from where run {run_id} was measured: CPU Xeon → ")
+    assert out.startswith(f"This machine or its software differs from where run {run_id} was measured: CPU Xeon → ")
     assert "The environment differs from the original's: CPU Xeon → " in out
 
 
@@ -349,14 +350,14 @@ def test_a_workload_that_has_changed_is_told_before_anything_is_measured(
     first = run(**CELL | {"workload": str(prompts), "repetitions": 2})
     prompts.write_text('{"prompt": "another text here"}\n')
     assert main(["reproduce", first.run_ids[0]]) == 2
-    assert "is not what it was when the run was measured. Restore the file" in capsys.readouterr().err
+    assert "has changed since the run was measured. Restore the file" in capsys.readouterr().err
     assert [folder.name for folder in (tmp_path / "llmbench-results").iterdir()] == [first.folder.name]
 
 
 def test_wrong_use_and_a_failed_measurement(store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     several = stored(tmp_path / "s", store_uri, made(), made("int8"))
     assert main(["reproduce", str(tmp_path / "s")]) == 2
-    assert "has 2 cells, and one is measured again at a time. Give the run of one cell." in capsys.readouterr().err
+    assert "has 2 cells, but only one can be measured again at a time. Give the run" in capsys.readouterr().err
     for margin in ("0", "much"):
         assert main(["reproduce", several[0], "--margin", margin]) == 2
     capsys.readouterr()
@@ -381,7 +382,7 @@ def _workload_of(result: object) -> str:
 
 
 def test_a_wide_spread_is_not_called_equivalent_for_want_of_a_difference() -> None:
-    """The flaw that two one-sided tests are for: compare sees no difference, and that is no proof of sameness."""
+    """Two one-sided tests avoid this flaw: compare finds no difference, which does not prove equivalence."""
     wide = made(factors=(0.8, 0.9, 1.0, 1.1, 1.2))
     comparison = compare(wide, made(factors=WIGGLE))
     assert {effect.effect for effect in comparison.effects if effect.p_holm is not None} == {"no difference seen"}

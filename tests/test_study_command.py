@@ -86,7 +86,7 @@ def test_one_command_measures_and_studies_and_another_takes_it_in(
         ([*GRID, "--log", "nowhere"], "There is no run nowhere in the MLflow store"),
         (
             [*GRID, "--workload", "mixed", "--batching", "static,dynamic", "--request-rate", "9"],
-            "A study is of batches of one shape, and batching=static,dynamic",
+            "A study uses batches of one shape, but batching=static,dynamic",
         ),
     ],
 )
@@ -129,6 +129,6 @@ def test_what_was_measured_is_kept_when_it_cannot_be_studied(
     assert main(["study", *arguments, "--price", "A100=1", "--tracking-uri", store_uri]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        "llmbench: The cells were measured and could not be studied: No machine of the study is called A100"
+        "llmbench: The cells were measured but could not be studied: No machine of the study is called A100"
     )
     assert list((tmp_path / "llmbench-results").glob("*/*/artifacts/result.json"))

@@ -1,4 +1,4 @@
-"""A results folder into a store that was not there: nothing lost, nothing twice, nothing different."""
+"""Upload a results folder to a store that was unreachable before: nothing lost, nothing twice, nothing different."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CELL = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions"
 
 
 def content(uri: str) -> dict[str, Any]:
-    """What a store holds, without what is the store's own: ids, places."""
+    """Return the content of a store, without its own ids and locations."""
     client = MlflowClient(uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     found = {}
@@ -161,7 +161,7 @@ def test_failed_cells_are_uploaded_as_what_they_are(store_uri: str, elsewhere: s
 
 
 def test_a_store_that_breaks_in_the_middle_loses_nothing(store_uri: str, elsewhere: str, tmp_path: Path) -> None:
-    """The table of metrics is gone when the cell is uploaded: the command goes on, says so, and the folder has everything."""
+    """The table of metrics is gone when the cell is uploaded: the command goes on, says so, and keeps everything."""
     import sqlite3
 
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
@@ -178,7 +178,7 @@ def test_a_store_that_breaks_in_the_middle_loses_nothing(store_uri: str, elsewhe
 
 
 def test_folders_that_are_no_results(tmp_path: Path, store_uri: str) -> None:
-    with pytest.raises(JournalError, match="has no sweep.json that can be read"):
+    with pytest.raises(JournalError, match="has no readable sweep.json"):
         upload(str(tmp_path))
     (tmp_path / "sweep.json").write_text(json.dumps({"parameters": {}, "cells": 1}))
     with pytest.raises(JournalError, match="holds no finished cell"):
