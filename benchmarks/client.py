@@ -34,10 +34,12 @@ STREAMS, TOKENS, GAP_MS = 128, 100, 20.0
 GOLDEN_STREAMS, GOLDEN_MS = 64, 2.0
 CLIENTS = ("ours", "ours, asyncio", "httpx + json", "aiohttp + json", "aiohttp + json, uvloop")
 GOALS = {
-    ("cpu_us", "httpx + json"): 0.35, ("cpu_us", "aiohttp + json"): 0.6, ("lag_p50_us", "httpx + json"): 0.15,
+    ("cpu_us", "httpx + json"): 0.35,
+    ("cpu_us", "aiohttp + json"): 0.6,
+    ("lag_p50_us", "httpx + json"): 0.15,
     ("lag_p50_us", "aiohttp + json"): 0.5,
     ("lag_p99_us", "httpx + json"): 0.25,
-}  # fmt: skip
+}
 
 
 def body(number: int) -> dict[str, Any]:

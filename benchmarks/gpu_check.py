@@ -28,12 +28,18 @@ from mlflow_llmbench.workload import load_prompts
 
 MODELS = ("opt-125m", "llama-3.2-1b")
 CONFIGURATIONS: tuple[dict[str, Any], ...] = (
-    {"quant": "bf16"}, {"quant": "bf16", "decode": "compiled"}, {"quant": "bf16", "kv_cache": "fp8"}, {"quant": "int8"},
+    {"quant": "bf16"},
+    {"quant": "bf16", "decode": "compiled"},
+    {"quant": "bf16", "kv_cache": "fp8"},
+    {"quant": "int8"},
     {"quant": "int8", "int8_threshold": 0.0},
-    {"quant": "int4"}, {"quant": "int8-wo"}, {"quant": "int8-wo", "decode": "compiled"}, {"quant": "int4-wo"},
+    {"quant": "int4"},
+    {"quant": "int8-wo"},
+    {"quant": "int8-wo", "decode": "compiled"},
+    {"quant": "int4-wo"},
     {"quant": "int4-wo", "decode": "compiled"},
     {"quant": "fp8"},
-)  # fmt: skip
+)
 BATCHES = (8, 1)
 
 

@@ -231,7 +231,7 @@ def analysis_costs() -> dict[str, tuple[float, list[float], float]]:
 
 
 def byte_tokenizer() -> Any:
-    """A real byte-level tokenizer without a download; its cost of decoding grows with the text, as with any tokenizer."""
+    """A real byte-level tokenizer without a download; decoding cost grows with the text, as with any tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -39,9 +39,9 @@ PREVIEWED = "img[src^='blob:'], img[src^='data:'], img[src*='artifact']"
 PATIENCE_S = 120
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars"
-).split()
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
 
 VISITED = {
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,

