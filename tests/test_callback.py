@@ -1,4 +1,4 @@
-"""A generate function of the user's own: the same records, verdicts and runs as any other measurement, and clear refusals."""
+"""A user's own generate function: the same records, verdicts and runs as any other measurement, and clear refusals."""
 
 from __future__ import annotations
 

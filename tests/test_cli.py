@@ -1,4 +1,4 @@
-"""The command line as a person meets it: exact lines, exit codes, and no heavy import before it is needed."""
+"""The command line as users see it: exact lines, exit codes, and no heavy import before it is needed."""
 
 from __future__ import annotations
 
@@ -44,10 +44,13 @@ def test_help_names_every_parameter_with_its_default(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["run", "--quant", "int44"], f"llmbench: Unknown quant: int44. Did you mean int4? Known: {', '.join(QUANTIZATIONS)}.\n"),
+        (["run", "--quant", "int44"], (
+            f"llmbench: Unknown quant: int44. Did you mean int4? Known: {', '.join(QUANTIZATIONS)}.\n"
+        )),
         (["run", "--batch-size", "0"], "llmbench: batch_size is too small: 0. The smallest is 1.\n"),
         (["run", "--batchsize", "2"], "llmbench: Unrecognized arguments: --batchsize 2. See `llmbench --help`.\n"),
-        (["run", "--config", "none.yaml"], "llmbench: Cannot read parameters from none.yaml: [Errno 2] No such file or directory: 'none.yaml'. "
+        (["run", "--config", "none.yaml"],
+         "llmbench: Cannot read parameters from none.yaml: [Errno 2] No such file or directory: 'none.yaml'. "
                                            "Give a YAML file with one `name: value` per line.\n"),
         ([], "llmbench: The following arguments are required: COMMAND. See `llmbench --help`.\n"),
     ],
@@ -68,7 +71,8 @@ def test_help_and_bad_parameters_import_nothing_heavy(arguments: list[str]) -> N
     code = (
         "import sys\nfrom mlflow_llmbench.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "print([m for m in ('torch', 'transformers', 'mlflow', 'matplotlib', 'numpy', 'ray', 'huggingface_hub', 'yaml') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'mlflow', 'matplotlib', 'numpy', 'ray', 'huggingface_hub', "
+        "'yaml') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -137,8 +141,10 @@ def test_versions_below_the_safe_ones_are_told_and_not_refused(
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert main(["run", *FAST]) == 0
     assert capsys.readouterr().err.splitlines()[:2] == [
-        "llmbench: torch 2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights (CVE-2025-32434). Run: pip install 'torch>=2.6'",
-        "llmbench: transformers 5.2.0 is older than 5.3, the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372). "
+        "llmbench: torch 2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights "
+        "(CVE-2025-32434). Run: pip install 'torch>=2.6'",
+        "llmbench: transformers 5.2.0 is older than 5.3, the oldest that runs no code of a model without "
+        "trust_remote_code (CVE-2026-4372). "
         "Run: pip install 'transformers>=5.3,<6'",
     ]
     assert main(["doctor", "--json"]) == 0

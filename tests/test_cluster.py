@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray cluster of two nodes on this machine. The nodes are told apart by a package that only the second one has."""
+"""Sweeps on a real Ray cluster of two nodes on this machine. Only the second node has a certain package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ CPUS = {"first": 4, "second": 2}
 
 HEAD = {
     "num_cpus": 0, "include_dashboard": False, "ray_client_server_port": 23117,
-    "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 12},  # a dead node is seen soon, a slow one is alive
+    # Notice a dead node soon, but keep a slow one.
+    "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 12},
 }  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def nodes(started: Nodes, monkeypatch: pytest.MonkeyPatch, store_uri: str) -> It
 
 
 class Watching(Silent):
-    """Keeps the lines; what `on` says happens when a cell begins on a node."""
+    """Keep the lines; run the action given by `on` when a cell begins on a node."""
 
     def __init__(self, on: Callable[[str, str], object] = lambda cell, node: None) -> None:
         self.lines: list[str] = []
@@ -112,7 +113,7 @@ def results(found: SweepResult) -> dict[str, RunResult]:
 
 
 def workers() -> dict[int, int]:
-    """Our workers on this machine: process id → that of the parent."""
+    """Our workers on this machine: process id → process id of the parent."""
     found = {}
     for folder in Path("/proc").iterdir():
         try:
@@ -234,14 +235,14 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(
 
 
 def test_a_node_that_died_just_before_is_left_out(nodes: Nodes) -> None:
-    """The cluster still lists it for some seconds; what is asked of it there is answered by an error of Ray's own."""
+    """The cluster still lists the node for some seconds; requests to it fail with an error of Ray."""
     nodes.kill("second")
     found = fake()
     assert found.outcome == "ok"
 
 
 def test_processes_on_unlike_nodes_make_no_result(nodes: Nodes) -> None:
-    """The node of the first process is killed before the second has ended, and the other one is not like it."""
+    """The node of the first process is killed before the second has ended, and the other node is different."""
     begun: list[str] = []
 
     def kill(cell: str, node: str) -> None:
@@ -256,7 +257,7 @@ def test_processes_on_unlike_nodes_make_no_result(nodes: Nodes) -> None:
 
 
 def test_a_cell_whose_task_dies_again_and_again_has_crashed(nodes: Nodes) -> None:
-    """Its Ray process is killed, and our worker goes with it, wherever it is tried."""
+    """Kill the cell's Ray process, and our worker with it, wherever it is tried."""
     gone: list[int] = []
 
     def kill(cell: str, node: str) -> None:
@@ -273,7 +274,7 @@ def test_a_cell_whose_task_dies_again_and_again_has_crashed(nodes: Nodes) -> Non
 
 
 HANG = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
-"""Two rows are measured at once; one row, which comes next in the same worker, never ends."""
+"""A batch of two rows is measured at once; a batch of one row, next in the same worker, never ends."""
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -315,7 +316,8 @@ def test_an_interruption_ends_the_workers_on_the_nodes_and_keeps_what_was_measur
     assert "Traceback" not in errors
     until(lambda: not alive(worker), 20)
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"), f"{HANG}: batch_size": ("KILLED", None)
+        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"),
+        f"{HANG}: batch_size": ("KILLED", None)
     }  # fmt: skip
     assert "interrupted" in output
 
@@ -332,7 +334,8 @@ def test_a_killed_command_leaves_no_worker_and_what_has_arrived_can_be_uploaded(
     [folder] = tmp_path.glob("llmbench-results/*")
     assert upload(str(folder), store_uri).completed == 3
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "crashed"), f"{HANG}: batch_size": ("FAILED", None)
+        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "crashed"),
+        f"{HANG}: batch_size": ("FAILED", None)
     }  # fmt: skip
     [kept] = [one for one in MlflowClient(store_uri).search_runs(["1"]) if one.info.run_name == "batch_size=2"]
     [result] = [
@@ -378,7 +381,7 @@ def test_what_cannot_work_is_one_line_within_seconds_before_anything_starts(
     error: type[LlmbenchError],
     message: str,
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the port of `discard`, where nobody listens
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # port `discard`: nobody listens
     started = time.monotonic()
     with pytest.raises(error, match=message) as caught:
         fake(**parameters)

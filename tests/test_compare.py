@@ -1,4 +1,4 @@
-"""Comparisons against numbers worked out by hand, A against A by simulation, and the guard's exact words."""
+"""Comparisons: numbers worked out by hand, A against A by simulation, and the exact words of refusals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ RATE, MEMORY = "throughput/output_tokens_per_s", "memory/host_needed_bytes_peak"
 def result(
     factors: Sequence[float], quant: str = "bf16", ttft: Sequence[float] | None = None, **fields: Any
 ) -> RunResult:
-    """Repetitions of 5 tokens: the first after 20 ms, then gaps of 8, 12, 10 and 10 ms, all times the repetition's factor (TTFT its own)."""
+    """Repetitions of 5 tokens: the first after 20 ms, then gaps of 8, 12, 10 and 10 ms.
+
+    All times are multiplied by the repetition's factor; TTFT has its own factor.
+    """
     repetitions = []
     for index, factor in enumerate(factors):
         t0 = index * 1000 * MS
@@ -63,15 +66,23 @@ def result(
             Repetition(index, index, (RequestRecord(t0, tuple(t0 + round(time * MS) for time in times), 1, 8),))
         )
     base = RunResult(
-        Cell(quant=quant, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1)), "ok", 0, 1, Hashes("c", "w", "h", "s", "e"),
-        ModelFacts("opt", "folder", "/opt", "r"), MACHINE, LoadInfo(2.0, weight_bytes=4 * 10**9), repetitions=tuple(repetitions), steady=True,
+        Cell(quant=quant, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1)),
+        "ok",
+        0,
+        1,
+        Hashes("c", "w", "h", "s", "e"),
+        ModelFacts("opt", "folder", "/opt", "r"),
+        MACHINE,
+        LoadInfo(2.0, weight_bytes=4 * 10**9),
+        repetitions=tuple(repetitions),
+        steady=True,
         memory=MemoryStages(host_needed={"peak": 5 * 10**9}),
-    )  # fmt: skip
+    )
     return dataclasses.replace(base, **fields)
 
 
 def spread(scale: float, n: int = 5) -> list[float]:
-    """Factors around `scale` whose logarithms are a line of width 0.02 centred on its own: mean and variance are known."""
+    """Factors around `scale` with known mean and variance: their logarithms are evenly spaced over a width of 0.02."""
     return [scale * math.exp(0.02 * (i / (n - 1) - 0.5)) for i in range(n)]
 
 
@@ -85,7 +96,10 @@ INT4 = result(
 
 
 def test_ratio_interval_and_p_by_hand() -> None:
-    """Logarithms −0.01 … 0.01 in steps of 0.005 have variance 6.25e-5; two samples of 5 give t on 8 degrees with error √(2 · 6.25e-5/5) = 0.005."""
+    """Worked out by hand: logarithms −0.01 … 0.01 in steps of 0.005 have variance 6.25e-5.
+
+    Two samples of 5 give t on 8 degrees of freedom with standard error √(2 · 6.25e-5/5) = 0.005.
+    """
     rate = compare(BF16, INT4).effect(RATE)
     assert rate.ratio == pytest.approx(1 / 0.75, rel=1e-6)
     half = 2.30600414 * 0.005
@@ -123,14 +137,16 @@ def test_each_metric_has_its_own_definition_and_direction() -> None:
 
 def test_sentence_to_quote() -> None:
     assert sentence(compare(BF16, INT4)) == (
-        "int4 generates 1.33 times the tokens per second of bf16 (95 % interval 1.32 to 1.35) and needs 0.55 times the memory."
+        "int4 generates 1.33 times the tokens per second of bf16 (95 % interval 1.32 to 1.35) and needs 0.55 times "
+        "the memory."
     )
 
 
 def test_sentence_without_a_difference() -> None:
     other = result(spread(1.001), "fp16")
     assert sentence(compare(BF16, other)) == (
-        "fp16 generates tokens no measurably faster or slower than bf16 (ratio 1.00, 95 % interval 0.99 to 1.01) and needs the same memory."
+        "fp16 generates tokens no measurably faster or slower than bf16 (ratio 1.00, 95 % interval 0.99 to 1.01) and "
+        "needs the same memory."
     )
 
 
@@ -140,7 +156,8 @@ def test_sentence_below_the_noise_threshold() -> None:
     comparison = compare(steady, other)
     assert comparison.effect(RATE).effect == "below the noise threshold"
     assert sentence(comparison) == (
-        "fp16 generates tokens as fast as bf16 within the noise threshold of 1 % (ratio 1.0050, 95 % interval 1.0049 to 1.0051)."
+        "fp16 generates tokens as fast as bf16 within the noise threshold of 1 % (ratio 1.0050, 95 % interval 1.0049 "
+        "to 1.0051)."
     )
     assert compare(steady, other, noise=0.001).effect(RATE).effect == "better"
 
@@ -194,7 +211,10 @@ def test_ranks_are_tested_where_there_are_enough() -> None:
 
 
 def test_pairs_see_through_a_drift_that_both_share() -> None:
-    """Both slow down by a third; in each pair B takes 3 % less time, with a little noise. Welch sees the drift, the paired test sees the 3 %."""
+    """Both slow down by a third; in each pair B takes 3 % less time, with a little noise.
+
+    Welch's test sees the drift, the paired test sees the 3 %.
+    """
     drift = [1.0, 1.1, 1.2, 1.25, 1.3, 1.35]
     noise = [0.969, 0.971, 0.97, 0.9695, 0.9705, 0.97]
     a, b = result(drift), result([d * n for d, n in zip(drift, noise, strict=True)], "int4")
@@ -272,7 +292,7 @@ UNLIKE = {
         "verdict: verdict valid → invalid (wrong_token_count)",
     ),
 }
-"""Kind → a result that is unlike `BF16` in it alone, and how the guard lists that."""
+"""Kind → a result that differs from `BF16` only in this kind, and how the refusal lists the difference."""
 
 
 def test_every_kind_has_a_case() -> None:
@@ -285,7 +305,8 @@ def test_unlike_results_are_refused(kind: str) -> None:
     with pytest.raises(NotComparable) as caught:
         compare(BF16, other)
     assert str(caught.value) == (
-        f"The two results are not alike. {listed}. Measure both in the same way, or compare them all the same, labelled, with --allow {kind}."
+        f"The two results are not alike. {listed}. Measure both in the same way, or compare them all the same, "
+        f"labelled, with --allow {kind}."
     )
     assert "\n" not in str(caught.value)
     with pytest.raises(NotComparable):
@@ -311,14 +332,15 @@ def test_all_kinds_are_named_at_once() -> None:
     with pytest.raises(NotComparable) as caught:
         compare(BF16, other)
     assert str(caught.value) == (
-        "The two results are not alike. hardware: hardware hash h → x; software: driver 550 → 570; workload: workload hash w → z. "
+        "The two results are not alike. hardware: hardware hash h → x; software: driver 550 → 570; workload: "
+        "workload hash w → z. "
         "Measure both in the same way, or compare them all the same, labelled, with --allow hardware,software,workload."
     )
     assert caught.value.exit_code == 2
 
 
 def test_alike_results_have_no_differences() -> None:
-    """Facts outside the hash, such as the commit or the size of a cache, are no difference."""
+    """Facts outside the hash, such as the commit or the size of a cache, do not count as a difference."""
     assert (
         differences(
             BF16, unlike(INT4, environment={"git": "abc", "cpu": {**MACHINE["cpu"], "last_level_cache_bytes": 1}})
@@ -335,7 +357,8 @@ def test_when_requests_come_is_workload_and_how_many_users_there_are_is_not() ->
 
     assert differences(stream(), stream()) == []
     for name, value, listed in (
-        ("request_rate", 8.0, "request_rate 5 → 8"), ("ramp_to", 9.0, "ramp_to none → 9"), ("arrival", "constant", "arrival poisson → constant"),
+        ("request_rate", 8.0, "request_rate 5 → 8"), ("ramp_to", 9.0, "ramp_to none → 9"),
+        ("arrival", "constant", "arrival poisson → constant"),
         ("seed", 1, "seed 0 → 1"), ("requests", 40, "requests auto → 40"),
     ):  # fmt: skip
         [found] = differences(stream(), stream(**{name: value}))
@@ -362,7 +385,10 @@ def test_nothing_measured_cannot_be_allowed() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(
         UsageError,
-        match="Unknown kind of difference to allow: weather. Known: hardware, software, workload, scenario, schema, verdict.",
+        match=(
+            "Unknown kind of difference to allow: weather. Known: hardware, software, workload, scenario, schema, "
+            "verdict."
+        ),
     ):
         compare(BF16, INT4, allow=frozenset({"weather", "hardware"}))
     with pytest.raises(UsageError, match="The noise threshold is not a ratio from 0 to below 1: 5"):
@@ -370,7 +396,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def drawn(rng: np.random.Generator, n: int, scale: float = 1.0) -> RunResult:
-    """A result of n repetitions with lognormal noise: 3 % on all of a repetition, and 2 % of its own on the first token."""
+    """A result of n repetitions with lognormal noise: 3 % on each repetition, and another 2 % on its first token."""
     factors = scale * rng.lognormal(0, 0.03, n)
     return result(factors.tolist(), ttft=(factors * rng.lognormal(0, 0.02, n)).tolist())
 
@@ -381,10 +407,11 @@ def alarmed(comparison: Comparison) -> bool:
 
 @pytest.mark.parametrize("in_pairs", [False, True])
 def test_a_against_a_raises_few_alarms(in_pairs: bool) -> None:
-    """Of 1,000 comparisons of like with like at most 5 % show a difference in any metric, below the noise threshold or not.
+    """At most 5 % of 1,000 comparisons of identical results show a difference in any metric, even below the noise
+    threshold.
 
-    The share's standard deviation at 5 % is 0.7 %. That the metrics depend on each other makes Holm stricter: about 2 % are seen,
-    and 8 % without the adjustment.
+    The share's standard deviation at 5 % is 0.7 %. Holm is stricter because the metrics depend on each other: about 2 %
+    are seen, and 8 % without the adjustment.
     """
     rng = np.random.default_rng(20)
     alarms = 0
@@ -396,7 +423,10 @@ def test_a_against_a_raises_few_alarms(in_pairs: bool) -> None:
 
 
 def test_a_difference_of_ten_percent_is_found_and_its_interval_holds_the_truth() -> None:
-    """Of 400, with 5 to 10 repetitions of 3 % noise: the loss of rate is found in 95 % at least; 95 ± 3.3 % of intervals hold it (3 sd)."""
+    """In 400 comparisons with 5 to 10 repetitions of 3 % noise, at least 95 % find the loss of rate.
+
+    95 ± 3.3 % of the intervals contain it (3 standard deviations).
+    """
     rng = np.random.default_rng(21)
     found = held = 0
     for _ in range(400):
@@ -418,7 +448,7 @@ def in_processes(factors: Sequence[Sequence[float]], *args: Any, **fields: Any) 
 
 
 def test_each_process_is_one_value_by_hand() -> None:
-    """Five processes of 2 or 3 equal repetitions, and of 2, have the interval and p of five single repetitions, worked out above."""
+    """Five processes of 2 or 3 equal repetitions (or 2) have the interval and p of five repetitions, as above."""
     a = in_processes([[f] * (2 + i % 2) for i, f in enumerate(spread(1.0))])
     b = in_processes([[f] * 2 for f in spread(0.75)], "int4")
     comparison = compare(a, b)
@@ -444,8 +474,9 @@ def test_texts_say_which_unit_was_used() -> None:
     factors = [[f, f] for f in spread(1.0)]
     a, b, single = in_processes(factors), in_processes([[0.7 * f for f in own] for own in factors], "int4"), INT4
     assert format_comparison(compare(a, b)).endswith(
-        "Welch's t test on the logarithms of 5 and 5 processes; p adjusted for 5 metrics (Holm); noise threshold 1 %. Values are means over "
-        "processes, each the mean of its repetitions, for ITL of each repetition's median; ratios are those of geometric means."
+        "Welch's t test on the logarithms of 5 and 5 processes; p adjusted for 5 metrics (Holm); noise threshold 1 %. "
+        "Values are means over processes, each the mean of its repetitions, for ITL of each repetition's median; ratios are those of "
+        "geometric means."
     )
     assert "Paired t test on the logarithms of 5 pairs of processes;" in comparison_markdown(compare(a, b, paired=True))
     assert comparison_json(compare(a, b))["processes"] == [5, 5]
@@ -462,7 +493,7 @@ def test_texts_say_which_unit_was_used() -> None:
 
 
 def test_pairs_are_those_of_processes_by_number() -> None:
-    """Both slow down by a third from process to process; in each pair B takes 3 % less. Repetitions may differ in number."""
+    """Both slow down by a third over the processes; in each pair B takes 3 % less. Repetition counts may differ."""
     drift, noise = [1.0, 1.1, 1.2, 1.25, 1.3, 1.35], [0.969, 0.971, 0.97, 0.9695, 0.9705, 0.97]
     a, b = (
         in_processes([[d] * 2 for d in drift]),
@@ -477,7 +508,7 @@ def test_pairs_are_those_of_processes_by_number() -> None:
 
 
 def drawn_in_processes(rng: np.random.Generator, k: int, n: int, scale: float = 1.0) -> RunResult:
-    """k processes of n repetitions: 3 % from process to process, shared by all its repetitions, and 1 % of each repetition's own."""
+    """k processes of n repetitions: noise of 3 % per process, shared by all its repetitions, and 1 % per repetition."""
     shared = scale * rng.lognormal(0, 0.03, k)
     return in_processes([(own * rng.lognormal(0, 0.01, n)).tolist() for own in shared])
 
@@ -490,7 +521,8 @@ def as_one_process(measured: RunResult) -> RunResult:
 
 @pytest.mark.parametrize("in_pairs", [False, True])
 def test_a_against_a_in_processes_raises_few_alarms(in_pairs: bool) -> None:
-    """Of 1,000 comparisons of like with like, with 5 to 8 processes that differ by 3 %, at most 5 % show a difference in any metric."""
+    """At most 5 % of 1,000 comparisons of identical results show a difference, with 5 to 8 processes that differ by 3
+    %."""
     rng = np.random.default_rng(22)
     alarms = 0
     for _ in range(1000):
@@ -501,7 +533,7 @@ def test_a_against_a_in_processes_raises_few_alarms(in_pairs: bool) -> None:
 
 
 def test_repetitions_taken_for_independent_raise_false_alarms() -> None:
-    """What the unit is for: the same data with the processes forgotten. Of 200 comparisons of like with like a third at least alarm."""
+    """If the same data are pooled regardless of process, at least a third of 200 comparisons raise a false alarm."""
     rng = np.random.default_rng(23)
     pairs = [(drawn_in_processes(rng, 5, 6), drawn_in_processes(rng, 5, 6)) for _ in range(200)]
     assert sum(alarmed(compare(as_one_process(a), as_one_process(b))) for a, b in pairs) >= 66
@@ -509,7 +541,7 @@ def test_repetitions_taken_for_independent_raise_false_alarms() -> None:
 
 
 def test_the_interval_of_the_throughput_covers_with_processes_and_not_without() -> None:
-    """1,000 results of 5 processes of 10 repetitions: 92–98 % of the intervals hold the true rate, against under 70 % over repetitions.
+    """92–98 % of 1,000 intervals over 5 processes of 10 repetitions contain the true rate; under 70 % over repetitions.
 
     The true rate is the mean of 1/f over both lognormal effects, exp((0.03² + 0.01²)/2) of the base.
     """

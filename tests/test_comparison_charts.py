@@ -1,4 +1,4 @@
-"""Charts of comparisons: which files come, that they hold the right values and words, and that they never change by themselves."""
+"""Charts of comparisons: the files, their values and words, and that they are reproducible."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FP16 = result(spread(1.001), "fp16")
 
 
 def points(axes: Any, colour: str | None = None) -> list[tuple[list[float], list[float]]]:
-    """What is drawn as dots: x and y."""
+    """The dots of a chart: x and y."""
     return [
         (list(line.get_xdata()), list(line.get_ydata()))
         for line in axes.lines
@@ -44,7 +44,8 @@ def test_the_files_and_their_words(tmp_path: Path) -> None:
     check_files(draw_comparisons([compare(BF16, INT4)], tmp_path / "one"), tmp_path / "one", ("ratios", "values"))
     ratios, values = (texts(tmp_path / "one" / f"{name}.svg") for name in ("ratios", "values"))
     for word in (
-        "int4 against bf16 · ratios", "5 and 5 repetitions", "Welch's t test", "Higher is better →", "← Lower is better", "Output throughput",
+        "int4 against bf16 · ratios", "5 and 5 repetitions", "Welch's t test", "Higher is better →",
+        "← Lower is better", "Output throughput",
         "1.33  (1.32 to 1.35)", "better", "not tested", "noise threshold of 1 %", "int4 ÷ bf16 (log scale)",
     ):  # fmt: skip
         assert word in ratios
@@ -95,7 +96,8 @@ def test_several_comparisons_stand_under_each_metric() -> None:
         [axes] = axes_of(comparison_charts._ratios_figure([compare(BF16, INT4), compare(BF16, FP16)]))
         bases = axes_of(comparison_charts._ratios_figure([compare(BF16, INT4), compare(FP16, INT4)]))[0]
     assert [label.get_text() for label in axes.get_yticklabels()][:8] == [
-        "Higher is better →", "Output throughput", "int4", "fp16", "← Lower is better", "Time to first token", "int4", "fp16",
+        "Higher is better →", "Output throughput", "int4", "fp16", "← Lower is better", "Time to first token", "int4",
+        "fp16",
     ]  # fmt: skip
     assert "int4 ÷ fp16" in {label.get_text() for label in bases.get_yticklabels()}
 

@@ -1,4 +1,4 @@
-"""The examination of a machine and its environment, with real processes, files and servers, and once on this very machine."""
+"""`doctor` on a machine and its environment: with real processes, files and servers, and once on this machine."""
 
 import http.server
 import importlib.util
@@ -72,7 +72,8 @@ def test_a_report_as_json() -> None:
     data = json.loads(json.dumps(to_json(REPORT)))
     assert data["ready"] is True
     assert data["items"][2] == {
-        "section": "Software", "name": "torch runs", "status": "ok", "found": "on the CPU", "advice": None, "needed": True, "data": {"device": "cpu"},
+        "section": "Software", "name": "torch runs", "status": "ok", "found": "on the CPU", "advice": None,
+        "needed": True, "data": {"device": "cpu"},
     }  # fmt: skip
     assert from_json(Report, data) == REPORT
 
@@ -99,7 +100,10 @@ def test_this_machine() -> None:
 
 
 def test_it_does_not_load_torch_into_this_process() -> None:
-    code = "import sys; from mlflow_llmbench import doctor; doctor.examine(); print({'torch', 'transformers', 'mlflow', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys; from mlflow_llmbench import doctor; doctor.examine(); "
+        "print({'torch', 'transformers', 'mlflow', 'matplotlib'} & set(sys.modules))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=120
@@ -191,7 +195,8 @@ def test_a_folder_that_cannot_be_written() -> None:
             "transformers",
             "5.2.0",
             "limited",
-            "5.2.0 is older than 5.3, the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372)",
+            "5.2.0 is older than 5.3, the oldest that runs no code of a model without trust_remote_code "
+            "(CVE-2026-4372)",
         ),
         ("mlflow", "4.0.0rc1", "limited", "4.0.0rc1, and >=3.15,<4 is what this was written for"),
         ("torch", "2.13.0+cpu", "ok", "2.13.0+cpu"),
@@ -289,7 +294,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """Answers HEAD: 200, or the number that the path is."""
+    """A server that answers HEAD with 200, or with the number in the path."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -355,7 +360,7 @@ def test_energy_counters(tmp_path: Path) -> None:
     counter.write_text("262143328850\n")
     assert doctor.energy_item(tmp_path).found == "1 counter can be read"
     (tmp_path / "intel-rapl:1").mkdir()
-    (tmp_path / "intel-rapl:1" / "energy_uj").mkdir()  # cannot be read by anybody, root included
+    (tmp_path / "intel-rapl:1" / "energy_uj").mkdir()  # nobody can read it, not even root
     item = doctor.energy_item(tmp_path)
     assert (item.status, item.found) == ("limited", "2 counters, not readable for you")
     assert item.advice

@@ -25,15 +25,17 @@ from mlflow_llmbench.tracking import open_store
 from .results import made, stored
 
 OPTIONS = {
-    "vllm": ["--revision", "--dtype", "--max-model-len", "--max-num-seqs", "--generation-config", "--trust-remote-code"],
-    "sglang": ["--model-path", "--revision", "--dtype", "--context-length", "--max-running-requests", "--quantization", "--load-format",
-               "--sampling-defaults", "--trust-remote-code"],
-    "tgi": ["--model-id", "--revision", "--quantize", "--dtype", "--max-input-tokens", "--max-total-tokens", "--max-batch-size",
-            "--max-batch-prefill-tokens", "--max-batch-total-tokens", "--trust-remote-code"],
-    "llama.cpp": ["--model", "--parallel", "--ctx-size", "--n-predict", "--temp", "--threads", "--n-gpu-layers", "--hf-repo", "--hf-file",
-                  "--cache-type-k", "--cache-type-v", "--load-mode", "--flash-attn"],
+    "vllm": ["--revision", "--dtype", "--max-model-len", "--max-num-seqs", "--generation-config",
+             "--trust-remote-code"],
+    "sglang": ["--model-path", "--revision", "--dtype", "--context-length", "--max-running-requests", "--quantization",
+               "--load-format", "--sampling-defaults", "--trust-remote-code"],
+    "tgi": ["--model-id", "--revision", "--quantize", "--dtype", "--max-input-tokens", "--max-total-tokens",
+            "--max-batch-size", "--max-batch-prefill-tokens", "--max-batch-total-tokens", "--trust-remote-code"],
+    "llama.cpp": ["--model", "--parallel", "--ctx-size", "--n-predict", "--temp", "--threads", "--n-gpu-layers",
+                  "--hf-repo", "--hf-file", "--cache-type-k", "--cache-type-v", "--load-mode", "--flash-attn"],
 }  # fmt: skip
-"""Options that the programs have: read in the packages vllm 0.33.0 and sglang 0.5.23, in llama.cpp's sources, and in TGI's published list."""
+"""Options of the programs, from the packages vllm 0.33.0 and sglang 0.5.23, llama.cpp's sources and TGI's published
+list."""
 
 REFUSED = {"vllm": ("int8", "int4", "fp4"), "sglang": ("int8", "fp4")}
 
@@ -47,14 +49,16 @@ FACTS = {
 def config(quant: str = "bf16", source: str = "hub", dtype: str = "bfloat16", **cell: Any) -> dict[str, Any]:
     location = {"hub": "google/gemma-3-270m", "folder": "/models/own", "gguf": "/models/gemma.gguf"}[source]
     result = made(
-        batch=4, cell=Cell(model=location, quant=quant, batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
-        model=ModelFacts(location, source, location, "c0ffee"), load=LoadInfo(1.0, facts={"model.dtype": dtype, **FACTS.get(quant, {})}),
-    )  # fmt: skip
+        batch=4,
+        cell=Cell(model=location, quant=quant, batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
+        model=ModelFacts(location, source, location, "c0ffee"),
+        load=LoadInfo(1.0, facts={"model.dtype": dtype, **FACTS.get(quant, {})}),
+    )
     return dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
 
 
 def packed(source: str = "folder", **cell: Any) -> dict[str, Any]:
-    """Of a file that llama.cpp made of a checkpoint, or of one on the Hub."""
+    """Result of a file that llama.cpp made of a checkpoint, or of a file on the Hub."""
     location = {"folder": "/models/own", "hub_gguf": "ggml-org/gemma-3-270m-GGUF:sub/gemma-Q4_K_M.gguf"}[source]
     facts = {
         "quant.type": "Q4_K - Medium",
@@ -63,9 +67,13 @@ def packed(source: str = "folder", **cell: Any) -> dict[str, Any]:
         "model.device": "cpu",
     }
     result = made(
-        batch=4, cell=Cell(model="own", backend="llama_cpp", quant="q4_k_m", batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
-        model=ModelFacts(location, source, location, "c0ffee"), load=LoadInfo(1.0, facts=facts, made="/cache/own-q4_k_m.gguf"),
-    )  # fmt: skip
+        batch=4,
+        cell=Cell(
+            model="own", backend="llama_cpp", quant="q4_k_m", batch_size=4, prompt_tokens=8, output_tokens=5, **cell
+        ),
+        model=ModelFacts(location, source, location, "c0ffee"),
+        load=LoadInfo(1.0, facts=facts, made="/cache/own-q4_k_m.gguf"),
+    )
     return dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
 
 
@@ -85,7 +93,8 @@ def test_the_comment_says_what_was_measured_and_that_another_engine_was_not() ->
     lines = write("vllm").splitlines()
     assert lines[0] == "# models:/support-bot/3: google/gemma-3-270m, quant=bf16, revision c0ffee"
     assert lines[1].startswith(
-        "# Measured with transformers on AMD EPYC: 333.4 output tokens/s, 20 ms to the first token, 10 ms per token after it, 4 GB"
+        "# Measured with transformers on AMD EPYC: 333.4 output tokens/s, 20 ms to the first token, 10 ms per token "
+        "after it, 4 GB"
     )
     assert lines[1].endswith("(4 rows, up to 8 + 5 tokens).")
     assert lines[3] == "# vllm is another engine: these figures are not its own. Measure it before you rely on them."
@@ -94,19 +103,23 @@ def test_the_comment_says_what_was_measured_and_that_another_engine_was_not() ->
 
 def test_the_commands() -> None:
     assert command(write("vllm", trust_remote_code=True)) == shlex.split(
-        "vllm serve google/gemma-3-270m --revision c0ffee --dtype bfloat16 --max-model-len 13 --max-num-seqs 4 --generation-config vllm --trust-remote-code"
+        "vllm serve google/gemma-3-270m --revision c0ffee --dtype bfloat16 --max-model-len 13 --max-num-seqs 4 "
+        "--generation-config vllm --trust-remote-code"
     )
     assert command(write("sglang", "int4", "folder")) == shlex.split(
-        "python -m sglang.launch_server --model-path /models/own --dtype bfloat16 --context-length 13 --max-running-requests 4 "
+        "python -m sglang.launch_server --model-path /models/own --dtype bfloat16 --context-length 13 "
+        "--max-running-requests 4 "
         "--quantization bitsandbytes --load-format bitsandbytes --sampling-defaults openai"
     )
     assert "block maxima that are quantized too" in write("sglang", "int4")
     assert command(write("tgi", "int8")) == shlex.split(
-        "text-generation-launcher --model-id google/gemma-3-270m --revision c0ffee --quantize bitsandbytes --max-input-tokens 8 --max-total-tokens 13 "
+        "text-generation-launcher --model-id google/gemma-3-270m --revision c0ffee --quantize bitsandbytes "
+        "--max-input-tokens 8 --max-total-tokens 13 "
         "--max-batch-size 4 --max-batch-prefill-tokens 32 --max-batch-total-tokens 52"
     )
     assert command(write("llama.cpp", "bf16", "gguf", threads=2, device="cpu")) == shlex.split(
-        "llama-server --model /models/gemma.gguf --parallel 4 --ctx-size 52 --n-predict 5 --temp 0 --threads 2 --n-gpu-layers 0"
+        "llama-server --model /models/gemma.gguf --parallel 4 --ctx-size 52 --n-predict 5 --temp 0 --threads 2 "
+        "--n-gpu-layers 0"
     )
 
 
@@ -133,7 +146,8 @@ def test_what_llama_cpp_ran_is_exported_for_its_own_server() -> None:
     assert "# Measured with llama.cpp on AMD EPYC" in text
     assert "another engine" not in text
     assert command(text) == shlex.split(
-        "llama-server --model /cache/own-q4_k_m.gguf --parallel 4 --ctx-size 52 --n-predict 5 --temp 0 --threads 2 --n-gpu-layers 0 "
+        "llama-server --model /cache/own-q4_k_m.gguf --parallel 4 --ctx-size 52 --n-predict 5 --temp 0 --threads 2 "
+        "--n-gpu-layers 0 "
         "--cache-type-k q8_0 --cache-type-v q8_0 --load-mode none"
     )
     hub = export(packed("hub_gguf"), uri="models:/bot/1", target="llama.cpp")
@@ -158,9 +172,10 @@ def test_what_llama_cpp_ran_is_exported_for_its_own_server() -> None:
 
 def test_a_checkpoint_that_was_made_here_takes_its_tokenizer_from_where_it_came() -> None:
     result = made(
-        cell=Cell(model="m", quant="gptq", output_tokens=5), model=ModelFacts("m", "folder", "/models/own", "c0ffee"),
+        cell=Cell(model="m", quant="gptq", output_tokens=5),
+        model=ModelFacts("m", "folder", "/models/own", "c0ffee"),
         load=LoadInfo(1.0, facts={"model.dtype": "bfloat16", "quant.method": "gptq"}, made="/cache/own-gptq"),
-    )  # fmt: skip
+    )
     settings = dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
     script = export(settings, uri="models:/bot/1", target="transformers")
     assert "AutoTokenizer.from_pretrained('/models/own')" in script
@@ -223,7 +238,8 @@ def test_what_a_target_cannot_do_is_refused(target: str, arguments: tuple[str, .
 def test_the_manifests_are_yaml_that_serves_exactly_this_version() -> None:
     compose = yaml.safe_load(write("docker-compose", "bf16", "folder", device="cpu"))["services"]["model"]
     assert compose["command"][2] == (
-        "pip install --no-cache-dir mlflow==3.17.2 torch==2.13.0 && exec mlflow models serve -m models:/support-bot/3 --env-manager local "
+        "pip install --no-cache-dir mlflow==3.17.2 torch==2.13.0 && exec mlflow models serve -m "
+        "models:/support-bot/3 --env-manager local "
         "-h 0.0.0.0 -p 5000 -w 1"
     )
     assert compose["mem_reservation"] == "4769m"  # 4 GB and a quarter
@@ -256,8 +272,9 @@ def test_the_command_reads_the_registered_version(
 ) -> None:
     result = made(
         cell=Cell(model="owner/name", quant="bf16", prompt_tokens=8, output_tokens=5),
-        model=ModelFacts("owner/name", "hub", "owner/name", "c0ffee"), load=LoadInfo(1.0, facts={"model.dtype": "bfloat16"}),
-    )  # fmt: skip
+        model=ModelFacts("owner/name", "hub", "owner/name", "c0ffee"),
+        load=LoadInfo(1.0, facts={"model.dtype": "bfloat16"}),
+    )
     [run] = stored(tmp_path / "sweep", store_uri, result)
     register(open_store(store_uri), run, "support-bot")
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What fits, what does not, and how it is known: exact cases, and the definition itself over random sweeps."""
+"""The memory frontier: shapes that fit, shapes that do not, and the evidence; exact cases and random sweeps."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def shapes(attempts: tuple[Attempt, ...]) -> list[tuple[int, int | None, int]]:
 
 def test_the_largest_that_fits_and_the_smallest_that_failed() -> None:
     found = only(
-        tried(1, 128, 128), tried(4, 128, 128, peak_bytes=900), tried(8, 128, 128, "oom"), tried(16, 128, 128, "skipped")
+        tried(1, 128, 128), tried(4, 128, 128, peak_bytes=900), tried(8, 128, 128, "oom"),
+        tried(16, 128, 128, "skipped")
     )  # fmt: skip
     assert shapes(found.fits) == [(4, 128, 128)]
     assert found.fits[0].peak_bytes == 900
     assert shapes(found.failed) == [(8, 128, 128)]
-    assert found.untried == ()  # larger than what failed: nothing new
+    assert found.untried == ()  # larger than the failed shape: nothing new
     assert found.boundary == "measured"
 
 
@@ -46,7 +47,7 @@ def test_a_staircase_where_shapes_are_incomparable() -> None:
 
 
 def test_prompt_and_output_are_two_dimensions() -> None:
-    """1010 tokens either way, but a long prompt needs more activations and a long output more steps."""
+    """Both have 1010 tokens, but a long prompt needs more activations and a long output more steps."""
     found = only(tried(1, 1000, 10), tried(1, 10, 1000), tried(1, 500, 5, "oom"))
     assert shapes(found.fits) == [(1, 1000, 10), (1, 10, 1000)]
     assert shapes(found.contradicted) == [(1, 500, 5)]
@@ -74,7 +75,7 @@ def test_a_prediction_is_not_called_a_measurement() -> None:
 
 
 def test_refused_below_what_failed_is_told_beside_it() -> None:
-    """A refused cell that is smaller than one that ran out of memory does not hide it, nor the other way round."""
+    """A refused cell does not hide a larger one that ran out of memory, nor the other way round."""
     found = only(
         tried(1, 8, 8),
         tried(2, 8, 8, "refused"),
@@ -101,7 +102,8 @@ def test_an_invalid_result_and_an_interrupted_cell_prove_nothing() -> None:
 
 def test_prompts_of_unknown_length_compare_within_their_workload() -> None:
     found = only(
-        tried(1, None, 8, workload="qa"), tried(2, None, 8, workload="qa"), tried(1, None, 8, workload="chat"), tried(1, 128, 8, workload="qa"),
+        tried(1, None, 8, workload="qa"), tried(2, None, 8, workload="qa"), tried(1, None, 8, workload="chat"),
+        tried(1, 128, 8, workload="qa"),
         tried(4, None, 8, "oom", workload="qa"), tried(1, 512, 8, "oom", workload="qa"),
     )  # fmt: skip
     assert [(a.cell.workload, a.cell.batch_size, a.cell.prompt_tokens) for a in found.fits] == [
@@ -129,9 +131,10 @@ def test_one_frontier_per_model_quantization_and_threads_in_the_order_given() ->
 
 
 def test_how_far_prediction_and_measurement_lie_apart() -> None:
-    """All that were measured count, not the largest only; a failed cell's peak is a lower bound, so it does not."""
+    """All measured cells count, not only the largest. A failed cell's peak is a lower bound, so it does not count."""
     found = only(
-        tried(1, 8, 8, peak_bytes=1000, predicted_bytes=1500), tried(2, 8, 8, peak_bytes=2000, predicted_bytes=1800), tried(3, 8, 8),
+        tried(1, 8, 8, peak_bytes=1000, predicted_bytes=1500), tried(2, 8, 8, peak_bytes=2000, predicted_bytes=1800),
+        tried(3, 8, 8),
         tried(4, 8, 8, "oom", peak_bytes=100, predicted_bytes=4000),
     )  # fmt: skip
     assert found.prediction == (0.9, 1.5)
@@ -169,7 +172,7 @@ ATTEMPTS = st.lists(
 
 @given(ATTEMPTS)
 def test_the_staircases_are_what_their_definition_says(attempts: list[Attempt]) -> None:
-    """Against the definition written as plain loops over all pairs."""
+    """Compare with the definition, written as plain loops over all pairs."""
     found = only(*attempts)
 
     def strictly(a: Cell, b: Cell) -> bool:

@@ -1,4 +1,4 @@
-"""The gate: its verdicts and exit codes, what it leaves, and the promotion that it guards."""
+"""The gate: verdicts and exit codes, its output files and tags, and the promotion that depends on it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_the_champion_passes_against_itself() -> None:
     assert (gate.verdict, gate.exit_code) == ("pass", 0)
     assert {check.state for check in gate.checks} == {"ok"}
     assert [check.key for check in gate.checks] == [
-        "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "latency/tpot_ms_mean", "latency/e2e_ms_p50",
+        "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "latency/tpot_ms_mean",
+        "latency/e2e_ms_p50",
         "memory/host_needed_bytes_peak",
     ]  # fmt: skip
 
@@ -132,7 +133,7 @@ def test_quality_is_held_too() -> None:
     ) == ["regression", "regression"]
     assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.01}, "kl=0.02") == [
         "ok"
-    ]  # nats: there is no ratio to 0
+    ]  # nats, because there is no ratio to 0
     assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.03}, "kl=0.02") == ["regression"]
     assert state({"kl_vs_reference": 0.0, "top1_agreement": 0.0}, {"kl_vs_reference": 0.0, "top1_agreement": 0.5}) == [
         "ok",
@@ -299,7 +300,7 @@ def test_of_a_sweep_the_cell_with_the_champions_configuration_is_meant(
 def test_the_verdict_is_kept_with_the_run_that_was_named(
     measured_champion: str, store_uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both sides of a gate of the champion against itself are of one configuration and one sweep."""
+    """In a gate of the champion against itself, both sides have the same configuration and sweep."""
     more = ("--accept-suspect", "a test", "--default-limit", "90%")
     assert gate_of(measured_champion, "--pairs", "2", "--json", *more) == 0
     client = MlflowClient(store_uri)
@@ -426,7 +427,7 @@ def measured_champion(store_uri: str) -> str:
 def test_both_are_measured_again_in_turns(
     measured_champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The candidate's run claims to be fast, and is not: what was measured now decides."""
+    """The candidate's run claims to be fast and is not: the new measurement decides."""
     [slow_run] = run(model=SLOW, **CELL).run_ids
     fast = result_of(open_store(store_uri), measured_champion)
     slow = result_of(open_store(store_uri), slow_run)

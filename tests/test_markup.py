@@ -1,6 +1,6 @@
-"""Hostile names, messages and texts through every report: they show as their characters, and add nothing.
+"""Hostile names, messages and texts in every report: they are shown as their characters and add no markup.
 
-Judged by real parsers: Python's `html.parser`, and a CommonMark renderer that lets raw HTML through.
+Checked with real parsers: Python's `html.parser`, and a CommonMark renderer that passes raw HTML through.
 """
 
 from __future__ import annotations
@@ -27,18 +27,24 @@ from .test_compare import BF16, INT4
 markdown_it = pytest.importorskip("markdown_it", reason="comes with rich, which the Hub's client brings")
 
 HOSTILE = (
-    "../../x", "/etc/passwd", "</script><img src=x onerror=alert(1)>", "<b>bold</b>", "<!--", "]]>", "<![CDATA[", '"><svg onload=alert(1)>',
-    "' onmouseover='alert(1)", "&lt;i&gt; &amp; &#60;u&#62;", "a|b|c", "`code` ``more`` ```", "line one\nline two\n\n# heading\n\n- item",
-    "[x](javascript:alert(1))", "![x](https://evil.example/x.png)", "<https://evil.example>", "https://evil.example www.evil.example a@evil.example @evil",
-    "[x]: https://evil.example", "**bold** __bold__ _it_ *it* ~~no~~", "# heading ###", "1. item", "- item", "    code", "---", ":octocat: :+1:", "x" * 300,
-    "\x1b[31mred\x1b[0m\x00\x07\r\x7f\x85", "\u202egnp.exe\u2066\u200b\ufeff", "CON", "NUL.txt", "COM1:", "=cmd|' /C calc'!A0", "+1+1", "@SUM(A1)", "a;=1+1",
-    "$(touch x) `touch x` ; rm -rf", "%s %n {0} ${x}", "\\", "\\|\\`\\[", "trailing\\", "\ud800 lone", "\U0001f600 שלום",
+    "../../x", "/etc/passwd", "</script><img src=x onerror=alert(1)>", "<b>bold</b>", "<!--", "]]>", "<![CDATA[",
+    '"><svg onload=alert(1)>',
+    "' onmouseover='alert(1)", "&lt;i&gt; &amp; &#60;u&#62;", "a|b|c", "`code` ``more`` ```",
+    "line one\nline two\n\n# heading\n\n- item",
+    "[x](javascript:alert(1))", "![x](https://evil.example/x.png)", "<https://evil.example>",
+    "https://evil.example www.evil.example a@evil.example @evil",
+    "[x]: https://evil.example", "**bold** __bold__ _it_ *it* ~~no~~", "# heading ###", "1. item", "- item", "    code",
+    "---", ":octocat: :+1:", "x" * 300,
+    "\x1b[31mred\x1b[0m\x00\x07\r\x7f\x85", "\u202egnp.exe\u2066\u200b\ufeff", "CON", "NUL.txt", "COM1:",
+    "=cmd|' /C calc'!A0", "+1+1", "@SUM(A1)", "a;=1+1",
+    "$(touch x) `touch x` ; rm -rf", "%s %n {0} ${x}", "\\", "\\|\\`\\[", "trailing\\", "\ud800 lone",
+    "\U0001f600 שלום",
 )  # fmt: skip
 HARMLESS = "model"
 
 
 class Elements(HTMLParser):
-    """Counts every element with the names of its attributes, and every comment and declaration; keeps the text."""
+    """Count every element with the names of its attributes, every comment and declaration; keep the text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,12 +81,12 @@ def elements(page: str) -> Counter[object]:
 
 
 def rendered(text: str) -> str:
-    """Markdown → HTML, raw HTML let through, tables and strikethrough on."""
+    """Convert Markdown to HTML, with raw HTML passed through and tables and strikethrough enabled."""
     return str(markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(text))
 
 
 def named(result: RunResult, text: str) -> RunResult:
-    """A result that holds a text wherever text comes from outside."""
+    """A result with this text in every field that can hold text from outside."""
     environment = {
         **result.environment,
         "cpu": {"name": text},
@@ -100,7 +106,7 @@ def named(result: RunResult, text: str) -> RunResult:
 
 
 def markdowns(text: str) -> dict[str, str]:
-    """Every Markdown that is written, with a text wherever text comes from outside."""
+    """Every Markdown file that is written, with this text in every field that can hold text from outside."""
     fine, failed = (
         named(BF16, text),
         dataclasses.replace(named(INT4, text), outcome="oom", failure=Failure(text, text), repetitions=()),
@@ -215,7 +221,10 @@ def test_nothing_acts_in_a_terminal(text: str) -> None:
 
 
 def test_ordinary_text_stays_readable() -> None:
-    text = "opt-125m: 4 × (128 + 64), 12.3 GB (95 % interval) fake:ttft_ms=20+itl_ms=5 meta/Llama-3.2 prompt_tokens=auto – “so”"
+    text = (
+        "opt-125m: 4 × (128 + 64), 12.3 GB (95 % interval) fake:ttft_ms=20+itl_ms=5 meta/Llama-3.2 "
+        "prompt_tokens=auto – “so”"
+    )
     assert markup.markdown(text) == markup.plain(text) == markup.html(text) == text
     assert markup.markdown("  a\tb\nc  ") == "a b c"
     assert markup.plain("a\x1bb\u202ec") == r"a\x1bb\u202ec"

@@ -1,4 +1,4 @@
-"""The measurement against a backend whose every delay is known."""
+"""The measurement, with a backend whose delays are all known."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def measure(script: str, **settings: Any) -> tuple[Measured, Cell]:
 
 
 def least(values: list[float]) -> float:
-    """The least disturbed value: on a shared machine a deadline can only be missed, never be met early."""
+    """The least disturbed value: a shared machine can only delay a token, never advance it."""
     return min(values)
 
 
 def test_stamps_are_those_of_the_script() -> None:
-    """No token comes before its time; how late each is on a shared machine shows in the least disturbed of eight repetitions."""
+    """No token comes before its time. Its delay on a shared machine is judged by the least disturbed of eight
+    repetitions."""
     measured, _ = measure("ttft_ms=40+itl_ms=20", repetitions=8)
     requests = [r.requests[0] for r in measured.repetitions]
     assert all(stamp - r.t0_ns >= (40 + 20 * i) * 1e6 for r in requests for i, stamp in enumerate(r.stamps_ns))

@@ -13,7 +13,8 @@ def rows(table: str) -> dict[str, str]:
 def test_the_table_on_a_cpu() -> None:
     lines = models_table(13_000_000_000, None).splitlines()
     assert lines[:4] == [
-        "Estimated peak memory in GB, loading included, at batch 1 with 128 + 128 tokens; none = as published, fp16 or bf16.",
+        "Estimated peak memory in GB, loading included, at batch 1 with 128 + 128 tokens; none = as published, fp16 "
+        "or bf16.",
         "No mark: fits in 13.0 GB free here. no: does not fit.",
         "",
         "model           params  context  none     fp32     int8     int4     licence",
@@ -26,9 +27,8 @@ def test_the_table_on_a_cpu() -> None:
 
 def test_the_table_with_a_gpu() -> None:
     table = models_table(24_000_000_000, 8_000_000_000)
-    assert (
-        table.splitlines()[1]
-        == "No mark: fits in 8.0 GB of device memory. cpu: only in 24.0 GB free here, with device=cpu. no: does not fit."
+    assert table.splitlines()[1] == (
+        "No mark: fits in 8.0 GB of device memory. cpu: only in 24.0 GB free here, with device=cpu. no: does not fit."
     )
     assert (
         rows(table)["opt-6.7b"] == "opt-6.7b        6.66 B     2048  13.5 cpu  31.6 no   11.9 cpu   9.1 cpu  opt-175b"
@@ -49,7 +49,8 @@ def test_the_larger_of_loading_and_running_decides() -> None:
     assert list(by_name) == list(PRESETS)
     model = by_name["opt-1.3b"]
     assert {key: model[key] for key in model if key != "memory"} == {
-        "name": "opt-1.3b", "repository": "facebook/opt-1.3b", "parameters": 1_315_758_080, "context": 2048, "dtype": "float16",
+        "name": "opt-1.3b", "repository": "facebook/opt-1.3b", "parameters": 1_315_758_080, "context": 2048,
+        "dtype": "float16",
         "licence": "opt-175b", "gated": False,
     }  # fmt: skip
     assert list(model["memory"]) == ["none", "fp32", "int8", "int4"]

@@ -1,4 +1,4 @@
-"""One group of cells as a node of a cluster measures it: in a scratch folder, without MLflow or Ray, everything told as it comes."""
+"""A group of cells measured by a node of a cluster: in a scratch folder, without MLflow or Ray, reported as it goes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def task(*cells: Cell, model: ModelFacts | None = None) -> node.Task:
 
 
 class Letters:
-    """What a node posts, put together as the command's side does it."""
+    """The messages of a node, put together as on the command's side."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int | None]] = []
         self.files: dict[str, bytes] = {}
-        self.after: list[dict[str, bytes]] = []  # the files as they were after each event
+        self.after: list[dict[str, bytes]] = []  # the files after each event
 
     def __call__(self, event: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         self.events.append((event["event"], event.get("number")))
@@ -82,7 +82,7 @@ def test_a_group_is_measured_in_a_scratch_folder_and_its_files_come_back() -> No
 
 
 def test_what_was_told_when_a_cell_had_ended_is_enough_for_its_result() -> None:
-    """Each letter brings whole lines, and all letters together a beginning of what comes back in the end."""
+    """Each message has whole lines, and all messages together are the beginning of the final files."""
     letters = Letters()
     outcome, files = node.measure_apart(task(cell("", batch_size=2), cell("")), {}, {}, letters)
     assert all(files[path].startswith(part) and part.endswith(b"\n") for path, part in letters.files.items())
@@ -115,9 +115,9 @@ def test_a_model_that_lies_on_another_disk_is_one_line(source: str) -> None:
     model = ModelFacts("mine", source, "/nowhere/mine", "0")
     outcome, files = node.measure_apart(task(cell(""), model=model), {}, {}, Letters())
     assert outcome.stage == "preparing"
-    assert (
-        str(outcome.error)
-        == "There is no /nowhere/mine on this node. Put it on a disk that every node has under that path, or give a Hub id."
+    assert str(outcome.error) == (
+        "There is no /nowhere/mine on this node. Put it on a disk that every node has under that path, or give a "
+        "Hub id."
     )
     assert files == {}
 
@@ -132,7 +132,7 @@ def test_files_that_cannot_be_fetched_end_the_group_at_preparing() -> None:
 
 
 def test_a_node_needs_neither_mlflow_nor_ray_nor_matplotlib() -> None:
-    """The module that the task is in is imported there, with these packages as if not installed."""
+    """Import the task's module as a node does, with these packages hidden."""
     program = (
         "import sys\nfor name in ('mlflow', 'ray', 'matplotlib'): sys.modules[name] = None\n"
         "from mlflow_llmbench import cluster, node\nfrom tests.test_node import Letters, cell, task\n"

@@ -1,4 +1,4 @@
-"""A sweep's report: who is named best, what fits, what repeats it; and the page as a file that needs nobody."""
+"""A sweep's report: best cells, what fits in memory, the command to repeat it; the page is one self-contained file."""
 
 from __future__ import annotations
 
@@ -69,14 +69,16 @@ def test_the_headline_names_the_best() -> None:
         failed("bf16", 4),
     ]
     assert headline(rows, VARIED) == (
-        "3 of 4 cells measured, 1 oom; fastest: int4 b4, 61.2 tokens/s; first token soonest: int4 b4, 16.3 ms; least memory: int4 b4, 1.30 GB."
+        "3 of 4 cells measured, 1 oom; fastest: int4 b4, 61.2 tokens/s; first token soonest: int4 b4, 16.3 ms; least "
+        "memory: int4 b4, 1.30 GB."
     )
 
 
 def test_an_invalid_result_is_best_at_nothing() -> None:
     rows = [row("bf16", 1, 20), row("int8", 1, 900, "invalid"), row("int4", 1, 40, "suspect")]
     assert headline(rows, VARIED) == (
-        "3 of 3 cells measured, 1 invalid; fastest: int4 b1 (suspect), 40.0 tokens/s; first token soonest: int4 b1 (suspect), 25.0 ms."
+        "3 of 3 cells measured, 1 invalid; fastest: int4 b1 (suspect), 40.0 tokens/s; first token soonest: int4 b1 "
+        "(suspect), 25.0 ms."
     )
     found = told(rows)
     fastest = found.cells.heading.index("tokens/s")
@@ -88,7 +90,7 @@ def test_an_invalid_result_is_best_at_nothing() -> None:
 
 
 def test_what_cannot_be_told_apart_is_not_ranked() -> None:
-    """Intervals that meet are alike; so is a difference within the tolerance where a metric has no interval."""
+    """Cells count as equal if their intervals overlap, or, without intervals, if they differ within the tolerance."""
     close = [row("bf16", 1, 100, half=3), row("int8", 1, 104, half=3), row("int4", 1, 90, half=3)]
     assert [one.cell.quant for one in leaders(close, RATE)] == ["int8", "bf16"]
     assert [one.cell.quant for one in leaders(close, TTFT)] == [
@@ -129,7 +131,8 @@ def test_what_fits_is_a_table_of_both_sides_of_the_limit() -> None:
     ]
     found = told(rows).frontier
     assert found.heading == (
-        "quant", "largest that fits", "peak GB", "predicted GB", "smallest that does not", "why", "predicted ÷ measured", "limit",
+        "quant", "largest that fits", "peak GB", "predicted GB", "smallest that does not", "why",
+        "predicted ÷ measured", "limit",
     )  # fmt: skip
     assert found.body == (
         ("bf16", "1 × (128 + 128)", "2.00", "2.50", "4 × (128 + 128)", "oom, 3.10 GB reached", "1.25", "measured"),
@@ -166,9 +169,9 @@ def test_notes_say_where_the_limit_is_not_known_or_contradicted() -> None:
     fine = [row("int4", 4, 1)]
     assert told(fine).frontier_notes[1:] == ("All that was asked for fits, so the limit was not reached.",)
     [_, note] = told([*fine, failed("int4", 8), failed("int4", 1, "crashed")]).frontier_notes
-    assert (
-        note
-        == "opt-125m int4: 1 × (128 + 128) ended with crashed although a shape at least as large fits, so memory is not the reason."
+    assert note == (
+        "opt-125m int4: 1 × (128 + 128) ended with crashed although a shape at least as large fits, so memory is "
+        "not the reason."
     )
     none = told([failed("int4", 1), row("int4", 4, 5, "invalid")]).frontier
     assert none.body == (("opt-125m", "int4", "none", "", "1 × (128 + 128)", "oom", "measured"),)
@@ -225,7 +228,7 @@ def test_a_failed_cell_does_not_inherit_the_peak_of_the_cell_before_it() -> None
     ],
 )
 def test_the_command_asks_for_the_same(parameters: dict[str, str]) -> None:
-    """Through a shell's own splitting and our own parser, back to the same specification; but for where results go."""
+    """A shell's splitting and our parser give the same specification again, except for the output folder."""
     spec = parse(parameters)
     program, *arguments = shlex.split(overview.sweep_command(spec))
     given = vars(build_parser().parse_args(arguments))
@@ -254,7 +257,8 @@ def test_a_server_is_told_without_memory_and_repeated_with_its_own_command() -> 
     found = overview.overview([(one, "") for one in rows], about)
     assert found.command == "llmbench online --model m --url http://127.0.0.1:8000 --concurrency 1,8"
     assert found.headline == (
-        "2 of 2 cells measured; fastest: concurrency=8, 80.0 tokens/s; most requests within the limits: concurrency=1, 9.00 1/s."
+        "2 of 2 cells measured; fastest: concurrency=8, 80.0 tokens/s; most requests within the limits: "
+        "concurrency=1, 9.00 1/s."
     )
     assert found.frontier.body == ()
     for text in (overview.overview_markdown(found), page.sweep_page(found, {}), description(rows, ["concurrency"])):
@@ -332,7 +336,7 @@ def test_what_was_measured_before_is_said_and_is_not_timed() -> None:
 
 
 class Links(HTMLParser):
-    """Everything in a page that names something outside or acts."""
+    """Everything in a page that refers to something outside or is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -428,7 +432,7 @@ def test_the_parent_holds_the_report_and_a_late_upload_names_its_own_runs(
 
 
 def plain_result(number: int) -> RunResult:
-    """A cell as small as a real one gets: 5 repetitions of 64 tokens, and five seconds of memory samples."""
+    """A small but realistic cell: 5 repetitions of 64 tokens, and five seconds of memory samples."""
     base = result([1.0], "int4")
     cell = dataclasses.replace(base.cell, batch_size=number + 1, output_tokens=64, repetitions=5)
     repetitions = []
@@ -442,7 +446,8 @@ def plain_result(number: int) -> RunResult:
 
 
 def test_a_report_of_a_hundred_cells_takes_no_longer_than_reading_its_data(tmp_path: Path) -> None:
-    """A ratio of two times of one process, the least of three each, charts drawn before: 1.5 is the goal (P15)."""
+    """Compare two times of one process, each the least of three, with charts drawn before; the goal is a ratio of 1.5
+    (P15)."""
     for number in range(100):
         write_json(tmp_path / str(number) / "result.json", plain_result(number))
     about = subject(quant="int4", batch_size=",".join(str(number + 1) for number in range(100)))
@@ -460,7 +465,7 @@ def test_a_report_of_a_hundred_cells_takes_no_longer_than_reading_its_data(tmp_p
 
 
 def test_frontiers_of_many_cells_take_no_square_of_time() -> None:
-    """2,000 cells of one load, all incomparable, are the worst case of the staircase; a plan holds no more."""
+    """2,000 cells of one load, all incomparable, are the worst case for the frontier; a plan has at most that many."""
     cells = expand_cells(parse({"batch_size": list(range(1, 41)), "output_tokens": list(range(1, 51))}))
     start = time.perf_counter()
     [found] = frontiers((overview.Attempt(cell, "ok") for cell in cells), LOADED)

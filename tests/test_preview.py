@@ -1,4 +1,4 @@
-"""Presets and `llmbench plan`: the right cells, memory, least time and refusals, and nothing started."""
+"""Presets and `llmbench plan`: the right cells, memory, minimum time and refusals, and nothing started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mlflow_llmbench.records import ModelFacts
 from mlflow_llmbench.spec import GRIDS, default_text, parse
 
 PAPER = (
-    "opt-125m,opt-350m,opt-1.3b,opt-2.7b,opt-6.7b,pythia-70m,pythia-160m,pythia-410m,pythia-1b,pythia-2.8b,pythia-6.9b,pythia-12b,"
+    "opt-125m,opt-350m,opt-1.3b,opt-2.7b,opt-6.7b,"
+    "pythia-70m,pythia-160m,pythia-410m,pythia-1b,pythia-2.8b,pythia-6.9b,pythia-12b,"
     "bloom-560m,bloom-1b1,bloom-3b,bloom-7b1,llama-2-7b,llama-2-13b,mistral-7b"
 )
 

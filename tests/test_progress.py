@@ -1,4 +1,4 @@
-"""The progress display, exactly as it is written, driven by a scripted clock and the worker's own events."""
+"""The exact progress display, driven by a scripted clock and the worker's own events."""
 
 import io
 import json
@@ -28,7 +28,7 @@ END = {"event": "end", "log": []}
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that stands still until it is moved."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -57,7 +57,7 @@ def repetition(number: int, limit: int = 30) -> dict[str, Any]:
 
 
 def screen(written: str) -> list[str]:
-    """What stands on a terminal of endless width after these characters, line by line, without trailing spaces."""
+    """Lines on a terminal of infinite width after these characters, without trailing spaces."""
     lines = [""]
     column = 0
     for character in written:
@@ -73,7 +73,7 @@ def screen(written: str) -> list[str]:
 
 
 class Shown:
-    """A display on a terminal, and what each event after `seconds` made it write."""
+    """A display on a terminal, and its output after each event."""
 
     def __init__(self, total: int) -> None:
         self.clock, self.stream = Clock(), Terminal()
@@ -181,7 +181,7 @@ def test_time_left_in_a_later_cell() -> None:
     shown.progress.cell(2, "b")
     assert shown.progress.seconds_left() == 200
     shown.after(5, {"event": "cell", "number": 1})
-    assert shown.progress.seconds_left() == 195  # what the mean leaves of this one, and one more
+    assert shown.progress.seconds_left() == 195  # the rest of this one by the mean, and one more
     shown.after(5, warmup(1))
     assert shown.progress.seconds_left() == 190
     shown.after(4, repetition(1))
@@ -206,7 +206,7 @@ def test_a_fixed_number_of_repetitions_ends_the_estimate_of_its_cell() -> None:
 
 def test_download_skipped_and_failed_cells_are_not_counted_as_the_pace() -> None:
     shown = Shown(4)
-    shown.after(600, END)  # a worker that only prepared the files
+    shown.after(600, END)  # a worker that only prepared files
     shown.progress.cell(1, "kept from an earlier run")
     shown.progress.cell(2, "fails")
     shown.after(50, LOADING, {"event": "failed", "outcome": "oom", "message": "Memory ran out."})
@@ -407,7 +407,8 @@ def test_a_real_worker(fault: str, tmp_path: Path) -> None:
         assert lines[5].startswith("cell 1/2: b2 failed: ")
         assert len(lines) == 6
     else:
-        # one second an event: 7 of the worker, measuring, 2 warm-ups, 3 repetitions, the stage peak; then the same without the first seven
+        # one second an event: 7 of the worker, measuring, 2 warm-ups, 3 repetitions, the stage peak; then the same
+        # without the first seven
         assert lines[4:] == [
             "cell 1/2: warming up", "cell 1/2: measuring", "cell 1/2: measured in 15 s, about 15 s left",
             "cell 2/2: b1", "cell 2/2: warming up", "cell 2/2: measuring", "cell 2/2: measured in 11 s",
@@ -422,7 +423,7 @@ def test_the_stages_are_those_of_worker_and_sweep() -> None:
 
 
 def test_an_event_costs_no_more_in_a_long_sweep_with_long_names() -> None:
-    """What a sweep has behind it is not gone through again at each event."""
+    """An event does not go through the finished part of a sweep again."""
     event = json.loads(json.dumps(repetition(7)))
 
     def seconds(cells: int, name: str, stream: io.StringIO) -> float:

@@ -1,4 +1,4 @@
-"""The choice among results: limits, the front, what is refused and why, and what would change the answer; then the command."""
+"""`recommend`: limits, the front, refusals with reasons, what would change the answer; then the command."""
 
 from __future__ import annotations
 
@@ -179,7 +179,8 @@ def test_suspect_results_take_part_only_if_that_is_accepted() -> None:
         == 'Its verdict is suspect (too_few_samples). Measure it again, or accept it with --accept-suspect "REASON".'
     )
     assert found.changes == (
-        "int4 looks better and is suspect: output throughput 126 tokens/s instead of 73.5 tokens/s. Measured again and valid, it would win.",
+        "int4 looks better and is suspect: output throughput 126 tokens/s instead of 73.5 tokens/s. Measured again "
+        "and valid, it would win.",
     )
     accepted = recommend([few, INT8], accept_suspect="a first look")
     assert accepted.winner is not None and accepted.winner.name == "int4"
@@ -279,7 +280,8 @@ def test_nothing_keeps_the_limits() -> None:
     found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, GB), Limit("--max-ttft", TTFT, 1.0)])
     assert found.winner is None and found.runners_up == ()
     assert found.changes[0].startswith(
-        "int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. Its median time to first token"
+        "int8 batch 8 is the nearest. Its peak memory is 7.00 GB, and --max-memory is 1 GB. Its median time to first "
+        "token"
     )
     assert "none of the 4 that can be trusted and compared keeps the limits" in answer(found)
     data = json.loads(json.dumps(recommendation_json(found)))

@@ -1,4 +1,4 @@
-"""The Model Registry: what a version holds, what is refused, and that it answers prompts, in this process and in a served one."""
+"""The Model Registry: content of a version, refusals, and answers to prompts, in this process and in a served one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, store_t
     """The folder of a real sweep: the tiny model as int8, two rows of 16 + 8 tokens."""
     folder = tmp_path_factory.mktemp("measured")
     shutil.copy(store_template, folder / "mlflow.db")
-    options = "--quant int8 --batch-size 2 --workload qa --prompt-tokens 16 --output-tokens 8 --repetitions 2 --warmup 1 --device cpu --threads 1"
+    options = (
+        "--quant int8 --batch-size 2 --workload qa --prompt-tokens 16 --output-tokens 8 --repetitions 2 --warmup 1 "
+        "--device cpu --threads 1"
+    )
     command = [sys.executable, "-m", "mlflow_llmbench", "run", "--model", str(tiny_model), *options.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
@@ -141,7 +144,8 @@ def test_the_loaded_model_answers_within_its_limits(run_id: str, store_uri: str)
 
 
 def test_rows_are_generated_up_to_the_registered_batch_size(run_id: str, store_uri: str) -> None:
-    """The same greedy answers for any batch size, since padding is masked; and as many calls as the batch size asks for."""
+    """Greedy answers are the same for any batch size, since padding is masked; the batch size decides the number of
+    calls."""
     register(open_store(store_uri), run_id, "bot", accept_suspect=BUSY)
     prompts = [{"prompt": text} for text in ("One two", "Three", "Four five six")]
     sizes: dict[int, list[int]] = {}
@@ -173,7 +177,7 @@ def test_a_model_that_is_not_quantized_as_measured_is_refused(run_id: str, store
 
 
 def test_answers_are_greedy_and_end_where_the_checkpoint_says(run_id: str, store_uri: str, tmp_path: Path) -> None:
-    """A checkpoint's sampling and penalties were not measured, so they are not served; its end tokens are."""
+    """Sampling and penalties of a checkpoint were not measured, so they are not served; its end tokens are."""
     register(open_store(store_uri), run_id, "bot", accept_suspect=BUSY)
     plain = mlflow.pyfunc.load_model("models:/bot@candidate").predict([{"prompt": "Hello"}])
     folder = tmp_path / "llama"
@@ -200,7 +204,7 @@ def test_answers_are_greedy_and_end_where_the_checkpoint_says(run_id: str, store
 
 @contextmanager
 def served(uri: str, store_uri: str, log: Path) -> Iterator[str]:
-    """The address of `mlflow models serve` for a version, in processes of its own."""
+    """The address of `mlflow models serve` for a version, in its own processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -265,7 +269,7 @@ def test_a_served_version_answers_over_http(run_id: str, store_uri: str, tmp_pat
             assert "A prompt has 40 tokens, and 16 are the most that was measured" in answer.read().decode()
 
 
-# What is refused, and what a reference may be; with results whose every stamp is chosen
+# Refusals and valid references, with results of chosen time stamps
 
 
 def test_a_second_registration_of_a_run_makes_no_second_version(store_uri: str, tmp_path: Path) -> None:
@@ -323,7 +327,7 @@ def test_invalid_runs_are_refused_and_suspect_ones_need_a_reason(store_uri: str,
             "candidate",
             "",
             "Not a name for a registered model: a@b. Give letters",
-        ),  # models:/a@b@candidate is no address
+        ),  # models:/a@b@candidate is not a valid address
         ("bot", "v1", "", "Not an alias: v1. Give letters"),
         ("bot", "champion", "", "The alias champion is moved by `llmbench promote` only"),
         ("bot", "candidate", "nonsense", "nonsense is neither a run id, nor a sweep of this store"),
@@ -352,7 +356,8 @@ def real(quant: str, source: str = "folder", **facts: Any) -> RunResult:
 def test_each_quantization_becomes_its_recipe() -> None:
     four = deploy(real("fp4", **{"quant.type": "fp4", "quant.compute_dtype": "bfloat16"}))
     assert four["quantization"] == {
-        "class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16",
+        "class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_compute_dtype": "bfloat16",
     }  # fmt: skip
     assert four["dtype"] == "bfloat16"
     twice = deploy(
@@ -373,7 +378,7 @@ def test_each_quantization_becomes_its_recipe() -> None:
         ("backend", "openai", "backend=openai cannot be registered"),
         ("decode", "compiled", "decode=compiled cannot be served yet"),
         ("kv_cache", "fp8", "kv_cache=fp8 cannot be served yet"),
-        ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),  # its load says no method
+        ("quant", "int8-wo", "quant=int8-wo cannot be registered yet"),  # its load reports no method
         ("quant", "gptq", "does not say where the files are that it ran"),
         (
             "batching",
@@ -390,7 +395,7 @@ def test_what_cannot_be_served_is_not_registered(field: str, value: str, message
 
 
 def test_a_gguf_file_without_a_tokenizer_is_not_registered() -> None:
-    """Asked to cut a text with it, llama.cpp ends the process."""
+    """llama.cpp would end the process if asked to tokenize a text with such a file."""
     facts = {"quant.type": "Q4_0", "kv_cache.type": "f16", "model.tokenizer": "none"}
     cell = Cell(model="m", backend="llama_cpp", quant="q4_0", output_tokens=5)
     result = made(
@@ -478,7 +483,7 @@ def test_register_is_an_entry_point_of_the_project(store_uri: str, tmp_path: Pat
 
 
 def test_tables_are_named_where_the_ui_sets_them_side_by_side(run_id: str, store_uri: str) -> None:
-    """MLflow's evaluation view knows only tables that this tag names; texts are first."""
+    """MLflow's evaluation view knows only the tables named in this tag; texts come first."""
     client = MlflowClient(store_uri)
     named = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
     assert {item["type"] for item in named} == {"table"}

@@ -1,4 +1,4 @@
-"""A run measured again: what the verdict rests on, what is refused before anything is measured, and the command on a real store."""
+"""`reproduce`: the basis of the verdict, refusals before anything is measured, and the command on a real store."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_texts() -> None:
     json.dumps(told, allow_nan=False)
 
 
-# What is rebuilt, and refused
+# Rebuilding cells, and refusals
 
 
 def test_the_parameters_are_those_of_the_run_with_the_commit_that_was_measured() -> None:
@@ -381,7 +381,7 @@ def _workload_of(result: object) -> str:
 
 
 def test_a_wide_spread_is_not_called_equivalent_for_want_of_a_difference() -> None:
-    """The flaw that two one-sided tests are for: compare sees no difference, and that is no proof of sameness."""
+    """Two one-sided tests are needed, because a comparison that sees no difference does not prove equivalence."""
     wide = made(factors=(0.8, 0.9, 1.0, 1.1, 1.2))
     comparison = compare(wide, made(factors=WIGGLE))
     assert {effect.effect for effect in comparison.effects if effect.p_holm is not None} == {"no difference seen"}

@@ -1,4 +1,4 @@
-"""Laws over records made from known parameters: groups, intervals, rivals, what is left out, the report and the charts."""
+"""Scaling laws over records with known parameters: groups, intervals, rivals, exclusions, the report and the charts."""
 
 import dataclasses
 import html
@@ -32,8 +32,13 @@ from mlflow_llmbench.scaling_study import Study, study_scaling
 MS = 1_000_000
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048)
 LOAD = LoadInfo(
-    1.0, weight_bytes=10**9, step_bytes=10**9, kv_bytes_per_token=50_000, flops_per_token=2e9, facts={"model.parameters": 5 * 10**8, "model.dtype": "bfloat16"}
-)  # fmt: skip
+    1.0,
+    weight_bytes=10**9,
+    step_bytes=10**9,
+    kv_bytes_per_token=50_000,
+    flops_per_token=2e9,
+    facts={"model.parameters": 5 * 10**8, "model.dtype": "bfloat16"},
+)
 
 
 def result(

@@ -23,7 +23,10 @@ def test_t_quantile_agrees_with_scipy(degrees: int) -> None:
 
 
 def test_t_interval_of_a_published_example() -> None:
-    """NIST/SEMATECH e-Handbook 1.3.5.2, Zarr's heat flow meter data: n = 195, mean 9.261460, s = 0.022789, interval (9.258242, 9.264679)."""
+    """NIST/SEMATECH e-Handbook 1.3.5.2, Zarr's heat flow meter data.
+
+    n = 195, mean 9.261460, s = 0.022789, interval (9.258242, 9.264679).
+    """
     rng = np.random.default_rng(1)
     values = rng.normal(size=195)
     values = (values - values.mean()) / values.std(ddof=1) * 0.022789 + 9.261460
@@ -52,7 +55,10 @@ def test_repeated_values_count_as_often_as_if_written_out(values: list[float], q
 
 
 def test_percentile_of_a_published_example() -> None:
-    """The 12 gauge values of the NIST/SEMATECH e-Handbook 7.2.6.2: its own definition (type 6) gives 95.1981, type 7 gives 95.19568."""
+    """The 12 gauge values of the NIST/SEMATECH e-Handbook 7.2.6.2.
+
+    Its own definition (type 6) gives 95.1981, type 7 gives 95.19568.
+    """
     values = [
         95.1772,
         95.1567,
@@ -110,12 +116,18 @@ def test_absent_instead_of_wrong() -> None:
 
 
 NIST_OUTLIERS = [
-    30, 171, 184, 201, 212, 250, 265, 270, 272, 289, 305, 306, 322, 322, 336, 346, 351, 370, 390, 404, 409, 411, 436, 437, 439, 441, 444, 448, 451,
-    453, 470, 480, 482, 487, 494, 495, 499, 503, 514, 521, 522, 527, 548, 550, 559, 560, 570, 572, 574, 578, 585, 592, 592, 607, 616, 618, 621, 629,
-    637, 638, 640, 656, 668, 707, 709, 719, 737, 739, 752, 758, 766, 792, 792, 794, 802, 818, 830, 832, 843, 858, 860, 869, 918, 925, 953, 991, 1000,
+    30, 171, 184, 201, 212, 250, 265, 270, 272, 289, 305, 306, 322, 322, 336, 346, 351, 370, 390, 404, 409, 411, 436,
+    437, 439, 441, 444, 448, 451,
+    453, 470, 480, 482, 487, 494, 495, 499, 503, 514, 521, 522, 527, 548, 550, 559, 560, 570, 572, 574, 578, 585, 592,
+    592, 607, 616, 618, 621, 629,
+    637, 638, 640, 656, 668, 707, 709, 719, 737, 739, 752, 758, 766, 792, 792, 794, 802, 818, 830, 832, 843, 858, 860,
+    869, 918, 925, 953, 991, 1000,
     1005, 1068, 1441,
 ]  # fmt: skip
-"""NIST/SEMATECH e-Handbook 7.1.6, What are outliers in the data?: median 559.5, quartiles 429.75 and 742.25 (its definition, type 6)."""
+"""NIST/SEMATECH e-Handbook 7.1.6, What are outliers in the data?
+
+Median 559.5, quartiles 429.75 and 742.25 (its definition, type 6).
+"""
 
 MOUSE_TREATMENT = [94, 197, 16, 38, 99, 141, 23]
 """Efron & Tibshirani, An Introduction to the Bootstrap (1993), table 2.1."""
@@ -147,7 +159,8 @@ def test_outliers_by_hand() -> None:
 
 
 def test_resampling_has_the_published_standard_errors() -> None:
-    """Efron & Tibshirani (1993), table 2.2, infinitely many resamples: 23.36 for the mean and 37.83 for the median of the treated mice."""
+    """Efron & Tibshirani (1993), table 2.2, infinitely many resamples, treated mice: 23.36 for the mean, 37.83 for the
+    median."""
     data = np.array(MOUSE_TREATMENT, float)
     for statistic, error in (("mean", 23.36), ("median", 37.83)):
         assert stats._resample(data, statistic, 200_000, 1).std() == pytest.approx(error, rel=0.005)
@@ -155,7 +168,10 @@ def test_resampling_has_the_published_standard_errors() -> None:
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 4.0, 8.0, 16.0], [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]])
 def test_the_median_is_drawn_from_its_exact_distribution(values: list[float]) -> None:
-    """Against all nⁿ resamples, written out; the largest deviation of the cumulated shares is that of Kolmogorov, 1.63/√N at 99 %."""
+    """Compared with all nⁿ resamples, written out.
+
+    The largest deviation of the cumulated shares is Kolmogorov's, 1.63/√N at 99 %.
+    """
     every = np.median(np.array(list(itertools.product(values, repeat=len(values)))), axis=1)
     drawn = stats._resample(np.array(values), "median", 40_000, 2)
     points = np.unique(every)
@@ -165,7 +181,7 @@ def test_the_median_is_drawn_from_its_exact_distribution(values: list[float]) ->
 
 
 def coverage(interval: object, n: int, draws: int = 1500) -> float:
-    """Share of samples of n normal values with mean 10 whose interval holds 10."""
+    """Share of samples of n normal values with mean 10 whose interval contains 10."""
     rng = np.random.default_rng(n)
     hits = 0
     for number in range(draws):
@@ -223,7 +239,8 @@ def test_the_block_bootstrap_of_the_median_covers_in_short_and_in_long_series() 
 
 
 def test_medians_by_shares_are_those_of_whole_resamples() -> None:
-    """The same skewed series, with whole resamples (a function of one's own) and by shares: ends agree within a tenth of the width."""
+    """The same skewed series with whole resamples (a custom function) and by shares: ends agree within a tenth of the
+    width."""
     for number, series in enumerate(np.exp(2 * autoregressive(0.8, 3000, 4, seed=8))):
         low, high = stats.block_bootstrap_interval(series, 20, "median", seed=number)
         exact = stats.block_bootstrap_interval(
@@ -233,7 +250,10 @@ def test_medians_by_shares_are_those_of_whole_resamples() -> None:
 
 
 def test_block_length_follows_the_published_optimum() -> None:
-    """For AR(1) and the circular bootstrap g/g(0) = 2φ/(1 − φ²), so b = (1.5·(2φ/(1 − φ²))²·n)^(1/3) (Politis & White 2004, 3.1): 57 and 17."""
+    """Block lengths 57 and 17 by Politis & White (2004), 3.1.
+
+    For AR(1) and the circular bootstrap g/g(0) = 2φ/(1 − φ²), so b = (1.5·(2φ/(1 − φ²))²·n)^(1/3).
+    """
     for phi, n in ((0.8, 6400), (0.5, 2000)):
         ideal = (1.5 * (2 * phi / (1 - phi**2)) ** 2 * n) ** (1 / 3)
         assert np.median([stats.block_length(series) for series in autoregressive(phi, n, 20)]) == pytest.approx(
@@ -295,7 +315,10 @@ def test_bootstrap_takes_any_function_and_is_absent_instead_of_wrong() -> None:
 
 
 def test_welch_of_a_published_example() -> None:
-    """The help page of R's t.test, sleep: t = −1.8608, 17.776 degrees, p = 0.07939, interval −3.3654832 to 0.2054832 (drug 1 − drug 2)."""
+    """The help page of R's t.test, data `sleep` (drug 1 − drug 2).
+
+    t = −1.8608, 17.776 degrees, p = 0.07939, interval −3.3654832 to 0.2054832.
+    """
     found = stats.welch(SLEEP_2, SLEEP_1)
     assert (found.statistic, found.degrees, found.p_value) == pytest.approx((-1.8608, 17.776, 0.07939), rel=1e-4)
     assert (found.low, found.high) == pytest.approx((-3.3654832, 0.2054832), abs=1e-7)
@@ -319,7 +342,7 @@ def test_mann_whitney_of_a_published_example() -> None:
 
 
 def test_holm_of_a_published_example() -> None:
-    """Wikipedia, Holm–Bonferroni method, example: of 0.01, 0.04, 0.03 and 0.005 the first and the last are below 0.05."""
+    """Wikipedia, Holm–Bonferroni method: of 0.01, 0.04, 0.03 and 0.005 the first and the last are below 0.05."""
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.9, 0.6]) == [1.0, 1.0]
     assert stats.holm([]) == []

@@ -1,4 +1,4 @@
-"""The whole study over records made from known parameters: claims by their intervals, findings, recommendations, figures, reports."""
+"""The whole study over records with known parameters: claims, findings, recommendations, figures, reports."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def measured(
     weights: str = "random",
     **other: Any,
 ) -> RunResult:
-    """One cell: TTFT and TPOT grow with size, batch and length; times are divided by the quantization's speed and by `speed`."""
+    """A cell whose TTFT and TPOT grow with size, batch and length, divided by `speed` and the quantization's speed."""
     size = MODELS[model]
     cell = Cell(
         model=model,
@@ -77,9 +77,18 @@ def claim(found: Findings, key: str) -> Claim:
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.91, 0.94, CONFIRMED), (0.5, 0.89, NOT_CONFIRMED), (0.96, 1.2, NOT_CONFIRMED), (0.89, 0.92, UNSAID), (0.8, 1.0, UNSAID), (None, None, UNSAID),
-     (0.96, None, NOT_CONFIRMED), (0.92, None, UNSAID), (None, 0.8, NOT_CONFIRMED)],
-)  # fmt: skip
+    [
+        (0.91, 0.94, CONFIRMED),
+        (0.5, 0.89, NOT_CONFIRMED),
+        (0.96, 1.2, NOT_CONFIRMED),
+        (0.89, 0.92, UNSAID),
+        (0.8, 1.0, UNSAID),
+        (None, None, UNSAID),
+        (0.96, None, NOT_CONFIRMED),
+        (0.92, None, UNSAID),
+        (None, 0.8, NOT_CONFIRMED),
+    ],
+)
 def test_an_interval_confirms_refutes_or_says_nothing(low: float | None, high: float | None, verdict: str) -> None:
     assert claims.judge_range(low, high, (0.90, 0.95)) == verdict
 
@@ -189,7 +198,7 @@ def with_setting(one: RunResult, started_ms: int, **settings: Any) -> RunResult:
     ("quant", "settings"), [("gptq", {"group_size": 64}), ("int4", {"quant_budget": "5.5", "quant": "mixed"})]
 )
 def test_settings_of_a_quantization_need_no_reference_that_has_them_too(quant: str, settings: dict[str, Any]) -> None:
-    """They mean nothing where nothing is quantized: a sweep of bf16 serves every later one."""
+    """Settings of a quantization have no effect without one: a sweep of bf16 serves every later sweep."""
     usual = [measured(quant=quant), measured()]
     other = with_setting(measured(quant=quant, speed=0.5), 5, **settings)
     found = find([*usual, other])
@@ -200,7 +209,7 @@ def test_settings_of_a_quantization_need_no_reference_that_has_them_too(quant: s
 
 
 def test_no_pair_of_cells_counts_twice() -> None:
-    """Two thresholds of LLM.int8 beside fp32 and bf16: fp32 against bf16 is one value, not one for each threshold."""
+    """With two thresholds of LLM.int8 beside fp32 and bf16, fp32 against bf16 is one value, not one per threshold."""
     whole, single = measured(), with_setting(measured(speed=0.5), 3, quant="fp32")
     eights = [measured(quant="int8"), with_setting(measured(quant="int8", speed=0.9), 4, int8_threshold=0.0)]
     found = find([whole, single, *eights])
@@ -253,8 +262,10 @@ def test_quality_is_told_where_it_was_measured(tmp_path: Path) -> None:
 
 
 EVERY = {
-    "against_model_size", "against_batch_size", "against_prompt_length", "per_instance", "heatmap_throughput", "heatmap_ttft", "heatmap_tpot",
-    "memory_against_model_size", "memory_by_quantization", "memory_against_throughput", "models", "quantization_effect", "quantization_radar",
+    "against_model_size", "against_batch_size", "against_prompt_length", "per_instance", "heatmap_throughput",
+    "heatmap_ttft", "heatmap_tpot",
+    "memory_against_model_size", "memory_by_quantization", "memory_against_throughput", "models", "quantization_effect",
+    "quantization_radar",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`llmbench study` on real runs of the fake backend: a sweep and its study by one command, and studies of what is there."""
+"""`llmbench study` on real runs of the fake backend: a sweep with its study, and studies of earlier results."""
 
 from __future__ import annotations
 

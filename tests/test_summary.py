@@ -86,9 +86,13 @@ def test_percentiles_are_those_of_the_pooled_rows_and_absent_without_support() -
 def test_all_keys_are_in_the_vocabulary_and_finite() -> None:
     full = result(
         [[2.0] * 7] * 6,
-        load=LoadInfo(1.0, 1000, 900, 16, 2e3, 4.0), first_call_ms=50.0, price_per_hour=2.0, peaks={"read_bytes_per_s": 1e6, "flops_per_s": 1e9},
-        memory=MemoryStages({"peak": 10, "loaded": 5}, {"peak": 8}, {}, None), timeline=(MemorySample(0, 5, 4), MemorySample(MS, 7, 6)),
-    )  # fmt: skip
+        load=LoadInfo(1.0, 1000, 900, 16, 2e3, 4.0),
+        first_call_ms=50.0,
+        price_per_hour=2.0,
+        peaks={"read_bytes_per_s": 1e6, "flops_per_s": 1e9},
+        memory=MemoryStages({"peak": 10, "loaded": 5}, {"peak": 8}, {}, None),
+        timeline=(MemorySample(0, 5, 4), MemorySample(MS, 7, 6)),
+    )
     metrics = summary.summarize(full)
     assert set(metrics) <= set(KEYS)
     assert all(math.isfinite(v) for v in metrics.values())
@@ -148,7 +152,8 @@ def test_sliding_windows_cut_what_is_read() -> None:
 
 
 def test_flops_utilization_by_hand() -> None:
-    # 2 rows; 8 + 4 tokens, of which 11 go through the body at 100 + 2 per token of context, 4 through the head at 1000; 16 ms a request.
+    # 2 rows; 8 + 4 tokens, of which 11 go through the body at 100 + 2 per token of context, 4 through the head at 1000;
+    # 16 ms a request.
     load = LoadInfo(1.0, flops_per_token=100.0, head_flops=1000.0, attention_flops_per_context_token=2.0)
     measured = result([[2, 2, 2]] * 5, load=load, peaks={"flops_per_s": 1e6})
     assert efficiency.model_flops_utilization(measured) == pytest.approx(
@@ -185,14 +190,17 @@ def test_each_fault_gives_exactly_its_reason(measured: RunResult, word: str, cod
 
 
 def in_processes(measured: RunResult, each: int) -> RunResult:
-    """The same repetitions, every `each` of them measured in a process of its own."""
+    """The same repetitions, measured in separate processes of `each` repetitions."""
     return dataclasses.replace(
         measured, repetitions=tuple(dataclasses.replace(r, process=r.index // each) for r in measured.repetitions)
     )
 
 
 def test_the_interval_of_several_processes_is_that_of_their_means_by_hand() -> None:
-    """Gaps of 0.5 ms after 8.5 ms make 4 tokens in 10 ms; two processes, of 400, 200 and 400, 400 tokens/s (rows 1): means 300 and 400."""
+    """Gaps of 0.5 ms after 8.5 ms make 4 tokens in 10 ms.
+
+    Two processes of 400, 200 and 400, 400 tokens/s (1 row) have the means 300 and 400.
+    """
     measured = in_processes(result([[0.5] * 3, [5.5] * 2 + [0.5], [0.5] * 3, [0.5] * 3], ttft=8.5, rows=1), 2)
     metrics = summary.summarize(measured)
     rate = "throughput/output_tokens_per_s"
@@ -206,7 +214,7 @@ def test_the_interval_of_several_processes_is_that_of_their_means_by_hand() -> N
 
 
 def test_statistics_by_hand() -> None:
-    """TTFT 10 ms, then gaps of f ms: end to end 13, 16, 19, 22 and 40 ms; 4 of them 16 ± 3 around the middle, and one far out."""
+    """TTFT 10 ms, then gaps of f ms: end to end 13, 16, 19, 22 and 40 ms, of which the last is an outlier."""
     found = {s.key: s for s in summary.statistics(result([[f] * 3 for f in (1.0, 2.0, 3.0, 4.0, 10.0)], rows=1))}
     e2e = found["latency/e2e_ms_p50"]
     assert (e2e.values, e2e.n, e2e.mean, e2e.median, e2e.mad) == ("repetitions", 5, 22, 19, 3)
@@ -270,27 +278,33 @@ SLOW, FAST = [2.4, 2.4, 2.4], [2.0, 2.0, 2.0]
         (
             in_processes(result([FAST] * 9), 3),
             {
-                "too_few_samples": "There are 3 processes, and 5 are the least that an interval over processes can rest on. Raise processes to 5 or more."
+                "too_few_samples": (
+                    "There are 3 processes, and 5 are the least that an interval over processes can rest on. Raise "
+                    "processes to 5 or more."
+                )
             },
         ),
         (
             in_processes(result([FAST, FAST, SLOW, SLOW] * 3), 2),
             {
-                "not_converged": "The 95 % interval of the throughput is ±4.2% after 6 processes, and the target is ±2.0%. "
+                "not_converged": "The 95 % interval of the throughput is ±4.2% after 6 processes, and the target is "
+                "±2.0%. "
                 "Raise processes, or close other programs."
             },
         ),
         (
             in_processes(result([FAST] * 10, steady=False), 2),
             {
-                "not_steady": "In at least one of 5 processes the early and the late warm-up runs still differ by more than 5 %. "
+                "not_steady": "In at least one of 5 processes the early and the late warm-up runs still differ by more "
+                "than 5 %. "
                 "Close other programs, or set warmup to a larger number."
             },
         ),
         (
             in_processes(result([FAST, [6.0] * 3] * 5), 2),
             {
-                "high_variation": "The throughput of the repetitions varies by 28.7% (standard deviation ÷ mean), and the limit is 10%. "
+                "high_variation": "The throughput of the repetitions varies by 28.7% (standard deviation ÷ mean), and "
+                "the limit is 10%. "
                 "Look for what ran beside it, and measure again."
             },
         ),
@@ -300,7 +314,8 @@ SLOW, FAST = [2.4, 2.4, 2.4], [2.0, 2.0, 2.0]
                 2,
             ),
             {
-                "high_variation": "The throughput of the processes varies by 39.4% (standard deviation ÷ mean), and the limit is 10%. "
+                "high_variation": "The throughput of the processes varies by 39.4% (standard deviation ÷ mean), and "
+                "the limit is 10%. "
                 "Look for what ran beside it, and measure again."
             },
         ),
@@ -308,7 +323,10 @@ SLOW, FAST = [2.4, 2.4, 2.4], [2.0, 2.0, 2.0]
     ids=["alike", "three", "wide", "not steady", "within", "between"],
 )
 def test_the_verdict_on_several_processes_speaks_of_processes(measured: RunResult, sentences: dict[str, str]) -> None:
-    """Rates of a batch of 2 · 4 tokens in 16 ms, and in 17.2, 28 or 34 ms; a half of each is ±3.6, 27.3 or 36 % from their mean, times √(n/(n − 1))."""
+    """Rates of a batch of 2 · 4 tokens in 16 ms, and in 17.2, 28 or 34 ms.
+
+    Half of each are ±3.6, 27.3 or 36 % from their mean, times √(n/(n − 1)).
+    """
     assert {r.code: r.sentence for r in judge(measured, summary.summarize(measured)).reasons} == sentences
 
 

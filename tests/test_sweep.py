@@ -64,7 +64,8 @@ def test_the_checker_of_the_vocabulary_finds_no_fault(store_uri: str) -> None:
     done = subprocess.run(
         [sys.executable, checker, "--tracking-uri", store_uri], capture_output=True, text=True, check=False
     )
-    # With one output token there are no gaps, which the checker reports as missing metrics, and rightly absent they are.
+    # With one output token there are no gaps, which the checker reports as missing metrics, and rightly absent they
+    # are.
     faults = [
         line for line in done.stdout.splitlines()[:-1] if line and "output_tokens=1" not in line and "torch" not in line
     ]
@@ -100,7 +101,7 @@ def test_a_sweep_is_a_parent_with_children_named_by_what_varies(store_uri: str) 
     assert heading[:2] == ["batch_size", "output_tokens"]
     assert "quant" not in heading
     load_times = {runs[i].data.metrics["load/load_s"] for i in result.run_ids}
-    assert len(load_times) == 1  # one load served all four cells
+    assert len(load_times) == 1  # one load for all four cells
 
 
 def test_raw_samples_carry_the_numbers(store_uri: str) -> None:
@@ -321,7 +322,8 @@ def test_only_the_cells_beyond_the_context_are_refused(store_uri: str, tiny_mode
 
 
 def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path: Path) -> None:
-    """The larger cell, measured first, is quick; the smaller one stalls for ten minutes at its second token, where the signal meets it."""
+    """The larger cell, measured first, is quick. The smaller one stalls for ten minutes at its second token; the signal
+    comes then."""
     script = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
     command = [
         sys.executable,
@@ -346,7 +348,7 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
         and time.monotonic() < deadline
     ):
         time.sleep(0.1)
-    for _ in range(3):  # an impatient person
+    for _ in range(3):  # an impatient user
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
     _, errors = process.communicate(timeout=120)
@@ -403,7 +405,7 @@ def test_json_files_are_strict(store_uri: str) -> None:
 
 
 def constants_of(text: str) -> list[str]:
-    """The constants that are no JSON, in a JSON text."""
+    """Constants in a JSON text that are not valid JSON."""
     found: list[str] = []
     json.loads(text, parse_constant=found.append)
     return found
@@ -435,7 +437,8 @@ def test_a_worker_that_hangs_is_ended_and_the_cell_is_a_timeout(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_smaller_cell_does_not_inherit_the_memory_of_a_larger_one(store_uri: str, tiny_model: Path) -> None:
-    """Interleaved alone and after a large cell; allocator noise is some MB, the large cell's prefill is over a hundred."""
+    """Measured alone and after a large cell, in turns. Allocator noise is some MB, the large cell's prefill over 100
+    MB."""
     small = {
         "model": str(tiny_model),
         "quant": "fp32",

@@ -1,4 +1,4 @@
-"""A results folder into a store that was not there: nothing lost, nothing twice, nothing different."""
+"""Upload of a results folder to a store that was not reachable: nothing is lost, duplicated or changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CELL = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions"
 
 
 def content(uri: str) -> dict[str, Any]:
-    """What a store holds, without what is the store's own: ids, places."""
+    """The content of a store without its own ids and paths."""
     client = MlflowClient(uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     found = {}
@@ -95,7 +95,7 @@ def test_runs_that_were_sent_the_same_are_found_by_the_digest_of_their_prompts(
 def test_what_a_failing_store_cut_off_is_completed_not_doubled(
     store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """mlflow's own client, failing at one call from the second use on: whatever part had arrived."""
+    """mlflow's own client fails at one call from its second use on, whatever part of the upload had arrived."""
     real, uses = getattr(MlflowClient, call), []
 
     def failing(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -161,7 +161,8 @@ def test_failed_cells_are_uploaded_as_what_they_are(store_uri: str, elsewhere: s
 
 
 def test_a_store_that_breaks_in_the_middle_loses_nothing(store_uri: str, elsewhere: str, tmp_path: Path) -> None:
-    """The table of metrics is gone when the cell is uploaded: the command goes on, says so, and the folder has everything."""
+    """The table of metrics is deleted before the upload of a cell: the command continues and warns; the folder is
+    complete."""
     import sqlite3
 
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
