@@ -475,8 +475,8 @@ def test_texts_say_which_unit_was_used() -> None:
     a, b, single = in_processes(factors), in_processes([[0.7 * f for f in own] for own in factors], "int4"), INT4
     assert format_comparison(compare(a, b)).endswith(
         "Welch's t test on the logarithms of 5 and 5 processes; p adjusted for 5 metrics (Holm); noise threshold 1 %. "
-        "Values are means over processes, each the mean of its repetitions, for ITL of each repetition's median; ratios are those of "
-        "geometric means."
+        "Values are means over processes, each the mean of its repetitions, for ITL of each repetition's median; "
+        "ratios are those of geometric means."
     )
     assert "Paired t test on the logarithms of 5 pairs of processes;" in comparison_markdown(compare(a, b, paired=True))
     assert comparison_json(compare(a, b))["processes"] == [5, 5]

@@ -64,8 +64,7 @@ def test_the_checker_of_the_vocabulary_finds_no_fault(store_uri: str) -> None:
     done = subprocess.run(
         [sys.executable, checker, "--tracking-uri", store_uri], capture_output=True, text=True, check=False
     )
-    # With one output token there are no gaps, which the checker reports as missing metrics, and rightly absent they
-    # are.
+    # With one output token there are no gaps, so the checker correctly reports their metrics as missing.
     faults = [
         line for line in done.stdout.splitlines()[:-1] if line and "output_tokens=1" not in line and "torch" not in line
     ]
