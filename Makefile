@@ -1,5 +1,5 @@
 # make demo | test | test-gguf | test-all | lint | bench | real-model | clean
-# Each needs python3 (3.10 or newer) and a package index, and makes its environment in .venv first.
+# Each target needs python3 (3.10 or newer) and a package index, and first creates an environment in .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ OLD := Python %d.%d is too old. Give 3.10 or newer: make PYTHON=python3.11
 
 .PHONY: demo test gguf-wheel test-gguf test-all lint bench real-model clean
 
-# A sweep of eight cells with random weights: no download, no licence, the speed and memory of the real architecture.
+# A sweep of eight cells with random weights: no download, no licence, but the speed and memory of the real architecture.
 demo: export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . --env-manager local --experiment-name llmbench \
@@ -23,20 +23,20 @@ demo: $(INSTALLED)
 		-P prompt_tokens=64 -P output_tokens=32 -P warmup=3 -P repetitions=5
 	@echo "(mlflow is $(BIN)/mlflow here)"
 
-# Files in their order: the reordering of xdist leaves the few slowest tests for the end, on one core.
+# Keep the order of the files: the reordering of xdist would leave the few slowest tests for the end, on one core.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
-# llama.cpp in process: there is no wheel of it, so it is compiled, without its part for pictures, which takes some minutes once; pip keeps what it made.
+# llama.cpp in process has no wheel, so it is compiled once (some minutes), without its image support. pip caches the wheel.
 gguf-wheel: $(WHEEL)
 
 test-gguf: $(INSTALLED) $(WHEEL)
 	$(BIN)/python -m pip install -q -c constraints.txt --find-links build/wheels -e '.[gguf]'
 	$(PYTEST) -m "not slow" tests/test_llama_cpp.py
 
-# With those that take longest: a Ray cluster, a real model, the tutorial.
+# Includes the slowest tests: a Ray cluster, a real model, the tutorial.
 test-all: $(INSTALLED) real-model
 	$(PYTEST)
 
@@ -45,7 +45,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict mlflow_llmbench
 
-# All that need no real model; a missed goal does not stop the others.
+# Run all benchmarks that need no real model; a missed goal does not stop the others.
 bench: $(INSTALLED)
 	@missed=0; for file in $(filter-out benchmarks/mixed.py, $(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || missed=1; done; exit $$missed
 
@@ -53,7 +53,7 @@ bench: $(INSTALLED)
 real-model: $(INSTALLED)
 	$(BIN)/python -m pip install -q $(REAL_MODEL)
 
-# Results and mlflow.db stay: they are yours.
+# Keep results and mlflow.db, which belong to the user.
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find mlflow_llmbench tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -64,7 +64,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# In an environment of its own, so that it can run beside the installation of ours.
+# Use a separate environment, so that this can run in parallel with the installation of ours.
 $(WHEEL): constraints.txt
 	$(PYTHON) -m venv build/wheels/env
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" build/wheels/env/bin/python -m pip wheel -q --no-deps -c constraints.txt -w build/wheels llama-cpp-python

@@ -1,11 +1,12 @@
-"""What the load client costs and how late it stamps, against httpx and aiohttp: `python benchmarks/client.py [--out FILE]`.
+"""CPU cost and stamp lag of our load client against httpx and aiohttp: `python benchmarks/client.py [--out FILE]`.
 
-128 streams of 50 tokens a second from the null server, which writes down when it wrote each token; stamps of one machine's
-monotonic clock are comparable between processes. Each client runs in a fresh process; the clients take turns, and the median of
-the rounds' ratios is compared with a goal. The others do what load clients commonly do: stamp an event, then parse its JSON.
-At 64 streams that begin at once, our TTFT is also held against the server's own, from its receipt to its first write.
-A busy machine, where the server itself is late and several events share a read, hides what an event costs: see `load_average`.
-Needs httpx and aiohttp (pip install httpx aiohttp), and uvloop for our client as it is installed with the extra `online`.
+128 streams of 50 tokens a second come from the null server, which records when it wrote each token; monotonic stamps of
+one machine are comparable between processes. Each client runs in a fresh process. The clients take turns, and the
+median of the rounds' ratios is compared with a goal. The other clients work like common load clients: they stamp an
+event, then parse its JSON. For 64 streams that begin at once, our TTFT is also compared with the server's own, from its
+receipt to its first write. On a busy machine the server itself is late and several events share a read, which hides the
+cost of an event: check `load_average`. Needs httpx and aiohttp (pip install httpx aiohttp), and uvloop for our client,
+as installed by the extra `online`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ STREAMS, TOKENS, GAP_MS = 128, 100, 20.0
 GOLDEN_STREAMS, GOLDEN_MS = 64, 2.0
 CLIENTS = ("ours", "ours, asyncio", "httpx + json", "aiohttp + json", "aiohttp + json, uvloop")
 GOALS = {
-    ("cpu_us", "httpx + json"): 0.35, ("cpu_us", "aiohttp + json"): 0.6, ("lag_p50_us", "httpx + json"): 0.15, ("lag_p50_us", "aiohttp + json"): 0.5,
+    ("cpu_us", "httpx + json"): 0.35,
+    ("cpu_us", "aiohttp + json"): 0.6,
+    ("lag_p50_us", "httpx + json"): 0.15,
+    ("lag_p50_us", "aiohttp + json"): 0.5,
     ("lag_p99_us", "httpx + json"): 0.25,
-}  # fmt: skip
+}
 
 
 def body(number: int) -> dict[str, Any]:
-    """Streams begin evenly over one gap, as the requests of unrelated users would."""
+    """Body of request `number`. Streams begin evenly over one gap, like requests of unrelated users."""
     model = f"null:ttft_ms={100 + number * GAP_MS / STREAMS:.3f}+itl_ms={GAP_MS}"
     return {
         "model": model,
@@ -52,7 +56,10 @@ def body(number: int) -> dict[str, Any]:
 
 
 def ttft_error_ms(url: str) -> float:
-    """Median over 64 streams that begin at once: our time to first token less the server's own, ms. Every count must be exact."""
+    """Median over 64 streams that begin at once: our time to first token minus the server's own, ms.
+
+    Every token count must be exact.
+    """
     from mlflow_llmbench import client as load_client
     from mlflow_llmbench.backends.openai_server import http_request, read_answer
 
@@ -159,7 +166,7 @@ async def run_aiohttp(url: str) -> tuple[dict[int, list[int]], float, float]:
 
 
 def run_one(name: str, url: str, out: Path) -> None:
-    """One client in this process; its stamps and CPU seconds go into a file."""
+    """Run one client in this process; write its stamps and CPU seconds to a file."""
     if name.startswith("ours"):
         found = run_ours(url, uvloop=name == "ours")
     else:
@@ -172,7 +179,7 @@ def run_one(name: str, url: str, out: Path) -> None:
 
 
 def measure(name: str, url: str) -> dict[str, float]:
-    """One client in a fresh process: CPU per event in µs, and the lag of its stamps behind the server's."""
+    """Run one client in a fresh process: CPU per event in µs, and the lag of its stamps behind the server's."""
     read_log(url)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "stamps.json"
@@ -230,11 +237,13 @@ def main() -> int:
         }
         missed += median(pairs) > goal
         print(
-            f"{'met   ' if median(pairs) <= goal else 'MISSED'}  {median(pairs):7.3f} (minima {least:.3f})  goal {goal:<5g} {key}: ours ÷ {other}"
+            f"{'met   ' if median(pairs) <= goal else 'MISSED'}  {median(pairs):7.3f} (minima {least:.3f})  goal "
+            f"{goal:<5g} {key}: ours ÷ {other}"
         )
     told = f"TTFT less the server's own, ms, {GOLDEN_STREAMS} streams"
     print(
-        f"{'MISSED' if late else 'met   '}  {median(errors):7.3f} (least {min(errors):.3f})   goal {GOLDEN_MS:<5g} {told}"
+        f"{'MISSED' if late else 'met   '}  {median(errors):7.3f} (least {min(errors):.3f})   goal {GOLDEN_MS:<5g} "
+        f"{told}"
     )
     environment = machine.environment(str(ROOT))
     where = {

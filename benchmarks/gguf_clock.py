@@ -1,8 +1,9 @@
-"""Our stamps beside llama.cpp's own clock: `python benchmarks/gguf_clock.py [FILE.gguf] [--out FILE]`; goal: within 3 % of each other.
+"""Compare our stamps with llama.cpp's own clock: `python benchmarks/gguf_clock.py [FILE.gguf] [--out FILE]`.
 
-`llama_perf_context` counts the time inside `llama_decode`, of prompts and of single tokens. Ours is what a caller waits: it has the choice
-of the most probable token and Python besides, so that the ratios are a little above 1. Both are of the same calls, so that the machine's noise
-is in both. Without a file a Llama of random weights is written, large enough for a step to take milliseconds.
+The goal is agreement within 3 %. `llama_perf_context` counts the time inside `llama_decode`, of prompts and of single
+tokens. Our time is the wait of a caller: it also includes the choice of the most probable token and Python, so the
+ratios are a little above 1. Both clocks time the same calls, so the machine's noise is in both. Without a file, a Llama
+with random weights is written, large enough for a step to take milliseconds.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def write_model(target: Path, layers: int = 8, hidden: int = 1024, words: int = 
     writer = gguf.GGUFWriter(target, "llama")
     for add, value in (
         (writer.add_context_length, 4096), (writer.add_embedding_length, hidden), (writer.add_block_count, layers),
-        (writer.add_feed_forward_length, 3 * hidden), (writer.add_head_count, 16), (writer.add_head_count_kv, 4), (writer.add_vocab_size, words),
+        (writer.add_feed_forward_length, 3 * hidden), (writer.add_head_count, 16), (writer.add_head_count_kv, 4),
+        (writer.add_vocab_size, words),
         (writer.add_rope_dimension_count, hidden // 16),
     ):  # fmt: skip
         add(value)
@@ -63,7 +65,8 @@ def write_model(target: Path, layers: int = 8, hidden: int = 1024, words: int = 
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
         for name, rows, columns in (
-            ("attn_q", hidden, hidden), ("attn_k", hidden // 4, hidden), ("attn_v", hidden // 4, hidden), ("attn_output", hidden, hidden),
+            ("attn_q", hidden, hidden), ("attn_k", hidden // 4, hidden), ("attn_v", hidden // 4, hidden),
+            ("attn_output", hidden, hidden),
             ("ffn_gate", 3 * hidden, hidden), ("ffn_up", 3 * hidden, hidden), ("ffn_down", hidden, 3 * hidden),
         ):  # fmt: skip
             matrix(f"blk.{layer}.{name}", rows, columns)

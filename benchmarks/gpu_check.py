@@ -1,9 +1,10 @@
-"""Check on a CUDA machine what the measurement says, without mlflow: `python benchmarks/gpu_check.py`.
+"""Check our measurement on a CUDA machine, without mlflow: `python benchmarks/gpu_check.py`.
 
-Runs opt-125m and a 1B shape (llama-3.2-1b) with random weights at batch 1 and 8: bf16, also compiled with CUDA graphs, the quantizations of
-bitsandbytes and torchao, and a KV cache in 8-bit floats. Cross-checks the
-host's stamps against CUDA events and the allocator's memory against NVML, and prints one JSON line. Without a GPU it says
-so and exits 0. Needs torch, transformers, accelerate and nvidia-ml-py; what needs bitsandbytes or torchao is an error without it, and the rest goes on.
+Runs opt-125m and a 1B shape (llama-3.2-1b) with random weights at batch 1 and 8: bf16, also compiled with CUDA graphs,
+the quantizations of bitsandbytes and torchao, and a KV cache in 8-bit floats. It checks the host's stamps against CUDA
+events and the allocator's memory against NVML, and prints one JSON line. Without a GPU it says so and exits with 0.
+Needs torch, transformers, accelerate and nvidia-ml-py. Without bitsandbytes or torchao, the configurations that need
+them are errors, and the others run.
 """
 
 from __future__ import annotations
@@ -27,15 +28,23 @@ from mlflow_llmbench.workload import load_prompts
 
 MODELS = ("opt-125m", "llama-3.2-1b")
 CONFIGURATIONS: tuple[dict[str, Any], ...] = (
-    {"quant": "bf16"}, {"quant": "bf16", "decode": "compiled"}, {"quant": "bf16", "kv_cache": "fp8"}, {"quant": "int8"}, {"quant": "int8", "int8_threshold": 0.0},
-    {"quant": "int4"}, {"quant": "int8-wo"}, {"quant": "int8-wo", "decode": "compiled"}, {"quant": "int4-wo"}, {"quant": "int4-wo", "decode": "compiled"},
+    {"quant": "bf16"},
+    {"quant": "bf16", "decode": "compiled"},
+    {"quant": "bf16", "kv_cache": "fp8"},
+    {"quant": "int8"},
+    {"quant": "int8", "int8_threshold": 0.0},
+    {"quant": "int4"},
+    {"quant": "int8-wo"},
+    {"quant": "int8-wo", "decode": "compiled"},
+    {"quant": "int4-wo"},
+    {"quant": "int4-wo", "decode": "compiled"},
     {"quant": "fp8"},
-)  # fmt: skip
+)
 BATCHES = (8, 1)
 
 
 def against_events(backend: TransformersBackend, cell: Cell, vocabulary: int) -> float:
-    """The host's end-to-end time of one request ÷ that of CUDA events recorded around it; 1 where both agree."""
+    """The host's end-to-end time of one request ÷ that of CUDA events recorded around it; 1 if both agree."""
     import torch
 
     prompts = load_prompts("synthetic").batch(cell, 0, vocabulary, None)
@@ -55,8 +64,17 @@ def check_cell(backend: TransformersBackend, cell: Cell, load: Any, peaks: dict[
     measured = measure_cell(backend, cell, load_prompts("synthetic"), load.vocab_size, lambda *_, **__: None)
     held = backend.device_memory()
     result = RunResult(
-        cell, "ok", 0, 0, Hashes("", "", "", "", ""), backend.facts, {}, load=load, repetitions=measured.repetitions, peaks=peaks
-    )  # fmt: skip
+        cell,
+        "ok",
+        0,
+        0,
+        Hashes("", "", "", "", ""),
+        backend.facts,
+        {},
+        load=load,
+        repetitions=measured.repetitions,
+        peaks=peaks,
+    )
     metrics = summary.summarize(result)
     return {
         "model": cell.model,

@@ -1,9 +1,11 @@
-"""What it saves to load once per group: `python benchmarks/groups.py [--model PRESET] [--quant A,B] [--tokens N] [--pairs N] [--out FILE]`.
+"""Time saved by loading once per group: `python benchmarks/groups.py [--model PRESET] [--quant A,B] [--out FILE] …`.
 
-Twelve cells with two loads (two precisions × six shapes), as one sweep and as twelve commands, in turns. Goals: the sweep takes at most
-0.4 of the twelve commands, and at most 1.15 of its two loads and its measured time. A command costs about 11 s around load and measurement
-on two cores, so with a model that loads in a second the first needs short cells (`--tokens 8`), and the second long ones (24). One whose load
-takes most of a minute meets both: `--model opt-1.3b --quant int4,fp4 --batches 1,2 --prompts 4,8,16 --tokens 2`, 20 minutes. No network.
+Twelve cells with two loads (two precisions × six shapes) are run as one sweep and as twelve commands, in turns
+(`--tokens N`, `--pairs N`). Goals: the sweep takes at most 0.4 of the time of the twelve commands, and at most 1.15 of
+its two loads and its measured time. On two cores a command takes about 11 s besides load and measurement. So with a
+model that loads in a second, the first goal needs short cells (`--tokens 8`) and the second long ones (24). A model
+whose load takes most of a minute meets both: `--model opt-1.3b --quant int4,fp4 --batches 1,2 --prompts 4,8,16 --tokens
+2`, 20 minutes. No network.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ GOALS = {"of_a_process_per_cell": 0.40, "of_loads_and_measured_time": 1.15}
 
 
 def command(folder: Path, parameters: dict[str, str]) -> float:
-    """Seconds of one `llmbench run`, with its start, its charts and its upload."""
+    """Seconds of one `llmbench run`, including its start, charts and upload."""
     arguments = [
         text for name, value in (FIXED | parameters).items() for text in (f"--{name.replace('_', '-')}", value)
     ]
@@ -48,7 +50,7 @@ def command(folder: Path, parameters: dict[str, str]) -> float:
 
 
 def necessary(folder: Path) -> float:
-    """Seconds that the workers of the newest sweep took from their start to the last repetition: loads and measured time."""
+    """Seconds that the newest sweep's workers took from their start to the last repetition: loads and measurements."""
     newest = max((folder / "llmbench-results").iterdir())
     total = 0.0
     for file in newest.glob("*/worker.jsonl"):

@@ -1,9 +1,10 @@
-"""Does a mixed plan pay? `python benchmarks/mixed.py MODEL [--budgets 5.5,7] [--uniform int4-wo:32,…] [--blind 3] [--out FILE]`.
+"""Compare mixed plans with uniform and blind ones: `python benchmarks/mixed.py MODEL [--budgets 5.5,7] [--out FILE] …`.
 
-A plan is made as `quant=mixed` makes it, and its KL divergence from the unquantized model is measured on passages that it was not made
-with: at the bytes of each uniform quantization (a name and its group size), beside that quantization; and at each budget, beside blind
-plans of exactly as many bytes, which are the same schemes dealt to the blocks of each kind without a look at their cost. Differences are
-over the same passages, with Student's 95 % intervals. MODEL is a folder with real weights; the first time takes some minutes.
+Plans are made as `quant=mixed` makes them. Their KL divergence from the unquantized model is measured on passages that
+they were not made with. For each uniform quantization (`--uniform int4-wo:32,…`: a name and its group size) a plan of
+as many bytes is compared with it. For each budget, the plan is compared with blind plans (`--blind 3`) of exactly as
+many bytes, which assign the same schemes to the blocks of each kind without regard to their cost. Differences are over
+the same passages, with Student's 95 % intervals. MODEL is a folder with real weights. The first run takes some minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PASSAGES, TOKENS = 24, 64
 
 
 def passages(tokenizer: Any) -> list[list[int]]:
-    """Rows of the perplexity text and of `qa`, which the plans were not made with."""
+    """Rows of the perplexity text and of `qa`, which were not used to make the plans."""
     prefix = list(tokenizer("")["input_ids"])
     length, rows = TOKENS - len(prefix), []
     for text in (load_text("bundled").content, "\n\n".join(load_prompts("qa").texts)):
@@ -43,7 +44,7 @@ def passages(tokenizer: Any) -> list[list[int]]:
 
 
 def blind(found: Sensitivity, schemes: Mapping[str, str], seed: int) -> dict[str, str]:
-    """The same schemes, dealt anew among the blocks of each kind, which have one size."""
+    """The same schemes, reassigned at random among the blocks of each kind, which have the same size."""
     draw, dealt = random.Random(seed), {}
     kinds: dict[str, list[str]] = {}
     for block in found.blocks:
@@ -62,7 +63,7 @@ def mean_with_ends(values: Sequence[float]) -> dict[str, float]:
 
 
 def uniform(model: str, scheme: str, group_size: int, modules: Sequence[str]) -> tuple[Any, int]:
-    """A model in one quantization throughout, and the bytes that these of its layers hold."""
+    """A model in one quantization throughout, and the bytes of its quantized layers."""
     cell = Cell(model=model, quant=scheme, group_size=group_size, workload="summarization", prompt_tokens=None)
     facts = TransformersBackend.resolve(cell)
     TransformersBackend.prepare(cell, facts)

@@ -1,7 +1,7 @@
-"""What the harness itself costs, as ratios of interleaved pairs in one run: `python benchmarks/overhead.py [--out FILE]`.
+"""Overhead of the harness, as ratios of interleaved pairs in one run: `python benchmarks/overhead.py [--out FILE]`.
 
-A shared machine can be three times slower a minute later, so what is measured is a ratio: each pair is measured back to back,
-and the median of the pairs' ratios is compared with a goal. Only the statistics of 100,000 values have goals in CPU seconds and
+A shared machine can be three times slower a minute later, so ratios are measured: each pair runs back to back, and the
+median of the pairs' ratios is compared with a goal. Only the statistics of 100,000 values have goals in CPU seconds and
 megabytes. Takes about two minutes; needs no network.
 """
 
@@ -57,7 +57,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def stamp_costs(tokenizer: Any) -> dict[str, tuple[float, list[float], float]]:
-    """Host time per token of our streamer against a logits processor, and against TextIteratorStreamer from token 450 to 512."""
+    """Host time per token of our streamer ÷ a logits processor, and ÷ TextIteratorStreamer from token 450 to 512."""
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
@@ -151,7 +151,7 @@ def decode_costs(
 
 
 def upload_costs() -> dict[str, tuple[float, list[float], float]]:
-    """The values of a full run, as `tracking` logs them against one call each, on SQLite."""
+    """Time to log the values of a full run as `tracking` does ÷ with one call for each value, on SQLite."""
     params = {f"parameter_{number}": "value" for number in range(PARAMS)}
     points = [Point(f"latency/figure_{number}", 0, 1.5, 0) for number in range(FIGURES)]
     points += [Point(f"steps/series_{number}", step, 1.5, 0) for number in range(SERIES) for step in range(STEPS)]
@@ -193,7 +193,8 @@ def start_costs() -> dict[str, tuple[float, list[float], float]]:
 
 
 def analysis_costs() -> dict[str, tuple[float, list[float], float]]:
-    """CPU seconds and memory of the statistics of 100,000 gaps: 2,000 resamples of blocks, and all statistics of such a run."""
+    """CPU seconds and memory of the statistics of 100,000 gaps: 2,000 block resamples, and all statistics of such a
+    run."""
     rng = np.random.default_rng(0)
     gaps = np.empty(100_000)
     gaps[0] = 0.0
@@ -230,7 +231,7 @@ def analysis_costs() -> dict[str, tuple[float, list[float], float]]:
 
 
 def byte_tokenizer() -> Any:
-    """A real byte-level tokenizer with no download; what it costs to decode grows with the text as with any other."""
+    """A real byte-level tokenizer without a download; decoding cost grows with the text, as with any tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,8 @@
-"""A against A: what `llmbench ab` calls a difference where there is none: `python benchmarks/same.py [--times N] [--out FILE]`.
+"""A against A: count the false alarms of `llmbench ab`: `python benchmarks/same.py [--times N] [--out FILE]`.
 
-Each time the same configuration of a real architecture with random weights is measured against itself, in fresh processes and
-in turns. Of 10 such comparisons none may show a difference in any metric. Takes a quarter of an hour; needs no network.
+Each time, one configuration of a real architecture with random weights is measured against itself, in fresh processes
+and in turns. None of 10 such comparisons may show a difference in any metric. Takes a quarter of an hour; needs no
+network.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ALARMS = ("better", "worse")
 
 
 def once(folder: str) -> dict[str, Any]:
-    """One comparison: the metrics that were called better or worse, and the smallest adjusted p value."""
+    """Run one comparison: the metrics that were called better or worse, and the smallest adjusted p value."""
     duel = run_ab(
         {}, {}, COMMON | {"output_dir": f"{folder}/results"}, pairs=PAIRS, tracking_uri=f"sqlite:///{folder}/mlflow.db"
     )

@@ -2,11 +2,13 @@
 
     python docs/screenshots.py --tracking-uri sqlite:///mlflow.db --experiment llmbench --out docs/images
 
-compare.png: the published comparison view · run.png: a run with its description and metrics · charts.png: a chart among its
-artifacts · runs.png: the runs as a table · texts.png: what they answered, side by side, if that was text. Where the store holds a
-registered version of ours and the recommendation that it came from: recommendation.png and front.png: its text and its chart among the artifacts of the sweep's run · model.png: the registered
-model with its aliases · version.png: the champion's page. `--only` takes some of them.
-Needs selenium, Chromium and its driver; they are no dependency of the package.
+Pictures: compare.png (the published comparison view), run.png (a run with its description and metrics), charts.png (a
+chart among its artifacts), runs.png (the runs as a table), texts.png (the answers side by side, if they are text). If
+the store has a registered version of ours and the recommendation that it came from, also recommendation.png and
+front.png (the recommendation's text and chart among the artifacts of the sweep's run), model.png (the registered model
+with its aliases) and version.png (the champion's page). `--only` selects some of them.
+
+Needs selenium, Chromium and its driver, which are not dependencies of the package.
 """
 
 from __future__ import annotations
@@ -37,19 +39,19 @@ PREVIEWED = "img[src^='blob:'], img[src^='data:'], img[src*='artifact']"
 PATIENCE_S = 120
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-)  # fmt: skip
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
 
 VISITED = {
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
     "mlflow.assistant.panelOpen_v1": False,
     "mlflow.workflowType_v1": "machine_learning",
 }
-"""What the UI keeps in a browser that has been here before: the assistant stays closed, the navigation shows training runs."""
+"""Local storage of a browser that has visited the UI before: the assistant is closed, training runs are shown."""
 
 HIDDEN = ".modebar, [data-assistant-ui] { display: none !important }"
-"""Plotly's tools, which a real pointer would have to touch to be seen, and the assistant's floating button."""
+"""CSS that hides Plotly's tools, which a user sees only on hover, and the assistant's floating button."""
 
 CLICKED = r"""
 const buttons = [...document.querySelectorAll('button')];
@@ -57,7 +59,8 @@ const named = text => buttons.filter(button => button.textContent.trim() === tex
 named('Show more').forEach(button => button.click());
 for (const leave of named('Exit shared view')) {
   let box = leave.parentElement, cross = null;
-  while (box && !(cross = [...box.querySelectorAll('button')].find(button => !button.textContent.trim()))) box = box.parentElement;
+  const nameless = button => !button.textContent.trim();
+  while (box && !(cross = [...box.querySelectorAll('button')].find(nameless))) box = box.parentElement;
   if (cross) cross.click();
 }
 for (const text of document.querySelectorAll('span, div')) {
@@ -69,13 +72,13 @@ while (walker.nextNode()) {
   if (short !== shown) walker.currentNode.nodeValue = short;
 }
 """
-"""Opens long descriptions, closes the banner of a shared view by its cross, the only button there without a text, and hides where on
-this machine an artifact lies; of a model in a local folder it leaves the folder's name."""
+"""JavaScript that opens long descriptions, closes the banner of a shared view (by its only button without a text),
+hides the local path of an artifact, and shortens the path of a local model to the folder's name."""
 
 
 @contextlib.contextmanager
 def server(uri: str) -> Iterator[str]:
-    """The address of a UI on the store: the store's own, or a server on loopback that ends with the block."""
+    """Yield the address of a UI for the store: the store's own, or a server on loopback that ends with the block."""
     if uri.startswith(("http://", "https://")):
         yield uri.rstrip("/")
         return
@@ -83,18 +86,8 @@ def server(uri: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "--workers",
-        "1",
+        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
+        *("--host", "127.0.0.1", "--port", port, "--workers", "1"),
     ]
     with tempfile.TemporaryFile() as log:
         environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -121,7 +114,7 @@ def _until_healthy(address: str, process: subprocess.Popen[bytes], log: Any) -> 
 
 
 def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
-    """Picture → what follows the UI's address, height in pixels, and the selector of what must be drawn."""
+    """Picture → URL fragment, height in pixels, and the CSS selector of an element that must be drawn."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
@@ -147,7 +140,8 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
     charts = [item.path for item in client.list_artifacts(measured[0], "charts")]
     if not charts:
         sys.exit(
-            f"The run {measured[0]} has no charts. Its artifacts are sought in {found.artifact_location}; were they moved?"
+            f"The run {measured[0]} has no charts in {found.artifact_location}. "
+            "Check that its artifacts were not moved."
         )
     chart = CHART if CHART in charts else charts[0]
     fragment = view.link(found.experiment_id, view_id)
@@ -162,7 +156,10 @@ def pages(uri: str, experiment: str) -> dict[str, tuple[str, int, str]]:
 
 
 def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
-    """The same for the newest champion of ours, and for the recommendation of the sweep that it was measured in; empty without one."""
+    """Pages as above for our newest champion and the recommendation of its sweep.
+
+    Empty without a champion; without a recommendation only the pages of the model.
+    """
     champions = [
         (model.name, version)
         for model in client.search_registered_models()
@@ -193,7 +190,7 @@ def decision_pages(client: Any) -> dict[str, tuple[str, int, str]]:
 
 
 def browser(profile: str) -> Any:
-    """A headless Chromium that keeps its profile in an empty folder, and ends with its block."""
+    """Start a headless Chromium with its profile in the folder `profile`; use it in a `with` block."""
     try:
         from selenium import webdriver
     except ImportError:
@@ -201,9 +198,8 @@ def browser(profile: str) -> Any:
     binary = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver = shutil.which("chromedriver")
     if not binary or not driver:
-        sys.exit(
-            f"{'chromedriver' if binary else 'Chromium'} is not on PATH. Install the packages chromium and chromium-driver, or their like."
-        )
+        missing = "chromedriver" if binary else "Chromium"
+        sys.exit(f"{missing} is not on PATH. Install the packages chromium and chromium-driver, or similar ones.")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
@@ -212,7 +208,7 @@ def browser(profile: str) -> Any:
 
 
 def picture(driver: Any, address: str, height: int, awaited: str) -> bytes:
-    """A page as PNG once `awaited` is there and the page has stopped changing."""
+    """Take a PNG of a page once the element `awaited` exists and the page has stopped changing."""
     size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     driver.get("about:blank")
@@ -224,7 +220,8 @@ def picture(driver: Any, address: str, height: int, awaited: str) -> bytes:
             continue
         driver.execute_script(CLICKED)
         driver.execute_script(
-            "const style = document.createElement('style'); style.textContent = arguments[0]; document.head.append(style)",
+            "const style = document.createElement('style'); style.textContent = arguments[0];"
+            "document.head.append(style)",
             HIDDEN,
         )
         shot = bytes(driver.get_screenshot_as_png())
@@ -236,7 +233,7 @@ def picture(driver: Any, address: str, height: int, awaited: str) -> bytes:
 
 
 def main() -> None:
-    """Parse, start, look, write."""
+    """Parse the arguments, start a browser and a server, write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tracking-uri", default="sqlite:///mlflow.db")
     parser.add_argument("--experiment", default="llmbench")

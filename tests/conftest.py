@@ -18,9 +18,9 @@ os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZER
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Each test works in a folder of its own, with no MLflow run or store from outside, and leaves no variable behind.
+    """Run each test in its own folder, without an outside MLflow run or store, and restore the environment variables.
 
-    GPTQModel moves the cache of the Hub by variables that it sets when it is imported.
+    GPTQModel moves the Hub's cache by variables that it sets when it is imported.
     """
     before = set(os.environ)
     for name in list(os.environ):
@@ -34,7 +34,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
 @pytest.fixture(scope="session")
 def store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store with its schema: making one takes seconds, copying it takes milliseconds."""
+    """A SQLite store with its schema. Creating one takes seconds, copying it milliseconds."""
     folder = tmp_path_factory.mktemp("store")
     code = f"from mlflow import MlflowClient; MlflowClient('sqlite:///{folder}/mlflow.db').search_experiments()"
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
@@ -43,7 +43,7 @@ def store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store_uri(store_template: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of an empty store in the test's folder, where the default store would be too."""
+    """The address of an empty store in the test's folder, the place of the default store."""
     import mlflow
 
     shutil.copy(store_template, tmp_path / "mlflow.db")
@@ -55,7 +55,7 @@ def store_uri(store_template: Path, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Llama with seeded weights and a byte-level tokenizer, saved as an ordinary model folder (fp32, 1 MB)."""
+    """A two-layer Llama with seeded weights and a byte-level tokenizer, as an ordinary model folder (fp32, 1 MB)."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -63,9 +63,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, eos_token_id=1, bos_token_id=0, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=1,
+        bos_token_id=0,
+        pad_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
@@ -80,7 +88,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A session-wide cache for random checkpoints and peaks, so that a test machine's own cache is neither used nor filled."""
+    """A cache for random checkpoints and peaks, shared by the session, so that the user's own cache is not touched."""
     folder = tmp_path_factory.mktemp("cache")
     before = os.environ.get("LLMBENCH_CACHE")
     os.environ["LLMBENCH_CACHE"] = str(folder)

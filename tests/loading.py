@@ -13,7 +13,7 @@ from mlflow_llmbench.records import LoadInfo
 
 @contextmanager
 def loaded(cell: Cell) -> Iterator[tuple[Any, LoadInfo]]:
-    """The backend of a cell, found, prepared and loaded, with what the load gave; it is closed afterwards, also where that failed."""
+    """Yield the backend of a cell, prepared and loaded, and its LoadInfo; close it afterwards, also after an error."""
     kind = backend_class(cell.backend)
     facts = kind.resolve(cell)
     kind.prepare(cell, facts)

@@ -1,4 +1,4 @@
-"""Results whose every stamp is chosen, and sweeps of them in a store: what a quiet machine would have measured."""
+"""Results with chosen time stamps, as from a quiet machine, and sweeps of them in a store."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def made(
     factors: Sequence[float] = WIGGLE,
     **fields: Any,
 ) -> RunResult:
-    """Repetitions of 5 tokens: the first after `ttft` ms, then one every `step` ms, all times the repetition's factor; peak memory in GB."""
+    """Repetitions of 5 tokens: the first after `ttft` ms, then one every `step` ms, all multiplied by the repetition's
+    factor.
+
+    Peak memory is in GB.
+    """
     repetitions = []
     for index, factor in enumerate(factors):
         t0 = index * 10_000 * MS
@@ -55,15 +59,25 @@ def made(
         repetitions=max(len(factors), 1),
     )
     base = RunResult(
-        cell, "ok", 1000, 2000, Hashes(f"{quant}{batch}", "w", "h", "s", "e"), ModelFacts("fake:x", "none", "fake", "r"), MACHINE,
-        LoadInfo(1.0, weight_bytes=GB), repetitions=tuple(repetitions), steady=True,
-        memory=MemoryStages(host_needed={"peak": round(memory * GB)}), price_per_hour=1.0, sweep="s",
-    )  # fmt: skip
+        cell,
+        "ok",
+        1000,
+        2000,
+        Hashes(f"{quant}{batch}", "w", "h", "s", "e"),
+        ModelFacts("fake:x", "none", "fake", "r"),
+        MACHINE,
+        LoadInfo(1.0, weight_bytes=GB),
+        repetitions=tuple(repetitions),
+        steady=True,
+        memory=MemoryStages(host_needed={"peak": round(memory * GB)}),
+        price_per_hour=1.0,
+        sweep="s",
+    )
     return dataclasses.replace(base, **fields)
 
 
 def write_sweep(folder: Path, results: Sequence[RunResult]) -> Path:
-    """A sweep's folder as `llmbench run` leaves it, holding these results; the folder's name is that of the sweep."""
+    """Write these results as a sweep's folder, as `llmbench run` does; the folder's name is the sweep's name."""
     for result in results:
         job = Job(
             result.cell,
@@ -88,6 +102,6 @@ def write_sweep(folder: Path, results: Sequence[RunResult]) -> Path:
 
 
 def stored(folder: Path, store_uri: str, *results: RunResult) -> list[str]:
-    """Upload results as one sweep; ids of their runs, in the order of the results."""
+    """Upload results as one sweep; return the ids of their runs, in the order of the results."""
     run_ids = upload(str(write_sweep(folder, results)), store_uri).run_ids
     return [run_ids[result.hashes.config] for result in results]

@@ -1,4 +1,4 @@
-"""Schedules of open loops: the asked rate, the asked burstiness, and the same times for the same seed."""
+"""Schedules of open loops: the requested rate and burstiness, and the same times for the same seed."""
 
 from __future__ import annotations
 

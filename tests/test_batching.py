@@ -1,4 +1,4 @@
-"""Requests of varying length in a stream, batched in process: who is batched with whom, what is computed for nothing, and the whole way to MLflow."""
+"""A stream of requests of varying length, batched in process: batches, wasted computation, the whole way to MLflow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MIXED = Cell(
 )
 
 
-# Who is batched with whom
+# Composition of batches
 
 
 def grouped(
@@ -86,8 +86,13 @@ def grouped(
             [(4, 2), (14, 1), (29, 2), (39, 1), (64, 1)],
         ),  # a dynamic one for the wait after its first request at most
         (3, 10, (10, 10, 10), [(5, 3), (30, 3), (70, 1)]),  # full before the wait is over
-        (3, 0, (3, 3, 3, 10, 3, 3), [(0, 1), (3, 1), (6, 1), (25, 1), (35, 2), (60, 1)]),  # no wait: whoever is there
-        (8, 1, (50, 10, 10), [(1, 1), (51, 5), (61, 1)]),  # what has come while the model was busy goes together
+        (
+            3,
+            0,
+            (3, 3, 3, 10, 3, 3),
+            [(0, 1), (3, 1), (6, 1), (25, 1), (35, 2), (60, 1)],
+        ),  # no wait: requests already there
+        (8, 1, (50, 10, 10), [(1, 1), (51, 5), (61, 1)]),  # requests that came while busy go together
     ],
 )
 def test_batches_of_a_scripted_stream(
@@ -220,7 +225,7 @@ def serve(cell: Cell, stream: Sequence[Order], due_ms: Sequence[float]) -> Serve
 
 
 def after(served: Served, index: int = 0) -> list[float]:
-    """When a token of each request came, in ms after the first request was meant to come."""
+    """Arrival of one token of each request, in ms after the intended arrival of the first request."""
     first = served.requests[0].start_ns
     return [(request.stamps_ns[index] - first) / MS for request in served.requests]
 
@@ -238,7 +243,7 @@ def test_a_static_batch_waits_until_it_is_full_and_runs_until_its_last_row_has_e
     assert after(served)[:3] == [after(served)[0]] * 3
     assert after(served)[0] >= begun + 20
     assert after(served)[3] >= begun + 20 + 8 * 5 + 20  # the whole first batch, and its own first token
-    assert [r.end_ns for r in served.requests] == [r.stamps_ns[-1] for r in served.requests]  # not that of the batch
+    assert [r.end_ns for r in served.requests] == [r.stamps_ns[-1] for r in served.requests]  # not the batch's end
 
 
 def test_a_dynamic_batch_waits_no_longer_than_it_may() -> None:
@@ -460,7 +465,8 @@ def test_a_server_gets_requests_of_those_lengths(store_uri: str) -> None:
 
 
 def tiny(kind: str, folder: Path) -> Path:
-    """A two-layer model of another architecture: OPT has learned positions, and Gemma 3 a sliding window in one of its layers."""
+    """Two-layer models of other architectures: OPT has learned positions, Gemma 3 a sliding window in one of its
+    layers."""
     import torch
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, OPTConfig
 
@@ -489,14 +495,16 @@ def tiny(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("batching", "kind", "attention"),
     [
-        ("static", "llama", "sdpa"), ("dynamic", "llama", "sdpa"), ("continuous", "llama", "sdpa"), ("continuous", "llama", "eager"),
-        ("static", "opt", "sdpa"), ("continuous", "opt", "sdpa"), ("static", "gemma", "sdpa"), ("continuous", "gemma", "sdpa"),
+        ("static", "llama", "sdpa"), ("dynamic", "llama", "sdpa"), ("continuous", "llama", "sdpa"),
+        ("continuous", "llama", "eager"),
+        ("static", "opt", "sdpa"), ("continuous", "opt", "sdpa"), ("static", "gemma", "sdpa"),
+        ("continuous", "gemma", "sdpa"),
     ],
 )  # fmt: skip
 def test_every_way_of_batching_brings_the_tokens_of_plain_greedy_decoding(
     tiny_model: Path, tmp_path: Path, batching: str, kind: str, attention: str
 ) -> None:
-    """Against each prompt by itself; and the positions that are said to be computed are those that went through the model."""
+    """Compare with each prompt alone; the reported token positions are those that went through the model."""
     folder = tiny_model if kind == "llama" else tiny(kind, tmp_path / kind)
     stream: list[Order] = [([5 + i, *range(20, 20 + 7 * i)], output) for i, output in enumerate((6, 1, 11, 3, 8))]
     settings: dict[str, Any] = {

@@ -95,7 +95,8 @@ def check_files(paths: list[Path], folder: Path, names: Sequence[str]) -> None:
 
 
 def axes_of(figure: Any) -> list[Any]:
-    """The panels of a figure that must be there; Any, for matplotlib's stubs call every array a union of nine types."""
+    """The panels of a figure that must exist. Typed Any, because matplotlib's stubs make every array a union of nine
+    types."""
     assert figure is not None
     return list(figure.axes)
 
@@ -388,7 +389,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
     result, points = result_of(noisy(40, 10)), points_of()
     first = [path.read_bytes() for path in draw_cell(result, tmp_path / "a") + draw_sweep(points, tmp_path / "a")]
-    with matplotlib.rc_context({"font.size": 20, "axes.grid": False}):  # the caller's own style
+    with matplotlib.rc_context({"font.size": 20, "axes.grid": False}):  # the caller's style
         second = [path.read_bytes() for path in draw_cell(result, tmp_path / "b") + draw_sweep(points, tmp_path / "b")]
         assert matplotlib.rcParams["font.size"] == 20
     assert first == second

@@ -113,7 +113,7 @@ def results(found: SweepResult) -> dict[str, RunResult]:
 
 
 def workers() -> dict[int, int]:
-    """Our workers on this machine: process id → that of the parent."""
+    """Our workers on this machine: process id → process id of the parent."""
     found = {}
     for folder in Path("/proc").iterdir():
         try:
@@ -257,7 +257,7 @@ def test_processes_on_unlike_nodes_make_no_result(nodes: Nodes) -> None:
 
 
 def test_a_cell_whose_task_dies_again_and_again_has_crashed(nodes: Nodes) -> None:
-    """Its Ray process is killed, and our worker goes with it, wherever it is tried."""
+    """Kill the cell's Ray process, and our worker with it, wherever it is tried."""
     gone: list[int] = []
 
     def kill(cell: str, node: str) -> None:
@@ -274,7 +274,7 @@ def test_a_cell_whose_task_dies_again_and_again_has_crashed(nodes: Nodes) -> Non
 
 
 HANG = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
-"""Two rows are measured at once; one row, which comes next in the same worker, never ends."""
+"""A batch of two rows is measured at once; a batch of one row, next in the same worker, never ends."""
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -381,7 +381,7 @@ def test_what_cannot_work_is_one_line_within_seconds_before_anything_starts(
     error: type[LlmbenchError],
     message: str,
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # the port of `discard`, where nobody listens
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # port `discard`: nobody listens
     started = time.monotonic()
     with pytest.raises(error, match=message) as caught:
         fake(**parameters)

@@ -1,4 +1,4 @@
-"""Comparisons against numbers worked out by hand, A against A by simulation, and the guard's exact words."""
+"""Comparisons: numbers worked out by hand, A against A by simulation, and the exact words of refusals."""
 
 from __future__ import annotations
 
@@ -66,11 +66,18 @@ def result(
             Repetition(index, index, (RequestRecord(t0, tuple(t0 + round(time * MS) for time in times), 1, 8),))
         )
     base = RunResult(
-        Cell(quant=quant, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1)), "ok", 0, 1,
-        Hashes("c", "w", "h", "s", "e"), ModelFacts("opt", "folder", "/opt", "r"), MACHINE,
-        LoadInfo(2.0, weight_bytes=4 * 10**9), repetitions=tuple(repetitions), steady=True,
+        Cell(quant=quant, prompt_tokens=8, output_tokens=5, repetitions=max(len(factors), 1)),
+        "ok",
+        0,
+        1,
+        Hashes("c", "w", "h", "s", "e"),
+        ModelFacts("opt", "folder", "/opt", "r"),
+        MACHINE,
+        LoadInfo(2.0, weight_bytes=4 * 10**9),
+        repetitions=tuple(repetitions),
+        steady=True,
         memory=MemoryStages(host_needed={"peak": 5 * 10**9}),
-    )  # fmt: skip
+    )
     return dataclasses.replace(base, **fields)
 
 
@@ -285,7 +292,7 @@ UNLIKE = {
         "verdict: verdict valid → invalid (wrong_token_count)",
     ),
 }
-"""Kind → a result that is unlike `BF16` in it alone, and how the guard lists that."""
+"""Kind → a result that differs from `BF16` only in this kind, and how the refusal lists the difference."""
 
 
 def test_every_kind_has_a_case() -> None:
@@ -333,7 +340,7 @@ def test_all_kinds_are_named_at_once() -> None:
 
 
 def test_alike_results_have_no_differences() -> None:
-    """Facts outside the hash, such as the commit or the size of a cache, are no difference."""
+    """Facts outside the hash, such as the commit or the size of a cache, do not count as a difference."""
     assert (
         differences(
             BF16, unlike(INT4, environment={"git": "abc", "cpu": {**MACHINE["cpu"], "last_level_cache_bytes": 1}})

@@ -39,7 +39,7 @@ def test_the_sentence_the_table_and_the_artifacts(
     sweep: SweepResult, store_uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, four = sweep.run_ids
-    # A busy machine may make a verdict `invalid` for no fault of the fake backend's; the comparison is about the command.
+    # A busy machine can make a verdict `invalid`; this test is about the command, not the verdict.
     assert main(["compare", one, f"runs:/{four}", "--log", one, "--json", "--allow", "verdict"]) == 0
     lines = capsys.readouterr().out.splitlines()
     [found] = json.loads(lines[-1])
@@ -59,7 +59,7 @@ def test_the_sentence_the_table_and_the_artifacts(
 def test_files_of_a_comparison_beside_what_is_there(
     sweep: SweepResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run gets the files of the comparison, and none of a person's that lie in the folder."""
+    """A run gets the files of the comparison, and none of the user's files in the folder."""
     folder = tmp_path / "here"
     folder.mkdir()
     (folder / "diary.txt").write_text("mine")

@@ -24,7 +24,7 @@ TAGGED = (
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder that makes this checkout's entry point an installed one."""
+    """A folder that makes this checkout's entry point look installed."""
     folder = tmp_path / "site" / "llmbench_context-0.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: llmbench-context\nVersion: 0\n")
@@ -53,7 +53,7 @@ def test_importing_mlflow_loads_nothing_that_measures(installed: Path, variables
 
 
 def test_importing_mlflow_takes_no_longer(installed: Path) -> None:
-    """Of one interpreter's own account of its imports, so that another's load touches all of them alike."""
+    """Use the import times of a single interpreter, so that other load on the machine affects all of them equally."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, installed)))}
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", "import mlflow"],
@@ -81,7 +81,7 @@ def test_the_provider_needs_the_standard_library_only() -> None:
     assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names)
     assert all(
         not isinstance(node, ast.ImportFrom) or not node.level for node in tree.body
-    )  # of ours nothing before a run is begun
+    )  # none of our modules before a run begins
 
 
 def test_runs_of_others_are_tagged_where_it_is_asked_for(installed: Path, store_uri: str) -> None:
@@ -98,4 +98,4 @@ def test_runs_of_others_are_tagged_where_it_is_asked_for(installed: Path, store_
     assert on["llmbench.cpu"] == here["cpu"]["name"]
     assert (
         not {"llmbench.outcome", "llmbench.sweep", "llmbench.config_hash", "llmbench.verdict"} & on.keys()
-    )  # it is no result of ours
+    )  # it is not one of our results

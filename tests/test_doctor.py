@@ -360,7 +360,7 @@ def test_energy_counters(tmp_path: Path) -> None:
     counter.write_text("262143328850\n")
     assert doctor.energy_item(tmp_path).found == "1 counter can be read"
     (tmp_path / "intel-rapl:1").mkdir()
-    (tmp_path / "intel-rapl:1" / "energy_uj").mkdir()  # cannot be read by anybody, root included
+    (tmp_path / "intel-rapl:1" / "energy_uj").mkdir()  # nobody can read it, not even root
     item = doctor.energy_item(tmp_path)
     assert (item.status, item.found) == ("limited", "2 counters, no permission to read")
     assert item.advice

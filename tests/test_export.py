@@ -167,9 +167,10 @@ def test_what_llama_cpp_ran_is_exported_for_its_own_server() -> None:
 
 def test_a_checkpoint_that_was_made_here_takes_its_tokenizer_from_where_it_came() -> None:
     result = made(
-        cell=Cell(model="m", quant="gptq", output_tokens=5), model=ModelFacts("m", "folder", "/models/own", "c0ffee"),
+        cell=Cell(model="m", quant="gptq", output_tokens=5),
+        model=ModelFacts("m", "folder", "/models/own", "c0ffee"),
         load=LoadInfo(1.0, facts={"model.dtype": "bfloat16", "quant.method": "gptq"}, made="/cache/own-gptq"),
-    )  # fmt: skip
+    )
     settings = dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
     script = export(settings, uri="models:/bot/1", target="transformers")
     assert "AutoTokenizer.from_pretrained('/models/own')" in script

@@ -1,7 +1,7 @@
-"""Faults injected into whole runs: real workers, real processes beside them, and each gives exactly its reason.
+"""Faults injected into whole runs, with real workers and processes: each gives exactly its reason.
 
-Repetitions of 0.6 s make a delay of some tens of milliseconds on a busy machine harmless. Whatever else this machine does
-meanwhile may be told as `contended`, and rightly so, and where it is, the variation too; other reasons may not.
+Repetitions of 0.6 s make a delay of some tens of milliseconds on a busy machine harmless. Other work on the machine may
+correctly add `contended`, and with it the reason for high variation; it may not add other reasons.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def reasons(result: SweepResult) -> list[str]:
 
 
 def faults(result: SweepResult) -> set[str]:
-    """The reasons but for those that other work on this machine gave."""
+    """The reasons without those caused by other work on this machine."""
     found = set(reasons(result))
     return found - {"contended", "high_variation"} if "contended" in found else found
 
@@ -52,7 +52,7 @@ def measured(result: SweepResult) -> RunResult:
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with an installed package whose backends are the fake one with a fault of the machine; they come in by the plugin door."""
+    """A folder with an installed package whose backends add machine faults to the fake one, found by entry point."""
     folder = tmp_path / "plugins"
     info = folder / "llmbench_faults-1.0.dist-info"
     info.mkdir(parents=True)
@@ -66,7 +66,7 @@ from mlflow_llmbench import machine
 from mlflow_llmbench.backends.fake import FakeBackend
 
 class Swapping(FakeBackend):
-    '''Each call moves 100 pages to the disk, as the kernel would count them.'''
+    '''Move 100 pages to disk in each call, as the kernel would count them.'''
     pages = 7_000
     def generate(self, prompts, output_tokens, emit):
         machine.PROC = Path({str(tmp_path)!r})
@@ -75,7 +75,7 @@ class Swapping(FakeBackend):
         super().generate(prompts, output_tokens, emit)
 
 class Heated(FakeBackend):
-    '''Runs on a GPU, whose driver is the stand-in below.'''
+    '''Run on a GPU whose driver is the fake nvidia-ml-py below.'''
     device = "cuda:0"
 """)
     monkeypatch.syspath_prepend(folder)
@@ -84,7 +84,7 @@ class Heated(FakeBackend):
 
 
 DRIVER = '''
-"""A stand-in for nvidia-ml-py with one GPU, which thermal throttling slows down for a tenth of all time, but never when it is asked."""
+"""A fake nvidia-ml-py with one GPU: throttled by heat for a tenth of all time, but never at the moment of a query."""
 import time, types
 class NVMLError(Exception): pass
 NVML_CLOCK_SM = 1; NVML_CLOCK_MEM = 2; NVML_TEMPERATURE_GPU = 0; NVML_VALUE_TYPE_UNSIGNED_LONG_LONG = 3
@@ -116,7 +116,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
     return failed;
 }
 """
-"""The wall clock steps by an hour or more every tenth of a second; the monotonic one is left alone, as by settimeofday(2)."""
+"""Code that steps the wall clock by an hour or more every 0.1 s, but not the monotonic clock, as settimeofday(2)."""
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def stepping_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def busy_neighbour() -> Iterator[None]:
-    """A process that is none of ours and takes a whole CPU."""
+    """A process that does not belong to us and takes a whole CPU."""
     burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -143,7 +143,7 @@ def busy_neighbour() -> Iterator[None]:
 
 
 def test_a_busy_neighbour_is_contention_and_nothing_else(store_uri: str) -> None:
-    """Thrice at most: with more neighbours than this one the numbers vary too."""
+    """Try at most three times: with further busy neighbours the numbers vary too."""
     for attempt in range(3):
         with busy_neighbour():
             result = measure(seed=attempt)
@@ -167,7 +167,7 @@ def test_a_wall_clock_that_steps_changes_no_number_and_gives_no_reason(store_uri
     assert max(starts) - min(starts) > 3_500_000  # it did step, in the worker
     assert faults(result) == set()
     requests = [request for r in repetitions for request in r.requests]
-    assert TTFT <= min(latency.ttft_ms(r) for r in requests) < 1.2 * TTFT  # a deadline may be missed, never met early
+    assert TTFT <= min(latency.ttft_ms(r) for r in requests) < 1.2 * TTFT  # may be late, never early
     assert 600 <= min(latency.e2e_ms(r) for r in requests) < 1.2 * 600
     assert result.rows[0].metrics["latency/itl_ms_p50"] == pytest.approx(ITL, rel=0.2)
     assert 0.7 * TOKENS / 0.6 < result.rows[0].metrics["throughput/output_tokens_per_s"] <= TOKENS / 0.6
@@ -178,13 +178,13 @@ def test_swapped_pages_are_swapping_and_nothing_else(store_uri: str, plugins: Pa
     assert [r.noise.swapped_pages for r in measured(result).repetitions if r.noise] == [100] * 5
     assert set(reasons(result)) - {"high_variation"} == {
         "swapping"
-    }  # with no CPU counters nothing tells who else was busy
+    }  # without CPU counters other busy processes cannot be seen
 
 
 def test_a_hot_gpu_is_throttled_and_nothing_else(
     store_uri: str, plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stand-in is on the worker's path only."""
+    """The fake nvidia-ml-py is on the worker's path only."""
     (tmp_path / "driver").mkdir()
     (tmp_path / "driver" / "pynvml.py").write_text(DRIVER)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "driver"), str(plugins)]))

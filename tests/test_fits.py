@@ -1,4 +1,4 @@
-"""Curves: known parameters come back within their intervals, independent formulas agree, and bad data are refused."""
+"""Curve fits: known parameters are found within their intervals, independent formulas agree, bad data are refused."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -121,7 +121,7 @@ def test_what_cannot_carry_a_curve_is_refused_in_one_line(
 
 
 def test_a_left_out_point_beyond_the_pole_of_a_curve_has_no_error() -> None:
-    """Four models on a noisy machine: without the largest one the others lie on a curve that ends before it."""
+    """Four models on a noisy machine: without the largest one, the curve through the others ends before it."""
     sizes, rates = (
         [0.070426624, 0.125239296, 0.162322944, 0.268098176],
         [71.47576387, 41.82767062, 36.07588552, 10.63418143],

@@ -70,7 +70,7 @@ def test_growth_of_the_cache_alone_is_no_leak(device: bool) -> None:
 
 @pytest.mark.parametrize("asked", [{"decode": "compiled"}, {"backend": "llama_cpp"}])
 def test_a_cache_that_has_its_full_size_from_the_start_hides_no_leak(asked: dict[str, str]) -> None:
-    """Half of what a growing cache would take, of a cache that does not grow."""
+    """A cache that does not grow: its memory is half of what a growing cache would take."""
     whole = generated(ROWS * KV / 2, 0)
     found = footprint.growth(dataclasses.replace(whole, cell=dataclasses.replace(whole.cell, **asked)))
     assert found is not None and found.leak is not None

@@ -32,7 +32,7 @@ def test_the_largest_that_fits_and_the_smallest_that_failed() -> None:
     assert shapes(found.fits) == [(4, 128, 128)]
     assert found.fits[0].peak_bytes == 900
     assert shapes(found.failed) == [(8, 128, 128)]
-    assert found.untried == ()  # larger than what failed: nothing new
+    assert found.untried == ()  # larger than the failed shape: nothing new
     assert found.boundary == "measured"
 
 
@@ -47,7 +47,7 @@ def test_a_staircase_where_shapes_are_incomparable() -> None:
 
 
 def test_prompt_and_output_are_two_dimensions() -> None:
-    """1010 tokens either way, but a long prompt needs more activations and a long output more steps."""
+    """Both have 1010 tokens, but a long prompt needs more activations and a long output more steps."""
     found = only(tried(1, 1000, 10), tried(1, 10, 1000), tried(1, 500, 5, "oom"))
     assert shapes(found.fits) == [(1, 1000, 10), (1, 10, 1000)]
     assert shapes(found.contradicted) == [(1, 500, 5)]
@@ -75,7 +75,7 @@ def test_a_prediction_is_not_called_a_measurement() -> None:
 
 
 def test_refused_below_what_failed_is_told_beside_it() -> None:
-    """A refused cell that is smaller than one that ran out of memory does not hide it, nor the other way round."""
+    """A refused cell does not hide a larger one that ran out of memory, nor the other way round."""
     found = only(
         tried(1, 8, 8),
         tried(2, 8, 8, "refused"),

@@ -133,7 +133,7 @@ def test_quality_is_held_too() -> None:
     ) == ["regression", "regression"]
     assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.01}, "kl=0.02") == [
         "ok"
-    ]  # nats: there is no ratio to 0
+    ]  # nats, because there is no ratio to 0
     assert state({"kl_vs_reference": 0.0}, {"kl_vs_reference": 0.03}, "kl=0.02") == ["regression"]
     assert state({"kl_vs_reference": 0.0, "top1_agreement": 0.0}, {"kl_vs_reference": 0.0, "top1_agreement": 0.5}) == [
         "ok",

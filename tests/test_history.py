@@ -28,7 +28,8 @@ from .test_measure import fake
 
 TURNS = [["Hello there.", "And then?", "Is that all of it?"], ["One more.", "Thanks."]]
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}{{ eos_token if m['role'] == 'assistant' else '' }}\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}{{ eos_token if m['role'] == "
+    "'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
@@ -72,8 +73,14 @@ def test_conversations_are_read_with_their_turns_and_as_one_text(conversations: 
 
 @pytest.mark.parametrize(
     "messages",
-    [[], "hello", [{"role": "assistant", "content": "a"}], [{"role": "user", "content": " "}], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]],
-)  # fmt: skip
+    [
+        [],
+        "hello",
+        [{"role": "assistant", "content": "a"}],
+        [{"role": "user", "content": " "}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    ],
+)
 def test_what_is_no_conversation_is_refused_with_its_line(tmp_path: Path, messages: Any) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "good"}\n' + json.dumps({"messages": messages}))
@@ -122,7 +129,7 @@ def test_the_chat_template_of_the_tokenizer_is_used(tiny_model: Path) -> None:
         backend.encode_turns(TURNS[1])
 
 
-# What is sent and what comes out
+# Requests and answers
 
 
 def test_the_same_tokens_come_out_whether_the_history_is_kept_or_recomputed(
@@ -247,7 +254,7 @@ def test_conversations_of_other_lengths_are_no_noise_and_noise_is() -> None:
 def test_flops_are_those_of_what_was_computed() -> None:
     load = LoadInfo(1.0, flops_per_token=10.0, head_flops=2.0, attention_flops_per_context_token=1.0)
     whole = dataclasses.replace(talks(), load=load, peaks={"flops_per_s": 1e6})
-    tokens = [(0, 13), (13, 33), (33, 53), (0, 23), (23, 43)]  # held before, and in the end
+    tokens = [(0, 13), (13, 33), (33, 53), (0, 23), (23, 43)]  # tokens in the cache before and after
     done = sum((end - held) * (10 + (end + held) / 2) + 4 * 2 for held, end in tokens)
     assert efficiency.model_flops_utilization(whole) == pytest.approx(done / ((13 + 23 + 33 + 23 + 43) / 1e3) / 1e6)
 
@@ -271,8 +278,12 @@ def test_the_history_belongs_to_the_configuration_and_not_to_the_workload() -> N
     ("parameters", "message"),
     [
         ({"history": "both"}, "Unknown history: both."),
-        ({"workload": "chat", "history": "kept"}, "history=kept sends each turn of a conversation at its own length. Give prompt_tokens=auto."),
-        ({"workload": "qa", "history": "none,kept", "prompt_tokens": "auto"}, "history=kept needs conversations, and workload=qa has none. Use workload=chat"),
+        ({"workload": "chat", "history": "kept"}, (
+            "history=kept sends each turn of a conversation at its own length. Give prompt_tokens=auto."
+        )),
+        ({"workload": "qa", "history": "none,kept", "prompt_tokens": "auto"}, (
+            "history=kept needs conversations, and workload=qa has none. Use workload=chat"
+        )),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_turn_by_turn_is_one_line(
@@ -286,10 +297,13 @@ def test_what_cannot_be_measured_turn_by_turn_is_one_line(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"url": "http://h", "backend": "openai", "history": "kept"}, "history=kept is for a model in this process; a server gets the history with each turn."),
-        ({"history": "sent"}, "history=sent is for a server."),
+        ({"url": "http://h", "backend": "openai", "history": "kept"}, (
+            "history=kept is of a model in this process; a server gets the history with each turn."
+        )),
+        ({"history": "sent"}, "history=sent is of a server."),
         ({"url": "http://h", "backend": "openai", "history": "none,sent"}, "Give endpoint=chat."),
-        ({"url": "http://h", "backend": "openai", "history": "sent", "endpoint": "chat", "request_rate": "2"}, "history=sent is a closed loop"),
+        ({"url": "http://h", "backend": "openai", "history": "sent", "endpoint": "chat", "request_rate": "2"},
+         "history=sent is a closed loop"),
     ],
 )  # fmt: skip
 def test_a_server_gets_its_history_with_each_turn(given: dict[str, str], message: str) -> None:

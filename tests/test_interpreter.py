@@ -1,4 +1,4 @@
-"""Workers in another environment: real interpreters in virtual environments that have no MLflow, and programs that are no such interpreter."""
+"""Workers in another environment: real interpreters in virtual environments without MLflow, and unusable programs."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ VERSIONS = {"torch": "9.9.9+other", "transformers": "7.0.1"}
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of an empty environment: no MLflow, no numpy, nothing but what says that torch is another."""
+    """The interpreter of an environment without MLflow and numpy, with only the metadata of another torch version."""
     return environment(tmp_path_factory.mktemp("other"), VERSIONS)
 
 
 def environment(folder: Path, versions: dict[str, str]) -> str:
-    """The interpreter of a new environment in which packages of these versions seem to be installed."""
+    """The interpreter of a new environment in which packages of these versions appear to be installed."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     [packages] = (folder / "lib").glob("python3*/site-packages")
@@ -67,7 +67,7 @@ def result_of(result: SweepResult, number: int = 0) -> Any:
 
 
 def quieten(result: SweepResult) -> None:
-    """Make the result on the disk one that a quiet machine would give, since only what is valid is taken over."""
+    """Make the result on disk look like one from a quiet machine, because only valid results are reused."""
     [file] = result.folder.glob("*/artifacts/result.json")
     known = json.loads(file.read_text())
     first = known["repetitions"][0] | {"noise": None}
@@ -75,11 +75,14 @@ def quieten(result: SweepResult) -> None:
     file.write_text(json.dumps(known))
 
 
-# What runs there
+# Workers in another environment
 
 
 def test_the_environment_of_these_tests_has_no_mlflow(other: str) -> None:
-    code = "import importlib.util as u; print([n for n in ('mlflow', 'numpy', 'yaml', 'psutil', 'torch', 'mlflow_llmbench') if u.find_spec(n)])"
+    code = (
+        "import importlib.util as u; print([n for n in ('mlflow', 'numpy', 'yaml', 'psutil', 'torch', "
+        "'mlflow_llmbench') if u.find_spec(n)])"
+    )
     done = subprocess.run([other, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"
 
@@ -107,8 +110,11 @@ def test_what_is_installed_beside_us_stays_unseen_there(
 ) -> None:
     (tmp_path / "torch.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("PYTHONHOME", str(tmp_path))  # with which no Python starts
-    code = "import importlib.util as u, sys, mlflow_llmbench; print(mlflow_llmbench.__version__, u.find_spec('torch'), u.find_spec('tests'))"
+    monkeypatch.setenv("PYTHONHOME", str(tmp_path))  # no Python starts with this
+    code = (
+        "import importlib.util as u, sys, mlflow_llmbench; print(mlflow_llmbench.__version__, u.find_spec('torch'), "
+        "u.find_spec('tests'))"
+    )
     done = subprocess.run(
         [other, "-c", code],
         capture_output=True,
@@ -141,7 +147,8 @@ def test_what_a_killed_command_left_is_of_that_environment(other: str, tmp_path:
     [cell] = plan.expand_cells(asked)
     model = interpreter.resolve(cell)
     [job] = jobs.make_jobs(
-        asked, [cell], ["one"], {cell: model}, {"synthetic": load_prompts("synthetic")}, machine.environment(), lambda _: (None, ""), tmp_path
+        asked, [cell], ["one"], {cell: model}, {"synthetic": load_prompts("synthetic")}, machine.environment(),
+        lambda _: (None, ""), tmp_path
     )  # fmt: skip
     job.folder.mkdir(parents=True)
     jobs.write_job(job)
@@ -151,7 +158,7 @@ def test_what_a_killed_command_left_is_of_that_environment(other: str, tmp_path:
     assert job.hashes.software == job.environment["hashes"]["software"]
 
 
-# What is the same, and what is not
+# Identity of results
 
 
 def test_where_an_interpreter_lies_does_not_decide_and_what_is_installed_does(
@@ -165,7 +172,7 @@ def test_where_an_interpreter_lies_does_not_decide_and_what_is_installed_does(
     newer = environment(tmp_path / "newer", VERSIONS | {"torch": "9.9.10"})
     again = result_of(fake(worker_python=newer))
     assert not again.linked
-    assert not result_of(fake()).linked  # ours is another environment
+    assert not result_of(fake()).linked  # our own environment is different
     assert again.hashes.config == result_of(first).hashes.config
 
 
@@ -185,7 +192,7 @@ def test_two_environments_can_be_compared_in_turns(store_uri: str, other: str) -
     assert (first.environment["packages"] == VERSIONS, second.environment["packages"]) == (False, VERSIONS)
 
 
-# What cannot run a worker
+# Unusable interpreters
 
 
 def test_there_is_no_such_interpreter(tmp_path: Path) -> None:
@@ -230,7 +237,8 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(other: s
     with pytest.raises(MissingError) as caught:
         interpreter.examine(other, ("json", "llama_cpp", "torch"))
     assert str(caught.value) == (
-        f"worker_python={other} lacks the packages llama-cpp-python, torch, which its worker needs. Run: {other} -m pip install llama-cpp-python torch"
+        f"worker_python={other} lacks the packages llama-cpp-python, torch, which its worker needs. Run: {other} -m "
+        "pip install llama-cpp-python torch"
     )
 
 
@@ -282,7 +290,7 @@ def test_without_one_nothing_is_asked_of_another_process(monkeypatch: pytest.Mon
     assert interpreter.resolve(Cell(**FAST_CELL)).source == "none"
 
 
-# What the doctor says of it
+# The report of `doctor`
 
 
 def test_the_doctor_examines_another_environment(other: str) -> None:
@@ -293,7 +301,7 @@ def test_the_doctor_examines_another_environment(other: str) -> None:
     assert items["Backends", "openvino"].status == "missing"
     assert (
         items["Backends", "transformers"].found == "needs torch, transformers"
-    )  # a version that is noted is no module
+    )  # a recorded version does not make a module importable
     assert items["Quantizations", "int8"].advice == f"Run: {other} -m pip install bitsandbytes"
     assert "ENVIRONMENT/bin/pip install openvino-genai" in str(items["Backends", "openvino"].advice)
     assert report.ready

@@ -46,7 +46,7 @@ def test_devices_that_are_not_there() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_cpu_time_of_others_is_seen_and_our_own_is_told_apart() -> None:
-    """Lower bounds only: whatever else the machine does can add, never take away."""
+    """Check lower bounds only: other work of the machine can add CPU time, never take it away."""
     before = machine.take_readings()
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
     noise = machine.noise_between(before, machine.take_readings())
@@ -69,7 +69,10 @@ def test_noise_is_the_difference_of_two_readings() -> None:
 
 
 def kernel_files(folder: Path, stolen: int, swapped: int, pressure_us: int) -> None:
-    """The files of /proc in the kernel's layout (proc(5), Documentation/accounting/psi.rst): ticks of user, nice, system, idle, …, steal."""
+    """The files of /proc in the kernel's layout (proc(5), Documentation/accounting/psi.rst).
+
+    `cpu` has the ticks of user, nice, system, idle, …, steal.
+    """
     (folder / "pressure").mkdir(exist_ok=True)
     (folder / "stat").write_text(f"cpu  1000 20 300 99999 40 5 6 {stolen} 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\nintr 5\n")
     (folder / "pressure" / "cpu").write_text(

@@ -1,6 +1,6 @@
-"""Hostile names, messages and texts through every report: they show as their characters, and add nothing.
+"""Hostile names, messages and texts in every report: they are shown as their characters and add no markup.
 
-Judged by real parsers: Python's `html.parser`, and a CommonMark renderer that lets raw HTML through.
+Checked with real parsers: Python's `html.parser`, and a CommonMark renderer that passes raw HTML through.
 """
 
 from __future__ import annotations

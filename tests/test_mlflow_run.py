@@ -107,7 +107,7 @@ def test_a_bad_parameter_fails_the_run_with_one_line(
 
 @pytest.mark.slow
 def test_the_decision_by_entry_points(store_uri: str, tmp_path: Path) -> None:
-    """Choose, register, gate, reproduce; each keeps what it found in the project's own run too."""
+    """Recommend, register, gate, reproduce; each also saves its outcome in the project's own run."""
     client = MlflowClient(store_uri)
 
     def entry(name: str, /, code: int = 0, **parameters: str) -> Run:

@@ -1,4 +1,4 @@
-"""The presets against the real architectures of transformers, and the cost formulas against numbers worked out by hand."""
+"""The presets against transformers' real architectures, and the cost formulas against numbers worked out by hand."""
 
 import ast
 import json
@@ -54,25 +54,29 @@ PUBLISHED_COUNTS = {
 }
 every_preset = pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 LLAMA_2_7B_JSON = """{
-  "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
-  "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
-  "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1,
-  "rms_norm_eps": 1e-05, "rope_scaling": null, "tie_word_embeddings": false, "torch_dtype": "float16", "vocab_size": 32000
+  "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+  "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+  "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
+  "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+  "rope_scaling": null, "tie_word_embeddings": false, "torch_dtype": "float16", "vocab_size": 32000
 }"""
 BLOOM_560M_JSON = """{
-  "architectures": ["BloomForCausalLM"], "attention_softmax_in_fp32": true, "bos_token_id": 1, "eos_token_id": 2, "model_type": "bloom",
-  "n_embed": 1024, "n_inner": null, "n_layer": 24, "num_attention_heads": 16, "offset_alibi": 100, "pad_token_id": 3, "vocab_size": 250880
+  "architectures": ["BloomForCausalLM"], "attention_softmax_in_fp32": true, "bos_token_id": 1, "eos_token_id": 2,
+  "model_type": "bloom", "n_embed": 1024, "n_inner": null, "n_layer": 24, "num_attention_heads": 16,
+  "offset_alibi": 100, "pad_token_id": 3, "vocab_size": 250880
 }"""
 GEMMA_3_4B_JSON = """{
-  "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "mm_tokens_per_image": 256, "model_type": "gemma3",
+  "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "mm_tokens_per_image": 256,
+  "model_type": "gemma3",
   "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
                   "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
   "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152, "num_attention_heads": 16, "num_hidden_layers": 27}
 }"""
 QWEN2_JSON = """{
-  "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
-  "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
-  "sliding_window": 32768, "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936
+  "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+  "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
+  "num_hidden_layers": 24, "num_key_value_heads": 2, "sliding_window": 32768,
+  "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936
 }"""
 SMALL = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 100}
 
@@ -253,7 +257,8 @@ def test_an_unknown_family_is_read_by_the_usual_key_names() -> None:
         "ffn_dim": 1536, "vocab_size": 32_000, "max_sequence_length": 8192, "hidden_act": "silu",
     })  # fmt: skip
     assert shape == Shape(
-        layers=8, hidden_size=512, attention_heads=8, kv_heads=2, head_dim=96, intermediate_size=1536, vocab_size=32_000, context=8192,
+        layers=8, hidden_size=512, attention_heads=8, kv_heads=2, head_dim=96, intermediate_size=1536,
+        vocab_size=32_000, context=8192,
         tied=False, gated_mlp=True, embedding_dim=512,
     )  # fmt: skip
     attention, mlp = 512 * 96 * (8 + 2) * 2, 3 * 512 * 1536

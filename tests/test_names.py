@@ -1,4 +1,7 @@
-"""Hostile names, through the command line: each gives one clear line or an ordinary run, and nothing is written outside the run's folder."""
+"""Hostile names on the command line: each gives one clear line or an ordinary run.
+
+Nothing is written outside the run's folder.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,14 @@ from mlflow_llmbench.redaction import CONTROLS
 FAST = ("run", "--output-tokens", "2", "--prompt-tokens", "2", "--repetitions", "2", "--warmup", "1")
 
 NAMES = (
-    "../../x", "../../../../tmp/llmbench-hostile", "/etc/llmbench-hostile", "/dev/full/x", "..", ".", "x/..", "~", "~root/x", "~nobody-of-this-name/x",
-    "</script><img src=x onerror=alert(1)>", "<b>bold</b>", "[link](//host/x)", "| pipe | `code` |", "x" * 300, "x/" * 150, "x" * 1001,
-    "a\x1b[31mred\x1b[0m", "a\rb", "two\nlines", "nul\0byte", "bell\x07\x9b", "CON", "NUL.json", "COM1", "aux.gguf", "-rf", "--help", "\u202egnp.exe",
-    "\U0001f642 \U0001f469\u200d\U0001f4bb", "\"quotes\" and 'more'", "%s %d {0} {x}", "$(touch x)", "`touch x`; touch y", "$\\frac{1}$", "\udce9\udcff", "a b\u00a0c",
+    "../../x", "../../../../tmp/llmbench-hostile", "/etc/llmbench-hostile", "/dev/full/x", "..", ".", "x/..", "~",
+    "~root/x", "~nobody-of-this-name/x",
+    "</script><img src=x onerror=alert(1)>", "<b>bold</b>", "[link](//host/x)", "| pipe | `code` |", "x" * 300,
+    "x/" * 150, "x" * 1001,
+    "a\x1b[31mred\x1b[0m", "a\rb", "two\nlines", "nul\0byte", "bell\x07\x9b", "CON", "NUL.json", "COM1", "aux.gguf",
+    "-rf", "--help", "\u202egnp.exe",
+    "\U0001f642 \U0001f469\u200d\U0001f4bb", "\"quotes\" and 'more'", "%s %d {0} {x}", "$(touch x)",
+    "`touch x`; touch y", "$\\frac{1}$", "\udce9\udcff", "a b\u00a0c",
 )  # fmt: skip
 
 REFUSED = [name for name in NAMES if CONTROLS.search(name) or len(name) > 1000]
@@ -47,7 +54,7 @@ def tree(folder: Path) -> set[str]:
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder deep enough for `../../x`, with a home of its own; the command runs in `a/b/c` below it."""
+    """A folder deep enough for `../../x`, with its own home; the command runs in `a/b/c` below it."""
     (tmp_path / "a/b/c").mkdir(parents=True)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -58,7 +65,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check(code: int, err: str) -> None:
-    """An ordinary run, or one line that says what is wrong."""
+    """Check that this is an ordinary run, or one line that says what is wrong."""
     lines = [line for line in err.splitlines() if line.startswith("llmbench:")]
     assert "Traceback" not in err, err
     if code:
@@ -95,7 +102,7 @@ def test_names_that_no_run_may_have(
 
 @pytest.mark.slow
 def test_as_models_that_run(outside: Path, capsys: pytest.CaptureFixture[str], store_uri: str) -> None:
-    """The fake backend takes any name, so that it comes into every name and file of a run."""
+    """The fake backend accepts any name, so the name appears in every name and file of a run."""
     names = [name for name in NAMES if name not in REFUSED]
     before = tree(outside)
     code = main(
@@ -116,7 +123,7 @@ def test_as_models_that_run(outside: Path, capsys: pytest.CaptureFixture[str], s
     assert not [path for path in new if path != "a/b/c/out" and not path.startswith(("a/b/c/out/", "a/b/c/mlruns"))], (
         new
     )
-    assert not [path for path in new if not re.fullmatch(r"[\w./-]+", path)]  # none of the names became a path
+    assert not [path for path in new if not re.fullmatch(r"[\w./-]+", path)]  # no name became a path
     last = json.loads(out.splitlines()[-1])
     runs = {run.info.run_id: run for run in MlflowClient(store_uri).search_runs([last["experiment_id"]])}
     assert len(runs) == len(names) + 1

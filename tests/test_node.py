@@ -41,7 +41,7 @@ class Letters:
     def __init__(self) -> None:
         self.events: list[tuple[str, int | None]] = []
         self.files: dict[str, bytes] = {}
-        self.after: list[dict[str, bytes]] = []  # the files as they were after each event
+        self.after: list[dict[str, bytes]] = []  # the files after each event
 
     def __call__(self, event: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         self.events.append((event["event"], event.get("number")))

@@ -1,4 +1,4 @@
-"""What is declared in two places is the same in both: requirements, versions, parameters, backends."""
+"""Declarations in two places are the same in both: requirements, versions, parameters, backends."""
 
 import ast
 import shlex
@@ -150,7 +150,7 @@ def test_an_entry_point_of_the_decision_is_its_command_with_the_same_defaults(en
 def test_an_entry_point_that_measures_says_where_its_journal_lies(
     entry: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`mlflow run` works in the project's folder, and of a project in Git in a copy that is thrown away."""
+    """`mlflow run` works in the project's folder; for a project in Git it works in a temporary copy."""
     with pytest.raises(SystemExit):
         build_parser().parse_args([ENTRIES.get(entry, entry), "--help"])
     measures = "--output-dir" in capsys.readouterr().out

@@ -64,7 +64,8 @@ def test_names_say_what_varies() -> None:
     ],
 )
 def test_each_cell_of_a_sweep_can_be_asked_for_alone(asked: dict[str, str]) -> None:
-    """As `reproduce` does: a setting that means nothing for a cell is not kept with it."""
+    """Each cell can be requested by its own parameters, as `reproduce` does: settings without effect on it are not
+    kept."""
     cells = expand_cells(parse(asked))
     assert len(cells) > 1
     for cell in cells:
@@ -73,7 +74,7 @@ def test_each_cell_of_a_sweep_can_be_asked_for_alone(asked: dict[str, str]) -> N
 
 
 def test_another_attention_may_fit_where_one_did_not() -> None:
-    """`eager` stores the whole score matrix; what it did not get, `sdpa` may not need. Loading needs the same for both."""
+    """`eager` stores the whole score matrix, so `sdpa` may fit if `eager` did not. Loading needs the same for both."""
     eager, sdpa = (Cell(attention=attention, prompt_tokens=4096) for attention in ("eager", "sdpa"))
     assert not needs_no_less(sdpa, eager)
     assert needs_no_less(sdpa, eager, of_any_shape=True)

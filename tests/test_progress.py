@@ -1,4 +1,4 @@
-"""The progress display, exactly as it is written, driven by a scripted clock and the worker's own events."""
+"""The exact progress display, driven by a scripted clock and the worker's own events."""
 
 import io
 import json
@@ -181,7 +181,7 @@ def test_time_left_in_a_later_cell() -> None:
     shown.progress.cell(2, "b")
     assert shown.progress.seconds_left() == 200
     shown.after(5, {"event": "cell", "number": 1})
-    assert shown.progress.seconds_left() == 195  # what the mean leaves of this one, and one more
+    assert shown.progress.seconds_left() == 195  # the rest of this one by the mean, and one more
     shown.after(5, warmup(1))
     assert shown.progress.seconds_left() == 190
     shown.after(4, repetition(1))
@@ -206,7 +206,7 @@ def test_a_fixed_number_of_repetitions_ends_the_estimate_of_its_cell() -> None:
 
 def test_download_skipped_and_failed_cells_are_not_counted_as_the_pace() -> None:
     shown = Shown(4)
-    shown.after(600, END)  # a worker that only prepared the files
+    shown.after(600, END)  # a worker that only prepared files
     shown.progress.cell(1, "kept from an earlier run")
     shown.progress.cell(2, "fails")
     shown.after(50, LOADING, {"event": "failed", "outcome": "oom", "message": "Memory ran out."})

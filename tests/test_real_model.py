@@ -1,4 +1,4 @@
-"""Gemma 3 270M with its real weights, through `mlflow run`: what is measured is a model that writes language."""
+"""Gemma 3 270M with its real weights, through `mlflow run`: the measured model writes real language."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMON = {"the", "of", "is", "a", "in", "and", "to", "that"}
 
 @pytest.fixture(scope="module")
 def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model unpacked to an ordinary folder; in a process of its own, since it takes memory and a minute."""
+    """The model unpacked to an ordinary folder, in a separate process because it takes memory and a minute."""
     folder = tmp_path_factory.mktemp("real") / "gemma-3-270m"
     subprocess.run([sys.executable, ROOT / "examples" / "real_model.py", folder], check=True, capture_output=True)
     return folder
@@ -47,9 +47,16 @@ def test_real_weights_answer_ten_questions_in_three_quantizations(
     real_model: Path, store_uri: str, tmp_path: Path
 ) -> None:
     done = mlflow_run(
-        store_uri, tmp_path, model=str(real_model), quant=",".join(QUANTIZATIONS), workload="qa", prompt_tokens="auto", output_tokens="16",
-        warmup="3", repetitions="10",
-    )  # fmt: skip
+        store_uri,
+        tmp_path,
+        model=str(real_model),
+        quant=",".join(QUANTIZATIONS),
+        workload="qa",
+        prompt_tokens="auto",
+        output_tokens="16",
+        warmup="3",
+        repetitions="10",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     client = MlflowClient(store_uri)
     runs = {r.data.params["quant"]: r for r in client.search_runs(["0"]) if "mlflow.parentRunId" in r.data.tags}
@@ -82,9 +89,16 @@ def test_four_bits_cost_more_quality_than_eight(real_model: Path, store_uri: str
     questions = (ROOT / "mlflow_llmbench" / "workloads" / "qa.jsonl").read_text().splitlines()[::5]
     (tmp_path / "some.jsonl").write_text("\n".join(questions))
     done = sweep.run(
-        model=str(real_model), quant="bf16,int8,int4", workload=str(tmp_path / "some.jsonl"), prompt_tokens="auto", output_tokens=4, repetitions=1,
-        warmup=1, quality="auto", force=True,
-    )  # fmt: skip
+        model=str(real_model),
+        quant="bf16,int8,int4",
+        workload=str(tmp_path / "some.jsonl"),
+        prompt_tokens="auto",
+        output_tokens=4,
+        repetitions=1,
+        warmup=1,
+        quality="auto",
+        force=True,
+    )
     assert done.outcome == "ok"
     found = {result.cell.quant: result.quality for result in map(journal.read_result, done.folder.glob("*/artifacts"))}
     kl, agreement, perplexity, ratio = {}, {}, {}, {}
@@ -93,7 +107,7 @@ def test_four_bits_cost_more_quality_than_eight(real_model: Path, store_uri: str
         kl[quant], agreement[quant] = quality.kl_divergence(scores), quality.top1_agreement(scores)
         perplexity[quant], ratio[quant] = quality.perplexity(scores), quality.perplexity_ratio(scores)
         assert kl[quant] and agreement[quant] and perplexity[quant] and ratio[quant]
-    # The checkpoint is bf16 itself, so that bf16 is the reference under another name.
+    # The checkpoint itself is bf16, so bf16 equals the reference.
     assert kl["bf16"].value < 1e-6 < kl["int8"].value < 0.5 * kl["int4"].value
     assert kl["int8"].high < kl["int4"].low
     assert kl["int4"].value < 0.1 * math.log(262_144)

@@ -27,11 +27,26 @@ from mlflow_llmbench.records import (
 def example() -> RunResult:
     request = RequestRecord(10, (20, 30), rows=2, prompt_tokens=5)
     return RunResult(
-        Cell(quant="int4", prompt_tokens=None), "ok", 1, 2, Hashes("a", "b", "c", "d", "e"), ModelFacts("m", "folder", "/m", "r", {"x": 1}), {"cpu": {}},
-        load=LoadInfo(1.5, 100, facts={"quant.method": "nf4"}), repetitions=(Repetition(0, 5, (request,), Noise(0.1)),),
-        memory=MemoryStages({"peak": 5}), texts=({"prompt": "p", "output": "o"},), failure=Failure("s", "m"), marks={"loaded": 3},
-        quality=Quality("d", TextScores("t", 9, 5, 2, ((1.5, 2.0), (3.0,))), Divergence("r", "d", ((0.25,),), ((True, False),)), ("w",)),
-    )  # fmt: skip
+        Cell(quant="int4", prompt_tokens=None),
+        "ok",
+        1,
+        2,
+        Hashes("a", "b", "c", "d", "e"),
+        ModelFacts("m", "folder", "/m", "r", {"x": 1}),
+        {"cpu": {}},
+        load=LoadInfo(1.5, 100, facts={"quant.method": "nf4"}),
+        repetitions=(Repetition(0, 5, (request,), Noise(0.1)),),
+        memory=MemoryStages({"peak": 5}),
+        texts=({"prompt": "p", "output": "o"},),
+        failure=Failure("s", "m"),
+        marks={"loaded": 3},
+        quality=Quality(
+            "d",
+            TextScores("t", 9, 5, 2, ((1.5, 2.0), (3.0,))),
+            Divergence("r", "d", ((0.25,),), ((True, False),)),
+            ("w",),
+        ),
+    )
 
 
 def test_json_round_trip() -> None:

@@ -1,4 +1,4 @@
-"""What is masked and what is left alone: texts, data, names of variables, a worker's environment, the terminal."""
+"""Masking of secrets: texts, data, names of variables, a worker's environment, the terminal."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def test_secrets_are_known_by_their_looks(text: str, masked: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "then http://127.0.0.1:5000/#/experiments/1/runs?compareRunsMode=CHART&viewStateShareKey=llmbench-0123456789abcdef",
+        "then "
+        "http://127.0.0.1:5000/#/experiments/1/runs?compareRunsMode=CHART&viewStateShareKey=llmbench-0123456789abcdef",
         "mlflow ui --backend-store-uri sqlite:////tmp/mlflow.db",
         "http://localhost:5000/a:b@c",
         "prompt_tokens=128 output_tokens=1700000000000000000 first_token: 1234567890123456789",
@@ -89,7 +90,9 @@ def test_secrets_are_known_from_the_environment_and_from_files(monkeypatch: pyte
     for file, text in {
         ".cache/huggingface/token": "of-the-hub-1\n",
         ".cache/huggingface/stored_tokens": "[work]\nhf_token = of-the-hub-2\n",
-        ".mlflow/credentials": "[mlflow]\nmlflow_tracking_username = somebody\nmlflow_tracking_password = of-mlflow-1\n",
+        ".mlflow/credentials": (
+            "[mlflow]\nmlflow_tracking_username = somebody\nmlflow_tracking_password = of-mlflow-1\n"
+        ),
     }.items():
         path = tmp_path / "home" / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +135,20 @@ def test_records_are_redacted_field_by_field(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "openai_api_key", "GITHUB_PAT", "MYSQL_PWD", "SYSTEM_ACCESSTOKEN",
-     "GOOGLE_APPLICATION_CREDENTIALS", "SENTRY_DSN", "AZURE_STORAGE_CONNECTION_STRING", "DB-PASS"],
-)  # fmt: skip
+    [
+        "HF_TOKEN",
+        "MLFLOW_TRACKING_PASSWORD",
+        "AWS_SECRET_ACCESS_KEY",
+        "openai_api_key",
+        "GITHUB_PAT",
+        "MYSQL_PWD",
+        "SYSTEM_ACCESSTOKEN",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "SENTRY_DSN",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "DB-PASS",
+    ],
+)
 def test_names_that_say_secret(name: str) -> None:
     assert is_secret_name(name)
 
@@ -148,9 +162,12 @@ def test_names_that_do_not(name: str) -> None:
 
 
 ORDINARY = {
-    "PATH": "/usr/bin", "HOME": "/home/me", "LD_LIBRARY_PATH": "/opt/lib", "LD_PRELOAD": "libjemalloc.so", "OMP_PROC_BIND": "true", "CUDA_VISIBLE_DEVICES": "0",
-    "HF_HOME": "/data/hf", "HF_HUB_OFFLINE": "1", "VIRTUAL_ENV": "/venv", "TMPDIR": "/tmp", "LC_ALL": "C.UTF-8", "CC": "gcc", "TRITON_CACHE_DIR": "/t",
-    "LLMBENCH_API_KEY": "meant-for-the-worker", "HTTPS_PROXY": "http://proxy:3128", "no_proxy": "localhost", "SSL_CERT_FILE": "/etc/ssl/cert.pem",
+    "PATH": "/usr/bin", "HOME": "/home/me", "LD_LIBRARY_PATH": "/opt/lib", "LD_PRELOAD": "libjemalloc.so",
+    "OMP_PROC_BIND": "true", "CUDA_VISIBLE_DEVICES": "0",
+    "HF_HOME": "/data/hf", "HF_HUB_OFFLINE": "1", "VIRTUAL_ENV": "/venv", "TMPDIR": "/tmp", "LC_ALL": "C.UTF-8",
+    "CC": "gcc", "TRITON_CACHE_DIR": "/t",
+    "LLMBENCH_API_KEY": "meant-for-the-worker", "HTTPS_PROXY": "http://proxy:3128", "no_proxy": "localhost",
+    "SSL_CERT_FILE": "/etc/ssl/cert.pem",
 }  # fmt: skip
 FOR_DOWNLOADS = {
     "HF_TOKEN": "hf_abcDEF123456",
@@ -159,9 +176,12 @@ FOR_DOWNLOADS = {
     "https_proxy": "http://me:word@proxy:3128",
 }
 NEVER = {
-    "MLFLOW_TRACKING_URI": "https://host", "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_TOKEN": "x", "AWS_PROFILE": "work", "AZURE_TENANT_ID": "1",
-    "GOOGLE_APPLICATION_CREDENTIALS": "/k.json", "DATABRICKS_HOST": "https://host", "OPENAI_API_KEY": "x", "SSH_AUTH_SOCK": "/run/s",
-    "PIP_INDEX_URL": "https://me:word@host/simple", "DATABASE_URL": "postgresql://me:word@host/db", "GITHUB_TOKEN": "ghp-of-mine", "COPY": "ghp-of-mine",
+    "MLFLOW_TRACKING_URI": "https://host", "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_TOKEN": "x",
+    "AWS_PROFILE": "work", "AZURE_TENANT_ID": "1",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/k.json", "DATABRICKS_HOST": "https://host", "OPENAI_API_KEY": "x",
+    "SSH_AUTH_SOCK": "/run/s",
+    "PIP_INDEX_URL": "https://me:word@host/simple", "DATABASE_URL": "postgresql://me:word@host/db",
+    "GITHUB_TOKEN": "ghp-of-mine", "COPY": "ghp-of-mine",
 }  # fmt: skip
 
 
@@ -216,7 +236,7 @@ def test_a_log_is_rewritten_only_where_it_must_be(tmp_path: Path, monkeypatch: p
 
 
 def test_long_texts_take_no_long_time() -> None:
-    """No shape may look at a text again for each of its characters."""
+    """No pattern may scan a text again for each of its characters."""
     import time
 
     def seconds(text: str) -> float:

@@ -176,7 +176,7 @@ def test_a_model_that_is_not_quantized_as_measured_is_refused(run_id: str, store
 
 
 def test_answers_are_greedy_and_end_where_the_checkpoint_says(run_id: str, store_uri: str, tmp_path: Path) -> None:
-    """A checkpoint's sampling and penalties were not measured, so they are not served; its end tokens are."""
+    """Sampling and penalties of a checkpoint were not measured, so they are not served; its end tokens are."""
     register(open_store(store_uri), run_id, "bot", accept_suspect=BUSY)
     plain = mlflow.pyfunc.load_model("models:/bot@candidate").predict([{"prompt": "Hello"}])
     folder = tmp_path / "llama"
@@ -203,7 +203,7 @@ def test_answers_are_greedy_and_end_where_the_checkpoint_says(run_id: str, store
 
 @contextmanager
 def served(uri: str, store_uri: str, log: Path) -> Iterator[str]:
-    """The address of `mlflow models serve` for a version, in processes of its own."""
+    """The address of `mlflow models serve` for a version, in its own processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -268,7 +268,7 @@ def test_a_served_version_answers_over_http(run_id: str, store_uri: str, tmp_pat
             assert "A prompt has 40 tokens, and 16 are the most that was measured" in answer.read().decode()
 
 
-# What is refused, and what a reference may be; with results whose every stamp is chosen
+# Refusals and valid references, with results of chosen time stamps
 
 
 def test_a_second_registration_of_a_run_makes_no_second_version(store_uri: str, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_invalid_runs_are_refused_and_suspect_ones_need_a_reason(store_uri: str,
             "candidate",
             "",
             "Not a name for a registered model: a@b. Give letters",
-        ),  # models:/a@b@candidate is no address
+        ),  # models:/a@b@candidate is not a valid address
         ("bot", "v1", "", "Not an alias: v1. Give letters"),
         ("bot", "champion", "", "Only `llmbench promote` moves the alias champion"),
         ("bot", "candidate", "nonsense", "nonsense is neither a run id, nor a sweep of this store"),
@@ -394,7 +394,7 @@ def test_what_cannot_be_served_is_not_registered(field: str, value: str, message
 
 
 def test_a_gguf_file_without_a_tokenizer_is_not_registered() -> None:
-    """Asked to cut a text with it, llama.cpp ends the process."""
+    """llama.cpp would end the process if asked to tokenize a text with such a file."""
     facts = {"quant.type": "Q4_0", "kv_cache.type": "f16", "model.tokenizer": "none"}
     cell = Cell(model="m", backend="llama_cpp", quant="q4_0", output_tokens=5)
     result = made(
@@ -482,7 +482,7 @@ def test_register_is_an_entry_point_of_the_project(store_uri: str, tmp_path: Pat
 
 
 def test_tables_are_named_where_the_ui_sets_them_side_by_side(run_id: str, store_uri: str) -> None:
-    """MLflow's evaluation view knows only tables that this tag names; texts are first."""
+    """MLflow's evaluation view knows only the tables named in this tag; texts come first."""
     client = MlflowClient(store_uri)
     named = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
     assert {item["type"] for item in named} == {"table"}

@@ -131,7 +131,7 @@ def test_the_texts() -> None:
     json.dumps(told, allow_nan=False)
 
 
-# What is rebuilt, and refused
+# Rebuilding cells, and refusals
 
 
 def test_the_parameters_are_those_of_the_run_with_the_commit_that_was_measured() -> None:

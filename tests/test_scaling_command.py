@@ -24,7 +24,7 @@ def store(store_template: Path, tmp_path_factory: pytest.TempPathFactory) -> str
 
 @pytest.fixture(scope="module")
 def sweep(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SweepResult]:
-    """One sweep for all tests here: they only read it."""
+    """One sweep for all tests in this module, which only read it."""
     import mlflow
 
     model = f"fake:ttft_ms={TTFT:g}+itl_ms={ITL:g}+row_ms={ROW:g}"

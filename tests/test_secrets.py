@@ -1,4 +1,4 @@
-"""Secrets planted wherever a machine holds some are found nowhere that a command writes: real commands, real workers, real stores."""
+"""Planted secrets must appear nowhere that a command writes: real commands, real workers, real stores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FAST = ("--output-tokens", "3", "--prompt-tokens", "auto", "--repetitions", "5", "--warmup", "1")
 
 BACKEND = '''
-"""A backend that gives away all that it knows: what it prints, logs, warns of, returns and raises holds the text of a file."""
+"""A leaky backend: all that it prints, logs, warns of, returns and raises contains the text of a file."""
 
 import json, logging, os, pathlib, sys, warnings
 from dataclasses import replace
@@ -47,7 +47,9 @@ class Leaky(FakeBackend):
 
     @classmethod
     def resolve(cls, cell):
-        return ModelFacts(name=cell.model, source="hub", location=f"{cell.model} {LEAK}", revision="1", config={"why": LEAK}, context=100000, dtype="float32")
+        location = f"{cell.model} {LEAK}"
+        facts = ModelFacts(name=cell.model, source="hub", location=location, revision="1", config={"why": LEAK})
+        return replace(facts, context=100000, dtype="float32")
 
     @classmethod
     def is_prepared(cls, cell, model):
@@ -111,7 +113,9 @@ TEXTS = (
     "index https://canary-13-index@pip.example/simple",
 )
 FILES = {"hub/token": "canary-22-tokenfile", "hub/stored_tokens": "[a]\nhf_token = canary-23-stored\n",
-         "home/.mlflow/credentials": "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = canary-24-file\n"}  # fmt: skip
+         "home/.mlflow/credentials": (
+             "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = canary-24-file\n"
+         )}  # fmt: skip
 CANARIES = [
     value
     for name, value in VARIABLES.items()
@@ -159,7 +163,8 @@ def planted(tmp_path: Path) -> dict[str, str]:
         (tmp_path / file).write_text(text)
     kept = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     return {
-        **kept, **VARIABLES, "HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hub"), "LLMBENCH_TEST_FOLDER": str(tmp_path / "planted"),
+        **kept, **VARIABLES, "HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hub"),
+        "LLMBENCH_TEST_FOLDER": str(tmp_path / "planted"),
         "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "no_proxy": "*", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
@@ -175,14 +180,14 @@ def llmbench(environment: dict[str, str], folder: Path, *arguments: str) -> subp
 
 
 def places(text: str | bytes, canaries: list[str]) -> list[str]:
-    """The planted secrets that a text holds, as they are, in an address or in JSON."""
+    """The planted secrets in a text, verbatim, in an address or in JSON."""
     content = text.encode(errors="surrogateescape") if isinstance(text, str) else text
     spellings = {canary: {canary, quote(canary, safe=""), json.dumps(canary)[1:-1]} for canary in canaries}
     return [canary for canary, found in spellings.items() if any(one.encode() in content for one in found)]
 
 
 def found_in(folder: Path, canaries: list[str]) -> dict[str, list[str]]:
-    """File → planted secrets in it, for every file below a folder that was not planted there."""
+    """File → planted secrets in it, for every file below a folder except the planted files."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_file() and path.relative_to(folder).parts[0] not in ("site", "home", "hub", "planted", "project"):
@@ -270,7 +275,8 @@ def test_a_worker_is_started_without_them(store_uri: str, tmp_path: Path, plante
     for environment in seen.values():
         assert not [name for name in environment if name.startswith("MLFLOW_")]
         assert {name: environment[name] for name in ("LLMBENCH_OURS", "CC", "HF_HOME", "HOME", "PATH")} == {
-            "LLMBENCH_OURS": "stays", "CC": "stays too", "HF_HOME": planted["HF_HOME"], "HOME": planted["HOME"], "PATH": planted["PATH"],
+            "LLMBENCH_OURS": "stays", "CC": "stays too", "HF_HOME": planted["HF_HOME"], "HOME": planted["HOME"],
+            "PATH": planted["PATH"],
         }  # fmt: skip
 
 
@@ -323,7 +329,10 @@ def test_the_password_of_a_server_that_takes_it_is_kept_nowhere(
 def test_a_token_that_a_client_has_noted_of_the_git_remote_leaves_the_store_again(
     store_uri: str, tmp_path: Path, planted: dict[str, str]
 ) -> None:
-    """`mlflow run` notes the address of the remote; MLflow 3.17 strips the user from it, others may not, and a source can be any address."""
+    """`mlflow run` records the address of the remote. MLflow 3.17 strips the user from it.
+
+    Other versions may not, and a source can be any address.
+    """
     client = MlflowClient(store_uri)
     tags = {
         "mlflow.source.git.repoURL": "https://user:canary-21@host.example/x.git",

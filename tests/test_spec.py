@@ -1,4 +1,4 @@
-"""Parameters as text: what is accepted, and the one line that says what is not."""
+"""Parameters as text: accepted values, and the error line for all others."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from mlflow_llmbench.spec import PARAMETERS, default_text, parse, read_yaml
 
 def test_defaults_are_those_of_the_vocabulary() -> None:
     assert {name: default_text(name) for name in PARAMETERS} == {
-        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none", "group_size": "128", "quant_budget": "none", "quant_plan": "none",
-        "int8_threshold": "6", "double_quant": "false", "kv_cache": "auto", "assistant": "none", "draft_tokens": "10", "batch_size": "1",
-        "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto", "repetitions": "auto",
-        "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto", "worker_python": "none", "attention": "auto",
-        "decode": "generate", "seed": "0", "trust_remote_code": "false", "allow_pickle": "false", "preset": "none", "output_dir": "llmbench-results",
-        "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled", "quality_reference": "none", "gpu_layers": "auto", "mmap": "true",
-        "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600", "first_token_timeout_s": "3600",
+        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none",
+        "group_size": "128", "quant_budget": "none", "quant_plan": "none",
+        "int8_threshold": "6", "double_quant": "false", "kv_cache": "auto", "assistant": "none", "draft_tokens": "10",
+        "batch_size": "1",
+        "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto",
+        "repetitions": "auto",
+        "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto",
+        "worker_python": "none", "attention": "auto",
+        "decode": "generate", "seed": "0", "trust_remote_code": "false", "allow_pickle": "false", "preset": "none",
+        "output_dir": "llmbench-results",
+        "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled",
+        "quality_reference": "none", "gpu_layers": "auto", "mmap": "true",
+        "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600",
+        "first_token_timeout_s": "3600",
         "repetition_timeout_s": "3600", "cell_timeout_s": "none",
         "batching": "none", "batch_wait_ms": "100", "quality_tasks": "none", "quality_limit": "none",
-        "url": "none", "endpoint": "completions", "concurrency": "1", "request_rate": "none", "arrival": "poisson", "burstiness": "1",
-        "trace": "none", "ramp_to": "none", "client_processes": "auto", "launch": "none", "twin": "false", "find": "none", "attainment": "0.9", "slo": "none",
-        "requests": "auto", "duration_s": "none", "request_timeout_s": "600", "slo_ttft_ms": "none", "slo_tpot_ms": "none", "slo_e2e_ms": "none",
+        "url": "none", "endpoint": "completions", "concurrency": "1", "request_rate": "none", "arrival": "poisson",
+        "burstiness": "1",
+        "trace": "none", "ramp_to": "none", "client_processes": "auto", "launch": "none", "twin": "false",
+        "find": "none", "attainment": "0.9", "slo": "none",
+        "requests": "auto", "duration_s": "none", "request_timeout_s": "600", "slo_ttft_ms": "none",
+        "slo_tpot_ms": "none", "slo_e2e_ms": "none",
     }  # fmt: skip
 
 
@@ -50,7 +60,10 @@ def test_auto_none_and_flags() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"quant": "int44"}, r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, gptq3, gptq8"),
+        ({"quant": "int44"}, (
+            r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, "
+            r"gptq3, gptq8"
+        )),
         ({"backend": "tgi"}, r"Unknown backend: tgi\. Known: transformers, llama_cpp, vllm, openvino, fake"),
         ({"workload": "summarisation"}, r"Unknown workload: summarisation\. Did you mean summarization\?"),
         ({"workload": "missing.jsonl"}, r"There is no workload file missing\.jsonl"),
@@ -64,7 +77,9 @@ def test_auto_none_and_flags() -> None:
         ({"device": "tpu"}, r"Unknown device: tpu\. Give auto, cpu, cuda or cuda:N\."),
         ({"seed": "1,2"}, r"seed is not a whole number: 1,2"),
         ({"repetitions": [5, 6]}, r"repetitions takes one value: 5,6\. Lists are allowed for model, quant"),
-        ({"quant": "int8,,int4"}, r"quant has an empty value: 'int8,,int4'\. Leave the parameter out for its default \(none\)\."),
+        ({"quant": "int8,,int4"}, (
+            r"quant has an empty value: 'int8,,int4'\. Leave the parameter out for its default \(none\)\."
+        )),
         ({"quantt": "int8"}, r"Unknown parameter: quantt\. Did you mean quant\?"),
         ({"trust_remote_code": "maybe"}, r"trust_remote_code is neither true nor false: maybe"),
         ({"model": "a\nb"}, r"model has control characters"),

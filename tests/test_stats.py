@@ -168,7 +168,7 @@ def test_the_median_is_drawn_from_its_exact_distribution(values: list[float]) ->
 
 
 def coverage(interval: object, n: int, draws: int = 1500) -> float:
-    """Share of samples of n normal values with mean 10 whose interval holds 10."""
+    """Share of samples of n normal values with mean 10 whose interval contains 10."""
     rng = np.random.default_rng(n)
     hits = 0
     for number in range(draws):

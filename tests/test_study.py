@@ -190,7 +190,7 @@ def with_setting(one: RunResult, started_ms: int, **settings: Any) -> RunResult:
     ("quant", "settings"), [("gptq", {"group_size": 64}), ("int4", {"quant_budget": "5.5", "quant": "mixed"})]
 )
 def test_settings_of_a_quantization_need_no_reference_that_has_them_too(quant: str, settings: dict[str, Any]) -> None:
-    """They mean nothing where nothing is quantized: a sweep of bf16 serves every later one."""
+    """Settings of a quantization have no effect without one: a sweep of bf16 serves every later sweep."""
     usual = [measured(quant=quant), measured()]
     other = with_setting(measured(quant=quant, speed=0.5), 5, **settings)
     found = find([*usual, other])
@@ -201,7 +201,7 @@ def test_settings_of_a_quantization_need_no_reference_that_has_them_too(quant: s
 
 
 def test_no_pair_of_cells_counts_twice() -> None:
-    """Two thresholds of LLM.int8 beside fp32 and bf16: fp32 against bf16 is one value, not one for each threshold."""
+    """With two thresholds of LLM.int8 beside fp32 and bf16, fp32 against bf16 is one value, not one per threshold."""
     whole, single = measured(), with_setting(measured(speed=0.5), 3, quant="fp32")
     eights = [measured(quant="int8"), with_setting(measured(quant="int8", speed=0.9), 4, int8_threshold=0.0)]
     found = find([whole, single, *eights])

@@ -1,4 +1,4 @@
-"""What must hold when things go wrong: signals, kills, limits, full disks, servers that are away. Real processes, a real store."""
+"""Failures: signals, kills, limits, full disks, unreachable servers. With real processes and a real store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CELL = {"backend": "fake", "output_tokens": 6, "prompt_tokens": 4, "repetitions": 5, "warmup": 1}
 ARGUMENTS = [text for name, value in CELL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 HANG = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
-"""Two rows are measured at once; one row, which comes next in the same worker, never ends."""
+"""A batch of two rows is measured at once; a batch of one row, next in the same worker, never ends."""
 
 
 def fake(script: str = "ttft_ms=2+itl_ms=1", **parameters: Any) -> SweepResult:
@@ -112,7 +112,8 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(
     assert "Traceback" not in errors
     assert not alive(worker)
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"), f"{HANG}: batch_size": ("KILLED", None)
+        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"),
+        f"{HANG}: batch_size": ("KILLED", None)
     }  # fmt: skip
     assert "interrupted" in output
 
@@ -219,7 +220,7 @@ def test_an_error_of_our_own_ends_every_run(store_uri: str, monkeypatch: pytest.
 
 
 def test_leaving_through_sys_exit_ends_every_run(store_uri: str, tmp_path: Path) -> None:
-    """A program that calls `run` and leaves in the middle by `sys.exit`, from a watcher."""
+    """A program that calls `run` and exits during it by `sys.exit`, from a watcher."""
     program = (
         "import sys\nfrom mlflow_llmbench import run\nfrom mlflow_llmbench.sweep import Silent\n"
         "class Leaving(Silent):\n    def event(self, event):\n        if event['event'] == 'repetition': sys.exit(3)\n"
@@ -289,7 +290,7 @@ def test_what_a_cell_is_estimated_to_need_is_held_against_the_limit(store_uri: s
 
 
 def test_cells_that_need_no_less_than_a_failed_one_are_skipped(store_uri: str) -> None:
-    """Two numbers of threads are two loads: what the first could not do, the second is not asked to."""
+    """Two numbers of threads are two loads: a cell that failed in the first is not tried in the second."""
     result = fake("ttft_ms=1+itl_ms=1+fail=oom+above_batch=2", batch_size="1,4", threads="1,2")
     by_cell = {(row.cell.threads, row.cell.batch_size): row.outcome for row in result.rows}
     assert by_cell == {(1, 1): "ok", (1, 4): "oom", (2, 1): "ok", (2, 4): "skipped"}
@@ -343,7 +344,7 @@ def test_the_given_run_of_mlflow_is_filled_with_the_linked_result(
 
 @contextmanager
 def mlflow_server(uri: str, folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A real `mlflow server` on loopback, once it answers."""
+    """Start a real `mlflow server` on loopback and wait until it answers."""
     import urllib.request
 
     command = [
@@ -398,7 +399,7 @@ def test_a_server_that_is_away_from_start_to_end_costs_little_and_loses_nothing(
 
 
 def test_a_server_that_hangs_is_waited_for_a_few_seconds_in_all(store_uri: str, tmp_path: Path) -> None:
-    """It accepts connections and never answers, as one that was stopped does."""
+    """A server that accepts connections and never answers, like a stopped one."""
     import socket
 
     with socket.socket() as silent:
@@ -416,7 +417,7 @@ def test_a_server_that_hangs_is_waited_for_a_few_seconds_in_all(store_uri: str, 
 
 
 def test_a_server_that_goes_and_comes_back_has_everything_in_the_end(store_uri: str, tmp_path: Path) -> None:
-    """The server goes on behind a door that is shut when the first cell is there, and opened when the second is."""
+    """The server is behind a proxy that closes when the first cell is done, and opens when the second is."""
 
     def results() -> int:
         return len(list(tmp_path.glob("llmbench-results/*/*/artifacts/result.json")))
@@ -449,8 +450,11 @@ def test_a_server_that_goes_and_comes_back_has_everything_in_the_end(store_uri: 
 
 
 def test_a_full_disk_fails_the_cell_and_says_so(store_uri: str, tmp_path: Path) -> None:
-    """Files of this command may have 40 kB: a journal of long repetitions has more. The store is in another process's hands."""
-    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); sys.argv[0] = 'llmbench'; runpy.run_module('mlflow_llmbench', run_name='__main__')"
+    """Limit the command's files to 40 kB; a journal of long repetitions is larger. Another process writes the store."""
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); sys.argv[0] = "
+        "'llmbench'; runpy.run_module('mlflow_llmbench', run_name='__main__')"
+    )
     port = free_port()
     with mlflow_server(store_uri, tmp_path, port):
         command = [
@@ -486,7 +490,8 @@ def test_a_full_disk_fails_the_cell_and_says_so(store_uri: str, tmp_path: Path) 
 
 
 def test_a_store_that_is_read_only(store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Known before the start where the experiment has to be made; else in the middle, and then the results wait on the disk."""
+    """A full store is noticed before the start if the experiment must be created, else later; then results stay on
+    disk."""
     only_read = store_uri.replace("sqlite:///", "sqlite:///file:") + "?mode=ro&uri=true"
     with pytest.raises(
         TrackingError,
@@ -510,7 +515,7 @@ def test_two_sweeps_at_once_on_one_file(store_uri: str, tmp_path: Path) -> None:
 
 
 def test_the_journal_is_readable_after_a_crash_at_any_point(tmp_path: Path) -> None:
-    """The file is cut at 200 places; each event that was whole is read, none that was not, and writing goes on behind them."""
+    """Cut the file at 200 places: exactly the complete events are read, and new ones are appended after them."""
     import random
 
     log = journal.EventLog(tmp_path / "whole.jsonl")
@@ -540,7 +545,8 @@ def test_a_half_written_result_is_not_accepted(store_uri: str) -> None:
 
 
 def test_one_of_each_failure_in_twenty_cells(store_uri: str) -> None:
-    """Every other cell is measured, the exit code says that not all were, no run is left open, and the end says what failed and why."""
+    """All other cells are measured, the exit code is not 0, no run is left open, and the last lines name what failed
+    and why."""
     scripts = {
         "oom": "ttft_ms=1+itl_ms=1+fail=oom+above_batch=3", "crashed": "ttft_ms=1+itl_ms=1+fail=crash+above_batch=3",
         "error": "ttft_ms=1+itl_ms=1+fail=error+above_batch=3", "timeout": "ttft_ms=1+itl_ms=1+fail=hang+above_batch=3",
@@ -563,7 +569,7 @@ def test_one_of_each_failure_in_twenty_cells(store_uri: str) -> None:
 
 
 def test_processes_are_in_turns(store_uri: str) -> None:
-    """A B, B A, A B: the load of each process tells when it began."""
+    """A B, B A, A B: the load of each process shows when it began."""
     result = fake(threads="1,2", processes=3)
     begun = []
     for folder in result.folder.glob("*/worker.jsonl"):

@@ -100,7 +100,7 @@ def test_a_sweep_is_a_parent_with_children_named_by_what_varies(store_uri: str) 
     assert heading[:2] == ["batch_size", "output_tokens"]
     assert "quant" not in heading
     load_times = {runs[i].data.metrics["load/load_s"] for i in result.run_ids}
-    assert len(load_times) == 1  # one load served all four cells
+    assert len(load_times) == 1  # one load for all four cells
 
 
 def test_raw_samples_carry_the_numbers(store_uri: str) -> None:

@@ -1,4 +1,4 @@
-"""Recorded requests: what a file must hold, the schedule and lengths that come of it, and the whole way to a server and MLflow."""
+"""Recorded requests: the file format, the resulting schedule and lengths, and the whole way to a server and MLflow."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_another_content_is_another_workload_and_another_name_is_not(trace: Path
         ("[1, 2, 3]", "line 1, is not a request of a trace"),
         ("no json", "line 1, is not a request of a trace: no json."),
         (
-            '{"timestamp": 5, "input_length": 2, "output_length": 2}\n{"timestamp": 4, "input_length": 2, "output_length": 2}',
+            '{"timestamp": 5, "input_length": 2, "output_length": 2}\n{"timestamp": 4, "input_length": 2, '
+            '"output_length": 2}',
             "line 2, goes back in time",
         ),
         ('{"timestamp": 5, "input_length": 2, "output_length": 0}', "or a length that is no number of tokens from 1"),

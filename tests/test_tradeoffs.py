@@ -34,7 +34,7 @@ def test_smooth_curves_raise_no_more_false_alarms_than_stated(name: str, drift: 
 
 
 def test_one_side_alone_makes_no_cliff() -> None:
-    """A knee with much scatter: the step after it is as steep, but by chance it is often seen to be less so."""
+    """A knee with much scatter: the step after it is as steep, but by chance often looks less steep."""
     alarms = 0
     for seed in range(300):
         draw = np.random.default_rng(seed)

@@ -15,12 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
 SAID = (
-    "Logged on run", "Registered models:/support-bot/1, alias candidate.", "models:/support-bot/1 is the champion of support-bot. It is the first",
-    "REGRESSION: run ", "exit code 1", "PASSED: models:/support-bot/1 against models:/support-bot/1.", "Registered models:/support-bot/2, alias candidate.",
-    "PASSED: models:/support-bot/2 against models:/support-bot/1.", "Version 1 is kept as previous.", "Version 2 is kept as previous.",
+    "Logged on run", "Registered models:/support-bot/1, alias candidate.",
+    "models:/support-bot/1 is the champion of support-bot. It is the first",
+    "REGRESSION: run ", "exit code 1", "PASSED: models:/support-bot/1 against models:/support-bot/1.",
+    "Registered models:/support-bot/2, alias candidate.",
+    "PASSED: models:/support-bot/2 against models:/support-bot/1.", "Version 1 is kept as previous.",
+    "Version 2 is kept as previous.",
     "Equivalent within ±30 % in all of ", "llama.json: 1 measurements of llama-bench, 1 of them new.",
 )  # fmt: skip
-"""What the commands print, in this order."""
+"""Expected output of the commands, in this order."""
 
 
 def test_the_page_has_no_command_outside_its_blocks() -> None:

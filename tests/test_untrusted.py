@@ -1,4 +1,7 @@
-"""What a model of strangers may do: nothing that was not asked for. Real pickles and real code that would leave a file behind if they ran."""
+"""Untrusted models may do nothing that was not allowed.
+
+Uses real pickles and real code that would leave a file behind if they ran.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ FAST = ("--prompt-tokens", "4", "--output-tokens", "3", "--repetitions", "5", "-
 
 
 class Evil:
-    """Unpickling it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -78,7 +81,8 @@ def test_pickled_weights_are_read_only_where_asked_for_and_that_is_recorded(pick
     with pytest.raises(ModelError) as caught:
         load(pickled)
     assert str(caught.value) == (
-        f"The weights of {pickled} are a pickle (pytorch_model.bin), which can carry code, and are not read unless you say so. "
+        f"The weights of {pickled} are a pickle (pytorch_model.bin), which can carry code, and are not read unless "
+        "you say so. "
         "Prefer a model with *.safetensors; or trust its origin and give allow_pickle=true."
     )
     assert load(pickled, allow_pickle=True)["model.weights_format"] == "pickle"
@@ -132,7 +136,10 @@ def test_safetensors_that_name_a_pickle_in_their_index_are_not_loaded(model: Pat
 
 
 def code(trace: Path) -> str:
-    return f"import os\nos.makedirs({str(trace)!r}, exist_ok=True)\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    return (
+        f"import os\nos.makedirs({str(trace)!r}, exist_ok=True)\nfrom transformers import LlamaConfig as Config, "
+        "LlamaForCausalLM as Model\n"
+    )
 
 
 def test_code_that_comes_with_a_model_is_refused(model: Path, trace: Path) -> None:
@@ -215,7 +222,8 @@ def test_a_revision_is_a_name(revision: str) -> None:
     ("parameters", "source", "may"),
     [
         ({}, "folder", False), ({}, "hub", False), ({}, "preset", True), ({"revision": "refs/pr/7"}, "preset", False),
-        ({"revision": "0123456789abcdef0123456789abcdef01234567"}, "preset", False), ({"allow_pickle": True}, "hub", True),
+        ({"revision": "0123456789abcdef0123456789abcdef01234567"}, "preset", False),
+        ({"allow_pickle": True}, "hub", True),
     ],
 )  # fmt: skip
 def test_whose_pickles_may_be_read(parameters: dict[str, Any], source: str, may: bool) -> None:

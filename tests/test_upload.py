@@ -95,7 +95,7 @@ def test_runs_that_were_sent_the_same_are_found_by_the_digest_of_their_prompts(
 def test_what_a_failing_store_cut_off_is_completed_not_doubled(
     store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """mlflow's own client, failing at one call from the second use on: whatever part had arrived."""
+    """mlflow's own client fails at one call from its second use on, whatever part of the upload had arrived."""
     real, uses = getattr(MlflowClient, call), []
 
     def failing(self: Any, *arguments: Any, **keywords: Any) -> Any:

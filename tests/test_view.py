@@ -1,4 +1,4 @@
-"""The published comparison view: its state against a golden file, and what publishing does to a store.
+"""The published comparison view: its state against a golden file, and the effect of publishing on a store.
 
 The golden file is a state that the UI of MLflow 3.17.2 drew correctly, checked in a browser. After a change that was
 checked in the same way: LLMBENCH_WRITE_GOLDEN=1 pytest tests/test_view.py
@@ -96,7 +96,8 @@ def test_baseline_is_the_first_measured_run_without_quantization() -> None:
 def test_published_view_is_one_tag_with_the_state_and_its_link(store: tracking.Store) -> None:
     found, warnings = publish(store)
     assert found == (
-        f"#/experiments/{store.experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning&viewStateShareKey=llmbench-0123456789abcdef"
+        f"#/experiments/{store.experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+        "&viewStateShareKey=llmbench-0123456789abcdef"
     )
     assert warnings == []
     ((view_id, envelope),) = views(store).items()
@@ -152,7 +153,7 @@ def test_rows_without_their_run_give_a_warning_and_no_link(store: tracking.Store
 
 @pytest.fixture
 def server_of(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A loopback server that answers /version with the test's parameter, as MLflow's does; 404 where it is empty."""
+    """A loopback server that answers /version with the test's parameter, like MLflow's; 404 if it is empty."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""The whole decision on a real model and a real store: sweep, recommend, register, serve, gate, promote, reproduce, by their commands."""
+"""The whole decision on a real model and store: sweep, recommend, register, serve, gate, promote, reproduce."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SlowBackend(TransformersBackend):
             emit(*tokens)
         super().generate(prompts, output_tokens, late, history)
 """
-"""The same model, half a second later with each token: a backend of somebody else's package."""
+"""A backend of another package: the same model, with each token half a second later."""
 
 
 def install_slow_backend(folder: Path) -> None:
