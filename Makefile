@@ -34,7 +34,7 @@ gguf-wheel: $(WHEEL)
 
 test-gguf: $(INSTALLED) $(WHEEL)
 	$(BIN)/python -m pip install -q -c constraints.txt --find-links build/wheels -e '.[gguf]'
-	$(PYTEST) -m "not slow" tests/test_llama_cpp.py
+	$(PYTEST) -m "not slow" tests/backends/llamacpp/test_backend.py
 
 # Includes the slowest tests: a Ray cluster, a real model, the tutorial.
 test-all: $(INSTALLED) real-model

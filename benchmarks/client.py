@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench import machine
 from mlflow_llmbench.stats import percentile
+from mlflow_llmbench.system import machine
 from tests.null_server import null_server, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,15 +60,17 @@ def ttft_error_ms(url: str) -> float:
 
     Every token count must be exact.
     """
-    from mlflow_llmbench import client as load_client
-    from mlflow_llmbench.backends.openai_server import http_request, read_answer
+    from mlflow_llmbench.backends.openai.answers import read_answer
+    from mlflow_llmbench.backends.openai.discovery import http_request
+    from mlflow_llmbench.loadgen import client as client_loadgen
 
     asked = body(0) | {"model": "null:ttft_ms=50+itl_ms=20", "max_tokens": 20}
     read_log(url)
-    address = load_client.address_of(url)
-    client = load_client.LoadClient(address)
+    address = client_loadgen.address_of(url)
+    client = client_loadgen.LoadClient(address)
     trace = client.run(
-        lambda n: http_request(address, "/v1/completions", asked, n), load_client.Load(GOLDEN_STREAMS, GOLDEN_STREAMS)
+        lambda n: http_request(address, "/v1/completions", asked, n),
+        client_loadgen.Load(GOLDEN_STREAMS, GOLDEN_STREAMS),
     )
     client.close()
     log, records = read_log(url), [read_answer(exchange) for exchange in trace.exchanges]
@@ -84,16 +86,17 @@ def ttft_error_ms(url: str) -> float:
 
 def run_ours(url: str, uvloop: bool) -> tuple[dict[int, list[int]], float, float]:
     """Stamps by stream, CPU seconds while the streams ran, and with the parsing after them."""
-    from mlflow_llmbench import client as load_client
-    from mlflow_llmbench.backends.openai_server import http_request, read_answer
+    from mlflow_llmbench.backends.openai.answers import read_answer
+    from mlflow_llmbench.backends.openai.discovery import http_request
+    from mlflow_llmbench.loadgen import client as client_loadgen
 
     if not uvloop:
-        load_client.new_loop = asyncio.new_event_loop
-    address = load_client.address_of(url)
-    client = load_client.LoadClient(address)
+        client_loadgen.new_loop = asyncio.new_event_loop
+    address = client_loadgen.address_of(url)
+    client = client_loadgen.LoadClient(address)
     client.ask(http_request(address, "/health"))
     trace = client.run(
-        lambda n: http_request(address, "/v1/completions", body(n), n), load_client.Load(STREAMS, STREAMS)
+        lambda n: http_request(address, "/v1/completions", body(n), n), client_loadgen.Load(STREAMS, STREAMS)
     )
     before = time.process_time()
     records = [read_answer(exchange) for exchange in trace.exchanges]

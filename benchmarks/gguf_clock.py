@@ -19,9 +19,9 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench.backends.llama_cpp_local import LlamaCppBackend
-from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.measure import time_request
+from mlflow_llmbench.backends.llamacpp.backend import LlamaCppBackend
+from mlflow_llmbench.measure.batch import time_request
+from mlflow_llmbench.records.cell import Cell
 
 GOAL = 0.03
 

@@ -18,13 +18,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench import efficiency, gpu, latency, machine, summary
-from mlflow_llmbench.backends.transformers_local import TransformersBackend
-from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.errors import LlmbenchError
-from mlflow_llmbench.measure import compare_decoding, measure_cell, time_request
-from mlflow_llmbench.records import Hashes, RunResult
-from mlflow_llmbench.workload import load_prompts
+from mlflow_llmbench.analysis import efficiency, latency, summary
+from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
+from mlflow_llmbench.measure.batch import compare_decoding, measure_cell, time_request
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.errors import LlmbenchError
+from mlflow_llmbench.records.results import Hashes, RunResult
+from mlflow_llmbench.system import gpu, machine
+from mlflow_llmbench.workloads.prompts import load_prompts
 
 MODELS = ("opt-125m", "llama-3.2-1b")
 CONFIGURATIONS: tuple[dict[str, Any], ...] = (

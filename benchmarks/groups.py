@@ -24,8 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench import machine
-from mlflow_llmbench.journal import read_events
+from mlflow_llmbench.measure.journal import read_events
+from mlflow_llmbench.system import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXED = {"weights": "random", "repetitions": "5", "warmup": "3", "rerun": "true"}

@@ -21,13 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench import machine
-from mlflow_llmbench.backends import inspection, mixed, sources
-from mlflow_llmbench.backends.transformers_local import TransformersBackend
-from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.quant_plan import QUANTIZED, Sensitivity
+from mlflow_llmbench.backends.checkpoints import sources
+from mlflow_llmbench.backends.huggingface import inspection, mixed
+from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.mixed_plan import QUANTIZED, Sensitivity
 from mlflow_llmbench.stats import t_interval
-from mlflow_llmbench.workload import load_prompts, load_text
+from mlflow_llmbench.system import machine
+from mlflow_llmbench.workloads.prompts import load_prompts, load_text
 
 PASSAGES, TOKENS = 24, 64
 

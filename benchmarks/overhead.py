@@ -25,13 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from mlflow_llmbench import latency, machine, stats, summary, tracking
-from mlflow_llmbench.backends.transformers_local import TransformersBackend, _Streamer
-from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.measure import time_request
-from mlflow_llmbench.records import Hashes, ModelFacts, Repetition, RequestRecord, RunResult
-from mlflow_llmbench.summary import Point
-from mlflow_llmbench.workload import load_prompts
+from mlflow_llmbench import stats
+from mlflow_llmbench.analysis import latency, summary
+from mlflow_llmbench.analysis.summary import Point
+from mlflow_llmbench.backends.huggingface.backend import TransformersBackend, _Streamer
+from mlflow_llmbench.measure.batch import time_request
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.results import Hashes, ModelFacts, Repetition, RequestRecord, RunResult
+from mlflow_llmbench.system import machine
+from mlflow_llmbench.tracking import runs
+from mlflow_llmbench.workloads.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 21
@@ -157,14 +160,14 @@ def upload_costs() -> dict[str, tuple[float, list[float], float]]:
     points += [Point(f"steps/series_{number}", step, 1.5, 0) for number in range(SERIES) for step in range(STEPS)]
 
     with tempfile.TemporaryDirectory() as folder:
-        store = tracking.open_store(f"sqlite:///{folder}/mlflow.db", "overhead")
+        store = runs.open_store(f"sqlite:///{folder}/mlflow.db", "overhead")
 
         def batches() -> float:
-            run = tracking.begin_run(store, "batches", {})
-            return seconds(lambda: [tracking.log_params(store, run, params), tracking.log_metrics(store, run, points)])
+            run = runs.begin_run(store, "batches", {})
+            return seconds(lambda: [runs.log_params(store, run, params), runs.log_metrics(store, run, points)])
 
         def single() -> float:
-            run = tracking.begin_run(store, "single", {})
+            run = runs.begin_run(store, "single", {})
             client = store.client
             return seconds(
                 lambda: [

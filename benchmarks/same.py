@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench import machine
-from mlflow_llmbench.ab import run_ab
+from mlflow_llmbench.system import machine
+from mlflow_llmbench.workflows.ab import run_ab
 
 COMMON = {
     "model": "opt-125m",

@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlflow_llmbench import view
+from mlflow_llmbench.tracking import view
 
 WIDTH = 1440
 CHART = "charts/memory_timeline.svg"

@@ -10,20 +10,23 @@ Importing the package loads nothing heavy: torch, transformers and mlflow are im
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import LlmbenchError
+from .records.errors import LlmbenchError
 
 if TYPE_CHECKING:
-    from .sweep import SweepResult
+    from .sweeps.sweep import SweepResult
 
 __version__ = "0.1.0"
+PACKAGE_DIR = Path(__file__).resolve().parent
+"""Folder of this package; its parent goes on a worker's PYTHONPATH."""
 
 __all__ = ["LlmbenchError", "__version__", "run"]
 
 
 def run(**parameters: Any) -> SweepResult:
-    """Measure one configuration, or a sweep; see `mlflow_llmbench.sweep.run` for the parameters and errors."""
-    from . import sweep
+    """Measure one configuration, or a sweep; see `mlflow_llmbench.sweeps.sweep.run` for the parameters and errors."""
+    from .sweeps import sweep
 
     return sweep.run(**parameters)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import NormalDist, fmean, median, stdev, variance
 from typing import TYPE_CHECKING, Any
 
-from .metrics import PERCENTILE_SUPPORT
+from .records.metrics import PERCENTILE_SUPPORT
 
 if TYPE_CHECKING:
     import numpy as np

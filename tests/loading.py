@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlflow_llmbench.backends.base import backend_class
-from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.records import LoadInfo
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.results import LoadInfo
 
 
 @contextmanager

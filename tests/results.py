@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow_llmbench.artifacts import write_cell
-from mlflow_llmbench.cell import Cell
-from mlflow_llmbench.jobs import Job, write_job
-from mlflow_llmbench.records import (
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.results import (
     Hashes,
     LoadInfo,
     MemoryStages,
@@ -21,7 +19,9 @@ from mlflow_llmbench.records import (
     RequestRecord,
     RunResult,
 )
-from mlflow_llmbench.upload import upload
+from mlflow_llmbench.reports.files import write_cell
+from mlflow_llmbench.sweeps.job import Job, write_job
+from mlflow_llmbench.sweeps.upload import upload
 
 MS, GB = 1_000_000, 10**9
 WIGGLE = (0.99, 0.995, 1.0, 1.005, 1.01)

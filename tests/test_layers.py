@@ -1,4 +1,4 @@
-"""The architecture as a table: which module may import which, where each heavy library lives, and the tree in the README."""
+"""The architecture: folders and imports follow the tree of docs/architecture.md, and heavy libraries stay at home."""
 
 import ast
 import re
@@ -9,182 +9,56 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mlflow_llmbench"
-LAYERS = {
-    "nouns": ("redaction", "errors", "metrics", "quantizations", "quant_plan", "cell", "records"),
-    "intent": (
-        "parameters",
-        "launch",
-        "combinations",
-        "spec",
-        "models",
-        "plan",
-        "traces",
-        "workload",
-        "arrivals",
-        "batching",
-        "training",
-    ),
-    "world": (
-        "memory",
-        "gpu",
-        "machine",
-        "sse",
-        "http1",
-        "prometheus",
-        "client",
-        "server_process",
-        "interpreter",
-        "estimate",
-        "backends",
-    ),
-    "act": (
-        "measure",
-        "measure_server",
-        "measure_stream",
-        "journal",
-        "supervise",
-        "stages",
-        "worker",
-        "reference",
-        "node",
-    ),
-    "think": (
-        "stats",
-        "quality",
-        "latency",
-        "repetitions",
-        "efficiency",
-        "online_summary",
-        "summary",
-        "twin",
-        "online_validity",
-        "validity",
-        "goodput",
-        "compare",
-        "recommend",
-        "deployment",
-        "gate",
-        "reproduction",
-        "foreign",
-        "frontier",
-        "markup",
-        "fits",
-        "scaling",
-        "tradeoffs",
-        "footprint",
-        "scaling_study",
-        "claims",
-        "findings",
-    ),
-    "show": (
-        "report",
-        "model_table",
-        "charts",
-        "comparison_charts",
-        "load_charts",
-        "overview",
-        "page",
-        "scaling_report",
-        "scaling_charts",
-        "study_charts",
-        "tradeoff_charts",
-        "study_report",
-        "artifacts",
-        "decision",
-        "pareto",
-        "gate_report",
-        "export",
-        "sensitivity",
-        "training_report",
-    ),
-    "keep": ("context", "tracking", "view", "registry", "serving_model"),
-    "drive": (
-        "packages",
-        "doctor",
-        "progress",
-        "relations",
-        "watcher",
-        "jobs",
-        "upload",
-        "resume",
-        "ledger",
-        "place",
-        "cluster",
-        "sweep",
-        "callback",
-        "preview",
-        "ab",
-        "evidence",
-        "study",
-        "qat",
-        "reproduce",
-        "rematch",
-        "importing",
-        "decide",
-        "cli",
-        "__main__",
-        "__init__",
-    ),
-}
-"""From top to bottom: a module imports from its own layer and those above it. `backends` stands for the whole folder."""
-
-THINK_SEES = ("nouns", "think")
-"""Pure functions over records: not even the layers above them, but for the nouns."""
-
-EXCEPTIONS = {("measure", "stats"), ("measure_server", "stats"), ("measure_stream", "stats")}
-"""Measurement stops when the interval is narrow: it must be the very interval that is reported."""
 
 HOMES = {
-    "torch": ("backends", "worker", "serving_model"),
-    "transformers": ("backends", "worker", "serving_model"),
-    "bitsandbytes": ("backends", "serving_model"),
+    "torch": ("backends", "measure/worker", "tracking/serving_model"),
+    "transformers": ("backends", "measure/worker", "tracking/serving_model"),
+    "bitsandbytes": ("backends", "tracking/serving_model"),
     "accelerate": ("backends",),
     "safetensors": ("backends",),
-    "huggingface_hub": ("backends", "serving_model"),
+    "huggingface_hub": ("backends", "tracking/serving_model"),
     "gguf": ("backends",),
-    "llama_cpp": ("backends", "serving_model"),
+    "llama_cpp": ("backends", "tracking/serving_model"),
     "vllm": ("backends",),
     "openvino": ("backends",),
     "openvino_genai": ("backends",),
     "optimum": ("backends",),
-    "torchao": ("backends", "serving_model"),
-    "hqq": ("backends", "serving_model"),
+    "torchao": ("backends", "tracking/serving_model"),
+    "hqq": ("backends", "tracking/serving_model"),
     "lm_eval": ("backends",),
-    "uvloop": ("client",),
-    "pynvml": ("gpu",),
-    "psutil": ("machine", "memory"),
-    "matplotlib": (
-        "charts",
-        "comparison_charts",
-        "load_charts",
-        "pareto",
-        "scaling_charts",
-        "sensitivity",
-        "study_charts",
-        "tradeoff_charts",
-    ),
-    "mlflow": ("tracking", "view", "upload", "registry", "serving_model"),
-    "ray": ("cluster",),
+    "uvloop": ("loadgen",),
+    "pynvml": ("system",),
+    "psutil": ("system",),
+    "matplotlib": ("reports/charts", "reports/mixed_plan"),
+    "mlflow": ("tracking", "sweeps/upload"),
+    "ray": ("sweeps/ray_executor",),
 }
-"""Heavy library → the only modules that import it. The worker is the process that sets torch and transformers up."""
+"""Heavy library → folders and modules that may import it. The worker is the process that sets up torch."""
 
-RANK = {layer: rank for rank, layer in enumerate(LAYERS)}
-LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
+
+def tree_in(document: str) -> list[str]:
+    """Entries of the first level of the tree that is drawn in a document, in their order."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    drawn = re.search(rf"^```\w*\n{PACKAGE}/\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert drawn, f"{document} has no tree that begins with {PACKAGE}/"
+    names = re.findall(r"^[├└]── (\S+)", drawn[1], re.MULTILINE)
+    return [name.removesuffix("/").removesuffix(".py") for name in names if name != "__init__.py"]
 
 
 def name_of(file: Path) -> str:
-    """Name of a module inside the package: `stats`, `backends.fake`, `backends` for its __init__, `__init__` for ours."""
-    name = ".".join(file.relative_to(ROOT / PACKAGE).with_suffix("").parts)
-    return name.removesuffix(".__init__")
+    """Path of a module in the package without its ending: `stats`, `backends/fake`, `backends` for its __init__."""
+    return file.relative_to(ROOT / PACKAGE).with_suffix("").as_posix().removesuffix("/__init__")
 
 
 FILES = {name_of(file): file for file in sorted((ROOT / PACKAGE).rglob("*.py"))}
+ORDER = tree_in("docs/architecture.md")
+ENTRIES = {name.partition("/")[0] for name in FILES} - {"__init__", "__main__"}
 
 
 def imported_names(module: str) -> Iterator[str]:
-    """Absolute dotted names of everything that a module imports, wherever in its text; `from a import b` gives `a.b`."""
+    """Absolute dotted names of all imports of a module, at any depth; `from a import b` gives `a.b`."""
     file = FILES[module]
     parents = [PACKAGE, *file.relative_to(ROOT / PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -199,25 +73,6 @@ def imported_names(module: str) -> Iterator[str]:
                 yield str(node.args[0].value)
 
 
-def own_imports(module: str) -> Iterator[str]:
-    """Names of our modules that a module imports. The version is a constant that any module may read."""
-    for name in imported_names(module):
-        inner = name.removeprefix(f"{PACKAGE}.")
-        if name == PACKAGE or (inner != name and inner != "__version__"):
-            yield next((known for known in (inner, inner.rpartition(".")[0]) if known in FILES), "__init__")
-
-
-def family(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def is_allowed(importer: str, imported: str) -> bool:
-    if (importer, imported) in EXCEPTIONS:
-        return True
-    mine, its = LAYER_OF[family(importer)], LAYER_OF[family(imported)]
-    return its in THINK_SEES if mine == "think" else RANK[its] <= RANK[mine]
-
-
 def loaded_by(*arguments: str) -> set[str]:
     """Top-level names of all modules that a fresh interpreter imports."""
     done = subprocess.run(
@@ -228,44 +83,25 @@ def loaded_by(*arguments: str) -> set[str]:
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
 
 
-def tree_in(readme: str) -> set[str]:
-    """Files and folders in the drawn tree. A folder's own files are on lines below it, or on its line between dots."""
-    block = re.search(rf"^```\w*\n({PACKAGE}/\n.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert block, f"no tree that begins with {PACKAGE}/"
-    found: set[str] = set()
-    folder = ""
-    for line in block[1].splitlines():
-        entry = re.match(r"([│ ]*)[├└]── (\S+)(.*)", line)
-        if entry is None:
-            continue
-        indent, name, text = entry.groups()
-        folder = folder if indent else ""
-        found.add(folder + name)
-        if name.endswith("/"):
-            folder = name
-            found |= {name + inside for inside in re.findall(r"\w+\.py\b", text)}
-    return found
+def test_the_drawn_tree_is_the_folders() -> None:
+    assert sorted(ORDER) == sorted(ENTRIES)
+    assert tree_in("README.md") == ORDER
 
 
-def test_every_module_has_a_place_in_the_table() -> None:
-    assert {family(module) for module in FILES} == set(LAYER_OF)
-
-
-@pytest.mark.parametrize("module", FILES)
-def test_imports_go_one_way(module: str) -> None:
-    assert [name for name in own_imports(module) if not is_allowed(module, name)] == []
-
-
-@pytest.mark.parametrize("exception", sorted(EXCEPTIONS), ids="-".join)
-def test_an_exception_is_needed(exception: tuple[str, str]) -> None:
-    importer, imported = exception
-    assert imported in set(own_imports(importer))
+@pytest.mark.parametrize("module", [name for name in FILES if name.partition("/")[0] in ENTRIES])
+def test_imports_follow_the_order_of_the_folders(module: str) -> None:
+    """The package's own names (`__version__`, `PACKAGE_DIR`) are free for all."""
+    rank = ORDER.index(module.partition("/")[0])
+    ours = [name.split(".")[1] for name in imported_names(module) if name.startswith(f"{PACKAGE}.")]
+    assert [entry for entry in ours if entry in ENTRIES and ORDER.index(entry) > rank] == []
 
 
 @pytest.mark.parametrize("library", HOMES)
 def test_a_heavy_library_is_imported_in_its_home_only(library: str) -> None:
-    users = {module for module in FILES for name in imported_names(module) if family(name) == library}
-    assert {module for module in users if family(module) not in HOMES[library]} == set()
+    users = {module for module in FILES for name in imported_names(module) if name.partition(".")[0] == library}
+    assert {
+        module for module in users if not f"{module}/".startswith(tuple(f"{home}/" for home in HOMES[library]))
+    } == set()
 
 
 @pytest.mark.parametrize(
@@ -279,10 +115,17 @@ def test_nothing_heavy_is_loaded_before_it_is_used(arguments: tuple[str, ...]) -
     assert loaded & {*HOMES, "numpy", "scipy", "pandas"} == set()
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
-    """A folder's line stands for its `__init__.py`."""
-    files = {str(file.relative_to(ROOT / PACKAGE)) for file in FILES.values()} - {"backends/__init__.py"}
-    assert tree_in((ROOT / "README.md").read_text(encoding="utf-8")) - {"backends/__init__.py"} == files | {
-        "backends/",
-        "workloads/",
-    }
+def test_public_import_paths_stay() -> None:
+    """Names that users import, with the objects behind them."""
+    program = (
+        "from mlflow_llmbench import run; from mlflow_llmbench.callback import measure;"
+        "from mlflow_llmbench.backends.fake import FakeBackend; from mlflow_llmbench.cli import main;"
+        "print(run.__module__, measure.__module__, FakeBackend.__module__, main.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [
+        "mlflow_llmbench",
+        "mlflow_llmbench.workflows.in_process",
+        "mlflow_llmbench.backends.fake",
+        "mlflow_llmbench.cli.main",
+    ], done.stderr

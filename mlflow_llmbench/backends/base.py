@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ..cell import Cell
-from ..errors import UsageError
-from ..records import LoadInfo, ModelFacts, RequestRecord, ServerReading
-from ..spec import known_backends
+from ..config.choices import known_backends
+from ..records.cell import Cell
+from ..records.errors import UsageError
+from ..records.results import LoadInfo, ModelFacts, RequestRecord, ServerReading
 
-if TYPE_CHECKING:  # only servers need these, so the worker of a local model does not load them
-    from ..client import Load, Trace
-    from ..http1 import Exchange
-    from ..workload import PromptSet
+if TYPE_CHECKING:
+    from ..loadgen.client import Load, Trace
+    from ..loadgen.http1 import Exchange
+    from ..workloads.prompts import PromptSet
 
 
 class Token(NamedTuple):
@@ -93,7 +93,7 @@ class History(Protocol):
 
 
 class Backend(Protocol):
-    """Methods of every backend. They raise errors of `mlflow_llmbench.errors`; foreign errors are mapped to those."""
+    """Methods of every backend. They raise errors of `records.errors`; foreign errors are mapped to those."""
 
     capabilities: Capabilities
     device: str  # of an instance: `cpu`, `cuda` or `cuda:N`
@@ -273,3 +273,7 @@ def backend_class(name: str) -> type[Backend]:
             f"Backend {name} cannot be imported from {known[name]}: {error}. Check the package that declares it."
         ) from None
     return found
+
+
+COMMAND_PYTHON = "LLMBENCH_COMMAND_PYTHON"
+"""Tells a worker in another environment which interpreter certainly has torch: the one that runs the command."""

@@ -1,4 +1,4 @@
-"""A user's own function as a backend, measured by `mlflow_llmbench.callback`, never started from a command line."""
+"""A user's own function as a backend, measured by `workflows.in_process`, never started from a command line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..cell import Cell
-from ..errors import LlmbenchError, MeasurementError, UsageError, first_line
-from ..records import LoadInfo, ModelFacts
+from ..records.cell import Cell
+from ..records.errors import LlmbenchError, MeasurementError, UsageError, first_line
+from ..records.results import LoadInfo, ModelFacts
 from .base import Capabilities, DeviceMemory, Emit, History, NothingToFetch
 
 Generate = Callable[[Sequence[Sequence[int]], int, Emit], object]
@@ -28,7 +28,7 @@ class CallbackBackend(NothingToFetch):
     def resolve(cls, cell: Cell) -> ModelFacts:
         raise UsageError(
             f"{cell.model} was measured with backend=callback, a function in a program of yours. "
-            "Run that program again: see mlflow_llmbench.callback."
+            "Run that program again: see mlflow_llmbench.workflows.in_process."
         )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from ..cell import Cell
-from ..errors import MeasurementError
-from ..records import ModelFacts
-from . import sources
+from ..records.cell import Cell
+from ..records.errors import MeasurementError
+from ..records.results import ModelFacts
 from .base import Emit
+from .checkpoints import sources
 
 
 class Engine:

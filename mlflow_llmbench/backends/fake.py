@@ -32,11 +32,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cell import SPECULATIVE, Cell
-from ..errors import MeasurementError, OutOfMemory, UsageError
-from ..records import LoadInfo, ModelFacts, hash16
-from ..spec import DECODES
-from ..workload import turn_texts
+from ..config.choices import DECODES
+from ..records.cell import SPECULATIVE, Cell
+from ..records.errors import MeasurementError, OutOfMemory, UsageError
+from ..records.results import LoadInfo, ModelFacts, hash16
+from ..workloads.prompts import turn_texts
 from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Token
 
 NUMBERS = {

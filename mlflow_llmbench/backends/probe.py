@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from .. import machine
-from ..errors import MissingError
-from ..interpreter import COMMAND_PYTHON
+from ..records.errors import MissingError
+from ..system import machine
+from .base import COMMAND_PYTHON
 
 REPEATS = 8
 CACHE_FACTOR = 4

@@ -1,0 +1,1 @@
+"""Compute metrics from stamps, judge runs and compare them. Pure functions over records."""

@@ -1,0 +1,215 @@
+"""Judge a repeated measurement, per metric and as a whole: equivalent within a margin, different, or cannot tell.
+
+"No difference seen" does not prove sameness: few or noisy repetitions show nothing. So each metric of every repetition
+is compared with the margin by two one-sided t tests on the logarithms (Schuirmann, J. Pharmacokinet. Biopharm. 15,
+1987). It is *equivalent* if the ratio is shown to lie within 1 ÷ (1 + margin) to 1 + margin, *different* if it is shown
+to lie outside (Holm over the metrics), else *cannot tell*, with the number of repetitions that would tell. The whole is
+equivalent if every metric is, which needs no adjustment (an intersection–union test, Berger 1982). A metric that a run
+has once (memory, weights, quality) is compared by its value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import variance
+
+from ...records.metrics import KEYS
+from ...records.results import RunResult
+from ...stats import Equivalence, equivalence, holm, units_to_tell
+from ..comparison import SIGNIFICANCE, Comparison, Difference, Effect, units_text
+from ..repetitions import process_count
+
+EQUIVALENT, DIFFERENT, UNTOLD, INVALID = "equivalent", "different", "cannot_tell", "invalid"
+EXIT_CODES = {EQUIVALENT: 0, DIFFERENT: 1, INVALID: 3, UNTOLD: 4}
+DEFAULT_MARGIN = 0.05
+"""Default margin within which a reproduction is equivalent, as a ratio (5 %)."""
+
+NOT_HELD = ("load/load_s",)
+"""Metrics not compared with the margin: a single load is mostly the disk and its cache."""
+
+WORDS = {EQUIVALENT: "equivalent", DIFFERENT: "different", UNTOLD: "cannot tell"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One metric: both values, the ratio again ÷ original with its 90 % interval, and its state.
+
+    `needed`: repetitions (processes, if several) of the reproduction that would tell, with the original as it is; else
+    `needed_each` on both sides. Both are None if no sensible number would tell, or nothing needs to be told. Tests are
+    None for a metric that a run has once.
+    """
+
+    key: str
+    label: str
+    original: float
+    again: float
+    ratio: float
+    state: str
+    low: float | None = None
+    high: float | None = None
+    p_within: float | None = None
+    p_beyond: float | None = None
+    needed: int | None = None
+    needed_each: int | None = None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """Verdict (`equivalent`, `different`, `cannot_tell`, `invalid`), its sentence, the metrics behind it, and notes."""
+
+    verdict: str
+    why: str
+    margin: float
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+    rests_on: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code: 0 equivalent, 1 different, 3 invalid, 4 cannot tell."""
+        return EXIT_CODES[self.verdict]
+
+
+def weigh(
+    comparison: Comparison,
+    margin: float = DEFAULT_MARGIN,
+    quality: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
+) -> Reproduction:
+    """Judge from a comparison of the reproduction (B) with the original (A) if they are equivalent within `margin`.
+
+    `margin` is a ratio; `quality` holds the metrics of original and reproduction that include quality.
+    """
+    held = [effect for effect in comparison.effects if effect.key not in NOT_HELD]
+    limit = math.log1p(margin)
+    tests = [equivalence(_logs(effect.values_a), _logs(effect.values_b), limit) for effect in held]
+    adjusted = iter(holm([test.p_beyond for test in tests if test]))
+    findings = [
+        _tested(effect, test, next(adjusted), limit, sum(map(bool, tests)))
+        if test
+        else _single(effect.key, effect.headline.label, effect.a, effect.b, limit)
+        for effect, test in zip(held, tests, strict=True)
+    ]
+    findings += [
+        _single(key, KEYS[key].label, quality[0][key], quality[1][key], limit)
+        for key in ("quality/perplexity", "quality/top1_agreement")
+        if quality[0].get(key) and quality[1].get(key)
+    ]
+    verdict = _verdict(findings)
+    return Reproduction(
+        verdict,
+        _why(verdict, findings, margin, comparison),
+        margin,
+        tuple(findings),
+        tuple(_notes(comparison)),
+        units_text(comparison),
+    )
+
+
+def _logs(values: Sequence[float]) -> list[float]:
+    return [math.log(value) for value in values]
+
+
+def _single(key: str, label: str, original: float, again: float, limit: float) -> Finding:
+    """Finding of a metric without a test: inside or outside by its value; cannot tell if it has too few values."""
+    ratio = again / original if original > 0 else math.inf
+    inside = 0 < ratio < math.inf and abs(math.log(ratio)) <= limit
+    if key not in KEYS or KEYS[key].section in ("latency", "throughput"):
+        return Finding(key, label, original, again, ratio, UNTOLD)
+    return Finding(key, label, original, again, ratio, EQUIVALENT if inside else DIFFERENT)
+
+
+def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, tests: int) -> Finding:
+    state = EQUIVALENT if test.p_within < SIGNIFICANCE else DIFFERENT if p_beyond < SIGNIFICANCE else UNTOLD
+    found = Finding(
+        effect.key,
+        effect.headline.label,
+        effect.a,
+        effect.b,
+        effect.ratio,
+        state,
+        math.exp(test.low),
+        math.exp(test.high),
+        test.p_within,
+        p_beyond,
+    )
+    if state != UNTOLD:
+        return found
+    spread = variance(_logs(effect.values_a)), variance(_logs(effect.values_b))
+    needed = units_to_tell(test.difference, limit, spread, len(effect.values_a), tests)
+    return dataclasses.replace(
+        found, needed=needed, needed_each=None if needed else units_to_tell(test.difference, limit, spread, tests=tests)
+    )
+
+
+def _verdict(findings: Sequence[Finding]) -> str:
+    states = {finding.state for finding in findings}
+    return DIFFERENT if DIFFERENT in states else UNTOLD if UNTOLD in states or not states else EQUIVALENT
+
+
+def _why(verdict: str, findings: Sequence[Finding], margin: float, comparison: Comparison) -> str:
+    """The verdict as a sentence with its numbers."""
+    within = f"±{100 * margin:.3g} %"
+    if verdict == EQUIVALENT:
+        return f"Equivalent within {within} in all of {len(findings)} metrics."
+    if verdict == DIFFERENT:
+        told = ", ".join(
+            f"{f.label or f.key} {f.ratio:.3f} times the original's" for f in findings if f.state == DIFFERENT
+        )
+        return f"Different by more than {within}: {told}."
+    untold = [f for f in findings if f.state == UNTOLD]
+    if not findings or any(f.p_within is None for f in untold):
+        return (
+            f"Cannot tell whether it is equivalent within {within}: a test needs at least 2 repetitions on each side."
+        )
+    noun = "processes" if max(comparison.processes) > 1 else "repetitions"
+    names = ", ".join(f.label for f in untold)
+    return f"Cannot tell whether it is equivalent within {within} in {names}. {_advice(untold, noun)}"
+
+
+def _advice(untold: Sequence[Finding], noun: str) -> str:
+    """Number of repetitions that would tell, if the observed values are the true ones."""
+    if all(f.needed for f in untold):
+        return (
+            f"About {max(f.needed or 0 for f in untold)} {noun} of the reproduction would tell, with a chance of 90 % "
+            "if the observed ratios are the true ones."
+        )
+    if all(f.needed or f.needed_each for f in untold):
+        most = max(max(f.needed or 0, f.needed_each or 0) for f in untold)
+        return (
+            f"The original is too uncertain for any number of {noun} here; about {most} on each side would tell, with "
+            "a chance of 90 %."
+        )
+    return (
+        f"The observed ratio is so near to the margin that no sensible number of {noun} would tell. Give another "
+        "margin."
+    )
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """Sentences on what weakens the answer: unlike environments, verdicts other than valid, single processes."""
+    unlike = _listed(comparison.labels)
+    found = [f"The environment differs from the original's: {unlike}."] if unlike else []
+    found += [f"The verdict on {doubt}." for doubt in comparison.doubts]
+    if max(comparison.processes) == 1:
+        found.append("Each was measured in one process: an effect of the process on all its repetitions is not seen.")
+    return found
+
+
+def _listed(unlike: Sequence[Difference]) -> str:
+    return ", ".join(str(difference) for difference in unlike if difference.kind != "verdict")
+
+
+def changed_facts(original: RunResult, again: RunResult) -> str:
+    """Changed facts of the loaded model (`quant.kernel a → b`), as a sentence; empty if none."""
+    facts = [dict(result.load.facts) if result.load else {} for result in (original, again)]
+    changed = [
+        f"{name} {facts[0].get(name, 'none')} → {facts[1].get(name, 'none')}"
+        for name in sorted({*facts[0], *facts[1]})
+        if facts[0].get(name) != facts[1].get(name)
+    ]
+    if process_count(original) != process_count(again):
+        changed.append(f"processes {process_count(original)} → {process_count(again)}")
+    return f"What was loaded differs: {', '.join(changed)}." if changed else ""

@@ -1,0 +1,81 @@
+"""Read limits such as `ttft_p95<=200ms` as text into checked bounds."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+from ...records.errors import UsageError
+
+if TYPE_CHECKING:
+    from .recommend import Limit, Measure
+
+
+BYTES = {
+    "": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
+STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p50", "p95")}
+"""Latency → the statistics that a limit can name, the default first."""
+
+
+def _limits(given: argparse.Namespace) -> list[Limit]:
+    """Parse the limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
+    from .recommend import MEMORY, QUALITY, Limit
+
+    found = []
+    if (most := _told(given.max_memory)) is not None:
+        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", most, BYTES, "6GB")))
+    for name, text in (("ttft", _told(given.max_ttft)), ("tpot", _told(given.max_tpot))):
+        if text is not None:
+            measure, amount = _latency(name, text)
+            found.append(Limit(f"--max-{name}", measure, _quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
+    for part in filter(None, (_told(given.min_quality) or "").split(",")):
+        name, _, text = part.partition("=")
+        if name not in QUALITY:
+            raise UsageError(
+                f"Unknown quality: {name}. Known: {', '.join(QUALITY)}. Give for example --min-quality kl=0.05."
+            )
+        found.append(
+            Limit(f"--min-quality {name}", QUALITY[name], _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05"))
+        )
+    return found
+
+
+def _latency(name: str, text: str) -> tuple[Measure, str]:
+    """Split `p95=200ms` into the measure of that statistic and the amount as text. Raises UsageError."""
+    from .recommend import Measure
+
+    statistic, _, amount = text.rpartition("=")
+    statistic = statistic or STATISTICS[name][0]
+    if statistic not in STATISTICS[name]:
+        raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(STATISTICS[name])}.")
+    words = {"ttft": "time to first token", "tpot": "time per output token"}
+    shown = {"p50": "median", "mean": "mean"}.get(statistic, statistic)
+    advice = (
+        "More repetitions support higher percentiles."
+        if statistic not in ("mean", "p50")
+        else "Measure at least 2 output tokens."
+    )
+    return Measure(f"{shown} {words[name]}", (f"latency/{name}_ms_{statistic}",), "lower", advice), amount
+
+
+def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
+    """Parse a non-negative number with a unit; returns bytes for BYTES, ms for MILLISECONDS. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-zµ]*)\s*", text)
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in units:
+        known = [name for name in units if name]
+        raise UsageError(
+            f"{option} is not a number{f' with a unit ({chr(44).join(known)})' if known else ''}: {text}. "
+            f"Give for example {example}."
+        )
+    return float(match[1]) * units[unit]
+
+
+def _told(text: str | None) -> str | None:
+    """Return the value of an option; None if it is empty or `none`, the default of an MLproject parameter."""
+    text = (text or "").strip()
+    return None if text in ("", "none") else text

@@ -1,0 +1,117 @@
+"""Hardware efficiency of a result: bandwidth and FLOP/s utilization, memory and energy per token. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from ..records.cell import SPECULATIVE
+from ..records.results import LoadInfo, RunResult
+from .latency import chunk_gaps_ms, e2e_ms, tpot_ms
+from .repetitions import mean_of, requests, several_in_a_step
+
+PER_GB = "efficiency/tokens_per_s_per_gb"
+
+CACHE_FACTOR = 4
+"""MBU is absent if the weights are under this many times the last-level cache, which would serve part of the reads."""
+
+
+def efficiency_figures(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Efficiency metrics by MLflow key; `found` holds the throughput and the memory metrics of the same result."""
+    return {
+        PER_GB: per_gb(found),
+        "efficiency/mbu_ratio": model_bandwidth_utilization(result),
+        "efficiency/mfu_ratio": model_flops_utilization(result),
+        "efficiency/joules_per_token": joules_per_token(result),
+    }
+
+
+def per_gb(found: Mapping[str, float | None]) -> float | None:
+    """Output tokens per second ÷ GB (10⁹ bytes) of peak memory: the device's if known, else needed host memory."""
+    rate = found.get("throughput/output_tokens_per_s")
+    peak = found.get("memory/device_bytes_peak") or found.get("memory/host_needed_bytes_peak")
+    return rate / (peak / 1e9) if rate and peak else None
+
+
+def tokens_per_step(result: RunResult) -> float | None:
+    """Output tokens per row ÷ steps (prefill and checks of proposed tokens) if steps can bring several; else None."""
+    every = [r for r in requests(result) if r.chunk_tokens is not None]
+    return sum(r.output_tokens for r in every) / sum(len(r.stamps_ns) for r in every) if every else None
+
+
+def mean_step_ms(result: RunResult) -> float | None:
+    """Mean time of a decode step: the time per output token, or the gap between steps that bring several tokens.
+
+    None without any.
+    """
+    every = requests(result)
+    return mean_of(
+        [gap for r in every for gap in chunk_gaps_ms(r)]
+        if several_in_a_step(result)
+        else [value for r in every if (value := tpot_ms(r))]
+    )
+
+
+def mean_context(result: RunResult) -> float:
+    """Mean number of tokens in the KV cache over the decode steps: P + N/2 for steps 2 … N."""
+    lengths = [r.prompt_tokens or 0 for r in requests(result)]
+    return fmean(lengths) + result.cell.output_tokens / 2
+
+
+def attended(load: LoadInfo, context: float) -> float:
+    """Mean number of context tokens that a layer attends to; a layer with a sliding window sees at most that window."""
+    if load.sliding_window is None:
+        return context
+    return (1 - load.sliding_share) * context + load.sliding_share * min(context, load.sliding_window)
+
+
+def model_bandwidth_utilization(result: RunResult) -> float | None:
+    """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best measured bandwidth.
+
+    After "LLM inference performance engineering" (Databricks 2023). Bandwidth is that of reading on this machine. If a
+    step brings several tokens, its time replaces TPOT. None without a measured bandwidth, with fewer than two tokens,
+    if the weights are under 4× the last-level cache, which would serve part of the reads, or with a second model, whose
+    reads are not known.
+    """
+    load, bandwidth, step_ms = result.load, result.peaks.get("read_bytes_per_s"), mean_step_ms(result)
+    if load is None or not load.step_bytes or not bandwidth or not step_ms or result.cell.assistant:
+        return None
+    if load.step_bytes < CACHE_FACTOR * (load.cache_bytes or 0):
+        return None
+    read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * attended(
+        load, mean_context(result)
+    )
+    return read / (step_ms / 1e3) / bandwidth
+
+
+def joules_per_token(result: RunResult) -> float | None:
+    """Energy above idle ÷ output tokens, J: Σ (energy − idle power · time) ÷ Σ tokens.
+
+    None unless every repetition has a reading and the sum is above 0.
+    """
+    noises = [r.noise for r in result.repetitions]
+    if result.idle_w is None or not all(n and n.energy_j is not None for n in noises):
+        return None
+    above = sum((n.energy_j or 0.0) - result.idle_w * n.wall_s for n in noises if n)
+    tokens = sum(r.rows * r.output_tokens for r in requests(result))
+    return above / tokens if tokens and above > 0 else None
+
+
+def model_flops_utilization(result: RunResult) -> float | None:
+    """MFU: FLOPs of prefill and decode ÷ their time ÷ best FLOP/s measured (PaLM, Chowdhery et al. 2022, appendix B).
+
+    None if proposed tokens are checked: the cost of rejected ones is not known.
+    """
+    load, peak = result.load, result.peaks.get("flops_per_s")
+    if load is None or not load.flops_per_token or not peak or result.cell.decode in SPECULATIVE:
+        return None
+    attention = load.attention_flops_per_context_token or 0.0
+    done = seconds = 0.0
+    for request in requests(result):
+        prompt, output = request.prompt_tokens or 0, request.output_tokens
+        last, held = prompt + output - 1, request.cached_tokens or 0
+        # Token i attends to i tokens; the head is computed for the output tokens only, not for the prompt.
+        body = (last - held) * (load.flops_per_token + attention * attended(load, (last + held) / 2))
+        done += request.rows * (body + output * load.head_flops)
+        seconds += e2e_ms(request) / 1e3
+    return done / seconds / peak if seconds else None

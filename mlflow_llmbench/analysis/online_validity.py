@@ -1,0 +1,191 @@
+"""Verdict checks of results from a server: the client, the load, and the server's shortcuts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from statistics import fmean
+
+from ..records.metrics import FOREIGN_CPU_LIMIT, PREFIX_CACHES
+from ..records.results import Reason, RequestRecord, RunResult
+from .online_metrics import (
+    RATE_LIMIT,
+    SINGLE_SHARE,
+    TOGETHER_SHARE,
+    cached_share,
+    overload_of,
+    single_share,
+    steady_window,
+    together_share,
+)
+
+CPU_LIMIT = 0.75
+"""Maximum share of its one core that the client may use (AIPerf flags its workers there)."""
+
+LAG_LIMIT_MS = {50: 5.0, 99: 50.0}
+"""Maximum delay with which the client's event loop may wake up, in ms, by percentile."""
+
+DELAY_LIMIT_MS = 10.0
+"""Maximum median send delay of an open loop, in ms (the rule of inference-perf)."""
+
+FAILED_LIMIT = 0.05
+LENGTH_LIMIT = 0.02
+CACHED_LIMIT = 0.01
+
+Metrics = dict[str, float]
+
+
+def _requests(result: RunResult) -> list[RequestRecord]:
+    return [r for repetition in result.repetitions for r in repetition.requests]
+
+
+def client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Check that the client was not the bottleneck: otherwise its own delay is in the numbers."""
+    seen: list[str] = []
+    if (cpu := metrics.get("client/cpu_ratio", 0.0)) > CPU_LIMIT:
+        seen.append(f"it used {cpu:.0%} of its core (limit {CPU_LIMIT:.0%})")
+    for q, limit in LAG_LIMIT_MS.items():
+        if (lag := metrics.get(f"client/loop_lag_ms_p{q}", 0.0)) > limit:
+            seen.append(f"its event loop woke up {lag:.1f} ms late (p{q}; limit {limit:g} ms)")
+    if (delay := metrics.get("client/send_delay_ms_p50", 0.0)) > DELAY_LIMIT_MS:
+        seen.append(f"it sent {delay:.1f} ms later than meant (median; limit {DELAY_LIMIT_MS:g} ms)")
+    if (ratio := metrics.get("client/rate_ratio", 1.0)) < RATE_LIMIT:
+        seen.append(f"it reached {ratio:.0%} of the requested rate (limit {RATE_LIMIT:.0%})")
+    if seen:
+        yield Reason(
+            "client_bound",
+            f"The client was too slow: {'; '.join(seen)}. Give it a quieter machine of its own, more client_processes, "
+            "or a smaller load.",
+        )
+
+
+def failures(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Check for requests that did not complete."""
+    failed = [r for repetition in result.repetitions for r in repetition.failed]
+    if not failed:
+        return
+    total = len(failed) + len(_requests(result))
+    kinds = ", ".join(f"{count} {word}" for word, count in Counter(r.outcome for r in failed).most_common())
+    share, first = len(failed) / total, failed[0].message
+    code = "unfinished" if share > FAILED_LIMIT else "failed_requests"
+    yield Reason(
+        code,
+        f"{len(failed)} of {total} requests failed ({kinds}), the first with: {first} Latencies are those of the "
+        "others. Look into the server's log.",
+    )
+
+
+def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Check for prompts or outputs of another length than requested."""
+    every, cell = _requests(result), result.cell
+    asked = [r.asked or (cell.prompt_tokens, cell.output_tokens) for r in every]
+    other = [r.output_tokens for r, (_, output) in zip(every, asked, strict=True) if r.output_tokens != output]
+    if other:
+        wanted = (
+            "requested length" if cell.workload == "mixed" or cell.trace else f"requested {cell.output_tokens} tokens"
+        )
+        yield Reason(
+            "length_drift",
+            f"{len(other)} of {len(every)} answers do not have the {wanted}, but {fmean(other):.1f} tokens on average; "
+            "the rates are of the real lengths. Use a server that honours ignore_eos, or a shorter output_tokens.",
+        )
+    mean = metrics.get("lengths/prompt_tokens_mean")
+    prompts = [prompt for prompt, _ in asked if prompt is not None]
+    if mean is not None and prompts and abs(mean / fmean(prompts) - 1) > LENGTH_LIMIT:
+        yield Reason(
+            "length_drift",
+            f"The prompts had {mean:.1f} tokens on average by the server's count instead of {fmean(prompts):g}. Set "
+            "prompt_tokens so that the real length is the wanted one.",
+        )
+
+
+def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Check for prompt tokens that the server took from its prefix cache."""
+    share = metrics.get("lengths/cached_prompt_ratio")
+    for hits, queries in PREFIX_CACHES if share is None else ():
+        if metrics.get(f"server/{queries}"):
+            share = metrics.get(f"server/{hits}", 0.0) / metrics[f"server/{queries}"]
+    if result.cell.history == "sent":  # a later turn finds the earlier ones in the cache, as in real use
+        share = cached_share([r for r in _requests(result) if r.turn == 1])
+    if share is not None and share > CACHED_LIMIT:
+        yield Reason(
+            "prefix_cache_hits",
+            f"{share:.1%} of the prompt tokens came from the server's prefix cache (limit {CACHED_LIMIT:.0%}): first "
+            "tokens came sooner than with new prompts. Use another seed, or switch the cache off.",
+        )
+
+
+def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Check that each chunk of the stream is one token."""
+    every = _requests(result)
+    if all(r.tokens is None for r in every):
+        yield Reason(
+            "chunked_stream",
+            "The server reports no token counts, so each chunk was counted as one token, and gaps are inter-chunk "
+            "latency (icl_ms). Use a server that sends usage.",
+        )
+    elif single_share(every) < SINGLE_SHARE:
+        yield Reason(
+            "chunked_stream",
+            f"Chunks hold {metrics['lengths/tokens_per_chunk_mean']:.2f} tokens on average; gaps between them are "
+            "inter-chunk latency (icl_ms), and there is no inter-token latency. Let the server send each token by "
+            "itself.",
+        )
+    elif (together := together_share(every)) > TOGETHER_SHARE:
+        yield Reason(
+            "chunked_stream",
+            f"{together:.0%} of the tokens came together with the one before (limit {TOGETHER_SHARE:.0%}): the server, "
+            "or a proxy before it, holds them back. The first token is therefore that of the first burst, and gaps are "
+            "inter-chunk latency (icl_ms). Switch its buffering off, or measure behind it.",
+        )
+
+
+def saturation(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Check that an open loop did not overload the server: otherwise the numbers describe a growing queue."""
+    found, cell = overload_of(result), result.cell
+    if found is None:
+        return
+    came = f"Requests came at {found.asked_per_s:.3g} per second and were answered at {found.answered_per_s:.3g}"
+    if cell.ramp_to is not None:
+        came = (
+            f"The rate rose from {cell.request_rate:g} to {cell.ramp_to:g} requests per second; the last third of the "
+            f"requests came at {found.asked_per_s:.3g} per second and were answered at {found.answered_per_s:.3g}, "
+            "the rate at which the server is saturated"
+        )
+    lower = (
+        "Replay fewer of its requests"
+        if cell.trace
+        else "Ask for a lower request_rate"
+        if cell.ramp_to is None
+        else "Stay below it"
+    )
+    yield Reason(
+        "saturated",
+        f"{came}; the {found.grew} grew {found.growth:.1f} times from the first to the last third. The latencies are "
+        f"those of a queue that grows with the length of the run. {lower}.",
+    )
+
+
+def windows(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Check for a steady window: without one, each repetition is only ramp-up and drain."""
+    if all(steady_window(repetition) is None for repetition in result.repetitions):
+        yield Reason(
+            "not_steady",
+            "The last request was sent before the first answer had ended, so there is no steady window. Send more "
+            "requests than users.",
+        )
+
+
+def stolen(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
+    """Check for CPU time taken by the hypervisor. Other processes are not checked: one of them may be the server."""
+    noises = [r.noise for r in result.repetitions if r.noise]
+    wall, steal = sum(n.wall_s for n in noises), sum(n.steal_s or 0.0 for n in noises)
+    if wall > 0.5 and steal / wall > FOREIGN_CPU_LIMIT:
+        yield Reason(
+            "contended",
+            f"During the repetitions the hypervisor took {steal / wall:.2f} CPUs' worth of time from the client's "
+            f"machine (limit {FOREIGN_CPU_LIMIT:.2f}). Measure again on a quiet machine.",
+        )
+
+
+CHECKS = (client, failures, lengths, caches, chunks, saturation, windows, stolen)

@@ -1,0 +1,234 @@
+"""Quality metrics from raw scores: perplexity, KL divergence from the unquantized model, next-token agreement. Pure.
+
+Tokens of one prompt, or of one window of a text, are correlated. The unit of each interval is therefore the prompt or
+the window, a *cluster*; the estimates are means over all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..records.results import Quality, TaskScore
+from ..stats import percentile, supports, t_quantile_975
+
+Clusters = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over all tokens, 95 % interval over clusters; `low` and `high` are None with fewer than two clusters."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def cluster_mean(clusters: Clusters) -> Estimate | None:
+    """Mean over all values, with Student's interval over clusters; None without any value.
+
+    Clusters differ in size, so the mean is the ratio Σyⱼ/Σnⱼ of their sums and sizes. Its variance is that of the
+    linearised ratio, J/(J − 1) · Σ(yⱼ − nⱼ·mean)² / (Σnⱼ)², with J − 1 degrees of freedom (Cochran, Sampling
+    Techniques, 3rd edition 1977, sections 2.11 and 9A.4). With clusters of equal size it is `stats.t_interval` of
+    their means.
+    """
+    kept = [cluster for cluster in clusters if cluster]
+    count = sum(map(len, kept))
+    if not count:
+        return None
+    mean = math.fsum(value for cluster in kept for value in cluster) / count
+    if len(kept) < 2:
+        return Estimate(mean)
+    half = t_quantile_975(len(kept) - 1) * math.sqrt(_cluster_variance(kept, mean))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _cluster_variance(clusters: Clusters, mean: float) -> float:
+    """Variance of the mean over all values, from the sums of the clusters (formula in `cluster_mean`)."""
+    count, number = sum(map(len, clusters)), len(clusters)
+    residuals = [math.fsum(cluster) - len(cluster) * mean for cluster in clusters]
+    return number / (number - 1) * math.fsum(r * r for r in residuals) / count**2
+
+
+def cluster_proportion(clusters: Sequence[Sequence[bool]]) -> Estimate | None:
+    """Share of true values, with Wilson's interval (1927) at the effective sample size; None without any value.
+
+    The effective size is p(1 − p) ÷ the variance over clusters, corrected for its few degrees of freedom and at most
+    the number of values (Korn & Graubard, Survey Methodology 24, 1998; with Wilson's interval instead of theirs as in
+    Franco et al., Journal of Survey Statistics and Methodology 7, 2019). If all values agree there is no variance to
+    estimate, and each cluster counts as one value: 20 prompts without a disagreement show at least 84 %, not 100 %.
+    """
+    kept = [[float(value) for value in cluster] for cluster in clusters if cluster]
+    count, number = sum(map(len, kept)), len(kept)
+    if not count:
+        return None
+    share = math.fsum(value for cluster in kept for value in cluster) / count
+    if number < 2:
+        return Estimate(share)
+    variance = _cluster_variance(kept, share)
+    size = float(number)
+    if 0 < share < 1 and variance > 0:
+        size = min(
+            share * (1 - share) / variance * (t_quantile_975(count - 1) / t_quantile_975(number - 1)) ** 2, float(count)
+        )
+    z = t_quantile_975(10**9)  # the normal quantile
+    centre = (share + z * z / (2 * size)) / (1 + z * z / size)
+    half = z / (1 + z * z / size) * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
+    # If all values agree, one end is exactly 0 or 1, which rounding misses.
+    return Estimate(share, 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half)
+
+
+def perplexity(quality: Quality) -> Estimate | None:
+    """Perplexity: exp of the mean negative log-likelihood per token (nats), over sliding windows of a text.
+
+    The interval is over windows.
+    """
+    return _exp(cluster_mean(quality.scores.nll)) if quality.scores else None
+
+
+def perplexity_ratio(quality: Quality) -> Estimate | None:
+    """Perplexity ÷ the reference's on the same windows: exp of the mean log-likelihood difference, paired by token.
+
+    Difficulty common to both cancels, so the interval is far narrower than either one's (compare llama.cpp's
+    `PPL(Q)/PPL(base)`).
+    """
+    scores = quality.scores
+    if scores is None or not scores.reference_nll:
+        return None
+    pairs = zip(scores.nll, scores.reference_nll, strict=True)
+    return _exp(cluster_mean([[own - its for own, its in zip(a, b, strict=True)] for a, b in pairs]))
+
+
+def _exp(found: Estimate | None) -> Estimate | None:
+    if found is None or found.low is None or found.high is None:
+        return found and Estimate(math.exp(found.value))
+    return Estimate(math.exp(found.value), math.exp(found.low), math.exp(found.high))
+
+
+def kl_divergence(quality: Quality) -> Estimate | None:
+    """Mean KL(reference‖this model) of the next token over positions, nats, at least 0. The interval is by prompt."""
+    found = cluster_mean(quality.divergence.kl) if quality.divergence else None
+    if found is None or found.low is None:
+        return found
+    return Estimate(found.value, max(found.low, 0.0), found.high)
+
+
+def top1_agreement(quality: Quality) -> Estimate | None:
+    """Share of positions where this model's most probable token is the reference's; the interval is over prompts."""
+    return cluster_proportion(quality.divergence.agrees) if quality.divergence else None
+
+
+def kl_reduction(before: Quality, after: Quality) -> Estimate | None:
+    """Decrease of the mean KL divergence from the unquantized model, `before` − `after`, nats; above 0 is better.
+
+    Paired by position, so difficulty common to both cancels; the interval is over prompts. None unless both were given
+    the same ids.
+    """
+    one, other = before.divergence, after.divergence
+    if one is None or other is None or one.digest != other.digest:
+        return None
+    pairs = zip(one.kl, other.kl, strict=True)
+    return cluster_mean([[a - b for a, b in zip(own, its, strict=True)] for own, its in pairs])
+
+
+def task_estimate(score: TaskScore) -> Estimate:
+    """Score of lm-eval with its 95 % interval over documents, 1.96 standard errors to each side.
+
+    No interval if the error is unknown or 0: an error of 0, where all documents agree, says nothing about the next one.
+    The interval of a share is cut to 0 … 1.
+    """
+    if not score.stderr:
+        return Estimate(score.value)
+    half = t_quantile_975(10**9) * score.stderr
+    low, high = score.value - half, score.value + half
+    if score.metric.startswith(SHARES):
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(score.value, low, high)
+
+
+SHARES = ("acc", "exact_match", "em")
+"""Prefixes of the lm-eval metrics that are shares."""
+
+
+def task_key(score: TaskScore) -> str:
+    """MLflow key of a score; characters that a key cannot have become dashes."""
+    return (
+        "quality/lm_eval/"
+        + re.sub(r"[^\w.-]", "-", score.task, flags=re.ASCII)
+        + "/"
+        + re.sub(r"[^\w.-]", "-", score.metric, flags=re.ASCII)
+    )
+
+
+def figures(quality: Quality) -> dict[str, float | None]:
+    """Summary metrics by MLflow key; a metric not measured is absent, an unknown end of an interval is None."""
+    estimates = {
+        "kl_vs_reference": kl_divergence(quality),
+        "top1_agreement": top1_agreement(quality),
+        "perplexity": perplexity(quality),
+        "perplexity_ratio": perplexity_ratio(quality),
+    }
+    found: dict[str, float | None] = {}
+    for name, estimate in estimates.items():
+        if estimate is not None:
+            found |= {
+                f"quality/{name}": estimate.value,
+                f"quality/{name}_ci_low": estimate.low,
+                f"quality/{name}_ci_high": estimate.high,
+            }
+    for score in quality.tasks:
+        if score.part:
+            continue
+        own = task_estimate(score)
+        found |= {
+            task_key(score): own.value,
+            f"{task_key(score)}_ci_low": own.low,
+            f"{task_key(score)}_ci_high": own.high,
+        }
+    pool = [value for prompt in quality.divergence.kl for value in prompt] if quality.divergence else []
+    return found | {
+        f"quality/kl_vs_reference_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)
+    }
+
+
+def sentences(quality: Quality) -> list[str]:
+    """Sentences on how the quality metrics were obtained, and why one is missing."""
+    said = []
+    if quality.divergence:
+        d = quality.divergence
+        positions = sum(map(len, d.kl))
+        said.append(
+            f"The reference is {d.reference}, unquantized. Both models were given its own greedy continuations of "
+            f"{len(d.kl)} prompts, and their probabilities of the whole vocabulary were compared at {positions} "
+            "positions; intervals are over prompts."
+        )
+        if d.is_reference:
+            said.append(
+                "This is the reference itself, computed a second time: its divergence is the noise floor of the "
+                "comparison here, 0 if the machine repeats itself exactly, and says nothing about quality."
+            )
+    if quality.scores:
+        s = quality.scores
+        scored = sum(map(len, s.nll))
+        said.append(
+            f"Perplexity is over {scored:,} of the {s.tokens:,} tokens of the text {s.text}, in {len(s.nll)} windows "
+            f"of at most {s.window} tokens with a stride of {s.stride}; the interval is over windows. It depends on "
+            "the text and the tokenizer: compare it within one model."
+        )
+    if quality.tasks:
+        counts = {
+            score.task: score.documents for score in quality.tasks if score.documents is not None and not score.part
+        }
+        told = ", ".join(f"{task} ({count:,} documents)" for task, count in counts.items())
+        said.append(
+            f"Tasks of lm-eval, with the harness's own prompts and no chat template: {told}; intervals are over "
+            "documents."
+        )
+    if said:
+        said.append(
+            "The memory stage unloaded is absent: the evaluation ran before it and left allocations that do not belong "
+            "to the measurement."
+        )
+    return said + list(quality.withheld)

@@ -1,0 +1,141 @@
+"""Values of each repetition of a result, and the units over which values are averaged and compared. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
+
+from ..records.cell import SPECULATIVE
+from ..records.results import Repetition, RequestRecord, RunResult
+from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
+from .online_metrics import come_singly
+
+
+def requests(result: RunResult) -> list[RequestRecord]:
+    """All requests of all repetitions, in order."""
+    return [request for repetition in result.repetitions for request in repetition.requests]
+
+
+def several_in_a_step(result: RunResult) -> bool:
+    """Return True if a step of the model, or a chunk of a server, brought several tokens.
+
+    Then no request has inter-token latencies: one whose every step brought a single token did so by chance, and its
+    gaps do not represent the others.
+    """
+    if result.cell.scenario == "online" and result.repetitions:
+        return not come_singly(requests(result))
+    return result.cell.decode in SPECULATIVE and not all(request.single_tokens for request in requests(result))
+
+
+def token_gaps(result: RunResult) -> list[float]:
+    """Gaps between tokens in ms, of all requests with one token per stamp; empty if `several_in_a_step`."""
+    return [] if several_in_a_step(result) else [gap for request in requests(result) for gap in gaps_ms(request)]
+
+
+def units(result: RunResult) -> list[tuple[Repetition, ...]]:
+    """Group the repetitions by the unit of intervals and tests: the process if there are several, else the repetition.
+
+    A process affects all its repetitions alike (memory layout, order of compilation, clocks), so they agree more with
+    each other than with those of the next process, and an interval over them is too narrow. Each process therefore
+    gives one value, the mean of its repetitions (Georges, Buytaert & Eeckhout, Statistically rigorous Java performance
+    evaluation, OOPSLA 2007; Kalibera & Jones, Rigorous benchmarking in reasonable time, ISMM 2013, whose intervals use
+    the means of the highest level that is repeated). Within a single process this effect cannot be seen.
+    """
+    processes: dict[int, list[Repetition]] = {}
+    for repetition in result.repetitions:
+        processes.setdefault(repetition.process, []).append(repetition)
+    if len(processes) > 1:
+        return [tuple(processes[number]) for number in sorted(processes)]
+    return [(repetition,) for repetition in result.repetitions]
+
+
+def process_count(result: RunResult) -> int:
+    """Number of worker processes in which the repetitions were measured."""
+    return len({repetition.process for repetition in result.repetitions})
+
+
+def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> list[float] | None:
+    """One value per unit of `units`: the mean over its repetitions. None if a repetition has none, or none exists."""
+    found = [[of(repetition) for repetition in unit] for unit in units(result)]
+    if not found or any(value is None for values in found for value in values):
+        return None
+    return [fmean(value for value in values if value is not None) for values in found]
+
+
+def output_rate(repetition: Repetition) -> float | None:
+    """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending)."""
+    span_s = _span_s(repetition)
+    return sum(r.rows * r.output_tokens for r in repetition.requests) / span_s if span_s > 0 else None
+
+
+def total_rate(repetition: Repetition) -> float | None:
+    """Prompt and output tokens per second, over the time span of `output_rate`."""
+    span_s = _span_s(repetition)
+    return (
+        sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests) / span_s
+        if span_s > 0
+        else None
+    )
+
+
+def prefill_rate(repetition: Repetition) -> float | None:
+    """Computed prompt tokens of all rows ÷ TTFT, 1/s, mean over the requests."""
+    return mean_of(
+        [
+            r.rows * r.prefilled_tokens / ttft_ms(r) * 1e3
+            for r in repetition.requests
+            if r.prefilled_tokens and ttft_ms(r) > 0
+        ]
+    )
+
+
+def decode_rate(repetition: Repetition) -> float | None:
+    """Tokens of all rows after the first ÷ the time they took, 1/s, mean over the requests."""
+    return mean_of([r.rows / value * 1e3 for r in repetition.requests if (value := tpot_ms(r))])
+
+
+RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "decode": decode_rate}
+
+
+def typical_gap(repetition: Repetition) -> float | None:
+    """Median inter-token gap of all requests, ms; the mean would repeat the time per output token.
+
+    None if tokens do not come one at a time.
+    """
+    gaps = (
+        [gap for request in repetition.requests for gap in gaps_ms(request)] if come_singly(repetition.requests) else []
+    )
+    return median(gaps) if gaps else None
+
+
+def mean_ttft(repetition: Repetition) -> float | None:
+    """Mean time to first token of all requests, ms."""
+    return mean_of([ttft_ms(request) for request in repetition.requests])
+
+
+def typical_tpot(repetition: Repetition) -> float | None:
+    """Median time per output token of all requests, ms; None if no request has a second token."""
+    found = [value for request in repetition.requests if (value := tpot_ms(request)) is not None]
+    return median(found) if found else None
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """Arithmetic mean; None without values."""
+    return fmean(values) if values else None
+
+
+def _span_s(repetition: Repetition) -> float:
+    """Time from the first sending to the last arrival, s."""
+    return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
+
+
+PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
+    "throughput/output_tokens_per_s": output_rate,
+    "latency/ttft_ms_p50": lambda repetition: median(map(ttft_ms, repetition.requests)),
+    "latency/itl_ms_p50": typical_gap,
+    "latency/tpot_ms_mean": lambda repetition: mean_of(
+        [value for r in repetition.requests if (value := tpot_ms(r)) is not None]
+    ),
+    "latency/e2e_ms_p50": lambda repetition: median(map(e2e_ms, repetition.requests)),
+}
+"""Metric → its value for one repetition, None if it has none: the input of comparisons and statistics."""

@@ -1,0 +1,372 @@
+"""Check the claims of the EffiLLM paper against measurements: confirmed, not confirmed, or undecided.
+
+A claim is a range, a measured value has a 95 % interval. An interval inside the range confirms the claim, one outside
+does not, and one that crosses an end of the range leaves it undecided. A claim that is one number means that number
+± `EXACT`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from ...stats import t_interval
+from ..comparison import RATE
+from . import memory_account, tradeoffs
+from .curves import Parameter
+from .laws import LawFit, Measured, grouped, paper_range
+from .memory_account import Reduction
+from .study import Study, quant_groups
+from .tradeoffs import Ratio
+
+CONFIRMED, NOT_CONFIRMED, UNSAID = "confirmed", "not confirmed", "cannot be said here"
+
+EXACT = 0.05
+"""Relative tolerance of a claim that is one number."""
+
+LEAST_MODELS = 3
+"""Least number of models to pool an effect over models; with fewer it is pooled over groups of cells."""
+
+BATCHES = (4, 16)
+"""The paper's range of the best batch size per instance."""
+
+GPTQ = "gptq"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A pooled effect: geometric mean, 95 % interval, lowest and highest value.
+
+    The mean is over `count` `units`: `models`, `groups` or `repetitions`. The interval is None for one value without
+    repetitions.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+    units: str
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.3g} to {self.high:.3g})"
+        return f"{self.value:.3g}{interval}"
+
+    @property
+    def spread(self) -> str:
+        """The lowest and the highest value as text; empty for one value."""
+        return (
+            ""
+            if self.count == 1 and self.units == "repetitions"
+            else f"from {self.least:.3g} to {self.most:.3g} in single cells"
+        )
+
+
+@dataclass(frozen=True)
+class QuantEffect:
+    """A quantized cell against its reference, which differs only in quantization: throughput ratio and memory saved."""
+
+    measured: Measured
+    reference: Measured
+    speed: Ratio
+    memory: Reduction
+
+    @property
+    def quant(self) -> str:
+        """The cell's quantization."""
+        return self.measured.cell.quant
+
+    @property
+    def from_16_bits(self) -> bool:
+        """True if the reference has 16-bit weights, as the paper's has."""
+        return self.memory.theory == 1 - memory_account.BITS.get(self.quant, 16) / 16
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: the paper's statement, its range as text, the measured value, the verdict, and the reason for it."""
+
+    key: str
+    said: str
+    range: str
+    measured: str
+    verdict: str
+    why: str
+
+
+def quant_effects(cells: Sequence[Measured]) -> list[QuantEffect]:
+    """Return the effect of every quantized cell that has a reference."""
+    found = []
+    for _, group in quant_groups(cells):
+        by_quant = {measured.cell.quant: measured for measured in group}
+        for saved in memory_account.reductions(group):
+            measured, reference = by_quant[saved.quant], by_quant[saved.reference]
+            speed = tradeoffs.quantization_efficiency(saved.quant, measured.values(RATE), reference.values(RATE))
+            found.append(QuantEffect(measured, reference, speed, saved))
+    return found
+
+
+def pooled(effects: Sequence[tuple[str, Ratio]]) -> Estimate:
+    """Pool the ratios of several cells: geometric mean, and Student's interval on the logarithms.
+
+    `effects`: (model, ratio), at least one. Cells of one model are not independent, so each model gives one value if
+    there are at least `LEAST_MODELS` models.
+    """
+    values = [effect.value for _, effect in effects]
+    by_model: dict[str, list[float]] = {}
+    for model, effect in effects:
+        by_model.setdefault(model, []).append(math.log(effect.value))
+    whole = len(by_model) >= LEAST_MODELS
+    logs = [fmean(found) for found in by_model.values()] if whole else [math.log(value) for value in values]
+    units = "models" if whole else "groups"
+    if len(values) == 1:
+        only = effects[0][1]
+        return Estimate(only.value, only.low, only.high, 1, "repetitions", only.value, only.value)
+    ends = t_interval(logs)
+    low, high = (math.exp(ends[0]), math.exp(ends[1])) if ends else (None, None)
+    return Estimate(math.exp(fmean(logs)), low, high, len(logs), units, min(values), max(values))
+
+
+def judge_range(low: float | None, high: float | None, claimed: tuple[float, float]) -> str:
+    """Return the verdict on a claimed range, given the measured interval; an end of None is unknown."""
+    least, most = -math.inf if low is None else low, math.inf if high is None else high
+    if claimed[0] <= least and most <= claimed[1]:
+        return CONFIRMED
+    return NOT_CONFIRMED if most < claimed[0] or least > claimed[1] else UNSAID
+
+
+def judge_claims(study: Study, cells: Sequence[Measured]) -> list[Claim]:
+    """Judge all claims of the paper, in its order, even if nothing was measured for them."""
+    effects = [effect for effect in quant_effects(cells) if effect.from_16_bits]
+    claims = [*_quantization_claims(effects), _between_claim(cells), _batch_claim(study)]
+    return [*claims, *(_exponent_claim(study, *row) for row in EXPONENTS), *_memory_claims(study), *_form_claims(study)]
+
+
+def _quantization_claims(effects: Sequence[QuantEffect]) -> Iterator[Claim]:
+    def speed(effect: QuantEffect) -> Ratio | None:
+        return effect.speed
+
+    def peak(effect: QuantEffect) -> Ratio | None:
+        return None if effect.memory.peak is None else Ratio(effect.quant, 1 - effect.memory.peak, None, None)
+
+    def weights(effect: QuantEffect) -> Ratio | None:
+        return None if effect.memory.weights is None else Ratio(effect.quant, 1 - effect.memory.weights, None, None)
+
+    rows: tuple[tuple[str, str, str, tuple[float, float], Callable[[QuantEffect], Ratio | None], str], ...] = (
+        ("int8_memory", "int8", "INT8 takes half the memory", around(0.5), peak, "of the peak of 16 bits"),
+        (
+            "int8_weights",
+            "int8",
+            "INT8 takes half the memory: the weights alone",
+            around(0.5),
+            weights,
+            "of the weights of 16 bits",
+        ),
+        (
+            "int8_speed",
+            "int8",
+            "INT8 runs at 90–95 % of the speed",
+            (0.90, 0.95),
+            speed,
+            "of the throughput of 16 bits",
+        ),
+        (
+            "int8_loss",
+            "int8",
+            "INT8 loses 0–5 % of the speed (elsewhere in the paper)",
+            (0.95, 1.0),
+            speed,
+            "of the throughput of 16 bits",
+        ),
+        ("int4_speed", "int4", "INT4 is 10–30 % slower", (0.70, 0.90), speed, "of the throughput of 16 bits"),
+    )
+    for key, quant, said, claimed, of, what in rows:
+        found = [
+            (effect.measured.cell.model, ratio) for effect in effects if effect.quant == quant and (ratio := of(effect))
+        ]
+        if not found:
+            yield Claim(
+                key,
+                said,
+                _range(claimed),
+                "–",
+                UNSAID,
+                f"No cell of {quant} was measured together with a 16-bit cell that differs only in quantization.",
+            )
+            continue
+        estimate = pooled(found)
+        inside = sum(claimed[0] <= ratio.value <= claimed[1] for _, ratio in found)
+        parts = [f"{inside} of {_count(len(found), 'cell')} lie in the range", estimate.spread, _rests(estimate)]
+        why = f"{'; '.join(filter(None, parts))}."
+        yield Claim(
+            key, said, _range(claimed), f"{estimate} {what}", judge_range(estimate.low, estimate.high, claimed), why
+        )
+
+
+def _rests(estimate: Estimate) -> str:
+    if estimate.low is None:
+        return "there is no interval"
+    return (
+        f"the interval is over {estimate.count} {estimate.units}"
+        if estimate.units != "repetitions"
+        else "the interval is over repetitions"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def around(value: float) -> tuple[float, float]:
+    """Turn a claim that is one number into a range."""
+    return value * (1 - EXACT), value * (1 + EXACT)
+
+
+def _range(claimed: tuple[float, float]) -> str:
+    middle = (claimed[0] + claimed[1]) / 2
+    return (
+        f"{middle:g} ± {EXACT:.0%}".replace("%", " %")
+        if claimed == around(middle)
+        else f"{claimed[0]:g} to {claimed[1]:g}"
+    )
+
+
+def _between_claim(cells: Sequence[Measured]) -> Claim:
+    """Judge whether GPTQ is slower than INT8 and faster than INT4, each by its interval."""
+    against: dict[str, list[tuple[str, Ratio]]] = {"int8": [], "int4": []}
+    for _, group in grouped(cells, ("quant", "group_size")):
+        by_quant = {measured.cell.quant: measured for measured in group}
+        if {GPTQ, *against} <= set(by_quant):
+            for other, found in against.items():
+                found.append(
+                    (
+                        group[0].cell.model,
+                        tradeoffs.ratio(other, by_quant[GPTQ].values(RATE), by_quant[other].values(RATE)),
+                    )
+                )
+    said, claimed = "GPTQ lies between INT4 and INT8 in speed", "GPTQ ÷ INT8 below 1, GPTQ ÷ INT4 above 1"
+    if not against["int8"]:
+        return Claim(
+            "gptq_between", said, claimed, "–", UNSAID, "No cell of gptq was measured beside both int8 and int4."
+        )
+    eight, four = pooled(against["int8"]), pooled(against["int4"])
+    verdicts = judge_range(eight.low, eight.high, (0.0, 1.0)), judge_range(four.low, four.high, (1.0, math.inf))
+    verdict = NOT_CONFIRMED if NOT_CONFIRMED in verdicts else UNSAID if UNSAID in verdicts else CONFIRMED
+    return Claim(
+        "gptq_between",
+        said,
+        claimed,
+        f"{eight} of INT8, {four} of INT4",
+        verdict,
+        f"{_rests(eight)[:1].upper()}{_rests(eight)[1:]}.",
+    )
+
+
+def _batch_claim(study: Study) -> Claim:
+    """Judge the best batch size per instance, together with the sizes that are not measurably worse."""
+    said, claimed = "The best batch size per instance is 4 to 16", "4 to 16"
+    best = [{batch.optimal.per_instance, *batch.optimal.alike} for batch in study.batches]
+    if not best:
+        return Claim("best_batch", said, claimed, "–", UNSAID, "No cells differ only in batch size.")
+    inside = sum(all(BATCHES[0] <= size <= BATCHES[1] for size in sizes) for sizes in best)
+    outside = sum(not any(BATCHES[0] <= size <= BATCHES[1] for size in sizes) for sizes in best)
+    verdict = CONFIRMED if inside == len(best) else NOT_CONFIRMED if outside * 2 > len(best) else UNSAID
+    sizes = sorted({batch.optimal.per_instance for batch in study.batches})
+    why = (
+        f"By Welch's test, the best sizes lie in the range in {inside} of {_count(len(best), 'group')} and outside it "
+        f"in {outside}; otherwise sizes inside and outside are equally good."
+    )
+    return Claim("best_batch", said, claimed, f"best: {', '.join(map(str, sizes))}", verdict, why)
+
+
+EXPONENTS = (
+    ("throughput_by_size", "Throughput falls with model size as size^(−δ)", (0.4, 0.6)),
+    ("throughput_by_length", "Throughput falls with prompt length as s^(−μ)", (0.2, 0.5)),
+    ("latency_by_batch", "Time to first token grows with batch size as b^φ", (0.2, 0.5)),
+    ("latency_by_length", "Time to first token grows with prompt length as s^ω", (0.5, 1.0)),
+)
+
+
+def _exponent_claim(study: Study, key: str, said: str, claimed: tuple[float, float]) -> Claim:
+    laws = [law for law in study.laws if law.law.key == key]
+    return _parameter_claim(f"{key}_exponent", said, laws, claimed)
+
+
+def _memory_claims(study: Study) -> Iterator[Claim]:
+    """Judge the slope c of the memory law, GB per 10⁹ parameters, for each weight width."""
+    laws = [law for law in study.laws if law.law.key == "memory_by_size"]
+    for names, value in (("FP32", 4.0), ("FP16", 2.0), ("INT8", 1.0), ("INT4", 0.5)):
+        own = [law for law in laws if _paper_bytes(law) == value]
+        said = f"Memory grows by {value:g} GB per 10⁹ parameters at {names}"
+        yield _parameter_claim(f"memory_per_parameter_{names.lower()}", said, own, around(value))
+
+
+def _paper_bytes(law: LawFit) -> float | None:
+    """Return the paper's c for a law's cells, GB per 10⁹ parameters; of an unquantized checkpoint by its dtype."""
+    widths = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+    first, expected = law.cells[0], paper_range(law)
+    return expected[0] if expected else widths.get(first.dtype) if first.cell.quant == "none" else None
+
+
+def _parameter_claim(key: str, said: str, laws: Sequence[LawFit], claimed: tuple[float, float]) -> Claim:
+    """Judge the main parameter of a law; the majority of the groups that it was fitted to decides."""
+    if not laws:
+        return Claim(
+            key, said, _range(claimed), "–", UNSAID, "The law could not be fitted: too few cells differ only in this."
+        )
+    found = [law.fit.parameter(law.law.main) for law in laws]
+    verdicts = [judge_range(one.low, one.high, claimed) for one in found]
+    counts = {word: verdicts.count(word) for word in (CONFIRMED, NOT_CONFIRMED, UNSAID)}
+    majority = next((word for word, count in counts.items() if count * 2 > len(found)), UNSAID)
+    refuted = sum(law.refuted for law in laws)
+    parts = [
+        f"inside in {counts[CONFIRMED]}, outside in {counts[NOT_CONFIRMED]}, undecided in {counts[UNSAID]} "
+        f"of {_count(len(found), 'group')}"
+    ]
+    parts += [f"in {refuted} the cells deviate from the law by more than their repetitions scatter"] if refuted else []
+    return Claim(key, said, _range(claimed), _parameters(found), majority, f"The interval lies {'; '.join(parts)}.")
+
+
+def _parameters(found: Sequence[Parameter]) -> str:
+    if len(found) == 1:
+        return str(found[0])
+    values = [one.value for one in found]
+    return (
+        f"{found[0].name} = {median(values):.3g} "
+        f"(median of {len(values)} groups, {min(values):.3g} to {max(values):.3g})"
+    )
+
+
+def _form_claims(study: Study) -> Iterator[Claim]:
+    """Judge whether the paper's curve fits best among those tried."""
+    for key, said in (
+        ("throughput_by_batch", "Throughput follows a power of the batch size, α·b^β"),
+        ("latency_by_size", "Time to first token is a line over model size"),
+    ):
+        laws = [law for law in study.laws if law.law.key == key]
+        if not laws:
+            yield Claim(
+                f"{key}_form",
+                said,
+                "the nearest curve",
+                "–",
+                UNSAID,
+                "The law could not be fitted: too few cells differ only in this.",
+            )
+            continue
+        nearest, refuted = sum(law.best is law.fit for law in laws), sum(law.refuted for law in laws)
+        others = sorted({law.best.form.formula for law in laws if law.best is not law.fit})
+        verdict = (
+            CONFIRMED if nearest == len(laws) and not refuted else NOT_CONFIRMED if nearest * 2 < len(laws) else UNSAID
+        )
+        shown = f"nearest in {nearest} of {_count(len(laws), 'group')}" + (
+            f", else {', '.join(others)}" if others else ""
+        )
+        why = (
+            f"In {refuted} of {_count(len(laws), 'group')} the cells deviate from it by more than their repetitions "
+            "scatter."
+        )
+        yield Claim(f"{key}_form", said, "the nearest curve", shown, verdict, why)

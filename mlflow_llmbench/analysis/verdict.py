@@ -1,0 +1,228 @@
+"""Verdict on a result: whether its numbers can be trusted, and if not, why and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+
+from ..records.metrics import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
+from ..records.results import Reason, RunResult, Verdict
+from ..stats import coefficient_of_variation, supports
+from . import online_validity
+from .latency import gaps_ms
+from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step, token_gaps
+
+VARIATION_LIMIT = 0.10
+SWAPPED_PAGES_LIMIT = 256
+LEAST_GAP_MS = 0.01
+"""Minimum time between two tokens that a model computes; passing on tokens that exist already takes a tenth of it."""
+
+Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
+
+
+def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
+    """Return the verdict on a result; `metrics` are its summary by MLflow key.
+
+    The worst reason decides; a failed cell is `invalid`.
+    """
+    if result.failure:
+        sentence = f"The cell ended with {result.outcome} at stage {result.failure.stage}: {result.failure.message}"
+        return Verdict("invalid", (Reason("unfinished", sentence),))
+    reasons = tuple(reason for check in CHECKS_OF[result.cell.scenario] for reason in check(result, metrics))
+    forced = {REASONS[reason.code] for reason in reasons}
+    word = "invalid" if "invalid" in forced else "suspect" if forced else "valid"
+    return Verdict(word, reasons)
+
+
+def unsupported_percentiles(result: RunResult) -> list[str]:
+    """Percentiles that are absent because the sample is too small, as `TTFT p95 (n = 12, needs 59)`."""
+    every = requests(result)
+    sizes = {
+        "TTFT": len(every),
+        "ITL": 0 if several_in_a_step(result) else sum(max(r.output_tokens - 1, 0) for r in every),
+    }
+    return [
+        f"{name} p{q} (n = {n}, needs {PERCENTILE_SUPPORT[q]})"
+        for name, n in sizes.items()
+        if n
+        for q in (90, 95, 99)
+        if not supports(n, q)
+    ]
+
+
+def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    every = [(r.output_tokens, r.asked[1] if r.asked else result.cell.output_tokens) for r in requests(result)]
+    wrong = [(came, asked) for came, asked in every if came != asked]
+    if wrong:
+        yield Reason(
+            "wrong_token_count",
+            f"{len(wrong)} of {len(every)} requests returned {wrong[0][0]} tokens instead of {wrong[0][1]}; rates and "
+            "latencies are not those of the requested length. Check the backend, or ask for a length that it can "
+            "force.",
+        )
+
+
+def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    smallest = min((gap for r in requests(result) for gap in gaps_ms(r)), default=0.0)
+    if smallest < 0:
+        yield Reason(
+            "negative_gap",
+            f"A token came {-smallest:.3f} ms before its predecessor; the clock or the backend is broken. Do not use "
+            "these numbers.",
+        )
+
+
+def _together(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    """Check for tokens handed over only after all were made: a user's function that does not stream."""
+    gaps = token_gaps(result)
+    if gaps and (apart := median(gaps)) < LEAST_GAP_MS:
+        yield Reason(
+            "chunked_stream",
+            f"The tokens of a request came together, {apart * 1000:.2g} µs apart (median; limit "
+            f"{LEAST_GAP_MS * 1000:g} µs): they were handed over when all were made, so neither the time to the first "
+            "token nor the gaps are those of the model. Emit each token as it is made.",
+        )
+
+
+def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    mbu = metrics.get("efficiency/mbu_ratio")
+    if mbu is not None and mbu > 1:
+        yield Reason(
+            "mbu_above_one",
+            f"The decode would have read {mbu:.2f} times the best bandwidth measured here (limit 1): tokens were not "
+            "all computed, or the bandwidth probe was disturbed. Measure again on a quiet machine.",
+        )
+
+
+def _steadiness(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    if result.cell.warmup is None and result.steady is False:
+        processes = process_count(result)
+        seen = f"In at least one of {processes} processes the early and the late warm-up runs"
+        if processes < 2:
+            seen = f"After {len(result.warmup_s)} warm-up runs the early and the late ones"
+        yield Reason(
+            "not_steady",
+            f"{seen} still differ by more than 5 %. Close other programs, or set warmup to a larger number.",
+        )
+
+
+def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    width, target = metrics.get("trust/relative_half_width"), result.cell.precision_target
+    repetitions, processes = len(result.repetitions), process_count(result)
+    if repetitions < LEAST_REPETITIONS:
+        yield Reason(
+            "too_few_samples",
+            f"There are {repetitions} repetitions; an interval needs at least {LEAST_REPETITIONS}. Set repetitions to "
+            "5 or more.",
+        )
+    elif 1 < processes < LEAST_REPETITIONS:
+        yield Reason(
+            "too_few_samples",
+            f"There are {processes} processes; an interval over processes needs at least {LEAST_REPETITIONS}. Raise "
+            "processes to 5 or more.",
+        )
+    elif width is not None and width > target and result.cell.repetitions is None:
+        rests_on, more = (
+            (f"{processes} processes", "processes")
+            if processes > 1
+            else (f"{repetitions} repetitions", "max_repetitions")
+        )
+        yield Reason(
+            "not_converged",
+            f"The 95 % interval of the throughput is ±{width:.1%} after {rests_on}, and the target is ±{target:.1%}. "
+            f"Raise {more}, or close other programs.",
+        )
+
+
+def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    """Check the variation between processes, if several, and between repetitions, which means of processes would hide.
+
+    Conversations differ in their turns and therefore in throughput; on a quiet machine they share the time per output
+    token, which is checked instead.
+    """
+    talks = result.cell.history != "none"
+    of = PER_REPETITION["latency/tpot_ms_mean"] if talks else output_rate
+    rates = [rate for repetition in result.repetitions if (rate := of(repetition)) is not None]
+    seen = {
+        "processes": metrics.get("trust/cv_ratio") if process_count(result) > 1 else None,
+        "repetitions": coefficient_of_variation(rates),
+    }
+    found = {noun: cv for noun, cv in seen.items() if cv is not None and cv > VARIATION_LIMIT}
+    if found:
+        noun = max(found, key=found.__getitem__)
+        what = "time per output token" if talks and noun == "repetitions" else "throughput"
+        yield Reason(
+            "high_variation",
+            f"The {what} of the {noun} varies by {found[noun]:.1%} (standard deviation ÷ mean; limit "
+            f"{VARIATION_LIMIT:.0%}). Look for other programs that ran at the same time, and measure again.",
+        )
+
+
+def _contention(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    noises = [r.noise for r in result.repetitions if r.noise]
+    wall = sum(n.wall_s for n in noises)
+    steal = sum(n.steal_s or 0.0 for n in noises)
+    foreign = sum(n.foreign_cpu_s or 0.0 for n in noises)
+    if wall > 0.5 and (steal + foreign) / wall > FOREIGN_CPU_LIMIT:
+        yield Reason(
+            "contended",
+            f"During the repetitions other processes used {foreign / wall:.2f} and the hypervisor took "
+            f"{steal / wall:.2f} CPUs' worth of time (limit {FOREIGN_CPU_LIMIT:.2f} together). Stop other programs, "
+            "and measure again.",
+        )
+    swapped = sum(n.swapped_pages or 0 for n in noises)
+    if swapped > SWAPPED_PAGES_LIMIT:
+        yield Reason(
+            "swapping",
+            f"{swapped} pages were swapped during the repetitions (limit {SWAPPED_PAGES_LIMIT}). The model does not "
+            "fit in memory with the other programs: use a smaller batch_size or quantization.",
+        )
+
+
+def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+    noises = [r.noise for r in result.repetitions if r.noise]
+    held = [n for n in noises if n.throttles]
+    if held:
+        names = dict.fromkeys(name for n in held for name in n.throttles)
+        counted = sum(n.throttled_s or 0.0 for n in held)
+        temperatures = [n.temperature_c for n in noises if n.temperature_c is not None]
+        hottest = f", up to {max(temperatures)} °C" if temperatures else ""
+        lasted = f", for {counted:.2g} s of {sum(n.wall_s for n in noises):.3g} s" if counted else ""
+        yield Reason(
+            "throttled",
+            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(names)}{lasted}"
+            f"{hottest}; limit 0). Improve its cooling or raise its power limit, and measure again.",
+        )
+    foreign = max((n.foreign_gpu_processes or 0 for n in noises), default=0)
+    if foreign:
+        yield Reason(
+            "contended",
+            f"{foreign} other processes computed on the GPU (limit 0). Stop them, and measure again.",
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    _counts,
+    _order,
+    _together,
+    _bandwidth,
+    _steadiness,
+    _convergence,
+    _variation,
+    _contention,
+    _throttling,
+)
+ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, *online_validity.CHECKS)
+STREAM_CHECKS: tuple[Check, ...] = (
+    _counts,
+    _order,
+    _steadiness,
+    _convergence,
+    _variation,
+    _contention,
+    _throttling,
+    online_validity.client,
+    online_validity.saturation,
+    online_validity.windows,
+)
+CHECKS_OF = {"offline": CHECKS, "online": ONLINE_CHECKS, "batching": STREAM_CHECKS}

@@ -1,0 +1,1 @@
+"""Find, download, check and generate the files of a model."""

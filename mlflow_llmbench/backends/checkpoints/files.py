@@ -1,0 +1,144 @@
+"""Read facts from the files of a checkpoint before it is loaded, and refuse code, pickles and a second quantization."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...config import model_shape
+from ...records.cell import Cell
+from ...records.errors import ModelError, UsageError
+from ...records.quantizations import MADE
+from ...records.results import ModelFacts
+
+SAMPLES, BLOCK_BYTES = 128, 1 << 14
+
+
+def read_facts(
+    cell: Cell, source: str, location: str, revision: str, config_file: Path, files_bytes: int | None
+) -> ModelFacts:
+    """Read the facts of a checkpoint from its configuration.
+
+    Raises ModelError if it cannot be read or needs its own code, and UsageError if it would be quantized a second time.
+    """
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The configuration of {cell.model} cannot be read: {error}. Download the model again."
+        ) from None
+    if not cell.trust_remote_code and (code := _code_in(config)):
+        raise ModelError(
+            f"The model {cell.model} brings code of its own ({code}), which is not run unless you say so. Read it, "
+            "then give trust_remote_code=true."
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method and cell.quant != "none":
+        raise UsageError(
+            f"quant={cell.quant} cannot be made from {cell.model}, which is quantized already ({method}). Use "
+            "quant=none to run it as it is."
+        )
+    text = config.get("text_config") or config
+    shape = model_shape.Shape.from_config(config)
+    dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
+    name = cell.model if source != "folder" else Path(location).name
+    return ModelFacts(name, source, location, revision, config, dtype, shape.context if shape else None, files_bytes)
+
+
+def refuse_made(cell: Cell, name: str) -> None:
+    """Raise UsageError if the cell would quantize a GGUF file."""
+    if cell.quant in MADE:
+        raise UsageError(
+            f"quant={cell.quant} cannot be made from {name}, which is quantized already. Use quant=none to run it as "
+            "it is, or bf16 to unpack it."
+        )
+
+
+def may_be_pickled(cell: Cell, source: str) -> bool:
+    """Return True if pickled weights may be read: with `allow_pickle`, or from a preset's repository at `main`.
+
+    torch reads them without running their code; the fewer are read, the less depends on that. A pull request is a
+    revision too and can hold anything, so a preset is trusted at `main` only. (OPT has nothing but pickles there.)
+    """
+    return cell.allow_pickle or (source == "preset" and cell.revision == "main")
+
+
+def refuse_pickle(cell: Cell, source: str, names: Iterable[str]) -> None:
+    """Raise ModelError if the weight files are pickles that may not be read."""
+    pickles = sorted(name for name in names if not name.endswith(".safetensors"))
+    if pickles and not may_be_pickled(cell, source):
+        raise ModelError(
+            f"The weights of {cell.model} are a pickle ({pickles[0]}), which can carry code, and are not read "
+            "unless you say so. Prefer a model with *.safetensors; or trust its origin and give allow_pickle=true."
+        )
+
+
+def weight_names(names: Iterable[str]) -> set[str]:
+    """Return the files that hold the weights: safetensors, else the pickles, which torch reads without running code."""
+    # `consolidated` files are the same weights again, in another format.
+    top = {name for name in names if "/" not in name and not name.startswith("consolidated")}
+    return {n for n in top if n.endswith(".safetensors")} or {
+        n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")
+    }
+
+
+def is_complete(folder: Path) -> bool:
+    """Return True if a model folder has all its weights: every shard of one of its indices, or a single file."""
+    indices = [json.loads(index.read_text(encoding="utf-8"))["weight_map"] for index in folder.glob("*.index.json")]
+    if indices:
+        return any(all((folder / shard).exists() for shard in set(shards.values())) for shards in indices)
+    return (folder / "model.safetensors").exists() or (folder / "pytorch_model.bin").exists()
+
+
+def weights_format(folder: str) -> str:
+    """Return the format that the weights of a folder are read from: `safetensors` or `pickle`."""
+    return "safetensors" if any(Path(folder).glob("*.safetensors")) else "pickle"
+
+
+def content_hash(files: Sequence[Path]) -> str:
+    """Return 16 hex digits of SHA-256 over the names, sizes, first MiB and `SAMPLES` evenly spaced blocks of the files.
+
+    Reading every byte of tens of gigabytes would take a minute; two checkpoints of one architecture differ in nearly
+    every block.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+            for number in range(SAMPLES):
+                opened.seek(size * number // SAMPLES)
+                digest.update(opened.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _code_in(config: Mapping[str, Any]) -> str | None:
+    """Return the key by which a configuration would run code from outside transformers; None if there is none.
+
+    Such code is classes for the model's own architecture, and attention kernels named by their address on the Hub,
+    which older versions of transformers fetch and run without consent (CVE-2026-4372).
+    """
+    if config.get("auto_map") and not _is_native(str(config.get("model_type"))):
+        return "auto_map"
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    kernels = (
+        f"{key}: {value}"
+        for part in parts
+        for key, value in part.items()
+        if "_implementation" in key and "/" in json.dumps(value)
+    )
+    return next(kernels, None)
+
+
+def _is_native(model_type: str) -> bool:
+    """Return True if transformers has this architecture itself, so that a checkpoint's own code is not needed."""
+    from transformers.models.auto import configuration_auto
+
+    names: Sequence[str] = list(getattr(configuration_auto, "CONFIG_MAPPING_NAMES", ()))
+    return model_type in names

@@ -1,0 +1,1 @@
+"""Run models with transformers, and quantize, score and train them."""

@@ -1,0 +1,481 @@
+"""Run models in this process with transformers, on the CPU or one CUDA GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...config import model_shape, training
+from ...config.choices import DECODES
+from ...records.cell import Cell
+from ...records.errors import MeasurementError, MissingError, NotRealised, foreign_errors
+from ...records.mixed_plan import QuantPlan
+from ...records.quantizations import GPTQ_BITS, HQQ_BITS, MIXED
+from ...records.results import LoadInfo, ModelFacts
+from ...system import gpu, machine
+from ...workloads.prompts import turn_texts
+from ..base import Capabilities, DeviceMemory, Emit, Token
+from ..checkpoints import files, sources
+from . import decoding, gptq, mixed, quantization
+from .continuous import ContinuousEngine
+from .decoding import DecodePath
+from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify, verify_plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TransformersBackend:
+    """Runs `AutoModelForCausalLM` and `generate()` with a streamer that only passes each step on."""
+
+    capabilities = Capabilities(
+        tokenizer=True,
+        logits=True,
+        harness=True,
+        conversations=True,
+        padding=True,
+        continuous=True,
+        heavy=("torch", "transformers"),
+        decodes=DECODES,
+        kv_caches=tuple(decoding.KV_BACKENDS),
+    )
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.cell = cell
+        self.facts = model
+        self.device = machine.require_device(cell.device)
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.path: DecodePath | None = None
+        self._checked_late = False
+        self.weights_format = ""
+        self.load_s = 0.0
+        self.plan: QuantPlan | None = None
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        """Find files, commit and configuration of a preset, folder, GGUF file or Hub id.
+
+        Raises ModelError or MissingError.
+        """
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingError(
+                    f"backend=transformers needs the package {package}, which is not installed. "
+                    "Run: pip install mlflow-llmbench"
+                )
+        quantization.require(cell)
+        if cell.quant in GPTQ_BITS:
+            gptq.require()
+        decoding.require(cell, machine.require_device(cell.device))
+        model = sources.find_model(cell)
+        gptq.require_for(model)
+        quantization.require_for(model)
+        model = (
+            dataclasses.replace(model, quant_plan=mixed.read_plan(cell.quant_plan, model)) if cell.quant_plan else model
+        )
+        return sources.with_assistant(cell, model)
+
+    @classmethod
+    def prepare(cls, cell: Cell, model: ModelFacts) -> None:
+        """Write the random checkpoint, or download the files from the Hub."""
+        sources.fetch(cell, model)
+        if model.assistant:
+            sources.fetch(sources.assistant_of(cell), model.assistant)
+
+    @classmethod
+    def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
+        """Return True if the files are on this disk. Always False for GPTQ: its checkpoint is found by content only."""
+        small = model.assistant is None or sources.is_here(sources.assistant_of(cell), model.assistant)
+        planned = cell.quant != MIXED or mixed.is_prepared(cell, model)
+        return cell.quant not in GPTQ_BITS and small and planned and sources.is_here(cell, model)
+
+    # Loading
+
+    def load(self) -> LoadInfo:
+        """Load, verify and touch the model. The time covers loading from local files and touching, not verification."""
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        folder, gguf_file = sources.local_files(self.cell, self.facts)
+        self.weights_format = "gguf" if gguf_file else files.weights_format(folder)
+        self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
+        keywords = self._load_keywords(gguf_file)
+        started = time.perf_counter()
+        with foreign_errors("loading"), torch.inference_mode():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
+            self.model, report = loaded
+            quantization.refuse_missing(self.facts, report["missing_keys"])
+            if self.cell.quant in HQQ_BITS:
+                quantization.quantize_with_hqq(self.model, self.cell, keywords["dtype"])
+            self.model.eval()
+            if self.plan:
+                mixed.realise(self.model, self.plan.modules, self.device)
+                self.model.to(self.device)
+            touch(self.model)  # part of the load: only now is a mapped checkpoint read from the disk
+            assistant = self._load_assistant(keywords)
+        self._synchronise()
+        self.load_s = time.perf_counter() - started
+        # Neutral settings: no end-of-sequence token or sampling default of the checkpoint changes length or cost.
+        self.model.generation_config = GenerationConfig()
+        self.path = DecodePath(self.cell, self.model, assistant)
+        gc.collect()
+        found = inspect_model(self.model)
+        verify(self.cell.quant, self.device, found)
+        if self.plan:
+            verify_plan(self.plan.modules, self.model)
+        if gguf_file and self.cell.quant == "none" and not any("gguf" in name.lower() for name in found.linear_classes):
+            raise NotRealised(
+                f"transformers cannot run {gguf_file} packed: it was unpacked to {', '.join(found.dtypes)}. "
+                "Say so with quant=bf16, fp16 or fp32, or run it as it is with backend=llama_cpp."
+            )
+        return self._load_info(self.load_s, found)
+
+    def _load_assistant(self, keywords: dict[str, Any]) -> Any:
+        """Load the small model that proposes tokens, in the dtype of the computation; None if the cell has none."""
+        if self.facts.assistant is None:
+            return None
+        from transformers import AutoModelForCausalLM
+
+        cell = sources.assistant_of(self.cell)
+        folder, _ = sources.local_files(cell, self.facts.assistant)
+        named = {name: keywords[name] for name in ("local_files_only", "trust_remote_code", "device_map", "dtype")}
+        if not files.may_be_pickled(cell, self.facts.assistant.source):
+            named["use_safetensors"] = True
+        assistant = AutoModelForCausalLM.from_pretrained(folder, **named)
+        touch(assistant.eval())
+        return assistant
+
+    def describe(self) -> LoadInfo:
+        return self._load_info(self.load_s, inspect_model(self.model))
+
+    def _load_keywords(self, gguf_file: str | None) -> dict[str, Any]:
+        import torch
+
+        quant = self.cell.quant
+        keywords: dict[str, Any] = {
+            "local_files_only": True,
+            "trust_remote_code": self.cell.trust_remote_code,
+            "device_map": {"": self.device},
+        }
+        if self.cell.attention != "auto":
+            keywords["attn_implementation"] = self.cell.attention
+        if quant in FLOAT_DTYPES:
+            keywords["dtype"] = getattr(torch, FLOAT_DTYPES[quant])
+        elif self.plan:
+            keywords["dtype"] = getattr(torch, FLOAT_DTYPES[self.plan.sensitivity.kept])
+            # Quantized block by block on the way to the device, which never holds all of it unquantized.
+            keywords["device_map"] = {"": "cpu"}
+        elif quant in quantization.PACKAGE:
+            keywords["dtype"] = torch.bfloat16 if mixed.has_bfloat16(self.device) else torch.float16
+            keywords["quantization_config"] = quantization.config(self.cell, self.device, keywords["dtype"])
+        else:
+            keywords["dtype"] = "auto"
+        if not files.may_be_pickled(self.cell, self.facts.source):
+            keywords["use_safetensors"] = True
+        if gguf_file:
+            keywords.pop("use_safetensors", None)
+            keywords["gguf_file"] = gguf_file
+            if quant in FLOAT_DTYPES:
+                from transformers import GgufConfig
+
+                keywords["quantization_config"] = GgufConfig(dequantize=True)
+        return keywords
+
+    def _load_info(self, load_s: float, found: Inspection) -> LoadInfo:
+        config = self.model.config.get_text_config()
+        compute = self.model.get_input_embeddings().weight.dtype
+        shape = model_shape.Shape.from_config(config.to_dict())
+        facts: dict[str, str | int | float] = {
+            "model.parameters": found.parameters,
+            "model.dtype": str(compute).removeprefix("torch."),
+            "model.class": type(self.model).__name__,
+            "model.revision": self.facts.revision,
+            "model.weights_format": self.weights_format,
+            "model.remote_code": "true"
+            if any(name.startswith("transformers_modules.") for name in sys.modules)
+            else "false",
+            "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
+            "model.device": found.device,
+            "quant.bits_per_weight": round(found.linear_bits, 3),
+            "quant.kernel": ", ".join(f"{name} × {count}" for name, count in sorted(found.linear_classes.items())),
+            **quantization.facts(self.model),
+            **(self.path.facts() if self.path else {}),
+            **({"assistant.revision": self.facts.assistant.revision} if self.facts.assistant else {}),
+            **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
+            **(mixed.facts(self.plan) if self.plan else {}),
+            **training.recorded(sources.base_files(self.cell, self.facts)[0]),
+        }
+        costs = shape.cost_fields(compute.itemsize) if shape else {}
+        if self.path and self.path.kv_bytes_per_token is not None:
+            costs["kv_bytes_per_token"] = self.path.kv_bytes_per_token
+        return LoadInfo(
+            load_s=load_s,
+            weight_bytes=found.weight_bytes,
+            step_bytes=model_shape.read_by_step(config.to_dict(), found.step_bytes),
+            **costs,
+            cache_bytes=self._cache_bytes(),
+            facts=facts,
+            vocab_size=int(config.vocab_size),
+            mapped_weight_bytes=found.mapped_bytes,
+            quant_plan=self.plan,
+            made=sources.local_files(self.cell, self.facts)[0] if self.cell.quant in GPTQ_BITS else None,
+        )
+
+    def _cache_bytes(self) -> int | None:
+        if not self.device.startswith("cuda"):
+            return machine.last_level_cache_bytes()
+        import torch
+
+        return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+
+    # Generating
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: _History | None = None
+    ) -> None:
+        assert self.path
+        # generate() skips the part of the prompt that the cache holds.
+        arguments = {"past_key_values": history.cache} if history else self.path.arguments()
+        self._generate(prompts, output_tokens, emit, self.path.settings(), arguments)
+        if history is None:
+            self.path.finish(arguments, len(prompts))
+
+    def generate_plainly(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        self._generate(prompts, output_tokens, emit, {}, {})
+
+    def compile(self, prompts: Sequence[Sequence[int]], longest: int, output_tokens: int) -> float | None:
+        if self.cell.decode != "compiled":
+            return None
+        assert self.path
+        path, few = self.path, min(output_tokens, decoding.COMPILE_TOKENS)
+
+        def run(**settings: Any) -> None:
+            arguments = path.arguments()
+            self._generate(prompts, few, lambda _: None, path.settings() | settings, arguments)
+            path.empty()
+
+        with foreign_errors("compiling the decode step"):
+            return path.compile(longest + output_tokens, lambda: run(disable_compile=True), run, decodes=few > 1)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        emit: Emit,
+        fields: dict[str, Any],
+        arguments: dict[str, Any],
+    ) -> None:
+        import torch
+        from transformers import GenerationConfig
+
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        # Padded on the left, where attention and positions ignore it, so that every prompt ends in the last column.
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.long)
+        mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+        settings = GenerationConfig(
+            max_new_tokens=output_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=0,
+            eos_token_id=None,
+            **fields,
+        )
+        streamer: Any = _Streamer(emit)
+        with foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
+            if not self._checked_late:
+                streamer = stack.enter_context(_late_check(self.model, streamer))
+                self._checked_late = True
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+            self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer, **arguments)
+            self._synchronise()
+
+    def new_history(self) -> _History:
+        from transformers import DynamicCache
+
+        return _History(DynamicCache(config=self.model.config))
+
+    def open_engine(self, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> ContinuousEngine:
+        try:
+            with foreign_errors("preparing continuous batching"):
+                return ContinuousEngine(self.model, rows, longest, on_step)
+        except MeasurementError as error:
+            raise MeasurementError(
+                f"transformers cannot batch this model continuously. {error} "
+                "Use batching=static,dynamic, or another attention."
+            ) from error
+
+    def encode(self, text: str) -> Sequence[int]:
+        ids: list[int] = self._tokenizer()(text)["input_ids"]
+        return ids
+
+    def encode_turns(self, messages: Sequence[str]) -> Sequence[Sequence[int]]:
+        tokenizer = self._tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            first, *rest = turn_texts(messages, None)
+            return [self.encode(first), *(tokenizer(text, add_special_tokens=False)["input_ids"] for text in rest)]
+
+        def render(chat: list[dict[str, str]]) -> str:
+            return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+        with foreign_errors("applying the chat template"):  # the template writes the special tokens itself
+            return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in turn_texts(messages, render)]
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:  # only text workloads need it, and building it from a GGUF file takes a minute
+            self.tokenizer = sources.load_tokenizer(self.cell, self.facts)
+        return self.tokenizer
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def language_model(self) -> tuple[Any, Any]:
+        return self.model, self._tokenizer()
+
+    def logits(self, ids: Sequence[int], last: int) -> torch.Tensor:
+        import torch
+
+        batch = torch.tensor([list(ids)], dtype=torch.long)
+        # Most models can skip the output head for the other ids, which at 262,144 words would take most of the memory.
+        through_cache = self.cell.kv_cache is not None and last > 1
+        keep = (
+            {"logits_to_keep": 1 if through_cache else last}
+            if "logits_to_keep" in inspect.signature(self.model.forward).parameters
+            else {}
+        )
+        with foreign_errors("scoring"), torch.inference_mode():
+            batch = batch.to(self.model.device)
+            mask = torch.ones_like(batch)
+            if through_cache:
+                return self._logits_through_cache(batch, mask, last, keep)
+            found: torch.Tensor = self.model(input_ids=batch, attention_mask=mask, use_cache=False, **keep).logits
+            return found[0, -last:]
+
+    def _logits_through_cache(
+        self, batch: torch.Tensor, mask: torch.Tensor, last: int, keep: dict[str, int]
+    ) -> torch.Tensor:
+        """Compute the logits of the last ids through the quantized KV cache.
+
+        A prefill gives those of the first; a second pass, which reads the prefill from the cache, gives the others.
+        """
+        import torch
+
+        assert self.path
+        cache, begin = self.path.arguments()["past_key_values"], batch.shape[1] - last + 1
+        first = self.model(
+            input_ids=batch[:, :begin], attention_mask=mask[:, :begin], past_key_values=cache, use_cache=True, **keep
+        ).logits[0, -1:]
+        others = self.model(
+            input_ids=batch[:, begin:], attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits[0]
+        return torch.cat([first, others])
+
+    # Device
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        if not self.device.startswith("cuda"):
+            return None
+        import os
+
+        import torch
+
+        seen = DeviceMemory(
+            torch.cuda.memory_allocated(self.device),
+            torch.cuda.memory_reserved(self.device),
+            torch.cuda.max_memory_reserved(self.device),
+            gpu.process_bytes(os.getpid()),
+        )
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return seen
+
+    def peaks(self) -> dict[str, float]:
+        from ..probe import measure_peaks
+
+        with foreign_errors("measuring the device's best rates"):
+            found = measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
+        self.trim()
+        return found
+
+    def close(self) -> None:
+        self.model = self.tokenizer = self.path = None
+        self.trim()
+
+    def trim(self) -> None:
+        gc.collect()
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def _synchronise(self) -> None:
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
+
+class _History:
+    """The KV cache of a conversation."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    @property
+    def tokens(self) -> int:
+        return int(self.cache.get_seq_length())
+
+
+class _Streamer:
+    """Passes the ids of each step on.
+
+    generate() calls `put` first with the prompt, then once per step with ids that are on the host.
+    """
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
+        self.put: Emit = self._skip_prompt
+
+    def _skip_prompt(self, value: Any) -> None:
+        self.put = self.emit
+
+    def end(self) -> None:
+        """Do nothing: nothing is buffered."""
+
+
+@contextlib.contextmanager
+def _late_check(model: Any, streamer: _Streamer) -> Iterator[Any]:
+    """Raise NotRealised unless the first token is emitted after exactly one forward pass.
+
+    With a deferred stop check, which transformers uses where reading the device is slow, each token would be emitted
+    one step late, and every TTFT would be one step too long. Done once per load, in the very first call, which is a
+    warm-up.
+    """
+    forwards: list[int] = []
+    seen_at_first: list[int] = []
+    hook = model.register_forward_hook(lambda *_: forwards.append(1))
+    emit = streamer.emit
+
+    def counting(step: Any) -> None:
+        if not seen_at_first:
+            seen_at_first.append(len(forwards))
+        emit(step)
+
+    try:
+        yield _Streamer(counting)
+    finally:
+        hook.remove()
+    if seen_at_first and seen_at_first[0] != 1:
+        raise NotRealised(
+            f"The first token was emitted after {seen_at_first[0]} forward passes, not 1, so all stamps would be late. "
+            "Use a transformers version without a deferred stop check on this device."
+        )

@@ -1,0 +1,137 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on the loaded model, by name or from a YAML file or folder.
+
+The only module that imports lm_eval. Prompts, few-shot examples, metrics and their standard errors are the harness's
+own. No chat template is applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...records.errors import MissingError, first_line
+from ...records.results import TaskScore
+from ..base import Backend
+
+Say = Callable[..., None]
+
+
+def require() -> None:
+    """Raise MissingError unless the harness is installed; does not import it."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingError(
+            "quality_tasks needs the package lm_eval, which is not installed. "
+            "Run: pip install 'mlflow-llmbench[lm-eval]'"
+        )
+
+
+def evaluate(backend: Backend, tasks: Sequence[str], most: int | None, say: Say) -> None:
+    """Run each task on the loaded model, with at most `most` of its documents, and report its scores as `tasked`.
+
+    A folder stands for all tasks in it. A failing task is reported as `withheld`, in one line, and the others still
+    run.
+    """
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folders = [task for task in tasks if Path(task).is_dir()]
+    with _in_a_line("lm-eval", say):
+        manager = TaskManager(include_path=folders or None)
+        model = _wrapped(backend, say)
+        for task in tasks:
+            for name in _names(task, manager) if task in folders else [task]:
+                with _in_a_line(f"The task {name} of lm-eval", say):
+                    say("tasked", task=name, scores=_run(model, name, manager, most))
+
+
+@contextlib.contextmanager
+def _in_a_line(what: str, say: Say) -> Iterator[None]:
+    """Report any error of the harness, its data sets or the network as `withheld`, so that only this score is lost.
+
+    Memory that runs out is reported as such.
+    """
+    try:
+        yield
+    except MemoryError:
+        say("withheld", message=f"{what} was not evaluated: memory ran out.")
+    except Exception as error:
+        why = first_line(error).rstrip(".")
+        advice = "Data sets are downloaded once: check the network, or give the YAML file of a task whose data is here."
+        if isinstance(error, KeyError):
+            why, advice = (
+                "there is no task of that name",
+                "Give a name that `lm-eval ls tasks` lists, or the path of a YAML file or of a folder with them.",
+            )
+        say("withheld", message=f"{what} was not evaluated: {why}. {advice}")
+
+
+def _wrapped(backend: Backend, say: Say) -> Any:
+    """Wrap the loaded model for the harness; each call of it is reported as `scoring`."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Told(HFLM):  # type: ignore[misc]
+        calls = 0
+
+        def _model_call(self, *arguments: Any, **keywords: Any) -> Any:
+            self.tell()
+            return super()._model_call(*arguments, **keywords)
+
+        def _model_generate(self, *arguments: Any, **keywords: Any) -> Any:
+            self.tell()
+            return super()._model_generate(*arguments, **keywords)
+
+        def tell(self) -> None:
+            self.calls += 1
+            say("scoring", number=self.calls)
+
+    loaded, tokenizer = backend.language_model()
+    return Told(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=1)
+
+
+def _names(folder: str, manager: Any) -> list[str]:
+    """Return the tasks and groups that the YAML files of a folder declare, sorted."""
+    root = Path(folder).resolve()
+    return sorted(
+        name
+        for name, entry in manager.task_index.items()
+        if entry.yaml_path and root in Path(entry.yaml_path).resolve().parents
+    )
+
+
+def _run(model: Any, name: str, manager: Any, most: int | None) -> tuple[TaskScore, ...]:
+    """Return the scores of a task, or of a group with all its tasks."""
+    from lm_eval import simple_evaluate
+
+    found: Mapping[str, Any] = simple_evaluate(
+        model=model, tasks=[name], task_manager=manager, limit=most, log_samples=False, bootstrap_iters=1000
+    )
+    counts, versions = found.get("n-samples") or {}, found.get("versions") or {}
+    whole = any(isinstance(value, float) for value in (found.get("groups") or {}).get(name, {}).values())
+    scores = []
+    for task, figures in {**found["results"], **(found.get("groups") or {})}.items():
+        for key, value in figures.items():
+            metric, _, chosen = key.partition(",")
+            if (
+                metric.endswith("_stderr")
+                or isinstance(value, str | bool)
+                or not isinstance(value, int | float)
+                or not chosen
+            ):
+                continue
+            error = figures.get(f"{metric}_stderr,{chosen}")
+            scores.append(
+                TaskScore(
+                    task,
+                    metric if chosen == "none" else f"{metric}.{chosen}",
+                    float(value),
+                    float(error) if isinstance(error, int | float) else None,
+                    (counts.get(task) or {}).get("effective"),
+                    str(versions.get(task, "")),
+                    whole and task != name,
+                )
+            )
+    return tuple(scores)

@@ -1,0 +1,442 @@
+"""Mixed quantization: measure the cost of each block in int8 and int4, choose schemes under a budget, apply them.
+
+The paper's "dynamic quantization". Sensitivity is measured with forward passes only: one block at a time is quantized,
+and the next-token distributions are compared with those of the unquantized model (by KL divergence; Dong et al. 2019,
+arXiv:1911.03852, use curvature). It runs in the process that prepares files. The result is cached by content and
+shared by all budgets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ...config.parsers import read_budget
+from ...records.cell import Cell
+from ...records.errors import MeasurementError, NotRealised, UsageError, first_line
+from ...records.mixed_plan import QUANTIZED, Block, QuantPlan, Sensitivity
+from ...records.results import ModelFacts, from_json, hash16, to_json
+from ...system import machine
+from ...workloads.prompts import load_prompts
+from . import inspection, knapsack, scoring
+
+if TYPE_CHECKING:
+    import torch
+
+
+PACKAGES = ("bitsandbytes", "torch", "transformers")
+PASSAGES, PASSAGE_TOKENS, POSITIONS = 24, 64, 8
+"""Number of passages, tokens of each, and positions at its end at which distributions are compared.
+
+Gemma's vocabulary takes 100 MB of logits.
+"""
+
+CALIBRATION = ("qa", "summarization", "creative", "code", "chat", "domain")
+"""Bundled workloads from which passages are cut, except the measured one: its quality is judged on other texts."""
+
+ROWS = 8  # passages in one forward pass
+THRESHOLD = 6.0  # LLM.int8's, as for quant=int8
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+NANO = 10**12  # factor that makes costs whole numbers
+
+
+def kept_scheme(model: ModelFacts, bfloat16: bool) -> str:
+    """Return the scheme of blocks that are not quantized.
+
+    It is the checkpoint's own 16-bit type, or bf16 if it has more bits, or fp16 on devices without bf16.
+    """
+    own = {dtype: scheme for scheme, dtype in DTYPES.items()}.get(str(model.dtype))
+    return own if own and (bfloat16 or own != "bf16") else "bf16" if bfloat16 else "fp16"
+
+
+# Cached files
+
+
+def plan_of(cell: Cell, model: ModelFacts) -> QuantPlan:
+    """Return the plan of a cell, given or written by `prepare`. Raises MeasurementError if it cannot be read."""
+    if model.quant_plan is not None:
+        return model.quant_plan
+    file = _folder(cell, model) / _plan_name(cell)
+    try:
+        return from_json(QuantPlan, json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise MeasurementError(
+            f"The plan {file} cannot be read: {error}. Delete it, so that it is made again."
+        ) from None
+
+
+def is_prepared(cell: Cell, model: ModelFacts) -> bool:
+    """Return True if the plan of a cell is there."""
+    return model.quant_plan is not None or (_folder(cell, model) / _plan_name(cell)).exists()
+
+
+def read_plan(path: str, model: ModelFacts) -> QuantPlan:
+    """Read the `quant_plan.json` of an earlier run. Raises UsageError if it is no plan, or one of another model."""
+    try:
+        plan = from_json(QuantPlan, json.loads(Path(path).read_text(encoding="utf-8")))
+        complete = set(plan.schemes) == {block.name for block in plan.sensitivity.blocks} and set(
+            plan.schemes.values()
+        ) <= {*plan.sensitivity.schemes}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(
+            f"{path} is not a plan: {first_line(error)}. Give the quant_plan.json of a run with quant=mixed."
+        ) from None
+    if not complete:
+        raise UsageError(
+            f"{path} is not a complete plan: it has blocks without a scheme, or with an unknown one. "
+            "Give the quant_plan.json of a run."
+        )
+    # The revision of random weights is their seed, which is the same for every preset.
+    other = model.revision.startswith("random-") and plan.sensitivity.model != model.name
+    if other or plan.sensitivity.revision != model.revision:
+        raise UsageError(
+            f"The plan {path} was made for {plan.sensitivity.model} {plan.sensitivity.revision[:12]}, "
+            f"but the model is {model.name} {model.revision[:12]}. Make a plan for it with quant_budget."
+        )
+    return plan
+
+
+def _folder(cell: Cell, model: ModelFacts) -> Path:
+    """Return the cache folder of a model's sensitivity and plans, named by a hash of everything that decides them."""
+    name, revision = model.identity
+    made_of = {
+        "model": name,
+        "revision": revision,
+        "device": machine.require_device(cell.device).partition(":")[0],
+        "attention": cell.attention,
+        "size": [PASSAGES, PASSAGE_TOKENS, POSITIONS],
+        "calibration": [_texts(texts, cell) for texts in _sets(cell)]
+        or {"generator": "uniform-ids-1", "seed": cell.seed},
+        "versions": _versions(),
+    }
+    return machine.cache_folder() / "mixed" / f"{Path(model.name).name}-{hash16(made_of)}"
+
+
+def _plan_name(cell: Cell) -> str:
+    return f"plan-{cell.quant_budget}.json"
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def _write(file: Path, record: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(to_json(record)), encoding="utf-8")
+    temporary.replace(file)
+
+
+# Measuring and choosing
+
+
+def prepare(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
+    """Make and write the plan of a cell: measure the sensitivity unless it is cached, and choose under the budget.
+
+    The plan as a whole is measured too. `source` is the folder of the checkpoint; `tokenizer` is None for random
+    weights. Raises UsageError if nothing fits the budget, and MeasurementError if the sensitivity cannot be measured.
+    """
+    if is_prepared(cell, model):
+        return
+    import torch
+
+    device = machine.require_device(cell.device)
+    try:
+        with torch.inference_mode():
+            kept = kept_scheme(model, has_bfloat16(device))
+            loaded = _load(cell, source, kept).to(device)
+            ids = torch.tensor(
+                _passages(cell, int(loaded.config.get_text_config().vocab_size), tokenizer), device=device
+            )
+            reference = _logits(loaded, ids)
+            known = _folder(cell, model) / "sensitivity.json"
+            if known.exists():
+                found = from_json(Sensitivity, json.loads(known.read_text(encoding="utf-8")))
+            else:
+                found = _sensitivity(loaded, ids, reference, cell, model, kept, device)
+                _write(known, found)
+                (known.parent / "blocks.json").unlink(missing_ok=True)
+            plan = choose(found, str(cell.quant_budget))
+            with _as(loaded, plan.modules, device):
+                measured = _divergences(loaded, ids, reference)
+    except (MeasurementError, UsageError, NotRealised):
+        raise
+    except Exception as error:
+        raise MeasurementError(
+            f"The sensitivity of {cell.model} could not be measured: {type(error).__name__}: {first_line(error)}. "
+            "Try a smaller model, or quant=int8."
+        ) from error
+    _write(_folder(cell, model) / _plan_name(cell), QuantPlan(found, plan.budget, plan.schemes, measured))
+
+
+def choose(found: Sensitivity, budget: str) -> QuantPlan:
+    """Return the plan of least predicted KL divergence within a budget such as `5.5` (bits per weight) or `300MB`.
+
+    Raises UsageError if nothing fits.
+    """
+    bits, size = read_budget(budget)
+    room = size - found.fixed_bytes if size is not None else math.floor((bits or 0) * found.weights / 8 + 1e-6)
+    options = [
+        [(block.stored[scheme], round(block.cost(scheme) * NANO)) for scheme in found.schemes] for block in found.blocks
+    ]
+    chosen = knapsack.choose(options, room)
+    if chosen is None:
+        least = sum(min(block.stored.values()) for block in found.blocks)
+        raise UsageError(
+            f"quant_budget={budget} is too small for {found.model}: int4 throughout takes "
+            f"{math.ceil(800 * least / found.weights) / 100:.2f} bits per weight, "
+            f"{math.ceil((found.fixed_bytes + least) / 1e5) / 10:.1f}MB with the parts that are not quantized. "
+            "Give at least that."
+        )
+    return QuantPlan(
+        found, budget, {block.name: found.schemes[number] for block, number in zip(found.blocks, chosen, strict=True)}
+    )
+
+
+def _sensitivity(
+    model: Any, ids: torch.Tensor, reference: torch.Tensor, cell: Cell, facts: ModelFacts, kept: str, device: str
+) -> Sensitivity:
+    started = time.perf_counter()
+    seen = inspection.inspect_model(model)
+    if seen.expert_weights:
+        raise MeasurementError(
+            f"{cell.model} is a mixture of experts, which are not linear layers in this version of transformers: "
+            f"{seen.expert_weights:,} of its {seen.parameters:,} weights would stay as they are. "
+            "Use a GGUF file of it with backend=llama_cpp."
+        )
+    whole, groups = seen.weight_bytes, blocks_of(model)
+    if not groups:
+        raise MeasurementError(f"{cell.model} has no linear layers that could be quantized. Use quant=none.")
+    partial = _folder(cell, facts) / "blocks.json"  # results of an interrupted measurement
+    blocks = (
+        [from_json(Block, known) for known in json.loads(partial.read_text(encoding="utf-8"))]
+        if partial.exists()
+        else []
+    )
+    for number, (name, modules) in enumerate(groups.items(), 1):
+        if number > len(blocks):
+            print(f"Sensitivity of {name} ({number}/{len(groups)})", file=sys.stderr)
+            blocks.append(_measured_block(name, modules, model, ids, reference, kept, device))
+            _write(partial, blocks)
+    uniform = {}
+    for scheme in QUANTIZED:
+        with _as(model, {module: scheme for modules in groups.values() for module in modules}, device):
+            uniform[scheme] = _divergences(model, ids, reference)
+    return Sensitivity(
+        facts.name,
+        facts.revision,
+        device.partition(":")[0],
+        kept,
+        whole - sum(block.stored[kept] for block in blocks),
+        tuple(blocks),
+        uniform,
+        ", ".join(_sets(cell)) or "seeded ids",
+        POSITIONS,
+        _versions(),
+        round(time.perf_counter() - started, 1),
+    )
+
+
+def _measured_block(
+    name: str, modules: Sequence[str], model: Any, ids: torch.Tensor, reference: torch.Tensor, kept: str, device: str
+) -> Block:
+    stored = {kept: _stored(model, modules)}
+    kl: dict[str, tuple[float, ...]] = {}
+    for scheme in QUANTIZED:
+        with _as(model, dict.fromkeys(modules, scheme), device):
+            kl[scheme] = _divergences(model, ids, reference)
+            stored[scheme] = _stored(model, modules)
+    weights = sum(model.get_submodule(module).weight.numel() for module in modules)
+    return Block(name, tuple(modules), weights, stored, kl)
+
+
+def blocks_of(model: Any) -> dict[str, list[str]]:
+    """Map the name of each block to its linear layers: those of a layer's attention, of its MLP, and any single ones.
+
+    The name is the path up to the part below the layer's number, as in `model.layers.0.mlp`. Linear layers that a layer
+    holds directly (OPT's MLP) form a block with the layer's own name. The output head belongs to no block.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    groups: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if type(module) is not torch.nn.Linear or module is head:
+            continue
+        found = re.match(r"(.*?\.\d+)(?:\.([^.]+)\..+|\.[^.]+)$", name)
+        block = name if found is None else found[1] if found[2] is None else f"{found[1]}.{found[2]}"
+        groups.setdefault(block, []).append(name)
+    return groups
+
+
+def _stored(model: Any, modules: Sequence[str]) -> int:
+    return sum(inspection.layer_bytes(model.get_submodule(module)) for module in modules)
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits at the last `POSITIONS` of each passage: (passages, positions, vocabulary)."""
+    import torch
+
+    keep = {"logits_to_keep": POSITIONS} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    parts: Sequence[torch.Tensor] = torch.split(ids, ROWS)
+    found = [
+        model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, **keep).logits[:, -POSITIONS:]
+        for rows in parts
+    ]
+    return torch.cat(found)
+
+
+def _divergences(model: Any, ids: torch.Tensor, reference: torch.Tensor) -> tuple[float, ...]:
+    """Return the mean KL divergence of each passage from the reference, in nats.
+
+    Raises MeasurementError if one is not finite.
+    """
+    own = _logits(model, ids)
+    means = [fmean(scoring.divergence(its, mine)[0]) for its, mine in zip(reference, own, strict=True)]
+    if not all(map(math.isfinite, means)):
+        raise MeasurementError(
+            "A quantized block gives logits that are not finite, so its cost cannot be measured. Use quant=none."
+        )
+    return tuple(float(f"{mean:.6g}") for mean in means)
+
+
+def _sets(cell: Cell) -> list[str]:
+    """Return the workloads to calibrate with; none for random weights, which have no tokenizer."""
+    return [] if cell.weights == "random" else [name for name in CALIBRATION if name != cell.workload]
+
+
+def _texts(name: str, cell: Cell) -> list[str]:
+    """Return the texts of a bundled workload without those that are measured."""
+    own = set(load_prompts(cell.workload).texts)
+    return [text for text in load_prompts(name).texts if text not in own]
+
+
+def _passages(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
+    """Return `PASSAGES` passages of `PASSAGE_TOKENS` ids: cut at even distances from the joined texts of each workload.
+
+    Without texts, they are seeded random ids.
+    """
+    sets = _sets(cell)
+    if tokenizer is None or not sets:
+        draw = random.Random(f"mixed/{cell.seed}")
+        return [
+            [draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(PASSAGE_TOKENS)]
+            for _ in range(PASSAGES)
+        ]
+    prefix = list(tokenizer("")["input_ids"])  # the ids that the tokenizer puts before every text
+    length = PASSAGE_TOKENS - len(prefix)
+    found: list[list[int]] = []
+    for number, name in enumerate(sets):
+        ids = list(tokenizer("\n\n".join(_texts(name, cell)))["input_ids"])[len(prefix) :]
+        count = (number + 1) * PASSAGES // len(sets) - number * PASSAGES // len(sets)
+        starts = [place * max(len(ids) - length, 0) // max(count - 1, 1) for place in range(count)]
+        found += [[*prefix, *ids[start : start + length]] for start in starts]
+    return [passage for passage in found if len(passage) == PASSAGE_TOKENS]
+
+
+# Applying a plan
+
+
+def _load(cell: Cell, source: str, kept: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    attention = {} if cell.attention == "auto" else {"attn_implementation": cell.attention}
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        local_files_only=True,
+        trust_remote_code=cell.trust_remote_code,
+        dtype=getattr(torch, DTYPES[kept]),
+        **attention,
+    ).eval()
+
+
+def has_bfloat16(device: str) -> bool:
+    """Return True if a device computes in bf16 natively."""
+    import torch
+
+    return device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextlib.contextmanager
+def _as(model: Any, schemes: Mapping[str, str], device: str) -> Iterator[None]:
+    """Quantize these linear layers (name → scheme) of the model, and restore them afterwards."""
+    before = {name: model.get_submodule(name) for name, scheme in schemes.items() if scheme in QUANTIZED}
+    try:
+        realise(model, schemes, device)
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+
+def realise(model: Any, schemes: Mapping[str, str], device: str) -> None:
+    """Replace linear layers (name → scheme) by quantized ones on the device.
+
+    Raises NotRealised if the model has no such layer.
+    """
+    for name, scheme in schemes.items():
+        if scheme not in QUANTIZED:
+            continue
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise NotRealised(
+                f"The plan names the layer {name}, which this model does not have. "
+                "Make a plan for it with quant_budget."
+            ) from None
+        model.set_submodule(name, quantized(linear, scheme, device))
+
+
+def quantized(linear: Any, scheme: str, device: str) -> Any:
+    """Quantize a linear layer with bitsandbytes as transformers does: LLM.int8 (int8) or NF4 in blocks of 64 (int4)."""
+    import bitsandbytes
+    import torch
+
+    nn: Any = bitsandbytes.nn
+    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+    weight = linear.weight.data.to("cpu")
+    with torch.device("meta"):
+        made: Any = (
+            nn.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=THRESHOLD)
+            if scheme == "int8"
+            else nn.Linear4bit(*sizes, biased, compute_dtype=weight.dtype, compress_statistics=False, quant_type="nf4")
+        )
+    if scheme == "int8":
+        made.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        made.weight = nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=False, quant_type="nf4", module=made
+        ).to(device)
+    made.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.data.to(device), requires_grad=False)
+    return made.requires_grad_(False).eval()
+
+
+def facts(plan: QuantPlan) -> dict[str, str | int | float]:
+    """Return the facts of a plan that a run logs, as dotted params."""
+    found = plan.sensitivity
+    said: dict[str, str | int | float] = {
+        "quant.method": "mixed",
+        "quant.plan": hash16(dict(plan.schemes)),
+        "quant.blocks": ", ".join(f"{scheme} × {count}" for scheme, count in plan.counts.items()),
+        "quant.planned_bits": round(plan.bits, 3),
+        "quant.predicted_kl": float(f"{plan.predicted_kl:.4g}"),
+        "quant.compute_dtype": DTYPES[found.kept],
+        "quant.threshold": THRESHOLD,
+        "quant.type": "nf4",
+        "quant.calibration": found.calibration,
+        "quant.calibration_samples": len(next(iter(found.uniform.values()))),
+    }
+    return said | ({"quant.plan_kl": float(f"{fmean(plan.measured_kl):.4g}")} if plan.measured_kl else {})

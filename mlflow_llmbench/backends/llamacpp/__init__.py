@@ -1,0 +1,1 @@
+"""Run GGUF models with llama.cpp in process, and make GGUF files."""

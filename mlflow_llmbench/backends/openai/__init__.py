@@ -1,0 +1,1 @@
+"""Measure a server that speaks the OpenAI interface."""

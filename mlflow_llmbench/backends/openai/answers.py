@@ -1,0 +1,193 @@
+"""Read one answer of a server: stamps and counts from its stream of events, or the error it tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from ...loadgen.http1 import Exchange
+from ...loadgen.sse import EventParser
+from ...records.results import RequestRecord
+
+MOST_SAID, MOST_MESSAGE = 2000, 200
+"""Characters of a server's error that are read, and of the message that is kept."""
+
+
+@dataclasses.dataclass
+class _Answer:
+    """State of an answer while its events are read."""
+
+    stamps: list[int] = dataclasses.field(default_factory=list)
+    told: list[int | None] = dataclasses.field(default_factory=list)  # output tokens so far, as each chunk reports
+    usage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    visible: int | None = None
+    text: list[str] = dataclasses.field(default_factory=list)  # without the reasoning channel
+    finish: str = ""
+    finish_ns: int | None = None
+    finish_has_text: bool = False  # the finish reason came in a chunk with text
+    done: bool = False
+    fault: str = ""
+    message: str = ""
+
+
+def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
+    """Convert a raw answer to a record: one outcome, the stamps of chunks with tokens, and the server's token counts.
+
+    The outcome `complete` needs at least one token, and either `[DONE]`, or a finish reason and a body that ended
+    according to its chunks or length.
+
+    `key` is removed from the server's message before that is cut, since half a key would not be recognised.
+    """
+    answer = _answer_of(exchange)
+    tokens, details = (
+        _count(answer.usage.get("completion_tokens")) or None,  # a count of 0 means that the server did not count
+        answer.usage.get("prompt_tokens_details"),
+    )
+    return RequestRecord(
+        t0_ns=exchange.t0_ns,
+        stamps_ns=tuple(answer.stamps),
+        prompt_tokens=_count(answer.usage.get("prompt_tokens")),
+        intended_ns=exchange.intended_ns,
+        outcome=answer.fault or "complete",
+        message=(answer.message.replace(key, "…") if key else answer.message)[:MOST_MESSAGE],
+        tokens=tokens,
+        chunk_tokens=_chunk_tokens(answer, tokens),
+        visible_ns=answer.visible,
+        end_ns=exchange.end_ns,
+        cached_tokens=_count(details.get("cached_tokens")) if isinstance(details, dict) else None,
+        finish=answer.finish[:40] or "not told",
+        conversation=exchange.conversation,
+        turn=exchange.turn,
+    )
+
+
+def _answer_of(exchange: Exchange) -> _Answer:
+    """Parse the events of an answer and set its fault, if it has one."""
+    answer = _Answer(fault=exchange.fault, message=exchange.message)
+    if not answer.fault:
+        _check_head(exchange, answer)
+    if exchange.status == 200:
+        _read_events(exchange, answer)
+    if not answer.fault and not (answer.done or (answer.finish and exchange.framed)):
+        answer.fault, answer.message = (
+            "truncated",
+            f"The answer stopped after {len(answer.stamps)} chunks, before its end.",
+        )
+        if not exchange.status:
+            answer.message = "The connection was closed before an answer."
+    tokens = _count(answer.usage.get("completion_tokens"))
+    if (
+        tokens == len(answer.stamps) + 1
+        and answer.finish == "stop"
+        and answer.finish_ns is not None
+        and not answer.finish_has_text
+    ):
+        answer.stamps.append(answer.finish_ns)  # the end token, which has no text and comes with the finish reason
+        answer.told.append(tokens)
+    if not answer.fault and not answer.stamps:
+        answer.fault, answer.message = "malformed", "The answer was complete but had no token."
+    return answer
+
+
+def _check_head(exchange: Exchange, answer: _Answer) -> None:
+    """Set the fault and message of an answer that is not an event stream."""
+    status, kind = exchange.status, exchange.headers.get("content-type", "").lower()
+    if not status or (status == 200 and kind.startswith("text/event-stream")):
+        return
+    text = b"".join(exchange.parts)[:MOST_SAID].decode("utf-8", "replace")
+    said = f"HTTP {status}: {_error_text(text)}"
+    if status >= 500 and status != 503:
+        answer.fault, answer.message = "server_error", said
+    elif 300 <= status < 400:
+        answer.fault, answer.message = (
+            "refused",
+            f"HTTP {status}: redirects are not followed. Give the final address as url.",
+        )
+    elif status >= 400:
+        answer.fault, answer.message = "refused", said
+    else:
+        answer.fault, answer.message = (
+            "malformed",
+            f"HTTP {status} with {kind[:40] or 'no content type'} instead of text/event-stream.",
+        )
+
+
+def _error_text(text: str) -> str:
+    """Return the message of a JSON error, else the text itself, on one line."""
+    try:
+        found: Any = json.loads(text)
+        found = found.get("error", found) if isinstance(found, dict) else found
+        found = (found.get("message") or found.get("detail") or found) if isinstance(found, dict) else found
+    except (ValueError, RecursionError):
+        found = text
+    return " ".join(str(found)[:MOST_SAID].split())
+
+
+def _read_events(exchange: Exchange, answer: _Answer) -> None:
+    """Read the events of the stream into `answer`, up to its end or the first invalid event."""
+    parser = EventParser()
+    for stamp, part in zip(exchange.stamps, exchange.parts, strict=True):
+        for event in parser.feed(part):
+            if event.data == "[DONE]":
+                answer.done = True
+                return
+            try:
+                body = json.loads(event.data)
+            except (ValueError, RecursionError):
+                body = None
+            if event.type == "error" or (isinstance(body, dict) and body.get("error")):
+                answer.fault = answer.fault or "server_error"
+                answer.message = answer.message or f"An error in the stream: {_error_text(event.data)}"
+                return
+            if not isinstance(body, dict) or not _take_chunk(body, stamp, answer):
+                answer.fault, answer.message = (
+                    answer.fault or "malformed",
+                    answer.message or f"Not an event of a completion: {event.data[:MOST_SAID]!r}.",
+                )
+                return
+
+
+def _take_chunk(body: dict[str, Any], stamp: int, answer: _Answer) -> bool:
+    """Read one chunk into `answer`. Return False if it is not a chunk."""
+    usage = body.get("usage")
+    if isinstance(usage, dict):
+        answer.usage = usage
+    choices = body.get("choices")
+    if not isinstance(choices, list):
+        return isinstance(usage, dict) or "choices" not in body  # the stream may contain other objects
+    for choice in choices:
+        if not isinstance(choice, dict):
+            return False
+        delta = choice.get("delta")
+        fields: dict[str, Any] = delta if isinstance(delta, dict) else choice
+        visible = fields.get("content") or fields.get("text")
+        has_text = bool(
+            visible
+            or fields.get("reasoning_content")
+            or fields.get("reasoning")
+            or fields.get("tool_calls")
+            or fields.get("refusal")
+        )
+        if has_text:
+            answer.stamps.append(stamp)
+            answer.told.append(_count(usage.get("completion_tokens")) if isinstance(usage, dict) else None)
+            if visible:
+                answer.visible = stamp if answer.visible is None else answer.visible
+                answer.text.append(str(visible))
+        if choice.get("finish_reason"):
+            answer.finish, answer.finish_ns, answer.finish_has_text = str(choice["finish_reason"]), stamp, has_text
+    return True
+
+
+def _chunk_tokens(answer: _Answer, tokens: int | None) -> tuple[int, ...] | None:
+    """Return the tokens of each chunk if every chunk reports the count so far; None if not, or if each holds one."""
+    told = [count for count in answer.told if count is not None]
+    if not told or len(told) != len(answer.stamps) or told[-1] != tokens:
+        return None
+    found = tuple(b - a for a, b in zip([0, *told[:-1]], told, strict=True))
+    return None if all(size == 1 for size in found) or min(found) < 0 else found
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else None

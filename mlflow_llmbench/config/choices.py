@@ -1,0 +1,63 @@
+"""Words that parameters accept: backends, workloads, arrival processes, and the like."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from ..records.cell import DRAWN, SPECULATIVE
+from ..records.quantizations import QUANTIZATIONS
+
+BACKENDS = {
+    "transformers": "mlflow_llmbench.backends.huggingface.backend:TransformersBackend",
+    "llama_cpp": "mlflow_llmbench.backends.llamacpp.backend:LlamaCppBackend",
+    "vllm": "mlflow_llmbench.backends.vllm:VllmBackend",
+    "openvino": "mlflow_llmbench.backends.openvino.backend:OpenVinoBackend",
+    "fake": "mlflow_llmbench.backends.fake:FakeBackend",
+    "openai": "mlflow_llmbench.backends.openai.backend:OpenAIBackend",
+    "callback": "mlflow_llmbench.backends.callback:CallbackBackend",
+}
+"""Name → `module:class`. The same table is declared as entry points; this one works in an uninstalled checkout."""
+
+BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
+WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
+HISTORIES = ("none", "recomputed", "kept", "sent")
+BATCHINGS = ("static", "dynamic", "continuous")
+DECODES = ("generate", "compiled", *SPECULATIVE)
+QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
+BUNDLED_TEXT = "bundled"
+LEAST_TEXT_TOKENS = 512
+"""Minimum tokens of a text for perplexity. A file with fewer bytes cannot have them."""
+
+ENDPOINTS = ("completions", "chat")
+ARRIVALS = ("poisson", "constant", "gamma")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+GRIDS: dict[str, dict[str, str]] = {
+    "quick": {"batch_size": "1,4,16", "prompt_tokens": "64,128,256,512", "output_tokens": "64", "repetitions": "5"},
+    "effillm": {
+        "quant": ",".join(quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in QUANTIZATIONS),
+        "batch_size": "1,2,4,8,16,32,64",
+        "prompt_tokens": "128,256,512,1024,2048,4096,8192",
+        "output_tokens": "256",
+        "repetitions": "10",
+    },
+}
+"""Preset → its parameters. `effillm` is the grid of the EffiLLM paper (axes and method), for any models; `quick` has a
+twentieth of its cells, with enough batch sizes and lengths for every law."""
+
+SLOS: dict[str, dict[str, str]] = {
+    "llama2-70b": {"slo_ttft_ms": "2000", "slo_tpot_ms": "200"},
+    "llama2-70b-interactive": {"slo_ttft_ms": "450", "slo_tpot_ms": "40"},
+    "llama3.1-8b": {"slo_ttft_ms": "2000", "slo_tpot_ms": "100"},
+    "llama3.1-8b-interactive": {"slo_ttft_ms": "500", "slo_tpot_ms": "30"},
+}
+"""MLPerf Inference benchmark → its server scenario limits (mlperf.conf), which hold there for 99 % of requests."""
+
+
+def known_backends() -> dict[str, str]:
+    """Return all backends with their `module:class`: ours, and those that installed packages declare."""
+    return BACKENDS | {
+        entry.name: entry.value
+        for entry in metadata.entry_points(group=BACKEND_ENTRY_POINTS)
+        if entry.name not in BACKENDS
+    }

@@ -1,0 +1,320 @@
+"""Sizes of a decoder, and the bytes and operations that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_PLAIN_MLP = frozenset(  # two matrices and biases, instead of a gate and no biases as in later families
+    ["opt", "gpt_neox", "bloom", "gpt2", "gpt_neo", "gptj",
+     "gpt_bigcode", "codegen", "falcon", "mpt", "phi", "starcoder2"]
+)  # fmt: skip
+_TIED_UNLESS_SAID = frozenset(  # their config.json omits tie_word_embeddings where it is true (so does every Gemma's)
+    ["opt", "bloom", "gpt2", "gpt_neo", "gpt_bigcode", "falcon", "mpt", "cohere", "smollm3", "starcoder2"]
+)
+_LEARNED_POSITIONS = {"opt": 2, "biogpt": 2, "gpt2": 0, "gpt_neo": 0, "gpt_bigcode": 0}  # rows beyond the context
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_COSTS_OTHERWISE = (  # experts, latent or shared attention, state spaces, encoders: the formulas do not hold
+    *_EXPERTS,
+    "kv_lora_rank",
+    "num_kv_shared_layers",
+    "hidden_size_per_layer_input",
+    "ssm_cfg",
+    "is_encoder_decoder",
+)
+_GEMMA3_LEFT_OUT = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262_208,
+    "sliding_window": 4096,
+}
+
+_VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FLOAT_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_BLOCKS_OF_64 = 0.5 + 4 / 64  # bitsandbytes: one fp32 absmax per block, no double quantization
+_GPTQ = {"gptq": 4, "gptq3": 3, "gptq8": 8}  # bits; per group of 128 one fp16 scale and one zero point of as many bits
+_BITS_IN_GROUPS = {"int4-wo": 4, "hqq8": 8, "hqq4": 4, "hqq3": 3.2, "hqq2": 2, "quanto4": 4, "quanto2": 2}
+"""Bits as packed (hqq3 packs ten weights into 32 bits); a group of 128 adds a 16-bit scale and zero point."""
+
+_LINEAR_BYTES = {
+    "int8": 1.0,  # and 4 bytes an output row
+    "int4": _BLOCKS_OF_64,
+    "fp4": _BLOCKS_OF_64,
+    **dict.fromkeys(("int8-wo", "int8-dq", "fp8", "quanto8"), 1.0),  # and a scale an output row, as with int8
+    **{quant: bits / 8 + 4 / 128 for quant, bits in _BITS_IN_GROUPS.items()},
+    **{quant: bits / 8 + (2 + bits / 8) / 128 for quant, bits in _GPTQ.items()},
+}
+GGUF_BITS = {"q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.70, "q4_k_m": 4.89, "q4_0": 4.66, "q3_k_m": 4.00, "q2_k": 3.16}
+"""Mean stored bits per weight, including embeddings, from llama.cpp's own table for a Llama of 8 B (type mixtures)."""
+
+PROCESS_BYTES = 400_000_000
+"""Memory of Python, torch and the quantization library themselves: 0.3 to 0.4 GB, seen with torch 2.13 on a CPU."""
+
+_LARGEST_SHARD_BYTES = 5_000_000_000  # default shard size of transformers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder that decide its cost, with the formulas. All are counts except `tied` and `gated_mlp`.
+
+    `embedding_dim`: differs from `hidden_size` only if the embedding is projected (OPT-350M) · `position_rows`: length
+    of a learned position table, 0 for rotary or ALiBi · `sliding_layers`: number of layers that keep only the last
+    `sliding_window` tokens (Gemma 3: 5 of 6 layers; Mistral-7B-v0.1: all); the others keep the whole context.
+    """
+
+    layers: int
+    hidden_size: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    context: int | None
+    tied: bool
+    gated_mlp: bool
+    embedding_dim: int
+    position_rows: int = 0
+    sliding_window: int | None = None
+    sliding_layers: int = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Shape | None:
+        """Read a preset's config or a parsed `config.json`; a nested `text_config` replaces its parent.
+
+        Return None if an essential size is missing, or if cost does not follow from these sizes (mixtures of experts,
+        latent attention, state-space layers, encoder-decoders): no estimate is better than a wrong one.
+        """
+        config = _decoder_part(config)
+        family = str(config.get("model_type", ""))
+        layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        hidden = _size(config, "hidden_size", "n_embd", "n_embed", "d_model")
+        heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        vocab = _size(config, "vocab_size")
+        if not (layers and hidden and heads and vocab) or _costs_otherwise(config):
+            return None
+        context = _size(
+            config,
+            "max_position_embeddings",
+            "n_positions",
+            "max_sequence_length",
+            "max_seq_len",
+            "seq_length",
+            "n_ctx",
+        )
+        window, sliding_layers = _sliding(config, family, layers, context)
+        one_kv_head = config.get("multi_query") and not config.get("new_decoder_architecture")
+        activation = str(config.get("hidden_act") or config.get("activation_function") or "silu")
+        gemma = family.startswith("gemma")
+        return cls(
+            layers=layers,
+            hidden_size=hidden,
+            attention_heads=heads,
+            vocab_size=vocab,
+            context=context,
+            kv_heads=1 if one_kv_head else _size(config, "num_key_value_heads", "num_kv_heads") or heads,
+            head_dim=_size(config, "head_dim") or hidden // heads,
+            intermediate_size=_size(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * hidden,
+            tied=bool(config.get("tie_word_embeddings", gemma or family in _TIED_UNLESS_SAID)),
+            gated_mlp=gemma or (family not in _PLAIN_MLP and activation.startswith(("silu", "swi"))),
+            embedding_dim=_size(config, "word_embed_proj_dim") or hidden,
+            position_rows=context + _LEARNED_POSITIONS[family] if context and family in _LEARNED_POSITIONS else 0,
+            sliding_window=window,
+            sliding_layers=sliding_layers,
+        )
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the decoder's linear layers, the ones that quantization changes.
+
+        layers · (2·hidden·heads·head_dim + 2·hidden·kv_heads·head_dim + m·hidden·intermediate), m = 3 with a gated MLP,
+        else 2; plus 2·hidden·embedding_dim if the embedding is projected in and out. Biases are in `other_parameters`.
+        """
+        attention = 2 * self.hidden_size * self.head_dim * (self.attention_heads + self.kv_heads)
+        mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
+        projected = self.embedding_dim != self.hidden_size
+        return self.layers * (attention + mlp) + projected * 2 * self.hidden_size * self.embedding_dim
+
+    @property
+    def linear_rows(self) -> int:
+        """Output rows of the same layers (int8 keeps one scale for each; a bias has one value for each)."""
+        attention = self.head_dim * (self.attention_heads + 2 * self.kv_heads) + self.hidden_size
+        mlp = (2 if self.gated_mlp else 1) * self.intermediate_size + self.hidden_size
+        projected = self.embedding_dim != self.hidden_size
+        return self.layers * (attention + mlp) + projected * (self.hidden_size + self.embedding_dim)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Input embedding, vocab·embedding_dim, and learned positions, position_rows·hidden."""
+        return self.vocab_size * self.embedding_dim + self.position_rows * self.hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Output head, vocab·embedding_dim; 0 if tied, since it is then stored once, as the embedding."""
+        return 0 if self.tied else self.vocab_size * self.embedding_dim
+
+    @property
+    def other_parameters(self) -> int:
+        """Norms and biases, approximately: 2 norms a layer and 1 at the end; with a plain MLP, biases everywhere.
+
+        Left out: norms of single heads (Qwen 3, Gemma 3), norms after a block (Gemma 3), an embedding norm (BLOOM).
+        """
+        norms = (2 * self.layers + 1) * self.hidden_size
+        return norms if self.gated_mlp else 2 * norms + self.linear_rows
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, tied ones once; within 1 % of the published count of every preset."""
+        return self.linear_parameters + self.embedding_parameters + self.head_parameters + self.other_parameters
+
+    def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
+        """Bytes that one more token of one row adds to the KV cache while no window is full.
+
+        2 · layers · kv_heads · head_dim · bytes_per_value; the 2 is for keys and values.
+        """
+        return round(2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value)
+
+    def kv_bytes(self, tokens: int, bytes_per_value: float = 2) -> int:
+        """Bytes of the KV cache of one row after `tokens` tokens; a sliding layer holds at most its window.
+
+        2 · kv_heads · head_dim · bytes_per_value · (full_layers · tokens + sliding_layers · min(tokens, window)).
+        """
+        return round(2 * self.kv_heads * self.head_dim * bytes_per_value * self._positions_held(tokens))
+
+    def weight_bytes(self, quant: str = "none", dtype: str = "bfloat16") -> int:
+        """Bytes of the parameters as stored, including quantization metadata, for a checkpoint of this `dtype`.
+
+        `none` keeps `dtype`; `fp32`, `fp16` and `bf16` convert everything; llama.cpp's schemes quantize everything. The
+        others change linear weights only: int8 takes 1 byte, plus 4 bytes per output row; int4 and fp4 0.5 + 4/64
+        bytes; gptq 0.5 + 2.5/128; other grouped schemes bits/8 + 4/128. Head, embeddings, norms and biases stay at
+        2 bytes. Raises ValueError for an unknown scheme or dtype.
+        """
+        if quant in GGUF_BITS:
+            return round(self.parameters * GGUF_BITS[quant] / 8)
+        value_bytes = _value_bytes(quant, dtype)
+        linear = round(self.linear_parameters * _LINEAR_BYTES.get(quant, value_bytes))
+        scales = 4 * self.linear_rows if _LINEAR_BYTES.get(quant) == 1 else 0
+        return linear + scales + (self.parameters - self.linear_parameters) * value_bytes
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating-point operations to process one token of one row that attends to `context` tokens.
+
+        2 · (linear_parameters + vocab·embedding_dim) + 4 · heads · head_dim · (tokens held, summed over the layers):
+        one multiplication and one addition per weight, and as much per key and per value. A tied head is computed too,
+        so it counts; an embedding lookup does not. Without windows the last term is
+        4 · layers · heads · head_dim · context.
+        """
+        matrices = self.linear_parameters + self.vocab_size * self.embedding_dim
+        return 2 * matrices + 4 * self.attention_heads * self.head_dim * self._positions_held(context)
+
+    def cost_fields(self, kv_value_bytes: float) -> dict[str, Any]:
+        """The formulas as fields of `LoadInfo`, for a KV cache with `kv_value_bytes` bytes per value."""
+        head = 2 * self.hidden_size * self.vocab_size
+        return {
+            "kv_bytes_per_token": self.kv_bytes_per_token(kv_value_bytes),
+            "flops_per_token": self.flops_per_token(0) - head,
+            "head_flops": head,
+            "attention_flops_per_context_token": self.flops_per_token(1) - self.flops_per_token(0),
+            "sliding_window": self.sliding_window,
+            "sliding_share": self.sliding_layers / self.layers,
+        }
+
+    def _positions_held(self, tokens: int) -> int:
+        in_window = tokens if self.sliding_window is None else min(tokens, self.sliding_window)
+        return (self.layers - self.sliding_layers) * tokens + self.sliding_layers * in_window
+
+
+def memory_estimate(
+    shape: Shape,
+    quant: str = "none",
+    dtype: str = "bfloat16",
+    batch_size: int = 1,
+    prompt_tokens: int = 128,
+    output_tokens: int = 128,
+    kv_value_bytes: float | None = None,
+) -> int:
+    """Bytes needed at the peak of a run, without the interpreter and its libraries; `dtype` is the checkpoint's.
+
+    weights + batch · KV(prompt + output) + the activations of the prefill: batch · vocab · 4 for the logits of the last
+    position in fp32, and 2 · batch · prompt · max(intermediate, 3·hidden) · 4 for two of the widest tensors alive at
+    once. The KV cache is in the compute dtype unless `kv_value_bytes` gives the bytes per value. Attention that stores
+    its whole score matrix (`eager`) needs more.
+    """
+    cache = batch_size * shape.kv_bytes(prompt_tokens + output_tokens, kv_value_bytes or _value_bytes(quant, dtype))
+    logits = batch_size * shape.vocab_size * 4
+    activations = 2 * batch_size * prompt_tokens * max(shape.intermediate_size, 3 * shape.hidden_size) * 4
+    return shape.weight_bytes(quant, dtype) + cache + logits + activations
+
+
+def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat16") -> int:
+    """Upper bound of bytes needed while loading, without the interpreter; `dtype` is the checkpoint's.
+
+    The loader reads the checkpoint shard by shard. bitsandbytes and dtype conversions make a copy while the source
+    still exists: final weights + the largest shard, which is the whole checkpoint up to 5 GB. Weights stored as they
+    are used (no conversion, GPTQ) need no second copy.
+    """
+    weights = shape.weight_bytes(quant, dtype)
+    copied_as_is = quant in ("none", *_GPTQ, *GGUF_BITS) or _FLOAT_DTYPE.get(quant) == dtype
+    return weights if copied_as_is else weights + min(shape.weight_bytes("none", dtype), _LARGEST_SHARD_BYTES)
+
+
+def _value_bytes(quant: str, dtype: str) -> int:
+    """Bytes of an unquantized value; quantized schemes compute in a 2-byte dtype. Raises ValueError if unknown."""
+    stored = (
+        "float16"
+        if quant in _LINEAR_BYTES or quant in GGUF_BITS
+        else dtype
+        if quant == "none"
+        else _FLOAT_DTYPE.get(quant)
+    )
+    if stored not in _VALUE_BYTES or dtype not in _VALUE_BYTES:
+        schemes, dtypes = ", ".join(["none", *_FLOAT_DTYPE, *_LINEAR_BYTES, *GGUF_BITS]), ", ".join(_VALUE_BYTES)
+        raise ValueError(
+            f"no memory formula for quant={quant} with dtype={dtype}. Use one of {schemes} with one of {dtypes}."
+        )
+    return _VALUE_BYTES[stored]
+
+
+def _size(config: Mapping[str, Any], *keys: str) -> int | None:
+    """Return the value of the first of these keys that holds a positive whole number."""
+    values = (config.get(key) for key in keys)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+
+def read_by_step(config: Mapping[str, Any], held: int | None) -> int | None:
+    """Return the bytes of weights that each decode step reads: `held`, or None for a mixture of experts.
+
+    In a mixture a step reads only the experts that its tokens are sent to.
+    """
+    part = _decoder_part(config)
+    return None if any(part.get(key) for key in _EXPERTS) else held
+
+
+def _decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with its nested text_config on top, and the values that Gemma 3 leaves to transformers' defaults."""
+    flat = {**config, **(config.get("text_config") or {})}
+    return {**_GEMMA3_LEFT_OUT, **flat} if str(flat.get("model_type")).startswith("gemma3") else flat
+
+
+def _costs_otherwise(config: Mapping[str, Any]) -> bool:
+    other_layers = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    return bool(other_layers) or any(config.get(key) for key in _COSTS_OTHERWISE)
+
+
+def _sliding(config: Mapping[str, Any], family: str, layers: int, context: int | None) -> tuple[int | None, int]:
+    """Window in tokens and the number of layers that have it; (None, 0) without one shorter than the context."""
+    window = _size(config, "sliding_window")
+    if (
+        window is None
+        or (context and window >= context)
+        or not config.get("use_sliding_window", not family.startswith("qwen"))
+    ):
+        return None, 0
+    if config.get("layer_types"):
+        count = list(config["layer_types"]).count("sliding_attention")
+    elif pattern := _size(config, "sliding_window_pattern") or {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}.get(family):
+        count = layers - layers // pattern  # every pattern-th layer sees everything
+    else:
+        count = layers - int(config.get("max_window_layers") or 0)
+    return (window, count) if count > 0 else (None, 0)

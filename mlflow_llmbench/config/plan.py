@@ -1,0 +1,213 @@
+"""Expand a specification into ordered cells, grouped by what must be loaded for them, and identify cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..records.cell import MEANT_WITH, PARAMETERS, Cell, as_text
+from ..records.quantizations import GPTQ_BITS, LLAMA_CPP, MIXED, backend_of
+from ..records.redaction import escape_controls, redact
+from ..records.results import ModelFacts, hash16
+from .server_command import offline_quant
+from .spec import TWINS, BenchSpec, cell_fields
+
+LOADED = (
+    "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold",
+    "double_quant", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant",
+    "draft_tokens", "trust_remote_code", "url", "launch", "endpoint", "worker_python",
+)  # fmt: skip
+"""Load key: parameters that decide what is loaded, and process settings that cannot change afterwards."""
+
+WEIGHTS = (
+    "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "double_quant",
+    "device", "gpu_layers", "kv_cache", "mmap", "decode", "assistant", "url", "launch", "worker_python",
+)  # fmt: skip
+"""Parameters that decide the memory of a load; cells that share them differ only by their shape."""
+
+UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python")
+"""Parameters of a cell that do not decide its result. Of an interpreter the environment counts, not its path."""
+
+OF_MIXED = ("quant_budget", "quant_plan")
+"""Parameters of a mixed quantization; they are part of no other cell's identity."""
+
+LONGEST_NAME = 250
+"""Maximum characters of a run name, the limit of MLflow's tables."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Load group: cells that one load serves, largest shape first, so that the memory peak comes first."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def first(self) -> Cell:
+        """The largest cell; all cells share its load parameters."""
+        return self.cells[0]
+
+
+def expand_cells(spec: BenchSpec) -> list[Cell]:
+    """Return the product of all lists, in the given order. Cells that differ in nothing meaningful are merged.
+
+    A quantization of llama.cpp gets its own backend.
+    """
+    names = list(spec.axes)
+    products: Iterable[tuple[Any, ...]] = itertools.product(*spec.axes.values())
+    cells = [Cell(**dict(zip(names, values, strict=True))) for values in products]
+    cells = [_settled(dataclasses.replace(cell, backend=backend_of(cell.backend, cell.quant))) for cell in cells]
+    return list(
+        dict.fromkeys(without_server(cell) if cell.launch and cell.backend != "openai" else cell for cell in cells)
+    )
+
+
+def _settled(cell: Cell) -> Cell:
+    """Return the cell with parameters that have no meaning for it set to their defaults."""
+    idle: dict[str, Any] = {name: PARAMETERS[name].default for name in _idle(cell)}
+    return dataclasses.replace(cell, **idle)
+
+
+def _idle(cell: Cell) -> set[str]:
+    """Return the parameters without meaning for a cell: of another backend, quantization, or value of a setting."""
+    others = {name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values}
+    return others | {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
+
+
+def without_server(cell: Cell) -> Cell:
+    """Return the same model, quantization and lengths without a server: its users become the rows of one batch."""
+    of_servers = {f.name: f.default for f in dataclasses.fields(Cell) if "offline" not in f.metadata["scenarios"]}
+    own = {"backend": TWINS[0], "quant": offline_quant(cell.quant), "batch_size": cell.concurrency}
+    return dataclasses.replace(cell, **of_servers, **own)  # type: ignore[arg-type]
+
+
+def group_cells(cells: list[Cell]) -> list[Group]:
+    """Group cells by load key, in the order of each group's first cell.
+
+    The seed is part of the key if it makes the weights, and seed and workload if they calibrate a quantization.
+    """
+    groups: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in cells:
+        key = tuple(getattr(cell, name) for name in LOADED) + ((cell.seed,) if cell.weights == "random" else ())
+        key += (cell.seed, cell.workload) if cell.quant in (*GPTQ_BITS, MIXED) else ()
+        groups.setdefault(key, []).append(cell)
+    return [Group(tuple(sorted(group, key=size, reverse=True))) for group in groups.values()]
+
+
+def size(cell: Cell) -> tuple[int, int]:
+    """Sort key of shapes: tokens in the KV cache, then rows. Offline concurrency is 1; online batch size is 1."""
+    rows = cell.batch_size * cell.concurrency
+    return rows * ((cell.prompt_tokens or 0) + cell.output_tokens), rows
+
+
+def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False, of_time: bool = False) -> bool:
+    """Return True if a cell needs at least the memory of another: same weights, and no smaller in any dimension.
+
+    `of_any_shape`: the other did not even load, so shapes do not matter. `of_time`: compare time instead of memory,
+    which settings such as more threads may shorten.
+    """
+    alike = LOADED if of_time else WEIGHTS
+    if any(
+        getattr(cell, name) != getattr(other, name)
+        for name in (*alike, *(() if of_any_shape else ("attention", "history", "batching")))
+    ):
+        return False
+    if of_any_shape:
+        return True
+    unknown = cell.prompt_tokens is None or other.prompt_tokens is None
+    same = (cell.prompt_tokens, cell.workload) == (other.prompt_tokens, other.workload)
+    longer = same if unknown else (cell.prompt_tokens or 0) >= (other.prompt_tokens or 0)
+    denser = cell.concurrency >= other.concurrency and (cell.request_rate or 0) >= (other.request_rate or 0)
+    return longer and denser and cell.batch_size >= other.batch_size and cell.output_tokens >= other.output_tokens
+
+
+def config_hash(cell: Cell, model: ModelFacts) -> str:
+    """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
+    fields = [
+        f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]
+    ]
+    idle = _idle(cell) | {
+        # Older identities lack these, so they are left out at their defaults.
+        name
+        for name in (*MEANT_WITH, "kv_cache")
+        if getattr(cell, name) == PARAMETERS[name].default
+    }
+    decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}
+    decisive["model"], decisive["revision"] = model.identity
+    if model.assistant:
+        decisive["assistant"] = model.assistant.identity
+    if model.quant_plan:  # its content counts, not its path
+        decisive["quant_plan"] = dict(model.quant_plan.schemes)
+    return hash16(decisive)
+
+
+def asked_params(spec: BenchSpec) -> dict[str, str]:
+    """Return the requested parameters as text, each with its value or its comma list."""
+    names = cell_fields(spec.first)
+    values = {
+        # The last backend is the one that was asked for; `twin` adds another before it.
+        name: spec.axes[name][-1:] if name == "backend" else spec.axes[name]
+        for name in names
+    }
+    return {
+        name: PARAMETERS[name].metadata["separator"].join(as_text(name, value) for value in values[name])
+        for name in names
+    }
+
+
+def option_params(spec: BenchSpec) -> dict[str, str]:
+    """Return the options of the command as text."""
+    return {name: as_text(name, value) for name, value in vars(spec.options).items()}
+
+
+def cell_name(cell: Cell, varied: list[str]) -> str:
+    """Return a run name: the varied parameters (`quant=int4 batch_size=4`), or for a single cell `opt-1.3b int4 b1`."""
+    if not varied and cell.scenario == "online":
+        load = f"trace {_last_part(cell.trace)}" if cell.trace else load_text(cell)
+        return f"{cell.model.rstrip('/').rsplit('/', 1)[-1]} online {load}"
+    if not varied and cell.batching:
+        return _named(
+            f"{_last_part(cell.model)} {cell.quant} {cell.batching} b{cell.batch_size} {cell.request_rate:g}/s"
+        )
+    if not varied:
+        return _named(f"{_last_part(cell.model)} {cell.quant} b{cell.batch_size}")
+    known = cell_fields(cell)
+    names = [name for name in varied if name in known]
+    names += ["batch_size"] if "concurrency" in varied and cell.scenario == "offline" else []  # a cell that `twin` adds
+    return _named(" ".join(f"{name}={_shown(name, cell)}" for name in names))
+
+
+def _shown(name: str, cell: Cell) -> str:
+    """A parameter's value in a name: the last part of a path, but a whole command."""
+    text = as_text(name, getattr(cell, name))
+    return redact(text) if name == "launch" else _last_part(text)
+
+
+def load_text(cell: Cell) -> str:
+    """Short name of the load on a server: `c4` for four users, `5/s` for a rate."""
+    return f"c{cell.concurrency}" if cell.request_rate is None else rate_text(cell)
+
+
+def rate_text(cell: Cell) -> str:
+    """Short name of an open loop's rate: `5/s`, or `1..10/s` for a ramp."""
+    return f"{cell.request_rate:g}{'' if cell.ramp_to is None else f'..{cell.ramp_to:g}'}/s"
+
+
+def sweep_name(spec: BenchSpec) -> str:
+    """Run name of a sweep: the model and the varied parameters (`opt-125m: quant × batch_size`)."""
+    models = [_last_part(str(model)) for model in spec.axes["model"]]
+    rest = [name for name in spec.varied if name != "model"]
+    return _named(f"{', '.join(models[:3])}{' …' if len(models) > 3 else ''}: {' × '.join(rest) if rest else 'model'}")
+
+
+def _last_part(path: str) -> str:
+    """Last part of a path or a Hub id; all of it if there is nothing before a slash."""
+    return redact(path).rstrip("/").rsplit("/", 1)[-1]  # redacted first: half an address is not recognised
+
+
+def _named(text: str) -> str:
+    """Return a run name fit to be shown: without control characters, cut to the limit of MLflow's databases."""
+    text = escape_controls(text)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"

@@ -1,0 +1,193 @@
+"""Parse parameters given as text into a validated specification. Import no backend, read no file but a YAML of them.
+
+Parameters are declared once, as the fields of `cell.Cell` and `cell.Options`. MLproject, the command line, YAML files
+and the params of the MLflow run use the same names; on the command line underscores become dashes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, default_text
+from ..records.errors import UsageError
+from ..records.quantizations import QUANTIZATIONS
+from .choices import GRIDS, SLOS
+from .parsers import PARSERS, _nearest, _parse_choice
+from .validation import check_find, check_place, check_together, check_twin
+
+LOCAL = (
+    "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant",
+    "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant",
+    "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality",
+    "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
+)  # fmt: skip
+"""Parameters that have no meaning if another process runs the model."""
+
+TWINS = ("transformers", "openai")
+"""Backends of `twin`: the model in this process, and the model behind its server."""
+
+SERVERS = ("url", "launch")
+"""Parameters that name the server to measure; one of them is given."""
+
+COMMANDS = {
+    "run": tuple(name for name, f in PARAMETERS.items() if "batching" in f.metadata["scenarios"]),
+    "online": (
+        *SERVERS,
+        *(
+            name
+            for name, f in PARAMETERS.items()
+            if name not in (*LOCAL, *SERVERS) and "online" in f.metadata["scenarios"]
+        ),
+    ),
+    "qat": (
+        "model", "revision", "group_size", "device", "threads", "seed", "trust_remote_code", "allow_pickle",
+        "output_dir", "force", "memory_limit",
+    ),
+}  # fmt: skip
+"""Command (also entry point of the MLproject) → its parameters; `qat` also has those of `training.Training`."""
+
+
+def cell_fields(cell: Cell) -> list[str]:
+    """Return the parameters that have a meaning for a cell. Startup settings of a foreign server are unknown."""
+    scenario = cell.scenario
+    known = {*COMMANDS["online"], "backend"} if scenario == "online" else {*COMMANDS["run"]}
+    known -= {"url"} if cell.launch else {"launch", "quant"} if cell.url else set()
+    known -= {*LENGTHS} if cell.trace else set()
+    return [f.name for f in dataclasses.fields(Cell) if f.name in known and scenario in f.metadata["scenarios"]]
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """The request: a list of values for each parameter of a cell, and the options of the command."""
+
+    axes: Mapping[str, tuple[object, ...]]
+    options: Options = field(default_factory=Options)
+
+    @property
+    def varied(self) -> list[str]:
+        """Names of the parameters with more than one value."""
+        return [
+            name
+            for name, values in self.axes.items()
+            if len(values) > 1 or (name == "request_rate" and self.options.find)
+        ]
+
+    @property
+    def scenario(self) -> str:
+        """The scenario that all cells share: see `Cell.scenario`."""
+        return self.first.scenario
+
+    @property
+    def first(self) -> Cell:
+        """The cell of the first values. Facts that all cells share can be read from it."""
+        return Cell(**{name: values[0] for name, values in self.axes.items()})  # type: ignore[arg-type]
+
+
+def parse(values: Mapping[str, object]) -> BenchSpec:
+    """Validate parameters given as text (or numbers) and expand comma lists.
+
+    Missing parameters take their defaults. Raises UsageError, one line, on the first error.
+    """
+    for name in values:
+        if name not in PARAMETERS:
+            raise UsageError(f"Unknown parameter: {name}. {_nearest(name, PARAMETERS)}")
+    values = {**values, **_from_preset(values)}
+    values |= _from_slo(values)
+    axes: dict[str, tuple[object, ...]] = {}
+    options: dict[str, object] = {}
+    launched = str(values.get("launch") or "none").lower() != "none"
+    for name, declared in PARAMETERS.items():
+        given = values.get(name)
+        texts = [default_text(name)] if given is None else _texts(name, given)
+        if len(texts) > 1 and not declared.metadata["sweep"]:
+            raise UsageError(
+                f"{name} takes one value: {','.join(texts)}. Lists are allowed for {', '.join(SWEEPABLE)}."
+            )
+        kind = "scheme" if name == "quant" and launched else declared.metadata["kind"]
+        parsed = tuple(dict.fromkeys(_parse_one(name, declared, text, kind) for text in texts))
+        if name in Options.__dataclass_fields__:
+            options[name] = parsed[0]
+        else:
+            axes[name] = parsed
+    if options["find"]:
+        check_find(axes, bool(options["twin"]))
+    if options["twin"]:
+        check_twin(axes, QUANTIZATIONS)
+        axes["backend"] = TWINS
+    check_together(axes)
+    check_place(axes, str(options["on"]))
+    return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
+
+
+def _from_preset(values: Mapping[str, object]) -> dict[str, str]:
+    """Return the parameters that the named preset sets: those of its grid that are not given.
+
+    If every parameter is given, as MLproject does, values equal to the default count as not given.
+    """
+    preset = str(values.get("preset") or "none")
+    if preset.lower() == "none":
+        return {}
+    grid = GRIDS[_parse_choice("preset", preset, GRIDS)]
+    whole = all(values.get(name) is not None for name in COMMANDS["run"])
+    return {
+        name: text
+        for name, text in grid.items()
+        if values.get(name) is None or (whole and str(values[name]) == default_text(name))
+    }
+
+
+def _from_slo(values: Mapping[str, object]) -> dict[str, str]:
+    """Return the limits of the named benchmark that are not given."""
+    name = str(values.get("slo") or "none")
+    if name.lower() == "none":
+        return {}
+    limits = SLOS[_parse_choice("slo", name, SLOS)]
+    return {limit: text for limit, text in limits.items() if str(values.get(limit) or "none").lower() == "none"}
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """Read parameters from a YAML file that maps names to a value or a list, such as the `config.yaml` of a run.
+
+    Raises UsageError if it cannot be read.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise UsageError(
+            f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. "
+            "Give a YAML file with one `name: value` per line."
+        ) from None
+    if not isinstance(data, dict):
+        raise UsageError(f"No parameters in {path}. Give a YAML file with one `name: value` per line.")
+    # YAML 1.1 reads an unquoted `on` as true
+    return {"on" if key is True else str(key): value for key, value in data.items()}
+
+
+def _texts(name: str, given: object) -> list[str]:
+    if isinstance(given, bool):
+        return ["true" if given else "false"]
+    if isinstance(given, str):
+        parts = given.split(PARAMETERS[name].metadata["separator"]) if PARAMETERS[name].metadata["sweep"] else [given]
+    elif isinstance(given, Iterable):
+        parts = [str(item) for item in given]
+    else:
+        parts = [str(given)]
+    parts = [part.strip() for part in parts]
+    if not parts or not all(parts):
+        raise UsageError(
+            f"{name} has an empty value: '{given}'. Leave the parameter out for its default ({default_text(name)})."
+        )
+    return parts
+
+
+def _parse_one(name: str, declared: Field[Any], text: str, kind: str) -> object:
+    unset = declared.metadata["unset"]
+    if unset and text.lower() == unset:
+        return None
+    return PARSERS[kind](name, text, declared.metadata)

@@ -1,0 +1,168 @@
+"""Quantization-aware training (QAT): its parameters, its training and held-out text, and the memory it needs.
+
+`backends.trainer` does the training, in a worker; `qat` is the command. A file beside the weights of a trained
+checkpoint records how it was made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import Field, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..records import cell
+from ..records.cell import Cell, Options, parameter
+from ..records.errors import UsageError
+from . import spec
+from .choices import BUNDLED_TEXT, WORKLOADS
+from .parsers import PARSERS
+from .spec import COMMANDS
+
+QUANT = "int4-wo"
+"""The quantization that is trained for: the one that `backends.trainer` emulates."""
+
+LOSSES = ("distill", "lm")
+RECIPE = "llmbench_qat.json"
+"""File beside the weights of a trained checkpoint that records how it was made."""
+
+ADAM_BYTES = 16
+"""Bytes per trained parameter: weight, gradient and Adam's two moments, 4 bytes each."""
+
+BEYOND = 1.4
+"""Factor on the sum of known tensors, for activations and allocator overhead (seen with Gemma 3 270M on a CPU)."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Parameters that only a training has; the others are those of a cell, `COMMANDS["qat"]`."""
+
+    data: str = parameter(
+        BUNDLED_TEXT,
+        "text to learn from: a text file, a JSON Lines file (text or prompt on each line), bundled, or a bundled "
+        "prompt set; separate several by commas",
+        kind="data",
+    )
+    steps: int = parameter(100, "steps of the optimizer", kind="count", high=10_000_000)
+    learning_rate: float = parameter(5e-5, "peak learning rate of Adam", kind="number", low=1e-9, high=1)
+    batch_size: int = parameter(
+        4, "sequences per step; computed one after another, so memory does not grow", kind="count", high=65536
+    )
+    sequence_tokens: int = parameter(128, "tokens per sequence", kind="count", low=8, high=1_000_000)
+    loss: str = parameter(
+        "distill",
+        "distill = KL divergence from the unquantized model's next-token distribution; lm = cross-entropy of the next "
+        "token",
+        kind="loss",
+    )
+    held_out: float = parameter(
+        0.2,
+        "share of the data, at the end of each part, that is never trained on and measures quality",
+        kind="number",
+        low=0.01,
+        high=0.9,
+    )
+    freeze_embeddings: bool = parameter(
+        True, "do not train the embeddings and the output head: int4-wo does not quantize them", kind="flag"
+    )
+    output: str | None = parameter(
+        None, "new folder for the trained checkpoint; none = in the results folder", kind="text", unset="none"
+    )
+
+
+TRAINING: dict[str, Field[Any]] = {f.name: f for f in dataclasses.fields(Training)}
+"""Name → declaration. `batch_size` has another meaning and another default here than in a cell."""
+
+NAMES = (*COMMANDS["qat"], *TRAINING)
+"""All parameters of the command."""
+
+
+def declared(name: str) -> Field[Any]:
+    """The declaration of a parameter of the command."""
+    return TRAINING.get(name) or cell.PARAMETERS[name]
+
+
+def as_text(name: str, value: object) -> str:
+    """A parameter's value as it is written on the command line and logged."""
+    return str(declared(name).metadata["unset"]) if value is None else cell.as_text(name, value)
+
+
+def default_text(name: str) -> str:
+    """The default of a parameter of the command as text."""
+    return as_text(name, declared(name).default)
+
+
+def parse_training(values: Mapping[str, object]) -> tuple[Cell, Options, Training]:
+    """Validate the command's parameters; return the cell that is trained for, the options and the training.
+
+    Raises UsageError.
+    """
+    for name in values:
+        if name not in NAMES:
+            raise UsageError(f"Unknown parameter: {name}. Known: {', '.join(NAMES)}.")
+    shared = {name: value for name, value in values.items() if name not in TRAINING}
+    for name in shared:
+        if "," in str(shared[name]) and declared(name).metadata["sweep"]:
+            raise UsageError(f"{name} takes one value here: {shared[name]}. Train one model at a time.")
+    asked = spec.parse({**shared, "quant": QUANT})
+    own = {name: _parse(name, str(values.get(name, default_text(name))).strip()) for name in TRAINING}
+    return asked.first, asked.options, Training(**own)  # type: ignore[arg-type]
+
+
+def _parse(name: str, text: str) -> object:
+    metadata = TRAINING[name].metadata
+    if metadata["unset"] and text.lower() == metadata["unset"]:
+        return None
+    if metadata["kind"] == "loss":
+        if text not in LOSSES:
+            raise UsageError(f"Unknown loss: {text}. Give {' or '.join(LOSSES)}.")
+        return text
+    if metadata["kind"] == "data":
+        for part in _parts(str(PARSERS["text"](name, text, metadata))):
+            # os.path.isfile, since Path.is_file raises for a name that is too long
+            if part not in (BUNDLED_TEXT, *_PROMPT_SETS) and not os.path.isfile(part):
+                raise UsageError(
+                    f"There is no data file {part}. "
+                    f"Give a text file, a JSON Lines file, {BUNDLED_TEXT}, or {', '.join(_PROMPT_SETS)}."
+                )
+        return text
+    return PARSERS[metadata["kind"]](name, text, metadata)
+
+
+_PROMPT_SETS = tuple(name for name in WORKLOADS if name not in ("synthetic", "mixed"))
+
+
+def _parts(data: str) -> list[str]:
+    """Split a `data` parameter into files and sets. A file whose own name has a comma is not split."""
+    return [data] if os.path.isfile(data) else [part.strip() for part in data.split(",")]
+
+
+# Memory
+
+
+def needed_bytes(trained: int, frozen: int, vocabulary: int, training: Training) -> int:
+    """Bytes that a training needs beyond the process itself, everything in float32.
+
+    Per trained parameter 16 (`ADAM_BYTES`) + 4 for its quantized value, + 4 for its original value to distill; per
+    frozen parameter 4; and arrays of the size of one sequence's logits: 4, to distill 6. All of it times `BEYOND`.
+    """
+    distills = training.loss == "distill"
+    logits = 4 * training.sequence_tokens * vocabulary
+    return int(
+        BEYOND * (trained * (ADAM_BYTES + 4 + (4 if distills else 0)) + 4 * frozen + logits * (6 if distills else 4))
+    )
+
+
+# Record of a checkpoint's making
+
+
+def recorded(folder: str) -> dict[str, str | int | float]:
+    """Return a trained checkpoint's recipe as dotted params of a run; empty for any other folder."""
+    file = Path(folder) / RECIPE
+    if not file.is_file():
+        return {}
+    known: dict[str, str | int | float] = json.loads(file.read_text(encoding="utf-8"))
+    return {f"qat.{name}": value for name, value in known.items()}

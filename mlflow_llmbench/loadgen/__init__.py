@@ -1,0 +1,1 @@
+"""Send requests to a server, stamp what arrives, and start servers."""

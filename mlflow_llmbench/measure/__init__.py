@@ -1,0 +1,1 @@
+"""Warm up, repeat and stamp; the worker process and its supervisor; the journal on disk."""

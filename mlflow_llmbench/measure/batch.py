@@ -1,0 +1,307 @@
+"""Measure one cell in process: warm up, repeat, stamp, stop.
+
+A timed region contains only the model and, per token, one clock reading and two list appends. Everything else (prompts,
+noise counters, journal, garbage collection) happens between repetitions.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..backends.base import Backend, DecodingBackend, History
+from ..records.cell import Cell
+from ..records.errors import MeasurementError
+from ..records.metrics import LEAST_REPETITIONS
+from ..records.results import Repetition, RequestRecord, TextTimes
+from ..stats import halves_agree, relative_half_width
+from ..system import machine
+from ..workloads.prompts import PromptSet
+
+LEAST_WARMUPS = 3
+MOST_WARMUPS = 12
+
+Say = Callable[..., None]
+"""Called between timed regions with an event name and its data: journal, progress."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of `measure_cell`.
+
+    `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads. The prompt of a
+    conversation is everything before the last answer. `same_replies` and `same_tokens` are the results of
+    `compare_replies` and `compare_decoding`.
+    """
+
+    first_call_ms: float
+    warmup_s: tuple[float, ...]
+    steady: bool
+    repetitions: tuple[Repetition, ...]
+    outputs: tuple[tuple[list[int], list[int]], ...]
+    same_replies: tuple[bool, ...] = ()
+    text_times: TextTimes | None = None
+    compile_s: float | None = None
+    same_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run of a cell: its request, or one request per turn of a conversation.
+
+    `prompt` and `output` are the ids of the first row in the last request.
+    """
+
+    requests: tuple[RequestRecord, ...]
+    prompt: list[int]
+    output: list[int]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the first sending to the last arrival."""
+        return (self.requests[-1].stamps_ns[-1] - self.requests[0].t0_ns) / 1e9
+
+
+def time_request(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    output_tokens: int,
+    on_first: Callable[[], None] | None = None,
+    history: History | None = None,
+) -> tuple[RequestRecord, list[Any]]:
+    """Generate once and stamp each step. Return the record and the steps as the backend emitted them.
+
+    Prompt tokens that `history` holds are not computed; their number is `cached_tokens` of the record.
+
+    t0 is taken with the prompt ids on the host, t(i) when the i-th id of each row is on the host. Stamps are ns of
+    `time.perf_counter_ns`, a monotonic clock that changes of the wall clock do not affect. `on_first` is called after
+    the first step, inside the timed region: use it only in warm-ups.
+    """
+    clock = time.perf_counter_ns
+    stamps: list[int] = []
+    steps: list[Any] = []
+    add_stamp, add_step = stamps.append, steps.append
+
+    def emit(step: Any) -> None:
+        add_stamp(clock())
+        add_step(step)
+
+    def emit_and_tell(step: Any) -> None:
+        emit(step)
+        if on_first and len(stamps) == 1:
+            on_first()
+
+    told = emit_and_tell if on_first else emit
+    kept = {} if history is None else {"history": history}
+    cached = None if history is None else history.tokens
+    gc.disable()
+    try:
+        t0 = clock()
+        backend.generate(prompts, output_tokens, told, **kept)
+    finally:
+        gc.enable()
+    counted: dict[str, Any] = {}
+    if any(map(_is_wide, steps)):
+        sizes = tuple(len(step[0]) if _is_wide(step) else 1 for step in steps)
+        counted = {"tokens": sum(sizes), "chunk_tokens": sizes}
+    return RequestRecord(
+        t0, tuple(stamps), rows=len(prompts), prompt_tokens=len(prompts[0]), cached_tokens=cached, **counted
+    ), steps
+
+
+def _is_wide(step: Any) -> bool:
+    """Return True if a step holds a sequence of tokens for each row instead of one token."""
+    return (
+        hasattr(step, "__len__") and len(step) > 0 and hasattr(step[0], "__len__") and getattr(step[0], "ndim", 1) > 0
+    )
+
+
+def time_turns(
+    backend: Backend,
+    turns: Sequence[Sequence[Sequence[int]]],
+    output_tokens: int,
+    kept: bool = False,
+    on_first: Callable[[], None] | None = None,
+) -> Timed:
+    """Send turns one after another, each with the whole conversation before it. A single prompt is one turn.
+
+    `turns` holds for each turn the ids that it adds to each row. Answers in the history are the ids that the model
+    itself generated. With `kept`, the KV cache of previous turns and answers is kept.
+    """
+    history = backend.new_history() if kept else None
+    said: list[list[int]] = [[] for _ in turns[0]]
+    requests: list[RequestRecord] = []
+    prompt, output = said[0], said[0]
+    for added in turns:
+        said = [[*row, *more] for row, more in zip(said, added, strict=True)]
+        record, steps = time_request(backend, said, output_tokens, None if requests else on_first, history)
+        requests.append(record)
+        ids = checked_ids(steps, len(said))
+        prompt, output = said[0], [step[0] for step in ids]
+        said = [[*row, *answer] for row, answer in zip(said, zip(*ids, strict=True), strict=True)] if ids else said
+    return Timed(tuple(requests), prompt, output)
+
+
+def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, say: Say) -> Measured:
+    """Warm up with the shape of the cell until steady, then repeat until the throughput's interval is narrow enough.
+
+    `say("warmup" | "repetition", …)` is called after each run, outside the timed region. Raises MeasurementError if the
+    backend generates no token or a malformed step.
+    """
+
+    def turns(number: int) -> list[list[list[int]]]:
+        return _turns(backend, cell, prompts, vocab_size, number)
+
+    first_call_ms, warmup_s, steady = _warm_up(backend, cell, turns, say)
+    gc.collect()
+    gc.freeze()
+    repetitions: list[Repetition] = []
+    outputs: list[tuple[list[int], list[int]]] = []
+    limit = cell.repetitions or cell.max_repetitions
+    try:
+        while len(repetitions) < limit and not enough(cell, repetitions):
+            index = len(repetitions)
+            sent = turns(index)
+            wall_ms, before = int(time.time() * 1000), machine.take_readings(backend.device)
+            timed = time_turns(backend, sent, cell.output_tokens, cell.history == "kept")
+            noise = machine.noise_between(before, machine.take_readings(backend.device))
+            repetitions.append(Repetition(index, wall_ms, timed.requests, noise))
+            if prompts.texts and index * (1 if cell.prompt_tokens is None else cell.batch_size) < len(prompts.texts):
+                outputs.append((timed.prompt, timed.output))
+            say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
+    finally:
+        gc.unfreeze()
+    return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), tuple(outputs))
+
+
+def _turns(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, number: int) -> list[list[list[int]]]:
+    """Return the turns of repetition `number`: one batch of prompts, or a conversation, the same one in every row."""
+    if cell.history == "none":
+        return [prompts.batch(cell, number, vocab_size, backend.encode if backend.capabilities.tokenizer else None)]
+    messages = prompts.conversations[number % len(prompts.conversations)]
+    return [[list(ids)] * cell.batch_size for ids in backend.encode_turns(messages)]
+
+
+def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: Measured) -> tuple[bool, ...]:
+    """Compare kept and recomputed history. Return per turn of the first conversation whether the answers are the same.
+
+    Each turn gets the ids of the kept history, so a different answer does not make the next ones differ. Not timed.
+    """
+    prompt, output = measured.outputs[0]
+    said, same, end = [*prompt, *output], [], 0
+    for added in _turns(backend, cell, prompts, 0, 0):
+        end += len(added[0])
+        again = time_turns(backend, [[said[:end]] * cell.batch_size], cell.output_tokens)
+        same.append(again.output == said[end : end + cell.output_tokens])
+        end += cell.output_tokens
+    return tuple(same)
+
+
+def time_texts(
+    backend: Backend, texts: Sequence[Mapping[str, str]], outputs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> TextTimes:
+    """Time the tokenizer: encode each prompt and decode each output, one text after another, in this thread."""
+    clock = time.perf_counter_ns
+    stamps = []
+    for text, (_, output) in zip(texts, outputs, strict=True):
+        begun = clock()
+        backend.encode(text["prompt"])
+        encoded = clock()
+        backend.decode(output)
+        stamps.append((encoded - begun, clock() - encoded))
+    return TextTimes(tuple(one for one, _ in stamps), tuple(other for _, other in stamps))
+
+
+def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, vocab_size: int) -> tuple[int, ...]:
+    """Count, per row of the first repetition, the output tokens before the first difference from plain decoding.
+
+    Only the first turn of a conversation is compared. Not timed.
+    """
+    sent = _turns(backend, cell, prompts, vocab_size, 0)[0]
+    said = []
+    for generate in (backend.generate, backend.generate_plainly):
+        steps: list[Any] = []
+        generate(sent, cell.output_tokens, steps.append)
+        said.append(list(zip(*checked_ids(steps, len(sent)), strict=True)))
+    return tuple(
+        sum(1 for _ in itertools.takewhile(bool, map(operator.eq, own, plain)))
+        for own, plain in zip(*said, strict=True)
+    )
+
+
+def _warm_up(
+    backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say
+) -> tuple[float, list[float], bool]:
+    """Make discarded runs of the measured shape. Return the first in ms, all in s, and whether they became steady.
+
+    Conversations differ in their number of turns, so the first one is always used to judge steadiness.
+    """
+    durations: list[float] = []
+    fixed = cell.warmup is not None
+    most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
+    steady = False
+    while len(durations) < most and not (steady and not fixed):
+        first = None if durations else lambda: say("first_token")
+        timed = time_turns(
+            backend,
+            turns(len(durations) if cell.history == "none" else 0),
+            cell.output_tokens,
+            cell.history == "kept",
+            first,
+        )
+        if not all(record.stamps_ns for record in timed.requests):
+            raise MeasurementError("The backend generated no token. Nothing can be measured.")
+        durations.append(timed.seconds)
+        steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
+        say("warmup", number=len(durations), limit=most, seconds=durations[-1])
+    return durations[0] * 1000, durations, steady
+
+
+def enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
+    """Return True if `auto` may stop repeating.
+
+    It needs at least 5 unspoiled repetitions and the relative half-width of the throughput's 95 % interval within
+    `precision_target`. A spoiled repetition is repeated and kept, because leaving out results by hand would bias them.
+    On a machine that is never quiet, twice the least number of repetitions is enough; the verdict is then `contended`.
+    """
+    clean = [r for r in repetitions if not (r.noise and r.noise.spoiled)]
+    if cell.repetitions is not None or len(repetitions) < LEAST_REPETITIONS:
+        return False
+    if len(clean) < LEAST_REPETITIONS and len(repetitions) < 2 * LEAST_REPETITIONS:
+        return False
+    width = relative_half_width([throughput(repetition) for repetition in repetitions])
+    return width is not None and width <= cell.precision_target
+
+
+def throughput(repetition: Repetition) -> float:
+    """Return output tokens per second of one repetition: all tokens of all rows ÷ (last arrival − first sending)."""
+    requests = repetition.requests
+    tokens = sum(r.rows * r.output_tokens for r in requests)
+    span = max(r.stamps_ns[-1] for r in requests) - min(r.t0_ns for r in requests)
+    return tokens / span * 1e9
+
+
+def checked_ids(steps: Sequence[Any], rows: int) -> list[list[int]]:
+    """Return the ids by token: tokens × rows.
+
+    Each step must hold one id per row, or the same number of ids for every row. Raises MeasurementError otherwise.
+    """
+    ids: list[list[int]] = []
+    for number, step in enumerate(steps, 1):
+        if hasattr(step, "__len__") and len(step) != rows:
+            raise MeasurementError(
+                f"Step {number} has {len(step)} tokens for {rows} rows. The backend must emit one token per row."
+            )
+        held = step.tolist() if hasattr(step, "tolist") else step
+        try:
+            ids += [[int(i) for i in token] for token in (zip(*held, strict=True) if _is_wide(step) else [held])]
+        except (TypeError, ValueError):
+            raise MeasurementError(
+                f"Step {number} is not a list of ids: {repr(step)[:80]}. Emit one integer for each row."
+            ) from None
+    return ids

@@ -1,0 +1,359 @@
+"""Supervise a worker from its parent: start it, sample its memory, collect its events, and find out how it ended.
+
+While a worker measures, this process sleeps in a select and reads one small /proc file twenty times a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..loadgen.server_process import bounded, log_end, wait_for_end
+from ..records.cell import Cell
+from ..records.errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
+from ..records.redaction import redact, worker_environment
+from ..records.results import MemorySample, ModelFacts, to_json
+from ..system import machine, memory
+from ..system.memory import HostMemory
+from . import interpreter
+from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
+from .outcome import GroupOutcome
+
+SAMPLE_S = 0.05
+"""Seconds between two memory samples."""
+
+LOOK_S = 2.0
+"""Seconds between two searches for the processes of a server while it is measured."""
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+More = Callable[["GroupOutcome"], tuple[Cell, Path] | None]
+"""Chooses the next cell and its folder from the results so far; None if there is none."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a worker: seconds per step and bytes of host memory. None means no limit."""
+
+    load_s: float | None = None
+    first_token_s: float | None = None
+    repetition_s: float | None = None
+    cell_s: float | None = None
+    memory_bytes: int | None = None
+    memory_limit: str = "memory_limit"  # name of the memory limit in a message
+
+
+def run_worker(
+    task: str,
+    cells: Sequence[Cell],
+    model: ModelFacts,
+    folders: Sequence[Path],
+    log_file: Path,
+    on_event: OnEvent | None = None,
+    limits: Limits | None = None,
+    environment: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Any] | None = None,
+    more: More | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> GroupOutcome:
+    """Run one job in a fresh process and wait for its end. A failure of the worker is in `outcome.error`, never raised.
+
+    Its events and `environment` are written to a file beside `log_file`, from which `replay` can rebuild the outcome.
+    An interruption ends the worker and sets `outcome.interrupted`, so that earlier measurements are not lost.
+    `quality` is the evaluation to do after the last cell (see `reference.order`). With `more`, the worker goes on with
+    the cells that `more` chooses from the results so far; their numbers follow those of `cells`. `training` is the
+    order of a training (see `qat`).
+    """
+    outcome = GroupOutcome(environment=environment)
+    threads = cells[0].threads or machine.physical_cores()
+    job = {
+        "task": task,
+        "cells": to_json(cells),
+        "model": to_json(model),
+        "folders": [str(f) for f in folders],
+        "threads": threads,
+    }
+    job |= {"quality": quality, "searches": more is not None, "training": training}
+    failure: LlmbenchError | None = None
+    process = _start(
+        cells[0], log_file, _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0])
+    )
+    watch = _Watch(
+        process, outcome, limits or Limits(), on_event, watches_memory=cells[0].scenario != "online", more=more
+    )
+    try:
+        assert process.stdin
+        process.stdin.write((json.dumps(job) + "\n").encode())
+        process.stdin.flush()
+        with EventLog(log_file.with_suffix(".jsonl"), durable=False) as watch.told:
+            watch.told.append("job", folders=[folder.name for folder in folders], environment=environment)
+            watch.collect()
+        process.wait()
+    except BrokenPipeError:
+        process.wait()
+    except MeasurementError as error:
+        failure = error
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+        _stop(process)
+        watch.drain()
+    finally:
+        _end(process)
+        if watch.keeper:  # the server ends after its client, in order
+            wait_for_end(watch.keeper)
+        redact_log(log_file)
+        if isinstance(failure, WorkerTimeout) and watch.keeper and outcome.load is None:
+            failure = WorkerTimeout(f"{failure} {log_end(folders[0] / SERVER_LOG)}")
+        _keep_server_log([*folders, *watch.added])
+    if failure:
+        outcome.fail(failure)
+    elif not outcome.ended and not outcome.interrupted and outcome.error is None:
+        outcome.fail(_sudden_end(process.returncode, outcome.stage, log_file))
+    return outcome
+
+
+def _keep_server_log(folders: Sequence[Path]) -> None:
+    """Write beginning and end of a server's log, without secrets, to the artifacts of each cell that it served."""
+    raw = folders[0] / SERVER_LOG
+    with contextlib.suppress(OSError, JournalError):
+        if raw.exists():
+            text = bounded(raw.read_bytes()).decode(errors="replace")
+            for folder in folders:
+                write_bytes(folder / "artifacts" / SERVER_LOG, redact(text).encode())
+            raw.unlink()
+
+
+def _start(cell: Cell, log_file: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a worker that writes to its log, in the interpreter that the cell names."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as log:
+        return subprocess.Popen(
+            [interpreter.command(cell.worker_python), "-m", "mlflow_llmbench.measure.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=variables,
+        )
+
+
+def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
+    """Return the worker's environment variables.
+
+    They hold no secrets except those that a download or a server needs, set the number of threads, make this package
+    importable, and silence progress bars and telemetry. A server to be launched inherits them, may download, and
+    chooses its own number of threads.
+    """
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if cell.launch:
+        told = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return interpreter.variables(None, {**worker_environment(os.environ, downloads=True), **told})
+    key = {name: value for name, value in os.environ.items() if cell.url and name == "OPENAI_API_KEY"}
+    counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return interpreter.variables(
+        cell.worker_python, {**worker_environment(os.environ, downloads), **key, **quiet, **counts}
+    )
+
+
+@dataclass
+class _Watch:
+    """Collect a worker's events until it closes its pipe, sample its memory meanwhile, and enforce its limits."""
+
+    process: subprocess.Popen[bytes]
+    outcome: GroupOutcome
+    limits: Limits
+    on_event: OnEvent | None
+    watches_memory: bool = True  # False for a client, whose memory is not the model's
+    told: EventLog | None = None
+    more: More | None = None
+    added: list[Path] = field(default_factory=list)  # folders of the cells chosen by `more`
+    keeper: int | None = None  # pid of the keeper, the ancestor of all processes of a server that we started
+    pids: list[int] = field(default_factory=list)  # the server's processes when last searched for
+    looked: float = 0.0
+    unread: bytes = b""  # beginning of an incomplete line
+    lines: deque[bytes] = field(default_factory=deque)  # complete lines that are not processed yet
+    doing: tuple[str, str, float | None] = ("", "", None)  # the worker's step, its limit's name, its limit in s
+    since: float = 0.0
+    cell_since: float | None = None
+    written: int = 0  # memory samples already in the journal
+
+    def collect(self) -> None:
+        """Collect events until the worker closes its pipe. Raises WorkerTimeout or OutOfMemory beyond a limit."""
+        assert self.process.stdout
+        pipe = self.process.stdout.fileno()
+        self._begins("loading", "load_timeout_s", self.limits.load_s)
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            due = time.monotonic()
+            while True:
+                ready = selector.select(max(0.0, due - time.monotonic()))
+                if time.monotonic() >= due:
+                    if self.watches_memory or self.keeper:
+                        self._sample()
+                    self._check_time()
+                    due = time.monotonic() + SAMPLE_S
+                if not ready:
+                    continue
+                chunk = os.read(pipe, 1 << 20)
+                if not chunk:
+                    return
+                self._split(chunk)
+                while self.lines:
+                    self._take(self._next())
+
+    def drain(self) -> None:
+        """Read the remaining events of a worker that was interrupted and is gone; they may hold a measured cell."""
+        assert self.process.stdout
+        with contextlib.suppress(OSError):
+            while chunk := os.read(self.process.stdout.fileno(), 1 << 20):
+                self._split(chunk)
+        while self.lines:
+            self._next()
+
+    def _split(self, chunk: bytes) -> None:
+        *lines, self.unread = (self.unread + chunk).split(b"\n")
+        self.lines.extend(lines)
+
+    def _next(self) -> dict[str, Any]:
+        """Return the next event.
+
+        It is added to the outcome before its line is dropped, since an interruption can come between any two steps.
+        """
+        event: dict[str, Any] = json.loads(self.lines[0])
+        if event["event"] == "launched":
+            self.keeper = event["keeper"]
+        if self.keeper and event["event"] == "stage":
+            event["host"] = dataclasses.asdict(self._server_memory(anew=True))
+        self.outcome.take(event)
+        self.lines.popleft()
+        return event
+
+    def _take(self, event: dict[str, Any]) -> None:
+        self._keep(event)
+        match event["event"]:
+            case "stage" if event["stage"] == "loading":
+                self._begins("loading", "load_timeout_s", self.limits.load_s)
+            case "compiling":
+                self._begins("compiling", "load_timeout_s", self.limits.load_s)
+            case "measuring":
+                self.cell_since = time.monotonic()
+                self._begins("bringing a first token", "first_token_timeout_s", self.limits.first_token_s)
+            case "first_token" | "warmup" | "repetition":
+                self._begins("one run of the cell", "repetition_timeout_s", self.limits.repetition_s)
+            case "measured":
+                self.cell_since = None
+                self._begins("ending the cell", "load_timeout_s", self.limits.load_s)
+            case "asks":
+                self._answer()
+            case "evaluating" | "scoring" | "scored" | "compared" | "tasked":
+                self._begins("scoring one text", "repetition_timeout_s", self.limits.repetition_s)
+        if self.on_event:
+            self.on_event(event)
+
+    def _answer(self) -> None:
+        """Tell the worker which cell is next."""
+        found = self.more(self.outcome) if self.more else None
+        self.added += [found[1]] if found else []
+        if found and self.told:
+            self.told.append("more", folder=found[1].name)
+        line = json.dumps(to_json({"cell": found[0], "folder": str(found[1])} if found else None))
+        assert self.process.stdin
+        self.process.stdin.write(f"{line}\n".encode())
+        self.process.stdin.flush()
+
+    def _keep(self, event: dict[str, Any]) -> None:
+        samples = [dataclasses.astuple(sample) for sample in self.outcome.samples[self.written :]]
+        self.written = len(self.outcome.samples)
+        try:
+            if self.told and samples:
+                self.told.append("samples", samples=samples)
+            if self.told:
+                self.told.append(**event)
+        except JournalError:  # only needed if this process is killed; the worker's own journal has the measurements
+            self.told = None
+
+    def _begins(self, doing: str, name: str, limit_s: float | None) -> None:
+        self.doing, self.since = (doing, name, limit_s), time.monotonic()
+
+    def _check_time(self) -> None:
+        checks = [(self.since, *self.doing)]
+        if self.cell_since is not None:
+            checks.append((self.cell_since, "the whole cell", "cell_timeout_s", self.limits.cell_s))
+        for since, doing, name, limit_s in checks:
+            if limit_s is not None and time.monotonic() - since > limit_s:
+                raise WorkerTimeout(
+                    f"The worker was ended at stage {self.outcome.stage}: {doing} took more than {name}={limit_s:g}. "
+                    "Try a smaller configuration, or raise the limit."
+                )
+
+    def _sample(self) -> None:
+        seen = self._server_memory() if self.keeper else memory.read(self.process.pid)
+        if seen is None:
+            return
+        anonymous = seen.anonymous if seen.anonymous is not None else seen.rss
+        self.outcome.samples.append(MemorySample(time.perf_counter_ns(), seen.rss, anonymous))
+        needed = anonymous + (self.outcome.load.mapped_weight_bytes if self.outcome.load else 0)
+        limit = self.limits.memory_bytes
+        if limit is not None and needed > limit:
+            raise OutOfMemory(
+                f"The {'server' if self.keeper else 'worker'} needed {needed / 1e9:.3f} GB at stage "
+                f"{self.outcome.stage} and was ended there, since {self.limits.memory_limit} is {limit / 1e9:.3f} GB. "
+                "Try a smaller batch_size or quantization."
+            )
+
+    def _server_memory(self, anew: bool = False) -> HostMemory:
+        """Read the memory of a server's processes.
+
+        The processes are searched for if `anew` (at a stage), else every `LOOK_S`, since a search takes milliseconds.
+        """
+        assert self.keeper
+        now = time.monotonic()
+        if anew or now - self.looked > LOOK_S:
+            self.pids, self.looked = memory.descendants(self.keeper), now
+        return memory.read_all(self.pids)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop the worker and close its pipes."""
+    _stop(process)
+    for stream in (process.stdin, process.stdout):
+        if stream:
+            stream.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the worker: TERM, wait up to 2 s, then KILL."""
+    for stop in (process.terminate, process.kill):
+        if process.poll() is None:
+            stop()
+            try:
+                process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _sudden_end(code: int, stage: str, log_file: Path) -> LlmbenchError:
+    """Return the error for a worker that ended without reporting its end."""
+    if code == -signal.SIGKILL:
+        return OutOfMemory(
+            f"The worker was killed at stage {stage}, most likely by the kernel because memory ran out. "
+            "Try a smaller batch_size or quantization."
+        )
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    tail = log_file.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing was printed"]
+    return WorkerCrashed(f"The worker ended with {how} at stage {stage}: {tail[0][:200]}. The whole log is {log_file}.")

@@ -1,0 +1,343 @@
+"""The worker process: load a model once, measure the cells that share it, journal every repetition, unload.
+
+`python -m mlflow_llmbench.measure.worker` reads one job (JSON) from standard input and writes events as JSON lines to
+standard output. Nothing else can write there: output of libraries goes to the log. It does not use MLflow.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from ..backends.base import Backend, DecodingBackend, ServerBackend, backend_class
+from ..records.cell import Cell
+from ..records.errors import LlmbenchError, MeasurementError, first_line
+from ..records.results import LoadInfo, ModelFacts, from_json, to_json
+from ..system import machine, memory
+from ..workloads.prompts import PromptSet, load_prompts
+from .batch import compare_decoding, compare_replies, measure_cell, time_texts
+from .journal import SERVER_LOG, EventLog
+from .online import measure_server
+from .stream import measure_stream
+
+LINES_PER_MESSAGE = 3
+"""Times that one log message is written. bitsandbytes logs one per matrix product, 100 000 in a minute."""
+
+
+class Flood(logging.Handler):
+    """A log handler that writes each distinct message `LINES_PER_MESSAGE` times, then only counts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count the message, and write it unless it was written often enough."""
+        key = (record.name, str(record.msg))
+        self.counts[key] += 1
+        if self.counts[key] <= LINES_PER_MESSAGE:
+            sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
+
+    def summary(self) -> list[str]:
+        """Return the 50 most frequent messages, each with its count."""
+        return [f"{name}: {message} (× {count})" for (name, message), count in self.counts.most_common(50)]
+
+
+def main() -> int:
+    """Run the job on standard input. Return the exit code: 0 if its events report the end, success or failure."""
+    machine.die_with_parent()
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a closed terminal signal the whole group; the parent decides
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    flood = _tame_logs()
+
+    def tell(event: str, **data: Any) -> None:
+        events.write(
+            json.dumps({"event": event, "t_ns": time.perf_counter_ns(), **{k: to_json(v) for k, v in data.items()}})
+            + "\n"
+        )
+
+    job = json.loads(sys.stdin.readline())
+    try:
+        if job["task"] == "prepare":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an incomplete checkpoint is removed
+            cell = from_json(Cell, job["cells"][0])
+            backend_class(cell.backend).prepare(cell, from_json(ModelFacts, job["model"]))
+        elif job["task"] == "resolve":
+            cell = from_json(Cell, job["cells"][0])
+            tell("resolved", model=backend_class(cell.backend).resolve(cell))
+        elif job["task"] == "reference":
+            _write_references(job, tell)
+        elif job["task"] == "evaluate":
+            _evaluate_alone(job, tell)
+        elif job["task"] == "train":
+            _train(job, tell)
+        else:
+            _measure_group(job, tell)
+    except LlmbenchError as error:
+        tell("failed", outcome=getattr(error, "outcome", "error"), kind=type(error).__name__, message=str(error))
+    except MemoryError:
+        tell("failed", outcome="oom", kind="OutOfMemory", message="Memory ran out.")
+    except Exception as error:
+        traceback.print_exc()
+        tell(
+            "failed", outcome="error", kind=type(error).__name__, message=f"{type(error).__name__}: {first_line(error)}"
+        )
+    tell("end", log=flood.summary())
+    events.close()
+    return 0
+
+
+def _measure_group(job: dict[str, Any], tell: Any) -> None:
+    cells = [from_json(Cell, cell) for cell in job["cells"]]
+    kind = backend_class(cells[0].backend)
+    tell("stage", stage="starting")
+    _import_libraries(kind, job["threads"])
+    facts = from_json(ModelFacts, job["model"])
+    backend = kind(cells[0], facts)
+    tell("peaks", peaks=backend.peaks(), idle_w=machine.idle_power_w(backend.device))
+    gc.collect()
+    memory.reset_peak()
+    _stage("baseline", backend, tell)
+    tell("stage", stage="loading")
+    info = _launch(cast(ServerBackend, backend), Path(job["folders"][0]), tell) if cells[0].launch else backend.load()
+    gc.collect()
+    tell("load", info=info)
+    _stage("loaded", backend, tell)
+    try:
+        for number, (cell, folder) in enumerate(_cells(cells, job, tell)):
+            _measure_one(backend, cell, number, folder, info, facts.context, tell)
+        if job.get("quality"):
+            _evaluate(backend, job["quality"], facts.context, tell)
+    finally:
+        backend.close()
+        gc.collect()
+        memory.trim()  # empty the C allocator's cache like the device's, so that the reading has only memory in use
+        _stage("unloaded", backend, tell)
+
+
+def _cells(cells: Sequence[Cell], job: Mapping[str, Any], tell: Any) -> Iterator[tuple[Cell, Path]]:
+    """Yield the cells of a job with their folders; in a search, then those that the parent chooses from the results."""
+    yield from zip(cells, map(Path, job["folders"]), strict=True)
+    while job["searches"]:
+        tell("asks")
+        found = json.loads(sys.stdin.readline() or "null")
+        if found is None:
+            return
+        yield from_json(Cell, found["cell"]), Path(found["folder"])
+
+
+def _launch(backend: ServerBackend, folder: Path, tell: Any) -> LoadInfo:
+    """Start the server of a group's cells and return its facts.
+
+    It ends with this process, and at once if it is not the requested one.
+    """
+    try:
+        backend.launch(folder / SERVER_LOG, lambda keeper, beginning: tell("launched", keeper=keeper, host=beginning))
+        return backend.load()
+    except LlmbenchError:
+        backend.close()
+        raise
+
+
+def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, tell: Any) -> None:
+    """Measure the quality of the loaded model.
+
+    This runs after every cell is measured and its memory is read, so it does not affect their figures.
+    """
+    tell("evaluating", digest=order["digest"])
+    if order.get("withheld"):
+        tell("withheld", message=order["withheld"])
+    from ..backends.huggingface import scoring
+
+    scoring.evaluate(backend, order, context, tell)
+
+
+def _loaded(job: dict[str, Any], tell: Any) -> tuple[Backend, ModelFacts, LoadInfo]:
+    """Load the model of a job's first cell without measuring it."""
+    cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
+    kind = backend_class(cell.backend)
+    _import_libraries(kind, job["threads"])
+    backend = kind(cell, facts)
+    tell("stage", stage="loading")
+    return backend, facts, backend.load()
+
+
+def _evaluate_alone(job: dict[str, Any], tell: Any) -> None:
+    """Measure only the quality of a model."""
+    backend, facts, info = _loaded(job, tell)
+    tell("load", info=info)
+    _evaluate(backend, job["quality"], facts.context, tell)
+
+
+def _train(job: dict[str, Any], tell: Any) -> None:
+    """Train a model and write the checkpoint."""
+    cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
+    tell("stage", stage="starting")
+    _import_libraries(backend_class(cell.backend), job["threads"])
+    from ..backends.huggingface import qat
+
+    qat.train(cell, facts, job["training"], tell)
+
+
+def _write_references(job: dict[str, Any], tell: Any) -> None:
+    """Compute the reference for quantized models with the unquantized one."""
+    from ..backends.huggingface import scoring
+
+    backend, facts, _ = _loaded(job, tell)
+    scoring.write_references(backend, job["quality"], facts, f"{facts.name} {facts.revision[:12]}", tell)
+
+
+def _check_lengths(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:
+    """Raise MeasurementError if a text of unchanged length leaves no room for the output in the context."""
+    if cell.history != "none":
+        _check_conversations(backend, cell, prompts, context)
+        return
+    longest = max(len(backend.encode(text)) for text in prompts.texts)
+    if cell.prompt_tokens is None and context is not None and longest + cell.output_tokens > context:
+        raise MeasurementError(
+            f"The longest text of workload {prompts.name} has {longest} tokens, and with "
+            f"output_tokens={cell.output_tokens} that is more than the context of {context}. "
+            "Give a number of prompt_tokens, or shorter texts."
+        )
+
+
+def _check_conversations(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:
+    """Raise MeasurementError if the backend cannot be measured turn by turn, or a conversation outgrows the context."""
+    if not backend.capabilities.conversations:
+        raise MeasurementError(f"backend={cell.backend} cannot be measured turn by turn. Use history=none.")
+    turns = [backend.encode_turns(messages) for messages in prompts.conversations]
+    longest = max(sum(map(len, added)) + len(added) * cell.output_tokens for added in turns)
+    if context is not None and longest > context:
+        raise MeasurementError(
+            f"The longest conversation of workload {prompts.name} has {longest} tokens with "
+            f"output_tokens={cell.output_tokens} for each answer, and that is more than the context of {context}. "
+            "Ask for shorter answers, or give shorter conversations."
+        )
+
+
+def _measure_one(
+    backend: Backend, cell: Cell, number: int, folder: Path, info: LoadInfo, context: int | None, tell: Any
+) -> None:
+    log = EventLog(folder / "events.jsonl")
+    prompts = load_prompts(cell.workload)
+    tell("cell", number=number)
+    if prompts.texts and not backend.capabilities.online:
+        _check_lengths(backend, cell, prompts, context)  # this also loads the tokenizer before the clock runs
+
+    def say(event: str, **data: Any) -> None:
+        if event != "first_token":
+            log.append(event, **data)
+        tell(event, number_of_cell=number, **{k: v for k, v in data.items() if k != "repetition"})
+
+    try:
+        compile_s = _compile(backend, cell, prompts, info, tell)
+        backend.trim()
+        memory.trim()  # memory of a larger earlier cell is not this one's
+        memory.reset_peak()
+        backend.device_memory(reset=True)
+        tell("measuring", number=number)
+        if backend.capabilities.online:
+            measured = measure_server(cast(ServerBackend, backend), cell, prompts, say)
+        else:
+            measured = (measure_stream if cell.batching else measure_cell)(
+                backend, cell, prompts, info.vocab_size or 32000, say
+            )
+        _stage("peak", backend, tell)
+        measured = replace(measured, compile_s=compile_s, same_tokens=_same_tokens(backend, cell, prompts, info))
+        if cell.history == "kept":  # after the peak was read, since this computes more than the cell did
+            try:
+                measured = replace(measured, same_replies=compare_replies(backend, cell, prompts, measured))
+            except (LlmbenchError, MemoryError) as error:  # only this figure is lost
+                print(f"Replies with a recomputed history: {error or 'memory ran out'}", file=sys.stderr)
+        texts = [
+            {"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs
+        ]
+        if texts and cell.history == "none" and not backend.capabilities.online:
+            measured = replace(measured, text_times=time_texts(backend, texts, measured.outputs))
+        tell("measured", number=number, measured=measured, texts=texts)
+        tell("described", info=backend.describe())
+        log.append("complete", steady=measured.steady, first_call_ms=measured.first_call_ms)
+    finally:
+        log.close()
+
+
+def _compile(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo, tell: Any) -> float | None:
+    """Compile the decode step for the shape of a cell, before its clock and its peak memory begin.
+
+    Return the seconds that it took, or None if the cell is not compiled.
+    """
+    if cell.decode != "compiled" or cell.decode not in backend.capabilities.decodes:
+        return None
+    tell("compiling")
+    encode = backend.encode if backend.capabilities.tokenizer else None
+    sent = prompts.batch(cell, 0, info.vocab_size or 32000, encode)
+    longest = cell.prompt_tokens or max(len(backend.encode(text)) for text in prompts.texts)
+    return cast(DecodingBackend, backend).compile(sent, longest, cell.output_tokens)
+
+
+def _same_tokens(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo) -> tuple[int, ...]:
+    """Compare the tokens of another decode path with plain decoding (see `compare_decoding`), after the peak was read.
+
+    Return an empty tuple for plain decoding, or if the backend has only one decode path.
+    """
+    if (cell.decode == "generate" and cell.kv_cache is None) or len(backend.capabilities.decodes) == 1:
+        return ()
+    try:
+        return compare_decoding(cast(DecodingBackend, backend), cell, prompts, info.vocab_size or 32000)
+    except (LlmbenchError, MemoryError) as error:  # only this figure is lost
+        print(f"Tokens of plain decoding: {error or 'memory ran out'}", file=sys.stderr)
+        return ()
+
+
+def _stage(stage: str, backend: Backend, tell: Any) -> None:
+    """Report that a stage is reached, with this process's own exact memory reading; then reset the peak."""
+    own = None if backend.capabilities.online else memory.read()  # the client's memory is not the model's
+    device = backend.device_memory()
+    tell("stage", stage=stage, host=own, device=device)
+    memory.reset_peak()
+
+
+def _tame_logs() -> Flood:
+    """Send the logs and warnings of all libraries through one `Flood` handler, and return it."""
+    flood = Flood()
+    logging.basicConfig(handlers=[flood], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+    return flood
+
+
+def _import_libraries(kind: type[Backend], threads: int) -> None:
+    """Import the backend's libraries before the *baseline* stage, redirect their logs, and set the threads."""
+    os.environ.update(kind.capabilities.variables)
+    for name in kind.capabilities.heavy:
+        importlib.import_module(name)
+    if "transformers" in kind.capabilities.heavy:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_default_handler()
+        transformers_logging.enable_propagation()
+        transformers_logging.disable_progress_bar()
+    if "torch" in kind.capabilities.heavy:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # everything is written and closed; an orderly exit with torch would take more than a second

@@ -1,0 +1,1 @@
+"""Plain data that every other folder uses: cells, results, metrics, quantizations, errors."""

@@ -1,0 +1,441 @@
+"""Records: frozen dataclasses of what was measured and what it means. The request itself is a `Cell`.
+
+They only check themselves. Times are integer nanoseconds of one monotonic clock, sizes are bytes, absent values are
+None. `to_json` and `from_json` are inverse; `SCHEMA` is the version of the format and of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .cell import Cell
+from .metrics import SPOILED_CPU_LIMIT
+from .mixed_plan import QuantPlan
+
+SCHEMA = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts about a model before it is loaded: its location, its commit, its configuration."""
+
+    name: str
+    source: str  # "preset", "hub", "folder", "gguf", "hub_gguf", or "none" where there are no files
+    location: str  # repository id (with :file.gguf for hub_gguf) or absolute path
+    revision: str  # commit of the Hub, content hash of local files, or random-seed<N>
+    config: Mapping[str, Any] | None = None
+    dtype: str | None = None  # of the checkpoint, torch's name
+    context: int | None = None  # tokens
+    files_bytes: int | None = None  # of the weight files
+    assistant: ModelFacts | None = None  # the model that proposes tokens, with decode=assisted
+    quant_plan: QuantPlan | None = None  # the one that was given
+
+    @property
+    def identity(self) -> list[str]:
+        """Identity of the model, however it was named: its Hub repository, or else its name, and revision."""
+        return [self.location if self.source in ("hub", "preset") else self.name, self.revision]
+
+
+@dataclass(frozen=True)
+class LoadInfo:
+    """Properties of the model as loaded. `facts` become dotted params (`quant.kernel`, `model.dtype`, …)."""
+
+    load_s: float | None  # None where a server had loaded it before
+    weight_bytes: int | None = None  # as stored, with quantization state and inner tensors
+    step_bytes: int | None = None  # the part that one decode step reads
+    kv_bytes_per_token: int | None = None  # per row
+    flops_per_token: float | None = None  # forward pass of one token without attention and output head
+    head_flops: float = 0.0  # output head, computed for output tokens only
+    attention_flops_per_context_token: float | None = None  # more FLOPs per token for each token of context
+    sliding_window: int | None = None  # tokens that `sliding_share` of the layers look back at most
+    sliding_share: float = 0.0
+    cache_bytes: int | None = None  # last-level cache of the device
+    facts: Mapping[str, str | int | float] = field(default_factory=dict)
+    vocab_size: int | None = None
+    mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
+    quant_plan: QuantPlan | None = None  # of a mixed quantization
+    made: str | None = None  # file or folder that was run, if made from the checkpoint or one file of a repository
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Activity of the machine during one repetition, apart from the measured work.
+
+    `steal_s`: CPU seconds taken by the hypervisor · `foreign_cpu_s`: CPU seconds used by processes that are not ours ·
+    `pressure_s`: seconds in which some task waited for a CPU (PSI) · `energy_j`: of the device, idle included ·
+    `throttles`: why the GPU's clock was held back, during the repetition if the driver counts it, and at its end ·
+    `throttled_s`: seconds by the longest-lasting reason · `gpu_memory_errors`: uncorrected errors (ECC). The rest is
+    read once, when the repetition has ended: `frequency_mhz`: mean over our CPUs, or the GPU's SM clock ·
+    `memory_clock_mhz`, `power_w`, `temperature_c`, `foreign_gpu_processes`: of the GPU · `utilization_ratio`: share of
+    the last sixth of a second to one second in which the GPU ran a kernel.
+    """
+
+    wall_s: float
+    steal_s: float | None = None
+    foreign_cpu_s: float | None = None
+    own_cpu_s: float | None = None
+    pressure_s: float | None = None
+    involuntary_switches: int | None = None
+    major_faults: int | None = None
+    swapped_pages: int | None = None
+    frequency_mhz: float | None = None
+    energy_j: float | None = None
+    throttles: tuple[str, ...] = ()
+    foreign_gpu_processes: int | None = None
+    temperature_c: int | None = None
+    throttled_s: float | None = None
+    memory_clock_mhz: int | None = None
+    power_w: float | None = None
+    utilization_ratio: float | None = None
+    gpu_memory_errors: int | None = None
+
+    @property
+    def others_cpus(self) -> float:
+        """Mean number of CPUs used by others: processes that are not ours, and the hypervisor."""
+        return ((self.foreign_cpu_s or 0.0) + (self.steal_s or 0.0)) / self.wall_s if self.wall_s > 0 else 0.0
+
+    @property
+    def spoiled(self) -> bool:
+        """True if others used so much CPU that the repetition should be repeated.
+
+        False for short repetitions, since /proc/stat counts in 10 ms.
+        """
+        return self.wall_s >= 0.2 and self.others_cpus > SPOILED_CPU_LIMIT
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request: sent at `t0_ns`, output token i arrived at `stamps_ns[i − 1]`.
+
+    `rows` rows of one forward pass share the stamps. From a server, a stamp is the arrival of a chunk, which may hold
+    several tokens: `tokens` is the server's count of output tokens (None: one per stamp), `chunk_tokens` that of each
+    chunk if reported. With speculative decoding a step brings several tokens: `tokens` is then the count per row, and
+    `chunk_tokens` that of each step. `intended_ns`: intended sending time of an open loop · `visible_ns`: first token
+    outside a reasoning channel · `end_ns`: end of the answer · `cached_tokens`: part of the prompt that was not
+    recomputed, from the server's prefix cache or the kept history of a conversation · `asked`: requested prompt and
+    output tokens, if they differ between requests · `conversation`, `turn` (from 1): position in a conversation with a
+    server.
+    """
+
+    t0_ns: int
+    stamps_ns: tuple[int, ...]
+    rows: int = 1
+    prompt_tokens: int | None = None
+    intended_ns: int | None = None
+    outcome: str = "complete"
+    message: str = ""
+    tokens: int | None = None
+    chunk_tokens: tuple[int, ...] | None = None
+    visible_ns: int | None = None
+    end_ns: int | None = None
+    cached_tokens: int | None = None
+    finish: str = ""  # why the model stopped, in the server's word; empty without a server
+    asked: tuple[int, int] | None = None
+    conversation: int | None = None
+    turn: int | None = None
+
+    @property
+    def prefilled_tokens(self) -> int | None:
+        """Tokens of the prompt, per row, that were computed."""
+        return None if self.prompt_tokens is None else self.prompt_tokens - (self.cached_tokens or 0)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens per row."""
+        return len(self.stamps_ns) if self.tokens is None else self.tokens
+
+    @property
+    def start_ns(self) -> int:
+        """Start for latencies: the intended sending time of an open loop, else the actual one."""
+        return self.t0_ns if self.intended_ns is None else self.intended_ns
+
+    @property
+    def single_tokens(self) -> bool:
+        """True if each stamp is that of one token.
+
+        False if a server does not report its token count: a chunk may then hold several.
+        """
+        if self.tokens is None and self.finish:
+            return False
+        return self.output_tokens == len(self.stamps_ns) and (
+            self.chunk_tokens is None or max(self.chunk_tokens, default=1) == 1
+        )
+
+
+@dataclass(frozen=True)
+class ClientReadings:
+    """Self-observation of the load client during one repetition.
+
+    `started_ns`, `ended_ns`: first sending and end of the last answer · `lags_ns`: delays of its event loop's wake-ups,
+    every 20 ms · `cpu_s`: CPU seconds of its one process · `retries`: requests resent because the server had closed an
+    idle connection. If several processes sent the load, `parts` holds their readings, and the whole has sums and no
+    lags.
+    """
+
+    started_ns: int
+    ended_ns: int
+    lags_ns: tuple[int, ...]
+    cpu_s: float
+    retries: int = 0
+    parts: tuple[ClientReadings, ...] = ()
+
+    @property
+    def processes(self) -> tuple[ClientReadings, ...]:
+        """The readings of each process."""
+        return self.parts or (self,)
+
+
+@dataclass(frozen=True)
+class ServerReading:
+    """Values that a server reported, by its own names, at `t_ns` (monotonic, arrival of its answer)."""
+
+    t_ns: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class EngineReadings:
+    """Readings of the engine that batched the requests of one repetition in process.
+
+    `positions`: token positions computed, None if they cannot be counted · `needed`: positions that the answers need,
+    Σ (prompt + output − 1) · `batches`: rows of each batch that was formed once; empty if the batch changes with every
+    pass · `lags_ns`: per step of an engine with its own thread, our time stamp minus the engine's stamp of the step's
+    first token.
+    """
+
+    positions: int | None
+    needed: int
+    batches: tuple[int, ...] = ()
+    lags_ns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """One timed repetition. `wall_ms` is the epoch time of its start in milliseconds, for charts over real time.
+
+    `requests` has only complete requests, so that no other enters a latency; failed ones are in `failed`. The requests
+    of a conversation are its turns, in order. `server`: the server's reports before the load, about every second during
+    it, and after it.
+    """
+
+    index: int
+    wall_ms: int
+    requests: tuple[RequestRecord, ...]
+    noise: Noise | None = None
+    process: int = 0
+    failed: tuple[RequestRecord, ...] = ()
+    client: ClientReadings | None = None
+    engine: EngineReadings | None = None
+    server: tuple[ServerReading, ...] = ()
+
+
+@dataclass(frozen=True)
+class MemorySample:
+    """Memory of the worker, seen from outside at `t_ns` (monotonic): resident, anonymous, and bytes on the device."""
+
+    t_ns: int
+    rss: int
+    anonymous: int
+    device: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryStages:
+    """The five memory stages of the vocabulary, bytes. `host_rss` is exact (kernel high-water mark); see `metrics`."""
+
+    host_rss: Mapping[str, int] = field(default_factory=dict)
+    host_needed: Mapping[str, int] = field(default_factory=dict)
+    device: Mapping[str, int] = field(default_factory=dict)
+    device_reserved_peak: int | None = None
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Scores of a text: negative log-likelihoods in nats, one list per window, one value per scored token.
+
+    `reference_nll`: the same tokens scored by the unquantized model, if it could be run.
+    """
+
+    text: str
+    tokens: int  # of the whole text
+    window: int  # maximum tokens that the model sees
+    stride: int  # tokens that each window after the first scores
+    nll: tuple[tuple[float, ...], ...]
+    reference_nll: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class TextTimes:
+    """Nanoseconds to tokenize each prompt and to detokenize each answer, with the model's own tokenizer."""
+
+    tokenize_ns: tuple[int, ...]
+    detokenize_ns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Next-token distributions compared with the unquantized model's, one list per prompt, one value per position.
+
+    `kl`: KL(reference‖this model) in nats over the whole vocabulary · `agrees`: True if the most probable tokens are
+    the same · `digest`: of the token ids · `is_reference`: True if this is the reference itself, computed again.
+    """
+
+    reference: str
+    digest: str
+    kl: tuple[tuple[float, ...], ...]
+    agrees: tuple[tuple[bool, ...], ...]
+    is_reference: bool = False
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one lm-evaluation-harness task, with its standard error over documents, as reported there."""
+
+    task: str
+    metric: str  # with its filter, where that is not `none`: exact_match.strict-match
+    value: float
+    stderr: float | None = None
+    documents: int | None = None
+    version: str = ""
+    part: bool = False  # of a group that was asked for and has a score of its own
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Raw quality figures of the loaded model; `withheld` says in sentences why figures are absent.
+
+    `text_digest`: of the perplexity text · `tasks`: scores of lm-eval's tasks · `asked_tasks`: those asked for ·
+    `tasks_digest`: hash of what decides them.
+    """
+
+    text_digest: str = ""
+    scores: TextScores | None = None
+    divergence: Divergence | None = None
+    withheld: tuple[str, ...] = ()
+    asked_tasks: str = ""
+    tasks_digest: str = ""
+    tasks: tuple[TaskScore, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A reason of a verdict: its code in the vocabulary, and a sentence with the observation, the limit and advice."""
+
+    code: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Trust in the figures: `valid`, `suspect` or `invalid`, and the reasons."""
+
+    word: str
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Reason why a cell has no result: the stage, and a one-line message."""
+
+    stage: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Identities, 16 hex digits each."""
+
+    config: str
+    workload: str
+    hardware: str
+    software: str
+    env: str
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything about one measured cell. All figures are pure functions of it."""
+
+    cell: Cell
+    outcome: str
+    started_ms: int
+    ended_ms: int
+    hashes: Hashes
+    model: ModelFacts
+    environment: Mapping[str, Any]
+    load: LoadInfo | None = None
+    first_call_ms: float | None = None
+    warmup_s: tuple[float, ...] = ()
+    steady: bool | None = None
+    repetitions: tuple[Repetition, ...] = ()
+    memory: MemoryStages = field(default_factory=MemoryStages)
+    timeline: tuple[MemorySample, ...] = ()
+    marks: Mapping[str, int] = field(default_factory=dict)  # stage name → monotonic ns at which it was reached
+    peaks: Mapping[str, float] = field(default_factory=dict)  # read_bytes_per_s, flops_per_s
+    idle_w: float | None = None  # power of the device before the load
+    texts: tuple[Mapping[str, str], ...] = ()
+    log: tuple[str, ...] = ()  # messages printed by third-party code, each once with its count
+    failure: Failure | None = None
+    predicted_bytes: int | None = None
+    price_per_hour: float | None = None
+    compile_s: float | None = None  # for this cell's shape, before its first call; None where nothing is compiled
+    # Per row of the first repetition: output tokens before the first that differs from plain decoding.
+    same_tokens: tuple[int, ...] = ()
+    # Per turn of a conversation with kept history: True if recomputing gives the same reply.
+    same_replies: tuple[bool, ...] = ()
+    text_times: TextTimes | None = None  # None if the prompts are not texts
+    quality: Quality | None = None  # None where it was not asked for
+    sweep: str = ""
+    linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
+    schema: int = SCHEMA
+
+
+def hash16(value: object) -> str:
+    """16 hex digits of SHA-256 over canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_json(record: object) -> Any:
+    """Convert a record to plain JSON data: dataclasses and mappings become objects, tuples and lists arrays."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, Mapping):
+        return {str(key): to_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [to_json(value) for value in record]
+    return record
+
+
+def from_json(kind: type[T], data: Any) -> T:
+    """Build the record of class `kind` from data of `to_json`. Unknown fields of later versions are ignored."""
+    return typing.cast(T, _build(kind, data))
+
+
+def _build(kind: Any, data: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if data is None or kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in arguments if a is not type(None)]
+        return _build(inner[0], data) if len(inner) == 1 else data
+    if origin is tuple:
+        return tuple(_build(arguments[0], item) for item in data)
+    if origin in (dict, Mapping):
+        return {key: _build(arguments[1], value) for key, value in data.items()}
+    if dataclasses.is_dataclass(kind):
+        types_of = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        return typing.cast(Any, kind)(
+            **{key: _build(types_of[key], value) for key, value in data.items() if key in known}
+        )
+    return data

@@ -1,0 +1,1 @@
+"""Render results as text tables, Markdown, HTML, JSON and charts."""

@@ -1,0 +1,99 @@
+"""Charts of latency against throughput over the loads of a server, with the knee and the limits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...analysis.goodput import knee
+from ...config.plan import load_text
+from ...records.cell import Cell
+from .style import BLUE, BROWN, GREY, ORANGE, RED, _figure, _name, _number, _put_legend, _save, _style
+from .sweep import Points, _describe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+RATE, E2E, MET = "throughput/requests_per_s", "latency/e2e_ms_mean", "goodput/attainment_ratio"
+PANELS = (
+    ("latency/ttft_ms", "Time to first token (ms)", "slo_ttft_ms"),
+    ("latency/tpot_ms", "Time per output token (ms)", "slo_tpot_ms"),
+)
+LINES = (("p50", "median", BLUE), ("p95", "95th percentile", ORANGE))
+LEAST_LOADS = 3
+
+
+def draw_loads(points: Points, folder: Path, asked: float) -> list[Path]:
+    """Write `load`, `load-2`, … as .svg and .png, one for each configuration with at least `LEAST_LOADS` loads.
+
+    Returns the files. A filled dot met the limits for the `asked` share (0–1) of the requests. Points are joined in the
+    order of the requested load.
+    """
+    loads: dict[Cell, list[tuple[Cell, Mapping[str, float]]]] = {}
+    for cell, metrics in points:
+        if cell.scenario == "online" and cell.trace is None and cell.ramp_to is None and RATE in metrics:
+            loads.setdefault(dataclasses.replace(cell, concurrency=1, request_rate=None), []).append((cell, metrics))
+    drawn: list[Path] = []
+    with _style():
+        for cell, found in loads.items():
+            if len(found) >= LEAST_LOADS:
+                number = len(drawn) // 2 + 1
+                drawn += _save(_figure_of(cell, found, asked), folder, "load" if number == 1 else f"load-{number}")
+    return drawn
+
+
+def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], asked: float) -> Figure:
+    ordered = sorted(found, key=lambda point: (point[0].request_rate or 0.0, point[0].concurrency))
+    panels = [panel for panel in PANELS if any(f"{panel[0]}_p50" in metrics for _, metrics in ordered)]
+    limited = any(getattr(cell, name) is not None for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"))
+    words = [f"quantization {cell.quant}"] if cell.launch else []
+    words += [
+        _describe(cell, ("prompt_tokens", "output_tokens")),
+        *([f"filled: met by {asked:.0%} of the requests"] if limited else []),
+    ]
+    figure, axes = _figure(
+        f"{_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels)))
+    )
+    best = knee({metrics[RATE]: metrics[E2E] for _, metrics in ordered if E2E in metrics})
+    handles: dict[str, Any] = {}
+    for one, (key, label, slo) in zip(axes, panels, strict=False):
+        _draw_panel(one, key, ordered, asked if limited else None, handles)
+        if best is not None:
+            handles["knee"] = one.axvline(
+                best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {_number(best)} requests/s"
+            )
+        limit = getattr(cell, slo)
+        if limit is not None and limit <= 3 * max(metrics.get(f"{key}_p50", 0.0) for _, metrics in ordered):
+            handles["limit"] = one.axhline(limit, color=RED, linewidth=1.0, linestyle=":", label="limit")
+        one.set(xlabel="Requests answered per second", ylabel=label)
+        one.set_ylim(bottom=0)
+        one.set_xlim(left=0)
+    _put_legend(figure, list(handles.values()))
+    return figure
+
+
+def _draw_panel(
+    axes: Axes,
+    key: str,
+    ordered: Sequence[tuple[Cell, Mapping[str, float]]],
+    asked: float | None,
+    handles: dict[str, Any],
+) -> None:
+    """Draw the median and, if the samples support it, the 95th percentile, with the requested load at each median."""
+    for statistic, label, colour in LINES:
+        known = [(cell, metrics) for cell, metrics in ordered if f"{key}_{statistic}" in metrics]
+        if not known:
+            continue
+        x, y = [metrics[RATE] for _, metrics in known], [metrics[f"{key}_{statistic}"] for _, metrics in known]
+        [handles[statistic]] = axes.plot(x, y, color=colour, linewidth=1.4, label=label)
+        good = [asked is None or metrics.get(MET, 0.0) >= asked for _, metrics in known]
+        axes.scatter(x, y, s=26, zorder=3, edgecolors=colour, facecolors=[colour if one else "white" for one in good])
+        if statistic == "p50":
+            for (cell, _), across, up in zip(known, x, y, strict=True):
+                axes.annotate(
+                    load_text(cell), (across, up), textcoords="offset points", xytext=(4, -11), size=7.5, color=GREY
+                )

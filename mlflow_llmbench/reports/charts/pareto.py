@@ -1,0 +1,132 @@
+"""The chart of a recommendation: the candidates, the Pareto front, the limits, and the winner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...analysis.decisions.recommend import GOALS, MEMORY, Candidate, Measure, Recommendation, interval
+from ...records.metrics import KEYS
+from ...records.quantizations import COLOURS
+from .style import BLUE, GREY, INK, RED, WIDTH, _figure, _put_legend, _save, _style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+MOST_LABELS = 14
+"""Points that are labelled. If there are more, only those on the front are."""
+
+
+def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
+    """Write `recommendation.svg` and `.png`: the goal against memory and against each limited measure, one panel each.
+
+    Filled points are on the front, the ring marks the winner, the shaded range is excluded by a limit, bars are 95 %
+    intervals. Returns the files; none if there are fewer than two candidates or a value is missing. Creates `folder`.
+    """
+    goal = GOALS[found.goal]
+    others = [measure for measure in found.objectives if measure is not goal] or [MEMORY]
+    others.sort(key=lambda measure: measure is not MEMORY)
+    if len(found.eligible) < 2 or any(one.value(measure) is None for one in found.eligible for measure in others):
+        return []
+    with _style():
+        name = found.winner.name if found.winner else "nothing meets the limits"
+        title = f"{goal.label[:1].upper()}{goal.label[1:]}: {name}"
+        columns = min(2, len(others))
+        rows = -(-len(others) // columns)
+        size = (WIDTH if columns == 1 else 1.3 * WIDTH, 4.8 if rows == 1 else 1.2 + 3.6 * rows)
+        figure, panels = _figure(title, f"{goal.better} is better; bars are 95 % intervals", size, (rows, columns))
+        for axes, measure in zip(panels, others, strict=False):
+            _draw_panel(axes, found, measure, goal)
+        for axes in panels[len(others) :]:
+            axes.remove()
+        _put_legend(figure, _legend(found))
+        return _save(figure, folder, "recommendation")
+
+
+def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
+    """Draw one scatter plot: `across` on x, the goal on y."""
+    front = {id(one) for one in found.front}
+    named = found.eligible if len(found.eligible) <= MOST_LABELS else found.front
+    for one in found.eligible:
+        x, y = _place(one, across), _place(one, up)
+        colour = COLOURS.get(one.result.cell.quant, BLUE)
+        for measure, bars in ((across, "xerr"), (up, "yerr")):
+            if ends := _ends(one, measure):
+                centre = x if bars == "xerr" else y
+                reach: Any = [[centre - ends[0]], [ends[1] - centre]]
+                axes.errorbar([x], [y], **{bars: reach}, fmt="none", ecolor=GREY, elinewidth=0.9, capsize=2, zorder=2)
+        axes.plot(
+            [x], [y], "o", color=colour, markersize=7, mfc=colour if id(one) in front else "white", mew=1.5, zorder=3
+        )
+        if one is found.winner:
+            axes.plot([x], [y], "o", markersize=14, mfc="none", mec=INK, mew=1.4, zorder=4)
+    axes.margins(0.14)
+    _draw_limits(axes, found, across, up)
+    middle = sum(axes.get_xlim()) / 2
+    for one in named:
+        x, side = _place(one, across), "left" if _place(one, across) < middle else "right"
+        place = (8 if side == "left" else -8, 5)
+        axes.annotate(one.name, (x, _place(one, up)), place, textcoords="offset points", size=8, color=INK, ha=side)
+    axes.set(xlabel=_axis_label(across), ylabel=_axis_label(up))
+    axes.grid(visible=True, axis="both")
+
+
+def _draw_limits(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
+    """Draw each limit as a line, and shade the range that a limit on x excludes."""
+    for limit in found.limits:
+        bound = limit.bound * _scale(limit.measure)
+        if limit.measure == across:
+            axes.axvline(bound, color=RED, linewidth=1.2, linestyle="--", zorder=1)
+            axes.autoscale_view()
+            low, high = axes.get_xlim()
+            axes.axvspan(
+                *((bound, max(high, bound)) if across.better == "lower" else (min(low, bound), bound)),
+                color=RED,
+                alpha=0.07,
+                zorder=0,
+            )
+            axes.set_xlim(low, max(high, bound))
+        elif limit.measure == up:
+            axes.axhline(bound, color=RED, linewidth=1.2, linestyle="--", zorder=1)
+
+
+def _legend(found: Recommendation) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    def dot(label: str, **form: Any) -> Any:
+        return Line2D([], [], linestyle="none", marker="o", color=GREY, label=label, **form)
+
+    entries = [dot("on the front", markersize=7), dot("dominated", markersize=7, mfc="white", mew=1.5)]
+    if found.winner:
+        entries.append(dot("winner", markersize=11, mfc="none", mec=INK, mew=1.4))
+    quants = dict.fromkeys(one.result.cell.quant for one in found.eligible)
+    if len(quants) > 1:
+        entries += [
+            Line2D([], [], linestyle="none", marker="s", color=COLOURS.get(quant, BLUE), label=quant)
+            for quant in quants
+        ]
+    if any(limit.measure in found.objectives for limit in found.limits):
+        entries.append(Line2D([], [], color=RED, linestyle="--", linewidth=1.2, label="limit"))
+    return entries
+
+
+def _scale(measure: Measure) -> float:
+    key = measure.keys[-1]
+    return 1e-9 if key in KEYS and KEYS[key].unit == "bytes" else 1.0
+
+
+def _place(one: Candidate, measure: Measure) -> float:
+    return (one.value(measure) or 0.0) * _scale(measure)
+
+
+def _ends(one: Candidate, measure: Measure) -> tuple[float, float] | None:
+    ends = interval(one, measure)
+    return None if ends is None else (ends[0] * _scale(measure), ends[1] * _scale(measure))
+
+
+def _axis_label(measure: Measure) -> str:
+    key = measure.keys[-1]
+    unit = KEYS[key].unit if key in KEYS else ""
+    shown = {"bytes": "GB", "1/s": "tokens/s", "0–1": ""}.get(unit, unit)
+    return f"{measure.label[:1].upper()}{measure.label[1:]}{f' ({shown})' if shown else ''}"

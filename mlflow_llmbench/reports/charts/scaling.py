@@ -1,0 +1,194 @@
+"""Charts of a scaling study: measured cells, the law with its interval, the best rival; nothing beyond the cells."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...analysis.scaling.curves import Fit, Prediction, ranked
+from ...analysis.scaling.laws import LawFit, Surface, parameters_text
+from ...analysis.scaling.study import Study
+from ...stats import t_interval
+from .style import (
+    BLUE,
+    BROWN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    WIDTH,
+    Array,
+    _figure,
+    _plain_numbers,
+    _put_legend,
+    _save,
+    _style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+MOST_PANELS = 9
+"""Most groups of cells in one chart; scaling.md has all."""
+
+LOG_FROM = 20.0
+"""Ratio of the highest to the lowest value from which the y axis is logarithmic."""
+
+AXES = {
+    "batch_size": "Batch size",
+    "prompt_tokens": "Prompt tokens",
+    "parameters": "Parameters (10⁹)",
+    "held_tokens": "Tokens held: batch · (prompt + output)",
+}
+POINTS = 120  # of a curve
+
+
+def draw_study(study: Study, folder: Path) -> list[Path]:
+    """Write a chart for each fitted law, and `exponent_by_length`, as .svg and .png in `folder`, which is created.
+
+    Return the files.
+    """
+    files: list[Path] = []
+    with _style():
+        for key in dict.fromkeys(law.law.key for law in study.laws):
+            files += _save(_law_figure([law for law in study.laws if law.law.key == key], study), folder, key)
+        if study.surfaces:
+            files += _save(_exponents_figure(study.surfaces), folder, "exponent_by_length")
+    return files
+
+
+def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
+    """Draw one panel per group: cells (dots), the law with its 95 % band, the best rival, predictions (hollow dots)."""
+    shown = laws[:MOST_PANELS]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    law = shown[0].law
+    notes = [
+        study.subject,
+        law.form.formula,
+        f"first {len(shown)} of {len(laws)} groups" if len(laws) > len(shown) else "",
+    ]
+    size = max(WIDTH, 3.9 * columns), 4.6 if rows == 1 else 1 + 3.2 * rows
+    figure, panels = _figure(
+        law.title[:1].upper() + law.title[1:], " · ".join(filter(None, notes)), size, (rows, columns)
+    )
+    for number, (axes, found) in enumerate(zip(panels, shown, strict=False)):
+        predictions = [predicted for owner, predicted in study.predictions if owner is found]
+        _draw_law(axes, found, predictions)
+        axes.set(
+            title=textwrap.fill(found.where, 40, max_lines=3, placeholder="…") if len(shown) > 1 else "",
+            xlabel=AXES[law.over],
+        )
+        if number % columns == 0:
+            axes.set_ylabel(f"{law.title.partition(' against ')[0].capitalize()} ({law.unit})")
+        parameters = parameters_text(found.fit).replace("), ", ")\n")
+        falls = found.fit.y[0] > found.fit.y[-1]
+        axes.text(
+            0.97 if falls else 0.03,
+            0.97,
+            parameters,
+            transform=axes.transAxes,
+            va="top",
+            ha="right" if falls else "left",
+            size=8,
+            color=INK,
+        )
+    for axes in panels[len(shown) :]:
+        axes.remove()
+    handles = {
+        label: handle
+        for axes in panels[: len(shown)]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    for label, handle in handles.items():
+        handle.set_label(label)
+    _put_legend(figure, list(handles.values()))
+    return figure
+
+
+def _draw_law(axes: Axes, found: LawFit, predictions: Sequence[Prediction]) -> None:
+    low, high = found.fit.ranges[0]
+    x: Array = np.geomspace(low, high, POINTS).astype(np.float64)
+    x[0], x[-1] = low, high  # without the rounding error that would put them out of range
+    curve = [found.fit.predict(float(place)) for place in x]
+    band = [] if found.fit.undetermined else [value for p in curve for value in (p.mean_low, p.mean_high)]
+    if band:
+        axes.fill_between(
+            x, band[::2], band[1::2], color=BLUE, alpha=0.18, linewidth=0, label="95 % interval of the law"
+        )
+    axes.plot(x, [p.value for p in curve], color=BLUE, linewidth=1.6, label="law")
+    if found.rivals:
+        rival = ranked(found.rivals)[0]
+        axes.plot(x, _values(rival, x), color=ORANGE, linewidth=1.4, linestyle=(0, (4, 2)), label="nearest rival")
+    places = np.array([place[0] for place in found.fit.x])
+    for place, measured, value in zip(places, found.cells, found.fit.y, strict=True):
+        interval = t_interval(measured.values(found.metric))
+        if interval and interval[1] > interval[0] > 0:
+            half = (interval[1] - interval[0]) / 2 * found.law.scale
+            axes.vlines(place, max(value - half, 1e-12), value + half, color=INK, linewidth=1.2)
+    axes.plot(places, found.fit.y, "o", color=INK, markersize=5, markeredgewidth=0, label="measured", zorder=4)
+    if predictions:
+        at = [p.x[0] for p in predictions]
+        axes.vlines(at, [p.low for p in predictions], [p.high for p in predictions], color=GREY, linewidth=1.0)
+        axes.plot(
+            at, [p.value for p in predictions], "o", mfc="white", mec=GREY, markersize=5, label="predicted", zorder=3
+        )
+    _scale(axes, places, [*found.fit.y, *(min(high, 2 * max(found.fit.y)) for high in band[1::2])])
+
+
+def _values(found: Fit, x: Array) -> list[float]:
+    return [found.predict(float(place)).value for place in x]
+
+
+def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
+    """Make x logarithmic with the measured places as ticks, and y start at 0 or, over a wide range, logarithmic.
+
+    Leaves room above for the text with the parameters.
+    """
+    axes.set_xscale("log", base=2)
+    ticks = sorted({float(place) for place in places})
+    kept = ticks if len(ticks) <= 8 else [2.0**k for k in range(-6, 31) if ticks[0] <= 2.0**k <= ticks[-1]]
+    axes.set_xticks(kept, [f"{tick:,.0f}" if tick >= 10 else f"{tick:.3g}" for tick in kept])
+    axes.minorticks_off()
+    air = (ticks[-1] / ticks[0]) ** 0.06
+    axes.set_xlim(ticks[0] / air, ticks[-1] * air)
+    low, high = min(values), max(values)
+    if high > LOG_FROM * low > 0:
+        axes.set_yscale("log")
+        _plain_numbers(axes)
+        axes.set_ylim(low / 1.3, high * (high / low) ** 0.35)
+    else:
+        axes.set_ylim(0, high * 1.35)
+
+
+def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
+    """Draw β of the batch size by prompt length, with 95 % intervals: the paper's β(s)."""
+    figure, (axes,) = _figure(
+        "Exponent of the batch size by prompt length",
+        "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval",
+    )
+    for number, surface in enumerate(surfaces[:MOST_PANELS]):
+        colour = (BLUE, ORANGE, RED, BROWN, GREY, INK)[number % 6]
+        points = [(length, fit.parameter("β")) for length, fit in surface.exponents]
+        shift = 1.015 ** (number - (len(surfaces) - 1) / 2)
+        x = [length * shift for length, _ in points]
+        axes.vlines(
+            x,
+            [p.low if p.low is not None else p.value for _, p in points],
+            [p.high if p.high is not None else p.value for _, p in points],
+            color=colour,
+        )
+        axes.plot(x, [p.value for _, p in points], "o-", color=colour, markersize=5, linewidth=1.0, label=surface.where)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({length for surface in surfaces for length, _ in surface.exponents})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="Prompt tokens", ylabel="β", ylim=(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1])))
+    _put_legend(figure, axes.get_legend_handles_labels()[0])
+    return figure

@@ -1,0 +1,280 @@
+"""Charts of a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...config.plan import UNDECISIVE
+from ...records.cell import Cell, differing
+from ...records.metrics import KEYS
+from ...records.quantizations import COLOURS
+from .style import (
+    BROWN,
+    CHARACTER,
+    GREY,
+    HEIGHT,
+    INK,
+    MARKERS,
+    WIDEST,
+    WIDTH,
+    _figure,
+    _name,
+    _number,
+    _put_legend,
+    _save,
+    _style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Points = Sequence[tuple[Cell, Mapping[str, float]]]
+Panels = Sequence[tuple[str, str, str]]  # model or "" for all, metric, heading
+
+DESCRIBED = ("quant", "batch_size", "concurrency", "request_rate", "prompt_tokens", "output_tokens", "workload")
+"""Settings that a subtitle names."""
+
+SWEEP_AXES = {
+    "throughput/output_tokens_per_s": ("throughput", "throughput", "output tokens/s"),
+    "latency/ttft_ms_p50": ("ttft", "time to first token", "ms"),
+    "latency/itl_ms_p50": ("itl", "inter-token latency", "ms"),
+    "memory/device_bytes_peak": ("memory", "peak device memory", "GB"),
+    "memory/host_needed_bytes_peak": ("memory", "peak host memory", "GB"),
+    "memory/host_rss_bytes_peak": ("memory", "peak resident memory", "GB"),
+    "memory/weight_bytes": ("memory", "weights", "GB"),
+    "efficiency/padding_waste_ratio": ("padding", "computed for nothing", "share"),
+}
+"""Metric → its chart, its name in words, its unit there. A chart draws the first of its metrics that any cell has."""
+
+THROUGHPUT, KL = "throughput/output_tokens_per_s", "quality/kl_vs_reference"
+MOST_LABELS = 16  # points with their value; more would cover each other
+
+
+def draw_sweep(points: Points, folder: Path) -> list[Path]:
+    """Write `overview`, `throughput`, `ttft`, `itl`, `memory` and `quality` of measured cells, as .svg and .png.
+
+    `points` holds cells with their summary metrics. Returns the files. `quality` plots the divergence from the
+    unquantized model against throughput. The others have one bar per quantization. Groups along x are the batch sizes,
+    or the combinations of all other varied parameters. Each model has its own panel, or is a group if only the
+    quantization varies besides. If a cell was measured twice, the last one counts. A chart without any value is left
+    out. Fewer than two cells give no charts.
+    """
+    keys: dict[str, str] = {}  # chart → its metric
+    for key, (chart, *_) in SWEEP_AXES.items():
+        if any(metrics.get(key) for _, metrics in points):
+            keys.setdefault(chart, key)
+    if len({cell for cell, _ in points}) < 2 or not keys:
+        return []
+    with _style():
+        charts = {"overview": _overview_figure(points, keys.values())} | {
+            name: _sweep_figure(points, key) for name, key in keys.items()
+        }
+        scored = [(cell, metrics) for cell, metrics in points if KL in metrics and THROUGHPUT in metrics]
+        charts |= {"quality": _quality_figure(scored)} if len({cell for cell, _ in scored}) > 1 else {}
+        return [path for name, figure in charts.items() for path in _save(figure, folder, name)]
+
+
+def _describe(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
+    """Describe the settings in words: `quantization int8 · batch size 4 · 128 prompt tokens`.
+
+    An online cell has its load in place of the batch size.
+    """
+    online, rate = cell.scenario == "online", cell.request_rate
+    words = {
+        "quant": "" if online and cell.quant == "none" else f"quantization {cell.quant}",
+        "batch_size": "" if online else f"batch size {cell.batch_size}",
+        "concurrency": ""
+        if not online or rate
+        else f"{cell.concurrency} {'user' if cell.concurrency == 1 else 'users'}",
+        "request_rate": f"{rate:g} requests/s" if rate else "",
+        "workload": f"{_name(cell.workload)} prompts",
+        "prompt_tokens": f"{cell.prompt_tokens or 'auto'} prompt tokens",
+        "output_tokens": f"{cell.output_tokens} output tokens",
+    }
+    return " · ".join(words[name] for name in names if words[name])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The position of each cell's bar: its panel (a model, or "" for all), its group along x, and its quantization."""
+
+    panels: list[str]
+    names: list[str]  # the parameters whose values make a group
+    groups: list[tuple[Any, ...]]
+    quants: list[str]
+    cells: Mapping[tuple[str, tuple[Any, ...], str], Mapping[str, float]]
+
+
+def _arrange(points: Points, one_panel: bool) -> Grid:
+    cells = [cell for cell, _ in points]
+    seen = {f.name: list(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
+    names = [name for name in differing(cells, UNDECISIVE) if name != "quant"]
+    split = len(names) > 1 and "model" in names and not one_panel
+    names = [name for name in names if not (split and name == "model")] or ["batch_size"]
+    for name in names:  # numbers by size, None last; words in their given order
+        seen[name].sort(key=lambda value: (value is None, 0 if value is None or isinstance(value, str) else value))
+    placed = {
+        (cell.model if split else "", tuple(getattr(cell, name) for name in names), cell.quant): metrics
+        for cell, metrics in points
+    }
+    groups = sorted(
+        {g for _, g, _ in placed}, key=lambda g: [seen[name].index(value) for name, value in zip(names, g, strict=True)]
+    )
+    quants = [quant for quant in (*COLOURS, *sorted(set(seen["quant"]) - set(COLOURS))) if quant in seen["quant"]]
+    return Grid(seen["model"] if split else [""], names, groups, quants, placed)
+
+
+def _sweep_figure(points: Points, key: str) -> Figure:
+    """Draw one metric, one panel per model. All share one y scale, unless small values would vanish on it."""
+    grid = _arrange(points, one_panel=False)
+    notes = [f"{KEYS[key].better} is better", "median" if key.endswith("_p50") else ""]
+    notes.append("line: 95 % interval" if any(f"{key}_ci_low" in metrics for _, metrics in points) else "")
+    figure = _bars_figure(
+        points, grid, SWEEP_AXES[key][1], notes, [(panel, key, _name(panel)) for panel in grid.panels], 3, WIDTH
+    )
+    tops = [axes.get_ylim()[1] for axes in figure.axes]
+    for axes in figure.axes if max(tops) < 8 * min(tops) else ():
+        axes.set_ylim(0, max(tops))
+    return figure
+
+
+def _overview_figure(points: Points, keys: Iterable[str]) -> Figure:
+    """Draw all metrics of a sweep in one figure with one legend; models are groups along x."""
+    drawn = [("", key, f"{SWEEP_AXES[key][1].capitalize()} · {KEYS[key].better} is better") for key in keys]
+    return _bars_figure(points, _arrange(points, one_panel=True), "overview", [], drawn, 2, 11.0)
+
+
+def _quality_figure(points: Points) -> Figure:
+    """Draw quality loss by quantization against speed: one point per cell, with both 95 % intervals."""
+    from matplotlib.lines import Line2D
+
+    cells = [cell for cell, _ in points]
+    varied = differing(cells, UNDECISIVE)
+    models, quants = ([*dict.fromkeys(getattr(cell, name) for cell in cells)] for name in ("model", "quant"))
+    other = [name for name in varied if name not in ("model", "quant")]
+    notes = [
+        "right and down is better",
+        "lines: 95 % intervals",
+        _describe(cells[0], [name for name in DESCRIBED if name not in varied]),
+    ]
+    notes += [f"in brackets: {', '.join(other).replace('_', ' ')}"] if other else []
+    title = f"{_name(models[0]) if len(models) == 1 else f'{len(models)} models'} · quality against speed"
+    figure, (axes,) = _figure(title, " · ".join(filter(None, notes)))
+    for cell, metrics in points:
+        x, y, colour = metrics[THROUGHPUT], metrics[KL], COLOURS.get(cell.quant, BROWN)
+        axes.plot([x], [y], MARKERS[models.index(cell.model) % len(MARKERS)], color=colour, markersize=7, zorder=3)
+        axes.hlines(
+            y,
+            metrics.get(f"{THROUGHPUT}_ci_low", x),
+            metrics.get(f"{THROUGHPUT}_ci_high", x),
+            color=colour,
+            linewidth=1.2,
+        )
+        axes.vlines(x, metrics.get(f"{KL}_ci_low", y), metrics.get(f"{KL}_ci_high", y), color=colour, linewidth=1.2)
+        if len(points) <= MOST_LABELS:
+            settings = " ".join(_name(getattr(cell, name)) for name in other)
+            # Points that lie close mostly differ in their quantization: alternate the labels by it.
+            shift = -11 if quants.index(cell.quant) % 2 else 4
+            axes.annotate(
+                f"{y:.2g} {f'({settings})' if settings else ''}", (x, y), (6, shift), textcoords="offset points", size=8
+            )
+    top = max(axes.dataLim.y1, 1e-6)
+    axes.set(xlim=(0, 1.12 * axes.dataLim.x1), ylim=(-0.05 * top, 1.12 * top))
+    axes.set(xlabel="Throughput (output tokens/s)", ylabel="KL divergence from unquantized (nats)")
+    shapes = zip(models, itertools.cycle(MARKERS), strict=False) if len(models) > 1 else ()
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=COLOURS.get(quant, BROWN), label=quant) for quant in quants
+    ]
+    handles += [Line2D([], [], linestyle="", marker=marker, color=GREY, label=_name(model)) for model, marker in shapes]
+    _put_legend(figure, handles)
+    return figure
+
+
+def _bars_figure(
+    points: Points, grid: Grid, topic: str, notes: Sequence[str], drawn: Panels, most: int, width: float
+) -> Figure:
+    """Draw panels of bars, each with its model (or ""), metric and heading.
+
+    There are at most `most` columns, fewer if the bars would get too thin. `width` is in inches.
+    """
+    from matplotlib.patches import Patch
+
+    need = 0.8 + 0.14 * len(grid.groups) * (len(grid.quants) + 1)
+    columns = next((c for c in range(min(most, len(drawn)), 1, -1) if c * need <= 1.1 * width), 1)
+    rows, width = -(-len(drawn) // columns), min(max(width, columns * need), WIDEST)
+    cells = [cell for cell, _ in points]
+    models = list(dict.fromkeys(_name(cell.model) for cell in cells))
+    title = f"{', '.join(models) if len(models) < 3 else f'{len(models)} models'} · {topic}"
+    constant = _describe(cells[0], [name for name in DESCRIBED if len({getattr(cell, name) for cell in cells}) == 1])
+    # Otherwise the ticks or the subtitle name the quantization.
+    quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []
+    legend = [Patch(facecolor=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
+    if any(key.endswith("_peak") for _, key, _ in drawn) and any(
+        metrics.get("memory/weight_bytes") for _, metrics in points
+    ):
+        legend.append(Patch(facecolor="#00000040", label="shaded: weights"))
+    size = width, HEIGHT if rows == 1 else 1 + 3 * rows
+    figure, panels = _figure(title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend))
+    for number, (axes, (panel, key, heading)) in enumerate(zip(panels, drawn, strict=False)):
+        _draw_bars(axes, grid, panel, key, width / columns - 0.8)
+        _, what, unit = SWEEP_AXES[key]
+        axes.set(title=heading, ylabel="" if panel and number % columns else f"{what.capitalize()} ({unit})")
+    for axes in panels[len(drawn) :]:
+        axes.remove()
+    if legend:
+        _put_legend(figure, legend)
+    return figure
+
+
+def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> None:
+    """Draw the bars of one panel with their values, 95 % intervals and weights; a dash where nothing was measured.
+
+    `inches` is the approximate width of the axes.
+    """
+    count, scale = len(grid.quants), 1e-9 if key.startswith("memory/") else 1.0
+    pitch = 0.84 / count
+    span = max(len(grid.groups) + 0.1 if len(grid.groups) > 1 else 0.88, 7 * pitch)  # few bars stay slim
+    bars = itertools.product(enumerate(grid.groups), enumerate(grid.quants))
+    places = {(group, quant): g + (q - (count - 1) / 2) * pitch for (g, group), (q, quant) in bars}
+    labels: list[tuple[float, float, str]] = []
+    for (group, quant), x in places.items():
+        metrics = grid.cells.get((panel, group, quant), {})
+        if (value := metrics.get(key)) is None:
+            labels.append((x, 0.0, "–"))
+            continue
+        axes.bar(x, value * scale, 0.92 * pitch, color=COLOURS.get(quant, BROWN))
+        if key.endswith("_peak") and "memory/weight_bytes" in metrics:
+            axes.bar(x, metrics["memory/weight_bytes"] * scale, 0.92 * pitch, color="black", alpha=0.25)
+        low, high = metrics.get(f"{key}_ci_low", value), metrics.get(f"{key}_ci_high", value)
+        if high > low:
+            axes.vlines(x, max(low, 0) * scale, high * scale, color=INK, linewidth=1.2)
+        labels.append((x, max(value, high) * scale, _number(value * scale)))
+    room = inches * pitch / span
+    flat = max(len(text) for *_, text in labels) * 8 * CHARACTER < room
+    for x, y, text in labels if flat or room > 0.12 else ():
+        upright = 0 if flat or text == "–" else 90
+        axes.annotate(
+            text, (x, y), (0, 2), textcoords="offset points", ha="center", va="bottom", size=8, rotation=upright
+        )
+    top, middle = max(y for _, y, _ in labels) * (1.1 if flat else 1.25), (len(grid.groups) - 1) / 2
+    axes.set(ylim=(0, top or 1), xlim=(middle - span / 2, middle + span / 2))
+    axes.tick_params(axis="x", length=0)
+    if len(grid.groups) == 1 and count > 1:
+        axes.set(xticks=list(places.values()), xticklabels=[quant for _, quant in places], xlabel="Quantization")
+        if max(map(len, grid.quants)) * 9 * CHARACTER > room:
+            axes.tick_params(axis="x", labelrotation=30)
+        return
+    most = max(6, int(inches / span / (8.3 * CHARACTER)))
+    texts = [
+        "\n".join("auto" if value is None else textwrap.fill(_name(value), most) for value in group)
+        for group in grid.groups
+    ]
+    axes.set(xticks=range(len(texts)), xticklabels=texts, xlabel=" · ".join(grid.names).replace("_", " ").capitalize())

@@ -1,0 +1,97 @@
+"""Render a comparison as text, Markdown and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ..analysis.comparison import Comparison, interval_text, percent_text, ratio_text, sentence, units_text
+from ..records.text import number_text
+from .markup import markdown, markdown_table
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Heading and body of the table; the column p (ranks) only if any metric has it."""
+    with_ranks = any(effect.p_ranks is not None for effect in comparison.effects)
+    heading = [
+        "",
+        comparison.name_a,
+        comparison.name_b,
+        "ratio",
+        "95 % interval",
+        "p (Holm)",
+        *(["p (ranks)"] if with_ranks else []),
+        "effect",
+    ]
+    body = []
+    for effect in comparison.effects:
+        scale = effect.headline.scale
+        line = [
+            effect.headline.label,
+            number_text(effect.a * scale),
+            number_text(effect.b * scale),
+            ratio_text(effect),
+            interval_text(effect),
+            _p(effect.p_holm),
+        ]
+        body.append([*line, *([_p(effect.p_ranks)] if with_ranks else []), effect.effect])
+    return heading, body
+
+
+def _method(comparison: Comparison) -> str:
+    """Sentence on how the table was made."""
+    tested = sum(effect.p_holm is not None for effect in comparison.effects)
+    if not tested:
+        return "Nothing was tested: a test needs at least 2 repetitions on each side."
+    test = "Paired" if comparison.paired else "Welch's"
+    several = max(comparison.processes) > 1
+    means = "processes, each the mean of its repetitions" if several else "repetitions"
+    values = f"Values are means over {means}, for ITL of each repetition's median; ratios are those of geometric means."
+    adjusted = f"p adjusted for {tested} metrics (Holm); noise threshold {percent_text(comparison.noise)}"
+    return f"{test} t test on the logarithms of {units_text(comparison)}; {adjusted}. {values}"
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The comparison for a terminal: the sentence, the table, and the method."""
+    heading, body = comparison_cells(comparison)
+    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
+    last = len(heading) - 1
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([sentence(comparison), "", line(heading), *map(line, body), "", _method(comparison)])
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The comparison as Markdown: the sentence, the table, and the method."""
+    heading, body = comparison_cells(comparison)
+    table = markdown_table(heading, body, range(1, len(heading) - 1))
+    return "\n\n".join([markdown(sentence(comparison)), table, _method(comparison)]) + "\n"
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as plain JSON data: per metric both values, ratio, interval, p values and the effect in words."""
+    effects = {
+        effect.headline.key: {
+            f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name != "headline"
+        }
+        for effect in comparison.effects
+    }
+    unlike = [dataclasses.asdict(difference) for difference in comparison.labels]
+    told = {
+        "a": comparison.name_a,
+        "b": comparison.name_b,
+        "sentence": sentence(comparison),
+        "noise": comparison.noise,
+        "paired": comparison.paired,
+    }
+    counts = {"repetitions": list(comparison.repetitions), "processes": list(comparison.processes)}
+    return {**told, **counts, "effects": effects, "unlike": unlike, "doubts": list(comparison.doubts)}

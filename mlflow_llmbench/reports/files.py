@@ -1,0 +1,159 @@
+"""Write every file of a run beside the journal. They become the artifacts in MLflow, and remain without MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..analysis.comparison import Comparison
+from ..analysis.scaling.findings import Findings
+from ..analysis.scaling.study import Study
+from ..analysis.summary import statistics_cells, summarize
+from ..analysis.verdict import judge
+from ..measure.journal import samples_csv, write_bytes, write_json
+from ..records.redaction import redact_all
+from ..records.results import RunResult
+from . import html, mixed_plan, sweep
+from . import study as study_reports
+from .charts import load, scaling
+from .charts import result as result_charts
+from .charts.comparison import draw_comparisons
+from .charts.study import draw_figures
+from .charts.sweep import draw_sweep
+from .comparison import comparison_json, comparison_markdown
+from .markup import csv_table, markdown, quotation
+from .result import Row, config_parameters, config_yaml, report_markdown, split_table, summary_table, table_cells
+from .scaling import study_json, study_markdown
+from .study import Drawn, study_page
+
+
+def write_cell(result: RunResult, folder: Path) -> None:
+    """Write result.json, samples.csv.gz, environment.json, config.yaml, report.md and tables of one cell into `folder`.
+
+    Raises JournalError, for example when the disk is full.
+    """
+    metrics = summarize(result)
+    verdict = judge(result, metrics)
+    write_json(folder / "result.json", {**_whole(result), "metrics": metrics, "verdict": verdict})
+    write_json(
+        folder / "environment.json",
+        {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}},
+    )
+    write_bytes(folder / "config.yaml", config_yaml(parameters_of(result)).encode())
+    if result.repetitions:
+        write_bytes(folder / "samples.csv.gz", samples_csv(result))
+    write_bytes(folder / "report.md", report_markdown(result, metrics, verdict).encode())
+    write_json(folder / "tables" / "summary.json", summary_table(result, metrics))
+    if result.repetitions:
+        write_json(folder / "tables" / "statistics.json", split_table(*statistics_cells(result)))
+    if result.texts:
+        rows = [[text["prompt"], text["output"]] for text in result.texts]
+        write_json(folder / "tables" / "texts.json", split_table(["prompt", "output"], rows))
+        write_bytes(folder / "texts.md", _texts_markdown(rows).encode())
+    if result.load and result.load.quant_plan:
+        write_json(folder / "quant_plan.json", result.load.quant_plan)
+        write_bytes(folder / "quant_plan.md", mixed_plan.plan_markdown(result.load.quant_plan).encode())
+
+
+def draw_cell(result: RunResult, folder: Path) -> list[Path]:
+    """Draw the charts of one cell (`charts.draw_cell`) and, for a mixed quantization, of its plan; return the files."""
+    plan = result.load.quant_plan if result.load else None
+    return [*result_charts.draw_cell(result, folder), *(mixed_plan.draw_plan(plan, folder) if plan else [])]
+
+
+def parameters_of(result: RunResult) -> dict[str, str]:
+    """Return the requested parameters for config.yaml, with `revision` replaced by the commit that it resolved to."""
+    from_hub = (
+        result.model.source in ("hub", "preset") and result.cell.weights != "random" and result.cell.backend != "fake"
+    )
+    resolved = {"revision": result.model.revision} if from_hub else {}
+    quality: dict[str, object] = {}
+    if result.quality:
+        tasks = result.quality.asked_tasks
+        quality = {"quality_tasks": tasks} if tasks else {}
+        quality |= {"quality": "auto"} if result.quality.text_digest or not tasks else {}
+    return config_parameters(result.cell, {"price_per_hour": result.price_per_hour, **quality, **resolved})
+
+
+def _whole(result: RunResult) -> dict[str, object]:
+    return {name: getattr(result, name) for name in result.__dataclass_fields__}
+
+
+def _texts_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return the model's outputs, prompt by prompt."""
+    shown = (
+        (markdown(json.dumps(prompt, ensure_ascii=False)[1:-1]), quotation(output.strip())) for prompt, output in rows
+    )
+    return "\n".join(f"**{number}.** {prompt}\n\n{output}\n" for number, (prompt, output) in enumerate(shown, 1))
+
+
+def write_sweep(measured: Sequence[tuple[Row, str]], subject: sweep.Subject, folder: Path, draw: bool = True) -> None:
+    """Write the files of a sweep's parent run into `folder`.
+
+    These are the report as Markdown and HTML, the comparison as Markdown, CSV and MLflow table, and the charts.
+    `measured` holds rows with their MLflow run ids, "" if unknown. Without `draw`, the existing charts are used.
+    Raises JournalError, for example when the disk is full.
+    """
+    measured, subject = redact_all((tuple(measured), subject))
+    rows, varied = [row for row, _ in measured], subject.spec.varied
+    heading, body = table_cells(rows, varied)
+    write_bytes(folder / "comparison.md", sweep.comparison_markdown(rows, varied).encode())
+    write_bytes(
+        folder / "comparison.csv",
+        csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode(),
+    )
+    write_json(folder / "tables" / "comparison.json", split_table(heading, body))
+    if draw:
+        points = [(row.cell, row.metrics) for row in sweep.drawable(rows)]
+        draw_sweep(points, folder / "charts")
+        load.draw_loads(points, folder / "charts", subject.spec.options.attainment)
+    pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
+    told = sweep.overview(measured, subject)
+    write_bytes(
+        folder / "report.md", sweep.overview_markdown(told, [f"charts/{path.name}" for path in pictures]).encode()
+    )
+    write_bytes(
+        folder / "report.html", html.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}).encode()
+    )
+
+
+def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
+    """Write comparison.md, comparison.json (a list) and the charts of `llmbench compare` into `folder`.
+
+    Raises JournalError.
+    """
+    write_bytes(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)).encode())
+    write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
+    draw_comparisons(comparisons, folder / "charts")
+
+
+def write_scaling(study: Study, folder: Path) -> list[Path]:
+    """Write scaling.json, scaling.md and the charts of a scaling study; return the files.
+
+    Raises JournalError, for example when the disk is full.
+    """
+    drawn = scaling.draw_study(study, folder / "charts")
+    write_json(folder / "scaling.json", study_json(study))
+    shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
+    write_bytes(folder / "scaling.md", study_markdown(study, shown).encode())
+    return [folder / "scaling.json", folder / "scaling.md", *drawn]
+
+
+def write_study(found: Findings, folder: Path) -> list[Path]:
+    """Write a study into `folder`: study/ with report.md, report.html, study.json and the figures, and scaling/.
+
+    `write_scaling` writes scaling/. Returns the files. Raises JournalError, for example when the disk is full.
+    """
+    home = folder / "study"
+    scaled = write_scaling(found.scaling, folder / "scaling")
+    figures, missing = draw_figures(found, home / "charts")
+    drawn = Drawn(
+        {file.stem: (file.read_bytes(), f"charts/{file.name}") for file in figures if file.suffix == ".svg"},
+        {file.stem: (file.read_bytes(), f"../scaling/charts/{file.name}") for file in scaled if file.suffix == ".svg"},
+        missing,
+    )
+    write_json(home / "study.json", study_reports.study_json(found, missing))
+    write_bytes(home / "report.md", study_reports.study_markdown(found, drawn).encode())
+    write_bytes(home / "report.html", study_page(found, drawn).encode())
+    return [*scaled, *figures, home / "study.json", home / "report.md", home / "report.html"]

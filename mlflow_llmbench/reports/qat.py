@@ -1,0 +1,178 @@
+"""The gain of a quantization-aware training as figures, sentences and tables.
+
+Three models are compared: unquantized, quantized without training, and quantized with training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..analysis.quality import Estimate, figures, kl_divergence, kl_reduction, perplexity, sentences, top1_agreement
+from ..config.training import QUANT, Training
+from ..records.cell import Cell
+from ..records.results import Quality
+from .markup import markdown, markdown_table, plain
+from .result import shown, split_table
+
+UNQUANTIZED, UNTRAINED, TRAINED = "unquantized", "untrained", "trained"
+"""The three compared models: unquantized, quantized without training for it, and quantized after training for it."""
+
+ESTIMATES = {
+    "quality/kl_vs_reference": kl_divergence,
+    "quality/top1_agreement": top1_agreement,
+    "quality/perplexity": perplexity,
+}
+HEADING = ("model", "KL nats", "top-1", "perplexity")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a training.
+
+    `outcome` is `ok`, `error` or `interrupted`. `losses` has one loss per step, in nats per token. `qualities` is keyed
+    by the names above. `plan` counts parameters `trained` and `frozen`, `layers`, bytes `needed`, and `sequences` of
+    the data.
+    """
+
+    cell: Cell
+    training: Training
+    data_digest: str
+    outcome: str = "error"
+    message: str = ""  # why it ended early
+    folder: str = ""  # of the results
+    checkpoint: str | None = None  # its folder, once it is complete
+    run_id: str | None = None
+    plan: Mapping[str, int] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()
+    qualities: Mapping[str, Quality] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the command: 0, 130 if interrupted, else 1."""
+        return {"ok": 0, "interrupted": 130}.get(self.outcome, 1)
+
+
+def training_figures(done: Trained) -> dict[str, float]:
+    """Return the summary metrics under their MLflow keys: `quality/…` of the trained quantization, and `qat/…`.
+
+    Metrics that were not measured are absent.
+    """
+    found: dict[str, float | None] = dict(figures(done.qualities[TRAINED])) if TRAINED in done.qualities else {}
+    for name, prefix in ((UNTRAINED, "ptq"), (UNQUANTIZED, "unquantized")):
+        if name in done.qualities:
+            for key, estimate in ESTIMATES.items():
+                if name == UNTRAINED or key == "quality/perplexity":
+                    found |= _ends(f"qat/{prefix}_{key.removeprefix('quality/')}", estimate(done.qualities[name]))
+    reduction, before = _reduction(done), found.get("qat/ptq_kl_vs_reference")
+    found |= _ends("qat/kl_reduction", reduction)
+    if reduction and before:
+        found["qat/kl_recovered_ratio"] = reduction.value / before
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _ends(key: str, estimate: Estimate | None) -> dict[str, float | None]:
+    return (
+        {}
+        if estimate is None
+        else {key: estimate.value, f"{key}_ci_low": estimate.low, f"{key}_ci_high": estimate.high}
+    )
+
+
+def _reduction(done: Trained) -> Estimate | None:
+    if UNTRAINED not in done.qualities or TRAINED not in done.qualities:
+        return None
+    return kl_reduction(done.qualities[UNTRAINED], done.qualities[TRAINED])
+
+
+def conclusion(done: Trained) -> str:
+    """Return one sentence on how the training changed the divergence. It claims no more than the interval supports."""
+    reduction, found = _reduction(done), training_figures(done)
+    if reduction is None or reduction.low is None or reduction.high is None:
+        return "The effect of the training could not be measured."
+    ends = (
+        f"{shown('qat/kl_reduction', reduction.value)} nats "
+        f"[{shown('qat/kl_reduction', reduction.low)}, {shown('qat/kl_reduction', reduction.high)}]"
+    )
+    if reduction.low > 0:
+        share = f"{100 * found['qat/kl_recovered_ratio']:.0f} % of the KL divergence that {QUANT} costs without it"
+        return f"Training recovered {share}: {ends}, 95 % interval over prompts, on text held out from training."
+    if reduction.high < 0:
+        return f"Training made the KL divergence larger: {ends}. Use a smaller learning_rate, or more text."
+    return (
+        f"It cannot be told whether training helped: the KL divergence fell by {ends}, 95 % interval over prompts. "
+        "Train longer, or hold out more text."
+    )
+
+
+def table_body(done: Trained) -> list[list[str]]:
+    """Return one line for each measured model: figures with their 95 % intervals."""
+    groups = f"group_size={done.cell.group_size}"
+    names = {UNQUANTIZED: "unquantized", UNTRAINED: f"{QUANT}, {groups}", TRAINED: f"{QUANT}, {groups}, trained"}
+    body = []
+    for name, title in names.items():
+        if name in done.qualities:
+            body.append([title, *(_shown(key, estimate(done.qualities[name])) for key, estimate in ESTIMATES.items())])
+    return body
+
+
+def _shown(key: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    value = shown(key, estimate.value)
+    return (
+        value
+        if estimate.low is None or estimate.high is None
+        else f"{value} [{shown(key, estimate.low)}, {shown(key, estimate.high)}]"
+    )
+
+
+def format_trained(done: Trained) -> str:
+    """Format the result for a terminal."""
+    lines = [plain(done.message)] if done.message else []
+    body = table_body(done)
+    if body:
+        widths = [max(map(len, column)) for column in zip(HEADING, *body, strict=True)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [HEADING, *body]
+        ]
+        lines += ["", conclusion(done)]
+        lines += [plain(why) for why in dict.fromkeys(why for one in done.qualities.values() for why in one.withheld)]
+    return "\n".join(lines)
+
+
+def training_markdown(done: Trained) -> str:
+    """Return the description of the run, which is also its report.md."""
+    t, plan = done.training, done.plan
+    lines = [f"**{markdown(done.cell.model)}** trained for `{QUANT}`, groups of {done.cell.group_size}"]
+    if done.message:
+        lines += ["", f"**{done.outcome}**: {markdown(done.message)}"]
+    if done.qualities:
+        lines += ["", markdown_table(HEADING, table_body(done)), "", f"**{markdown(conclusion(done))}**"]
+        told = next((one for one in (done.qualities.get(TRAINED), done.qualities.get(UNTRAINED)) if one), None)
+        lines += (
+            ["", *(f"- {markdown(sentence)}" for sentence in sentences(told) if "memory stage" not in sentence)]
+            if told
+            else []
+        )
+    if plan:
+        lines += [
+            "",
+            f"{len(done.losses)} of {t.steps} steps of {t.batch_size} × {t.sequence_tokens} tokens, loss `{t.loss}`, "
+            f"learning rate {t.learning_rate:g}, seed {done.cell.seed}; {plan['trained']:,} parameters trained in "
+            f"float32, {plan['frozen']:,} frozen.",
+        ]
+    if done.checkpoint:
+        lines += [
+            "",
+            f"Run it: `llmbench run --model {plain(done.checkpoint)} --quant {QUANT} "
+            f"--group-size {done.cell.group_size}`",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def quality_table(done: Trained) -> dict[str, Any]:
+    """Return tables/quality.json, which the MLflow UI shows and compares."""
+    return split_table(HEADING, table_body(done))

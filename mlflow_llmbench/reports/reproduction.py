@@ -1,0 +1,92 @@
+"""Render a reproduction as text, Markdown and JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..analysis.comparison import SIGNIFICANCE
+from ..analysis.decisions.equivalence import WORDS, Reproduction
+from ..records.metrics import KEYS
+from ..records.text import number_text
+from .markup import markdown, markdown_table
+
+HEADING = ["metric", "original", "again", "ratio", "90 % interval", "p (within)", "p (beyond)", ""]
+
+
+def reproduction_cells(found: Reproduction) -> list[list[str]]:
+    """Body of the table, one line per metric."""
+    return [
+        [
+            f.label or f.key,
+            _value(f.key, f.original),
+            _value(f.key, f.again),
+            f"{f.ratio:.3f}",
+            "–" if f.low is None or f.high is None else f"{f.low:.3f} to {f.high:.3f}",
+            _p(f.p_within),
+            _p(f.p_beyond),
+            WORDS[f.state],
+        ]
+        for f in found.findings
+    ]
+
+
+def _value(key: str, value: float) -> str:
+    return number_text(value * (KEYS[key].scale if key in KEYS else 1))
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _method(found: Reproduction) -> str:
+    return (
+        f"Two one-sided Welch's t tests on the logarithms of {found.rests_on} against ±{100 * found.margin:.3g} %: "
+        f"within if p < {SIGNIFICANCE:g}; beyond if p < {SIGNIFICANCE:g} after Holm. A metric that a run has only once "
+        "is compared by its value."
+    )
+
+
+def format_reproduction(found: Reproduction) -> str:
+    """The reproduction for a terminal: the sentence, the table, the method, the notes."""
+    lines = [found.why]
+    if found.findings:
+        body = [HEADING, *reproduction_cells(found)]
+        widths = [max(len(line[i]) for line in body) for i in range(len(HEADING))]
+        lines += [
+            "",
+            *(
+                "  ".join(
+                    c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+                ).rstrip()
+                for line in body
+            ),
+        ]
+        lines += ["", _method(found)]
+    return "\n".join([*lines, *(["", *found.notes] if found.notes else [])])
+
+
+def reproduction_markdown(found: Reproduction) -> str:
+    """The text of reproduction.md: the same as Markdown."""
+    parts = [f"## {markdown(found.why)}"]
+    if found.findings:
+        parts += [markdown_table(HEADING, reproduction_cells(found), range(1, 7)), _method(found)]
+    parts += ["\n".join(f"- {markdown(note)}" for note in found.notes)] if found.notes else []
+    return "\n\n".join(parts) + "\n"
+
+
+def reproduction_json(found: Reproduction) -> dict[str, Any]:
+    """The reproduction as plain JSON data."""
+    findings = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(f).items()}
+        for f in found.findings
+    ]
+    return {
+        "verdict": found.verdict,
+        "exit_code": found.exit_code,
+        "why": found.why,
+        "margin": found.margin,
+        "findings": findings,
+        "notes": list(found.notes),
+        "rests_on": found.rests_on,
+    }

@@ -1,0 +1,457 @@
+"""Results as text: the table for the terminal, the one-screen summary of a run, its report.md, and its MLflow table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from ..analysis.latency import e2e_ms, ttft_ms
+from ..analysis.quality import sentences
+from ..analysis.summary import Turn, gpu_of, statistics_cells, summarize, turns_of
+from ..analysis.verdict import judge, unsupported_percentiles
+from ..config.spec import cell_fields
+from ..records.cell import Cell, as_text, default_text
+from ..records.metrics import KEYS
+from ..records.results import RunResult, Verdict
+from ..records.text import _number
+from ..stats import classify_outliers
+from ..workloads.prompts import MIXED
+from .markup import code_block, markdown, markdown_table, plain
+
+Metrics = Mapping[str, float]
+
+TABLE_KEYS = (
+    "throughput/output_tokens_per_s",
+    "throughput/requests_per_s",
+    "goodput/requests_per_s",
+    "latency/ttft_ms_p50",
+    "latency/itl_ms_p50",
+    "twin/added_tpot_ms",
+    "lengths/tokens_per_step_mean",
+    "memory/device_bytes_peak",
+    "memory/host_needed_bytes_peak",
+    "memory/weight_bytes",
+    "efficiency/mbu_ratio",
+    "efficiency/padding_waste_ratio",
+    "quality/kl_vs_reference",
+    "quality/top1_agreement",
+    "quality/perplexity",
+    "load/load_s",
+    "cost/per_million_tokens",
+)
+"""Columns of the terminal's table. A column is shown if any row has a value for it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of a comparison with its outcome. `metrics` is empty if nothing was measured.
+
+    `peak_bytes` and `predicted_bytes` are those of `frontier.Attempt`. Times are epoch milliseconds. `linked` names the
+    earlier run or folder that holds the measurement of a cell that was not measured again.
+    """
+
+    cell: Cell
+    outcome: str
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+    verdict: Verdict | None = None
+    message: str = ""
+    stage: str = ""
+    peak_bytes: int | None = None
+    predicted_bytes: int | None = None
+    started_ms: int | None = None
+    ended_ms: int | None = None
+    linked: str = ""
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """The verdict of a measured cell (`valid`, `suspect` or `invalid`), else the outcome."""
+        return self.verdict.word if self.verdict and self.outcome == "ok" else self.outcome
+
+
+def row_of(result: RunResult) -> Row:
+    """Return a result as one row. A failed cell has its message and no metrics."""
+    metrics = summarize(result)
+    row = Row(
+        result.cell,
+        result.outcome,
+        peak_bytes=_peak_bytes(result, metrics),
+        predicted_bytes=result.predicted_bytes,
+        started_ms=result.started_ms,
+        ended_ms=result.ended_ms,
+        linked=result.linked,
+        environment=result.environment,
+    )
+    if result.failure:
+        return dataclasses.replace(row, message=result.failure.message, stage=result.failure.stage)
+    return dataclasses.replace(row, metrics=metrics, verdict=judge(result, metrics))
+
+
+def with_figures(row: Row, figures: Metrics) -> Row:
+    """Return the row with metrics added that come from comparing it with other rows."""
+    return dataclasses.replace(row, metrics={**row.metrics, **figures}) if figures else row
+
+
+def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
+    """Return the peak device memory in bytes, else the peak host memory needed, else the highest memory sample."""
+    peak = metrics.get("memory/device_bytes_peak") or metrics.get("memory/host_needed_bytes_peak")
+    if peak is None and result.timeline:
+        devices = [sample.device for sample in result.timeline if sample.device is not None]
+        peak = max(devices) if devices else max(sample.anonymous for sample in result.timeline)
+    return None if peak is None else int(peak)
+
+
+def _heading(key: str) -> tuple[str, float]:
+    """Return the column heading and the scale of a metric key."""
+    return KEYS[key].label or KEYS[key].name, KEYS[key].scale
+
+
+def shown(key: str, value: float) -> str:
+    """Format a metric for a table: scaled, with about three significant digits."""
+    return _number(value * _heading(key)[1])
+
+
+def _figure(key: str, value: float) -> str:
+    """Format a metric with its unit. Whole counts and bytes have no decimals, and their digits are grouped by three."""
+    unit = KEYS[key].unit if key in KEYS else ""
+    text = f"{int(value):,}" if value == int(value) and unit in ("", "bytes") else _number(value)
+    return f"{text} {unit}".strip() if unit != "0–1" else text
+
+
+def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return heading and body of a comparison: the varied parameters, the metrics that any row has, and the verdict."""
+    keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
+    scenario = rows[0].cell.scenario if rows else "offline"
+    plain = {"online": ["model", "concurrency", "request_rate"], "batching": ["model", "batching", "request_rate"]}.get(
+        scenario, ["model", "quant", "batch_size"]
+    )
+    if any(row.cell.trace for row in rows):
+        plain = ["model", "trace"]
+    names = list(varied) or plain
+    heading = [*names, *(_heading(key)[0] for key in keys), "verdict"]
+    body = []
+    for row in rows:
+        values = [shown(key, row.metrics[key]) if key in row.metrics else "–" for key in keys]
+        known = cell_fields(row.cell)
+        body.append(
+            [
+                *(as_text(name, getattr(row.cell, name)) if name in known else "–" for name in names),
+                *values,
+                "INVALID" if row.state == "invalid" else row.state,
+            ]
+        )
+    return heading, body
+
+
+def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
+    """Format the comparison for a terminal: numbers right-aligned, words left-aligned, reasons of failures below."""
+    heading, cells = table_cells(rows, varied)
+    body = [[plain(cell) for cell in line] for line in cells]
+    names = len(varied) or 3
+    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
+
+    def line(cells: Sequence[str]) -> str:
+        last = len(cells) - 1
+        return "  ".join(
+            c.ljust(w) if i < names or i == last else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    notes = [f"{title}: {plain(text)}" for title, text in explanations(rows)]
+    return "\n".join([line(heading), *map(line, body), *(["", *notes] if notes else [])])
+
+
+def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (title, sentence) for each kind of failure and each verdict reason.
+
+    The title has the number of cells if there are several. The sentence is that of the cell with the highest variation.
+    """
+    found: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: -row.metrics.get("trust/cv_ratio", 0.0)):
+        if row.message:
+            found.setdefault(row.outcome, []).append(row.message)
+        for reason in row.verdict.reasons if row.verdict else ():
+            found.setdefault(reason.code, []).append(reason.sentence)
+    return [(f"{code} ({len(texts)} cells)" if len(texts) > 1 else code, texts[0]) for code, texts in found.items()]
+
+
+def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
+    """Return the one-screen summary of a run, its description in the MLflow UI."""
+    cell = result.cell
+    length = (
+        "lengths of the trace"
+        if cell.trace
+        else f"{as_text('prompt_tokens', cell.prompt_tokens)} + {cell.output_tokens} tokens"
+    )
+    what = f"**{markdown(cell.model)}** · {markdown(_load(cell))} · {length}"
+    cpu, gpu = result.environment.get("cpu", {}).get("name", "unknown CPU"), gpu_of(result)
+    where = markdown(f"{gpu['name']} ({cpu})" if gpu else cpu)
+    if result.failure:
+        return (
+            f"{what}\n\n**{markdown(result.outcome)}** at stage {markdown(result.failure.stage)}: "
+            f"{markdown(result.failure.message)}\n\n{where}\n"
+        )
+    rows = [[name, text] for name, text in _headline(metrics) if text]
+    lines = [
+        what,
+        "",
+        markdown_table(["measured", ""], rows),
+        "",
+        f"**Verdict: {verdict.word if verdict else 'none'}**",
+    ]
+    lines += [f"- `{reason.code}`: {markdown(reason.sentence)}" for reason in (verdict.reasons if verdict else ())]
+    if cell.workload == "mixed":
+        lines += ["", MIXED]
+    if cell.weights == "random":
+        lines += ["", "Random weights of the real architecture: speed and memory are valid, the text is meaningless."]
+    lines += ["", *map(markdown, result.quality.withheld)] if result.quality and result.quality.withheld else []
+    lines += [
+        "",
+        f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions, {len(result.warmup_s)} warm-up runs",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _load(cell: Cell) -> str:
+    """Describe the quantization and batch of an offline cell, or the load of an online one."""
+    if cell.batching:
+        return (
+            f"{cell.quant} · {cell.batching} batching, at most {cell.batch_size} rows · "
+            f"{cell.request_rate:g} requests/s, {cell.arrival}"
+        )
+    if cell.scenario == "offline":
+        return f"{cell.quant} · batch {cell.batch_size}"
+    online = f"{cell.quant} · online" if cell.launch else "online"
+    if cell.trace:
+        return f"{online} · trace {_name_of(cell.trace)}"
+    rising = "" if cell.ramp_to is None else f" rising to {cell.ramp_to:g}"
+    return (
+        f"{online} · {cell.request_rate:g}{rising} requests/s, {cell.arrival}"
+        if cell.request_rate
+        else f"{online} · concurrency {cell.concurrency}"
+    )
+
+
+def _name_of(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def _headline(metrics: Metrics) -> list[tuple[str, str]]:
+    def value(key: str, unit: str, scale: float = 1.0) -> str:
+        return f"{_number(metrics[key] * scale)} {unit}".strip() if key in metrics else ""
+
+    def interval(key: str, unit: str, scale: float = 1.0) -> str:
+        text = value(key, unit, scale)
+        if f"{key}_ci_low" in metrics:
+            low, high = (_number(metrics[f"{key}_ci_{end}"] * scale) for end in ("low", "high"))
+            text += f" (95 % interval {low} to {high})"
+        return text
+
+    return [
+        ("output throughput", interval("throughput/output_tokens_per_s", "tokens/s")),
+        ("requests", value("throughput/requests_per_s", "per s")),
+        ("goodput", value("goodput/requests_per_s", "per s")),
+        ("time to first token, median", value("latency/ttft_ms_p50", "ms")),
+        ("inter-chunk latency, median", value("latency/icl_ms_p50", "ms")),
+        ("output tokens per step", value("lengths/tokens_per_step_mean", "")),
+        ("inter-token latency, median", value("latency/itl_ms_p50", "ms")),
+        ("inter-token latency, p99", value("latency/itl_ms_p99", "ms")),
+        ("peak device memory", value("memory/device_bytes_peak", "GB", 1e-9)),
+        ("peak host memory needed", value("memory/host_needed_bytes_peak", "GB", 1e-9)),
+        ("computed for nothing (padding, finished rows)", value("efficiency/padding_waste_ratio", "%", 100)),
+        ("weights as stored", value("memory/weight_bytes", "GB", 1e-9)),
+        ("model bandwidth utilization", value("efficiency/mbu_ratio", "")),
+        ("KL divergence from the unquantized model", interval("quality/kl_vs_reference", "nats")),
+        ("same most probable token as it", interval("quality/top1_agreement", "%", 100)),
+        ("perplexity", interval("quality/perplexity", "")),
+        ("perplexity ÷ that of the unquantized model", interval("quality/perplexity_ratio", "")),
+        ("load", value("load/load_s", "s")),
+        ("compiling, besides", value("load/compile_s", "s")),
+        ("cost per million tokens", value("cost/per_million_tokens", "")),
+    ]
+
+
+def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
+    """Return report.md: the summary, all metrics, the loaded model, the repetitions, and the command to repeat it."""
+    parts = [f"# {markdown(f'{result.cell.model} · {_load(result.cell)}')}", summary_markdown(result, metrics, verdict)]
+    absent = unsupported_percentiles(result)
+    if absent:
+        parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
+    if metrics:
+        parts += [
+            "## All metrics",
+            markdown_table(["metric", "value"], [[key, _figure(key, value)] for key, value in metrics.items()]),
+        ]
+    if turns := turns_of(result):
+        parts += ["## Turn by turn", _turns_table(turns), *_replies(result)]
+    parts += _same_tokens(result)
+    if result.repetitions:
+        parts += ["## Statistics", markdown_table(*statistics_cells(result))]
+    if result.quality:
+        parts += ["## Quality", "\n".join(f"- {markdown(sentence)}" for sentence in sentences(result.quality))]
+    if result.load:
+        parts += [
+            "## What was loaded",
+            markdown_table(["fact", "value"], [[k, str(v)] for k, v in result.load.facts.items()]),
+        ]
+    if result.repetitions:
+        parts += ["## Repetitions", _repetitions_table(result)]
+    if result.warmup_s:
+        parts.append("Warm-up runs, s: " + ", ".join(f"{s:.3f}" for s in result.warmup_s))
+    if result.log:
+        parts += ["## What libraries printed", code_block("\n".join(result.log))]
+    parts += [
+        "## Repeat it",
+        code_block(command(result.cell)),
+        "On this environment:",
+        markdown_table(["what", "version"], environment_facts(result.environment)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _turns_table(turns: Sequence[Turn]) -> str:
+    heading = ["turn", "conversations", "prompt tokens", "of them computed", "TTFT ms", "end to end ms"]
+    body = [
+        [
+            str(t.number),
+            str(t.count),
+            *("–" if v is None else _number(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms)),
+        ]
+        for t in turns
+    ]
+    return markdown_table(heading, body)
+
+
+def _replies(result: RunResult) -> list[str]:
+    """Say whether a kept history changes the model's answers."""
+    if not result.same_replies:
+        unknown = (
+            "It is unknown whether a recomputed history gives the same answers. See worker.log in the results folder."
+        )
+        return [unknown] if result.cell.history == "kept" and result.outcome == "ok" else []
+    same, count = sum(result.same_replies), len(result.same_replies)
+    text = (
+        "With its history recomputed, the first conversation gave the same answer, token by token, "
+        f"in {same} of its {count} turns."
+    )
+    if same < count:
+        text += (
+            " A prompt computed in one piece is rounded differently than in several, which matters where two tokens "
+            "are about equally probable."
+        )
+    return [text]
+
+
+def _same_tokens(result: RunResult) -> list[str]:
+    """Say whether another decode path, or a quantized KV cache, changes the model's output."""
+    cell = result.cell
+    names = [
+        f"decode={cell.decode}" if cell.decode != "generate" else "",
+        f"kv_cache={cell.kv_cache}" if cell.kv_cache else "",
+    ]
+    path = " and ".join(filter(None, names))
+    if not path or result.outcome != "ok":
+        return []
+    if not result.same_tokens:
+        return [
+            f"It is unknown whether {path} gives the tokens of plain decoding. See worker.log in the results folder."
+        ]
+    same = [count for count in result.same_tokens if count >= cell.output_tokens]
+    text = (
+        f"Rows of the first repetition with the same {cell.output_tokens} tokens under {path} as under "
+        f"decode=generate and kv_cache=auto: {len(same)} of {len(result.same_tokens)}."
+    )
+    if len(same) < len(result.same_tokens):
+        text += f" The first difference is at token {min(result.same_tokens) + 1}."
+        text += (
+            " A quantized cache changes the model slightly."
+            if cell.kv_cache
+            else " Sums in another order are rounded differently, which matters where two tokens are about equally "
+            "probable."
+        )
+    return [text]
+
+
+def _repetitions_table(result: RunResult) -> str:
+    """Return a table of the repetitions, their noise, and their outliers (Tukey's fences on the end-to-end time)."""
+    body = []
+    totals = [max(map(e2e_ms, r.requests)) for r in result.repetitions]
+    for repetition, total, outlier in zip(result.repetitions, totals, classify_outliers(totals), strict=True):
+        noise = repetition.noise
+        seen = (
+            [noise.foreign_cpu_s, noise.steal_s, noise.involuntary_switches, noise.major_faults]
+            if noise
+            else [None] * 4
+        )
+        first = _number(median(map(ttft_ms, repetition.requests)))
+        shown = ["–" if value is None else _number(float(value)) for value in seen]
+        spoiled = (
+            # Online, the other process may be the server itself.
+            "spoiled" if noise and noise.spoiled and result.cell.scenario != "online" else ""
+        )
+        body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
+    heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others"]
+    heading += ["CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
+    return markdown_table(heading, body)
+
+
+def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the machine and the software of a result as names and values. Unknown values are left out."""
+    cpu, memory = environment.get("cpu") or {}, environment.get("memory") or {}
+    total = f"{memory['total_bytes'] / 1e9:.1f} GB" if memory.get("total_bytes") else None
+    facts = [("CPU", cpu.get("name")), ("usable CPUs", cpu.get("usable_cpus")), ("memory", total)]
+    facts += [("GPU", gpu["name"]) for gpu in environment.get("gpus") or []]
+    facts += [("driver", environment.get("driver")), ("CUDA", environment.get("cuda"))]
+    facts += [("OS", (environment.get("os") or {}).get("release")), ("Python", environment.get("python"))]
+    facts += list((environment.get("packages") or {}).items())
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def command(cell: Cell) -> str:
+    """Return the command line that measures this cell again, with the parameters that are not at their default."""
+    online = cell.scenario == "online"
+    asked = {
+        name: as_text(name, getattr(cell, name)) for name in cell_fields(cell) if not (online and name == "backend")
+    }
+    return command_line(asked, "online" if online else "run")
+
+
+def command_line(asked: Mapping[str, str], command: str = "run") -> str:
+    """Return `llmbench <command>` with parameters as text (a list with commas), quoted for a shell.
+
+    Parameters at their default are left out, except `model` and `quant`.
+    """
+    told = [
+        f"--{name.replace('_', '-')} {shlex.quote(text)}"
+        for name, text in asked.items()
+        if text != default_text(name) or name in ("model", "quant")
+    ]
+    return " ".join([f"llmbench {command}", *told])
+
+
+def split_table(heading: Sequence[str], body: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return a table in pandas' "split" layout, which the MLflow UI shows and compares between runs."""
+    return {"columns": list(heading), "data": [list(row) for row in body]}
+
+
+def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:
+    """Return tables/summary.json of one run: one row per metric."""
+    return split_table(["metric", "value"], [[key, value] for key, value in metrics.items()])
+
+
+def config_parameters(cell: Cell, extra: Mapping[str, object]) -> dict[str, str]:
+    """Return every parameter of a cell as text, in the order of the vocabulary, followed by the `extra` ones."""
+    lines = {name: as_text(name, getattr(cell, name)) for name in cell_fields(cell)}
+    return lines | {name: as_text(name, value) for name, value in extra.items()}
+
+
+def config_yaml(parameters: Mapping[str, str]) -> str:
+    """Return config.yaml, which `llmbench run --config` reads."""
+    return "".join(
+        f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in parameters.items()
+    )

@@ -1,0 +1,399 @@
+"""Reports of a study: report.md, report.html (one file that loads nothing), study.json, and text for a terminal.
+
+report.md and report.html are made from the same sections.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..analysis.decisions.recommend import MEMORY, Candidate, figure, interval
+from ..analysis.scaling.findings import Choice, Findings, at_focus
+from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
+from ..analysis.scaling.study import TPOT
+from ..records.results import to_json
+from ..records.text import number_text
+from .html import _chart, _list, _note, _section, _table, document
+from .markup import html, markdown, markdown_table
+from .recommendation import answer
+from .result import environment_facts
+from .scaling import METHOD, law_cells
+from .scaling import sections as law_sections
+from .sweep import Table, chart_name
+
+CAPTIONS = {
+    "against_model_size": (
+        "Throughput and time to first token over model size. Models of similar size lie side by side, "
+        "whatever their family."
+    ),
+    "against_batch_size": "Throughput and time to first token over batch size, at one prompt length.",
+    "against_prompt_length": "Throughput and time to first token over prompt length, at one batch size.",
+    "per_instance": "Throughput of each request of a batch: throughput ÷ batch size.",
+    "heatmap_throughput": "Throughput of every shape. Grey: not measured, with the outcome if it was tried.",
+    "heatmap_ttft": (
+        "Time to first token of every shape. "
+        "A red edge is a latency cliff: a step that is steeper than both neighbours."
+    ),
+    "heatmap_tpot": "Time per output token of every shape. Red edges are cliffs, as above.",
+    "memory_against_model_size": "Peak memory of the process and bytes of the weights, by precision.",
+    "memory_by_quantization": "Peak memory by quantization; the dark part is the weights.",
+    "memory_against_throughput": "Throughput against peak memory, every cell.",
+    "quantization_effect": "Each quantization against the reference that differs only in quantization.",
+    "quantization_radar": (
+        "Trade-offs of each quantization. Throughput is divided by the highest of the model; the lowest time, memory "
+        "or energy is divided by each; quality is the share of positions with the unquantized model's most probable "
+        "token. 1 is best on every axis."
+    ),
+    "quality_against_speed": "Divergence of each quantization from the unquantized model, against its speed.",
+    "models": "All models at one shape.",
+    "cost_by_hardware": "Output tokens per unit of money at the given prices.",
+    "machines": "The same configurations on other machines.",
+}
+"""Figure → caption. Figures of the laws have the law's key as name and no caption."""
+
+MOST_LINES, MOST_GROUPS = 10, 6
+"""Most sentences under one heading, and most groups of cells of one law, in the report; scaling.md has all."""
+
+CLAIM_HEADING = ("the paper says", "its range", "measured here", "verdict", "reason")
+CHOICE_HEADING = ("model", "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "note")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of a report: name → SVG and its path relative to report.md; and (figure, reason) for each not drawn."""
+
+    figures: Mapping[str, tuple[bytes, str]]
+    laws: Mapping[str, tuple[bytes, str]]
+    missing: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and its content, in the order of the fields; empty parts are left out.
+
+    `groups`: lists with a heading of their own.
+    """
+
+    title: str
+    lead: str = ""
+    table: Table | None = None
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    figures: tuple[tuple[str, str, bytes, str], ...] = ()  # name, path, SVG, caption
+
+
+def sections(found: Findings, drawn: Drawn) -> list[Section]:
+    """Return everything after the title, in the order of the report."""
+    laws = law_sections(found.scaling)
+    not_said = tuple(f"{what[:1].upper()}{what[1:]}: {why}." for what, why in found.not_said)
+    not_drawn = tuple(f"{chart_name(name).capitalize()}: {why}." for name, why in drawn.missing)
+    refused = tuple(laws.pop("Not said", []))
+    left_out = tuple(laws.pop("Left out", []))
+    environment = tuple(
+        (machine.name, tuple(f"{name}: {value}" for name, value in _environment(found, machine.env)))
+        for machine in found.machines
+    )
+    rest = tuple((title, _cut(lines)) for title, lines in laws.items() if title != "Laws")
+    told = [
+        Section("Findings", groups=tuple(found.sentences.items())),
+        Section("The paper's claims", _claims_lead(found.claims), claims_table(found.claims)),
+        Section(
+            "Recommendations",
+            _choices_lead(found),
+            choices_table(found.choices) if found.choices else None,
+            _cautions(found.choices),
+        ),
+        Section(
+            "Figures",
+            " ".join(filter(None, [_figures_lead(found), found.focus.note])),
+            figures=tuple(_pictures(drawn.figures)),
+        ),
+        Section("Laws", f"{METHOD} {_law_note(found)}", _law_table(found), rest, tuple(_pictures(drawn.laws))),
+        Section("Machines", "", _across_table(found) if found.across else None),
+        Section(
+            "Not determined",
+            "",
+            None,
+            (
+                ("No data", not_said),
+                ("Figures that are not drawn", not_drawn),
+                ("Laws", refused),
+                ("Cells left out", left_out),
+            ),
+        ),
+        Section("Environment", "", None, environment),
+    ]
+    return [one for one in told if one.lead or one.table or one.figures or any(lines for _, lines in one.groups)]
+
+
+def _cut(lines: Sequence[str]) -> tuple[str, ...]:
+    """Keep the first `MOST_LINES` lines and add how many more scaling.md has."""
+    more = [f"And {len(lines) - MOST_LINES} more, in scaling/scaling.md."] if len(lines) > MOST_LINES else []
+    return (*lines[:MOST_LINES], *more)
+
+
+def _law_table(found: Findings) -> Table | None:
+    """Return the table of laws, each with at most `MOST_GROUPS` groups of cells: the shape of comparison first."""
+    heading, body = law_cells(found.scaling)
+    seen: Counter[str] = Counter()
+    kept = []
+    for _, line in sorted(
+        zip(found.scaling.laws, body, strict=True),
+        key=lambda pair: not any(at_focus(m, found.focus) for m in pair[0].cells),
+    ):
+        seen[line[0]] += 1
+        if seen[line[0]] <= MOST_GROUPS:
+            kept.append(line)
+    return _plain_table(heading, sorted(kept, key=lambda line: list(seen).index(line[0])))
+
+
+def _law_note(found: Findings) -> str:
+    counts = Counter(law.law.key for law in found.scaling.laws)
+    parts = (
+        [f"Of each law at most {MOST_GROUPS} groups of cells are shown."]
+        if any(count > MOST_GROUPS for count in counts.values())
+        else []
+    )
+    predicted = len(found.scaling.predictions)
+    parts += [
+        f"All of them, and predictions for {predicted} cells that were not measured, are in scaling/scaling.md."
+        if predicted
+        else "All are in scaling/scaling.md."
+    ]
+    return " ".join(parts)
+
+
+def _environment(found: Findings, env: str) -> list[tuple[str, str]]:
+    return environment_facts(next(m.result.environment for m in found.cells if m.result.hashes.env == env))
+
+
+def _plain_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> Table | None:
+    return Table(tuple(heading), tuple(map(tuple, body))) if body else None
+
+
+def _pictures(pictures: Mapping[str, tuple[bytes, str]]) -> Iterator[tuple[str, str, bytes, str]]:
+    for name, (svg, path) in pictures.items():
+        yield name, path, svg, CAPTIONS.get(name, "")
+
+
+def headline(found: Findings) -> str:
+    """Summarize the study: how much was measured, where, and the verdicts on the paper's claims."""
+    counts = Counter(claim.verdict for claim in found.claims)
+    said = ", ".join(f"{counts[word]} {word}" for word in (CONFIRMED, NOT_CONFIRMED, UNSAID) if counts[word])
+    return f"{found.sentences['What was measured'][0]} Of {len(found.claims)} claims of the paper: {said}."
+
+
+def _claims_lead(claims: Sequence[Claim]) -> str:
+    return (
+        "NB & NB, “EffiLLM” (2024). A claim is confirmed if the whole 95 % interval of the measured value lies in its "
+        "range, not confirmed if it lies outside, and cannot be said if it crosses an end. The verdicts hold for this "
+        "hardware, this software and these models."
+    )
+
+
+def claims_table(claims: Sequence[Claim]) -> Table:
+    """Return the table of the paper's claims, measured values and verdicts."""
+    return Table(
+        CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured, claim.verdict, claim.why) for claim in claims)
+    )
+
+
+def _choices_lead(found: Findings) -> str:
+    if not found.choices:
+        return "No model has two configurations at one prompt length to choose among."
+    suspect = {
+        refusal.candidate.result.hashes.config
+        for choice in found.choices
+        for refusal in choice.found.refused
+        if not refusal.missed and refusal.candidate.verdict.word == "suspect"
+    }
+    left_out = (
+        f" {len(suspect)} suspect configurations are not recommended; --accept-suspect REASON includes them."
+        if suspect
+        else ""
+    )
+    return (
+        f"For prompts of {found.focus.prompt:g} tokens on {found.focus.machine.name}. Limits of memory and time to "
+        "first token are set so that half of the configurations keep them; "
+        f"llmbench recommend takes your own limits.{left_out}"
+    )
+
+
+def choices_table(choices: Sequence[Choice]) -> Table:
+    """Return the table of the recommended configuration under each constraint; a dash if there is none."""
+    body = []
+    for choice in choices:
+        winner = choice.found.winner
+        ties = [runner.candidate.name for runner in choice.found.runners_up if runner.tied]
+        note = answer(choice.found) if winner is None else f"not measurably worse: {', '.join(ties)}" if ties else ""
+        figures = _figures(winner) if winner else ("–",) * 4
+        body.append((choice.model, choice.constraint, winner.name if winner else "–", *figures, note))
+    return Table(CHOICE_HEADING, tuple(body), frozenset(range(3, 7)))
+
+
+def _figures(one: Candidate) -> tuple[str, ...]:
+    rate, first, gap = (one.metrics.get(key) for key in ("throughput/output_tokens_per_s", "latency/ttft_ms_p50", TPOT))
+    low, high = (one.metrics.get(f"throughput/output_tokens_per_s_ci_{end}") for end in ("low", "high"))
+    shown = (
+        "–"
+        if rate is None
+        else number_text(rate)
+        + (f" ({number_text(low)} to {number_text(high)})" if low is not None and high is not None else "")
+    )
+    key = MEMORY.key(one.metrics)
+    peak = figure(key, one.metrics[key]) if key else "–"
+    return shown, *("–" if value is None else number_text(value) for value in (first, gap)), peak
+
+
+def _cautions(choices: Sequence[Choice]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    lines = dict.fromkeys(f"{choice.model}: {caution}" for choice in choices for caution in choice.found.cautions)
+    return (("Intervals that cross a limit", tuple(lines)),)
+
+
+def _figures_lead(found: Findings) -> str:
+    focus = found.focus
+    words = f"Figures show {len(focus.cells)} cells of {focus.machine.name}"
+    return (
+        f"{words}. Figures that compare models or quantizations at one shape use batch size {focus.batch} with "
+        f"{focus.prompt:g} prompt tokens."
+    )
+
+
+def _across_table(found: Findings) -> Table:
+    body = []
+    for one in found.across:
+        ends = (
+            f"{one.speed.low:.3g} to {one.speed.high:.3g}"
+            if one.speed.low is not None and one.speed.high is not None
+            else "–"
+        )
+        body.append((one.name, one.first, one.second, f"{one.speed.value:.3g}", ends))
+    return Table(
+        ("configuration", "first", "second", "throughput, second ÷ first", "95 % interval"), tuple(body), frozenset({3})
+    )
+
+
+def study_markdown(found: Findings, drawn: Drawn) -> str:
+    """Return report.md."""
+    parts = [f"# {markdown(found.title)}", f"**{markdown(headline(found))}**"]
+    for one in sections(found, drawn):
+        parts.append(f"## {one.title}")
+        parts += [markdown(one.lead)] if one.lead else []
+        parts += [markdown_table(one.table.heading, one.table.body, one.table.numeric)] if one.table else []
+        for title, lines in one.groups:
+            if lines:
+                parts += [f"### {markdown(title)}", "\n".join(f"- {markdown(line)}" for line in lines)]
+        for name, path, _, caption in one.figures:
+            parts.append(f"![{chart_name(name)}]({path})" + (f"\n\n{markdown(caption)}" if caption else ""))
+    return "\n\n".join(parts) + "\n"
+
+
+def study_page(found: Findings, drawn: Drawn) -> str:
+    """Return report.html, which has no script and makes no request."""
+    parts = [f'<header><h1>{html(found.title)}</h1><p class="lead">{html(headline(found))}</p></header>']
+    for one in sections(found, drawn):
+        content = [f"<p>{html(one.lead)}</p>" if one.lead else ""]
+        content += [_table(_badged(one.table), _verdicts(one.table))] if one.table else []
+        content += [f"<h3>{html(title)}</h3>{_list(map(html, lines))}" for title, lines in one.groups if lines]
+        pictures = (
+            _chart(name, svg).replace("</figure>", f"{_note(caption)}</figure>")
+            for name, _, svg, caption in one.figures
+        )
+        content += [f'<div class="charts">{"".join(pictures)}</div>'] if one.figures else []
+        parts.append(_section(one.title, *content))
+    return document(found.title, parts)
+
+
+VERDICT_CLASS = {CONFIRMED: "valid", NOT_CONFIRMED: "failed", UNSAID: ""}
+
+
+def _badged(table: Table) -> Table:
+    """Return the table of claims without its last two columns, which `_verdicts` gives as HTML."""
+    if table.heading != CLAIM_HEADING:
+        return table
+    return Table(table.heading[:-2], tuple(line[:-2] for line in table.body))
+
+
+def _verdicts(table: Table) -> list[tuple[str, list[str]]]:
+    if table.heading != CLAIM_HEADING:
+        return []
+    cells = [
+        f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span>'
+        f'<span class="why told">{html(line[-1])}</span>'
+        for line in table.body
+    ]
+    return [("verdict", cells)]
+
+
+def format_study(found: Findings) -> str:
+    """Format the study for a terminal: findings, claims, recommendations, what is missing.
+
+    Laws and figures are only in the files.
+    """
+    blocks = [headline(found)]
+    blocks += ["\n".join([f"{title}:", *(f"- {line}" for line in lines)]) for title, lines in found.sentences.items()]
+    claims = [
+        f"- {c.said} ({c.range}): {c.verdict}. {c.why if c.measured == '–' else f'{c.measured}.'}" for c in found.claims
+    ]
+    blocks.append("\n".join(["The paper's claims:", *claims]))
+    if found.choices:
+        table = choices_table(found.choices)
+        blocks.append(
+            "\n".join(
+                [
+                    "Recommendations:",
+                    *(f"- {line[0]}, {line[1]}: {line[2]} ({line[3]} tokens/s)" for line in table.body),
+                ]
+            )
+        )
+    blocks.append("\n".join(["Not determined:", *(f"- {what}: {why}." for what, why in found.not_said)]))
+    return "\n\n".join(block for block in blocks if "\n" in block or block == blocks[0])
+
+
+def study_json(found: Findings, missing: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return study.json as plain data; scaling.json holds the laws."""
+    return {
+        "title": found.title,
+        "headline": headline(found),
+        "cells": len(found.cells),
+        "machines": to_json(found.machines),
+        "comparison_shape": {
+            "batch_size": found.focus.batch,
+            "prompt_tokens": found.focus.prompt,
+            "machine": found.focus.machine.name,
+        },
+        "findings": to_json(found.sentences),
+        "claims": to_json(found.claims),
+        "quantization": [
+            {
+                "config_hash": e.measured.result.hashes.config,
+                "reference": e.reference.result.hashes.config,
+                "speed": to_json(e.speed),
+                "memory": to_json(e.memory),
+            }
+            for e in found.effects
+        ],
+        "recommendations": [
+            {
+                "model": c.model,
+                "constraint": c.constraint,
+                "winner": c.found.winner and _chosen(c.found.winner),
+                "answer": answer(c.found),
+            }
+            for c in found.choices
+        ],
+        "across_machines": to_json(found.across),
+        "not_said": [{"what": what, "why": why} for what, why in found.not_said],
+        "not_drawn": [{"figure": name, "why": why} for name, why in missing],
+    }
+
+
+def _chosen(one: Candidate) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "config_hash": one.result.hashes.config,
+        "sweep": one.result.sweep,
+        "memory_interval": interval(one, MEMORY),
+    }

@@ -1,0 +1,52 @@
+"""Findings that need several results of a sweep: pairs with and without a server, and the limits of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..analysis import goodput, server_overhead
+from ..config import plan
+from ..records.cell import Options
+from ..records.results import RunResult, to_json
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Findings across the results of a sweep.
+
+    `added`: extra metrics of each result, in order · `figures`: metrics of the whole sweep · `sentences`: for people ·
+    `limits`: the limits that a search found.
+    """
+
+    added: tuple[Mapping[str, float], ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+    sentences: tuple[str, ...] = ()
+    limits: tuple[goodput.Limit, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of goodput.json: every limit of a search.
+
+        With several configurations, only this file has their limits; `figures` has none.
+        """
+        return {"limits": [{**to_json(limit), "sentence": limit.sentence()} for limit in self.limits]}
+
+
+def relate(results: Sequence[RunResult], names: Sequence[str], options: Options) -> Relations:
+    """Relate the results of one sweep to each other; `names` are the names of their runs, in the same order."""
+    whole = {result.cell: result for result in results if result.outcome == "ok" and result.repetitions}
+    added: list[dict[str, float]] = []
+    sentences: list[str] = []
+    for result, name in zip(results, names, strict=True):
+        offline = (
+            whole.get(plan.without_server(result.cell))
+            if options.twin and result.cell.launch and result.cell in whole
+            else None
+        )
+        added.append(server_overhead.added(offline, result) if offline else {})
+        sentences += [server_overhead.sentence(name, added[-1])] if offline else []
+    limits = goodput.limits(results, options.attainment) if options.find else []
+    sentences += [limit.sentence() for limit in limits]
+    figures = limits[0].figures() if len(limits) == 1 else {}
+    return Relations(tuple(added), figures, tuple(sentences), tuple(limits))

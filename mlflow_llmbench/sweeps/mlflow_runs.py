@@ -1,0 +1,186 @@
+"""Begin, fill and end the MLflow runs of one sweep. An error of the store never stops a measurement.
+
+A failed upload is reported and retried once at the end; until then the results stay in the sweep's folder. The store is
+asked whether it answers before each call, so that an unreachable store costs only a few seconds in all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..config.spec import BenchSpec
+from ..measure.journal import write_json
+from ..records.errors import StoreAway, first_line
+from ..records.redaction import redact
+from ..records.results import RunResult
+from ..reports.result import Row
+from ..tracking import runs
+from . import upload
+from .job import Job, identity
+
+if TYPE_CHECKING:
+    from ..tracking.runs import Store
+
+
+T = TypeVar("T")
+
+PATIENCE_S = 5.0
+"""Seconds spent waiting for an unreachable store after which it is not asked again until the end."""
+
+
+class Ledger:
+    """The runs of one sweep in one store.
+
+    Each problem is passed to `warn` as one line. `parent_name` is None for a single cell, which has no parent run.
+    """
+
+    def __init__(self, spec: BenchSpec, parent_name: str | None, warn: Callable[[str], None]) -> None:
+        self.spec, self.parent_name, self.warn = spec, parent_name, warn
+        self.folder = Path()  # of the sweep
+        self.asked: Mapping[str, str] = {}  # params as `mlflow run` logged them
+        self.store: Store | None = None
+        self.where: tuple[str | None, str | None] = (None, None)
+        self.parent_id: str | None = None
+        self.page: str | None = None
+        self.missed: list[str] = []  # not in the store yet; `retry` uploads it
+        self.unwritten: list[str] = []  # could not be written to the disk
+        self.waited_s = 0.0
+
+    @property
+    def address(self) -> str:
+        """The store's address."""
+        return self.store.uri if self.store else runs.address_of(self.where[0])
+
+    def open(self, tracking_uri: str | None, experiment: str | None) -> None:
+        """Connect to the store. If it does not answer, warn and try again at the end.
+
+        Raises TrackingError for an invalid address.
+        """
+        self.where = tracking_uri, experiment
+        started = time.monotonic()
+        try:
+            self.store = runs.open_store(tracking_uri, experiment)
+        except StoreAway as error:
+            self.waited_s += time.monotonic() - started
+            self.missed.append(f"the runs: {error}")
+            self.warn(
+                f"{error} Measuring all the same: results are kept on the disk and uploaded at the end, "
+                "if it answers then."
+            )
+
+    def begin_parent(self) -> None:
+        """Begin the parent's run, if this sweep has a parent and it has not begun."""
+        if self.parent_name is not None and self.parent_id is None:
+            name = self.parent_name
+            self.parent_id = self._try(
+                "the sweep's own run", lambda store: runs.begin_run(store, name, {"sweep": self.folder.name})
+            )
+
+    def begin(self, job: Job) -> None:
+        """Begin the run of a cell."""
+        job.started_ms = job.started_ms or int(time.time() * 1000)
+        self.begin_parent()
+        if self.parent_name is not None and self.parent_id is None:
+            return  # a child without its parent would be lost among the runs
+        started = self._try(
+            f"the run of {job.name}",
+            lambda store: runs.begin_run(store, job.name, identity(job), self.parent_id, job.started_ms),
+        )
+        if started:
+            job.run_id = started
+            with self.noted(f"the note of {job.name}'s run"):
+                write_json(job.folder / "run.json", {"run_id": started, "tracking_uri": self.store and self.store.uri})
+
+    def upload(self, job: Job, result: RunResult) -> None:
+        """Log a cell's result on its run, and end the run even if this is interrupted."""
+        if not job.run_id:
+            self.begin(job)
+        if not job.run_id:
+            return
+        asked = self.asked if self.parent_name is None else {}
+        try:
+            self._try(
+                job.name, lambda store: runs.upload_cell(store, job.run_id, result, job.folder / "artifacts", asked)
+            )
+        finally:
+            self.end(job.run_id, result.outcome, result.ended_ms)
+
+    def end(self, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
+        """End a run, even if its upload failed: it must not stay RUNNING. `ended_ms` is Unix time in milliseconds."""
+        self._try(f"the end of run {run_id}", lambda store: runs.end_run(store, run_id, outcome, ended_ms))
+
+    def add(self, run_id: str, name: str, figures: Mapping[str, float], at_ms: int) -> None:
+        """Log metrics of a run that come from a comparison with other runs."""
+        if run_id and figures:
+            self._try(name, lambda store: runs.log_figures(store, run_id, figures, at_ms))
+
+    def finish(
+        self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str, figures: Mapping[str, float]
+    ) -> None:
+        """Log the comparison of the cells (rows and run ids) and the sweep's figures on the parent run, and end it."""
+        if self.parent_id is None:
+            return
+        parent = self.parent_id
+
+        def publish(store: Store) -> None:
+            self.page = upload.publish_parent(
+                store, parent, self.spec, measured, comparison, self.asked, self.warn, figures
+            )
+
+        try:
+            self._try("the comparison", publish)
+        finally:
+            self.end(parent, outcome)
+
+    def retry(self, jobs: Sequence[Job]) -> None:
+        """Upload what the store does not have yet, if it answers now."""
+        if not self.missed:
+            return
+        with contextlib.suppress(Exception):
+            store = self.store or runs.open_store(*self.where)
+            if not runs.answers(store.uri):
+                return
+            done = upload.complete(self.folder, store)
+            self.store, self.parent_id, self.page = store, done.parent_id, done.page or self.page
+            for job in jobs:
+                job.run_id = done.run_ids.get(job.folder.name, job.run_id)
+            self.missed.clear()
+
+    @contextlib.contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Continue after an error of drawing or writing; warn now, and list it again at the end."""
+        try:
+            yield
+        except Exception as error:
+            self.unwritten.append(f"{name}: {first_line(error)}")
+            self.warn(f"Not written: {name}: {first_line(error)}.")
+
+    def _try(self, name: str, action: Callable[[Store], T]) -> T | None:
+        """Call `action` with the store if it answers. Returns None if it does not, or if `action` fails."""
+        if self.store is None or not self._answers(self.store):
+            self.missed.append(f"{name}: the store does not answer")
+            return None
+        try:
+            return action(self.store)
+        except Exception as error:
+            self.missed.append(f"{name}: {first_line(error)}")
+            self.warn(
+                f"Not uploaded: {name}: {first_line(error)}. "
+                f"It is kept in {self.folder}, and the upload is tried again at the end."
+            )
+            return None
+
+    def _answers(self, store: Store) -> bool:
+        if self.waited_s > PATIENCE_S:
+            return False
+        started = time.monotonic()
+        if runs.answers(store.uri):
+            return True
+        if not self.missed:
+            self.warn(f"The MLflow store {redact(store.uri)} does not answer. Results are kept in {self.folder}.")
+        self.waited_s += time.monotonic() - started
+        return False

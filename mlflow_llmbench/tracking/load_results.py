@@ -1,0 +1,56 @@
+"""Load results by reference: a folder, a run or a sweep."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from ..measure.journal import read_result
+from ..records.errors import JournalError, NotComparable, TrackingError
+from ..records.results import RunResult
+from . import runs
+
+RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
+SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
+
+
+def load_results(reference: str, tracking_uri: str | None = None) -> list[RunResult]:
+    """Load results from a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, or a sweep's name.
+
+    The parent run of a sweep gives the results of its cells. Raises JournalError or TrackingError, with a one-line
+    message that says what was looked for, and NotComparable for an imported run.
+    """
+    folder = Path(reference)
+    if os.path.isdir(folder):
+        found = (
+            [folder / "result.json"]
+            if (folder / "result.json").exists()
+            else sorted([*folder.glob("artifacts/result.json"), *folder.glob("*/artifacts/result.json")])
+        )
+        if not found:
+            raise JournalError(
+                f"The folder {reference} holds no result. "
+                "Give the folder that `llmbench run` printed, or that of a cell in it."
+            )
+        return [read_result(file.parent) for file in found]
+    run = RUN_ID.fullmatch(reference)
+    if run is None and not SWEEP_ID.fullmatch(reference):
+        raise JournalError(
+            f"{reference} is neither a folder, nor a run id, nor the name of a sweep. "
+            "Give one of them; `llmbench run --json` prints all three."
+        )
+    store = runs.open_store(tracking_uri)
+    ids = runs.cells_of_run(store, run[1]) if run else runs.cells_of_sweep(store, reference)
+    if not ids and run and (source := runs.source_of(store, run[1])):
+        raise NotComparable(
+            f"The run {run[1]} was imported from {source}: it has neither raw stamps nor the fingerprint of its "
+            "machine, so nothing can be concluded from it. Look at its figures beside ours in the MLflow UI."
+        )
+    if not ids:
+        raise TrackingError(
+            f"{reference} is not in the store {store.uri}, or holds no measured cell. Check --tracking-uri."
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        return [read_result(runs.download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids]

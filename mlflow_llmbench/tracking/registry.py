@@ -1,0 +1,421 @@
+"""Model Registry: register the version that serves a measured configuration, with its evidence, and move its aliases.
+
+A version is a models-from-code pyfunc: `serving_model.py`, the configuration, a signature and pinned requirements,
+about 20 KB and no weights. It is linked to the measured run, and its tags hold the figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import PACKAGE_DIR
+from ..analysis.decisions.deployment import Deployment, Evidence, deployment_of, version_tags
+from ..analysis.decisions.gate import PASS
+from ..analysis.summary import summarize
+from ..analysis.verdict import judge
+from ..measure.journal import read_result
+from ..records.errors import TrackingError, UsageError
+from ..records.redaction import redact
+from ..records.results import RunResult
+from ..reports.result import summary_markdown
+from .runs import PARENT_TAG, Store, _plain_errors, cell_params, cells_of_run, download_result, runs_of_sweep
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
+
+
+CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+"""Aliases: registered but not promoted, in use, formerly in use."""
+
+REFERENCE = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
+RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
+RECOMMENDATION = "recommendation.json"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model and its evidence run. `new` is False if the run was already registered."""
+
+    name: str
+    version: str
+    run_id: str
+    new: bool = False
+
+    @property
+    def uri(self) -> str:
+        """The URI of exactly this version."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def parent_of_sweep(store: Store, sweep: str) -> str | None:
+    """Return a sweep's parent run, or its only run if it had one cell. None if the store has no run of it."""
+    tops = [run for run in runs_of_sweep(store, sweep) if PARENT_TAG not in run.data.tags] if sweep else []
+    return str(tops[0].info.run_id) if tops else None
+
+
+def run_of(store: Store, sweep: str, config_hash: str) -> str | None:
+    """Return the newest run of one cell of a sweep; None if the store has none."""
+    runs = runs_of_sweep(store, sweep) if sweep else []
+    found = [run for run in runs if run.data.tags.get("llmbench.config_hash") == config_hash and _holds_result(run)]
+    return str(max(found, key=lambda run: run.info.start_time or 0).info.run_id) if found else None
+
+
+def run_behind(store: Store, reference: str, result: RunResult) -> str | None:
+    """Return the run that holds a result: `reference` if it is the run of a cell, else by `run_of`."""
+    match = RUN_ID.fullmatch(reference)
+    if match and cells_of_run(store, match[1]) == [match[1]]:
+        return match[1]
+    return run_of(store, result.sweep, result.hashes.config)
+
+
+def _holds_result(run: Run) -> bool:
+    return "llmbench.outcome" in run.data.tags
+
+
+def log_folder(store: Store, run_id: str, folder: Path) -> None:
+    """Log all files of a folder as artifacts of a run. Raises TrackingError."""
+    with _plain_errors(store.uri):
+        store.client.log_artifacts(run_id, str(folder))
+
+
+def result_of(store: Store, run_id: str) -> RunResult:
+    """Return the result that a run holds. Raises TrackingError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return read_result(download_result(store, run_id, Path(scratch)))
+
+
+def register(
+    store: Store, reference: str, name: str, alias: str = CANDIDATE, accept_suspect: str | None = None
+) -> Registered:
+    """Register a measured run, or the winner of a recommendation, as a new version of `name`, and point `alias` at it.
+
+    `reference`: a run id, the parent run of a sweep that holds a recommendation, or a recommendation.json. A run that
+    is already registered under this name gets the alias but no second version. Raises UsageError for a run that must
+    not be registered (invalid, or suspect and not accepted) and for names that MLflow would refuse, TrackingError for
+    the store.
+    """
+    _check_names(name, alias)
+    run_id, accepted = _chosen_run(store, reference)
+    result = result_of(store, run_id)
+    metrics = summarize(result)
+    verdict = judge(result, metrics)
+    reason = (accept_suspect or accepted) if verdict.word == "suspect" else None
+    deployment = deployment_of(result, metrics, Evidence(run_id, result.sweep, verdict, reason, result.linked))
+    with _plain_errors(store.uri):
+        there = _version_of_run(store, name, run_id)
+        version = there or _create(store, name, result, deployment)
+        store.client.set_registered_model_alias(name, alias, version)
+        for run in filter(None, (run_id, store.given_run_id)):
+            store.client.set_tag(run, "llmbench.registered", f"models:/{name}/{version}")
+    return Registered(name, version, run_id, new=there is None)
+
+
+def _check_names(name: str, alias: str) -> None:
+    if not name.strip() or re.search(r"[/:@'\"%]", name) or len(name) > 250:
+        raise UsageError(
+            f"Not a name for a registered model: {name}. "
+            "Give letters, digits, dots and dashes, for example support-bot."
+        )
+    if not re.fullmatch(r"[\w-]{1,250}", alias) or alias == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise UsageError(
+            f"Not an alias: {alias}. "
+            f"Give letters, digits and dashes, and neither latest nor v1, for example {CANDIDATE}."
+        )
+    if alias in (CHAMPION, PREVIOUS):
+        raise UsageError(
+            f"Only `llmbench promote` moves the alias {alias}. Register as {CANDIDATE}, then gate and promote it."
+        )
+
+
+def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
+    """Return the run of a reference, and the reason for which a recommendation accepted suspect results."""
+    if reference.endswith(".json"):
+        try:
+            return _winner(store, json.loads(Path(reference).read_text(encoding="utf-8")), reference)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"Cannot read the recommendation {reference}: {error}. "
+                "Give the file that `llmbench recommend --output` wrote."
+            ) from None
+    match = RUN_ID.fullmatch(reference)
+    run_id = match[1] if match else parent_of_sweep(store, reference)
+    if run_id is None:
+        raise UsageError(
+            f"{reference} is neither a run id, nor a sweep of this store, nor a recommendation.json. Give one of them."
+        )
+    if _holds_result(_run(store, run_id)):
+        return run_id, None
+    data = None
+    _without_progress_bars()
+    with _plain_errors(store.uri):
+        if RECOMMENDATION in {item.path for item in store.client.list_artifacts(run_id)}:
+            with tempfile.TemporaryDirectory() as scratch:
+                path = store.client.download_artifacts(run_id, RECOMMENDATION, scratch)
+                data = json.loads(Path(path).read_text(encoding="utf-8"))
+    if data is None:
+        raise UsageError(
+            f"The run {run_id} holds neither a result nor a recommendation. "
+            f"Run `llmbench recommend {run_id}`, or give the run of a cell."
+        )
+    return _winner(store, data, reference)
+
+
+def _without_progress_bars() -> None:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def _run(store: Store, run_id: str) -> Run:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return store.client.get_run(run_id)
+    except MlflowException:
+        raise UsageError(f"The run {run_id} is not in the store {redact(store.uri)}. Check --tracking-uri.") from None
+
+
+def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
+    winner = data.get("winner") if isinstance(data, dict) else None
+    if not winner:
+        raise UsageError(
+            f"The recommendation {reference} has no winner: nothing kept the limits. "
+            "Recommend again with others, or give the run of a cell."
+        )
+    run_id = run_of(store, winner["sweep"], winner["config_hash"])
+    if run_id is None:
+        raise UsageError(
+            f"The winner of {reference} is not in the store {store.uri}. "
+            "Check --tracking-uri, or `llmbench upload` its folder first."
+        )
+    return run_id, data.get("accepted_suspect")
+
+
+def _version_of_run(store: Store, name: str, run_id: str) -> str | None:
+    versions = store.client.search_model_versions(f"name = '{name}'")
+    return next((str(v.version) for v in versions if v.tags.get("llmbench.run_id") == run_id), None)
+
+
+def _create(store: Store, name: str, result: RunResult, deployment: Deployment) -> str:
+    """Log the model with the evidence run as source, create a version of it, and return the version's number."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.exceptions import MlflowException
+
+    client, run_id = store.client, deployment.evidence.run_id
+    with contextlib.suppress(MlflowException):
+        client.create_registered_model(
+            name, description="Measured configurations of a language model; each version links to its evidence."
+        )
+    tags = version_tags(deployment)
+    params = cell_params(result.cell)
+    experiment = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(
+        experiment, "deployment", source_run_id=run_id, tags=tags, params=params, model_type="llm-deployment"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        save(deployment, folder, run_id, logged.model_id)
+        client.log_model_artifacts(logged.model_id, str(folder))
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+    source = f"models:/{logged.model_id}"
+    made = client.create_model_version(
+        name, source, run_id, tags, description=describe(name, result, deployment), model_id=logged.model_id
+    )
+    return str(made.version)
+
+
+def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_id: str | None = None) -> None:
+    """Write the pyfunc of a deployment into `folder`, in MLflow's model format."""
+    with warnings.catch_warnings(record=True):  # MLflow's advice on type hints and input examples is not for our users
+        warnings.simplefilter("always")
+        import mlflow.pyfunc
+        from mlflow.models import Model
+
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(PACKAGE_DIR / "tracking" / "serving_model.py"),
+            model_config=dict(deployment.config),
+            signature=signature(int(deployment.config["max_new_tokens"])),
+            mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
+            pip_requirements=[f"mlflow=={mlflow.__version__}", *deployment.requirements],
+        )
+
+
+def signature(max_new_tokens: int) -> ModelSignature:
+    """Return the signature: `prompt` → `text` with its counts, and `max_new_tokens` as the parameter of a request."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    columns = {"text": "string", "prompt_tokens": "long", "output_tokens": "long", "finish": "string"}
+    outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
+    return ModelSignature(
+        Schema([ColSpec("string", "prompt")]),
+        outputs,
+        ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)]),
+    )
+
+
+def describe(name: str, result: RunResult, deployment: Deployment) -> str:
+    """Return a version's description: the run's summary, the limits, and how to serve it."""
+    config, evidence = deployment.config, deployment.evidence
+    metrics = summarize(result)
+    rows = "1 row" if config["batch_size"] == 1 else f"{config['batch_size']} rows"
+    limits = (
+        f"up to {config['max_prompt_tokens']} prompt tokens, {config['max_new_tokens']} output tokens, {rows} at a time"
+    )
+    place = "/".join(filter(None, [config["location"], config["gguf_file"]]))
+    parts = [
+        summary_markdown(result, metrics, evidence.verdict).rstrip(),
+        *([f"Suspect, and accepted: {evidence.accepted_suspect}"] if evidence.accepted_suspect else []),
+        f"Measured for {limits}. Evidence: run `{evidence.run_id}` of the sweep `{evidence.sweep}`.",
+        f"Serve it: `mlflow models serve -m models:/{name}@ALIAS --env-manager local`. No weights are stored here: "
+        f"they come from `{place}`, revision `{config['revision']}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def version_at(store: Store, reference: str) -> ModelVersion:
+    """Return the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names.
+
+    Raises UsageError for a malformed or unknown reference, TrackingError if the registry cannot be read.
+    """
+    from mlflow.exceptions import MlflowException
+
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise UsageError(
+            f"Not a registered version: {reference}. Give models:/NAME@{CHAMPION} or models:/NAME/VERSION."
+        )
+    name, alias, number = match.groups()
+    try:
+        found = (
+            store.client.get_model_version_by_alias(name, alias)
+            if alias
+            else store.client.get_model_version(name, number)
+        )
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise TrackingError(f"The registry of {store.uri} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"There is no {reference} in the store {store.uri}. "
+            f"Create a version with `llmbench register RUN --name {name}`."
+        ) from None
+    return found
+
+
+def registered_at(store: Store, reference: str) -> Registered:
+    """Return the version at a reference, with its evidence run.
+
+    Raises UsageError if it was not registered by `llmbench register`.
+    """
+    found = version_at(store, reference)
+    run_id = found.tags.get("llmbench.run_id")
+    if not run_id:
+        raise UsageError(
+            f"{reference} was not registered by `llmbench register`, so it has no evidence. "
+            "Register a measured run under this name."
+        )
+    return Registered(str(found.name), str(found.version), run_id)
+
+
+def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return a version's `model_config` and its pinned requirements. Raises TrackingError."""
+    import yaml
+
+    _without_progress_bars()
+    with tempfile.TemporaryDirectory() as scratch, _plain_errors(store.uri):
+        import mlflow.artifacts
+
+        folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=scratch, tracking_uri=store.uri))
+        model = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+        requirements = (folder / "requirements.txt").read_text(encoding="utf-8").split()
+        return dict(model["flavors"]["python_function"]["config"]), tuple(requirements)
+
+
+def log_gate(
+    store: Store,
+    run_id: str,
+    champion: Registered,
+    verdict: str,
+    why: str,
+    accepted_suspect: str | None,
+    folder: Path,
+    measured: str | None = None,
+) -> None:
+    """Store a gate's verdict with the candidate's run: as tags, and its files under `gate/`. Raises TrackingError.
+
+    `measured`: the run in which both sides were measured again for the gate, None if their own runs were used.
+    """
+    tags = {
+        "gate": verdict,
+        "gate_against": champion.uri,
+        "gate_why": why,
+        "gate_accepted_suspect": accepted_suspect or "",
+        "gate_measured": measured or "",
+    }
+    with _plain_errors(store.uri):
+        for name, value in tags.items():
+            store.client.set_tag(run_id, f"llmbench.{name}", value[:5000])
+        store.client.log_artifacts(run_id, str(folder), "gate")
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """Result of a promotion: the new champion, and the version of the former one (None for the first)."""
+
+    champion: Registered
+    before: str | None
+
+
+def promote(store: Store, reference: str) -> Promotion:
+    """Make a version the champion, and the former champion `previous`.
+
+    The version must have passed its last gate, against the present champion. No gate is needed for the first champion
+    of a name, which has nothing to compare with, nor for going back to `previous`, which was champion before. Raises
+    UsageError, TrackingError.
+    """
+    new = registered_at(store, reference)
+    aliases: dict[str, str] = {
+        alias: str(version) for alias, version in store.client.get_registered_model(new.name).aliases.items()
+    }
+    before = aliases.get(CHAMPION)
+    if before == new.version:
+        raise UsageError(f"{new.uri} is the champion already. Nothing was moved.")
+    if before is not None and aliases.get(PREVIOUS) != new.version:
+        _require_gate(store, new, before)
+    with _plain_errors(store.uri):
+        if before is not None:
+            store.client.set_registered_model_alias(new.name, PREVIOUS, before)
+        store.client.set_registered_model_alias(new.name, CHAMPION, new.version)
+    return Promotion(new, before)
+
+
+def _require_gate(store: Store, new: Registered, champion: str) -> None:
+    tags = _run(store, new.run_id).data.tags
+    verdict, against, present = (
+        tags.get("llmbench.gate"),
+        tags.get("llmbench.gate_against"),
+        f"models:/{new.name}/{champion}",
+    )
+    if verdict == PASS and against == present:
+        return
+    why = (
+        "has not been gated"
+        if verdict is None
+        else f"was gated against {against}"
+        if against != present
+        else f"did not pass its gate ({verdict})"
+    )
+    raise UsageError(
+        f"{new.uri} {why}, and the champion is {present}. Nothing was moved. "
+        f"Run: llmbench gate {new.uri} --against {present}"
+    )

@@ -1,0 +1,1 @@
+"""Commands that combine sweeps: A/B, study, QAT, reproduce, gate, import, doctor."""

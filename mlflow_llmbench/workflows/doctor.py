@@ -1,0 +1,348 @@
+"""Report what this machine and environment can do, with advice for everything that is missing or limited.
+
+`llmbench doctor` prints `format_report(examine())`. Nothing heavy is imported: torch is queried in its own process, and
+versions are read from installed metadata. A missing thing is an item of the report, never an exception.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..backends.packages import ALSO_SHOWN, APART, NEEDED, version
+from ..measure import interpreter
+from ..measure.runtime import Item, _guarded, optional_items, package_item, runtime_items
+from ..records.redaction import redact
+from ..system import gpu, machine, memory
+
+LITTLE_MEMORY = 2_000_000_000
+LITTLE_DISK = 10_000_000_000
+TORCH_S = 60.0
+HUB_S = 5.0
+
+ASK_TORCH = """
+import json, torch
+seen = torch.cuda.is_available()
+devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if seen else []
+print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda, "cuda": seen, "devices": devices}))
+"""
+
+ASK_HUB = """
+import sys, huggingface_hub
+print(huggingface_hub.get_session().head(sys.argv[1], timeout=float(sys.argv[2])).status_code)
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All items in display order. `ready` is True if models can be measured here: nothing needed is missing."""
+
+    ready: bool
+    items: tuple[Item, ...]
+
+
+def examine_worker(python: str) -> Report:
+    """Report what a worker of another interpreter can run; the runtimes installed there are really imported.
+
+    Raises UsageError or MeasurementError.
+    """
+    environment = interpreter.examine(python)
+    packages = ", ".join(f"{name} {found}" for name, found in environment["packages"].items())
+    items = [
+        Item("Interpreter", "Python", "ok", f"{environment['python']}, {python}"),
+        Item("Interpreter", "packages", "ok", packages or "none of ours"),
+    ]
+    for item in (Item(**found) for found in interpreter.ask_doctor(python)):
+        problem = (
+            interpreter.try_import(python, item.name)
+            if item.section == "Backends" and item.status == "ok" and item.name in APART
+            else ""
+        )
+        items.append(
+            replace(item, status="limited", found=f"cannot be imported: {problem}", advice=IMPORT_ADVICE)
+            if problem
+            else item
+        )
+    return Report(any(item.section == "Backends" and item.status == "ok" for item in items), tuple(items))
+
+
+IMPORT_ADVICE = "The packages there do not work together. See docs/runtimes.md for a set that does."
+
+
+def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
+    """Check everything. Takes about a second more than importing torch, at most about `torch_s` + `hub_s` seconds."""
+    checks: tuple[tuple[str, str, Callable[[], Iterable[Item]]], ...] = (
+        ("Machine", "machine", machine_items),
+        ("Machine", "GPU", lambda: gpu_items(gpu.gpus(), version("nvidia-ml-py") is not None)),
+        ("Machine", "disk", disk_items),
+        ("Software", "packages", software_items),
+        ("Software", "torch runs", lambda: [torch_item(gpu.gpus(), seconds=torch_s)]),
+        ("Software", "Hugging Face Hub", lambda: [hub_item(seconds=hub_s)]),
+        ("Backends", "runtimes", runtime_items),
+        ("Optional", "optional packages", optional_items),
+        ("Instruments", "instruments", instrument_items),
+    )
+    items = tuple(item for section, name, check in checks for item in _guarded(section, name, check))
+    return Report(not any(item.needed and item.status == "missing" for item in items), items)
+
+
+def format_report(report: Report) -> str:
+    """Return the report as text: its items, and a last sentence."""
+    return f"{format_items(report.items)}\n\n{_last_sentence(report)}"
+
+
+def format_items(items: Sequence[Item]) -> str:
+    """Return items as text: sections, one line per item, its advice below."""
+    width = max((len(item.name) for item in items), default=0)
+    lines: list[str] = []
+    section = None
+    for item in items:
+        if item.section != section:
+            lines += ["", item.section] if lines else [item.section]
+            section = item.section
+        lines.append(f"  {item.status:7}  {item.name:{width}}  {item.found}")
+        if item.advice:
+            lines.append(f"  {'':7}  {'':{width}}  {item.advice}")
+    return "\n".join(lines)
+
+
+def _last_sentence(report: Report) -> str:
+    lacking = [item.name for item in report.items if item.needed and item.status == "missing"]
+    if lacking:
+        return f"Not ready: {', '.join(dict.fromkeys(lacking))}. See the advice above."
+    device = next((item.data["device"] for item in report.items if "device" in item.data), "cpu")
+    quants = [item.name for item in report.items if item.section == "Quantizations" and item.status == "ok"]
+    return f"Ready: models can be measured with device={device} and quant={','.join(quants)}."
+
+
+def machine_items() -> Iterator[Item]:
+    """Yield CPU, vector instructions, memory and operating system."""
+    cores, logical = machine.physical_cores(), len(machine.usable_cpus())
+    data = {"name": machine.cpu_name(), "physical_cores": cores, "usable_cpus": logical}
+    found = f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}"
+    yield Item("Machine", "CPU", "ok", found, data=data)
+    yield from vector_items(Path("/proc/cpuinfo"))
+    yield memory_item(memory.available_bytes(), memory.total_bytes())
+    yield Item("Machine", "system", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
+
+
+def vector_items(cpuinfo: Path) -> Iterator[Item]:
+    """Yield the vector instructions that make quantized and 16-bit models fast on an x86 CPU; nothing on others."""
+    try:
+        found = re.search(r"^flags\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return
+    flags = set(found[1].split()) if found else set()
+    if "sse2" not in flags:
+        return
+    useful = [
+        flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags
+    ]
+    data = {"useful": useful}
+    if "avx512f" in flags:
+        yield Item("Machine", "vector instructions", "ok", ", ".join(useful), data=data)
+    else:
+        advice = (
+            "int4 and fp4 fall back to slow code on a CPU without AVX-512: "
+            "compare them with fp32 before you choose them."
+        )
+        yield Item(
+            "Machine",
+            "vector instructions",
+            "limited",
+            f"{', '.join(useful) or 'SSE only'}, no AVX-512",
+            advice,
+            data=data,
+        )
+
+
+def memory_item(available: int | None, total: int | None) -> Item:
+    """Return the item of free memory; both arguments are bytes, None if unknown."""
+    data = {"available_bytes": available, "total_bytes": total}
+    if available is None or total is None:
+        advice = "Estimates cannot be compared with free memory; a model that is too large fails while it loads."
+        return Item("Machine", "memory", "limited", "not known", advice, data=data)
+    found = f"{available / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
+    if available < LITTLE_MEMORY:
+        return Item(
+            "Machine", "memory", "limited", found, "Close other programs; `llmbench models` shows what fits.", data=data
+        )
+    return Item("Machine", "memory", "ok", found, data=data)
+
+
+def gpu_items(gpus: Sequence[Mapping[str, Any]], reader: bool) -> Iterator[Item]:
+    """Yield the NVIDIA GPUs; `reader` is True if the package that reads them (nvidia-ml-py) is installed."""
+    if not reader:
+        why = "not checked: the package nvidia-ml-py is not installed"
+        yield Item("Machine", "GPU", "missing", why, "Run: pip install nvidia-ml-py")
+    elif not gpus:
+        advice = (
+            "Models run on the CPU. If there is a GPU, `nvidia-smi` must show it: install the driver, "
+            "or give the container access (--gpus all)."
+        )
+        yield Item("Machine", "GPU", "missing", "no NVIDIA GPU answers", advice)
+    for one in gpus:
+        found = f"{one['name']}, {one['memory_bytes'] / 1e9:.1f} GB, driver {one['driver']}, CUDA {one['cuda']}"
+        yield Item("Machine", f"GPU {one['index']}", "ok", found, data=one)
+
+
+def disk_items() -> Iterator[Item]:
+    """Yield the free space of the folders for checkpoints: our cache and the Hub's."""
+    yield disk_item("cache folder", machine.cache_folder(), "LLMBENCH_CACHE")
+    home = Path(
+        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
+    yield disk_item("Hub cache", Path(os.environ.get("HF_HUB_CACHE") or home / "hub"), "HF_HOME")
+
+
+def disk_item(name: str, folder: Path, variable: str) -> Item:
+    """Return the free space for a folder, which need not exist yet; the environment variable `variable` sets it."""
+    there = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir()), Path.cwd())
+    free = shutil.disk_usage(there).free
+    found, data = f"{free / 1e9:.1f} GB free in {folder}", {"folder": str(folder), "free_bytes": free}
+    if not os.access(there, os.W_OK):
+        advice = f"Set {variable} to a folder that you own."
+        return Item("Machine", name, "limited", f"{folder} cannot be written", advice, data=data)
+    if free < LITTLE_DISK:
+        advice = f"A 7 B model takes 14 GB: free some space, or set {variable} to a folder on a larger disk."
+        return Item("Machine", name, "limited", found, advice, data=data)
+    return Item("Machine", name, "ok", found, data=data)
+
+
+def software_items() -> Iterator[Item]:
+    """Yield Python, the required packages, and the versions of other packages that can affect a result."""
+    python_ok = sys.version_info >= (3, 10)
+    yield Item(
+        "Software",
+        "Python",
+        "ok" if python_ok else "limited",
+        platform.python_version(),
+        None if python_ok else "Use Python 3.10 or later.",
+    )
+    for name in NEEDED:
+        yield package_item(name, version(name))
+    others = {name: found for name in ALSO_SHOWN if (found := version(name))}
+    if others:
+        yield Item(
+            "Software", "also", "ok", ", ".join(f"{name} {found}" for name, found in others.items()), data=others
+        )
+
+
+def hub_item(endpoint: str | None = None, seconds: float = HUB_S) -> Item:
+    """Return the item of the Hugging Face Hub. It is not contacted if an environment variable says offline."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
+            advice = f"Local folders, cached models and --weights random work. Unset {variable} to download."
+            return Item("Software", "Hugging Face Hub", "limited", f"not asked: {variable} is set", advice)
+    address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    host = urlsplit(address).hostname or "the given address"
+    answer, problem = _ask([sys.executable, "-c", ASK_HUB, address, str(seconds)], seconds)
+    code = int(answer) if answer else 0
+    if 0 < code < 400 or code in (404, 405):  # a mirror need not have a front page
+        return Item("Software", "Hugging Face Hub", "ok", f"{host} answers")
+    found = f"{host} answers with HTTP {code}" if code else f"{host} cannot be reached: {problem}"
+    advice = (
+        "Check the network or the proxy (HTTPS_PROXY). "
+        "Local folders, cached models and --weights random work without the Hub."
+    )
+    return Item("Software", "Hugging Face Hub", "limited", found, advice)
+
+
+def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), seconds: float = TORCH_S) -> Item:
+    """Return what torch says about CUDA, compared with the `gpus` that the driver shows.
+
+    torch is imported in a separate process (`command`).
+    """
+    answer, problem = _ask(command or [sys.executable, "-c", ASK_TORCH], seconds)
+    if not answer:
+        again = "Try `python -c 'import torch'`. To reinstall it, run: pip install --force-reinstall 'torch>=2.6'"
+        return Item("Software", "torch runs", "missing", problem, again, needed=True)
+    data = json.loads(answer)
+    data["device"] = "cuda" if data["cuda"] and gpus else "cpu"
+    advice = None
+    if data["cuda"]:
+        found = f"CUDA {data['built_for']} works: {', '.join(data['devices'])}"
+        if not gpus:
+            advice = "device=cuda also needs the driver's answer through NVML. Run: pip install nvidia-ml-py"
+    elif not gpus:
+        found = "on the CPU"
+    elif data["built_for"] is None:
+        found = f"on the CPU only: {data['version']} is a build without CUDA, and there is a GPU"
+        advice = "Install a build for CUDA: https://pytorch.org/get-started/locally"
+    else:
+        found = f"on the CPU only: CUDA {data['built_for']} does not start on the GPU that the driver shows"
+        advice = "Update the driver, or install a build for an older CUDA. CUDA_VISIBLE_DEVICES may also hide the GPU."
+    return Item("Software", "torch runs", "limited" if advice else "ok", found, advice, needed=True, data=data)
+
+
+def _ask(command: Sequence[str], seconds: float) -> tuple[str, str]:
+    """Return the last line that a process prints and "", or "" and the reason: its last error line, or the timeout."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return "", f"no answer within {seconds:g} s"
+    out, err = (stream.decode(errors="replace").strip().splitlines() for stream in (done.stdout, done.stderr))
+    if done.returncode == 0 and out:
+        return out[-1], ""
+    return "", redact(err[-1])[:200] if err else f"it ended with code {done.returncode}"
+
+
+def instrument_items() -> Iterator[Item]:
+    """Yield the instruments for memory peaks, CPU pressure and energy."""
+    if memory.reset_peak():
+        yield Item("Instruments", "memory peaks", "ok", "exact: the kernel's high-water mark can be reset")
+    else:
+        advice = "Peaks of a cell are then taken from 20 samples per second, which can miss a short peak."
+        yield Item("Instruments", "memory peaks", "limited", "/proc/self/clear_refs cannot be written", advice)
+    yield pressure_item(Path("/proc/pressure/cpu"))
+    yield energy_item(Path("/sys/class/powercap"))
+
+
+def pressure_item(file: Path) -> Item:
+    """Return the item of pressure stall information: how long tasks waited for a CPU."""
+    try:
+        file.read_text()
+    except OSError as error:
+        advice = "Disturbance is then judged only by the CPU time of other processes. Boot with psi=1 for more."
+        return Item("Instruments", "CPU pressure", "missing", f"{file} cannot be read: {error.strerror}", advice)
+    return Item("Instruments", "CPU pressure", "ok", f"{file} can be read")
+
+
+def energy_item(folder: Path) -> Item:
+    """Return the item of the CPU's energy counters (RAPL), which since 2020 only root can read by default."""
+    counters = sorted(folder.glob("intel-rapl*/energy_uj"))
+    if not counters:
+        advice = (
+            "Energy of the CPU cannot be measured. Virtual machines have no counters; "
+            "on hardware load the module intel_rapl_common."
+        )
+        return Item("Instruments", "energy counters", "missing", f"none in {folder}", advice)
+    try:
+        for counter in counters:
+            int(counter.read_text())
+    except (OSError, ValueError):
+        advice = (
+            f"Run: sudo chmod a+r {folder}/intel-rapl*/energy_uj (until the next boot; it lets every program read them)"
+        )
+        return Item(
+            "Instruments",
+            "energy counters",
+            "limited",
+            f"{_count(len(counters), 'counter')}, no permission to read",
+            advice,
+        )
+    return Item("Instruments", "energy counters", "ok", f"{_count(len(counters), 'counter')} can be read")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

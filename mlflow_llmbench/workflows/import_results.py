@@ -1,0 +1,107 @@
+"""Import results of other programs into the store, as runs tagged with their source.
+
+They stand beside our runs and are never compared as if they were ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..analysis.other_tools import Foreign, read_foreign
+from ..analysis.summary import Point
+from ..measure.journal import write_bytes
+from ..records.errors import UsageError
+from ..records.redaction import redact, redact_all
+from ..tracking import runs
+
+LARGEST = 200_000_000
+"""Largest file that is read, in bytes; results with every single request take some tens of megabytes."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Result of `import_file`: the measurements, their runs in the same order, and the number of new runs."""
+
+    found: tuple[Foreign, ...]
+    run_ids: tuple[str, ...]
+    new: int
+
+
+def import_file(path: str, tracking_uri: str | None = None, experiment: str | None = None) -> Imported:
+    """Make one MLflow run for each measurement in a result file, except for those imported before.
+
+    Raises UsageError for a file that cannot be imported, TrackingError for a problem of the store.
+    """
+    content = _read(path)
+    try:
+        found = read_foreign(_parse(content))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}. Give the JSON file that the program wrote.") from None
+    except UsageError as error:
+        raise UsageError(f"Cannot import {path}. {error}") from None
+    found = list(redact_all(found))
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    store = runs.open_store(tracking_uri, experiment)
+    if store.given_run_id:
+        raise UsageError("MLFLOW_RUN_ID is set, but an import makes its own runs. Unset it.")
+    run_ids, new = [], 0
+    for number, one in enumerate(found):
+        identity = {"source": one.source, "import": f"{digest}-{number}"}
+        run_id = runs.find_tagged(store, identity)
+        if run_id is None:
+            run_id, new = _log(store, one, identity, Path(path).name, content), new + 1
+        run_ids.append(run_id)
+    return Imported(tuple(found), tuple(run_ids), new)
+
+
+def _parse(content: bytes) -> Any:
+    """Parse JSON, or JSON Lines (`llama-bench -o jsonl`) into the list of their objects. Raises ValueError."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        lines = content.strip().split(b"\n")
+        if len(lines) < 2:
+            raise
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:
+            pass
+        raise
+
+
+def _read(path: str) -> bytes:
+    try:
+        if Path(path).stat().st_size > LARGEST:
+            raise UsageError(
+                f"{path} is larger than {LARGEST / 1e6:.0f} MB. Write the result without its individual requests."
+            )
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror}. Give the JSON file that the program wrote.") from None
+
+
+def _log(store: runs.Store, one: Foreign, identity: dict[str, str], file: str, content: bytes) -> str:
+    now = int(time.time() * 1000)
+    run_id = runs.begin_run(store, one.name, identity, started_ms=now)
+    outcome = "error"
+    try:
+        runs.log_params(store, run_id, dict(one.params))
+        runs.log_metrics(
+            store, run_id, [Point(key, 0, value, now) for key, value in {**one.own, **one.metrics}.items()]
+        )
+        told = {"source_version": one.version, "tokens_by": one.tokens_by, "translated": ", ".join(sorted(one.metrics))}
+        runs.set_tags(store, run_id, {name: value for name, value in told.items() if value})
+        with tempfile.TemporaryDirectory() as scratch:
+            write_bytes(Path(scratch) / file, redact(content.decode("utf-8", "replace")).encode())
+            runs.log_folder(store, run_id, Path(scratch), "imported")
+        runs.set_tags(store, run_id, {"uploaded": "true"})  # last, so that an import cut off midway is repeated
+        outcome = "ok"
+    finally:
+        runs.end_run(store, run_id, outcome)
+    return run_id

@@ -1,0 +1,328 @@
+"""Rematch: measure the champion and a candidate again on this machine, in alternating order.
+
+Registered runs may be weeks old and from another machine, which a gate on them refuses. Measured again in alternating
+order, drift affects both sides alike and only their configurations differ. A software change that made both slower does
+not show up this way; it shows up in the registered runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .. import PACKAGE_DIR
+from ..analysis import comparison as comparison_analysis
+from ..analysis.comparison import Comparison, Difference, differences
+from ..analysis.decisions.equivalence import DEFAULT_MARGIN, INVALID, Reproduction, changed_facts, weigh
+from ..analysis.decisions.gate import quality_text
+from ..analysis.summary import summarize
+from ..analysis.verdict import judge
+from ..config import plan
+from ..config.spec import parse
+from ..measure import interpreter
+from ..measure.journal import read_result, write_bytes, write_json
+from ..records.cell import Cell, Options
+from ..records.errors import MeasurementError, NotComparable, UsageError
+from ..records.results import ModelFacts, RunResult
+from ..reports import files
+from ..reports.reproduction import HEADING, reproduction_cells, reproduction_json, reproduction_markdown
+from ..reports.result import command
+from ..sweeps import planning
+from ..sweeps.progress import Watcher
+from ..sweeps.sweep import SweepResult, run
+from ..system import machine
+from ..tracking import registry, runs
+from ..tracking.load_results import load_results
+from ..workloads.prompts import load_prompts
+from .ab import DEFAULT_PAIRS, measure_in_turns, sides
+
+
+@dataclass(frozen=True)
+class Rematch:
+    """Result of `rematch`: the sweep of both sides, their new results, and notes on what differs from before."""
+
+    sweep: SweepResult
+    champion: RunResult
+    candidate: RunResult
+    notes: tuple[str, ...]
+
+
+def rematch(
+    champion: RunResult,
+    candidate: RunResult,
+    *,
+    pairs: int = DEFAULT_PAIRS,
+    granted: frozenset[str] = frozenset(),
+    output_dir: str | None = None,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+) -> Rematch:
+    """Measure the configurations of two results in `pairs` fresh processes each, in alternating order.
+
+    A side that fails is a result with its failure. `granted` is as in `reproduce.parameters_again`. Raises UsageError
+    or NotComparable if a side cannot be rebuilt (see `reproduce.require_same`), MeasurementError if interrupted.
+    """
+    for result in (champion, candidate):
+        if result.cell.scenario == "online":
+            server = f"The server {result.cell.url}" if result.cell.url else "A server that a command starts"
+            raise UsageError(
+                f"{server} is not started from here. Measure it with `llmbench online`, "
+                "and gate that run without --measure."
+            )
+    sides_of = [parameters_again(result, granted) for result in (champion, candidate)]
+    for result, parameters in zip((champion, candidate), sides_of, strict=True):
+        require_same(result, parameters)
+    common = {name: value for name, value in sides_of[0].items() if name in Options.__dataclass_fields__}
+    common |= {"output_dir": [output_dir]} if output_dir else {}
+    a, b = (
+        {name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of
+    )
+    done = measure_in_turns(
+        a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
+    )
+    if done.outcome == "interrupted":
+        raise MeasurementError(f"The measurement was interrupted. The results so far are in {done.folder}.")
+    return Rematch(done, *sides(done), tuple(_notes({"champion": champion, "candidate": candidate})))
+
+
+def _notes(before: Mapping[str, RunResult]) -> list[str]:
+    unlike = {name: ", ".join(map(str, unlike_here(result))) for name, result in before.items()}
+    return [
+        f"This machine or its software differs from where the {name} was measured before: {told}."
+        for name, told in unlike.items()
+        if told
+    ]
+
+
+GRANTS = ("trust_remote_code", "allow_pickle")
+"""Parameters that are not taken over from a run and must be given again."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """The original to reproduce: its result, its run id if the store has it, and its name in messages."""
+
+    result: RunResult
+    run_id: str | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """Result of `reproduce`. `sweep` is None if nothing was measured because the original is not valid."""
+
+    original: Original
+    found: Reproduction
+    sweep: SweepResult | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the new run, None if there is none."""
+        return (self.sweep.run_ids[0] or None) if self.sweep else None
+
+
+def find_original(reference: str, tracking_uri: str | None = None) -> Original:
+    """Load the one result behind a run id, `runs:/ID`, sweep, folder or `models:/NAME@ALIAS`.
+
+    Raises UsageError if there are several.
+    """
+    if reference.startswith("models:/"):
+        store = runs.open_store(tracking_uri)
+        version = registry.registered_at(store, reference)
+        return Original(registry.result_of(store, version.run_id), version.run_id, version.uri)
+    results = load_results(reference, tracking_uri)
+    if len(results) != 1:
+        raise UsageError(
+            f"{reference} has {len(results)} cells, but only one can be measured again at a time. "
+            "Give the run of one cell."
+        )
+    run_id = registry.run_behind(runs.open_store(tracking_uri), reference, results[0])
+    return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
+
+
+def parameters_again(
+    result: RunResult, granted: frozenset[str] = frozenset(), url: str | None = None
+) -> dict[str, object]:
+    """Return the parameters that measure a result's configuration again, each with a single value.
+
+    `granted` names the parameters of `GRANTS` that the user allows again; `url` is the present address of the server.
+    Raises UsageError if the run needs one of these and it is not given, if its server was started by a command, or if
+    `url` is given but no server was measured.
+    """
+    needed = [name for name in GRANTS if getattr(result.cell, name) and name not in granted]
+    if needed:
+        option = f"--{needed[0].replace('_', '-')}"
+        raise UsageError(
+            f"It was measured with {needed[0]}=true, which is not taken over from a run. "
+            f"If you trust the model {result.cell.model}, add {option}."
+        )
+    if result.cell.launch:
+        raise UsageError(
+            "It was measured on a server that a command started, and a command is not taken over from a run. "
+            f"If you trust it: {command(result.cell)}"
+        )
+    if result.cell.url and not url:
+        raise UsageError(
+            f"It was measured on the server {result.cell.url}, and an address is not taken over from a run. "
+            f"Add --url {result.cell.url}, or its present address."
+        )
+    if url and not result.cell.url:
+        raise UsageError(f"--url is given, but no server was measured: {url}. Leave it out.")
+    parameters = files.parameters_of(result) | ({"url": url} if url else {})
+    return {name: [text] for name, text in parameters.items()}
+
+
+def require_same(original: RunResult, parameters: dict[str, object]) -> None:
+    """Raise NotComparable if the model or the workload is no longer that of the original."""
+    [cell] = plan.expand_cells(parse(parameters))
+    model = interpreter.resolve(cell)
+    if not cell.url:
+        _require_model(original, cell, model)
+    if planning.workload_hash(cell, model, load_prompts(cell.workload)) != original.hashes.workload:
+        raise NotComparable(
+            f"The workload {cell.workload} has changed since the run was measured. "
+            "Restore the file, or the release that it came with."
+        )
+
+
+def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
+    before, now = (plan.config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
+    if before != now:
+        raise NotComparable(
+            f"The model {cell.model} has changed since the run was measured: "
+            f"{original.model.name} {original.model.revision} → {model.name} {model.revision}. "
+            "Restore the old files, or measure the present ones with `llmbench run`."
+        )
+
+
+def unlike_here(original: RunResult) -> list[Difference]:
+    """Return the differences of this machine and its software from where the original was measured."""
+    here = interpreter.environment_of(original.cell, machine.environment(str(PACKAGE_DIR)))
+    hashes = dataclasses.replace(original.hashes, **here["hashes"])
+    return differences(original, dataclasses.replace(original, environment=here, hashes=hashes))
+
+
+def distrusted(name: str, result: RunResult) -> str | None:
+    """Return the reason why a result cannot be compared with another (failed or invalid); None if it can."""
+    if result.failure:
+        return f"The {name} has no result: it ended with {result.outcome} at stage {result.failure.stage}."
+    verdict = judge(result, summarize(result))
+    return (
+        f"The {name} is invalid ({', '.join(reason.code for reason in verdict.reasons)})."
+        if verdict.word == "invalid"
+        else None
+    )
+
+
+def reproduce(
+    reference: str,
+    *,
+    margin: float = DEFAULT_MARGIN,
+    granted: frozenset[str] = frozenset(),
+    url: str | None = None,
+    output_dir: str | None = None,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Reproduced:
+    """Measure `reference` again on this machine, and compare it with the original within `margin` (a ratio).
+
+    Before measuring, `say` gets a line on what differs here. The new run is linked to the original and holds the
+    comparison under `reproduction/`. `granted` and `url` are as in `parameters_again`. Raises UsageError, NotComparable
+    if model or workload have changed, MeasurementError if nothing was measured.
+    """
+    if not 0 < margin < 1:
+        raise UsageError(f"The margin is not a ratio between 0 and 1: {margin}. Give 0.05 for ±5 %.")
+    original = find_original(reference, tracking_uri)
+    if why := distrusted("original", original.result):
+        return Reproduced(original, Reproduction(INVALID, f"{why} There is nothing to reproduce.", margin))
+    parameters = parameters_again(original.result, granted, url)
+    require_same(original.result, parameters)
+    unlike = unlike_here(original.result)
+    say(
+        f"This machine or its software differs from where {original.name} was measured: {', '.join(map(str, unlike))}."
+        if unlike
+        else f"This machine and its software are those of {original.name}."
+    )
+    where = {"output_dir": [output_dir]} if output_dir else {}
+    experiment = experiment or _experiment_of(original, tracking_uri)
+    sweep = run(
+        tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **(parameters | where | {"rerun": True})
+    )
+    again = read_again(sweep)
+    done = _weighed(original, again, sweep, margin)
+    if done.run_id:
+        _keep(done, tracking_uri)
+    return done
+
+
+def read_again(sweep: SweepResult) -> RunResult:
+    """Read the result of the only cell of a sweep. Raises MeasurementError if it has none."""
+    if sweep.outcome != "ok" or sweep.rows[0].outcome != "ok":
+        raise MeasurementError(
+            f"It could not be measured again: {sweep.rows[0].outcome}: {sweep.rows[0].message} "
+            f"The files are in {sweep.folder}."
+        )
+    [folder] = [file.parent for file in sweep.folder.glob("*/artifacts/result.json")]
+    return read_result(folder)
+
+
+def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: float) -> Reproduced:
+    if why := distrusted("reproduction", again):
+        return Reproduced(original, Reproduction(INVALID, f"{why} Measure again.", margin), sweep)
+    allow = frozenset({"hardware", "software"})
+    comparison = comparison_analysis.compare(
+        original.result, again, allow=allow, called=("the original", "the reproduction")
+    )
+    one_text = quality_text(original.result) == quality_text(again)
+    metrics = [
+        {k: v for k, v in summarize(r).items() if one_text or k != "quality/perplexity"}
+        for r in (original.result, again)
+    ]
+    found = weigh(comparison, margin, (metrics[0], metrics[1]))
+    if changed := changed_facts(original.result, again):
+        found = dataclasses.replace(found, notes=(*found.notes, changed))
+    if not one_text:
+        found = dataclasses.replace(
+            found,
+            notes=(
+                *found.notes,
+                "Perplexity is not compared: a run does not keep the text it was measured on; another one was used.",
+            ),
+        )
+    return Reproduced(original, found, sweep, comparison)
+
+
+def _experiment_of(original: Original, tracking_uri: str | None) -> str | None:
+    """Return the name of the original's experiment, None if its run is not in the store."""
+    if original.run_id is None:
+        return None
+    client = runs.open_store(tracking_uri).client
+    return str(client.get_experiment(client.get_run(original.run_id).info.experiment_id).name)
+
+
+def _keep(done: Reproduced, tracking_uri: str | None) -> None:
+    """Write the comparison beside the new result and log it on the new run; link both runs by tags."""
+    assert done.sweep and done.run_id
+    folder = done.sweep.folder / "reproduction"
+    write_json(
+        folder / "reproduction.json",
+        {**reproduction_json(done.found), "original": done.original.name, "original_run_id": done.original.run_id},
+    )
+    write_bytes(folder / "reproduction.md", reproduction_markdown(done.found).encode())
+    write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
+    if done.comparison:
+        files.write_comparisons([done.comparison], folder)
+    store = runs.open_store(tracking_uri, own=done.run_id)
+    runs.log_folder(store, done.run_id, folder, "reproduction")
+    runs.set_tags(
+        store,
+        done.run_id,
+        {"reproduces": done.original.run_id or done.original.name, "reproduction": done.found.verdict},
+    )
+    if done.original.run_id:
+        runs.set_tags(store, done.original.run_id, {"reproduced_by": done.run_id, "reproduction": done.found.verdict})

@@ -1,0 +1,160 @@
+"""The whole study in one command: measure a sweep if requested, add existing results, and report on all of them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..analysis.scaling import findings
+from ..analysis.scaling.findings import Findings
+from ..analysis.scaling.study import check_share
+from ..config.spec import parse
+from ..records.errors import LlmbenchError, MeasurementError, UsageError
+from ..records.results import RunResult
+from ..reports import files
+from ..sweeps import sweep
+from ..sweeps.progress import Watcher
+from ..sweeps.sweep import SweepResult
+from ..system import machine
+from ..tracking import registry, runs
+from ..tracking.load_results import load_results
+from . import doctor
+
+PRESET = "quick"
+"""Preset of a study's grid unless another is given."""
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Result of `run_study`. `sweep` is None if nothing was measured, `found` is None if the sweep was interrupted.
+
+    `folder` holds study/ and scaling/ (None if they were only logged); `run_id` is the run that holds them (None if
+    there is none).
+    """
+
+    sweep: SweepResult | None
+    found: Findings | None
+    folder: Path | None
+    run_id: str | None
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the sweep, 0 without one."""
+        return self.sweep.exit_code if self.sweep else 0
+
+
+def run_study(
+    parameters: Mapping[str, object] | None = None,
+    *,
+    of: Sequence[str] = (),
+    share: float = 0.5,
+    prices: Mapping[str, float] | None = None,
+    accept_suspect: str | None = None,
+    output: str | None = None,
+    log: str | None = None,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+) -> StudyResult:
+    """Measure the sweep of `parameters` (None: no sweep), add the results named in `of`, and study all of them.
+
+    The study is written beside the sweep, or into `output`. It is logged on the run `log`, else on the sweep's run,
+    else on the run of the first sweep in `of` that the store has. `share`, `prices` and `accept_suspect` are those of
+    `findings.find`. Raises LlmbenchError; if the study fails after a sweep, the sweep's results are kept.
+    """
+    check_share(share)
+    if log:
+        runs.require_run(runs.open_store(tracking_uri, experiment), log.removeprefix("runs:/"))
+    others = [result for reference in of for result in load_results(reference, tracking_uri)]
+    if parameters is None:
+        if not others:
+            raise UsageError(
+                "A study needs results. Give the parameters of a sweep, such as --model opt-125m,pythia-70m, "
+                "or --of SWEEP."
+            )
+        found = _find(others, share, prices, accept_suspect)
+        store = runs.open_store(tracking_uri, experiment)
+        run_id = log.removeprefix("runs:/") if log else _parent(store, others)
+        return StudyResult(None, found, *_keep(found, output, store, run_id))
+    asked = {"preset": PRESET, **parameters}
+    _refuse_streams(asked)
+    done = sweep.run(tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **asked)
+    if done.outcome == "interrupted":
+        return StudyResult(done, None, None, None)
+    try:
+        found = _find([*load_results(str(done.folder)), *others], share, prices, accept_suspect)
+    except LlmbenchError as error:
+        raise MeasurementError(
+            f"The cells were measured but could not be studied: {error} Their results are in {done.folder}."
+        ) from None
+    uploaded = done.run_ids and not done.not_uploaded
+    own = (done.parent_id or done.run_ids[0]) if uploaded else None
+    run_id = log.removeprefix("runs:/") if log else own
+    kept_in = runs.open_store(tracking_uri, experiment, own) if run_id else None
+    return StudyResult(done, found, *_keep(found, output or str(done.folder), kept_in, run_id))
+
+
+def _refuse_streams(parameters: Mapping[str, object]) -> None:
+    """Raise UsageError if every cell would be a stream of requests, which a study cannot use, before measuring them."""
+    ways = parse({name: value for name, value in parameters.items() if value is not None}).axes["batching"]
+    if None not in ways:
+        raise UsageError(
+            f"A study uses batches of one shape, but batching={','.join(map(str, ways))} measures streams of requests. "
+            "Compare ways of batching with `llmbench run`, whose report shows them side by side, or leave batching out."
+        )
+
+
+def _find(
+    results: Sequence[RunResult], share: float, prices: Mapping[str, float] | None, accept_suspect: str | None
+) -> Findings:
+    """Return the findings. The reason why energy cannot be read is known only for results of this machine."""
+    here = machine.environment()["hashes"]["hardware"]
+    counters = doctor.energy_item(machine.RAPL)
+    no_energy = (
+        f"Here: {counters.found}. {counters.advice}"
+        if any(r.hashes.hardware == here for r in results) and counters.advice
+        else ""
+    )
+    return findings.find(results, share=share, prices=prices, accept_suspect=accept_suspect, no_energy=no_energy)
+
+
+def _parent(store: runs.Store, results: Sequence[RunResult]) -> str | None:
+    """Return the parent run of the first sweep that the store has, None if it has none."""
+    parents = (registry.parent_of_sweep(store, sweep) for sweep in dict.fromkeys(result.sweep for result in results))
+    return next((parent for parent in parents if parent), None)
+
+
+def _keep(
+    found: Findings, output: str | None, store: runs.Store | None, run_id: str | None
+) -> tuple[Path | None, str | None]:
+    """Write the study into a temporary folder and log that; copy it to `output`, which may hold other files."""
+    with tempfile.TemporaryDirectory() as scratch:
+        files.write_study(found, Path(scratch))
+        if output:
+            shutil.copytree(scratch, output, dirs_exist_ok=True)
+        if store and run_id:
+            for under in ("study", "scaling"):
+                runs.log_folder(store, run_id, Path(scratch) / under, under)
+    return Path(output) if output else None, run_id
+
+
+def parse_prices(text: str) -> dict[str, float]:
+    """Parse prices in money per hour: `0.5` for all machines, `EPYC=0.5,A100=2.4` by a part of their names, or `none`.
+
+    Returns prices by part of the name, "" for all. Raises UsageError.
+    """
+    found: dict[str, float] = {}
+    for part in text.split(",") if text.lower() != "none" else ():
+        name, _, amount = part.rpartition("=")
+        try:
+            found[name.strip()] = float(amount)
+        except ValueError:
+            found[name.strip()] = -1.0
+        if not 0 < found[name.strip()] < float("inf"):
+            raise UsageError(
+                f"--price is not a price per hour: {part}. Give --price 0.5, or by hardware --price EPYC=0.5,A100=2.4."
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Prompts, conversations, traces, arrival schedules and the bundled data."""

@@ -1,0 +1,323 @@
+"""Prompts sent to a model: of an exact length in tokens, identical for every configuration, generated from a seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from ..config.choices import BUNDLED_TEXT, WORKLOADS
+from ..records.cell import DRAWN, Cell
+from ..records.errors import UsageError
+from ..records.redaction import redact
+from ..records.results import hash16
+from .traces import read_trace
+
+Encode = Callable[[str], Sequence[int]]
+
+WORDS = (
+    "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he",
+    "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "her",
+    "all", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "more", "no", "if",
+    "out", "so", "said", "what", "up", "its", "about", "into", "than", "them", "can", "only", "other", "new", "some",
+    "could", "time",
+)  # fmt: skip
+"""Words that are one token each, with the space before them, in common vocabularies. A probe of the server detects
+others."""
+
+SPREAD = math.log(2)
+"""Standard deviation of the log of a `mixed` length: two thirds lie between half and twice the median."""
+
+CLIP = (1 / 8, 4)
+"""Bounds of a `mixed` length, as multiples of the median: 3 standard deviations below, 2 above (cutting 2.3 %)."""
+
+MIXED = (
+    "Requests of varying length: log-normal with these lengths as medians, two thirds between half and twice the "
+    "median, clipped at ⅛ and 4 times."
+)
+"""Description of the distribution of `mixed`."""
+
+
+def lengths_vary(cell: Cell) -> bool:
+    """Return True if each request of a cell has its own lengths."""
+    return cell.workload == "mixed" or cell.trace is not None
+
+
+def lengths_of(cell: Cell, number: int) -> tuple[int, int]:
+    """Prompt and output tokens of request `number`: those of the cell or its trace, or drawn around them for `mixed`.
+
+    A drawn length is exp(N(ln median, `SPREAD`²)) with the cell's length as median, rounded, within `CLIP` and at
+    least 1; prompt and output are independent. Real requests are skewed to the right like that: many short, few long.
+    The draw depends on the seed and the number, not on the repetition, so repetitions differ by what was measured and
+    not by the draw, as with the rate of the arrivals.
+    """
+    medians = (cell.prompt_tokens or 0, cell.output_tokens)
+    if cell.trace:
+        recorded = read_trace(cell.trace).requests
+        one = recorded[number % len(recorded)]
+        return one.prompt_tokens, one.output_tokens
+    if cell.workload != "mixed":
+        return medians
+    draw = random.Random(f"{cell.seed}/lengths/{number}")
+    drawn = [median * min(max(draw.lognormvariate(0.0, SPREAD), CLIP[0]), CLIP[1]) for median in medians]
+    return max(1, round(drawn[0])), max(1, round(drawn[1]))
+
+
+def longest_of(cell: Cell) -> tuple[int, int]:
+    """Largest numbers of prompt and output tokens that a request of a cell may have."""
+    if cell.trace:
+        return read_trace(cell.trace).longest
+    most = CLIP[1] if cell.workload == "mixed" else 1
+    return most * (cell.prompt_tokens or 0), most * cell.output_tokens
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Texts of a workload in file order; none for `synthetic` and `mixed`, which draw prompts from the vocabulary."""
+
+    name: str
+    texts: tuple[str, ...] = ()
+    # The user's turns of each conversation, if every line is a conversation.
+    conversations: tuple[tuple[str, ...], ...] = ()
+
+    def batch(self, cell: Cell, repetition: int, vocab_size: int, encode: Encode | None) -> list[list[int]]:
+        """Prompts of one repetition: `batch_size` rows of token ids, all of one length, so that nothing is padded.
+
+        With a numeric `prompt_tokens` each row has exactly that many tokens, and rows differ. With `auto` all rows of
+        repetition r are text r (modulo the number of texts), at its own length. Raises UsageError if
+        texts need a tokenizer and there is none.
+        """
+        if not self.texts:
+            return [
+                self._random_row(cell, repetition, row, vocab_size, cell.prompt_tokens or 0)
+                for row in range(cell.batch_size)
+            ]
+        if encode is None:
+            raise UsageError(
+                f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic."
+            )
+        if cell.prompt_tokens is None:
+            ids = list(encode(self.texts[repetition % len(self.texts)]))
+            return [ids] * cell.batch_size
+        return [
+            self._text_row(cell.prompt_tokens, repetition * cell.batch_size + row, encode)
+            for row in range(cell.batch_size)
+        ]
+
+    def request(
+        self, cell: Cell, repetition: int, number: int, vocab_size: int, encode: Encode | None
+    ) -> tuple[list[int], int]:
+        """Prompt ids and output tokens of one request of a stream.
+
+        Texts are taken in turn, at their own length if `prompt_tokens` is `auto`. Raises UsageError if they need a
+        tokenizer and there is none.
+        """
+        prompt_tokens, output_tokens = lengths_of(cell, number)
+        if not self.texts:
+            return self._random_row(cell, repetition, number, vocab_size, prompt_tokens), output_tokens
+        if encode is None:
+            raise UsageError(
+                f"workload={cell.workload} needs a tokenizer, and the model has none. Use workload=synthetic."
+            )
+        if cell.prompt_tokens is None:
+            return list(encode(self.texts[number % len(self.texts)])), output_tokens
+        return self._text_row(prompt_tokens, number, encode), output_tokens
+
+    def words(self, cell: Cell, repetition: int, number: int, count: int, unique: str = "") -> str:
+        """Prompt of one request to a server: `count` words drawn from the seed, or the text of a workload.
+
+        `unique` seeds the first words, so that no cache of an earlier run can hold the beginning of the prompt.
+        """
+        draw = random.Random(f"{cell.seed}/{repetition}/{number}")
+        first = random.Random(f"{unique}/{repetition}/{number}").choices(WORDS, k=min(8, count)) if unique else []
+        if not self.texts:
+            return " ".join([*first, *draw.choices(WORDS, k=count - len(first))])
+        if cell.prompt_tokens is None:
+            return " ".join([*first, self.texts[number % len(self.texts)]])
+        found, position = first, number
+        while len(found) < count:
+            found = [*found, *self.texts[position % len(self.texts)].split()]
+            position += 1
+        return " ".join(found[:count])
+
+    def _random_row(self, cell: Cell, repetition: int, row: int, vocab_size: int, length: int) -> list[int]:
+        # The lowest ids are special tokens in every vocabulary we know; an EOS in the prompt would be odd text.
+        draw = random.Random(f"{cell.seed}/{repetition}/{row}")
+        return [draw.randrange(min(100, vocab_size // 2), vocab_size) for _ in range(length)]
+
+    def _text_row(self, length: int, start: int, encode: Encode) -> list[int]:
+        ids: list[int] = []
+        position = start
+        while len(ids) < length:
+            more = list(encode(self.texts[position % len(self.texts)]))
+            if not more:
+                raise UsageError(
+                    f"Prompt {position % len(self.texts) + 1} of workload {self.name} has no tokens. "
+                    "Give prompts with text."
+                )
+            ids += more
+            position += 1
+        return ids[:length]
+
+    def digest(self, cell: Cell, vocab_size: int | None) -> str:
+        """Return `workload_hash`: identity of prompts and lengths, without the batch size and the model's settings."""
+        texts = [list(turns) for turns in self.conversations] if cell.history != "none" else list(self.texts)
+        prompts: object = texts or {"generator": "uniform-ids-1", "seed": cell.seed, "vocab_size": vocab_size}
+        if cell.scenario == "online" and not self.texts:
+            prompts = {"generator": "common-words-1", "seed": cell.seed}
+        if cell.workload == "mixed":
+            prompts = {"prompts": prompts, "lengths": "log-normal-1", "spread": SPREAD, "clip": CLIP, "seed": cell.seed}
+        if cell.trace:
+            return hash16({"prompts": prompts, "trace": read_trace(cell.trace).digest})
+        return hash16({"prompts": prompts, "prompt_tokens": cell.prompt_tokens, "output_tokens": cell.output_tokens})
+
+
+def load_prompts(workload: str) -> PromptSet:
+    """Load the prompt set of a `workload` parameter.
+
+    That is `synthetic` or `mixed`, a bundled name, or a JSON Lines file with a `prompt` per line. Raises UsageError,
+    naming the line, for a file that cannot be read as such.
+    """
+    if workload in DRAWN:
+        return PromptSet(workload)
+    if workload in WORKLOADS:
+        text = (resources.files(__package__) / f"{workload}.jsonl").read_text(encoding="utf-8")
+        return PromptSet(workload, *_parse_lines(text, workload))
+    try:
+        text = Path(workload).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read workload file {workload}: {error}. Give a UTF-8 JSON Lines file.") from None
+    return PromptSet(Path(workload).stem, *_parse_lines(text, workload))
+
+
+def require_conversations(cell: Cell, prompts: PromptSet) -> None:
+    """Raise UsageError if a cell is measured turn by turn and its workload has no conversations."""
+    if cell.history != "none" and not prompts.conversations:
+        raise UsageError(
+            f"history={cell.history} needs conversations, and workload={cell.workload} has none. "
+            'Use workload=chat, or a file whose lines have "messages" instead of a "prompt".'
+        )
+
+
+def prompts_of(cells: Iterable[Cell]) -> dict[str, PromptSet]:
+    """Load the prompt sets of all workloads of the cells.
+
+    Raises UsageError for an unreadable file, and for a history with prompts that have no turns.
+    """
+    cells = list(cells)
+    found = {workload: load_prompts(workload) for workload in dict.fromkeys(cell.workload for cell in cells)}
+    for cell in cells:
+        require_conversations(cell, found[cell.workload])
+    return found
+
+
+def turn_texts(messages: Sequence[str], render: Callable[[list[dict[str, str]]], str] | None) -> list[str]:
+    """Return the text that each user message adds to a conversation, including the end of the answer before it.
+
+    `render`: the tokenizer's chat template, from messages with roles to text that ends where the answer begins; None
+    gives the plain form of `plain_dialogue`. A stand-in for the answer shows what the template puts between two turns,
+    so the text of the history is never rendered again. Raises UsageError for a template that changes answers.
+    """
+    if render is None:
+        return [
+            f"{'' if number == 0 else chr(10)}User: {message}\nAssistant:" for number, message in enumerate(messages)
+        ]
+    found: list[str] = []
+    chat: list[dict[str, str]] = []
+    for message in messages:
+        chat.append({"role": "user", "content": message})
+        _, answer, added = render(chat).rpartition(STAND_IN)
+        if chat[:-1] and not answer:
+            raise UsageError(
+                "The chat template of this model leaves earlier answers out, so that no history can be kept. "
+                "Use history=none."
+            )
+        found.append(added)
+        chat.append({"role": "assistant", "content": STAND_IN})
+    return found
+
+
+STAND_IN = "an-answer-that-stands-here"
+"""Text that no chat template changes."""
+
+
+def plain_dialogue(messages: Sequence[str]) -> str:
+    """Join alternating messages into one text, `User: …` and `Assistant: …`, that ends where the next answer begins."""
+    lines = [f"{'Assistant' if number % 2 else 'User'}: {message}" for number, message in enumerate(messages)]
+    return "\n".join([*lines, "Assistant:"])
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text for perplexity: name as given, and content."""
+
+    name: str
+    content: str
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits for the content."""
+        return hash16(self.content)
+
+
+def load_text(name: str) -> Text:
+    """Load the text of a `quality_text` parameter: the bundled one, or a UTF-8 file.
+
+    Raises UsageError for a file that cannot be read as such.
+    """
+    if name == BUNDLED_TEXT:
+        return Text(name, (resources.files(__package__) / "perplexity.txt").read_text(encoding="utf-8"))
+    try:
+        return Text(name, Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the text file {name}: {error}. Give a plain text file in UTF-8.") from None
+
+
+def _parse_lines(text: str, origin: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return the prompts, one per line, and if every line is a conversation also the user's turns of each."""
+    prompts, conversations = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            if "messages" in data:
+                messages = _messages(data["messages"], f"{origin}, line {number}")
+                conversations.append(tuple(messages[::2]))
+                prompts.append(plain_dialogue(messages))
+                continue
+            prompt = data["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UsageError(
+                f'{origin}, line {number}, is not a JSON object with a "prompt" text: {redact(line)[:60]}. '
+                'Write {"prompt": "…"} on each line.'
+            )
+        prompts.append(prompt)
+    if not prompts:
+        raise UsageError(f"{origin} has no prompts. Write one JSON object with a prompt per line.")
+    return tuple(prompts), tuple(conversations) if len(conversations) == len(prompts) else ()
+
+
+def _messages(given: object, origin: str) -> list[str]:
+    """Return the texts of a conversation. Raises UsageError unless roles alternate, the user first and last."""
+    roles = ("user", "assistant")
+    found = (
+        [
+            m.get("content") if isinstance(m, dict) and m.get("role") == roles[i % 2] else None
+            for i, m in enumerate(given)
+        ]
+        if isinstance(given, list)
+        else []
+    )
+    if len(found) % 2 == 0 or not all(isinstance(text, str) and text.strip() for text in found):
+        raise UsageError(
+            f'{origin}: "messages" are not a conversation. Write a list of {{"role": "user", "content": "…"}} and '
+            '{"role": "assistant", …} in turns that begins and ends with the user.'
+        )
+    return [str(text) for text in found]

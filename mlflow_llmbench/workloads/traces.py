@@ -1,0 +1,103 @@
+"""Traces: files with recorded arrival times and lengths of the requests of an open loop.
+
+JSON Lines as in Mooncake's traces (github.com/kvcache-ai/Mooncake): each line is an object with `timestamp`, in
+milliseconds that never decrease, `input_length` and `output_length`, in tokens. Other keys are ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..records.errors import UsageError
+from ..records.redaction import redact
+from ..records.results import hash16
+
+MOST_TOKENS = 10_000_000
+FORM = '{"timestamp": MILLISECONDS, "input_length": TOKENS, "output_length": TOKENS}'
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One recorded request: arrival in ns after the first one, prompt tokens and output tokens."""
+
+    at_ns: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Requests of a trace file, in order."""
+
+    requests: tuple[Recorded, ...]
+
+    @functools.cached_property
+    def longest(self) -> tuple[int, int]:
+        """Largest numbers of prompt and output tokens of a request."""
+        return max(r.prompt_tokens for r in self.requests), max(r.output_tokens for r in self.requests)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits that identify times and lengths."""
+        return hash16([(r.at_ns, r.prompt_tokens, r.output_tokens) for r in self.requests])
+
+
+def read_trace(path: str) -> Recording:
+    """Read the requests of a trace file; cached until the file changes.
+
+    Raises UsageError, naming the line, for a file that is not a trace.
+    """
+    try:
+        seen = os.stat(path)
+    except OSError as error:
+        raise UsageError(f"Cannot read trace file {path}: {error.strerror}. Give a JSON Lines file.") from None
+    return _read(path, seen.st_mtime_ns, seen.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: str, changed_ns: int, size: int) -> Recording:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read trace file {path}: {error}. Give a UTF-8 JSON Lines file.") from None
+    found: list[Recorded] = []
+    first = last = 0.0
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        at_ms, prompt, output = _parse(line, f"{path}, line {number},")
+        first = first if found else at_ms
+        if found and at_ms < last:
+            raise UsageError(
+                f"{path}, line {number}, goes back in time: {at_ms:g} ms after {last:g} ms. "
+                "Sort the lines by timestamp."
+            )
+        last = at_ms
+        found.append(Recorded(round((at_ms - first) * 1e6), prompt, output))
+    if not found:
+        raise UsageError(f"{path} has no requests. Write {FORM} on each line.")
+    return Recording(tuple(found))
+
+
+def _parse(line: str, where: str) -> tuple[float, int, int]:
+    """Return time in ms, prompt tokens and output tokens of a line."""
+    try:
+        data = json.loads(line)
+        at, prompt, output = (data[name] for name in ("timestamp", "input_length", "output_length"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UsageError(
+            f"{where} is not a request of a trace: {redact(line)[:60]}. Write {FORM} on each line."
+        ) from None
+    timed = isinstance(at, int | float) and not isinstance(at, bool) and 0 <= at < 1e15
+    if not timed or not all(
+        isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MOST_TOKENS for n in (prompt, output)
+    ):
+        raise UsageError(
+            f"{where} has a time that is no number of milliseconds from 0, or a length that is no number of tokens "
+            f"from 1: {redact(line)[:60]}. Write {FORM} on each line."
+        )
+    return float(at), prompt, output

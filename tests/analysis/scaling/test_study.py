@@ -1,0 +1,315 @@
+"""The whole study over records with known parameters: claims, findings, recommendations, figures, reports."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_llmbench.analysis.scaling import findings, paper_claims
+from mlflow_llmbench.analysis.scaling.findings import Findings, find
+from mlflow_llmbench.analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
+from mlflow_llmbench.analysis.scaling.tradeoffs import Ratio
+from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.errors import UsageError
+from mlflow_llmbench.records.results import Divergence, Failure, LoadInfo, MemoryStages, Quality, RunResult
+from mlflow_llmbench.reports import files as files_reports
+from mlflow_llmbench.reports import study
+
+from .test_laws import result
+
+MODELS = {"pythia-70m": 0.07, "opt-125m": 0.125, "pythia-160m": 0.16, "gemma-3-270m": 0.27}
+SPEED = {"bf16": 1.0, "int8": 0.92, "int4": 0.8, "gptq": 0.86}
+BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5, "gptq": 0.5}
+BATCHES, LENGTHS = (1, 4, 16), (64, 128, 512)
+MACHINE = {"cpu": {"name": "AMD EPYC", "usable_cpus": 2}}
+
+
+def measured(
+    model: str = "opt-125m",
+    quant: str = "bf16",
+    batch: int = 1,
+    prompt: int = 128,
+    *,
+    speed: float = 1.0,
+    weights: str = "random",
+    **other: Any,
+) -> RunResult:
+    """One cell: TTFT and TPOT grow with size, batch and length, divided by the quantization's speed and by `speed`."""
+    size = MODELS[model]
+    cell = Cell(
+        model=model,
+        quant=quant,
+        weights=weights,
+        batch_size=batch,
+        prompt_tokens=prompt,
+        output_tokens=16,
+        repetitions=6,
+    )
+    fast = SPEED[quant] * speed
+    facts = {"model.parameters": int(size * 1e9), "model.dtype": "bfloat16"}
+    load = LoadInfo(1.0, weight_bytes=int(size * 1e9 * BYTES[quant]), kv_bytes_per_token=10_000, facts=facts)
+    ttft, tpot = (20 + 300 * size * batch * (prompt / 128) ** 0.8) / fast, (5 + 40 * size + 0.5 * batch) / fast
+    seed = abs(hash((model, quant, batch, prompt))) % 10_000
+    made = result(cell, ttft, tpot, seed=seed, sigma=0.002, load=load, **other)
+    peak = int(size * 1e9 * BYTES[quant])
+    stages = MemoryStages({}, {"baseline": 0, "loaded": peak, "peak": peak + 10_000 * batch * (prompt + 16)})
+    return dataclasses.replace(made, memory=stages, environment=MACHINE, sweep="20260101T000000Z-abcdef", steady=True)
+
+
+def grid(
+    models: Sequence[str] = ("pythia-70m", "opt-125m", "pythia-160m"),
+    quants: Sequence[str] = tuple(SPEED),
+    **other: Any,
+) -> list[RunResult]:
+    return [measured(m, q, b, s, **other) for m in models for q in quants for b in BATCHES for s in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def found() -> Findings:
+    return find(grid())
+
+
+def claim(found: Findings, key: str) -> Claim:
+    return next(one for one in found.claims if one.key == key)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.91, 0.94, CONFIRMED), (0.5, 0.89, NOT_CONFIRMED), (0.96, 1.2, NOT_CONFIRMED), (0.89, 0.92, UNSAID),
+     (0.8, 1.0, UNSAID), (None, None, UNSAID),
+     (0.96, None, NOT_CONFIRMED), (0.92, None, UNSAID), (None, 0.8, NOT_CONFIRMED)],
+)  # fmt: skip
+def test_an_interval_confirms_refutes_or_says_nothing(low: float | None, high: float | None, verdict: str) -> None:
+    assert paper_claims.judge_range(low, high, (0.90, 0.95)) == verdict
+
+
+def test_models_are_the_units_of_a_pooled_effect_where_there_are_enough() -> None:
+    def effects(*models: str) -> list[tuple[str, Ratio]]:
+        return [(model, Ratio("int8", value, value * 0.99, value * 1.01)) for model in models for value in (0.8, 0.9)]
+
+    two, three = paper_claims.pooled(effects("a", "b")), paper_claims.pooled(effects("a", "b", "c"))
+    assert (two.units, two.count, three.units, three.count) == ("groups", 4, "models", 3)
+    assert two.value == pytest.approx((0.8 * 0.9) ** 0.5)
+    assert three.low == pytest.approx(three.value)  # each model gives the same
+    assert (three.least, three.most) == (0.8, 0.9)
+    alone = paper_claims.pooled([("a", Ratio("int8", 0.9, 0.88, 0.93))])
+    assert (alone.low, alone.high, alone.units) == (0.88, 0.93, "repetitions")
+
+
+def test_the_claims_of_a_machine_that_is_as_the_paper_says(found: Findings) -> None:
+    verdicts = {one.key: one.verdict for one in found.claims}
+    for key in ("int8_weights", "int8_speed", "int4_speed", "gptq_between"):
+        assert verdicts[key] == CONFIRMED, claim(found, key)
+    assert verdicts["int8_loss"] == NOT_CONFIRMED  # 8 % are more than 5 %
+    assert claim(found, "int8_speed").range == "0.9 to 0.95"
+    assert claim(found, "int8_weights").range == "0.5 ± 5 %"
+
+
+def test_a_claim_that_is_wrong_here_is_not_confirmed_and_one_without_data_is_not_judged() -> None:
+    slow = find([measured(m, q, speed=0.5 if q == "int8" else 1.0) for m in MODELS for q in ("bf16", "int8")])
+    assert claim(slow, "int8_speed").verdict == NOT_CONFIRMED
+    assert claim(slow, "int8_speed").measured.startswith("0.46")
+    four = claim(slow, "int4_speed")
+    assert (four.verdict, four.measured) == (UNSAID, "–")
+    assert "No cell of int4 was measured together with a 16-bit cell" in four.why
+    assert claim(slow, "gptq_between").why == "No cell of gptq was measured beside both int8 and int4."
+    assert claim(slow, "best_batch").why == "No cells differ only in batch size."
+
+
+def test_the_slope_of_memory_is_held_against_the_papers_bytes(found: Findings) -> None:
+    assert claim(found, "memory_per_parameter_fp16").verdict == CONFIRMED
+    assert claim(found, "memory_per_parameter_int8").verdict == CONFIRMED
+    assert claim(found, "memory_per_parameter_fp32").verdict == UNSAID
+
+
+def test_random_and_published_weights_are_in_one_study_and_told_apart() -> None:
+    quants = ["bf16", "int8"]
+    results = grid(quants=quants) + grid(["gemma-3-270m"], quants, weights="hub")
+    both = find(results)
+    assert any("random weights and 18 published ones" in line for line in both.sentences["What was measured"])
+    assert {"gemma-3-270m (real)", "opt-125m (random)"} <= set(findings.labels(both.focus.cells).values())
+    law = next(one for one in both.scaling.laws if one.law.key == "throughput_by_size")
+    assert len(law.cells) == 4
+
+
+def test_prompts_of_one_length_may_say_anything_and_those_of_their_own_length_not() -> None:
+    def with_text(one: RunResult, prompt: int | None) -> RunResult:
+        return dataclasses.replace(
+            one, cell=dataclasses.replace(one.cell, workload="qa", weights="hub", prompt_tokens=prompt)
+        )
+
+    three, last = [measured(m) for m in list(MODELS)[:3]], measured("gemma-3-270m")
+    sizes = [law for law in find([*three, with_text(last, 128)]).scaling.laws if law.law.over == "parameters"]
+    assert sizes and all(len(law.cells) == 4 for law in sizes)
+    texts = [with_text(one, None) for one in three]
+    other = dataclasses.replace(
+        last, cell=dataclasses.replace(last.cell, weights="hub", prompt_tokens=None, workload="code")
+    )
+    sizes = [law for law in find([*texts, other]).scaling.laws if law.law.over == "parameters"]
+    assert sizes and all(len(law.cells) == 3 for law in sizes)
+
+
+def test_models_of_another_dtype_are_not_in_one_law() -> None:
+    cells = [measured(m) for m in MODELS]
+    other = dataclasses.replace(
+        cells[0],
+        load=dataclasses.replace(cells[0].load, facts={"model.parameters": 7 * 10**7, "model.dtype": "float16"}),
+    )  # type: ignore[type-var]
+    laws = find([other, *cells[1:]]).scaling.laws
+    assert all(len(one.cells) == 3 for one in laws if one.law.over == "parameters")
+
+
+def test_each_constraint_has_its_choice(found: Findings) -> None:
+    own = {choice.constraint: choice.found.winner for choice in found.choices if choice.model == "opt-125m"}
+    assert [constraint.partition(" ≤ ")[0] for constraint in own][:3] == [
+        "the most tokens, whatever it takes",
+        "memory",
+        "time to first token",
+    ]
+    fastest = own["the most tokens, whatever it takes"]
+    assert fastest and fastest.name == "quant=bf16 batch 16".replace("quant=", "")
+    memory = next(winner for constraint, winner in own.items() if constraint.startswith("memory"))
+    assert memory and memory.result.cell.quant == "gptq"  # the fastest of those in the lower half
+    soonest = own["one user, the soonest answer"]
+    assert soonest and soonest.result.cell.batch_size == 1
+
+
+def test_suspect_cells_are_recommended_only_when_that_is_accepted() -> None:
+    unsteady = [dataclasses.replace(one, steady=False) for one in grid(["opt-125m"], ["bf16"])]
+    assert all(choice.found.winner is None for choice in find(unsteady).choices)
+    assert all(choice.found.winner for choice in find(unsteady, accept_suspect="a busy machine").choices)
+
+
+def with_setting(one: RunResult, started_ms: int, **settings: Any) -> RunResult:
+    return dataclasses.replace(one, cell=dataclasses.replace(one.cell, **settings), started_ms=started_ms)
+
+
+@pytest.mark.parametrize(
+    ("quant", "settings"), [("gptq", {"group_size": 64}), ("int4", {"quant_budget": "5.5", "quant": "mixed"})]
+)
+def test_settings_of_a_quantization_need_no_reference_that_has_them_too(quant: str, settings: dict[str, Any]) -> None:
+    """Settings of a quantization have no effect without one: a sweep of bf16 serves every later sweep."""
+    usual = [measured(quant=quant), measured()]
+    other = with_setting(measured(quant=quant, speed=0.5), 5, **settings)
+    found = find([*usual, other])
+    speeds = [(e.measured.cell.group_size, e.quant, e.speed.value) for e in found.effects]
+    assert [speed[:2] for speed in speeds] == [(128, quant), (other.cell.group_size, other.cell.quant)]
+    assert speeds[1][2] == pytest.approx(speeds[0][2] / 2, rel=0.02)
+    assert any(name in quant_.where for quant_ in found.scaling.quants for name in settings if name != "quant")
+
+
+def test_no_pair_of_cells_counts_twice() -> None:
+    """With two thresholds of LLM.int8 beside fp32 and bf16, fp32 against bf16 is one value, not one per threshold."""
+    whole, single = measured(), with_setting(measured(speed=0.5), 3, quant="fp32")
+    eights = [measured(quant="int8"), with_setting(measured(quant="int8", speed=0.9), 4, int8_threshold=0.0)]
+    found = find([whole, single, *eights])
+    assert sorted((e.quant, e.measured.cell.int8_threshold) for e in found.effects) == [
+        ("fp32", 6),
+        ("int8", 0.0),
+        ("int8", 6),
+    ]
+
+
+def test_prices_are_by_hardware_and_an_unknown_one_is_named() -> None:
+    here, there = grid(["opt-125m"], ["bf16"]), grid(["opt-125m"], ["bf16"], speed=2.0, env="b")
+    there = [dataclasses.replace(one, environment={"cpu": {"name": "Xeon", "usable_cpus": 8}}) for one in there]
+    both = find(here + there, prices={"EPYC": 0.5, "xeon": 2.0})
+    assert {machine.name: machine.price for machine in both.machines} == {"AMD EPYC, 2 CPUs": 0.5, "Xeon, 8 CPUs": 2.0}
+    [line] = both.sentences["Machines"]
+    assert line.startswith("Xeon, 8 CPUs has 2")
+    assert len(both.across) == len(here)
+    assert all(one.speed.value == pytest.approx(2, rel=0.01) for one in both.across)
+    assert len(both.sentences["Cost"]) == 2
+    with pytest.raises(
+        UsageError,
+        match=re.escape(
+            "No machine of the study is called A100. "
+            "Give the price for one of these, or for a part of its name: AMD EPYC, 2 CPUs."
+        ),
+    ):
+        find(here, prices={"A100": 1.0})
+
+
+def test_what_cannot_be_said_is_named_with_its_reason(found: Findings) -> None:
+    said = dict(found.not_said)
+    assert said["cost"] == "no price was given; give --price with money per hour"
+    assert said["quality"] == "the weights are random"
+    assert said["energy per token"] == "no energy counter could be read while it was measured on AMD EPYC, 2 CPUs"
+    assert said["a comparison of machines"].startswith("all cells were measured on AMD EPYC, 2 CPUs")
+
+
+def test_quality_is_told_where_it_was_measured(tmp_path: Path) -> None:
+    def judged(quant: str, kl: float, agree: int) -> RunResult:
+        divergence = Divergence(
+            "bf16", "d", ((kl, kl * 1.1), (kl * 0.9, kl)), tuple((n < agree, True) for n in range(2))
+        )
+        return dataclasses.replace(measured(quant=quant, weights="hub"), quality=Quality(divergence=divergence))
+
+    results = [judged("bf16", 1e-6, 2), judged("int8", 0.01, 2), judged("int4", 0.2, 1)]
+    with_quality = find(results)
+    assert any(line.startswith("opt-125m int4: top-1 agreement 0.75") for line in with_quality.sentences["Quality"])
+    assert "quality" not in dict(with_quality.not_said)
+    names = {path.stem for path in files_reports.write_study(with_quality, tmp_path) if path.suffix == ".svg"}
+    assert {"quality_against_speed", "quantization_radar"} <= names
+    assert "quality not measured" not in (tmp_path / "study/charts/quantization_radar.svg").read_text()
+
+
+EVERY = {
+    "against_model_size", "against_batch_size", "against_prompt_length", "per_instance",
+    "heatmap_throughput", "heatmap_ttft", "heatmap_tpot",
+    "memory_against_model_size", "memory_by_quantization", "memory_against_throughput",
+    "models", "quantization_effect", "quantization_radar",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_figure_is_drawn_or_its_reason_is_told(found: Findings, tmp_path: Path) -> None:
+    files = files_reports.write_study(found, tmp_path)
+    charts = {path for path in files if path.parent == tmp_path / "study/charts"}
+    assert {path.stem for path in charts if path.suffix == ".svg"} == EVERY
+    assert {path.stem for path in charts if path.suffix == ".png"} == EVERY
+    report, page = (tmp_path / "study" / name for name in ("report.md", "report.html"))
+    text = report.read_text()
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (report.parent / path).exists(), path
+    assert "Cost by hardware: no price was given; give --price with money per hour." in text
+    assert "Quality against speed: it needs two cells" in text
+    told = json.loads((tmp_path / "study/study.json").read_text())
+    assert {one["figure"] for one in told["not_drawn"]} == {"quality_against_speed", "cost_by_hardware", "machines"}
+    assert [one["verdict"] for one in told["claims"]] == [one.verdict for one in found.claims]
+    html = page.read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
+    assert "<script" not in html
+    assert html.count("<img ") == len(re.findall(r"!\[", text))
+    for one in found.claims:
+        assert study.html(one.said) in html
+
+
+def test_one_cell_draws_nothing_and_says_why(tmp_path: Path) -> None:
+    alone = find([measured()])
+    charts = [path for path in files_reports.write_study(alone, tmp_path) if path.suffix in (".svg", ".png")]
+    assert charts == []
+    text = (tmp_path / "study/report.md").read_text()
+    assert "Against batch size: it needs two values of batch_size at 128 prompt tokens." in text
+    assert all(one.verdict == UNSAID for one in alone.claims)
+
+
+def test_what_more_rows_and_longer_prompts_do_is_said_although_a_cell_is_missing() -> None:
+    cells = [one for one in grid(["opt-125m"], ["bf16"]) if (one.cell.batch_size, one.cell.prompt_tokens) != (16, 512)]
+    said = find(cells).sentences
+    assert said["Batch size"][0].startswith("From batch size 1 to 16 throughput is ")
+    assert said["Batch size"][0].endswith("over 2 groups.")  # of three prompt lengths, those with both ends
+    assert said["Prompt length"][0].startswith("From prompt length 64 to 512 throughput is 0.")
+
+
+def test_a_cell_that_failed_is_marked_in_the_maps(tmp_path: Path) -> None:
+    good = [one for one in grid(["opt-125m"], ["bf16"]) if (one.cell.batch_size, one.cell.prompt_tokens) != (16, 512)]
+    failed = dataclasses.replace(
+        measured(batch=16, prompt=512), outcome="oom", repetitions=(), failure=Failure("measuring", "no memory left")
+    )
+    files_reports.write_study(find([*good, failed]), tmp_path)
+    assert ">oom<" in (tmp_path / "study/charts/heatmap_throughput.svg").read_text()

@@ -1,0 +1,151 @@
+"""The command line as a user meets it: exact lines, exit codes, and no heavy import before it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_llmbench.cli.main import main
+from mlflow_llmbench.records.quantizations import QUANTIZATIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = [
+    "--backend",
+    "fake",
+    "--model",
+    "fake:ttft_ms=2+itl_ms=1",
+    "--output-tokens",
+    "4",
+    "--prompt-tokens",
+    "4",
+    "--repetitions",
+    "5",
+    "--warmup",
+    "1",
+]
+
+
+def test_help_names_every_parameter_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--batch-size VALUE rows in one forward pass † (default: 1)" in text
+    assert "relative half-width of the 95 % interval" in text
+    assert "--json" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run", "--quant", "int44"],
+         f"llmbench: Unknown quant: int44. Did you mean int4? Known: {', '.join(QUANTIZATIONS)}.\n"),
+        (["run", "--batch-size", "0"], "llmbench: batch_size is too small: 0. The smallest is 1.\n"),
+        (["run", "--batchsize", "2"], "llmbench: Unrecognized arguments: --batchsize 2. See `llmbench --help`.\n"),
+        (["run", "--config", "none.yaml"],
+         "llmbench: Cannot read parameters from none.yaml: [Errno 2] No such file or directory: 'none.yaml'. "
+         "Give a YAML file with one `name: value` per line.\n"),
+        ([], "llmbench: The following arguments are required: COMMAND. See `llmbench --help`.\n"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_get_one_line_and_exit_code_2(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err == line
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--quant", "int44"], ["run", "--batch-size", "many"], ["--version"]]
+)
+def test_help_and_bad_parameters_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom mlflow_llmbench.cli.main import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = 'torch transformers mlflow matplotlib numpy ray huggingface_hub yaml'.split()\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_run_prints_a_table_the_folder_and_how_to_open_the_ui(
+    store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *FAST, "--batch-size", "1,2", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["batch_size", "tokens/s"]
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "2"]
+    assert any(line.startswith("Results: /") and "llmbench-results" in line for line in lines)
+    assert f"Open the comparison: mlflow ui --backend-store-uri {store_uri}" in lines
+    assert any(
+        line.startswith("then http://127.0.0.1:5000/#/experiments/") and "viewStateShareKey=" in line for line in lines
+    )
+    last = json.loads(lines[-1])
+    assert last["outcome"] == "ok"
+    assert [run["params"]["batch_size"] for run in last["runs"]] == [1, 2]
+    found = MlflowClient(store_uri).get_run(last["runs"][0]["run_id"])
+    assert found.data.metrics["latency/ttft_ms_p50"] == pytest.approx(last["runs"][0]["metrics"]["latency/ttft_ms_p50"])
+
+
+def test_a_failed_cell_is_exit_code_1(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *FAST, "--model", "fake:fail=oom"]) == 1
+    assert "oom: Scripted out-of-memory error with 1 rows." in capsys.readouterr().out
+
+
+def test_the_config_of_a_run_runs_again(store_uri: str, tmp_path: Path) -> None:
+    assert main(["run", *FAST]) == 0
+    config = next(tmp_path.glob("llmbench-results/*/*/artifacts/config.yaml"))
+    assert main(["run", "--config", str(config), "--output-dir", "again"]) == 0
+    first, second = (
+        json.loads(next(tmp_path.glob(f"{folder}/*/*/artifacts/result.json")).read_text())
+        for folder in ("llmbench-results", "again")
+    )
+    assert first["hashes"]["config"] == second["hashes"]["config"]
+
+
+def test_models_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    table = capsys.readouterr().out
+    assert "opt-1.3b" in table and "llama-2-13b" in table
+    assert main(["models", "--json"]) == 0
+    assert {"opt-125m", "gemma-3-270m"} <= {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert main(["doctor"]) == 0
+    assert "transformers" in capsys.readouterr().out
+
+
+def test_versions_below_the_safe_ones_are_told_and_not_refused(
+    store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("torch-2.5.1", "transformers-5.2.0"):
+        (tmp_path / f"site/{package}.dist-info").mkdir(parents=True)
+        name, _, number = package.partition("-")
+        (tmp_path / f"site/{package}.dist-info/METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert main(["run", *FAST]) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "llmbench: torch 2.5.1 is older than 2.6, the oldest that runs no code out of pickled weights (CVE-2025-32434)."
+        " Run: pip install 'torch>=2.6'",
+        "llmbench: transformers 5.2.0 is older than 5.3, the oldest that runs no code of a model without "
+        "trust_remote_code (CVE-2026-4372). Run: pip install 'transformers>=5.3,<6'",
+    ]
+    assert main(["doctor", "--json"]) == 0
+    items = {item["name"]: item for item in json.loads(capsys.readouterr().out)["items"]}
+    assert items["torch"]["found"].startswith("2.5.1 is older than 2.6, ")
+    assert items["torch"]["status"] == "limited"

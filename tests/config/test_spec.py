@@ -1,0 +1,122 @@
+"""Parameters as text: accepted values, and the error line for all others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mlflow_llmbench.config.spec import parse, read_yaml
+from mlflow_llmbench.records.cell import PARAMETERS, default_text
+from mlflow_llmbench.records.errors import UsageError
+
+
+def test_defaults_are_those_of_the_vocabulary() -> None:
+    assert {name: default_text(name) for name in PARAMETERS} == {
+        "model": "opt-125m", "weights": "hub", "revision": "main", "backend": "transformers", "quant": "none",
+        "group_size": "128", "quant_budget": "none", "quant_plan": "none",
+        "int8_threshold": "6", "double_quant": "false", "kv_cache": "auto", "assistant": "none", "draft_tokens": "10",
+        "batch_size": "1",
+        "prompt_tokens": "128", "output_tokens": "128", "workload": "synthetic", "history": "none", "warmup": "auto",
+        "repetitions": "auto",
+        "max_repetitions": "30", "precision_target": "0.02", "processes": "1", "device": "auto", "threads": "auto",
+        "worker_python": "none", "attention": "auto",
+        "decode": "generate", "seed": "0", "trust_remote_code": "false", "allow_pickle": "false", "preset": "none",
+        "output_dir": "llmbench-results",
+        "on": "here", "price_per_hour": "none", "quality": "none", "quality_text": "bundled",
+        "quality_reference": "none", "gpu_layers": "auto", "mmap": "true",
+        "force": "false", "rerun": "false", "memory_limit": "auto", "load_timeout_s": "3600",
+        "first_token_timeout_s": "3600",
+        "repetition_timeout_s": "3600", "cell_timeout_s": "none",
+        "batching": "none", "batch_wait_ms": "100", "quality_tasks": "none", "quality_limit": "none",
+        "url": "none", "endpoint": "completions", "concurrency": "1", "request_rate": "none", "arrival": "poisson",
+        "burstiness": "1",
+        "trace": "none", "ramp_to": "none", "client_processes": "auto", "launch": "none", "twin": "false",
+        "find": "none", "attainment": "0.9", "slo": "none",
+        "requests": "auto", "duration_s": "none", "request_timeout_s": "600", "slo_ttft_ms": "none",
+        "slo_tpot_ms": "none", "slo_e2e_ms": "none",
+    }  # fmt: skip
+
+
+def test_lists_make_axes_and_repeated_values_count_once() -> None:
+    spec = parse({"quant": "fp16,int8, int4 ,int8", "batch_size": [1, 4], "prompt_tokens": 32})
+    assert spec.axes["quant"] == ("fp16", "int8", "int4")
+    assert spec.axes["batch_size"] == (1, 4)
+    assert spec.axes["prompt_tokens"] == (32,)
+    assert spec.varied == ["quant", "batch_size"]
+
+
+def test_auto_none_and_flags() -> None:
+    spec = parse(
+        {"threads": "auto", "price_per_hour": "none", "trust_remote_code": "yes", "repetitions": "10", "warmup": "1"}
+    )
+    assert spec.axes["threads"] == (None,)
+    assert spec.options.price_per_hour is None
+    assert spec.axes["trust_remote_code"] == (True,)
+    assert spec.axes["repetitions"] == (10,)
+    assert spec.axes["warmup"] == (1,)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"quant": "int44"}, (
+            r"Unknown quant: int44\. Did you mean int4\? Known: none, fp32, fp16, bf16, int8, int4, fp4, gptq, "
+            r"gptq3, gptq8"
+        )),
+        ({"backend": "tgi"}, r"Unknown backend: tgi\. Known: transformers, llama_cpp, vllm, openvino, fake"),
+        ({"workload": "summarisation"}, r"Unknown workload: summarisation\. Did you mean summarization\?"),
+        ({"workload": "missing.jsonl"}, r"There is no workload file missing\.jsonl"),
+        ({"batch_size": "abc"}, r"batch_size is not a whole number: abc\. Give a whole number from 1\."),
+        ({"batch_size": "2.5"}, r"batch_size is not a whole number: 2\.5"),
+        ({"batch_size": "0"}, r"batch_size is too small: 0\. The smallest is 1\."),
+        ({"output_tokens": "-3"}, r"output_tokens is too small: -3"),
+        ({"batch_size": "99999999"}, r"batch_size is too large: 99999999\. The largest is 4,096\."),
+        ({"precision_target": "nan"}, r"precision_target is not a number: nan"),
+        ({"prompt_tokens": "inf"}, r"prompt_tokens is not a whole number: inf\. Give a whole number from 1 or auto\."),
+        ({"device": "tpu"}, r"Unknown device: tpu\. Give auto, cpu, cuda or cuda:N\."),
+        ({"seed": "1,2"}, r"seed is not a whole number: 1,2"),
+        ({"repetitions": [5, 6]}, r"repetitions takes one value: 5,6\. Lists are allowed for model, quant"),
+        ({"quant": "int8,,int4"}, (
+            r"quant has an empty value: 'int8,,int4'\. Leave the parameter out for its default \(none\)\."
+        )),
+        ({"quantt": "int8"}, r"Unknown parameter: quantt\. Did you mean quant\?"),
+        ({"trust_remote_code": "maybe"}, r"trust_remote_code is neither true nor false: maybe"),
+        ({"model": "a\nb"}, r"model has control characters"),
+        ({"weights": "random", "workload": "qa"}, r"workload=qa needs a tokenizer, and weights=random has none"),
+        ({"prompt_tokens": "auto"}, r"prompt_tokens=auto has no meaning for workload=synthetic"),
+    ],
+)  # fmt: skip
+def test_bad_values_get_one_clear_line(parameters: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(parameters)
+    assert re.match(message, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_files(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text('model: opt-125m\nquant: [int8, "int4"]\nbatch_size: 4\n')
+    assert parse(read_yaml(str(file))).axes["quant"] == ("int8", "int4")
+    file.write_text("- a list")
+    with pytest.raises(UsageError, match="No parameters in"):
+        read_yaml(str(file))
+    file.write_text("on: ray\n")  # YAML 1.1 reads the name as true
+    assert parse(read_yaml(str(file))).options.on == "ray"
+    with pytest.raises(UsageError, match="Cannot read parameters from nowhere.yaml"):
+        read_yaml("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GB", 6_000_000_000), ("800 MiB", 800 * 2**20), ("1.5g", 1_500_000_000), ("250000000", 250_000_000)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse({"memory_limit": text}).options.memory_limit == size
+
+
+@pytest.mark.parametrize("text", ["six", "6XB", "-1GB", "6", "nan"])
+def test_what_is_no_size_is_told(text: str) -> None:
+    with pytest.raises(UsageError, match=r"memory_limit is (not a size|out of range): "):
+        parse({"memory_limit": text})

@@ -1,0 +1,75 @@
+"""Host memory as the kernel accounts for it: real allocations, real mappings."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlflow_llmbench.system import memory
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+MB = 1024 * 1024
+
+
+@linux
+def test_anonymous_memory_grows_by_what_is_allocated() -> None:
+    before = memory.read()
+    block = np.ones(64 * MB, dtype=np.uint8)
+    after = memory.read()
+    assert before and after and before.anonymous is not None and after.anonymous is not None
+    assert after.anonymous - before.anonymous == pytest.approx(block.nbytes, rel=0.05)
+    assert after.rss - before.rss == pytest.approx(block.nbytes, rel=0.05)
+
+
+@linux
+def test_peak_after_reset_is_exact_and_not_that_of_the_past() -> None:
+    code = """
+import numpy as np
+from mlflow_llmbench.system import memory
+big = np.ones(200 * 2**20, dtype=np.uint8); del big
+if not memory.reset_peak():
+    print("no reset"); raise SystemExit
+base = memory.read().rss
+small = np.ones(50 * 2**20, dtype=np.uint8); del small
+print(memory.read().peak_rss - base)
+"""
+    root = Path(__file__).resolve().parents[2]
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    ).stdout
+    if "no reset" in printed:
+        pytest.skip("this kernel does not let a process reset its peak")
+    assert int(printed) == pytest.approx(50 * MB, rel=0.1)
+
+
+@linux
+def test_bytes_in_file_mappings(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(4 * MB))
+    with file.open("rb") as opened:
+        mapped = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    own = np.ones(4 * MB, dtype=np.uint8)
+    spans = [(mapped.ctypes.data + 100, 1 * MB), (own.ctypes.data, own.nbytes)]
+    assert memory.mapped_bytes(spans) == 1 * MB
+
+
+def test_an_ended_process_has_no_memory() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    assert memory.read(child.pid) is None
+
+
+def test_available_is_less_than_total() -> None:
+    total, available = memory.total_bytes(), memory.available_bytes()
+    assert total and available
+    assert 0 < available < total

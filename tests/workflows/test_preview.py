@@ -1,0 +1,185 @@
+"""Presets and `llmbench plan`: the right cells, memory, minimum time and refusals, and nothing started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlflow_llmbench.backends.huggingface import gptq
+from mlflow_llmbench.cli.main import main
+from mlflow_llmbench.config import models, spec
+from mlflow_llmbench.config.choices import GRIDS
+from mlflow_llmbench.config.plan import expand_cells
+from mlflow_llmbench.config.spec import parse
+from mlflow_llmbench.records.cell import Cell, default_text
+from mlflow_llmbench.records.errors import MissingError, UsageError
+from mlflow_llmbench.records.results import ModelFacts
+from mlflow_llmbench.system import estimate, machine
+from mlflow_llmbench.workflows import preview
+
+PAPER = (
+    "opt-125m,opt-350m,opt-1.3b,opt-2.7b,opt-6.7b,"
+    "pythia-70m,pythia-160m,pythia-410m,pythia-1b,pythia-2.8b,pythia-6.9b,pythia-12b,"
+    "bloom-560m,bloom-1b1,bloom-3b,bloom-7b1,llama-2-7b,llama-2-13b,mistral-7b"
+)
+
+
+def test_the_papers_grid_for_its_models() -> None:
+    cells = expand_cells(parse({"preset": "effillm", "model": PAPER, "weights": "random"}))
+    precisions = [quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in spec.QUANTIZATIONS]
+    assert len(cells) == 19 * 7 * 7 * len(precisions)
+    assert {(cell.output_tokens, cell.repetitions, cell.warmup) for cell in cells} == {(256, 10, None)}
+    assert {cell.quant for cell in cells} == set(precisions)
+
+
+def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "room_here", lambda device, limit: (8 * 10**9, "are free here"))
+    found = preview.preview(preset="effillm", model=PAPER, weights="random")
+    assert len(found.cells) == 19 * 7 * 7 * 5
+    context = {
+        m: 4096 if m.startswith("llama") else 32768 if m.startswith("mistral") else 2048 for m in PAPER.split(",")
+    }
+    lacking = ""
+    try:
+        gptq.require()
+    except MissingError as error:
+        lacking = str(error)
+    for planned in found.cells:
+        cell = planned.cell
+        if lacking and cell.quant == "gptq":
+            assert planned.refused == lacking
+        elif (cell.prompt_tokens or 0) + cell.output_tokens > context[cell.model]:
+            assert (
+                planned.refused
+                and f"is more than the context of {cell.model}, {context[cell.model]} tokens" in planned.refused
+            )
+        elif (planned.predicted_bytes or 0) > 8 * 10**9:
+            assert (
+                planned.refused
+                and f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about" in planned.refused
+            )
+        else:
+            assert planned.refused is None and planned.predicted_bytes
+    small = [planned for planned in found.tried if planned.cell.model == "opt-125m"]
+    assert {planned.cell.prompt_tokens for planned in small} == {
+        128,
+        256,
+        512,
+        1024,
+    }  # 2048 and 256 to come are more than its context
+    largest = {planned.cell.quant for planned in found.tried if planned.cell.model == "llama-2-13b"}
+    assert (largest or lacking) and not largest & {"fp32", "fp16", "int8"}
+
+
+def test_a_quantization_without_its_package_is_refused_and_the_rest_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = preview.preview(model="opt-125m", weights="random", quant="fp32,gptq")
+    refused = {planned.cell.quant: planned.refused for planned in found.cells}
+    assert refused["fp32"] is None
+    assert refused["gptq"] and refused["gptq"].startswith("quant=gptq needs ")
+    assert "1 cells would be refused (package): quant=gptq needs " in preview.format_preview(found)
+
+
+def test_quick_is_a_twentieth_of_it_and_enough_for_every_law() -> None:
+    cells = expand_cells(parse({"preset": "quick"}))
+    assert len(cells) == 12
+    assert len({cell.batch_size for cell in cells}) >= 3
+    assert len({cell.prompt_tokens for cell in cells}) >= 4
+    assert {cell.quant for cell in cells} == {"none"}
+
+
+def test_what_is_given_overrides_the_preset() -> None:
+    cells = expand_cells(parse({"preset": "QUICK", "batch_size": "1", "quant": "int8,int4"}))
+    assert {(cell.batch_size, cell.prompt_tokens, cell.quant) for cell in cells} == {
+        (1, s, q) for s in (64, 128, 256, 512) for q in ("int8", "int4")
+    }
+
+
+def test_mlproject_gives_everything_and_its_defaults_do_not_override() -> None:
+    whole = {name: default_text(name) for name in spec.PARAMETERS}
+    assert len(expand_cells(parse(whole))) == 1
+    assert expand_cells(parse(whole | {"preset": "quick"})) == expand_cells(parse({"preset": "quick"}))
+    cells = expand_cells(parse(whole | {"preset": "quick", "batch_size": "2,8"}))
+    assert {cell.batch_size for cell in cells} == {2, 8}
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(UsageError, match="Unknown preset: quik. Did you mean quick\\? Known: quick, effillm."):
+        parse({"preset": "quik"})
+    for grid in GRIDS.values():
+        assert set(grid) <= set(spec.PARAMETERS)
+
+
+def test_the_least_time_by_hand() -> None:
+    preset = models.PRESETS["opt-125m"]
+    cell = Cell(
+        model="opt-125m", quant="fp16", batch_size=2, prompt_tokens=100, output_tokens=11, warmup=1, repetitions=4
+    )
+    facts = ModelFacts("opt-125m", "preset", "facebook/opt-125m", "main", dtype="float16")
+    shape, slow = preset.shape, {"read_bytes_per_s": 1e9, "flops_per_s": 1e15}
+    weights = shape.weight_bytes("fp16", "float16")
+    step = (weights + 2 * shape.kv_bytes(105)) / 1e9
+    assert estimate.least_seconds(cell, facts, shape, slow) == pytest.approx(5 * (weights / 1e9 + 10 * step))
+    counting = {"read_bytes_per_s": 1e15, "flops_per_s": 1e9}
+    work = 2 * 100 * shape.flops_per_token(50) + 10 * 2 * shape.flops_per_token(105)
+    assert estimate.least_seconds(cell, facts, shape, counting) == pytest.approx(5 * work / 1e9)
+    assert estimate.least_seconds(cell, facts, shape, {}) is None
+    assert estimate.least_seconds(cell, facts, None, slow) is None
+
+
+def test_the_plan_says_cells_memory_time_and_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path / "cache"))
+    given = ["plan", "--preset", "quick", "--model", "opt-125m", "--weights", "random", "--quant", "fp32", "--json"]
+    assert main([*given, "--prompt-tokens", "64,2048", "--memory-limit", "2GB"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    data = json.loads(last)
+    assert lines[0].split() == ["batch_size", "prompt_tokens", "memory", "GB", "at", "least"]
+    assert len(data["cells"]) == 6 and data["tried"] == 3 and data["loads"] == 1
+    assert all("is more than the context of opt-125m, 2048 tokens" in cell["refused"] for cell in data["cells"][1::2])
+    assert all(cell["least_s"] is None for cell in data["cells"])
+    assert any(line.startswith("3 cells would be refused (context): ") for line in lines)
+    assert "The time is unknown until a real model has been measured here" in lines[-1]
+    assert list(tmp_path.iterdir()) == []  # nothing was started, nothing was written
+
+    hardware = machine.environment()["hashes"]["hardware"]
+    machine.best_peaks({"read_bytes_per_s": 1e10, "flops_per_s": 1e11}, f"{hardware} auto auto")
+    assert main([*given, "--memory-limit", "700MB"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    data = json.loads(last)
+    assert 0 <= data["tried"] < 12
+    assert all(cell["least_s"] > 0 for cell in data["cells"])
+    assert any("cells would be refused (memory): opt-125m with quant=fp32" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "given", "message"),
+    [
+        ('{"prompt": "a"}\nnot json\n', {}, "line 2, is not a JSON object"),
+        ('{"prompt": "a"}\n', {"history": "kept", "prompt_tokens": "auto"}, "history=kept needs conversations"),
+    ],
+)
+def test_a_plan_reads_the_prompts_as_a_run_does(
+    tiny_model: Path, tmp_path: Path, lines: str, given: dict[str, str], message: str
+) -> None:
+    (tmp_path / "mine.jsonl").write_text(lines)
+    with pytest.raises(UsageError, match=message):
+        preview.preview(model=str(tiny_model), workload=str(tmp_path / "mine.jsonl"), **given)
+
+
+def test_long_plans_are_cut_and_summed() -> None:
+    found = preview.preview(backend="fake", model="fake:", batch_size=",".join(map(str, range(1, 131))))
+    text = preview.format_preview(found)
+    assert "… and 30 more; --json has all." in text
+    assert "130 of 130 cells would be measured, with 1 loads" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "–"), (0.44, "0.4 s"), (61.4, "61 s"), (210, "3.5 min"), (7560, "2.1 h")]
+)
+def test_durations_are_readable(seconds: float | None, text: str) -> None:
+    assert preview.duration(seconds) == text
