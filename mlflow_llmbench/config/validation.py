@@ -194,7 +194,7 @@ def check_twin(axes: Mapping[str, tuple[object, ...]], quantizations: Sequence[s
     given += ["workload=mixed"] if "mixed" in axes["workload"] else []
     if given:
         raise UsageError(
-            "twin compares with one batch of one length, with as many rows as concurrency, and "
+            "twin compares with one batch of one length, as many rows as concurrency, and "
             f"{given[0]} does not fit that. Leave one of them out."
         )
     unknown = next(

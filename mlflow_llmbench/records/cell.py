@@ -121,7 +121,7 @@ class Cell:
     max_repetitions: int = parameter(30, "most repetitions with repetitions=auto", kind="count", low=5, high=1_000_000)
     precision_target: float = parameter(
         0.02,
-        "repetitions=auto stops at this relative half-width of the throughput's 95 % interval",
+        "repetitions=auto stops at this relative half-width of the 95 % interval of the throughput",
         kind="number",
         low=0.0001,
         high=1,

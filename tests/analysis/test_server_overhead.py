@@ -142,15 +142,17 @@ def test_pairs_are_related() -> None:
         ),
         (
             {**SERVED, "request_rate": "4"},
-            "as many rows as concurrency, and request_rate does not fit that",
+            "twin compares with one batch of one length, as many rows as concurrency, and request_rate does not "
+            "fit that",
         ),
         (
             {**SERVED, "endpoint": "chat"},
-            "as many rows as concurrency, and endpoint does not fit that",
+            "twin compares with one batch of one length, as many rows as concurrency, and endpoint does not fit that",
         ),
         (
             {**SERVED, "workload": "mixed"},
-            "as many rows as concurrency, and workload=mixed does not fit that",
+            "twin compares with one batch of one length, as many rows as concurrency, and workload=mixed does "
+            "not fit that",
         ),
         ({**SERVED, "quant": "bnb-4bit"}, "quant=bnb-4bit is the server's own word, and twin cannot load it here."),
         (

@@ -94,7 +94,7 @@ def test_without_a_quantization_its_option_is_left_out(option: str) -> None:
         ),
         ({"launch": "serve {port}", "quant": "fp8"}, "quant=fp8 is asked for, and the server is not told"),
         ({"launch": "serve {port} {quant}", "quant": "a;b"}, "quant is not a word that a server could know: a;b"),
-        ({"launch": "serve {port} ; none"}, "launch=none starts nothing"),
+        ({"launch": "serve {port} ; none"}, "launch=none starts no server"),
         ({"launch": "serve {port}", "batch_size": "4"}, "batch_size, quant and weights are the server's own settings"),
         ({"url": "http://h", "quant": "int8"}, "batch_size, quant and weights are the server's own settings"),
     ],

@@ -277,4 +277,4 @@ def test_the_sentence_on_throttling_says_why_and_for_how_long() -> None:
         quiet, repetitions=tuple(dataclasses.replace(r, noise=silent) for r in quiet.repetitions)
     )
     [reason] = judge(measured, summary.summarize(measured)).reasons
-    assert "in 5 of 5 repetitions (power brake), and" in reason.sentence
+    assert "in 5 of 5 repetitions (power brake; limit 0)" in reason.sentence

@@ -1,4 +1,4 @@
-"""Prompts: exact lengths, the same for every configuration, from a seed."""
+"""Prompts: exact lengths in tokens, identical for every configuration, from a seed."""
 
 from __future__ import annotations
 
