@@ -64,7 +64,7 @@ def answer(found: Recommendation) -> str:
         )
         return f"Nothing is recommended for {asked}: {why}."
     figures = ", ".join(f"{measure.label} {_shown(found.winner, measure)}" for measure in found.objectives)
-    suspect = f" It is suspect and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
+    suspect = f" It is suspect, and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
     return f"Deploy {found.winner.name}, the best for {asked}: {figures}.{suspect}"
 
 

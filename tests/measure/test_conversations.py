@@ -226,10 +226,10 @@ def test_turns_have_series_and_a_table() -> None:
     assert metrics["trust/same_replies_ratio"] == pytest.approx(2 / 3)
     report = report_markdown(result, metrics, judge(result, metrics))
     assert "| 2 | 2 | 35.0 | 17.0 | 30.0 | 33.0 |" in report
-    assert "the same answer, token by token, in 2 of its 3 turns. Sums over a prompt" in report
+    assert "the same answer, token by token, in 2 of its 3 turns. A prompt computed" in report
     assert "## Turn by turn" not in report_markdown(made(), {}, None)
     unknown = dataclasses.replace(result, same_replies=())
-    assert "same answers could not be found out; worker.log" in report_markdown(unknown, metrics, None)
+    assert "unknown whether a recomputed history gives the same answers" in report_markdown(unknown, metrics, None)
 
 
 def test_conversations_of_other_lengths_are_no_noise_and_noise_is() -> None:

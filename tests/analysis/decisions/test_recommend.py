@@ -158,7 +158,7 @@ def test_a_goal_that_was_not_measured_is_no_answer() -> None:
     found = recommend(ALL, "energy")
     assert found.winner is None
     assert found.refused[0].why.startswith("It has no efficiency/joules_per_token. It needs an energy counter")
-    assert "no result can be trusted and compared" in answer(found)
+    assert "there is no trusted and comparable result" in answer(found)
 
 
 def test_failed_and_invalid_results_are_never_chosen() -> None:
