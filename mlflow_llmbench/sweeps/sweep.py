@@ -22,6 +22,7 @@ from ..reports import files
 from ..reports.result import Row, format_table, with_figures
 from ..reports.sweep import Subject
 from ..tracking import runs
+from ..tracking.store import ui_command
 from ..workloads.prompts import prompts_of
 from . import planning, resume
 from .cross_cell import relate
@@ -211,7 +212,7 @@ def _summary(sweep: _Sweep, outcome: str) -> SweepResult:
         ledger.parent_id,
         ledger.address,
         store.experiment_id if store else "",
-        runs.ui_command(ledger.address),
+        ui_command(ledger.address),
         page,
         (*ledger.unwritten, *ledger.missed),
         sweep.related.sentences,
@@ -260,7 +261,7 @@ def _finish(sweep: _Sweep, outcome: str) -> None:
     measured = [(job.row, job.run_id) for job in sweep.jobs if job.row]
     if ledger.parent_name is not None:
         with ledger.noted("the comparison"):
-            place = runs.ui_command(ledger.address), ledger.store.experiment_id if ledger.store else ""
+            place = ui_command(ledger.address), ledger.store.experiment_id if ledger.store else ""
             subject = Subject(sweep.spec, ledger.parent_name, sweep.folder.name, *place)
             files.write_sweep(measured, subject, sweep.folder / "comparison", draw)
         ledger.finish(measured, sweep.folder / "comparison", outcome, sweep.related.figures)

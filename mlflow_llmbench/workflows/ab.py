@@ -25,6 +25,7 @@ from ..reports import files
 from ..sweeps.progress import Watcher
 from ..sweeps.sweep import SweepResult, run_sides
 from ..tracking import runs
+from ..tracking.store import open_store
 
 DEFAULT_PAIRS = 6
 """Pairs of processes: six give five degrees of freedom and a t quantile of 2.6."""
@@ -86,7 +87,7 @@ def run_ab(
     )
     files.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
-        runs.log_folder(runs.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
+        runs.log_folder(open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
     return Duel(done, comparison)
 
 

@@ -22,7 +22,7 @@ from mlflow_llmbench.records.results import Quality, RunResult, TextScores
 from mlflow_llmbench.reports.reproduction import reproduction_json, reproduction_markdown
 from mlflow_llmbench.stats import equivalence, units_to_tell
 from mlflow_llmbench.tracking.registry import register, result_of
-from mlflow_llmbench.tracking.runs import open_store
+from mlflow_llmbench.tracking.store import open_store
 from mlflow_llmbench.workflows.reproduce import (
     Original,
     _weighed,
