@@ -23,23 +23,9 @@ from ..efficiency import attended
 from ..repetitions import unit_values
 from ..summary import summarize
 from ..verdict import judge
-from .curves import (
-    Fit,
-    Form,
-    Prediction,
-    constant,
-    fit,
-    line,
-    linear,
-    offset_power,
-    percent,
-    power,
-    ranked,
-    rate_per_step,
-    reciprocal,
-    share_of,
-    verdict,
-)
+from .curves import Form, constant, line, linear, offset_power, power, rate_per_step, reciprocal, share_of
+from .fitting import Fit, Prediction, fit
+from .ranking import percent, ranked, verdict
 
 if TYPE_CHECKING:
     import numpy as np

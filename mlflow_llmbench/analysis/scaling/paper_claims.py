@@ -15,7 +15,7 @@ from statistics import fmean, median
 from ...stats import t_interval
 from ..comparison import RATE
 from . import memory_account, tradeoffs
-from .curves import Parameter
+from .fitting import Parameter
 from .laws import LawFit, Measured, grouped, paper_range
 from .memory_account import Reduction
 from .study import Study, quant_groups

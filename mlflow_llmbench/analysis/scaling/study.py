@@ -12,7 +12,7 @@ from ...records.errors import LlmbenchError, UsageError
 from ...records.results import RunResult
 from ..comparison import RATE
 from . import memory_account, tradeoffs
-from .curves import Prediction
+from .fitting import Prediction
 from .laws import TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, subject, untried, usable
 from .memory_account import Account, Growth, Reduction
 from .tradeoffs import Cliff, Exchange, OptimalBatch, Ratio
