@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mlflow_llmbench import run
-from mlflow_llmbench.analysis.scaling.laws import Measured
+from mlflow_llmbench.analysis.scaling.cells import Measured
 from mlflow_llmbench.analysis.scaling.memory_account import reductions
 from mlflow_llmbench.backends.huggingface import mixed
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
