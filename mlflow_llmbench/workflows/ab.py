@@ -31,7 +31,7 @@ DEFAULT_PAIRS = 6
 
 
 @dataclass(frozen=True)
-class Duel:
+class ABResult:
     """Result of `run_ab`: the sweep of both sides, and the comparison of B against A."""
 
     sweep: SweepResult
@@ -62,7 +62,7 @@ def run_ab(
     tracking_uri: str | None = None,
     experiment: str | None = None,
     watcher: Watcher | None = None,
-) -> Duel:
+) -> ABResult:
     """Measure A and B in `pairs` fresh processes each, in alternating order, and compare them pair by pair.
 
     `a` and `b` are the parameters in which the sides differ, `common` those that they share. Each side is one
@@ -87,7 +87,7 @@ def run_ab(
     files.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
         runs.log_folder(runs.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
-    return Duel(done, comparison)
+    return ABResult(done, comparison)
 
 
 def measure_in_turns(

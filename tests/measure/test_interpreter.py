@@ -190,10 +190,10 @@ def test_the_identity_of_a_configuration_is_older_than_the_parameter() -> None:
 
 
 def test_two_environments_can_be_compared_in_turns(store_uri: str, other: str) -> None:
-    duel = ab.run_ab({}, {"worker_python": other}, FAST, pairs=2)
-    assert {difference.kind for difference in duel.comparison.labels} == {"software"}
-    assert "torch" in {difference.name for difference in duel.comparison.labels}
-    first, second = ab.sides(duel.sweep)
+    done = ab.run_ab({}, {"worker_python": other}, FAST, pairs=2)
+    assert {difference.kind for difference in done.comparison.labels} == {"software"}
+    assert "torch" in {difference.name for difference in done.comparison.labels}
+    first, second = ab.sides(done.sweep)
     assert (first.environment["packages"] == VERSIONS, second.environment["packages"]) == (False, VERSIONS)
 
 
