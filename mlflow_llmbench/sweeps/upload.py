@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.summary import Point
-from ..config import plan
+from ..config.cells import asked_params, sweep_name
 from ..config.spec import BenchSpec, parse
 from ..measure import journal
 from ..measure.outcome import replay
@@ -173,11 +173,11 @@ def publish_parent(
     Returns the view's page; None if the store does not accept one, with the reason passed to `warn`.
     """
     rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
-    link = view.publish(store, parent_id, plan.sweep_name(spec), spec.varied, rows, ids, warn)
+    link = view.publish(store, parent_id, sweep_name(spec), spec.varied, rows, ids, warn)
     note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + sweep.description(rows, spec.varied)
     at_ms = max((row.ended_ms or 0 for row in rows), default=0)  # the same at each upload
     points = [Point(key, 0, value, at_ms) for key, value in figures.items()]
-    upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison, points)
+    upload_parent(store, parent_id, asked_params(spec) | dict(asked), note, comparison, points)
     return link
 
 

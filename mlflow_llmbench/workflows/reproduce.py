@@ -13,7 +13,7 @@ from ..analysis.decisions.equivalence import DEFAULT_MARGIN, INVALID, Reproducti
 from ..analysis.decisions.gate import quality_text
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
-from ..config import plan
+from ..config.cells import config_hash, expand_cells
 from ..config.spec import parse
 from ..measure import interpreter
 from ..measure.journal import read_result, write_bytes, write_json
@@ -113,7 +113,7 @@ def parameters_again(
 
 def require_same(original: RunResult, parameters: dict[str, object]) -> None:
     """Raise NotComparable if the model or the workload is no longer that of the original."""
-    [cell] = plan.expand_cells(parse(parameters))
+    [cell] = expand_cells(parse(parameters))
     model = interpreter.resolve(cell)
     if not cell.url:
         _require_model(original, cell, model)
@@ -125,7 +125,7 @@ def require_same(original: RunResult, parameters: dict[str, object]) -> None:
 
 
 def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
-    before, now = (plan.config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
+    before, now = (config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
     if before != now:
         raise NotComparable(
             f"The model {cell.model} has changed since the run was measured: "

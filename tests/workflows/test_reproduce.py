@@ -15,7 +15,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis.comparison import compare
 from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, weigh
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.config.plan import config_hash, expand_cells
+from mlflow_llmbench.config.cells import config_hash, expand_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.errors import NotComparable, UsageError
 from mlflow_llmbench.records.results import Quality, RunResult, TextScores
