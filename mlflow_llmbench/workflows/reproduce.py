@@ -13,7 +13,7 @@ from ..analysis.decisions.equivalence import DEFAULT_MARGIN, INVALID, Reproducti
 from ..analysis.decisions.gate import quality_text
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
-from ..config import plan
+from ..config.cells import config_hash, expand_cells
 from ..config.spec import parse
 from ..measure import interpreter
 from ..measure.journal import read_result, write_bytes, write_json
@@ -29,6 +29,7 @@ from ..sweeps.sweep import SweepResult, run
 from ..system import machine
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
+from ..tracking.store import open_store
 from ..workloads.prompts import load_prompts
 
 PERMISSIONS = ("trust_remote_code", "allow_pickle")
@@ -65,7 +66,7 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
     Raises UsageError if there are several.
     """
     if reference.startswith("models:/"):
-        store = runs.open_store(tracking_uri)
+        store = open_store(tracking_uri)
         version = registry.registered_at(store, reference)
         return Original(registry.result_of(store, version.run_id), version.run_id, version.uri)
     results = load_results(reference, tracking_uri)
@@ -74,7 +75,7 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
             f"{reference} has {len(results)} cells, but only one can be measured again at a time. "
             "Give the run of one cell."
         )
-    run_id = registry.run_behind(runs.open_store(tracking_uri), reference, results[0])
+    run_id = registry.run_behind(open_store(tracking_uri), reference, results[0])
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
 
 
@@ -112,7 +113,7 @@ def parameters_again(
 
 def require_same(original: RunResult, parameters: dict[str, object]) -> None:
     """Raise NotComparable if the model or the workload is no longer that of the original."""
-    [cell] = plan.expand_cells(parse(parameters))
+    [cell] = expand_cells(parse(parameters))
     model = interpreter.resolve(cell)
     if not cell.url:
         _require_model(original, cell, model)
@@ -124,7 +125,7 @@ def require_same(original: RunResult, parameters: dict[str, object]) -> None:
 
 
 def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
-    before, now = (plan.config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
+    before, now = (config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
     if before != now:
         raise NotComparable(
             f"The model {cell.model} has changed since the run was measured: "
@@ -236,7 +237,7 @@ def _experiment_of(original: Original, tracking_uri: str | None) -> str | None:
     """Return the name of the original's experiment, None if its run is not in the store."""
     if original.run_id is None:
         return None
-    client = runs.open_store(tracking_uri).client
+    client = open_store(tracking_uri).client
     return str(client.get_experiment(client.get_run(original.run_id).info.experiment_id).name)
 
 
@@ -252,7 +253,7 @@ def _keep(done: Reproduced, tracking_uri: str | None) -> None:
     write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
     if done.comparison:
         files.write_comparisons([done.comparison], folder)
-    store = runs.open_store(tracking_uri, own=done.run_id)
+    store = open_store(tracking_uri, own=done.run_id)
     runs.log_folder(store, done.run_id, folder, "reproduction")
     runs.set_tags(
         store,
