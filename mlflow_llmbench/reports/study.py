@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..analysis.decisions.recommend import MEMORY, Candidate, figure, interval
+from ..analysis.decisions.candidates import MEMORY, Candidate, figure, interval
 from ..analysis.scaling.findings import Choice, Findings, at_focus
 from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from ..analysis.scaling.study import TPOT

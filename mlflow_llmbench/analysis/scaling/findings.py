@@ -20,18 +20,8 @@ from ...records.results import RunResult
 from ...records.text import number_text
 from ...stats import t_interval
 from ..comparison import RATE, UNNAMED
-from ..decisions.recommend import (
-    COST,
-    ENERGY,
-    MEMORY,
-    Limit,
-    Measure,
-    Recommendation,
-    bound_text,
-    candidates,
-    choose,
-    figure,
-)
+from ..decisions.candidates import COST, ENERGY, MEMORY, Limit, Measure, bound_text, candidates, figure
+from ..decisions.recommend import Recommendation, choose
 from ..summary import hardware_name
 from .cells import TTFT, Measured, describe, grouped, models_text, select_usable, varied_settings
 from .paper_claims import Claim, Estimate, QuantEffect, judge_claims, pooled, quant_effects
