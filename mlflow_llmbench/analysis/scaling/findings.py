@@ -1,7 +1,7 @@
 """Findings of one or several sweeps as data: sentences with intervals, claims, recommendations, costs, machines.
 
-Everything is computed from the results; `reports.study` renders it. A missing finding is listed with its reason, so that
-it cannot be mistaken for a zero.
+Everything is computed from the results; `reports.study` renders it. A missing finding is listed with its reason, so
+that it cannot be mistaken for a zero.
 """
 
 from __future__ import annotations
