@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...analysis.decisions.recommend import GOALS, MEMORY, Candidate, Measure, Recommendation, interval
+from ...analysis.decisions.candidates import MEMORY, Candidate, Measure, interval
+from ...analysis.decisions.recommend import GOALS, Recommendation
 from ...records.metrics import KEYS
 from ...records.quantizations import COLOURS
 from .style import BLUE, GREY, INK, RED, WIDTH, chart_style, new_figure, put_legend, save_figure
