@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...analysis.goodput import knee
-from ...config.plan import load_text
+from ...config.cells import load_text
 from ...records.cell import Cell
 from .style import BLUE, BROWN, GREY, ORANGE, RED, _figure, _name, _number, _put_legend, _save, _style
 from .sweep import Points, _describe

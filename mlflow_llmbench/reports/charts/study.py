@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
+from ...analysis.scaling.cells import TTFT, Measured
 from ...analysis.scaling.findings import Findings, at_focus, labels, with_interval
-from ...analysis.scaling.laws import TTFT, Measured
 from ...analysis.scaling.study import TPOT, CliffSearch
 from ...records.cell import Cell
 from ...records.quantizations import COLOURS

@@ -11,8 +11,8 @@ import numpy as np
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
 from ...analysis.decisions.recommend import ENERGY
+from ...analysis.scaling.cells import TTFT, Measured, describe
 from ...analysis.scaling.findings import Findings, at_focus, with_interval
-from ...analysis.scaling.laws import TTFT, Measured, describe
 from ...analysis.scaling.memory_account import REFERENCES
 from ...analysis.scaling.paper_claims import QuantEffect
 from ...analysis.scaling.study import TPOT
