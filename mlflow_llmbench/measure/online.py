@@ -20,7 +20,7 @@ from ..records.cell import Cell
 from ..records.errors import MeasurementError
 from ..records.metrics import LEAST_REPETITIONS
 from ..records.results import CellMeasurements, ClientReadings, Repetition, RequestRecord
-from ..stats import halves_agree, relative_half_width
+from ..stats import is_steady, relative_half_width
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.prompts import PromptSet, lengths_of, lengths_vary
@@ -40,8 +40,8 @@ EXPECTED_MARGIN = 1.5
 def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, report: ReportProgress) -> CellMeasurements:
     """Warm up with waves of the cell's requests, then repeat the load until the throughput's interval is narrow enough.
 
-    Each is reported after it, outside the timed region. Raises MeasurementError if every
-    request of a warm-up wave or of a repetition failed.
+    Each is reported after it, outside the timed region. Raises MeasurementError if every request of a warm-up wave or of
+    a repetition failed.
     """
     first_call_ms, warmup_s, steady, last_wave = _warm_up(server, cell, prompts, report)
     repetitions: list[Repetition] = []
@@ -128,7 +128,7 @@ def _warm_up(
         seconds = [(r.stamps_ns[-1] - r.t0_ns) / 1e9 for r in complete]
         first_ms = first_ms or seconds[0] * 1000
         durations.append(median(seconds))
-        steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
+        steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
         report(WarmupEnded(len(durations), most, durations[-1]))
     return first_ms, durations, steady, trace
 

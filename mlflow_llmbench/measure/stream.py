@@ -19,7 +19,7 @@ from ..backends.base import Backend, EngineBackend, Token
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
 from ..records.results import CellMeasurements, EngineReadings, Repetition, RequestRecord
-from ..stats import halves_agree
+from ..stats import is_steady
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.batching import batch_positions, needed_positions, next_batch
@@ -49,8 +49,8 @@ def measure_stream(
 ) -> CellMeasurements:
     """Warm up with full batches, then repeat the stream until the throughput's interval is narrow enough.
 
-    Each is reported after it, outside the timed region. Raises MeasurementError if the
-    backend lacks this kind of batching or a request is answered without a token.
+    Each is reported after it, outside the timed region. Raises MeasurementError if the backend lacks this kind of
+    batching or a request is answered without a token.
     """
     encode = backend.encode if backend.capabilities.tokenizer else None
     count = request_count(cell) or 1
@@ -96,7 +96,7 @@ def _warm_up(
         stream = orders(len(durations))
         requests = serve(stream, [0] * len(stream)).requests
         durations.append((max(r.stamps_ns[-1] for r in requests) - min(r.t0_ns for r in requests)) / 1e9)
-        steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
+        steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
         report(WarmupEnded(len(durations), most, durations[-1]))
     return durations[0] * 1000, durations, steady
 

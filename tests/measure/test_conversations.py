@@ -301,9 +301,9 @@ def test_what_cannot_be_measured_turn_by_turn_is_one_line(
     ("given", "message"),
     [
         ({"url": "http://h", "backend": "openai", "history": "kept"}, (
-            "history=kept is of a model in this process; a server gets the history with each turn."
+            "history=kept is for a model in this process; a server gets the history with each turn."
         )),
-        ({"history": "sent"}, "history=sent is of a server."),
+        ({"history": "sent"}, "history=sent is for a server."),
         ({"url": "http://h", "backend": "openai", "history": "none,sent"}, "Give endpoint=chat."),
         ({"url": "http://h", "backend": "openai", "history": "sent", "endpoint": "chat", "request_rate": "2"},
          "history=sent is a closed loop"),
