@@ -40,8 +40,8 @@ EXPECTED_MARGIN = 1.5
 def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, report: ReportProgress) -> CellMeasurements:
     """Warm up with waves of the cell's requests, then repeat the load until the throughput's interval is narrow enough.
 
-    Each is reported after it, outside the timed region. Raises MeasurementError if every request of a warm-up wave or of
-    a repetition failed.
+    Each is reported after it, outside the timed region. Raises MeasurementError if every request of a warm-up wave or
+    of a repetition failed.
     """
     first_call_ms, warmup_s, steady, last_wave = _warm_up(server, cell, prompts, report)
     repetitions: list[Repetition] = []
