@@ -19,7 +19,7 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
     from ..analysis.decisions import recommend
     from ..measure.journal import write_bytes, write_json
     from ..reports import recommendation
-    from ..reports.charts import pareto
+    from ..reports.charts.catalogue import draw_charts
     from ..tracking import registry
     from ..tracking.store import open_store
 
@@ -28,7 +28,7 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
         folder = Path(given.output or scratch)
         write_json(folder / "recommendation.json", recommend.recommendation_json(found))
         write_bytes(folder / "recommendation.md", recommendation.recommendation_markdown(found).encode())
-        pareto.draw_recommendation(found, folder / "charts")
+        draw_charts("recommendation", found, folder / "charts")
         store = open_store(given.tracking_uri)
         parent = registry.parent_of_sweep(store, sweep)
         for run_id in filter(None, (parent, store.given_run_id)):
