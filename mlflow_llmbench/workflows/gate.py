@@ -14,7 +14,7 @@ from ..measure.journal import write_bytes, write_json
 from ..records.errors import UsageError
 from ..records.results import RunResult
 from ..reports.gate import HEADING, gate_cells, gate_junit, gate_markdown
-from ..reports.result import split_table
+from ..reports.tables import split_table
 from ..tracking import registry
 from ..tracking.load_results import load_results
 from ..tracking.registry import Registered
