@@ -12,7 +12,7 @@ from ...analysis.scaling.fitting import Fit, Prediction
 from ...analysis.scaling.law_sentences import parameters_text
 from ...analysis.scaling.laws import LawFit
 from ...analysis.scaling.ranking import ranked
-from ...analysis.scaling.study import Study
+from ...analysis.scaling.study import ScalingStudy
 from ...analysis.scaling.surfaces import Surface
 from ...stats import t_interval
 from .catalogue import Chart, Drawing
@@ -50,18 +50,18 @@ AXES = {
 POINTS = 120  # of a curve
 
 
-def law_figures(study: Study) -> Drawing:
+def law_figures(study: ScalingStudy) -> Drawing:
     """Draw one figure for each fitted law, named by its key."""
     keys = dict.fromkeys(law.law.key for law in study.laws)
     figures = {key: _law_figure([law for law in study.laws if law.law.key == key], study) for key in keys}
     return figures or "no law was fitted"
 
 
-def _exponents(study: Study) -> Drawing:
+def _exponents(study: ScalingStudy) -> Drawing:
     return _exponents_figure(study.surfaces) if study.surfaces else "no law was fitted over both settings"
 
 
-def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
+def _law_figure(laws: Sequence[LawFit], study: ScalingStudy) -> Figure:
     """Draw one panel per group: cells (dots), the law with its 95 % band, the best rival, predictions (hollow dots)."""
     shown = laws[:MOST_PANELS]
     columns = min(3, len(shown))
