@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import model_shape
 from ..records.cell import Cell
 from ..records.errors import MeasurementError, MissingError, NotRealised, UsageError, foreign_errors
+from ..records.quantizations import FLOAT_DTYPES
 from ..records.results import LoadInfo, ModelFacts
 from ..system import gpu, machine
 from .base import Capabilities, DeviceMemory, Emit
@@ -29,11 +30,10 @@ if TYPE_CHECKING:
     import torch
 
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ONLINE = {"int8-wo": "int8_per_channel_weight_only", "fp8": "fp8"}
 """Quantization that vLLM makes while loading → vLLM's name of it."""
 
-RUNS = ("none", *DTYPES, *ONLINE)
+RUNS = ("none", *FLOAT_DTYPES, *ONLINE)
 MOST_BITS = 9.0
 """Maximum bits per weight, scales included, of an 8-bit quantization."""
 
@@ -194,7 +194,7 @@ class VllmBackend(Engine):
 
     def _dtype(self) -> str:
         """Return torch's name of the requested dtype or the checkpoint's own. By default vLLM would halve float32."""
-        return DTYPES.get(self.cell.quant) or self.facts.dtype or "auto"
+        return FLOAT_DTYPES.get(self.cell.quant) or self.facts.dtype or "auto"
 
     def describe(self) -> LoadInfo:
         runner, settings = self._runner(), self.engine.vllm_config

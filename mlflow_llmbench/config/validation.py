@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..records.cell import DRAWN, LENGTHS, MEANT_WITH, PARAMETERS, as_text
 from ..records.errors import UsageError
-from ..records.quantizations import GGUF_QUANTIZATIONS, GROUPED, LLAMA_CPP, MIXED, backend_of
+from ..records.quantizations import LLAMA_CPP, MIXED, backend_of, schemes_of, schemes_with
 from . import server_command
 
 
@@ -68,10 +68,11 @@ def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
             raise UsageError(
                 f"{name} is a setting of {parameter}={','.join(values)}. Add {parameter}={values[0]}, or leave it out."
             )
-    if axes["group_size"] != (PARAMETERS["group_size"].default,) and not set(axes["quant"]) & set(GROUPED):
+    grouped = schemes_with("group_size")
+    if axes["group_size"] != (PARAMETERS["group_size"].default,) and not set(axes["quant"]) & set(grouped):
         raise UsageError(
-            f"group_size is a setting of quant={','.join(GROUPED)}; others have their own groups. "
-            f"Add quant={GROUPED[0]}, or leave it out."
+            f"group_size is a setting of quant={','.join(grouped)}; others have their own groups. "
+            f"Add quant={grouped[0]}, or leave it out."
         )
     if "assisted" in axes["decode"] and None in axes["assistant"]:
         raise UsageError(
@@ -95,7 +96,7 @@ def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
 def _check_llama_cpp(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse quantizations and settings of llama.cpp where another backend runs the cell."""
     backend, quants = str(axes["backend"][0]), [str(quant) for quant in axes["quant"]]
-    packed = [quant for quant in quants if quant in GGUF_QUANTIZATIONS]
+    packed = [quant for quant in quants if quant in schemes_of("llama_cpp")]
     if packed and backend not in ("transformers", "llama_cpp") and axes["launch"] == (None,):
         raise UsageError(
             f"quant={packed[0]} is a quantization of llama.cpp, not of backend={backend}. Give backend=llama_cpp."

@@ -9,11 +9,11 @@ from typing import Any
 from ..backends.base import backend_class
 from ..backends.huggingface import decoding, quantization
 from ..backends.llamacpp import gguf_quantize
-from ..backends.packages import APART, NEEDED, OPTIONAL, QUANTIZATION_PACKAGES, below_floor, is_written_for, version
+from ..backends.packages import APART, NEEDED, OPTIONAL, below_floor, is_written_for, version
 from ..config.choices import DECODES, known_backends
 from ..records.cell import Cell
 from ..records.errors import MissingError, UsageError, first_line
-from ..records.quantizations import QUANTIZATIONS
+from ..records.quantizations import QUANTIZATIONS, SCHEMES, install_command
 from ..system import machine
 from . import interpreter
 
@@ -73,8 +73,7 @@ def backend_items() -> Iterator[Item]:
             yield Item("Backends", name, "missing", str(error), f"Reinstall the package that declares {where}.")
             continue
         status, found = ("missing", f"needs {', '.join(lacking)}") if lacking else ("ok", where)
-        commands = {package: command for packages, _, command in OPTIONAL for package in packages}
-        install = " && ".join(commands.get(package, f"pip install {package}") for package in lacking)
+        install = " && ".join(map(install_command, lacking))
         yield Item("Backends", name, status, found, f"Run: {APART.get(name, install)}" if lacking else None)
     if version("llama-cpp-python"):
         yield converter_item()
@@ -94,12 +93,11 @@ def converter_item() -> Item:
 
 def quantization_items(installed: Callable[[str], bool]) -> Iterator[Item]:
     """Yield every value of `quant`, with the packages that it needs besides torch and transformers."""
-    commands = {package: command for packages, _, command in OPTIONAL for package in packages}
     for quant in QUANTIZATIONS:
-        packages = ("torch", "transformers", *QUANTIZATION_PACKAGES.get(quant, ()))
+        packages = ("torch", "transformers", *SCHEMES[quant].packages)
         lacking = [package for package in packages if not installed(package)]
         if lacking:
-            run = " && ".join(dict.fromkeys(commands.get(package, f"pip install {package}") for package in lacking))
+            run = " && ".join(dict.fromkeys(map(install_command, lacking)))
             yield Item("Quantizations", quant, "missing", f"needs {', '.join(lacking)}", f"Run: {run}")
         elif lack := quantization.lacking_device(quant):
             yield _missing("Quantizations", quant, lack)

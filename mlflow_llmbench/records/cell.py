@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from .quantizations import backend_of
+from .quantizations import backend_of, listed, schemes_with
 
 DRAWN = ("synthetic", "mixed")
 """Workloads without texts: prompts are drawn from the vocabulary."""
@@ -54,16 +54,21 @@ class Cell:
     )
     quant: str = parameter(
         "none",
-        "none (the checkpoint's dtype), fp32, fp16, bf16; bitsandbytes: int8, int4 (NF4), fp4; GPTQ: gptq (4 bits), "
-        "gptq3, gptq8; torchao: int8-wo, int4-wo, int8-dq, fp8; HQQ: hqq8, hqq4, hqq3, hqq2; Quanto: quanto8, "
-        "quanto4, quanto2; mixed (chosen per block); llama.cpp: q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, q2_k",
+        listed(),
         kind="quant",
         sweep=True,
     )
-    group_size: int = parameter(128, "weights that share a scale (gptq, int4-wo, hqq)", kind="count", low=16, high=1024)
+    group_size: int = parameter(
+        128,
+        f"quant={','.join(schemes_with('group_size'))}: weights that share a scale",
+        kind="count",
+        low=16,
+        high=1024,
+    )
     int8_threshold: float = parameter(
         6,
-        "quant=int8: compute activations beyond this magnitude in 16 bits; 0 = none",
+        f"quant={','.join(schemes_with('int8_threshold'))}: compute activations beyond this magnitude "
+        "in 16 bits; 0 = none",
         kind="number",
         sweep=True,
         low=0,
@@ -71,7 +76,11 @@ class Cell:
         scenarios="offline batching",
     )
     double_quant: bool = parameter(
-        False, "quant=int4,fp4: quantize the block scales too", kind="flag", sweep=True, scenarios="offline batching"
+        False,
+        f"quant={','.join(schemes_with('double_quant'))}: quantize the block scales too",
+        kind="flag",
+        sweep=True,
+        scenarios="offline batching",
     )
     quant_budget: str | None = parameter(
         None,
@@ -472,8 +481,7 @@ LENGTHS = ("prompt_tokens", "output_tokens")
 """Parameters that a trace replaces."""
 
 MEANT_WITH = {
-    "int8_threshold": ("quant", ("int8",)),
-    "double_quant": ("quant", ("int4", "fp4")),
+    **{setting: ("quant", schemes_with(setting)) for setting in ("int8_threshold", "double_quant")},
     "assistant": ("decode", ("assisted",)),
     "draft_tokens": ("decode", SPECULATIVE),
 }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ...config import model_shape, models
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, NotRealised, UsageError
-from ...records.quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
+from ...records.quantizations import FLOAT_DTYPES, GGUF_CACHES, SCHEMES, schemes_of
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine, memory
 from ...workloads.prompts import turn_texts
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 
-RUNS = ("none", "fp32", "fp16", "bf16", *GGUF_QUANTIZATIONS)
+RUNS = ("none", *FLOAT_DTYPES, *schemes_of("llama_cpp"))
 FLASH = {"auto": -1, "eager": 0}
 """Value of `attention` → llama.cpp's flash attention setting: −1 where possible, 0 never."""
 
@@ -142,9 +142,9 @@ class LlamaCppBackend:
     def _verify(self, model: Model) -> None:
         """Raise NotRealised unless the file has the requested quantization."""
         wanted = self.cell.quant
-        if wanted not in GGUF_QUANTIZATIONS:
+        if wanted not in schemes_of("llama_cpp"):
             return
-        number = getattr(model.lib, f"LLAMA_FTYPE_MOSTLY_{wanted.upper()}")
+        number = getattr(model.lib, f"LLAMA_FTYPE_MOSTLY_{SCHEMES[wanted].recipe['file_type']}")
         if int(model.lib.llama_model_ftype(model.handle)) != number:
             raise NotRealised(
                 f"quant={wanted} was requested, but {self.file} is {model.file_type()}. Delete the file, then run the "
