@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..analysis.decisions.recommend import GOALS, Candidate, Measure, Recommendation, figure, interval
+from ..analysis.decisions.candidates import Candidate, Measure, figure, interval
+from ..analysis.decisions.recommend import GOALS, Recommendation
 from .markup import markdown, markdown_table
 
 MOST_REFUSED = 30
@@ -64,7 +65,7 @@ def answer(found: Recommendation) -> str:
         )
         return f"Nothing is recommended for {asked}: {why}."
     figures = ", ".join(f"{measure.label} {_shown(found.winner, measure)}" for measure in found.objectives)
-    suspect = f" It is suspect and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
+    suspect = f" It is suspect, and was accepted: {found.accepted_suspect}." if found.accepted_suspect else ""
     return f"Deploy {found.winner.name}, the best for {asked}: {figures}.{suspect}"
 
 

@@ -16,7 +16,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis import efficiency, latency, summary
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
-from mlflow_llmbench.config import plan
+from mlflow_llmbench.config.cells import config_hash, needs_no_less
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.measure.batch import Measured, compare_replies, measure_cell, time_turns
@@ -226,10 +226,10 @@ def test_turns_have_series_and_a_table() -> None:
     assert metrics["trust/same_replies_ratio"] == pytest.approx(2 / 3)
     report = report_markdown(result, metrics, judge(result, metrics))
     assert "| 2 | 2 | 35.0 | 17.0 | 30.0 | 33.0 |" in report
-    assert "the same answer, token by token, in 2 of its 3 turns. Sums over a prompt" in report
+    assert "the same answer, token by token, in 2 of its 3 turns. A prompt computed" in report
     assert "## Turn by turn" not in report_markdown(made(), {}, None)
     unknown = dataclasses.replace(result, same_replies=())
-    assert "same answers could not be found out; worker.log" in report_markdown(unknown, metrics, None)
+    assert "unknown whether a recomputed history gives the same answers" in report_markdown(unknown, metrics, None)
 
 
 def test_conversations_of_other_lengths_are_no_noise_and_noise_is() -> None:
@@ -269,9 +269,9 @@ def test_the_history_belongs_to_the_configuration_and_not_to_the_workload() -> N
     prompts, model = load_prompts("chat"), ModelFacts("m", "folder", "m", "r")
     assert prompts.digest(kept, None) == prompts.digest(recomputed, None)
     assert prompts.digest(kept, None) != prompts.digest(dataclasses.replace(kept, history="none"), None)
-    assert plan.config_hash(kept, model) != plan.config_hash(recomputed, model)
-    assert not plan.needs_no_less(kept, recomputed)
-    assert plan.needs_no_less(kept, recomputed, of_any_shape=True)
+    assert config_hash(kept, model) != config_hash(recomputed, model)
+    assert not needs_no_less(kept, recomputed)
+    assert needs_no_less(kept, recomputed, ignore_shape=True)
 
 
 # Whole commands

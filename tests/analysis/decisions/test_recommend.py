@@ -13,22 +13,11 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
-from mlflow_llmbench.analysis.decisions.recommend import (
-    GOALS,
-    MEMORY,
-    QUALITY,
-    Limit,
-    Measure,
-    candidates,
-    choose,
-    dominates,
-    interval,
-    names_of,
-    recommend,
-    recommendation_json,
-)
+from mlflow_llmbench.analysis.decisions.candidates import MEMORY, Limit, Measure, candidates, interval, names_of
+from mlflow_llmbench.analysis.decisions.dominance import dominates
+from mlflow_llmbench.analysis.decisions.recommend import GOALS, QUALITY, choose, recommend, recommendation_json
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.config.plan import config_hash
+from mlflow_llmbench.config.cells import config_hash
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Failure, Hashes, MemoryStages, RunResult
@@ -158,7 +147,7 @@ def test_a_goal_that_was_not_measured_is_no_answer() -> None:
     found = recommend(ALL, "energy")
     assert found.winner is None
     assert found.refused[0].why.startswith("It has no efficiency/joules_per_token. It needs an energy counter")
-    assert "no result can be trusted and compared" in answer(found)
+    assert "there is no trusted and comparable result" in answer(found)
 
 
 def test_failed_and_invalid_results_are_never_chosen() -> None:

@@ -15,7 +15,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis.summary import series, statistics, summarize
 from mlflow_llmbench.analysis.verdict import judge, unsupported_percentiles
 from mlflow_llmbench.config import models
-from mlflow_llmbench.config.plan import config_hash, expand_cells, group_cells
+from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell
@@ -52,7 +52,7 @@ def test_a_step_of_several_tokens_is_no_inter_token_latency(store_uri: str) -> N
     assert [int(row["token"]) for row in rows] == list(range(11))
     assert [len({row["t_ns"] for row in rows[a:b]}) for a, b in ((1, 5), (5, 9), (9, 11))] == [1, 1, 1]
     assert (
-        "10 tokens with decode=prompt_lookup as with decode=generate and kv_cache=auto: 1 of 1."
+        "10 tokens under decode=prompt_lookup as under decode=generate and kv_cache=auto: 1 of 1."
         in (folder / "report.md").read_text()
     )
 
@@ -88,7 +88,7 @@ def test_other_tokens_than_those_of_plain_decoding_are_told(store_uri: str) -> N
     assert result.same_tokens == (6, 6)
     assert summarize(result)["trust/same_tokens_ratio"] == pytest.approx(0.6)
     text = (folder / "report.md").read_text()
-    assert "as with decode=generate and kv_cache=auto: 0 of 2. The first difference is at token 7." in text
+    assert "as under decode=generate and kv_cache=auto: 0 of 2. The first difference is at token 7." in text
     assert "trust/same_tokens_ratio" not in summarize(fake("differs_at=7")[0])
 
 
