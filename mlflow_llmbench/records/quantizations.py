@@ -116,7 +116,8 @@ class Scheme:
     @property
     def settings(self) -> tuple[str, ...]:
         """Names of the settings in its recipe."""
-        return tuple(value[1:] for value in _values(self.recipe) if isinstance(value, str) and value[:1] == "$")
+        texts = (value for value in _values(self.recipe) if isinstance(value, str))
+        return tuple(dict.fromkeys(text[1:] for text in texts if text[:1] == "$"))
 
     @property
     def packages(self) -> tuple[str, ...]:
