@@ -354,17 +354,6 @@ GGUF_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 KV_CACHES = ("fp8", "int8", "int4", "int2", *GGUF_CACHES)
 """KV cache types of transformers, then those of llama.cpp."""
 
-LLAMA_CPP = ("gpu_layers", "mmap")
-"""Parameters that only the llama_cpp backend has."""
-
-
-def backend_of(backend: str, quant: str) -> str:
-    """Return the backend that runs a quantization.
-
-    That is `backend`, except that schemes of another backend than transformers run there, beside it in one sweep.
-    """
-    return SCHEMES[quant].backend if backend == "transformers" and quant in SCHEMES else backend
-
 
 def schemes_of(backend: str) -> tuple[str, ...]:
     """Return the schemes that only this backend makes and runs."""

@@ -13,13 +13,13 @@ import pytest
 from mlflow_llmbench.analysis.scaling import memory_account
 from mlflow_llmbench.backends.packages import OPTIONAL
 from mlflow_llmbench.config import cells, model_shape, models
-from mlflow_llmbench.records.cell import MEANT_WITH, PARAMETERS, Cell
+from mlflow_llmbench.records.backends import backend_of
+from mlflow_llmbench.records.cell import DEPENDS_ON, PARAMETERS, Cell
 from mlflow_llmbench.records.quantizations import (
     COLOURS,
     LIBRARIES,
     QUANTIZATIONS,
     SCHEMES,
-    backend_of,
     install_command,
     library_of_method,
     listed,
@@ -85,7 +85,7 @@ def test_the_libraries_are_what_they_were() -> None:
     assert {package: install_command(package) for package in BEFORE["install"]} == BEFORE["install"]
     assert {package for packages, _, _ in OPTIONAL for package in packages} >= set(BEFORE["install"])
     assert set(machine.PACKAGES) >= set(BEFORE["fingerprint"])
-    assert {name: [parameter, list(values)] for name, (parameter, values) in MEANT_WITH.items()}.items() >= BEFORE[
+    assert {name: [parameter, list(values)] for name, (parameter, values) in DEPENDS_ON.items()}.items() >= BEFORE[
         "meant_with"
     ].items()
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...records.errors import UsageError
-from ...records.quantizations import BITSANDBYTES, MIXED, SCHEMES, Scheme
+from ...records.quantizations import BITSANDBYTES, MIXED, SCHEMES, UNPACKED, Scheme
 
 Config = Mapping[str, Any]
 LIBRARIES = {"transformers": "transformers", "llama_cpp": "llama.cpp"}
@@ -49,13 +49,12 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
             f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a "
             "container."
         )
-    scheme = _scheme(config)
     if config["quant"] == MIXED:
         raise UsageError(
             f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m "
             f"{uri}"
         )
-    if scheme.made_while_loading and not scheme.engines and target in ("vllm", "tgi", "sglang", "transformers"):
+    if _quantizes(config) and not _scheme(config).engines and target in ("vllm", "tgi", "sglang", "transformers"):
         raise UsageError(
             f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models "
             f"serve -m {uri}"
@@ -77,6 +76,11 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
 def _scheme(config: Config) -> Scheme:
     """The scheme of a version; `none` if this program does not know it (a version of a later one)."""
     return SCHEMES.get(config["quant"], SCHEMES["none"])
+
+
+def _quantizes(config: Config) -> bool:
+    """Return True if the version's checkpoint is quantized while it is loaded."""
+    return config["quantization"] not in ({}, UNPACKED)
 
 
 def _measured(config: Config, uri: str, target: str) -> list[str]:
@@ -170,7 +174,7 @@ def _double_quantized(config: Config, engine: str) -> str:
 def _sglang(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     _no_gguf(config, "sglang")
     kind = _scheme(config).engines.get("sglang")
-    if _scheme(config).made_while_loading and not kind:
+    if _quantizes(config) and not kind:
         raise _cannot(config, "sglang", "of bitsandbytes it makes NF4 only")
     note = _double_quantized(config, "SGLang") if kind else ""
     options: Options = {"--model-path": config["location"]} | (
