@@ -6,6 +6,7 @@ requirements, about 20 KB and no weights. It is linked to the measured run, and 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -258,15 +259,17 @@ def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_
 
 
 def serving_code() -> str:
-    """Return the text of a version's Python file: `serving_model.py`, with the module that it imports of ours in it.
+    """Return the text of a version's Python file: `serving_model.py`, with the statements of `recipe.py` in it.
 
-    A version must load the same way in any environment, also years later, so it depends on no version of this package.
+    They replace its import, so a version loads the same way years later, with any release of this package or none.
     """
-    model = (PACKAGE_DIR / "tracking" / "serving_model.py").read_text(encoding="utf-8")
-    recipe = (PACKAGE_DIR / "backends" / "huggingface" / "recipe.py").read_text(encoding="utf-8")
-    before, found, after = model.partition("from ..backends.huggingface.recipe import kernel, layer_classes, load\n")
-    assert found
-    return before + recipe.replace("from __future__ import annotations\n", "") + after
+    recipe = ast.parse((PACKAGE_DIR / "backends" / "huggingface" / "recipe.py").read_text(encoding="utf-8"))
+    model = ast.parse((PACKAGE_DIR / "tracking" / "serving_model.py").read_text(encoding="utf-8"))
+    body: list[ast.stmt] = []
+    for statement in model.body:
+        ours = isinstance(statement, ast.ImportFrom) and statement.level > 0
+        body += recipe.body[2:] if ours else [statement]  # without its docstring and its `from __future__`
+    return ast.unparse(ast.Module(body, [])) + "\n"
 
 
 def signature(max_new_tokens: int) -> ModelSignature:
