@@ -162,14 +162,7 @@ def test_a_search_that_one_user_alone_ends(store_uri: str, capsys: pytest.Captur
             url,
             "--model",
             model,
-            "--find",
-            "goodput",
-            "--slo-ttft-ms",
-            "1",
-            "--output-tokens",
-            "4",
-            "--prompt-tokens",
-            "8",
+            *"--find goodput --slo-ttft-ms 1 --output-tokens 4 --prompt-tokens 8".split(),
         ]
         assert (
             main([*arguments, "--requests", "4", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri])
@@ -196,25 +189,9 @@ def test_a_search_is_runs_in_mlflow(store_uri: str, tmp_path: Path, capsys: pyte
             url,
             "--model",
             model,
-            "--find",
-            "goodput",
-            "--slo-ttft-ms",
-            "150",
-            "--output-tokens",
-            "4",
+            *"--find goodput --slo-ttft-ms 150 --output-tokens 4".split(),
         ]
-        arguments += [
-            "--prompt-tokens",
-            "8",
-            "--requests",
-            "40",
-            "--repetitions",
-            "5",
-            "--warmup",
-            "1",
-            "--arrival",
-            "constant",
-        ]
+        arguments += "--prompt-tokens 8 --requests 40 --repetitions 5 --warmup 1 --arrival constant".split()
         assert main([*arguments, "--request-rate", "20", "--tracking-uri", store_uri]) == 0
     told = capsys.readouterr().out
     assert "Goodput: " in told

@@ -68,9 +68,18 @@ def result(
 ) -> RunResult:
     repetitions = tuple(Repetition(i, 1000 * i, requests, failed=failures, client=client) for i in range(5))
     return RunResult(
-        cell, "ok", 0, 9000, Hashes("c", "w", "h", "s", "e"), ModelFacts("m", "none", "http://h", "x"), {},
-        load=LoadInfo(None), steady=True, warmup_s=(0.04, 0.04, 0.04), repetitions=repetitions,
-    )  # fmt: skip
+        cell,
+        "ok",
+        0,
+        9000,
+        Hashes("c", "w", "h", "s", "e"),
+        ModelFacts("m", "none", "http://h", "x"),
+        {},
+        load=LoadInfo(None),
+        steady=True,
+        warmup_s=(0.04, 0.04, 0.04),
+        repetitions=repetitions,
+    )
 
 
 def codes(one: RunResult) -> set[str]:
@@ -330,12 +339,7 @@ def test_a_sweep_over_users_is_runs_in_mlflow(
         server,
         "--model",
         MODEL,
-        "--concurrency",
-        "1,3",
-        "--output-tokens",
-        "8",
-        "--prompt-tokens",
-        "20",
+        *"--concurrency 1,3 --output-tokens 8 --prompt-tokens 20".split(),
     ]
     assert (
         main([*arguments, "--repetitions", "5", "--warmup", "1", "--slo-ttft-ms", "1000", "--tracking-uri", store_uri])
@@ -405,9 +409,18 @@ def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
 
 def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=10, ramp_to=200, requests=30,
-        repetitions=5, warmup=1, output_tokens=4, prompt_tokens=16,
-    )  # fmt: skip
+        tracking_uri=store_uri,
+        backend="openai",
+        url=server,
+        model=MODEL,
+        request_rate=10,
+        ramp_to=200,
+        requests=30,
+        repetitions=5,
+        warmup=1,
+        output_tokens=4,
+        prompt_tokens=16,
+    )
     [row] = done.rows
     assert row.outcome == "ok"
     assert (row.metrics["config/request_rate"], row.metrics["config/ramp_to"]) == (10, 200)
@@ -415,9 +428,20 @@ def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
 
 def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=100, requests=30, repetitions=5,
-        warmup=1, output_tokens=8, prompt_tokens=16, endpoint="chat", arrival="gamma", burstiness=0.5,
-    )  # fmt: skip
+        tracking_uri=store_uri,
+        backend="openai",
+        url=server,
+        model=MODEL,
+        request_rate=100,
+        requests=30,
+        repetitions=5,
+        warmup=1,
+        output_tokens=8,
+        prompt_tokens=16,
+        endpoint="chat",
+        arrival="gamma",
+        burstiness=0.5,
+    )
     [row] = done.rows
     assert row.outcome == "ok"
     assert row.metrics["config/request_rate"] == 100
