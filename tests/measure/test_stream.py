@@ -354,7 +354,8 @@ def test_an_answer_of_another_length_than_asked_is_invalid() -> None:
 
 
 def test_a_sweep_over_ways_of_batching_is_runs_in_mlflow(store_uri: str, tmp_path: Path) -> None:
-    arguments = "run --backend fake --model fake:ttft_ms=6+itl_ms=2 --workload mixed --prompt-tokens 16 --output-tokens 8".split()
+    arguments = "run --backend fake --model fake:ttft_ms=6+itl_ms=2 --workload mixed".split()
+    arguments += "--prompt-tokens 16 --output-tokens 8".split()
     arguments += (
         "--batching static,dynamic,continuous --batch-wait-ms 2 --batch-size 4 --request-rate 100 --requests 12".split()
     )

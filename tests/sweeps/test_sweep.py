@@ -347,7 +347,8 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
 def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp_path: Path, how: str) -> None:
     command = [
         sys.executable,
-        *"-m mlflow_llmbench run --backend fake --model fake:ttft_ms=1+itl_ms=200 --batch-size 1,2 --repetitions 5".split(),
+        *"-m mlflow_llmbench run --backend fake --model fake:ttft_ms=1+itl_ms=200".split(),
+        *"--batch-size 1,2 --repetitions 5".split(),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
     process = subprocess.Popen(
