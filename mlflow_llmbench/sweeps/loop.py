@@ -21,7 +21,7 @@ from ..records.errors import NodeLost
 from ..records.invocation import parameter_text
 from ..records.redaction import redact_all
 from ..records.results import Failure, RunResult
-from ..reports import files
+from ..reports import artifacts
 from ..reports.result import row_of
 from ..workloads.prompts import load_prompts
 from . import planning, resume
@@ -281,9 +281,9 @@ def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None
     folder = job.folder / "artifacts"
     with sweep.ledger.noted(f"the files of {job.name}"):
         write_job(job)
-        files.write_cell(result, folder)
+        artifacts.write_cell(result, folder)
     if draw:
         with sweep.ledger.noted(f"the charts of {job.name}"):
-            files.draw_cell(result, folder / "charts")
+            artifacts.draw_cell(result, folder / "charts")
     job.row = row_of(result)  # if interrupted before this line, `_finish` repeats the cell
     sweep.ledger.upload(job, result)

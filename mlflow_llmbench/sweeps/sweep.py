@@ -18,7 +18,7 @@ from ..measure import quality_order
 from ..measure.journal import claim, new_sweep, read_result, write_json
 from ..records.cell import Cell
 from ..records.results import Failure, ModelFacts
-from ..reports import files
+from ..reports import artifacts
 from ..reports.result import Row, format_table, with_figures
 from ..reports.sweep import Subject
 from ..tracking import runs
@@ -263,7 +263,7 @@ def _finish(sweep: _Sweep, outcome: str) -> None:
         with ledger.noted("the comparison"):
             place = ui_command(ledger.address), ledger.store.experiment_id if ledger.store else ""
             subject = Subject(sweep.spec, ledger.parent_name, sweep.folder.name, *place)
-            files.write_sweep(measured, subject, sweep.folder / "comparison", draw)
+            artifacts.write_sweep(measured, subject, sweep.folder / "comparison", draw)
         ledger.finish(measured, sweep.folder / "comparison", outcome, sweep.related.figures)
     with ledger.noted("how the command ended"):
         write_json(sweep.folder / "ended.json", {"outcome": outcome})

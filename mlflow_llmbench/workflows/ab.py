@@ -21,7 +21,7 @@ from ..measure.journal import read_result
 from ..records.cell import Cell, as_text
 from ..records.errors import MeasurementError, UsageError
 from ..records.results import RunResult
-from ..reports import files
+from ..reports import artifacts
 from ..sweeps.progress import Watcher
 from ..sweeps.sweep import SweepResult, run_sides
 from ..tracking import runs
@@ -85,7 +85,7 @@ def run_ab(
     comparison = comparison_analysis.compare(
         first, second, noise=noise, paired=True, allow=frozenset({"workload", *other})
     )
-    files.write_comparisons([comparison], done.folder / "ab")
+    artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
         runs.log_folder(open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
     return ABResult(done, comparison)

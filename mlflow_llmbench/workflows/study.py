@@ -14,7 +14,7 @@ from ..analysis.scaling.study import check_share
 from ..config.spec import parse
 from ..records.errors import LlmbenchError, MeasurementError, UsageError
 from ..records.results import RunResult
-from ..reports import files
+from ..reports import artifacts
 from ..sweeps import sweep
 from ..sweeps.progress import Watcher
 from ..sweeps.sweep import SweepResult
@@ -134,7 +134,7 @@ def _keep(
 ) -> tuple[Path | None, str | None]:
     """Write the study into a temporary folder and log that; copy it to `output`, which may hold other files."""
     with tempfile.TemporaryDirectory() as scratch:
-        files.write_study(found, Path(scratch))
+        artifacts.write_study(found, Path(scratch))
         if output:
             shutil.copytree(scratch, output, dirs_exist_ok=True)
         if store and run_id:
