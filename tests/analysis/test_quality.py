@@ -435,7 +435,8 @@ def test_an_unquantized_model_that_does_not_fit_withholds_the_comparison_only(
 ) -> None:
     from mlflow_llmbench.system import estimate
 
-    monkeypatch.setattr(estimate, "refusal", lambda cell, *_: "It needs about 14 GB." if cell.quant == "none" else None)
+    too_large = estimate.Refusal("memory", "It needs about 14 GB.")
+    monkeypatch.setattr(estimate, "refusal", lambda cell, *_: too_large if cell.quant == "none" else None)
     (tmp_path / "text.txt").write_text(TEXT + "Not what another test has scored.")
     done = run(**FAST, model=str(tiny_model), quant="bf16", quality_text=str(tmp_path / "text.txt"))
     [result] = results_of(done).values()
