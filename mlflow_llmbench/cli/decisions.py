@@ -187,9 +187,10 @@ def _recommend(given: argparse.Namespace) -> int:
 
 
 def _register(given: argparse.Namespace) -> int:
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
-    store = runs.open_store(given.tracking_uri)
+    store = open_store(given.tracking_uri)
     made = registry.register(store, given.reference, given.name, given.alias, _reason(given))
     what = "Registered" if made.new else "Already registered as"
     print(f"{what} {made.uri}, alias {given.alias}. Its evidence is the run {made.run_id}.")
@@ -223,13 +224,14 @@ def _gate(given: argparse.Namespace) -> int:
 def _gate_verdict(given: argparse.Namespace) -> int:
     from ..analysis.decisions import gate
     from ..reports.gate import format_gate, gate_junit, gate_markdown
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
     limits, limit = (
         gate.parse_limits(_told(given.limit) or ""),
         gate.parse_ratio("--default-limit", given.default_limit),
     )
-    store = runs.open_store(given.tracking_uri)
+    store = open_store(given.tracking_uri)
     champion = registry.registered_at(store, given.against)
     baseline = registry.result_of(store, champion.run_id)
     candidate, run_id, shown = _candidate(given, store, baseline)
@@ -245,9 +247,10 @@ def _gate_verdict(given: argparse.Namespace) -> int:
 
 
 def _promote(given: argparse.Namespace) -> int:
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
-    done = registry.promote(runs.open_store(given.tracking_uri), given.version)
+    done = registry.promote(open_store(given.tracking_uri), given.version)
     new, before = done.champion, done.before
     print(
         f"{new.uri} is the champion of {new.name}."
@@ -263,9 +266,10 @@ def _promote(given: argparse.Namespace) -> int:
 def _export(given: argparse.Namespace) -> int:
     from ..analysis.decisions.export import export
     from ..measure.journal import write_bytes
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
-    store = runs.open_store(given.tracking_uri)
+    store = open_store(given.tracking_uri)
     version = registry.registered_at(store, given.version)
     text = export(*registry.stored_config(store, version), uri=version.uri, target=given.target)
     if given.output:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..analysis.decisions.recommend import GOALS, Candidate, Measure, Recommendation, figure, interval
+from ..analysis.decisions.candidates import Candidate, Measure, figure, interval
+from ..analysis.decisions.recommend import GOALS, Recommendation
 from .markup import markdown, markdown_table
 
 MOST_REFUSED = 30

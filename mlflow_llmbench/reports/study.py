@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..analysis.decisions.recommend import MEMORY, Candidate, figure, interval
-from ..analysis.scaling.findings import Choice, Findings, at_focus
+from ..analysis.decisions.candidates import MEMORY, Candidate, figure, interval
+from ..analysis.scaling.choices import Choice
+from ..analysis.scaling.findings import Findings
+from ..analysis.scaling.focus import at_focus
 from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from ..analysis.scaling.study import TPOT
 from ..records.results import to_json

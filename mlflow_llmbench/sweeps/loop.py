@@ -21,7 +21,7 @@ from ..records.results import Failure, RunResult
 from ..reports import files
 from ..reports.result import Row, row_of, with_figures
 from ..reports.sweep import Subject
-from ..tracking import runs
+from ..tracking.store import ui_command
 from . import resume
 from .cross_cell import CrossFindings, cross_findings
 from .executor import Executor
@@ -379,7 +379,7 @@ class Sweep:
         measured = [(job.row, job.run_id) for job in self.jobs if job.row]
         folder = self.folder / "comparison"
         with recorder.report_errors("the comparison"):
-            where = runs.ui_command(recorder.address), recorder.store.experiment_id if recorder.store else ""
+            where = ui_command(recorder.address), recorder.store.experiment_id if recorder.store else ""
             subject = Subject(self.plan.spec, self.plan.parent_name, self.folder.name, *where)
             files.write_sweep(measured, subject, folder, draw)
         recorder.finish(self.plan.spec, measured, folder, outcome, self.findings.figures)

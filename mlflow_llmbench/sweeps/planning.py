@@ -16,6 +16,7 @@ from ..backends.base import backend_class
 from ..config import model_shape
 from ..config.cells import cell_name, config_hash, expand_cells, group_cells, sweep_name
 from ..config.spec import BenchSpec
+from ..config.validation import check_declared
 from ..measure import interpreter, quality_reference
 from ..records.cell import Cell, Options
 from ..records.errors import MissingError, UsageError
@@ -239,7 +240,7 @@ def _resolve(groups: Sequence[Sequence[Cell]], options: Options) -> dict[Cell, _
 
 def _resolve_one(cell: Cell) -> tuple[ModelFacts, Refusal | None]:
     """Return the model of a cell, and the reason if its quantization needs a package that is not installed here."""
-    _refuse_unknown_paths(cell)
+    check_declared(cell)
     try:
         return interpreter.resolve(cell), None
     except MissingError as error:
@@ -258,24 +259,3 @@ def _refuse_same_configurations(resolved: Mapping[Cell, _Resolved]) -> None:
             raise UsageError(
                 f"{same.model} and {cell.model} are the same model, so their cells are the same. Leave one of them out."
             )
-
-
-def _refuse_unknown_paths(cell: Cell) -> None:
-    """Raise UsageError if the backend lacks a decode path, history, batching or KV cache that the cell asks for.
-
-    Without this check another path could be measured under the requested name.
-    """
-    known = backend_class(cell.backend).capabilities
-    if cell.decode not in known.decodes:
-        raise UsageError(f"backend={cell.backend} has no decode={cell.decode}. Use decode={','.join(known.decodes)}.")
-    if cell.history in ("recomputed", "kept") and not known.conversations:
-        raise UsageError(
-            f"backend={cell.backend} cannot be measured turn by turn with history={cell.history}. Use history=none."
-        )
-    if cell.batching == "continuous" and not known.continuous:
-        raise UsageError(f"backend={cell.backend} has no batching=continuous. Use batching=static or dynamic.")
-    if cell.kv_cache is not None and cell.kv_cache not in known.kv_caches:
-        raise UsageError(
-            f"backend={cell.backend} has no kv_cache={cell.kv_cache}. "
-            f"Use kv_cache={','.join(['auto', *known.kv_caches])}."
-        )

@@ -16,7 +16,7 @@ from ..config.cells import asked_params
 from ..config.spec import BenchSpec, parse
 from ..measure.journal import new_sweep
 from ..reports.result import Row, format_table
-from ..tracking import runs
+from ..tracking.store import ui_command
 from .executor import Executor
 from .local_executor import LocalExecutor
 from .loop import Sweep
@@ -125,7 +125,7 @@ def _result(sweep: Sweep, outcome: str) -> SweepResult:
         recorder.parent_id,
         recorder.address,
         store.experiment_id if store else "",
-        runs.ui_command(recorder.address),
+        ui_command(recorder.address),
         page,
         (*recorder.unwritten, *recorder.missed),
         sweep.findings.sentences,

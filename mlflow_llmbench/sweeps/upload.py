@@ -26,19 +26,9 @@ from ..records.results import Failure, RunResult
 from ..reports import files, sweep
 from ..reports.result import Row, row_of, with_figures
 from ..tracking import view
-from ..tracking.runs import (
-    PARENT_TAG,
-    UPLOADED_TAG,
-    Store,
-    begin_run,
-    end_run,
-    log_figures,
-    open_store,
-    runs_of_sweep,
-    ui_command,
-    upload_cell,
-    upload_parent,
-)
+from ..tracking.runs import PARENT_TAG, begin_run, end_run, log_figures, upload_cell, upload_parent
+from ..tracking.search import runs_of_sweep
+from ..tracking.store import UPLOADED_TAG, Store, open_store, ui_command
 from .cross_cell import cross_findings
 from .job import Job, identity, read_job
 from .results import failed_result, measured_result

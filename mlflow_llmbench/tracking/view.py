@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..records.errors import first_line
 from ..records.metrics import KEYS, SERIES
-from .runs import without_user
+from .store import without_user
 
 if TYPE_CHECKING:
     from ..reports.result import Row
-    from .runs import Store
+    from .store import Store
 
 
 TAG = "mlflow.sharedViewState."

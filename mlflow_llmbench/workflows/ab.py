@@ -26,6 +26,7 @@ from ..sweeps.planning import plan_in_turns
 from ..sweeps.progress import Watcher
 from ..sweeps.sweep import SweepResult, execute
 from ..tracking import runs
+from ..tracking.store import open_store
 
 DEFAULT_PAIRS = 6
 """Pairs of processes: six give five degrees of freedom and a t quantile of 2.6."""
@@ -88,7 +89,7 @@ def run_ab(
     )
     files.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
-        runs.log_folder(runs.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
+        runs.log_folder(open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
     return ABResult(done, comparison)
 
 

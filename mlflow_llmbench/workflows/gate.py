@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..analysis.decisions.gate import Gate
     from ..records.results import RunResult
     from ..tracking.registry import Registered
-    from ..tracking.runs import Store
+    from ..tracking.store import Store
 
 
 def _permissions(given: argparse.Namespace) -> frozenset[str]:

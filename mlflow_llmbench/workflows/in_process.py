@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..backends.callback import Generate
 from ..config.spec import BenchSpec, parse
+from ..records.backends import CALLBACK_BACKEND
 from ..records.cell import DRAWN
 from ..records.errors import UsageError
 from ..records.results import ModelFacts
@@ -31,7 +32,7 @@ from ..sweeps.progress import Watcher
 from ..sweeps.run_recorder import Destination
 from ..sweeps.sweep import SweepResult, execute
 from ..system import machine
-from ..tracking import runs
+from ..tracking.store import open_store
 
 PARAMETERS = (
     "model", "revision", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload", "warmup",
@@ -83,14 +84,14 @@ def measure(
     if unknown:
         raise UsageError(f"{unknown[0]} has no meaning for a function of your own. Known: {', '.join(PARAMETERS)}.")
     asked = {name: value for name, value in parameters.items() if value is not None}
-    spec = parse({"model": model, **asked, "backend": "callback", "rerun": True})
+    spec = parse({"model": model, **asked, "backend": CALLBACK_BACKEND, "rerun": True})
     texts = [workload for workload in spec.axes["workload"] if workload not in DRAWN]
     if texts and encode is None:
         raise UsageError(
             f"workload={texts[0]} has texts, but the function takes ids. Give encode=…, a function from text to ids."
         )
     device = machine.require_device(str(spec.axes["device"][0]))
-    runs.open_store(tracking_uri, experiment)
+    open_store(tracking_uri, experiment)
     bench = Bench(spec, CallbackExecutor(device, encode, vocab_size), (tracking_uri, experiment), watcher)
     yield bench
     if bench.result is None:

@@ -27,6 +27,7 @@ from ..sweeps.progress import Watcher
 from ..sweeps.sweep import SweepResult, execute, open_executor
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
+from ..tracking.store import open_store
 
 PERMISSIONS = ("trust_remote_code", "allow_pickle")
 """Parameters that allow code or pickles to be loaded. They are not taken over from a run and must be given again."""
@@ -62,7 +63,7 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
     Raises UsageError if there are several.
     """
     if reference.startswith("models:/"):
-        store = runs.open_store(tracking_uri)
+        store = open_store(tracking_uri)
         version = registry.registered_at(store, reference)
         return Original(registry.result_of(store, version.run_id), version.run_id, version.uri)
     results = load_results(reference, tracking_uri)
@@ -71,7 +72,7 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
             f"{reference} has {len(results)} cells, but only one can be measured again at a time. "
             "Give the run of one cell."
         )
-    run_id = registry.run_behind(runs.open_store(tracking_uri), reference, results[0])
+    run_id = registry.run_behind(open_store(tracking_uri), reference, results[0])
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
 
 
@@ -234,7 +235,7 @@ def _experiment_of(original: Original, tracking_uri: str | None) -> str | None:
     """Return the name of the original's experiment, None if its run is not in the store."""
     if original.run_id is None:
         return None
-    client = runs.open_store(tracking_uri).client
+    client = open_store(tracking_uri).client
     return str(client.get_experiment(client.get_run(original.run_id).info.experiment_id).name)
 
 
@@ -250,7 +251,7 @@ def _keep(done: Reproduced, tracking_uri: str | None) -> None:
     write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
     if done.comparison:
         files.write_comparisons([done.comparison], folder)
-    store = runs.open_store(tracking_uri, own=done.run_id)
+    store = open_store(tracking_uri, own=done.run_id)
     runs.log_folder(store, done.run_id, folder, "reproduction")
     runs.set_tags(
         store,

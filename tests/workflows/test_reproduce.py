@@ -20,10 +20,10 @@ from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.errors import NotComparable, UsageError
 from mlflow_llmbench.records.results import Quality, RunResult, TextScores
 from mlflow_llmbench.reports.reproduction import reproduction_json, reproduction_markdown
-from mlflow_llmbench.stats import equivalence, units_to_tell
+from mlflow_llmbench.stats import equivalence, required_sample_size
 from mlflow_llmbench.sweeps.planning import plan
 from mlflow_llmbench.tracking.registry import register, result_of
-from mlflow_llmbench.tracking.runs import open_store
+from mlflow_llmbench.tracking.store import open_store
 from mlflow_llmbench.workflows.reproduce import (
     Original,
     _weighed,
@@ -75,7 +75,7 @@ def test_as_many_repetitions_as_are_said_to_tell_do_tell_nine_times_in_ten(diffe
     import numpy as np
 
     spread, margin = 0.04, 0.05
-    needed = units_to_tell(difference, margin, (spread**2, spread**2), tests=tests)
+    needed = required_sample_size(difference, margin, (spread**2, spread**2), tests=tests)
     assert needed
     random = np.random.default_rng(0)
     told = 0
@@ -86,9 +86,11 @@ def test_as_many_repetitions_as_are_said_to_tell_do_tell_nine_times_in_ten(diffe
 
 
 def test_no_number_of_repetitions_is_named_where_none_would_tell() -> None:
-    assert units_to_tell(0.0, 0.05, (0.04**2, 0.04**2), first=3) is None  # the first sample alone is too uncertain
-    assert units_to_tell(-0.05, 0.05, (0.04**2, 0.04**2)) is None
-    assert units_to_tell(0.1, 0.05, (0.0, 0.0)) == 2
+    assert (
+        required_sample_size(0.0, 0.05, (0.04**2, 0.04**2), first=3) is None
+    )  # the first sample alone is too uncertain
+    assert required_sample_size(-0.05, 0.05, (0.04**2, 0.04**2)) is None
+    assert required_sample_size(0.1, 0.05, (0.0, 0.0)) == 2
 
 
 def test_the_same_again_is_equivalent() -> None:

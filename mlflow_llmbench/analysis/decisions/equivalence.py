@@ -18,7 +18,7 @@ from statistics import variance
 
 from ...records.metrics import KEYS
 from ...records.results import RunResult
-from ...stats import Equivalence, equivalence, holm, units_to_tell
+from ...stats import Equivalence, equivalence, holm, required_sample_size
 from ..comparison import SIGNIFICANCE, Comparison, Difference, Effect, units_text
 from ..repetitions import process_count
 
@@ -138,9 +138,11 @@ def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, te
     if state != UNTOLD:
         return found
     spread = variance(_logs(effect.values_a)), variance(_logs(effect.values_b))
-    needed = units_to_tell(test.difference, limit, spread, len(effect.values_a), tests)
+    needed = required_sample_size(test.difference, limit, spread, len(effect.values_a), tests)
     return dataclasses.replace(
-        found, needed=needed, needed_each=None if needed else units_to_tell(test.difference, limit, spread, tests=tests)
+        found,
+        needed=needed,
+        needed_each=None if needed else required_sample_size(test.difference, limit, spread, tests=tests),
     )
 
 

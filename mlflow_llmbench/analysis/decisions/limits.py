@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...records.errors import UsageError
 
 if TYPE_CHECKING:
-    from .recommend import Limit, Measure
+    from .candidates import Limit, Measure
 
 
 BYTES = {
@@ -23,7 +23,8 @@ STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p5
 
 def _limits(given: argparse.Namespace) -> list[Limit]:
     """Parse the limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
-    from .recommend import MEMORY, QUALITY, Limit
+    from .candidates import MEMORY, Limit
+    from .recommend import QUALITY
 
     found = []
     if (most := _told(given.max_memory)) is not None:
@@ -46,7 +47,7 @@ def _limits(given: argparse.Namespace) -> list[Limit]:
 
 def _latency(name: str, text: str) -> tuple[Measure, str]:
     """Split `p95=200ms` into the measure of that statistic and the amount as text. Raises UsageError."""
-    from .recommend import Measure
+    from .candidates import Measure
 
     statistic, _, amount = text.rpartition("=")
     statistic = statistic or STATISTICS[name][0]

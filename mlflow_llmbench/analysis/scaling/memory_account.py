@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ...records.backends import recorded_capabilities
 from ...records.cell import Cell
 from ...records.results import LoadInfo, MemorySample, RunResult
 from ...stats import Trend, trend
 from ..comparison import DEVICE_PEAK
 from ..efficiency import attended
-from .laws import Measured
+from .cells import Measured
 
 MOST_POINTS = 150
 """Most samples that a trend is computed from; more are thinned to medians of neighbours."""
@@ -147,7 +148,7 @@ def growth(result: RunResult) -> Growth | None:
 
 def _holds_whole_cache(cell: Cell) -> bool:
     """Return True if the KV cache has its full size before the first token, so that it does not grow."""
-    return cell.decode == "compiled" or cell.backend in ("llama_cpp", "vllm")
+    return cell.decode in recorded_capabilities(cell.backend).preallocates
 
 
 def _bytes(sample: MemorySample, where: str) -> float:

@@ -10,8 +10,20 @@ from typing import TYPE_CHECKING, Any
 from ...analysis.goodput import knee
 from ...config.cells import load_text
 from ...records.cell import Cell
-from .style import BLUE, BROWN, GREY, ORANGE, RED, _figure, _name, _number, _put_legend, _save, _style
-from .sweep import Points, _describe
+from .style import (
+    BLUE,
+    BROWN,
+    GREY,
+    ORANGE,
+    RED,
+    chart_style,
+    drawn_name,
+    new_figure,
+    put_legend,
+    save_figure,
+    value_label,
+)
+from .sweep import Points, settings_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,11 +50,13 @@ def draw_loads(points: Points, folder: Path, asked: float) -> list[Path]:
         if cell.scenario == "online" and cell.trace is None and cell.ramp_to is None and RATE in metrics:
             loads.setdefault(dataclasses.replace(cell, concurrency=1, request_rate=None), []).append((cell, metrics))
     drawn: list[Path] = []
-    with _style():
+    with chart_style():
         for cell, found in loads.items():
             if len(found) >= LEAST_LOADS:
                 number = len(drawn) // 2 + 1
-                drawn += _save(_figure_of(cell, found, asked), folder, "load" if number == 1 else f"load-{number}")
+                drawn += save_figure(
+                    _figure_of(cell, found, asked), folder, "load" if number == 1 else f"load-{number}"
+                )
     return drawn
 
 
@@ -52,11 +66,11 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
     limited = any(getattr(cell, name) is not None for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"))
     words = [f"quantization {cell.quant}"] if cell.launch else []
     words += [
-        _describe(cell, ("prompt_tokens", "output_tokens")),
+        settings_text(cell, ("prompt_tokens", "output_tokens")),
         *([f"filled: met by {asked:.0%} of the requests"] if limited else []),
     ]
-    figure, axes = _figure(
-        f"{_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels)))
+    figure, axes = new_figure(
+        f"{drawn_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels)))
     )
     best = knee({metrics[RATE]: metrics[E2E] for _, metrics in ordered if E2E in metrics})
     handles: dict[str, Any] = {}
@@ -64,7 +78,7 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
         _draw_panel(one, key, ordered, asked if limited else None, handles)
         if best is not None:
             handles["knee"] = one.axvline(
-                best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {_number(best)} requests/s"
+                best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {value_label(best)} requests/s"
             )
         limit = getattr(cell, slo)
         if limit is not None and limit <= 3 * max(metrics.get(f"{key}_p50", 0.0) for _, metrics in ordered):
@@ -72,7 +86,7 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
         one.set(xlabel="Requests answered per second", ylabel=label)
         one.set_ylim(bottom=0)
         one.set_xlim(left=0)
-    _put_legend(figure, list(handles.values()))
+    put_legend(figure, list(handles.values()))
     return figure
 
 
