@@ -187,3 +187,13 @@ def test_long_plans_are_cut_and_summed() -> None:
 )
 def test_durations_are_readable(seconds: float | None, text: str) -> None:
     assert preview.duration(seconds) == text
+
+
+def test_refusals_are_counted_by_the_kind_that_they_were_made_with() -> None:
+    found = preview.preview(backend="fake", model="fake:", decode="generate,prompt_lookup", batch_size="1,2,4")
+    lines = preview.format_preview(found).splitlines()
+    assert [line for line in lines if "refused (" in line] == [
+        "2 cells would be refused (settings): decode=prompt_lookup proposes tokens for one row, and batch_size is 2. "
+        "Use batch_size=1, or decode=generate."
+    ]
+    assert "4 of 6 cells would be measured, with 2 loads" in lines[-1]
