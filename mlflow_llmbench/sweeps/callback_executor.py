@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from .. import PACKAGE_DIR
 from ..backends.callback import CallbackBackend, Generate
 from ..measure.batch import measure_cell
+from ..measure.events import CellBegun, CellCompleted, CellMeasured, CellProgress, FirstToken, GroupBegun
 from ..measure.journal import EventLog, write_bytes
 from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
@@ -32,7 +32,7 @@ class CallbackExecutor(SerialExecutor):
     def wait(self, on_event: OnEvent) -> tuple[Task, GroupOutcome]:
         """Measure the submitted task, as a worker would."""
         task, _ = self.take()
-        on_event(task, {"event": "begun"})
+        on_event(task, GroupBegun())
         backend = self._backend(task)
         outcome = GroupOutcome(load=backend.describe())
         try:
@@ -64,18 +64,17 @@ class CallbackExecutor(SerialExecutor):
         self, backend: CallbackBackend, task: Task, number: int, outcome: GroupOutcome, on_event: OnEvent
     ) -> None:
         cell = task.cells[number]
-        outcome.take({"event": "cell", "number": number, "t_ns": time.perf_counter_ns()})
-        on_event(task, {"event": "cell", "number": number})
+        begun = CellBegun(number, t_ns=time.perf_counter_ns())
+        outcome.take(begun)
+        on_event(task, begun)
         with contextlib.closing(EventLog(task.folders[number] / "events.jsonl")) as log:
 
-            def say(event: str, **data: Any) -> None:
-                if event != "first_token":
-                    log.append(event, **data)
-                progress = {name: value for name, value in data.items() if name != "repetition"}
-                on_event(task, {"event": event, **progress})
+            def report(event: CellProgress) -> None:
+                if not isinstance(event, FirstToken):
+                    log.append(event)
+                on_event(task, event.of_cell(number))
 
-            measured = measure_cell(backend, cell, load_prompts(cell.workload), self.vocab_size, say)
-            outcome.measured[number] = measured
-            outcome.texts[number] = []
-            log.append("complete", steady=measured.steady, first_call_ms=measured.first_call_ms)
-        on_event(task, {"event": "measured", "number": number})
+            measured = measure_cell(backend, cell, load_prompts(cell.workload), self.vocab_size, report)
+            outcome.take(CellMeasured(number, measured))
+            log.append(CellCompleted(measured.steady, measured.first_call_ms))
+        on_event(task, CellMeasured(number))

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import PACKAGE_DIR
+from ..measure.events import Event
 from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
 from ..records.cell import Cell, Options
 from ..system import estimate, machine
 from ..system.estimate import AvailableMemory
 
-OnEvent = Callable[[Task, Mapping[str, Any]], None]
-"""Callback for an event of a task: `begun`, or an event of its worker. On a cluster `node` is the node's name."""
+OnEvent = Callable[[Task, Event], None]
+"""Callback for an event of a task: `GroupBegun`, or an event of its worker; on a cluster with the node's name."""
 
 NextCell = Callable[[Task, GroupOutcome], tuple[Cell, Path] | None]
 """Choose the next cell of a search, with its folder, from the outcome of its task so far; None ends the search."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..analysis import goodput
 from ..config.cells import asked_params, needs_no_less, option_params
+from ..measure.events import CellBegun, CellMeasured, Event, GroupBegun, QualityWithheld, Stage
 from ..measure.journal import claim, read_result, write_json
 from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
@@ -172,26 +172,27 @@ class Sweep:
     def _jobs_of(self, task: Task) -> list[Job]:
         return [self.job_of[folder] for folder in task.folders]
 
-    def _on_event(self, task: Task, event: Mapping[str, Any]) -> None:
+    def _on_event(self, task: Task, event: Event) -> None:
         """Handle an event of a task: begin its runs when it begins, and pass progress on to the listener."""
         jobs = self._jobs_of(task)
-        job = jobs[event["number"]] if event["event"] in ("cell", "measured") else jobs[0]
-        if event["event"] == "begun":
-            for one in jobs:
-                self._begin(one)
-        if event["event"] == "withheld" and event["message"] not in self.withheld:
-            self.withheld.add(event["message"])
-            self.listener.note(event["message"])
-        node = event.get("node")
-        if node is None:
-            if event["event"] in ("begun", "cell") or event.get("stage") in ("preparing", "reference"):
+        job = jobs[event.number] if isinstance(event, CellBegun | CellMeasured) else jobs[0]
+        match event:
+            case GroupBegun():
+                for one in jobs:
+                    self._begin(one)
+            case QualityWithheld(message=message) if message not in self.withheld:
+                self.withheld.add(message)
+                self.listener.note(message)
+        match event:
+            case CellBegun(node=str(node)):  # several at once: a line at the begin, the count at the end
+                self.listener.note(f"{job.name}: measuring on {node}")
+            case CellMeasured(node=str()):
                 self._announce(job)
-            self.listener.event(event)
-        elif event["event"] == "cell":  # several at once: a line at the begin, the count at the end
-            self.listener.note(f"{job.name}: measuring on {node}")
-        elif event["event"] == "measured":
-            self._announce(job)
-            self.listener.event(event)
+                self.listener.event(event)
+            case Event(node=None):
+                if isinstance(event, GroupBegun | CellBegun) or event in (Stage("preparing"), Stage("reference")):
+                    self._announce(job)
+                self.listener.event(event)
 
     def _announce(self, job: Job) -> None:
         """Tell the listener that this cell is next."""

@@ -19,8 +19,9 @@ from mlflow_llmbench.analysis.memory_frontier import frontiers
 from mlflow_llmbench.cli.main import build_parser
 from mlflow_llmbench.config.cells import LOADED, expand_cells, sweep_name
 from mlflow_llmbench.config.spec import parse
+from mlflow_llmbench.measure.events import StageMemory
 from mlflow_llmbench.measure.journal import read_result, write_json
-from mlflow_llmbench.measure.outcome import GroupOutcome, timeline_of
+from mlflow_llmbench.measure.outcome import CellSpan, GroupOutcome, timeline_of
 from mlflow_llmbench.records.cell import PARAMETERS, Cell
 from mlflow_llmbench.records.results import Failure, MemorySample, Reason, Repetition, RequestRecord, RunResult, Verdict
 from mlflow_llmbench.reports import files, html, sweep
@@ -202,8 +203,8 @@ def test_the_peak_of_a_cell_that_failed_is_what_it_reached() -> None:
 
 def test_a_failed_cell_does_not_inherit_the_peak_of_the_cell_before_it() -> None:
     outcome = GroupOutcome(samples=[MemorySample(t, rss, rss) for t, rss in ((1, 10), (5, 900), (9, 50))])
-    outcome.stages["loaded"] = {"t_ns": 2}
-    outcome.cells = {0: {"cell": {"t_ns": 3}, "peak": {"t_ns": 7}}, 1: {"cell": {"t_ns": 8}}}
+    outcome.stages["loaded"] = StageMemory("loaded", None, t_ns=2)
+    outcome.cells = {0: CellSpan(3, StageMemory("peak", None, t_ns=7)), 1: CellSpan(8)}
     assert [sample.rss for sample in timeline_of(outcome, 1)] == [10, 50]
 
 
