@@ -27,7 +27,7 @@ from .cross_cell import CrossFindings, cross_findings
 from .executor import Executor
 from .job import Job, write_job
 from .planning import Plan
-from .progress import Watcher
+from .progress import ProgressListener
 from .results import env_hashes, failed_result, measured_result
 from .run_recorder import RunRecorder
 
@@ -62,7 +62,9 @@ class Sweep:
     `jobs` are in the order of the plan. A goodput search replaces `plan` by one with more cells.
     """
 
-    def __init__(self, plan: Plan, executor: Executor, recorder: RunRecorder, listener: Watcher, folder: Path) -> None:
+    def __init__(
+        self, plan: Plan, executor: Executor, recorder: RunRecorder, listener: ProgressListener, folder: Path
+    ) -> None:
         self.plan, self.executor, self.recorder, self.listener = plan, executor, recorder, listener
         self.folder = folder
         self.jobs = [Job(planned, folder / planned.folder) for planned in plan.cells]

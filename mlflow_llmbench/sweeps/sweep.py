@@ -21,7 +21,7 @@ from .executor import Executor
 from .local_executor import LocalExecutor
 from .loop import Sweep
 from .planning import Plan, plan
-from .progress import Silent, Watcher
+from .progress import NullListener, ProgressListener
 from .run_recorder import Destination, RunRecorder
 
 
@@ -60,7 +60,7 @@ def run(
     *,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
     **parameters: object,
 ) -> SweepResult:
     """Measure one configuration, or a sweep if a parameter has several values.
@@ -76,7 +76,7 @@ def run(
         return execute(planned, executor, (tracking_uri, experiment), watcher, asked)
 
 
-def open_executor(spec: BenchSpec, watcher: Watcher | None = None) -> Executor:
+def open_executor(spec: BenchSpec, listener: ProgressListener | None = None) -> Executor:
     """Return the executor of a request: this machine, or a connection to the requested cluster.
 
     Raises LlmbenchError if there is no such device or cluster.
@@ -86,14 +86,14 @@ def open_executor(spec: BenchSpec, watcher: Watcher | None = None) -> Executor:
         return LocalExecutor(spec.options, [device])
     from . import ray_executor
 
-    return ray_executor.connect(spec.options, device, (watcher or Silent()).note)
+    return ray_executor.connect(spec.options, device, (listener or NullListener()).note)
 
 
 def execute(
     planned: Plan,
     executor: Executor,
     destination: Destination,
-    watcher: Watcher | None = None,
+    listener: ProgressListener | None = None,
     asked: Mapping[str, str] | None = None,
 ) -> SweepResult:
     """Measure a plan, which was made from the facts of this executor.
@@ -101,12 +101,12 @@ def execute(
     `asked` are the parameters as the user wrote them. Raises LlmbenchError for an error found before anything starts.
     """
     planned.require_packages()
-    watcher, asked = watcher or Silent(), asked or {}
-    recorder = RunRecorder(destination, planned.parent_name, watcher.note)
+    listener, asked = listener or NullListener(), asked or {}
+    recorder = RunRecorder(destination, planned.parent_name, listener.note)
     recorder.open(asked_params(planned.spec) | dict(asked))
     folder = new_sweep(planned.spec.options.output_dir)
     recorder.begin_sweep(folder, asked)
-    sweep = Sweep(planned, executor, recorder, watcher, folder)
+    sweep = Sweep(planned, executor, recorder, listener, folder)
     return _result(sweep, sweep.run())
 
 

@@ -23,7 +23,7 @@ from ..records.results import RunResult
 from ..reports import files
 from ..sweeps.local_executor import LocalExecutor
 from ..sweeps.planning import plan_in_turns
-from ..sweeps.progress import Watcher
+from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult, execute
 from ..tracking import runs
 from ..tracking.store import open_store
@@ -63,7 +63,7 @@ def run_ab(
     noise: float = 0.01,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
 ) -> ABResult:
     """Measure A and B in `pairs` fresh processes each, in alternating order, and compare them pair by pair.
 

@@ -14,7 +14,7 @@ from ..records.cell import Options
 from ..records.errors import MeasurementError, UsageError
 from ..records.results import RunResult
 from ..sweeps.planning import Plan, plan_in_turns
-from ..sweeps.progress import Watcher
+from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult, execute
 from .ab import DEFAULT_PAIRS, open_executor_of_sides, parse_sides, sides
 from .reproduce import parameters_again, require_same, unlike_here
@@ -39,7 +39,7 @@ def remeasure(
     output_dir: str | None = None,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
 ) -> GateRemeasurement:
     """Measure the configurations of two results in `pairs` fresh processes each, in alternating order.
 

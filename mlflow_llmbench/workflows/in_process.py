@@ -28,7 +28,7 @@ from ..records.errors import UsageError
 from ..records.results import ModelFacts
 from ..sweeps.callback_executor import CallbackExecutor
 from ..sweeps.planning import plan
-from ..sweeps.progress import Watcher
+from ..sweeps.progress import ProgressListener
 from ..sweeps.run_recorder import Destination
 from ..sweeps.sweep import SweepResult, execute
 from ..system import machine
@@ -45,7 +45,7 @@ class Bench:
     """Object that `measure` yields: `run` measures a function. `result` is None until then."""
 
     def __init__(
-        self, spec: BenchSpec, executor: CallbackExecutor, destination: Destination, watcher: Watcher | None
+        self, spec: BenchSpec, executor: CallbackExecutor, destination: Destination, watcher: ProgressListener | None
     ) -> None:
         self.spec, self.executor, self.destination, self.watcher = spec, executor, destination, watcher
         self.result: SweepResult | None = None
@@ -69,7 +69,7 @@ def measure(
     vocab_size: int = 32_000,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
     **parameters: object,
 ) -> Iterator[Bench]:
     """Check parameters and store before you load your model, and yield a `Bench` whose `run` measures.

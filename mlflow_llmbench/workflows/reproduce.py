@@ -23,7 +23,7 @@ from ..reports.reproduction import HEADING, reproduction_cells, reproduction_jso
 from ..reports.result import command
 from ..sweeps.executor import MachineFacts
 from ..sweeps.planning import PlannedCell, plan
-from ..sweeps.progress import Watcher
+from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult, execute, open_executor
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
@@ -158,7 +158,7 @@ def reproduce(
     output_dir: str | None = None,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Reproduced:
     """Measure `reference` again on this machine, and compare it with the original within `margin` (a ratio).

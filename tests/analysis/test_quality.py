@@ -380,7 +380,7 @@ def results_of(done: SweepResult) -> dict[str, RunResult]:
 
 def test_a_backend_without_logits_says_so_and_has_no_figure(store_uri: str) -> None:
     said: list[str] = []
-    watcher = sweep.Silent()
+    watcher = sweep.NullListener()
     watcher.note = said.append  # type: ignore[method-assign]
     done = run(model="fake:ttft_ms=2", backend="fake", batch_size="1,2", attention="auto,sdpa", watcher=watcher, **FAST)
     assert said == ["Quality is not measured with backend=fake, which gives no logits."]

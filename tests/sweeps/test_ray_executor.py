@@ -21,7 +21,7 @@ from mlflow_llmbench.measure import journal
 from mlflow_llmbench.records.errors import LlmbenchError, MissingError, UsageError
 from mlflow_llmbench.records.results import RunResult
 from mlflow_llmbench.sweeps import ray_executor
-from mlflow_llmbench.sweeps.progress import Silent
+from mlflow_llmbench.sweeps.progress import NullListener
 from mlflow_llmbench.sweeps.sweep import SweepResult
 from mlflow_llmbench.sweeps.upload import upload
 from mlflow_llmbench.workflows import ab
@@ -92,7 +92,7 @@ def nodes(started: Nodes, monkeypatch: pytest.MonkeyPatch, store_uri: str) -> It
     assert not ray.is_initialized()
 
 
-class Watching(Silent):
+class Watching(NullListener):
     """Keep the lines, and call `on` when a cell begins on a node."""
 
     def __init__(self, on: Callable[[str, str], object] = lambda cell, node: None) -> None:
