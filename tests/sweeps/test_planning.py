@@ -53,7 +53,7 @@ class Counted(FakeBackend):
     @classmethod
     def resolve(cls, cell):
         RESOLVED.append(cell.quant)
-        known = vars(super().resolve(cell)) | {"context": 128, "config": dict(PRESETS["opt-125m"].config)}
+        known = vars(super().resolve(cell)) | {"context": 128, "config": dict(PRESETS["pythia-70m"].config)}
         return CountedFacts(**known)
 '''
 
