@@ -16,6 +16,7 @@ from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
 from ..records.cell import Cell
 from ..records.errors import NodeLost
+from ..records.invocation import parameter_text
 from ..records.redaction import redact_all
 from ..records.results import Failure, RunResult
 from ..reports import files
@@ -135,7 +136,8 @@ class Sweep:
         found = resume.find(job, self.plan.spec, self.recorder.store, self.plan.machine.env_hashes)
         if found:
             self._announce(job)
-            self.listener.note(f"{job.name}: measured before, in {found.linked}. To measure it again: rerun=true.")
+            again = parameter_text("rerun", "true")
+            self.listener.note(f"{job.name}: measured before, in {found.linked}. To measure it again: {again}.")
             job.started_ms = found.started_ms
             self._keep(job, found)
 

@@ -23,6 +23,7 @@ from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..measure.journal import read_result
 from ..records.errors import TrackingError, UsageError
+from ..records.invocation import command_text
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
@@ -135,7 +136,8 @@ def _check_names(name: str, alias: str) -> None:
         )
     if alias in (CHAMPION, PREVIOUS):
         raise UsageError(
-            f"Only `llmbench promote` moves the alias {alias}. Register as {CANDIDATE}, then gate and promote it."
+            f"Only `{command_text('promote')}` moves the alias {alias}. "
+            f"Register as {CANDIDATE}, then gate and promote it."
         )
 
 
@@ -167,7 +169,7 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
     if data is None:
         raise UsageError(
             f"The run {run_id} holds neither a result nor a recommendation. "
-            f"Run `llmbench recommend {run_id}`, or give the run of a cell."
+            f"Run `{command_text('recommend', run_id)}`, or give the run of a cell."
         )
     return _winner(store, data, reference)
 
@@ -196,7 +198,7 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
     if run_id is None:
         raise UsageError(
             f"The winner of {reference} is not in the store {store.uri}. "
-            "Check --tracking-uri, or `llmbench upload` its folder first."
+            f"Check --tracking-uri, or `{command_text('upload')}` its folder first."
         )
     return run_id, data.get("accepted_suspect")
 
@@ -309,7 +311,7 @@ def version_at(store: Store, reference: str) -> ModelVersion:
             raise TrackingError(f"The registry of {store.uri} cannot be read: {str(error).splitlines()[0]}") from None
         raise UsageError(
             f"There is no {reference} in the store {store.uri}. "
-            f"Create a version with `llmbench register RUN --name {name}`."
+            f"Create a version with `{command_text('register', 'RUN', name=name)}`."
         ) from None
     return found
 
@@ -419,5 +421,5 @@ def _require_gate(store: Store, new: Registered, champion: str) -> None:
     )
     raise UsageError(
         f"{new.uri} {why}, and the champion is {present}. Nothing was moved. "
-        f"Run: llmbench gate {new.uri} --against {present}"
+        f"Run: {command_text('gate', new.uri, against=present)}"
     )

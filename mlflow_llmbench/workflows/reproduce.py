@@ -17,6 +17,7 @@ from ..config.cells import config_hash
 from ..config.spec import parse
 from ..measure.journal import read_result, write_bytes, write_json
 from ..records.errors import MeasurementError, NotComparable, UsageError
+from ..records.invocation import command_text
 from ..records.results import RunResult
 from ..reports import files
 from ..reports.reproduction import HEADING, reproduction_cells, reproduction_json, reproduction_markdown
@@ -126,7 +127,7 @@ def _require_model(original: RunResult, planned: PlannedCell) -> None:
         raise NotComparable(
             f"The model {planned.cell.model} has changed since the run was measured: "
             f"{original.model.name} {original.model.revision} → {planned.model.name} {planned.model.revision}. "
-            "Restore the old files, or measure the present ones with `llmbench run`."
+            f"Restore the old files, or measure the present ones with `{command_text('run')}`."
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
@@ -287,6 +288,12 @@ def test_cells_that_are_no_product_have_a_command_each() -> None:
         "llmbench run --model opt-125m --quant bf16 --threads 1",
         "llmbench run --model opt-125m --quant int4 --threads 2",
     ]
+    assert f"<pre>\n{found.command}\n</pre>" in html.sweep_page(found, {})
+
+
+def test_a_template_cannot_leave_out_a_value_unnoticed() -> None:
+    with pytest.raises(UndefinedError, match="'told' is undefined"):
+        html.page("sweep.html.j2", title="t", headline="h")
 
 
 def test_the_description_is_one_screen() -> None:
@@ -345,9 +352,13 @@ class Links(HTMLParser):
         self.links: list[str] = []
         self.tags: set[str] = set()
         self.active: list[str] = []
+        self.policy = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        given = dict(attrs)
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given.get("content") or ""
         for name, value in attrs:
             if name == "src":
                 self.images.append(value or "")
@@ -368,7 +379,9 @@ def test_the_page_needs_nobody() -> None:
     assert all(one.startswith("data:image/svg+xml;base64,") for one in found.images)
     style = text.partition("<style>")[2].partition("</style>")[0]
     assert not re.search(r"url\(|@import|//", style)
-    assert "default-src &#x27;none&#x27;" in text
+    assert found.policy == (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    )
     assert "prefers-color-scheme: dark" in style and "@media print" in style and "width=device-width" in text
 
 
