@@ -16,7 +16,7 @@ from ..records.errors import LlmbenchError, MeasurementError, UsageError
 from ..records.results import RunResult
 from ..reports import files
 from ..sweeps import sweep
-from ..sweeps.progress import Watcher
+from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult
 from ..system import machine
 from ..tracking import registry, runs
@@ -59,7 +59,7 @@ def run_study(
     log: str | None = None,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
 ) -> StudyResult:
     """Measure the sweep of `parameters` (None: no sweep), add the results named in `of`, and study all of them.
 
