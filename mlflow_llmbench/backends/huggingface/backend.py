@@ -99,9 +99,9 @@ class TransformersBackend:
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Return True if the files are on this disk. Always False for GPTQ: its checkpoint is found by content only."""
-        small = model.assistant is None or sources.is_here(sources.assistant_of(cell), model.assistant)
+        small = model.assistant is None or sources.is_local(sources.assistant_of(cell), model.assistant)
         planned = cell.quant != MIXED or mixed.is_prepared(cell, model)
-        return cell.quant not in GPTQ_BITS and small and planned and sources.is_here(cell, model)
+        return cell.quant not in GPTQ_BITS and small and planned and sources.is_local(cell, model)
 
     # Loading
 
@@ -405,7 +405,7 @@ class TransformersBackend:
         return seen
 
     def peaks(self) -> dict[str, float]:
-        from ..probe import measure_peaks
+        from ..peak_rates import measure_peaks
 
         with foreign_errors("measuring the device's best rates"):
             found = measure_peaks(self.device, machine.last_level_cache_bytes() or 0)

@@ -23,7 +23,7 @@ from ...records.quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine, memory
 from ...workloads.prompts import turn_texts
-from .. import probe
+from .. import peak_rates
 from ..base import Capabilities, DeviceMemory, Distribution, Emit, Serving
 from ..checkpoints import gguf_file, random_weights, sources
 from . import gguf_quantize
@@ -115,7 +115,7 @@ class LlamaCppBackend:
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Return True if the file that llama.cpp reads is on this disk."""
         return (
-            sources.is_here(cell, model)
+            sources.is_local(cell, model)
             if model.source in sources.GGUF_SOURCES
             else gguf_quantize.file_of(cell, model).exists()
         )
@@ -340,7 +340,7 @@ class LlamaCppBackend:
         """
         if self.device.startswith("cuda"):
             return {}
-        return probe.measure_peaks_apart()
+        return peak_rates.measure_peaks_apart()
 
     def trim(self) -> None:
         """Free the context. The next cell makes its own in its first warm-up."""
