@@ -23,10 +23,11 @@ from .charts.comparison import draw_comparisons
 from .charts.study import draw_figures
 from .charts.sweep import draw_sweep
 from .comparison import comparison_json, comparison_markdown
-from .markup import csv_table, markdown, quotation
-from .result import Row, config_parameters, config_yaml, report_markdown, split_table, summary_table, table_cells
+from .escaping import markdown, quotation
+from .result import Row, config_parameters, config_yaml, report_markdown, summary_table, table_cells
 from .scaling import study_json, study_markdown
 from .study import Drawn, study_page
+from .tables import csv_table, split_table
 
 
 def write_cell(result: RunResult, folder: Path) -> None:

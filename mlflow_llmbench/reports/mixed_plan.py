@@ -12,7 +12,8 @@ from ..records.mixed_plan import QUANTIZED, Block, QuantPlan
 from ..records.quantizations import COLOURS
 from ..stats import t_interval
 from .charts.style import GREY, INK, WIDTH, chart_style, new_figure, plain_numbers, put_legend, save_figure
-from .markup import markdown, markdown_table
+from .escaping import markdown
+from .tables import markdown_table
 
 
 def plan_markdown(plan: QuantPlan) -> str:

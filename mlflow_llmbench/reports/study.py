@@ -18,13 +18,14 @@ from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Cl
 from ..analysis.scaling.study import TPOT
 from ..records.results import to_json
 from ..records.text import number_text
+from .escaping import html, markdown
 from .html import _chart, _list, _note, _section, _table, document
-from .markup import html, markdown, markdown_table
 from .recommendation import answer
 from .result import environment_facts
 from .scaling import METHOD, law_cells
 from .scaling import sections as law_sections
-from .sweep import Table, chart_name
+from .sweep import chart_name
+from .tables import Table, markdown_table
 
 CAPTIONS = {
     "against_model_size": (

@@ -18,8 +18,9 @@ from ..config.cells import LOADED, asked_params, option_params, sweep_name
 from ..config.spec import BenchSpec
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
 from ..records.metrics import KEYS
-from .markup import code_block, markdown, markdown_table
+from .escaping import code_block, markdown
 from .result import TABLE_KEYS, Row, command, command_line, environment_facts, explanations, shown, table_cells
+from .tables import Table, markdown_table
 
 RATE = "throughput/output_tokens_per_s"
 PEAKS = ("memory/device_bytes_peak", "memory/host_needed_bytes_peak")
@@ -75,20 +76,6 @@ class Subject:
     sweep: str
     ui: str = ""
     experiment_id: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table. Columns in `numeric` hold numbers, those in `measured` measured values.
-
-    Cells (line, column) in `best` are the best of their column.
-    """
-
-    heading: tuple[str, ...]
-    body: tuple[tuple[str, ...], ...]
-    numeric: frozenset[int] = frozenset()
-    measured: frozenset[int] = frozenset()
-    best: frozenset[tuple[int, int]] = frozenset()
 
 
 @dataclass(frozen=True)
