@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import model_shape
-from ..config.validation import check_declared
+from ..config.backend_checks import check_declared
 from ..records.cell import Cell
 from ..records.errors import MeasurementError, MissingError, NotRealised, UsageError, foreign_errors
 from ..records.results import LoadInfo, ModelFacts

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..backends.base import backend_class
 from ..config import model_shape
+from ..config.backend_checks import check_declared
 from ..config.cells import config_hash, expand_cells
 from ..config.spec import BenchSpec
-from ..config.validation import check_declared
 from ..measure import interpreter, quality_reference
 from ..records.cell import Cell
 from ..records.errors import MissingError, UsageError

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import model_shape, models
-from ...config.validation import check_declared
+from ...config.backend_checks import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, NotRealised, UsageError
 from ...records.quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS

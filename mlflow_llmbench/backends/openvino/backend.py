@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...config import model_shape
-from ...config.validation import check_declared
+from ...config.backend_checks import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, UsageError, first_line, foreign_errors
 from ...records.results import LoadInfo, ModelFacts
