@@ -1,7 +1,7 @@
 """Model Registry: register the version that serves a measured configuration, with its evidence, and move its aliases.
 
-A version is a models-from-code pyfunc: `serving_model.py`, the configuration, a signature and pinned requirements,
-about 20 KB and no weights. It is linked to the measured run, and its tags hold the figures.
+A version is a models-from-code pyfunc: its code (`serving_code`), the configuration, a signature and pinned
+requirements, about 20 KB and no weights. It is linked to the measured run, and its tags hold the figures.
 """
 
 from __future__ import annotations
@@ -237,19 +237,36 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
 
 def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_id: str | None = None) -> None:
     """Write the pyfunc of a deployment into `folder`, in MLflow's model format."""
-    with warnings.catch_warnings(record=True):  # MLflow's advice on type hints and input examples is not for our users
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        warnings.catch_warnings(record=True),  # MLflow's advice on type hints and input examples is not for our users
+    ):
         warnings.simplefilter("always")
         import mlflow.pyfunc
         from mlflow.models import Model
 
+        code = Path(scratch, "serving_model.py")
+        code.write_text(serving_code(), encoding="utf-8")
         mlflow.pyfunc.save_model(
             folder,
-            python_model=str(PACKAGE_DIR / "tracking" / "serving_model.py"),
+            python_model=str(code),
             model_config=dict(deployment.config),
             signature=signature(int(deployment.config["max_new_tokens"])),
             mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
             pip_requirements=[f"mlflow=={mlflow.__version__}", *deployment.requirements],
         )
+
+
+def serving_code() -> str:
+    """Return the text of a version's Python file: `serving_model.py`, with the module that it imports of ours in it.
+
+    A version must load the same way in any environment, also years later, so it depends on no version of this package.
+    """
+    model = (PACKAGE_DIR / "tracking" / "serving_model.py").read_text(encoding="utf-8")
+    recipe = (PACKAGE_DIR / "backends" / "huggingface" / "recipe.py").read_text(encoding="utf-8")
+    before, found, after = model.partition("from ..backends.huggingface.recipe import kernel, layer_classes, load\n")
+    assert found
+    return before + recipe.replace("from __future__ import annotations\n", "") + after
 
 
 def signature(max_new_tokens: int) -> ModelSignature:

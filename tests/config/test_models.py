@@ -142,7 +142,7 @@ def test_every_published_model_is_a_preset_under_its_own_name() -> None:
 
 
 @pytest.mark.parametrize("module", [models, model_shape])
-def test_only_the_standard_library_is_imported(module: ModuleType) -> None:
+def test_only_the_standard_library_and_this_package_are_imported(module: ModuleType) -> None:
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_llmbench.backends.huggingface import gptq
+from mlflow_llmbench.backends.huggingface import quantization
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import models, spec
 from mlflow_llmbench.config.cells import expand_cells
@@ -43,7 +43,7 @@ def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monke
     }
     lacking = ""
     try:
-        gptq.require()
+        quantization.require(Cell(quant="gptq"))
     except MissingError as error:
         lacking = str(error)
     for planned in found.cells:
