@@ -21,7 +21,7 @@ from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES, UNPACKED, sch
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine
 from ...workloads.prompts import turn_texts
-from ..base import Capabilities, DeviceMemory, Emit, Serving, Token
+from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
 from . import decoding, mixed, quantization, recipe
 from .continuous import ContinuousEngine
@@ -50,7 +50,7 @@ class TransformersBackend:
         attentions=ATTENTIONS,
         decodes=DECODES,
         kv_caches=tuple(decoding.KV_BACKENDS),
-        serving=Serving("checkpoint", ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")),
+        serving=CHECKPOINT,
     )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:

@@ -24,7 +24,7 @@ from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine, memory
 from ...workloads.prompts import turn_texts
 from .. import peak_rates
-from ..base import Capabilities, DeviceMemory, Distribution, Emit, Serving
+from ..base import GGUF_FILE, Capabilities, DeviceMemory, Distribution, Emit
 from ..checkpoints import gguf_file, random_weights, sources
 from . import gguf_quantize
 from .session import Model, Session, Timings, library, log_lines
@@ -61,7 +61,7 @@ class LlamaCppBackend:
         parameters=("gpu_layers", "mmap"),
         kept_quantized=("gguf",),
         reference="transformers",
-        serving=Serving("gguf", ("llama-cpp-python", "numpy")),
+        serving=GGUF_FILE,
     )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
