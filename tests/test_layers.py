@@ -32,6 +32,7 @@ HOMES = {
     "pynvml": ("system",),
     "psutil": ("system",),
     "matplotlib": ("reports/charts", "reports/mixed_plan"),
+    "jinja2": ("reports/html",),
     "mlflow": ("tracking", "sweeps/upload"),
     "ray": ("sweeps/ray_executor",),
 }

@@ -1,6 +1,7 @@
 """Declared capabilities: no code compares names of backends, and a backend of another package is treated like ours."""
 
 import ast
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench import run
+from mlflow_llmbench.analysis.decisions.deployment import Evidence, deployment_of
+from mlflow_llmbench.analysis.decisions.export import export
 from mlflow_llmbench.backends.base import backend_class
 from mlflow_llmbench.config import spec
 from mlflow_llmbench.config.cells import config_hash, expand_cells
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.records.backends import (
     BACKENDS,
+    CHECKPOINT,
     RUNTIMES,
     Capabilities,
     backend_of,
@@ -25,7 +29,9 @@ from mlflow_llmbench.records.backends import (
 from mlflow_llmbench.records.cell import BACKEND_SPECIFIC, Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.quantizations import QUANTIZATIONS
-from mlflow_llmbench.records.results import ModelFacts
+from mlflow_llmbench.records.results import LoadInfo, ModelFacts, Verdict
+
+from ..results import made
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mlflow_llmbench"
 TABLE = PACKAGE / "records" / "backends.py"
@@ -148,6 +154,18 @@ def test_a_result_of_a_backend_that_is_not_installed_can_be_read() -> None:
     assert recorded_capabilities("gone") == Capabilities()
     with pytest.raises(UsageError, match=r"Unknown backend: gone\. Known: callback, fake, "):
         capabilities_of("gone")
+
+
+def test_an_engine_of_the_served_model_is_one_that_answers() -> None:
+    tree = ast.parse((PACKAGE / "tracking" / "serving_model.py").read_text(encoding="utf-8"))
+    [engines] = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "ENGINES"
+    ]
+    assert isinstance(engines, ast.Dict)
+    served = {serving.engine for name in BACKENDS if (serving := capabilities_of(name).serving)}
+    assert {key.value for key in engines.keys if isinstance(key, ast.Constant)} == served - {""}
 
 
 # Another package's backend
@@ -275,6 +293,24 @@ def test_a_parameter_that_it_declares_is_part_of_its_cells_identity() -> None:
     model = ModelFacts("m", "none", "minimal", "c0ffee")
     plain, read = (expand_cells(spec.parse(CELL | {"mmap": mmap}))[0] for mmap in ("true", "false"))
     assert config_hash(plain, model) != config_hash(read, model)
+
+
+@pytest.mark.usefixtures("installed")
+def test_it_is_registered_only_if_it_declares_what_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = LoadInfo(1.0, facts={"model.dtype": "bfloat16"})
+    model = ModelFacts("owner/model", "hub", "owner/model", "c0ffee")
+    result = made(cell=Cell(model="owner/model", backend="minimal"), model=model, load=load)
+    valid = Evidence("r" * 32, "s", Verdict("valid"))
+    with pytest.raises(
+        UsageError, match=r"backend=minimal cannot be registered: .* run by transformers or llama\.cpp\."
+    ):
+        deployment_of(result, {}, valid)
+    declared = dataclasses.replace(capabilities_of("minimal"), serving=CHECKPOINT)
+    monkeypatch.setattr(backend_class("minimal"), "capabilities", declared)
+    config = deployment_of(result, {}, valid).config
+    assert (config["backend"], config["engine"]) == ("minimal", "checkpoint")
+    text = export(config, (), uri="models:/m/1", target="vllm")
+    assert "Measured with Minimal on " in text
 
 
 @pytest.mark.usefixtures("installed")
