@@ -18,6 +18,7 @@ from ..measure.journal import write_json
 from ..measure.outcome import GroupOutcome
 from ..records.cell import Cell
 from ..records.errors import NodeLost
+from ..records.invocation import parameter_text
 from ..records.redaction import redact_all
 from ..records.results import Failure, RunResult
 from ..reports import files
@@ -88,7 +89,8 @@ def _link(sweep: _Sweep, job: Job) -> None:
     found = resume.find(job, sweep.spec, sweep.ledger.store, sweep.place.env_hashes)
     if found:
         sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
-        sweep.watcher.note(f"{job.name}: measured before, in {found.linked}. To measure it again: rerun=true.")
+        again = parameter_text("rerun", "true")
+        sweep.watcher.note(f"{job.name}: measured before, in {found.linked}. To measure it again: {again}.")
         job.started_ms = found.started_ms
         _keep(sweep, job, found)
 

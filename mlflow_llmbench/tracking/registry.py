@@ -6,6 +6,7 @@ requirements, about 20 KB and no weights. It is linked to the measured run, and 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -23,6 +24,7 @@ from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..measure.journal import read_result
 from ..records.errors import TrackingError, UsageError
+from ..records.invocation import command_text
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
@@ -135,7 +137,8 @@ def _check_names(name: str, alias: str) -> None:
         )
     if alias in (CHAMPION, PREVIOUS):
         raise UsageError(
-            f"Only `llmbench promote` moves the alias {alias}. Register as {CANDIDATE}, then gate and promote it."
+            f"Only `{command_text('promote')}` moves the alias {alias}. "
+            f"Register as {CANDIDATE}, then gate and promote it."
         )
 
 
@@ -167,7 +170,7 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
     if data is None:
         raise UsageError(
             f"The run {run_id} holds neither a result nor a recommendation. "
-            f"Run `llmbench recommend {run_id}`, or give the run of a cell."
+            f"Run `{command_text('recommend', run_id)}`, or give the run of a cell."
         )
     return _winner(store, data, reference)
 
@@ -196,7 +199,7 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
     if run_id is None:
         raise UsageError(
             f"The winner of {reference} is not in the store {store.uri}. "
-            "Check --tracking-uri, or `llmbench upload` its folder first."
+            f"Check --tracking-uri, or `{command_text('upload')}` its folder first."
         )
     return run_id, data.get("accepted_suspect")
 
@@ -258,15 +261,17 @@ def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_
 
 
 def serving_code() -> str:
-    """Return the text of a version's Python file: `serving_model.py`, with the module that it imports of ours in it.
+    """Return the text of a version's Python file: `serving_model.py`, with the statements of `recipe.py` in it.
 
-    A version must load the same way in any environment, also years later, so it depends on no version of this package.
+    They replace its import, so a version loads the same way years later, with any release of this package or none.
     """
-    model = (PACKAGE_DIR / "tracking" / "serving_model.py").read_text(encoding="utf-8")
-    recipe = (PACKAGE_DIR / "backends" / "huggingface" / "recipe.py").read_text(encoding="utf-8")
-    before, found, after = model.partition("from ..backends.huggingface.recipe import kernel, layer_classes, load\n")
-    assert found
-    return before + recipe.replace("from __future__ import annotations\n", "") + after
+    recipe = ast.parse((PACKAGE_DIR / "backends" / "huggingface" / "recipe.py").read_text(encoding="utf-8"))
+    model = ast.parse((PACKAGE_DIR / "tracking" / "serving_model.py").read_text(encoding="utf-8"))
+    body: list[ast.stmt] = []
+    for statement in model.body:
+        ours = isinstance(statement, ast.ImportFrom) and statement.level > 0
+        body += recipe.body[2:] if ours else [statement]  # without its docstring and its `from __future__`
+    return ast.unparse(ast.Module(body, [])) + "\n"
 
 
 def signature(max_new_tokens: int) -> ModelSignature:
@@ -326,7 +331,7 @@ def version_at(store: Store, reference: str) -> ModelVersion:
             raise TrackingError(f"The registry of {store.uri} cannot be read: {str(error).splitlines()[0]}") from None
         raise UsageError(
             f"There is no {reference} in the store {store.uri}. "
-            f"Create a version with `llmbench register RUN --name {name}`."
+            f"Create a version with `{command_text('register', 'RUN', name=name)}`."
         ) from None
     return found
 
@@ -436,5 +441,5 @@ def _require_gate(store: Store, new: Registered, champion: str) -> None:
     )
     raise UsageError(
         f"{new.uri} {why}, and the champion is {present}. Nothing was moved. "
-        f"Run: llmbench gate {new.uri} --against {present}"
+        f"Run: {command_text('gate', new.uri, against=present)}"
     )

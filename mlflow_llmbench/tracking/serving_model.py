@@ -1,8 +1,5 @@
 """Model of a registered version.
 
-`registry.serving_code` puts the text of the one module that is imported here in place of its import, so the file in a
-version imports nothing of mlflow_llmbench.
-
 `model_config` holds all settings as they were measured: the checkpoint, the library, the quantization, the batch size
 and the limits. Each key can be overridden when the model is loaded. The weights are loaded with the first request. One
 request may hold any number of prompts; they are generated greedily, `batch_size` at a time.
@@ -23,6 +20,7 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel  # type: ignore[attr-defined]
 
+# The only import of ours. In the file of a version its place is taken by the module itself (`registry.serving_code`).
 from ..backends.huggingface.recipe import kernel, layer_classes, load
 
 

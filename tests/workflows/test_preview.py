@@ -28,7 +28,7 @@ PAPER = (
 
 def test_the_papers_grid_for_its_models() -> None:
     cells = expand_cells(parse({"preset": "effillm", "model": PAPER, "weights": "random"}))
-    precisions = [quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in spec.QUANTIZATIONS]
+    precisions = ["fp32", "fp16", "int8", "int4", "gptq"]
     assert len(cells) == 19 * 7 * 7 * len(precisions)
     assert {(cell.output_tokens, cell.repetitions, cell.warmup) for cell in cells} == {(256, 10, None)}
     assert {cell.quant for cell in cells} == set(precisions)

@@ -21,25 +21,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-TORCHAO_BEFORE_RECIPES: dict[str, dict[str, Any]] = {
-    "int8-wo": {"class": "torchao.quantization.Int8WeightOnlyConfig"},
-    "int8-dq": {"class": "torchao.quantization.Int8DynamicActivationInt8WeightConfig"},
-    "fp8": {
-        "class": "torchao.quantization.Float8DynamicActivationFloat8WeightConfig",
-        "granularity": {"class": "torchao.quantization.PerRow"},
-    },
-    "int4-wo": {
-        "by_device": {
-            "cuda": {
-                "class": "torchao.quantization.Int4WeightOnlyConfig",
-                "int4_packing_format": "tile_packed_to_4d",
-            },
-            "cpu": {"class": "torchao.prototype.quantization.int4.PrototypeInt4WeightOnlyConfig"},
-        }
-    },
-}
-"""Schemes as versions named them that were registered before recipes were stored. New schemes do not belong here."""
-
 
 def load(location: str, recipe: Mapping[str, Any], *, device: str, dtype: str, **named: Any) -> tuple[Any, Any]:
     """Return the model of a checkpoint, quantized by a recipe, and transformers' report of the load.
@@ -83,18 +64,31 @@ def made(value: Any, device: str, /, *first: Any, **more: Any) -> Any:
 
 
 def _of_today(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a recipe in the forms above, also for a version that was registered before they were."""
-    if recipe.get("class") == "hqq":
-        settings = {"nbits": recipe["bits"], "group_size": recipe["group_size"], "axis": 1}
+    """Return a recipe in today's form, also if its version was registered before recipes were stored."""
+    form, group_size = recipe.get("class"), recipe.get("group_size")
+    if form == "hqq":
+        settings = {"nbits": recipe["bits"], "group_size": group_size, "axis": 1}
         quant_config = {"class": "hqq.core.quantize.BaseQuantizeConfig", **settings}
         return {"linear": {"class": "hqq.core.quantize.HQQLinear", "quant_config": quant_config}}
-    if recipe.get("class") == "TorchAoConfig" and "scheme" in recipe:
-        kind = TORCHAO_BEFORE_RECIPES[recipe["scheme"]]
-        if recipe.get("group_size"):
-            grouped = {device: one | {"group_size": recipe["group_size"]} for device, one in kind["by_device"].items()}
-            kind = {"by_device": grouped}
-        return {"class": "TorchAoConfig", "quant_type": kind}
-    return recipe
+    if form != "TorchAoConfig" or "scheme" not in recipe:
+        return recipe
+    torchao, prototype = "torchao.quantization", "torchao.prototype.quantization.int4.PrototypeInt4WeightOnlyConfig"
+    tiles = {"group_size": group_size, "int4_packing_format": "tile_packed_to_4d"}
+    kinds: dict[str, dict[str, Any]] = {  # all that there were; a new scheme does not belong here
+        "int8-wo": {"class": f"{torchao}.Int8WeightOnlyConfig"},
+        "int8-dq": {"class": f"{torchao}.Int8DynamicActivationInt8WeightConfig"},
+        "fp8": {
+            "class": f"{torchao}.Float8DynamicActivationFloat8WeightConfig",
+            "granularity": {"class": f"{torchao}.PerRow"},
+        },
+        "int4-wo": {
+            "by_device": {
+                "cuda": {"class": f"{torchao}.Int4WeightOnlyConfig", **tiles},
+                "cpu": {"class": prototype, "group_size": group_size},
+            }
+        },
+    }
+    return {"class": form, "quant_type": kinds[recipe["scheme"]]}
 
 
 def _replace_linear(model: Any, recipe: Mapping[str, Any], compute_dtype: Any) -> None:
