@@ -123,15 +123,15 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(
 def test_an_interruption_between_the_charts_of_a_cell_and_its_upload_loses_nothing(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow_llmbench.reports.charts import result as result_charts
+    from mlflow_llmbench.reports import files
 
-    draw = result_charts.draw_cell
+    draw = files.draw_cell
 
     def interrupted(result: RunResult, folder: Path) -> None:
         draw(result, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(result_charts, "draw_cell", interrupted)
+    monkeypatch.setattr(files, "draw_cell", interrupted)
     assert fake().outcome == "interrupted"
     [only] = runs(store_uri).values()
     assert only.info.status == "FINISHED"
