@@ -15,6 +15,7 @@ from ..records.backends import (
 )
 from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, DRAWN, LENGTHS, PARAMETERS, Cell, as_text
 from ..records.errors import UsageError
+from ..records.invocation import command_text
 from ..records.quantizations import GROUPED, MIXED
 from . import server_command
 
@@ -168,7 +169,7 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
         which = "url" if axes["url"][0] else "launch"
         raise UsageError(
             f"{which} is given, and backend={backend} runs the model in this process. "
-            f"Add backend={SERVER_BACKEND}, or use `llmbench online`."
+            f"Add backend={SERVER_BACKEND}, or use `{command_text('online')}`."
         )
     if online and not server:
         raise UsageError(
@@ -368,5 +369,6 @@ def _check_batching(axes: Mapping[str, tuple[object, ...]]) -> None:
         if "mixed" in axes["workload"]:
             raise UsageError(
                 "workload=mixed is a stream of requests of varying lengths, and one batch has one exact length. "
-                "Add batching=static,dynamic,continuous and request_rate, or measure a server with `llmbench online`."
+                "Add batching=static,dynamic,continuous and request_rate, or measure a server with "
+                f"`{command_text('online')}`."
             )
