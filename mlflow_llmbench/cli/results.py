@@ -10,7 +10,7 @@ from .output import print_json
 
 if TYPE_CHECKING:
     from ..analysis.comparison import Comparison
-    from ..analysis.scaling.study import Study
+    from ..analysis.scaling.study import ScalingStudy
 
 
 @command(
@@ -110,7 +110,7 @@ def scaling(
     from ..workflows import scaling
     from ..workflows.destination import Destination
 
-    def show(study: Study) -> None:
+    def show(study: ScalingStudy) -> None:
         print(format_study(study))
 
     found = scaling.scaling(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..analysis.scaling import study as analysis
-from ..analysis.scaling.study import Study
+from ..analysis.scaling.study import ScalingStudy
 from ..records.errors import UsageError
 from ..reports import files
 from ..tracking.load_results import load_all
@@ -22,9 +22,9 @@ def scaling(
     at: Sequence[tuple[str, float]] = (),
     destination: Destination = NOT_KEPT,
     tracking_uri: str | None = None,
-    on_result: Callable[[Study], None] = lambda study: None,
-) -> Study:
-    """Study the results of `references` (see `load_results`) together.
+    on_result: Callable[[ScalingStudy], None] = lambda study: None,
+) -> ScalingStudy:
+    """ScalingStudy the results of `references` (see `load_results`) together.
 
     `share` is the part of the best throughput per instance that a batch size must keep, `at` are points (setting,
     value) to predict at. `on_result` gets the study before it is written and logged. Raises UsageError, NotFitted, or

@@ -32,7 +32,7 @@ REFERENCES = ("none", "bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
-class Account:
+class MemoryBreakdown:
     """Peak memory of a cell in parts, bytes. They add up to `peak` exactly, so a part may be below 0.
 
     `baseline`: libraries, before the load · `weights`: parameters as stored · `load_rest`: the rest after the load
@@ -105,7 +105,7 @@ def cache_bytes(load: LoadInfo, rows: int, tokens: float) -> int | None:
     return round(rows * attended(load, tokens) * load.kv_bytes_per_token) if load.kv_bytes_per_token else None
 
 
-def account(measured: Measured) -> Account | None:
+def account(measured: Measured) -> MemoryBreakdown | None:
     """Split the peak into parts; None if a stage, the weights or the size of the KV cache is unknown."""
     result, metrics = measured.result, measured.metrics
     where = "device" if DEVICE_PEAK in metrics else "host"
@@ -123,7 +123,9 @@ def account(measured: Measured) -> Account | None:
         return None
     load_rest = stages["loaded"] - stages["baseline"] - result.load.weight_bytes
     run_rest = stages["peak"] - stages["loaded"] - cache
-    return Account(where, stages["peak"], stages["baseline"], result.load.weight_bytes, load_rest, cache, run_rest)
+    return MemoryBreakdown(
+        where, stages["peak"], stages["baseline"], result.load.weight_bytes, load_rest, cache, run_rest
+    )
 
 
 def growth(result: RunResult) -> Growth | None:
