@@ -158,25 +158,9 @@ def test_latency_against_throughput_is_drawn(tmp_path: Path) -> None:
 def test_a_search_that_one_user_alone_ends(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = "null:ttft_ms=10+itl_ms=1"
     with null_server(model) as url:
-        arguments = [
-            "online",
-            "--url",
-            url,
-            "--model",
-            model,
-            "--find",
-            "goodput",
-            "--slo-ttft-ms",
-            "1",
-            "--output-tokens",
-            "4",
-            "--prompt-tokens",
-            "8",
-        ]
-        assert (
-            main([*arguments, "--requests", "4", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri])
-            == 0
-        )
+        arguments = f"online --url {url} --model {model} --find goodput --slo-ttft-ms 1 --output-tokens 4".split()
+        arguments += "--prompt-tokens 8 --requests 4 --repetitions 5 --warmup 1".split()
+        assert main([*arguments, "--tracking-uri", store_uri]) == 0
     assert (
         "No rate that was tried meets TTFT ≤ 1 ms for 90% of the requests; at best 0% of them met it."
         in capsys.readouterr().out
@@ -192,31 +176,8 @@ def test_a_search_is_runs_in_mlflow(store_uri: str, tmp_path: Path, capsys: pyte
     """Two requests at once take 40 ms each, so above 50 per second the queue grows."""
     model = "null:ttft_ms=10+itl_ms=10+slots=2"
     with null_server(model) as url:
-        arguments = [
-            "online",
-            "--url",
-            url,
-            "--model",
-            model,
-            "--find",
-            "goodput",
-            "--slo-ttft-ms",
-            "150",
-            "--output-tokens",
-            "4",
-        ]
-        arguments += [
-            "--prompt-tokens",
-            "8",
-            "--requests",
-            "40",
-            "--repetitions",
-            "5",
-            "--warmup",
-            "1",
-            "--arrival",
-            "constant",
-        ]
+        arguments = f"online --url {url} --model {model} --find goodput --slo-ttft-ms 150 --output-tokens 4".split()
+        arguments += "--prompt-tokens 8 --requests 40 --repetitions 5 --warmup 1 --arrival constant".split()
         assert main([*arguments, "--request-rate", "20", "--tracking-uri", store_uri]) == 0
     told = capsys.readouterr().out
     assert "Goodput: " in told

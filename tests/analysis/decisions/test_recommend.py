@@ -223,8 +223,10 @@ def test_one_configuration_on_two_machines_is_two_to_choose_from() -> None:
     found = recommend([here, later], allow=frozenset(["hardware"]))
     assert found.winner is not None and found.winner.result is here
     assert (found.winner.name, [r.candidate.name for r in found.runners_up], found.refused) == (
-        "fake:x int4 batch 1 on AMD EPYC (h)", ["fake:x int4 batch 1 on Xeon (other)"], (),
-    )  # fmt: skip
+        "fake:x int4 batch 1 on AMD EPYC (h)",
+        ["fake:x int4 batch 1 on Xeon (other)"],
+        (),
+    )
 
 
 def test_a_suspect_result_that_was_measured_again_promises_nothing() -> None:
@@ -330,11 +332,7 @@ def test_the_command_logs_the_answer_on_the_sweeps_parent(store_uri: str, capsys
     arguments = [
         "recommend",
         sweep.parent_id or "",
-        "--max-ttft",
-        "1s",
-        "--max-memory",
-        "6GB",
-        "--accept-suspect",
+        *"--max-ttft 1s --max-memory 6GB --accept-suspect".split(),
         "a busy test machine",
         "--json",
     ]

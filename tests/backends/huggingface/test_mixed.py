@@ -125,8 +125,10 @@ def test_blocks_are_attention_and_mlp_of_each_layer() -> None:
     found = mixed.blocks_of(Model())
     assert {name: block for block, inside in found.items() for name in inside} == names
     assert [place(name, 7) for name in ("model.layers.0.mlp", "model.layers.10", "model.project_in")] == [
-        ("mlp", 0), ("layer", 10), ("model.project_in", 7),
-    ]  # fmt: skip
+        ("mlp", 0),
+        ("layer", 10),
+        ("model.project_in", 7),
+    ]
 
 
 @pytest.mark.parametrize(("quant", "budget"), [("bf16", "16"), ("int4", "4.75")])

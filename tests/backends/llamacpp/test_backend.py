@@ -380,9 +380,17 @@ def test_a_model_with_another_vocabulary_is_not_compared(
 @pytest.mark.slow
 def test_a_gguf_file_is_a_cell_like_any_other(packed: Path, tiny_model: Path, store_uri: str) -> None:
     done = sweep.run(
-        model=str(packed), backend="llama_cpp", batch_size="1,3", prompt_tokens=16, output_tokens=8, warmup=1,
-        repetitions=5, threads=1, quality="auto", quality_reference=str(tiny_model),
-    )  # fmt: skip
+        model=str(packed),
+        backend="llama_cpp",
+        batch_size="1,3",
+        prompt_tokens=16,
+        output_tokens=8,
+        warmup=1,
+        repetitions=5,
+        threads=1,
+        quality="auto",
+        quality_reference=str(tiny_model),
+    )
     assert done.outcome == "ok"
     results = [journal.read_result(folder) for folder in done.folder.glob("*/artifacts")]
     assert sorted(result.cell.batch_size for result in results) == [1, 3]

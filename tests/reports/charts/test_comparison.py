@@ -102,9 +102,15 @@ def test_several_comparisons_stand_under_each_metric() -> None:
         [axes] = axes_of(comparison_charts._ratios_figure([compare(BF16, INT4), compare(BF16, FP16)]))
         bases = axes_of(comparison_charts._ratios_figure([compare(BF16, INT4), compare(FP16, INT4)]))[0]
     assert [label.get_text() for label in axes.get_yticklabels()][:8] == [
-        "Higher is better →", "Output throughput", "int4", "fp16",
-        "← Lower is better", "Time to first token", "int4", "fp16",
-    ]  # fmt: skip
+        "Higher is better →",
+        "Output throughput",
+        "int4",
+        "fp16",
+        "← Lower is better",
+        "Time to first token",
+        "int4",
+        "fp16",
+    ]
     assert "int4 ÷ fp16" in {label.get_text() for label in bases.get_yticklabels()}
 
 
