@@ -23,6 +23,7 @@ from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.measure.events import CellBegun, CellMeasured, Event, ModelLoaded
 from mlflow_llmbench.measure.supervise import run_worker
+from mlflow_llmbench.measure.task import WorkerJob
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import JournalError, TrackingError, UsageError
 from mlflow_llmbench.records.results import RunResult
@@ -156,7 +157,9 @@ def test_what_a_worker_had_told_and_nobody_had_read_is_taken_after_an_interrupti
             until(lambda: all(measured(folder) for folder in folders))
             raise KeyboardInterrupt
 
-    outcome = run_worker("measure", cells, FakeBackend.resolve(cells[0]), folders, tmp_path / "worker.log", tell)
+    outcome = run_worker(
+        WorkerJob("measure", tuple(cells), FakeBackend.resolve(cells[0]), tuple(folders)), tmp_path / "worker.log", tell
+    )
     assert outcome.interrupted
     assert 0 in outcome.measured
 

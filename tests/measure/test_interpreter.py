@@ -149,24 +149,8 @@ def test_what_a_killed_command_left_is_of_that_environment(other: str, tmp_path:
     from mlflow_llmbench.sweeps import job as job_sweeps
     from mlflow_llmbench.sweeps import planning
 
-<<<<<<< HEAD
     [planned] = planning.plan(spec.parse(FAST | {"worker_python": other})).cells
     job = job_sweeps.Job(planned, tmp_path / planned.folder)
-=======
-    asked = spec.parse(FAST | {"worker_python": other})
-    [cell] = expand_cells(asked)
-    model = interpreter.resolve(cell)
-    [job] = planning.make_jobs(
-        asked,
-        [cell],
-        ["one"],
-        {cell: model},
-        {"synthetic": load_prompts("synthetic")},
-        machine.environment(),
-        lambda _: (None, ""),
-        tmp_path,
-    )
->>>>>>> stage2-house
     job.folder.mkdir(parents=True)
     job_sweeps.write_job(job)
     assert job_sweeps.read_job(job.folder).planned.environment == planned.environment

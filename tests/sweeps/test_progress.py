@@ -23,6 +23,7 @@ from mlflow_llmbench.measure.events import (
     WarmupEnded,
 )
 from mlflow_llmbench.measure.supervise import run_worker
+from mlflow_llmbench.measure.task import WorkerJob
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import LoadInfo
 from mlflow_llmbench.sweeps.progress import STAGES, WRITES_PER_S, Progress, duration, rough_duration
@@ -405,7 +406,9 @@ def test_a_real_worker(fault: str, tmp_path: Path) -> None:
 
     progress.cell(2, "b2")
     folders = [tmp_path / str(number) for number in range(2)]
-    run_worker("measure", cells, FakeBackend.resolve(cells[0]), folders, tmp_path / "worker.log", tell)
+    run_worker(
+        WorkerJob("measure", tuple(cells), FakeBackend.resolve(cells[0]), tuple(folders)), tmp_path / "worker.log", tell
+    )
     progress.finish()
     lines = stream.getvalue().splitlines()
     assert lines[:3] == ["cell 1/2: b2", "cell 1/2: starting", "cell 1/2: loading"]

@@ -392,14 +392,12 @@ def test_two_names_of_one_configuration_are_refused(store_uri: str, tiny_model: 
 def test_a_worker_that_hangs_is_ended_and_the_cell_is_a_timeout(tmp_path: Path) -> None:
     from mlflow_llmbench.backends.fake import FakeBackend
     from mlflow_llmbench.measure.supervise import Limits, run_worker
+    from mlflow_llmbench.measure.task import WorkerJob
     from mlflow_llmbench.records.cell import Cell
 
     cell = Cell(model="fake:fail=hang", backend="fake")
     outcome = run_worker(
-        "measure",
-        [cell],
-        FakeBackend.resolve(cell),
-        [tmp_path],
+        WorkerJob("measure", (cell,), FakeBackend.resolve(cell), (tmp_path,)),
         tmp_path / "worker.log",
         limits=Limits(first_token_s=3.0),
     )
