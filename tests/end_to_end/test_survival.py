@@ -228,8 +228,8 @@ def test_an_error_of_our_own_ends_every_run(store_uri: str, monkeypatch: pytest.
 def test_leaving_through_sys_exit_ends_every_run(store_uri: str, tmp_path: Path) -> None:
     """A program that calls `run` and exits during it by `sys.exit`, from a watcher."""
     program = (
-        "import sys\nfrom mlflow_llmbench import run\nfrom mlflow_llmbench.sweeps.progress import Silent\n"
-        "from mlflow_llmbench.measure.events import RepetitionEnded\nclass Leaving(Silent):\n"
+        "import sys\nfrom mlflow_llmbench import run\nfrom mlflow_llmbench.sweeps.progress import NullListener\n"
+        "from mlflow_llmbench.measure.events import RepetitionEnded\nclass Leaving(NullListener):\n"
         "    def event(self, event):\n        if isinstance(event, RepetitionEnded): sys.exit(3)\n"
         f"run(model='fake:', batch_size='1,2', watcher=Leaving(), tracking_uri={store_uri!r}, **{CELL!r})\n"
     )
