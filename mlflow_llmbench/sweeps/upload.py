@@ -29,7 +29,7 @@ from ..tracking import view
 from ..tracking.runs import PARENT_TAG, begin_run, end_run, log_figures, upload_cell, upload_parent
 from ..tracking.search import runs_of_sweep
 from ..tracking.store import UPLOADED_TAG, Store, open_store, ui_command
-from .cross_cell import relate
+from .cross_cell import cross_findings
 from .job import Job, identity, read_job
 from .results import failed_result, measured_result
 
@@ -111,8 +111,8 @@ def complete(root: Path, store: Store) -> Uploaded:
         done.parent_id = done.count(parent) or begin_run(store, known["parent"], {"sweep": root.name}, None, begun)
     by_cell = {run.data.tags.get("llmbench.cell"): run for run in runs}
     measured: list[tuple[Row, str]] = []
-    related = relate([result for _, result in results], [job.name for job, _ in results], spec.options)
-    added = {job.folder.name: found for (job, _), found in zip(results, related.added, strict=True)}
+    found_across = cross_findings([result for _, result in results], [job.name for job, _ in results], spec.options)
+    added = {job.folder.name: found for (job, _), found in zip(results, found_across.added, strict=True)}
     for job, result in results:
         run = by_cell.get(job.folder.name)
         run_id = done.count(run) or begin_run(store, job.name, identity(job), done.parent_id, result.started_ms)
@@ -128,7 +128,7 @@ def complete(root: Path, store: Store) -> Uploaded:
                 write_comparison(root, Path(scratch), store, spec, known["parent"], measured)
                 _copy(root / "comparison" / "goodput.json", Path(scratch))
                 done.page = publish_parent(
-                    store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None, related.figures
+                    store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None, found_across.figures
                 )
         end_run(store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended)
     return done

@@ -61,9 +61,11 @@ def send(url: str, script: str, load: Load, processes: int = 1, repetition: int 
 
 def test_label_sets_are_summed_and_of_shares_the_largest_is_taken() -> None:
     assert read_metrics(TEXT) == {
-        "vllm:num_requests_running": 5, "vllm:kv_cache_usage_perc": 0.5, "vllm:request_queue_time_seconds_sum": 0.15,
+        "vllm:num_requests_running": 5,
+        "vllm:kv_cache_usage_perc": 0.5,
+        "vllm:request_queue_time_seconds_sum": 0.15,
         "vllm:request_queue_time_seconds_count": 4,
-    }  # fmt: skip
+    }
     assert read_metrics("") == {}
 
 
@@ -104,7 +106,7 @@ def test_the_last_reading_is_after_the_last_process(server: str) -> None:
 
 def test_a_long_load_holds_a_bounded_number_of_readings(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "SCRAPE_S", 0.01)
-    monkeypatch.setattr(client, "MOST_SCRAPES", 6)
+    monkeypatch.setattr(client, "MAX_SCRAPES", 6)
     backend, trace = send(server, "ttft_ms=700+itl_ms=1", Load(1))
     times = [r.t_ns for r in backend.readings(trace)]
     assert 4 <= len(times) <= 8
@@ -156,9 +158,11 @@ def test_gauges_are_of_the_load_and_counters_of_their_growth() -> None:
     )
     own = {key: value for key, value in summarize(one).items() if key.startswith("server/")}
     assert own == {
-        "server/vllm:num_requests_running_mean": 3, "server/vllm:num_requests_running_max": 4,
-        "server/vllm:num_preemptions_total": 15, "server/tgi_request_queue_duration_mean": 1.5,
-    }  # fmt: skip
+        "server/vllm:num_requests_running_mean": 3,
+        "server/vllm:num_requests_running_max": 4,
+        "server/vllm:num_preemptions_total": 15,
+        "server/tgi_request_queue_duration_mean": 1.5,
+    }
     assert set(own) <= set(KEYS)
     assert from_json(RunResult, json.loads(json.dumps(to_json(one)))) == one
     assert not any(key.startswith("server/") for key in summarize(result(*TWO_USERS)))

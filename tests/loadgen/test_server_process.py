@@ -160,12 +160,7 @@ def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
         command,
         "--model",
         HEAVY,
-        "--quant",
-        "none,q4",
-        "--concurrency",
-        "2",
-        "--output-tokens",
-        "4",
+        *"--quant none,q4 --concurrency 2 --output-tokens 4".split(),
     ]
     assert (
         main([*arguments, "--prompt-tokens", "16", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri])
@@ -249,14 +244,7 @@ def start_long(tmp_path: Path, *more: str) -> tuple[subprocess.Popen[bytes], dic
     arguments = [
         "--launch",
         command,
-        "--model",
-        "null:itl_ms=50",
-        "--output-tokens",
-        "64",
-        "--repetitions",
-        "50",
-        "--tracking-uri",
-        "sqlite:///mlflow.db",
+        *"--model null:itl_ms=50 --output-tokens 64 --repetitions 50 --tracking-uri sqlite:///mlflow.db".split(),
     ]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "mlflow_llmbench", "online", *arguments]
@@ -324,7 +312,7 @@ def test_a_server_that_cannot_be_started_says_why(tmp_path: Path) -> None:
 
 def test_a_log_that_grows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "server.log"
-    log.write_bytes(b"first line\n" + b"x" * (server_process.MOST_LOG_BYTES + 1) + b"\nlast line\n")
+    log.write_bytes(b"first line\n" + b"x" * (server_process.MAX_LOG_BYTES + 1) + b"\nlast line\n")
     server_process.bound(log)
     kept = log.read_bytes()
     assert len(kept) < 1 << 19

@@ -149,9 +149,24 @@ def test_an_old_journal_is_replayed_to_the_same_outcome(name: str) -> None:
 def summary(folders: Sequence[str], outcome: GroupOutcome) -> dict[str, Any]:
     numbers, first = sorted(outcome.cells), outcome.cells[0]
     names = (
-        "load", "peaks", "idle_w", "samples", "measured", "texts", "log", "evaluated_ns", "text_digest", "scores",
-        "divergences", "task_scores", "withheld", "environment", "ended", "current", "stage",
-    )  # fmt: skip
+        "load",
+        "peaks",
+        "idle_w",
+        "samples",
+        "measured",
+        "texts",
+        "log",
+        "evaluated_ns",
+        "text_digest",
+        "scores",
+        "divergences",
+        "task_scores",
+        "withheld",
+        "environment",
+        "ended",
+        "current",
+        "stage",
+    )
     return {
         "folders": folders,
         **{name: to_json(getattr(outcome, name)) for name in names},

@@ -38,7 +38,7 @@ def send(url: str, load: Load, processes: int, **settings: Any) -> tuple[Trace, 
     """Return the trace of a load of requests for 4 tokens, and the server's log."""
     cell = Cell(**{"backend": "openai", "url": url, "model": MODEL, "output_tokens": 4, "prompt_tokens": 16} | settings)
     backend = OpenAIBackend(cell, ModelFacts("", "none", "", ""))
-    backend.unique = backend.own_words = "the same for all"
+    backend.prompt_prefix = backend.conversation_prefix = "the same for all"
     read_log(url)
     try:
         trace = backend.send(load_prompts(cell.workload), cell, 0, load, processes=processes)
@@ -177,9 +177,17 @@ def test_auto_takes_what_a_wave_says(
 
 def test_several_processes_are_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, concurrency=4, client_processes=2,
-        repetitions=5, warmup=1, output_tokens=4, prompt_tokens=16,
-    )  # fmt: skip
+        tracking_uri=store_uri,
+        backend="openai",
+        url=server,
+        model=MODEL,
+        concurrency=4,
+        client_processes=2,
+        repetitions=5,
+        warmup=1,
+        output_tokens=4,
+        prompt_tokens=16,
+    )
     [row] = done.rows
     assert row.outcome == "ok", row.message
     assert (row.metrics["client/processes"], row.metrics["in_flight/requests_max"]) == (2, 4)
