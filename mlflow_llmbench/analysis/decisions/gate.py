@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ...records.errors import UsageError
 from ...records.metrics import KEYS
@@ -308,20 +307,3 @@ def quality_checks(
 def _by(ratio: float, higher: bool) -> float:
     """Convert a ratio b ÷ a to how much b is worse: 0.9 gives 0.1 if higher is better, −0.1 if lower is better."""
     return 1 - ratio if higher else ratio - 1
-
-
-def gate_json(gate: Gate) -> dict[str, Any]:
-    """The gate result as plain JSON data."""
-    checks = [{name: _finite(getattr(check, name)) for name in check.__dataclass_fields__} for check in gate.checks]
-    return {
-        "verdict": gate.verdict,
-        "exit_code": gate.exit_code,
-        "why": gate.why,
-        "checks": checks,
-        "notes": list(gate.notes),
-        "significance": SIGNIFICANCE,
-    }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -326,37 +326,3 @@ def _loosened(limit: Limit, one: Candidate) -> str:
     steps = value / step
     rounded = (math.ceil(steps - 1e-9) if limit.measure.better == "lower" else math.floor(steps + 1e-9)) * step
     return bound_text(limit.measure, rounded)
-
-
-def recommendation_json(found: Recommendation) -> dict[str, Any]:
-    """The recommendation as plain JSON data; `llmbench register` reads `winner`."""
-    names = {id(one) for one in found.front}
-    return {
-        "schema": 1,
-        "goal": found.goal,
-        "limits": [
-            {"option": limit.option, "metric": limit.measure.keys[-1], "bound": limit.bound} for limit in found.limits
-        ],
-        "winner": _entry(found.winner, found.objectives) if found.winner else None,
-        "runners_up": [
-            {**_entry(r.candidate, found.objectives), "why": r.why, "tied": r.tied} for r in found.runners_up
-        ],
-        "refused": [{"name": r.candidate.name, **_identity(r.candidate), "why": r.why} for r in found.refused],
-        "front": [one.name for one in found.eligible if id(one) in names],
-        "cautions": list(found.cautions),
-        "what_would_change": list(found.changes),
-        "accepted_suspect": found.accepted_suspect,
-    }
-
-
-def _identity(one: Candidate) -> dict[str, Any]:
-    return {"sweep": one.result.sweep, "config_hash": one.result.hashes.config, "verdict": one.verdict.word}
-
-
-def _entry(one: Candidate, objectives: Sequence[Measure]) -> dict[str, Any]:
-    measured = {
-        key: {"value": one.metrics[key], "interval": interval(one, m)}
-        for m in objectives
-        if (key := m.key(one.metrics))
-    }
-    return {"name": one.name, **_identity(one), "parameters": vars(one.result.cell), "measured": measured}

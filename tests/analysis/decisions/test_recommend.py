@@ -21,7 +21,6 @@ from mlflow_llmbench.analysis.decisions.recommend import (
     Recommendation,
     choose,
     recommend,
-    recommendation_json,
 )
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import config_hash
@@ -33,6 +32,7 @@ from mlflow_llmbench.reports.recommendation import (
     answer,
     format_recommendation,
     recommendation_cells,
+    recommendation_json,
     recommendation_markdown,
 )
 
