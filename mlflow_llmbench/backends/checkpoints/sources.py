@@ -115,7 +115,7 @@ def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
         raise ModelError(
             f"There is no file {cell.model}. Give the path of a .gguf file, or OWNER/NAME:FILE.gguf for one on the Hub."
         )
-    files.refuse_made(cell, path.name)
+    files.refuse_requantization(cell, path.name)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{cell.model} is not a GGUF file: it does not begin with GGUF. Download it again.")
@@ -170,7 +170,7 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         maker.make(cell, model, base_files(cell, model)[0], lambda: load_tokenizer(cell, model))
 
 
-def is_here(cell: Cell, model: ModelFacts) -> bool:
+def is_local(cell: Cell, model: ModelFacts) -> bool:
     """Return True if the model's files, before any quantization, are on this disk."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)
