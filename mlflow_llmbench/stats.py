@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import NormalDist, fmean, median, stdev, variance
 from typing import TYPE_CHECKING, Any
 
-from .records.metrics import PERCENTILE_SUPPORT
+from .records.verdicts import PERCENTILE_SUPPORT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,7 @@ def supports(n: int, q: int) -> bool:
     return n >= (needed if needed is not None else math.ceil(math.log(0.05) / math.log(q / 100)) if q > 50 else 1)
 
 
-def halves_agree(values: Sequence[float], tolerance: float = 0.05) -> bool:
+def is_steady(values: Sequence[float], tolerance: float = 0.05) -> bool:
     """Return True if a trace of durations is steady: the medians of its two halves differ by at most `tolerance`.
 
     The first value (cold caches, compilation) is left out. Comparing an early with a late part of a trace is Geweke's
@@ -414,10 +414,10 @@ def equivalence(a: Sequence[float], b: Sequence[float], margin: float) -> Equiva
 
 MOST_UNITS = 10_000
 POWER = 0.9
-"""Power for which `units_to_tell` plans: the chance that its number of values does find the difference."""
+"""Power for which `required_sample_size` plans: the chance that its number of values does find the difference."""
 
 
-def units_to_tell(
+def required_sample_size(
     difference: float, margin: float, variances: tuple[float, float], first: int | None = None, tests: int = 1
 ) -> int | None:
     """Number of values of the second sample needed to place a difference inside or outside ±margin, at 5 %, power 0.9.

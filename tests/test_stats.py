@@ -96,10 +96,10 @@ def test_support_is_the_formula_of_wilks() -> None:
 
 
 def test_steady_state() -> None:
-    assert not stats.halves_agree([5.0, 1.0])
-    assert stats.halves_agree([5.0, 1.0, 1.02])
-    assert not stats.halves_agree([5.0, 2.0, 1.5, 1.2, 1.0])
-    assert stats.halves_agree([5.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0])
+    assert not stats.is_steady([5.0, 1.0])
+    assert stats.is_steady([5.0, 1.0, 1.02])
+    assert not stats.is_steady([5.0, 2.0, 1.5, 1.2, 1.0])
+    assert stats.is_steady([5.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0])
 
 
 def test_absent_instead_of_wrong() -> None:

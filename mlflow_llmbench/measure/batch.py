@@ -17,9 +17,9 @@ from typing import Any
 from ..backends.base import Backend, DecodingBackend, History
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
-from ..records.metrics import LEAST_REPETITIONS
 from ..records.results import Repetition, RequestRecord, TextTimes
-from ..stats import halves_agree, relative_half_width
+from ..records.verdicts import LEAST_REPETITIONS
+from ..stats import is_steady, relative_half_width
 from ..system import machine
 from ..workloads.prompts import PromptSet
 
@@ -257,7 +257,7 @@ def _warm_up(
         if not all(record.stamps_ns for record in timed.requests):
             raise MeasurementError("The backend generated no token. Nothing can be measured.")
         durations.append(timed.seconds)
-        steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
+        steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
         say("warmup", number=len(durations), limit=most, seconds=durations[-1])
     return durations[0] * 1000, durations, steady
 

@@ -18,9 +18,9 @@ from ..backends.base import ServerBackend
 from ..loadgen.client import Load, Trace
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
-from ..records.metrics import LEAST_REPETITIONS
 from ..records.results import ClientReadings, Repetition, RequestRecord
-from ..stats import halves_agree, relative_half_width
+from ..records.verdicts import LEAST_REPETITIONS
+from ..stats import is_steady, relative_half_width
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.prompts import PromptSet, lengths_of, lengths_vary
@@ -125,7 +125,7 @@ def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) ->
         seconds = [(r.stamps_ns[-1] - r.t0_ns) / 1e9 for r in complete]
         first_ms = first_ms or seconds[0] * 1000
         durations.append(median(seconds))
-        steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
+        steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
         say("warmup", number=len(durations), limit=most, seconds=durations[-1])
     return first_ms, durations, steady, trace
 

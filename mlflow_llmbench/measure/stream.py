@@ -19,7 +19,7 @@ from ..backends.base import Backend, EngineBackend, Token
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
 from ..records.results import EngineReadings, Repetition, RequestRecord
-from ..stats import halves_agree
+from ..stats import is_steady
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.batching import batch_positions, needed_positions, next_batch
@@ -93,7 +93,7 @@ def _warm_up(
         stream = orders(len(durations))
         requests = serve(stream, [0] * len(stream)).requests
         durations.append((max(r.stamps_ns[-1] for r in requests) - min(r.t0_ns for r in requests)) / 1e9)
-        steady = len(durations) >= LEAST_WARMUPS and halves_agree(durations)
+        steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
         say("warmup", number=len(durations), limit=most, seconds=durations[-1])
     return durations[0] * 1000, durations, steady
 

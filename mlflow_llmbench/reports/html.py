@@ -11,7 +11,7 @@ import base64
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from .. import __version__
-from ..records.metrics import REASONS
+from ..records.verdicts import REASONS
 from .markup import html
 from .sweep import AGAIN, ALIKE, Overview, Table, chart_name
 

@@ -27,10 +27,10 @@ from ..config.choices import WORKLOADS
 from ..config.spec import cell_fields
 from ..records.cell import Cell, as_text
 from ..records.errors import StoreAway, TrackingError, UsageError, first_line
-from ..records.metrics import OUTCOMES
 from ..records.quantizations import COLOURS
 from ..records.redaction import CONTROLS, redact, redact_all
 from ..records.results import SCHEMA, Hashes, RunResult, Verdict
+from ..records.verdicts import OUTCOMES
 from ..reports.result import summary_markdown
 from .run_context import fingerprint_tags
 

@@ -26,6 +26,7 @@ from ..measure.supervise import Limits
 from ..measure.task import Task
 from ..records.cell import Cell, Options
 from ..records.errors import LlmbenchError, UsageError, first_line
+from ..records.metrics import TRAINING_LOSS
 from ..records.quantizations import COLOURS
 from ..records.redaction import redact
 from ..records.results import ModelFacts, Quality, hash16, to_json
@@ -214,7 +215,7 @@ class _Job:
                 )
             case "step":
                 number, limit = int(event["number"]), int(event["limit"])
-                self.losses.append(Point("qat/loss", number, float(event["loss"]), int(time.time() * 1000)))
+                self.losses.append(Point(TRAINING_LOSS.key, number, float(event["loss"]), int(time.time() * 1000)))
                 if number in (1, limit) or number % max(limit // LINES, 1) == 0:
                     self.say(f"Step {number}/{limit}: loss {event['loss']:.4f}")
             case "saved":

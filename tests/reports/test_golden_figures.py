@@ -167,7 +167,7 @@ def everything() -> Any:
     rows[3] = with_figures(rows[3], overhead)
     verdict = judge(pair[1], summarize(pair[1]))
     deployed = deployment_of(pair[1], summarize(pair[1]), Evidence("r", "s", verdict, "known"))
-    comparison, allowed = compare(*pair), {name: 0.02 for name in sorted(gate.parse_limits(LIMITS))}
+    comparison, allowed = compare(*pair), dict.fromkeys(sorted(gate.parse_limits(LIMITS)), 0.02)
     tables = {}
     for group in ([*rows[:3]], [rows[3], rows[5]], [rows[6]]):
         table = cells_table(group, ["quant"])

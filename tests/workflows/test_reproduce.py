@@ -13,19 +13,19 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench import run
 from mlflow_llmbench.analysis.comparison import compare
-from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, weigh
+from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, judge_reproduction
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.plan import config_hash, expand_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.errors import NotComparable, UsageError
 from mlflow_llmbench.records.results import Quality, RunResult, TextScores
 from mlflow_llmbench.reports.reproduction import reproduction_json, reproduction_markdown
-from mlflow_llmbench.stats import equivalence, units_to_tell
+from mlflow_llmbench.stats import equivalence, required_sample_size
 from mlflow_llmbench.tracking.registry import register, result_of
 from mlflow_llmbench.tracking.runs import open_store
 from mlflow_llmbench.workflows.reproduce import (
     Original,
-    _weighed,
+    _judged,
     find_original,
     parameters_again,
     require_same,
@@ -46,7 +46,7 @@ CELL = {
 
 
 def weighed(**again: object) -> Reproduction:
-    return weigh(compare(ORIGINAL, made(**again)), 0.05)  # type: ignore[arg-type]
+    return judge_reproduction(compare(ORIGINAL, made(**again)), 0.05)  # type: ignore[arg-type]
 
 
 def states(found: Reproduction) -> dict[str, str]:
@@ -74,7 +74,7 @@ def test_as_many_repetitions_as_are_said_to_tell_do_tell_nine_times_in_ten(diffe
     import numpy as np
 
     spread, margin = 0.04, 0.05
-    needed = units_to_tell(difference, margin, (spread**2, spread**2), tests=tests)
+    needed = required_sample_size(difference, margin, (spread**2, spread**2), tests=tests)
     assert needed
     random = np.random.default_rng(0)
     told = 0
@@ -85,9 +85,11 @@ def test_as_many_repetitions_as_are_said_to_tell_do_tell_nine_times_in_ten(diffe
 
 
 def test_no_number_of_repetitions_is_named_where_none_would_tell() -> None:
-    assert units_to_tell(0.0, 0.05, (0.04**2, 0.04**2), first=3) is None  # the first sample alone is too uncertain
-    assert units_to_tell(-0.05, 0.05, (0.04**2, 0.04**2)) is None
-    assert units_to_tell(0.1, 0.05, (0.0, 0.0)) == 2
+    assert (
+        required_sample_size(0.0, 0.05, (0.04**2, 0.04**2), first=3) is None
+    )  # the first sample alone is too uncertain
+    assert required_sample_size(-0.05, 0.05, (0.04**2, 0.04**2)) is None
+    assert required_sample_size(0.1, 0.05, (0.0, 0.0)) == 2
 
 
 def test_the_same_again_is_equivalent() -> None:
@@ -112,18 +114,18 @@ def test_what_cannot_be_told_says_how_many_repetitions_would() -> None:
     found = weighed(factors=wide)
     assert (found.verdict, found.exit_code) == ("cannot_tell", 4)
     assert "repetitions of the reproduction would tell, with a chance of 90 %" in found.why
-    both = weigh(compare(made(factors=wide), made(factors=wide)), 0.05)
+    both = judge_reproduction(compare(made(factors=wide), made(factors=wide)), 0.05)
     needed = max(f.needed_each or 0 for f in both.findings)
     assert f"about {needed} on each side would tell" in both.why and needed > 10
-    near = weigh(compare(made(factors=wide), made(factors=wide, step=10.5, ttft=21)), 0.05)
+    near = judge_reproduction(compare(made(factors=wide), made(factors=wide, step=10.5, ttft=21)), 0.05)
     assert near.verdict == "cannot_tell" and "no sensible number" in near.why
-    single = weigh(compare(ORIGINAL, made(factors=(1.0,))), 0.05)
+    single = judge_reproduction(compare(ORIGINAL, made(factors=(1.0,))), 0.05)
     assert single.verdict == "cannot_tell" and "at least 2 repetitions" in single.why
 
 
 def test_quality_is_held_against_the_margin_too() -> None:
     def verdict(now: float) -> str:
-        return weigh(
+        return judge_reproduction(
             compare(ORIGINAL, made()), 0.05, ({"quality/perplexity": 10.0}, {"quality/perplexity": now})
         ).verdict
 
@@ -294,7 +296,7 @@ def test_another_text_is_no_other_perplexity() -> None:
 
     def found(text: str) -> Reproduction:
         original = Original(scored("a", 1.0), None, "a")
-        return _weighed(original, scored(text, 2.0), None, 0.05).found  # type: ignore[arg-type]
+        return _judged(original, scored(text, 2.0), None, 0.05).found  # type: ignore[arg-type]
 
     assert found("a").verdict == "different"
     assert found("b").verdict == "equivalent"
@@ -394,4 +396,4 @@ def test_a_wide_spread_is_not_called_equivalent_for_want_of_a_difference() -> No
     wide = made(factors=(0.8, 0.9, 1.0, 1.1, 1.2))
     comparison = compare(wide, made(factors=WIGGLE))
     assert {effect.effect for effect in comparison.effects if effect.p_holm is not None} == {"no difference seen"}
-    assert weigh(comparison, 0.05).verdict == "cannot_tell"
+    assert judge_reproduction(comparison, 0.05).verdict == "cannot_tell"

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ...records.errors import UsageError
+from ...records.metrics import TPOT, TTFT
 
 if TYPE_CHECKING:
     from .recommend import Limit, Measure
@@ -17,13 +18,13 @@ BYTES = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
-STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p50", "p95")}
-"""Latency → the statistics that a limit can name, the default first."""
+LATENCIES = {"ttft": (TTFT, "p50"), "tpot": (TPOT, "mean")}
+"""Latency that a limit can name → its metric, and the statistic if the limit names none."""
 
 
 def _limits(given: argparse.Namespace) -> list[Limit]:
     """Parse the limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
-    from .recommend import MEMORY, QUALITY, Limit
+    from .recommend import MEMORY, QUALITY_MEASURES, Limit
 
     found = []
     if (most := _told(given.max_memory)) is not None:
@@ -34,12 +35,17 @@ def _limits(given: argparse.Namespace) -> list[Limit]:
             found.append(Limit(f"--max-{name}", measure, _quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
     for part in filter(None, (_told(given.min_quality) or "").split(",")):
         name, _, text = part.partition("=")
-        if name not in QUALITY:
+        if name not in QUALITY_MEASURES:
             raise UsageError(
-                f"Unknown quality: {name}. Known: {', '.join(QUALITY)}. Give for example --min-quality kl=0.05."
+                f"Unknown quality: {name}. Known: {', '.join(QUALITY_MEASURES)}. Give for example --min-quality "
+                "kl=0.05."
             )
         found.append(
-            Limit(f"--min-quality {name}", QUALITY[name], _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05"))
+            Limit(
+                f"--min-quality {name}",
+                QUALITY_MEASURES[name],
+                _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05"),
+            )
         )
     return found
 
@@ -49,17 +55,18 @@ def _latency(name: str, text: str) -> tuple[Measure, str]:
     from .recommend import Measure
 
     statistic, _, amount = text.rpartition("=")
-    statistic = statistic or STATISTICS[name][0]
-    if statistic not in STATISTICS[name]:
-        raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(STATISTICS[name])}.")
-    words = {"ttft": "time to first token", "tpot": "time per output token"}
+    metric, default = LATENCIES[name]
+    statistic = statistic or default
+    if statistic not in metric.statistics:
+        known = dict.fromkeys([default, *metric.statistics])
+        raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(known)}.")
     shown = {"p50": "median", "mean": "mean"}.get(statistic, statistic)
     advice = (
         "More repetitions support higher percentiles."
         if statistic not in ("mean", "p50")
         else "Measure at least 2 output tokens."
     )
-    return Measure(f"{shown} {words[name]}", (f"latency/{name}_ms_{statistic}",), "lower", advice), amount
+    return Measure(f"{shown} {metric.title}", (metric.key(statistic),), metric.better, advice), amount
 
 
 def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:

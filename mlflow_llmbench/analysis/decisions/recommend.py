@@ -21,28 +21,26 @@ from typing import Any
 
 from ...records.cell import differing
 from ...records.errors import UsageError
-from ...records.metrics import KEYS
+from ...records.metric import Goal, QualityBound
+from ...records.metrics import COST, ENERGY, KEYS, PEAK_MEMORY, TPOT, TTFT, shown_in
 from ...records.results import Repetition, RunResult, Verdict
 from ...stats import t_interval, welch
 from ..comparison import (
     BETTER,
-    DEVICE_PEAK,
-    HOST_PEAK,
     RATE,
     SIGNIFICANCE,
     UNNAMED,
     UNTESTED,
     compare,
     differences,
+    parameter_text,
     sentence,
-    value_text,
 )
 from ..repetitions import PER_REPETITION, mean_ttft, typical_tpot, unit_values
 from ..summary import hardware_name, summarize
 from ..verdict import judge
 
-COST, ENERGY = "cost/per_million_tokens", "efficiency/joules_per_token"
-PER_UNIT = {**PER_REPETITION, "latency/ttft_ms_mean": mean_ttft, "latency/tpot_ms_p50": typical_tpot}
+PER_UNIT = {**PER_REPETITION, TTFT.key("mean"): mean_ttft, TPOT.key("p50"): typical_tpot}
 """Metric → its value for one repetition: compared metrics, and others that a limit can name; no high percentiles."""
 
 ALLOWABLE = ("hardware", "software", "workload", "scenario")
@@ -64,22 +62,13 @@ class Measure:
 
 
 GOALS = {
-    "throughput": Measure("output throughput", (RATE,), "higher"),
-    "latency": Measure("median end-to-end latency", ("latency/e2e_ms_p50",), "lower"),
-    "cost": Measure("cost per million tokens", (COST,), "lower", "Measure again with price_per_hour."),
-    "energy": Measure(
-        "energy per token", (ENERGY,), "lower", "It needs an energy counter; `llmbench doctor` says why there is none."
-    ),
+    entry.name: Measure(entry.words, (entry.key,), entry.metric.better, entry.place.advice) for entry in shown_in(Goal)
 }
-MEMORY = Measure("peak memory", (DEVICE_PEAK, HOST_PEAK), "lower")
-QUALITY = {
-    "kl": Measure(
-        "KL divergence from the reference", ("quality/kl_vs_reference",), "lower", "Measure again with quality."
-    ),
-    "perplexity": Measure("perplexity", ("quality/perplexity",), "lower", "Measure again with quality."),
-    "top1": Measure("top-1 agreement", ("quality/top1_agreement",), "higher", "Measure again with quality."),
+QUALITY_MEASURES = {
+    entry.name: Measure(entry.words, (entry.key,), entry.metric.better, entry.place.advice)
+    for entry in shown_in(QualityBound)
 }
-
+MEMORY = Measure("peak memory", PEAK_MEMORY, "lower")
 
 ONCE = ("memory", "quality")
 """Sections of metrics that a run has only once."""
@@ -204,7 +193,7 @@ def choose(
     refused += _measured_again(_without(trusted, refused))
     refused += [_lacking(one, target) for one in _without(trusted, refused) if one.value(target) is None]
     eligible = sorted(_without(trusted, refused), key=lambda one: _order(one, target))
-    beyond = [refusal for one in eligible if (refusal := _beyond(one, limits))]
+    beyond = [refusal for one in eligible if (refusal := _missed_limits(one, limits))]
     fitting = _without(eligible, beyond)
     winner = fitting[0] if fitting else None
     objectives = _objectives(eligible, target, limits)
@@ -216,7 +205,8 @@ def choose(
     suspects = [
         r.candidate
         for r in refused
-        if r.candidate.verdict.word == "suspect" and not (eligible and _gap(eligible[0], r.candidate, allow))
+        if r.candidate.verdict.word == "suspect"
+        and not (eligible and _disallowed_differences(eligible[0], r.candidate, allow))
     ]
     suspects = _without(suspects, _measured_again([*eligible, *suspects]))
     return Recommendation(
@@ -241,7 +231,7 @@ def names_of(results: Sequence[RunResult]) -> list[str]:
     """
     varied = differing([result.cell for result in results], UNNAMED)
     names = [
-        " ".join(_short(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size"))
+        " ".join(_varied_text(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size"))
         for result in results
     ]
     homes = [(name, result.hashes.hardware) for name, result in zip(names, results, strict=True)]
@@ -256,12 +246,8 @@ def _machine(result: RunResult) -> str:
     return f"{hardware_name(result)} ({result.hashes.hardware[:6]})"
 
 
-def _short(name: str, value: object) -> str:
-    if name == "model":
-        return str(value).rstrip("/").rsplit("/", 1)[-1]
-    if name == "quant" and value != "none":
-        return str(value)
-    return f"batch {value}" if name == "batch_size" else f"{name}={value_text(name, value)}"
+def _varied_text(name: str, value: object) -> str:
+    return f"batch {value}" if name == "batch_size" else parameter_text(name, value)
 
 
 def _without(given: Sequence[Candidate], refused: Sequence[Refused]) -> list[Candidate]:
@@ -294,7 +280,7 @@ def _unlike(given: Sequence[Candidate], allow: frozenset[str]) -> list[Refused]:
     """Refuse what cannot be compared with the largest group of alike results; of equal groups the first counts."""
     groups: list[list[Candidate]] = []
     for one in given:
-        home = next((group for group in groups if not _gap(group[0], one, allow)), None)
+        home = next((group for group in groups if not _disallowed_differences(group[0], one, allow)), None)
         if home is None:
             groups.append([one])
         else:
@@ -304,7 +290,7 @@ def _unlike(given: Sequence[Candidate], allow: frozenset[str]) -> list[Refused]:
     kept = max(groups, key=len)
     found = []
     for one in (one for group in groups if group is not kept for one in group):
-        gap = _gap(kept[0], one, allow)
+        gap = _disallowed_differences(kept[0], one, allow)
         kinds = ",".join(dict.fromkeys(difference.kind for difference in gap))
         listed = ", ".join(map(str, gap))
         found.append(
@@ -317,7 +303,7 @@ def _unlike(given: Sequence[Candidate], allow: frozenset[str]) -> list[Refused]:
     return found
 
 
-def _gap(a: Candidate, b: Candidate, allow: frozenset[str]) -> list[Any]:
+def _disallowed_differences(a: Candidate, b: Candidate, allow: frozenset[str]) -> list[Any]:
     return [difference for difference in differences(a.result, b.result) if difference.kind not in allow]
 
 
@@ -343,7 +329,7 @@ def _lacking(one: Candidate, measure: Measure) -> Refused:
     return Refused(one, f"It has no {measure.keys[-1]}. {measure.absent}")
 
 
-def _beyond(one: Candidate, limits: Sequence[Limit]) -> Refused | None:
+def _missed_limits(one: Candidate, limits: Sequence[Limit]) -> Refused | None:
     """The refusal of a candidate that misses limits, all of them named; a missing value misses its limit too."""
     missed = [limit for limit in limits if (value := one.value(limit.measure)) is None or not limit.keeps(value)]
     if not missed:
@@ -385,9 +371,9 @@ def _digits(value: float) -> str:
 def values(one: Candidate, key: str) -> list[float] | None:
     """Values of a metric per unit (process or repetition); None if a run has it only once, or a unit lacks it."""
     of: Callable[[Repetition], float | None] | None = PER_UNIT.get(key)
-    if key == COST:
+    if key == COST.key():
         of = _cost(one.result.price_per_hour)
-    elif key == ENERGY:
+    elif key == ENERGY.key():
         of = _joules(one.result.idle_w)
     if of is None:
         return None
@@ -524,7 +510,7 @@ def _changes(
     if winner is None and not told and beyond:
         nearest = min(beyond, key=lambda refusal: (len(refusal.missed), _order(refusal.candidate, target)))
         yield f"{nearest.candidate.name} is the nearest. {nearest.why}"
-    keeping = [one for one in suspects if one.value(target) is not None and not _beyond(one, limits)]
+    keeping = [one for one in suspects if one.value(target) is not None and not _missed_limits(one, limits)]
     best = min(keeping, key=lambda one: _order(one, target), default=None)
     if best is not None and (winner is None or _gain(winner, best, target) > math.log1p(noise)):
         yield (

@@ -15,14 +15,14 @@ from statistics import median
 
 from ...records.cell import Cell
 from ...records.errors import UsageError
+from ...records.metric import interval_keys
+from ...records.metrics import COST, ENERGY, KL, PERPLEXITY, TOP1
 from ...records.quantizations import COLOURS
 from ...records.results import RunResult
 from ...records.text import number_text
 from ...stats import t_interval
 from ..comparison import RATE, UNNAMED
 from ..decisions.recommend import (
-    COST,
-    ENERGY,
     MEMORY,
     Limit,
     Measure,
@@ -33,9 +33,9 @@ from ..decisions.recommend import (
     figure,
 )
 from ..summary import hardware_name
-from .laws import TTFT, Measured, describe, grouped, models_text, usable, varied_settings
+from .laws import MEDIAN_TTFT, Measured, describe, grouped, models_text, usable, varied_settings
 from .paper_claims import Claim, Estimate, QuantEffect, judge_claims, pooled, quant_effects
-from .study import TPOT, Study, study_scaling
+from .study import MEAN_TPOT, Study, study_scaling
 from .tradeoffs import Ratio, ratio
 
 OF_MODEL = ("model", "revision", "weights", "backend", "trust_remote_code", "allow_pickle", "workload")
@@ -241,7 +241,7 @@ def with_interval(measured: Measured, key: str, scale: float = 1.0) -> tuple[flo
     value = measured.metrics.get(key)
     if value is None:
         return None
-    low, high = measured.metrics.get(f"{key}_ci_low"), measured.metrics.get(f"{key}_ci_high")
+    low, high = (measured.metrics.get(end) for end in interval_keys(key))
     if low is None or high is None:
         ends = t_interval(measured.values(key))
         low, high = (min(max(ends[0], 0.0), value), max(ends[1], value)) if ends else (value, value)
@@ -273,7 +273,10 @@ def _measured(results: Sequence[RunResult], cells: Sequence[Measured], machines:
             "from the shape of a model, so both kinds are compared; quality is of published weights alone."
         )
     names = varied_settings([m.cell for m in cells])
-    for what, key, better in (("The highest throughput", RATE, max), ("The shortest time to first token", TTFT, min)):
+    for what, key, better in (
+        ("The highest throughput", RATE, max),
+        ("The shortest time to first token", MEDIAN_TTFT, min),
+    ):
         found = [m for m in cells if key in m.metrics]
         if found:
             best = better(found, key=lambda m: m.metrics[key])
@@ -318,7 +321,10 @@ def _by_quantization(effects: Sequence[QuantEffect], not_said: list[tuple[str, s
         own = [e for e in effects if (e.quant, e.memory.reference) == (quant, reference)]
         speed = pooled([(e.measured.cell.model, e.speed) for e in own])
         first = pooled(
-            [(e.measured.cell.model, ratio(quant, e.measured.values(TTFT), e.reference.values(TTFT))) for e in own]
+            [
+                (e.measured.cell.model, ratio(quant, e.measured.values(MEDIAN_TTFT), e.reference.values(MEDIAN_TTFT)))
+                for e in own
+            ]
         )
         shares = [(median(values), name) for name, values in _saved(own) if values]
         saved = [f"{100 * abs(share):.3g} % {'less' if share >= 0 else 'more'} {name}" for share, name in shares]
@@ -371,7 +377,7 @@ def _by_setting(focus: Focus, setting: str, words: str) -> Iterator[str]:
         ]
         return pooled(found) if found else None
 
-    rate, first, gap = effect(RATE), effect(TTFT), effect(TPOT)
+    rate, first, gap = effect(RATE), effect(MEDIAN_TTFT), effect(MEAN_TPOT)
     if rate and first:
         text = (
             f"From {words} {least:g} to {most:g} throughput is {_told(rate)} times as high, "
@@ -387,7 +393,7 @@ def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:
     scored: dict[tuple[str, str], Measured] = {}
     names = labels(focus.cells)
     for measured in focus.cells:
-        if "quality/top1_agreement" in measured.metrics or "quality/perplexity" in measured.metrics:
+        if TOP1.key() in measured.metrics or PERPLEXITY.key() in measured.metrics:
             scored.setdefault((names[measured.result.hashes.config], measured.cell.quant), measured)
     if not scored:
         random = all(m.cell.weights == "random" for m in focus.cells)
@@ -402,20 +408,16 @@ def _quality(focus: Focus, not_said: list[tuple[str, str]]) -> Iterator[str]:
         scored.items(), key=lambda one: (one[0][0], order.index(one[0][1]) if one[0][1] in order else len(order))
     ):
         parts = [
-            f"{label} {_shown(measured, key)}"
-            for key, label in (
-                ("quality/top1_agreement", "top-1 agreement"),
-                ("quality/kl_vs_reference", "KL divergence"),
-                ("quality/perplexity", "perplexity"),
-            )
-            if key in measured.metrics
+            f"{metric.title} {_shown(measured, metric.key())}"
+            for metric in (TOP1, KL, PERPLEXITY)
+            if metric.key() in measured.metrics
         ]
         yield f"{name} {quant}: {', '.join(parts)}."
 
 
 def _energy(focus: Focus, no_energy: str, not_said: list[tuple[str, str]]) -> Iterator[str]:
     """Give the energy per token at the shape of comparison, or the reason why there is none."""
-    found = [m for m in focus.cells if ENERGY in m.metrics]
+    found = [m for m in focus.cells if ENERGY.key() in m.metrics]
     if not found:
         readings = [r.noise for m in focus.cells for r in m.result.repetitions if r.noise]
         seen = (
@@ -431,7 +433,7 @@ def _energy(focus: Focus, no_energy: str, not_said: list[tuple[str, str]]) -> It
     for measured in (m for m in found if at_focus(m, focus)):
         yield (
             f"{names[measured.result.hashes.config]} {measured.cell.quant}: "
-            f"{figure(ENERGY, measured.metrics[ENERGY])} per token."
+            f"{figure(ENERGY.key(), measured.metrics[ENERGY.key()])} per token."
         )
 
 
@@ -445,17 +447,17 @@ def _cost(cells: Sequence[Measured], machines: Sequence[Machine], not_said: list
     if all(machine.price is None for machine in machines):
         not_said.append(("cost", "no price was given; give --price with money per hour"))
     for machine in machines:
-        own = [m for m in cells if m.result.hashes.env == machine.env and m.metrics.get(COST)]
+        own = [m for m in cells if m.result.hashes.env == machine.env and m.metrics.get(COST.key())]
         if machine.price is None or not own:
             continue
-        best = min(own, key=lambda m: m.metrics[COST])
+        best = min(own, key=lambda m: m.metrics[COST.key()])
         value, low, high = with_interval(best, RATE) or (0.0, 0.0, 0.0)
         names = varied_settings([m.cell for m in own])
         yield (
             f"{machine.name} at {machine.price:g} per hour: at best {number_text(value * 3600 / machine.price)} tokens "
             f"per unit of money ({number_text(low * 3600 / machine.price)} to "
             f"{number_text(high * 3600 / machine.price)}), "
-            f"{number_text(best.metrics[COST])} per million tokens, with {describe(best.cell, names)}."
+            f"{number_text(best.metrics[COST.key()])} per million tokens, with {describe(best.cell, names)}."
         )
 
 
@@ -500,8 +502,8 @@ def _between_machines(
         )
 
 
-TTFT_MEASURE = Measure("median time to first token", (TTFT,), "lower")
-TPOT_MEASURE = Measure("mean time per output token", (TPOT,), "lower")
+TTFT_MEASURE = Measure("median time to first token", (MEDIAN_TTFT,), "lower")
+TPOT_MEASURE = Measure("mean time per output token", (MEAN_TPOT,), "lower")
 
 
 def _choices(focus: Focus, accept_suspect: str | None) -> Iterator[Choice]:

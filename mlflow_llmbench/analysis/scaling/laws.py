@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from ...records.cell import Cell, differing
 from ...records.errors import NotFitted
+from ...records.metrics import PROMPT_TOKENS, TTFT
 from ...records.results import LoadInfo, RunResult
 from ...stats import coefficient_of_variation
-from ..comparison import DEVICE_PEAK, HEADLINES, HOST_PEAK, RATE, UNNAMED
+from ..comparison import DEVICE_PEAK, HOST_PEAK, RATE, UNNAMED
 from ..efficiency import attended
-from ..repetitions import unit_values
+from ..repetitions import PER_REPETITION, unit_values
 from ..summary import summarize
 from ..verdict import judge
 from .curves import (
@@ -47,14 +48,13 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-TTFT = "latency/ttft_ms_p50"
+MEDIAN_TTFT = TTFT.key("p50")
 MEMORY = "memory"
 """Placeholder for the peak memory metric: the device's if all cells of a law have it, else the host's needed memory."""
 
 REFUTED = 0.05
 """Significance level: below it, a law's residuals exceed the scatter of repetitions, so it is only an approximation."""
 
-PER_REPETITION = {headline.key: headline.of for headline in HEADLINES if headline.of}
 MODEL = ("model", "revision", "weights", "trust_remote_code", "allow_pickle", "workload")
 """Settings that may differ between models: speed and memory depend on a model's shape and the number of tokens, but not
 on whether weights are published or random, nor on what the prompts say (with random weights there is no text)."""
@@ -99,15 +99,15 @@ LAWS = (
         power("T = λ·s^(−μ)", "λ", "μ", falling=True),
         (reciprocal("T = 1/(a + c·s)", "a", "c"), constant("T = a", "a")),
         "μ", (0.2, 0.5)),
-    Law("latency_by_size", "time to first token against model size", TTFT, "ms", "parameters", MODEL,
+    Law("latency_by_size", "time to first token against model size", MEDIAN_TTFT, "ms", "parameters", MODEL,
         line("L = α + β·size", "α", "β"),
         (power("L = a·size^c", "a", "c"),),
         "β"),
-    Law("latency_by_batch", "time to first token against batch size", TTFT, "ms", "batch_size", ("batch_size",),
+    Law("latency_by_batch", "time to first token against batch size", MEDIAN_TTFT, "ms", "batch_size", ("batch_size",),
         power("L = L₁·b^φ", "L₁", "φ"),
         (line("L = a + c·b", "a", "c"), constant("L = a", "a")),
         "φ", (0.2, 0.5)),
-    Law("latency_by_length", "time to first token against prompt length", TTFT, "ms",
+    Law("latency_by_length", "time to first token against prompt length", MEDIAN_TTFT, "ms",
         "prompt_tokens", ("prompt_tokens",),
         offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")),
         (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c"), constant("L = a", "a")),
@@ -152,7 +152,7 @@ class Measured:
 
         None if the number of parameters or of prompt tokens is unknown.
         """
-        prompt = self.metrics.get("config/prompt_tokens")
+        prompt = self.metrics.get(PROMPT_TOKENS.key())
         if name == "parameters":
             count = self.result.load.facts.get("model.parameters") if self.result.load else None
             return float(count) / 1e9 if count else None
@@ -368,7 +368,7 @@ def roofline(
 
 def _roofline_form(law: Law, group: Sequence[Measured]) -> Iterator[Form]:
     """Yield a constant share of the roofline, if only a model's shape is varied and the machine's peaks are known."""
-    if law.over not in ("batch_size", "prompt_tokens") or law.metric not in (RATE, TTFT) or not group:
+    if law.over not in ("batch_size", "prompt_tokens") or law.metric not in (RATE, MEDIAN_TTFT) or not group:
         return
     limit = _limit(law.metric, law.over, group[0])
     if limit is not None:
@@ -384,7 +384,7 @@ def _limit(metric: str, over: str, first: Measured) -> Callable[[Array], Array] 
     import numpy as np
 
     load, peaks, cell = first.result.load, first.result.peaks, first.cell
-    prompt = first.metrics.get("config/prompt_tokens", 0.0)
+    prompt = first.metrics.get(PROMPT_TOKENS.key(), 0.0)
     if load is None or roofline(load, peaks, cell.batch_size, prompt, cell.output_tokens) is None:
         return None
 
@@ -396,7 +396,7 @@ def _limit(metric: str, over: str, first: Measured) -> Callable[[Array], Array] 
             prefill, step = roofline(load, peaks, rows, length, cell.output_tokens) or (np.nan, np.nan)
             found.append(
                 prefill * 1e3
-                if metric == TTFT
+                if metric == MEDIAN_TTFT
                 else rows * cell.output_tokens / (prefill + (cell.output_tokens - 1) * step)
             )
         return np.array(found)

@@ -9,22 +9,23 @@ from functools import partial
 from typing import TypeVar
 
 from ...records.errors import LlmbenchError, UsageError
+from ...records.metrics import TPOT
 from ...records.results import RunResult
 from ..comparison import RATE
 from . import memory_account, tradeoffs
 from .curves import Prediction
-from .laws import TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, subject, untried, usable
+from .laws import MEDIAN_TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, subject, untried, usable
 from .memory_account import Account, Growth, Reduction
 from .tradeoffs import Cliff, Exchange, OptimalBatch, Ratio
 
 T = TypeVar("T")
 
-TPOT = "latency/tpot_ms_mean"
+MEAN_TPOT = TPOT.key("mean")
 
 STEEPEST = {"batch_size": 1.0, "prompt_tokens": 2.0}
 """Largest elasticity of latency without a cliff: rows could be run one by one; attention is quadratic in length."""
 
-WATCHED = {TTFT: "time to first token", TPOT: "time per output token"}
+WATCHED = {MEDIAN_TTFT: "time to first token", MEAN_TPOT: "time per output token"}
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
     """
     for law in laws:
         prefill = next((rival for rival in law.rivals if rival.form.formula == "L = a + c·s"), None)
-        tpots = law.cells[len(law.cells) // 2].values(TPOT)
+        tpots = law.cells[len(law.cells) // 2].values(MEAN_TPOT)
         if law.law.key != "latency_by_length" or prefill is None or not tpots:
             continue
         low, high = prefill.ranges[0]

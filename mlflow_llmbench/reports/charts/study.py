@@ -18,9 +18,10 @@ import numpy as np
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
 from ...analysis.scaling.findings import Findings, at_focus, labels, with_interval
-from ...analysis.scaling.laws import TTFT, Measured
-from ...analysis.scaling.study import TPOT, CliffSearch
+from ...analysis.scaling.laws import MEDIAN_TTFT, Measured
+from ...analysis.scaling.study import MEAN_TPOT, CliffSearch
 from ...records.cell import Cell
+from ...records.metrics import ITL, KL, WEIGHTS
 from ...records.quantizations import COLOURS
 from .style import (
     BLUE,
@@ -40,7 +41,7 @@ from .style import (
     _save,
     _style,
 )
-from .sweep import KL, _overview_figure, _quality_figure, _sweep_figure
+from .sweep import _overview_figure, _quality_figure, _sweep_figure
 from .tradeoffs import draw_tradeoffs
 
 if TYPE_CHECKING:
@@ -147,7 +148,10 @@ def _against_size(view: View) -> Figure | str:
         return "it needs two models of known size that were measured with the same batch size and prompt length"
     panels = [
         Panel("", "Parameters (10⁹), logarithmic", label, tuple(_by_quant(own, view.quants, "parameters", of)), sizes)
-        for label, of in (("Throughput (output tokens/s)", _value(RATE)), ("Time to first token (ms)", _value(TTFT)))
+        for label, of in (
+            ("Throughput (output tokens/s)", _value(RATE)),
+            ("Time to first token (ms)", _value(MEDIAN_TTFT)),
+        )
     ]
     return _lines_figure(
         "Throughput and latency against model size", f"{_shape(view)} · {view.common}", panels, 2, tilt=True
@@ -171,7 +175,7 @@ def _memory_against_size(view: View) -> Figure | str:
         )
         for heading, of in (
             (f"Peak {'device' if key == DEVICE_PEAK else 'host'} memory", key),
-            ("Weights", "memory/weight_bytes"),
+            ("Weights", WEIGHTS.key()),
         )
     ]
     return _lines_figure(
@@ -212,7 +216,7 @@ def _points(
 
 
 Rows = Sequence[tuple[str, Callable[[Measured], tuple[float, float, float] | None]]]
-SPEED: Rows = (("Throughput (output tokens/s)", _value(RATE)), ("Time to first token (ms)", _value(TTFT)))
+SPEED: Rows = (("Throughput (output tokens/s)", _value(RATE)), ("Time to first token (ms)", _value(MEDIAN_TTFT)))
 
 
 def _against(over: str, title: str, across: str, held: str, rows: Rows = SPEED) -> Callable[[View], Figure | str]:
@@ -484,8 +488,8 @@ def _models(view: View) -> Figure | str:
         return "it needs two models that were measured with the same batch size and prompt length"
     keys = [
         RATE,
-        TTFT,
-        *(["latency/itl_ms_p50"] if any("latency/itl_ms_p50" in m for _, m in points) else []),
+        MEDIAN_TTFT,
+        *([ITL.key("p50")] if any(ITL.key("p50") in m for _, m in points) else []),
         memory_key(view.cells),
     ]
     return _overview_figure(points, keys)
@@ -500,7 +504,7 @@ def _memory_by_quantization(view: View) -> Figure | str:
 
 
 def _quality(view: View) -> Figure | str:
-    scored = [(cell, metrics) for cell, metrics in _points_of(view) if KL in metrics]
+    scored = [(cell, metrics) for cell, metrics in _points_of(view) if KL.key() in metrics]
     return (
         _quality_figure(scored)
         if len(scored) > 1
@@ -571,8 +575,12 @@ FIGURES: dict[str, Callable[[View], Figure | str]] = {
         (("Throughput ÷ batch size (tokens/s)", _per_instance),),
     ),
     "heatmap_throughput": _heatmap(RATE, "Throughput by batch size and prompt length", "output tokens/s", cliffs=False),
-    "heatmap_ttft": _heatmap(TTFT, "Time to first token by batch size and prompt length", "ms, median", cliffs=True),
-    "heatmap_tpot": _heatmap(TPOT, "Time per output token by batch size and prompt length", "ms, mean", cliffs=True),
+    "heatmap_ttft": _heatmap(
+        MEDIAN_TTFT, "Time to first token by batch size and prompt length", "ms, median", cliffs=True
+    ),
+    "heatmap_tpot": _heatmap(
+        MEAN_TPOT, "Time per output token by batch size and prompt length", "ms, mean", cliffs=True
+    ),
     "memory_against_model_size": _memory_against_size,
     "memory_by_quantization": _memory_by_quantization,
     "memory_against_throughput": _scatter,

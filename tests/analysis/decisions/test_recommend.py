@@ -16,7 +16,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis.decisions.recommend import (
     GOALS,
     MEMORY,
-    QUALITY,
+    QUALITY_MEASURES,
     Limit,
     Measure,
     candidates,
@@ -255,7 +255,7 @@ def test_a_percentile_that_no_test_is_made_of_dominates_nothing() -> None:
 
 
 def test_quality_is_a_limit_and_absent_quality_is_not_good_quality() -> None:
-    limit = Limit("--min-quality kl", QUALITY["kl"], 0.05)
+    limit = Limit("--min-quality kl", QUALITY_MEASURES["kl"], 0.05)
     best, bad, absent = candidates([INT8, INT4, BF16])
     best, bad = (
         dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": kl})
@@ -315,7 +315,7 @@ def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
         for one in candidates([INT8, INT4])
     ]
     files = draw_recommendation(
-        choose(scored, "throughput", [Limit("--min-quality", QUALITY["kl"], 0.05)]), tmp_path / "scored"
+        choose(scored, "throughput", [Limit("--min-quality", QUALITY_MEASURES["kl"], 0.05)]), tmp_path / "scored"
     )
     assert "KL divergence from the reference" in files[0].read_text()
     markdown = html.unescape(recommendation_markdown(found))
