@@ -34,6 +34,7 @@ from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import Hashes, ModelFacts, Repetition, RequestRecord, RunResult
 from mlflow_llmbench.system import machine
 from mlflow_llmbench.tracking import runs
+from mlflow_llmbench.tracking.store import open_store
 from mlflow_llmbench.workloads.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +161,7 @@ def upload_costs() -> dict[str, tuple[float, list[float], float]]:
     points += [Point(f"steps/series_{number}", step, 1.5, 0) for number in range(SERIES) for step in range(STEPS)]
 
     with tempfile.TemporaryDirectory() as folder:
-        store = runs.open_store(f"sqlite:///{folder}/mlflow.db", "overhead")
+        store = open_store(f"sqlite:///{folder}/mlflow.db", "overhead")
 
         def batches() -> float:
             run = runs.begin_run(store, "batches", {})

@@ -34,16 +34,16 @@ ALARMS = ("better", "worse")
 
 def once(folder: str) -> dict[str, Any]:
     """Run one comparison: the metrics that were called better or worse, and the smallest adjusted p value."""
-    duel = run_ab(
+    done = run_ab(
         {}, {}, COMMON | {"output_dir": f"{folder}/results"}, pairs=PAIRS, tracking_uri=f"sqlite:///{folder}/mlflow.db"
     )
-    tested = [effect for effect in duel.comparison.effects if effect.p_holm is not None]
-    rate = duel.comparison.effects[0]
+    tested = [effect for effect in done.comparison.effects if effect.p_holm is not None]
+    rate = done.comparison.effects[0]
     return {
         "alarms": [effect.key for effect in tested if effect.effect in ALARMS],
         "least_p_holm": min(effect.p_holm for effect in tested if effect.p_holm is not None),
         "throughput_ratio": [rate.low, rate.ratio, rate.high],
-        "verdicts": [row.verdict.word for row in duel.sweep.rows if row.verdict],
+        "verdicts": [row.verdict.word for row in done.sweep.rows if row.verdict],
     }
 
 

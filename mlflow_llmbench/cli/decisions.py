@@ -15,7 +15,7 @@ from typing import Any
 from ..analysis.decisions.limits import _limits, _told
 from ..records.cell import default_text
 from ..records.errors import LlmbenchError
-from ..workflows.gate import _candidate, _grants, _held, _reason, _write_gate
+from ..workflows.gate import _candidate, _held, _permissions, _reason, _write_gate
 from ..workflows.recommend import _keep_recommendation
 
 
@@ -94,7 +94,7 @@ def add_parsers(commands: Any) -> None:
     gate.add_argument("--pairs", metavar="N", help="number of fresh processes per side; implies --measure (default: 6)")
     _add_output_dir(gate, "with --measure: folder for results")
     gate.add_argument("--experiment", metavar="NAME", help="with --measure: MLflow experiment (default: llmbench)")
-    _add_grants(gate)
+    _add_permissions(gate)
     gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
     gate.add_argument("--markdown", metavar="FILE", help="write the verdict as Markdown")
     _add_accept_suspect(gate)
@@ -124,7 +124,7 @@ def add_parsers(commands: Any) -> None:
     reproduce.add_argument(
         "--margin", metavar="RATIO", default="5%", help="largest difference that counts as equivalent (default: 5%%)"
     )
-    _add_grants(reproduce)
+    _add_permissions(reproduce)
     reproduce.add_argument("--url", metavar="URL", help="present address of the server, for a run that measured one")
     _add_output_dir(reproduce, "folder for results")
     reproduce.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: the run's)")
@@ -155,7 +155,7 @@ def _add_output_dir(parser: Any, what: str) -> None:
     )
 
 
-def _add_grants(parser: Any) -> None:
+def _add_permissions(parser: Any) -> None:
     """Add the options for permissions that are not taken over from a run that is measured again."""
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model, if the run did"
@@ -187,9 +187,10 @@ def _recommend(given: argparse.Namespace) -> int:
 
 
 def _register(given: argparse.Namespace) -> int:
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
-    store = runs.open_store(given.tracking_uri)
+    store = open_store(given.tracking_uri)
     made = registry.register(store, given.reference, given.name, given.alias, _reason(given))
     what = "Registered" if made.new else "Already registered as"
     print(f"{what} {made.uri}, alias {given.alias}. Its evidence is the run {made.run_id}.")
@@ -223,13 +224,14 @@ def _gate(given: argparse.Namespace) -> int:
 def _gate_verdict(given: argparse.Namespace) -> int:
     from ..analysis.decisions import gate
     from ..reports.gate import format_gate, gate_junit, gate_markdown
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
     limits, limit = (
         gate.parse_limits(_told(given.limit) or ""),
         gate.parse_ratio("--default-limit", given.default_limit),
     )
-    store = runs.open_store(given.tracking_uri)
+    store = open_store(given.tracking_uri)
     champion = registry.registered_at(store, given.against)
     baseline = registry.result_of(store, champion.run_id)
     candidate, run_id, shown = _candidate(given, store, baseline)
@@ -245,9 +247,10 @@ def _gate_verdict(given: argparse.Namespace) -> int:
 
 
 def _promote(given: argparse.Namespace) -> int:
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
-    done = registry.promote(runs.open_store(given.tracking_uri), given.version)
+    done = registry.promote(open_store(given.tracking_uri), given.version)
     new, before = done.champion, done.before
     print(
         f"{new.uri} is the champion of {new.name}."
@@ -263,9 +266,10 @@ def _promote(given: argparse.Namespace) -> int:
 def _export(given: argparse.Namespace) -> int:
     from ..analysis.decisions.export import export
     from ..measure.journal import write_bytes
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
-    store = runs.open_store(given.tracking_uri)
+    store = open_store(given.tracking_uri)
     version = registry.registered_at(store, given.version)
     text = export(*registry.stored_config(store, version), uri=version.uri, target=given.target)
     if given.output:
@@ -304,7 +308,7 @@ def _reproduced(given: argparse.Namespace) -> int:
     done = reproduce.reproduce(
         given.reference,
         margin=margin,
-        granted=_grants(given),
+        permissions=_permissions(given),
         url=_told(given.url),
         output_dir=given.output_dir,
         tracking_uri=given.tracking_uri,

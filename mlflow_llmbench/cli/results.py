@@ -115,10 +115,11 @@ def _keep(given: argparse.Namespace, write: Callable[[Path], object], under: str
         print(f"Written: {given.output}")
     if given.log:  # from a temporary folder: the other may hold the user's own files
         from ..tracking import runs
+        from ..tracking.store import open_store
 
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
-            runs.log_folder(runs.open_store(given.tracking_uri), given.log.removeprefix("runs:/"), Path(scratch), under)
+            runs.log_folder(open_store(given.tracking_uri), given.log.removeprefix("runs:/"), Path(scratch), under)
 
 
 def _scaling(given: argparse.Namespace) -> int:

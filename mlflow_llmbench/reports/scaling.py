@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..analysis.scaling.curves import Fit, percent
-from ..analysis.scaling.laws import LawFit, main_sentence, paper_range, parameters_text, surface_sentence
+from ..analysis.scaling.fitting import Fit
+from ..analysis.scaling.law_sentences import main_sentence, paper_range, parameters_text
+from ..analysis.scaling.laws import LawFit
 from ..analysis.scaling.memory_account import Account, Growth
+from ..analysis.scaling.ranking import percent
 from ..analysis.scaling.study import WATCHED, BatchScaling, CliffSearch, ExchangeAt, QuantEfficiency, Study
+from ..analysis.scaling.surfaces import surface_sentence
 from ..analysis.scaling.tradeoffs import Ratio
 from ..records.results import to_json
 from .markup import markdown, markdown_table

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..analysis.decisions.recommend import MEMORY, Candidate, figure, interval
+from ..analysis.scaling.cells import MEDIAN_TTFT
 from ..analysis.scaling.findings import Choice, Findings, at_focus
-from ..analysis.scaling.laws import MEDIAN_TTFT
 from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from ..analysis.scaling.study import MEAN_TPOT
 from ..records.metrics import OUTPUT_RATE

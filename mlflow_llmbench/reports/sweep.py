@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from .. import __version__
 from ..analysis.memory_frontier import TRIED, Attempt, Frontier, frontiers
-from ..config.plan import LOADED, asked_params, option_params, sweep_name
+from ..config.cells import LOADED, asked_params, option_params, sweep_name
 from ..config.spec import BenchSpec
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
 from ..records.metric import Claim, interval_keys

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..analysis import goodput, server_overhead
-from ..config import plan
+from ..config.cells import without_server
 from ..records.cell import Options
 from ..records.results import RunResult, to_json
 
@@ -40,7 +40,7 @@ def relate(results: Sequence[RunResult], names: Sequence[str], options: Options)
     sentences: list[str] = []
     for result, name in zip(results, names, strict=True):
         offline = (
-            whole.get(plan.without_server(result.cell))
+            whole.get(without_server(result.cell))
             if options.twin and result.cell.launch and result.cell in whole
             else None
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..analysis import goodput
-from ..config import plan
+from ..config.cells import asked_params, cell_name, needs_no_less, option_params
 from ..config.spec import BenchSpec
 from ..measure.journal import write_json
 from ..measure.outcome import GroupOutcome
@@ -57,7 +57,7 @@ class _Sweep:
 def _write_plan(sweep: _Sweep) -> None:
     store = sweep.ledger.store
     known = {
-        "parameters": plan.asked_params(sweep.spec) | plan.option_params(sweep.spec),
+        "parameters": asked_params(sweep.spec) | option_params(sweep.spec),
         "cells": len(sweep.jobs),
         "order": [job.folder.name for job in sweep.jobs],
         "parent": sweep.ledger.parent_name,
@@ -147,7 +147,7 @@ def _search(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> Job | None:
         return None
     rates = tuple(dict.fromkeys([*sweep.spec.axes["request_rate"], cell.request_rate]))
     sweep.spec = sweep.ledger.spec = dataclasses.replace(sweep.spec, axes={**sweep.spec.axes, "request_rate": rates})
-    name, prompts = plan.cell_name(cell, sweep.spec.varied), {cell.workload: load_prompts(cell.workload)}
+    name, prompts = cell_name(cell, sweep.spec.varied), {cell.workload: load_prompts(cell.workload)}
     [job] = planning.make_jobs(
         sweep.spec,
         [cell],
@@ -215,7 +215,7 @@ def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
             (
                 one
                 for one in sweep.failed
-                if plan.needs_no_less(job.cell, one[0], of_any_shape=one[2], of_time=one[1] == "timeout")
+                if needs_no_less(job.cell, one[0], ignore_shape=one[2], compare_time=one[1] == "timeout")
             ),
             None,
         )

@@ -19,11 +19,12 @@ from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import Row
 from ..tracking import runs
+from ..tracking.store import address_of, answers, open_store
 from . import upload
 from .job import Job, identity
 
 if TYPE_CHECKING:
-    from ..tracking.runs import Store
+    from ..tracking.store import Store
 
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class Ledger:
     @property
     def address(self) -> str:
         """The store's address."""
-        return self.store.uri if self.store else runs.address_of(self.where[0])
+        return self.store.uri if self.store else address_of(self.where[0])
 
     def open(self, tracking_uri: str | None, experiment: str | None) -> None:
         """Connect to the store. If it does not answer, warn and try again at the end.
@@ -63,7 +64,7 @@ class Ledger:
         self.where = tracking_uri, experiment
         started = time.monotonic()
         try:
-            self.store = runs.open_store(tracking_uri, experiment)
+            self.store = open_store(tracking_uri, experiment)
         except StoreAway as error:
             self.waited_s += time.monotonic() - started
             self.missed.append(f"the runs: {error}")
@@ -141,8 +142,8 @@ class Ledger:
         if not self.missed:
             return
         with contextlib.suppress(Exception):
-            store = self.store or runs.open_store(*self.where)
-            if not runs.answers(store.uri):
+            store = self.store or open_store(*self.where)
+            if not answers(store.uri):
                 return
             done = upload.complete(self.folder, store)
             self.store, self.parent_id, self.page = store, done.parent_id, done.page or self.page
@@ -178,7 +179,7 @@ class Ledger:
         if self.waited_s > PATIENCE_S:
             return False
         started = time.monotonic()
-        if runs.answers(store.uri):
+        if answers(store.uri):
             return True
         if not self.missed:
             self.warn(f"The MLflow store {redact(store.uri)} does not answer. Results are kept in {self.folder}.")

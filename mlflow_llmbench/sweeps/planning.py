@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.base import backend_class
-from ..config import model_shape, plan
+from ..config import model_shape
+from ..config.cells import config_hash, expand_cells
 from ..config.spec import BenchSpec
 from ..measure import interpreter, quality_reference
 from ..records.cell import Cell
@@ -36,7 +37,7 @@ def make_jobs(
     jobs: list[Job] = []
     for cell, name in zip(cells, names, strict=True):
         model = model_of[cell]
-        config = plan.config_hash(cell, model)
+        config = config_hash(cell, model)
         twins = sum(job.hashes.config == config for job in jobs)
         shape = model_shape.Shape.from_config(model.config) if model.config else None
         where = interpreter.environment_of(cell, environment)
@@ -68,7 +69,7 @@ def refuse_twins(cells: Sequence[Cell], model_of: Mapping[Cell, ModelFacts]) -> 
     """Raise UsageError if two cells are the same configuration under two model names."""
     first: dict[str, Cell] = {}
     for cell in cells:
-        twin = first.setdefault(plan.config_hash(cell, model_of[cell]), cell)
+        twin = first.setdefault(config_hash(cell, model_of[cell]), cell)
         if twin is not cell:
             raise UsageError(
                 f"{twin.model} and {cell.model} are the same model, so their cells are the same. Leave one of them out."
@@ -80,7 +81,7 @@ MOST_CELLS = 5000
 
 def expand(spec: BenchSpec) -> list[Cell]:
     """Return the cells of a specification. Raises UsageError if there are more than `MOST_CELLS`."""
-    cells = plan.expand_cells(spec)
+    cells = expand_cells(spec)
     if len(cells) > MOST_CELLS:
         raise UsageError(f"The lists make {len(cells)} cells, and the maximum is {MOST_CELLS}. Give shorter lists.")
     return cells

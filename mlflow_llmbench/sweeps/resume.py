@@ -17,13 +17,13 @@ from ..measure import journal, quality_reference
 from ..records.errors import JournalError, first_line
 from ..records.redaction import redact
 from ..records.results import SCHEMA, RunResult
-from ..tracking import runs
+from ..tracking.search import download_result, find_measured
 from ..workloads.prompts import load_text
 from . import upload
 from .job import Job
 
 if TYPE_CHECKING:
-    from ..tracking.runs import Store
+    from ..tracking.store import Store
 
 
 def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[str]) -> RunResult | None:
@@ -77,8 +77,8 @@ def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Ite
     # If the store fails here, the error is reported when it is written to.
     with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as scratch:
         for env_hash in env_hashes:
-            for run_id in runs.find_measured(store, dataclasses.replace(job.hashes, env=env_hash)):
-                yield journal.read_result(runs.download_result(store, run_id, Path(scratch) / run_id)), run_id
+            for run_id in find_measured(store, dataclasses.replace(job.hashes, env=env_hash)):
+                yield journal.read_result(download_result(store, run_id, Path(scratch) / run_id)), run_id
 
 
 def _run_of(folder: Path) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import plan
+from ..config.cells import asked_params, cell_name, group_cells, sweep_name
 from ..config.spec import BenchSpec, parse
 from ..measure import quality_reference
 from ..measure.journal import claim, new_sweep, read_result, write_json
@@ -22,6 +22,7 @@ from ..reports import files
 from ..reports.result import Row, format_table, with_figures
 from ..reports.sweep import Subject
 from ..tracking import runs
+from ..tracking.store import ui_command
 from ..workloads.prompts import prompts_of
 from . import planning, resume
 from .cross_cell import relate
@@ -81,12 +82,12 @@ def run(
     """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
     cells = expand(spec)
-    groups = [group.cells for group in plan.group_cells(cells)]
+    groups = [group.cells for group in group_cells(cells)]
     model_of = resolve_models(groups, spec.options.on)
     planning.refuse_twins(cells, model_of)
-    names = [plan.cell_name(cell, spec.varied) for cell in cells]
+    names = [cell_name(cell, spec.varied) for cell in cells]
     asked = {k: str(v) for k, v in parameters.items() if isinstance(v, str)}
-    parent_name = plan.sweep_name(spec) if len(cells) > 1 or spec.options.find else None
+    parent_name = sweep_name(spec) if len(cells) > 1 or spec.options.find else None
     watcher = watcher or Silent()
     with contextlib.closing(_open_place(spec, watcher)) as place:
         sweep = _prepare(spec, cells, names, model_of, asked, (tracking_uri, experiment), parent_name, watcher, place)
@@ -126,13 +127,13 @@ def run_in(
 ) -> SweepResult:
     """Measure a specification of one model, already resolved, in the given place. `store` is as in `run_sides`."""
     cells = expand(spec)
-    names = [plan.cell_name(cell, spec.varied) for cell in cells]
-    parent_name = plan.sweep_name(spec) if len(cells) > 1 else None
+    names = [cell_name(cell, spec.varied) for cell in cells]
+    parent_name = sweep_name(spec) if len(cells) > 1 else None
     sweep = _prepare(
         spec, cells, names, dict.fromkeys(cells, model), {}, store, parent_name, watcher or Silent(), place
     )
     by_cell = {job.cell: job for job in sweep.jobs}
-    sweep.groups = [[by_cell[cell] for cell in group.cells] for group in plan.group_cells(cells)]
+    sweep.groups = [[by_cell[cell] for cell in group.cells] for group in group_cells(cells)]
     return _drive(sweep)
 
 
@@ -165,7 +166,7 @@ def _prepare(
     ledger = Ledger(spec, parent_name, watcher.note)
     ledger.open(*where)
     if ledger.store:
-        runs.refuse_other_params(ledger.store, plan.asked_params(spec) | dict(asked))
+        runs.refuse_other_params(ledger.store, asked_params(spec) | dict(asked))
     folder = new_sweep(spec.options.output_dir)
     given = ledger.store.given_run_id if ledger.store else None
     ledger.folder, ledger.asked = folder, asked if given else {}
@@ -211,7 +212,7 @@ def _summary(sweep: _Sweep, outcome: str) -> SweepResult:
         ledger.parent_id,
         ledger.address,
         store.experiment_id if store else "",
-        runs.ui_command(ledger.address),
+        ui_command(ledger.address),
         page,
         (*ledger.unwritten, *ledger.missed),
         sweep.related.sentences,
@@ -260,7 +261,7 @@ def _finish(sweep: _Sweep, outcome: str) -> None:
     measured = [(job.row, job.run_id) for job in sweep.jobs if job.row]
     if ledger.parent_name is not None:
         with ledger.noted("the comparison"):
-            place = runs.ui_command(ledger.address), ledger.store.experiment_id if ledger.store else ""
+            place = ui_command(ledger.address), ledger.store.experiment_id if ledger.store else ""
             subject = Subject(sweep.spec, ledger.parent_name, sweep.folder.name, *place)
             files.write_sweep(measured, subject, sweep.folder / "comparison", draw)
         ledger.finish(measured, sweep.folder / "comparison", outcome, sweep.related.figures)

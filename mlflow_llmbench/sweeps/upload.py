@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.summary import Point
-from ..config import plan
+from ..config.cells import asked_params, sweep_name
 from ..config.spec import BenchSpec, parse
 from ..measure import journal
 from ..measure.outcome import replay
@@ -26,19 +26,9 @@ from ..records.results import Failure, RunResult
 from ..reports import files, sweep
 from ..reports.result import Row, row_of, with_figures
 from ..tracking import view
-from ..tracking.runs import (
-    PARENT_TAG,
-    UPLOADED_TAG,
-    Store,
-    begin_run,
-    end_run,
-    log_figures,
-    open_store,
-    runs_of_sweep,
-    ui_command,
-    upload_cell,
-    upload_parent,
-)
+from ..tracking.runs import PARENT_TAG, begin_run, end_run, log_figures, upload_cell, upload_parent
+from ..tracking.search import runs_of_sweep
+from ..tracking.store import UPLOADED_TAG, Store, open_store, ui_command
 from .cross_cell import relate
 from .job import Job, identity, read_job
 from .results import failed_result, measured_result
@@ -183,11 +173,11 @@ def publish_parent(
     Returns the view's page; None if the store does not accept one, with the reason passed to `warn`.
     """
     rows, ids = [row for row, _ in measured], [run_id for _, run_id in measured]
-    link = view.publish(store, parent_id, plan.sweep_name(spec), spec.varied, rows, ids, warn)
+    link = view.publish(store, parent_id, sweep_name(spec), spec.varied, rows, ids, warn)
     note = (f"[Compare the cells in charts]({link})\n\n" if link else "") + sweep.description(rows, spec.varied)
     at_ms = max((row.ended_ms or 0 for row in rows), default=0)  # the same at each upload
     points = [Point(key, 0, value, at_ms) for key, value in figures.items()]
-    upload_parent(store, parent_id, plan.asked_params(spec) | dict(asked), note, comparison, points)
+    upload_parent(store, parent_id, asked_params(spec) | dict(asked), note, comparison, points)
     return link
 
 

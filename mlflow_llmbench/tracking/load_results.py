@@ -10,7 +10,8 @@ from pathlib import Path
 from ..measure.journal import read_result
 from ..records.errors import JournalError, NotComparable, TrackingError
 from ..records.results import RunResult
-from . import runs
+from .search import cells_of_run, cells_of_sweep, download_result, source_of
+from .store import open_store
 
 RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
 SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
@@ -41,9 +42,9 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
             f"{reference} is neither a folder, nor a run id, nor the name of a sweep. "
             "Give one of them; `llmbench run --json` prints all three."
         )
-    store = runs.open_store(tracking_uri)
-    ids = runs.cells_of_run(store, run[1]) if run else runs.cells_of_sweep(store, reference)
-    if not ids and run and (source := runs.source_of(store, run[1])):
+    store = open_store(tracking_uri)
+    ids = cells_of_run(store, run[1]) if run else cells_of_sweep(store, reference)
+    if not ids and run and (source := source_of(store, run[1])):
         raise NotComparable(
             f"The run {run[1]} was imported from {source}: it has neither raw stamps nor the fingerprint of its "
             "machine, so nothing can be concluded from it. Look at its figures beside ours in the MLflow UI."
@@ -53,4 +54,4 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
             f"{reference} is not in the store {store.uri}, or holds no measured cell. Check --tracking-uri."
         )
     with tempfile.TemporaryDirectory() as scratch:
-        return [read_result(runs.download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids]
+        return [read_result(download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids]

@@ -26,7 +26,9 @@ from ..records.errors import TrackingError, UsageError
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
-from .runs import PARENT_TAG, Store, _plain_errors, cell_params, cells_of_run, download_result, runs_of_sweep
+from .runs import PARENT_TAG, cell_params
+from .search import cells_of_run, download_result, runs_of_sweep
+from .store import Store, plain_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -84,7 +86,7 @@ def _holds_result(run: Run) -> bool:
 
 def log_folder(store: Store, run_id: str, folder: Path) -> None:
     """Log all files of a folder as artifacts of a run. Raises TrackingError."""
-    with _plain_errors(store.uri):
+    with plain_errors(store.uri):
         store.client.log_artifacts(run_id, str(folder))
 
 
@@ -111,7 +113,7 @@ def register(
     verdict = judge(result, metrics)
     reason = (accept_suspect or accepted) if verdict.word == "suspect" else None
     deployment = deployment_of(result, metrics, Evidence(run_id, result.sweep, verdict, reason, result.linked))
-    with _plain_errors(store.uri):
+    with plain_errors(store.uri):
         there = _version_of_run(store, name, run_id)
         version = there or _create(store, name, result, deployment)
         store.client.set_registered_model_alias(name, alias, version)
@@ -157,7 +159,7 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
         return run_id, None
     data = None
     _without_progress_bars()
-    with _plain_errors(store.uri):
+    with plain_errors(store.uri):
         if RECOMMENDATION in {item.path for item in store.client.list_artifacts(run_id)}:
             with tempfile.TemporaryDirectory() as scratch:
                 path = store.client.download_artifacts(run_id, RECOMMENDATION, scratch)
@@ -332,7 +334,7 @@ def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tu
     import yaml
 
     _without_progress_bars()
-    with tempfile.TemporaryDirectory() as scratch, _plain_errors(store.uri):
+    with tempfile.TemporaryDirectory() as scratch, plain_errors(store.uri):
         import mlflow.artifacts
 
         folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=scratch, tracking_uri=store.uri))
@@ -362,7 +364,7 @@ def log_gate(
         "gate_accepted_suspect": accepted_suspect or "",
         "gate_measured": measured or "",
     }
-    with _plain_errors(store.uri):
+    with plain_errors(store.uri):
         for name, value in tags.items():
             store.client.set_tag(run_id, f"llmbench.{name}", value[:5000])
         store.client.log_artifacts(run_id, str(folder), "gate")
@@ -392,7 +394,7 @@ def promote(store: Store, reference: str) -> Promotion:
         raise UsageError(f"{new.uri} is the champion already. Nothing was moved.")
     if before is not None and aliases.get(PREVIOUS) != new.version:
         _require_gate(store, new, before)
-    with _plain_errors(store.uri):
+    with plain_errors(store.uri):
         if before is not None:
             store.client.set_registered_model_alias(new.name, PREVIOUS, before)
         store.client.set_registered_model_alias(new.name, CHAMPION, new.version)

@@ -1,222 +1,41 @@
-"""Log results as MLflow runs and read them back: params, metrics, tags, artifacts.
+"""Log results as MLflow runs: params, metrics, tags, artifacts.
 
-This is the only module of the measuring parts that uses mlflow. Everything is sent after the measurement, with the
-times at which it happened. An upload can be repeated: values that are already there are not changed.
+Everything is sent after the measurement, with the times at which it happened. An upload can be repeated: values that
+are already there are not changed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
-import logging
-import os
 import re
 import shlex
-import ssl
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..analysis.summary import Point, gpu_of, series, summarize
 from ..analysis.verdict import judge
 from ..config.choices import WORKLOADS
 from ..config.spec import cell_fields
 from ..records.cell import Cell, as_text
-from ..records.errors import StoreAway, TrackingError, UsageError, first_line
+from ..records.errors import TrackingError
 from ..records.quantizations import COLOURS
-from ..records.redaction import CONTROLS, redact, redact_all
-from ..records.results import SCHEMA, Hashes, RunResult, Verdict
+from ..records.redaction import redact, redact_all
+from ..records.results import SCHEMA, RunResult, Verdict
 from ..records.verdicts import OUTCOMES
 from ..reports.result import summary_markdown
 from .run_context import fingerprint_tags
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-
-
-DEFAULT_EXPERIMENT = "llmbench"
-HTTP_LIMITS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-}
-"""Limits for mlflow's client, which waits 246 s for a dead server by default. Variables that the user set are kept."""
-
-PROBE_S = 2.0
-"""Seconds without an answer after which a server counts as unreachable."""
+from .search import require_run
+from .store import UPLOADED_TAG, Store, plain_errors
 
 PARENT_TAG = "mlflow.parentRunId"
 TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, which `log_table` sets
-UPLOADED_TAG = "llmbench.uploaded"
-"""Tag that is set when everything of a run has arrived."""
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 """Run names that MLflow generates. Only these are replaced; a name that a person gave is kept."""
-
-
-@dataclass(frozen=True)
-class Store:
-    """A tracking store that answered: client, address, experiment, and the run that MLFLOW_RUN_ID names, if any."""
-
-    client: MlflowClient
-    uri: str
-    experiment_id: str
-    given_run_id: str | None
-
-
-def address_of(uri: str | None = None) -> str:
-    """Return the store's address: the given one, else MLFLOW_TRACKING_URI, else MLflow's default."""
-    import mlflow
-
-    return uri or str(mlflow.get_tracking_uri())
-
-
-def open_store(uri: str | None = None, experiment: str | None = None, own: str | None = None) -> Store:
-    """Connect to the store, so that an unreachable one is found before anything expensive starts.
-
-    If MLFLOW_RUN_ID names a run, as under `mlflow run`, its experiment is used, and the run must hold no result, unless
-    it is the run `own`, which the same command has filled. Raises TrackingError with a one-line message, StoreAway for
-    a server that does not answer, UsageError for an experiment name with control characters.
-    """
-    if experiment and CONTROLS.search(experiment):
-        raise UsageError(f"The name of the experiment has control characters: {experiment}. Give a plain name.")
-    for name, value in HTTP_LIMITS.items():
-        os.environ.setdefault(name, value)
-    import mlflow
-    from mlflow import MlflowClient
-
-    # This logger prints a traceback for each error that we report in one line.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    with _plain_errors(uri):
-        if uri:
-            mlflow.set_tracking_uri(uri)
-        address = mlflow.get_tracking_uri()
-        if not answers(address):
-            raise StoreAway(f"The MLflow server {address} does not answer.")
-        with _undisturbed(address):
-            client = MlflowClient()
-            client.search_experiments(max_results=1)
-        given = os.environ.get("MLFLOW_RUN_ID") or None
-        if given:
-            return Store(client, address, _given_run(client, given, own).info.experiment_id, given)
-        return Store(client, address, _experiment_id(client, experiment), None)
-
-
-def answers(address: str) -> bool:
-    """Return True if a server answers anything within `PROBE_S`; also True for stores that are not a server."""
-    if not address.startswith(("http://", "https://")):
-        return True
-    try:
-        with urllib.request.urlopen(f"{without_user(address).rstrip('/')}/health", timeout=PROBE_S):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        # With a TLS error the server is there, and its first use gives the best message.
-        return isinstance(error.reason, ssl.SSLError)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return isinstance(error, ValueError | http.client.HTTPException)
-
-
-def _given_run(client: MlflowClient, run_id: str, own: str | None) -> Run:
-    """Return the run that MLFLOW_RUN_ID names.
-
-    Raises TrackingError if it does not exist, or if it holds a result already and is not `own`.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise TrackingError(
-            f"MLFLOW_RUN_ID names the run {run_id}, which is not there: {first_line(error)}. "
-            "Unset it, or name a run of this store."
-        ) from None
-    if run_id != own and ("llmbench.outcome" in run.data.tags or UPLOADED_TAG in run.data.tags):
-        raise TrackingError(
-            f"MLFLOW_RUN_ID names the run {run_id}, which holds a result already. Unset it, or name a new run."
-        )
-    for key, value in run.data.tags.items():
-        if redact(value) != value:  # `mlflow run` records the address of the git remote unchanged, with its token
-            client.set_tag(run_id, key, redact(value))
-    return run
-
-
-def _experiment_id(client: MlflowClient, wanted: str | None) -> str:
-    """Return the id of the experiment, created if missing. Raises TrackingError if it is deleted.
-
-    Its name comes from `wanted`, else MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_ID (as id), else `llmbench`.
-    """
-    name = wanted or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    identifier = None if name else os.environ.get("MLFLOW_EXPERIMENT_ID")
-    found = (
-        client.get_experiment(identifier) if identifier else client.get_experiment_by_name(name or DEFAULT_EXPERIMENT)
-    )
-    if found is None:
-        return str(client.create_experiment(name or DEFAULT_EXPERIMENT))
-    if found.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"The experiment {found.name} is deleted. Restore it with `mlflow experiments restore -x "
-            f"{found.experiment_id}`, or give another: --experiment NAME."
-        )
-    return str(found.experiment_id)
-
-
-@contextlib.contextmanager
-def _undisturbed(address: str) -> Iterator[None]:
-    """Guard the first access to a SQLite store, which creates its tables: one process at a time, signals blocked.
-
-    A store with only some of its tables can never be opened again.
-    """
-    path = address.removeprefix("sqlite:///")
-    if path == address or os.name != "posix":
-        yield
-        return
-    import fcntl
-    import signal
-
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                # Locking the folder leaves no lock file behind.
-                folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-                stack.callback(os.close, folder)
-                fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-@contextlib.contextmanager
-def _plain_errors(uri: str | None) -> Iterator[None]:
-    """Turn whatever mlflow, its database layer or the network raises into a TrackingError with one line."""
-    try:
-        yield
-    except TrackingError:
-        raise
-    except Exception as error:
-        import mlflow
-
-        # mlflow wraps urllib3, which wraps the system; the innermost sentence is the most helpful.
-        known = (
-            r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied"
-            r"|unable to open database file|attempt to write a readonly database|already exists|Max retries)"
-        )
-        inner = re.findall(known, str(error))
-        address = uri or mlflow.get_tracking_uri()
-        advice = "Check the address and that the server runs, or leave it out for a SQLite file here."
-        if address.startswith("sqlite"):
-            advice = "Check the path and its permissions; delete a new file that was left incomplete."
-        why = inner[-1] if inner else first_line(error).rstrip(".")
-        raise TrackingError(f"The MLflow store {address} cannot be used: {why}. {advice}") from None
 
 
 def refuse_other_params(store: Store, params: Mapping[str, str]) -> None:
@@ -244,7 +63,7 @@ def begin_run(
     """
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 
-    with _plain_errors(None):
+    with plain_errors(None):
         tags = {"llmbench.schema": str(SCHEMA)} | {f"llmbench.{key}": value for key, value in identity.items()}
         if parent_id is None and store.given_run_id:
             run = store.client.get_run(store.given_run_id)
@@ -329,29 +148,6 @@ def _linked(store: Store, result: RunResult) -> str:
         f"Measured on {when} in {where}, with the same configuration, environment and workload. "
         "Measure again with `rerun=true`.\n\n"
     )
-
-
-def find_measured(store: Store, hashes: Hashes) -> list[str]:
-    """Find runs with a complete, valid result of this configuration, environment and workload, in any experiment.
-
-    Returns at most 5 ids, newest first.
-    """
-    wanted = {
-        "config_hash": hashes.config,
-        "env_hash": hashes.env,
-        "workload_hash": hashes.workload,
-        "outcome": "ok",
-        "verdict": "valid",
-        "schema": str(SCHEMA),
-    }
-    clauses = [f"tags.`llmbench.{key}` = '{value}'" for key, value in wanted.items()] + [
-        f"tags.`{UPLOADED_TAG}` = 'true'"
-    ]
-    experiments = [e.experiment_id for e in store.client.search_experiments()]
-    found = store.client.search_runs(
-        experiments, " and ".join(clauses), order_by=["attributes.start_time DESC"], max_results=5
-    )
-    return [str(run.info.run_id) for run in found]
 
 
 def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
@@ -457,108 +253,15 @@ def _log_artifacts(store: Store, run_id: str, folder: Path) -> None:
         store.client.set_tag(run_id, TABLES_TAG, json.dumps(named))
 
 
-def runs_of_sweep(store: Store, sweep: str) -> list[Run]:
-    """Return all runs of a sweep in the store, in any experiment."""
-    experiments = [e.experiment_id for e in store.client.search_experiments()]
-    return list(store.client.search_runs(experiments, f"tags.`llmbench.sweep` = '{sweep}'", max_results=50_000))
-
-
-def cells_of_sweep(store: Store, sweep: str) -> list[str]:
-    """Return the ids of a sweep's runs that hold a result, in the order in which they started."""
-    runs = [r for r in runs_of_sweep(store, sweep) if "llmbench.outcome" in r.data.tags]
-    return [str(r.info.run_id) for r in sorted(runs, key=lambda r: int(r.info.start_time or 0))]
-
-
-def cells_of_run(store: Store, run_id: str) -> list[str]:
-    """Return the run itself if it holds a result, else its children that do. Empty if the store does not have it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = store.client.get_run(run_id)
-    except MlflowException:
-        return []
-    if "llmbench.outcome" in run.data.tags:
-        return [run_id]
-    return cells_of_sweep(store, run.data.tags["llmbench.sweep"]) if "llmbench.sweep" in run.data.tags else []
-
-
-def download_result(store: Store, run_id: str, folder: Path) -> Path:
-    """Fetch a run's result.json into `folder`, and return the folder. Raises TrackingError if the run has none."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow.exceptions import MlflowException
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        store.client.download_artifacts(run_id, "result.json", str(folder))
-    except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"The run {run_id} has no result.json that can be read: {first_line(error)}. "
-            "`llmbench upload FOLDER` completes a run."
-        ) from None
-    return folder
-
-
 def log_folder(store: Store, run_id: str, folder: Path, under: str) -> None:
     """Log a folder's files as artifacts of a run, below `under`. Raises TrackingError if the run does not exist."""
     require_run(store, run_id)
-    with _plain_errors(store.uri):
+    with plain_errors(store.uri):
         store.client.log_artifacts(run_id, str(folder), under)
-
-
-def require_run(store: Store, run_id: str) -> None:
-    """Raise TrackingError unless the store has a run."""
-    from mlflow.exceptions import MlflowException
-
-    with _plain_errors(store.uri):
-        try:
-            store.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise TrackingError(
-                f"There is no run {run_id} in the MLflow store {without_user(store.uri)}. "
-                "Give the id of one of its runs."
-            ) from None
-
-
-def find_tagged(store: Store, identity: Mapping[str, str]) -> str | None:
-    """Return the newest complete run with these tags (named without `llmbench.`) in any experiment, or None."""
-    with _plain_errors(store.uri):
-        clauses = [f"tags.`llmbench.{name}` = '{value}'" for name, value in identity.items()] + [
-            f"tags.`{UPLOADED_TAG}` = 'true'"
-        ]
-        experiments = [e.experiment_id for e in store.client.search_experiments()]
-        found = store.client.search_runs(
-            experiments, " and ".join(clauses), order_by=["attributes.start_time DESC"], max_results=1
-        )
-        return str(found[0].info.run_id) if found else None
-
-
-def source_of(store: Store, run_id: str) -> str | None:
-    """Return the program that an imported run comes from; None for a run of ours or one that does not exist."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        source: str | None = store.client.get_run(run_id).data.tags.get("llmbench.source")
-    except MlflowException:
-        return None
-    return source
 
 
 def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags on a run, named without the prefix `llmbench.`. Raises TrackingError if the run does not exist."""
-    with _plain_errors(store.uri):
+    with plain_errors(store.uri):
         for name, value in tags.items():
             store.client.set_tag(run_id, f"llmbench.{name}", redact(value)[:5000])
-
-
-def without_user(address: str) -> str:
-    """Remove user and password from an address; urllib takes them for a part of the host's name."""
-    parts = urllib.parse.urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def ui_command(address: str) -> str:
-    """Return the address of a server's UI, or the command that opens the UI on a store, with passwords masked."""
-    shown = redact(address)
-    return shown if shown.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {shlex.quote(shown)}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..analysis import comparison as comparison_analysis
 from ..analysis.comparison import Comparison
-from ..config import plan
+from ..config.cells import cell_name, expand_cells
 from ..config.spec import BenchSpec, parse
 from ..measure.journal import read_result
 from ..records.cell import Cell, as_text
@@ -25,13 +25,14 @@ from ..reports import files
 from ..sweeps.progress import Watcher
 from ..sweeps.sweep import SweepResult, run_sides
 from ..tracking import runs
+from ..tracking.store import open_store
 
 DEFAULT_PAIRS = 6
 """Pairs of processes: six give five degrees of freedom and a t quantile of 2.6."""
 
 
 @dataclass(frozen=True)
-class Duel:
+class ABResult:
     """Result of `run_ab`: the sweep of both sides, and the comparison of B against A."""
 
     sweep: SweepResult
@@ -62,7 +63,7 @@ def run_ab(
     tracking_uri: str | None = None,
     experiment: str | None = None,
     watcher: Watcher | None = None,
-) -> Duel:
+) -> ABResult:
     """Measure A and B in `pairs` fresh processes each, in alternating order, and compare them pair by pair.
 
     `a` and `b` are the parameters in which the sides differ, `common` those that they share. Each side is one
@@ -86,8 +87,8 @@ def run_ab(
     )
     files.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
-        runs.log_folder(runs.open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
-    return Duel(done, comparison)
+        runs.log_folder(open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
+    return ABResult(done, comparison)
 
 
 def measure_in_turns(
@@ -118,7 +119,7 @@ def measure_in_turns(
     names = (
         ["A", "B"]
         if cells[0] == cells[1]
-        else [f"{letter}: {plan.cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
+        else [f"{letter}: {cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
     )
     return run_sides(spec, cells, names, (tracking_uri, experiment), watcher)
 
@@ -138,7 +139,7 @@ def _one_cell(parameters: Mapping[str, object]) -> Cell:
             f"{name} has several values: {','.join(as_text(name, v) for v in spec.axes[name])}. "
             "Each side is one configuration: give one value."
         )
-    [cell] = plan.expand_cells(spec)
+    [cell] = expand_cells(spec)
     return cell
 
 

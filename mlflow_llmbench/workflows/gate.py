@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from ..analysis.decisions.gate import Gate
     from ..records.results import RunResult
     from ..tracking.registry import Registered
-    from ..tracking.runs import Store
+    from ..tracking.store import Store
 
 
-def _grants(given: argparse.Namespace) -> frozenset[str]:
+def _permissions(given: argparse.Namespace) -> frozenset[str]:
     return frozenset(name for name in ("trust_remote_code", "allow_pickle") if getattr(given, name))
 
 
@@ -37,13 +37,13 @@ def _held(
         return refused, None
 
     from ..sweeps.progress import Progress
-    from .reproduce import rematch
+    from .gate_remeasurement import remeasure
 
-    done = rematch(
+    done = remeasure(
         baseline,
         candidate,
         pairs=pairs,
-        granted=_grants(given),
+        permissions=_permissions(given),
         output_dir=given.output_dir,
         tracking_uri=given.tracking_uri,
         experiment=given.experiment,

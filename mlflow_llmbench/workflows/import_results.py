@@ -19,6 +19,8 @@ from ..measure.journal import write_bytes
 from ..records.errors import UsageError
 from ..records.redaction import redact, redact_all
 from ..tracking import runs
+from ..tracking.search import find_tagged
+from ..tracking.store import Store, open_store
 
 LARGEST = 200_000_000
 """Largest file that is read, in bytes; results with every single request take some tens of megabytes."""
@@ -47,13 +49,13 @@ def import_file(path: str, tracking_uri: str | None = None, experiment: str | No
         raise UsageError(f"Cannot import {path}. {error}") from None
     found = list(redact_all(found))
     digest = hashlib.sha256(content).hexdigest()[:16]
-    store = runs.open_store(tracking_uri, experiment)
+    store = open_store(tracking_uri, experiment)
     if store.given_run_id:
         raise UsageError("MLFLOW_RUN_ID is set, but an import makes its own runs. Unset it.")
     run_ids, new = [], 0
     for number, one in enumerate(found):
         identity = {"source": one.source, "import": f"{digest}-{number}"}
-        run_id = runs.find_tagged(store, identity)
+        run_id = find_tagged(store, identity)
         if run_id is None:
             run_id, new = _log(store, one, identity, Path(path).name, content), new + 1
         run_ids.append(run_id)
@@ -86,7 +88,7 @@ def _read(path: str) -> bytes:
         raise UsageError(f"Cannot read {path}: {error.strerror}. Give the JSON file that the program wrote.") from None
 
 
-def _log(store: runs.Store, one: Foreign, identity: dict[str, str], file: str, content: bytes) -> str:
+def _log(store: Store, one: Foreign, identity: dict[str, str], file: str, content: bytes) -> str:
     now = int(time.time() * 1000)
     run_id = runs.begin_run(store, one.name, identity, started_ms=now)
     outcome = "error"

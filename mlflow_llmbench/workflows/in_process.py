@@ -35,7 +35,7 @@ from ..sweeps.executor import Group, OneAtATime, Tell
 from ..sweeps.progress import Watcher
 from ..sweeps.sweep import SweepResult, run_in
 from ..system import machine
-from ..tracking import runs
+from ..tracking.store import open_store
 from ..workloads.prompts import load_prompts
 
 PARAMETERS = (
@@ -94,7 +94,7 @@ def measure(
             f"workload={texts[0]} has texts, but the function takes ids. Give encode=…, a function from text to ids."
         )
     device = machine.require_device(str(spec.axes["device"][0]))
-    runs.open_store(tracking_uri, experiment)
+    open_store(tracking_uri, experiment)
     bench = Bench(spec, InThisProcess(device, encode, vocab_size), (tracking_uri, experiment), watcher)
     yield bench
     if bench.result is None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import model_shape, plan
+from ..config import model_shape
+from ..config.cells import group_cells
 from ..config.spec import parse
 from ..measure import quality_reference
 from ..records.cell import Cell, as_text
@@ -56,7 +57,7 @@ def preview(**parameters: object) -> Preview:
     """
     spec = parse({name: value for name, value in parameters.items() if value is not None})
     cells = expand(spec)
-    groups = [group.cells for group in plan.group_cells(cells)]
+    groups = [group.cells for group in group_cells(cells)]
     lacking: dict[Cell, str] = {}
     model_of = resolve_models(groups, lacking=lacking)
     planning.refuse_twins(cells, model_of)

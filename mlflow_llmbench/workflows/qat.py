@@ -34,6 +34,7 @@ from ..reports.qat import TRAINED, UNQUANTIZED, UNTRAINED, Trained, quality_tabl
 from ..system import estimate, machine
 from ..tracking import runs
 from ..tracking.run_context import fingerprint_tags
+from ..tracking.store import Store, open_store
 from ..workloads.training_texts import Texts, read_texts
 
 Say = Callable[[str], None]
@@ -61,7 +62,7 @@ def train_quantized(
     texts = read_texts(training)
     model = backend_class(cell.backend).resolve(cell)
     checkpoint = _new_folder(training.output) if training.output else None
-    store = runs.open_store(tracking_uri, experiment)
+    store = open_store(tracking_uri, experiment)
     folder = new_sweep(options.output_dir)
     job = _Job(cell, options, training, texts, model, folder, checkpoint or folder / "checkpoint", store, say)
     job.asked = {name: str(value) for name, value in values.items()} if store.given_run_id else {}
@@ -87,7 +88,7 @@ class _Job:
     model: ModelFacts
     folder: Path
     checkpoint: Path
-    store: runs.Store
+    store: Store
     say: Say
     asked: Mapping[str, str] = dataclasses.field(default_factory=dict)  # params as `mlflow run` logged them
     run_id: str | None = None

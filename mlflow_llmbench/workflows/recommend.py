@@ -20,7 +20,8 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
     from ..measure.journal import write_bytes, write_json
     from ..reports import recommendation
     from ..reports.charts import pareto
-    from ..tracking import registry, runs
+    from ..tracking import registry
+    from ..tracking.store import open_store
 
     sweep = (found.winner.result if found.winner else results[0]).sweep
     with tempfile.TemporaryDirectory() as scratch:
@@ -28,7 +29,7 @@ def _keep_recommendation(given: argparse.Namespace, found: Recommendation, resul
         write_json(folder / "recommendation.json", recommend.recommendation_json(found))
         write_bytes(folder / "recommendation.md", recommendation.recommendation_markdown(found).encode())
         pareto.draw_recommendation(found, folder / "charts")
-        store = runs.open_store(given.tracking_uri)
+        store = open_store(given.tracking_uri)
         parent = registry.parent_of_sweep(store, sweep)
         for run_id in filter(None, (parent, store.given_run_id)):
             registry.log_folder(store, run_id, folder)

@@ -1,14 +1,9 @@
-"""Rematch: measure the champion and a candidate again on this machine, in alternating order.
-
-Registered runs may be weeks old and from another machine, which a gate on them refuses. Measured again in alternating
-order, drift affects both sides alike and only their configurations differ. A software change that made both slower does
-not show up this way; it shows up in the registered runs.
-"""
+"""Measure a run or a registered version again on this machine, and judge whether the results agree."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import PACKAGE_DIR
@@ -18,11 +13,11 @@ from ..analysis.decisions.equivalence import DEFAULT_MARGIN, INVALID, Reproducti
 from ..analysis.decisions.gate import quality_text
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
-from ..config import plan
+from ..config.cells import config_hash, expand_cells
 from ..config.spec import parse
 from ..measure import interpreter
 from ..measure.journal import read_result, write_bytes, write_json
-from ..records.cell import Cell, Options
+from ..records.cell import Cell
 from ..records.errors import MeasurementError, NotComparable, UsageError
 from ..records.metrics import PERPLEXITY
 from ..records.results import ModelFacts, RunResult
@@ -35,70 +30,11 @@ from ..sweeps.sweep import SweepResult, run
 from ..system import machine
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
+from ..tracking.store import open_store
 from ..workloads.prompts import load_prompts
-from .ab import DEFAULT_PAIRS, measure_in_turns, sides
 
-
-@dataclass(frozen=True)
-class Rematch:
-    """Result of `rematch`: the sweep of both sides, their new results, and notes on what differs from before."""
-
-    sweep: SweepResult
-    champion: RunResult
-    candidate: RunResult
-    notes: tuple[str, ...]
-
-
-def rematch(
-    champion: RunResult,
-    candidate: RunResult,
-    *,
-    pairs: int = DEFAULT_PAIRS,
-    granted: frozenset[str] = frozenset(),
-    output_dir: str | None = None,
-    tracking_uri: str | None = None,
-    experiment: str | None = None,
-    watcher: Watcher | None = None,
-) -> Rematch:
-    """Measure the configurations of two results in `pairs` fresh processes each, in alternating order.
-
-    A side that fails is a result with its failure. `granted` is as in `reproduce.parameters_again`. Raises UsageError
-    or NotComparable if a side cannot be rebuilt (see `reproduce.require_same`), MeasurementError if interrupted.
-    """
-    for result in (champion, candidate):
-        if result.cell.scenario == "online":
-            server = f"The server {result.cell.url}" if result.cell.url else "A server that a command starts"
-            raise UsageError(
-                f"{server} is not started from here. Measure it with `llmbench online`, "
-                "and gate that run without --measure."
-            )
-    sides_of = [parameters_again(result, granted) for result in (champion, candidate)]
-    for result, parameters in zip((champion, candidate), sides_of, strict=True):
-        require_same(result, parameters)
-    common = {name: value for name, value in sides_of[0].items() if name in Options.__dataclass_fields__}
-    common |= {"output_dir": [output_dir]} if output_dir else {}
-    a, b = (
-        {name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of
-    )
-    done = measure_in_turns(
-        a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
-    )
-    if done.outcome == "interrupted":
-        raise MeasurementError(f"The measurement was interrupted. The results so far are in {done.folder}.")
-    return Rematch(done, *sides(done), tuple(_notes({"champion": champion, "candidate": candidate})))
-
-
-def _notes(before: Mapping[str, RunResult]) -> list[str]:
-    unlike = {name: ", ".join(map(str, unlike_here(result))) for name, result in before.items()}
-    return [
-        f"This machine or its software differs from where the {name} was measured before: {told}."
-        for name, told in unlike.items()
-        if told
-    ]
-
-
-GRANTS = ("trust_remote_code", "allow_pickle")
-"""Parameters that are not taken over from a run and must be given again."""
+PERMISSIONS = ("trust_remote_code", "allow_pickle")
+"""Parameters that allow code or pickles to be loaded. They are not taken over from a run and must be given again."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +67,7 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
     Raises UsageError if there are several.
     """
     if reference.startswith("models:/"):
-        store = runs.open_store(tracking_uri)
+        store = open_store(tracking_uri)
         version = registry.registered_at(store, reference)
         return Original(registry.result_of(store, version.run_id), version.run_id, version.uri)
     results = load_results(reference, tracking_uri)
@@ -140,20 +76,20 @@ def find_original(reference: str, tracking_uri: str | None = None) -> Original:
             f"{reference} has {len(results)} cells, but only one can be measured again at a time. "
             "Give the run of one cell."
         )
-    run_id = registry.run_behind(runs.open_store(tracking_uri), reference, results[0])
+    run_id = registry.run_behind(open_store(tracking_uri), reference, results[0])
     return Original(results[0], run_id, f"run {run_id}" if run_id else reference)
 
 
 def parameters_again(
-    result: RunResult, granted: frozenset[str] = frozenset(), url: str | None = None
+    result: RunResult, permissions: frozenset[str] = frozenset(), url: str | None = None
 ) -> dict[str, object]:
     """Return the parameters that measure a result's configuration again, each with a single value.
 
-    `granted` names the parameters of `GRANTS` that the user allows again; `url` is the present address of the server.
+    `permissions` are those of `PERMISSIONS` that the user gives again; `url` is the present address of the server.
     Raises UsageError if the run needs one of these and it is not given, if its server was started by a command, or if
     `url` is given but no server was measured.
     """
-    needed = [name for name in GRANTS if getattr(result.cell, name) and name not in granted]
+    needed = [name for name in PERMISSIONS if getattr(result.cell, name) and name not in permissions]
     if needed:
         option = f"--{needed[0].replace('_', '-')}"
         raise UsageError(
@@ -178,7 +114,7 @@ def parameters_again(
 
 def require_same(original: RunResult, parameters: dict[str, object]) -> None:
     """Raise NotComparable if the model or the workload is no longer that of the original."""
-    [cell] = plan.expand_cells(parse(parameters))
+    [cell] = expand_cells(parse(parameters))
     model = interpreter.resolve(cell)
     if not cell.url:
         _require_model(original, cell, model)
@@ -190,7 +126,7 @@ def require_same(original: RunResult, parameters: dict[str, object]) -> None:
 
 
 def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
-    before, now = (plan.config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
+    before, now = (config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
     if before != now:
         raise NotComparable(
             f"The model {cell.model} has changed since the run was measured: "
@@ -222,7 +158,7 @@ def reproduce(
     reference: str,
     *,
     margin: float = DEFAULT_MARGIN,
-    granted: frozenset[str] = frozenset(),
+    permissions: frozenset[str] = frozenset(),
     url: str | None = None,
     output_dir: str | None = None,
     tracking_uri: str | None = None,
@@ -233,15 +169,15 @@ def reproduce(
     """Measure `reference` again on this machine, and compare it with the original within `margin` (a ratio).
 
     Before measuring, `say` gets a line on what differs here. The new run is linked to the original and holds the
-    comparison under `reproduction/`. `granted` and `url` are as in `parameters_again`. Raises UsageError, NotComparable
-    if model or workload have changed, MeasurementError if nothing was measured.
+    comparison under `reproduction/`. `permissions` and `url` are as in `parameters_again`. Raises UsageError,
+    NotComparable if model or workload have changed, MeasurementError if nothing was measured.
     """
     if not 0 < margin < 1:
         raise UsageError(f"The margin is not a ratio between 0 and 1: {margin}. Give 0.05 for ±5 %.")
     original = find_original(reference, tracking_uri)
     if why := distrusted("original", original.result):
         return Reproduced(original, Reproduction(INVALID, f"{why} There is nothing to reproduce.", margin))
-    parameters = parameters_again(original.result, granted, url)
+    parameters = parameters_again(original.result, permissions, url)
     require_same(original.result, parameters)
     unlike = unlike_here(original.result)
     say(
@@ -301,7 +237,7 @@ def _experiment_of(original: Original, tracking_uri: str | None) -> str | None:
     """Return the name of the original's experiment, None if its run is not in the store."""
     if original.run_id is None:
         return None
-    client = runs.open_store(tracking_uri).client
+    client = open_store(tracking_uri).client
     return str(client.get_experiment(client.get_run(original.run_id).info.experiment_id).name)
 
 
@@ -317,7 +253,7 @@ def _keep(done: Reproduced, tracking_uri: str | None) -> None:
     write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
     if done.comparison:
         files.write_comparisons([done.comparison], folder)
-    store = runs.open_store(tracking_uri, own=done.run_id)
+    store = open_store(tracking_uri, own=done.run_id)
     runs.log_folder(store, done.run_id, folder, "reproduction")
     runs.set_tags(
         store,

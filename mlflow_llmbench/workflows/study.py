@@ -21,6 +21,8 @@ from ..sweeps.sweep import SweepResult
 from ..system import machine
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
+from ..tracking.search import require_run
+from ..tracking.store import Store, open_store
 from . import doctor
 
 PRESET = "quick"
@@ -67,7 +69,7 @@ def run_study(
     """
     check_share(share)
     if log:
-        runs.require_run(runs.open_store(tracking_uri, experiment), log.removeprefix("runs:/"))
+        require_run(open_store(tracking_uri, experiment), log.removeprefix("runs:/"))
     others = [result for reference in of for result in load_results(reference, tracking_uri)]
     if parameters is None:
         if not others:
@@ -76,7 +78,7 @@ def run_study(
                 "or --of SWEEP."
             )
         found = _find(others, share, prices, accept_suspect)
-        store = runs.open_store(tracking_uri, experiment)
+        store = open_store(tracking_uri, experiment)
         run_id = log.removeprefix("runs:/") if log else _parent(store, others)
         return StudyResult(None, found, *_keep(found, output, store, run_id))
     asked = {"preset": PRESET, **parameters}
@@ -93,7 +95,7 @@ def run_study(
     uploaded = done.run_ids and not done.not_uploaded
     own = (done.parent_id or done.run_ids[0]) if uploaded else None
     run_id = log.removeprefix("runs:/") if log else own
-    kept_in = runs.open_store(tracking_uri, experiment, own) if run_id else None
+    kept_in = open_store(tracking_uri, experiment, own) if run_id else None
     return StudyResult(done, found, *_keep(found, output or str(done.folder), kept_in, run_id))
 
 
@@ -121,14 +123,14 @@ def _find(
     return findings.find(results, share=share, prices=prices, accept_suspect=accept_suspect, no_energy=no_energy)
 
 
-def _parent(store: runs.Store, results: Sequence[RunResult]) -> str | None:
+def _parent(store: Store, results: Sequence[RunResult]) -> str | None:
     """Return the parent run of the first sweep that the store has, None if it has none."""
     parents = (registry.parent_of_sweep(store, sweep) for sweep in dict.fromkeys(result.sweep for result in results))
     return next((parent for parent in parents if parent), None)
 
 
 def _keep(
-    found: Findings, output: str | None, store: runs.Store | None, run_id: str | None
+    found: Findings, output: str | None, store: Store | None, run_id: str | None
 ) -> tuple[Path | None, str | None]:
     """Write the study into a temporary folder and log that; copy it to `output`, which may hold other files."""
     with tempfile.TemporaryDirectory() as scratch:

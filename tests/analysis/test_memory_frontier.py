@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlflow_llmbench.analysis.memory_frontier import TRIED, UNTRIED, Attempt, Frontier, frontiers, is_within, tokens
-from mlflow_llmbench.config.plan import LOADED
+from mlflow_llmbench.config.cells import LOADED
 from mlflow_llmbench.records.cell import Cell
 
 

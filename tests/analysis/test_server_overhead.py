@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench.analysis import server_overhead
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.config.plan import (
+from mlflow_llmbench.config.cells import (
     asked_params,
     cell_name,
     expand_cells,

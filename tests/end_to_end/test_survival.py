@@ -584,13 +584,13 @@ def test_two_sides_in_turns(store_uri: str) -> None:
     from mlflow_llmbench.workflows.ab import parse_side, run_ab
 
     common = CELL | {"output_tokens": 20}
-    duel = run_ab(
+    done = run_ab(
         parse_side("model=fake:ttft_ms=2+itl_ms=2"), parse_side("model=fake:ttft_ms=2+itl_ms=6"), common, pairs=3
     )
-    gaps = duel.comparison.effect("latency/itl_ms_p50")
+    gaps = done.comparison.effect("latency/itl_ms_p50")
     assert gaps and gaps.ratio == pytest.approx(3, rel=0.25) and gaps.effect == "worse"
-    assert duel.comparison.processes == (3, 3)
-    parent = runs(store_uri)[duel.sweep.parent_id or ""]
+    assert done.comparison.processes == (3, 3)
+    parent = runs(store_uri)[done.sweep.parent_id or ""]
     files = {item.path for item in MlflowClient(store_uri).list_artifacts(str(parent.info.run_id), "comparison")}
     assert {"comparison/comparison.md", "comparison/comparison.json"} <= files
 
@@ -598,8 +598,8 @@ def test_two_sides_in_turns(store_uri: str) -> None:
 def test_a_configuration_against_itself(store_uri: str) -> None:
     from mlflow_llmbench.workflows.ab import run_ab
 
-    duel = run_ab({}, {}, CELL | {"model": "fake:ttft_ms=5+itl_ms=3"}, pairs=3)
-    assert {effect.effect for effect in duel.comparison.effects} <= {
+    done = run_ab({}, {}, CELL | {"model": "fake:ttft_ms=5+itl_ms=3"}, pairs=3)
+    assert {effect.effect for effect in done.comparison.effects} <= {
         "no difference seen",
         "below the noise threshold",
         "not tested",

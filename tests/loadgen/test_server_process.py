@@ -19,7 +19,7 @@ from mlflow_llmbench.backends.openai.backend import OpenAIBackend
 from mlflow_llmbench.backends.openai.discovery import name_among
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import server_command
-from mlflow_llmbench.config.plan import config_hash, expand_cells, group_cells
+from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.loadgen import server_process
 from mlflow_llmbench.records.cell import Cell

@@ -16,7 +16,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis import efficiency, latency, summary
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
-from mlflow_llmbench.config import plan
+from mlflow_llmbench.config.cells import config_hash, needs_no_less
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.measure.batch import Measured, compare_replies, measure_cell, time_turns
@@ -269,9 +269,9 @@ def test_the_history_belongs_to_the_configuration_and_not_to_the_workload() -> N
     prompts, model = load_prompts("chat"), ModelFacts("m", "folder", "m", "r")
     assert prompts.digest(kept, None) == prompts.digest(recomputed, None)
     assert prompts.digest(kept, None) != prompts.digest(dataclasses.replace(kept, history="none"), None)
-    assert plan.config_hash(kept, model) != plan.config_hash(recomputed, model)
-    assert not plan.needs_no_less(kept, recomputed)
-    assert plan.needs_no_less(kept, recomputed, of_any_shape=True)
+    assert config_hash(kept, model) != config_hash(recomputed, model)
+    assert not needs_no_less(kept, recomputed)
+    assert needs_no_less(kept, recomputed, ignore_shape=True)
 
 
 # Whole commands

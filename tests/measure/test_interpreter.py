@@ -18,7 +18,8 @@ from mlflow_llmbench import run
 from mlflow_llmbench.backends.base import Capabilities
 from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.cli import main
-from mlflow_llmbench.config import plan, spec
+from mlflow_llmbench.config import spec
+from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.measure import interpreter, journal
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import LlmbenchError, MissingError, UsageError
@@ -150,7 +151,7 @@ def test_what_a_killed_command_left_is_of_that_environment(other: str, tmp_path:
     from mlflow_llmbench.workloads.prompts import load_prompts
 
     asked = spec.parse(FAST | {"worker_python": other})
-    [cell] = plan.expand_cells(asked)
+    [cell] = expand_cells(asked)
     model = interpreter.resolve(cell)
     [job] = planning.make_jobs(
         asked, [cell], ["one"], {cell: model}, {"synthetic": load_prompts("synthetic")}, machine.environment(),
@@ -184,17 +185,15 @@ def test_where_an_interpreter_lies_does_not_decide_and_what_is_installed_does(
 
 def test_the_identity_of_a_configuration_is_older_than_the_parameter() -> None:
     model = ModelFacts("m", "none", "fake", "r")
-    assert plan.config_hash(Cell(model="m", worker_python="/a/python"), model) == plan.config_hash(
-        Cell(model="m"), model
-    )
-    assert len(plan.group_cells([Cell(worker_python="/a/python"), Cell()])) == 2
+    assert config_hash(Cell(model="m", worker_python="/a/python"), model) == config_hash(Cell(model="m"), model)
+    assert len(group_cells([Cell(worker_python="/a/python"), Cell()])) == 2
 
 
 def test_two_environments_can_be_compared_in_turns(store_uri: str, other: str) -> None:
-    duel = ab.run_ab({}, {"worker_python": other}, FAST, pairs=2)
-    assert {difference.kind for difference in duel.comparison.labels} == {"software"}
-    assert "torch" in {difference.name for difference in duel.comparison.labels}
-    first, second = ab.sides(duel.sweep)
+    done = ab.run_ab({}, {"worker_python": other}, FAST, pairs=2)
+    assert {difference.kind for difference in done.comparison.labels} == {"software"}
+    assert "torch" in {difference.name for difference in done.comparison.labels}
+    first, second = ab.sides(done.sweep)
     assert (first.environment["packages"] == VERSIONS, second.environment["packages"]) == (False, VERSIONS)
 
 

@@ -16,7 +16,7 @@ from mlflow_llmbench.analysis.repetitions import PER_REPETITION
 from mlflow_llmbench.analysis.summary import series, summarize
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.config.plan import cell_name, config_hash
+from mlflow_llmbench.config.cells import cell_name, config_hash
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import (
     ClientReadings,

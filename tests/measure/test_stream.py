@@ -18,7 +18,7 @@ from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.backends.base import Backend
 from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.config.plan import config_hash
+from mlflow_llmbench.config.cells import config_hash
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.stream import Order, Served, _server, measure_stream
 from mlflow_llmbench.records.cell import Cell

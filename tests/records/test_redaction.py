@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlflow_llmbench.config.plan import cell_name
+from mlflow_llmbench.config.cells import cell_name
 from mlflow_llmbench.measure.journal import redact_log
 from mlflow_llmbench.records import redaction
 from mlflow_llmbench.records.cell import Cell

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow_llmbench import run
 from mlflow_llmbench.analysis.memory_frontier import frontiers
 from mlflow_llmbench.cli.main import build_parser
-from mlflow_llmbench.config.plan import LOADED, expand_cells, sweep_name
+from mlflow_llmbench.config.cells import LOADED, expand_cells, sweep_name
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.journal import read_result, write_json
 from mlflow_llmbench.measure.outcome import GroupOutcome, timeline_of

@@ -31,7 +31,8 @@ from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import LoadInfo, ModelFacts, RunResult, Verdict
 from mlflow_llmbench.sweeps.upload import upload
 from mlflow_llmbench.tracking.registry import register, result_of, save
-from mlflow_llmbench.tracking.runs import cells_of_sweep, open_store
+from mlflow_llmbench.tracking.search import cells_of_sweep
+from mlflow_llmbench.tracking.store import open_store
 
 from ..results import WIGGLE, made, stored
 

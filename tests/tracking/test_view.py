@@ -16,7 +16,8 @@ import pytest
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.metrics import KEYS, OUTPUT_RATE, SERIES
 from mlflow_llmbench.reports.result import Row
-from mlflow_llmbench.tracking import runs, view
+from mlflow_llmbench.tracking import view
+from mlflow_llmbench.tracking.store import Store, open_store
 from tests.servers import serving
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "view.json"
@@ -34,17 +35,17 @@ def example() -> view.State:
 
 
 @pytest.fixture
-def store(store_uri: str) -> runs.Store:
-    return runs.open_store(store_uri, "views")
+def store(store_uri: str) -> Store:
+    return open_store(store_uri, "views")
 
 
-def views(store: runs.Store) -> dict[str, dict[str, object]]:
+def views(store: Store) -> dict[str, dict[str, object]]:
     tags = store.client.get_experiment(store.experiment_id).tags
     return {key.removeprefix(view.TAG): json.loads(value) for key, value in tags.items() if key.startswith(view.TAG)}
 
 
 def publish(
-    store: runs.Store, parent_id: str = "0123456789abcdef0123", name: str = "opt: quant"
+    store: Store, parent_id: str = "0123456789abcdef0123", name: str = "opt: quant"
 ) -> tuple[str | None, list[str]]:
     warnings: list[str] = []
     return view.publish(store, parent_id, name, VARIED, ROWS, RUN_IDS, warnings.append), warnings
@@ -93,7 +94,7 @@ def test_baseline_is_the_first_measured_run_without_quantization() -> None:
     assert view.baseline_run([], []) is None
 
 
-def test_published_view_is_one_tag_with_the_state_and_its_link(store: runs.Store) -> None:
+def test_published_view_is_one_tag_with_the_state_and_its_link(store: Store) -> None:
     found, warnings = publish(store)
     assert found == (
         f"#/experiments/{store.experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
@@ -106,7 +107,7 @@ def test_published_view_is_one_tag_with_the_state_and_its_link(store: runs.Store
     assert json.loads(str(envelope["state"])) == view.comparison_view(VARIED, False, "run-fp16", "0123456789abcdef0123")
 
 
-def test_publishing_twice_leaves_one_tag(store: runs.Store) -> None:
+def test_publishing_twice_leaves_one_tag(store: Store) -> None:
     publish(store)
     first = views(store)
     assert publish(store, name="renamed")[0]
@@ -115,7 +116,7 @@ def test_publishing_twice_leaves_one_tag(store: runs.Store) -> None:
     assert envelope["createdAt"] == next(iter(first.values()))["createdAt"]
 
 
-def test_oldest_views_make_room_and_views_of_others_stay(store: runs.Store) -> None:
+def test_oldest_views_make_room_and_views_of_others_stay(store: Store) -> None:
     store.client.set_experiment_tag(store.experiment_id, view.TAG + "mine", "{}")
     store.client.set_experiment_tag(store.experiment_id, view.TAG + view.OURS + "broken", "not JSON")
     for number in range(view.MOST_VIEWS):
@@ -135,7 +136,7 @@ def test_oldest_views_make_room_and_views_of_others_stay(store: runs.Store) -> N
     }
 
 
-def test_store_that_refuses_gives_a_warning_and_no_link(store: runs.Store) -> None:
+def test_store_that_refuses_gives_a_warning_and_no_link(store: Store) -> None:
     gone = dataclasses.replace(store, experiment_id="999")
     link, warnings = publish(gone)
     assert link is None
@@ -145,7 +146,7 @@ def test_store_that_refuses_gives_a_warning_and_no_link(store: runs.Store) -> No
     assert views(store) == {}
 
 
-def test_rows_without_their_run_give_a_warning_and_no_link(store: runs.Store) -> None:
+def test_rows_without_their_run_give_a_warning_and_no_link(store: Store) -> None:
     warnings: list[str] = []
     assert view.publish(store, "parent", "x", VARIED, ROWS, ["one"], warnings.append) is None
     assert warnings
@@ -173,7 +174,7 @@ def server_of(request: pytest.FixtureRequest) -> Iterator[str]:
     [("3.14.1", False), ("2.22.0", False), ("3.15.0", True), ("4.0.0", True), ("", True)],
     indirect=["server_of"],
 )
-def test_server_that_says_it_is_too_old_is_left_alone(store: runs.Store, server_of: str, published: bool) -> None:
+def test_server_that_says_it_is_too_old_is_left_alone(store: Store, server_of: str, published: bool) -> None:
     link, warnings = publish(dataclasses.replace(store, uri=server_of))
     assert bool(link) is published
     assert bool(views(store)) is published

@@ -10,8 +10,8 @@ import pytest
 from mlflow_llmbench.backends.huggingface import gptq
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import models, spec
+from mlflow_llmbench.config.cells import expand_cells
 from mlflow_llmbench.config.choices import GRIDS
-from mlflow_llmbench.config.plan import expand_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell, default_text
 from mlflow_llmbench.records.errors import MissingError, UsageError

@@ -15,14 +15,14 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis.comparison import compare
 from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, judge_reproduction
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.config.plan import config_hash, expand_cells
+from mlflow_llmbench.config.cells import config_hash, expand_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.errors import NotComparable, UsageError
 from mlflow_llmbench.records.results import Quality, RunResult, TextScores
 from mlflow_llmbench.reports.reproduction import reproduction_json, reproduction_markdown
 from mlflow_llmbench.stats import equivalence, required_sample_size
 from mlflow_llmbench.tracking.registry import register, result_of
-from mlflow_llmbench.tracking.runs import open_store
+from mlflow_llmbench.tracking.store import open_store
 from mlflow_llmbench.workflows.reproduce import (
     Original,
     _judged,

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.config.plan import cell_name
+from mlflow_llmbench.config.cells import cell_name
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError

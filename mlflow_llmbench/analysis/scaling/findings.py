@@ -33,7 +33,7 @@ from ..decisions.recommend import (
     figure,
 )
 from ..summary import hardware_name
-from .laws import MEDIAN_TTFT, Measured, describe, grouped, models_text, usable, varied_settings
+from .cells import MEDIAN_TTFT, Measured, describe, grouped, models_text, select_usable, varied_settings
 from .paper_claims import Claim, Estimate, QuantEffect, judge_claims, pooled, quant_effects
 from .study import MEAN_TPOT, Study, study_scaling
 from .tradeoffs import Ratio, ratio
@@ -125,7 +125,7 @@ def find(
     """
     results = _priced(results, prices or {})
     study = study_scaling(results, share)
-    cells, _ = usable(list({(r.hashes.config, r.hashes.env, r.started_ms): r for r in results}.values()))
+    cells, _ = select_usable(list({(r.hashes.config, r.hashes.env, r.started_ms): r for r in results}.values()))
     machines = _machines(cells)
     focus = _focus(cells, machines)
     effects = tuple(quant_effects(cells))

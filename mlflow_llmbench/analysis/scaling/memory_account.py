@@ -13,7 +13,7 @@ from ...records.results import LoadInfo, MemorySample, RunResult
 from ...stats import Trend, trend
 from ..comparison import DEVICE_PEAK, HOST_PEAK
 from ..efficiency import attended
-from .laws import Measured
+from .cells import Measured
 
 MOST_POINTS = 150
 """Most samples that a trend is computed from; more are thinned to medians of neighbours."""

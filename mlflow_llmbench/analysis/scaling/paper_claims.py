@@ -15,8 +15,10 @@ from statistics import fmean, median
 from ...stats import t_interval
 from ..comparison import RATE
 from . import memory_account, tradeoffs
-from .curves import Parameter
-from .laws import LawFit, Measured, grouped, paper_range
+from .cells import Measured, grouped
+from .fitting import Parameter
+from .law_sentences import paper_range
+from .laws import LawFit
 from .memory_account import Reduction
 from .study import Study, quant_groups
 from .tradeoffs import Ratio

@@ -13,9 +13,11 @@ from ...records.metrics import TPOT
 from ...records.results import RunResult
 from ..comparison import RATE
 from . import memory_account, tradeoffs
-from .curves import Prediction
-from .laws import MEDIAN_TTFT, LawFit, Measured, Surface, fit_laws, fit_surfaces, grouped, subject, untried, usable
+from .cells import MEDIAN_TTFT, Measured, grouped, select_usable, subject
+from .fitting import Prediction
+from .laws import LawFit, fit_laws, interpolate
 from .memory_account import Account, Growth, Reduction
+from .surfaces import Surface, fit_surfaces
 from .tradeoffs import Cliff, Exchange, OptimalBatch, Ratio
 
 T = TypeVar("T")
@@ -122,7 +124,7 @@ def study_scaling(
     setting.
     """
     check_share(share)
-    cells, left_out = usable(_once(results))
+    cells, left_out = select_usable(_once(results))
     if not cells:
         raise UsageError(
             f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again."
@@ -272,7 +274,7 @@ def _footprints(cells: Sequence[Measured]) -> Iterator[Footprint]:
 
 def _predictions(laws: Sequence[LawFit], at: Sequence[tuple[str, float]]) -> Iterator[tuple[LawFit, Prediction]]:
     for law in laws:
-        yield from ((law, predicted) for predicted in untried(law))
+        yield from ((law, predicted) for predicted in interpolate(law))
         measured = {place[0] for place in law.fit.x}
         yield from ((law, law.predict(value)) for name, value in at if name == law.law.over and value not in measured)
     for name, value in at:

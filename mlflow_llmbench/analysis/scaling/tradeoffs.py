@@ -13,7 +13,7 @@ from statistics import fmean, variance
 
 from ...records.errors import NotFitted, OutOfRange
 from ...stats import holm, t_interval, welch
-from .curves import Fit
+from .fitting import Fit
 
 LEVEL = 0.05
 """Probability of a false alarm in one series, over all its points."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...analysis.goodput import knee
-from ...config.plan import load_text
+from ...config.cells import load_text
 from ...records.cell import Cell
 from ...records.metric import Metric
 from ...records.metrics import ATTAINMENT, E2E, REQUEST_RATE, TPOT, TTFT

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...analysis.scaling.curves import Fit, Prediction, ranked
-from ...analysis.scaling.laws import LawFit, Surface, parameters_text
+from ...analysis.scaling.fitting import Fit, Prediction
+from ...analysis.scaling.law_sentences import parameters_text
+from ...analysis.scaling.laws import LawFit
+from ...analysis.scaling.ranking import ranked
 from ...analysis.scaling.study import Study
+from ...analysis.scaling.surfaces import Surface
 from ...stats import t_interval
 from .style import (
     BLUE,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
+from ...analysis.scaling.cells import MEDIAN_TTFT, Measured
 from ...analysis.scaling.findings import Findings, at_focus, labels, with_interval
-from ...analysis.scaling.laws import MEDIAN_TTFT, Measured
 from ...analysis.scaling.study import MEAN_TPOT, CliffSearch
 from ...records.cell import Cell
 from ...records.metrics import ITL, KL, WEIGHTS

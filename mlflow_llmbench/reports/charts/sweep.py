@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...config.plan import UNDECISIVE
+from ...config.cells import NOT_IN_IDENTITY
 from ...records.cell import Cell, differing
 from ...records.metric import Bars, interval_keys
 from ...records.metrics import KL, OUTPUT_RATE, WEIGHTS, shown_in
@@ -107,7 +107,7 @@ class Grid:
 def _arrange(points: Points, one_panel: bool) -> Grid:
     cells = [cell for cell, _ in points]
     seen = {f.name: list(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
-    names = [name for name in differing(cells, UNDECISIVE) if name != "quant"]
+    names = [name for name in differing(cells, NOT_IN_IDENTITY) if name != "quant"]
     split = len(names) > 1 and "model" in names and not one_panel
     names = [name for name in names if not (split and name == "model")] or ["batch_size"]
     for name in names:  # numbers by size, None last; words in their given order
@@ -148,7 +148,7 @@ def _quality_figure(points: Points) -> Figure:
     from matplotlib.lines import Line2D
 
     cells = [cell for cell, _ in points]
-    varied = differing(cells, UNDECISIVE)
+    varied = differing(cells, NOT_IN_IDENTITY)
     models, quants = ([*dict.fromkeys(getattr(cell, name) for cell in cells)] for name in ("model", "quant"))
     other = [name for name in varied if name not in ("model", "quant")]
     notes = [

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
+from ...analysis.scaling.cells import MEDIAN_TTFT, Measured, describe
 from ...analysis.scaling.findings import Findings, at_focus, with_interval
-from ...analysis.scaling.laws import MEDIAN_TTFT, Measured, describe
 from ...analysis.scaling.memory_account import REFERENCES
 from ...analysis.scaling.paper_claims import QuantEffect
 from ...analysis.scaling.study import MEAN_TPOT

@@ -20,7 +20,7 @@ from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import LoadInfo, ModelFacts, Verdict
 from mlflow_llmbench.tracking.registry import register
-from mlflow_llmbench.tracking.runs import open_store
+from mlflow_llmbench.tracking.store import open_store
 
 from ...results import made, stored
 

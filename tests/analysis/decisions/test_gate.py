@@ -21,7 +21,7 @@ from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Hashes, MemoryStages, Quality, RunResult, TextScores
 from mlflow_llmbench.reports.gate import gate_cells, gate_junit, gate_markdown
 from mlflow_llmbench.tracking.registry import promote, register, result_of
-from mlflow_llmbench.tracking.runs import open_store
+from mlflow_llmbench.tracking.store import open_store
 
 from ...results import GB, WIGGLE, made, stored, write_sweep
 

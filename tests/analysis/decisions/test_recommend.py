@@ -28,7 +28,7 @@ from mlflow_llmbench.analysis.decisions.recommend import (
     recommendation_json,
 )
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.config.plan import config_hash
+from mlflow_llmbench.config.cells import config_hash
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Failure, Hashes, MemoryStages, RunResult

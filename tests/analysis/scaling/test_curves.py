@@ -8,7 +8,9 @@ import pytest
 from scipy import optimize, stats
 
 from mlflow_llmbench.analysis.scaling import curves
-from mlflow_llmbench.analysis.scaling.curves import Form, fit
+from mlflow_llmbench.analysis.scaling.curves import Form
+from mlflow_llmbench.analysis.scaling.fitting import fit, rounded
+from mlflow_llmbench.analysis.scaling.ranking import percent, ranked, verdict
 from mlflow_llmbench.records.errors import NotFitted, OutOfRange
 
 POWER = curves.power("y = a·x^b", "a", "b")
@@ -129,8 +131,8 @@ def test_a_left_out_point_beyond_the_pole_of_a_curve_has_no_error() -> None:
     found = fit(curves.reciprocal("T = 1/(a + c·size)", "a", "c"), sizes, rates)
     assert found.loo_error is None
     law = fit(POWER, sizes, rates)
-    assert curves.ranked([found, law]) == [law, found]
-    assert "y = a·x^b fits better than T = 1/(a + c·size)" in curves.verdict(law, [found])
+    assert ranked([found, law]) == [law, found]
+    assert "y = a·x^b fits better than T = 1/(a + c·size)" in verdict(law, [found])
 
 
 def test_equal_values_have_no_growth_and_no_exponent() -> None:
@@ -141,8 +143,8 @@ def test_equal_values_have_no_growth_and_no_exponent() -> None:
     noise, same = fit(OFFSET, x, scattered), fit(curves.constant("y = a", "a"), x, scattered)
     assert noise.undetermined == ["w"]
     assert noise.loo_error is not None and same.loo_error is not None and noise.loo_error < same.loo_error
-    assert curves.ranked([noise, same]) == [same, noise]  # although it is nearer
-    assert "do not determine w of y = k + n·x^w; y = a is used" in curves.verdict(noise, [same])
+    assert ranked([noise, same]) == [same, noise]  # although it is nearer
+    assert "do not determine w of y = k + n·x^w; y = a is used" in verdict(noise, [same])
 
 
 def test_nothing_is_said_beyond_the_data() -> None:
@@ -159,11 +161,11 @@ def test_the_true_curve_is_nearer_than_a_wrong_one() -> None:
     steps = curves.rate_per_step("T = b/(a + c·b)", "a", "c")
     y = noisy(steps, (0.02, 0.004), BATCHES, 0.01)
     law, rival = fit(POWER, BATCHES, y), fit(steps, BATCHES, y)
-    assert curves.ranked([law, rival])[0] is rival
-    assert curves.verdict(law, [rival]).startswith("T = b/(a + c·b) fits clearly better than y = a·x^b (AICc lower by ")
+    assert ranked([law, rival])[0] is rival
+    assert verdict(law, [rival]).startswith("T = b/(a + c·b) fits clearly better than y = a·x^b (AICc lower by ")
     y = noisy(POWER, (50, 0.7), BATCHES, 0.01)
-    assert curves.verdict(fit(POWER, BATCHES, y), [fit(steps, BATCHES, y)]).startswith("y = a·x^b fits clearly better")
-    few = curves.verdict(fit(POWER, BATCHES[:4], y[:4]), [fit(steps, BATCHES[:4], y[:4])])
+    assert verdict(fit(POWER, BATCHES, y), [fit(steps, BATCHES, y)]).startswith("y = a·x^b fits clearly better")
+    few = verdict(fit(POWER, BATCHES[:4], y[:4]), [fit(steps, BATCHES[:4], y[:4])])
     assert "4 cells are too few for AICc" in few
 
 
@@ -172,7 +174,7 @@ def test_the_true_curve_is_nearer_than_a_wrong_one() -> None:
     [(201.34, 90, "201"), (20.0142, 0.012, "20.014"), (0.62, 0.067, "0.62"), (None, 1, "no limit"), (0.0, 1, "0")],
 )
 def test_digits_follow_the_uncertainty(value: float | None, width: float, text: str) -> None:
-    assert curves.rounded(value, width) == text
+    assert rounded(value, width) == text
 
 
 @pytest.mark.parametrize(
@@ -180,4 +182,4 @@ def test_digits_follow_the_uncertainty(value: float | None, width: float, text: 
     [(0.0342, "3.4 %"), (0.996, "100 %"), (-1.7, "-170 %"), (-0.998, "-100 %"), (12.3, "1230 %"), (None, "–")],
 )
 def test_shares_have_no_exponent(share: float | None, text: str) -> None:
-    assert curves.percent(share) == text
+    assert percent(share) == text

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlflow_llmbench.analysis.scaling.curves import ranked
-from mlflow_llmbench.analysis.scaling.laws import LawFit, roofline
+from mlflow_llmbench.analysis.scaling.laws import LawFit
+from mlflow_llmbench.analysis.scaling.ranking import ranked
+from mlflow_llmbench.analysis.scaling.roofline import roofline
 from mlflow_llmbench.analysis.scaling.study import Study, study_scaling
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import OutOfRange, UsageError

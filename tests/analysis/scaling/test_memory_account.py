@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlflow_llmbench.analysis.scaling import memory_account
-from mlflow_llmbench.analysis.scaling.laws import Measured
+from mlflow_llmbench.analysis.scaling.cells import Measured
 from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import (

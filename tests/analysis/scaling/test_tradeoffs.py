@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlflow_llmbench.analysis.scaling import curves, tradeoffs
+from mlflow_llmbench.analysis.scaling.fitting import fit
 from mlflow_llmbench.analysis.scaling.tradeoffs import find_cliffs, optimal_batch, scaling_efficiency
 from mlflow_llmbench.records.errors import NotFitted, OutOfRange
 
@@ -107,16 +108,16 @@ def test_the_price_of_a_prompt() -> None:
     line = curves.line("L = a + c·s", "a", "c")
     x = [128.0, 256, 512, 1024, 2048]
     y = [float(v) for v in (30 + 0.25 * np.array(x)) * np.exp(np.random.default_rng(0).normal(0, 0.005, 5))]
-    found = tradeoffs.exchange(curves.fit(line, x, y), [19.8, 20.1, 20.0, 20.2, 19.9])
+    found = tradeoffs.exchange(fit(line, x, y), [19.8, 20.1, 20.0, 20.2, 19.9])
     assert found.prompt[0] == pytest.approx(128, rel=0.02)
     assert found.output[0] == pytest.approx(160, rel=0.01)
     value, low, high = found.equal_output
     assert value == pytest.approx(6.4, rel=0.02)
     assert low < 6.4 < high
-    near = curves.fit(line, [100.0, 200, 300, 400], [55.0, 80.0, 105.0, 130.1])
+    near = fit(line, [100.0, 200, 300, 400], [55.0, 80.0, 105.0, 130.1])
     with pytest.raises(OutOfRange, match="512 more prompt tokens are beyond the measured lengths 100 to 400"):
         tradeoffs.exchange(near, [20.0, 21.0])
-    flat = curves.fit(line, x, [30.0, 31.0, 29.5, 30.5, 30.0])
+    flat = fit(line, x, [30.0, 31.0, 29.5, 30.5, 30.0])
     with pytest.raises(NotFitted, match="cannot be told from 0"):
         tradeoffs.exchange(flat, [20.0, 21.0, 20.0])
 
@@ -127,7 +128,7 @@ def test_the_interval_of_the_exchange_covers() -> None:
         draw = np.random.default_rng(seed)
         y = (30 + 0.25 * x) * np.exp(draw.normal(0, 0.02, len(x)))
         tpot = 20 * np.exp(draw.normal(0, 0.02, 6))
-        _, low, high = tradeoffs.exchange(curves.fit(line, list(x), list(y)), list(tpot)).equal_output
+        _, low, high = tradeoffs.exchange(fit(line, list(x), list(y)), list(tpot)).equal_output
         held += low <= 6.4 <= high
     assert held / 300 >= 0.93  # wider than need be: both parts have few degrees of freedom
 

@@ -15,7 +15,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis.summary import series, statistics, summarize
 from mlflow_llmbench.analysis.verdict import judge, unsupported_percentiles
 from mlflow_llmbench.config import models
-from mlflow_llmbench.config.plan import config_hash, expand_cells, group_cells
+from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell

@@ -15,7 +15,7 @@ import pytest
 from mlflow_llmbench import run
 from mlflow_llmbench.backends.huggingface import gptq
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
-from mlflow_llmbench.config.plan import expand_cells, group_cells
+from mlflow_llmbench.config.cells import expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell

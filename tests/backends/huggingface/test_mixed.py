@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from mlflow_llmbench import run
-from mlflow_llmbench.analysis.scaling.laws import Measured
+from mlflow_llmbench.analysis.scaling.cells import Measured
 from mlflow_llmbench.analysis.scaling.memory_account import reductions
 from mlflow_llmbench.backends.huggingface import mixed
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.backends.huggingface.inspection import verify_plan
+from mlflow_llmbench.config.cells import config_hash, group_cells
 from mlflow_llmbench.config.models import find_preset
-from mlflow_llmbench.config.plan import config_hash, group_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell

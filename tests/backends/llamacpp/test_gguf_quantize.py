@@ -17,7 +17,7 @@ from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.backends.llamacpp import gguf_convert, gguf_quantize
 from mlflow_llmbench.backends.llamacpp.backend import KV_TYPES, LlamaCppBackend, buffers_in, mapped_weights
 from mlflow_llmbench.config import model_shape, models
-from mlflow_llmbench.config.plan import config_hash, expand_cells, group_cells
+from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import quality_reference, runtime
 from mlflow_llmbench.measure.supervise import Limits

@@ -28,10 +28,10 @@ WEIGHTS = (
 )  # fmt: skip
 """Parameters that decide the memory of a load; cells that share them differ only by their shape."""
 
-UNDECISIVE = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python")
+NOT_IN_IDENTITY = ("max_repetitions", "allow_pickle", "slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "worker_python")
 """Parameters of a cell that do not decide its result. Of an interpreter the environment counts, not its path."""
 
-OF_MIXED = ("quant_budget", "quant_plan")
+MIXED_PARAMETERS = ("quant_budget", "quant_plan")
 """Parameters of a mixed quantization; they are part of no other cell's identity."""
 
 LONGEST_NAME = 250
@@ -73,7 +73,10 @@ def _settled(cell: Cell) -> Cell:
 def _idle(cell: Cell) -> set[str]:
     """Return the parameters without meaning for a cell: of another backend, quantization, or value of a setting."""
     others = {name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values}
-    return others | {*(LLAMA_CPP if cell.backend != "llama_cpp" else ()), *(OF_MIXED if cell.quant != MIXED else ())}
+    return others | {
+        *(LLAMA_CPP if cell.backend != "llama_cpp" else ()),
+        *(MIXED_PARAMETERS if cell.quant != MIXED else ()),
+    }
 
 
 def without_server(cell: Cell) -> Cell:
@@ -102,19 +105,19 @@ def size(cell: Cell) -> tuple[int, int]:
     return rows * ((cell.prompt_tokens or 0) + cell.output_tokens), rows
 
 
-def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False, of_time: bool = False) -> bool:
+def needs_no_less(cell: Cell, other: Cell, ignore_shape: bool = False, compare_time: bool = False) -> bool:
     """Return True if a cell needs at least the memory of another: same weights, and no smaller in any dimension.
 
-    `of_any_shape`: the other did not even load, so shapes do not matter. `of_time`: compare time instead of memory,
-    which settings such as more threads may shorten.
+    `ignore_shape`: the other did not even load, so shapes do not matter. `compare_time`: compare time instead of
+    memory, which settings such as more threads may shorten.
     """
-    alike = LOADED if of_time else WEIGHTS
+    alike = LOADED if compare_time else WEIGHTS
     if any(
         getattr(cell, name) != getattr(other, name)
-        for name in (*alike, *(() if of_any_shape else ("attention", "history", "batching")))
+        for name in (*alike, *(() if ignore_shape else ("attention", "history", "batching")))
     ):
         return False
-    if of_any_shape:
+    if ignore_shape:
         return True
     unknown = cell.prompt_tokens is None or other.prompt_tokens is None
     same = (cell.prompt_tokens, cell.workload) == (other.prompt_tokens, other.workload)
@@ -126,7 +129,9 @@ def needs_no_less(cell: Cell, other: Cell, of_any_shape: bool = False, of_time: 
 def config_hash(cell: Cell, model: ModelFacts) -> str:
     """Identity of a configuration: the parameters that decide the result, with the resolved model and revision."""
     fields = [
-        f for f in dataclasses.fields(cell) if f.name not in UNDECISIVE and cell.scenario in f.metadata["scenarios"]
+        f
+        for f in dataclasses.fields(cell)
+        if f.name not in NOT_IN_IDENTITY and cell.scenario in f.metadata["scenarios"]
     ]
     idle = _idle(cell) | {
         # Older identities lack these, so they are left out at their defaults.

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mlflow_llmbench.config.plan import cell_name, config_hash, expand_cells, group_cells, needs_no_less, sweep_name
+from mlflow_llmbench.config.cells import cell_name, config_hash, expand_cells, group_cells, needs_no_less, sweep_name
 from mlflow_llmbench.config.spec import cell_fields, parse
 from mlflow_llmbench.records.cell import Cell, as_text
 from mlflow_llmbench.records.results import ModelFacts
@@ -77,18 +77,18 @@ def test_another_attention_may_fit_where_one_did_not() -> None:
     """`eager` stores the whole score matrix, so `sdpa` may fit if `eager` did not. Loading needs the same for both."""
     eager, sdpa = (Cell(attention=attention, prompt_tokens=4096) for attention in ("eager", "sdpa"))
     assert not needs_no_less(sdpa, eager)
-    assert needs_no_less(sdpa, eager, of_any_shape=True)
+    assert needs_no_less(sdpa, eager, ignore_shape=True)
     assert needs_no_less(dataclasses.replace(eager, batch_size=2), eager)
 
 
 def test_a_smaller_budget_may_fit_where_a_larger_one_did_not() -> None:
     large, small = (Cell(quant="mixed", quant_budget=budget) for budget in ("7", "4.5"))
     for any_shape in (False, True):
-        assert not needs_no_less(small, large, of_any_shape=any_shape)
+        assert not needs_no_less(small, large, ignore_shape=any_shape)
 
 
 def test_more_threads_may_be_in_time_and_need_no_less_memory() -> None:
     one, two = (Cell(threads=threads) for threads in (1, 2))
     assert needs_no_less(two, one)
-    assert not needs_no_less(two, one, of_time=True)
-    assert needs_no_less(dataclasses.replace(one, output_tokens=one.output_tokens + 1), one, of_time=True)
+    assert not needs_no_less(two, one, compare_time=True)
+    assert needs_no_less(dataclasses.replace(one, output_tokens=one.output_tokens + 1), one, compare_time=True)

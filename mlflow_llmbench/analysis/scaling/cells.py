@@ -1,0 +1,140 @@
+"""Measured cells for the study of scaling: their variables, names, and groups that differ in one setting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ...records.cell import Cell, differing
+from ...records.metrics import PROMPT_TOKENS, TTFT
+from ...records.results import RunResult
+from ..comparison import UNNAMED
+from ..repetitions import PER_REPETITION, unit_values
+from ..summary import summarize
+from ..verdict import judge
+
+MEDIAN_TTFT = TTFT.key("p50")
+
+
+MOST_NAMED = 4
+"""Most models that a heading names."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A usable result with its summary metrics."""
+
+    result: RunResult
+    metrics: Mapping[str, float]
+
+    @property
+    def cell(self) -> Cell:
+        """The cell that was measured."""
+        return self.result.cell
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the loaded weights, by torch's name; empty if unknown."""
+        return str(self.result.load.facts.get("model.dtype", "")) if self.result.load else ""
+
+    def variable(self, name: str) -> float | None:
+        """Return a law's x: a setting, `parameters` in 10⁹, or `held_tokens` = batch · (prompt + output).
+
+        None if the number of parameters or of prompt tokens is unknown.
+        """
+        prompt = self.metrics.get(PROMPT_TOKENS.key())
+        if name == "parameters":
+            count = self.result.load.facts.get("model.parameters") if self.result.load else None
+            return float(count) / 1e9 if count else None
+        if name == "held_tokens":
+            return None if prompt is None else self.cell.batch_size * (prompt + self.cell.output_tokens)
+        return prompt if name == "prompt_tokens" else float(getattr(self.cell, name))
+
+    def values(self, metric: str) -> list[float]:
+        """Return the metric's values above 0, per repetition, or per process if there are several.
+
+        Empty for a metric that a run has only once.
+        """
+        of = PER_REPETITION.get(metric)
+        found = unit_values(self.result, of) if of else None
+        return [value for value in found or [] if value > 0]
+
+
+def select_usable(results: Sequence[RunResult]) -> tuple[list[Measured], list[str]]:
+    """Return the results with a valid or suspect verdict, and one line on each other result and why it is left out."""
+    kept, left_out = [], []
+    varied = varied_settings([result.cell for result in results])
+    for result in results:
+        metrics = summarize(result)
+        verdict_ = judge(result, metrics)
+        name = describe(result.cell, varied)
+        if verdict_.word == "invalid":
+            why = result.outcome if result.failure else ", ".join(reason.code for reason in verdict_.reasons)
+            left_out.append(f"{name}: {why}")
+        elif result.cell.batching:
+            left_out.append(f"{name}: a stream of requests; the laws hold for batches of one shape")
+        elif not result.repetitions:
+            left_out.append(f"{name}: no repetitions")
+        else:
+            kept.append(Measured(result, metrics))
+    return kept, left_out
+
+
+def varied_settings(cells: Sequence[Cell]) -> list[str]:
+    """Return the settings in which cells differ, without those that only control how long is measured."""
+    return differing(cells, UNNAMED)
+
+
+def describe(cell: Cell, names: Sequence[str]) -> str:
+    """Name a cell by the given settings: `opt-125m int8 batch_size=4`. Without any, by model and quantization."""
+    short = {"model": cell.model.rstrip("/").rsplit("/", 1)[-1], "quant": cell.quant}
+    return " ".join(short[name] if name in short else f"{name}={getattr(cell, name)}" for name in names or short)
+
+
+def models_text(cells: Sequence[Measured]) -> str:
+    """List the names of the cells' models, at most `MOST_NAMED` of them."""
+    names = list(dict.fromkeys(describe(measured.cell, ["model"]) for measured in cells))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def subject(cells: Sequence[Measured]) -> str:
+    """Name the cells by their models, and by their quantization if all have the same."""
+    quants = {measured.cell.quant for measured in cells}
+    return " ".join([models_text(cells), *(quants if len(quants) == 1 else ())])
+
+
+def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[str, list[Measured]]]:
+    """Yield (name, cells) of groups that differ only in the freed settings, on one machine with one software.
+
+    Groups are sorted by their settings and named by those that vary between them. Models share a group only if their
+    weights have the same dtype, since `none` can mean a different one for each, and, if prompts are as long as their
+    texts, only with the same workload.
+    """
+    fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
+    told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
+    machines = {measured.result.hashes.env for measured in cells}
+    across = "model" in freed
+    dtypes = {measured.dtype for measured in cells} if across else {""}
+    groups: dict[tuple[object, ...], list[Measured]] = {}
+    for measured in cells:
+        cell = measured.cell
+        own = (cell.workload if across and cell.prompt_tokens is None else "", measured.dtype if across else "")
+        key = (measured.result.hashes.env, *(getattr(cell, name) for name in fixed), *own)
+        groups.setdefault(key, []).append(measured)
+    for key in sorted(
+        groups,
+        key=lambda key: [
+            (isinstance(v, str), v is None, v or 0) if not isinstance(v, str) else (True, False, v) for v in key
+        ],
+    ):
+        first = groups[key][0]
+        where = describe(
+            first.cell,
+            [name for name in told if name != "revision"] or [name for name in ("model", "quant") if name not in freed],
+        )
+        yield (
+            where + (f" {key[-1]}" if len(dtypes) > 1 else "") + (f" on {key[0]}" if len(machines) > 1 else ""),
+            groups[key],
+        )

@@ -1,0 +1,80 @@
+"""Measure the champion and a candidate again on this machine, in alternating order, for a gate.
+
+Registered runs may be weeks old and from another machine, which a gate on them refuses. Measured again in alternating
+order, drift affects both sides alike and only their configurations differ. A software change that made both slower does
+not show up this way; it shows up in the registered runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..records.cell import Options
+from ..records.errors import MeasurementError, UsageError
+from ..records.results import RunResult
+from ..sweeps.progress import Watcher
+from ..sweeps.sweep import SweepResult
+from .ab import DEFAULT_PAIRS, measure_in_turns, sides
+from .reproduce import parameters_again, require_same, unlike_here
+
+
+@dataclass(frozen=True)
+class GateRemeasurement:
+    """Result of `remeasure`: the sweep of both sides, their new results, and notes on what differs from before."""
+
+    sweep: SweepResult
+    champion: RunResult
+    candidate: RunResult
+    notes: tuple[str, ...]
+
+
+def remeasure(
+    champion: RunResult,
+    candidate: RunResult,
+    *,
+    pairs: int = DEFAULT_PAIRS,
+    permissions: frozenset[str] = frozenset(),
+    output_dir: str | None = None,
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    watcher: Watcher | None = None,
+) -> GateRemeasurement:
+    """Measure the configurations of two results in `pairs` fresh processes each, in alternating order.
+
+    A side that fails is a result with its failure. `permissions` is as in `reproduce.parameters_again`. Raises
+    UsageError or NotComparable if a side cannot be rebuilt (see `reproduce.require_same`), MeasurementError if
+    interrupted.
+    """
+    for result in (champion, candidate):
+        if result.cell.scenario == "online":
+            server = f"The server {result.cell.url}" if result.cell.url else "A server that a command starts"
+            raise UsageError(
+                f"{server} is not started from here. Measure it with `llmbench online`, "
+                "and gate that run without --measure."
+            )
+    sides_of = [parameters_again(result, permissions) for result in (champion, candidate)]
+    for result, parameters in zip((champion, candidate), sides_of, strict=True):
+        require_same(result, parameters)
+    common = {name: value for name, value in sides_of[0].items() if name in Options.__dataclass_fields__}
+    common |= {"output_dir": [output_dir]} if output_dir else {}
+    a, b = (
+        {name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of
+    )
+    done = measure_in_turns(
+        a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
+    )
+    if done.outcome == "interrupted":
+        raise MeasurementError(f"The measurement was interrupted. The results so far are in {done.folder}.")
+    return GateRemeasurement(
+        done, *sides(done), tuple(_environment_notes({"champion": champion, "candidate": candidate}))
+    )
+
+
+def _environment_notes(before: Mapping[str, RunResult]) -> list[str]:
+    unlike = {name: ", ".join(map(str, unlike_here(result))) for name, result in before.items()}
+    return [
+        f"This machine or its software differs from where the {name} was measured before: {told}."
+        for name, told in unlike.items()
+        if told
+    ]
