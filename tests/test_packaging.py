@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 
 import mlflow_llmbench
 from mlflow_llmbench.cli.main import build_parser
-from mlflow_llmbench.config import choices, spec, training
+from mlflow_llmbench.config import spec, training
+from mlflow_llmbench.records import backends
 from mlflow_llmbench.workflows import study
 
 if sys.version_info >= (3, 11):
@@ -102,7 +103,7 @@ def test_every_requirement_is_pinned_once(python: str) -> None:
 
 def test_the_entry_points_are_the_table_of_backends() -> None:
     context = {"mlflow.run_context_provider": {"llmbench": "mlflow_llmbench.tracking.run_context:RunContext"}}
-    assert PROJECT["entry-points"] == {choices.BACKEND_ENTRY_POINTS: choices.BACKENDS, **context}
+    assert PROJECT["entry-points"] == {backends.ENTRY_POINTS: backends.BACKENDS, **context}
     assert PROJECT["scripts"] == {"llmbench": "mlflow_llmbench.cli.main:main"}
 
 

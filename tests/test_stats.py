@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats as reference
 
 from mlflow_llmbench import stats
+from mlflow_llmbench.records.verdicts import PERCENTILE_SUPPORT
+from mlflow_llmbench.stats import bootstrap
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 4, 10, 29, 30, 31, 40, 60, 120, 1000])
@@ -90,7 +92,7 @@ def test_support_of_percentiles(n: int, q: int, enough: bool) -> None:
 
 
 def test_support_is_the_formula_of_wilks() -> None:
-    for q, n in stats.PERCENTILE_SUPPORT.items():
+    for q, n in PERCENTILE_SUPPORT.items():
         if q > 50:
             assert n == math.ceil(math.log(0.05) / math.log(q / 100))
 
@@ -153,14 +155,14 @@ def test_resampling_has_the_published_standard_errors() -> None:
     """Efron & Tibshirani (1993), table 2.2, infinitely many resamples, treated mice: mean 23.36, median 37.83."""
     data = np.array(MOUSE_TREATMENT, float)
     for statistic, error in (("mean", 23.36), ("median", 37.83)):
-        assert stats._resample(data, statistic, 200_000, 1).std() == pytest.approx(error, rel=0.005)
+        assert bootstrap._resample(data, statistic, 200_000, 1).std() == pytest.approx(error, rel=0.005)
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 4.0, 8.0, 16.0], [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]])
 def test_the_median_is_drawn_from_its_exact_distribution(values: list[float]) -> None:
     """Compare with all nⁿ resamples, written out; the shares deviate by at most Kolmogorov's 1.63/√N at 99 %."""
     every = np.median(np.array(list(itertools.product(values, repeat=len(values)))), axis=1)
-    drawn = stats._resample(np.array(values), "median", 40_000, 2)
+    drawn = bootstrap._resample(np.array(values), "median", 40_000, 2)
     points = np.unique(every)
     shares = [np.searchsorted(np.sort(sample), points, side="right") / sample.size for sample in (every, drawn)]
     assert set(np.unique(drawn)) <= set(points)
@@ -259,7 +261,7 @@ def test_blocks_are_summed_as_if_written_out() -> None:
     ring = np.concatenate([series, series[:9]])
     starts = np.array([[0, 100, 7, 3, 50, 60, 70, 80, 90, 95, 102]])
     written = np.concatenate([ring[s : s + 10] for s in starts[0]])[:103]
-    assert stats._block_means(ring, 103, 10, starts) == pytest.approx([written.mean()])
+    assert bootstrap._block_means(ring, 103, 10, starts) == pytest.approx([written.mean()])
 
 
 def test_a_hundred_thousand_samples_take_two_seconds_and_little_memory() -> None:

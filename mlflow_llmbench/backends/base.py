@@ -10,15 +10,16 @@ tens of microseconds late; a call costs a third of a microsecond.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ..config.choices import known_backends
+from ..records.backends import Capabilities as Capabilities
+from ..records.backends import Distribution as Distribution
+from ..records.backends import Serving as Serving
+from ..records.backends import load_class
 from ..records.cell import Cell
-from ..records.errors import UsageError
 from ..records.results import LoadInfo, ModelFacts, RequestRecord, ServerReading
 
 if TYPE_CHECKING:
@@ -51,23 +52,6 @@ The memory has the fields of `memory.HostMemory`; it is None if it cannot be rea
 
 LOCAL_FILES = ("folder", "gguf")
 """Model sources that are the user's own local files. Nothing is fetched, and other machines may not have them."""
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """Declared features of a backend; they are never guessed from its name."""
-
-    tokenizer: bool = False  # `encode` and `decode` work
-    logits: bool = False  # `logits` works, so quality can be measured
-    heavy: tuple[str, ...] = ()  # modules to import before the *baseline* stage
-    variables: tuple[tuple[str, str], ...] = ()  # environment variables of the worker, set before these imports
-    harness: bool = False  # `language_model` works, so lm-eval tasks can be run
-    conversations: bool = False  # `encode_turns` and `new_history` work, and `generate` takes a history
-    online: bool = False  # a server that takes loads of requests, see `ServerBackend`
-    padding: bool = False  # `generate` takes prompts of unequal lengths
-    continuous: bool = False  # batches requests as they arrive, see `EngineBackend`
-    decodes: tuple[str, ...] = ("generate",)  # values of `decode`; a backend with more is a `DecodingBackend`
-    kv_caches: tuple[str, ...] = ()  # values of `kv_cache` besides auto
 
 
 @dataclass(frozen=True)
@@ -261,17 +245,8 @@ class EngineBackend(Backend, Protocol):
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Return the class of a backend by its name. Raises UsageError if it is unknown or cannot be imported."""
-    known = known_backends()
-    if name not in known:
-        raise UsageError(f"Unknown backend: {name}. Known: {', '.join(sorted(known))}.")
-    module, _, attribute = known[name].partition(":")
-    try:
-        found: type[Backend] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"Backend {name} cannot be imported from {known[name]}: {error}. Check the package that declares it."
-        ) from None
+    """Return the class of a backend by its name. Raises UsageError as `records.backends.load_class` does."""
+    found: type[Backend] = load_class(name)
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..records.cell import Cell
 from ..records.errors import LlmbenchError, MeasurementError, UsageError, first_line
+from ..records.quantizations import GGUF_QUANTIZATIONS, QUANTIZATIONS
 from ..records.results import LoadInfo, ModelFacts
 from .base import Capabilities, DeviceMemory, Emit, History, NothingToFetch
 
@@ -21,7 +22,9 @@ It calls `emit(ids)` with one id per prompt as soon as they are there.
 class CallbackBackend(NothingToFetch):
     """Calls the function that it is given; there is nothing to load."""
 
-    capabilities = Capabilities()
+    capabilities = Capabilities(  # `quant` is a label of what the function runs
+        quantizations=tuple(quant for quant in QUANTIZATIONS if quant not in GGUF_QUANTIZATIONS)
+    )
     device = "cpu"
 
     @classmethod

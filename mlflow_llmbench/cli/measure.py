@@ -14,6 +14,7 @@ from ..config.spec import COMMANDS as PARAMETERS_OF
 from ..config.spec import parse, read_yaml
 from ..config.training import NAMES, TRAINING, parse_training
 from ..config.training import default_text as training_default
+from ..records.backends import SERVER_BACKEND
 from ..records.cell import PARAMETERS, Cell
 from ..records.redaction import redact
 from .options import Parser, _add_parameter, _add_parameters
@@ -105,7 +106,7 @@ def _parameters(given: argparse.Namespace) -> dict[str, object]:
     parameters: dict[str, object] = read_yaml(given.config) if given.config else {}
     parameters |= {name: value for name in PARAMETERS if (value := getattr(given, name, None)) is not None}
     if given.command == "online":
-        parameters.setdefault("backend", "openai")
+        parameters.setdefault("backend", SERVER_BACKEND)
     parse(parameters)
     return parameters
 

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..records.cell import MEANT_WITH, PARAMETERS, Cell, as_text
-from ..records.quantizations import GPTQ_BITS, LLAMA_CPP, MIXED, backend_of
+from ..records.backends import backend_of, capabilities_of
+from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, PARAMETERS, Cell, as_text
+from ..records.quantizations import GPTQ_BITS, MIXED
 from ..records.redaction import escape_controls, redact
 from ..records.results import ModelFacts, hash16
 from .server_command import offline_quant
-from .spec import TWINS, BenchSpec, cell_fields
+from .spec import BenchSpec, cell_fields
 
 LOADED = (
     "model", "weights", "revision", "backend", "quant", "group_size", "quant_budget", "quant_plan", "int8_threshold",
@@ -53,14 +54,16 @@ class Group:
 def expand_cells(spec: BenchSpec) -> list[Cell]:
     """Return the product of all lists, in the given order. Cells that differ in nothing meaningful are merged.
 
-    A quantization of llama.cpp gets its own backend.
+    A quantization that the requested backend lacks gets the delegate that has it.
     """
     names = list(spec.axes)
     products: Iterable[tuple[Any, ...]] = itertools.product(*spec.axes.values())
     cells = [Cell(**dict(zip(names, values, strict=True))) for values in products]
     cells = [_settled(dataclasses.replace(cell, backend=backend_of(cell.backend, cell.quant))) for cell in cells]
     return list(
-        dict.fromkeys(without_server(cell) if cell.launch and cell.backend != "openai" else cell for cell in cells)
+        dict.fromkeys(
+            without_server(cell) if cell.launch and not capabilities_of(cell.backend).online else cell for cell in cells
+        )
     )
 
 
@@ -72,17 +75,16 @@ def _settled(cell: Cell) -> Cell:
 
 def _idle(cell: Cell) -> set[str]:
     """Return the parameters without meaning for a cell: of another backend, quantization, or value of a setting."""
-    others = {name for name, (parameter, values) in MEANT_WITH.items() if getattr(cell, parameter) not in values}
-    return others | {
-        *(LLAMA_CPP if cell.backend != "llama_cpp" else ()),
-        *(MIXED_PARAMETERS if cell.quant != MIXED else ()),
-    }
+    others = {name for name, (parameter, values) in DEPENDS_ON.items() if getattr(cell, parameter) not in values}
+    foreign = {*BACKEND_SPECIFIC} - {*capabilities_of(cell.backend).parameters}
+    return others | foreign | {*(MIXED_PARAMETERS if cell.quant != MIXED else ())}
 
 
 def without_server(cell: Cell) -> Cell:
     """Return the same model, quantization and lengths without a server: its users become the rows of one batch."""
     of_servers = {f.name: f.default for f in dataclasses.fields(Cell) if "offline" not in f.metadata["scenarios"]}
-    own = {"backend": TWINS[0], "quant": offline_quant(cell.quant), "batch_size": cell.concurrency}
+    backend, quant = capabilities_of(cell.backend).offline_baseline or cell.backend, offline_quant(cell.quant)
+    own = {"backend": backend_of(backend, quant), "quant": quant, "batch_size": cell.concurrency}
     return dataclasses.replace(cell, **of_servers, **own)  # type: ignore[arg-type]
 
 
@@ -136,7 +138,7 @@ def config_hash(cell: Cell, model: ModelFacts) -> str:
     idle = _idle(cell) | {
         # Older identities lack these, so they are left out at their defaults.
         name
-        for name in (*MEANT_WITH, "kv_cache")
+        for name in (*DEPENDS_ON, "kv_cache")
         if getattr(cell, name) == PARAMETERS[name].default
     }
     decisive = {f.name: getattr(cell, f.name) for f in fields if f.name not in idle}

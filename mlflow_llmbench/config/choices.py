@@ -1,31 +1,17 @@
-"""Words that parameters accept: backends, workloads, arrival processes, and the like."""
+"""Words that parameters accept: workloads, arrival processes, decode paths, and the like."""
 
 from __future__ import annotations
-
-from importlib import metadata
 
 from ..records.cell import DRAWN, SPECULATIVE
 from ..records.quantizations import QUANTIZATIONS
 
-BACKENDS = {
-    "transformers": "mlflow_llmbench.backends.huggingface.backend:TransformersBackend",
-    "llama_cpp": "mlflow_llmbench.backends.llamacpp.backend:LlamaCppBackend",
-    "vllm": "mlflow_llmbench.backends.vllm:VllmBackend",
-    "openvino": "mlflow_llmbench.backends.openvino.backend:OpenVinoBackend",
-    "fake": "mlflow_llmbench.backends.fake:FakeBackend",
-    "openai": "mlflow_llmbench.backends.openai.backend:OpenAIBackend",
-    "callback": "mlflow_llmbench.backends.callback:CallbackBackend",
-}
-"""Name → `module:class`. The same table is declared as entry points; this one works in an uninstalled checkout."""
-
-BACKEND_ENTRY_POINTS = "mlflow_llmbench.backends"
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
 HISTORIES = ("none", "recomputed", "kept", "sent")
 BATCHINGS = ("static", "dynamic", "continuous")
 DECODES = ("generate", "compiled", *SPECULATIVE)
 QUALITIES = {"none": "none", "auto": "auto", "true": "auto", "false": "none"}
 BUNDLED_TEXT = "bundled"
-LEAST_TEXT_TOKENS = 512
+MIN_TEXT_TOKENS = 512
 """Minimum tokens of a text for perplexity. A file with fewer bytes cannot have them."""
 
 ENDPOINTS = ("completions", "chat")
@@ -52,12 +38,3 @@ SLOS: dict[str, dict[str, str]] = {
     "llama3.1-8b-interactive": {"slo_ttft_ms": "500", "slo_tpot_ms": "30"},
 }
 """MLPerf Inference benchmark → its server scenario limits (mlperf.conf), which hold there for 99 % of requests."""
-
-
-def known_backends() -> dict[str, str]:
-    """Return all backends with their `module:class`: ours, and those that installed packages declare."""
-    return BACKENDS | {
-        entry.name: entry.value
-        for entry in metadata.entry_points(group=BACKEND_ENTRY_POINTS)
-        if entry.name not in BACKENDS
-    }

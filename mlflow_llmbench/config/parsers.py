@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..records.backends import BACKENDS, known_backends
 from ..records.errors import UsageError
 from ..records.quantizations import KV_CACHES, QUANTIZATIONS
 from ..records.redaction import CONTROLS, redact
@@ -18,18 +19,16 @@ from . import server_command
 from .choices import (
     ARRIVALS,
     ATTENTIONS,
-    BACKENDS,
     BATCHINGS,
     BUNDLED_TEXT,
     DECODES,
     ENDPOINTS,
     GRIDS,
     HISTORIES,
-    LEAST_TEXT_TOKENS,
+    MIN_TEXT_TOKENS,
     QUALITIES,
     SLOS,
     WORKLOADS,
-    known_backends,
 )
 
 
@@ -171,10 +170,10 @@ def _parse_text_file(name: str, text: str) -> str:
         return BUNDLED_TEXT
     if not os.path.isfile(text):  # Path.is_file raises for a name that is too long
         raise UsageError(f"There is no text file {text}. Give {name} a plain text file, or {BUNDLED_TEXT}.")
-    if Path(text).stat().st_size < LEAST_TEXT_TOKENS:
+    if Path(text).stat().st_size < MIN_TEXT_TOKENS:
         raise UsageError(
             f"{text} is too short for a perplexity: {Path(text).stat().st_size} bytes. "
-            f"Give at least {LEAST_TEXT_TOKENS} tokens of text."
+            f"Give at least {MIN_TEXT_TOKENS} tokens of text."
         )
     try:
         Path(text).read_text(encoding="utf-8")

@@ -12,23 +12,20 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..records.backends import capabilities_of
 from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, default_text
 from ..records.errors import UsageError
-from ..records.quantizations import QUANTIZATIONS
 from .choices import GRIDS, SLOS
 from .parsers import PARSERS, _nearest, _parse_choice
-from .validation import check_find, check_place, check_together, check_twin
+from .validation import check_find, check_offline_baseline, check_place, check_together
 
-LOCAL = (
+IN_PROCESS_ONLY = (
     "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant",
     "batch_size", "device", "threads", "gpu_layers", "kv_cache", "mmap", "attention", "decode", "assistant",
     "draft_tokens", "trust_remote_code", "allow_pickle", "preset", "on", "force", "memory_limit", "quality",
     "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that have no meaning if another process runs the model."""
-
-TWINS = ("transformers", "openai")
-"""Backends of `twin`: the model in this process, and the model behind its server."""
 
 SERVERS = ("url", "launch")
 """Parameters that name the server to measure; one of them is given."""
@@ -40,7 +37,7 @@ COMMANDS = {
         *(
             name
             for name, f in PARAMETERS.items()
-            if name not in (*LOCAL, *SERVERS) and "online" in f.metadata["scenarios"]
+            if name not in (*IN_PROCESS_ONLY, *SERVERS) and "online" in f.metadata["scenarios"]
         ),
     ),
     "qat": (
@@ -116,8 +113,9 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
     if options["find"]:
         check_find(axes, bool(options["twin"]))
     if options["twin"]:
-        check_twin(axes, QUANTIZATIONS)
-        axes["backend"] = TWINS
+        check_offline_baseline(axes)
+        server = str(axes["backend"][0])
+        axes["backend"] = (capabilities_of(server).offline_baseline, server)
     check_together(axes)
     check_place(axes, str(options["on"]))
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]

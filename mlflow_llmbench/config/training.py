@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..records import cell
-from ..records.cell import Cell, Options, parameter
+from ..records.cell import Cell, Options
 from ..records.errors import UsageError
+from ..records.parameter import Parameter
 from . import spec
 from .choices import BUNDLED_TEXT, WORKLOADS
 from .parsers import PARSERS
@@ -40,37 +41,37 @@ BEYOND = 1.4
 class Training:
     """Parameters that only a training has; the others are those of a cell, `COMMANDS["qat"]`."""
 
-    data: str = parameter(
+    data: str = Parameter(
         BUNDLED_TEXT,
         "text to learn from: a text file, a JSON Lines file (text or prompt on each line), bundled, or a bundled "
         "prompt set; separate several by commas",
-        kind="data",
-    )
-    steps: int = parameter(100, "steps of the optimizer", kind="count", high=10_000_000)
-    learning_rate: float = parameter(5e-5, "peak learning rate of Adam", kind="number", low=1e-9, high=1)
-    batch_size: int = parameter(
-        4, "sequences per step; computed one after another, so memory does not grow", kind="count", high=65536
-    )
-    sequence_tokens: int = parameter(128, "tokens per sequence", kind="count", low=8, high=1_000_000)
-    loss: str = parameter(
+        "data",
+    ).field()
+    steps: int = Parameter(100, "steps of the optimizer", "count", high=10_000_000).field()
+    learning_rate: float = Parameter(5e-5, "peak learning rate of Adam", "number", low=1e-9, high=1).field()
+    batch_size: int = Parameter(
+        4, "sequences per step; computed one after another, so memory does not grow", "count", high=65536
+    ).field()
+    sequence_tokens: int = Parameter(128, "tokens per sequence", "count", low=8, high=1_000_000).field()
+    loss: str = Parameter(
         "distill",
         "distill = KL divergence from the unquantized model's next-token distribution; lm = cross-entropy of the next "
         "token",
-        kind="loss",
-    )
-    held_out: float = parameter(
+        "loss",
+    ).field()
+    held_out: float = Parameter(
         0.2,
         "share of the data, at the end of each part, that is never trained on and measures quality",
-        kind="number",
+        "number",
         low=0.01,
         high=0.9,
-    )
-    freeze_embeddings: bool = parameter(
-        True, "do not train the embeddings and the output head: int4-wo does not quantize them", kind="flag"
-    )
-    output: str | None = parameter(
-        None, "new folder for the trained checkpoint; none = in the results folder", kind="text", unset="none"
-    )
+    ).field()
+    freeze_embeddings: bool = Parameter(
+        True, "do not train the embeddings and the output head: int4-wo does not quantize them", "flag"
+    ).field()
+    output: str | None = Parameter(
+        None, "new folder for the trained checkpoint; none = in the results folder", "text", unset="none"
+    ).field()
 
 
 TRAINING: dict[str, Field[Any]] = {f.name: f for f in dataclasses.fields(Training)}

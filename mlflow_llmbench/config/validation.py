@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from ..records.cell import DRAWN, LENGTHS, MEANT_WITH, PARAMETERS, as_text
+from ..records.backends import (
+    BACKENDS,
+    RUNTIMES,
+    SERVER_BACKEND,
+    Capabilities,
+    backend_of,
+    capabilities_of,
+    library_of,
+)
+from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, DRAWN, LENGTHS, PARAMETERS, Cell, as_text
 from ..records.errors import UsageError
-from ..records.quantizations import GGUF_QUANTIZATIONS, GROUPED, LLAMA_CPP, MIXED, backend_of
+from ..records.quantizations import GROUPED, MIXED
 from . import server_command
 
 
@@ -14,7 +23,7 @@ def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Check a cell's parameters together. Raises UsageError on the first contradiction."""
     if "random" in axes["weights"]:
         texts = [w for w in axes["workload"] if w not in DRAWN]
-        if texts and "fake" not in axes["backend"]:
+        if texts and not _capabilities(axes).scripted:
             raise UsageError(
                 f"workload={texts[0]} needs a tokenizer, and weights=random has none. "
                 "Use workload=synthetic with random weights, or weights=hub."
@@ -32,7 +41,7 @@ def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
         )
     _check_online(axes)
     _check_batching(axes)
-    _check_llama_cpp(axes)
+    _check_backend(axes)
     _check_decoding(axes)
     _check_mixed(axes)
 
@@ -63,7 +72,7 @@ def _check_mixed(axes: Mapping[str, tuple[object, ...]]) -> None:
 
 def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse settings of a quantization or decode path that is not asked for, and what only plain decoding supports."""
-    for name, (parameter, values) in MEANT_WITH.items():
+    for name, (parameter, values) in DEPENDS_ON.items():
         if axes[name] != (PARAMETERS[name].default,) and not set(axes[parameter]) & set(values):
             raise UsageError(
                 f"{name} is a setting of {parameter}={','.join(values)}. Add {parameter}={values[0]}, or leave it out."
@@ -92,34 +101,78 @@ def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
         )
 
 
-def _check_llama_cpp(axes: Mapping[str, tuple[object, ...]]) -> None:
-    """Refuse quantizations and settings of llama.cpp where another backend runs the cell."""
+def _capabilities(axes: Mapping[str, tuple[object, ...]]) -> Capabilities:
+    """Return what the requested backend declares: the last one, since `twin` adds another before it."""
+    return capabilities_of(str(axes["backend"][-1]))
+
+
+def _check_backend(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse quantizations and backend-specific parameters that the backend of a cell does not declare."""
     backend, quants = str(axes["backend"][0]), [str(quant) for quant in axes["quant"]]
-    packed = [quant for quant in quants if quant in GGUF_QUANTIZATIONS]
-    if packed and backend not in ("transformers", "llama_cpp") and axes["launch"] == (None,):
+    runners = {quant: backend_of(backend, quant) for quant in quants}
+    declared = {runner: capabilities_of(runner) for runner in runners.values()}
+    for quant, runner in runners.items():
+        own = declared[runner]
+        if quant not in own.quantizations and not own.online and axes["launch"] == (None,):
+            other = next(name for name in RUNTIMES if quant in capabilities_of(name).quantizations)
+            raise UsageError(
+                f"quant={quant} is a quantization of {library_of(other)}, not of backend={backend}. "
+                f"Give backend={other}, or quant={','.join(own.quantizations)}."
+            )
+    for name in BACKEND_SPECIFIC:
+        if axes[name] != (PARAMETERS[name].default,) and any(name not in own.parameters for own in declared.values()):
+            other = next(known for known in BACKENDS if name in capabilities_of(known).parameters)
+            raise UsageError(
+                f"{name} is a setting of {library_of(other)}, which does not run every cell. "
+                f"Give backend={other}, or leave it out."
+            )
+
+
+def check_declared(cell: Cell) -> None:
+    """Refuse what the backend of a cell does not declare. Raises UsageError.
+
+    Without this check something else could be measured under the requested name.
+    """
+    backend, own = cell.backend, capabilities_of(cell.backend)
+    library = library_of(backend)
+    if cell.quant not in own.quantizations and not own.online:
         raise UsageError(
-            f"quant={packed[0]} is a quantization of llama.cpp, not of backend={backend}. Give backend=llama_cpp."
+            f"{library} has no quant={cell.quant}. With backend={backend} use {', '.join(own.quantizations)}."
         )
-    own = [name for name in LLAMA_CPP if axes[name] != (PARAMETERS[name].default,)]
-    if own and any(backend_of(backend, quant) != "llama_cpp" for quant in quants):
+    if cell.weights == "random" and not own.random_weights:
+        raise UsageError(f"backend={backend} has no weights=random. Use weights=hub.")
+    if cell.attention not in own.attentions:
         raise UsageError(
-            f"{own[0]} is a setting of llama.cpp, which does not run every cell. "
-            "Give backend=llama_cpp, or leave it out."
+            f"{library} has no attention={cell.attention}. Use attention={','.join(own.attentions)}."
+            if len(own.attentions) > 1
+            else f"backend={backend} has its own attention, so attention={cell.attention} cannot be used. Leave it out."
+        )
+    if cell.decode not in own.decodes:
+        raise UsageError(f"backend={backend} has no decode={cell.decode}. Use decode={','.join(own.decodes)}.")
+    if cell.history in ("recomputed", "kept") and not own.conversations:
+        raise UsageError(
+            f"backend={backend} cannot be measured turn by turn with history={cell.history}. Use history=none."
+        )
+    if cell.batching == "continuous" and not own.continuous:
+        raise UsageError(f"backend={backend} has no batching=continuous. Use batching=static or dynamic.")
+    if cell.kv_cache is not None and cell.kv_cache not in own.kv_caches:
+        raise UsageError(
+            f"backend={backend} has no kv_cache={cell.kv_cache}. Use kv_cache={','.join(['auto', *own.kv_caches])}."
         )
 
 
 def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Require a server and its backend together, and refuse parameters that exclude each other."""
-    server, backend = axes["url"][0] or axes["launch"][0], axes["backend"][-1]
-    if server and backend != "openai":
+    server, backend, online = axes["url"][0] or axes["launch"][0], axes["backend"][-1], _capabilities(axes).online
+    if server and not online:
         which = "url" if axes["url"][0] else "launch"
         raise UsageError(
             f"{which} is given, and backend={backend} runs the model in this process. "
-            "Add backend=openai, or use `llmbench online`."
+            f"Add backend={SERVER_BACKEND}, or use `llmbench online`."
         )
-    if backend == "openai" and not server:
+    if online and not server:
         raise UsageError(
-            "backend=openai needs the address of a server. Give url=http://127.0.0.1:8000, or launch=COMMAND."
+            f"backend={backend} needs the address of a server. Give url=http://127.0.0.1:8000, or launch=COMMAND."
         )
     given = [
         name
@@ -132,7 +185,7 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     rates = [rate for rate in axes["request_rate"] if rate is not None]
     if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
         raise UsageError("request_rate is for an open loop and concurrency for a closed one. Give one of them.")
-    _check_dialogues(axes)
+    _check_conversations(axes)
     _check_trace(axes)
     top = axes["ramp_to"][0]
     if top is not None and not all(isinstance(rate, float) and rate < float(str(top)) for rate in axes["request_rate"]):
@@ -167,18 +220,18 @@ def _check_launch(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError("url is for a running server, and launch starts one. Give one of them.")
     if None in axes["launch"]:
         raise UsageError("launch=none starts no server to measure. Leave none out of the list.")
-    deaf = next((command for command in commands if not server_command.takes(command, "quant")), None)
-    if axes["quant"] != ("none",) and deaf:
+    without_quant = next((command for command in commands if not server_command.takes(command, "quant")), None)
+    if axes["quant"] != ("none",) and without_quant:
         asked = ",".join(map(str, axes["quant"]))
         raise UsageError(
-            f"quant={asked} is asked for, and the server is not told: {deaf[:100]}. "
+            f"quant={asked} is asked for, and the server is not told: {without_quant[:100]}. "
             "Add its option for it with {quant}."
         )
 
 
-def check_twin(axes: Mapping[str, tuple[object, ...]], quantizations: Sequence[str]) -> None:
+def check_offline_baseline(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Require that `twin` compares a launched server with one batch of one length, in a quantization we can load."""
-    if axes["launch"] == (None,) or axes["backend"] != ("openai",):
+    if axes["launch"] == (None,) or not _capabilities(axes).offline_baseline:
         raise UsageError(
             "twin measures a server that launch starts, and the same without it. "
             "Give launch=COMMAND, or leave twin out."
@@ -197,6 +250,9 @@ def check_twin(axes: Mapping[str, tuple[object, ...]], quantizations: Sequence[s
             "twin compares with one batch of one length, as many rows as concurrency, and "
             f"{given[0]} does not fit that. Leave one of them out."
         )
+    baseline = capabilities_of(_capabilities(axes).offline_baseline)
+    known = (baseline, *map(capabilities_of, baseline.delegates))
+    quantizations = list(dict.fromkeys(quant for own in known for quant in own.quantizations))
     unknown = next(
         (quant for quant in axes["quant"] if server_command.offline_quant(str(quant)) not in quantizations), None
     )
@@ -209,7 +265,7 @@ def check_twin(axes: Mapping[str, tuple[object, ...]], quantizations: Sequence[s
 
 def check_find(axes: Mapping[str, tuple[object, ...]], twin: bool) -> None:
     """Require SLOs to meet and a server, and refuse every load but one request rate to start from."""
-    if axes["backend"] != ("openai",):
+    if not _capabilities(axes).online:
         raise UsageError("find=goodput sends requests to a server. Give url=http://… or launch=COMMAND.")
     if all(axes[name] == (None,) for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")):
         raise UsageError(
@@ -224,7 +280,7 @@ def check_find(axes: Mapping[str, tuple[object, ...]], twin: bool) -> None:
         )
 
 
-def _check_dialogues(axes: Mapping[str, tuple[object, ...]]) -> None:
+def _check_conversations(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Require history=sent, endpoint=chat and a closed loop for conversations with a server, a server for `sent`."""
     server, histories = axes["url"][0] or axes["launch"][0], axes["history"]
     own = [history for history in histories if history in ("recomputed", "kept")]

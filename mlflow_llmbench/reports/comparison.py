@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from ..analysis.comparison import Comparison, interval_text, percent_text, ratio_text, sentence, units_text
 from ..records.text import number_text
-from .markup import markdown, markdown_table
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+from .escaping import markdown, plain
+from .tables import markdown_table, p_text, text_table
 
 
 def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -37,9 +33,9 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
             number_text(effect.b * scale),
             ratio_text(effect),
             interval_text(effect),
-            _p(effect.p_holm),
+            p_text(effect.p_holm),
         ]
-        body.append([*line, *([_p(effect.p_ranks)] if with_ranks else []), effect.effect])
+        body.append([*line, *([p_text(effect.p_ranks)] if with_ranks else []), effect.effect])
     return heading, body
 
 
@@ -59,15 +55,8 @@ def _method(comparison: Comparison) -> str:
 def format_comparison(comparison: Comparison) -> str:
     """The comparison for a terminal: the sentence, the table, and the method."""
     heading, body = comparison_cells(comparison)
-    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
-    last = len(heading) - 1
-
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join(
-            c.ljust(w) if i in (0, last) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-
-    return "\n".join([sentence(comparison), "", line(heading), *map(line, body), "", _method(comparison)])
+    table = text_table(heading, body, range(1, len(heading) - 1))
+    return "\n".join([plain(sentence(comparison)), "", table, "", _method(comparison)])
 
 
 def comparison_markdown(comparison: Comparison) -> str:

@@ -12,6 +12,7 @@ from ..analysis.scaling.study import Study
 from ..analysis.summary import statistics_cells, summarize
 from ..analysis.verdict import judge
 from ..measure.journal import samples_csv, write_bytes, write_json
+from ..records.backends import recorded_capabilities
 from ..records.redaction import redact_all
 from ..records.results import RunResult
 from . import html, mixed_plan, sweep
@@ -22,10 +23,11 @@ from .charts.comparison import draw_comparisons
 from .charts.study import draw_figures
 from .charts.sweep import draw_sweep
 from .comparison import comparison_json, comparison_markdown
-from .markup import csv_table, markdown, quotation
-from .result import Row, config_parameters, config_yaml, report_markdown, split_table, summary_table, table_cells
+from .escaping import markdown, quotation
+from .result import Row, config_parameters, config_yaml, report_markdown, summary_table, table_cells
 from .scaling import study_json, study_markdown
 from .study import Drawn, study_page
+from .tables import csv_table, split_table
 
 
 def write_cell(result: RunResult, folder: Path) -> None:
@@ -65,7 +67,9 @@ def draw_cell(result: RunResult, folder: Path) -> list[Path]:
 def parameters_of(result: RunResult) -> dict[str, str]:
     """Return the requested parameters for config.yaml, with `revision` replaced by the commit that it resolved to."""
     from_hub = (
-        result.model.source in ("hub", "preset") and result.cell.weights != "random" and result.cell.backend != "fake"
+        result.model.source in ("hub", "preset")
+        and result.cell.weights != "random"
+        and not recorded_capabilities(result.cell.backend).scripted
     )
     resolved = {"revision": result.model.revision} if from_hub else {}
     quality: dict[str, object] = {}

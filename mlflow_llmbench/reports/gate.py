@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 from ..analysis.comparison import SIGNIFICANCE
 from ..analysis.decisions.gate import INVALID, NOT_COMPARABLE, REGRESSED, Check, Gate
 from ..records.metrics import KEYS
-from .markup import markdown, markdown_table
+from .escaping import markdown, plain
+from .tables import markdown_table, p_text, range_text, text_table
 
 WORDS = {"pass": "PASSED", "regression": "REGRESSION", NOT_COMPARABLE: "NOT COMPARABLE", INVALID: "INVALID"}
 HEADING = ["metric", "champion", "candidate", "worse by", "95 % interval of the ratio", "p (Holm)", "limit", ""]
@@ -22,8 +23,8 @@ def gate_cells(checks: Sequence[Check]) -> list[list[str]]:
             _value(check.key, check.a),
             _value(check.key, check.b),
             check.worse_text(),
-            _interval(check),
-            _p(check.p_holm),
+            range_text(check.low, check.high),
+            p_text(check.p_holm),
             check.limit_text(),
             check.state,
         ]
@@ -33,18 +34,10 @@ def gate_cells(checks: Sequence[Check]) -> list[list[str]]:
 
 def format_gate(gate: Gate, champion: str, candidate: str) -> str:
     """Format the gate for a terminal: the verdict, the table, the notes."""
-    lines = [f"{WORDS[gate.verdict]}: {candidate} against {champion}. {gate.why}"]
+    lines = [plain(f"{WORDS[gate.verdict]}: {candidate} against {champion}. {gate.why}")]
     if gate.checks:
-        body = [HEADING, *gate_cells(gate.checks)]
-        widths = [max(len(line[i]) for line in body) for i in range(len(HEADING))]
-        lines.append("")
-        lines += [
-            "  ".join(
-                c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in body
-        ]
-    return "\n".join([*lines, *(["", *gate.notes] if gate.notes else [])])
+        lines += ["", text_table(HEADING, gate_cells(gate.checks), range(1, 7))]
+    return "\n".join([*lines, *(["", *map(plain, gate.notes)] if gate.notes else [])])
 
 
 def gate_markdown(gate: Gate, champion: str, candidate: str) -> str:
@@ -69,7 +62,7 @@ def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
     counts = {"tests": str(len(gate.checks) or 1), "failures": str(failures), "errors": str(errors)}
     suites = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(
-        suites, "testsuite", {"name": f"llmbench gate: {candidate} against {champion}", **counts}
+        suites, "testsuite", {"name": plain(f"llmbench gate: {candidate} against {champion}"), **counts}
     )
     for check in gate.checks:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "llmbench.gate", "name": check.key})
@@ -78,11 +71,11 @@ def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
             failure = ElementTree.SubElement(case, "failure", {"message": message, "type": "regression"})
             failure.text = (
                 f"champion {_value(check.key, check.a)}, candidate {_value(check.key, check.b)}, "
-                f"ratio {_interval(check)}, p {_p(check.p_holm)}"
+                f"ratio {range_text(check.low, check.high)}, p {p_text(check.p_holm)}"
             )
     if errors:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "llmbench.gate", "name": "comparison"})
-        ElementTree.SubElement(case, "error", {"message": gate.why, "type": gate.verdict})
+        ElementTree.SubElement(case, "error", {"message": plain(gate.why), "type": gate.verdict})
     ElementTree.indent(suites)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
 
@@ -93,11 +86,3 @@ def _value(key: str, value: float) -> str:
         return f"{value / 1e9:.4g} GB"
     unit = metric.unit if metric is not None and metric.unit != "0–1" else ""
     return f"{value:.4g} {unit}".strip()
-
-
-def _interval(check: Check) -> str:
-    return "–" if check.low is None or check.high is None else f"{check.low:.3f} to {check.high:.3f}"
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"

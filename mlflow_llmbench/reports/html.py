@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from .. import __version__
 from ..records.verdicts import REASONS
-from .markup import html
-from .sweep import AGAIN, ALIKE, Overview, Table, chart_name
+from .escaping import html
+from .sweep import AGAIN, ALIKE, Overview, chart_name
+from .tables import Table
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 

@@ -11,8 +11,9 @@ from typing import Any
 from ..records.mixed_plan import QUANTIZED, Block, QuantPlan
 from ..records.quantizations import COLOURS
 from ..stats import t_interval
-from .charts.style import GREY, INK, WIDTH, _figure, _plain_numbers, _put_legend, _save, _style
-from .markup import markdown, markdown_table
+from .charts.style import GREY, INK, WIDTH, chart_style, new_figure, plain_numbers, put_legend, save_figure
+from .escaping import markdown
+from .tables import markdown_table
 
 
 def plan_markdown(plan: QuantPlan) -> str:
@@ -93,19 +94,19 @@ def draw_plan(plan: QuantPlan, folder: Path) -> list[Path]:
         kind, layer = place(block.name, number)
         kinds.setdefault(kind, []).append((layer, block))
     measured = f", measured {fmean(plan.measured_kl):.3g}" if plan.measured_kl else ""
-    with _style():
+    with chart_style():
         title = f"Sensitivity to quantization: {plan.sensitivity.model}"
         told = (
             f"{plan.bits:.2f} bits per weight: sum of costs {plan.predicted_kl:.3g} nats{measured}. "
             "Bars are 95 % intervals over passages"
         )
-        figure, panels = _figure(title, told, (WIDTH, 1.2 + 2.6 * len(kinds)), (len(kinds), 1))
+        figure, panels = new_figure(title, told, (WIDTH, 1.2 + 2.6 * len(kinds)), (len(kinds), 1))
         for axes, (kind, blocks) in zip(panels, kinds.items(), strict=True):
             _draw_panel(axes, plan, blocks)
             axes.set_title(kind)
         panels[-1].set_xlabel("layer")
-        _put_legend(figure, _legend(plan))
-        return _save(figure, folder, "sensitivity")
+        put_legend(figure, _legend(plan))
+        return save_figure(figure, folder, "sensitivity")
 
 
 def place(name: str, number: int) -> tuple[str, int]:
@@ -159,7 +160,7 @@ def _draw_panel(axes: Any, plan: QuantPlan, blocks: Sequence[tuple[int, Block]])
             zorder=3,
         )
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _plain_numbers(axes)
+    plain_numbers(axes)
 
 
 def _legend(plan: QuantPlan) -> list[Any]:

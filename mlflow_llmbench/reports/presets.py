@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config.model_shape import load_memory_estimate, memory_estimate
 from ..config.models import PRESETS, Preset
+from .tables import text_table
 
 TABLE_QUANTIZATIONS = ("none", "fp32", "int8", "int4")
 
@@ -28,7 +29,8 @@ def models_table(available_bytes: int | None, device_bytes: int | None) -> str:
     models = models_json(available_bytes, device_bytes)
     marks = [[_mark(size) for size in model["memory"].values()] for model in models]
     width = max(len(mark) for row in marks for mark in row)
-    rows = [["model", "params", "context", *(f"{quant} {'':{width}}" for quant in TABLE_QUANTIZATIONS), "licence"]]
+    heading = ["model", "params", "context", *(f"{quant} {'':{width}}" for quant in TABLE_QUANTIZATIONS), "licence"]
+    rows = []
     for model, row in zip(models, marks, strict=True):
         sizes = [
             f"{size['peak_bytes'] / 1e9:.1f} {mark:{width}}"
@@ -36,9 +38,8 @@ def models_table(available_bytes: int | None, device_bytes: int | None) -> str:
         ]
         licence = f"{model['licence']}, gated" if model["gated"] else model["licence"]
         rows.append([model["name"], parameters_text(model["parameters"]), str(model["context"]), *sizes, licence])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]) for row in rows]
-    return "\n".join([*_legend(available_bytes, device_bytes), "", *lines])
+    table = text_table(heading, rows, range(1, len(heading) - 1))
+    return "\n".join([*_legend(available_bytes, device_bytes), "", table])
 
 
 def parameters_text(count: int) -> str:

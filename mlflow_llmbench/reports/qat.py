@@ -26,8 +26,9 @@ from ..records.metrics import (
     UNTRAINED_TOP1,
 )
 from ..records.results import Quality
-from .markup import markdown, markdown_table, plain
-from .result import shown, split_table
+from .escaping import markdown, plain
+from .result import shown
+from .tables import markdown_table, split_table, text_table
 
 UNQUANTIZED, UNTRAINED, TRAINED = "unquantized", "untrained", "trained"
 """The three compared models: unquantized, quantized without training for it, and quantized after training for it."""
@@ -139,11 +140,7 @@ def format_trained(done: Trained) -> str:
     lines = [plain(done.message)] if done.message else []
     body = table_body(done)
     if body:
-        widths = [max(map(len, column)) for column in zip(HEADING, *body, strict=True)]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [HEADING, *body]
-        ]
+        lines.append(text_table(HEADING, body))
         lines += ["", conclusion(done)]
         lines += [plain(why) for why in dict.fromkeys(why for one in done.qualities.values() for why in one.withheld)]
     return "\n".join(lines)

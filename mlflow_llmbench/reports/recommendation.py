@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..analysis.decisions.recommend import GOALS, Candidate, Measure, Recommendation, figure, interval
-from .markup import markdown, markdown_table
+from ..analysis.decisions.candidates import Candidate, Measure, figure, interval
+from ..analysis.decisions.recommend import GOALS, Recommendation
+from .escaping import markdown, plain
+from .tables import MISSING, markdown_table, text_table
 
 MOST_REFUSED = 30
 """Refusals that are shown on a terminal; recommendation.md and .json hold all."""
@@ -14,18 +16,16 @@ MOST_REFUSED = 30
 def format_recommendation(found: Recommendation) -> str:
     """Format the recommendation for a terminal: the answer, the table of candidates, refusals, possible changes."""
     heading, body = recommendation_cells(found)
-    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
-    table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *body]]
     refused = [f"  {r.candidate.name}: {r.why}" for r in found.refused]
     more = [f"  and {len(refused) - MOST_REFUSED} more"] if len(refused) > MOST_REFUSED else []
     blocks = [
         [answer(found), *found.cautions],
-        table if body else [],
+        text_table(heading, body).splitlines() if body else [],
         _block("Runners-up:", [f"  {_ranked(r.candidate.name, r.tied)}: {r.why}" for r in found.runners_up]),
         _block("Refused:", refused[:MOST_REFUSED] + more),
         _block("What would change the answer:", [f"  {line}" for line in found.changes]),
     ]
-    return "\n\n".join("\n".join(block) for block in blocks if block)
+    return "\n\n".join("\n".join(map(plain, block)) for block in blocks if block)
 
 
 def recommendation_markdown(found: Recommendation) -> str:
@@ -88,7 +88,7 @@ def _shown(one: Candidate, measure: Measure) -> str:
     """Format a value with its interval: `123 tokens/s (121 to 125)`."""
     key, value = measure.keys[-1], one.value(measure)
     if value is None:
-        return "–"
+        return MISSING
     ends = interval(one, measure)
     return figure(key, value) + (
         f" ({figure(key, ends[0]).split()[0]} to {figure(key, ends[1]).split()[0]})" if ends else ""

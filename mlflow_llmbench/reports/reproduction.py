@@ -9,7 +9,8 @@ from ..analysis.comparison import SIGNIFICANCE
 from ..analysis.decisions.equivalence import WORDS, Reproduction
 from ..records.metrics import KEYS
 from ..records.text import number_text
-from .markup import markdown, markdown_table
+from .escaping import markdown, plain
+from .tables import markdown_table, p_text, range_text, text_table
 
 HEADING = ["metric", "original", "again", "ratio", "90 % interval", "p (within)", "p (beyond)", ""]
 
@@ -22,9 +23,9 @@ def reproduction_cells(found: Reproduction) -> list[list[str]]:
             _value(f.key, f.original),
             _value(f.key, f.again),
             f"{f.ratio:.3f}",
-            "–" if f.low is None or f.high is None else f"{f.low:.3f} to {f.high:.3f}",
-            _p(f.p_within),
-            _p(f.p_beyond),
+            range_text(f.low, f.high),
+            p_text(f.p_within),
+            p_text(f.p_beyond),
             WORDS[f.state],
         ]
         for f in found.findings
@@ -33,10 +34,6 @@ def reproduction_cells(found: Reproduction) -> list[list[str]]:
 
 def _value(key: str, value: float) -> str:
     return number_text(value * (KEYS[key].scale if key in KEYS else 1))
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _method(found: Reproduction) -> str:
@@ -49,21 +46,10 @@ def _method(found: Reproduction) -> str:
 
 def format_reproduction(found: Reproduction) -> str:
     """The reproduction for a terminal: the sentence, the table, the method, the notes."""
-    lines = [found.why]
+    lines = [plain(found.why)]
     if found.findings:
-        body = [HEADING, *reproduction_cells(found)]
-        widths = [max(len(line[i]) for line in body) for i in range(len(HEADING))]
-        lines += [
-            "",
-            *(
-                "  ".join(
-                    c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-                ).rstrip()
-                for line in body
-            ),
-        ]
-        lines += ["", _method(found)]
-    return "\n".join([*lines, *(["", *found.notes] if found.notes else [])])
+        lines += ["", text_table(HEADING, reproduction_cells(found), range(1, 7)), "", _method(found)]
+    return "\n".join([*lines, *(["", *map(plain, found.notes)] if found.notes else [])])
 
 
 def reproduction_markdown(found: Reproduction) -> str:

@@ -15,14 +15,15 @@ from ..analysis.quality import sentences
 from ..analysis.summary import Turn, gpu_of, statistics_cells, summarize, turns_of
 from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.spec import cell_fields
-from ..records.cell import Cell, as_text, default_text
+from ..records.cell import PARAMETERS, Cell, as_text, default_text
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
 from ..records.metrics import KEYS, REPETITIONS, VARIATION, peak_memory, shown_in
 from ..records.results import RunResult, Verdict
 from ..records.text import _number
 from ..stats import classify_outliers
 from ..workloads.prompts import MIXED
-from .markup import code_block, markdown, markdown_table, plain
+from .escaping import code_block, markdown, plain
+from .tables import markdown_table, split_table, text_table
 
 Metrics = Mapping[str, float]
 
@@ -130,20 +131,10 @@ def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], 
 
 def format_table(rows: Sequence[Row], varied: Sequence[str]) -> str:
     """Format the comparison for a terminal: numbers right-aligned, words left-aligned, reasons of failures below."""
-    heading, cells = table_cells(rows, varied)
-    body = [[plain(cell) for cell in line] for line in cells]
-    names = len(varied) or 3
-    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
-
-    def line(cells: Sequence[str]) -> str:
-        last = len(cells) - 1
-        return "  ".join(
-            c.ljust(w) if i < names or i == last else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-
+    heading, body = table_cells(rows, varied)
+    figures = [column for column, name in enumerate(heading[:-1]) if name not in PARAMETERS]
     notes = [f"{title}: {plain(text)}" for title, text in explanations(rows)]
-    return "\n".join([line(heading), *map(line, body), *(["", *notes] if notes else [])])
+    return "\n".join([text_table(heading, body, figures), *(["", *notes] if notes else [])])
 
 
 def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -389,11 +380,6 @@ def command_line(asked: Mapping[str, str], command: str = "run") -> str:
         if text != default_text(name) or name in ("model", "quant")
     ]
     return " ".join([f"llmbench {command}", *told])
-
-
-def split_table(heading: Sequence[str], body: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """Return a table in pandas' "split" layout, which the MLflow UI shows and compares between runs."""
-    return {"columns": list(heading), "data": [list(row) for row in body]}
 
 
 def summary_table(result: RunResult, metrics: Metrics) -> dict[str, Any]:

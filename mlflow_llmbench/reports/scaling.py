@@ -14,7 +14,8 @@ from ..analysis.scaling.study import WATCHED, BatchScaling, CliffSearch, Exchang
 from ..analysis.scaling.surfaces import surface_sentence
 from ..analysis.scaling.tradeoffs import Ratio
 from ..records.results import to_json
-from .markup import markdown, markdown_table
+from .escaping import markdown
+from .tables import MISSING, markdown_table, text_table
 
 METHOD = (
     "Each point is one measured cell. Curves minimise squared relative errors. Intervals are 95 %, Student's for power "
@@ -67,7 +68,7 @@ def law_cells(study: Study) -> tuple[list[str], list[list[str]]]:
             law.fit.form.formula,
             parameters_text(law.fit),
             f"{low:g} to {high:g}",
-            "–" if law.fit.r_squared is None else f"{law.fit.r_squared:.4f}",
+            MISSING if law.fit.r_squared is None else f"{law.fit.r_squared:.4f}",
         ]
         body.append([*line, percent(law.fit.sigma), percent(law.fit.loo_error), law.best.form.formula])
     return heading, body
@@ -93,16 +94,9 @@ def prediction_cells(study: Study) -> tuple[list[str], list[list[str]]]:
     return heading, body
 
 
-def _columns(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in [heading, *body]) for i in range(len(heading))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heading, *body]
-    )
-
-
 def format_study(study: Study) -> str:
     """Format the study for a terminal: the tables of laws and of predictions, then the sentences."""
-    tables = [_columns(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
+    tables = [text_table(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
     sentences = [
         "\n".join([f"{heading}:", *(f"- {sentence}" for sentence in found)])
         for heading, found in sections(study).items()

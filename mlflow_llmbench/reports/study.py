@@ -10,21 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..analysis.decisions.recommend import MEMORY, Candidate, figure, interval
+from ..analysis.decisions.candidates import MEMORY, Candidate, figure, interval
 from ..analysis.scaling.cells import MEDIAN_TTFT
-from ..analysis.scaling.findings import Choice, Findings, at_focus
+from ..analysis.scaling.choices import Choice
+from ..analysis.scaling.findings import Findings
+from ..analysis.scaling.focus import at_focus
 from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from ..analysis.scaling.study import MEAN_TPOT
 from ..records.metrics import OUTPUT_RATE
 from ..records.results import to_json
 from ..records.text import number_text
+from .escaping import html, markdown
 from .html import _chart, _list, _note, _section, _table, document
-from .markup import html, markdown, markdown_table
 from .recommendation import answer
 from .result import environment_facts
 from .scaling import METHOD, law_cells
 from .scaling import sections as law_sections
-from .sweep import Table, chart_name
+from .sweep import chart_name
+from .tables import Table, markdown_table
 
 CAPTIONS = {
     "against_model_size": (

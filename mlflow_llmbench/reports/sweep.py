@@ -19,8 +19,9 @@ from ..config.spec import BenchSpec
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
 from ..records.metric import Claim, interval_keys
 from ..records.metrics import DEVICE_MEMORY, KEYS, OUTPUT_RATE, RELATIVE_HALF_WIDTH, by_name
-from .markup import code_block, markdown, markdown_table
+from .escaping import code_block, markdown
 from .result import Row, columns_of, command, command_line, environment_facts, explanations, shown, table_cells
+from .tables import Table, markdown_table
 
 ALIKE = (
     "the best of a column and every result that cannot be told from it: overlapping 95 % intervals; latencies and "
@@ -55,20 +56,6 @@ class Subject:
     sweep: str
     ui: str = ""
     experiment_id: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table. Columns in `numeric` hold numbers, those in `measured` measured values.
-
-    Cells (line, column) in `best` are the best of their column.
-    """
-
-    heading: tuple[str, ...]
-    body: tuple[tuple[str, ...], ...]
-    numeric: frozenset[int] = frozenset()
-    measured: frozenset[int] = frozenset()
-    best: frozenset[tuple[int, int]] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ..backends.base import backend_class
 from ..config import model_shape
 from ..config.cells import config_hash, expand_cells
 from ..config.spec import BenchSpec
+from ..config.validation import check_declared
 from ..measure import interpreter, quality_reference
 from ..records.cell import Cell
 from ..records.errors import MissingError, UsageError
@@ -100,7 +101,7 @@ def resolve_models(
     def resolve(group: Sequence[Cell]) -> ModelFacts:
         # A cluster has other devices than this machine.
         cell = group[0] if on == "here" else dataclasses.replace(group[0], device="cpu")
-        _refuse_unknown_paths(cell)
+        check_declared(cell)
         try:
             return interpreter.resolve(cell)
         except MissingError as error:
@@ -118,24 +119,3 @@ def resolve_models(
     if all(messages):
         raise UsageError(str(messages[0]))
     return model_of
-
-
-def _refuse_unknown_paths(cell: Cell) -> None:
-    """Raise UsageError if the backend lacks a decode path, history, batching or KV cache that the cell asks for.
-
-    Without this check another path could be measured under the requested name.
-    """
-    known = backend_class(cell.backend).capabilities
-    if cell.decode not in known.decodes:
-        raise UsageError(f"backend={cell.backend} has no decode={cell.decode}. Use decode={','.join(known.decodes)}.")
-    if cell.history in ("recomputed", "kept") and not known.conversations:
-        raise UsageError(
-            f"backend={cell.backend} cannot be measured turn by turn with history={cell.history}. Use history=none."
-        )
-    if cell.batching == "continuous" and not known.continuous:
-        raise UsageError(f"backend={cell.backend} has no batching=continuous. Use batching=static or dynamic.")
-    if cell.kv_cache is not None and cell.kv_cache not in known.kv_caches:
-        raise UsageError(
-            f"backend={cell.backend} has no kv_cache={cell.kv_cache}. "
-            f"Use kv_cache={','.join(['auto', *known.kv_caches])}."
-        )

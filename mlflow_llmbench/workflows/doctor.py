@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..backends.packages import ALSO_SHOWN, APART, NEEDED, version
+from ..backends.packages import ALSO_SHOWN, NEEDED, version
 from ..measure import interpreter
 from ..measure.runtime import Item, _guarded, optional_items, package_item, runtime_items
+from ..records.backends import recorded_capabilities
 from ..records.redaction import redact
 from ..system import gpu, machine, memory
 
@@ -65,7 +66,7 @@ def examine_worker(python: str) -> Report:
     for item in (Item(**found) for found in interpreter.ask_doctor(python)):
         problem = (
             interpreter.try_import(python, item.name)
-            if item.section == "Backends" and item.status == "ok" and item.name in APART
+            if item.section == "Backends" and item.status == "ok" and recorded_capabilities(item.name).own_environment
             else ""
         )
         items.append(

@@ -105,7 +105,7 @@ def _write_gate(
     from ..analysis.decisions import gate
     from ..measure.journal import write_bytes, write_json
     from ..reports.gate import HEADING, gate_cells
-    from ..reports.result import split_table
+    from ..reports.tables import split_table
     from ..tracking import registry
 
     for option, name in ((given.markdown, "gate.md"), (given.junit, "junit.xml")):

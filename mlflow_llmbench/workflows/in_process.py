@@ -28,6 +28,7 @@ from ..config.spec import BenchSpec, parse
 from ..measure.batch import measure_cell
 from ..measure.journal import EventLog, write_bytes
 from ..measure.outcome import GroupOutcome
+from ..records.backends import CALLBACK_BACKEND
 from ..records.cell import DRAWN, Cell
 from ..records.errors import LlmbenchError, OutOfMemory, UsageError
 from ..records.results import ModelFacts
@@ -87,7 +88,7 @@ def measure(
     if unknown:
         raise UsageError(f"{unknown[0]} has no meaning for a function of your own. Known: {', '.join(PARAMETERS)}.")
     asked = {name: value for name, value in parameters.items() if value is not None}
-    spec = parse({"model": model, **asked, "backend": "callback", "rerun": True})
+    spec = parse({"model": model, **asked, "backend": CALLBACK_BACKEND, "rerun": True})
     texts = [workload for workload in spec.axes["workload"] if workload not in DRAWN]
     if texts and encode is None:
         raise UsageError(

@@ -13,6 +13,7 @@ from ..config.spec import parse
 from ..measure import quality_reference
 from ..records.cell import Cell, as_text
 from ..records.results import ModelFacts
+from ..reports.tables import text_table
 from ..sweeps import planning
 from ..sweeps.planning import expand, resolve_models
 from ..system import estimate, machine
@@ -82,19 +83,12 @@ def preview(**parameters: object) -> Preview:
 def format_preview(found: Preview) -> str:
     """Return the plan as text: a line per cell, the reasons for refusals, and the totals."""
     names = found.varied or ("model", "quant", "batch_size")
-    lines = [[*names, "memory GB", "at least"]]
+    lines = []
     for planned in found.cells[:MOST_LINES]:
-        size = "–" if planned.predicted_bytes is None else f"{planned.predicted_bytes / 1e9:.2f}"
+        size = None if planned.predicted_bytes is None else f"{planned.predicted_bytes / 1e9:.2f}"
         state = "refused" if planned.refused else duration(planned.least_s)
         lines.append([*(as_text(name, getattr(planned.cell, name)) for name in names), size, state])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    last = len(names)
-    rows = [
-        "  ".join(
-            c.ljust(w) if i < last else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    rows = [text_table([*names, "memory GB", "at least"], lines, range(len(names), len(names) + 2))]
     if len(found.cells) > MOST_LINES:
         rows.append(f"… and {len(found.cells) - MOST_LINES} more; --json has all.")
     return "\n".join([*rows, "", *_refusals(found), _sums(found)])

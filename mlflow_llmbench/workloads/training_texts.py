@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.choices import LEAST_TEXT_TOKENS
+from ..config.choices import MIN_TEXT_TOKENS
 from ..config.training import _PROMPT_SETS, Training, _parts
 from ..records.errors import UsageError
 from ..records.redaction import redact
@@ -64,9 +64,9 @@ def require_enough(training: Training, learned: int, held: int, unit: str = "tok
             f"batch_size={training.batch_size} × sequence_tokens={training.sequence_tokens} tokens. "
             "Give more text, or smaller steps."
         )
-    if held < LEAST_TEXT_TOKENS:
+    if held < MIN_TEXT_TOKENS:
         raise UsageError(
-            f"What is held out is too short to measure quality on: {held:,} {unit}, and {LEAST_TEXT_TOKENS} tokens "
+            f"What is held out is too short to measure quality on: {held:,} {unit}, and {MIN_TEXT_TOKENS} tokens "
             f"are needed. Give more text, or a larger held_out than {training.held_out:g}."
         )
 

@@ -10,7 +10,7 @@ from ...records.errors import UsageError
 from ...records.metrics import TPOT, TTFT
 
 if TYPE_CHECKING:
-    from .recommend import Limit, Measure
+    from .candidates import Limit, Measure
 
 
 BYTES = {
@@ -24,7 +24,8 @@ LATENCIES = {"ttft": (TTFT, "p50"), "tpot": (TPOT, "mean")}
 
 def _limits(given: argparse.Namespace) -> list[Limit]:
     """Parse the limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
-    from .recommend import MEMORY, QUALITY_MEASURES, Limit
+    from .candidates import MEMORY, Limit
+    from .recommend import QUALITY_MEASURES
 
     found = []
     if (most := _told(given.max_memory)) is not None:
@@ -52,7 +53,7 @@ def _limits(given: argparse.Namespace) -> list[Limit]:
 
 def _latency(name: str, text: str) -> tuple[Measure, str]:
     """Split `p95=200ms` into the measure of that statistic and the amount as text. Raises UsageError."""
-    from .recommend import Measure
+    from .candidates import Measure
 
     statistic, _, amount = text.rpartition("=")
     metric, default = LATENCIES[name]

@@ -3,106 +3,29 @@
 Only results that can be trusted and compared take part: outcome `ok`, one hardware, software and workload by the guard
 of `compare`; suspect ones if accepted, invalid ones never. Limits are checked against the measured value; if the 95 %
 interval reaches across a limit, a caution says so.
-
-The front holds every result that nothing dominates. B dominates A if B is worse in no metric by more than the noise
-threshold and better in some metric beyond chance: p below 0.05 after Holm in `compare`, and by more than the threshold.
-A metric that a run has only once (memory, quality) counts as better beyond the threshold alone. A high percentile never
-does: it is one number of many repetitions, which no test uses. Differences that chance could explain stay on the front.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...records.cell import differing
 from ...records.errors import UsageError
 from ...records.metric import Goal, QualityBound
-from ...records.metrics import COST, ENERGY, KEYS, PEAK_MEMORY, TPOT, TTFT, shown_in
-from ...records.results import Repetition, RunResult, Verdict
-from ...stats import t_interval, welch
-from ..comparison import (
-    BETTER,
-    RATE,
-    SIGNIFICANCE,
-    UNNAMED,
-    UNTESTED,
-    compare,
-    differences,
-    parameter_text,
-    sentence,
-)
-from ..repetitions import PER_REPETITION, mean_ttft, typical_tpot, unit_values
-from ..summary import hardware_name, summarize
-from ..verdict import judge
+from ...records.metrics import shown_in
+from ...records.results import RunResult
+from ..comparison import compare, differences, sentence
+from .candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
+from .dominance import ALLOWABLE, dominates, gain, surely_better
 
-PER_UNIT = {**PER_REPETITION, TTFT.key("mean"): mean_ttft, TPOT.key("p50"): typical_tpot}
-"""Metric → its value for one repetition: compared metrics, and others that a limit can name; no high percentiles."""
+GOALS = {entry.name: Measure.of(entry) for entry in shown_in(Goal)}
+"""Name of a goal → its measure."""
 
-ALLOWABLE = ("hardware", "software", "workload", "scenario")
-"""Kinds of differences among the results that can be accepted."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Metric to judge a configuration by: its name in sentences, its keys (the first that a result has counts)."""
-
-    label: str
-    keys: tuple[str, ...]
-    better: str  # "lower" or "higher"
-    absent: str = "Measure again."  # what to do where no result has it
-
-    def key(self, metrics: Mapping[str, float]) -> str | None:
-        """The key that counts for a result with these metrics; None if it has none."""
-        return next((key for key in self.keys if key in metrics), None)
-
-
-GOALS = {
-    entry.name: Measure(entry.words, (entry.key,), entry.metric.better, entry.place.advice) for entry in shown_in(Goal)
-}
-QUALITY_MEASURES = {
-    entry.name: Measure(entry.words, (entry.key,), entry.metric.better, entry.place.advice)
-    for entry in shown_in(QualityBound)
-}
-MEMORY = Measure("peak memory", PEAK_MEMORY, "lower")
-
-ONCE = ("memory", "quality")
-"""Sections of metrics that a run has only once."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Limit for a configuration: `option` as given, and the bound in the metric's unit (bytes, ms, ratio)."""
-
-    option: str
-    measure: Measure
-    bound: float
-
-    def keeps(self, value: float) -> bool:
-        """Return True if a value is within the limit, bound included."""
-        return value <= self.bound if self.measure.better == "lower" else value >= self.bound
-
-    def __str__(self) -> str:
-        return f"{self.option} {bound_text(self.measure, self.bound)}"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One result with its metrics, its verdict, and its name among the others."""
-
-    name: str
-    result: RunResult
-    metrics: Mapping[str, float]
-    verdict: Verdict
-
-    def value(self, measure: Measure) -> float | None:
-        """The measured value; None if there is none."""
-        key = measure.key(self.metrics)
-        return None if key is None else self.metrics[key]
+QUALITY_MEASURES = {entry.name: Measure.of(entry) for entry in shown_in(QualityBound)}
+"""Name of a quality that can be limited → its measure."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +89,6 @@ def recommend(
     return choose(candidates(results), goal, limits, accept_suspect=accept_suspect, allow=allow, noise=noise)
 
 
-def candidates(results: Sequence[RunResult]) -> list[Candidate]:
-    """Results with their metrics and verdicts, named by the parameters that vary among them."""
-    names = names_of(results)
-    found = []
-    for name, result in zip(names, results, strict=True):
-        metrics = summarize(result)
-        found.append(Candidate(name, result, metrics, judge(result, metrics)))
-    return found
-
-
 def choose(
     given: Sequence[Candidate],
     goal: str,
@@ -222,32 +135,6 @@ def choose(
         changes=tuple(_changes(winner, beyond, suspects, target, limits, noise)),
         accepted_suspect=accept_suspect if winner and winner.verdict.word == "suspect" else None,
     )
-
-
-def names_of(results: Sequence[RunResult]) -> list[str]:
-    """Name each result by the parameters in which they differ (`int8 batch 4`), else by model, quantization and batch.
-
-    Results with one name from several machines get the name of their machine as well.
-    """
-    varied = differing([result.cell for result in results], UNNAMED)
-    names = [
-        " ".join(_varied_text(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size"))
-        for result in results
-    ]
-    homes = [(name, result.hashes.hardware) for name, result in zip(names, results, strict=True)]
-    twins = {name for name, count in Counter(name for name, _ in set(homes)).items() if count > 1}
-    return [
-        f"{name} on {_machine(result)}" if name in twins else name for name, result in zip(names, results, strict=True)
-    ]
-
-
-def _machine(result: RunResult) -> str:
-    """Name of the GPU or CPU, with the hardware hash, since machines with the same one can differ otherwise."""
-    return f"{hardware_name(result)} ({result.hashes.hardware[:6]})"
-
-
-def _varied_text(name: str, value: object) -> str:
-    return f"batch {value}" if name == "batch_size" else parameter_text(name, value)
 
 
 def _without(given: Sequence[Candidate], refused: Sequence[Refused]) -> list[Candidate]:
@@ -347,69 +234,6 @@ def _missed(one: Candidate, limit: Limit) -> str:
     )
 
 
-def figure(key: str, value: float) -> str:
-    """Format a value with its unit (GB, ms, tokens/s, J) and three significant digits."""
-    unit = KEYS[key].unit if key in KEYS else ""
-    if unit == "bytes":
-        return f"{_digits(value / 1e9)} GB"
-    words = {"ms": " ms", "1/s": " tokens/s", "J": " J"}
-    return f"{_digits(value)}{words.get(unit, '')}"
-
-
-def bound_text(measure: Measure, bound: float) -> str:
-    """Format a bound as a person gives it: `6 GB`, `200 ms`, `0.05`."""
-    unit = KEYS[measure.keys[-1]].unit if measure.keys[-1] in KEYS else ""
-    return f"{bound / 1e9:.6g} GB" if unit == "bytes" else f"{bound:.6g}{' ms' if unit == 'ms' else ''}"
-
-
-def _digits(value: float) -> str:
-    if value == 0:
-        return "0"
-    return f"{value:.{min(8, max(0, 2 - math.floor(math.log10(abs(value)))))}f}"
-
-
-def values(one: Candidate, key: str) -> list[float] | None:
-    """Values of a metric per unit (process or repetition); None if a run has it only once, or a unit lacks it."""
-    of: Callable[[Repetition], float | None] | None = PER_UNIT.get(key)
-    if key == COST.key():
-        of = _cost(one.result.price_per_hour)
-    elif key == ENERGY.key():
-        of = _joules(one.result.idle_w)
-    if of is None:
-        return None
-    return unit_values(one.result, of)
-
-
-def _cost(price_per_hour: float | None) -> Callable[[Repetition], float | None]:
-    rate_of = PER_UNIT[RATE]
-
-    def cost(repetition: Repetition) -> float | None:
-        rate = rate_of(repetition)
-        return price_per_hour / (rate * 3600) * 1e6 if price_per_hour is not None and rate else None
-
-    return cost
-
-
-def _joules(idle_w: float | None) -> Callable[[Repetition], float | None]:
-    def joules(repetition: Repetition) -> float | None:
-        noise = repetition.noise
-        if idle_w is None or noise is None or noise.energy_j is None:
-            return None
-        return (noise.energy_j - idle_w * noise.wall_s) / sum(r.rows * r.output_tokens for r in repetition.requests)
-
-    return joules
-
-
-def interval(one: Candidate, measure: Measure) -> tuple[float, float] | None:
-    """95 % interval of the mean over units, always including the reported value; None if a run has it only once."""
-    key = measure.key(one.metrics)
-    found = values(one, key) if key else None
-    ends = t_interval(found) if found else None
-    if key is None or ends is None:
-        return None
-    return min(max(ends[0], 0.0), one.metrics[key]), max(ends[1], one.metrics[key])
-
-
 def _objectives(eligible: Sequence[Candidate], target: Measure, limits: Sequence[Limit]) -> tuple[Measure, ...]:
     """Metrics that the front weighs: the goal, those of limits, and memory, if every candidate has them."""
     wanted = dict.fromkeys([target, *(limit.measure for limit in limits), MEMORY])
@@ -418,48 +242,9 @@ def _objectives(eligible: Sequence[Candidate], target: Measure, limits: Sequence
     )
 
 
-def dominates(b: Candidate, a: Candidate, objectives: Sequence[Measure], noise: float) -> bool:
-    """Return True if b is in no metric worse than a by more than the noise threshold, and in some surely better."""
-    gains = [_gain(a, b, measure) for measure in objectives]
-    if any(gain < -math.log1p(noise) for gain in gains) or not any(gain > math.log1p(noise) for gain in gains):
-        return False
-    return any(_surely_better(a, b, measure, noise) for measure in objectives)
-
-
-def _gain(a: Candidate, b: Candidate, measure: Measure) -> float:
-    """Logarithm of the ratio by which b is better than a; −∞ if incomparable, e.g. device memory with host memory."""
-    key_a, key_b = measure.key(a.metrics), measure.key(b.metrics)
-    if key_a is None or key_a != key_b:
-        return -math.inf
-    first, second = a.metrics[key_a], b.metrics[key_a]
-    if first == second:
-        return 0.0
-    sign = 1 if measure.better == "higher" else -1
-    if first <= 0 or second <= 0:
-        return math.copysign(math.inf, (second - first) * sign)
-    return sign * math.log(second / first)
-
-
-def _surely_better(a: Candidate, b: Candidate, measure: Measure, noise: float) -> bool:
-    """Return True if b is better than a by more than chance and the noise threshold would explain."""
-    key = measure.key(a.metrics)
-    if key is None or _gain(a, b, measure) <= math.log1p(noise):
-        return False
-    effect = compare(a.result, b.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"])).effect(key)
-    if effect is not None and effect.effect != UNTESTED:
-        return effect.effect == BETTER
-    if KEYS[key].section in ONCE:
-        return True
-    first, second = values(a, key), values(b, key)
-    if first is None or second is None or min(*first, *second) <= 0:
-        return False
-    test = welch([math.log(value) for value in first], [math.log(value) for value in second])
-    return test is not None and test.p_value < SIGNIFICANCE
-
-
 def _runner_up(winner: Candidate, one: Candidate, target: Measure, noise: float) -> RunnerUp:
     """Describe how a candidate within all limits differs from the winner."""
-    tied = not _surely_better(one, winner, target, noise)
+    tied = not surely_better(one, winner, target, noise)
     comparison = compare(winner.result, one.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"]))
     told = sentence(dataclasses.replace(comparison, name_a=winner.name, name_b="It", labels=(), doubts=()))
     return RunnerUp(one, told if target is GOALS["throughput"] else f"{_versus(winner, one, target)} {told}", tied)
@@ -495,7 +280,7 @@ def _changes(
     """Changes that would alter the answer: per limit the best candidate that misses only it, and a better suspect."""
 
     def wins(one: Candidate) -> bool:
-        return winner is None or _surely_better(winner, one, target, noise)
+        return winner is None or surely_better(winner, one, target, noise)
 
     told = False
     for limit in limits:
@@ -512,7 +297,7 @@ def _changes(
         yield f"{nearest.candidate.name} is the nearest. {nearest.why}"
     keeping = [one for one in suspects if one.value(target) is not None and not _missed_limits(one, limits)]
     best = min(keeping, key=lambda one: _order(one, target), default=None)
-    if best is not None and (winner is None or _gain(winner, best, target) > math.log1p(noise)):
+    if best is not None and (winner is None or gain(winner, best, target) > math.log1p(noise)):
         yield (
             f"{best.name} looks better and is suspect: {_figures(best, winner, target)}. If it is measured again and "
             "valid, it would win."

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ...records.backends import recorded_capabilities
 from ...records.cell import Cell
 from ...records.metrics import PROMPT_TOKENS, WEIGHTS
 from ...records.results import LoadInfo, MemorySample, RunResult
@@ -148,7 +149,7 @@ def growth(result: RunResult) -> Growth | None:
 
 def _holds_whole_cache(cell: Cell) -> bool:
     """Return True if the KV cache has its full size before the first token, so that it does not grow."""
-    return cell.decode == "compiled" or cell.backend in ("llama_cpp", "vllm")
+    return cell.decode in recorded_capabilities(cell.backend).preallocates
 
 
 def _bytes(sample: MemorySample, where: str) -> float:

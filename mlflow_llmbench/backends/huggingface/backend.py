@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...config import model_shape, training
-from ...config.choices import DECODES
+from ...config.choices import ATTENTIONS, DECODES
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, NotRealised, foreign_errors
 from ...records.mixed_plan import QuantPlan
-from ...records.quantizations import GPTQ_BITS, HQQ_BITS, MIXED
+from ...records.quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS, HQQ_BITS, MIXED, QUANTIZATIONS
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine
 from ...workloads.prompts import turn_texts
-from ..base import Capabilities, DeviceMemory, Emit, Token
+from ..base import Capabilities, DeviceMemory, Emit, Serving, Token
 from ..checkpoints import files, sources
 from . import decoding, gptq, mixed, quantization
 from .continuous import ContinuousEngine
@@ -36,15 +36,21 @@ class TransformersBackend:
     """Runs `AutoModelForCausalLM` and `generate()` with a streamer that only passes each step on."""
 
     capabilities = Capabilities(
+        library="transformers",
         tokenizer=True,
         logits=True,
         harness=True,
         conversations=True,
         padding=True,
         continuous=True,
+        random_weights=True,
         heavy=("torch", "transformers"),
+        quantizations=tuple(quant for quant in QUANTIZATIONS if quant not in GGUF_QUANTIZATIONS),
+        delegates=("llama_cpp",),
+        attentions=ATTENTIONS,
         decodes=DECODES,
         kv_caches=tuple(decoding.KV_BACKENDS),
+        serving=Serving("checkpoint", ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")),
     )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...config.choices import LEAST_TEXT_TOKENS
+from ...config.choices import MIN_TEXT_TOKENS
 from ...records.errors import MeasurementError, UsageError
 from ...records.results import Divergence, ModelFacts, TextScores, hash16
 from ...workloads.prompts import Text, load_prompts, load_text
@@ -129,10 +129,10 @@ def score_text(
     """
     prefix, ids = (list(known.text[0]), list(known.text[1])) if known else split_prefix(backend, text.content)
     reference_nll = known.nll if known else ()
-    if len(ids) < LEAST_TEXT_TOKENS:
+    if len(ids) < MIN_TEXT_TOKENS:
         raise UsageError(
             f"The text {text.name} is too short for a perplexity: {len(ids)} tokens. "
-            f"Give at least {LEAST_TEXT_TOKENS} tokens of text."
+            f"Give at least {MIN_TEXT_TOKENS} tokens of text."
         )
     size = min(WINDOW, context or WINDOW)
     stride = min(STRIDE, size // 2)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import model_shape, models
+from ...config.validation import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, NotRealised, UsageError
 from ...records.quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
@@ -23,7 +24,7 @@ from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine, memory
 from ...workloads.prompts import turn_texts
 from .. import probe
-from ..base import Capabilities, DeviceMemory, Emit
+from ..base import Capabilities, DeviceMemory, Distribution, Emit, Serving
 from ..checkpoints import gguf_file, random_weights, sources
 from . import gguf_quantize
 from .session import Model, Session, Timings, library, log_lines
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
 
-RUNS = ("none", "fp32", "fp16", "bf16", *GGUF_QUANTIZATIONS)
 FLASH = {"auto": -1, "eager": 0}
 """Value of `attention` → llama.cpp's flash attention setting: −1 where possible, 0 never."""
 
@@ -45,7 +45,23 @@ class LlamaCppBackend:
     """Call `llama_decode` on all rows at once and take the most probable token of each."""
 
     capabilities = Capabilities(
-        tokenizer=True, logits=True, conversations=True, padding=True, heavy=("llama_cpp",), kv_caches=GGUF_CACHES
+        library="llama.cpp",
+        tokenizer=True,
+        logits=True,
+        conversations=True,
+        padding=True,
+        random_weights=True,
+        heavy=("llama_cpp",),
+        distributions=(Distribution("llama_cpp", "llama-cpp-python"),),
+        quantizations=("none", "fp32", "fp16", "bf16", *GGUF_QUANTIZATIONS),
+        attentions=tuple(FLASH),
+        kv_caches=GGUF_CACHES,
+        default_kv_cache="f16",
+        preallocates=("generate",),
+        parameters=("gpu_layers", "mmap"),
+        kept_quantized=("gguf",),
+        reference="transformers",
+        serving=Serving("gguf", ("llama-cpp-python", "numpy")),
     )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
@@ -70,13 +86,7 @@ class LlamaCppBackend:
         Raises ModelError, MissingError or UsageError.
         """
         gguf_quantize.require()
-        if cell.quant not in RUNS:
-            raise UsageError(f"llama.cpp has no quant={cell.quant}. With backend=llama_cpp use {', '.join(RUNS)}.")
-        if cell.attention not in FLASH:
-            raise UsageError(
-                f"llama.cpp has no attention={cell.attention}. Use auto, which is its own flash attention where "
-                "possible, or eager."
-            )
+        check_declared(cell)
         device = machine.require_device(cell.device)
         if device == "cpu" and cell.gpu_layers:
             raise UsageError(
@@ -153,7 +163,7 @@ class LlamaCppBackend:
 
     def describe(self) -> LoadInfo:
         model, header = self._loaded()
-        kind = self.cell.kv_cache or "f16"
+        kind = self.cell.kv_cache or self.capabilities.default_kv_cache
         _, block, size = gguf_file.TYPES[KV_TYPES[kind]]
         shape = model_shape.Shape.from_config(self.facts.config or header.as_config())
         costs = shape.cost_fields(size / block) if shape else {}
@@ -251,7 +261,7 @@ class LlamaCppBackend:
         return self.session
 
     def _new_session(self, rows: int, longest: int, every: bool = False) -> Session:
-        kind = KV_TYPES[self.cell.kv_cache or "f16"]
+        kind = KV_TYPES[self.cell.kv_cache or self.capabilities.default_kv_cache]
         return Session(self._loaded()[0], rows, longest, self.threads, kind, FLASH[self.cell.attention], every)
 
     def timings(self, reset: bool = False) -> Timings | None:

@@ -62,7 +62,7 @@ def limits_of(cell: Cell) -> Limits:
 class OpenAIBackend(NothingToFetch):
     """One server. `load` finds out which options it accepts; `send` then sends loads of requests."""
 
-    capabilities = Capabilities(online=True)
+    capabilities = Capabilities(online=True, offline_baseline="transformers")
     device = "cpu"
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:

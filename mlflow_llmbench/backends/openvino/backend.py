@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...config import model_shape
+from ...config.validation import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, UsageError, first_line, foreign_errors
 from ...records.results import LoadInfo, ModelFacts
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 
-RUNS = ("none", *convert.BITS)
+OWN_ENVIRONMENT = (
+    "python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1'"
+)
 KV_TYPES = {"f32": "f32", "f16": "f16", "bf16": "bf16", "int8": "u8"}
 """Value of `kv_cache` → OpenVINO's name of it."""
 
@@ -50,9 +53,14 @@ class OpenVinoBackend(Engine):
     """Call `ContinuousBatchingPipeline.step()` until every row has its tokens."""
 
     capabilities = Capabilities(
+        library="OpenVINO",
         tokenizer=True,
         logits=True,
         padding=True,
+        random_weights=True,
+        quantizations=("none", *convert.BITS),
+        reference="transformers",
+        own_environment=OWN_ENVIRONMENT,
         heavy=("openvino", "openvino_genai"),
         kv_caches=tuple(KV_TYPES),
         variables=(("OPENVINO_TELEMETRY_OPT_OUT", "1"),),
@@ -76,16 +84,10 @@ class OpenVinoBackend(Engine):
         if importlib.util.find_spec("openvino_genai") is None:
             raise MissingError(
                 "backend=openvino needs OpenVINO GenAI, and optimum-intel, which conflicts with our versions of other "
-                "packages. Make an environment for them, python -m venv ENVIRONMENT && "
-                "ENVIRONMENT/bin/pip install openvino-genai optimum-intel 'transformers<5.1', "
+                f"packages. Make an environment for them, {OWN_ENVIRONMENT}, "
                 "and give worker_python=ENVIRONMENT/bin/python."
             )
-        if cell.quant not in RUNS:
-            raise UsageError(f"OpenVINO has no quant={cell.quant}. With backend=openvino use {', '.join(RUNS)}.")
-        if cell.attention != "auto":
-            raise UsageError(
-                f"backend=openvino has its own attention, so attention={cell.attention} cannot be used. Leave it out."
-            )
+        check_declared(cell)
         if machine.require_device(cell.device) != "cpu":
             raise UsageError(f"backend=openvino runs on the CPU only, but device is {cell.device}. Give device=cpu.")
         model = sources.find_model(cell)

@@ -24,7 +24,21 @@ from ...analysis.comparison import (
     ratio_text,
     units_text,
 )
-from .style import BLUE, GREY, INK, LIGHT, RED, WIDTH, _figure, _limits, _name, _number, _put_legend, _save, _style
+from .style import (
+    BLUE,
+    GREY,
+    INK,
+    LIGHT,
+    RED,
+    WIDTH,
+    axis_limits,
+    chart_style,
+    drawn_name,
+    new_figure,
+    put_legend,
+    save_figure,
+    value_label,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,10 +64,10 @@ def draw_comparisons(comparisons: Sequence[Comparison], folder: Path) -> list[Pa
     per unit, with pairs joined. A chart without data is left out. Creates `folder`.
     """
     batches = [comparisons[start : start + MOST_TOGETHER] for start in range(0, len(comparisons), MOST_TOGETHER)]
-    with _style():
+    with chart_style():
         drawn = [*zip(_numbered("ratios", len(batches)), map(_ratios_figure, batches), strict=True)]
         drawn += zip(_numbered("values", len(comparisons)), map(_values_figure, comparisons), strict=True)
-        return [path for name, figure in drawn if figure for path in _save(figure, folder, name)]
+        return [path for name, figure in drawn if figure for path in save_figure(figure, folder, name)]
 
 
 def _numbered(name: str, count: int) -> list[str]:
@@ -95,7 +109,7 @@ def _lines(comparisons: Sequence[Comparison]) -> Iterator[_Line]:
 
 def _words(name: str) -> str:
     """Return the parameters in which a result differs, each shortened as names in charts are."""
-    return " ".join(map(_name, name.split()))
+    return " ".join(map(drawn_name, name.split()))
 
 
 def _drawable(effect: Effect | None) -> bool:
@@ -117,7 +131,7 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
             None, ["95 % intervals", units, "paired t test" if first.paired else "Welch's t test", "Holm over metrics"]
         )
     )
-    figure, (axes,) = _figure(f"{other} against {base} · ratios", subtitle, (WIDTH + 1.5, 1.75 + ROW * len(lines)))
+    figure, (axes,) = new_figure(f"{other} against {base} · ratios", subtitle, (WIDTH + 1.5, 1.75 + ROW * len(lines)))
     low, high = _span(effects)
     noise = 1 + first.noise
     axes.axvspan(1 / noise, noise, color=LIGHT, zorder=0, label=f"noise threshold of {percent_text(first.noise)}")
@@ -138,7 +152,7 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
         f"{other if len(comparisons) == 1 else 'Result'} ÷ {base if base != 'their bases' else 'its base'} (log scale)"
     )
     axes.set_xlabel(textwrap.fill(label, 90, max_lines=2, placeholder="…"))
-    _put_legend(figure, _legend(axes, effects))
+    put_legend(figure, _legend(axes, effects))
     return figure
 
 
@@ -228,7 +242,9 @@ def _values_figure(comparison: Comparison) -> Figure | None:
     how = "lines join pairs" if comparison.paired else "from left to right as measured"
     subtitle = f"{units_text(comparison)} · {how} · bars: means"
     size = WIDTH + 1.5 if columns == 3 else WIDTH, 0.9 + 2.9 * rows
-    figure, panels = _figure(f"{names[1]} against {names[0]} · values", subtitle, size, (rows, columns), legend=False)
+    figure, panels = new_figure(
+        f"{names[1]} against {names[0]} · values", subtitle, size, (rows, columns), legend=False
+    )
     for axes, effect in zip(panels, effects, strict=False):
         _draw_values(axes, effect, comparison.paired)
         entry = effect.entry
@@ -263,7 +279,7 @@ def _draw_values(axes: Axes, effect: Effect, paired: bool) -> None:
             zorder=3,
         )
         axes.annotate(
-            _number(mean),
+            value_label(mean),
             (end, mean),
             (3 * outwards, 0),
             textcoords="offset points",
@@ -272,5 +288,5 @@ def _draw_values(axes: Axes, effect: Effect, paired: bool) -> None:
             size=9,
         )
     every = [*itertools.chain(*sides)]
-    axes.set(xlim=(-0.85, 1.85), ylim=_limits(min(every), max(every)))
+    axes.set(xlim=(-0.85, 1.85), ylim=axis_limits(min(every), max(every)))
     axes.tick_params(axis="x", length=0)

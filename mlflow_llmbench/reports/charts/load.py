@@ -12,8 +12,20 @@ from ...config.cells import load_text
 from ...records.cell import Cell
 from ...records.metric import Metric
 from ...records.metrics import ATTAINMENT, E2E, REQUEST_RATE, TPOT, TTFT
-from .style import BLUE, BROWN, GREY, ORANGE, RED, _figure, _name, _number, _put_legend, _save, _style
-from .sweep import Points, _describe
+from .style import (
+    BLUE,
+    BROWN,
+    GREY,
+    ORANGE,
+    RED,
+    chart_style,
+    drawn_name,
+    new_figure,
+    put_legend,
+    save_figure,
+    value_label,
+)
+from .sweep import Points, settings_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,11 +49,13 @@ def draw_loads(points: Points, folder: Path, asked: float) -> list[Path]:
         if cell.scenario == "online" and cell.trace is None and cell.ramp_to is None and RATE in metrics:
             loads.setdefault(dataclasses.replace(cell, concurrency=1, request_rate=None), []).append((cell, metrics))
     drawn: list[Path] = []
-    with _style():
+    with chart_style():
         for cell, found in loads.items():
             if len(found) >= LEAST_LOADS:
                 number = len(drawn) // 2 + 1
-                drawn += _save(_figure_of(cell, found, asked), folder, "load" if number == 1 else f"load-{number}")
+                drawn += save_figure(
+                    _figure_of(cell, found, asked), folder, "load" if number == 1 else f"load-{number}"
+                )
     return drawn
 
 
@@ -51,11 +65,11 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
     limited = any(getattr(cell, name) is not None for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"))
     words = [f"quantization {cell.quant}"] if cell.launch else []
     words += [
-        _describe(cell, ("prompt_tokens", "output_tokens")),
+        settings_text(cell, ("prompt_tokens", "output_tokens")),
         *([f"filled: met by {asked:.0%} of the requests"] if limited else []),
     ]
-    figure, axes = _figure(
-        f"{_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels)))
+    figure, axes = new_figure(
+        f"{drawn_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels)))
     )
     best = knee({metrics[RATE]: metrics[MEAN_E2E] for _, metrics in ordered if MEAN_E2E in metrics})
     handles: dict[str, Any] = {}
@@ -63,7 +77,7 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
         _draw_panel(one, metric, ordered, asked if limited else None, handles)
         if best is not None:
             handles["knee"] = one.axvline(
-                best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {_number(best)} requests/s"
+                best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {value_label(best)} requests/s"
             )
         limit = getattr(cell, slo)
         if limit is not None and limit <= 3 * max(metrics.get(metric.key("p50"), 0.0) for _, metrics in ordered):
@@ -71,7 +85,7 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
         one.set(xlabel="Requests answered per second", ylabel=f"{metric.title.capitalize()} ({metric.unit})")
         one.set_ylim(bottom=0)
         one.set_xlim(left=0)
-    _put_legend(figure, list(handles.values()))
+    put_legend(figure, list(handles.values()))
     return figure
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...analysis.decisions.recommend import GOALS, MEMORY, Candidate, Measure, Recommendation, interval
+from ...analysis.decisions.candidates import MEMORY, Candidate, Measure, interval
+from ...analysis.decisions.recommend import GOALS, Recommendation
 from ...records.metrics import KEYS
 from ...records.quantizations import COLOURS
-from .style import BLUE, GREY, INK, RED, WIDTH, _figure, _put_legend, _save, _style
+from .style import BLUE, GREY, INK, RED, WIDTH, chart_style, new_figure, put_legend, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,19 +30,19 @@ def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
     others.sort(key=lambda measure: measure is not MEMORY)
     if len(found.eligible) < 2 or any(one.value(measure) is None for one in found.eligible for measure in others):
         return []
-    with _style():
+    with chart_style():
         name = found.winner.name if found.winner else "nothing meets the limits"
         title = f"{goal.label[:1].upper()}{goal.label[1:]}: {name}"
         columns = min(2, len(others))
         rows = -(-len(others) // columns)
         size = (WIDTH if columns == 1 else 1.3 * WIDTH, 4.8 if rows == 1 else 1.2 + 3.6 * rows)
-        figure, panels = _figure(title, f"{goal.better} is better; bars are 95 % intervals", size, (rows, columns))
+        figure, panels = new_figure(title, f"{goal.better} is better; bars are 95 % intervals", size, (rows, columns))
         for axes, measure in zip(panels, others, strict=False):
             _draw_panel(axes, found, measure, goal)
         for axes in panels[len(others) :]:
             axes.remove()
-        _put_legend(figure, _legend(found))
-        return _save(figure, folder, "recommendation")
+        put_legend(figure, _legend(found))
+        return save_figure(figure, folder, "recommendation")
 
 
 def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:

@@ -27,15 +27,15 @@ from .style import (
     RED,
     WIDTH,
     Array,
-    _figure,
-    _limits,
-    _name,
-    _number,
-    _put_legend,
-    _save,
-    _style,
+    axis_limits,
+    chart_style,
+    drawn_name,
+    new_figure,
+    put_legend,
+    save_figure,
+    value_label,
 )
-from .sweep import _describe
+from .sweep import settings_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,10 +50,10 @@ def draw_cell(result: RunResult, folder: Path) -> list[Path]:
 
     Return the files. A chart without data (one output token, no timeline, a failed cell) is left out. Creates `folder`.
     """
-    with _style():
+    with chart_style():
         drawn = _itl_figure(result), _latency_figure(result), _memory_figure(result)
         charts = zip(("itl_by_token", "latency_distribution", "memory_timeline"), drawn, strict=True)
-        return [path for name, figure in charts if figure for path in _save(figure, folder, name)]
+        return [path for name, figure in charts if figure for path in save_figure(figure, folder, name)]
 
 
 def _requests(result: RunResult) -> list[RequestRecord]:
@@ -83,10 +83,10 @@ def _itl_figure(result: RunResult) -> Figure | None:
     starts = np.arange(0, longest, stride)
     tokens = np.array([part.mean() for part in np.split(np.arange(2.0, longest + 2), starts[1:])])
     medians = np.array([np.median(part) for part in np.split(middle, starts[1:])])
-    subtitle = f"{_describe(result.cell)} · {_count(result, len(gaps))}" + (
+    subtitle = f"{settings_text(result.cell)} · {_count(result, len(gaps))}" + (
         f" · bins of {stride} tokens" if stride > 1 else ""
     )
-    figure, (axes,) = _figure(f"{_name(result.cell.model)} · inter-token latency by token", subtitle)
+    figure, (axes,) = new_figure(f"{drawn_name(result.cell.model)} · inter-token latency by token", subtitle)
     axes.plot(tokens, medians, color=BLUE, linewidth=1.5, label="median", marker="o" if longest < 3 else "")
     if len(gaps) > 1:
         band = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
@@ -98,14 +98,14 @@ def _itl_figure(result: RunResult) -> Figure | None:
             linewidth=0,
             label="10–90 %" if len(gaps) >= 10 else "lowest to highest",
         )
-    axes.set_ylim(*_limits(float(low.min()), min(float(high.max()), 1.5 * float(np.percentile(high, 98)))))
+    axes.set_ylim(*axis_limits(float(low.min()), min(float(high.max()), 1.5 * float(np.percentile(high, 98)))))
     if (top := float(high.max())) > axes.get_ylim()[1]:
-        note = f"beyond the axis: {_number(top)} ms at token {int(high.argmax()) + 2}"
+        note = f"beyond the axis: {value_label(top)} ms at token {int(high.argmax()) + 2}"
         axes.text(0.995, 0.985, note, transform=axes.transAxes, ha="right", va="top", size=9, color=GREY)
     axes.set(xlabel="Token index", ylabel="Inter-token latency (ms)")
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_xlim(2 - max(0.5, 0.02 * longest), longest + 1 + max(0.5, 0.02 * longest))
-    _put_legend(figure, axes.get_legend_handles_labels()[0])
+    put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
@@ -122,8 +122,8 @@ def _latency_figure(result: RunResult) -> Figure | None:
             *(np.full(len(its), request.rows) for its, request in zip(gaps, requests, strict=False)),
         ]
     )
-    title = f"{_name(result.cell.model)} · latency distribution"
-    figure, panels = _figure(title, _describe(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
+    title = f"{drawn_name(result.cell.model)} · latency distribution"
+    figure, panels = new_figure(title, settings_text(result.cell), grid=(1, 2 if len(values) else 1), legend=False)
     if len(values):
         _draw_distribution(panels[0], values, weights)
     ttft = np.array([(request.stamps_ns[0] - request.start_ns) / 1e6 for request in requests])
@@ -135,8 +135,10 @@ def _latency_figure(result: RunResult) -> Figure | None:
     axes.plot(x, ttft, "o", color=BLUE, markersize=5, alpha=0.75, markeredgewidth=0, rasterized=len(ttft) > 1000)
     median = float(np.median(ttft))
     axes.axhline(median, color=ORANGE, linewidth=1.2)
-    axes.text(1.02, median, f"median\n{_number(median)} ms", transform=axes.get_yaxis_transform(), va="center", size=9)
-    axes.set_ylim(*_limits(float(ttft.min()), float(ttft.max())))
+    axes.text(
+        1.02, median, f"median\n{value_label(median)} ms", transform=axes.get_yaxis_transform(), va="center", size=9
+    )
+    axes.set_ylim(*axis_limits(float(ttft.min()), float(ttft.max())))
     axes.set_xlim(0.4, len(groups) + 0.6)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set(
@@ -166,13 +168,15 @@ def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None
     space = max(high - low, 0.02 * high) or 1.0  # all gaps are 0 if the whole answer came in one read
     for q in filter(lambda q: supports(len(values), q), (50, 90, 99)):
         axes.plot([at(q)], [q], "o", color=ORANGE, markersize=5, zorder=3)
-        axes.annotate(f"p{q}  {_number(at(q))} ms", (at(q), q), (6, -4), textcoords="offset points", va="top", size=9)
+        axes.annotate(
+            f"p{q}  {value_label(at(q))} ms", (at(q), q), (6, -4), textcoords="offset points", va="top", size=9
+        )
     axes.set_xlim(low - 0.06 * space, high + 0.45 * space)
     if values[-1] > high + 0.45 * space:
         axes.text(
             1,
             0.02,
-            f"longest: {_number(values[-1])} ms",
+            f"longest: {value_label(values[-1])} ms",
             transform=axes.transAxes,
             ha="right",
             va="bottom",
@@ -195,8 +199,8 @@ def _memory_figure(result: RunResult) -> Figure | None:
         return None
     start = result.timeline[0].t_ns
     marks = {stage: (t - start) / 1e9 for stage, t in sorted(result.marks.items(), key=lambda mark: mark[1])}
-    figure, (axes,) = _figure(
-        f"{_name(result.cell.model)} · memory over time", _describe(result.cell), (WIDTH, HEIGHT + 0.4)
+    figure, (axes,) = new_figure(
+        f"{drawn_name(result.cell.model)} · memory over time", settings_text(result.cell), (WIDTH, HEIGHT + 0.4)
     )
     for label, name, colour in (
         ("host resident", "rss", BLUE),
@@ -221,7 +225,7 @@ def _memory_figure(result: RunResult) -> Figure | None:
     axes.set(xlim=(min(ends) - air, max(ends) + air), xlabel="Time since the first sample (s)")
     axes.set(ylim=(0, max(axes.dataLim.y1, 1e-3) * 1.08), ylabel="Memory (GB)")
     _draw_marks(axes, marks)
-    _put_legend(figure, axes.get_legend_handles_labels()[0])
+    put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 

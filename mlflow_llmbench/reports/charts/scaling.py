@@ -25,11 +25,11 @@ from .style import (
     RED,
     WIDTH,
     Array,
-    _figure,
-    _plain_numbers,
-    _put_legend,
-    _save,
-    _style,
+    chart_style,
+    new_figure,
+    plain_numbers,
+    put_legend,
+    save_figure,
 )
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def draw_study(study: Study, folder: Path) -> list[Path]:
     Return the files.
     """
     files: list[Path] = []
-    with _style():
+    with chart_style():
         for key in dict.fromkeys(law.law.key for law in study.laws):
-            files += _save(_law_figure([law for law in study.laws if law.law.key == key], study), folder, key)
+            files += save_figure(_law_figure([law for law in study.laws if law.law.key == key], study), folder, key)
         if study.surfaces:
-            files += _save(_exponents_figure(study.surfaces), folder, "exponent_by_length")
+            files += save_figure(_exponents_figure(study.surfaces), folder, "exponent_by_length")
     return files
 
 
@@ -78,7 +78,7 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
         f"first {len(shown)} of {len(laws)} groups" if len(laws) > len(shown) else "",
     ]
     size = max(WIDTH, 3.9 * columns), 4.6 if rows == 1 else 1 + 3.2 * rows
-    figure, panels = _figure(
+    figure, panels = new_figure(
         law.title[:1].upper() + law.title[1:], " · ".join(filter(None, notes)), size, (rows, columns)
     )
     for number, (axes, found) in enumerate(zip(panels, shown, strict=False)):
@@ -111,7 +111,7 @@ def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
     }
     for label, handle in handles.items():
         handle.set_label(label)
-    _put_legend(figure, list(handles.values()))
+    put_legend(figure, list(handles.values()))
     return figure
 
 
@@ -164,7 +164,7 @@ def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     if high > LOG_FROM * low > 0:
         axes.set_yscale("log")
-        _plain_numbers(axes)
+        plain_numbers(axes)
         axes.set_ylim(low / 1.3, high * (high / low) ** 0.35)
     else:
         axes.set_ylim(0, high * 1.35)
@@ -172,7 +172,7 @@ def _scale(axes: Axes, places: Array, values: Sequence[float]) -> None:
 
 def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
     """Draw β of the batch size by prompt length, with 95 % intervals: the paper's β(s)."""
-    figure, (axes,) = _figure(
+    figure, (axes,) = new_figure(
         "Exponent of the batch size by prompt length",
         "T = α·b^β at each length · 1 = perfect scaling · line: 95 % interval",
     )
@@ -193,5 +193,5 @@ def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="Prompt tokens", ylabel="β", ylim=(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1])))
-    _put_legend(figure, axes.get_legend_handles_labels()[0])
+    put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure

@@ -12,13 +12,14 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
 from ...analysis.scaling.cells import MEDIAN_TTFT, Measured
-from ...analysis.scaling.findings import Findings, at_focus, labels, with_interval
+from ...analysis.scaling.findings import Findings
+from ...analysis.scaling.focus import at_focus, labels, with_interval
 from ...analysis.scaling.study import MEAN_TPOT, CliffSearch
 from ...records.cell import Cell
 from ...records.metrics import ITL, KL, WEIGHTS
@@ -26,7 +27,6 @@ from ...records.quantizations import COLOURS
 from .style import (
     BLUE,
     BROWN,
-    CHARACTER,
     GREY,
     INK,
     LIGHT,
@@ -34,14 +34,14 @@ from .style import (
     ORANGE,
     RED,
     WIDTH,
-    _figure,
-    _number,
-    _plain_numbers,
-    _put_legend,
-    _save,
-    _style,
+    chart_style,
+    new_figure,
+    plain_numbers,
+    put_legend,
+    save_figure,
+    value_label,
 )
-from .sweep import _overview_figure, _quality_figure, _sweep_figure
+from .sweep import metric_figure, overview_figure, quality_figure
 from .tradeoffs import draw_tradeoffs
 
 if TYPE_CHECKING:
@@ -125,13 +125,13 @@ def draw_figures(found: Findings, folder: Path) -> tuple[list[Path], list[tuple[
     view = View(found, found.focus.cells, names, " · ".join(common))
     files: list[Path] = []
     missing: list[tuple[str, str]] = []
-    with _style():
+    with chart_style():
         for name, draw in FIGURES.items():
             figure = draw(view)
             if isinstance(figure, str):
                 missing.append((name, figure))
             else:
-                files += _save(figure, folder, name)
+                files += save_figure(figure, folder, name)
         more, not_drawn = draw_tradeoffs(found, names, folder)
     return [*files, *more], [*missing, *not_drawn]
 
@@ -271,7 +271,7 @@ def _shape(view: View) -> str:
 def _lines_figure(title: str, subtitle: str, panels: Sequence[Panel], columns: int, tilt: bool = False) -> Figure:
     rows = -(-len(panels) // columns)
     size = max(WIDTH, 3.3 * columns), 4.6 if rows == 1 else 1 + 2.9 * rows
-    figure, drawn = _figure(title, f"{subtitle} · across dots: 95 % intervals", size, (rows, columns))
+    figure, drawn = new_figure(title, f"{subtitle} · across dots: 95 % intervals", size, (rows, columns))
     for number, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
         _draw_lines(axes, panel, tilt)
         axes.set(title=panel.heading, xlabel=panel.across, ylabel=panel.up if number % columns == 0 or tilt else "")
@@ -300,7 +300,7 @@ def _draw_lines(axes: Axes, panel: Panel, tilt: bool) -> None:
     values = [point[1] for line in panel.lines for point in line.points]
     if values and max(values) > LOG_FROM * min(values) > 0:
         axes.set_yscale("log")
-        _plain_numbers(axes)
+        plain_numbers(axes)
     else:
         axes.set_ylim(0, max((point[3] for line in panel.lines for point in line.points), default=1.0) * 1.1)
 
@@ -311,31 +311,12 @@ def _same_scale(row: Sequence[Axes]) -> None:
         low = min(axes.dataLim.y0 for axes in row)
         for axes in row:
             axes.set_yscale("log")
-            _plain_numbers(axes)
+            plain_numbers(axes)
             axes.set_ylim(low / 1.2, max(a.dataLim.y1 for a in row) * 1.2)
     else:
         top = max(axes.get_ylim()[1] for axes in row)
         for axes in row:
             axes.set_ylim(0, top)
-
-
-def put_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Place the legend in one row under the subtitle, or in several rows at the bottom if it is too wide."""
-    if not handles:
-        return
-    widths = [len(str(handle.get_label())) * 9 * CHARACTER + 0.5 for handle in handles]
-    if sum(widths) < figure.get_figwidth() - 0.3:
-        _put_legend(figure, handles)
-        return
-    columns = max(1, int((figure.get_figwidth() - 0.3) / max(widths)))
-    figure.legend(
-        handles=list(handles),
-        ncols=columns,
-        loc="outside lower left",
-        borderpad=0.1,
-        handlelength=1.3,
-        columnspacing=1.4,
-    )
 
 
 def _heatmap(key: str, title: str, unit: str, cliffs: bool) -> Callable[[View], Figure | str]:
@@ -370,7 +351,7 @@ def _heatmap(key: str, title: str, unit: str, cliffs: bool) -> Callable[[View], 
             view.common,
         ]
         size = max(WIDTH, 3.4 * columns), 1.2 + (2.5 if rows > 1 else 3.2) * rows
-        figure, panels = _figure(title, " · ".join(filter(None, notes)), size, (rows, columns), legend=False)
+        figure, panels = new_figure(title, " · ".join(filter(None, notes)), size, (rows, columns), legend=False)
         values = [m.metrics[key] for _, _, own in shown for m in own]
         searches = [s for s in view.found.scaling.cliffs if s.metric == key and s.cliffs] if cliffs else []
         for number, (axes, (model, quant, own)) in enumerate(zip(panels, shown, strict=False)):
@@ -410,7 +391,7 @@ def _draw_map(
             axes.text(
                 column,
                 row,
-                _number(float(value)),
+                value_label(float(value)),
                 ha="center",
                 va="center",
                 size=8,
@@ -492,7 +473,7 @@ def _models(view: View) -> Figure | str:
         *([ITL.key("p50")] if any(ITL.key("p50") in m for _, m in points) else []),
         memory_key(view.cells),
     ]
-    return _overview_figure(points, keys)
+    return overview_figure(points, keys)
 
 
 def _memory_by_quantization(view: View) -> Figure | str:
@@ -500,13 +481,13 @@ def _memory_by_quantization(view: View) -> Figure | str:
     points = _points_of(view, key)
     if len({cell.quant for cell, _ in points}) < 2:
         return "it needs two quantizations that were measured with the same batch size and prompt length"
-    return _sweep_figure(points, key)
+    return metric_figure(points, key)
 
 
 def _quality(view: View) -> Figure | str:
     scored = [(cell, metrics) for cell, metrics in _points_of(view) if KL.key() in metrics]
     return (
-        _quality_figure(scored)
+        quality_figure(scored)
         if len(scored) > 1
         else "it needs two cells at the shape of comparison with figures of quality: use real weights and quality=auto"
     )
@@ -521,7 +502,7 @@ def _scatter(view: View) -> Figure | str:
     if len(own) < 2:
         return "it needs two cells with a known peak of memory"
     batches = sorted({m.cell.batch_size for m in own})
-    figure, (axes,) = _figure(
+    figure, (axes,) = new_figure(
         "Throughput against peak memory",
         f"left and up is better · larger dots: larger batches · {view.common}",
         (WIDTH, 5.2),
@@ -542,7 +523,7 @@ def _scatter(view: View) -> Figure | str:
     rates = [m.metrics[RATE] for m in own]
     if max(rates) > LOG_FROM * min(rates) > 0:
         axes.set_yscale("log")
-        _plain_numbers(axes)
+        plain_numbers(axes)
     else:
         axes.set_ylim(0, None)
     axes.set_xlim(0, None)

@@ -60,7 +60,8 @@ STYLE: Any = {
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def chart_style() -> Iterator[None]:
+    """Draw in our style inside this context; the caller's own settings are neither read nor changed."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -69,7 +70,8 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as `<name>.svg` and `<name>.png` in `folder`, which is created; return both files."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     figure.set_layout_engine("none")  # the layout is fixed; computing it again would take a third of the time
@@ -77,7 +79,7 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}.svg", folder / f"{name}.png"]
 
 
-def _figure(
+def new_figure(
     title: str,
     subtitle: str,
     inches: tuple[float, float] = (WIDTH, HEIGHT),
@@ -106,16 +108,26 @@ def _figure(
     )
 
 
-def _put_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Put the legend in one row under the subtitle, outside the axes, where it hides nothing."""
-    place = (0.12 / figure.get_figwidth(), 1 - 0.62 / figure.get_figheight())
-    form = {"borderaxespad": 0.0, "borderpad": 0.1, "handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.4}
-    figure.legend(
-        handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form
-    ).set_in_layout(False)
+def put_legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Put the legend in one row under the subtitle, outside the axes, or in rows at the bottom if it is too wide."""
+    if not handles:
+        return
+    width = figure.get_figwidth()
+    entries = [len(str(handle.get_label())) * 9 * CHARACTER + 0.5 for handle in handles]
+    form: Any = {"borderpad": 0.1, "handlelength": 1.3, "columnspacing": 1.4}
+    if sum(entries) < width - 0.3:
+        place = (0.12 / width, 1 - 0.62 / figure.get_figheight())
+        form |= {"borderaxespad": 0.0, "handletextpad": 0.5}
+        legend = figure.legend(
+            handles=list(handles), ncols=len(handles), loc="upper left", bbox_to_anchor=place, **form
+        )
+        legend.set_in_layout(False)
+    else:
+        columns = max(1, int((width - 0.3) / max(entries)))
+        figure.legend(handles=list(handles), ncols=columns, loc="outside lower left", **form)
 
 
-def _plain_numbers(axes: Axes) -> None:
+def plain_numbers(axes: Axes) -> None:
     """Write the numbers of a logarithmic y axis without exponents."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -124,19 +136,19 @@ def _plain_numbers(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _name(model: object) -> str:
+def drawn_name(model: object) -> str:
     """Return the last part of a name or path, at most 40 characters, with ? for characters that our font lacks."""
     name = re.sub(r"[^\x20-\x7e\xa0-\u052f]", "?", str(model).rstrip("/").rsplit("/", 1)[-1])
     return name if len(name) <= 40 else f"{name[:39]}…"
 
 
-def _number(value: float) -> str:
+def value_label(value: float) -> str:
     """Format a number with about three digits: 12345 → 12,345, 41.27 → 41.3, 0.872 → 0.87."""
     digits = 0 if value >= 99.95 or value == 0 else 1 if value >= 9.995 else 2 if value >= 0.0995 else 4
     return f"{value:,.{digits}f}" if value >= 9999.5 else f"{value:.{digits}f}"
 
 
-def _limits(low: float, high: float) -> tuple[float, float]:
+def axis_limits(low: float, high: float) -> tuple[float, float]:
     """Return axis limits with a margin around the data, at least ±15 % of the level: small jitter should look small."""
     half = max(0.56 * (high - low), 0.075 * (high + low), 1e-6)
     return max(0.0, (low + high) / 2 - half), (low + high) / 2 + half

@@ -24,12 +24,12 @@ from .style import (
     MARKERS,
     WIDEST,
     WIDTH,
-    _figure,
-    _name,
-    _number,
-    _put_legend,
-    _save,
-    _style,
+    chart_style,
+    drawn_name,
+    new_figure,
+    put_legend,
+    save_figure,
+    value_label,
 )
 
 if TYPE_CHECKING:
@@ -64,16 +64,16 @@ def draw_sweep(points: Points, folder: Path) -> list[Path]:
             keys.setdefault(entry.name, entry.key)
     if len({cell for cell, _ in points}) < 2 or not keys:
         return []
-    with _style():
-        charts = {"overview": _overview_figure(points, keys.values())} | {
-            name: _sweep_figure(points, key) for name, key in keys.items()
+    with chart_style():
+        charts = {"overview": overview_figure(points, keys.values())} | {
+            name: metric_figure(points, key) for name, key in keys.items()
         }
         scored = [(cell, metrics) for cell, metrics in points if {KL.key(), OUTPUT_RATE.key()} <= metrics.keys()]
-        charts |= {"quality": _quality_figure(scored)} if len({cell for cell, _ in scored}) > 1 else {}
-        return [path for name, figure in charts.items() for path in _save(figure, folder, name)]
+        charts |= {"quality": quality_figure(scored)} if len({cell for cell, _ in scored}) > 1 else {}
+        return [path for name, figure in charts.items() for path in save_figure(figure, folder, name)]
 
 
-def _describe(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
+def settings_text(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
     """Describe the settings in words: `quantization int8 · batch size 4 · 128 prompt tokens`.
 
     An online cell has its load in place of the batch size.
@@ -86,7 +86,7 @@ def _describe(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
         if not online or rate
         else f"{cell.concurrency} {'user' if cell.concurrency == 1 else 'users'}",
         "request_rate": f"{rate:g} requests/s" if rate else "",
-        "workload": f"{_name(cell.workload)} prompts",
+        "workload": f"{drawn_name(cell.workload)} prompts",
         "prompt_tokens": f"{cell.prompt_tokens or 'auto'} prompt tokens",
         "output_tokens": f"{cell.output_tokens} output tokens",
     }
@@ -123,13 +123,13 @@ def _arrange(points: Points, one_panel: bool) -> Grid:
     return Grid(seen["model"] if split else [""], names, groups, quants, placed)
 
 
-def _sweep_figure(points: Points, key: str) -> Figure:
+def metric_figure(points: Points, key: str) -> Figure:
     """Draw one metric, one panel per model. All share one y scale, unless small values would vanish on it."""
     grid = _arrange(points, one_panel=False)
     notes = [f"{BARS[key].metric.better} is better", "median" if key.endswith("_p50") else ""]
     notes.append("line: 95 % interval" if any(interval_keys(key)[0] in metrics for _, metrics in points) else "")
     figure = _bars_figure(
-        points, grid, BARS[key].words, notes, [(panel, key, _name(panel)) for panel in grid.panels], 3, WIDTH
+        points, grid, BARS[key].words, notes, [(panel, key, drawn_name(panel)) for panel in grid.panels], 3, WIDTH
     )
     tops = [axes.get_ylim()[1] for axes in figure.axes]
     for axes in figure.axes if max(tops) < 8 * min(tops) else ():
@@ -137,13 +137,13 @@ def _sweep_figure(points: Points, key: str) -> Figure:
     return figure
 
 
-def _overview_figure(points: Points, keys: Iterable[str]) -> Figure:
+def overview_figure(points: Points, keys: Iterable[str]) -> Figure:
     """Draw all metrics of a sweep in one figure with one legend; models are groups along x."""
     drawn = [("", key, f"{BARS[key].title} · {BARS[key].metric.better} is better") for key in keys]
     return _bars_figure(points, _arrange(points, one_panel=True), "overview", [], drawn, 2, 11.0)
 
 
-def _quality_figure(points: Points) -> Figure:
+def quality_figure(points: Points) -> Figure:
     """Draw quality loss by quantization against speed: one point per cell, with both 95 % intervals."""
     from matplotlib.lines import Line2D
 
@@ -154,11 +154,11 @@ def _quality_figure(points: Points) -> Figure:
     notes = [
         "right and down is better",
         "lines: 95 % intervals",
-        _describe(cells[0], [name for name in DESCRIBED if name not in varied]),
+        settings_text(cells[0], [name for name in DESCRIBED if name not in varied]),
     ]
     notes += [f"in brackets: {', '.join(other).replace('_', ' ')}"] if other else []
-    title = f"{_name(models[0]) if len(models) == 1 else f'{len(models)} models'} · quality against speed"
-    figure, (axes,) = _figure(title, " · ".join(filter(None, notes)))
+    title = f"{drawn_name(models[0]) if len(models) == 1 else f'{len(models)} models'} · quality against speed"
+    figure, (axes,) = new_figure(title, " · ".join(filter(None, notes)))
     for cell, metrics in points:
         x, y, colour = metrics[OUTPUT_RATE.key()], metrics[KL.key()], COLOURS.get(cell.quant, BROWN)
         axes.plot([x], [y], MARKERS[models.index(cell.model) % len(MARKERS)], color=colour, markersize=7, zorder=3)
@@ -172,7 +172,7 @@ def _quality_figure(points: Points) -> Figure:
         low, high = metrics.get(KL.key("ci_low"), y), metrics.get(KL.key("ci_high"), y)
         axes.vlines(x, low, high, color=colour, linewidth=1.2)
         if len(points) <= MOST_LABELS:
-            settings = " ".join(_name(getattr(cell, name)) for name in other)
+            settings = " ".join(drawn_name(getattr(cell, name)) for name in other)
             # Points that lie close mostly differ in their quantization: alternate the labels by it.
             shift = -11 if quants.index(cell.quant) % 2 else 4
             axes.annotate(
@@ -185,8 +185,10 @@ def _quality_figure(points: Points) -> Figure:
     handles = [
         Line2D([], [], linestyle="", marker="o", color=COLOURS.get(quant, BROWN), label=quant) for quant in quants
     ]
-    handles += [Line2D([], [], linestyle="", marker=marker, color=GREY, label=_name(model)) for model, marker in shapes]
-    _put_legend(figure, handles)
+    handles += [
+        Line2D([], [], linestyle="", marker=marker, color=GREY, label=drawn_name(model)) for model, marker in shapes
+    ]
+    put_legend(figure, handles)
     return figure
 
 
@@ -203,16 +205,20 @@ def _bars_figure(
     columns = next((c for c in range(min(most, len(drawn)), 1, -1) if c * need <= 1.1 * width), 1)
     rows, width = -(-len(drawn) // columns), min(max(width, columns * need), WIDEST)
     cells = [cell for cell, _ in points]
-    models = list(dict.fromkeys(_name(cell.model) for cell in cells))
+    models = list(dict.fromkeys(drawn_name(cell.model) for cell in cells))
     title = f"{', '.join(models) if len(models) < 3 else f'{len(models)} models'} · {topic}"
-    constant = _describe(cells[0], [name for name in DESCRIBED if len({getattr(cell, name) for cell in cells}) == 1])
+    constant = settings_text(
+        cells[0], [name for name in DESCRIBED if len({getattr(cell, name) for cell in cells}) == 1]
+    )
     # Otherwise the ticks or the subtitle name the quantization.
     quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []
     legend = [Patch(facecolor=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
     if any(key.endswith("_peak") for _, key, _ in drawn) and any(metrics.get(WEIGHTS.key()) for _, metrics in points):
         legend.append(Patch(facecolor="#00000040", label="shaded: weights"))
     size = width, HEIGHT if rows == 1 else 1 + 3 * rows
-    figure, panels = _figure(title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend))
+    figure, panels = new_figure(
+        title, " · ".join(filter(None, [*notes, constant])), size, (rows, columns), bool(legend)
+    )
     for number, (axes, (panel, key, heading)) in enumerate(zip(panels, drawn, strict=False)):
         _draw_bars(axes, grid, panel, key, width / columns - 0.8)
         entry = BARS[key]
@@ -220,7 +226,7 @@ def _bars_figure(
     for axes in panels[len(drawn) :]:
         axes.remove()
     if legend:
-        _put_legend(figure, legend)
+        put_legend(figure, legend)
     return figure
 
 
@@ -246,7 +252,7 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
         low, high = (metrics.get(end, value) for end in interval_keys(key))
         if high > low:
             axes.vlines(x, max(low, 0) * scale, high * scale, color=INK, linewidth=1.2)
-        labels.append((x, max(value, high) * scale, _number(value * scale)))
+        labels.append((x, max(value, high) * scale, value_label(value * scale)))
     room = inches * pitch / span
     flat = max(len(text) for *_, text in labels) * 8 * CHARACTER < room
     for x, y, text in labels if flat or room > 0.12 else ():
@@ -264,7 +270,7 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
         return
     most = max(6, int(inches / span / (8.3 * CHARACTER)))
     texts = [
-        "\n".join("auto" if value is None else textwrap.fill(_name(value), most) for value in group)
+        "\n".join("auto" if value is None else textwrap.fill(drawn_name(value), most) for value in group)
         for group in grid.groups
     ]
     axes.set(xticks=range(len(texts)), xticklabels=texts, xlabel=" · ".join(grid.names).replace("_", " ").capitalize())

@@ -11,14 +11,15 @@ import numpy as np
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
 from ...analysis.scaling.cells import MEDIAN_TTFT, Measured, describe
-from ...analysis.scaling.findings import Findings, at_focus, with_interval
+from ...analysis.scaling.findings import Findings
+from ...analysis.scaling.focus import at_focus, with_interval
 from ...analysis.scaling.memory_account import REFERENCES
 from ...analysis.scaling.paper_claims import QuantEffect
 from ...analysis.scaling.study import MEAN_TPOT
 from ...analysis.scaling.tradeoffs import Ratio
 from ...records.metrics import ENERGY, TOP1
 from ...records.quantizations import COLOURS
-from .style import BLUE, BROWN, GREY, INK, WIDTH, _figure, _number, _put_legend, _save
+from .style import BLUE, BROWN, GREY, INK, WIDTH, new_figure, put_legend, save_figure, value_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def draw_tradeoffs(found: Findings, names: Names, folder: Path) -> tuple[list[Pa
         if isinstance(figure, str):
             missing.append((name, figure))
         else:
-            files += _save(figure, folder, name)
+            files += save_figure(figure, folder, name)
     return files, missing
 
 
@@ -79,7 +80,7 @@ def _quantization(found: Findings, names: Names) -> Figure | str:
         found.focus.machine.name,
     ]
     size = max(WIDTH, 3.6 * columns), 1.3 + rows * max(1.8, 0.6 + 0.27 * len(kept))
-    figure, panels = _figure(
+    figure, panels = new_figure(
         "Throughput of quantizations relative to the reference", " · ".join(filter(None, notes)), size, (rows, columns)
     )
     for number, (axes, model) in enumerate(zip(panels, models, strict=False)):
@@ -99,7 +100,7 @@ def _quantization(found: Findings, names: Names) -> Figure | str:
         for axes in panels[: len(models)]
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    _put_legend(figure, list(handles.values()))
+    put_legend(figure, list(handles.values()))
     return figure
 
 
@@ -167,7 +168,7 @@ def _radar(found: Findings, names: Names) -> Figure | str:
         "quality: top-1 agreement as it is" if quality else "quality not measured",
     ]
     size = max(WIDTH, 3.7 * columns), 1.2 + 3.4 * rows
-    figure, panels = _figure(
+    figure, panels = new_figure(
         "Trade-offs of quantization", " · ".join([*notes, _where(found)]), size, (rows, columns), polar=True
     )
     for axes, (name, cells) in zip(panels, groups.items(), strict=False):
@@ -180,7 +181,7 @@ def _radar(found: Findings, names: Names) -> Figure | str:
         for axes in panels[: len(groups)]
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    _put_legend(figure, list(handles.values()))
+    put_legend(figure, list(handles.values()))
     return figure
 
 
@@ -260,7 +261,7 @@ def _cost(found: Findings, names: Names) -> Figure | str:
         return "no price was given; give --price with money per hour"
     rows = sorted(best.items(), key=lambda row: row[1].metrics[RATE] / (prices[row[0][0]].price or 1.0))[-MOST_ROWS:]
     subtitle = "the best batch size of each, in brackets · lines: 95 % intervals"
-    figure, (axes,) = _figure(
+    figure, (axes,) = new_figure(
         "Tokens per unit of money, by hardware", subtitle, (WIDTH + 2, 1.5 + 0.32 * len(rows)), legend=False
     )
     for y, ((env, _, quant), measured) in enumerate(rows):
@@ -268,7 +269,9 @@ def _cost(found: Findings, names: Names) -> Figure | str:
         value, low, high = with_interval(measured, RATE, scale) or (0.0, 0.0, 0.0)
         axes.barh(y, value, 0.7, color=COLOURS.get(quant, BROWN))
         axes.hlines(y, low, high, color=INK, linewidth=1.2)
-        axes.annotate(_number(value), (max(value, high), y), (4, 0), textcoords="offset points", va="center", size=8)
+        axes.annotate(
+            value_label(value), (max(value, high), y), (4, 0), textcoords="offset points", va="center", size=8
+        )
     machine = "" if len(prices) == 1 else " · {}"
     texts = [
         f"{model} {quant} (batch {m.cell.batch_size}){machine.format(prices[env].name)}"
@@ -296,7 +299,7 @@ def _machines(found: Findings, names: Names) -> Figure | str:
         "lines: 95 % intervals",
         f"first {len(shown)} of {len(found.across)}" if len(shown) < len(found.across) else "",
     ]
-    figure, (axes,) = _figure(
+    figure, (axes,) = new_figure(
         "Throughput on other machines", " · ".join(filter(None, notes)), (min(width, 14.0), 1.6 + 0.3 * len(shown))
     )
     others = list(dict.fromkeys(one.second for one in shown))
@@ -311,7 +314,7 @@ def _machines(found: Findings, names: Names) -> Figure | str:
     axes.set(xlabel="Throughput ÷ reference", xlim=(0, axes.dataLim.x1 * 1.1))
     axes.grid(visible=True, axis="x")
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    _put_legend(figure, list(handles.values()))
+    put_legend(figure, list(handles.values()))
     return figure
 
 

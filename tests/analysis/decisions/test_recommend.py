@@ -13,20 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
-from mlflow_llmbench.analysis.decisions.recommend import (
-    GOALS,
-    MEMORY,
-    QUALITY_MEASURES,
-    Limit,
-    Measure,
-    candidates,
-    choose,
-    dominates,
-    interval,
-    names_of,
-    recommend,
-    recommendation_json,
-)
+from mlflow_llmbench.analysis.decisions.candidates import MEMORY, Limit, Measure, candidates, interval, names_of
+from mlflow_llmbench.analysis.decisions.dominance import dominates
+from mlflow_llmbench.analysis.decisions.recommend import GOALS, QUALITY_MEASURES, choose, recommend, recommendation_json
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import config_hash
 from mlflow_llmbench.records.cell import Cell

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mlflow_llmbench.analysis.scaling import findings, paper_claims
+from mlflow_llmbench.analysis.scaling import paper_claims
 from mlflow_llmbench.analysis.scaling.findings import Findings, find
+from mlflow_llmbench.analysis.scaling.focus import labels
 from mlflow_llmbench.analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from mlflow_llmbench.analysis.scaling.tradeoffs import Ratio
 from mlflow_llmbench.records.cell import Cell
@@ -131,7 +132,7 @@ def test_random_and_published_weights_are_in_one_study_and_told_apart() -> None:
     results = grid(quants=quants) + grid(["gemma-3-270m"], quants, weights="hub")
     both = find(results)
     assert any("random weights and 18 published ones" in line for line in both.sentences["What was measured"])
-    assert {"gemma-3-270m (real)", "opt-125m (random)"} <= set(findings.labels(both.focus.cells).values())
+    assert {"gemma-3-270m (real)", "opt-125m (random)"} <= set(labels(both.focus.cells).values())
     law = next(one for one in both.scaling.laws if one.law.key == "throughput_by_size")
     assert len(law.cells) == 4
 

@@ -333,7 +333,7 @@ def test_the_memory_that_is_predicted_is_that_of_the_unquantized_model() -> None
 def test_what_the_plan_says(tmp_path: Path) -> None:
     plan = made_up(m_0_attn="bf16", m_0_mlp="int4")
     told = plan_markdown(plan)
-    assert "Of 4 blocks 1 in bf16, 2 in int8, 1 in int4" in told
+    assert "Of 4 blocks, 1 in bf16, 2 in int8, 1 in int4" in told
     assert "| this plan | 9.16 | 10.0 | 0.064 | 0.015 (0–0.079) |" in told
     assert "| int8 throughout | 8.08 | 10.0 | 0.026 | 0.025 (0–0.089) |" in told
     files = draw_plan(plan, tmp_path)

@@ -13,7 +13,7 @@ from mlflow_llmbench.analysis.comparison import COMPARED, compare
 from mlflow_llmbench.records.results import MemoryStages
 from mlflow_llmbench.reports.charts import comparison as comparison_charts
 from mlflow_llmbench.reports.charts.comparison import LOOKS, draw_comparisons
-from mlflow_llmbench.reports.charts.style import GREY, _style
+from mlflow_llmbench.reports.charts.style import GREY, chart_style
 from tests.analysis.test_comparison import BF16, INT4, RATE, in_processes, result, spread
 from tests.reports.charts.test_result import axes_of, check_files, texts
 
@@ -65,7 +65,7 @@ def test_the_files_and_their_words(tmp_path: Path) -> None:
 
 def test_ratios_and_intervals_are_those_of_the_comparison() -> None:
     comparison = compare(BF16, INT4, noise=0.02)
-    with _style():
+    with chart_style():
         [axes] = axes_of(comparison_charts._ratios_figure([comparison]))
     labels = [label.get_text() for label in axes.get_yticklabels()]
     drawn = {labels[int(y[0])]: x[0] for x, y in points(axes)}
@@ -80,7 +80,7 @@ def test_ratios_and_intervals_are_those_of_the_comparison() -> None:
 
 
 def test_a_metric_that_got_worse_is_red_and_one_that_did_not_change_is_grey() -> None:
-    with _style():
+    with chart_style():
         [axes] = axes_of(comparison_charts._ratios_figure([compare(INT4, BF16)]))
         [same] = axes_of(comparison_charts._ratios_figure([compare(BF16, FP16)]))
     assert len(points(axes, comparison_charts.RED)) == 5
@@ -91,7 +91,7 @@ def test_a_metric_that_got_worse_is_red_and_one_that_did_not_change_is_grey() ->
 
 
 def test_several_comparisons_stand_under_each_metric() -> None:
-    with _style():
+    with chart_style():
         [axes] = axes_of(comparison_charts._ratios_figure([compare(BF16, INT4), compare(BF16, FP16)]))
         bases = axes_of(comparison_charts._ratios_figure([compare(BF16, INT4), compare(FP16, INT4)]))[0]
     assert [label.get_text() for label in axes.get_yticklabels()][:8] == [
@@ -110,7 +110,7 @@ def test_many_comparisons_are_numbered(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_interval_beyond_the_axis_ends_in_an_arrow() -> None:
     wild = compare(result([1.0, 1.4]), dataclasses.replace(result([0.3, 0.6], "int4"), memory=MemoryStages()))
     rate = wild.effect(RATE)
-    with _style():
+    with chart_style():
         [axes] = axes_of(comparison_charts._ratios_figure([wild]))
     assert rate.high > axes.get_xlim()[1]
     [arrow] = [line for line in axes.lines if line.get_marker() == ">"]
@@ -128,7 +128,7 @@ def test_ticks_are_few_and_round(low: float, high: float) -> None:
 
 def test_the_values_are_dots_in_the_order_measured_and_pairs_are_joined() -> None:
     a, b = in_processes([[f] * 2 for f in spread(1.0)]), in_processes([[f] * 2 for f in spread(0.75)], "int4")
-    with _style():
+    with chart_style():
         axes = axes_of(comparison_charts._values_figure(compare(a, b)))[0]
         joined = axes_of(comparison_charts._values_figure(compare(a, b, paired=True)))[0]
     effect = compare(a, b).effect(RATE)

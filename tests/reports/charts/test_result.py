@@ -217,7 +217,7 @@ def test_memory_chart_draws_samples_marks_and_exact_readings() -> None:
 def test_names_of_stages_do_not_overlap() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with style._style():
+    with style.chart_style():
         crowded = dataclasses.replace(result_of([[20.0]]), marks={stage: t * S // 4 for stage, t in MARKS.items()})
         figure: Any = result_charts._memory_figure(crowded)
         canvas: Any = FigureCanvasAgg(figure)
@@ -267,11 +267,11 @@ def test_a_sweep_gives_an_overview_and_four_charts(tmp_path: Path) -> None:
 
 def test_bars_stand_by_batch_size_and_quantization() -> None:
     points = points_of()
-    (axes,) = axes_of(sweep._sweep_figure(points, "throughput/output_tokens_per_s"))
+    (axes,) = axes_of(sweep.metric_figure(points, "throughput/output_tokens_per_s"))
     assert heights(axes) == [10, 20, 40, 80]  # batch 1: fp32, int8; batch 4: fp32, int8
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4"]
     assert axes.collections[0].get_segments()[0][:, 1] == pytest.approx([9, 11])
-    (memory,) = axes_of(sweep._sweep_figure(points, "memory/host_needed_bytes_peak"))
+    (memory,) = axes_of(sweep.metric_figure(points, "memory/host_needed_bytes_peak"))
     assert heights(memory) == pytest.approx([2, 1, 1, 0.5, 2, 1, 1, 0.5])  # each bar with its weights
 
 
@@ -284,7 +284,7 @@ def test_of_a_server_the_load_is_told_and_no_batch(axis: str, values: tuple[Any,
     points = [
         (dataclasses.replace(cell, **{axis: value}), {"throughput/output_tokens_per_s": 10.0}) for value in values
     ]
-    figure = sweep._sweep_figure(points, "throughput/output_tokens_per_s")
+    figure = sweep.metric_figure(points, "throughput/output_tokens_per_s")
     constant = "" if axis == "prompt_tokens" else "16 prompt tokens · "
     assert [text.get_text() for text in figure.texts][
         1
@@ -295,7 +295,7 @@ def test_a_backend_that_the_quantization_tells_makes_no_groups() -> None:
     points = [
         (Cell(quant=quant, backend=backend), {"throughput/output_tokens_per_s": 10.0}) for quant, backend in PACKED
     ]
-    (axes,) = axes_of(sweep._sweep_figure(points, "throughput/output_tokens_per_s"))
+    (axes,) = axes_of(sweep.metric_figure(points, "throughput/output_tokens_per_s"))
     assert heights(axes) == [10, 10, 10]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["bf16", "q8_0", "q4_k_m"]
 
@@ -318,7 +318,7 @@ def test_quality_is_set_against_speed_with_both_intervals(tmp_path: Path) -> Non
         for cell, metrics in points_of()
     ]
     check_files(draw_sweep(points, tmp_path), tmp_path, ("overview", "throughput", "ttft", "itl", "memory", "quality"))
-    (axes,) = axes_of(sweep._quality_figure(points))
+    (axes,) = axes_of(sweep.quality_figure(points))
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [
         (40.0, 0.0),
         (10.0, 0.0),
@@ -339,14 +339,14 @@ def test_without_two_cells_of_known_quality_there_is_no_such_chart(tmp_path: Pat
 
 
 def test_a_cell_that_failed_leaves_its_place_empty() -> None:
-    (axes,) = axes_of(sweep._sweep_figure(points_of()[:-1], "throughput/output_tokens_per_s"))  # without int8, batch 1
+    (axes,) = axes_of(sweep.metric_figure(points_of()[:-1], "throughput/output_tokens_per_s"))  # without int8, batch 1
     assert heights(axes) == [10, 40, 80]
     assert [text.get_text() for text in axes.texts] == ["10.0", "–", "40.0", "80.0"]
 
 
 def test_each_model_has_a_panel_with_one_scale() -> None:
     panels = axes_of(
-        sweep._sweep_figure(points_of(models=("facebook/opt-125m", "opt-350m")), "throughput/output_tokens_per_s")
+        sweep.metric_figure(points_of(models=("facebook/opt-125m", "opt-350m")), "throughput/output_tokens_per_s")
     )
     assert [axes.get_title(loc="left") or axes.get_title() for axes in panels] == ["opt-125m", "opt-350m"]
     assert heights(panels[1]) == [20, 40, 80, 160]
@@ -354,7 +354,7 @@ def test_each_model_has_a_panel_with_one_scale() -> None:
 
 
 def test_models_are_groups_where_only_the_quantization_varies_besides() -> None:
-    (axes,) = axes_of(sweep._sweep_figure(points_of(models=("b", "a"), batches=(1,)), "throughput/output_tokens_per_s"))
+    (axes,) = axes_of(sweep.metric_figure(points_of(models=("b", "a"), batches=(1,)), "throughput/output_tokens_per_s"))
     assert heights(axes) == [10, 20, 20, 40]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["b", "a"]
 
@@ -363,7 +363,7 @@ def test_other_parameters_make_combinations() -> None:
     points = [
         (dataclasses.replace(cell, threads=threads), metrics) for cell, metrics in points_of() for threads in (None, 2)
     ]
-    (axes,) = axes_of(sweep._sweep_figure(points, "latency/ttft_ms_p50"))
+    (axes,) = axes_of(sweep.metric_figure(points, "latency/ttft_ms_p50"))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n2", "1\nauto", "4\n2", "4\nauto"]
     assert axes.get_xlabel() == "Batch size · threads"
 

@@ -1,4 +1,4 @@
-"""Hostile names, messages and texts in every report: they are shown as their characters and add no markup.
+"""Hostile names, messages and texts in every report: they are shown as their characters and add no escaping.
 
 Checked with real parsers: Python's `html.parser`, and a CommonMark renderer that passes raw HTML through.
 """
@@ -11,21 +11,25 @@ import io
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from mlflow_llmbench.analysis.comparison import compare
+from mlflow_llmbench.analysis.decisions.gate import decide
 from mlflow_llmbench.config.spec import parse, read_yaml
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import Failure, Reason, RunResult, Verdict
+from mlflow_llmbench.reports import escaping, sweep, tables
 from mlflow_llmbench.reports import files as files_reports
-from mlflow_llmbench.reports import markup, sweep
 from mlflow_llmbench.reports import result as result_reports
 from mlflow_llmbench.reports.comparison import comparison_markdown
+from mlflow_llmbench.reports.gate import gate_junit
 from mlflow_llmbench.reports.result import Row, row_of
 
 from ..analysis.test_comparison import BF16, INT4
+from ..results import made
 
 markdown_it = pytest.importorskip("markdown_it", reason="comes with rich, which the Hub's client brings")
 
@@ -159,14 +163,14 @@ def test_the_page_gains_no_element(text: str, tmp_path: Path) -> None:
     assert elements(page(text)) == elements(page(HARMLESS))
     parser = Elements()
     parser.feed(page(text))
-    assert markup.plain(text).split()[0] in parser.text  # shown as its characters
+    assert escaping.plain(text).split()[0] in parser.text  # shown as its characters
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_value_renders_as_its_characters(text: str) -> None:
     parser = Elements()
-    parser.feed(rendered(f"before {markup.markdown(text)} after"))
-    assert parser.text.split() == ["before", *markup.plain(text).split(), "after"]
+    parser.feed(rendered(f"before {escaping.markdown(text)} after"))
+    assert parser.text.split() == ["before", *escaping.plain(text).split(), "after"]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -184,7 +188,7 @@ def test_files_of_a_cell_stay_in_its_folder_and_its_texts_are_quoted(text: str, 
 
 def test_a_quotation_keeps_lines_and_indentation() -> None:
     text = "def f(x):\n    return x\n\n# done | `y`"
-    page = rendered(markup.quotation(text))
+    page = rendered(escaping.quotation(text))
     assert elements(page) == Counter({("blockquote",): 1, "/blockquote": 1, ("p",): 2, "/p": 2, ("br",): 1, "/br": 1})
     parser = Elements()
     parser.feed(page)
@@ -198,15 +202,15 @@ def test_a_quotation_keeps_lines_and_indentation() -> None:
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_no_cell_of_a_csv_is_a_formula(text: str) -> None:
     for delimiter in ",;":
-        [[first, *_], *_] = csv.reader(io.StringIO(markup.csv_table([text], [])), delimiter=delimiter)
+        [[first, *_], *_] = csv.reader(io.StringIO(tables.csv_table([text], [])), delimiter=delimiter)
         assert first[0] not in "=+-@\t\r"
-    [[cell, after]] = csv.reader(io.StringIO(markup.csv_table([text, "after"], [])))
-    assert cell in (markup.plain(text), f"'{markup.plain(text)}") and after == "after"
+    [[cell, after]] = csv.reader(io.StringIO(tables.csv_table([text, "after"], [])))
+    assert cell in (escaping.plain(text), f"'{escaping.plain(text)}") and after == "after"
 
 
 def test_numbers_in_a_csv_stay_numbers() -> None:
     assert (
-        markup.csv_table(["a"], [["-1.5"], ["+2"], ["1e-5"], ["0.0123"], [""]])
+        tables.csv_table(["a"], [["-1.5"], ["+2"], ["1e-5"], ["0.0123"], [""]])
         == '"a"\n"-1.5"\n"+2"\n"1e-5"\n"0.0123"\n""\n'
     )
 
@@ -220,15 +224,24 @@ def test_nothing_acts_in_a_terminal(text: str) -> None:
     assert len(shown.split("\n")) == 5
 
 
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_junit_is_xml_whatever_a_run_is_called(text: str) -> None:
+    gate = decide(made(), made(step=12))
+    suites = ElementTree.fromstring(gate_junit(gate, f"models:/{text}", text).encode("utf-8", "surrogatepass"))
+    [suite] = suites
+    assert suite.get("name") == escaping.plain(f"llmbench gate: {text} against models:/{text}")
+    assert {case.tag for case in suite} == {"testcase"}
+
+
 def test_ordinary_text_stays_readable() -> None:
     text = (
         "opt-125m: 4 × (128 + 64), 12.3 GB (95 % interval) fake:ttft_ms=20+itl_ms=5 meta/Llama-3.2 "
         "prompt_tokens=auto – “so”"
     )
-    assert markup.markdown(text) == markup.plain(text) == markup.html(text) == text
-    assert markup.markdown("  a\tb\nc  ") == "a b c"
-    assert markup.plain("a\x1bb\u202ec") == r"a\x1bb\u202ec"
-    assert markup.code_block("one\n\n  two") == "    one\n    \n      two"
-    assert markup.markdown_table(["a", "n"], [["x|y", "1"], ["z", "2"]], [1], [(0, 1)]) == (
+    assert escaping.markdown(text) == escaping.plain(text) == escaping.html(text) == text
+    assert escaping.markdown("  a\tb\nc  ") == "a b c"
+    assert escaping.plain("a\x1bb\u202ec") == r"a\x1bb\u202ec"
+    assert escaping.code_block("one\n\n  two") == "    one\n    \n      two"
+    assert tables.markdown_table(["a", "n"], [["x|y", "1"], ["z", "2"]], [1], [(0, 1)]) == (
         "| a | n |\n| --- | ---: |\n| x&#124;y | **1** |\n| z | 2 |"
     )

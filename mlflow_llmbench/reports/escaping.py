@@ -1,4 +1,4 @@
-"""Escape untrusted text for Markdown, HTML, CSV and the terminal. This is the only module that does.
+"""Escape untrusted text for Markdown, HTML and the terminal. This is the only module that does.
 
 Names of models and files, messages of libraries, and outputs of models are data, whatever they contain. Every table and
 report passes them through here, so they cannot add an element, link, formula or control sequence to it.
@@ -6,11 +6,8 @@ report passes them through here, so they cannot add an element, link, formula or
 
 from __future__ import annotations
 
-import csv
 import html as html_entities
-import io
 import re
-from collections.abc import Collection, Iterable, Sequence
 
 _SPACES = re.compile(r"[\t-\r\x85\u2028\u2029]+")
 _UNSEEN = re.compile(
@@ -27,9 +24,6 @@ _MARKDOWN = re.compile(
     re.IGNORECASE,
 )
 """Possible marks of Markdown: CommonMark, tables, GitHub's extensions, and Showdown, the renderer of the MLflow UI."""
-
-_FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]")
-_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
 def plain(text: object) -> str:
@@ -67,40 +61,6 @@ def code_block(text: str) -> str:
     return "\n".join(f"    {plain(line)}" for line in text.expandtabs(4).splitlines())
 
 
-def markdown_table(
-    heading: Sequence[object],
-    body: Iterable[Sequence[object]],
-    numeric: Collection[int] = (),
-    bold: Collection[tuple[int, int]] = (),
-) -> str:
-    """Return a Markdown table with every cell escaped.
-
-    Columns in `numeric` are right-aligned. Cells (line, column) in `bold` are bold.
-    """
-    rules = ["---:" if column in numeric else "---" for column in range(len(heading))]
-    lines = [[markdown(cell) for cell in heading], rules]
-    for number, line in enumerate(body):
-        cells = [markdown(cell) for cell in line]
-        lines.append([f"**{cell}**" if (number, column) in bold else cell for column, cell in enumerate(cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def html(text: object) -> str:
     """Escape a value for the text of an HTML element or for a quoted attribute."""
     return html_entities.escape(plain(text))
-
-
-def csv_table(heading: Sequence[object], body: Iterable[Sequence[object]]) -> str:
-    r"""Return a CSV file (RFC 4180, but lines end in \n). An apostrophe precedes anything that looks like a formula.
-
-    Every cell is quoted, because where semicolons separate, part of a cell could otherwise become a cell of its own.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer.writerows([_csv_cell(cell) for cell in line] for line in [heading, *body])
-    return text.getvalue()
-
-
-def _csv_cell(value: object) -> str:
-    text = plain(value)
-    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text

@@ -1,0 +1,62 @@
+"""Compare two candidates: better by how much, better beyond chance, and better in every metric (the Pareto front).
+
+The front holds every result that nothing dominates. B dominates A if B is worse in no metric by more than the noise
+threshold and better in some metric beyond chance: p below 0.05 after Holm in `compare`, and by more than the threshold.
+A metric that a run has only once (memory, quality) counts as better beyond the threshold alone. A high percentile never
+does: it is one number of many repetitions, which no test uses. Differences that chance could explain stay on the front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ...records.metrics import KEYS
+from ...stats import welch
+from ..comparison import BETTER, SIGNIFICANCE, UNTESTED, compare
+from .candidates import Candidate, Measure, values
+
+ALLOWABLE = ("hardware", "software", "workload", "scenario")
+"""Kinds of differences among the results that can be accepted."""
+
+ONCE = ("memory", "quality")
+"""Sections of metrics that a run has only once."""
+
+
+def dominates(b: Candidate, a: Candidate, objectives: Sequence[Measure], noise: float) -> bool:
+    """Return True if b is in no metric worse than a by more than the noise threshold, and in some surely better."""
+    gains = [gain(a, b, measure) for measure in objectives]
+    if any(one < -math.log1p(noise) for one in gains) or not any(one > math.log1p(noise) for one in gains):
+        return False
+    return any(surely_better(a, b, measure, noise) for measure in objectives)
+
+
+def gain(a: Candidate, b: Candidate, measure: Measure) -> float:
+    """Logarithm of the ratio by which b is better than a; −∞ if incomparable, e.g. device memory with host memory."""
+    key_a, key_b = measure.key(a.metrics), measure.key(b.metrics)
+    if key_a is None or key_a != key_b:
+        return -math.inf
+    first, second = a.metrics[key_a], b.metrics[key_a]
+    if first == second:
+        return 0.0
+    sign = 1 if measure.better == "higher" else -1
+    if first <= 0 or second <= 0:
+        return math.copysign(math.inf, (second - first) * sign)
+    return sign * math.log(second / first)
+
+
+def surely_better(a: Candidate, b: Candidate, measure: Measure, noise: float) -> bool:
+    """Return True if b is better than a by more than chance and the noise threshold would explain."""
+    key = measure.key(a.metrics)
+    if key is None or gain(a, b, measure) <= math.log1p(noise):
+        return False
+    effect = compare(a.result, b.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"])).effect(key)
+    if effect is not None and effect.effect != UNTESTED:
+        return effect.effect == BETTER
+    if KEYS[key].section in ONCE:
+        return True
+    first, second = values(a, key), values(b, key)
+    if first is None or second is None or min(*first, *second) <= 0:
+        return False
+    test = welch([math.log(value) for value in first], [math.log(value) for value in second])
+    return test is not None and test.p_value < SIGNIFICANCE

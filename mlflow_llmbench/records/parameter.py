@@ -1,0 +1,32 @@
+"""Declaration of a parameter, as a field of a frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Everything about a parameter but its name and type.
+
+    `kind`: key of `parsers.PARSERS`. `sweep`: lists are allowed. `unset`: word for None. `low`, `high`: bounds.
+    `scenarios`: those in which it has a meaning; other runs do not log it (see `Cell.scenario`). `separator`: stands
+    between the values of a list. `backend_specific`: only backends that declare it take it.
+    """
+
+    default: object
+    help: str
+    kind: str
+    sweep: bool = False
+    unset: str = ""
+    low: float = 1
+    high: float = 1e9
+    scenarios: str = "offline batching online"
+    separator: str = ","
+    backend_specific: bool = False
+
+    def field(self) -> Any:
+        """Return a dataclass field with the default, and the rest as its metadata."""
+        return dataclasses.field(default=self.default, metadata=vars(self) | {"scenarios": self.scenarios.split()})

@@ -1,0 +1,33 @@
+"""Style shared by all charts: a legend that fits stands under the subtitle, a longer one in rows at the bottom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlflow_llmbench.reports.charts.style import chart_style, new_figure, put_legend
+
+
+@pytest.mark.parametrize(("entries", "rows"), [(3, 1), (12, 3)])
+def test_no_entry_of_a_legend_is_cut_off(entries: int, rows: int) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with chart_style():
+        figure, (axes,) = new_figure("title", "subtitle")
+        for number in range(entries):
+            axes.plot([0, 1], [number, number], label=f"model-{number} int4")
+        put_legend(figure, axes.get_legend_handles_labels()[0])
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
+        [legend] = figure.legends
+        places = [text.get_window_extent(canvas.get_renderer()) for text in legend.get_texts()]
+    assert all(figure.bbox.x0 <= place.x0 and place.x1 <= figure.bbox.x1 for place in places)
+    assert len({round(place.y0) for place in places}) == rows
+
+
+def test_without_entries_there_is_no_legend() -> None:
+    with chart_style():
+        figure, _ = new_figure("title", "subtitle")
+        put_legend(figure, [])
+    assert figure.legends == []
