@@ -19,7 +19,7 @@ from ..records.cell import PARAMETERS, Cell, as_text, default_text
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
 from ..records.metrics import KEYS, REPETITIONS, VARIATION, peak_memory, shown_in
 from ..records.results import RunResult, Verdict
-from ..records.text import _number
+from ..records.text import short_number_text
 from ..stats import classify_outliers
 from ..workloads.prompts import MIXED
 from .escaping import code_block, markdown, plain
@@ -89,13 +89,13 @@ def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
 
 def shown(key: str, value: float) -> str:
     """Format a metric for a table: scaled, with about three significant digits."""
-    return _number(value * KEYS[key].scale)
+    return short_number_text(value * KEYS[key].scale)
 
 
 def _figure(key: str, value: float) -> str:
     """Format a metric with its unit. Whole counts and bytes have no decimals, and their digits are grouped by three."""
     unit = KEYS[key].unit if key in KEYS else ""
-    text = f"{int(value):,}" if value == int(value) and unit in ("", "bytes") else _number(value)
+    text = f"{int(value):,}" if value == int(value) and unit in ("", "bytes") else short_number_text(value)
     return f"{text} {unit}".strip() if unit != RATIO else text
 
 
@@ -217,11 +217,11 @@ def _lines(metrics: Metrics) -> list[list[str]]:
 
 
 def _line_text(entry: Entry[Line], metrics: Metrics) -> str:
-    text = f"{_number(metrics[entry.key] * entry.scale)} {entry.unit}".strip()
+    text = f"{short_number_text(metrics[entry.key] * entry.scale)} {entry.unit}".strip()
     low, high = (metrics.get(key) for key in interval_keys(entry.key))
     if low is None or high is None:
         return text
-    return f"{text} (95 % interval {_number(low * entry.scale)} to {_number(high * entry.scale)})"
+    return f"{text} (95 % interval {short_number_text(low * entry.scale)} to {short_number_text(high * entry.scale)})"
 
 
 def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
@@ -268,7 +268,7 @@ def _turns_table(turns: Sequence[Turn]) -> str:
         [
             str(t.number),
             str(t.count),
-            *("–" if v is None else _number(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms)),
+            *("–" if v is None else short_number_text(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms)),
         ]
         for t in turns
     ]
@@ -336,13 +336,13 @@ def _repetitions_table(result: RunResult) -> str:
             if noise
             else [None] * 4
         )
-        first = _number(median(map(ttft_ms, repetition.requests)))
-        shown = ["–" if value is None else _number(float(value)) for value in seen]
+        first = short_number_text(median(map(ttft_ms, repetition.requests)))
+        shown = ["–" if value is None else short_number_text(float(value)) for value in seen]
         spoiled = (
             # Online, the other process may be the server itself.
             "spoiled" if noise and noise.spoiled and result.cell.scenario != "online" else ""
         )
-        body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
+        body.append([str(repetition.index + 1), first, short_number_text(total), outlier or "", spoiled, *shown])
     heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others"]
     heading += ["CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
     return markdown_table(heading, body)

@@ -136,7 +136,7 @@ def headline(rows: Sequence[Row], varied: Sequence[str]) -> str:
             names = _listed(
                 [short_name(row.cell, varied) + (" (suspect)" if row.state == "suspect" else "") for row in best]
             )
-            parts.append(f"{claim}: {names}, {shown(entry.key, best[0].metrics[entry.key])} {entry.unit}")
+            parts.append(f"{claim}: {names}, {shown(entry.key, best[0].metrics[entry.key])} {entry.unit}".rstrip())
     return "; ".join(parts) + "."
 
 
