@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mlflow_llmbench.measure.events import CellMeasured
 from mlflow_llmbench.measure.journal import read_events
 from mlflow_llmbench.system import machine
 
@@ -54,9 +55,9 @@ def necessary(folder: Path) -> float:
     newest = max((folder / "llmbench-results").iterdir())
     total = 0.0
     for file in newest.glob("*/worker.jsonl"):
-        stamps = {event["event"]: event["t_ns"] for event in read_events(file) if "t_ns" in event}
-        first = next(event["t_ns"] for event in read_events(file) if "t_ns" in event)
-        total += (stamps["measured"] - first) / 1e9
+        sent = [event for event in read_events(file) if event.t_ns is not None]
+        last = [event.sent_ns for event in sent if isinstance(event, CellMeasured)][-1]
+        total += (last - sent[0].sent_ns) / 1e9
     return total
 
 

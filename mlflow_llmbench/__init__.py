@@ -1,28 +1,62 @@
 """mlflow-llmbench: honest benchmarks of quantized language models, each one an MLflow run.
 
-    from mlflow_llmbench import run
+    from mlflow_llmbench import compare, recommend, run
 
     result = run(model="opt-125m", weights="random", quant="int8,int4", batch_size=[1, 4])
     print(result.table())
+    best = recommend([result.folder.name]).found.winner
 
 Importing the package loads nothing heavy: torch, transformers and mlflow are imported when something runs.
+`mlflow_llmbench.callback.measure` measures a generate function of your own.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .records.backends import SERVER_BACKEND
 from .records.errors import LlmbenchError
 
 if TYPE_CHECKING:
     from .sweeps.sweep import SweepResult
+    from .tracking.load_results import load_results
+    from .workflows.compare import compare
+    from .workflows.gate import gate
+    from .workflows.recommend import recommend
+    from .workflows.reproduce import reproduce
+    from .workflows.scaling import scaling
+    from .workflows.versions import export, promote, register
 
 __version__ = "0.1.0"
 PACKAGE_DIR = Path(__file__).resolve().parent
 """Folder of this package; its parent goes on a worker's PYTHONPATH."""
 
-__all__ = ["LlmbenchError", "__version__", "run"]
+__all__ = [
+    "LlmbenchError",
+    "__version__",
+    "compare",
+    "export",
+    "gate",
+    "load_results",
+    "online",
+    "promote",
+    "recommend",
+    "register",
+    "reproduce",
+    "run",
+    "scaling",
+]
+
+_MODULES = {
+    "load_results": "tracking.load_results",
+    "export": "workflows.versions",
+    "promote": "workflows.versions",
+    "register": "workflows.versions",
+    **{name: f"workflows.{name}" for name in ("compare", "gate", "recommend", "reproduce", "scaling")},
+}
+"""Public function → its module, which is imported when the name is used first."""
 
 
 def run(**parameters: Any) -> SweepResult:
@@ -30,3 +64,18 @@ def run(**parameters: Any) -> SweepResult:
     from .sweeps import sweep
 
     return sweep.run(**parameters)
+
+
+def online(**parameters: Any) -> SweepResult:
+    """Measure a model behind an OpenAI-compatible server, with the parameters of `run`."""
+    return run(**{"backend": SERVER_BACKEND, **parameters})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 import sys
 
 from .cli.main import main
+from .records.invocation import MODULE
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program=MODULE))

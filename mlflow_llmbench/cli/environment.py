@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-
-from ..config.spec import parse
+from .options import ONLY_JSON, Option, command
+from .output import print_json
 
 
-def _models(given: argparse.Namespace) -> int:
+@command(
+    "models",
+    "list the model presets and which of them fit on this machine",
+    ONLY_JSON,
+    description="List the model presets and which of them fit on this machine.",
+)
+def models(json: bool) -> int:
+    """Print the presets."""
     from ..reports import presets
-    from ..system import gpu, memory
-
-    devices = gpu.gpus()
-    room = (memory.available_bytes(), devices[0]["memory_bytes"] if devices else None)
-    print(json.dumps(presets.models_json(*room)) if given.json else presets.models_table(*room))
-    return 0
-
-
-def _doctor(given: argparse.Namespace) -> int:
-    from ..records.results import to_json
     from ..workflows import doctor
 
-    if given.worker_python:
-        python = str(parse({"worker_python": given.worker_python}).first.worker_python)
-        report = doctor.examine_worker(python)
-        print(json.dumps(to_json(report)) if given.json else doctor.format_items(report.items))
-        return 0
-    found = doctor.examine()
-    print(json.dumps(to_json(found)) if given.json else doctor.format_report(found))
+    memory = doctor.memory_here()
+    if json:
+        print_json(presets.models_json(*memory), ensure_ascii=True)
+    else:
+        print(presets.models_table(*memory))
     return 0
+
+
+@command(
+    "doctor",
+    "report what this machine and environment can do, and what is missing",
+    ONLY_JSON,
+    Option(
+        "--worker-python",
+        "examine this Python interpreter for workers, instead of the current one",
+        "PATH",
+        optional=True,
+    ),
+    description="Report what this machine and environment can do, and what is missing.",
+)
+def doctor(json: bool, worker_python: str | None) -> int:
+    """Print the report."""
+    from ..records.results import to_json
+    from ..reports.doctor import format_items, format_report
+    from ..workflows import doctor
+
+    report = doctor.examine_worker(worker_python) if worker_python else doctor.examine()
+    if json:
+        print_json(to_json(report), ensure_ascii=True)
+    else:
+        print(format_items(report.items) if worker_python else format_report(report.items))
+    return 0
+
+
+COMMANDS = (models, doctor)

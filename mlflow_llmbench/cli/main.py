@@ -1,4 +1,7 @@
-"""Command line: parse, call one function of the library, print. Slow imports happen inside the commands."""
+"""Command line: parse, call the function of the command, and turn errors into one line and an exit code.
+
+Slow imports happen inside the commands.
+"""
 
 from __future__ import annotations
 
@@ -8,84 +11,58 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TextIO, cast
 
 from .. import __version__
 from ..records.errors import LlmbenchError
+from ..records.invocation import PROGRAM, called_as, invocation_of
 from ..records.redaction import Terminal
-from . import decisions
-from .environment import _doctor, _models
-from .measure import _ab, _measuring, _plan, _qat, _run, _study
-from .options import Parser
-from .results import _compare, _reading, _scaling, _upload
+from . import decisions, environment, measure, results
+from .options import Parser, entry_points
+
+COMMANDS = {
+    command.name: command
+    for command in (*measure.COMMANDS, *results.COMMANDS, *environment.COMMANDS, *decisions.COMMANDS)
+}
+"""All commands by name, in the order of the help."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands; the options of `run` come from the declared parameters."""
-    parser = Parser(
-        prog="llmbench", description="Honest benchmarks of quantized language models, each one an MLflow run."
-    )
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """Build the parser of all commands. `program` is how the user called us."""
+    parser = Parser(prog=program, description="Honest benchmarks of quantized language models, each one an MLflow run.")
     parser.add_argument("--version", action="version", version=f"llmbench {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    found = {**_measuring(commands), **_reading(commands)}
-    for name in ("run", "plan", "online", "study"):
-        found[name].add_argument(
-            "--config",
-            metavar="FILE",
-            help="YAML file of parameters, such as a run's config.yaml; command-line options override it",
-        )
-    for name in ("compare", "ab"):
-        found[name].add_argument(
-            "--noise",
-            metavar="RATIO",
-            type=float,
-            default=0.01,
-            help="relative differences below this count as noise (default: 0.01)",
-        )
-    for name in ("run", "plan", "online", "compare", "ab", "scaling", "study", "qat"):
-        found[name].add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
-    for name in ("run", "online", "upload", "compare", "ab", "scaling", "study", "qat"):
-        found[name].add_argument(
-            "--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or a SQLite file here)"
-        )
-        found[name].add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: llmbench)")
-    for name, help in (
-        ("models", "list the model presets and which of them fit on this machine"),
-        ("doctor", "report what this machine and environment can do, and what is missing"),
-    ):
-        found[name] = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        found[name].add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    found["doctor"].add_argument(
-        "--worker-python",
-        metavar="PATH",
-        help="examine this Python interpreter for workers, instead of the current one",
-    )
-    decisions.add_parsers(commands)
+    for command in COMMANDS.values():
+        command.add_to(commands)
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run one command. Returns the exit code: 0, 1 for a failure, 2 for a wrong parameter, 130 if interrupted.
 
-    `gate` and `reproduce` have further exit codes.
+    `gate` and `reproduce` have further exit codes. `program` is how the user called us.
     """
     for name in SIGNALS:
         signal.signal(name, _interrupt)
     with (
         contextlib.redirect_stdout(cast(TextIO, Terminal(sys.stdout))),
         contextlib.redirect_stderr(cast(TextIO, Terminal(sys.stderr))),
+        called_as(invocation_of(program, entry_points(COMMANDS.values()))),
     ):
-        return _main(arguments)
+        return _main(arguments, program)
 
 
-def _main(arguments: Sequence[str] | None) -> int:
+def _main(arguments: Sequence[str] | None, program: str) -> int:
+    failure_code = 1
     try:
-        given = build_parser().parse_args(arguments)
-        return COMMANDS[given.command](given)
+        given = build_parser(program).parse_args(arguments)
+        command = COMMANDS[given.command]
+        failure_code = command.failure_code
+        return command.run(given)
     except LlmbenchError as error:
         print(f"llmbench: {error}", file=sys.stderr)
-        return error.exit_code
+        return failure_code if error.exit_code == 1 else error.exit_code
     except KeyboardInterrupt:
         print("llmbench: interrupted before anything was measured.", file=sys.stderr)
         return 130
@@ -106,18 +83,3 @@ def _interrupt(*_: object) -> None:
     for name in SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "run": _run,
-    "plan": _plan,
-    "online": _run,
-    "ab": _ab,
-    "upload": _upload,
-    "compare": _compare,
-    "scaling": _scaling,
-    "study": _study,
-    "qat": _qat,
-    "models": _models,
-    "doctor": _doctor,
-} | decisions.COMMANDS

@@ -12,7 +12,7 @@ from typing import NamedTuple
 BOM = b"\xef\xbb\xbf"
 
 
-class Event(NamedTuple):
+class ServerSentEvent(NamedTuple):
     """A dispatched event: its data (lines joined by a line feed), its type, and the last id that the stream set."""
 
     data: str
@@ -34,7 +34,7 @@ class EventParser:
         self._type = ""
         self._id = ""
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[ServerSentEvent]:
         """Return the events that end within `data`, in order."""
         if self._after_cr and data:
             self._after_cr = False
@@ -54,7 +54,7 @@ class EventParser:
         if self._first:
             self._first = False
             lines[0] = lines[0].removeprefix(BOM)
-        events: list[Event] = []
+        events: list[ServerSentEvent] = []
         for line in lines:
             if line.startswith(b"data: "):  # nearly every line
                 self._data.append(line[6:].decode("utf-8", "replace"))
@@ -74,9 +74,9 @@ class EventParser:
         elif name == "id" and "\0" not in value:
             self._id = value
 
-    def _dispatch(self, events: list[Event]) -> None:
+    def _dispatch(self, events: list[ServerSentEvent]) -> None:
         if self._data:
             text = self._data[0] if len(self._data) == 1 else "\n".join(self._data)
-            events.append(Event(text, self._type or "message", self._id))
+            events.append(ServerSentEvent(text, self._type or "message", self._id))
             self._data = []
         self._type = ""

@@ -6,6 +6,7 @@ noise counters, journal, garbage collection) happens between repetitions.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import operator
@@ -17,37 +18,15 @@ from typing import Any
 from ..backends.base import Backend, DecodingBackend, History
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
-from ..records.results import Repetition, RequestRecord, TextTimes
+from ..records.results import CellMeasurements, Repetition, RequestRecord, TextTimes
 from ..records.verdicts import LEAST_REPETITIONS
 from ..stats import is_steady, relative_half_width
 from ..system import machine
 from ..workloads.prompts import PromptSet
+from .events import FirstToken, RepetitionEnded, ReportProgress, WarmupEnded
 
 LEAST_WARMUPS = 3
 MOST_WARMUPS = 12
-
-Say = Callable[..., None]
-"""Called between timed regions with an event name and its data: journal, progress."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The result of `measure_cell`.
-
-    `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads. The prompt of a
-    conversation is everything before the last answer. `same_replies` and `same_tokens` are the results of
-    `compare_replies` and `compare_decoding`.
-    """
-
-    first_call_ms: float
-    warmup_s: tuple[float, ...]
-    steady: bool
-    repetitions: tuple[Repetition, ...]
-    outputs: tuple[tuple[list[int], list[int]], ...]
-    same_replies: tuple[bool, ...] = ()
-    text_times: TextTimes | None = None
-    compile_s: float | None = None
-    same_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,18 +70,18 @@ def time_request(
         add_stamp(clock())
         add_step(step)
 
-    def emit_and_tell(step: Any) -> None:
+    def emit_and_report(step: Any) -> None:
         emit(step)
         if on_first and len(stamps) == 1:
             on_first()
 
-    told = emit_and_tell if on_first else emit
+    chosen = emit_and_report if on_first else emit
     kept = {} if history is None else {"history": history}
     cached = None if history is None else history.tokens
     gc.disable()
     try:
         t0 = clock()
-        backend.generate(prompts, output_tokens, told, **kept)
+        backend.generate(prompts, output_tokens, chosen, **kept)
     finally:
         gc.enable()
     counted: dict[str, Any] = {}
@@ -147,17 +126,19 @@ def time_turns(
     return Timed(tuple(requests), prompt, output)
 
 
-def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, say: Say) -> Measured:
+def measure_cell(
+    backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, report: ReportProgress
+) -> CellMeasurements:
     """Warm up with the shape of the cell until steady, then repeat until the throughput's interval is narrow enough.
 
-    `say("warmup" | "repetition", …)` is called after each run, outside the timed region. Raises MeasurementError if the
-    backend generates no token or a malformed step.
+    Each run is reported after it, outside the timed region. Raises MeasurementError if the backend generates no token
+    or a malformed step.
     """
 
     def turns(number: int) -> list[list[list[int]]]:
         return _turns(backend, cell, prompts, vocab_size, number)
 
-    first_call_ms, warmup_s, steady = _warm_up(backend, cell, turns, say)
+    first_call_ms, warmup_s, steady = _warm_up(backend, cell, turns, report)
     gc.collect()
     gc.freeze()
     repetitions: list[Repetition] = []
@@ -173,10 +154,10 @@ def measure_cell(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: i
             repetitions.append(Repetition(index, wall_ms, timed.requests, noise))
             if prompts.texts and index * (1 if cell.prompt_tokens is None else cell.batch_size) < len(prompts.texts):
                 outputs.append((timed.prompt, timed.output))
-            say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
+            report(RepetitionEnded(index + 1, limit, repetitions[-1]))
     finally:
         gc.unfreeze()
-    return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), tuple(outputs))
+    return CellMeasurements(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), tuple(outputs))
 
 
 def _turns(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, number: int) -> list[list[list[int]]]:
@@ -187,7 +168,7 @@ def _turns(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, nu
     return [[list(ids)] * cell.batch_size for ids in backend.encode_turns(messages)]
 
 
-def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: Measured) -> tuple[bool, ...]:
+def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: CellMeasurements) -> tuple[bool, ...]:
     """Compare kept and recomputed history. Return per turn of the first conversation whether the answers are the same.
 
     Each turn gets the ids of the kept history, so a different answer does not make the next ones differ. Not timed.
@@ -235,7 +216,7 @@ def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, v
 
 
 def _warm_up(
-    backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], say: Say
+    backend: Backend, cell: Cell, turns: Callable[[int], list[list[list[int]]]], report: ReportProgress
 ) -> tuple[float, list[float], bool]:
     """Make discarded runs of the measured shape. Return the first in ms, all in s, and whether they became steady.
 
@@ -246,7 +227,7 @@ def _warm_up(
     most = max(cell.warmup or 0, 1) if fixed else MOST_WARMUPS
     steady = False
     while len(durations) < most and not (steady and not fixed):
-        first = None if durations else lambda: say("first_token")
+        first = None if durations else functools.partial(report, FirstToken())
         timed = time_turns(
             backend,
             turns(len(durations) if cell.history == "none" else 0),
@@ -258,7 +239,7 @@ def _warm_up(
             raise MeasurementError("The backend generated no token. Nothing can be measured.")
         durations.append(timed.seconds)
         steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
-        say("warmup", number=len(durations), limit=most, seconds=durations[-1])
+        report(WarmupEnded(len(durations), most, durations[-1]))
     return durations[0] * 1000, durations, steady
 
 

@@ -17,27 +17,28 @@ from ..records.errors import JournalError, ModelError, UsageError
 from ..records.results import ModelFacts
 from ..system import estimate, machine
 from . import quality_reference, supervise
+from .events import CellBegun, CellMeasured, Event, GroupBegun, GroupPlaced, Report, Stage
 from .outcome import GroupOutcome
-from .supervise import Limits, More, OnEvent
+from .supervise import Limits, More
 from .task import Task
 
-Post = Callable[[Mapping[str, Any], Mapping[str, bytes]], None]
+Post = Callable[[Event, Mapping[str, bytes]], None]
 """Called with an event and the bytes written since the last call, keyed by file path relative to the sweep's folder."""
 
 
 def measure_group(
-    task: Task, on_event: OnEvent, environment: Mapping[str, Any] | None = None, more: More | None = None
+    task: Task, report: Report, environment: Mapping[str, Any] | None = None, more: More | None = None
 ) -> GroupOutcome:
     """Measure the cells of one load in a fresh process.
 
-    `on_event` gets the event `begun` when that starts, and all events of the worker. Failures, also of fetching, are in
-    the outcome's `error`. `environment` is kept with the outcome; `more` chooses further cells.
+    `report` gets `GroupBegun` when that starts, and all events of the worker. Failures, also of fetching, are in the
+    outcome's `error`. `environment` is kept with the outcome; `more` chooses further cells.
     """
     log = task.folders[0] / "worker.log"
     try:
         if task.prepare and not _is_prepared(task.cells[0], task.model):
-            preparing = {"event": "stage", "stage": "preparing"}
-            on_event(preparing)  # in a separate process, so that neither its time nor its memory is measured
+            preparing = Stage("preparing")
+            report(preparing)  # in a separate process, so that neither its time nor its memory is measured
             fetched = supervise.run_worker(
                 "prepare", task.cells[:1], task.model, task.folders[:1], log.with_name("prepare.log")
             )
@@ -48,15 +49,15 @@ def measure_group(
                     interrupted=fetched.interrupted,
                     environment=environment,
                 )
-        on_event({"event": "begun"})
+        report(GroupBegun())
         limits = _limits(task.options)
         why = ""
         try:
-            quality = quality_reference.order(task, on_event, environment, limits)
+            quality = quality_reference.order(task, report, environment, limits)
         except UsageError as error:
             quality, why = None, str(error)
         outcome = supervise.run_worker(
-            "measure", task.cells, task.model, task.folders, log, on_event, limits, environment, quality, more
+            "measure", task.cells, task.model, task.folders, log, report, limits, environment, quality, more
         )
         outcome.withheld += [why] if why else []
         return outcome
@@ -90,32 +91,39 @@ def measure_apart(
     """Run `measure_group` in a scratch folder for a command on another machine.
 
     Return the outcome, and the contents of the files in the cells' folders. `inputs` holds the workload files that
-    cells name; `known` is added to this machine's environment. `post` gets the events `placed`, `begun`, `cell` and
-    `measured`, so that measurements are not lost with this machine.
+    cells name; `known` is added to this machine's environment. `post` gets `GroupPlaced`, `GroupBegun`, `CellBegun`
+    and `CellMeasured`, so that measurements are not lost with this machine.
     """
     with tempfile.TemporaryDirectory(prefix="llmbench-") as scratch:
         root = Path(scratch).resolve()
         environment = {**machine.environment(scratch), **known}
-        post({"event": "placed"}, {})
+        post(GroupPlaced(), {})
         local = [one.location for one in (task.model, task.model.assistant) if one and one.source in LOCAL_FILES]
         if absent := [location for location in local if not Path(location).exists()]:
             message = (
                 f"There is no {absent[0]} on this node. Put it on a disk that every node has under that path, or give "
                 "a Hub id."
             )
-            return GroupOutcome(stages={"preparing": {}}, error=ModelError(message), environment=environment), {}
+            return GroupOutcome(
+                stages={"preparing": Stage("preparing")}, error=ModelError(message), environment=environment
+            ), {}
         files = _Files(root, [folder.name for folder in task.folders])
 
-        def tell(event: Mapping[str, Any]) -> None:
-            if event["event"] in ("begun", "cell", "measured"):
-                post({name: event[name] for name in ("event", "number") if name in event}, files.new())
+        def report(event: Event) -> None:
+            match event:  # times of this machine's clock mean nothing on another, and the files have the results
+                case GroupBegun():
+                    post(event, files.new())
+                case CellBegun(number=number):
+                    post(CellBegun(number), files.new())
+                case CellMeasured(number=number):
+                    post(CellMeasured(number), files.new())
 
         here = dataclasses.replace(
             task,
             cells=_with_inputs(task.cells, inputs, root),
             folders=tuple(root / folder.name for folder in task.folders),
         )
-        outcome = measure_group(here, tell, environment)
+        outcome = measure_group(here, report, environment)
         names = {own.workload: asked.workload for own, asked in zip(here.cells, task.cells, strict=True)}
         outcome.divergences = {names[workload]: found for workload, found in outcome.divergences.items()}
         if outcome.error:  # a log that it names will be in the command's folder

@@ -27,8 +27,9 @@ from ..records.backends import capabilities_of, known_backends, recorded_capabil
 from ..records.cell import Cell
 from ..records.errors import LlmbenchError, MeasurementError, MissingError, UsageError
 from ..records.redaction import redact, worker_environment
-from ..records.results import ModelFacts, from_json, hash16, to_json
+from ..records.results import ModelFacts, hash16, to_json
 from ..system import gpu, machine
+from .events import JobFailed, ModelResolved, decode
 
 LEAST = (3, 10)
 """The oldest Python that runs a worker, as in pyproject.toml."""
@@ -210,12 +211,12 @@ def resolve(cell: Cell) -> ModelFacts:
     examine(python, needed_modules(cell))
     job = json.dumps({"task": "resolve", "cells": to_json([cell])})
     answer, problem = _ask([python, "-m", "mlflow_llmbench.measure.worker"], f"{job}\n", RESOLVE_S, downloads=True)
-    events = [json.loads(line) for line in answer.splitlines() if line.startswith("{")]
-    for event in events:
-        if event["event"] == "resolved":
-            return from_json(ModelFacts, event["model"])
-        if event["event"] == "failed":
-            raise _error(python, event["kind"], event["message"])
+    for line in answer.splitlines():
+        match decode(line) if line.startswith("{") else None:
+            case ModelResolved(model=model):
+                return model
+            case JobFailed(kind=kind, message=message):
+                raise _error(python, kind, message)
     raise MeasurementError(
         f"worker_python={python} did not say what the model {cell.model} is: {problem or 'its worker ended'}."
     )

@@ -26,11 +26,12 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from ..records.errors import JournalError
 from ..records.redaction import redact, redact_all
 from ..records.results import RequestRecord, RunResult, from_json, to_json
+from .events import Event, decode, to_data
 
 
 def new_sweep(output_dir: str) -> Path:
@@ -168,9 +169,11 @@ class EventLog:
             if content and not content.endswith(b"\n"):
                 file.truncate(content.rfind(b"\n") + 1)
 
-    def append(self, event: str, **data: Any) -> None:
-        """Write one event; if durable, wait for the disk."""
-        line = json.dumps({"event": event, **redact_all(to_json(data))}, ensure_ascii=False, separators=(",", ":"))
+    def append(self, event: Event) -> None:
+        """Write one event, without secrets; if durable, wait for the disk."""
+        data = to_data(event)
+        safe = {"event": data.pop("event"), **redact_all(data)}
+        line = json.dumps(safe, ensure_ascii=False, separators=(",", ":"))
         with _writing(self.path):
             rest = memoryview(_utf8(line) + b"\n")
             while rest:  # a disk that becomes full takes a part and refuses the next
@@ -189,25 +192,31 @@ class EventLog:
         self.file.close()
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a journal file, without a last line that a crash cut off.
+def read_events(path: Path) -> Iterator[Event]:
+    """Yield the events of a journal file, without those of later versions and without a last line that is incomplete.
 
     Raises JournalError if an earlier line is damaged.
     """
-    if not path.exists():
-        return
-    lines = path.read_bytes().split(b"\n")
+    if path.exists():
+        yield from parse_events(path.read_bytes(), path)
+
+
+def parse_events(content: bytes, path: Path) -> Iterator[Event]:
+    """Yield the events in the content of a journal file, like `read_events`. `path` is for messages."""
+    lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            yield json.loads(line)
+            event = decode(line)
         except ValueError:
             if number == len(lines):  # no newline after it: a crash interrupted the writing
                 return
             raise JournalError(
                 f"{path}, line {number}, is damaged. Delete the folder {path.parent} and measure the cell again."
             ) from None
+        if event:
+            yield event
 
 
 def read_result(folder: Path) -> RunResult:

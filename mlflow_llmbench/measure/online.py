@@ -18,13 +18,14 @@ from ..backends.base import ServerBackend
 from ..loadgen.client import Load, Trace
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
-from ..records.results import ClientReadings, Repetition, RequestRecord
+from ..records.results import CellMeasurements, ClientReadings, Repetition, RequestRecord
 from ..records.verdicts import LEAST_REPETITIONS
 from ..stats import is_steady, relative_half_width
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.prompts import PromptSet, lengths_of, lengths_vary
-from .batch import LEAST_WARMUPS, MOST_WARMUPS, Measured, Say, throughput
+from .batch import LEAST_WARMUPS, MOST_WARMUPS, throughput
+from .events import RepetitionEnded, ReportProgress, WarmupEnded
 
 WARM_USERS = 4
 """Concurrent requests in the warm-up of an open loop, which has no number of users."""
@@ -36,13 +37,13 @@ EXPECTED_MARGIN = 1.5
 """Requests built before a load of a given duration, as a multiple of the number expected from the warm-up."""
 
 
-def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> Measured:
+def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, report: ReportProgress) -> CellMeasurements:
     """Warm up with waves of the cell's requests, then repeat the load until the throughput's interval is narrow enough.
 
-    `say("warmup" | "repetition", …)` is called after each, outside the timed region. Raises MeasurementError if every
-    request of a warm-up wave or of a repetition failed.
+    Each is reported after it, outside the timed region. Raises MeasurementError if every request of a warm-up wave or
+    of a repetition failed.
     """
-    first_call_ms, warmup_s, steady, last_wave = _warm_up(server, cell, prompts, say)
+    first_call_ms, warmup_s, steady, last_wave = _warm_up(server, cell, prompts, report)
     repetitions: list[Repetition] = []
     limit = cell.repetitions or cell.max_repetitions
     count = request_count(cell)
@@ -61,8 +62,8 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, say: S
                 index, wall_ms, complete, noise, failed=failed, client=_readings(trace), server=server.readings(trace)
             )
         )
-        say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
-    return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), ())
+        report(RepetitionEnded(index + 1, limit, repetitions[-1]))
+    return CellMeasurements(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), ())
 
 
 def _with_asked(request: RequestRecord, cell: Cell, number: int) -> RequestRecord:
@@ -107,7 +108,9 @@ def _complete(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:
     )
 
 
-def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) -> tuple[float, list[float], bool, Trace]:
+def _warm_up(
+    server: ServerBackend, cell: Cell, prompts: PromptSet, report: ReportProgress
+) -> tuple[float, list[float], bool, Trace]:
     """Send discarded waves of one request per user.
 
     Return the first answer in ms, the median answer of each wave in s, whether the waves became steady, and the last
@@ -126,7 +129,7 @@ def _warm_up(server: ServerBackend, cell: Cell, prompts: PromptSet, say: Say) ->
         first_ms = first_ms or seconds[0] * 1000
         durations.append(median(seconds))
         steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
-        say("warmup", number=len(durations), limit=most, seconds=durations[-1])
+        report(WarmupEnded(len(durations), most, durations[-1]))
     return first_ms, durations, steady, trace
 
 

@@ -1,15 +1,18 @@
-"""Collect what a worker told of a load group, live or from its journal."""
+"""The outcome of a load group, collected from the events of its worker, live or from its journal."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from ..backends.base import DeviceMemory
 from ..records.errors import LlmbenchError, MeasurementError, OutOfMemory
-from ..records.results import Divergence, LoadInfo, MemorySample, MemoryStages, TaskScore, TextScores, from_json
-from .batch import Measured
+from ..records.results import CellMeasurements, Divergence, LoadInfo, MemorySample, MemoryStages, TaskScore, TextScores
+from . import events
+from .events import Event, StageMemory
 
 MOST_SAMPLES = 2000
 """Most memory samples in a result. At twenty a second, a long run would otherwise make it unreadable."""
@@ -26,34 +29,34 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
     device: dict[str, int] = {}
     reserved_peak = None
     for stage in ("baseline", "loaded", "unloaded"):
-        event = outcome.stages.get(stage)
-        if event and event.get("host"):
-            rss[stage] = event["host"]["rss"]
-            if event["host"]["anonymous"] is not None:
-                needed[stage] = event["host"]["anonymous"] + (mapped if stage == "loaded" else 0)
-        if event and event.get("device"):
-            device[stage] = _device_bytes(event["device"], peak=False)
-    cell = outcome.cells.get(number, {})
-    peak = cell.get("peak")
+        reached = outcome.stages.get(stage)
+        if isinstance(reached, StageMemory) and reached.host:
+            rss[stage] = reached.host.rss
+            if reached.host.anonymous is not None:
+                needed[stage] = reached.host.anonymous + (mapped if stage == "loaded" else 0)
+        if isinstance(reached, StageMemory) and reached.device:
+            device[stage] = _device_bytes(reached.device, peak=False)
+    cell = outcome.cells.get(number)
+    peak = cell.peak if cell else None
     if peak is None and outcome.samples and outcome.error:  # it failed: use the parent's samples up to then
-        window = [s for s in outcome.samples if not cell or cell["cell"]["t_ns"] <= s.t_ns]
+        window = [s for s in outcome.samples if not cell or cell.begun_ns <= s.t_ns]
         rss["peak"] = max((s.rss for s in window), default=outcome.samples[-1].rss)
         needed["peak"] = max((s.anonymous for s in window), default=outcome.samples[-1].anonymous) + mapped
-    if peak and peak.get("host"):
-        own = peak["host"]
-        window = [s for s in outcome.samples if cell["cell"]["t_ns"] <= s.t_ns <= peak["t_ns"]]
-        rss["peak"] = max([own["peak_rss"] or own["rss"], *(s.rss for s in window)])
+    if cell and peak and peak.host:
+        own = peak.host
+        window = [s for s in outcome.samples if cell.begun_ns <= s.t_ns <= peak.sent_ns]
+        rss["peak"] = max([own.peak_rss or own.rss, *(s.rss for s in window)])
         steady = _steady_samples(window, outcome.measured.get(number))
-        rss["steady"] = int(median([s.rss for s in steady])) if steady else own["rss"]
-        if own["anonymous"] is not None:
+        rss["steady"] = int(median([s.rss for s in steady])) if steady else own.rss
+        if own.anonymous is not None:
             # Exact resident peak minus the file pages at the end: catches a spike between two samples.
-            spike = rss["peak"] - (own["rss"] - own["anonymous"]) if own["peak_rss"] else 0
-            needed["peak"] = max([own["anonymous"], spike, *(s.anonymous for s in window)]) + mapped
-            needed["steady"] = (int(median([s.anonymous for s in steady])) if steady else own["anonymous"]) + mapped
-    if peak and peak.get("device"):
-        device["peak"] = _device_bytes(peak["device"], peak=True)
-        device["steady"] = _device_bytes(peak["device"], peak=False)
-        reserved_peak = peak["device"]["peak_reserved"] or None  # 0 means that it cannot be read
+            spike = rss["peak"] - (own.rss - own.anonymous) if own.peak_rss else 0
+            needed["peak"] = max([own.anonymous, spike, *(s.anonymous for s in window)]) + mapped
+            needed["steady"] = (int(median([s.anonymous for s in steady])) if steady else own.anonymous) + mapped
+    if peak and peak.device:
+        device["peak"] = _device_bytes(peak.device, peak=True)
+        device["steady"] = _device_bytes(peak.device, peak=False)
+        reserved_peak = peak.device.peak_reserved or None  # 0 means that it cannot be read
     return MemoryStages(rss, needed, device, reserved_peak)
 
 
@@ -62,42 +65,44 @@ def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:
 
     Each group of neighbouring samples is represented by its largest, so peaks are kept.
     """
-    cell, loaded = outcome.cells.get(number, {}), outcome.stages.get("loaded")
-    if "peak" in cell and loaded:
+    cell, loaded = outcome.cells.get(number), outcome.stages.get("loaded")
+    if cell and cell.peak and loaded:
+        loaded_ns, peak_ns = loaded.sent_ns, cell.peak.sent_ns
         measured = [s for s in outcome.samples if outcome.evaluated_ns is None or s.t_ns < outcome.evaluated_ns]
         unloading = outcome.samples[-1].t_ns - 1_000_000_000 if outcome.samples else 0
-        kept = [
-            s
-            for s in measured
-            if s.t_ns <= loaded["t_ns"] or cell["cell"]["t_ns"] <= s.t_ns <= cell["peak"]["t_ns"] or s.t_ns >= unloading
-        ]
+        kept = [s for s in measured if s.t_ns <= loaded_ns or cell.begun_ns <= s.t_ns <= peak_ns or s.t_ns >= unloading]
     elif cell and loaded:  # it failed: leave out the memory of earlier cells
-        kept = [s for s in outcome.samples if s.t_ns <= loaded["t_ns"] or s.t_ns >= cell["cell"]["t_ns"]]
+        kept = [s for s in outcome.samples if s.t_ns <= loaded.sent_ns or s.t_ns >= cell.begun_ns]
     else:
         kept = outcome.samples
     stride = -(-len(kept) // MOST_SAMPLES) or 1
     return tuple(max(kept[i : i + stride], key=lambda s: s.rss) for i in range(0, len(kept), stride))
 
 
-def _device_bytes(seen: Mapping[str, Any], peak: bool) -> int:
+def _device_bytes(seen: DeviceMemory, peak: bool) -> int:
     """Return the driver's memory of the process in bytes (context and libraries included), else the allocator's.
 
     The driver keeps no peak. It is computed as the memory outside the allocator now plus the allocator's peak.
     """
-    reserved: int = seen["peak_reserved"] if peak else seen["reserved"]
-    if seen["driver"] is None:
-        return reserved
-    outside: int = max(seen["driver"] - seen["reserved"], 0)
-    return outside + reserved
+    reserved = seen.peak_reserved if peak else seen.reserved
+    return reserved if seen.driver is None else max(seen.driver - seen.reserved, 0) + reserved
 
 
-def _steady_samples(window: Sequence[MemorySample], measured: Measured | None) -> list[MemorySample]:
+def _steady_samples(window: Sequence[MemorySample], measured: CellMeasurements | None) -> list[MemorySample]:
     """Return the samples in the second half of the last repetition."""
     if measured is None or not measured.repetitions:
         return []
     last = measured.repetitions[-1].requests
     start, end = min(r.t0_ns for r in last), max(r.stamps_ns[-1] for r in last)
     return [s for s in window if (start + end) // 2 <= s.t_ns <= end]
+
+
+@dataclass(frozen=True)
+class CellSpan:
+    """The time in ns at which a cell began, and its memory at the end, if it reached that."""
+
+    begun_ns: int
+    peak: StageMemory | None = None
 
 
 @dataclass
@@ -107,11 +112,11 @@ class GroupOutcome:
     load: LoadInfo | None = None
     peaks: dict[str, float] = field(default_factory=dict)
     idle_w: float | None = None
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage → its event; "peak" is per cell, in `cells`
+    stages: dict[str, events.Stage] = field(default_factory=dict)  # stage → its event; "peak" is per cell, in `cells`
     samples: list[MemorySample] = field(default_factory=list)
-    measured: dict[int, Measured] = field(default_factory=dict)
-    texts: dict[int, list[dict[str, str]]] = field(default_factory=dict)
-    cells: dict[int, dict[str, Any]] = field(default_factory=dict)  # number → events "cell" and "peak" of that cell
+    measured: dict[int, CellMeasurements] = field(default_factory=dict)
+    texts: dict[int, tuple[Mapping[str, str], ...]] = field(default_factory=dict)
+    cells: dict[int, CellSpan] = field(default_factory=dict)  # number → its begin and its memory
     log: list[str] = field(default_factory=list)
     evaluated_ns: int | None = None  # start of the quality evaluation, after the last cell
     text_digest: str = ""  # of the scored text
@@ -142,62 +147,64 @@ class GroupOutcome:
         else:
             self.withheld.append(f"The evaluation of the quality ended early: {error}")
 
-    def take(self, event: Mapping[str, Any]) -> None:
+    def take(self, event: Event) -> None:
         """Add one event of the worker to the outcome."""
-        match event["event"]:
-            case "stage" if event["stage"] == "peak":
-                self.cells[list(self.cells)[-1]]["peak"] = event
-            case "stage" if event["stage"] == "unloaded" and self.evaluated_ns is not None:
+        match event:
+            case StageMemory(stage="peak"):
+                number = list(self.cells)[-1]
+                self.cells[number] = dataclasses.replace(self.cells[number], peak=event)
+            case StageMemory(stage="unloaded") if self.evaluated_ns is not None:
                 pass  # scoring leaves allocations behind (0.5 GB with LLM.int8), which are not those of the load
-            case "stage":
-                self.stages[event["stage"]] = dict(event)
-            case "launched":  # the baseline is the server's, not the client's
-                self.stages["baseline"] = dict(event)
-            case "peaks":
-                self.peaks, self.idle_w = event["peaks"], event["idle_w"]
-            case "load" | "described":
-                self.load = from_json(LoadInfo, event["info"])
-            case "cell":
-                self.cells[event["number"]] = {"cell": event}
-            case "measuring":
-                self.cells[event["number"]] = {"cell": event}
-            case "measured":
-                self.measured[event["number"]] = from_json(Measured, event["measured"])
-                self.texts[event["number"]] = event["texts"]
-            case "failed":
-                kind = {"OutOfMemory": OutOfMemory}.get(event["kind"], MeasurementError)
-                self.fail(kind(event["message"]))
-            case "evaluating":
-                self.evaluated_ns, self.text_digest = event["t_ns"], event["digest"]
-            case "scored":
-                self.scores = from_json(TextScores, event["scores"])
-            case "compared":
-                self.divergences[event["workload"]] = from_json(Divergence, event["divergence"])
-            case "tasked":
-                self.task_scores[event["task"]] = tuple(from_json(TaskScore, score) for score in event["scores"])
-            case "withheld":
-                self.withheld.append(event["message"])
-            case "end":
-                self.ended, self.log = True, event["log"]
+            case events.Stage(stage=stage):
+                self.stages[stage] = event
+            case events.ServerLaunched(host=host):  # the baseline is the server's, not the client's
+                self.stages["baseline"] = StageMemory("baseline", host, t_ns=event.t_ns)
+            case events.PeaksMeasured(peaks=peaks, idle_w=idle_w):
+                self.peaks, self.idle_w = dict(peaks), idle_w
+            case events.ModelLoaded(info=info) | events.LoadDescribed(info=info):
+                self.load = info
+            case events.CellBegun(number=number) | events.MeasuringBegun(number=number):
+                self.cells[number] = CellSpan(event.sent_ns)
+            case events.CellMeasured(number=number, measured=CellMeasurements() as measured):
+                self.measured[number], self.texts[number] = measured, event.texts or ()
+            case events.JobFailed(kind=kind, message=message):
+                self.fail({"OutOfMemory": OutOfMemory}.get(kind, MeasurementError)(message))
+            case events.JobEnded(log=log):
+                self.ended, self.log = True, list(log)
+            case _:
+                self._take_quality(event)
+
+    def _take_quality(self, event: Event) -> None:
+        match event:
+            case events.EvaluationBegun(digest=digest):
+                self.evaluated_ns, self.text_digest = event.sent_ns, digest
+            case events.TextScored(scores=scores):
+                self.scores = scores
+            case events.WorkloadCompared(workload=workload, divergence=divergence):
+                self.divergences[workload] = divergence
+            case events.TaskScored(task=task, scores=task_scores):
+                self.task_scores[task] = task_scores
+            case events.QualityWithheld(message=message):
+                self.withheld.append(message)
 
 
-def replay(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[str], GroupOutcome]]:
+def replay(journal: Iterable[Event]) -> Iterator[tuple[list[str], GroupOutcome]]:
     """Rebuild the outcome of each worker from its journal (`worker.jsonl`), after it or this program was killed.
 
     Yields the names of its cells' folders, and the outcome.
     """
     outcome = GroupOutcome()
     folders: list[str] = []
-    for event in events:
-        match event["event"]:
-            case "job":
+    for event in journal:
+        match event:
+            case events.JobBegun(environment=environment):
                 if folders:
                     yield folders, outcome
-                folders, outcome = event["folders"], GroupOutcome(environment=event.get("environment"))
-            case "more":
-                folders.append(event["folder"])
-            case "samples":
-                outcome.samples += [MemorySample(*sample) for sample in event["samples"]]
+                folders, outcome = list(event.folders), GroupOutcome(environment=environment)
+            case events.CellAdded(folder=folder):
+                folders.append(folder)
+            case events.MemorySampled(samples=samples):
+                outcome.samples += [MemorySample(*sample) for sample in samples]
             case _:
                 outcome.take(event)
     if folders:

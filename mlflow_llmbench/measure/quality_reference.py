@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ..records.results import ModelFacts, Quality, hash16
 from ..system import estimate, machine
 from ..workloads.prompts import Text, load_prompts, load_text
 from . import supervise
+from .events import QualityWithheld, Report, Stage
 from .outcome import GroupOutcome
 from .supervise import Limits
 
@@ -59,12 +60,10 @@ def sibling(cell: Cell, named: str | None = None) -> Cell:
     return dataclasses.replace(own, model=named, revision="main", weights="hub") if named else own
 
 
-def order(
-    task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits
-) -> dict[str, Any] | None:
+def order(task: Task, report: Report, environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any] | None:
     """Return the evaluation that a worker does after its last cell, with its references ready; None if there is none.
 
-    Missing references are computed, which is reported to `tell`. One that fails is not tried again in the same sweep: a
+    Missing references are computed, which is reported. One that fails is not tried again in the same sweep: a
     model too large for this machine is not loaded for each of its quantizations. `environment` is that of this machine,
     if known. Raises KeyboardInterrupt, and UsageError if the text cannot be read.
     """
@@ -72,17 +71,15 @@ def order(
     if options.quality == "none" and options.quality_tasks is None:
         return None
     if why := never(cell):
-        tell({"event": "withheld", "message": why})
+        report(QualityWithheld(why))
         return None
     tasks = {"tasks": options.quality_tasks.split(","), "most": options.quality_limit} if options.quality_tasks else {}
     if options.quality == "none":
         return {"digest": "", **tasks}
-    return _text_order(task, tell, environment, limits) | tasks
+    return _text_order(task, report, environment, limits) | tasks
 
 
-def _text_order(
-    task: Task, tell: Callable[[Mapping[str, Any]], None], environment: Mapping[str, Any] | None, limits: Limits
-) -> dict[str, Any]:
+def _text_order(task: Task, report: Report, environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any]:
     """Return the part of the order about texts: perplexity and divergence from the reference."""
     cell = task.cells[0]
     own, text = sibling(cell, task.options.quality_reference), load_text(task.options.quality_text)
@@ -100,7 +97,7 @@ def _text_order(
             if missing:
                 key = hash16([str(task.folders[0].parent), sorted(missing.values())])
                 if key not in _FAILED:
-                    _FAILED[key] = _compute(task, own, model, missing, tell, limits)
+                    _FAILED[key] = _compute(task, own, model, missing, report, limits)
                     _forget_old([*files.values()])
                 refused = _FAILED[key] and f"There is no unquantized model to compare with: {_FAILED[key]}"
     except LlmbenchError as error:
@@ -141,7 +138,7 @@ def _compute(
     own: Cell,
     model: ModelFacts,
     missing: Mapping[str, str],
-    tell: Callable[[Mapping[str, Any]], None],
+    report: Report,
     limits: Limits,
 ) -> str:
     """Run the unquantized model and write its references. Return why that failed, or an empty string."""
@@ -151,7 +148,7 @@ def _compute(
     refused = estimate.refusal(largest, model, estimate.predicted_bytes(largest, model, shape), room)
     if refused:
         return refused
-    tell({"event": "stage", "stage": "reference"})
+    report(Stage("reference"))
     # It may be missing here: the cells' own file may have been made from it long ago, or it is another model.
     if not backend_class(own.backend).is_prepared(own, model):
         fetched = supervise.run_worker("prepare", [own], model, task.folders[:1], task.folders[0] / "reference.log")

@@ -18,13 +18,14 @@ from typing import cast
 from ..backends.base import Backend, EngineBackend, Token
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
-from ..records.results import EngineReadings, Repetition, RequestRecord
+from ..records.results import CellMeasurements, EngineReadings, Repetition, RequestRecord
 from ..stats import is_steady
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.batching import batch_positions, needed_positions, next_batch
 from ..workloads.prompts import PromptSet
-from .batch import LEAST_WARMUPS, MOST_WARMUPS, Measured, Say, checked_ids, enough, time_request
+from .batch import LEAST_WARMUPS, MOST_WARMUPS, checked_ids, enough, time_request
+from .events import RepetitionEnded, ReportProgress, WarmupEnded
 
 Order = tuple[list[int], int]
 """One request of a stream: its prompt ids and the requested number of output tokens."""
@@ -43,11 +44,13 @@ Serve = Callable[[Sequence[Order], Sequence[int]], Served]
 """Answers requests, which arrive at the given times in ns after the call."""
 
 
-def measure_stream(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, say: Say) -> Measured:
+def measure_stream(
+    backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, report: ReportProgress
+) -> CellMeasurements:
     """Warm up with full batches, then repeat the stream until the throughput's interval is narrow enough.
 
-    `say("warmup" | "repetition", …)` is called after each, outside the timed region. Raises MeasurementError if the
-    backend lacks this kind of batching or a request is answered without a token.
+    Each is reported after it, outside the timed region. Raises MeasurementError if the backend lacks this kind of
+    batching or a request is answered without a token.
     """
     encode = backend.encode if backend.capabilities.tokenizer else None
     count = request_count(cell) or 1
@@ -58,7 +61,7 @@ def measure_stream(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size:
     first = orders(0, count)
     with _server(backend, cell, max(len(ids) + output for ids, output in first)) as serve:
         first_call_ms, warmup_s, steady = _warm_up(
-            cell, lambda number: orders(-1 - number, min(cell.batch_size, count)), serve, say
+            cell, lambda number: orders(-1 - number, min(cell.batch_size, count)), serve, report
         )
         repetitions: list[Repetition] = []
         outputs: tuple[tuple[list[int], list[int]], ...] = ()
@@ -74,12 +77,12 @@ def measure_stream(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size:
                 outputs = tuple((ids, out) for (ids, _), out in zip(stream, served.outputs, strict=True))[
                     : len(prompts.texts)
                 ]
-            say("repetition", number=index + 1, limit=limit, repetition=repetitions[-1])
-    return Measured(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), outputs)
+            report(RepetitionEnded(index + 1, limit, repetitions[-1]))
+    return CellMeasurements(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), outputs)
 
 
 def _warm_up(
-    cell: Cell, orders: Callable[[int], list[Order]], serve: Serve, say: Say
+    cell: Cell, orders: Callable[[int], list[Order]], serve: Serve, report: ReportProgress
 ) -> tuple[float, list[float], bool]:
     """Make discarded runs of full batches whose requests arrive all at once.
 
@@ -94,7 +97,7 @@ def _warm_up(
         requests = serve(stream, [0] * len(stream)).requests
         durations.append((max(r.stamps_ns[-1] for r in requests) - min(r.t0_ns for r in requests)) / 1e9)
         steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
-        say("warmup", number=len(durations), limit=most, seconds=durations[-1])
+        report(WarmupEnded(len(durations), most, durations[-1]))
     return durations[0] * 1000, durations, steady
 
 

@@ -26,7 +26,8 @@ from ..records.redaction import redact, worker_environment
 from ..records.results import MemorySample, ModelFacts, to_json
 from ..system import machine, memory
 from ..system.memory import HostMemory
-from . import interpreter
+from . import events, interpreter
+from .events import CellAdded, Event, JobBegun, MemorySampled, Report, ServerLaunched, StageMemory
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
 from .outcome import GroupOutcome
 
@@ -35,8 +36,6 @@ SAMPLE_S = 0.05
 
 LOOK_S = 2.0
 """Seconds between two searches for the processes of a server while it is measured."""
-
-OnEvent = Callable[[Mapping[str, Any]], None]
 
 More = Callable[["GroupOutcome"], tuple[Cell, Path] | None]
 """Chooses the next cell and its folder from the results so far; None if there is none."""
@@ -60,7 +59,7 @@ def run_worker(
     model: ModelFacts,
     folders: Sequence[Path],
     log_file: Path,
-    on_event: OnEvent | None = None,
+    report: Report | None = None,
     limits: Limits | None = None,
     environment: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
@@ -90,14 +89,14 @@ def run_worker(
         cells[0], log_file, _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0])
     )
     watch = _Watch(
-        process, outcome, limits or Limits(), on_event, watches_memory=cells[0].scenario != "online", more=more
+        process, outcome, limits or Limits(), report, watches_memory=cells[0].scenario != "online", more=more
     )
     try:
         assert process.stdin
         process.stdin.write((json.dumps(job) + "\n").encode())
         process.stdin.flush()
-        with EventLog(log_file.with_suffix(".jsonl"), durable=False) as watch.told:
-            watch.told.append("job", folders=[folder.name for folder in folders], environment=environment)
+        with EventLog(log_file.with_suffix(".jsonl"), durable=False) as watch.journal:
+            watch.journal.append(JobBegun(tuple(folder.name for folder in folders), environment))
             watch.collect()
         process.wait()
     except BrokenPipeError:
@@ -177,9 +176,9 @@ class _Watch:
     process: subprocess.Popen[bytes]
     outcome: GroupOutcome
     limits: Limits
-    on_event: OnEvent | None
+    report: Report | None
     watches_memory: bool = True  # False for a client, whose memory is not the model's
-    told: EventLog | None = None
+    journal: EventLog | None = None
     more: More | None = None
     added: list[Path] = field(default_factory=list)  # folders of the cells chosen by `more`
     keeper: int | None = None  # pid of the keeper, the ancestor of all processes of a server that we started
@@ -214,7 +213,8 @@ class _Watch:
                     return
                 self._split(chunk)
                 while self.lines:
-                    self._take(self._next())
+                    if event := self._next():
+                        self._take(event)
 
     def drain(self) -> None:
         """Read the remaining events of a worker that was interrupted and is gone; they may hold a measured cell."""
@@ -229,63 +229,70 @@ class _Watch:
         *lines, self.unread = (self.unread + chunk).split(b"\n")
         self.lines.extend(lines)
 
-    def _next(self) -> dict[str, Any]:
-        """Return the next event.
+    def _next(self) -> Event | None:
+        """Return the next event; None for one that this version does not know.
 
         It is added to the outcome before its line is dropped, since an interruption can come between any two steps.
         """
-        event: dict[str, Any] = json.loads(self.lines[0])
-        if event["event"] == "launched":
-            self.keeper = event["keeper"]
-        if self.keeper and event["event"] == "stage":
-            event["host"] = dataclasses.asdict(self._server_memory(anew=True))
-        self.outcome.take(event)
+        event = events.decode(self.lines[0])
+        if isinstance(event, ServerLaunched):
+            self.keeper = event.keeper
+        if isinstance(event, StageMemory) and self.keeper:
+            event = dataclasses.replace(event, host=self._server_memory(anew=True))
+        if event:
+            self.outcome.take(event)
         self.lines.popleft()
         return event
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _take(self, event: Event) -> None:
         self._keep(event)
-        match event["event"]:
-            case "stage" if event["stage"] == "loading":
+        match event:
+            case events.Stage(stage="loading"):
                 self._begins("loading", "load_timeout_s", self.limits.load_s)
-            case "compiling":
+            case events.CompilationBegun():
                 self._begins("compiling", "load_timeout_s", self.limits.load_s)
-            case "measuring":
+            case events.MeasuringBegun():
                 self.cell_since = time.monotonic()
                 self._begins("bringing a first token", "first_token_timeout_s", self.limits.first_token_s)
-            case "first_token" | "warmup" | "repetition":
+            case events.CellProgress():
                 self._begins("one run of the cell", "repetition_timeout_s", self.limits.repetition_s)
-            case "measured":
+            case events.CellMeasured():
                 self.cell_since = None
                 self._begins("ending the cell", "load_timeout_s", self.limits.load_s)
-            case "asks":
+            case events.CellRequested():
                 self._answer()
-            case "evaluating" | "scoring" | "scored" | "compared" | "tasked":
+            case (
+                events.EvaluationBegun()
+                | events.ScoringProgress()
+                | events.TextScored()
+                | events.WorkloadCompared()
+                | events.TaskScored()
+            ):
                 self._begins("scoring one text", "repetition_timeout_s", self.limits.repetition_s)
-        if self.on_event:
-            self.on_event(event)
+        if self.report:
+            self.report(event)
 
     def _answer(self) -> None:
-        """Tell the worker which cell is next."""
+        """Send the worker the next cell, or null if there is none."""
         found = self.more(self.outcome) if self.more else None
         self.added += [found[1]] if found else []
-        if found and self.told:
-            self.told.append("more", folder=found[1].name)
+        if found and self.journal:
+            self.journal.append(CellAdded(found[1].name))
         line = json.dumps(to_json({"cell": found[0], "folder": str(found[1])} if found else None))
         assert self.process.stdin
         self.process.stdin.write(f"{line}\n".encode())
         self.process.stdin.flush()
 
-    def _keep(self, event: dict[str, Any]) -> None:
-        samples = [dataclasses.astuple(sample) for sample in self.outcome.samples[self.written :]]
+    def _keep(self, event: Event) -> None:
+        samples = self.outcome.samples[self.written :]
         self.written = len(self.outcome.samples)
         try:
-            if self.told and samples:
-                self.told.append("samples", samples=samples)
-            if self.told:
-                self.told.append(**event)
+            if self.journal and samples:
+                self.journal.append(MemorySampled.of(samples))
+            if self.journal:
+                self.journal.append(event)
         except JournalError:  # only needed if this process is killed; the worker's own journal has the measurements
-            self.told = None
+            self.journal = None
 
     def _begins(self, doing: str, name: str, limit_s: float | None) -> None:
         self.doing, self.since = (doing, name, limit_s), time.monotonic()

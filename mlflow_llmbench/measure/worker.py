@@ -17,17 +17,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from ..backends.base import Backend, DecodingBackend, ServerBackend, backend_class
 from ..records.cell import Cell
 from ..records.errors import LlmbenchError, MeasurementError, first_line
-from ..records.results import LoadInfo, ModelFacts, from_json, to_json
+from ..records.results import LoadInfo, ModelFacts, from_json
 from ..system import machine, memory
 from ..workloads.prompts import PromptSet, load_prompts
+from . import events
 from .batch import compare_decoding, compare_replies, measure_cell, time_texts
+from .events import Event, JobFailed, Report, Stage
 from .journal import SERVER_LOG, EventLog
 from .online import measure_server
 from .stream import measure_stream
@@ -58,18 +60,15 @@ class Flood(logging.Handler):
 def main() -> int:
     """Run the job on standard input. Return the exit code: 0 if its events report the end, success or failure."""
     machine.die_with_parent()
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
+    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a closed terminal signal the whole group; the parent decides
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     flood = _tame_logs()
 
-    def tell(event: str, **data: Any) -> None:
-        events.write(
-            json.dumps({"event": event, "t_ns": time.perf_counter_ns(), **{k: to_json(v) for k, v in data.items()}})
-            + "\n"
-        )
+    def send(event: Event) -> None:
+        pipe.write(events.encode(replace(event, t_ns=time.perf_counter_ns())) + "\n")
 
     job = json.loads(sys.stdin.readline())
     try:
@@ -79,127 +78,146 @@ def main() -> int:
             backend_class(cell.backend).prepare(cell, from_json(ModelFacts, job["model"]))
         elif job["task"] == "resolve":
             cell = from_json(Cell, job["cells"][0])
-            tell("resolved", model=backend_class(cell.backend).resolve(cell))
+            send(events.ModelResolved(backend_class(cell.backend).resolve(cell)))
         elif job["task"] == "reference":
-            _write_references(job, tell)
+            _write_references(job, send)
         elif job["task"] == "evaluate":
-            _evaluate_alone(job, tell)
+            _evaluate_alone(job, send)
         elif job["task"] == "train":
-            _train(job, tell)
+            _train(job, send)
         else:
-            _measure_group(job, tell)
+            _measure_group(job, send)
     except LlmbenchError as error:
-        tell("failed", outcome=getattr(error, "outcome", "error"), kind=type(error).__name__, message=str(error))
+        send(JobFailed(getattr(error, "outcome", "error"), type(error).__name__, str(error)))
     except MemoryError:
-        tell("failed", outcome="oom", kind="OutOfMemory", message="Memory ran out.")
+        send(JobFailed("oom", "OutOfMemory", "Memory ran out."))
     except Exception as error:
         traceback.print_exc()
-        tell(
-            "failed", outcome="error", kind=type(error).__name__, message=f"{type(error).__name__}: {first_line(error)}"
-        )
-    tell("end", log=flood.summary())
-    events.close()
+        kind = type(error).__name__
+        send(JobFailed("error", kind, f"{kind}: {first_line(error)}"))
+    send(events.JobEnded(tuple(flood.summary())))
+    pipe.close()
     return 0
 
 
-def _measure_group(job: dict[str, Any], tell: Any) -> None:
+def _measure_group(job: dict[str, Any], send: Report) -> None:
     cells = [from_json(Cell, cell) for cell in job["cells"]]
     kind = backend_class(cells[0].backend)
-    tell("stage", stage="starting")
+    send(Stage("starting"))
     _import_libraries(kind, job["threads"])
     facts = from_json(ModelFacts, job["model"])
     backend = kind(cells[0], facts)
-    tell("peaks", peaks=backend.peaks(), idle_w=machine.idle_power_w(backend.device))
+    send(events.PeaksMeasured(backend.peaks(), machine.idle_power_w(backend.device)))
     gc.collect()
     memory.reset_peak()
-    _stage("baseline", backend, tell)
-    tell("stage", stage="loading")
-    info = _launch(cast(ServerBackend, backend), Path(job["folders"][0]), tell) if cells[0].launch else backend.load()
+    _stage("baseline", backend, send)
+    send(Stage("loading"))
+    info = _launch(cast(ServerBackend, backend), Path(job["folders"][0]), send) if cells[0].launch else backend.load()
     gc.collect()
-    tell("load", info=info)
-    _stage("loaded", backend, tell)
+    send(events.ModelLoaded(info))
+    _stage("loaded", backend, send)
     try:
-        for number, (cell, folder) in enumerate(_cells(cells, job, tell)):
-            _measure_one(backend, cell, number, folder, info, facts.context, tell)
+        for number, (cell, folder) in enumerate(_cells(cells, job, send)):
+            _measure_one(backend, cell, number, folder, info, facts.context, send)
         if job.get("quality"):
-            _evaluate(backend, job["quality"], facts.context, tell)
+            _evaluate(backend, job["quality"], facts.context, send)
     finally:
         backend.close()
         gc.collect()
         memory.trim()  # empty the C allocator's cache like the device's, so that the reading has only memory in use
-        _stage("unloaded", backend, tell)
+        _stage("unloaded", backend, send)
 
 
-def _cells(cells: Sequence[Cell], job: Mapping[str, Any], tell: Any) -> Iterator[tuple[Cell, Path]]:
+def _cells(cells: Sequence[Cell], job: Mapping[str, Any], send: Report) -> Iterator[tuple[Cell, Path]]:
     """Yield the cells of a job with their folders; in a search, then those that the parent chooses from the results."""
     yield from zip(cells, map(Path, job["folders"]), strict=True)
     while job["searches"]:
-        tell("asks")
+        send(events.CellRequested())
         found = json.loads(sys.stdin.readline() or "null")
         if found is None:
             return
         yield from_json(Cell, found["cell"]), Path(found["folder"])
 
 
-def _launch(backend: ServerBackend, folder: Path, tell: Any) -> LoadInfo:
+def _launch(backend: ServerBackend, folder: Path, send: Report) -> LoadInfo:
     """Start the server of a group's cells and return its facts.
 
     It ends with this process, and at once if it is not the requested one.
     """
     try:
-        backend.launch(folder / SERVER_LOG, lambda keeper, beginning: tell("launched", keeper=keeper, host=beginning))
+        backend.launch(
+            folder / SERVER_LOG,
+            lambda keeper, seen: send(events.ServerLaunched(keeper, from_json(memory.HostMemory, seen))),
+        )
         return backend.load()
     except LlmbenchError:
         backend.close()
         raise
 
 
-def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, tell: Any) -> None:
-    """Measure the quality of the loaded model.
+def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, send: Report) -> None:
+    """Measure the quality of the loaded model. Its modules are not in memory before that."""
+    from . import evaluation
 
-    This runs after every cell is measured and its memory is read, so it does not affect their figures.
-    """
-    tell("evaluating", digest=order["digest"])
-    if order.get("withheld"):
-        tell("withheld", message=order["withheld"])
-    from ..backends.huggingface import scoring
-
-    scoring.evaluate(backend, order, context, tell)
+    evaluation.evaluate(backend, order, context, send)
 
 
-def _loaded(job: dict[str, Any], tell: Any) -> tuple[Backend, ModelFacts, LoadInfo]:
+def _loaded(job: dict[str, Any], send: Report) -> tuple[Backend, ModelFacts, LoadInfo]:
     """Load the model of a job's first cell without measuring it."""
     cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
     kind = backend_class(cell.backend)
     _import_libraries(kind, job["threads"])
     backend = kind(cell, facts)
-    tell("stage", stage="loading")
+    send(Stage("loading"))
     return backend, facts, backend.load()
 
 
-def _evaluate_alone(job: dict[str, Any], tell: Any) -> None:
+def _evaluate_alone(job: dict[str, Any], send: Report) -> None:
     """Measure only the quality of a model."""
-    backend, facts, info = _loaded(job, tell)
-    tell("load", info=info)
-    _evaluate(backend, job["quality"], facts.context, tell)
+    backend, facts, info = _loaded(job, send)
+    send(events.ModelLoaded(info))
+    _evaluate(backend, job["quality"], facts.context, send)
 
 
-def _train(job: dict[str, Any], tell: Any) -> None:
+def _train(job: dict[str, Any], send: Report) -> None:
     """Train a model and write the checkpoint."""
     cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
-    tell("stage", stage="starting")
+    send(Stage("starting"))
     _import_libraries(backend_class(cell.backend), job["threads"])
     from ..backends.huggingface import qat
 
-    qat.train(cell, facts, job["training"], tell)
+    qat.train(cell, facts, job["training"], TrainingEvents(send))
 
 
-def _write_references(job: dict[str, Any], tell: Any) -> None:
+@dataclass(frozen=True)
+class TrainingEvents:
+    """Sender of the events of a training (`qat.TrainingReport`)."""
+
+    send: Report
+
+    def stage(self, name: str) -> None:
+        """Send the beginning of a stage."""
+        self.send(Stage(name))
+
+    def planned(self, trained: int, frozen: int, layers: int, needed: int, sequences: int) -> None:
+        """Send the plan."""
+        self.send(events.TrainingPlanned(trained, frozen, layers, needed, sequences))
+
+    def step(self, number: int, limit: int, loss: float) -> None:
+        """Send a step that is done."""
+        self.send(events.TrainingStep(number, limit, loss))
+
+    def saved(self, folder: str) -> None:
+        """Send the folder of the checkpoint."""
+        self.send(events.CheckpointSaved(folder))
+
+
+def _write_references(job: dict[str, Any], send: Report) -> None:
     """Compute the reference for quantized models with the unquantized one."""
-    from ..backends.huggingface import scoring
+    from . import evaluation
 
-    backend, facts, _ = _loaded(job, tell)
-    scoring.write_references(backend, job["quality"], facts, f"{facts.name} {facts.revision[:12]}", tell)
+    backend, facts, _ = _loaded(job, send)
+    evaluation.write_references(backend, job["quality"], facts, send)
 
 
 def _check_lengths(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:
@@ -231,59 +249,59 @@ def _check_conversations(backend: Backend, cell: Cell, prompts: PromptSet, conte
 
 
 def _measure_one(
-    backend: Backend, cell: Cell, number: int, folder: Path, info: LoadInfo, context: int | None, tell: Any
+    backend: Backend, cell: Cell, number: int, folder: Path, info: LoadInfo, context: int | None, send: Report
 ) -> None:
     log = EventLog(folder / "events.jsonl")
     prompts = load_prompts(cell.workload)
-    tell("cell", number=number)
+    send(events.CellBegun(number))
     if prompts.texts and not backend.capabilities.online:
         _check_lengths(backend, cell, prompts, context)  # this also loads the tokenizer before the clock runs
 
-    def say(event: str, **data: Any) -> None:
-        if event != "first_token":
-            log.append(event, **data)
-        tell(event, number_of_cell=number, **{k: v for k, v in data.items() if k != "repetition"})
+    def report(event: events.CellProgress) -> None:
+        if not isinstance(event, events.FirstToken):
+            log.append(event)
+        send(event.of_cell(number))
 
     try:
-        compile_s = _compile(backend, cell, prompts, info, tell)
+        compile_s = _compile(backend, cell, prompts, info, send)
         backend.trim()
         memory.trim()  # memory of a larger earlier cell is not this one's
         memory.reset_peak()
         backend.device_memory(reset=True)
-        tell("measuring", number=number)
+        send(events.MeasuringBegun(number))
         if backend.capabilities.online:
-            measured = measure_server(cast(ServerBackend, backend), cell, prompts, say)
+            measured = measure_server(cast(ServerBackend, backend), cell, prompts, report)
         else:
             measured = (measure_stream if cell.batching else measure_cell)(
-                backend, cell, prompts, info.vocab_size or 32000, say
+                backend, cell, prompts, info.vocab_size or 32000, report
             )
-        _stage("peak", backend, tell)
+        _stage("peak", backend, send)
         measured = replace(measured, compile_s=compile_s, same_tokens=_same_tokens(backend, cell, prompts, info))
         if cell.history == "kept":  # after the peak was read, since this computes more than the cell did
             try:
                 measured = replace(measured, same_replies=compare_replies(backend, cell, prompts, measured))
             except (LlmbenchError, MemoryError) as error:  # only this figure is lost
                 print(f"Replies with a recomputed history: {error or 'memory ran out'}", file=sys.stderr)
-        texts = [
+        texts = tuple(
             {"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs
-        ]
+        )
         if texts and cell.history == "none" and not backend.capabilities.online:
             measured = replace(measured, text_times=time_texts(backend, texts, measured.outputs))
-        tell("measured", number=number, measured=measured, texts=texts)
-        tell("described", info=backend.describe())
-        log.append("complete", steady=measured.steady, first_call_ms=measured.first_call_ms)
+        send(events.CellMeasured(number, measured, texts))
+        send(events.LoadDescribed(backend.describe()))
+        log.append(events.CellCompleted(measured.steady, measured.first_call_ms))
     finally:
         log.close()
 
 
-def _compile(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo, tell: Any) -> float | None:
+def _compile(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInfo, send: Report) -> float | None:
     """Compile the decode step for the shape of a cell, before its clock and its peak memory begin.
 
     Return the seconds that it took, or None if the cell is not compiled.
     """
     if cell.decode != "compiled" or cell.decode not in backend.capabilities.decodes:
         return None
-    tell("compiling")
+    send(events.CompilationBegun())
     encode = backend.encode if backend.capabilities.tokenizer else None
     sent = prompts.batch(cell, 0, info.vocab_size or 32000, encode)
     longest = cell.prompt_tokens or max(len(backend.encode(text)) for text in prompts.texts)
@@ -304,11 +322,11 @@ def _same_tokens(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInf
         return ()
 
 
-def _stage(stage: str, backend: Backend, tell: Any) -> None:
+def _stage(stage: str, backend: Backend, send: Report) -> None:
     """Report that a stage is reached, with this process's own exact memory reading; then reset the peak."""
     own = None if backend.capabilities.online else memory.read()  # the client's memory is not the model's
     device = backend.device_memory()
-    tell("stage", stage=stage, host=own, device=device)
+    send(events.StageMemory(stage, own, device))
     memory.reset_peak()
 
 

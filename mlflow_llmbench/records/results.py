@@ -7,6 +7,7 @@ None. `to_json` and `from_json` are inverse; `SCHEMA` is the version of the form
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -239,6 +240,26 @@ class Repetition:
 
 
 @dataclass(frozen=True)
+class CellMeasurements:
+    """The measurements of one cell, before they are judged.
+
+    `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads. The prompt of a
+    conversation is everything before the last answer. `same_replies` and `same_tokens` are the results of
+    `compare_replies` and `compare_decoding` in `measure.batch`.
+    """
+
+    first_call_ms: float
+    warmup_s: tuple[float, ...]
+    steady: bool
+    repetitions: tuple[Repetition, ...]
+    outputs: tuple[tuple[list[int], list[int]], ...]
+    same_replies: tuple[bool, ...] = ()
+    text_times: TextTimes | None = None
+    compile_s: float | None = None
+    same_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class MemorySample:
     """Memory of the worker, seen from outside at `t_ns` (monotonic): resident, anonymous, and bytes on the device."""
 
@@ -433,9 +454,15 @@ def _build(kind: Any, data: Any) -> Any:
     if origin in (dict, Mapping):
         return {key: _build(arguments[1], value) for key, value in data.items()}
     if dataclasses.is_dataclass(kind):
-        types_of = typing.get_type_hints(kind)
+        types_of = _types_of(typing.cast(Any, kind))
         known = {f.name for f in dataclasses.fields(kind)}
         return typing.cast(Any, kind)(
             **{key: _build(types_of[key], value) for key, value in data.items() if key in known}
         )
     return data
+
+
+@functools.cache
+def _types_of(kind: Any) -> dict[str, Any]:
+    """Return the types of a record's fields; to evaluate their annotations takes longer than to build the record."""
+    return typing.get_type_hints(kind)

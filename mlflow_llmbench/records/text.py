@@ -21,3 +21,8 @@ def number_text(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a count with its noun: `1 run`, `2 runs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

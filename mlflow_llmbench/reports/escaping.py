@@ -1,4 +1,4 @@
-"""Escape untrusted text for Markdown, HTML and the terminal. This is the only module that does.
+"""Escape untrusted text for Markdown and the terminal; templates escape HTML (`reports.html`).
 
 Names of models and files, messages of libraries, and outputs of models are data, whatever they contain. Every table and
 report passes them through here, so they cannot add an element, link, formula or control sequence to it.
@@ -6,7 +6,6 @@ report passes them through here, so they cannot add an element, link, formula or
 
 from __future__ import annotations
 
-import html as html_entities
 import re
 
 _SPACES = re.compile(r"[\t-\r\x85\u2028\u2029]+")
@@ -59,8 +58,3 @@ def code_block(text: str) -> str:
     It needs an empty line before it.
     """
     return "\n".join(f"    {plain(line)}" for line in text.expandtabs(4).splitlines())
-
-
-def html(text: object) -> str:
-    """Escape a value for the text of an HTML element or for a quoted attribute."""
-    return html_entities.escape(plain(text))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..analysis.comparison import Comparison
 from ..analysis.scaling.findings import Findings
-from ..analysis.scaling.study import Study
+from ..analysis.scaling.study import ScalingStudy
 from ..analysis.summary import statistics_cells, summarize
 from ..analysis.verdict import judge
 from ..measure.journal import samples_csv, write_bytes, write_json
@@ -132,7 +132,7 @@ def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
     draw_comparisons(comparisons, folder / "charts")
 
 
-def write_scaling(study: Study, folder: Path) -> list[Path]:
+def write_scaling(study: ScalingStudy, folder: Path) -> list[Path]:
     """Write scaling.json, scaling.md and the charts of a scaling study; return the files.
 
     Raises JournalError, for example when the disk is full.

@@ -268,7 +268,10 @@ def _turns_table(turns: Sequence[Turn]) -> str:
         [
             str(t.number),
             str(t.count),
-            *("–" if v is None else short_number_text(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms)),
+            *(
+                "–" if v is None else short_number_text(v)
+                for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms)
+            ),
         ]
         for t in turns
     ]

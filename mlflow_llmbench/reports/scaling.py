@@ -8,9 +8,9 @@ from typing import Any
 from ..analysis.scaling.fitting import Fit
 from ..analysis.scaling.law_sentences import main_sentence, paper_range, parameters_text
 from ..analysis.scaling.laws import LawFit
-from ..analysis.scaling.memory_account import Account, Growth
+from ..analysis.scaling.memory_account import Growth, MemoryBreakdown
 from ..analysis.scaling.ranking import percent
-from ..analysis.scaling.study import WATCHED, BatchScaling, CliffSearch, ExchangeAt, QuantEfficiency, Study
+from ..analysis.scaling.study import WATCHED, BatchScaling, CliffSearch, QuantEfficiency, ScalingStudy, TokenCostAt
 from ..analysis.scaling.surfaces import surface_sentence
 from ..analysis.scaling.tradeoffs import Ratio
 from ..records.results import to_json
@@ -24,7 +24,7 @@ METHOD = (
 )
 
 
-def sections(study: Study) -> dict[str, list[str]]:
+def sections(study: ScalingStudy) -> dict[str, list[str]]:
     """Map heading → sentences; headings without sentences are left out."""
     found = {
         "Laws": [main_sentence(law) for law in study.laws],
@@ -32,7 +32,7 @@ def sections(study: Study) -> dict[str, list[str]]:
         "Batch size": [sentence for batch in study.batches for sentence in _batch_sentences(batch)],
         "Quantization": [sentence for quant in study.quants for sentence in _quant_sentences(quant)],
         "Latency cliffs": _cliff_sentences(study.cliffs),
-        "Prompt against output": [_exchange_sentence(found) for found in study.exchanges],
+        "Prompt against output": [_token_cost_sentence(found) for found in study.exchanges],
         "Memory": list(_memory_sentences(study)),
         "Not said": _merged(study.refused),
         "Left out": [f"{line}." for line in study.left_out],
@@ -53,7 +53,7 @@ def _merged(refused: Sequence[str]) -> list[str]:
     ]
 
 
-def law_cells(study: Study) -> tuple[list[str], list[list[str]]]:
+def law_cells(study: ScalingStudy) -> tuple[list[str], list[list[str]]]:
     """Return heading and body of the table of laws."""
     heading = [
         "law", "cells", "formula", "parameters (95 % interval)", "range",
@@ -74,7 +74,7 @@ def law_cells(study: Study) -> tuple[list[str], list[list[str]]]:
     return heading, body
 
 
-def prediction_cells(study: Study) -> tuple[list[str], list[list[str]]]:
+def prediction_cells(study: ScalingStudy) -> tuple[list[str], list[list[str]]]:
     """Return heading and body of the table of predictions: unmeasured values, and the interval of a measurement."""
     heading = ["predicted, not measured", "cells", "at", "value", "95 % interval of a new measurement", "by"]
     body = []
@@ -94,7 +94,7 @@ def prediction_cells(study: Study) -> tuple[list[str], list[list[str]]]:
     return heading, body
 
 
-def format_study(study: Study) -> str:
+def format_study(study: ScalingStudy) -> str:
     """Format the study for a terminal: the tables of laws and of predictions, then the sentences."""
     tables = [text_table(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
     sentences = [
@@ -104,7 +104,7 @@ def format_study(study: Study) -> str:
     return "\n\n".join([f"{study.cells} cells: {study.subject}", *tables, *sentences, METHOD])
 
 
-def study_markdown(study: Study, charts: Sequence[str] = ()) -> str:
+def study_markdown(study: ScalingStudy, charts: Sequence[str] = ()) -> str:
     """Return scaling.md: the tables, the charts (paths relative to the file), the sentences."""
     parts = [f"# Scaling: {markdown(study.subject)}", f"{study.cells} cells. {METHOD}"]
     parts += [markdown_table(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
@@ -114,7 +114,7 @@ def study_markdown(study: Study, charts: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def study_json(study: Study) -> dict[str, Any]:
+def study_json(study: ScalingStudy) -> dict[str, Any]:
     """Return the study as plain JSON data. Predictions have `predicted: true`; an absent value is null."""
     names = ["cells", "subject", "batches", "quants", "cliffs", "exchanges", "footprints", "refused", "left_out"]
     rest = {name: to_json(getattr(study, name)) for name in names}
@@ -240,7 +240,7 @@ def _cliff_sentences(searches: Sequence[CliffSearch]) -> list[str]:
     ]
 
 
-def _exchange_sentence(found: ExchangeAt) -> str:
+def _token_cost_sentence(found: TokenCostAt) -> str:
     e = found.exchange
     return (
         f"{e.prompt_tokens} more prompt tokens cost {e.prompt[0]:.3g} ms ({e.prompt[1]:.3g} to {e.prompt[2]:.3g}) of "
@@ -250,7 +250,7 @@ def _exchange_sentence(found: ExchangeAt) -> str:
     )
 
 
-def _memory_sentences(study: Study) -> Iterator[str]:
+def _memory_sentences(study: ScalingStudy) -> Iterator[str]:
     """Give the highest peak on host and device in parts, every cell that leaks, and the number of those that do not."""
     accounts = [(f.where, f.account) for f in study.footprints if f.account]
     for place in sorted({account.where for _, account in accounts}):
@@ -274,7 +274,7 @@ def _memory_sentences(study: Study) -> Iterator[str]:
                 )
 
 
-def account_sentence(where: str, parts: Account) -> str:
+def account_sentence(where: str, parts: MemoryBreakdown) -> str:
     """Write the peak as the sum of its parts."""
     named = {
         "before the load": parts.baseline,

@@ -6,7 +6,7 @@ report.md and report.html are made from the same sections.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from ..analysis.scaling.study import MEAN_TPOT
 from ..records.metrics import OUTPUT_RATE
 from ..records.results import to_json
 from ..records.text import number_text
-from .escaping import html, markdown
-from .html import _chart, _list, _note, _section, _table, document
+from .escaping import markdown
+from .html import page
 from .recommendation import answer
 from .result import environment_facts
 from .scaling import METHOD, law_cells
@@ -62,7 +62,7 @@ CAPTIONS = {
 MOST_LINES, MOST_GROUPS = 10, 6
 """Most sentences under one heading, and most groups of cells of one law, in the report; scaling.md has all."""
 
-CLAIM_HEADING = ("the paper says", "its range", "measured here", "verdict", "reason")
+CLAIM_HEADING = ("the paper says", "its range", "measured here")
 CHOICE_HEADING = ("model", "constraint", "deploy", "tokens/s", "TTFT ms", "ms per token", "peak memory", "note")
 
 
@@ -76,17 +76,29 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A figure of the report: its path relative to report.md, and its SVG."""
+
+    name: str
+    path: str
+    svg: bytes
+    caption: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and its content, in the order of the fields; empty parts are left out.
 
-    `groups`: lists with a heading of their own.
+    `verdicts` has the verdict and its reason for each line of the table, or is empty. `groups` are lists with a heading
+    of their own.
     """
 
     title: str
     lead: str = ""
     table: Table | None = None
+    verdicts: tuple[tuple[str, str], ...] = ()
     groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    figures: tuple[tuple[str, str, bytes, str], ...] = ()  # name, path, SVG, caption
+    figures: tuple[Picture, ...] = ()
 
 
 def sections(found: Findings, drawn: Drawn) -> list[Section]:
@@ -103,32 +115,41 @@ def sections(found: Findings, drawn: Drawn) -> list[Section]:
     rest = tuple((title, _cut(lines)) for title, lines in laws.items() if title != "Laws")
     told = [
         Section("Findings", groups=tuple(found.sentences.items())),
-        Section("The paper's claims", _claims_lead(found.claims), claims_table(found.claims)),
+        Section(
+            "The paper's claims",
+            _claims_lead(found.claims),
+            claims_table(found.claims),
+            verdicts=tuple((claim.verdict, claim.why) for claim in found.claims),
+        ),
         Section(
             "Recommendations",
             _choices_lead(found),
             choices_table(found.choices) if found.choices else None,
-            _cautions(found.choices),
+            groups=_cautions(found.choices),
         ),
         Section(
             "Figures",
             " ".join(filter(None, [_figures_lead(found), found.focus.note])),
-            figures=tuple(_pictures(drawn.figures)),
+            figures=_pictures(drawn.figures),
         ),
-        Section("Laws", f"{METHOD} {_law_note(found)}", _law_table(found), rest, tuple(_pictures(drawn.laws))),
-        Section("Machines", "", _across_table(found) if found.across else None),
+        Section(
+            "Laws",
+            f"{METHOD} {_law_note(found)}",
+            _law_table(found),
+            groups=rest,
+            figures=_pictures(drawn.laws),
+        ),
+        Section("Machines", table=_across_table(found) if found.across else None),
         Section(
             "Not determined",
-            "",
-            None,
-            (
+            groups=(
                 ("No data", not_said),
                 ("Figures that are not drawn", not_drawn),
                 ("Laws", refused),
                 ("Cells left out", left_out),
             ),
         ),
-        Section("Environment", "", None, environment),
+        Section("Environment", groups=environment),
     ]
     return [one for one in told if one.lead or one.table or one.figures or any(lines for _, lines in one.groups)]
 
@@ -178,9 +199,8 @@ def _plain_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> Table
     return Table(tuple(heading), tuple(map(tuple, body))) if body else None
 
 
-def _pictures(pictures: Mapping[str, tuple[bytes, str]]) -> Iterator[tuple[str, str, bytes, str]]:
-    for name, (svg, path) in pictures.items():
-        yield name, path, svg, CAPTIONS.get(name, "")
+def _pictures(pictures: Mapping[str, tuple[bytes, str]]) -> tuple[Picture, ...]:
+    return tuple(Picture(name, path, svg, CAPTIONS.get(name, "")) for name, (svg, path) in pictures.items())
 
 
 def headline(found: Findings) -> str:
@@ -199,10 +219,8 @@ def _claims_lead(claims: Sequence[Claim]) -> str:
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:
-    """Return the table of the paper's claims, measured values and verdicts."""
-    return Table(
-        CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured, claim.verdict, claim.why) for claim in claims)
-    )
+    """Return the table of the paper's claims and measured values."""
+    return Table(CLAIM_HEADING, tuple((claim.said, claim.range, claim.measured) for claim in claims))
 
 
 def _choices_lead(found: Findings) -> str:
@@ -286,50 +304,37 @@ def study_markdown(found: Findings, drawn: Drawn) -> str:
     for one in sections(found, drawn):
         parts.append(f"## {one.title}")
         parts += [markdown(one.lead)] if one.lead else []
-        parts += [markdown_table(one.table.heading, one.table.body, one.table.numeric)] if one.table else []
+        parts += [_markdown(one.table, one.verdicts)] if one.table else []
         for title, lines in one.groups:
             if lines:
                 parts += [f"### {markdown(title)}", "\n".join(f"- {markdown(line)}" for line in lines)]
-        for name, path, _, caption in one.figures:
-            parts.append(f"![{chart_name(name)}]({path})" + (f"\n\n{markdown(caption)}" if caption else ""))
+        for picture in one.figures:
+            caption = f"\n\n{markdown(picture.caption)}" if picture.caption else ""
+            parts.append(f"![{chart_name(picture.name)}]({picture.path}){caption}")
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown(table: Table, verdicts: Sequence[tuple[str, str]]) -> str:
+    """Return a table as Markdown, with the verdicts as its last columns if there are any."""
+    if not verdicts:
+        return markdown_table(table.heading, table.body, table.numeric)
+    body = [(*line, *verdict) for line, verdict in zip(table.body, verdicts, strict=True)]
+    return markdown_table([*table.heading, "verdict", "reason"], body, table.numeric)
+
+
+VERDICT_CLASS = {CONFIRMED: "valid", NOT_CONFIRMED: "failed", UNSAID: ""}
+"""Verdict on a claim → CSS class of its badge."""
 
 
 def study_page(found: Findings, drawn: Drawn) -> str:
     """Return report.html, which has no script and makes no request."""
-    parts = [f'<header><h1>{html(found.title)}</h1><p class="lead">{html(headline(found))}</p></header>']
-    for one in sections(found, drawn):
-        content = [f"<p>{html(one.lead)}</p>" if one.lead else ""]
-        content += [_table(_badged(one.table), _verdicts(one.table))] if one.table else []
-        content += [f"<h3>{html(title)}</h3>{_list(map(html, lines))}" for title, lines in one.groups if lines]
-        pictures = (
-            _chart(name, svg).replace("</figure>", f"{_note(caption)}</figure>")
-            for name, _, svg, caption in one.figures
-        )
-        content += [f'<div class="charts">{"".join(pictures)}</div>'] if one.figures else []
-        parts.append(_section(one.title, *content))
-    return document(found.title, parts)
-
-
-VERDICT_CLASS = {CONFIRMED: "valid", NOT_CONFIRMED: "failed", UNSAID: ""}
-
-
-def _badged(table: Table) -> Table:
-    """Return the table of claims without its last two columns, which `_verdicts` gives as HTML."""
-    if table.heading != CLAIM_HEADING:
-        return table
-    return Table(table.heading[:-2], tuple(line[:-2] for line in table.body))
-
-
-def _verdicts(table: Table) -> list[tuple[str, list[str]]]:
-    if table.heading != CLAIM_HEADING:
-        return []
-    cells = [
-        f'<span class="state {VERDICT_CLASS[line[-2]]}">{html(line[-2])}</span>'
-        f'<span class="why told">{html(line[-1])}</span>'
-        for line in table.body
-    ]
-    return [("verdict", cells)]
+    return page(
+        "study.html.j2",
+        title=found.title,
+        headline=headline(found),
+        sections=sections(found, drawn),
+        verdict_classes=VERDICT_CLASS,
+    )
 
 
 def format_study(found: Findings) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from .. import PACKAGE_DIR
+from ..measure.events import Event
 from ..measure.outcome import GroupOutcome
 from ..system import machine
 from .job import Job
@@ -16,8 +17,8 @@ from .job import Job
 Group = Sequence[Job]
 """Jobs that share one loaded model, in the order in which one process measures them."""
 
-Tell = Callable[[Group, Mapping[str, Any]], None]
-"""Callback for an event of a group: `begun`, or an event of its worker. On a cluster `node` is the node's name."""
+Tell = Callable[[Group, Event], None]
+"""Callback for an event of a group: `GroupBegun`, or an event of its worker; on a cluster with the node's name."""
 
 
 class Place(Protocol):

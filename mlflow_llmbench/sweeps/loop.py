@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from ..analysis import goodput
 from ..config.cells import asked_params, cell_name, needs_no_less, option_params
 from ..config.spec import BenchSpec
+from ..measure.events import CellBegun, CellMeasured, Event, GroupBegun, QualityWithheld, Stage
 from ..measure.journal import write_json
 from ..measure.outcome import GroupOutcome
 from ..records.cell import Cell
 from ..records.errors import NodeLost
+from ..records.invocation import parameter_text
 from ..records.redaction import redact_all
 from ..records.results import Failure, RunResult
 from ..reports import files
@@ -87,7 +89,8 @@ def _link(sweep: _Sweep, job: Job) -> None:
     found = resume.find(job, sweep.spec, sweep.ledger.store, sweep.place.env_hashes)
     if found:
         sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
-        sweep.watcher.note(f"{job.name}: measured before, in {found.linked}. To measure it again: rerun=true.")
+        again = parameter_text("rerun", "true")
+        sweep.watcher.note(f"{job.name}: measured before, in {found.linked}. To measure it again: {again}.")
         job.started_ms = found.started_ms
         _keep(sweep, job, found)
 
@@ -109,28 +112,35 @@ def _run_round(sweep: _Sweep, groups: Sequence[Group]) -> None:
                 todo.extend(place.recall())
 
 
-def _tell(sweep: _Sweep, group: Group, event: Mapping[str, Any]) -> None:
+def _tell(sweep: _Sweep, group: Group, event: Event) -> None:
     """Handle an event of a group: begin its runs when it begins, and pass progress on to the watcher."""
-    job = group[event["number"]] if event["event"] in ("cell", "measured") else group[0]
-    if event["event"] == "begun":
-        for one in group:
-            if not one.started_ms:
-                one.started_ms = int(time.time() * 1000)
-                write_job(one)
-                sweep.ledger.begin(one)
-    if event["event"] == "withheld" and event["message"] not in sweep.told:
-        sweep.told.add(event["message"])
-        sweep.watcher.note(event["message"])
-    number, node = sweep.jobs.index(job) + 1, event.get("node")
-    if node is None:
-        if event["event"] in ("begun", "cell") or event.get("stage") in ("preparing", "reference"):
+    job = group[event.number] if isinstance(event, CellBegun | CellMeasured) else group[0]
+    match event:
+        case GroupBegun():
+            _begin_runs(sweep, group)
+        case QualityWithheld(message=message) if message not in sweep.told:
+            sweep.told.add(message)
+            sweep.watcher.note(message)
+    number = sweep.jobs.index(job) + 1
+    match event:
+        case CellBegun(node=str(node)):  # several at once: a line at the begin, the count at the end
+            sweep.watcher.note(f"{job.name}: measuring on {node}")
+        case CellMeasured(node=str()):
             sweep.watcher.cell(number, job.name)
-        sweep.watcher.event(event)
-    elif event["event"] == "cell":  # several at once: a line at the begin, the count at the end
-        sweep.watcher.note(f"{job.name}: measuring on {node}")
-    elif event["event"] == "measured":
-        sweep.watcher.cell(number, job.name)
-        sweep.watcher.event(event)
+            sweep.watcher.event(event)
+        case Event(node=None):
+            if isinstance(event, GroupBegun | CellBegun) or event in (Stage("preparing"), Stage("reference")):
+                sweep.watcher.cell(number, job.name)
+            sweep.watcher.event(event)
+
+
+def _begin_runs(sweep: _Sweep, group: Group) -> None:
+    """Begin the run of each job of a group that has none."""
+    for job in group:
+        if not job.started_ms:
+            job.started_ms = int(time.time() * 1000)
+            write_job(job)
+            sweep.ledger.begin(job)
 
 
 def _search(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> Job | None:

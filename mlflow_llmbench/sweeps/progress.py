@@ -13,9 +13,12 @@ import shutil
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import fmean
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
+
+from ..measure import events
+from ..measure.events import Event
 
 WRITES_PER_S = 4
 """Most writes to a terminal in any second. Repetitions only use those that changes of stage leave."""
@@ -33,7 +36,7 @@ STAGES = {
 }
 """Stage → text shown. *preparing* and *reference* come from the sweep, the others from the worker.
 
-*baseline* is not shown because it takes no time; *loaded* is shown at the event `load`.
+*baseline* is not shown because it takes no time; *loaded* is shown at the event `ModelLoaded`.
 """
 
 
@@ -41,8 +44,8 @@ class Progress:
     """Display of one sweep: call `start`, for each cell `cell` and `event` (worker events), and at the end `finish`.
 
     A worker numbers the cells of its own group; the sweep calls `cell` with their numbers in the whole plan, before it
-    starts a worker and again at the worker's event `cell`. The same number twice is one cell. Cells may come in any
-    order and are counted as they come. If the stream cannot be written to, the display ends but the sweep goes on.
+    starts a worker and again at its event `CellBegun`. The same number twice is one cell. Cells may come in any order
+    and are counted as they come. If the stream cannot be written to, the display ends but the sweep goes on.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -78,59 +81,55 @@ class Progress:
         self.places.setdefault(number, len(self.places) + 1)
         self._now("", log=name)
 
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Handle one event of the worker, as `supervise.run_worker` passes it on. Unknown events change nothing."""
-        match event["event"]:
-            case "stage" if event["stage"] in STAGES:
-                doing = STAGES[event["stage"]]
-                self._count_stage(event["stage"])
-                self._now(
-                    doing, log=doing if event["stage"] in ("preparing", "reference", "starting", "loading") else ""
-                )
-            case "load":
-                seconds = (event.get("info") or {}).get("load_s")
-                doing = "loaded" if seconds is None else f"loaded in {duration(seconds)}"
-                self._now(doing, log=doing)
-            case "cell":
+    def event(self, event: Event) -> None:
+        """Handle one event, as `supervise.run_worker` passes it on. Most classes of events change nothing."""
+        match event:
+            case events.Stage(stage=stage):
+                self._show_stage(stage)
+            case events.ModelLoaded(info=info):
+                self._now_and_log("loaded" if info.load_s is None else f"loaded in {duration(info.load_s)}")
+            case events.CellBegun():
                 self.over.discard(self.number)  # one of several processes for one cell
                 self.limit = self.repetitions[self.number] = 0
                 self.timed_since = self.clock()
-                self._now("warming up", log="warming up")
-            case "compiling":
-                self._now("compiling", log="compiling")
-            case "warmup":
+                self._now_and_log("warming up")
+            case events.CompilationBegun():
+                self._now_and_log("compiling")
+            case events.WarmupEnded(number=number, limit=limit):
                 self.timed_since = self.clock()
-                self._now(f"warm-up {event['number']}/{event['limit']}", again=event["number"] > 1)
-            case "repetition":
-                self.repetitions[self.number], self.limit = event["number"], event["limit"]
-                first = event["number"] == 1
-                self._now(
-                    f"repetition {event['number']}/{event['limit']}", log="measuring" if first else "", again=not first
-                )
-            case "measured":
-                taken = self._end()
-                self.over.add(self.number)
-                self.seconds[self.number] = self.seconds.get(self.number, 0.0) + taken
-                # When several nodes measure at once, the time since the last cell ended is not this cell's.
-                doing, left = (
-                    f"measured on {event['node']}" if "node" in event else f"measured in {duration(taken)}",
-                    self._left(),
-                )
-                self._now(doing, log=f"{doing}, {left}" if left else doing)
-            case "evaluating":
-                self._now("evaluating quality", log="evaluating quality")
-            case "scoring":
-                self._now(
-                    "quality " + (f"{event['number']}/{event['limit']}" if "limit" in event else str(event["number"])),
-                    again=True,
-                )
-            case "failed":
+                self._now(f"warm-up {number}/{limit}", again=number > 1)
+            case events.RepetitionEnded(number=number, limit=limit):
+                self.repetitions[self.number], self.limit = number, limit
+                self._now(f"repetition {number}/{limit}", log="measuring" if number == 1 else "", again=number != 1)
+            case events.CellMeasured(node=node):
+                self._show_measured(node)
+            case events.EvaluationBegun():
+                self._now_and_log("evaluating quality")
+            case events.ScoringProgress(number=number, limit=limit):
+                self._now(f"quality {number}" if limit is None else f"quality {number}/{limit}", again=True)
+            case events.JobFailed(message=message):
                 self._end()
                 self.over.add(self.number)
                 self.doing = "failed"
-                self.note(f"{f'{self._count()}: {self.name} ' if self.number else ''}failed: {event['message']}")
-            case "end":
+                self.note(f"{f'{self._count()}: {self.name} ' if self.number else ''}failed: {message}")
+            case events.JobEnded():
                 self._end()
+
+    def _show_stage(self, stage: str) -> None:
+        if stage in STAGES:
+            self._count_stage(stage)
+            is_new = stage in ("preparing", "reference", "starting", "loading")
+            self._now(STAGES[stage], log=STAGES[stage] if is_new else "")
+
+    def _show_measured(self, node: str | None) -> None:
+        """Show that a cell is measured; `node` is its node of a cluster."""
+        taken = self._end()
+        self.over.add(self.number)
+        self.seconds[self.number] = self.seconds.get(self.number, 0.0) + taken
+        # When several nodes measure at once, the time since the last cell ended is not this cell's.
+        doing = f"measured on {node}" if node else f"measured in {duration(taken)}"
+        left = self._left()
+        self._now(doing, log=f"{doing}, {left}" if left else doing)
 
     def note(self, text: str) -> None:
         """Write a line that stays, such as a warning or a failure."""
@@ -188,6 +187,10 @@ class Progress:
         now = self.clock()
         taken, self.since = now - self.since, now
         return taken
+
+    def _now_and_log(self, doing: str) -> None:
+        """Show what the worker does now, on a terminal and elsewhere."""
+        self._now(doing, log=doing)
 
     def _now(self, doing: str, log: str = "", again: bool = False) -> None:
         """Show what the worker does now.
@@ -309,8 +312,8 @@ class Watcher(Protocol):
     def cell(self, number: int, name: str) -> None:
         """Announce that cell `number` of the plan is next; also called for a cell that ends without a worker."""
 
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Handle a worker's event."""
+    def event(self, event: Event) -> None:
+        """Handle an event of a worker or of its group; its classes are in `measure.events`."""
 
     def note(self, text: str) -> None:
         """Show a line to the user."""
@@ -328,7 +331,7 @@ class Silent:
     def cell(self, number: int, name: str) -> None:
         """Do nothing."""
 
-    def event(self, event: Mapping[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Do nothing."""
 
     def note(self, text: str) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import signal
@@ -30,8 +29,9 @@ from typing import Any
 
 from .. import PACKAGE_DIR
 from ..config.choices import WORKLOADS
+from ..measure.events import Event
 from ..measure.group import measure_apart
-from ..measure.journal import append_bytes
+from ..measure.journal import append_bytes, parse_events
 from ..measure.outcome import GroupOutcome, replay
 from ..measure.task import Task
 from ..records.cell import Cell, Options
@@ -98,8 +98,9 @@ class Flight:
 
     def so_far(self) -> GroupOutcome:
         """Return what has arrived, as the outcome of a killed worker."""
-        told = self.received.get(f"{self.group[0].folder.name}/worker.jsonl", b"")
-        outcomes = [outcome for _, outcome in replay(json.loads(line) for line in told.splitlines())]
+        path = self.group[0].folder / "worker.jsonl"
+        received = self.received.get(f"{path.parent.name}/{path.name}", b"")
+        outcomes = [outcome for _, outcome in replay(parse_events(received, path))]
         return outcomes[-1] if outcomes else GroupOutcome()
 
 
@@ -336,7 +337,7 @@ class Cluster:
                 by_number[number].node_id = node_id
                 self._keep(by_number[number], files)
                 if tell:
-                    tell(by_number[number].group, {**event, "node": self._name(node_id)})
+                    tell(by_number[number].group, dataclasses.replace(event, node=self._name(node_id)))
 
     def _keep(self, flight: Flight, files: Mapping[str, bytes]) -> None:
         for path, more in files.items():
@@ -472,7 +473,7 @@ def _on_node(
 
     node_id = str(ray.get_runtime_context().get_node_id())
 
-    def post(event: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        mailbox.put.remote(number, node_id, dict(event), dict(files))
+    def post(event: Event, files: Mapping[str, bytes]) -> None:
+        mailbox.put.remote(number, node_id, event, dict(files))
 
     return measure_apart(task, texts, {"git": git, "node": names.get(node_id, node_id[:8])}, post)

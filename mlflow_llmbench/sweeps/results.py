@@ -92,10 +92,9 @@ def env_hashes(job: Job) -> set[str | None]:
 
 def _marks(outcome: GroupOutcome, number: int) -> dict[str, int]:
     """Map each stage to the monotonic time in ns at which it was reached, for the memory timeline."""
-    marks = {stage: int(event["t_ns"]) for stage, event in outcome.stages.items()}
-    own = outcome.cells.get(number, {})
-    return (
-        marks
-        | ({"measuring": int(own["cell"]["t_ns"])} if own else {})
-        | ({"peak": int(own["peak"]["t_ns"])} if "peak" in own else {})
-    )
+    marks = {stage: event.sent_ns for stage, event in outcome.stages.items()}
+    if cell := outcome.cells.get(number):
+        marks["measuring"] = cell.begun_ns
+        if cell.peak:
+            marks["peak"] = cell.peak.sent_ns
+    return marks

@@ -15,6 +15,7 @@ from ..analysis.verdict import judge
 from ..config.spec import BenchSpec
 from ..measure import journal, quality_reference
 from ..records.errors import JournalError, first_line
+from ..records.invocation import command_text
 from ..records.redaction import redact
 from ..records.results import SCHEMA, RunResult
 from ..tracking.search import download_result, find_measured
@@ -104,7 +105,7 @@ def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) 
         except Exception as error:
             warn(
                 f"The sweep {folder.name} had been killed, and its runs cannot be ended: {first_line(error)}. "
-                f"To try again: `llmbench upload {folder}`."
+                f"To try again: `{command_text('upload', str(folder))}`."
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..measure.journal import read_result
@@ -55,3 +56,8 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
         )
     with tempfile.TemporaryDirectory() as scratch:
         return [read_result(download_result(store, run_id, Path(scratch) / run_id)) for run_id in ids]
+
+
+def load_all(references: Iterable[str], tracking_uri: str | None = None) -> list[RunResult]:
+    """Load the results of several references, in their order. See `load_results`."""
+    return [result for reference in references for result in load_results(reference, tracking_uri)]

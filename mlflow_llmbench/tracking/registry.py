@@ -1,11 +1,12 @@
 """Model Registry: register the version that serves a measured configuration, with its evidence, and move its aliases.
 
-A version is a models-from-code pyfunc: `serving_model.py`, the configuration, a signature and pinned requirements,
-about 20 KB and no weights. It is linked to the measured run, and its tags hold the figures.
+A version is a models-from-code pyfunc: its code (`serving_code`), the configuration, a signature and pinned
+requirements, about 20 KB and no weights. It is linked to the measured run, and its tags hold the figures.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -23,6 +24,7 @@ from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..measure.journal import read_result
 from ..records.errors import TrackingError, UsageError
+from ..records.invocation import command_text
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
@@ -135,7 +137,8 @@ def _check_names(name: str, alias: str) -> None:
         )
     if alias in (CHAMPION, PREVIOUS):
         raise UsageError(
-            f"Only `llmbench promote` moves the alias {alias}. Register as {CANDIDATE}, then gate and promote it."
+            f"Only `{command_text('promote')}` moves the alias {alias}. "
+            f"Register as {CANDIDATE}, then gate and promote it."
         )
 
 
@@ -167,7 +170,7 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
     if data is None:
         raise UsageError(
             f"The run {run_id} holds neither a result nor a recommendation. "
-            f"Run `llmbench recommend {run_id}`, or give the run of a cell."
+            f"Run `{command_text('recommend', run_id)}`, or give the run of a cell."
         )
     return _winner(store, data, reference)
 
@@ -196,7 +199,7 @@ def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
     if run_id is None:
         raise UsageError(
             f"The winner of {reference} is not in the store {store.uri}. "
-            "Check --tracking-uri, or `llmbench upload` its folder first."
+            f"Check --tracking-uri, or `{command_text('upload')}` its folder first."
         )
     return run_id, data.get("accepted_suspect")
 
@@ -237,19 +240,38 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
 
 def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_id: str | None = None) -> None:
     """Write the pyfunc of a deployment into `folder`, in MLflow's model format."""
-    with warnings.catch_warnings(record=True):  # MLflow's advice on type hints and input examples is not for our users
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        warnings.catch_warnings(record=True),  # MLflow's advice on type hints and input examples is not for our users
+    ):
         warnings.simplefilter("always")
         import mlflow.pyfunc
         from mlflow.models import Model
 
+        code = Path(scratch, "serving_model.py")
+        code.write_text(serving_code(), encoding="utf-8")
         mlflow.pyfunc.save_model(
             folder,
-            python_model=str(PACKAGE_DIR / "tracking" / "serving_model.py"),
+            python_model=str(code),
             model_config=dict(deployment.config),
             signature=signature(int(deployment.config["max_new_tokens"])),
             mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
             pip_requirements=[f"mlflow=={mlflow.__version__}", *deployment.requirements],
         )
+
+
+def serving_code() -> str:
+    """Return the text of a version's Python file: `serving_model.py`, with the statements of `recipe.py` in it.
+
+    They replace its import, so a version loads the same way years later, with any release of this package or none.
+    """
+    recipe = ast.parse((PACKAGE_DIR / "backends" / "huggingface" / "recipe.py").read_text(encoding="utf-8"))
+    model = ast.parse((PACKAGE_DIR / "tracking" / "serving_model.py").read_text(encoding="utf-8"))
+    body: list[ast.stmt] = []
+    for statement in model.body:
+        ours = isinstance(statement, ast.ImportFrom) and statement.level > 0
+        body += recipe.body[2:] if ours else [statement]  # without its docstring and its `from __future__`
+    return ast.unparse(ast.Module(body, [])) + "\n"
 
 
 def signature(max_new_tokens: int) -> ModelSignature:
@@ -309,7 +331,7 @@ def version_at(store: Store, reference: str) -> ModelVersion:
             raise TrackingError(f"The registry of {store.uri} cannot be read: {str(error).splitlines()[0]}") from None
         raise UsageError(
             f"There is no {reference} in the store {store.uri}. "
-            f"Create a version with `llmbench register RUN --name {name}`."
+            f"Create a version with `{command_text('register', 'RUN', name=name)}`."
         ) from None
     return found
 
@@ -419,5 +441,5 @@ def _require_gate(store: Store, new: Registered, champion: str) -> None:
     )
     raise UsageError(
         f"{new.uri} {why}, and the champion is {present}. Nothing was moved. "
-        f"Run: llmbench gate {new.uri} --against {present}"
+        f"Run: {command_text('gate', new.uri, against=present)}"
     )

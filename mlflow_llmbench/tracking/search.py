@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records.errors import TrackingError, first_line
+from ..records.invocation import command_text
 from ..records.results import SCHEMA, Hashes
 from .store import UPLOADED_TAG, Store, plain_errors, without_user
 
@@ -74,7 +75,7 @@ def download_result(store: Store, run_id: str, folder: Path) -> Path:
     except (MlflowException, OSError) as error:
         raise TrackingError(
             f"The run {run_id} has no result.json that can be read: {first_line(error)}. "
-            "`llmbench upload FOLDER` completes a run."
+            f"`{command_text('upload', 'FOLDER')}` completes a run."
         ) from None
     return folder
 

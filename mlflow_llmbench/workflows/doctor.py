@@ -1,7 +1,7 @@
 """Report what this machine and environment can do, with advice for everything that is missing or limited.
 
-`llmbench doctor` prints `format_report(examine())`. Nothing heavy is imported: torch is queried in its own process, and
-versions are read from installed metadata. A missing thing is an item of the report, never an exception.
+Nothing heavy is imported: torch is queried in its own process, and versions are read from installed metadata. A missing
+thing is an item of the report, never an exception. `reports.doctor` formats the items.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..backends.packages import ALSO_SHOWN, NEEDED, version
+from ..config.spec import parse
 from ..measure import interpreter
 from ..measure.runtime import Item, _guarded, optional_items, package_item, runtime_items
 from ..records.backends import recorded_capabilities
+from ..records.invocation import command_text
 from ..records.redaction import redact
+from ..records.text import plural
 from ..system import gpu, machine, memory
 
 LITTLE_MEMORY = 2_000_000_000
@@ -55,8 +58,9 @@ class Report:
 def examine_worker(python: str) -> Report:
     """Report what a worker of another interpreter can run; the runtimes installed there are really imported.
 
-    Raises UsageError or MeasurementError.
+    `python` is as in the parameter `worker_python`. Raises UsageError or MeasurementError.
     """
+    python = str(parse({"worker_python": python}).first.worker_python)
     environment = interpreter.examine(python)
     packages = ", ".join(f"{name} {found}" for name, found in environment["packages"].items())
     items = [
@@ -97,40 +101,17 @@ def examine(torch_s: float = TORCH_S, hub_s: float = HUB_S) -> Report:
     return Report(not any(item.needed and item.status == "missing" for item in items), items)
 
 
-def format_report(report: Report) -> str:
-    """Return the report as text: its items, and a last sentence."""
-    return f"{format_items(report.items)}\n\n{_last_sentence(report)}"
-
-
-def format_items(items: Sequence[Item]) -> str:
-    """Return items as text: sections, one line per item, its advice below."""
-    width = max((len(item.name) for item in items), default=0)
-    lines: list[str] = []
-    section = None
-    for item in items:
-        if item.section != section:
-            lines += ["", item.section] if lines else [item.section]
-            section = item.section
-        lines.append(f"  {item.status:7}  {item.name:{width}}  {item.found}")
-        if item.advice:
-            lines.append(f"  {'':7}  {'':{width}}  {item.advice}")
-    return "\n".join(lines)
-
-
-def _last_sentence(report: Report) -> str:
-    lacking = [item.name for item in report.items if item.needed and item.status == "missing"]
-    if lacking:
-        return f"Not ready: {', '.join(dict.fromkeys(lacking))}. See the advice above."
-    device = next((item.data["device"] for item in report.items if "device" in item.data), "cpu")
-    quants = [item.name for item in report.items if item.section == "Quantizations" and item.status == "ok"]
-    return f"Ready: models can be measured with device={device} and quant={','.join(quants)}."
+def memory_here() -> tuple[int | None, int | None]:
+    """Return the free bytes of host memory, and the bytes of the first GPU; None if unknown or there is none."""
+    devices = gpu.gpus()
+    return memory.available_bytes(), devices[0]["memory_bytes"] if devices else None
 
 
 def machine_items() -> Iterator[Item]:
     """Yield CPU, vector instructions, memory and operating system."""
     cores, logical = machine.physical_cores(), len(machine.usable_cpus())
     data = {"name": machine.cpu_name(), "physical_cores": cores, "usable_cpus": logical}
-    found = f"{data['name']}, {_count(cores, 'core')} to use, {_count(logical, 'logical CPU')}"
+    found = f"{data['name']}, {plural(cores, 'core')} to use, {plural(logical, 'logical CPU')}"
     yield Item("Machine", "CPU", "ok", found, data=data)
     yield from vector_items(Path("/proc/cpuinfo"))
     yield memory_item(memory.available_bytes(), memory.total_bytes())
@@ -175,9 +156,8 @@ def memory_item(available: int | None, total: int | None) -> Item:
         return Item("Machine", "memory", "limited", "not known", advice, data=data)
     found = f"{available / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
     if available < LITTLE_MEMORY:
-        return Item(
-            "Machine", "memory", "limited", found, "Close other programs; `llmbench models` shows what fits.", data=data
-        )
+        advice = f"Close other programs; `{command_text('models')}` shows what fits."
+        return Item("Machine", "memory", "limited", found, advice, data=data)
     return Item("Machine", "memory", "ok", found, data=data)
 
 
@@ -339,11 +319,7 @@ def energy_item(folder: Path) -> Item:
             "Instruments",
             "energy counters",
             "limited",
-            f"{_count(len(counters), 'counter')}, no permission to read",
+            f"{plural(len(counters), 'counter')}, no permission to read",
             advice,
         )
-    return Item("Instruments", "energy counters", "ok", f"{_count(len(counters), 'counter')} can be read")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return Item("Instruments", "energy counters", "ok", f"{plural(len(counters), 'counter')} can be read")

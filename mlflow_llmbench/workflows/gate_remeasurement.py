@@ -12,11 +12,26 @@ from dataclasses import dataclass
 
 from ..records.cell import Options
 from ..records.errors import MeasurementError, UsageError
+from ..records.invocation import command_text
 from ..records.results import RunResult
 from ..sweeps.progress import Watcher
 from ..sweeps.sweep import SweepResult
 from .ab import DEFAULT_PAIRS, measure_in_turns, sides
 from .reproduce import parameters_again, require_same, unlike_here
+
+
+@dataclass(frozen=True)
+class Remeasure:
+    """Request to measure both sides again: fresh processes per side, permissions, folder and experiment of the results.
+
+    `permissions` are as in `reproduce.parameters_again`.
+    """
+
+    pairs: int = DEFAULT_PAIRS
+    permissions: frozenset[str] = frozenset()
+    output_dir: str | None = None
+    experiment: str | None = None
+    watcher: Watcher | None = None
 
 
 @dataclass(frozen=True)
@@ -30,39 +45,30 @@ class GateRemeasurement:
 
 
 def remeasure(
-    champion: RunResult,
-    candidate: RunResult,
-    *,
-    pairs: int = DEFAULT_PAIRS,
-    permissions: frozenset[str] = frozenset(),
-    output_dir: str | None = None,
-    tracking_uri: str | None = None,
-    experiment: str | None = None,
-    watcher: Watcher | None = None,
+    champion: RunResult, candidate: RunResult, again: Remeasure, tracking_uri: str | None = None
 ) -> GateRemeasurement:
-    """Measure the configurations of two results in `pairs` fresh processes each, in alternating order.
+    """Measure the configurations of two results in `again.pairs` fresh processes each, in alternating order.
 
-    A side that fails is a result with its failure. `permissions` is as in `reproduce.parameters_again`. Raises
-    UsageError or NotComparable if a side cannot be rebuilt (see `reproduce.require_same`), MeasurementError if
-    interrupted.
+    A side that fails is a result with its failure. Raises UsageError or NotComparable if a side cannot be rebuilt (see
+    `reproduce.require_same`), MeasurementError if interrupted.
     """
     for result in (champion, candidate):
         if result.cell.scenario == "online":
             server = f"The server {result.cell.url}" if result.cell.url else "A server that a command starts"
             raise UsageError(
-                f"{server} is not started from here. Measure it with `llmbench online`, "
+                f"{server} is not started from here. Measure it with `{command_text('online')}`, "
                 "and gate that run without --measure."
             )
-    sides_of = [parameters_again(result, permissions) for result in (champion, candidate)]
+    sides_of = [parameters_again(result, again.permissions) for result in (champion, candidate)]
     for result, parameters in zip((champion, candidate), sides_of, strict=True):
         require_same(result, parameters)
     common = {name: value for name, value in sides_of[0].items() if name in Options.__dataclass_fields__}
-    common |= {"output_dir": [output_dir]} if output_dir else {}
+    common |= {"output_dir": [again.output_dir]} if again.output_dir else {}
     a, b = (
         {name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of
     )
     done = measure_in_turns(
-        a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
+        a, b, common, pairs=again.pairs, tracking_uri=tracking_uri, experiment=again.experiment, watcher=again.watcher
     )
     if done.outcome == "interrupted":
         raise MeasurementError(f"The measurement was interrupted. The results so far are in {done.folder}.")

@@ -21,11 +21,11 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from ..backends.callback import CallbackBackend, Generate
 from ..config.spec import BenchSpec, parse
 from ..measure.batch import measure_cell
+from ..measure.events import CellBegun, CellCompleted, CellMeasured, CellProgress, FirstToken, GroupBegun
 from ..measure.journal import EventLog, write_bytes
 from ..measure.outcome import GroupOutcome
 from ..records.backends import CALLBACK_BACKEND
@@ -117,7 +117,7 @@ class InThisProcess(OneAtATime):
     def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
         """Measure the given group, as a worker would."""
         group = self.take()
-        tell(group, {"event": "begun"})
+        tell(group, GroupBegun())
         backend = self._backend(group)
         outcome = GroupOutcome(load=backend.describe())
         try:
@@ -150,18 +150,17 @@ class InThisProcess(OneAtATime):
         cell: Cell = job.cell
         prompts = load_prompts(cell.workload)
         job.hashes = dataclasses.replace(job.hashes, workload=prompts.digest(cell, self.vocab_size))
-        outcome.take({"event": "cell", "number": number, "t_ns": time.perf_counter_ns()})
-        tell(group, {"event": "cell", "number": number})
+        begun = CellBegun(number, t_ns=time.perf_counter_ns())
+        outcome.take(begun)
+        tell(group, begun)
         with contextlib.closing(EventLog(job.folder / "events.jsonl")) as log:
 
-            def say(event: str, **data: Any) -> None:
-                if event != "first_token":
-                    log.append(event, **data)
-                tell(group, {"event": event, **{name: value for name, value in data.items() if name != "repetition"}})
+            def report(event: CellProgress) -> None:
+                if not isinstance(event, FirstToken):
+                    log.append(event)
+                tell(group, event.of_cell(number))
 
-            outcome.measured[number] = measure_cell(backend, cell, prompts, self.vocab_size, say)
-            outcome.texts[number] = []
-            log.append(
-                "complete", steady=outcome.measured[number].steady, first_call_ms=outcome.measured[number].first_call_ms
-            )
-        tell(group, {"event": "measured", "number": number})
+            measured = measure_cell(backend, cell, prompts, self.vocab_size, report)
+            outcome.take(CellMeasured(number, measured))
+            log.append(CellCompleted(measured.steady, measured.first_call_ms))
+        tell(group, CellMeasured(number))

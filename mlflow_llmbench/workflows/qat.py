@@ -20,6 +20,7 @@ from ..analysis.summary import Point
 from ..backends.base import backend_class
 from ..config.training import NAMES, QUANT, TRAINING, Training, as_text, parse_training
 from ..measure import quality_reference, supervise
+from ..measure.events import CheckpointSaved, Event, QualityWithheld, Stage, TrainingPlanned, TrainingStep
 from ..measure.journal import new_sweep, write_bytes, write_json
 from ..measure.outcome import GroupOutcome
 from ..measure.supervise import Limits
@@ -178,7 +179,7 @@ class _Job:
         plain, trained = resolve(base), dataclasses.replace(self.cell, model=str(self.checkpoint), revision="main")
         self.say("Measuring quality on the held-out text.")
         order = quality_reference.order(
-            Task((base,), plain, (self.folder / UNQUANTIZED,), options), self._heard, self.environment, self.limits
+            Task((base,), plain, (self.folder / UNQUANTIZED,), options), self._show, self.environment, self.limits
         )
         if order is None:  # a backend without logits
             return
@@ -194,7 +195,7 @@ class _Job:
         """Run one task in a worker. Raises its error, or KeyboardInterrupt if it was interrupted."""
         folder = self.folder / (name or task)
         outcome = supervise.run_worker(
-            task, [cell], model, [folder], folder / "worker.log", self._heard, self.limits, **orders
+            task, [cell], model, [folder], folder / "worker.log", self._show, self.limits, **orders
         )
         if outcome.interrupted:
             raise KeyboardInterrupt
@@ -202,27 +203,25 @@ class _Job:
             raise outcome.error
         return outcome
 
-    def _heard(self, event: Mapping[str, Any]) -> None:
+    def _show(self, event: Event) -> None:
         """Handle an event of a worker; the MLflow run begins with the training."""
-        match event["event"]:
-            case "planned":
-                self.plan = {name: int(event[name]) for name in ("trained", "frozen", "layers", "needed", "sequences")}
+        match event:
+            case TrainingPlanned():
+                counts = ("trained", "frozen", "layers", "needed", "sequences")
+                self.plan = {name: getattr(event, name) for name in counts}
                 self._begin()
-            case "stage" if event["stage"] in ("reference", "saving"):
-                self.say(
-                    {"reference": "Computing the unquantized reference.", "saving": "Writing the checkpoint."}[
-                        event["stage"]
-                    ]
-                )
-            case "step":
-                number, limit = int(event["number"]), int(event["limit"])
-                self.losses.append(Point(TRAINING_LOSS.key, number, float(event["loss"]), int(time.time() * 1000)))
+            case Stage(stage="reference"):
+                self.say("Computing the unquantized reference.")
+            case Stage(stage="saving"):
+                self.say("Writing the checkpoint.")
+            case TrainingStep(number=number, limit=limit, loss=loss):
+                self.losses.append(Point(TRAINING_LOSS.key, number, loss, int(time.time() * 1000)))
                 if number in (1, limit) or number % max(limit // LINES, 1) == 0:
-                    self.say(f"Step {number}/{limit}: loss {event['loss']:.4f}")
-            case "saved":
+                    self.say(f"Step {number}/{limit}: loss {loss:.4f}")
+            case CheckpointSaved():
                 self.saved = True
-            case "withheld":
-                self.say(str(event["message"]))
+            case QualityWithheld(message=message):
+                self.say(message)
 
     def _begin(self) -> None:
         plan, frozen = (

@@ -19,6 +19,7 @@ from ..measure import interpreter
 from ..measure.journal import read_result, write_bytes, write_json
 from ..records.cell import Cell
 from ..records.errors import MeasurementError, NotComparable, UsageError
+from ..records.invocation import command_text
 from ..records.metrics import PERPLEXITY
 from ..records.results import ModelFacts, RunResult
 from ..reports import files
@@ -131,7 +132,7 @@ def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
         raise NotComparable(
             f"The model {cell.model} has changed since the run was measured: "
             f"{original.model.name} {original.model.revision} → {model.name} {model.revision}. "
-            "Restore the old files, or measure the present ones with `llmbench run`."
+            f"Restore the old files, or measure the present ones with `{command_text('run')}`."
         )
 
 

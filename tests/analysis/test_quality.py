@@ -21,6 +21,7 @@ from mlflow_llmbench.analysis import quality
 from mlflow_llmbench.backends.huggingface import scoring
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import journal
+from mlflow_llmbench.measure.events import CellBegun, EvaluationBegun, Event, JobFailed, StageMemory, TextScored
 from mlflow_llmbench.measure.outcome import GroupOutcome, stages_of, timeline_of
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, UsageError
@@ -29,6 +30,7 @@ from mlflow_llmbench.records.results import Divergence, MemorySample, ModelFacts
 from mlflow_llmbench.stats import t_interval
 from mlflow_llmbench.sweeps import resume, sweep
 from mlflow_llmbench.sweeps.sweep import SweepResult
+from mlflow_llmbench.system.memory import HostMemory
 from mlflow_llmbench.workloads.prompts import Text, load_text
 from tests.backends.huggingface.test_backend import loaded
 from tests.records.test_results import example as records_example
@@ -37,8 +39,8 @@ FAST = {"threads": 1, "output_tokens": 4, "prompt_tokens": 8, "repetitions": 2, 
 TEXT = "The keeper wound the paddle down, and the chamber began to breathe. " * 12
 
 
-def silent(event: str, **data: Any) -> None:
-    """Do nothing, in place of a worker's `tell`."""
+def silent(number: int, limit: int) -> None:
+    """Do nothing, in place of a worker's report of its progress."""
 
 
 # Figures
@@ -297,29 +299,28 @@ def test_the_bundled_text_is_prose_and_code() -> None:
 
 def test_a_worker_that_fails_while_it_evaluates_costs_nothing_but_quality() -> None:
     outcome = GroupOutcome()
-    outcome.take({"event": "evaluating", "t_ns": 5, "digest": "d"})
-    outcome.take({"event": "scored", "scores": {"text": "t", "tokens": 2, "window": 2, "stride": 1, "nll": [[1.0]]}})
-    outcome.take({"event": "failed", "kind": "OutOfMemory", "message": "Memory ran out."})
+    outcome.take(EvaluationBegun("d", t_ns=5))
+    outcome.take(TextScored(TextScores("t", 2, 2, 1, ((1.0,),))))
+    outcome.take(JobFailed("oom", "OutOfMemory", "Memory ran out."))
     assert outcome.error is None
     assert outcome.scores == TextScores("t", 2, 2, 1, ((1.0,),))
     assert outcome.withheld == ["The evaluation of the quality ended early: Memory ran out."]
 
 
 def test_what_scoring_took_is_in_no_memory_stage_and_not_in_the_timeline() -> None:
-    def outcome(*before_unloading: dict[str, Any]) -> GroupOutcome:
+    def outcome(*before_unloading: Event) -> GroupOutcome:
         found = GroupOutcome(samples=[MemorySample(t * 10**8, 10, 10) for t in range(100)])
-        host = {"rss": 5, "anonymous": 4, "peak_rss": 5}
         for event in (
-            {"event": "stage", "stage": "loaded", "t_ns": 10**9, "host": host},
-            {"event": "cell", "number": 0, "t_ns": 2 * 10**9},
-            {"event": "stage", "stage": "peak", "t_ns": 3 * 10**9, "host": host},
+            StageMemory("loaded", HostMemory(5, 4, 5), t_ns=10**9),
+            CellBegun(0, t_ns=2 * 10**9),
+            StageMemory("peak", HostMemory(5, 4, 5), t_ns=3 * 10**9),
             *before_unloading,
-            {"event": "stage", "stage": "unloaded", "t_ns": 95 * 10**8, "host": {**host, "rss": 9}},
+            StageMemory("unloaded", HostMemory(9, 4, 5), t_ns=95 * 10**8),
         ):
             found.take(event)
         return found
 
-    plain, evaluated = outcome(), outcome({"event": "evaluating", "t_ns": 4 * 10**9, "digest": "d"})
+    plain, evaluated = outcome(), outcome(EvaluationBegun("d", t_ns=4 * 10**9))
     assert [s.t_ns // 10**8 for s in timeline_of(plain, 0)] == [*range(11), *range(20, 31), *range(89, 100)]
     assert [s.t_ns // 10**8 for s in timeline_of(evaluated, 0)] == [*range(11), *range(20, 31)]
     assert set(stages_of(plain, 0).host_rss) == {"loaded", "peak", "steady", "unloaded"}

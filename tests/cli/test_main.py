@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench.cli.main import main
+from mlflow_llmbench.records.invocation import MODULE
 from mlflow_llmbench.records.quantizations import QUANTIZATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,3 +150,19 @@ def test_versions_below_the_safe_ones_are_told_and_not_refused(
     items = {item["name"]: item for item in json.loads(capsys.readouterr().out)["items"]}
     assert items["torch"]["found"].startswith("2.5.1 is older than 2.6, ")
     assert items["torch"]["status"] == "limited"
+
+
+def test_messages_name_commands_and_parameters_as_the_user_gave_them(
+    store_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *FAST]) == 0
+    capsys.readouterr()
+    assert main(["run", *FAST]) == 0
+    reused = [line for line in capsys.readouterr().err.splitlines() if "measured before" in line]
+    assert all(line.endswith("To measure it again: --rerun.") for line in reused)  # none if a busy machine disturbed it
+    assert main(["promote", "models:/none/1"], program=MODULE) == 2
+    assert "`python -m mlflow_llmbench register RUN --name none`" in capsys.readouterr().err
+    assert main(["promote", "models:/none/1"]) == 2
+    assert "`llmbench register RUN --name none`" in capsys.readouterr().err
+    assert main(["runn"], program=MODULE) == 2
+    assert "See `python -m mlflow_llmbench --help`." in capsys.readouterr().err

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mlflow.entities import Run
 from mlflow_llmbench import run
 from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.measure import journal
+from mlflow_llmbench.measure.events import CellBegun, CellMeasured, Event, ModelLoaded
 from mlflow_llmbench.measure.supervise import run_worker
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import JournalError, TrackingError, UsageError
@@ -149,8 +150,8 @@ def test_what_a_worker_had_told_and_nobody_had_read_is_taken_after_an_interrupti
         log = folder / "events.jsonl"
         return log.exists() and '"complete"' in log.read_text()
 
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["event"] == "cell":  # the worker goes on meanwhile, and tells what nobody reads
+    def tell(event: Event) -> None:
+        if isinstance(event, CellBegun):  # the worker goes on meanwhile, and tells what nobody reads
             until(lambda: all(measured(folder) for folder in folders))
             raise KeyboardInterrupt
 
@@ -224,7 +225,8 @@ def test_leaving_through_sys_exit_ends_every_run(store_uri: str, tmp_path: Path)
     """A program that calls `run` and exits during it by `sys.exit`, from a watcher."""
     program = (
         "import sys\nfrom mlflow_llmbench import run\nfrom mlflow_llmbench.sweeps.progress import Silent\n"
-        "class Leaving(Silent):\n    def event(self, event):\n        if event['event'] == 'repetition': sys.exit(3)\n"
+        "from mlflow_llmbench.measure.events import RepetitionEnded\nclass Leaving(Silent):\n"
+        "    def event(self, event):\n        if isinstance(event, RepetitionEnded): sys.exit(3)\n"
         f"run(model='fake:', batch_size='1,2', watcher=Leaving(), tracking_uri={store_uri!r}, **{CELL!r})\n"
     )
     done = subprocess.run(
@@ -521,7 +523,7 @@ def test_the_journal_is_readable_after_a_crash_at_any_point(tmp_path: Path) -> N
 
     log = journal.EventLog(tmp_path / "whole.jsonl")
     for number in range(40):
-        log.append("repetition", number=number, stamps=list(range(number)), text="zwölf\n")
+        log.append(CellMeasured(number, texts=({"prompt": "zwölf\n" * number},)))
     log.close()
     whole = (tmp_path / "whole.jsonl").read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
@@ -529,11 +531,12 @@ def test_the_journal_is_readable_after_a_crash_at_any_point(tmp_path: Path) -> N
         cut = tmp_path / "cut.jsonl"
         cut.write_bytes(whole[:place])
         complete = sum(end <= place for end in ends)
-        found = [event["number"] for event in journal.read_events(cut)]
+        found = [event.number for event in journal.read_events(cut) if isinstance(event, CellMeasured)]
         assert found[:complete] == list(range(complete)) and len(found) <= complete + 1
         with journal.EventLog(cut) as log:
-            log.append("repetition", number="next")
-        assert [event["number"] for event in journal.read_events(cut)] == [*range(complete), "next"]
+            log.append(CellMeasured(99))
+        found = [event.number for event in journal.read_events(cut) if isinstance(event, CellMeasured)]
+        assert found == [*range(complete), 99]
 
 
 def test_a_half_written_result_is_not_accepted(store_uri: str) -> None:
@@ -575,7 +578,7 @@ def test_processes_are_in_turns(store_uri: str) -> None:
     begun = []
     for folder in result.folder.glob("*/worker.jsonl"):
         thread = json.loads((folder.parent / "cell.json").read_text())["cell"]["threads"]
-        begun += [(event["t_ns"], thread) for event in journal.read_events(folder) if event["event"] == "load"]
+        begun += [(event.sent_ns, thread) for event in journal.read_events(folder) if isinstance(event, ModelLoaded)]
     assert [thread for _, thread in sorted(begun)] == [1, 2, 2, 1, 1, 2]
     assert {int(row.metrics["trust/repetitions"]) for row in result.rows} == {15}
 

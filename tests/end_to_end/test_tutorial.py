@@ -21,7 +21,7 @@ SAID = (
     "Registered models:/support-bot/2, alias candidate.",
     "PASSED: models:/support-bot/2 against models:/support-bot/1.", "Version 1 is kept as previous.",
     "Version 2 is kept as previous.",
-    "Equivalent within ±30 % in all of ", "llama.json: 1 measurements of llama-bench, 1 of them new.",
+    "Equivalent within ±30 % in all of ", "llama.json: 1 measurement of llama-bench, 1 of them new.",
 )  # fmt: skip
 """Expected output of the commands, in this order."""
 

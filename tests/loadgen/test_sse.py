@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlflow_llmbench.loadgen.sse import Event, EventParser
+from mlflow_llmbench.loadgen.sse import EventParser, ServerSentEvent
 
 
-def parse(*pieces: bytes) -> list[Event]:
+def parse(*pieces: bytes) -> list[ServerSentEvent]:
     parser = EventParser()
     return [event for piece in pieces for event in parser.feed(piece)]
 
@@ -42,20 +42,25 @@ STREAMS = {
 def test_examples_of_the_standard() -> None:
     assert data(b"data: YHOO\ndata: +2\ndata: 10\n\n") == ["YHOO\n+2\n10"]
     stream = b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event"
-    assert parse(stream) == [Event("first event", id="1"), Event("second event")]
+    assert parse(stream) == [ServerSentEvent("first event", id="1"), ServerSentEvent("second event")]
     assert data(b"data\n\ndata\ndata\n\ndata:") == ["", "\n"]
     assert data(b"data:test\n\ndata: test\n\n") == ["test", "test"]
 
 
 def test_what_the_streams_hold() -> None:
     assert data(STREAMS["completions"]) == ['{"choices": [{"text": "a"}]}', '{"choices": [{"text": "ä€"}]}', "[DONE]"]
-    assert parse(STREAMS["crlf"]) == [Event("a\nb"), Event("c", "error")]
+    assert parse(STREAMS["crlf"]) == [ServerSentEvent("a\nb"), ServerSentEvent("c", "error")]
     assert data(STREAMS["cr"]) == ["a\nb", "c"]
     assert data(STREAMS["mixed"]) == ["a", "b", "c", "d"]
-    assert parse(STREAMS["bom"]) == [Event("first"), Event("second", id="7")]
+    assert parse(STREAMS["bom"]) == [ServerSentEvent("first"), ServerSentEvent("second", id="7")]
     assert data(STREAMS["unfinished"]) == ["a"]
     assert data(STREAMS["damaged"]) == ["\ufffd\ufffd", "ok"]
-    assert parse(STREAMS["fields"]) == [Event(""), Event("\n"), Event(" two spaces"), Event("", "y")]
+    assert parse(STREAMS["fields"]) == [
+        ServerSentEvent(""),
+        ServerSentEvent("\n"),
+        ServerSentEvent(" two spaces"),
+        ServerSentEvent("", "y"),
+    ]
 
 
 def test_a_bom_counts_at_the_beginning_only() -> None:
@@ -91,7 +96,7 @@ def test_any_lines_any_endings_any_cuts(lines: list[bytes], draw: st.DataObject)
 def test_an_event_is_told_by_the_piece_that_ends_it() -> None:
     parser = EventParser()
     assert parser.feed(b"data: a\n") == []
-    assert parser.feed(b"\r") == [Event("a")]
+    assert parser.feed(b"\r") == [ServerSentEvent("a")]
     assert parser.feed(b"\n") == []
 
 

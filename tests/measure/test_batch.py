@@ -9,10 +9,10 @@ import pytest
 
 from mlflow_llmbench.analysis import latency, summary
 from mlflow_llmbench.backends.fake import FakeBackend, parse_script
-from mlflow_llmbench.measure.batch import Measured, measure_cell, time_request
+from mlflow_llmbench.measure.batch import measure_cell, time_request
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, OutOfMemory, UsageError
-from mlflow_llmbench.records.results import Hashes, RunResult
+from mlflow_llmbench.records.results import CellMeasurements, Hashes, RunResult
 from mlflow_llmbench.workloads.prompts import load_prompts
 
 
@@ -21,7 +21,7 @@ def fake(script: str, **settings: Any) -> tuple[FakeBackend, Cell]:
     return FakeBackend(cell, FakeBackend.resolve(cell)), cell
 
 
-def measure(script: str, **settings: Any) -> tuple[Measured, Cell]:
+def measure(script: str, **settings: Any) -> tuple[CellMeasurements, Cell]:
     backend, cell = fake(script, **settings)
     return measure_cell(backend, cell, load_prompts(cell.workload), 1000, lambda *_, **__: None), cell
 
@@ -117,7 +117,7 @@ def test_scripts_with_unknown_settings_are_refused() -> None:
         parse_script("fake:fail=maybe")
 
 
-def result_of(measured: Measured, cell: Cell) -> RunResult:
+def result_of(measured: CellMeasurements, cell: Cell) -> RunResult:
     facts = FakeBackend.resolve(cell)
     return RunResult(
         cell,

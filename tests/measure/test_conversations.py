@@ -19,10 +19,10 @@ from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.config.cells import config_hash, needs_no_less
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import journal
-from mlflow_llmbench.measure.batch import Measured, compare_replies, measure_cell, time_turns
+from mlflow_llmbench.measure.batch import compare_replies, measure_cell, time_turns
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
-from mlflow_llmbench.records.results import LoadInfo, ModelFacts, RequestRecord
+from mlflow_llmbench.records.results import CellMeasurements, LoadInfo, ModelFacts, RequestRecord
 from mlflow_llmbench.reports.result import report_markdown
 from mlflow_llmbench.workloads.prompts import load_prompts, turn_texts
 
@@ -59,7 +59,7 @@ def loaded(folder: Path, **settings: Any) -> TransformersBackend:
     return backend
 
 
-def measure(backend: Any, workload: str, history: str, **settings: Any) -> tuple[Measured, Cell]:
+def measure(backend: Any, workload: str, history: str, **settings: Any) -> tuple[CellMeasurements, Cell]:
     chosen = {"prompt_tokens": None, "output_tokens": 12, "warmup": 1, "repetitions": 2, **settings}
     cell = Cell(workload=workload, history=history, **chosen)
     return measure_cell(backend, cell, load_prompts(workload), 512, lambda *_, **__: None), cell
@@ -301,9 +301,9 @@ def test_what_cannot_be_measured_turn_by_turn_is_one_line(
     ("given", "message"),
     [
         ({"url": "http://h", "backend": "openai", "history": "kept"}, (
-            "history=kept is of a model in this process; a server gets the history with each turn."
+            "history=kept is for a model in this process; a server gets the history with each turn."
         )),
-        ({"history": "sent"}, "history=sent is of a server."),
+        ({"history": "sent"}, "history=sent is for a server."),
         ({"url": "http://h", "backend": "openai", "history": "none,sent"}, "Give endpoint=chat."),
         ({"url": "http://h", "backend": "openai", "history": "sent", "endpoint": "chat", "request_rate": "2"},
          "history=sent is a closed loop"),

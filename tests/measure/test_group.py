@@ -15,6 +15,8 @@ from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.measure import group
 from mlflow_llmbench.measure import outcome as outcome_measure
 from mlflow_llmbench.measure import task as task_measure
+from mlflow_llmbench.measure.events import Event
+from mlflow_llmbench.measure.journal import parse_events
 from mlflow_llmbench.records.cell import Cell, Options
 from mlflow_llmbench.records.results import ModelFacts
 
@@ -45,15 +47,15 @@ class Letters:
         self.files: dict[str, bytes] = {}
         self.after: list[dict[str, bytes]] = []  # the files after each event
 
-    def __call__(self, event: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        self.events.append((event["event"], event.get("number")))
+    def __call__(self, event: Event, files: Mapping[str, bytes]) -> None:
+        self.events.append((event.name, getattr(event, "number", None)))
         for path, more in files.items():
             self.files[path] = self.files.get(path, b"") + more
         self.after.append(dict(self.files))
 
 
 def outcomes(told: bytes) -> list[tuple[list[str], outcome_measure.GroupOutcome]]:
-    return list(outcome_measure.replay(json.loads(line) for line in told.splitlines()))
+    return list(outcome_measure.replay(parse_events(told, HOME / "worker.jsonl")))
 
 
 def test_a_group_is_measured_in_a_scratch_folder_and_its_files_come_back() -> None:

@@ -17,7 +17,7 @@ import mlflow_llmbench
 from mlflow_llmbench import run
 from mlflow_llmbench.backends.base import Capabilities
 from mlflow_llmbench.backends.fake import FakeBackend
-from mlflow_llmbench.cli import main
+from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import spec
 from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.measure import interpreter, journal
@@ -327,7 +327,7 @@ def test_the_doctor_imports_a_runtime_that_is_there(tmp_path: Path) -> None:
 
 
 def test_the_command_of_the_doctor_takes_an_interpreter(other: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["doctor", "--worker-python", other]) == 0
+    assert main(["doctor", "--worker-python", other]) == 0
     assert capsys.readouterr().out.startswith("Interpreter\n  ok       Python")
-    assert main.main(["doctor", "--worker-python", "/none/python"]) == 2
+    assert main(["doctor", "--worker-python", "/none/python"]) == 2
     assert "There is no interpreter /none/python" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
@@ -19,8 +20,9 @@ from mlflow_llmbench.analysis.memory_frontier import frontiers
 from mlflow_llmbench.cli.main import build_parser
 from mlflow_llmbench.config.cells import LOADED, expand_cells, sweep_name
 from mlflow_llmbench.config.spec import parse
+from mlflow_llmbench.measure.events import StageMemory
 from mlflow_llmbench.measure.journal import read_result, write_json
-from mlflow_llmbench.measure.outcome import GroupOutcome, timeline_of
+from mlflow_llmbench.measure.outcome import CellSpan, GroupOutcome, timeline_of
 from mlflow_llmbench.records.cell import PARAMETERS, Cell
 from mlflow_llmbench.records.results import Failure, MemorySample, Reason, Repetition, RequestRecord, RunResult, Verdict
 from mlflow_llmbench.reports import files, html, sweep
@@ -202,8 +204,8 @@ def test_the_peak_of_a_cell_that_failed_is_what_it_reached() -> None:
 
 def test_a_failed_cell_does_not_inherit_the_peak_of_the_cell_before_it() -> None:
     outcome = GroupOutcome(samples=[MemorySample(t, rss, rss) for t, rss in ((1, 10), (5, 900), (9, 50))])
-    outcome.stages["loaded"] = {"t_ns": 2}
-    outcome.cells = {0: {"cell": {"t_ns": 3}, "peak": {"t_ns": 7}}, 1: {"cell": {"t_ns": 8}}}
+    outcome.stages["loaded"] = StageMemory("loaded", None, t_ns=2)
+    outcome.cells = {0: CellSpan(3, StageMemory("peak", None, t_ns=7)), 1: CellSpan(8)}
     assert [sample.rss for sample in timeline_of(outcome, 1)] == [10, 50]
 
 
@@ -286,6 +288,12 @@ def test_cells_that_are_no_product_have_a_command_each() -> None:
         "llmbench run --model opt-125m --quant bf16 --threads 1",
         "llmbench run --model opt-125m --quant int4 --threads 2",
     ]
+    assert f"<pre>\n{found.command}\n</pre>" in html.sweep_page(found, {})
+
+
+def test_a_template_cannot_leave_out_a_value_unnoticed() -> None:
+    with pytest.raises(UndefinedError, match="'told' is undefined"):
+        html.page("sweep.html.j2", title="t", headline="h")
 
 
 def test_the_description_is_one_screen() -> None:
@@ -344,9 +352,13 @@ class Links(HTMLParser):
         self.links: list[str] = []
         self.tags: set[str] = set()
         self.active: list[str] = []
+        self.policy = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        given = dict(attrs)
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given.get("content") or ""
         for name, value in attrs:
             if name == "src":
                 self.images.append(value or "")
@@ -367,7 +379,9 @@ def test_the_page_needs_nobody() -> None:
     assert all(one.startswith("data:image/svg+xml;base64,") for one in found.images)
     style = text.partition("<style>")[2].partition("</style>")[0]
     assert not re.search(r"url\(|@import|//", style)
-    assert "default-src &#x27;none&#x27;" in text
+    assert found.policy == (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    )
     assert "prefers-color-scheme: dark" in style and "@media print" in style and "width=device-width" in text
 
 

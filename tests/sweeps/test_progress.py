@@ -1,30 +1,41 @@
 """The exact progress display, driven by a scripted clock and the worker's own events."""
 
 import io
-import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mlflow_llmbench.backends.fake import FakeBackend
+from mlflow_llmbench.measure.events import (
+    CellBegun,
+    CellMeasured,
+    Event,
+    GroupBegun,
+    JobEnded,
+    JobFailed,
+    ModelLoaded,
+    PeaksMeasured,
+    RepetitionEnded,
+    Stage,
+    StageMemory,
+    WarmupEnded,
+)
 from mlflow_llmbench.measure.supervise import run_worker
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.results import LoadInfo
 from mlflow_llmbench.sweeps.progress import STAGES, WRITES_PER_S, Progress, duration, rough_duration
+from mlflow_llmbench.system.memory import HostMemory
 
-STARTED: list[dict[str, Any]] = [
-    {"event": "stage", "stage": "starting"},
-    {"event": "peaks", "peaks": {}},
-    {"event": "stage", "stage": "baseline"},
-]
-LOADING = {"event": "stage", "stage": "loading"}
-LOADED: list[dict[str, Any]] = [{"event": "load", "info": {"load_s": 3.21}}, {"event": "stage", "stage": "loaded"}]
-PEAK = {"event": "stage", "stage": "peak"}
-UNLOADED = {"event": "stage", "stage": "unloaded"}
-END = {"event": "end", "log": []}
+HOST = HostMemory(1000, 800)
+STARTED = [Stage("starting"), PeaksMeasured({}, None), StageMemory("baseline", HOST)]
+LOADING = Stage("loading")
+LOADED = [ModelLoaded(LoadInfo(3.21)), StageMemory("loaded", HOST)]
+PEAK = StageMemory("peak", HOST)
+UNLOADED = StageMemory("unloaded", HOST)
+FAILED = JobFailed("oom", "OutOfMemory", "Memory ran out.")
+END = JobEnded(())
 
 
 class Clock:
@@ -48,12 +59,12 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
-def warmup(number: int, seconds: float = 1.0) -> dict[str, Any]:
-    return {"event": "warmup", "number": number, "limit": 12, "seconds": seconds, "number_of_cell": 0}
+def warmup(number: int, seconds: float = 1.0) -> Event:
+    return WarmupEnded(number, 12, seconds, number_of_cell=0)
 
 
-def repetition(number: int, limit: int = 30) -> dict[str, Any]:
-    return {"event": "repetition", "number": number, "limit": limit, "number_of_cell": 0}
+def repetition(number: int, limit: int = 30) -> Event:
+    return RepetitionEnded(number, limit, number_of_cell=0)
 
 
 def screen(written: str) -> list[str]:
@@ -80,7 +91,7 @@ class Shown:
         self.progress = Progress(self.stream, self.clock)
         self.progress.start(total)
 
-    def after(self, seconds: float, *events: Mapping[str, Any]) -> str:
+    def after(self, seconds: float, *events: Event) -> str:
         """The last line of the screen after `seconds` pass and the events come."""
         self.clock.now += seconds
         for event in events:
@@ -90,7 +101,7 @@ class Shown:
 
 def run_cell(progress: Progress, clock: Clock, number: int, runs: int = 5, run_s: float = 2.0) -> None:
     """One cell of a group that is loaded: 3 warm-ups and `runs` repetitions of `run_s` seconds each."""
-    progress.event({"event": "cell", "number": number})
+    progress.event(CellBegun(number))
     for k in range(1, 4):
         clock.now += run_s
         progress.event(warmup(k, run_s))
@@ -98,7 +109,7 @@ def run_cell(progress: Progress, clock: Clock, number: int, runs: int = 5, run_s
         clock.now += run_s
         progress.event(repetition(k))
     progress.event(PEAK)
-    progress.event({"event": "measured", "number": number})
+    progress.event(CellMeasured(number))
 
 
 def test_a_log_gets_one_line_per_change_and_none_per_repetition() -> None:
@@ -119,7 +130,7 @@ def test_a_log_gets_one_line_per_change_and_none_per_repetition() -> None:
     progress.note("opt-6.7b int4 b1 does not fit.")
     progress.cell(3, "opt-6.7b int4 b1")
     progress.event(LOADING)
-    progress.event({"event": "failed", "outcome": "oom", "kind": "OutOfMemory", "message": "Memory ran out."})
+    progress.event(FAILED)
     progress.finish()
     assert stream.getvalue() == (
         "cell 1/3: opt-125m int4 b4\n"
@@ -147,16 +158,13 @@ def test_a_terminal_has_one_line_that_is_rewritten() -> None:
     assert shown.after(1, *STARTED) == "cell 1/2 · opt-1.3b int4 b1 · starting"
     assert shown.after(1, LOADING) == "cell 1/2 · opt-1.3b int4 b1 · loading"
     assert shown.after(4, *LOADED) == "cell 1/2 · opt-1.3b int4 b1 · loaded in 3.2 s"
-    assert shown.after(1, {"event": "cell", "number": 0}) == "cell 1/2 · opt-1.3b int4 b1 · warming up"
+    assert shown.after(1, CellBegun(0)) == "cell 1/2 · opt-1.3b int4 b1 · warming up"
     assert shown.after(2, warmup(1)) == "cell 1/2 · opt-1.3b int4 b1 · warm-up 1/12"
     # 29 more repetitions of 2 s, and a second cell as long as this one: 9 s until here + 30 · 2 s
     assert shown.after(2, repetition(1)) == "cell 1/2 · opt-1.3b int4 b1 · repetition 1/30 · up to 3 min left"
     assert shown.after(2, repetition(2)) == "cell 1/2 · opt-1.3b int4 b1 · repetition 2/30 · up to 3 min left"
     assert shown.after(2, PEAK) == "cell 1/2 · opt-1.3b int4 b1 · finishing · up to 15 s left"
-    assert (
-        shown.after(1, {"event": "measured", "number": 0})
-        == "cell 1/2 · opt-1.3b int4 b1 · measured in 16 s · about 20 s left"
-    )
+    assert shown.after(1, CellMeasured(0)) == "cell 1/2 · opt-1.3b int4 b1 · measured in 16 s · about 20 s left"
     shown.progress.finish()
     assert screen(shown.stream.getvalue()) == [""]
     assert shown.stream.getvalue().endswith("\r")
@@ -180,7 +188,7 @@ def test_time_left_in_a_later_cell() -> None:
     run_cell(shown.progress, shown.clock, 0, runs=6, run_s=10)  # 10 + 90 s
     shown.progress.cell(2, "b")
     assert shown.progress.seconds_left() == 200
-    shown.after(5, {"event": "cell", "number": 1})
+    shown.after(5, CellBegun(1))
     assert shown.progress.seconds_left() == 195  # the rest of this one by the mean, and one more
     shown.after(5, warmup(1))
     assert shown.progress.seconds_left() == 190
@@ -189,19 +197,19 @@ def test_time_left_in_a_later_cell() -> None:
     assert shown.after(4, repetition(2)) == "cell 2/3 · b · repetition 2/30 · about 2 min left"
     shown.after(40, *[repetition(k) for k in range(3, 13)])
     assert shown.progress.seconds_left() == 4 + 100  # over the expectation: one more, again and again
-    shown.after(0, {"event": "measured", "number": 1})
+    shown.after(0, CellMeasured(1))
     assert shown.progress.seconds_left() == (100 + 58) / 2
 
 
 def test_a_fixed_number_of_repetitions_ends_the_estimate_of_its_cell() -> None:
     shown = Shown(1)
     shown.progress.cell(1, "a")
-    shown.after(1, {"event": "cell", "number": 0})
+    shown.after(1, CellBegun(0))
     assert shown.progress.seconds_left() is None
     assert shown.after(2, warmup(1), repetition(1, limit=3)).endswith("repetition 1/3 · up to 5 s left")
     shown.after(4, repetition(2, limit=3), repetition(3, limit=3))
     assert shown.progress.seconds_left() == 0
-    assert shown.after(1, {"event": "measured", "number": 0}) == "cell 1/1 · a · measured in 8.0 s"
+    assert shown.after(1, CellMeasured(0)) == "cell 1/1 · a · measured in 8.0 s"
 
 
 def test_download_skipped_and_failed_cells_are_not_counted_as_the_pace() -> None:
@@ -209,19 +217,19 @@ def test_download_skipped_and_failed_cells_are_not_counted_as_the_pace() -> None
     shown.after(600, END)  # a worker that only prepared files
     shown.progress.cell(1, "kept from an earlier run")
     shown.progress.cell(2, "fails")
-    shown.after(50, LOADING, {"event": "failed", "outcome": "oom", "message": "Memory ran out."})
+    shown.after(50, LOADING, FAILED)
     assert shown.progress.seconds_left() is None
     shown.progress.cell(3, "works")
-    shown.after(20, {"event": "cell", "number": 0}, {"event": "measured", "number": 0})
+    shown.after(20, CellBegun(0), CellMeasured(0))
     assert shown.progress.seconds_left() == 20
 
 
 def test_a_download_is_not_part_of_the_pace_either() -> None:
     shown = Shown(2)
     shown.progress.cell(1, "a")
-    assert shown.after(1, {"event": "stage", "stage": "preparing"}) == "cell 1/2 · a · preparing the files"
+    assert shown.after(1, Stage("preparing")) == "cell 1/2 · a · preparing the files"
     shown.after(600, *STARTED)
-    shown.after(20, {"event": "cell", "number": 0}, {"event": "measured", "number": 0})
+    shown.after(20, CellBegun(0), CellMeasured(0))
     assert shown.progress.seconds_left() == 20
 
 
@@ -229,7 +237,7 @@ def test_cells_are_counted_as_they_come() -> None:
     shown = Shown(3)
     for place, number in enumerate((3, 2, 1), 1):  # a group measures its largest cell first
         shown.progress.cell(number, f"b{number}")
-        line = shown.after(60, {"event": "cell", "number": place - 1}, {"event": "measured", "number": place - 1})
+        line = shown.after(60, CellBegun(place - 1), CellMeasured(place - 1))
         left = ["about 2 min left", "60 s", ""][place - 1]
         assert line.startswith(f"cell {place}/3 · b{number} · measured in 1 min 0 s")
         assert left in line
@@ -239,7 +247,7 @@ def test_cells_are_counted_as_they_come() -> None:
 def test_a_failure_stays_on_the_terminal() -> None:
     shown = Shown(2)
     shown.progress.cell(1, "a")
-    shown.after(1, LOADING, {"event": "failed", "message": "Memory ran out."})
+    shown.after(1, LOADING, FAILED)
     shown.clock.now += 1
     shown.progress.cell(2, "b")
     assert screen(shown.stream.getvalue()) == ["cell 1/2: a failed: Memory ran out.", "cell 2/2 · b"]
@@ -252,7 +260,7 @@ def test_a_sweep_may_name_the_cell_before_the_worker_and_at_its_event() -> None:
     before = shown.stream.getvalue()
     shown.progress.cell(1, "a")
     assert shown.stream.getvalue() == before
-    shown.after(0, {"event": "cell", "number": 0}, {"event": "measured", "number": 0})
+    shown.after(0, CellBegun(0), CellMeasured(0))
     assert shown.progress.seconds == {1: 30}
 
 
@@ -260,7 +268,7 @@ def test_several_workers_for_one_cell_add_up() -> None:
     shown = Shown(2)
     shown.progress.cell(1, "a")
     for _ in range(3):
-        shown.after(10, {"event": "cell", "number": 0}, {"event": "measured", "number": 0}, END)
+        shown.after(10, CellBegun(0), CellMeasured(0), END)
     assert shown.progress.seconds_left() == 30
 
 
@@ -279,7 +287,7 @@ def test_a_terminal_gets_at_most_four_writes_in_any_second() -> None:
         for k in range(1, 20):
             clock.now += 0.013
             progress.event(repetition(k))
-        progress.event({"event": "measured", "number": number})
+        progress.event(CellMeasured(number))
     assert len(moments) > 60
     assert all(sum(start <= m < start + 1 for m in moments) <= WRITES_PER_S for start in moments)
 
@@ -288,7 +296,7 @@ def test_a_change_of_stage_is_shown_at_once_although_a_write_was_just_made() -> 
     shown = Shown(1)
     shown.progress.cell(1, "a")
     assert shown.after(0.01, LOADING) == "cell 1/1 · a · loading"
-    assert shown.after(0.01, {"event": "cell", "number": 0}) == "cell 1/1 · a · warming up"
+    assert shown.after(0.01, CellBegun(0)) == "cell 1/1 · a · warming up"
     assert shown.after(2, repetition(1)).startswith("cell 1/1 · a · repetition 1/30")
     assert shown.after(0.01, repetition(2)).startswith("cell 1/1 · a · repetition 1/30")
     assert shown.after(0.01, PEAK).startswith("cell 1/1 · a · finishing")
@@ -349,16 +357,16 @@ def test_before_the_first_cell_there_is_no_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "event", [{"event": "peaks"}, {"event": "stage", "stage": "baseline"}, {"event": "of a later version"}, END]
+    "event", [PeaksMeasured({}, None), Stage("baseline"), Stage("of a later version"), GroupBegun(), END]
 )
-def test_other_events_write_nothing(event: dict[str, Any]) -> None:
+def test_other_events_write_nothing(event: Event) -> None:
     shown = Shown(1)
     shown.progress.event(event)
     assert shown.stream.getvalue() == ""
 
 
-def test_a_load_event_without_its_record() -> None:
-    assert Shown(1).after(1, {"event": "load", "info": None}) == "loaded"
+def test_a_load_by_a_server_has_no_time() -> None:
+    assert Shown(1).after(1, ModelLoaded(LoadInfo(None))) == "loaded"
 
 
 def test_a_stream_that_breaks_ends_the_display_and_nothing_else(tmp_path: Path) -> None:
@@ -389,9 +397,9 @@ def test_a_real_worker(fault: str, tmp_path: Path) -> None:
     progress = Progress(stream, clock)
     progress.start(2)
 
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["event"] == "cell":
-            progress.cell(2 - event["number"], f"b{cells[event['number']].batch_size}")
+    def tell(event: Event) -> None:
+        if isinstance(event, CellBegun):
+            progress.cell(2 - event.number, f"b{cells[event.number].batch_size}")
         progress.event(event)
         clock.now += 1
 
@@ -416,15 +424,17 @@ def test_a_real_worker(fault: str, tmp_path: Path) -> None:
 
 
 def test_the_stages_are_those_of_worker_and_sweep() -> None:
-    source = (Path(__file__).resolve().parents[2] / "mlflow_llmbench" / "worker.py").read_text(encoding="utf-8")
-    source += (Path(__file__).resolve().parents[2] / "mlflow_llmbench" / "sweep.py").read_text(encoding="utf-8")
+    folder = Path(__file__).resolve().parents[2] / "mlflow_llmbench" / "measure"
+    source = "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("worker.py", "group.py", "quality_reference.py")
+    )
     for stage in STAGES:
         assert f'"{stage}"' in source
 
 
 def test_an_event_costs_no_more_in_a_long_sweep_with_long_names() -> None:
     """An event does not go through all finished cells of a sweep again."""
-    event = json.loads(json.dumps(repetition(7)))
+    event = repetition(7)
 
     def seconds(cells: int, name: str, stream: io.StringIO) -> float:
         clock = Clock()
@@ -432,8 +442,8 @@ def test_an_event_costs_no_more_in_a_long_sweep_with_long_names() -> None:
         progress.start(cells)
         for number in range(1, cells):
             progress.cell(number, name)
-            progress.event({"event": "cell", "number": number})
-            progress.event({"event": "measured", "number": number})
+            progress.event(CellBegun(number))
+            progress.event(CellMeasured(number))
         started = time.perf_counter()
         for _ in range(200):
             clock.now += 1  # each one writes

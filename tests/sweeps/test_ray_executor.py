@@ -156,7 +156,7 @@ def test_groups_are_measured_on_both_nodes_and_never_two_at_once_on_one(
         ordered = sorted(times)
         assert all(before[1] < after[0] for before, after in itertools.pairwise(ordered))
     kept = found.folder / by_cell["2/1"].hashes.config
-    assert [event["event"] for event in journal.read_events(kept / "events.jsonl")] == [
+    assert [event.name for event in journal.read_events(kept / "events.jsonl")] == [
         "warmup",
         *["repetition"] * 5,
         "complete",

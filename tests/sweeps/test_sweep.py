@@ -114,7 +114,7 @@ def test_raw_samples_carry_the_numbers(store_uri: str) -> None:
     assert stamps == sorted(stamps)
     assert journal.read_result(folder).repetitions[0].requests[0].t0_ns == stamps[0]
     events = list(journal.read_events(folder.parent / "events.jsonl"))
-    assert [e["event"] for e in events] == ["warmup", *["repetition"] * 5, "complete"]
+    assert [e.name for e in events] == ["warmup", *["repetition"] * 5, "complete"]
 
 
 def test_the_run_that_mlflow_run_made_is_used(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from mlflow_llmbench.measure.runtime import Item
 from mlflow_llmbench.records.backends import known_backends
 from mlflow_llmbench.records.quantizations import QUANTIZATIONS
 from mlflow_llmbench.records.results import from_json, to_json
+from mlflow_llmbench.reports.doctor import format_report
 from mlflow_llmbench.workflows import doctor
 from mlflow_llmbench.workflows.doctor import Report
 from tests.servers import serving
@@ -44,7 +45,7 @@ REPORT = Report(
 
 
 def test_a_report_as_text() -> None:
-    assert doctor.format_report(REPORT) == (
+    assert format_report(REPORT.items) == (
         "Machine\n"
         "  ok       CPU         a CPU, 2 cores to use\n"
         "  missing  energy      none\n"
@@ -67,7 +68,7 @@ def test_a_report_of_a_machine_that_cannot_measure() -> None:
         False,
         (*REPORT.items, Item("Software", "mlflow", "missing", "not installed", "Run: pip install mlflow", needed=True)),
     )
-    assert doctor.format_report(lacking).splitlines()[-1] == "Not ready: mlflow. See the advice above."
+    assert format_report(lacking.items).splitlines()[-1] == "Not ready: mlflow. See the advice above."
 
 
 def test_a_report_as_json() -> None:
@@ -96,7 +97,7 @@ def test_this_machine() -> None:
     assert items["Software", "torch runs"].data["device"] in ("cpu", "cuda")
     assert items["Software", "Hugging Face Hub"].found == "not asked: HF_HUB_OFFLINE is set"
     json.dumps(to_json(report), allow_nan=False)
-    text = doctor.format_report(report)
+    text = format_report(report.items)
     assert text.splitlines()[0] == "Machine"
     assert text.splitlines()[-1].startswith("Ready: models can be measured with device=")
 

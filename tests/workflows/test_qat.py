@@ -29,6 +29,8 @@ from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import training
 from mlflow_llmbench.config.training import Training, parse_training
+from mlflow_llmbench.measure.events import Event, Report, Stage, TrainingPlanned, TrainingStep
+from mlflow_llmbench.measure.worker import TrainingEvents
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, UsageError
 from mlflow_llmbench.records.metrics import KEYS
@@ -93,12 +95,10 @@ def ordered(folder: Path, learned: str, held_out: str, room: Any = (None, ""), *
     }
 
 
-def trained(
-    model: Path, order: Mapping[str, Any], say: qat.Say = lambda event, **data: None, group: int = GROUP
-) -> Path:
+def trained(model: Path, order: Mapping[str, Any], report: Report = lambda event: None, group: int = GROUP) -> Path:
     """Train in this process and return the checkpoint."""
     cell = Cell(model=str(model), quant="int4-wo", group_size=group, threads=1, device="cpu")
-    qat.train(cell, TransformersBackend.resolve(cell), order, say)
+    qat.train(cell, TransformersBackend.resolve(cell), order, TrainingEvents(report))
     return Path(order["folder"])
 
 
@@ -178,11 +178,11 @@ def test_training_takes_back_part_of_what_int4_costs(sharp_model: Path, tmp_path
     unseen = toy_text(60, seed=1)
     losses: list[float] = []
 
-    def say(event: str, **data: Any) -> None:
-        losses.extend([data["loss"]] if event == "step" else [])
+    def report(event: Event) -> None:
+        losses.extend([event.loss] if isinstance(event, TrainingStep) else [])
 
     order = ordered(tmp_path / "out", toy_text(200), unseen, steps=30, learning_rate=3e-4, batch_size=4)
-    checkpoint = trained(sharp_model, order, say)
+    checkpoint = trained(sharp_model, order, report)
     tokenizer: Any = AutoTokenizer.from_pretrained(sharp_model)
     rows = torch.tensor(qat.sequences(tokenizer, unseen, 64))[:12]
     with loaded(Cell(model=str(sharp_model))) as (backend, _):
@@ -200,24 +200,24 @@ def test_training_takes_back_part_of_what_int4_costs(sharp_model: Path, tmp_path
 def test_a_checkpoint_is_whole_says_what_it_was_made_of_and_leaves_the_embeddings(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    told: list[tuple[str, dict[str, Any]]] = []
+    sent: list[Event] = []
     checkpoint = trained(
         tiny_model,
         ordered(tmp_path / "out", toy_text(40), toy_text(40)),
-        lambda event, **data: told.append((event, data)),
+        sent.append,
     )
-    assert [event for event, data in told if event in ("planned", "step", "saved")] == [
+    assert [event.name for event in sent if not isinstance(event, Stage)] == [
         "planned",
         "step",
         "step",
         "step",
         "saved",
     ]
-    plan = next(data for event, data in told if event == "planned")
+    [plan] = [event for event in sent if isinstance(event, TrainingPlanned)]
     before, after = load_file(tiny_model / "model.safetensors"), load_file(checkpoint / "model.safetensors")
     frozen = ("model.embed_tokens.weight", "lm_head.weight")
-    assert plan["frozen"] == sum(before[name].numel() for name in frozen)
-    assert plan["trained"] + plan["frozen"] == sum(tensor.numel() for tensor in before.values())
+    assert plan.frozen == sum(before[name].numel() for name in frozen)
+    assert plan.trained + plan.frozen == sum(tensor.numel() for tensor in before.values())
     assert set(after) == set(before)
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert all(torch.equal(after[name], before[name].to(torch.bfloat16)) for name in frozen)
@@ -250,7 +250,7 @@ def test_too_little_memory_is_refused_with_both_sizes_before_the_weights_are_rea
         MeasurementError,
         match=r"needs about 0\.4 GB, and 0\.0 GB are free here\. Use a smaller model, fewer sequence_tokens",
     ):
-        trained(tiny_model, order, lambda event, **data: pytest.fail(event))
+        trained(tiny_model, order, lambda event: pytest.fail(event.name))
 
 
 def test_groups_that_do_not_fit_a_layer_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
@@ -296,12 +296,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_nothing(tiny_model: Path, tmp
 
 
 def test_an_interruption_in_the_middle_leaves_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
-    def say(event: str, **data: Any) -> None:
-        if data.get("number") == 2:
+    def report(event: Event) -> None:
+        if isinstance(event, TrainingStep) and event.number == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trained(tiny_model, ordered(tmp_path / "out", toy_text(40), toy_text(40)), say)
+        trained(tiny_model, ordered(tmp_path / "out", toy_text(40), toy_text(40)), report)
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 

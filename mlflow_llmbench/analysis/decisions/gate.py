@@ -11,7 +11,7 @@ gate checks; different hardware or another workload does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +136,34 @@ def decide(
         if why := _untrusted(name, result, verdict, accept_suspect, known=name == "champion" and not in_turns):
             return Gate(INVALID, why)
     unlike = differences(champion, candidate)
-    if refused := _refused(unlike, ("software",)):
+    if refused := _refused(unlike, ("software",)) or _refused_metrics(champion, candidate, metrics):
         return refused
+    comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]), paired=in_turns)
+    checks = (*_timed(comparison, limits or {}, limit), *single_checks(*metrics, limits or {}, limit))
+    if unheld := [name for name in limits or {} if name not in {_limited_as(check.key) for check in checks}]:
+        listed = ", ".join(unheld)
+        return Gate(
+            NOT_COMPARABLE,
+            f"A limit is given for {listed}, and not both runs have it. Measure both with it, or leave the limit out.",
+        )
+    notes = tuple(_notes(unlike, verdicts, checks))
+    if worse := [check for check in checks if check.state == REGRESSED]:
+        listed = ", ".join(
+            f"{check.key} is {check.worse_text().lstrip('+')} worse (limit {check.limit_text()})" for check in worse
+        )
+        return Gate(REGRESSION, f"The candidate is worse than the champion: {listed}.", checks, notes)
+    return Gate(
+        PASS,
+        f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.",
+        checks,
+        notes,
+    )
+
+
+def _refused_metrics(
+    champion: RunResult, candidate: RunResult, metrics: tuple[Mapping[str, float], Mapping[str, float]]
+) -> Gate | None:
+    """The gate of a candidate whose perplexity is of another text, or that lacks metrics of the champion."""
     if quality_text(champion) != quality_text(candidate) and all(PERPLEXITY.key() in found for found in metrics):
         return Gate(
             NOT_COMPARABLE,
@@ -149,37 +175,21 @@ def decide(
             NOT_COMPARABLE,
             f"The candidate lacks metrics of the champion: {listed}. Measure the candidate like the champion.",
         )
-    comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]), paired=in_turns)
-    checks = (*_timed(comparison, limits or {}, limit), *single_checks(*metrics, limits or {}, limit))
-    if unheld := [name for name in limits or {} if name not in {_limited_as(check.key) for check in checks}]:
-        listed = ", ".join(unheld)
-        return Gate(
-            NOT_COMPARABLE,
-            f"A limit is given for {listed}, and not both runs have it. Measure both with it, or leave the limit out.",
-        )
-    notes = [f"The software differs: {_listed(unlike)}."] if unlike else []
-    notes += [
-        f"The verdict on the {n} is suspect ({_codes(v)})."
-        for n, v in zip(("champion", "candidate"), verdicts, strict=True)
-        if v.word == "suspect"
-    ]
+    return None
+
+
+def _notes(unlike: Sequence[Difference], verdicts: tuple[Verdict, Verdict], checks: Sequence[Check]) -> Iterator[str]:
+    """Yield what the reader of a verdict has to know: other software, suspect results, checks that are not settled."""
+    if unlike:
+        yield f"The software differs: {_listed(unlike)}."
+    for name, verdict in zip(("champion", "candidate"), verdicts, strict=True):
+        if verdict.word == "suspect":
+            yield f"The verdict on the {name} is suspect ({_codes(verdict)})."
     if unsettled := [check.key for check in checks if check.state == UNSETTLED]:
-        notes.append(
+        yield (
             f"Not settled, since they may be worse by more than their limits, or not: {', '.join(unsettled)}. Measure "
             "more repetitions."
         )
-    worse = [check for check in checks if check.state == REGRESSED]
-    if worse:
-        listed = ", ".join(
-            f"{check.key} is {check.worse_text().lstrip('+')} worse (limit {check.limit_text()})" for check in worse
-        )
-        return Gate(REGRESSION, f"The candidate is worse than the champion: {listed}.", checks, tuple(notes))
-    return Gate(
-        PASS,
-        f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.",
-        checks,
-        tuple(notes),
-    )
 
 
 def refuse_unlike_work(champion: RunResult, candidate: RunResult) -> Gate | None:
@@ -216,7 +226,7 @@ def _codes(verdict: Verdict) -> str:
     return ", ".join(reason.code for reason in verdict.reasons)
 
 
-def _listed(unlike: list[Difference]) -> str:
+def _listed(unlike: Sequence[Difference]) -> str:
     return ", ".join(map(str, unlike))
 
 

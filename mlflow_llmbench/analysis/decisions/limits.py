@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-from typing import TYPE_CHECKING
 
 from ...records.errors import UsageError
 from ...records.metrics import TPOT, TTFT
-
-if TYPE_CHECKING:
-    from .candidates import Limit, Measure
-
+from .candidates import MEMORY, Limit, Measure
+from .recommend import QUALITY_MEASURES
 
 BYTES = {
     "": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
@@ -22,19 +18,21 @@ LATENCIES = {"ttft": (TTFT, "p50"), "tpot": (TPOT, "mean")}
 """Latency that a limit can name → its metric, and the statistic if the limit names none."""
 
 
-def _limits(given: argparse.Namespace) -> list[Limit]:
-    """Parse the limits of the options, in the order memory, TTFT, TPOT, quality. Raises UsageError."""
-    from .candidates import MEMORY, Limit
-    from .recommend import QUALITY_MEASURES
-
+def read_limits(
+    max_memory: str | None = None,
+    max_ttft: str | None = None,
+    max_tpot: str | None = None,
+    min_quality: str | None = None,
+) -> list[Limit]:
+    """Parse limits such as `6GB`, `p95=200ms` or `kl=0.05,top1=0.95`, in this order. Raises UsageError."""
     found = []
-    if (most := _told(given.max_memory)) is not None:
-        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", most, BYTES, "6GB")))
-    for name, text in (("ttft", _told(given.max_ttft)), ("tpot", _told(given.max_tpot))):
+    if max_memory is not None:
+        found.append(Limit("--max-memory", MEMORY, _quantity("--max-memory", max_memory, BYTES, "6GB")))
+    for name, text in (("ttft", max_ttft), ("tpot", max_tpot)):
         if text is not None:
             measure, amount = _latency(name, text)
             found.append(Limit(f"--max-{name}", measure, _quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
-    for part in filter(None, (_told(given.min_quality) or "").split(",")):
+    for part in filter(None, (min_quality or "").split(",")):
         name, _, text = part.partition("=")
         if name not in QUALITY_MEASURES:
             raise UsageError(
@@ -53,8 +51,6 @@ def _limits(given: argparse.Namespace) -> list[Limit]:
 
 def _latency(name: str, text: str) -> tuple[Measure, str]:
     """Split `p95=200ms` into the measure of that statistic and the amount as text. Raises UsageError."""
-    from .candidates import Measure
-
     statistic, _, amount = text.rpartition("=")
     metric, default = LATENCIES[name]
     statistic = statistic or default
@@ -71,7 +67,7 @@ def _latency(name: str, text: str) -> tuple[Measure, str]:
 
 
 def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
-    """Parse a non-negative number with a unit; returns bytes for BYTES, ms for MILLISECONDS. Raises UsageError."""
+    """Parse a positive number with a unit; returns bytes for BYTES, ms for MILLISECONDS. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-zµ]*)\s*", text)
     unit = match[2].lower() if match else ""
     if match is None or unit not in units:
@@ -80,10 +76,6 @@ def _quantity(option: str, text: str, units: dict[str, float], example: str) -> 
             f"{option} is not a number{f' with a unit ({chr(44).join(known)})' if known else ''}: {text}. "
             f"Give for example {example}."
         )
-    return float(match[1]) * units[unit]
-
-
-def _told(text: str | None) -> str | None:
-    """Return the value of an option; None if it is empty or `none`, the default of an MLproject parameter."""
-    text = (text or "").strip()
-    return None if text in ("", "none") else text
+    if not (value := float(match[1]) * units[unit]):
+        raise UsageError(f"{option} must be more than 0: {text}. Give for example {example}.")
+    return value

@@ -16,7 +16,7 @@ from ..decisions.candidates import candidates, figure
 from .cells import MEDIAN_TTFT, Measured, describe, grouped, varied_settings
 from .focus import Focus, Machine, at_focus, labels, with_interval
 from .paper_claims import Estimate, QuantEffect, pooled
-from .study import MEAN_TPOT, Study
+from .study import MEAN_TPOT, ScalingStudy
 from .tradeoffs import Ratio, ratio
 
 
@@ -67,7 +67,7 @@ def measured_sentences(
             yield f"{what} is {_shown(best, key)}: {describe(best.cell, names)}."
 
 
-def size_sentences(study: Study) -> Iterator[str]:
+def size_sentences(study: ScalingStudy) -> Iterator[str]:
     """Give the main parameter of each law over model size. The section on laws has the rest."""
     for key in ("throughput_by_size", "latency_by_size", "memory_by_size"):
         laws = [law for law in study.laws if law.law.key == key]

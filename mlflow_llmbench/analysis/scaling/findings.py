@@ -29,7 +29,7 @@ from .finding_sentences import (
 )
 from .focus import Focus, Machine, choose_focus, find_machines
 from .paper_claims import Claim, QuantEffect, judge_claims, quant_effects
-from .study import Study, study_scaling
+from .study import ScalingStudy, study_scaling
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Findings:
     """Content of a study's report. `sentences`: heading → sentences. `not_said`: what is missing, and why."""
 
     title: str
-    scaling: Study
+    scaling: ScalingStudy
     results: tuple[RunResult, ...]
     cells: tuple[Measured, ...]
     machines: tuple[Machine, ...]

@@ -20,7 +20,7 @@ from .fitting import Parameter
 from .law_sentences import paper_range
 from .laws import LawFit
 from .memory_account import Reduction
-from .study import Study, quant_groups
+from .study import ScalingStudy, quant_groups
 from .tradeoffs import Ratio
 
 CONFIRMED, NOT_CONFIRMED, UNSAID = "confirmed", "not confirmed", "cannot be said here"
@@ -84,7 +84,7 @@ class QuantEffect:
     @property
     def from_16_bits(self) -> bool:
         """True if the reference has 16-bit weights, as the paper's has."""
-        return self.memory.theory == 1 - memory_account.BITS.get(self.quant, 16) / 16
+        return self.memory.theory == 1 - (memory_account.nominal_bits(self.quant) or 16) / 16
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def judge_range(low: float | None, high: float | None, claimed: tuple[float, flo
     return NOT_CONFIRMED if most < claimed[0] or least > claimed[1] else UNSAID
 
 
-def judge_claims(study: Study, cells: Sequence[Measured]) -> list[Claim]:
+def judge_claims(study: ScalingStudy, cells: Sequence[Measured]) -> list[Claim]:
     """Judge all claims of the paper, in its order, even if nothing was measured for them."""
     effects = [effect for effect in quant_effects(cells) if effect.from_16_bits]
     claims = [*_quantization_claims(effects), _between_claim(cells), _batch_claim(study)]
@@ -267,7 +267,7 @@ def _between_claim(cells: Sequence[Measured]) -> Claim:
     )
 
 
-def _batch_claim(study: Study) -> Claim:
+def _batch_claim(study: ScalingStudy) -> Claim:
     """Judge the best batch size per instance, together with the sizes that are not measurably worse."""
     said, claimed = "The best batch size per instance is 4 to 16", "4 to 16"
     best = [{batch.optimal.per_instance, *batch.optimal.alike} for batch in study.batches]
@@ -292,12 +292,12 @@ EXPONENTS = (
 )
 
 
-def _exponent_claim(study: Study, key: str, said: str, claimed: tuple[float, float]) -> Claim:
+def _exponent_claim(study: ScalingStudy, key: str, said: str, claimed: tuple[float, float]) -> Claim:
     laws = [law for law in study.laws if law.law.key == key]
     return _parameter_claim(f"{key}_exponent", said, laws, claimed)
 
 
-def _memory_claims(study: Study) -> Iterator[Claim]:
+def _memory_claims(study: ScalingStudy) -> Iterator[Claim]:
     """Judge the slope c of the memory law, GB per 10⁹ parameters, for each weight width."""
     laws = [law for law in study.laws if law.law.key == "memory_by_size"]
     for names, value in (("FP32", 4.0), ("FP16", 2.0), ("INT8", 1.0), ("INT4", 0.5)):
@@ -342,7 +342,7 @@ def _parameters(found: Sequence[Parameter]) -> str:
     )
 
 
-def _form_claims(study: Study) -> Iterator[Claim]:
+def _form_claims(study: ScalingStudy) -> Iterator[Claim]:
     """Judge whether the paper's curve fits best among those tried."""
     for key, said in (
         ("throughput_by_batch", "Throughput follows a power of the batch size, α·b^β"),

@@ -16,9 +16,9 @@ from . import memory_account, tradeoffs
 from .cells import MEDIAN_TTFT, Measured, grouped, select_usable, subject
 from .fitting import Prediction
 from .laws import LawFit, fit_laws, interpolate
-from .memory_account import Account, Growth, Reduction
+from .memory_account import Growth, MemoryBreakdown, Reduction
 from .surfaces import Surface, fit_surfaces
-from .tradeoffs import Cliff, Exchange, OptimalBatch, Ratio
+from .tradeoffs import Cliff, OptimalBatch, Ratio, TokenCost
 
 T = TypeVar("T")
 
@@ -31,14 +31,14 @@ WATCHED = {MEDIAN_TTFT: "time to first token", MEAN_TPOT: "time per output token
 
 
 @dataclass(frozen=True)
-class At:
+class GroupFinding:
     """A finding about one group of cells; `where` names the group."""
 
     where: str
 
 
 @dataclass(frozen=True)
-class BatchScaling(At):
+class BatchScaling(GroupFinding):
     """Scaling efficiency η_b of each batch size and the best sizes, for cells that differ only in batch size."""
 
     efficiency: tuple[Ratio, ...]
@@ -46,7 +46,7 @@ class BatchScaling(At):
 
 
 @dataclass(frozen=True)
-class QuantEfficiency(At):
+class QuantEfficiency(GroupFinding):
     """T_q / T_ref and the memory saved, for cells that differ only in quantization."""
 
     reference: str
@@ -55,7 +55,7 @@ class QuantEfficiency(At):
 
 
 @dataclass(frozen=True)
-class CliffSearch(At):
+class CliffSearch(GroupFinding):
     """The cliffs of one series: its metric, the varied setting, its values, and the cells' configuration hashes."""
 
     metric: str
@@ -66,22 +66,22 @@ class CliffSearch(At):
 
 
 @dataclass(frozen=True)
-class ExchangeAt(At):
-    """The price of prompt tokens in output tokens, at one shape."""
+class TokenCostAt(GroupFinding):
+    """Cost of prompt tokens in output tokens, at one shape."""
 
-    exchange: Exchange
+    exchange: TokenCost
 
 
 @dataclass(frozen=True)
-class Footprint(At):
+class Footprint(GroupFinding):
     """Peak memory of a cell in parts, and its growth."""
 
-    account: Account | None
+    account: MemoryBreakdown | None
     growth: Growth | None
 
 
 @dataclass(frozen=True)
-class Study:
+class ScalingStudy:
     """All findings, and one line for each computation that failed (`refused`) and each cell not used (`left_out`)."""
 
     cells: int
@@ -91,7 +91,7 @@ class Study:
     batches: tuple[BatchScaling, ...] = ()
     quants: tuple[QuantEfficiency, ...] = ()
     cliffs: tuple[CliffSearch, ...] = ()
-    exchanges: tuple[ExchangeAt, ...] = ()
+    exchanges: tuple[TokenCostAt, ...] = ()
     footprints: tuple[Footprint, ...] = ()
     predictions: tuple[tuple[LawFit, Prediction], ...] = ()
     refused: tuple[str, ...] = ()
@@ -99,12 +99,12 @@ class Study:
 
 
 @dataclass
-class _Notes:
+class Failures:
     """Collects one line for each computation that fails."""
 
     refused: list[str] = field(default_factory=list)
 
-    def attempt(self, what: str, compute: Callable[[], T]) -> T | None:
+    def try_compute(self, what: str, compute: Callable[[], T]) -> T | None:
         """Return the computed value, or None after noting the reason of a LlmbenchError."""
         try:
             return compute()
@@ -115,7 +115,7 @@ class _Notes:
 
 def study_scaling(
     results: Sequence[RunResult], share: float = tradeoffs.KEPT_SHARE, at: Sequence[tuple[str, float]] = ()
-) -> Study:
+) -> ScalingStudy:
     """Fit and compute everything that the results allow.
 
     `share`: share of the best per-instance throughput that a batch must keep. `at`: (setting, value) pairs to predict,
@@ -129,22 +129,22 @@ def study_scaling(
         raise UsageError(
             f"None of the {len(results)} results can be used: {'; '.join(left_out[:3])}. Measure them again."
         )
-    notes = _Notes()
+    failures = Failures()
     laws, refused = fit_laws(cells)
     surfaces, more = fit_surfaces(cells, laws)
-    notes.refused += refused + more
-    return Study(
+    failures.refused += refused + more
+    return ScalingStudy(
         len(cells),
         subject(cells),
         tuple(laws),
         tuple(surfaces),
-        tuple(_batches(cells, share, notes)),
+        tuple(_batches(cells, share, failures)),
         tuple(_quants(cells)),
-        tuple(_cliffs(cells, notes)),
-        tuple(_exchanges(laws, notes)),
+        tuple(_cliffs(cells, failures)),
+        tuple(_token_costs(laws, failures)),
         tuple(_footprints(cells)),
         tuple(_predictions(laws, at)),
-        tuple(notes.refused),
+        tuple(failures.refused),
         tuple(left_out),
     )
 
@@ -162,14 +162,14 @@ def _once(results: Sequence[RunResult]) -> list[RunResult]:
     return list({(r.hashes.config, r.hashes.env, r.started_ms): r for r in results}.values())
 
 
-def _batches(cells: Sequence[Measured], share: float, notes: _Notes) -> Iterator[BatchScaling]:
+def _batches(cells: Sequence[Measured], share: float, failures: Failures) -> Iterator[BatchScaling]:
     for where, group in grouped(cells, ("batch_size",)):
         rates: dict[int, list[float]] = {}
         for measured in group:
             rates.setdefault(measured.cell.batch_size, []).extend(measured.values(RATE))
         if len(rates) < 2:
             continue
-        efficiency = notes.attempt(
+        efficiency = failures.try_compute(
             f"scaling efficiency ({where})", functools.partial(tradeoffs.scaling_efficiency, rates)
         )
         yield BatchScaling(where, tuple(efficiency or ()), tradeoffs.optimal_batch(rates, share))
@@ -219,7 +219,7 @@ def _quants(cells: Sequence[Measured]) -> Iterator[QuantEfficiency]:
         yield QuantEfficiency(where, reference, tuple(ratios), tuple(memory))
 
 
-def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
+def _cliffs(cells: Sequence[Measured], failures: Failures) -> Iterator[CliffSearch]:
     for over, steepest in STEEPEST.items():
         for where, group in grouped(cells, (over,)):
             for metric, what in WATCHED.items():
@@ -230,7 +230,7 @@ def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
                         series.setdefault(place, []).extend(values)
                 if len(series) < 2:
                     continue
-                found = notes.attempt(
+                found = failures.try_compute(
                     f"cliffs of {what} ({where})",
                     functools.partial(tradeoffs.find_cliffs, series, steepest),
                 )
@@ -245,7 +245,7 @@ def _cliffs(cells: Sequence[Measured], notes: _Notes) -> Iterator[CliffSearch]:
                     )
 
 
-def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
+def _token_costs(laws: Sequence[LawFit], failures: Failures) -> Iterator[TokenCostAt]:
     """Compare prompt and output tokens for each group of prompt lengths.
 
     The line among the rivals gives the cost of a prompt token, the middle cell that of an output token. The comparison
@@ -257,11 +257,11 @@ def _exchanges(laws: Sequence[LawFit], notes: _Notes) -> Iterator[ExchangeAt]:
         if law.law.key != "latency_by_length" or prefill is None or not tpots:
             continue
         low, high = prefill.ranges[0]
-        more = min(tradeoffs.TRUNK, int(high - low))
-        price = partial(tradeoffs.exchange, prefill, tpots, more)
-        found = notes.attempt(f"{more} prompt tokens against 8 output tokens ({law.where})", price)
+        more = min(tradeoffs.EXTRA_PROMPT_TOKENS, int(high - low))
+        price = partial(tradeoffs.token_cost, prefill, tpots, more)
+        found = failures.try_compute(f"{more} prompt tokens against 8 output tokens ({law.where})", price)
         if found:
-            yield ExchangeAt(law.where, found)
+            yield TokenCostAt(law.where, found)
 
 
 def _footprints(cells: Sequence[Measured]) -> Iterator[Footprint]:

@@ -24,8 +24,8 @@ LEAST_CLIFF = 1.25
 KEPT_SHARE = 0.5
 """Default share of the best per-instance throughput that the largest acceptable batch must keep."""
 
-TRUNK = 512
-BRANCH = 8
+EXTRA_PROMPT_TOKENS = 512
+EXTRA_OUTPUT_TOKENS = 8
 """The comparison of the performance notes (Databricks 2023): 512 more prompt tokens against 8 more output tokens."""
 
 
@@ -69,7 +69,7 @@ class Cliff:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class TokenCost:
     """Cost in ms of more prompt tokens and of more output tokens, each as (value, low, high) with a 95 % interval.
 
     `equal_output`: the number of output tokens that cost as much as the prompt tokens, with its interval.
@@ -187,9 +187,12 @@ def find_cliffs(series: Mapping[float, Sequence[float]], steepest: float) -> lis
     return found
 
 
-def exchange(
-    prefill: Fit, tpot_ms: Sequence[float], prompt_tokens: int = TRUNK, output_tokens: int = BRANCH
-) -> Exchange:
+def token_cost(
+    prefill: Fit,
+    tpot_ms: Sequence[float],
+    prompt_tokens: int = EXTRA_PROMPT_TOKENS,
+    output_tokens: int = EXTRA_OUTPUT_TOKENS,
+) -> TokenCost:
     """Compare the cost of `prompt_tokens` more in the prompt with that of `output_tokens` more in the output.
 
     A prompt token costs the slope c of the fitted line L = a + c·s (ms); an output token the mean of `tpot_ms`, the
@@ -215,7 +218,7 @@ def exchange(
     centre = math.log(first[0] / each[0])
     below = math.hypot(math.log(first[0] / first[1]), math.log(each[2] / each[0]))
     above = math.hypot(math.log(first[2] / first[0]), math.log(each[0] / each[1]))
-    return Exchange(
+    return TokenCost(
         prompt_tokens,
         output_tokens,
         first,

@@ -6,10 +6,10 @@ own. No chat template is applied.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from ...records.errors import MissingError, first_line
 from ...records.results import TaskScore
 from ..base import Backend
 
-Say = Callable[..., None]
+Progress = Callable[[int], None]
+"""Called with the number of a model call, from 1, before it."""
 
 
 def require() -> None:
@@ -29,67 +30,74 @@ def require() -> None:
         )
 
 
-def evaluate(backend: Backend, tasks: Sequence[str], most: int | None, say: Say) -> None:
-    """Run each task on the loaded model, with at most `most` of its documents, and report its scores as `tasked`.
+@dataclass(frozen=True)
+class TaskOutcome:
+    """The scores of a task, or the problem, as a sentence, because of which it has none."""
 
-    A folder stands for all tasks in it. A failing task is reported as `withheld`, in one line, and the others still
-    run.
+    task: str
+    scores: tuple[TaskScore, ...] = ()
+    problem: str = ""
+
+
+def run_tasks(backend: Backend, tasks: Sequence[str], most: int | None, progress: Progress) -> Iterator[TaskOutcome]:
+    """Run each task on the loaded model, with at most `most` of its documents, and yield its outcome.
+
+    A folder stands for all tasks in it. After a task that fails, also by an error of the harness, its data sets or the
+    network, the others still run.
     """
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = [task for task in tasks if Path(task).is_dir()]
-    with _in_a_line("lm-eval", say):
-        manager = TaskManager(include_path=folders or None)
-        model = _wrapped(backend, say)
-        for task in tasks:
-            for name in _names(task, manager) if task in folders else [task]:
-                with _in_a_line(f"The task {name} of lm-eval", say):
-                    say("tasked", task=name, scores=_run(model, name, manager, most))
-
-
-@contextlib.contextmanager
-def _in_a_line(what: str, say: Say) -> Iterator[None]:
-    """Report any error of the harness, its data sets or the network as `withheld`, so that only this score is lost.
-
-    Memory that runs out is reported as such.
-    """
     try:
-        yield
-    except MemoryError:
-        say("withheld", message=f"{what} was not evaluated: memory ran out.")
+        manager = TaskManager(include_path=folders or None)
+        model = _wrapped(backend, progress)
+        names = [name for task in tasks for name in (_names(task, manager) if task in folders else [task])]
     except Exception as error:
-        why = first_line(error).rstrip(".")
-        advice = "Data sets are downloaded once: check the network, or give the YAML file of a task whose data is here."
-        if isinstance(error, KeyError):
-            why, advice = (
-                "there is no task of that name",
-                "Give a name that `lm-eval ls tasks` lists, or the path of a YAML file or of a folder with them.",
-            )
-        say("withheld", message=f"{what} was not evaluated: {why}. {advice}")
+        yield TaskOutcome("", problem=_problem("lm-eval", error))
+        return
+    for name in names:
+        try:
+            yield TaskOutcome(name, _run(model, name, manager, most))
+        except Exception as error:
+            yield TaskOutcome(name, problem=_problem(f"The task {name} of lm-eval", error))
 
 
-def _wrapped(backend: Backend, say: Say) -> Any:
-    """Wrap the loaded model for the harness; each call of it is reported as `scoring`."""
+def _problem(what: str, error: Exception) -> str:
+    """Return the sentence, on one line, for an error because of which something was not evaluated."""
+    if isinstance(error, MemoryError):
+        return f"{what} was not evaluated: memory ran out."
+    why = first_line(error).rstrip(".")
+    advice = "Data sets are downloaded once: check the network, or give the YAML file of a task whose data is here."
+    if isinstance(error, KeyError):
+        why, advice = (
+            "there is no task of that name",
+            "Give a name that `lm-eval ls tasks` lists, or the path of a YAML file or of a folder with them.",
+        )
+    return f"{what} was not evaluated: {why}. {advice}"
+
+
+def _wrapped(backend: Backend, progress: Progress) -> Any:
+    """Wrap the loaded model for the harness; `progress` gets the number of each call of it."""
     from lm_eval.models.huggingface import HFLM
 
-    class Told(HFLM):  # type: ignore[misc]
+    class Counted(HFLM):  # type: ignore[misc]
         calls = 0
 
         def _model_call(self, *arguments: Any, **keywords: Any) -> Any:
-            self.tell()
+            self.count()
             return super()._model_call(*arguments, **keywords)
 
         def _model_generate(self, *arguments: Any, **keywords: Any) -> Any:
-            self.tell()
+            self.count()
             return super()._model_generate(*arguments, **keywords)
 
-        def tell(self) -> None:
+        def count(self) -> None:
             self.calls += 1
-            say("scoring", number=self.calls)
+            progress(self.calls)
 
     loaded, tokenizer = backend.language_model()
-    return Told(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=1)
+    return Counted(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=1)
 
 
 def _names(folder: str, manager: Any) -> list[str]:

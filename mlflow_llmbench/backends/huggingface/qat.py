@@ -15,9 +15,9 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...config import model_shape
 from ...config.training import RECIPE, Training, needed_bytes
@@ -45,13 +45,27 @@ INTEGERS, QUANT_LOW, QUANT_HIGH, MIDDLE = "uint4", 0, 15, 8
 
 LEAST_SCALE = 1e-6
 
-Say = Callable[..., None]
+
+class TrainingReport(Protocol):
+    """Receiver of the progress of a training."""
+
+    def stage(self, name: str) -> None:
+        """Take the beginning of a stage: loading, training, saving."""
+
+    def planned(self, trained: int, frozen: int, layers: int, needed: int, sequences: int) -> None:
+        """Take the plan, after all checks: parameters trained and frozen, quantized layers, bytes, sequences."""
+
+    def step(self, number: int, limit: int, loss: float) -> None:
+        """Take a step that is done: its number from 1, the number of steps, and the mean loss of its batch."""
+
+    def saved(self, folder: str) -> None:
+        """Take the folder of the complete checkpoint."""
 
 
-def train(cell: Cell, facts: ModelFacts, order: Mapping[str, Any], say: Say) -> None:
+def train(cell: Cell, facts: ModelFacts, order: Mapping[str, Any], report: TrainingReport) -> None:
     """Train as ordered, and write the checkpoint to `order["folder"]`, complete or not at all.
 
-    Reports `planned` after all checks, `step` with the loss after each step, and `saved`. Raises UsageError if the
+    Raises UsageError if the
     data are too short, MeasurementError for too little memory, a layer without a kernel, or a loss that is not finite.
     """
     import torch
@@ -60,19 +74,19 @@ def train(cell: Cell, facts: ModelFacts, order: Mapping[str, Any], say: Say) -> 
     source, _ = sources.base_files(cell, facts)
     tokenizer = sources.load_tokenizer(cell, facts)
     rows = _check_data(tokenizer, order, training, facts)
-    _plan(cell, facts, source, training, order["room"], len(rows), say)
-    say("stage", stage="loading")
+    _plan(cell, facts, source, training, order["room"], len(rows), report)
+    report.stage("loading")
     torch.manual_seed(cell.seed)
     pickled = {} if files.may_be_pickled(cell, facts.source) else {"use_safetensors": True}
     model = _load(cell, source, **pickled).to(machine.require_device(cell.device))
     _freeze(model, training)
     teacher = _teacher(model) if training.loss == "distill" else None
     prepare(model, cell.group_size)
-    say("stage", stage="training")
-    _learn(model, teacher, rows, training, cell.seed, say)
-    say("stage", stage="saving")
+    report.stage("training")
+    _learn(model, teacher, rows, training, cell.seed, report)
+    report.stage("saving")
     _save(model, tokenizer, Path(order["scratch"]), Path(order["folder"]), order["recipe"])
-    say("saved", folder=order["folder"])
+    report.saved(order["folder"])
 
 
 # Checks before training
@@ -107,7 +121,13 @@ def sequences(tokenizer: Any, text: str, length: int) -> list[list[int]]:
 
 
 def _plan(
-    cell: Cell, facts: ModelFacts, source: str, training: Training, room: Sequence[Any], rows: int, say: Say
+    cell: Cell,
+    facts: ModelFacts,
+    source: str,
+    training: Training,
+    room: Sequence[Any],
+    rows: int,
+    report: TrainingReport,
 ) -> None:
     """Report what will be trained and the memory it needs, before any weight is read.
 
@@ -141,7 +161,7 @@ def _plan(
             f"Training {cell.model} needs about {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB {where}. "
             "Use a smaller model, fewer sequence_tokens or loss=lm, or try it all the same with force=true."
         )
-    say("planned", trained=counts[True], frozen=counts[False], layers=len(layers), needed=needed, sequences=rows)
+    report.planned(counts[True], counts[False], len(layers), needed, rows)
 
 
 def _load(cell: Cell, source: str, **keywords: Any) -> Any:
@@ -246,7 +266,9 @@ def _quantizer() -> Any:
 # Learning
 
 
-def _learn(model: Any, teacher: Any, rows: Sequence[Sequence[int]], training: Training, seed: int, say: Say) -> None:
+def _learn(
+    model: Any, teacher: Any, rows: Sequence[Sequence[int]], training: Training, seed: int, report: TrainingReport
+) -> None:
     """Train for all steps. Raises MeasurementError as soon as a loss or a gradient is not finite."""
     import torch
 
@@ -269,7 +291,7 @@ def _learn(model: Any, teacher: Any, rows: Sequence[Sequence[int]], training: Tr
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        say("step", number=number, limit=training.steps, loss=total)
+        report.step(number, training.steps, total)
 
 
 def batches(rows: Sequence[Sequence[int]], training: Training, seed: int) -> Iterator[list[Sequence[int]]]:

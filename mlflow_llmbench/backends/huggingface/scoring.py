@@ -22,7 +22,6 @@ from ...records.errors import MeasurementError, UsageError
 from ...records.results import Divergence, ModelFacts, TextScores, hash16
 from ...workloads.prompts import Text, load_prompts, load_text
 from ..base import Backend
-from . import lm_eval
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +42,8 @@ PASSAGE_TOKENS = 32  # of a prompt cut from the text, if the workload has no pro
 MOST_OTHER_WORDS = 0.01
 ROWS = 8  # positions whose distributions are held in double precision at once
 
-Say = Callable[..., None]
+Progress = Callable[[int, int], None]
+"""Called with the number of the text or prompt that is scored next, from 1, and with their count."""
 
 
 @dataclass(frozen=True)
@@ -57,36 +57,6 @@ class Reference:
     nll: tuple[tuple[float, ...], ...]
     text: tuple[tuple[int, ...], tuple[int, ...]]  # ids of the scored text: the tokenizer's prefix, and its own
     words: Mapping[str, str]  # id → decoded word, of every id in the prompts and in the text
-
-
-def evaluate(backend: Backend, order: Mapping[str, Any], context: int | None, say: Say) -> None:
-    """Score the text, compare with each reference, and run the tasks of an order (`reference.order`).
-
-    Reports each result as soon as it is there.
-    """
-    if "text" in order:
-        _evaluate_texts(backend, order, context, say)
-    if order.get("tasks"):
-        lm_eval.evaluate(backend, order["tasks"], order["most"], say)
-
-
-def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | None, say: Say) -> None:
-    references = {workload: read_reference(Path(path)) for workload, path in order["references"].items()}
-    text = load_text(order["text"])
-    known = next(iter(references.values()), None)
-    if known and not same_words(backend, known):
-        say(
-            "withheld",
-            message=f"The model does not have the vocabulary of {known.name}: the same ids mean other words, "
-            "so the two are not compared.",
-        )
-        references, known = {}, None
-    try:
-        say("scored", scores=score_text(backend, text, context, say, known))
-    except UsageError as error:
-        say("withheld", message=str(error))
-    for workload, reference in references.items():
-        say("compared", workload=workload, divergence=compare(backend, reference, say, order["is_reference"]))
 
 
 def same_words(backend: Backend, known: Reference) -> bool:
@@ -119,7 +89,7 @@ def windows(count: int, window: int, stride: int, begin: int = 0) -> Iterator[tu
 
 
 def score_text(
-    backend: Backend, text: Text, context: int | None, say: Say, known: Reference | None = None
+    backend: Backend, text: Text, context: int | None, progress: Progress, known: Reference | None = None
 ) -> TextScores:
     """Compute the negative log-likelihood in nats of each token of a text, window by window.
 
@@ -139,7 +109,7 @@ def score_text(
     plan = list(windows(min(len(ids), MOST_TEXT_TOKENS), size - len(prefix), stride, 0 if prefix else 1))
     nll = []
     for number, (start, first, end) in enumerate(plan, 1):
-        say("scoring", number=number, limit=len(plan))
+        progress(number, len(plan))
         seen = [*prefix, *ids[start : end - 1]]
         nll.append(tuple(losses(backend.logits(seen, end - first), ids[first:end])))
     if reference_nll and [*map(len, reference_nll)] != [*map(len, nll)]:
@@ -179,7 +149,7 @@ def _finite(value: float) -> float:
 # Comparison with a reference
 
 
-def compare(backend: Backend, reference: Reference, say: Say, is_reference: bool = False) -> Divergence:
+def compare(backend: Backend, reference: Reference, progress: Progress, is_reference: bool = False) -> Divergence:
     """Run the model on each prompt of a reference with its continuation, and compare distributions at each position.
 
     Raises MeasurementError if the vocabularies differ in size, or if a divergence is not finite.
@@ -190,7 +160,7 @@ def compare(backend: Backend, reference: Reference, say: Say, is_reference: bool
     agrees: list[tuple[bool, ...]] = []
     with safe_open(reference.path, "pt") as file:
         for number, (ids, positions) in enumerate(reference.prompts):
-            say("scoring", number=number + 1, limit=len(reference.prompts))
+            progress(number + 1, len(reference.prompts))
             its = file.get_tensor(f"logits.{number}")
             own = backend.logits(ids[:-1], positions)
             if own.shape != its.shape:
@@ -228,15 +198,17 @@ def divergence(reference: torch.Tensor, own: torch.Tensor) -> tuple[list[float],
 # Writing and reading references
 
 
-def write_references(backend: Backend, order: Mapping[str, Any], model: ModelFacts, name: str, say: Say) -> None:
+def write_references(
+    backend: Backend, order: Mapping[str, Any], model: ModelFacts, name: str, progress: Progress
+) -> None:
     """Write the reference file of each workload in the order. The loaded model must be the unquantized one."""
     text = load_text(order["text"])
     try:
-        nll = score_text(backend, text, model.context, say).nll
+        nll = score_text(backend, text, model.context, progress).nll
     except UsageError:  # reported when the compared models are scored
         nll = ()
     for workload, path in order["references"].items():
-        _write_reference(backend, workload, text, model, Path(path), name, nll, say)
+        _write_reference(backend, workload, text, model, Path(path), name, nll, progress)
 
 
 def _write_reference(
@@ -247,7 +219,7 @@ def _write_reference(
     path: Path,
     name: str,
     nll: Sequence[Sequence[float]],
-    say: Say,
+    progress: Progress,
 ) -> None:
     from safetensors.torch import save_file
 
@@ -259,7 +231,7 @@ def _write_reference(
     tensors: dict[str, torch.Tensor] = {}
     kept: list[tuple[list[int], int]] = []
     for number, prompt in enumerate(prompts[:count]):
-        say("scoring", number=number + 1, limit=count)
+        progress(number + 1, count)
         start = prompt if len(prompt) <= most else [*prefix, *prompt[len(prefix) - most :]]
         continuation = _until_end(_continue(backend, start, positions), _end_ids(model))
         ids = [*start, *continuation]

@@ -13,7 +13,7 @@ from ...analysis.scaling.fitting import Fit, Prediction
 from ...analysis.scaling.law_sentences import parameters_text
 from ...analysis.scaling.laws import LawFit
 from ...analysis.scaling.ranking import ranked
-from ...analysis.scaling.study import Study
+from ...analysis.scaling.study import ScalingStudy
 from ...analysis.scaling.surfaces import Surface
 from ...stats import t_interval
 from .style import (
@@ -52,7 +52,7 @@ AXES = {
 POINTS = 120  # of a curve
 
 
-def draw_study(study: Study, folder: Path) -> list[Path]:
+def draw_study(study: ScalingStudy, folder: Path) -> list[Path]:
     """Write a chart for each fitted law, and `exponent_by_length`, as .svg and .png in `folder`, which is created.
 
     Return the files.
@@ -66,7 +66,7 @@ def draw_study(study: Study, folder: Path) -> list[Path]:
     return files
 
 
-def _law_figure(laws: Sequence[LawFit], study: Study) -> Figure:
+def _law_figure(laws: Sequence[LawFit], study: ScalingStudy) -> Figure:
     """Draw one panel per group: cells (dots), the law with its 95 % band, the best rival, predictions (hollow dots)."""
     shown = laws[:MOST_PANELS]
     columns = min(3, len(shown))

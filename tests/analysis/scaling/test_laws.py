@@ -14,7 +14,7 @@ import pytest
 from mlflow_llmbench.analysis.scaling.laws import LawFit
 from mlflow_llmbench.analysis.scaling.ranking import ranked
 from mlflow_llmbench.analysis.scaling.roofline import roofline
-from mlflow_llmbench.analysis.scaling.study import Study, study_scaling
+from mlflow_llmbench.analysis.scaling.study import ScalingStudy, study_scaling
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import OutOfRange, UsageError
 from mlflow_llmbench.records.results import (
@@ -84,7 +84,7 @@ def sweep(
     return found
 
 
-def law(study: Study, key: str, where: str = "") -> LawFit:
+def law(study: ScalingStudy, key: str, where: str = "") -> LawFit:
     return next(found for found in study.laws if found.law.key == key and where in found.where)
 
 

@@ -108,7 +108,7 @@ def test_the_price_of_a_prompt() -> None:
     line = curves.line("L = a + c·s", "a", "c")
     x = [128.0, 256, 512, 1024, 2048]
     y = [float(v) for v in (30 + 0.25 * np.array(x)) * np.exp(np.random.default_rng(0).normal(0, 0.005, 5))]
-    found = tradeoffs.exchange(fit(line, x, y), [19.8, 20.1, 20.0, 20.2, 19.9])
+    found = tradeoffs.token_cost(fit(line, x, y), [19.8, 20.1, 20.0, 20.2, 19.9])
     assert found.prompt[0] == pytest.approx(128, rel=0.02)
     assert found.output[0] == pytest.approx(160, rel=0.01)
     value, low, high = found.equal_output
@@ -116,10 +116,10 @@ def test_the_price_of_a_prompt() -> None:
     assert low < 6.4 < high
     near = fit(line, [100.0, 200, 300, 400], [55.0, 80.0, 105.0, 130.1])
     with pytest.raises(OutOfRange, match="512 more prompt tokens are beyond the measured lengths 100 to 400"):
-        tradeoffs.exchange(near, [20.0, 21.0])
+        tradeoffs.token_cost(near, [20.0, 21.0])
     flat = fit(line, x, [30.0, 31.0, 29.5, 30.5, 30.0])
     with pytest.raises(NotFitted, match="cannot be told from 0"):
-        tradeoffs.exchange(flat, [20.0, 21.0, 20.0])
+        tradeoffs.token_cost(flat, [20.0, 21.0, 20.0])
 
 
 def test_the_interval_of_the_exchange_covers() -> None:
@@ -128,7 +128,7 @@ def test_the_interval_of_the_exchange_covers() -> None:
         draw = np.random.default_rng(seed)
         y = (30 + 0.25 * x) * np.exp(draw.normal(0, 0.02, len(x)))
         tpot = 20 * np.exp(draw.normal(0, 0.02, 6))
-        _, low, high = tradeoffs.exchange(fit(line, list(x), list(y)), list(tpot)).equal_output
+        _, low, high = tradeoffs.token_cost(fit(line, list(x), list(y)), list(tpot)).equal_output
         held += low <= 6.4 <= high
     assert held / 300 >= 0.93  # wider than need be: both parts have few degrees of freedom
 

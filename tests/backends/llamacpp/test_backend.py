@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from mlflow_llmbench.backends.huggingface import scoring
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.backends.llamacpp import gguf_quantize, session
 from mlflow_llmbench.backends.llamacpp.backend import LlamaCppBackend
-from mlflow_llmbench.measure import journal
+from mlflow_llmbench.measure import evaluation, journal
 from mlflow_llmbench.measure.batch import checked_ids, measure_cell, time_request, time_turns
+from mlflow_llmbench.measure.events import Event, QualityWithheld, TextScored, WorkloadCompared
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, NotRealised, UsageError
-from mlflow_llmbench.records.results import ModelFacts, Verdict
+from mlflow_llmbench.records.results import Divergence, ModelFacts, TextScores, Verdict
 from mlflow_llmbench.sweeps import sweep
 from mlflow_llmbench.system import memory
 from mlflow_llmbench.tracking.registry import save
@@ -318,12 +320,26 @@ def reference_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     return file, text
 
 
-def evaluated(file: Path, reference: tuple[Path, Path]) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+def evaluated(file: Path, reference: tuple[Path, Path]) -> dict[str, Event]:
+    sent: dict[str, Event] = {}
     with loaded(cell_of(file)) as (backend, _):
-        order = {"text": str(reference[1]), "references": {"synthetic": str(reference[0])}, "is_reference": False}
-        scoring.evaluate(backend, order, 256, lambda event, **data: told.__setitem__(event, data))
-    return told
+        order = {"text": str(reference[1]), "digest": "", "references": {"synthetic": str(reference[0])}}
+        evaluation.evaluate(
+            backend, {**order, "is_reference": False}, 256, lambda event: sent.__setitem__(event.name, event)
+        )
+    return sent
+
+
+def scores_of(sent: Mapping[str, Event]) -> TextScores:
+    event = sent["scored"]
+    assert isinstance(event, TextScored)
+    return event.scores
+
+
+def divergence_of(sent: Mapping[str, Event]) -> Divergence:
+    event = sent["compared"]
+    assert isinstance(event, WorkloadCompared)
+    return event.divergence
 
 
 def test_divergence_from_the_checkpoint_is_small_and_grows_with_fewer_bits(
@@ -332,9 +348,9 @@ def test_divergence_from_the_checkpoint_is_small_and_grows_with_fewer_bits(
     four = tmp_path / "q4_0.gguf"
     gguf_quantize._quantize(cell_of(plain, quant="q4_0"), plain, four)
     found = [evaluated(file, reference_file) for file in (plain, packed, four)]
-    kl = [float(np.mean([v for prompt in told["compared"]["divergence"].kl for v in prompt])) for told in found]
+    kl = [float(np.mean([v for prompt in divergence_of(sent).kl for v in prompt])) for sent in found]
     assert 0 <= kl[0] < 1e-6 < kl[1] < kl[2]
-    scores = found[0]["scored"]["scores"]
+    scores = scores_of(found[0])
     assert scores.reference_nll
     assert np.allclose([v for w in scores.nll for v in w], [v for w in scores.reference_nll for v in w], atol=1e-3)
 
@@ -350,10 +366,12 @@ def test_a_model_with_another_vocabulary_is_not_compared(
     words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    told = evaluated(write_llama(other, tmp_path / "other.gguf"), reference_file)
-    assert "compared" not in told
-    assert "does not have the vocabulary of tiny, float32: the same ids mean other" in told["withheld"]["message"]
-    assert not told["scored"]["scores"].reference_nll
+    sent = evaluated(write_llama(other, tmp_path / "other.gguf"), reference_file)
+    assert "compared" not in sent
+    withheld = sent["withheld"]
+    assert isinstance(withheld, QualityWithheld)
+    assert "does not have the vocabulary of tiny, float32: the same ids mean other" in withheld.message
+    assert not scores_of(sent).reference_nll
 
 
 # Whole runs

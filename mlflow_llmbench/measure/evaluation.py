@@ -1,0 +1,69 @@
+"""Evaluate the quality of the loaded model in a worker, and report each result as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..backends.base import Backend
+from ..backends.huggingface import lm_eval, scoring
+from ..records.errors import UsageError
+from ..records.results import ModelFacts
+from ..workloads.prompts import load_text
+from .events import (
+    EvaluationBegun,
+    QualityWithheld,
+    Report,
+    ScoringProgress,
+    TaskScored,
+    TextScored,
+    WorkloadCompared,
+)
+
+
+def evaluate(backend: Backend, order: Mapping[str, Any], context: int | None, send: Report) -> None:
+    """Score the text, compare with each reference, and run the tasks of an order (`quality_reference.order`).
+
+    This runs after every cell is measured and its memory is read, so it does not affect their figures. `context`: most
+    tokens of the model, if known.
+    """
+    send(EvaluationBegun(order["digest"]))
+    if order.get("withheld"):
+        send(QualityWithheld(order["withheld"]))
+    if "text" in order:
+        _evaluate_texts(backend, order, context, send)
+    if order.get("tasks"):
+        _run_tasks(backend, order, send)
+
+
+def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | None, send: Report) -> None:
+    references = {workload: scoring.read_reference(Path(path)) for workload, path in order["references"].items()}
+    text = load_text(order["text"])
+    known = next(iter(references.values()), None)
+
+    def progress(number: int, limit: int) -> None:
+        send(ScoringProgress(number, limit))
+
+    if known and not scoring.same_words(backend, known):
+        why = f"The model does not have the vocabulary of {known.name}: the same ids mean other words, so the two are "
+        send(QualityWithheld(f"{why}not compared."))
+        references, known = {}, None
+    try:
+        send(TextScored(scoring.score_text(backend, text, context, progress, known)))
+    except UsageError as error:
+        send(QualityWithheld(str(error)))
+    for workload, reference in references.items():
+        send(WorkloadCompared(workload, scoring.compare(backend, reference, progress, order["is_reference"])))
+
+
+def _run_tasks(backend: Backend, order: Mapping[str, Any], send: Report) -> None:
+    """Run the tasks of lm-eval; the number of model calls that they need is unknown."""
+    for found in lm_eval.run_tasks(backend, order["tasks"], order["most"], lambda calls: send(ScoringProgress(calls))):
+        send(QualityWithheld(found.problem) if found.problem else TaskScored(found.task, found.scores))
+
+
+def write_references(backend: Backend, order: Mapping[str, Any], facts: ModelFacts, send: Report) -> None:
+    """Write the reference files that an order lists. The loaded model must be the unquantized one."""
+    name = f"{facts.name} {facts.revision[:12]}"
+    scoring.write_references(backend, order, facts, name, lambda number, limit: send(ScoringProgress(number, limit)))

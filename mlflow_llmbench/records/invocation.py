@@ -1,0 +1,97 @@
+"""The form in which the user called us, so that messages name commands and parameters that work as printed.
+
+    raise UsageError(f"… Run: {command_text('gate', 'models:/bot/2', against='models:/bot/1')}")
+
+gives `llmbench gate models:/bot/2 --against models:/bot/1`, `python -m mlflow_llmbench gate …`, or under `mlflow run`
+the same with `-e gate -P candidate=…`. The command line sets the form (`called_as`). Without it we were called from
+Python, where a parameter is written `name=value`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAM, MODULE = "llmbench", "python -m mlflow_llmbench"
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """Entry point of the MLproject that runs a command, with the parameter names of the command's positional values."""
+
+    name: str
+    positional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """The program as the user called it. Under `mlflow run`, `project` is the project's address, else None.
+
+    `entry_points` maps a command to its entry point; the other commands have none and are called as `program`.
+    """
+
+    program: str = PROGRAM
+    project: str | None = None
+    entry_points: Mapping[str, EntryPoint] = field(default_factory=dict)
+
+    def command(self, name: str, positional: tuple[str, ...], options: Mapping[str, str]) -> str:
+        """Return a command with its options, quoted for a shell."""
+        entry = self.entry_points.get(name)
+        if self.project is None or entry is None or len(positional) > len(entry.positional):
+            given = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
+            return " ".join([self.program, name, *map(shlex.quote, [*positional, *given])])
+        parameters = {**dict(zip(entry.positional, positional, strict=False)), **options}
+        given = [part for key, value in parameters.items() for part in ("-P", f"{key}={value}")]
+        chosen = [] if entry.name == "main" else ["-e", entry.name]
+        return " ".join(["mlflow run", *map(shlex.quote, [self.project, *_environment(), *chosen, *given])])
+
+    def parameter(self, name: str, value: str) -> str:
+        """Return the text that sets a parameter in this form."""
+        if self.project:
+            return f"-P {shlex.quote(f'{name}={value}')}"
+        option = f"--{name.replace('_', '-')}"
+        return option if value == "true" else f"{option} {shlex.quote(value)}"
+
+
+_current: contextvars.ContextVar[Invocation | None] = contextvars.ContextVar("invocation", default=None)
+
+
+@contextlib.contextmanager
+def called_as(invocation: Invocation) -> Iterator[None]:
+    """Use the form of `invocation` in all messages until the end of the block."""
+    token = _current.set(invocation)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def invocation_of(program: str, entry_points: Mapping[str, EntryPoint]) -> Invocation:
+    """Return the invocation of this process: MLflow sets MLFLOW_RUN_ID for the command of a project.
+
+    `mlflow run` works in the project's folder, which is therefore the address that runs it again.
+    """
+    by_project = program == MODULE and "MLFLOW_RUN_ID" in os.environ
+    return Invocation(program, os.getcwd() if by_project else None, entry_points)
+
+
+def command_text(name: str, /, *positional: str, **options: str) -> str:
+    """Return one of our commands as the user would call it."""
+    return (_current.get() or Invocation()).command(name, positional, options)
+
+
+def parameter_text(name: str, value: str) -> str:
+    """Return the text that sets a parameter as the user would give it: `rerun=true` in Python, else an option."""
+    invocation = _current.get()
+    return f"{name}={value}" if invocation is None else invocation.parameter(name, value)
+
+
+def _environment() -> list[str]:
+    """Return the option of `mlflow run` for the present environment; the ones that MLflow makes are named mlflow-…."""
+    return [] if Path(sys.prefix).name.startswith("mlflow-") else ["--env-manager", "local"]

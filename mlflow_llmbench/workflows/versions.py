@@ -1,0 +1,41 @@
+"""Registered versions: register a measured configuration, promote it to champion, export it for another engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..analysis.decisions import export as analysis
+from ..measure.journal import write_bytes
+from ..tracking import registry
+from ..tracking.registry import CANDIDATE, Promotion, Registered
+from ..tracking.store import open_store
+
+
+def register(
+    reference: str,
+    name: str,
+    alias: str = CANDIDATE,
+    *,
+    accept_suspect: str | None = None,
+    tracking_uri: str | None = None,
+) -> Registered:
+    """Register a measured run, or the winner of a recommendation, as a version of `name`. See `registry.register`."""
+    return registry.register(open_store(tracking_uri), reference, name, alias, accept_suspect)
+
+
+def promote(version: str, *, tracking_uri: str | None = None) -> Promotion:
+    """Make a version that has passed its gate the champion of its name. See `registry.promote`."""
+    return registry.promote(open_store(tracking_uri), version)
+
+
+def export(version: str, target: str, *, output: str | None = None, tracking_uri: str | None = None) -> tuple[str, str]:
+    """Return the URI of a registered version, and the command or manifest that serves it with `target`.
+
+    The text is also written to the file `output`. Raises UsageError, TrackingError or JournalError.
+    """
+    store = open_store(tracking_uri)
+    found = registry.registered_at(store, version)
+    text = analysis.export(*registry.stored_config(store, found), uri=found.uri, target=target)
+    if output:
+        write_bytes(Path(output), text.encode())
+    return found.uri, text

@@ -1,0 +1,78 @@
+"""Decisions from Python: typed arguments, a returned record, and nothing printed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+import mlflow_llmbench
+from mlflow_llmbench.analysis.decisions.limits import read_limits
+from mlflow_llmbench.records.errors import JournalError, UsageError
+from mlflow_llmbench.workflows.compare import compare
+from mlflow_llmbench.workflows.destination import Destination
+from mlflow_llmbench.workflows.gate import GateRun, gate
+from mlflow_llmbench.workflows.recommend import recommend
+from mlflow_llmbench.workflows.versions import export, promote, register
+
+from ..results import made, stored
+
+
+def test_from_a_sweep_to_a_champion_without_a_printed_line(
+    store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fast, slow = stored(tmp_path / "sweep", store_uri, made(), made("int8", step=12))
+    capfd.readouterr()
+    chosen = recommend([str(tmp_path / "sweep")], limits=read_limits(max_ttft="1s"), output="out")
+    assert chosen.found.winner and chosen.found.winner.result.cell.quant == "none"
+    assert (Path("out") / "recommendation.md").exists()
+    first = register(fast, "bot")
+    assert promote(first.uri).before is None
+    seen: list[GateRun] = []
+    done = gate(slow, "models:/bot@champion", {"latency/itl_ms_p50": 0.05}, on_result=seen.append)
+    assert seen == [done] and (done.found.verdict, done.run_id, done.measured) == ("regression", slow, None)
+    assert set(done.files) == {"gate.md", "junit.xml"}
+    assert MlflowClient(store_uri).get_run(slow).data.tags["llmbench.gate"] == "regression"
+    with pytest.raises(UsageError, match=f"{first.uri} was measured with backend=fake, and there is nothing to serve"):
+        export("models:/bot@champion", "transformers")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_comparison_is_told_before_its_files_are_written(store_uri: str, tmp_path: Path) -> None:
+    stored(tmp_path / "sweep", store_uri, made(), made(step=12, batch=2))
+    (tmp_path / "file").write_text("")
+    seen: list[object] = []
+    allow = frozenset({"workload"})
+    with pytest.raises(JournalError):
+        compare(
+            [str(tmp_path / "sweep")],
+            allow=allow,
+            destination=Destination(str(tmp_path / "file")),
+            on_result=seen.append,
+        )
+    assert len(seen) == 1
+    with pytest.raises(UsageError, match="Unknown difference to allow: weather"):
+        compare([str(tmp_path / "sweep")], allow=frozenset({"weather"}))
+
+
+@pytest.mark.parametrize("limit", [{"max_memory": "0GB"}, {"max_ttft": "p95=0ms"}, {"min_quality": "kl=0"}])
+def test_a_limit_of_zero_is_refused(limit: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=r"^--m\S+( kl)? must be more than 0: 0\w*\. Give for example"):
+        read_limits(**limit)
+
+
+def test_the_public_functions_load_nothing_before_they_are_used() -> None:
+    program = (
+        "import sys, mlflow_llmbench as m; from mlflow_llmbench import *;"
+        "print(*sorted(set(m.__all__) - set(globals())));"
+        "print([name for name in ('torch', 'mlflow', 'transformers') if name in sys.modules])"
+    )
+    root = Path(mlflow_llmbench.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"]
+    assert set(mlflow_llmbench.__all__) <= set(dir(mlflow_llmbench))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        mlflow_llmbench.nonsense  # noqa: B018
