@@ -16,6 +16,7 @@ from mlflow_llmbench.config.choices import GRIDS
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell, default_text
 from mlflow_llmbench.records.errors import MissingError, UsageError
+from mlflow_llmbench.records.quantizations import QUANTIZATIONS
 from mlflow_llmbench.records.results import ModelFacts
 from mlflow_llmbench.sweeps.executor import MachineFacts
 from mlflow_llmbench.sweeps.planning import plan
@@ -32,7 +33,7 @@ PAPER = (
 
 def test_the_papers_grid_for_its_models() -> None:
     cells = expand_cells(parse({"preset": "effillm", "model": PAPER, "weights": "random"}))
-    precisions = [quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in spec.QUANTIZATIONS]
+    precisions = [quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in QUANTIZATIONS]
     assert len(cells) == 19 * 7 * 7 * len(precisions)
     assert {(cell.output_tokens, cell.repetitions, cell.warmup) for cell in cells} == {(256, 10, None)}
     assert {cell.quant for cell in cells} == set(precisions)
