@@ -8,7 +8,7 @@ from typing import Any
 
 from ..records.cell import Cell
 from ..records.errors import LlmbenchError, MeasurementError, UsageError, first_line
-from ..records.quantizations import GGUF_QUANTIZATIONS, QUANTIZATIONS
+from ..records.quantizations import schemes_of
 from ..records.results import LoadInfo, ModelFacts
 from .base import Capabilities, DeviceMemory, Emit, History, NothingToFetch
 
@@ -23,7 +23,7 @@ class CallbackBackend(NothingToFetch):
     """Calls the function that it is given; there is nothing to load."""
 
     capabilities = Capabilities(  # `quant` is a label of what the function runs
-        quantizations=tuple(quant for quant in QUANTIZATIONS if quant not in GGUF_QUANTIZATIONS)
+        quantizations=schemes_of("transformers")
     )
     device = "cpu"
 

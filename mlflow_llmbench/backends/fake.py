@@ -35,7 +35,7 @@ from typing import Any
 from ..config.choices import ATTENTIONS, DECODES
 from ..records.cell import SPECULATIVE, Cell
 from ..records.errors import MeasurementError, OutOfMemory, UsageError
-from ..records.quantizations import GGUF_QUANTIZATIONS, QUANTIZATIONS
+from ..records.quantizations import schemes_of
 from ..records.results import LoadInfo, ModelFacts, hash16
 from ..workloads.prompts import turn_texts
 from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Serving, Token
@@ -99,7 +99,7 @@ class FakeBackend(NothingToFetch):
         continuous=True,
         scripted=True,
         random_weights=True,
-        quantizations=tuple(quant for quant in QUANTIZATIONS if quant not in GGUF_QUANTIZATIONS),
+        quantizations=schemes_of("transformers"),
         attentions=ATTENTIONS,
         decodes=DECODES,
         serving=Serving(engine=""),

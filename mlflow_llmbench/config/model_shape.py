@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..records.quantizations import SCHEMES
+
 _PLAIN_MLP = frozenset(  # two matrices and biases, instead of a gate and no biases as in later families
     ["opt", "gpt_neox", "bloom", "gpt2", "gpt_neo", "gptj",
      "gpt_bigcode", "codegen", "falcon", "mpt", "phi", "starcoder2"]
@@ -31,23 +33,8 @@ _GEMMA3_LEFT_OUT = {
     "sliding_window": 4096,
 }
 
-_VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_FLOAT_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_BLOCKS_OF_64 = 0.5 + 4 / 64  # bitsandbytes: one fp32 absmax per block, no double quantization
-_GPTQ = {"gptq": 4, "gptq3": 3, "gptq8": 8}  # bits; per group of 128 one fp16 scale and one zero point of as many bits
-_BITS_IN_GROUPS = {"int4-wo": 4, "hqq8": 8, "hqq4": 4, "hqq3": 3.2, "hqq2": 2, "quanto4": 4, "quanto2": 2}
-"""Bits as packed (hqq3 packs ten weights into 32 bits); a group of 128 adds a 16-bit scale and zero point."""
-
-_LINEAR_BYTES = {
-    "int8": 1.0,  # and 4 bytes an output row
-    "int4": _BLOCKS_OF_64,
-    "fp4": _BLOCKS_OF_64,
-    **dict.fromkeys(("int8-wo", "int8-dq", "fp8", "quanto8"), 1.0),  # and a scale an output row, as with int8
-    **{quant: bits / 8 + 4 / 128 for quant, bits in _BITS_IN_GROUPS.items()},
-    **{quant: bits / 8 + (2 + bits / 8) / 128 for quant, bits in _GPTQ.items()},
-}
-GGUF_BITS = {"q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.70, "q4_k_m": 4.89, "q4_0": 4.66, "q3_k_m": 4.00, "q2_k": 3.16}
-"""Mean stored bits per weight, including embeddings, from llama.cpp's own table for a Llama of 8 B (type mixtures)."""
+VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Dtype → bytes of a value."""
 
 PROCESS_BYTES = 400_000_000
 """Memory of Python, torch and the quantization library themselves: 0.3 to 0.4 GB, seen with torch 2.13 on a CPU."""
@@ -185,17 +172,18 @@ class Shape:
     def weight_bytes(self, quant: str = "none", dtype: str = "bfloat16") -> int:
         """Bytes of the parameters as stored, including quantization metadata, for a checkpoint of this `dtype`.
 
-        `none` keeps `dtype`; `fp32`, `fp16` and `bf16` convert everything; llama.cpp's schemes quantize everything. The
-        others change linear weights only: int8 takes 1 byte, plus 4 bytes per output row; int4 and fp4 0.5 + 4/64
-        bytes; gptq 0.5 + 2.5/128; other grouped schemes bits/8 + 4/128. Head, embeddings, norms and biases stay at
-        2 bytes. Raises ValueError for an unknown scheme or dtype.
+        `none` keeps `dtype`; `fp32`, `fp16` and `bf16` convert everything; the others follow the `Storage` of their
+        scheme, with groups of 128 where the size can be chosen. Most change linear weights only; head, embeddings,
+        norms and biases then stay at 2 bytes. Raises ValueError for an unknown scheme or dtype.
         """
-        if quant in GGUF_BITS:
-            return round(self.parameters * GGUF_BITS[quant] / 8)
         value_bytes = _value_bytes(quant, dtype)
-        linear = round(self.linear_parameters * _LINEAR_BYTES.get(quant, value_bytes))
-        scales = 4 * self.linear_rows if _LINEAR_BYTES.get(quant) == 1 else 0
-        return linear + scales + (self.parameters - self.linear_parameters) * value_bytes
+        storage = SCHEMES[quant].storage
+        if storage is None:
+            return self.parameters * value_bytes
+        if storage.everything:
+            return round(self.parameters * storage.bytes_per_weight())
+        linear = round(self.linear_parameters * storage.bytes_per_weight()) + storage.row_bytes * self.linear_rows
+        return linear + (self.parameters - self.linear_parameters) * value_bytes
 
     def flops_per_token(self, context: int) -> int:
         """Floating-point operations to process one token of one row that attends to `context` tokens.
@@ -255,25 +243,22 @@ def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat
     are used (no conversion, GPTQ) need no second copy.
     """
     weights = shape.weight_bytes(quant, dtype)
-    copied_as_is = quant in ("none", *_GPTQ, *GGUF_BITS) or _FLOAT_DTYPE.get(quant) == dtype
+    scheme = SCHEMES[quant]
+    copied_as_is = quant == "none" or scheme.makes_files or scheme.dtype == dtype
     return weights if copied_as_is else weights + min(shape.weight_bytes("none", dtype), _LARGEST_SHARD_BYTES)
 
 
 def _value_bytes(quant: str, dtype: str) -> int:
     """Bytes of an unquantized value; quantized schemes compute in a 2-byte dtype. Raises ValueError if unknown."""
-    stored = (
-        "float16"
-        if quant in _LINEAR_BYTES or quant in GGUF_BITS
-        else dtype
-        if quant == "none"
-        else _FLOAT_DTYPE.get(quant)
-    )
-    if stored not in _VALUE_BYTES or dtype not in _VALUE_BYTES:
-        schemes, dtypes = ", ".join(["none", *_FLOAT_DTYPE, *_LINEAR_BYTES, *GGUF_BITS]), ", ".join(_VALUE_BYTES)
+    scheme = SCHEMES.get(quant)
+    stored = None if scheme is None else dtype if quant == "none" else "float16" if scheme.storage else scheme.dtype
+    if stored not in VALUE_BYTES or dtype not in VALUE_BYTES:
+        schemes = ", ".join(name for name, one in SCHEMES.items() if name == "none" or one.dtype or one.storage)
         raise ValueError(
-            f"no memory formula for quant={quant} with dtype={dtype}. Use one of {schemes} with one of {dtypes}."
+            f"no memory formula for quant={quant} with dtype={dtype}. "
+            f"Use one of {schemes} with one of {', '.join(VALUE_BYTES)}."
         )
-    return _VALUE_BYTES[stored]
+    return VALUE_BYTES[stored]
 
 
 def _size(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -15,7 +15,7 @@ from ..records.backends import (
 )
 from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, DRAWN, LENGTHS, PARAMETERS, Cell, as_text
 from ..records.errors import UsageError
-from ..records.quantizations import GROUPED, MIXED
+from ..records.quantizations import MIXED, schemes_with
 from . import server_command
 
 
@@ -77,10 +77,11 @@ def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
             raise UsageError(
                 f"{name} is a setting of {parameter}={','.join(values)}. Add {parameter}={values[0]}, or leave it out."
             )
-    if axes["group_size"] != (PARAMETERS["group_size"].default,) and not set(axes["quant"]) & set(GROUPED):
+    grouped = schemes_with("group_size")
+    if axes["group_size"] != (PARAMETERS["group_size"].default,) and not set(axes["quant"]) & set(grouped):
         raise UsageError(
-            f"group_size is a setting of quant={','.join(GROUPED)}; others have their own groups. "
-            f"Add quant={GROUPED[0]}, or leave it out."
+            f"group_size is a setting of quant={','.join(grouped)}; others have their own groups. "
+            f"Add quant={grouped[0]}, or leave it out."
         )
     if "assisted" in axes["decode"] and None in axes["assistant"]:
         raise UsageError(

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..backends.huggingface import decoding, quantization
 from ..backends.llamacpp import gguf_quantize
-from ..backends.packages import NEEDED, OPTIONAL, QUANTIZATION_PACKAGES, below_floor, is_written_for, version
+from ..backends.packages import NEEDED, OPTIONAL, below_floor, is_written_for, version
 from ..config.choices import DECODES
 from ..records.backends import capabilities_of, known_backends
 from ..records.cell import Cell
 from ..records.errors import MissingError, UsageError, first_line
-from ..records.quantizations import QUANTIZATIONS
+from ..records.quantizations import QUANTIZATIONS, SCHEMES, install_command
 from ..system import machine
 from . import interpreter
 
@@ -74,8 +74,7 @@ def backend_items() -> Iterator[Item]:
             yield Item("Backends", name, "missing", str(error), f"Reinstall the package that declares {where}.")
             continue
         status, found = ("missing", f"needs {', '.join(lacking)}") if lacking else ("ok", where)
-        commands = {package: command for packages, _, command in OPTIONAL for package in packages}
-        install = " && ".join(commands.get(package, f"pip install {package}") for package in lacking)
+        install = " && ".join(map(install_command, lacking))
         if own.own_environment:
             install = f"{own.own_environment}, then give worker_python=ENVIRONMENT/bin/python"
         yield Item("Backends", name, status, found, f"Run: {install}" if lacking else None)
@@ -97,12 +96,11 @@ def converter_item() -> Item:
 
 def quantization_items(installed: Callable[[str], bool]) -> Iterator[Item]:
     """Yield every value of `quant`, with the packages that it needs besides torch and transformers."""
-    commands = {package: command for packages, _, command in OPTIONAL for package in packages}
     for quant in QUANTIZATIONS:
-        packages = ("torch", "transformers", *QUANTIZATION_PACKAGES.get(quant, ()))
+        packages = ("torch", "transformers", *SCHEMES[quant].packages)
         lacking = [package for package in packages if not installed(package)]
         if lacking:
-            run = " && ".join(dict.fromkeys(commands.get(package, f"pip install {package}") for package in lacking))
+            run = " && ".join(dict.fromkeys(map(install_command, lacking)))
             yield Item("Quantizations", quant, "missing", f"needs {', '.join(lacking)}", f"Run: {run}")
         elif lack := quantization.lacking_device(quant):
             yield _missing("Quantizations", quant, lack)

@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from .errors import UsageError
+from .quantizations import LIBRARIES
 
 RUNTIMES = {
     "transformers": "mlflow_llmbench.backends.huggingface.backend:TransformersBackend",
@@ -89,7 +90,7 @@ class Capabilities:
     default_kv_cache: str = ""  # value that `kv_cache=auto` means; empty = the dtype of the computation
     preallocates: tuple[str, ...] = ("compiled",)  # values of `decode` with the whole KV cache from the first token on
     parameters: tuple[str, ...] = ()  # backend-specific parameters that it takes, see `cell.BACKEND_SPECIFIC`
-    kept_quantized: tuple[str, ...] = ("gptq", "awq", "bitsandbytes", "torchao")
+    kept_quantized: tuple[str, ...] = tuple(library.method for library in LIBRARIES if library.packed)
     # quantization methods of checkpoints (and gguf) whose weights take as much memory as their files; others unpack
     reference: str = ""  # backend that runs the unquantized model, the reference of quality; empty = itself
     serving: Serving | None = None  # how a registered version is served; None = it cannot be registered

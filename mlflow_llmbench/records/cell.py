@@ -9,6 +9,7 @@ from typing import Any
 
 from .backends import DEFAULT_BACKEND, RUNTIMES, backend_of
 from .parameter import Parameter
+from .quantizations import listed, schemes_with
 
 DRAWN = ("synthetic", "mixed")
 """Workloads without texts: prompts are drawn from the vocabulary."""
@@ -31,18 +32,17 @@ class Cell:
     ).field()
     quant: str = Parameter(
         "none",
-        "none (the checkpoint's dtype), fp32, fp16, bf16; bitsandbytes: int8, int4 (NF4), fp4; GPTQ: gptq (4 bits), "
-        "gptq3, gptq8; torchao: int8-wo, int4-wo, int8-dq, fp8; HQQ: hqq8, hqq4, hqq3, hqq2; Quanto: quanto8, "
-        "quanto4, quanto2; mixed (chosen per block); llama.cpp: q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, q2_k",
+        listed(),
         "quant",
         sweep=True,
     ).field()
     group_size: int = Parameter(
-        128, "weights that share a scale (gptq, int4-wo, hqq)", "count", low=16, high=1024
+        128, f"quant={','.join(schemes_with('group_size'))}: weights that share a scale", "count", low=16, high=1024
     ).field()
     int8_threshold: float = Parameter(
         6,
-        "quant=int8: compute activations beyond this magnitude in 16 bits; 0 = none",
+        f"quant={','.join(schemes_with('int8_threshold'))}: compute activations beyond this magnitude in 16 bits; "
+        "0 = none",
         "number",
         sweep=True,
         low=0,
@@ -50,7 +50,11 @@ class Cell:
         scenarios="offline batching",
     ).field()
     double_quant: bool = Parameter(
-        False, "quant=int4,fp4: quantize the block scales too", "flag", sweep=True, scenarios="offline batching"
+        False,
+        f"quant={','.join(schemes_with('double_quant'))}: quantize the block scales too",
+        "flag",
+        sweep=True,
+        scenarios="offline batching",
     ).field()
     quant_budget: str | None = Parameter(
         None,
@@ -440,8 +444,7 @@ LENGTHS = ("prompt_tokens", "output_tokens")
 """Parameters that a trace replaces."""
 
 DEPENDS_ON = {
-    "int8_threshold": ("quant", ("int8",)),
-    "double_quant": ("quant", ("int4", "fp4")),
+    **{setting: ("quant", schemes_with(setting)) for setting in ("int8_threshold", "double_quant")},
     "assistant": ("decode", ("assisted",)),
     "draft_tokens": ("decode", SPECULATIVE),
 }

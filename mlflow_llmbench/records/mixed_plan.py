@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+from .quantizations import SCHEMES
+
 QUANTIZED = ("int8", "int4")
 """Schemes of a block besides the kept dtype: bitsandbytes LLM.int8 and NF4."""
-
-NOMINAL_BITS = {"fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-"""Bits per weight by scheme, without scales."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class QuantPlan:
     def nominal_bits(self) -> float:
         """Mean bits per weight of the blocks, without scales."""
         return (
-            sum(NOMINAL_BITS[self.schemes[block.name]] * block.weights for block in self.sensitivity.blocks)
+            sum((SCHEMES[self.schemes[block.name]].bits or 0) * block.weights for block in self.sensitivity.blocks)
             / self.sensitivity.weights
         )
 

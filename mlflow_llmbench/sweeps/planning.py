@@ -17,7 +17,7 @@ from ..config import model_shape
 from ..config.cells import cell_name, config_hash, expand_cells, group_cells, sweep_name
 from ..config.spec import BenchSpec
 from ..config.validation import check_declared
-from ..measure import interpreter, quality_reference
+from ..measure import interpreter, quality_order, quality_reference
 from ..records.cell import Cell, Options
 from ..records.errors import MissingError, UsageError
 from ..records.results import Hashes, ModelFacts
@@ -172,7 +172,7 @@ def _plan(
 ) -> Plan:
     """Plan cells, given with the names of their runs; `groups` are their positions. Raises as `plan` does."""
     prompts = prompts_of(cell for cell, _ in cells)
-    quality_reference.require(spec.options)
+    quality_order.require(spec.options)
     planned: list[PlannedCell] = []
     known = Counter[str]()  # configuration → how many cells have it so far
     for cell, name in cells:

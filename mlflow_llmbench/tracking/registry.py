@@ -1,11 +1,12 @@
 """Model Registry: register the version that serves a measured configuration, with its evidence, and move its aliases.
 
-A version is a models-from-code pyfunc: `serving_model.py`, the configuration, a signature and pinned requirements,
-about 20 KB and no weights. It is linked to the measured run, and its tags hold the figures.
+A version is a models-from-code pyfunc: its code (`serving_code`), the configuration, a signature and pinned
+requirements, about 20 KB and no weights. It is linked to the measured run, and its tags hold the figures.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -239,19 +240,38 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
 
 def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_id: str | None = None) -> None:
     """Write the pyfunc of a deployment into `folder`, in MLflow's model format."""
-    with warnings.catch_warnings(record=True):  # MLflow's advice on type hints and input examples is not for our users
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        warnings.catch_warnings(record=True),  # MLflow's advice on type hints and input examples is not for our users
+    ):
         warnings.simplefilter("always")
         import mlflow.pyfunc
         from mlflow.models import Model
 
+        code = Path(scratch, "serving_model.py")
+        code.write_text(serving_code(), encoding="utf-8")
         mlflow.pyfunc.save_model(
             folder,
-            python_model=str(PACKAGE_DIR / "tracking" / "serving_model.py"),
+            python_model=str(code),
             model_config=dict(deployment.config),
             signature=signature(int(deployment.config["max_new_tokens"])),
             mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
             pip_requirements=[f"mlflow=={mlflow.__version__}", *deployment.requirements],
         )
+
+
+def serving_code() -> str:
+    """Return the text of a version's Python file: `serving_model.py`, with the statements of `recipe.py` in it.
+
+    They replace its import, so a version loads the same way years later, with any release of this package or none.
+    """
+    recipe = ast.parse((PACKAGE_DIR / "backends" / "huggingface" / "recipe.py").read_text(encoding="utf-8"))
+    model = ast.parse((PACKAGE_DIR / "tracking" / "serving_model.py").read_text(encoding="utf-8"))
+    body: list[ast.stmt] = []
+    for statement in model.body:
+        ours = isinstance(statement, ast.ImportFrom) and statement.level > 0
+        body += recipe.body[2:] if ours else [statement]  # without its docstring and its `from __future__`
+    return ast.unparse(ast.Module(body, [])) + "\n"
 
 
 def signature(max_new_tokens: int) -> ModelSignature:

@@ -1,4 +1,4 @@
-"""Model of a registered version. MLflow copies this file into each version, so it imports nothing of mlflow_llmbench.
+"""Model of a registered version.
 
 `model_config` holds all settings as they were measured: the checkpoint, the library, the quantization, the batch size
 and the limits. Each key can be overridden when the model is loaded. The weights are loaded with the first request. One
@@ -11,7 +11,6 @@ import ctypes
 import importlib
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,79 +20,13 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel  # type: ignore[attr-defined]
 
+# The only import of ours. In the file of a version its place is taken by the module itself (`registry.serving_code`).
+from ..backends.huggingface.recipe import kernel, layer_classes, load
+
 
 def refused(message: str) -> MlflowException:
     """Return an error of the caller, which MLflow answers with status 400."""
     return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
-
-
-def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
-    """Return a linear layer as LLM.int8 (int8) or NF4 (int4), like `backends.mixed.quantized`.
-
-    This file cannot import that function.
-    """
-    import bitsandbytes
-    import torch
-
-    nn: Any = bitsandbytes.nn
-    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
-    weight = linear.weight.data.to("cpu")
-    form: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
-    with torch.device("meta"):
-        made: Any = (
-            nn.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=threshold)
-            if scheme == "int8"
-            else nn.Linear4bit(*sizes, biased, compute_dtype=weight.dtype, **form)
-        )
-    if scheme == "int8":
-        made.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
-    else:
-        made.weight = nn.Params4bit(weight, requires_grad=False, module=made, **form).to(device)
-    made.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.data.to(device), requires_grad=False)
-    return made.requires_grad_(False).eval()
-
-
-def torchao_settings(scheme: str, group_size: int | None, device: str) -> Any:
-    """Return the settings for torchao as in `backends.quantizing`.
-
-    8 bits: scales per output row. 4 bits: per `group_size` weights, laid out for the device's kernel.
-    """
-    from torchao import quantization
-
-    if scheme == "int8-wo":
-        return quantization.Int8WeightOnlyConfig()
-    if scheme == "int8-dq":
-        return quantization.Int8DynamicActivationInt8WeightConfig()
-    if scheme == "fp8":
-        return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
-    if device.startswith("cuda"):
-        return quantization.Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-
-    return PrototypeInt4WeightOnlyConfig(group_size=group_size)
-
-
-def quantize_with_hqq(model: Any, bits: int, group_size: int, compute: Any) -> None:
-    """Replace all linear layers except the output head by HQQ's, as `backends.quantizing` does."""
-    import torch
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
-    head = model.get_output_embeddings()
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            model.set_submodule(
-                name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device))
-            )
-
-
-def layer_name(layer: Any) -> str:
-    """Name a layer by its class, and its weight's class if that is a tensor subclass, as `backends.inspection` does."""
-    weight = getattr(layer, "weight", None)
-    if not hasattr(weight, "__tensor_flatten__"):
-        return type(layer).__name__
-    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
-    return f"{type(layer).__name__}({type(weight).__name__}{dynamic})"
 
 
 class Checkpoint:
@@ -120,32 +53,12 @@ class Checkpoint:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(
             other["location"] if other else config["location"], **words
         )
-        settings = dict(config["quantization"])
-        layers, kind = settings.get("layers"), settings.pop("class", None)
-        if kind == "TorchAoConfig":
-            named["quantization_config"] = transformers.TorchAoConfig(
-                torchao_settings(**settings, device=config["device"])
-            )
-        elif kind not in (None, "mixed", "hqq"):
-            named["quantization_config"] = getattr(transformers, kind)(**settings)
         if config["attention"] != "auto":
             named["attn_implementation"] = config["attention"]
-        dtype = config["dtype"] if config["dtype"] == "auto" else getattr(torch, config["dtype"])
-        place = config["device"] if layers is None else "cpu"
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            config["location"], dtype=dtype, device_map={"": place}, **named
+        model, _ = load(
+            config["location"], config["quantization"], device=config["device"], dtype=config["dtype"], **named
         )
-        if kind == "hqq":
-            quantize_with_hqq(model, **settings, compute=dtype)
-        if layers is not None:
-            for scheme, names in layers.items():
-                for name in names:
-                    linear = model.get_submodule(name)
-                    model.set_submodule(
-                        name, quantized(linear, scheme, config["device"], settings["llm_int8_threshold"])
-                    )
-            model.to(config["device"])
-        self._verify(model.eval())
+        self._verify(model)
         ends = model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -155,17 +68,10 @@ class Checkpoint:
 
     def _verify(self, model: Any) -> None:
         """Raise MlflowException if the linear layers' classes differ from those measured: another quantization."""
-        head = model.get_output_embeddings()
-        layers = [
-            m
-            for m in model.modules()
-            if m is not head and hasattr(m, "in_features") and next(m.children(), None) is None
-        ]
-        counts = Counter(map(layer_name, layers))
-        kernel = ", ".join(f"{name} × {count}" for name, count in sorted(counts.items()))
-        if self.config["kernel"] and kernel != self.config["kernel"]:
+        found = kernel(layer_classes(model))
+        if self.config["kernel"] and found != self.config["kernel"]:
             raise MlflowException(
-                f"The model was measured with the layers {self.config['kernel']}, and has been loaded with {kernel}."
+                f"The model was measured with the layers {self.config['kernel']}, and has been loaded with {found}."
             )
 
     def encode(self, text: str) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench import run
-from mlflow_llmbench.backends.huggingface import gptq
+from mlflow_llmbench.backends.huggingface import quantization
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import models, spec
 from mlflow_llmbench.config.cells import expand_cells
@@ -16,7 +16,6 @@ from mlflow_llmbench.config.choices import GRIDS
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell, default_text
 from mlflow_llmbench.records.errors import MissingError, UsageError
-from mlflow_llmbench.records.quantizations import QUANTIZATIONS
 from mlflow_llmbench.records.results import ModelFacts
 from mlflow_llmbench.sweeps.executor import MachineFacts
 from mlflow_llmbench.sweeps.planning import plan
@@ -33,7 +32,7 @@ PAPER = (
 
 def test_the_papers_grid_for_its_models() -> None:
     cells = expand_cells(parse({"preset": "effillm", "model": PAPER, "weights": "random"}))
-    precisions = [quant for quant in ("fp32", "fp16", "int8", "int4", "gptq") if quant in QUANTIZATIONS]
+    precisions = ["fp32", "fp16", "int8", "int4", "gptq"]
     assert len(cells) == 19 * 7 * 7 * len(precisions)
     assert {(cell.output_tokens, cell.repetitions, cell.warmup) for cell in cells} == {(256, 10, None)}
     assert {cell.quant for cell in cells} == set(precisions)
@@ -49,7 +48,7 @@ def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason() -> 
     }
     lacking = ""
     try:
-        gptq.require()
+        quantization.require(Cell(quant="gptq"))
     except MissingError as error:
         lacking = str(error)
     for planned in found.cells:

@@ -10,10 +10,9 @@ from typing import Any
 
 from ...records.errors import UsageError
 from ...records.mixed_plan import QUANTIZED, QuantPlan
-from ...records.quantizations import PACKAGES
+from ...records.quantizations import FLOAT_DTYPES, SCHEMES, UNPACKED, library_of_method, resolve
 from ...records.results import SCHEMA, RunResult, Verdict
 
-FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 HEADLINES = (
     "throughput/output_tokens_per_s",
     "throughput/output_tokens_per_s_ci_low",
@@ -182,7 +181,7 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
             f"backend={cell.backend} cannot be registered: the registered model is run by transformers or llama.cpp. "
             "Measure with one of them."
         )
-    if (cell.backend == "llama_cpp" or cell.quant.startswith("gptq")) and (
+    if (cell.backend == "llama_cpp" or SCHEMES[cell.quant].makes_files) and (
         result.load is None or result.load.made is None
     ):
         raise UsageError(
@@ -222,40 +221,25 @@ def _dtype(result: RunResult) -> str:
 def _quantization(
     quant: str, facts: Mapping[str, str | int | float], from_gguf: bool, plan: QuantPlan | None
 ) -> dict[str, Any]:
-    """The quantization as realised: the transformers class and its settings; empty if the checkpoint loads as it is.
-
-    For a mixed quantization, the layers by scheme, which `serving_model` replaces one by one.
-    """
-    if plan is not None:
-        layers = {scheme: [name for name, given in plan.modules.items() if given == scheme] for scheme in QUANTIZED}
-        return {"class": "mixed", "layers": layers, "llm_int8_threshold": facts["quant.threshold"]}
-    if quant == "int8":
-        return {"class": "BitsAndBytesConfig", "load_in_8bit": True, "llm_int8_threshold": facts["quant.threshold"]}
-    if quant in ("int4", "fp4"):
-        kind, compute = facts["quant.type"], facts["quant.compute_dtype"]
-        double = {"bnb_4bit_use_double_quant": True} if facts.get("quant.double_quant") == "true" else {}
-        return {
-            "class": "BitsAndBytesConfig",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": kind,
-            "bnb_4bit_compute_dtype": compute,
-            **double,
-        }
-    if quant in FLOAT_DTYPES:
-        return {"class": "GgufConfig", "dequantize": True} if from_gguf else {}
-    method = facts.get("quant.method")
-    if quant == "none" or method == "gptq":  # the checkpoint names its quantization itself
-        return {}
-    if method == "torchao":
-        return {"class": "TorchAoConfig", "scheme": quant, "group_size": facts.get("quant.group_size")}
-    if method == "quanto":
-        return {"class": "QuantoConfig", "weights": f"int{quant.removeprefix('quanto')}"}
-    if method == "hqq":
-        return {"class": "hqq", "bits": facts["quant.bits"], "group_size": facts["quant.group_size"]}
-    raise UsageError(
-        f"quant={quant} cannot be registered yet: the served model does not know how it was realised. Use another "
-        "quantization."
-    )
+    """The recipe of the quantization as it was realised; empty if the checkpoint loads as it is."""
+    scheme = SCHEMES[quant]
+    if scheme.library is None or scheme.makes_files:  # a checkpoint that was made names its quantization itself
+        return dict(UNPACKED) if from_gguf and scheme.dtype else {}
+    layers = plan and {name: [layer for layer, given in plan.modules.items() if given == name] for name in QUANTIZED}
+    realised = {
+        "int8_threshold": facts.get("quant.threshold"),
+        "dtype": facts.get("quant.compute_dtype"),
+        "double_quant": facts.get("quant.double_quant") == "true",
+        "group_size": facts.get("quant.group_size"),
+        "layers": layers,
+    }
+    unknown = [setting for setting in scheme.settings if realised[setting] is None]
+    if unknown or not any(name.startswith("quant.") for name in facts):
+        raise UsageError(
+            f"quant={quant} cannot be registered yet: the served model does not know how it was realised. Use another "
+            "quantization."
+        )
+    return resolve(scheme.recipe, realised)
 
 
 def _place(result: RunResult) -> tuple[str, str, str | None]:
@@ -320,10 +304,10 @@ def _requirements(result: RunResult) -> tuple[str, ...]:
         pins = tuple(f"{name}=={packages[name]}" for name in ("llama-cpp-python", "numpy") if name in packages)
         return (*pins, "huggingface_hub") if result.model.source == "hub_gguf" else pins
     wanted = ["torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy"]
-    wanted += ["bitsandbytes"] if result.cell.quant in ("int8", "int4", "fp4", "mixed") else []
+    wanted += SCHEMES[result.cell.quant].packages
     wanted += ["gguf"] if result.model.source == "gguf" else []
-    method = str(result.load.facts.get("quant.method")) if result.load else ""
-    wanted += PACKAGES.get(method, ())
+    ready = library_of_method(result.load.facts.get("quant.method")) if result.load else None
+    wanted += ready.packages if ready else ()
     return tuple(
         f"{name}=={re.sub(r'[+].*', '', packages[name])}" for name in dict.fromkeys(wanted) if name in packages
     )

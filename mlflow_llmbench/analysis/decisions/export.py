@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...records.errors import UsageError
+from ...records.quantizations import BITSANDBYTES, MIXED, SCHEMES, UNPACKED, Scheme
 
 Config = Mapping[str, Any]
 LIBRARIES = {"transformers": "transformers", "llama_cpp": "llama.cpp"}
 """Backend that can be registered → library that runs its models."""
 
-BITSANDBYTES = ("int8", "int4", "fp4")
 TGI_THRESHOLD = 6.0
 """TGI computes activations above this in 16 bits: a constant there, like the double quantization of 4-bit weights.
 
@@ -49,17 +49,12 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
             f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a "
             "container."
         )
-    if config["quant"] == "mixed":
+    if config["quant"] == MIXED:
         raise UsageError(
             f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m "
             f"{uri}"
         )
-    if config["quantization"].get("class") in ("TorchAoConfig", "QuantoConfig", "hqq") and target in (
-        "vllm",
-        "tgi",
-        "sglang",
-        "transformers",
-    ):
+    if _quantizes(config) and not _scheme(config).engines and target in ("vllm", "tgi", "sglang", "transformers"):
         raise UsageError(
             f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models "
             f"serve -m {uri}"
@@ -76,6 +71,16 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
         )
     comment = "".join(f"# {line}\n" for line in _measured(config, uri, target))
     return comment + TARGETS[target](config, uri, requirements)
+
+
+def _scheme(config: Config) -> Scheme:
+    """The scheme of a version; `none` if this program does not know it (a version of a later one)."""
+    return SCHEMES.get(config["quant"], SCHEMES["none"])
+
+
+def _quantizes(config: Config) -> bool:
+    """Return True if the version's checkpoint is quantized while it is loaded."""
+    return config["quantization"] not in ({}, UNPACKED)
 
 
 def _measured(config: Config, uri: str, target: str) -> list[str]:
@@ -142,7 +147,7 @@ def _dtype(config: Config) -> str:
 
 def _vllm(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     _no_gguf(config, "vllm")
-    if config["quant"] in BITSANDBYTES or config.get("method") == "bitsandbytes":
+    if _scheme(config).library is BITSANDBYTES or config.get("method") == BITSANDBYTES.method:
         raise _cannot(config, "vllm", "it has no bitsandbytes any more (seen in 0.33)")
     options: Options = {"--revision": config["revision"]} if _from_hub(config) else {}
     options |= {
@@ -168,10 +173,10 @@ def _double_quantized(config: Config, engine: str) -> str:
 
 def _sglang(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     _no_gguf(config, "sglang")
-    if config["quant"] in ("int8", "fp4"):
+    kind = _scheme(config).engines.get("sglang")
+    if _quantizes(config) and not kind:
         raise _cannot(config, "sglang", "of bitsandbytes it makes NF4 only")
-    in_flight = config["quant"] == "int4"
-    note = _double_quantized(config, "SGLang") if in_flight else ""
+    note = _double_quantized(config, "SGLang") if kind else ""
     options: Options = {"--model-path": config["location"]} | (
         {"--revision": config["revision"]} if _from_hub(config) else {}
     )
@@ -180,7 +185,7 @@ def _sglang(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
         "--context-length": str(_tokens(config)),
         "--max-running-requests": str(config["batch_size"]),
     }
-    options |= {"--quantization": "bitsandbytes", "--load-format": "bitsandbytes"} if in_flight else {}
+    options |= {"--quantization": kind, "--load-format": kind} if kind else {}
     options |= {"--sampling-defaults": "openai"}
     options |= {"--trust-remote-code": None} if config["trust_remote_code"] else {}
     return note + _command(["python", "-m", "sglang.launch_server"], options)
@@ -188,16 +193,16 @@ def _sglang(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
 
 def _tgi(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     _no_gguf(config, "tgi")
-    schemes = {"int8": "bitsandbytes", "int4": "bitsandbytes-nf4", "fp4": "bitsandbytes-fp4"}
+    kind = _scheme(config).engines.get("tgi")
     options: Options = {"--model-id": config["location"]} | (
         {"--revision": config["revision"]} if _from_hub(config) else {}
     )
     threshold = config["quantization"].get("llm_int8_threshold", TGI_THRESHOLD)
     if threshold != TGI_THRESHOLD:
         raise _cannot(config, "tgi", f"its threshold of LLM.int8 is {TGI_THRESHOLD:g}, and {threshold:g} was measured")
-    note = _double_quantized(config, "TGI") if config["quant"] in ("int4", "fp4") else ""
-    if config["quant"] in schemes:
-        options["--quantize"] = schemes[config["quant"]]  # without --dtype: only one of them may be given
+    note = _double_quantized(config, "TGI") if "bnb_4bit_quant_type" in config["quantization"] else ""
+    if kind:
+        options["--quantize"] = kind  # without --dtype: only one of them may be given
     elif _dtype(config) in ("float16", "bfloat16"):
         options["--dtype"] = _dtype(config)
     else:

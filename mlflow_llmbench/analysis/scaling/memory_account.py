@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ...config.model_shape import VALUE_BYTES
 from ...records.backends import recorded_capabilities
 from ...records.cell import Cell
+from ...records.quantizations import SCHEMES
 from ...records.results import LoadInfo, MemorySample, RunResult
 from ...stats import Trend, trend
 from ..comparison import DEVICE_PEAK
@@ -17,15 +19,6 @@ from .cells import Measured
 
 MOST_POINTS = 150
 """Most samples that a trend is computed from; more are thinned to medians of neighbours."""
-
-BITS = {
-    "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "fp4": 4, "gptq": 4,
-    "float32": 32, "float16": 16, "bfloat16": 16,
-    "q8_0": 8, "q6_k": 6, "q5_k_m": 5, "q4_k_m": 4, "q4_0": 4, "q3_k_m": 3, "q2_k": 2,
-    "gptq3": 3, "gptq8": 8, "int8-wo": 8, "int8-dq": 8, "int4-wo": 4, "fp8": 8,
-    "hqq8": 8, "hqq4": 4, "hqq3": 3, "hqq2": 2, "quanto8": 8, "quanto4": 4, "quanto2": 2,
-}  # fmt: skip
-"""Bits of a weight by quantization or dtype, without scales."""
 
 REFERENCES = ("none", "bf16", "fp16", "fp32")
 """References for quantized cells: the first of these that was measured beside them is used."""
@@ -197,4 +190,9 @@ def _bits(measured: Measured) -> float | None:
     if plan is not None:
         return plan.nominal_bits
     dtype = measured.result.load.facts.get("model.dtype") if measured.result.load else None
-    return BITS.get(measured.cell.quant) or BITS.get(str(dtype))
+    return nominal_bits(measured.cell.quant) or 8 * VALUE_BYTES.get(str(dtype), 0) or None
+
+
+def nominal_bits(quant: str) -> int | None:
+    """Bits of a weight by quantization, without scales; None if it does not decide them."""
+    return SCHEMES[quant].bits if quant in SCHEMES else None

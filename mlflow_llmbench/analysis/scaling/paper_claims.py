@@ -84,7 +84,7 @@ class QuantEffect:
     @property
     def from_16_bits(self) -> bool:
         """True if the reference has 16-bit weights, as the paper's has."""
-        return self.memory.theory == 1 - memory_account.BITS.get(self.quant, 16) / 16
+        return self.memory.theory == 1 - (memory_account.nominal_bits(self.quant) or 16) / 16
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from ...config import model_shape
 from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError
-from ...records.quantizations import MADE
+from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts
 
 SAMPLES, BLOCK_BYTES = 128, 1 << 14
@@ -52,7 +52,7 @@ def read_facts(
 
 def refuse_made(cell: Cell, name: str) -> None:
     """Raise UsageError if the cell would quantize a GGUF file."""
-    if cell.quant in MADE:
+    if SCHEMES[cell.quant].library:
         raise UsageError(
             f"quant={cell.quant} cannot be made from {name}, which is quantized already. Use quant=none to run it as "
             "it is, or bf16 to unpack it."

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ...config import model_shape, models
-from ...records.cell import DRAWN, Cell
+from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError, first_line
-from ...records.quantizations import GPTQ_BITS, MIXED
 from ...records.results import ModelFacts
 from ..base import LOCAL_FILES
-from ..huggingface import gptq, mixed
+from ..huggingface.quantization import checkpoint_maker_of, maker_of
 from . import files, gguf_file, hub, random_weights
 
 GGUF_SOURCES = ("gguf", "hub_gguf")
@@ -165,17 +164,8 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         hub.download_gguf(cell, model)
     elif model.source in ("hub", "preset") and not files.is_complete(hub.snapshot(model)):
         hub.download(model)
-    if cell.quant in GPTQ_BITS:
-        gptq.quantize(
-            cell,
-            model,
-            base_files(cell, model)[0],
-            None if cell.workload in DRAWN else _tokenizer(cell, *base_files(cell, model)),
-        )
-    if cell.quant == MIXED and not mixed.is_prepared(cell, model):
-        mixed.prepare(
-            cell, model, base_files(cell, model)[0], None if cell.weights == "random" else load_tokenizer(cell, model)
-        )
+    if maker := maker_of(cell):
+        maker.make(cell, model, base_files(cell, model)[0], lambda: load_tokenizer(cell, model))
 
 
 def is_here(cell: Cell, model: ModelFacts) -> bool:
@@ -198,7 +188,8 @@ def gguf_path(model: ModelFacts) -> Path | None:
 
 def local_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:
     """Return the folder of the prepared files, and the name of the GGUF file in it, if it is one."""
-    return (str(gptq.folder_of(cell, model)), None) if cell.quant in GPTQ_BITS else base_files(cell, model)
+    maker = checkpoint_maker_of(cell)
+    return (str(maker.folder_of(cell, model)), None) if maker else base_files(cell, model)
 
 
 def base_files(cell: Cell, model: ModelFacts) -> tuple[str, str | None]:

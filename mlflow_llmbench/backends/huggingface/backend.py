@@ -17,16 +17,16 @@ from ...config.choices import ATTENTIONS, DECODES
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, NotRealised, foreign_errors
 from ...records.mixed_plan import QuantPlan
-from ...records.quantizations import GGUF_QUANTIZATIONS, GPTQ_BITS, HQQ_BITS, MIXED, QUANTIZATIONS
+from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES, UNPACKED, schemes_of
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine
 from ...workloads.prompts import turn_texts
 from ..base import Capabilities, DeviceMemory, Emit, Serving, Token
 from ..checkpoints import files, sources
-from . import decoding, gptq, mixed, quantization
+from . import decoding, mixed, quantization, recipe
 from .continuous import ContinuousEngine
 from .decoding import DecodePath
-from .inspection import FLOAT_DTYPES, Inspection, inspect_model, touch, verify, verify_plan
+from .inspection import Inspection, inspect_model, touch, verify, verify_plan
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class TransformersBackend:
         continuous=True,
         random_weights=True,
         heavy=("torch", "transformers"),
-        quantizations=tuple(quant for quant in QUANTIZATIONS if quant not in GGUF_QUANTIZATIONS),
+        quantizations=schemes_of("transformers"),
         delegates=("llama_cpp",),
         attentions=ATTENTIONS,
         decodes=DECODES,
@@ -78,11 +78,8 @@ class TransformersBackend:
                     "Run: pip install mlflow-llmbench"
                 )
         quantization.require(cell)
-        if cell.quant in GPTQ_BITS:
-            gptq.require()
         decoding.require(cell, machine.require_device(cell.device))
         model = sources.find_model(cell)
-        gptq.require_for(model)
         quantization.require_for(model)
         model = (
             dataclasses.replace(model, quant_plan=mixed.read_plan(cell.quant_plan, model)) if cell.quant_plan else model
@@ -98,35 +95,32 @@ class TransformersBackend:
 
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
-        """Return True if the files are on this disk. Always False for GPTQ: its checkpoint is found by content only."""
+        """Return True if the files are on this disk, with all that is made for the quantization before the load."""
         small = model.assistant is None or sources.is_here(sources.assistant_of(cell), model.assistant)
-        planned = cell.quant != MIXED or mixed.is_prepared(cell, model)
-        return cell.quant not in GPTQ_BITS and small and planned and sources.is_here(cell, model)
+        maker = quantization.maker_of(cell)
+        return small and (maker is None or maker.is_made(cell, model)) and sources.is_here(cell, model)
 
     # Loading
 
     def load(self) -> LoadInfo:
         """Load, verify and touch the model. The time covers loading from local files and touching, not verification."""
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         folder, gguf_file = sources.local_files(self.cell, self.facts)
         self.weights_format = "gguf" if gguf_file else files.weights_format(folder)
         self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
-        keywords = self._load_keywords(gguf_file)
+        dtype, keywords = self._dtype(), self._load_keywords(gguf_file)
+        how, place = (self._recipe(gguf_file, dtype), self.device) if self.plan is None else ({}, "cpu")
         started = time.perf_counter()
         with foreign_errors("loading"), torch.inference_mode():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
-            self.model, report = loaded
+            self.model, report = recipe.load(folder, how, device=place, dtype=dtype, **keywords)
             quantization.refuse_missing(self.facts, report["missing_keys"])
-            if self.cell.quant in HQQ_BITS:
-                quantization.quantize_with_hqq(self.model, self.cell, keywords["dtype"])
-            self.model.eval()
-            if self.plan:
+            if self.plan:  # layer by layer on the way to the device, which never holds all of it unquantized
                 mixed.realise(self.model, self.plan.modules, self.device)
                 self.model.to(self.device)
             touch(self.model)  # part of the load: only now is a mapped checkpoint read from the disk
-            assistant = self._load_assistant(keywords)
+            assistant = self._load_assistant(dtype)
         self._synchronise()
         self.load_s = time.perf_counter() - started
         # Neutral settings: no end-of-sequence token or sampling default of the checkpoint changes length or cost.
@@ -144,61 +138,55 @@ class TransformersBackend:
             )
         return self._load_info(self.load_s, found)
 
-    def _load_assistant(self, keywords: dict[str, Any]) -> Any:
+    def _load_assistant(self, dtype: str) -> Any:
         """Load the small model that proposes tokens, in the dtype of the computation; None if the cell has none."""
         if self.facts.assistant is None:
             return None
-        from transformers import AutoModelForCausalLM
-
         cell = sources.assistant_of(self.cell)
         folder, _ = sources.local_files(cell, self.facts.assistant)
-        named = {name: keywords[name] for name in ("local_files_only", "trust_remote_code", "device_map", "dtype")}
+        keywords: dict[str, Any] = {"local_files_only": True, "trust_remote_code": cell.trust_remote_code}
         if not files.may_be_pickled(cell, self.facts.assistant.source):
-            named["use_safetensors"] = True
-        assistant = AutoModelForCausalLM.from_pretrained(folder, **named)
-        touch(assistant.eval())
+            keywords["use_safetensors"] = True
+        assistant, _ = recipe.load(folder, {}, device=self.device, dtype=dtype, **keywords)
+        touch(assistant)
         return assistant
 
     def describe(self) -> LoadInfo:
         return self._load_info(self.load_s, inspect_model(self.model))
 
-    def _load_keywords(self, gguf_file: str | None) -> dict[str, Any]:
-        import torch
+    def _dtype(self) -> str:
+        """The dtype to load with: torch's name of it, or `auto`."""
+        if self.plan:
+            return FLOAT_DTYPES[self.plan.sensitivity.kept]
+        scheme = SCHEMES[self.cell.quant]
+        if scheme.made_while_loading:
+            return "bfloat16" if mixed.has_bfloat16(self.device) else "float16"
+        return scheme.dtype or "auto"
 
-        quant = self.cell.quant
+    def _recipe(self, gguf_file: str | None, dtype: str) -> dict[str, Any]:
+        """The recipe to load with, plain data."""
+        if SCHEMES[self.cell.quant].made_while_loading:
+            return quantization.recipe_of(self.cell, dtype)
+        return dict(UNPACKED) if gguf_file and self.cell.quant in FLOAT_DTYPES else {}
+
+    def _load_keywords(self, gguf_file: str | None) -> dict[str, Any]:
         keywords: dict[str, Any] = {
             "local_files_only": True,
             "trust_remote_code": self.cell.trust_remote_code,
-            "device_map": {"": self.device},
         }
         if self.cell.attention != "auto":
             keywords["attn_implementation"] = self.cell.attention
-        if quant in FLOAT_DTYPES:
-            keywords["dtype"] = getattr(torch, FLOAT_DTYPES[quant])
-        elif self.plan:
-            keywords["dtype"] = getattr(torch, FLOAT_DTYPES[self.plan.sensitivity.kept])
-            # Quantized block by block on the way to the device, which never holds all of it unquantized.
-            keywords["device_map"] = {"": "cpu"}
-        elif quant in quantization.PACKAGE:
-            keywords["dtype"] = torch.bfloat16 if mixed.has_bfloat16(self.device) else torch.float16
-            keywords["quantization_config"] = quantization.config(self.cell, self.device, keywords["dtype"])
-        else:
-            keywords["dtype"] = "auto"
-        if not files.may_be_pickled(self.cell, self.facts.source):
-            keywords["use_safetensors"] = True
         if gguf_file:
-            keywords.pop("use_safetensors", None)
             keywords["gguf_file"] = gguf_file
-            if quant in FLOAT_DTYPES:
-                from transformers import GgufConfig
-
-                keywords["quantization_config"] = GgufConfig(dequantize=True)
+        elif not files.may_be_pickled(self.cell, self.facts.source):
+            keywords["use_safetensors"] = True
         return keywords
 
     def _load_info(self, load_s: float, found: Inspection) -> LoadInfo:
         config = self.model.config.get_text_config()
         compute = self.model.get_input_embeddings().weight.dtype
         shape = model_shape.Shape.from_config(config.to_dict())
+        maker = quantization.checkpoint_maker_of(self.cell)
         facts: dict[str, str | int | float] = {
             "model.parameters": found.parameters,
             "model.dtype": str(compute).removeprefix("torch."),
@@ -211,11 +199,11 @@ class TransformersBackend:
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
             "quant.bits_per_weight": round(found.linear_bits, 3),
-            "quant.kernel": ", ".join(f"{name} × {count}" for name, count in sorted(found.linear_classes.items())),
-            **quantization.facts(self.model),
+            "quant.kernel": recipe.kernel(found.linear_classes),
+            **quantization.facts(self.cell, self.model),
             **(self.path.facts() if self.path else {}),
             **({"assistant.revision": self.facts.assistant.revision} if self.facts.assistant else {}),
-            **(gptq.recorded(sources.local_files(self.cell, self.facts)[0]) if self.cell.quant in GPTQ_BITS else {}),
+            **(maker.recorded(sources.local_files(self.cell, self.facts)[0]) if maker else {}),
             **(mixed.facts(self.plan) if self.plan else {}),
             **training.recorded(sources.base_files(self.cell, self.facts)[0]),
         }
@@ -232,7 +220,7 @@ class TransformersBackend:
             vocab_size=int(config.vocab_size),
             mapped_weight_bytes=found.mapped_bytes,
             quant_plan=self.plan,
-            made=sources.local_files(self.cell, self.facts)[0] if self.cell.quant in GPTQ_BITS else None,
+            made=sources.local_files(self.cell, self.facts)[0] if maker else None,
         )
 
     def _cache_bytes(self) -> int | None:

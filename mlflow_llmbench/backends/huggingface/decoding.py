@@ -15,6 +15,7 @@ from typing import Any
 
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, NotRealised
+from ...records.quantizations import install_command
 from . import quantization
 from .inspection import stored_bytes
 
@@ -53,7 +54,7 @@ def require(cell: Cell, device: str) -> None:
     if package and not quantization.installed(package):
         raise MissingError(
             f"kv_cache={cell.kv_cache} needs the package {package}, which is not installed. "
-            f"Run: {quantization.INSTALL[package]}; kv_cache=fp8 needs none."
+            f"Run: {install_command(package)}; kv_cache=fp8 needs none."
         )
 
 

@@ -7,71 +7,42 @@ an ordinary checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import random
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...records.cell import Cell
-from ...records.errors import MeasurementError, MissingError, first_line
-from ...records.quantizations import GPTQ_BITS
+from ...records.cell import DRAWN, Cell
+from ...records.errors import MeasurementError, first_line
+from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ...workloads.prompts import load_prompts
+from .quantization import recipe_of
 
-PACKAGES = ("optimum", "gptqmodel")
 MOST_SAMPLES = 64
 SAMPLE_TOKENS = 256
 RECIPE = "llmbench.json"
 """File beside the weights that records how they were made."""
 
 
-def require() -> None:
-    """Raise MissingError unless the packages and a C++ compiler are installed."""
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise MissingError(
-                f"quant=gptq needs the package {package}, which is not installed. "
-                "Run: pip install 'mlflow-llmbench[gptq]'"
-            )
-    compiler = os.environ.get("CXX", "g++").split()[0]
-    if not shutil.which(compiler):
-        raise MissingError(
-            "quant=gptq needs a C++ compiler, since GPTQModel builds a part of itself, "
-            f"and {compiler} is not installed. Install g++, or set CXX."
-        )
-
-
-READY = {"gptq": PACKAGES, "awq": ("gptqmodel",)}
-"""Quantization method of a ready checkpoint → the packages with which transformers loads it."""
-
-
-def require_for(model: ModelFacts) -> None:
-    """Raise MissingError if a ready GPTQ or AWQ checkpoint cannot be loaded here. Other models always pass."""
-    method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
-    for package in READY.get(str(method), ()):
-        if importlib.util.find_spec(package) is None:
-            raise MissingError(
-                f"{model.name} is quantized with {method}, and loading it needs the package {package}, "
-                "which is not installed. Run: pip install 'mlflow-llmbench[gptq]'"
-            )
-
-
 def folder_of(cell: Cell, model: ModelFacts) -> Path:
     """Return the cache folder of the quantized checkpoint, named by a hash of everything that decides its content."""
-    versions = {package: importlib.metadata.version(package) for package in (*PACKAGES, "transformers", "torch")}
+    packages = (*SCHEMES[cell.quant].packages, "transformers", "torch")
+    versions = {package: importlib.metadata.version(package) for package in packages}
     prompts = load_prompts(cell.workload)
     calibration = list(prompts.texts) or {"generator": "uniform-ids-1", "seed": cell.seed}
     name, revision = model.identity
     made_of = {
         "model": name,
         "revision": revision,
-        "bits": GPTQ_BITS[cell.quant],
+        "bits": SCHEMES[cell.quant].bits,
         "group_size": cell.group_size,
         "calibration": calibration,
         "samples": [MOST_SAMPLES, SAMPLE_TOKENS],
@@ -80,8 +51,13 @@ def folder_of(cell: Cell, model: ModelFacts) -> Path:
     return machine.cache_folder() / "gptq" / f"{Path(model.name).name}-{cell.quant}-{hash16(made_of)}"
 
 
-def quantize(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
-    """Write the quantized checkpoint unless it exists. `tokenizer` is None for synthetic prompts.
+def is_made(cell: Cell, model: ModelFacts) -> bool:
+    """Return False: a checkpoint is found by its content only, which `make` determines."""
+    return False
+
+
+def make(cell: Cell, model: ModelFacts, source: str, tokenizer: Callable[[], Any]) -> None:
+    """Write the quantized checkpoint unless it exists. `tokenizer` loads the tokenizer, for prompts that are texts.
 
     Raises MeasurementError if it cannot be quantized. The folder appears complete or not at all. An interruption
     leaves a temporary folder, which is removed.
@@ -89,15 +65,16 @@ def quantize(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None
     target = folder_of(cell, model)
     if (target / RECIPE).exists():
         return
+    words = None if cell.workload in DRAWN else tokenizer()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gptq-") as scratch:
         try:
-            _quantize_into(Path(scratch), cell, source, tokenizer)
+            _quantize_into(Path(scratch), cell, source, words)
         except MeasurementError:
             raise
         except Exception as error:
             raise MeasurementError(
-                f"GPTQ could not quantize {cell.model} with {GPTQ_BITS[cell.quant]} bits and "
+                f"GPTQ could not quantize {cell.model} with {SCHEMES[cell.quant].bits} bits and "
                 f"group_size={cell.group_size}: {type(error).__name__}: {first_line(error)}. "
                 "Try another group_size, or quant=int4."
             ) from error
@@ -119,9 +96,7 @@ def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> Non
         for ids in _samples(cell, int(loaded.config.get_text_config().vocab_size), tokenizer)
     ]
     dataset = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
-    quantizer = GPTQQuantizer(
-        bits=GPTQ_BITS[cell.quant], group_size=cell.group_size, dataset=dataset, desc_act=False, sym=True
-    )
+    quantizer = GPTQQuantizer(**recipe_of(cell, "auto"), dataset=dataset)
     started = time.perf_counter()
     quantized = quantizer.quantize_model(loaded, None)
     seconds = time.perf_counter() - started

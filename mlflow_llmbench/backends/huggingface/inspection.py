@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...records.errors import NotRealised
+from ...records.mixed_plan import QUANTIZED
+from ...records.quantizations import FLOAT_DTYPES, SCHEMES
 from ...system import memory
+from . import recipe
 
 if TYPE_CHECKING:
     import torch
@@ -166,20 +169,16 @@ def _linear_layers(model: Any) -> tuple[float, dict[str, int], int]:
 
     Covers all linear layers but the output head, and the experts.
     """
-    head = model.get_output_embeddings()
-    classes: Counter[str] = Counter()
     stored = logical = experts = 0
     for module in model.modules():
         for tensor in _experts(module):
             stored += stored_bytes(tensor, module)
             logical += tensor.numel()
             experts += tensor.numel()
-        if module is head or not hasattr(module, "in_features") or next(module.children(), None) is not None:
-            continue
-        classes[_class_name(module)] += 1
-        stored += layer_bytes(module)
-        logical += int(module.in_features) * int(module.out_features)
-    return (8 * stored / logical if logical else 0.0), dict(classes), experts
+    for layer in recipe.linear_layers(model):
+        stored += layer_bytes(layer)
+        logical += int(layer.in_features) * int(layer.out_features)
+    return (8 * stored / logical if logical else 0.0), recipe.layer_classes(model), experts
 
 
 def _experts(module: Any) -> list[torch.Tensor]:
@@ -191,16 +190,6 @@ def _experts(module: Any) -> list[torch.Tensor]:
     return [tensor for name, tensor in own if tensor.ndim == 3 and tensor.is_floating_point() and "scale" not in name]
 
 
-def _class_name(module: Any) -> str:
-    """Return a layer's class name, with that of its weight if it is a tensor subclass, which has another kernel."""
-    weight = getattr(module, "weight", None)
-    if not hasattr(weight, "__tensor_flatten__"):
-        return type(module).__name__
-    # With act_quant_kwargs, activations are quantized too.
-    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
-    return f"{type(module).__name__}({type(weight).__name__}{dynamic})"
-
-
 def layer_bytes(module: Any) -> int:
     """Return the stored bytes of a linear layer's weight, with quantization state and without bias."""
     weights = [
@@ -209,52 +198,19 @@ def layer_bytes(module: Any) -> int:
     return sum(stored_bytes(tensor, module) for tensor in weights)
 
 
-EXPECTED = {
-    "int8": ({"Linear8bitLt"}, 8.0, 8.6),
-    "int4": ({"Linear4bit"}, 4.0, 5.0),
-    "fp4": ({"Linear4bit"}, 4.0, 5.0),
-    "int8-wo": ({"Linear(Int8Tensor)"}, 8.0, 8.6),
-    "int8-dq": ({"Linear(Int8Tensor, dynamic)"}, 8.0, 8.6),
-    "int4-wo": ({"Linear(Int4OpaqueTensor)", "Linear(Int4TilePackedTo4dTensor)"}, 4.0, 6.1),
-    "fp8": ({"Linear(Float8Tensor, dynamic)"}, 8.0, 8.6),
-    "hqq8": ({"HQQLinear"}, 8.0, 10.1),
-    "hqq4": ({"HQQLinear"}, 4.0, 6.1),
-    "hqq3": ({"HQQLinear"}, 3.0, 5.3),
-    "hqq2": ({"HQQLinear"}, 2.0, 4.1),
-    "quanto8": ({"QLinear(WeightQBytesTensor)", "QLinear(MarlinF8QBytesTensor)"}, 8.0, 8.6),
-    "quanto4": (
-        {"QLinear(WeightQBitsTensor)", "QLinear(TinyGemmWeightQBitsTensor)", "QLinear(AWQWeightQBitsTensor)"},
-        4.0,
-        5.0,
-    ),
-    "quanto2": ({"QLinear(WeightQBitsTensor)"}, 2.0, 3.0),
-    "gptq": (None, 4.0, 5.5),
-    "gptq3": (None, 3.0, 4.5),
-    "gptq8": (None, 8.0, 9.5),
-    "fp32": (None, 32.0, 32.0),
-    "fp16": (None, 16.0, 16.0),
-    "bf16": (None, 16.0, 16.0),
-}
-"""Quantization → classes of its linear layers (None: any), lowest and highest stored bits per weight.
-
-The highest holds for groups of 16 where the group size can be chosen.
-"""
-
-FLOAT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
 def verify(quant: str, device: str, found: Inspection) -> None:
     """Raise NotRealised unless the loaded model has the quantization `quant` and is on `device`."""
     if not found.device.startswith(device.partition(":")[0]):
         raise NotRealised(
             f"The model is on {found.device}, not on {device}. Use device={found.device.partition(':')[0]}."
         )
-    if quant not in EXPECTED:
+    scheme = SCHEMES[quant]
+    if scheme.held_bits is None:
         return
-    classes, low, high = EXPECTED[quant]
-    if classes and not classes >= set(found.linear_classes):
+    low, high = scheme.held_bits
+    if scheme.layers and not set(scheme.layers) >= set(found.linear_classes):
         advice = "Use quant=none for a checkpoint that is quantized already"
-        if quant == "int4-wo":  # torchao leaves a layer as it is if the groups do not fit
+        if "group_size" in scheme.settings:  # torchao leaves a layer as it is if the groups do not fit
             advice = "Use a group_size that divides the inputs of every layer"
         raise NotRealised(f"quant={quant} was asked for, but the linear layers are {found.linear_classes}. {advice}.")
     if found.expert_weights and high < 16:
@@ -276,20 +232,15 @@ def verify(quant: str, device: str, found: Inspection) -> None:
         )
 
 
-BLOCK_CLASSES = {"fp16": "Linear", "bf16": "Linear", "int8": "Linear8bitLt", "int4": "Linear4bit"}
-"""Scheme of a block in a mixed model → class of its linear layers."""
-
-
 def verify_plan(schemes: Mapping[str, str], model: Any) -> None:
     """Raise NotRealised unless each linear layer but the output head has the class, dtype and bits of its scheme.
 
     `schemes` maps names of layers to schemes, as planned.
     """
     head = model.get_output_embeddings()
+    quantized = {name for scheme in QUANTIZED for name in SCHEMES[scheme].layers}
     layers = {
-        name: module
-        for name, module in model.named_modules()
-        if name in schemes or type(module).__name__ in ("Linear8bitLt", "Linear4bit")
+        name: module for name, module in model.named_modules() if name in schemes or type(module).__name__ in quantized
     }
     layers |= {
         name: module
@@ -301,7 +252,8 @@ def verify_plan(schemes: Mapping[str, str], model: Any) -> None:
     for name in {**schemes, **layers}:
         module, scheme = layers.get(name), schemes.get(name)
         found = type(module).__name__
-        if module is None or scheme is None or module is head or found != BLOCK_CLASSES[scheme]:
+        expected = (SCHEMES[scheme].layers or ("Linear",)) if scheme else ()
+        if module is None or scheme is None or module is head or found not in expected:
             raise NotRealised(
                 f"The plan has {name} in {scheme or 'no scheme'}, "
                 f"but the model has {found if module else 'no such layer'} there."
@@ -315,7 +267,7 @@ def verify_plan(schemes: Mapping[str, str], model: Any) -> None:
         stored[scheme] += layer_bytes(module)
         logical[scheme] += int(module.in_features) * int(module.out_features)
     for scheme, size in stored.items():
-        _, low, high = EXPECTED[scheme]
+        low, high = SCHEMES[scheme].held_bits or (0.0, 0.0)
         bits = 8 * size / logical[scheme]
         if not low - 0.01 <= bits <= high + 0.01:
             raise NotRealised(

@@ -18,7 +18,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,11 @@ from ...config.parsers import read_budget
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, NotRealised, UsageError, first_line
 from ...records.mixed_plan import QUANTIZED, Block, QuantPlan, Sensitivity
+from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES
 from ...records.results import ModelFacts, from_json, hash16, to_json
 from ...system import machine
 from ...workloads.prompts import load_prompts
-from . import inspection, knapsack, scoring
+from . import inspection, knapsack, recipe, scoring
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +48,10 @@ CALIBRATION = ("qa", "summarization", "creative", "code", "chat", "domain")
 """Bundled workloads from which passages are cut, except the measured one: its quality is judged on other texts."""
 
 ROWS = 8  # passages in one forward pass
-THRESHOLD = 6.0  # LLM.int8's, as for quant=int8
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+THRESHOLD = float(SCHEMES[MIXED].recipe["llm_int8_threshold"])
+KEPT = ("bf16", "fp16")
+"""Possible schemes of blocks that are not quantized."""
+
 NANO = 10**12  # factor that makes costs whole numbers
 
 
@@ -57,7 +60,7 @@ def kept_scheme(model: ModelFacts, bfloat16: bool) -> str:
 
     It is the checkpoint's own 16-bit type, or bf16 if it has more bits, or fp16 on devices without bf16.
     """
-    own = {dtype: scheme for scheme, dtype in DTYPES.items()}.get(str(model.dtype))
+    own = next((scheme for scheme in KEPT if FLOAT_DTYPES[scheme] == model.dtype), None)
     return own if own and (bfloat16 or own != "bf16") else "bf16" if bfloat16 else "fp16"
 
 
@@ -77,7 +80,7 @@ def plan_of(cell: Cell, model: ModelFacts) -> QuantPlan:
         ) from None
 
 
-def is_prepared(cell: Cell, model: ModelFacts) -> bool:
+def is_made(cell: Cell, model: ModelFacts) -> bool:
     """Return True if the plan of a cell is there."""
     return model.quant_plan is not None or (_folder(cell, model) / _plan_name(cell)).exists()
 
@@ -142,24 +145,24 @@ def _write(file: Path, record: object) -> None:
 # Measuring and choosing
 
 
-def prepare(cell: Cell, model: ModelFacts, source: str, tokenizer: Any) -> None:
+def make(cell: Cell, model: ModelFacts, source: str, tokenizer: Callable[[], Any]) -> None:
     """Make and write the plan of a cell: measure the sensitivity unless it is cached, and choose under the budget.
 
-    The plan as a whole is measured too. `source` is the folder of the checkpoint; `tokenizer` is None for random
-    weights. Raises UsageError if nothing fits the budget, and MeasurementError if the sensitivity cannot be measured.
+    The plan as a whole is measured too. `source` is the folder of the checkpoint; `tokenizer` loads its tokenizer, and
+    is not called for random weights. Raises UsageError if nothing fits the budget, and MeasurementError if the
+    sensitivity cannot be measured.
     """
-    if is_prepared(cell, model):
+    if is_made(cell, model):
         return
     import torch
 
     device = machine.require_device(cell.device)
+    words = None if cell.weights == "random" else tokenizer()
     try:
         with torch.inference_mode():
             kept = kept_scheme(model, has_bfloat16(device))
             loaded = _load(cell, source, kept).to(device)
-            ids = torch.tensor(
-                _passages(cell, int(loaded.config.get_text_config().vocab_size), tokenizer), device=device
-            )
+            ids = torch.tensor(_passages(cell, int(loaded.config.get_text_config().vocab_size), words), device=device)
             reference = _logits(loaded, ids)
             known = _folder(cell, model) / "sensitivity.json"
             if known.exists():
@@ -358,7 +361,7 @@ def _load(cell: Cell, source: str, kept: str) -> Any:
         source,
         local_files_only=True,
         trust_remote_code=cell.trust_remote_code,
-        dtype=getattr(torch, DTYPES[kept]),
+        dtype=getattr(torch, FLOAT_DTYPES[kept]),
         **attention,
     ).eval()
 
@@ -387,41 +390,15 @@ def realise(model: Any, schemes: Mapping[str, str], device: str) -> None:
 
     Raises NotRealised if the model has no such layer.
     """
-    for name, scheme in schemes.items():
-        if scheme not in QUANTIZED:
-            continue
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
+    layers = {scheme: [name for name, given in schemes.items() if given == scheme] for scheme in QUANTIZED}
+    known = dict(model.named_modules())
+    for name in (name for names in layers.values() for name in names):
+        if name not in known:
             raise NotRealised(
                 f"The plan names the layer {name}, which this model does not have. "
                 "Make a plan for it with quant_budget."
-            ) from None
-        model.set_submodule(name, quantized(linear, scheme, device))
-
-
-def quantized(linear: Any, scheme: str, device: str) -> Any:
-    """Quantize a linear layer with bitsandbytes as transformers does: LLM.int8 (int8) or NF4 in blocks of 64 (int4)."""
-    import bitsandbytes
-    import torch
-
-    nn: Any = bitsandbytes.nn
-    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
-    weight = linear.weight.data.to("cpu")
-    with torch.device("meta"):
-        made: Any = (
-            nn.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=THRESHOLD)
-            if scheme == "int8"
-            else nn.Linear4bit(*sizes, biased, compute_dtype=weight.dtype, compress_statistics=False, quant_type="nf4")
-        )
-    if scheme == "int8":
-        made.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
-    else:
-        made.weight = nn.Params4bit(
-            weight, requires_grad=False, compress_statistics=False, quant_type="nf4", module=made
-        ).to(device)
-    made.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.data.to(device), requires_grad=False)
-    return made.requires_grad_(False).eval()
+            )
+    recipe.replace_layers(model, layers, THRESHOLD, device)
 
 
 def facts(plan: QuantPlan) -> dict[str, str | int | float]:
@@ -433,7 +410,7 @@ def facts(plan: QuantPlan) -> dict[str, str | int | float]:
         "quant.blocks": ", ".join(f"{scheme} × {count}" for scheme, count in plan.counts.items()),
         "quant.planned_bits": round(plan.bits, 3),
         "quant.predicted_kl": float(f"{plan.predicted_kl:.4g}"),
-        "quant.compute_dtype": DTYPES[found.kept],
+        "quant.compute_dtype": FLOAT_DTYPES[found.kept],
         "quant.threshold": THRESHOLD,
         "quant.type": "nf4",
         "quant.calibration": found.calibration,

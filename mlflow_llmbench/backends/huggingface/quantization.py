@@ -1,106 +1,124 @@
-"""Quantization at load time by bitsandbytes, torchao, HQQ or quanto: requirements and settings of each.
+"""Quantization with transformers: what a scheme or a quantized checkpoint needs here, its recipe, and its facts.
 
-Nothing heavy is imported before `config` is called, so that `resolve` and `llmbench doctor` can ask what is missing.
+Nothing heavy is imported, so that `resolve` and `llmbench doctor` can ask what is missing.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+import os
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 from ...records.cell import Cell
 from ...records.errors import MissingError, NotRealised, UsageError
-from ...records.quantizations import BITSANDBYTES, HQQ_BITS, MIXED, QUANTO_BITS, TORCHAO
+from ...records.quantizations import SCHEMES, Library, install_command, library_of_method, resolve
 from ...records.results import ModelFacts
 from ...system import gpu
 
-if TYPE_CHECKING:
-    import torch
+
+class Maker(Protocol):
+    """Module of this folder that calibrates schemes before the load, in the process that prepares files."""
+
+    def is_made(self, cell: Cell, model: ModelFacts) -> bool:
+        """Return True if what `make` makes is known to be there."""
+
+    def make(self, cell: Cell, model: ModelFacts, source: str, tokenizer: Callable[[], Any]) -> None:
+        """Make and cache it unless it is there. `source`: the checkpoint's folder; `tokenizer` loads its tokenizer."""
 
 
-INSTALL = {
-    "bitsandbytes": "pip install bitsandbytes",
-    "torchao": "pip install 'mlflow-llmbench[torchao]'",
-    "hqq": "pip install 'mlflow-llmbench[hqq]'",
-    "optimum-quanto": "pip install 'mlflow-llmbench[quanto]'",
-    "compressed-tensors": "pip install 'mlflow-llmbench[compressed-tensors]'",
-}
-"""Package → command that installs it."""
+class CheckpointMaker(Maker, Protocol):
+    """Maker of a scheme with `makes_files`: the checkpoint that it makes is loaded in place of the model's own."""
 
-PACKAGE = {
-    **dict.fromkeys((*BITSANDBYTES, MIXED), "bitsandbytes"),
-    **dict.fromkeys(TORCHAO, "torchao"),
-    **dict.fromkeys(HQQ_BITS, "hqq"),
-    **dict.fromkeys(QUANTO_BITS, "optimum-quanto"),
-}
-"""Quantization → package that makes it."""
+    def folder_of(self, cell: Cell, model: ModelFacts) -> Path:
+        """Return the folder of the quantized checkpoint."""
 
-INT4_GROUPS = (32, 64, 128)
-"""Group sizes that torchao's kernels for 4-bit weights support, on a CPU and on a GPU."""
+    def recorded(self, folder: str) -> dict[str, str | int | float]:
+        """Return the facts that were recorded when it was made."""
 
-FP8_CAPABILITY = (8, 9)
-"""Compute capability of the oldest GPUs that multiply 8-bit floats: Ada and Hopper (torchao's own requirement)."""
+
+def maker_of(cell: Cell) -> Maker | None:
+    """Return the module that calibrates the scheme of a cell; None for schemes that need no calibration."""
+    name = SCHEMES[cell.quant].maker
+    return cast(Maker, importlib.import_module(f".{name}", __package__)) if name else None
+
+
+def checkpoint_maker_of(cell: Cell) -> CheckpointMaker | None:
+    """Return the module that makes the checkpoint of a cell; None for schemes that load the model's own."""
+    return cast(CheckpointMaker, maker_of(cell)) if SCHEMES[cell.quant].makes_files else None
 
 
 def require(cell: Cell) -> None:
     """Raise MissingError if a cell's quantization lacks something here, UsageError if its groups have no kernel."""
-    package = PACKAGE.get(cell.quant)
-    if package and not installed(package):
-        raise MissingError(
-            f"quant={cell.quant} needs the package {package}, which is not installed. Run: {INSTALL[package]}"
-        )
-    if cell.quant == "int4-wo" and cell.group_size not in INT4_GROUPS:
+    scheme = SCHEMES[cell.quant]
+    if scheme.library:
+        _require_packages(f"quant={cell.quant} needs", scheme.packages)
+        _require_compiler(cell.quant, scheme.library)
+    if scheme.group_sizes and cell.group_size not in scheme.group_sizes:
         raise UsageError(
-            f"quant=int4-wo has no kernel for group_size={cell.group_size}. "
-            f"Use group_size={','.join(map(str, INT4_GROUPS))}."
+            f"quant={cell.quant} has no kernel for group_size={cell.group_size}. "
+            f"Use group_size={','.join(map(str, scheme.group_sizes))}."
         )
     # For a cell that a cluster will measure, the device is not known here and given as the CPU.
     if cell.device != "cpu" and (lack := lacking_device(cell.quant, int(cell.device.partition(":")[2] or 0))):
         raise MissingError(f"quant={cell.quant} {lack}")
 
 
-READY = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed-tensors"}
-"""Quantization method of a ready checkpoint → package with which transformers loads it; others are in `gptq.READY`."""
+def _require_packages(needs: str, packages: Collection[str]) -> None:
+    for package in packages:
+        if not installed(package):
+            raise MissingError(
+                f"{needs} the package {package}, which is not installed. Run: {install_command(package)}"
+            )
 
 
-def require_for(model: ModelFacts) -> None:
-    """Raise MissingError if a checkpoint that one of these packages wrote cannot be loaded here. Others always pass."""
-    method = _ready_method(model)
-    package = READY.get(method)
-    if package and not installed(package):
+def _require_compiler(quant: str, library: Library) -> None:
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if library.compiler and not shutil.which(compiler):
         raise MissingError(
-            f"{model.name} is quantized with {method}, and loading it needs the package {package}, "
-            f"which is not installed. Run: {INSTALL[package]}"
+            f"quant={quant} needs a C++ compiler, since {library.compiler}, and {compiler} is not installed. "
+            "Install g++, or set CXX."
         )
 
 
-def refuse_missing(model: ModelFacts, missing: Collection[str]) -> None:
-    """Raise NotRealised if a checkpoint that one of these packages wrote lacks weights.
+def require_for(model: ModelFacts) -> None:
+    """Raise MissingError if a checkpoint that is quantized already cannot be loaded here. Others always pass."""
+    if library := _library_of(model):
+        _require_packages(f"{model.name} is quantized with {library.method}, and loading it needs", library.ready)
 
-    transformers would initialize them at random and continue.
+
+def refuse_missing(model: ModelFacts, missing: Collection[str]) -> None:
+    """Raise NotRealised if a checkpoint that is quantized already lacks weights, as far as transformers reports them.
+
+    It would initialize them at random and continue.
     """
-    if missing and _ready_method(model) in READY:
+    library = _library_of(model)
+    if missing and library and library.reports_missing:
         raise NotRealised(
             f"The checkpoint {model.name} lacks {len(missing)} of the weights that its quantization_config "
-            f"({_ready_method(model)}) requires, such as {sorted(missing)[0]}. "
+            f"({library.method}) requires, such as {sorted(missing)[0]}. "
             "The installed versions cannot read its format; use another checkpoint."
         )
 
 
-def _ready_method(model: ModelFacts) -> str:
-    return str(((model.config or {}).get("quantization_config") or {}).get("quant_method"))
+def _library_of(model: ModelFacts) -> Library | None:
+    return library_of_method(((model.config or {}).get("quantization_config") or {}).get("quant_method"))
 
 
 def lacking_device(quant: str, index: int = 0) -> str | None:
     """Say what GPU `index` of this machine lacks for a quantization, and what to use; None if it lacks nothing."""
-    if quant != "fp8":
+    scheme = SCHEMES[quant]
+    if scheme.capability is None:
         return None
     found = gpu.compute_capability(index)
-    if found is not None and found >= FP8_CAPABILITY:
+    if found is not None and found >= scheme.capability:
         return None
     has = "this machine has none" if found is None else f"GPU {index} has {found[0]}.{found[1]}"
-    return f"needs a GPU of compute capability 8.9 or newer, and {has}. Use quant=int8-wo or int8-dq."
+    needed = ".".join(map(str, scheme.capability))
+    return f"needs a GPU of compute capability {needed} or newer, and {has}. Use quant={scheme.instead}."
 
 
 def installed(package: str) -> bool:
@@ -112,73 +130,17 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None if "-" not in package else True
 
 
-def config(cell: Cell, device: str, compute: torch.dtype) -> Any:
-    """Return the quantization settings of a cell for transformers, None for HQQ. `compute` is the dtype of products."""
-    import transformers
-
-    quant = cell.quant
-    if quant == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=float(cell.int8_threshold))
-    if quant in BITSANDBYTES:
-        kind = "nf4" if quant == "int4" else "fp4"
-        return transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=kind,
-            bnb_4bit_compute_dtype=compute,
-            bnb_4bit_use_double_quant=cell.double_quant,
-        )
-    if quant in HQQ_BITS:
-        return None
-    if quant in TORCHAO:
-        return transformers.TorchAoConfig(_torchao_config(cell, device))
-    return transformers.QuantoConfig(weights=f"int{QUANTO_BITS[quant]}")
+def recipe_of(cell: Cell, dtype: str) -> dict[str, Any]:
+    """Return the recipe of a cell as plain data; `dtype` is torch's name of the dtype of the computation."""
+    settings = {"dtype": dtype, "int8_threshold": float(cell.int8_threshold)}
+    return resolve(SCHEMES[cell.quant].recipe, vars(cell) | settings)
 
 
-def quantize_with_hqq(model: Any, cell: Cell, compute: torch.dtype) -> None:
-    """Replace all linear layers but the output head by HQQ's.
-
-    transformers 5 lists the method but cannot load with it.
-    """
-    import torch
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    bits = HQQ_BITS[cell.quant]
-    settings = BaseQuantizeConfig(nbits=bits, group_size=cell.group_size, axis=1)
-    head = model.get_output_embeddings()
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            model.set_submodule(
-                name, HQQLinear(module, settings, compute_dtype=compute, device=str(module.weight.device))
-            )
-    model.config.quantization_config = {"quant_method": "hqq", "bits": bits, "group_size": cell.group_size}
-
-
-def _torchao_config(cell: Cell, device: str) -> Any:
-    """Return torchao's settings: scales per output row for 8 bits, per `group_size` weights for 4.
-
-    4-bit weights get the layout of the device's own kernel.
-    """
-    from torchao import quantization
-
-    if cell.quant == "int8-wo":
-        return quantization.Int8WeightOnlyConfig()
-    if cell.quant == "int8-dq":
-        return quantization.Int8DynamicActivationInt8WeightConfig()
-    if cell.quant == "fp8":
-        return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
-    if device.startswith("cuda"):
-        return quantization.Int4WeightOnlyConfig(group_size=cell.group_size, int4_packing_format="tile_packed_to_4d")
-    # torchao's kernel for CPUs is a prototype.
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-
-    return PrototypeInt4WeightOnlyConfig(group_size=cell.group_size)
-
-
-def facts(model: Any) -> dict[str, str | int | float]:
+def facts(cell: Cell, model: Any) -> dict[str, str | int | float]:
     """Return method and settings of the loaded model's quantization."""
     carried = getattr(model.config, "quantization_config", None)
     if carried is None:
-        return {"quant.method": "none"}
+        return _facts_of_scheme(cell)
     data: dict[str, Any] = carried if isinstance(carried, dict) else carried.to_dict()
     found: dict[str, str | int | float] = {
         "quant.method": str(getattr(data.get("quant_method"), "value", data.get("quant_method")))
@@ -197,3 +159,12 @@ def facts(model: Any) -> dict[str, str | int | float]:
         if isinstance(size := getattr(kind, "group_size", None), int):
             found["quant.group_size"] = size
     return found | {f"quant.{key}": data[key] for key in ("bits", "group_size") if isinstance(data.get(key), int)}
+
+
+def _facts_of_scheme(cell: Cell) -> dict[str, str | int | float]:
+    """Return the facts of a model whose layers a library has replaced, which transformers does not know."""
+    scheme = SCHEMES[cell.quant]
+    if not scheme.library or not scheme.made_while_loading or scheme.bits is None:
+        return {"quant.method": "none"}
+    grouped = {"quant.group_size": cell.group_size} if "group_size" in scheme.settings else {}
+    return {"quant.method": scheme.library.method, "quant.bits": scheme.bits, **grouped}

@@ -19,7 +19,7 @@ from ...config import model_shape, models
 from ...config.validation import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, NotRealised, UsageError
-from ...records.quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
+from ...records.quantizations import FLOAT_DTYPES, GGUF_CACHES, SCHEMES, schemes_of
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine, memory
 from ...workloads.prompts import turn_texts
@@ -53,7 +53,7 @@ class LlamaCppBackend:
         random_weights=True,
         heavy=("llama_cpp",),
         distributions=(Distribution("llama_cpp", "llama-cpp-python"),),
-        quantizations=("none", "fp32", "fp16", "bf16", *GGUF_QUANTIZATIONS),
+        quantizations=("none", *FLOAT_DTYPES, *schemes_of("llama_cpp")),
         attentions=tuple(FLASH),
         kv_caches=GGUF_CACHES,
         default_kv_cache="f16",
@@ -152,9 +152,9 @@ class LlamaCppBackend:
     def _verify(self, model: Model) -> None:
         """Raise NotRealised unless the file has the requested quantization."""
         wanted = self.cell.quant
-        if wanted not in GGUF_QUANTIZATIONS:
+        if wanted not in schemes_of("llama_cpp"):
             return
-        number = getattr(model.lib, f"LLAMA_FTYPE_MOSTLY_{wanted.upper()}")
+        number = getattr(model.lib, f"LLAMA_FTYPE_MOSTLY_{SCHEMES[wanted].recipe['file_type']}")
         if int(model.lib.llama_model_ftype(model.handle)) != number:
             raise NotRealised(
                 f"quant={wanted} was requested, but {self.file} is {model.file_type()}. Delete the file, then run the "

@@ -24,7 +24,7 @@ from pathlib import Path
 from ... import PACKAGE_DIR
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, ModelError, first_line
-from ...records.quantizations import GGUF_QUANTIZATIONS
+from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ..checkpoints import gguf_file
@@ -53,7 +53,7 @@ def version() -> str:
 
 def file_of(cell: Cell, model: ModelFacts) -> Path:
     """Return the cache path of the file that a cell runs. Its name depends on everything that decides its content."""
-    return _kept(model, cell.quant if cell.quant in GGUF_QUANTIZATIONS else out_type(cell, model))
+    return _kept(model, cell.quant if SCHEMES[cell.quant].makes_files else out_type(cell, model))
 
 
 def out_type(cell: Cell, model: ModelFacts) -> str:
@@ -253,7 +253,7 @@ def _quantize(cell: Cell, base: Path, target: Path) -> Facts:
     session.forget_log()
     settings = lib.llama_model_quantize_default_params()
     settings.nthread = cell.threads or machine.physical_cores()
-    settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{cell.quant.upper()}")
+    settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{SCHEMES[cell.quant].recipe['file_type']}")
     if lib.llama_model_quantize(str(base).encode(), str(target).encode(), ctypes.byref(settings)):
         raise session.failure(f"making {cell.quant} of {cell.model}")
     lines = session.log_lines()

@@ -13,9 +13,10 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from mlflow_llmbench.backends.huggingface import gptq, inspection, mixed
+from mlflow_llmbench.backends.huggingface import gptq, inspection, mixed, recipe
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.quantizations import GPTQ
 from tests.affine import bits_per_weight, dequantize, quantize
 
 ROWS, WIDTH = 96, 512
@@ -108,7 +109,9 @@ def test_bits_that_are_claimed_are_codes_scales_and_codebook(weight: torch.Tenso
     linear = torch.nn.Linear(WIDTH, ROWS, bias=True, dtype=torch.bfloat16)
     linear.weight.data = weight.bfloat16()
     assert inspection.layer_bytes(linear) * 8 == 16 * weight.numel()
-    assert inspection.layer_bytes(mixed.quantized(linear, scheme, "cpu")) * 8 / weight.numel() == claimed
+    assert (
+        inspection.layer_bytes(recipe.quantized(linear, scheme, "cpu", mixed.THRESHOLD)) * 8 / weight.numel() == claimed
+    )
 
 
 @pytest.mark.parametrize(("scheme", "bits", "group"), [("int8", 8, WIDTH), ("int4", 4, 64)])
@@ -119,13 +122,13 @@ def test_a_layer_computes_what_its_bits_allow(weight: torch.Tensor, scheme: str,
     x = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(2)).bfloat16()
     exact = x.double() @ linear.weight.data.double().T
     with torch.inference_mode():
-        its = rms(mixed.quantized(linear, scheme, "cpu")(x).double() - exact)
+        its = rms(recipe.quantized(linear, scheme, "cpu", mixed.THRESHOLD)(x).double() - exact)
     own = rms(x.double() @ affine(linear.weight.data.double(), bits, group).T - exact)
     assert 0.5 * own < its < 4 * own
 
 
 installed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"),
+    not all(importlib.util.find_spec(name) for name in GPTQ.packages) or not shutil.which("g++"),
     reason="needs mlflow-llmbench[gptq] and g++",
 )
 

@@ -13,18 +13,19 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench import run
-from mlflow_llmbench.backends.huggingface import gptq
+from mlflow_llmbench.backends.huggingface import gptq, quantization
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
 from mlflow_llmbench.config.cells import expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MissingError, UsageError
+from mlflow_llmbench.records.quantizations import GPTQ
 from mlflow_llmbench.records.results import Verdict
 from tests.results import made
 
 installed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"),
+    not all(importlib.util.find_spec(name) for name in GPTQ.packages) or not shutil.which("g++"),
     reason="needs mlflow-llmbench[gptq] and g++",
 )
 FAST = {"group_size": 64, "prompt_tokens": 8, "output_tokens": 4, "repetitions": 5, "warmup": 1}
@@ -111,16 +112,16 @@ def test_other_calibration_is_another_checkpoint_and_another_load() -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization, "installed", lambda name: False)
     with pytest.raises(
         MissingError,
         match=r"needs the package optimum, which is not installed\. Run: pip install 'mlflow-llmbench\[gptq\]'",
     ):
-        gptq.require()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        quantization.require(Cell(quant="gptq"))
+    monkeypatch.setattr(quantization, "installed", lambda name: True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MissingError, match=r"needs a C\+\+ compiler, .* no-such-compiler is not installed"):
-        gptq.require()
+        quantization.require(Cell(quant="gptq"))
 
 
 def test_a_checkpoint_that_is_quantized_is_not_quantized_again(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,16 +13,13 @@ import torch
 
 from mlflow_llmbench.backends.huggingface import mixed, quantization
 from mlflow_llmbench.backends.huggingface.backend import TransformersBackend
-from mlflow_llmbench.config import model_shape, models
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import runtime
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, MissingError, NotRealised, UsageError
-from mlflow_llmbench.records.quantizations import COLOURS, MIXED, QUANTIZATIONS
-from mlflow_llmbench.records.results import Verdict
+from mlflow_llmbench.records.quantizations import LIBRARIES, SCHEMES, install_command, schemes_of
 from mlflow_llmbench.system import gpu
 from tests.loading import loaded
-from tests.results import made
 
 GROUP = 64
 LINEAR = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
@@ -95,43 +92,6 @@ def test_what_is_stored_is_what_was_asked(
     assert len(steps) == 4
 
 
-@pytest.mark.filterwarnings("ignore")  # as above, and MLflow's
-@pytest.mark.parametrize("quant", [
-    *(pytest.param(quant, marks=needs("torchao")) for quant in ("int8-wo", "int8-dq", "int4-wo")),
-    pytest.param("hqq4", marks=needs("hqq")), pytest.param("quanto8", marks=needs("optimum-quanto")),
-])  # fmt: skip
-def test_a_registered_version_computes_what_was_measured(tiny_model: Path, quant: str) -> None:
-    """The served model is made by other code, so it must equal the measured one bit for bit."""
-    from mlflow.exceptions import MlflowException
-
-    from mlflow_llmbench.analysis.decisions.deployment import Evidence, deployment_of
-    from mlflow_llmbench.analysis.decisions.export import export
-    from mlflow_llmbench.tracking.serving_model import Checkpoint
-
-    cell = Cell(model=str(tiny_model), quant=quant, group_size=GROUP, device="cpu")
-    ids = torch.randint(100, 500, (1, 64), generator=torch.Generator().manual_seed(0))
-    with loaded(cell) as (backend, info), torch.inference_mode():
-        result = made(
-            cell=cell,
-            model=backend.facts,
-            load=info,
-            environment={"packages": dict.fromkeys(quantization.INSTALL, "1.0")},
-        )
-        deployment = deployment_of(result, {}, Evidence("r", "s", Verdict("valid")))
-        config = json.loads(json.dumps(deployment.config))
-        assert torch.equal(Checkpoint(config).model(ids).logits, backend.model(ids).logits)
-        with pytest.raises(
-            MlflowException, match="The model was measured with the layers other, and has been loaded with"
-        ):
-            Checkpoint(config | {"kernel": "other"})
-    assert deployment.requirements == (f"{quantization.PACKAGE[quant]}==1.0",)
-    with pytest.raises(
-        UsageError,
-        match=f"vllm cannot be told to make quant={quant} as it was measured. Serve it with: mlflow models serve",
-    ):
-        export(config, uri="models:/bot/1", target="vllm")
-
-
 @needs("torchao")
 @pytest.mark.filterwarnings("ignore")
 def test_groups_that_do_not_fit_are_told_and_not_left_out(tiny_model: Path, tmp_path: Path) -> None:
@@ -170,17 +130,17 @@ def test_the_threshold_and_the_second_quantization_are_those_that_were_asked(tin
             assert backend.model.model.layers[0].mlp.up_proj.weight.quant_state.nested is double
 
 
-@pytest.mark.parametrize("quant", [*quantization.PACKAGE])
+@pytest.mark.parametrize("quant", [quant for quant in schemes_of("transformers") if SCHEMES[quant].packages])
 def test_a_missing_package_is_named_with_its_command(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, quant: str
 ) -> None:
     monkeypatch.setattr(quantization, "installed", lambda package: False)
-    package = quantization.PACKAGE[quant]
+    package = SCHEMES[quant].packages[0]
     with pytest.raises(MissingError) as caught:
         TransformersBackend.resolve(Cell(model=str(tiny_model), quant=quant))
     assert (
         str(caught.value)
-        == f"quant={quant} needs the package {package}, which is not installed. Run: {quantization.INSTALL[package]}"
+        == f"quant={quant} needs the package {package}, which is not installed. Run: {install_command(package)}"
     )
 
 
@@ -204,19 +164,7 @@ def test_8_bit_floats_need_a_gpu_that_multiplies_them(
     assert quantization.lacking_device("fp8") is None
 
 
-def test_every_quantization_has_an_estimate_and_a_colour() -> None:
-    preset = models.find_preset("opt-125m")
-    assert preset
-    full = preset.shape.weight_bytes("bf16", "float16")
-    for quant in QUANTIZATIONS:
-        assert quant in COLOURS
-        if quant != MIXED:  # its size is in its plan
-            assert model_shape.memory_estimate(preset.shape, quant, "float16") > 0
-    assert len(set(COLOURS.values())) == len(COLOURS)
-    assert full > preset.shape.weight_bytes("hqq4", "float16") > preset.shape.weight_bytes("hqq2", "float16")
-
-
-@pytest.mark.parametrize(("method", "package"), [*quantization.READY.items()])
+@pytest.mark.parametrize(("method", "package"), [(one.method, one.ready[0]) for one in LIBRARIES if one.ready])
 def test_what_a_ready_checkpoint_needs_is_named(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, package: str
 ) -> None:
@@ -231,7 +179,7 @@ def test_what_a_ready_checkpoint_needs_is_named(
     start = (
         f"ready is quantized with {method}, and loading it needs the package {package}, which is not installed. Run: "
     )
-    assert str(caught.value) == start + quantization.INSTALL[package]
+    assert str(caught.value) == start + install_command(package)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -240,9 +188,16 @@ def test_experts_that_stay_as_they_are_are_not_called_quantized(tmp_path: Path) 
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixture")
     with loaded(Cell(model=str(tmp_path / "mixture"))) as (_, info):
         assert info.facts["quant.bits_per_weight"] == 16
@@ -256,7 +211,7 @@ def test_experts_that_stay_as_they_are_are_not_called_quantized(tmp_path: Path) 
         pass
     cell = Cell(model=str(tmp_path / "mixture"), quant="mixed", quant_budget="6", workload="synthetic", weights="hub")
     with pytest.raises(MeasurementError, match="is a mixture of experts, .* 98,304 of its"):
-        mixed.prepare(cell, TransformersBackend.resolve(cell), str(tmp_path / "mixture"), None)
+        mixed.make(cell, TransformersBackend.resolve(cell), str(tmp_path / "mixture"), lambda: None)
 
 
 def test_a_size_of_groups_is_asked_of_those_that_have_groups() -> None:
@@ -345,9 +300,13 @@ def write_compressed(source: Path, folder: Path) -> dict[str, torch.Tensor]:
     }
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": group},
-        "kv_cache_scheme": None, "global_compression_ratio": None,
-    }  # fmt: skip
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return meant

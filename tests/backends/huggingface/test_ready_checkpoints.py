@@ -17,11 +17,12 @@ from mlflow_llmbench.config import models
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MissingError, UsageError
+from mlflow_llmbench.records.quantizations import GPTQ
 from mlflow_llmbench.records.results import ModelFacts
 from mlflow_llmbench.system import estimate
 
 installed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in gptq.PACKAGES) or not shutil.which("g++"),
+    not all(importlib.util.find_spec(name) for name in GPTQ.packages) or not shutil.which("g++"),
     reason="needs mlflow-llmbench[gptq] and g++",
 )
 FAST = {"prompt_tokens": 8, "output_tokens": 4, "repetitions": 5, "warmup": 1}
@@ -145,7 +146,7 @@ def test_what_a_ready_checkpoint_needs_is_named(
         TransformersBackend.resolve(Cell(model=str(tmp_path / "ready"), quant="int4", device="cpu"))
     known = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name in gptq.PACKAGES else known(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name in GPTQ.packages else known(name, *rest)
     )
     wanted = (
         rf"ready is quantized with {method}, and loading it needs the package {package}, which is not installed\. "

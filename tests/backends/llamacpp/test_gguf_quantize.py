@@ -19,12 +19,12 @@ from mlflow_llmbench.backends.llamacpp.backend import KV_TYPES, LlamaCppBackend,
 from mlflow_llmbench.config import model_shape, models
 from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
-from mlflow_llmbench.measure import quality_reference, runtime
+from mlflow_llmbench.measure import quality_order, quality_reference, runtime
 from mlflow_llmbench.measure.supervise import Limits
 from mlflow_llmbench.measure.task import Task
 from mlflow_llmbench.records.cell import Cell, Options
 from mlflow_llmbench.records.errors import MissingError, ModelError, UsageError
-from mlflow_llmbench.records.quantizations import GGUF_CACHES, GGUF_QUANTIZATIONS
+from mlflow_llmbench.records.quantizations import GGUF_CACHES, SCHEMES, schemes_of
 from mlflow_llmbench.records.results import ModelFacts
 from mlflow_llmbench.system import estimate, machine, memory
 from mlflow_llmbench.workloads.prompts import load_text
@@ -249,14 +249,13 @@ def test_a_name_of_a_file_on_the_hub_has_one_form(tmp_path: Path) -> None:
 
 
 def test_bits_of_made_files_are_estimated_in_their_order() -> None:
-    assert set(model_shape.GGUF_BITS) == set(GGUF_QUANTIZATIONS)
+    made = schemes_of("llama_cpp")
+    assert [SCHEMES[quant].backend for quant in made] == ["llama_cpp"] * 7
     shape = models.PRESETS["smollm2-1.7b"].shape
-    sizes = [shape.weight_bytes(quant) for quant in GGUF_QUANTIZATIONS]
+    sizes = [shape.weight_bytes(quant) for quant in made]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == round(shape.parameters * 8.5 / 8)
-    assert all(
-        model_shape.load_memory_estimate(shape, quant) == shape.weight_bytes(quant) for quant in GGUF_QUANTIZATIONS
-    )
+    assert all(model_shape.load_memory_estimate(shape, quant) == shape.weight_bytes(quant) for quant in made)
 
 
 def test_quality_is_measured_against_the_checkpoint_in_transformers() -> None:
@@ -278,14 +277,14 @@ def test_a_model_with_a_quantized_cache_is_not_the_reference_itself(
         file = quality_reference._file(cell, facts, load_text("bundled"), "e")
         file.parent.mkdir(exist_ok=True)
         file.touch()  # it is there, so that nothing is computed
-        order = quality_reference.order(
+        order = quality_order.order(
             Task((cell,), facts, (tmp_path / "cell",), Options(quality="auto")),
             lambda event: None,
             environment,
             Limits(),
         )
-        assert order and order["references"] == {"qa": str(file)}
-        found[cache] = order["is_reference"]
+        assert order and order.references == {"qa": str(file)}
+        found[cache] = order.is_reference
     assert found == {None: True, "fp8": False}
 
 
@@ -413,7 +412,7 @@ def test_a_made_file_is_named_by_what_decides_its_content(own_cache: Path) -> No
     assert gguf_quantize.file_of(cell, model) == gguf_quantize.file_of(dataclasses.replace(cell, quant="bf16"), model)
     files = {
         gguf_quantize.file_of(dataclasses.replace(cell, quant=quant), model)
-        for quant in ("bf16", "fp16", *GGUF_QUANTIZATIONS)
+        for quant in ("bf16", "fp16", *schemes_of("llama_cpp"))
     }
     assert len(files) == 9
     other = dataclasses.replace(model, revision="other")

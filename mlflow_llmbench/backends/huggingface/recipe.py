@@ -1,0 +1,161 @@
+"""Load a checkpoint with transformers, quantize it by a recipe, and name what its linear layers have become.
+
+A recipe is plain JSON data: the `recipe` of a scheme, with the values of its settings.
+
+- `{}`: the checkpoint is loaded as it is.
+- `{"class": NAME, …}`: an object that transformers gets as its quantization config. NAME is a class of transformers, or
+  a dotted path; the other keys are its arguments, which can be objects of the same form.
+- `{"linear": {"class": NAME, …}}`: each linear layer but the output head is replaced by such an object. It gets the
+  layer first, then `compute_dtype` and `device`.
+- `{"class": "mixed", "layers": {"int8": […], "int4": […]}, "llm_int8_threshold": 6.0}`: the named layers are replaced.
+- `{"by_device": {"cuda": …, "cpu": …}}` in any place: the value for the device of the load.
+
+The backend and registered versions load with this module. A version holds a copy of its text
+(`tracking.registry.serving_code`), so it imports nothing of mlflow_llmbench.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def load(location: str, recipe: Mapping[str, Any], *, device: str, dtype: str, **named: Any) -> tuple[Any, Any]:
+    """Return the model of a checkpoint, quantized by a recipe, and transformers' report of the load.
+
+    `dtype` is torch's name or `auto`; `named` are further arguments of `from_pretrained`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    recipe = _of_today(recipe)
+    layers = recipe.get("layers")
+    if "class" in recipe and layers is None:
+        named["quantization_config"] = made(recipe, device)
+    # Layers of a mixed model are quantized on their way to the device, which never holds all of it unquantized.
+    place = device if layers is None else "cpu"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        location,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device_map={"": place},
+        output_loading_info=True,
+        **named,
+    )
+    model, report = loaded
+    if "linear" in recipe:
+        _replace_linear(model, recipe["linear"], getattr(torch, dtype))
+    if layers is not None:
+        replace_layers(model, layers, recipe["llm_int8_threshold"], device)
+        model.to(device)
+    return model.eval(), report
+
+
+def made(value: Any, device: str, /, *first: Any, **more: Any) -> Any:
+    """Return the object that a part of a recipe describes, made with further arguments; plain values stay the same."""
+    if not isinstance(value, Mapping):
+        return value
+    if choices := value.get("by_device"):
+        return made(choices.get(device.partition(":")[0], choices["cpu"]), device, *first, **more)
+    arguments = {name: made(inner, device) for name, inner in value.items() if name != "class"}
+    module, _, name = value["class"].rpartition(".")
+    return getattr(importlib.import_module(module or "transformers"), name)(*first, **arguments, **more)
+
+
+def _of_today(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a recipe in today's form, also if its version was registered before recipes were stored."""
+    form, group_size = recipe.get("class"), recipe.get("group_size")
+    if form == "hqq":
+        settings = {"nbits": recipe["bits"], "group_size": group_size, "axis": 1}
+        quant_config = {"class": "hqq.core.quantize.BaseQuantizeConfig", **settings}
+        return {"linear": {"class": "hqq.core.quantize.HQQLinear", "quant_config": quant_config}}
+    if form != "TorchAoConfig" or "scheme" not in recipe:
+        return recipe
+    torchao, prototype = "torchao.quantization", "torchao.prototype.quantization.int4.PrototypeInt4WeightOnlyConfig"
+    tiles = {"group_size": group_size, "int4_packing_format": "tile_packed_to_4d"}
+    kinds: dict[str, dict[str, Any]] = {  # all that there were; a new scheme does not belong here
+        "int8-wo": {"class": f"{torchao}.Int8WeightOnlyConfig"},
+        "int8-dq": {"class": f"{torchao}.Int8DynamicActivationInt8WeightConfig"},
+        "fp8": {
+            "class": f"{torchao}.Float8DynamicActivationFloat8WeightConfig",
+            "granularity": {"class": f"{torchao}.PerRow"},
+        },
+        "int4-wo": {
+            "by_device": {
+                "cuda": {"class": f"{torchao}.Int4WeightOnlyConfig", **tiles},
+                "cpu": {"class": prototype, "group_size": group_size},
+            }
+        },
+    }
+    return {"class": form, "quant_type": kinds[recipe["scheme"]]}
+
+
+def _replace_linear(model: Any, recipe: Mapping[str, Any], compute_dtype: Any) -> None:
+    import torch
+
+    head = model.get_output_embeddings()
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
+            device = str(layer.weight.device)
+            model.set_submodule(name, made(recipe, device, layer, compute_dtype=compute_dtype, device=device))
+
+
+def replace_layers(model: Any, layers: Mapping[str, Sequence[str]], threshold: float, device: str) -> None:
+    """Replace linear layers (scheme → names) by quantized ones on the device."""
+    for scheme, names in layers.items():
+        for name in names:
+            model.set_submodule(name, quantized(model.get_submodule(name), scheme, device, threshold))
+
+
+def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
+    """Quantize a linear layer with bitsandbytes as transformers does: LLM.int8 (int8) or NF4 in blocks of 64 (int4)."""
+    import bitsandbytes
+    import torch
+
+    nn: Any = bitsandbytes.nn
+    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+    weight = linear.weight.data.to("cpu")
+    form: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
+    with torch.device("meta"):
+        new: Any = (
+            nn.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=threshold)
+            if scheme == "int8"
+            else nn.Linear4bit(*sizes, biased, compute_dtype=weight.dtype, **form)
+        )
+    if scheme == "int8":
+        new.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        new.weight = nn.Params4bit(weight, requires_grad=False, module=new, **form).to(device)
+    new.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.data.to(device), requires_grad=False)
+    return new.requires_grad_(False).eval()
+
+
+def linear_layers(model: Any) -> list[Any]:
+    """Return all linear layers but the output head."""
+    head = model.get_output_embeddings()
+    return [
+        layer
+        for layer in model.modules()
+        if layer is not head and hasattr(layer, "in_features") and next(layer.children(), None) is None
+    ]
+
+
+def layer_name(layer: Any) -> str:
+    """Return a layer's class name, with that of its weight if it is a tensor subclass, which has another kernel."""
+    weight = getattr(layer, "weight", None)
+    if not hasattr(weight, "__tensor_flatten__"):
+        return type(layer).__name__
+    # With act_quant_kwargs, activations are quantized too.
+    dynamic = ", dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else ""
+    return f"{type(layer).__name__}({type(weight).__name__}{dynamic})"
+
+
+def kernel(classes: Mapping[str, int]) -> str:
+    """Return classes of layers with their counts as text: `Linear8bitLt × 14`."""
+    return ", ".join(f"{name} × {count}" for name, count in sorted(classes.items()))
+
+
+def layer_classes(model: Any) -> dict[str, int]:
+    """Return the classes of all linear layers but the output head, with their counts."""
+    return dict(Counter(map(layer_name, linear_layers(model))))
