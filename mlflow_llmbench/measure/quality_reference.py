@@ -74,8 +74,11 @@ def order(task: Task, report: Report, environment: Mapping[str, Any] | None, lim
         report(QualityWithheld(why))
         return None
     tasks = {"tasks": options.quality_tasks.split(","), "most": options.quality_limit} if options.quality_tasks else {}
+    if tasks and not capabilities_of(cell.backend).harness:
+        report(QualityWithheld(f"backend={cell.backend} gives lm-eval no model. Leave quality_tasks out."))
+        tasks = {}
     if options.quality == "none":
-        return {"digest": "", **tasks}
+        return {"digest": "", **tasks} if tasks else None
     return _text_order(task, report, environment, limits) | tasks
 
 
