@@ -264,9 +264,13 @@ class Connection(asyncio.Protocol):
     async def complete(self, now: int, chat: bool, headers: dict[str, str], body: dict[str, Any]) -> None:
         script = Script(body["model"])
         entry: dict[str, Any] = {
-            "received_ns": now, "tokens_ns": [], "tokens": [], "chat": chat, "key": headers.get("authorization"),
+            "received_ns": now,
+            "tokens_ns": [],
+            "tokens": [],
+            "chat": chat,
+            "key": headers.get("authorization"),
             "asked": {k: v for k, v in body.items() if k not in ("model",)},
-        }  # fmt: skip
+        }
         self.server.log[headers.get("x-request-id", str(len(self.server.log)))] = entry
         self.served += 1
         if script["stale"] and self.served > 1:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..backends.base import Backend
 from ..backends.huggingface import lm_eval, scoring
 from ..records.errors import UsageError
 from ..records.results import ModelFacts
-from ..workloads.prompts import load_text
+from ..workloads.prompts import Text, load_text
 from .events import (
     EvaluationBegun,
     QualityWithheld,
@@ -20,26 +18,26 @@ from .events import (
     TextScored,
     WorkloadCompared,
 )
+from .task import QualityOrder
 
 
-def evaluate(backend: Backend, order: Mapping[str, Any], context: int | None, send: Report) -> None:
-    """Score the text, compare with each reference, and run the tasks of an order (`quality_reference.order`).
+def evaluate(backend: Backend, order: QualityOrder, context: int | None, send: Report) -> None:
+    """Score the text, compare with each reference, and run the tasks of an order (`quality_order.order`).
 
     This runs after every cell is measured and its memory is read, so it does not affect their figures. `context`: most
     tokens of the model, if known.
     """
-    send(EvaluationBegun(order["digest"]))
-    if order.get("withheld"):
-        send(QualityWithheld(order["withheld"]))
-    if "text" in order:
-        _evaluate_texts(backend, order, context, send)
-    if order.get("tasks"):
+    send(EvaluationBegun(order.digest))
+    if order.withheld:
+        send(QualityWithheld(order.withheld))
+    if order.text is not None:
+        _evaluate_texts(backend, order, load_text(order.text), context, send)
+    if order.tasks:
         _run_tasks(backend, order, send)
 
 
-def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | None, send: Report) -> None:
-    references = {workload: scoring.read_reference(Path(path)) for workload, path in order["references"].items()}
-    text = load_text(order["text"])
+def _evaluate_texts(backend: Backend, order: QualityOrder, text: Text, context: int | None, send: Report) -> None:
+    references = {workload: scoring.read_reference(Path(path)) for workload, path in order.references.items()}
     known = next(iter(references.values()), None)
 
     def progress(number: int, limit: int) -> None:
@@ -54,16 +52,25 @@ def _evaluate_texts(backend: Backend, order: Mapping[str, Any], context: int | N
     except UsageError as error:
         send(QualityWithheld(str(error)))
     for workload, reference in references.items():
-        send(WorkloadCompared(workload, scoring.compare(backend, reference, progress, order["is_reference"])))
+        send(WorkloadCompared(workload, scoring.compare(backend, reference, progress, order.is_reference)))
 
 
-def _run_tasks(backend: Backend, order: Mapping[str, Any], send: Report) -> None:
+def _run_tasks(backend: Backend, order: QualityOrder, send: Report) -> None:
     """Run the tasks of lm-eval; the number of model calls that they need is unknown."""
-    for found in lm_eval.run_tasks(backend, order["tasks"], order["most"], lambda calls: send(ScoringProgress(calls))):
+    for found in lm_eval.run_tasks(
+        backend, order.tasks, order.most_documents, lambda calls: send(ScoringProgress(calls))
+    ):
         send(QualityWithheld(found.problem) if found.problem else TaskScored(found.task, found.scores))
 
 
-def write_references(backend: Backend, order: Mapping[str, Any], facts: ModelFacts, send: Report) -> None:
+def write_references(backend: Backend, order: QualityOrder, facts: ModelFacts, send: Report) -> None:
     """Write the reference files that an order lists. The loaded model must be the unquantized one."""
-    name = f"{facts.name} {facts.revision[:12]}"
-    scoring.write_references(backend, order, facts, name, lambda number, limit: send(ScoringProgress(number, limit)))
+    assert order.text
+    scoring.write_references(
+        backend,
+        load_text(order.text),
+        {workload: Path(path) for workload, path in order.references.items()},
+        facts,
+        f"{facts.name} {facts.revision[:12]}",
+        lambda number, limit: send(ScoringProgress(number, limit)),
+    )

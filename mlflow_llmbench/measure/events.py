@@ -102,7 +102,7 @@ class PeaksMeasured(Event, name="peaks"):
     """Best rates of the device (see `Backend.peaks`), and its power in watts before the load."""
 
     peaks: Mapping[str, float]
-    idle_w: float | None
+    idle_w: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from ..records.cell import Cell, Options
 from ..records.errors import JournalError, ModelError, UsageError
 from ..records.results import ModelFacts
 from ..system import estimate, machine
-from . import quality_reference, supervise
+from . import quality_order, supervise
 from .events import CellBegun, CellMeasured, Event, GroupBegun, GroupPlaced, Report, Stage
 from .outcome import GroupOutcome
 from .supervise import Limits, More
-from .task import Task
+from .task import Task, WorkerJob
 
 Post = Callable[[Event, Mapping[str, bytes]], None]
 """Called with an event and the bytes written since the last call, keyed by file path relative to the sweep's folder."""
@@ -39,9 +39,8 @@ def measure_group(
         if task.prepare and not _is_prepared(task.cells[0], task.model):
             preparing = Stage("preparing")
             report(preparing)  # in a separate process, so that neither its time nor its memory is measured
-            fetched = supervise.run_worker(
-                "prepare", task.cells[:1], task.model, task.folders[:1], log.with_name("prepare.log")
-            )
+            job = WorkerJob("prepare", task.cells[:1], task.model, task.folders[:1])
+            fetched = supervise.run_worker(job, log.with_name("prepare.log"))
             if fetched.error or fetched.interrupted:
                 return GroupOutcome(
                     stages={"preparing": preparing},
@@ -51,14 +50,13 @@ def measure_group(
                 )
         report(GroupBegun())
         limits = _limits(task.options)
-        why = ""
+        order, why = None, ""
         try:
-            quality = quality_reference.order(task, report, environment, limits)
+            order = quality_order.order(task, report, environment, limits)
         except UsageError as error:
-            quality, why = None, str(error)
-        outcome = supervise.run_worker(
-            "measure", task.cells, task.model, task.folders, log, report, limits, environment, quality, more
-        )
+            why = str(error)
+        job = WorkerJob("measure", task.cells, task.model, task.folders, order)
+        outcome = supervise.run_worker(job, log, report, limits, environment, more)
         outcome.withheld += [why] if why else []
         return outcome
     except JournalError as error:

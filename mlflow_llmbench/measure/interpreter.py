@@ -27,9 +27,10 @@ from ..records.backends import capabilities_of, known_backends, recorded_capabil
 from ..records.cell import Cell
 from ..records.errors import LlmbenchError, MeasurementError, MissingError, UsageError
 from ..records.redaction import redact, worker_environment
-from ..records.results import ModelFacts, hash16, to_json
+from ..records.results import ModelFacts, hash16
 from ..system import gpu, machine
 from .events import JobFailed, ModelResolved, decode
+from .task import WorkerJob
 
 MIN_PYTHON = (3, 10)
 """The oldest Python that runs a worker, as in pyproject.toml."""
@@ -209,8 +210,8 @@ def resolve(cell: Cell) -> ModelFacts:
         return backend_class(cell.backend).resolve(cell)
     python = cell.worker_python
     examine(python, needed_modules(cell))
-    job = json.dumps({"task": "resolve", "cells": to_json([cell])})
-    answer, problem = _ask([python, "-m", "mlflow_llmbench.measure.worker"], f"{job}\n", RESOLVE_S, downloads=True)
+    job = WorkerJob("resolve", (cell,))
+    answer, problem = _ask([python, "-m", "mlflow_llmbench.measure.worker"], job.to_line(), RESOLVE_S, downloads=True)
     for line in answer.splitlines():
         match decode(line) if line.startswith("{") else None:
             case ModelResolved(model=model):

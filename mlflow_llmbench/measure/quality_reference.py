@@ -9,42 +9,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import PACKAGE_DIR
 from ..backends.base import backend_class
-from ..backends.huggingface import lm_eval
 from ..config import model_shape
 from ..records.backends import capabilities_of
-from ..records.cell import Cell, Options
+from ..records.cell import Cell
 from ..records.errors import LlmbenchError
-from ..records.results import ModelFacts, Quality, hash16
+from ..records.results import ModelFacts, hash16
 from ..system import estimate, machine
-from ..workloads.prompts import Text, load_prompts, load_text
+from ..workloads.prompts import Text, load_prompts
 from . import supervise
-from .events import QualityWithheld, Report, Stage
-from .outcome import GroupOutcome
+from .events import Report, Stage
 from .supervise import Limits
-
-if TYPE_CHECKING:
-    from .task import Task
-
+from .task import QualityOrder, Task, WorkerJob
 
 FORMAT = 2
 """Version of the file content and of its computation. A change makes new files."""
 
 MOST_KEPT = 8
 """Newest references that the cache keeps. One takes up to 300 MB."""
-
-
-def never(cell: Cell) -> str | None:
-    """Return the reason why the quality of a cell is never measured, or None if it can be."""
-    if cell.weights == "random":
-        return "Quality is not measured with weights=random: they write no language."
-    if not capabilities_of(cell.backend).logits:
-        return f"Quality is not measured with backend={cell.backend}, which gives no logits."
-    return None
 
 
 def sibling(cell: Cell, named: str | None = None) -> Cell:
@@ -60,52 +47,40 @@ def sibling(cell: Cell, named: str | None = None) -> Cell:
     return dataclasses.replace(own, model=named, revision="main", weights="hub") if named else own
 
 
-def order(task: Task, report: Report, environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any] | None:
-    """Return the evaluation that a worker does after its last cell, with its references ready; None if there is none.
+@dataclass(frozen=True)
+class Found:
+    """Reference files by workload, or the sentence that says why there are none."""
 
-    Missing references are computed, which is reported. One that fails is not tried again in the same sweep: a
-    model too large for this machine is not loaded for each of its quantizations. `environment` is that of this machine,
-    if known. Raises KeyboardInterrupt, and UsageError if the text cannot be read.
+    files: Mapping[str, Path] = field(default_factory=dict)
+    missing: str = ""
+
+
+def provide(
+    task: Task, own: Cell, text: Text, report: Report, *, environment: Mapping[str, Any] | None, limits: Limits
+) -> Found:
+    """Return the references of a task's cells from the cache. Missing ones are computed, which is reported.
+
+    `own`: their unquantized counterpart (see `sibling`). A computation that fails is not tried again in the same sweep:
+    a model too large for this machine is not loaded for each of its quantizations. `environment` is that of this
+    machine, if known. Raises KeyboardInterrupt.
     """
-    cell, options = task.cells[0], task.options
-    if options.quality == "none" and options.quality_tasks is None:
-        return None
-    if why := never(cell):
-        report(QualityWithheld(why))
-        return None
-    tasks = {"tasks": options.quality_tasks.split(","), "most": options.quality_limit} if options.quality_tasks else {}
-    if tasks and not capabilities_of(cell.backend).harness:
-        report(QualityWithheld(f"backend={cell.backend} gives lm-eval no model. Leave quality_tasks out."))
-        tasks = {}
-    if options.quality == "none":
-        return {"digest": "", **tasks} if tasks else None
-    return _text_order(task, report, environment, limits) | tasks
-
-
-def _text_order(task: Task, report: Report, environment: Mapping[str, Any] | None, limits: Limits) -> dict[str, Any]:
-    """Return the part of the order about texts: perplexity and divergence from the reference."""
-    cell = task.cells[0]
-    own, text = sibling(cell, task.options.quality_reference), load_text(task.options.quality_text)
-    plain = cell.quant == "none" and cell.attention == "auto" and cell.kv_cache is None and cell.worker_python is None
-    is_reference = plain and (cell.backend, cell.model) == (own.backend, own.model)
-    found: dict[str, Any] = {"text": text.name, "digest": text.digest, "references": {}, "is_reference": is_reference}
     try:
         model = backend_class(own.backend).resolve(own)
-        refused = _already_quantized(own, model)
-        if not refused:
-            env = (environment or machine.environment(str(PACKAGE_DIR)))["hashes"]["env"]
-            files = {one.workload: _file(one, model, text, env) for one in task.cells}
-            missing = {workload: str(file) for workload, file in files.items() if not file.exists()}
-            found["references"] = {workload: str(file) for workload, file in files.items()}
-            if missing:
-                key = hash16([str(task.folders[0].parent), sorted(missing.values())])
-                if key not in _FAILED:
-                    _FAILED[key] = _compute(task, own, model, missing, report, limits)
-                    _forget_old([*files.values()])
-                refused = _FAILED[key] and f"There is no unquantized model to compare with: {_FAILED[key]}"
+        if quantized := _already_quantized(own, model):
+            return Found(missing=quantized)
+        env_hash = (environment or machine.environment(str(PACKAGE_DIR)))["hashes"]["env"]
+        files = {one.workload: _file(one, model, text, env_hash) for one in task.cells}
+        absent = {workload: str(file) for workload, file in files.items() if not file.exists()}
+        if not absent:
+            return Found(files)
+        key = hash16([str(task.folders[0].parent), sorted(absent.values())])
+        if key not in _FAILED:
+            _FAILED[key] = _compute(task, own, model, absent, report, limits)
+            _forget_old([*files.values()])
+        problem = _FAILED[key]
     except LlmbenchError as error:
-        refused = f"There is no unquantized model to compare with: {error}"
-    return found | ({"references": {}, "withheld": refused} if refused else {})
+        problem = str(error)
+    return Found(missing=f"There is no unquantized model to compare with: {problem}") if problem else Found(files)
 
 
 _FAILED: dict[str, str] = {}
@@ -152,16 +127,16 @@ def _compute(
     if refused:
         return refused
     report(Stage("reference"))
+    log = task.folders[0] / "reference.log"
     # It may be missing here: the cells' own file may have been made from it long ago, or it is another model.
     if not backend_class(own.backend).is_prepared(own, model):
-        fetched = supervise.run_worker("prepare", [own], model, task.folders[:1], task.folders[0] / "reference.log")
+        fetched = supervise.run_worker(WorkerJob("prepare", (own,), model, task.folders[:1]), log)
         if fetched.interrupted:
             raise KeyboardInterrupt
         if fetched.error:
             return str(fetched.error)
-    wanted = {"text": task.options.quality_text, "references": missing}
-    log = task.folders[0] / "reference.log"
-    outcome = supervise.run_worker("reference", [own], model, task.folders[:1], log, limits=limits, quality=wanted)
+    order = QualityOrder(task.options.quality_text, references=missing)
+    outcome = supervise.run_worker(WorkerJob("reference", (own,), model, task.folders[:1], order), log, limits=limits)
     if outcome.interrupted:
         raise KeyboardInterrupt
     return str(outcome.error) if outcome.error else ""
@@ -173,54 +148,3 @@ def _forget_old(needed: Sequence[Path]) -> None:
         newest = sorted(needed[0].parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
         for file in set(newest[MOST_KEPT:]) - set(needed):
             file.unlink()
-
-
-def quality_of(options: Options, cell: Cell, outcome: GroupOutcome) -> Quality | None:
-    """Return the quality of a cell from a worker's outcome, with a sentence for anything absent.
-
-    Return None if quality was not requested.
-    """
-    if options.quality == "none" and options.quality_tasks is None:
-        return None
-    if why := never(cell):
-        return Quality(withheld=(why,))
-    compared = outcome.divergences.get(cell.workload)
-    withheld = outcome.withheld
-    missing = options.quality != "none" and (compared is None or outcome.scores is None)
-    if not withheld and (missing or (options.quality_tasks and not outcome.task_scores)):
-        withheld = ["The worker ended before the quality was evaluated. Measure the cell again with rerun=true."]
-    tasks = tuple(score for scores in outcome.task_scores.values() for score in scores)
-    return Quality(
-        outcome.text_digest,
-        outcome.scores,
-        compared,
-        tuple(withheld),
-        options.quality_tasks or "",
-        tasks_digest(options),
-        tasks,
-    )
-
-
-def require(options: Options) -> None:
-    """Raise MissingError if a package that the options need is not installed."""
-    if options.quality_tasks is not None:
-        lm_eval.require()
-
-
-def tasks_digest(options: Options) -> str:
-    """Return 16 hex digits over the requested lm-eval tasks, their limit and their files; empty if there are none."""
-    if options.quality_tasks is None:
-        return ""
-    paths = [Path(task) for task in options.quality_tasks.split(",")]
-    files = [
-        file
-        for path in paths
-        for file in ([path] if path.is_file() else sorted(path.rglob("*.y*ml")) if path.is_dir() else [])
-    ]
-    return hash16(
-        [
-            options.quality_tasks,
-            options.quality_limit,
-            [file.read_text(encoding="utf-8", errors="replace") for file in files],
-        ]
-    )

@@ -23,13 +23,14 @@ from ..loadgen.server_process import bounded, log_end, wait_for_end
 from ..records.cell import Cell
 from ..records.errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from ..records.redaction import redact, worker_environment
-from ..records.results import MemorySample, ModelFacts, to_json
-from ..system import machine, memory
+from ..records.results import MemorySample, to_json
+from ..system import memory
 from ..system.memory import HostMemory
 from . import events, interpreter
 from .events import CellAdded, Event, JobBegun, MemorySampled, Report, ServerLaunched, StageMemory
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
 from .outcome import GroupOutcome
+from .task import WorkerJob
 
 SAMPLE_S = 0.05
 """Seconds between two memory samples."""
@@ -54,49 +55,32 @@ class Limits:
 
 
 def run_worker(
-    task: str,
-    cells: Sequence[Cell],
-    model: ModelFacts,
-    folders: Sequence[Path],
+    job: WorkerJob,
     log_file: Path,
     report: Report | None = None,
     limits: Limits | None = None,
     environment: Mapping[str, Any] | None = None,
-    quality: Mapping[str, Any] | None = None,
     more: More | None = None,
-    training: Mapping[str, Any] | None = None,
 ) -> GroupOutcome:
     """Run one job in a fresh process and wait for its end. A failure of the worker is in `outcome.error`, never raised.
 
     Its events and `environment` are written to a file beside `log_file`, from which `replay` can rebuild the outcome.
-    An interruption ends the worker and sets `outcome.interrupted`, so that earlier measurements are not lost.
-    `quality` is the evaluation to do after the last cell (see `reference.order`). With `more`, the worker goes on with
-    the cells that `more` chooses from the results so far; their numbers follow those of `cells`. `training` is the
-    order of a training (see `qat`).
+    An interruption ends the worker and sets `outcome.interrupted`, so that earlier measurements are not lost. With
+    `more`, the worker goes on with the cells that `more` chooses from the results so far; their numbers follow those of
+    the job's cells.
     """
     outcome = GroupOutcome(environment=environment)
-    threads = cells[0].threads or machine.physical_cores()
-    job = {
-        "task": task,
-        "cells": to_json(cells),
-        "model": to_json(model),
-        "folders": [str(f) for f in folders],
-        "threads": threads,
-    }
-    job |= {"quality": quality, "searches": more is not None, "training": training}
     failure: LlmbenchError | None = None
-    process = _start(
-        cells[0], log_file, _environment(threads, task == "prepare" and cells[0].weights != "random", cells[0])
-    )
+    process = _start(job, log_file)
     watch = _Watch(
-        process, outcome, limits or Limits(), report, watches_memory=cells[0].scenario != "online", more=more
+        process, outcome, limits or Limits(), report, watches_memory=job.cells[0].scenario != "online", more=more
     )
     try:
         assert process.stdin
-        process.stdin.write((json.dumps(job) + "\n").encode())
+        process.stdin.write(dataclasses.replace(job, searches=more is not None).to_line().encode())
         process.stdin.flush()
         with EventLog(log_file.with_suffix(".jsonl"), durable=False) as watch.journal:
-            watch.journal.append(JobBegun(tuple(folder.name for folder in folders), environment))
+            watch.journal.append(JobBegun(tuple(folder.name for folder in job.folders), environment))
             watch.collect()
         process.wait()
     except BrokenPipeError:
@@ -113,8 +97,8 @@ def run_worker(
             wait_for_end(watch.keeper)
         redact_log(log_file)
         if isinstance(failure, WorkerTimeout) and watch.keeper and outcome.load is None:
-            failure = WorkerTimeout(f"{failure} {log_end(folders[0] / SERVER_LOG)}")
-        _keep_server_log([*folders, *watch.added])
+            failure = WorkerTimeout(f"{failure} {log_end(job.folders[0] / SERVER_LOG)}")
+        _keep_server_log([*job.folders, *watch.added])
     if failure:
         outcome.fail(failure)
     elif not outcome.ended and not outcome.interrupted and outcome.error is None:
@@ -133,26 +117,28 @@ def _keep_server_log(folders: Sequence[Path]) -> None:
             raw.unlink()
 
 
-def _start(cell: Cell, log_file: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a worker that writes to its log, in the interpreter that the cell names."""
+def _start(job: WorkerJob, log_file: Path) -> subprocess.Popen[bytes]:
+    """Start a worker that writes to its log, in the interpreter that its first cell names."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         return subprocess.Popen(
-            [interpreter.command(cell.worker_python), "-m", "mlflow_llmbench.measure.worker"],
+            [interpreter.command(job.cells[0].worker_python), "-m", "mlflow_llmbench.measure.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=variables,
+            env=_environment(job),
         )
 
 
-def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
+def _environment(job: WorkerJob) -> dict[str, str]:
     """Return the worker's environment variables.
 
     They hold no secrets except those that a download or a server needs, set the number of threads, make this package
     importable, and silence progress bars and telemetry. A server to be launched inherits them, may download, and
     chooses its own number of threads.
     """
+    cell = job.cells[0]
+    downloads = job.task == "prepare" and cell.weights != "random"
     quiet = {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -160,10 +146,10 @@ def _environment(threads: int, downloads: bool, cell: Cell) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     if cell.launch:
-        told = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        return interpreter.variables(None, {**worker_environment(os.environ, downloads=True), **told})
+        set_by_us = {name: quiet[name] for name in ("PYTHONUNBUFFERED", "HF_HUB_DISABLE_TELEMETRY")}
+        return interpreter.variables(None, {**worker_environment(os.environ, downloads=True), **set_by_us})
     key = {name: value for name, value in os.environ.items() if cell.url and name == "OPENAI_API_KEY"}
-    counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    counts = {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
     return interpreter.variables(
         cell.worker_python, {**worker_environment(os.environ, downloads), **key, **quiet, **counts}
     )

@@ -1,17 +1,22 @@
-"""A task: the load group and options that a worker is given."""
+"""Tasks and jobs: a load group to measure, and what one worker process is given to do."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..records.cell import Cell, Options
-from ..records.results import ModelFacts
+from ..records.results import ModelFacts, from_json, to_json
+from ..system import machine
 
 
 @dataclass(frozen=True)
 class Task:
-    """The task of one worker: cells that share a load, the folder of each, and the command's options with its limits.
+    """A load group: cells that share a load, the folder of each, and the command's options with its limits.
 
     `prepare` is True if the model's files may not be on this machine yet.
     """
@@ -21,3 +26,60 @@ class Task:
     folders: tuple[Path, ...]
     options: Options
     prepare: bool = True
+
+
+@dataclass(frozen=True)
+class QualityOrder:
+    """The evaluation that a worker does after its last cell, or the references that it computes.
+
+    `text`: name or path of the text to score, None for none · `digest`: of that text · `references`: workload → file
+    of its reference · `is_reference`: True if the model is the reference itself · `withheld`: why nothing is compared ·
+    `tasks`: tasks of lm-eval, each with at most `most_documents` of its documents.
+    """
+
+    text: str | None = None
+    digest: str = ""
+    references: Mapping[str, str] = field(default_factory=dict)
+    is_reference: bool = False
+    withheld: str = ""
+    tasks: tuple[str, ...] = ()
+    most_documents: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """The job of one worker process, which reads it as one line of JSON.
+
+    `task`: *prepare*, *resolve*, *measure*, *evaluate*, *reference* or *train* · `model`: None to resolve it ·
+    `folders`: one for each cell · `searches`: True if the parent chooses further cells from the results · `training`:
+    the order of a training (see `backends.huggingface.qat`).
+    """
+
+    task: str
+    cells: tuple[Cell, ...]
+    model: ModelFacts | None = None
+    folders: tuple[Path, ...] = ()
+    quality: QualityOrder | None = None
+    searches: bool = False
+    training: Mapping[str, Any] | None = None
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads: the requested one, or the physical cores that this process may use."""
+        return self.cells[0].threads or machine.physical_cores()
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The model, which every job has but that of resolving it."""
+        assert self.model
+        return self.model
+
+    def to_line(self) -> str:
+        """Return the job as one line of JSON, with its newline."""
+        return json.dumps({**to_json(self), "folders": list(map(str, self.folders))}) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> WorkerJob:
+        """Return the job of a line of `to_line`."""
+        job = from_json(cls, json.loads(line))
+        return dataclasses.replace(job, folders=tuple(map(Path, job.folders)))

@@ -15,10 +15,10 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from ..backends.base import Backend, DecodingBackend, ServerBackend, backend_class
 from ..backends.libraries import import_libraries
@@ -34,6 +34,7 @@ from .events import Event, JobFailed, Report, Stage
 from .journal import SERVER_LOG, EventLog
 from .online import measure_server
 from .stream import measure_stream
+from .task import QualityOrder, WorkerJob
 
 LINES_PER_MESSAGE = 3
 """Times that one log message is written. bitsandbytes logs one per matrix product, 100 000 in a minute."""
@@ -71,23 +72,9 @@ def main() -> int:
     def send(event: Event) -> None:
         pipe.write(events.encode(replace(event, t_ns=time.perf_counter_ns())) + "\n")
 
-    job = json.loads(sys.stdin.readline())
+    job = WorkerJob.from_line(sys.stdin.readline())
     try:
-        if job["task"] == "prepare":
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an incomplete checkpoint is removed
-            cell = from_json(Cell, job["cells"][0])
-            backend_class(cell.backend).prepare(cell, from_json(ModelFacts, job["model"]))
-        elif job["task"] == "resolve":
-            cell = from_json(Cell, job["cells"][0])
-            send(events.ModelResolved(backend_class(cell.backend).resolve(cell)))
-        elif job["task"] == "reference":
-            _write_references(job, send)
-        elif job["task"] == "evaluate":
-            _evaluate_alone(job, send)
-        elif job["task"] == "train":
-            _train(job, send)
-        else:
-            _measure_group(job, send)
+        TASKS[job.task](job, send)
     except LlmbenchError as error:
         send(JobFailed(getattr(error, "outcome", "error"), type(error).__name__, str(error)))
     except MemoryError:
@@ -101,27 +88,38 @@ def main() -> int:
     return 0
 
 
-def _measure_group(job: dict[str, Any], send: Report) -> None:
-    cells = [from_json(Cell, cell) for cell in job["cells"]]
+def _prepare(job: WorkerJob, send: Report) -> None:
+    """Put the model's files on this machine."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an incomplete checkpoint is removed
+    backend_class(job.cells[0].backend).prepare(job.cells[0], job.facts)
+
+
+def _resolve(job: WorkerJob, send: Report) -> None:
+    """Send the facts of the model."""
+    send(events.ModelResolved(backend_class(job.cells[0].backend).resolve(job.cells[0])))
+
+
+def _measure_group(job: WorkerJob, send: Report) -> None:
+    """Load the model, measure the cells, evaluate the quality, and unload."""
+    cells, facts = job.cells, job.facts
     kind = backend_class(cells[0].backend)
     send(Stage("starting"))
-    import_libraries(kind.capabilities, job["threads"])
-    facts = from_json(ModelFacts, job["model"])
+    import_libraries(kind.capabilities, job.threads)
     backend = kind(cells[0], facts)
     send(events.PeaksMeasured(backend.peaks(), machine.idle_power_w(backend.device)))
     gc.collect()
     memory.reset_peak()
     _stage("baseline", backend, send)
     send(Stage("loading"))
-    info = _launch(cast(ServerBackend, backend), Path(job["folders"][0]), send) if cells[0].launch else backend.load()
+    info = _launch(cast(ServerBackend, backend), job.folders[0], send) if cells[0].launch else backend.load()
     gc.collect()
     send(events.ModelLoaded(info))
     _stage("loaded", backend, send)
     try:
-        for number, (cell, folder) in enumerate(_cells(cells, job, send)):
+        for number, (cell, folder) in enumerate(_cells(job, send)):
             _measure_one(backend, cell, number, folder, info, facts.context, send)
-        if job.get("quality"):
-            _evaluate(backend, job["quality"], facts.context, send)
+        if job.quality:
+            _evaluate(backend, job.quality, facts.context, send)
     finally:
         backend.close()
         gc.collect()
@@ -129,10 +127,10 @@ def _measure_group(job: dict[str, Any], send: Report) -> None:
         _stage("unloaded", backend, send)
 
 
-def _cells(cells: Sequence[Cell], job: Mapping[str, Any], send: Report) -> Iterator[tuple[Cell, Path]]:
+def _cells(job: WorkerJob, send: Report) -> Iterator[tuple[Cell, Path]]:
     """Yield the cells of a job with their folders; in a search, then those that the parent chooses from the results."""
-    yield from zip(cells, map(Path, job["folders"]), strict=True)
-    while job["searches"]:
+    yield from zip(job.cells, job.folders, strict=True)
+    while job.searches:
         send(events.CellRequested())
         found = json.loads(sys.stdin.readline() or "null")
         if found is None:
@@ -156,38 +154,39 @@ def _launch(backend: ServerBackend, folder: Path, send: Report) -> LoadInfo:
         raise
 
 
-def _evaluate(backend: Backend, order: dict[str, Any], context: int | None, send: Report) -> None:
+def _evaluate(backend: Backend, order: QualityOrder, context: int | None, send: Report) -> None:
     """Measure the quality of the loaded model. Its modules are not in memory before that."""
     from . import evaluation
 
     evaluation.evaluate(backend, order, context, send)
 
 
-def _loaded(job: dict[str, Any], send: Report) -> tuple[Backend, ModelFacts, LoadInfo]:
+def _loaded(job: WorkerJob, send: Report) -> tuple[Backend, ModelFacts, LoadInfo]:
     """Load the model of a job's first cell without measuring it."""
-    cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
+    cell, facts = job.cells[0], job.facts
     kind = backend_class(cell.backend)
-    import_libraries(kind.capabilities, job["threads"])
+    import_libraries(kind.capabilities, job.threads)
     backend = kind(cell, facts)
     send(Stage("loading"))
     return backend, facts, backend.load()
 
 
-def _evaluate_alone(job: dict[str, Any], send: Report) -> None:
+def _evaluate_alone(job: WorkerJob, send: Report) -> None:
     """Measure only the quality of a model."""
     backend, facts, info = _loaded(job, send)
     send(events.ModelLoaded(info))
-    _evaluate(backend, job["quality"], facts.context, send)
+    assert job.quality
+    _evaluate(backend, job.quality, facts.context, send)
 
 
-def _train(job: dict[str, Any], send: Report) -> None:
+def _train(job: WorkerJob, send: Report) -> None:
     """Train a model and write the checkpoint."""
-    cell, facts = from_json(Cell, job["cells"][0]), from_json(ModelFacts, job["model"])
+    assert job.training
     send(Stage("starting"))
-    import_libraries(capabilities_of(cell.backend), job["threads"])
+    import_libraries(capabilities_of(job.cells[0].backend), job.threads)
     from ..backends.huggingface import qat
 
-    qat.train(cell, facts, job["training"], TrainingEvents(send))
+    qat.train(job.cells[0], job.facts, job.training, TrainingEvents(send))
 
 
 @dataclass(frozen=True)
@@ -213,12 +212,24 @@ class TrainingEvents:
         self.send(events.CheckpointSaved(folder))
 
 
-def _write_references(job: dict[str, Any], send: Report) -> None:
+def _write_references(job: WorkerJob, send: Report) -> None:
     """Compute the reference for quantized models with the unquantized one."""
     from . import evaluation
 
     backend, facts, _ = _loaded(job, send)
-    evaluation.write_references(backend, job["quality"], facts, send)
+    assert job.quality
+    evaluation.write_references(backend, job.quality, facts, send)
+
+
+TASKS: Mapping[str, Callable[[WorkerJob, Report], None]] = {
+    "prepare": _prepare,
+    "resolve": _resolve,
+    "measure": _measure_group,
+    "evaluate": _evaluate_alone,
+    "reference": _write_references,
+    "train": _train,
+}
+"""Task of a job → the function that does it."""
 
 
 def _check_lengths(backend: Backend, cell: Cell, prompts: PromptSet, context: int | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config.spec import BenchSpec
-from ..measure import quality_reference
+from ..measure import quality_order
 from ..measure.outcome import GroupOutcome, stages_of, timeline_of
 from ..records.results import Failure, Repetition, RunResult
 from ..system import machine
@@ -44,7 +44,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         text_times=measured[0].text_times,
         compile_s=measured[0].compile_s,
         same_tokens=measured[0].same_tokens,
-        quality=quality_reference.quality_of(spec.options, job.cell, first),
+        quality=quality_order.quality_of(spec.options, job.cell, first),
         log=tuple(first.log),
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..config.spec import BenchSpec
-from ..measure import journal, quality_reference
+from ..measure import journal, quality_order
 from ..records.errors import JournalError, first_line
 from ..records.invocation import command_text
 from ..records.redaction import redact
@@ -49,9 +49,9 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
 
 def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
     """Return True if a result has the requested quality figures, on the same text and tasks."""
-    if quality_reference.never(found.cell):
+    if quality_order.never(found.cell):
         return True
-    tasks = quality_reference.tasks_digest(spec.options)
+    tasks = quality_order.tasks_digest(spec.options)
     if tasks and (found.quality is None or found.quality.tasks_digest != tasks or not found.quality.tasks):
         return False
     if spec.options.quality == "none":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..config.cells import asked_params, cell_name, group_cells, sweep_name
 from ..config.spec import BenchSpec, parse
-from ..measure import quality_reference
+from ..measure import quality_order
 from ..measure.journal import claim, new_sweep, read_result, write_json
 from ..records.cell import Cell
 from ..records.results import Failure, ModelFacts
@@ -162,7 +162,7 @@ def _prepare(
     `asked` are the parameters as the user wrote them, `where` is a tracking URI and an experiment name.
     """
     prompts = prompts_of(cells)
-    quality_reference.require(spec.options)
+    quality_order.require(spec.options)
     ledger = Ledger(spec, parent_name, watcher.note)
     ledger.open(*where)
     if ledger.store:

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import model_shape
 from ..config.cells import group_cells
 from ..config.spec import parse
-from ..measure import quality_reference
+from ..measure import quality_order
 from ..records.cell import Cell, as_text
 from ..records.results import ModelFacts
 from ..reports.tables import text_table
@@ -63,7 +63,7 @@ def preview(**parameters: object) -> Preview:
     model_of = resolve_models(groups, lacking=lacking)
     planning.refuse_twins(cells, model_of)
     prompts_of(cells)
-    quality_reference.require(spec.options)
+    quality_order.require(spec.options)
     limit, _ = estimate.memory_limit(spec.options.memory_limit)
     hardware, peaks = machine.environment()["hashes"]["hardware"], machine.known_peaks()
 

@@ -19,12 +19,12 @@ from .. import PACKAGE_DIR
 from ..analysis.summary import Point
 from ..backends.base import backend_class
 from ..config.training import NAMES, QUANT, TRAINING, Training, as_text, parse_training
-from ..measure import quality_reference, supervise
+from ..measure import quality_order, supervise
 from ..measure.events import CheckpointSaved, Event, QualityWithheld, Stage, TrainingPlanned, TrainingStep
 from ..measure.journal import new_sweep, write_bytes, write_json
 from ..measure.outcome import GroupOutcome
 from ..measure.supervise import Limits
-from ..measure.task import Task
+from ..measure.task import Task, WorkerJob
 from ..records.cell import Cell, Options
 from ..records.errors import LlmbenchError, UsageError, first_line
 from ..records.quantizations import COLOURS
@@ -177,7 +177,7 @@ class _Job:
         resolve = backend_class(self.cell.backend).resolve
         plain, trained = resolve(base), dataclasses.replace(self.cell, model=str(self.checkpoint), revision="main")
         self.say("Measuring quality on the held-out text.")
-        order = quality_reference.order(
+        order = quality_order.order(
             Task((base,), plain, (self.folder / UNQUANTIZED,), options), self._show, self.environment, self.limits
         )
         if order is None:  # a backend without logits
@@ -187,15 +187,16 @@ class _Job:
             (UNTRAINED, self.cell, self.model),
             (TRAINED, trained, resolve(trained)),
         ):
-            outcome = self._work("evaluate", cell, model, name, quality={**order, "is_reference": name == UNQUANTIZED})
-            self.qualities[name] = quality_reference.quality_of(options, cell, outcome) or Quality()
+            outcome = self._work(
+                "evaluate", cell, model, name, quality=dataclasses.replace(order, is_reference=name == UNQUANTIZED)
+            )
+            self.qualities[name] = quality_order.quality_of(options, cell, outcome) or Quality()
 
     def _work(self, task: str, cell: Cell, model: ModelFacts, name: str = "", **orders: Any) -> GroupOutcome:
         """Run one task in a worker. Raises its error, or KeyboardInterrupt if it was interrupted."""
         folder = self.folder / (name or task)
-        outcome = supervise.run_worker(
-            task, [cell], model, [folder], folder / "worker.log", self._show, self.limits, **orders
-        )
+        job = WorkerJob(task, (cell,), model, (folder,), **orders)
+        outcome = supervise.run_worker(job, folder / "worker.log", self._show, self.limits)
         if outcome.interrupted:
             raise KeyboardInterrupt
         if outcome.error:

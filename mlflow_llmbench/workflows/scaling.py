@@ -24,7 +24,7 @@ def scaling(
     tracking_uri: str | None = None,
     on_result: Callable[[ScalingStudy], None] = lambda study: None,
 ) -> ScalingStudy:
-    """ScalingStudy the results of `references` (see `load_results`) together.
+    """Study the results of `references` (see `load_results`) together.
 
     `share` is the part of the best throughput per instance that a batch size must keep, `at` are points (setting,
     value) to predict at. `on_result` gets the study before it is written and logged. Raises UsageError, NotFitted, or

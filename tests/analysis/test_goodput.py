@@ -19,7 +19,9 @@ from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import RunResult
-from mlflow_llmbench.reports.charts import load as load_charts
+from mlflow_llmbench.reports.charts.catalogue import draw_charts
+from mlflow_llmbench.reports.charts.load import load_figures
+from mlflow_llmbench.reports.charts.sweep import SweepPoints
 
 from ..measure.test_online import CELL, MS, request, result
 from ..null_server import null_server
@@ -145,36 +147,20 @@ def test_the_limits_of_a_benchmark() -> None:
 def test_latency_against_throughput_is_drawn(tmp_path: Path) -> None:
     results = [measured(None, 10), measured(10, 11), measured(20, 12), measured(40, 200)]
     points = [(one.cell, summarize(one)) for one in results]
-    drawn = load_charts.draw_loads(points, tmp_path, 0.9)
-    assert [file.name for file in drawn] == ["load.svg", "load.png"]
-    text = drawn[0].read_text()
+    drawn = draw_charts("sweep", SweepPoints(points, 0.9), tmp_path).files
+    assert {"load.svg", "load.png"} <= {file.name for file in drawn}
+    text = (tmp_path / "load.svg").read_text()
     for word in ("latency against throughput", "Time to first token (ms)", "20/s", "c1", "limit"):
         assert word in text
-    assert load_charts.draw_loads(points[:2], tmp_path / "few", 0.9) == []
+    assert load_figures(SweepPoints(points[:2], 0.9)) == "it needs 3 loads of one server"
 
 
 def test_a_search_that_one_user_alone_ends(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = "null:ttft_ms=10+itl_ms=1"
     with null_server(model) as url:
-        arguments = [
-            "online",
-            "--url",
-            url,
-            "--model",
-            model,
-            "--find",
-            "goodput",
-            "--slo-ttft-ms",
-            "1",
-            "--output-tokens",
-            "4",
-            "--prompt-tokens",
-            "8",
-        ]
-        assert (
-            main([*arguments, "--requests", "4", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri])
-            == 0
-        )
+        arguments = f"online --url {url} --model {model} --find goodput --slo-ttft-ms 1 --output-tokens 4".split()
+        arguments += "--prompt-tokens 8 --requests 4 --repetitions 5 --warmup 1".split()
+        assert main([*arguments, "--tracking-uri", store_uri]) == 0
     assert (
         "No rate that was tried meets TTFT ≤ 1 ms for 90% of the requests; at best 0% of them met it."
         in capsys.readouterr().out
@@ -190,31 +176,8 @@ def test_a_search_is_runs_in_mlflow(store_uri: str, tmp_path: Path, capsys: pyte
     """Two requests at once take 40 ms each, so above 50 per second the queue grows."""
     model = "null:ttft_ms=10+itl_ms=10+slots=2"
     with null_server(model) as url:
-        arguments = [
-            "online",
-            "--url",
-            url,
-            "--model",
-            model,
-            "--find",
-            "goodput",
-            "--slo-ttft-ms",
-            "150",
-            "--output-tokens",
-            "4",
-        ]
-        arguments += [
-            "--prompt-tokens",
-            "8",
-            "--requests",
-            "40",
-            "--repetitions",
-            "5",
-            "--warmup",
-            "1",
-            "--arrival",
-            "constant",
-        ]
+        arguments = f"online --url {url} --model {model} --find goodput --slo-ttft-ms 150 --output-tokens 4".split()
+        arguments += "--prompt-tokens 8 --requests 40 --repetitions 5 --warmup 1 --arrival constant".split()
         assert main([*arguments, "--request-rate", "20", "--tracking-uri", store_uri]) == 0
     told = capsys.readouterr().out
     assert "Goodput: " in told

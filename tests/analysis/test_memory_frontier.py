@@ -26,9 +26,11 @@ def shapes(attempts: tuple[Attempt, ...]) -> list[tuple[int, int | None, int]]:
 
 def test_the_largest_that_fits_and_the_smallest_that_failed() -> None:
     found = only(
-        tried(1, 128, 128), tried(4, 128, 128, peak_bytes=900), tried(8, 128, 128, "oom"),
-        tried(16, 128, 128, "skipped")
-    )  # fmt: skip
+        tried(1, 128, 128),
+        tried(4, 128, 128, peak_bytes=900),
+        tried(8, 128, 128, "oom"),
+        tried(16, 128, 128, "skipped"),
+    )
     assert shapes(found.fits) == [(4, 128, 128)]
     assert found.fits[0].peak_bytes == 900
     assert shapes(found.failed) == [(8, 128, 128)]
@@ -38,9 +40,16 @@ def test_the_largest_that_fits_and_the_smallest_that_failed() -> None:
 
 def test_a_staircase_where_shapes_are_incomparable() -> None:
     found = only(
-        tried(1, 1024, 16), tried(4, 256, 16), tried(2, 512, 16), tried(1, 256, 16), tried(2, 256, 16),
-        tried(4, 1024, 16, "oom"), tried(2, 1024, 16, "oom"), tried(8, 256, 16, "crashed"), tried(8, 512, 16, "oom"),
-    )  # fmt: skip
+        tried(1, 1024, 16),
+        tried(4, 256, 16),
+        tried(2, 512, 16),
+        tried(1, 256, 16),
+        tried(2, 256, 16),
+        tried(4, 1024, 16, "oom"),
+        tried(2, 1024, 16, "oom"),
+        tried(8, 256, 16, "crashed"),
+        tried(8, 512, 16, "oom"),
+    )
     assert shapes(found.fits) == [(4, 256, 16), (2, 512, 16), (1, 1024, 16)]  # 1088, 1056 and 1040 tokens
     assert shapes(found.failed) == [(2, 1024, 16), (8, 256, 16)]
     assert [a.outcome for a in found.failed] == ["oom", "crashed"]
@@ -102,10 +111,13 @@ def test_an_invalid_result_and_an_interrupted_cell_prove_nothing() -> None:
 
 def test_prompts_of_unknown_length_compare_within_their_workload() -> None:
     found = only(
-        tried(1, None, 8, workload="qa"), tried(2, None, 8, workload="qa"), tried(1, None, 8, workload="chat"),
+        tried(1, None, 8, workload="qa"),
+        tried(2, None, 8, workload="qa"),
+        tried(1, None, 8, workload="chat"),
         tried(1, 128, 8, workload="qa"),
-        tried(4, None, 8, "oom", workload="qa"), tried(1, 512, 8, "oom", workload="qa"),
-    )  # fmt: skip
+        tried(4, None, 8, "oom", workload="qa"),
+        tried(1, 512, 8, "oom", workload="qa"),
+    )
     assert [(a.cell.workload, a.cell.batch_size, a.cell.prompt_tokens) for a in found.fits] == [
         ("qa", 1, 128),
         ("qa", 2, None),
@@ -133,9 +145,11 @@ def test_one_frontier_per_model_quantization_and_threads_in_the_order_given() ->
 def test_how_far_prediction_and_measurement_lie_apart() -> None:
     """All measured cells count, not only the largest; a failed cell's peak is a lower bound and does not count."""
     found = only(
-        tried(1, 8, 8, peak_bytes=1000, predicted_bytes=1500), tried(2, 8, 8, peak_bytes=2000, predicted_bytes=1800),
-        tried(3, 8, 8), tried(4, 8, 8, "oom", peak_bytes=100, predicted_bytes=4000),
-    )  # fmt: skip
+        tried(1, 8, 8, peak_bytes=1000, predicted_bytes=1500),
+        tried(2, 8, 8, peak_bytes=2000, predicted_bytes=1800),
+        tried(3, 8, 8),
+        tried(4, 8, 8, "oom", peak_bytes=100, predicted_bytes=4000),
+    )
     assert found.prediction == (0.9, 1.5)
     assert found.failed[0].peak_bytes == 100
     assert only(tried(1, 8, 8, peak_bytes=0, predicted_bytes=5)).prediction is None

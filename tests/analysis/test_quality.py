@@ -217,13 +217,10 @@ def reference_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
         "".join(json.dumps({"prompt": text}) + "\n" for text in ("To be", "Once upon a time", "x" * 300))
     )
     (folder / "text.txt").write_text(TEXT)
-    order = {
-        "text": str(folder / "text.txt"),
-        "references": {str(folder / "prompts.jsonl"): str(folder / "one.safetensors")},
-    }
+    text, files = load_text(str(folder / "text.txt")), {str(folder / "prompts.jsonl"): folder / "one.safetensors"}
     cell = Cell(model=str(tiny_model))
     with loaded(cell) as (backend, _):
-        scoring.write_references(backend, order, backend.facts, "tiny", silent)
+        scoring.write_references(backend, text, files, backend.facts, "tiny", silent)
     return folder / "one.safetensors"
 
 

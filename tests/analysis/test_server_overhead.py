@@ -51,13 +51,15 @@ def pair(served_start: float = 30, served_tokens: int = 4) -> tuple[RunResult, R
 
 def test_a_worked_example() -> None:
     found = server_overhead.added(*pair())
-    assert found == pytest.approx({
-        **dict.fromkeys(("twin/added_ttft_ms", "twin/added_ttft_ms_ci_low", "twin/added_ttft_ms_ci_high"), 20),
-        **dict.fromkeys(("twin/added_tpot_ms", "twin/added_tpot_ms_ci_low", "twin/added_tpot_ms_ci_high"), 2),
-        **dict.fromkeys(("twin/added_e2e_ms", "twin/added_e2e_ms_ci_low", "twin/added_e2e_ms_ci_high"), 26),
-        "twin/throughput_ratio": 25 / 51,
-        "twin/added_host_needed_bytes": 40,
-    })  # fmt: skip
+    assert found == pytest.approx(
+        {
+            **dict.fromkeys(("twin/added_ttft_ms", "twin/added_ttft_ms_ci_low", "twin/added_ttft_ms_ci_high"), 20),
+            **dict.fromkeys(("twin/added_tpot_ms", "twin/added_tpot_ms_ci_low", "twin/added_tpot_ms_ci_high"), 2),
+            **dict.fromkeys(("twin/added_e2e_ms", "twin/added_e2e_ms_ci_low", "twin/added_e2e_ms_ci_high"), 26),
+            "twin/throughput_ratio": 25 / 51,
+            "twin/added_host_needed_bytes": 40,
+        }
+    )
     told = server_overhead.sentence("m", found)
     assert told.startswith(
         "m: the server adds +20 ms to the first token (+20 to +20), +2 ms to each token after it (+2 to +2)"
@@ -180,10 +182,18 @@ def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words") / "word-llama"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=262_144, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=1, bos_token_id=0, pad_token_id=2,
+        vocab_size=262_144,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=1,
+        bos_token_id=0,
+        pad_token_id=2,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     words = [
         f"\u2581{word}"
@@ -208,18 +218,7 @@ def test_transformers_serve_with_and_without_batching_in_one_view(
     word_model: Path, store_uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["online", "--launch", f"{PLAIN} ; {BATCHING}", "--model", str(word_model), "--concurrency", "2"]
-    arguments += [
-        "--prompt-tokens",
-        "16",
-        "--output-tokens",
-        "8",
-        "--repetitions",
-        "5",
-        "--warmup",
-        "1",
-        "--requests",
-        "4",
-    ]
+    arguments += "--prompt-tokens 16 --output-tokens 8 --repetitions 5 --warmup 1 --requests 4".split()
     assert main([*arguments, "--tracking-uri", store_uri]) == 0
     client = MlflowClient(store_uri)
     experiment = client.get_experiment_by_name("llmbench")
@@ -253,22 +252,9 @@ def test_transformers_serve_with_and_without_batching_beside_its_twin(
         f"{PLAIN} ; {BATCHING}",
         "--model",
         str(word_model),
-        "--twin",
-        "--concurrency",
-        "2",
+        *"--twin --concurrency 2".split(),
     ]
-    arguments += [
-        "--prompt-tokens",
-        "32",
-        "--output-tokens",
-        "16",
-        "--repetitions",
-        "5",
-        "--warmup",
-        "1",
-        "--requests",
-        "8",
-    ]
+    arguments += "--prompt-tokens 32 --output-tokens 16 --repetitions 5 --warmup 1 --requests 8".split()
     assert main([*arguments, "--tracking-uri", store_uri]) == 0
     client = MlflowClient(store_uri)
     runs = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])
@@ -298,18 +284,7 @@ def test_transformers_serve_with_and_without_batching_beside_its_twin(
 @pytest.mark.skipif(not SERVING, reason="pip install 'transformers[serving]'")
 def test_transformers_serve_with_chats(word_model: Path, store_uri: str) -> None:
     common = ["online", "--launch", PLAIN, "--model", str(word_model), "--endpoint", "chat"]
-    common += [
-        "--output-tokens",
-        "8",
-        "--repetitions",
-        "5",
-        "--warmup",
-        "1",
-        "--requests",
-        "3",
-        "--tracking-uri",
-        store_uri,
-    ]
+    common += [*"--output-tokens 8 --repetitions 5 --warmup 1 --requests 3 --tracking-uri".split(), store_uri]
     assert main([*common, "--workload", "chat", "--history", "sent", "--prompt-tokens", "auto"]) == 0
     client = MlflowClient(store_uri)
     [one] = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])

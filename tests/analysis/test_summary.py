@@ -86,11 +86,13 @@ def test_percentiles_are_those_of_the_pooled_rows_and_absent_without_support() -
 def test_all_keys_are_in_the_vocabulary_and_finite() -> None:
     full = result(
         [[2.0] * 7] * 6,
-        load=LoadInfo(1.0, 1000, 900, 16, 2e3, 4.0), first_call_ms=50.0, price_per_hour=2.0,
+        load=LoadInfo(1.0, 1000, 900, 16, 2e3, 4.0),
+        first_call_ms=50.0,
+        price_per_hour=2.0,
         peaks={"read_bytes_per_s": 1e6, "flops_per_s": 1e9},
         memory=MemoryStages({"peak": 10, "loaded": 5}, {"peak": 8}, {}, None),
         timeline=(MemorySample(0, 5, 4), MemorySample(MS, 7, 6)),
-    )  # fmt: skip
+    )
     metrics = summary.summarize(full)
     assert set(metrics) <= set(KEYS)
     assert all(math.isfinite(v) for v in metrics.values())

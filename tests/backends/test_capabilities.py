@@ -15,7 +15,7 @@ from mlflow_llmbench.analysis.decisions.export import export
 from mlflow_llmbench.backends.base import backend_class
 from mlflow_llmbench.config import spec
 from mlflow_llmbench.config.cells import config_hash, expand_cells
-from mlflow_llmbench.measure import journal, quality_reference
+from mlflow_llmbench.measure import journal, quality_order
 from mlflow_llmbench.measure.events import QualityWithheld
 from mlflow_llmbench.measure.supervise import Limits
 from mlflow_llmbench.measure.task import Task
@@ -155,7 +155,7 @@ def test_a_delegate_runs_what_a_backend_lacks() -> None:
 
 def test_a_result_of_a_backend_that_is_not_installed_can_be_read() -> None:
     assert recorded_capabilities("gone") == Capabilities()
-    with pytest.raises(UsageError, match=r"Unknown backend: gone\. Known: callback, fake, "):
+    with pytest.raises(UsageError, match=r"Unknown backend: gone\. Known: callback, "):
         capabilities_of("gone")
 
 
@@ -175,7 +175,7 @@ def test_tasks_of_the_harness_are_withheld_from_a_backend_that_gives_it_no_model
     cell, model = Cell(backend="llama_cpp"), ModelFacts("m", "folder", "/m", "c0ffee")
     reported: list[object] = []
     task = Task((cell,), model, (tmp_path,), Options(quality_tasks="arc_easy"))
-    assert quality_reference.order(task, reported.append, None, Limits()) is None
+    assert quality_order.order(task, reported.append, None, Limits()) is None
     assert reported == [QualityWithheld("backend=llama_cpp gives lm-eval no model. Leave quality_tasks out.")]
 
 

@@ -245,9 +245,18 @@ def test_what_is_said_of_a_model_is_what_it_is(backend: str, tiny_model: Path) -
 @pytest.mark.parametrize("backend", PYTHONS)
 def test_a_whole_command_with_quality(backend: str, tiny_model: Path, store_uri: str) -> None:
     done = run(
-        model=str(tiny_model), backend=backend, worker_python=python_of(backend), device="cpu", threads=1,
-        batch_size="1,3", prompt_tokens=16, output_tokens=8, warmup=1, repetitions=5, quality="auto",
-    )  # fmt: skip
+        model=str(tiny_model),
+        backend=backend,
+        worker_python=python_of(backend),
+        device="cpu",
+        threads=1,
+        batch_size="1,3",
+        prompt_tokens=16,
+        output_tokens=8,
+        warmup=1,
+        repetitions=5,
+        quality="auto",
+    )
     assert done.outcome == "ok", [row.message for row in done.rows]
     for folder in done.folder.glob("*/artifacts"):
         result = journal.read_result(folder)

@@ -75,8 +75,10 @@ def test_files_of_a_comparison_beside_what_is_there(
     }
     assert len(json.loads((folder / "comparison.json").read_text())) == 2
     assert {item.path for item in MlflowClient(sweep.tracking_uri).list_artifacts(one, "comparison")} == {
-        "comparison/comparison.md", "comparison/comparison.json", "comparison/charts"
-    }  # fmt: skip
+        "comparison/comparison.md",
+        "comparison/comparison.json",
+        "comparison/charts",
+    }
     (folder / "file").write_text("")
     assert main(["compare", one, four, "--output", str(folder / "file"), "--allow", "verdict"]) == 1
     assert capsys.readouterr().err.startswith(f"llmbench: Cannot write {folder / 'file'}")

@@ -16,20 +16,9 @@ from mlflow_llmbench.records.invocation import MODULE
 from mlflow_llmbench.records.quantizations import QUANTIZATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = [
-    "--backend",
-    "fake",
-    "--model",
-    "fake:ttft_ms=2+itl_ms=1",
-    "--output-tokens",
-    "4",
-    "--prompt-tokens",
-    "4",
-    "--repetitions",
-    "5",
-    "--warmup",
-    "1",
-]
+FAST = (
+    "--backend fake --model fake:ttft_ms=2+itl_ms=1 --output-tokens 4 --prompt-tokens 4 --repetitions 5 --warmup 1"
+).split()
 
 
 def test_help_names_every_parameter_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,9 +46,7 @@ def test_the_script_of_the_backend_comes_back(
     arguments = [
         "scaling",
         str(sweep.folder),
-        "--at",
-        "batch_size=3,12",
-        "--output",
+        *"--at batch_size=3,12 --output".split(),
         str(folder),
         "--log",
         parent,

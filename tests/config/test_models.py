@@ -136,8 +136,13 @@ def test_every_published_model_is_a_preset_under_its_own_name() -> None:
     assert all(name == preset.name for name, preset in PRESETS.items())
     assert len({preset.repository for preset in PRESETS.values()}) == len(PRESETS)
     assert {name for name, preset in PRESETS.items() if preset.gated} == {
-        "llama-2-7b", "llama-2-13b", "gemma-3-270m", "gemma-3-1b", "llama-3.2-1b", "llama-3.2-3b",
-    }  # fmt: skip
+        "llama-2-7b",
+        "llama-2-13b",
+        "gemma-3-270m",
+        "gemma-3-1b",
+        "llama-3.2-1b",
+        "llama-3.2-3b",
+    }
     assert {preset.dtype for preset in PRESETS.values()} == {"float16", "bfloat16"}
 
 
@@ -247,15 +252,33 @@ def test_a_nested_text_config_is_the_decoder() -> None:
 
 
 def test_an_unknown_family_is_read_by_the_usual_key_names() -> None:
-    shape = read({
-        "model_type": "newcomer", "d_model": 512, "n_layers": 8, "n_heads": 8, "num_key_value_heads": 2, "head_dim": 96,
-        "ffn_dim": 1536, "vocab_size": 32_000, "max_sequence_length": 8192, "hidden_act": "silu",
-    })  # fmt: skip
+    shape = read(
+        {
+            "model_type": "newcomer",
+            "d_model": 512,
+            "n_layers": 8,
+            "n_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 96,
+            "ffn_dim": 1536,
+            "vocab_size": 32_000,
+            "max_sequence_length": 8192,
+            "hidden_act": "silu",
+        }
+    )
     assert shape == Shape(
-        layers=8, hidden_size=512, attention_heads=8, kv_heads=2, head_dim=96, intermediate_size=1536,
-        vocab_size=32_000, context=8192,
-        tied=False, gated_mlp=True, embedding_dim=512,
-    )  # fmt: skip
+        layers=8,
+        hidden_size=512,
+        attention_heads=8,
+        kv_heads=2,
+        head_dim=96,
+        intermediate_size=1536,
+        vocab_size=32_000,
+        context=8192,
+        tied=False,
+        gated_mlp=True,
+        embedding_dim=512,
+    )
     attention, mlp = 512 * 96 * (8 + 2) * 2, 3 * 512 * 1536
     assert shape.linear_parameters == 8 * (attention + mlp)
     assert shape.parameters == 8 * (attention + mlp) + 2 * 32_000 * 512 + 17 * 512

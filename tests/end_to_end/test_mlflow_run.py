@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+SHORT = {"prompt_tokens": "8", "output_tokens": "4", "warmup": "1", "repetitions": "5"}
 
 
 def mlflow_run(
@@ -26,16 +27,7 @@ def mlflow_run(
 
 
 def test_a_single_configuration_is_the_projects_own_run(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
-    done = mlflow_run(
-        store_uri,
-        tmp_path,
-        model=str(tiny_model),
-        quant="int8",
-        prompt_tokens="8",
-        output_tokens="4",
-        warmup="1",
-        repetitions="5",
-    )
+    done = mlflow_run(store_uri, tmp_path, model=str(tiny_model), quant="int8", **SHORT)
     assert done.returncode == 0, done.stderr[-2000:]
     client = MlflowClient(store_uri)
     [found] = client.search_runs(["0"])
@@ -48,16 +40,7 @@ def test_a_single_configuration_is_the_projects_own_run(store_uri: str, tmp_path
 
 
 def test_a_list_makes_the_projects_run_the_parent(store_uri: str, tmp_path: Path, tiny_model: Path) -> None:
-    done = mlflow_run(
-        store_uri,
-        tmp_path,
-        model=str(tiny_model),
-        quant="fp32,bf16",
-        prompt_tokens="8",
-        output_tokens="4",
-        warmup="1",
-        repetitions="5",
-    )
+    done = mlflow_run(store_uri, tmp_path, model=str(tiny_model), quant="fp32,bf16", **SHORT)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = MlflowClient(store_uri).search_runs(["0"])
     [parent] = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
@@ -123,10 +106,7 @@ def test_the_decision_by_entry_points(store_uri: str, tmp_path: Path) -> None:
         backend="fake",
         model=model,
         batch_size="1,2",
-        prompt_tokens="8",
-        output_tokens="4",
-        warmup="1",
-        repetitions="5",
+        **SHORT,
     )
     chosen = entry("recommend", sweep=swept.info.run_id, max_ttft="1s", accept_suspect="busy")
     assert "recommendation.json" in {item.path for item in client.list_artifacts(chosen.info.run_id)}

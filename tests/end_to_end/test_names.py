@@ -203,10 +203,7 @@ def test_a_result_of_another_machine_cannot_write_to_the_terminal(
         main(
             [
                 *FAST,
-                "--backend=fake",
-                "--model=fake:ttft_ms=1,fake:ttft_ms=2",
-                "--output-dir=out",
-                "--tracking-uri",
+                *"--backend=fake --model=fake:ttft_ms=1,fake:ttft_ms=2 --output-dir=out --tracking-uri".split(),
                 store_uri,
             ]
         )

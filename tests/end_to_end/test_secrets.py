@@ -112,10 +112,13 @@ TEXTS = (
     "via http://me:canary-12-proxy@proxy.example:3128",
     "index https://canary-13-index@pip.example/simple",
 )
-FILES = {"hub/token": "canary-22-tokenfile", "hub/stored_tokens": "[a]\nhf_token = canary-23-stored\n",
-         "home/.mlflow/credentials": (
-             "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = canary-24-file\n"
-         )}  # fmt: skip
+FILES = {
+    "hub/token": "canary-22-tokenfile",
+    "hub/stored_tokens": "[a]\nhf_token = canary-23-stored\n",
+    "home/.mlflow/credentials": (
+        "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = canary-24-file\n"
+    ),
+}
 CANARIES = [
     value
     for name, value in VARIABLES.items()
@@ -163,10 +166,15 @@ def planted(tmp_path: Path) -> dict[str, str]:
         (tmp_path / file).write_text(text)
     kept = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     return {
-        **kept, **VARIABLES, "HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hub"),
+        **kept,
+        **VARIABLES,
+        "HOME": str(tmp_path / "home"),
+        "HF_HOME": str(tmp_path / "hub"),
         "LLMBENCH_TEST_FOLDER": str(tmp_path / "planted"),
-        "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "no_proxy": "*", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
+        "no_proxy": "*",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def llmbench(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -275,9 +283,12 @@ def test_a_worker_is_started_without_them(store_uri: str, tmp_path: Path, plante
     for environment in seen.values():
         assert not [name for name in environment if name.startswith("MLFLOW_")]
         assert {name: environment[name] for name in ("LLMBENCH_OURS", "CC", "HF_HOME", "HOME", "PATH")} == {
-            "LLMBENCH_OURS": "stays", "CC": "stays too", "HF_HOME": planted["HF_HOME"], "HOME": planted["HOME"],
+            "LLMBENCH_OURS": "stays",
+            "CC": "stays too",
+            "HF_HOME": planted["HF_HOME"],
+            "HOME": planted["HOME"],
             "PATH": planted["PATH"],
-        }  # fmt: skip
+        }
 
 
 def test_what_a_killed_command_left_is_masked_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

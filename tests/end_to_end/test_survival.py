@@ -23,6 +23,7 @@ from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.measure.events import CellBegun, CellMeasured, Event, ModelLoaded
 from mlflow_llmbench.measure.supervise import run_worker
+from mlflow_llmbench.measure.task import WorkerJob
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import JournalError, TrackingError, UsageError
 from mlflow_llmbench.records.results import RunResult
@@ -114,24 +115,25 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(
     assert "Traceback" not in errors
     assert not alive(worker)
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"),
-        f"{HANG}: batch_size": ("KILLED", None)
-    }  # fmt: skip
+        "batch_size=2": ("FINISHED", "ok"),
+        "batch_size=1": ("KILLED", "interrupted"),
+        f"{HANG}: batch_size": ("KILLED", None),
+    }
     assert "interrupted" in output
 
 
 def test_an_interruption_between_the_charts_of_a_cell_and_its_upload_loses_nothing(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow_llmbench.reports.charts import result as result_charts
+    from mlflow_llmbench.reports import files
 
-    draw = result_charts.draw_cell
+    draw = files.draw_cell
 
     def interrupted(result: RunResult, folder: Path) -> None:
         draw(result, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(result_charts, "draw_cell", interrupted)
+    monkeypatch.setattr(files, "draw_cell", interrupted)
     assert fake().outcome == "interrupted"
     [only] = runs(store_uri).values()
     assert only.info.status == "FINISHED"
@@ -155,7 +157,9 @@ def test_what_a_worker_had_told_and_nobody_had_read_is_taken_after_an_interrupti
             until(lambda: all(measured(folder) for folder in folders))
             raise KeyboardInterrupt
 
-    outcome = run_worker("measure", cells, FakeBackend.resolve(cells[0]), folders, tmp_path / "worker.log", tell)
+    outcome = run_worker(
+        WorkerJob("measure", tuple(cells), FakeBackend.resolve(cells[0]), tuple(folders)), tmp_path / "worker.log", tell
+    )
     assert outcome.interrupted
     assert 0 in outcome.measured
 
@@ -352,10 +356,7 @@ def mlflow_server(uri: str, folder: Path, port: int) -> Iterator[subprocess.Pope
 
     command = [
         sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
+        *"-m mlflow server --backend-store-uri".split(),
         uri,
         "--artifacts-destination",
         str(folder / "artifacts"),
@@ -464,13 +465,7 @@ def test_a_full_disk_fails_the_cell_and_says_so(store_uri: str, tmp_path: Path) 
             sys.executable,
             "-c",
             code,
-            "run",
-            "--backend",
-            "fake",
-            "--model",
-            "fake:ttft_ms=0+itl_ms=0",
-            "--output-tokens",
-            "1,500",
+            *"run --backend fake --model fake:ttft_ms=0+itl_ms=0 --output-tokens 1,500".split(),
         ]
         command += ["--prompt-tokens", "4", "--repetitions", "20", "--warmup", "1", "--json"]
         environment = {
@@ -552,10 +547,12 @@ def test_one_of_each_failure_in_twenty_cells(store_uri: str) -> None:
     """All other cells are measured, the exit code is not 0, no run is left open, and the last lines name what failed
     and why."""
     scripts = {
-        "oom": "ttft_ms=1+itl_ms=1+fail=oom+above_batch=3", "crashed": "ttft_ms=1+itl_ms=1+fail=crash+above_batch=3",
-        "error": "ttft_ms=1+itl_ms=1+fail=error+above_batch=3", "timeout": "ttft_ms=1+itl_ms=1+fail=hang+above_batch=3",
+        "oom": "ttft_ms=1+itl_ms=1+fail=oom+above_batch=3",
+        "crashed": "ttft_ms=1+itl_ms=1+fail=crash+above_batch=3",
+        "error": "ttft_ms=1+itl_ms=1+fail=error+above_batch=3",
+        "timeout": "ttft_ms=1+itl_ms=1+fail=hang+above_batch=3",
         "ok": "ttft_ms=1+itl_ms=1",
-    }  # fmt: skip
+    }
     result = run(
         model=[f"fake:{script}" for script in scripts.values()],
         **(CELL | {"batch_size": "1,2,3,4", "first_token_timeout_s": 3}),

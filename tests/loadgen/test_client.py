@@ -429,17 +429,7 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(server: str, mon
 def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "1",
-        "-subj",
-        "/CN=localhost",
-        "-keyout",
+        *"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout".split(),
         key,
         "-out",
         certificate,

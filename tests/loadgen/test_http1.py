@@ -16,9 +16,15 @@ from mlflow_llmbench.loadgen.http1 import Connection, Exchange, Limits
 def said(*events: bytes, status: int = 200) -> Exchange:
     """Return a whole answer of these parts, one read each."""
     return Exchange(
-        0, t0_ns=1, end_ns=99, status=status, headers={"content-type": "text/event-stream"},
-        stamps=list(range(10, 10 + len(events))), parts=list(events), framed=True,
-    )  # fmt: skip
+        0,
+        t0_ns=1,
+        end_ns=99,
+        status=status,
+        headers={"content-type": "text/event-stream"},
+        stamps=list(range(10, 10 + len(events))),
+        parts=list(events),
+        framed=True,
+    )
 
 
 class Wire:

@@ -61,9 +61,11 @@ def send(url: str, script: str, load: Load, processes: int = 1, repetition: int 
 
 def test_label_sets_are_summed_and_of_shares_the_largest_is_taken() -> None:
     assert read_metrics(TEXT) == {
-        "vllm:num_requests_running": 5, "vllm:kv_cache_usage_perc": 0.5, "vllm:request_queue_time_seconds_sum": 0.15,
+        "vllm:num_requests_running": 5,
+        "vllm:kv_cache_usage_perc": 0.5,
+        "vllm:request_queue_time_seconds_sum": 0.15,
         "vllm:request_queue_time_seconds_count": 4,
-    }  # fmt: skip
+    }
     assert read_metrics("") == {}
 
 
@@ -156,9 +158,11 @@ def test_gauges_are_of_the_load_and_counters_of_their_growth() -> None:
     )
     own = {key: value for key, value in summarize(one).items() if key.startswith("server/")}
     assert own == {
-        "server/vllm:num_requests_running_mean": 3, "server/vllm:num_requests_running_max": 4,
-        "server/vllm:num_preemptions_total": 15, "server/tgi_request_queue_duration_mean": 1.5,
-    }  # fmt: skip
+        "server/vllm:num_requests_running_mean": 3,
+        "server/vllm:num_requests_running_max": 4,
+        "server/vllm:num_preemptions_total": 15,
+        "server/tgi_request_queue_duration_mean": 1.5,
+    }
     assert set(own) <= set(KEYS)
     assert from_json(RunResult, json.loads(json.dumps(to_json(one)))) == one
     assert not any(key.startswith("server/") for key in summarize(result(*TWO_USERS)))

@@ -160,12 +160,7 @@ def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
         command,
         "--model",
         HEAVY,
-        "--quant",
-        "none,q4",
-        "--concurrency",
-        "2",
-        "--output-tokens",
-        "4",
+        *"--quant none,q4 --concurrency 2 --output-tokens 4".split(),
     ]
     assert (
         main([*arguments, "--prompt-tokens", "16", "--repetitions", "5", "--warmup", "1", "--tracking-uri", store_uri])
@@ -249,14 +244,7 @@ def start_long(tmp_path: Path, *more: str) -> tuple[subprocess.Popen[bytes], dic
     arguments = [
         "--launch",
         command,
-        "--model",
-        "null:itl_ms=50",
-        "--output-tokens",
-        "64",
-        "--repetitions",
-        "50",
-        "--tracking-uri",
-        "sqlite:///mlflow.db",
+        *"--model null:itl_ms=50 --output-tokens 64 --repetitions 50 --tracking-uri sqlite:///mlflow.db".split(),
     ]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "mlflow_llmbench", "online", *arguments]

@@ -115,6 +115,17 @@ def test_old_lines_are_read_and_would_be_written_as_they_are(name: str, tmp_path
     assert (tmp_path / "new.jsonl").read_bytes() == old.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("line", "event"),
+    [
+        ('{"event":"job","folders":["a"]}', events.JobBegun(("a",))),
+        ('{"event":"peaks","t_ns":1,"peaks":{"flops_per_s":2.0}}', events.PeaksMeasured({"flops_per_s": 2.0}, t_ns=1)),
+    ],
+)
+def test_lines_of_the_first_versions_lack_fields_that_came_later(line: str, event: Event) -> None:
+    assert decode(line) == event
+
+
 def test_the_line_on_the_pipe_is_that_of_earlier_workers() -> None:
     assert encode(events.WarmupEnded(1, 12, 0.5, number_of_cell=0, t_ns=9)) == (
         '{"event": "warmup", "t_ns": 9, "number_of_cell": 0, "number": 1, "limit": 12, "seconds": 0.5}'
@@ -138,9 +149,24 @@ def test_an_old_journal_is_replayed_to_the_same_outcome(name: str) -> None:
 def summary(folders: Sequence[str], outcome: GroupOutcome) -> dict[str, Any]:
     numbers, first = sorted(outcome.cells), outcome.cells[0]
     names = (
-        "load", "peaks", "idle_w", "samples", "measured", "texts", "log", "evaluated_ns", "text_digest", "scores",
-        "divergences", "task_scores", "withheld", "environment", "ended", "current", "stage",
-    )  # fmt: skip
+        "load",
+        "peaks",
+        "idle_w",
+        "samples",
+        "measured",
+        "texts",
+        "log",
+        "evaluated_ns",
+        "text_digest",
+        "scores",
+        "divergences",
+        "task_scores",
+        "withheld",
+        "environment",
+        "ended",
+        "current",
+        "stage",
+    )
     return {
         "folders": folders,
         **{name: to_json(getattr(outcome, name)) for name in names},

@@ -154,9 +154,15 @@ def test_what_a_killed_command_left_is_of_that_environment(other: str, tmp_path:
     [cell] = expand_cells(asked)
     model = interpreter.resolve(cell)
     [job] = planning.make_jobs(
-        asked, [cell], ["one"], {cell: model}, {"synthetic": load_prompts("synthetic")}, machine.environment(),
-        lambda _: (None, ""), tmp_path
-    )  # fmt: skip
+        asked,
+        [cell],
+        ["one"],
+        {cell: model},
+        {"synthetic": load_prompts("synthetic")},
+        machine.environment(),
+        lambda _: (None, ""),
+        tmp_path,
+    )
     job.folder.mkdir(parents=True)
     job_sweeps.write_job(job)
     assert job_sweeps.read_job(job.folder).environment == job.environment

@@ -36,6 +36,7 @@ from ..null_server import null_server, read_log
 
 MS = 1_000_000
 CELL = Cell(backend="openai", url="http://h", model="m", output_tokens=4, prompt_tokens=10, concurrency=2)
+SHORT = {"repetitions": 5, "warmup": 1, "output_tokens": 8, "prompt_tokens": 16}
 QUIET = ClientReadings(0, 1000 * MS, (MS // 10,) * 300, 0.05)
 
 
@@ -68,9 +69,18 @@ def result(
 ) -> RunResult:
     repetitions = tuple(Repetition(i, 1000 * i, requests, failed=failures, client=client) for i in range(5))
     return RunResult(
-        cell, "ok", 0, 9000, Hashes("c", "w", "h", "s", "e"), ModelFacts("m", "none", "http://h", "x"), {},
-        load=LoadInfo(None), steady=True, warmup_s=(0.04, 0.04, 0.04), repetitions=repetitions,
-    )  # fmt: skip
+        cell,
+        "ok",
+        0,
+        9000,
+        Hashes("c", "w", "h", "s", "e"),
+        ModelFacts("m", "none", "http://h", "x"),
+        {},
+        load=LoadInfo(None),
+        steady=True,
+        warmup_s=(0.04, 0.04, 0.04),
+        repetitions=repetitions,
+    )
 
 
 def codes(one: RunResult) -> set[str]:
@@ -330,12 +340,7 @@ def test_a_sweep_over_users_is_runs_in_mlflow(
         server,
         "--model",
         MODEL,
-        "--concurrency",
-        "1,3",
-        "--output-tokens",
-        "8",
-        "--prompt-tokens",
-        "20",
+        *"--concurrency 1,3 --output-tokens 8 --prompt-tokens 20".split(),
     ]
     assert (
         main([*arguments, "--repetitions", "5", "--warmup", "1", "--slo-ttft-ms", "1000", "--tracking-uri", store_uri])
@@ -405,9 +410,15 @@ def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
 
 def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=10, ramp_to=200, requests=30,
-        repetitions=5, warmup=1, output_tokens=4, prompt_tokens=16,
-    )  # fmt: skip
+        tracking_uri=store_uri,
+        backend="openai",
+        url=server,
+        model=MODEL,
+        request_rate=10,
+        ramp_to=200,
+        requests=30,
+        **SHORT | {"output_tokens": 4},
+    )
     [row] = done.rows
     assert row.outcome == "ok"
     assert (row.metrics["config/request_rate"], row.metrics["config/ramp_to"]) == (10, 200)
@@ -415,9 +426,17 @@ def test_a_ramp_is_a_cell(server: str, store_uri: str) -> None:
 
 def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, request_rate=100, requests=30, repetitions=5,
-        warmup=1, output_tokens=8, prompt_tokens=16, endpoint="chat", arrival="gamma", burstiness=0.5,
-    )  # fmt: skip
+        tracking_uri=store_uri,
+        backend="openai",
+        url=server,
+        model=MODEL,
+        request_rate=100,
+        requests=30,
+        **SHORT,
+        endpoint="chat",
+        arrival="gamma",
+        burstiness=0.5,
+    )
     [row] = done.rows
     assert row.outcome == "ok"
     assert row.metrics["config/request_rate"] == 100
@@ -436,16 +455,7 @@ def test_an_open_loop_is_a_cell(server: str, store_uri: str) -> None:
 def test_what_the_server_does_otherwise_is_in_the_verdict(
     server: str, store_uri: str, script: str, reason: str
 ) -> None:
-    done = run(
-        tracking_uri=store_uri,
-        backend="openai",
-        url=server,
-        model=script,
-        repetitions=5,
-        warmup=1,
-        output_tokens=8,
-        prompt_tokens=16,
-    )
+    done = run(tracking_uri=store_uri, backend="openai", url=server, model=script, **SHORT)
     assert done.rows[0].verdict is not None
     assert reason in {one.code for one in done.rows[0].verdict.reasons}
 
@@ -454,16 +464,7 @@ def test_what_the_server_does_otherwise_is_in_the_verdict(
 def test_a_server_that_answers_nothing_whole_is_a_failed_run_with_its_reason(
     server: str, store_uri: str, script: str, word: str
 ) -> None:
-    done = run(
-        tracking_uri=store_uri,
-        backend="openai",
-        url=server,
-        model=script,
-        repetitions=5,
-        warmup=1,
-        output_tokens=8,
-        prompt_tokens=16,
-    )
+    done = run(tracking_uri=store_uri, backend="openai", url=server, model=script, **SHORT)
     [row] = done.rows
     assert (row.outcome, done.exit_code) == ("error", 1)
     assert word in row.message

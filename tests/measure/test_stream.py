@@ -354,40 +354,16 @@ def test_an_answer_of_another_length_than_asked_is_invalid() -> None:
 
 
 def test_a_sweep_over_ways_of_batching_is_runs_in_mlflow(store_uri: str, tmp_path: Path) -> None:
-    arguments = [
-        "run",
-        "--backend",
-        "fake",
-        "--model",
-        "fake:ttft_ms=6+itl_ms=2",
-        "--workload",
-        "mixed",
-        "--prompt-tokens",
-        "16",
-        "--output-tokens",
-        "8",
-    ]
-    arguments += [
-        "--batching",
-        "static,dynamic,continuous",
-        "--batch-wait-ms",
-        "2",
-        "--batch-size",
-        "4",
-        "--request-rate",
-        "100",
-        "--requests",
-        "12",
-    ]
+    arguments = "run --backend fake --model fake:ttft_ms=6+itl_ms=2 --workload mixed".split()
+    arguments += "--prompt-tokens 16 --output-tokens 8".split()
+    arguments += (
+        "--batching static,dynamic,continuous --batch-wait-ms 2 --batch-size 4 --request-rate 100 --requests 12".split()
+    )
     assert (
         main(
             [
                 *arguments,
-                "--repetitions",
-                "5",
-                "--warmup",
-                "1",
-                "--tracking-uri",
+                *"--repetitions 5 --warmup 1 --tracking-uri".split(),
                 store_uri,
                 "--output-dir",
                 str(tmp_path / "out"),
@@ -415,24 +391,7 @@ def test_a_sweep_over_ways_of_batching_is_runs_in_mlflow(store_uri: str, tmp_pat
 
 
 def test_an_ordinary_run_has_no_parameter_of_a_stream(store_uri: str) -> None:
-    assert (
-        main(
-            [
-                "run",
-                "--backend",
-                "fake",
-                "--model",
-                "fake:itl_ms=1",
-                "--output-tokens",
-                "4",
-                "--repetitions",
-                "5",
-                "--warmup",
-                "1",
-            ]
-        )
-        == 0
-    )
+    assert main("run --backend fake --model fake:itl_ms=1 --output-tokens 4 --repetitions 5 --warmup 1".split()) == 0
     client = MlflowClient(store_uri)
     [run] = client.search_runs([client.get_experiment_by_name("llmbench").experiment_id])
     assert not {"batching", "batch_wait_ms", "request_rate", "arrival", "requests", "slo_ttft_ms"} & set(

@@ -51,9 +51,14 @@ def test_the_larger_of_loading_and_running_decides() -> None:
     assert list(by_name) == list(PRESETS)
     model = by_name["opt-1.3b"]
     assert {key: model[key] for key in model if key != "memory"} == {
-        "name": "opt-1.3b", "repository": "facebook/opt-1.3b", "parameters": 1_315_758_080, "context": 2048,
-        "dtype": "float16", "licence": "opt-175b", "gated": False,
-    }  # fmt: skip
+        "name": "opt-1.3b",
+        "repository": "facebook/opt-1.3b",
+        "parameters": 1_315_758_080,
+        "context": 2048,
+        "dtype": "float16",
+        "licence": "opt-175b",
+        "gated": False,
+    }
     assert list(model["memory"]) == ["none", "fp32", "int8", "int4"]
     for size in model["memory"].values():
         assert size["peak_bytes"] == max(size["run_bytes"], size["load_bytes"])
@@ -77,5 +82,14 @@ def test_numbers_of_parameters_have_three_digits() -> None:
         175e9,
     )
     assert [parameters_text(int(count)) for count in counts] == [
-        "70.4 M", "100 M", "125 M", "999 M", "1.00 B", "1.32 B", "9.99 B", "10.0 B", "11.8 B", "175 B",
-    ]  # fmt: skip
+        "70.4 M",
+        "100 M",
+        "125 M",
+        "999 M",
+        "1.00 B",
+        "1.32 B",
+        "9.99 B",
+        "10.0 B",
+        "11.8 B",
+        "175 B",
+    ]

@@ -133,9 +133,15 @@ def test_what_fits_is_a_table_of_both_sides_of_the_limit() -> None:
     ]
     found = told(rows).frontier
     assert found.heading == (
-        "quant", "largest that fits", "peak GB", "predicted GB",
-        "smallest that does not", "why", "predicted ÷ measured", "limit",
-    )  # fmt: skip
+        "quant",
+        "largest that fits",
+        "peak GB",
+        "predicted GB",
+        "smallest that does not",
+        "why",
+        "predicted ÷ measured",
+        "limit",
+    )
     assert found.body == (
         ("bf16", "1 × (128 + 128)", "2.00", "2.50", "4 × (128 + 128)", "oom, 3.10 GB reached", "1.25", "measured"),
         (

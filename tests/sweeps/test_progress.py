@@ -23,6 +23,7 @@ from mlflow_llmbench.measure.events import (
     WarmupEnded,
 )
 from mlflow_llmbench.measure.supervise import run_worker
+from mlflow_llmbench.measure.task import WorkerJob
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import LoadInfo
 from mlflow_llmbench.sweeps.progress import STAGES, WRITES_PER_S, Progress, duration, rough_duration
@@ -405,7 +406,9 @@ def test_a_real_worker(fault: str, tmp_path: Path) -> None:
 
     progress.cell(2, "b2")
     folders = [tmp_path / str(number) for number in range(2)]
-    run_worker("measure", cells, FakeBackend.resolve(cells[0]), folders, tmp_path / "worker.log", tell)
+    run_worker(
+        WorkerJob("measure", tuple(cells), FakeBackend.resolve(cells[0]), tuple(folders)), tmp_path / "worker.log", tell
+    )
     progress.finish()
     lines = stream.getvalue().splitlines()
     assert lines[:3] == ["cell 1/2: b2", "cell 1/2: starting", "cell 1/2: loading"]
@@ -418,9 +421,14 @@ def test_a_real_worker(fault: str, tmp_path: Path) -> None:
         # One second per event: 7 of the worker, measuring, 2 warm-ups, 3 repetitions, the stage peak;
         # then the same without the first seven.
         assert lines[4:] == [
-            "cell 1/2: warming up", "cell 1/2: measuring", "cell 1/2: measured in 15 s, about 15 s left",
-            "cell 2/2: b1", "cell 2/2: warming up", "cell 2/2: measuring", "cell 2/2: measured in 11 s",
-        ]  # fmt: skip
+            "cell 1/2: warming up",
+            "cell 1/2: measuring",
+            "cell 1/2: measured in 15 s, about 15 s left",
+            "cell 2/2: b1",
+            "cell 2/2: warming up",
+            "cell 2/2: measuring",
+            "cell 2/2: measured in 11 s",
+        ]
 
 
 def test_the_stages_are_those_of_worker_and_sweep() -> None:
@@ -458,8 +466,26 @@ def test_an_event_costs_no_more_in_a_long_sweep_with_long_names() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.04, 9.94, 9.96, 59.4, 59.6, 185, 3599, 3600, 7650)] == [
-        "0.0 s", "9.9 s", "10 s", "59 s", "1 min 0 s", "3 min 5 s", "59 min 59 s", "1 h 0 min", "2 h 7 min",
-    ]  # fmt: skip
+        "0.0 s",
+        "9.9 s",
+        "10 s",
+        "59 s",
+        "1 min 0 s",
+        "3 min 5 s",
+        "59 min 59 s",
+        "1 h 0 min",
+        "2 h 7 min",
+    ]
     assert [rough_duration(s) for s in (0, 3, 5.1, 40, 90, 91, 121, 5400, 5401, 7200, 80_000)] == [
-        "5 s", "5 s", "10 s", "40 s", "90 s", "2 min", "3 min", "90 min", "1 h 40 min", "2 h", "22 h 20 min",
-    ]  # fmt: skip
+        "5 s",
+        "5 s",
+        "10 s",
+        "40 s",
+        "90 s",
+        "2 min",
+        "3 min",
+        "90 min",
+        "1 h 40 min",
+        "2 h",
+        "22 h 20 min",
+    ]

@@ -285,15 +285,9 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     arguments = [text for name, value in CELL.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = [
         sys.executable,
-        "-m",
-        "mlflow_llmbench",
-        "run",
-        "--model",
+        *"-m mlflow_llmbench run --model".split(),
         HANG,
-        "--batch-size",
-        "1,2",
-        "--on",
-        "ray",
+        *"--batch-size 1,2 --on ray".split(),
         *arguments,
         *more,
     ]
@@ -320,9 +314,10 @@ def test_an_interruption_ends_the_workers_on_the_nodes_and_keeps_what_was_measur
     assert "Traceback" not in errors
     until(lambda: not alive(worker), 20)
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("KILLED", "interrupted"),
+        "batch_size=2": ("FINISHED", "ok"),
+        "batch_size=1": ("KILLED", "interrupted"),
         f"{HANG}: batch_size": ("KILLED", None),
-    }  # fmt: skip
+    }
     assert "interrupted" in output
 
 
@@ -338,9 +333,10 @@ def test_a_killed_command_leaves_no_worker_and_what_has_arrived_can_be_uploaded(
     [folder] = tmp_path.glob("llmbench-results/*")
     assert upload(str(folder), store_uri).completed == 3
     assert states(store_uri) == {
-        "batch_size=2": ("FINISHED", "ok"), "batch_size=1": ("FAILED", "crashed"),
+        "batch_size=2": ("FINISHED", "ok"),
+        "batch_size=1": ("FAILED", "crashed"),
         f"{HANG}: batch_size": ("FAILED", None),
-    }  # fmt: skip
+    }
     [kept] = [one for one in MlflowClient(store_uri).search_runs(["1"]) if one.info.run_name == "batch_size=2"]
     [result] = [
         journal.read_result(file.parent)

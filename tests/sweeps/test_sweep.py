@@ -187,17 +187,7 @@ def test_two_commands_may_make_one_new_store_and_leave_nothing_else_behind(tmp_p
     (temporary := tmp_path / "temporary").mkdir()
     command = [
         sys.executable,
-        "-m",
-        "mlflow_llmbench",
-        "run",
-        "--backend",
-        "fake",
-        "--model",
-        "fake:",
-        "--output-tokens",
-        "4",
-        "--repetitions",
-        "5",
+        *"-m mlflow_llmbench run --backend fake --model fake: --output-tokens 4 --repetitions 5".split(),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     both = [
@@ -327,18 +317,7 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
     The signal arrives there.
     """
     script = "fake:ttft_ms=1+itl_ms=1+fail=hang+below_batch=2"
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow_llmbench",
-        "run",
-        "--backend",
-        "fake",
-        "--model",
-        script,
-        "--batch-size",
-        "1,2",
-    ]
+    command = [sys.executable, *"-m mlflow_llmbench run --backend fake --model".split(), script, "--batch-size", "1,2"]
     command += ["--output-tokens", "6", "--prompt-tokens", "4", "--repetitions", "5", "--warmup", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
     process = subprocess.Popen(
@@ -368,17 +347,8 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
 def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp_path: Path, how: str) -> None:
     command = [
         sys.executable,
-        "-m",
-        "mlflow_llmbench",
-        "run",
-        "--backend",
-        "fake",
-        "--model",
-        "fake:ttft_ms=1+itl_ms=200",
-        "--batch-size",
-        "1,2",
-        "--repetitions",
-        "5",
+        *"-m mlflow_llmbench run --backend fake --model fake:ttft_ms=1+itl_ms=200".split(),
+        *"--batch-size 1,2 --repetitions 5".split(),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
     process = subprocess.Popen(
@@ -422,14 +392,12 @@ def test_two_names_of_one_configuration_are_refused(store_uri: str, tiny_model: 
 def test_a_worker_that_hangs_is_ended_and_the_cell_is_a_timeout(tmp_path: Path) -> None:
     from mlflow_llmbench.backends.fake import FakeBackend
     from mlflow_llmbench.measure.supervise import Limits, run_worker
+    from mlflow_llmbench.measure.task import WorkerJob
     from mlflow_llmbench.records.cell import Cell
 
     cell = Cell(model="fake:fail=hang", backend="fake")
     outcome = run_worker(
-        "measure",
-        [cell],
-        FakeBackend.resolve(cell),
-        [tmp_path],
+        WorkerJob("measure", (cell,), FakeBackend.resolve(cell), (tmp_path,)),
         tmp_path / "worker.log",
         limits=Limits(first_token_s=3.0),
     )

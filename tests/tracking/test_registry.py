@@ -210,15 +210,9 @@ def served(uri: str, store_uri: str, log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [
         sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
+        *"-m mlflow models serve -m".split(),
         uri,
-        "--env-manager",
-        "local",
-        "-p",
+        *"--env-manager local -p".split(),
         str(port),
         "-h",
         "127.0.0.1",
@@ -356,9 +350,11 @@ def real(quant: str, source: str = "folder", **facts: Any) -> RunResult:
 def test_each_quantization_becomes_its_recipe() -> None:
     four = deploy(real("fp4", **{"quant.type": "fp4", "quant.compute_dtype": "bfloat16"}))
     assert four["quantization"] == {
-        "class": "BitsAndBytesConfig", "load_in_4bit": True,
-        "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16",
-    }  # fmt: skip
+        "class": "BitsAndBytesConfig",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
     assert four["dtype"] == "bfloat16"
     twice = deploy(
         real("int4", **{"quant.type": "nf4", "quant.compute_dtype": "bfloat16", "quant.double_quant": "true"})
@@ -457,14 +453,9 @@ def test_register_is_an_entry_point_of_the_project(store_uri: str, tmp_path: Pat
     parameters = ["-P", f"run={one}", "-P", "name=support-bot"]
     command = [
         sys.executable,
-        "-m",
-        "mlflow",
-        "run",
+        *"-m mlflow run".split(),
         str(ROOT),
-        "-e",
-        "register",
-        "--env-manager",
-        "local",
+        *"-e register --env-manager local".split(),
         *parameters,
     ]
     done = subprocess.run(

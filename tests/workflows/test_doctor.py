@@ -75,9 +75,14 @@ def test_a_report_as_json() -> None:
     data = json.loads(json.dumps(to_json(REPORT)))
     assert data["ready"] is True
     assert data["items"][2] == {
-        "section": "Software", "name": "torch runs", "status": "ok", "found": "on the CPU",
-        "advice": None, "needed": True, "data": {"device": "cpu"},
-    }  # fmt: skip
+        "section": "Software",
+        "name": "torch runs",
+        "status": "ok",
+        "found": "on the CPU",
+        "advice": None,
+        "needed": True,
+        "data": {"device": "cpu"},
+    }
     assert from_json(Report, data) == REPORT
 
 

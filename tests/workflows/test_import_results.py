@@ -30,13 +30,19 @@ def test_vllm_in_a_closed_loop_with_single_requests() -> None:
     [found] = read("vllm_serve_detailed")
     assert (found.source, found.name) == ("vllm bench serve", "meta-llama/Llama-3.2-1B c2")
     assert found.metrics == {
-        "latency/ttft_ms_mean": 21.0, "latency/ttft_ms_p50": 20.0,
-        "latency/e2e_ms_mean": 42.3333, "latency/e2e_ms_p50": 41.3333,
-        "latency/tpot_ms_mean": 10.6667, "latency/tpot_ms_p50": 9.6667,
-        "latency/itl_ms_mean": 10.6667, "latency/itl_ms_p50": 9.6667,
-        "window/full_output_tokens_per_s": 3.6, "window/full_requests_per_s": 1.2,
-        "errors/failed_ratio": 0.25, "config/concurrency": 2.0,
-    }  # fmt: skip
+        "latency/ttft_ms_mean": 21.0,
+        "latency/ttft_ms_p50": 20.0,
+        "latency/e2e_ms_mean": 42.3333,
+        "latency/e2e_ms_p50": 41.3333,
+        "latency/tpot_ms_mean": 10.6667,
+        "latency/tpot_ms_p50": 9.6667,
+        "latency/itl_ms_mean": 10.6667,
+        "latency/itl_ms_p50": 9.6667,
+        "window/full_output_tokens_per_s": 3.6,
+        "window/full_requests_per_s": 1.2,
+        "errors/failed_ratio": 0.25,
+        "config/concurrency": 2.0,
+    }
     assert found.own["vllm/p99_ttft_ms"] == 30.0  # three requests support no p99
     assert "vllm/request_goodput" not in found.own  # absent is absent
     assert found.params["request_rate"] == "inf" and "ttfts" not in found.params
@@ -98,11 +104,18 @@ def test_aiperfs_inter_token_latency_is_our_time_per_output_token() -> None:
     [found] = read("aiperf_profile_export")
     assert (found.source, found.version, found.name) == ("aiperf", "0.13.0", "aiperf concurrency 8")
     assert found.metrics == {
-        "latency/ttft_ms_mean": 40.0, "latency/ttft_ms_p50": 40.0, "latency/ttft_ms_p95": 41.5,
-        "latency/e2e_ms_mean": 500.0, "latency/e2e_ms_p50": 500.0, "latency/e2e_ms_p95": 501.5,
-        "latency/tpot_ms_mean": 9.0, "latency/tpot_ms_p50": 9.0, "latency/tpot_ms_p95": 10.5,
-        "errors/failed_ratio": 0.0, "config/concurrency": 8.0,
-    }  # fmt: skip
+        "latency/ttft_ms_mean": 40.0,
+        "latency/ttft_ms_p50": 40.0,
+        "latency/ttft_ms_p95": 41.5,
+        "latency/e2e_ms_mean": 500.0,
+        "latency/e2e_ms_p50": 500.0,
+        "latency/e2e_ms_p95": 501.5,
+        "latency/tpot_ms_mean": 9.0,
+        "latency/tpot_ms_p50": 9.0,
+        "latency/tpot_ms_p95": 10.5,
+        "errors/failed_ratio": 0.0,
+        "config/concurrency": 8.0,
+    }
     assert found.own["aiperf/time_to_first_token_p99"] == 42.0  # 100 requests support no p99
     assert found.own["aiperf/output_token_throughput_avg"] == 700.0
 

@@ -383,13 +383,7 @@ def test_an_output_that_is_there_is_not_overwritten(
         "qat",
         "--model",
         str(tiny_model),
-        "--data",
-        "data.txt",
-        "--group-size",
-        "32",
-        "--output",
-        "mine",
-        "--tracking-uri",
+        *"--data data.txt --group-size 32 --output mine --tracking-uri".split(),
         store_uri,
     ]
     assert main(arguments) == 2
@@ -492,20 +486,7 @@ def test_a_training_is_a_run_and_its_checkpoint_a_cell(
     sharp_model: Path, tmp_path: Path, store_uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data.txt").write_text(toy_text(300))
-    arguments = [
-        "--steps",
-        "40",
-        "--learning-rate",
-        "3e-4",
-        "--sequence-tokens",
-        "64",
-        "--group-size",
-        "32",
-        "--threads",
-        "1",
-        "--output",
-        "made",
-    ]
+    arguments = "--steps 40 --learning-rate 3e-4 --sequence-tokens 64 --group-size 32 --threads 1 --output made".split()
     assert (
         main(
             [
@@ -574,17 +555,9 @@ def test_an_interrupted_training_ends_killed_and_leaves_no_checkpoint(
     (tmp_path / "data.txt").write_text(toy_text(300))
     command = [
         sys.executable,
-        "-m",
-        "mlflow_llmbench",
-        "qat",
-        "--model",
+        *"-m mlflow_llmbench qat --model".split(),
         str(tiny_model),
-        "--data",
-        "data.txt",
-        "--group-size",
-        "32",
-        "--output",
-        "made",
+        *"--data data.txt --group-size 32 --output made".split(),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store_uri}
     process = subprocess.Popen(

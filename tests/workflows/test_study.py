@@ -12,20 +12,7 @@ from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.workflows.study import parse_prices, run_study
 
-GRID = [
-    "--backend",
-    "fake",
-    "--preset",
-    "quick",
-    "--batch-size",
-    "1,2,4",
-    "--prompt-tokens",
-    "16,32,64",
-    "--output-tokens",
-    "4",
-    "--warmup",
-    "1",
-]
+GRID = "--backend fake --preset quick --batch-size 1,2,4 --prompt-tokens 16,32,64 --output-tokens 4 --warmup 1".split()
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, object]]:
@@ -45,8 +32,11 @@ def test_one_command_measures_and_studies_and_another_takes_it_in(
     assert (folder / "study/report.html").exists() and (folder / "scaling/scaling.json").exists()
     client = MlflowClient(store_uri)
     assert {item.path for item in client.list_artifacts(parent, "study")} == {
-        "study/charts", "study/report.html", "study/report.md", "study/study.json",
-    }  # fmt: skip
+        "study/charts",
+        "study/report.html",
+        "study/report.md",
+        "study/study.json",
+    }
     assert {item.path for item in client.list_artifacts(parent, "scaling")} == {
         "scaling/charts",
         "scaling/scaling.json",
@@ -112,20 +102,7 @@ def test_a_study_of_nothing_is_refused() -> None:
 def test_what_was_measured_is_kept_when_it_cannot_be_studied(
     store_uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    arguments = [
-        "--backend",
-        "fake",
-        "--model",
-        "fake:",
-        "--batch-size",
-        "1",
-        "--prompt-tokens",
-        "8",
-        "--output-tokens",
-        "4",
-        "--warmup",
-        "1",
-    ]
+    arguments = "--backend fake --model fake: --batch-size 1 --prompt-tokens 8 --output-tokens 4 --warmup 1".split()
     assert main(["study", *arguments, "--price", "A100=1", "--tracking-uri", store_uri]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(

@@ -132,11 +132,7 @@ def test_a_trace_is_replayed_into_mlflow(server: str, trace: Path, store_uri: st
         MODEL,
         "--trace",
         str(trace),
-        "--repetitions",
-        "5",
-        "--warmup",
-        "1",
-        "--tracking-uri",
+        *"--repetitions 5 --warmup 1 --tracking-uri".split(),
         store_uri,
     ]
     assert main(arguments) == 0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ...config.choices import MIN_TEXT_TOKENS
 from ...records.errors import MeasurementError, UsageError
 from ...records.results import Divergence, ModelFacts, TextScores, hash16
-from ...workloads.prompts import Text, load_prompts, load_text
+from ...workloads.prompts import Text, load_prompts
 from ..base import Backend
 
 if TYPE_CHECKING:
@@ -199,16 +199,15 @@ def divergence(reference: torch.Tensor, own: torch.Tensor) -> tuple[list[float],
 
 
 def write_references(
-    backend: Backend, order: Mapping[str, Any], model: ModelFacts, name: str, progress: Progress
+    backend: Backend, text: Text, files: Mapping[str, Path], model: ModelFacts, name: str, progress: Progress
 ) -> None:
-    """Write the reference file of each workload in the order. The loaded model must be the unquantized one."""
-    text = load_text(order["text"])
+    """Write the reference file of each workload in `files`. The loaded model must be the unquantized one."""
     try:
         nll = score_text(backend, text, model.context, progress).nll
     except UsageError:  # reported when the compared models are scored
         nll = ()
-    for workload, path in order["references"].items():
-        _write_reference(backend, workload, text, model, Path(path), name, nll, progress)
+    for workload, path in files.items():
+        _write_reference(backend, workload, text, model, path, name, nll, progress)
 
 
 def _write_reference(

@@ -48,10 +48,11 @@ FACTS = {
 def config(quant: str = "bf16", source: str = "hub", dtype: str = "bfloat16", **cell: Any) -> dict[str, Any]:
     location = {"hub": "google/gemma-3-270m", "folder": "/models/own", "gguf": "/models/gemma.gguf"}[source]
     result = made(
-        batch=4, cell=Cell(model=location, quant=quant, batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
+        batch=4,
+        cell=Cell(model=location, quant=quant, batch_size=4, prompt_tokens=8, output_tokens=5, **cell),
         model=ModelFacts(location, source, location, "c0ffee"),
         load=LoadInfo(1.0, facts={"model.dtype": dtype, **FACTS.get(quant, {})}),
-    )  # fmt: skip
+    )
     return dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
 
 
@@ -65,12 +66,13 @@ def packed(source: str = "folder", **cell: Any) -> dict[str, Any]:
         "model.device": "cpu",
     }
     result = made(
-        batch=4, model=ModelFacts(location, source, location, "c0ffee"),
+        batch=4,
+        model=ModelFacts(location, source, location, "c0ffee"),
         cell=Cell(
             model="own", backend="llama_cpp", quant="q4_k_m", batch_size=4, prompt_tokens=8, output_tokens=5, **cell
         ),
         load=LoadInfo(1.0, facts=facts, made="/cache/own-q4_k_m.gguf"),
-    )  # fmt: skip
+    )
     return dict(deployment_of(result, summarize(result), Evidence("r" * 32, "s", Verdict("valid"))).config)
 
 
@@ -275,7 +277,7 @@ def test_the_command_reads_the_registered_version(
         cell=Cell(model="owner/name", quant="bf16", prompt_tokens=8, output_tokens=5),
         model=ModelFacts("owner/name", "hub", "owner/name", "c0ffee"),
         load=LoadInfo(1.0, facts={"model.dtype": "bfloat16"}),
-    )  # fmt: skip
+    )
     [run] = stored(tmp_path / "sweep", store_uri, result)
     register(open_store(store_uri), run, "support-bot")
     capsys.readouterr()

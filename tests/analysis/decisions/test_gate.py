@@ -38,19 +38,26 @@ def test_the_champion_passes_against_itself() -> None:
     assert (gate.verdict, gate.exit_code) == ("pass", 0)
     assert {check.state for check in gate.checks} == {"ok"}
     assert [check.key for check in gate.checks] == [
-        "throughput/output_tokens_per_s", "latency/ttft_ms_p50", "latency/itl_ms_p50", "latency/tpot_ms_mean",
+        "throughput/output_tokens_per_s",
+        "latency/ttft_ms_p50",
+        "latency/itl_ms_p50",
+        "latency/tpot_ms_mean",
         "latency/e2e_ms_p50",
         "memory/host_needed_bytes_peak",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_slower_candidate_is_a_regression_in_what_became_slower() -> None:
     gate = decide(CHAMPION, made(step=12))
     assert (gate.verdict, gate.exit_code) == ("regression", 1)
     assert {check.key: check.state for check in gate.checks} == {
-        "throughput/output_tokens_per_s": "regression", "latency/ttft_ms_p50": "ok", "latency/itl_ms_p50": "regression",
-        "latency/tpot_ms_mean": "regression", "latency/e2e_ms_p50": "regression", "memory/host_needed_bytes_peak": "ok",
-    }  # fmt: skip
+        "throughput/output_tokens_per_s": "regression",
+        "latency/ttft_ms_p50": "ok",
+        "latency/itl_ms_p50": "regression",
+        "latency/tpot_ms_mean": "regression",
+        "latency/e2e_ms_p50": "regression",
+        "memory/host_needed_bytes_peak": "ok",
+    }
     rate = gate.checks[0]
     assert rate.worse == pytest.approx(1 - 60 / 68, rel=1e-3)  # 20 + 4 · 12 ms against 20 + 4 · 10 ms
     assert "latency/itl_ms_p50 is 20.0% worse (limit 5.0%)" in gate.why

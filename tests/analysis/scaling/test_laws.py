@@ -29,6 +29,7 @@ from mlflow_llmbench.records.results import (
 )
 from mlflow_llmbench.reports import files as files_reports
 from mlflow_llmbench.reports.charts import scaling
+from mlflow_llmbench.reports.charts.catalogue import draw_charts
 from mlflow_llmbench.reports.scaling import format_study, study_json, study_markdown
 
 MS = 1_000_000
@@ -354,5 +355,5 @@ def test_charts_of_many_groups_write_plain_numbers_and_tell_the_groups_apart(tmp
     assert len(titles) == len(laws) == 4
     assert [" ".join(title.split()) for title in titles] == [found.where for found in laws]
     assert any(axes.get_yscale() == "log" for axes in figure.axes)
-    drawn, _ = scaling.draw_study(dataclasses.replace(study, laws=laws, surfaces=()), tmp_path)
+    drawn, _ = draw_charts("scaling", dataclasses.replace(study, laws=laws, surfaces=()), tmp_path).files
     assert "mathdefault" not in drawn.read_text()

@@ -118,9 +118,14 @@ def hub(tiny_model: Path) -> Iterator[Hub]:
 
 def llmbench(hub: Hub, folder: Path, store_uri: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "MLFLOW_TRACKING_URI": store_uri,
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "MLFLOW_TRACKING_URI": store_uri,
+    }
     fast = ["--prompt-tokens", "8", "--output-tokens", "4", "--repetitions", "5", "--warmup", "1"]
     command = [sys.executable, "-m", "mlflow_llmbench", "run", *arguments, *fast]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ from mlflow_llmbench import run
 from mlflow_llmbench.analysis import quality
 from mlflow_llmbench.backends.huggingface import lm_eval
 from mlflow_llmbench.config.spec import parse
-from mlflow_llmbench.measure import journal, quality_reference
+from mlflow_llmbench.measure import journal, quality_order
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MissingError, UsageError
 from mlflow_llmbench.records.results import Quality, TaskScore
@@ -108,7 +108,7 @@ def test_without_the_package_nothing_starts(monkeypatch: pytest.MonkeyPatch, sto
 def test_a_result_without_the_tasks_that_are_asked_for_is_measured_again(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("task: mine")
     asked = parse({"quality_tasks": str(tmp_path / "mine.yaml")})
-    digest = quality_reference.tasks_digest(asked.options)
+    digest = quality_order.tasks_digest(asked.options)
     of_tasks = Quality(tasks_digest=digest, tasks=(TaskScore("mine", "acc", 0.5),))
     cases = [
         (None, False),
@@ -121,8 +121,8 @@ def test_a_result_without_the_tasks_that_are_asked_for_is_measured_again(tmp_pat
         assert resume._quality_is_there(result, asked) is there
         assert resume._quality_is_there(result, parse({}))
     (tmp_path / "mine.yaml").write_text("task: mine\ntest_split: test")
-    assert quality_reference.tasks_digest(asked.options) != digest
-    assert quality_reference.tasks_digest(parse({}).options) == ""
+    assert quality_order.tasks_digest(asked.options) != digest
+    assert quality_order.tasks_digest(parse({}).options) == ""
 
 
 # The harness itself

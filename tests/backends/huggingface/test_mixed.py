@@ -26,7 +26,9 @@ from mlflow_llmbench.records.errors import NotRealised, UsageError
 from mlflow_llmbench.records.mixed_plan import Block, QuantPlan, Sensitivity
 from mlflow_llmbench.records.results import LoadInfo, ModelFacts, from_json, to_json
 from mlflow_llmbench.reports import files as files_reports
-from mlflow_llmbench.reports.mixed_plan import draw_plan, place, plan_markdown
+from mlflow_llmbench.reports.charts.mixed_plan import place, sensitivity_figure
+from mlflow_llmbench.reports.charts.style import chart_style, save_figure
+from mlflow_llmbench.reports.mixed_plan import plan_markdown
 from mlflow_llmbench.system.estimate import predicted_bytes
 from tests.reports.charts.test_result import texts
 from tests.results import made
@@ -48,6 +50,11 @@ def made_up(budget: str = "8", **schemes: str) -> QuantPlan:
         name.replace("_", "."): scheme for name, scheme in schemes.items()
     }
     return QuantPlan(found, budget, given, (0.01, 0.02))
+
+
+def draw_plan(plan: QuantPlan, folder: Path) -> list[Path]:
+    with chart_style():
+        return save_figure(sensitivity_figure(plan), folder, "sensitivity")
 
 
 def prepared(model: Path, **settings: str) -> tuple[TransformersBackend, LoadInfo]:
@@ -118,8 +125,10 @@ def test_blocks_are_attention_and_mlp_of_each_layer() -> None:
     found = mixed.blocks_of(Model())
     assert {name: block for block, inside in found.items() for name in inside} == names
     assert [place(name, 7) for name in ("model.layers.0.mlp", "model.layers.10", "model.project_in")] == [
-        ("mlp", 0), ("layer", 10), ("model.project_in", 7),
-    ]  # fmt: skip
+        ("mlp", 0),
+        ("layer", 10),
+        ("model.project_in", 7),
+    ]
 
 
 @pytest.mark.parametrize(("quant", "budget"), [("bf16", "16"), ("int4", "4.75")])

@@ -17,7 +17,7 @@ from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import runtime
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, MissingError, NotRealised, UsageError
-from mlflow_llmbench.records.quantizations import LIBRARIES, SCHEMES, install_command, schemes_of
+from mlflow_llmbench.records.quantizations import LIBRARIES, SCHEMES, install_command, schemes_of, schemes_with
 from mlflow_llmbench.system import gpu
 from tests.loading import loaded
 
@@ -188,9 +188,16 @@ def test_experts_that_stay_as_they_are_are_not_called_quantized(tmp_path: Path) 
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixture")
     with loaded(Cell(model=str(tmp_path / "mixture"))) as (_, info):
         assert info.facts["quant.bits_per_weight"] == 16
@@ -212,8 +219,8 @@ def test_a_size_of_groups_is_asked_of_those_that_have_groups() -> None:
     for other in ("int4", "quanto4", "int8-wo"):
         with pytest.raises(
             UsageError,
-            match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; "
-            r"others have their own groups",
+            match=f"group_size is a setting of quant={','.join(schemes_with('group_size'))}; "
+            "others have their own groups",
         ):
             parse({"quant": other, "group_size": "64"})
 
@@ -293,9 +300,13 @@ def write_compressed(source: Path, folder: Path) -> dict[str, torch.Tensor]:
     }
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": group},
-        "kv_cache_scheme": None, "global_compression_ratio": None,
-    }  # fmt: skip
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return meant

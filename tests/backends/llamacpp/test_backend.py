@@ -24,13 +24,14 @@ from mlflow_llmbench.backends.llamacpp.backend import LlamaCppBackend
 from mlflow_llmbench.measure import evaluation, journal
 from mlflow_llmbench.measure.batch import checked_ids, measure_cell, time_request, time_turns
 from mlflow_llmbench.measure.events import Event, QualityWithheld, TextScored, WorkloadCompared
+from mlflow_llmbench.measure.task import QualityOrder
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, NotRealised, UsageError
 from mlflow_llmbench.records.results import Divergence, ModelFacts, TextScores, Verdict
 from mlflow_llmbench.sweeps import sweep
 from mlflow_llmbench.system import memory
 from mlflow_llmbench.tracking.registry import save
-from mlflow_llmbench.workloads.prompts import load_prompts
+from mlflow_llmbench.workloads.prompts import load_prompts, load_text
 from tests.gguf_files import write_llama
 from tests.loading import loaded
 from tests.results import made
@@ -307,14 +308,14 @@ def reference_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A reference of the tiny model on a short text, by transformers."""
     folder = tmp_path_factory.mktemp("reference")
     text = folder / "text.txt"
-    text.write_text(scoring.load_text("bundled").content[:1500])
+    text.write_text(load_text("bundled").content[:1500])
     cell = Cell(model=str(tiny_model), device="cpu")
     model = TransformersBackend.resolve(cell)
     backend = TransformersBackend(cell, model)
     backend.load()
     file = folder / "reference.safetensors"
     scoring.write_references(
-        backend, {"text": str(text), "references": {"synthetic": str(file)}}, model, "tiny", lambda *_, **__: None
+        backend, load_text(str(text)), {"synthetic": file}, model, "tiny", lambda number, limit: None
     )
     backend.close()
     return file, text
@@ -323,10 +324,8 @@ def reference_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 def evaluated(file: Path, reference: tuple[Path, Path]) -> dict[str, Event]:
     sent: dict[str, Event] = {}
     with loaded(cell_of(file)) as (backend, _):
-        order = {"text": str(reference[1]), "digest": "", "references": {"synthetic": str(reference[0])}}
-        evaluation.evaluate(
-            backend, {**order, "is_reference": False}, 256, lambda event: sent.__setitem__(event.name, event)
-        )
+        order = QualityOrder(str(reference[1]), references={"synthetic": str(reference[0])})
+        evaluation.evaluate(backend, order, 256, lambda event: sent.__setitem__(event.name, event))
     return sent
 
 
@@ -380,9 +379,17 @@ def test_a_model_with_another_vocabulary_is_not_compared(
 @pytest.mark.slow
 def test_a_gguf_file_is_a_cell_like_any_other(packed: Path, tiny_model: Path, store_uri: str) -> None:
     done = sweep.run(
-        model=str(packed), backend="llama_cpp", batch_size="1,3", prompt_tokens=16, output_tokens=8, warmup=1,
-        repetitions=5, threads=1, quality="auto", quality_reference=str(tiny_model),
-    )  # fmt: skip
+        model=str(packed),
+        backend="llama_cpp",
+        batch_size="1,3",
+        prompt_tokens=16,
+        output_tokens=8,
+        warmup=1,
+        repetitions=5,
+        threads=1,
+        quality="auto",
+        quality_reference=str(tiny_model),
+    )
     assert done.outcome == "ok"
     results = [journal.read_result(folder) for folder in done.folder.glob("*/artifacts")]
     assert sorted(result.cell.batch_size for result in results) == [1, 3]

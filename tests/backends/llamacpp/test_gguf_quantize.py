@@ -19,7 +19,7 @@ from mlflow_llmbench.backends.llamacpp.backend import KV_TYPES, LlamaCppBackend,
 from mlflow_llmbench.config import model_shape, models
 from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
-from mlflow_llmbench.measure import quality_reference, runtime
+from mlflow_llmbench.measure import quality_order, quality_reference, runtime
 from mlflow_llmbench.measure.supervise import Limits
 from mlflow_llmbench.measure.task import Task
 from mlflow_llmbench.records.cell import Cell, Options
@@ -277,14 +277,14 @@ def test_a_model_with_a_quantized_cache_is_not_the_reference_itself(
         file = quality_reference._file(cell, facts, load_text("bundled"), "e")
         file.parent.mkdir(exist_ok=True)
         file.touch()  # it is there, so that nothing is computed
-        order = quality_reference.order(
+        order = quality_order.order(
             Task((cell,), facts, (tmp_path / "cell",), Options(quality="auto")),
             lambda event: None,
             environment,
             Limits(),
         )
-        assert order and order["references"] == {"qa": str(file)}
-        found[cache] = order["is_reference"]
+        assert order and order.references == {"qa": str(file)}
+        found[cache] = order.is_reference
     assert found == {None: True, "fp8": False}
 
 

@@ -177,9 +177,17 @@ def test_auto_takes_what_a_wave_says(
 
 def test_several_processes_are_a_cell(server: str, store_uri: str) -> None:
     done = run(
-        tracking_uri=store_uri, backend="openai", url=server, model=MODEL, concurrency=4, client_processes=2,
-        repetitions=5, warmup=1, output_tokens=4, prompt_tokens=16,
-    )  # fmt: skip
+        tracking_uri=store_uri,
+        backend="openai",
+        url=server,
+        model=MODEL,
+        concurrency=4,
+        client_processes=2,
+        repetitions=5,
+        warmup=1,
+        output_tokens=4,
+        prompt_tokens=16,
+    )
     [row] = done.rows
     assert row.outcome == "ok", row.message
     assert (row.metrics["client/processes"], row.metrics["in_flight/requests_max"]) == (2, 4)

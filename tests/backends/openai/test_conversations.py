@@ -116,9 +116,10 @@ def test_no_turn_is_begun_after_the_duration(server: str, talks: Path) -> None:
 def test_turns_are_told_by_their_number_and_later_ones_may_be_cached() -> None:
     cell = dataclasses.replace(CELL, history="sent", endpoint="chat", prompt_tokens=None)
     said = [
-        request(0, 10, 20, 30, 40, turn=1, conversation=0), request(0, 14, 24, 34, 44, turn=1, conversation=1),
+        request(0, 10, 20, 30, 40, turn=1, conversation=0),
+        request(0, 14, 24, 34, 44, turn=1, conversation=1),
         request(45, 50, 60, 70, 80, turn=2, conversation=0, cached_tokens=8, prompt_tokens=20),
-    ]  # fmt: skip
+    ]
     untold = result(*[dataclasses.replace(r, cached_tokens=None) for r in said], cell=cell)
     assert [(t.number, t.count, t.prompt_tokens, t.prefilled_tokens, t.ttft_ms) for t in turns_of(untold)] == [
         (1, 10, 10, None, 12),
@@ -143,25 +144,10 @@ def test_conversations_are_a_cell(server: str, talks: Path, store_uri: str) -> N
         MODEL,
         "--workload",
         str(talks),
-        "--history",
-        "sent",
-        "--endpoint",
-        "chat",
-        "--prompt-tokens",
-        "auto",
+        *"--history sent --endpoint chat --prompt-tokens auto".split(),
     ]
     asked += [
-        "--concurrency",
-        "2",
-        "--requests",
-        "6",
-        "--output-tokens",
-        "4",
-        "--repetitions",
-        "5",
-        "--warmup",
-        "1",
-        "--tracking-uri",
+        *"--concurrency 2 --requests 6 --output-tokens 4 --repetitions 5 --warmup 1 --tracking-uri".split(),
         store_uri,
     ]
     assert main(["online", *asked]) == 0
