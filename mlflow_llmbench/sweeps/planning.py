@@ -14,9 +14,9 @@ from typing import Any
 
 from ..backends.base import backend_class
 from ..config import model_shape
+from ..config.backend_checks import check_declared
 from ..config.cells import cell_name, config_hash, expand_cells, group_cells, sweep_name
 from ..config.spec import BenchSpec
-from ..config.validation import check_declared
 from ..measure import interpreter, quality_order, quality_reference
 from ..records.cell import Cell, Options
 from ..records.errors import MissingError, UsageError

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import model_shape
+from ..records.backends import capabilities_of
 from ..records.cell import SPECULATIVE, Cell, as_text
 from ..records.metrics import LEAST_REPETITIONS
-from ..records.quantizations import FLOAT_DTYPES, MIXED, library_of_method
+from ..records.quantizations import FLOAT_DTYPES, MIXED
 from ..records.results import ModelFacts
 from ..workloads.arrivals import request_count
 from ..workloads.prompts import longest_of
@@ -75,7 +76,7 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | No
     peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
     if not _runs_packed(cell, model):
         peak = max(peak, model_shape.load_memory_estimate(shape, quant, dtype))
-    return peak + model_shape.PROCESS_BYTES + _beside(cell, model, (prompt or 512) + output)
+    return peak + model_shape.PROCESS_BYTES + _decode_overhead_bytes(cell, model, (prompt or 512) + output)
 
 
 KV_VALUE_BYTES = {
@@ -97,15 +98,15 @@ which are not quantized, are ignored. llama.cpp's types are blocks of 32 (ggml-c
 
 
 def _cache_value_bytes(cell: Cell) -> float | None:
-    """Bytes of a value in the KV cache; None for the dtype of the computation. llama.cpp's default is f16."""
-    return KV_VALUE_BYTES.get(cell.kv_cache or ("f16" if cell.backend == "llama_cpp" else "auto"))
+    """Bytes of a value in the KV cache; None for the dtype of the computation."""
+    return KV_VALUE_BYTES.get(cell.kv_cache or capabilities_of(cell.backend).default_kv_cache)
 
 
 COMPILER_BYTES = 500_000_000
 """Assumed memory that torch.compile leaves in the process: a guess on the safe side, not measured."""
 
 
-def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
+def _decode_overhead_bytes(cell: Cell, model: ModelFacts, tokens: int) -> int:
     """Bytes that a decode path needs besides the model: the compiler, or the draft model with its own cache.
 
     A static cache holds all prompt and output tokens from the first step on, as much as a growing one at its end.
@@ -124,16 +125,15 @@ def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
 def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
     """Return True if the weights take as much memory as their files.
 
-    That holds for a GGUF file that llama.cpp runs, and for a quantized checkpoint that stays packed. transformers
-    unpacks some (compressed-tensors in its first call), so those are estimated as unquantized; vLLM keeps them packed.
+    That holds for those that the backend keeps quantized. It unpacks the others, for example transformers a GGUF file
+    and, in the first call, compressed-tensors, so these are estimated as unquantized.
     """
     if model.files_bytes is None or cell.quant != "none":
         return False
-    if cell.backend == "llama_cpp":
-        return model.source in ("gguf", "hub_gguf")
     method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
-    library = library_of_method(method)
-    return (library is not None and library.packed) or (method == "compressed-tensors" and cell.backend == "vllm")
+    if model.source in ("gguf", "hub_gguf"):
+        method = "gguf"
+    return method in capabilities_of(cell.backend).kept_quantized
 
 
 LEAST_WARMUP = 3

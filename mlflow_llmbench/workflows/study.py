@@ -13,6 +13,7 @@ from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.study import check_share
 from ..config.spec import parse
 from ..records.errors import LlmbenchError, MeasurementError, UsageError
+from ..records.invocation import command_text
 from ..records.results import RunResult
 from ..reports import files
 from ..sweeps import sweep
@@ -105,7 +106,8 @@ def _refuse_streams(parameters: Mapping[str, object]) -> None:
     if None not in ways:
         raise UsageError(
             f"A study uses batches of one shape, but batching={','.join(map(str, ways))} measures streams of requests. "
-            "Compare ways of batching with `llmbench run`, whose report shows them side by side, or leave batching out."
+            f"Compare ways of batching with `{command_text('run')}`, whose report shows them side by side, "
+            "or leave batching out."
         )
 
 
