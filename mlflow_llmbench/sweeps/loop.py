@@ -19,7 +19,7 @@ from ..records.errors import NodeLost
 from ..records.invocation import parameter_text
 from ..records.redaction import redact_all
 from ..records.results import Failure, RunResult
-from ..reports import files
+from ..reports import artifacts
 from ..reports.result import Row, row_of, with_figures
 from ..reports.sweep import Subject
 from ..tracking.store import ui_command
@@ -315,10 +315,10 @@ class Sweep:
         folder = job.folder / "artifacts"
         with self.recorder.report_errors(f"the files of {job.name}"):
             write_job(job)
-            files.write_cell(result, folder)
+            artifacts.write_cell(result, folder)
         if draw:
             with self.recorder.report_errors(f"the charts of {job.name}"):
-                files.draw_cell(result, folder / "charts")
+                artifacts.draw_cell(result, folder / "charts")
         job.row = row_of(result)  # if interrupted before this line, `_finish` repeats the cell
         self.recorder.upload(job, result)
 
@@ -386,7 +386,7 @@ class Sweep:
         with recorder.report_errors("the comparison"):
             where = ui_command(recorder.address), recorder.store.experiment_id if recorder.store else ""
             subject = Subject(self.plan.spec, self.plan.parent_name, self.folder.name, *where)
-            files.write_sweep(measured, subject, folder, draw)
+            artifacts.write_sweep(measured, subject, folder, draw)
         recorder.finish(self.plan.spec, measured, folder, outcome, self.findings.figures)
 
 

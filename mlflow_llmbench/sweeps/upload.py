@@ -23,7 +23,7 @@ from ..measure import journal
 from ..measure.outcome import replay
 from ..records.errors import JournalError
 from ..records.results import Failure, RunResult
-from ..reports import files, sweep
+from ..reports import artifacts, sweep
 from ..reports.result import Row, row_of, with_figures
 from ..tracking import view
 from ..tracking.runs import PARENT_TAG, begin_run, end_run, log_figures, upload_cell, upload_parent
@@ -150,7 +150,7 @@ def write_comparison(
     if drawn.is_dir():
         shutil.copytree(drawn, folder / "charts")
     subject = sweep.Subject(spec, name, root.name, ui_command(store.uri), store.experiment_id)
-    files.write_sweep(measured, subject, folder, draw=not drawn.is_dir())
+    artifacts.write_sweep(measured, subject, folder, draw=not drawn.is_dir())
 
 
 def _copy(file: Path, folder: Path) -> None:
@@ -227,9 +227,9 @@ def _write(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -> None:
         if job.measured
         else failed_result(job, spec, environment, "crashed", killed)
     )
-    files.write_cell(result, job.folder / "artifacts")
+    artifacts.write_cell(result, job.folder / "artifacts")
     with contextlib.suppress(Exception):
-        files.draw_cell(result, job.folder / "artifacts" / "charts")
+        artifacts.draw_cell(result, job.folder / "artifacts" / "charts")
 
 
 def _results(root: Path, known: Mapping[str, Any]) -> list[tuple[Job, RunResult]]:

@@ -20,7 +20,7 @@ from ..measure.journal import read_result
 from ..records.cell import Options, as_text
 from ..records.errors import MeasurementError, UsageError
 from ..records.results import RunResult
-from ..reports import files
+from ..reports import artifacts
 from ..sweeps.local_executor import LocalExecutor
 from ..sweeps.planning import plan_in_turns
 from ..sweeps.progress import ProgressListener
@@ -87,7 +87,7 @@ def run_ab(
     comparison = comparison_analysis.compare(
         first, second, noise=noise, paired=True, allow=frozenset({"workload", *other})
     )
-    files.write_comparisons([comparison], done.folder / "ab")
+    artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
         runs.log_folder(open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
     return ABResult(done, comparison)

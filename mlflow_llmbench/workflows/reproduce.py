@@ -19,7 +19,7 @@ from ..measure.journal import read_result, write_bytes, write_json
 from ..records.errors import MeasurementError, NotComparable, UsageError
 from ..records.invocation import command_text
 from ..records.results import RunResult
-from ..reports import files
+from ..reports import artifacts
 from ..reports.reproduction import HEADING, reproduction_cells, reproduction_json, reproduction_markdown
 from ..reports.result import command
 from ..sweeps.executor import MachineFacts
@@ -105,7 +105,7 @@ def parameters_again(
         )
     if url and not result.cell.url:
         raise UsageError(f"--url is given, but no server was measured: {url}. Leave it out.")
-    parameters = files.parameters_of(result) | ({"url": url} if url else {})
+    parameters = artifacts.parameters_of(result) | ({"url": url} if url else {})
     return {name: [text] for name, text in parameters.items()}
 
 
@@ -251,7 +251,7 @@ def _keep(done: Reproduced, tracking_uri: str | None) -> None:
     write_bytes(folder / "reproduction.md", reproduction_markdown(done.found).encode())
     write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
     if done.comparison:
-        files.write_comparisons([done.comparison], folder)
+        artifacts.write_comparisons([done.comparison], folder)
     store = open_store(tracking_uri, own=done.run_id)
     runs.log_folder(store, done.run_id, folder, "reproduction")
     runs.set_tags(

@@ -15,7 +15,7 @@ from ..config.spec import parse
 from ..records.errors import LlmbenchError, MeasurementError, UsageError
 from ..records.invocation import command_text
 from ..records.results import RunResult
-from ..reports import files
+from ..reports import artifacts
 from ..sweeps import sweep
 from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult
@@ -136,7 +136,7 @@ def _keep(
 ) -> tuple[Path | None, str | None]:
     """Write the study into a temporary folder and log that; copy it to `output`, which may hold other files."""
     with tempfile.TemporaryDirectory() as scratch:
-        files.write_study(found, Path(scratch))
+        artifacts.write_study(found, Path(scratch))
         if output:
             shutil.copytree(scratch, output, dirs_exist_ok=True)
         if store and run_id:

@@ -125,15 +125,15 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(
 def test_an_interruption_between_the_charts_of_a_cell_and_its_upload_loses_nothing(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow_llmbench.reports import files
+    from mlflow_llmbench.reports import artifacts
 
-    draw = files.draw_cell
+    draw = artifacts.draw_cell
 
     def interrupted(result: RunResult, folder: Path) -> None:
         draw(result, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "draw_cell", interrupted)
+    monkeypatch.setattr(artifacts, "draw_cell", interrupted)
     assert fake().outcome == "interrupted"
     [only] = runs(store_uri).values()
     assert only.info.status == "FINISHED"
