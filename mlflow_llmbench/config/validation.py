@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..records.backends import SERVER_BACKEND, capabilities_of
 from ..records.cell import DEPENDS_ON, DRAWN, LENGTHS, PARAMETERS, as_text
 from ..records.errors import UsageError
+from ..records.invocation import command_text
 from ..records.quantizations import MIXED, schemes_with
 from . import server_command
 from .backend_checks import check_backend, requested_capabilities
@@ -112,7 +113,7 @@ def _check_server(axes: Mapping[str, tuple[object, ...]]) -> None:
         which = "url" if axes["url"][0] else "launch"
         raise UsageError(
             f"{which} is given, and backend={backend} runs the model in this process. "
-            f"Add backend={SERVER_BACKEND}, or use `llmbench online`."
+            f"Add backend={SERVER_BACKEND}, or use `{command_text('online')}`."
         )
     if online and not server:
         raise UsageError(
@@ -313,5 +314,6 @@ def _check_batching(axes: Mapping[str, tuple[object, ...]]) -> None:
         if "mixed" in axes["workload"]:
             raise UsageError(
                 "workload=mixed is a stream of requests of varying lengths, and one batch has one exact length. "
-                "Add batching=static,dynamic,continuous and request_rate, or measure a server with `llmbench online`."
+                "Add batching=static,dynamic,continuous and request_rate, or measure a server with "
+                f"`{command_text('online')}`."
             )

@@ -248,9 +248,9 @@ def _ask(arguments: Sequence[str], text: str, seconds: float, downloads: bool) -
         return "", f"no answer within {seconds:g} s"
     except OSError as error:
         return "", str(error.strerror)
-    said = done.stderr.strip().splitlines()
+    printed = done.stderr.strip().splitlines()
     failed = done.returncode != 0
-    problem = (redact(said[-1])[:200] if said else f"it ended with code {done.returncode}") if failed else ""
+    problem = (redact(printed[-1])[:200] if printed else f"it ended with code {done.returncode}") if failed else ""
     return (
         "" if failed else done.stdout.strip().splitlines()[-1] if not text and done.stdout.strip() else done.stdout
     ), problem
