@@ -80,8 +80,9 @@ def made(
 def write_sweep(folder: Path, results: Sequence[RunResult]) -> Path:
     """Write these results as a sweep's folder, as `llmbench run` does; the folder's name is the sweep's name."""
     for result in results:
-        name, own = f"{result.cell.quant} b{result.cell.batch_size}", result.hashes.config
-        job = Job(PlannedCell(result.cell, result.model, result.hashes, name, own), folder / own)
+        cell, name = result.cell, result.hashes.config
+        planned = PlannedCell(cell, result.model, result.hashes, f"{cell.quant} b{cell.batch_size}", name)
+        job = Job(planned, folder / name)
         write_job(job)
         write_cell(dataclasses.replace(result, sweep=folder.name), job.folder / "artifacts")
     parameters = {"model": "fake:x", "backend": "fake", "quant": ",".join(dict.fromkeys(r.cell.quant for r in results))}
