@@ -19,7 +19,7 @@ from mlflow_llmbench.records.results import (
     RequestRecord,
     RunResult,
 )
-from mlflow_llmbench.reports.files import write_cell
+from mlflow_llmbench.reports.artifacts import write_cell
 from mlflow_llmbench.sweeps.job import Job, write_job
 from mlflow_llmbench.sweeps.upload import upload
 

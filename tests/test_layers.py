@@ -31,7 +31,7 @@ HOMES = {
     "uvloop": ("loadgen",),
     "pynvml": ("system",),
     "psutil": ("system",),
-    "matplotlib": ("reports/charts", "reports/mixed_plan"),
+    "matplotlib": ("reports/charts",),
     "jinja2": ("reports/html",),
     "mlflow": ("tracking", "sweeps/upload"),
     "ray": ("sweeps/ray_executor",),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..records.backends import CHECKPOINT as CHECKPOINT
+from ..records.backends import GGUF_FILE as GGUF_FILE
 from ..records.backends import Capabilities as Capabilities
 from ..records.backends import Distribution as Distribution
 from ..records.backends import Serving as Serving

@@ -1,6 +1,7 @@
 """Common parts of engines with a scheduler of their own (vLLM, OpenVINO GenAI).
 
-These are: emission of steps, the checkpoint's tokenizer, and the errors of features that they lack.
+These are: a batch whose rows are requests, the size of the engine, the checkpoint's tokenizer, and the errors of
+features that they lack.
 """
 
 from __future__ import annotations
@@ -10,19 +11,58 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..records.cell import Cell
-from ..records.errors import MeasurementError
+from ..records.errors import MeasurementError, first_line, foreign_errors
 from ..records.results import ModelFacts
-from .base import Emit
+from .base import Capabilities, Emit
 from .checkpoints import sources
 
+MIN_ROWS, MAX_STEP_TOKENS = 256, 16_384
+"""Least number of rows that an engine has room for, and most prompt tokens that it computes in one step."""
 
-class Engine:
+AUTO_TOKENS = 2048
+"""Assumed prompt tokens per row if the workload gives the lengths."""
+
+
+class EngineBase:
     """The part of a backend that is the same for all engines."""
+
+    capabilities: Capabilities
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
         self.cell = cell
         self.facts = model
         self.tokenizer: Any = None
+
+    def _require_room(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> None:
+        """Raise MeasurementError if rows would have to wait for others' part of the KV cache."""
+        raise NotImplementedError
+
+    def _run(self, prompts: Sequence[Sequence[int]], output_tokens: int, steps: StepAligner) -> None:
+        """Submit the prompts and step the engine until all are answered."""
+        raise NotImplementedError
+
+    def _error_text(self, error: Exception) -> str:
+        """Return the line that says what is wrong in an error of the engine."""
+        return first_line(error)
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
+        self._require_room(prompts, output_tokens)
+        steps = StepAligner(len(prompts), output_tokens, emit)
+        with foreign_errors("generating", self.capabilities.library, self._error_text):
+            self._run(prompts, output_tokens, steps)
+        steps.require_whole()
+
+    def _total_tokens(self) -> int:
+        """Return the prompt and output tokens of all rows of the largest cell together: the first of a group."""
+        return self.cell.batch_size * ((self.cell.prompt_tokens or AUTO_TOKENS) + self.cell.output_tokens)
+
+    def _scheduler_limits(self) -> dict[str, Any]:
+        """Return the settings of the scheduler that all engines share, sized for the largest cell."""
+        return {
+            "max_num_seqs": max(MIN_ROWS, self.cell.batch_size),
+            "max_num_batched_tokens": max(2048, min(self._total_tokens(), MAX_STEP_TOKENS)),
+            "enable_prefix_caching": False,
+        }
 
     def new_history(self) -> Any:
         raise MeasurementError(f"backend={self.cell.backend} keeps no history. Use history=none.")
@@ -39,11 +79,14 @@ class Engine:
     def decode(self, ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def trim(self) -> None:
+        """Free nothing: the engine's KV cache serves all cells of a load."""
+
     def language_model(self) -> tuple[Any, Any]:
         raise MeasurementError(f"backend={self.cell.backend} gives lm-eval no model. Leave quality_tasks out.")
 
 
-class Rows:
+class StepAligner:
     """Emits a step as soon as every row has its token.
 
     An engine advances rows of one length together, so each of its steps is emitted at once. If one row is ahead

@@ -38,7 +38,7 @@ from ..records.errors import MeasurementError, OutOfMemory, UsageError
 from ..records.quantizations import schemes_of
 from ..records.results import LoadInfo, ModelFacts, hash16
 from ..workloads.prompts import turn_texts
-from .base import Capabilities, DeviceMemory, Emit, NothingToFetch, Serving, Token
+from .base import CHECKPOINT, Capabilities, DeviceMemory, Emit, NothingToFetch, Serving, Token
 
 NUMBERS = {
     "load_ms": 1.0,
@@ -102,7 +102,7 @@ class FakeBackend(NothingToFetch):
         quantizations=schemes_of("transformers"),
         attentions=ATTENTIONS,
         decodes=DECODES,
-        serving=Serving(engine=""),
+        serving=Serving(engine="", packages=CHECKPOINT.packages),  # can be registered, has no answers
     )
     device = "cpu"
 

@@ -16,15 +16,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import model_shape
-from ..config.validation import check_declared
+from ..config.backend_checks import check_declared
 from ..records.cell import Cell
 from ..records.errors import MeasurementError, MissingError, NotRealised, UsageError, foreign_errors
 from ..records.quantizations import FLOAT_DTYPES
 from ..records.results import LoadInfo, ModelFacts
 from ..system import gpu, machine
-from .base import Capabilities, DeviceMemory, Distribution, Emit
+from .base import Capabilities, DeviceMemory, Distribution
 from .checkpoints import files, sources
-from .engine import Engine, Rows
+from .engine import MIN_ROWS, EngineBase, StepAligner
 from .huggingface import scoring
 
 if TYPE_CHECKING:
@@ -34,17 +34,11 @@ if TYPE_CHECKING:
 ONLINE = {"int8-wo": "int8_per_channel_weight_only", "fp8": "fp8"}
 """Quantization that vLLM makes while loading → vLLM's name of it."""
 
-MOST_BITS = 9.0
+MAX_BITS = 9.0
 """Maximum bits per weight, scales included, of an 8-bit quantization."""
-
-LEAST_ROWS, MOST_STEP_TOKENS = 256, 16_384
-"""Least number of rows that the engine has room for, and most prompt tokens that it computes in one step."""
 
 SCORED_TOKENS = scoring.MOST_PROMPT_TOKENS + scoring.MOST_POSITIONS + 1
 """Tokens of the longest text in a quality measurement."""
-
-AUTO_TOKENS = 2048
-"""Assumed prompt tokens per row if the workload gives the lengths."""
 
 BLOCK = 128
 """Tokens per block of vLLM's KV cache, or a multiple of that."""
@@ -60,7 +54,7 @@ VARIABLES = (
 )
 
 
-class VllmBackend(Engine):
+class VllmBackend(EngineBase):
     """Call `LLMEngine.step()` until every row has its tokens."""
 
     capabilities = Capabilities(
@@ -123,7 +117,7 @@ class VllmBackend(Engine):
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Return True if the files are on this disk."""
-        return sources.is_here(cell, model)
+        return sources.is_local(cell, model)
 
     # Loading
 
@@ -161,7 +155,7 @@ class VllmBackend(Engine):
                 f"whichever it supports on {self.device}."
             )
         _, bits = stored_weights(self._runner().model)
-        if self.cell.quant in ONLINE and bits is not None and bits > MOST_BITS:
+        if self.cell.quant in ONLINE and bits is not None and bits > MAX_BITS:
             raise NotRealised(
                 f"quant={self.cell.quant} was requested, but vLLM stores {bits:.1f} bits per weight. Use quant=none."
             )
@@ -171,8 +165,8 @@ class VllmBackend(Engine):
 
         `_require_room` checks that the other cells fit.
         """
-        tokens = self._most_tokens()
-        most = 2 * tokens + 4 * LEAST_ROWS * BLOCK  # tokens to make room for; the lengths of texts are not known here
+        tokens = self._total_tokens()
+        most = 2 * tokens + 4 * MIN_ROWS * BLOCK  # tokens to make room for; the lengths of texts are not known here
         longest = max(tokens, SCORED_TOKENS) if self.cell.prompt_tokens else max(most, SCORED_TOKENS)
         longest = min(longest, self.facts.context or longest)
         shape = model_shape.Shape.from_config(self.facts.config or {})
@@ -185,19 +179,13 @@ class VllmBackend(Engine):
             "dtype": self._dtype(),
             "quantization": ONLINE.get(self.cell.quant),
             "max_model_len": longest,
-            "max_num_seqs": max(LEAST_ROWS, self.cell.batch_size),
-            "max_num_batched_tokens": max(2048, min(tokens, MOST_STEP_TOKENS)),
-            "enable_prefix_caching": False,
             "async_scheduling": False,
             "generation_config": "vllm",
             "disable_log_stats": True,
             "seed": 0,
+            **self._scheduler_limits(),
             **room,
         }
-
-    def _most_tokens(self) -> int:
-        """Return the prompt and output tokens of all rows of the largest cell together."""
-        return self.cell.batch_size * ((self.cell.prompt_tokens or AUTO_TOKENS) + self.cell.output_tokens)
 
     def _dtype(self) -> str:
         """Return torch's name of the requested dtype or the checkpoint's own. By default vLLM would halve float32."""
@@ -251,22 +239,21 @@ class VllmBackend(Engine):
 
     # Generating
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
-        self._require_room(prompts, output_tokens)
-        rows = Rows(len(prompts), output_tokens, emit)
-        with foreign_errors("generating", "vLLM"):
-            self._run(prompts, rows, temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
-        rows.require_whole()
-
-    def _run(self, prompts: Sequence[Sequence[int]], rows: Rows, **settings: Any) -> None:
-        """Submit the prompts and step the engine until all are answered."""
+    def _run(self, prompts: Sequence[Sequence[int]], output_tokens: int, steps: StepAligner, **settings: Any) -> None:
         module = importlib.import_module("vllm.sampling_params")
-        sampling = module.SamplingParams(detokenize=False, output_kind=module.RequestOutputKind.DELTA, **settings)
+        sampling = module.SamplingParams(
+            detokenize=False,
+            output_kind=module.RequestOutputKind.DELTA,
+            temperature=0.0,
+            max_tokens=output_tokens,
+            ignore_eos=True,
+            **settings,
+        )
         engine, call = self.engine, next(self._calls)
         for row, prompt in enumerate(prompts):
             engine.add_request(f"{call}-{row}", {"prompt_token_ids": list(prompt)}, sampling)
         while engine.has_unfinished_requests():
-            rows.add(
+            steps.add(
                 [(int(found.request_id.rpartition("-")[2]), found.outputs[0].token_ids) for found in engine.step()]
             )
 
@@ -309,9 +296,7 @@ class VllmBackend(Engine):
         model.compute_logits = keep
         try:
             with foreign_errors("scoring", "vLLM"):
-                self._run(
-                    [ids], Rows(1, 1, lambda _: None), temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=1
-                )
+                self._run([ids], 1, StepAligner(1, 1, lambda _: None), prompt_logprobs=1)
         finally:
             del model.compute_logits
         # A step computes the logits of what it samples before those of the prompt.
@@ -341,13 +326,10 @@ class VllmBackend(Engine):
         return seen
 
     def peaks(self) -> dict[str, float]:
-        from .probe import measure_peaks
+        from .peak_rates import measure_peaks
 
         with foreign_errors("measuring the device's best rates", "vLLM"):
             return measure_peaks(self.device, machine.last_level_cache_bytes() or 0)
-
-    def trim(self) -> None:
-        """Free nothing: the engine's KV cache serves all cells of a load."""
 
     def close(self) -> None:
         if self.engine is not None:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..records.backends import (
-    BACKENDS,
-    RUNTIMES,
-    SERVER_BACKEND,
-    Capabilities,
-    backend_of,
-    capabilities_of,
-    library_of,
-)
-from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, DRAWN, LENGTHS, PARAMETERS, Cell, as_text
+from ..records.backends import SERVER_BACKEND, capabilities_of
+from ..records.cell import DEPENDS_ON, DRAWN, LENGTHS, PARAMETERS, as_text
 from ..records.errors import UsageError
+from ..records.invocation import command_text
 from ..records.quantizations import MIXED, schemes_with
 from . import server_command
+from .backend_checks import check_backend, requested_capabilities
 
 
 def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Check a cell's parameters together. Raises UsageError on the first contradiction."""
     if "random" in axes["weights"]:
         texts = [w for w in axes["workload"] if w not in DRAWN]
-        if texts and not _capabilities(axes).scripted:
+        if texts and not requested_capabilities(axes).scripted:
             raise UsageError(
                 f"workload={texts[0]} needs a tokenizer, and weights=random has none. "
                 "Use workload=synthetic with random weights, or weights=hub."
@@ -41,7 +35,7 @@ def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
         )
     _check_online(axes)
     _check_batching(axes)
-    _check_backend(axes)
+    check_backend(axes)
     _check_decoding(axes)
     _check_mixed(axes)
 
@@ -102,74 +96,24 @@ def _check_decoding(axes: Mapping[str, tuple[object, ...]]) -> None:
         )
 
 
-def _capabilities(axes: Mapping[str, tuple[object, ...]]) -> Capabilities:
-    """Return what the requested backend declares: the last one, since `twin` adds another before it."""
-    return capabilities_of(str(axes["backend"][-1]))
-
-
-def _check_backend(axes: Mapping[str, tuple[object, ...]]) -> None:
-    """Refuse quantizations and backend-specific parameters that the backend of a cell does not declare."""
-    backend, quants = str(axes["backend"][0]), [str(quant) for quant in axes["quant"]]
-    runners = {quant: backend_of(backend, quant) for quant in quants}
-    declared = {runner: capabilities_of(runner) for runner in runners.values()}
-    for quant, runner in runners.items():
-        own = declared[runner]
-        if quant not in own.quantizations and not own.online and axes["launch"] == (None,):
-            other = next(name for name in RUNTIMES if quant in capabilities_of(name).quantizations)
-            raise UsageError(
-                f"quant={quant} is a quantization of {library_of(other)}, not of backend={backend}. "
-                f"Give backend={other}, or quant={','.join(own.quantizations)}."
-            )
-    for name in BACKEND_SPECIFIC:
-        if axes[name] != (PARAMETERS[name].default,) and any(name not in own.parameters for own in declared.values()):
-            other = next(known for known in BACKENDS if name in capabilities_of(known).parameters)
-            raise UsageError(
-                f"{name} is a setting of {library_of(other)}, which does not run every cell. "
-                f"Give backend={other}, or leave it out."
-            )
-
-
-def check_declared(cell: Cell) -> None:
-    """Refuse what the backend of a cell does not declare. Raises UsageError.
-
-    Without this check something else could be measured under the requested name.
-    """
-    backend, own = cell.backend, capabilities_of(cell.backend)
-    library = library_of(backend)
-    if cell.quant not in own.quantizations and not own.online:
-        raise UsageError(
-            f"{library} has no quant={cell.quant}. With backend={backend} use {', '.join(own.quantizations)}."
-        )
-    if cell.weights == "random" and not own.random_weights:
-        raise UsageError(f"backend={backend} has no weights=random. Use weights=hub.")
-    if cell.attention not in own.attentions:
-        raise UsageError(
-            f"{library} has no attention={cell.attention}. Use attention={','.join(own.attentions)}."
-            if len(own.attentions) > 1
-            else f"backend={backend} has its own attention, so attention={cell.attention} cannot be used. Leave it out."
-        )
-    if cell.decode not in own.decodes:
-        raise UsageError(f"backend={backend} has no decode={cell.decode}. Use decode={','.join(own.decodes)}.")
-    if cell.history in ("recomputed", "kept") and not own.conversations:
-        raise UsageError(
-            f"backend={backend} cannot be measured turn by turn with history={cell.history}. Use history=none."
-        )
-    if cell.batching == "continuous" and not own.continuous:
-        raise UsageError(f"backend={backend} has no batching=continuous. Use batching=static or dynamic.")
-    if cell.kv_cache is not None and cell.kv_cache not in own.kv_caches:
-        raise UsageError(
-            f"backend={backend} has no kv_cache={cell.kv_cache}. Use kv_cache={','.join(['auto', *own.kv_caches])}."
-        )
-
-
 def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Require a server and its backend together, and refuse parameters that exclude each other."""
-    server, backend, online = axes["url"][0] or axes["launch"][0], axes["backend"][-1], _capabilities(axes).online
+    _check_server(axes)
+    _check_launch(axes)
+    _check_load(axes)
+    _check_conversations(axes)
+    _check_trace(axes)
+
+
+def _check_server(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Require a server and its backend together, and refuse settings of the model, which the server has."""
+    server, backend = axes["url"][0] or axes["launch"][0], axes["backend"][-1]
+    online = requested_capabilities(axes).online
     if server and not online:
         which = "url" if axes["url"][0] else "launch"
         raise UsageError(
             f"{which} is given, and backend={backend} runs the model in this process. "
-            f"Add backend={SERVER_BACKEND}, or use `llmbench online`."
+            f"Add backend={SERVER_BACKEND}, or use `{command_text('online')}`."
         )
     if online and not server:
         raise UsageError(
@@ -182,22 +126,6 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
     ]
     if given and not server:
         raise UsageError(f"{given[0]} has a meaning only if a server is measured. Give url=http://…, or leave it out.")
-    _check_launch(axes)
-    rates = [rate for rate in axes["request_rate"] if rate is not None]
-    if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
-        raise UsageError("request_rate is for an open loop and concurrency for a closed one. Give one of them.")
-    _check_conversations(axes)
-    _check_trace(axes)
-    top = axes["ramp_to"][0]
-    if top is not None and not all(isinstance(rate, float) and rate < float(str(top)) for rate in axes["request_rate"]):
-        raise UsageError(
-            f"ramp_to, where a ramp ends, is {as_text('ramp_to', top)}, and request_rate, where it begins, is "
-            f"{','.join(as_text('request_rate', rate) for rate in axes['request_rate'])}. Give a lower request_rate."
-        )
-    if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
-        raise UsageError(
-            f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma."
-        )
     if server and axes["worker_python"] != (None,):
         raise UsageError("worker_python runs a model in another environment, and a server has its own. Leave it out.")
     own = (
@@ -209,6 +137,23 @@ def _check_online(axes: Mapping[str, tuple[object, ...]]) -> None:
         raise UsageError(
             "batch_size, quant and weights are the server's own settings, which a client cannot change. "
             "Start the server with them."
+        )
+
+
+def _check_load(axes: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse settings of an open loop and of a closed one together, and shapes of arrivals that are not asked for."""
+    rates = [rate for rate in axes["request_rate"] if rate is not None]
+    if rates and axes["concurrency"] != (PARAMETERS["concurrency"].default,):
+        raise UsageError("request_rate is for an open loop and concurrency for a closed one. Give one of them.")
+    top = axes["ramp_to"][0]
+    if top is not None and not all(isinstance(rate, float) and rate < float(str(top)) for rate in axes["request_rate"]):
+        raise UsageError(
+            f"ramp_to, where a ramp ends, is {as_text('ramp_to', top)}, and request_rate, where it begins, is "
+            f"{','.join(as_text('request_rate', rate) for rate in axes['request_rate'])}. Give a lower request_rate."
+        )
+    if axes["burstiness"] != (1.0,) and axes["arrival"] != ("gamma",):
+        raise UsageError(
+            f"burstiness is the shape of arrival=gamma, and arrival is {axes['arrival'][0]}. Add arrival=gamma."
         )
 
 
@@ -232,7 +177,7 @@ def _check_launch(axes: Mapping[str, tuple[object, ...]]) -> None:
 
 def check_offline_baseline(axes: Mapping[str, tuple[object, ...]]) -> None:
     """Require that `twin` compares a launched server with one batch of one length, in a quantization we can load."""
-    if axes["launch"] == (None,) or not _capabilities(axes).offline_baseline:
+    if axes["launch"] == (None,) or not requested_capabilities(axes).offline_baseline:
         raise UsageError(
             "twin measures a server that launch starts, and the same without it. "
             "Give launch=COMMAND, or leave twin out."
@@ -251,7 +196,7 @@ def check_offline_baseline(axes: Mapping[str, tuple[object, ...]]) -> None:
             "twin compares with one batch of one length, as many rows as concurrency, and "
             f"{given[0]} does not fit that. Leave one of them out."
         )
-    baseline = capabilities_of(_capabilities(axes).offline_baseline)
+    baseline = capabilities_of(requested_capabilities(axes).offline_baseline)
     known = (baseline, *map(capabilities_of, baseline.delegates))
     quantizations = list(dict.fromkeys(quant for own in known for quant in own.quantizations))
     unknown = next(
@@ -266,7 +211,7 @@ def check_offline_baseline(axes: Mapping[str, tuple[object, ...]]) -> None:
 
 def check_find(axes: Mapping[str, tuple[object, ...]], twin: bool) -> None:
     """Require SLOs to meet and a server, and refuse every load but one request rate to start from."""
-    if not _capabilities(axes).online:
+    if not requested_capabilities(axes).online:
         raise UsageError("find=goodput sends requests to a server. Give url=http://… or launch=COMMAND.")
     if all(axes[name] == (None,) for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms")):
         raise UsageError(
@@ -369,5 +314,6 @@ def _check_batching(axes: Mapping[str, tuple[object, ...]]) -> None:
         if "mixed" in axes["workload"]:
             raise UsageError(
                 "workload=mixed is a stream of requests of varying lengths, and one batch has one exact length. "
-                "Add batching=static,dynamic,continuous and request_rate, or measure a server with `llmbench online`."
+                "Add batching=static,dynamic,continuous and request_rate, or measure a server with "
+                f"`{command_text('online')}`."
             )

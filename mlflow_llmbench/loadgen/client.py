@@ -30,7 +30,7 @@ WATCH_BEATS = 10
 SCRAPE_S = 1.0
 """Seconds between two readings of the server's own metrics."""
 
-MOST_SCRAPES = 30
+MAX_SCRAPES = 30
 """Most readings that are kept. Above it, every second one is dropped and the time between readings doubles."""
 
 STALE_S = 1.0
@@ -324,7 +324,7 @@ class _Run:
         while True:
             await asyncio.sleep(pause)
             await self._ask_server()
-            if len(self.scrapes) > MOST_SCRAPES:
+            if len(self.scrapes) > MAX_SCRAPES:
                 del self.scrapes[2::2]
                 pause *= 2
 

@@ -18,7 +18,7 @@ HEAD_BYTES = 65536
 
 BODILESS = (204, 304)
 
-MOST_JOINED = 4096
+MAX_JOINED = 4096
 """Parts without a line ending that are shorter than this many bytes are joined with the next read.
 
 Joining longer parts would copy too much.
@@ -239,7 +239,7 @@ class Connection(asyncio.Protocol):
     def _add(self, data: bytes, now: int) -> None:
         assert self.exchange is not None
         stamps, parts = self.exchange.stamps, self.exchange.parts
-        if parts and len(before := parts[-1]) < MOST_JOINED and b"\n" not in before and b"\r" not in before:
+        if parts and len(before := parts[-1]) < MAX_JOINED and b"\n" not in before and b"\r" not in before:
             parts[-1], stamps[-1] = before + data, now  # a proxy may split an event into single bytes
             return
         stamps.append(now)

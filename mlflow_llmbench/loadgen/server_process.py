@@ -32,7 +32,7 @@ from ..system import machine, memory
 GRACE_S = 10.0
 """Seconds that a server has to end by itself before it is killed."""
 
-MOST_LOG_BYTES = 16 << 20
+MAX_LOG_BYTES = 16 << 20
 """Most bytes of a server's log on disk while it runs. A longer log is cut to its beginning and its end."""
 
 HEAD_BYTES, TAIL_BYTES = 1 << 16, 3 << 16
@@ -173,7 +173,7 @@ def bounded(data: bytes) -> bytes:
 def bound(log: Path) -> None:
     """Shorten a log that has grown too long. The server appends, so it goes on writing at the new end."""
     with contextlib.suppress(OSError):
-        if log.stat().st_size > MOST_LOG_BYTES:
+        if log.stat().st_size > MAX_LOG_BYTES:
             kept = bounded(log.read_bytes())
             os.truncate(log, 0)
             with log.open("ab") as file:

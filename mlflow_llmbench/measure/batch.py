@@ -113,16 +113,16 @@ def time_turns(
     itself generated. With `kept`, the KV cache of previous turns and answers is kept.
     """
     history = backend.new_history() if kept else None
-    said: list[list[int]] = [[] for _ in turns[0]]
+    rows: list[list[int]] = [[] for _ in turns[0]]
     requests: list[RequestRecord] = []
-    prompt, output = said[0], said[0]
+    prompt, output = rows[0], rows[0]
     for added in turns:
-        said = [[*row, *more] for row, more in zip(said, added, strict=True)]
-        record, steps = time_request(backend, said, output_tokens, None if requests else on_first, history)
+        rows = [[*row, *more] for row, more in zip(rows, added, strict=True)]
+        record, steps = time_request(backend, rows, output_tokens, None if requests else on_first, history)
         requests.append(record)
-        ids = checked_ids(steps, len(said))
-        prompt, output = said[0], [step[0] for step in ids]
-        said = [[*row, *answer] for row, answer in zip(said, zip(*ids, strict=True), strict=True)] if ids else said
+        ids = checked_ids(steps, len(rows))
+        prompt, output = rows[0], [step[0] for step in ids]
+        rows = [[*row, *answer] for row, answer in zip(rows, zip(*ids, strict=True), strict=True)] if ids else rows
     return Timed(tuple(requests), prompt, output)
 
 
@@ -174,11 +174,11 @@ def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: 
     Each turn gets the ids of the kept history, so a different answer does not make the next ones differ. Not timed.
     """
     prompt, output = measured.outputs[0]
-    said, same, end = [*prompt, *output], [], 0
+    conversation, same, end = [*prompt, *output], [], 0
     for added in _turns(backend, cell, prompts, 0, 0):
         end += len(added[0])
-        again = time_turns(backend, [[said[:end]] * cell.batch_size], cell.output_tokens)
-        same.append(again.output == said[end : end + cell.output_tokens])
+        again = time_turns(backend, [[conversation[:end]] * cell.batch_size], cell.output_tokens)
+        same.append(again.output == conversation[end : end + cell.output_tokens])
         end += cell.output_tokens
     return tuple(same)
 
@@ -204,14 +204,14 @@ def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, v
     Only the first turn of a conversation is compared. Not timed.
     """
     sent = _turns(backend, cell, prompts, vocab_size, 0)[0]
-    said = []
+    outputs = []
     for generate in (backend.generate, backend.generate_plainly):
         steps: list[Any] = []
         generate(sent, cell.output_tokens, steps.append)
-        said.append(list(zip(*checked_ids(steps, len(sent)), strict=True)))
+        outputs.append(list(zip(*checked_ids(steps, len(sent)), strict=True)))
     return tuple(
         sum(1 for _ in itertools.takewhile(bool, map(operator.eq, own, plain)))
-        for own, plain in zip(*said, strict=True)
+        for own, plain in zip(*outputs, strict=True)
     )
 
 

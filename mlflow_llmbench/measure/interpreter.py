@@ -32,7 +32,7 @@ from ..system import gpu, machine
 from .events import JobFailed, ModelResolved, decode
 from .task import WorkerJob
 
-LEAST = (3, 10)
+MIN_PYTHON = (3, 10)
 """The oldest Python that runs a worker, as in pyproject.toml."""
 
 ASK_S, RESOLVE_S = 60.0, 120.0
@@ -165,12 +165,12 @@ def examine(python: str, modules: tuple[str, ...] = ()) -> Mapping[str, Any]:
     except (ValueError, TypeError, KeyError):
         raise UsageError(
             f"worker_python={python} does not run as a Python interpreter: {problem or 'it printed something else'}. "
-            f"Give the path of a Python {LEAST[0]}.{LEAST[1]} or later, such as ENVIRONMENT/bin/python."
+            f"Give the path of a Python {MIN_PYTHON[0]}.{MIN_PYTHON[1]} or later, such as ENVIRONMENT/bin/python."
         ) from None
-    if version < LEAST:
+    if version < MIN_PYTHON:
         raise UsageError(
             f"worker_python={python} is Python {'.'.join(map(str, version))}, and a worker needs "
-            f"{LEAST[0]}.{LEAST[1]} or later. Give another interpreter, or leave it out."
+            f"{MIN_PYTHON[0]}.{MIN_PYTHON[1]} or later. Give another interpreter, or leave it out."
         )
     if found["lacking"]:
         raise MissingError(_lacking(python, found["lacking"]))
@@ -248,9 +248,9 @@ def _ask(arguments: Sequence[str], text: str, seconds: float, downloads: bool) -
         return "", f"no answer within {seconds:g} s"
     except OSError as error:
         return "", str(error.strerror)
-    said = done.stderr.strip().splitlines()
+    printed = done.stderr.strip().splitlines()
     failed = done.returncode != 0
-    problem = (redact(said[-1])[:200] if said else f"it ended with code {done.returncode}") if failed else ""
+    problem = (redact(printed[-1])[:200] if printed else f"it ended with code {done.returncode}") if failed else ""
     return (
         "" if failed else done.stdout.strip().splitlines()[-1] if not text and done.stdout.strip() else done.stdout
     ), problem

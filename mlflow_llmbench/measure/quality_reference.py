@@ -122,10 +122,10 @@ def _compute(
     """Run the unquantized model and write its references. Return why that failed, or an empty string."""
     shape = model_shape.Shape.from_config(model.config) if model.config else None
     largest = dataclasses.replace(own, prompt_tokens=max(min(512, model.context or 512) - 32, 1), output_tokens=32)
-    room = (None, "") if task.options.force else estimate.room_here(own.device, limits.memory_bytes)
+    room = (None, "") if task.options.force else estimate.available_memory(own.device, limits.memory_bytes)
     refused = estimate.refusal(largest, model, estimate.predicted_bytes(largest, model, shape), room)
     if refused:
-        return refused
+        return refused.sentence
     report(Stage("reference"))
     log = task.folders[0] / "reference.log"
     # It may be missing here: the cells' own file may have been made from it long ago, or it is another model.

@@ -7,7 +7,6 @@ standard output. Nothing else can write there: output of libraries goes to the l
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import logging
 import os
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import cast
 
 from ..backends.base import Backend, DecodingBackend, ServerBackend, backend_class
+from ..backends.libraries import import_libraries
+from ..records.backends import capabilities_of
 from ..records.cell import Cell
 from ..records.errors import LlmbenchError, MeasurementError, first_line
 from ..records.results import LoadInfo, ModelFacts, from_json
@@ -103,7 +104,7 @@ def _measure_group(job: WorkerJob, send: Report) -> None:
     cells, facts = job.cells, job.facts
     kind = backend_class(cells[0].backend)
     send(Stage("starting"))
-    _import_libraries(kind, job.threads)
+    import_libraries(kind.capabilities, job.threads)
     backend = kind(cells[0], facts)
     send(events.PeaksMeasured(backend.peaks(), machine.idle_power_w(backend.device)))
     gc.collect()
@@ -164,7 +165,7 @@ def _loaded(job: WorkerJob, send: Report) -> tuple[Backend, ModelFacts, LoadInfo
     """Load the model of a job's first cell without measuring it."""
     cell, facts = job.cells[0], job.facts
     kind = backend_class(cell.backend)
-    _import_libraries(kind, job.threads)
+    import_libraries(kind.capabilities, job.threads)
     backend = kind(cell, facts)
     send(Stage("loading"))
     return backend, facts, backend.load()
@@ -182,7 +183,7 @@ def _train(job: WorkerJob, send: Report) -> None:
     """Train a model and write the checkpoint."""
     assert job.training
     send(Stage("starting"))
-    _import_libraries(backend_class(job.cells[0].backend), job.threads)
+    import_libraries(capabilities_of(job.cells[0].backend), job.threads)
     from ..backends.huggingface import qat
 
     qat.train(job.cells[0], job.facts, job.training, TrainingEvents(send))
@@ -347,23 +348,6 @@ def _tame_logs() -> Flood:
     logging.basicConfig(handlers=[flood], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
     return flood
-
-
-def _import_libraries(kind: type[Backend], threads: int) -> None:
-    """Import the backend's libraries before the *baseline* stage, redirect their logs, and set the threads."""
-    os.environ.update(kind.capabilities.variables)
-    for name in kind.capabilities.heavy:
-        importlib.import_module(name)
-    if "transformers" in kind.capabilities.heavy:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_default_handler()
-        transformers_logging.enable_propagation()
-        transformers_logging.disable_progress_bar()
-    if "torch" in kind.capabilities.heavy:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

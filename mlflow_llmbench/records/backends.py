@@ -46,12 +46,19 @@ CALLBACK_BACKEND = "callback"
 class Serving:
     """How a registered version of a measured model is served.
 
-    `engine`: key of `serving_model.ENGINES`, `checkpoint` or `gguf`; "" if nothing answers. `packages`: distributions
-    that the engine imports; the versions in the measured environment are pinned.
+    `engine`: key of `serving_model.ENGINES`; "" if nothing answers. `packages`: distributions that the engine imports;
+    the versions in the measured environment are pinned.
     """
 
     engine: str
-    packages: tuple[str, ...] = ()
+    packages: tuple[str, ...]
+
+
+CHECKPOINT = Serving("checkpoint", ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy"))
+"""Serving of a checkpoint by transformers."""
+
+GGUF_FILE = Serving("gguf", ("llama-cpp-python", "numpy"))
+"""Serving of a GGUF file by llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,11 @@ def recorded_capabilities(name: str) -> Capabilities:
 def library_of(name: str) -> str:
     """Return the library behind a backend, as people write it."""
     return recorded_capabilities(name).library or name
+
+
+def served_libraries() -> list[str]:
+    """Return the libraries that run registered models, as people write them."""
+    return [library_of(name) for name in RUNTIMES if (serving := capabilities_of(name).serving) and serving.engine]
 
 
 def backend_of(backend: str, quant: str) -> str:

@@ -73,11 +73,11 @@ def called_as(invocation: Invocation) -> Iterator[None]:
 
 
 def invocation_of(program: str, entry_points: Mapping[str, EntryPoint]) -> Invocation:
-    """Return the invocation of this process: MLflow sets MLFLOW_RUN_ID for the command of a project.
+    """Return the invocation of this process. MLflow sets MLFLOW_RUN_ID for the command of a project.
 
     `mlflow run` works in the project's folder, which is therefore the address that runs it again.
     """
-    by_project = program == MODULE and "MLFLOW_RUN_ID" in os.environ
+    by_project = program == MODULE and "MLFLOW_RUN_ID" in os.environ and os.path.exists("MLproject")
     return Invocation(program, os.getcwd() if by_project else None, entry_points)
 
 

@@ -333,8 +333,8 @@ _TABLE = (
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _TABLE})
 """Every scheme by name, in the order of charts."""
 
-QUANTIZATIONS = tuple(sorted(SCHEMES, key=lambda name: SCHEMES[name].backend != "transformers"))
-"""Values of `quant`: first those that transformers runs."""
+QUANTIZATIONS = tuple(sorted(SCHEMES, key=lambda name: SCHEMES[name].library is GGUF))
+"""Values of `quant`, those of llama.cpp last."""
 
 COLOURS = {scheme.name: scheme.colour for scheme in _TABLE}
 """One colour per scheme, in MLflow (`mlflow.runColor`) and in our charts."""

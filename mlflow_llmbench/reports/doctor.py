@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..measure.runtime import Item
+from .tables import aligned
 
 
 def format_report(items: Sequence[Item]) -> str:
@@ -14,16 +15,16 @@ def format_report(items: Sequence[Item]) -> str:
 
 def format_items(items: Sequence[Item]) -> str:
     """Return items as text: sections, one line per item, its advice below."""
-    width = max((len(item.name) for item in items), default=0)
+    rows = [("", item.status, item.name, item.found) for item in items]
+    advice = [("", "", "", item.advice or "") for item in items]
+    texts = aligned([*rows, *advice])
     lines: list[str] = []
     section = None
-    for item in items:
+    for item, found, advised in zip(items, texts, texts[len(items) :], strict=False):
         if item.section != section:
             lines += ["", item.section] if lines else [item.section]
             section = item.section
-        lines.append(f"  {item.status:7}  {item.name:{width}}  {item.found}")
-        if item.advice:
-            lines.append(f"  {'':7}  {'':{width}}  {item.advice}")
+        lines += found + (advised if item.advice else [])
     return "\n".join(lines)
 
 

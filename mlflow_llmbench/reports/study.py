@@ -18,6 +18,7 @@ from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Cl
 from ..analysis.scaling.study import TPOT
 from ..records.results import to_json
 from ..records.text import number_text
+from .charts.catalogue import charts_of
 from .escaping import markdown
 from .html import page
 from .recommendation import answer
@@ -26,36 +27,6 @@ from .scaling import METHOD, law_cells
 from .scaling import sections as law_sections
 from .sweep import chart_name
 from .tables import Table, markdown_table
-
-CAPTIONS = {
-    "against_model_size": (
-        "Throughput and time to first token over model size. Models of similar size lie side by side, "
-        "whatever their family."
-    ),
-    "against_batch_size": "Throughput and time to first token over batch size, at one prompt length.",
-    "against_prompt_length": "Throughput and time to first token over prompt length, at one batch size.",
-    "per_instance": "Throughput of each request of a batch: throughput ÷ batch size.",
-    "heatmap_throughput": "Throughput of every shape. Grey: not measured, with the outcome if it was tried.",
-    "heatmap_ttft": (
-        "Time to first token of every shape. "
-        "A red edge is a latency cliff: a step that is steeper than both neighbours."
-    ),
-    "heatmap_tpot": "Time per output token of every shape. Red edges are cliffs, as above.",
-    "memory_against_model_size": "Peak memory of the process and bytes of the weights, by precision.",
-    "memory_by_quantization": "Peak memory by quantization; the dark part is the weights.",
-    "memory_against_throughput": "Throughput against peak memory, every cell.",
-    "quantization_effect": "Each quantization against the reference that differs only in quantization.",
-    "quantization_radar": (
-        "Trade-offs of each quantization. Throughput is divided by the highest of the model; the lowest time, memory "
-        "or energy is divided by each; quality is the share of positions with the unquantized model's most probable "
-        "token. 1 is best on every axis."
-    ),
-    "quality_against_speed": "Divergence of each quantization from the unquantized model, against its speed.",
-    "models": "All models at one shape.",
-    "cost_by_hardware": "Output tokens per unit of money at the given prices.",
-    "machines": "The same configurations on other machines.",
-}
-"""Figure → caption. Figures of the laws have the law's key as name and no caption."""
 
 MOST_LINES, MOST_GROUPS = 10, 6
 """Most sentences under one heading, and most groups of cells of one law, in the report; scaling.md has all."""
@@ -198,7 +169,9 @@ def _plain_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> Table
 
 
 def _pictures(pictures: Mapping[str, tuple[bytes, str]]) -> tuple[Picture, ...]:
-    return tuple(Picture(name, path, svg, CAPTIONS.get(name, "")) for name, (svg, path) in pictures.items())
+    """Return the pictures with their captions; figures of laws have none."""
+    captions = {chart.name: chart.caption for chart in charts_of("study")}
+    return tuple(Picture(name, path, svg, captions.get(name, "")) for name, (svg, path) in pictures.items())
 
 
 def headline(found: Findings) -> str:

@@ -13,7 +13,7 @@ from ..records.results import RunResult, to_json
 
 
 @dataclass(frozen=True)
-class Relations:
+class CrossFindings:
     """Findings across the results of a sweep.
 
     `added`: extra metrics of each result, in order · `figures`: metrics of the whole sweep · `sentences`: for people ·
@@ -33,8 +33,8 @@ class Relations:
         return {"limits": [{**to_json(limit), "sentence": limit.sentence()} for limit in self.limits]}
 
 
-def relate(results: Sequence[RunResult], names: Sequence[str], options: Options) -> Relations:
-    """Relate the results of one sweep to each other; `names` are the names of their runs, in the same order."""
+def cross_findings(results: Sequence[RunResult], names: Sequence[str], options: Options) -> CrossFindings:
+    """Return the findings across the results of one sweep; `names` are those of their runs, in the same order."""
     whole = {result.cell: result for result in results if result.outcome == "ok" and result.repetitions}
     added: list[dict[str, float]] = []
     sentences: list[str] = []
@@ -49,4 +49,4 @@ def relate(results: Sequence[RunResult], names: Sequence[str], options: Options)
     limits = goodput.limits(results, options.attainment) if options.find else []
     sentences += [limit.sentence() for limit in limits]
     figures = limits[0].figures() if len(limits) == 1 else {}
-    return Relations(tuple(added), figures, tuple(sentences), tuple(limits))
+    return CrossFindings(tuple(added), figures, tuple(sentences), tuple(limits))

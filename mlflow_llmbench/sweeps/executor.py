@@ -1,92 +1,120 @@
-"""Executors: measure the groups of a sweep on this machine, one after another, or several at once on a Ray cluster.
+"""Executors: measure load groups on this machine, one after another, or several at once on a Ray cluster.
 
-`cluster.py` has the cluster.
+An executor knows tasks and the outcomes of their workers; it knows nothing of a sweep, its runs or its results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from .. import PACKAGE_DIR
 from ..measure.events import Event
 from ..measure.outcome import GroupOutcome
-from ..system import machine
-from .job import Job
+from ..measure.task import Task
+from ..records.cell import Cell, Options
+from ..system import estimate, machine
+from ..system.estimate import AvailableMemory
 
-Group = Sequence[Job]
-"""Jobs that share one loaded model, in the order in which one process measures them."""
+OnEvent = Callable[[Task, Event], None]
+"""Callback for an event of a task: `GroupBegun`, or an event of its worker; on a cluster with the node's name."""
 
-Tell = Callable[[Group, Event], None]
-"""Callback for an event of a group: `GroupBegun`, or an event of its worker; on a cluster with the node's name."""
+NextCell = Callable[[Task, GroupOutcome], tuple[Cell, Path] | None]
+"""Choose the next cell of a search, with its folder, from the outcome of its task so far; None ends the search."""
 
 
-class Place(Protocol):
-    """Executor of groups. `environment` is the fingerprint of its machine, or of one of them if there are several."""
+@dataclass(frozen=True)
+class MachineFacts:
+    """Facts about the machines of an executor, from which a plan is made.
+
+    `environment`: fingerprint of the machine, or of one of them if there are several · `env_hashes`: of all of them ·
+    `memory`: available memory by value of `device`; a device that it lacks has no limit · `rates`: best rates measured
+    before (see `machine.known_peaks`).
+    """
 
     environment: Mapping[str, Any]
-    env_hashes: Sequence[str]  # of all environments in which this executor may measure a cell
+    env_hashes: tuple[str, ...]
+    memory: Mapping[str, AvailableMemory] = field(default_factory=dict)
+    rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def room(self, device: str) -> tuple[int | None, str]:
-        """Return the most bytes that a cell may need on a device (None if unknown), and words to put after them."""
+
+def this_machine(options: Options, devices: Iterable[str]) -> MachineFacts:
+    """Return the facts of this machine, with the memory that is free now on `devices`; no limits with `force`.
+
+    Raises MissingError if there is no such device.
+    """
+    environment = machine.environment(str(PACKAGE_DIR))
+    limit, _ = estimate.memory_limit(options.memory_limit)
+    memory = {} if options.force else {device: estimate.available_memory(device, limit) for device in devices}
+    return MachineFacts(environment, (environment["hashes"]["env"],), memory, machine.known_peaks())
+
+
+class Executor(Protocol):
+    """Measures tasks. An executor is used by one command, from one thread."""
+
+    machine: MachineFacts
 
     @property
-    def takes_more(self) -> bool:
-        """True if another group can be given now."""
+    def accepts_more(self) -> bool:
+        """True if another task can be submitted now."""
 
     @property
     def busy(self) -> bool:
-        """True if a group was given that has not ended."""
+        """True if a submitted task has not ended."""
 
-    def give(self, group: Group) -> None:
-        """Accept a group; it is measured as soon as a machine is free for it."""
+    def submit(self, task: Task, next_cell: NextCell | None = None) -> None:
+        """Accept a task; it is measured as soon as a machine is free for it.
 
-    def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Wait until one of the groups has ended, passing events to `tell`. Returns that group and its outcome."""
+        On this machine `next_cell` chooses further cells; the task that `wait` returns has them.
+        """
 
-    def recall(self) -> list[Group]:
-        """Take back the groups that no machine has begun."""
+    def wait(self, on_event: OnEvent) -> tuple[Task, GroupOutcome]:
+        """Wait until a task has ended, passing events to `on_event`. Returns the task and its outcome."""
 
-    def stop(self) -> list[tuple[Group, GroupOutcome]]:
-        """Stop everything now. Returns the groups that had not ended, each with what was measured of it."""
+    def withdraw(self) -> list[Task]:
+        """Withdraw the tasks that no machine has begun, and return them."""
+
+    def stop(self) -> list[tuple[Task, GroupOutcome]]:
+        """Stop everything now. Returns the tasks that had not ended, each with what was measured of it."""
 
     def close(self) -> None:
         """Release the machines; nothing of ours stays there."""
 
 
-class OneAtATime:
-    """Base of executors that measure one group at a time, inside `wait`. They have no queue and nothing to clean up."""
+class SerialExecutor:
+    """Base of executors that measure one task at a time, inside `wait`. They have no queue and nothing to clean up."""
 
-    def __init__(self) -> None:
-        self.environment: Mapping[str, Any] = machine.environment(str(PACKAGE_DIR))
-        self.env_hashes: Sequence[str] = (self.environment["hashes"]["env"],)
-        self.group: Group | None = None
+    def __init__(self, facts: MachineFacts) -> None:
+        self.machine = facts
+        self._submitted: tuple[Task, NextCell | None] | None = None
 
     @property
-    def takes_more(self) -> bool:
-        """True if no group is waiting to be measured."""
-        return self.group is None
+    def accepts_more(self) -> bool:
+        """True if no task is waiting to be measured."""
+        return self._submitted is None
 
     @property
     def busy(self) -> bool:
-        """True if there is a group to measure."""
-        return self.group is not None
+        """True if there is a task to measure."""
+        return self._submitted is not None
 
-    def give(self, group: Group) -> None:
-        """Accept a group; `wait` measures it."""
-        self.group = group
+    def submit(self, task: Task, next_cell: NextCell | None = None) -> None:
+        """Accept a task; `wait` measures it."""
+        self._submitted = task, next_cell
 
-    def take(self) -> Group:
-        """Return the given group and become free for another."""
-        assert self.group
-        group, self.group = self.group, None
-        return group
+    def take(self) -> tuple[Task, NextCell | None]:
+        """Return the submitted task with its search, and become free for another."""
+        assert self._submitted
+        submitted, self._submitted = self._submitted, None
+        return submitted
 
-    def recall(self) -> list[Group]:
+    def withdraw(self) -> list[Task]:
         """Return nothing: there is no queue."""
         return []
 
-    def stop(self) -> list[tuple[Group, GroupOutcome]]:
+    def stop(self) -> list[tuple[Task, GroupOutcome]]:
         """Return nothing: no measurement outlives its call of `wait`."""
         return []
 

@@ -3,48 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..measure.group import measure_group
 from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
 from ..records.cell import Cell, Options
-from ..system import estimate
-from .executor import Group, OneAtATime, Tell
-from .job import Job
+from .executor import OnEvent, SerialExecutor, this_machine
 
 
-class Here(OneAtATime):
-    """Executor on the machine of the command: one group at a time, and nothing else meanwhile."""
+class LocalExecutor(SerialExecutor):
+    """Executor on the machine of the command: one task at a time, and nothing else meanwhile."""
 
-    def __init__(self, options: Options) -> None:
-        super().__init__()
-        self.options = options
-        self.ask: Callable[[Group, GroupOutcome], Job | None] | None = None  # chooses the next cell of a search
+    def __init__(self, options: Options, devices: Iterable[str]) -> None:
+        super().__init__(this_machine(options, devices))
         self.prepared: set[Cell] = set()  # cells whose files are on this disk
 
-    def room(self, device: str) -> tuple[int | None, str]:
-        """Return the bytes that are free on this machine and allowed by `memory_limit`."""
-        return estimate.room_here(device, estimate.memory_limit(self.options.memory_limit)[0])
+    def wait(self, on_event: OnEvent) -> tuple[Task, GroupOutcome]:
+        """Measure the submitted task in a worker of its own."""
+        task, next_cell = self.take()
+        task = dataclasses.replace(task, prepare=not self.prepared.issuperset(task.cells))
 
-    def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Measure the given group."""
-        group = self.take()
-        task = task_of(group, self.options, prepare=not self.prepared.issuperset(job.cell for job in group))
-        more = functools.partial(self._more, group) if self.ask else None
-        outcome = measure_group(task, lambda event: tell(group, event), more=more)
-        self.prepared |= {job.cell for job in group}
-        return group, outcome
+        def more(so_far: GroupOutcome) -> tuple[Cell, Path] | None:
+            nonlocal task
+            found = next_cell(task, so_far) if next_cell else None
+            if found:
+                task = task.with_cell(*found)
+            return found
 
-    def _more(self, group: Group, outcome: GroupOutcome) -> tuple[Cell, Path] | None:
-        job = self.ask(group, outcome) if self.ask else None
-        return (job.cell, job.folder) if job else None
-
-
-def task_of(group: Group, options: Options, prepare: bool) -> Task:
-    """Make the task of a group. Quality is the same in every process, so only the first process evaluates it."""
-    if any(job.attempts for job in group):
-        options = dataclasses.replace(options, quality="none")
-    return Task(tuple(job.cell for job in group), group[0].model, tuple(job.folder for job in group), options, prepare)
+        outcome = measure_group(task, lambda event: on_event(task, event), more=more if next_cell else None)
+        self.prepared |= set(task.cells)
+        return task, outcome

@@ -1,4 +1,4 @@
-"""Steps of the sweep's loop: measure, keep, fail, skip."""
+"""The loop of a sweep: submit its load groups, keep what was measured, record what failed, skip what cannot fit."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from ..analysis import goodput
-from ..config.cells import asked_params, cell_name, needs_no_less, option_params
-from ..config.spec import BenchSpec
+from ..config.cells import asked_params, needs_no_less, option_params
 from ..measure.events import CellBegun, CellMeasured, Event, GroupBegun, QualityWithheld, Stage
-from ..measure.journal import write_json
+from ..measure.journal import claim, read_result, write_json
 from ..measure.outcome import GroupOutcome
+from ..measure.task import Task
 from ..records.cell import Cell
 from ..records.errors import NodeLost
 from ..records.invocation import parameter_text
 from ..records.redaction import redact_all
 from ..records.results import Failure, RunResult
-from ..reports import files
-from ..reports.result import row_of
-from ..workloads.prompts import load_prompts
-from . import planning, resume
-from .cross_cell import Relations
-from .executor import Group, Place
+from ..reports import artifacts
+from ..reports.result import Row, row_of, with_figures
+from ..reports.sweep import Subject
+from ..tracking.store import ui_command
+from . import resume
+from .cross_cell import CrossFindings, cross_findings
+from .executor import Executor
 from .job import Job, write_job
-from .mlflow_runs import Ledger
-from .progress import Watcher
+from .planning import Plan
+from .progress import ProgressListener
 from .results import env_hashes, failed_result, measured_result
+from .run_recorder import RunRecorder
 
 MOST_LOSSES = 3
 """Most times that a cell is given to another machine of a cluster after its machine was lost."""
@@ -39,251 +39,357 @@ MIXED = (
     "The processes of this cell ran on nodes that differ, so they make no result. Run it again, or on identical nodes."
 )
 
-
-@dataclass
-class _Sweep:
-    """State of one command. `groups` holds the jobs, those that share a loaded model together."""
-
-    spec: BenchSpec
-    jobs: list[Job]
-    groups: list[list[Job]]
-    ledger: Ledger
-    folder: Path
-    place: Place
-    watcher: Watcher
-    told: set[str] = field(default_factory=set)  # reasons already shown for withheld quality figures
-    failed: list[tuple[Cell, str, bool]] = field(default_factory=list)  # cell, outcome, whether its load failed
-    related: Relations = field(default_factory=Relations)
+UNREACHED = "The command ended before this cell was measured."
 
 
-def _write_plan(sweep: _Sweep) -> None:
-    store = sweep.ledger.store
-    known = {
-        "parameters": asked_params(sweep.spec) | option_params(sweep.spec),
-        "cells": len(sweep.jobs),
-        "order": [job.folder.name for job in sweep.jobs],
-        "parent": sweep.ledger.parent_name,
-        "tracking_uri": store.uri if store else None,
-        "environment": sweep.place.environment,
-    }
-    write_json(sweep.folder / "sweep.json", known)
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """A cell that ran out of memory or time: cells that need at least as much are not tried. `loading`: at its load."""
+
+    cell: Cell
+    outcome: str
+    loading: bool
+
+    def text(self) -> str:
+        """Return what failed, for the message of a skipped cell."""
+        cell = self.cell
+        tokens = f"{cell.prompt_tokens or 'auto'} + {cell.output_tokens} tokens"
+        return "loading it" if self.loading else f"batch_size={cell.batch_size} with {tokens}"
 
 
-def _measure(sweep: _Sweep) -> None:
-    """Measure every cell that is neither refused nor already measured, one round per requested process.
+class Sweep:
+    """State of one command: its plan, and what was measured of it so far. `run` is the loop; each method is a step.
 
-    Every second round runs in reverse order (A B, B A, A B, …), so that drift over time affects all cells alike.
-    Kalibera and Jones 2013 recommend processes in alternating order.
+    `jobs` are in the order of the plan. A goodput search replaces `plan` by one with more cells.
     """
-    for job in sweep.jobs:
-        if job.refused:
-            _fail(sweep, job, "refused", Failure("planning", job.refused))
-        elif not (sweep.spec.options.rerun or sweep.spec.options.twin):  # a pair is always measured together
-            _link(sweep, job)
-    for number in range(max(job.cell.processes for job in sweep.jobs)):
-        _run_round(sweep, sweep.groups[:: -1 if number % 2 else 1])
 
+    def __init__(
+        self, plan: Plan, executor: Executor, recorder: RunRecorder, listener: ProgressListener, folder: Path
+    ) -> None:
+        self.plan, self.executor, self.recorder, self.listener = plan, executor, recorder, listener
+        self.folder = folder
+        self.jobs = [Job(planned, folder / planned.folder) for planned in plan.cells]
+        self.job_of = {job.folder: job for job in self.jobs}
+        self.findings = CrossFindings()
+        self.withheld: set[str] = set()  # reasons for absent quality figures, already shown
+        self.failed: list[_Failed] = []
 
-def _link(sweep: _Sweep, job: Job) -> None:
-    """Take over an earlier result of this cell, if there is one."""
-    found = resume.find(job, sweep.spec, sweep.ledger.store, sweep.place.env_hashes)
-    if found:
-        sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
-        again = parameter_text("rerun", "true")
-        sweep.watcher.note(f"{job.name}: measured before, in {found.linked}. To measure it again: {again}.")
-        job.started_ms = found.started_ms
-        _keep(sweep, job, found)
+    def run(self) -> str:
+        """Open the runs, measure group by group, upload. Every run that was begun is ended, whatever happens.
 
+        Returns the outcome of the command: ok, error or interrupted.
+        """
+        with claim(self.folder):
+            self._write_plan()
+            if self.recorder.store:
+                resume.close_abandoned(self.plan.spec.options.output_dir, self.recorder.store, self.listener.note)
+            self.recorder.begin_parent()
+            self.listener.start(len(self.jobs))
+            outcome = "error"
+            try:
+                self._measure()
+                outcome = (
+                    "ok" if all(job.row and job.row.outcome in ("ok", "skipped") for job in self.jobs) else "error"
+                )
+            except KeyboardInterrupt:
+                outcome = "interrupted"
+            finally:
+                for task, left in self.executor.stop():
+                    self._count(task, left)
+                self._finish(outcome)
+                self.listener.finish()
+        return outcome
 
-def _run_round(sweep: _Sweep, groups: Sequence[Group]) -> None:
-    """Measure each group in one process. After a failure the remaining cells of the group get a new process."""
-    place, todo = sweep.place, deque(groups)
-    while todo or place.busy:
-        while todo and place.takes_more:
-            waiting = _not_hopeless(sweep, [job for job in todo.popleft() if job.row is None])
-            if waiting:
-                place.give(waiting)
-        if place.busy:
-            known = len(sweep.failed)
-            left = _take(sweep, *place.wait(lambda group, event: _tell(sweep, group, event)))
-            if left:
-                todo.appendleft(left)
-            if len(sweep.failed) > known:  # waiting cells may be too large as well
-                todo.extend(place.recall())
+    def _write_plan(self) -> None:
+        """Write sweep.json: the request, and the order of the cells."""
+        store = self.recorder.store
+        known = {
+            "parameters": asked_params(self.plan.spec) | option_params(self.plan.spec),
+            "cells": len(self.jobs),
+            "order": [job.folder.name for job in self.jobs],
+            "parent": self.plan.parent_name,
+            "tracking_uri": store.uri if store else None,
+            "environment": self.plan.machine.environment,
+        }
+        write_json(self.folder / "sweep.json", known)
 
+    # Measure
 
-def _tell(sweep: _Sweep, group: Group, event: Event) -> None:
-    """Handle an event of a group: begin its runs when it begins, and pass progress on to the watcher."""
-    job = group[event.number] if isinstance(event, CellBegun | CellMeasured) else group[0]
-    match event:
-        case GroupBegun():
-            _begin_runs(sweep, group)
-        case QualityWithheld(message=message) if message not in sweep.told:
-            sweep.told.add(message)
-            sweep.watcher.note(message)
-    number = sweep.jobs.index(job) + 1
-    match event:
-        case CellBegun(node=str(node)):  # several at once: a line at the begin, the count at the end
-            sweep.watcher.note(f"{job.name}: measuring on {node}")
-        case CellMeasured(node=str()):
-            sweep.watcher.cell(number, job.name)
-            sweep.watcher.event(event)
-        case Event(node=None):
-            if isinstance(event, GroupBegun | CellBegun) or event in (Stage("preparing"), Stage("reference")):
-                sweep.watcher.cell(number, job.name)
-            sweep.watcher.event(event)
+    def _measure(self) -> None:
+        """Measure every cell that is neither refused nor already measured, one round per requested process.
 
+        Every second round runs in reverse order (A B, B A, A B, …), so that drift over time affects all cells alike.
+        Kalibera and Jones 2013 recommend processes in alternating order.
+        """
+        options = self.plan.spec.options
+        for job in self.jobs:
+            if job.planned.refusal:
+                self._fail(job, "refused", Failure("planning", job.planned.refusal.sentence))
+            elif not (options.rerun or options.twin):  # a pair is always measured together
+                self._link(job)
+        for number in range(max(job.cell.processes for job in self.jobs)):
+            groups = [[self.job_of[self.folder / planned.folder] for planned in group] for group in self.plan.groups]
+            self._run_round(groups[:: -1 if number % 2 else 1])
 
-def _begin_runs(sweep: _Sweep, group: Group) -> None:
-    """Begin the run of each job of a group that has none."""
-    for job in group:
+    def _link(self, job: Job) -> None:
+        """Take over an earlier result of this cell, if there is one."""
+        found = resume.find(job, self.plan.spec, self.recorder.store, self.plan.machine.env_hashes)
+        if found:
+            self._announce(job)
+            again = parameter_text("rerun", "true")
+            self.listener.note(f"{job.name}: measured before, in {found.linked}. To measure it again: {again}.")
+            job.started_ms = found.started_ms
+            self._keep(job, found)
+
+    def _run_round(self, groups: Sequence[Sequence[Job]]) -> None:
+        """Measure each group in one process. After a failure the remaining cells of the group get a new process."""
+        executor, waiting = self.executor, deque(groups)
+        while waiting or executor.busy:
+            while waiting and executor.accepts_more:
+                self._submit(waiting.popleft())
+            if executor.busy:
+                known = len(self.failed)
+                left = self._take(*executor.wait(self._on_event))
+                if left:
+                    waiting.appendleft(left)
+                if len(self.failed) > known:  # waiting cells may be too large as well
+                    waiting.extend(self._jobs_of(task) for task in executor.withdraw())
+
+    def _submit(self, group: Sequence[Job]) -> None:
+        """Submit the cells of a group that still need a process and are worth trying."""
+        jobs = self._skip_larger_than_failed([job for job in group if job.row is None])
+        if not jobs:
+            return
+        options = self.plan.spec.options
+        if any(job.attempts for job in jobs):  # quality is the same in every process
+            options = dataclasses.replace(options, quality="none")
+        task = Task(
+            tuple(job.cell for job in jobs),
+            jobs[0].planned.model,
+            tuple(job.folder for job in jobs),
+            options,
+            names=tuple(job.name for job in jobs),
+            predicted_bytes=tuple(job.planned.predicted_bytes for job in jobs),
+        )
+        self.executor.submit(task, self._next_cell if options.find else None)
+
+    def _jobs_of(self, task: Task) -> list[Job]:
+        return [self.job_of[folder] for folder in task.folders]
+
+    def _on_event(self, task: Task, event: Event) -> None:
+        """Handle an event of a task: begin its runs when it begins, and pass progress on to the listener."""
+        jobs = self._jobs_of(task)
+        job = jobs[event.number] if isinstance(event, CellBegun | CellMeasured) else jobs[0]
+        match event:
+            case GroupBegun():
+                for one in jobs:
+                    self._begin(one)
+            case QualityWithheld(message=message) if message not in self.withheld:
+                self.withheld.add(message)
+                self.listener.note(message)
+        match event:
+            case CellBegun(node=str(node)):  # several at once: a line at the begin, the count at the end
+                self.listener.note(f"{job.name}: measuring on {node}")
+            case CellMeasured(node=str()):
+                self._announce(job)
+                self.listener.event(event)
+            case Event(node=None):
+                if isinstance(event, GroupBegun | CellBegun) or event in (Stage("preparing"), Stage("reference")):
+                    self._announce(job)
+                self.listener.event(event)
+
+    def _announce(self, job: Job) -> None:
+        """Tell the listener that this cell is next."""
+        self.listener.cell(self.jobs.index(job) + 1, job.name)
+
+    def _begin(self, job: Job) -> None:
+        """Begin the run of a cell, unless an earlier process of it has."""
         if not job.started_ms:
             job.started_ms = int(time.time() * 1000)
             write_job(job)
-            sweep.ledger.begin(job)
+            self.recorder.begin(job)
+
+    def _next_cell(self, task: Task, outcome: GroupOutcome) -> tuple[Cell, Path] | None:
+        """Choose the next cell of a search from the outcome of its task so far, and add it to the plan.
+
+        Returns the cell and its folder, None when the search has ended.
+        """
+        jobs = self._jobs_of(task)
+        measured = [
+            dataclasses.replace(job, attempts=[(outcome, own)])
+            for own, job in enumerate(jobs)
+            if own in outcome.measured
+        ]
+        environment = self.plan.machine.environment
+        results = [measured_result(job, self.plan.spec, environment) for job in measured]
+        cell = goodput.next_cell(results, self.plan.spec.options.attainment)
+        if cell is None:
+            return None
+        self.plan = self.plan.with_cell(cell, jobs[0].planned)
+        planned = self.plan.cells[-1]
+        job = Job(planned, self.folder / planned.folder)
+        self.jobs.append(job)
+        self.job_of[job.folder] = job
+        self._write_plan()
+        self._begin(job)
+        return cell, job.folder
+
+    # Keep
+
+    def _count(self, task: Task, outcome: GroupOutcome) -> None:
+        """Add the outcome to each job of the task that it measured."""
+        for own, job in enumerate(self._jobs_of(task)):
+            if own in outcome.measured:
+                job.attempts.append((outcome, own))
+
+    def _take(self, task: Task, outcome: GroupOutcome) -> list[Job]:
+        """Keep the results of a process. Returns the jobs that it failed to reach, which need another one.
+
+        Raises KeyboardInterrupt if the process was interrupted.
+        """
+        self._count(task, outcome)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+        jobs = self._jobs_of(task)
+        left = [job for own, job in enumerate(jobs) if own not in outcome.measured]
+        if isinstance(outcome.error, NodeLost):
+            self._lose(left, outcome.error)
+        elif outcome.error:
+            self._fail_in(jobs, outcome)
+        for job in jobs:
+            if job.measured and job.row is None:
+                self._succeed(job)
+        return [job for job in left if job.row is None] if outcome.error else []
+
+    def _lose(self, left: Sequence[Job], error: NodeLost) -> None:
+        """Count a lost machine for its unmeasured jobs: they are retried, and fail after `MOST_LOSSES` losses."""
+        noun = "cell of its group had" if len(left) == 1 else "cells of its group had"
+        self.listener.note(f"{error} {len(left)} {noun} not been measured.")
+        for job in left:
+            job.lost += 1
+            if job.lost > MOST_LOSSES:
+                message = f"{error} This cell was lost in this way {job.lost} times."
+                self._fail(job, "crashed", Failure("measuring", message))
+
+    def _skip_larger_than_failed(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return the jobs that are worth trying. Those that need at least as much as a failed one become `skipped`."""
+        left = []
+        for job in jobs:
+            failed = next((one for one in self.failed if _needs_no_less(job.cell, one)), None)
+            if failed is None:
+                left.append(job)
+                continue
+            message = f"Not tried: {failed.text()} ended with {failed.outcome}, and this cell needs at least as much."
+            self._fail(job, "skipped", Failure("planning", message))
+        return left
+
+    def _fail_in(self, jobs: Sequence[Job], outcome: GroupOutcome) -> None:
+        """Record the failure of the cell at which the worker failed, or of all cells if loading failed."""
+        error = outcome.error
+        word = getattr(error, "outcome", "error")
+        loading = outcome.current is None
+        failed = [job for job in jobs if job.row is None] if outcome.current is None else [jobs[outcome.current]]
+        for job in failed:
+            if not job.measured:
+                self._fail(job, word, Failure(outcome.stage if loading else "measuring", str(error)), outcome)
+        if word in ("oom", "timeout"):
+            self.failed.append(_Failed(failed[0].cell, word, loading))
+
+    def _succeed(self, job: Job, draw: bool = True) -> None:
+        if len(env_hashes(job)) > 1:
+            self._fail(job, "error", Failure("measuring", MIXED), draw=draw)
+            return
+        self._keep(job, measured_result(job, self.plan.spec, self.plan.machine.environment), draw)
+
+    def _fail(
+        self, job: Job, word: str, failure: Failure, outcome: GroupOutcome | None = None, draw: bool = True
+    ) -> None:
+        self._announce(job)
+        self.listener.note(f"{job.name}: {word}: {failure.message}")
+        environment = self.plan.machine.environment
+        self._keep(job, failed_result(job, self.plan.spec, environment, word, failure, outcome), draw)
+
+    def _keep(self, job: Job, result: RunResult, draw: bool = True) -> None:
+        """Write the files of a cell, upload them and end its run."""
+        result = redact_all(result)
+        folder = job.folder / "artifacts"
+        with self.recorder.report_errors(f"the files of {job.name}"):
+            write_job(job)
+            artifacts.write_cell(result, folder)
+        if draw:
+            with self.recorder.report_errors(f"the charts of {job.name}"):
+                artifacts.draw_cell(result, folder / "charts")
+        job.row = row_of(result)  # if interrupted before this line, `_finish` repeats the cell
+        self.recorder.upload(job, result)
+
+    # Finish
+
+    def _finish(self, outcome: str) -> None:
+        """End everything that is still open, quick steps first: after an interruption only seconds are left.
+
+        Charts are not drawn then; they can be drawn later.
+        """
+        recorder, draw = self.recorder, outcome != "interrupted"
+        unfinished = [job for job in self.jobs if job.row is None and not job.measured]
+        self._end_runs(unfinished, outcome)
+        for job in self.jobs:
+            if job.row is None and job.measured:
+                self._succeed(job, draw)
+        for job in unfinished:
+            self._give_up(job, outcome, draw)
+        self._find_across_cells()
+        self._compare(outcome, draw)
+        with recorder.report_errors("how the command ended"):
+            write_json(self.folder / "ended.json", {"outcome": outcome})
+        if outcome != "interrupted":
+            recorder.retry(self.jobs)
+
+    def _end_runs(self, unfinished: Sequence[Job], outcome: str) -> None:
+        """End the runs of unfinished cells, and after an interruption that of the parent."""
+        for job in unfinished:
+            if job.run_id:
+                self.recorder.end(job.run_id, "interrupted" if outcome == "interrupted" else "error")
+        if self.recorder.parent_id and outcome == "interrupted":
+            self.recorder.end(self.recorder.parent_id, outcome)
+
+    def _give_up(self, job: Job, outcome: str, draw: bool) -> None:
+        """Record a cell that the command did not finish; one that had not begun is only a row of the comparison."""
+        word = "interrupted" if outcome == "interrupted" else "error"
+        failure = Failure("measuring" if job.started_ms else "waiting", UNREACHED)
+        if job.started_ms or self.plan.parent_name is None:
+            self._fail(job, word, failure, draw=draw)
+        else:
+            job.row = Row(job.cell, word, message=failure.message)
+
+    def _find_across_cells(self) -> None:
+        """Add metrics and findings that need several cells (`twin` pairs, the limits of `find`), if requested."""
+        options = self.plan.spec.options
+        if not (options.twin or options.find):
+            return
+        with self.recorder.report_errors("what the cells say together"):
+            whole = [job for job in self.jobs if job.row and job.row.outcome == "ok"]
+            results = [read_result(job.folder / "artifacts") for job in whole]
+            self.findings = cross_findings(results, [job.name for job in whole], options)
+            for job, result, figures in zip(whole, results, self.findings.added, strict=True):
+                job.row = with_figures(job.row, figures) if job.row else None
+                self.recorder.add(job.run_id, f"what the server adds to {job.name}", figures, result.ended_ms)
+            if options.find:
+                write_json(self.folder / "comparison" / "goodput.json", self.findings.as_json())
+
+    def _compare(self, outcome: str, draw: bool) -> None:
+        """Write the comparison of the cells, log it on the parent run, and end that."""
+        recorder = self.recorder
+        if self.plan.parent_name is None:
+            return
+        measured = [(job.row, job.run_id) for job in self.jobs if job.row]
+        folder = self.folder / "comparison"
+        with recorder.report_errors("the comparison"):
+            where = ui_command(recorder.address), recorder.store.experiment_id if recorder.store else ""
+            subject = Subject(self.plan.spec, self.plan.parent_name, self.folder.name, *where)
+            artifacts.write_sweep(measured, subject, folder, draw)
+        recorder.finish(self.plan.spec, measured, folder, outcome, self.findings.figures)
 
 
-def _search(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> Job | None:
-    """Return the next cell of a search as a job, chosen from the results so far and added to the group.
-
-    Returns None when the search has ended.
-    """
-    here = [
-        dataclasses.replace(job, attempts=[(outcome, own)]) for own, job in enumerate(group) if own in outcome.measured
-    ]
-    results = [measured_result(job, sweep.spec, sweep.place.environment) for job in here]
-    cell = goodput.next_cell(results, sweep.spec.options.attainment)
-    if cell is None:
-        return None
-    rates = tuple(dict.fromkeys([*sweep.spec.axes["request_rate"], cell.request_rate]))
-    sweep.spec = sweep.ledger.spec = dataclasses.replace(sweep.spec, axes={**sweep.spec.axes, "request_rate": rates})
-    name, prompts = cell_name(cell, sweep.spec.varied), {cell.workload: load_prompts(cell.workload)}
-    [job] = planning.make_jobs(
-        sweep.spec,
-        [cell],
-        [name],
-        {cell: group[0].model},
-        prompts,
-        sweep.place.environment,
-        sweep.place.room,
-        sweep.folder,
-    )
-    job.started_ms = int(time.time() * 1000)
-    sweep.jobs.append(job)
-    cast(list[Job], group).append(job)
-    _write_plan(sweep)
-    write_job(job)
-    sweep.ledger.begin(job)
-    return job
-
-
-def _count(group: Group, outcome: GroupOutcome) -> None:
-    """Add the outcome to each job of the group that it measured."""
-    for own, job in enumerate(group):
-        if own in outcome.measured:
-            job.attempts.append((outcome, own))
-
-
-def _take(sweep: _Sweep, group: Group, outcome: GroupOutcome) -> list[Job]:
-    """Keep the results of a process. Returns the jobs that still need one, because it failed before it reached them.
-
-    Raises KeyboardInterrupt if the process was interrupted.
-    """
-    _count(group, outcome)
-    if outcome.interrupted:
-        raise KeyboardInterrupt
-    left = [job for own, job in enumerate(group) if own not in outcome.measured]
-    if isinstance(outcome.error, NodeLost):
-        _lose(sweep, left, outcome.error)
-    elif outcome.error:
-        _fail_in(sweep, group, outcome)
-    for job in group:
-        if job.measured and job.row is None:
-            _succeed(sweep, job)
-    return [job for job in left if job.row is None] if outcome.error else []
-
-
-def _lose(sweep: _Sweep, left: Sequence[Job], error: NodeLost) -> None:
-    """Count a lost machine for its unmeasured jobs: they are retried, and fail after more than `MOST_LOSSES` losses."""
-    sweep.watcher.note(f"{error} {len(left)} cells of its group had not been measured.")
-    for job in left:
-        job.lost += 1
-        if job.lost > MOST_LOSSES:
-            _fail(
-                sweep,
-                job,
-                "crashed",
-                Failure("measuring", f"{error} This cell was lost in this way {job.lost} times."),
-            )
-
-
-def _not_hopeless(sweep: _Sweep, waiting: Sequence[Job]) -> list[Job]:
-    """Return the jobs that are worth trying. Those that need at least as much as a failed one become `skipped`."""
-    left = []
-    for job in waiting:
-        smaller = next(
-            (
-                one
-                for one in sweep.failed
-                if needs_no_less(job.cell, one[0], ignore_shape=one[2], compare_time=one[1] == "timeout")
-            ),
-            None,
-        )
-        if smaller is None:
-            left.append(job)
-            continue
-        what = (
-            "loading it"
-            if smaller[2]
-            else f"batch_size={smaller[0].batch_size} with {smaller[0].prompt_tokens or 'auto'} + "
-            f"{smaller[0].output_tokens} tokens"
-        )
-        _fail(
-            sweep,
-            job,
-            "skipped",
-            Failure("planning", f"Not tried: {what} ended with {smaller[1]}, and this cell needs at least as much."),
-        )
-    return left
-
-
-def _fail_in(sweep: _Sweep, waiting: Group, outcome: GroupOutcome) -> None:
-    """Record the failure of the cell at which the worker failed, or of all cells if loading failed."""
-    error = outcome.error
-    word = getattr(error, "outcome", "error")
-    loading = outcome.current is None
-    failed = [job for job in waiting if job.row is None] if outcome.current is None else [waiting[outcome.current]]
-    for job in failed:
-        if not job.measured:
-            _fail(sweep, job, word, Failure(outcome.stage if loading else "measuring", str(error)), outcome)
-    if word in ("oom", "timeout"):
-        sweep.failed.append((failed[0].cell, word, loading))
-
-
-def _succeed(sweep: _Sweep, job: Job, draw: bool = True) -> None:
-    if len(env_hashes(job)) > 1:
-        _fail(sweep, job, "error", Failure("measuring", MIXED), draw=draw)
-        return
-    _keep(sweep, job, measured_result(job, sweep.spec, sweep.place.environment), draw)
-
-
-def _fail(
-    sweep: _Sweep, job: Job, word: str, failure: Failure, outcome: GroupOutcome | None = None, draw: bool = True
-) -> None:
-    sweep.watcher.cell(sweep.jobs.index(job) + 1, job.name)
-    sweep.watcher.note(f"{job.name}: {word}: {failure.message}")
-    _keep(sweep, job, failed_result(job, sweep.spec, sweep.place.environment, word, failure, outcome), draw)
-
-
-def _keep(sweep: _Sweep, job: Job, result: RunResult, draw: bool = True) -> None:
-    """Write the files of a cell, upload them and end its run."""
-    result = redact_all(result)
-    folder = job.folder / "artifacts"
-    with sweep.ledger.noted(f"the files of {job.name}"):
-        write_job(job)
-        files.write_cell(result, folder)
-    if draw:
-        with sweep.ledger.noted(f"the charts of {job.name}"):
-            files.draw_cell(result, folder / "charts")
-    job.row = row_of(result)  # if interrupted before this line, `_finish` repeats the cell
-    sweep.ledger.upload(job, result)
+def _needs_no_less(cell: Cell, failed: _Failed) -> bool:
+    """Return True if a cell needs at least the memory, or the time, of one that failed for want of it."""
+    return needs_no_less(cell, failed.cell, ignore_shape=failed.loading, compare_time=failed.outcome == "timeout")

@@ -303,7 +303,7 @@ def _cut(text: str, room: int) -> str:
     return text
 
 
-class Watcher(Protocol):
+class ProgressListener(Protocol):
     """Receiver of a sweep's progress, such as `progress.Progress`."""
 
     def start(self, total_cells: int) -> None:
@@ -322,8 +322,8 @@ class Watcher(Protocol):
         """End: nothing more comes."""
 
 
-class Silent:
-    """A watcher that shows nothing."""
+class NullListener:
+    """A listener that shows nothing."""
 
     def start(self, total_cells: int) -> None:
         """Do nothing."""

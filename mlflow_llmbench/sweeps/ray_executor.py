@@ -1,4 +1,4 @@
-"""Executor on a Ray cluster: each group is a Ray task, alone on a node. Ray does all the scheduling.
+"""Executor on a Ray cluster: each load group is a Ray task, alone on a node. Ray does all the scheduling.
 
 This is the only module that imports Ray. A node needs Python, Ray and what a worker needs, but no MLflow; the task
 brings this package along. Results come back as journal files, a part whenever a cell ends, so that only unfinished
@@ -6,7 +6,7 @@ cells are lost with a node.
 
 Resources that a task requests:
 
-- one unit of `ALONE`, so that no node runs two of our tasks;
+- one unit of `EXCLUSIVE_RESOURCE`, so that no node runs two of our tasks;
 - all CPUs of the smallest node that fits, so that on identical nodes no other Ray job gets a core of the same node;
 - a GPU, unless the device is the CPU;
 - the predicted memory.
@@ -46,10 +46,10 @@ from ..records.errors import (
     first_line,
 )
 from ..system import machine
-from .executor import Group, Tell
-from .local_executor import task_of
+from ..system.estimate import AvailableMemory
+from .executor import MachineFacts, NextCell, OnEvent
 
-ALONE = "node:__internal_implicit_resource_llmbench"
+EXCLUSIVE_RESOURCE = "node:__internal_implicit_resource_llmbench"
 """Resource that keeps our tasks on separate nodes.
 
 Ray gives every node one unit of any resource with this prefix; Ray Serve spreads its replicas the same way.
@@ -66,7 +66,7 @@ POLL_S = 1.0
 """Seconds between two polls for events of the nodes."""
 
 WITHOUT_NODE_S = 600.0
-"""Longest wait in seconds while no node of the cluster can take a group; Ray may bring a lost node back."""
+"""Longest wait in seconds while no node of the cluster can take a task; Ray may bring a lost node back."""
 
 STOP_S = 2.0
 """Longest wait for new events at each poll and at the end, in seconds."""
@@ -84,27 +84,27 @@ class Node:
 
 
 @dataclass
-class Flight:
-    """A group submitted to Ray: its requested resources, future result (`ref`), node, and the files received so far."""
+class Submission:
+    """A task submitted to Ray: its requested resources, future result (`ref`), node, and the files received so far."""
 
     number: int
-    group: Group
+    task: Task
     cpus: float
     memory: int
     ref: Any = None
     node_id: str = ""  # empty until a node has begun
     received: dict[str, bytes] = field(default_factory=dict)  # path in the sweep's folder → bytes so far
-    homeless_since: float | None = None  # monotonic seconds; since then no node could take it
+    unschedulable_since: float | None = None  # monotonic seconds; since then no node could take it
 
     def so_far(self) -> GroupOutcome:
         """Return what has arrived, as the outcome of a killed worker."""
-        path = self.group[0].folder / "worker.jsonl"
+        path = self.task.folders[0] / "worker.jsonl"
         received = self.received.get(f"{path.parent.name}/{path.name}", b"")
         outcomes = [outcome for _, outcome in replay(parse_events(received, path))]
         return outcomes[-1] if outcomes else GroupOutcome()
 
 
-def connect(options: Options, device: str, warn: Callable[[str], None]) -> Cluster:
+def connect(options: Options, device: str, warn: Callable[[str], None]) -> RayExecutor:
     """Join the cluster that `options.on` names, and ask its nodes to describe themselves.
 
     Raises UsageError for a device that names one GPU or if Ray is connected already, MissingError if Ray is not
@@ -126,7 +126,7 @@ def connect(options: Options, device: str, warn: Callable[[str], None]) -> Clust
         )
     _join(ray, options.on)
     try:
-        return Cluster(ray, options, device, warn)
+        return RayExecutor(ray, options, device, warn)
     except BaseException:
         ray.shutdown()
         raise
@@ -169,16 +169,16 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Cluster:
-    """Executor (`Place`) on a Ray cluster: as many groups at once as it has nodes; the others wait in Ray's queue."""
+class RayExecutor:
+    """Executor on a Ray cluster: as many tasks at once as it has nodes; the others wait in Ray's queue."""
 
-    takes_more = True
+    accepts_more = True
 
     def __init__(self, ray: Any, options: Options, device: str, warn: Callable[[str], None]) -> None:
         self.ray, self.options, self.warn = ray, options, warn
-        self.flights: list[Flight] = []
-        self.given = self.letters = 0  # numbers of groups given and of letters read
-        self.homes: dict[Cell, str] = {}  # measured cell → node; its further processes run on the same one
+        self.submissions: list[Submission] = []
+        self.submitted = self.events = 0  # numbers of submissions made and of events received
+        self.node_of: dict[Cell, str] = {}  # measured cell → node; its further processes run on the same one
         alive = self._alive()
         self.on_gpu = device == "cuda" or (device == "auto" and any(one.gpus >= 1 for one in alive))
         self.nodes = self._fitting(1, 0, alive)
@@ -190,10 +190,13 @@ class Cluster:
             )
         found = self._ask_nodes()
         self.git = machine.git_commit(str(PACKAGE_DIR))
-        self.environment: Mapping[str, Any] = {**found[0], "git": self.git}
-        self.env_hashes: Sequence[str] = tuple(dict.fromkeys(one["hashes"]["env"] for one in found))
-        self.gpu_bytes = [gpu["memory_bytes"] for one in found for gpu in one["gpus"]]
-        self.mailbox = ray.remote(Mailbox).options(num_cpus=0, resources={"node:__internal_head__": 0.001}).remote()
+        self.machine = MachineFacts(
+            {**found[0], "git": self.git},
+            tuple(dict.fromkeys(one["hashes"]["env"] for one in found)),
+            {} if options.force else {device: self._memory([gpu for one in found for gpu in one["gpus"]])},
+            machine.known_peaks(),
+        )
+        self.queue = ray.remote(EventQueue).options(num_cpus=0, resources={"node:__internal_head__": 0.001}).remote()
         own = ray.get_runtime_context().get_node_id()
         if any(one.id == own for one in self.nodes):
             warn(
@@ -245,10 +248,10 @@ class Cluster:
             raise MissingError(f"No node of the Ray cluster has answered within {ANSWER_S:g} s. Look at `ray status`.")
         return found
 
-    def room(self, device: str) -> tuple[int | None, str]:
-        """Return the total bytes of the largest node or GPU; free memory is known only once a group runs there."""
+    def _memory(self, gpus: Sequence[Mapping[str, Any]]) -> AvailableMemory:
+        """Return the total memory of the largest node or GPU; free memory is known only once a task runs there."""
         if self.on_gpu:
-            return max(self.gpu_bytes, default=None), "are on the largest GPU of the cluster"
+            return max((gpu["memory_bytes"] for gpu in gpus), default=None), "are on the largest GPU of the cluster"
         largest, limit = int(max(one.memory for one in self.nodes)), self.options.memory_limit
         if limit is not None and limit < largest:
             return limit, "are allowed by memory_limit"
@@ -256,59 +259,60 @@ class Cluster:
 
     @property
     def busy(self) -> bool:
-        """True if there are groups that have not ended."""
-        return bool(self.flights)
+        """True if there are tasks that have not ended."""
+        return bool(self.submissions)
 
-    def give(self, group: Group) -> None:
-        """Submit a group to Ray, split by the nodes on which its cells were measured before."""
-        for home in dict.fromkeys(self.homes.get(job.cell) for job in group):
-            self._launch([job for job in group if self.homes.get(job.cell) == home], home)
+    def submit(self, task: Task, next_cell: NextCell | None = None) -> None:
+        """Submit a task to Ray, split by the nodes on which its cells were measured before.
 
-    def _launch(self, group: Group, home: str | None) -> None:
+        A worker on another machine cannot ask for a next cell, so `next_cell` is ignored.
+        """
+        nodes = [self.node_of.get(cell) for cell in task.cells]
+        for node in dict.fromkeys(nodes):
+            self._launch(task.part([number for number, own in enumerate(nodes) if own == node]), node)
+
+    def _launch(self, task: Task, home: str | None) -> None:
+        """Submit a task, preferably to the node `home`."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        memory = 0 if self.on_gpu or self.options.force else max(job.predicted or 0 for job in group)
+        memory = 0 if self.on_gpu or self.options.force else max(size or 0 for size in task.predicted_bytes)
         nodes = self._fitting(1, memory, self._alive()) or self.nodes
-        flight = Flight(self.given, group, min(one.cpus for one in nodes), memory)
+        submission = Submission(self.submitted, task, min(one.cpus for one in nodes), memory)
         names = {one.id: one.name for one in nodes}
         texts = {
-            job.cell.workload: Path(job.cell.workload).read_bytes()
-            for job in group
-            if job.cell.workload not in WORKLOADS
+            cell.workload: Path(cell.workload).read_bytes() for cell in task.cells if cell.workload not in WORKLOADS
         }
-        task = self.ray.remote(_on_node).options(
-            num_cpus=flight.cpus,
+        remote = self.ray.remote(_on_node).options(
+            num_cpus=submission.cpus,
             num_gpus=int(self.on_gpu),
             memory=memory or None,
-            resources={ALONE: 1},
+            resources={EXCLUSIVE_RESOURCE: 1},
             max_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(home, soft=True) if home else "DEFAULT",
-            name=f"llmbench {group[0].name}",
+            name=f"llmbench {task.names[0]}",
         )
-        flight.ref = task.remote(
-            task_of(group, self.options, prepare=True), texts, self.git, names, flight.number, self.mailbox
-        )
-        self.flights.append(flight)
-        self.given += 1
+        submission.ref = remote.remote(task, texts, self.git, names, submission.number, self.queue)
+        self.submissions.append(submission)
+        self.submitted += 1
 
-    def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Pass the nodes' events to `tell` until one of the groups has ended. Returns that group and its outcome."""
+    def wait(self, on_event: OnEvent) -> tuple[Task, GroupOutcome]:
+        """Pass the nodes' events to `on_event` until a task has ended. Returns that task and its outcome."""
         while True:
             with _connected():
-                ended, _ = self.ray.wait([flight.ref for flight in self.flights], timeout=POLL_S)
-            self._read_letters(tell)
-            if not any(flight.node_id for flight in self.flights):
-                ended += self._homeless()
-            flight = next((one for one in self.flights if one.ref in ended), None)
-            if flight:
-                outcome = self._land(flight)
-                self.flights.remove(flight)
+                ended, _ = self.ray.wait([one.ref for one in self.submissions], timeout=POLL_S)
+            self._receive(on_event)
+            if not any(one.node_id for one in self.submissions):
+                ended += self._cancel_unschedulable()
+            submission = next((one for one in self.submissions if one.ref in ended), None)
+            if submission:
+                outcome = self._outcome(submission)
+                self.submissions.remove(submission)
                 for number in outcome.measured:
-                    self.homes.setdefault(flight.group[number].cell, flight.node_id)
-                return flight.group, outcome
+                    self.node_of.setdefault(submission.task.cells[number], submission.node_id)
+                return submission.task, outcome
 
-    def _land(self, flight: Flight) -> GroupOutcome:
-        if flight.homeless_since is not None:
+    def _outcome(self, submission: Submission) -> GroupOutcome:
+        if submission.unschedulable_since is not None:
             message = (
                 f"No node of the cluster could take it for {WITHOUT_NODE_S:g} s. "
                 "Look at `ray status`, and run it again."
@@ -316,57 +320,59 @@ class Cluster:
             return GroupOutcome(error=MeasurementError(message))
         try:
             with _connected():
-                outcome, files = self.ray.get(flight.ref)
+                outcome, files = self.ray.get(submission.ref)
         except self.ray.exceptions.RayError as error:
-            return dataclasses.replace(flight.so_far(), error=self._error(self._name(flight.node_id), error))
-        self._keep(flight, {path: content[len(flight.received.get(path, b"")) :] for path, content in files.items()})
+            return dataclasses.replace(submission.so_far(), error=self._error(self._name(submission.node_id), error))
+        self._keep(
+            submission, {path: content[len(submission.received.get(path, b"")) :] for path, content in files.items()}
+        )
         assert isinstance(outcome, GroupOutcome)
         return outcome
 
-    def _read_letters(self, tell: Tell | None) -> None:
-        """Fetch the nodes' new events (letters). Those that do not arrive within `STOP_S` arrive at the next call."""
+    def _receive(self, on_event: OnEvent | None) -> None:
+        """Receive the nodes' new events. Those that do not arrive within `STOP_S` arrive at the next call."""
         try:
             with _connected():
-                letters = self.ray.get(self.mailbox.take.remote(self.letters), timeout=STOP_S)
+                received = self.ray.get(self.queue.after.remote(self.events), timeout=STOP_S)
         except self.ray.exceptions.RayError:
             return
-        by_number = {flight.number: flight for flight in self.flights}
-        for number, node_id, event, files in letters:
-            self.letters += 1
+        by_number = {submission.number: submission for submission in self.submissions}
+        for number, node_id, event, files in received:
+            self.events += 1
             if number in by_number:
                 by_number[number].node_id = node_id
                 self._keep(by_number[number], files)
-                if tell:
-                    tell(by_number[number].group, dataclasses.replace(event, node=self._name(node_id)))
+                if on_event:
+                    on_event(by_number[number].task, dataclasses.replace(event, node=self._name(node_id)))
 
-    def _keep(self, flight: Flight, files: Mapping[str, bytes]) -> None:
+    def _keep(self, submission: Submission, files: Mapping[str, bytes]) -> None:
         for path, more in files.items():
-            flight.received[path] = flight.received.get(path, b"") + more
+            submission.received[path] = submission.received.get(path, b"") + more
             try:
-                append_bytes(flight.group[0].folder.parent / path, more)
+                append_bytes(submission.task.folders[0].parent / path, more)
             except JournalError as error:
                 self.warn(str(error))
 
-    def _homeless(self) -> list[Any]:
-        """Cancel groups that no node could take for `WITHOUT_NODE_S`, and return their refs; Ray would wait forever.
+    def _cancel_unschedulable(self) -> list[Any]:
+        """Cancel tasks that no node could take for `WITHOUT_NODE_S`, and return their refs; Ray would wait forever.
 
-        Called only while no group is being measured.
+        Called only while no task is being measured.
         """
         over, now = [], time.monotonic()
         with _connected():
             alive = self._alive()
-        for flight in self.flights:
-            if self._fitting(flight.cpus, flight.memory, alive):
-                flight.homeless_since = None
-            elif flight.homeless_since is None:
-                flight.homeless_since = now
+        for submission in self.submissions:
+            if self._fitting(submission.cpus, submission.memory, alive):
+                submission.unschedulable_since = None
+            elif submission.unschedulable_since is None:
+                submission.unschedulable_since = now
                 self.warn(
-                    f"{flight.group[0].name}: no node of the cluster can take it now. "
+                    f"{submission.task.names[0]}: no node of the cluster can take it now. "
                     f"Waiting up to {WITHOUT_NODE_S:g} s for one."
                 )
-            elif now - flight.homeless_since > WITHOUT_NODE_S:
-                self._cancel(flight)
-                over.append(flight.ref)
+            elif now - submission.unschedulable_since > WITHOUT_NODE_S:
+                self._cancel(submission)
+                over.append(submission.ref)
         return over
 
     def _name(self, node_id: str) -> str:
@@ -386,27 +392,27 @@ class Cluster:
             return MeasurementError(f"Ray did not run the task on {name}: {first_line(error)}.")
         return NodeLost(f"The node {name} is lost ({type(error).__name__}).")
 
-    def _cancel(self, flight: Flight) -> None:
+    def _cancel(self, submission: Submission) -> None:
         """End a task, its process and the worker. If Ray is gone, they are gone too, and errors are ignored."""
         with contextlib.suppress(Exception):
-            self.ray.cancel(flight.ref, force=True)
+            self.ray.cancel(submission.ref, force=True)
 
-    def recall(self) -> list[Group]:
-        """Take back the groups that wait in Ray's queue."""
-        waiting = [flight for flight in self.flights if not flight.node_id]
-        for flight in waiting:
-            self._cancel(flight)
-            self.flights.remove(flight)
-        return [flight.group for flight in waiting]
+    def withdraw(self) -> list[Task]:
+        """Withdraw the tasks that wait in Ray's queue."""
+        waiting = [one for one in self.submissions if not one.node_id]
+        for submission in waiting:
+            self._cancel(submission)
+            self.submissions.remove(submission)
+        return [submission.task for submission in waiting]
 
-    def stop(self) -> list[tuple[Group, GroupOutcome]]:
-        """End all tasks. Returns the groups that had not ended, each with the outcome received so far."""
-        for flight in self.flights:
-            self._cancel(flight)
+    def stop(self) -> list[tuple[Task, GroupOutcome]]:
+        """End all tasks. Returns those that had not ended, each with the outcome received so far."""
+        for submission in self.submissions:
+            self._cancel(submission)
         with contextlib.suppress(Exception):
-            self._read_letters(None)
-        left, self.flights = self.flights, []
-        return [(flight.group, flight.so_far()) for flight in left]
+            self._receive(None)
+        left, self.submissions = self.submissions, []
+        return [(one.task, one.so_far()) for one in left]
 
     def close(self) -> None:
         """Leave the cluster. Ray then ends everything that this program ran there."""
@@ -434,21 +440,21 @@ def _connected() -> Iterator[None]:
         ) from None
 
 
-class Mailbox:
-    """Actor on the head node that keeps the nodes' events (letters), in order, until they have been received."""
+class EventQueue:
+    """Actor on the head node that keeps the nodes' events, in order, until they have been received."""
 
     def __init__(self) -> None:
-        self.first, self.letters = 0, list[Any]()
+        self.first, self.events = 0, list[Any]()
 
-    def put(self, *letter: Any) -> None:
-        """Keep a letter."""
-        self.letters.append(letter)
+    def put(self, *event: Any) -> None:
+        """Keep an event, with its submission, its node and the files that came with it."""
+        self.events.append(event)
 
-    def take(self, known: int) -> list[Any]:
-        """Return the letters after the first `known` ones, which have been received and are deleted."""
-        del self.letters[: known - self.first]
+    def after(self, known: int) -> list[Any]:
+        """Return the events after the first `known` ones, which have been received and are deleted."""
+        del self.events[: known - self.first]
         self.first = known
-        return self.letters
+        return self.events
 
 
 def _describe(on_gpu: bool) -> dict[str, Any]:
@@ -466,14 +472,14 @@ def _describe(on_gpu: bool) -> dict[str, Any]:
 
 
 def _on_node(
-    task: Task, texts: Mapping[str, bytes], git: str | None, names: Mapping[str, str], number: int, mailbox: Any
+    task: Task, texts: Mapping[str, bytes], git: str | None, names: Mapping[str, str], number: int, queue: Any
 ) -> tuple[GroupOutcome, dict[str, bytes]]:
-    """On a node: measure a group, and post its events and files to the command's mailbox."""
+    """On a node: measure a task, and post its events and files to the command's queue."""
     import ray
 
     node_id = str(ray.get_runtime_context().get_node_id())
 
     def post(event: Event, files: Mapping[str, bytes]) -> None:
-        mailbox.put.remote(number, node_id, event, dict(files))
+        queue.put.remote(number, node_id, event, dict(files))
 
     return measure_apart(task, texts, {"git": git, "node": names.get(node_id, node_id[:8])}, post)

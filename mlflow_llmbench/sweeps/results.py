@@ -24,7 +24,7 @@ def measured_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -
         repetitions += [
             dataclasses.replace(r, index=len(repetitions) + r.index, process=process) for r in one.repetitions
         ]
-    result = empty_result(job, spec, first.environment or job.environment or environment, "ok")
+    result = empty_result(job, spec, first.environment or job.planned.environment or environment, "ok")
     return dataclasses.replace(
         result,
         load=first.load,
@@ -58,7 +58,7 @@ def failed_result(
     outcome: GroupOutcome | None = None,
 ) -> RunResult:
     """Return the result of a job that failed: outcome `word`, the failure, and the worker's memory use until then."""
-    where = (outcome and outcome.environment) or job.environment or environment
+    where = (outcome and outcome.environment) or job.planned.environment or environment
     result = dataclasses.replace(empty_result(job, spec, where, word), failure=failure)
     if outcome is None:
         return result
@@ -70,16 +70,16 @@ def failed_result(
 def empty_result(job: Job, spec: BenchSpec, environment: Mapping[str, Any], word: str) -> RunResult:
     """Return the fields that every result of a job has; `environment` is that of the machine that ran it."""
     now = int(time.time() * 1000)
-    hashes = dataclasses.replace(job.hashes, **environment.get("hashes", {}))
+    hashes = dataclasses.replace(job.planned.hashes, **environment.get("hashes", {}))
     return RunResult(
         job.cell,
         word,
         job.started_ms or now,
         now,
         hashes,
-        job.model,
+        job.planned.model,
         environment,
-        predicted_bytes=job.predicted,
+        predicted_bytes=job.planned.predicted_bytes,
         price_per_hour=spec.options.price_per_hour,
         sweep=job.folder.parent.name,
     )

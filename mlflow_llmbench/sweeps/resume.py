@@ -36,10 +36,10 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
     """
     if job.cell.scenario == "online":
         return None
-    env_hashes = (job.hashes.env,) if job.environment else env_hashes
+    env_hashes = (job.planned.hashes.env,) if job.planned.environment else env_hashes
     for found, source in _candidates(job, store, env_hashes):
         same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked and found.hashes.env in env_hashes
-        ours = [getattr(found.hashes, name) == getattr(job.hashes, name) for name in ("config", "workload")]
+        ours = [getattr(found.hashes, name) == getattr(job.planned.hashes, name) for name in ("config", "workload")]
         if same and all(ours) and _quality_is_there(found, spec) and judge(found, summarize(found)).word == "valid":
             return dataclasses.replace(
                 found, sweep=job.folder.parent.name, linked=source, price_per_hour=spec.options.price_per_hour
@@ -68,7 +68,7 @@ def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
 
 def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Iterator[tuple[RunResult, str]]:
     """Yield candidate results, each with its run id or folder: the journal's, newest first, then the store's."""
-    folders = job.folder.parent.parent.glob(f"*/{job.hashes.config}*/artifacts")
+    folders = job.folder.parent.parent.glob(f"*/{job.planned.hashes.config}*/artifacts")
     for folder in sorted(folders, reverse=True):
         if folder.parent != job.folder:
             with contextlib.suppress(JournalError):
@@ -78,7 +78,7 @@ def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Ite
     # If the store fails here, the error is reported when it is written to.
     with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as scratch:
         for env_hash in env_hashes:
-            for run_id in find_measured(store, dataclasses.replace(job.hashes, env=env_hash)):
+            for run_id in find_measured(store, dataclasses.replace(job.planned.hashes, env=env_hash)):
                 yield journal.read_result(download_result(store, run_id, Path(scratch) / run_id)), run_id
 
 

@@ -23,13 +23,13 @@ from ..measure import journal
 from ..measure.outcome import replay
 from ..records.errors import JournalError
 from ..records.results import Failure, RunResult
-from ..reports import files, sweep
+from ..reports import artifacts, sweep
 from ..reports.result import Row, row_of, with_figures
 from ..tracking import view
 from ..tracking.runs import PARENT_TAG, begin_run, end_run, log_figures, upload_cell, upload_parent
 from ..tracking.search import runs_of_sweep
 from ..tracking.store import UPLOADED_TAG, Store, open_store, ui_command
-from .cross_cell import relate
+from .cross_cell import cross_findings
 from .job import Job, identity, read_job
 from .results import failed_result, measured_result
 
@@ -111,8 +111,8 @@ def complete(root: Path, store: Store) -> Uploaded:
         done.parent_id = done.count(parent) or begin_run(store, known["parent"], {"sweep": root.name}, None, begun)
     by_cell = {run.data.tags.get("llmbench.cell"): run for run in runs}
     measured: list[tuple[Row, str]] = []
-    related = relate([result for _, result in results], [job.name for job, _ in results], spec.options)
-    added = {job.folder.name: found for (job, _), found in zip(results, related.added, strict=True)}
+    found_across = cross_findings([result for _, result in results], [job.name for job, _ in results], spec.options)
+    added = {job.folder.name: found for (job, _), found in zip(results, found_across.added, strict=True)}
     for job, result in results:
         run = by_cell.get(job.folder.name)
         run_id = done.count(run) or begin_run(store, job.name, identity(job), done.parent_id, result.started_ms)
@@ -128,7 +128,7 @@ def complete(root: Path, store: Store) -> Uploaded:
                 write_comparison(root, Path(scratch), store, spec, known["parent"], measured)
                 _copy(root / "comparison" / "goodput.json", Path(scratch))
                 done.page = publish_parent(
-                    store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None, related.figures
+                    store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None, found_across.figures
                 )
         end_run(store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended)
     return done
@@ -150,7 +150,7 @@ def write_comparison(
     if drawn.is_dir():
         shutil.copytree(drawn, folder / "charts")
     subject = sweep.Subject(spec, name, root.name, ui_command(store.uri), store.experiment_id)
-    files.write_sweep(measured, subject, folder, draw=not drawn.is_dir())
+    artifacts.write_sweep(measured, subject, folder, draw=not drawn.is_dir())
 
 
 def _copy(file: Path, folder: Path) -> None:
@@ -227,9 +227,9 @@ def _write(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -> None:
         if job.measured
         else failed_result(job, spec, environment, "crashed", killed)
     )
-    files.write_cell(result, job.folder / "artifacts")
+    artifacts.write_cell(result, job.folder / "artifacts")
     with contextlib.suppress(Exception):
-        files.draw_cell(result, job.folder / "artifacts" / "charts")
+        artifacts.draw_cell(result, job.folder / "artifacts" / "charts")
 
 
 def _results(root: Path, known: Mapping[str, Any]) -> list[tuple[Job, RunResult]]:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from ..config import model_shape
+from ..records.backends import capabilities_of
 from ..records.cell import SPECULATIVE, Cell, as_text
 from ..records.metrics import LEAST_REPETITIONS
-from ..records.quantizations import FLOAT_DTYPES, MIXED, library_of_method
+from ..records.quantizations import FLOAT_DTYPES, MIXED
 from ..records.results import ModelFacts
 from ..workloads.arrivals import request_count
 from ..workloads.prompts import longest_of
 from . import gpu, machine, memory
+
+AvailableMemory = tuple[int | None, str]
+"""Bytes that a cell may need, None if unknown, and the words that follow them in a message: "are free here"."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The reason why a cell is not measured, as a sentence for people.
+
+    Its kind: the cell is longer than the model's `context`, its `settings` contradict each other, its `memory` need is
+    larger than what is available, or a `package` is not installed.
+    """
+
+    kind: Literal["context", "settings", "memory", "package"]
+    sentence: str
+
 
 SPARE = 0.05
 """Share of the machine's memory that an automatic limit keeps free, since swapping starts before the last page."""
@@ -57,7 +76,7 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | No
     peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
     if not _runs_packed(cell, model):
         peak = max(peak, model_shape.load_memory_estimate(shape, quant, dtype))
-    return peak + model_shape.PROCESS_BYTES + _beside(cell, model, (prompt or 512) + output)
+    return peak + model_shape.PROCESS_BYTES + _decode_overhead_bytes(cell, model, (prompt or 512) + output)
 
 
 KV_VALUE_BYTES = {
@@ -79,15 +98,15 @@ which are not quantized, are ignored. llama.cpp's types are blocks of 32 (ggml-c
 
 
 def _cache_value_bytes(cell: Cell) -> float | None:
-    """Bytes of a value in the KV cache; None for the dtype of the computation. llama.cpp's default is f16."""
-    return KV_VALUE_BYTES.get(cell.kv_cache or ("f16" if cell.backend == "llama_cpp" else "auto"))
+    """Bytes of a value in the KV cache; None for the dtype of the computation."""
+    return KV_VALUE_BYTES.get(cell.kv_cache or capabilities_of(cell.backend).default_kv_cache)
 
 
 COMPILER_BYTES = 500_000_000
 """Assumed memory that torch.compile leaves in the process: a guess on the safe side, not measured."""
 
 
-def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
+def _decode_overhead_bytes(cell: Cell, model: ModelFacts, tokens: int) -> int:
     """Bytes that a decode path needs besides the model: the compiler, or the draft model with its own cache.
 
     A static cache holds all prompt and output tokens from the first step on, as much as a growing one at its end.
@@ -106,16 +125,15 @@ def _beside(cell: Cell, model: ModelFacts, tokens: int) -> int:
 def _runs_packed(cell: Cell, model: ModelFacts) -> bool:
     """Return True if the weights take as much memory as their files.
 
-    That holds for a GGUF file that llama.cpp runs, and for a quantized checkpoint that stays packed. transformers
-    unpacks some (compressed-tensors in its first call), so those are estimated as unquantized; vLLM keeps them packed.
+    That holds for those that the backend keeps quantized. It unpacks the others, for example transformers a GGUF file
+    and, in the first call, compressed-tensors, so these are estimated as unquantized.
     """
     if model.files_bytes is None or cell.quant != "none":
         return False
-    if cell.backend == "llama_cpp":
-        return model.source in ("gguf", "hub_gguf")
     method = ((model.config or {}).get("quantization_config") or {}).get("quant_method")
-    library = library_of_method(method)
-    return (library is not None and library.packed) or (method == "compressed-tensors" and cell.backend == "vllm")
+    if model.source in ("gguf", "hub_gguf"):
+        method = "gguf"
+    return method in capabilities_of(cell.backend).kept_quantized
 
 
 LEAST_WARMUP = 3
@@ -155,48 +173,52 @@ def least_seconds(
     return cell.processes * runs * (prefill + steps * step)
 
 
-def refusal(cell: Cell, model: ModelFacts, predicted: int | None, room: tuple[int | None, str]) -> str | None:
-    """Return why a cell cannot be measured, or None. `room`: bytes available, and words that follow them."""
-    return beyond_context(cell, model) or contradiction(cell) or _beyond_memory(cell, predicted, *room)
+def refusal(cell: Cell, model: ModelFacts, predicted: int | None, available: AvailableMemory) -> Refusal | None:
+    """Return why a cell cannot be measured, or None. `predicted` is its predicted peak in bytes."""
+    return beyond_context(cell, model) or contradiction(cell) or _beyond_memory(cell, predicted, *available)
 
 
-def contradiction(cell: Cell) -> str | None:
+def contradiction(cell: Cell) -> Refusal | None:
     """Return why a cell's settings cannot be measured on any machine, or None."""
     if cell.decode in SPECULATIVE and cell.batch_size > 1:
-        return (
+        return Refusal(
+            "settings",
             f"decode={cell.decode} proposes tokens for one row, and batch_size is {cell.batch_size}. "
-            "Use batch_size=1, or decode=generate."
+            "Use batch_size=1, or decode=generate.",
         )
     if cell.kv_cache is not None and cell.decode != "generate":
-        return (
+        return Refusal(
+            "settings",
             f"kv_cache={cell.kv_cache} works with decode=generate only: the cache of decode={cell.decode} is not "
-            "quantized. Use one of them."
+            "quantized. Use one of them.",
         )
     return None
 
 
-def beyond_context(cell: Cell, model: ModelFacts) -> str | None:
+def beyond_context(cell: Cell, model: ModelFacts) -> Refusal | None:
     """Return why a cell does not fit its model's context, or None."""
     asked = sum(longest_of(cell))
     if model.context is None or asked <= model.context:
         return None
     if cell.trace:
         prompt, output = longest_of(cell)
-        return (
+        return Refusal(
+            "context",
             f"The requests of {cell.trace} have up to {prompt} + {output} tokens, and the context of {cell.model} has "
-            f"{model.context}. Leave the longest out."
+            f"{model.context}. Leave the longest out.",
         )
     at_most = f" (the medians of workload=mixed, whose longest request has {asked})" if cell.workload == "mixed" else ""
-    return (
+    return Refusal(
+        "context",
         f"prompt_tokens={as_text('prompt_tokens', cell.prompt_tokens)} + output_tokens={cell.output_tokens}{at_most} "
-        f"is more than the context of {cell.model}, {model.context} tokens. Ask for fewer tokens."
+        f"is more than the context of {cell.model}, {model.context} tokens. Ask for fewer tokens.",
     )
 
 
-def room_here(device: str, limit: int | None) -> tuple[int | None, str]:
-    """Bytes that a cell may need on a device of this machine, and words that follow them in a message.
+def available_memory(device: str, limit: int | None) -> AvailableMemory:
+    """Return the memory that a cell may need on a device of this machine.
 
-    `limit` applies to the CPU only. None if the system does not report free memory.
+    `limit` in bytes applies to the CPU only. Raises MissingError if there is no such device.
     """
     if machine.require_device(device).startswith("cuda"):
         return gpu.free_bytes(int(device.partition(":")[2] or 0)), "are free on the GPU"
@@ -206,11 +228,12 @@ def room_here(device: str, limit: int | None) -> tuple[int | None, str]:
     return available, "are free here"
 
 
-def _beyond_memory(cell: Cell, predicted: int | None, available: int | None, where: str) -> str | None:
+def _beyond_memory(cell: Cell, predicted: int | None, available: int | None, where: str) -> Refusal | None:
     if predicted is None or available is None or predicted <= available:
         return None
-    return (
+    return Refusal(
+        "memory",
         f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB, "
         f"and {available / 1e9:.1f} GB {where}. "
-        "Use a smaller model, batch or quantization, or try it all the same with force=true."
+        "Use a smaller model, batch or quantization, or try it all the same with force=true.",
     )

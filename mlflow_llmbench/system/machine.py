@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.errors import MissingError
+from ..records.invocation import command_text
 from ..records.quantizations import LIBRARY_PACKAGES
 from ..records.results import Noise, hash16
 from . import gpu, memory
@@ -105,7 +106,7 @@ def require_device(device: str) -> str:
         if not count:
             raise MissingError(
                 f"There is no CUDA device for device={device}: no NVIDIA driver or GPU answers. "
-                "Use device=cpu, or see `llmbench doctor`."
+                f"Use device=cpu, or see `{command_text('doctor')}`."
             )
         index = int(device.partition(":")[2] or 0)
         if index >= count:

@@ -275,7 +275,8 @@ class GgufFile:
             room = -count
 
 
-ENGINES: dict[str, Any] = {"transformers": Checkpoint, "llama_cpp": GgufFile}
+ENGINES: dict[str, Any] = {"checkpoint": Checkpoint, "gguf": GgufFile}
+"""Value of the key `engine` → class that answers."""
 
 
 # MLflow advises a type hint here; the warning is recorded, so it is not shown. With a type hint, MLflow would derive
@@ -324,11 +325,11 @@ with warnings.catch_warnings(record=True):
                 ]
 
         def _engine(self) -> Any:
-            if self.config["backend"] not in ENGINES:
+            if self.config["engine"] not in ENGINES:
                 raise refused(
                     f"This version was measured with backend={self.config['backend']}, which has no answers to give."
                 )
-            return ENGINES[self.config["backend"]](self.config)
+            return ENGINES[self.config["engine"]](self.config)
 
         def _encode(self, prompt: str) -> list[int]:
             ids: list[int] = self.engine.encode(prompt)

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..analysis import comparison as comparison_analysis
 from ..analysis.comparison import Comparison
-from ..config.cells import cell_name, expand_cells
 from ..config.spec import BenchSpec, parse
 from ..measure.journal import read_result
-from ..records.cell import Cell, as_text
+from ..records.cell import Options, as_text
 from ..records.errors import MeasurementError, UsageError
 from ..records.results import RunResult
-from ..reports import files
-from ..sweeps.progress import Watcher
-from ..sweeps.sweep import SweepResult, run_sides
+from ..reports import artifacts
+from ..sweeps.local_executor import LocalExecutor
+from ..sweeps.planning import plan_in_turns
+from ..sweeps.progress import ProgressListener
+from ..sweeps.sweep import SweepResult, execute
 from ..tracking import runs
 from ..tracking.store import open_store
 
@@ -62,7 +63,7 @@ def run_ab(
     noise: float = 0.01,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
 ) -> ABResult:
     """Measure A and B in `pairs` fresh processes each, in alternating order, and compare them pair by pair.
 
@@ -70,9 +71,10 @@ def run_ab(
     configuration, so lists are refused. Differences below `noise` (a ratio) are called noise. Raises LlmbenchError for
     an error found before anything starts, MeasurementError if either side could not be measured.
     """
-    done = measure_in_turns(
-        a, b, common, pairs=pairs, tracking_uri=tracking_uri, experiment=experiment, watcher=watcher
-    )
+    sides_asked, options = parse_sides(a, b, common, pairs)
+    executor = open_executor_of_sides(sides_asked, options)
+    planned = plan_in_turns(sides_asked, options, executor.machine)
+    done = execute(planned, executor, (tracking_uri, experiment), watcher)
     if done.outcome != "ok":
         failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])
         raise MeasurementError(
@@ -85,23 +87,16 @@ def run_ab(
     comparison = comparison_analysis.compare(
         first, second, noise=noise, paired=True, allow=frozenset({"workload", *other})
     )
-    files.write_comparisons([comparison], done.folder / "ab")
+    artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:
         runs.log_folder(open_store(tracking_uri, experiment), done.parent_id, done.folder / "ab", "comparison")
     return ABResult(done, comparison)
 
 
-def measure_in_turns(
-    a: Mapping[str, object],
-    b: Mapping[str, object],
-    common: Mapping[str, object],
-    *,
-    pairs: int = DEFAULT_PAIRS,
-    tracking_uri: str | None = None,
-    experiment: str | None = None,
-    watcher: Watcher | None = None,
-) -> SweepResult:
-    """Measure A and B in `pairs` fresh processes each, in alternating order; see `run_ab`.
+def parse_sides(
+    a: Mapping[str, object], b: Mapping[str, object], common: Mapping[str, object], pairs: int
+) -> tuple[list[BenchSpec], Options]:
+    """Return the requests of A and B, each for `pairs` processes, and the options of the command; see `run_ab`.
 
     Earlier results are never reused. Raises UsageError for fewer than 2 pairs, a list on a side, or a cluster.
     """
@@ -109,19 +104,21 @@ def measure_in_turns(
         raise UsageError(
             f"There are too few pairs for a test: {pairs}. Give at least 2; the default is {DEFAULT_PAIRS}."
         )
-    cells = [_one_cell({**common, **side, "processes": pairs}) for side in (a, b)]
-    spec = _merged(cells, common)
-    if spec.options.on != "here":
+    requests = [parse({**common, **side, "processes": pairs}) for side in (a, b)]
+    for spec in requests:
+        _require_one_cell(spec)
+    options = dataclasses.replace(parse(common).options, rerun=True)
+    if options.on != "here":
         raise UsageError(
             "The sides of an A/B comparison take turns on one machine, not on a cluster: "
-            f"on={spec.options.on}. Leave it out."
+            f"on={options.on}. Leave it out."
         )
-    names = (
-        ["A", "B"]
-        if cells[0] == cells[1]
-        else [f"{letter}: {cell_name(cell, spec.varied)}" for letter, cell in zip("AB", cells, strict=True)]
-    )
-    return run_sides(spec, cells, names, (tracking_uri, experiment), watcher)
+    return requests, options
+
+
+def open_executor_of_sides(requests: Sequence[BenchSpec], options: Options) -> LocalExecutor:
+    """Return the executor of both sides: this machine. Raises MissingError if it lacks a device."""
+    return LocalExecutor(options, dict.fromkeys(str(spec.axes["device"][0]) for spec in requests))
 
 
 def sides(done: SweepResult) -> tuple[RunResult, RunResult]:
@@ -130,23 +127,14 @@ def sides(done: SweepResult) -> tuple[RunResult, RunResult]:
     return first, second
 
 
-def _one_cell(parameters: Mapping[str, object]) -> Cell:
-    """Return the one cell that the parameters of a side make. Raises UsageError for a list."""
-    spec = parse(parameters)
+def _require_one_cell(spec: BenchSpec) -> None:
+    """Raise UsageError if a side has a list."""
     if spec.varied:
         name = spec.varied[0]
         raise UsageError(
             f"{name} has several values: {','.join(as_text(name, v) for v in spec.axes[name])}. "
             "Each side is one configuration: give one value."
         )
-    [cell] = expand_cells(spec)
-    return cell
-
-
-def _merged(cells: list[Cell], common: Mapping[str, object]) -> BenchSpec:
-    """Return the parameters of both sides as one specification, with the options of `common`."""
-    axes = {f.name: tuple(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
-    return BenchSpec(axes, dataclasses.replace(parse(common).options, rerun=True))
 
 
 def _folders(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ..analysis import comparison as comparison_analysis
 from ..analysis.comparison import ALLOWABLE, Comparison
 from ..records.errors import UsageError
-from ..reports import files
+from ..reports import artifacts
 from ..tracking.load_results import load_all
 from .destination import NOT_KEPT, Destination
 
@@ -38,5 +38,5 @@ def compare(
         comparison_analysis.compare(first, other, noise=noise, allow=allow, paired=paired) for other in others
     ]
     on_result(comparisons)
-    destination.keep(lambda folder: files.write_comparisons(comparisons, folder), "comparison", tracking_uri)
+    destination.keep(lambda folder: artifacts.write_comparisons(comparisons, folder), "comparison", tracking_uri)
     return comparisons

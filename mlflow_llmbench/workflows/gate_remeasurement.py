@@ -14,9 +14,10 @@ from ..records.cell import Options
 from ..records.errors import MeasurementError, UsageError
 from ..records.invocation import command_text
 from ..records.results import RunResult
-from ..sweeps.progress import Watcher
-from ..sweeps.sweep import SweepResult
-from .ab import DEFAULT_PAIRS, measure_in_turns, sides
+from ..sweeps.planning import Plan, plan_in_turns
+from ..sweeps.progress import ProgressListener
+from ..sweeps.sweep import SweepResult, execute
+from .ab import DEFAULT_PAIRS, open_executor_of_sides, parse_sides, sides
 from .reproduce import parameters_again, require_same, unlike_here
 
 
@@ -31,7 +32,7 @@ class Remeasure:
     permissions: frozenset[str] = frozenset()
     output_dir: str | None = None
     experiment: str | None = None
-    watcher: Watcher | None = None
+    watcher: ProgressListener | None = None
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,29 @@ def remeasure(
                 "and gate that run without --measure."
             )
     sides_of = [parameters_again(result, again.permissions) for result in (champion, candidate)]
-    for result, parameters in zip((champion, candidate), sides_of, strict=True):
-        require_same(result, parameters)
     common = {name: value for name, value in sides_of[0].items() if name in Options.__dataclass_fields__}
     common |= {"output_dir": [again.output_dir]} if again.output_dir else {}
     a, b = (
         {name: value for name, value in side.items() if name not in Options.__dataclass_fields__} for side in sides_of
     )
-    done = measure_in_turns(
-        a, b, common, pairs=again.pairs, tracking_uri=tracking_uri, experiment=again.experiment, watcher=again.watcher
-    )
+    requests, options = parse_sides(a, b, common, again.pairs)
+    executor = open_executor_of_sides(requests, options)
+    planned = plan_in_turns(requests, options, executor.machine)
+    planned.require_packages()
+    before = dict(zip(("champion", "candidate"), (champion, candidate), strict=True))
+    for result, side in zip(before.values(), planned.cells, strict=True):
+        require_same(result, side)
+    done = execute(planned, executor, (tracking_uri, again.experiment), again.watcher)
     if done.outcome == "interrupted":
         raise MeasurementError(f"The measurement was interrupted. The results so far are in {done.folder}.")
-    return GateRemeasurement(
-        done, *sides(done), tuple(_environment_notes({"champion": champion, "candidate": candidate}))
-    )
+    return GateRemeasurement(done, *sides(done), tuple(_environment_notes(before, planned)))
 
 
-def _environment_notes(before: Mapping[str, RunResult]) -> list[str]:
-    unlike = {name: ", ".join(map(str, unlike_here(result))) for name, result in before.items()}
+def _environment_notes(before: Mapping[str, RunResult], planned: Plan) -> list[str]:
+    unlike = {
+        name: ", ".join(map(str, unlike_here(result, side, planned.machine)))
+        for (name, result), side in zip(before.items(), planned.cells, strict=True)
+    }
     return [
         f"This machine or its software differs from where the {name} was measured before: {told}."
         for name, told in unlike.items()

@@ -18,26 +18,21 @@ your program. Earlier results are never reused, since the function may have chan
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 
-from ..backends.callback import CallbackBackend, Generate
+from ..backends.callback import Generate
 from ..config.spec import BenchSpec, parse
-from ..measure.batch import measure_cell
-from ..measure.events import CellBegun, CellCompleted, CellMeasured, CellProgress, FirstToken, GroupBegun
-from ..measure.journal import EventLog, write_bytes
-from ..measure.outcome import GroupOutcome
 from ..records.backends import CALLBACK_BACKEND
-from ..records.cell import DRAWN, Cell
-from ..records.errors import LlmbenchError, OutOfMemory, UsageError
+from ..records.cell import DRAWN
+from ..records.errors import UsageError
 from ..records.results import ModelFacts
-from ..sweeps.executor import Group, OneAtATime, Tell
-from ..sweeps.progress import Watcher
-from ..sweeps.sweep import SweepResult, run_in
+from ..sweeps.callback_executor import CallbackExecutor
+from ..sweeps.planning import plan
+from ..sweeps.progress import ProgressListener
+from ..sweeps.run_recorder import Destination
+from ..sweeps.sweep import SweepResult, execute
 from ..system import machine
 from ..tracking.store import open_store
-from ..workloads.prompts import load_prompts
 
 PARAMETERS = (
     "model", "revision", "quant", "batch_size", "prompt_tokens", "output_tokens", "workload", "warmup",
@@ -50,18 +45,19 @@ class Bench:
     """Object that `measure` yields: `run` measures a function. `result` is None until then."""
 
     def __init__(
-        self, spec: BenchSpec, place: InThisProcess, store: tuple[str | None, str | None], watcher: Watcher | None
+        self, spec: BenchSpec, executor: CallbackExecutor, destination: Destination, watcher: ProgressListener | None
     ) -> None:
-        self.spec, self.place, self.store, self.watcher = spec, place, store, watcher
+        self.spec, self.executor, self.destination, self.watcher = spec, executor, destination, watcher
         self.result: SweepResult | None = None
 
     def run(self, generate: Generate) -> SweepResult:
         """Measure every requested cell; a failed one is a row with its outcome. Raises UsageError on a second call."""
         if self.result:
             raise UsageError("This measurement is already done. Begin another one: with measure(…) as bench.")
-        self.place.function = generate
+        self.executor.function = generate
         facts = ModelFacts(str(self.spec.axes["model"][0]), "none", "", str(self.spec.axes["revision"][0]))
-        self.result = run_in(self.place, self.spec, facts, self.store, self.watcher)
+        planned = plan(self.spec, self.executor.machine, model=facts, vocab_size=self.executor.vocab_size)
+        self.result = execute(planned, self.executor, self.destination, self.watcher)
         return self.result
 
 
@@ -73,7 +69,7 @@ def measure(
     vocab_size: int = 32_000,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
     **parameters: object,
 ) -> Iterator[Bench]:
     """Check parameters and store before you load your model, and yield a `Bench` whose `run` measures.
@@ -96,71 +92,7 @@ def measure(
         )
     device = machine.require_device(str(spec.axes["device"][0]))
     open_store(tracking_uri, experiment)
-    bench = Bench(spec, InThisProcess(device, encode, vocab_size), (tracking_uri, experiment), watcher)
+    bench = Bench(spec, CallbackExecutor(device, encode, vocab_size), (tracking_uri, experiment), watcher)
     yield bench
     if bench.result is None:
         raise UsageError("Nothing was measured: bench.run(generate) was not called.")
-
-
-class InThisProcess(OneAtATime):
-    """Executor (`place.Place`) that measures a function in this process."""
-
-    def __init__(self, device: str, encode: Callable[[str], Sequence[int]] | None, vocab_size: int) -> None:
-        super().__init__()
-        self.device, self.encode, self.vocab_size = device, encode, vocab_size
-        self.function: Generate | None = None
-
-    def room(self, device: str) -> tuple[int | None, str]:
-        """Return no limit: the memory need of the function is unknown."""
-        return None, ""
-
-    def wait(self, tell: Tell) -> tuple[Group, GroupOutcome]:
-        """Measure the given group, as a worker would."""
-        group = self.take()
-        tell(group, GroupBegun())
-        backend = self._backend(group)
-        outcome = GroupOutcome(load=backend.describe())
-        try:
-            for number in range(len(group)):
-                self._measure(backend, group, number, outcome, tell)
-        except KeyboardInterrupt:
-            outcome.interrupted = True
-        except MemoryError:
-            outcome.fail(OutOfMemory("Memory ran out."))
-        except LlmbenchError as error:
-            outcome.fail(error)
-        if backend.raised:
-            write_bytes(group[0].folder / "worker.log", backend.raised.encode())
-        outcome.ended = True
-        return group, outcome
-
-    def _backend(self, group: Group) -> CallbackBackend:
-        backend = CallbackBackend(group[0].cell, group[0].model)
-        backend.function, backend.encoder, backend.device, backend.vocab_size = (
-            self.function,
-            self.encode,
-            self.device,
-            self.vocab_size,
-        )
-        backend.capabilities = dataclasses.replace(backend.capabilities, tokenizer=self.encode is not None)
-        return backend
-
-    def _measure(self, backend: CallbackBackend, group: Group, number: int, outcome: GroupOutcome, tell: Tell) -> None:
-        job = group[number]
-        cell: Cell = job.cell
-        prompts = load_prompts(cell.workload)
-        job.hashes = dataclasses.replace(job.hashes, workload=prompts.digest(cell, self.vocab_size))
-        begun = CellBegun(number, t_ns=time.perf_counter_ns())
-        outcome.take(begun)
-        tell(group, begun)
-        with contextlib.closing(EventLog(job.folder / "events.jsonl")) as log:
-
-            def report(event: CellProgress) -> None:
-                if not isinstance(event, FirstToken):
-                    log.append(event)
-                tell(group, event.of_cell(number))
-
-            measured = measure_cell(backend, cell, prompts, self.vocab_size, report)
-            outcome.take(CellMeasured(number, measured))
-            log.append(CellCompleted(measured.steady, measured.first_call_ms))
-        tell(group, CellMeasured(number))

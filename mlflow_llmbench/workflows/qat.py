@@ -158,7 +158,9 @@ class _Job:
             "torch": machine.packages().get("torch", ""),
             "torchao": machine.packages().get("torchao", ""),
         }
-        room = (None, "") if self.options.force else estimate.room_here(self.cell.device, self.options.memory_limit)
+        room = (
+            (None, "") if self.options.force else estimate.available_memory(self.cell.device, self.options.memory_limit)
+        )
         order = {
             "training": to_json(training),
             "learned": str(self.folder / "training.txt"),

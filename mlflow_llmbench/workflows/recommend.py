@@ -12,7 +12,7 @@ from ..analysis.decisions.candidates import Limit
 from ..analysis.decisions.recommend import Recommendation
 from ..measure.journal import write_bytes, write_json
 from ..reports import recommendation
-from ..reports.charts import pareto
+from ..reports.charts.catalogue import draw_charts
 from ..tracking import registry
 from ..tracking.load_results import load_all
 from ..tracking.store import open_store
@@ -57,7 +57,7 @@ def recommend(
         folder = Path(output or scratch)
         write_json(folder / "recommendation.json", analysis.recommendation_json(found))
         write_bytes(folder / "recommendation.md", recommendation.recommendation_markdown(found).encode())
-        pareto.draw_recommendation(found, folder / "charts")
+        draw_charts("recommendation", found, folder / "charts")
         store = open_store(tracking_uri)
         parent = registry.parent_of_sweep(store, sweep)
         for run_id in filter(None, (parent, store.given_run_id)):

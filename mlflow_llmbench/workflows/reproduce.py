@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .. import PACKAGE_DIR
 from ..analysis import comparison as comparison_analysis
 from ..analysis.comparison import Comparison, Difference, differences
 from ..analysis.decisions.equivalence import DEFAULT_MARGIN, INVALID, Reproduction, changed_facts, weigh
 from ..analysis.decisions.gate import quality_text
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
-from ..config.cells import config_hash, expand_cells
+from ..config.cells import config_hash
 from ..config.spec import parse
-from ..measure import interpreter
 from ..measure.journal import read_result, write_bytes, write_json
-from ..records.cell import Cell
 from ..records.errors import MeasurementError, NotComparable, UsageError
 from ..records.invocation import command_text
-from ..records.results import ModelFacts, RunResult
-from ..reports import files
+from ..records.results import RunResult
+from ..reports import artifacts
 from ..reports.reproduction import HEADING, reproduction_cells, reproduction_json, reproduction_markdown
 from ..reports.result import command
-from ..sweeps import planning
-from ..sweeps.progress import Watcher
-from ..sweeps.sweep import SweepResult, run
-from ..system import machine
+from ..sweeps.executor import MachineFacts
+from ..sweeps.planning import PlannedCell, plan
+from ..sweeps.progress import ProgressListener
+from ..sweeps.sweep import SweepResult, execute, open_executor
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
 from ..tracking.store import open_store
-from ..workloads.prompts import load_prompts
 
 PERMISSIONS = ("trust_remote_code", "allow_pickle")
 """Parameters that allow code or pickles to be loaded. They are not taken over from a run and must be given again."""
@@ -108,36 +105,35 @@ def parameters_again(
         )
     if url and not result.cell.url:
         raise UsageError(f"--url is given, but no server was measured: {url}. Leave it out.")
-    parameters = files.parameters_of(result) | ({"url": url} if url else {})
+    parameters = artifacts.parameters_of(result) | ({"url": url} if url else {})
     return {name: [text] for name, text in parameters.items()}
 
 
-def require_same(original: RunResult, parameters: dict[str, object]) -> None:
+def require_same(original: RunResult, planned: PlannedCell) -> None:
     """Raise NotComparable if the model or the workload is no longer that of the original."""
-    [cell] = expand_cells(parse(parameters))
-    model = interpreter.resolve(cell)
-    if not cell.url:
-        _require_model(original, cell, model)
-    if planning.workload_hash(cell, model, load_prompts(cell.workload)) != original.hashes.workload:
+    if not planned.cell.url:
+        _require_model(original, planned)
+    if planned.hashes.workload != original.hashes.workload:
         raise NotComparable(
-            f"The workload {cell.workload} has changed since the run was measured. "
+            f"The workload {planned.cell.workload} has changed since the run was measured. "
             "Restore the file, or the release that it came with."
         )
 
 
-def _require_model(original: RunResult, cell: Cell, model: ModelFacts) -> None:
-    before, now = (config_hash(one, facts) for one, facts in ((original.cell, original.model), (cell, model)))
-    if before != now:
+def _require_model(original: RunResult, planned: PlannedCell) -> None:
+    """Raise NotComparable if the configuration is another; the number of processes may differ."""
+    before = dataclasses.replace(original.cell, processes=planned.cell.processes)
+    if config_hash(before, original.model) != planned.hashes.config:
         raise NotComparable(
-            f"The model {cell.model} has changed since the run was measured: "
-            f"{original.model.name} {original.model.revision} → {model.name} {model.revision}. "
+            f"The model {planned.cell.model} has changed since the run was measured: "
+            f"{original.model.name} {original.model.revision} → {planned.model.name} {planned.model.revision}. "
             f"Restore the old files, or measure the present ones with `{command_text('run')}`."
         )
 
 
-def unlike_here(original: RunResult) -> list[Difference]:
+def unlike_here(original: RunResult, planned: PlannedCell, machine: MachineFacts) -> list[Difference]:
     """Return the differences of this machine and its software from where the original was measured."""
-    here = interpreter.environment_of(original.cell, machine.environment(str(PACKAGE_DIR)))
+    here = planned.environment or machine.environment
     hashes = dataclasses.replace(original.hashes, **here["hashes"])
     return differences(original, dataclasses.replace(original, environment=here, hashes=hashes))
 
@@ -163,7 +159,7 @@ def reproduce(
     output_dir: str | None = None,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Reproduced:
     """Measure `reference` again on this machine, and compare it with the original within `margin` (a ratio).
@@ -177,19 +173,21 @@ def reproduce(
     original = find_original(reference, tracking_uri)
     if why := distrusted("original", original.result):
         return Reproduced(original, Reproduction(INVALID, f"{why} There is nothing to reproduce.", margin))
-    parameters = parameters_again(original.result, permissions, url)
-    require_same(original.result, parameters)
-    unlike = unlike_here(original.result)
-    say(
-        f"This machine or its software differs from where {original.name} was measured: {', '.join(map(str, unlike))}."
-        if unlike
-        else f"This machine and its software are those of {original.name}."
-    )
     where = {"output_dir": [output_dir]} if output_dir else {}
-    experiment = experiment or _experiment_of(original, tracking_uri)
-    sweep = run(
-        tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **(parameters | where | {"rerun": True})
-    )
+    spec = parse(parameters_again(original.result, permissions, url) | where | {"rerun": True})
+    with contextlib.closing(open_executor(spec, watcher)) as executor:
+        planned = plan(spec, executor.machine)
+        planned.require_packages()
+        [cell] = planned.cells
+        require_same(original.result, cell)
+        unlike = ", ".join(map(str, unlike_here(original.result, cell, planned.machine)))
+        say(
+            f"This machine or its software differs from where {original.name} was measured: {unlike}."
+            if unlike
+            else f"This machine and its software are those of {original.name}."
+        )
+        experiment = experiment or _experiment_of(original, tracking_uri)
+        sweep = execute(planned, executor, (tracking_uri, experiment), watcher)
     again = read_again(sweep)
     done = _weighed(original, again, sweep, margin)
     if done.run_id:
@@ -253,7 +251,7 @@ def _keep(done: Reproduced, tracking_uri: str | None) -> None:
     write_bytes(folder / "reproduction.md", reproduction_markdown(done.found).encode())
     write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
     if done.comparison:
-        files.write_comparisons([done.comparison], folder)
+        artifacts.write_comparisons([done.comparison], folder)
     store = open_store(tracking_uri, own=done.run_id)
     runs.log_folder(store, done.run_id, folder, "reproduction")
     runs.set_tags(

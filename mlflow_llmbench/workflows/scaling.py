@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ..analysis.scaling import study as analysis
 from ..analysis.scaling.study import ScalingStudy
 from ..records.errors import UsageError
-from ..reports import files
+from ..reports import artifacts
 from ..tracking.load_results import load_all
 from .destination import NOT_KEPT, Destination
 
@@ -32,7 +32,7 @@ def scaling(
     """
     study = analysis.study_scaling(load_all(references, tracking_uri), share, list(at))
     on_result(study)
-    destination.keep(lambda folder: files.write_scaling(study, folder), "scaling", tracking_uri)
+    destination.keep(lambda folder: artifacts.write_scaling(study, folder), "scaling", tracking_uri)
     return study
 
 

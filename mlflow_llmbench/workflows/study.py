@@ -13,10 +13,11 @@ from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.study import check_share
 from ..config.spec import parse
 from ..records.errors import LlmbenchError, MeasurementError, UsageError
+from ..records.invocation import command_text
 from ..records.results import RunResult
-from ..reports import files
+from ..reports import artifacts
 from ..sweeps import sweep
-from ..sweeps.progress import Watcher
+from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult
 from ..system import machine
 from ..tracking import registry, runs
@@ -59,7 +60,7 @@ def run_study(
     log: str | None = None,
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    watcher: Watcher | None = None,
+    watcher: ProgressListener | None = None,
 ) -> StudyResult:
     """Measure the sweep of `parameters` (None: no sweep), add the results named in `of`, and study all of them.
 
@@ -105,7 +106,8 @@ def _refuse_streams(parameters: Mapping[str, object]) -> None:
     if None not in ways:
         raise UsageError(
             f"A study uses batches of one shape, but batching={','.join(map(str, ways))} measures streams of requests. "
-            "Compare ways of batching with `llmbench run`, whose report shows them side by side, or leave batching out."
+            f"Compare ways of batching with `{command_text('run')}`, whose report shows them side by side, "
+            "or leave batching out."
         )
 
 
@@ -134,7 +136,7 @@ def _keep(
 ) -> tuple[Path | None, str | None]:
     """Write the study into a temporary folder and log that; copy it to `output`, which may hold other files."""
     with tempfile.TemporaryDirectory() as scratch:
-        files.write_study(found, Path(scratch))
+        artifacts.write_study(found, Path(scratch))
         if output:
             shutil.copytree(scratch, output, dirs_exist_ok=True)
         if store and run_id:

@@ -19,7 +19,9 @@ from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import RunResult
-from mlflow_llmbench.reports.charts import load as load_charts
+from mlflow_llmbench.reports.charts.catalogue import draw_charts
+from mlflow_llmbench.reports.charts.load import load_figures
+from mlflow_llmbench.reports.charts.sweep import SweepPoints
 
 from ..measure.test_online import CELL, MS, request, result
 from ..null_server import null_server
@@ -145,12 +147,12 @@ def test_the_limits_of_a_benchmark() -> None:
 def test_latency_against_throughput_is_drawn(tmp_path: Path) -> None:
     results = [measured(None, 10), measured(10, 11), measured(20, 12), measured(40, 200)]
     points = [(one.cell, summarize(one)) for one in results]
-    drawn = load_charts.draw_loads(points, tmp_path, 0.9)
-    assert [file.name for file in drawn] == ["load.svg", "load.png"]
-    text = drawn[0].read_text()
+    drawn = draw_charts("sweep", SweepPoints(points, 0.9), tmp_path).files
+    assert {"load.svg", "load.png"} <= {file.name for file in drawn}
+    text = (tmp_path / "load.svg").read_text()
     for word in ("latency against throughput", "Time to first token (ms)", "20/s", "c1", "limit"):
         assert word in text
-    assert load_charts.draw_loads(points[:2], tmp_path / "few", 0.9) == []
+    assert load_figures(SweepPoints(points[:2], 0.9)) == "it needs 3 loads of one server"
 
 
 def test_a_search_that_one_user_alone_ends(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -377,7 +377,7 @@ def results_of(done: SweepResult) -> dict[str, RunResult]:
 
 def test_a_backend_without_logits_says_so_and_has_no_figure(store_uri: str) -> None:
     said: list[str] = []
-    watcher = sweep.Silent()
+    watcher = sweep.NullListener()
     watcher.note = said.append  # type: ignore[method-assign]
     done = run(model="fake:ttft_ms=2", backend="fake", batch_size="1,2", attention="auto,sdpa", watcher=watcher, **FAST)
     assert said == ["Quality is not measured with backend=fake, which gives no logits."]
@@ -433,7 +433,8 @@ def test_an_unquantized_model_that_does_not_fit_withholds_the_comparison_only(
 ) -> None:
     from mlflow_llmbench.system import estimate
 
-    monkeypatch.setattr(estimate, "refusal", lambda cell, *_: "It needs about 14 GB." if cell.quant == "none" else None)
+    too_large = estimate.Refusal("memory", "It needs about 14 GB.")
+    monkeypatch.setattr(estimate, "refusal", lambda cell, *_: too_large if cell.quant == "none" else None)
     (tmp_path / "text.txt").write_text(TEXT + "Not what another test has scored.")
     done = run(**FAST, model=str(tiny_model), quant="bf16", quality_text=str(tmp_path / "text.txt"))
     [result] = results_of(done).values()

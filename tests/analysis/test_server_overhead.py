@@ -24,7 +24,7 @@ from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell, Options
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import MemoryStages, Repetition, RunResult
-from mlflow_llmbench.sweeps.cross_cell import relate
+from mlflow_llmbench.sweeps.cross_cell import cross_findings
 from mlflow_llmbench.sweeps.upload import upload
 from mlflow_llmbench.tracking.view import TAG
 from mlflow_llmbench.workloads.prompts import WORDS
@@ -128,11 +128,11 @@ def test_the_parameters_of_a_twin_can_be_read_again() -> None:
 
 def test_pairs_are_related() -> None:
     offline, served = pair()
-    related = relate([offline, served], ["offline", "served"], Options(twin=True))
+    related = cross_findings([offline, served], ["offline", "served"], Options(twin=True))
     assert related.added[0] == {}
     assert related.added[1] == server_overhead.added(offline, served)
     assert related.sentences[0].startswith("served: ")
-    assert relate([served], ["served"], Options(twin=True)).added == ({},)
+    assert cross_findings([served], ["served"], Options(twin=True)).added == ({},)
 
 
 @pytest.mark.parametrize(

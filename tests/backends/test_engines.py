@@ -14,7 +14,7 @@ import pytest
 from mlflow_llmbench import run
 from mlflow_llmbench.backends import vllm
 from mlflow_llmbench.backends.base import backend_class
-from mlflow_llmbench.backends.engine import Rows
+from mlflow_llmbench.backends.engine import StepAligner
 from mlflow_llmbench.backends.openvino import backend as backend_openvino
 from mlflow_llmbench.measure import interpreter, journal
 from mlflow_llmbench.records.cell import Cell
@@ -38,7 +38,7 @@ def python_of(backend: str) -> str:
 
 def test_rows_in_step_are_emitted_step_by_step() -> None:
     steps: list[Any] = []
-    rows = Rows(2, 2, steps.append)
+    rows = StepAligner(2, 2, steps.append)
     rows.add([(1, [7]), (0, [5])])
     assert steps == [[5, 7]]
     rows.add([(0, [6]), (1, [8])])
@@ -48,7 +48,7 @@ def test_rows_in_step_are_emitted_step_by_step() -> None:
 
 def test_a_row_that_is_ahead_waits_for_the_slowest() -> None:
     steps: list[Any] = []
-    rows = Rows(2, 3, steps.append)
+    rows = StepAligner(2, 3, steps.append)
     rows.add([(0, [1])])
     rows.add([(0, [2])])
     assert steps == []
@@ -62,7 +62,7 @@ def test_a_row_that_is_ahead_waits_for_the_slowest() -> None:
 
 @pytest.mark.parametrize("brought", [[1], [1, 2, 3]])
 def test_too_few_or_too_many_tokens_are_an_error(brought: list[int]) -> None:
-    rows = Rows(1, 2, lambda _: None)
+    rows = StepAligner(1, 2, lambda _: None)
     rows.add([(0, brought)])
     with pytest.raises(MeasurementError, match="tokens left"):
         rows.require_whole()
@@ -131,11 +131,11 @@ from mlflow_llmbench.backends.base import backend_class
 from mlflow_llmbench.measure.batch import time_request
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import from_json
-from mlflow_llmbench.worker import _import_libraries
+from mlflow_llmbench.backends.libraries import import_libraries
 asked = json.loads(sys.argv[1])
 cell = from_json(Cell, asked["cell"])
 kind = backend_class(cell.backend)
-_import_libraries(kind, 1)
+import_libraries(kind.capabilities, 1)
 facts = kind.resolve(cell)
 kind.prepare(cell, facts)
 backend = kind(cell, facts)

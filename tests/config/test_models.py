@@ -4,11 +4,12 @@ import ast
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from mlflow_llmbench.config import models
+from mlflow_llmbench.config import model_shape, models
 from mlflow_llmbench.config.model_shape import Shape, load_memory_estimate, memory_estimate
 from mlflow_llmbench.config.models import PRESETS, Preset, find_preset, suggest_models
 
@@ -145,8 +146,9 @@ def test_every_published_model_is_a_preset_under_its_own_name() -> None:
     assert {preset.dtype for preset in PRESETS.values()} == {"float16", "bfloat16"}
 
 
-def test_only_the_standard_library_and_this_package_are_imported() -> None:
-    tree = ast.parse(Path(str(models.__file__)).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", [models, model_shape])
+def test_only_the_standard_library_and_this_package_are_imported(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
     assert {name.partition(".")[0] for name in imported} <= set(sys.stdlib_module_names)

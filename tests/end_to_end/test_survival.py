@@ -125,15 +125,15 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(
 def test_an_interruption_between_the_charts_of_a_cell_and_its_upload_loses_nothing(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow_llmbench.reports.charts import result as result_charts
+    from mlflow_llmbench.reports import artifacts
 
-    draw = result_charts.draw_cell
+    draw = artifacts.draw_cell
 
     def interrupted(result: RunResult, folder: Path) -> None:
         draw(result, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(result_charts, "draw_cell", interrupted)
+    monkeypatch.setattr(artifacts, "draw_cell", interrupted)
     assert fake().outcome == "interrupted"
     [only] = runs(store_uri).values()
     assert only.info.status == "FINISHED"
@@ -228,8 +228,8 @@ def test_an_error_of_our_own_ends_every_run(store_uri: str, monkeypatch: pytest.
 def test_leaving_through_sys_exit_ends_every_run(store_uri: str, tmp_path: Path) -> None:
     """A program that calls `run` and exits during it by `sys.exit`, from a watcher."""
     program = (
-        "import sys\nfrom mlflow_llmbench import run\nfrom mlflow_llmbench.sweeps.progress import Silent\n"
-        "from mlflow_llmbench.measure.events import RepetitionEnded\nclass Leaving(Silent):\n"
+        "import sys\nfrom mlflow_llmbench import run\nfrom mlflow_llmbench.sweeps.progress import NullListener\n"
+        "from mlflow_llmbench.measure.events import RepetitionEnded\nclass Leaving(NullListener):\n"
         "    def event(self, event):\n        if isinstance(event, RepetitionEnded): sys.exit(3)\n"
         f"run(model='fake:', batch_size='1,2', watcher=Leaving(), tracking_uri={store_uri!r}, **{CELL!r})\n"
     )

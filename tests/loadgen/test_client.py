@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from mlflow_llmbench.backends.openai.backend import OpenAIBackend
-from mlflow_llmbench.backends.openai.discovery import Told, ask_server, http_request
+from mlflow_llmbench.backends.openai.discovery import ServerInfo, ask_server, http_request
 from mlflow_llmbench.loadgen.client import Load, LoadClient, Trace, address_of
 from mlflow_llmbench.loadgen.http1 import Limits
 from mlflow_llmbench.records.cell import Cell
@@ -347,10 +347,10 @@ def test_a_lack_of_open_files_is_the_clients_own(server: str) -> None:
 
 def test_halves_of_characters_that_a_server_sent_are_no_end_of_the_run() -> None:
     assert b'"? a"' in http_request(address_of("http://h"), "/v1/chat/completions", {"content": "\ud83d a"})
-    assert Told({}, {"version": "1\ud83d"}, "odd\x1b[2J").software({}) == r"odd\x1b[2J 1\ud83d"
+    assert ServerInfo({}, {"version": "1\ud83d"}, "odd\x1b[2J").software({}) == r"odd\x1b[2J 1\ud83d"
 
 
-def told_by(models: str) -> Told:
+def told_by(models: str) -> ServerInfo:
     """Ask a server that answers every request with this JSON."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -481,4 +481,4 @@ def test_a_probe_finds_how_many_tokens_a_word_has_and_what_the_server_tells(serv
     assert (backend.fixed_tokens, backend.tokens_per_word, sent) == (0, 1, 23)
     backend, _ = loaded("cached=0")
     assert backend.facts["server.prefix_cache"] == "told"
-    assert backend.unique == ""
+    assert backend.prompt_prefix == ""

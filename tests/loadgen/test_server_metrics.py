@@ -106,7 +106,7 @@ def test_the_last_reading_is_after_the_last_process(server: str) -> None:
 
 def test_a_long_load_holds_a_bounded_number_of_readings(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "SCRAPE_S", 0.01)
-    monkeypatch.setattr(client, "MOST_SCRAPES", 6)
+    monkeypatch.setattr(client, "MAX_SCRAPES", 6)
     backend, trace = send(server, "ttft_ms=700+itl_ms=1", Load(1))
     times = [r.t_ns for r in backend.readings(trace)]
     assert 4 <= len(times) <= 8

@@ -312,7 +312,7 @@ def test_a_server_that_cannot_be_started_says_why(tmp_path: Path) -> None:
 
 def test_a_log_that_grows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "server.log"
-    log.write_bytes(b"first line\n" + b"x" * (server_process.MOST_LOG_BYTES + 1) + b"\nlast line\n")
+    log.write_bytes(b"first line\n" + b"x" * (server_process.MAX_LOG_BYTES + 1) + b"\nlast line\n")
     server_process.bound(log)
     kept = log.read_bytes()
     assert len(kept) < 1 << 19

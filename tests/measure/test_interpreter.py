@@ -19,7 +19,7 @@ from mlflow_llmbench.backends.base import Capabilities
 from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import spec
-from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
+from mlflow_llmbench.config.cells import config_hash, group_cells
 from mlflow_llmbench.measure import interpreter, journal
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import LlmbenchError, MissingError, UsageError
@@ -148,27 +148,15 @@ def test_a_crash_there_is_a_row_of_that_environment(store_uri: str, other: str) 
 def test_what_a_killed_command_left_is_of_that_environment(other: str, tmp_path: Path) -> None:
     from mlflow_llmbench.sweeps import job as job_sweeps
     from mlflow_llmbench.sweeps import planning
-    from mlflow_llmbench.workloads.prompts import load_prompts
 
-    asked = spec.parse(FAST | {"worker_python": other})
-    [cell] = expand_cells(asked)
-    model = interpreter.resolve(cell)
-    [job] = planning.make_jobs(
-        asked,
-        [cell],
-        ["one"],
-        {cell: model},
-        {"synthetic": load_prompts("synthetic")},
-        machine.environment(),
-        lambda _: (None, ""),
-        tmp_path,
-    )
+    [planned] = planning.plan(spec.parse(FAST | {"worker_python": other})).cells
+    job = job_sweeps.Job(planned, tmp_path / planned.folder)
     job.folder.mkdir(parents=True)
     job_sweeps.write_job(job)
-    assert job_sweeps.read_job(job.folder).environment == job.environment
-    assert job.environment
-    assert job.environment["packages"] == VERSIONS
-    assert job.hashes.software == job.environment["hashes"]["software"]
+    assert job_sweeps.read_job(job.folder).planned.environment == planned.environment
+    assert planned.environment
+    assert planned.environment["packages"] == VERSIONS
+    assert planned.hashes.software == planned.environment["hashes"]["software"]
 
 
 # Identity of results

@@ -50,10 +50,13 @@ def test_the_same_command_for_each_way_of_calling() -> None:
 
 
 def test_mlflow_run_is_recognised_by_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("MLproject").touch()
     assert invocation_of(MODULE, ENTRY_POINTS).project is None
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     assert invocation_of(MODULE, ENTRY_POINTS).project == os.getcwd()
     assert invocation_of(PROGRAM, ENTRY_POINTS).project is None
+    Path("MLproject").unlink()
+    assert invocation_of(MODULE, ENTRY_POINTS).project is None  # a run that the user gave to a command
 
 
 def test_the_entry_points_are_those_of_the_project() -> None:

@@ -21,8 +21,7 @@ from mlflow_llmbench.config.spec import parse, read_yaml
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import Failure, Reason, RunResult, Verdict
-from mlflow_llmbench.reports import escaping, sweep, tables
-from mlflow_llmbench.reports import files as files_reports
+from mlflow_llmbench.reports import artifacts, escaping, sweep, tables
 from mlflow_llmbench.reports import result as result_reports
 from mlflow_llmbench.reports.comparison import comparison_markdown
 from mlflow_llmbench.reports.gate import gate_junit
@@ -155,7 +154,7 @@ def test_the_page_gains_no_element(text: str, tmp_path: Path) -> None:
             named(BF16, name),
             dataclasses.replace(named(INT4, name), outcome="oom", failure=Failure(name, name)),
         )
-        files_reports.write_sweep(
+        artifacts.write_sweep(
             [(row_of(fine), name), (row_of(failed), name)], subject(name), tmp_path / "comparison", draw=False
         )
         return (tmp_path / "comparison" / "report.html").read_text(encoding="utf-8")
@@ -177,7 +176,7 @@ def test_a_value_renders_as_its_characters(text: str) -> None:
 def test_files_of_a_cell_stay_in_its_folder_and_its_texts_are_quoted(text: str, tmp_path: Path) -> None:
     def written(name: str, folder: Path) -> tuple[set[str], Counter[object]]:
         result = dataclasses.replace(named(BF16, name), texts=({"prompt": name, "output": name},))
-        files_reports.write_cell(result, folder)
+        artifacts.write_cell(result, folder)
         files = {str(path.relative_to(tmp_path)).partition("/")[2] for path in tmp_path.rglob("*") if path.is_file()}
         assert read_result(folder).cell.model == read_yaml(str(folder / "config.yaml"))["model"] == name
         return files, elements(rendered((folder / "texts.md").read_text(encoding="utf-8")))

@@ -25,7 +25,7 @@ from mlflow_llmbench.measure.journal import read_result, write_json
 from mlflow_llmbench.measure.outcome import CellSpan, GroupOutcome, timeline_of
 from mlflow_llmbench.records.cell import PARAMETERS, Cell
 from mlflow_llmbench.records.results import Failure, MemorySample, Reason, Repetition, RequestRecord, RunResult, Verdict
-from mlflow_llmbench.reports import files, html, sweep
+from mlflow_llmbench.reports import artifacts, html, sweep
 from mlflow_llmbench.reports.result import Row, row_of
 from mlflow_llmbench.reports.sweep import Overview, Subject, description, headline, leaders
 from mlflow_llmbench.sweeps.upload import upload
@@ -278,7 +278,7 @@ def test_no_secret_of_the_parameters_is_in_a_report(tmp_path: Path) -> None:
     rows = [
         Row(cell, "interrupted", message="hf_abcdefghijklmnopqrstuvwxyz0123456789") for cell in expand_cells(about.spec)
     ]
-    files.write_sweep(
+    artifacts.write_sweep(
         [(one, "") for one in rows], dataclasses.replace(about, ui="http://u:hunter2secret@host"), tmp_path, draw=False
     )
     texts = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
@@ -477,7 +477,7 @@ def test_a_report_of_a_hundred_cells_takes_no_longer_than_reading_its_data(tmp_p
         reading.append(time.perf_counter() - start)
         rows = [(row_of(one), "0" * 32) for one in results]
         start = time.perf_counter()
-        files.write_sweep(rows, about, tmp_path / "comparison", draw=False)
+        artifacts.write_sweep(rows, about, tmp_path / "comparison", draw=False)
         writing.append(time.perf_counter() - start)
     assert (tmp_path / "comparison" / "report.html").read_text(encoding="utf-8").count("<tr>") > 100
     assert min(writing) <= 1.5 * min(reading), (reading, writing)

@@ -21,7 +21,7 @@ from mlflow_llmbench.measure import journal
 from mlflow_llmbench.records.errors import LlmbenchError, MissingError, UsageError
 from mlflow_llmbench.records.results import RunResult
 from mlflow_llmbench.sweeps import ray_executor
-from mlflow_llmbench.sweeps.progress import Silent
+from mlflow_llmbench.sweeps.progress import NullListener
 from mlflow_llmbench.sweeps.sweep import SweepResult
 from mlflow_llmbench.sweeps.upload import upload
 from mlflow_llmbench.workflows import ab
@@ -92,7 +92,7 @@ def nodes(started: Nodes, monkeypatch: pytest.MonkeyPatch, store_uri: str) -> It
     assert not ray.is_initialized()
 
 
-class Watching(Silent):
+class Watching(NullListener):
     """Keep the lines, and call `on` when a cell begins on a node."""
 
     def __init__(self, on: Callable[[str, str], object] = lambda cell, node: None) -> None:
@@ -228,7 +228,7 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(
     assert by_cell["2/None"].hashes.env != by_cell["1/None"].hashes.env
     assert {len(one.repetitions) for one in by_cell.values()} == {5}
     assert [line for line in watcher.lines if "is lost" in line] == [
-        f"The node {dead} is lost (NodeDiedError). 1 cells of its group had not been measured."
+        f"The node {dead} is lost (NodeDiedError). 1 cell of its group had not been measured."
     ]
     assert [line for line in watcher.lines if line.startswith("batch_size=2: measuring")] == [
         f"batch_size=2: measuring on {dead}"
@@ -412,12 +412,12 @@ def test_a_comparison_in_turns_is_of_one_machine() -> None:
         ab.run_ab({"batch_size": 1}, {"batch_size": 2}, {**CELL, "model": "fake:", "on": "ray"})
 
 
-def test_letters_are_kept_until_they_have_arrived() -> None:
-    box = ray_executor.Mailbox()
-    box.put(1, "a")
-    box.put(1, "b")
-    assert box.take(0) == [(1, "a"), (1, "b")]
-    assert box.take(0) == [(1, "a"), (1, "b")], "the first answer was lost"
-    box.put(2, "c")
-    assert box.take(2) == [(2, "c")]
-    assert box.take(3) == []
+def test_events_are_kept_until_they_have_been_received() -> None:
+    queue = ray_executor.EventQueue()
+    queue.put(1, "a")
+    queue.put(1, "b")
+    assert queue.after(0) == [(1, "a"), (1, "b")]
+    assert queue.after(0) == [(1, "a"), (1, "b")], "the first answer was lost"
+    queue.put(2, "c")
+    assert queue.after(2) == [(2, "c")]
+    assert queue.after(3) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_llmbench import run
 from mlflow_llmbench.backends.huggingface import quantization
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config import models, spec
@@ -16,7 +17,10 @@ from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.records.cell import Cell, default_text
 from mlflow_llmbench.records.errors import MissingError, UsageError
 from mlflow_llmbench.records.results import ModelFacts
+from mlflow_llmbench.sweeps.executor import MachineFacts
+from mlflow_llmbench.sweeps.planning import plan
 from mlflow_llmbench.system import estimate, machine
+from mlflow_llmbench.system.estimate import Refusal
 from mlflow_llmbench.workflows import preview
 
 PAPER = (
@@ -34,9 +38,10 @@ def test_the_papers_grid_for_its_models() -> None:
     assert {cell.quant for cell in cells} == set(precisions)
 
 
-def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "room_here", lambda device, limit: (8 * 10**9, "are free here"))
-    found = preview.preview(preset="effillm", model=PAPER, weights="random")
+def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason() -> None:
+    here = machine.environment()
+    small_machine = MachineFacts(here, (here["hashes"]["env"],), {"auto": (8 * 10**9, "are free here")})
+    found = plan(parse({"preset": "effillm", "model": PAPER, "weights": "random"}), small_machine)
     assert len(found.cells) == 19 * 7 * 7 * 5
     context = {
         m: 4096 if m.startswith("llama") else 32768 if m.startswith("mistral") else 2048 for m in PAPER.split(",")
@@ -47,21 +52,18 @@ def test_every_cell_of_the_papers_grid_is_tried_or_refused_with_its_reason(monke
     except MissingError as error:
         lacking = str(error)
     for planned in found.cells:
-        cell = planned.cell
+        cell, refusal = planned.cell, planned.refusal
         if lacking and cell.quant == "gptq":
-            assert planned.refused == lacking
+            assert refusal == Refusal("package", lacking)
         elif (cell.prompt_tokens or 0) + cell.output_tokens > context[cell.model]:
-            assert (
-                planned.refused
-                and f"is more than the context of {cell.model}, {context[cell.model]} tokens" in planned.refused
-            )
+            assert refusal and refusal.kind == "context"
+            assert f"is more than the context of {cell.model}, {context[cell.model]} tokens" in refusal.sentence
         elif (planned.predicted_bytes or 0) > 8 * 10**9:
-            assert (
-                planned.refused
-                and f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about" in planned.refused
-            )
+            assert refusal and refusal.kind == "memory"
+            wanted = f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about"
+            assert wanted in refusal.sentence
         else:
-            assert planned.refused is None and planned.predicted_bytes
+            assert refusal is None and planned.predicted_bytes
     small = [planned for planned in found.tried if planned.cell.model == "opt-125m"]
     assert {planned.cell.prompt_tokens for planned in small} == {
         128,
@@ -77,10 +79,12 @@ def test_a_quantization_without_its_package_is_refused_and_the_rest_is_planned(m
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = preview.preview(model="opt-125m", weights="random", quant="fp32,gptq")
-    refused = {planned.cell.quant: planned.refused for planned in found.cells}
+    refused = {planned.cell.quant: planned.refusal for planned in found.cells}
     assert refused["fp32"] is None
-    assert refused["gptq"] and refused["gptq"].startswith("quant=gptq needs ")
-    assert "1 cells would be refused (package): quant=gptq needs " in preview.format_preview(found)
+    assert refused["gptq"] and refused["gptq"].sentence.startswith("quant=gptq needs ")
+    assert "1 cell would be refused (package): quant=gptq needs " in preview.format_preview(found)
+    with pytest.raises(MissingError, match="quant=gptq needs "):
+        run(model="opt-125m", weights="random", quant="fp32,gptq")
 
 
 def test_quick_is_a_twentieth_of_it_and_enough_for_every_law() -> None:
@@ -175,7 +179,7 @@ def test_long_plans_are_cut_and_summed() -> None:
     found = preview.preview(backend="fake", model="fake:", batch_size=",".join(map(str, range(1, 131))))
     text = preview.format_preview(found)
     assert "… and 30 more; --json has all." in text
-    assert "130 of 130 cells would be measured, with 1 loads" in text
+    assert "130 of 130 cells would be measured, with 1 load" in text
 
 
 @pytest.mark.parametrize(
@@ -183,3 +187,13 @@ def test_long_plans_are_cut_and_summed() -> None:
 )
 def test_durations_are_readable(seconds: float | None, text: str) -> None:
     assert preview.duration(seconds) == text
+
+
+def test_refusals_are_counted_by_the_kind_that_they_were_made_with() -> None:
+    found = preview.preview(backend="fake", model="fake:", decode="generate,prompt_lookup", batch_size="1,2,4")
+    lines = preview.format_preview(found).splitlines()
+    assert [line for line in lines if "refused (" in line] == [
+        "2 cells would be refused (settings): decode=prompt_lookup proposes tokens for one row, and batch_size is 2. "
+        "Use batch_size=1, or decode=generate."
+    ]
+    assert "4 of 6 cells would be measured, with 2 loads" in lines[-1]

@@ -21,6 +21,7 @@ from mlflow_llmbench.records.errors import NotComparable, UsageError
 from mlflow_llmbench.records.results import Quality, RunResult, TextScores
 from mlflow_llmbench.reports.reproduction import reproduction_json, reproduction_markdown
 from mlflow_llmbench.stats import equivalence, required_sample_size
+from mlflow_llmbench.sweeps.planning import plan
 from mlflow_llmbench.tracking.registry import register, result_of
 from mlflow_llmbench.tracking.store import open_store
 from mlflow_llmbench.workflows.reproduce import (
@@ -210,19 +211,24 @@ def test_a_servers_address_is_not_taken_over() -> None:
 def test_another_model_or_workload_is_no_reproduction(tmp_path: Path) -> None:
     result = run(**CELL, output_dir=str(tmp_path / "r"), tracking_uri=f"sqlite:///{tmp_path}/m.db")
     original = find_original(str(result.folder), f"sqlite:///{tmp_path}/m.db").result
-    require_same(original, parameters_again(original))
+    again = plan(parse(parameters_again(original)))
+    require_same(original, again.cells[0])
     other = dataclasses.replace(original, model=dataclasses.replace(original.model, revision="0" * 16))
     with pytest.raises(NotComparable, match="has changed since the run was measured: .* 0000000000000000 → "):
-        require_same(other, parameters_again(other))
+        require_same(other, again.cells[0])
     changed = dataclasses.replace(original, hashes=dataclasses.replace(original.hashes, workload="another"))
     with pytest.raises(NotComparable, match="The workload synthetic has changed since"):
-        require_same(changed, parameters_again(changed))
+        require_same(changed, again.cells[0])
+    in_turns = dataclasses.replace(again.spec, axes={**again.spec.axes, "processes": (6,)})
+    require_same(original, plan(in_turns).cells[0])  # the number of processes is no other model
 
 
 def test_every_difference_of_the_environment_is_named() -> None:
+    elsewhere = made(environment={"cpu": {"name": "Z80"}, "packages": {"torch": "0.1"}})
+    again = plan(parse(CELL))
     told = {
         difference.name: (difference.a, difference.b)
-        for difference in unlike_here(made(environment={"cpu": {"name": "Z80"}, "packages": {"torch": "0.1"}}))
+        for difference in unlike_here(elsewhere, again.cells[0], again.machine)
     }
     assert told["CPU"][0] == "Z80" and told["CPU"][1] not in ("none", "Z80")
     assert told["torch"][0] == "0.1"
@@ -382,13 +388,8 @@ def test_wrong_use_and_a_failed_measurement(store_uri: str, tmp_path: Path, caps
     assert "It could not be measured again: error: " in capsys.readouterr().err
 
 
-def _workload_of(result: object) -> str:
-    from mlflow_llmbench.records.results import RunResult
-    from mlflow_llmbench.sweeps.planning import workload_hash
-    from mlflow_llmbench.workloads.prompts import load_prompts
-
-    assert isinstance(result, RunResult)
-    return workload_hash(result.cell, result.model, load_prompts(result.cell.workload))
+def _workload_of(result: RunResult) -> str:
+    return plan(parse(parameters_again(result))).cells[0].hashes.workload
 
 
 def test_a_wide_spread_is_not_called_equivalent_for_want_of_a_difference() -> None:

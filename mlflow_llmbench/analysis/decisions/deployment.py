@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from ...records.backends import CHECKPOINT, GGUF_FILE, Serving, recorded_capabilities, served_libraries
 from ...records.errors import UsageError
 from ...records.mixed_plan import QUANTIZED, QuantPlan
 from ...records.quantizations import FLOAT_DTYPES, SCHEMES, UNPACKED, library_of_method, resolve
@@ -51,7 +52,6 @@ SHOWN = (
 )
 """Keys of the configuration that become tags of the version."""
 
-SERVED_BACKENDS = ("transformers", "llama_cpp", "fake")
 SERVED_DECODES = ("generate",)
 SERVED_HISTORIES = ("none", "recomputed")
 
@@ -86,7 +86,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
     Raises UsageError for a result that must not or cannot be deployed.
     """
     _refuse(result, evidence)
-    cell, model = result.cell, result.model
+    cell, model, engine = result.cell, result.model, _serving(result).engine
     facts, plan = (result.load.facts, result.load.quant_plan) if result.load else ({}, None)
     figures = {key: metrics[key] for key in HEADLINES if key in metrics}
     source, place, file = _place(result)
@@ -96,6 +96,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "schema": SCHEMA,
         "model": cell.model,
         "backend": cell.backend,
+        "engine": engine,
         "source": source,
         "location": place,
         "gguf_file": file,
@@ -106,7 +107,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "dtype": _dtype(result),
         "compute_dtype": facts.get("model.dtype"),
         "quantization": _quantization(cell.quant, facts, model.source == "gguf", plan)
-        if cell.backend == "transformers"
+        if engine == CHECKPOINT.engine
         else {},
         "method": facts.get("quant.method"),
         "kernel": facts.get("quant.kernel"),
@@ -124,7 +125,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "measured": figures,
         "hashes": vars(result.hashes),
         "evidence": _evidence(evidence),
-        **(_packed(result) if cell.backend == "llama_cpp" else {}),
+        **(_packed(result) if engine == GGUF_FILE.engine else {}),
     }
     return Deployment(config, figures, _requirements(result), evidence)
 
@@ -176,19 +177,19 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
             f"The run {evidence.run_id} has random weights, whose answers mean nothing. Measure the model with its own "
             "weights."
         )
-    if cell.backend not in SERVED_BACKENDS:
+    serving = recorded_capabilities(cell.backend).serving
+    if serving is None:
         raise UsageError(
-            f"backend={cell.backend} cannot be registered: the registered model is run by transformers or llama.cpp. "
-            "Measure with one of them."
+            f"backend={cell.backend} cannot be registered: the registered model is run by "
+            f"{' or '.join(served_libraries())}. Measure with one of them."
         )
-    if (cell.backend == "llama_cpp" or SCHEMES[cell.quant].makes_files) and (
-        result.load is None or result.load.made is None
-    ):
+    from_file = serving.engine == GGUF_FILE.engine
+    if (from_file or SCHEMES[cell.quant].makes_files) and (result.load is None or result.load.made is None):
         raise UsageError(
             f"The run {evidence.run_id} does not say where its model files are, so it cannot be served. Measure it "
             "again."
         )
-    if cell.backend == "llama_cpp" and result.load and result.load.facts.get("model.tokenizer") == "none":
+    if from_file and result.load and result.load.facts.get("model.tokenizer") == "none":
         raise UsageError(
             f"The GGUF file of the run {evidence.run_id} has no tokenizer, so it cannot answer texts. Measure a model "
             "that has one."
@@ -203,10 +204,17 @@ def _refuse(result: RunResult, evidence: Evidence) -> None:
             f"history={cell.history} cannot be served: the registered model keeps nothing from one request to the "
             "next. Measure with history=recomputed."
         )
-    if cell.kv_cache is not None and cell.backend != "llama_cpp":
+    if cell.kv_cache is not None and not from_file:
         raise UsageError(f"kv_cache={cell.kv_cache} cannot be served yet. Measure with kv_cache=auto.")
     if cell.decode not in SERVED_DECODES:
         raise UsageError(f"decode={cell.decode} cannot be served yet. Measure with decode={', '.join(SERVED_DECODES)}.")
+
+
+def _serving(result: RunResult) -> Serving:
+    """Return how a version is served; what cannot be registered was refused before."""
+    found = recorded_capabilities(result.cell.backend).serving
+    assert found
+    return found
 
 
 def _dtype(result: RunResult) -> str:
@@ -248,7 +256,7 @@ def _place(result: RunResult) -> tuple[str, str, str | None]:
     if model.source == "hub_gguf":
         repository, _, file = model.location.partition(":")
         return model.source, repository, file
-    if result.cell.backend == "llama_cpp" or model.source == "gguf":
+    if _serving(result).engine == GGUF_FILE.engine or model.source == "gguf":
         path = PurePath(made or model.location)
         return "gguf", str(path.parent), path.name
     return ("folder", made, None) if made else (model.source, model.location, None)
@@ -257,7 +265,7 @@ def _place(result: RunResult) -> tuple[str, str, str | None]:
 def _tokenizer(result: RunResult) -> dict[str, str | None] | None:
     """Location of the tokenizer of a checkpoint made from another one; None if it lies with the weights."""
     model = result.model
-    if result.cell.backend != "transformers" or result.load is None or result.load.made is None:
+    if _serving(result).engine != CHECKPOINT.engine or result.load is None or result.load.made is None:
         return None
     return {"location": model.location, "revision": model.revision if model.source in ("hub", "preset") else None}
 
@@ -300,10 +308,11 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
 def _requirements(result: RunResult) -> tuple[str, ...]:
     """Pins of the packages that the served model imports, as measured; local labels (`+cpu`), on no index, are cut."""
     packages = result.environment.get("packages") or {}
-    if result.cell.backend == "llama_cpp":
-        pins = tuple(f"{name}=={packages[name]}" for name in ("llama-cpp-python", "numpy") if name in packages)
+    serving = _serving(result)
+    if serving.engine == GGUF_FILE.engine:
+        pins = tuple(f"{name}=={packages[name]}" for name in serving.packages if name in packages)
         return (*pins, "huggingface_hub") if result.model.source == "hub_gguf" else pins
-    wanted = ["torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy"]
+    wanted = [*serving.packages]
     wanted += SCHEMES[result.cell.quant].packages
     wanted += ["gguf"] if result.model.source == "gguf" else []
     ready = library_of_method(result.load.facts.get("quant.method")) if result.load else None

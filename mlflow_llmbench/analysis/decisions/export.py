@@ -13,15 +13,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from ...records.backends import CHECKPOINT, GGUF_FILE, library_of, recorded_capabilities
 from ...records.errors import UsageError
 from ...records.quantizations import BITSANDBYTES, MIXED, SCHEMES, UNPACKED, Scheme
 
 Config = Mapping[str, Any]
-LIBRARIES = {"transformers": "transformers", "llama_cpp": "llama.cpp"}
-"""Backend that can be registered → library that runs its models."""
-
 TGI_THRESHOLD = 6.0
 """TGI computes activations above this in 16 bits: a constant there, like the double quantization of 4-bit weights.
 
@@ -39,14 +38,15 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
     """
     if target not in TARGETS:
         raise UsageError(f"Unknown target: {target}. Known: {', '.join(TARGETS)}.")
-    if config["backend"] not in LIBRARIES:
+    kind, gguf = TARGETS[target], _engine(config) == GGUF_FILE.engine
+    if not _engine(config):
         raise UsageError(
             f"{uri} was measured with backend={config['backend']}, and there is nothing to serve. Register a run of a "
             "real model."
         )
-    if config["backend"] == "llama_cpp" and target == "transformers":
+    if gguf and kind.form == "script":
         raise UsageError(
-            f"{uri} was measured with llama.cpp, and transformers would unpack its file. Export for llama.cpp or a "
+            f"{uri} was measured with llama.cpp, and {target} would unpack its file. Export for llama.cpp or a "
             "container."
         )
     if config["quant"] == MIXED:
@@ -54,23 +54,23 @@ def export(config: Config, requirements: tuple[str, ...] = (), *, uri: str, targ
             f"{uri} is quantized block by block, which {target} cannot be told. Serve it with: mlflow models serve -m "
             f"{uri}"
         )
-    if _quantizes(config) and not _scheme(config).engines and target in ("vllm", "tgi", "sglang", "transformers"):
+    if _quantizes(config) and not _scheme(config).engines and kind.reads_checkpoints:
         raise UsageError(
             f"{target} cannot be told to make quant={config['quant']} as it was measured. Serve it with: mlflow models "
             f"serve -m {uri}"
         )
-    if config.get("tokenizer") and target in ("vllm", "tgi", "sglang"):
+    if config.get("tokenizer") and kind.form == "server" and kind.reads_checkpoints:
         raise UsageError(
             f"{uri} runs a checkpoint that was made here and has no tokenizer of its own. Serve it with: mlflow models "
             f"serve -m {uri}"
         )
-    if config["backend"] == "llama_cpp" and config["device"] != "cpu" and target in ("docker-compose", "kubernetes"):
+    if gguf and config["device"] != "cpu" and kind.form == "container":
         raise UsageError(
             f"{uri} was measured on a GPU, and the image of this {target} has no CUDA build of llama.cpp. Export for "
             "llama.cpp."
         )
     comment = "".join(f"# {line}\n" for line in _measured(config, uri, target))
-    return comment + TARGETS[target](config, uri, requirements)
+    return comment + kind.write(config, uri, requirements)
 
 
 def _scheme(config: Config) -> Scheme:
@@ -81,6 +81,12 @@ def _scheme(config: Config) -> Scheme:
 def _quantizes(config: Config) -> bool:
     """Return True if the version's checkpoint is quantized while it is loaded."""
     return config["quantization"] not in ({}, UNPACKED)
+
+
+def _engine(config: Config) -> str:
+    """What serves a version; versions of earlier releases name only the backend. Empty if nothing does."""
+    serving = recorded_capabilities(config["backend"]).serving
+    return str(config.get("engine") or (serving.engine if serving else ""))
 
 
 def _measured(config: Config, uri: str, target: str) -> list[str]:
@@ -100,15 +106,17 @@ def _measured(config: Config, uri: str, target: str) -> list[str]:
     shape = f"{config['batch_size']} rows, up to {config['max_prompt_tokens']} + {config['max_new_tokens']} tokens"
     lines = [
         f"{uri}: {config['model']}, quant={config['quant']}, revision {config['revision']}",
-        f"Measured with {LIBRARIES[config['backend']]} on {needs['measured_on']}: {', '.join(figures)} ({shape}).",
+        f"Measured with {library_of(config['backend'])} on {needs['measured_on']}: {', '.join(figures)} ({shape}).",
         f"Evidence: run {config['evidence']['run_id']}, verdict {config['evidence']['verdict']}.",
     ]
-    if target == LIBRARIES[config["backend"]] == "llama.cpp":
+    if TARGETS[target].form != "server":
+        return lines
+    if target == library_of(config["backend"]):
         lines.append(
             "Measured in one process; the server adds its own time and batches requests as they come: `llmbench "
             "online` measures that."
         )
-    elif target in ("vllm", "tgi", "sglang", "llama.cpp"):
+    else:
         lines.append(f"{target} is another engine: these figures are not its own. Measure it before you rely on them.")
     return lines
 
@@ -239,7 +247,7 @@ def _llama_cpp(config: Config, uri: str, requirements: tuple[str, ...]) -> str:
     options |= {"--threads": str(config["threads"])} if config["threads"] else {}
     layers = 0 if config["device"] == "cpu" else config.get("gpu_layers")
     options |= {} if layers is None else {"--n-gpu-layers": str(layers)}
-    if config["backend"] == "transformers":
+    if _engine(config) == CHECKPOINT.engine:
         note += "# transformers unpacked this file; llama.cpp runs it packed, with other memory use and speed.\n"
         return note + _command(["llama-server"], options)
     options |= (
@@ -296,7 +304,7 @@ def _serving(config: Config, uri: str, requirements: tuple[str, ...]) -> list[st
 
 
 def _image(config: Config) -> str:
-    return "python:3.11" if config["backend"] == "llama_cpp" else "python:3.11-slim"  # llama-cpp-python is compiled
+    return "python:3.11" if _engine(config) == GGUF_FILE.engine else "python:3.11-slim"  # llama-cpp-python is compiled
 
 
 def _memory_mib(config: Config) -> int:
@@ -375,13 +383,25 @@ def _yaml(data: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(json.loads(json.dumps(data)), sort_keys=False, width=140, allow_unicode=True))
 
 
-TARGETS: dict[str, Callable[[Config, str, tuple[str, ...]], str]] = {
-    "vllm": _vllm,
-    "tgi": _tgi,
-    "sglang": _sglang,
-    "llama.cpp": _llama_cpp,
-    "transformers": _transformers,
-    "docker-compose": _docker_compose,
-    "kubernetes": _kubernetes,
+@dataclass(frozen=True)
+class Target:
+    """A target of the export.
+
+    `write`: function that writes its text. `form`: a command of a `server`, a Python `script`, or a `container` that
+    serves the registered version itself. `reads_checkpoints`: it loads a checkpoint, and quantizes it if told so.
+    """
+
+    write: Callable[[Config, str, tuple[str, ...]], str]
+    form: str
+    reads_checkpoints: bool = False
+
+
+TARGETS = {
+    "vllm": Target(_vllm, "server", reads_checkpoints=True),
+    "tgi": Target(_tgi, "server", reads_checkpoints=True),
+    "sglang": Target(_sglang, "server", reads_checkpoints=True),
+    "llama.cpp": Target(_llama_cpp, "server"),
+    "transformers": Target(_transformers, "script", reads_checkpoints=True),
+    "docker-compose": Target(_docker_compose, "container"),
+    "kubernetes": Target(_kubernetes, "container"),
 }
-"""Target → function that writes its text."""

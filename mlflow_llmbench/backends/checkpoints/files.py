@@ -50,7 +50,7 @@ def read_facts(
     return ModelFacts(name, source, location, revision, config, dtype, shape.context if shape else None, files_bytes)
 
 
-def refuse_made(cell: Cell, name: str) -> None:
+def refuse_requantization(cell: Cell, name: str) -> None:
     """Raise UsageError if the cell would quantize a GGUF file."""
     if SCHEMES[cell.quant].library:
         raise UsageError(

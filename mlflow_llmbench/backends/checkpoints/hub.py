@@ -14,7 +14,7 @@ from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError, first_line
 from ...records.results import ModelFacts
 from . import gguf_file
-from .files import is_complete, read_facts, refuse_made, refuse_pickle, weight_names
+from .files import is_complete, read_facts, refuse_pickle, refuse_requantization, weight_names
 
 HUB_TIMEOUT_S = 12.0
 """Longest wait for the Hub before a run, in seconds. An unreachable Hub must be reported within 15 s."""
@@ -55,7 +55,7 @@ def find_checkpoint(cell: Cell, repository: str, source: str) -> ModelFacts:
     try:
         if constants.is_offline_mode():
             raise OSError("HF_HUB_OFFLINE is set")
-        commit, config_file, sizes = _within(HUB_TIMEOUT_S, lambda: _ask_hub(repository, cell.revision))
+        commit, config_file, sizes = _with_timeout(HUB_TIMEOUT_S, lambda: _ask_hub(repository, cell.revision))
     except errors.RevisionNotFoundError:
         raise _no_revision(cell, repository) from None
     except Exception as error:  # connection errors come in many classes, from httpx and from the system
@@ -69,7 +69,7 @@ def find_checkpoint(cell: Cell, repository: str, source: str) -> ModelFacts:
             )
             raise ModelError(message) from None
         without = "; or measure speed and memory without the weights: -P weights=random"
-        raise _not_had(error, repository, repository, hint, without) from None
+        raise _hub_error(error, repository, repository, hint, without) from None
     refuse_pickle(cell, source, sizes)
     return read_facts(cell, source, repository, commit, Path(config_file), sum(sizes.values()) or None)
 
@@ -97,12 +97,12 @@ def find_gguf(cell: Cell, repository: str, file: str) -> ModelFacts:
     from huggingface_hub import constants, errors, try_to_load_from_cache
 
     _check_revision(cell)
-    refuse_made(cell, file)
+    refuse_requantization(cell, file)
     location = f"{repository}:{file}"
     try:
         if constants.is_offline_mode():
             raise OSError("HF_HUB_OFFLINE is set")
-        commit, sizes = _within(HUB_TIMEOUT_S, lambda: _ask_hub_files(repository, cell.revision))
+        commit, sizes = _with_timeout(HUB_TIMEOUT_S, lambda: _ask_hub_files(repository, cell.revision))
     except errors.RevisionNotFoundError:
         raise _no_revision(cell, repository) from None
     except Exception as error:
@@ -110,7 +110,7 @@ def find_gguf(cell: Cell, repository: str, file: str) -> ModelFacts:
         if isinstance(cached, str):
             folder = next(parent for parent in Path(cached).parents if parent.parent.name == "snapshots")
             return ModelFacts(cell.model, "hub_gguf", location, folder.name, files_bytes=os.path.getsize(cached))
-        raise _not_had(error, repository, location, "Check the network, or give a local file.") from None
+        raise _hub_error(error, repository, location, "Check the network, or give a local file.") from None
     parts = [(Path(file).parent / part.name).as_posix() for part in gguf_file.parts_of(Path(file))]
     absent = [part for part in parts if part not in sizes]
     if absent:
@@ -217,7 +217,7 @@ def _no_revision(cell: Cell, repository: str) -> ModelError:
     )
 
 
-def _not_had(error: Exception, repository: str, location: str, hint: str, without: str = "") -> ModelError:
+def _hub_error(error: Exception, repository: str, location: str, hint: str, without: str = "") -> ModelError:
     """Return the error for a failed request for `location`.
 
     `hint` is the advice if the Hub does not answer, `without` the advice if the terms of the model are not accepted.
@@ -238,7 +238,7 @@ def _not_had(error: Exception, repository: str, location: str, hint: str, withou
     )
 
 
-def _within(seconds: float, ask: Callable[[], T]) -> T:
+def _with_timeout(seconds: float, ask: Callable[[], T]) -> T:
     """Return the result of `ask`, or raise TimeoutError after `seconds`. A name lookup has no time limit of its own."""
     outcome: list[T] = []
     failure: list[BaseException] = []

@@ -13,6 +13,7 @@ from typing import Any
 from ...config import model_shape, models
 from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError, first_line
+from ...records.invocation import command_text
 from ...records.results import ModelFacts
 from ..base import LOCAL_FILES
 from ..huggingface.quantization import checkpoint_maker_of, maker_of
@@ -41,19 +42,20 @@ def find_model(cell: Cell) -> ModelFacts:
     if cell.model.startswith((".", "/", "~")) or cell.model.count("/") > 1:
         raise ModelError(
             f"There is no model folder {cell.model}. Give a folder with a config.json, a Hub id (owner/name) or a "
-            "preset (`llmbench models`)."
+            f"preset (`{command_text('models')}`)."
         )
     if "/" in cell.model and not hub.is_hub_id(cell.model):
         raise ModelError(
             f"{cell.model} is neither a folder nor a Hub id, which is owner/name in letters, digits, dots, dashes. "
-            "`llmbench models` lists the presets."
+            f"`{command_text('models')}` lists the presets."
         )
     if "/" in cell.model:
         return hub.find_checkpoint(cell, cell.model, "hub")
     near = models.suggest_models(cell.model)
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
     raise ModelError(
-        f"Unknown model: {cell.model}. {meant}`llmbench models` lists the presets; a Hub id has the form owner/name."
+        f"Unknown model: {cell.model}. {meant}`{command_text('models')}` lists the presets; "
+        "a Hub id has the form owner/name."
     )
 
 
@@ -94,7 +96,7 @@ def _random_model(cell: Cell, preset: models.Preset | None) -> ModelFacts:
         near = models.suggest_models(cell.model)
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ModelError(
-            f"weights=random needs a preset, and {cell.model} is not one.{meant} `llmbench models` lists them."
+            f"weights=random needs a preset, and {cell.model} is not one.{meant} `{command_text('models')}` lists them."
         )
     return ModelFacts(
         name=preset.name,
@@ -113,7 +115,7 @@ def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
         raise ModelError(
             f"There is no file {cell.model}. Give the path of a .gguf file, or OWNER/NAME:FILE.gguf for one on the Hub."
         )
-    files.refuse_made(cell, path.name)
+    files.refuse_requantization(cell, path.name)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{cell.model} is not a GGUF file: it does not begin with GGUF. Download it again.")
@@ -157,7 +159,7 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         preset = models.find_preset(cell.model)
         if preset is None:
             raise ModelError(
-                f"weights=random needs a preset, and {cell.model} is not one. `llmbench models` lists them."
+                f"weights=random needs a preset, and {cell.model} is not one. `{command_text('models')}` lists them."
             )
         random_weights.write_checkpoint(preset, cell.seed)
     elif model.source == "hub_gguf":
@@ -168,7 +170,7 @@ def fetch(cell: Cell, model: ModelFacts) -> None:
         maker.make(cell, model, base_files(cell, model)[0], lambda: load_tokenizer(cell, model))
 
 
-def is_here(cell: Cell, model: ModelFacts) -> bool:
+def is_local(cell: Cell, model: ModelFacts) -> bool:
     """Return True if the model's files, before any quantization, are on this disk."""
     if cell.weights == "random":
         preset = models.find_preset(cell.model)

@@ -21,7 +21,7 @@ from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES, UNPACKED, sch
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine
 from ...workloads.prompts import turn_texts
-from ..base import Capabilities, DeviceMemory, Emit, Serving, Token
+from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
 from . import decoding, mixed, quantization, recipe
 from .continuous import ContinuousEngine
@@ -50,7 +50,7 @@ class TransformersBackend:
         attentions=ATTENTIONS,
         decodes=DECODES,
         kv_caches=tuple(decoding.KV_BACKENDS),
-        serving=Serving("checkpoint", ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")),
+        serving=CHECKPOINT,
     )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
@@ -96,9 +96,9 @@ class TransformersBackend:
     @classmethod
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Return True if the files are on this disk, with all that is made for the quantization before the load."""
-        small = model.assistant is None or sources.is_here(sources.assistant_of(cell), model.assistant)
+        small = model.assistant is None or sources.is_local(sources.assistant_of(cell), model.assistant)
         maker = quantization.maker_of(cell)
-        return small and (maker is None or maker.is_made(cell, model)) and sources.is_here(cell, model)
+        return small and (maker is None or maker.is_made(cell, model)) and sources.is_local(cell, model)
 
     # Loading
 
@@ -393,7 +393,7 @@ class TransformersBackend:
         return seen
 
     def peaks(self) -> dict[str, float]:
-        from ..probe import measure_peaks
+        from ..peak_rates import measure_peaks
 
         with foreign_errors("measuring the device's best rates"):
             found = measure_peaks(self.device, machine.last_level_cache_bytes() or 0)

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import model_shape, models
-from ...config.validation import check_declared
+from ...config.backend_checks import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, NotRealised, UsageError
 from ...records.quantizations import FLOAT_DTYPES, GGUF_CACHES, SCHEMES, schemes_of
 from ...records.results import LoadInfo, ModelFacts
 from ...system import gpu, machine, memory
 from ...workloads.prompts import turn_texts
-from .. import probe
-from ..base import Capabilities, DeviceMemory, Distribution, Emit, Serving
+from .. import peak_rates
+from ..base import GGUF_FILE, Capabilities, DeviceMemory, Distribution, Emit
 from ..checkpoints import gguf_file, random_weights, sources
 from . import gguf_quantize
 from .session import Model, Session, Timings, library, log_lines
@@ -61,7 +61,7 @@ class LlamaCppBackend:
         parameters=("gpu_layers", "mmap"),
         kept_quantized=("gguf",),
         reference="transformers",
-        serving=Serving("gguf", ("llama-cpp-python", "numpy")),
+        serving=GGUF_FILE,
     )
 
     def __init__(self, cell: Cell, model: ModelFacts) -> None:
@@ -115,7 +115,7 @@ class LlamaCppBackend:
     def is_prepared(cls, cell: Cell, model: ModelFacts) -> bool:
         """Return True if the file that llama.cpp reads is on this disk."""
         return (
-            sources.is_here(cell, model)
+            sources.is_local(cell, model)
             if model.source in sources.GGUF_SOURCES
             else gguf_quantize.file_of(cell, model).exists()
         )
@@ -218,7 +218,7 @@ class LlamaCppBackend:
             "model.device": f"{self.device}, {offloaded} layers" if offloaded and model.on_gpu else self.device,
             "model.memory": ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in self._buffers.items()),
             "kv_cache.type": kind,
-            **({"kv_cache.tokens": self.session.rows * self.session.longest} if self.session else {}),
+            **({"kv_cache.tokens": self.session.rows * self.session.max_tokens} if self.session else {}),
             "llama_cpp.version": model.lib.llama_version().decode(errors="replace"),
             "llama_cpp.package": gguf_quantize.version(),
             "llama_cpp.system_info": model.lib.llama_print_system_info().decode(errors="replace").strip(" |\n"),
@@ -250,19 +250,21 @@ class LlamaCppBackend:
         if history:
             history.session, history.tokens = session, max(len(prompt) for prompt in prompts) + output_tokens - 1
 
-    def _context(self, rows: int, longest: int) -> Session:
+    def _context(self, rows: int, max_tokens: int) -> Session:
         """Return a context for this many rows and tokens: the present one if it has room, else a new one."""
         found = self.session
-        if found is not None and found.rows >= rows and found.longest >= longest:
+        if found is not None and found.rows >= rows and found.max_tokens >= max_tokens:
             return found
-        rows, longest = (rows, longest) if found is None else (max(rows, found.rows), max(longest, found.longest))
+        rows, max_tokens = (
+            (rows, max_tokens) if found is None else (max(rows, found.rows), max(max_tokens, found.max_tokens))
+        )
         self._close_session()
-        self.session = self._new_session(rows, longest)
+        self.session = self._new_session(rows, max_tokens)
         return self.session
 
-    def _new_session(self, rows: int, longest: int, every: bool = False) -> Session:
+    def _new_session(self, rows: int, max_tokens: int, all_logits: bool = False) -> Session:
         kind = KV_TYPES[self.cell.kv_cache or self.capabilities.default_kv_cache]
-        return Session(self._loaded()[0], rows, longest, self.threads, kind, FLASH[self.cell.attention], every)
+        return Session(self._loaded()[0], rows, max_tokens, self.threads, kind, FLASH[self.cell.attention], all_logits)
 
     def timings(self, reset: bool = False) -> Timings | None:
         """Return llama.cpp's own timings of the context; None before the first call."""
@@ -314,10 +316,10 @@ class LlamaCppBackend:
         import torch
 
         self._close_session()
-        if self._scorer is None or self._scorer.longest < len(ids):
+        if self._scorer is None or self._scorer.max_tokens < len(ids):
             if self._scorer is not None:
                 self._scorer.close()
-            self._scorer = self._new_session(1, len(ids), every=True)
+            self._scorer = self._new_session(1, len(ids), all_logits=True)
         return torch.from_numpy(self._scorer.logits(ids, last))
 
     def language_model(self) -> tuple[Any, Any]:
@@ -340,7 +342,7 @@ class LlamaCppBackend:
         """
         if self.device.startswith("cuda"):
             return {}
-        return probe.measure_peaks_apart()
+        return peak_rates.measure_peaks_apart()
 
     def trim(self) -> None:
         """Free the context. The next cell makes its own in its first warm-up."""

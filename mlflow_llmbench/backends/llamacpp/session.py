@@ -1,7 +1,7 @@
 """Call llama.cpp's C functions: a loaded model, and a context in which rows of tokens are decoded together.
 
 This uses the low-level interface of llama-cpp-python. The high-level one does not batch and checks each token in
-Python. One `llama_decode` makes one token for every row. It reads numpy arrays that are filled without a loop over
+Python. One `llama_decode` makes one token for all_logits row. It reads numpy arrays that are filled without a loop over
 tokens.
 """
 
@@ -187,15 +187,15 @@ class Model:
 
 
 class Session:
-    """A context: a KV cache for `rows` rows of `longest` tokens, and the compute buffers.
+    """A context: a KV cache for `rows` rows of `max_tokens` tokens, and the compute buffers.
 
-    With `every`, logits of all tokens can be requested, which takes room for 512 rows of the vocabulary. The cache of
-    layers with a sliding window holds only that window, as in llama.cpp's own programs.
+    With `all_logits`, logits of all tokens can be requested, which takes room for 512 rows of the vocabulary. The cache
+    of layers with a sliding window holds only that window, as in llama.cpp's own programs.
     Raises UsageError, MeasurementError or OutOfMemory.
     """
 
     def __init__(
-        self, model: Model, rows: int, longest: int, threads: int, kv_type: int, flash: int, every: bool = False
+        self, model: Model, rows: int, max_tokens: int, threads: int, kv_type: int, flash: int, all_logits: bool = False
     ) -> None:
         import numpy
 
@@ -205,11 +205,11 @@ class Session:
             raise UsageError(
                 f"batch_size={rows} is more than the {most} sequences that llama.cpp supports. Use at most {most}."
             )
-        self.rows, self.longest = rows, -(-longest // PAD) * PAD
-        self.chunk = 512 if every else CHUNK
+        self.rows, self.max_tokens = rows, -(-max_tokens // PAD) * PAD
+        self.chunk = 512 if all_logits else CHUNK
         settings = self.lib.llama_context_default_params()
-        settings.n_ctx, settings.n_seq_max, settings.n_batch = rows * self.longest, rows, self.chunk
-        settings.n_outputs_max, settings.n_outputs_max_per_seq = (0, 0) if every else (rows, 1)
+        settings.n_ctx, settings.n_seq_max, settings.n_batch = rows * self.max_tokens, rows, self.chunk
+        settings.n_outputs_max, settings.n_outputs_max_per_seq = (0, 0) if all_logits else (rows, 1)
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k = settings.type_v = kv_type
         settings.flash_attn_type = flash
@@ -217,7 +217,7 @@ class Session:
         settings.swa_full, settings.kv_unified, settings.no_perf = False, False, False
         self.handle = self.lib.llama_init_from_model(model.handle, settings)
         if not self.handle:
-            raise failure(f"making room for {rows} rows of {longest} tokens")
+            raise failure(f"making room for {rows} rows of {max_tokens} tokens")
         self._sequences = numpy.arange(rows, dtype=numpy.int32)
         self._addresses = (self._sequences.ctypes.data + 4 * numpy.arange(rows)).astype(numpy.uint64)
         self._steps = _Batch(
@@ -239,37 +239,37 @@ class Session:
             self.lib.llama_memory_clear(self.lib.llama_get_memory(self.handle), False)
         lengths = numpy.array([len(prompt) - kept for prompt in prompts])
         tokens = numpy.concatenate([numpy.asarray(prompt[kept:], numpy.int32) for prompt in prompts])
-        places = numpy.concatenate([numpy.arange(kept, kept + length, dtype=numpy.int32) for length in lengths])
-        owners = numpy.repeat(self._addresses[: len(prompts)], lengths)
-        wanted = numpy.zeros(len(tokens), numpy.int8)
-        wanted[lengths.cumsum() - 1] = 1
+        positions = numpy.concatenate([numpy.arange(kept, kept + length, dtype=numpy.int32) for length in lengths])
+        sequence_ids = numpy.repeat(self._addresses[: len(prompts)], lengths)
+        logit_flags = numpy.zeros(len(tokens), numpy.int8)
+        logit_flags[lengths.cumsum() - 1] = 1
         chosen = [
-            self._run(_Batch(self.lib, tokens[part], places[part], owners[part], wanted[part]))
+            self._run(_Batch(self.lib, tokens[part], positions[part], sequence_ids[part], logit_flags[part]))
             for part in (slice(start, start + self.chunk) for start in range(0, len(tokens), self.chunk))
         ]
         first: np.ndarray[Any, Any] = numpy.concatenate(chosen)
         self._steps.resize(len(prompts))
-        self._steps.places[: len(prompts)] = lengths + kept
+        self._steps.positions[: len(prompts)] = lengths + kept
         return first
 
     def step(self, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Compute the next token of each row from its last one."""
         self._steps.tokens[: len(tokens)] = tokens
         chosen = self._run(self._steps)
-        self._steps.places += 1
+        self._steps.positions += 1
         return chosen
 
     def _run(self, batch: _Batch) -> np.ndarray[Any, Any]:
         """Compute a batch. Return the most probable next token for each token with requested logits, in batch order."""
         self._decode(batch)
-        found: np.ndarray[Any, Any] = self._logits(batch.wanted_count).argmax(axis=1)
+        found: np.ndarray[Any, Any] = self._logits(batch.logit_count).argmax(axis=1)
         return found
 
     def _decode(self, batch: _Batch) -> None:
         code = self.lib.llama_decode(self.handle, batch.struct)
         if code == 1:
             raise MeasurementError(
-                f"llama.cpp found no room in its KV cache of {self.rows} rows with {self.longest} tokens each."
+                f"llama.cpp found no room in its KV cache of {self.rows} rows with {self.max_tokens} tokens each."
             )
         if code:
             raise failure("computing a batch")
@@ -287,18 +287,24 @@ class Session:
         return numpy.ctypeslib.as_array(pointer, shape=(count, self.model.words))
 
     def logits(self, ids: Sequence[int], last: int) -> np.ndarray[Any, Any]:
-        """Return the logits after each of the `last` last ids of one text, shape (last, vocabulary). Needs `every`."""
+        """Return the logits after each of the `last` last ids of one text, shape (last, vocabulary).
+
+        Needs `all_logits`.
+        """
         import numpy
 
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.handle), False)
-        tokens, places = numpy.asarray(ids, numpy.int32), numpy.arange(len(ids), dtype=numpy.int32)
-        owners, wanted = numpy.repeat(self._addresses[:1], len(ids)), (places >= len(ids) - last).astype(numpy.int8)
+        tokens, positions = numpy.asarray(ids, numpy.int32), numpy.arange(len(ids), dtype=numpy.int32)
+        sequence_ids, logit_flags = (
+            numpy.repeat(self._addresses[:1], len(ids)),
+            (positions >= len(ids) - last).astype(numpy.int8),
+        )
         found = []
         for start in range(0, len(ids), self.chunk):
             part = slice(start, start + self.chunk)
-            batch = _Batch(self.lib, tokens[part], places[part], owners[part], wanted[part])
+            batch = _Batch(self.lib, tokens[part], positions[part], sequence_ids[part], logit_flags[part])
             self._decode(batch)
-            found.append(self._logits(batch.wanted_count).copy())
+            found.append(self._logits(batch.logit_count).copy())
         return numpy.concatenate(found)
 
     def timings(self) -> Timings:
@@ -323,25 +329,25 @@ class _Batch:
     Tokens, their positions in their rows, the address of each row's number, and flags for the tokens that need logits.
     """
 
-    def __init__(self, lib: Any, tokens: Any, places: Any, owners: Any, wanted: Any) -> None:
+    def __init__(self, lib: Any, tokens: Any, positions: Any, sequence_ids: Any, logit_flags: Any) -> None:
         import numpy
 
-        self.tokens, self.places, self.owners, self.wanted = (
-            numpy.ascontiguousarray(array) for array in (tokens, places, owners, wanted)
+        self.tokens, self.positions, self.sequence_ids, self.logit_flags = (
+            numpy.ascontiguousarray(array) for array in (tokens, positions, sequence_ids, logit_flags)
         )
         self.ones = numpy.ones(len(self.tokens), numpy.int32)
-        self.wanted_count = int(self.wanted.sum())
+        self.logit_count = int(self.logit_flags.sum())
         fields = dict(lib.llama_batch._fields_)
         self.struct = lib.llama_batch(
             n_tokens=len(self.tokens),
             token=self.tokens.ctypes.data_as(fields["token"]),
             embd=None,
-            pos=self.places.ctypes.data_as(fields["pos"]),
+            pos=self.positions.ctypes.data_as(fields["pos"]),
             n_seq_id=self.ones.ctypes.data_as(fields["n_seq_id"]),
-            seq_id=self.owners.ctypes.data_as(fields["seq_id"]),
-            logits=self.wanted.ctypes.data_as(fields["logits"]),
+            seq_id=self.sequence_ids.ctypes.data_as(fields["seq_id"]),
+            logits=self.logit_flags.ctypes.data_as(fields["logits"]),
         )
 
     def resize(self, count: int) -> None:
         """Use the first `count` tokens only, all with logits."""
-        self.struct.n_tokens = self.wanted_count = count
+        self.struct.n_tokens = self.logit_count = count

@@ -10,7 +10,7 @@ from ...loadgen.http1 import Exchange
 from ...loadgen.sse import EventParser
 from ...records.results import RequestRecord
 
-MOST_SAID, MOST_MESSAGE = 2000, 200
+MAX_SERVER_TEXT, MAX_MESSAGE = 2000, 200
 """Characters of a server's error that are read, and of the message that is kept."""
 
 
@@ -50,7 +50,7 @@ def read_answer(exchange: Exchange, key: str = "") -> RequestRecord:
         prompt_tokens=_count(answer.usage.get("prompt_tokens")),
         intended_ns=exchange.intended_ns,
         outcome=answer.fault or "complete",
-        message=(answer.message.replace(key, "…") if key else answer.message)[:MOST_MESSAGE],
+        message=(answer.message.replace(key, "…") if key else answer.message)[:MAX_MESSAGE],
         tokens=tokens,
         chunk_tokens=_chunk_tokens(answer, tokens),
         visible_ns=answer.visible,
@@ -95,7 +95,7 @@ def _check_head(exchange: Exchange, answer: _Answer) -> None:
     status, kind = exchange.status, exchange.headers.get("content-type", "").lower()
     if not status or (status == 200 and kind.startswith("text/event-stream")):
         return
-    text = b"".join(exchange.parts)[:MOST_SAID].decode("utf-8", "replace")
+    text = b"".join(exchange.parts)[:MAX_SERVER_TEXT].decode("utf-8", "replace")
     said = f"HTTP {status}: {_error_text(text)}"
     if status >= 500 and status != 503:
         answer.fault, answer.message = "server_error", said
@@ -121,7 +121,7 @@ def _error_text(text: str) -> str:
         found = (found.get("message") or found.get("detail") or found) if isinstance(found, dict) else found
     except (ValueError, RecursionError):
         found = text
-    return " ".join(str(found)[:MOST_SAID].split())
+    return " ".join(str(found)[:MAX_SERVER_TEXT].split())
 
 
 def _read_events(exchange: Exchange, answer: _Answer) -> None:
@@ -143,7 +143,7 @@ def _read_events(exchange: Exchange, answer: _Answer) -> None:
             if not isinstance(body, dict) or not _take_chunk(body, stamp, answer):
                 answer.fault, answer.message = (
                     answer.fault or "malformed",
-                    answer.message or f"Not an event of a completion: {event.data[:MOST_SAID]!r}.",
+                    answer.message or f"Not an event of a completion: {event.data[:MAX_SERVER_TEXT]!r}.",
                 )
                 return
 

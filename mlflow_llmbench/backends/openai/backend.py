@@ -29,12 +29,12 @@ from ...system.memory import forget_references, referenced_bytes
 from ...workloads.prompts import PromptSet, lengths_of, longest_of
 from ..base import Capabilities, DeviceMemory, Emit, NothingToFetch, Started
 from .answers import read_answer
-from .client_processes import ClientProcesses, Order, Share
-from .conversations import Dialogues
+from .client_processes import ClientProcesses, ClientTask, Share
+from .conversations import Conversations
 from .discovery import RESOLVE, api_key, ask_server, http_request, launchable, name_among
 
 PROBE_WORDS = (16, 144)
-LEAST_PER_WORD = 0.5
+MIN_TOKENS_PER_WORD = 0.5
 """Least plausible number of tokens per word in a server's count.
 
 A lower count is ignored: every vocabulary needs at least one token per word, and prompts would get any size.
@@ -43,7 +43,7 @@ A lower count is ignored: every vocabulary needs at least one token per word, an
 HEALTH_S = 0.2
 """Seconds between two health checks of a starting server."""
 
-STATE = ("options", "tokens_per_word", "fixed_tokens", "unique", "own_words")
+STATE = ("options", "tokens_per_word", "fixed_tokens", "prompt_prefix", "conversation_prefix")
 """Attributes that `load` sets and every sending process needs."""
 
 
@@ -75,9 +75,9 @@ class OpenAIBackend(NothingToFetch):
         self.options: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
         self.facts: dict[str, str | int | float] = {}
         self.tokens_per_word, self.fixed_tokens = 1.0, 0.0
-        self.unique = ""
+        self.prompt_prefix = ""
         self.others: ClientProcesses | None = None
-        self.own_words = secrets.token_hex(8)  # makes the beginnings of this run's conversations unique
+        self.conversation_prefix = secrets.token_hex(8)  # makes the beginnings of this run's conversations unique
 
     def _connect(self) -> None:
         self.address = address_of(self.cell.url or "")
@@ -150,11 +150,11 @@ class OpenAIBackend(NothingToFetch):
             self.mapped_bytes = referenced_bytes(self.server.processes)
         if first.prompt_tokens and second.prompt_tokens:
             told_per_word = (second.prompt_tokens - first.prompt_tokens) / (PROBE_WORDS[1] - PROBE_WORDS[0])
-            if told_per_word >= LEAST_PER_WORD:
+            if told_per_word >= MIN_TOKENS_PER_WORD:
                 self.tokens_per_word = told_per_word
                 self.fixed_tokens = first.prompt_tokens - PROBE_WORDS[0] * self.tokens_per_word
         told = second.cached_tokens is not None
-        self.unique = "" if told else secrets.token_hex(8)
+        self.prompt_prefix = "" if told else secrets.token_hex(8)
         self.facts |= {
             "server.endpoint": self.cell.endpoint,
             "server.ignore_eos": "asked" if "ignore_eos" in self.options else "refused",
@@ -172,7 +172,7 @@ class OpenAIBackend(NothingToFetch):
         """Build request `number` of a repetition (negative: warm-up), as near to the wanted length as words allow."""
         prompt_tokens, output_tokens = lengths_of(cell, number)
         words = max(1, round((prompt_tokens - self.fixed_tokens) / self.tokens_per_word))
-        return self.body(prompts.words(cell, repetition, number, words, self.unique), output_tokens, number)
+        return self.body(prompts.words(cell, repetition, number, words, self.prompt_prefix), output_tokens, number)
 
     def send(
         self,
@@ -197,7 +197,7 @@ class OpenAIBackend(NothingToFetch):
     ) -> Trace:
         count = min(processes, load.concurrency if load.arrivals_ns is None else len(load.arrivals_ns))
         if count == 1:
-            return self.send_share(prompts, Order(self.cell, cell, repetition, Share.of(load, 0, 1), expected, {}))
+            return self.send_share(prompts, ClientTask(self.cell, cell, repetition, Share.of(load, 0, 1), expected, {}))
         if self.others is None or len(self.others.processes) != count:
             self._end_others()
             self.others = ClientProcesses(count)
@@ -208,7 +208,7 @@ class OpenAIBackend(NothingToFetch):
         try:
             trace = self.others.send(
                 [
-                    Order(self.cell, cell, repetition, Share.of(load, index, count), each, state)
+                    ClientTask(self.cell, cell, repetition, Share.of(load, index, count), each, state)
                     for index in range(count)
                 ]
             )
@@ -219,16 +219,16 @@ class OpenAIBackend(NothingToFetch):
         last = self.client.scrape_now(self._metrics_request()) if trace.scrapes else None
         return dataclasses.replace(trace, scrapes=(*trace.scrapes, last) if last else ())
 
-    def send_share(self, prompts: PromptSet, order: Order, ready: Callable[[], int] | None = None) -> Trace:
+    def send_share(self, prompts: PromptSet, task: ClientTask, ready: Callable[[], int] | None = None) -> Trace:
         """Send a share of a load from this process. `ready` is explained at `LoadClient.run`."""
-        for name, value in order.state.items():
+        for name, value in task.state.items():
             setattr(self, name, value)
-        share, cell = order.share, order.cell
-        talks = Dialogues(self, prompts, cell, order.repetition) if cell.history == "sent" else None
+        share, cell = task.share, task.cell
+        talks = Conversations(self, prompts, cell, task.repetition) if cell.history == "sent" else None
 
         def build(position: int) -> bytes:
             number = share.number(position)
-            return talks.begin(number) if talks else self.request(prompts, cell, order.repetition, number)
+            return talks.begin(number) if talks else self.request(prompts, cell, task.repetition, number)
 
         def follow_up(exchange: Exchange) -> bytes | None:
             if talks is None:
@@ -236,9 +236,9 @@ class OpenAIBackend(NothingToFetch):
             exchange.conversation = share.number(exchange.conversation or 0)
             return talks.follow_up(exchange)
 
-        asks = share.index == 0 and order.repetition >= 0
+        asks = share.index == 0 and task.repetition >= 0
         scrape = self._metrics_request() if asks else b""
-        trace = self.client.run(build, share.load, order.expected, follow_up if talks else None, ready, scrape)
+        trace = self.client.run(build, share.load, task.expected, follow_up if talks else None, ready, scrape)
         for exchange in trace.exchanges:
             exchange.number = exchange.number * share.count + share.index if talks else share.number(exchange.number)
         return trace

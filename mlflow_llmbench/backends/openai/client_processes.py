@@ -55,8 +55,8 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Order:
-    """An order to a process: its share of a cell's load, and the backend's findings about the server (`state`)."""
+class ClientTask:
+    """A task of a client process: its share of a cell's load, and the backend's findings about the server (`state`)."""
 
     first: Cell
     cell: Cell
@@ -81,10 +81,10 @@ class ClientProcesses:
             for _ in range(count)
         ]
 
-    def send(self, orders: Sequence[Order]) -> Trace:
+    def send(self, tasks: Sequence[ClientTask]) -> Trace:
         """Send all shares of a load at once, wait for the last answer. Raises MeasurementError if a process fails."""
-        for process, order in zip(self.processes, orders, strict=True):
-            self._tell(process, order)
+        for process, task in zip(self.processes, tasks, strict=True):
+            self._tell(process, task)
         for process in self.processes:
             self._hear(process)
         start = time.perf_counter_ns() + HEAD_START_NS

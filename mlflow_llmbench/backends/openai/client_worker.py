@@ -17,16 +17,16 @@ from ...records.errors import first_line
 from ...records.results import ModelFacts
 from ...system import machine
 from ...workloads.prompts import load_prompts
-from .client_processes import Order
+from .client_processes import ClientTask
 
 
 def main() -> int:
-    """Send the loads ordered on standard input until it ends. Each result goes to the original standard output."""
+    """Send the loads of the tasks on standard input until it ends. Results go to the original standard output."""
     machine.die_with_parent()
     for name in ("SIGINT", "SIGHUP"):  # they reach the whole group; the parent decides
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    orders, out = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    tasks, out = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def tell(what: object) -> None:
@@ -35,7 +35,7 @@ def main() -> int:
 
     def ready() -> int:
         tell(None)
-        start: int = pickle.load(orders)
+        start: int = pickle.load(tasks)
         return start
 
     from .backend import OpenAIBackend
@@ -43,12 +43,12 @@ def main() -> int:
     backend: OpenAIBackend | None = None
     while True:
         try:
-            order: Order = pickle.load(orders)
+            task: ClientTask = pickle.load(tasks)
         except EOFError:
             return 0
         try:
-            backend = backend or OpenAIBackend(order.first, ModelFacts("", "none", "", ""))
-            tell(backend.send_share(load_prompts(order.cell.workload), order, ready))
+            backend = backend or OpenAIBackend(task.first, ModelFacts("", "none", "", ""))
+            tell(backend.send_share(load_prompts(task.cell.workload), task, ready))
         except EOFError:
             return 0
         except Exception as error:

@@ -13,7 +13,7 @@ from ...workloads.prompts import PromptSet
 from .answers import _answer_of
 
 
-class Dialogues:
+class Conversations:
     """The conversations of one repetition, turn by turn. Each turn sends all earlier turns and the server's answers.
 
     An answer is parsed when it has ended, in the client's single thread, because the next turn needs its text. The time
@@ -28,7 +28,7 @@ class Dialogues:
 
     def begin(self, number: int) -> bytes:
         """Build the request of the first turn of a conversation."""
-        first = PromptSet("synthetic").words(self.cell, self.repetition, number, 8, self.backend.own_words)
+        first = PromptSet("synthetic").words(self.cell, self.repetition, number, 8, self.backend.conversation_prefix)
         self.said[number] = [{"role": "user", "content": f"{first} {self._asks(number)[0]}"}]
         return self._turn(number, 1)
 

@@ -84,7 +84,7 @@ def name_among(listed: Sequence[str], model: ModelFacts) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class ServerInfo:
     """A server's report of itself: its models by name, its version, and the `Server` header of its answer."""
 
     models: dict[str, dict[str, Any]]
@@ -98,7 +98,7 @@ class Told:
         return escape_controls(f"{engine} {number}" if number else engine)[:100]
 
 
-def ask_server(client: LoadClient, address: Address, needed: bool = True) -> Told:
+def ask_server(client: LoadClient, address: Address, needed: bool = True) -> ServerInfo:
     """Ask a server for its models and version. Raises ModelError if it is `needed` but unreachable or wants a key."""
     listed, told = _ask_json(client, address, "/v1/models", needed)
     version, _ = _ask_json(client, address, "/version", needed=False)
@@ -107,7 +107,7 @@ def ask_server(client: LoadClient, address: Address, needed: bool = True) -> Tol
     models: dict[str, dict[str, Any]] = {}
     for entry in entries:
         models.setdefault(str(entry.get("id")), entry)
-    return Told(models, version, told.headers.get("server", "unknown server"))
+    return ServerInfo(models, version, told.headers.get("server", "unknown server"))
 
 
 def _ask_json(client: LoadClient, address: Address, path: str, needed: bool = True) -> tuple[Any, Exchange]:

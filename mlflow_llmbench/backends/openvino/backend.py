@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...config import model_shape
-from ...config.validation import check_declared
+from ...config.backend_checks import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, UsageError, first_line, foreign_errors
 from ...records.results import LoadInfo, ModelFacts
 from ...system import machine
-from .. import probe
-from ..base import Capabilities, DeviceMemory, Emit
+from .. import peak_rates
+from ..base import Capabilities, DeviceMemory
 from ..checkpoints import sources
-from ..engine import Engine, Rows
+from ..engine import MIN_ROWS, EngineBase, StepAligner
 from . import convert
 
 if TYPE_CHECKING:
@@ -42,14 +42,8 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 PAGE = 32
 """Tokens per page of the KV cache on the CPU."""
 
-LEAST_ROWS, MOST_STEP_TOKENS, AUTO_TOKENS = 256, 16_384, 2048
-"""Least rows to make room for, most prompt tokens of one step, assumed prompt tokens if the workload gives the lengths.
 
-They are the same as for vLLM.
-"""
-
-
-class OpenVinoBackend(Engine):
+class OpenVinoBackend(EngineBase):
     """Call `ContinuousBatchingPipeline.step()` until every row has its tokens."""
 
     capabilities = Capabilities(
@@ -119,7 +113,7 @@ class OpenVinoBackend(Engine):
             raise MeasurementError(
                 f"{self.cell.model} has no OpenVINO model {self.folder}. Run the command again to make it."
             )
-        with foreign_errors("loading", "OpenVINO", _said):
+        with foreign_errors("loading", "OpenVINO", self._error_text):
             genai = importlib.import_module("openvino_genai")
             self.realised = realised_properties(self._properties())
             scheduler = genai.SchedulerConfig()
@@ -148,14 +142,11 @@ class OpenVinoBackend(Engine):
 
         `_require_room` checks that the other cells fit.
         """
-        tokens = self.cell.batch_size * ((self.cell.prompt_tokens or AUTO_TOKENS) + self.cell.output_tokens)
         return {
-            "num_kv_blocks": -(-2 * tokens // PAGE) + 2 * LEAST_ROWS,
+            "num_kv_blocks": -(-2 * self._total_tokens() // PAGE) + 2 * MIN_ROWS,
             "cache_size": 0,
-            "max_num_seqs": max(LEAST_ROWS, self.cell.batch_size),
-            "max_num_batched_tokens": max(2048, min(tokens, MOST_STEP_TOKENS)),
             "dynamic_split_fuse": False,
-            "enable_prefix_caching": False,
+            **self._scheduler_limits(),
         }
 
     def describe(self) -> LoadInfo:
@@ -211,15 +202,7 @@ class OpenVinoBackend(Engine):
 
     # Generating
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit, history: Any = None) -> None:
-        self._require_room(prompts, output_tokens)
-        rows = Rows(len(prompts), output_tokens, emit)
-        with foreign_errors("generating", "OpenVINO", _said):
-            self._run(prompts, output_tokens, rows)
-        rows.require_whole()
-
-    def _run(self, prompts: Sequence[Sequence[int]], output_tokens: int, rows: Rows) -> None:
-        """Submit the prompts and step the pipeline until all are answered."""
+    def _run(self, prompts: Sequence[Sequence[int]], output_tokens: int, steps: StepAligner) -> None:
         import numpy
 
         genai, openvino = importlib.import_module("openvino_genai"), importlib.import_module("openvino")
@@ -237,7 +220,7 @@ class OpenVinoBackend(Engine):
         ]
         while pipeline.has_non_finished_requests():
             pipeline.step()
-            rows.add(
+            steps.add(
                 [
                     (row, ids)
                     for row, handle in handles
@@ -247,7 +230,6 @@ class OpenVinoBackend(Engine):
             )
 
     def _require_room(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> None:
-        """Raise MeasurementError if rows would have to wait for others' pages."""
         settings = self._settings()
         needed = sum(-(-(len(prompt) + output_tokens) // PAGE) for prompt in prompts)
         if needed > settings["num_kv_blocks"] or len(prompts) > settings["max_num_seqs"]:
@@ -265,7 +247,7 @@ class OpenVinoBackend(Engine):
         import numpy
         import torch
 
-        with foreign_errors("scoring", "OpenVINO", _said):
+        with foreign_errors("scoring", "OpenVINO", self._error_text):
             if self._scorer is None:
                 core = importlib.import_module("openvino").Core()
                 self._scorer = core.compile_model(
@@ -283,16 +265,19 @@ class OpenVinoBackend(Engine):
             self._scorer.infer({name: value for name, value in given.items() if name in asked})
             return torch.from_numpy(self._scorer.get_tensor("logits").data[0, -last:].copy())
 
+    def _error_text(self, error: Exception) -> str:
+        """Leave out the source locations that OpenVINO puts before its message."""
+        texts = [line for line in str(error).splitlines() if line.strip()]
+        lines = [line for line in texts if not line.startswith(("Exception from", "Check '"))]
+        return lines[0][:200] if lines else first_line(error)
+
     # Device
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         return None
 
     def peaks(self) -> dict[str, float]:
-        return probe.measure_peaks_apart()
-
-    def trim(self) -> None:
-        """Free nothing: the pipeline's KV cache serves all cells of a load."""
+        return peak_rates.measure_peaks_apart()
 
     def close(self) -> None:
         self.pipeline = self._scorer = self.tokenizer = None
@@ -321,11 +306,3 @@ def realised_properties(asked: dict[str, Any]) -> dict[str, str]:
             value = compiled.get_property(name)
             found[name] = value.to_string() if hasattr(value, "to_string") else str(value)
     return found
-
-
-def _said(error: Exception) -> str:
-    """Return an error's message without the source locations that OpenVINO puts before it."""
-    lines = [
-        line for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check '"))
-    ]
-    return lines[0][:200] if lines else first_line(error)

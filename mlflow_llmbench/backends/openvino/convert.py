@@ -31,10 +31,10 @@ BITS = {"int8-wo": 8, "int4-wo": 4}
 int8 is per output channel, int4 per group; with int4, head and embedding are int8.
 """
 
-THROUGH = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Unsqueeze")
+PASS_THROUGH_OPS = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Unsqueeze")
 """Operations between stored weights and the operation that computes with them."""
 
-LEAST_BYTES = 1024
+MIN_BYTES = 1024
 """Constants with fewer bytes are not weights."""
 
 
@@ -128,7 +128,7 @@ def stored(folder: Path, compute_bytes: int) -> Stored:
     whole = step = weights = bits = parameters = 0
     kinds: dict[str, int] = {}
     for node in model.get_ops():
-        if node.get_type_name() != "Constant" or _bytes(node) < LEAST_BYTES:
+        if node.get_type_name() != "Constant" or _bytes(node) < MIN_BYTES:
             continue
         whole += _bytes(node)
         kind, values = node.get_element_type(), _values(node)
@@ -153,7 +153,7 @@ def _path(node: Any) -> str:
         [*users] = [target.get_node() for output in seen[-1].outputs() for target in output.get_target_inputs()]
         matrix = next((user for user in users if user.get_type_name() == "MatMul"), None)
         user = matrix or (users[0] if users else None)
-        if user is None or user.get_type_name() not in THROUGH:
+        if user is None or user.get_type_name() not in PASS_THROUGH_OPS:
             return f"{user.get_type_name() if user else ''}{role}"
         if user.get_type_name() in ("Multiply", "Subtract") and user.input_value(1).get_node() == seen[-1]:
             role = " scale"

@@ -7,7 +7,6 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...analysis.comparison import (
@@ -27,6 +26,7 @@ from ...analysis.comparison import (
     units_text,
 )
 from ...records.metrics import KEYS
+from .catalogue import Chart, Drawing
 from .style import (
     BLUE,
     GREY,
@@ -35,11 +35,9 @@ from .style import (
     RED,
     WIDTH,
     axis_limits,
-    chart_style,
     drawn_name,
     new_figure,
     put_legend,
-    save_figure,
     value_label,
 )
 
@@ -72,22 +70,22 @@ ROW = 0.27  # inches
 MOST_LETTERS = 13  # per line under a column of values, so that neighbours do not touch
 
 
-def draw_comparisons(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
-    """Write `ratios` and, for each comparison, `values`, each as .svg and .png. Return the files.
-
-    Several charts of a kind are numbered from 1. `ratios` has each metric's ratio with its 95 % interval on a
-    logarithmic axis; the range below the noise threshold is shaded. `values` has the values of both results, one dot
-    per unit, with pairs joined. A chart without data is left out. Creates `folder`.
-    """
+def ratios_figures(comparisons: Sequence[Comparison]) -> Drawing:
+    """Draw each metric's ratio with its 95 % interval on a logarithmic axis; the range below the noise is shaded."""
     batches = [comparisons[start : start + MOST_TOGETHER] for start in range(0, len(comparisons), MOST_TOGETHER)]
-    with chart_style():
-        drawn = [*zip(_numbered("ratios", len(batches)), map(_ratios_figure, batches), strict=True)]
-        drawn += zip(_numbered("values", len(comparisons)), map(_values_figure, comparisons), strict=True)
-        return [path for name, figure in drawn if figure for path in save_figure(figure, folder, name)]
+    return _numbered("ratios", [_ratios_figure(batch) for batch in batches])
 
 
-def _numbered(name: str, count: int) -> list[str]:
-    return [name] if count == 1 else [f"{name}_{number}" for number in range(1, count + 1)]
+def values_figures(comparisons: Sequence[Comparison]) -> Drawing:
+    """Draw the values of both results of each comparison, one dot per unit, with pairs joined."""
+    return _numbered("values", [_values_figure(comparison) for comparison in comparisons])
+
+
+def _numbered(name: str, figures: Sequence[Figure | None]) -> Drawing:
+    """Name the figures, with numbers from 1 if there are several; a number without data has no figure."""
+    names = [name] if len(figures) == 1 else [f"{name}_{number}" for number in range(1, len(figures) + 1)]
+    drawn = {one: figure for one, figure in zip(names, figures, strict=True) if figure}
+    return drawn or "no metric can be compared"
 
 
 @dataclass(frozen=True)
@@ -304,3 +302,6 @@ def _draw_values(axes: Axes, effect: Effect, paired: bool) -> None:
     every = [*itertools.chain(*sides)]
     axes.set(xlim=(-0.85, 1.85), ylim=axis_limits(min(every), max(every)))
     axes.tick_params(axis="x", length=0)
+
+
+CHARTS = (Chart("ratios", "comparisons", ratios_figures), Chart("values", "comparisons", values_figures))

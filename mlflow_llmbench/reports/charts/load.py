@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...analysis.goodput import knee
 from ...config.cells import load_text
 from ...records.cell import Cell
+from .catalogue import Chart, Drawing
 from .style import (
     BLUE,
     BROWN,
     GREY,
     ORANGE,
     RED,
-    chart_style,
     drawn_name,
     new_figure,
     put_legend,
-    save_figure,
     value_label,
 )
-from .sweep import Points, settings_text
+from .sweep import SweepPoints, settings_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,25 +37,23 @@ LINES = (("p50", "median", BLUE), ("p95", "95th percentile", ORANGE))
 LEAST_LOADS = 3
 
 
-def draw_loads(points: Points, folder: Path, asked: float) -> list[Path]:
-    """Write `load`, `load-2`, … as .svg and .png, one for each configuration with at least `LEAST_LOADS` loads.
+def load_figures(sweep: SweepPoints) -> Drawing:
+    """Draw one figure for each configuration with at least `LEAST_LOADS` loads, named `load`, `load-2` and so on.
 
-    Returns the files. A filled dot met the limits for the `asked` share (0–1) of the requests. Points are joined in the
-    order of the requested load.
+    A filled dot met the limits for the asked share of the requests. Points are joined in the order of the requested
+    load.
     """
     loads: dict[Cell, list[tuple[Cell, Mapping[str, float]]]] = {}
-    for cell, metrics in points:
+    for cell, metrics in sweep.points:
         if cell.scenario == "online" and cell.trace is None and cell.ramp_to is None and RATE in metrics:
             loads.setdefault(dataclasses.replace(cell, concurrency=1, request_rate=None), []).append((cell, metrics))
-    drawn: list[Path] = []
-    with chart_style():
-        for cell, found in loads.items():
-            if len(found) >= LEAST_LOADS:
-                number = len(drawn) // 2 + 1
-                drawn += save_figure(
-                    _figure_of(cell, found, asked), folder, "load" if number == 1 else f"load-{number}"
-                )
-    return drawn
+    several = [(cell, found) for cell, found in loads.items() if len(found) >= LEAST_LOADS]
+    if not several:
+        return f"it needs {LEAST_LOADS} loads of one server"
+    return {
+        "load" if number == 1 else f"load-{number}": _figure_of(cell, found, sweep.attainment)
+        for number, (cell, found) in enumerate(several, 1)
+    }
 
 
 def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], asked: float) -> Figure:
@@ -111,3 +107,6 @@ def _draw_panel(
                 axes.annotate(
                     load_text(cell), (across, up), textcoords="offset points", xytext=(4, -11), size=7.5, color=GREY
                 )
+
+
+CHARTS = (Chart("load", "sweep", load_figures),)

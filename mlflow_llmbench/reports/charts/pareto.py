@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...analysis.decisions.candidates import MEMORY, Candidate, Measure, interval
 from ...analysis.decisions.recommend import GOALS, Recommendation
 from ...records.metrics import KEYS
 from ...records.quantizations import COLOURS
-from .style import BLUE, GREY, INK, RED, WIDTH, chart_style, new_figure, put_legend, save_figure
+from .catalogue import Chart, Drawing
+from .style import BLUE, GREY, INK, RED, WIDTH, new_figure, put_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,30 +19,31 @@ MOST_LABELS = 14
 """Points that are labelled. If there are more, only those on the front are."""
 
 
-def draw_recommendation(found: Recommendation, folder: Path) -> list[Path]:
-    """Write `recommendation.svg` and `.png`: the goal against memory and against each limited measure, one panel each.
+def recommendation_figure(found: Recommendation) -> Drawing:
+    """Draw the goal against memory and against each limited measure, one panel each.
 
     Filled points are on the front, the ring marks the winner, the shaded range is excluded by a limit, bars are 95 %
-    intervals. Returns the files; none if there are fewer than two candidates or a value is missing. Creates `folder`.
+    intervals.
     """
     goal = GOALS[found.goal]
     others = [measure for measure in found.objectives if measure is not goal] or [MEMORY]
     others.sort(key=lambda measure: measure is not MEMORY)
-    if len(found.eligible) < 2 or any(one.value(measure) is None for one in found.eligible for measure in others):
-        return []
-    with chart_style():
-        name = found.winner.name if found.winner else "nothing meets the limits"
-        title = f"{goal.label[:1].upper()}{goal.label[1:]}: {name}"
-        columns = min(2, len(others))
-        rows = -(-len(others) // columns)
-        size = (WIDTH if columns == 1 else 1.3 * WIDTH, 4.8 if rows == 1 else 1.2 + 3.6 * rows)
-        figure, panels = new_figure(title, f"{goal.better} is better; bars are 95 % intervals", size, (rows, columns))
-        for axes, measure in zip(panels, others, strict=False):
-            _draw_panel(axes, found, measure, goal)
-        for axes in panels[len(others) :]:
-            axes.remove()
-        put_legend(figure, _legend(found))
-        return save_figure(figure, folder, "recommendation")
+    if len(found.eligible) < 2:
+        return "it needs two candidates"
+    if any(one.value(measure) is None for one in found.eligible for measure in others):
+        return "a candidate lacks a value"
+    name = found.winner.name if found.winner else "nothing meets the limits"
+    title = f"{goal.label[:1].upper()}{goal.label[1:]}: {name}"
+    columns = min(2, len(others))
+    rows = -(-len(others) // columns)
+    size = (WIDTH if columns == 1 else 1.3 * WIDTH, 4.8 if rows == 1 else 1.2 + 3.6 * rows)
+    figure, panels = new_figure(title, f"{goal.better} is better; bars are 95 % intervals", size, (rows, columns))
+    for axes, measure in zip(panels, others, strict=False):
+        _draw_panel(axes, found, measure, goal)
+    for axes in panels[len(others) :]:
+        axes.remove()
+    put_legend(figure, _legend(found))
+    return figure
 
 
 def _draw_panel(axes: Axes, found: Recommendation, across: Measure, up: Measure) -> None:
@@ -131,3 +132,6 @@ def _axis_label(measure: Measure) -> str:
     unit = KEYS[key].unit if key in KEYS else ""
     shown = {"bytes": "GB", "1/s": "tokens/s", "0–1": ""}.get(unit, unit)
     return f"{measure.label[:1].upper()}{measure.label[1:]}{f' ({shown})' if shown else ''}"
+
+
+CHARTS = (Chart("recommendation", "recommendation", recommendation_figure),)

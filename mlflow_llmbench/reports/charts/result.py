@@ -1,14 +1,9 @@
-"""Charts of one measured cell and of a sweep as SVG and PNG, and the style of all charts.
-
-The same input gives the same bytes. pyplot is not used. The style is set in an `rc_context` during a call, so a
-notebook's own settings are neither read nor changed. rcParams are global: do not draw in two threads at once.
-"""
+"""Charts of one measured cell: gaps between tokens, the distribution of latencies, memory over time."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +13,7 @@ from ...analysis.latency import gaps_ms
 from ...analysis.repetitions import several_in_a_step
 from ...records.results import RequestRecord, RunResult
 from ...stats import supports
+from .catalogue import Chart, Drawing
 from .style import (
     BLUE,
     CHARACTER,
@@ -28,32 +24,18 @@ from .style import (
     WIDTH,
     Array,
     axis_limits,
-    chart_style,
     drawn_name,
     new_figure,
     put_legend,
-    save_figure,
     value_label,
 )
 from .sweep import settings_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 MOST_BINS = 400  # points of a line; a longer series is drawn by its bins
-
-
-def draw_cell(result: RunResult, folder: Path) -> list[Path]:
-    """Write `itl_by_token`, `latency_distribution` and `memory_timeline` of one cell, each as .svg and .png.
-
-    Return the files. A chart without data (one output token, no timeline, a failed cell) is left out. Creates `folder`.
-    """
-    with chart_style():
-        drawn = _itl_figure(result), _latency_figure(result), _memory_figure(result)
-        charts = zip(("itl_by_token", "latency_distribution", "memory_timeline"), drawn, strict=True)
-        return [path for name, figure in charts if figure for path in save_figure(figure, folder, name)]
 
 
 def _requests(result: RunResult) -> list[RequestRecord]:
@@ -71,12 +53,12 @@ def _gaps(result: RunResult) -> list[Array]:
     return [] if several_in_a_step(result) else [np.array(gaps_ms(request)) for request in _requests(result)]
 
 
-def _itl_figure(result: RunResult) -> Figure | None:
+def itl_figure(result: RunResult) -> Drawing:
     """Draw the gap in ms by token index 2 … N: median over requests, and the 10th to 90th percentile as a band."""
     gaps = _gaps(result)
     longest = max((len(g) for g in gaps), default=0)
     if longest == 0:
-        return None
+        return "it needs the times of single tokens"
     table = np.array(list(itertools.zip_longest(*gaps, fillvalue=np.nan)))  # tokens × requests
     low, middle, high = np.nanpercentile(table, [10, 50, 90] if len(gaps) >= 10 else [0, 50, 100], axis=1)
     stride = -(-longest // MOST_BINS)
@@ -109,11 +91,11 @@ def _itl_figure(result: RunResult) -> Figure | None:
     return figure
 
 
-def _latency_figure(result: RunResult) -> Figure | None:
+def latency_figure(result: RunResult) -> Drawing:
     """Draw the cumulative distribution of all gaps with its supported percentiles, and TTFT by repetition."""
     requests = _requests(result)
     if not requests:
-        return None
+        return "nothing was generated"
     gaps = _gaps(result)
     values = np.concatenate([np.array([]), *gaps])
     weights = np.concatenate(
@@ -193,10 +175,10 @@ def _draw_distribution(axes: Axes, values: Array, weights: NDArray[Any]) -> None
     axes.locator_params(axis="x", nbins=5)
 
 
-def _memory_figure(result: RunResult) -> Figure | None:
+def memory_figure(result: RunResult) -> Drawing:
     """Draw memory over time in GB (10⁹ bytes), with the stages as vertical lines and their exact readings as dots."""
     if not result.timeline:
-        return None
+        return "memory was not sampled"
     start = result.timeline[0].t_ns
     marks = {stage: (t - start) / 1e9 for stage, t in sorted(result.marks.items(), key=lambda mark: mark[1])}
     figure, (axes,) = new_figure(
@@ -257,3 +239,10 @@ def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
             size=9,
             color=GREY,
         )
+
+
+CHARTS = (
+    Chart("itl_by_token", "cell", itl_figure),
+    Chart("latency_distribution", "cell", latency_figure),
+    Chart("memory_timeline", "cell", memory_figure),
+)

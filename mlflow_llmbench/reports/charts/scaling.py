@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ from ...analysis.scaling.ranking import ranked
 from ...analysis.scaling.study import ScalingStudy
 from ...analysis.scaling.surfaces import Surface
 from ...stats import t_interval
+from .catalogue import Chart, Drawing
 from .style import (
     BLUE,
     BROWN,
@@ -25,11 +25,9 @@ from .style import (
     RED,
     WIDTH,
     Array,
-    chart_style,
     new_figure,
     plain_numbers,
     put_legend,
-    save_figure,
 )
 
 if TYPE_CHECKING:
@@ -52,18 +50,15 @@ AXES = {
 POINTS = 120  # of a curve
 
 
-def draw_study(study: ScalingStudy, folder: Path) -> list[Path]:
-    """Write a chart for each fitted law, and `exponent_by_length`, as .svg and .png in `folder`, which is created.
+def law_figures(study: ScalingStudy) -> Drawing:
+    """Draw one figure for each fitted law, named by its key."""
+    keys = dict.fromkeys(law.law.key for law in study.laws)
+    figures = {key: _law_figure([law for law in study.laws if law.law.key == key], study) for key in keys}
+    return figures or "no law was fitted"
 
-    Return the files.
-    """
-    files: list[Path] = []
-    with chart_style():
-        for key in dict.fromkeys(law.law.key for law in study.laws):
-            files += save_figure(_law_figure([law for law in study.laws if law.law.key == key], study), folder, key)
-        if study.surfaces:
-            files += save_figure(_exponents_figure(study.surfaces), folder, "exponent_by_length")
-    return files
+
+def _exponents(study: ScalingStudy) -> Drawing:
+    return _exponents_figure(study.surfaces) if study.surfaces else "no law was fitted over both settings"
 
 
 def _law_figure(laws: Sequence[LawFit], study: ScalingStudy) -> Figure:
@@ -195,3 +190,6 @@ def _exponents_figure(surfaces: Sequence[Surface]) -> Figure:
     axes.set(xlabel="Prompt tokens", ylabel="β", ylim=(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1])))
     put_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
+
+
+CHARTS = (Chart("laws", "scaling", law_figures), Chart("exponent_by_length", "scaling", _exponents))

@@ -1,19 +1,23 @@
-"""Charts of a sweep."""
+"""Charts of a sweep: one bar per quantization, and quality against speed.
+
+Groups along x are the batch sizes, or the combinations of all other varied parameters. Each model has its own panel,
+or is a group if only the quantization varies besides.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.cells import NOT_IN_IDENTITY
 from ...records.cell import Cell, differing
 from ...records.metrics import KEYS
 from ...records.quantizations import COLOURS
+from .catalogue import Chart, Drawing
 from .style import (
     BROWN,
     CHARACTER,
@@ -23,11 +27,9 @@ from .style import (
     MARKERS,
     WIDEST,
     WIDTH,
-    chart_style,
     drawn_name,
     new_figure,
     put_legend,
-    save_figure,
     value_label,
 )
 
@@ -56,30 +58,54 @@ SWEEP_AXES = {
 
 THROUGHPUT, KL = "throughput/output_tokens_per_s", "quality/kl_vs_reference"
 MOST_LABELS = 16  # points with their value; more would cover each other
+FEW_CELLS = "it needs two cells that have its metric"
 
 
-def draw_sweep(points: Points, folder: Path) -> list[Path]:
-    """Write `overview`, `throughput`, `ttft`, `itl`, `memory` and `quality` of measured cells, as .svg and .png.
+@dataclass(frozen=True)
+class SweepPoints:
+    """Measured cells of a sweep with their summary metrics. If a cell was measured twice, the last one counts.
 
-    `points` holds cells with their summary metrics. Returns the files. `quality` plots the divergence from the
-    unquantized model against throughput. The others have one bar per quantization. Groups along x are the batch sizes,
-    or the combinations of all other varied parameters. Each model has its own panel, or is a group if only the
-    quantization varies besides. If a cell was measured twice, the last one counts. A chart without any value is left
-    out. Fewer than two cells give no charts.
+    `attainment` is the share (0–1) of the requests that shall meet the limits.
     """
-    keys: dict[str, str] = {}  # chart → its metric
+
+    points: Points
+    attainment: float
+
+
+def _metric_keys(points: Points) -> dict[str, str]:
+    """Return the metric of each chart of bars that has data; none if there are fewer than two cells."""
+    keys: dict[str, str] = {}
+    if _is_single(points):
+        return keys
     for key, (chart, *_) in SWEEP_AXES.items():
         if any(metrics.get(key) for _, metrics in points):
             keys.setdefault(chart, key)
-    if len({cell for cell, _ in points}) < 2 or not keys:
-        return []
-    with chart_style():
-        charts = {"overview": overview_figure(points, keys.values())} | {
-            name: metric_figure(points, key) for name, key in keys.items()
-        }
-        scored = [(cell, metrics) for cell, metrics in points if KL in metrics and THROUGHPUT in metrics]
-        charts |= {"quality": quality_figure(scored)} if len({cell for cell, _ in scored}) > 1 else {}
-        return [path for name, figure in charts.items() for path in save_figure(figure, folder, name)]
+    return keys
+
+
+def _is_single(points: Points) -> bool:
+    return len({cell for cell, _ in points}) < 2
+
+
+def _overview(sweep: SweepPoints) -> Drawing:
+    keys = _metric_keys(sweep.points)
+    return overview_figure(sweep.points, keys.values()) if keys else FEW_CELLS
+
+
+def _bars(name: str) -> Callable[[SweepPoints], Drawing]:
+    """Return the function that draws the bars of one chart."""
+
+    def draw(sweep: SweepPoints) -> Drawing:
+        key = _metric_keys(sweep.points).get(name)
+        return metric_figure(sweep.points, key) if key else FEW_CELLS
+
+    return draw
+
+
+def _quality(sweep: SweepPoints) -> Drawing:
+    """Draw the divergence from the unquantized model against throughput."""
+    scored = [(cell, metrics) for cell, metrics in sweep.points if {KL, THROUGHPUT} <= metrics.keys()]
+    return FEW_CELLS if _is_single(scored) else quality_figure(scored)
 
 
 def settings_text(cell: Cell, names: Sequence[str] = DESCRIBED) -> str:
@@ -284,3 +310,10 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
         for group in grid.groups
     ]
     axes.set(xticks=range(len(texts)), xticklabels=texts, xlabel=" · ".join(grid.names).replace("_", " ").capitalize())
+
+
+CHARTS = (
+    Chart("overview", "sweep", _overview),
+    *(Chart(name, "sweep", _bars(name)) for name in dict.fromkeys(chart for chart, *_ in SWEEP_AXES.values())),
+    Chart("quality", "sweep", _quality),
+)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,11 +18,12 @@ from ...analysis.scaling.paper_claims import QuantEffect
 from ...analysis.scaling.study import TPOT
 from ...analysis.scaling.tradeoffs import Ratio
 from ...records.quantizations import COLOURS
-from .style import BLUE, BROWN, GREY, INK, WIDTH, new_figure, put_legend, save_figure, value_label
+from .catalogue import Chart, Drawing
+from .figure_data import FigureData
+from .style import BLUE, BROWN, GREY, INK, WIDTH, new_figure, put_legend, value_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 MOST_ROWS = 24
@@ -31,8 +31,6 @@ MOST_ROWS = 24
 
 TOP1 = "quality/top1_agreement"
 LEAST_SPOKES = 3
-
-Names = Mapping[str, str]
 
 SPOKES = (
     ("throughput", RATE, True),
@@ -45,24 +43,9 @@ SPOKES = (
 """Axes of the radar: name, metric (memory: the peak), True if more is better."""
 
 
-def draw_tradeoffs(found: Findings, names: Names, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Write these figures as .svg and .png, in the style that is set.
-
-    Return the files, and (figure, reason) for each that is not drawn.
-    """
-    files: list[Path] = []
-    missing: list[tuple[str, str]] = []
-    for name, draw in FIGURES.items():
-        figure = draw(found, names)
-        if isinstance(figure, str):
-            missing.append((name, figure))
-        else:
-            files += save_figure(figure, folder, name)
-    return files, missing
-
-
-def _quantization(found: Findings, names: Names) -> Figure | str:
+def _quantization(data: FigureData) -> Drawing:
     """Draw the throughput of each quantized cell ÷ that of its reference, one panel per model, one row per shape."""
+    found, names = data.found, data.names
     own = [e for e in found.effects if e.measured.result.hashes.config in names]
     if not own:
         return "no quantized cell was measured together with a reference that differs only in quantization"
@@ -136,11 +119,12 @@ def _draw_ratio(axes: Axes, y: float, speed: Ratio, colour: str, label: str) -> 
     axes.plot([speed.value], [y], "o", color=colour, markersize=4.5, label=label, zorder=3)
 
 
-def _radar(found: Findings, names: Names) -> Figure | str:
+def _radar(data: FigureData) -> Drawing:
     """Draw the quantizations of each model at the shape of comparison.
 
     On every axis further out is better, and the best of the model is 1; quality is the share itself.
     """
+    found, names = data.found, data.names
     order = list(COLOURS)
     here = [m for m in found.focus.cells if at_focus(m, found.focus)]
     own = sorted(
@@ -243,8 +227,9 @@ def _draw_radar(axes: Axes, cells: Sequence[Measured]) -> None:
     axes.spines["polar"].set_color("#d5d9de")
 
 
-def _cost(found: Findings, names: Names) -> Figure | str:
+def _cost(data: FigureData) -> Drawing:
     """Draw the tokens per unit of money of the best cell of each machine, model and quantization."""
+    found = data.found
     prices = {machine.env: machine for machine in found.machines if machine.price}
     best: dict[tuple[str, str, str], Measured] = {}
     for measured in found.cells:
@@ -286,8 +271,9 @@ def _cost(found: Findings, names: Names) -> Figure | str:
     return figure
 
 
-def _machines(found: Findings, names: Names) -> Figure | str:
+def _machines(data: FigureData) -> Drawing:
     """Draw the throughput of each configuration on another machine ÷ that on the machine with most cells."""
+    found = data.found
     if not found.across:
         return "it needs one configuration that two machines have measured"
     shown = found.across[:MOST_ROWS]
@@ -316,10 +302,21 @@ def _machines(found: Findings, names: Names) -> Figure | str:
     return figure
 
 
-FIGURES: dict[str, Callable[[Findings, Names], Figure | str]] = {
-    "quantization_effect": _quantization,
-    "quantization_radar": _radar,
-    "cost_by_hardware": _cost,
-    "machines": _machines,
-}
-"""Figure → function that draws it, or returns the reason why it cannot be drawn."""
+CHARTS = (
+    Chart(
+        "quantization_effect",
+        "study",
+        _quantization,
+        "Each quantization against the reference that differs only in quantization.",
+    ),
+    Chart(
+        "quantization_radar",
+        "study",
+        _radar,
+        "Trade-offs of each quantization. Throughput is divided by the highest of the model; the lowest time, memory "
+        "or energy is divided by each; quality is the share of positions with the unquantized model's most probable "
+        "token. 1 is best on every axis.",
+    ),
+    Chart("cost_by_hardware", "study", _cost, "Output tokens per unit of money at the given prices."),
+    Chart("machines", "study", _machines, "The same configurations on other machines."),
+)

@@ -100,6 +100,13 @@ def test_the_comment_says_what_was_measured_and_that_another_engine_was_not() ->
     assert "another engine" not in write("transformers")
 
 
+@pytest.mark.parametrize("target", ["llama.cpp", "docker-compose"])
+def test_a_version_of_an_earlier_release_names_only_its_backend(target: str) -> None:
+    now = packed()
+    before = {name: value for name, value in now.items() if name != "engine"}
+    assert export(before, (), uri="models:/m/1", target=target) == export(now, (), uri="models:/m/1", target=target)
+
+
 def test_the_commands() -> None:
     assert command(write("vllm", trust_remote_code=True)) == shlex.split(
         "vllm serve google/gemma-3-270m --revision c0ffee --dtype bfloat16 --max-model-len 13 --max-num-seqs 4 "

@@ -15,13 +15,20 @@ from mlflow import MlflowClient
 from mlflow_llmbench import run
 from mlflow_llmbench.analysis.decisions.candidates import MEMORY, Limit, Measure, candidates, interval, names_of
 from mlflow_llmbench.analysis.decisions.dominance import dominates
-from mlflow_llmbench.analysis.decisions.recommend import GOALS, QUALITY, choose, recommend, recommendation_json
+from mlflow_llmbench.analysis.decisions.recommend import (
+    GOALS,
+    QUALITY,
+    Recommendation,
+    choose,
+    recommend,
+    recommendation_json,
+)
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import config_hash
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Failure, Hashes, MemoryStages, RunResult
-from mlflow_llmbench.reports.charts.pareto import draw_recommendation
+from mlflow_llmbench.reports.charts.catalogue import draw_charts
 from mlflow_llmbench.reports.recommendation import (
     answer,
     format_recommendation,
@@ -39,6 +46,10 @@ INT8 = result("int8", 1, step=12, memory=4)
 BF16 = result("bf16", 1, step=10, memory=6)
 INT8_8 = result("int8", 8, step=20, ttft=60, memory=7)
 ALL = [INT4, INT8, BF16, INT8_8]
+
+
+def _drawn(found: Recommendation, folder: Path) -> list[Path]:
+    return list(draw_charts("recommendation", found, folder).files)
 
 
 def names(found: Sequence[object]) -> list[str]:
@@ -293,21 +304,19 @@ def test_wrong_use_of_the_function() -> None:
 
 def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
     found = recommend(ALL, limits=[Limit("--max-memory", MEMORY, 6 * GB), Limit("--max-ttft", TTFT, 30)])
-    files = draw_recommendation(found, tmp_path)
+    files = _drawn(found, tmp_path)
     assert [file.name for file in files] == ["recommendation.svg", "recommendation.png"]
     text = files[0].read_text()
     assert all(
         name in text
         for name in ("int8 batch 8", "Peak memory (GB)", "Median time to first token (ms)", "winner", "limit")
     )
-    assert draw_recommendation(recommend([INT4]), tmp_path / "one") == []
+    assert _drawn(recommend([INT4]), tmp_path / "one") == []
     scored = [
         dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": 0.01})
         for one in candidates([INT8, INT4])
     ]
-    files = draw_recommendation(
-        choose(scored, "throughput", [Limit("--min-quality", QUALITY["kl"], 0.05)]), tmp_path / "scored"
-    )
+    files = _drawn(choose(scored, "throughput", [Limit("--min-quality", QUALITY["kl"], 0.05)]), tmp_path / "scored")
     assert "KL divergence from the reference" in files[0].read_text()
     markdown = html.unescape(recommendation_markdown(found))
     assert "| int4 batch 1 | 96.2 tokens/s" in markdown and "- **int8 batch 8**: Its peak memory" in markdown

@@ -27,8 +27,9 @@ from mlflow_llmbench.records.results import (
     RequestRecord,
     RunResult,
 )
-from mlflow_llmbench.reports import files as files_reports
+from mlflow_llmbench.reports import artifacts
 from mlflow_llmbench.reports.charts import scaling
+from mlflow_llmbench.reports.charts.catalogue import draw_charts
 from mlflow_llmbench.reports.scaling import format_study, study_json, study_markdown
 
 MS = 1_000_000
@@ -321,11 +322,11 @@ def test_the_report_says_the_same_in_all_forms(tmp_path: Path) -> None:
 
 def test_charts_draw_the_cells_and_nothing_beyond_them(tmp_path: Path) -> None:
     study = study_scaling(sweep(batches=[1, 2, 8, 32], lengths=[128, 1024]))
-    files = files_reports.write_scaling(study, tmp_path / "one")
+    files = artifacts.write_scaling(study, tmp_path / "one")
     names = {file.relative_to(tmp_path / "one").as_posix() for file in files}
     keys = {"throughput_by_batch", "latency_by_batch", "memory_by_tokens", "exponent_by_length"}
     assert names == {"scaling.json", "scaling.md"} | {f"charts/{key}.{kind}" for key in keys for kind in ("svg", "png")}
-    again = files_reports.write_scaling(study, tmp_path / "two")
+    again = artifacts.write_scaling(study, tmp_path / "two")
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
     figure = scaling._law_figure([law(study, "throughput_by_batch", "prompt_tokens=128")], study)
     [axes] = figure.axes
@@ -354,5 +355,5 @@ def test_charts_of_many_groups_write_plain_numbers_and_tell_the_groups_apart(tmp
     assert len(titles) == len(laws) == 4
     assert [" ".join(title.split()) for title in titles] == [found.where for found in laws]
     assert any(axes.get_yscale() == "log" for axes in figure.axes)
-    drawn, _ = scaling.draw_study(dataclasses.replace(study, laws=laws, surfaces=()), tmp_path)
+    drawn, _ = draw_charts("scaling", dataclasses.replace(study, laws=laws, surfaces=()), tmp_path).files
     assert "mathdefault" not in drawn.read_text()

@@ -160,7 +160,8 @@ def test_cells_that_contradict_themselves_are_refused_one_by_one(store_uri: str)
         run(backend="fake", model="fake:", decode="prompt_lookup", batch_size=2, **FAST)
     with pytest.raises(UsageError, match=r"backend=fake has no kv_cache=int4\. Use kv_cache=auto\."):
         run(backend="fake", model="fake:", kv_cache="int4", **FAST)
-    assert "is not quantized" in (estimate.contradiction(Cell(kv_cache="int4", decode="compiled")) or "")
+    refusal = estimate.contradiction(Cell(kv_cache="int4", decode="compiled"))
+    assert refusal and refusal.kind == "settings" and "is not quantized" in refusal.sentence
 
 
 def test_the_estimate_knows_the_decode_path() -> None:

@@ -25,8 +25,10 @@ from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import NotRealised, UsageError
 from mlflow_llmbench.records.mixed_plan import Block, QuantPlan, Sensitivity
 from mlflow_llmbench.records.results import LoadInfo, ModelFacts, from_json, to_json
-from mlflow_llmbench.reports import files as files_reports
-from mlflow_llmbench.reports.mixed_plan import draw_plan, place, plan_markdown
+from mlflow_llmbench.reports import artifacts
+from mlflow_llmbench.reports.charts.mixed_plan import place, sensitivity_figure
+from mlflow_llmbench.reports.charts.style import chart_style, save_figure
+from mlflow_llmbench.reports.mixed_plan import plan_markdown
 from mlflow_llmbench.system.estimate import predicted_bytes
 from tests.reports.charts.test_result import texts
 from tests.results import made
@@ -48,6 +50,11 @@ def made_up(budget: str = "8", **schemes: str) -> QuantPlan:
         name.replace("_", "."): scheme for name, scheme in schemes.items()
     }
     return QuantPlan(found, budget, given, (0.01, 0.02))
+
+
+def draw_plan(plan: QuantPlan, folder: Path) -> list[Path]:
+    with chart_style():
+        return save_figure(sensitivity_figure(plan), folder, "sensitivity")
 
 
 def prepared(model: Path, **settings: str) -> tuple[TransformersBackend, LoadInfo]:
@@ -353,10 +360,10 @@ def test_what_the_plan_says(tmp_path: Path) -> None:
 def test_the_files_of_a_run_have_the_plan(tmp_path: Path) -> None:
     plan = made_up()
     result = made("mixed", load=LoadInfo(1.0, weight_bytes=10**9, quant_plan=plan))
-    files_reports.write_cell(result, tmp_path)
+    artifacts.write_cell(result, tmp_path)
     assert from_json(QuantPlan, json.loads((tmp_path / "quant_plan.json").read_text())) == plan
     assert (tmp_path / "quant_plan.md").read_text() == plan_markdown(plan)
-    assert "sensitivity.svg" in [file.name for file in files_reports.draw_cell(result, tmp_path / "charts")]
+    assert "sensitivity.svg" in [file.name for file in artifacts.draw_cell(result, tmp_path / "charts")]
     assert read_result(tmp_path) == result
 
 

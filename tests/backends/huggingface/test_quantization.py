@@ -17,7 +17,7 @@ from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure import runtime
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, MissingError, NotRealised, UsageError
-from mlflow_llmbench.records.quantizations import LIBRARIES, SCHEMES, install_command, schemes_of
+from mlflow_llmbench.records.quantizations import LIBRARIES, SCHEMES, install_command, schemes_of, schemes_with
 from mlflow_llmbench.system import gpu
 from tests.loading import loaded
 
@@ -219,8 +219,8 @@ def test_a_size_of_groups_is_asked_of_those_that_have_groups() -> None:
     for other in ("int4", "quanto4", "int8-wo"):
         with pytest.raises(
             UsageError,
-            match=r"group_size is a setting of quant=gptq,gptq3,gptq8,int4-wo,hqq8,hqq4,hqq3,hqq2; "
-            r"others have their own groups",
+            match=f"group_size is a setting of quant={','.join(schemes_with('group_size'))}; "
+            "others have their own groups",
         ):
             parse({"quant": other, "group_size": "64"})
 

@@ -221,11 +221,11 @@ def test_memory_of_a_context_is_given_back_between_cells(plain: Path) -> None:
     with loaded(cell_of(plain)) as (backend, _):
         steps_of(backend, [PROMPTS[0]] * 16)
         assert backend.session
-        held = backend.session.rows * backend.session.longest
+        held = backend.session.rows * backend.session.max_tokens
         backend.trim()
         assert backend.session is None
         steps_of(backend)
-        assert backend.session.rows * backend.session.longest < held
+        assert backend.session.rows * backend.session.max_tokens < held
 
 
 def test_one_context_serves_all_texts_of_a_cell(plain: Path) -> None:
@@ -241,7 +241,7 @@ def test_one_context_serves_all_texts_of_a_cell(plain: Path) -> None:
         steps_of(backend, [list(short)])
         assert first
         assert backend.session
-        assert backend.session.longest < first.longest
+        assert backend.session.max_tokens < first.max_tokens
 
 
 def test_text_goes_through_the_files_own_tokenizer(plain: Path, tiny_model: Path, tmp_path: Path) -> None:

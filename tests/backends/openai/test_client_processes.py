@@ -38,7 +38,7 @@ def send(url: str, load: Load, processes: int, **settings: Any) -> tuple[Trace, 
     """Return the trace of a load of requests for 4 tokens, and the server's log."""
     cell = Cell(**{"backend": "openai", "url": url, "model": MODEL, "output_tokens": 4, "prompt_tokens": 16} | settings)
     backend = OpenAIBackend(cell, ModelFacts("", "none", "", ""))
-    backend.unique = backend.own_words = "the same for all"
+    backend.prompt_prefix = backend.conversation_prefix = "the same for all"
     read_log(url)
     try:
         trace = backend.send(load_prompts(cell.workload), cell, 0, load, processes=processes)

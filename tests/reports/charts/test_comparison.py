@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlflow_llmbench.analysis.comparison import HEADLINES, compare
+from mlflow_llmbench.analysis.comparison import HEADLINES, Comparison, compare
 from mlflow_llmbench.records.metrics import KEYS
 from mlflow_llmbench.records.results import MemoryStages
 from mlflow_llmbench.reports.charts import comparison as comparison_charts
-from mlflow_llmbench.reports.charts.comparison import LOOKS, NAMES, draw_comparisons
+from mlflow_llmbench.reports.charts.catalogue import draw_charts
+from mlflow_llmbench.reports.charts.comparison import LOOKS, NAMES
 from mlflow_llmbench.reports.charts.style import GREY, chart_style
 from tests.analysis.test_comparison import BF16, INT4, RATE, in_processes, result, spread
 from tests.reports.charts.test_result import axes_of, check_files, texts
 
 FP16 = result(spread(1.001), "fp16")
+
+
+def draw_comparisons(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
+    return list(draw_charts("comparisons", comparisons, folder).files)
 
 
 def points(axes: Any, colour: str | None = None) -> list[tuple[list[float], list[float]]]:

@@ -23,8 +23,8 @@ from mlflow_llmbench.records.results import (
 )
 from mlflow_llmbench.reports.charts import result as result_charts
 from mlflow_llmbench.reports.charts import style, sweep
-from mlflow_llmbench.reports.charts.result import draw_cell
-from mlflow_llmbench.reports.charts.sweep import draw_sweep
+from mlflow_llmbench.reports.charts.catalogue import draw_charts
+from mlflow_llmbench.reports.charts.sweep import Points, SweepPoints
 from mlflow_llmbench.stats import percentile
 
 MS = 1_000_000  # ns
@@ -84,6 +84,14 @@ def points_of(
     return found
 
 
+def draw_cell(result: RunResult, folder: Path) -> list[Path]:
+    return list(draw_charts("cell", result, folder).files)
+
+
+def draw_sweep(points: Points, folder: Path) -> list[Path]:
+    return list(draw_charts("sweep", SweepPoints(points, 0.9), folder).files)
+
+
 def texts(path: Path) -> str:
     """Return all text of an SVG. Fails if it is not well-formed XML or if text was drawn as paths."""
     root = ElementTree.parse(path).getroot()
@@ -132,7 +140,7 @@ def test_a_cell_gives_three_charts_with_their_words(tmp_path: Path) -> None:
 
 
 def test_itl_chart_draws_medians_and_the_spread() -> None:
-    axes = axes_of(result_charts._itl_figure(result_of([[10, 20, 30], [12, 20, 33], [17, 26, 31]])))
+    axes = axes_of(result_charts.itl_figure(result_of([[10, 20, 30], [12, 20, 33], [17, 26, 31]])))
     line = axes[0].lines[0]
     assert list(line.get_xdata()) == [2, 3, 4]
     assert list(line.get_ydata()) == pytest.approx([12, 20, 31])
@@ -141,7 +149,7 @@ def test_itl_chart_draws_medians_and_the_spread() -> None:
 
 
 def test_requests_of_unlike_length_are_drawn_as_far_as_they_go() -> None:
-    axes = axes_of(result_charts._itl_figure(result_of([[10, 20, 30], [14]])))
+    axes = axes_of(result_charts.itl_figure(result_of([[10, 20, 30], [14]])))
     assert list(axes[0].lines[0].get_ydata()) == pytest.approx([12, 20, 30])
 
 
@@ -157,7 +165,7 @@ def test_a_long_series_is_drawn_by_bins_and_stays_small(tmp_path: Path) -> None:
 def test_one_lone_gap_does_not_flatten_the_rest() -> None:
     gaps = noisy(200, 3)
     gaps[1][50] = 5000.0
-    axes = axes_of(result_charts._itl_figure(result_of(gaps)))
+    axes = axes_of(result_charts.itl_figure(result_of(gaps)))
     assert axes[0].get_ylim()[1] < 100
     assert [text.get_text() for text in axes[0].texts] == ["beyond the axis: 5000 ms at token 52"]
 
@@ -165,7 +173,7 @@ def test_one_lone_gap_does_not_flatten_the_rest() -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 def test_percentiles_are_those_of_the_summary(rows: int) -> None:
     gaps = noisy(48, 7)
-    axes = axes_of(result_charts._latency_figure(result_of(gaps, rows=rows)))
+    axes = axes_of(result_charts.latency_figure(result_of(gaps, rows=rows)))
     pool = [gap for values in gaps for gap in values for _ in range(rows)]
     marked = [(float(line.get_xdata()[0]), int(line.get_ydata()[0])) for line in axes[0].lines[1:]]
     assert [q for _, q in marked] == [50, 90, 99]
@@ -173,7 +181,7 @@ def test_percentiles_are_those_of_the_summary(rows: int) -> None:
 
 
 def test_ttft_chart_has_a_dot_per_repetition_and_the_median() -> None:
-    axes = axes_of(result_charts._latency_figure(result_of(noisy(4, 3), ttft=[90, 120, 100])))
+    axes = axes_of(result_charts.latency_figure(result_of(noisy(4, 3), ttft=[90, 120, 100])))
     dots, median = axes[1].lines
     assert list(dots.get_xdata()) == pytest.approx([1, 2, 3])
     assert list(dots.get_ydata()) == pytest.approx([90, 120, 100])
@@ -205,7 +213,7 @@ def test_what_was_not_seen_is_left_out(tmp_path: Path) -> None:
 def test_memory_chart_draws_samples_marks_and_exact_readings() -> None:
     result = result_of([[20.0]])
     result = dataclasses.replace(result, timeline=tuple(dataclasses.replace(s, device=10**9) for s in result.timeline))
-    axes = axes_of(result_charts._memory_figure(result))
+    axes = axes_of(result_charts.memory_figure(result))
     lines = {str(line.get_label()): line for line in axes[0].lines}
     assert lines["host resident"].get_ydata()[-1] == pytest.approx(0.9)
     assert lines["host resident"].get_xdata()[-1] == pytest.approx(10)
@@ -219,7 +227,7 @@ def test_names_of_stages_do_not_overlap() -> None:
 
     with style.chart_style():
         crowded = dataclasses.replace(result_of([[20.0]]), marks={stage: t * S // 4 for stage, t in MARKS.items()})
-        figure: Any = result_charts._memory_figure(crowded)
+        figure: Any = result_charts.memory_figure(crowded)
         canvas: Any = FigureCanvasAgg(figure)
         canvas.draw()
         boxes = [text.get_window_extent(canvas.get_renderer()) for text in figure.axes[0].texts]
@@ -232,7 +240,7 @@ def test_a_peak_of_a_single_sample_stays() -> None:
     result = result_of([[20.0]])
     timeline = [MemorySample(i * MS, 5 * 10**8, 10**8) for i in range(50_000)]
     timeline[23_456] = MemorySample(23_456 * MS, 2 * 10**9, 10**8)
-    axes = axes_of(result_charts._memory_figure(dataclasses.replace(result, timeline=tuple(timeline))))
+    axes = axes_of(result_charts.memory_figure(dataclasses.replace(result, timeline=tuple(timeline))))
     assert max(axes[0].lines[0].get_ydata()) == 2.0
     assert len(axes[0].lines[0].get_ydata()) <= 2 * result_charts.MOST_BINS
 
@@ -405,10 +413,11 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_pyplot_is_never_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from mlflow_llmbench.reports.charts import sweep;"
+        "import sys; from pathlib import Path; from mlflow_llmbench.reports.charts import catalogue, sweep;"
         "assert 'matplotlib' not in sys.modules;"
         "from mlflow_llmbench.records.cell import Cell; k = 'latency/itl_ms_p50';"
-        "sweep.draw_sweep([(Cell(), {k: 1.0}), (Cell(quant='int8'), {k: 2.0})], Path(sys.argv[1]));"
+        "points = sweep.SweepPoints([(Cell(), {k: 1.0}), (Cell(quant='int8'), {k: 2.0})], 0.9);"
+        "catalogue.draw_charts('sweep', points, Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).resolve().parents[3])

@@ -53,7 +53,7 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
 
 
 ASK_PEAKS = (
-    "import json, sys; from mlflow_llmbench.backends.probe import measure_peaks; "
+    "import json, sys; from mlflow_llmbench.backends.peak_rates import measure_peaks; "
     "print(json.dumps(measure_peaks('cpu', int(sys.argv[1]))))"
 )
 

@@ -17,11 +17,9 @@ from ..records.redaction import redact_all
 from ..records.results import RunResult
 from . import html, mixed_plan, sweep
 from . import study as study_reports
-from .charts import load, scaling
-from .charts import result as result_charts
-from .charts.comparison import draw_comparisons
-from .charts.study import draw_figures
-from .charts.sweep import draw_sweep
+from .charts.catalogue import draw_charts
+from .charts.figure_data import figure_data
+from .charts.sweep import SweepPoints
 from .comparison import comparison_json, comparison_markdown
 from .escaping import markdown, quotation
 from .result import Row, config_parameters, config_yaml, report_markdown, summary_table, table_cells
@@ -59,9 +57,8 @@ def write_cell(result: RunResult, folder: Path) -> None:
 
 
 def draw_cell(result: RunResult, folder: Path) -> list[Path]:
-    """Draw the charts of one cell (`charts.draw_cell`) and, for a mixed quantization, of its plan; return the files."""
-    plan = result.load.quant_plan if result.load else None
-    return [*result_charts.draw_cell(result, folder), *(mixed_plan.draw_plan(plan, folder) if plan else [])]
+    """Draw the charts of one cell; return the files."""
+    return list(draw_charts("cell", result, folder).files)
 
 
 def parameters_of(result: RunResult) -> dict[str, str]:
@@ -110,8 +107,7 @@ def write_sweep(measured: Sequence[tuple[Row, str]], subject: sweep.Subject, fol
     write_json(folder / "tables" / "comparison.json", split_table(heading, body))
     if draw:
         points = [(row.cell, row.metrics) for row in sweep.drawable(rows)]
-        draw_sweep(points, folder / "charts")
-        load.draw_loads(points, folder / "charts", subject.spec.options.attainment)
+        draw_charts("sweep", SweepPoints(points, subject.spec.options.attainment), folder / "charts")
     pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
     told = sweep.overview(measured, subject)
     write_bytes(
@@ -129,7 +125,7 @@ def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
     """
     write_bytes(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)).encode())
     write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
-    draw_comparisons(comparisons, folder / "charts")
+    draw_charts("comparisons", comparisons, folder / "charts")
 
 
 def write_scaling(study: ScalingStudy, folder: Path) -> list[Path]:
@@ -137,7 +133,7 @@ def write_scaling(study: ScalingStudy, folder: Path) -> list[Path]:
 
     Raises JournalError, for example when the disk is full.
     """
-    drawn = scaling.draw_study(study, folder / "charts")
+    drawn = draw_charts("scaling", study, folder / "charts").files
     write_json(folder / "scaling.json", study_json(study))
     shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
     write_bytes(folder / "scaling.md", study_markdown(study, shown).encode())
@@ -151,13 +147,13 @@ def write_study(found: Findings, folder: Path) -> list[Path]:
     """
     home = folder / "study"
     scaled = write_scaling(found.scaling, folder / "scaling")
-    figures, missing = draw_figures(found, home / "charts")
+    figures = draw_charts("study", figure_data(found), home / "charts")
     drawn = Drawn(
-        {file.stem: (file.read_bytes(), f"charts/{file.name}") for file in figures if file.suffix == ".svg"},
+        {file.stem: (file.read_bytes(), f"charts/{file.name}") for file in figures.files if file.suffix == ".svg"},
         {file.stem: (file.read_bytes(), f"../scaling/charts/{file.name}") for file in scaled if file.suffix == ".svg"},
-        missing,
+        figures.missing,
     )
-    write_json(home / "study.json", study_reports.study_json(found, missing))
+    write_json(home / "study.json", study_reports.study_json(found, figures.missing))
     write_bytes(home / "report.md", study_reports.study_markdown(found, drawn).encode())
     write_bytes(home / "report.html", study_page(found, drawn).encode())
-    return [*scaled, *figures, home / "study.json", home / "report.md", home / "report.html"]
+    return [*scaled, *figures.files, home / "study.json", home / "report.md", home / "report.html"]

@@ -29,22 +29,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Destination = tuple[str | None, str | None]
+"""A tracking URI and an experiment name; None for the default."""
+
 PATIENCE_S = 5.0
 """Seconds spent waiting for an unreachable store after which it is not asked again until the end."""
 
 
-class Ledger:
-    """The runs of one sweep in one store.
+class RunRecorder:
+    """Records one sweep as runs of one store.
 
-    Each problem is passed to `warn` as one line. `parent_name` is None for a single cell, which has no parent run.
+    `destination` is a tracking URI and an experiment name. Each problem is passed to `warn` as one line. `parent_name`
+    is None for a single cell, which has no parent run.
     """
 
-    def __init__(self, spec: BenchSpec, parent_name: str | None, warn: Callable[[str], None]) -> None:
-        self.spec, self.parent_name, self.warn = spec, parent_name, warn
-        self.folder = Path()  # of the sweep
+    def __init__(self, destination: Destination, parent_name: str | None, warn: Callable[[str], None]) -> None:
+        self.destination, self.parent_name, self.warn = destination, parent_name, warn
+        self.folder = Path()  # of the sweep, once it is known
         self.asked: Mapping[str, str] = {}  # params as `mlflow run` logged them
         self.store: Store | None = None
-        self.where: tuple[str | None, str | None] = (None, None)
         self.parent_id: str | None = None
         self.page: str | None = None
         self.missed: list[str] = []  # not in the store yet; `retry` uploads it
@@ -54,17 +57,16 @@ class Ledger:
     @property
     def address(self) -> str:
         """The store's address."""
-        return self.store.uri if self.store else address_of(self.where[0])
+        return self.store.uri if self.store else address_of(self.destination[0])
 
-    def open(self, tracking_uri: str | None, experiment: str | None) -> None:
+    def open(self, params: Mapping[str, str]) -> None:
         """Connect to the store. If it does not answer, warn and try again at the end.
 
-        Raises TrackingError for an invalid address.
+        Raises TrackingError for an invalid address, or if the run that `mlflow run` has made has other params.
         """
-        self.where = tracking_uri, experiment
         started = time.monotonic()
         try:
-            self.store = open_store(tracking_uri, experiment)
+            self.store = open_store(*self.destination)
         except StoreAway as error:
             self.waited_s += time.monotonic() - started
             self.missed.append(f"the runs: {error}")
@@ -72,12 +74,19 @@ class Ledger:
                 f"{error} Measuring all the same: results are kept on the disk and uploaded at the end, "
                 "if it answers then."
             )
+            return
+        runs.refuse_other_params(self.store, params)
+
+    def begin_sweep(self, folder: Path, asked: Mapping[str, str]) -> None:
+        """Record into the runs of this sweep's folder; `asked` are the params as `mlflow run` logged them."""
+        self.folder = folder
+        self.asked = asked if self.store and self.store.given_run_id else {}
 
     def begin_parent(self) -> None:
         """Begin the parent's run, if this sweep has a parent and it has not begun."""
         if self.parent_name is not None and self.parent_id is None:
             name = self.parent_name
-            self.parent_id = self._try(
+            self.parent_id = self._call_store(
                 "the sweep's own run", lambda store: runs.begin_run(store, name, {"sweep": self.folder.name})
             )
 
@@ -87,13 +96,13 @@ class Ledger:
         self.begin_parent()
         if self.parent_name is not None and self.parent_id is None:
             return  # a child without its parent would be lost among the runs
-        started = self._try(
+        started = self._call_store(
             f"the run of {job.name}",
             lambda store: runs.begin_run(store, job.name, identity(job), self.parent_id, job.started_ms),
         )
         if started:
             job.run_id = started
-            with self.noted(f"the note of {job.name}'s run"):
+            with self.report_errors(f"the note of {job.name}'s run"):
                 write_json(job.folder / "run.json", {"run_id": started, "tracking_uri": self.store and self.store.uri})
 
     def upload(self, job: Job, result: RunResult) -> None:
@@ -104,7 +113,7 @@ class Ledger:
             return
         asked = self.asked if self.parent_name is None else {}
         try:
-            self._try(
+            self._call_store(
                 job.name, lambda store: runs.upload_cell(store, job.run_id, result, job.folder / "artifacts", asked)
             )
         finally:
@@ -112,15 +121,20 @@ class Ledger:
 
     def end(self, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
         """End a run, even if its upload failed: it must not stay RUNNING. `ended_ms` is Unix time in milliseconds."""
-        self._try(f"the end of run {run_id}", lambda store: runs.end_run(store, run_id, outcome, ended_ms))
+        self._call_store(f"the end of run {run_id}", lambda store: runs.end_run(store, run_id, outcome, ended_ms))
 
     def add(self, run_id: str, name: str, figures: Mapping[str, float], at_ms: int) -> None:
         """Log metrics of a run that come from a comparison with other runs."""
         if run_id and figures:
-            self._try(name, lambda store: runs.log_figures(store, run_id, figures, at_ms))
+            self._call_store(name, lambda store: runs.log_figures(store, run_id, figures, at_ms))
 
     def finish(
-        self, measured: Sequence[tuple[Row, str]], comparison: Path, outcome: str, figures: Mapping[str, float]
+        self,
+        spec: BenchSpec,
+        measured: Sequence[tuple[Row, str]],
+        comparison: Path,
+        outcome: str,
+        figures: Mapping[str, float],
     ) -> None:
         """Log the comparison of the cells (rows and run ids) and the sweep's figures on the parent run, and end it."""
         if self.parent_id is None:
@@ -128,12 +142,10 @@ class Ledger:
         parent = self.parent_id
 
         def publish(store: Store) -> None:
-            self.page = upload.publish_parent(
-                store, parent, self.spec, measured, comparison, self.asked, self.warn, figures
-            )
+            self.page = upload.publish_parent(store, parent, spec, measured, comparison, self.asked, self.warn, figures)
 
         try:
-            self._try("the comparison", publish)
+            self._call_store("the comparison", publish)
         finally:
             self.end(parent, outcome)
 
@@ -142,7 +154,7 @@ class Ledger:
         if not self.missed:
             return
         with contextlib.suppress(Exception):
-            store = self.store or open_store(*self.where)
+            store = self.store or open_store(*self.destination)
             if not answers(store.uri):
                 return
             done = upload.complete(self.folder, store)
@@ -152,7 +164,7 @@ class Ledger:
             self.missed.clear()
 
     @contextlib.contextmanager
-    def noted(self, name: str) -> Iterator[None]:
+    def report_errors(self, name: str) -> Iterator[None]:
         """Continue after an error of drawing or writing; warn now, and list it again at the end."""
         try:
             yield
@@ -160,7 +172,7 @@ class Ledger:
             self.unwritten.append(f"{name}: {first_line(error)}")
             self.warn(f"Not written: {name}: {first_line(error)}.")
 
-    def _try(self, name: str, action: Callable[[Store], T]) -> T | None:
+    def _call_store(self, name: str, action: Callable[[Store], T]) -> T | None:
         """Call `action` with the store if it answers. Returns None if it does not, or if `action` fails."""
         if self.store is None or not self._answers(self.store):
             self.missed.append(f"{name}: the store does not answer")

@@ -1,0 +1,42 @@
+"""Figures of a study that show all models at one shape."""
+
+from __future__ import annotations
+
+from ...analysis.comparison import RATE
+from ...analysis.scaling.cells import TTFT
+from .catalogue import Chart, Drawing
+from .figure_data import FigureData, memory_key, points_at_focus
+from .sweep import KL, overview_figure, quality_figure
+
+
+def _models(data: FigureData) -> Drawing:
+    points = points_at_focus(data)
+    if len({cell.model for cell, _ in points}) < 2:
+        return "it needs two models that were measured with the same batch size and prompt length"
+    keys = [
+        RATE,
+        TTFT,
+        *(["latency/itl_ms_p50"] if any("latency/itl_ms_p50" in m for _, m in points) else []),
+        memory_key(data.cells),
+    ]
+    return overview_figure(points, keys)
+
+
+def _quality(data: FigureData) -> Drawing:
+    scored = [(cell, metrics) for cell, metrics in points_at_focus(data) if KL in metrics]
+    return (
+        quality_figure(scored)
+        if len(scored) > 1
+        else "it needs two cells at the shape of comparison with figures of quality: use real weights and quality=auto"
+    )
+
+
+CHARTS = (
+    Chart("models", "study", _models, "All models at one shape."),
+    Chart(
+        "quality_against_speed",
+        "study",
+        _quality,
+        "Divergence of each quantization from the unquantized model, against its speed.",
+    ),
+)
