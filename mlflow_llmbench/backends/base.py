@@ -142,9 +142,6 @@ class Backend(Protocol):
         The result is a torch tensor (last, vocabulary) in the dtype in which the model computes it.
         """
 
-    def language_model(self) -> tuple[Any, Any]:
-        """Return the loaded model and its tokenizer as transformers objects."""
-
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         """Return the device memory of this process, None without a device. `reset` starts a new peak."""
 
@@ -218,6 +215,13 @@ class DecodingBackend(Backend, Protocol):
 
     def generate_plainly(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
         """Generate as with decode=generate and kv_cache=auto, to compare the tokens of another path with. Not timed."""
+
+
+class HarnessBackend(Backend, Protocol):
+    """A backend whose model lm-evaluation-harness can call."""
+
+    def language_model(self) -> tuple[Any, Any]:
+        """Return the loaded model and its tokenizer as transformers objects."""
 
 
 class Engine(Protocol):

@@ -75,9 +75,6 @@ class CallbackBackend(NothingToFetch):
     def logits(self, ids: Sequence[int], last: int) -> Any:
         raise MeasurementError("A function of your own has no logits here.")
 
-    def language_model(self) -> tuple[Any, Any]:
-        raise MeasurementError("A function of your own has no model here.")
-
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         return None
 

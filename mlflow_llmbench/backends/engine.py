@@ -82,9 +82,6 @@ class EngineBase:
     def trim(self) -> None:
         """Free nothing: the engine's KV cache serves all cells of a load."""
 
-    def language_model(self) -> tuple[Any, Any]:
-        raise MeasurementError(f"backend={self.cell.backend} gives lm-eval no model. Leave quality_tasks out.")
-
 
 class StepAligner:
     """Emits a step as soon as every row has its token.

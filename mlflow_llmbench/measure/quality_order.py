@@ -40,10 +40,16 @@ def order(task: Task, report: Report, environment: Mapping[str, Any] | None, lim
     if why := never(cell):
         report(QualityWithheld(why))
         return None
+    asked = options.quality_tasks
+    if asked and not capabilities_of(cell.backend).harness:
+        report(QualityWithheld(f"backend={cell.backend} gives lm-eval no model. Leave quality_tasks out."))
+        asked = None
+        if options.quality == "none":
+            return None
     texts = QualityOrder() if options.quality == "none" else _text_order(task, report, environment, limits)
-    if options.quality_tasks is None:
+    if asked is None:
         return texts
-    tasks = tuple(options.quality_tasks.split(","))
+    tasks = tuple(asked.split(","))
     return dataclasses.replace(texts, tasks=tasks, most_documents=options.quality_limit)
 
 

@@ -81,7 +81,7 @@ class Capabilities:
     variables: tuple[tuple[str, str], ...] = ()  # environment variables of the worker, set before these imports
     distributions: tuple[Distribution, ...] = ()  # that install the heavy modules, where the names differ
     own_environment: str = ""  # commands that install it into an environment of its own, if it conflicts with ours
-    harness: bool = False  # `language_model` works, so lm-eval tasks can be run
+    harness: bool = False  # lm-eval tasks can be run, see `base.HarnessBackend`
     conversations: bool = False  # `encode_turns` and `new_history` work, and `generate` takes a history
     online: bool = False  # a server that takes loads of requests, see `base.ServerBackend`
     offline_baseline: str = ""  # of a server: backend that `twin` runs the same model with, in process

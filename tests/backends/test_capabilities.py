@@ -15,7 +15,10 @@ from mlflow_llmbench.analysis.decisions.export import export
 from mlflow_llmbench.backends.base import backend_class
 from mlflow_llmbench.config import spec
 from mlflow_llmbench.config.cells import config_hash, expand_cells
-from mlflow_llmbench.measure import journal
+from mlflow_llmbench.measure import journal, quality_order
+from mlflow_llmbench.measure.events import QualityWithheld
+from mlflow_llmbench.measure.supervise import Limits
+from mlflow_llmbench.measure.task import Task
 from mlflow_llmbench.records.backends import (
     BACKENDS,
     CHECKPOINT,
@@ -26,7 +29,7 @@ from mlflow_llmbench.records.backends import (
     known_backends,
     recorded_capabilities,
 )
-from mlflow_llmbench.records.cell import BACKEND_SPECIFIC, Cell
+from mlflow_llmbench.records.cell import BACKEND_SPECIFIC, Cell, Options
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.quantizations import QUANTIZATIONS
 from mlflow_llmbench.records.results import LoadInfo, ModelFacts, Verdict
@@ -152,7 +155,7 @@ def test_a_delegate_runs_what_a_backend_lacks() -> None:
 
 def test_a_result_of_a_backend_that_is_not_installed_can_be_read() -> None:
     assert recorded_capabilities("gone") == Capabilities()
-    with pytest.raises(UsageError, match=r"Unknown backend: gone\. Known: callback, fake, "):
+    with pytest.raises(UsageError, match=r"Unknown backend: gone\. Known: callback, "):
         capabilities_of("gone")
 
 
@@ -166,6 +169,14 @@ def test_an_engine_of_the_served_model_is_one_that_answers() -> None:
     assert isinstance(engines, ast.Dict)
     served = {serving.engine for name in BACKENDS if (serving := capabilities_of(name).serving)}
     assert {key.value for key in engines.keys if isinstance(key, ast.Constant)} == served - {""}
+
+
+def test_tasks_of_the_harness_are_withheld_from_a_backend_that_gives_it_no_model(tmp_path: Path) -> None:
+    cell, model = Cell(backend="llama_cpp"), ModelFacts("m", "folder", "/m", "c0ffee")
+    reported: list[object] = []
+    task = Task((cell,), model, (tmp_path,), Options(quality_tasks="arc_easy"))
+    assert quality_order.order(task, reported.append, None, Limits()) is None
+    assert reported == [QualityWithheld("backend=llama_cpp gives lm-eval no model. Leave quality_tasks out.")]
 
 
 # Another package's backend

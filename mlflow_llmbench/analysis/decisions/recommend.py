@@ -14,27 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...records.errors import UsageError
+from ...records.metric import Goal, QualityBound
+from ...records.metrics import shown_in
 from ...records.results import RunResult
-from ..comparison import RATE, compare, differences, sentence
-from .candidates import COST, ENERGY, MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
+from ..comparison import compare, differences, sentence
+from .candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
 from .dominance import ALLOWABLE, dominates, gain, surely_better
 
-GOALS = {
-    "throughput": Measure("output throughput", (RATE,), "higher"),
-    "latency": Measure("median end-to-end latency", ("latency/e2e_ms_p50",), "lower"),
-    "cost": Measure("cost per million tokens", (COST,), "lower", "Measure again with price_per_hour."),
-    "energy": Measure(
-        "energy per token", (ENERGY,), "lower", "It needs an energy counter; `llmbench doctor` says why there is none."
-    ),
-}
+GOALS = {entry.name: Measure.of(entry) for entry in shown_in(Goal)}
+"""Name of a goal → its measure."""
 
-QUALITY = {
-    "kl": Measure(
-        "KL divergence from the reference", ("quality/kl_vs_reference",), "lower", "Measure again with quality."
-    ),
-    "perplexity": Measure("perplexity", ("quality/perplexity",), "lower", "Measure again with quality."),
-    "top1": Measure("top-1 agreement", ("quality/top1_agreement",), "higher", "Measure again with quality."),
-}
+QUALITY_MEASURES = {entry.name: Measure.of(entry) for entry in shown_in(QualityBound)}
+"""Name of a quality that can be limited → its measure."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +246,8 @@ def _runner_up(winner: Candidate, one: Candidate, target: Measure, noise: float)
     """Describe how a candidate within all limits differs from the winner."""
     tied = not surely_better(one, winner, target, noise)
     comparison = compare(winner.result, one.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"]))
-    told = sentence(dataclasses.replace(comparison, name_a=winner.name, name_b="It", labels=(), doubts=()))
-    return RunnerUp(one, told if target is GOALS["throughput"] else f"{_versus(winner, one, target)} {told}", tied)
+    text = sentence(dataclasses.replace(comparison, name_a=winner.name, name_b="It", labels=(), doubts=()))
+    return RunnerUp(one, text if target is GOALS["throughput"] else f"{_versus(winner, one, target)} {text}", tied)
 
 
 def _versus(winner: Candidate, one: Candidate, target: Measure) -> str:
@@ -291,17 +282,17 @@ def _changes(
     def wins(one: Candidate) -> bool:
         return winner is None or surely_better(winner, one, target, noise)
 
-    told = False
+    named = False
     for limit in limits:
         alone = [r.candidate for r in beyond if r.missed == (limit,) and r.candidate.value(limit.measure) is not None]
         best = min(alone, key=lambda one: _order(one, target), default=None)
         if best is not None and wins(best):
-            told = True
+            named = True
             yield (
                 f"With {limit.option} {_loosened(limit, best)}, {best.name} would win: "
                 f"{_figures(best, winner, target)}."
             )
-    if winner is None and not told and beyond:
+    if winner is None and not named and beyond:
         nearest = min(beyond, key=lambda refusal: (len(refusal.missed), _order(refusal.candidate, target)))
         yield f"{nearest.candidate.name} is the nearest. {nearest.why}"
     keeping = [one for one in suspects if one.value(target) is not None and not _missed_limits(one, limits)]

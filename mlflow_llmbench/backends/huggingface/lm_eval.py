@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...records.errors import MissingError, first_line
 from ...records.results import TaskScore
-from ..base import Backend
+from ..base import Backend, HarnessBackend
 
 Progress = Callable[[int], None]
 """Called with the number of a model call, from 1, before it."""
@@ -96,7 +96,7 @@ def _wrapped(backend: Backend, progress: Progress) -> Any:
             self.calls += 1
             progress(self.calls)
 
-    loaded, tokenizer = backend.language_model()
+    loaded, tokenizer = cast(HarnessBackend, backend).language_model()
     return Counted(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=1)
 
 

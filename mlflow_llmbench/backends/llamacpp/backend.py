@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...config import model_shape, models
 from ...config.backend_checks import check_declared
@@ -321,9 +321,6 @@ class LlamaCppBackend:
                 self._scorer.close()
             self._scorer = self._new_session(1, len(ids), all_logits=True)
         return torch.from_numpy(self._scorer.logits(ids, last))
-
-    def language_model(self) -> tuple[Any, Any]:
-        raise MeasurementError("backend=llama_cpp cannot give a model to lm-eval. Leave quality_tasks out.")
 
     # Device
 
