@@ -53,11 +53,10 @@ def comparison_view(
     Shows the cells of `parent_id`, or all runs of the experiment without it, sorted by throughput, best first.
     """
     device_peak, host_peak = PEAK_MEMORY
-    rate, first, memory = OUTPUT_RATE.key(), TTFT.key("p50"), device_peak if has_device else host_peak
+    memory = device_peak if has_device else host_peak
     names = list(varied) or ["quant"]
     # Without a device, no run has the device's memory: the host's stands in for it.
     shown = [next(e.key for e in entries if has_device or e.key != device_peak) for entries in by_name(Panel).values()]
-    after = 2 + len(shown)
     sections = [
         _section("Trade-offs", 2, 380),
         _section("Headline", 2, 300),
@@ -65,24 +64,7 @@ def comparison_view(
         _section("Inter-token latency", 2, 340),
         _section("Change from the baseline", 1, 560),
     ]
-    charts = [
-        _chart(0, 0, "SCATTER", xaxis=_axis(first), yaxis=_axis(rate)),
-        _chart(1, 0, "SCATTER", xaxis=_axis(memory), yaxis=_axis(rate)),
-        *(_chart(2 + i, 1, "BAR", metricKey=key) for i, key in enumerate(shown)),
-        _chart(after, 2, "PARALLEL", selectedParams=names, selectedMetrics=shown[::-1], showAllRuns=False),
-        _line(after + 1, 3, ITL_BY_TOKEN.key),
-        _line(after + 2, 3, ITL_PERCENTILES.key),
-        _chart(
-            after + 3,
-            4,
-            "DIFFERENCE",
-            chartName="Change from the baseline",
-            compareGroups=["Model metrics", "Parameters"],
-            showChangeFromBaseline=True,
-            showDifferencesOnly=True,
-            baselineColumnUuid=baseline_run_id or "",
-        ),
-    ]
+    charts = _charts(shown, names, memory, baseline_run_id)
     closed = dict.fromkeys([*SECTIONS, *(one.section for one in SERIES.values())])
     sections += [_section(name, display=False) for name in [*closed, "Model metrics", "System metrics"]]
     for number, section in enumerate(sections):
@@ -103,9 +85,32 @@ def comparison_view(
         "columnWidths": {column: min(140, max(70, 7 * len(column) - 40)) for column in columns},
         "runsHiddenMode": "SHOW_ALL",
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'" if parent_id else "",
-        "orderByKey": f"metrics.`{rate}`",
+        "orderByKey": f"metrics.`{OUTPUT_RATE.key()}`",
         "orderByAsc": False,
     }
+
+
+def _charts(shown: Sequence[str], names: Sequence[str], memory: str, baseline_run_id: str | None) -> list[State]:
+    """Return the charts of the view, each in its section: `shown` are metric keys, `names` the varied parameters."""
+    rate, first, after = OUTPUT_RATE.key(), TTFT.key("p50"), 2 + len(shown)
+    return [
+        _chart(0, 0, "SCATTER", xaxis=_axis(first), yaxis=_axis(rate)),
+        _chart(1, 0, "SCATTER", xaxis=_axis(memory), yaxis=_axis(rate)),
+        *(_chart(2 + i, 1, "BAR", metricKey=key) for i, key in enumerate(shown)),
+        _chart(after, 2, "PARALLEL", selectedParams=names, selectedMetrics=shown[::-1], showAllRuns=False),
+        _line(after + 1, 3, ITL_BY_TOKEN.key),
+        _line(after + 2, 3, ITL_PERCENTILES.key),
+        _chart(
+            after + 3,
+            4,
+            "DIFFERENCE",
+            chartName="Change from the baseline",
+            compareGroups=["Model metrics", "Parameters"],
+            showChangeFromBaseline=True,
+            showDifferencesOnly=True,
+            baselineColumnUuid=baseline_run_id or "",
+        ),
+    ]
 
 
 def _section(name: str, columns: int = 3, height: int = 360, display: bool = True) -> State:
