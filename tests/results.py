@@ -21,6 +21,7 @@ from mlflow_llmbench.records.results import (
 )
 from mlflow_llmbench.reports.artifacts import write_cell
 from mlflow_llmbench.sweeps.job import Job, write_job
+from mlflow_llmbench.sweeps.planning import PlannedCell
 from mlflow_llmbench.sweeps.upload import upload
 
 MS, GB = 1_000_000, 10**9
@@ -79,13 +80,9 @@ def made(
 def write_sweep(folder: Path, results: Sequence[RunResult]) -> Path:
     """Write these results as a sweep's folder, as `llmbench run` does; the folder's name is the sweep's name."""
     for result in results:
-        job = Job(
-            result.cell,
-            result.model,
-            result.hashes,
-            folder / result.hashes.config,
-            f"{result.cell.quant} b{result.cell.batch_size}",
-        )
+        cell, name = result.cell, result.hashes.config
+        planned = PlannedCell(cell, result.model, result.hashes, f"{cell.quant} b{cell.batch_size}", name)
+        job = Job(planned, folder / name)
         write_job(job)
         write_cell(dataclasses.replace(result, sweep=folder.name), job.folder / "artifacts")
     parameters = {"model": "fake:x", "backend": "fake", "quant": ",".join(dict.fromkeys(r.cell.quant for r in results))}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats as reference
 
 from mlflow_llmbench import stats
-from mlflow_llmbench.records.metrics import PERCENTILE_SUPPORT
+from mlflow_llmbench.records.verdicts import PERCENTILE_SUPPORT
 from mlflow_llmbench.stats import bootstrap
 
 

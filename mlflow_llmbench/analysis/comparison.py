@@ -1,9 +1,9 @@
 """Compare two results: ratio, interval, test and effect per metric, a sentence to quote, a guard against unlike runs.
 
-The unit of inference is the process if a result has several, else the repetition (`repetitions.units`): each gives one
-value per metric, and values within it are not counted again. Effects of a process on all its repetitions (memory
-layout, clocks) do not show between two single processes: measure in several, or interleaved, before you believe a small
-difference.
+The unit of inference is the process if a result has several, else the repetition (`repetitions.inference_units`): each
+gives one value per metric, and values within it are not counted again. Effects of a process on all its repetitions
+(memory layout, clocks) do not show between two single processes: measure in several, or interleaved, before you believe
+a small difference.
 
 Ratios are B ÷ A of geometric means. Their 95 % interval and p value come from Student's t on the logarithms (Welch's
 for independent units, the paired test for units measured in turns): the difference of mean logarithms is the logarithm
@@ -17,15 +17,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from ..records.cell import DRAWN, Cell, differing
 from ..records.errors import NotComparable, UsageError
-from ..records.metrics import KEYS
-from ..records.results import Repetition, RunResult, Verdict
+from ..records.metric import Compared, Entry
+from ..records.metrics import OUTPUT_RATE, PEAK_MEMORY, shown_in
+from ..records.results import RunResult, Verdict
 from ..stats import holm, mann_whitney, paired, welch
 from .repetitions import PER_REPETITION, process_count, unit_values
 from .summary import summarize
@@ -37,11 +38,8 @@ SIGNIFICANCE = 0.05
 RANKS_NEED = 8
 """Minimum number of units on each side for the Mann–Whitney test to be shown beside t."""
 
-RATE, DEVICE_PEAK, HOST_PEAK = (
-    "throughput/output_tokens_per_s",
-    "memory/device_bytes_peak",
-    "memory/host_needed_bytes_peak",
-)
+RATE = OUTPUT_RATE.key()
+DEVICE_PEAK, HOST_PEAK = PEAK_MEMORY
 
 ALLOWABLE = ("hardware", "software", "workload", "scenario", "schema", "verdict")
 """Kinds of differences that the guard refuses and `allow` can accept."""
@@ -75,20 +73,6 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Headline:
-    """Metric to compare: its key, heading, and value for one repetition (None for a metric that a run has once)."""
-
-    key: str
-    label: str
-    of: Callable[[Repetition], float | None] | None = None
-
-    @property
-    def scale(self) -> float:
-        """Factor from the stored to the shown value."""
-        return KEYS[self.key].scale
-
-
-@dataclass(frozen=True)
 class Effect:
     """Comparison of one metric. `a` and `b` are means over units; `ratio` is b ÷ a of geometric means.
 
@@ -97,7 +81,7 @@ class Effect:
     `values_a` and `values_b` are the values of the units.
     """
 
-    headline: Headline
+    entry: Entry[Compared]
     a: float
     b: float
     ratio: float
@@ -113,7 +97,12 @@ class Effect:
     @property
     def key(self) -> str:
         """MLflow key of the metric."""
-        return self.headline.key
+        return self.entry.key
+
+    @property
+    def is_repeated(self) -> bool:
+        """True if every repetition has the metric; False if a run has it once."""
+        return self.key in PER_REPETITION
 
 
 @dataclass(frozen=True)
@@ -144,17 +133,7 @@ class Comparison:
         return self.effect(DEVICE_PEAK) or self.effect(HOST_PEAK)
 
 
-HEADLINES = (
-    Headline(RATE, "tokens/s", PER_REPETITION[RATE]),
-    Headline("latency/ttft_ms_p50", "TTFT ms", PER_REPETITION["latency/ttft_ms_p50"]),
-    Headline("latency/itl_ms_p50", "ITL ms", PER_REPETITION["latency/itl_ms_p50"]),
-    Headline("latency/tpot_ms_mean", "TPOT ms", PER_REPETITION["latency/tpot_ms_mean"]),
-    Headline("latency/e2e_ms_p50", "end to end ms", PER_REPETITION["latency/e2e_ms_p50"]),
-    Headline(DEVICE_PEAK, "device peak GB"),
-    Headline(HOST_PEAK, "host peak GB"),
-    Headline("memory/weight_bytes", "weights GB"),
-    Headline("load/load_s", "load s"),
-)
+COMPARED = shown_in(Compared)
 """Compared metrics, in the order of the table."""
 
 
@@ -238,27 +217,27 @@ def _invalid(verdicts: tuple[Verdict, Verdict]) -> list[Difference]:
 def _effects(
     a: RunResult, b: RunResult, metrics_a: Mapping[str, float], metrics_b: Mapping[str, float], in_pairs: bool
 ) -> Iterator[Effect]:
-    """Effects on every headline metric that both results have, before the adjustment for their number."""
+    """Effects on every compared metric that both results have, before the adjustment for their number."""
     # True if one model is on a device and the other on the host.
     elsewhere = (DEVICE_PEAK in metrics_a) != (DEVICE_PEAK in metrics_b)
-    for headline in HEADLINES:
-        if elsewhere and headline.key == HOST_PEAK:
+    for entry in COMPARED:
+        key = entry.key
+        if elsewhere and key == HOST_PEAK:
             continue
-        if headline.of:
-            first, second = unit_values(a, headline.of), unit_values(b, headline.of)
+        if of := PER_REPETITION.get(key):
+            first, second = unit_values(a, of), unit_values(b, of)
             if first and second and min(*first, *second) > 0:
-                yield _tested(headline, first, second, in_pairs)
-        elif metrics_a.get(headline.key) and headline.key in metrics_b:
-            value_a, value_b = metrics_a[headline.key], metrics_b[headline.key]
-            yield Effect(headline, value_a, value_b, value_b / value_a)
+                yield _tested(entry, first, second, in_pairs)
+        elif metrics_a.get(key) and key in metrics_b:
+            yield Effect(entry, metrics_a[key], metrics_b[key], metrics_b[key] / metrics_a[key])
 
 
-def _tested(headline: Headline, a: Sequence[float], b: Sequence[float], in_pairs: bool) -> Effect:
+def _tested(entry: Entry[Compared], a: Sequence[float], b: Sequence[float], in_pairs: bool) -> Effect:
     """Compute ratio, interval and p values of one metric from its values per unit."""
     logs_a, logs_b = [math.log(value) for value in a], [math.log(value) for value in b]
     ratio = math.exp(fmean(logs_b) - fmean(logs_a))
     found = (paired if in_pairs else welch)(logs_a, logs_b)
-    effect = Effect(headline, fmean(a), fmean(b), ratio, values_a=tuple(a), values_b=tuple(b))
+    effect = Effect(entry, fmean(a), fmean(b), ratio, values_a=tuple(a), values_b=tuple(b))
     if found is None:
         return effect
     ranks = mann_whitney(a, b) if not in_pairs and min(len(a), len(b)) >= RANKS_NEED else None
@@ -282,7 +261,7 @@ def _classify(effect: Effect, p_holm: float, noise: float) -> Effect:
     elif abs(math.log(effect.ratio)) < math.log1p(noise):
         word = NOISE
     else:
-        word = BETTER if (effect.ratio > 1) == (KEYS[effect.key].better == "higher") else WORSE
+        word = BETTER if (effect.ratio > 1) == (effect.entry.metric.better == "higher") else WORSE
     return dataclasses.replace(effect, p_holm=p_holm, effect=word)
 
 
@@ -384,11 +363,12 @@ def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
 def names(a: RunResult, b: RunResult) -> tuple[str, str]:
     """Names of the two results: the parameters in which their cells differ (`bf16`, `int4`), else A and B."""
     varied = differing([a.cell, b.cell], UNNAMED)
-    first, second = (" ".join(_short(name, getattr(result.cell, name)) for name in varied) for result in (a, b))
+    first, second = (" ".join(parameter_text(name, getattr(result.cell, name)) for name in varied) for result in (a, b))
     return (first, second) if first != second else ("A", "B")
 
 
-def _short(name: str, value: object) -> str:
+def parameter_text(name: str, value: object) -> str:
+    """A parameter in the name of a result: `int4`, `opt-125m`, `threads=2`."""
     if name == "model":
         return str(value).rstrip("/").rsplit("/", 1)[-1]
     if name == "quant" and value != "none":

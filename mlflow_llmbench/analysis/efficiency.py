@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from statistics import fmean
 
 from ..records.cell import SPECULATIVE
+from ..records.metrics import ENERGY, MBU, MFU, RATE_PER_GB, TOKENS_PER_STEP
 from ..records.results import LoadInfo, RunResult
+from .figures import Figures, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms
-from .repetitions import mean_of, requests, several_in_a_step
-
-PER_GB = "efficiency/tokens_per_s_per_gb"
+from .repetitions import output_rate, requests, several_in_a_step, unit_values
 
 CACHE_FACTOR = 4
 """MBU is absent if the weights are under this many times the last-level cache, which would serve part of the reads."""
 
 
-def efficiency_figures(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Efficiency metrics by MLflow key; `found` holds the throughput and the memory metrics of the same result."""
-    return {
-        PER_GB: per_gb(found),
-        "efficiency/mbu_ratio": model_bandwidth_utilization(result),
-        "efficiency/mfu_ratio": model_flops_utilization(result),
-        "efficiency/joules_per_token": joules_per_token(result),
-    }
-
-
-def per_gb(found: Mapping[str, float | None]) -> float | None:
+def rate_per_gb(result: RunResult) -> float | None:
     """Output tokens per second ÷ GB (10⁹ bytes) of peak memory: the device's if known, else needed host memory."""
-    rate = found.get("throughput/output_tokens_per_s")
-    peak = found.get("memory/device_bytes_peak") or found.get("memory/host_needed_bytes_peak")
-    return rate / (peak / 1e9) if rate and peak else None
+    rates = unit_values(result, output_rate)
+    peak = result.memory.device.get("peak") or result.memory.host_needed.get("peak")
+    return fmean(rates) / (peak / 1e9) if rates and peak else None
 
 
 def tokens_per_step(result: RunResult) -> float | None:
@@ -115,3 +105,22 @@ def model_flops_utilization(result: RunResult) -> float | None:
         done += request.rows * (body + output * load.head_flops)
         seconds += e2e_ms(request) / 1e3
     return done / seconds / peak if seconds else None
+
+
+EFFICIENCY: dict[str, dict[str, Callable[[RunResult], float | None]]] = {
+    "offline": {
+        RATE_PER_GB.key(): rate_per_gb,
+        MBU.key(): model_bandwidth_utilization,
+        MFU.key(): model_flops_utilization,
+        ENERGY.key(): joules_per_token,
+        TOKENS_PER_STEP.key("mean"): tokens_per_step,
+    },
+    "online": {RATE_PER_GB.key(): rate_per_gb},
+    "batching": {RATE_PER_GB.key(): rate_per_gb, ENERGY.key(): joules_per_token},
+}
+"""Scenario → its metrics and their functions. MBU, MFU and steps are those of single batches of one length."""
+
+
+def efficiency_figures(result: RunResult) -> Figures:
+    """Efficiency metrics of a result by MLflow key."""
+    return {key: of(result) for key, of in EFFICIENCY[result.cell.scenario].items()}

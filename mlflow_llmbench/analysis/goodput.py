@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ..records.cell import Cell
+from ..records.metrics import GOODPUT_LIMIT, KNEE, REQUEST_RATE
 from ..records.results import RunResult
 from ..stats import t_interval
 from .latency import e2e_ms
-from .online_metrics import met
+from .online_metrics import count_good
 from .repetitions import requests
 from .summary import summarize
 from .verdict import judge
@@ -34,7 +35,7 @@ Z = 1.959964
 
 
 @dataclass(frozen=True)
-class Tried:
+class RateTrial:
     """One load of a search: rate in requests per second (None for one user alone), answered requests per second,
     share of good requests with its interval, True if the result can be trusted, mean end-to-end latency in ms.
     """
@@ -49,7 +50,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Limit:
+class GoodputLimit:
     """Result of the search for one configuration, in requests per second; None if no rate was found.
 
     `rate`: highest rate that met the SLOs. `low`: highest whose whole interval meets them. `high`: lowest whose whole
@@ -58,7 +59,7 @@ class Limit:
 
     cell: Cell
     asked: float
-    tried: tuple[Tried, ...]
+    trials: tuple[RateTrial, ...]
     rate: float | None
     low: float | None
     high: float | None
@@ -66,12 +67,11 @@ class Limit:
 
     def figures(self) -> dict[str, float]:
         """Metrics by MLflow key; what was not found is absent."""
-        key = "goodput/limit_requests_per_s"
         found = {
-            key: self.rate,
-            f"{key}_low": self.low,
-            f"{key}_high": self.high,
-            "goodput/knee_requests_per_s": self.knee,
+            GOODPUT_LIMIT.key(): self.rate,
+            GOODPUT_LIMIT.key("low"): self.low,
+            GOODPUT_LIMIT.key("high"): self.high,
+            KNEE.key(): self.knee,
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -80,7 +80,7 @@ class Limit:
         slos = {"TTFT": self.cell.slo_ttft_ms, "TPOT": self.cell.slo_tpot_ms, "end to end": self.cell.slo_e2e_ms}
         limits = ", ".join(f"{name} ≤ {value:g} ms" for name, value in slos.items() if value is not None)
         if self.rate is None:
-            best = max((one.share for one in self.tried), default=0.0)
+            best = max((one.share for one in self.trials), default=0.0)
             return (
                 f"No rate that was tried meets {limits} for {self.asked:.0%} of the requests; at best {best:.0%} of "
                 "them met it."
@@ -114,18 +114,18 @@ def share_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float, flo
     return p, max(0.0, min(low, middle - half)), min(1.0, max(high, middle + half))
 
 
-def tried(result: RunResult) -> Tried | None:
+def measure_rate(result: RunResult) -> RateTrial | None:
     """Judge one measured load; None if it has no judged request or no rate."""
-    interval = share_interval([met(result.cell, repetition) for repetition in result.repetitions])
+    interval = share_interval([count_good(result.cell, repetition) for repetition in result.repetitions])
     metrics = summarize(result)
-    rate = metrics.get("throughput/requests_per_s")
+    rate = metrics.get(REQUEST_RATE.key())
     if interval is None or rate is None:
         return None
     trusted = judge(result, metrics).word != "invalid"
-    return Tried(result.cell.request_rate, rate, *interval, trusted, fmean(map(e2e_ms, requests(result))))
+    return RateTrial(result.cell.request_rate, rate, *interval, trusted, fmean(map(e2e_ms, requests(result))))
 
 
-def next_rate(found: Sequence[Tried], asked: float) -> float | None:
+def next_rate(found: Sequence[RateTrial], asked: float) -> float | None:
     """The rate to try next, in requests per second; None when the search has ended."""
     open_loops = [one for one in found if one.rate is not None]
     alone = [one for one in found if one.rate is None]
@@ -141,7 +141,7 @@ def next_rate(found: Sequence[Tried], asked: float) -> float | None:
     return None if bad / good <= 1 + RESOLUTION or middle in (good, bad) else middle
 
 
-def _ends(found: Sequence[Tried], asked: float) -> tuple[float | None, float | None]:
+def _ends(found: Sequence[RateTrial], asked: float) -> tuple[float | None, float | None]:
     """The highest rate that is good, below the lowest that is too high or cannot be sent, and that lowest rate."""
     bad = min(
         (one.rate for one in found if one.rate is not None and (one.share < asked or not one.trusted)), default=None
@@ -163,27 +163,27 @@ def next_cell(results: Sequence[RunResult], asked: float) -> Cell | None:
     return None
 
 
-def searches(results: Sequence[RunResult]) -> dict[Cell, list[Tried]]:
+def searches(results: Sequence[RunResult]) -> dict[Cell, list[RateTrial]]:
     """Loads tried for each configuration, which is its cell without a rate."""
-    found: dict[Cell, list[Tried]] = {}
+    found: dict[Cell, list[RateTrial]] = {}
     for result in results:
-        one = tried(result) if result.outcome == "ok" and result.cell.scenario == "online" else None
+        one = measure_rate(result) if result.outcome == "ok" and result.cell.scenario == "online" else None
         if one:
             found.setdefault(dataclasses.replace(result.cell, request_rate=None), []).append(one)
     return found
 
 
-def limits(results: Sequence[RunResult], asked: float) -> list[Limit]:
+def limits(results: Sequence[RunResult], asked: float) -> list[GoodputLimit]:
     """The result of the search for each configuration."""
     return [_limit(cell, found, asked) for cell, found in searches(results).items()]
 
 
-def _limit(cell: Cell, found: Sequence[Tried], asked: float) -> Limit:
+def _limit(cell: Cell, found: Sequence[RateTrial], asked: float) -> GoodputLimit:
     good, bad = _ends(found, asked)
     rates = [(one.rate, one) for one in found if one.rate is not None and one.trusted]
     fails = min((rate for rate, one in rates if one.high < asked), default=None)
     meets = [rate for rate, one in rates if one.low >= asked and (bad is None or rate < bad)]
-    return Limit(
+    return GoodputLimit(
         cell,
         asked,
         tuple(found),

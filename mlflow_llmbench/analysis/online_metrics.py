@@ -13,67 +13,74 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from ..records.cell import Cell
-from ..records.metrics import FAILURES, SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
+from ..records.metrics import (
+    ACHIEVED_RATE,
+    ASKED_RATE,
+    ATTAINMENT,
+    BATCH_SIZE,
+    CACHED_PROMPT,
+    CLIENT_CPU,
+    CLIENT_CPUS,
+    CLIENT_PROCESSES,
+    CONCURRENCY,
+    FAILED,
+    FAILED_RATIO,
+    FULL_ITL,
+    FULL_OUTPUT_RATE,
+    FULL_REQUEST_RATE,
+    FULL_TTFT,
+    GOODPUT,
+    ICL,
+    IN_FLIGHT,
+    ITL,
+    LOOP_LAG,
+    MADE_OUTPUT_TOKENS,
+    OUTPUT_TOKENS,
+    PADDING_WASTE,
+    PER_INSTANCE_RATE,
+    PREFILL_RATE,
+    RAMP_E2E,
+    RAMP_REQUEST_RATE,
+    RAMP_TO,
+    RAMP_TTFT,
+    REQUEST_RATE,
+    RESENT_REQUESTS,
+    SATURATION_RATE,
+    SEND_DELAY,
+    SENT_PROMPT_TOKENS,
+    SERVER,
+    STAMP_LAG,
+    STEADY_ITL,
+    STEADY_OUTPUT_RATE,
+    STEADY_REQUEST_RATE,
+    STEADY_TTFT,
+    TOKENS_PER_CHUNK,
+    TTFO,
+    WITHOUT_TPOT,
+)
 from ..records.results import EngineReadings, Repetition, RequestRecord, RunResult
-from ..stats import percentile, supports
+from ..records.server_names import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
+from .figures import Figures, distribution, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
-
-SINGLE_SHARE = 0.95
-"""Minimum share of requests with one token in every chunk for their gaps to be called inter-token latency."""
-
-TOGETHER_SHARE = 0.05
-"""Maximum share of tokens read together with the one before for gaps to be called inter-token latency.
-
-A few come together by chance.
-"""
-
-Figures = dict[str, float | None]
+from .repetitions import one_token_per_chunk, requests, span_s
 
 
 def online_figures(result: RunResult) -> Figures:
     """Metrics of a server's result by MLflow key; None removes a key that has no meaning here."""
-    repetitions = result.repetitions
-    requests = [r for repetition in repetitions for r in repetition.requests]
-    cell = result.cell
-    found: Figures = {
-        "config/batch_size": None,
-        "throughput/per_instance_tokens_per_s": None,
-        "throughput/prefill_tokens_per_s": None,
-    }
-    found |= {
-        "config/concurrency": None if cell.open_loop else cell.concurrency,
-        "config/request_rate": cell.request_rate,
-        "config/ramp_to": cell.ramp_to,
-    }
-    overload = overload_of(result)
-    found["saturation/requests_per_s"] = overload.answered_per_s if overload else None
-    if cell.trace:
-        found["config/output_tokens"] = _mean([r.asked[1] for r in requests if r.asked])
-    found |= _chunks(requests)
-    if any(r.visible_ns is not None and r.visible_ns != r.stamps_ns[0] for r in requests):
-        found |= statistics("latency/ttfo_ms", [value for r in requests if (value := visible_ms(r)) is not None])
-    found |= _lengths(requests)
-    found["throughput/requests_per_s"] = _mean([len(r.requests) / span for r in repetitions if (span := span_s(r)) > 0])
-    found |= _windows(repetitions)
-    found |= _goodput(cell, repetitions)
-    found |= _errors(repetitions)
-    found |= _in_flight(repetitions)
-    return found | _client(repetitions) | _server(repetitions)
+    return {key: value for family in ONLINE for key, value in family(result).items()}
 
 
 def stream_figures(result: RunResult) -> Figures:
     """Metrics of a stream batched in process: those of a server's result with the same meaning, and padding waste."""
     found = online_figures(result)
-    for key in list(found):
-        if key.startswith("errors/") or key == "lengths/cached_prompt_ratio":
-            del found[key]  # nothing here can fail by itself, and no prefix is cached
+    for metric in (*FAILED.values(), FAILED_RATIO, CACHED_PROMPT):
+        del found[metric.key()]  # nothing here can fail by itself, and no prefix is cached
     readings = [r.engine for r in result.repetitions if r.engine]
-    lags = [lag / 1e6 for one in readings for lag in one.lags_ns]
     return found | {
-        "config/batch_size": result.cell.batch_size,
-        "config/concurrency": None,
-        "efficiency/padding_waste_ratio": padding_waste(readings),
-        **statistics("client/stamp_lag_ms", lags, (50, 99)),
+        BATCH_SIZE.key(): result.cell.batch_size,
+        CONCURRENCY.key(): None,
+        PADDING_WASTE.key(): padding_waste(readings),
+        **distribution(STAMP_LAG, [lag / 1e6 for one in readings for lag in one.lags_ns]),
     }
 
 
@@ -88,67 +95,57 @@ def padding_waste(readings: Sequence[EngineReadings]) -> float | None:
     return 1 - sum(one.needed for one in readings) / sum(computed)
 
 
-def statistics(key: str, values: Sequence[float], wanted: Sequence[int] = (50, 95, 99)) -> Figures:
-    """Mean, and the `wanted` percentiles that the sample supports."""
-    if not values:
-        return {}
-    found: Figures = {f"{key}_mean": fmean(values)}
-    return found | {f"{key}_p{q}": percentile(values, q) for q in wanted if supports(len(values), q)}
+def _settings(result: RunResult) -> Figures:
+    """Settings of the load, and rates that have no meaning for a server."""
+    cell, overload = result.cell, overload_of(result)
+    found: Figures = {
+        BATCH_SIZE.key(): None,
+        PER_INSTANCE_RATE.key(): None,
+        PREFILL_RATE.key(): None,
+        CONCURRENCY.key(): None if cell.open_loop else cell.concurrency,
+        ASKED_RATE.key(): cell.request_rate,
+        RAMP_TO.key(): cell.ramp_to,
+        SATURATION_RATE.key(): overload.answered_per_s if overload else None,
+    }
+    lengths = [r.asked[1] for r in requests(result) if r.asked]
+    return found | {OUTPUT_TOKENS.key(): mean_of(lengths)} if cell.trace else found
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
+def _latencies(result: RunResult) -> Figures:
+    """Time to the first visible token, and inter-chunk latency instead of inter-token latency if a chunk is no token.
+
+    The first visible token is told apart only if a reasoning channel came before it.
+    """
+    every = requests(result)
+    found: Figures = {}
+    if not one_token_per_chunk(every):
+        found |= distribution(ICL, [gap for r in every for gap in chunk_gaps_ms(r)]) | dict.fromkeys(ITL.mlflow_keys())
+    if any(r.visible_ns is not None and r.visible_ns != r.stamps_ns[0] for r in every):
+        found |= distribution(TTFO, [value for r in every if (value := visible_ms(r)) is not None])
+    return found
 
 
-def span_s(repetition: Repetition) -> float:
-    """Length of the full window, s."""
-    return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
-
-
-def single_share(requests: Sequence[RequestRecord]) -> float:
-    """Share of requests with one token in every chunk."""
-    return sum(r.single_tokens for r in requests) / len(requests)
-
-
-def together_share(requests: Sequence[RequestRecord]) -> float:
-    """Share of chunks read together with the one before, first chunks left out: a server or proxy held them back."""
-    gaps = sum(max(len(r.stamps_ns) - 1, 0) for r in requests)
-    return (
-        sum(sooner == later for r in requests for sooner, later in itertools.pairwise(r.stamps_ns)) / gaps
-        if gaps
-        else 0.0
-    )
-
-
-def come_singly(requests: Sequence[RequestRecord]) -> bool:
-    """Return True if tokens come one at a time, so that gaps are inter-token latencies."""
-    return single_share(requests) >= SINGLE_SHARE and together_share(requests) <= TOGETHER_SHARE
-
-
-def _chunks(requests: Sequence[RequestRecord]) -> Figures:
-    """Inter-chunk latency instead of inter-token latency if a chunk is not a token."""
-    if come_singly(requests):
-        return {}
-    found = statistics("latency/icl_ms", [gap for r in requests for gap in chunk_gaps_ms(r)])
-    return found | {f"latency/itl_ms_{name}": None for name in ("mean", "p50", "p90", "p95", "p99")}
-
-
-def _lengths(requests: Sequence[RequestRecord]) -> Figures:
+def _lengths(result: RunResult) -> Figures:
     """Mean lengths really sent and generated, in tokens as the server counts them."""
-    prompts = [r.prompt_tokens for r in requests if r.prompt_tokens is not None]
-    chunks = sum(len(r.stamps_ns) for r in requests)
+    every = requests(result)
     return {
-        "lengths/prompt_tokens_mean": _mean(prompts),
-        "lengths/output_tokens_mean": fmean(r.output_tokens for r in requests),
-        "lengths/tokens_per_chunk_mean": sum(r.output_tokens for r in requests) / chunks,
-        "lengths/cached_prompt_ratio": cached_share(requests),
+        SENT_PROMPT_TOKENS.key("mean"): mean_of([r.prompt_tokens for r in every if r.prompt_tokens is not None]),
+        MADE_OUTPUT_TOKENS.key("mean"): fmean(r.output_tokens for r in every),
+        TOKENS_PER_CHUNK.key("mean"): sum(r.output_tokens for r in every) / sum(len(r.stamps_ns) for r in every),
+        CACHED_PROMPT.key(): cached_share(every),
     }
 
 
-def cached_share(requests: Sequence[RequestRecord]) -> float | None:
+def _request_rate(result: RunResult) -> Figures:
+    return {
+        REQUEST_RATE.key(): mean_of([len(one.requests) / s for one in result.repetitions if (s := span_s(one)) > 0])
+    }
+
+
+def cached_share(some: Sequence[RequestRecord]) -> float | None:
     """Share of the prompt tokens that came from the server's prefix cache; None if the server does not report it."""
-    told = [(r.cached_tokens, r.prompt_tokens) for r in requests if r.cached_tokens is not None and r.prompt_tokens]
-    return sum(cached for cached, _ in told) / sum(prompt for _, prompt in told) if told else None
+    known = [(r.cached_tokens, r.prompt_tokens) for r in some if r.cached_tokens is not None and r.prompt_tokens]
+    return sum(cached for cached, _ in known) / sum(prompt for _, prompt in known) if known else None
 
 
 def steady_window(repetition: Repetition) -> tuple[int, int] | None:
@@ -165,20 +162,18 @@ def _tokens_within(request: RequestRecord, begin: int, end: int) -> float:
     return sum(size for size, stamp in zip(sizes, request.stamps_ns, strict=True) if begin < stamp <= end)
 
 
-def _windows(repetitions: Sequence[Repetition]) -> Figures:
+def _windows(result: RunResult) -> Figures:
     """The same metrics over both windows, to show the effect of ramp-up and drain."""
-    requests = [r for repetition in repetitions for r in repetition.requests]
+    every, spans = requests(result), [(one, s) for one in result.repetitions if (s := span_s(one)) > 0]
     found: Figures = {
-        "window/full_output_tokens_per_s": _mean(
-            [sum(r.output_tokens for r in one.requests) / s for one in repetitions if (s := span_s(one)) > 0]
-        ),
-        "window/full_requests_per_s": _mean([len(one.requests) / s for one in repetitions if (s := span_s(one)) > 0]),
+        FULL_OUTPUT_RATE.key(): mean_of([sum(r.output_tokens for r in one.requests) / s for one, s in spans]),
+        FULL_REQUEST_RATE.key(): mean_of([len(one.requests) / s for one, s in spans]),
     }
     rates: list[float] = []
     answers: list[float] = []
     firsts: list[float] = []
     gaps: list[float] = []
-    for one in repetitions:
+    for one in result.repetitions:
         window = steady_window(one)
         if window is None:
             continue
@@ -195,12 +190,10 @@ def _windows(repetitions: Sequence[Repetition]) -> Figures:
             for gap, a, b in zip(gaps_ms(r), r.stamps_ns, r.stamps_ns[1:], strict=False)
             if a >= begin and b <= end
         ]
-    found |= {"window/steady_output_tokens_per_s": _mean(rates), "window/steady_requests_per_s": _mean(answers)}
-    pools: dict[str, Sequence[float]] = {"full_ttft_ms": [ttft_ms(r) for r in requests], "steady_ttft_ms": firsts}
-    if come_singly(requests):
-        pools |= {"full_itl_ms": [gap for r in requests for gap in gaps_ms(r)], "steady_itl_ms": gaps}
-    for name, pool in pools.items():
-        found |= {f"window/{name}_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)}
+    found |= {STEADY_OUTPUT_RATE.key(): mean_of(rates), STEADY_REQUEST_RATE.key(): mean_of(answers)}
+    found |= distribution(FULL_TTFT, [ttft_ms(r) for r in every]) | distribution(STEADY_TTFT, firsts)
+    if one_token_per_chunk(every):
+        found |= distribution(FULL_ITL, [gap for r in every for gap in gaps_ms(r)]) | distribution(STEADY_ITL, gaps)
     return found
 
 
@@ -298,11 +291,11 @@ def ramp_steps(result: RunResult) -> list[tuple[str, int, float]]:
     found: list[tuple[str, int, float]] = []
     for number, group in enumerate(tenths, 1):
         complete = [r for r in group if r.outcome == "complete"]
-        found += [("steps/ramp_request_rate", number, len(group) / seconds)] if seconds else []
+        found += [(RAMP_REQUEST_RATE.key, number, len(group) / seconds)] if seconds else []
         if complete:
             found += [
-                ("steps/ramp_ttft_ms", number, median(map(ttft_ms, complete))),
-                ("steps/ramp_e2e_ms", number, median(map(e2e_ms, complete))),
+                (RAMP_TTFT.key, number, median(map(ttft_ms, complete))),
+                (RAMP_E2E.key, number, median(map(e2e_ms, complete))),
             ]
     return found
 
@@ -317,27 +310,27 @@ def slos(cell: Cell) -> dict[str, tuple[float, Callable[[RequestRecord], float |
     return {name: (limit, of) for name, (limit, of) in wanted.items() if limit is not None}
 
 
-def _goodput(cell: Cell, repetitions: Sequence[Repetition]) -> Figures:
+def _goodput(result: RunResult) -> Figures:
     """Requests per second that met every limit, and their share of all judged requests; a failed request meets none.
 
     A request too short to have a time per output token cannot be judged by it: it is counted separately, not as good.
     """
-    limits = slos(cell)
-    if not limits:
+    cell, repetitions = result.cell, result.repetitions
+    if not slos(cell):
         return {}
-    counts = [met(cell, one) for one in repetitions]
+    counts = [count_good(cell, one) for one in repetitions]
     good, judged = sum(good for good, _ in counts), sum(judged for _, judged in counts)
     sent = sum(len(one.requests) + len(one.failed) for one in repetitions)
     return {
-        "goodput/requests_per_s": _mean(
+        GOODPUT.key(): mean_of(
             [good / span for one, (good, _) in zip(repetitions, counts, strict=True) if (span := span_s(one)) > 0]
         ),
-        "goodput/attainment_ratio": good / judged if judged else None,
-        "goodput/requests_without_tpot": sent - judged,
+        ATTAINMENT.key(): good / judged if judged else None,
+        WITHOUT_TPOT.key(): sent - judged,
     }
 
 
-def met(cell: Cell, repetition: Repetition) -> tuple[int, int]:
+def count_good(cell: Cell, repetition: Repetition) -> tuple[int, int]:
     """Number of requests that met every limit, and of those that can be judged, failed ones included."""
     limits = slos(cell).values()
     values = [[of(request) for _, of in limits] for request in repetition.requests]
@@ -347,11 +340,10 @@ def met(cell: Cell, repetition: Repetition) -> tuple[int, int]:
     return good, len(able) + len(repetition.failed)
 
 
-def _errors(repetitions: Sequence[Repetition]) -> Figures:
-    failed = [r for repetition in repetitions for r in repetition.failed]
-    sent = len(failed) + sum(len(repetition.requests) for repetition in repetitions)
-    counts = {f"errors/{word}": float(sum(r.outcome == word for r in failed)) for word in FAILURES}
-    return {**counts, "errors/failed_ratio": len(failed) / sent}
+def _errors(result: RunResult) -> Figures:
+    failed = [r for repetition in result.repetitions for r in repetition.failed]
+    counts = {metric.key(): float(sum(r.outcome == word for r in failed)) for word, metric in FAILED.items()}
+    return {**counts, FAILED_RATIO.key(): len(failed) / (len(failed) + len(requests(result)))}
 
 
 def in_flight(repetition: Repetition) -> list[tuple[int, int]]:
@@ -368,24 +360,25 @@ def in_flight(repetition: Repetition) -> list[tuple[int, int]]:
     return found
 
 
-def _in_flight(repetitions: Sequence[Repetition]) -> Figures:
+def _in_flight(result: RunResult) -> Figures:
     means: list[float] = []
     most = 0
-    for repetition in repetitions:
+    for repetition in result.repetitions:
         levels = in_flight(repetition)
         span = levels[-1][0] - levels[0][0]
         area = sum(level * (later - at) for (at, level), (later, _) in itertools.pairwise(levels))
         means += [area / span] if span > 0 else []
         most = max([most, *(level for _, level in levels)])
-    return {"in_flight/requests_mean": _mean(means), "in_flight/requests_max": float(most)}
+    return {IN_FLIGHT.key("mean"): mean_of(means), IN_FLIGHT.key("max"): float(most)}
 
 
-def _server(repetitions: Sequence[Repetition]) -> Figures:
+def _server(result: RunResult) -> Figures:
     """The server's own metrics, under its own names: gauges while a load ran, growth of counters, means of histograms.
 
     If a counter went back, the server was restarted and the growth is unknown.
     """
     found: Figures = {}
+    repetitions = result.repetitions
     during = [
         reading.values
         for one in repetitions
@@ -395,12 +388,12 @@ def _server(repetitions: Sequence[Repetition]) -> Figures:
     ]
     for name in (*SERVER_GAUGES, *SERVER_RATIOS):
         values = [reading[name] for reading in during if name in reading]
-        found |= {f"server/{name}_mean": fmean(values), f"server/{name}_max": max(values)} if values else {}
+        found |= {SERVER[name].key("mean"): fmean(values), SERVER[name].key("max"): max(values)} if values else {}
     for name in SERVER_COUNTERS:
-        found[f"server/{name}"] = _growth_of(name, repetitions)
+        found[SERVER[name].key()] = _growth_of(name, repetitions)
     for name in SERVER_TIMES:
         seconds, count = _growth_of(f"{name}_sum", repetitions), _growth_of(f"{name}_count", repetitions)
-        found[f"server/{name}_mean"] = seconds / count if seconds is not None and count else None
+        found[SERVER[name].key("mean")] = seconds / count if seconds is not None and count else None
     return found
 
 
@@ -422,8 +415,9 @@ def _worst(each: Sequence[Figures]) -> Figures:
     }
 
 
-def _client(repetitions: Sequence[Repetition]) -> Figures:
+def _client(result: RunResult) -> Figures:
     """Metrics that show if the client is the bottleneck (Envoy's poll delay; inference-perf's schedule delay)."""
+    repetitions = result.repetitions
     readings = [r.client for r in repetitions if r.client]
     processes = [
         [one.processes[i] for one in readings if len(one.processes) > i]
@@ -438,21 +432,29 @@ def _client(repetitions: Sequence[Repetition]) -> Figures:
         if len(order) > 1:
             asked += max(r.start_ns for r in order) - min(r.start_ns for r in order)
             sent += max(r.t0_ns for r in order) - min(r.start_ns for r in order)
-    found = _worst(
-        [
-            statistics("client/loop_lag_ms", [lag / 1e6 for one in own for lag in one.lags_ns], (50, 99))
-            for own in processes
-        ]
-    )
-    return (
-        found
-        | statistics("client/send_delay_ms", delays, (50, 99))
-        | {
-            "client/processes": len(processes) or None,
-            "client/cpu_ratio": max(sum(one.cpu_s for one in own) for own in processes) / wall if wall else None,
-            "client/cpus": sum(one.cpu_s for one in readings) / wall if wall and len(processes) > 1 else None,
-            "client/resent_requests": sum(one.retries for one in readings) if readings else None,
-            # Requests that all come at once have no rate.
-            "client/rate_ratio": asked / sent if asked and sent else None,
-        }
-    )
+    lags = [distribution(LOOP_LAG, [lag / 1e6 for one in own for lag in one.lags_ns]) for own in processes]
+    return {
+        **_worst(lags),
+        **distribution(SEND_DELAY, delays),
+        CLIENT_PROCESSES.key(): len(processes) or None,
+        CLIENT_CPU.key(): max(sum(one.cpu_s for one in own) for own in processes) / wall if wall else None,
+        CLIENT_CPUS.key(): sum(one.cpu_s for one in readings) / wall if wall and len(processes) > 1 else None,
+        RESENT_REQUESTS.key(): sum(one.retries for one in readings) if readings else None,
+        # Requests that all come at once have no rate.
+        ACHIEVED_RATE.key(): asked / sent if asked and sent else None,
+    }
+
+
+ONLINE: tuple[Callable[[RunResult], Figures], ...] = (
+    _settings,
+    _latencies,
+    _lengths,
+    _request_rate,
+    _windows,
+    _goodput,
+    _errors,
+    _in_flight,
+    _client,
+    _server,
+)
+"""Families of metrics of a result under request load."""

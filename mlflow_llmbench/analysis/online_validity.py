@@ -6,18 +6,21 @@ from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 
-from ..records.metrics import FOREIGN_CPU_LIMIT, PREFIX_CACHES
-from ..records.results import Reason, RequestRecord, RunResult
-from .online_metrics import (
-    RATE_LIMIT,
-    SINGLE_SHARE,
-    TOGETHER_SHARE,
-    cached_share,
-    overload_of,
-    single_share,
-    steady_window,
-    together_share,
+from ..records.metrics import (
+    ACHIEVED_RATE,
+    CACHED_PROMPT,
+    CLIENT_CPU,
+    LOOP_LAG,
+    SEND_DELAY,
+    SENT_PROMPT_TOKENS,
+    SERVER,
+    TOKENS_PER_CHUNK,
 )
+from ..records.results import Reason, RunResult
+from ..records.server_names import PREFIX_CACHES
+from ..records.verdicts import FOREIGN_CPU_LIMIT
+from .online_metrics import RATE_LIMIT, cached_share, overload_of, steady_window
+from .repetitions import SINGLE_SHARE, TOGETHER_SHARE, requests, single_share, together_share
 
 CPU_LIMIT = 0.75
 """Maximum share of its one core that the client may use (AIPerf flags its workers there)."""
@@ -35,21 +38,17 @@ CACHED_LIMIT = 0.01
 Metrics = dict[str, float]
 
 
-def _requests(result: RunResult) -> list[RequestRecord]:
-    return [r for repetition in result.repetitions for r in repetition.requests]
-
-
 def client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check that the client was not the bottleneck: otherwise its own delay is in the numbers."""
     seen: list[str] = []
-    if (cpu := metrics.get("client/cpu_ratio", 0.0)) > CPU_LIMIT:
+    if (cpu := metrics.get(CLIENT_CPU.key(), 0.0)) > CPU_LIMIT:
         seen.append(f"it used {cpu:.0%} of its core (limit {CPU_LIMIT:.0%})")
     for q, limit in LAG_LIMIT_MS.items():
-        if (lag := metrics.get(f"client/loop_lag_ms_p{q}", 0.0)) > limit:
+        if (lag := metrics.get(LOOP_LAG.key(f"p{q}"), 0.0)) > limit:
             seen.append(f"its event loop woke up {lag:.1f} ms late (p{q}; limit {limit:g} ms)")
-    if (delay := metrics.get("client/send_delay_ms_p50", 0.0)) > DELAY_LIMIT_MS:
+    if (delay := metrics.get(SEND_DELAY.key("p50"), 0.0)) > DELAY_LIMIT_MS:
         seen.append(f"it sent {delay:.1f} ms later than meant (median; limit {DELAY_LIMIT_MS:g} ms)")
-    if (ratio := metrics.get("client/rate_ratio", 1.0)) < RATE_LIMIT:
+    if (ratio := metrics.get(ACHIEVED_RATE.key(), 1.0)) < RATE_LIMIT:
         seen.append(f"it reached {ratio:.0%} of the requested rate (limit {RATE_LIMIT:.0%})")
     if seen:
         yield Reason(
@@ -64,7 +63,7 @@ def failures(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     failed = [r for repetition in result.repetitions for r in repetition.failed]
     if not failed:
         return
-    total = len(failed) + len(_requests(result))
+    total = len(failed) + len(requests(result))
     kinds = ", ".join(f"{count} {word}" for word, count in Counter(r.outcome for r in failed).most_common())
     share, first = len(failed) / total, failed[0].message
     code = "unfinished" if share > FAILED_LIMIT else "failed_requests"
@@ -77,7 +76,7 @@ def failures(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 
 def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check for prompts or outputs of another length than requested."""
-    every, cell = _requests(result), result.cell
+    every, cell = requests(result), result.cell
     asked = [r.asked or (cell.prompt_tokens, cell.output_tokens) for r in every]
     other = [r.output_tokens for r, (_, output) in zip(every, asked, strict=True) if r.output_tokens != output]
     if other:
@@ -89,7 +88,7 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
             f"{len(other)} of {len(every)} answers do not have the {wanted}, but {fmean(other):.1f} tokens on average; "
             "the rates are of the real lengths. Use a server that honours ignore_eos, or a shorter output_tokens.",
         )
-    mean = metrics.get("lengths/prompt_tokens_mean")
+    mean = metrics.get(SENT_PROMPT_TOKENS.key("mean"))
     prompts = [prompt for prompt, _ in asked if prompt is not None]
     if mean is not None and prompts and abs(mean / fmean(prompts) - 1) > LENGTH_LIMIT:
         yield Reason(
@@ -101,12 +100,12 @@ def lengths(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 
 def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check for prompt tokens that the server took from its prefix cache."""
-    share = metrics.get("lengths/cached_prompt_ratio")
+    share = metrics.get(CACHED_PROMPT.key())
     for hits, queries in PREFIX_CACHES if share is None else ():
-        if metrics.get(f"server/{queries}"):
-            share = metrics.get(f"server/{hits}", 0.0) / metrics[f"server/{queries}"]
+        if asked := metrics.get(SERVER[queries].key()):
+            share = metrics.get(SERVER[hits].key(), 0.0) / asked
     if result.cell.history == "sent":  # a later turn finds the earlier ones in the cache, as in real use
-        share = cached_share([r for r in _requests(result) if r.turn == 1])
+        share = cached_share([r for r in requests(result) if r.turn == 1])
     if share is not None and share > CACHED_LIMIT:
         yield Reason(
             "prefix_cache_hits",
@@ -117,7 +116,7 @@ def caches(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 
 def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check that each chunk of the stream is one token."""
-    every = _requests(result)
+    every = requests(result)
     if all(r.tokens is None for r in every):
         yield Reason(
             "chunked_stream",
@@ -127,7 +126,7 @@ def chunks(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     elif single_share(every) < SINGLE_SHARE:
         yield Reason(
             "chunked_stream",
-            f"Chunks hold {metrics['lengths/tokens_per_chunk_mean']:.2f} tokens on average; gaps between them are "
+            f"Chunks hold {metrics[TOKENS_PER_CHUNK.key('mean')]:.2f} tokens on average; gaps between them are "
             "inter-chunk latency (icl_ms), and there is no inter-token latency. Let the server send each token by "
             "itself.",
         )

@@ -15,7 +15,7 @@ AIPerf 0.13, optimum-benchmark 0.6 and the documentation of llama-bench:
   the number of tokens;
 - vLLM and GuideLLM write 0 for a figure without values (all outputs of one token, a reply that was not streamed): such
   a 0 is not taken, the figure is absent;
-- a percentile that the sample does not support (`metrics.PERCENTILE_SUPPORT`) is not translated.
+- a percentile that the sample does not support (`verdicts.PERCENTILE_SUPPORT`) is not translated.
 
 The program counts the tokens (see `Foreign.tokens_by`), which affects time per output token and throughput.
 """
@@ -29,7 +29,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..records.errors import UsageError
-from ..records.metrics import PERCENTILE_SUPPORT
+from ..records.metrics import (
+    BATCH_SIZE,
+    CONCURRENCY,
+    E2E,
+    FAILED_RATIO,
+    FULL_OUTPUT_RATE,
+    FULL_REQUEST_RATE,
+    ITL,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    TPOT,
+    TTFT,
+    WEIGHTS,
+)
+from ..records.verdicts import PERCENTILE_SUPPORT
 
 Data = Mapping[str, Any]
 UNUSABLE = re.compile(r"[^A-Za-z0-9_./-]")
@@ -137,20 +151,19 @@ def _vllm(data: Data) -> Iterator[Foreign]:
     )
     completed, failed = float(data["completed"]), _number(data.get("failed"))
     ours: dict[str, str] = {}
-    latencies = {"e2el": "e2e", "ttft": "ttft"} if closed else {}
-    for theirs, key in (latencies | {"tpot": "tpot"}).items():
-        statistics = {"mean": "mean", "median": "p50", "p95": "p95"} | ({} if key == "tpot" else {"p99": "p99"})
-        ours |= {f"{name}_{theirs}_ms": f"latency/{key}_ms_{own}" for name, own in statistics.items()}
+    latencies = {"e2el": E2E, "ttft": TTFT} if closed else {}
+    for theirs, metric in (latencies | {"tpot": TPOT}).items():
+        statistics = {"mean": "mean", "median": "p50", "p95": "p95", "p99": "p99"}
+        known = {name: own for name, own in statistics.items() if own in metric.statistics}
+        ours |= {f"{name}_{theirs}_ms": metric.key(own) for name, own in known.items()}
     ours = _supported(ours, completed)
     if _single_tokens(data):
         gaps = {"mean": "mean", "median": "p50", "p90": "p90", "p95": "p95", "p99": "p99"}
-        ours |= _supported(
-            {f"{name}_itl_ms": f"latency/itl_ms_{own}" for name, own in gaps.items()}, sum(map(len, data["itls"]))
-        )
+        ours |= _supported({f"{name}_itl_ms": ITL.key(own) for name, own in gaps.items()}, sum(map(len, data["itls"])))
     if closed:
         ours |= {
-            "output_throughput": "window/full_output_tokens_per_s",
-            "request_throughput": "window/full_requests_per_s",
+            "output_throughput": FULL_OUTPUT_RATE.key(),
+            "request_throughput": FULL_REQUEST_RATE.key(),
         }
     empty = [f"_{kind}_ms" for kind in ("ttft", "tpot", "itl", "e2el") if data.get(f"mean_{kind}_ms") == 0]
     every = {
@@ -158,9 +171,9 @@ def _vllm(data: Data) -> Iterator[Foreign]:
     }
     metrics, own = _split("vllm", every, ours)
     if failed is not None and completed + failed > 0:
-        metrics["errors/failed_ratio"] = failed / (completed + failed)
+        metrics[FAILED_RATIO.key()] = failed / (completed + failed)
     if closed:
-        metrics["config/concurrency"] = float(data["max_concurrency"])
+        metrics[CONCURRENCY.key()] = float(data["max_concurrency"])
     load = f"c{data['max_concurrency']}" if closed else f"{data.get('request_rate')}/s"
     params = _texts({name: data.get(name) for name in VLLM_SETTINGS})
     yield Foreign(
@@ -203,11 +216,11 @@ def _guidellm(data: Data) -> Iterator[Foreign]:
             if isinstance(successful, dict) and successful.get("count") != 0:
                 every |= {f"{name}_{statistic}": successful.get(statistic) for statistic in GUIDELLM_STATISTICS}
                 every |= {f"{name}_{q}": (successful.get("percentiles") or {}).get(q) for q in ("p90", "p95", "p99")}
-        ours = {"time_to_first_token_ms_mean": "latency/ttft_ms_mean"} if kind in GUIDELLM_CLOSED else {}
+        ours = {"time_to_first_token_ms_mean": TTFT.key("mean")} if kind in GUIDELLM_CLOSED else {}
         metrics, own = _split("guidellm", every, ours)
         streams = _number(strategy.get("streams")) if kind == "concurrent" else 1.0 if kind == "synchronous" else None
         if streams is not None:
-            metrics["config/concurrency"] = streams
+            metrics[CONCURRENCY.key()] = streams
         level = strategy.get("streams") or strategy.get("rate") or ""
         yield Foreign(
             "guidellm",
@@ -244,22 +257,21 @@ def _aiperf(data: Data) -> Iterator[Foreign]:
         for statistic, value in table.items()
         if statistic != "unit"
     }
-    translated = {"inter_token_latency": "tpot"} | (
-        {"time_to_first_token": "ttft", "request_latency": "e2e"} if closed else {}
+    translated = {"inter_token_latency": TPOT} | (
+        {"time_to_first_token": TTFT, "request_latency": E2E} if closed else {}
     )
     ours: dict[str, str] = {}
-    for theirs, key in translated.items() if whole else ():
+    for theirs, metric in translated.items() if whole else ():
         if (tables.get(theirs) or {}).get("unit") == "ms":
-            statistics = {"avg": "mean"} | (
-                {"p50": "p50", "p95": "p95"} | ({} if key == "tpot" else {"p99": "p99"}) if not errors else {}
-            )
-            ours |= {f"{theirs}_{name}": f"latency/{key}_ms_{own}" for name, own in statistics.items()}
+            statistics = {"avg": "mean"} | ({"p50": "p50", "p95": "p95", "p99": "p99"} if not errors else {})
+            known = {name: own for name, own in statistics.items() if own in metric.statistics}
+            ours |= {f"{theirs}_{name}": metric.key(own) for name, own in known.items()}
     metrics, own = _split("aiperf", every, _supported(ours, count))
     if count is not None and count + errors > 0:
-        metrics["errors/failed_ratio"] = errors / (count + errors)
+        metrics[FAILED_RATIO.key()] = errors / (count + errors)
     concurrency = _number(phase.get("concurrency"))
     if closed and concurrency is not None:
-        metrics["config/concurrency"] = concurrency
+        metrics[CONCURRENCY.key()] = concurrency
     yield Foreign(
         "aiperf",
         str(data.get("aiperf_version") or ""),
@@ -298,11 +310,9 @@ def _llama_bench(data: Any) -> Iterator[Foreign]:
             name: row.get(name)
             for name in ("avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "model_size", "model_n_params")
         }
-        metrics, own = _split("llama-bench", figures, {"model_size": "memory/weight_bytes"})
+        metrics, own = _split("llama-bench", figures, {"model_size": WEIGHTS.key()})
         metrics |= {
-            key: float(count)
-            for key, count in (("config/prompt_tokens", prompt), ("config/output_tokens", output))
-            if count
+            key: float(count) for key, count in ((PROMPT_TOKENS.key(), prompt), (OUTPUT_TOKENS.key(), output)) if count
         }
         test = f"pp{prompt}+tg{output}" if prompt and output else f"pp{prompt}" if prompt else f"tg{output}"
         test += f" @ d{row['n_depth']}" if row.get("n_depth") else ""
@@ -338,7 +348,7 @@ def _optimum(data: Data) -> Iterator[Foreign]:
                 every |= {f"{stage}.{part}.{name}": value for name, value in table.items()}
     metrics, own = _split("optimum-benchmark", every, {})
     shapes = (config.get("scenario") or {}).get("input_shapes") or {}
-    names = {"batch_size": "config/batch_size", "sequence_length": "config/prompt_tokens"}
+    names = {"batch_size": BATCH_SIZE.key(), "sequence_length": PROMPT_TOKENS.key()}
     metrics |= {key: number for name, key in names.items() if (number := _number(shapes.get(name))) is not None}
     backend = config.get("backend") or {}
     environment = config.get("environment") or {}

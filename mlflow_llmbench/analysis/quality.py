@@ -11,8 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..records.metric import interval_keys
+from ..records.metrics import KL, PERPLEXITY, PERPLEXITY_RATIO, TOP1
 from ..records.results import Quality, TaskScore
-from ..stats import percentile, supports, t_quantile_975
+from ..stats import t_quantile_975
+from .figures import Figures, distribution, interval_figures
 
 Clusters = Sequence[Sequence[float]]
 
@@ -162,57 +165,45 @@ def task_key(score: TaskScore) -> str:
     )
 
 
-def figures(quality: Quality) -> dict[str, float | None]:
+ESTIMATES = {KL: kl_divergence, TOP1: top1_agreement, PERPLEXITY: perplexity, PERPLEXITY_RATIO: perplexity_ratio}
+"""Metric → its estimate."""
+
+
+def figures(quality: Quality) -> Figures:
     """Summary metrics by MLflow key; a metric not measured is absent, an unknown end of an interval is None."""
-    estimates = {
-        "kl_vs_reference": kl_divergence(quality),
-        "top1_agreement": top1_agreement(quality),
-        "perplexity": perplexity(quality),
-        "perplexity_ratio": perplexity_ratio(quality),
-    }
-    found: dict[str, float | None] = {}
-    for name, estimate in estimates.items():
-        if estimate is not None:
-            found |= {
-                f"quality/{name}": estimate.value,
-                f"quality/{name}_ci_low": estimate.low,
-                f"quality/{name}_ci_high": estimate.high,
-            }
+    found: Figures = {}
+    for metric, estimate_of in ESTIMATES.items():
+        if (estimate := estimate_of(quality)) is not None:
+            found |= interval_figures(metric, estimate.value, estimate.low, estimate.high)
     for score in quality.tasks:
         if score.part:
             continue
-        own = task_estimate(score)
-        found |= {
-            task_key(score): own.value,
-            f"{task_key(score)}_ci_low": own.low,
-            f"{task_key(score)}_ci_high": own.high,
-        }
+        own, key = task_estimate(score), task_key(score)
+        found |= {key: own.value, **dict(zip(interval_keys(key), (own.low, own.high), strict=True))}
     pool = [value for prompt in quality.divergence.kl for value in prompt] if quality.divergence else []
-    return found | {
-        f"quality/kl_vs_reference_p{q}": percentile(pool, q) for q in (50, 99) if pool and supports(len(pool), q)
-    }
+    return found | distribution(KL, pool)
 
 
 def sentences(quality: Quality) -> list[str]:
     """Sentences on how the quality metrics were obtained, and why one is missing."""
-    said = []
+    found = []
     if quality.divergence:
         d = quality.divergence
         positions = sum(map(len, d.kl))
-        said.append(
+        found.append(
             f"The reference is {d.reference}, unquantized. Both models were given its own greedy continuations of "
             f"{len(d.kl)} prompts, and their probabilities of the whole vocabulary were compared at {positions} "
             "positions; intervals are over prompts."
         )
         if d.is_reference:
-            said.append(
+            found.append(
                 "This is the reference itself, computed a second time: its divergence is the noise floor of the "
                 "comparison here, 0 if the machine repeats itself exactly, and says nothing about quality."
             )
     if quality.scores:
         s = quality.scores
         scored = sum(map(len, s.nll))
-        said.append(
+        found.append(
             f"Perplexity is over {scored:,} of the {s.tokens:,} tokens of the text {s.text}, in {len(s.nll)} windows "
             f"of at most {s.window} tokens with a stride of {s.stride}; the interval is over windows. It depends on "
             "the text and the tokenizer: compare it within one model."
@@ -221,14 +212,14 @@ def sentences(quality: Quality) -> list[str]:
         counts = {
             score.task: score.documents for score in quality.tasks if score.documents is not None and not score.part
         }
-        told = ", ".join(f"{task} ({count:,} documents)" for task, count in counts.items())
-        said.append(
-            f"Tasks of lm-eval, with the harness's own prompts and no chat template: {told}; intervals are over "
+        listed = ", ".join(f"{task} ({count:,} documents)" for task, count in counts.items())
+        found.append(
+            f"Tasks of lm-eval, with the harness's own prompts and no chat template: {listed}; intervals are over "
             "documents."
         )
-    if said:
-        said.append(
+    if found:
+        found.append(
             "The memory stage unloaded is absent: the evaluation ran before it and left allocations that do not belong "
             "to the measurement."
         )
-    return said + list(quality.withheld)
+    return found + list(quality.withheld)

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
 from ..records.cell import SPECULATIVE
+from ..records.metrics import E2E, ITL, OUTPUT_RATE, TPOT, TTFT
 from ..records.results import Repetition, RequestRecord, RunResult
+from .figures import mean_of
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
-from .online_metrics import come_singly
+
+SINGLE_SHARE = 0.95
+"""Minimum share of requests with one token in every chunk for their gaps to be called inter-token latency."""
+
+TOGETHER_SHARE = 0.05
+"""Maximum share of tokens read together with the one before for gaps to be called inter-token latency.
+
+A few come together by chance.
+"""
 
 
 def requests(result: RunResult) -> list[RequestRecord]:
     """All requests of all repetitions, in order."""
     return [request for repetition in result.repetitions for request in repetition.requests]
+
+
+def span_s(repetition: Repetition) -> float:
+    """Time from the first sending to the last arrival, s."""
+    return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
+
+
+def single_share(some: Sequence[RequestRecord]) -> float:
+    """Share of requests with one token in every chunk."""
+    return sum(r.single_tokens for r in some) / len(some)
+
+
+def together_share(some: Sequence[RequestRecord]) -> float:
+    """Share of chunks read together with the one before, first chunks left out: a server or proxy held them back."""
+    gaps = sum(max(len(r.stamps_ns) - 1, 0) for r in some)
+    together = sum(sooner == later for r in some for sooner, later in itertools.pairwise(r.stamps_ns))
+    return together / gaps if gaps else 0.0
+
+
+def one_token_per_chunk(some: Sequence[RequestRecord]) -> bool:
+    """Return True if tokens come one at a time, so that gaps are inter-token latencies."""
+    return single_share(some) >= SINGLE_SHARE and together_share(some) <= TOGETHER_SHARE
 
 
 def several_in_a_step(result: RunResult) -> bool:
@@ -23,7 +56,7 @@ def several_in_a_step(result: RunResult) -> bool:
     gaps do not represent the others.
     """
     if result.cell.scenario == "online" and result.repetitions:
-        return not come_singly(requests(result))
+        return not one_token_per_chunk(requests(result))
     return result.cell.decode in SPECULATIVE and not all(request.single_tokens for request in requests(result))
 
 
@@ -32,7 +65,7 @@ def token_gaps(result: RunResult) -> list[float]:
     return [] if several_in_a_step(result) else [gap for request in requests(result) for gap in gaps_ms(request)]
 
 
-def units(result: RunResult) -> list[tuple[Repetition, ...]]:
+def inference_units(result: RunResult) -> list[tuple[Repetition, ...]]:
     """Group the repetitions by the unit of intervals and tests: the process if there are several, else the repetition.
 
     A process affects all its repetitions alike (memory layout, order of compilation, clocks), so they agree more with
@@ -55,8 +88,11 @@ def process_count(result: RunResult) -> int:
 
 
 def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> list[float] | None:
-    """One value per unit of `units`: the mean over its repetitions. None if a repetition has none, or none exists."""
-    found = [[of(repetition) for repetition in unit] for unit in units(result)]
+    """One value per unit of `inference_units`: the mean over its repetitions.
+
+    None if a repetition has none, or there is no repetition.
+    """
+    found = [[of(repetition) for repetition in unit] for unit in inference_units(result)]
     if not found or any(value is None for values in found for value in values):
         return None
     return [fmean(value for value in values if value is not None) for values in found]
@@ -64,18 +100,15 @@ def unit_values(result: RunResult, of: Callable[[Repetition], float | None]) -> 
 
 def output_rate(repetition: Repetition) -> float | None:
     """Output tokens per second: all tokens of all rows ÷ (last arrival − first sending)."""
-    span_s = _span_s(repetition)
-    return sum(r.rows * r.output_tokens for r in repetition.requests) / span_s if span_s > 0 else None
+    seconds = span_s(repetition)
+    return sum(r.rows * r.output_tokens for r in repetition.requests) / seconds if seconds > 0 else None
 
 
 def total_rate(repetition: Repetition) -> float | None:
     """Prompt and output tokens per second, over the time span of `output_rate`."""
-    span_s = _span_s(repetition)
-    return (
-        sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests) / span_s
-        if span_s > 0
-        else None
-    )
+    seconds = span_s(repetition)
+    tokens = sum(r.rows * (r.output_tokens + (r.prompt_tokens or 0)) for r in repetition.requests)
+    return tokens / seconds if seconds > 0 else None
 
 
 def prefill_rate(repetition: Repetition) -> float | None:
@@ -94,17 +127,14 @@ def decode_rate(repetition: Repetition) -> float | None:
     return mean_of([r.rows / value * 1e3 for r in repetition.requests if (value := tpot_ms(r))])
 
 
-RATES = {"output": output_rate, "total": total_rate, "prefill": prefill_rate, "decode": decode_rate}
-
-
 def typical_gap(repetition: Repetition) -> float | None:
     """Median inter-token gap of all requests, ms; the mean would repeat the time per output token.
 
     None if tokens do not come one at a time.
     """
-    gaps = (
-        [gap for request in repetition.requests for gap in gaps_ms(request)] if come_singly(repetition.requests) else []
-    )
+    if not one_token_per_chunk(repetition.requests):
+        return None
+    gaps = [gap for request in repetition.requests for gap in gaps_ms(request)]
     return median(gaps) if gaps else None
 
 
@@ -119,23 +149,13 @@ def typical_tpot(repetition: Repetition) -> float | None:
     return median(found) if found else None
 
 
-def mean_of(values: Sequence[float]) -> float | None:
-    """Arithmetic mean; None without values."""
-    return fmean(values) if values else None
-
-
-def _span_s(repetition: Repetition) -> float:
-    """Time from the first sending to the last arrival, s."""
-    return (max(r.stamps_ns[-1] for r in repetition.requests) - min(r.t0_ns for r in repetition.requests)) / 1e9
-
-
 PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
-    "throughput/output_tokens_per_s": output_rate,
-    "latency/ttft_ms_p50": lambda repetition: median(map(ttft_ms, repetition.requests)),
-    "latency/itl_ms_p50": typical_gap,
-    "latency/tpot_ms_mean": lambda repetition: mean_of(
+    OUTPUT_RATE.key(): output_rate,
+    TTFT.key("p50"): lambda repetition: median(map(ttft_ms, repetition.requests)),
+    ITL.key("p50"): typical_gap,
+    TPOT.key("mean"): lambda repetition: mean_of(
         [value for r in repetition.requests if (value := tpot_ms(r)) is not None]
     ),
-    "latency/e2e_ms_p50": lambda repetition: median(map(e2e_ms, repetition.requests)),
+    E2E.key("p50"): lambda repetition: median(map(e2e_ms, repetition.requests)),
 }
 """Metric → its value for one repetition, None if it has none: the input of comparisons and statistics."""

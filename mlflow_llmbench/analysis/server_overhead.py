@@ -9,16 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from ..records.metrics import (
+    ADDED_E2E,
+    ADDED_MEMORY,
+    ADDED_TPOT,
+    ADDED_TTFT,
+    E2E,
+    THROUGHPUT_RATIO,
+    TPOT,
+    TTFT,
+)
 from ..records.results import RunResult
 from ..stats import welch
-from .repetitions import PER_REPETITION, requests, unit_values
+from .figures import Figures, interval_figures
+from .repetitions import PER_REPETITION, output_rate, requests, unit_values
 
 ADDED = {
-    "twin/added_ttft_ms": "latency/ttft_ms_p50",
-    "twin/added_tpot_ms": "latency/tpot_ms_mean",
-    "twin/added_e2e_ms": "latency/e2e_ms_p50",
+    ADDED_TTFT: (TTFT.key("p50"), "to the first token"),
+    ADDED_TPOT: (TPOT.key("mean"), "to each token after it"),
+    ADDED_E2E: (E2E.key("p50"), "to the whole answer"),
 }
-"""Metric → the metric whose difference it is."""
+"""Metric → the metric whose difference it is, and what the server adds to in words."""
 
 ALIKE = 0.02
 """Mean lengths that differ by more than this share are unlike; times that depend on them are not compared."""
@@ -26,43 +37,38 @@ ALIKE = 0.02
 
 def added(offline: RunResult, served: RunResult) -> dict[str, float]:
     """Metrics of a pair by MLflow key; those that depend on unlike lengths are absent."""
-    found: dict[str, float] = {}
+    found: Figures = {}
     prompts = _alike(
         [_length(r.prompt_tokens) for r in requests(offline)], [_length(r.prompt_tokens) for r in requests(served)]
     )
     outputs = _alike([r.output_tokens for r in requests(offline)], [r.output_tokens for r in requests(served)])
-    known = {"twin/added_ttft_ms": prompts, "twin/added_tpot_ms": True, "twin/added_e2e_ms": prompts and outputs}
-    for key, of in ADDED.items():
+    known = {ADDED_TTFT: prompts, ADDED_TPOT: True, ADDED_E2E: prompts and outputs}
+    for metric, (of, _) in ADDED.items():
         without, behind = (unit_values(one, PER_REPETITION[of]) for one in (offline, served))
-        difference = welch(without, behind) if without and behind and known[key] else None
+        difference = welch(without, behind) if without and behind and known[metric] else None
         if difference:
-            found |= {key: difference.difference, f"{key}_ci_low": difference.low, f"{key}_ci_high": difference.high}
-    rate = PER_REPETITION["throughput/output_tokens_per_s"]
-    rates = [unit_values(one, rate) for one in (offline, served)]
+            found |= interval_figures(metric, difference.difference, difference.low, difference.high)
+    rates = [unit_values(one, output_rate) for one in (offline, served)]
     if rates[0] and rates[1] and prompts and outputs:
-        found["twin/throughput_ratio"] = fmean(rates[1]) / fmean(rates[0])
+        found[THROUGHPUT_RATIO.key()] = fmean(rates[1]) / fmean(rates[0])
     peaks = [one.memory.host_needed.get("peak") for one in (offline, served)]
     if peaks[0] is not None and peaks[1] is not None:
-        found["twin/added_host_needed_bytes"] = peaks[1] - peaks[0]
-    return found
+        found[ADDED_MEMORY.key()] = peaks[1] - peaks[0]
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def sentence(name: str, figures: dict[str, float]) -> str:
     """The difference as a sentence for the terminal; intervals are 95 %, in ms."""
-    words = {
-        "twin/added_ttft_ms": "to the first token",
-        "twin/added_tpot_ms": "to each token after it",
-        "twin/added_e2e_ms": "to the whole answer",
-    }
-    told = [
-        f"{figures[key]:+.3g} ms {what} ({figures[f'{key}_ci_low']:+.3g} to {figures[f'{key}_ci_high']:+.3g})"
-        for key, what in words.items()
-        if key in figures
-    ]
-    told += [f"throughput × {figures['twin/throughput_ratio']:.3g}"] if "twin/throughput_ratio" in figures else []
-    if not told:
+    clauses = []
+    for metric, (_, words) in ADDED.items():
+        if metric.key() in figures:
+            value, low, high = (figures[key] for key in metric.mlflow_keys())
+            clauses.append(f"{value:+.3g} ms {words} ({low:+.3g} to {high:+.3g})")
+    if (ratio := figures.get(THROUGHPUT_RATIO.key())) is not None:
+        clauses.append(f"throughput × {ratio:.3g}")
+    if not clauses:
         return f"{name}: no metric of the server can be compared with the same model without it."
-    return f"{name}: the server adds {', '.join(told)}."
+    return f"{name}: the server adds {', '.join(clauses)}."
 
 
 def _length(tokens: int | None) -> float:

@@ -6,13 +6,59 @@ Keys are MLflow keys (`metrics.KEYS`). An undefined or non-finite metric is abse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-from ..records.metrics import STAGES
-from ..records.results import MemorySample, RequestRecord, RunResult, TextTimes
+from ..records.metric import Series
+from ..records.metrics import (
+    BATCH_SIZE,
+    COMPILE_TIME,
+    COST,
+    DECODE_RATE,
+    DETOKENIZE,
+    DEVICE_MEMORY,
+    DEVICE_RESERVED,
+    DEVICE_SAMPLES,
+    E2E,
+    E2E_BY_REPETITION,
+    E2E_WITH_TEXT,
+    FIRST_CALL,
+    HOST_NEEDED,
+    HOST_RSS,
+    HOST_RSS_SAMPLES,
+    ICL,
+    ITL,
+    ITL_BY_TOKEN,
+    ITL_PERCENTILES,
+    KV_CACHE,
+    LOAD_TIME,
+    OUTPUT_RATE,
+    OUTPUT_TOKENS,
+    PER_INSTANCE_RATE,
+    PREDICTED_MEMORY,
+    PREFILL_RATE,
+    PROMPT_TOKENS,
+    RATE_BY_REPETITION,
+    RELATIVE_HALF_WIDTH,
+    REPETITIONS,
+    SAME_REPLIES,
+    SAME_TOKENS,
+    TOKENIZE,
+    TOTAL_RATE,
+    TPOT,
+    TTFT,
+    TTFT_BY_REPETITION,
+    TTFT_PERCENTILES,
+    TURN_E2E,
+    TURN_PREFILLED_TOKENS,
+    TURN_PROMPT_TOKENS,
+    TURN_TTFT,
+    VARIATION,
+    WEIGHTS,
+)
+from ..records.results import MemorySample, RequestRecord, RunResult
 from ..records.text import number_text
 from ..stats import (
     block_bootstrap_interval,
@@ -24,19 +70,21 @@ from ..stats import (
     supports,
     t_interval,
 )
-from .efficiency import PER_GB, efficiency_figures, per_gb, tokens_per_step
+from .efficiency import efficiency_figures
+from .figures import Figures, distribution, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms, ttft_ms
 from .online_metrics import online_figures, ramp_steps, stream_figures
 from .quality import figures
 from .repetitions import (
     PER_REPETITION,
-    RATES,
-    mean_of,
+    decode_rate,
     output_rate,
+    prefill_rate,
     process_count,
     requests,
     several_in_a_step,
     token_gaps,
+    total_rate,
     unit_values,
 )
 
@@ -73,126 +121,125 @@ def hardware_name(result: RunResult) -> str:
 
 
 def summarize(result: RunResult) -> dict[str, float]:
-    """Summary metrics by MLflow key; a result without repetitions has only the settings and the memory readings."""
-    found: dict[str, float | None] = dict(_settings(result))
-    found |= _memory(result)
-    if result.load:
-        found["load/load_s"] = result.load.load_s
-    found["load/first_call_ms"] = result.first_call_ms
-    if result.repetitions:
-        found |= _latency(result)
-        found |= _throughput(result)
-        found |= _of_scenario(result, found)
-    if result.text_times and result.repetitions:
-        found |= _around_the_model(result.text_times, requests(result)[0].rows, found["latency/e2e_ms_mean"] or 0.0)
-    if result.same_replies:
-        found["trust/same_replies_ratio"] = fmean(result.same_replies)
-    found["load/compile_s"] = result.compile_s
-    if result.same_tokens:
-        found["trust/same_tokens_ratio"] = fmean(result.same_tokens) / result.cell.output_tokens
-    if result.quality:
-        found |= figures(result.quality)
+    """Summary metrics by MLflow key; a result without repetitions has only the settings and the memory readings.
+
+    A later family replaces figures of earlier ones; None removes what has no meaning in this scenario.
+    """
+    found: Figures = {}
+    for family in (*ALWAYS, *(MEASURED[result.cell.scenario] if result.repetitions else ()), *BESIDES):
+        found |= family(result)
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def _of_scenario(result: RunResult, found: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Metrics of one scenario: server, stream, or single batches; MBU and MFU only for one batch of one length."""
-    if result.cell.scenario == "online":
-        return online_figures(result) | {PER_GB: per_gb(found)}
-    own = efficiency_figures(result, found) | {"lengths/tokens_per_step_mean": tokens_per_step(result)}
-    if not result.cell.batching:
-        return own
-    return stream_figures(result) | {key: own[key] for key in (PER_GB, "efficiency/joules_per_token")}
-
-
-def _settings(result: RunResult) -> Iterator[tuple[str, float | None]]:
+def _settings(result: RunResult) -> Figures:
     lengths = [r.prompt_tokens for r in requests(result) if r.prompt_tokens is not None]
-    yield "config/batch_size", result.cell.batch_size
-    yield "config/prompt_tokens", fmean(lengths) if lengths else result.cell.prompt_tokens
-    yield "config/output_tokens", result.cell.output_tokens
+    return {
+        BATCH_SIZE.key(): result.cell.batch_size,
+        PROMPT_TOKENS.key(): fmean(lengths) if lengths else result.cell.prompt_tokens,
+        OUTPUT_TOKENS.key(): result.cell.output_tokens,
+    }
 
 
-def _memory(result: RunResult) -> dict[str, float | None]:
-    stages = result.memory
-    found: dict[str, float | None] = {}
-    for name, readings in (
-        ("host_rss_bytes", stages.host_rss),
-        ("host_needed_bytes", stages.host_needed),
-        ("device_bytes", stages.device),
-    ):
-        found |= {f"memory/{name}_{stage}": readings.get(stage) for stage in STAGES}
-    found["memory/device_reserved_bytes_peak"] = stages.device_reserved_peak
-    found["memory/predicted_bytes"] = result.predicted_bytes
-    if result.load:
-        found["memory/weight_bytes"] = result.load.weight_bytes
-        found["memory/kv_bytes_per_token"] = result.load.kv_bytes_per_token
-    return found
+def _memory(result: RunResult) -> Figures:
+    stages, load = result.memory, result.load
+    readings = {HOST_RSS: stages.host_rss, HOST_NEEDED: stages.host_needed, DEVICE_MEMORY: stages.device}
+    found: Figures = {metric.key(s): own.get(s) for metric, own in readings.items() for s in metric.statistics}
+    return found | {
+        DEVICE_RESERVED.key("peak"): stages.device_reserved_peak,
+        PREDICTED_MEMORY.key(): result.predicted_bytes,
+        WEIGHTS.key(): load.weight_bytes if load else None,
+        KV_CACHE.key(): load.kv_bytes_per_token if load else None,
+    }
 
 
-def _latency(result: RunResult) -> dict[str, float | None]:
+def _load(result: RunResult) -> Figures:
+    return {LOAD_TIME.key(): result.load.load_s if result.load else None, FIRST_CALL.key(): result.first_call_ms}
+
+
+def _latency(result: RunResult) -> Figures:
     """Latency metrics pooled over repetitions and rows, as in `samples.csv.gz`; support counts distinct stamps.
 
     All requests of a cell have the same number of rows, so rows change no mean and hardly any percentile.
     """
-    all_requests = requests(result)
-    rows = all_requests[0].rows
+    every = requests(result)
     pools = {
-        "ttft_ms": [ttft_ms(r) for r in all_requests],
-        "itl_ms": token_gaps(result),
-        "icl_ms": [gap for r in all_requests for gap in chunk_gaps_ms(r)] if several_in_a_step(result) else [],
-        "tpot_ms": [value for r in all_requests if (value := tpot_ms(r)) is not None],
-        "e2e_ms": [e2e_ms(r) for r in all_requests],
+        TTFT: [ttft_ms(r) for r in every],
+        ITL: token_gaps(result),
+        ICL: [gap for r in every for gap in chunk_gaps_ms(r)] if several_in_a_step(result) else [],
+        TPOT: [value for r in every if (value := tpot_ms(r)) is not None],
+        E2E: [e2e_ms(r) for r in every],
     }
-    wanted = {
-        "ttft_ms": (50, 90, 95, 99),
-        "itl_ms": (50, 90, 95, 99),
-        "icl_ms": (50, 95, 99),
-        "tpot_ms": (50, 95),
-        "e2e_ms": (50, 95, 99),
-    }
-    found: dict[str, float | None] = {}
-    for name, pool in pools.items():
-        if not pool:
-            continue
-        found[f"latency/{name}_mean"] = fmean(pool)
-        found |= {f"latency/{name}_p{q}": percentile(pool, q, rows) for q in wanted[name] if supports(len(pool), q)}
-    return found
+    return {k: v for metric, pool in pools.items() for k, v in distribution(metric, pool, every[0].rows).items()}
 
 
-def _around_the_model(times: TextTimes, rows: int, e2e: float) -> dict[str, float]:
+def _text(result: RunResult) -> Figures:
     """The tokenizer's share of a request: encode each row's prompt and decode its answer, one after another."""
-    tokenize, detokenize = ([ns / 1e6 for ns in some] for some in (times.tokenize_ns, times.detokenize_ns))
+    if result.text_times is None:
+        return {}
+    tokenize, detokenize = (
+        [ns / 1e6 for ns in some] for some in (result.text_times.tokenize_ns, result.text_times.detokenize_ns)
+    )
+    every = requests(result)
     return {
-        "latency/tokenize_ms_p50": median(tokenize),
-        "latency/detokenize_ms_p50": median(detokenize),
-        "latency/e2e_with_text_ms_mean": e2e + rows * (fmean(tokenize) + fmean(detokenize)),
+        TOKENIZE.key("p50"): median(tokenize),
+        DETOKENIZE.key("p50"): median(detokenize),
+        E2E_WITH_TEXT.key("mean"): fmean(map(e2e_ms, every)) + every[0].rows * (fmean(tokenize) + fmean(detokenize)),
     }
 
 
-def _throughput(result: RunResult) -> dict[str, float | None]:
-    """Token rates, means over `units`; the interval and the trust metrics are over `units` too."""
-    rates = {name: unit_values(result, rate) for name, rate in RATES.items()}
-    found: dict[str, float | None] = {
-        f"throughput/{name}_tokens_per_s": fmean(values) for name, values in rates.items() if values
-    }
-    found["trust/repetitions"] = len(result.repetitions)
-    output = rates["output"]
+def _throughput(result: RunResult) -> Figures:
+    """Token rates, means over `inference_units`; the interval and the trust metrics are over these units too."""
+    rate_of = {OUTPUT_RATE: output_rate, TOTAL_RATE: total_rate, PREFILL_RATE: prefill_rate, DECODE_RATE: decode_rate}
+    rates = {metric: unit_values(result, of) for metric, of in rate_of.items()}
+    found: Figures = {metric.key(): fmean(values) for metric, values in rates.items() if values}
+    found[REPETITIONS.key()] = len(result.repetitions)
+    output = rates[OUTPUT_RATE]
     if output is None:
         return found
-    mean = fmean(output)
-    found["throughput/per_instance_tokens_per_s"] = mean / result.cell.batch_size
-    interval = t_interval(output)
-    if interval:
+    mean, price = fmean(output), result.price_per_hour
+    low, high = t_interval(output) or (None, None)
+    return found | {
+        PER_INSTANCE_RATE.key(): mean / result.cell.batch_size,
         # Student's interval does not know that a rate is positive.
-        found["throughput/output_tokens_per_s_ci_low"], found["throughput/output_tokens_per_s_ci_high"] = (
-            max(interval[0], 0.0),
-            interval[1],
-        )
-    found["trust/relative_half_width"] = relative_half_width(output)
-    found["trust/cv_ratio"] = coefficient_of_variation(output)
-    if result.price_per_hour is not None:
-        found["cost/per_million_tokens"] = result.price_per_hour / (mean * 3600) * 1e6
-    return found
+        OUTPUT_RATE.key("ci_low"): None if low is None else max(low, 0.0),
+        OUTPUT_RATE.key("ci_high"): high,
+        RELATIVE_HALF_WIDTH.key(): relative_half_width(output),
+        VARIATION.key(): coefficient_of_variation(output),
+        COST.key(): None if price is None else price / (mean * 3600) * 1e6,
+    }
+
+
+def _same_replies(result: RunResult) -> Figures:
+    return {SAME_REPLIES.key(): mean_of(result.same_replies)}
+
+
+def _compile_time(result: RunResult) -> Figures:
+    return {COMPILE_TIME.key(): result.compile_s}
+
+
+def _same_tokens(result: RunResult) -> Figures:
+    same = mean_of(result.same_tokens)
+    return {SAME_TOKENS.key(): None if same is None else same / result.cell.output_tokens}
+
+
+def _quality(result: RunResult) -> Figures:
+    return figures(result.quality) if result.quality else {}
+
+
+Family = Callable[[RunResult], Figures]
+
+ALWAYS: tuple[Family, ...] = (_settings, _memory, _load)
+"""Families of metrics that every result has."""
+
+MEASURED: dict[str, tuple[Family, ...]] = {
+    "offline": (_latency, _throughput, efficiency_figures, _text),
+    "online": (_latency, _throughput, online_figures, efficiency_figures, _text),
+    "batching": (_latency, _throughput, stream_figures, efficiency_figures, _text),
+}
+"""Scenario → families of metrics of its repetitions."""
+
+BESIDES: tuple[Family, ...] = (_same_replies, _compile_time, _same_tokens, _quality)
+"""Families of metrics of what is recorded besides the repetitions."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +265,7 @@ class Statistics:
 
 
 def statistics(result: RunResult) -> list[Statistics]:
-    """Statistics of each metric that a repetition has, over `units`, and of the series of gaps by token.
+    """Statistics of each metric that a repetition has, over `inference_units`, and of the series of gaps by token.
 
     Neighbouring gaps are correlated, so their interval is that of the block bootstrap. It describes the tokens of this
     cell, not other runs.
@@ -233,7 +280,9 @@ def statistics(result: RunResult) -> list[Statistics]:
     gaps = [point.value for point in _token_series(result)]
     if gaps:
         found.append(
-            _statistics("steps/itl_ms", "tokens", gaps, None, None, block_bootstrap_interval(gaps, statistic="median"))
+            _statistics(
+                ITL_BY_TOKEN.key, "tokens", gaps, None, None, block_bootstrap_interval(gaps, statistic="median")
+            )
         )
     return found
 
@@ -281,22 +330,23 @@ def series(result: RunResult) -> list[Point]:
     for repetition in result.repetitions:
         wall, step = repetition.wall_ms, repetition.index + 1
         group = repetition.requests
-        points.append(Point("steps/ttft_ms", step, median(map(ttft_ms, group)), wall))
-        points.append(Point("steps/e2e_ms", step, median(map(e2e_ms, group)), wall))
+        points.append(Point(TTFT_BY_REPETITION.key, step, median(map(ttft_ms, group)), wall))
+        points.append(Point(E2E_BY_REPETITION.key, step, median(map(e2e_ms, group)), wall))
         rate = output_rate(repetition)
-        points += [] if rate is None else [Point("steps/output_tokens_per_s", step, rate, wall)]
+        points += [] if rate is None else [Point(RATE_BY_REPETITION.key, step, rate, wall)]
     points += _token_series(result)
     points += [
-        Point(f"steps/turn_{name}", turn.number, value, result.ended_ms)
+        Point(one.key, turn.number, value, result.ended_ms)
         for turn in turns_of(result)
-        for name, value in turn.values().items()
+        for one, value in turn.values().items()
     ]
     points += [Point(key, step, value, result.ended_ms) for key, step, value in ramp_steps(result)]
     points += _memory_series(result)
-    for key, values in (("itl_ms", token_gaps(result)), ("ttft_ms", [ttft_ms(r) for r in requests(result)])):
+    firsts = [ttft_ms(r) for r in requests(result)]
+    for key, values in ((ITL_PERCENTILES.key, token_gaps(result)), (TTFT_PERCENTILES.key, firsts)):
         supported = [q for q in range(1, 100) if supports(len(values), max(q, 100 - q))] if values else []
         order = sorted(values)
-        points += [Point(f"percentiles/{key}", q, percentile(order, q), result.ended_ms) for q in supported]
+        points += [Point(key, q, percentile(order, q), result.ended_ms) for q in supported]
     return [point for point in points if math.isfinite(point.value)]
 
 
@@ -311,11 +361,15 @@ class Turn:
     ttft_ms: float
     e2e_ms: float
 
-    def values(self) -> dict[str, float]:
-        """The known values by name, without number and count."""
-        return {
-            name: value for name, value in vars(self).items() if name not in ("number", "count") and value is not None
+    def values(self) -> dict[Series, float]:
+        """The known values by their series."""
+        found = {
+            TURN_PROMPT_TOKENS: self.prompt_tokens,
+            TURN_PREFILLED_TOKENS: self.prefilled_tokens,
+            TURN_TTFT: self.ttft_ms,
+            TURN_E2E: self.e2e_ms,
         }
+        return {one: value for one, value in found.items() if value is not None}
 
 
 def turns_of(result: RunResult) -> list[Turn]:
@@ -326,13 +380,13 @@ def turns_of(result: RunResult) -> list[Turn]:
     for repetition in result.repetitions:
         for position, request in enumerate(repetition.requests, 1):
             columns.setdefault(request.turn or position, []).append(request)
-    told = result.cell.history != "sent" or any(r.cached_tokens is not None for r in requests(result))
+    counted = result.cell.history != "sent" or any(r.cached_tokens is not None for r in requests(result))
     return [
         Turn(
             number,
             len(column),
             mean_of([r.prompt_tokens for r in column if r.prompt_tokens is not None]),
-            mean_of([r.prefilled_tokens for r in column if r.prefilled_tokens is not None]) if told else None,
+            mean_of([r.prefilled_tokens for r in column if r.prefilled_tokens is not None]) if counted else None,
             median(map(ttft_ms, column)),
             median(map(e2e_ms, column)),
         )
@@ -349,7 +403,7 @@ def _token_series(result: RunResult) -> Iterator[Point]:
     for index in range(1, max(r.output_tokens for r in every)):
         gaps = [(r.stamps_ns[index] - r.stamps_ns[index - 1]) / 1e6 for r in every if r.output_tokens > index]
         offset = (last.stamps_ns[min(index, last.output_tokens - 1)] - last.t0_ns) // 1_000_000
-        yield Point("steps/itl_ms", index + 1, median(gaps), wall + offset)
+        yield Point(ITL_BY_TOKEN.key, index + 1, median(gaps), wall + offset)
 
 
 def _memory_series(result: RunResult) -> Iterator[Point]:
@@ -362,10 +416,10 @@ def _memory_series(result: RunResult) -> Iterator[Point]:
     for step in range(0, len(result.timeline), stride):
         part = result.timeline[step : step + stride]
         largest: MemorySample = max(part, key=lambda s: s.rss)
-        yield Point("steps/host_rss_bytes", step // stride + 1, largest.rss, to_wall + largest.t_ns // 1_000_000)
+        yield Point(HOST_RSS_SAMPLES.key, step // stride + 1, largest.rss, to_wall + largest.t_ns // 1_000_000)
         if largest.device is not None:
             yield Point(
-                "steps/device_bytes",
+                DEVICE_SAMPLES.key,
                 step // stride + 1,
                 max(s.device or 0 for s in part),
                 to_wall + largest.t_ns // 1_000_000,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from ..records.metrics import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
+from ..records.metrics import MBU, RELATIVE_HALF_WIDTH, TPOT, VARIATION
 from ..records.results import Reason, RunResult, Verdict
+from ..records.verdicts import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
 from ..stats import coefficient_of_variation, supports
 from . import online_validity
 from .latency import gaps_ms
@@ -85,7 +86,7 @@ def _together(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
 
 
 def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    mbu = metrics.get("efficiency/mbu_ratio")
+    mbu = metrics.get(MBU.key())
     if mbu is not None and mbu > 1:
         yield Reason(
             "mbu_above_one",
@@ -107,7 +108,7 @@ def _steadiness(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
 
 
 def _convergence(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    width, target = metrics.get("trust/relative_half_width"), result.cell.precision_target
+    width, target = metrics.get(RELATIVE_HALF_WIDTH.key()), result.cell.precision_target
     repetitions, processes = len(result.repetitions), process_count(result)
     if repetitions < LEAST_REPETITIONS:
         yield Reason(
@@ -141,10 +142,10 @@ def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
     token, which is checked instead.
     """
     talks = result.cell.history != "none"
-    of = PER_REPETITION["latency/tpot_ms_mean"] if talks else output_rate
+    of = PER_REPETITION[TPOT.key("mean")] if talks else output_rate
     rates = [rate for repetition in result.repetitions if (rate := of(repetition)) is not None]
     seen = {
-        "processes": metrics.get("trust/cv_ratio") if process_count(result) > 1 else None,
+        "processes": metrics.get(VARIATION.key()) if process_count(result) > 1 else None,
         "repetitions": coefficient_of_variation(rates),
     }
     found = {noun: cv for noun, cv in seen.items() if cv is not None and cv > VARIATION_LIMIT}

@@ -71,8 +71,7 @@ def recommend(
 ) -> int:  # fmt: skip
     """Print the recommendation. Exit code: 0, or 1 if no result meets the limits."""
     from ..analysis.decisions.limits import read_limits
-    from ..analysis.decisions.recommend import recommendation_json
-    from ..reports.recommendation import format_recommendation
+    from ..reports.recommendation import format_recommendation, recommendation_json
     from ..workflows import recommend
 
     def show(found: Recommendation) -> None:
@@ -171,9 +170,9 @@ def gate(
     markdown: str | None, accept_suspect: str | None, json: bool, tracking_uri: str | None,
 ) -> int:  # fmt: skip
     """Print the verdict. Exit code: 0 pass, 1 regression, 2 not comparable or a wrong parameter, 3 invalid, 4 none."""
-    from ..analysis.decisions.gate import gate_json, parse_limits, parse_ratio
+    from ..analysis.decisions.gate import parse_limits, parse_ratio
     from ..measure.journal import write_bytes
-    from ..reports.gate import format_gate
+    from ..reports.gate import format_gate, gate_json
     from ..sweeps.progress import Progress
     from ..workflows import gate
     from ..workflows.gate_remeasurement import Remeasure

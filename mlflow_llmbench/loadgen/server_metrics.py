@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from ..records.metrics import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
+from ..records.server_names import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 
 LINE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{[^{}]*\})?\s+(\S+)(?:\s+-?\d+)?\s*")
 """Name, labels, value, time in ms. A line with a brace in a label's value does not match and is skipped."""

@@ -18,8 +18,8 @@ from typing import Any
 from ..backends.base import Backend, DecodingBackend, History
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
-from ..records.metrics import LEAST_REPETITIONS
 from ..records.results import CellMeasurements, Repetition, RequestRecord, TextTimes
+from ..records.verdicts import LEAST_REPETITIONS
 from ..stats import is_steady, relative_half_width
 from ..system import machine
 from ..workloads.prompts import PromptSet

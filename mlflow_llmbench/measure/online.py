@@ -18,8 +18,8 @@ from ..backends.base import ServerBackend
 from ..loadgen.client import Load, Trace
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
-from ..records.metrics import LEAST_REPETITIONS
 from ..records.results import CellMeasurements, ClientReadings, Repetition, RequestRecord
+from ..records.verdicts import LEAST_REPETITIONS
 from ..stats import is_steady, relative_half_width
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .cell import Cell
-from .metrics import SPOILED_CPU_LIMIT
 from .mixed_plan import QuantPlan
+from .verdicts import SPOILED_CPU_LIMIT
 
 SCHEMA = 1
 

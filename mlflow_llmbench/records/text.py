@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def _number(value: float) -> str:
+def short_number_text(value: float) -> str:
     """Format a number with about three significant digits and no exponent: 0.000123, 0.0123, 1.23, 12.3, 123, 12346."""
     if value == 0:
         return "0"

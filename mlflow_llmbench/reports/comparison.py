@@ -26,9 +26,9 @@ def comparison_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]
     ]
     body = []
     for effect in comparison.effects:
-        scale = effect.headline.scale
+        scale = effect.entry.scale
         line = [
-            effect.headline.label,
+            effect.entry.heading,
             number_text(effect.a * scale),
             number_text(effect.b * scale),
             ratio_text(effect),
@@ -69,9 +69,7 @@ def comparison_markdown(comparison: Comparison) -> str:
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON data: per metric both values, ratio, interval, p values and the effect in words."""
     effects = {
-        effect.headline.key: {
-            f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name != "headline"
-        }
+        effect.key: {f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name != "entry"}
         for effect in comparison.effects
     }
     unlike = [dataclasses.asdict(difference) for difference in comparison.labels]

@@ -1,8 +1,10 @@
-"""Format the verdict of a gate: a table for a terminal, Markdown, and JUnit XML for CI."""
+"""Format the verdict of a gate: a table for a terminal, Markdown, JSON, and JUnit XML for CI."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 from ..analysis.comparison import SIGNIFICANCE
@@ -55,6 +57,19 @@ def gate_markdown(gate: Gate, champion: str, candidate: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def gate_json(gate: Gate) -> dict[str, Any]:
+    """Return the gate as plain JSON data; undefined numbers are null."""
+    checks = [{name: _finite(getattr(check, name)) for name in check.__dataclass_fields__} for check in gate.checks]
+    return {
+        "verdict": gate.verdict,
+        "exit_code": gate.exit_code,
+        "why": gate.why,
+        "checks": checks,
+        "notes": list(gate.notes),
+        "significance": SIGNIFICANCE,
+    }
+
+
 def gate_junit(gate: Gate, champion: str, candidate: str) -> str:
     """Return JUnit XML: one test case per metric, or one case with an error if nothing could be compared."""
     errors = int(gate.verdict in (NOT_COMPARABLE, INVALID))
@@ -86,3 +101,7 @@ def _value(key: str, value: float) -> str:
         return f"{value / 1e9:.4g} GB"
     unit = metric.unit if metric is not None and metric.unit != "0–1" else ""
     return f"{value:.4g} {unit}".strip()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..records.metrics import REASONS
+from ..records.verdicts import REASONS
 from .escaping import plain
 from .sweep import AGAIN, ALIKE, Overview, chart_name
 from .tables import Table

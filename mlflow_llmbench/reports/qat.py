@@ -9,9 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..analysis.quality import Estimate, figures, kl_divergence, kl_reduction, perplexity, sentences, top1_agreement
+from ..analysis.figures import Figures, interval_figures
+from ..analysis.quality import ESTIMATES, Estimate, figures, kl_reduction, sentences
 from ..config.training import QUANT, Training
 from ..records.cell import Cell
+from ..records.metric import Metric
+from ..records.metrics import (
+    KL,
+    KL_RECOVERED,
+    KL_REDUCTION,
+    PERPLEXITY,
+    TOP1,
+    UNQUANTIZED_PERPLEXITY,
+    UNTRAINED_KL,
+    UNTRAINED_PERPLEXITY,
+    UNTRAINED_TOP1,
+)
 from ..records.results import Quality
 from .escaping import markdown, plain
 from .result import shown
@@ -20,12 +33,10 @@ from .tables import markdown_table, split_table, text_table
 UNQUANTIZED, UNTRAINED, TRAINED = "unquantized", "untrained", "trained"
 """The three compared models: unquantized, quantized without training for it, and quantized after training for it."""
 
-ESTIMATES = {
-    "quality/kl_vs_reference": kl_divergence,
-    "quality/top1_agreement": top1_agreement,
-    "quality/perplexity": perplexity,
-}
-HEADING = ("model", "KL nats", "top-1", "perplexity")
+SCORES = {KL: UNTRAINED_KL, TOP1: UNTRAINED_TOP1, PERPLEXITY: UNTRAINED_PERPLEXITY}
+"""Compared metric → the same of the quantization without training."""
+
+HEADING = ("model", *(metric.label for metric in SCORES))
 
 
 @dataclass(frozen=True)
@@ -60,25 +71,20 @@ def training_figures(done: Trained) -> dict[str, float]:
 
     Metrics that were not measured are absent.
     """
-    found: dict[str, float | None] = dict(figures(done.qualities[TRAINED])) if TRAINED in done.qualities else {}
-    for name, prefix in ((UNTRAINED, "ptq"), (UNQUANTIZED, "unquantized")):
+    found: Figures = dict(figures(done.qualities[TRAINED])) if TRAINED in done.qualities else {}
+    for name, metrics in ((UNTRAINED, SCORES), (UNQUANTIZED, {PERPLEXITY: UNQUANTIZED_PERPLEXITY})):
         if name in done.qualities:
-            for key, estimate in ESTIMATES.items():
-                if name == UNTRAINED or key == "quality/perplexity":
-                    found |= _ends(f"qat/{prefix}_{key.removeprefix('quality/')}", estimate(done.qualities[name]))
-    reduction, before = _reduction(done), found.get("qat/ptq_kl_vs_reference")
-    found |= _ends("qat/kl_reduction", reduction)
+            for metric, own in metrics.items():
+                found |= _ends(own, ESTIMATES[metric](done.qualities[name]))
+    reduction, before = _reduction(done), found.get(UNTRAINED_KL.key())
+    found |= _ends(KL_REDUCTION, reduction)
     if reduction and before:
-        found["qat/kl_recovered_ratio"] = reduction.value / before
+        found[KL_RECOVERED.key()] = reduction.value / before
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _ends(key: str, estimate: Estimate | None) -> dict[str, float | None]:
-    return (
-        {}
-        if estimate is None
-        else {key: estimate.value, f"{key}_ci_low": estimate.low, f"{key}_ci_high": estimate.high}
-    )
+def _ends(metric: Metric, estimate: Estimate | None) -> Figures:
+    return interval_figures(metric, estimate.value, estimate.low, estimate.high) if estimate else {}
 
 
 def _reduction(done: Trained) -> Estimate | None:
@@ -93,11 +99,11 @@ def conclusion(done: Trained) -> str:
     if reduction is None or reduction.low is None or reduction.high is None:
         return "The effect of the training could not be measured."
     ends = (
-        f"{shown('qat/kl_reduction', reduction.value)} nats "
-        f"[{shown('qat/kl_reduction', reduction.low)}, {shown('qat/kl_reduction', reduction.high)}]"
+        f"{shown(KL_REDUCTION.key(), reduction.value)} nats "
+        f"[{shown(KL_REDUCTION.key(), reduction.low)}, {shown(KL_REDUCTION.key(), reduction.high)}]"
     )
     if reduction.low > 0:
-        share = f"{100 * found['qat/kl_recovered_ratio']:.0f} % of the KL divergence that {QUANT} costs without it"
+        share = f"{100 * found[KL_RECOVERED.key()]:.0f} % of the KL divergence that {QUANT} costs without it"
         return f"Training recovered {share}: {ends}, 95 % interval over prompts, on text held out from training."
     if reduction.high < 0:
         return f"Training made the KL divergence larger: {ends}. Use a smaller learning_rate, or more text."
@@ -114,7 +120,7 @@ def table_body(done: Trained) -> list[list[str]]:
     body = []
     for name, title in names.items():
         if name in done.qualities:
-            body.append([title, *(_shown(key, estimate(done.qualities[name])) for key, estimate in ESTIMATES.items())])
+            body.append([title, *(_shown(metric.key(), ESTIMATES[metric](done.qualities[name])) for metric in SCORES)])
     return body
 
 

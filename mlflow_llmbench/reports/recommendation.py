@@ -1,8 +1,9 @@
-"""Format a recommendation: for a terminal, and as Markdown for a run's artifacts and a version's description."""
+"""Format a recommendation: for a terminal, as JSON, and as Markdown for artifacts and a version's description."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..analysis.decisions.candidates import Candidate, Measure, figure, interval
 from ..analysis.decisions.recommend import GOALS, Recommendation
@@ -49,6 +50,27 @@ def recommendation_markdown(found: Recommendation) -> str:
         "better (p < 0.05 after Holm)."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def recommendation_json(found: Recommendation) -> dict[str, Any]:
+    """Return the recommendation as plain JSON data; `llmbench register` reads `winner`."""
+    names = {id(one) for one in found.front}
+    return {
+        "schema": 1,
+        "goal": found.goal,
+        "limits": [
+            {"option": limit.option, "metric": limit.measure.keys[-1], "bound": limit.bound} for limit in found.limits
+        ],
+        "winner": _entry(found.winner, found.objectives) if found.winner else None,
+        "runners_up": [
+            {**_entry(r.candidate, found.objectives), "why": r.why, "tied": r.tied} for r in found.runners_up
+        ],
+        "refused": [{"name": r.candidate.name, **_identity(r.candidate), "why": r.why} for r in found.refused],
+        "front": [one.name for one in found.eligible if id(one) in names],
+        "cautions": list(found.cautions),
+        "what_would_change": list(found.changes),
+        "accepted_suspect": found.accepted_suspect,
+    }
 
 
 def answer(found: Recommendation) -> str:
@@ -101,3 +123,16 @@ def _ranked(name: str, tied: bool) -> str:
 
 def _block(title: str, lines: Sequence[str]) -> list[str]:
     return [title, *lines] if lines else []
+
+
+def _identity(one: Candidate) -> dict[str, Any]:
+    return {"sweep": one.result.sweep, "config_hash": one.result.hashes.config, "verdict": one.verdict.word}
+
+
+def _entry(one: Candidate, objectives: Sequence[Measure]) -> dict[str, Any]:
+    measured = {
+        key: {"value": one.metrics[key], "interval": interval(one, m)}
+        for m in objectives
+        if (key := m.key(one.metrics))
+    }
+    return {"name": one.name, **_identity(one), "parameters": vars(one.result.cell), "measured": measured}

@@ -16,36 +16,16 @@ from ..analysis.summary import Turn, gpu_of, statistics_cells, summarize, turns_
 from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.spec import cell_fields
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
-from ..records.metrics import KEYS
+from ..records.metric import RATIO, Column, Entry, Line, interval_keys
+from ..records.metrics import KEYS, REPETITIONS, VARIATION, peak_memory, shown_in
 from ..records.results import RunResult, Verdict
-from ..records.text import _number
+from ..records.text import short_number_text
 from ..stats import classify_outliers
 from ..workloads.prompts import MIXED
 from .escaping import code_block, markdown, plain
 from .tables import markdown_table, split_table, text_table
 
 Metrics = Mapping[str, float]
-
-TABLE_KEYS = (
-    "throughput/output_tokens_per_s",
-    "throughput/requests_per_s",
-    "goodput/requests_per_s",
-    "latency/ttft_ms_p50",
-    "latency/itl_ms_p50",
-    "twin/added_tpot_ms",
-    "lengths/tokens_per_step_mean",
-    "memory/device_bytes_peak",
-    "memory/host_needed_bytes_peak",
-    "memory/weight_bytes",
-    "efficiency/mbu_ratio",
-    "efficiency/padding_waste_ratio",
-    "quality/kl_vs_reference",
-    "quality/top1_agreement",
-    "quality/perplexity",
-    "load/load_s",
-    "cost/per_million_tokens",
-)
-"""Columns of the terminal's table. A column is shown if any row has a value for it."""
 
 
 @dataclass(frozen=True)
@@ -100,33 +80,33 @@ def with_figures(row: Row, figures: Metrics) -> Row:
 
 def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
     """Return the peak device memory in bytes, else the peak host memory needed, else the highest memory sample."""
-    peak = metrics.get("memory/device_bytes_peak") or metrics.get("memory/host_needed_bytes_peak")
+    peak = peak_memory(metrics)
     if peak is None and result.timeline:
         devices = [sample.device for sample in result.timeline if sample.device is not None]
         peak = max(devices) if devices else max(sample.anonymous for sample in result.timeline)
     return None if peak is None else int(peak)
 
 
-def _heading(key: str) -> tuple[str, float]:
-    """Return the column heading and the scale of a metric key."""
-    return KEYS[key].label or KEYS[key].name, KEYS[key].scale
-
-
 def shown(key: str, value: float) -> str:
     """Format a metric for a table: scaled, with about three significant digits."""
-    return _number(value * _heading(key)[1])
+    return short_number_text(value * KEYS[key].scale)
 
 
 def _figure(key: str, value: float) -> str:
     """Format a metric with its unit. Whole counts and bytes have no decimals, and their digits are grouped by three."""
     unit = KEYS[key].unit if key in KEYS else ""
-    text = f"{int(value):,}" if value == int(value) and unit in ("", "bytes") else _number(value)
-    return f"{text} {unit}".strip() if unit != "0–1" else text
+    text = f"{int(value):,}" if value == int(value) and unit in ("", "bytes") else short_number_text(value)
+    return f"{text} {unit}".strip() if unit != RATIO else text
+
+
+def columns_of(rows: Sequence[Row]) -> list[Entry[Column]]:
+    """Return the metrics in the table of some cells: those that any of them has."""
+    return [entry for entry in shown_in(Column) if any(entry.key in row.metrics for row in rows)]
 
 
 def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Return heading and body of a comparison: the varied parameters, the metrics that any row has, and the verdict."""
-    keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
+    columns = columns_of(rows)
     scenario = rows[0].cell.scenario if rows else "offline"
     plain = {"online": ["model", "concurrency", "request_rate"], "batching": ["model", "batching", "request_rate"]}.get(
         scenario, ["model", "quant", "batch_size"]
@@ -134,10 +114,10 @@ def table_cells(rows: Sequence[Row], varied: Sequence[str]) -> tuple[list[str], 
     if any(row.cell.trace for row in rows):
         plain = ["model", "trace"]
     names = list(varied) or plain
-    heading = [*names, *(_heading(key)[0] for key in keys), "verdict"]
+    heading = [*names, *(entry.heading for entry in columns), "verdict"]
     body = []
     for row in rows:
-        values = [shown(key, row.metrics[key]) if key in row.metrics else "–" for key in keys]
+        values = [shown(one.key, row.metrics[one.key]) if one.key in row.metrics else "–" for one in columns]
         known = cell_fields(row.cell)
         body.append(
             [
@@ -163,7 +143,7 @@ def explanations(rows: Sequence[Row]) -> list[tuple[str, str]]:
     The title has the number of cells if there are several. The sentence is that of the cell with the highest variation.
     """
     found: dict[str, list[str]] = {}
-    for row in sorted(rows, key=lambda row: -row.metrics.get("trust/cv_ratio", 0.0)):
+    for row in sorted(rows, key=lambda row: -row.metrics.get(VARIATION.key(), 0.0)):
         if row.message:
             found.setdefault(row.outcome, []).append(row.message)
         for reason in row.verdict.reasons if row.verdict else ():
@@ -187,11 +167,10 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
             f"{what}\n\n**{markdown(result.outcome)}** at stage {markdown(result.failure.stage)}: "
             f"{markdown(result.failure.message)}\n\n{where}\n"
         )
-    rows = [[name, text] for name, text in _headline(metrics) if text]
     lines = [
         what,
         "",
-        markdown_table(["measured", ""], rows),
+        markdown_table(["measured", ""], _lines(metrics)),
         "",
         f"**Verdict: {verdict.word if verdict else 'none'}**",
     ]
@@ -203,7 +182,7 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     lines += ["", *map(markdown, result.quality.withheld)] if result.quality and result.quality.withheld else []
     lines += [
         "",
-        f"{where} · {int(metrics.get('trust/repetitions', 0))} repetitions, {len(result.warmup_s)} warm-up runs",
+        f"{where} · {int(metrics.get(REPETITIONS.key(), 0))} repetitions, {len(result.warmup_s)} warm-up runs",
     ]
     return "\n".join(lines) + "\n"
 
@@ -232,39 +211,17 @@ def _name_of(path: str) -> str:
     return path.replace("\\", "/").rpartition("/")[2]
 
 
-def _headline(metrics: Metrics) -> list[tuple[str, str]]:
-    def value(key: str, unit: str, scale: float = 1.0) -> str:
-        return f"{_number(metrics[key] * scale)} {unit}".strip() if key in metrics else ""
+def _lines(metrics: Metrics) -> list[list[str]]:
+    """Return the measured figures as names and values with their units and 95 % intervals."""
+    return [[entry.words, _line_text(entry, metrics)] for entry in shown_in(Line) if entry.key in metrics]
 
-    def interval(key: str, unit: str, scale: float = 1.0) -> str:
-        text = value(key, unit, scale)
-        if f"{key}_ci_low" in metrics:
-            low, high = (_number(metrics[f"{key}_ci_{end}"] * scale) for end in ("low", "high"))
-            text += f" (95 % interval {low} to {high})"
+
+def _line_text(entry: Entry[Line], metrics: Metrics) -> str:
+    text = f"{short_number_text(metrics[entry.key] * entry.scale)} {entry.unit}".strip()
+    low, high = (metrics.get(key) for key in interval_keys(entry.key))
+    if low is None or high is None:
         return text
-
-    return [
-        ("output throughput", interval("throughput/output_tokens_per_s", "tokens/s")),
-        ("requests", value("throughput/requests_per_s", "per s")),
-        ("goodput", value("goodput/requests_per_s", "per s")),
-        ("time to first token, median", value("latency/ttft_ms_p50", "ms")),
-        ("inter-chunk latency, median", value("latency/icl_ms_p50", "ms")),
-        ("output tokens per step", value("lengths/tokens_per_step_mean", "")),
-        ("inter-token latency, median", value("latency/itl_ms_p50", "ms")),
-        ("inter-token latency, p99", value("latency/itl_ms_p99", "ms")),
-        ("peak device memory", value("memory/device_bytes_peak", "GB", 1e-9)),
-        ("peak host memory needed", value("memory/host_needed_bytes_peak", "GB", 1e-9)),
-        ("computed for nothing (padding, finished rows)", value("efficiency/padding_waste_ratio", "%", 100)),
-        ("weights as stored", value("memory/weight_bytes", "GB", 1e-9)),
-        ("model bandwidth utilization", value("efficiency/mbu_ratio", "")),
-        ("KL divergence from the unquantized model", interval("quality/kl_vs_reference", "nats")),
-        ("same most probable token as it", interval("quality/top1_agreement", "%", 100)),
-        ("perplexity", interval("quality/perplexity", "")),
-        ("perplexity ÷ that of the unquantized model", interval("quality/perplexity_ratio", "")),
-        ("load", value("load/load_s", "s")),
-        ("compiling, besides", value("load/compile_s", "s")),
-        ("cost per million tokens", value("cost/per_million_tokens", "")),
-    ]
+    return f"{text} (95 % interval {short_number_text(low * entry.scale)} to {short_number_text(high * entry.scale)})"
 
 
 def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
@@ -311,7 +268,10 @@ def _turns_table(turns: Sequence[Turn]) -> str:
         [
             str(t.number),
             str(t.count),
-            *("–" if v is None else _number(v) for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms)),
+            *(
+                "–" if v is None else short_number_text(v)
+                for v in (t.prompt_tokens, t.prefilled_tokens, t.ttft_ms, t.e2e_ms)
+            ),
         ]
         for t in turns
     ]
@@ -379,13 +339,13 @@ def _repetitions_table(result: RunResult) -> str:
             if noise
             else [None] * 4
         )
-        first = _number(median(map(ttft_ms, repetition.requests)))
-        shown = ["–" if value is None else _number(float(value)) for value in seen]
+        first = short_number_text(median(map(ttft_ms, repetition.requests)))
+        shown = ["–" if value is None else short_number_text(float(value)) for value in seen]
         spoiled = (
             # Online, the other process may be the server itself.
             "spoiled" if noise and noise.spoiled and result.cell.scenario != "online" else ""
         )
-        body.append([str(repetition.index + 1), first, _number(total), outlier or "", spoiled, *shown])
+        body.append([str(repetition.index + 1), first, short_number_text(total), outlier or "", spoiled, *shown])
     heading = ["#", "TTFT ms", "end to end ms", "outlier", "by others"]
     heading += ["CPU s of others", "CPU s stolen", "involuntary switches", "major faults"]
     return markdown_table(heading, body)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..analysis.decisions.candidates import MEMORY, Candidate, figure, interval
+from ..analysis.scaling.cells import MEDIAN_TTFT
 from ..analysis.scaling.choices import Choice
 from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.focus import at_focus
 from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
-from ..analysis.scaling.study import TPOT
+from ..analysis.scaling.study import MEAN_TPOT
+from ..records.metrics import OUTPUT_RATE
 from ..records.results import to_json
 from ..records.text import number_text
 from .charts.catalogue import charts_of
@@ -228,8 +230,8 @@ def choices_table(choices: Sequence[Choice]) -> Table:
 
 
 def _figures(one: Candidate) -> tuple[str, ...]:
-    rate, first, gap = (one.metrics.get(key) for key in ("throughput/output_tokens_per_s", "latency/ttft_ms_p50", TPOT))
-    low, high = (one.metrics.get(f"throughput/output_tokens_per_s_ci_{end}") for end in ("low", "high"))
+    rate, low, high = (one.metrics.get(key) for key in OUTPUT_RATE.mlflow_keys())
+    first, gap = one.metrics.get(MEDIAN_TTFT), one.metrics.get(MEAN_TPOT)
     shown = (
         "–"
         if rate is None

@@ -17,31 +17,11 @@ from ..analysis.memory_frontier import TRIED, Attempt, Frontier, frontiers
 from ..config.cells import LOADED, asked_params, option_params, sweep_name
 from ..config.spec import BenchSpec
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
-from ..records.metrics import KEYS
+from ..records.metric import Claim, interval_keys
+from ..records.metrics import DEVICE_MEMORY, KEYS, OUTPUT_RATE, RELATIVE_HALF_WIDTH, by_name
 from .escaping import code_block, markdown
-from .result import TABLE_KEYS, Row, command, command_line, environment_facts, explanations, shown, table_cells
+from .result import Row, columns_of, command, command_line, environment_facts, explanations, shown, table_cells
 from .tables import Table, markdown_table
-
-RATE = "throughput/output_tokens_per_s"
-PEAKS = ("memory/device_bytes_peak", "memory/host_needed_bytes_peak")
-GOODPUT = "goodput/requests_per_s"
-CLAIMS = (
-    ("fastest", (RATE,), "tokens/s"),
-    ("most requests within the limits", (GOODPUT,), "1/s"),
-    ("first token soonest", ("latency/ttft_ms_p50",), "ms"),
-    ("least memory", PEAKS, "GB"),
-)
-"""Claims of the headline: the words, the metric (the first that any cell has), its unit as shown."""
-
-TOLERANCE = {
-    RATE: 0.05,
-    GOODPUT: 0.05,
-    "latency/ttft_ms_p50": 0.05,
-    "latency/itl_ms_p50": 0.05,
-    **dict.fromkeys(PEAKS, 0.01),
-    "cost/per_million_tokens": 0.05,
-}
-"""Metrics that have a best cell → largest relative difference that counts as equal, if there is no interval."""
 
 ALIKE = (
     "the best of a column and every result that cannot be told from it: overlapping 95 % intervals; latencies and "
@@ -149,14 +129,14 @@ def headline(rows: Sequence[Row], varied: Sequence[str]) -> str:
     parts[0] += "".join(f", {count} {outcome}" for outcome, count in counts.items()) + (
         f", {invalid} invalid" if invalid else ""
     )
-    for claim, keys, unit in CLAIMS:
-        key = next((key for key in keys if any(key in row.metrics for row in rows)), None)
-        best = leaders(rows, key) if key else []
-        if key and best:
+    for claim, entries in by_name(Claim).items():
+        entry = next((one for one in entries if any(one.key in row.metrics for row in rows)), None)
+        best = leaders(rows, entry.key) if entry else []
+        if entry and best:
             names = _listed(
                 [short_name(row.cell, varied) + (" (suspect)" if row.state == "suspect" else "") for row in best]
             )
-            parts.append(f"{claim}: {names}, {shown(key, best[0].metrics[key])} {unit}")
+            parts.append(f"{claim}: {names}, {shown(entry.key, best[0].metrics[entry.key])} {entry.unit}".rstrip())
     return "; ".join(parts) + "."
 
 
@@ -168,11 +148,11 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
     """Return the cell with the best value of a metric and those that cannot be told from it, best first.
 
     Return none if that is all cells. If the metric has an interval, cells whose interval overlaps that of the best are
-    alike. Otherwise cells within `TOLERANCE` are, or, except for memory, within the sum of both half-widths of the
-    throughput's intervals, if that is more. Only measured cells whose verdict is not invalid count.
+    alike. Otherwise cells within the metric's tolerance are, or, except for memory, within the sum of both half-widths
+    of the throughput's intervals, if that is more. Only measured cells whose verdict is not invalid count.
     """
     trusted = [row for row in rows if row.state in ("valid", "suspect") and key in row.metrics]
-    if not trusted or key not in TOLERANCE:
+    if not trusted or KEYS[key].tolerance is None:
         return []
     sign = -1 if KEYS[key].better == "lower" else 1
     ranked = sorted(trusted, key=lambda row: sign * row.metrics[key], reverse=True)
@@ -182,12 +162,13 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
 
 
 def _is_alike(row: Row, best: Row, key: str) -> bool:
-    low, high = f"{key}_ci_low", f"{key}_ci_high"
+    low, high = interval_keys(key)
     if all(name in one.metrics for name in (low, high) for one in (row, best)):
         return row.metrics[high] >= best.metrics[low] and best.metrics[high] >= row.metrics[low]
     # A time or goodput without an interval of its own is at least as uncertain as the throughput of its repetitions.
-    noise = 0.0 if key in PEAKS else sum(one.metrics.get("trust/relative_half_width", 0.0) for one in (row, best))
-    return abs(row.metrics[key] - best.metrics[key]) <= max(TOLERANCE[key], noise) * abs(best.metrics[key])
+    widths = [one.metrics.get(RELATIVE_HALF_WIDTH.key(), 0.0) for one in (row, best)]
+    noise = 0.0 if KEYS[key].section == DEVICE_MEMORY.section else sum(widths)
+    return abs(row.metrics[key] - best.metrics[key]) <= max(KEYS[key].tolerance or 0.0, noise) * abs(best.metrics[key])
 
 
 def short_name(cell: Cell, varied: Sequence[str]) -> str:
@@ -205,10 +186,10 @@ def short_name(cell: Cell, varied: Sequence[str]) -> str:
 def cells_table(rows: Sequence[Row], varied: Sequence[str]) -> Table:
     """Return the cells with their settings and figures, the best of each column marked."""
     heading, body = table_cells(rows, varied)
-    keys = [key for key in TABLE_KEYS if any(key in row.metrics for row in rows)]
-    first = len(heading) - 1 - len(keys)
+    columns = columns_of(rows)
+    first = len(heading) - 1 - len(columns)
     order = {id(row): line for line, row in enumerate(rows)}
-    best = {(order[id(row)], first + column) for column, key in enumerate(keys) for row in leaders(rows, key)}
+    best = {(order[id(row)], first + column) for column, one in enumerate(columns) for row in leaders(rows, one.key)}
     counts = [
         column
         for column, name in enumerate(heading[:first])
@@ -270,7 +251,7 @@ def shape(cell: Cell) -> str:
 
 
 def _gigabytes(size: int | None) -> str:
-    return "" if size is None else shown(PEAKS[0], size)
+    return "" if size is None else shown(DEVICE_MEMORY.key("peak"), size)
 
 
 def _range(ratios: tuple[float, float] | None) -> str:
@@ -401,7 +382,7 @@ def comparison_markdown(rows: Sequence[Row], varied: Sequence[str]) -> str:
 
 
 def _description(rows: Sequence[Row], varied: Sequence[str], most: int) -> str:
-    told = sorted(rows, key=lambda row: -row.metrics.get(RATE, 0.0)) if len(rows) > most else rows
+    told = sorted(rows, key=lambda row: -row.metrics.get(OUTPUT_RATE.key(), 0.0)) if len(rows) > most else rows
     groups = _frontiers(rows)
     limits, notes = frontier_table(groups), _explained(explanations(rows))
     parts = [

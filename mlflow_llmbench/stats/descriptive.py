@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, median, stdev
 
-from ..records.metrics import PERCENTILE_SUPPORT
+from ..records.verdicts import PERCENTILE_SUPPORT
 
 T_975 = (
     12.70620474, 4.30265273, 3.18244631, 2.77644511, 2.57058184, 2.44691185, 2.36462425, 2.30600414, 2.26215716,

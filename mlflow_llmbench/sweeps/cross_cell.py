@@ -23,7 +23,7 @@ class CrossFindings:
     added: tuple[Mapping[str, float], ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
     sentences: tuple[str, ...] = ()
-    limits: tuple[goodput.Limit, ...] = ()
+    limits: tuple[goodput.GoodputLimit, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of goodput.json: every limit of a search.

@@ -9,9 +9,9 @@ from typing import Literal
 from ..config import model_shape
 from ..records.backends import capabilities_of
 from ..records.cell import SPECULATIVE, Cell, as_text
-from ..records.metrics import LEAST_REPETITIONS
 from ..records.quantizations import FLOAT_DTYPES, MIXED
 from ..records.results import ModelFacts
+from ..records.verdicts import LEAST_REPETITIONS
 from ..workloads.arrivals import request_count
 from ..workloads.prompts import longest_of
 from . import gpu, machine, memory

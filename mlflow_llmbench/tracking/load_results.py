@@ -11,10 +11,9 @@ from pathlib import Path
 from ..measure.journal import read_result
 from ..records.errors import JournalError, NotComparable, TrackingError
 from ..records.results import RunResult
-from .search import cells_of_run, cells_of_sweep, download_result, source_of
+from .search import RUN_REFERENCE, cells_of_run, cells_of_sweep, download_result, source_of
 from .store import open_store
 
-RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
 SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 
 
@@ -37,7 +36,7 @@ def load_results(reference: str, tracking_uri: str | None = None) -> list[RunRes
                 "Give the folder that `llmbench run` printed, or that of a cell in it."
             )
         return [read_result(file.parent) for file in found]
-    run = RUN_ID.fullmatch(reference)
+    run = RUN_REFERENCE.fullmatch(reference)
     if run is None and not SWEEP_ID.fullmatch(reference):
         raise JournalError(
             f"{reference} is neither a folder, nor a run id, nor the name of a sweep. "

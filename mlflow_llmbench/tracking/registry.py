@@ -29,7 +29,7 @@ from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
 from .runs import PARENT_TAG, cell_params
-from .search import cells_of_run, download_result, runs_of_sweep
+from .search import RUN_REFERENCE, cells_of_run, download_result, runs_of_sweep
 from .store import Store, plain_errors
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 """Aliases: registered but not promoted, in use, formerly in use."""
 
 REFERENCE = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
-RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
 RECOMMENDATION = "recommendation.json"
 
 
@@ -76,7 +75,7 @@ def run_of(store: Store, sweep: str, config_hash: str) -> str | None:
 
 def run_behind(store: Store, reference: str, result: RunResult) -> str | None:
     """Return the run that holds a result: `reference` if it is the run of a cell, else by `run_of`."""
-    match = RUN_ID.fullmatch(reference)
+    match = RUN_REFERENCE.fullmatch(reference)
     if match and cells_of_run(store, match[1]) == [match[1]]:
         return match[1]
     return run_of(store, result.sweep, result.hashes.config)
@@ -152,7 +151,7 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
                 f"Cannot read the recommendation {reference}: {error}. "
                 "Give the file that `llmbench recommend --output` wrote."
             ) from None
-    match = RUN_ID.fullmatch(reference)
+    match = RUN_REFERENCE.fullmatch(reference)
     run_id = match[1] if match else parent_of_sweep(store, reference)
     if run_id is None:
         raise UsageError(

@@ -20,19 +20,17 @@ from ..config.choices import WORKLOADS
 from ..config.spec import cell_fields
 from ..records.cell import Cell, as_text
 from ..records.errors import TrackingError
-from ..records.metrics import OUTCOMES
 from ..records.quantizations import COLOURS
 from ..records.redaction import redact, redact_all
 from ..records.results import SCHEMA, RunResult, Verdict
+from ..records.verdicts import OUTCOMES
 from ..reports.result import summary_markdown
 from .run_context import fingerprint_tags
-from .search import require_run
+from .search import RUN_REFERENCE, require_run
 from .store import UPLOADED_TAG, Store, plain_errors
 
 PARENT_TAG = "mlflow.parentRunId"
 TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's own, which `log_table` sets
-
-RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 """Run names that MLflow generates. Only these are replaced; a name that a person gave is kept."""
@@ -141,7 +139,7 @@ def _linked(store: Store, result: RunResult) -> str:
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(result.started_ms / 1000))
     where = (
         f"run [{result.linked}](#/experiments/{store.experiment_id}/runs/{result.linked})"
-        if RUN_ID.fullmatch(result.linked)
+        if RUN_REFERENCE.fullmatch(result.linked)
         else result.linked
     )
     return (

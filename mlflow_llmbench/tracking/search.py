@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from .store import UPLOADED_TAG, Store, plain_errors, without_user
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+RUN_REFERENCE = re.compile(r"(?:runs:/)?([0-9a-f]{32})/?")
+"""A run by its id, also as `runs:/ID`."""
 
 
 def find_measured(store: Store, hashes: Hashes) -> list[str]:

@@ -22,7 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..records.errors import first_line
-from ..records.metrics import KEYS, SERIES
+from ..records.metric import Panel
+from ..records.metrics import ITL_BY_TOKEN, ITL_PERCENTILES, OUTPUT_RATE, PEAK_MEMORY, SECTIONS, SERIES, TTFT, by_name
 from .store import without_user
 
 if TYPE_CHECKING:
@@ -38,9 +39,6 @@ OLDEST_MLFLOW = (3, 15)
 MOST_VIEWS = 30
 """Most views of ours in an experiment; the oldest are deleted. With 40 views in all, the UI refuses to save more."""
 
-THROUGHPUT = "throughput/output_tokens_per_s"
-TTFT = "latency/ttft_ms_p50"
-ITL = "latency/itl_ms_p50"
 REFERENCES = ("none", "fp32", "bf16", "fp16")
 """Values of `quant` without quantization; the baseline run is chosen among them."""
 
@@ -54,9 +52,11 @@ def comparison_view(
 
     Shows the cells of `parent_id`, or all runs of the experiment without it, sorted by throughput, best first.
     """
-    memory = f"memory/{'device' if has_device else 'host_needed'}_bytes_peak"
+    device_peak, host_peak = PEAK_MEMORY
+    memory = device_peak if has_device else host_peak
     names = list(varied) or ["quant"]
-    headline = [THROUGHPUT, TTFT, ITL, memory]
+    # Without a device, no run has the device's memory: the host's stands in for it.
+    shown = [next(e.key for e in entries if has_device or e.key != device_peak) for entries in by_name(Panel).values()]
     sections = [
         _section("Trade-offs", 2, 380),
         _section("Headline", 2, 300),
@@ -64,34 +64,15 @@ def comparison_view(
         _section("Inter-token latency", 2, 340),
         _section("Change from the baseline", 1, 560),
     ]
-    charts = [
-        _chart(0, 0, "SCATTER", xaxis=_axis(TTFT), yaxis=_axis(THROUGHPUT)),
-        _chart(1, 0, "SCATTER", xaxis=_axis(memory), yaxis=_axis(THROUGHPUT)),
-        *(_chart(2 + i, 1, "BAR", metricKey=key) for i, key in enumerate(headline)),
-        _chart(
-            6, 2, "PARALLEL", selectedParams=names, selectedMetrics=[memory, ITL, TTFT, THROUGHPUT], showAllRuns=False
-        ),
-        _line(7, 3, "steps/itl_ms"),
-        _line(8, 3, "percentiles/itl_ms"),
-        _chart(
-            9,
-            4,
-            "DIFFERENCE",
-            chartName="Change from the baseline",
-            compareGroups=["Model metrics", "Parameters"],
-            showChangeFromBaseline=True,
-            showDifferencesOnly=True,
-            baselineColumnUuid=baseline_run_id or "",
-        ),
-    ]
-    closed = dict.fromkeys(key.rpartition("/")[0] for key in [*KEYS, *SERIES])
+    charts = _charts(shown, names, memory, baseline_run_id)
+    closed = dict.fromkeys([*SECTIONS, *(one.section for one in SERIES.values())])
     sections += [_section(name, display=False) for name in [*closed, "Model metrics", "System metrics"]]
     for number, section in enumerate(sections):
         section["uuid"] = f"s{number}"
     columns = [
         *(f"params.`{name}`" for name in names),
         "tags.`llmbench.verdict`",
-        *(f"metrics.`{key}`" for key in headline),
+        *(f"metrics.`{key}`" for key in shown),
         "tags.`llmbench.outcome`",
     ]
     return {
@@ -104,9 +85,32 @@ def comparison_view(
         "columnWidths": {column: min(140, max(70, 7 * len(column) - 40)) for column in columns},
         "runsHiddenMode": "SHOW_ALL",
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_id}'" if parent_id else "",
-        "orderByKey": f"metrics.`{THROUGHPUT}`",
+        "orderByKey": f"metrics.`{OUTPUT_RATE.key()}`",
         "orderByAsc": False,
     }
+
+
+def _charts(shown: Sequence[str], names: Sequence[str], memory: str, baseline_run_id: str | None) -> list[State]:
+    """Return the charts of the view, each in its section: `shown` are metric keys, `names` the varied parameters."""
+    rate, first, after = OUTPUT_RATE.key(), TTFT.key("p50"), 2 + len(shown)
+    return [
+        _chart(0, 0, "SCATTER", xaxis=_axis(first), yaxis=_axis(rate)),
+        _chart(1, 0, "SCATTER", xaxis=_axis(memory), yaxis=_axis(rate)),
+        *(_chart(2 + i, 1, "BAR", metricKey=key) for i, key in enumerate(shown)),
+        _chart(after, 2, "PARALLEL", selectedParams=names, selectedMetrics=shown[::-1], showAllRuns=False),
+        _line(after + 1, 3, ITL_BY_TOKEN.key),
+        _line(after + 2, 3, ITL_PERCENTILES.key),
+        _chart(
+            after + 3,
+            4,
+            "DIFFERENCE",
+            chartName="Change from the baseline",
+            compareGroups=["Model metrics", "Parameters"],
+            showChangeFromBaseline=True,
+            showDifferencesOnly=True,
+            baselineColumnUuid=baseline_run_id or "",
+        ),
+    ]
 
 
 def _section(name: str, columns: int = 3, height: int = 360, display: bool = True) -> State:
@@ -166,7 +170,7 @@ def publish(
     view_id = f"{OURS}{parent_id[:16]}"
     try:
         _refuse_old(store.uri)
-        has_device = any("memory/device_bytes_peak" in row.metrics for row in rows)
+        has_device = any(PEAK_MEMORY[0] in row.metrics for row in rows)
         state = comparison_view(varied, has_device, baseline_run(rows, run_ids), parent_id)
         now = int(time.time() * 1000)
         there = _published(store)

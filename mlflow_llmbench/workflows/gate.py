@@ -13,7 +13,7 @@ from ..analysis.decisions.gate import DEFAULT_LIMIT, Gate
 from ..measure.journal import write_bytes, write_json
 from ..records.errors import UsageError
 from ..records.results import RunResult
-from ..reports.gate import HEADING, gate_cells, gate_junit, gate_markdown
+from ..reports.gate import HEADING, gate_cells, gate_json, gate_junit, gate_markdown
 from ..reports.tables import split_table
 from ..tracking import registry
 from ..tracking.load_results import load_results
@@ -110,7 +110,7 @@ def _log(store: Store, run: GateRun, run_id: str, accept_suspect: str | None) ->
         folder = Path(scratch)
         for name, content in run.files.items():
             write_bytes(folder / name, content)
-        write_json(folder / "gate.json", analysis.gate_json(run.found))
+        write_json(folder / "gate.json", gate_json(run.found))
         write_json(folder / "table.json", split_table(HEADING, gate_cells(run.found.checks)))
         for kept_in in filter(None, (run_id, store.given_run_id)):
             registry.log_gate(

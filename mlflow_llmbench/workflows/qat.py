@@ -27,6 +27,7 @@ from ..measure.supervise import Limits
 from ..measure.task import Task, WorkerJob
 from ..records.cell import Cell, Options
 from ..records.errors import LlmbenchError, UsageError, first_line
+from ..records.metrics import TRAINING_LOSS
 from ..records.quantizations import COLOURS
 from ..records.redaction import redact
 from ..records.results import ModelFacts, Quality, hash16, to_json
@@ -217,7 +218,7 @@ class _Job:
             case Stage(stage="saving"):
                 self.say("Writing the checkpoint.")
             case TrainingStep(number=number, limit=limit, loss=loss):
-                self.losses.append(Point("qat/loss", number, loss, int(time.time() * 1000)))
+                self.losses.append(Point(TRAINING_LOSS.key, number, loss, int(time.time() * 1000)))
                 if number in (1, limit) or number % max(limit // LINES, 1) == 0:
                     self.say(f"Step {number}/{limit}: loss {loss:.4f}")
             case CheckpointSaved():

@@ -55,7 +55,7 @@ def recommend(
     sweep = (found.winner.result if found.winner else results[0]).sweep
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output or scratch)
-        write_json(folder / "recommendation.json", analysis.recommendation_json(found))
+        write_json(folder / "recommendation.json", recommendation.recommendation_json(found))
         write_bytes(folder / "recommendation.md", recommendation.recommendation_markdown(found).encode())
         draw_charts("recommendation", found, folder / "charts")
         store = open_store(tracking_uri)

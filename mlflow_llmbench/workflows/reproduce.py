@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..analysis import comparison as comparison_analysis
 from ..analysis.comparison import Comparison, Difference, differences
-from ..analysis.decisions.equivalence import DEFAULT_MARGIN, INVALID, Reproduction, changed_facts, weigh
+from ..analysis.decisions.equivalence import DEFAULT_MARGIN, INVALID, Reproduction, changed_facts, judge_reproduction
 from ..analysis.decisions.gate import quality_text
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
@@ -18,6 +18,7 @@ from ..config.spec import parse
 from ..measure.journal import read_result, write_bytes, write_json
 from ..records.errors import MeasurementError, NotComparable, UsageError
 from ..records.invocation import command_text
+from ..records.metrics import PERPLEXITY
 from ..records.results import RunResult
 from ..reports import artifacts
 from ..reports.reproduction import HEADING, reproduction_cells, reproduction_json, reproduction_markdown
@@ -189,7 +190,7 @@ def reproduce(
         experiment = experiment or _experiment_of(original, tracking_uri)
         sweep = execute(planned, executor, (tracking_uri, experiment), watcher)
     again = read_again(sweep)
-    done = _weighed(original, again, sweep, margin)
+    done = _judged(original, again, sweep, margin)
     if done.run_id:
         _keep(done, tracking_uri)
     return done
@@ -206,7 +207,7 @@ def read_again(sweep: SweepResult) -> RunResult:
     return read_result(folder)
 
 
-def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: float) -> Reproduced:
+def _judged(original: Original, again: RunResult, sweep: SweepResult, margin: float) -> Reproduced:
     if why := distrusted("reproduction", again):
         return Reproduced(original, Reproduction(INVALID, f"{why} Measure again.", margin), sweep)
     allow = frozenset({"hardware", "software"})
@@ -215,10 +216,9 @@ def _weighed(original: Original, again: RunResult, sweep: SweepResult, margin: f
     )
     one_text = quality_text(original.result) == quality_text(again)
     metrics = [
-        {k: v for k, v in summarize(r).items() if one_text or k != "quality/perplexity"}
-        for r in (original.result, again)
+        {k: v for k, v in summarize(r).items() if one_text or k != PERPLEXITY.key()} for r in (original.result, again)
     ]
-    found = weigh(comparison, margin, (metrics[0], metrics[1]))
+    found = judge_reproduction(comparison, margin, (metrics[0], metrics[1]))
     if changed := changed_facts(original.result, again):
         found = dataclasses.replace(found, notes=(*found.notes, changed))
     if not one_text:

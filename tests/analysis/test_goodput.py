@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench.analysis import goodput
-from mlflow_llmbench.analysis.goodput import Tried, knee, next_cell, next_rate, share_interval
+from mlflow_llmbench.analysis.goodput import RateTrial, knee, next_cell, next_rate, share_interval
 from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.spec import parse
@@ -29,11 +29,11 @@ from ..null_server import null_server
 ONLINE = {"backend": "openai", "url": "http://h"}
 
 
-def tried(rate: float | None, share: float, half: float = 0.0, trusted: bool = True) -> Tried:
-    return Tried(rate, rate or 10.0, share, max(0.0, share - half), min(1.0, share + half), trusted, 10.0)
+def tried(rate: float | None, share: float, half: float = 0.0, trusted: bool = True) -> RateTrial:
+    return RateTrial(rate, rate or 10.0, share, max(0.0, share - half), min(1.0, share + half), trusted, 10.0)
 
 
-def search(share_at: Callable[[float], float], first: float | None = None) -> list[Tried]:
+def search(share_at: Callable[[float], float], first: float | None = None) -> list[RateTrial]:
     """Run the whole search on a server whose share of good requests is a function of the rate."""
     found = [tried(None, 1.0)] if first is None else [tried(first, share_at(first))]
     while (rate := next_rate(found, 0.9)) is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.metrics import KEYS, SERIES
+from mlflow_llmbench.records.metrics import KEYS, OUTPUT_RATE, SERIES
 from mlflow_llmbench.reports.result import Row
 from mlflow_llmbench.tracking import view
 from mlflow_llmbench.tracking.store import Store, open_store
@@ -23,9 +23,9 @@ from tests.servers import serving
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "view.json"
 VARIED = ["quant", "batch_size"]
 ROWS = [
-    Row(Cell(quant="int8"), "ok", {view.THROUGHPUT: 9.0}),
+    Row(Cell(quant="int8"), "ok", {OUTPUT_RATE.key(): 9.0}),
     Row(Cell(quant="bf16"), "oom"),
-    Row(Cell(quant="fp16"), "ok", {view.THROUGHPUT: 5.0}),
+    Row(Cell(quant="fp16"), "ok", {OUTPUT_RATE.key(): 5.0}),
 ]
 RUN_IDS = ["run-int8", "run-bf16", "run-fp16"]
 

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from mlflow_llmbench import run
 from mlflow_llmbench.analysis.comparison import compare
-from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, weigh
+from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, judge_reproduction
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import config_hash, expand_cells
 from mlflow_llmbench.config.spec import parse
@@ -26,7 +26,7 @@ from mlflow_llmbench.tracking.registry import register, result_of
 from mlflow_llmbench.tracking.store import open_store
 from mlflow_llmbench.workflows.reproduce import (
     Original,
-    _weighed,
+    _judged,
     find_original,
     parameters_again,
     require_same,
@@ -47,7 +47,7 @@ CELL = {
 
 
 def weighed(**again: object) -> Reproduction:
-    return weigh(compare(ORIGINAL, made(**again)), 0.05)  # type: ignore[arg-type]
+    return judge_reproduction(compare(ORIGINAL, made(**again)), 0.05)  # type: ignore[arg-type]
 
 
 def states(found: Reproduction) -> dict[str, str]:
@@ -115,18 +115,18 @@ def test_what_cannot_be_told_says_how_many_repetitions_would() -> None:
     found = weighed(factors=wide)
     assert (found.verdict, found.exit_code) == ("cannot_tell", 4)
     assert "repetitions of the reproduction would tell, with a chance of 90 %" in found.why
-    both = weigh(compare(made(factors=wide), made(factors=wide)), 0.05)
+    both = judge_reproduction(compare(made(factors=wide), made(factors=wide)), 0.05)
     needed = max(f.needed_each or 0 for f in both.findings)
     assert f"about {needed} on each side would tell" in both.why and needed > 10
-    near = weigh(compare(made(factors=wide), made(factors=wide, step=10.5, ttft=21)), 0.05)
+    near = judge_reproduction(compare(made(factors=wide), made(factors=wide, step=10.5, ttft=21)), 0.05)
     assert near.verdict == "cannot_tell" and "no sensible number" in near.why
-    single = weigh(compare(ORIGINAL, made(factors=(1.0,))), 0.05)
+    single = judge_reproduction(compare(ORIGINAL, made(factors=(1.0,))), 0.05)
     assert single.verdict == "cannot_tell" and "at least 2 repetitions" in single.why
 
 
 def test_quality_is_held_against_the_margin_too() -> None:
     def verdict(now: float) -> str:
-        return weigh(
+        return judge_reproduction(
             compare(ORIGINAL, made()), 0.05, ({"quality/perplexity": 10.0}, {"quality/perplexity": now})
         ).verdict
 
@@ -302,7 +302,7 @@ def test_another_text_is_no_other_perplexity() -> None:
 
     def found(text: str) -> Reproduction:
         original = Original(scored("a", 1.0), None, "a")
-        return _weighed(original, scored(text, 2.0), None, 0.05).found  # type: ignore[arg-type]
+        return _judged(original, scored(text, 2.0), None, 0.05).found  # type: ignore[arg-type]
 
     assert found("a").verdict == "different"
     assert found("b").verdict == "equivalent"
@@ -397,4 +397,4 @@ def test_a_wide_spread_is_not_called_equivalent_for_want_of_a_difference() -> No
     wide = made(factors=(0.8, 0.9, 1.0, 1.1, 1.2))
     comparison = compare(wide, made(factors=WIGGLE))
     assert {effect.effect for effect in comparison.effects if effect.p_holm is not None} == {"no difference seen"}
-    assert weigh(comparison, 0.05).verdict == "cannot_tell"
+    assert judge_reproduction(comparison, 0.05).verdict == "cannot_tell"

@@ -8,17 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...records.cell import differing
-from ...records.metrics import KEYS
+from ...records.metric import Entry, Goal, QualityBound
+from ...records.metrics import COST, ENERGY, KEYS, PEAK_MEMORY, TPOT, TTFT
 from ...records.results import Repetition, RunResult, Verdict
 from ...stats import t_interval
-from ..comparison import DEVICE_PEAK, HOST_PEAK, RATE, UNNAMED, value_text
+from ..comparison import RATE, UNNAMED, parameter_text
 from ..repetitions import PER_REPETITION, mean_ttft, typical_tpot, unit_values
 from ..summary import hardware_name, summarize
 from ..verdict import judge
 
-COST, ENERGY = "cost/per_million_tokens", "efficiency/joules_per_token"
-
-PER_UNIT = {**PER_REPETITION, "latency/ttft_ms_mean": mean_ttft, "latency/tpot_ms_p50": typical_tpot}
+PER_UNIT = {**PER_REPETITION, TTFT.key("mean"): mean_ttft, TPOT.key("p50"): typical_tpot}
 """Metric → its value for one repetition: compared metrics, and others that a limit can name; no high percentiles."""
 
 
@@ -31,12 +30,17 @@ class Measure:
     better: str  # "lower" or "higher"
     absent: str = "Measure again."  # what to do where no result has it
 
+    @classmethod
+    def of(cls, entry: Entry[Goal] | Entry[QualityBound]) -> Measure:
+        """The measure of one metric of the table."""
+        return cls(entry.words, (entry.key,), entry.metric.better, entry.place.advice)
+
     def key(self, metrics: Mapping[str, float]) -> str | None:
         """The key that counts for a result with these metrics; None if it has none."""
         return next((key for key in self.keys if key in metrics), None)
 
 
-MEMORY = Measure("peak memory", (DEVICE_PEAK, HOST_PEAK), "lower")
+MEMORY = Measure("peak memory", PEAK_MEMORY, "lower")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def names_of(results: Sequence[RunResult]) -> list[str]:
     """
     varied = differing([result.cell for result in results], UNNAMED)
     names = [
-        " ".join(_short(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size"))
+        " ".join(_varied_text(name, getattr(result.cell, name)) for name in varied or ("model", "quant", "batch_size"))
         for result in results
     ]
     homes = [(name, result.hashes.hardware) for name, result in zip(names, results, strict=True)]
@@ -102,12 +106,8 @@ def _machine(result: RunResult) -> str:
     return f"{hardware_name(result)} ({result.hashes.hardware[:6]})"
 
 
-def _short(name: str, value: object) -> str:
-    if name == "model":
-        return str(value).rstrip("/").rsplit("/", 1)[-1]
-    if name == "quant" and value != "none":
-        return str(value)
-    return f"batch {value}" if name == "batch_size" else f"{name}={value_text(name, value)}"
+def _varied_text(name: str, value: object) -> str:
+    return f"batch {value}" if name == "batch_size" else parameter_text(name, value)
 
 
 def figure(key: str, value: float) -> str:
@@ -134,9 +134,9 @@ def _digits(value: float) -> str:
 def values(one: Candidate, key: str) -> list[float] | None:
     """Values of a metric per unit (process or repetition); None if a run has it only once, or a unit lacks it."""
     of: Callable[[Repetition], float | None] | None = PER_UNIT.get(key)
-    if key == COST:
+    if key == COST.key():
         of = _cost(one.result.price_per_hour)
-    elif key == ENERGY:
+    elif key == ENERGY.key():
         of = _joules(one.result.idle_w)
     if of is None:
         return None

@@ -10,33 +10,11 @@ from typing import Any
 
 from ...records.backends import CHECKPOINT, GGUF_FILE, Serving, recorded_capabilities, served_libraries
 from ...records.errors import UsageError
+from ...records.metric import Tag
+from ...records.metrics import PEAK_MEMORY, shown_in
 from ...records.mixed_plan import QUANTIZED, QuantPlan
 from ...records.quantizations import FLOAT_DTYPES, SCHEMES, UNPACKED, library_of_method, resolve
 from ...records.results import SCHEMA, RunResult, Verdict
-
-HEADLINES = (
-    "throughput/output_tokens_per_s",
-    "throughput/output_tokens_per_s_ci_low",
-    "throughput/output_tokens_per_s_ci_high",
-    "latency/ttft_ms_p50",
-    "latency/ttft_ms_p95",
-    "latency/itl_ms_p50",
-    "latency/itl_ms_p95",
-    "latency/tpot_ms_mean",
-    "latency/e2e_ms_p50",
-    "latency/e2e_ms_p95",
-    "memory/device_bytes_peak",
-    "memory/host_needed_bytes_peak",
-    "memory/weight_bytes",
-    "efficiency/joules_per_token",
-    "cost/per_million_tokens",
-    "quality/perplexity",
-    "quality/kl_vs_reference",
-    "quality/top1_agreement",
-    "load/load_s",
-    "trust/repetitions",
-)
-"""Metrics stored with a version, if measured."""
 
 SHOWN = (
     "model",
@@ -71,7 +49,7 @@ class Evidence:
 class Deployment:
     """Data of a registered version.
 
-    `config` is the `model_config` of the served model, plain JSON data; `figures` are its headline metrics.
+    `config` is the `model_config` of the served model, plain JSON data; `figures` are the metrics stored with it.
     """
 
     config: Mapping[str, Any]
@@ -88,7 +66,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
     _refuse(result, evidence)
     cell, model, engine = result.cell, result.model, _serving(result).engine
     facts, plan = (result.load.facts, result.load.quant_plan) if result.load else ({}, None)
-    figures = {key: metrics[key] for key in HEADLINES if key in metrics}
+    figures = {entry.key: metrics[entry.key] for entry in shown_in(Tag) if entry.key in metrics}
     source, place, file = _place(result)
     device = cell.device if cell.device != "auto" else str(facts.get("model.device", "cpu")).partition(":")[0]
     longest = [r.prompt_tokens for repetition in result.repetitions for r in repetition.requests if r.prompt_tokens]
@@ -283,8 +261,9 @@ def _packed(result: RunResult) -> dict[str, Any]:
 
 def _needs(result: RunResult, metrics: Mapping[str, float]) -> dict[str, Any]:
     """Requirements on a machine: peak memory in bytes, of host or device, and the machine that was measured."""
-    on_device = "memory/device_bytes_peak" in metrics
-    peak = metrics.get("memory/device_bytes_peak" if on_device else "memory/host_needed_bytes_peak")
+    device_peak, host_peak = PEAK_MEMORY
+    on_device = device_peak in metrics
+    peak = metrics.get(device_peak if on_device else host_peak)
     names = [gpu["name"] for gpu in result.environment.get("gpus") or []] if on_device else []
     machine = names[0] if names else (result.environment.get("cpu") or {}).get("name")
     return {

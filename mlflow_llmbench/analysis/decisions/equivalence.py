@@ -16,21 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import variance
 
-from ...records.metrics import KEYS
+from ...records.metrics import KEYS, LOAD_TIME, PERPLEXITY, TOP1
 from ...records.results import RunResult
 from ...stats import Equivalence, equivalence, holm, required_sample_size
 from ..comparison import SIGNIFICANCE, Comparison, Difference, Effect, units_text
 from ..repetitions import process_count
 
-EQUIVALENT, DIFFERENT, UNTOLD, INVALID = "equivalent", "different", "cannot_tell", "invalid"
-EXIT_CODES = {EQUIVALENT: 0, DIFFERENT: 1, INVALID: 3, UNTOLD: 4}
+EQUIVALENT, DIFFERENT, INCONCLUSIVE, INVALID = "equivalent", "different", "cannot_tell", "invalid"
+EXIT_CODES = {EQUIVALENT: 0, DIFFERENT: 1, INVALID: 3, INCONCLUSIVE: 4}
 DEFAULT_MARGIN = 0.05
 """Default margin within which a reproduction is equivalent, as a ratio (5 %)."""
 
-NOT_HELD = ("load/load_s",)
+NOT_HELD = (LOAD_TIME.key(),)
 """Metrics not compared with the margin: a single load is mostly the disk and its cache."""
 
-WORDS = {EQUIVALENT: "equivalent", DIFFERENT: "different", UNTOLD: "cannot tell"}
+WORDS = {EQUIVALENT: "equivalent", DIFFERENT: "different", INCONCLUSIVE: "cannot tell"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Reproduction:
         return EXIT_CODES[self.verdict]
 
 
-def weigh(
+def judge_reproduction(
     comparison: Comparison,
     margin: float = DEFAULT_MARGIN,
     quality: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
@@ -89,12 +89,12 @@ def weigh(
     findings = [
         _tested(effect, test, next(adjusted), limit, sum(map(bool, tests)))
         if test
-        else _single(effect.key, effect.headline.label, effect.a, effect.b, limit)
+        else _single(effect.key, effect.entry.heading, effect.a, effect.b, limit)
         for effect, test in zip(held, tests, strict=True)
     ]
     findings += [
         _single(key, KEYS[key].label, quality[0][key], quality[1][key], limit)
-        for key in ("quality/perplexity", "quality/top1_agreement")
+        for key in (PERPLEXITY.key(), TOP1.key())
         if quality[0].get(key) and quality[1].get(key)
     ]
     verdict = _verdict(findings)
@@ -117,15 +117,15 @@ def _single(key: str, label: str, original: float, again: float, limit: float) -
     ratio = again / original if original > 0 else math.inf
     inside = 0 < ratio < math.inf and abs(math.log(ratio)) <= limit
     if key not in KEYS or KEYS[key].section in ("latency", "throughput"):
-        return Finding(key, label, original, again, ratio, UNTOLD)
+        return Finding(key, label, original, again, ratio, INCONCLUSIVE)
     return Finding(key, label, original, again, ratio, EQUIVALENT if inside else DIFFERENT)
 
 
 def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, tests: int) -> Finding:
-    state = EQUIVALENT if test.p_within < SIGNIFICANCE else DIFFERENT if p_beyond < SIGNIFICANCE else UNTOLD
+    state = EQUIVALENT if test.p_within < SIGNIFICANCE else DIFFERENT if p_beyond < SIGNIFICANCE else INCONCLUSIVE
     found = Finding(
         effect.key,
-        effect.headline.label,
+        effect.entry.heading,
         effect.a,
         effect.b,
         effect.ratio,
@@ -135,7 +135,7 @@ def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, te
         test.p_within,
         p_beyond,
     )
-    if state != UNTOLD:
+    if state != INCONCLUSIVE:
         return found
     spread = variance(_logs(effect.values_a)), variance(_logs(effect.values_b))
     needed = required_sample_size(test.difference, limit, spread, len(effect.values_a), tests)
@@ -148,7 +148,7 @@ def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, te
 
 def _verdict(findings: Sequence[Finding]) -> str:
     states = {finding.state for finding in findings}
-    return DIFFERENT if DIFFERENT in states else UNTOLD if UNTOLD in states or not states else EQUIVALENT
+    return DIFFERENT if DIFFERENT in states else INCONCLUSIVE if INCONCLUSIVE in states or not states else EQUIVALENT
 
 
 def _why(verdict: str, findings: Sequence[Finding], margin: float, comparison: Comparison) -> str:
@@ -157,29 +157,29 @@ def _why(verdict: str, findings: Sequence[Finding], margin: float, comparison: C
     if verdict == EQUIVALENT:
         return f"Equivalent within {within} in all of {len(findings)} metrics."
     if verdict == DIFFERENT:
-        told = ", ".join(
+        listed = ", ".join(
             f"{f.label or f.key} {f.ratio:.3f} times the original's" for f in findings if f.state == DIFFERENT
         )
-        return f"Different by more than {within}: {told}."
-    untold = [f for f in findings if f.state == UNTOLD]
-    if not findings or any(f.p_within is None for f in untold):
+        return f"Different by more than {within}: {listed}."
+    inconclusive = [f for f in findings if f.state == INCONCLUSIVE]
+    if not findings or any(f.p_within is None for f in inconclusive):
         return (
             f"Cannot tell whether it is equivalent within {within}: a test needs at least 2 repetitions on each side."
         )
     noun = "processes" if max(comparison.processes) > 1 else "repetitions"
-    names = ", ".join(f.label for f in untold)
-    return f"Cannot tell whether it is equivalent within {within} in {names}. {_advice(untold, noun)}"
+    names = ", ".join(f.label for f in inconclusive)
+    return f"Cannot tell whether it is equivalent within {within} in {names}. {_advice(inconclusive, noun)}"
 
 
-def _advice(untold: Sequence[Finding], noun: str) -> str:
+def _advice(inconclusive: Sequence[Finding], noun: str) -> str:
     """Number of repetitions that would tell, if the observed values are the true ones."""
-    if all(f.needed for f in untold):
+    if all(f.needed for f in inconclusive):
         return (
-            f"About {max(f.needed or 0 for f in untold)} {noun} of the reproduction would tell, with a chance of 90 % "
-            "if the observed ratios are the true ones."
+            f"About {max(f.needed or 0 for f in inconclusive)} {noun} of the reproduction would tell, with a chance of "
+            "90 % if the observed ratios are the true ones."
         )
-    if all(f.needed or f.needed_each for f in untold):
-        most = max(max(f.needed or 0, f.needed_each or 0) for f in untold)
+    if all(f.needed or f.needed_each for f in inconclusive):
+        most = max(max(f.needed or 0, f.needed_each or 0) for f in inconclusive)
         return (
             f"The original is too uncertain for any number of {noun} here; about {most} on each side would tell, with "
             "a chance of 90 %."

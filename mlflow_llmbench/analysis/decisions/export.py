@@ -18,6 +18,8 @@ from typing import Any
 
 from ...records.backends import CHECKPOINT, GGUF_FILE, library_of, recorded_capabilities
 from ...records.errors import UsageError
+from ...records.metric import ExportComment
+from ...records.metrics import shown_in
 from ...records.quantizations import BITSANDBYTES, MIXED, SCHEMES, UNPACKED, Scheme
 
 Config = Mapping[str, Any]
@@ -93,13 +95,7 @@ def _measured(config: Config, uri: str, target: str) -> list[str]:
     """Lines of a comment with the measurements."""
     found, needs = config["measured"], config["needs"]
     figures = [
-        f"{found[key] * scale:.4g} {unit}"
-        for key, unit, scale in (
-            ("throughput/output_tokens_per_s", "output tokens/s", 1.0),
-            ("latency/ttft_ms_p50", "ms to the first token", 1.0),
-            ("latency/tpot_ms_mean", "ms per token after it", 1.0),
-        )
-        if key in found
+        f"{found[entry.key] * entry.scale:.4g} {entry.words}" for entry in shown_in(ExportComment) if entry.key in found
     ]
     peak = needs["peak_memory_bytes"]
     figures += [f"{peak / 1e9:.3g} GB of {needs['memory_of']} memory"] if peak else []

@@ -13,16 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ...records.errors import UsageError
-from ...records.metrics import KEYS
+from ...records.metric import Gated
+from ...records.metrics import KEYS, PERPLEXITY, by_name, shown_in
 from ...records.results import RunResult, Verdict
 from ..comparison import (
     BETTER,
+    COMPARED,
     DEVICE_PEAK,
     HOST_PEAK,
-    RATE,
     SIGNIFICANCE,
     Comparison,
     Difference,
@@ -38,24 +38,14 @@ OK, IMPROVED, REGRESSED, UNSETTLED = "ok", "improved", "regression", "not settle
 DEFAULT_LIMIT = 0.05
 """Default limit: how much worse a metric may be, as a ratio (5 %)."""
 
-QUALITY = {"quality/perplexity": "lower", "quality/kl_vs_reference": "lower", "quality/top1_agreement": "higher"}
-NAMES = {
-    "throughput": RATE,
-    "ttft": "latency/ttft_ms_p50",
-    "itl": "latency/itl_ms_p50",
-    "tpot": "latency/tpot_ms_mean",
-    "e2e": "latency/e2e_ms_p50",
-    "memory": "memory",
-    "weights": "memory/weight_bytes",
-    "load": "load/load_s",
-    "perplexity": "quality/perplexity",
-    "kl": "quality/kl_vs_reference",
-    "top1": "quality/top1_agreement",
-}
-"""Short name → metric that a limit can name; `memory` is the device's peak, else the host's."""
+GATED = {entry.key: entry for entry in shown_in(Gated)}
+"""Key of a metric that the gate checks → its entry."""
 
-UNLESS_ASKED = ("memory/weight_bytes", "load/load_s")
-"""Compared only if a limit names them: weights add nothing to memory, and a single load is mostly the disk."""
+NAMES = {name: name if len(entries) > 1 else entries[0].key for name, entries in by_name(Gated).items()}
+"""Name in a limit → the metric that it limits; `memory` is the device's peak, else the host's."""
+
+SINGLE = tuple(key for key in GATED if key not in {entry.key for entry in COMPARED})
+"""Checked metrics that `compare` does not compare: a run has them once, and they are compared by their value."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +138,7 @@ def decide(
     if refused := _refused(unlike, ("software",)) or _refused_metrics(champion, candidate, metrics):
         return refused
     comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]), paired=in_turns)
-    checks = (*_timed(comparison, limits or {}, limit), *quality_checks(*metrics, limits or {}, limit))
+    checks = (*_timed(comparison, limits or {}, limit), *single_checks(*metrics, limits or {}, limit))
     if unheld := [name for name in limits or {} if name not in {_limited_as(check.key) for check in checks}]:
         listed = ", ".join(unheld)
         return Gate(
@@ -173,7 +163,7 @@ def _refused_metrics(
     champion: RunResult, candidate: RunResult, metrics: tuple[Mapping[str, float], Mapping[str, float]]
 ) -> Gate | None:
     """The gate of a candidate whose perplexity is of another text, or that lacks metrics of the champion."""
-    if quality_text(champion) != quality_text(candidate) and all("quality/perplexity" in found for found in metrics):
+    if quality_text(champion) != quality_text(candidate) and all(PERPLEXITY.key() in found for found in metrics):
         return Gate(
             NOT_COMPARABLE,
             "The perplexities are of two texts. Measure the candidate with the quality_text of the champion.",
@@ -241,7 +231,7 @@ def _listed(unlike: Sequence[Difference]) -> str:
 
 def missing(champion: Mapping[str, float], candidate: Mapping[str, float]) -> list[str]:
     """Quality and device memory metrics that the candidate lacks: what was not measured has not passed."""
-    return [key for key in (DEVICE_PEAK, *QUALITY) if key in champion and key not in candidate]
+    return [key for key in (DEVICE_PEAK, *SINGLE) if key in champion and key not in candidate]
 
 
 def quality_text(result: RunResult) -> str:
@@ -254,21 +244,21 @@ def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) ->
     found = []
     for effect in comparison.effects:
         key = effect.key
-        if key in UNLESS_ASKED and key not in limits:
+        if key not in GATED or (GATED[key].place.only_if_limited and key not in limits):
             continue
         if key == HOST_PEAK and comparison.effect(DEVICE_PEAK):
             continue
         allowed = limits.get(_limited_as(key), limit)
         higher = KEYS[key].better == "higher"
-        worse = _by(effect.ratio, higher)
+        worse = _loss(effect.ratio, higher)
         shown = effect.p_holm is None or effect.p_holm < SIGNIFICANCE
         if shown and worse > allowed:
             state = REGRESSED
         elif effect.p_holm is None:
-            state = UNSETTLED if effect.headline.of else OK
+            state = UNSETTLED if effect.is_repeated else OK
         else:
             end = effect.low if higher else effect.high
-            farthest = 0.0 if end is None else _by(end, higher)
+            farthest = 0.0 if end is None else _loss(end, higher)
             state = (
                 IMPROVED
                 if effect.effect == BETTER
@@ -282,46 +272,29 @@ def _timed(comparison: Comparison, limits: Mapping[str, float], limit: float) ->
 
 def _limited_as(key: str) -> str:
     """Name under which a limit for a metric is given."""
-    return "memory" if key in (DEVICE_PEAK, HOST_PEAK) else key
+    return NAMES[GATED[key].name]
 
 
-def quality_checks(
+def single_checks(
     champion: Mapping[str, float], candidate: Mapping[str, float], limits: Mapping[str, float], limit: float
 ) -> list[Check]:
-    """Checks of the quality metrics that the champion has.
+    """Checks of the metrics in `SINGLE` that the champion has.
 
     A champion that is the reference itself has a divergence of 0, which has no ratio: the candidate's value is then
     compared with its limit in nats, and without a limit any divergence is a regression.
     """
     found = []
-    for key, better in QUALITY.items():
+    for key in SINGLE:
         if key not in champion:
             continue
-        a, b = champion[key], candidate[key]
-        unit = KEYS[key].unit if a <= 0 and better == "lower" else ""
+        a, b, higher = champion[key], candidate[key], KEYS[key].better == "higher"
+        unit = KEYS[key].unit if a <= 0 and not higher else ""
         allowed = limits.get(key, 0.0 if unit else limit)
-        worse = b - a if unit else _by(b / a, better == "higher") if a > 0 else 0.0
+        worse = b - a if unit else _loss(b / a, higher) if a > 0 else 0.0
         found.append(Check(key, a, b, worse, allowed, REGRESSED if worse > allowed else OK, unit=unit))
     return found
 
 
-def _by(ratio: float, higher: bool) -> float:
+def _loss(ratio: float, higher: bool) -> float:
     """Convert a ratio b ÷ a to how much b is worse: 0.9 gives 0.1 if higher is better, −0.1 if lower is better."""
     return 1 - ratio if higher else ratio - 1
-
-
-def gate_json(gate: Gate) -> dict[str, Any]:
-    """The gate result as plain JSON data."""
-    checks = [{name: _finite(getattr(check, name)) for name in check.__dataclass_fields__} for check in gate.checks]
-    return {
-        "verdict": gate.verdict,
-        "exit_code": gate.exit_code,
-        "why": gate.why,
-        "checks": checks,
-        "notes": list(gate.notes),
-        "significance": SIGNIFICANCE,
-    }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 
 from ...records.errors import UsageError
+from ...records.metrics import TPOT, TTFT
 from .candidates import MEMORY, Limit, Measure
-from .recommend import QUALITY
+from .recommend import QUALITY_MEASURES
 
 BYTES = {
     "": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 MILLISECONDS = {"": 1, "us": 1e-3, "µs": 1e-3, "ms": 1, "s": 1e3}
-STATISTICS = {"ttft": ("p50", "mean", "p90", "p95", "p99"), "tpot": ("mean", "p50", "p95")}
-"""Latency → the statistics that a limit can name, the default first."""
+LATENCIES = {"ttft": (TTFT, "p50"), "tpot": (TPOT, "mean")}
+"""Latency that a limit can name → its metric, and the statistic if the limit names none."""
 
 
 def read_limits(
@@ -33,12 +34,17 @@ def read_limits(
             found.append(Limit(f"--max-{name}", measure, _quantity(f"--max-{name}", amount, MILLISECONDS, "200ms")))
     for part in filter(None, (min_quality or "").split(",")):
         name, _, text = part.partition("=")
-        if name not in QUALITY:
+        if name not in QUALITY_MEASURES:
             raise UsageError(
-                f"Unknown quality: {name}. Known: {', '.join(QUALITY)}. Give for example --min-quality kl=0.05."
+                f"Unknown quality: {name}. Known: {', '.join(QUALITY_MEASURES)}. Give for example --min-quality "
+                "kl=0.05."
             )
         found.append(
-            Limit(f"--min-quality {name}", QUALITY[name], _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05"))
+            Limit(
+                f"--min-quality {name}",
+                QUALITY_MEASURES[name],
+                _quantity(f"--min-quality {name}", text, {"": 1}, "kl=0.05"),
+            )
         )
     return found
 
@@ -46,17 +52,18 @@ def read_limits(
 def _latency(name: str, text: str) -> tuple[Measure, str]:
     """Split `p95=200ms` into the measure of that statistic and the amount as text. Raises UsageError."""
     statistic, _, amount = text.rpartition("=")
-    statistic = statistic or STATISTICS[name][0]
-    if statistic not in STATISTICS[name]:
-        raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(STATISTICS[name])}.")
-    words = {"ttft": "time to first token", "tpot": "time per output token"}
+    metric, default = LATENCIES[name]
+    statistic = statistic or default
+    if statistic not in metric.statistics:
+        known = dict.fromkeys([default, *metric.statistics])
+        raise UsageError(f"Unknown statistic in --max-{name}: {statistic}. Known: {', '.join(known)}.")
     shown = {"p50": "median", "mean": "mean"}.get(statistic, statistic)
     advice = (
         "More repetitions support higher percentiles."
         if statistic not in ("mean", "p50")
         else "Measure at least 2 output tokens."
     )
-    return Measure(f"{shown} {words[name]}", (f"latency/{name}_ms_{statistic}",), "lower", advice), amount
+    return Measure(f"{shown} {metric.title}", (metric.key(statistic),), metric.better, advice), amount
 
 
 def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:

@@ -14,27 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...records.errors import UsageError
+from ...records.metric import Goal, QualityBound
+from ...records.metrics import shown_in
 from ...records.results import RunResult
-from ..comparison import RATE, compare, differences, sentence
-from .candidates import COST, ENERGY, MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
+from ..comparison import compare, differences, sentence
+from .candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
 from .dominance import ALLOWABLE, dominates, gain, surely_better
 
-GOALS = {
-    "throughput": Measure("output throughput", (RATE,), "higher"),
-    "latency": Measure("median end-to-end latency", ("latency/e2e_ms_p50",), "lower"),
-    "cost": Measure("cost per million tokens", (COST,), "lower", "Measure again with price_per_hour."),
-    "energy": Measure(
-        "energy per token", (ENERGY,), "lower", "It needs an energy counter; `llmbench doctor` says why there is none."
-    ),
-}
+GOALS = {entry.name: Measure.of(entry) for entry in shown_in(Goal)}
+"""Name of a goal → its measure."""
 
-QUALITY = {
-    "kl": Measure(
-        "KL divergence from the reference", ("quality/kl_vs_reference",), "lower", "Measure again with quality."
-    ),
-    "perplexity": Measure("perplexity", ("quality/perplexity",), "lower", "Measure again with quality."),
-    "top1": Measure("top-1 agreement", ("quality/top1_agreement",), "higher", "Measure again with quality."),
-}
+QUALITY_MEASURES = {entry.name: Measure.of(entry) for entry in shown_in(QualityBound)}
+"""Name of a quality that can be limited → its measure."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +246,8 @@ def _runner_up(winner: Candidate, one: Candidate, target: Measure, noise: float)
     """Describe how a candidate within all limits differs from the winner."""
     tied = not surely_better(one, winner, target, noise)
     comparison = compare(winner.result, one.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"]))
-    told = sentence(dataclasses.replace(comparison, name_a=winner.name, name_b="It", labels=(), doubts=()))
-    return RunnerUp(one, told if target is GOALS["throughput"] else f"{_versus(winner, one, target)} {told}", tied)
+    text = sentence(dataclasses.replace(comparison, name_a=winner.name, name_b="It", labels=(), doubts=()))
+    return RunnerUp(one, text if target is GOALS["throughput"] else f"{_versus(winner, one, target)} {text}", tied)
 
 
 def _versus(winner: Candidate, one: Candidate, target: Measure) -> str:
@@ -291,17 +282,17 @@ def _changes(
     def wins(one: Candidate) -> bool:
         return winner is None or surely_better(winner, one, target, noise)
 
-    told = False
+    named = False
     for limit in limits:
         alone = [r.candidate for r in beyond if r.missed == (limit,) and r.candidate.value(limit.measure) is not None]
         best = min(alone, key=lambda one: _order(one, target), default=None)
         if best is not None and wins(best):
-            told = True
+            named = True
             yield (
                 f"With {limit.option} {_loosened(limit, best)}, {best.name} would win: "
                 f"{_figures(best, winner, target)}."
             )
-    if winner is None and not told and beyond:
+    if winner is None and not named and beyond:
         nearest = min(beyond, key=lambda refusal: (len(refusal.missed), _order(refusal.candidate, target)))
         yield f"{nearest.candidate.name} is the nearest. {nearest.why}"
     keeping = [one for one in suspects if one.value(target) is not None and not _missed_limits(one, limits)]
@@ -326,37 +317,3 @@ def _loosened(limit: Limit, one: Candidate) -> str:
     steps = value / step
     rounded = (math.ceil(steps - 1e-9) if limit.measure.better == "lower" else math.floor(steps + 1e-9)) * step
     return bound_text(limit.measure, rounded)
-
-
-def recommendation_json(found: Recommendation) -> dict[str, Any]:
-    """The recommendation as plain JSON data; `llmbench register` reads `winner`."""
-    names = {id(one) for one in found.front}
-    return {
-        "schema": 1,
-        "goal": found.goal,
-        "limits": [
-            {"option": limit.option, "metric": limit.measure.keys[-1], "bound": limit.bound} for limit in found.limits
-        ],
-        "winner": _entry(found.winner, found.objectives) if found.winner else None,
-        "runners_up": [
-            {**_entry(r.candidate, found.objectives), "why": r.why, "tied": r.tied} for r in found.runners_up
-        ],
-        "refused": [{"name": r.candidate.name, **_identity(r.candidate), "why": r.why} for r in found.refused],
-        "front": [one.name for one in found.eligible if id(one) in names],
-        "cautions": list(found.cautions),
-        "what_would_change": list(found.changes),
-        "accepted_suspect": found.accepted_suspect,
-    }
-
-
-def _identity(one: Candidate) -> dict[str, Any]:
-    return {"sweep": one.result.sweep, "config_hash": one.result.hashes.config, "verdict": one.verdict.word}
-
-
-def _entry(one: Candidate, objectives: Sequence[Measure]) -> dict[str, Any]:
-    measured = {
-        key: {"value": one.metrics[key], "interval": interval(one, m)}
-        for m in objectives
-        if (key := m.key(one.metrics))
-    }
-    return {"name": one.name, **_identity(one), "parameters": vars(one.result.cell), "measured": measured}

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...records.cell import Cell, differing
+from ...records.metrics import PROMPT_TOKENS, TTFT
 from ...records.results import RunResult
-from ..comparison import HEADLINES, UNNAMED
-from ..repetitions import unit_values
+from ..comparison import UNNAMED
+from ..repetitions import PER_REPETITION, unit_values
 from ..summary import summarize
 from ..verdict import judge
 
-TTFT = "latency/ttft_ms_p50"
+MEDIAN_TTFT = TTFT.key("p50")
 
-PER_REPETITION = {headline.key: headline.of for headline in HEADLINES if headline.of}
 
 MOST_NAMED = 4
 """Most models that a heading names."""
@@ -43,7 +43,7 @@ class Measured:
 
         None if the number of parameters or of prompt tokens is unknown.
         """
-        prompt = self.metrics.get("config/prompt_tokens")
+        prompt = self.metrics.get(PROMPT_TOKENS.key())
         if name == "parameters":
             count = self.result.load.facts.get("model.parameters") if self.result.load else None
             return float(count) / 1e9 if count else None

@@ -9,9 +9,9 @@ from statistics import median
 
 from ..decisions.candidates import MEMORY, Limit, Measure, bound_text, candidates
 from ..decisions.recommend import Recommendation, choose
-from .cells import TTFT
+from .cells import MEDIAN_TTFT
 from .focus import Focus, labels
-from .study import TPOT
+from .study import MEAN_TPOT
 
 LEAST_CHOICE = 2
 """Least number of configurations to choose among."""
@@ -26,8 +26,8 @@ class Choice:
     found: Recommendation
 
 
-TTFT_MEASURE = Measure("median time to first token", (TTFT,), "lower")
-TPOT_MEASURE = Measure("mean time per output token", (TPOT,), "lower")
+TTFT_MEASURE = Measure("median time to first token", (MEDIAN_TTFT,), "lower")
+TPOT_MEASURE = Measure("mean time per output token", (MEAN_TPOT,), "lower")
 
 
 def choices_by_model(focus: Focus, accept_suspect: str | None) -> Iterator[Choice]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...records.cell import Cell
+from ...records.metric import interval_keys
 from ...stats import t_interval
 from ..comparison import UNNAMED
 from ..summary import hardware_name
@@ -106,7 +107,7 @@ def with_interval(measured: Measured, key: str, scale: float = 1.0) -> tuple[flo
     value = measured.metrics.get(key)
     if value is None:
         return None
-    low, high = measured.metrics.get(f"{key}_ci_low"), measured.metrics.get(f"{key}_ci_high")
+    low, high = (measured.metrics.get(end) for end in interval_keys(key))
     if low is None or high is None:
         ends = t_interval(measured.values(key))
         low, high = (min(max(ends[0], 0.0), value), max(ends[1], value)) if ends else (value, value)

@@ -15,7 +15,7 @@ from statistics import mean
 from ...records.errors import NotFitted
 from ...stats import coefficient_of_variation
 from ..comparison import DEVICE_PEAK, HOST_PEAK, RATE
-from .cells import TTFT, Measured, grouped
+from .cells import MEDIAN_TTFT, Measured, grouped
 from .curves import Form, constant, line, offset_power, power, rate_per_step, reciprocal
 from .fitting import Fit, Prediction, fit
 from .ranking import ranked
@@ -69,15 +69,15 @@ LAWS = (
         power("T = λ·s^(−μ)", "λ", "μ", falling=True),
         (reciprocal("T = 1/(a + c·s)", "a", "c"), constant("T = a", "a")),
         "μ", (0.2, 0.5)),
-    Law("latency_by_size", "time to first token against model size", TTFT, "ms", "parameters", MODEL,
+    Law("latency_by_size", "time to first token against model size", MEDIAN_TTFT, "ms", "parameters", MODEL,
         line("L = α + β·size", "α", "β"),
         (power("L = a·size^c", "a", "c"),),
         "β"),
-    Law("latency_by_batch", "time to first token against batch size", TTFT, "ms", "batch_size", ("batch_size",),
+    Law("latency_by_batch", "time to first token against batch size", MEDIAN_TTFT, "ms", "batch_size", ("batch_size",),
         power("L = L₁·b^φ", "L₁", "φ"),
         (line("L = a + c·b", "a", "c"), constant("L = a", "a")),
         "φ", (0.2, 0.5)),
-    Law("latency_by_length", "time to first token against prompt length", TTFT, "ms",
+    Law("latency_by_length", "time to first token against prompt length", MEDIAN_TTFT, "ms",
         "prompt_tokens", ("prompt_tokens",),
         offset_power("L = κ + ν·s^ω", ("κ", "ν", "ω")),
         (line("L = a + c·s", "a", "c"), power("L = a·s^c", "a", "c"), constant("L = a", "a")),

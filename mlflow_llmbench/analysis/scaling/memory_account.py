@@ -10,10 +10,11 @@ from statistics import median
 from ...config.model_shape import VALUE_BYTES
 from ...records.backends import recorded_capabilities
 from ...records.cell import Cell
+from ...records.metrics import PROMPT_TOKENS, WEIGHTS
 from ...records.quantizations import SCHEMES
 from ...records.results import LoadInfo, MemorySample, RunResult
 from ...stats import Trend, trend
-from ..comparison import DEVICE_PEAK
+from ..comparison import DEVICE_PEAK, HOST_PEAK
 from ..efficiency import attended
 from .cells import Measured
 
@@ -103,7 +104,7 @@ def account(measured: Measured) -> MemoryBreakdown | None:
     result, metrics = measured.result, measured.metrics
     where = "device" if DEVICE_PEAK in metrics else "host"
     stages = result.memory.device if where == "device" else result.memory.host_needed
-    prompt = metrics.get("config/prompt_tokens")
+    prompt = metrics.get(PROMPT_TOKENS.key())
     if (
         result.load is None
         or result.load.weight_bytes is None
@@ -175,13 +176,10 @@ def _reduction(measured: Measured, reference: Measured) -> Reduction:
         return 1 - after / before if after is not None and before else None
 
     bits, before = _bits(measured), _bits(reference)
-    peak = (
-        DEVICE_PEAK
-        if DEVICE_PEAK in measured.metrics and DEVICE_PEAK in reference.metrics
-        else "memory/host_needed_bytes_peak"
-    )
+    on_device = DEVICE_PEAK in measured.metrics and DEVICE_PEAK in reference.metrics
+    peak = DEVICE_PEAK if on_device else HOST_PEAK
     theory = 1 - bits / before if bits and before else None
-    return Reduction(measured.cell.quant, reference.cell.quant, theory, share("memory/weight_bytes"), share(peak))
+    return Reduction(measured.cell.quant, reference.cell.quant, theory, share(WEIGHTS.key()), share(peak))
 
 
 def _bits(measured: Measured) -> float | None:

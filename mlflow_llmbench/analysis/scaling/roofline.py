@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ...records.metrics import PROMPT_TOKENS
 from ...records.results import LoadInfo
 from ..comparison import RATE
 from ..efficiency import attended
-from .cells import TTFT, Measured
+from .cells import MEDIAN_TTFT, Measured
 from .curves import Form, share_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def roofline(
 
 def roofline_form(metric: str, over: str, group: Sequence[Measured]) -> Iterator[Form]:
     """Yield a constant share of the roofline, if only a model's shape is varied and the machine's peaks are known."""
-    if over not in ("batch_size", "prompt_tokens") or metric not in (RATE, TTFT) or not group:
+    if over not in ("batch_size", "prompt_tokens") or metric not in (RATE, MEDIAN_TTFT) or not group:
         return
     limit = roofline_limit(metric, over, group[0])
     if limit is not None:
@@ -50,7 +51,7 @@ def roofline_limit(metric: str, over: str, first: Measured) -> Callable[[Array],
     import numpy as np
 
     load, peaks, cell = first.result.load, first.result.peaks, first.cell
-    prompt = first.metrics.get("config/prompt_tokens", 0.0)
+    prompt = first.metrics.get(PROMPT_TOKENS.key(), 0.0)
     if load is None or roofline(load, peaks, cell.batch_size, prompt, cell.output_tokens) is None:
         return None
 
@@ -62,7 +63,7 @@ def roofline_limit(metric: str, over: str, first: Measured) -> Callable[[Array],
             prefill, step = roofline(load, peaks, rows, length, cell.output_tokens) or (np.nan, np.nan)
             found.append(
                 prefill * 1e3
-                if metric == TTFT
+                if metric == MEDIAN_TTFT
                 else rows * cell.output_tokens / (prefill + (cell.output_tokens - 1) * step)
             )
         return np.array(found)

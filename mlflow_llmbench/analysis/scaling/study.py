@@ -9,10 +9,11 @@ from functools import partial
 from typing import TypeVar
 
 from ...records.errors import LlmbenchError, UsageError
+from ...records.metrics import TPOT
 from ...records.results import RunResult
 from ..comparison import RATE
 from . import memory_account, tradeoffs
-from .cells import TTFT, Measured, grouped, select_usable, subject
+from .cells import MEDIAN_TTFT, Measured, grouped, select_usable, subject
 from .fitting import Prediction
 from .laws import LawFit, fit_laws, interpolate
 from .memory_account import Growth, MemoryBreakdown, Reduction
@@ -21,12 +22,12 @@ from .tradeoffs import Cliff, OptimalBatch, Ratio, TokenCost
 
 T = TypeVar("T")
 
-TPOT = "latency/tpot_ms_mean"
+MEAN_TPOT = TPOT.key("mean")
 
 STEEPEST = {"batch_size": 1.0, "prompt_tokens": 2.0}
 """Largest elasticity of latency without a cliff: rows could be run one by one; attention is quadratic in length."""
 
-WATCHED = {TTFT: "time to first token", TPOT: "time per output token"}
+WATCHED = {MEDIAN_TTFT: "time to first token", MEAN_TPOT: "time per output token"}
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _token_costs(laws: Sequence[LawFit], failures: Failures) -> Iterator[TokenCo
     """
     for law in laws:
         prefill = next((rival for rival in law.rivals if rival.form.formula == "L = a + c·s"), None)
-        tpots = law.cells[len(law.cells) // 2].values(TPOT)
+        tpots = law.cells[len(law.cells) // 2].values(MEAN_TPOT)
         if law.law.key != "latency_by_length" or prefill is None or not tpots:
             continue
         low, high = prefill.ranges[0]

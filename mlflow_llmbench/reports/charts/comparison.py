@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ...analysis.comparison import (
     ALIKE,
     BETTER,
-    DEVICE_PEAK,
-    HOST_PEAK,
+    COMPARED,
     NOISE,
-    RATE,
     UNTESTED,
     WORSE,
     Comparison,
@@ -25,7 +23,6 @@ from ...analysis.comparison import (
     ratio_text,
     units_text,
 )
-from ...records.metrics import KEYS
 from .catalogue import Chart, Drawing
 from .style import (
     BLUE,
@@ -45,19 +42,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-NAMES = {
-    RATE: ("Output throughput", "tokens/s"),
-    "latency/ttft_ms_p50": ("Time to first token", "ms"),
-    "latency/itl_ms_p50": ("Inter-token latency", "ms"),
-    "latency/tpot_ms_mean": ("Time per output token", "ms"),
-    "latency/e2e_ms_p50": ("End-to-end latency", "ms"),
-    DEVICE_PEAK: ("Peak device memory", "GB"),
-    HOST_PEAK: ("Peak host memory", "GB"),
-    "memory/weight_bytes": ("Weights", "GB"),
-    "load/load_s": ("Load", "s"),
-}
-"""Compared metric → its name and unit in a chart, in the order of the table."""
 
 DIRECTIONS = (("higher", "Higher is better →"), ("lower", "← Lower is better"))
 LOOKS = {BETTER: (BLUE, BLUE), WORSE: (RED, RED), ALIKE: (GREY, GREY), NOISE: (GREY, "white"), UNTESTED: (INK, "white")}
@@ -101,20 +85,22 @@ def _lines(comparisons: Sequence[Comparison]) -> Iterator[_Line]:
     """Yield the metrics grouped by their better direction. With several comparisons, each metric is a heading too."""
     bases = {comparison.name_a for comparison in comparisons}
     for better, direction in DIRECTIONS:
-        keys = [
-            key for key in NAMES if KEYS[key].better == better and any(_drawable(c.effect(key)) for c in comparisons)
+        shown = [
+            entry
+            for entry in COMPARED
+            if entry.metric.better == better and any(_drawable(c.effect(entry.key)) for c in comparisons)
         ]
-        if keys:
+        if shown:
             yield _Line(direction, heading=True)
-        for key in keys:
+        for entry in shown:
             if len(comparisons) > 1:
-                yield _Line(NAMES[key][0])
+                yield _Line(entry.title)
             for comparison in comparisons:
-                effect = comparison.effect(key)
+                effect = comparison.effect(entry.key)
                 name = comparison.name_b if len(bases) == 1 else f"{comparison.name_b} ÷ {comparison.name_a}"
                 if _drawable(effect):
                     yield _Line(
-                        textwrap.shorten(_words(name), 44, placeholder="…") if len(comparisons) > 1 else NAMES[key][0],
+                        textwrap.shorten(_words(name), 44, placeholder="…") if len(comparisons) > 1 else entry.title,
                         effect,
                     )
 
@@ -259,8 +245,8 @@ def _values_figure(comparison: Comparison) -> Figure | None:
     )
     for axes, effect in zip(panels, effects, strict=False):
         _draw_values(axes, effect, comparison.paired)
-        name, unit = NAMES[effect.key]
-        axes.set(title=f"{name} · {KEYS[effect.key].better} is better", ylabel=unit)
+        entry = effect.entry
+        axes.set(title=f"{entry.title} · {entry.metric.better} is better", ylabel=entry.unit)
         axes.set_xticks([0, 1], [textwrap.fill(name, MOST_LETTERS, max_lines=5, placeholder="…") for name in names])
     for axes in panels[len(effects) :]:
         axes.remove()
@@ -269,7 +255,7 @@ def _values_figure(comparison: Comparison) -> Figure | None:
 
 def _draw_values(axes: Axes, effect: Effect, paired: bool) -> None:
     """Draw one panel. Unpaired values lie side by side in the order of measurement, so that a drift is visible."""
-    scale = effect.headline.scale
+    scale = effect.entry.scale
     sides = [[value * scale for value in values] for values in (effect.values_a, effect.values_b)]
     if paired:
         alpha = max(0.15, min(0.8, 12 / len(sides[0])))

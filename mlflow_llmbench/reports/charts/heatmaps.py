@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...analysis.comparison import RATE
-from ...analysis.scaling.cells import TTFT, Measured
-from ...analysis.scaling.study import TPOT, CliffSearch
+from ...analysis.scaling.cells import MEDIAN_TTFT, Measured
+from ...analysis.scaling.study import MEAN_TPOT, CliffSearch
 from ...records.cell import Cell
 from .catalogue import Chart, Drawing
 from .figure_data import FigureData
@@ -158,14 +158,14 @@ CHARTS = (
     Chart(
         "heatmap_ttft",
         "study",
-        _heatmap(TTFT, "Time to first token by batch size and prompt length", "ms, median", cliffs=True),
+        _heatmap(MEDIAN_TTFT, "Time to first token by batch size and prompt length", "ms, median", cliffs=True),
         "Time to first token of every shape. A red edge is a latency cliff: a step that is steeper than both "
         "neighbours.",
     ),
     Chart(
         "heatmap_tpot",
         "study",
-        _heatmap(TPOT, "Time per output token by batch size and prompt length", "ms, mean", cliffs=True),
+        _heatmap(MEAN_TPOT, "Time per output token by batch size and prompt length", "ms, mean", cliffs=True),
         "Time per output token of every shape. Red edges are cliffs, as above.",
     ),
 )

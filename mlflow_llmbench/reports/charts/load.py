@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...analysis.goodput import knee
 from ...config.cells import load_text
 from ...records.cell import Cell
+from ...records.metric import Metric
+from ...records.metrics import ATTAINMENT, E2E, REQUEST_RATE, TPOT, TTFT
 from .catalogue import Chart, Drawing
 from .style import (
     BLUE,
@@ -28,11 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-RATE, E2E, MET = "throughput/requests_per_s", "latency/e2e_ms_mean", "goodput/attainment_ratio"
-PANELS = (
-    ("latency/ttft_ms", "Time to first token (ms)", "slo_ttft_ms"),
-    ("latency/tpot_ms", "Time per output token (ms)", "slo_tpot_ms"),
-)
+RATE, MEAN_E2E = REQUEST_RATE.key(), E2E.key("mean")
+PANELS = ((TTFT, "slo_ttft_ms"), (TPOT, "slo_tpot_ms"))
 LINES = (("p50", "median", BLUE), ("p95", "95th percentile", ORANGE))
 LEAST_LOADS = 3
 
@@ -58,7 +57,7 @@ def load_figures(sweep: SweepPoints) -> Drawing:
 
 def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], asked: float) -> Figure:
     ordered = sorted(found, key=lambda point: (point[0].request_rate or 0.0, point[0].concurrency))
-    panels = [panel for panel in PANELS if any(f"{panel[0]}_p50" in metrics for _, metrics in ordered)]
+    panels = [panel for panel in PANELS if any(panel[0].key("p50") in metrics for _, metrics in ordered)]
     limited = any(getattr(cell, name) is not None for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms"))
     words = [f"quantization {cell.quant}"] if cell.launch else []
     words += [
@@ -68,18 +67,18 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
     figure, axes = new_figure(
         f"{drawn_name(cell.model)} · latency against throughput", " · ".join(words), grid=(1, max(1, len(panels)))
     )
-    best = knee({metrics[RATE]: metrics[E2E] for _, metrics in ordered if E2E in metrics})
+    best = knee({metrics[RATE]: metrics[MEAN_E2E] for _, metrics in ordered if MEAN_E2E in metrics})
     handles: dict[str, Any] = {}
-    for one, (key, label, slo) in zip(axes, panels, strict=False):
-        _draw_panel(one, key, ordered, asked if limited else None, handles)
+    for one, (metric, slo) in zip(axes, panels, strict=False):
+        _draw_panel(one, metric, ordered, asked if limited else None, handles)
         if best is not None:
             handles["knee"] = one.axvline(
                 best, color=BROWN, linewidth=1.2, linestyle=(0, (4, 3)), label=f"knee, {value_label(best)} requests/s"
             )
         limit = getattr(cell, slo)
-        if limit is not None and limit <= 3 * max(metrics.get(f"{key}_p50", 0.0) for _, metrics in ordered):
+        if limit is not None and limit <= 3 * max(metrics.get(metric.key("p50"), 0.0) for _, metrics in ordered):
             handles["limit"] = one.axhline(limit, color=RED, linewidth=1.0, linestyle=":", label="limit")
-        one.set(xlabel="Requests answered per second", ylabel=label)
+        one.set(xlabel="Requests answered per second", ylabel=f"{metric.title.capitalize()} ({metric.unit})")
         one.set_ylim(bottom=0)
         one.set_xlim(left=0)
     put_legend(figure, list(handles.values()))
@@ -88,19 +87,20 @@ def _figure_of(cell: Cell, found: Sequence[tuple[Cell, Mapping[str, float]]], as
 
 def _draw_panel(
     axes: Axes,
-    key: str,
+    metric: Metric,
     ordered: Sequence[tuple[Cell, Mapping[str, float]]],
     asked: float | None,
     handles: dict[str, Any],
 ) -> None:
     """Draw the median and, if the samples support it, the 95th percentile, with the requested load at each median."""
     for statistic, label, colour in LINES:
-        known = [(cell, metrics) for cell, metrics in ordered if f"{key}_{statistic}" in metrics]
+        key = metric.key(statistic)
+        known = [(cell, metrics) for cell, metrics in ordered if key in metrics]
         if not known:
             continue
-        x, y = [metrics[RATE] for _, metrics in known], [metrics[f"{key}_{statistic}"] for _, metrics in known]
+        x, y = [metrics[RATE] for _, metrics in known], [metrics[key] for _, metrics in known]
         [handles[statistic]] = axes.plot(x, y, color=colour, linewidth=1.4, label=label)
-        good = [asked is None or metrics.get(MET, 0.0) >= asked for _, metrics in known]
+        good = [asked is None or metrics.get(ATTAINMENT.key(), 0.0) >= asked for _, metrics in known]
         axes.scatter(x, y, s=26, zorder=3, edgecolors=colour, facecolors=[colour if one else "white" for one in good])
         if statistic == "p50":
             for (cell, _), across, up in zip(known, x, y, strict=True):

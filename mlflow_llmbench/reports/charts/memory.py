@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...analysis.comparison import DEVICE_PEAK, RATE
 from ...analysis.scaling.focus import at_focus, with_interval
+from ...records.metrics import WEIGHTS
 from ...records.quantizations import COLOURS
 from .catalogue import Chart, Drawing
 from .figure_data import FigureData, memory_key, points_at_focus, shape_text
@@ -29,7 +30,7 @@ def _memory_against_size(data: FigureData) -> Drawing:
         )
         for heading, of in (
             (f"Peak {'device' if key == DEVICE_PEAK else 'host'} memory", key),
-            ("Weights", "memory/weight_bytes"),
+            ("Weights", WEIGHTS.key()),
         )
     ]
     return lines_figure(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ...analysis.comparison import RATE
-from ...analysis.scaling.cells import TTFT
+from ...analysis.scaling.cells import MEDIAN_TTFT
+from ...records.metrics import ITL, KL
 from .catalogue import Chart, Drawing
 from .figure_data import FigureData, memory_key, points_at_focus
-from .sweep import KL, overview_figure, quality_figure
+from .sweep import overview_figure, quality_figure
 
 
 def _models(data: FigureData) -> Drawing:
@@ -15,15 +16,15 @@ def _models(data: FigureData) -> Drawing:
         return "it needs two models that were measured with the same batch size and prompt length"
     keys = [
         RATE,
-        TTFT,
-        *(["latency/itl_ms_p50"] if any("latency/itl_ms_p50" in m for _, m in points) else []),
+        MEDIAN_TTFT,
+        *([ITL.key("p50")] if any(ITL.key("p50") in m for _, m in points) else []),
         memory_key(data.cells),
     ]
     return overview_figure(points, keys)
 
 
 def _quality(data: FigureData) -> Drawing:
-    scored = [(cell, metrics) for cell, metrics in points_at_focus(data) if KL in metrics]
+    scored = [(cell, metrics) for cell, metrics in points_at_focus(data) if KL.key() in metrics]
     return (
         quality_figure(scored)
         if len(scored) > 1

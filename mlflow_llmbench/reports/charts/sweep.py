@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.cells import NOT_IN_IDENTITY
 from ...records.cell import Cell, differing
-from ...records.metrics import KEYS
+from ...records.metric import Bars, interval_keys
+from ...records.metrics import KL, OUTPUT_RATE, WEIGHTS, by_name, shown_in
 from ...records.quantizations import COLOURS
 from .catalogue import Chart, Drawing
 from .style import (
@@ -44,19 +45,9 @@ Panels = Sequence[tuple[str, str, str]]  # model or "" for all, metric, heading
 DESCRIBED = ("quant", "batch_size", "concurrency", "request_rate", "prompt_tokens", "output_tokens", "workload")
 """Settings that a subtitle names."""
 
-SWEEP_AXES = {
-    "throughput/output_tokens_per_s": ("throughput", "throughput", "output tokens/s"),
-    "latency/ttft_ms_p50": ("ttft", "time to first token", "ms"),
-    "latency/itl_ms_p50": ("itl", "inter-token latency", "ms"),
-    "memory/device_bytes_peak": ("memory", "peak device memory", "GB"),
-    "memory/host_needed_bytes_peak": ("memory", "peak host memory", "GB"),
-    "memory/host_rss_bytes_peak": ("memory", "peak resident memory", "GB"),
-    "memory/weight_bytes": ("memory", "weights", "GB"),
-    "efficiency/padding_waste_ratio": ("padding", "computed for nothing", "share"),
-}
-"""Metric → its chart, its name in words, its unit there. A chart draws the first of its metrics that any cell has."""
+BARS = {entry.key: entry for entry in shown_in(Bars)}
+"""Metric → its chart. A chart draws the first of its metrics that any cell has."""
 
-THROUGHPUT, KL = "throughput/output_tokens_per_s", "quality/kl_vs_reference"
 MOST_LABELS = 16  # points with their value; more would cover each other
 FEW_CELLS = "it needs two cells that have its metric"
 
@@ -77,9 +68,9 @@ def _metric_keys(points: Points) -> dict[str, str]:
     keys: dict[str, str] = {}
     if _is_single(points):
         return keys
-    for key, (chart, *_) in SWEEP_AXES.items():
-        if any(metrics.get(key) for _, metrics in points):
-            keys.setdefault(chart, key)
+    for entry in BARS.values():
+        if any(metrics.get(entry.key) for _, metrics in points):
+            keys.setdefault(entry.name, entry.key)
     return keys
 
 
@@ -104,7 +95,7 @@ def _bars(name: str) -> Callable[[SweepPoints], Drawing]:
 
 def _quality(sweep: SweepPoints) -> Drawing:
     """Draw the divergence from the unquantized model against throughput."""
-    scored = [(cell, metrics) for cell, metrics in sweep.points if {KL, THROUGHPUT} <= metrics.keys()]
+    scored = [(cell, metrics) for cell, metrics in sweep.points if {KL.key(), OUTPUT_RATE.key()} <= metrics.keys()]
     return FEW_CELLS if _is_single(scored) else quality_figure(scored)
 
 
@@ -161,10 +152,10 @@ def _arrange(points: Points, one_panel: bool) -> Grid:
 def metric_figure(points: Points, key: str) -> Figure:
     """Draw one metric, one panel per model. All share one y scale, unless small values would vanish on it."""
     grid = _arrange(points, one_panel=False)
-    notes = [f"{KEYS[key].better} is better", "median" if key.endswith("_p50") else ""]
-    notes.append("line: 95 % interval" if any(f"{key}_ci_low" in metrics for _, metrics in points) else "")
+    notes = [f"{BARS[key].metric.better} is better", "median" if key.endswith("_p50") else ""]
+    notes.append("line: 95 % interval" if any(interval_keys(key)[0] in metrics for _, metrics in points) else "")
     figure = _bars_figure(
-        points, grid, SWEEP_AXES[key][1], notes, [(panel, key, drawn_name(panel)) for panel in grid.panels], 3, WIDTH
+        points, grid, BARS[key].words, notes, [(panel, key, drawn_name(panel)) for panel in grid.panels], 3, WIDTH
     )
     tops = [axes.get_ylim()[1] for axes in figure.axes]
     for axes in figure.axes if max(tops) < 8 * min(tops) else ():
@@ -174,7 +165,7 @@ def metric_figure(points: Points, key: str) -> Figure:
 
 def overview_figure(points: Points, keys: Iterable[str]) -> Figure:
     """Draw all metrics of a sweep in one figure with one legend; models are groups along x."""
-    drawn = [("", key, f"{SWEEP_AXES[key][1].capitalize()} · {KEYS[key].better} is better") for key in keys]
+    drawn = [("", key, f"{BARS[key].title} · {BARS[key].metric.better} is better") for key in keys]
     return _bars_figure(points, _arrange(points, one_panel=True), "overview", [], drawn, 2, 11.0)
 
 
@@ -195,16 +186,17 @@ def quality_figure(points: Points) -> Figure:
     title = f"{drawn_name(models[0]) if len(models) == 1 else f'{len(models)} models'} · quality against speed"
     figure, (axes,) = new_figure(title, " · ".join(filter(None, notes)))
     for cell, metrics in points:
-        x, y, colour = metrics[THROUGHPUT], metrics[KL], COLOURS.get(cell.quant, BROWN)
+        x, y, colour = metrics[OUTPUT_RATE.key()], metrics[KL.key()], COLOURS.get(cell.quant, BROWN)
         axes.plot([x], [y], MARKERS[models.index(cell.model) % len(MARKERS)], color=colour, markersize=7, zorder=3)
         axes.hlines(
             y,
-            metrics.get(f"{THROUGHPUT}_ci_low", x),
-            metrics.get(f"{THROUGHPUT}_ci_high", x),
+            metrics.get(OUTPUT_RATE.key("ci_low"), x),
+            metrics.get(OUTPUT_RATE.key("ci_high"), x),
             color=colour,
             linewidth=1.2,
         )
-        axes.vlines(x, metrics.get(f"{KL}_ci_low", y), metrics.get(f"{KL}_ci_high", y), color=colour, linewidth=1.2)
+        low, high = metrics.get(KL.key("ci_low"), y), metrics.get(KL.key("ci_high"), y)
+        axes.vlines(x, low, high, color=colour, linewidth=1.2)
         if len(points) <= MOST_LABELS:
             settings = " ".join(drawn_name(getattr(cell, name)) for name in other)
             # Points that lie close mostly differ in their quantization: alternate the labels by it.
@@ -247,9 +239,7 @@ def _bars_figure(
     # Otherwise the ticks or the subtitle name the quantization.
     quants = grid.quants if len(grid.quants) > 1 and len(grid.groups) > 1 else []
     legend = [Patch(facecolor=COLOURS.get(quant, BROWN), label=quant) for quant in quants]
-    if any(key.endswith("_peak") for _, key, _ in drawn) and any(
-        metrics.get("memory/weight_bytes") for _, metrics in points
-    ):
+    if any(key.endswith("_peak") for _, key, _ in drawn) and any(metrics.get(WEIGHTS.key()) for _, metrics in points):
         legend.append(Patch(facecolor="#00000040", label="shaded: weights"))
     size = width, HEIGHT if rows == 1 else 1 + 3 * rows
     figure, panels = new_figure(
@@ -257,8 +247,8 @@ def _bars_figure(
     )
     for number, (axes, (panel, key, heading)) in enumerate(zip(panels, drawn, strict=False)):
         _draw_bars(axes, grid, panel, key, width / columns - 0.8)
-        _, what, unit = SWEEP_AXES[key]
-        axes.set(title=heading, ylabel="" if panel and number % columns else f"{what.capitalize()} ({unit})")
+        entry = BARS[key]
+        axes.set(title=heading, ylabel="" if panel and number % columns else f"{entry.title} ({entry.unit})")
     for axes in panels[len(drawn) :]:
         axes.remove()
     if legend:
@@ -271,7 +261,7 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
 
     `inches` is the approximate width of the axes.
     """
-    count, scale = len(grid.quants), 1e-9 if key.startswith("memory/") else 1.0
+    count, scale = len(grid.quants), BARS[key].scale
     pitch = 0.84 / count
     span = max(len(grid.groups) + 0.1 if len(grid.groups) > 1 else 0.88, 7 * pitch)  # few bars stay slim
     bars = itertools.product(enumerate(grid.groups), enumerate(grid.quants))
@@ -283,9 +273,9 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
             labels.append((x, 0.0, "–"))
             continue
         axes.bar(x, value * scale, 0.92 * pitch, color=COLOURS.get(quant, BROWN))
-        if key.endswith("_peak") and "memory/weight_bytes" in metrics:
-            axes.bar(x, metrics["memory/weight_bytes"] * scale, 0.92 * pitch, color="black", alpha=0.25)
-        low, high = metrics.get(f"{key}_ci_low", value), metrics.get(f"{key}_ci_high", value)
+        if key.endswith("_peak") and WEIGHTS.key() in metrics:
+            axes.bar(x, metrics[WEIGHTS.key()] * scale, 0.92 * pitch, color="black", alpha=0.25)
+        low, high = (metrics.get(end, value) for end in interval_keys(key))
         if high > low:
             axes.vlines(x, max(low, 0) * scale, high * scale, color=INK, linewidth=1.2)
         labels.append((x, max(value, high) * scale, value_label(value * scale)))
@@ -314,6 +304,6 @@ def _draw_bars(axes: Axes, grid: Grid, panel: str, key: str, inches: float) -> N
 
 CHARTS = (
     Chart("overview", "sweep", _overview),
-    *(Chart(name, "sweep", _bars(name)) for name in dict.fromkeys(chart for chart, *_ in SWEEP_AXES.values())),
+    *(Chart(name, "sweep", _bars(name)) for name in by_name(Bars)),
     Chart("quality", "sweep", _quality),
 )

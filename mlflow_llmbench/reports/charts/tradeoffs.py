@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...analysis.comparison import DEVICE_PEAK, HOST_PEAK, RATE
-from ...analysis.decisions.candidates import ENERGY
-from ...analysis.scaling.cells import TTFT, Measured, describe
+from ...analysis.scaling.cells import MEDIAN_TTFT, Measured, describe
 from ...analysis.scaling.findings import Findings
 from ...analysis.scaling.focus import at_focus, with_interval
 from ...analysis.scaling.memory_account import REFERENCES
 from ...analysis.scaling.paper_claims import QuantEffect
-from ...analysis.scaling.study import TPOT
+from ...analysis.scaling.study import MEAN_TPOT
 from ...analysis.scaling.tradeoffs import Ratio
+from ...records.metrics import ENERGY, TOP1
 from ...records.quantizations import COLOURS
 from .catalogue import Chart, Drawing
 from .figure_data import FigureData
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 MOST_ROWS = 24
 """Most rows of a chart of ratios or costs; scaling.json and the report's tables have all."""
 
-TOP1 = "quality/top1_agreement"
+AGREEMENT = TOP1.key()
 LEAST_SPOKES = 3
 
 SPOKES = (
     ("throughput", RATE, True),
-    ("first token", TTFT, False),
-    ("decoding", TPOT, False),
+    ("first token", MEDIAN_TTFT, False),
+    ("decoding", MEAN_TPOT, False),
     ("memory", "", False),
-    ("energy", ENERGY, False),
-    ("quality", TOP1, True),
+    ("energy", ENERGY.key(), False),
+    ("quality", AGREEMENT, True),
 )
 """Axes of the radar: name, metric (memory: the peak), True if more is better."""
 
@@ -146,7 +146,7 @@ def _radar(data: FigureData) -> Drawing:
         return "it needs two quantizations of one model, measured with the same batch size and prompt length"
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    quality = any(TOP1 in m.metrics for m in own)
+    quality = any(AGREEMENT in m.metrics for m in own)
     notes = [
         "each axis: best of the model = 1, others by their ratio to it",
         "quality: top-1 agreement as it is" if quality else "quality not measured",
@@ -183,19 +183,21 @@ def _spokes(cells: Sequence[Measured]) -> dict[str, list[float]]:
     for name, key, more in SPOKES:
         keys = [key] if key else [DEVICE_PEAK] if all(DEVICE_PEAK in m.metrics for m in cells) else [HOST_PEAK]
         values = [
-            m.metrics.get(keys[0], 1.0 if key == TOP1 and m.cell.quant in REFERENCES and _is_judged(cells) else None)
+            m.metrics.get(
+                keys[0], 1.0 if key == AGREEMENT and m.cell.quant in REFERENCES and _is_judged(cells) else None
+            )
             for m in cells
         ]
         known = [value for value in values if value is not None and value > 0]
         if len(known) == len(cells):
             found[name] = (
-                known if key == TOP1 else [value / max(known) if more else min(known) / value for value in known]
+                known if key == AGREEMENT else [value / max(known) if more else min(known) / value for value in known]
             )
     return found
 
 
 def _is_judged(cells: Sequence[Measured]) -> bool:
-    return any(TOP1 in m.metrics for m in cells)
+    return any(AGREEMENT in m.metrics for m in cells)
 
 
 def _draw_radar(axes: Axes, cells: Sequence[Measured]) -> None:

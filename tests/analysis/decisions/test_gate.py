@@ -15,7 +15,7 @@ import yaml
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
-from mlflow_llmbench.analysis.decisions.gate import decide, missing, parse_limits, parse_ratio, quality_checks
+from mlflow_llmbench.analysis.decisions.gate import decide, missing, parse_limits, parse_ratio, single_checks
 from mlflow_llmbench.cli.main import build_parser, main
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Hashes, MemoryStages, Quality, RunResult, TextScores
@@ -130,7 +130,7 @@ def test_memory_regresses_beyond_its_limit() -> None:
 def test_quality_is_held_too() -> None:
     def state(champion: dict[str, float], candidate: dict[str, float], limits: str = "") -> list[str]:
         before, after = ({f"quality/{name}": value for name, value in given.items()} for given in (champion, candidate))
-        return [check.state for check in quality_checks(before, after, parse_limits(limits), 0.05)]
+        return [check.state for check in single_checks(before, after, parse_limits(limits), 0.05)]
 
     assert state({"perplexity": 10.0}, {"perplexity": 10.4}) == ["ok"]
     assert state({"perplexity": 10.0}, {"perplexity": 10.4}, "perplexity=1%") == ["regression"]
@@ -148,11 +148,11 @@ def test_quality_is_held_too() -> None:
     ]
     assert state({"kl_vs_reference": 0.01}, {"kl_vs_reference": 0.03}, "kl=0.05") == ["regression"]
     assert state({}, {"perplexity": 10.0}) == []
-    from_reference = quality_checks(
+    from_reference = single_checks(
         {"quality/kl_vs_reference": 0.0}, {"quality/kl_vs_reference": 0.03}, parse_limits("kl=0.02"), 0.05
     )
     assert gate_cells(from_reference)[0][3:] == ["+0.03 nats", "–", "–", "0.02 nats", "regression"]
-    shown = gate_cells(quality_checks({"quality/top1_agreement": 1.0}, {"quality/top1_agreement": 0.891}, {}, 0.05))
+    shown = gate_cells(single_checks({"quality/top1_agreement": 1.0}, {"quality/top1_agreement": 0.891}, {}, 0.05))
     assert [row[1:3] for row in shown] == [["1", "0.891"]]
     assert missing({"quality/perplexity": 10.0, "memory/device_bytes_peak": 1.0}, {}) == [
         "memory/device_bytes_peak",

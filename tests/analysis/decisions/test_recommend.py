@@ -17,11 +17,10 @@ from mlflow_llmbench.analysis.decisions.candidates import MEMORY, Limit, Measure
 from mlflow_llmbench.analysis.decisions.dominance import dominates
 from mlflow_llmbench.analysis.decisions.recommend import (
     GOALS,
-    QUALITY,
+    QUALITY_MEASURES,
     Recommendation,
     choose,
     recommend,
-    recommendation_json,
 )
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import config_hash
@@ -33,6 +32,7 @@ from mlflow_llmbench.reports.recommendation import (
     answer,
     format_recommendation,
     recommendation_cells,
+    recommendation_json,
     recommendation_markdown,
 )
 
@@ -257,7 +257,7 @@ def test_a_percentile_that_no_test_is_made_of_dominates_nothing() -> None:
 
 
 def test_quality_is_a_limit_and_absent_quality_is_not_good_quality() -> None:
-    limit = Limit("--min-quality kl", QUALITY["kl"], 0.05)
+    limit = Limit("--min-quality kl", QUALITY_MEASURES["kl"], 0.05)
     best, bad, absent = candidates([INT8, INT4, BF16])
     best, bad = (
         dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": kl})
@@ -316,7 +316,9 @@ def test_the_chart_and_the_markdown(tmp_path: Path) -> None:
         dataclasses.replace(one, metrics={**one.metrics, "quality/kl_vs_reference": 0.01})
         for one in candidates([INT8, INT4])
     ]
-    files = _drawn(choose(scored, "throughput", [Limit("--min-quality", QUALITY["kl"], 0.05)]), tmp_path / "scored")
+    files = _drawn(
+        choose(scored, "throughput", [Limit("--min-quality", QUALITY_MEASURES["kl"], 0.05)]), tmp_path / "scored"
+    )
     assert "KL divergence from the reference" in files[0].read_text()
     markdown = html.unescape(recommendation_markdown(found))
     assert "| int4 batch 1 | 96.2 tokens/s" in markdown and "- **int8 batch 8**: Its peak memory" in markdown

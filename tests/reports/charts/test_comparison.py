@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from mlflow_llmbench.analysis.comparison import HEADLINES, Comparison, compare
-from mlflow_llmbench.records.metrics import KEYS
+from mlflow_llmbench.analysis.comparison import COMPARED, Comparison, compare
 from mlflow_llmbench.records.results import MemoryStages
 from mlflow_llmbench.reports.charts import comparison as comparison_charts
 from mlflow_llmbench.reports.charts.catalogue import draw_charts
-from mlflow_llmbench.reports.charts.comparison import LOOKS, NAMES
+from mlflow_llmbench.reports.charts.comparison import LOOKS
 from mlflow_llmbench.reports.charts.style import GREY, chart_style
 from tests.analysis.test_comparison import BF16, INT4, RATE, in_processes, result, spread
 from tests.reports.charts.test_result import axes_of, check_files, texts
@@ -41,8 +40,8 @@ def words(axes: Any) -> list[str]:
 
 
 def test_every_metric_that_is_compared_has_a_name_and_every_effect_a_look() -> None:
-    assert list(NAMES) == [headline.key for headline in HEADLINES]
-    assert {better for better, _ in comparison_charts.DIRECTIONS} >= {KEYS[key].better for key in NAMES}
+    assert all(entry.title and entry.unit for entry in COMPARED)
+    assert {better for better, _ in comparison_charts.DIRECTIONS} >= {entry.metric.better for entry in COMPARED}
     assert {effect.effect for other in (INT4, FP16) for effect in compare(BF16, other).effects} <= set(LOOKS)
 
 
@@ -76,7 +75,7 @@ def test_ratios_and_intervals_are_those_of_the_comparison() -> None:
         [axes] = axes_of(comparison_charts._ratios_figure([comparison]))
     labels = [label.get_text() for label in axes.get_yticklabels()]
     drawn = {labels[int(y[0])]: x[0] for x, y in points(axes)}
-    assert drawn == {NAMES[effect.key][0]: effect.ratio for effect in comparison.effects}
+    assert drawn == {effect.entry.title: effect.ratio for effect in comparison.effects}
     rate = comparison.effect(RATE)
     [(low, high)] = [line.get_xdata() for line in axes.lines if list(line.get_ydata()) == [1, 1]]
     assert (low, high) == (rate.low, rate.high)

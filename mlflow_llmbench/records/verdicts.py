@@ -1,0 +1,52 @@
+"""Outcomes of cells and requests, reasons of verdicts, and the limits that they rest on."""
+
+from __future__ import annotations
+
+PERCENTILE_SUPPORT = {50: 1, 90: 29, 95: 59, 99: 299}
+"""Smallest number of distinct samples that supports a percentile: n with 1 − q^n ≥ 0.95, so that the largest sample
+lies above the percentile with 95 % probability (Wilks 1941)."""
+
+LEAST_REPETITIONS = 5
+"""Smallest number of timed repetitions for a confidence interval."""
+
+FOREIGN_CPU_LIMIT = 0.10
+"""CPUs that others (processes, hypervisor) may use on average over all repetitions: a tenth of one core."""
+
+SPOILED_CPU_LIMIT = 0.25
+"""The same limit for one repetition, above which it counts as spoiled. Higher, because a short one meets bursts."""
+
+FAILURES = ("truncated", "server_error", "timeout", "refused", "malformed")
+"""Outcomes of a request to a server other than `complete`."""
+
+REASONS: dict[str, str] = {
+    "wrong_token_count": "invalid",
+    "unfinished": "invalid",
+    "client_bound": "invalid",
+    "mbu_above_one": "invalid",
+    "negative_gap": "invalid",
+    "not_steady": "suspect",
+    "not_converged": "suspect",
+    "too_few_samples": "suspect",
+    "contended": "suspect",
+    "throttled": "suspect",
+    "high_variation": "suspect",
+    "length_drift": "suspect",
+    "prefix_cache_hits": "suspect",
+    "chunked_stream": "suspect",
+    "swapping": "suspect",
+    "failed_requests": "suspect",
+    "saturated": "suspect",
+}
+"""Reason code → the verdict it forces."""
+
+OUTCOMES = {
+    "ok": "FINISHED",
+    "oom": "FAILED",
+    "crashed": "FAILED",
+    "timeout": "FAILED",
+    "refused": "FAILED",
+    "error": "FAILED",
+    "interrupted": "KILLED",
+    "skipped": "KILLED",
+}
+"""Outcome of a cell → status of its MLflow run."""
