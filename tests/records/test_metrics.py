@@ -88,7 +88,5 @@ def test_metrics_of_one_name_stand_in_for_each_other() -> None:
 
 def test_the_page_of_metrics_is_the_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == metrics_markdown(), (
-        "docs/reference/metrics.md differs from the table of metrics. Write it again: "
-        "python -c 'from mlflow_llmbench.reports.metrics import metrics_markdown; print(metrics_markdown(), end=\"\")' "
-        "> docs/reference/metrics.md"
+        "docs/reference/metrics.md differs from the table of metrics. Write it again: make reference"
     )

@@ -161,9 +161,7 @@ def test_the_help_lists_every_scheme_by_library() -> None:
 def test_the_page_of_schemes_is_the_table() -> None:
     page = ROOT / "docs" / "reference" / "schemes.md"
     assert page.read_text(encoding="utf-8") == schemes_markdown(), (
-        "docs/reference/schemes.md differs from the table of schemes. Write it again: "
-        "python -c 'from mlflow_llmbench.reports.schemes import schemes_markdown; print(schemes_markdown(), end=\"\")' "
-        "> docs/reference/schemes.md"
+        "docs/reference/schemes.md differs from the table of schemes. Write it again: make reference"
     )
 
 
