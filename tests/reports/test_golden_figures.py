@@ -38,8 +38,8 @@ from mlflow_llmbench.records.results import (
     TextTimes,
 )
 from mlflow_llmbench.reports.comparison import comparison_cells, comparison_json
-from mlflow_llmbench.reports.gate import gate_markdown
-from mlflow_llmbench.reports.recommendation import recommendation_markdown
+from mlflow_llmbench.reports.gate import gate_json, gate_markdown
+from mlflow_llmbench.reports.recommendation import recommendation_json, recommendation_markdown
 from mlflow_llmbench.reports.result import format_table, report_markdown, row_of, summary_markdown, with_figures
 from mlflow_llmbench.reports.sweep import cells_table, headline
 
@@ -192,8 +192,8 @@ def everything() -> Any:
             target="vllm",
         ),
         "comparison": [comparison_cells(comparison), comparison_json(comparison)],
-        "gates": [[gate.gate_json(one), gate_markdown(one, "a", "b")] for one in gates],
-        "recommendations": [[recommend.recommendation_json(one), recommendation_markdown(one)] for one in chosen],
+        "gates": [[gate_json(one), gate_markdown(one, "a", "b")] for one in gates],
+        "recommendations": [[recommendation_json(one), recommendation_markdown(one)] for one in chosen],
     }
     return json.loads(json.dumps(data, default=dataclasses.asdict))
 
