@@ -126,11 +126,12 @@ def test_turns_are_told_by_their_number_and_later_ones_may_be_cached() -> None:
         (2, 5, 20, None, 5),
     ]
     told = [dataclasses.replace(r, cached_tokens=r.cached_tokens or 0) for r in said]
-    assert turns_of(result(*told, cell=cell))[1].values() == {
-        "prompt_tokens": 20,
-        "prefilled_tokens": 12,
-        "ttft_ms": 5,
-        "e2e_ms": 35,
+    values = turns_of(result(*told, cell=cell))[1].values()
+    assert {series.key: value for series, value in values.items()} == {
+        "steps/turn_prompt_tokens": 20,
+        "steps/turn_prefilled_tokens": 12,
+        "steps/turn_ttft_ms": 5,
+        "steps/turn_e2e_ms": 35,
     }
     assert "prefix_cache_hits" not in codes(result(*told, cell=cell))
     assert "prefix_cache_hits" in codes(result(dataclasses.replace(told[0], cached_tokens=3), *told[1:], cell=cell))
