@@ -16,7 +16,6 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records.backends import SERVER_BACKEND
 from .records.errors import LlmbenchError
 
 if TYPE_CHECKING:
@@ -68,6 +67,8 @@ def run(**parameters: Any) -> SweepResult:
 
 def online(**parameters: Any) -> SweepResult:
     """Measure a model behind an OpenAI-compatible server, with the parameters of `run`."""
+    from .records.backends import SERVER_BACKEND
+
     return run(**{"backend": SERVER_BACKEND, **parameters})
 
 

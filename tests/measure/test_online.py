@@ -37,6 +37,7 @@ from ..null_server import null_server, read_log
 MS = 1_000_000
 CELL = Cell(backend="openai", url="http://h", model="m", output_tokens=4, prompt_tokens=10, concurrency=2)
 SHORT = {"repetitions": 5, "warmup": 1, "output_tokens": 8, "prompt_tokens": 16}
+LOAD_OF_12 = {"repetitions": 5, "warmup": 1, "output_tokens": 4, "requests": 12}
 QUIET = ClientReadings(0, 1000 * MS, (MS // 10,) * 300, 0.05)
 
 
@@ -377,30 +378,14 @@ def test_a_sweep_over_users_is_runs_in_mlflow(
 def test_the_key_of_openais_own_client_is_sent(server: str, store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read_log(server)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-1234567890")
-    settings: dict[str, Any] = {
-        "backend": "openai",
-        "url": server,
-        "model": MODEL,
-        "repetitions": 5,
-        "warmup": 1,
-        "output_tokens": 4,
-        "requests": 12,
-    }
+    settings: dict[str, Any] = {"backend": "openai", "url": server, "model": MODEL, **LOAD_OF_12}
     assert run(tracking_uri=store_uri, **settings).exit_code == 0
     assert {entry["key"] for entry in read_log(server).values()} == {"Bearer sk-canary-1234567890"}
 
 
 def test_a_server_is_always_measured_again(server: str, store_uri: str) -> None:
     """A server may have been restarted with another quantization under the same address."""
-    settings: dict[str, Any] = {
-        "backend": "openai",
-        "url": server,
-        "model": MODEL,
-        "repetitions": 5,
-        "warmup": 1,
-        "output_tokens": 4,
-        "requests": 12,
-    }
+    settings: dict[str, Any] = {"backend": "openai", "url": server, "model": MODEL, **LOAD_OF_12}
     first, second = (run(tracking_uri=store_uri, **settings) for _ in range(2))
     assert (
         first.rows[0].metrics["throughput/output_tokens_per_s"]

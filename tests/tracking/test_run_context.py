@@ -48,7 +48,8 @@ def test_importing_mlflow_loads_nothing_that_measures(installed: Path, variables
     assert isinstance(loaded, list)
     assert "mlflow_llmbench.tracking.run_context" in loaded  # the entry point was found
     own = {name for name in loaded if name.startswith("mlflow_llmbench")}
-    assert own == {f"mlflow_llmbench{part}" for part in ("", ".context", ".errors", ".redaction")}
+    parts = ("", ".tracking", ".tracking.run_context", ".records", ".records.errors", ".records.redaction")
+    assert own == {f"mlflow_llmbench{part}" for part in parts}
     assert not {"torch", "transformers", "pynvml", "ray", "bitsandbytes"} & set(loaded)
 
 
@@ -73,7 +74,7 @@ def test_importing_mlflow_takes_no_longer(installed: Path) -> None:
 
 
 def test_the_provider_needs_the_standard_library_only() -> None:
-    tree = ast.parse((ROOT / "mlflow_llmbench" / "context.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "mlflow_llmbench" / "tracking" / "run_context.py").read_text(encoding="utf-8"))
     names = {
         node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level and node.module
     }
