@@ -24,7 +24,7 @@ from mlflow_llmbench.sweeps import ray_executor
 from mlflow_llmbench.sweeps.progress import NullListener
 from mlflow_llmbench.sweeps.sweep import SweepResult
 from mlflow_llmbench.sweeps.upload import upload
-from mlflow_llmbench.workflows import ab
+from mlflow_llmbench.workflows import ab, preview
 from tests.end_to_end.test_survival import alive, states, until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'mlflow-llmbench[ray]'")
@@ -345,6 +345,14 @@ def test_a_killed_command_leaves_no_worker_and_what_has_arrived_can_be_uploaded(
     ]
     assert result.environment["node"] in CPUS
     assert kept.data.tags["llmbench.env_hash"] == result.environment["hashes"]["env"]
+
+
+def test_a_plan_is_made_from_the_facts_of_the_nodes(nodes: Nodes) -> None:
+    found = preview.preview(**CELL, model="fake:", batch_size="1,2", on="ray")
+    assert len(found.tried) == 2
+    assert len(found.machine.env_hashes) == 2  # only the second node has another package
+    assert found.machine.memory["auto"][1] == "are what the largest node of the cluster lets tasks have"
+    assert not ray.is_initialized()
 
 
 def test_from_a_machine_outside_of_the_cluster(nodes: Nodes) -> None:
