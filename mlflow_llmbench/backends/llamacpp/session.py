@@ -1,7 +1,7 @@
 """Call llama.cpp's C functions: a loaded model, and a context in which rows of tokens are decoded together.
 
 This uses the low-level interface of llama-cpp-python. The high-level one does not batch and checks each token in
-Python. One `llama_decode` makes one token for all_logits row. It reads numpy arrays that are filled without a loop over
+Python. One `llama_decode` makes one token for every row. It reads numpy arrays that are filled without a loop over
 tokens.
 """
 
