@@ -320,6 +320,7 @@ def _hardware(result: RunResult) -> dict[str, str]:
         "architecture": cpu.get("architecture"),
         "usable CPUs": cpu.get("usable_cpus"),
         "physical cores": cpu.get("physical_cores"),
+        "CPU quota": f"{cpu['quota_cpus']:g} CPUs" if cpu.get("quota_cpus") else None,
         "memory": f"{round(total / 2**30)} GiB" if total else None,
         "GPU": " + ".join(f"{count} × {name}" if count > 1 else name for name, count in gpus.items()) or None,
     }

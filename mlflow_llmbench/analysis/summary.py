@@ -116,8 +116,9 @@ def hardware_name(result: RunResult) -> str:
     if gpu:
         return str(gpu["name"])
     cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
-    count = cpu.get("usable_cpus")
-    return ", ".join(filter(None, [str(cpu.get("name") or "an unnamed machine"), f"{count} CPUs" if count else ""]))
+    count, quota = cpu.get("usable_cpus"), cpu.get("quota_cpus")
+    cpus = f"{count} CPUs{f' (quota of {quota:g})' if quota else ''}" if count else ""
+    return ", ".join(filter(None, [str(cpu.get("name") or "an unnamed machine"), cpus]))
 
 
 def summarize(result: RunResult) -> dict[str, float]:

@@ -93,7 +93,7 @@ def _processes_for(load: Load, wave: Trace) -> int:
     busy = wave.cpu_s / max(1e-9, (wave.ended_ns - wave.started_ns) / 1e9)
     if load.arrivals_ns is not None:
         busy = wave.cpu_s / len(wave.exchanges) * len(load.arrivals_ns) / max(1e-9, load.arrivals_ns[-1] / 1e9)
-    return max(1, min(math.ceil(busy / PROCESS_SHARE), len(machine.usable_cpus()) - 1))
+    return max(1, min(math.ceil(busy / PROCESS_SHARE), machine.within_quota(len(machine.usable_cpus())) - 1))
 
 
 def _complete(requests: Sequence[RequestRecord]) -> tuple[RequestRecord, ...]:

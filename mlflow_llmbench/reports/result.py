@@ -355,7 +355,8 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the machine and the software of a result as names and values. Unknown values are left out."""
     cpu, memory = environment.get("cpu") or {}, environment.get("memory") or {}
     total = f"{memory['total_bytes'] / 1e9:.1f} GB" if memory.get("total_bytes") else None
-    facts = [("CPU", cpu.get("name")), ("usable CPUs", cpu.get("usable_cpus")), ("memory", total)]
+    quota = f"{cpu['quota_cpus']:g} CPUs" if cpu.get("quota_cpus") else None
+    facts = [("CPU", cpu.get("name")), ("usable CPUs", cpu.get("usable_cpus")), ("CPU quota", quota), ("memory", total)]
     facts += [("GPU", gpu["name"]) for gpu in environment.get("gpus") or []]
     facts += [("driver", environment.get("driver")), ("CUDA", environment.get("cuda"))]
     facts += [("OS", (environment.get("os") or {}).get("release")), ("Python", environment.get("python"))]

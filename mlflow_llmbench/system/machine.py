@@ -27,7 +27,8 @@ from ..records.errors import MissingError
 from ..records.invocation import command_text
 from ..records.quantizations import LIBRARY_PACKAGES
 from ..records.results import Noise, hash16
-from . import gpu, memory
+from . import cgroups, gpu, memory
+from .cgroups import ROOT
 from .gpu import GpuReading
 
 PACKAGES = (
@@ -55,27 +56,36 @@ def die_with_parent() -> None:
                 raise SystemExit(1)
 
 
-def usable_cpus() -> set[int]:
-    """Logical CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+def usable_cpus(root: Path = ROOT) -> set[int]:
+    """Logical CPUs that this process may run on: its affinity, within the CPU set of its control groups.
+
+    `root` is the folder that holds `proc` and `sys`.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return set(range(os.cpu_count() or 1))
+    cpus = os.sched_getaffinity(0)
+    return cpus & (cgroups.cpu_set(root) or cpus) or cpus
 
 
-def physical_cores() -> int:
-    """Count the physical cores among the usable CPUs, limited by the cgroup's CPU quota: the default thread count."""
+def within_quota(cpus: int, root: Path = ROOT) -> int:
+    """Return a number of CPUs, or the whole CPUs of the control groups' quota if these are fewer; at least 1.
+
+    A quota of 1.5 CPUs gives 1: two threads would be held back in each period.
+    """
+    quota = cgroups.cpu_quota(root)
+    return max(1, cpus if quota is None else min(cpus, int(quota)))
+
+
+def physical_cores(root: Path = ROOT) -> int:
+    """Count the physical cores among the usable CPUs, limited by the CPU quota: the default thread count."""
     cores = set()
-    for cpu in usable_cpus():
-        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    for cpu in usable_cpus(root):
+        folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
         try:
             cores.add(((folder / "physical_package_id").read_text(), (folder / "core_id").read_text()))
         except OSError:
             cores.add((str(cpu), ""))
-    count = len(cores)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
-    return max(1, count)
+    return within_quota(len(cores), root)
 
 
 def last_level_cache_bytes() -> int | None:
@@ -121,6 +131,10 @@ def environment(git_folder: str | None = None) -> dict[str, Any]:
     return {**fingerprint(), "git": git_commit(git_folder or os.getcwd())}
 
 
+NO_QUOTA = ("quota_cpus", None)
+"""A fact that is left out of the hash of the hardware, so that results of earlier versions have the same one."""
+
+
 def fingerprint() -> dict[str, Any]:
     """Describe this machine and its software: cpu, memory, gpus, driver, cuda, os, python, packages, and their hashes.
 
@@ -134,6 +148,7 @@ def fingerprint() -> dict[str, Any]:
             "physical_cores": physical_cores(),
             "last_level_cache_bytes": last_level_cache_bytes(),
             "architecture": platform.machine(),
+            "quota_cpus": cgroups.cpu_quota(),
         },
         "memory": {"total_bytes": memory.total_bytes()},
         "gpus": devices,
@@ -152,7 +167,7 @@ def fingerprint() -> dict[str, Any]:
     # Whole gibibytes: a kernel update moves the total by a few pages, but the hardware is the same.
     total = hardware["memory"]["total_bytes"]
     identity = {
-        "cpu": {k: v for k, v in hardware["cpu"].items() if k != "last_level_cache_bytes"},
+        "cpu": {k: v for k, v in hardware["cpu"].items() if k != "last_level_cache_bytes" and (k, v) != NO_QUOTA},
         "memory_gib": round(total / 2**30) if total else None,
         "gpus": [
             {"name": g["name"], "memory_bytes": g["memory_bytes"], **({"mig": True} if g.get("mig") else {})}

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import cgroups
+from .cgroups import ROOT
+
 
 @dataclass(frozen=True)
 class HostMemory:
@@ -209,39 +212,27 @@ def mapped_bytes(spans: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def available_bytes() -> int | None:
-    """Memory that a new process may use without swapping: MemAvailable, limited by the cgroup (v2, then v1)."""
-    available = _meminfo("MemAvailable")
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = int(Path(limit_file).read_text()) - int(Path(used_file).read_text())
-            # Cached files, a download for example, count as used, but the kernel drops them first.
-            counts = dict(line.split() for line in Path(used_file).with_name("memory.stat").read_text().splitlines())
-            free += int(counts.get("inactive_file", counts.get("total_inactive_file", 0)))
-        except (OSError, ValueError):
-            continue
-        return free if available is None else min(available, free)
-    return available
+def available_bytes(root: Path = ROOT) -> int | None:
+    """Memory that a new process may use without swapping: MemAvailable, or less if control groups allow less.
+
+    `root` is the folder that holds `proc` and `sys`.
+    """
+    return min(_known(_meminfo("MemAvailable", root), cgroups.memory_available(root)), default=None)
 
 
-def total_bytes() -> int | None:
-    """Memory of the machine, or of the container if that is less."""
-    total = _meminfo("MemTotal")
-    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = int(Path(limit_file).read_text())
-        except (OSError, ValueError):
-            continue
-        return limit if total is None else min(total, limit)
-    return total
+def total_bytes(root: Path = ROOT) -> int | None:
+    """Memory of the machine, or the least limit of the control groups if that is less."""
+    limit = cgroups.memory_limit(root)
+    return min(_known(_meminfo("MemTotal", root), limit[0] if limit else None), default=None)
 
 
-def _meminfo(name: str) -> int | None:
+def _known(*values: int | None) -> list[int]:
+    return [value for value in values if value is not None]
+
+
+def _meminfo(name: str, root: Path) -> int | None:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:

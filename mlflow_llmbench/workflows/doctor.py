@@ -27,7 +27,7 @@ from ..records.backends import recorded_capabilities
 from ..records.invocation import command_text
 from ..records.redaction import redact
 from ..records.text import plural
-from ..system import gpu, machine, memory
+from ..system import cgroups, gpu, machine, memory
 
 LITTLE_MEMORY = 2_000_000_000
 LITTLE_DISK = 10_000_000_000
@@ -109,13 +109,18 @@ def memory_here() -> tuple[int | None, int | None]:
 
 def machine_items() -> Iterator[Item]:
     """Yield CPU, vector instructions, memory and operating system."""
-    cores, logical = machine.physical_cores(), len(machine.usable_cpus())
-    data = {"name": machine.cpu_name(), "physical_cores": cores, "usable_cpus": logical}
-    found = f"{data['name']}, {plural(cores, 'core')} to use, {plural(logical, 'logical CPU')}"
-    yield Item("Machine", "CPU", "ok", found, data=data)
+    yield cpu_item(machine.cpu_name(), machine.physical_cores(), len(machine.usable_cpus()), cgroups.cpu_quota())
     yield from vector_items(Path("/proc/cpuinfo"))
-    yield memory_item(memory.available_bytes(), memory.total_bytes())
+    yield memory_item(memory.available_bytes(), memory.total_bytes(), cgroups.memory_limit())
     yield Item("Machine", "system", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
+
+
+def cpu_item(name: str, cores: int, logical: int, quota: float | None) -> Item:
+    """Return the item of the CPU: physical cores to use, logical CPUs, and the quota of its control groups in CPUs."""
+    data = {"name": name, "physical_cores": cores, "usable_cpus": logical, "quota_cpus": quota}
+    found = f"{name}, {plural(cores, 'core')} to use, {plural(logical, 'logical CPU')}"
+    allowed = "" if quota is None else f", of which a control group allows the time of {quota:g}"
+    return Item("Machine", "CPU", "ok", found + allowed, data=data)
 
 
 def vector_items(cpuinfo: Path) -> Iterator[Item]:
@@ -148,13 +153,18 @@ def vector_items(cpuinfo: Path) -> Iterator[Item]:
         )
 
 
-def memory_item(available: int | None, total: int | None) -> Item:
-    """Return the item of free memory; both arguments are bytes, None if unknown."""
-    data = {"available_bytes": available, "total_bytes": total}
+def memory_item(available: int | None, total: int | None, limit: tuple[int, str] | None = None) -> Item:
+    """Return the item of free memory; both arguments are bytes, None if unknown.
+
+    `limit`: bytes and name of the control group with the least limit.
+    """
+    data = {"available_bytes": available, "total_bytes": total, "limit_bytes": limit[0] if limit else None}
     if available is None or total is None:
         advice = "Estimates cannot be compared with free memory; a model that is too large fails while it loads."
         return Item("Machine", "memory", "limited", "not known", advice, data=data)
     found = f"{available / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
+    if limit and limit[0] == total:
+        found += f", the limit of the control group {limit[1]}"
     if available < LITTLE_MEMORY:
         advice = f"Close other programs; `{command_text('models')}` shows what fits."
         return Item("Machine", "memory", "limited", found, advice, data=data)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_llmbench.records.errors import MissingError
+from mlflow_llmbench.records.results import hash16
 from mlflow_llmbench.system import gpu, machine
 
 
@@ -24,6 +25,21 @@ def test_fingerprint_is_complete_and_stable(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(re.fullmatch("[0-9a-f]{16}", value) for value in first["hashes"].values())
     assert machine.environment()["hashes"] == first["hashes"]
     assert "do-not-log-me" not in json.dumps(first)
+
+
+def test_a_cpu_quota_is_hardware_and_no_quota_leaves_the_hash_of_earlier_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine.cgroups, "cpu_quota", lambda root=None: None)
+    free = machine.fingerprint()
+    assert free["cpu"]["quota_cpus"] is None
+    cpu = {k: v for k, v in free["cpu"].items() if k not in ("last_level_cache_bytes", "quota_cpus")}
+    if not free["gpus"]:
+        before = hash16({"cpu": cpu, "memory_gib": round(free["memory"]["total_bytes"] / 2**30), "gpus": []})
+        assert free["hashes"]["hardware"] == before
+    monkeypatch.setattr(machine.cgroups, "cpu_quota", lambda root=None: 1.5)
+    assert machine.fingerprint()["cpu"]["quota_cpus"] == 1.5
+    assert machine.fingerprint()["hashes"]["hardware"] != free["hashes"]["hardware"]
 
 
 def test_git_commit(tmp_path: Path) -> None:

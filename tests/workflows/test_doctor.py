@@ -135,6 +135,12 @@ def test_memory() -> None:
     assert doctor.memory_item(21_300_000_000, 25_000_000_000).found == "21.3 GB free of 25.0 GB"
     assert doctor.memory_item(1_000_000_000, 25_000_000_000).status == "limited"
     assert doctor.memory_item(None, None).found == "not known"
+    limited = doctor.memory_item(3_000_000_000, 4_000_000_000, (4_000_000_000, "/slurm/job_7"))
+    assert limited.found == "3.0 GB free of 4.0 GB, the limit of the control group /slurm/job_7"
+    assert doctor.memory_item(3_000_000_000, 4_000_000_000, (90_000_000_000, "/")).found == "3.0 GB free of 4.0 GB"
+    assert doctor.cpu_item("a CPU", 1, 8, 1.5).found == (
+        "a CPU, 1 core to use, 8 logical CPUs, of which a control group allows the time of 1.5"
+    )
 
 
 def test_gpus() -> None:
