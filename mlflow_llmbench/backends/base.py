@@ -27,6 +27,7 @@ from ..records.results import LoadInfo, ModelFacts, RequestRecord, ServerReading
 if TYPE_CHECKING:
     from ..loadgen.client import Load, Trace
     from ..loadgen.http1 import Exchange
+    from ..system.memory import HostMemory
     from ..workloads.prompts import PromptSet
 
 
@@ -198,6 +199,12 @@ class ServerBackend(Backend, Protocol):
 
     def read(self, exchange: Exchange) -> RequestRecord:
         """Parse an answer. Called after the run."""
+
+    def server_memory(self) -> HostMemory | None:
+        """Return the memory of all processes of a server that `launch` started; None for any other server.
+
+        The worker calls it at the memory stages. Its parent may handle their events only after the server has ended.
+        """
 
     def readings(self, trace: Trace) -> tuple[ServerReading, ...]:
         """Return the server's own metrics before, during and after a load; empty if it publishes none."""

@@ -104,6 +104,10 @@ class ServerProcess:
         """Ids of the server's current processes."""
         return memory.descendants(self.keeper.pid)
 
+    def read_memory(self) -> memory.HostMemory:
+        """Return the total memory of the server's current processes; 0 bytes once it has ended."""
+        return memory.read_all(self.processes)
+
     def require_running(self) -> None:
         """Raise MeasurementError with the end of the log if the server has ended by itself. Call between loads."""
         if self.exit_code is None:

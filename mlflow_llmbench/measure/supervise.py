@@ -224,7 +224,7 @@ class _Watch:
         if isinstance(event, ServerLaunched):
             self.keeper = event.keeper
         if isinstance(event, StageMemory) and self.keeper:
-            event = dataclasses.replace(event, host=self._server_memory(anew=True))
+            self.looked = 0.0  # more processes may have been started
         if event:
             self.outcome.take(event)
         self.lines.popleft()
@@ -309,14 +309,14 @@ class _Watch:
                 "Try a smaller batch_size or quantization."
             )
 
-    def _server_memory(self, anew: bool = False) -> HostMemory:
+    def _server_memory(self) -> HostMemory:
         """Read the memory of a server's processes.
 
-        The processes are searched for if `anew` (at a stage), else every `LOOK_S`, since a search takes milliseconds.
+        The processes are searched for after a stage and every `LOOK_S`, since a search takes milliseconds.
         """
         assert self.keeper
         now = time.monotonic()
-        if anew or now - self.looked > LOOK_S:
+        if now - self.looked > LOOK_S:
             self.pids, self.looked = memory.descendants(self.keeper), now
         return memory.read_all(self.pids)
 

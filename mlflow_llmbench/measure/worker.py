@@ -335,10 +335,12 @@ def _same_tokens(backend: Backend, cell: Cell, prompts: PromptSet, info: LoadInf
 
 
 def _stage(stage: str, backend: Backend, send: Report) -> None:
-    """Report that a stage is reached, with this process's own exact memory reading; then reset the peak."""
-    own = None if backend.capabilities.online else memory.read()  # the client's memory is not the model's
-    device = backend.device_memory()
-    send(events.StageMemory(stage, own, device))
+    """Report that a stage is reached, with the memory of the process that holds the model; then reset the peak.
+
+    That is this process with its exact peak, or the server that it has started.
+    """
+    host = cast(ServerBackend, backend).server_memory() if backend.capabilities.online else memory.read()
+    send(events.StageMemory(stage, host, backend.device_memory()))
     memory.reset_peak()
 
 

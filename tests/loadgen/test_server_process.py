@@ -22,6 +22,10 @@ from mlflow_llmbench.config import server_command
 from mlflow_llmbench.config.cells import config_hash, expand_cells, group_cells
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.loadgen import server_process
+from mlflow_llmbench.measure.events import Event, StageMemory
+from mlflow_llmbench.measure.outcome import stages_of
+from mlflow_llmbench.measure.supervise import run_worker
+from mlflow_llmbench.measure.task import WorkerJob
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import MeasurementError, UsageError
 from mlflow_llmbench.records.results import ModelFacts
@@ -151,7 +155,8 @@ def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
     }
     for name, value in {**secrets, "HF_TOKEN": "hf_CanaryOfTheHub4444", "PLAIN": "seen"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):  # a variable of the user's own would reach the server
+        monkeypatch.delenv(name, raising=False)
     note = tmp_path / "notes.jsonl"
     command = f"{SERVER} --note {note} --quant {{quant}} --megabytes 200 --say hello --tell HF_TOKEN"
     arguments = [
@@ -199,6 +204,25 @@ def test_a_sweep_over_a_servers_quantizations_is_runs_in_mlflow(
     told = [*secrets.values(), "hf_CanaryOfTheHub4444"]
     assert not [(path, secret) for path in everything for secret in told if secret.encode() in path.read_bytes()]
     assert not list(tmp_path.rglob("llmbench-results/*/*/server.log"))
+
+
+def test_the_memory_at_a_stage_is_that_of_then_however_late_its_event_is_handled(tmp_path: Path) -> None:
+    """On a busy machine the parent may handle an event only when the worker has ended the server."""
+    note = tmp_path / "notes.jsonl"
+    cell = Cell(launch=f"{SERVER} --note {note} --megabytes 200", concurrency=1, **FAST)
+
+    def handle_late(event: Event) -> None:
+        if isinstance(event, StageMemory) and event.stage == "loaded":
+            assert within(60, lambda: not is_alive(notes(note)[0]["pid"]))
+
+    (tmp_path / "cell").mkdir()
+    job = WorkerJob("measure", (cell,), ModelFacts("m", "none", cell.model, "main"), (tmp_path / "cell",))
+    outcome = run_worker(job, tmp_path / "worker.log", handle_late)
+    assert outcome.error is None
+    needed = stages_of(outcome, 0).host_needed
+    assert min(needed["loaded"], needed["peak"], needed["steady"]) > 200e6
+    assert needed["baseline"] < 100e6
+    assert needed["unloaded"] == 0
 
 
 def test_a_server_that_exits_at_once_is_a_failed_run_with_the_end_of_its_log(store_uri: str, tmp_path: Path) -> None:

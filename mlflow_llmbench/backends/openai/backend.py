@@ -25,7 +25,7 @@ from ...records.cell import Cell
 from ...records.errors import MeasurementError, ModelError
 from ...records.results import LoadInfo, ModelFacts, RequestRecord, ServerReading
 from ...system.gpu import process_bytes
-from ...system.memory import forget_references, referenced_bytes
+from ...system.memory import HostMemory, forget_references, referenced_bytes
 from ...workloads.prompts import PromptSet, lengths_of, longest_of
 from ..base import Capabilities, DeviceMemory, Emit, NothingToFetch, Started
 from .answers import read_answer
@@ -268,6 +268,9 @@ class OpenAIBackend(NothingToFetch):
 
     def decode(self, ids: Sequence[int]) -> str:
         raise MeasurementError("A server's tokenizer cannot be reached. Please report this.")
+
+    def server_memory(self) -> HostMemory | None:
+        return self.server.read_memory() if self.server else None
 
     def device_memory(self, reset: bool = False) -> DeviceMemory | None:
         """Return the driver's figure for the processes of a server that we started; its allocator cannot be seen."""
