@@ -17,7 +17,7 @@ from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, defaul
 from ..records.errors import UsageError
 from .choices import GRIDS, SLOS
 from .parsers import PARSERS, _nearest, _parse_choice
-from .validation import check_find, check_offline_baseline, check_place, check_together
+from .validation import check_cluster, check_find, check_offline_baseline, check_together
 
 IN_PROCESS_ONLY = (
     "weights", "revision", "backend", "group_size", "quant_budget", "quant_plan", "int8_threshold", "double_quant",
@@ -117,7 +117,7 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
         server = str(axes["backend"][0])
         axes["backend"] = (capabilities_of(server).offline_baseline, server)
     check_together(axes)
-    check_place(axes, str(options["on"]))
+    check_cluster(axes, options)
     return BenchSpec(axes, Options(**options))  # type: ignore[arg-type]
 
 

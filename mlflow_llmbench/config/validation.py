@@ -40,11 +40,19 @@ def check_together(axes: Mapping[str, tuple[object, ...]]) -> None:
     _check_mixed(axes)
 
 
-def check_place(axes: Mapping[str, tuple[object, ...]], on: str) -> None:
-    """Raise UsageError if an interpreter of this machine is given for measurements on other machines."""
-    if axes["worker_python"] != (None,) and on != "here":
+def check_cluster(axes: Mapping[str, tuple[object, ...]], options: Mapping[str, object]) -> None:
+    """Raise UsageError for what only this machine can do, if other machines are to measure."""
+    on = options["on"]
+    if on == "here":
+        return
+    if axes["worker_python"] != (None,):
         raise UsageError(
             f"worker_python is an interpreter of this machine, and on={on} measures on others. Leave one of them out."
+        )
+    if options["find"]:
+        raise UsageError(
+            f"find={options['find']} chooses each rate from the results before it, which on={on} cannot. "
+            "Leave on out, or give the rates yourself: request_rate=1,2,4."
         )
 
 

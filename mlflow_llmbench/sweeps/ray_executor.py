@@ -265,8 +265,9 @@ class RayExecutor:
     def submit(self, task: Task, next_cell: NextCell | None = None) -> None:
         """Submit a task to Ray, split by the nodes on which its cells were measured before.
 
-        A worker on another machine cannot ask for a next cell, so `next_cell` is ignored.
+        A worker on another machine cannot ask for a next cell; `check_cluster` has refused such a search.
         """
+        assert next_cell is None
         nodes = [self.node_of.get(cell) for cell in task.cells]
         for node in dict.fromkeys(nodes):
             self._launch(task.part([number for number, own in enumerate(nodes) if own == node]), node)

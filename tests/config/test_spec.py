@@ -157,6 +157,18 @@ def test_yaml_files(tmp_path: Path) -> None:
         read_yaml("nowhere.yaml")
 
 
+@pytest.mark.parametrize("on", ["ray", "ray://head:10001"])
+def test_a_search_is_refused_on_a_cluster(on: str) -> None:
+    asked = {"backend": "openai", "url": "http://h", "find": "goodput", "slo_ttft_ms": "200", "request_rate": "1"}
+    assert parse(asked).options.find == "goodput"
+    with pytest.raises(UsageError) as error:
+        parse({**asked, "on": on})
+    assert str(error.value) == (
+        f"find=goodput chooses each rate from the results before it, which on={on} cannot. "
+        "Leave on out, or give the rates yourself: request_rate=1,2,4."
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("6GB", 6_000_000_000), ("800 MiB", 800 * 2**20), ("1.5g", 1_500_000_000), ("250000000", 250_000_000)],
