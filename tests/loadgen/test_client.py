@@ -82,7 +82,6 @@ def test_stamps_are_the_servers_own(server: str, endpoint: str) -> None:
     log = read_log(server)
     assert [r.outcome for r in records] == ["complete"] * 32
     assert [(r.tokens, len(r.stamps_ns), r.prompt_tokens) for r in records] == [(25, 25, 16)] * 32
-    errors = []
     for number, record in enumerate(records):
         truth = log[str(number)]
         assert truth["chat"] == (endpoint == "chat")
@@ -90,9 +89,6 @@ def test_stamps_are_the_servers_own(server: str, endpoint: str) -> None:
         assert all(
             own > its for own, its in zip(record.stamps_ns, truth["tokens_ns"], strict=True)
         )  # nothing arrives before it is written
-        errors += [own - its for own, its in zip(gaps(record.stamps_ns), gaps(truth["tokens_ns"]), strict=True)]
-    # The gap's error has no bias: it is the difference of the delays of its two stamps.
-    assert sum(error > 0 for error in errors) == pytest.approx(len(errors) / 2, rel=0.3)
 
 
 def bare(url: str, script: str, streams: int, tokens: int) -> list[tuple[int, list[int]]]:
