@@ -17,12 +17,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from ..records.cell import DRAWN, Cell, differing
+from ..records.environment import GPU_SOFTWARE, QUOTA, not_recorded, quota_text
 from ..records.errors import NotComparable, UsageError
 from ..records.metric import Compared, Entry
 from ..records.metrics import OUTPUT_RATE, PEAK_MEMORY, shown_in
@@ -268,14 +269,20 @@ def _classify(effect: Effect, p_holm: float, noise: float) -> Effect:
 def differences(a: RunResult, b: RunResult) -> list[Difference]:
     """Differences between two results that were not asked about: hardware, software, workload, scenario, schema.
 
-    Hashes decide; the readable facts behind them explain. If no fact differs, the hashes are shown.
+    Hashes decide; the readable facts behind them explain. If no fact differs, the hashes are shown. A fact that an
+    earlier version did not record is no difference, although the other result's hash includes it.
     """
+    unknown = not_recorded(a.environment) | not_recorded(b.environment)
     described = {"hardware": _hardware, "software": _software, "workload": _workload}
     found: list[Difference] = []
     for kind, describe in described.items():
         hash_a, hash_b = getattr(a.hashes, kind), getattr(b.hashes, kind)
         if hash_a != hash_b:
-            found += _unlike(kind, describe(a), describe(b)) or [Difference(kind, f"{kind} hash", hash_a, hash_b)]
+            found += _unlike(kind, describe(a), describe(b), unknown) or (
+                []
+                if _explained(unknown, describe(a), describe(b))
+                else [Difference(kind, f"{kind} hash", hash_a, hash_b)]
+            )
     named = {difference.name for difference in found}
     found += [difference for difference in _streams(a.cell, b.cell) if difference.name not in named]
     for kind, word_a, word_b in (
@@ -287,11 +294,18 @@ def differences(a: RunResult, b: RunResult) -> list[Difference]:
     return found
 
 
-def _unlike(kind: str, facts_a: Mapping[str, str], facts_b: Mapping[str, str]) -> list[Difference]:
-    """Facts in which two results differ."""
-    known = dict.fromkeys([*facts_a, *facts_b])
+def _unlike(
+    kind: str, facts_a: Mapping[str, str], facts_b: Mapping[str, str], unknown: Collection[str]
+) -> list[Difference]:
+    """Facts in which two results differ, without those that are unknown for one of them."""
+    known = [name for name in dict.fromkeys([*facts_a, *facts_b]) if name not in unknown]
     readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
     return [difference for difference in readable if difference.a != difference.b]
+
+
+def _explained(unknown: Collection[str], *facts: Mapping[str, str]) -> bool:
+    """Return True if only one of two results has a fact, so that their hashes differ by it."""
+    return any((name in facts[0]) != (name in facts[1]) for name in unknown)
 
 
 def _streams(a: Cell, b: Cell) -> list[Difference]:
@@ -320,7 +334,7 @@ def _hardware(result: RunResult) -> dict[str, str]:
         "architecture": cpu.get("architecture"),
         "usable CPUs": cpu.get("usable_cpus"),
         "physical cores": cpu.get("physical_cores"),
-        "CPU quota": f"{cpu['quota_cpus']:g} CPUs" if cpu.get("quota_cpus") else None,
+        QUOTA: quota_text(result.environment),
         "memory": f"{round(total / 2**30)} GiB" if total else None,
         "GPU": " + ".join(f"{count} × {name}" if count > 1 else name for name, count in gpus.items()) or None,
     }
@@ -332,8 +346,7 @@ def _software(result: RunResult) -> dict[str, str]:
     environment = result.environment
     system: Mapping[str, Any] = environment.get("os") or {}
     facts = {
-        "driver": environment.get("driver"),
-        "CUDA": environment.get("cuda"),
+        **{name: environment.get(key) for key, name in GPU_SOFTWARE.items()},
         "OS": " ".join(filter(None, [system.get("system"), system.get("release")])) or None,
         "libc": system.get("libc"),
         "Python": environment.get("python"),

@@ -16,6 +16,7 @@ from ..analysis.summary import Turn, gpu_of, statistics_cells, summarize, turns_
 from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.spec import cell_fields
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
+from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
 from ..records.metrics import KEYS, REPETITIONS, VARIATION, peak_memory, shown_in
 from ..records.results import RunResult, Verdict
@@ -355,10 +356,10 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the machine and the software of a result as names and values. Unknown values are left out."""
     cpu, memory = environment.get("cpu") or {}, environment.get("memory") or {}
     total = f"{memory['total_bytes'] / 1e9:.1f} GB" if memory.get("total_bytes") else None
-    quota = f"{cpu['quota_cpus']:g} CPUs" if cpu.get("quota_cpus") else None
-    facts = [("CPU", cpu.get("name")), ("usable CPUs", cpu.get("usable_cpus")), ("CPU quota", quota), ("memory", total)]
+    facts = [("CPU", cpu.get("name")), ("usable CPUs", cpu.get("usable_cpus"))]
+    facts += [(QUOTA, quota_text(environment)), ("memory", total)]
     facts += [("GPU", gpu["name"]) for gpu in environment.get("gpus") or []]
-    facts += [("driver", environment.get("driver")), ("CUDA", environment.get("cuda"))]
+    facts += [(shown, environment.get(name)) for name, shown in GPU_SOFTWARE.items()]
     facts += [("OS", (environment.get("os") or {}).get("release")), ("Python", environment.get("python"))]
     facts += list((environment.get("packages") or {}).items())
     return [(name, str(value)) for name, value in facts if value is not None]

@@ -77,7 +77,7 @@ def memory_limit(root: Path = ROOT) -> tuple[int, str] | None:
     limit of swap is none of memory.
     """
     limits = [(limit, group.name) for group in groups("memory", root) if (limit := _least_limit(group)) is not None]
-    return min(limits, default=None, key=lambda one: one[0])
+    return min(reversed(limits), default=None, key=lambda one: one[0])  # of equal ones the highest, which sets it
 
 
 def memory_available(root: Path = ROOT) -> int | None:

@@ -27,7 +27,7 @@ from ..records.errors import MissingError
 from ..records.invocation import command_text
 from ..records.quantizations import LIBRARY_PACKAGES
 from ..records.results import Noise, hash16
-from . import cgroups, gpu, memory
+from . import cgroups, gpu, memory, torch_runtime
 from .cgroups import ROOT
 from .gpu import GpuReading
 
@@ -136,8 +136,9 @@ NO_QUOTA = ("quota_cpus", None)
 
 
 def fingerprint() -> dict[str, Any]:
-    """Describe this machine and its software: cpu, memory, gpus, driver, cuda, os, python, packages, and their hashes.
+    """Describe this machine and its software: cpu, memory, gpus, driver, os, python, packages, and their hashes.
 
+    `cuda` is the highest version that the driver supports, `cuda_runtime` the one that torch uses.
     Reads neither environment variables nor the command line, which may hold secrets.
     """
     devices = gpu.gpus()
@@ -164,6 +165,9 @@ def fingerprint() -> dict[str, Any]:
         "driver": devices[0]["driver"] if devices else None,
         "cuda": devices[0]["cuda"] if devices else None,
     }
+    # Of results that a GPU cannot have changed, the hash is that of earlier versions, which did not record these.
+    runtime = torch_runtime.versions()
+    used = {name: found for name, found in runtime.items() if found and (devices or name == "rocm")}
     # Whole gibibytes: a kernel update moves the total by a few pages, but the hardware is the same.
     total = hardware["memory"]["total_bytes"]
     identity = {
@@ -174,10 +178,11 @@ def fingerprint() -> dict[str, Any]:
             for g in devices
         ],
     }
-    hardware_hash, software_hash = hash16(identity), hash16(software)
+    hardware_hash, software_hash = hash16(identity), hash16(software | used)
     return {
         **hardware,
         **software,
+        **runtime,
         "hashes": {"hardware": hardware_hash, "software": software_hash, "env": hash16([hardware_hash, software_hash])},
     }
 

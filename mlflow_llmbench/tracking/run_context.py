@@ -19,6 +19,9 @@ TAG_RUNS = "MLFLOW_LLMBENCH_TAG_RUNS"
 
 def fingerprint_tags(environment: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> dict[str, str | None]:
     """Return the tags for the hardware and software of a run, without their prefix. `gpu` is the GPU that it used."""
+    from ..records.environment import GPU_RUNTIME
+    from ..records.quantizations import LIBRARY_PACKAGES
+
     packages, hashes = environment.get("packages") or {}, environment.get("hashes") or {}
     return {
         "env_hash": hashes.get("env"),
@@ -28,8 +31,10 @@ def fingerprint_tags(environment: Mapping[str, Any], gpu: Mapping[str, Any] | No
         "gpu": gpu["name"] if gpu else None,
         "gpu_driver": environment.get("driver") if gpu else None,
         "cuda": environment.get("cuda") if gpu else None,
+        **{name: environment.get(name) if gpu else None for name in GPU_RUNTIME},
         "torch": packages.get("torch"),
         "transformers": packages.get("transformers"),
+        **{package: packages.get(package) for package in LIBRARY_PACKAGES},
     }
 
 

@@ -24,10 +24,11 @@ from ..config.spec import parse
 from ..measure import interpreter
 from ..measure.runtime import Item, _guarded, optional_items, package_item, runtime_items
 from ..records.backends import recorded_capabilities
+from ..records.environment import GPU_RUNTIME
 from ..records.invocation import command_text
 from ..records.redaction import redact
 from ..records.text import plural
-from ..system import cgroups, gpu, machine, memory
+from ..system import cgroups, gpu, machine, memory, torch_runtime
 
 LITTLE_MEMORY = 2_000_000_000
 LITTLE_DISK = 10_000_000_000
@@ -222,11 +223,20 @@ def software_items() -> Iterator[Item]:
     )
     for name in NEEDED:
         yield package_item(name, version(name))
+    yield from gpu_library_items(torch_runtime.versions())
     others = {name: found for name in ALSO_SHOWN if (found := version(name))}
     if others:
         yield Item(
             "Software", "also", "ok", ", ".join(f"{name} {found}" for name, found in others.items()), data=others
         )
+
+
+def gpu_library_items(versions: Mapping[str, str | None]) -> Iterator[Item]:
+    """Yield the versions of the GPU libraries that torch uses (`torch_runtime.versions`); nothing without any."""
+    found = {name: versions[key] for key, name in GPU_RUNTIME.items() if versions[key]}
+    if found:
+        text = ", ".join(f"{name} {version}" for name, version in found.items())
+        yield Item("Software", "GPU libraries", "ok", text, data=dict(versions))
 
 
 def hub_item(endpoint: str | None = None, seconds: float = HUB_S) -> Item:

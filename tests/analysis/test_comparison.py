@@ -331,6 +331,26 @@ def test_all_kinds_are_named_at_once() -> None:
     assert caught.value.exit_code == 2
 
 
+def test_facts_that_an_earlier_version_did_not_record_are_no_differences() -> None:
+    later = {"cuda_runtime": "12.6", "rocm": None, "cudnn": "9.10", "nccl": None}
+    cpu = MACHINE["cpu"] | {"quota_cpus": 2.0}
+    before = dataclasses.replace(BF16, environment=MACHINE)
+    hashes = dataclasses.replace(BF16.hashes, hardware="with a quota", software="with libraries")
+    after = dataclasses.replace(BF16, environment=MACHINE | later | {"cpu": cpu}, hashes=hashes)
+    assert differences(before, after) == differences(after, before) == []
+    hashes = dataclasses.replace(hashes, hardware="another quota", software="another library")
+    other = MACHINE | later | {"cudnn": "9.1", "driver": "560", "cpu": cpu | {"quota_cpus": 1.5}}
+    changed = dataclasses.replace(BF16, environment=other, hashes=hashes)
+    assert list(map(str, differences(after, changed))) == [
+        "CPU quota 2 CPUs → 1.5 CPUs",
+        "driver 550 → 560",
+        "cuDNN 9.10 → 9.1",
+    ]
+    assert list(map(str, differences(before, changed))) == ["driver 550 → 560"]
+    unexplained = dataclasses.replace(before, hashes=dataclasses.replace(BF16.hashes, software="x"))
+    assert list(map(str, differences(before, unexplained))) == [f"software hash {BF16.hashes.software} → x"]
+
+
 def test_alike_results_have_no_differences() -> None:
     """Facts outside the hash, such as the commit or the size of a cache, do not count as a difference."""
     assert (

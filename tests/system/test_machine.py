@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,30 @@ def test_a_cpu_quota_is_hardware_and_no_quota_leaves_the_hash_of_earlier_version
     monkeypatch.setattr(machine.cgroups, "cpu_quota", lambda root=None: 1.5)
     assert machine.fingerprint()["cpu"]["quota_cpus"] == 1.5
     assert machine.fingerprint()["hashes"]["hardware"] != free["hashes"]["hardware"]
+
+
+def test_gpu_libraries_are_in_the_hash_where_a_gpu_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The facts come in by the seams `gpu.gpus` and `torch_runtime.versions`, as a machine with a GPU gives them."""
+    one = {"index": 0, "name": "NVIDIA T4", "memory_bytes": 16 * 10**9, "driver": "570.1", "cuda": "12.8"}
+    facts = {"cuda_runtime": "12.6", "rocm": None, "cudnn": "9.10.2.21", "nccl": "2.27.5"}
+
+    def seen(gpus: list[dict[str, object]], found: dict[str, str | None]) -> dict[str, Any]:
+        monkeypatch.setattr(machine.gpu, "gpus", lambda: gpus)
+        monkeypatch.setattr(machine.torch_runtime, "versions", lambda: found)
+        return machine.fingerprint()
+
+    with_gpu = seen([one], facts)
+    assert {name: with_gpu[name] for name in facts} == facts
+    assert (with_gpu["driver"], with_gpu["cuda"]) == ("570.1", "12.8")
+    for name in ("cuda_runtime", "cudnn", "nccl"):
+        other = seen([one], facts | {name: "1.0"})
+        assert other["hashes"]["software"] != with_gpu["hashes"]["software"]
+        assert other["hashes"]["hardware"] == with_gpu["hashes"]["hardware"]
+    without = seen([], facts)
+    assert {name: without[name] for name in facts} == facts
+    assert without["hashes"] == seen([], dict.fromkeys(facts))["hashes"]
+    before = {name: without[name] for name in ("os", "python", "packages", "driver", "cuda")}
+    assert without["hashes"]["software"] == hash16(before)  # as earlier versions made it
 
 
 def test_git_commit(tmp_path: Path) -> None:

@@ -135,6 +135,9 @@ def test_memory() -> None:
     assert doctor.memory_item(21_300_000_000, 25_000_000_000).found == "21.3 GB free of 25.0 GB"
     assert doctor.memory_item(1_000_000_000, 25_000_000_000).status == "limited"
     assert doctor.memory_item(None, None).found == "not known"
+    libraries = {"cuda_runtime": "13.0", "rocm": None, "cudnn": "9.20.0.48", "nccl": None}
+    assert [item.found for item in doctor.gpu_library_items(libraries)] == ["CUDA of torch 13.0, cuDNN 9.20.0.48"]
+    assert list(doctor.gpu_library_items(dict.fromkeys(libraries))) == []
     limited = doctor.memory_item(3_000_000_000, 4_000_000_000, (4_000_000_000, "/slurm/job_7"))
     assert limited.found == "3.0 GB free of 4.0 GB, the limit of the control group /slurm/job_7"
     assert doctor.memory_item(3_000_000_000, 4_000_000_000, (90_000_000_000, "/")).found == "3.0 GB free of 4.0 GB"
