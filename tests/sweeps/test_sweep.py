@@ -332,7 +332,7 @@ def test_cells_measured_before_an_interruption_are_kept(store_uri: str, tmp_path
     for _ in range(3):  # an impatient user
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     client = MlflowClient(store_uri)
     runs = client.search_runs(
@@ -359,7 +359,7 @@ def test_interrupting_keeps_what_is_known_and_ends_every_run(store_uri: str, tmp
         time.sleep(0.1)
     started = time.monotonic()
     process.send_signal(getattr(signal, how))
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert time.monotonic() - started < 60
     client = MlflowClient(store_uri)

@@ -568,13 +568,13 @@ def test_an_interrupted_training_ends_killed_and_leaves_no_checkpoint(
         stderr=subprocess.PIPE,
         text=True,
     )
-    until(
-        lambda: any(
-            '"event":"step"' in file.read_text() for file in tmp_path.glob("llmbench-results/*/train/worker.jsonl")
-        )
-    )
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    journals = "llmbench-results/*/train/worker.jsonl"
+    try:
+        until(lambda: any('"event":"step"' in file.read_text() for file in tmp_path.glob(journals)))
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=200)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "Interrupted. No checkpoint was written." in output
