@@ -7,7 +7,7 @@ and the params of the MLflow run use the same names; on the command line undersc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,12 @@ class BenchSpec:
 
     axes: Mapping[str, tuple[object, ...]]
     options: Options = field(default_factory=Options)
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell], options: Options) -> BenchSpec:
+        """Return the request whose lists have the values of these cells, each once, in their order."""
+        names = [f.name for f in dataclasses.fields(Cell)]
+        return cls({name: tuple(dict.fromkeys(getattr(cell, name) for cell in cells)) for name in names}, options)
 
     @property
     def varied(self) -> list[str]:

@@ -138,8 +138,7 @@ def plan_in_turns(sides: Sequence[BenchSpec], options: Options, machine: Machine
     Both may be the same. `options` are those of the command. Raises as `plan` does.
     """
     cells = [cell for side in sides for cell in expand_cells(side)]
-    axes = {f.name: tuple(dict.fromkeys(getattr(cell, f.name) for cell in cells)) for f in dataclasses.fields(Cell)}
-    spec = BenchSpec(axes, options)
+    spec = BenchSpec.of(cells, options)
     names = ["A", "B"]
     if cells[0] != cells[1]:
         names = [f"{letter}: {cell_name(cell, spec.varied)}" for letter, cell in zip(names, cells, strict=True)]

@@ -11,13 +11,13 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import PACKAGE_DIR
 from ..analysis.summary import Point
 from ..backends.base import backend_class
+from ..config.spec import BenchSpec
 from ..config.training import NAMES, QUANT, TRAINING, Training, as_text, parse_training
 from ..measure import quality_order, supervise
 from ..measure.events import CheckpointSaved, Event, QualityWithheld, Stage, TrainingPlanned, TrainingStep
@@ -32,6 +32,8 @@ from ..records.quantizations import COLOURS
 from ..records.redaction import redact
 from ..records.results import ModelFacts, Quality, hash16, to_json
 from ..reports.qat import TRAINED, UNQUANTIZED, UNTRAINED, Trained, quality_table, training_figures, training_markdown
+from ..sweeps.executor import MachineFacts
+from ..sweeps.planning import Plan, plan
 from ..system import estimate, machine
 from ..tracking import runs
 from ..tracking.run_context import fingerprint_tags
@@ -61,13 +63,24 @@ def train_quantized(
     """
     cell, options, training = parse_training(values)
     texts = read_texts(training)
-    model = backend_class(cell.backend).resolve(cell)
+    planned = plan_evaluation([dataclasses.replace(cell, quant="none"), cell], options)
     checkpoint = _new_folder(training.output) if training.output else None
     store = open_store(tracking_uri, experiment)
     folder = new_sweep(options.output_dir)
-    job = _Job(cell, options, training, texts, model, folder, checkpoint or folder / "checkpoint", store, say)
+    job = _Job(cell, options, training, texts, planned, folder, checkpoint or folder / "checkpoint", store, say)
     job.asked = {name: str(value) for name, value in values.items()} if store.given_run_id else {}
     return job.run()
+
+
+def plan_evaluation(cells: Sequence[Cell], options: Options, machine: MachineFacts | None = None) -> Plan:
+    """Plan the evaluation of cells of one model: resolve it, and raise MissingError if a package is missing.
+
+    Text is scored in windows that fit the model, so a short context is no reason to refuse: lengths are set to 1.
+    """
+    short = [dataclasses.replace(cell, prompt_tokens=1, output_tokens=1) for cell in cells]
+    planned = plan(BenchSpec.of(short, options), machine)
+    planned.require_packages()
+    return planned
 
 
 def _new_folder(text: str) -> Path:
@@ -86,18 +99,27 @@ class _Job:
     options: Options
     training: Training
     texts: Texts
-    model: ModelFacts
+    planned: Plan  # of the unquantized and the untrained model
     folder: Path
     checkpoint: Path
     store: Store
     say: Say
     asked: Mapping[str, str] = dataclasses.field(default_factory=dict)  # params as `mlflow run` logged them
     run_id: str | None = None
-    plan: dict[str, int] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
     losses: list[Point] = dataclasses.field(default_factory=list)
     saved: bool = False
     qualities: dict[str, Quality] = dataclasses.field(default_factory=dict)
-    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model(self) -> ModelFacts:
+        """The model that is trained."""
+        return self.planned.cells[1].model
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Fingerprint of this machine."""
+        return self.planned.machine.environment
 
     @property
     def limits(self) -> Limits:
@@ -107,7 +129,6 @@ class _Job:
 
     def run(self) -> Trained:
         """Train, measure and log. The run is ended whatever happens."""
-        self.environment = machine.environment(str(PACKAGE_DIR))
         outcome, message = "error", ""
         try:
             self._prepare()
@@ -159,14 +180,11 @@ class _Job:
             "torch": machine.packages().get("torch", ""),
             "torchao": machine.packages().get("torchao", ""),
         }
-        room = (
-            (None, "") if self.options.force else estimate.available_memory(self.cell.device, self.options.memory_limit)
-        )
         order = {
             "training": to_json(training),
             "learned": str(self.folder / "training.txt"),
             "held_out": str(self.folder / "held_out.txt"),
-            "room": room,
+            "room": self.planned.machine.memory.get(self.cell.device, (None, "")),
             "scratch": str(self._scratch),
             "folder": str(self.checkpoint),
             "recipe": recipe,
@@ -177,8 +195,8 @@ class _Job:
         """Measure the quality of all three models on the held-out text and on continuations of its passages."""
         base = dataclasses.replace(self.cell, quant="none")
         options = dataclasses.replace(self.options, quality="auto", quality_text=str(self.folder / "held_out.txt"))
-        resolve = backend_class(self.cell.backend).resolve
-        plain, trained = resolve(base), dataclasses.replace(self.cell, model=str(self.checkpoint), revision="main")
+        plain = self.planned.cells[0].model
+        trained = dataclasses.replace(self.cell, model=str(self.checkpoint), revision="main")
         self.say("Measuring quality on the held-out text.")
         order = quality_order.order(
             Task((base,), plain, (self.folder / UNQUANTIZED,), options), self._show, self.environment, self.limits
@@ -188,7 +206,7 @@ class _Job:
         for name, cell, model in (
             (UNQUANTIZED, base, plain),
             (UNTRAINED, self.cell, self.model),
-            (TRAINED, trained, resolve(trained)),
+            (TRAINED, trained, plan_evaluation([trained], self.options, self.planned.machine).cells[0].model),
         ):
             outcome = self._work(
                 "evaluate", cell, model, name, quality=dataclasses.replace(order, is_reference=name == UNQUANTIZED)
@@ -210,8 +228,8 @@ class _Job:
         """Handle an event of a worker; the MLflow run begins with the training."""
         match event:
             case TrainingPlanned():
-                counts = ("trained", "frozen", "layers", "needed", "sequences")
-                self.plan = {name: getattr(event, name) for name in counts}
+                names = ("trained", "frozen", "layers", "needed", "sequences")
+                self.counts = {name: getattr(event, name) for name in names}
                 self._begin()
             case Stage(stage="reference"):
                 self.say("Computing the unquantized reference.")
@@ -227,18 +245,15 @@ class _Job:
                 self.say(message)
 
     def _begin(self) -> None:
-        plan, frozen = (
-            self.plan,
-            "the embeddings and the output head stay as they are"
-            if self.training.freeze_embeddings
-            else "nothing is frozen",
+        counts, training = self.counts, self.training
+        frozen = (
+            "the embeddings and the output head stay as they are" if training.freeze_embeddings else "nothing is frozen"
         )
-        passes = self.training.steps * self.training.batch_size / plan["sequences"]
         self.say(
-            f"Training {plan['trained']:,} parameters of {self.cell.model} in float32, with {plan['layers']} linear "
-            f"layers rounded as by {QUANT}; {frozen} ({plan['frozen']:,} parameters). It needs about "
-            f"{plan['needed'] / 1e9:.1f} GB of memory, and sees {plan['sequences']:,} sequences "
-            f"{passes:.2g} times each."
+            f"Training {counts['trained']:,} parameters of {self.cell.model} in float32, with {counts['layers']} "
+            f"linear layers rounded as by {QUANT}; {frozen} ({counts['frozen']:,} parameters). It needs about "
+            f"{counts['needed'] / 1e9:.1f} GB of memory, and sees {counts['sequences']:,} sequences "
+            f"{training.steps * training.batch_size / counts['sequences']:.2g} times each."
         )
         name = f"qat {Path(self.cell.model).name} {QUANT}"
         self.run_id = runs.begin_run(self.store, name, {"qat": self.folder.name})
@@ -255,7 +270,7 @@ class _Job:
             str(self.folder),
             str(self.checkpoint) if self.saved else None,
             self.run_id,
-            self.plan,
+            self.counts,
             tuple(point.value for point in self.losses),
             self.qualities,
         )
@@ -296,14 +311,14 @@ class _Job:
         known = {
             name: as_text(name, getattr(self.training if name in TRAINING else self.cell, name)) for name in SETTINGS
         }
-        plan = {f"qat.{name}": str(count) for name, count in self.plan.items()}
+        counts = {f"qat.{name}": str(count) for name, count in self.counts.items()}
         return {
             **known,
             "quant": QUANT,
             "model.revision": self.model.revision,
             "qat.data_hash": self.texts.digest,
             "qat.dtype": "float32",
-            **plan,
+            **counts,
         }
 
     def _tags(self, done: Trained) -> dict[str, str]:

@@ -44,6 +44,7 @@ from mlflow_llmbench.reports.qat import (
     format_trained,
     training_figures,
 )
+from mlflow_llmbench.workflows.qat import plan_evaluation
 from mlflow_llmbench.workloads import training_texts
 from mlflow_llmbench.workloads.training_texts import read_texts
 from tests.end_to_end.test_survival import until
@@ -546,6 +547,23 @@ def test_a_training_is_a_run_and_its_checkpoint_a_cell(
     assert cell.outcome == "ok"
     params = MlflowClient(store_uri).get_run(cell.run_ids[0]).data.params
     assert (params["qat.base"], params["qat.steps"], params["quant.group_size"]) == (sharp_model.name, "40", "32")
+
+
+def test_both_models_are_planned_together_and_a_short_context_is_no_reason_to_refuse(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The lengths of a cell mean nothing to a training. The tiny model has room for 64 tokens here, a cell asks for 256."""
+    shutil.copytree(tiny_model, tmp_path / "short")
+    file = tmp_path / "short" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 64}))
+    cell, options, _ = parse_training({"model": str(tmp_path / "short"), "group_size": "32"})
+    planned = plan_evaluation([dataclasses.replace(cell, quant="none"), cell], options)
+    assert [(one.cell.quant, one.model.context, one.refusal) for one in planned.cells] == [
+        ("none", 64, None),
+        ("int4-wo", 64, None),
+    ]
+    again = plan_evaluation([cell], options, planned.machine)
+    assert again.machine is planned.machine
 
 
 @pytest.mark.slow
