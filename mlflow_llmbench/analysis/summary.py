@@ -59,7 +59,6 @@ from ..records.metrics import (
     WEIGHTS,
 )
 from ..records.results import MemorySample, RequestRecord, RunResult
-from ..records.text import number_text
 from ..stats import (
     block_bootstrap_interval,
     bootstrap_interval,
@@ -302,27 +301,6 @@ def _statistics(
     return Statistics(
         key, what, len(values), fmean(values), median(values), sd, deviation, low, high, median_low, median_high
     )
-
-
-def statistics_cells(result: RunResult) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the table of `statistics`; – for an absent value."""
-
-    def text(value: float | None) -> str:
-        return "–" if value is None else number_text(value)
-
-    def interval(low: float | None, high: float | None) -> str:
-        return "–" if low is None or high is None else f"{number_text(low)} to {number_text(high)}"
-
-    heading = ["metric", "values", "mean", "95 % interval (t)", "median", "95 % interval (bootstrap)", "sd", "MAD"]
-    body = []
-    for s in statistics(result):
-        means, medians = (
-            [text(s.mean), interval(s.mean_low, s.mean_high)],
-            [text(s.median), interval(s.median_low, s.median_high)],
-        )
-        counted = f"{s.n} {s.values}" if s.n > 1 else f"1 {s.values.removesuffix('s')}"
-        body.append([s.key, counted, *means, *medians, text(s.sd), text(s.mad)])
-    return heading, body
 
 
 def series(result: RunResult) -> list[Point]:

@@ -72,6 +72,7 @@ def recommend(
     """Print the recommendation. Exit code: 0, or 1 if no result meets the limits."""
     from ..analysis.decisions.limits import read_limits
     from ..reports.recommendation import format_recommendation, recommendation_json
+    from ..reports.versions import format_logged
     from ..workflows import recommend
 
     def show(found: Recommendation) -> None:
@@ -87,12 +88,7 @@ def recommend(
         tracking_uri=tracking_uri,
         on_result=show,
     )
-    if done.run_id:
-        register = command_text("register", done.run_id, name="NAME")
-        advice = f" Register the winner: {register}" if done.found.winner else ""
-        print(f"\nLogged on run {done.run_id}: recommendation.md.{advice}")
-    else:
-        print(f"\nNot logged: the store {redact(done.store_uri)} has no run of the sweep {done.sweep}.")
+    print(f"\n{format_logged(done.run_id, done.store_uri, done.sweep, done.found.winner is not None)}")
     if json:
         print_json(recommendation_json(done.found))
     return 0 if done.found.winner else 1
@@ -123,12 +119,11 @@ def register(
     reference: str, name: str, alias: str, accept_suspect: str | None, json: bool, tracking_uri: str | None
 ) -> int:
     """Print the registered version."""
+    from ..reports.versions import format_registered
     from ..workflows import versions
 
     made = versions.register(reference, name, alias, accept_suspect=accept_suspect, tracking_uri=tracking_uri)
-    done = "Registered" if made.new else "Already registered as"
-    print(f"{done} {made.uri}, alias {alias}. Its evidence is the run {made.run_id}.")
-    print(f"Serve it: mlflow models serve -m models:/{made.name}@{alias} --env-manager local")
+    print(format_registered(made.uri, alias, made.run_id, made.new))
     if json:
         data = {"name": made.name, "version": made.version, "alias": alias, "run_id": made.run_id, "new": made.new}
         print_json(data, ensure_ascii=True)
@@ -220,17 +215,14 @@ def gate(
 )
 def promote(version: str, json: bool, tracking_uri: str | None) -> int:
     """Print the new champion and the way back."""
+    from ..reports.versions import format_promoted
     from ..workflows import versions
 
     done = versions.promote(version, tracking_uri=tracking_uri)
-    new, before = done.champion, done.before
-    first = "" if before else " It is the first, so there was nothing to gate it against."
-    print(f"{new.uri} is the champion of {new.name}.{first}")
-    if before:
-        back = command_text("promote", f"models:/{new.name}@previous")
-        print(f"Version {before} is kept as previous. To go back: {back}")
+    print(format_promoted(done.champion.uri, done.before))
     if json:
-        print_json({"name": new.name, "champion": new.version, "previous": before}, ensure_ascii=True)
+        new = done.champion
+        print_json({"name": new.name, "champion": new.version, "previous": done.before}, ensure_ascii=True)
     return 0
 
 

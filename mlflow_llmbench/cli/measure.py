@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config.spec import parse, read_yaml
 from ..config.training import parse_training
 from ..records.backends import SERVER_BACKEND
 from ..records.cell import Cell
-from ..records.invocation import command_text
 from .options import (
     CONFIG,
     EXPERIMENT,
@@ -25,10 +24,7 @@ from .options import (
     command,
     training_options,
 )
-from .output import print_json, print_locations, print_version_warnings, sweep_json
-
-if TYPE_CHECKING:
-    from ..workflows.study import StudyResult
+from .output import print_json, print_version_warnings
 
 
 @command(
@@ -108,6 +104,7 @@ def ab(
     common = _parameters(given)
 
     from ..reports import comparison
+    from ..reports.sweep_result import format_locations, sweep_json
     from ..sweeps.progress import Progress
     from ..workflows import ab
 
@@ -122,8 +119,7 @@ def ab(
         experiment=experiment,
         watcher=Progress(sys.stderr),
     )
-    print(comparison.format_comparison(done.comparison))
-    print_locations(done.sweep)
+    print(f"{comparison.format_comparison(done.comparison)}\n\n{format_locations(done.sweep)}")
     if json:
         print_json({**comparison.comparison_json(done.comparison), **sweep_json(done.sweep)})
     return done.sweep.exit_code
@@ -167,7 +163,9 @@ def study(
     parameters = _parameters(given, config)
     measures = any(name == "preset" or name in Cell.__dataclass_fields__ for name in parameters)
 
-    from ..reports.study import format_study, study_json
+    from ..reports.study import study_json
+    from ..reports.study_result import format_study_result
+    from ..reports.sweep_result import sweep_json
     from ..sweeps.progress import Progress
     from ..workflows import study
 
@@ -186,11 +184,7 @@ def study(
         experiment=experiment,
         watcher=Progress(sys.stderr),
     )
-    if done.sweep:
-        print(f"{done.sweep.table()}\n")
-    if done.found:
-        print(format_study(done.found))
-    _print_study_location(done)
+    print(format_study_result(done))
     if json:
         told: dict[str, Any] = {"run_id": done.run_id, "study_folder": str(done.folder) if done.folder else None}
         told |= {"study": study_json(done.found, ())} if done.found else {}
@@ -226,10 +220,6 @@ def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: s
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(format_trained(done))
-    print(f"\nResults: {done.folder}" + (f"\nLogged on run {done.run_id}." if done.run_id else ""))
-    if done.checkpoint:
-        run_it = command_text("run", model=done.checkpoint, quant="int4-wo", group_size=str(done.cell.group_size))
-        print(f"Run it: {run_it}")
     if json:
         print_json({**to_json(done), "metrics": training_figures(done)})
     return done.exit_code
@@ -255,29 +245,13 @@ def _references(texts: Sequence[str]) -> list[str]:
 
 
 def _run(parameters: Mapping[str, object], json: bool, tracking_uri: str | None, experiment: str | None) -> int:
+    from ..reports.sweep_result import format_sweep_result, sweep_json
     from ..sweeps import sweep
     from ..sweeps.progress import Progress
 
     print_version_warnings()
     result = sweep.run(tracking_uri=tracking_uri, experiment=experiment, watcher=Progress(sys.stderr), **parameters)
-    print(result.table())
-    for sentence in result.sentences:
-        print(f"\n{sentence}")
-    print_locations(result)
+    print(format_sweep_result(result))
     if json:
         print_json(sweep_json(result))
     return result.exit_code
-
-
-def _print_study_location(done: StudyResult) -> None:
-    """Print where the study is."""
-    if done.sweep:
-        print_locations(done.sweep)
-    if done.found and done.folder:
-        print(f"Report: {done.folder / 'study' / 'report.html'}")
-    if done.found:
-        print(
-            f"Logged on run {done.run_id}: study/report.html."
-            if done.run_id
-            else "Not logged: the store has no run of these sweeps. Give --log RUN."
-        )

@@ -150,6 +150,11 @@ class Metric:
         return [self.key(statistic) for statistic in self.statistics]
 
     @property
+    def display_unit(self) -> str:
+        """Unit of the shown value, which is `scale` times the stored one; "" for a ratio."""
+        return self.unit.replace(RATIO, "") if self.shown_unit is None else self.shown_unit
+
+    @property
     def percentiles(self) -> tuple[int, ...]:
         """The percentiles among the statistics: 50 for `p50`."""
         return tuple(int(s[1:]) for s in self.statistics if s[:1] == "p" and s[1:].isdecimal())
@@ -195,8 +200,7 @@ class Entry(Generic[P]):
     @property
     def unit(self) -> str:
         """Unit of the shown value; "" for a ratio."""
-        given = self.metric.shown_unit if self.place.unit is None else self.place.unit
-        return self.metric.unit.replace(RATIO, "") if given is None else given
+        return self.metric.display_unit if self.place.unit is None else self.place.unit
 
     @property
     def scale(self) -> float:

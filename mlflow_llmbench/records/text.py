@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def short_number_text(value: float) -> str:
@@ -21,6 +22,11 @@ def number_text(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
+
+
+def finite(value: Any) -> Any:
+    """Return a value for JSON, which has no infinite numbers: None for a float that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plural(number: int, noun: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..analysis.comparison import Comparison
 from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.study import ScalingStudy
-from ..analysis.summary import statistics_cells, summarize
+from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..measure.journal import samples_csv, write_bytes, write_json
 from ..records.backends import recorded_capabilities
@@ -22,7 +22,7 @@ from .charts.figure_data import figure_data
 from .charts.sweep import SweepPoints
 from .comparison import comparison_json, comparison_markdown
 from .escaping import markdown, quotation
-from .result import Row, config_parameters, config_yaml, report_markdown, summary_table, table_cells
+from .result import Row, config_parameters, config_yaml, report_markdown, statistics_cells, summary_table, table_cells
 from .scaling import study_json, study_markdown
 from .study import Drawn, study_page
 from .tables import csv_table, split_table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -10,6 +9,7 @@ from xml.etree import ElementTree
 from ..analysis.comparison import SIGNIFICANCE
 from ..analysis.decisions.gate import INVALID, NOT_COMPARABLE, REGRESSED, Check, Gate
 from ..records.metrics import KEYS
+from ..records.text import finite
 from .escaping import markdown, plain
 from .tables import markdown_table, p_text, range_text, text_table
 
@@ -59,7 +59,7 @@ def gate_markdown(gate: Gate, champion: str, candidate: str) -> str:
 
 def gate_json(gate: Gate) -> dict[str, Any]:
     """Return the gate as plain JSON data; undefined numbers are null."""
-    checks = [{name: _finite(getattr(check, name)) for name in check.__dataclass_fields__} for check in gate.checks]
+    checks = [{name: finite(getattr(check, name)) for name in check.__dataclass_fields__} for check in gate.checks]
     return {
         "verdict": gate.verdict,
         "exit_code": gate.exit_code,
@@ -101,7 +101,3 @@ def _value(key: str, value: float) -> str:
         return f"{value / 1e9:.4g} GB"
     unit = metric.unit if metric is not None and metric.unit != "0–1" else ""
     return f"{value:.4g} {unit}".strip()
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..records.metric import Metric, Series
 from ..records.metrics import METRICS, SECTIONS, SERIES
+from .tables import table_of_markdown
 
 HEAD = ("key", "unit", "better", "definition", "shown in")
 
@@ -14,10 +13,10 @@ def metrics_markdown() -> str:
     """Return the page `docs/reference/metrics.md`."""
     sections = "\n\n".join(
         f"## {name}\n{words[:1].upper()}{words[1:]}.\n\n"
-        + _table(HEAD, [_row(metric) for metric in METRICS if metric.section == name])
+        + table_of_markdown(HEAD, [_row(metric) for metric in METRICS if metric.section == name])
         for name, words in SECTIONS.items()
     )
-    series = _table(("key", "unit", "definition"), [_series_row(one) for one in SERIES.values()])
+    series = table_of_markdown(("key", "unit", "definition"), [_series_row(one) for one in SERIES.values()])
     return f"""# Metrics
 Keys of the metrics of an MLflow run, one section per prefix. A key with braces stands for several:
 `ttft_ms_{{mean, p50}}` is `ttft_ms_mean` and `ttft_ms_p50`. An ending stands for the key before it with this ending.
@@ -32,10 +31,6 @@ A series has one value per step, with its own time.
 
 {series}
 """
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows))
 
 
 def _row(metric: Metric) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ..analysis.figures import Figures, interval_figures
 from ..analysis.quality import ESTIMATES, Estimate, figures, kl_reduction, sentences
 from ..config.training import QUANT, Training
 from ..records.cell import Cell
+from ..records.invocation import command_text
 from ..records.metric import Metric
 from ..records.metrics import (
     KL,
@@ -136,13 +137,17 @@ def _shown(key: str, estimate: Estimate | None) -> str:
 
 
 def format_trained(done: Trained) -> str:
-    """Format the result for a terminal."""
+    """Format the result for a terminal: the comparison, where the files are, and how to run the checkpoint."""
     lines = [plain(done.message)] if done.message else []
     body = table_body(done)
     if body:
         lines.append(text_table(HEADING, body))
         lines += ["", conclusion(done)]
         lines += [plain(why) for why in dict.fromkeys(why for one in done.qualities.values() for why in one.withheld)]
+    lines += ["", f"Results: {done.folder}", *([f"Logged on run {done.run_id}."] if done.run_id else [])]
+    if done.checkpoint:
+        run_it = command_text("run", model=done.checkpoint, quant=QUANT, group_size=str(done.cell.group_size))
+        lines.append(f"Run it: {run_it}")
     return "\n".join(lines)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ..analysis.comparison import SIGNIFICANCE
 from ..analysis.decisions.equivalence import WORDS, Reproduction
 from ..records.metrics import KEYS
-from ..records.text import number_text
+from ..records.text import finite, number_text
 from .escaping import markdown, plain
 from .tables import markdown_table, p_text, range_text, text_table
 
@@ -63,10 +62,7 @@ def reproduction_markdown(found: Reproduction) -> str:
 
 def reproduction_json(found: Reproduction) -> dict[str, Any]:
     """The reproduction as plain JSON data."""
-    findings = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(f).items()}
-        for f in found.findings
-    ]
+    findings = [{name: finite(value) for name, value in vars(finding).items()} for finding in found.findings]
     return {
         "verdict": found.verdict,
         "exit_code": found.exit_code,

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..analysis.latency import e2e_ms, ttft_ms
 from ..analysis.quality import sentences
-from ..analysis.summary import Turn, gpu_of, statistics_cells, summarize, turns_of
+from ..analysis.summary import Turn, gpu_of, statistics, summarize, turns_of
 from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.spec import cell_fields
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
@@ -20,11 +20,11 @@ from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
 from ..records.metrics import KEYS, REPETITIONS, VARIATION, peak_memory, shown_in
 from ..records.results import RunResult, Verdict
-from ..records.text import short_number_text
+from ..records.text import number_text, short_number_text
 from ..stats import classify_outliers
 from ..workloads.prompts import MIXED
 from .escaping import code_block, markdown, plain
-from .tables import markdown_table, split_table, text_table
+from .tables import MISSING, markdown_table, split_table, text_table
 
 Metrics = Mapping[str, float]
 
@@ -403,3 +403,24 @@ def config_yaml(parameters: Mapping[str, str]) -> str:
     return "".join(
         f"{name}: {json.dumps(text, ensure_ascii=not text.isprintable())}\n" for name, text in parameters.items()
     )
+
+
+def statistics_cells(result: RunResult) -> tuple[list[str], list[list[str]]]:
+    """Return heading and body of the table of `statistics`; a dash for an absent value."""
+
+    def text(value: float | None) -> str:
+        return MISSING if value is None else number_text(value)
+
+    def interval(low: float | None, high: float | None) -> str:
+        return MISSING if low is None or high is None else f"{number_text(low)} to {number_text(high)}"
+
+    heading = ["metric", "values", "mean", "95 % interval (t)", "median", "95 % interval (bootstrap)", "sd", "MAD"]
+    body = []
+    for s in statistics(result):
+        means, medians = (
+            [text(s.mean), interval(s.mean_low, s.mean_high)],
+            [text(s.median), interval(s.median_low, s.median_high)],
+        )
+        counted = f"{s.n} {s.values}" if s.n > 1 else f"1 {s.values.removesuffix('s')}"
+        body.append([s.key, counted, *means, *medians, text(s.sd), text(s.mad)])
+    return heading, body

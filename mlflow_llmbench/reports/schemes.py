@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..records.quantizations import ESTIMATED_GROUP, LIBRARIES, QUANTIZATIONS, SCHEMES, Library, Scheme
+from .tables import table_of_markdown
 
 HEAD = ("`quant`", "definition", "bits stored", "settings", "library", "needs")
 
 
 def schemes_markdown() -> str:
     """Return the page `docs/reference/schemes.md`."""
-    rows = [HEAD, ("---",) * len(HEAD), *(_row(SCHEMES[name]) for name in QUANTIZATIONS)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = table_of_markdown(HEAD, [_row(SCHEMES[name]) for name in QUANTIZATIONS])
     ready = "\n".join(f"- {library.name}: {_installed_by(library)}" for library in LIBRARIES if library.ready)
     groups = f"groups of {ESTIMATED_GROUP}"
     return f"""# Quantization schemes

@@ -146,12 +146,17 @@ def markdown_table(
 
     Columns in `numeric` are right-aligned. Cells (line, column) in `bold` are bold.
     """
-    rules = ["---:" if column in numeric else "---" for column in range(len(heading))]
-    lines = [[markdown(cell) for cell in heading], rules]
+    lines = []
     for number, line in enumerate(body):
         cells = [markdown(cell) for cell in line]
         lines.append([f"**{cell}**" if (number, column) in bold else cell for column, cell in enumerate(cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table_of_markdown([markdown(cell) for cell in heading], lines, numeric)
+
+
+def table_of_markdown(heading: Sequence[str], body: Iterable[Sequence[str]], numeric: Collection[int] = ()) -> str:
+    """Return a Markdown table of cells that are Markdown already: text of ours, or escaped."""
+    rules = ["---:" if column in numeric else "---" for column in range(len(heading))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, rules, *body))
 
 
 def csv_table(heading: Sequence[object], body: Iterable[Sequence[object]]) -> str:

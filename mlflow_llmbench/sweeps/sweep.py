@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 from ..config.cells import asked_params
 from ..config.spec import BenchSpec, parse
 from ..measure.journal import new_sweep
-from ..reports.result import Row, format_table
+from ..reports.sweep_result import SweepResult as SweepResult
 from ..tracking.store import ui_command
 from .executor import Executor
 from .local_executor import LocalExecutor
@@ -23,37 +21,6 @@ from .loop import Sweep
 from .planning import Plan, plan
 from .progress import NullListener, ProgressListener
 from .run_recorder import Destination, RunRecorder
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """Result of a command.
-
-    `run_ids` are in the order of the planned cells, "" where a cell has no run. `parent_id` is None for a single cell.
-    `page` is the page to open in the MLflow UI.
-    """
-
-    rows: tuple[Row, ...]
-    varied: tuple[str, ...]
-    outcome: str
-    folder: Path
-    run_ids: tuple[str, ...]
-    parent_id: str | None
-    tracking_uri: str
-    experiment_id: str
-    ui: str
-    page: str
-    not_uploaded: tuple[str, ...] = ()
-    sentences: tuple[str, ...] = ()  # findings that need several cells
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code: 0 if every cell was measured or skipped and all was uploaded, 130 if interrupted, else 1."""
-        return 130 if self.outcome == "interrupted" else int(self.outcome != "ok" or bool(self.not_uploaded))
-
-    def table(self) -> str:
-        """Return the comparison as text."""
-        return format_table(self.rows, self.varied)
 
 
 def run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..analysis.scaling import findings
@@ -16,9 +15,9 @@ from ..records.errors import LlmbenchError, MeasurementError, UsageError
 from ..records.invocation import command_text
 from ..records.results import RunResult
 from ..reports import artifacts
+from ..reports.study_result import StudyResult
 from ..sweeps import sweep
 from ..sweeps.progress import ProgressListener
-from ..sweeps.sweep import SweepResult
 from ..system import machine
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
@@ -28,25 +27,6 @@ from . import doctor
 
 PRESET = "quick"
 """Preset of a study's grid unless another is given."""
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """Result of `run_study`. `sweep` is None if nothing was measured, `found` is None if the sweep was interrupted.
-
-    `folder` holds study/ and scaling/ (None if they were only logged); `run_id` is the run that holds them (None if
-    there is none).
-    """
-
-    sweep: SweepResult | None
-    found: Findings | None
-    folder: Path | None
-    run_id: str | None
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the sweep, 0 without one."""
-        return self.sweep.exit_code if self.sweep else 0
 
 
 def run_study(

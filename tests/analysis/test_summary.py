@@ -243,28 +243,6 @@ def test_the_series_of_gaps_has_the_interval_of_the_block_bootstrap() -> None:
     assert steps.n == 200
 
 
-def test_the_table_of_statistics() -> None:
-    heading, body = summary.statistics_cells(result([[f] * 3 for f in (1.0, 2.0, 3.0, 4.0, 10.0)], rows=1))
-    assert heading == [
-        "metric",
-        "values",
-        "mean",
-        "95 % interval (t)",
-        "median",
-        "95 % interval (bootstrap)",
-        "sd",
-        "MAD",
-    ]
-    [e2e] = [line for line in body if line[0] == "latency/e2e_ms_p50"]
-    assert e2e[1:5] == ["5 repetitions", "22.00", "8.830 to 35.17", "19.00"]
-    assert e2e[6:] == ["10.61", "3.000"]
-    assert body[-1] == ["steps/itl_ms", "3 tokens", "3.000", "–", "3.000", "–", "0", "0"]
-    once = summary.statistics_cells(result([[1.0] * 3]))[1]
-    assert once[0][1] == "1 repetition"
-    assert once[0][3] == once[0][5] == once[0][6] == "–"
-    assert summary.statistics_cells(result([])) == (heading, [])
-
-
 SLOW, FAST = [2.4, 2.4, 2.4], [2.0, 2.0, 2.0]
 
 

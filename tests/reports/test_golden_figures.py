@@ -17,7 +17,7 @@ from mlflow_llmbench.analysis.decisions import gate, recommend
 from mlflow_llmbench.analysis.decisions.deployment import Evidence, deployment_of, version_tags
 from mlflow_llmbench.analysis.decisions.export import export
 from mlflow_llmbench.analysis.server_overhead import added, sentence
-from mlflow_llmbench.analysis.summary import series, statistics_cells, summarize
+from mlflow_llmbench.analysis.summary import series, summarize
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import (
@@ -40,7 +40,14 @@ from mlflow_llmbench.records.results import (
 from mlflow_llmbench.reports.comparison import comparison_cells, comparison_json
 from mlflow_llmbench.reports.gate import gate_json, gate_markdown
 from mlflow_llmbench.reports.recommendation import recommendation_json, recommendation_markdown
-from mlflow_llmbench.reports.result import format_table, report_markdown, row_of, summary_markdown, with_figures
+from mlflow_llmbench.reports.result import (
+    format_table,
+    report_markdown,
+    row_of,
+    statistics_cells,
+    summary_markdown,
+    with_figures,
+)
 from mlflow_llmbench.reports.sweep import cells_table, headline
 
 from ..results import GB, MS, made

@@ -552,7 +552,7 @@ def test_a_training_is_a_run_and_its_checkpoint_a_cell(
 def test_both_models_are_planned_together_and_a_short_context_is_no_reason_to_refuse(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The lengths of a cell mean nothing to a training. The tiny model has room for 64 tokens here, a cell asks for 256."""
+    """By default a cell asks for 256 tokens, and this model has room for 64. A training ignores these lengths."""
     shutil.copytree(tiny_model, tmp_path / "short")
     file = tmp_path / "short" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 64}))

@@ -111,12 +111,9 @@ def _varied_text(name: str, value: object) -> str:
 
 
 def figure(key: str, value: float) -> str:
-    """Format a value with its unit (GB, ms, tokens/s, J) and three significant digits."""
-    unit = KEYS[key].unit if key in KEYS else ""
-    if unit == "bytes":
-        return f"{_digits(value / 1e9)} GB"
-    words = {"ms": " ms", "1/s": " tokens/s", "J": " J"}
-    return f"{_digits(value)}{words.get(unit, '')}"
+    """Format a value as it is shown, with three significant digits and the unit of the metric table."""
+    metric = KEYS.get(key)
+    return f"{_digits(value * metric.scale)} {metric.display_unit}".rstrip() if metric else _digits(value)
 
 
 def bound_text(measure: Measure, bound: float) -> str:

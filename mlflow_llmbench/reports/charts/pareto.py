@@ -115,7 +115,7 @@ def _legend(found: Recommendation) -> list[Any]:
 
 def _scale(measure: Measure) -> float:
     key = measure.keys[-1]
-    return 1e-9 if key in KEYS and KEYS[key].unit == "bytes" else 1.0
+    return KEYS[key].scale if key in KEYS else 1.0
 
 
 def _place(one: Candidate, measure: Measure) -> float:
@@ -129,9 +129,8 @@ def _ends(one: Candidate, measure: Measure) -> tuple[float, float] | None:
 
 def _axis_label(measure: Measure) -> str:
     key = measure.keys[-1]
-    unit = KEYS[key].unit if key in KEYS else ""
-    shown = {"bytes": "GB", "1/s": "tokens/s", "0–1": ""}.get(unit, unit)
-    return f"{measure.label[:1].upper()}{measure.label[1:]}{f' ({shown})' if shown else ''}"
+    unit = KEYS[key].display_unit if key in KEYS else ""
+    return f"{measure.label[:1].upper()}{measure.label[1:]}{f' ({unit})' if unit else ''}"
 
 
 CHARTS = (Chart("recommendation", "recommendation", recommendation_figure),)

@@ -266,7 +266,7 @@ def test_quality_is_a_limit_and_absent_quality_is_not_good_quality() -> None:
     found = choose([best, bad, absent], "throughput", [limit])
     assert found.winner is best
     told = {r.candidate.name: r.why for r in found.refused}
-    assert told["int4"] == "Its KL divergence from the reference is 0.300, and --min-quality kl is 0.05."
+    assert told["int4"] == "Its KL divergence from the reference is 0.300 nats, and --min-quality kl is 0.05."
     assert told["bf16"].startswith("It has no quality/kl_vs_reference, so --min-quality kl 0.05 cannot be checked.")
     assert found.changes == (
         "With --min-quality kl 0.3, int4 would win: output throughput 96.2 tokens/s instead of 73.5 tokens/s.",

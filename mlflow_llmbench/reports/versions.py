@@ -1,0 +1,34 @@
+"""Registered versions, promotions and logged decisions as text for a terminal."""
+
+from __future__ import annotations
+
+from ..records.invocation import command_text
+from ..records.redaction import redact
+
+
+def format_registered(uri: str, alias: str, run_id: str, new: bool) -> str:
+    """Return what was registered and how to serve it. `uri` is `models:/NAME/VERSION`, `run_id` its evidence."""
+    name = uri.removeprefix("models:/").rpartition("/")[0]
+    return (
+        f"{'Registered' if new else 'Already registered as'} {uri}, alias {alias}. Its evidence is the run {run_id}.\n"
+        f"Serve it: mlflow models serve -m models:/{name}@{alias} --env-manager local"
+    )
+
+
+def format_promoted(uri: str, before: str | None) -> str:
+    """Return the new champion and the way back to version `before`, None for the first champion of its name."""
+    name = uri.removeprefix("models:/").rpartition("/")[0]
+    if before is None:
+        return f"{uri} is the champion of {name}. It is the first, so there was nothing to gate it against."
+    return (
+        f"{uri} is the champion of {name}.\n"
+        f"Version {before} is kept as previous. To go back: {command_text('promote', f'models:/{name}@previous')}"
+    )
+
+
+def format_logged(run_id: str | None, store_uri: str, sweep: str, has_winner: bool) -> str:
+    """Return where a recommendation was logged and how to register its winner; `run_id` is None if it was not."""
+    if run_id is None:
+        return f"Not logged: the store {redact(store_uri)} has no run of the sweep {sweep}."
+    advice = f" Register the winner: {command_text('register', run_id, name='NAME')}" if has_winner else ""
+    return f"Logged on run {run_id}: recommendation.md.{advice}"
