@@ -18,7 +18,6 @@ from ..records.metrics import (
 )
 from ..records.results import Reason, RunResult
 from ..records.server_names import PREFIX_CACHES
-from ..records.verdicts import FOREIGN_CPU_LIMIT
 from .online_metrics import RATE_LIMIT, cached_share, overload_of, steady_window
 from .repetitions import SINGLE_SHARE, TOGETHER_SHARE, requests, single_share, together_share
 
@@ -175,16 +174,4 @@ def windows(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
         )
 
 
-def stolen(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
-    """Check for CPU time taken by the hypervisor. Other processes are not checked: one of them may be the server."""
-    noises = [r.noise for r in result.repetitions if r.noise]
-    wall, steal = sum(n.wall_s for n in noises), sum(n.steal_s or 0.0 for n in noises)
-    if wall > 0.5 and steal / wall > FOREIGN_CPU_LIMIT:
-        yield Reason(
-            "contended",
-            f"During the repetitions the hypervisor took {steal / wall:.2f} CPUs' worth of time from the client's "
-            f"machine (limit {FOREIGN_CPU_LIMIT:.2f}). Measure again on a quiet machine.",
-        )
-
-
-CHECKS = (client, failures, lengths, caches, chunks, saturation, windows, stolen)
+CHECKS = (client, failures, lengths, caches, chunks, saturation, windows)

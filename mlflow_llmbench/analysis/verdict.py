@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from statistics import median
 
 from ..records.metrics import MBU, RELATIVE_HALF_WIDTH, TPOT, VARIATION
 from ..records.results import Reason, RunResult, Verdict
-from ..records.verdicts import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS
+from ..records.verdicts import LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS, VARIATION_LIMIT
 from ..stats import coefficient_of_variation, supports
-from . import online_validity
+from . import collapsed_gaps, contention, online_validity
 from .latency import gaps_ms
-from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step, token_gaps
-
-VARIATION_LIMIT = 0.10
-SWAPPED_PAGES_LIMIT = 256
-LEAST_GAP_MS = 0.01
-"""Minimum time between two tokens that a model computes; passing on tokens that exist already takes a tenth of it."""
+from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
 
 Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
 
@@ -75,13 +69,12 @@ def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
 
 def _together(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     """Check for tokens handed over only after all were made: a user's function that does not stream."""
-    gaps = token_gaps(result)
-    if gaps and (apart := median(gaps)) < LEAST_GAP_MS:
+    if (apart := collapsed_gaps.handed_over_at_once(result)) is not None:
         yield Reason(
             "chunked_stream",
             f"The tokens of a request came together, {apart * 1000:.2g} µs apart (median; limit "
-            f"{LEAST_GAP_MS * 1000:g} µs): they were handed over when all were made, so neither the time to the first "
-            "token nor the gaps are those of the model. Emit each token as it is made.",
+            f"{collapsed_gaps.LEAST_GAP_MS * 1000:g} µs): they were handed over when all were made, so neither the "
+            "time to the first token nor the gaps are those of the model. Emit each token as it is made.",
         )
 
 
@@ -159,49 +152,6 @@ def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
         )
 
 
-def _contention(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    noises = [r.noise for r in result.repetitions if r.noise]
-    wall = sum(n.wall_s for n in noises)
-    steal = sum(n.steal_s or 0.0 for n in noises)
-    foreign = sum(n.foreign_cpu_s or 0.0 for n in noises)
-    if wall > 0.5 and (steal + foreign) / wall > FOREIGN_CPU_LIMIT:
-        yield Reason(
-            "contended",
-            f"During the repetitions other processes used {foreign / wall:.2f} and the hypervisor took "
-            f"{steal / wall:.2f} CPUs' worth of time (limit {FOREIGN_CPU_LIMIT:.2f} together). Stop other programs, "
-            "and measure again.",
-        )
-    swapped = sum(n.swapped_pages or 0 for n in noises)
-    if swapped > SWAPPED_PAGES_LIMIT:
-        yield Reason(
-            "swapping",
-            f"{swapped} pages were swapped during the repetitions (limit {SWAPPED_PAGES_LIMIT}). The model does not "
-            "fit in memory with the other programs: use a smaller batch_size or quantization.",
-        )
-
-
-def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    noises = [r.noise for r in result.repetitions if r.noise]
-    held = [n for n in noises if n.throttles]
-    if held:
-        names = dict.fromkeys(name for n in held for name in n.throttles)
-        counted = sum(n.throttled_s or 0.0 for n in held)
-        temperatures = [n.temperature_c for n in noises if n.temperature_c is not None]
-        hottest = f", up to {max(temperatures)} °C" if temperatures else ""
-        lasted = f", for {counted:.2g} s of {sum(n.wall_s for n in noises):.3g} s" if counted else ""
-        yield Reason(
-            "throttled",
-            f"The GPU held its clock back in {len(held)} of {len(noises)} repetitions ({', '.join(names)}{lasted}"
-            f"{hottest}; limit 0). Improve its cooling or raise its power limit, and measure again.",
-        )
-    foreign = max((n.foreign_gpu_processes or 0 for n in noises), default=0)
-    if foreign:
-        yield Reason(
-            "contended",
-            f"{foreign} other processes computed on the GPU (limit 0). Stop them, and measure again.",
-        )
-
-
 CHECKS: tuple[Check, ...] = (
     _counts,
     _order,
@@ -210,18 +160,28 @@ CHECKS: tuple[Check, ...] = (
     _steadiness,
     _convergence,
     _variation,
-    _contention,
-    _throttling,
+    collapsed_gaps.collapsed,
+    *contention.CHECKS,
 )
-ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, *online_validity.CHECKS)
+ONLINE_CHECKS: tuple[Check, ...] = (
+    _order,
+    _steadiness,
+    _convergence,
+    _variation,
+    collapsed_gaps.collapsed,
+    *online_validity.CHECKS,
+    contention.of_the_client,
+    contention.memory,
+    contention.throttling,
+)
 STREAM_CHECKS: tuple[Check, ...] = (
     _counts,
     _order,
     _steadiness,
     _convergence,
     _variation,
-    _contention,
-    _throttling,
+    collapsed_gaps.collapsed,
+    *contention.CHECKS,
     online_validity.client,
     online_validity.saturation,
     online_validity.windows,

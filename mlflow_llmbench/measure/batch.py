@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..analysis.contention import can_be_judged
 from ..backends.base import Backend, DecodingBackend, History
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
@@ -246,14 +247,17 @@ def _warm_up(
 def enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
     """Return True if `auto` may stop repeating.
 
-    It needs at least 5 unspoiled repetitions and the relative half-width of the throughput's 95 % interval within
-    `precision_target`. A spoiled repetition is repeated and kept, because leaving out results by hand would bias them.
-    On a machine that is never quiet, twice the least number of repetitions is enough; the verdict is then `contended`.
+    It needs at least 5 unspoiled repetitions, long enough together to judge contention, and the relative half-width of
+    the throughput's 95 % interval within `precision_target`. A spoiled repetition is repeated and kept, because leaving
+    out results by hand would bias them. On a machine that is never quiet, twice the least number of repetitions is
+    enough; the verdict is then `contended`.
     """
     clean = [r for r in repetitions if not (r.noise and r.noise.spoiled)]
     if cell.repetitions is not None or len(repetitions) < LEAST_REPETITIONS:
         return False
     if len(clean) < LEAST_REPETITIONS and len(repetitions) < 2 * LEAST_REPETITIONS:
+        return False
+    if not can_be_judged(repetitions):
         return False
     width = relative_half_width([throughput(repetition) for repetition in repetitions])
     return width is not None and width <= cell.precision_target

@@ -15,6 +15,9 @@ FOREIGN_CPU_LIMIT = 0.10
 SPOILED_CPU_LIMIT = 0.25
 """The same limit for one repetition, above which it counts as spoiled. Higher, because a short one meets bursts."""
 
+VARIATION_LIMIT = 0.10
+"""Standard deviation ÷ mean of repetitions or processes, above which they vary too much."""
+
 FAILURES = ("truncated", "server_error", "timeout", "refused", "malformed")
 """Outcomes of a request to a server other than `complete`."""
 
@@ -28,11 +31,13 @@ REASONS: dict[str, str] = {
     "not_converged": "suspect",
     "too_few_samples": "suspect",
     "contended": "suspect",
+    "too_short_to_judge": "suspect",
     "throttled": "suspect",
     "high_variation": "suspect",
     "length_drift": "suspect",
     "prefix_cache_hits": "suspect",
     "chunked_stream": "suspect",
+    "collapsed_gaps": "suspect",
     "swapping": "suspect",
     "failed_requests": "suspect",
     "saturated": "suspect",

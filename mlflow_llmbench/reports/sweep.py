@@ -140,6 +140,10 @@ def headline(rows: Sequence[Row], varied: Sequence[str]) -> str:
     return "; ".join(parts) + "."
 
 
+NEVER_BEST = ("collapsed_gaps",)
+"""Reasons for which a suspect cell is not called the best: its short gaps would win."""
+
+
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} others alike"
 
@@ -149,9 +153,16 @@ def leaders(rows: Sequence[Row], key: str) -> list[Row]:
 
     Return none if that is all cells. If the metric has an interval, cells whose interval overlaps that of the best are
     alike. Otherwise cells within the metric's tolerance are, or, except for memory, within the sum of both half-widths
-    of the throughput's intervals, if that is more. Only measured cells whose verdict is not invalid count.
+    of the throughput's intervals, if that is more. Only measured cells whose verdict is not invalid count, and none
+    whose tokens came in bursts.
     """
-    trusted = [row for row in rows if row.state in ("valid", "suspect") and key in row.metrics]
+    trusted = [
+        row
+        for row in rows
+        if row.state in ("valid", "suspect")
+        and key in row.metrics
+        and not (row.verdict and any(reason.code in NEVER_BEST for reason in row.verdict.reasons))
+    ]
     if not trusted or KEYS[key].tolerance is None:
         return []
     sign = -1 if KEYS[key].better == "lower" else 1
