@@ -22,7 +22,7 @@ SHARED_STEP_MS = 1.0
 """The same in ms where a model serves several requests at once: above it, a short gap is a step without a prefill."""
 
 MEDIAN_RATIO = 0.5
-"""Least ratio of the median gap to the mean gap of a batch that is decoded alone. Quiet machines have above 0.9."""
+"""Least ratio of the median gap of a batch that is decoded alone to its mean gap. Quiet machines have above 0.9."""
 
 
 def together_share(some: Sequence[RequestRecord], shared: bool) -> float:
@@ -62,6 +62,7 @@ def collapsed(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     if not gaps or min(gaps) < 0:
         return
     mean, middle = fmean(gaps), median(gaps)
+    own = [median(found) / fmean(found) for r in every if (found := gaps_ms(r)) and fmean(found) > 0]
     shared = result.cell.scenario != "offline"
     seen = ""
     if (share := together_share(every, shared)) > TOGETHER_SHARE:
@@ -69,10 +70,10 @@ def collapsed(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
             f"{share:.0%} of the tokens came within a tenth of the mean gap after the one before (limit "
             f"{TOGETHER_SHARE:.0%}; median gap {middle:.3g} ms, mean {mean:.3g} ms)"
         )
-    elif not shared and middle < MEDIAN_RATIO * mean:
+    elif not shared and own and (ratio := fmean(own)) < MEDIAN_RATIO:
         seen = (
-            f"The median gap between tokens is {middle:.3g} ms and the mean {mean:.3g} ms (limit: the median is at "
-            f"least {MEDIAN_RATIO:.0%} of the mean)"
+            f"The median gap of a request is {ratio:.2g} of its mean gap (limit {MEDIAN_RATIO:g}; over all requests, "
+            f"{middle:.3g} ms and {mean:.3g} ms)"
         )
     if seen:
         yield Reason(

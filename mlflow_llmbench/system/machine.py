@@ -355,8 +355,8 @@ def noise_between(before: Readings, after: Readings) -> Noise:
         busy_cpu_s=busy,
         run_delay_s=pressure.run_delay_between(before.run_delays_s, after.run_delays_s),
         memory_pressure_s=difference("memory_pressure_s"),
-        quota_throttled_s=held and held.throttled_s,
-        quota_throttles=held and held.throttled,
+        quota_throttled_s=held.throttled_s if held else None,
+        quota_throttles=held.throttled if held else None,
     )
     return _with_gpu(noise, before.gpu, after.gpu) if before.gpu and after.gpu else noise
 

@@ -68,7 +68,7 @@ def test_rows_share_stamps_and_are_counted() -> None:
 def test_auto_warms_up_at_least_three_times_and_repeats_at_least_five() -> None:
     measured, _ = measure("ttft_ms=5+itl_ms=1", precision_target=1.0)
     assert len(measured.warmup_s) >= 3
-    assert len(measured.repetitions) == 5
+    assert 5 <= len(measured.repetitions) <= 10  # more where other work of this machine spoils some
 
 
 def test_auto_stops_at_the_maximum_when_the_interval_stays_wide() -> None:
