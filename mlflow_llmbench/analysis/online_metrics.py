@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median
 
 from ..records.cell import Cell
@@ -62,6 +61,7 @@ from ..records.results import EngineReadings, Repetition, RequestRecord, RunResu
 from ..records.server_names import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 from .figures import Figures, distribution, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, gaps_ms, send_delay_ms, tpot_ms, ttft_ms, visible_ms
+from .overload import overload_of
 from .repetitions import one_token_per_chunk, requests, span_s
 
 
@@ -195,82 +195,6 @@ def _windows(result: RunResult) -> Figures:
     if one_token_per_chunk(every):
         found |= distribution(FULL_ITL, [gap for r in every for gap in gaps_ms(r)]) | distribution(STEADY_ITL, gaps)
     return found
-
-
-RATE_LIMIT = 0.95
-"""Answers per second ÷ requests per second below which a server does not keep up."""
-
-GROWTH_LIMIT = 1.5
-"""Median TTFT, or time of an answer, of the last third of the requests ÷ first third; from here on, a queue grows."""
-
-STILL_GROWS = 1.2
-"""The same for the last third ÷ the middle one.
-
-Times of answers rise until as many are in flight as the rate brings, and then no longer.
-"""
-
-
-@dataclass(frozen=True)
-class Overload:
-    """Overload in an open loop: requests asked and answered per second, growth of a latency, and its name."""
-
-    asked_per_s: float
-    answered_per_s: float
-    growth: float
-    grew: str
-
-
-def overload_of(result: RunResult) -> Overload | None:
-    """Compare the load of an open loop with the server's rate of answers; None if the server kept up.
-
-    The arrival rate is compared with the rate at which the same requests are answered, so the time of an answer does
-    not matter. For a ramp only the last third of its requests counts: a server that does not keep up works at its limit
-    there. A server that starts every request at once delays the answers instead of the first tokens, so the time of an
-    answer is checked too, except under a rising rate, where it grows anyway, and a trace.
-    """
-    cell, grew = result.cell, "time to first token"
-    if not cell.open_loop:
-        return None
-    growth = _growth(result, ttft_ms)
-    if growth is None and cell.ramp_to is None and not cell.trace:
-        grew, growth = "time of an answer", _growth(result, e2e_ms, STILL_GROWS)
-    if growth is None:
-        return None
-    pairs = [pair for repetition in result.repetitions if (pair := _rates(repetition, cell.ramp_to is not None))]
-    if not pairs:
-        return None
-    asked, answered = fmean(came for came, _ in pairs), fmean(done for _, done in pairs)
-    return Overload(asked, answered, growth, grew) if answered < RATE_LIMIT * asked else None
-
-
-def _rates(repetition: Repetition, last_third: bool) -> tuple[float, float] | None:
-    """Requests and answers per second of all requests, or of the last third; failed requests count as unanswered."""
-    order = sorted((*repetition.requests, *repetition.failed), key=lambda r: r.start_ns)
-    order = order[len(order) - len(order) // 3 :] if last_third else order
-    ends = [r.stamps_ns[-1] for r in order if r.outcome == "complete"]
-    if len(ends) < 2 or max(ends) == min(ends) or order[-1].start_ns == order[0].start_ns:
-        return None
-    return (len(order) - 1) / (order[-1].start_ns - order[0].start_ns) * 1e9, (len(ends) - 1) / (
-        max(ends) - min(ends)
-    ) * 1e9
-
-
-def _growth(result: RunResult, of: Callable[[RequestRecord], float], at_the_end: float = 0.0) -> float | None:
-    """Median over repetitions of a latency's median in the last third of the requests ÷ that in the first third.
-
-    None if it is below `GROWTH_LIMIT`, or if the same over the middle third is below `at_the_end`.
-    """
-    grown, lately = [], []
-    for repetition in result.repetitions:
-        order = sorted(repetition.requests, key=lambda r: r.start_ns)
-        if third := len(order) // 3:
-            first, middle, last = (
-                median(map(of, part)) for part in (order[:third], order[third:-third], order[-third:])
-            )
-            if first > 0 and middle > 0:
-                grown.append(last / first)
-                lately.append(last / middle)
-    return median(grown) if grown and median(grown) >= GROWTH_LIMIT and median(lately) >= at_the_end else None
 
 
 TENTHS = 10

@@ -18,7 +18,8 @@ from ..records.metrics import (
 )
 from ..records.results import Reason, RunResult
 from ..records.server_names import PREFIX_CACHES
-from .online_metrics import RATE_LIMIT, cached_share, overload_of, steady_window
+from .online_metrics import cached_share, steady_window
+from .overload import overload_of, still_filling
 from .repetitions import SINGLE_SHARE, TOGETHER_SHARE, requests, single_share, together_share
 
 CPU_LIMIT = 0.75
@@ -29,6 +30,9 @@ LAG_LIMIT_MS = {50: 5.0, 99: 50.0}
 
 DELAY_LIMIT_MS = 10.0
 """Maximum median send delay of an open loop, in ms (the rule of inference-perf)."""
+
+RATE_LIMIT = 0.95
+"""Least rate that the client may reach, as a share of the rate that was asked for."""
 
 FAILED_LIMIT = 0.05
 LENGTH_LIMIT = 0.02
@@ -142,6 +146,7 @@ def saturation(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check that an open loop did not overload the server: otherwise the numbers describe a growing queue."""
     found, cell = overload_of(result), result.cell
     if found is None:
+        yield from _filling(result)
         return
     came = f"Requests came at {found.asked_per_s:.3g} per second and were answered at {found.answered_per_s:.3g}"
     if cell.ramp_to is not None:
@@ -159,19 +164,36 @@ def saturation(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     )
     yield Reason(
         "saturated",
-        f"{came}; the {found.grew} grew {found.growth:.1f} times from the first to the last third. The latencies are "
-        f"those of a queue that grows with the length of the run. {lower}.",
+        f"{came}; the {found.grew} grew {found.growth:.1f} times from the first third to later ones, and "
+        f"{found.unanswered:.3g} of {found.sent:.3g} requests were unanswered when the last was sent. The latencies "
+        f"are those of a queue that grows with the length of the run. {lower}.",
     )
+
+
+def _filling(result: RunResult) -> Iterator[Reason]:
+    """Check that the requests were enough to tell whether the server keeps up."""
+    if (found := still_filling(result)) is not None and not _without_window(result):
+        unanswered, sent = found
+        yield Reason(
+            "not_steady",
+            f"{unanswered:.3g} of {sent:.3g} requests were unanswered when the last was sent, and the number was still "
+            "growing: it cannot be told whether the server keeps up with this rate. Send more requests, or ask for a "
+            "lower request_rate.",
+        )
 
 
 def windows(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check for a steady window: without one, each repetition is only ramp-up and drain."""
-    if all(steady_window(repetition) is None for repetition in result.repetitions):
+    if _without_window(result):
         yield Reason(
             "not_steady",
             "The last request was sent before the first answer had ended, so there is no steady window. Send more "
             "requests than users.",
         )
+
+
+def _without_window(result: RunResult) -> bool:
+    return all(steady_window(repetition) is None for repetition in result.repetitions)
 
 
 CHECKS = (client, failures, lengths, caches, chunks, saturation, windows)

@@ -96,10 +96,9 @@ def test_results_that_recorded_less_are_judged_by_what_they_have() -> None:
     assert codes(beside([Noise(0.01, 0.0, 0.0, 0.01)] * 5)) == []
     assert codes(beside([Noise(1.0)] * 5)) == []
     one = made(environment={})
-    assert codes(
-        dataclasses.replace(one, repetitions=tuple(dataclasses.replace(r, noise=None) for r in one.repetitions))
-    )
-    assert can_be_judged([dataclasses.replace(r, noise=None) for r in one.repetitions])
+    nothing = tuple(dataclasses.replace(r, noise=None) for r in one.repetitions)
+    assert codes(dataclasses.replace(one, repetitions=nothing)) == []
+    assert can_be_judged(nothing)
 
 
 def test_threads_that_fill_all_cpus_wait_for_each_other() -> None:
@@ -148,9 +147,9 @@ def test_auto_repeats_until_contention_can_be_judged() -> None:
     assert not can_be_judged(repetitions(30, 0.003))
     enough_for = next(n for n in range(5, 100) if enough(Cell(), repetitions(n, 0.008)))
     assert 5 < enough_for < 20 and unseen_cpus([r.noise for r in repetitions(enough_for, 0.008) if r.noise]) <= 0.6
-    assert enough(Cell(), repetitions(5, 0.05))
+    assert enough(Cell(), repetitions(5, 0.02))
     # Without a fine clock a quarter of a CPU has to be seen.
-    assert not enough(Cell(), repetitions(5, 0.05, run_delay_s=None))
+    assert not enough(Cell(), repetitions(5, 0.02, run_delay_s=None))
     assert enough(Cell(), repetitions(5, 0.2, run_delay_s=None))
     [reason] = judge(one := beside([quiet(0.003)] * 30), summarize(one)).reasons
     assert reason.code == "too_short_to_judge"
