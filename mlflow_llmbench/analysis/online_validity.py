@@ -173,12 +173,12 @@ def saturation(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
 def _filling(result: RunResult) -> Iterator[Reason]:
     """Check that the requests were enough to tell whether the server keeps up."""
     if (found := still_filling(result)) is not None and not _without_window(result):
-        unanswered, sent = found
+        rate = "" if found.answered_share is None else f", at {found.answered_share:.0%} of the rate at which they came"
         yield Reason(
             "not_steady",
-            f"{unanswered:.3g} of {sent:.3g} requests were unanswered when the last was sent, and the number was still "
-            "growing: it cannot be told whether the server keeps up with this rate. Send more requests, or ask for a "
-            "lower request_rate.",
+            f"{found.unanswered:.3g} of {found.sent:.3g} requests were unanswered when the last was sent, and all were "
+            f"answered late{rate}: it cannot be told whether the server keeps up with this rate. Send more requests, "
+            "or ask for a lower request_rate.",
         )
 
 

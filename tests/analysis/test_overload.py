@@ -146,10 +146,14 @@ def test_regular_arrivals_five_percent_beyond_the_capacity_are_told() -> None:
 
 @pytest.mark.parametrize("share", [1.5, 2.0, 3.0])
 def test_too_few_requests_to_tell_are_never_valid(share: float) -> None:
-    """Twelve requests to a server that slows down, and a hundred to one whose backlog fills over minutes."""
+    """Twenty requests to servers of all kinds, and a hundred to one whose backlog fills over minutes."""
     for seed in range(5):
-        assert codes(load("processor sharing", share, 12, seed)) & {"saturated", "not_steady"}
+        for server in ("processor sharing", "eight rows in step", "batches to their end", "one after another"):
+            assert codes(load(server, share, 20, seed)) & {"saturated", "not_steady"}
         assert codes(load("larger batches, longer steps", share, 100, seed)) & {"saturated", "not_steady"}
+        for server in SERVERS:
+            for count in (20, 50):
+                assert not codes(load(server, 0.5, count, seed)) & {"saturated", "not_steady"}
 
 
 def test_failed_requests_count_as_unanswered_until_they_end() -> None:
