@@ -13,7 +13,8 @@ from ipaddress import ip_address
 from statistics import median
 from urllib.parse import urlsplit
 
-from ..records.results import Noise, Reason, Repetition, RunResult, finite
+from ..records.noise import Noise, finite
+from ..records.results import Reason, Repetition, RunResult
 from ..records.verdicts import FOREIGN_CPU_LIMIT, SPOILED_CPU_LIMIT, VARIATION_LIMIT
 from ..stats import coefficient_of_variation
 from .latency import e2e_ms, tpot_ms, ttft_ms

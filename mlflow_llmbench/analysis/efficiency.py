@@ -6,8 +6,10 @@ from collections.abc import Callable
 from statistics import fmean
 
 from ..records.cell import SPECULATIVE
-from ..records.metrics import ENERGY, MBU, MFU, RATE_PER_GB, TOKENS_PER_STEP
+from ..records.metrics import BANDWIDTH, ENERGY, MBU, MFU, RATE_PER_GB, TOKENS_PER_STEP
+from ..records.noise import finite
 from ..records.results import LoadInfo, RunResult
+from . import probe
 from .figures import Figures, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms
 from .repetitions import output_rate, requests, several_in_a_step, unit_values
@@ -55,23 +57,56 @@ def attended(load: LoadInfo, context: float) -> float:
     return (1 - load.sliding_share) * context + load.sliding_share * min(context, load.sliding_window)
 
 
-def model_bandwidth_utilization(result: RunResult) -> float | None:
-    """MBU: (weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ best measured bandwidth.
+def bandwidth(result: RunResult) -> float | None:
+    """Read bandwidth that MBU is relative to, GB/s (10⁹ bytes): the nominal one if given, else the measured one."""
+    if result.nominal_bandwidth is not None:
+        return result.nominal_bandwidth
+    measured = finite(result.peaks.get(probe.READ))
+    return measured / 1e9 if measured else None
 
-    After "LLM inference performance engineering" (Databricks 2023). Bandwidth is that of reading on this machine. If a
-    step brings several tokens, its time replaces TPOT. None without a measured bandwidth, with fewer than two tokens,
-    if the weights are under 4× the last-level cache, which would serve part of the reads, or with a second model, whose
-    reads are not known.
+
+def read_share(result: RunResult) -> float | None:
+    """(weight bytes read per step + batch · KV bytes at the mean context) ÷ mean TPOT ÷ bandwidth, even if above 1.
+
+    After "LLM inference performance engineering" (Databricks 2023). If a step brings several tokens, its time replaces
+    TPOT. None without a bandwidth, with fewer than two tokens, if the weights are under 4× the last-level cache, which
+    would serve part of the reads, with a second model, whose reads are not known, or for a stream of requests.
     """
-    load, bandwidth, step_ms = result.load, result.peaks.get("read_bytes_per_s"), mean_step_ms(result)
-    if load is None or not load.step_bytes or not bandwidth or not step_ms or result.cell.assistant:
+    if result.cell.scenario != "offline":
+        return None
+    load, rate, step_ms = result.load, bandwidth(result), mean_step_ms(result)
+    if load is None or not load.step_bytes or not rate or not step_ms or result.cell.assistant:
         return None
     if load.step_bytes < CACHE_FACTOR * (load.cache_bytes or 0):
         return None
     read = load.step_bytes + result.cell.batch_size * (load.kv_bytes_per_token or 0) * attended(
         load, mean_context(result)
     )
-    return read / (step_ms / 1e3) / bandwidth
+    return read / (step_ms / 1e3) / (rate * 1e9)
+
+
+def model_bandwidth_utilization(result: RunResult) -> float | None:
+    """MBU: `read_share`; None if the bandwidth is one that `utilization_doubt` doubts."""
+    return None if utilization_doubt(result) else read_share(result)
+
+
+def utilization_doubt(result: RunResult) -> str | None:
+    """Return why MBU is withheld although it could be computed, as a sentence; None if it is not."""
+    found = read_share(result)
+    if found is None or result.nominal_bandwidth is not None:
+        return None
+    if why := probe.doubt(result.peaks):
+        return (
+            f"MBU is left out, because the bandwidth of {bandwidth(result):.3g} GB/s is doubtful: {why}. Measure again "
+            "on a quiet machine, or give nominal_bandwidth."
+        )
+    if found > 1:
+        return (
+            f"The decode would have read {found:.2f} times the bandwidth of {bandwidth(result):.3g} GB/s that was "
+            "measured here (limit 1), so MBU is left out: the probe measured too little, or tokens were not all "
+            "computed. Give nominal_bandwidth, or measure again on a quiet machine."
+        )
+    return None
 
 
 def joules_per_token(result: RunResult) -> float | None:
@@ -90,9 +125,9 @@ def joules_per_token(result: RunResult) -> float | None:
 def model_flops_utilization(result: RunResult) -> float | None:
     """MFU: FLOPs of prefill and decode ÷ their time ÷ best FLOP/s measured (PaLM, Chowdhery et al. 2022, appendix B).
 
-    None if proposed tokens are checked: the cost of rejected ones is not known.
+    None if proposed tokens are checked, because the cost of rejected ones is not known, or if the peak is doubtful.
     """
-    load, peak = result.load, result.peaks.get("flops_per_s")
+    load, peak = result.load, None if probe.doubt(result.peaks, probe.FLOPS) else finite(result.peaks.get(probe.FLOPS))
     if load is None or not load.flops_per_token or not peak or result.cell.decode in SPECULATIVE:
         return None
     attention = load.attention_flops_per_context_token or 0.0
@@ -111,6 +146,7 @@ EFFICIENCY: dict[str, dict[str, Callable[[RunResult], float | None]]] = {
     "offline": {
         RATE_PER_GB.key(): rate_per_gb,
         MBU.key(): model_bandwidth_utilization,
+        BANDWIDTH.key(): bandwidth,
         MFU.key(): model_flops_utilization,
         ENERGY.key(): joules_per_token,
         TOKENS_PER_STEP.key("mean"): tokens_per_step,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..records.metrics import MBU, RELATIVE_HALF_WIDTH, TPOT, VARIATION
+from ..records.metrics import RELATIVE_HALF_WIDTH, TPOT, VARIATION
 from ..records.results import Reason, RunResult, Verdict
 from ..records.verdicts import LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS, VARIATION_LIMIT
 from ..stats import coefficient_of_variation, supports
-from . import collapsed_gaps, contention, online_validity
+from . import collapsed_gaps, contention, online_validity, probe
+from .efficiency import read_share, utilization_doubt
 from .latency import gaps_ms
 from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
 
@@ -79,13 +80,22 @@ def _together(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
 
 
 def _bandwidth(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
-    mbu = metrics.get(MBU.key())
-    if mbu is not None and mbu > 1:
+    """Check that the decode was not faster than memory can be read.
+
+    Only the nominal bandwidth proves it; a probe can have measured too little. A probe that is known to be doubtful
+    proves nothing: MBU is absent then.
+    """
+    share = read_share(result)
+    if share is None or share <= 1:
+        return
+    if result.nominal_bandwidth is not None:
         yield Reason(
             "mbu_above_one",
-            f"The decode would have read {mbu:.2f} times the best bandwidth measured here (limit 1): tokens were not "
-            "all computed, or the bandwidth probe was disturbed. Measure again on a quiet machine.",
+            f"The decode would have read {share:.2f} times the nominal bandwidth of {result.nominal_bandwidth:g} GB/s "
+            "(limit 1): tokens were not all computed, or nominal_bandwidth is that of another device. Check both.",
         )
+    elif not probe.doubt(result.peaks) and (why := utilization_doubt(result)):
+        yield Reason("bandwidth_doubtful", why)
 
 
 def _steadiness(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:

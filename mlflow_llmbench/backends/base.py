@@ -149,7 +149,7 @@ class Backend(Protocol):
     def peaks(self) -> dict[str, float]:
         """Measure the best rates of this device with these threads: `read_bytes_per_s`, `flops_per_s`.
 
-        Called before anything is loaded.
+        Called before anything is loaded. May contain the evidence of `analysis.probe` for whether they can be trusted.
         """
 
     def trim(self) -> None:

@@ -7,24 +7,30 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from ..analysis import probe
 from ..records.errors import MissingError
 from ..system import machine
 from .base import COMMAND_PYTHON
 
-REPEATS = 8
+REPEATS = 4
+MOST_ROUNDS = 6
+MOST_S = 5.0
+"""Most rounds of a probe, and seconds after which no further one begins; its two best may then disagree."""
+
 CACHE_FACTOR = 4
 """The buffer has at least this many times the size of the last-level cache, so that it is read from memory."""
 
 
 def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
-    """Measure `read_bytes_per_s` and `flops_per_s` of a device (torch's name). Takes about a second.
+    """Measure `read_bytes_per_s` and `flops_per_s` of a device (torch's name). Takes about a second on a quiet machine.
 
     Bandwidth: a sum over float32 or a matrix–vector product, whichever reads faster. FLOP/s: a square matrix product
-    (2n³ operations) in float32 or bfloat16, whichever is faster. Each is the best of several runs, because disturbances
-    only make it slower.
+    (2n³ operations) in float32 or bfloat16, whichever is faster. Each is the best of several rounds, because
+    disturbances only make it slower; rounds are added until the two best agree. The evidence for `analysis.probe` is
+    among the returned numbers: their agreement, and what others did meanwhile.
     """
     import torch
 
@@ -41,15 +47,40 @@ def measure_peaks(device: str, last_level_cache_bytes: int) -> dict[str, float]:
         if cuda:
             torch.cuda.synchronize(device)
 
+    before = machine.take_readings(device)
     with torch.inference_mode():
-        seconds = min(_best(matrix.sum, finish), _best(partial(torch.mv, matrix, vector), finish))
-        del matrix, vector
+        reads = (matrix.sum, partial(torch.mv, matrix, vector))
+        read_s, read_agreement = until_two_agree(partial(_quickest, reads, finish))
+        del matrix, vector, reads
         n = 8192 if cuda else 1024
-        flops = 0.0
+        flops = []
         for dtype in (torch.float32, torch.bfloat16):
             square = torch.ones((n, n), device=device, dtype=dtype)
-            flops = max(flops, 2 * n**3 / _best(partial(torch.mm, square, square), finish))
-    return {"read_bytes_per_s": read_bytes / seconds, "flops_per_s": flops}
+            seconds, agreement = until_two_agree(partial(_best, partial(torch.mm, square, square), finish))
+            flops.append((2 * n**3 / seconds, agreement))
+    noise = machine.noise_between(before, machine.take_readings(device))
+    best, flops_agreement = max(flops)
+    return {
+        probe.READ: read_bytes / read_s,
+        probe.FLOPS: best,
+        probe.AGREEMENT[probe.READ]: read_agreement,
+        probe.AGREEMENT[probe.FLOPS]: flops_agreement,
+        **probe.evidence(noise),
+    }
+
+
+def until_two_agree(
+    measure: Callable[[], float], clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
+    """Repeat a round until the two shortest of at least two agree; return the shortest in s, and its ratio to the next.
+
+    Stops after `MOST_ROUNDS`, or when `MOST_S` have passed by `clock`.
+    """
+    started = clock()
+    rounds = sorted([measure(), measure()])
+    while rounds[0] < probe.LEAST_AGREEMENT * rounds[1] and len(rounds) < MOST_ROUNDS and clock() - started < MOST_S:
+        rounds = sorted([*rounds, measure()])
+    return rounds[0], rounds[0] / rounds[1]
 
 
 ASK_PEAKS = (
@@ -77,6 +108,10 @@ def measure_peaks_apart() -> dict[str, float]:
         )
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
+
+
+def _quickest(works: Sequence[Callable[[], object]], finish: Callable[[], None]) -> float:
+    return min(_best(work, finish) for work in works)
 
 
 def _best(work: Callable[[], object], finish: Callable[[], None]) -> float:

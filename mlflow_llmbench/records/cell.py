@@ -354,6 +354,14 @@ class Options:
     price_per_hour: float | None = Parameter(
         None, "price of this machine per hour, for cost metrics", "number", unset="none", low=0
     ).field()
+    nominal_bandwidth: float | None = Parameter(
+        None,
+        "memory bandwidth of the device by its data sheet, GB/s; MBU is then relative to it",
+        "number",
+        unset="none",
+        low=0.001,
+        scenarios="offline batching",
+    ).field()
     force: bool = Parameter(False, "measure cells that are estimated not to fit in memory", "flag").field()
     quality: str = Parameter(
         "none",

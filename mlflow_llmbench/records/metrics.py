@@ -144,9 +144,15 @@ RATE_PER_GB = Metric(
     "output throughput ÷ peak memory in 10⁹ bytes (device if there is one, else host needed)",
     "1/s/GB", better="higher")
 MBU = Metric(
-    "efficiency", "mbu_ratio", "bytes read per decode step ÷ mean TPOT ÷ read bandwidth measured here",
+    "efficiency", "mbu_ratio",
+    "bytes read per decode step ÷ mean TPOT ÷ bandwidth_gb_per_s; absent if that is doubtful",
     RATIO, ("",), "higher", "model bandwidth utilization", "MBU", places=(Column(110), Line(130)))
-MFU = Metric("efficiency", "mfu_ratio", "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here",
+BANDWIDTH = Metric(
+    "efficiency", "bandwidth_gb_per_s",
+    "read bandwidth measured here before the load (best of this and earlier probes), or nominal_bandwidth if given",
+    "GB/s", better="higher")
+MFU = Metric("efficiency", "mfu_ratio",
+             "FLOPs of prefill and decode ÷ time ÷ FLOP/s measured here; absent if these are doubtful",
              RATIO, better="higher")
 ENERGY = Metric(
     "efficiency", "joules_per_token", "energy above idle ÷ output tokens, where a counter exists",

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -19,22 +18,11 @@ from typing import Any, TypeVar
 
 from .cell import Cell
 from .mixed_plan import QuantPlan
-from .verdicts import SPOILED_CPU_LIMIT
+from .noise import Noise
 
 SCHEMA = 1
 
-TICK_S = 0.01
-"""Step of the kernel's CPU times in /proc/stat, s (USER_HZ)."""
-
-TIMER_S = 0.004
-"""Usual interval of the kernel's timer interrupt, in which CPU time is counted, s."""
-
 T = TypeVar("T")
-
-
-def finite(value: float | None) -> float | None:
-    """Return a reading, or None if it is absent or not a number."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -77,80 +65,6 @@ class LoadInfo:
     mapped_weight_bytes: int = 0  # bytes of parameters that lie in file mappings
     quant_plan: QuantPlan | None = None  # of a mixed quantization
     made: str | None = None  # file or folder that was run, if made from the checkpoint or one file of a repository
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Activity of the machine during one repetition, apart from the measured work.
-
-    `steal_s`: CPU seconds taken by the hypervisor · `foreign_cpu_s`: CPU seconds used by processes that are not ours ·
-    `busy_cpu_s`: CPU seconds used by all processes, from which it follows · `run_delay_s`: seconds that our own threads
-    waited for a CPU, summed over threads (the scheduler counts ns) · `pressure_s`, `memory_pressure_s`: seconds in
-    which some task of the machine waited for a CPU, or for memory (PSI) · `quota_throttled_s`, `quota_throttles`:
-    seconds (summed over CPUs) and periods in which a CPU quota stopped our control groups · `major_faults`: page faults
-    that read from the disk · `energy_j`: of the device, idle included ·
-    `throttles`: why the GPU's clock was held back, during the repetition if the driver counts it, and at its end ·
-    `throttled_s`: seconds by the longest-lasting reason · `gpu_memory_errors`: uncorrected errors (ECC). The rest is
-    read once, when the repetition has ended: `frequency_mhz`: mean over our CPUs, or the GPU's SM clock ·
-    `memory_clock_mhz`, `power_w`, `temperature_c`, `foreign_gpu_processes`: of the GPU · `utilization_ratio`: share of
-    the last sixth of a second to one second in which the GPU ran a kernel.
-    """
-
-    wall_s: float
-    steal_s: float | None = None
-    foreign_cpu_s: float | None = None
-    own_cpu_s: float | None = None
-    pressure_s: float | None = None
-    involuntary_switches: int | None = None
-    major_faults: int | None = None
-    swapped_pages: int | None = None
-    frequency_mhz: float | None = None
-    energy_j: float | None = None
-    throttles: tuple[str, ...] = ()
-    foreign_gpu_processes: int | None = None
-    temperature_c: int | None = None
-    throttled_s: float | None = None
-    memory_clock_mhz: int | None = None
-    power_w: float | None = None
-    utilization_ratio: float | None = None
-    gpu_memory_errors: int | None = None
-    busy_cpu_s: float | None = None
-    run_delay_s: float | None = None
-    memory_pressure_s: float | None = None
-    quota_throttled_s: float | None = None
-    quota_throttles: int | None = None
-
-    @property
-    def others_s(self) -> float | None:
-        """CPU seconds that others used: processes that are not ours, and the hypervisor. None if neither is known.
-
-        A difference of counters that is too coarse for a short repetition can be below 0.
-        """
-        own, busy, steal = finite(self.own_cpu_s), finite(self.busy_cpu_s), finite(self.steal_s)
-        foreign = finite(self.foreign_cpu_s) if own is None or busy is None else busy - own
-        return None if foreign is None and steal is None else (foreign or 0.0) + (steal or 0.0)
-
-    @property
-    def others_error_s(self) -> float:
-        """Standard deviation of `others_s`, s.
-
-        The kernel shows user, system and stolen time in ticks of 10 ms, and counts each CPU's share in whole
-        interrupts of its timer, about 4 ms: the difference of two values cut off to a step q varies by q/√6.
-        """
-        busy_cpus = max(finite(self.own_cpu_s) or 0.0, 0.0) / self.wall_s if self.wall_s > 0 else 0.0
-        return math.sqrt((3 * TICK_S**2 + busy_cpus * TIMER_S**2) / 6)
-
-    @property
-    def spoiled(self) -> bool:
-        """True if others used so much CPU, or our threads waited so long for one, that it should be repeated.
-
-        The limit for others is raised by twice the error of their CPU time, which matters for short repetitions.
-        """
-        wall = finite(self.wall_s)
-        if not wall or wall <= 0:
-            return False
-        others = (self.others_s or 0.0) - 2 * self.others_error_s
-        return max(others, finite(self.run_delay_s) or 0.0) > SPOILED_CPU_LIMIT * wall
 
 
 @dataclass(frozen=True)
@@ -441,7 +355,9 @@ class RunResult:
     memory: MemoryStages = field(default_factory=MemoryStages)
     timeline: tuple[MemorySample, ...] = ()
     marks: Mapping[str, int] = field(default_factory=dict)  # stage name → monotonic ns at which it was reached
-    peaks: Mapping[str, float] = field(default_factory=dict)  # read_bytes_per_s, flops_per_s
+    # read_bytes_per_s, flops_per_s, and the evidence of `analysis.probe`
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    nominal_bandwidth: float | None = None  # of the device by its maker, GB/s, if it was given
     idle_w: float | None = None  # power of the device before the load
     texts: tuple[Mapping[str, str], ...] = ()
     log: tuple[str, ...] = ()  # messages printed by third-party code, each once with its count

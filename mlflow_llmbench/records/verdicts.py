@@ -36,6 +36,7 @@ REASONS: dict[str, str] = {
     "high_variation": "suspect",
     "length_drift": "suspect",
     "prefix_cache_hits": "suspect",
+    "bandwidth_doubtful": "suspect",
     "chunked_stream": "suspect",
     "collapsed_gaps": "suspect",
     "swapping": "suspect",

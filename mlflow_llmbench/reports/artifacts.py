@@ -74,7 +74,8 @@ def parameters_of(result: RunResult) -> dict[str, str]:
         tasks = result.quality.asked_tasks
         quality = {"quality_tasks": tasks} if tasks else {}
         quality |= {"quality": "auto"} if result.quality.text_digest or not tasks else {}
-    return config_parameters(result.cell, {"price_per_hour": result.price_per_hour, **quality, **resolved})
+    options = {"price_per_hour": result.price_per_hour, "nominal_bandwidth": result.nominal_bandwidth}
+    return config_parameters(result.cell, {**options, **quality, **resolved})
 
 
 def _whole(result: RunResult) -> dict[str, object]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from ..analysis.efficiency import utilization_doubt
 from ..analysis.latency import e2e_ms, ttft_ms
 from ..analysis.quality import sentences
 from ..analysis.summary import Turn, gpu_of, statistics, summarize, turns_of
@@ -231,6 +232,8 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
     absent = unsupported_percentiles(result)
     if absent:
         parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
+    if why := utilization_doubt(result):
+        parts.append(why)
     if metrics:
         parts += [
             "## All metrics",

@@ -42,7 +42,11 @@ def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[st
         ours = [getattr(found.hashes, name) == getattr(job.planned.hashes, name) for name in ("config", "workload")]
         if same and all(ours) and _quality_is_there(found, spec) and judge(found, summarize(found)).word == "valid":
             return dataclasses.replace(
-                found, sweep=job.folder.parent.name, linked=source, price_per_hour=spec.options.price_per_hour
+                found,
+                sweep=job.folder.parent.name,
+                linked=source,
+                price_per_hour=spec.options.price_per_hour,
+                nominal_bandwidth=spec.options.nominal_bandwidth,
             )
     return None
 

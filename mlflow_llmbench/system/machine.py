@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -23,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..analysis import probe
 from ..records.errors import MissingError
 from ..records.invocation import command_text
+from ..records.noise import Noise
 from ..records.quantizations import LIBRARY_PACKAGES
-from ..records.results import Noise, hash16
+from ..records.results import hash16
 from . import cgroups, gpu, memory, pressure, torch_runtime
 from .cgroups import ROOT
 from .gpu import GpuReading
@@ -205,6 +208,10 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow-llmbench"
 
 
+JUDGED = "judged"
+"""Mark of rates in the cache that an undisturbed probe has measured."""
+
+
 def known_peaks() -> dict[str, dict[str, float]]:
     """Return rates measured here before, by hardware, device and threads (see `best_peaks`); empty before the first."""
     known: dict[str, dict[str, float]] = {}
@@ -214,20 +221,26 @@ def known_peaks() -> dict[str, dict[str, float]]:
 
 
 def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
-    """Return the best rates ever measured here under `key` (hardware, device, threads), with these; cached on disk.
+    """Return the best rates measured here under `key` (hardware, device, threads), with these; cached on disk.
 
     A disturbed probe measures too low, never too high, and a bandwidth that is too low gives an MBU that is too high.
+    So a doubtful probe (`analysis.probe.doubt`) is not kept. It is replaced by a rate that an undisturbed one measured
+    before; without one it is returned with its evidence.
     """
     file, known = cache_folder() / "peaks.json", known_peaks()
     before = known.get(key, {})
-    best = {name: max(rate, before.get(name, 0.0)) for name, rate in measured.items()}
-    if best != before:
+    rates = {name: rate for name, rate in measured.items() if name not in probe.EVIDENCE and math.isfinite(rate)}
+    best = {name: max(rate, before.get(name, 0.0)) for name, rate in rates.items()}
+    doubted = any(probe.doubt(measured, rate) for rate in probe.AGREEMENT)
+    found = {name: value for name, value in measured.items() if name in probe.EVIDENCE}
+    kept = best if not found or doubted else best | {JUDGED: 1.0}
+    if not doubted and kept != before:
         with contextlib.suppress(OSError):  # an unwritable cache is no reason to stop
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f".peaks.{os.getpid()}")
-            temporary.write_text(json.dumps(known | {key: best}, indent=1))
+            temporary.write_text(json.dumps(known | {key: before | kept}, indent=1))
             temporary.replace(file)
-    return best
+    return best if doubted and before.get(JUDGED) else best | found
 
 
 def git_commit(folder: str) -> str | None:

@@ -49,6 +49,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "output_dir": "llmbench-results",
         "on": "here",
         "price_per_hour": "none",
+        "nominal_bandwidth": "none",
         "quality": "none",
         "quality_text": "bundled",
         "quality_reference": "none",

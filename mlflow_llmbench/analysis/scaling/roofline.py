@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...records.metrics import PROMPT_TOKENS
 from ...records.results import LoadInfo
+from .. import probe
 from ..comparison import RATE
 from ..efficiency import attended
 from .cells import MEDIAN_TTFT, Measured
@@ -52,6 +53,8 @@ def roofline_limit(metric: str, over: str, first: Measured) -> Callable[[Array],
 
     load, peaks, cell = first.result.load, first.result.peaks, first.cell
     prompt = first.metrics.get(PROMPT_TOKENS.key(), 0.0)
+    if any(probe.doubt(peaks, rate) for rate in probe.AGREEMENT):
+        return None
     if load is None or roofline(load, peaks, cell.batch_size, prompt, cell.output_tokens) is None:
         return None
 
