@@ -14,7 +14,9 @@ from ..records.metrics import (
     SEND_DELAY,
     SENT_PROMPT_TOKENS,
     SERVER,
+    STAMP_LAG,
     TOKENS_PER_CHUNK,
+    TTFT,
 )
 from ..records.results import Reason, RunResult
 from ..records.server_names import PREFIX_CACHES
@@ -30,6 +32,12 @@ LAG_LIMIT_MS = {50: 5.0, 99: 50.0}
 
 DELAY_LIMIT_MS = 10.0
 """Maximum median send delay of an open loop, in ms (the rule of inference-perf)."""
+
+LATENESS_SHARE = 0.10
+"""Maximum share of the time to first token that the client's own lateness may be, by means and by medians."""
+
+TIMER_MS = 1.0
+"""Step in which an event loop's timers wake up, ms: a measured lag is up to that long without any lateness."""
 
 RATE_LIMIT = 0.95
 """Least rate that the client may reach, as a share of the rate that was asked for."""
@@ -51,6 +59,7 @@ def client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
             seen.append(f"its event loop woke up {lag:.1f} ms late (p{q}; limit {limit:g} ms)")
     if (delay := metrics.get(SEND_DELAY.key("p50"), 0.0)) > DELAY_LIMIT_MS:
         seen.append(f"it sent {delay:.1f} ms later than meant (median; limit {DELAY_LIMIT_MS:g} ms)")
+    seen += _lateness(metrics)
     if (ratio := metrics.get(ACHIEVED_RATE.key(), 1.0)) < RATE_LIMIT:
         seen.append(f"it reached {ratio:.0%} of the requested rate (limit {RATE_LIMIT:.0%})")
     if seen:
@@ -59,6 +68,24 @@ def client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
             f"The client was too slow: {'; '.join(seen)}. Give it a quieter machine of its own, more client_processes, "
             "or a smaller load.",
         )
+
+
+def _lateness(metrics: Metrics) -> Iterator[str]:
+    """Yield the client's lateness relative to the time to first token, which contains it.
+
+    It is the delay of sending, which an open loop's latencies count from the intended time, and of reading: the lag of
+    the event loop, or of the stamps of a batching engine.
+    """
+    for statistic, name in (("mean", "means"), ("p50", "medians")):
+        measured = metrics.get(TTFT.key(statistic), 0.0)
+        late = sum(metrics.get(metric.key(statistic), 0.0) for metric in (SEND_DELAY, STAMP_LAG))
+        late += max(metrics.get(LOOP_LAG.key(statistic), 0.0) - TIMER_MS, 0.0)
+        if measured > 0 and late > LATENESS_SHARE * measured:
+            yield (
+                f"it sent and read {late:.3g} ms late together, {late / measured:.0%} of the time to first token "
+                f"({name}; limit {LATENESS_SHARE:.0%})"
+            )
+            return
 
 
 def failures(result: RunResult, metrics: Metrics) -> Iterator[Reason]:

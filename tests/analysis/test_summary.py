@@ -176,6 +176,11 @@ def test_flops_utilization_by_hand() -> None:
         ),
         (
             result([[2, 2, 2]] * 5, load=LoadInfo(1.0, 1, 8000), peaks={"read_bytes_per_s": 1e6}),
+            "suspect",
+            ["bandwidth_doubtful"],
+        ),
+        (
+            result([[2, 2, 2]] * 5, load=LoadInfo(1.0, 1, 8000), nominal_bandwidth=0.001),
             "invalid",
             ["mbu_above_one"],
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -155,5 +156,14 @@ def test_the_best_rates_are_kept_by_hardware_and_threads(tmp_path: Path, monkeyp
         "flops_per_s": 9.0,
     }
     assert machine.best_peaks({"read_bytes_per_s": 2.0}, "a cpu 1") == {"read_bytes_per_s": 2.0}
+    judged = {"read_agreement_ratio": 0.99, "flops_agreement_ratio": 0.99, "probe_others_cpus": 0.0}
+    doubtful = judged | {"probe_others_cpus": 1.0}
+    # A disturbed probe is not kept, and stays doubtful until an undisturbed one was measured here.
+    assert machine.best_peaks({"read_bytes_per_s": 1.0, **doubtful}, "new") == {"read_bytes_per_s": 1.0, **doubtful}
+    assert "new" not in machine.known_peaks()
+    assert machine.best_peaks({"read_bytes_per_s": 4.0, **judged}, "new") == {"read_bytes_per_s": 4.0, **judged}
+    assert machine.best_peaks({"read_bytes_per_s": 0.4, **doubtful}, "new") == {"read_bytes_per_s": 4.0}
+    assert machine.best_peaks({"read_bytes_per_s": 1.0, **doubtful}, "a cpu 2") == {"read_bytes_per_s": 5.0, **doubtful}
+    assert machine.best_peaks({"read_bytes_per_s": math.nan}, "new") == {}
     (tmp_path / "cache" / "peaks.json").write_text("{damaged")
     assert machine.best_peaks({"read_bytes_per_s": 1.0}, "a cpu 2") == {"read_bytes_per_s": 1.0}
