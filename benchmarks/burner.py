@@ -26,13 +26,14 @@ from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.system import machine
 
-MODEL = {"model": "pythia-70m", "weights": "random", "prompt_tokens": 8, "output_tokens": "2,8,32", "threads": "1,2"}
+SHORT = {"warmup": 1, "max_repetitions": 10}
+MODEL = {"model": "pythia-70m", "weights": "random", "prompt_tokens": 8, "output_tokens": "2,8", "threads": "1,2"}
 FAKE = {"model": "fake:ttft_ms=2+itl_ms=1", "backend": "fake", "prompt_tokens": 4, "output_tokens": "2,4,16,64,256"}
 SWEEPS = {
-    "pythia-70m, auto": MODEL,
-    "pythia-70m, 5": MODEL | {"repetitions": 5, "warmup": 1},
-    "fake, auto": FAKE,
-    "fake, 5": FAKE | {"repetitions": 5, "warmup": 1},
+    "fake, auto": FAKE | SHORT,
+    "fake, 5": FAKE | SHORT | {"repetitions": 5},
+    "pythia-70m, 5": MODEL | SHORT | {"repetitions": 5},
+    "pythia-70m, auto": MODEL | SHORT,
 }
 
 

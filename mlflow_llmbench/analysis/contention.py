@@ -14,7 +14,7 @@ from statistics import median
 from urllib.parse import urlsplit
 
 from ..records.noise import Noise, finite
-from ..records.results import Reason, Repetition, RunResult
+from ..records.results import FIRST_RULES, Reason, Repetition, RunResult
 from ..records.verdicts import FOREIGN_CPU_LIMIT, SPOILED_CPU_LIMIT, VARIATION_LIMIT
 from ..stats import coefficient_of_variation
 from .latency import e2e_ms, tpot_ms, ttft_ms
@@ -26,6 +26,9 @@ threads work on. A quiet machine has below 0.01."""
 
 PRESSURE_LIMIT = 0.10
 """Share of the time in which some task of the machine may wait for a CPU: the limit of the CPU time of others."""
+
+JUDGED_S = 0.5
+"""Time of all repetitions from which contention was judged by the first rules, s."""
 
 MEMORY_PRESSURE_LIMIT = 0.05
 """Share of the time in which some task may wait for memory: reclaim, or a page that has to be read again."""
@@ -94,7 +97,11 @@ def can_be_judged(repetitions: Sequence[Repetition]) -> bool:
 def contention(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check that no one else used the CPUs, and that this could be told."""
     noises = noises_of(result.repetitions)
-    seen = [*_cpu_of_others(noises), *_waiting(result, noises)]
+    if result.rules == FIRST_RULES:
+        noises = noises if sum(noise.wall_s for noise in noises) > JUDGED_S else []
+        seen = [*_cpu_of_others(noises)]
+    else:
+        seen = [*_cpu_of_others(noises), *_waiting(result, noises)]
     if seen:
         yield Reason(
             "contended", f"During the repetitions {' and '.join(seen)}. Stop other programs, and measure again."
@@ -145,7 +152,8 @@ def of_the_client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """
     noises = noises_of(result.repetitions)
     stolen, delay = share(noises, lambda n: n.steal_s), share(noises, lambda n: n.run_delay_s)
-    pressure, seen = share(noises, lambda n: n.pressure_s), []
+    pressure = share(noises, lambda n: n.pressure_s) if result.rules > FIRST_RULES else None
+    seen = []
     if stolen is not None and stolen - unseen_cpus(noises) > FOREIGN_CPU_LIMIT:
         seen.append(
             f"the hypervisor took {stolen:.2f} CPUs' worth of time from the client's machine (limit "
@@ -233,8 +241,9 @@ def outliers(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     Conversations, and prompts of unequal lengths, are compared by the time per output token only. Where the throughput
     varies above its limit, that is said of all repetitions instead.
     """
-    cv = coefficient_of_variation([rate for r in result.repetitions if (rate := finite(output_rate(r))) is not None])
-    if result.cell.history == "none" and cv is not None and cv > VARIATION_LIMIT:
+    pace = output_rate if result.cell.history == "none" else _time_per_token
+    cv = coefficient_of_variation([value for r in result.repetitions if (value := finite(pace(r))) is not None])
+    if cv is not None and cv > VARIATION_LIMIT:
         return
     found = [
         (max(value / middle, middle / value), value, number, name)
@@ -259,11 +268,15 @@ def _compared(result: RunResult) -> Iterator[tuple[str, Callable[[Repetition], f
     if result.cell.scenario != "offline":
         yield "throughput", output_rate
         return
-    yield "time per output token", lambda r: _mean(tpot_ms(request) for request in r.requests)
+    yield "time per output token", _time_per_token
     lengths = {request.prompt_tokens for r in result.repetitions for request in r.requests}
     if result.cell.history == "none" and len(lengths) == 1:
         yield "end-to-end latency", lambda r: _mean(map(e2e_ms, r.requests))
         yield "time to first token", lambda r: _mean(map(ttft_ms, r.requests))
+
+
+def _time_per_token(repetition: Repetition) -> float | None:
+    return _mean(tpot_ms(request) for request in repetition.requests)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -18,7 +18,7 @@ from ..records.metrics import (
     TOKENS_PER_CHUNK,
     TTFT,
 )
-from ..records.results import Reason, RunResult
+from ..records.results import FIRST_RULES, Reason, RunResult
 from ..records.server_names import PREFIX_CACHES
 from .online_metrics import cached_share, steady_window
 from .overload import overload_of, still_filling
@@ -59,7 +59,7 @@ def client(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
             seen.append(f"its event loop woke up {lag:.1f} ms late (p{q}; limit {limit:g} ms)")
     if (delay := metrics.get(SEND_DELAY.key("p50"), 0.0)) > DELAY_LIMIT_MS:
         seen.append(f"it sent {delay:.1f} ms later than meant (median; limit {DELAY_LIMIT_MS:g} ms)")
-    seen += _lateness(metrics)
+    seen += _lateness(metrics) if result.rules > FIRST_RULES else []
     if (ratio := metrics.get(ACHIEVED_RATE.key(), 1.0)) < RATE_LIMIT:
         seen.append(f"it reached {ratio:.0%} of the requested rate (limit {RATE_LIMIT:.0%})")
     if seen:

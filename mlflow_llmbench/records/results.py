@@ -21,6 +21,9 @@ from .mixed_plan import QuantPlan
 from .noise import Noise
 
 SCHEMA = 1
+FIRST_RULES, RULES = 1, 2
+"""Rules of verdicts. By the first ones, contention was judged from repetitions of 0.5 s together on, by CPU times alone,
+and the client's lateness by fixed limits: results of that time keep the verdict that they were published with."""
 
 T = TypeVar("T")
 
@@ -374,6 +377,8 @@ class RunResult:
     sweep: str = ""
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     schema: int = SCHEMA
+    # Rules of the verdict on the machine and the client. Files of versions before they were recorded have the first.
+    rules: int = field(default=RULES, metadata={"absent": FIRST_RULES})
 
 
 def hash16(value: object) -> str:
@@ -411,9 +416,10 @@ def _build(kind: Any, data: Any) -> Any:
         return {key: _build(arguments[1], value) for key, value in data.items()}
     if dataclasses.is_dataclass(kind):
         types_of = _types_of(typing.cast(Any, kind))
-        known = {f.name for f in dataclasses.fields(kind)}
+        known = {f.name: f.metadata for f in dataclasses.fields(kind)}
+        absent = {name: about["absent"] for name, about in known.items() if "absent" in about and name not in data}
         return typing.cast(Any, kind)(
-            **{key: _build(types_of[key], value) for key, value in data.items() if key in known}
+            **absent, **{key: _build(types_of[key], value) for key, value in data.items() if key in known}
         )
     return data
 
