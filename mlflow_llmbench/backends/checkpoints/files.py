@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts
 
 SAMPLES, BLOCK_BYTES = 128, 1 << 14
+MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 
 
 def read_facts(
@@ -93,6 +95,56 @@ def is_complete(folder: Path) -> bool:
     if indices:
         return any(all((folder / shard).exists() for shard in set(shards.values())) for shards in indices)
     return (folder / "model.safetensors").exists() or (folder / "pytorch_model.bin").exists()
+
+
+def require_whole(name: str, folder: Path) -> None:
+    """Raise ModelError if a weight file of a model's folder is missing or cut off. Only their headers are read."""
+    advice = "Download the model again"
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"The index {index.name} of {name} cannot be read: {type(error).__name__}. {advice}."
+            ) from None
+        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if absent and not is_complete(folder):
+            raise ModelError(
+                f"The model {name} lacks {len(absent)} of its {len(shards)} weight files: {', '.join(absent[:3])}. "
+                f"{advice}, or copy them."
+            )
+    for file in sorted(folder / one for one in weight_names(path.name for path in folder.iterdir())):
+        size, needed = file.stat().st_size, _bytes_needed(file)
+        if needed is None:
+            raise ModelError(f"The weight file {file.name} of {name} cannot be read: its header is damaged. {advice}.")
+        if size < needed:
+            raise ModelError(
+                f"The weight file {file.name} of {name} is cut off: it has {size:,} bytes, and its tensors end at "
+                f"{needed:,}. {advice}."
+            )
+
+
+def _bytes_needed(file: Path) -> int | None:
+    """Return the bytes that a weight file needs by its header, None if that cannot be read.
+
+    A safetensors file begins with the length of its header (8 bytes, little endian), which has each tensor's place. A
+    pickle of today is a zip archive, whose directory is at its end.
+    """
+    if file.suffix != ".safetensors":
+        with file.open("rb") as opened:
+            return None if opened.read(2) == b"PK" and not zipfile.is_zipfile(file) else 0
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 2 <= length <= MOST_HEADER_BYTES:
+            return None
+        text = opened.read(length)
+    if len(text) < length:
+        return 8 + length
+    try:
+        header = json.loads(text)
+        return 8 + length + max((one["data_offsets"][1] for k, one in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def weights_format(folder: str) -> str:

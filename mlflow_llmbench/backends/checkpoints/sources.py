@@ -144,6 +144,7 @@ def _folder(cell: Cell, path: Path) -> ModelFacts:
     if not weights:
         raise ModelError(f"The folder {cell.model} has no weights (*.safetensors). Download them, or check the path.")
     files.refuse_pickle(cell, "folder", [file.name for file in weights])
+    files.require_whole(cell.model, path)
     size = sum(file.stat().st_size for file in weights)
     return files.read_facts(
         cell, "folder", str(path.resolve()), files.content_hash([config_file, *weights]), config_file, size
