@@ -14,6 +14,7 @@ from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError
 from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts
+from . import architectures
 
 SAMPLES, BLOCK_BYTES = 128, 1 << 14
 MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
@@ -24,7 +25,8 @@ def read_facts(
 ) -> ModelFacts:
     """Read the facts of a checkpoint from its configuration.
 
-    Raises ModelError if it cannot be read or needs its own code, and UsageError if it would be quantized a second time.
+    Raises ModelError if it cannot be read, needs its own code, or is of a model that does not generate text, and
+    UsageError if it would be quantized a second time.
     """
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
@@ -39,6 +41,8 @@ def read_facts(
             f"The model {cell.model} brings code of its own ({code}), which is not run unless you say so. Read it, "
             "then give trust_remote_code=true."
         )
+    if why := architectures.no_generator(config):
+        raise no_text(cell, why)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and cell.quant != "none":
         raise UsageError(
@@ -50,6 +54,13 @@ def read_facts(
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     name = cell.model if source != "folder" else Path(location).name
     return ModelFacts(name, source, location, revision, config, dtype, shape.context if shape else None, files_bytes)
+
+
+def no_text(cell: Cell, why: str) -> ModelError:
+    """Return the error for a model that does not generate text; `why` says what it does."""
+    return ModelError(
+        f"{cell.model} does not generate text token by token: {why}. Use a causal language model (GPT-2, Llama, …)."
+    )
 
 
 def refuse_requantization(cell: Cell, name: str) -> None:

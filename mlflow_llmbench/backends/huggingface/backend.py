@@ -202,7 +202,7 @@ class TransformersBackend:
             else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
-            "quant.bits_per_weight": round(found.linear_bits, 3),
+            **({} if found.linear_bits is None else {"quant.bits_per_weight": round(found.linear_bits, 3)}),
             "quant.kernel": recipe.kernel(found.linear_classes),
             **quantization.facts(self.cell, self.model),
             **(self.path.facts() if self.path else {}),

@@ -81,16 +81,24 @@ def load_complete(location: str, **named: Any) -> tuple[Any, Any]:
 
 
 def auto_class(location: str, named: Mapping[str, Any]) -> Any:
-    """Return the class of transformers that loads a checkpoint to generate text.
-
-    A vision-language model is loaded whole, if its text part has no class of its own.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    """Return the class of transformers that loads a checkpoint to generate text, as `class_of` does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if "gguf_file" in named:
         return AutoModelForCausalLM
     about = {name: value for name, value in named.items() if name in ("revision", "trust_remote_code")}
-    config: Any = AutoConfig.from_pretrained(location, local_files_only=named.get("local_files_only", False), **about)
+    return class_of(
+        AutoConfig.from_pretrained(location, local_files_only=named.get("local_files_only", False), **about)
+    )
+
+
+def class_of(config: Any) -> Any:
+    """Return `AutoModelForCausalLM`, or the class of models that also see, if the text part has no class of its own.
+
+    Such a model is loaded whole, and given texts only.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     own, both = (cls._model_mapping for cls in (AutoModelForCausalLM, AutoModelForImageTextToText))
     return AutoModelForImageTextToText if type(config) not in own and type(config) in both else AutoModelForCausalLM
 
@@ -157,7 +165,7 @@ def _wrong_shapes(model: Any) -> Iterator[str]:
     """Yield quantized layers whose weight has not the shape of the layer, which transformers does not compare."""
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
-        if not hasattr(module, "in_features") or not hasattr(weight, "shape"):
+        if not hasattr(module, "out_features") or not hasattr(weight, "shape"):
             continue
         state = getattr(weight, "quant_state", None)
         if state is None and type(weight).__name__ != "Int8Params" and not hasattr(weight, "__tensor_flatten__"):
@@ -266,14 +274,41 @@ def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
     return new.requires_grad_(False).eval()
 
 
-def linear_layers(model: Any) -> list[Any]:
-    """Return all linear layers but the output head."""
+OTHER_SENSES = re.compile(r"(^|[._])(vision|visual|image|audio|speech)")
+"""Names of modules that a text never passes: towers of other modalities, and their projections."""
+
+
+def text_modules(model: Any) -> dict[str, Any]:
+    """Return the modules that a text passes, by name: all, or the language model's of one that also sees or hears."""
+    modules = dict(model.named_modules())
+    composed = model.config.get_text_config(decoder=True) is not model.config
+    decoder = model.get_decoder() if composed and hasattr(model, "get_decoder") else model
+    if decoder is not model and decoder is not model.base_model:
+        inside = {id(module) for module in decoder.modules()} | {id(model.get_output_embeddings())}
+        return {name: module for name, module in modules.items() if id(module) in inside}
+    return {name: module for name, module in modules.items() if not OTHER_SENSES.search(name)}
+
+
+def layer_sizes(layer: Any) -> tuple[int, int] | None:
+    """Return the numbers of inputs and outputs of a linear layer, which computes x·W + b; None for other modules.
+
+    GPT-2 and its kind hold W the other way round, in transformers' `Conv1D`.
+    """
+    if next(layer.children(), None) is not None:
+        return None
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return int(layer.in_features), int(layer.out_features)
+    return (int(layer.nx), int(layer.nf)) if type(layer).__name__ == "Conv1D" else None
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """Return the linear layers that a text passes, by name, without the output head."""
     head = model.get_output_embeddings()
-    return [
-        layer
-        for layer in model.modules()
-        if layer is not head and hasattr(layer, "in_features") and next(layer.children(), None) is None
-    ]
+    return {
+        name: layer
+        for name, layer in text_modules(model).items()
+        if layer is not head and layer_sizes(layer) is not None
+    }
 
 
 def layer_name(layer: Any) -> str:
@@ -293,4 +328,4 @@ def kernel(classes: Mapping[str, int]) -> str:
 
 def layer_classes(model: Any) -> dict[str, int]:
     """Return the classes of all linear layers but the output head, with their counts."""
-    return dict(Counter(map(layer_name, linear_layers(model))))
+    return dict(Counter(map(layer_name, linear_layers(model).values())))
