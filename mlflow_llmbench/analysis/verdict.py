@@ -11,6 +11,7 @@ from ..records.verdicts import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_
 from ..stats import coefficient_of_variation, supports
 from . import online_validity
 from .latency import gaps_ms
+from .order import order
 from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step, token_gaps
 
 VARIATION_LIMIT = 0.10
@@ -210,16 +211,18 @@ CHECKS: tuple[Check, ...] = (
     _steadiness,
     _convergence,
     _variation,
+    order,
     _contention,
     _throttling,
 )
-ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, *online_validity.CHECKS)
+ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, order, *online_validity.CHECKS)
 STREAM_CHECKS: tuple[Check, ...] = (
     _counts,
     _order,
     _steadiness,
     _convergence,
     _variation,
+    order,
     _contention,
     _throttling,
     online_validity.client,
