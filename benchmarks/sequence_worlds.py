@@ -75,7 +75,7 @@ def main() -> int:
     for name, world in WORLDS.items():
         table[name] = [row(world, way, asked.series, asked.seed) for way in (*NUMBERS, *AUTO)]
         cells = [
-            f"{one['repetitions']}: {one['valid']:.3f} {one['coverage_of_valid'] or 0:.3f}{' ' if one['holds'] else '!'}"
+            f"{one['repetitions']}: {one['valid']:.3f} {one['coverage_of_valid']} {'' if one['holds'] else '(misses)'}"
             for one in table[name]
         ]
         print(f"{name:34} {' | '.join(cells)} n = {[one['mean_repetitions'] for one in table[name][-2:]]}", flush=True)
