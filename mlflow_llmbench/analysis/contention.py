@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 from ..records.noise import Noise, finite
 from ..records.results import FIRST_RULES, Reason, Repetition, RunResult
 from ..records.verdicts import FOREIGN_CPU_LIMIT, SPOILED_CPU_LIMIT, VARIATION_LIMIT
-from ..stats import coefficient_of_variation
+from ..stats import coefficient_of_variation, judge_sequence
 from .latency import e2e_ms, tpot_ms, ttft_ms
-from .repetitions import output_rate
+from .repetitions import judged_values, output_rate
 
 RUN_DELAY_LIMIT = 0.05
 """Seconds per second that our threads together may wait for a CPU: as a share, most that it can delay a step that all
@@ -239,11 +239,11 @@ def outliers(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
     """Check that no repetition is far from the others: the variation over many hides it, but their mean has it.
 
     Conversations, and prompts of unequal lengths, are compared by the time per output token only. Where the throughput
-    varies above its limit, that is said of all repetitions instead.
+    varies or is out of order, that is said instead.
     """
-    pace = output_rate if result.cell.history == "none" else _time_per_token
-    cv = coefficient_of_variation([value for r in result.repetitions if (value := finite(pace(r))) is not None])
-    if cv is not None and cv > VARIATION_LIMIT:
+    paces = judged_values(result.cell, result.repetitions)
+    cv = coefficient_of_variation(paces)
+    if (cv is not None and cv > VARIATION_LIMIT) or judge_sequence(paces, result.cell.precision_target):
         return
     found = [
         (max(value / middle, middle / value), value, number, name)
@@ -257,7 +257,7 @@ def outliers(result: RunResult, metrics: Metrics) -> Iterator[Reason]:
         ratio, _, number, name = max(found)
         more = f", the largest of {len(found)} such values" if len(found) > 1 else ""
         yield Reason(
-            "high_variation",
+            "outliers",
             f"The {name} of repetition {number} differs from the median by a factor of {ratio:.2g}{more} (limit "
             f"{OUTLIER_RATIO:g}). Look for other programs that ran at the same time, and measure again.",
         )

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
-from ..records.cell import SPECULATIVE
+from ..records.cell import SPECULATIVE, Cell
 from ..records.metrics import E2E, ITL, OUTPUT_RATE, TPOT, TTFT
 from ..records.results import Repetition, RequestRecord, RunResult
+from ..stats import sequence_interval, t_interval
 from .figures import mean_of
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 
@@ -147,6 +148,27 @@ def typical_tpot(repetition: Repetition) -> float | None:
     """Median time per output token of all requests, ms; None if no request has a second token."""
     found = [value for request in repetition.requests if (value := tpot_ms(request)) is not None]
     return median(found) if found else None
+
+
+def own_lengths(cell: Cell) -> bool:
+    """Return True if the repetitions differ in the length of their prompts: conversations, texts as they are."""
+    return cell.history != "none" or cell.prompt_tokens is None
+
+
+def judged_values(cell: Cell, repetitions: Sequence[Repetition]) -> list[float]:
+    """Values in which a quiet machine shows no order: output tokens per second of each repetition.
+
+    With `own_lengths` it is the mean time per output token, ms, which hardly depends on the length of the prompt.
+    """
+    of = PER_REPETITION[TPOT.key("mean")] if own_lengths(cell) else output_rate
+    return [value for repetition in repetitions if (value := of(repetition)) is not None]
+
+
+def mean_interval(result: RunResult, values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean of `unit_values`: Student's over processes, `sequence_interval` over repetitions."""
+    if process_count(result) > 1:
+        return t_interval(values)
+    return sequence_interval(values, stopped=result.cell.repetitions is None)
 
 
 PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {

@@ -24,6 +24,7 @@ from ..records.metrics import (
     E2E,
     E2E_BY_REPETITION,
     E2E_WITH_TEXT,
+    EFFECTIVE_REPETITIONS,
     FIRST_CALL,
     HOST_NEEDED,
     HOST_RSS,
@@ -60,14 +61,14 @@ from ..records.metrics import (
 )
 from ..records.results import MemorySample, RequestRecord, RunResult
 from ..stats import (
+    LEAST_CORRELATED,
     block_bootstrap_interval,
     bootstrap_interval,
     coefficient_of_variation,
+    effective_size,
     mad,
     percentile,
-    relative_half_width,
     supports,
-    t_interval,
 )
 from .efficiency import efficiency_figures
 from .figures import Figures, distribution, mean_of
@@ -77,6 +78,7 @@ from .quality import figures
 from .repetitions import (
     PER_REPETITION,
     decode_rate,
+    mean_interval,
     output_rate,
     prefill_rate,
     process_count,
@@ -197,13 +199,15 @@ def _throughput(result: RunResult) -> Figures:
     if output is None:
         return found
     mean, price = fmean(output), result.price_per_hour
-    low, high = t_interval(output) or (None, None)
+    may_correlate = process_count(result) == 1 and len(output) >= LEAST_CORRELATED
+    low, high = mean_interval(result, output) or (None, None)
     return found | {
         PER_INSTANCE_RATE.key(): mean / result.cell.batch_size,
         # Student's interval does not know that a rate is positive.
         OUTPUT_RATE.key("ci_low"): None if low is None else max(low, 0.0),
         OUTPUT_RATE.key("ci_high"): high,
-        RELATIVE_HALF_WIDTH.key(): relative_half_width(output),
+        RELATIVE_HALF_WIDTH.key(): None if low is None or high is None or not mean else (high - low) / 2 / mean,
+        EFFECTIVE_REPETITIONS.key(): effective_size(output) if may_correlate else None,
         VARIATION.key(): coefficient_of_variation(output),
         COST.key(): None if price is None else price / (mean * 3600) * 1e6,
     }
@@ -246,9 +250,9 @@ BESIDES: tuple[Family, ...] = (_same_replies, _compile_time, _same_tokens, _qual
 class Statistics:
     """Statistics of one metric. `values` says over what: repetitions, processes, or the tokens of a series.
 
-    `mean_low` to `mean_high` is Student's 95 % interval of the mean, `median_low` to `median_high` the bootstrap's of
-    the median; `mad` is the unscaled median absolute deviation. None with too few values, or, for the mean of a series,
-    because Student's interval does not hold.
+    `mean_low` to `mean_high` is the 95 % interval of the mean (`mean_interval`), `median_low` to `median_high` the
+    bootstrap's of the median; `mad` is the unscaled median absolute deviation. None with too few values, or, for the
+    mean of a series, because that interval does not hold.
     """
 
     key: str
@@ -275,7 +279,7 @@ def statistics(result: RunResult) -> list[Statistics]:
     for key, of in PER_REPETITION.items():
         values = unit_values(result, of)
         if values:
-            low, high = t_interval(values) or (None, None)
+            low, high = mean_interval(result, values) or (None, None)
             found.append(_statistics(key, unit, values, low, high, bootstrap_interval(values, "median")))
     gaps = [point.value for point in _token_series(result)]
     if gaps:

@@ -11,6 +11,7 @@ from ..stats import coefficient_of_variation, supports
 from . import collapsed_gaps, contention, online_validity, probe
 from .efficiency import read_share, utilization_doubt
 from .latency import gaps_ms
+from .order import order
 from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
 
 Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
@@ -170,6 +171,7 @@ CHECKS: tuple[Check, ...] = (
     _steadiness,
     _convergence,
     _variation,
+    order,
     collapsed_gaps.collapsed,
     *contention.CHECKS,
 )
@@ -178,6 +180,7 @@ ONLINE_CHECKS: tuple[Check, ...] = (
     _steadiness,
     _convergence,
     _variation,
+    order,
     collapsed_gaps.collapsed,
     *online_validity.CHECKS,
     contention.of_the_client,
@@ -190,6 +193,7 @@ STREAM_CHECKS: tuple[Check, ...] = (
     _steadiness,
     _convergence,
     _variation,
+    order,
     collapsed_gaps.collapsed,
     *contention.CHECKS,
     online_validity.client,

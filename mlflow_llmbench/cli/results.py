@@ -106,12 +106,12 @@ def scaling(
     json: bool, tracking_uri: str | None, experiment: str | None,
 ) -> int:  # fmt: skip
     """Fit the laws and print them."""
-    from ..reports.scaling import format_study, study_json
+    from ..reports.scaling import format_scaling, scaling_json
     from ..workflows import scaling
     from ..workflows.destination import Destination
 
     def show(study: ScalingStudy) -> None:
-        print(format_study(study))
+        print(format_scaling(study))
 
     found = scaling.scaling(
         references,
@@ -123,7 +123,7 @@ def scaling(
     )
     _print_written(output)
     if json:
-        print_json(study_json(found))
+        print_json(scaling_json(found))
     return 0
 
 

@@ -15,16 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..analysis.contention import can_be_judged
 from ..backends.base import Backend, DecodingBackend, History
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
 from ..records.results import CellMeasurements, Repetition, RequestRecord, TextTimes
-from ..records.verdicts import LEAST_REPETITIONS
-from ..stats import is_steady, relative_half_width
+from ..stats import is_steady
 from ..system import machine
 from ..workloads.prompts import PromptSet
 from .events import FirstToken, RepetitionEnded, ReportProgress, WarmupEnded
+from .stopping import enough
 
 LEAST_WARMUPS = 3
 MOST_WARMUPS = 12
@@ -242,33 +241,6 @@ def _warm_up(
         steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
         report(WarmupEnded(len(durations), most, durations[-1]))
     return durations[0] * 1000, durations, steady
-
-
-def enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
-    """Return True if `auto` may stop repeating.
-
-    It needs at least 5 unspoiled repetitions, long enough together to judge contention, and the relative half-width of
-    the throughput's 95 % interval within `precision_target`. A spoiled repetition is repeated and kept, because leaving
-    out results by hand would bias them. On a machine that is never quiet, twice the least number of repetitions is
-    enough; the verdict is then `contended`.
-    """
-    clean = [r for r in repetitions if not (r.noise and r.noise.spoiled)]
-    if cell.repetitions is not None or len(repetitions) < LEAST_REPETITIONS:
-        return False
-    if len(clean) < LEAST_REPETITIONS and len(repetitions) < 2 * LEAST_REPETITIONS:
-        return False
-    if not can_be_judged(repetitions):
-        return False
-    width = relative_half_width([throughput(repetition) for repetition in repetitions])
-    return width is not None and width <= cell.precision_target
-
-
-def throughput(repetition: Repetition) -> float:
-    """Return output tokens per second of one repetition: all tokens of all rows ÷ (last arrival − first sending)."""
-    requests = repetition.requests
-    tokens = sum(r.rows * r.output_tokens for r in requests)
-    span = max(r.stamps_ns[-1] for r in requests) - min(r.t0_ns for r in requests)
-    return tokens / span * 1e9
 
 
 def checked_ids(steps: Sequence[Any], rows: int) -> list[list[int]]:

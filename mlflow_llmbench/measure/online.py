@@ -19,13 +19,13 @@ from ..loadgen.client import Load, Trace
 from ..records.cell import Cell
 from ..records.errors import MeasurementError
 from ..records.results import CellMeasurements, ClientReadings, Repetition, RequestRecord
-from ..records.verdicts import LEAST_REPETITIONS
-from ..stats import is_steady, relative_half_width
+from ..stats import is_steady
 from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.prompts import PromptSet, lengths_of, lengths_vary
-from .batch import LEAST_WARMUPS, MOST_WARMUPS, throughput
+from .batch import LEAST_WARMUPS, MOST_WARMUPS
 from .events import RepetitionEnded, ReportProgress, WarmupEnded
+from .stopping import enough
 
 WARM_USERS = 4
 """Concurrent requests in the warm-up of an open loop, which has no number of users."""
@@ -47,7 +47,7 @@ def measure_server(server: ServerBackend, cell: Cell, prompts: PromptSet, report
     repetitions: list[Repetition] = []
     limit = cell.repetitions or cell.max_repetitions
     count = request_count(cell)
-    while len(repetitions) < limit and not _enough(cell, repetitions):
+    while len(repetitions) < limit and not enough(cell, repetitions, local=False):
         index = len(repetitions)
         load = Load(count, cell.concurrency, cell.duration_s, arrival_times_ns(cell, index))
         processes = cell.client_processes or _processes_for(load, last_wave)
@@ -131,15 +131,3 @@ def _warm_up(
         steady = len(durations) >= LEAST_WARMUPS and is_steady(durations)
         report(WarmupEnded(len(durations), most, durations[-1]))
     return first_ms, durations, steady, trace
-
-
-def _enough(cell: Cell, repetitions: Sequence[Repetition]) -> bool:
-    """Return True if `auto` may stop: at least 5 repetitions, and the throughput's interval within `precision_target`.
-
-    The bound is on the relative half-width of the 95 % interval. CPU use by other processes is no reason to repeat: one
-    of them may be the server.
-    """
-    if cell.repetitions is not None or len(repetitions) < LEAST_REPETITIONS:
-        return False
-    width = relative_half_width([throughput(repetition) for repetition in repetitions])
-    return width is not None and width <= cell.precision_target

@@ -24,8 +24,9 @@ from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.batching import batch_positions, needed_positions, next_batch
 from ..workloads.prompts import PromptSet
-from .batch import LEAST_WARMUPS, MOST_WARMUPS, checked_ids, enough, time_request
+from .batch import LEAST_WARMUPS, MOST_WARMUPS, checked_ids, time_request
 from .events import RepetitionEnded, ReportProgress, WarmupEnded
+from .stopping import enough
 
 Order = tuple[list[int], int]
 """One request of a stream: its prompt ids and the requested number of output tokens."""

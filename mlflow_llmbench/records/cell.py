@@ -96,13 +96,13 @@ class Cell:
     ).field()
     repetitions: int | None = Parameter(
         None,
-        "timed runs: auto (at least 5, until the interval is narrow) or a number",
+        "timed runs: auto (30, or 5 where 30 take over a minute; more until the interval is narrow) or a number",
         "count",
         unset="auto",
         high=1_000_000,
     ).field()
     max_repetitions: int = Parameter(
-        30, "most repetitions with repetitions=auto", "count", low=5, high=1_000_000
+        100, "most repetitions with repetitions=auto", "count", low=5, high=1_000_000
     ).field()
     precision_target: float = Parameter(
         0.02,

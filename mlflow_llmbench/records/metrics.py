@@ -333,6 +333,10 @@ SAME_TOKENS = Metric(
     "differs from plain decoding", RATIO, better="higher")
 RELATIVE_HALF_WIDTH = Metric(
     "trust", "relative_half_width", "half-width of the 95 % interval of the throughput ÷ its mean", better="lower")
+EFFECTIVE_REPETITIONS = Metric(
+    "trust", "effective_repetitions",
+    "independent repetitions that would determine the mean throughput as well: fewer than were made if neighbouring "
+    "ones are correlated", better="higher")
 VARIATION = Metric(
     "trust", "cv_ratio", "standard deviation of the throughput over repetitions (processes if several) ÷ its mean",
     better="lower")

@@ -33,7 +33,6 @@ class Library:
     - `gives`: features besides its schemes
     - `ready`: packages with which transformers loads a checkpoint that is quantized already
     - `packed`: such a checkpoint takes as much memory as its files
-    - `reports_missing`: transformers reports which weights such a checkpoint lacks
     - `compiler`: why it needs a C++ compiler; empty if it needs none
     """
 
@@ -45,7 +44,6 @@ class Library:
     gives: str = ""
     ready: tuple[str, ...] = ()
     packed: bool = False
-    reports_missing: bool = False
     compiler: str = ""
 
     @property
@@ -155,9 +153,7 @@ def _values(recipe: Recipe) -> Iterator[Any]:
             yield value
 
 
-BITSANDBYTES = Library(
-    "bitsandbytes", "bitsandbytes", ("bitsandbytes",), ready=("bitsandbytes",), packed=True, reports_missing=True
-)
+BITSANDBYTES = Library("bitsandbytes", "bitsandbytes", ("bitsandbytes",), ready=("bitsandbytes",), packed=True)
 GPTQ = Library(
     "GPTQ", "gptq", ("optimum", "gptqmodel"), "gptq", gives="checkpoints quantized with GPTQ or AWQ",
     ready=("optimum", "gptqmodel"), packed=True, compiler="GPTQModel builds a part of itself",
@@ -167,12 +163,12 @@ GGUF = Library(
     "llama.cpp", "gguf", ("llama-cpp-python",), "gguf", " (it compiles llama.cpp: C++ compiler, minutes)",
     gives="backend=llama_cpp: GGUF files as they are",
 )  # fmt: skip
-TORCHAO = Library("torchao", "torchao", ("torchao",), "torchao", ready=("torchao",), packed=True, reports_missing=True)
+TORCHAO = Library("torchao", "torchao", ("torchao",), "torchao", ready=("torchao",), packed=True)
 HQQ = Library("HQQ", "hqq", ("hqq",), "hqq", gives="kv_cache=int8")
 QUANTO = Library("Quanto", "quanto", ("optimum-quanto",), "quanto", gives="kv_cache=int4 and int2")
 COMPRESSED_TENSORS = Library(
     "compressed-tensors", "compressed-tensors", ("compressed-tensors",), "compressed-tensors",
-    gives="checkpoints in the format compressed-tensors", ready=("compressed-tensors",), reports_missing=True,
+    gives="checkpoints in the format compressed-tensors", ready=("compressed-tensors",),
 )  # fmt: skip
 LIBRARIES = (BITSANDBYTES, GPTQ, AWQ, GGUF, TORCHAO, HQQ, QUANTO, COMPRESSED_TENSORS)
 

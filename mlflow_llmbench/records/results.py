@@ -22,8 +22,8 @@ from .noise import Noise
 
 SCHEMA = 1
 FIRST_RULES, RULES = 1, 2
-"""Rules of verdicts. By the first ones, contention was judged from repetitions of 0.5 s together on, by CPU times alone,
-and the client's lateness by fixed limits: results of that time keep the verdict that they were published with."""
+"""Rules of verdicts. By the first ones, contention was judged from 0.5 s of repetitions on, by CPU times alone, and the
+client's lateness by fixed limits: results of that time keep the verdict that they were published with."""
 
 T = TypeVar("T")
 

@@ -9,6 +9,13 @@ lies above the percentile with 95 % probability (Wilks 1941)."""
 LEAST_REPETITIONS = 5
 """Smallest number of timed repetitions for a confidence interval."""
 
+JUDGED_REPETITIONS = 30
+"""Repetitions from which their order can be judged: trend, step, two speeds and serial correlation. With 20 a serial
+correlation of 0.8 stays unseen in a quarter of cases, with 30 in a thirtieth."""
+
+JUDGED_WITHIN_S = 60.0
+"""Timed seconds that `repetitions=auto` spends on `JUDGED_REPETITIONS`, if the interval is narrow sooner."""
+
 FOREIGN_CPU_LIMIT = 0.10
 """CPUs that others (processes, hypervisor) may use on average over all repetitions: a tenth of one core."""
 
@@ -34,6 +41,10 @@ REASONS: dict[str, str] = {
     "too_short_to_judge": "suspect",
     "throttled": "suspect",
     "high_variation": "suspect",
+    "trend": "suspect",
+    "step": "suspect",
+    "two_speeds": "suspect",
+    "outliers": "suspect",
     "length_drift": "suspect",
     "prefix_cache_hits": "suspect",
     "bandwidth_doubtful": "suspect",

@@ -23,7 +23,7 @@ from .charts.sweep import SweepPoints
 from .comparison import comparison_json, comparison_markdown
 from .escaping import markdown, quotation
 from .result import Row, config_parameters, config_yaml, report_markdown, statistics_cells, summary_table, table_cells
-from .scaling import study_json, study_markdown
+from .scaling import scaling_json, scaling_markdown
 from .study import Drawn, study_page
 from .tables import csv_table, split_table
 
@@ -100,7 +100,7 @@ def write_sweep(measured: Sequence[tuple[Row, str]], subject: sweep.Subject, fol
     measured, subject = redact_all((tuple(measured), subject))
     rows, varied = [row for row, _ in measured], subject.spec.varied
     heading, body = table_cells(rows, varied)
-    write_bytes(folder / "comparison.md", sweep.comparison_markdown(rows, varied).encode())
+    write_bytes(folder / "comparison.md", sweep.cells_markdown(rows, varied).encode())
     write_bytes(
         folder / "comparison.csv",
         csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode(),
@@ -135,9 +135,9 @@ def write_scaling(study: ScalingStudy, folder: Path) -> list[Path]:
     Raises JournalError, for example when the disk is full.
     """
     drawn = draw_charts("scaling", study, folder / "charts").files
-    write_json(folder / "scaling.json", study_json(study))
+    write_json(folder / "scaling.json", scaling_json(study))
     shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
-    write_bytes(folder / "scaling.md", study_markdown(study, shown).encode())
+    write_bytes(folder / "scaling.md", scaling_markdown(study, shown).encode())
     return [folder / "scaling.json", folder / "scaling.md", *drawn]
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from ..analysis.efficiency import utilization_doubt
 from ..analysis.latency import e2e_ms, ttft_ms
+from ..analysis.order import correlation, unjudged
 from ..analysis.quality import sentences
+from ..analysis.repetitions import process_count
 from ..analysis.summary import Turn, gpu_of, statistics, summarize, turns_of
 from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.spec import cell_fields
@@ -172,7 +174,7 @@ def summary_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | Non
     lines = [
         what,
         "",
-        markdown_table(["measured", ""], _lines(metrics)),
+        markdown_table(["measured", ""], _lines(result, metrics)),
         "",
         f"**Verdict: {verdict.word if verdict else 'none'}**",
     ]
@@ -213,17 +215,21 @@ def _name_of(path: str) -> str:
     return path.replace("\\", "/").rpartition("/")[2]
 
 
-def _lines(metrics: Metrics) -> list[list[str]]:
-    """Return the measured figures as names and values with their units and 95 % intervals."""
-    return [[entry.words, _line_text(entry, metrics)] for entry in shown_in(Line) if entry.key in metrics]
+def _lines(result: RunResult, metrics: Metrics) -> list[list[str]]:
+    """Return the measured figures as names and values with their units and 95 % intervals.
+
+    Processes differ, which a single one cannot show: its interval is called that of this process.
+    """
+    of = "95 % interval" if process_count(result) > 1 else "95 % interval of this process:"
+    return [[entry.words, _line_text(entry, metrics, of)] for entry in shown_in(Line) if entry.key in metrics]
 
 
-def _line_text(entry: Entry[Line], metrics: Metrics) -> str:
+def _line_text(entry: Entry[Line], metrics: Metrics, of: str) -> str:
     text = f"{short_number_text(metrics[entry.key] * entry.scale)} {entry.unit}".strip()
     low, high = (metrics.get(key) for key in interval_keys(entry.key))
     if low is None or high is None:
         return text
-    return f"{text} (95 % interval {short_number_text(low * entry.scale)} to {short_number_text(high * entry.scale)})"
+    return f"{text} ({of} {short_number_text(low * entry.scale)} to {short_number_text(high * entry.scale)})"
 
 
 def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None) -> str:
@@ -232,6 +238,10 @@ def report_markdown(result: RunResult, metrics: Metrics, verdict: Verdict | None
     absent = unsupported_percentiles(result)
     if absent:
         parts.append("Percentiles left out, because the sample does not support them: " + ", ".join(absent) + ".")
+    if sentence := correlation(result):
+        parts.append(sentence)
+    if unseen := unjudged(result):
+        parts.append("Not judged, because there are too few repetitions or processes: " + ", ".join(unseen) + ".")
     if why := utilization_doubt(result):
         parts.append(why)
     if metrics:

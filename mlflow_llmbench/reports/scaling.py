@@ -24,7 +24,7 @@ METHOD = (
 )
 
 
-def sections(study: ScalingStudy) -> dict[str, list[str]]:
+def scaling_sections(study: ScalingStudy) -> dict[str, list[str]]:
     """Map heading → sentences; headings without sentences are left out."""
     found = {
         "Laws": [main_sentence(law) for law in study.laws],
@@ -94,27 +94,27 @@ def prediction_cells(study: ScalingStudy) -> tuple[list[str], list[list[str]]]:
     return heading, body
 
 
-def format_study(study: ScalingStudy) -> str:
+def format_scaling(study: ScalingStudy) -> str:
     """Format the study for a terminal: the tables of laws and of predictions, then the sentences."""
     tables = [text_table(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
     sentences = [
         "\n".join([f"{heading}:", *(f"- {sentence}" for sentence in found)])
-        for heading, found in sections(study).items()
+        for heading, found in scaling_sections(study).items()
     ]
     return "\n\n".join([f"{study.cells} cells: {study.subject}", *tables, *sentences, METHOD])
 
 
-def study_markdown(study: ScalingStudy, charts: Sequence[str] = ()) -> str:
+def scaling_markdown(study: ScalingStudy, charts: Sequence[str] = ()) -> str:
     """Return scaling.md: the tables, the charts (paths relative to the file), the sentences."""
     parts = [f"# Scaling: {markdown(study.subject)}", f"{study.cells} cells. {METHOD}"]
     parts += [markdown_table(*table) for table in (law_cells(study), prediction_cells(study)) if table[1]]
     parts += [f"![{path}]({path})" for path in charts]
-    for heading, sentences in sections(study).items():
+    for heading, sentences in scaling_sections(study).items():
         parts += [f"## {heading}", "\n".join(f"- {markdown(sentence)}" for sentence in sentences)]
     return "\n\n".join(parts) + "\n"
 
 
-def study_json(study: ScalingStudy) -> dict[str, Any]:
+def scaling_json(study: ScalingStudy) -> dict[str, Any]:
     """Return the study as plain JSON data. Predictions have `predicted: true`; an absent value is null."""
     names = ["cells", "subject", "batches", "quants", "cliffs", "exchanges", "footprints", "refused", "left_out"]
     rest = {name: to_json(getattr(study, name)) for name in names}
@@ -145,7 +145,7 @@ def study_json(study: ScalingStudy) -> dict[str, Any]:
             }
             for law, predicted in study.predictions
         ],
-        "sentences": sections(study),
+        "sentences": scaling_sections(study),
     }
 
 

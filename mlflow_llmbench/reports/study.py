@@ -25,8 +25,7 @@ from .escaping import markdown
 from .html import page
 from .recommendation import answer
 from .result import environment_facts
-from .scaling import METHOD, law_cells
-from .scaling import sections as law_sections
+from .scaling import METHOD, law_cells, scaling_sections
 from .sweep import chart_name
 from .tables import Table, markdown_table
 
@@ -74,7 +73,7 @@ class Section:
 
 def sections(found: Findings, drawn: Drawn) -> list[Section]:
     """Return everything after the title, in the order of the report."""
-    laws = law_sections(found.scaling)
+    laws = scaling_sections(found.scaling)
     not_said = tuple(f"{what[:1].upper()}{what[1:]}: {why}." for what, why in found.not_said)
     not_drawn = tuple(f"{chart_name(name).capitalize()}: {why}." for name, why in drawn.missing)
     refused = tuple(laws.pop("Not said", []))

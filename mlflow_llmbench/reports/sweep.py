@@ -387,18 +387,18 @@ def description(rows: Sequence[Row], varied: Sequence[str]) -> str:
     return next((text for text in texts if len(text) <= MOST_CHARACTERS), texts[-1])
 
 
-def comparison_markdown(rows: Sequence[Row], varied: Sequence[str]) -> str:
+def cells_markdown(rows: Sequence[Row], varied: Sequence[str]) -> str:
     """Return comparison.md: the description with all cells."""
     return _description(rows, varied, len(rows))
 
 
 def _description(rows: Sequence[Row], varied: Sequence[str], most: int) -> str:
-    told = sorted(rows, key=lambda row: -row.metrics.get(OUTPUT_RATE.key(), 0.0)) if len(rows) > most else rows
+    shown = sorted(rows, key=lambda row: -row.metrics.get(OUTPUT_RATE.key(), 0.0)) if len(rows) > most else rows
     groups = _frontiers(rows)
     limits, notes = frontier_table(groups), _explained(explanations(rows))
     parts = [
         f"**{markdown(headline(rows, varied))}**",
-        _markdown(cells_table(told, varied), {"verdict": [row.state for row in told]}, most),
+        _markdown(cells_table(shown, varied), {"verdict": [row.state for row in shown]}, most),
     ]
     parts += (
         [f"The {most} fastest cells. All {len(rows)} are in `report.md` and `report.html`."] if len(rows) > most else []
@@ -412,35 +412,39 @@ def _explained(found: Sequence[tuple[str, str]]) -> list[str]:
     return [f"**{markdown(title)}**: {markdown(text)}" for title, text in found]
 
 
-def overview_markdown(told: Overview, charts: Sequence[str] = ()) -> str:
+def overview_markdown(report: Overview, charts: Sequence[str] = ()) -> str:
     """Return report.md of a sweep; `charts` are paths of pictures relative to the report."""
-    parts = [f"# {markdown(told.name)}", f"**{markdown(told.headline)}**"]
-    parts.append("\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in told.facts))
+    parts = [f"# {markdown(report.name)}", f"**{markdown(report.headline)}**"]
+    parts.append("\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in report.facts))
     verdicts = [
         f"{state} ({', '.join(codes)})" if codes else state
-        for state, codes in zip(told.states, told.reasons, strict=True)
+        for state, codes in zip(report.states, report.reasons, strict=True)
     ]
-    parts += ["## Cells", _markdown(told.cells, {"verdict": verdicts, "MLflow run": told.runs})]
-    parts += [f"In bold: {ALIKE}"] if told.cells.best else []
-    if told.explanations:
-        parts += ["## What was seen", "\n".join(f"- {line}" for line in _explained(told.explanations))]
-    if told.frontier.body:
+    parts += ["## Cells", _markdown(report.cells, {"verdict": verdicts, "MLflow run": report.runs})]
+    parts += [f"In bold: {ALIKE}"] if report.cells.best else []
+    if report.explanations:
+        parts += ["## What was seen", "\n".join(f"- {line}" for line in _explained(report.explanations))]
+    if report.frontier.body:
         parts += [
             "## What fits in memory",
-            _markdown(told.frontier),
-            "\n".join(f"- {markdown(note)}" for note in told.frontier_notes),
+            _markdown(report.frontier),
+            "\n".join(f"- {markdown(note)}" for note in report.frontier_notes),
         ]
     if charts:
-        parts += ["## Charts", *(f"![{chart_name(path)}]({path})" for path in charts), *filter(None, [told.not_drawn])]
+        parts += [
+            "## Charts",
+            *(f"![{chart_name(path)}]({path})" for path in charts),
+            *filter(None, [report.not_drawn]),
+        ]
     parts += [
         "## Run it again",
-        code_block(told.command),
+        code_block(report.command),
         f"With mlflow-llmbench {__version__}. `llmbench compare RUN_A RUN_B` says whether two runs differ.",
     ]
-    if told.ui:
-        parts += ["The runs are in MLflow:", code_block(told.ui)]
+    if report.ui:
+        parts += ["The runs are in MLflow:", code_block(report.ui)]
     parts.append("## Environment")
-    for title, facts in told.machines:
+    for title, facts in report.machines:
         parts += [*([f"### {title}"] if title else []), markdown_table(["what", "version"], facts)]
     return "\n\n".join(parts) + "\n"
 

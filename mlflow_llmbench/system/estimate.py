@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ from ..records.backends import capabilities_of
 from ..records.cell import SPECULATIVE, Cell, as_text
 from ..records.quantizations import FLOAT_DTYPES, MIXED
 from ..records.results import ModelFacts
-from ..records.verdicts import LEAST_REPETITIONS
+from ..records.verdicts import JUDGED_REPETITIONS, JUDGED_WITHIN_S, LEAST_REPETITIONS
 from ..workloads.arrivals import request_count
 from ..workloads.prompts import longest_of
 from . import gpu, machine, memory
@@ -151,8 +152,8 @@ def least_seconds(
     Speculative decoding counts as if all proposed tokens were right. Loading, downloads and all overheads come on top.
     """
     if cell.batching and cell.request_rate:
-        runs = cell.repetitions or LEAST_REPETITIONS
-        return cell.processes * runs * ((request_count(cell) or 1) - 1) / cell.request_rate
+        arrive_s = ((request_count(cell) or 1) - 1) / cell.request_rate
+        return cell.processes * _repetitions(cell, arrive_s) * arrive_s
     bandwidth, flops = peaks.get("read_bytes_per_s"), peaks.get("flops_per_s")
     if shape is None or not bandwidth or not flops:
         return None
@@ -166,11 +167,20 @@ def least_seconds(
     cache = rows * shape.kv_bytes(context, value_bytes)
     prefill = max(weights / bandwidth, rows * prompt * shape.flops_per_token(prompt // 2) / flops)
     step = max((weights + cache) / bandwidth, rows * shape.flops_per_token(context) / flops)
-    runs = (cell.warmup if cell.warmup is not None else LEAST_WARMUP) + (cell.repetitions or LEAST_REPETITIONS)
     steps = cell.output_tokens - 1
     if cell.decode in SPECULATIVE:
         steps = -(-steps // (cell.draft_tokens + 1))
-    return cell.processes * runs * (prefill + steps * step)
+    run_s = prefill + steps * step
+    warmups = cell.warmup if cell.warmup is not None else LEAST_WARMUP
+    return cell.processes * (warmups + _repetitions(cell, run_s)) * run_s
+
+
+def _repetitions(cell: Cell, run_s: float) -> int:
+    """Return the least repetitions of runs that take `run_s`; with auto, `JUDGED_REPETITIONS` if a minute allows."""
+    if cell.repetitions is not None:
+        return cell.repetitions
+    fitting = math.ceil(JUDGED_WITHIN_S / run_s) if run_s > 0 else JUDGED_REPETITIONS
+    return min(max(LEAST_REPETITIONS, min(fitting, JUDGED_REPETITIONS)), cell.max_repetitions)
 
 
 def refusal(cell: Cell, model: ModelFacts, predicted: int | None, available: AvailableMemory) -> Refusal | None:

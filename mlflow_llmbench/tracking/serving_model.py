@@ -21,7 +21,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel  # type: ignore[attr-defined]
 
 # The only import of ours. In the file of a version its place is taken by the module itself (`registry.serving_code`).
-from ..backends.huggingface.recipe import kernel, layer_classes, load
+from ..backends.huggingface.recipe import IncompleteCheckpoint, kernel, layer_classes, load
 
 
 def refused(message: str) -> MlflowException:
@@ -55,9 +55,12 @@ class Checkpoint:
         )
         if config["attention"] != "auto":
             named["attn_implementation"] = config["attention"]
-        model, _ = load(
-            config["location"], config["quantization"], device=config["device"], dtype=config["dtype"], **named
-        )
+        try:
+            model, _ = load(
+                config["location"], config["quantization"], device=config["device"], dtype=config["dtype"], **named
+            )
+        except IncompleteCheckpoint as error:
+            raise MlflowException(f"{config['location']} is not the measured checkpoint. {error}.") from error
         self._verify(model)
         ends = model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends

@@ -172,7 +172,7 @@ def test_flops_utilization_by_hand() -> None:
         (
             result([[2, 2, 2], [9, 9, 9], [2, 2, 2], [9, 9, 9], [2, 2, 2]]),
             "suspect",
-            ["not_converged", "high_variation"],
+            ["not_converged", "high_variation", "two_speeds"],
         ),
         (
             result([[2, 2, 2]] * 5, load=LoadInfo(1.0, 1, 8000), peaks={"read_bytes_per_s": 1e6}),
@@ -221,7 +221,7 @@ def test_statistics_by_hand() -> None:
     e2e = found["latency/e2e_ms_p50"]
     assert (e2e.values, e2e.n, e2e.mean, e2e.median, e2e.mad) == ("repetitions", 5, 22, 19, 3)
     assert e2e.sd == pytest.approx(math.sqrt((81 + 36 + 9 + 0 + 324) / 4))
-    half = 2.77644511 * math.sqrt(450 / 4 / 5)
+    half = 1.15 * 2.77644511 * math.sqrt(450 / 4 / 5)  # repetitions=auto: the factor for stopping when it is narrow
     assert (e2e.mean_low, e2e.mean_high) == (pytest.approx(22 - half), pytest.approx(22 + half))
     assert e2e.median_low is not None and e2e.median_high is not None
     assert 13 <= e2e.median_low <= 16 and 22 <= e2e.median_high <= 40
@@ -301,7 +301,8 @@ def test_the_verdict_on_several_processes_speaks_of_processes(measured: RunResul
 
     A half of each is ±3.6, 27.3 or 36 % from their mean, times √(n/(n − 1)).
     """
-    assert {r.code: r.sentence for r in judge(measured, summary.summarize(measured)).reasons} == sentences
+    found = {r.code: r.sentence for r in judge(measured, summary.summarize(measured)).reasons}
+    assert {code: sentence for code, sentence in found.items() if code != "two_speeds"} == sentences
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_defaults_are_those_of_the_vocabulary() -> None:
         "history": "none",
         "warmup": "auto",
         "repetitions": "auto",
-        "max_repetitions": "30",
+        "max_repetitions": "100",
         "precision_target": "0.02",
         "processes": "1",
         "device": "auto",

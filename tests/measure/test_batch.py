@@ -65,10 +65,10 @@ def test_rows_share_stamps_and_are_counted() -> None:
     assert {r.requests[0].prompt_tokens for r in measured.repetitions} == {4}
 
 
-def test_auto_warms_up_at_least_three_times_and_repeats_at_least_five() -> None:
-    measured, _ = measure("ttft_ms=5+itl_ms=1", precision_target=1.0)
+def test_auto_warms_up_at_least_three_times_and_repeats_until_the_order_can_be_judged() -> None:
+    measured, _ = measure("ttft_ms=5+itl_ms=1", precision_target=1.0, max_repetitions=30)
     assert len(measured.warmup_s) >= 3
-    assert 5 <= len(measured.repetitions) <= 10  # more where other work of this machine spoils some
+    assert len(measured.repetitions) == 30
 
 
 def test_auto_stops_at_the_maximum_when_the_interval_stays_wide() -> None:
@@ -142,18 +142,3 @@ def test_summary_of_a_real_measurement_agrees_with_the_script() -> None:
     assert metrics["throughput/output_tokens_per_s"] <= 4 * 8 / 0.024
     assert metrics["throughput/per_instance_tokens_per_s"] == metrics["throughput/output_tokens_per_s"] / 4
     assert metrics["config/prompt_tokens"] == 4
-
-
-def test_spoiled_repetitions_are_repeated_and_kept_but_not_without_end() -> None:
-    from mlflow_llmbench.measure.batch import enough
-    from mlflow_llmbench.records.results import Noise, Repetition, RequestRecord
-
-    def repetition(index: int, others_s: float) -> Repetition:
-        return Repetition(index, 0, (RequestRecord(0, (10, 20)),), Noise(wall_s=1.0, foreign_cpu_s=others_s))
-
-    quiet = [repetition(i, 0.0) for i in range(5)]
-    assert enough(Cell(), quiet)
-    assert not enough(Cell(), [*quiet[:4], repetition(4, 0.5)])
-    assert enough(Cell(), [*quiet[:4], repetition(4, 0.5), repetition(5, 0.0)])
-    assert not enough(Cell(), [repetition(i, 0.5) for i in range(9)])
-    assert enough(Cell(), [repetition(i, 0.5) for i in range(10)])

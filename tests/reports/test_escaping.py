@@ -125,7 +125,7 @@ def markdowns(text: str) -> dict[str, str]:
         "report of a cell": result_reports.report_markdown(fine, metrics, verdict),
         "report of a failure": result_reports.report_markdown(failed, {}, None),
         "description": sweep.description(rows, ["model", "workload", "quant"]),
-        "comparison of a sweep": sweep.comparison_markdown(rows, ["model", "workload", "quant"]),
+        "comparison of a sweep": sweep.cells_markdown(rows, ["model", "workload", "quant"]),
         "report of a sweep": sweep.overview_markdown(told, ["charts/overview.svg"]),
         "comparison of two": comparison_markdown(
             compare(fine, dataclasses.replace(named(INT4, text), cell=dataclasses.replace(fine.cell, seed=1)))

@@ -107,7 +107,7 @@ def test_a_version_has_no_weights_and_pins_what_was_measured(run_id: str, store_
     register(store, run_id, "bot", accept_suspect=BUSY)
     [logged] = [i.model_id for i in store.client.get_run(run_id).outputs.model_outputs]
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{logged}", dst_path=str(tmp_path / "m")))
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 25_000
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 40_000
     lines = (folder / "requirements.txt").read_text().splitlines()
     packages = result_of(store, run_id).environment["packages"]
     assert f"torch=={packages['torch'].partition('+')[0]}" in lines

@@ -588,7 +588,12 @@ def test_an_interrupted_training_ends_killed_and_leaves_no_checkpoint(
     )
     journals = "llmbench-results/*/train/worker.jsonl"
     try:
-        until(lambda: any('"event":"step"' in file.read_text() for file in tmp_path.glob(journals)))
+        until(
+            lambda: (
+                process.poll() is not None
+                or any('"event":"step"' in file.read_text() for file in tmp_path.glob(journals))
+            )
+        )
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=200)
     finally:

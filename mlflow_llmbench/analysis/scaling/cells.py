@@ -113,7 +113,7 @@ def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[s
     texts, only with the same workload.
     """
     fixed = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *freed)]
-    told = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
+    named = [name for name in varied_settings([c.cell for c in cells]) if name not in freed]
     machines = {measured.result.hashes.env for measured in cells}
     across = "model" in freed
     dtypes = {measured.dtype for measured in cells} if across else {""}
@@ -132,7 +132,8 @@ def grouped(cells: Sequence[Measured], freed: Sequence[str]) -> Iterator[tuple[s
         first = groups[key][0]
         where = describe(
             first.cell,
-            [name for name in told if name != "revision"] or [name for name in ("model", "quant") if name not in freed],
+            [name for name in named if name != "revision"]
+            or [name for name in ("model", "quant") if name not in freed],
         )
         yield (
             where + (f" {key[-1]}" if len(dtypes) > 1 else "") + (f" on {key[0]}" if len(machines) > 1 else ""),

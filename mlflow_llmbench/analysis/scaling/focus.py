@@ -61,10 +61,10 @@ def choose_focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focu
     here = [measured for measured in cells if measured.result.hashes.env == machines[0].env]
     held = [f.name for f in dataclasses.fields(Cell) if f.name not in (*UNNAMED, *OF_MODEL, *SHOWN)]
     counts = Counter(tuple(getattr(m.cell, name) for name in held) for m in here)
-    settings = counts.most_common(1)[0][0]
+    chosen = counts.most_common(1)[0][0]
     newest: dict[tuple[object, ...], Measured] = {}
     for measured in sorted(
-        (m for m in here if tuple(getattr(m.cell, name) for name in held) == settings), key=lambda m: m.result.ended_ms
+        (m for m in here if tuple(getattr(m.cell, name) for name in held) == chosen), key=lambda m: m.result.ended_ms
     ):
         newest[tuple(getattr(measured.cell, name) for name in (*OF_MODEL, *SHOWN))] = measured
     shown = list(newest.values())
@@ -75,12 +75,12 @@ def choose_focus(cells: Sequence[Measured], machines: Sequence[Machine]) -> Focu
         min(shapes, key=lambda shape: (-shapes[shape], shape[0], abs(math.log(shape[1] / 128)))) if shapes else (1, 0.0)
     )
     others = len(here) - len(shown)
-    told = ", ".join(
+    settings = ", ".join(
         f"{name}={getattr(shown[0].cell, name)}" for name in held if name in varied_settings([m.cell for m in here])
     )
     note = (
         f"{others} of the {len(here)} cells there are not shown: they were measured again or with other settings than "
-        f"{told or 'these'}."
+        f"{settings or 'these'}."
         if others
         else ""
     )
@@ -93,8 +93,8 @@ def labels(cells: Sequence[Measured]) -> dict[str, str]:
     words = {"hub": "real", "random": "random"}
 
     def label(cell: Cell) -> str:
-        told = [words.get(str(getattr(cell, name)), str(getattr(cell, name))) for name in varied]
-        return describe(cell, ["model"]) + (f" ({', '.join(told)})" if told else "")
+        values = [words.get(str(getattr(cell, name)), str(getattr(cell, name))) for name in varied]
+        return describe(cell, ["model"]) + (f" ({', '.join(values)})" if values else "")
 
     return {m.result.hashes.config: label(m.cell) for m in cells}
 

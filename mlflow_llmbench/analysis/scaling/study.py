@@ -192,7 +192,7 @@ def quant_groups(cells: Sequence[Measured]) -> Iterator[tuple[str, list[Measured
     choices = list(dict.fromkeys(map(chosen, cells)))
     varied = [i for i in range(len(QUANT_SETTINGS)) if len({choice[i] for choice in choices}) > 1]
     for choice in choices:
-        told = ", ".join(f"{QUANT_SETTINGS[i]}={'none' if choice[i] is None else choice[i]}" for i in varied)
+        settings = ", ".join(f"{QUANT_SETTINGS[i]}={'none' if choice[i] is None else choice[i]}" for i in varied)
         own = [
             measured
             for measured in cells
@@ -205,7 +205,7 @@ def quant_groups(cells: Sequence[Measured]) -> Iterator[tuple[str, list[Measured
             beside = (
                 [] if own_reference else sorted(others, key=lambda m: memory_account.REFERENCES.index(m.cell.quant))[:1]
             )
-            yield f"{where} ({told})" if told else where, [*beside, *of_choice]
+            yield f"{where} ({settings})" if settings else where, [*beside, *of_choice]
 
 
 def _quants(cells: Sequence[Measured]) -> Iterator[QuantEfficiency]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError
 from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts
+from . import architectures
 
 SAMPLES, BLOCK_BYTES = 128, 1 << 14
+MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 
 
 def read_facts(
@@ -22,7 +25,8 @@ def read_facts(
 ) -> ModelFacts:
     """Read the facts of a checkpoint from its configuration.
 
-    Raises ModelError if it cannot be read or needs its own code, and UsageError if it would be quantized a second time.
+    Raises ModelError if it cannot be read, needs its own code, or is of a model that does not generate text, and
+    UsageError if it would be quantized a second time.
     """
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
@@ -37,6 +41,8 @@ def read_facts(
             f"The model {cell.model} brings code of its own ({code}), which is not run unless you say so. Read it, "
             "then give trust_remote_code=true."
         )
+    if why := architectures.no_generator(config):
+        raise no_text(cell, why)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and cell.quant != "none":
         raise UsageError(
@@ -48,6 +54,13 @@ def read_facts(
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     name = cell.model if source != "folder" else Path(location).name
     return ModelFacts(name, source, location, revision, config, dtype, shape.context if shape else None, files_bytes)
+
+
+def no_text(cell: Cell, why: str) -> ModelError:
+    """Return the error for a model that does not generate text; `why` says what it does."""
+    return ModelError(
+        f"{cell.model} does not generate text token by token: {why}. Use a causal language model (GPT-2, Llama, …)."
+    )
 
 
 def refuse_requantization(cell: Cell, name: str) -> None:
@@ -93,6 +106,56 @@ def is_complete(folder: Path) -> bool:
     if indices:
         return any(all((folder / shard).exists() for shard in set(shards.values())) for shards in indices)
     return (folder / "model.safetensors").exists() or (folder / "pytorch_model.bin").exists()
+
+
+def require_whole(name: str, folder: Path) -> None:
+    """Raise ModelError if a weight file of a model's folder is missing or cut off. Only their headers are read."""
+    advice = "Download the model again"
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"The index {index.name} of {name} cannot be read: {type(error).__name__}. {advice}."
+            ) from None
+        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if absent and not is_complete(folder):
+            raise ModelError(
+                f"The model {name} lacks {len(absent)} of its {len(shards)} weight files: {', '.join(absent[:3])}. "
+                f"{advice}, or copy them."
+            )
+    for file in sorted(folder / one for one in weight_names(path.name for path in folder.iterdir())):
+        size, needed = file.stat().st_size, _bytes_needed(file)
+        if needed is None:
+            raise ModelError(f"The weight file {file.name} of {name} cannot be read: its header is damaged. {advice}.")
+        if size < needed:
+            raise ModelError(
+                f"The weight file {file.name} of {name} is cut off: it has {size:,} bytes, and its tensors end at "
+                f"{needed:,}. {advice}."
+            )
+
+
+def _bytes_needed(file: Path) -> int | None:
+    """Return the bytes that a weight file needs by its header, None if that cannot be read.
+
+    A safetensors file begins with the length of its header (8 bytes, little endian), which has each tensor's place. A
+    pickle of today is a zip archive, whose directory is at its end.
+    """
+    if file.suffix != ".safetensors":
+        with file.open("rb") as opened:
+            return None if opened.read(2) == b"PK" and not zipfile.is_zipfile(file) else 0
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 2 <= length <= MOST_HEADER_BYTES:
+            return None
+        text = opened.read(length)
+    if len(text) < length:
+        return 8 + length
+    try:
+        header = json.loads(text)
+        return 8 + length + max((one["data_offsets"][1] for k, one in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def weights_format(folder: str) -> str:

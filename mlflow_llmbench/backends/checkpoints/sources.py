@@ -17,7 +17,7 @@ from ...records.invocation import command_text
 from ...records.results import ModelFacts
 from ..base import LOCAL_FILES
 from ..huggingface.quantization import checkpoint_maker_of, maker_of
-from . import files, gguf_file, hub, random_weights
+from . import architectures, files, gguf_file, hub, random_weights
 
 GGUF_SOURCES = ("gguf", "hub_gguf")
 """Values of `ModelFacts.source` for GGUF files."""
@@ -124,6 +124,8 @@ def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
         raise ModelError(
             f"{cell.model} is split, but its part {absent.name} is not beside it. Download all {len(parts)} parts."
         )
+    if why := architectures.no_generator_in_gguf(gguf_file.read_header(path).architecture):
+        raise files.no_text(cell, why)
     return ModelFacts(
         cell.model,
         "gguf",
@@ -144,6 +146,7 @@ def _folder(cell: Cell, path: Path) -> ModelFacts:
     if not weights:
         raise ModelError(f"The folder {cell.model} has no weights (*.safetensors). Download them, or check the path.")
     files.refuse_pickle(cell, "folder", [file.name for file in weights])
+    files.require_whole(cell.model, path)
     size = sum(file.stat().st_size for file in weights)
     return files.read_facts(
         cell, "folder", str(path.resolve()), files.content_hash([config_file, *weights]), config_file, size

@@ -10,6 +10,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import model_shape, training
@@ -108,14 +109,16 @@ class TransformersBackend:
         from transformers import GenerationConfig
 
         folder, gguf_file = sources.local_files(self.cell, self.facts)
+        if not gguf_file:
+            files.require_whole(self.facts.name, Path(folder))
         self.weights_format = "gguf" if gguf_file else files.weights_format(folder)
         self.plan = mixed.plan_of(self.cell, self.facts) if self.cell.quant == MIXED else None
         dtype, keywords = self._dtype(), self._load_keywords(gguf_file)
         how, place = (self._recipe(gguf_file, dtype), self.device) if self.plan is None else ({}, "cpu")
         started = time.perf_counter()
         with foreign_errors("loading"), torch.inference_mode():
-            self.model, report = recipe.load(folder, how, device=place, dtype=dtype, **keywords)
-            quantization.refuse_missing(self.facts, report["missing_keys"])
+            with quantization.complete(self.facts.name, self.facts):
+                self.model, _ = recipe.load(folder, how, device=place, dtype=dtype, **keywords)
             if self.plan:  # layer by layer on the way to the device, which never holds all of it unquantized
                 mixed.realise(self.model, self.plan.modules, self.device)
                 self.model.to(self.device)
@@ -147,7 +150,8 @@ class TransformersBackend:
         keywords: dict[str, Any] = {"local_files_only": True, "trust_remote_code": cell.trust_remote_code}
         if not files.may_be_pickled(cell, self.facts.assistant.source):
             keywords["use_safetensors"] = True
-        assistant, _ = recipe.load(folder, {}, device=self.device, dtype=dtype, **keywords)
+        with quantization.complete(self.facts.assistant.name, self.facts.assistant):
+            assistant, _ = recipe.load(folder, {}, device=self.device, dtype=dtype, **keywords)
         touch(assistant)
         return assistant
 
@@ -198,7 +202,7 @@ class TransformersBackend:
             else "false",
             "model.attention": str(getattr(config, "_attn_implementation", "unknown")),
             "model.device": found.device,
-            "quant.bits_per_weight": round(found.linear_bits, 3),
+            **({} if found.linear_bits is None else {"quant.bits_per_weight": round(found.linear_bits, 3)}),
             "quant.kernel": recipe.kernel(found.linear_classes),
             **quantization.facts(self.cell, self.model),
             **(self.path.facts() if self.path else {}),

@@ -24,7 +24,8 @@ from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ...workloads.prompts import load_prompts
-from .quantization import recipe_of
+from .quantization import complete, recipe_of
+from .recipe import load_complete
 
 MOST_SAMPLES = 64
 SAMPLE_TOKENS = 256
@@ -86,11 +87,9 @@ def make(cell: Cell, model: ModelFacts, source: str, tokenizer: Callable[[], Any
 def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> None:
     import torch
     from optimum.gptq import GPTQQuantizer
-    from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype="auto"
-    )
+    with complete(cell.model):
+        loaded, _ = load_complete(source, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype="auto")
     samples = [
         torch.tensor([ids], dtype=torch.long)
         for ids in _samples(cell, int(loaded.config.get_text_config().vocab_size), tokenizer)

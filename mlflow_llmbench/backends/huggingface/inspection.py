@@ -6,8 +6,9 @@ what was asked for, not what was done.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +22,46 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_LEFT = 0.05
+"""Largest share of the linear layers' weights that a quantization may leave as they are."""
+
+
+@dataclass(frozen=True)
+class LayerClass:
+    """The linear layers of one class: their number, weights and stored bytes, and the name of the first."""
+
+    count: int
+    weights: int
+    bytes: int
+    first: str
+
+
 @dataclass(frozen=True)
 class Inspection:
     """Bytes and counts of a loaded model.
 
-    `linear_bits`: mean stored bits per weight of the decoder's linear layers, metadata included. `expert_weights`:
-    weights of experts that are not linear layers. They count in `linear_bits`, and no quantization of this package
-    changes them.
+    `layers`: its linear layers by class, without the output head · `linear_bits`: mean stored bits per weight of these
+    and of the experts, metadata included; None if there are none · `expert_weights`: weights of experts that are not
+    linear layers, which no quantization of this package changes · `dtypes`: of all parameters, with their numbers ·
+    `matrix_dtypes`: of those that are multiplied by, and of the embeddings. Layers and experts are those that a text
+    passes, not those of a vision tower.
     """
 
     parameters: int
     weight_bytes: int
     step_bytes: int
     mapped_bytes: int
-    linear_bits: float
-    linear_classes: dict[str, int]
+    linear_bits: float | None
+    layers: dict[str, LayerClass]
     dtypes: dict[str, int]
     device: str
     expert_weights: int = 0
+    matrix_dtypes: frozenset[str] = frozenset()
+
+    @property
+    def linear_classes(self) -> dict[str, int]:
+        """Classes of the linear layers with their counts."""
+        return {name: one.count for name, one in self.layers.items()}
 
 
 def inspect_model(model: Any) -> Inspection:
@@ -47,7 +70,8 @@ def inspect_model(model: Any) -> Inspection:
     weight_bytes = parameters = 0
     spans: list[tuple[int, int]] = []
     dtypes: Counter[str] = Counter()
-    skip = set(_input_only(model))
+    # A decode step reads none of a vision tower, and one row of an embedding.
+    skip = (dict(model.named_modules()).keys() - recipe.text_modules(model).keys()) | set(_input_only(model))
     step_bytes = 0
     device = "cpu"
     for module_name, module in model.named_modules():
@@ -79,9 +103,21 @@ def inspect_model(model: Any) -> Inspection:
                     parameters += _logical_count(tensor, module, name)
                 dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
                 device = str(tensor.device)
-    bits, classes, experts = _linear_layers(model)
+    layers = _by_class(recipe.linear_layers(model))
+    experts = [*_experts(model)]
+    weights = sum(one.weights for one in layers.values()) + sum(tensor.numel() for tensor in experts)
+    stored = sum(one.bytes for one in layers.values()) + sum(map(stored_bytes, experts))
     return Inspection(
-        parameters, weight_bytes, step_bytes, memory.mapped_bytes(spans), bits, classes, dict(dtypes), device, experts
+        parameters,
+        weight_bytes,
+        step_bytes,
+        memory.mapped_bytes(spans),
+        8 * stored / weights if weights else None,
+        layers,
+        dict(dtypes),
+        device,
+        sum(tensor.numel() for tensor in experts),
+        _matrix_dtypes(model, experts),
     )
 
 
@@ -164,30 +200,45 @@ def _input_only(model: Any) -> Iterator[str]:
             yield name
 
 
-def _linear_layers(model: Any) -> tuple[float, dict[str, int], int]:
-    """Return mean stored bits per weight, classes with their counts, and the number of weights of experts.
+def _by_class(layers: Mapping[str, Any]) -> dict[str, LayerClass]:
+    """Return linear layers by class, counted."""
+    found: dict[str, LayerClass] = {}
+    for name, layer in layers.items():
+        inputs, outputs = recipe.layer_sizes(layer) or (0, 0)
+        before = found.get(kind := recipe.layer_name(layer), LayerClass(0, 0, 0, name))
+        found[kind] = LayerClass(
+            before.count + 1, before.weights + inputs * outputs, before.bytes + layer_bytes(layer), before.first
+        )
+    return found
 
-    Covers all linear layers but the output head, and the experts.
+
+def _experts(model: Any) -> Iterator[torch.Tensor]:
+    """Yield the matrices of a mixture's experts, which transformers 5 holds in parameters of all experts together.
+
+    A recurrent model has such parameters too (of its state, of mixing two tokens), but no experts.
     """
-    stored = logical = experts = 0
-    for module in model.modules():
-        for tensor in _experts(module):
-            stored += stored_bytes(tensor, module)
-            logical += tensor.numel()
-            experts += tensor.numel()
-    for layer in recipe.linear_layers(model):
-        stored += layer_bytes(layer)
-        logical += int(layer.in_features) * int(layer.out_features)
-    return (8 * stored / logical if logical else 0.0), recipe.layer_classes(model), experts
+    for name, module in recipe.text_modules(model).items():
+        if recipe.layer_sizes(module) is not None or type(module).__module__.startswith("torch.nn"):
+            continue
+        if "expert" not in f"{name} {type(module).__name__}".lower():
+            continue
+        for own, tensor in module.named_parameters(recurse=False):
+            if tensor.ndim >= 2 and tensor.is_floating_point() and not re.search("scale|bias|router|gate$", own):
+                yield tensor
 
 
-def _experts(module: Any) -> list[torch.Tensor]:
-    """Return the matrices of a mixture's experts, which transformers 5 holds in parameters of three dimensions."""
-    # torch.nn: the weight of a convolution has three dimensions too.
-    if hasattr(module, "in_features") or type(module).__module__.startswith("torch.nn"):
-        return []
-    own = module.named_parameters(recurse=False)
-    return [tensor for name, tensor in own if tensor.ndim == 3 and tensor.is_floating_point() and "scale" not in name]
+def _matrix_dtypes(model: Any, experts: Sequence[torch.Tensor]) -> frozenset[str]:
+    """Return the dtypes of the weights of linear layers, experts and embeddings.
+
+    Models keep other parameters in float32 in any case: a recurrent state's decay, a router's correction.
+    """
+    import torch
+
+    weights: list[Any] = [getattr(layer, "weight", None) for layer in recipe.linear_layers(model).values()]
+    weights += [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    return frozenset(
+        str(tensor.dtype).removeprefix("torch.") for tensor in [*weights, *experts] if hasattr(tensor, "dtype")
+    )
 
 
 def layer_bytes(module: Any) -> int:
@@ -208,28 +259,56 @@ def verify(quant: str, device: str, found: Inspection) -> None:
     if scheme.held_bits is None:
         return
     low, high = scheme.held_bits
-    if scheme.layers and not set(scheme.layers) >= set(found.linear_classes):
-        advice = "Use quant=none for a checkpoint that is quantized already"
-        if "group_size" in scheme.settings:  # torchao leaves a layer as it is if the groups do not fit
-            advice = "Use a group_size that divides the inputs of every layer"
-        raise NotRealised(f"quant={quant} was asked for, but the linear layers are {found.linear_classes}. {advice}.")
+    made = {name: one for name, one in found.layers.items() if not scheme.layers or name in scheme.layers}
+    _require_layers(quant, found, made)
     if found.expert_weights and high < 16:
         raise NotRealised(
             f"quant={quant} was asked for, but the experts of this model are not linear layers in this version of "
             f"transformers: {found.expert_weights:,} of its {found.parameters:,} weights stay as they are. "
             "Use quant=none, or a GGUF file of the model with backend=llama_cpp."
         )
-    if not low - 0.01 <= found.linear_bits <= high + 0.01:
+    weights = sum(one.weights for one in made.values())
+    bits = 8 * sum(one.bytes for one in made.values()) / weights if weights else low
+    if not low - 0.01 <= bits <= high + 0.01:
         raise NotRealised(
-            f"quant={quant} was asked for, but the linear layers hold {found.linear_bits:.2f} bits per weight, "
+            f"quant={quant} was asked for, but the linear layers hold {bits:.2f} bits per weight, "
             f"not {low:g} to {high:g}. Use quant=none for a checkpoint that is quantized already."
         )
     wanted = FLOAT_DTYPES.get(quant)
-    if wanted and set(found.dtypes) - {wanted}:
+    if wanted and found.matrix_dtypes - {wanted}:
         raise NotRealised(
             f"quant={quant} was asked for, but the parameters' dtypes are {found.dtypes}. "
             "Use quant=none for this checkpoint."
         )
+
+
+def _require_layers(quant: str, found: Inspection, made: Mapping[str, LayerClass]) -> None:
+    """Raise NotRealised unless nearly all weights are in layers of the scheme's classes, which are `made`.
+
+    Libraries leave small layers as they are, such as routers, and projections whose size they cannot pack.
+    """
+    scheme = SCHEMES[quant]
+    left = {name: one for name, one in found.layers.items() if name not in made}
+    weights, total = (sum(one.weights for one in some.values()) for some in (left, found.layers))
+    if total and weights <= MOST_LEFT * total:
+        return
+    library = scheme.library.name if scheme.library else "the library"
+    if not found.layers:
+        raise NotRealised(
+            f"quant={quant} was asked for, but this model has no linear layers that {library} knows. Use quant=none."
+        )
+    if {"Conv1D"} == left.keys():
+        advice = f"{library} does not change layers of the class Conv1D: use int8 or int4, or quant=none"
+    elif "group_size" in scheme.settings:  # torchao leaves a layer as it is if the groups do not fit
+        advice = "Use a group_size that divides the inputs of every layer"
+    elif made:
+        advice = f"{library} left {next(iter(left.values())).first} and others as they are: use quant=none"
+    else:
+        advice = "Use quant=none for a checkpoint that is quantized already"
+    raise NotRealised(
+        f"quant={quant} was asked for, but the linear layers are {found.linear_classes}, and {weights / total:.0%} of "
+        f"their weights are not quantized by it. {advice}."
+    )
 
 
 def verify_plan(schemes: Mapping[str, str], model: Any) -> None:

@@ -32,6 +32,7 @@ from ...records.results import ModelFacts, from_json, hash16, to_json
 from ...system import machine
 from ...workloads.prompts import load_prompts
 from . import inspection, knapsack, recipe, scoring
+from .quantization import complete
 
 if TYPE_CHECKING:
     import torch
@@ -354,16 +355,17 @@ def _passages(cell: Cell, vocab_size: int, tokenizer: Any) -> list[list[int]]:
 
 def _load(cell: Cell, source: str, kept: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
     attention = {} if cell.attention == "auto" else {"attn_implementation": cell.attention}
-    return AutoModelForCausalLM.from_pretrained(
-        source,
-        local_files_only=True,
-        trust_remote_code=cell.trust_remote_code,
-        dtype=getattr(torch, FLOAT_DTYPES[kept]),
-        **attention,
-    ).eval()
+    with complete(cell.model):
+        model, _ = recipe.load_complete(
+            source,
+            local_files_only=True,
+            trust_remote_code=cell.trust_remote_code,
+            dtype=getattr(torch, FLOAT_DTYPES[kept]),
+            **attention,
+        )
+    return model.eval()
 
 
 def has_bfloat16(device: str) -> bool:

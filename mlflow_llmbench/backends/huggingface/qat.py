@@ -27,6 +27,8 @@ from ...records.results import ModelFacts, from_json
 from ...system import machine
 from ...workloads.training_texts import require_enough
 from ..checkpoints import files, sources
+from . import recipe
+from .quantization import complete
 
 if TYPE_CHECKING:
     import torch
@@ -167,11 +169,12 @@ def _plan(
 def _load(cell: Cell, source: str, **keywords: Any) -> Any:
     """Load the checkpoint in float32, without dropout; in 16 bits, small steps would be lost in rounding."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        source, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype=torch.float32, **keywords
-    ).eval()
+    with complete(cell.model):
+        model, _ = recipe.load_complete(
+            source, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype=torch.float32, **keywords
+        )
+    return model.eval()
 
 
 def _freeze(model: Any, training: Training) -> None:

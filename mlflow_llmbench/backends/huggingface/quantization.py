@@ -5,11 +5,12 @@ Nothing heavy is imported, so that `resolve` and `llmbench doctor` can ask what 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,6 +19,7 @@ from ...records.errors import MissingError, NotRealised, UsageError
 from ...records.quantizations import SCHEMES, Library, install_command, library_of_method, resolve
 from ...records.results import ModelFacts
 from ...system import gpu
+from . import recipe
 
 
 class Maker(Protocol):
@@ -90,18 +92,20 @@ def require_for(model: ModelFacts) -> None:
         _require_packages(f"{model.name} is quantized with {library.method}, and loading it needs", library.ready)
 
 
-def refuse_missing(model: ModelFacts, missing: Collection[str]) -> None:
-    """Raise NotRealised if a checkpoint that is quantized already lacks weights, as far as transformers reports them.
+@contextlib.contextmanager
+def complete(model: str, facts: ModelFacts | None = None) -> Iterator[None]:
+    """Raise NotRealised, naming tensors, if a checkpoint that is loaded does not hold exactly the model's weights.
 
-    It would initialize them at random and continue.
+    transformers would initialize those that are missing at random and continue.
     """
-    library = _library_of(model)
-    if missing and library and library.reports_missing:
-        raise NotRealised(
-            f"The checkpoint {model.name} lacks {len(missing)} of the weights that its quantization_config "
-            f"({library.method}) requires, such as {sorted(missing)[0]}. "
-            "The installed versions cannot read its format; use another checkpoint."
-        )
+    try:
+        yield
+    except recipe.IncompleteCheckpoint as error:
+        library = _library_of(facts) if facts else None
+        advice = "Download it again, or use another one."
+        if library:
+            advice = f"If it is whole, the installed versions cannot read {library.method}: use another one."
+        raise NotRealised(f"The checkpoint {model} cannot be loaded. {error}. {advice}") from error
 
 
 def _library_of(model: ModelFacts) -> Library | None:

@@ -16,19 +16,35 @@ The backend and registered versions load with this module. A version holds a cop
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+MOST_NAMES = 3
+"""Tensors that an error names."""
+
+GPTQ_WEIGHTS = ("weight", "qweight", "qzeros", "scales")
+"""Tensors without which a GPTQ or AWQ layer is not its checkpoint's; its other buffers can be made when it is built."""
+
+KEPT_BESIDE = ("k_scale", "v_scale", "q_scale", "prob_scale", "input_scale", "output_scale")
+"""Scales of caches and activations, which a model that computes without them can leave unread."""
+
+
+class IncompleteCheckpoint(ValueError):
+    """The files do not hold exactly the weights of the model. The message names tensors."""
 
 
 def load(location: str, recipe: Mapping[str, Any], *, device: str, dtype: str, **named: Any) -> tuple[Any, Any]:
     """Return the model of a checkpoint, quantized by a recipe, and transformers' report of the load.
 
-    `dtype` is torch's name or `auto`; `named` are further arguments of `from_pretrained`.
+    `dtype` is torch's name or `auto`; `named` are further arguments of `from_pretrained`. Raises IncompleteCheckpoint
+    if a weight of the model is not in the files, or has another shape there: transformers would draw it at random.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     recipe = _of_today(recipe)
     layers = recipe.get("layers")
@@ -36,20 +52,147 @@ def load(location: str, recipe: Mapping[str, Any], *, device: str, dtype: str, *
         named["quantization_config"] = made(recipe, device)
     # Layers of a mixed model are quantized on their way to the device, which never holds all of it unquantized.
     place = device if layers is None else "cpu"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        location,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        device_map={"": place},
-        output_loading_info=True,
-        **named,
+    model, report = load_complete(
+        location, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map={"": place}, **named
     )
-    model, report = loaded
     if "linear" in recipe:
         _replace_linear(model, recipe["linear"], getattr(torch, dtype))
     if layers is not None:
         replace_layers(model, layers, recipe["llm_int8_threshold"], device)
         model.to(device)
     return model.eval(), report
+
+
+def load_complete(location: str, **named: Any) -> tuple[Any, Any]:
+    """Return the model of a checkpoint, and transformers' report of the load. `named`: arguments of `from_pretrained`.
+
+    Raises IncompleteCheckpoint.
+    """
+    with _conversions():
+        loaded: Any = auto_class(location, named).from_pretrained(
+            location,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the report names them
+            **named,
+        )
+    model, report = loaded
+    require_complete(model, report)
+    return model, report
+
+
+def auto_class(location: str, named: Mapping[str, Any]) -> Any:
+    """Return the class of transformers that loads a checkpoint to generate text, as `class_of` does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "gguf_file" in named:
+        return AutoModelForCausalLM
+    about = {name: value for name, value in named.items() if name in ("revision", "trust_remote_code")}
+    return class_of(
+        AutoConfig.from_pretrained(location, local_files_only=named.get("local_files_only", False), **about)
+    )
+
+
+def class_of(config: Any) -> Any:
+    """Return `AutoModelForCausalLM`, or the class of models that also see, if the text part has no class of its own.
+
+    Such a model is loaded whole, and given texts only.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    own, both = (cls._model_mapping for cls in (AutoModelForCausalLM, AutoModelForImageTextToText))
+    return AutoModelForImageTextToText if type(config) not in own and type(config) in both else AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def _conversions() -> Iterator[None]:
+    """Raise IncompleteCheckpoint if transformers cannot put weights together, such as experts of which one is missing.
+
+    It names them in its log only.
+    """
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.findall(r"(?m)^(\S+) *\|[^|]*CONVERSION", "\n".join(lines))
+        if not found:
+            raise
+        raise IncompleteCheckpoint(
+            f"The files do not hold all parts of {_listed(found)}, so they cannot be put together"
+        ) from error
+    finally:
+        logger.removeHandler(handler)
+
+
+def require_complete(model: Any, report: Mapping[str, Any]) -> None:
+    """Raise IncompleteCheckpoint unless each weight of the model was in the files with its shape, and none was left.
+
+    `report` is transformers' report of the load. A head that is tied to the embedding may be missing.
+    """
+    missing = [name for name in report["missing_keys"] if not _is_made(model, name)]
+    if missing:
+        raise IncompleteCheckpoint(f"The files lack {len(missing)} of the model's tensors: {_listed(missing)}")
+    shapes = [
+        f"{name} (stored {tuple(stored)}, needed {tuple(needed)})" for name, stored, needed in report["mismatched_keys"]
+    ]
+    if wrong := shapes or [*_wrong_shapes(model)]:
+        raise IncompleteCheckpoint(f"The files have {len(wrong)} tensors of another shape: {_listed(wrong)}")
+    if unread := [name for name in report["unexpected_keys"] if _belongs(model, name)]:
+        raise IncompleteCheckpoint(
+            f"The files hold {len(unread)} tensors of the model's layers that its configuration leaves out: "
+            f"{_listed(unread)}"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Name a few tensors, weights first."""
+    found = sorted(names, key=lambda name: (not name.partition(" ")[0].endswith("weight"), name))
+    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    return ", ".join(found[:MOST_NAMES]) + more
+
+
+def _is_made(model: Any, name: str) -> bool:
+    """Return True if a missing tensor is one that the library of the checkpoint's quantization makes itself."""
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return getattr(method, "value", method) in ("gptq", "awq") and name.rpartition(".")[2] not in GPTQ_WEIGHTS
+
+
+def _wrong_shapes(model: Any) -> Iterator[str]:
+    """Yield quantized layers whose weight has not the shape of the layer, which transformers does not compare."""
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if not hasattr(module, "out_features") or not hasattr(weight, "shape"):
+            continue
+        state = getattr(weight, "quant_state", None)
+        if state is None and type(weight).__name__ != "Int8Params" and not hasattr(weight, "__tensor_flatten__"):
+            continue
+        stored, needed = (
+            tuple((weight if state is None else state).shape),
+            (int(module.out_features), int(module.in_features)),
+        )
+        if stored != needed:
+            yield f"{name}.weight (stored {stored}, needed {needed})"
+
+
+def _belongs(model: Any, name: str) -> bool:
+    """Return True if a tensor that was not read belongs to a layer of the model: its bias, its scale, or a layer more.
+
+    Buffers of earlier versions (masks, rotary frequencies), other heads and towers do not.
+    """
+    modules = dict(model.named_modules())
+    path, _, own = name.rpartition(".")
+    holder = modules.get(path)
+    if holder is not None and next(holder.parameters(recurse=False), None) is not None:
+        scales = "scale" in own and own not in KEPT_BESIDE and getattr(model, "hf_quantizer", None) is None
+        return own in ("weight", "bias") or scales
+    if (numbered := re.match(r"(.*?)\.(\d+)\.", name)) is None:
+        return False
+    layers = modules.get(numbered[1])
+    return layers is not None and type(layers).__name__ == "ModuleList" and int(numbered[2]) >= len(layers)
 
 
 def made(value: Any, device: str, /, *first: Any, **more: Any) -> Any:
@@ -131,14 +274,41 @@ def quantized(linear: Any, scheme: str, device: str, threshold: float) -> Any:
     return new.requires_grad_(False).eval()
 
 
-def linear_layers(model: Any) -> list[Any]:
-    """Return all linear layers but the output head."""
+OTHER_SENSES = re.compile(r"(^|[._])(vision|visual|image|audio|speech)")
+"""Names of modules that a text never passes: towers of other modalities, and their projections."""
+
+
+def text_modules(model: Any) -> dict[str, Any]:
+    """Return the modules that a text passes, by name: all, or the language model's of one that also sees or hears."""
+    modules = dict(model.named_modules())
+    composed = model.config.get_text_config(decoder=True) is not model.config
+    decoder = model.get_decoder() if composed and hasattr(model, "get_decoder") else model
+    if decoder is not model and decoder is not model.base_model:
+        inside = {id(module) for module in decoder.modules()} | {id(model.get_output_embeddings())}
+        return {name: module for name, module in modules.items() if id(module) in inside}
+    return {name: module for name, module in modules.items() if not OTHER_SENSES.search(name)}
+
+
+def layer_sizes(layer: Any) -> tuple[int, int] | None:
+    """Return the numbers of inputs and outputs of a linear layer, which computes x·W + b; None for other modules.
+
+    GPT-2 and its kind hold W the other way round, in transformers' `Conv1D`.
+    """
+    if next(layer.children(), None) is not None:
+        return None
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return int(layer.in_features), int(layer.out_features)
+    return (int(layer.nx), int(layer.nf)) if type(layer).__name__ == "Conv1D" else None
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """Return the linear layers that a text passes, by name, without the output head."""
     head = model.get_output_embeddings()
-    return [
-        layer
-        for layer in model.modules()
-        if layer is not head and hasattr(layer, "in_features") and next(layer.children(), None) is None
-    ]
+    return {
+        name: layer
+        for name, layer in text_modules(model).items()
+        if layer is not head and layer_sizes(layer) is not None
+    }
 
 
 def layer_name(layer: Any) -> str:
@@ -158,4 +328,4 @@ def kernel(classes: Mapping[str, int]) -> str:
 
 def layer_classes(model: Any) -> dict[str, int]:
     """Return the classes of all linear layers but the output head, with their counts."""
-    return dict(Counter(map(layer_name, linear_layers(model))))
+    return dict(Counter(map(layer_name, linear_layers(model).values())))

@@ -22,6 +22,8 @@ from ...records.cell import Cell
 from ...records.errors import MissingError, ModelError, first_line
 from ...records.results import ModelFacts, hash16
 from ...system import machine
+from ..huggingface import recipe
+from ..huggingface.quantization import complete
 
 MODEL = "openvino_model.xml"
 MAKERS = ("optimum-intel", "nncf", "openvino", "transformers", "torch")
@@ -101,6 +103,10 @@ def make(cell: Cell, model: ModelFacts, checkpoint: str) -> None:
 
 
 def _export(cell: Cell, checkpoint: str, target: str) -> None:
+    with complete(cell.model):  # the export would initialize what is missing at random
+        recipe.load_complete(
+            checkpoint, local_files_only=True, trust_remote_code=cell.trust_remote_code, dtype="auto", device_map="cpu"
+        )
     intel: Any = importlib.import_module("optimum.intel")
     how: dict[str, Any] = {"load_in_8bit": False}  # the default is 8 bits for large models
     if cell.quant in BITS:

@@ -30,7 +30,7 @@ from mlflow_llmbench.records.results import (
 from mlflow_llmbench.reports import artifacts
 from mlflow_llmbench.reports.charts import scaling
 from mlflow_llmbench.reports.charts.catalogue import draw_charts
-from mlflow_llmbench.reports.scaling import format_study, study_json, study_markdown
+from mlflow_llmbench.reports.scaling import format_scaling, scaling_json, scaling_markdown
 
 MS = 1_000_000
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048)
@@ -163,8 +163,8 @@ def test_laws_over_model_size_with_the_papers_ranges() -> None:
     assert slope.low is not None and slope.high is not None and slope.low < 40 < slope.high
     cost = memory.fit.parameter("c")
     assert cost.value == pytest.approx(2.0, rel=1e-3)
-    assert "The paper's δ of 0.4 to 0.6 is compatible with this." in study_json(study)["laws"][0]["sentence"]
-    assert study_json(study)["laws"][2]["paper"] == (2.0, 2.0)
+    assert "The paper's δ of 0.4 to 0.6 is compatible with this." in scaling_json(study)["laws"][0]["sentence"]
+    assert scaling_json(study)["laws"][2]["paper"] == (2.0, 2.0)
 
 
 def test_unlike_machines_and_settings_are_never_fitted_together() -> None:
@@ -193,7 +193,7 @@ def test_invalid_cells_are_left_out_by_name() -> None:
     assert study.left_out == ("batch_size=32 output_tokens=64: wrong_token_count", "batch_size=1 output_tokens=32: oom")
     assert (
         "Left out:\n- batch_size=32 output_tokens=64: wrong_token_count.\n- batch_size=1 output_tokens=32: oom."
-        in format_study(study)
+        in format_scaling(study)
     )
     with pytest.raises(UsageError, match="None of the 1 results can be used: opt-125m bf16: oom"):
         study_scaling([failed])
@@ -204,7 +204,7 @@ def test_a_stream_is_left_out_for_what_it_is_and_not_for_its_verdict() -> None:
     streams = dataclasses.replace(
         good[0], cell=dataclasses.replace(good[0].cell, batching="static", request_rate=5.0), started_ms=8
     )
-    text = format_study(study_scaling([*good, streams]))
+    text = format_scaling(study_scaling([*good, streams]))
     assert (
         text.partition("Left out:\n")[2]
         .splitlines()[0]
@@ -221,7 +221,7 @@ def test_the_heading_names_what_was_studied_and_not_the_first_cell_alone() -> No
     ]
     study = study_scaling([*one, *two])
     assert study.subject == "opt-125m, pythia-70m"
-    assert study_markdown(study).startswith("# Scaling: opt-125m, pythia-70m\n")
+    assert scaling_markdown(study).startswith("# Scaling: opt-125m, pythia-70m\n")
     many = [
         dataclasses.replace(r, cell=dataclasses.replace(r.cell, model=f"m{i}"), started_ms=10 + i)
         for i in range(6)
@@ -239,7 +239,7 @@ def test_lengths_that_span_less_than_512_tokens_still_say_what_a_prompt_costs() 
     assert found.exchange.output[0] == pytest.approx(8 * 21.5, rel=0.02)
     assert any(
         sentence.startswith("448 more prompt tokens cost")
-        for sentence in study_json(study)["sentences"]["Prompt against output"]
+        for sentence in scaling_json(study)["sentences"]["Prompt against output"]
     )
     assert study_scaling(sweep(batches=[1])).exchanges[0].exchange.prompt_tokens == 512
 
@@ -265,7 +265,7 @@ def test_predictions_lie_between_the_cells_and_are_marked() -> None:
     assert sorted(rates) == [4, 6, 16]
     truth = 4 * 32e3 / (30 + 0.08 * 128**0.8 + 31 * (20 + 6))
     assert rates[4].low < truth < rates[4].high
-    assert all(p["predicted"] is True for p in study_json(study)["predictions"])
+    assert all(p["predicted"] is True for p in scaling_json(study)["predictions"])
     with pytest.raises(OutOfRange, match="64 lies outside the measured range 1 to 32"):
         study_scaling(sweep(batches=[1, 2, 8, 32], lengths=[128]), at=[("batch_size", 64)])
     with pytest.raises(
@@ -305,8 +305,8 @@ def test_quantizations_are_measured_against_their_reference() -> None:
 
 def test_the_report_says_the_same_in_all_forms(tmp_path: Path) -> None:
     study = study_scaling(sweep(), at=[("batch_size", 6)])
-    data = json.loads(json.dumps(study_json(study), allow_nan=False))
-    text, markdown = format_study(study), html.unescape(study_markdown(study, ["charts/x.svg"]))
+    data = json.loads(json.dumps(scaling_json(study), allow_nan=False))
+    text, markdown = format_scaling(study), html.unescape(scaling_markdown(study, ["charts/x.svg"]))
     for sentences in data["sentences"].values():
         for sentence in sentences:
             assert sentence in text and sentence in markdown

@@ -263,8 +263,8 @@ def test_a_ready_checkpoint_without_all_its_weights_is_refused(tiny_model: Path,
     with (
         pytest.raises(
             NotRealised,
-            match=r"The checkpoint packed lacks \d of the weights "
-            r".*compressed-tensors.*model\.layers\.1\.mlp\.up_proj\.weight",
+            match=r"The checkpoint packed cannot be loaded\. The files lack \d of the model's tensors: "
+            r"model\.layers\.1\.mlp\.up_proj\.weight_packed.*cannot read compressed-tensors",
         ),
         loaded(Cell(model=str(tmp_path / "packed"))),
     ):
