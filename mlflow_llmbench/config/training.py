@@ -1,6 +1,6 @@
 """Quantization-aware training (QAT): its parameters, its training and held-out text, and the memory it needs.
 
-`backends.trainer` does the training, in a worker; `qat` is the command. A file beside the weights of a trained
+`backends.huggingface.qat` trains, in a worker; `workflows.qat` is the command. A file beside the weights of a trained
 checkpoint records how it was made.
 """
 
@@ -24,7 +24,7 @@ from .parsers import PARSERS
 from .spec import COMMANDS
 
 QUANT = "int4-wo"
-"""The quantization that is trained for: the one that `backends.trainer` emulates."""
+"""The quantization that is trained for: the one that `backends.huggingface.qat` emulates."""
 
 LOSSES = ("distill", "lm")
 RECIPE = "llmbench_qat.json"

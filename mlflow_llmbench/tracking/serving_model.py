@@ -106,7 +106,7 @@ class Checkpoint:
 
 
 class GgufFile:
-    """A GGUF file run by llama.cpp's C functions. Rows are decoded together, as in `backends.llama_cpp_session`."""
+    """A GGUF file run by llama.cpp's C functions. Rows are decoded together, as in `backends.llamacpp.session`."""
 
     ROOM = 256  # llama.cpp allocates a multiple of this many tokens per row
     CHUNK = 2048  # tokens per call of llama_decode
