@@ -15,14 +15,14 @@ from mlflow_llmbench.records.results import RequestRecord, RunResult
 from mlflow_llmbench.reports.result import row_of
 from mlflow_llmbench.reports.sweep import leaders
 
-from ..results import WIGGLE, made
+from ..results import made
 
 MS = 1_000_000
 
 
 def with_gaps(gaps_of: list[list[float]], online: bool = False, **fields: object) -> RunResult:
     """Five or more repetitions with these gaps in ms after a first token at 20 ms."""
-    base = made(factors=[WIGGLE[i % 5] for i in range(len(gaps_of))], **fields)  # type: ignore[arg-type]
+    base = made(factors=[1.0] * len(gaps_of), **fields)  # type: ignore[arg-type]
     repetitions = []
     for repetition, gaps in zip(base.repetitions, gaps_of, strict=True):
         stamps, now = [], repetition.requests[0].t0_ns + 20 * MS
