@@ -11,6 +11,7 @@ from ..records.verdicts import FOREIGN_CPU_LIMIT, LEAST_REPETITIONS, PERCENTILE_
 from ..stats import coefficient_of_variation, supports
 from . import online_validity
 from .latency import gaps_ms
+from .logits_validity import logits
 from .order import order
 from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step, token_gaps
 
@@ -205,6 +206,7 @@ def _throttling(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason
 
 CHECKS: tuple[Check, ...] = (
     _counts,
+    logits,
     _order,
     _together,
     _bandwidth,
@@ -218,6 +220,7 @@ CHECKS: tuple[Check, ...] = (
 ONLINE_CHECKS: tuple[Check, ...] = (_order, _steadiness, _convergence, _variation, order, *online_validity.CHECKS)
 STREAM_CHECKS: tuple[Check, ...] = (
     _counts,
+    logits,
     _order,
     _steadiness,
     _convergence,

@@ -248,9 +248,10 @@ class TaskScored(Event, name="tasked"):
 
 @dataclass(frozen=True)
 class QualityWithheld(Event, name="withheld"):
-    """A quality figure will be absent, for the reason in the message."""
+    """A quality figure will be absent, for the reason in the message; `nonfinite` if logits are not finite."""
 
     message: str
+    nonfinite: bool | None = field(default=None, metadata=OMITTED)
 
 
 # Training

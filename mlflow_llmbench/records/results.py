@@ -240,12 +240,29 @@ class Repetition:
 
 
 @dataclass(frozen=True)
+class LogitsCheck:
+    """Logits of one untimed pass over the timed shape, seen step by step.
+
+    `checked`: rows × steps that were seen, `nonfinite`: those of them with a NaN or an infinite value ·
+    `first_token`: number of the first output token (from 1) that was chosen from such logits · `repetition`: the one
+    whose prompts were given · `weights`: a few parameters that are not finite themselves.
+    """
+
+    checked: int
+    nonfinite: int
+    first_token: int | None = None
+    repetition: int = 0
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CellMeasurements:
     """The measurements of one cell, before they are judged.
 
     `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads. The prompt of a
     conversation is everything before the last answer. `same_replies` and `same_tokens` are the results of
-    `compare_replies` and `compare_decoding` in `measure.batch`.
+    `compare_replies` and `compare_decoding` in `measure.batch`. `zeros`: for each repetition, the most ids 0 at the end
+    of a row, which logits give that are all NaN. `logits`: None if they were not looked at.
     """
 
     first_call_ms: float
@@ -257,6 +274,8 @@ class CellMeasurements:
     text_times: TextTimes | None = None
     compile_s: float | None = None
     same_tokens: tuple[int, ...] = ()
+    zeros: tuple[int, ...] = ()
+    logits: LogitsCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -335,7 +354,8 @@ class Quality:
     """Raw quality figures of the loaded model; `withheld` says in sentences why figures are absent.
 
     `text_digest`: of the perplexity text · `tasks`: scores of lm-eval's tasks · `asked_tasks`: those asked for ·
-    `tasks_digest`: hash of what decides them.
+    `tasks_digest`: hash of what decides them · `nonfinite`: where logits were not finite, as a sentence; empty if
+    nowhere.
     """
 
     text_digest: str = ""
@@ -345,6 +365,7 @@ class Quality:
     asked_tasks: str = ""
     tasks_digest: str = ""
     tasks: tuple[TaskScore, ...] = ()
+    nonfinite: str = ""
 
 
 @dataclass(frozen=True)
@@ -415,6 +436,7 @@ class RunResult:
     same_replies: tuple[bool, ...] = ()
     text_times: TextTimes | None = None  # None if the prompts are not texts
     quality: Quality | None = None  # None where it was not asked for
+    logits: LogitsCheck | None = None  # None where they cannot be seen, or were not looked at
     sweep: str = ""
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     schema: int = SCHEMA
