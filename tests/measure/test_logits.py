@@ -83,7 +83,7 @@ def test_other_decode_paths_are_seen_too(tiny_model: Path, tmp_path: Path) -> No
         found = seen(cell)
         assert found and found.checked >= 4 and not found.nonfinite
     found = seen(Cell(model=hot, quant="fp16", decode="prompt_lookup", **SHAPE))
-    assert found and found.nonfinite == found.checked
+    assert found and found.nonfinite >= 4 and found.first_token == 1
 
 
 @pytest.mark.filterwarnings("ignore")
