@@ -30,7 +30,8 @@ def check_logits(
 
     Called after the peak memory was read.
     """
-    index = max(range(len(measured.zeros)), key=lambda i: measured.zeros[i], default=0)
+    zeros = measured.zeros or (0,)
+    index = zeros.index(max(zeros))
     try:
         if hasattr(backend, "watch_logits"):
             with cast(WatchedBackend, backend).watch_logits() as watch:

@@ -124,7 +124,7 @@ class GroupOutcome:
     divergences: dict[str, Divergence] = field(default_factory=dict)  # workload → divergence from the reference
     task_scores: dict[str, tuple[TaskScore, ...]] = field(default_factory=dict)  # requested lm-eval task → its scores
     withheld: list[str] = field(default_factory=list)  # reasons why quality figures are absent
-    nonfinite: str = ""  # the one of them that says that logits are not finite
+    nonfinite: str | None = None  # the one of them that says that logits are not finite
     environment: Mapping[str, Any] | None = None  # of the worker's machine, if it is not the command's
     error: LlmbenchError | None = None
     ended: bool = False

@@ -24,6 +24,9 @@ SCHEMA = 1
 
 T = TypeVar("T")
 
+OMITTED: Mapping[str, bool] = {"omitted": True}
+"""Metadata of a field that JSON lacks while its value is None. Any other None is written as null."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -274,8 +277,8 @@ class CellMeasurements:
     text_times: TextTimes | None = None
     compile_s: float | None = None
     same_tokens: tuple[int, ...] = ()
-    zeros: tuple[int, ...] = ()
-    logits: LogitsCheck | None = None
+    zeros: tuple[int, ...] | None = field(default=None, metadata=OMITTED)
+    logits: LogitsCheck | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -354,7 +357,7 @@ class Quality:
     """Raw quality figures of the loaded model; `withheld` says in sentences why figures are absent.
 
     `text_digest`: of the perplexity text · `tasks`: scores of lm-eval's tasks · `asked_tasks`: those asked for ·
-    `tasks_digest`: hash of what decides them · `nonfinite`: where logits were not finite, as a sentence; empty if
+    `tasks_digest`: hash of what decides them · `nonfinite`: where logits were not finite, as a sentence; None if
     nowhere.
     """
 
@@ -365,7 +368,7 @@ class Quality:
     asked_tasks: str = ""
     tasks_digest: str = ""
     tasks: tuple[TaskScore, ...] = ()
-    nonfinite: str = ""
+    nonfinite: str | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -436,7 +439,7 @@ class RunResult:
     same_replies: tuple[bool, ...] = ()
     text_times: TextTimes | None = None  # None if the prompts are not texts
     quality: Quality | None = None  # None where it was not asked for
-    logits: LogitsCheck | None = None  # None where they cannot be seen, or were not looked at
+    logits: LogitsCheck | None = field(default=None, metadata=OMITTED)  # None if they cannot be seen, or were not
     sweep: str = ""
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     schema: int = SCHEMA
@@ -451,7 +454,8 @@ def hash16(value: object) -> str:
 def to_json(record: object) -> Any:
     """Convert a record to plain JSON data: dataclasses and mappings become objects, tuples and lists arrays."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        values = {f: getattr(record, f.name) for f in dataclasses.fields(record)}
+        return {f.name: to_json(one) for f, one in values.items() if one is not None or not f.metadata.get("omitted")}
     if isinstance(record, Mapping):
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
