@@ -11,8 +11,10 @@ calls linear are compared with the matrices that a forward pass multiplies by, w
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -130,6 +132,48 @@ def one(model_type: str, folder: Path) -> tuple[dict[str, Outcome], dict[str, in
     return found, left
 
 
+def page(found: dict[str, dict[str, Outcome]]) -> str:
+    """Return the Markdown page: bits per weight where it holds, else the number of the reason."""
+    reasons: dict[str, int] = {}
+
+    def cell(outcome: Outcome | None) -> str:
+        if outcome is None:
+            return ""
+        if outcome.holds:
+            return outcome.said.partition(" (")[0]
+        said = re.sub(r"^refused before it is loaded: \S+ ", "", outcome.said)
+        said = re.sub(r"quant=int\d was asked for, but ", "", said)
+        said = re.sub(r": [\d,]+ of its [\d,]+ weights stay.*", ", and stay as they are.", said)
+        return f"[{reasons.setdefault(said, len(reasons) + 1)}]"
+
+    rows = []
+    for name, of in sorted(found.items()):
+        whole = of.get("")
+        cells = [cell(of.get(quant, whole)) for quant in QUANTS]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    heads = " | ".join(f"`{quant}`" for quant in QUANTS)
+    why = [f"{number}. {text}" for text, number in reasons.items()]
+    return "\n".join(
+        [
+            "# Architectures",
+            "",
+            "Each causal language model of transformers, built tiny from its configuration class with random weights,",
+            "encoders as decoders (`is_decoder`), loaded and run on a CPU by `benchmarks/architectures.py --write`,",
+            f"with transformers {importlib.metadata.version('transformers')}. A number is the bits per weight of the",
+            "linear layers: it loads as asked, generates, and its logits are finite. Numbers in brackets are",
+            "reasons why not, below. Some reasons are those of the tiny sizes, not of published models.",
+            "",
+            f"| architecture | {heads} |",
+            f"|{'---|' * (len(QUANTS) + 1)}",
+            *rows,
+            "",
+            "## Reasons",
+            *why,
+            "",
+        ]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="")
@@ -149,6 +193,8 @@ def main() -> int:
     for quant in QUANTS:
         print(quant, dict(Counter(of[quant].holds for of in found.values() if quant in of)))
     print(f"{time.perf_counter() - started:.0f} s")
+    if asked.write:
+        PAGE.write_text(page(found), encoding="utf-8")
     return 0
 
 

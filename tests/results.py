@@ -25,7 +25,7 @@ from mlflow_llmbench.sweeps.planning import PlannedCell
 from mlflow_llmbench.sweeps.upload import upload
 
 MS, GB = 1_000_000, 10**9
-WIGGLE = (0.99, 0.995, 1.0, 1.005, 1.01)
+WIGGLE = (1.0, 0.99, 1.01, 0.995, 1.005)
 MACHINE = {"cpu": {"name": "AMD EPYC"}, "packages": {"torch": "2.12.0+cpu", "transformers": "5.0"}}
 
 

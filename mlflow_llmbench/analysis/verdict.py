@@ -11,6 +11,7 @@ from ..stats import coefficient_of_variation, supports
 from . import collapsed_gaps, contention, online_validity, probe
 from .efficiency import read_share, utilization_doubt
 from .latency import gaps_ms
+from .logits_validity import logits
 from .order import order
 from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
 
@@ -165,6 +166,7 @@ def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
 
 CHECKS: tuple[Check, ...] = (
     _counts,
+    logits,
     _order,
     _together,
     _bandwidth,
@@ -189,6 +191,7 @@ ONLINE_CHECKS: tuple[Check, ...] = (
 )
 STREAM_CHECKS: tuple[Check, ...] = (
     _counts,
+    logits,
     _order,
     _steadiness,
     _convergence,

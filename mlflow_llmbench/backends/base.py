@@ -11,6 +11,7 @@ tens of microseconds late; a call costs a third of a microsecond.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -222,6 +223,24 @@ class DecodingBackend(Backend, Protocol):
 
     def generate_plainly(self, prompts: Sequence[Sequence[int]], output_tokens: int, emit: Emit) -> None:
         """Generate as with decode=generate and kv_cache=auto, to compare the tokens of another path with. Not timed."""
+
+
+class LogitsWatch(Protocol):
+    """What was seen of logits: vectors, those with a NaN or an infinite value, and the first token chosen from one."""
+
+    checked: int
+    nonfinite: int
+    first_token: int | None
+
+    def weights(self) -> tuple[str, ...]:
+        """Return the names of a few parameters that are not finite themselves, if logits were not."""
+
+
+class WatchedBackend(Backend, Protocol):
+    """A backend whose logits can be seen as tokens are chosen from them."""
+
+    def watch_logits(self) -> AbstractContextManager[LogitsWatch]:
+        """Look at the logits of each step of `generate`, and of an engine that is opened meanwhile. Not for timing."""
 
 
 class HarnessBackend(Backend, Protocol):

@@ -15,6 +15,7 @@ The script is the model's name: `fake:` and optional settings joined by `+`:
     compile_ms                   with decode=compiled: delay of compiling for a shape (default 1)
     step_tokens                  with decode=prompt_lookup or assisted: tokens per step of itl_ms (default 2)
     differs_at                   with any decode but generate: tokens from this number on differ from those of generate
+    nonfinite_at                 logits from this token number on are NaN
     log_lines                    lines written to the log per call
     fail=oom|error|crash|kill|hang   a fault, at=load|generate (default generate)
     above_batch, below_batch     the fault happens only with more, or fewer, rows than this
@@ -22,13 +23,14 @@ The script is the model's name: `fake:` and optional settings joined by `+`:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +57,7 @@ NUMBERS = {
     "compile_ms": 1.0,
     "step_tokens": 2.0,
     "differs_at": 1e9,
+    "nonfinite_at": 1e9,
     "log_lines": 0.0,
     "above_batch": 0.0,
     "below_batch": 1e9,
@@ -89,6 +92,24 @@ class FakeHistory:
     tokens: int = 0
 
 
+@dataclass
+class FakeWatch:
+    """Counts the logits that a real watch would see."""
+
+    checked: int = 0
+    nonfinite: int = 0
+    first_token: int | None = None
+
+    def look(self, rows: int, first: int, last: int, nonfinite_at: int) -> None:
+        self.checked += rows * (last - first + 1)
+        self.nonfinite += rows * max(last - max(first, nonfinite_at) + 1, 0)
+        if self.nonfinite and self.first_token is None:
+            self.first_token = max(first, nonfinite_at)
+
+    def weights(self) -> tuple[str, ...]:
+        return ()
+
+
 class FakeBackend(NothingToFetch):
     """Emits tokens on a schedule counted from the start of the call, so that delays do not add up."""
 
@@ -111,6 +132,7 @@ class FakeBackend(NothingToFetch):
         self.cell = cell
         self.memory = bytearray()
         self.load_s = 0.0
+        self.watch: FakeWatch | None = None
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
@@ -166,9 +188,19 @@ class FakeBackend(NothingToFetch):
                 [_token(prompt, i) + (i + 1 >= differs_at) for i in range(token, min(token + several, output_tokens))]
                 for prompt in prompts
             ]
+            if self.watch:
+                self.watch.look(rows, token + 1, token + len(ids[0]), int(self.number("nonfinite_at")))
             emit(ids if self.cell.decode in SPECULATIVE else [row[0] for row in ids])
         if history:
             history.tokens = longest + output_tokens - 1
+
+    @contextlib.contextmanager
+    def watch_logits(self) -> Iterator[FakeWatch]:
+        self.watch = FakeWatch()
+        try:
+            yield self.watch
+        finally:
+            self.watch = None
 
     def compile(self, prompts: Sequence[Sequence[int]], longest: int, output_tokens: int) -> float | None:
         if self.cell.decode != "compiled":

@@ -11,7 +11,7 @@ import gc
 import itertools
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,13 @@ MOST_WARMUPS = 12
 class Timed:
     """One run of a cell: its request, or one request per turn of a conversation.
 
-    `prompt` and `output` are the ids of the first row in the last request.
+    `prompt` and `output` are the ids of the first row in the last request, `zeros` the most zeros at a row's end in it.
     """
 
     requests: tuple[RequestRecord, ...]
     prompt: list[int]
     output: list[int]
+    zeros: int = 0
 
     @property
     def seconds(self) -> float:
@@ -116,6 +117,7 @@ def time_turns(
     rows: list[list[int]] = [[] for _ in turns[0]]
     requests: list[RequestRecord] = []
     prompt, output = rows[0], rows[0]
+    ids: list[list[int]] = []
     for added in turns:
         rows = [[*row, *more] for row, more in zip(rows, added, strict=True)]
         record, steps = time_request(backend, rows, output_tokens, None if requests else on_first, history)
@@ -123,7 +125,12 @@ def time_turns(
         ids = checked_ids(steps, len(rows))
         prompt, output = rows[0], [step[0] for step in ids]
         rows = [[*row, *answer] for row, answer in zip(rows, zip(*ids, strict=True), strict=True)] if ids else rows
-    return Timed(tuple(requests), prompt, output)
+    return Timed(tuple(requests), prompt, output, zeros_at_end(zip(*ids, strict=True)))
+
+
+def zeros_at_end(rows: Iterable[Sequence[int]]) -> int:
+    """Return the most ids 0 at the end of a row: the id that is chosen from logits that are all NaN."""
+    return max((sum(1 for _ in itertools.takewhile(lambda i: i == 0, reversed(row))) for row in rows), default=0)
 
 
 def measure_cell(
@@ -136,13 +143,14 @@ def measure_cell(
     """
 
     def turns(number: int) -> list[list[list[int]]]:
-        return _turns(backend, cell, prompts, vocab_size, number)
+        return turns_of(backend, cell, prompts, vocab_size, number)
 
     first_call_ms, warmup_s, steady = _warm_up(backend, cell, turns, report)
     gc.collect()
     gc.freeze()
     repetitions: list[Repetition] = []
     outputs: list[tuple[list[int], list[int]]] = []
+    zeros: list[int] = []
     limit = cell.repetitions or cell.max_repetitions
     try:
         while len(repetitions) < limit and not enough(cell, repetitions):
@@ -152,15 +160,18 @@ def measure_cell(
             timed = time_turns(backend, sent, cell.output_tokens, cell.history == "kept")
             noise = machine.noise_between(before, machine.take_readings(backend.device))
             repetitions.append(Repetition(index, wall_ms, timed.requests, noise))
+            zeros.append(timed.zeros)
             if prompts.texts and index * (1 if cell.prompt_tokens is None else cell.batch_size) < len(prompts.texts):
                 outputs.append((timed.prompt, timed.output))
             report(RepetitionEnded(index + 1, limit, repetitions[-1]))
     finally:
         gc.unfreeze()
-    return CellMeasurements(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), tuple(outputs))
+    return CellMeasurements(
+        first_call_ms, tuple(warmup_s), steady, tuple(repetitions), tuple(outputs), zeros=tuple(zeros)
+    )
 
 
-def _turns(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, number: int) -> list[list[list[int]]]:
+def turns_of(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, number: int) -> list[list[list[int]]]:
     """Return the turns of repetition `number`: one batch of prompts, or a conversation, the same one in every row."""
     if cell.history == "none":
         return [prompts.batch(cell, number, vocab_size, backend.encode if backend.capabilities.tokenizer else None)]
@@ -175,7 +186,7 @@ def compare_replies(backend: Backend, cell: Cell, prompts: PromptSet, measured: 
     """
     prompt, output = measured.outputs[0]
     conversation, same, end = [*prompt, *output], [], 0
-    for added in _turns(backend, cell, prompts, 0, 0):
+    for added in turns_of(backend, cell, prompts, 0, 0):
         end += len(added[0])
         again = time_turns(backend, [[conversation[:end]] * cell.batch_size], cell.output_tokens)
         same.append(again.output == conversation[end : end + cell.output_tokens])
@@ -203,7 +214,7 @@ def compare_decoding(backend: DecodingBackend, cell: Cell, prompts: PromptSet, v
 
     Only the first turn of a conversation is compared. Not timed.
     """
-    sent = _turns(backend, cell, prompts, vocab_size, 0)[0]
+    sent = turns_of(backend, cell, prompts, vocab_size, 0)[0]
     outputs = []
     for generate in (backend.generate, backend.generate_plainly):
         steps: list[Any] = []

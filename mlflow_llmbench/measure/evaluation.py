@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..backends.base import Backend
 from ..backends.huggingface import lm_eval, scoring
-from ..records.errors import UsageError
+from ..records.errors import NotFinite, UsageError
 from ..records.results import ModelFacts
 from ..workloads.prompts import Text, load_text
 from .events import (
@@ -51,8 +51,13 @@ def _evaluate_texts(backend: Backend, order: QualityOrder, text: Text, context: 
         send(TextScored(scoring.score_text(backend, text, context, progress, known)))
     except UsageError as error:
         send(QualityWithheld(str(error)))
+    except NotFinite as error:
+        send(QualityWithheld(str(error), nonfinite=True))
     for workload, reference in references.items():
-        send(WorkloadCompared(workload, scoring.compare(backend, reference, progress, order.is_reference)))
+        try:
+            send(WorkloadCompared(workload, scoring.compare(backend, reference, progress, order.is_reference)))
+        except NotFinite as error:
+            send(QualityWithheld(str(error), nonfinite=True))
 
 
 def _run_tasks(backend: Backend, order: QualityOrder, send: Report) -> None:

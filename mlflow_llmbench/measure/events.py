@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from ..backends.base import DeviceMemory
 from ..records.errors import JournalError
 from ..records.results import (
+    OMITTED,
     CellMeasurements,
     Divergence,
     LoadInfo,
@@ -31,9 +32,6 @@ from ..records.results import (
     to_json,
 )
 from ..system.memory import HostMemory
-
-OMITTED: Mapping[str, bool] = {"omitted": True}
-"""Metadata of a field that a line lacks while its value is None. Any other None is written as null."""
 
 _CLASSES: dict[str, list[type[Event]]] = {}
 """Name in a line → its classes, a class with more fields before the one that it extends."""
@@ -248,9 +246,10 @@ class TaskScored(Event, name="tasked"):
 
 @dataclass(frozen=True)
 class QualityWithheld(Event, name="withheld"):
-    """A quality figure will be absent, for the reason in the message."""
+    """A quality figure will be absent, for the reason in the message; `nonfinite` if logits are not finite."""
 
     message: str
+    nonfinite: bool | None = field(default=None, metadata=OMITTED)
 
 
 # Training

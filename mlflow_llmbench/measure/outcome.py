@@ -124,6 +124,7 @@ class GroupOutcome:
     divergences: dict[str, Divergence] = field(default_factory=dict)  # workload → divergence from the reference
     task_scores: dict[str, tuple[TaskScore, ...]] = field(default_factory=dict)  # requested lm-eval task → its scores
     withheld: list[str] = field(default_factory=list)  # reasons why quality figures are absent
+    nonfinite: str | None = None  # the one of them that says that logits are not finite
     environment: Mapping[str, Any] | None = None  # of the worker's machine, if it is not the command's
     error: LlmbenchError | None = None
     ended: bool = False
@@ -186,6 +187,7 @@ class GroupOutcome:
                 self.task_scores[task] = task_scores
             case events.QualityWithheld(message=message):
                 self.withheld.append(message)
+                self.nonfinite = message if event.nonfinite else self.nonfinite
 
 
 def replay(journal: Iterable[Event]) -> Iterator[tuple[list[str], GroupOutcome]]:

@@ -91,6 +91,7 @@ def quality_of(options: Options, cell: Cell, outcome: GroupOutcome) -> Quality |
         options.quality_tasks or "",
         tasks_digest(options),
         tasks,
+        outcome.nonfinite,
     )
 
 

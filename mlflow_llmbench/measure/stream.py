@@ -24,7 +24,7 @@ from ..system import machine
 from ..workloads.arrivals import arrival_times_ns, request_count
 from ..workloads.batching import batch_positions, needed_positions, next_batch
 from ..workloads.prompts import PromptSet
-from .batch import LEAST_WARMUPS, MOST_WARMUPS, checked_ids, time_request
+from .batch import LEAST_WARMUPS, MOST_WARMUPS, checked_ids, time_request, zeros_at_end
 from .events import RepetitionEnded, ReportProgress, WarmupEnded
 from .stopping import enough
 
@@ -66,6 +66,7 @@ def measure_stream(
         )
         repetitions: list[Repetition] = []
         outputs: tuple[tuple[list[int], list[int]], ...] = ()
+        zeros: list[int] = []
         limit = cell.repetitions or cell.max_repetitions
         while len(repetitions) < limit and not enough(cell, repetitions):
             index = len(repetitions)
@@ -74,12 +75,21 @@ def measure_stream(
             served = serve(stream, arrival_times_ns(cell, index) or (0,))
             noise = machine.noise_between(before, machine.take_readings(backend.device))
             repetitions.append(Repetition(index, wall_ms, served.requests, noise, engine=served.readings))
+            zeros.append(zeros_at_end(served.outputs))
             if prompts.texts and not index:
                 outputs = tuple((ids, out) for (ids, _), out in zip(stream, served.outputs, strict=True))[
                     : len(prompts.texts)
                 ]
             report(RepetitionEnded(index + 1, limit, repetitions[-1]))
-    return CellMeasurements(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), outputs)
+    return CellMeasurements(first_call_ms, tuple(warmup_s), steady, tuple(repetitions), outputs, zeros=tuple(zeros))
+
+
+def serve_untimed(backend: Backend, cell: Cell, prompts: PromptSet, vocab_size: int, index: int) -> None:
+    """Answer the requests of a repetition once more, all of which arrive at once."""
+    encode = backend.encode if backend.capabilities.tokenizer else None
+    orders = [prompts.request(cell, index, i, vocab_size, encode) for i in range(request_count(cell) or 1)]
+    with _server(backend, cell, max(len(ids) + output for ids, output in orders)) as serve:
+        serve(orders, [0] * len(orders))
 
 
 def _warm_up(

@@ -32,6 +32,7 @@ from . import events
 from .batch import compare_decoding, compare_replies, measure_cell, time_texts
 from .events import Event, JobFailed, Report, Stage
 from .journal import SERVER_LOG, EventLog
+from .logits import check_logits
 from .online import measure_server
 from .stream import measure_stream
 from .task import QualityOrder, WorkerJob
@@ -294,6 +295,10 @@ def _measure_one(
                 measured = replace(measured, same_replies=compare_replies(backend, cell, prompts, measured))
             except (LlmbenchError, MemoryError) as error:  # only this figure is lost
                 print(f"Replies with a recomputed history: {error or 'memory ran out'}", file=sys.stderr)
+        if not backend.capabilities.online:
+            measured = replace(
+                measured, logits=check_logits(backend, cell, prompts, info.vocab_size or 32000, measured)
+            )
         texts = tuple(
             {"prompt": backend.decode(prompt), "output": backend.decode(output)} for prompt, output in measured.outputs
         )

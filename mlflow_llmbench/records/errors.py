@@ -15,7 +15,8 @@
         ├── WorkerCrashed      the worker process ended without an error message
         │   └── NodeLost       the cluster machine that it ran on is gone
         ├── WorkerTimeout      the worker exceeded a time limit
-        └── NotRealised        the loaded model is not what was asked for
+        ├── NotRealised        the loaded model is not what was asked for
+        └── NotFinite          the model gave logits that are NaN or infinite
 
 A message is one line: what is wrong, the value, and what to do. The command line prints it and exits with `exit_code`;
 nothing in the library prints or exits.
@@ -118,6 +119,10 @@ class WorkerTimeout(MeasurementError):
 
 class NotRealised(MeasurementError):
     """The loaded quantization, dtype or device is not the one that was asked for."""
+
+
+class NotFinite(MeasurementError):
+    """The model gave logits that are NaN or infinite."""
 
 
 NO_MEMORY = (

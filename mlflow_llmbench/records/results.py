@@ -27,6 +27,9 @@ client's lateness by fixed limits: results of that time keep the verdict that th
 
 T = TypeVar("T")
 
+OMITTED: Mapping[str, bool] = {"omitted": True}
+"""Metadata of a field that JSON lacks while its value is None. Any other None is written as null."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -197,12 +200,29 @@ class Repetition:
 
 
 @dataclass(frozen=True)
+class LogitsCheck:
+    """Logits of one untimed pass over the timed shape, seen step by step.
+
+    `checked`: rows × steps that were seen, `nonfinite`: those of them with a NaN or an infinite value ·
+    `first_token`: number of the first output token (from 1) that was chosen from such logits · `repetition`: the one
+    whose prompts were given · `weights`: a few parameters that are not finite themselves.
+    """
+
+    checked: int
+    nonfinite: int
+    first_token: int | None = None
+    repetition: int = 0
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CellMeasurements:
     """The measurements of one cell, before they are judged.
 
     `outputs` holds prompt and output ids of each prompt's first repetition, for text workloads. The prompt of a
     conversation is everything before the last answer. `same_replies` and `same_tokens` are the results of
-    `compare_replies` and `compare_decoding` in `measure.batch`.
+    `compare_replies` and `compare_decoding` in `measure.batch`. `zeros`: for each repetition, the most ids 0 at the end
+    of a row, which logits give that are all NaN. `logits`: None if they were not looked at.
     """
 
     first_call_ms: float
@@ -214,6 +234,8 @@ class CellMeasurements:
     text_times: TextTimes | None = None
     compile_s: float | None = None
     same_tokens: tuple[int, ...] = ()
+    zeros: tuple[int, ...] | None = field(default=None, metadata=OMITTED)
+    logits: LogitsCheck | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -292,7 +314,8 @@ class Quality:
     """Raw quality figures of the loaded model; `withheld` says in sentences why figures are absent.
 
     `text_digest`: of the perplexity text · `tasks`: scores of lm-eval's tasks · `asked_tasks`: those asked for ·
-    `tasks_digest`: hash of what decides them.
+    `tasks_digest`: hash of what decides them · `nonfinite`: where logits were not finite, as a sentence; None if
+    nowhere.
     """
 
     text_digest: str = ""
@@ -302,6 +325,7 @@ class Quality:
     asked_tasks: str = ""
     tasks_digest: str = ""
     tasks: tuple[TaskScore, ...] = ()
+    nonfinite: str | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -374,6 +398,7 @@ class RunResult:
     same_replies: tuple[bool, ...] = ()
     text_times: TextTimes | None = None  # None if the prompts are not texts
     quality: Quality | None = None  # None where it was not asked for
+    logits: LogitsCheck | None = field(default=None, metadata=OMITTED)  # None if they cannot be seen, or were not
     sweep: str = ""
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
     schema: int = SCHEMA
@@ -390,7 +415,8 @@ def hash16(value: object) -> str:
 def to_json(record: object) -> Any:
     """Convert a record to plain JSON data: dataclasses and mappings become objects, tuples and lists arrays."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        values = {f: getattr(record, f.name) for f in dataclasses.fields(record)}
+        return {f.name: to_json(one) for f, one in values.items() if one is not None or not f.metadata.get("omitted")}
     if isinstance(record, Mapping):
         return {str(key): to_json(value) for key, value in record.items()}
     if isinstance(record, list | tuple):

@@ -34,6 +34,7 @@ REASONS: dict[str, str] = {
     "client_bound": "invalid",
     "mbu_above_one": "invalid",
     "negative_gap": "invalid",
+    "nonfinite_logits": "invalid",
     "not_steady": "suspect",
     "not_converged": "suspect",
     "too_few_samples": "suspect",

@@ -1,4 +1,4 @@
-"""`llmbench scaling` on real runs of the fake backend, whose every delay is known."""
+"""`llmbench scaling` on results with known delays."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_llmbench import run
 from mlflow_llmbench.cli.main import main
-from mlflow_llmbench.sweeps.sweep import SweepResult
+from mlflow_llmbench.sweeps.upload import upload
 
-TOKENS, TTFT, ITL, ROW = 8, 20.0, 5.0, 2.0
+from ..results import made, write_sweep
+
+TOKENS, TTFT, ITL, ROW = 5, 20.0, 5.0, 2.0
 
 
 @pytest.fixture(scope="module")
@@ -23,29 +24,23 @@ def store(store_template: Path, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 @pytest.fixture(scope="module")
-def sweep(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SweepResult]:
-    """One sweep for all tests in this module, which only read it."""
+def sweep(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """Folder and parent run of one sweep for all tests in this module, which only read it."""
     import mlflow
 
-    model = f"fake:ttft_ms={TTFT:g}+itl_ms={ITL:g}+row_ms={ROW:g}"
-    given = {
-        "backend": "fake",
-        "output_tokens": TOKENS,
-        "repetitions": 6,
-        "warmup": 1,
-        "output_dir": str(tmp_path_factory.mktemp("results")),
-    }
-    yield run(model=model, batch_size="1,2,4,8,16", prompt_tokens=16, tracking_uri=store, **given)
+    results = [made(batch=rows, ttft=TTFT, step=ITL + ROW * (rows - 1)) for rows in (1, 2, 4, 8, 16)]
+    folder = write_sweep(tmp_path_factory.mktemp("results"), results)
+    yield folder, upload(str(folder), store).parent_id or ""
     mlflow.set_tracking_uri(None)
 
 
-def test_the_script_of_the_backend_comes_back(
-    sweep: SweepResult, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_known_delays_come_back(
+    sweep: tuple[Path, str], store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, parent = tmp_path / "out", sweep.parent_id or ""
+    folder, (measured, parent) = tmp_path / "out", sweep
     arguments = [
         "scaling",
-        str(sweep.folder),
+        str(measured),
         *"--at batch_size=3,12 --output".split(),
         str(folder),
         "--log",
@@ -62,12 +57,12 @@ def test_the_script_of_the_backend_comes_back(
     assert law["nearest"] == "T = b/(a + c·b)"
     found = next(rival for rival in law["rivals"] if rival["formula"] == law["nearest"])["parameters"]
     steps = TOKENS - 1
-    # b·N/T = TTFT + (N − 1)·(ITL + ROW·(b − 1)) ms, so a and c follow; delays can only be longer than scripted.
-    assert found["a"]["value"] == pytest.approx((TTFT + steps * (ITL - ROW)) / TOKENS / 1e3, rel=0.1)
-    assert found["c"]["value"] == pytest.approx(steps * ROW / TOKENS / 1e3, rel=0.05)
+    # b·N/T = TTFT + (N − 1)·(ITL + ROW·(b − 1)) ms, so a and c follow.
+    assert found["a"]["value"] == pytest.approx((TTFT + steps * (ITL - ROW)) / TOKENS / 1e3, rel=0.001)
+    assert found["c"]["value"] == pytest.approx(steps * ROW / TOKENS / 1e3, rel=0.001)
     predicted = {p["x"]: p for p in data["predictions"] if p["law"] == "throughput_by_batch"}
     assert sorted(predicted) == [3, 12]
-    assert predicted[12]["value"] == pytest.approx(12 * TOKENS * 1e3 / (TTFT + steps * (ITL + 11 * ROW)), rel=0.05)
+    assert predicted[12]["value"] == pytest.approx(12 * TOKENS * 1e3 / (TTFT + steps * (ITL + 11 * ROW)), rel=0.001)
     assert json.loads((folder / "scaling.json").read_text())["laws"] == data["laws"]
     client = MlflowClient(store)
     assert {item.path for item in client.list_artifacts(parent, "scaling")} == {
@@ -89,9 +84,9 @@ def test_the_script_of_the_backend_comes_back(
     ],
 )
 def test_wrong_use_is_one_line(
-    sweep: SweepResult, store: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    sweep: tuple[Path, str], store: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["scaling", str(sweep.folder), "--tracking-uri", store, *arguments]) in (1, 2)
+    assert main(["scaling", str(sweep[0]), "--tracking-uri", store, *arguments]) in (1, 2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error
     assert error.startswith("llmbench: ")

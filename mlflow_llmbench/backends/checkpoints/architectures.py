@@ -63,8 +63,8 @@ def no_generator(config: Mapping[str, Any]) -> str | None:
         if kind in masked and (kind in causal or not name.endswith("ForCausalLM")):
             return f"{called} fills in masked words, and its is_decoder is not set"
     seen = causal | known.get("IMAGE_TEXT_TO_TEXT", frozenset())
-    own_code = isinstance(config.get("auto_map"), Mapping)
-    if causal and kind and kind not in seen and kind in known.get("ALL", frozenset()) and not own_code:
+    said = isinstance(config.get("auto_map"), Mapping) or name.endswith("ForCausalLM")
+    if causal and kind not in seen and kind in known.get("ALL", frozenset()) and not said:
         return f"{called} is not among those that transformers generates text with"
     return None
 

@@ -24,7 +24,7 @@ from ...system import gpu, machine
 from ...workloads.prompts import turn_texts
 from ..base import CHECKPOINT, Capabilities, DeviceMemory, Emit, Token
 from ..checkpoints import files, sources
-from . import decoding, mixed, quantization, recipe
+from . import decoding, logits, mixed, quantization, recipe
 from .continuous import ContinuousEngine
 from .decoding import DecodePath
 from .inspection import Inspection, inspect_model, touch, verify, verify_plan
@@ -65,6 +65,7 @@ class TransformersBackend:
         self.weights_format = ""
         self.load_s = 0.0
         self.plan: QuantPlan | None = None
+        self._watch: logits.Watch | None = None
 
     @classmethod
     def resolve(cls, cell: Cell) -> ModelFacts:
@@ -289,6 +290,8 @@ class TransformersBackend:
             **fields,
         )
         streamer: Any = _Streamer(emit)
+        if self._watch:
+            arguments = {**arguments, **self._watch.arguments()}
         with foreign_errors("generating"), torch.inference_mode(), contextlib.ExitStack() as stack:
             if not self._checked_late:
                 streamer = stack.enter_context(_late_check(self.model, streamer))
@@ -296,6 +299,14 @@ class TransformersBackend:
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
             self.model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer, **arguments)
             self._synchronise()
+
+    @contextlib.contextmanager
+    def watch_logits(self) -> Iterator[logits.Watch]:
+        self._watch = logits.Watch(self.model)
+        try:
+            yield self._watch
+        finally:
+            self._watch = None
 
     def new_history(self) -> _History:
         from transformers import DynamicCache
@@ -305,7 +316,7 @@ class TransformersBackend:
     def open_engine(self, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> ContinuousEngine:
         try:
             with foreign_errors("preparing continuous batching"):
-                return ContinuousEngine(self.model, rows, longest, on_step)
+                return ContinuousEngine(self.model, rows, longest, on_step, self._watch)
         except MeasurementError as error:
             raise MeasurementError(
                 f"transformers cannot batch this model continuously. {error} "

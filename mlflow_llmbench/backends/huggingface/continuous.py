@@ -14,6 +14,7 @@ from typing import Any
 
 from ...records.errors import MeasurementError
 from ..base import Token
+from .logits import Watch
 
 PAGE_TOKENS = 256
 """Tokens per page of the KV cache (the library's default)."""
@@ -66,11 +67,18 @@ class ContinuousEngine:
     """A running `ContinuousBatchingManager` of a loaded model with room for `rows` requests of `longest` tokens each.
 
     Prefix sharing is off, because no other way of batching has it. The model keeps its attention; only eager attention
-    is replaced by its paged form. Raises the library's own errors, also for a model or an attention that it cannot
-    batch continuously.
+    is replaced by its paged form. A `watch` sees the logits of each pass. Raises the library's own errors, also for a
+    model or an attention that it cannot batch continuously.
     """
 
-    def __init__(self, model: Any, rows: int, longest: int, on_step: Callable[[Sequence[Token]], None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rows: int,
+        longest: int,
+        on_step: Callable[[Sequence[Token]], None],
+        watch: Watch | None = None,
+    ) -> None:
         from transformers import GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -92,6 +100,7 @@ class ContinuousEngine:
         self.counted = not any(self.manager.continuous_batching_config.cuda_graph_booleans)
         self.positions = 0
         self.hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.watching = model.register_forward_hook(watch.look_at_pass) if watch and self.counted else None
         self.manager.start()
 
     def submit(self, number: int, prompt: Sequence[int], output_tokens: int) -> None:
@@ -124,6 +133,8 @@ class ContinuousEngine:
     def close(self) -> None:
         """End the thread, free the cache and restore the model's attention."""
         self.hook.remove()
+        if self.watching:
+            self.watching.remove()
         self.manager.stop(block=True, timeout=60, hard_stop=True)
         self.manager.destroy()
 

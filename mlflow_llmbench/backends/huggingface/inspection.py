@@ -297,8 +297,8 @@ def _require_layers(quant: str, found: Inspection, made: Mapping[str, LayerClass
         raise NotRealised(
             f"quant={quant} was asked for, but this model has no linear layers that {library} knows. Use quant=none."
         )
-    if {"Conv1D"} == left.keys():
-        advice = f"{library} does not change layers of the class Conv1D: use int8 or int4, or quant=none"
+    if "Linear" not in left and not made:
+        advice = f"{library} does not change layers of the class {', '.join(left)}: use quant=none, or another scheme"
     elif "group_size" in scheme.settings:  # torchao leaves a layer as it is if the groups do not fit
         advice = "Use a group_size that divides the inputs of every layer"
     elif made:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.choices import MIN_TEXT_TOKENS
-from ...records.errors import MeasurementError, UsageError
+from ...records.errors import MeasurementError, NotFinite, UsageError
 from ...records.results import Divergence, ModelFacts, TextScores, hash16
 from ...workloads.prompts import Text, load_prompts
 from ..base import Backend
@@ -142,7 +142,7 @@ def losses(logits: torch.Tensor, targets: Sequence[int]) -> list[float]:
 
 def _finite(value: float) -> float:
     if not abs(value) < float("inf"):
-        raise MeasurementError(f"The model gave logits that are not finite ({value}), so its quality is not defined.")
+        raise NotFinite(f"The model gave logits that are not finite ({value}), so its quality is not defined.")
     return value
 
 
@@ -168,6 +168,13 @@ def compare(backend: Backend, reference: Reference, progress: Progress, is_refer
                     f"The model has {own.shape[1]} words, but the unquantized one has {its.shape[1]}. "
                     "They cannot be compared."
                 )
+            if not bool(its.isfinite().all()):
+                raise MeasurementError(
+                    f"The unquantized model {reference.name} gave logits that are not finite, so nothing can be "
+                    "compared with it."
+                )
+            if not bool(own.isfinite().all()):
+                raise NotFinite("The model gave logits that are not finite, so it cannot be compared.")
             distances, same = divergence(its.to(own.device), own)
             kl.append(tuple(float(f"{_finite(value):.6g}") for value in distances))
             agrees.append(tuple(same))

@@ -86,6 +86,11 @@ def test_layers_of_gpt2_are_those_that_were_trained(tmp_path: Path) -> None:
     with loaded(Cell(model=str(folder), quant="int8")) as (backend, _):
         near = torch.nn.functional.cosine_similarity(exact, backend.logits(PROMPTS[0], 4).float(), dim=-1)
     assert float(near.min()) > 0.999
+    folder = write_tiny("falcon", tmp_path / "falcon")
+    message = "bitsandbytes does not change layers of the class FalconLinear: use quant=none"
+    with pytest.raises(NotRealised, match=message), loaded(Cell(model=str(folder), quant="int8")):
+        pass
+    folder = tmp_path / "gpt2"
     for quant in ("int8-wo", "hqq4", "quanto8"):
         message = (
             f"quant={quant} was asked for.*'Conv1D': 8.*100% of their weights.*does not change layers of the class"
@@ -193,6 +198,7 @@ def test_decoders_and_what_is_not_known_are_not_refused() -> None:
         {"model_type": "llama"},
         {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
         {"model_type": "of-tomorrow", "architectures": ["OfTomorrowForCausalLM"]},
+        {"model_type": "emu3_text_model", "architectures": ["Emu3ForCausalLM"]},
         {"model_type": "chatglm", "auto_map": {"AutoModelForCausalLM": "modeling.Chat"}},
         {},
         *(preset.config for preset in models.PRESETS.values()),
