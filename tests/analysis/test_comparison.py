@@ -196,7 +196,7 @@ load s              2.000  3.000   1.50               –         –  not teste
 Welch's t test on the logarithms of 5 and 5 repetitions; p adjusted for 5 metrics (Holm); noise threshold 1 %. \
 Values are those of the runs; ratios are those of geometric means over repetitions. One process of bf16 and int4 was \
 measured; added to their error is the noise between processes, that of 10 processes of model none, as calibrated on \
-1970-01-01: a standard deviation of 0 % in output throughput (1000000 degrees of freedom)."""
+1970-01-01: a standard deviation of 0 % in output throughput (1e+06 degrees of freedom)."""
     )
 
 
