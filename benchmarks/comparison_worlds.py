@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlflow_llmbench.analysis.comparison import BETTER, COMPARED, WORSE, compare
 from mlflow_llmbench.analysis.process_noise import ASSUMED, SIZES, calibration_of
-from mlflow_llmbench.measure.batch import enough
+from mlflow_llmbench.measure.stopping import enough
 from mlflow_llmbench.records.calibration import Calibration
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import Hashes, LoadInfo, ModelFacts, Repetition, RequestRecord, RunResult

@@ -12,7 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
-from mlflow_llmbench.analysis.comparison import compare
+from mlflow_llmbench.analysis import comparison as analysis
+from mlflow_llmbench.analysis.comparison import Comparison
 from mlflow_llmbench.analysis.decisions.equivalence import Reproduction, judge_reproduction
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import config_hash, expand_cells
@@ -33,7 +34,7 @@ from mlflow_llmbench.workflows.reproduce import (
     unlike_here,
 )
 
-from ..results import WIGGLE, made, stored
+from ..results import WIGGLE, known_noise, made, stored
 
 ORIGINAL = made()
 CELL = {
@@ -44,6 +45,11 @@ CELL = {
     "repetitions": 5,
     "warmup": 1,
 }
+
+
+def compare(a: RunResult, b: RunResult) -> Comparison:
+    """Compare on a machine whose processes are known not to differ."""
+    return analysis.compare(a, b, calibrations=[known_noise(a)])
 
 
 def weighed(**again: object) -> Reproduction:
@@ -105,29 +111,49 @@ def test_slower_beyond_the_margin_is_different_and_within_it_is_not() -> None:
     found = weighed(step=12)
     assert (found.verdict, found.exit_code) == ("different", 1)
     assert found.why.startswith("Different by more than ±5 %: tokens/s 0.8")
-    assert states(found)["ttft_ms_p50"] == "equivalent" and states(found)["itl_ms_p50"] == "different"
+    assert states(found)["ttft_ms_mean"] == "equivalent" and states(found)["itl_ms_p50"] == "different"
     assert weighed(step=10.2).verdict == "equivalent"  # a difference that is seen, and small
     assert weighed(memory=5).verdict == "different"
 
 
 def test_what_cannot_be_told_says_how_many_repetitions_would() -> None:
-    wide = (0.9, 0.95, 1.0, 1.05, 1.1)
-    found = weighed(factors=wide)
+    def wide(**fields: Any) -> RunResult:
+        """Five processes of one repetition each, which differ much."""
+        one = made(factors=(0.9, 0.95, 1.0, 1.05, 1.1), **fields)
+        repetitions = tuple(dataclasses.replace(r, process=r.index) for r in one.repetitions)
+        return dataclasses.replace(one, repetitions=repetitions)
+
+    few = dataclasses.replace(wide(), repetitions=wide().repetitions[1:4])
+    quiet = tuple(dataclasses.replace(r, process=r.index) for r in ORIGINAL.repetitions)
+    found = judge_reproduction(compare(dataclasses.replace(ORIGINAL, repetitions=quiet), few), 0.05)
     assert (found.verdict, found.exit_code) == ("cannot_tell", 4)
-    assert "repetitions of the reproduction would tell, with a chance of 90 %" in found.why
-    both = judge_reproduction(compare(made(factors=wide), made(factors=wide)), 0.05)
+    assert "processes of the reproduction would tell, with a chance of 90 %" in found.why
+    both = judge_reproduction(compare(wide(), wide(ended_ms=3000)), 0.05)
     needed = max(f.needed_each or 0 for f in both.findings)
     assert f"about {needed} on each side would tell" in both.why and needed > 10
-    near = judge_reproduction(compare(made(factors=wide), made(factors=wide, step=10.5, ttft=21)), 0.05)
+    near = judge_reproduction(compare(wide(), wide(step=10.5, ttft=21)), 0.05)
     assert near.verdict == "cannot_tell" and "no sensible number" in near.why
     single = judge_reproduction(compare(ORIGINAL, made(factors=(1.0,))), 0.05)
     assert single.verdict == "cannot_tell" and "at least 2 repetitions" in single.why
 
 
+def test_single_processes_are_equivalent_only_where_their_noise_is_known() -> None:
+    """A difference of 1 % within ±5 %: shown where processes are known not to differ."""
+    again = made(step=10.1)
+    assert judge_reproduction(compare(ORIGINAL, again), 0.05).verdict == "equivalent"
+    found = judge_reproduction(analysis.compare(ORIGINAL, again), 0.05)
+    assert found.verdict == "cannot_tell"
+    assert (
+        "processes on each side would tell, with a chance of 90 %. The noise between processes is assumed" in found.why
+    )
+    assert "`llmbench calibrate`" in found.why
+    assert any("a standard deviation of 3 %, which is assumed" in note for note in found.notes)
+
+
 def test_quality_is_held_against_the_margin_too() -> None:
     def verdict(now: float) -> str:
         return judge_reproduction(
-            compare(ORIGINAL, made()), 0.05, ({"quality/perplexity": 10.0}, {"quality/perplexity": now})
+            compare(ORIGINAL, made(ended_ms=3000)), 0.05, ({"quality/perplexity": 10.0}, {"quality/perplexity": now})
         ).verdict
 
     assert (verdict(10.1), verdict(11.0)) == ("equivalent", "different")
@@ -136,7 +162,7 @@ def test_quality_is_held_against_the_margin_too() -> None:
 def test_the_texts() -> None:
     found = weighed(step=12)
     text = html.unescape(reproduction_markdown(found))
-    assert text.startswith("## Different by more than ±5 %") and "| ITL ms | 10.00 | 12.00 | 1.200 |" in text
+    assert text.startswith("## Different by more than ±5 %") and "| ITL p50 ms | 10.00 | 12.00 | 1.200 |" in text
     told = reproduction_json(found)
     assert (told["verdict"], told["exit_code"], len(told["findings"])) == ("different", 1, 7)
     json.dumps(told, allow_nan=False)
