@@ -1,6 +1,6 @@
 """False alarms and power of comparisons in scripted worlds: two results of one configuration, of one process each.
 
-    python benchmarks/comparison_worlds.py [--simulations 3000] [--output FILE]
+    python benchmarks/comparison_worlds.py [--simulations 3000] [--auto 3000] [--output FILE]
 
 In each world the repetitions of a process are drawn with a known fault (processes that differ, two speeds, serial
 correlation, …). Both results are measured by the real rule of `repetitions=auto`, or with a fixed number. An alarm is a

@@ -558,7 +558,7 @@ def test_a_against_a_in_processes_raises_few_alarms(in_pairs: bool) -> None:
 
 
 def test_repetitions_taken_for_independent_raise_false_alarms() -> None:
-    """Without the process as the unit, although the order is judged, at least 30 of 200 comparisons of like with like raise a false alarm."""
+    """Without the process as the unit, although the order is judged, at least 30 of 200 alike ones raise an alarm."""
     rng = np.random.default_rng(23)
     pairs = [(drawn_in_processes(rng, 5, 6), drawn_in_processes(rng, 5, 6)) for _ in range(200)]
     assert sum(alarmed(compare(as_one_process(a), as_one_process(b))) for a, b in pairs) >= 30
