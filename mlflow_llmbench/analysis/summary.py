@@ -39,6 +39,7 @@ from ..records.metrics import (
     OUTPUT_RATE,
     OUTPUT_TOKENS,
     PER_INSTANCE_RATE,
+    PREDICTED_LOADING,
     PREDICTED_MEMORY,
     PREFILL_RATE,
     PROMPT_TOKENS,
@@ -150,6 +151,7 @@ def _memory(result: RunResult) -> Figures:
     return found | {
         DEVICE_RESERVED.key("peak"): stages.device_reserved_peak,
         PREDICTED_MEMORY.key(): result.predicted_bytes,
+        PREDICTED_LOADING.key(): result.predicted_load_bytes,
         WEIGHTS.key(): load.weight_bytes if load else None,
         KV_CACHE.key(): load.kv_bytes_per_token if load else None,
     }

@@ -29,8 +29,8 @@ from .metric import (
 from .server_names import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 from .verdicts import FAILURES
 
-STAGES = ("baseline", "loaded", "peak", "steady", "unloaded")
-"""The five memory stages, in the order of a worker's life cycle."""
+STAGES = ("baseline", "loading", "loaded", "peak", "steady", "unloaded")
+"""The memory stages, in the order of a worker's life cycle."""
 
 SECTIONS = {
     "latency": "times of requests",
@@ -137,6 +137,8 @@ WEIGHTS = Metric(
             # Weights add nothing to a check of the memory.
             Gated(80, name="weights", only_if_limited=True), Tag(130), Bars(70, name="memory")))
 PREDICTED_MEMORY = Metric("memory", "predicted_bytes", "peak estimated before anything was loaded", "bytes")
+PREDICTED_LOADING = Metric(
+    "memory", "predicted_loading_bytes", "peak of the load, estimated before anything was loaded", "bytes")
 KV_CACHE = Metric("memory", "kv_bytes_per_token", "KV cache per token and row", "bytes", better="lower")
 
 RATE_PER_GB = Metric(
