@@ -22,12 +22,13 @@ import importlib
 import logging
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 RELEASE_S = 0.02
-"""Seconds between two releases of freed memory during a load."""
+"""Least seconds between two releases of freed memory during a load."""
 
 MOST_NAMES = 3
 """Tensors that an error names."""
@@ -86,8 +87,11 @@ def releasing_memory() -> Iterator[None]:
     done = threading.Event()
 
     def release() -> None:
-        while not done.wait(RELEASE_S):
+        pause = RELEASE_S
+        while not done.wait(pause):
+            begun = time.monotonic()
             trim(0)
+            pause = max(RELEASE_S, 4 * (time.monotonic() - begun))  # at most a fifth of a core
 
     thread = threading.Thread(target=release, name="release-memory", daemon=True)
     thread.start()
