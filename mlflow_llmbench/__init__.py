@@ -7,7 +7,8 @@
     best = recommend([result.folder.name]).found.winner
 
 Importing the package loads nothing heavy: torch, transformers and mlflow are imported when something runs.
-`mlflow_llmbench.callback.measure` measures a generate function of your own.
+`mlflow_llmbench.callback.measure` measures a generate function of your own. `load_results`, `summarize`, `judge` and
+`compare` are how results are read, summed up, judged and compared; they are stable, and need no MLflow store.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 from .records.errors import LlmbenchError
 
 if TYPE_CHECKING:
+    from .analysis.summary import summarize
+    from .analysis.verdict import judge
     from .sweeps.sweep import SweepResult
     from .tracking.load_results import load_results
+    from .workflows.calibrate import calibrate
     from .workflows.compare import compare
     from .workflows.gate import gate
     from .workflows.recommend import recommend
@@ -35,9 +39,11 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 __all__ = [
     "LlmbenchError",
     "__version__",
+    "calibrate",
     "compare",
     "export",
     "gate",
+    "judge",
     "load_results",
     "online",
     "promote",
@@ -46,14 +52,17 @@ __all__ = [
     "reproduce",
     "run",
     "scaling",
+    "summarize",
 ]
 
 _MODULES = {
+    "judge": "analysis.verdict",
     "load_results": "tracking.load_results",
+    "summarize": "analysis.summary",
     "export": "workflows.versions",
     "promote": "workflows.versions",
     "register": "workflows.versions",
-    **{name: f"workflows.{name}" for name in ("compare", "gate", "recommend", "reproduce", "scaling")},
+    **{name: f"workflows.{name}" for name in ("calibrate", "compare", "gate", "recommend", "reproduce", "scaling")},
 }
 """Public function → its module, which is imported when the name is used first."""
 

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlflow_llmbench.analysis.process_noise import key_of
+from mlflow_llmbench.records.calibration import Calibration, Spread
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.metrics import KEYS
 from mlflow_llmbench.records.results import (
     Hashes,
     LoadInfo,
@@ -75,6 +78,12 @@ def made(
         sweep="s",
     )
     return dataclasses.replace(base, **fields)
+
+
+def known_noise(result: RunResult, sd: float = 0.0, degrees: int = 10**6) -> Calibration:
+    """A calibration of a result's machine by which its processes differ by `sd`; by nothing unless it is given."""
+    spreads = dict.fromkeys(KEYS, (Spread(sd**2, degrees),))
+    return Calibration(*key_of(result), "model none", 10, 200, 0, spreads=spreads)
 
 
 def write_sweep(folder: Path, results: Sequence[RunResult]) -> Path:

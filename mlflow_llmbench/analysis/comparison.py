@@ -2,8 +2,9 @@
 
 The unit of inference is the process if a result has several, else the repetition (`repetitions.inference_units`): each
 gives one value per metric, and values within it are not counted again. Effects of a process on all its repetitions
-(memory layout, clocks) do not show between two single processes: measure in several, or interleaved, before you believe
-a small difference.
+(memory layout, clocks) do not show between two single processes, so the noise between processes is added to the error
+of a result of one process (`process_noise`). If only the repetitions tell a difference, it *cannot be told*. The
+repetitions of a disturbed process count as one value.
 
 Ratios are B ÷ A of geometric means. Their 95 % interval and p value come from Student's t on the logarithms (Welch's
 for independent units, the paired test for units measured in turns): the difference of mean logarithms is the logarithm
@@ -16,19 +17,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from ..records.cell import DRAWN, Cell, differing
-from ..records.environment import GPU_SOFTWARE, QUOTA, not_recorded, quota_text
+from ..records import invocation
+from ..records.calibration import Calibration
+from ..records.cell import differing
 from ..records.errors import NotComparable, UsageError
 from ..records.metric import Compared, Entry
 from ..records.metrics import OUTPUT_RATE, PEAK_MEMORY, shown_in
-from ..records.results import RunResult, Verdict
-from ..stats import holm, mann_whitney, paired, welch
+from ..records.results import Repetition, RunResult, Verdict
+from ..records.verdicts import DISTURBING
+from ..stats import MeanDifference, Part, holm, mann_whitney, mean_part, pair_differences, t_test
+from .comparability import ALLOWABLE, Difference, differences, same_evidence, value_text
+from .process_noise import ASSUMPTION, ProcessNoise, noise_of
 from .repetitions import PER_REPETITION, process_count, unit_values
 from .summary import summarize
 from .verdict import judge
@@ -42,44 +45,28 @@ RANKS_NEED = 8
 RATE = OUTPUT_RATE.key()
 DEVICE_PEAK, HOST_PEAK = PEAK_MEMORY
 
-ALLOWABLE = ("hardware", "software", "workload", "scenario", "schema", "verdict")
-"""Kinds of differences that the guard refuses and `allow` can accept."""
-
 UNNAMED = ("warmup", "repetitions", "max_repetitions", "precision_target", "processes")
 """Parameters that set how long a cell is measured, not what it is."""
 
-STREAM = ("request_rate", "ramp_to", "arrival", "burstiness", "seed", "requests")
-"""Parameters that set when the requests of an open loop come."""
-
-BETTER, WORSE, ALIKE, NOISE, UNTESTED = (
+BETTER, WORSE, ALIKE, NOISE, UNTOLD, UNTESTED = (
     "better",
     "worse",
     "no difference seen",
     "below the noise threshold",
+    "cannot be told",
     "not tested",
 )
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Difference between two results: its kind (one of `ALLOWABLE`), its name, and both values as text."""
-
-    kind: str
-    name: str
-    a: str
-    b: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.a} → {self.b}"
-
-
-@dataclass(frozen=True)
 class Effect:
-    """Comparison of one metric. `a` and `b` are means over units; `ratio` is b ÷ a of geometric means.
+    """Comparison of one metric. `a` and `b` are the metric's figures of both results, `ratio` is b ÷ a.
 
-    `low` to `high` is the 95 % interval of the ratio. `p_value` is that of t alone; `p_holm`, after the adjustment,
-    decides; `p_ranks` is Mann and Whitney's, alone. All of these are None for a metric that a run has only once.
-    `values_a` and `values_b` are the values of the units.
+    Where every repetition has the metric, the ratio is that of geometric means over units, `values_a` and `values_b`
+    are the values of the units, and `low` to `high` is the 95 % interval of the ratio. `p_value` is that of t alone;
+    `p_holm`, after the adjustment, decides; `p_ranks` is Mann and Whitney's, alone. `p_units` is that of t without the
+    noise between processes; it only tells why a difference is not seen. `parts` are those of the variance of the
+    logarithm of the ratio. All of these are None or empty for a metric that a run has only once.
     """
 
     entry: Entry[Compared]
@@ -94,6 +81,8 @@ class Effect:
     p_ranks: float | None = None
     values_a: tuple[float, ...] = ()
     values_b: tuple[float, ...] = ()
+    p_units: float | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def key(self) -> str:
@@ -111,7 +100,8 @@ class Comparison:
     """Result B against result A.
 
     `labels` are the differences found by the guard and allowed; `doubts` are verdicts other than valid. `repetitions`
-    and `processes` are counts of A and B; if a result has several processes, they are its units.
+    and `processes` are counts of A and B; if a result has several processes, they are its units. `process_noise` is
+    what was added to the error of A and of B; None for a result of several processes, whose units include it.
     """
 
     name_a: str
@@ -123,6 +113,7 @@ class Comparison:
     noise: float
     labels: tuple[Difference, ...] = ()
     doubts: tuple[str, ...] = ()
+    process_noise: tuple[ProcessNoise | None, ProcessNoise | None] = (None, None)
 
     def effect(self, key: str) -> Effect | None:
         """The effect on a metric, by MLflow key; None if either result lacks it."""
@@ -146,14 +137,16 @@ def compare(
     allow: frozenset[str] = frozenset(),
     paired: bool = False,
     called: tuple[str, str] | None = None,
+    calibrations: Sequence[Calibration] = (),
 ) -> Comparison:
     """Compare two results of one kind of work on one machine; ratios are B ÷ A.
 
     `noise`: ratio below which a significant difference is called `below the noise threshold`. `paired`: both were
     measured in turns, and the i-th process of both belong together, or the i-th repetition if each has one process.
     `called`: their names, by default the parameters in which they differ. `allow`: kinds of differences (`ALLOWABLE`)
-    that become labels. Raises NotComparable if the results differ in any other kind, if one is invalid or has no
-    repetitions; UsageError for a wrong argument.
+    that become labels. `calibrations`: known noise between processes, by machine. Raises NotComparable if the results
+    differ in any other kind, are the same evidence, or if one is invalid or has no repetitions; UsageError for a wrong
+    argument.
     """
     _check(noise, allow)
     name_a, name_b = called or names(a, b)
@@ -169,13 +162,100 @@ def compare(
     verdicts = judge(a, metrics[0]), judge(b, metrics[1])
     unlike = [*differences(a, b), *_invalid(verdicts)]
     _refuse([difference for difference in unlike if difference.kind not in allow])
+    if same_evidence(a, b):
+        raise NotComparable(
+            f"{name_a} and {name_b} are the same evidence: one measurement, of {a.sweep or 'one sweep'}. Compared with "
+            "itself it shows nothing. Measure one of them again, or compare another run."
+        )
     doubts = [
         f"{name} is {verdict.word} ({', '.join(reason.code for reason in verdict.reasons)})"
         for name, verdict in zip((name_a, name_b), verdicts, strict=True)
         if verdict.word != "valid"
     ]
-    effects = _adjust(list(_effects(a, b, *metrics, paired)), noise)
-    return Comparison(name_a, name_b, effects, repetitions, processes, paired, noise, tuple(unlike), tuple(doubts))
+    errors = Errors.of(a, b, verdicts, paired, calibrations)
+    effects = _adjust(list(_effects(a, b, *metrics, errors)), noise)
+    return Comparison(
+        name_a, name_b, effects, repetitions, processes, paired, noise, tuple(unlike), tuple(doubts), errors.noises
+    )
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How the error of a difference between two results is made. `noises`: as `Comparison.process_noise`.
+
+    `disturbed`: per result, True if its repetitions do not count as independent values.
+    """
+
+    paired: bool
+    noises: tuple[ProcessNoise | None, ProcessNoise | None]
+    disturbed: tuple[bool, bool]
+
+    @classmethod
+    def of(
+        cls,
+        a: RunResult,
+        b: RunResult,
+        verdicts: tuple[Verdict, Verdict],
+        paired: bool,
+        calibrations: Sequence[Calibration],
+    ) -> Errors:
+        """The errors of a comparison of two results with these verdicts.
+
+        Pairs were measured in turns: what disturbed both is not in their differences.
+        """
+        first, second = (
+            not paired and process_count(result) == 1 and any(reason.code in DISTURBING for reason in verdict.reasons)
+            for result, verdict in ((a, verdicts[0]), (b, verdicts[1]))
+        )
+        noises = noise_of(a, b, calibrations, first), noise_of(b, a, calibrations, second)
+        return cls(paired, noises, (first, second))
+
+    def units(self, a: Sequence[float], b: Sequence[float], independent: bool) -> tuple[Part, ...]:
+        """The variances of the mean logarithms of two results' units, or of the mean difference of pairs."""
+        first, second = (independent or not disturbed for disturbed in self.disturbed)
+        if self.paired:
+            return (mean_part(pair_differences(a, b), first and second),)
+        return mean_part(a, first), mean_part(b, second)
+
+    def processes(self, key: str) -> tuple[Part, ...]:
+        """The variances of a metric between processes, for the results of one process."""
+        alone = [noise for noise in self.noises if noise]
+        if len(alone) == 2 and alone[0].spread(key) == alone[1].spread(key):
+            return (alone[0].part(key, 2),)
+        return tuple(noise.part(key, 1) for noise in alone)
+
+
+@dataclass(frozen=True)
+class MetricTest:
+    """Test of one metric: the values of both results' units, and the tests with and without noise between processes."""
+
+    a: list[float]
+    b: list[float]
+    parts: tuple[Part, ...]
+    found: MeanDifference
+    units: MeanDifference
+
+
+ValueOf = Callable[[Repetition], float | None]
+"""Function that gives a metric of one repetition, None if it has none."""
+
+
+def metric_test(
+    key: str, of: tuple[ValueOf, ValueOf], results: tuple[RunResult, RunResult], errors: Errors
+) -> MetricTest | None:
+    """Test the logarithms of a metric of two results, each with its function.
+
+    None if a repetition lacks it, or a result has fewer than 2 units.
+    """
+    first, second = (unit_values(result, own) for result, own in zip(results, of, strict=True))
+    if not first or not second or min(*first, *second) <= 0 or min(len(first), len(second)) < 2:
+        return None
+    logs = [math.log(value) for value in first], [math.log(value) for value in second]
+    difference = fmean(logs[1]) - fmean(logs[0])
+    parts = (*errors.units(*logs, independent=False), *errors.processes(key))
+    return MetricTest(
+        first, second, parts, t_test(difference, parts), t_test(difference, errors.units(*logs, independent=True))
+    )
 
 
 def _check(noise: float, allow: frozenset[str]) -> None:
@@ -216,162 +296,64 @@ def _invalid(verdicts: tuple[Verdict, Verdict]) -> list[Difference]:
 
 
 def _effects(
-    a: RunResult, b: RunResult, metrics_a: Mapping[str, float], metrics_b: Mapping[str, float], in_pairs: bool
+    a: RunResult, b: RunResult, metrics_a: Mapping[str, float], metrics_b: Mapping[str, float], errors: Errors
 ) -> Iterator[Effect]:
     """Effects on every compared metric that both results have, before the adjustment for their number."""
     # True if one model is on a device and the other on the host.
     elsewhere = (DEVICE_PEAK in metrics_a) != (DEVICE_PEAK in metrics_b)
     for entry in COMPARED:
         key = entry.key
-        if elsewhere and key == HOST_PEAK:
+        if (elsewhere and key == HOST_PEAK) or not metrics_a.get(key) or key not in metrics_b:
             continue
-        if of := PER_REPETITION.get(key):
-            first, second = unit_values(a, of), unit_values(b, of)
-            if first and second and min(*first, *second) > 0:
-                yield _tested(entry, first, second, in_pairs)
-        elif metrics_a.get(key) and key in metrics_b:
-            yield Effect(entry, metrics_a[key], metrics_b[key], metrics_b[key] / metrics_a[key])
+        effect = Effect(entry, metrics_a[key], metrics_b[key], metrics_b[key] / metrics_a[key])
+        of = PER_REPETITION.get(key)
+        if of is None:
+            yield effect
+        elif tested := metric_test(key, (of, of), (a, b), errors):
+            yield _with_test(effect, tested, errors)
+        else:
+            values = unit_values(a, of) or (), unit_values(b, of) or ()
+            yield dataclasses.replace(effect, values_a=tuple(values[0]), values_b=tuple(values[1]))
 
 
-def _tested(entry: Entry[Compared], a: Sequence[float], b: Sequence[float], in_pairs: bool) -> Effect:
-    """Compute ratio, interval and p values of one metric from its values per unit."""
-    logs_a, logs_b = [math.log(value) for value in a], [math.log(value) for value in b]
-    ratio = math.exp(fmean(logs_b) - fmean(logs_a))
-    found = (paired if in_pairs else welch)(logs_a, logs_b)
-    effect = Effect(entry, fmean(a), fmean(b), ratio, values_a=tuple(a), values_b=tuple(b))
-    if found is None:
-        return effect
-    ranks = mann_whitney(a, b) if not in_pairs and min(len(a), len(b)) >= RANKS_NEED else None
-    p_ranks = ranks.p_value if ranks else None
+def _with_test(effect: Effect, tested: MetricTest, errors: Errors) -> Effect:
+    """Add ratio, interval and p values of a metric that was tested."""
+    found = tested.found
+    several = errors.noises == (None, None) and min(len(tested.a), len(tested.b)) >= RANKS_NEED
+    ranks = mann_whitney(tested.a, tested.b) if several and not errors.paired else None
     return dataclasses.replace(
-        effect, low=math.exp(found.low), high=math.exp(found.high), p_value=found.p_value, p_ranks=p_ranks
+        effect,
+        ratio=math.exp(found.difference),
+        low=math.exp(found.low),
+        high=math.exp(found.high),
+        p_value=found.p_value,
+        p_ranks=ranks.p_value if ranks else None,
+        values_a=tuple(tested.a),
+        values_b=tuple(tested.b),
+        p_units=tested.units.p_value,
+        parts=tested.parts,
     )
 
 
 def _adjust(effects: Sequence[Effect], noise: float) -> tuple[Effect, ...]:
     """Adjust p values over all tested metrics (Holm) and name each effect."""
     adjusted = iter(holm([effect.p_value for effect in effects if effect.p_value is not None]))
+    alone = iter(holm([effect.p_units for effect in effects if effect.p_units is not None]))
     return tuple(
-        _classify(effect, next(adjusted), noise) if effect.p_value is not None else effect for effect in effects
+        effect if effect.p_value is None else _classify(effect, next(adjusted), next(alone), noise)
+        for effect in effects
     )
 
 
-def _classify(effect: Effect, p_holm: float, noise: float) -> Effect:
+def _classify(effect: Effect, p_holm: float, p_alone: float, noise: float) -> Effect:
+    small = abs(math.log(effect.ratio)) < math.log1p(noise)
     if p_holm >= SIGNIFICANCE:
-        word = ALIKE
-    elif abs(math.log(effect.ratio)) < math.log1p(noise):
+        word = UNTOLD if p_alone < SIGNIFICANCE and not small else ALIKE
+    elif small:
         word = NOISE
     else:
         word = BETTER if (effect.ratio > 1) == (effect.entry.metric.better == "higher") else WORSE
     return dataclasses.replace(effect, p_holm=p_holm, effect=word)
-
-
-def differences(a: RunResult, b: RunResult) -> list[Difference]:
-    """Differences between two results that were not asked about: hardware, software, workload, scenario, schema.
-
-    Hashes decide; the readable facts behind them explain. If no fact differs, the hashes are shown. A fact that an
-    earlier version did not record is no difference, although the other result's hash includes it.
-    """
-    unknown = not_recorded(a.environment) | not_recorded(b.environment)
-    described = {"hardware": _hardware, "software": _software, "workload": _workload}
-    found: list[Difference] = []
-    for kind, describe in described.items():
-        hash_a, hash_b = getattr(a.hashes, kind), getattr(b.hashes, kind)
-        if hash_a != hash_b:
-            found += _unlike(kind, describe(a), describe(b), unknown) or (
-                []
-                if _explained(unknown, describe(a), describe(b))
-                else [Difference(kind, f"{kind} hash", hash_a, hash_b)]
-            )
-    named = {difference.name for difference in found}
-    found += [difference for difference in _streams(a.cell, b.cell) if difference.name not in named]
-    for kind, word_a, word_b in (
-        ("scenario", a.cell.scenario, b.cell.scenario),
-        ("schema", str(a.schema), str(b.schema)),
-    ):
-        if word_a != word_b:
-            found.append(Difference(kind, kind, word_a, word_b))
-    return found
-
-
-def _unlike(
-    kind: str, facts_a: Mapping[str, str], facts_b: Mapping[str, str], unknown: Collection[str]
-) -> list[Difference]:
-    """Facts in which two results differ, without those that are unknown for one of them."""
-    known = [name for name in dict.fromkeys([*facts_a, *facts_b]) if name not in unknown]
-    readable = [Difference(kind, name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in known]
-    return [difference for difference in readable if difference.a != difference.b]
-
-
-def _explained(unknown: Collection[str], *facts: Mapping[str, str]) -> bool:
-    """Return True if only one of two results has a fact, so that their hashes differ by it."""
-    return any((name in facts[0]) != (name in facts[1]) for name in unknown)
-
-
-def _streams(a: Cell, b: Cell) -> list[Difference]:
-    """Differences between two open loops in the load put on the system: when their requests come.
-
-    None between closed loops: their number of users is a choice, like a batch size. A trace has its times in
-    `workload_hash`.
-    """
-    if a.scenario != b.scenario or a.trace or b.trace or not (a.open_loop or b.open_loop):
-        return []
-    names = STREAM if a.open_loop and b.open_loop else STREAM[:1]
-    pairs = [(name, value_text(name, getattr(a, name)), value_text(name, getattr(b, name))) for name in names]
-    return [Difference("workload", name, first, second) for name, first, second in pairs if first != second]
-
-
-def _hardware(result: RunResult) -> dict[str, str]:
-    """Readable facts behind `hardware_hash`."""
-    cpu: Mapping[str, Any] = result.environment.get("cpu") or {}
-    total = (result.environment.get("memory") or {}).get("total_bytes")
-    found: Sequence[Mapping[str, Any]] = result.environment.get("gpus") or []
-    gpus = Counter(
-        f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB{', MIG' if gpu.get('mig') else ''})" for gpu in found
-    )
-    facts = {
-        "CPU": cpu.get("name"),
-        "architecture": cpu.get("architecture"),
-        "usable CPUs": cpu.get("usable_cpus"),
-        "physical cores": cpu.get("physical_cores"),
-        QUOTA: quota_text(result.environment),
-        "memory": f"{round(total / 2**30)} GiB" if total else None,
-        "GPU": " + ".join(f"{count} × {name}" if count > 1 else name for name, count in gpus.items()) or None,
-    }
-    return _stated(facts)
-
-
-def _software(result: RunResult) -> dict[str, str]:
-    """Readable facts behind `software_hash`."""
-    environment = result.environment
-    system: Mapping[str, Any] = environment.get("os") or {}
-    facts = {
-        **{name: environment.get(key) for key, name in GPU_SOFTWARE.items()},
-        "OS": " ".join(filter(None, [system.get("system"), system.get("release")])) or None,
-        "libc": system.get("libc"),
-        "Python": environment.get("python"),
-    }
-    return _stated({**facts, **(environment.get("packages") or {})})
-
-
-def _workload(result: RunResult) -> dict[str, str]:
-    """Readable facts behind `workload_hash`; the texts themselves are not in the result."""
-    facts: dict[str, Any] = {
-        name: value_text(name, getattr(result.cell, name)) for name in ("workload", "prompt_tokens", "output_tokens")
-    }
-    facts["conversations"] = "as one prompt" if result.cell.history == "none" else "turn by turn"
-    if result.cell.workload in DRAWN:
-        size = (
-            result.load.vocab_size
-            if result.load and result.load.vocab_size
-            else (result.model.config or {}).get("vocab_size")
-        )
-        facts |= {"seed": result.cell.seed, "vocabulary": f"{size} tokens" if size else None}
-    return _stated(facts)
-
-
-def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
 
 
 def names(a: RunResult, b: RunResult) -> tuple[str, str]:
@@ -390,15 +372,6 @@ def parameter_text(name: str, value: object) -> str:
     return f"{name}={value_text(name, value)}"
 
 
-def value_text(name: str, value: object) -> str:
-    """A parameter value as on the command line: `auto` for None, `true` and `false`, 5 for 5.0."""
-    if value is None:
-        return str(Cell.__dataclass_fields__[name].metadata["unset"])
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def sentence(comparison: Comparison) -> str:
     """The comparison as one sentence to quote: throughput with interval, and memory; then its limitations, if any."""
     rate, memory = comparison.effect(RATE), comparison.memory
@@ -413,6 +386,8 @@ def sentence(comparison: Comparison) -> str:
 def _rate_claim(comparison: Comparison, rate: Effect) -> str:
     times, other = ratio_text(rate), comparison.name_a
     interval = f"95 % interval {interval_text(rate)}" if rate.low is not None else "one value, no interval"
+    if rate.effect == UNTOLD:
+        return f"cannot be told from {other} in tokens per second (ratio {times}, {interval})"
     if rate.effect == ALIKE:
         return f"generates tokens no measurably faster or slower than {other} (ratio {times}, {interval})"
     if rate.effect == NOISE:
@@ -424,15 +399,44 @@ def _rate_claim(comparison: Comparison, rate: Effect) -> str:
 
 
 def _limits(comparison: Comparison) -> list[str]:
-    """Sentences on limitations of the comparison: allowed differences, single processes, verdicts other than valid."""
+    """Sentences on limitations of the comparison: allowed differences, noise of processes, verdicts but valid."""
     unlike = [str(label) for label in comparison.labels if label.kind != "verdict"]
     found = [f"The conditions were not alike: {', '.join(unlike)}."] if unlike else []
-    if min(comparison.processes) == 1 < max(comparison.processes):
-        single = comparison.name_a if comparison.processes[0] == 1 else comparison.name_b
-        found.append(
-            f"{single} was measured in one process: an effect of the process on all its repetitions is not seen."
-        )
+    if any(effect.effect == UNTOLD for effect in comparison.effects):
+        found.append(f"Two processes of one configuration may differ as much. {advice(comparison)}")
     return found + ([f"The verdict on {'; that on '.join(comparison.doubts)}."] if comparison.doubts else [])
+
+
+def advice(comparison: Comparison) -> str:
+    """Sentence on how to tell a difference that cannot be told: several processes, in turns, or a calibration."""
+    more = invocation.parameter_text("processes", "5")
+    found = f"Measure both again with {more}, or in turns: {invocation.command_text('ab')}"
+    if any(noise and noise.source == ASSUMPTION for noise in comparison.process_noise):
+        found += f"; or calibrate this machine once, and compare again: {invocation.command_text('calibrate')}"
+    return f"{found}."
+
+
+def noise_sentences(comparison: Comparison) -> list[str]:
+    """Sentences on the noise between processes that was added to the error: its size, and where it comes from."""
+    named: dict[str, list[str]] = {}
+    for name, noise in zip((comparison.name_a, comparison.name_b), comparison.process_noise, strict=True):
+        if noise:
+            named.setdefault(_noise_text(noise), []).append(name)
+    return [
+        f"One process of {' and '.join(names)} was measured; added to {'its' if len(names) == 1 else 'their'} error is "
+        f"the noise between processes, {told}."
+        for told, names in named.items()
+    ]
+
+
+def _noise_text(noise: ProcessNoise) -> str:
+    spread = noise.spread(RATE)
+    text = noise.origin
+    if noise.source != ASSUMPTION:
+        text += f": a standard deviation of {percent_text(spread.sd)} in {OUTPUT_RATE.title}"
+    if noise.at_least_assumed:
+        text += ", taken as at least 3 % since it was disturbed"
+    return f"{text} ({spread.degrees:.3g} degrees of freedom)"
 
 
 def ratio_text(effect: Effect) -> str:

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from ..records.cell import SPECULATIVE, Cell
 from ..records.metrics import E2E, ITL, OUTPUT_RATE, TPOT, TTFT
 from ..records.results import Repetition, RequestRecord, RunResult
-from ..stats import sequence_interval, t_interval
+from ..stats import bootstrap_interval, sequence_interval, t_interval
 from .figures import mean_of
 from .latency import e2e_ms, gaps_ms, tpot_ms, ttft_ms
 
@@ -171,13 +171,37 @@ def mean_interval(result: RunResult, values: Sequence[float]) -> tuple[float, fl
     return sequence_interval(values, stopped=result.cell.repetitions is None)
 
 
-PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
+def interval_over_units(result: RunResult, key: str, values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of a metric from its `unit_values`: the bootstrap's for a median, else `mean_interval`.
+
+    None with too few values.
+    """
+    return bootstrap_interval(values, "median") if key.endswith("_p50") else mean_interval(result, values)
+
+
+def mean_tpot(repetition: Repetition) -> float | None:
+    """Mean time per output token of all requests, ms; None if no request has a second token."""
+    return mean_of([value for request in repetition.requests if (value := tpot_ms(request)) is not None])
+
+
+def mean_e2e(repetition: Repetition) -> float | None:
+    """Mean end-to-end latency of all requests, ms."""
+    return mean_of([e2e_ms(request) for request in repetition.requests])
+
+
+COMPARED_VALUES: dict[str, Callable[[Repetition], float | None]] = {
     OUTPUT_RATE.key(): output_rate,
-    TTFT.key("p50"): lambda repetition: median(map(ttft_ms, repetition.requests)),
+    TTFT.key("mean"): mean_ttft,
     ITL.key("p50"): typical_gap,
-    TPOT.key("mean"): lambda repetition: mean_of(
-        [value for r in repetition.requests if (value := tpot_ms(r)) is not None]
-    ),
+    TPOT.key("mean"): mean_tpot,
+    E2E.key("mean"): mean_e2e,
+}
+"""Compared metric → its value for one repetition, None if it has none."""
+
+PER_REPETITION: dict[str, Callable[[Repetition], float | None]] = {
+    **COMPARED_VALUES,
+    TTFT.key("p50"): lambda repetition: median(map(ttft_ms, repetition.requests)),
+    TPOT.key("p50"): typical_tpot,
     E2E.key("p50"): lambda repetition: median(map(e2e_ms, repetition.requests)),
 }
-"""Metric → its value for one repetition, None if it has none: the input of comparisons and statistics."""
+"""Metric → its value for one repetition, None if it has none: the input of comparisons, limits and statistics."""

@@ -33,11 +33,13 @@ from ..records.metrics import (
     ITL,
     ITL_BY_TOKEN,
     ITL_PERCENTILES,
+    KEYS,
     KV_CACHE,
     LOAD_TIME,
     OUTPUT_RATE,
     OUTPUT_TOKENS,
     PER_INSTANCE_RATE,
+    PREDICTED_LOADING,
     PREDICTED_MEMORY,
     PREFILL_RATE,
     PROMPT_TOKENS,
@@ -76,7 +78,7 @@ from .latency import chunk_gaps_ms, e2e_ms, tpot_ms, ttft_ms
 from .online_metrics import online_figures, ramp_steps, stream_figures
 from .quality import figures
 from .repetitions import (
-    PER_REPETITION,
+    COMPARED_VALUES,
     decode_rate,
     mean_interval,
     output_rate,
@@ -149,6 +151,7 @@ def _memory(result: RunResult) -> Figures:
     return found | {
         DEVICE_RESERVED.key("peak"): stages.device_reserved_peak,
         PREDICTED_MEMORY.key(): result.predicted_bytes,
+        PREDICTED_LOADING.key(): result.predicted_load_bytes,
         WEIGHTS.key(): load.weight_bytes if load else None,
         KV_CACHE.key(): load.kv_bytes_per_token if load else None,
     }
@@ -269,18 +272,21 @@ class Statistics:
 
 
 def statistics(result: RunResult) -> list[Statistics]:
-    """Statistics of each metric that a repetition has, over `inference_units`, and of the series of gaps by token.
+    """Statistics of each metric that is compared, over `inference_units`, and of the series of gaps by token.
+
+    The value of a repetition is the mean over its requests, for inter-token latency the median of its gaps.
 
     Neighbouring gaps are correlated, so their interval is that of the block bootstrap. It describes the tokens of this
     cell, not other runs.
     """
     unit = "processes" if process_count(result) > 1 else "repetitions"
     found = []
-    for key, of in PER_REPETITION.items():
+    for key, of in COMPARED_VALUES.items():
         values = unit_values(result, of)
         if values:
             low, high = mean_interval(result, values) or (None, None)
-            found.append(_statistics(key, unit, values, low, high, bootstrap_interval(values, "median")))
+            name = f"{KEYS[key].section}/{KEYS[key].name}"  # without a statistic: the table has several of them
+            found.append(_statistics(name, unit, values, low, high, bootstrap_interval(values, "median")))
     gaps = [point.value for point in _token_series(result)]
     if gaps:
         found.append(

@@ -14,15 +14,17 @@ from .latency import gaps_ms
 from .logits_validity import logits
 from .order import order
 from .repetitions import PER_REPETITION, output_rate, process_count, requests, several_in_a_step
+from .summary import summarize
 
 Check = Callable[[RunResult, dict[str, float]], Iterator[Reason]]
 
 
-def judge(result: RunResult, metrics: dict[str, float]) -> Verdict:
-    """Return the verdict on a result; `metrics` are its summary by MLflow key.
+def judge(result: RunResult, metrics: dict[str, float] | None = None) -> Verdict:
+    """Return the verdict on a result: `word` is valid, suspect or invalid, `reasons` have a code and a sentence each.
 
-    The worst reason decides; a failed cell is `invalid`.
+    The worst reason decides; a failed cell is `invalid`. `metrics` are its summary by MLflow key, if it is known.
     """
+    metrics = summarize(result) if metrics is None else metrics
     if result.failure:
         sentence = f"The cell ended with {result.outcome} at stage {result.failure.stage}: {result.failure.message}"
         return Verdict("invalid", (Reason("unfinished", sentence),))

@@ -1,4 +1,4 @@
-"""Commands that measure: run, online, ab, study, qat; and plan, which previews `run`."""
+"""Commands that measure: run, online, ab, calibrate, study, qat; and plan, which previews `run`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,51 @@ def ab(
 
 
 @command(
+    "calibrate",
+    "measure by how much processes differ on this machine; comparisons of single processes then use it",
+    Option(
+        "--of",
+        "use existing results of 3 or more processes instead: runs, runs:/ID or results folders",
+        "LIST",
+        many=True,
+    ),
+    *RUN_OPTIONS,
+    JSON,
+    TRACKING_URI,
+    EXPERIMENT,
+    description="Measures one configuration in fresh processes (10 processes of 20 repetitions unless given) and keeps "
+    "their noise, by hardware, backend and device. Choose a model of about the size that you compare.",
+)
+def calibrate(
+    of: Sequence[str], json: bool, tracking_uri: str | None, experiment: str | None, **given: str | None
+) -> int:
+    """Measure, keep and print the noise between processes."""
+    parameters = _parameters(given)
+
+    from ..records.results import to_json
+    from ..reports.calibration import format_calibration
+    from ..reports.sweep_result import format_locations
+    from ..sweeps.progress import Progress
+    from ..workflows import calibrate
+
+    print_version_warnings()
+    done = calibrate.calibrate(
+        parameters,
+        of=_references(of),
+        tracking_uri=tracking_uri,
+        experiment=experiment,
+        watcher=Progress(sys.stderr),
+    )
+    print(format_calibration(done.calibration))
+    print(f"Kept: {done.file}")
+    if done.sweep:
+        print(f"\n{format_locations(done.sweep)}")
+    if json:
+        print_json({**to_json(done.calibration), "file": str(done.file)})
+    return 0
+
+
+@command(
     "study",
     "measure a grid of models, and report laws, trade-offs, claims and recommendations with all figures",
     Option("--of", "existing results to include: sweeps, run ids, runs:/ID or results folders", "LIST", many=True),
@@ -225,7 +270,7 @@ def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: s
     return done.exit_code
 
 
-COMMANDS = (run, plan, online, ab, study, qat)
+COMMANDS = (run, plan, online, ab, calibrate, study, qat)
 
 
 def _given(given: Mapping[str, str | None]) -> dict[str, object]:

@@ -69,7 +69,7 @@ def compare(
         for comparison in comparisons:
             print(f"{format_comparison(comparison)}\n")
 
-    found = compare.compare(
+    found = compare.compare_all(
         references,
         noise=noise,
         allow=comma_list(allow),

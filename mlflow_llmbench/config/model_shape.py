@@ -36,10 +36,11 @@ _GEMMA3_LEFT_OUT = {
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Dtype → bytes of a value."""
 
-PROCESS_BYTES = 400_000_000
-"""Memory of Python, torch and the quantization library themselves: 0.3 to 0.4 GB, seen with torch 2.13 on a CPU."""
+PROCESS_BYTES = 350_000_000
+"""Memory of Python, torch and the quantization library themselves: 0.35 GB, seen with torch 2.13 on a CPU."""
 
-_LARGEST_SHARD_BYTES = 5_000_000_000  # default shard size of transformers
+COMPUTE_DTYPE = "bfloat16"
+"""Dtype in which quantized schemes compute, where the device has it."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class Shape:
         mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
         projected = self.embedding_dim != self.hidden_size
         return self.layers * (attention + mlp) + projected * 2 * self.hidden_size * self.embedding_dim
+
+    @property
+    def largest_linear(self) -> int:
+        """Weights of the largest linear layer besides the head: hidden · max(intermediate, heads · head_dim)."""
+        return self.hidden_size * max(self.intermediate_size, self.attention_heads * self.head_dim)
 
     @property
     def linear_rows(self) -> int:
@@ -236,16 +242,19 @@ def memory_estimate(
 
 
 def load_memory_estimate(shape: Shape, quant: str = "none", dtype: str = "bfloat16") -> int:
-    """Upper bound of bytes needed while loading, without the interpreter; `dtype` is the checkpoint's.
+    """Bytes needed at the peak of a load, without the interpreter; `dtype` is the checkpoint's.
 
-    The loader reads the checkpoint shard by shard. bitsandbytes and dtype conversions make a copy while the source
-    still exists: final weights + the largest shard, which is the whole checkpoint up to 5 GB. Weights stored as they
-    are used (no conversion, GPTQ) need no second copy.
+    weights + the temporary tensors of the largest layer (`Loading.layer_bytes`). The checkpoint itself is mapped, so
+    what is read of it is resident but not needed. Where a scheme casts the whole checkpoint first, that copy counts in
+    place of the weights if it is larger. A head of its own is loaded last, when the layers are quantized: if it is
+    cast, it takes the place of their temporary tensors.
     """
-    weights = shape.weight_bytes(quant, dtype)
-    scheme = SCHEMES[quant]
-    copied_as_is = quant == "none" or scheme.makes_files or scheme.dtype == dtype
-    return weights if copied_as_is else weights + min(shape.weight_bytes("none", dtype), _LARGEST_SHARD_BYTES)
+    loading, weights = SCHEMES[quant].loading, shape.weight_bytes(quant, dtype)
+    layer = round(loading.layer_bytes * shape.largest_linear)
+    if loading.unquantized_first and dtype != COMPUTE_DTYPE:
+        return max(weights, shape.weight_bytes("none", COMPUTE_DTYPE)) + layer
+    cast_head = 0 if dtype == COMPUTE_DTYPE else shape.head_parameters * VALUE_BYTES[COMPUTE_DTYPE]
+    return weights + max(0, layer - cast_head)
 
 
 def _value_bytes(quant: str, dtype: str) -> int:

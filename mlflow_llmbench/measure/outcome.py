@@ -19,7 +19,7 @@ MOST_SAMPLES = 2000
 
 
 def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
-    """Return the memory in bytes of one cell of a group at the five stages.
+    """Return the memory in bytes of one cell of a group at each stage.
 
     A stage that was not reached, or cannot be read on this machine, is absent.
     """
@@ -36,6 +36,10 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
                 needed[stage] = reached.host.anonymous + (mapped if stage == "loaded" else 0)
         if isinstance(reached, StageMemory) and reached.device:
             device[stage] = _device_bytes(reached.device, peak=False)
+            if stage == "loaded":
+                device["loading"] = _device_bytes(reached.device, peak=True)
+    if loading := _loading_peak(outcome, mapped):
+        rss["loading"], needed["loading"] = loading
     cell = outcome.cells.get(number)
     peak = cell.peak if cell else None
     if peak is None and outcome.samples and outcome.error:  # it failed: use the parent's samples up to then
@@ -58,6 +62,23 @@ def stages_of(outcome: GroupOutcome, number: int) -> MemoryStages:
         device["steady"] = _device_bytes(peak.device, peak=False)
         reserved_peak = peak.device.peak_reserved or None  # 0 means that it cannot be read
     return MemoryStages(rss, needed, device, reserved_peak)
+
+
+def _loading_peak(outcome: GroupOutcome, mapped: int) -> tuple[int, int] | None:
+    """Return the resident and the needed peak of the load in bytes; None if it did not begin or was not seen.
+
+    The resident one is the kernel's where it was reset before the load. For anonymous pages the kernel has none, so it
+    is that of the samples. A cast checkpoint is unmapped at the end, so file pages of the end say nothing of the peak.
+    """
+    begun, loaded = outcome.stages.get("loading"), outcome.stages.get("loaded")
+    if begun is None:
+        return None
+    until = loaded.sent_ns if loaded else None
+    window = [s for s in outcome.samples if begun.sent_ns <= s.t_ns and (until is None or s.t_ns <= until)]
+    own = loaded.host if isinstance(loaded, StageMemory) else None
+    resident = [*(s.rss for s in window), *([own.peak_rss or own.rss] if own else [])]
+    anonymous = [*(s.anonymous for s in window), *([own.anonymous or own.rss] if own else [])]
+    return (max(resident), max(anonymous) + mapped) if resident else None
 
 
 def timeline_of(outcome: GroupOutcome, number: int) -> tuple[MemorySample, ...]:

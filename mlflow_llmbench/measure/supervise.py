@@ -35,6 +35,9 @@ from .task import WorkerJob
 SAMPLE_S = 0.05
 """Seconds between two memory samples."""
 
+LOADING_SAMPLE_S = 0.01
+"""The same while a model is loaded: its peak is short, and no token is timed."""
+
 LOOK_S = 2.0
 """Seconds between two searches for the processes of a server while it is measured."""
 
@@ -191,7 +194,8 @@ class _Watch:
                     if self.watches_memory or self.keeper:
                         self._sample()
                     self._check_time()
-                    due = time.monotonic() + SAMPLE_S
+                    loading = self.outcome.stage == "loading" and not self.keeper
+                    due = time.monotonic() + (LOADING_SAMPLE_S if loading else SAMPLE_S)
                 if not ready:
                     continue
                 chunk = os.read(pipe, 1 << 20)

@@ -12,6 +12,9 @@ from typing import ClassVar, Generic, TypeVar
 RATIO = "0–1"
 """Unit of shares."""
 
+STATISTICS = {"mean": "mean", "p50": "median", "p90": "p90", "p95": "p95", "p99": "p99"}
+"""Statistic of a metric that has several → its name in words. A figure is always named with its statistic."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -184,13 +187,26 @@ class Entry(Generic[P]):
 
     @property
     def heading(self) -> str:
-        """Heading of a column."""
-        return self.place.label or self.metric.label or self.metric.name
+        """Heading of a column. It names the statistic where the metric has several: `TTFT p50 ms`, `TTFT mean ms`."""
+        if self.place.label:
+            return self.place.label
+        text = self.metric.label or self.metric.name
+        if not self.statistic:
+            return text
+        unit = f" {self.metric.unit}"
+        return f"{text.removesuffix(unit)} {self.place.statistic}{unit if text.endswith(unit) else ''}"
 
     @property
     def words(self) -> str:
-        """The metric in words."""
-        return self.place.label or self.metric.title
+        """The metric in words, with its statistic where it has several: `time to first token, median`."""
+        if self.place.label:
+            return self.place.label
+        return f"{self.metric.title}, {self.statistic}" if self.statistic else self.metric.title
+
+    @property
+    def statistic(self) -> str:
+        """The shown statistic in words, "" for a metric that has only one."""
+        return STATISTICS.get(self.place.statistic, "") if len(self.metric.statistics) > 1 else ""
 
     @property
     def title(self) -> str:

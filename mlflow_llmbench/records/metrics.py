@@ -29,8 +29,8 @@ from .metric import (
 from .server_names import SERVER_COUNTERS, SERVER_GAUGES, SERVER_RATIOS, SERVER_TIMES
 from .verdicts import FAILURES
 
-STAGES = ("baseline", "loaded", "peak", "steady", "unloaded")
-"""The five memory stages, in the order of a worker's life cycle."""
+STAGES = ("baseline", "loading", "loaded", "peak", "steady", "unloaded")
+"""The memory stages, in the order of a worker's life cycle."""
 
 SECTIONS = {
     "latency": "times of requests",
@@ -83,24 +83,24 @@ REQUEST_RATE = Metric(
 TTFT = Metric(
     "latency", "ttft_ms", "t1 − t0: prompt ids on the host → first generated id on the host",
     "ms", LATENCY, "lower", "time to first token", "TTFT ms", tolerance=0.05,
-    places=(Column(40, "p50"), Line(40, "p50", "time to first token, median"),
-            Claim(30, "p50", name="first token soonest"), Compared(20, "p50"), Gated(20, "p50", name="ttft"),
-            Tag(40, "p50"), Tag(50, "p95"), ExportComment(20, "p50", "ms to the first token", unit=""),
+    places=(Column(40, "p50"), Line(40, "p50"),
+            Claim(30, "p50", name="first token soonest"), Compared(20, "mean"), Gated(20, "mean", name="ttft"),
+            Tag(40, "p50"), Tag(50, "p95"), ExportComment(20, "p50", "ms to the first token (median)", unit=""),
             Panel(20, "p50"), Bars(20, "p50", name="ttft")))
 ITL = Metric(
     "latency", "itl_ms", "gaps t(i) − t(i−1), i ≥ 2, pooled over repetitions and rows",
     "ms", LATENCY, "lower", "inter-token latency", "ITL ms", tolerance=0.05,
-    places=(Column(50, "p50"), Line(70, "p50", "inter-token latency, median"),
-            Line(80, "p99", "inter-token latency, p99"), Compared(30, "p50"), Gated(30, "p50", name="itl"),
+    places=(Column(50, "p50"), Line(70, "p50"),
+            Line(80, "p99"), Compared(30, "p50"), Gated(30, "p50", name="itl"),
             Tag(60, "p50"), Tag(70, "p95"), Panel(30, "p50"), Bars(30, "p50", name="itl")))
 TPOT = Metric(
     "latency", "tpot_ms", "(tN − t1)/(N − 1) per request; absent if N < 2",
     "ms", ("mean", "p50", "p95"), "lower", "time per output token", "TPOT ms",
     places=(Compared(40, "mean"), Gated(40, "mean", name="tpot"), Tag(80, "mean"),
-            ExportComment(30, "mean", "ms per token after it", unit="")))
+            ExportComment(30, "mean", "ms per token after it (mean)", unit="")))
 E2E = Metric(
     "latency", "e2e_ms", "tN − t0", "ms", ("mean", "p50", "p95", "p99"), "lower", "end-to-end latency", "end to end ms",
-    places=(Compared(50, "p50"), Gated(50, "p50", name="e2e"), Tag(90, "p50"), Tag(100, "p95"),
+    places=(Compared(50, "mean"), Gated(50, "mean", name="e2e"), Tag(90, "p50"), Tag(100, "p95"),
             Goal(20, "p50", "median end-to-end latency", "latency")))
 ICL = Metric(
     "latency", "icl_ms", "gaps between chunks or steps that bring several tokens, in place of itl_ms",
@@ -137,6 +137,8 @@ WEIGHTS = Metric(
             # Weights add nothing to a check of the memory.
             Gated(80, name="weights", only_if_limited=True), Tag(130), Bars(70, name="memory")))
 PREDICTED_MEMORY = Metric("memory", "predicted_bytes", "peak estimated before anything was loaded", "bytes")
+PREDICTED_LOADING = Metric(
+    "memory", "predicted_loading_bytes", "peak of the load, estimated before anything was loaded", "bytes")
 KV_CACHE = Metric("memory", "kv_bytes_per_token", "KV cache per token and row", "bytes", better="lower")
 
 RATE_PER_GB = Metric(
@@ -343,8 +345,8 @@ VARIATION = Metric(
 
 TRAINING_LOSS = Series("qat", "loss", "step = step of the optimizer: mean loss of its sequences", "nats per token")
 ITL_BY_TOKEN = Series("steps", "itl_ms", "step = token index i (2 … N): median gap over repetitions", "ms")
-TTFT_BY_REPETITION = Series("steps", "ttft_ms", "step = repetition", "ms")
-E2E_BY_REPETITION = Series("steps", "e2e_ms", "step = repetition", "ms")
+TTFT_BY_REPETITION = Series("steps", "ttft_ms", "step = repetition: median over its requests", "ms")
+E2E_BY_REPETITION = Series("steps", "e2e_ms", "step = repetition: median over its requests", "ms")
 RATE_BY_REPETITION = Series("steps", "output_tokens_per_s", "step = repetition", "1/s")
 RAMP_REQUEST_RATE = Series("steps", "ramp_request_rate", "step = tenth of a ramp's time: arrival rate of requests",
                            "1/s")

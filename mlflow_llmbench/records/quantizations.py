@@ -74,6 +74,20 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """Memory that a load takes at its peak besides the weights that stay, on a CPU.
+
+    `layer_bytes`: temporary tensors per weight of the layer that is being quantized. Layers are quantized one after
+    another and freed memory is returned meanwhile (`recipe.releasing_memory`), so the largest layer counts ·
+    `unquantized_first`: the whole checkpoint is loaded before the first layer is quantized. That takes memory where it
+    is cast to the dtype of the computation; else it stays in the files' mapping, which the kernel can drop.
+    """
+
+    layer_bytes: float = 0
+    unquantized_first: bool = False
+
+
+@dataclass(frozen=True)
 class Scheme:
     """A value of `quant`.
 
@@ -83,6 +97,7 @@ class Scheme:
     - `backend`: the one that makes and runs it
     - `dtype`: of all parameters, if the scheme converts them
     - `storage`: None if no formula holds
+    - `loading`: memory of the load, measured by benchmarks/loading_peak.py
     - `layers`: possible classes of its linear layers after the load; empty for any
     - `held_bits`: lowest and highest stored bits per weight after the load; groups may be as small as 16
     - `maker`: module of `backends.huggingface` that calibrates it before the load
@@ -101,6 +116,7 @@ class Scheme:
     backend: str = "transformers"
     dtype: str | None = None
     storage: Storage | None = None
+    loading: Loading = Loading()
     layers: tuple[str, ...] = ()
     held_bits: tuple[float, float] | None = None
     recipe: Recipe = field(default_factory=dict, hash=False)
@@ -188,7 +204,7 @@ def _blocks_of_64(name: str, kind: str, colour: str, engines: Mapping[str, str])
     return Scheme(
         name, colour, 4, "NF4" if kind == "nf4" else "",
         f"{kind.upper()} of bitsandbytes, in blocks of 64; `double_quant=true` quantizes their scales too",
-        BITSANDBYTES, storage=Storage(4, 32, 64), layers=("Linear4bit",), held_bits=(4.0, 5.0),
+        BITSANDBYTES, storage=Storage(4, 32, 64), loading=Loading(15), layers=("Linear4bit",), held_bits=(4.0, 5.0),
         recipe={
             "class": "BitsAndBytesConfig", "load_in_4bit": True, "bnb_4bit_quant_type": kind,
             "bnb_4bit_compute_dtype": "$dtype", "bnb_4bit_use_double_quant": "$double_quant",
@@ -219,7 +235,11 @@ def _torchao(
     name: str, bits: int, colour: str, definition: str, layers: tuple[str, ...], quant_type: Recipe, **other: Any
 ) -> Scheme:
     """Scheme of torchao; unless `other` says otherwise, with a scale per output row."""
-    rows: dict[str, Any] = {"storage": Storage(bits, row_bytes=4), "held_bits": (float(bits), bits + 0.6)}
+    rows: dict[str, Any] = {
+        "loading": Loading(7),
+        "storage": Storage(bits, row_bytes=4),
+        "held_bits": (float(bits), bits + 0.6),
+    }
     recipe = {"class": "TorchAoConfig", "quant_type": quant_type}
     return Scheme(
         name, colour, bits, "", f"torchao, {definition}", TORCHAO, layers=layers, recipe=recipe, **(rows | other)
@@ -237,14 +257,15 @@ def _hqq(name: str, bits: int, colour: str, packed_bits: float | None = None) ->
     }
     return Scheme(
         name, colour, bits, "", "half-quadratic quantization in groups of `group_size`, by HQQ's own layers", HQQ,
-        storage=Storage(packed, 32), layers=("HQQLinear",), held_bits=(float(bits), round(packed + 2.1, 1)),
+        storage=Storage(packed, 32), loading=Loading(16, unquantized_first=True), layers=("HQQLinear",),
+        held_bits=(float(bits), round(packed + 2.1, 1)),
         recipe={"linear": {"class": "hqq.core.quantize.HQQLinear", "quant_config": settings}},
     )  # fmt: skip
 
 
 def _quanto(name: str, bits: int, colour: str, definition: str, storage: Storage, *layers: str) -> Scheme:
     return Scheme(
-        name, colour, bits, "", f"optimum-quanto, {definition}", QUANTO, storage=storage,
+        name, colour, bits, "", f"optimum-quanto, {definition}", QUANTO, storage=storage, loading=Loading(6),
         layers=tuple(f"QLinear({tensor})" for tensor in layers),
         held_bits=(float(bits), bits + (1.0 if storage.group else 0.6)),
         recipe={"class": "QuantoConfig", "weights": f"int{bits}"},
@@ -259,7 +280,7 @@ _TABLE = (
     Scheme(
         "int8", "#e08e0b", 8, "",
         "LLM.int8 of bitsandbytes, per row; activations beyond `int8_threshold` in 16 bits, none with 0", BITSANDBYTES,
-        storage=Storage(8, row_bytes=4), layers=("Linear8bitLt",), held_bits=(8.0, 8.6),
+        storage=Storage(8, row_bytes=4), loading=Loading(10), layers=("Linear8bitLt",), held_bits=(8.0, 8.6),
         recipe={"class": "BitsAndBytesConfig", "load_in_8bit": True, "llm_int8_threshold": "$int8_threshold"},
         engines={"tgi": "bitsandbytes"},
     ),

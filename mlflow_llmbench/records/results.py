@@ -250,7 +250,7 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class MemoryStages:
-    """The five memory stages of the vocabulary, bytes. `host_rss` is exact (kernel high-water mark); see `metrics`."""
+    """Memory at the stages of a worker, bytes. `host_rss` is exact (kernel high-water mark); see `metrics`."""
 
     host_rss: Mapping[str, int] = field(default_factory=dict)
     host_needed: Mapping[str, int] = field(default_factory=dict)
@@ -390,6 +390,7 @@ class RunResult:
     log: tuple[str, ...] = ()  # messages printed by third-party code, each once with its count
     failure: Failure | None = None
     predicted_bytes: int | None = None
+    predicted_load_bytes: int | None = None  # None for results of earlier versions too
     price_per_hour: float | None = None
     compile_s: float | None = None  # for this cell's shape, before its first call; None where nothing is compiled
     # Per row of the first repetition: output tokens before the first that differs from plain decoding.

@@ -57,6 +57,19 @@ REASONS: dict[str, str] = {
 }
 """Reason code → the verdict it forces."""
 
+DISTURBING = (
+    "not_steady",
+    "trend",
+    "step",
+    "two_speeds",
+    "outliers",
+    "high_variation",
+    "contended",
+    "throttled",
+    "swapping",
+)
+"""Reasons for which the repetitions of one process are not taken for independent values around one mean."""
+
 OUTCOMES = {
     "ok": "FINISHED",
     "oom": "FAILED",

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..analysis.comparison import Comparison, interval_text, percent_text, ratio_text, sentence, units_text
+from ..analysis.comparison import (
+    Comparison,
+    interval_text,
+    noise_sentences,
+    percent_text,
+    ratio_text,
+    sentence,
+    units_text,
+)
+from ..analysis.process_noise import ProcessNoise
 from ..records.text import number_text
 from .escaping import markdown, plain
 from .tables import markdown_table, p_text, text_table
@@ -46,10 +55,11 @@ def _method(comparison: Comparison) -> str:
         return "Nothing was tested: a test needs at least 2 repetitions on each side."
     test = "Paired" if comparison.paired else "Welch's"
     several = max(comparison.processes) > 1
-    means = "processes, each the mean of its repetitions" if several else "repetitions"
-    values = f"Values are means over {means}, for ITL of each repetition's median; ratios are those of geometric means."
+    units = "processes, each the mean of its repetitions" if several else "repetitions"
+    values = f"Values are those of the runs; ratios are those of geometric means over {units}."
     adjusted = f"p adjusted for {tested} metrics (Holm); noise threshold {percent_text(comparison.noise)}"
-    return f"{test} t test on the logarithms of {units_text(comparison)}; {adjusted}. {values}"
+    tests = f"{test} t test on the logarithms of {units_text(comparison)}; {adjusted}. {values}"
+    return " ".join([tests, *noise_sentences(comparison)])
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -69,9 +79,12 @@ def comparison_markdown(comparison: Comparison) -> str:
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON data: per metric both values, ratio, interval, p values and the effect in words."""
     effects = {
-        effect.key: {f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name != "entry"}
+        effect.key: {
+            f.name: getattr(effect, f.name) for f in dataclasses.fields(effect) if f.name not in ("entry", "parts")
+        }
         for effect in comparison.effects
     }
+    noises = [noise and _noise_json(comparison, noise) for noise in comparison.process_noise]
     unlike = [dataclasses.asdict(difference) for difference in comparison.labels]
     told = {
         "a": comparison.name_a,
@@ -81,4 +94,17 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "paired": comparison.paired,
     }
     counts = {"repetitions": list(comparison.repetitions), "processes": list(comparison.processes)}
-    return {**told, **counts, "effects": effects, "unlike": unlike, "doubts": list(comparison.doubts)}
+    found = {"effects": effects, "process_noise": noises, "unlike": unlike, "doubts": list(comparison.doubts)}
+    return {**told, **counts, **found}
+
+
+def _noise_json(comparison: Comparison, noise: ProcessNoise) -> dict[str, Any]:
+    """The noise between processes that was added to a result's error: source, and by metric sd and degrees."""
+    spreads = {effect.key: noise.spread(effect.key) for effect in comparison.effects if effect.parts}
+    return {
+        "source": noise.source,
+        "origin": noise.origin,
+        "at_least_assumed": noise.at_least_assumed,
+        "relative_sd": {key: spread.sd for key, spread in spreads.items()},
+        "degrees": {key: spread.degrees for key, spread in spreads.items()},
+    }

@@ -21,7 +21,7 @@ from ..config.spec import cell_fields
 from ..records.cell import PARAMETERS, Cell, as_text, default_text
 from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
-from ..records.metrics import KEYS, REPETITIONS, VARIATION, peak_memory, shown_in
+from ..records.metrics import DEVICE_MEMORY, HOST_NEEDED, KEYS, REPETITIONS, VARIATION, shown_in
 from ..records.results import RunResult, Verdict
 from ..records.text import number_text, short_number_text
 from ..stats import classify_outliers
@@ -83,8 +83,9 @@ def with_figures(row: Row, figures: Metrics) -> Row:
 
 
 def _peak_bytes(result: RunResult, metrics: Metrics) -> int | None:
-    """Return the peak device memory in bytes, else the peak host memory needed, else the highest memory sample."""
-    peak = peak_memory(metrics)
+    """Return the peak memory in bytes, of the load too: of the device, else needed host memory, else of the samples."""
+    found = ([metrics.get(of.key(stage)) or 0 for stage in ("peak", "loading")] for of in (DEVICE_MEMORY, HOST_NEEDED))
+    peak = next((max(one) for one in found if any(one)), None)
     if peak is None and result.timeline:
         devices = [sample.device for sample in result.timeline if sample.device is not None]
         peak = max(devices) if devices else max(sample.anonymous for sample in result.timeline)

@@ -17,13 +17,12 @@ from .descriptive import (
     t_quantile_975,
 )
 from .inference import (
-    Equivalence,
-    MeanDifference,
     RankTest,
     Trend,
     equivalence,
     holm,
     mann_whitney,
+    pair_differences,
     paired,
     required_sample_size,
     trend,
@@ -38,12 +37,14 @@ from .sequence import (
     judge_sequence,
     sequence_interval,
 )
+from .variance import Equivalence, MeanDifference, Part, mean_part, t_test, tost
 
 __all__ = [
     "LEAST_CORRELATED",
     "Equivalence",
     "Finding",
     "MeanDifference",
+    "Part",
     "RankTest",
     "Trend",
     "autocorrelation",
@@ -60,6 +61,8 @@ __all__ = [
     "judge_sequence",
     "mad",
     "mann_whitney",
+    "mean_part",
+    "pair_differences",
     "paired",
     "percentile",
     "relative_half_width",
@@ -68,6 +71,8 @@ __all__ = [
     "supports",
     "t_interval",
     "t_quantile_975",
+    "t_test",
+    "tost",
     "trend",
     "welch",
 ]

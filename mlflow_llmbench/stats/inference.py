@@ -6,21 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median, stdev, variance
+from statistics import fmean, median, variance
 
 from .descriptive import t_quantile_975
-
-
-@dataclass(frozen=True)
-class MeanDifference:
-    """Difference of means, second − first, with its 95 % interval and the two-sided p value of no difference."""
-
-    difference: float
-    low: float
-    high: float
-    statistic: float
-    degrees: float
-    p_value: float
+from .variance import Equivalence, MeanDifference, Part, error_of, mean_part, t_test, tost
 
 
 @dataclass(frozen=True)
@@ -35,14 +24,13 @@ def welch(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
     """Mean of b − mean of a, with unequal variances (Welch, Biometrika 34, 1947). None with under 2 values each."""
     if len(a) < 2 or len(b) < 2:
         return None
-    return _t_test(fmean(b) - fmean(a), *_welch_error((variance(a), variance(b)), (len(a), len(b))))
+    return t_test(fmean(b) - fmean(a), (mean_part(a), mean_part(b)))
 
 
 def _welch_error(variances: tuple[float, float], counts: tuple[int, int]) -> tuple[float, float]:
     """Standard error of a difference of means, and its degrees of freedom."""
-    parts = variances[0] / counts[0], variances[1] / counts[1]
-    shares = parts[0] ** 2 / (counts[0] - 1) + parts[1] ** 2 / (counts[1] - 1)
-    return math.sqrt(sum(parts)), sum(parts) ** 2 / shares if shares else float(sum(counts) - 2)
+    parts = [value / count for value, count in zip(variances, counts, strict=True)]
+    return error_of([Part(part, part**2 / (count - 1)) for part, count in zip(parts, counts, strict=True)])
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
@@ -50,62 +38,22 @@ def paired(a: Sequence[float], b: Sequence[float]) -> MeanDifference | None:
 
     None with fewer than 2 pairs; ValueError if the numbers of values differ.
     """
+    gaps = pair_differences(a, b)
+    return t_test(fmean(gaps), (mean_part(gaps),)) if len(gaps) > 1 else None
+
+
+def pair_differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """The differences b − a of pairs; ValueError if the numbers of values differ."""
     if len(a) != len(b):
         raise ValueError(f"pairs need as many values on both sides: {len(a)} and {len(b)}")
-    if len(a) < 2:
-        return None
-    gaps = [second - first for first, second in zip(a, b, strict=True)]
-    return _t_test(fmean(gaps), stdev(gaps) / math.sqrt(len(gaps)), len(gaps) - 1)
-
-
-def _t_test(difference: float, error: float, degrees: float) -> MeanDifference:
-    """Student's t of a difference with its standard error; without variation the interval is a point, p is 0 or 1."""
-    if error == 0:
-        t = math.copysign(math.inf, difference) if difference else 0.0
-        return MeanDifference(difference, difference, difference, t, degrees, 0.0 if difference else 1.0)
-    from scipy import special  # type: ignore[import-untyped]
-
-    t = difference / error
-    half = float(special.stdtrit(degrees, 0.975)) * error
-    return MeanDifference(
-        difference, difference - half, difference + half, t, degrees, 2 * float(special.stdtr(degrees, -abs(t)))
-    )
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """Difference of means, second − first, compared with ±margin; `low` to `high` is its 90 % interval.
-
-    `p_within` is the p value of the two one-sided tests (small: the difference lies inside), `p_beyond` that of the
-    test against the nearer margin (small: it lies outside). Both can be large, never both small.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p_within: float
-    p_beyond: float
+    return [second - first for first, second in zip(a, b, strict=True)]
 
 
 def equivalence(a: Sequence[float], b: Sequence[float], margin: float) -> Equivalence | None:
-    """Two one-sided t tests (Schuirmann 1987) with Welch's error. None with fewer than 2 values on a side.
-
-    At 5 % they agree with the 90 % interval: the difference is inside if all of the interval lies within ±margin.
-    """
+    """`tost` of two samples with Welch's error. None with fewer than 2 values on a side."""
     if len(a) < 2 or len(b) < 2:
         return None
-    difference = fmean(b) - fmean(a)
-    error, degrees = _welch_error((variance(a), variance(b)), (len(a), len(b)))
-    if error == 0:
-        inside = abs(difference) < margin
-        return Equivalence(difference, difference, difference, float(not inside), float(inside))
-    from scipy import special
-
-    half = float(special.stdtrit(degrees, 0.95)) * error
-    inner, outer = (abs(difference) - margin) / error, (abs(difference) + margin) / error
-    within = float(special.stdtr(degrees, inner))
-    beyond = float(special.stdtr(degrees, -inner) + special.stdtr(degrees, -outer))
-    return Equivalence(difference, difference - half, difference + half, within, min(beyond, 1.0))
+    return tost(fmean(b) - fmean(a), (mean_part(a), mean_part(b)), margin)
 
 
 MOST_UNITS = 10_000
@@ -124,7 +72,7 @@ def required_sample_size(
     5 % ÷ `tests`, the number of tests that it is adjusted for. `first` is the number of values of the first sample,
     None if it grows too. None if `MOST_UNITS` values are not enough.
     """
-    from scipy import special
+    from scipy import special  # type: ignore[import-untyped]
 
     size = abs(difference)
 

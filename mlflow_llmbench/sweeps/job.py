@@ -61,6 +61,7 @@ def write_job(job: Job) -> None:
         "hashes": planned.hashes,
         "name": planned.name,
         "predicted": planned.predicted_bytes,
+        "predicted_load": planned.predicted_load_bytes,
         "started_ms": job.started_ms,
         "environment": planned.environment,
     }
@@ -79,6 +80,7 @@ def read_job(folder: Path) -> Job:
             folder.name,
             known["predicted"],
             environment=known.get("environment"),
+            predicted_load_bytes=known.get("predicted_load"),
         )
         return Job(planned, folder, started_ms=known["started_ms"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -35,7 +35,8 @@ class PlannedCell:
     """A cell with everything known of it before it is measured.
 
     `name` is that of its run, `folder` that of its files, unique in the sweep. `predicted_bytes` is the predicted peak
-    memory and `least_s` a lower bound of its seconds, both None if unknown. `environment` is that of the worker's
+    memory, `predicted_load_bytes` that of the load alone, and `least_s` a lower bound of its seconds, all None if
+    unknown. `environment` is that of the worker's
     interpreter, None if it is the command's. `refusal` is None if the cell will be tried.
     """
 
@@ -48,6 +49,7 @@ class PlannedCell:
     least_s: float | None = None
     refusal: Refusal | None = None
     environment: Mapping[str, Any] | None = None
+    predicted_load_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ def _planned_cell(
     vocab_size = shape.vocab_size if shape else resolved.vocab_size
     workload = prompts[cell.workload].digest(cell, vocab_size)
     predicted = estimate.predicted_bytes(cell, model, shape)
+    loading = estimate.predicted_load_bytes(cell, model, shape)
+    room = machine.memory.get(cell.device, (None, ""))
     rates = machine.rates.get(f"{own['hardware']} {cell.device} {cell.threads or 'auto'}", {})
     return PlannedCell(
         cell,
@@ -209,8 +213,9 @@ def _planned_cell(
         folder,
         predicted,
         estimate.least_seconds(cell, model, shape, rates),
-        resolved.lacking or estimate.refusal(cell, model, predicted, machine.memory.get(cell.device, (None, ""))),
+        resolved.lacking or estimate.refusal(cell, model, predicted, room, loading),
         environment if cell.worker_python else None,
+        loading,
     )
 
 

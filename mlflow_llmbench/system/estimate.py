@@ -75,9 +75,18 @@ def predicted_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | No
         shape, quant, dtype, cell.batch_size, prompt or 512, output, _cache_value_bytes(cell)
     )
     peak += _weight_bytes(cell, model, shape, dtype) - shape.weight_bytes(quant, dtype)
-    if not _runs_packed(cell, model):
-        peak = max(peak, model_shape.load_memory_estimate(shape, quant, dtype))
-    return peak + model_shape.PROCESS_BYTES + _decode_overhead_bytes(cell, model, (prompt or 512) + output)
+    peak += model_shape.PROCESS_BYTES + _decode_overhead_bytes(cell, model, (prompt or 512) + output)
+    return max(peak, predicted_load_bytes(cell, model, shape) or 0)
+
+
+def predicted_load_bytes(cell: Cell, model: ModelFacts, shape: model_shape.Shape | None) -> int | None:
+    """Estimated peak bytes of a cell while its model is loaded; None if the architecture is unknown."""
+    if shape is None:
+        return None
+    dtype = model.dtype if model.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+    if _runs_packed(cell, model):
+        return model_shape.PROCESS_BYTES + (model.files_bytes or 0)
+    return model_shape.PROCESS_BYTES + model_shape.load_memory_estimate(shape, _quant_loaded(cell), dtype)
 
 
 KV_VALUE_BYTES = {
@@ -183,9 +192,15 @@ def _repetitions(cell: Cell, run_s: float) -> int:
     return min(max(LEAST_REPETITIONS, min(fitting, JUDGED_REPETITIONS)), cell.max_repetitions)
 
 
-def refusal(cell: Cell, model: ModelFacts, predicted: int | None, available: AvailableMemory) -> Refusal | None:
-    """Return why a cell cannot be measured, or None. `predicted` is its predicted peak in bytes."""
-    return beyond_context(cell, model) or contradiction(cell) or _beyond_memory(cell, predicted, *available)
+def refusal(
+    cell: Cell, model: ModelFacts, predicted: int | None, available: AvailableMemory, loading: int | None = None
+) -> Refusal | None:
+    """Return why a cell cannot be measured, or None.
+
+    `predicted` is its predicted peak in bytes, `loading` that of the load alone, which the message names if it is the
+    larger part.
+    """
+    return beyond_context(cell, model) or contradiction(cell) or _beyond_memory(cell, predicted, *available, loading)
 
 
 def contradiction(cell: Cell) -> Refusal | None:
@@ -238,12 +253,14 @@ def available_memory(device: str, limit: int | None) -> AvailableMemory:
     return available, "are free here"
 
 
-def _beyond_memory(cell: Cell, predicted: int | None, available: int | None, where: str) -> Refusal | None:
+def _beyond_memory(
+    cell: Cell, predicted: int | None, available: int | None, where: str, loading: int | None
+) -> Refusal | None:
     if predicted is None or available is None or predicted <= available:
         return None
     return Refusal(
         "memory",
-        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB, "
-        f"and {available / 1e9:.1f} GB {where}. "
+        f"{cell.model} with quant={cell.quant}, batch_size={cell.batch_size} needs about {predicted / 1e9:.1f} GB"
+        f"{' while it is loaded' if predicted == loading else ''}, and {available / 1e9:.1f} GB {where}. "
         "Use a smaller model, batch or quantization, or try it all the same with force=true.",
     )

@@ -17,12 +17,13 @@ from .store import open_store
 SWEEP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 
 
-def load_results(reference: str, tracking_uri: str | None = None) -> list[RunResult]:
+def load_results(reference: str | os.PathLike[str], tracking_uri: str | None = None) -> list[RunResult]:
     """Load results from a journal folder (of a cell or a sweep), a run id, `runs:/<id>`, or a sweep's name.
 
     The parent run of a sweep gives the results of its cells. Raises JournalError or TrackingError, with a one-line
     message that says what was looked for, and NotComparable for an imported run.
     """
+    reference = os.fspath(reference)
     folder = Path(reference)
     if os.path.isdir(folder):
         found = (

@@ -85,7 +85,11 @@ def run_ab(
     # Sides with different interpreters compare software on purpose.
     other = {"software"} if first.cell.worker_python != second.cell.worker_python else set()
     comparison = comparison_analysis.compare(
-        first, second, noise=noise, paired=True, allow=frozenset({"workload", *other})
+        first,
+        second,
+        noise=noise,
+        paired=True,
+        allow=frozenset({"workload", *other}),
     )
     artifacts.write_comparisons([comparison], done.folder / "ab")
     if done.parent_id:

@@ -1,18 +1,62 @@
-"""Compare stored results by reference, and keep the comparisons with a run or in a folder."""
+"""Compare results by reference, and keep the comparisons with a run or in a folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from ..analysis import comparison as comparison_analysis
-from ..analysis.comparison import ALLOWABLE, Comparison
+from ..analysis.comparability import ALLOWABLE
+from ..analysis.comparison import Comparison
+from ..records.calibration import Calibration
 from ..records.errors import UsageError
+from ..records.results import RunResult
 from ..reports import artifacts
-from ..tracking.load_results import load_all
+from ..system import calibrations as calibrations_here
+from ..tracking.load_results import load_all, load_results
 from .destination import NOT_KEPT, Destination
 
 
 def compare(
+    a: RunResult | str | os.PathLike[str],
+    b: RunResult | str | os.PathLike[str],
+    *,
+    noise: float = 0.01,
+    allow: frozenset[str] = frozenset(),
+    paired: bool = False,
+    calibrations: Sequence[Calibration] | None = None,
+    tracking_uri: str | None = None,
+) -> Comparison:
+    """Compare result `b` with result `a`; ratios are b ÷ a.
+
+    Each is a result, or a reference of one result as in `load_results`. `noise`: ratio below which a significant
+    difference is called noise. `allow`: kinds of differences between the results to accept (hardware, software,
+    workload, scenario, schema, verdict). `paired`: both were measured in turns. `calibrations`: known noise between
+    processes, by default what `llmbench calibrate` kept on this machine; () for none. Raises NotComparable if the
+    results are not alike, are one measurement, or cannot be trusted; UsageError for a wrong argument; or the errors of
+    `load_results`.
+    """
+    return comparison_analysis.compare(
+        _one(a, tracking_uri),
+        _one(b, tracking_uri),
+        noise=noise,
+        allow=frozenset(allow),
+        paired=paired,
+        calibrations=calibrations_here.kept() if calibrations is None else calibrations,
+    )
+
+
+def _one(given: RunResult | str | os.PathLike[str], tracking_uri: str | None) -> RunResult:
+    """Return the one result behind an argument of `compare`. Raises UsageError if there are several."""
+    if isinstance(given, RunResult):
+        return given
+    found = load_results(given, tracking_uri)
+    if len(found) != 1:
+        raise UsageError(f"{os.fspath(given)} has {len(found)} cells, and one is compared. Give the run of one cell.")
+    return found[0]
+
+
+def compare_all(
     references: Sequence[str],
     *,
     noise: float = 0.01,
@@ -34,8 +78,10 @@ def compare(
         raise UsageError(
             "A comparison needs two results, and there is one. Give another run, or the folder of a sweep."
         )
+    known = calibrations_here.kept()
     comparisons = [
-        comparison_analysis.compare(first, other, noise=noise, allow=allow, paired=paired) for other in others
+        comparison_analysis.compare(first, other, noise=noise, allow=allow, paired=paired, calibrations=known)
+        for other in others
     ]
     on_result(comparisons)
     destination.keep(lambda folder: artifacts.write_comparisons(comparisons, folder), "comparison", tracking_uri)

@@ -15,6 +15,7 @@ from ..records.errors import UsageError
 from ..records.results import RunResult
 from ..reports.gate import HEADING, gate_cells, gate_json, gate_junit, gate_markdown
 from ..reports.tables import split_table
+from ..system import calibrations
 from ..tracking import registry
 from ..tracking.load_results import load_results
 from ..tracking.registry import Registered
@@ -67,7 +68,14 @@ def gate(
     result, run_id, name = _candidate(candidate, store, tracking_uri, baseline)
     measured = None
     if again is None:
-        found = analysis.decide(baseline, result, limits, limit=default_limit, accept_suspect=accept_suspect)
+        found = analysis.decide(
+            baseline,
+            result,
+            limits,
+            limit=default_limit,
+            accept_suspect=accept_suspect,
+            calibrations=calibrations.kept(),
+        )
     elif refused := analysis.refuse_unlike_work(baseline, result):
         found = refused
     else:

@@ -92,6 +92,7 @@ def preview_json(found: Plan) -> dict[str, Any]:
         {
             "parameters": {name: as_text(name, value) for name, value in vars(p.cell).items()},
             "predicted_bytes": p.predicted_bytes,
+            "predicted_load_bytes": p.predicted_load_bytes,
             "least_s": p.least_s,
             "refused": p.refusal.sentence if p.refusal else None,
         }

@@ -13,6 +13,7 @@ from ..analysis.decisions.recommend import Recommendation
 from ..measure.journal import write_bytes, write_json
 from ..reports import recommendation
 from ..reports.charts.catalogue import draw_charts
+from ..system import calibrations
 from ..tracking import registry
 from ..tracking.load_results import load_all
 from ..tracking.store import open_store
@@ -50,7 +51,9 @@ def recommend(
     `analysis.decisions.recommend.recommend`. Raises UsageError, TrackingError or JournalError.
     """
     results = load_all(references, tracking_uri)
-    found = analysis.recommend(results, goal, limits, accept_suspect=accept_suspect, allow=allow)
+    found = analysis.recommend(
+        results, goal, limits, accept_suspect=accept_suspect, allow=allow, calibrations=calibrations.kept()
+    )
     on_result(found)
     sweep = (found.winner.result if found.winner else results[0]).sweep
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..analysis import comparison as comparison_analysis
-from ..analysis.comparison import Comparison, Difference, differences
+from ..analysis.comparability import Difference, differences
+from ..analysis.comparison import Comparison
 from ..analysis.decisions.equivalence import DEFAULT_MARGIN, INVALID, Reproduction, changed_facts, judge_reproduction
 from ..analysis.decisions.gate import quality_text
 from ..analysis.summary import summarize
@@ -27,6 +28,7 @@ from ..sweeps.executor import MachineFacts
 from ..sweeps.planning import PlannedCell, plan
 from ..sweeps.progress import ProgressListener
 from ..sweeps.sweep import SweepResult, execute, open_executor
+from ..system import calibrations
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
 from ..tracking.store import open_store
@@ -212,7 +214,11 @@ def _judged(original: Original, again: RunResult, sweep: SweepResult, margin: fl
         return Reproduced(original, Reproduction(INVALID, f"{why} Measure again.", margin), sweep)
     allow = frozenset({"hardware", "software"})
     comparison = comparison_analysis.compare(
-        original.result, again, allow=allow, called=("the original", "the reproduction")
+        original.result,
+        again,
+        allow=allow,
+        called=("the original", "the reproduction"),
+        calibrations=calibrations.kept(),
     )
     one_text = quality_text(original.result) == quality_text(again)
     metrics = [

@@ -18,7 +18,7 @@ from ..reports import artifacts
 from ..reports.study_result import StudyResult
 from ..sweeps import sweep
 from ..sweeps.progress import ProgressListener
-from ..system import machine
+from ..system import calibrations, machine
 from ..tracking import registry, runs
 from ..tracking.load_results import load_results
 from ..tracking.search import require_run
@@ -102,7 +102,14 @@ def _find(
         if any(r.hashes.hardware == here for r in results) and counters.advice
         else ""
     )
-    return findings.find(results, share=share, prices=prices, accept_suspect=accept_suspect, no_energy=no_energy)
+    return findings.find(
+        results,
+        share=share,
+        prices=prices,
+        accept_suspect=accept_suspect,
+        no_energy=no_energy,
+        calibrations=calibrations.kept(),
+    )
 
 
 def _parent(store: Store, results: Sequence[RunResult]) -> str | None:

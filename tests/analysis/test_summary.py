@@ -218,14 +218,14 @@ def test_the_interval_of_several_processes_is_that_of_their_means_by_hand() -> N
 def test_statistics_by_hand() -> None:
     """TTFT 10 ms, then gaps of f ms: end to end 13, 16, 19, 22 and 40 ms; 4 of them 16 ± 3, and one far out."""
     found = {s.key: s for s in summary.statistics(result([[f] * 3 for f in (1.0, 2.0, 3.0, 4.0, 10.0)], rows=1))}
-    e2e = found["latency/e2e_ms_p50"]
+    e2e = found["latency/e2e_ms"]
     assert (e2e.values, e2e.n, e2e.mean, e2e.median, e2e.mad) == ("repetitions", 5, 22, 19, 3)
     assert e2e.sd == pytest.approx(math.sqrt((81 + 36 + 9 + 0 + 324) / 4))
     half = 1.15 * 2.77644511 * math.sqrt(450 / 4 / 5)  # repetitions=auto: the factor for stopping when it is narrow
     assert (e2e.mean_low, e2e.mean_high) == (pytest.approx(22 - half), pytest.approx(22 + half))
     assert e2e.median_low is not None and e2e.median_high is not None
     assert 13 <= e2e.median_low <= 16 and 22 <= e2e.median_high <= 40
-    assert found["latency/itl_ms_p50"].median == 3
+    assert found["latency/itl_ms"].median == 3
     assert found["throughput/output_tokens_per_s"].median == pytest.approx(4 / 0.019)
     steps = found["steps/itl_ms"]
     assert (steps.values, steps.n, steps.median, steps.mean_low, steps.median_low) == ("tokens", 3, 3, None, None)
@@ -235,7 +235,7 @@ def test_statistics_rest_on_processes_where_there_are_several() -> None:
     found = {
         s.key: s for s in summary.statistics(in_processes(result([[f] * 3 for f in (1.0, 3.0, 2.0, 4.0)], rows=1), 2))
     }
-    e2e = found["latency/e2e_ms_p50"]
+    e2e = found["latency/e2e_ms"]
     assert (e2e.values, e2e.n, e2e.mean, e2e.median, e2e.mad) == ("processes", 2, 17.5, 17.5, 1.5)
     assert e2e.median_low is None  # no bootstrap with fewer than 5
 

@@ -43,10 +43,10 @@ def test_the_sentence_the_table_and_the_artifacts(
     assert main(["compare", one, f"runs:/{four}", "--log", one, "--json", "--allow", "verdict"]) == 0
     lines = capsys.readouterr().out.splitlines()
     [found] = json.loads(lines[-1])
-    assert lines[0] == found["sentence"] and lines[0].startswith("batch_size=4 generates ")
+    assert lines[0] == found["sentence"] and lines[0].startswith("batch_size=4 ")
     rate = found["effects"]["throughput/output_tokens_per_s"]
     assert rate["ratio"] > 1.2 and len(rate["values_a"]) == len(rate["values_b"]) == 8
-    assert rate["effect"] in ("better", "no difference seen")  # the latter on a busy machine
+    assert rate["effect"] in ("better", "no difference seen", "cannot be told")  # the latter two on a busy machine
     client = MlflowClient(store_uri)
     kept = {item.path for folder in ("comparison", "comparison/charts") for item in client.list_artifacts(one, folder)}
     charts = {f"comparison/charts/{name}.{kind}" for name in ("ratios", "values") for kind in ("svg", "png")}

@@ -12,6 +12,7 @@ import pytest
 from mlflow_llmbench.config import model_shape, models
 from mlflow_llmbench.config.model_shape import Shape, load_memory_estimate, memory_estimate
 from mlflow_llmbench.config.models import PRESETS, Preset, find_preset, suggest_models
+from mlflow_llmbench.records.quantizations import SCHEMES
 
 PUBLISHED_COUNTS = {
     "opt-125m": 125_239_296,
@@ -361,14 +362,23 @@ def test_memory_estimate_is_the_sum_of_its_parts() -> None:
     assert less < memory_estimate(shape, "none", "float16", batch_size=1, prompt_tokens=128, output_tokens=128)
 
 
-def test_loading_needs_a_shard_besides_the_weights_when_they_are_converted() -> None:
+def test_loading_needs_the_weights_and_what_quantizing_the_largest_layer_takes() -> None:
     small, large = shape_of("opt-125m"), shape_of("llama-2-7b")
+    assert (small.largest_linear, large.largest_linear) == (768 * 3072, 4096 * 11008)
     assert (
         load_memory_estimate(small, "none", "float16")
         == load_memory_estimate(small, "fp16", "float16")
         == 2 * small.parameters
     )
-    assert load_memory_estimate(small, "fp32", "float16") == (4 + 2) * small.parameters
-    assert load_memory_estimate(small, "int4", "float16") == small.weight_bytes("int4") + 2 * small.parameters
-    assert load_memory_estimate(large, "int8", "float16") == large.weight_bytes("int8") + 5_000_000_000
+    assert load_memory_estimate(small, "fp32", "float16") == 4 * small.parameters  # the checkpoint is only mapped
+    for shape, quant in ((small, "int4"), (large, "int8")):
+        layer = round(SCHEMES[quant].loading.layer_bytes * shape.largest_linear)
+        assert layer > 0
+        assert load_memory_estimate(shape, quant, "bfloat16") == shape.weight_bytes(quant) + layer
+        head = 2 * shape.head_parameters  # cast, and loaded after the layers
+        assert load_memory_estimate(shape, quant, "float16") == shape.weight_bytes(quant) + layer - head
+    # HQQ quantizes a whole model that is loaded: cast to bf16 it takes memory, in bf16 already it stays in its files.
+    layer = round(SCHEMES["hqq4"].loading.layer_bytes * small.largest_linear)
+    assert load_memory_estimate(small, "hqq4", "float16") == 2 * small.parameters + layer
+    assert load_memory_estimate(small, "hqq4", "bfloat16") == small.weight_bytes("hqq4") + layer
     assert load_memory_estimate(large, "gptq", "float16") == large.weight_bytes("gptq")

@@ -92,7 +92,7 @@ def test_what_was_told_when_a_cell_had_ended_is_enough_for_its_result() -> None:
     assert all(files[path].startswith(part) and part.endswith(b"\n") for path, part in letters.files.items())
     [(_, early)] = outcomes(letters.after[3]["cell-0/worker.jsonl"])  # after the first `measured`
     assert early.measured == {0: outcome.measured[0]}
-    assert outcome_measure.stages_of(early, 0).host_rss.keys() == {"baseline", "loaded", "peak", "steady"}
+    assert outcome_measure.stages_of(early, 0).host_rss.keys() == {"baseline", "loading", "loaded", "peak", "steady"}
     assert early.environment == outcome.environment
 
 

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 import mlflow_llmbench
 from mlflow_llmbench.analysis.decisions.limits import read_limits
 from mlflow_llmbench.records.errors import JournalError, UsageError
-from mlflow_llmbench.workflows.compare import compare
+from mlflow_llmbench.workflows.compare import compare_all
 from mlflow_llmbench.workflows.destination import Destination
 from mlflow_llmbench.workflows.gate import GateRun, gate
 from mlflow_llmbench.workflows.recommend import recommend
@@ -47,7 +47,7 @@ def test_a_comparison_is_told_before_its_files_are_written(store_uri: str, tmp_p
     seen: list[object] = []
     allow = frozenset({"workload"})
     with pytest.raises(JournalError):
-        compare(
+        compare_all(
             [str(tmp_path / "sweep")],
             allow=allow,
             destination=Destination(str(tmp_path / "file")),
@@ -55,7 +55,7 @@ def test_a_comparison_is_told_before_its_files_are_written(store_uri: str, tmp_p
         )
     assert len(seen) == 1
     with pytest.raises(UsageError, match="Unknown difference to allow: weather"):
-        compare([str(tmp_path / "sweep")], allow=frozenset({"weather"}))
+        compare_all([str(tmp_path / "sweep")], allow=frozenset({"weather"}))
 
 
 @pytest.mark.parametrize("limit", [{"max_memory": "0GB"}, {"max_ttft": "p95=0ms"}, {"min_quality": "kl=0"}])

@@ -9,16 +9,12 @@ from dataclasses import dataclass
 
 from ...records.cell import differing
 from ...records.metric import Entry, Goal, QualityBound
-from ...records.metrics import COST, ENERGY, KEYS, PEAK_MEMORY, TPOT, TTFT
+from ...records.metrics import COST, ENERGY, KEYS, PEAK_MEMORY
 from ...records.results import Repetition, RunResult, Verdict
-from ...stats import t_interval
 from ..comparison import RATE, UNNAMED, parameter_text
-from ..repetitions import PER_REPETITION, mean_ttft, typical_tpot, unit_values
+from ..repetitions import PER_REPETITION, interval_over_units, unit_values
 from ..summary import hardware_name, summarize
 from ..verdict import judge
-
-PER_UNIT = {**PER_REPETITION, TTFT.key("mean"): mean_ttft, TPOT.key("p50"): typical_tpot}
-"""Metric → its value for one repetition: compared metrics, and others that a limit can name; no high percentiles."""
 
 
 @dataclass(frozen=True)
@@ -128,20 +124,17 @@ def _digits(value: float) -> str:
     return f"{value:.{min(8, max(0, 2 - math.floor(math.log10(abs(value)))))}f}"
 
 
-def values(one: Candidate, key: str) -> list[float] | None:
-    """Values of a metric per unit (process or repetition); None if a run has it only once, or a unit lacks it."""
-    of: Callable[[Repetition], float | None] | None = PER_UNIT.get(key)
+def values_of(one: Candidate, key: str) -> Callable[[Repetition], float | None] | None:
+    """The function that gives a metric of one repetition; None if a run has the metric only once."""
     if key == COST.key():
-        of = _cost(one.result.price_per_hour)
-    elif key == ENERGY.key():
-        of = _joules(one.result.idle_w)
-    if of is None:
-        return None
-    return unit_values(one.result, of)
+        return _cost(one.result.price_per_hour)
+    if key == ENERGY.key():
+        return _joules(one.result.idle_w)
+    return PER_REPETITION.get(key)
 
 
 def _cost(price_per_hour: float | None) -> Callable[[Repetition], float | None]:
-    rate_of = PER_UNIT[RATE]
+    rate_of = PER_REPETITION[RATE]
 
     def cost(repetition: Repetition) -> float | None:
         rate = rate_of(repetition)
@@ -161,10 +154,10 @@ def _joules(idle_w: float | None) -> Callable[[Repetition], float | None]:
 
 
 def interval(one: Candidate, measure: Measure) -> tuple[float, float] | None:
-    """95 % interval of the mean over units, always including the reported value; None if a run has it only once."""
+    """95 % interval of the figure over units, always including it; None if a run has it only once."""
     key = measure.key(one.metrics)
-    found = values(one, key) if key else None
-    ends = t_interval(found) if found else None
+    of = values_of(one, key) if key else None
+    ends = interval_over_units(one.result, key, unit_values(one.result, of) or ()) if key and of else None
     if key is None or ends is None:
         return None
     return min(max(ends[0], 0.0), one.metrics[key]), max(ends[1], one.metrics[key])

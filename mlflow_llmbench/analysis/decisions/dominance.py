@@ -10,25 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from ...records.calibration import Calibration
 from ...records.metrics import KEYS
-from ...stats import welch
-from ..comparison import BETTER, SIGNIFICANCE, UNTESTED, compare
-from .candidates import Candidate, Measure, values
+from ..comparison import BETTER, SIGNIFICANCE, UNTESTED, Comparison, Errors, compare, metric_test
+from .candidates import Candidate, Measure, values_of
 
 ALLOWABLE = ("hardware", "software", "workload", "scenario")
 """Kinds of differences among the results that can be accepted."""
 
 ONCE = ("memory", "quality")
 """Sections of metrics that a run has only once."""
-
-
-def dominates(b: Candidate, a: Candidate, objectives: Sequence[Measure], noise: float) -> bool:
-    """Return True if b is in no metric worse than a by more than the noise threshold, and in some surely better."""
-    gains = [gain(a, b, measure) for measure in objectives]
-    if any(one < -math.log1p(noise) for one in gains) or not any(one > math.log1p(noise) for one in gains):
-        return False
-    return any(surely_better(a, b, measure, noise) for measure in objectives)
 
 
 def gain(a: Candidate, b: Candidate, measure: Measure) -> float:
@@ -45,18 +38,43 @@ def gain(a: Candidate, b: Candidate, measure: Measure) -> float:
     return sign * math.log(second / first)
 
 
-def surely_better(a: Candidate, b: Candidate, measure: Measure, noise: float) -> bool:
-    """Return True if b is better than a by more than chance and the noise threshold would explain."""
-    key = measure.key(a.metrics)
-    if key is None or gain(a, b, measure) <= math.log1p(noise):
-        return False
-    effect = compare(a.result, b.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"])).effect(key)
-    if effect is not None and effect.effect != UNTESTED:
-        return effect.effect == BETTER
-    if KEYS[key].section in ONCE:
-        return True
-    first, second = values(a, key), values(b, key)
-    if first is None or second is None or min(*first, *second) <= 0:
-        return False
-    test = welch([math.log(value) for value in first], [math.log(value) for value in second])
-    return test is not None and test.p_value < SIGNIFICANCE
+@dataclass(frozen=True)
+class Judge:
+    """Rule by which one candidate is better than another. `noise` is a ratio, `calibrations` are as in `compare`."""
+
+    noise: float = 0.01
+    calibrations: tuple[Calibration, ...] = ()
+
+    def compare(self, a: Candidate, b: Candidate) -> Comparison:
+        """Compare two candidates that may differ in all that a recommendation can allow."""
+        allow = frozenset([*ALLOWABLE, "schema"])
+        return compare(a.result, b.result, noise=self.noise, allow=allow, calibrations=self.calibrations)
+
+    def dominates(self, b: Candidate, a: Candidate, objectives: Sequence[Measure]) -> bool:
+        """Return True if b is in no metric worse than a by more than the noise threshold, and in some surely better."""
+        gains = [gain(a, b, measure) for measure in objectives]
+        threshold = math.log1p(self.noise)
+        if any(one < -threshold for one in gains) or not any(one > threshold for one in gains):
+            return False
+        return any(self.surely_better(a, b, measure) for measure in objectives)
+
+    def surely_better(self, a: Candidate, b: Candidate, measure: Measure) -> bool:
+        """Return True if b is better than a by more than chance and the noise threshold would explain."""
+        key = measure.key(a.metrics)
+        if key is None or gain(a, b, measure) <= math.log1p(self.noise):
+            return False
+        effect = self.compare(a, b).effect(key)
+        if effect is not None and effect.effect != UNTESTED:
+            return effect.effect == BETTER
+        if KEYS[key].section in ONCE:
+            return True
+        first, second = values_of(a, key), values_of(b, key)
+        if first is None or second is None:
+            return False
+        errors = Errors.of(a.result, b.result, (a.verdict, b.verdict), paired=False, calibrations=self.calibrations)
+        test = metric_test(key, (first, second), (a.result, b.result), errors)
+        return test is not None and test.found.p_value < SIGNIFICANCE
+
+
+DEFAULT_JUDGE = Judge()
+"""Judge that knows no calibration."""

@@ -16,10 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import variance
 
+from ...records.invocation import command_text
 from ...records.metrics import KEYS, LOAD_TIME, PERPLEXITY, TOP1
 from ...records.results import RunResult
-from ...stats import Equivalence, equivalence, holm, required_sample_size
-from ..comparison import SIGNIFICANCE, Comparison, Difference, Effect, units_text
+from ...stats import Equivalence, holm, required_sample_size, tost
+from ..comparability import Difference
+from ..comparison import SIGNIFICANCE, Comparison, Effect, noise_sentences, units_text
+from ..process_noise import ASSUMPTION, ProcessNoise
 from ..repetitions import process_count
 
 EQUIVALENT, DIFFERENT, INCONCLUSIVE, INVALID = "equivalent", "different", "cannot_tell", "invalid"
@@ -84,10 +87,10 @@ def judge_reproduction(
     """
     held = [effect for effect in comparison.effects if effect.key not in NOT_HELD]
     limit = math.log1p(margin)
-    tests = [equivalence(_logs(effect.values_a), _logs(effect.values_b), limit) for effect in held]
+    tests = [tost(math.log(effect.ratio), effect.parts, limit) if effect.parts else None for effect in held]
     adjusted = iter(holm([test.p_beyond for test in tests if test]))
     findings = [
-        _tested(effect, test, next(adjusted), limit, sum(map(bool, tests)))
+        _tested(effect, test, next(adjusted), limit, sum(map(bool, tests)), comparison.process_noise)
         if test
         else _single(effect.key, effect.entry.heading, effect.a, effect.b, limit)
         for effect, test in zip(held, tests, strict=True)
@@ -121,7 +124,14 @@ def _single(key: str, label: str, original: float, again: float, limit: float) -
     return Finding(key, label, original, again, ratio, EQUIVALENT if inside else DIFFERENT)
 
 
-def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, tests: int) -> Finding:
+def _tested(
+    effect: Effect,
+    test: Equivalence,
+    p_beyond: float,
+    limit: float,
+    tests: int,
+    noises: tuple[ProcessNoise | None, ProcessNoise | None],
+) -> Finding:
     state = EQUIVALENT if test.p_within < SIGNIFICANCE else DIFFERENT if p_beyond < SIGNIFICANCE else INCONCLUSIVE
     found = Finding(
         effect.key,
@@ -138,6 +148,14 @@ def _tested(effect: Effect, test: Equivalence, p_beyond: float, limit: float, te
     if state != INCONCLUSIVE:
         return found
     spread = variance(_logs(effect.values_a)), variance(_logs(effect.values_b))
+    if any(noises):  # of one process: further repetitions of it do not help, further processes do
+        each = [
+            own / len(values) + noise.spread(effect.key).variance if noise else own
+            for own, values, noise in zip(spread, (effect.values_a, effect.values_b), noises, strict=True)
+        ]
+        return dataclasses.replace(
+            found, needed_each=required_sample_size(test.difference, limit, (each[0], each[1]), tests=tests)
+        )
     needed = required_sample_size(test.difference, limit, spread, len(effect.values_a), tests)
     return dataclasses.replace(
         found,
@@ -166,9 +184,28 @@ def _why(verdict: str, findings: Sequence[Finding], margin: float, comparison: C
         return (
             f"Cannot tell whether it is equivalent within {within}: a test needs at least 2 repetitions on each side."
         )
-    noun = "processes" if max(comparison.processes) > 1 else "repetitions"
     names = ", ".join(f.label for f in inconclusive)
-    return f"Cannot tell whether it is equivalent within {within} in {names}. {_advice(inconclusive, noun)}"
+    told = f"Cannot tell whether it is equivalent within {within} in {names}."
+    if any(comparison.process_noise):
+        return f"{told} {_advice_on_processes(inconclusive, comparison)}"
+    noun = "processes" if max(comparison.processes) > 1 else "repetitions"
+    return f"{told} {_advice(inconclusive, noun)}"
+
+
+def _advice_on_processes(inconclusive: Sequence[Finding], comparison: Comparison) -> str:
+    """Number of processes that would tell, where a result of one process was compared."""
+    if not all(f.needed_each for f in inconclusive):
+        return _advice(inconclusive, "processes")
+    most = max(f.needed_each or 0 for f in inconclusive)
+    calibrate = (
+        f" The noise between processes is assumed: `{command_text('calibrate')}` measures that of this machine."
+        if any(noise and noise.source == ASSUMPTION for noise in comparison.process_noise)
+        else ""
+    )
+    return (
+        f"One process may differ from the next; about {most} processes on each side would tell, with a chance of "
+        f"90 %.{calibrate}"
+    )
 
 
 def _advice(inconclusive: Sequence[Finding], noun: str) -> str:
@@ -191,13 +228,11 @@ def _advice(inconclusive: Sequence[Finding], noun: str) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """Sentences on what weakens the answer: unlike environments, verdicts other than valid, single processes."""
+    """Sentences on what weakens the answer: unlike environments, verdicts other than valid, noise of processes."""
     unlike = _listed(comparison.labels)
     found = [f"The environment differs from the original's: {unlike}."] if unlike else []
     found += [f"The verdict on {doubt}." for doubt in comparison.doubts]
-    if max(comparison.processes) == 1:
-        found.append("Each was measured in one process: an effect of the process on all its repetitions is not seen.")
-    return found
+    return found + noise_sentences(comparison)
 
 
 def _listed(unlike: Sequence[Difference]) -> str:

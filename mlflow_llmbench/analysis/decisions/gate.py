@@ -14,10 +14,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ...records.calibration import Calibration
 from ...records.errors import UsageError
 from ...records.metric import Gated
 from ...records.metrics import KEYS, PERPLEXITY, by_name, shown_in
 from ...records.results import RunResult, Verdict
+from ..comparability import Difference, differences, same_evidence
 from ..comparison import (
     BETTER,
     COMPARED,
@@ -25,9 +27,10 @@ from ..comparison import (
     HOST_PEAK,
     SIGNIFICANCE,
     Comparison,
-    Difference,
+    Effect,
+    advice,
     compare,
-    differences,
+    noise_sentences,
 )
 from ..summary import summarize
 from ..verdict import judge
@@ -123,11 +126,12 @@ def decide(
     noise: float = 0.01,
     accept_suspect: str | None = None,
     in_turns: bool = False,
+    calibrations: Sequence[Calibration] = (),
 ) -> Gate:
     """Compare a candidate with the champion. It never raises for measured results: the verdict says what is wrong.
 
     `limits` are ratios by metric, `limit` is that of all others. `in_turns`: both were measured now, process by process
-    in turns, so they are compared in pairs, and neither was accepted before.
+    in turns, so they are compared in pairs, and neither was accepted before. `calibrations` are as in `compare`.
     """
     metrics = summarize(champion), summarize(candidate)
     verdicts = judge(champion, metrics[0]), judge(candidate, metrics[1])
@@ -137,7 +141,21 @@ def decide(
     unlike = differences(champion, candidate)
     if refused := _refused(unlike, ("software",)) or _refused_metrics(champion, candidate, metrics):
         return refused
-    comparison = compare(champion, candidate, noise=noise, allow=frozenset(["software"]), paired=in_turns)
+    if same_evidence(champion, candidate):
+        return Gate(
+            NOT_COMPARABLE,
+            "Both sides are the same evidence: the candidate's run is the champion's, so nothing could differ. Measure "
+            "the candidate again and gate that run, or measure both in turns with --measure.",
+        )
+    comparison = compare(
+        champion,
+        candidate,
+        noise=noise,
+        allow=frozenset(["software"]),
+        paired=in_turns,
+        called=("the champion", "the candidate"),
+        calibrations=calibrations,
+    )
     checks = (*_timed(comparison, limits or {}, limit), *single_checks(*metrics, limits or {}, limit))
     if unheld := [name for name in limits or {} if name not in {_limited_as(check.key) for check in checks}]:
         listed = ", ".join(unheld)
@@ -145,18 +163,19 @@ def decide(
             NOT_COMPARABLE,
             f"A limit is given for {listed}, and not both runs have it. Measure both with it, or leave the limit out.",
         )
-    notes = tuple(_notes(unlike, verdicts, checks))
+    notes = tuple(_notes(unlike, verdicts, checks, comparison))
     if worse := [check for check in checks if check.state == REGRESSED]:
         listed = ", ".join(
             f"{check.key} is {check.worse_text().lstrip('+')} worse (limit {check.limit_text()})" for check in worse
         )
         return Gate(REGRESSION, f"The candidate is worse than the champion: {listed}.", checks, notes)
-    return Gate(
-        PASS,
-        f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits.",
-        checks,
-        notes,
+    open_ = sum(check.state == UNSETTLED for check in checks)
+    why = (
+        f"No regression is shown in {len(checks)} metrics, of which {open_} are not settled."
+        if open_
+        else f"The candidate is not worse than the champion in any of {len(checks)} metrics beyond their limits."
     )
+    return Gate(PASS, why, checks, notes)
 
 
 def _refused_metrics(
@@ -177,7 +196,9 @@ def _refused_metrics(
     return None
 
 
-def _notes(unlike: Sequence[Difference], verdicts: tuple[Verdict, Verdict], checks: Sequence[Check]) -> Iterator[str]:
+def _notes(
+    unlike: Sequence[Difference], verdicts: tuple[Verdict, Verdict], checks: Sequence[Check], comparison: Comparison
+) -> Iterator[str]:
     """Yield what the reader of a verdict has to know: other software, suspect results, checks that are not settled."""
     if unlike:
         yield f"The software differs: {_listed(unlike)}."
@@ -186,9 +207,21 @@ def _notes(unlike: Sequence[Difference], verdicts: tuple[Verdict, Verdict], chec
             yield f"The verdict on the {name} is suspect ({_codes(verdict)})."
     if unsettled := [check.key for check in checks if check.state == UNSETTLED]:
         yield (
-            f"Not settled, since they may be worse by more than their limits, or not: {', '.join(unsettled)}. Measure "
-            "more repetitions."
+            f"Not settled, since they may be worse by more than their limits, or not: {', '.join(unsettled)}. "
+            f"{_remedy(comparison)}"
         )
+    yield from noise_sentences(comparison)
+
+
+def _remedy(comparison: Comparison) -> str:
+    """Sentence on how to settle a check: where processes may differ by more than was seen, more of them."""
+    if any(comparison.process_noise) and all(effect.p_value is not None for effect in _repeated(comparison)):
+        return f"{advice(comparison)} `--measure` of the gate does the second."
+    return "Measure more repetitions."
+
+
+def _repeated(comparison: Comparison) -> list[Effect]:
+    return [effect for effect in comparison.effects if effect.is_repeated]
 
 
 def refuse_unlike_work(champion: RunResult, candidate: RunResult) -> Gate | None:

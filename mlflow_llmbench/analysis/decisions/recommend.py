@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...records.calibration import Calibration
 from ...records.errors import UsageError
 from ...records.metric import Goal, QualityBound
 from ...records.metrics import shown_in
 from ...records.results import RunResult
-from ..comparison import compare, differences, sentence
+from ..comparability import differences, same_evidence
+from ..comparison import sentence
 from .candidates import MEMORY, Candidate, Limit, Measure, bound_text, candidates, figure, interval
-from .dominance import ALLOWABLE, dominates, gain, surely_better
+from .dominance import ALLOWABLE, DEFAULT_JUDGE, Judge, gain
 
 GOALS = {entry.name: Measure.of(entry) for entry in shown_in(Goal)}
 """Name of a goal → its measure."""
@@ -74,11 +76,13 @@ def recommend(
     accept_suspect: str | None = None,
     allow: frozenset[str] = frozenset(),
     noise: float = 0.01,
+    calibrations: Sequence[Calibration] = (),
 ) -> Recommendation:
     """Choose among results.
 
     `accept_suspect` is the reason for which suspect results take part; `allow` are kinds of `ALLOWABLE`; `noise` is a
-    ratio. Raises UsageError for an unknown goal or kind of difference, or without results.
+    ratio; `calibrations` are as in `compare`. Raises UsageError for an unknown goal or kind of difference, or without
+    results.
     """
     if goal not in GOALS:
         raise UsageError(f"Unknown goal: {goal}. Known: {', '.join(GOALS)}.")
@@ -86,7 +90,8 @@ def recommend(
         raise UsageError(f"Unknown difference to allow: {unknown[0]}. Known: {', '.join(ALLOWABLE)}.")
     if not results:
         raise UsageError("There is no result to choose from. Give the folder or the run of a sweep.")
-    return choose(candidates(results), goal, limits, accept_suspect=accept_suspect, allow=allow, noise=noise)
+    judged = Judge(noise, tuple(calibrations))
+    return choose(candidates(results), goal, limits, accept_suspect=accept_suspect, allow=allow, judge=judged)
 
 
 def choose(
@@ -96,7 +101,7 @@ def choose(
     *,
     accept_suspect: str | None = None,
     allow: frozenset[str] = frozenset(),
-    noise: float = 0.01,
+    judge: Judge = DEFAULT_JUDGE,
 ) -> Recommendation:
     """Choose like `recommend`, from candidates with their metrics."""
     target = GOALS[goal]
@@ -113,7 +118,7 @@ def choose(
     front = tuple(
         one
         for one in eligible
-        if not any(dominates(other, one, objectives, noise) for other in eligible if other is not one)
+        if not any(judge.dominates(other, one, objectives) for other in eligible if other is not one)
     )
     suspects = [
         r.candidate
@@ -126,13 +131,13 @@ def choose(
         goal,
         tuple(limits),
         winner,
-        tuple(_runner_up(winner, one, target, noise) for one in fitting[1:]) if winner else (),
+        tuple(_runner_up(winner, one, target, judge) for one in fitting[1:]) if winner else (),
         tuple(eligible),
         front,
         objectives,
         (*beyond, *refused),
         cautions=tuple(_cautions(winner, limits)) if winner else (),
-        changes=tuple(_changes(winner, beyond, suspects, target, limits, noise)),
+        changes=tuple(_changes(winner, beyond, suspects, target, limits, judge)),
         accepted_suspect=accept_suspect if winner and winner.verdict.word == "suspect" else None,
     )
 
@@ -202,7 +207,12 @@ def _measured_again(given: Sequence[Candidate]) -> list[Refused]:
         if one.result.ended_ms > known.result.ended_ms:
             newest[_measured_as(one)] = one
     return [
-        Refused(one, "It was measured again later, and the newest counts.")
+        Refused(
+            one,
+            "It is the same evidence as a result that takes part: one measurement, given twice."
+            if same_evidence(newest[_measured_as(one)].result, one.result)
+            else "It was measured again later, and the newest counts.",
+        )
         for one in given
         if newest[_measured_as(one)] is not one
     ]
@@ -242,10 +252,10 @@ def _objectives(eligible: Sequence[Candidate], target: Measure, limits: Sequence
     )
 
 
-def _runner_up(winner: Candidate, one: Candidate, target: Measure, noise: float) -> RunnerUp:
+def _runner_up(winner: Candidate, one: Candidate, target: Measure, judge: Judge) -> RunnerUp:
     """Describe how a candidate within all limits differs from the winner."""
-    tied = not surely_better(one, winner, target, noise)
-    comparison = compare(winner.result, one.result, noise=noise, allow=frozenset([*ALLOWABLE, "schema"]))
+    tied = not judge.surely_better(one, winner, target)
+    comparison = judge.compare(winner, one)
     text = sentence(dataclasses.replace(comparison, name_a=winner.name, name_b="It", labels=(), doubts=()))
     return RunnerUp(one, text if target is GOALS["throughput"] else f"{_versus(winner, one, target)} {text}", tied)
 
@@ -275,12 +285,12 @@ def _changes(
     suspects: Sequence[Candidate],
     target: Measure,
     limits: Sequence[Limit],
-    noise: float,
+    judge: Judge,
 ) -> Iterator[str]:
     """Changes that would alter the answer: per limit the best candidate that misses only it, and a better suspect."""
 
     def wins(one: Candidate) -> bool:
-        return winner is None or surely_better(winner, one, target, noise)
+        return winner is None or judge.surely_better(winner, one, target)
 
     named = False
     for limit in limits:
@@ -297,7 +307,7 @@ def _changes(
         yield f"{nearest.candidate.name} is the nearest. {nearest.why}"
     keeping = [one for one in suspects if one.value(target) is not None and not _missed_limits(one, limits)]
     best = min(keeping, key=lambda one: _order(one, target), default=None)
-    if best is not None and (winner is None or gain(winner, best, target) > math.log1p(noise)):
+    if best is not None and (winner is None or gain(winner, best, target) > math.log1p(judge.noise)):
         yield (
             f"{best.name} looks better and is suspect: {_figures(best, winner, target)}. If it is measured again and "
             "valid, it would win."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..decisions.candidates import MEMORY, Limit, Measure, bound_text, candidates
+from ..decisions.dominance import Judge
 from ..decisions.recommend import Recommendation, choose
 from .cells import MEDIAN_TTFT
 from .focus import Focus, labels
@@ -30,7 +31,7 @@ TTFT_MEASURE = Measure("median time to first token", (MEDIAN_TTFT,), "lower")
 TPOT_MEASURE = Measure("mean time per output token", (MEAN_TPOT,), "lower")
 
 
-def choices_by_model(focus: Focus, accept_suspect: str | None) -> Iterator[Choice]:
+def choices_by_model(focus: Focus, accept_suspect: str | None, judge: Judge) -> Iterator[Choice]:
     """Choose for each model, at the prompt length of comparison, under each constraint.
 
     Limits of memory and time to first token are set so that half of the cells keep them.
@@ -68,7 +69,7 @@ def choices_by_model(focus: Focus, accept_suspect: str | None) -> Iterator[Choic
             )
         constraints.append(("one user, the soonest answer", "latency", ()))
         for words, goal, limits in constraints:
-            yield Choice(model, words, choose(given, goal, limits, accept_suspect=accept_suspect))
+            yield Choice(model, words, choose(given, goal, limits, accept_suspect=accept_suspect, judge=judge))
 
 
 def _middle(values: Sequence[float]) -> float | None:

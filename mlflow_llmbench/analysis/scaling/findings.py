@@ -10,8 +10,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ...records.calibration import Calibration
 from ...records.errors import UsageError
 from ...records.results import RunResult
+from ..decisions.dominance import Judge
 from ..summary import hardware_name
 from .cells import Measured, models_text, select_usable
 from .choices import Choice, choices_by_model
@@ -57,12 +59,14 @@ def find(
     prices: Mapping[str, float] | None = None,
     accept_suspect: str | None = None,
     no_energy: str = "",
+    calibrations: Sequence[Calibration] = (),
 ) -> Findings:
     """Study results.
 
     `prices`: money per hour by part of the hardware's name, "" for all; they replace the recorded prices.
     `accept_suspect`: reason for which suspect results may be recommended. `no_energy`: why energy cannot be read on
-    this machine. Raises UsageError if no result can be used, or if a price matches no machine.
+    this machine. `calibrations` are as in `compare`. Raises UsageError if no result can be used, or if a price matches
+    no machine.
     """
     results = _priced(results, prices or {})
     study = study_scaling(results, share)
@@ -70,7 +74,7 @@ def find(
     machines = find_machines(cells)
     focus = choose_focus(cells, machines)
     effects = tuple(quant_effects(cells))
-    choices = tuple(choices_by_model(focus, accept_suspect))
+    choices = tuple(choices_by_model(focus, accept_suspect, Judge(calibrations=tuple(calibrations))))
     across = tuple(compare_machines(cells, machines))
     not_said: list[tuple[str, str]] = []
     sentences = {

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from ...records.cell import Cell
 from ...records.metric import interval_keys
-from ...stats import t_interval
 from ..comparison import UNNAMED
+from ..repetitions import interval_over_units
 from ..summary import hardware_name
 from .cells import Measured, describe, varied_settings
 
@@ -109,7 +109,7 @@ def with_interval(measured: Measured, key: str, scale: float = 1.0) -> tuple[flo
         return None
     low, high = (measured.metrics.get(end) for end in interval_keys(key))
     if low is None or high is None:
-        ends = t_interval(measured.values(key))
+        ends = interval_over_units(measured.result, key, measured.values(key))
         low, high = (min(max(ends[0], 0.0), value), max(ends[1], value)) if ends else (value, value)
     return value * scale, low * scale, high * scale
 

@@ -17,12 +17,18 @@ The backend and registered versions load with this module. A version holds a cop
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import re
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+RELEASE_S = 0.02
+"""Least seconds between two releases of freed memory during a load."""
 
 MOST_NAMES = 3
 """Tensors that an error names."""
@@ -52,15 +58,49 @@ def load(location: str, recipe: Mapping[str, Any], *, device: str, dtype: str, *
         named["quantization_config"] = made(recipe, device)
     # Layers of a mixed model are quantized on their way to the device, which never holds all of it unquantized.
     place = device if layers is None else "cpu"
-    model, report = load_complete(
-        location, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map={"": place}, **named
-    )
-    if "linear" in recipe:
-        _replace_linear(model, recipe["linear"], getattr(torch, dtype))
-    if layers is not None:
-        replace_layers(model, layers, recipe["llm_int8_threshold"], device)
-        model.to(device)
+    asked = dtype if dtype == "auto" else getattr(torch, dtype)
+    with releasing_memory():
+        model, report = load_complete(location, dtype=asked, device_map={"": place}, **named)
+        if "linear" in recipe:
+            _replace_linear(model, recipe["linear"], asked)
+        if layers is not None:
+            replace_layers(model, layers, recipe["llm_int8_threshold"], device)
+            model.to(device)
     return model.eval(), report
+
+
+@contextlib.contextmanager
+def releasing_memory() -> Iterator[None]:
+    """Return freed memory to the system all the time while the block runs, where the C library can (glibc).
+
+    Libraries quantize layer by layer, with temporary tensors that they free. Weights that stay are allocated between
+    them, so that glibc keeps the freed memory and takes new memory for the next layer: for OPT-1.3B in NF4 5 GB, six
+    times its weights. Nothing of the model depends on this.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        trim = None
+    if trim is None:
+        yield
+        return
+    done = threading.Event()
+
+    def release() -> None:
+        pause = RELEASE_S
+        while not done.wait(pause):
+            begun = time.monotonic()
+            trim(0)
+            pause = max(RELEASE_S, 4 * (time.monotonic() - begun))  # at most a fifth of a core
+
+    thread = threading.Thread(target=release, name="release-memory", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        trim(0)
 
 
 def load_complete(location: str, **named: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from ...analysis.comparison import (
     COMPARED,
     NOISE,
     UNTESTED,
+    UNTOLD,
     WORSE,
     Comparison,
     Effect,
@@ -44,7 +45,14 @@ if TYPE_CHECKING:
 
 
 DIRECTIONS = (("higher", "Higher is better →"), ("lower", "← Lower is better"))
-LOOKS = {BETTER: (BLUE, BLUE), WORSE: (RED, RED), ALIKE: (GREY, GREY), NOISE: (GREY, "white"), UNTESTED: (INK, "white")}
+LOOKS = {
+    BETTER: (BLUE, BLUE),
+    WORSE: (RED, RED),
+    ALIKE: (GREY, GREY),
+    NOISE: (GREY, "white"),
+    UNTOLD: (GREY, LIGHT),
+    UNTESTED: (INK, "white"),
+}
 """Effect → colours of its line and of its dot's fill."""
 
 MOST_TOGETHER = 8  # comparisons in one chart of ratios
@@ -126,7 +134,14 @@ def _ratios_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     units = " · ".join(dict.fromkeys(units_text(c) for c in comparisons)) if len(comparisons) < 4 else ""
     subtitle = " · ".join(
         filter(
-            None, ["95 % intervals", units, "paired t test" if first.paired else "Welch's t test", "Holm over metrics"]
+            None,
+            [
+                "95 % intervals",
+                units,
+                "with noise between processes" if any(c.process_noise != (None, None) for c in comparisons) else None,
+                "paired t test" if first.paired else "Welch's t test",
+                "Holm over metrics",
+            ],
         )
     )
     figure, (axes,) = new_figure(f"{other} against {base} · ratios", subtitle, (WIDTH + 1.5, 1.75 + ROW * len(lines)))

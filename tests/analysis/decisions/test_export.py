@@ -92,8 +92,8 @@ def test_the_comment_says_what_was_measured_and_that_another_engine_was_not() ->
     lines = write("vllm").splitlines()
     assert lines[0] == "# models:/support-bot/3: google/gemma-3-270m, quant=bf16, revision c0ffee"
     assert lines[1].startswith(
-        "# Measured with transformers on AMD EPYC: 333.4 output tokens/s, 20 ms to the first token, "
-        "10 ms per token after it, 4 GB"
+        "# Measured with transformers on AMD EPYC: 333.4 output tokens/s, 20 ms to the first token (median), "
+        "10 ms per token after it (mean), 4 GB"
     )
     assert lines[1].endswith("(4 rows, up to 8 + 5 tokens).")
     assert lines[3] == "# vllm is another engine: these figures are not its own. Measure it before you rely on them."

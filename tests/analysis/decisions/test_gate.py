@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,34 +16,44 @@ import yaml
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
-from mlflow_llmbench.analysis.decisions.gate import decide, missing, parse_limits, parse_ratio, single_checks
+from mlflow_llmbench.analysis.decisions import gate as analysis
+from mlflow_llmbench.analysis.decisions.gate import Gate, missing, parse_limits, parse_ratio, single_checks
+from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.cli.main import build_parser, main
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import Hashes, MemoryStages, Quality, RunResult, TextScores
 from mlflow_llmbench.reports.gate import gate_cells, gate_junit, gate_markdown
+from mlflow_llmbench.system import calibrations
 from mlflow_llmbench.tracking.registry import promote, register, result_of
 from mlflow_llmbench.tracking.store import open_store
 
-from ...results import GB, WIGGLE, made, stored, write_sweep
+from ...results import GB, WIGGLE, known_noise, made, stored, write_sweep
 
 ROOT = Path(__file__).resolve().parents[3]
 CHAMPION = made()
+AGAIN = made(ended_ms=3000)
+"""The champion's configuration, measured again with the same figures."""
+
+
+def decide(champion: RunResult, candidate: RunResult, *given: Any, **arguments: Any) -> Gate:
+    """Decide on a machine whose processes are known not to differ."""
+    return analysis.decide(champion, candidate, *given, **{"calibrations": [known_noise(champion)], **arguments})
 
 
 def states(candidate: RunResult, **arguments: object) -> dict[str, str]:
     return {check.key: check.state for check in decide(CHAMPION, candidate, **arguments).checks}  # type: ignore[arg-type]
 
 
-def test_the_champion_passes_against_itself() -> None:
-    gate = decide(CHAMPION, CHAMPION)
+def test_the_champion_passes_when_it_is_measured_again() -> None:
+    gate = decide(CHAMPION, AGAIN)
     assert (gate.verdict, gate.exit_code) == ("pass", 0)
     assert {check.state for check in gate.checks} == {"ok"}
     assert [check.key for check in gate.checks] == [
         "throughput/output_tokens_per_s",
-        "latency/ttft_ms_p50",
+        "latency/ttft_ms_mean",
         "latency/itl_ms_p50",
         "latency/tpot_ms_mean",
-        "latency/e2e_ms_p50",
+        "latency/e2e_ms_mean",
         "memory/host_needed_bytes_peak",
     ]
 
@@ -52,10 +63,10 @@ def test_a_slower_candidate_is_a_regression_in_what_became_slower() -> None:
     assert (gate.verdict, gate.exit_code) == ("regression", 1)
     assert {check.key: check.state for check in gate.checks} == {
         "throughput/output_tokens_per_s": "regression",
-        "latency/ttft_ms_p50": "ok",
+        "latency/ttft_ms_mean": "ok",
         "latency/itl_ms_p50": "regression",
         "latency/tpot_ms_mean": "regression",
-        "latency/e2e_ms_p50": "regression",
+        "latency/e2e_ms_mean": "regression",
         "memory/host_needed_bytes_peak": "ok",
     }
     rate = gate.checks[0]
@@ -88,13 +99,14 @@ def test_a_limit_below_the_noise_threshold_is_held() -> None:
     gate = decide(made(factors=quiet), slower, limit=0.005)
     assert gate.verdict == "regression"
     assert "latency/itl_ms_p50 is 0.8% worse (limit 0.5%)" in gate.why
-    assert decide(made(factors=quiet), slower, limit=0.009).notes == ()
+    assert {check.state for check in decide(made(factors=quiet), slower, limit=0.009).checks} == {"ok"}
 
 
 def test_one_repetition_within_its_limit_is_not_settled() -> None:
     gate = decide(made(factors=(1.0,)), made(factors=(1.0,), step=10.3), accept_suspect="a first look")
     assert [check.state for check in gate.checks] == ["not settled"] * 5 + ["ok"]
-    assert gate.notes[-1].endswith("Measure more repetitions.")
+    assert gate.why == "No regression is shown in 6 metrics, of which 5 are not settled."
+    assert any(note.endswith("Measure more repetitions.") for note in gate.notes)
 
 
 @pytest.mark.parametrize("limit", ["kl=1%", "ttft=1%,perplexity=0", "itl=1%"])
@@ -109,10 +121,12 @@ def test_a_limit_for_what_was_not_measured_stops_the_gate(limit: str) -> None:
             for r in CHAMPION.repetitions
         ),
     )
-    gate = decide(one_token, one_token, parse_limits(limit), accept_suspect="made by hand")
+    gate = decide(
+        one_token, dataclasses.replace(one_token, ended_ms=3000), parse_limits(limit), accept_suspect="made by hand"
+    )
     assert (gate.verdict, gate.exit_code) == ("not_comparable", 2)
     assert f"A limit is given for {parse_limits(limit).popitem()[0]}, and not both runs have it." in gate.why
-    assert decide(CHAMPION, CHAMPION, parse_limits("memory=1%,weights=1%,load=1%,ttft=1%")).verdict == "pass"
+    assert decide(CHAMPION, AGAIN, parse_limits("memory=1%,weights=1%,load=1%,ttft=1%")).verdict == "pass"
 
 
 def test_memory_regresses_beyond_its_limit() -> None:
@@ -125,6 +139,32 @@ def test_memory_regresses_beyond_its_limit() -> None:
         "memory/device_bytes_peak"
     }
     assert decide(on_gpu, CHAMPION).verdict == "not_comparable"
+
+
+def test_a_version_against_itself_has_no_verdict() -> None:
+    reused = dataclasses.replace(CHAMPION, sweep="a later sweep", linked="its run")
+    for candidate in (CHAMPION, reused):
+        gate = decide(CHAMPION, candidate)
+        assert (gate.verdict, gate.exit_code, gate.checks) == ("not_comparable", 2, ())
+        assert gate.why.startswith("Both sides are the same evidence: the candidate's run is the champion's")
+
+
+def test_single_processes_regress_only_beyond_the_noise_between_processes() -> None:
+    """12 % slower: a regression on a machine of known quiet, not settled on one of which nothing is known."""
+    slower = made(step=11.2, ttft=22.4)
+    assert decide(CHAMPION, slower).verdict == "regression"
+    gate = decide(CHAMPION, slower, calibrations=())
+    assert (gate.verdict, {check.state for check in gate.checks[:5]}) == ("pass", {"not settled"})
+    assert gate.why == "No regression is shown in 6 metrics, of which 5 are not settled."
+    assert "llmbench calibrate" in gate.notes[0] and "--measure" in gate.notes[0]
+    assert "a standard deviation of 3 %, which is assumed" in gate.notes[-1]
+
+
+def test_the_gate_shows_the_figures_of_the_runs_under_their_names() -> None:
+    skewed = made(factors=(1.0, 1.0, 1.0, 1.0, 1.4))
+    metrics = summarize(CHAMPION), summarize(skewed)
+    for check in decide(CHAMPION, skewed, accept_suspect="skewed").checks:
+        assert (check.a, check.b) == (metrics[0][check.key], metrics[1][check.key])
 
 
 def test_quality_is_held_too() -> None:
@@ -161,10 +201,12 @@ def test_quality_is_held_too() -> None:
 
 
 def test_perplexities_of_two_texts_are_not_comparable() -> None:
-    def scored(text: str) -> RunResult:
-        return dataclasses.replace(CHAMPION, quality=Quality(text, TextScores(text, 3, 8, 4, ((1.0, 2.0),))))
+    def scored(text: str, ended_ms: int = 3000) -> RunResult:
+        return dataclasses.replace(
+            CHAMPION, ended_ms=ended_ms, quality=Quality(text, TextScores(text, 3, 8, 4, ((1.0, 2.0),)))
+        )
 
-    assert decide(scored("a"), scored("a")).verdict == "pass"
+    assert decide(scored("a"), scored("a", 4000)).verdict == "pass"
     gate = decide(scored("a"), scored("b"))
     assert (gate.verdict, gate.why) == (
         "not_comparable",
@@ -210,7 +252,7 @@ def test_invalid_and_suspect_candidates() -> None:
 
 
 def test_limits_are_read() -> None:
-    assert parse_limits("ttft=10%, memory=0.02") == {"latency/ttft_ms_p50": 0.1, "memory": 0.02}
+    assert parse_limits("ttft=10%, memory=0.02") == {"latency/ttft_ms_mean": 0.1, "memory": 0.02}
     with pytest.raises(UsageError, match="Unknown metric in --limit: speed. Known: throughput, ttft"):
         parse_limits("speed=1%")
     for text in ("much", "-5%", "nan", ""):
@@ -227,7 +269,7 @@ def test_the_junit_file_and_the_markdown() -> None:
         "throughput/output_tokens_per_s",
         "latency/itl_ms_p50",
         "latency/tpot_ms_mean",
-        "latency/e2e_ms_p50",
+        "latency/e2e_ms_mean",
     ]
     markdown = html.unescape(gate_markdown(gate, "models:/bot/1", "run x"))
     assert markdown.startswith("## REGRESSION: run x against models:/bot/1\n")
@@ -242,8 +284,10 @@ def test_the_junit_file_and_the_markdown() -> None:
 
 
 @pytest.fixture
-def champion(store_uri: str, tmp_path: Path) -> str:
-    """A registered champion, support-bot version 1; its run."""
+def champion(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A registered champion, support-bot version 1; its run. The machine's processes are known not to differ."""
+    monkeypatch.setenv("LLMBENCH_CACHE", str(tmp_path / "cache"))
+    calibrations.keep(known_noise(CHAMPION))
     [run] = stored(tmp_path / "first", store_uri, CHAMPION)
     store = open_store(store_uri)
     register(store, run, "support-bot")
@@ -259,11 +303,18 @@ def test_exit_codes_tags_and_files(
     champion: str, store_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client = MlflowClient(store_uri)
-    assert gate_of(champion, "--json") == 0
+    [again] = stored(tmp_path / "again", store_uri, AGAIN)
+    assert gate_of(again, "--json") == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"PASSED: run {champion} against models:/support-bot/1. The candidate is not worse")
+    assert out.startswith(f"PASSED: run {again} against models:/support-bot/1. The candidate is not worse")
     assert json.loads(out.splitlines()[-1])["exit_code"] == 0
-    assert client.get_run(champion).data.tags["llmbench.gate"] == "pass"
+    assert client.get_run(again).data.tags["llmbench.gate"] == "pass"
+    assert gate_of(champion) == 2
+    out = capsys.readouterr().out
+    assert out.startswith(
+        f"NOT COMPARABLE: run {champion} against models:/support-bot/1. Both sides are the same evidence"
+    )
+    assert client.get_run(champion).data.tags["llmbench.gate"] == "not_comparable"
     [slow] = stored(tmp_path / "second", store_uri, made(step=12))
     assert gate_of(slow, "--junit", "gate.xml", "--markdown", "gate.md") == 1
     assert "REGRESSION" in capsys.readouterr().out
@@ -322,7 +373,7 @@ def test_the_verdict_is_kept_with_the_run_that_was_named(
 def test_a_folder_that_no_store_has_is_gated_and_not_logged(
     champion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_sweep(tmp_path / "local", [made()])
+    folder = write_sweep(tmp_path / "local", [AGAIN])
     assert gate_of(str(folder)) == 0
     assert "Not logged: the store" in capsys.readouterr().out
 
@@ -447,7 +498,7 @@ def test_both_are_measured_again_in_turns(
     assert gate_of(liar, "--measure", "--pairs", "4", "--output-dir", str(tmp_path / "gated"), "--json", *more) == 1
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     checks = {check["key"]: check["state"] for check in told["checks"]}
-    assert checks["latency/itl_ms_p50"] == "regression" != checks["latency/ttft_ms_p50"]
+    assert checks["latency/itl_ms_p50"] == "regression" != checks["latency/ttft_ms_mean"]
     client = MlflowClient(store_uri)
     tags = client.get_run(liar).data.tags
     assert (tags["llmbench.gate"], tags["llmbench.gate_measured"]) == ("regression", told["measured"])
@@ -520,5 +571,6 @@ def test_in_turns_what_drifts_meets_both_sides_alike() -> None:
 def test_a_champion_that_is_suspect_now_is_not_believed_either() -> None:
     few = made(factors=WIGGLE[:3])
     assert decide(few, CHAMPION).verdict == "pass"
-    assert decide(few, few, in_turns=True).verdict == "invalid"
-    assert decide(few, few, in_turns=True, accept_suspect="a first look").verdict == "pass"
+    again = dataclasses.replace(few, ended_ms=3000)
+    assert decide(few, again, in_turns=True).verdict == "invalid"
+    assert decide(few, again, in_turns=True, accept_suspect="a first look").verdict == "pass"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -112,6 +114,38 @@ BEFORE: dict[str, dict[str, Any]] = {
     "hqq4": {"class": "hqq", "bits": 4, "group_size": GROUP},
 }
 """`quantization` in the configuration of versions that were registered before recipes were stored."""
+
+
+FRAGMENTS = """
+import ctypes, time
+from mlflow_llmbench.backends.huggingface import recipe
+from mlflow_llmbench.system import memory
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "malloc_trim"):
+    raise SystemExit("no malloc_trim")
+libc.malloc.restype, size = ctypes.c_void_p, 64 * 1024  # below the size that malloc maps by itself
+before = memory.read().anonymous
+blocks = [libc.malloc(size) for _ in range(3200)]
+for block in blocks:
+    ctypes.memset(block, 1, size)
+with recipe.releasing_memory():
+    for block in blocks[::2]:  # every second one stays, as weights do
+        libc.free(ctypes.c_void_p(block))
+    until = time.monotonic() + 60
+    while memory.read().anonymous - before > 0.75 * 3200 * size and time.monotonic() < until:
+        time.sleep(0.01)
+    during = memory.read().anonymous - before
+print(round(during / size / 3200, 1), round((memory.read().anonymous - before) / size / 3200, 1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_is_freed_between_weights_is_returned_while_loading() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    done = subprocess.run([sys.executable, "-c", FRAGMENTS], capture_output=True, text=True, env=environment)
+    if "no malloc_trim" in done.stderr:
+        pytest.skip("this C library has no malloc_trim")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0.5 0.5\n", "")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,61 @@
+"""Calibrations that were kept on this machine: one readable file per hardware, backend and device."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+from ..records.calibration import Calibration
+from ..records.errors import JournalError, first_line
+from ..records.results import from_json, to_json
+from .machine import cache_folder
+
+UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def folder() -> Path:
+    """Return the folder of the calibrations, in `cache_folder`."""
+    return cache_folder() / "calibrations"
+
+
+def keep(calibration: Calibration) -> Path:
+    """Write a calibration, atomically; it replaces an older one of the same key. Return its file.
+
+    Raises JournalError if it cannot be written.
+    """
+    name = "-".join(UNSAFE.sub("_", part) for part in calibration.key)
+    file = folder() / f"{name}.json"
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    told = {
+        "what": "noise between processes of one configuration, as llmbench calibrate measured it",
+        "calibrated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(calibration.ended_ms / 1000)),
+        "relative_sd_between_processes": {key: round(some[-1].sd, 6) for key, some in calibration.spreads.items()},
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({**told, **to_json(calibration)}, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise JournalError(
+            f"The calibration cannot be written to {file}: {first_line(error)}. Give another folder by LLMBENCH_CACHE."
+        ) from None
+    return file
+
+
+def kept() -> tuple[Calibration, ...]:
+    """Return all calibrations kept here, in the order of their names. Raises JournalError for a damaged file."""
+    found = []
+    for file in sorted(folder().glob("*.json")):
+        try:
+            found.append(from_json(Calibration, json.loads(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise JournalError(
+                f"The calibration {file} cannot be read: {first_line(error)}. Delete it, or calibrate again."
+            ) from None
+    return tuple(found)
