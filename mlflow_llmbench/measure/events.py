@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 from ..backends.base import DeviceMemory
 from ..records.errors import JournalError
+from ..records.noise import OMITTED
 from ..records.results import (
-    OMITTED,
     CellMeasurements,
     Divergence,
     LoadInfo,

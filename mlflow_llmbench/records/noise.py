@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .verdicts import SPOILED_CPU_LIMIT
+
+OMITTED: Mapping[str, bool] = {"omitted": True}
+"""Metadata of a field that JSON lacks while its value is None. Any other None is written as null."""
 
 TICK_S = 0.01
 """Step of the kernel's CPU times in /proc/stat, s (USER_HZ)."""
@@ -54,11 +58,11 @@ class Noise:
     power_w: float | None = None
     utilization_ratio: float | None = None
     gpu_memory_errors: int | None = None
-    busy_cpu_s: float | None = None
-    run_delay_s: float | None = None
-    memory_pressure_s: float | None = None
-    quota_throttled_s: float | None = None
-    quota_throttles: int | None = None
+    busy_cpu_s: float | None = field(default=None, metadata=OMITTED)
+    run_delay_s: float | None = field(default=None, metadata=OMITTED)
+    memory_pressure_s: float | None = field(default=None, metadata=OMITTED)
+    quota_throttled_s: float | None = field(default=None, metadata=OMITTED)
+    quota_throttles: int | None = field(default=None, metadata=OMITTED)
 
     @property
     def others_s(self) -> float | None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from .cell import Cell
 from .mixed_plan import QuantPlan
-from .noise import Noise
+from .noise import OMITTED, Noise
 
 SCHEMA = 1
 FIRST_RULES, RULES = 1, 2
@@ -26,9 +26,6 @@ FIRST_RULES, RULES = 1, 2
 client's lateness by fixed limits: results of that time keep the verdict that they were published with."""
 
 T = TypeVar("T")
-
-OMITTED: Mapping[str, bool] = {"omitted": True}
-"""Metadata of a field that JSON lacks while its value is None. Any other None is written as null."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def _torch_folder() -> Path | None:
         found = importlib.util.find_spec("torch")
     except (ImportError, ValueError):
         return None
-    return Path(found.origin).parent if found and found.origin else None
+    origin = getattr(found, "origin", None)
+    return Path(origin).parent if origin else None
 
 
 def _built_for(file: Path) -> dict[str, str]:

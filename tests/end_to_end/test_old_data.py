@@ -191,14 +191,15 @@ def test_a_registered_version_of_old_is_exported(old: Path, capsys: pytest.Captu
     assert str(old / "tiny-llama") in capsys.readouterr().out
 
 
-def test_a_registered_version_of_old_gates_a_candidate(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The candidate is the champion's own run, which differs in nothing."""
+def test_a_registered_version_of_old_is_known_as_the_evidence_of_its_own_run(
+    old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The candidate is the champion's own run, from which no verdict follows."""
     asked = ["gate", champion_run(old), "--against", "models:/bot@champion", "--default-limit", "500%", *BUSY, "--json"]
-    assert main(asked) == 0
+    assert main(asked) == 2
     found = last_json(capsys)
-    checks = {one["key"]: one for one in found["checks"]}
-    assert (found["verdict"], len(checks)) == ("pass", 9)
-    assert checks["memory/host_needed_bytes_peak"]["a"] == 347073152.0
+    assert found["verdict"] == "not_comparable"
+    assert found["why"].startswith("Both sides are the same evidence")
 
 
 @pytest.mark.slow

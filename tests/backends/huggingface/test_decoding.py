@@ -183,7 +183,7 @@ def test_the_estimate_knows_the_decode_path() -> None:
     facts = dataclasses.replace(facts, assistant=dataclasses.replace(MODEL, config=dict(small.config), dtype="float16"))
     assert bytes_of(decode="assisted", batch_size=1) - alone > small.parameters * 2
     rates = {"read_bytes_per_s": 1e10, "flops_per_s": 1e12}
-    one = dataclasses.replace(cell, batch_size=1, output_tokens=111)
+    one = dataclasses.replace(cell, batch_size=1, output_tokens=111, repetitions=5)
     plain, drafted = (
         estimate.least_seconds(c, facts, preset.shape, rates) or 0
         for c in (one, dataclasses.replace(one, decode="prompt_lookup", draft_tokens=10))
