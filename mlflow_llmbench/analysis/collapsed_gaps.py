@@ -22,7 +22,7 @@ SHARED_STEP_MS = 1.0
 """The same in ms where a model serves several requests at once: above it, a short gap is a step without a prefill."""
 
 EARLIER_SHARE = 0.25
-"""Limit of `together_share` for files of earlier versions: of those, only a median that is wrong changes the verdict."""
+"""Limit of `together_share` for files of earlier versions, of which only a wrong median changes the verdict."""
 
 MEDIAN_RATIO = 0.5
 """Least ratio of the median gap of a batch that is decoded alone to its mean gap. Quiet machines have above 0.9."""
