@@ -13,15 +13,10 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
+from mlflow_llmbench.analysis.decisions import recommend as analysis
 from mlflow_llmbench.analysis.decisions.candidates import MEMORY, Limit, Measure, candidates, interval, names_of
-from mlflow_llmbench.analysis.decisions.dominance import dominates
-from mlflow_llmbench.analysis.decisions.recommend import (
-    GOALS,
-    QUALITY_MEASURES,
-    Recommendation,
-    choose,
-    recommend,
-)
+from mlflow_llmbench.analysis.decisions.dominance import Judge
+from mlflow_llmbench.analysis.decisions.recommend import GOALS, QUALITY_MEASURES, Recommendation, choose
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import config_hash
 from mlflow_llmbench.records.cell import Cell
@@ -36,10 +31,20 @@ from mlflow_llmbench.reports.recommendation import (
     recommendation_markdown,
 )
 
-from ...results import GB, WIGGLE
+from ...results import GB, WIGGLE, known_noise
 from ...results import made as result
 
 TTFT = Measure("median time to first token", ("latency/ttft_ms_p50",), "lower")
+
+KNOWN = Judge(calibrations=(known_noise(result()),))
+"""Judge of a machine whose processes are known not to differ."""
+
+
+def recommend(results: Sequence[RunResult], *given: Any, **arguments: Any) -> Recommendation:
+    """Choose among results of machines whose processes are known not to differ."""
+    known = [known_noise(one) for one in results]
+    return analysis.recommend(results, *given, **{"calibrations": known, **arguments})
+
 
 INT4 = result("int4", 1, step=8, memory=2)
 INT8 = result("int8", 1, step=12, memory=4)
@@ -81,7 +86,7 @@ def test_the_front_keeps_what_is_best_at_something() -> None:
 
 
 def test_a_difference_that_chance_explains_dominates_nothing() -> None:
-    wide = (0.93, 0.965, 1.0, 1.035, 1.07)
+    wide = (1.0, 0.93, 1.07, 0.965, 1.035)
     near = result("bf16", factors=wide, step=10.3)
     found = recommend([result("int4", factors=wide), near])
     assert names(found.front) == ["int4", "bf16"]
@@ -184,7 +189,7 @@ def test_suspect_results_take_part_only_if_that_is_accepted() -> None:
         == 'Its verdict is suspect (too_few_samples). Measure it again, or accept it with --accept-suspect "REASON".'
     )
     assert found.changes == (
-        "int4 looks better and is suspect: output throughput 126 tokens/s instead of 73.5 tokens/s. "
+        "int4 looks better and is suspect: output throughput 125 tokens/s instead of 73.5 tokens/s. "
         "If it is measured again and valid, it would win.",
     )
     accepted = recommend([few, INT8], accept_suspect="a first look")
@@ -243,7 +248,7 @@ def test_a_percentile_that_no_test_is_made_of_dominates_nothing() -> None:
         dataclasses.replace(one, metrics={**one.metrics, "latency/ttft_ms_p95": p95})
         for one, p95 in ((a, 21.0), (b, 20.0))
     )
-    assert not dominates(b, a, (GOALS["throughput"], measure), 0.01)
+    assert not Judge().dominates(b, a, (GOALS["throughput"], measure))
     mean = Measure("mean time to first token", ("latency/ttft_ms_mean",), "lower")
     noisy, other = candidates(
         [
@@ -251,9 +256,9 @@ def test_a_percentile_that_no_test_is_made_of_dominates_nothing() -> None:
             result(quant="int4", factors=(0.8, 1.0, 1.2, 0.9, 1.1)),
         ]
     )
-    assert not dominates(other, noisy, (mean,), 0.01)
+    assert not Judge().dominates(other, noisy, (mean,))
     faster = candidates([result(quant="int8"), result(quant="int4", ttft=10)])
-    assert dominates(faster[1], faster[0], (GOALS["throughput"], mean), 0.01)
+    assert KNOWN.dominates(faster[1], faster[0], (GOALS["throughput"], mean))
 
 
 def test_quality_is_a_limit_and_absent_quality_is_not_good_quality() -> None:
