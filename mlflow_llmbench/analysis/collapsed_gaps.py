@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
-from ..records.results import Reason, RequestRecord, RunResult
+from ..records.results import FIRST_RULES, Reason, RequestRecord, RunResult
 from .latency import gaps_ms
 from .repetitions import TOGETHER_SHARE, requests, several_in_a_step
 
@@ -20,6 +20,9 @@ COLLAPSED_RATIO = 0.1
 
 SHARED_STEP_MS = 1.0
 """The same in ms where a model serves several requests at once: above it, a short gap is a step without a prefill."""
+
+EARLIER_SHARE = 0.25
+"""Limit of `together_share` for files of earlier versions, of which only a wrong median changes the verdict."""
 
 MEDIAN_RATIO = 0.5
 """Least ratio of the median gap of a batch that is decoded alone to its mean gap. Quiet machines have above 0.9."""
@@ -64,11 +67,11 @@ def collapsed(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     mean, middle = fmean(gaps), median(gaps)
     own = [median(found) / fmean(found) for r in every if (found := gaps_ms(r)) and fmean(found) > 0]
     shared = result.cell.scenario != "offline"
-    seen = ""
-    if (share := together_share(every, shared)) > TOGETHER_SHARE:
+    seen, limit = "", EARLIER_SHARE if result.rules == FIRST_RULES else TOGETHER_SHARE
+    if (share := together_share(every, shared)) > limit:
         seen = (
             f"{share:.0%} of the tokens came within a tenth of the mean gap after the one before (limit "
-            f"{TOGETHER_SHARE:.0%}; median gap {middle:.3g} ms, mean {mean:.3g} ms)"
+            f"{limit:.0%}; median gap {middle:.3g} ms, mean {mean:.3g} ms)"
         )
     elif not shared and own and (ratio := fmean(own)) < MEDIAN_RATIO:
         seen = (

@@ -11,7 +11,7 @@ from mlflow_llmbench.analysis.decisions.recommend import recommend
 from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.results import RequestRecord, RunResult
+from mlflow_llmbench.records.results import FIRST_RULES, RequestRecord, RunResult
 from mlflow_llmbench.reports.result import row_of
 from mlflow_llmbench.reports.sweep import leaders
 
@@ -73,6 +73,14 @@ def test_gaps_of_a_quiet_machine_are_no_reason(online: bool) -> None:
 def test_few_late_tokens_are_no_reason() -> None:
     gaps = [10.0 if i == 7 else 0.01 if i == 8 else 5.0 for i in range(64)]
     assert codes(with_gaps([gaps] * 5)) == set()
+
+
+def test_files_of_earlier_versions_keep_their_verdict_unless_the_median_is_wrong() -> None:
+    few = with_gaps([[15.0 if i % 10 == 7 else 0.01 if i % 10 == 8 else 5.0 for i in range(64)]] * 5)
+    half = with_gaps([[9.99 if i % 2 else 0.01 for i in range(63)]] * 5)
+    assert codes(few) == codes(half) == {"collapsed_gaps"}
+    assert codes(dataclasses.replace(few, rules=FIRST_RULES)) == set()
+    assert codes(dataclasses.replace(half, rules=FIRST_RULES)) == {"collapsed_gaps"}
 
 
 def test_a_median_far_below_the_mean_is_a_reason_of_a_batch_alone() -> None:
