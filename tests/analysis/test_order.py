@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -201,3 +202,11 @@ def test_quiet_series_are_seldom_called_disturbed_and_their_intervals_are_not_wi
         wider.append((own[1] - own[0]) / (plain[1] - plain[0]))
     assert 1 <= np.median(wider) <= {5: 1, 10: 1, 20: 1.4, 60: 1.2}[n] + 1e-9
     assert LOOKS[0] == 5
+
+
+def test_auto_decides_where_scipy_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's own environment need not have it."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert enough(cell(), repetitions(ALTERNATING[:30]))
+    slow = [1 + 0.004 * np.sin(i / 2) for i in range(45)]
+    assert not enough(cell(), repetitions(slow))
