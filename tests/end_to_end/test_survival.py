@@ -19,6 +19,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from mlflow_llmbench import run
+from mlflow_llmbench.analysis import contention, verdict
+from mlflow_llmbench.analysis.order import order
 from mlflow_llmbench.backends.fake import FakeBackend
 from mlflow_llmbench.measure import journal
 from mlflow_llmbench.measure.events import CellBegun, CellMeasured, Event, ModelLoaded
@@ -308,6 +310,15 @@ def test_cells_that_need_no_less_than_a_failed_one_are_skipped(store_uri: str) -
     assert result.exit_code == 1
 
 
+@pytest.fixture
+def steady_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what the verdict says of the machine, which other tests keep busy: only valid results are reused."""
+    of_the_machine = {*contention.CHECKS, order, verdict._steadiness, verdict._variation}
+    kept = tuple(check for check in verdict.CHECKS if check not in of_the_machine)
+    monkeypatch.setitem(verdict.CHECKS_OF, "offline", kept)
+
+
+@pytest.mark.usefixtures("steady_machine")
 def test_the_same_command_again_measures_only_what_is_missing(store_uri: str, tmp_path: Path) -> None:
     first = fake("ttft_ms=5+itl_ms=5", batch_size="1,2")
     assert {row.verdict.word for row in first.rows if row.verdict} == {"valid"}
@@ -323,6 +334,7 @@ def test_the_same_command_again_measures_only_what_is_missing(store_uri: str, tm
     assert not any("llmbench.linked_run" in runs(store_uri)[run_id].data.tags for run_id in measured.run_ids)
 
 
+@pytest.mark.usefixtures("steady_machine")
 def test_what_was_measured_elsewhere_is_found_in_the_store(store_uri: str) -> None:
     first = fake("ttft_ms=5+itl_ms=5")
     shutil.rmtree(first.folder)
@@ -332,6 +344,7 @@ def test_what_was_measured_elsewhere_is_found_in_the_store(store_uri: str) -> No
     assert found.data.metrics["cost/per_million_tokens"] > 0
 
 
+@pytest.mark.usefixtures("steady_machine")
 def test_what_is_not_valid_or_was_measured_otherwise_is_measured_again(store_uri: str) -> None:
     for script, other in (("ttft_ms=5+itl_ms=5+stop_after=3", {}), ("ttft_ms=5+itl_ms=5", {"seed": 1})):
         fake(script)
@@ -339,6 +352,7 @@ def test_what_is_not_valid_or_was_measured_otherwise_is_measured_again(store_uri
         assert "llmbench.linked_run" not in runs(store_uri)[again].data.tags
 
 
+@pytest.mark.usefixtures("steady_machine")
 def test_the_given_run_of_mlflow_is_filled_with_the_linked_result(
     store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
