@@ -385,8 +385,6 @@ def test_a_sweep_over_ways_of_batching_is_runs_in_mlflow(store_uri: str, tmp_pat
     waste = {name: run.data.metrics["efficiency/padding_waste_ratio"] for name, run in cells.items()}
     assert waste["continuous"] == 0
     assert waste["static"] > 0.2
-    ttft = {name: run.data.metrics["latency/ttft_ms_p50"] for name, run in cells.items()}
-    assert ttft["continuous"] < ttft["static"]
     assert list(tmp_path.rglob("comparison/charts/padding.svg"))
 
 
