@@ -77,6 +77,8 @@ def quieten(result: SweepResult) -> None:
     [file] = result.folder.glob("*/artifacts/result.json")
     known = json.loads(file.read_text())
     first = known["repetitions"][0] | {"noise": None}
+    for request in first["requests"]:  # as the script says, whatever the machine made of it
+        request["stamps_ns"] = [request["t0_ns"] + (2 + i) * 1_000_000 for i in range(len(request["stamps_ns"]))]
     known |= {"repetitions": [first | {"index": number} for number in range(len(known["repetitions"]))], "steady": True}
     file.write_text(json.dumps(known))
 
