@@ -13,12 +13,12 @@ from ipaddress import ip_address
 from statistics import median
 from urllib.parse import urlsplit
 
-from ..records.noise import Noise, finite
+from ..records.noise import Noise
 from ..records.results import FIRST_RULES, Reason, Repetition, RunResult
+from ..records.text import finite
 from ..records.verdicts import FOREIGN_CPU_LIMIT, SPOILED_CPU_LIMIT, VARIATION_LIMIT
 from ..stats import coefficient_of_variation, judge_sequence
-from .latency import e2e_ms, tpot_ms, ttft_ms
-from .repetitions import judged_values, output_rate
+from .repetitions import judged_values, mean_e2e, mean_tpot, mean_ttft, output_rate
 
 RUN_DELAY_LIMIT = 0.05
 """Seconds per second that our threads together may wait for a CPU: as a share, most that it can delay a step that all
@@ -268,20 +268,11 @@ def _compared(result: RunResult) -> Iterator[tuple[str, Callable[[Repetition], f
     if result.cell.scenario != "offline":
         yield "throughput", output_rate
         return
-    yield "time per output token", _time_per_token
+    yield "time per output token", mean_tpot
     lengths = {request.prompt_tokens for r in result.repetitions for request in r.requests}
     if result.cell.history == "none" and len(lengths) == 1:
-        yield "end-to-end latency", lambda r: _mean(map(e2e_ms, r.requests))
-        yield "time to first token", lambda r: _mean(map(ttft_ms, r.requests))
-
-
-def _time_per_token(repetition: Repetition) -> float | None:
-    return _mean(tpot_ms(request) for request in repetition.requests)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+        yield "end-to-end latency", mean_e2e
+        yield "time to first token", mean_ttft
 
 
 CHECKS = (contention, memory, throttling, outliers)

@@ -7,8 +7,8 @@ from statistics import fmean
 
 from ..records.cell import SPECULATIVE
 from ..records.metrics import BANDWIDTH, ENERGY, MBU, MFU, RATE_PER_GB, TOKENS_PER_STEP
-from ..records.noise import finite
 from ..records.results import LoadInfo, RunResult
+from ..records.text import finite
 from . import probe
 from .figures import Figures, mean_of
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms

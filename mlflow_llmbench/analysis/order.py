@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from statistics import fmean
 
-from ..records.results import FIRST_RULES, Reason, Repetition, RunResult
+from ..records.results import FIRST_RULES, Reason, RunResult
 from ..records.verdicts import JUDGED_REPETITIONS, LEAST_REPETITIONS, PERCENTILE_SUPPORT
 from ..stats import Finding, autocorrelation, effective_size, is_correlated, judge_sequence
 from ..stats.sequence import FEW_CHANGE
-from .repetitions import judged_values, own_lengths, process_count
+from .repetitions import by_process, judged_values, own_lengths, process_count
 
 TWO_SPEEDS_SUPPORT = 10
 """Repetitions among which a second speed, taken in 3 of 10, is present with 97 % probability."""
@@ -31,7 +31,7 @@ def order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
 
 
 def _series(result: RunResult) -> Iterator[tuple[str, list[float]]]:
-    processes = _by_process(result)
+    processes = by_process(result)
     if len(processes) < 2:
         yield "repetitions", judged_values(result.cell, result.repetitions)
         return
@@ -39,13 +39,6 @@ def _series(result: RunResult) -> Iterator[tuple[str, list[float]]]:
     yield "processes", [fmean(some) for some in values if some]
     positions = zip(*([value / fmean(some) for value in some] for some in values if some and fmean(some)), strict=False)
     yield "repetitions", [fmean(at) for at in positions]
-
-
-def _by_process(result: RunResult) -> list[list[Repetition]]:
-    found: dict[int, list[Repetition]] = {}
-    for repetition in result.repetitions:
-        found.setdefault(repetition.process, []).append(repetition)
-    return [found[number] for number in sorted(found)]
 
 
 def _sentence(found: Finding, noun: str, count: int, result: RunResult) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..records.noise import Noise, finite
+from ..records.noise import Noise
+from ..records.text import finite
 from ..records.verdicts import FOREIGN_CPU_LIMIT
 from .contention import RUN_DELAY_LIMIT, share, unseen_cpus
 

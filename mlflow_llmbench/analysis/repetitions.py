@@ -66,6 +66,14 @@ def token_gaps(result: RunResult) -> list[float]:
     return [] if several_in_a_step(result) else [gap for request in requests(result) for gap in gaps_ms(request)]
 
 
+def by_process(result: RunResult) -> list[tuple[Repetition, ...]]:
+    """Group the repetitions by the worker process in which they were measured, in the order of the processes."""
+    processes: dict[int, list[Repetition]] = {}
+    for repetition in result.repetitions:
+        processes.setdefault(repetition.process, []).append(repetition)
+    return [tuple(processes[number]) for number in sorted(processes)]
+
+
 def inference_units(result: RunResult) -> list[tuple[Repetition, ...]]:
     """Group the repetitions by the unit of intervals and tests: the process if there are several, else the repetition.
 
@@ -75,12 +83,8 @@ def inference_units(result: RunResult) -> list[tuple[Repetition, ...]]:
     evaluation, OOPSLA 2007; Kalibera & Jones, Rigorous benchmarking in reasonable time, ISMM 2013, whose intervals use
     the means of the highest level that is repeated). Within a single process this effect cannot be seen.
     """
-    processes: dict[int, list[Repetition]] = {}
-    for repetition in result.repetitions:
-        processes.setdefault(repetition.process, []).append(repetition)
-    if len(processes) > 1:
-        return [tuple(processes[number]) for number in sorted(processes)]
-    return [(repetition,) for repetition in result.repetitions]
+    processes = by_process(result)
+    return processes if len(processes) > 1 else [(repetition,) for repetition in result.repetitions]
 
 
 def process_count(result: RunResult) -> int:

@@ -62,7 +62,7 @@ def _counts(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
         )
 
 
-def _order(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
+def _negative_gaps(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]:
     smallest = min((gap for r in requests(result) for gap in gaps_ms(r)), default=0.0)
     if smallest < 0:
         yield Reason(
@@ -166,26 +166,21 @@ def _variation(result: RunResult, metrics: dict[str, float]) -> Iterator[Reason]
         )
 
 
+OF_THE_SERIES: tuple[Check, ...] = (_steadiness, _convergence, _variation, order, collapsed_gaps.collapsed)
+"""Checks of the warm-up, the repetitions, and the gaps in them, in every scenario."""
+
 CHECKS: tuple[Check, ...] = (
     _counts,
     logits,
-    _order,
+    _negative_gaps,
     _together,
     _bandwidth,
-    _steadiness,
-    _convergence,
-    _variation,
-    order,
-    collapsed_gaps.collapsed,
+    *OF_THE_SERIES,
     *contention.CHECKS,
 )
 ONLINE_CHECKS: tuple[Check, ...] = (
-    _order,
-    _steadiness,
-    _convergence,
-    _variation,
-    order,
-    collapsed_gaps.collapsed,
+    _negative_gaps,
+    *OF_THE_SERIES,
     *online_validity.CHECKS,
     contention.of_the_client,
     contention.memory,
@@ -194,12 +189,8 @@ ONLINE_CHECKS: tuple[Check, ...] = (
 STREAM_CHECKS: tuple[Check, ...] = (
     _counts,
     logits,
-    _order,
-    _steadiness,
-    _convergence,
-    _variation,
-    order,
-    collapsed_gaps.collapsed,
+    _negative_gaps,
+    *OF_THE_SERIES,
     *contention.CHECKS,
     online_validity.client,
     online_validity.saturation,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .text import finite
 from .verdicts import SPOILED_CPU_LIMIT
 
 OMITTED: Mapping[str, bool] = {"omitted": True}
@@ -16,11 +17,6 @@ TICK_S = 0.01
 
 TIMER_S = 0.004
 """Usual interval of the kernel's timer interrupt, in which CPU time is counted, s."""
-
-
-def finite(value: float | None) -> float | None:
-    """Return a reading, or None if it is absent or not a number."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

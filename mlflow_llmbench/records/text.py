@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 
 def short_number_text(value: float) -> str:
@@ -24,8 +24,12 @@ def number_text(value: float) -> str:
     return f"{value:.{min(6, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
-def finite(value: Any) -> Any:
-    """Return a value for JSON, which has no infinite numbers: None for a float that is not finite."""
+@overload
+def finite(value: float | None) -> float | None: ...
+@overload
+def finite(value: object) -> Any: ...
+def finite(value: object) -> Any:
+    """Return a value, None for a float that is not finite: JSON has no such numbers, and a reading was not taken."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -45,14 +45,6 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return centre - half, centre + half
 
 
-def relative_half_width(values: Sequence[float]) -> float | None:
-    """Half-width of the 95 % interval of the mean ÷ the mean; None with fewer than 2 values or a mean of 0."""
-    interval = t_interval(values)
-    if interval is None or fmean(values) == 0:
-        return None
-    return (interval[1] - interval[0]) / 2 / abs(fmean(values))
-
-
 def coefficient_of_variation(values: Sequence[float]) -> float | None:
     """Standard deviation ÷ mean; None with fewer than 2 values or a mean of 0."""
     if len(values) < 2 or fmean(values) == 0:

@@ -219,11 +219,8 @@ def _deflation(rest: Sequence[float]) -> float:
     n = len(rest)
     if n < LEAST_CORRELATED:
         return 1.0
-    squares = math.fsum(d * d for d in rest)
-    if not squares:
-        return 1.0
-    lag1 = math.fsum(a * b for a, b in pairwise(rest)) / squares
-    phi = min(max((n * lag1 + 2) / (n - 5), 0.0), MOST_CORRELATION)  # one more parameter than in `autocorrelation`
+    unbiased = (n * _lag1(rest) + 2) / (n - 5)  # one more parameter than in `autocorrelation`
+    phi = min(max(unbiased, 0.0), MOST_CORRELATION)
     return math.sqrt((1 - phi) / (1 + phi))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 from ..records.calibration import Calibration
 from ..records.errors import JournalError, first_line
 from ..records.results import from_json, to_json
-from .machine import cache_folder
+from .machine import cache_folder, replace_text
 
 UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
@@ -29,19 +27,14 @@ def keep(calibration: Calibration) -> Path:
     """
     name = "-".join(UNSAFE.sub("_", part) for part in calibration.key)
     file = folder() / f"{name}.json"
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     told = {
         "what": "noise between processes of one configuration, as llmbench calibrate measured it",
         "calibrated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(calibration.ended_ms / 1000)),
         "relative_sd_between_processes": {key: round(some[-1].sd, 6) for key, some in calibration.spreads.items()},
     }
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**told, **to_json(calibration)}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        replace_text(file, json.dumps({**told, **to_json(calibration)}, indent=1) + "\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise JournalError(
             f"The calibration cannot be written to {file}: {first_line(error)}. Give another folder by LLMBENCH_CACHE."
         ) from None

@@ -212,6 +212,19 @@ JUDGED = "judged"
 """Mark of rates in the cache that an undisturbed probe has measured."""
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all, with its folder. Raises OSError."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def known_peaks() -> dict[str, dict[str, float]]:
     """Return rates measured here before, by hardware, device and threads (see `best_peaks`); empty before the first."""
     known: dict[str, dict[str, float]] = {}
@@ -236,10 +249,7 @@ def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
     kept = best if not found or doubted else best | {JUDGED: 1.0}
     if not doubted and kept != before:
         with contextlib.suppress(OSError):  # an unwritable cache is no reason to stop
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".peaks.{os.getpid()}")
-            temporary.write_text(json.dumps(known | {key: before | kept}, indent=1))
-            temporary.replace(file)
+            replace_text(file, json.dumps(known | {key: before | kept}, indent=1))
     return best if doubted and before.get(JUDGED) else best | found
 
 

@@ -12,9 +12,10 @@ from mlflow_llmbench.analysis.order import correlation, unjudged
 from mlflow_llmbench.analysis.summary import summarize
 from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.measure.stopping import LOOKS, enough
-from mlflow_llmbench.records.results import Hashes, ModelFacts, Noise, Repetition, RunResult
+from mlflow_llmbench.records.results import Noise, Repetition, RunResult
 from mlflow_llmbench.stats import effective_size, is_correlated, judge_sequence, sequence_interval, t_interval
 
+from ..results import made
 from ..worlds import WORLDS, World, cell, repetition, repetitions
 
 ALTERNATING = [1.01, 0.99, 1.005, 0.995, 1.0] * 20
@@ -23,10 +24,7 @@ ALTERNATING = [1.01, 0.99, 1.005, 0.995, 1.0] * 20
 
 def result(rates: list[float], processes: int = 1, **settings: object) -> RunResult:
     every = tuple(dataclasses.replace(one, process=one.index * processes // len(rates)) for one in repetitions(rates))
-    facts = ModelFacts("m", "folder", "/m", "r")
-    return RunResult(
-        cell(**settings), "ok", 0, 1, Hashes("a", "b", "c", "d", "e"), facts, {}, repetitions=every, steady=True
-    )
+    return made(cell=cell(**settings), repetitions=every)
 
 
 def reasons(measured: RunResult) -> dict[str, str]:

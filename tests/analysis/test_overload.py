@@ -14,14 +14,13 @@ from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.results import (
     ClientReadings,
-    Hashes,
     LoadInfo,
-    ModelFacts,
     Repetition,
     RequestRecord,
     RunResult,
 )
 
+from .. import results
 from .queues import Serve, arrivals, shared, synchronous
 
 MS = 1_000_000
@@ -84,18 +83,7 @@ def load(
         arrival=kind,
         repetitions=repetitions,
     )
-    return RunResult(
-        cell,
-        "ok",
-        0,
-        9000,
-        Hashes("c", "w", "h", "s", "e"),
-        ModelFacts("m", "none", "http://h", "x"),
-        {},
-        load=LoadInfo(None),
-        steady=True,
-        repetitions=tuple(made),
-    )
+    return results.made(cell=cell, load=LoadInfo(None), repetitions=tuple(made))
 
 
 def codes(one: RunResult) -> set[str]:
