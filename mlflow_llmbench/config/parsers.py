@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..records import reading
 from ..records.backends import BACKENDS, known_backends
 from ..records.errors import UsageError
 from ..records.quantizations import KV_CACHES, QUANTIZATIONS
+from ..records.reading import Unreadable
 from ..records.redaction import CONTROLS, redact
 from . import server_command
 from .choices import (
@@ -176,8 +178,8 @@ def _parse_text_file(name: str, text: str) -> str:
             f"Give at least {MIN_TEXT_TOKENS} tokens of text."
         )
     try:
-        Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        reading.read_text(text)
+    except Unreadable as error:
         raise UsageError(
             f"Cannot read the text file {text}: {error}. Give {name} a plain text file in UTF-8."
         ) from None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from ..records import reading
 from ..records.backends import capabilities_of
 from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, default_text
 from ..records.errors import UsageError
+from ..records.reading import Unreadable
 from .choices import GRIDS, SLOS
 from .parsers import PARSERS, _nearest, _parse_choice
 from .validation import check_cluster, check_find, check_offline_baseline, check_together
@@ -158,14 +159,11 @@ def read_yaml(path: str) -> dict[str, object]:
 
     Raises UsageError if it cannot be read.
     """
-    import yaml
-
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError) as error:
+        data = reading.read_yaml(path)
+    except Unreadable as error:
         raise UsageError(
-            f"Cannot read parameters from {path}: {str(error).splitlines()[0]}. "
-            "Give a YAML file with one `name: value` per line."
+            f"Cannot read parameters from {path}: {error}. Give a YAML file with one `name: value` per line."
         ) from None
     if not isinstance(data, dict):
         raise UsageError(f"No parameters in {path}. Give a YAML file with one `name: value` per line.")

@@ -7,14 +7,13 @@ checkpoint records how it was made.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..records import cell
+from ..records import cell, reading
 from ..records.cell import Cell, Options
 from ..records.errors import UsageError
 from ..records.parameter import Parameter
@@ -165,5 +164,4 @@ def recorded(folder: str) -> dict[str, str | int | float]:
     file = Path(folder) / RECIPE
     if not file.is_file():
         return {}
-    known: dict[str, str | int | float] = json.loads(file.read_text(encoding="utf-8"))
-    return {f"qat.{name}": value for name, value in known.items()}
+    return {f"qat.{name}": value for name, value in reading.read_facts(file).items()}

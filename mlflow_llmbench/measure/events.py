@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from ..backends.base import DeviceMemory
 from ..records.errors import JournalError
 from ..records.noise import OMITTED
+from ..records.reading import parse_json
 from ..records.results import (
     CellMeasurements,
     Divergence,
@@ -386,7 +387,7 @@ def encode(event: Event) -> str:
 def decode(line: str | bytes) -> Event | None:
     """Return the event of a line; None for an event of a later version. Raises ValueError for a damaged line."""
     try:
-        data = json.loads(line)
+        data = parse_json(line, surrogates=True)
     except ValueError as error:
         raise ValueError(f"This is no event: {line[:80]!r}.") from error
     return from_data(data)

@@ -28,7 +28,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from ..records import reading
 from ..records.errors import JournalError
+from ..records.reading import Unreadable
 from ..records.redaction import redact, redact_all
 from ..records.results import RequestRecord, RunResult, from_json, to_json
 from .events import Event, decode, to_data
@@ -198,7 +200,13 @@ def read_events(path: Path) -> Iterator[Event]:
     Raises JournalError if an earlier line is damaged.
     """
     if path.exists():
-        yield from parse_events(path.read_bytes(), path)
+        try:
+            content = reading.read_bytes(path, reading.MOST_RESULT_BYTES, text=False)  # a power cut leaves zeros
+        except Unreadable as error:
+            raise JournalError(
+                f"Cannot read {path}: {error}. Delete the folder {path.parent}, and measure the cell again."
+            ) from None
+        yield from parse_events(content, path)
 
 
 def parse_events(content: bytes, path: Path) -> Iterator[Event]:
@@ -223,7 +231,7 @@ def read_result(folder: Path) -> RunResult:
     """Read the result of a finished cell. Raises JournalError if there is none or it cannot be read."""
     path = folder / "result.json"
     try:
-        return from_json(RunResult, json.loads(path.read_text(encoding="utf-8")))
+        return from_json(RunResult, reading.read_own_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise JournalError(f"Cannot read the result {path}: {error}. Give the folder of a measured cell.") from None
 

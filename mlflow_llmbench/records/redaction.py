@@ -229,7 +229,11 @@ def _in_files() -> Iterator[str]:
 
 
 def _text_of(file: str) -> str:
+    path = Path(os.path.expanduser(file))
     try:
-        return Path(os.path.expanduser(file)).read_text(encoding="utf-8")
+        if not path.is_file():  # a pipe would be waited for
+            return ""
+        with path.open(encoding="utf-8") as opened:
+            return opened.read(1 << 20)
     except (OSError, UnicodeDecodeError):
         return ""

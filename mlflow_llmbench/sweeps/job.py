@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..measure.journal import write_json
 from ..measure.outcome import GroupOutcome
+from ..records import reading
 from ..records.cell import Cell
 from ..records.errors import JournalError
 from ..records.results import Hashes, ModelFacts, from_json
@@ -71,7 +71,7 @@ def write_job(job: Job) -> None:
 def read_job(folder: Path) -> Job:
     """Read the job that `write_job` wrote into a folder. Raises JournalError."""
     try:
-        known = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        known = reading.read_own_json(folder / "cell.json")
         planned = PlannedCell(
             from_json(Cell, known["cell"]),
             from_json(ModelFacts, known["model"]),

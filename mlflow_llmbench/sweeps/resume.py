@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..config.spec import BenchSpec
 from ..measure import journal, quality_order
+from ..records import reading
 from ..records.errors import JournalError, first_line
 from ..records.invocation import command_text
+from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import SCHEMA, RunResult
 from ..tracking.search import download_result, find_measured
@@ -87,8 +88,8 @@ def _candidates(job: Job, store: Store | None, env_hashes: Sequence[str]) -> Ite
 
 
 def _run_of(folder: Path) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run_id"])
+    with contextlib.suppress(Unreadable, KeyError, TypeError):
+        return str(reading.read_own_json(folder / "run.json")["run_id"])
     return ""
 
 
@@ -115,6 +116,6 @@ def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) 
 
 def _store_of(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "sweep.json").read_text(encoding="utf-8")).get("tracking_uri"))
-    except (OSError, ValueError, AttributeError):
+        return str(reading.read_own_json(folder / "sweep.json").get("tracking_uri"))
+    except (Unreadable, AttributeError):
         return ""

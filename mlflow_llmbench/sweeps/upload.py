@@ -6,7 +6,6 @@ Used when the server was unreachable during the sweep, or to upload from or to a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from ..config.cells import asked_params, sweep_name
 from ..config.spec import BenchSpec, parse
 from ..measure import journal
 from ..measure.outcome import replay
+from ..records import reading
 from ..records.errors import JournalError
 from ..records.results import Failure, RunResult
 from ..reports import artifacts, sweep
@@ -187,7 +187,7 @@ def read_sweep(root: Path) -> tuple[BenchSpec, dict[str, Any]]:
     Raises JournalError.
     """
     try:
-        known = json.loads((root / "sweep.json").read_text(encoding="utf-8"))
+        known = reading.read_own_json(root / "sweep.json")
         return parse(known["parameters"]), {"parent": None, "order": [], **known, "cells": int(known["cells"])}
     except (OSError, ValueError, KeyError, TypeError):
         raise JournalError(
@@ -244,7 +244,7 @@ def _results(root: Path, known: Mapping[str, Any]) -> list[tuple[Job, RunResult]
 def _outcome(root: Path, results: list[RunResult], planned: int) -> str:
     """Return the outcome that the command wrote; without one, derive it from the cells."""
     try:
-        return str(json.loads((root / "ended.json").read_text(encoding="utf-8"))["outcome"])
+        return str(reading.read_own_json(root / "ended.json")["outcome"])
     except (OSError, ValueError, KeyError, TypeError):
         words = {result.outcome for result in results} | ({"interrupted"} if len(results) < planned else set())
     return "ok" if words <= {"ok", "skipped"} else "interrupted" if "interrupted" in words else "error"

@@ -7,6 +7,7 @@ import re
 import time
 from pathlib import Path
 
+from ..records import reading
 from ..records.calibration import Calibration
 from ..records.errors import JournalError, first_line
 from ..records.results import from_json, to_json
@@ -46,7 +47,7 @@ def kept() -> tuple[Calibration, ...]:
     found = []
     for file in sorted(folder().glob("*.json")):
         try:
-            found.append(from_json(Calibration, json.loads(file.read_text(encoding="utf-8"))))
+            found.append(from_json(Calibration, reading.read_own_json(file)))
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise JournalError(
                 f"The calibration {file} cannot be read: {first_line(error)}. Delete it, or calibrate again."

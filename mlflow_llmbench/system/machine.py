@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis import probe
+from ..records import reading
 from ..records.errors import MissingError
 from ..records.invocation import command_text
 from ..records.noise import Noise
@@ -229,7 +230,7 @@ def known_peaks() -> dict[str, dict[str, float]]:
     """Return rates measured here before, by hardware, device and threads (see `best_peaks`); empty before the first."""
     known: dict[str, dict[str, float]] = {}
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads((cache_folder() / "peaks.json").read_text())
+        known = reading.read_own_json(cache_folder() / "peaks.json")
     return known
 
 

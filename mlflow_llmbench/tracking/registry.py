@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -23,6 +22,7 @@ from ..analysis.decisions.gate import PASS
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..measure.journal import read_result
+from ..records import reading
 from ..records.errors import TrackingError, UsageError
 from ..records.invocation import command_text
 from ..records.redaction import redact
@@ -145,7 +145,7 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
     """Return the run of a reference, and the reason for which a recommendation accepted suspect results."""
     if reference.endswith(".json"):
         try:
-            return _winner(store, json.loads(Path(reference).read_text(encoding="utf-8")), reference)
+            return _winner(store, reading.read_own_json(reference), reference)
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"Cannot read the recommendation {reference}: {error}. "
@@ -165,7 +165,7 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
         if RECOMMENDATION in {item.path for item in store.client.list_artifacts(run_id)}:
             with tempfile.TemporaryDirectory() as scratch:
                 path = store.client.download_artifacts(run_id, RECOMMENDATION, scratch)
-                data = json.loads(Path(path).read_text(encoding="utf-8"))
+                data = reading.read_own_json(path)
     if data is None:
         raise UsageError(
             f"The run {run_id} holds neither a result nor a recommendation. "
@@ -352,14 +352,12 @@ def registered_at(store: Store, reference: str) -> Registered:
 
 def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return a version's `model_config` and its pinned requirements. Raises TrackingError."""
-    import yaml
-
     _without_progress_bars()
     with tempfile.TemporaryDirectory() as scratch, plain_errors(store.uri):
         import mlflow.artifacts
 
         folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=scratch, tracking_uri=store.uri))
-        model = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+        model = reading.read_yaml(folder / "MLmodel")
         requirements = (folder / "requirements.txt").read_text(encoding="utf-8").split()
         return dict(model["flavors"]["python_function"]["config"]), tuple(requirements)
 

@@ -8,7 +8,6 @@ be the same configuration: the result is then the difference that this machine s
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..analysis import comparison as comparison_analysis
 from ..analysis.comparison import Comparison
 from ..config.spec import BenchSpec, parse
 from ..measure.journal import read_result
+from ..records import reading
 from ..records.cell import Options, as_text
 from ..records.errors import MeasurementError, UsageError
 from ..records.results import RunResult
@@ -142,4 +142,4 @@ def _require_one_cell(spec: BenchSpec) -> None:
 
 
 def _folders(folder: Path) -> list[str]:
-    return [str(name) for name in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["order"]]
+    return [str(name) for name in reading.read_own_json(folder / "sweep.json")["order"]]

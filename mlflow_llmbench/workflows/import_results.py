@@ -6,7 +6,6 @@ They stand beside our runs and are never compared as if they were ours.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from typing import Any
 from ..analysis.other_tools import Foreign, read_foreign
 from ..analysis.summary import Point
 from ..measure.journal import write_bytes
+from ..records import reading
 from ..records.errors import UsageError
+from ..records.reading import Unreadable
 from ..records.redaction import redact, redact_all
 from ..tracking import runs
 from ..tracking.search import find_tagged
@@ -43,8 +44,8 @@ def import_file(path: str, tracking_uri: str | None = None, experiment: str | No
     content = _read(path)
     try:
         found = read_foreign(_parse(content))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}. Give the JSON file that the program wrote.") from None
+    except Unreadable as error:
+        raise UsageError(f"Cannot read {path}: {error}. Give the JSON file that the program wrote.") from None
     except UsageError as error:
         raise UsageError(f"Cannot import {path}. {error}") from None
     found = list(redact_all(found))
@@ -63,29 +64,24 @@ def import_file(path: str, tracking_uri: str | None = None, experiment: str | No
 
 
 def _parse(content: bytes) -> Any:
-    """Parse JSON, or JSON Lines (`llama-bench -o jsonl`) into the list of their objects. Raises ValueError."""
+    """Parse JSON, or JSON Lines (`llama-bench -o jsonl`) into the list of their objects. Raises Unreadable."""
     try:
-        return json.loads(content)
-    except ValueError:
-        lines = content.strip().split(b"\n")
-        if len(lines) < 2:
+        return reading.parse_json(content)
+    except Unreadable:
+        lines = [line for _, _, line in reading.json_lines(reading.decode(content))]
+        if len(lines) < 2 or None in lines:
             raise
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
-            pass
-        raise
+        return lines
 
 
 def _read(path: str) -> bytes:
     try:
-        if Path(path).stat().st_size > LARGEST:
-            raise UsageError(
-                f"{path} is larger than {LARGEST / 1e6:.0f} MB. Write the result without its individual requests."
-            )
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror}. Give the JSON file that the program wrote.") from None
+        return reading.read_bytes(path, LARGEST)
+    except Unreadable as error:
+        raise UsageError(
+            f"Cannot read {path}: {error}. Give the JSON file that the program wrote, without single requests if it is "
+            "large."
+        ) from None
 
 
 def _log(store: Store, one: Foreign, identity: dict[str, str], file: str, content: bytes) -> str:

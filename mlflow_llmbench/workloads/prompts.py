@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ..config.choices import BUNDLED_TEXT, WORKLOADS
+from ..records import reading
 from ..records.cell import DRAWN, Cell
 from ..records.errors import UsageError
+from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import hash16
 from .traces import read_trace
@@ -186,12 +188,12 @@ def load_prompts(workload: str) -> PromptSet:
         return PromptSet(workload)
     if workload in WORKLOADS:
         text = (resources.files(__package__) / f"{workload}.jsonl").read_text(encoding="utf-8")
-        return PromptSet(workload, *_parse_lines(text, workload))
+        return PromptSet(workload, *_parse_lines(reading.json_lines(text), workload))
     try:
-        text = Path(workload).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = reading.read_json_lines(workload)
+    except Unreadable as error:
         raise UsageError(f"Cannot read workload file {workload}: {error}. Give a UTF-8 JSON Lines file.") from None
-    return PromptSet(Path(workload).stem, *_parse_lines(text, workload))
+    return PromptSet(Path(workload).stem, *_parse_lines(lines, workload))
 
 
 def require_conversations(cell: Cell, prompts: PromptSet) -> None:
@@ -272,26 +274,25 @@ def load_text(name: str) -> Text:
     if name == BUNDLED_TEXT:
         return Text(name, (resources.files(__package__) / "perplexity.txt").read_text(encoding="utf-8"))
     try:
-        return Text(name, Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return Text(name, reading.read_text(name))
+    except Unreadable as error:
         raise UsageError(f"Cannot read the text file {name}: {error}. Give a plain text file in UTF-8.") from None
 
 
-def _parse_lines(text: str, origin: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+def _parse_lines(
+    lines: Iterable[tuple[int, str, Any]], origin: str
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Return the prompts, one per line, and if every line is a conversation also the user's turns of each."""
     prompts, conversations = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line, data in lines:
         try:
-            data = json.loads(line)
             if "messages" in data:
                 messages = _messages(data["messages"], f"{origin}, line {number}")
                 conversations.append(tuple(messages[::2]))
                 prompts.append(plain_dialogue(messages))
                 continue
             prompt = data["prompt"]
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UsageError(

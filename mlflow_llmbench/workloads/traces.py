@@ -7,12 +7,13 @@ milliseconds that never decrease, `input_length` and `output_length`, in tokens.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from ..records import reading
 from ..records.errors import UsageError
+from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import hash16
 
@@ -61,15 +62,13 @@ def read_trace(path: str) -> Recording:
 @functools.lru_cache(maxsize=4)
 def _read(path: str, changed_ns: int, size: int) -> Recording:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = reading.read_json_lines(path)
+    except Unreadable as error:
         raise UsageError(f"Cannot read trace file {path}: {error}. Give a UTF-8 JSON Lines file.") from None
     found: list[Recorded] = []
     first = last = 0.0
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        at_ms, prompt, output = _parse(line, f"{path}, line {number},")
+    for number, line, data in lines:
+        at_ms, prompt, output = _parse(line, data, f"{path}, line {number},")
         first = first if found else at_ms
         if found and at_ms < last:
             raise UsageError(
@@ -83,12 +82,11 @@ def _read(path: str, changed_ns: int, size: int) -> Recording:
     return Recording(tuple(found))
 
 
-def _parse(line: str, where: str) -> tuple[float, int, int]:
-    """Return time in ms, prompt tokens and output tokens of a line."""
+def _parse(line: str, data: Any, where: str) -> tuple[float, int, int]:
+    """Return time in ms, prompt tokens and output tokens of a line and its value."""
     try:
-        data = json.loads(line)
         at, prompt, output = (data[name] for name in ("timestamp", "input_length", "output_length"))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         raise UsageError(
             f"{where} is not a request of a trace: {redact(line)[:60]}. Write {FORM} on each line."
         ) from None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.choices import MIN_TEXT_TOKENS
 from ..config.training import _PROMPT_SETS, Training, _parts
+from ..records import reading
 from ..records.errors import UsageError
-from ..records.redaction import redact
+from ..records.reading import Unreadable
 from ..records.results import hash16
 from .prompts import load_prompts, load_text
 
@@ -91,11 +91,9 @@ def _documents(file: str) -> Sequence[str]:
     Raises UsageError.
     """
     try:
-        lines = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f'Cannot read {file}: {redact(str(error))[:80]}. Write {{"text": "…"}} on each line, in UTF-8.'
-        ) from None
+        lines = [line for _, _, line in reading.read_json_lines(file)]
+    except Unreadable as error:
+        raise UsageError(f'Cannot read {file}: {error}. Write {{"text": "…"}} on each line, in UTF-8.') from None
     texts = [line.get("text") if isinstance(line, dict) else None for line in lines]
     if lines and all(isinstance(text, str) and text.strip() for text in texts):
         return [str(text) for text in texts]

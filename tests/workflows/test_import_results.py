@@ -259,7 +259,7 @@ def test_secrets_in_a_file_are_masked(store_uri: str, tmp_path: Path, capsys: py
     ("content", "message"),
     [
         (None, "Cannot read file.json: No such file or directory."),
-        ("{", "file.json is not JSON: "),
+        ("{", "Cannot read file.json: it is not JSON: "),
         ('{"a": 1}', "Cannot import file.json. It is not a result of a known program."),
     ],
 )

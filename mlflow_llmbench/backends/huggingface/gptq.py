@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...records import reading
 from ...records.cell import DRAWN, Cell
 from ...records.errors import MeasurementError, first_line
 from ...records.quantizations import SCHEMES
@@ -104,7 +105,7 @@ def _quantize_into(folder: Path, cell: Cell, source: str, tokenizer: Any) -> Non
     quantizer.save(quantized, str(folder))
     # optimum writes the configuration before it converts the weights to format version 1, so it names the wrong one.
     config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = reading.read_json(config_file)
     config["quantization_config"] = quantizer.to_dict()
     config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")
     if tokenizer is not None:
@@ -132,5 +133,4 @@ def recorded(folder: str) -> dict[str, str | int | float]:
     file = Path(folder) / RECIPE
     if not file.is_file():
         return {}
-    facts: dict[str, str | int | float] = json.loads(file.read_text(encoding="utf-8"))
-    return facts
+    return reading.read_facts(file)

@@ -24,6 +24,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...config.parsers import read_budget
+from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, NotRealised, UsageError, first_line
 from ...records.mixed_plan import QUANTIZED, Block, QuantPlan, Sensitivity
@@ -74,7 +75,7 @@ def plan_of(cell: Cell, model: ModelFacts) -> QuantPlan:
         return model.quant_plan
     file = _folder(cell, model) / _plan_name(cell)
     try:
-        return from_json(QuantPlan, json.loads(file.read_text(encoding="utf-8")))
+        return from_json(QuantPlan, reading.read_own_json(file))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MeasurementError(
             f"The plan {file} cannot be read: {error}. Delete it, so that it is made again."
@@ -89,7 +90,7 @@ def is_made(cell: Cell, model: ModelFacts) -> bool:
 def read_plan(path: str, model: ModelFacts) -> QuantPlan:
     """Read the `quant_plan.json` of an earlier run. Raises UsageError if it is no plan, or one of another model."""
     try:
-        plan = from_json(QuantPlan, json.loads(Path(path).read_text(encoding="utf-8")))
+        plan = from_json(QuantPlan, reading.read_own_json(path))
         complete = set(plan.schemes) == {block.name for block in plan.sensitivity.blocks} and set(
             plan.schemes.values()
         ) <= {*plan.sensitivity.schemes}
@@ -167,7 +168,7 @@ def make(cell: Cell, model: ModelFacts, source: str, tokenizer: Callable[[], Any
             reference = _logits(loaded, ids)
             known = _folder(cell, model) / "sensitivity.json"
             if known.exists():
-                found = from_json(Sensitivity, json.loads(known.read_text(encoding="utf-8")))
+                found = from_json(Sensitivity, reading.read_own_json(known))
             else:
                 found = _sensitivity(loaded, ids, reference, cell, model, kept, device)
                 _write(known, found)
@@ -224,11 +225,7 @@ def _sensitivity(
     if not groups:
         raise MeasurementError(f"{cell.model} has no linear layers that could be quantized. Use quant=none.")
     partial = _folder(cell, facts) / "blocks.json"  # results of an interrupted measurement
-    blocks = (
-        [from_json(Block, known) for known in json.loads(partial.read_text(encoding="utf-8"))]
-        if partial.exists()
-        else []
-    )
+    blocks = [from_json(Block, known) for known in reading.read_own_json(partial)] if partial.exists() else []
     for number, (name, modules) in enumerate(groups.items(), 1):
         if number > len(blocks):
             print(f"Sensitivity of {name} ({number}/{len(groups)})", file=sys.stderr)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.choices import MIN_TEXT_TOKENS
+from ...records import reading
 from ...records.errors import MeasurementError, NotFinite, UsageError
 from ...records.results import Divergence, ModelFacts, TextScores, hash16
 from ...workloads.prompts import Text, load_prompts
@@ -311,7 +312,7 @@ def read_reference(path: Path) -> Reference:
 
     try:
         with safe_open(path, "pt") as file:
-            known = json.loads(file.metadata()["reference"])
+            known = reading.parse_json(file.metadata()["reference"], surrogates=True)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise MeasurementError(
             f"The reference {path} cannot be read: {error}. Delete it, so that it is computed again."

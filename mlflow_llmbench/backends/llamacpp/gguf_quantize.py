@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ... import PACKAGE_DIR
+from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, ModelError, first_line
 from ...records.quantizations import SCHEMES
@@ -104,8 +105,7 @@ def recorded(file: Path) -> Facts:
     recipe = file.with_suffix(".json")
     if not recipe.is_file() or machine.cache_folder() / "gguf" != file.parent:
         return {}
-    facts: Facts = json.loads(recipe.read_text(encoding="utf-8"))
-    return facts
+    return reading.read_facts(recipe)
 
 
 # The converter
@@ -188,7 +188,7 @@ def architectures(tree: Path) -> set[str]:
 
 
 def _check_architecture(cell: Cell, checkpoint: str) -> None:
-    config = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
+    config = reading.read_json(Path(checkpoint, "config.json"))
     check_architecture(cell, str((config.get("architectures") or ["unknown"])[0]))
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import MissingError, ModelError, first_line
 from ...records.results import ModelFacts, hash16
@@ -120,8 +121,7 @@ def _export(cell: Cell, checkpoint: str, target: str) -> None:
 
 def recorded(folder: Path) -> dict[str, str | int | float]:
     """Return the recorded facts on how a model was made."""
-    facts: dict[str, str | int | float] = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    return facts
+    return reading.read_facts(folder / "recipe.json")
 
 
 def stored(folder: Path, compute_bytes: int) -> Stored:
