@@ -13,6 +13,7 @@ from functools import partial
 from ..analysis import probe
 from ..records.errors import MissingError
 from ..system import machine
+from ..system.python_command import code_command, safe
 from .base import COMMAND_PYTHON
 
 REPEATS = 4
@@ -95,13 +96,11 @@ def measure_peaks_apart() -> dict[str, float]:
     For workers without torch, whose memory it would dominate. Uses the command's interpreter if the worker has another
     one. Raises MissingError if torch does not run there.
     """
-    command = [
-        os.environ.get(COMMAND_PYTHON) or sys.executable,
-        "-c",
-        ASK_PEAKS,
-        str(machine.last_level_cache_bytes() or 0),
-    ]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    python = os.environ.get(COMMAND_PYTHON) or sys.executable
+    command = code_command(python, ASK_PEAKS, str(machine.last_level_cache_bytes() or 0))
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=safe(os.environ)
+    )
     if done.returncode:
         raise MissingError(
             "The best rates of this machine cannot be measured: torch does not run. See `llmbench doctor`."

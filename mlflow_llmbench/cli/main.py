@@ -18,6 +18,7 @@ from .. import __version__
 from ..records.errors import LlmbenchError
 from ..records.invocation import PROGRAM, called_as, invocation_of
 from ..records.redaction import Terminal
+from ..system.python_command import forget_working_directory
 from . import decisions, environment, measure, results
 from .options import Parser, entry_points
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
     `gate` and `reproduce` have further exit codes. `program` is how the user called us.
     """
+    forget_working_directory()
     for name in SIGNALS:
         signal.signal(name, _interrupt)
     with (

@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import PACKAGE_DIR
 from ..records.errors import MeasurementError, MissingError, UsageError
 from ..system import machine, memory
+from ..system.python_command import module_command, variables, without_ours
 
 GRACE_S = 10.0
 """Seconds that a server has to end by itself before it is killed."""
@@ -41,8 +41,8 @@ HEAD_BYTES, TAIL_BYTES = 1 << 16, 3 << 16
 CUT = b"\n[... a part of the log is left out ...]\n"
 
 
-KEEPER = ("-m", "mlflow_llmbench.loadgen.server_process")
-"""Arguments of the interpreter that start a keeper."""
+KEEPER = tuple(module_command(sys.executable, "mlflow_llmbench.loadgen.server_process"))
+"""Command that starts a keeper."""
 
 
 def require_program(program: str) -> str:
@@ -75,16 +75,14 @@ class ServerProcess:
         self.log = log
         self.exit_code: int | None = None  # the server's, once it has ended by itself
         self._unread = b""
-        package_parent = str(PACKAGE_DIR.parent)
-        path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.keeper = subprocess.Popen(
-            [sys.executable, *KEEPER],
+            KEEPER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env=variables(os.environ),
             start_new_session=True,
         )
-        order = {"arguments": list(arguments), "log": str(log), "environment": _environment(package_parent)}
+        order = {"arguments": list(arguments), "log": str(log), "environment": _environment()}
         assert self.keeper.stdin
         with contextlib.suppress(BrokenPipeError):
             self.keeper.stdin.write(json.dumps(order).encode() + b"\n")
@@ -148,14 +146,12 @@ class ServerProcess:
         return found
 
 
-def _environment(package_parent: str) -> dict[str, str]:
-    """Return the server's environment: ours without the client's API key and the path to this package.
+def _environment() -> dict[str, str]:
+    """Return the server's environment: ours without the client's API key and what only our own processes need.
 
     Ours holds no credentials of a store.
     """
-    variables = {name: value for name, value in os.environ.items() if name not in ("LLMBENCH_API_KEY", "PYTHONPATH")}
-    path = os.environ.get("PYTHONPATH", "").removeprefix(package_parent).lstrip(os.pathsep)
-    return variables | ({"PYTHONPATH": path} if path else {})
+    return without_ours({n: value for n, value in os.environ.items() if n != "LLMBENCH_API_KEY"})
 
 
 def log_end(log: Path, lines: int = 6) -> str:

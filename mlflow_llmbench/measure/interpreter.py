@@ -29,11 +29,15 @@ from ..records.errors import LlmbenchError, MeasurementError, MissingError, Usag
 from ..records.redaction import redact, worker_environment
 from ..records.results import ModelFacts, hash16
 from ..system import gpu, machine
+from ..system.python_command import code_command, module_command, safe
+from ..system.python_command import variables as variables_of_ours
 from .events import JobFailed, ModelResolved, decode
 from .task import WorkerJob
 
 MIN_PYTHON = (3, 10)
 """The oldest Python that runs a worker, as in pyproject.toml."""
+
+WORKER = "mlflow_llmbench.measure.worker"
 
 ASK_S, RESOLVE_S = 60.0, 120.0
 
@@ -58,9 +62,9 @@ print(json.dumps(found))
 """Probe that runs in any interpreter, so it must be valid in every Python since 2.6."""
 
 
-def command(python: str | None) -> str:
-    """Return the interpreter of a worker: the requested one, or ours."""
-    return python or sys.executable
+def worker_command(python: str | None) -> list[str]:
+    """Return the command that starts a worker in the requested interpreter, or in ours."""
+    return module_command(python or sys.executable, WORKER)
 
 
 def variables(python: str | None, kept: Mapping[str, str]) -> dict[str, str]:
@@ -69,10 +73,9 @@ def variables(python: str | None, kept: Mapping[str, str]) -> dict[str, str]:
     `kept`: our variables that it may have.
     """
     if python is None:
-        parent = str(PACKAGE_DIR.parent)
-        return {**kept, "PYTHONPATH": os.pathsep.join([parent, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        return variables_of_ours(kept)
     others = {name: value for name, value in kept.items() if name not in OWN_VARIABLES}
-    return {**others, "PYTHONPATH": str(package_folder()), COMMAND_PYTHON: sys.executable}
+    return safe({**others, "PYTHONPATH": str(package_folder()), COMMAND_PYTHON: sys.executable})
 
 
 def package_folder() -> Path:
@@ -131,7 +134,7 @@ def ask_doctor(python: str) -> list[dict[str, Any]]:
     Raises UsageError or MeasurementError.
     """
     examine(python)
-    answer, problem = _ask([python, "-c", ASK_DOCTOR], "", RESOLVE_S, downloads=False)
+    answer, problem = _ask(code_command(python, ASK_DOCTOR), "", RESOLVE_S, downloads=False)
     if not answer:
         raise MeasurementError(f"worker_python={python} cannot be examined: {problem}.")
     items: list[dict[str, Any]] = json.loads(answer)
@@ -148,7 +151,7 @@ def try_import(python: str, backend: str) -> str:
     """
     own = capabilities_of(backend)
     text = f"import os; os.environ.update({dict(own.variables)!r}); import {', '.join(own.heavy)}; print('imported')"
-    return _ask([python, "-c", text], "", ASK_S, downloads=False)[1] if own.heavy else ""
+    return _ask(code_command(python, text), "", ASK_S, downloads=False)[1] if own.heavy else ""
 
 
 @functools.cache
@@ -158,7 +161,7 @@ def examine(python: str, modules: tuple[str, ...] = ()) -> Mapping[str, Any]:
     Raises UsageError if it is not a Python that can run a worker, and MissingError if packages are missing there; each
     message is one line.
     """
-    answer, problem = _ask([python, "-c", ASK, *modules], "", ASK_S, downloads=False)
+    answer, problem = _ask(code_command(python, ASK, *modules), "", ASK_S, downloads=False)
     try:
         found: dict[str, Any] = json.loads(answer)
         version = tuple(found["version"])
@@ -211,7 +214,7 @@ def resolve(cell: Cell) -> ModelFacts:
     python = cell.worker_python
     examine(python, needed_modules(cell))
     job = WorkerJob("resolve", (cell,))
-    answer, problem = _ask([python, "-m", "mlflow_llmbench.measure.worker"], job.to_line(), RESOLVE_S, downloads=True)
+    answer, problem = _ask(worker_command(python), job.to_line(), RESOLVE_S, downloads=True)
     for line in answer.splitlines():
         match decode(line) if line.startswith("{") else None:
             case ModelResolved(model=model):

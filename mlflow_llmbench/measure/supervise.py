@@ -125,7 +125,7 @@ def _start(job: WorkerJob, log_file: Path) -> subprocess.Popen[bytes]:
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
         return subprocess.Popen(
-            [interpreter.command(job.cells[0].worker_python), "-m", "mlflow_llmbench.measure.worker"],
+            interpreter.worker_command(job.cells[0].worker_python),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -255,13 +255,36 @@ def best_peaks(measured: Mapping[str, float], key: str) -> dict[str, float]:
 
 
 def git_commit(folder: str) -> str | None:
-    """Return the commit of the checkout in `folder`, with `-dirty` if it has changes; None outside of a checkout."""
-    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    """Return the commit of the checkout in `folder`, with `-dirty` if it has changes; None outside of a checkout.
+
+    The checkout may be a stranger's, so no command that its own configuration or hooks name is run: file system
+    monitors, filters, and whatever a submodule has. Files that need such a filter count as changed.
+    """
+    off = {"core.fsmonitor": "false", "core.hooksPath": os.devnull}
+    commit = _git(folder, off, "describe", "--always", "--abbrev=40", "--exclude=*")
+    told = _git(folder, off, "config", "--null", "--show-scope", "--name-only", "--get-regexp", r"^filter\.")
+    if commit is None or commit.returncode or told is None:
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    scopes, names = (told.stdout.split("\0")[start::2] for start in (0, 1))
+    off |= {name: "" for scope, name in zip(scopes, names, strict=False) if scope in ("local", "worktree")}
+    quiet = ("--quiet", "--no-ext-diff", "--no-textconv", "--ignore-submodules=dirty")
+    changes = _git(folder, off, "diff", *quiet, "HEAD")
+    dirty = changes is not None and changes.returncode != 0
+    return commit.stdout.strip() + ("-dirty" if dirty else "")
+
+
+def _git(folder: str, settings: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str] | None:
+    """Run git with these settings above all others; None if it does not run."""
+    count = os.environ.get("GIT_CONFIG_COUNT", "")
+    first = int(count) if count.isdecimal() else 0
+    given = {f"GIT_CONFIG_KEY_{first + n}": name for n, name in enumerate(settings)}
+    given |= {f"GIT_CONFIG_VALUE_{first + n}": value for n, value in enumerate(settings.values())}
+    environment = {**os.environ, **given, "GIT_CONFIG_COUNT": str(first + len(settings))}
+    command = ["git", "-C", folder, *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False, env=environment)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
 
 
 @dataclass(frozen=True)

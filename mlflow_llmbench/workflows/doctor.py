@@ -29,6 +29,7 @@ from ..records.invocation import command_text
 from ..records.redaction import redact
 from ..records.text import plural
 from ..system import cgroups, gpu, machine, memory, torch_runtime
+from ..system.python_command import code_command, safe
 
 LITTLE_MEMORY = 2_000_000_000
 LITTLE_DISK = 10_000_000_000
@@ -247,7 +248,7 @@ def hub_item(endpoint: str | None = None, seconds: float = HUB_S) -> Item:
             return Item("Software", "Hugging Face Hub", "limited", f"not asked: {variable} is set", advice)
     address = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     host = urlsplit(address).hostname or "the given address"
-    answer, problem = _ask([sys.executable, "-c", ASK_HUB, address, str(seconds)], seconds)
+    answer, problem = _ask(code_command(sys.executable, ASK_HUB, address, str(seconds)), seconds)
     code = int(answer) if answer else 0
     if 0 < code < 400 or code in (404, 405):  # a mirror need not have a front page
         return Item("Software", "Hugging Face Hub", "ok", f"{host} answers")
@@ -264,7 +265,7 @@ def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), s
 
     torch is imported in a separate process (`command`).
     """
-    answer, problem = _ask(command or [sys.executable, "-c", ASK_TORCH], seconds)
+    answer, problem = _ask(command or code_command(sys.executable, ASK_TORCH), seconds)
     if not answer:
         again = "Try `python -c 'import torch'`. To reinstall it, run: pip install --force-reinstall 'torch>=2.6'"
         return Item("Software", "torch runs", "missing", problem, again, needed=True)
@@ -289,7 +290,9 @@ def torch_item(gpus: Sequence[Mapping[str, Any]], command: Sequence[str] = (), s
 def _ask(command: Sequence[str], seconds: float) -> tuple[str, str]:
     """Return the last line that a process prints and "", or "" and the reason: its last error line, or the timeout."""
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False, env=safe(os.environ)
+        )
     except subprocess.TimeoutExpired:
         return "", f"no answer within {seconds:g} s"
     out, err = (stream.decode(errors="replace").strip().splitlines() for stream in (done.stdout, done.stderr))

@@ -321,7 +321,7 @@ def test_a_killed_command_leaves_no_server_that_is_deaf(store_uri: str, tmp_path
 def test_a_server_that_is_deaf_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_process, "GRACE_S", 0.3)
     code = "from mlflow_llmbench.loadgen import server_process as s; s.GRACE_S = 0.3; raise SystemExit(s.main())"
-    monkeypatch.setattr(server_process, "KEEPER", ("-c", code))
+    monkeypatch.setattr(server_process, "KEEPER", (sys.executable, "-c", code))
     note = tmp_path / "notes.jsonl"
     program = [sys.executable, str(ROOT / "tests" / "launched_server.py"), "--port", "0", "--deaf", "--note", str(note)]
     server = server_process.ServerProcess(program, tmp_path / "server.log")

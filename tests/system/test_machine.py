@@ -78,6 +78,35 @@ def test_git_commit(tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{40}", machine.git_commit(str(tmp_path)) or "")
 
 
+def test_commands_that_a_strangers_checkout_names_are_not_run(tmp_path: Path) -> None:
+    """A folder that was unpacked from an archive can have a `.git` of any content."""
+    folder, trace = tmp_path / "checkout", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / ".gitattributes").write_text("*.txt filter=a=b diff=other\n")
+
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        subprocess.run(["git", *who, *arguments], cwd=folder, check=True)
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "x")
+    clean = machine.git_commit(str(folder))
+    assert re.fullmatch("[0-9a-f]{40}", clean or "")
+    command = f"sh -c 'touch {trace}; cat'"
+    for name in ("core.fsmonitor", "filter.a=b.clean", "filter.a=b.process", "diff.external", "diff.other.textconv"):
+        git("config", name, command)
+    for hook in ("post-index-change", "fsmonitor-watchman"):
+        (folder / ".git/hooks" / hook).write_text(f"#!/bin/sh\ntouch {trace}\n")
+        (folder / ".git/hooks" / hook).chmod(0o755)
+    os.utime(folder / "a.txt", (1e9, 1e9))  # git has to look into it
+    assert machine.git_commit(str(folder)) == clean
+    (folder / "a.txt").write_text("b")
+    assert machine.git_commit(str(folder)) == f"{clean}-dirty"
+    assert not trace.exists()
+
+
 def test_devices_that_are_not_there() -> None:
     if gpu.gpus():
         pytest.skip("this machine has a GPU")

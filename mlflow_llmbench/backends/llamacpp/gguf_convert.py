@@ -1,6 +1,6 @@
 """Run llama.cpp's converter on one checkpoint.
 
-Usage: `python -m mlflow_llmbench.backends.llamacpp.gguf_convert TREE CHECKPOINT TARGET TYPE`
+Usage: `python -m mlflow_llmbench.backends.llamacpp.gguf_convert TREE CHECKPOINT TARGET TYPE TRUSTED`
 
 It uses the classes of `convert_hf_to_gguf.py`, with one addition. A checkpoint without a tokenizer (random weights), or
 with one that the converter does not know, becomes a file without a vocabulary. That is enough for prompts of token ids.
@@ -16,15 +16,20 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "tiktoken.model", "merges.txt")
 
 
-def main(tree: str, checkpoint: str, target: str, kind: str) -> None:
-    """Write the file. Any error ends the process, with its text as the last line of standard error."""
+def main(tree: str, checkpoint: str, target: str, kind: str, trusted: str) -> None:
+    """Write the file. Any error ends the process, with its text as the last line of standard error.
+
+    `trusted`: `true` if code that comes with the checkpoint may run.
+    """
     logging.basicConfig(level=logging.WARNING)
+    trust_code(trusted == "true")
     sys.path[:0] = [tree, str(Path(tree, "gguf-py"))]
     has_tokenizer = any(Path(checkpoint, name).is_file() for name in TOKENIZERS)
     try:
@@ -57,6 +62,19 @@ def _convert(checkpoint: str, target: str, kind: str, with_tokenizer: bool) -> s
         model.write()
         stored = model.gguf_writer.kv_data[0].get("tokenizer.ggml.model")
         return str(stored.value) if stored else "none"
+
+
+def trust_code(trusted: bool) -> None:
+    """Decide for this process whether a checkpoint's own code runs; the converter allows it for some architectures."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    for loader in (AutoConfig, AutoTokenizer):
+        given: Callable[..., Any] = loader.from_pretrained
+
+        def load(*arguments: Any, _given: Callable[..., Any] = given, **settings: Any) -> Any:
+            return _given(*arguments, **{**settings, "trust_remote_code": trusted})
+
+        loader.from_pretrained = load  # type: ignore[method-assign]
 
 
 def _no_vocabulary(kind: Any) -> Any:

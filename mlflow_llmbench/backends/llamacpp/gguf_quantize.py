@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ... import PACKAGE_DIR
 from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, ModelError, first_line
 from ...records.quantizations import SCHEMES
 from ...records.results import ModelFacts, hash16
 from ...system import machine
+from ...system.python_command import module_command, variables
 from ..checkpoints import gguf_file
 
 PACKAGE = "llama-cpp-python"
@@ -211,25 +211,14 @@ def _convert(cell: Cell, checkpoint: str, target: Path, kind: str) -> Facts:
     tree = source_tree()
     if not list(Path(checkpoint).glob("*.safetensors")) and not list(Path(checkpoint).glob("*.bin")):
         raise ModelError(f"{cell.model} has no weights that llama.cpp's converter can read.")
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow_llmbench.backends.llamacpp.gguf_convert",
-        str(tree),
-        checkpoint,
-        str(target),
-        kind,
-    ]
-    variables = {
-        "PYTHONPATH": os.pathsep.join([str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    }
+    module, trusted = "mlflow_llmbench.backends.llamacpp.gguf_convert", str(cell.trust_remote_code).lower()
     done = subprocess.run(
-        command,
+        module_command(sys.executable, module, str(tree), checkpoint, str(target), kind, trusted),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
-        env={**os.environ, **variables},
+        env=variables(os.environ),
     )
     sys.stderr.write(done.stderr[-20_000:])  # to the log of the preparing process
     if done.returncode or not target.is_file():

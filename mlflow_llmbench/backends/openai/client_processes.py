@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ... import PACKAGE_DIR
 from ...loadgen.client import Load, Trace, merge
 from ...records.cell import Cell
 from ...records.errors import MeasurementError
+from ...system.python_command import module_command, variables
 
 HEAD_START_NS = 20_000_000
 """Nanoseconds from the last process's ready message to the common start, which each process must read in time."""
@@ -70,14 +70,9 @@ class ClientProcesses:
     """The client processes. They are started once and serve all later loads of the same number of processes."""
 
     def __init__(self, count: int) -> None:
-        package_parent = str(PACKAGE_DIR.parent)
-        path = os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command, variables = (
-            [sys.executable, "-m", "mlflow_llmbench.backends.openai.client_worker"],
-            {**os.environ, "PYTHONPATH": path},
-        )
+        command = module_command(sys.executable, "mlflow_llmbench.backends.openai.client_worker")
         self.processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables)
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables(os.environ))
             for _ in range(count)
         ]
 

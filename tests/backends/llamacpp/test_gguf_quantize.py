@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -428,6 +431,31 @@ def test_a_checkpoint_without_a_tokenizer_gets_one_that_only_counts(tiny_model: 
         "tokenizer.json",
     }
     assert len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]) == 512
+
+
+def test_a_tokenizers_own_code_does_not_run_because_the_converter_trusts_it(tiny_model: Path, tmp_path: Path) -> None:
+    """llama.cpp's converter gives `trust_remote_code=True` for some architectures."""
+    folder, trace = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tiny_model, folder)
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\nclass Tokenizer: ...\n")
+    own = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    code = (
+        "import contextlib, os, sys; from mlflow_llmbench.backends.llamacpp.gguf_convert import trust_code\n"
+        "from transformers import AutoTokenizer\n"
+        "for trusted in (False, True):\n"
+        "    trust_code(trusted)\n"
+        "    with contextlib.suppress(Exception):\n"
+        "        AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=not trusted)\n"
+        "    print(os.path.exists(sys.argv[2]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(trace)],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_a_failed_making_leaves_nothing(tmp_path: Path) -> None:
