@@ -42,7 +42,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class DrawnCharts:
-    """Written files, each chart as .svg and .png; and (chart, reason) for each that could not be drawn."""
+    """Written files; and (chart, reason) for each chart that could not be drawn."""
 
     files: tuple[Path, ...]
     missing: tuple[tuple[str, str], ...]
@@ -57,7 +57,11 @@ def charts_of(subject: Subject) -> tuple[Chart, ...]:
 
 
 def draw_charts(subject: Subject, data: object, folder: Path) -> DrawnCharts:
-    """Write every chart of a subject as .svg and .png in `folder`, which is created if there is one."""
+    """Write every chart of a subject in `folder`, which is created if there is one.
+
+    Charts are written as .svg and .png, those of a cell only as .svg: a PNG would take most of the parent's time for a
+    cell, and the MLflow UI shows both.
+    """
     files: list[Path] = []
     missing: list[tuple[str, str]] = []
     with chart_style():
@@ -67,5 +71,5 @@ def draw_charts(subject: Subject, data: object, folder: Path) -> DrawnCharts:
                 missing.append((chart.name, drawing))
                 continue
             figures = drawing if isinstance(drawing, Mapping) else {chart.name: drawing}
-            files += [file for name, figure in figures.items() for file in save_figure(figure, folder, name)]
+            files += [file for name, figure in figures.items() for file in save_figure(figure, folder, name, subject != "cell")]
     return DrawnCharts(tuple(files), tuple(missing))

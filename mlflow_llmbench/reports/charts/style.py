@@ -70,13 +70,26 @@ def chart_style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as `<name>.svg` and `<name>.png` in `folder`, which is created; return both files."""
+def save_figure(figure: Figure, folder: Path, name: str, png: bool = True) -> list[Path]:
+    """Write a figure as `<name>.svg`, and with `png` also as `<name>.png`, in `folder`, which is created.
+
+    Returns the files. The layout is computed once, and the canvases are called directly: `Figure.savefig` draws each
+    file twice.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    figure.set_layout_engine("none")  # the layout is fixed; computing it again would take a third of the time
-    figure.savefig(folder / f"{name}.png", dpi=DPI)
-    return [folder / f"{name}.svg", folder / f"{name}.png"]
+    files = [folder / f"{name}.svg"]
+    if layout := figure.get_layout_engine():
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+    FigureCanvasSVG(figure).print_svg(files[0], metadata={"Date": None})
+    if png:
+        files.append(folder / f"{name}.png")
+        figure.set_dpi(DPI)
+        FigureCanvasAgg(figure).print_png(files[1])
+    return files
 
 
 def new_figure(

@@ -51,7 +51,7 @@ def folder_of_one_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.mark.usefixtures("folder_of_one_chart")
 def test_a_new_module_is_all_that_a_chart_needs(tmp_path: Path) -> None:
     drawn = draw_charts("cell", [1.0, 2.0], tmp_path)
-    assert [file.name for file in drawn.files] == ["stamps.svg", "stamps.png"]
+    assert [file.name for file in drawn.files] == ["stamps.svg"]
     assert drawn.missing == (("never", "never is late"),)
     assert draw_charts("cell", [], tmp_path / "none").missing[0] == ("stamps", "nothing was measured")
     assert not (tmp_path / "none").exists()
