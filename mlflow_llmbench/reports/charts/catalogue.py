@@ -71,5 +71,9 @@ def draw_charts(subject: Subject, data: object, folder: Path) -> DrawnCharts:
                 missing.append((chart.name, drawing))
                 continue
             figures = drawing if isinstance(drawing, Mapping) else {chart.name: drawing}
-            files += [file for name, figure in figures.items() for file in save_figure(figure, folder, name, subject != "cell")]
+            files += [
+                file
+                for name, figure in figures.items()
+                for file in save_figure(figure, folder, name, subject != "cell")
+            ]
     return DrawnCharts(tuple(files), tuple(missing))
