@@ -25,6 +25,15 @@ _COSTS_OTHERWISE = (  # experts, latent or shared attention, state spaces, encod
     "ssm_cfg",
     "is_encoder_decoder",
 )
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_SIZES = (*_LAYERS, *_HIDDEN, *_HEADS, *_CONTEXT, *_KV_HEADS, *_INTERMEDIATE,
+          "vocab_size", "head_dim", "word_embed_proj_dim", "sliding_window", "sliding_window_pattern")  # fmt: skip
+_LARGEST_SIZE = 1 << 40
 _GEMMA3_LEFT_OUT = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -76,21 +85,13 @@ class Shape:
         """
         config = _decoder_part(config)
         family = str(config.get("model_type", ""))
-        layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-        hidden = _size(config, "hidden_size", "n_embd", "n_embed", "d_model")
-        heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        layers = _size(config, *_LAYERS)
+        hidden = _size(config, *_HIDDEN)
+        heads = _size(config, *_HEADS)
         vocab = _size(config, "vocab_size")
         if not (layers and hidden and heads and vocab) or _costs_otherwise(config):
             return None
-        context = _size(
-            config,
-            "max_position_embeddings",
-            "n_positions",
-            "max_sequence_length",
-            "max_seq_len",
-            "seq_length",
-            "n_ctx",
-        )
+        context = _size(config, *_CONTEXT)
         window, sliding_layers = _sliding(config, family, layers, context)
         one_kv_head = config.get("multi_query") and not config.get("new_decoder_architecture")
         activation = str(config.get("hidden_act") or config.get("activation_function") or "silu")
@@ -101,9 +102,9 @@ class Shape:
             attention_heads=heads,
             vocab_size=vocab,
             context=context,
-            kv_heads=1 if one_kv_head else _size(config, "num_key_value_heads", "num_kv_heads") or heads,
+            kv_heads=1 if one_kv_head else _size(config, *_KV_HEADS) or heads,
             head_dim=_size(config, "head_dim") or hidden // heads,
-            intermediate_size=_size(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * hidden,
+            intermediate_size=_size(config, *_INTERMEDIATE) or 4 * hidden,
             tied=bool(config.get("tie_word_embeddings", gemma or family in _TIED_UNLESS_SAID)),
             gated_mlp=gemma or (family not in _PLAIN_MLP and activation.startswith(("silu", "swi"))),
             embedding_dim=_size(config, "word_embed_proj_dim") or hidden,
@@ -217,6 +218,44 @@ class Shape:
     def _positions_held(self, tokens: int) -> int:
         in_window = tokens if self.sliding_window is None else min(tokens, self.sliding_window)
         return (self.layers - self.sliding_layers) * tokens + self.sliding_layers * in_window
+
+
+_TYPES: tuple[tuple[str, tuple[type, ...], tuple[str, ...]], ...] = (
+    ("an object", (dict,), ("quantization_config", "compression_config", "text_config", "auto_map", "rope_scaling",
+                            "rope_parameters", "vision_config", "audio_config")),
+    ("a list of texts", (list,), ("architectures", "layer_types")),
+    ("a text", (str, dict), ("dtype", "torch_dtype")),
+    ("a text", (str,), ("model_type", "hidden_act", "activation_function")),
+    ("true or false", (bool, int), ("tie_word_embeddings", "is_decoder", "is_encoder_decoder", "use_sliding_window",
+                                    "multi_query", "new_decoder_architecture")),
+    ("a whole number or a list of them", (int, list), ("eos_token_id", "bos_token_id", "pad_token_id")),
+    ("a whole number", (int, float, list), (*_SIZES, "max_window_layers")),
+)  # fmt: skip
+"""Name of a type, the types of Python that pass for it, and keys of a config.json that have it, or null. Some models
+have a size for each layer, in a list, and no estimate."""
+
+
+def wrong_type(config: Mapping[str, Any]) -> str | None:
+    """Say which value of a parsed `config.json` has the wrong type, or is beyond all sizes; None if none has."""
+    text = config.get("text_config")
+    for part, place in ((config, ""), (text if isinstance(text, Mapping) else {}, "text_config.")):
+        for wanted, types, keys in _TYPES:
+            for key in keys:
+                value = part.get(key)
+                if value is not None and value is not False and not _has_type(value, types):
+                    return f"{place}{key} is {str(value)[:40]}, which is not {wanted}"
+                if isinstance(value, int) and abs(value) > _LARGEST_SIZE:
+                    return f"{place}{key} is {str(value)[:40]}, beyond every model"
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return None if method is None or isinstance(method, str) else f"its quant_method is {str(method)[:40]}, not a text"
+
+
+def _has_type(value: object, types: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in types
+    if isinstance(value, list) and list in types:
+        return all(isinstance(one, str if types == (list,) else int | float) for one in value)
+    return isinstance(value, types)
 
 
 def memory_estimate(

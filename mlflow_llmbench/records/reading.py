@@ -54,7 +54,18 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Unreadable(ValueError):
-    """A file or text cannot be read. The message says why, in words that fit after the file's name and a colon."""
+    """A file or text cannot be read. The message says why, in words that fit after the file's name and a colon.
+
+    `advises`: it also says what to do.
+    """
+
+    advises = False
+
+
+class LfsPointer(Unreadable):
+    """A file is what Git leaves in place of one that its Large File Storage keeps."""
+
+    advises = True
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -91,7 +102,7 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES, text: bool 
                 raise Unreadable(f"it has {size:,} bytes, and at most {most:,} are read")
             head = file.read(4096)
             if head.startswith(LFS_POINTER):
-                raise Unreadable(FROM_LFS)
+                raise LfsPointer(FROM_LFS)
             if text and b"\0" in head and not head.startswith(tuple(mark for mark, _ in _WIDE)):
                 raise Unreadable("it is no text: it holds zero bytes")
             return head + file.read(max(0, size - len(head)))
@@ -250,4 +261,4 @@ def require_file(path: Path, most: int = MOST_BYTES) -> None:
         if size > most:
             raise Unreadable(f"it has {size:,} bytes, and at most {most:,} are read")
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise Unreadable(FROM_LFS)
+            raise LfsPointer(FROM_LFS)

@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ...config import model_shape
+from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError
 from ...records.quantizations import SCHEMES
+from ...records.reading import Unreadable
 from ...records.results import ModelFacts
 from . import architectures
 
 SAMPLES, BLOCK_BYTES = 128, 1 << 14
 MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+MOST_WEIGHT_BYTES, MOST_CONFIG_BYTES = 1 << 50, 20_000_000
+SMALL_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+BY_TOKENIZERS = ("tokenizer.json", "vocab.json")
+ADVICE = "Download the model again"
 
 
 def read_facts(
@@ -28,14 +34,8 @@ def read_facts(
     Raises ModelError if it cannot be read, needs its own code, or is of a model that does not generate text, and
     UsageError if it would be quantized a second time.
     """
-    try:
-        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The configuration of {cell.model} cannot be read: {error}. Download the model again."
-        ) from None
+    config = _read_config(cell, config_file)
+    _require_readable(cell, config_file.parent)
     if not cell.trust_remote_code and (code := _code_in(config)):
         raise ModelError(
             f"The model {cell.model} brings code of its own ({code}), which is not run unless you say so. Read it, "
@@ -53,7 +53,40 @@ def read_facts(
     shape = model_shape.Shape.from_config(config)
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     name = cell.model if source != "folder" else Path(location).name
+    dtype = dtype if isinstance(dtype, str) else None
     return ModelFacts(name, source, location, revision, config, dtype, shape.context if shape else None, files_bytes)
+
+
+def _read_config(cell: Cell, file: Path) -> dict[str, Any]:
+    """Return the configuration of a checkpoint. Raises ModelError if it cannot be one."""
+    try:
+        config = reading.read_json(file, MOST_CONFIG_BYTES)
+        if not isinstance(config, dict):
+            raise Unreadable("it is not a JSON object")
+        if wrong := model_shape.wrong_type(config):
+            raise Unreadable(wrong)
+    except Unreadable as error:
+        raise _unreadable(f"The configuration of {cell.model}", error) from None
+    return config
+
+
+def _require_readable(cell: Cell, folder: Path) -> None:
+    """Raise ModelError if transformers would wait for one of a checkpoint's small files, or run out of memory by it.
+
+    Tokenizer and vocabulary are read by a library that has limits of its own.
+    """
+    for file in sorted(path for path in folder.iterdir() if path.suffix in SMALL_FILES):
+        try:
+            reading.require_file(file)
+            if file.suffix == ".json" and file.name not in BY_TOKENIZERS:
+                reading.read_json(file, surrogates=True)
+        except Unreadable as error:
+            raise _unreadable(f"The file {file.name} of {cell.model}", error) from None
+
+
+def _unreadable(what: str, error: Unreadable) -> ModelError:
+    """Return the error for a file of a model that cannot be read, with what to do."""
+    return ModelError(f"{what} cannot be read: {error}." + ("" if error.advises else f" {ADVICE}."))
 
 
 def no_text(cell: Cell, why: str) -> ModelError:
@@ -102,49 +135,61 @@ def weight_names(names: Iterable[str]) -> set[str]:
 
 def is_complete(folder: Path) -> bool:
     """Return True if a model folder has all its weights: every shard of one of its indices, or a single file."""
-    indices = [json.loads(index.read_text(encoding="utf-8"))["weight_map"] for index in folder.glob("*.index.json")]
+    indices = [_shards(index) for index in folder.glob("*.index.json")]
     if indices:
-        return any(all((folder / shard).exists() for shard in set(shards.values())) for shards in indices)
+        return any(all((folder / shard).exists() for shard in shards) for shards in indices)
     return (folder / "model.safetensors").exists() or (folder / "pytorch_model.bin").exists()
 
 
 def require_whole(name: str, folder: Path) -> None:
     """Raise ModelError if a weight file of a model's folder is missing or cut off. Only their headers are read."""
-    advice = "Download the model again"
     for index in sorted(folder.glob("*.index.json")):
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(
-                f"The index {index.name} of {name} cannot be read: {type(error).__name__}. {advice}."
-            ) from None
+            shards = _shards(index)
+        except Unreadable as error:
+            raise _unreadable(f"The index {index.name} of {name}", error) from None
         absent = sorted(shard for shard in shards if not (folder / shard).is_file())
         if absent and not is_complete(folder):
             raise ModelError(
                 f"The model {name} lacks {len(absent)} of its {len(shards)} weight files: {', '.join(absent[:3])}. "
-                f"{advice}, or copy them."
+                f"{ADVICE}, or copy them."
             )
     for file in sorted(folder / one for one in weight_names(path.name for path in folder.iterdir())):
-        size, needed = file.stat().st_size, _bytes_needed(file)
+        try:
+            size, needed = file.stat().st_size, _bytes_needed(file)
+        except (OSError, Unreadable) as error:
+            why = error if isinstance(error, Unreadable) else Unreadable(error.strerror)
+            raise _unreadable(f"The weight file {file.name} of {name}", why) from None
         if needed is None:
-            raise ModelError(f"The weight file {file.name} of {name} cannot be read: its header is damaged. {advice}.")
+            raise ModelError(f"The weight file {file.name} of {name} cannot be read: its header is damaged. {ADVICE}.")
         if size < needed:
             raise ModelError(
                 f"The weight file {file.name} of {name} is cut off: it has {size:,} bytes, and its tensors end at "
-                f"{needed:,}. {advice}."
+                f"{needed:,}. {ADVICE}."
             )
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the weight files that an index names. Raises Unreadable."""
+    data = reading.read_json(index)
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not all(
+        isinstance(shard, str) and "\0" not in shard for shard in shards.values()
+    ):
+        raise Unreadable("it has no weight_map from tensors to files")
+    return set(shards.values())
 
 
 def _bytes_needed(file: Path) -> int | None:
     """Return the bytes that a weight file needs by its header, None if that cannot be read.
 
     A safetensors file begins with the length of its header (8 bytes, little endian), which has each tensor's place. A
-    pickle of today is a zip archive, whose directory is at its end.
+    pickle of today is a zip archive, whose directory is at its end. Raises Unreadable.
     """
-    if file.suffix != ".safetensors":
-        with file.open("rb") as opened:
+    reading.require_file(file, most=MOST_WEIGHT_BYTES)
+    with reading.open_file(file) as opened:
+        if file.suffix != ".safetensors":
             return None if opened.read(2) == b"PK" and not zipfile.is_zipfile(file) else 0
-    with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if not 2 <= length <= MOST_HEADER_BYTES:
             return None
@@ -152,7 +197,7 @@ def _bytes_needed(file: Path) -> int | None:
     if len(text) < length:
         return 8 + length
     try:
-        header = json.loads(text)
+        header = reading.parse_json(text, surrogates=True)
         return 8 + length + max((one["data_offsets"][1] for k, one in header.items() if k != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -173,7 +218,7 @@ def content_hash(files: Sequence[Path]) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
+        with reading.open_file(file) as opened:
             digest.update(opened.read(1 << 20))
             for number in range(SAMPLES):
                 opened.seek(size * number // SAMPLES)

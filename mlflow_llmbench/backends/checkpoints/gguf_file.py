@@ -6,7 +6,7 @@ are counted, not kept, so a header is read in a fraction of a second, before any
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
 import struct
 from collections import Counter
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...records import reading
 from ...records.errors import ModelError
 
 TYPES: Mapping[int, tuple[str, int, int]] = {
@@ -60,7 +61,14 @@ STRING, ARRAY = 8, 9
 LONGEST_ARRAY_KEPT = 4096
 """Longest array whose values are kept: enough for one value per layer, too short for a vocabulary."""
 
-LONGEST_STRING = 1 << 28
+LONGEST_STRING = 1 << 24
+MOST_HEADER_BYTES = 1 << 27
+MOST_TENSORS, MOST_KEYS, MOST_ENTRIES, MOST_DIMENSIONS = 200_000, 100_000, 4_000_000, 8
+MOST_ALIGNMENT = 1 << 20
+LAST_TYPE = 255
+"""Limits of a header, some ten times the largest that are published: 46,848 tensors, and vocabularies of 262,144 words
+with 514,906 merges. Types beyond the last are no types of a later version."""
+
 PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -76,10 +84,7 @@ class Tensor:
     @property
     def count(self) -> int:
         """Number of values."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return math.prod(self.shape)
 
     @property
     def type_name(self) -> str:
@@ -113,8 +118,7 @@ class Header:
     @property
     def context(self) -> int | None:
         """Context length of the model in tokens."""
-        found = self.of_model("context_length")
-        return found if isinstance(found, int) and found > 0 else None
+        return self._count("context_length")
 
     @property
     def has_tokenizer(self) -> bool:
@@ -173,19 +177,19 @@ class Header:
 
         Valid while no sliding window is full. None if it does not follow from the header.
         """
-        layers, heads = self.of_model("block_count"), self.of_model("attention.head_count")
-        kv_heads = self.of_model("attention.head_count_kv") or heads
-        hidden = self.of_model("embedding_length")
-        if (
-            not isinstance(layers, int)
-            or not isinstance(heads, int)
-            or not isinstance(hidden, int)
-            or self.of_model("attention.kv_lora_rank")
-        ):
+        layers, heads, hidden = map(self._count, ("block_count", "attention.head_count", "embedding_length"))
+        if layers is None or heads is None or hidden is None or self.of_model("attention.kv_lora_rank"):
             return None
-        key, value = (self.of_model(f"attention.{name}_length") or hidden // heads for name in ("key", "value"))
-        total = sum(kv_heads) if isinstance(kv_heads, list) else layers * int(kv_heads)
-        return int(total * (key + value))
+        key, value = (self._count(f"attention.{name}_length") or hidden // heads for name in ("key", "value"))
+        kv_heads = self.of_model("attention.head_count_kv")
+        if isinstance(kv_heads, list):
+            return sum(kv_heads) * (key + value) if all(type(one) is int for one in kv_heads) else None
+        return layers * (self._count("attention.head_count_kv") or heads) * (key + value)
+
+    def _count(self, key: str) -> int | None:
+        """Return the value of one of the architecture's keys that is a positive whole number, else None."""
+        found = self.of_model(key)
+        return found if type(found) is int and found > 0 else None
 
     def as_config(self) -> dict[str, Any]:
         """Return the sizes under the names of a `config.json`, for `models.Shape`. Absent values are left out."""
@@ -217,7 +221,7 @@ def parts_of(path: Path) -> list[Path]:
     part = PART.match(path.name)
     if part is None:
         return [path]
-    if int(part["number"]) != 1:
+    if int(part["number"]) != 1 or int(part["count"]) < 1:
         raise ModelError(
             f"{path.name} is not the first part of a split model. Give {part['stem']}-00001-of-{part['count']}.gguf."
         )
@@ -234,63 +238,94 @@ def read_header(path: Path) -> Header:
     tensors: list[Tensor] = []
     try:
         for number, part in enumerate(parts_of(path)):
-            with part.open("rb") as file:
-                found, counts, held = _Reader(file).header(part.stat().st_size)
+            with reading.open_file(part) as file:
+                found, counts, held = _Reader(file, part.stat().st_size).header()
             if number == 0:
                 metadata, lengths = found, counts
             tensors += held
-    except (OSError, struct.error, ValueError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise ModelError(f"{path} is not a readable GGUF file: {error}. Download it again.") from None
     return Header(metadata, lengths, tuple(tensors))
 
 
 class _Reader:
-    """Read the fields of one file in their order."""
+    """Read the fields of one file in their order. Whatever counts and lengths it claims, no read passes its limits."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, file: BinaryIO, file_bytes: int) -> None:
+        self.file, self.file_bytes = file, file_bytes
+        self.position = self.entries = 0
 
-    def header(self, file_bytes: int) -> tuple[dict[str, Any], dict[str, int], list[Tensor]]:
-        if self.file.read(4) != b"GGUF":
+    def header(self) -> tuple[dict[str, Any], dict[str, int], list[Tensor]]:
+        magic = self.take(4)
+        if magic != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         version, tensor_count, key_count = self.number("I"), self.number("Q"), self.number("Q")
         if version not in (2, 3):
             raise ValueError(f"its version is {version}; only 2 and 3 are supported")
+        if tensor_count > MOST_TENSORS or key_count > MOST_KEYS:
+            raise ValueError(f"it claims {tensor_count:,} tensors and {key_count:,} keys")
         metadata: dict[str, Any] = {}
         lengths: dict[str, int] = {}
         for _ in range(key_count):
             key = self.text()
+            if key in metadata:
+                raise ValueError(f"the key {key[:80]} is in it twice")
             kind = self.number("I")
             metadata[key] = self.array(key, lengths) if kind == ARRAY else self.value(kind)
-        infos = []
-        for _ in range(tensor_count):
-            name = self.text()
-            shape = tuple(self.number("Q") for _ in range(self.number("I")))
-            infos.append((name, shape, self.number("I"), self.number("Q")))
-        alignment = int(metadata.get("general.alignment", 32))
-        begin = -(-self.file.tell() // alignment) * alignment
-        ends = [*sorted(offset for *_, offset in infos), file_bytes - begin]
-        following = dict(itertools.pairwise(ends))
-        tensors = [
-            Tensor(name, shape, kind, _stored(shape, kind, following[offset] - offset))
-            for name, shape, kind, offset in infos
-        ]
-        if (
-            tensors
-            and begin + max(offset + tensor.stored_bytes for (*_, offset), tensor in zip(infos, tensors, strict=True))
-            > file_bytes
-        ):
-            raise ValueError("it ends before its last tensor")
+        infos = [self.tensor_info() for _ in range(tensor_count)]
+        if len({name for name, *_ in infos}) < len(infos):
+            raise ValueError("two tensors in it have the same name")
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+            raise ValueError(f"its alignment is {str(alignment)[:40]}, which is no power of two")
+        begin = -(-self.position // alignment) * alignment
+        ends = [*sorted(offset for *_, offset in infos)[1:], self.file_bytes - begin]
+        room = dict(zip(sorted(range(len(infos)), key=lambda number: infos[number][3]), ends, strict=False))
+        tensors = []
+        for number, (name, shape, kind, offset) in enumerate(infos):
+            tensor = Tensor(name, shape, kind, _stored(name, shape, kind, room[number] - offset))
+            if offset % alignment or not 0 <= tensor.stored_bytes <= room[number] - offset:
+                last = room[number] == ends[-1]
+                raise ValueError(
+                    "it ends before its last tensor" if last else f"the tensor {name[:80]} is not where it should be"
+                )
+            tensors.append(tensor)
         return metadata, lengths, tensors
 
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Return name, shape, type and offset of a tensor."""
+        name, dimensions = self.text(), self.number("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"the tensor {name[:80]} claims {dimensions:,} dimensions")
+        return name, tuple(self.number("Q") for _ in range(dimensions)), self.number("I"), self.number("Q")
+
+    def forward(self, count: int) -> None:
+        """Count the next bytes as read. Raises ValueError if the file or a header cannot have them."""
+        self.position += count
+        if self.position > self.file_bytes:
+            raise ValueError("it ends within its header")
+        if self.position > MOST_HEADER_BYTES:
+            raise ValueError(f"its header claims more than {MOST_HEADER_BYTES:,} bytes")
+
+    def take(self, count: int) -> bytes:
+        self.forward(count)
+        found = self.file.read(count)
+        if len(found) < count:
+            raise ValueError("it ends within its header")
+        return found
+
+    def skip(self, count: int) -> None:
+        self.forward(count)
+        self.file.seek(count, 1)
+
     def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.file.read(struct.calcsize(code)))[0]
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
     def text(self) -> str:
         length = self.number("Q")
         if length > LONGEST_STRING:
-            raise ValueError(f"a text in it claims {length} bytes")
-        return self.file.read(length).decode("utf-8", errors="replace")
+            raise ValueError(f"a text in it claims {length:,} bytes")
+        return self.take(length).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
@@ -304,24 +339,32 @@ class _Reader:
         kind, count = self.number("I"), self.number("Q")
         lengths[key] = count
         if kind == STRING:
+            self.entries += count
+            if self.entries > MOST_ENTRIES:
+                raise ValueError(f"the array {key[:80]} claims {count:,} texts")
             for _ in range(count):
-                self.file.seek(self.number("Q"), 1)
+                self.skip(self.number("Q"))
             return count
         if kind not in SCALARS:
-            raise ValueError(f"the array {key} is of the unknown type {kind}")
-        size = struct.calcsize(SCALARS[kind])
+            raise ValueError(f"the array {key[:80]} is of the unknown type {kind}")
+        size = struct.calcsize(f"<{SCALARS[kind]}")
         if count > LONGEST_ARRAY_KEPT:
-            self.file.seek(count * size, 1)
+            self.skip(count * size)
             return count
-        return list(struct.unpack(f"<{count}{SCALARS[kind]}", self.file.read(count * size)))
+        return list(struct.unpack(f"<{count}{SCALARS[kind]}", self.take(count * size)))
 
 
-def _stored(shape: tuple[int, ...], kind: int, room: int) -> int:
-    """Return the bytes of a tensor; for a type that is not in `TYPES`, all bytes before the next tensor."""
+def _stored(name: str, shape: tuple[int, ...], kind: int, room: int) -> int:
+    """Return the bytes of a tensor; for a type that is not in `TYPES`, all bytes before the next tensor.
+
+    Raises ValueError for a shape that its type cannot have.
+    """
     if kind not in TYPES:
+        if kind > LAST_TYPE:
+            raise ValueError(f"the tensor {name[:80]} is of the unknown type {kind}")
         return room
     _, block, size = TYPES[kind]
-    count = 1
-    for length in shape:
-        count *= length
+    count = math.prod(shape)
+    if not shape or count % block or shape[0] % block:
+        raise ValueError(f"the tensor {name[:80]} has a shape that its type cannot have: {shape}")
     return count // block * size

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ...config import model_shape, models
+from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError, first_line
 from ...records.invocation import command_text
+from ...records.reading import Unreadable
 from ...records.results import ModelFacts
 from ..base import LOCAL_FILES
 from ..huggingface.quantization import checkpoint_maker_of, maker_of
@@ -116,10 +118,16 @@ def _gguf_file(cell: Cell, path: Path) -> ModelFacts:
             f"There is no file {cell.model}. Give the path of a .gguf file, or OWNER/NAME:FILE.gguf for one on the Hub."
         )
     files.refuse_requantization(cell, path.name)
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{cell.model} is not a GGUF file: it does not begin with GGUF. Download it again.")
     parts = gguf_file.parts_of(path)
+    try:
+        for part in filter(Path.is_file, parts):
+            reading.require_file(part, files.MOST_WEIGHT_BYTES)
+        with reading.open_file(path) as file:
+            if file.read(4) != b"GGUF":
+                raise Unreadable("it does not begin with GGUF")
+    except Unreadable as error:
+        advice = "" if error.advises else " Download it again."
+        raise ModelError(f"{cell.model} is not a GGUF file: {error}.{advice}") from None
     if absent := next((part for part in parts if not part.is_file()), None):
         raise ModelError(
             f"{cell.model} is split, but its part {absent.name} is not beside it. Download all {len(parts)} parts."
