@@ -43,6 +43,7 @@ from ..records.metrics import (
     TTFT,
     WEIGHTS,
 )
+from ..records.redaction import excerpt
 from ..records.verdicts import PERCENTILE_SUPPORT
 
 Data = Mapping[str, Any]
@@ -118,7 +119,7 @@ def _supported(keys: Mapping[str, str], n: float | None) -> dict[str, str]:
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {
-        name: str(value)[:500]
+        name: excerpt(str(value), 500)
         for name, value in values.items()
         if value is not None and not isinstance(value, dict | list)
     }

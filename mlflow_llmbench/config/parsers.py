@@ -16,7 +16,7 @@ from ..records.backends import BACKENDS, known_backends
 from ..records.errors import UsageError
 from ..records.quantizations import KV_CACHES, QUANTIZATIONS
 from ..records.reading import Unreadable
-from ..records.redaction import CONTROLS, redact
+from ..records.redaction import CONTROLS, excerpt
 from . import server_command
 from .choices import (
     ARRIVALS,
@@ -203,7 +203,7 @@ def _parse_tasks(name: str, text: str) -> str:
 def _parse_text(name: str, text: str) -> str:
     if CONTROLS.search(text) or len(text) > 1000:
         raise UsageError(
-            f"{name} has control characters or is longer than 1000 characters: {redact(text)[:40]}. "
+            f"{name} has control characters or is longer than 1000 characters: {excerpt(text, 40)}. "
             "Give a plain name or path."
         )
     return text
@@ -230,7 +230,7 @@ def _parse_url(name: str, text: str) -> str:
         or not text.isascii()
         or " " in text
     ):
-        shown = text.rpartition("@")[2][:100]
+        shown = excerpt(text.rpartition("@")[2], 100)
         raise UsageError(f"{name} is not a server's address: {shown}. Give one such as http://127.0.0.1:8000.")
     return _parse_text(name, text.rstrip("/").removesuffix("/v1"))
 
@@ -239,7 +239,7 @@ def _parse_scheme(name: str, text: str) -> str:
     """Parse a quantization named in the word of the server that is started with it."""
     if not server_command.SCHEME.fullmatch(text):
         raise UsageError(
-            f"{name} is not a word that a server could know: {text[:60]}. "
+            f"{name} is not a word that a server could know: {excerpt(text, 60)}. "
             "Give letters, digits, dots, dashes and underscores."
         )
     return text

@@ -11,10 +11,14 @@ import shlex
 from collections.abc import Iterator
 
 from ..records.errors import UsageError
-from ..records.redaction import is_secret_name, redact
+from ..records.redaction import excerpt, is_secret_name, redact
 
 PLACEHOLDERS = ("model", "port", "quant")
 EXAMPLE = "launch='transformers serve {model} --port {port}'"
+_GIVEN = re.compile(r"(?<![\w-])(?P<name>--?[A-Za-z][\w.-]{0,99}|[A-Za-z_]\w{0,99}(?==))")
+"""An option, or a variable before its value, also in the quotes of `sh -c '…'`."""
+_RUN, _KINDS = re.compile("[A-Za-z0-9]{24,}"), [re.compile(kind) for kind in ("[a-z]", "[A-Z]", "[0-9]")]
+"""Keys are long runs of letters of both cases and digits. Names have separators, and digests one case."""
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 SCHEME = re.compile(r"[\w.+-]{1,64}", re.ASCII)
 """A quantization named in a server's own word."""
@@ -32,6 +36,7 @@ def offline_quant(word: str) -> str:
 
 def check_command(text: str) -> str:
     """Return the command unchanged. Raises UsageError if it cannot be started, or if it would log a secret."""
+    _refuse_secrets(text)
     words = _words(text)
     unknown = [name for word in words for name in _PLACEHOLDER.findall(word) if name not in PLACEHOLDERS]
     if unknown:
@@ -39,21 +44,23 @@ def check_command(text: str) -> str:
         raise UsageError(f"launch has an unknown placeholder: {{{unknown[0]}}}. Known: {known}.")
     if not takes(text, "port"):
         raise UsageError(
-            f"launch does not say where the server is to listen: {text[:100]}. "
+            f"launch does not say where the server is to listen: {excerpt(text, 100)}. "
             f"Add the server's option for it with {{port}}: {EXAMPLE}."
         )
-    secret = next((word for word in words if word.startswith("-") and is_secret_name(word.partition("=")[0])), None)
-    if secret or redact(text) != text:
-        told = (
-            f"an option that is named as a secret, {secret.partition('=')[0]},"
-            if secret
-            else "what looks like a secret"
-        )
+    return text
+
+
+def _refuse_secrets(text: str) -> None:
+    """Raise UsageError for an option or a variable that is named as a secret, or a value that looks like a key."""
+    named = next((found["name"] for found in _GIVEN.finditer(text) if is_secret_name(found["name"])), None)
+    random = next((word for word in _RUN.findall(text) if all(part.search(word) for part in _KINDS)), None)
+    if named or random or redact(text) != text:
+        kind = "an option" if (named or "").startswith("-") else "a variable"
+        told = f"{kind} that is named as a secret, {named}," if named else "what looks like a secret"
         raise UsageError(
             f"launch has {told} and the command would be logged. "
             "Start the server without it, or from a script of your own."
         )
-    return text
 
 
 def takes(command: str, placeholder: str) -> bool:
@@ -88,7 +95,7 @@ def _words(text: str) -> list[str]:
         words = shlex.split(text)
     except ValueError as error:
         raise UsageError(
-            f"launch cannot be read, {str(error).lower()}: {text[:100]}. Quote it as for a shell: {EXAMPLE}."
+            f"launch cannot be read, {str(error).lower()}: {excerpt(text, 100)}. Quote it as for a shell: {EXAMPLE}."
         ) from None
     if not words:
         raise UsageError(f"launch is empty. Give a command such as {EXAMPLE}.")

@@ -9,6 +9,7 @@ from ..records.cell import DEPENDS_ON, DRAWN, LENGTHS, PARAMETERS, as_text
 from ..records.errors import UsageError
 from ..records.invocation import command_text
 from ..records.quantizations import MIXED, schemes_with
+from ..records.redaction import excerpt
 from . import server_command
 from .backend_checks import check_backend, requested_capabilities
 
@@ -178,7 +179,7 @@ def _check_launch(axes: Mapping[str, tuple[object, ...]]) -> None:
     if axes["quant"] != ("none",) and without_quant:
         asked = ",".join(map(str, axes["quant"]))
         raise UsageError(
-            f"quant={asked} is asked for, and the server is not told: {without_quant[:100]}. "
+            f"quant={asked} is asked for, and the server is not told: {excerpt(without_quant, 100)}. "
             "Add its option for it with {quant}."
         )
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.errors import MeasurementError, MissingError, UsageError
+from ..records.redaction import excerpt, redact
 from ..system import machine, memory
 from ..system.python_command import module_command, variables, without_ours
 
@@ -55,7 +56,7 @@ def require_program(program: str) -> str:
     found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
     if found is None:
         raise UsageError(
-            f"launch begins with a program that was not found: {program[:100]}. Install it, or give its path."
+            f"launch begins with a program that was not found: {excerpt(program, 100)}. Install it, or give its path."
         )
     return found
 
@@ -158,8 +159,11 @@ def log_end(log: Path, lines: int = 6) -> str:
     """Return the last lines of a log as a sentence."""
     with contextlib.suppress(OSError):
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 4096))
-            told = [line.strip()[:300] for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            start = file.seek(max(0, log.stat().st_size - 16384))
+            if start:
+                file.readline()  # its beginning is not known, so a secret in it would not be recognised
+            text = redact(file.read().decode("utf-8", "replace"))
+        told = [line.strip()[:300] for line in text.splitlines() if line.strip()]
         if told:
             return f"Its log ends with: {' | '.join(told[-lines:])[-1200:]}"
     return "It printed nothing."

@@ -19,7 +19,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 from urllib.parse import quote
@@ -51,35 +51,87 @@ _NAMED = (
     r"(?:pass(?:word|wd|phrase)|pwd|secret|credentials?|(?:api|access|account|private|shared[-_]?access)[-_]?key"
     r"|(?:access|auth|security|sas)[-_]?token)"
 )
-_USER = re.compile(r"//(?P<secret>[^\s/?#@\"'<>]{1,512})@")
-_PASSWORD = re.compile(r"//(?P<secret>[^\s/@:\"'<>]{0,128}:(?!\d+(?:[/?#\s]|$))[^\s\"'<>]{1,512}?)@(?![^\s/?#\"'<>]*@)")
+_DIGIT, _LOWER, _CAPITAL = (re.compile(f"[{letters}]") for letters in ("0-9", "a-z", "A-Z"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Pattern of a secret in foreign text. The group `secret` is masked if `accepts` returns True for it.
+
+    Text without any of `signs`, in lower case, is not searched. `accepts` takes the place of a look-ahead, which a text
+    of many beginnings (`token=token=…`) would make quadratic: here each match is passed over as a whole.
+    """
+
+    signs: tuple[str, ...]
+    pattern: re.Pattern[str]
+    accepts: Callable[[str], object] = bool
+
+    def found(self, text: str, lower: str) -> Iterator[re.Match[str]]:
+        """Yield the matches with a secret; `lower` is the text in lower case."""
+        if any(sign in lower for sign in self.signs):
+            yield from (match for match in self.pattern.finditer(text) if self.accepts(match["secret"]))
+
+
+def _shape(signs: str, pattern: str, accepts: Callable[[str], object] = bool) -> Shape:
+    return Shape(tuple(signs.split()), re.compile(pattern), accepts)
+
+
+def _mixed(secret: str) -> bool:
+    return bool(_DIGIT.search(secret) and _LOWER.search(secret))
+
+
+_USER = _shape("@", r"//(?P<secret>[^\s/?#@\"'<>]{1,512})@")
+_PASSWORD = _shape(
+    "@", r"//(?P<secret>[^\s/@:\"'<>]{0,128}:(?!\d+(?:[/?#\s]|$))[^\s\"'<>]{1,512}?)@(?![^\s/?#\"'<>]*@)"
+)
 SHAPES = (
     _PASSWORD,
     _USER,
-    re.compile(
-        rf"(?i)[?&;](?:[\w.-]{{0,64}}(?:signature|{_NAMED})|sig|key|token|auth|awsaccesskeyid)=(?P<secret>[^&\s'\"<>]+)"
+    _shape(
+        "=",
+        rf"(?i)[?&;](?:[\w.-]{{0,64}}(?:signature|{_NAMED})|sig|key|token|auth|awsaccesskeyid)="
+        r"(?P<secret>[^&\s'\"<>]+)",
     ),
-    re.compile(rf"(?i){_NAMED}[\"']?\s*[=:]\s*[\"']?(?P<secret>[^\s\"',;&]{{{LEAST_LENGTH},}})"),
-    re.compile(r"(?i)token[\"']?\s*[=:]\s*[\"']?(?P<secret>(?=[\w.+/~=-]*\d)(?=[\w.+/~=-]*[a-z])[\w.+/~=-]{16,})"),
-    re.compile(r"(?i)\bauthorization[\"']?\s*[=:]\s*[\"']?(?!(?:bearer|basic)\b)(?P<secret>[^\s\"',;]{8,})"),
-    re.compile(r"(?i)\bbearer\s+(?P<secret>[\w.+/~=-]{8,})"),
-    re.compile(r"(?i:\bbasic)\s+(?P<secret>(?=[A-Za-z0-9+/]*[A-Z0-9=])[A-Za-z0-9+/]{8,}=*)"),
-    re.compile(r"\b(?P<secret>hf_(?:[A-Za-z0-9]{30,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}))"),
-    re.compile(
-        r"\b(?P<secret>gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}"
-        r"|AIza[\w-]{20,}|dapi[0-9a-f]{16,})"
+    _shape(": =", rf"(?i){_NAMED}[\"']?\s*[=:]\s*[\[({{]?\s*[\"']?(?P<secret>[^\s\"',;&]{{{LEAST_LENGTH},}})"),
+    _shape("token", r"(?i)token[\"']?\s*[=:]\s*[\[({]?\s*[\"']?(?P<secret>[\w.+/~=-]{16,})", _mixed),
+    _shape(
+        "--",
+        rf"(?i)(?<!-)--[\w-]{{0,64}}?(?:{_NAMED}|token|-key)[ =]+[\"']?(?P<secret>[^\s\"',;]{{{LEAST_LENGTH},}})",
+        lambda secret: not secret.isdecimal(),
     ),
-    re.compile(
-        r"\b(?P<secret>sk-(?=[A-Za-z_-]*\d)[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
+    _shape(
+        "authorization", r"(?i)\bauthorization[\"']?\s*[=:]\s*[\"']?(?!(?:bearer|basic)\b)(?P<secret>[^\s\"',;]{8,})"
     ),
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?P<secret>[^-]+)"),
+    _shape("bearer", r"(?i)\bbearer\s+(?P<secret>[\w.+/~=-]{8,})"),
+    _shape("basic", r"(?i:\bbasic)\s+(?P<secret>[A-Za-z0-9+/]{8,}=*)", re.compile("[A-Z0-9=]").search),
+    _shape("cookie", r"(?i)\bcookie[\"']?\s*[=:]\s*[\"']?(?P<secret>[^\s\"'][^\r\n\"']{7,})"),
+    _shape("hf_", r"(?P<secret>hf_[A-Za-z0-9]{30,})"),
+    _shape("hf_", r"(?<![A-Za-z0-9])(?P<secret>hf_[A-Za-z0-9]{8,})", lambda secret: re.search("[A-Z0-9]", secret[3:])),
+    _shape("_", r"(?P<secret>gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|api_org_[A-Za-z]{30,})"),
+    _shape(
+        "_",
+        r"(?<![A-Za-z0-9])(?P<secret>[prs]k_(?:live|test|prod)_\w{10,}|npm_[A-Za-z0-9]{30,}|(?:gsk|r8)_[A-Za-z0-9]{20,}"
+        r"|dop_v1_[0-9a-f]{32,}|glsa_\w{20,}|lsv2_[a-z]{2}_\w{20,}|shpat_[0-9a-f]{20,})",
+    ),
+    _shape(
+        "glpat- xox xapp- nvapi- xai- pplx- pypi- aiza dapi ya29. hvs. sg. tskey-",
+        r"(?<![A-Za-z0-9])(?P<secret>(?:glpat|xox[abeprs]|xapp|nvapi|xai|pplx|pypi|tskey)-[\w-]{10,}|AIza[\w-]{20,}"
+        r"|dapi[0-9a-f]{16,}|ya29\.[\w-]{20,}|hvs\.[\w-]{20,}|SG\.[\w-]{16,}\.[\w-]{16,})",
+    ),
+    _shape("sk-", r"(?<![A-Za-z0-9])(?P<secret>sk-[\w-]{16,})", _DIGIT.search),
+    _shape("akia asia", r"(?<![A-Za-z0-9])(?P<secret>(?:AKIA|ASIA)[A-Z0-9]{12,})"),
+    _shape("eyj", r"(?<![A-Za-z0-9])(?P<secret>eyJ[\w-]{8,}(?:\.[\w-]*){0,2})", re.compile(r"\.[\w-]{8}").search),
+    _shape("hooks.slack.com", r"hooks\.slack\.com/\w{1,20}/(?P<secret>[\w/]{20,})"),
+    _shape("private key", r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----(?P<secret>.+?)(?=-----END|\Z)"),
 )
 """Patterns of secrets in foreign text; the group `secret` is masked.
 
 In turn: user and password of an address, which may hold a slash or an @ where SQLAlchemy reads it; a user, or a token
-in its place; signatures and keys in a query; names such as `password` before `=` or `:`; tokens named as such; headers;
-tokens in their makers' formats (Hugging Face, GitHub, GitLab, Slack, Google, Databricks, OpenAI, AWS, JSON web tokens);
-private keys.
+in its place; signatures and keys in a query; names such as `password` before `=` or `:`; tokens named as such; options
+of a command; headers; tokens in their makers' formats (Hugging Face, GitHub, Stripe, npm, Groq, Replicate,
+DigitalOcean, Grafana, LangSmith, Shopify, GitLab, Slack, NVIDIA, xAI, Perplexity, PyPI, Google, Databricks, Vault,
+SendGrid, Tailscale, OpenAI, AWS, JSON web tokens); private keys. A maker's prefix may follow an underscore: a key in
+the name of a file or an experiment is one too.
 """
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -89,6 +141,11 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 def redact(text: str) -> str:
     """Return the text with every secret masked. Idempotent."""
     return _mask(text, list(known_secrets()))
+
+
+def excerpt(text: str, limit: int) -> str:
+    """Return the beginning of a foreign text, masked before it is cut: half a secret is not recognised."""
+    return redact(text[: limit + 4096])[:limit]
 
 
 def redact_all(data: T) -> T:
@@ -183,13 +240,13 @@ def _mask(text: str, known: Iterable[str]) -> str:
     for secret in known:
         text = text.replace(secret, MASK)
     for shape in SHAPES:
-        text = shape.sub(_masked, text)
+        spans = [match.span("secret") for match in shape.found(text, text.lower())]
+        if spans:
+            ends = [0, *(end for _, end in spans)]
+            text = (
+                "".join(text[end:start] + MASK for end, (start, _) in zip(ends, spans, strict=False)) + text[ends[-1] :]
+            )
     return text
-
-
-def _masked(found: re.Match[str]) -> str:
-    start, end = (position - found.start() for position in found.span("secret"))
-    return f"{found[0][:start]}{MASK}{found[0][end:]}"
 
 
 def _shaped(text: str) -> Iterator[str]:
@@ -198,7 +255,7 @@ def _shaped(text: str) -> Iterator[str]:
     A user alone is left out, since it may be a common name.
     """
     for shape in SHAPES:
-        for found in shape.finditer(text) if shape is not _USER else ():
+        for found in shape.found(text, text.lower()) if shape is not _USER else ():
             yield found["secret"]
             if shape is _PASSWORD:
                 yield found["secret"].partition(":")[2]

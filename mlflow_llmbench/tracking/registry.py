@@ -385,7 +385,7 @@ def log_gate(
     }
     with plain_errors(store.uri):
         for name, value in tags.items():
-            store.client.set_tag(run_id, f"llmbench.{name}", value[:5000])
+            store.client.set_tag(run_id, f"llmbench.{name}", redact(value)[:5000])
         store.client.log_artifacts(run_id, str(folder), "gate")
 
 

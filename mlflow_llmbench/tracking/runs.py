@@ -169,7 +169,7 @@ def cell_tags(result: RunResult, verdict: Verdict) -> dict[str, str]:
         "linked_run": result.linked,
         "failure": f"{result.failure.stage}: {result.failure.message}" if result.failure else None,
     }
-    found = {f"llmbench.{key}": str(value)[:5000] for key, value in tags.items() if value}
+    found = {f"llmbench.{key}": redact(str(value))[:5000] for key, value in tags.items() if value}
     return found | {"mlflow.runColor": COLOURS.get(result.cell.quant, COLOURS["none"])}
 
 

@@ -14,6 +14,7 @@ from ...records.metric import Tag
 from ...records.metrics import PEAK_MEMORY, shown_in
 from ...records.mixed_plan import QUANTIZED, QuantPlan
 from ...records.quantizations import FLOAT_DTYPES, SCHEMES, UNPACKED, library_of_method, resolve
+from ...records.redaction import redact
 from ...records.results import SCHEMA, RunResult, Verdict
 
 SHOWN = (
@@ -129,7 +130,7 @@ def version_tags(deployment: Deployment) -> dict[str, str]:
         **{f"{name}_hash": value for name, value in config["hashes"].items()},
         "schema": config["schema"],
     }
-    return {f"llmbench.{name}": str(value)[:5000] for name, value in tags.items() if value not in (None, "")}
+    return {f"llmbench.{name}": redact(str(value))[:5000] for name, value in tags.items() if value not in (None, "")}
 
 
 def _refuse(result: RunResult, evidence: Evidence) -> None:

@@ -25,6 +25,7 @@ from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, ModelError, first_line
 from ...records.quantizations import SCHEMES
+from ...records.redaction import excerpt
 from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ...system.python_command import module_command, variables
@@ -224,8 +225,8 @@ def _convert(cell: Cell, checkpoint: str, target: Path, kind: str) -> Facts:
     if done.returncode or not target.is_file():
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise MeasurementError(
-            f"llama.cpp's converter could not convert {cell.model}: {said[:300]}. Use backend=transformers, or another "
-            "model."
+            f"llama.cpp's converter could not convert {cell.model}: {excerpt(said, 300)}. "
+            "Use backend=transformers, or another model."
         )
     told: Facts = json.loads(done.stdout.strip().splitlines()[-1])
     return told

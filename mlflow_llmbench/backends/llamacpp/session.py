@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...records.errors import MeasurementError, OutOfMemory, UsageError, first_line
+from ...records.redaction import excerpt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +83,7 @@ def forget_log() -> None:
 def failure(doing: str) -> MeasurementError | OutOfMemory:
     """Return the error for a failed call of llama.cpp, with the first error line of its log."""
     said = [line for level, line in _log if level == ERROR]
-    why = re.sub(r"^\w+:\s*", "", said[0].strip())[:300] if said else "it gave no reason"
+    why = excerpt(re.sub(r"^\w+:\s*", "", said[0].strip()), 300) if said else "it gave no reason"
     text = f"llama.cpp failed while {doing}: {why}"
     return (
         OutOfMemory(text)

@@ -18,6 +18,7 @@ from ...config import model_shape
 from ...config.backend_checks import check_declared
 from ...records.cell import Cell
 from ...records.errors import MeasurementError, MissingError, UsageError, first_line, foreign_errors
+from ...records.redaction import excerpt
 from ...records.results import LoadInfo, ModelFacts
 from ...system import machine
 from .. import peak_rates
@@ -269,7 +270,7 @@ class OpenVinoBackend(EngineBase):
         """Leave out the source locations that OpenVINO puts before its message."""
         texts = [line for line in str(error).splitlines() if line.strip()]
         lines = [line for line in texts if not line.startswith(("Exception from", "Check '"))]
-        return lines[0][:200] if lines else first_line(error)
+        return excerpt(lines[0], 200) if lines else first_line(error)
 
     # Device
 
