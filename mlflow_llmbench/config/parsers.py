@@ -280,6 +280,9 @@ PARSERS: dict[str, Callable[[str, str, Mapping[str, Any]], object]] = {
 }
 """Kind of a parameter → its parser."""
 
+OF_A_MACHINE = frozenset(["interpreter", "launch", "plan_file", "tasks", "text_file", "trace", "workload"])
+"""Kinds whose parsers look at files or programs of this machine."""
+
 
 def _nearest(text: str, known: Iterable[str]) -> str:
     names = list(known)

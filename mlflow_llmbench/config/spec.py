@@ -17,7 +17,7 @@ from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, defaul
 from ..records.errors import UsageError
 from ..records.reading import Unreadable
 from .choices import GRIDS, SLOS
-from .parsers import PARSERS, _nearest, _parse_choice
+from .parsers import OF_A_MACHINE, PARSERS, _nearest, _parse_choice
 from .validation import check_cluster, check_find, check_offline_baseline, check_together
 
 IN_PROCESS_ONLY = (
@@ -91,10 +91,11 @@ class BenchSpec:
         return Cell(**{name: values[0] for name, values in self.axes.items()})  # type: ignore[arg-type]
 
 
-def parse(values: Mapping[str, object]) -> BenchSpec:
+def parse(values: Mapping[str, object], recorded: bool = False) -> BenchSpec:
     """Validate parameters given as text (or numbers) and expand comma lists.
 
-    Missing parameters take their defaults. Raises UsageError, one line, on the first error.
+    Missing parameters take their defaults. `recorded`: those of an earlier command, perhaps of another machine, so no
+    file that they name is looked at. Raises UsageError, one line, on the first error.
     """
     for name in values:
         if name not in PARAMETERS:
@@ -112,6 +113,7 @@ def parse(values: Mapping[str, object]) -> BenchSpec:
                 f"{name} takes one value: {','.join(texts)}. Lists are allowed for {', '.join(SWEEPABLE)}."
             )
         kind = "scheme" if name == "quant" and launched else declared.metadata["kind"]
+        kind = "text" if recorded and kind in OF_A_MACHINE else kind
         parsed = tuple(dict.fromkeys(_parse_one(name, declared, text, kind) for text in texts))
         if name in Options.__dataclass_fields__:
             options[name] = parsed[0]

@@ -143,6 +143,21 @@ def redact(text: str) -> str:
     return _mask(text, list(known_secrets()))
 
 
+def masker() -> Callable[[str], str]:
+    """Return a function like `redact` for many texts: it looks for the secrets of this process once, if it is called.
+
+    Most events of a measurement have no text.
+    """
+    known: list[str] | None = None
+
+    def mask(text: str) -> str:
+        nonlocal known
+        known = list(known_secrets()) if known is None else known
+        return _mask(text, known)
+
+    return mask
+
+
 def excerpt(text: str, limit: int) -> str:
     """Return the beginning of a foreign text, masked before it is cut: half a secret is not recognised."""
     return redact(text[: limit + 4096])[:limit]
@@ -153,13 +168,11 @@ def redact_all(data: T) -> T:
 
     Numbers are not searched.
     """
-    known: list[str] | None = None  # found at the first text; most events of a measurement have none
+    mask = masker()
 
     def walk(value: Any) -> Any:
-        nonlocal known
         if isinstance(value, str):
-            known = list(known_secrets()) if known is None else known
-            return _mask(value, known)
+            return mask(value)
         if isinstance(value, Mapping):
             return {key: walk(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):

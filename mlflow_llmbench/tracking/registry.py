@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
+import json
 import os
 import re
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +46,7 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 
 REFERENCE = re.compile(r"models:/([^/:@]+)(?:@([\w-]+)|/(\d+))")
 RECOMMENDATION = "recommendation.json"
+SERVING_CODE = "serving_model.py"
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,10 @@ def _create(store: Store, name: str, result: RunResult, deployment: Deployment) 
             name, description="Measured configurations of a language model; each version links to its evidence."
         )
     tags = version_tags(deployment)
+    tags |= {
+        "llmbench.configuration_digest": digest_of(deployment.config),
+        "llmbench.code_digest": digest_of(serving_code(deployment.config).encode()),
+    }
     params = cell_params(result.cell)
     experiment = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(
@@ -247,8 +255,8 @@ def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_
         import mlflow.pyfunc
         from mlflow.models import Model
 
-        code = Path(scratch, "serving_model.py")
-        code.write_text(serving_code(), encoding="utf-8")
+        code = Path(scratch, SERVING_CODE)
+        code.write_text(serving_code(deployment.config), encoding="utf-8")
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(code),
@@ -259,17 +267,22 @@ def save(deployment: Deployment, folder: Path, run_id: str | None = None, model_
         )
 
 
-def serving_code() -> str:
+def serving_code(config: Mapping[str, Any] | None = None) -> str:
     """Return the text of a version's Python file: `serving_model.py`, with the statements of `recipe.py` in it.
 
     They replace its import, so a version loads the same way years later, with any release of this package or none.
+    `config` is the measured configuration, with which the code compares the stored one.
     """
     recipe = ast.parse((PACKAGE_DIR / "backends" / "huggingface" / "recipe.py").read_text(encoding="utf-8"))
-    model = ast.parse((PACKAGE_DIR / "tracking" / "serving_model.py").read_text(encoding="utf-8"))
+    model = ast.parse((PACKAGE_DIR / "tracking" / SERVING_CODE).read_text(encoding="utf-8"))
     body: list[ast.stmt] = []
     for statement in model.body:
-        ours = isinstance(statement, ast.ImportFrom) and statement.level > 0
-        body += recipe.body[2:] if ours else [statement]  # without its docstring and its `from __future__`
+        if isinstance(statement, ast.ImportFrom) and statement.level > 0:
+            body += recipe.body[2:]  # without its docstring and its `from __future__`
+        elif isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "MEASURED":
+            body += ast.parse(f"MEASURED = json.loads({json.dumps(config)!r})").body
+        else:
+            body.append(statement)
     return ast.unparse(ast.Module(body, [])) + "\n"
 
 
@@ -304,6 +317,12 @@ def describe(name: str, result: RunResult, deployment: Deployment) -> str:
         f"they come from `{place}`, revision `{config['revision']}`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def digest_of(content: Mapping[str, Any] | bytes) -> str:
+    """Return the SHA-256 of a file's content, or of a configuration as JSON."""
+    data = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()
 
 
 def version_at(store: Store, reference: str) -> ModelVersion:
@@ -351,7 +370,11 @@ def registered_at(store: Store, reference: str) -> Registered:
 
 
 def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return a version's `model_config` and its pinned requirements. Raises TrackingError."""
+    """Return a version's `model_config` and its pinned requirements.
+
+    Raises UsageError if its configuration or its code is not what was registered, TrackingError for the store.
+    """
+    tags = version_at(store, version.uri).tags
     _without_progress_bars()
     with tempfile.TemporaryDirectory() as scratch, plain_errors(store.uri):
         import mlflow.artifacts
@@ -359,7 +382,15 @@ def stored_config(store: Store, version: Registered) -> tuple[dict[str, Any], tu
         folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=scratch, tracking_uri=store.uri))
         model = reading.read_yaml(folder / "MLmodel")
         requirements = (folder / "requirements.txt").read_text(encoding="utf-8").split()
-        return dict(model["flavors"]["python_function"]["config"]), tuple(requirements)
+        config = dict(model["flavors"]["python_function"]["config"])
+        found = {"configuration": digest_of(config), "code": digest_of((folder / SERVING_CODE).read_bytes())}
+    for name, digest in found.items():
+        if tags.get(f"llmbench.{name}_digest", digest) != digest:  # earlier versions have no such tag
+            raise UsageError(
+                f"The {name} of {version.uri} was changed after its registration, so it is not what was measured. "
+                f"Register the run {version.run_id} again, and find out who changed it."
+            )
+    return config, tuple(requirements)
 
 
 def log_gate(
@@ -405,6 +436,7 @@ def promote(store: Store, reference: str) -> Promotion:
     UsageError, TrackingError.
     """
     new = registered_at(store, reference)
+    stored_config(store, new)
     aliases: dict[str, str] = {
         alias: str(version) for alias, version in store.client.get_registered_model(new.name).aliases.items()
     }

@@ -1,20 +1,23 @@
 """Model of a registered version.
 
 `model_config` holds all settings as they were measured: the checkpoint, the library, the quantization, the batch size
-and the limits. Each key can be overridden when the model is loaded. The weights are loaded with the first request. One
-request may hold any number of prompts; they are generated greedily, `batch_size` at a time.
+and the limits. Each key can be overridden when the model is loaded, but code that comes with the checkpoint runs only
+if it was measured so. A configuration that was changed where it is stored is refused. The weights are loaded with the
+first request. One request may hold any number of prompts; they are generated greedily, `batch_size` at a time.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
@@ -22,6 +25,32 @@ from mlflow.pyfunc import PythonModel  # type: ignore[attr-defined]
 
 # The only import of ours. In the file of a version its place is taken by the module itself (`registry.serving_code`).
 from ..backends.huggingface.recipe import IncompleteCheckpoint, kernel, layer_classes, load
+
+MEASURED: dict[str, Any] | None = None
+"""The configuration that was measured. In the file of a version its value is written here."""
+
+
+def require_measured(measured: dict[str, Any] | None, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise MlflowException if a version's stored configuration, or what it is loaded with, is not as measured.
+
+    `stored` is that of the file MLmodel; `asked` also has what the caller of `load_model` overrides.
+    """
+    if measured is None:
+        return
+    stored = json.loads(json.dumps(stored))
+    changed = [name for name in sorted({*measured, *stored}) if measured.get(name) != stored.get(name)]
+    if changed:
+        name = changed[0]
+        raise MlflowException(
+            f"The configuration of this version was changed after its registration: {', '.join(changed)}. "
+            f"{name} is {json.dumps(stored.get(name))[:200]}, and {json.dumps(measured.get(name))[:200]} was measured. "
+            "Register the measured run again, and find out who changed it."
+        )
+    if asked.get("trust_remote_code") and not measured.get("trust_remote_code"):
+        raise MlflowException(
+            "trust_remote_code is true, and false was measured, so no code of the checkpoint is run. "
+            "Measure with trust_remote_code=true and register that run."
+        )
 
 
 def refused(message: str) -> MlflowException:
@@ -290,8 +319,12 @@ with warnings.catch_warnings(record=True):
         """Answers prompts with the quantization and the limits of the registered configuration."""
 
         def load_context(self, context: Any) -> None:
-            """Keep the configuration; nothing is loaded yet."""
+            """Keep the configuration; nothing is loaded yet. Raises MlflowException if it is not as measured."""
             self.config: dict[str, Any] = dict(context.model_config)
+            if MEASURED is not None:
+                text = Path(__file__).with_name("MLmodel").read_text(encoding="utf-8")
+                stored = yaml.safe_load(text)["flavors"]["python_function"].get("config") or {}
+                require_measured(MEASURED, stored, self.config)
             self.lock = threading.Lock()
             self.engine: Any = None
 

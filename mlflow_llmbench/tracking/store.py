@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..records.errors import StoreAway, TrackingError, UsageError, first_line
 from ..records.redaction import CONTROLS, redact
+from .client import guarded_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -70,7 +71,6 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
     for name, value in HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     import mlflow
-    from mlflow import MlflowClient
 
     # This logger prints a traceback for each error that we report in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -81,7 +81,7 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
         if not answers(address):
             raise StoreAway(f"The MLflow server {address} does not answer.")
         with _lock_sqlite(address):
-            client = MlflowClient()
+            client = guarded_client()
             client.search_experiments(max_results=1)
         given = os.environ.get("MLFLOW_RUN_ID") or None
         if given:
@@ -135,6 +135,8 @@ def _experiment_id(client: MlflowClient, wanted: str | None) -> str:
     Its name comes from `wanted`, else MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_ID (as id), else `llmbench`.
     """
     name = wanted or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if name and redact(name) != name:
+        name = name if client.get_experiment_by_name(name) else redact(name)  # so it was made, by an earlier command
     identifier = None if name else os.environ.get("MLFLOW_EXPERIMENT_ID")
     found = (
         client.get_experiment(identifier) if identifier else client.get_experiment_by_name(name or DEFAULT_EXPERIMENT)

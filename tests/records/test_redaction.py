@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import time
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -21,6 +22,7 @@ from mlflow_llmbench.records.errors import UsageError, first_line
 from mlflow_llmbench.records.redaction import (
     Terminal,
     escape_controls,
+    excerpt,
     is_secret_name,
     redact,
     redact_all,
@@ -69,6 +71,67 @@ def no_files_of_a_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_secrets_are_known_by_their_looks(text: str, masked: str) -> None:
     assert redact(text) == masked
     assert redact(masked) == masked
+
+
+MAKERS = (
+    "hf_" + "a1B2" * 9, "hf_Abc12345", "ghp_" + "a1B2" * 9, "github_pat_11ABC_" + "a1B2" * 9, "glpat-a1B2c3D4e5F6g7H8",
+    "xoxb-123456789012-abcdefABCDEF", "AIza" + "Sy-a1B2c3" * 4, "dapi" + "0123abcd" * 4, "sk-proj-a1B2_c3D4-e5F6g7H8",
+    "sk-ant-api03-a1B2c3D4e5F6", "AKIAIOSFODNN7EXAMPLE", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
+    "sk_live_a1B2c3D4e5F6g7", "npm_" + "a1B2c3" * 6, "nvapi-" + "a1B2c3" * 6, "gsk_" + "a1B2c3" * 6,
+    "r8_" + "a1B2c3" * 6, "xai-" + "a1B2c3" * 6, "pypi-" + "AgEIcHlwaS" * 4, "hvs.CAESI" + "a1B2c3" * 4,
+)  # fmt: skip
+"""Invented keys in the formats of their makers."""
+
+
+@pytest.mark.parametrize("key", MAKERS)
+@pytest.mark.parametrize(
+    "around", ["{}", "o_{}", "/data/o_{}/m", "a-{}.txt", "x={},", "'{}'", "[{}]", "see {}\\n", "__{}"]
+)
+def test_keys_are_known_wherever_they_stand(key: str, around: str) -> None:
+    text = around.format(key)
+    assert redact(text) == around.format("***")
+    assert redact(redact(text)) == redact(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("serve --api-key abcdefgh --port 1", "serve --api-key *** --port 1"),
+        ("serve --hf-token=abcdefgh", "serve --hf-token=***"),
+        ("args: {'api_key': ['abcdefgh'], 'port': 1}", "args: {'api_key': ['***'], 'port': 1}"),
+        ("Cookie: session=abc; user=1", "Cookie: ***"),
+        ("https://hooks.slack.com/services/T0000/B0000/abcdefghijkl", "https://hooks.slack.com/services/***"),
+        (
+            "-----BEGIN RSA PRIVATE KEY-----\nDEK-Info: AES-1\n\nMIIE\n-----END RSA PRIVATE KEY-----",
+            "-----BEGIN RSA PRIVATE KEY-----***-----END RSA PRIVATE KEY-----",
+        ),
+    ],
+)
+def test_secrets_in_options_and_headers(text: str, masked: str) -> None:
+    assert redact(text) == masked
+
+
+REPEATED = (
+    "token=", "token=a", "token =", "--token=", "sk-", "sk-a", "eyJ", "eyJaaaaaaaa.", "hf_", "hf_a", "//", "//u:",
+    "//u:@", "://", "?a.", "?key", "password", "password=", "bearer ", "basic ", "authorization=", "-----BEGIN ",
+    "--api-key", "cookie:", "-----BEGIN PRIVATE KEY-----", "SG.", "_", "a", "@",
+)  # fmt: skip
+"""Beginnings of secrets. With look-aheads, texts of 40 kB of one of them took up to 9 s, growing with the square."""
+
+
+@pytest.mark.parametrize("end", ["", "!", "@"])
+def test_masking_takes_linear_time(end: str) -> None:
+    """The bound is far above the seconds that a linear search takes, and far below those of a square one."""
+    begun = time.process_time()
+    for part in REPEATED:
+        redact(part * (100_000 // len(part)) + end)
+    assert time.process_time() - begun < 60
+
+
+def test_a_text_is_masked_before_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "canary-of-many-characters")
+    assert excerpt("x" * 30 + "canary-of-many-characters", 40) == "x" * 30 + "***"
+    assert excerpt("see hf_AbCdEfGh0123456789", 10) == "see ***"
 
 
 @pytest.mark.parametrize(

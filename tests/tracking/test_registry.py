@@ -20,6 +20,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -30,7 +31,8 @@ from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.results import LoadInfo, ModelFacts, RunResult, Verdict
 from mlflow_llmbench.sweeps.upload import upload
-from mlflow_llmbench.tracking.registry import register, result_of, save
+from mlflow_llmbench.tracking import registry
+from mlflow_llmbench.tracking.registry import digest_of, promote, register, result_of, save
 from mlflow_llmbench.tracking.search import cells_of_sweep
 from mlflow_llmbench.tracking.store import open_store
 
@@ -116,6 +118,40 @@ def test_a_version_has_no_weights_and_pins_what_was_measured(run_id: str, store_
     saved = mlflow.models.get_model_info(str(folder)).signature
     assert [(one.name, one.default) for one in saved.params] == [("max_new_tokens", 8)]
     assert saved.inputs.input_names() == ["prompt"]
+
+
+def test_a_configuration_that_was_changed_where_it_is_stored_is_neither_served_nor_promoted(
+    run_id: str, store_uri: str, tmp_path: Path
+) -> None:
+    store = open_store(store_uri)
+    found = register(store, run_id, "bot", accept_suspect=BUSY)
+    tags = store.client.get_model_version("bot", "1").tags
+    assert tags["llmbench.configuration_digest"] == digest_of(registry.stored_config(store, found)[0])
+    [logged] = [i.model_id for i in store.client.get_run(run_id).outputs.model_outputs]
+    stored = Path(store.client.get_logged_model(logged).artifact_location.removeprefix("file://"))
+    as_registered = (stored / "MLmodel").read_text()
+    trace, model = tmp_path / "ran", tmp_path / "model"
+    model.mkdir()
+    (model / "own.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (model / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    for key, value in (("trust_remote_code", True), ("location", str(model)), ("kernel", None), ("extra", 1)):
+        changed = yaml.safe_load(as_registered)
+        changed["flavors"]["python_function"]["config"][key] = value
+        (stored / "MLmodel").write_text(yaml.safe_dump(changed))
+        with pytest.raises(MlflowException, match=f"was changed after its registration: {key}\\. {key} is "):
+            mlflow.pyfunc.load_model("models:/bot/1")
+        with pytest.raises(UsageError, match="The configuration of models:/bot/1 was changed after its registration"):
+            promote(store, "models:/bot/1")
+    (stored / "MLmodel").write_text(as_registered)
+    with pytest.raises(MlflowException, match="trust_remote_code is true, and false was measured"):
+        mlflow.pyfunc.load_model("models:/bot/1", model_config={"trust_remote_code": True, "location": str(model)})
+    assert mlflow.pyfunc.load_model("models:/bot/1", model_config={"batch_size": 1})
+    code = stored / "serving_model.py"
+    code.write_text(code.read_text().replace("MEASURED = json", "MEASURED = None and json"))
+    with pytest.raises(UsageError, match="The code of models:/bot/1 was changed after its registration"):
+        promote(store, "models:/bot/1")
+    assert not trace.exists()
 
 
 def test_the_loaded_model_answers_within_its_limits(run_id: str, store_uri: str) -> None:
