@@ -10,7 +10,7 @@ from typing import Any
 from ..config.spec import parse, read_yaml
 from ..config.training import parse_training
 from ..records.backends import SERVER_BACKEND
-from ..records.cell import Cell
+from ..records.cell import Cell, split_list
 from .options import (
     CONFIG,
     EXPERIMENT,
@@ -286,7 +286,7 @@ def _parameters(given: Mapping[str, str | None], config: str | None = None, **de
 
 def _references(texts: Sequence[str]) -> list[str]:
     """Return the references in lists such as `RUN,SWEEP`; a path that exists may contain commas. `none` is none."""
-    return [part for text in texts for part in ([text] if os.path.exists(text) else text.split(",")) if part != "none"]
+    return [part for text in texts for part in ([text] if os.path.exists(text) else split_list(text)) if part != "none"]
 
 
 def _run(parameters: Mapping[str, object], json: bool, tracking_uri: str | None, experiment: str | None) -> int:

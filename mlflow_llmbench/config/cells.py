@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..records.backends import backend_of, capabilities_of
-from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, PARAMETERS, Cell, as_text
+from ..records.cell import BACKEND_SPECIFIC, DEPENDS_ON, PARAMETERS, Cell, as_text, list_text
 from ..records.quantizations import CALIBRATED, MIXED
 from ..records.redaction import escape_controls, redact
 from ..records.results import ModelFacts, hash16
@@ -158,10 +158,7 @@ def asked_params(spec: BenchSpec) -> dict[str, str]:
         name: spec.axes[name][-1:] if name == "backend" else spec.axes[name]
         for name in names
     }
-    return {
-        name: PARAMETERS[name].metadata["separator"].join(as_text(name, value) for value in values[name])
-        for name in names
-    }
+    return {name: list_text(name, values[name]) for name in names}
 
 
 def option_params(spec: BenchSpec) -> dict[str, str]:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from ..records import reading
 from ..records.backends import BACKENDS, known_backends
+from ..records.cell import split_list
 from ..records.errors import UsageError
 from ..records.quantizations import KV_CACHES, QUANTIZATIONS
 from ..records.reading import Unreadable
@@ -38,7 +39,7 @@ def _parse_number(name: str, text: str, bounds: Mapping[str, Any], kind: type[in
     unset = f" or {bounds['unset']}" if bounds["unset"] else ""
     try:
         number = kind(text)
-        if not math.isfinite(number):
+        if kind is float and not math.isfinite(number):
             raise ValueError
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
@@ -188,7 +189,7 @@ def _parse_text_file(name: str, text: str) -> str:
 
 def _parse_tasks(name: str, text: str) -> str:
     """Parse names of tasks, or paths of YAML files or folders, separated by commas."""
-    tasks = [task.strip() for task in _parse_text(name, text).split(",")]
+    tasks = split_list(_parse_text(name, text))
     if not all(tasks):
         raise UsageError(f"{name} has an empty name: {text}. Give names such as arc_easy,hellaswag.")
     for task in tasks:
@@ -197,7 +198,7 @@ def _parse_tasks(name: str, text: str) -> str:
                 f"There is no task file {task}. "
                 f"Give {name} a YAML file, a folder with YAML files, or a name that lm-eval knows."
             )
-    return ",".join(dict.fromkeys(tasks))
+    return ",".join(task.replace(",", r"\,") for task in dict.fromkeys(tasks))
 
 
 def _parse_text(name: str, text: str) -> str:

@@ -7,13 +7,14 @@ and the params of the MLflow run use the same names; on the command line undersc
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any
 
 from ..records import reading
 from ..records.backends import capabilities_of
-from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, default_text
+from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, default_text, split_list
 from ..records.errors import UsageError
 from ..records.reading import Unreadable
 from .choices import GRIDS, SLOS
@@ -27,6 +28,12 @@ IN_PROCESS_ONLY = (
     "quality_text", "quality_reference", "worker_python", "quality_tasks", "quality_limit",
 )  # fmt: skip
 """Parameters that have no meaning if another process runs the model."""
+
+PATHS = ("text", "workload", "trace")
+"""Kinds of parameters that may be paths. The path of a file or folder that exists is one value, with its commas."""
+
+LONGEST_VALUE = 1000
+"""Most characters of one value."""
 
 SERVERS = ("url", "launch")
 """Parameters that name the server to measure; one of them is given."""
@@ -107,10 +114,10 @@ def parse(values: Mapping[str, object], recorded: bool = False) -> BenchSpec:
     launched = str(values.get("launch") or "none").lower() != "none"
     for name, declared in PARAMETERS.items():
         given = values.get(name)
-        texts = [default_text(name)] if given is None else _texts(name, given)
+        texts = [default_text(name)] if given is None else values_of(name, given)
         if len(texts) > 1 and not declared.metadata["sweep"]:
             raise UsageError(
-                f"{name} takes one value: {','.join(texts)}. Lists are allowed for {', '.join(SWEEPABLE)}."
+                f"{name} takes one value: {','.join(texts)[:200]}. Lists are allowed for {', '.join(SWEEPABLE)}."
             )
         kind = "scheme" if name == "quant" and launched else declared.metadata["kind"]
         kind = "text" if recorded and kind in OF_A_MACHINE else kind
@@ -173,25 +180,41 @@ def read_yaml(path: str) -> dict[str, object]:
     return {"on" if key is True else str(key): value for key, value in data.items()}
 
 
-def _texts(name: str, given: object) -> list[str]:
-    if isinstance(given, bool):
-        return ["true" if given else "false"]
+def values_of(name: str, given: object) -> list[str]:
+    """Return the values of a parameter that may be a list, as texts. Raises UsageError for an empty one."""
+    metadata = PARAMETERS[name].metadata
     if isinstance(given, str):
-        parts = given.split(PARAMETERS[name].metadata["separator"]) if PARAMETERS[name].metadata["sweep"] else [given]
-    elif isinstance(given, Iterable):
-        parts = [str(item) for item in given]
+        whole = not metadata["sweep"] or (metadata["kind"] in PATHS and "," in given and os.path.exists(given))
+        parts = [given.strip()] if whole else split_list(given, metadata["separator"])
     else:
-        parts = [str(given)]
-    parts = [part.strip() for part in parts]
+        several = given if isinstance(given, Iterable) and not isinstance(given, Mapping | bytes) else (given,)
+        parts = [_plain(name, one).strip() for one in several]
     if not parts or not all(parts):
         raise UsageError(
-            f"{name} has an empty value: '{given}'. Leave the parameter out for its default ({default_text(name)})."
+            f"{name} has an empty value: '{str(given)[:200]}'. "
+            f"Leave the parameter out for its default ({default_text(name)})."
         )
     return parts
 
 
+def _plain(name: str, value: object) -> str:
+    """Return one value as text. Raises UsageError for what is no plain value, such as a list within a list."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None or (isinstance(value, Iterable) and not isinstance(value, str)):
+        raise UsageError(
+            f"{name} has a value that is neither a text nor a number: {str(value)[:60]}. "
+            f"Give one value, or a list of values, such as {default_text(name)}."
+        )
+    return str(value)
+
+
 def _parse_one(name: str, declared: Field[Any], text: str, kind: str) -> object:
     unset = declared.metadata["unset"]
+    if len(text) > LONGEST_VALUE:
+        raise UsageError(
+            f"{name} has a value of {len(text):,} characters: {text[:40]}…. Give at most {LONGEST_VALUE:,} characters."
+        )
     if unset and text.lower() == unset:
         return None
     return PARSERS[kind](name, text, declared.metadata)

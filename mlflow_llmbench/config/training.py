@@ -105,7 +105,7 @@ def parse_training(values: Mapping[str, object]) -> tuple[Cell, Options, Trainin
             raise UsageError(f"Unknown parameter: {name}. Known: {', '.join(NAMES)}.")
     shared = {name: value for name, value in values.items() if name not in TRAINING}
     for name in shared:
-        if "," in str(shared[name]) and declared(name).metadata["sweep"]:
+        if declared(name).metadata["sweep"] and len(spec.values_of(name, shared[name])) > 1:
             raise UsageError(f"{name} takes one value here: {shared[name]}. Train one model at a time.")
     asked = spec.parse({**shared, "quant": QUANT})
     own = {name: _parse(name, str(values.get(name, default_text(name))).strip()) for name in TRAINING}
@@ -137,7 +137,7 @@ _PROMPT_SETS = tuple(name for name in WORKLOADS if name not in ("synthetic", "mi
 
 def _parts(data: str) -> list[str]:
     """Split a `data` parameter into files and sets. A file whose own name has a comma is not split."""
-    return [data] if os.path.isfile(data) else [part.strip() for part in data.split(",")]
+    return [data] if os.path.isfile(data) else cell.split_list(data)
 
 
 # Memory

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..backends.huggingface import lm_eval
 from ..records.backends import capabilities_of
-from ..records.cell import Cell, Options
+from ..records.cell import Cell, Options, split_list
 from ..records.results import Quality, hash16
 from ..workloads.prompts import load_text
 from . import quality_reference
@@ -49,7 +49,7 @@ def order(task: Task, report: Report, environment: Mapping[str, Any] | None, lim
     texts = QualityOrder() if options.quality == "none" else _text_order(task, report, environment, limits)
     if asked is None:
         return texts
-    tasks = tuple(asked.split(","))
+    tasks = tuple(split_list(asked))
     return dataclasses.replace(texts, tasks=tasks, most_documents=options.quality_limit)
 
 
@@ -105,7 +105,7 @@ def tasks_digest(options: Options) -> str:
     """Return 16 hex digits over the requested lm-eval tasks, their limit and their files; empty if there are none."""
     if options.quality_tasks is None:
         return ""
-    paths = [Path(task) for task in options.quality_tasks.split(",")]
+    paths = [Path(task) for task in split_list(options.quality_tasks)]
     files = [
         file
         for path in paths

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
@@ -466,6 +467,21 @@ def as_text(name: str, value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def list_text(name: str, values: Iterable[object]) -> str:
+    r"""Return values as one text that `split_list` splits: with commas between them, and `\,` for those within."""
+    metadata = PARAMETERS[name].metadata
+    texts = [as_text(name, value) for value in values]
+    escaped = metadata["sweep"] and metadata["separator"] == ","
+    return str(metadata["separator"]).join(text.replace(",", r"\,") if escaped else text for text in texts)
+
+
+def split_list(text: str, separator: str = ",") -> list[str]:
+    r"""Split a list into its values, without spaces around them. `\,` is a comma within a value."""
+    if separator != ",":
+        return [part.strip() for part in text.split(separator)]
+    return [part.strip().replace(r"\,", ",") for part in re.split(r"(?<!\\),", text)]
 
 
 def default_text(name: str) -> str:

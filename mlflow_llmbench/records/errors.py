@@ -36,13 +36,20 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return escape_controls(text.splitlines()[0])[:limit] if text else type(error).__name__
 
 
+LONGEST_MESSAGE = 3000
+"""Most characters of a message: a hostile value or name does not fill a terminal, a tag or a log."""
+
+
 class LlmbenchError(Exception):
     """Base of all errors of this package. The message becomes one line without secrets and control characters."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(escape_controls(redact(message)))
+        text = escape_controls(redact(message))
+        if len(text) > LONGEST_MESSAGE:  # keep what is wrong, and what to do
+            text = f"{text[: LONGEST_MESSAGE // 2]} … {text[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(text)
 
 
 class UsageError(LlmbenchError):

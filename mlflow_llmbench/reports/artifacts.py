@@ -13,6 +13,7 @@ from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..measure.journal import samples_csv, write_bytes, write_json
 from ..records.backends import recorded_capabilities
+from ..records.cell import list_text
 from ..records.redaction import redact_all
 from ..records.results import RunResult
 from . import html, mixed_plan, sweep
@@ -40,7 +41,10 @@ def write_cell(result: RunResult, folder: Path) -> None:
         folder / "environment.json",
         {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}},
     )
-    write_bytes(folder / "config.yaml", config_yaml(parameters_of(result)).encode())
+    write_bytes(
+        folder / "config.yaml",
+        config_yaml({name: list_text(name, [text]) for name, text in parameters_of(result).items()}).encode(),
+    )
     if result.repetitions:
         write_bytes(folder / "samples.csv.gz", samples_csv(result))
     write_bytes(folder / "report.md", report_markdown(result, metrics, verdict).encode())

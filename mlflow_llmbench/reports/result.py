@@ -18,7 +18,7 @@ from ..analysis.repetitions import process_count
 from ..analysis.summary import Turn, gpu_of, statistics, summarize, turns_of
 from ..analysis.verdict import judge, unsupported_percentiles
 from ..config.spec import cell_fields
-from ..records.cell import PARAMETERS, Cell, as_text, default_text
+from ..records.cell import PARAMETERS, Cell, as_text, default_text, list_text
 from ..records.environment import GPU_SOFTWARE, QUOTA, quota_text
 from ..records.metric import RATIO, Column, Entry, Line, interval_keys
 from ..records.metrics import DEVICE_MEMORY, HOST_NEEDED, KEYS, REPETITIONS, VARIATION, shown_in
@@ -383,7 +383,7 @@ def command(cell: Cell) -> str:
     """Return the command line that measures this cell again, with the parameters that are not at their default."""
     online = cell.scenario == "online"
     asked = {
-        name: as_text(name, getattr(cell, name)) for name in cell_fields(cell) if not (online and name == "backend")
+        name: list_text(name, [getattr(cell, name)]) for name in cell_fields(cell) if not (online and name == "backend")
     }
     return command_line(asked, "online" if online else "run")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mlflow_llmbench.config.cells import asked_params
 from mlflow_llmbench.config.spec import parse, read_yaml
-from mlflow_llmbench.records.cell import PARAMETERS, default_text
+from mlflow_llmbench.records.cell import PARAMETERS, default_text, split_list
 from mlflow_llmbench.records.errors import UsageError
 
 
@@ -156,6 +160,64 @@ def test_yaml_files(tmp_path: Path) -> None:
     assert parse(read_yaml(str(file))).options.on == "ray"
     with pytest.raises(UsageError, match="Cannot read parameters from nowhere.yaml"):
         read_yaml("nowhere.yaml")
+
+
+def test_a_comma_within_a_value_is_written_with_a_backslash(tmp_path: Path) -> None:
+    assert parse({"model": r"/a\,b, opt-125m,c\,\,d"}).axes["model"] == ("/a,b", "opt-125m", "c,,d")
+    assert parse({"model": ["/a,b", "opt-125m"]}).axes["model"] == ("/a,b", "opt-125m")
+    asked = asked_params(parse({"model": ["/a,b", "opt-125m"], "quality_tasks": "arc_easy"}))
+    assert asked["model"] == r"/a\,b,opt-125m"
+    assert parse({"model": asked["model"]}).axes["model"] == ("/a,b", "opt-125m")
+    (tmp_path / "x,y").mkdir()
+    assert parse({"model": f"{tmp_path}/x,y"}).axes["model"] == (f"{tmp_path}/x,y",)  # since it exists
+    assert parse({"model": f"{tmp_path}/x,z"}).axes["model"] == (f"{tmp_path}/x", "z")
+    file = tmp_path / "a,b.yaml"
+    file.write_text("task: x")
+    tasks = parse({"quality_tasks": rf"{tmp_path}/a\,b.yaml, arc_easy"}).options.quality_tasks
+    assert split_list(str(tasks)) == [str(file), "arc_easy"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("batch_size: [[1, 2], 3]", r"batch_size has a value that is neither a text nor a number: \[1, 2\]\. Give"),
+        ("batch_size: {1: 2}", r"batch_size has a value that is neither a text nor a number: \{1: 2\}\. Give"),
+        ("batch_size: [1, null]", r"batch_size has a value that is neither a text nor a number: None\. Give"),
+        ("model: !!binary abcd", r"model has a value that is neither a text nor a number: b'i"),
+        ("model: []", r"model has an empty value: '\[\]'\."),
+        ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+            f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 10)}]\n" for n in range(9)
+        ) + "model: *j", r"Cannot read parameters from p\.yaml: it has more than 100,000 values"),
+    ],
+)  # fmt: skip
+def test_values_in_a_yaml_file_that_are_none(content: str, message: str) -> None:
+    Path("p.yaml").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        parse(read_yaml("p.yaml"))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "prompt_tokens", "draft_tokens", "price_per_hour", "memory_limit"])
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "9" * 5000, "1e999", "-1e999", "²", "1_0" * 400])
+def test_numbers_beyond_all_bounds(name: str, value: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse({name: value})
+    assert len(str(caught.value)) < 800
+
+
+hostile = st.sampled_from(
+    ["", " ", ",", "\\,", "\\", "-1", "1e400", "nan", "²", "9" * 5000, "1" + "0" * 400, "true", "none", "auto", "'",
+     "\u2028", "\udcff", "/dev/zero", "/dev/stdin", "http://[::1", "http://a:99999999", "ray://x:0", "cuda:9999", "6e400GB", "--",
+     "a.gguf", "o/n:../f.gguf", "x.jsonl", "fake:ttft_ms=nan", "1,1,1", "½", "python -c 1 ; ;", "a/../b", "~", None, 3,
+     10**400, float("inf"), [], [[]], {}, [None], b"x", True, ["a,b", 1]]
+) | st.text(max_size=6)  # fmt: skip
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(st.dictionaries(st.sampled_from([*PARAMETERS]), hostile, min_size=1, max_size=3))
+def test_fuzz_hostile_parameters_are_parsed_or_refused_in_one_line(values: dict[str, object]) -> None:
+    with contextlib.suppress(UsageError):  # whose message is one line in any case
+        spec = parse(values)
+        assert parse(asked_params(spec)).axes["model"] == spec.axes["model"]
 
 
 @pytest.mark.parametrize("on", ["ray", "ray://head:10001"])
