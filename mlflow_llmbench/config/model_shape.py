@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..records.quantizations import SCHEMES
+from ..records.redaction import excerpt
 
 _PLAIN_MLP = frozenset(  # two matrices and biases, instead of a gate and no biases as in later families
     ["opt", "gpt_neox", "bloom", "gpt2", "gpt_neo", "gptj",
@@ -243,11 +244,15 @@ def wrong_type(config: Mapping[str, Any]) -> str | None:
             for key in keys:
                 value = part.get(key)
                 if value is not None and value is not False and not _has_type(value, types):
-                    return f"{place}{key} is {str(value)[:40]}, which is not {wanted}"
+                    return f"{place}{key} is {excerpt(str(value), 40)}, which is not {wanted}"
                 if isinstance(value, int) and abs(value) > _LARGEST_SIZE:
-                    return f"{place}{key} is {str(value)[:40]}, beyond every model"
+                    return f"{place}{key} is {excerpt(str(value), 40)}, beyond every model"
     method = (config.get("quantization_config") or {}).get("quant_method")
-    return None if method is None or isinstance(method, str) else f"its quant_method is {str(method)[:40]}, not a text"
+    return (
+        None
+        if method is None or isinstance(method, str)
+        else f"its quant_method is {excerpt(str(method), 40)}, not a text"
+    )
 
 
 def _has_type(value: object, types: tuple[type, ...]) -> bool:

@@ -202,6 +202,11 @@ def _parse_tasks(name: str, text: str) -> str:
 
 
 def _parse_text(name: str, text: str) -> str:
+    if re.search("[\ud800-\udfff]", text):
+        raise UsageError(
+            f"{name} is not UTF-8 in this locale: {excerpt(text, 80)}. "
+            "Rename the file, or set PYTHONUTF8=1 if its name is UTF-8."
+        )
     if CONTROLS.search(text) or len(text) > 1000:
         raise UsageError(
             f"{name} has control characters or is longer than 1000 characters: {excerpt(text, 40)}. "

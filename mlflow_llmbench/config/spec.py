@@ -17,6 +17,7 @@ from ..records.backends import capabilities_of
 from ..records.cell import LENGTHS, PARAMETERS, SWEEPABLE, Cell, Options, default_text, split_list
 from ..records.errors import UsageError
 from ..records.reading import Unreadable
+from ..records.redaction import excerpt
 from .choices import GRIDS, SLOS
 from .parsers import OF_A_MACHINE, PARSERS, _nearest, _parse_choice
 from .validation import check_cluster, check_find, check_offline_baseline, check_together
@@ -117,7 +118,8 @@ def parse(values: Mapping[str, object], recorded: bool = False) -> BenchSpec:
         texts = [default_text(name)] if given is None else values_of(name, given)
         if len(texts) > 1 and not declared.metadata["sweep"]:
             raise UsageError(
-                f"{name} takes one value: {','.join(texts)[:200]}. Lists are allowed for {', '.join(SWEEPABLE)}."
+                f"{name} takes one value: {excerpt(','.join(texts), 200)}. "
+                f"Lists are allowed for {', '.join(SWEEPABLE)}."
             )
         kind = "scheme" if name == "quant" and launched else declared.metadata["kind"]
         kind = "text" if recorded and kind in OF_A_MACHINE else kind
@@ -191,7 +193,7 @@ def values_of(name: str, given: object) -> list[str]:
         parts = [_plain(name, one).strip() for one in several]
     if not parts or not all(parts):
         raise UsageError(
-            f"{name} has an empty value: '{str(given)[:200]}'. "
+            f"{name} has an empty value: '{excerpt(str(given), 200)}'. "
             f"Leave the parameter out for its default ({default_text(name)})."
         )
     return parts
@@ -203,7 +205,7 @@ def _plain(name: str, value: object) -> str:
         return "true" if value else "false"
     if value is None or (isinstance(value, Iterable) and not isinstance(value, str)):
         raise UsageError(
-            f"{name} has a value that is neither a text nor a number: {str(value)[:60]}. "
+            f"{name} has a value that is neither a text nor a number: {excerpt(str(value), 60)}. "
             f"Give one value, or a list of values, such as {default_text(name)}."
         )
     return str(value)
@@ -213,7 +215,8 @@ def _parse_one(name: str, declared: Field[Any], text: str, kind: str) -> object:
     unset = declared.metadata["unset"]
     if len(text) > LONGEST_VALUE:
         raise UsageError(
-            f"{name} has a value of {len(text):,} characters: {text[:40]}…. Give at most {LONGEST_VALUE:,} characters."
+            f"{name} has a value of {len(text):,} characters: {excerpt(text, 40)}. "
+            f"Give at most {LONGEST_VALUE:,} characters."
         )
     if unset and text.lower() == unset:
         return None

@@ -206,9 +206,9 @@ def test_numbers_beyond_all_bounds(name: str, value: str) -> None:
 
 hostile = st.sampled_from(
     ["", " ", ",", "\\,", "\\", "-1", "1e400", "nan", "²", "9" * 5000, "1" + "0" * 400, "true", "none", "auto", "'",
-     "\u2028", "\udcff", "/dev/zero", "/dev/stdin", "http://[::1", "http://a:99999999", "ray://x:0", "cuda:9999", "6e400GB", "--",
-     "a.gguf", "o/n:../f.gguf", "x.jsonl", "fake:ttft_ms=nan", "1,1,1", "½", "python -c 1 ; ;", "a/../b", "~", None, 3,
-     10**400, float("inf"), [], [[]], {}, [None], b"x", True, ["a,b", 1]]
+     "\u2028", "\udcff", "/dev/zero", "/dev/stdin", "http://[::1", "http://a:99999999", "ray://x:0", "cuda:9999",
+     "6e400GB", "--", "a.gguf", "o/n:../f.gguf", "x.jsonl", "fake:ttft_ms=nan", "1,1,1", "½", "python -c 1 ; ;",
+     "a/../b", "~", None, 3, 10**400, float("inf"), [], [[]], {}, [None], b"x", True, ["a,b", 1]]
 ) | st.text(max_size=6)  # fmt: skip
 
 
