@@ -16,7 +16,7 @@ from typing import TextIO, cast
 
 from .. import __version__
 from ..records.errors import LlmbenchError
-from ..records.invocation import PROGRAM, called_as, invocation_of
+from ..records.invocation import PROGRAM, begun_folders, called_as, invocation_of
 from ..records.redaction import Terminal
 from ..system.python_command import forget_working_directory
 from . import decisions, environment, measure, results
@@ -66,7 +66,7 @@ def _main(arguments: Sequence[str] | None, program: str) -> int:
         print(f"llmbench: {error}", file=sys.stderr)
         return failure_code if error.exit_code == 1 else error.exit_code
     except KeyboardInterrupt:
-        print("llmbench: interrupted before anything was measured.", file=sys.stderr)
+        print(f"llmbench: interrupted{_so_far(arguments)}.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,6 +74,15 @@ def _main(arguments: Sequence[str] | None, program: str) -> int:
     except Exception:
         traceback.print_exc()  # inside `main`, whose streams redact secrets
         return 1
+
+
+def _so_far(arguments: Sequence[str] | None) -> str:
+    """Say what an interrupted command leaves behind."""
+    if folders := begun_folders():
+        return f". What was measured is in {', '.join(folders)}"
+    measures = {command.name for command in measure.COMMANDS if command.name != "plan"}
+    given = sys.argv[1:] if arguments is None else arguments
+    return " before anything was measured" if measures.intersection(given[:1]) else ""
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

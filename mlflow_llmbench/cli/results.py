@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,10 @@ def upload(folder: str, tracking_uri: str | None, experiment: str | None) -> int
     from ..sweeps.upload import upload
 
     done = upload(folder, tracking_uri, experiment)
+    for problem in done.problems:
+        print(f"llmbench: {problem}", file=sys.stderr)
     print(f"{done.new} runs uploaded, {done.completed} completed, {done.there} already there. Open them: {done.ui}")
-    return 0
+    return int(bool(done.problems))
 
 
 @command(

@@ -314,10 +314,14 @@ class JobEnded(Event, name="end"):
 
 @dataclass(frozen=True)
 class JobBegun(Event, name="job"):
-    """A worker was started. `folders`: names of its cells' folders · `environment`: of its machine, if not ours."""
+    """A worker was started. `folders`: names of its cells' folders · `environment`: of its machine, if not ours.
+
+    `wall_ms`: epoch time in ms at the monotonic time `t_ns`; absent in journals of earlier versions.
+    """
 
     folders: tuple[str, ...]
     environment: Mapping[str, Any] | None = None
+    wall_ms: int | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -341,10 +345,15 @@ class MemorySampled(Event, name="samples"):
 
 @dataclass(frozen=True)
 class CellCompleted(Event, name="complete"):
-    """The worker's own journal of a cell is complete."""
+    """The worker's own journal of a cell is complete.
+
+    `measured` and `texts` are those of `CellMeasured`, but the repetitions stand in the lines before this one.
+    """
 
     steady: bool
     first_call_ms: float
+    measured: CellMeasurements | None = field(default=None, metadata=OMITTED)
+    texts: tuple[Mapping[str, str], ...] | None = field(default=None, metadata=OMITTED)
 
 
 # The codec

@@ -4,7 +4,7 @@ This module alone reads and writes the format.
 
 <output_dir>/<sweep_id>/
     sweep.json           the requested parameters, and the environment
-    ended.json           how the command ended; missing while it runs, and after it was killed
+    ended.json           how the command ended, and whether everything is uploaded; missing until then
     .claim               locked by the command that writes here, for as long as it lives
     <config_hash>/       one folder per cell; a second cell with the same hash has the suffix -2
         cell.json            the cell, the model's facts, hashes
@@ -24,15 +24,16 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from ..records import reading
 from ..records.errors import JournalError
 from ..records.reading import Unreadable
 from ..records.redaction import redact, redact_all
 from ..records.results import RequestRecord, RunResult, from_json, to_json
+from ..records.verdicts import OUTCOMES
 from .events import Event, decode, to_data
 
 
@@ -54,15 +55,26 @@ def new_sweep(output_dir: str) -> Path:
     return folder
 
 
-def claim(folder: Path) -> IO[bytes]:
-    """Lock a sweep's folder for writing, until the returned file is closed or this process ends in any way."""
-    file = (folder / ".claim").open("wb")
-    # Without locks (Windows, some network disks) no sweep is ever considered abandoned.
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
+CLAIMED = "{} is still being written by a running command, which uploads it. Wait until it ends."
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Lock a sweep's folder for writing until the end of the block, or until this process ends in any way.
+
+    Raises JournalError if a living command holds it.
+    """
+    with contextlib.ExitStack() as held:
+        # Without locks (Windows, some network disks, a disk that is read-only) nobody can be kept out.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = held.enter_context((folder / ".claim").open("wb"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise JournalError(CLAIMED.format(folder)) from None
+        yield
 
 
 def is_claimed(folder: Path) -> bool:
@@ -79,11 +91,23 @@ def is_claimed(folder: Path) -> bool:
     return False
 
 
-def abandoned(output_dir: str) -> list[Path]:
-    """Return the folders of sweeps whose command was killed before it could end them, oldest first."""
+def unfinished(output_dir: str) -> list[Path]:
+    """Return the folders of sweeps whose command was killed, or has not uploaded everything, oldest first."""
     root = Path(os.path.expanduser(output_dir))
-    begun = [file.parent for file in sorted(root.glob("*/sweep.json")) if not (file.parent / "ended.json").exists()]
-    return [folder for folder in begun if not is_claimed(folder)]
+    begun = [file.parent for file in sorted(root.glob("*/sweep.json"))]
+    return [folder for folder in begun if not read_end(folder).get("uploaded", False) and not is_claimed(folder)]
+
+
+def read_end(folder: Path) -> Mapping[str, Any]:
+    """Return how a sweep's command ended (ended.json): `outcome`, and whether everything is `uploaded`.
+
+    Empty if it was killed before it could write that. Earlier versions wrote no `uploaded`; theirs count as uploaded.
+    """
+    try:
+        found = reading.read_own_json(folder / "ended.json")
+        return {"uploaded": True, **found} if found["outcome"] in OUTCOMES else {}
+    except (Unreadable, KeyError, TypeError):
+        return {}
 
 
 def write_json(path: Path, data: object) -> None:
@@ -231,7 +255,12 @@ def read_result(folder: Path) -> RunResult:
     """Read the result of a finished cell. Raises JournalError if there is none or it cannot be read."""
     path = folder / "result.json"
     try:
-        return from_json(RunResult, reading.read_own_json(path))
+        found = from_json(RunResult, reading.read_own_json(path))
+        if found.outcome not in OUTCOMES:
+            raise ValueError(f"its outcome is {found.outcome[:40]!r}")
+        if not all(one.requests or one.failed for one in found.repetitions):
+            raise ValueError("a repetition has no requests")
+        return found
     except (OSError, ValueError, TypeError) as error:
         raise JournalError(f"Cannot read the result {path}: {error}. Give the folder of a measured cell.") from None
 

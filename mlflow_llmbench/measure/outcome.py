@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -10,7 +11,16 @@ from typing import Any
 
 from ..backends.base import DeviceMemory
 from ..records.errors import LlmbenchError, MeasurementError, OutOfMemory
-from ..records.results import CellMeasurements, Divergence, LoadInfo, MemorySample, MemoryStages, TaskScore, TextScores
+from ..records.results import (
+    CellMeasurements,
+    Divergence,
+    LoadInfo,
+    MemorySample,
+    MemoryStages,
+    Repetition,
+    TaskScore,
+    TextScores,
+)
 from . import events
 from .events import Event, StageMemory
 
@@ -119,11 +129,33 @@ def _steady_samples(window: Sequence[MemorySample], measured: CellMeasurements |
 
 
 @dataclass(frozen=True)
+class Clock:
+    """The epoch time in ms at a monotonic time in ns, by which monotonic times of the same machine are dated."""
+
+    wall_ms: int
+    t_ns: int
+
+    @classmethod
+    def now(cls) -> Clock:
+        """Read both clocks."""
+        return cls(int(time.time() * 1000), time.perf_counter_ns())
+
+    def date_ms(self, t_ns: int) -> int:
+        """Return the epoch time in ms of a monotonic time."""
+        return self.wall_ms + (t_ns - self.t_ns) // 1_000_000
+
+
+@dataclass(frozen=True)
 class CellSpan:
-    """The time in ns at which a cell began, and its memory at the end, if it reached that."""
+    """Monotonic times in ns of one cell, and its memory at the end, if it reached that.
+
+    `begun_ns`: its warm-up began · `turned_ns`: the worker turned to it · `ended_ns`: it was measured.
+    """
 
     begun_ns: int
     peak: StageMemory | None = None
+    turned_ns: int | None = None
+    ended_ns: int | None = None
 
 
 @dataclass
@@ -147,6 +179,7 @@ class GroupOutcome:
     withheld: list[str] = field(default_factory=list)  # reasons why quality figures are absent
     nonfinite: str | None = None  # the one of them that says that logits are not finite
     environment: Mapping[str, Any] | None = None  # of the worker's machine, if it is not the command's
+    clock: Clock | None = None  # read when the worker was started; None for journals of earlier versions
     error: LlmbenchError | None = None
     ended: bool = False
     interrupted: bool = False
@@ -156,6 +189,18 @@ class GroupOutcome:
         """Number of the cell that was being measured when the worker ended; None if there was none."""
         begun = [n for n in self.cells if n not in self.measured]
         return begun[-1] if begun else None
+
+    def dates_ms(self, number: int) -> tuple[int | None, int | None]:
+        """Return the epoch times in ms at which the worker began and ended a cell, as far as they are known.
+
+        The first cell of a worker has its start and the load too.
+        """
+        span = self.cells.get(number)
+        if self.clock is None or span is None:
+            return (self.clock.wall_ms if self.clock and number == 0 else None), None
+        turned = span.begun_ns if span.turned_ns is None else span.turned_ns
+        begun = self.clock.wall_ms if number == 0 else self.clock.date_ms(turned)
+        return begun, None if span.ended_ns is None else self.clock.date_ms(span.ended_ns)
 
     @property
     def stage(self) -> str:
@@ -185,10 +230,15 @@ class GroupOutcome:
                 self.peaks, self.idle_w = dict(peaks), idle_w
             case events.ModelLoaded(info=info) | events.LoadDescribed(info=info):
                 self.load = info
-            case events.CellBegun(number=number) | events.MeasuringBegun(number=number):
-                self.cells[number] = CellSpan(event.sent_ns)
+            case events.CellBegun(number=number):
+                self.cells[number] = CellSpan(event.sent_ns, turned_ns=event.sent_ns)
+            case events.MeasuringBegun(number=number):
+                turned = self.cells[number].turned_ns if number in self.cells else None
+                self.cells[number] = CellSpan(event.sent_ns, turned_ns=turned)
             case events.CellMeasured(number=number, measured=CellMeasurements() as measured):
                 self.measured[number], self.texts[number] = measured, event.texts or ()
+                if number in self.cells:
+                    self.cells[number] = dataclasses.replace(self.cells[number], ended_ns=event.t_ns)
             case events.JobFailed(kind=kind, message=message):
                 self.fail({"OutOfMemory": OutOfMemory}.get(kind, MeasurementError)(message))
             case events.JobEnded(log=log):
@@ -211,6 +261,19 @@ class GroupOutcome:
                 self.nonfinite = message if event.nonfinite else self.nonfinite
 
 
+def measurements(journal: Iterable[Event]) -> Iterator[tuple[CellMeasurements, tuple[Mapping[str, str], ...]]]:
+    """Read the measurements of each process that has completed a cell, with its texts, from its own `events.jsonl`."""
+    repetitions: list[Repetition] = []
+    for event in journal:
+        match event:
+            case events.RepetitionEnded(number=number, repetition=Repetition() as repetition):
+                if number == 1:
+                    repetitions = []  # those before belong to a process that was killed
+                repetitions.append(repetition)
+            case events.CellCompleted(measured=CellMeasurements() as rest):
+                yield dataclasses.replace(rest, repetitions=tuple(repetitions)), event.texts or ()
+
+
 def replay(journal: Iterable[Event]) -> Iterator[tuple[list[str], GroupOutcome]]:
     """Rebuild the outcome of each worker from its journal (`worker.jsonl`), after it or this program was killed.
 
@@ -220,10 +283,11 @@ def replay(journal: Iterable[Event]) -> Iterator[tuple[list[str], GroupOutcome]]
     folders: list[str] = []
     for event in journal:
         match event:
-            case events.JobBegun(environment=environment):
+            case events.JobBegun(environment=environment, wall_ms=wall_ms):
                 if folders:
                     yield folders, outcome
-                folders, outcome = list(event.folders), GroupOutcome(environment=environment)
+                clock = None if wall_ms is None else Clock(wall_ms, event.sent_ns)
+                folders, outcome = list(event.folders), GroupOutcome(environment=environment, clock=clock)
             case events.CellAdded(folder=folder):
                 folders.append(folder)
             case events.MemorySampled(samples=samples):

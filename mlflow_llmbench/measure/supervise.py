@@ -29,7 +29,7 @@ from ..system.memory import HostMemory
 from . import events, interpreter
 from .events import CellAdded, Event, JobBegun, MemorySampled, Report, ServerLaunched, StageMemory
 from .journal import SERVER_LOG, EventLog, redact_log, write_bytes
-from .outcome import GroupOutcome
+from .outcome import Clock, GroupOutcome
 from .task import WorkerJob
 
 SAMPLE_S = 0.05
@@ -72,7 +72,8 @@ def run_worker(
     `more`, the worker goes on with the cells that `more` chooses from the results so far; their numbers follow those of
     the job's cells.
     """
-    outcome = GroupOutcome(environment=environment)
+    clock = Clock.now()
+    outcome = GroupOutcome(environment=environment, clock=clock)
     failure: LlmbenchError | None = None
     process = _start(job, log_file)
     watch = _Watch(
@@ -83,7 +84,8 @@ def run_worker(
         process.stdin.write(dataclasses.replace(job, searches=more is not None).to_line().encode())
         process.stdin.flush()
         with EventLog(log_file.with_suffix(".jsonl"), durable=False) as watch.journal:
-            watch.journal.append(JobBegun(tuple(folder.name for folder in job.folders), environment))
+            names = tuple(folder.name for folder in job.folders)
+            watch.journal.append(JobBegun(names, environment, clock.wall_ms, t_ns=clock.t_ns))
             watch.collect()
         process.wait()
     except BrokenPipeError:

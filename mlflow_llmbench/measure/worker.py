@@ -304,9 +304,11 @@ def _measure_one(
         )
         if texts and cell.history == "none" and not backend.capabilities.online:
             measured = replace(measured, text_times=time_texts(backend, texts, measured.outputs))
+        # On the disk before it is sent: the parent may be killed before it reads it.
+        rest = replace(measured, repetitions=())
+        log.append(events.CellCompleted(measured.steady, measured.first_call_ms, rest, texts))
         send(events.CellMeasured(number, measured, texts))
         send(events.LoadDescribed(backend.describe()))
-        log.append(events.CellCompleted(measured.steady, measured.first_call_ms))
     finally:
         log.close()
 

@@ -39,6 +39,7 @@ class Invocation:
     program: str = PROGRAM
     project: str | None = None
     entry_points: Mapping[str, EntryPoint] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)  # of the sweeps that it has begun
 
     def command(self, name: str, positional: tuple[str, ...], options: Mapping[str, str]) -> str:
         """Return a command with its options, quoted for a shell."""
@@ -79,6 +80,17 @@ def invocation_of(program: str, entry_points: Mapping[str, EntryPoint]) -> Invoc
     """
     by_project = program == MODULE and "MLFLOW_RUN_ID" in os.environ and os.path.exists("MLproject")
     return Invocation(program, os.getcwd() if by_project else None, entry_points)
+
+
+def note_folder(folder: Path) -> None:
+    """Note that the command has begun to write results into a folder."""
+    if invocation := _current.get():
+        invocation.folders.append(str(folder))
+
+
+def begun_folders() -> list[str]:
+    """Return the folders into which the command has written results."""
+    return list((_current.get() or Invocation()).folders)
 
 
 def command_text(name: str, /, *positional: str, **options: str) -> str:

@@ -399,6 +399,8 @@ class RunResult:
     logits: LogitsCheck | None = field(default=None, metadata=OMITTED)  # None if they cannot be seen, or were not
     sweep: str = ""
     linked: str = ""  # run (or folder) in which this result was measured, if it was not measured again
+    # Run (or folder) in which the first processes were measured, if an earlier command was stopped before the last.
+    resumed: str | None = field(default=None, metadata=OMITTED)
     schema: int = SCHEMA
     # Rules of the verdict on the machine and the client. Files of versions before they were recorded have the first.
     rules: int = field(default=RULES, metadata={"absent": FIRST_RULES})
@@ -423,29 +425,54 @@ def to_json(record: object) -> Any:
 
 
 def from_json(kind: type[T], data: Any) -> T:
-    """Build the record of class `kind` from data of `to_json`. Unknown fields of later versions are ignored."""
-    return typing.cast(T, _build(kind, data))
+    """Build the record of class `kind` from data of `to_json`. Unknown fields of later versions are ignored.
+
+    Raises TypeError, which names the field, if a value has another type than the record.
+    """
+    return typing.cast(T, _build(kind, data, kind.__name__))
 
 
-def _build(kind: Any, data: Any) -> Any:
+def _build(kind: Any, data: Any, name: str) -> Any:
+    """Build a value of the type `kind`; `name` is that of its field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if data is None or kind is Any:
+    if data is None:
+        return _refuse(name, data) if dataclasses.is_dataclass(kind) else data
+    if kind is Any:
         return data
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in arguments if a is not type(None)]
-        return _build(inner[0], data) if len(inner) == 1 else data
-    if origin is tuple:
-        return tuple(_build(arguments[0], item) for item in data)
+        if len(inner) == 1:
+            return _build(inner[0], data, name)
+        return data if isinstance(data, tuple(typing.get_origin(a) or a for a in inner)) else _refuse(name, data)
+    if origin in (tuple, list):
+        if not isinstance(data, list | tuple):
+            _refuse(name, data)
+        if origin is list or arguments[-1:] == (...,):
+            return (tuple if origin is tuple else list)(_build(arguments[0], item, name) for item in data)
+        return tuple(_build(one, item, name) for one, item in zip(arguments, data, strict=True))
     if origin in (dict, Mapping):
-        return {key: _build(arguments[1], value) for key, value in data.items()}
+        if not isinstance(data, Mapping):
+            _refuse(name, data)
+        return {key: _build(arguments[1], value, name) for key, value in data.items()}
     if dataclasses.is_dataclass(kind):
+        if not isinstance(data, Mapping):
+            _refuse(name, data)
         types_of = _types_of(typing.cast(Any, kind))
         known = {f.name: f.metadata for f in dataclasses.fields(kind)}
         absent = {name: about["absent"] for name, about in known.items() if "absent" in about and name not in data}
         return typing.cast(Any, kind)(
-            **absent, **{key: _build(types_of[key], value) for key, value in data.items() if key in known}
+            **absent, **{key: _build(types_of[key], value, key) for key, value in data.items() if key in known}
         )
+    if not isinstance(data, _JSON_OF.get(kind, object)) or (kind in (int, float) and isinstance(data, bool)):
+        _refuse(name, data)
     return data
+
+
+_JSON_OF: Mapping[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
+
+
+def _refuse(name: str, data: object) -> typing.NoReturn:
+    raise TypeError(f"{name} cannot be {str(data)[:40]!r}")
 
 
 @functools.cache

@@ -60,7 +60,7 @@ class Row:
 
 
 def row_of(result: RunResult) -> Row:
-    """Return a result as one row. A failed cell has its message and no metrics."""
+    """Return a result as one row. A failed cell has its message, and figures only of processes that measured it."""
     metrics = summarize(result)
     row = Row(
         result.cell,
@@ -73,7 +73,8 @@ def row_of(result: RunResult) -> Row:
         environment=result.environment,
     )
     if result.failure:
-        return dataclasses.replace(row, message=result.failure.message, stage=result.failure.stage)
+        row = dataclasses.replace(row, message=result.failure.message, stage=result.failure.stage)
+        return dataclasses.replace(row, metrics=metrics) if result.repetitions else row
     return dataclasses.replace(row, metrics=metrics, verdict=judge(result, metrics))
 
 

@@ -324,8 +324,8 @@ def _settings(spec: BenchSpec) -> list[tuple[str, str]]:
 
 
 def drawable(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that charts show: measured and not invalid."""
-    return [row for row in rows if row.metrics and row.state != "invalid"]
+    """Return the rows that charts show: measured in all their processes, and not invalid."""
+    return [row for row in rows if row.metrics and row.outcome == "ok" and row.state != "invalid"]
 
 
 def _not_drawn(rows: Sequence[Row]) -> str:

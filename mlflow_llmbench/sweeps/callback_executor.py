@@ -12,7 +12,7 @@ from ..backends.callback import CallbackBackend, Generate
 from ..measure.batch import measure_cell
 from ..measure.events import CellBegun, CellCompleted, CellMeasured, CellProgress, FirstToken, GroupBegun
 from ..measure.journal import EventLog, write_bytes
-from ..measure.outcome import GroupOutcome
+from ..measure.outcome import Clock, GroupOutcome
 from ..measure.task import Task
 from ..records.errors import LlmbenchError, OutOfMemory
 from ..system import machine
@@ -34,7 +34,7 @@ class CallbackExecutor(SerialExecutor):
         task, _ = self.take()
         on_event(task, GroupBegun())
         backend = self._backend(task)
-        outcome = GroupOutcome(load=backend.describe())
+        outcome = GroupOutcome(load=backend.describe(), clock=Clock.now())
         try:
             for number in range(len(task.cells)):
                 self._measure(backend, task, number, outcome, on_event)
@@ -75,6 +75,6 @@ class CallbackExecutor(SerialExecutor):
                 on_event(task, event.of_cell(number))
 
             measured = measure_cell(backend, cell, load_prompts(cell.workload), self.vocab_size, report)
-            outcome.take(CellMeasured(number, measured))
+            outcome.take(CellMeasured(number, measured, t_ns=time.perf_counter_ns()))
             log.append(CellCompleted(measured.steady, measured.first_call_ms))
         on_event(task, CellMeasured(number))

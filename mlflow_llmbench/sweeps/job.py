@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..analysis.repetitions import process_count
 from ..measure.journal import write_json
 from ..measure.outcome import GroupOutcome
 from ..records import reading
 from ..records.cell import Cell
 from ..records.errors import JournalError
-from ..records.results import Hashes, ModelFacts, from_json
+from ..records.results import Hashes, ModelFacts, RunResult, from_json
 from ..reports.result import Row
 from .planning import PlannedCell
 
@@ -28,8 +29,13 @@ class Job:
     started_ms: int = 0
     # Outcome of each process that measured this cell, and the cell's number in that process.
     attempts: list[tuple[GroupOutcome, int]] = field(default_factory=list)
+    # Outcome of a process that began this cell and did not end it, and the cell's number in it; for its dates.
+    tried: tuple[GroupOutcome, int] | None = None
+    earlier: RunResult | None = None  # of the processes that an earlier command has finished
     lost: int = 0  # times that the machine was lost before it had measured this cell
+    pending: RunResult | None = None  # its result while that is being written
     row: Row | None = None
+    uploaded: bool = False  # everything of it is in the store, and its run has ended
 
     @property
     def cell(self) -> Cell:
@@ -44,7 +50,16 @@ class Job:
     @property
     def measured(self) -> bool:
         """True if as many processes have measured it as were requested."""
-        return len(self.attempts) >= self.cell.processes
+        return self.processes_done >= self.cell.processes
+
+    @property
+    def processes_done(self) -> int:
+        """Number of processes that have measured it, those of an earlier command included."""
+        return len(self.attempts) + (process_count(self.earlier) if self.earlier else 0)
+
+    def count_text(self) -> str:
+        """Say how many of its processes have measured it."""
+        return f"It was measured in {self.processes_done} of {self.cell.processes} processes, which are kept."
 
 
 def identity(job: Job) -> dict[str, str]:

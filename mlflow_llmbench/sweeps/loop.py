@@ -16,7 +16,7 @@ from ..measure.outcome import GroupOutcome
 from ..measure.task import Task
 from ..records.cell import Cell
 from ..records.errors import NodeLost
-from ..records.invocation import parameter_text
+from ..records.invocation import note_folder, parameter_text
 from ..records.redaction import redact_all
 from ..records.results import Failure, RunResult
 from ..reports import artifacts
@@ -40,6 +40,7 @@ MIXED = (
 )
 
 UNREACHED = "The command ended before this cell was measured."
+STOPPED = "The command ended before this cell was measured in all its processes."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,26 +80,36 @@ class Sweep:
 
         Returns the outcome of the command: ok, error or interrupted.
         """
+        outcome = "error"
         with claim(self.folder):
-            self._write_plan()
-            if self.recorder.store:
-                resume.close_abandoned(self.plan.spec.options.output_dir, self.recorder.store, self.listener.note)
-            self.recorder.begin_parent()
-            self.listener.start(len(self.jobs))
-            outcome = "error"
             try:
-                self._measure()
-                outcome = (
-                    "ok" if all(job.row and job.row.outcome in ("ok", "skipped") for job in self.jobs) else "error"
-                )
+                try:
+                    self._open()
+                    self._measure()
+                    whole = all(job.row and job.row.outcome in ("ok", "skipped") for job in self.jobs)
+                    outcome = "ok" if whole else "error"
+                finally:
+                    for task, left in self.executor.stop():
+                        self._count(task, left)
             except KeyboardInterrupt:
                 outcome = "interrupted"
             finally:
-                for task, left in self.executor.stop():
-                    self._count(task, left)
-                self._finish(outcome)
+                try:
+                    self._finish(outcome)
+                except KeyboardInterrupt:  # the first signal came only now, and what it cut off is done again
+                    outcome = "interrupted"
+                    self._finish(outcome)
                 self.listener.finish()
+                note_folder(self.folder)
         return outcome
+
+    def _open(self) -> None:
+        """Write the plan, complete sweeps that were killed before, and begin the parent's run."""
+        self._write_plan()
+        if self.recorder.store:
+            resume.close_abandoned(self.plan.spec.options.output_dir, self.recorder.store, self.listener.note)
+        self.recorder.begin_parent()
+        self.listener.start(len(self.jobs))
 
     def _write_plan(self) -> None:
         """Write sweep.json: the request, and the order of the cells."""
@@ -109,6 +120,8 @@ class Sweep:
             "order": [job.folder.name for job in self.jobs],
             "parent": self.plan.parent_name,
             "tracking_uri": store.uri if store else None,
+            "experiment_id": store.experiment_id if store else None,
+            "asked": self.recorder.asked,
             "environment": self.plan.machine.environment,
         }
         write_json(self.folder / "sweep.json", known)
@@ -129,17 +142,23 @@ class Sweep:
                 self._link(job)
         for number in range(max(job.cell.processes for job in self.jobs)):
             groups = [[self.job_of[self.folder / planned.folder] for planned in group] for group in self.plan.groups]
+            groups = [[job for job in group if job.processes_done <= number] for group in groups]
             self._run_round(groups[:: -1 if number % 2 else 1])
 
     def _link(self, job: Job) -> None:
-        """Take over an earlier result of this cell, if there is one."""
+        """Take over an earlier result of this cell, or the processes that an earlier command has finished of it."""
         found = resume.find(job, self.plan.spec, self.recorder.store, self.plan.machine.env_hashes)
-        if found:
-            self._announce(job)
-            again = parameter_text("rerun", "true")
+        if found is None:
+            return
+        self._announce(job)
+        again = parameter_text("rerun", "true")
+        if found.outcome == "ok":
             self.listener.note(f"{job.name}: measured before, in {found.linked}. To measure it again: {again}.")
-            job.started_ms = found.started_ms
             self._keep(job, found)
+            return
+        job.earlier = found
+        counted = f"{job.processes_done} of {job.cell.processes} processes were measured before"
+        self.listener.note(f"{job.name}: {counted}, in {found.resumed}. To measure all again: {again}.")
 
     def _run_round(self, groups: Sequence[Sequence[Job]]) -> None:
         """Measure each group in one process. After a failure the remaining cells of the group get a new process."""
@@ -161,7 +180,8 @@ class Sweep:
         if not jobs:
             return
         options = self.plan.spec.options
-        if any(job.attempts for job in jobs):  # quality is the same in every process
+        if all(job.attempts or resume.has_quality(job.earlier, self.plan.spec) for job in jobs):
+            # Quality is the same in every process.
             options = dataclasses.replace(options, quality="none")
         task = Task(
             tuple(job.cell for job in jobs),
@@ -182,8 +202,7 @@ class Sweep:
         job = jobs[event.number] if isinstance(event, CellBegun | CellMeasured) else jobs[0]
         match event:
             case GroupBegun():
-                for one in jobs:
-                    self._begin(one)
+                self._begin(jobs)
             case QualityWithheld(message=message) if message not in self.withheld:
                 self.withheld.add(message)
                 self.listener.note(message)
@@ -202,12 +221,15 @@ class Sweep:
         """Tell the listener that this cell is next."""
         self.listener.cell(self.jobs.index(job) + 1, job.name)
 
-    def _begin(self, job: Job) -> None:
-        """Begin the run of a cell, unless an earlier process of it has."""
-        if not job.started_ms:
-            job.started_ms = int(time.time() * 1000)
-            write_job(job)
-            self.recorder.begin(job)
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        """Begin the run of a group's first cell. Those of the others begin with their results, at their own time."""
+        now = int(time.time() * 1000)
+        for job in jobs:
+            if not job.started_ms:
+                job.started_ms = now
+                write_job(job)
+        if not jobs[0].run_id:
+            self.recorder.begin(jobs[0], now)
 
     def _next_cell(self, task: Task, outcome: GroupOutcome) -> tuple[Cell, Path] | None:
         """Choose the next cell of a search from the outcome of its task so far, and add it to the plan.
@@ -231,16 +253,18 @@ class Sweep:
         self.jobs.append(job)
         self.job_of[job.folder] = job
         self._write_plan()
-        self._begin(job)
+        job.started_ms = int(time.time() * 1000)
+        write_job(job)
         return cell, job.folder
 
     # Keep
 
     def _count(self, task: Task, outcome: GroupOutcome) -> None:
-        """Add the outcome to each job of the task that it measured."""
+        """Add the outcome to each job of the task that it measured, and note those that it only began."""
         for own, job in enumerate(self._jobs_of(task)):
             if own in outcome.measured:
                 job.attempts.append((outcome, own))
+            job.tried = (outcome, own) if own in outcome.cells and own not in outcome.measured else None
 
     def _take(self, task: Task, outcome: GroupOutcome) -> list[Job]:
         """Keep the results of a process. Returns the jobs that it failed to reach, which need another one.
@@ -295,69 +319,81 @@ class Sweep:
         if word in ("oom", "timeout"):
             self.failed.append(_Failed(failed[0].cell, word, loading))
 
-    def _succeed(self, job: Job, draw: bool = True) -> None:
+    def _succeed(self, job: Job, hurried: bool = False) -> None:
+        environment = self.plan.machine.environment
+        result = measured_result(job, self.plan.spec, environment)
         if len(env_hashes(job)) > 1:
-            self._fail(job, "error", Failure("measuring", MIXED), draw=draw)
-            return
-        self._keep(job, measured_result(job, self.plan.spec, self.plan.machine.environment), draw)
+            job.attempts, job.earlier = [], None  # together they are no result
+            result = failed_result(job, self.plan.spec, environment, "error", Failure("measuring", MIXED))
+            self._tell(job, result)
+        self._keep(job, result, hurried)
 
     def _fail(
-        self, job: Job, word: str, failure: Failure, outcome: GroupOutcome | None = None, draw: bool = True
+        self, job: Job, word: str, failure: Failure, outcome: GroupOutcome | None = None, hurried: bool = False
     ) -> None:
-        self._announce(job)
-        self.listener.note(f"{job.name}: {word}: {failure.message}")
-        environment = self.plan.machine.environment
-        self._keep(job, failed_result(job, self.plan.spec, environment, word, failure, outcome), draw)
+        result = failed_result(job, self.plan.spec, self.plan.machine.environment, word, failure, outcome)
+        self._tell(job, result)
+        self._keep(job, result, hurried)
 
-    def _keep(self, job: Job, result: RunResult, draw: bool = True) -> None:
-        """Write the files of a cell, upload them and end its run."""
-        result = redact_all(result)
+    def _tell(self, job: Job, result: RunResult) -> None:
+        """Tell the listener why a cell has no result."""
+        self._announce(job)
+        self.listener.note(f"{job.name}: {result.outcome}: {result.failure.message if result.failure else ''}")
+
+    def _keep(self, job: Job, result: RunResult, hurried: bool = False) -> None:
+        """Write the files of a cell, upload them and end its run. `hurried`: write them without charts, no more."""
+        job.pending = result = redact_all(result)
         folder = job.folder / "artifacts"
         with self.recorder.report_errors(f"the files of {job.name}"):
             write_job(job)
             artifacts.write_cell(result, folder)
-        if draw:
+        if not hurried:
             with self.recorder.report_errors(f"the charts of {job.name}"):
                 artifacts.draw_cell(result, folder / "charts")
-        job.row = row_of(result)  # if interrupted before this line, `_finish` repeats the cell
-        self.recorder.upload(job, result)
+        job.row, job.pending = row_of(result), None  # if interrupted before this line, `_finish` repeats the cell
+        if not hurried:
+            self.recorder.upload(job, result)
 
     # Finish
 
     def _finish(self, outcome: str) -> None:
-        """End everything that is still open, quick steps first: after an interruption only seconds are left.
+        """End everything that is still open. If this is interrupted, it can be repeated.
 
-        Charts are not drawn then; they can be drawn later.
+        After an interruption only seconds are left: the runs are ended first, then all results are written without
+        charts, and then uploaded for `HURRY_S`. The next command uploads the rest.
         """
-        recorder, draw = self.recorder, outcome != "interrupted"
-        unfinished = [job for job in self.jobs if job.row is None and not job.measured]
-        self._end_runs(unfinished, outcome)
+        recorder, hurried = self.recorder, outcome == "interrupted"
+        if hurried:
+            recorder.kill(self.jobs)
         for job in self.jobs:
-            if job.row is None and job.measured:
-                self._succeed(job, draw)
-        for job in unfinished:
-            self._give_up(job, outcome, draw)
+            if job.row is None and job.pending:
+                self._keep(job, job.pending, hurried)
+            elif job.row is None and job.measured:
+                self._succeed(job, hurried)
+        for job in self.jobs:
+            if job.row is None:
+                self._give_up(job, outcome)
+        if hurried:
+            recorder.complete_cells(self.jobs)
         self._find_across_cells()
-        self._compare(outcome, draw)
-        with recorder.report_errors("how the command ended"):
-            write_json(self.folder / "ended.json", {"outcome": outcome})
-        if outcome != "interrupted":
+        self._write_end(outcome, uploaded=False)
+        self._compare(outcome, draw=not hurried)
+        if not hurried:
             recorder.retry(self.jobs)
+        self._write_end(outcome, uploaded=not recorder.missed)
 
-    def _end_runs(self, unfinished: Sequence[Job], outcome: str) -> None:
-        """End the runs of unfinished cells, and after an interruption that of the parent."""
-        for job in unfinished:
-            if job.run_id:
-                self.recorder.end(job.run_id, "interrupted" if outcome == "interrupted" else "error")
-        if self.recorder.parent_id and outcome == "interrupted":
-            self.recorder.end(self.recorder.parent_id, outcome)
+    def _write_end(self, outcome: str, uploaded: bool) -> None:
+        """Write ended.json. Until it says that everything is uploaded, the next command uploads what is missing."""
+        with self.recorder.report_errors("how the command ended"):
+            write_json(self.folder / "ended.json", {"outcome": outcome, "uploaded": uploaded})
 
-    def _give_up(self, job: Job, outcome: str, draw: bool) -> None:
+    def _give_up(self, job: Job, outcome: str) -> None:
         """Record a cell that the command did not finish; one that had not begun is only a row of the comparison."""
         word = "interrupted" if outcome == "interrupted" else "error"
-        failure = Failure("measuring" if job.started_ms else "waiting", UNREACHED)
-        if job.started_ms or self.plan.parent_name is None:
-            self._fail(job, word, failure, draw=draw)
+        text = STOPPED if job.processes_done else UNREACHED
+        failure = Failure("measuring" if job.started_ms else "waiting", text)
+        if job.started_ms or job.processes_done or self.plan.parent_name is None:
+            self._fail(job, word, failure, hurried=outcome == "interrupted")
         else:
             job.row = Row(job.cell, word, message=failure.message)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..analysis.repetitions import process_count
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..config.spec import BenchSpec
@@ -29,27 +30,51 @@ if TYPE_CHECKING:
 
 
 def find(job: Job, spec: BenchSpec, store: Store | None, env_hashes: Sequence[str]) -> RunResult | None:
-    """Return a finished, valid result of exactly this cell, from the journal or the store; None if there is none.
+    """Return an earlier result of exactly this cell, from the journal or the store; None if there is none.
 
-    It must have been measured in one of `env_hashes`, the environments of the machines that would measure it now.
-    Server results are never reused: a server may have been restarted with other settings under the same address, and of
-    a server that we start we know the command but not its files.
+    It is finished and valid, or else has the processes that a stopped command finished: then `resumed` is set, and its
+    outcome is not `ok`. It must have been measured in one of `env_hashes`, the environments of the machines that would
+    measure it now. Server results are never reused: a server may have been restarted with other settings under the same
+    address, and of a server that we start we know the command but not its files.
     """
     if job.cell.scenario == "online":
         return None
     env_hashes = (job.planned.hashes.env,) if job.planned.environment else env_hashes
+    is_newest = True
     for found, source in _candidates(job, store, env_hashes):
-        same = found.schema == SCHEMA and found.outcome == "ok" and not found.linked and found.hashes.env in env_hashes
-        ours = [getattr(found.hashes, name) == getattr(job.planned.hashes, name) for name in ("config", "workload")]
-        if same and all(ours) and _quality_is_there(found, spec) and judge(found, summarize(found)).word == "valid":
-            return dataclasses.replace(
-                found,
-                sweep=job.folder.parent.name,
-                linked=source,
-                price_per_hour=spec.options.price_per_hour,
-                nominal_bandwidth=spec.options.nominal_bandwidth,
-            )
+        if not _is_same(found, job, env_hashes):
+            continue
+        if found.outcome != "ok" and is_newest and 0 < process_count(found) < job.cell.processes:
+            return _taken_over(dataclasses.replace(found, resumed=source), job, spec)
+        if found.outcome == "ok" and _quality_is_there(found, spec) and _is_valid(found):
+            return _taken_over(dataclasses.replace(found, linked=source), job, spec)
+        is_newest = is_newest and found.outcome != "ok"  # what was stopped before it has been measured since
     return None
+
+
+def _taken_over(found: RunResult, job: Job, spec: BenchSpec) -> RunResult:
+    """Return an earlier result as one of this sweep, with what this command was told about the machine."""
+    return dataclasses.replace(
+        found,
+        sweep=job.folder.parent.name,
+        price_per_hour=spec.options.price_per_hour,
+        nominal_bandwidth=spec.options.nominal_bandwidth,
+    )
+
+
+def _is_same(found: RunResult, job: Job, env_hashes: Sequence[str]) -> bool:
+    """Return True if a result was measured, not taken over, with the configuration and workload of a job."""
+    ours = [getattr(found.hashes, name) == getattr(job.planned.hashes, name) for name in ("config", "workload")]
+    return found.schema == SCHEMA and not found.linked and found.hashes.env in env_hashes and all(ours)
+
+
+def _is_valid(found: RunResult) -> bool:
+    return judge(found, summarize(found)).word == "valid"
+
+
+def has_quality(found: RunResult | None, spec: BenchSpec) -> bool:
+    """Return True if the processes of an earlier command have measured the requested quality."""
+    return found is not None and _quality_is_there(found, spec)
 
 
 def _quality_is_there(found: RunResult, spec: BenchSpec) -> bool:
@@ -94,28 +119,31 @@ def _run_of(folder: Path) -> str:
 
 
 def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) -> None:
-    """End the runs of sweeps whose command was killed.
+    """Complete the runs of sweeps whose command was killed, or could not upload everything to this store.
 
     Measured cells are kept and uploaded, and the cell that was running becomes `crashed`. An error is passed to `warn`.
     """
-    for folder in journal.abandoned(output_dir):
+    for folder in journal.unfinished(output_dir):
         try:
-            if _store_of(folder) == redact(store.uri):
-                kept = upload.recover(folder)
-                upload.complete(folder, dataclasses.replace(store, given_run_id=None))
-                warn(
-                    f"The sweep {folder.name} had been killed. Its runs are ended now; "
-                    f"{kept} of its cells had been measured."
-                )
+            known = upload.read_sweep(folder)[1]
+            if str(known.get("tracking_uri")) != redact(store.uri):
+                continue
+            home = dataclasses.replace(
+                store, given_run_id=None, experiment_id=known.get("experiment_id") or store.experiment_id
+            )
+            done = upload.finish(folder, home)
         except Exception as error:
             warn(
-                f"The sweep {folder.name} had been killed, and its runs cannot be ended: {first_line(error)}. "
+                f"The sweep {folder.name} did not end in order, and its runs cannot be completed: {first_line(error)}. "
                 f"To try again: `{command_text('upload', str(folder))}`."
             )
-
-
-def _store_of(folder: Path) -> str:
-    try:
-        return str(reading.read_own_json(folder / "sweep.json").get("tracking_uri"))
-    except (Unreadable, AttributeError):
-        return ""
+            continue
+        if done.recovered is not None:
+            warn(
+                f"The sweep {folder.name} had been killed. Its runs are ended now; "
+                f"{done.recovered} of its cells had been measured."
+            )
+        elif not done.problems:
+            warn(f"The sweep {folder.name} had not been uploaded completely. It is now.")
+        for problem in done.problems:
+            warn(f"Of the sweep {folder.name} is not uploaded: {problem}")

@@ -32,6 +32,10 @@ T = TypeVar("T")
 Destination = tuple[str | None, str | None]
 """A tracking URI and an experiment name; None for the default."""
 
+HURRY_S = 10.0
+"""Seconds after an interruption within which an upload begins; schedulers kill a command some time after their signal.
+"""
+
 PATIENCE_S = 5.0
 """Seconds spent waiting for an unreachable store after which it is not asked again until the end."""
 
@@ -53,6 +57,7 @@ class RunRecorder:
         self.missed: list[str] = []  # not in the store yet; `retry` uploads it
         self.unwritten: list[str] = []  # could not be written to the disk
         self.waited_s = 0.0
+        self.hurried = False  # the command was interrupted
 
     @property
     def address(self) -> str:
@@ -90,15 +95,14 @@ class RunRecorder:
                 "the sweep's own run", lambda store: runs.begin_run(store, name, {"sweep": self.folder.name})
             )
 
-    def begin(self, job: Job) -> None:
-        """Begin the run of a cell."""
-        job.started_ms = job.started_ms or int(time.time() * 1000)
+    def begin(self, job: Job, started_ms: int) -> None:
+        """Begin the run of a cell, which has begun at `started_ms`, Unix time in milliseconds."""
         self.begin_parent()
         if self.parent_name is not None and self.parent_id is None:
             return  # a child without its parent would be lost among the runs
         started = self._call_store(
             f"the run of {job.name}",
-            lambda store: runs.begin_run(store, job.name, identity(job), self.parent_id, job.started_ms),
+            lambda store: runs.begin_run(store, job.name, identity(job), self.parent_id, started_ms),
         )
         if started:
             job.run_id = started
@@ -106,22 +110,35 @@ class RunRecorder:
                 write_json(job.folder / "run.json", {"run_id": started, "tracking_uri": self.store and self.store.uri})
 
     def upload(self, job: Job, result: RunResult) -> None:
-        """Log a cell's result on its run, and end the run even if this is interrupted."""
+        """Log a cell's result on its run, and end the run: with the result's outcome only if everything has arrived.
+
+        A run whose upload failed must not stay RUNNING either; it is FAILED until the rest is uploaded.
+        """
         if not job.run_id:
-            self.begin(job)
+            self.begin(job, result.started_ms)
         if not job.run_id:
             return
         asked = self.asked if self.parent_name is None else {}
-        try:
-            self._call_store(
-                job.name, lambda store: runs.upload_cell(store, job.run_id, result, job.folder / "artifacts", asked)
-            )
-        finally:
-            self.end(job.run_id, result.outcome, result.ended_ms)
 
-    def end(self, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
-        """End a run, even if its upload failed: it must not stay RUNNING. `ended_ms` is Unix time in milliseconds."""
-        self._call_store(f"the end of run {run_id}", lambda store: runs.end_run(store, run_id, outcome, ended_ms))
+        def send(store: Store) -> bool:
+            runs.upload_cell(store, job.run_id, result, job.folder / "artifacts", asked)
+            runs.end_run(store, job.run_id, result.outcome, result.ended_ms)
+            return True
+
+        job.uploaded = bool(self._call_store(job.name, send))
+        if not job.uploaded:
+            self.end(job.run_id, "error")
+
+    def end(self, run_id: str, outcome: str) -> None:
+        """End a run now."""
+        self._call_store(f"the end of run {run_id}", lambda store: runs.end_run(store, run_id, outcome))
+
+    def kill(self, jobs: Sequence[Job]) -> None:
+        """End all runs that are open, as interrupted. They are completed later, unless that is interrupted too."""
+        self.hurried = True
+        for run_id in [job.run_id for job in jobs if not job.uploaded] + [self.parent_id or ""]:
+            if run_id:
+                self.end(run_id, "interrupted")
 
     def add(self, run_id: str, name: str, figures: Mapping[str, float], at_ms: int) -> None:
         """Log metrics of a run that come from a comparison with other runs."""
@@ -141,13 +158,18 @@ class RunRecorder:
             return
         parent = self.parent_id
 
-        def publish(store: Store) -> None:
+        def publish(store: Store) -> bool:
             self.page = upload.publish_parent(store, parent, spec, measured, comparison, self.asked, self.warn, figures)
+            runs.end_run(store, parent, outcome)
+            return True
 
-        try:
-            self._call_store("the comparison", publish)
-        finally:
-            self.end(parent, outcome)
+        if not self._call_store("the comparison", publish):
+            self.end(parent, "error" if outcome == "ok" else outcome)
+
+    def complete_cells(self, jobs: Sequence[Job]) -> None:
+        """Upload what the store lacks of the cells for `HURRY_S`, after an interruption at any moment."""
+        until = time.monotonic() + HURRY_S
+        self.missed += self._call_store("the cells", lambda store: self._complete(store, jobs, until)) or []
 
     def retry(self, jobs: Sequence[Job]) -> None:
         """Upload what the store does not have yet, if it answers now."""
@@ -155,13 +177,16 @@ class RunRecorder:
             return
         with contextlib.suppress(Exception):
             store = self.store or open_store(*self.destination)
-            if not answers(store.uri):
-                return
-            done = upload.complete(self.folder, store)
-            self.store, self.parent_id, self.page = store, done.parent_id, done.page or self.page
-            for job in jobs:
-                job.run_id = done.run_ids.get(job.folder.name, job.run_id)
-            self.missed.clear()
+            if answers(store.uri):
+                self.missed = self._complete(store, jobs)
+
+    def _complete(self, store: Store, jobs: Sequence[Job], until: float | None = None) -> list[str]:
+        """Upload what a store lacks, with `until` only of the cells (see `upload.complete`). Return what failed."""
+        done = upload.complete(self.folder, store, until)
+        self.store, self.parent_id, self.page = store, done.parent_id, done.page or self.page
+        for job in jobs:
+            job.run_id = done.run_ids.get(job.folder.name, job.run_id)
+        return done.problems
 
     @contextlib.contextmanager
     def report_errors(self, name: str) -> Iterator[None]:
@@ -179,6 +204,11 @@ class RunRecorder:
             return None
         try:
             return action(self.store)
+        except KeyboardInterrupt:
+            if not self.hurried:
+                raise
+            self.missed.append(f"{name}: interrupted")
+            return None
         except Exception as error:
             self.missed.append(f"{name}: {first_line(error)}")
             self.warn(

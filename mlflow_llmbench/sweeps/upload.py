@@ -6,29 +6,34 @@ Used when the server was unreachable during the sweep, or to upload from or to a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.summary import Point
+from ..analysis.summary import Point, series
 from ..config.cells import asked_params, sweep_name
 from ..config.spec import BenchSpec, parse
 from ..measure import journal
-from ..measure.outcome import replay
+from ..measure.events import Event
+from ..measure.outcome import GroupOutcome, measurements, replay
 from ..records import reading
-from ..records.errors import JournalError
+from ..records.errors import JournalError, UsageError, first_line
+from ..records.redaction import redact
 from ..records.results import Failure, RunResult
+from ..records.verdicts import OUTCOMES
 from ..reports import artifacts, sweep
 from ..reports.result import Row, row_of, with_figures
 from ..tracking import view
 from ..tracking.runs import PARENT_TAG, begin_run, end_run, log_figures, upload_cell, upload_parent
 from ..tracking.search import runs_of_sweep
-from ..tracking.store import UPLOADED_TAG, Store, open_store, ui_command
+from ..tracking.store import UPLOADED_TAG, Store, open_store, plain_errors, ui_command
 from .cross_cell import cross_findings
 from .job import Job, identity, read_job
 from .results import failed_result, measured_result
@@ -37,14 +42,20 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
+GIVE = "Give a folder that `llmbench run` has printed."
+AGAIN = "Delete its folder and measure the cell again."
+
 KILLED = "The command was killed before this cell was measured."
+STOPPED = "The command was killed before this cell was measured in all its processes."
 
 
 @dataclass
 class Uploaded:
     """Result of an upload: numbers of runs that are new, completed, or were complete already, and where they are.
 
-    `run_ids` maps the name of a cell's folder to its run; `page` is the published view, None if there is none.
+    `run_ids` maps the name of a cell's folder to its run · `page` is the published view, None if there is none ·
+    `problems`: what could not be uploaded, one line each · `recovered`: cells that a killed command had measured, None
+    if the command had ended.
     """
 
     new: int = 0
@@ -54,84 +65,168 @@ class Uploaded:
     parent_id: str | None = None
     page: str | None = None
     run_ids: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    refused: bool = False  # some of the problems are the store's, which may take it another time
+    recovered: int | None = None
 
-    def count(self, run: Run | None) -> str | None:
-        """Count a run as new (None), completed now, or complete already. Returns its id, None for a new one."""
+    def count(self, run: Run | None, outcome: str, is_empty: bool = False) -> str | None:
+        """Count a run as new (None), completed now, or complete already. Returns its id, None for a new one.
+
+        `is_empty`: nothing can be uploaded of it, so that it is complete when it has ended.
+        """
         if run is None:
             self.new += 1
             return None
-        if self.is_whole(run):
+        if is_whole(run, outcome) or (is_empty and run.info.status != "RUNNING"):
             self.there += 1
         else:
             self.completed += 1
         return str(run.info.run_id)
 
-    @staticmethod
-    def is_whole(run: Run | None) -> bool:
-        """Return True if everything of a run has been uploaded and the run has ended."""
-        return run is not None and UPLOADED_TAG in run.data.tags and run.info.status != "RUNNING"
+
+def is_whole(run: Run | None, outcome: str) -> bool:
+    """Return True if everything of a run has been uploaded and the run has ended with the status of its outcome."""
+    return run is not None and UPLOADED_TAG in run.data.tags and run.info.status == OUTCOMES[outcome]
 
 
 def upload(folder: str, tracking_uri: str | None = None, experiment: str | None = None) -> Uploaded:
     """Upload a sweep's folder, even if its command was killed. A second upload changes nothing.
 
-    Raises JournalError if the folder cannot be uploaded, TrackingError for a problem of the store.
+    Raises JournalError if nothing of the folder can be uploaded, TrackingError for a problem of the store.
     """
     if not os.path.isdir(folder):
         raise JournalError(f"There is no folder {folder}. Give a folder that `llmbench run` has printed.")
     root = Path(folder).resolve()
-    _, known = read_sweep(root)
-    if not (root / "ended.json").exists():
-        if journal.is_claimed(root):
-            raise JournalError(
-                f"{folder} is still being written by a running command, which uploads it. Wait until it ends."
-            )
-        recover(root)
-    if not _results(root, known):
-        raise JournalError(
-            f"{folder} holds no finished cell, so there is nothing to upload. "
-            "Give a folder that `llmbench run` has printed."
-        )
-    return complete(root, open_store(tracking_uri, experiment))
+    read_sweep(root)
+    if not journal.read_end(root) and journal.is_claimed(root):
+        raise JournalError(journal.CLAIMED.format(folder))
+    return finish(root, open_store(tracking_uri, experiment))
 
 
-def complete(root: Path, store: Store) -> Uploaded:
-    """Upload what an open store lacks of a sweep's folder. A second call changes nothing.
+def finish(root: Path, store: Store) -> Uploaded:
+    """Recover a sweep if its command was killed, upload what the store lacks, and note it if that is its own store.
 
     Raises JournalError or TrackingError.
     """
+    with journal.claim(root), plain_errors(store.uri):
+        kept, problems = (None, []) if journal.read_end(root) else recover(root)
+        done = complete(root, store)
+        done.recovered, done.problems = kept, problems + done.problems
+        end = journal.read_end(root)
+        is_home = str(read_sweep(root)[1].get("tracking_uri")) == redact(store.uri)
+        if is_home and not done.refused and not end.get("uploaded"):
+            with contextlib.suppress(JournalError):  # a disk that is read-only
+                journal.write_json(root / "ended.json", {**end, "uploaded": True})
+    return done
+
+
+def complete(root: Path, store: Store, until: float | None = None) -> Uploaded:
+    """Upload what an open store lacks of a sweep's folder. A second call changes nothing.
+
+    A cell that cannot be read or is refused by the store becomes a line of `Uploaded.problems`, and its run is FAILED.
+    With `until`, a time of `time.monotonic`, no upload begins after it, runs that are not complete then are KILLED, and
+    the sweep's own run is left as it is. Raises JournalError if the folder has nothing to upload, or TrackingError.
+    """
     spec, known = read_sweep(root)
-    results = _results(root, known)
+    results, done = _results(root, known), Uploaded(ui=ui_command(store.uri))
     runs = runs_of_sweep(store, root.name)
-    done = Uploaded(ui=ui_command(store.uri))
+    if not results.cells and not runs:
+        nothing = f"{root} holds no finished cell, so there is nothing to upload. {GIVE}"
+        raise JournalError(next(iter(results.problems.values()), nothing))
+    if runs:  # the children of a run are in its experiment
+        store = dataclasses.replace(store, experiment_id=runs[0].info.experiment_id)
+    done.problems += results.problems.values()
+    measured_now = [cell.result for cell in results.cells if not cell.result.linked]
+    ended = max((result.ended_ms for result in measured_now), default=None)
     parent = next((r for r in runs if PARENT_TAG not in r.data.tags), None) if known["parent"] else None
-    ended = max((result.ended_ms for _, result in results), default=None)
+    outcome = _outcome(root, [cell.result for cell in results.cells], known["cells"])
+    by_cell = {run.data.tags.get("llmbench.cell", ""): run for run in runs if run is not parent}
+    lost = [name for name in results.problems if name not in by_cell or UPLOADED_TAG not in by_cell[name].data.tags]
+    outcome = "error" if outcome == "ok" and lost else outcome
     if known["parent"]:
-        begun = min((result.started_ms for _, result in results), default=None)
-        done.parent_id = done.count(parent) or begin_run(store, known["parent"], {"sweep": root.name}, None, begun)
-    by_cell = {run.data.tags.get("llmbench.cell"): run for run in runs}
+        begun = min((result.started_ms for result in measured_now), default=None)
+        done.parent_id = done.count(parent, outcome, is_empty=not results.cells) or begin_run(
+            store, known["parent"], {"sweep": root.name}, None, begun
+        )
+    found_across = cross_findings(
+        [cell.result for cell in results.cells], [cell.job.name for cell in results.cells], spec.options
+    )
     measured: list[tuple[Row, str]] = []
-    found_across = cross_findings([result for _, result in results], [job.name for job, _ in results], spec.options)
-    added = {job.folder.name: found for (job, _), found in zip(results, found_across.added, strict=True)}
-    for job, result in results:
-        run = by_cell.get(job.folder.name)
-        run_id = done.count(run) or begin_run(store, job.name, identity(job), done.parent_id, result.started_ms)
-        done.run_ids[job.folder.name] = run_id
-        measured.append((with_figures(row_of(result), added[job.folder.name]), run_id))
-        if not done.is_whole(run):
-            upload_cell(store, run_id, result, job.folder / "artifacts", {})
-            log_figures(store, run_id, added[job.folder.name], result.ended_ms)
-            end_run(store, run_id, result.outcome, result.ended_ms)
-    if done.parent_id and not done.is_whole(parent):
+    for cell, figures in zip(results.cells, found_across.added, strict=True):
+        run = by_cell.pop(cell.job.folder.name, None)
+        asked = known["asked"] if run and not known["parent"] else {}
+        run_id = _complete_cell(store, cell, run, figures, asked, done, until)
+        measured.append((with_figures(cell.row, figures), run_id))
+    for run in by_cell.values():  # nothing that can be read is left of them
+        if not run.data.tags.get(UPLOADED_TAG) and run.info.status in ("RUNNING", "FINISHED"):
+            end_run(store, run.info.run_id, "crashed")
+            done.completed += 1
+    is_ended = is_whole(parent, outcome) or (not measured and parent is not None and parent.info.status != "RUNNING")
+    if until is None and done.parent_id and not is_ended:
         if measured:
             with tempfile.TemporaryDirectory() as scratch:
                 write_comparison(root, Path(scratch), store, spec, known["parent"], measured)
                 _copy(root / "comparison" / "goodput.json", Path(scratch))
+                asked = known["asked"] if parent else {}
                 done.page = publish_parent(
-                    store, done.parent_id, spec, measured, Path(scratch), {}, lambda text: None, found_across.figures
+                    store,
+                    done.parent_id,
+                    spec,
+                    measured,
+                    Path(scratch),
+                    asked,
+                    lambda text: None,
+                    found_across.figures,
                 )
-        end_run(store, done.parent_id, _outcome(root, [result for _, result in results], known["cells"]), ended)
+        word = "error" if outcome == "ok" and done.refused else outcome
+        end_run(store, done.parent_id, word, _not_before(parent, ended))
+    if not measured and done.problems:
+        raise JournalError(done.problems[0])
     return done
+
+
+def _complete_cell(
+    store: Store,
+    cell: _Finished,
+    run: Run | None,
+    figures: Mapping[str, float],
+    asked: Mapping[str, str],
+    done: Uploaded,
+    until: float | None,
+) -> str:
+    """Upload what a store lacks of one cell (see `complete`). Returns the id of its run, "" if it has none."""
+    job, result = cell.job, cell.result
+    if is_whole(run, result.outcome):
+        assert run
+        log_figures(store, run.info.run_id, figures, result.ended_ms)  # they may have come after everything else
+    elif until is not None and time.monotonic() > until:
+        done.problems.append(f"{job.name}: interrupted before it was uploaded")
+        if run and run.info.status == "RUNNING":
+            end_run(store, run.info.run_id, "interrupted")
+        return str(run.info.run_id) if run else ""
+    run_id = done.count(run, result.outcome) or begin_run(
+        store, job.name, identity(job), done.parent_id, result.started_ms
+    )
+    done.run_ids[job.folder.name] = run_id
+    if is_whole(run, result.outcome):
+        return run_id
+    try:
+        upload_cell(store, run_id, result, job.folder / "artifacts", asked)
+        log_figures(store, run_id, figures, result.ended_ms)
+        end_run(store, run_id, result.outcome, _not_before(run, result.ended_ms))
+    except KeyboardInterrupt:
+        end_run(store, run_id, "interrupted")
+        raise
+    except Exception as error:
+        end_run(store, run_id, "error")  # raises if the store is away
+        done.refused = True
+        done.problems.append(f"{job.name}: {first_line(error)}")
+    return run_id
+
+
+def _not_before(run: Run | None, ended_ms: int | None) -> int | None:
+    """Return the time at which a run ends, not before it has begun: somebody may have begun it after a measurement."""
+    return max(ended_ms, int(run.info.start_time or 0)) if run and ended_ms is not None else ended_ms
 
 
 def write_comparison(
@@ -188,63 +283,135 @@ def read_sweep(root: Path) -> tuple[BenchSpec, dict[str, Any]]:
     """
     try:
         known = reading.read_own_json(root / "sweep.json")
-        return parse(known["parameters"]), {"parent": None, "order": [], **known, "cells": int(known["cells"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        order = [str(name) for name in known.get("order", [])]
+        more = {"parent": None, "asked": {}, **known, "order": order, "cells": int(known["cells"])}
+        return parse(known["parameters"]), more
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError):
         raise JournalError(
             f"{root} is not the folder of a sweep: it has no readable sweep.json. "
             "Give a folder that `llmbench run` has printed."
         ) from None
 
 
-def recover(folder: Path) -> int:
-    """Make results from the worker events that a killed command has kept, and mark the sweep as ended.
+def recover(folder: Path) -> tuple[int, list[str]]:
+    """Make results from the events that a killed command and its workers have kept, and mark the sweep as ended.
 
-    Returns how many cells had been measured. Raises JournalError.
+    Returns how many cells had been measured, and a line for each file that cannot be read. Raises JournalError.
     """
     spec, known = read_sweep(folder)
     for log in folder.glob("*/*.log"):
         journal.redact_log(log)
-    begun = [read_job(file.parent) for file in sorted(folder.glob("*/cell.json"))]
-    by_name = {job.folder.name: job for job in begun}
-    for job in begun:
-        for names, outcome in replay(journal.read_events(job.folder / "worker.jsonl")):
-            for number in outcome.measured:
-                if number in outcome.texts and names[number] in by_name:
-                    by_name[names[number]].attempts.append((outcome, number))
-    whole = 0
-    for job in begun:
+    problems: list[str] = []
+    begun: dict[str, Job] = {}
+    for file in sorted(folder.glob("*/cell.json")):
+        try:
+            begun[file.parent.name] = read_job(file.parent)
+        except JournalError as error:
+            problems.append(str(error))
+    for job in begun.values():
+        for names, outcome in replay(_readable(job.folder / "worker.jsonl", problems)):
+            for number, name in enumerate(names):
+                if name in begun and number in outcome.measured and number in outcome.texts:
+                    begun[name].attempts.append((outcome, number))
+                    begun[name].tried = None
+                elif name in begun:
+                    begun[name].tried = outcome, number
+    whole, crashed = 0, False
+    for job in begun.values():
+        _add_untold(job, problems)
         whole += job.measured
         if not (job.folder / "artifacts" / "result.json").exists():
-            _write(job, spec, known.get("environment") or {})
-    journal.write_json(folder / "ended.json", {"outcome": "crashed"})
-    return whole
+            crashed |= not job.measured
+            try:
+                _write(job, spec, known.get("environment") or {})
+            except Exception as error:
+                problems.append(f"The journal {job.folder} is damaged: {first_line(error)}. {AGAIN}")
+    all_there = not crashed and len(list(folder.glob("*/artifacts/result.json"))) >= known["cells"]
+    outcome_word = "crashed"
+    if all_there:  # only the end of the command is missing
+        outcome_word = _outcome(folder, [cell.result for cell in _results(folder, known).cells], known["cells"])
+    journal.write_json(folder / "ended.json", {"outcome": outcome_word, "uploaded": False})
+    return whole, problems
+
+
+def _readable(path: Path, problems: list[str]) -> Iterator[Event]:
+    """Yield the events of a journal file up to the first line that is damaged, and note that one."""
+    try:
+        yield from journal.read_events(path)
+    except (JournalError, OSError) as error:
+        problems.append(first_line(error))
+
+
+def _add_untold(job: Job, problems: list[str]) -> None:
+    """Add the processes that had measured a job and whose last event the killed command had not read."""
+    own = list(measurements(_readable(job.folder / "events.jsonl", problems)))
+    for measured, texts in own[len(job.attempts) :]:
+        outcome, number = job.tried or (GroupOutcome(), 0)
+        told = dataclasses.replace(
+            outcome, measured={**outcome.measured, number: measured}, texts={**outcome.texts, number: texts}
+        )
+        job.attempts.append((told, number))
+        job.tried = None
 
 
 def _write(job: Job, spec: BenchSpec, environment: Mapping[str, Any]) -> None:
-    killed = Failure("measuring", KILLED)
-    result = (
-        measured_result(job, spec, environment)
-        if job.measured
-        else failed_result(job, spec, environment, "crashed", killed)
-    )
+    if job.measured:
+        result = measured_result(job, spec, environment)
+        result = dataclasses.replace(result, ended_ms=max(result.started_ms, min(result.ended_ms, _last_ms(job))))
+    else:
+        killed = Failure("measuring", STOPPED if job.processes_done else KILLED)
+        result = failed_result(job, spec, environment, "crashed", killed, ended_ms=_last_ms(job))
     artifacts.write_cell(result, job.folder / "artifacts")
     with contextlib.suppress(Exception):
         artifacts.draw_cell(result, job.folder / "artifacts" / "charts")
 
 
-def _results(root: Path, known: Mapping[str, Any]) -> list[tuple[Job, RunResult]]:
-    """Return the finished cells in the order of the plan."""
+def _last_ms(job: Job) -> int:
+    """Return the time in epoch ms at which the journal of a job was last written."""
+    written = [file.stat().st_mtime for file in job.folder.glob("*.json*")]
+    return int(max(written) * 1000) if written else int(time.time() * 1000)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A finished cell on the disk: its job, its result, and its row."""
+
+    job: Job
+    result: RunResult
+    row: Row
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The finished cells of a sweep in the order of the plan, and a line for each that cannot be read."""
+
+    cells: list[_Finished]
+    problems: dict[str, str]  # by the name of the cell's folder
+
+
+def _results(root: Path, known: Mapping[str, Any]) -> _Results:
     order = {name: number for number, name in enumerate(known["order"])}
     folders = [file.parent.parent for file in root.glob("*/artifacts/result.json")]
     folders.sort(key=lambda folder: order.get(folder.name, len(order)))
-    results = [journal.read_result(folder / "artifacts") for folder in folders]
-    return [(read_job(folder), result) for folder, result in zip(folders, results, strict=True)]
+    found = _Results([], {})
+    for folder in folders:
+        try:
+            result = journal.read_result(folder / "artifacts")
+            cell = _Finished(read_job(folder), result, row_of(result))
+            series(result)
+            found.cells.append(cell)
+        except JournalError as error:
+            found.problems[folder.name] = str(error)
+        except Exception as error:  # its figures cannot be computed
+            file, why = folder / "artifacts" / "result.json", f"{type(error).__name__}: {first_line(error)}"
+            found.problems[folder.name] = f"Cannot read the result {file}: it is damaged ({why}). {AGAIN}"
+    return found
 
 
 def _outcome(root: Path, results: list[RunResult], planned: int) -> str:
     """Return the outcome that the command wrote; without one, derive it from the cells."""
-    try:
-        return str(reading.read_own_json(root / "ended.json")["outcome"])
-    except (OSError, ValueError, KeyError, TypeError):
-        words = {result.outcome for result in results} | ({"interrupted"} if len(results) < planned else set())
+    written = journal.read_end(root).get("outcome")
+    if written in OUTCOMES:
+        return str(written)
+    words = {result.outcome for result in results} | ({"interrupted"} if len(results) < planned else set())
     return "ok" if words <= {"ok", "skipped"} else "interrupted" if "interrupted" in words else "error"

@@ -81,8 +81,14 @@ def begin_run(
 
 
 def end_run(store: Store, run_id: str, outcome: str, ended_ms: int | None = None) -> None:
-    """End a run with the status that belongs to its outcome."""
-    store.client.set_terminated(run_id, OUTCOMES[outcome], ended_ms or int(time.time() * 1000))
+    """End a run with the status that belongs to its outcome, at `ended_ms` (Unix time in milliseconds) or now.
+
+    The run that MLFLOW_RUN_ID names ends now: somebody else has begun it, perhaps after what was measured before.
+    """
+    now = int(time.time() * 1000)
+    store.client.set_terminated(
+        run_id, OUTCOMES[outcome], now if ended_ms is None or run_id == store.given_run_id else ended_ms
+    )
 
 
 def log_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
@@ -113,35 +119,38 @@ def cell_params(cell: Cell) -> dict[str, str]:
 
 
 def upload_cell(store: Store, run_id: str, result: RunResult, artifacts: Path, asked: Mapping[str, str]) -> None:
-    """Upload everything of one cell: params, tags, metrics, series, artifacts.
+    """Upload everything of one cell: params, metrics, series, artifacts, and last the tags with outcome and verdict.
 
-    `asked`: params as `mlflow run` has logged them (`INT4`, `08`). Can be repeated: existing params are not changed,
-    and a point with the same key, step, time and value is stored once.
+    So a run without all its figures never looks like a result. `asked`: params as `mlflow run` has logged them (`INT4`,
+    `08`). Can be repeated: existing params are not changed, and a point with the same key, step, time and value is
+    stored once.
     """
     metrics = summarize(result)
     verdict = judge(result, metrics)
     facts = {key: str(value) for key, value in (result.load.facts if result.load else {}).items()}
     log_params(store, run_id, {**cell_params(result.cell), **asked, **facts})
     note = _linked(store, result) + summary_markdown(result, metrics, None if result.failure else verdict)
-    log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note})
     log_metrics(
         store, run_id, [Point(key, 0, value, result.ended_ms) for key, value in metrics.items()] + series(result)
     )
     _log_workload(store, run_id, result)
     _log_artifacts(store, run_id, artifacts)
-    store.client.set_tag(run_id, UPLOADED_TAG, "true")  # last, so that an interrupted upload can be found again
+    log_tags(store, run_id, cell_tags(result, verdict) | {"mlflow.note.content": note, UPLOADED_TAG: "true"})
 
 
 def _linked(store: Store, result: RunResult) -> str:
     """Say where and when a reused result was measured; empty for one that was measured in this run."""
-    if not result.linked:
+    source = result.linked or result.resumed
+    if not source:
         return ""
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(result.started_ms / 1000))
     where = (
-        f"run [{result.linked}](#/experiments/{store.experiment_id}/runs/{result.linked})"
-        if RUN_REFERENCE.fullmatch(result.linked)
-        else result.linked
+        f"run [{source}](#/experiments/{store.experiment_id}/runs/{source})"
+        if RUN_REFERENCE.fullmatch(source)
+        else source
     )
+    if not result.linked:
+        return f"Its first processes were measured in {where}. Measure all again with `rerun=true`.\n\n"
     return (
         f"Measured on {when} in {where}, with the same configuration, environment and workload. "
         "Measure again with `rerun=true`.\n\n"

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..records.errors import StoreAway, TrackingError, UsageError, first_line
+from ..records.errors import LlmbenchError, StoreAway, TrackingError, UsageError, first_line
 from ..records.redaction import CONTROLS, redact
 from .client import guarded_client
 
@@ -182,7 +182,7 @@ def plain_errors(uri: str | None) -> Iterator[None]:
     """Turn whatever mlflow, its database layer or the network raises into a TrackingError with one line."""
     try:
         yield
-    except TrackingError:
+    except LlmbenchError:
         raise
     except Exception as error:
         import mlflow

@@ -13,7 +13,11 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_llmbench import run
+from mlflow_llmbench.cli.main import main
+from mlflow_llmbench.measure import journal
 from mlflow_llmbench.records.errors import JournalError
+from mlflow_llmbench.reports import artifacts
+from mlflow_llmbench.reports.charts.catalogue import DrawnCharts
 from mlflow_llmbench.sweeps.upload import upload
 
 CELL_NAME = "fake:ttft_ms=2+itl_ms=1"
@@ -109,23 +113,84 @@ def test_what_a_failing_store_cut_off_is_completed_not_doubled(
         result = run(model="fake:ttft_ms=2+itl_ms=1", **CELL)
     assert result.exit_code == 1
     assert "the store is away" in " ".join(result.not_uploaded)
-    assert {status for status, *_ in content(store_uri).values()} == {"FINISHED"}
+    [(status, _, tags, *_)] = content(store_uri).values()
+    assert status == "FAILED" and "llmbench.outcome" not in tags and "llmbench.verdict" not in tags
     assert upload(str(result.folder), store_uri).completed == 1
-    [(_, _, tags, history, artifacts, *_)] = content(store_uri).values()
+    [(status, _, tags, history, artifacts, *_)] = content(store_uri).values()
     assert history["latency/ttft_ms_mean"] and "samples.csv.gz" in artifacts and tags["llmbench.outcome"] == "ok"
+    assert status == "FINISHED"
     assert upload(str(result.folder), store_uri).there == 1
 
 
-def test_an_interruption_during_the_upload_leaves_no_run_open(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing, which takes most of the time of a command and is not looked at here."""
+    monkeypatch.setattr(artifacts, "draw_charts", lambda *_: DrawnCharts((), ()))
+
+
+CALLS = [
+    (batches, call)
+    for batches, calls in {
+        "1": ("create_run", "log_batch", "set_terminated"),
+        "1,2": ("create_run", "log_batch", "log_inputs", "log_artifacts", "set_tag", "set_terminated"),
+    }.items()
+    for call in calls
+]
+
+
+@pytest.mark.usefixtures("no_charts")
+@pytest.mark.parametrize(("batches", "call"), CALLS)
+def test_an_interruption_at_any_call_of_the_store_loses_nothing(
+    store_uri: str, monkeypatch: pytest.MonkeyPatch, call: str, batches: str
+) -> None:
+    """The signal comes once, after the call has had its effect; in a sweep in the last cell, or in the parent."""
+    real, uses = getattr(MlflowClient, call), []
+
+    def interrupted(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        uses.append(1)
+        done = real(self, *arguments, **keywords)
+        if len(uses) == (3 if batches == "1,2" and call != "log_inputs" else 1):
+            raise KeyboardInterrupt
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, interrupted)
+        result = run(model="fake:ttft_ms=2+itl_ms=1", batch_size=batches, **CELL)
+    assert (result.exit_code, result.not_uploaded) == (130, ())
+    found = content(store_uri)
+    assert len(found) == len(result.run_ids) + (result.parent_id is not None)
+    for name, (status, _, tags, history, files, nested, _) in found.items():
+        if nested or result.parent_id is None:
+            assert tags["llmbench.uploaded"] == "true"
+            if (batches, call) == ("1", "create_run"):  # before anything was measured
+                assert (status, tags["llmbench.outcome"]) == ("KILLED", "interrupted")
+                continue
+            assert (status, tags["llmbench.outcome"]) == ("FINISHED", "ok"), name
+            assert history["latency/ttft_ms_mean"] and "samples.csv.gz" in files
+        else:
+            assert status == "KILLED"
+    assert upload(str(result.folder), store_uri).there == len(found)
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_second_interruption_ends_the_upload_and_the_next_command_completes_it(
+    store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifacts", interrupted)
-        result = run(model="fake:ttft_ms=2+itl_ms=1", **CELL)
-    assert result.exit_code == 130
-    assert {status for status, *_ in content(store_uri).values()} == {"FINISHED"}
-    assert upload(str(result.folder), store_uri).completed == 1
+        result = run(model="fake:ttft_ms=2+itl_ms=1", batch_size="1,2", **CELL)
+    assert result.exit_code == 130 and result.not_uploaded
+    assert {(status, tags.get("llmbench.outcome")) for status, _, tags, *_ in content(store_uri).values()} == {
+        ("KILLED", None)
+    }
+    run(model="fake:ttft_ms=1", **CELL)
+    found = {name: one for name, one in content(store_uri).items() if "ttft_ms=1 " not in name}
+    assert sorted(status for status, *_ in found.values()) == ["FINISHED", "FINISHED", "KILLED"]
+    assert all(history["latency/ttft_ms_mean"] for *_, history, _, nested, _ in found.values() if nested)
+    assert upload(str(result.folder), store_uri).there == 3
 
 
 def test_a_store_that_refuses_new_runs_does_not_stop_the_sweep(
@@ -187,3 +252,132 @@ def test_folders_that_are_no_results(tmp_path: Path, store_uri: str) -> None:
     (tmp_path / "x" / "artifacts" / "result.json").write_text('{"cell": {"model"')
     with pytest.raises(JournalError, match="Cannot read the result"):
         upload(str(tmp_path))
+
+
+def damage(data: Any, *path: Any, value: Any) -> None:
+    for key in path[:-1]:
+        data = data[key]
+    data[path[-1]] = value
+
+
+REQUESTS = ("repetitions", 0, "requests")
+DAMAGES: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "a list for an object": (("cell",), []),
+    "a text for a list": (("repetitions",), "all of them"),
+    "a number for an object": (("repetitions", 1), 7),
+    "texts for stamps": ((*REQUESTS, 0, "stamps_ns"), ["soon"]),
+    "a text for a time": (("started_ms",), "yesterday"),
+    "no requests": (REQUESTS, []),
+    "no stamps": ((*REQUESTS, 0, "stamps_ns"), []),
+    "an unknown outcome": (("outcome",), "wonderful"),
+    "no hashes": (("hashes",), None),
+    "no cell": (("cell",), None),
+    "no model": (("model",), None),
+    "a list for memory": (("memory", "host_rss"), [1, 2]),
+    "a text for a number of rows": (("cell", "batch_size"), "two"),
+    "a number for a failure": (("failure",), 3),
+    "numbers for names": (("environment",), 1),
+}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep that no store has: a cell for each damage, and two more."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifacts, "draw_charts", lambda *_: DrawnCharts((), ()))
+        result = run(
+            model=CELL_NAME,
+            batch_size=[*range(1, len(DAMAGES) + 3)],
+            output_dir=str(folder),
+            tracking_uri="http://127.0.0.1:9",  # nobody answers there
+            **CELL,
+        )
+    (result.folder / "comparison" / "charts").mkdir(parents=True, exist_ok=True)  # so that an upload draws none
+    return result.folder
+
+
+def copied(sweep: Path, folder: Path, cells: int) -> Path:
+    """Copy the folder of a sweep with only its first cells."""
+    shutil.copytree(sweep, folder / sweep.name)
+    known = json.loads((sweep / "sweep.json").read_text())
+    for name in known["order"][cells:]:
+        shutil.rmtree(folder / sweep.name / name)
+    return folder / sweep.name
+
+
+def test_damaged_results_are_named_in_a_line_each_and_the_other_cells_are_uploaded(
+    store_uri: str, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of the damaged cells have runs: a whole one, which stays, and one that a killed command left open."""
+    folder = copied(kept, tmp_path, 2)
+    upload(str(folder), store_uri)
+    client = MlflowClient(store_uri)
+    for one in client.search_runs([e.experiment_id for e in client.search_experiments()]):
+        if one.info.run_name != "batch_size=1":
+            client.delete_tag(one.info.run_id, "llmbench.uploaded")
+            client.update_run(one.info.run_id, status="RUNNING")
+    shutil.rmtree(folder)
+    shutil.copytree(kept, folder)
+    order = json.loads((folder / "sweep.json").read_text())["order"]
+    files = [folder / name / "artifacts" / "result.json" for name in order]
+    for file, (path, value) in zip(files, DAMAGES.values(), strict=False):
+        data = json.loads(file.read_text())
+        damage(data, *path, value=value)
+        file.write_text(json.dumps(data))
+
+    assert main(["upload", str(folder), "--tracking-uri", store_uri]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    for case, line, file in zip(DAMAGES, said, files[: len(DAMAGES)], strict=True):
+        assert line.startswith(f"llmbench: Cannot read the result {file}: "), case
+    assert {name: status for name, (status, *_) in content(store_uri).items()} == {
+        "batch_size=1": "FINISHED",
+        "batch_size=2": "FAILED",
+        f"batch_size={len(DAMAGES) + 1}": "FINISHED",
+        f"batch_size={len(DAMAGES) + 2}": "FINISHED",
+        f"{CELL_NAME}: batch_size": "FAILED",
+    }
+
+
+def test_a_damaged_result_does_not_stop_the_next_command(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "draw_charts", lambda *_: DrawnCharts((), ()))
+    first = run(model=CELL_NAME, **CELL)
+    [file] = first.folder.glob("*/artifacts/result.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "repetitions": "all of them"}))
+    assert run(model=CELL_NAME, **CELL).outcome == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sweep.json", "[]"),
+        ("sweep.json", '{"cells": 3, "parameters": {"quant": "int99"}}'),
+        ("sweep.json", '{"cells": "many", "parameters": {}}'),
+        ("sweep.json", '{"cells": 3, "parameters": [1]}'),
+        ("sweep.json", '{"cells": 3, "parameters": {}, "order": 4}'),
+    ],
+)
+def test_a_damaged_sweep_is_told_in_one_line(
+    store_uri: str, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    folder = copied(kept, tmp_path, 1)
+    (folder / name).write_text(text)
+    assert main(["upload", str(folder), "--tracking-uri", store_uri]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "no readable sweep.json" in said[0], said
+
+
+@pytest.mark.parametrize("text", ["[]", '{"outcome": 3}', "{", '{"outcome": "wonderful"}'])
+def test_a_damaged_end_is_that_of_a_killed_command(store_uri: str, kept: Path, tmp_path: Path, text: str) -> None:
+    folder = copied(kept, tmp_path, 1)
+    (folder / "ended.json").write_text(text)
+    assert upload(str(folder), store_uri).new == 2
+    assert sorted(status for status, *_ in content(store_uri).values()) == ["FAILED", "FINISHED"]  # the sweep's is not
+    assert upload(str(folder), store_uri).there == 2
+
+
+def test_a_folder_that_is_being_uploaded_is_left_alone(store_uri: str, kept: Path, tmp_path: Path) -> None:
+    folder = copied(kept, tmp_path, 1)
+    with journal.claim(folder), pytest.raises(JournalError, match="is still being written by a running command"):
+        upload(str(folder), store_uri)
+    assert content(store_uri) == {}
