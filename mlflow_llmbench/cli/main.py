@@ -19,6 +19,7 @@ from ..records.errors import LlmbenchError
 from ..records.invocation import PROGRAM, begun_folders, called_as, invocation_of
 from ..records.redaction import Terminal
 from ..system.python_command import forget_working_directory
+from ..tracking.store import told_at_once
 from . import decisions, environment, measure, results
 from .options import Parser, entry_points
 
@@ -61,7 +62,9 @@ def _main(arguments: Sequence[str] | None, program: str) -> int:
         given = build_parser(program).parse_args(arguments)
         command = COMMANDS[given.command]
         failure_code = command.failure_code
-        return command.run(given)
+        goes_on = _warn if command in measure.COMMANDS else None
+        with told_at_once(getattr(given, "tracking_uri", None), goes_on):
+            return command.run(given)
     except LlmbenchError as error:
         print(f"llmbench: {error}", file=sys.stderr)
         return failure_code if error.exit_code == 1 else error.exit_code
@@ -83,6 +86,10 @@ def _so_far(arguments: Sequence[str] | None) -> str:
     measures = {command.name for command in measure.COMMANDS if command.name != "plan"}
     given = sys.argv[1:] if arguments is None else arguments
     return " before anything was measured" if measures.intersection(given[:1]) else ""
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

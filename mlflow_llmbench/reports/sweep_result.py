@@ -51,7 +51,7 @@ def format_sweep_result(result: SweepResult) -> str:
 def format_locations(result: SweepResult) -> str:
     """Return the lines that say where the results are and how to open them."""
     name = "comparison" if result.parent_id else "run"
-    lines = [f"Results: {result.folder}", *(f"Not uploaded: {line}" for line in result.not_uploaded)]
+    lines = [f"Results: {result.folder}", *(f"Not uploaded: {line}" for line in dict.fromkeys(result.not_uploaded))]
     if result.ui.startswith("http"):
         lines.append(f"Open the {name}: {result.ui}/{result.page}")
     else:

@@ -19,7 +19,7 @@ from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import Row
 from ..tracking import runs
-from ..tracking.store import address_of, answers, open_store
+from ..tracking.store import GOES_ON, address_of, answers, is_told, open_store
 from . import upload
 from .job import Job, identity
 
@@ -75,10 +75,8 @@ class RunRecorder:
         except StoreAway as error:
             self.waited_s += time.monotonic() - started
             self.missed.append(f"the runs: {error}")
-            self.warn(
-                f"{error} Measuring all the same: results are kept on the disk and uploaded at the end, "
-                "if it answers then."
-            )
+            if not is_told(error):
+                self.warn(f"{error} {GOES_ON}")
             return
         runs.refuse_other_params(self.store, params)
 

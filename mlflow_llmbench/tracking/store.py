@@ -14,7 +14,8 @@ import re
 import shlex
 import ssl
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,14 @@ HTTP_LIMITS = {
 
 PROBE_S = 2.0
 """Seconds without an answer after which a server counts as unreachable."""
+
+LONGEST_ADVICE = 1500
+"""Most characters of an error of MLflow that are shown. What to do often stands at its end."""
+
+KNOWN_REASONS = (
+    r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied"
+    r"|unable to open database file|attempt to write a readonly database|already exists|Max retries)"
+)
 
 UPLOADED_TAG = "llmbench.uploaded"
 """Tag that is set when everything of a run has arrived."""
@@ -79,7 +88,7 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
             mlflow.set_tracking_uri(uri)
         address = mlflow.get_tracking_uri()
         if not answers(address):
-            raise StoreAway(f"The MLflow server {address} does not answer.")
+            raise StoreAway(AWAY.format(address))
         with _lock_sqlite(address):
             client = guarded_client()
             client.search_experiments(max_results=1)
@@ -87,6 +96,38 @@ def open_store(uri: str | None = None, experiment: str | None = None, own: str |
         if given:
             return Store(client, address, _given_run(client, given, own).info.experiment_id, given)
         return Store(client, address, _experiment_id(client, experiment), None)
+
+
+AWAY = "The MLflow server {} does not answer."
+_told_away: ContextVar[str] = ContextVar("told_away", default="")
+
+
+@contextlib.contextmanager
+def told_at_once(uri: str | None, warn: Callable[[str], None] | None) -> Iterator[None]:
+    """Tell before a command does anything that the server it was given does not answer.
+
+    A command that goes on without it is given as `warn`, which gets the line, so that it is not told again in the
+    block (`is_told`). Raises StoreAway without `warn`.
+    """
+    is_away = bool(uri) and not answers(str(uri))
+    if is_away and warn is None:
+        raise StoreAway(f"{AWAY.format(uri)} Check the address and that it runs.")
+    if is_away and warn is not None:
+        warn(f"{AWAY.format(uri)} {GOES_ON}")
+    token = _told_away.set(str(uri) if is_away else "")
+    try:
+        yield
+    finally:
+        _told_away.reset(token)
+
+
+GOES_ON = "Measuring all the same: results are kept on the disk and uploaded at the end, if it answers then."
+
+
+def is_told(error: StoreAway) -> bool:
+    """Return True if `told_at_once` has told this."""
+    told = _told_away.get()
+    return bool(told) and str(error) == str(StoreAway(AWAY.format(told)))
 
 
 def answers(address: str) -> bool:
@@ -187,18 +228,33 @@ def plain_errors(uri: str | None) -> Iterator[None]:
     except Exception as error:
         import mlflow
 
-        # mlflow wraps urllib3, which wraps the system; the innermost sentence is the most helpful.
-        known = (
-            r"(Connection refused|Name or service not known|[Tt]imed? ?out|Permission denied"
-            r"|unable to open database file|attempt to write a readonly database|already exists|Max retries)"
+        raise TrackingError(_explained(uri or mlflow.get_tracking_uri(), error)) from None
+
+
+def _explained(address: str, error: Exception) -> str:
+    """Return what a store's error says, with what to do: MLflow's own advice if it gives any, else ours."""
+    store = f"The MLflow store {address} cannot be used:"
+    said = " ".join(redact(str(error)).split())[:LONGEST_ADVICE] or type(error).__name__
+    if re.search(r"\bcode 403\b|PERMISSION_DENIED", said):
+        return (
+            f"{store} its user may not do this (403 Forbidden). Ask for the permission, or set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of another user."
         )
-        inner = re.findall(known, str(error))
-        address = uri or mlflow.get_tracking_uri()
-        advice = "Check the address and that the server runs, or leave it out for a SQLite file here."
-        if address.startswith("sqlite"):
-            advice = "Check the path and its permissions; delete a new file that was left incomplete."
-        why = inner[-1] if inner else first_line(error).rstrip(".")
-        raise TrackingError(f"The MLflow store {address} cannot be used: {why}. {advice}") from None
+    if re.search(r"\bcode 401\b|UNAUTHENTICATED|not authenticated", said):
+        return (
+            f"{store} it asks for a user (401 Unauthorized). Set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to those of the server."
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return f"{store} the package {error.name} is not installed. Run: pip install {error.name}"
+    # mlflow wraps urllib3, which wraps the system; the innermost sentence is the most helpful.
+    inner = re.findall(KNOWN_REASONS, said)
+    if not inner and any(word in said for word in ("Please ", "please ", "set `", "MLFLOW_", "Supported URI")):
+        return f"{store} {said}"
+    advice = "Check the address and that the server runs, or leave it out for a SQLite file here."
+    if address.startswith("sqlite"):
+        advice = "Check the path and its permissions; delete a new file that was left incomplete."
+    return f"{store} {inner[-1] if inner else first_line(error).rstrip('.')}. {advice}"
 
 
 def without_user(address: str) -> str:
