@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from statistics import fmean
+from typing import TypeVar
 
 from ..records.metric import Metric
+from ..records.results import RunResult
 from ..stats import percentile, supports
+
+T = TypeVar("T")
 
 Figures = dict[str, float | None]
 """MLflow key → value; None where the value is not known, or has no meaning for this result."""
+
+
+def once_per_result(function: Callable[[RunResult], T]) -> Callable[[RunResult], T]:
+    """Keep the value of a pure function with the result it was computed for, which is immutable.
+
+    Report, upload, table and sweep all need the summary and the verdict of a cell.
+    """
+    name = f"{function.__module__}.{function.__name__}"
+
+    @wraps(function)
+    def kept(result: RunResult) -> T:
+        if name not in result.__dict__:
+            result.__dict__[name] = function(result)
+        value: T = result.__dict__[name]
+        return value
+
+    return kept
 
 
 def mean_of(values: Sequence[float]) -> float | None:

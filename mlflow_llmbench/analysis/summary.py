@@ -73,7 +73,7 @@ from ..stats import (
     supports,
 )
 from .efficiency import efficiency_figures
-from .figures import Figures, distribution, mean_of
+from .figures import Figures, distribution, mean_of, once_per_result
 from .latency import chunk_gaps_ms, e2e_ms, tpot_ms, ttft_ms
 from .online_metrics import online_figures, ramp_steps, stream_figures
 from .quality import figures
@@ -129,6 +129,11 @@ def summarize(result: RunResult) -> dict[str, float]:
 
     A later family replaces figures of earlier ones; None removes what has no meaning in this scenario.
     """
+    return dict(_summary(result))
+
+
+@once_per_result
+def _summary(result: RunResult) -> dict[str, float]:
     found: Figures = {}
     for family in (*ALWAYS, *(MEASURED[result.cell.scenario] if result.repetitions else ()), *BESIDES):
         found |= family(result)

@@ -10,6 +10,7 @@ from ..records.verdicts import LEAST_REPETITIONS, PERCENTILE_SUPPORT, REASONS, V
 from ..stats import coefficient_of_variation, supports
 from . import collapsed_gaps, contention, online_validity, probe
 from .efficiency import read_share, utilization_doubt
+from .figures import once_per_result
 from .latency import gaps_ms
 from .logits_validity import logits
 from .order import order
@@ -24,7 +25,16 @@ def judge(result: RunResult, metrics: dict[str, float] | None = None) -> Verdict
 
     The worst reason decides; a failed cell is `invalid`. `metrics` are its summary by MLflow key, if it is known.
     """
-    metrics = summarize(result) if metrics is None else metrics
+    own = summarize(result)
+    return _own_verdict(result) if metrics is None or metrics == own else _verdict(result, metrics)
+
+
+@once_per_result
+def _own_verdict(result: RunResult) -> Verdict:
+    return _verdict(result, summarize(result))
+
+
+def _verdict(result: RunResult, metrics: dict[str, float]) -> Verdict:
     if result.failure:
         sentence = f"The cell ended with {result.outcome} at stage {result.failure.stage}: {result.failure.message}"
         return Verdict("invalid", (Reason("unfinished", sentence),))

@@ -414,14 +414,19 @@ def hash16(value: object) -> str:
 
 def to_json(record: object) -> Any:
     """Convert a record to plain JSON data: dataclasses and mappings become objects, tuples and lists arrays."""
+    if type(record) in _PLAIN:  # most of a result are stamps
+        return record
+    if isinstance(record, list | tuple):
+        return [value if type(value) in _PLAIN else to_json(value) for value in record]
+    if isinstance(record, Mapping):
+        return {str(key): to_json(value) for key, value in record.items()}
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         values = {f: getattr(record, f.name) for f in dataclasses.fields(record)}
         return {f.name: to_json(one) for f, one in values.items() if one is not None or not f.metadata.get("omitted")}
-    if isinstance(record, Mapping):
-        return {str(key): to_json(value) for key, value in record.items()}
-    if isinstance(record, list | tuple):
-        return [to_json(value) for value in record]
     return record
+
+
+_PLAIN = frozenset({int, float, str, bool, type(None)})
 
 
 def from_json(kind: type[T], data: Any) -> T:
