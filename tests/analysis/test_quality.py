@@ -341,7 +341,7 @@ def test_what_scoring_took_is_in_no_memory_stage_and_not_in_the_timeline() -> No
         ),
         (
             {"quality_text": "latin.txt"},
-            "Cannot read the text file latin.txt: 'utf-8' codec can't decode byte 0xe9 in position 3",
+            "Cannot read the text file latin.txt: it is not UTF-8: byte 4 cannot be decoded",
         ),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -78,13 +78,14 @@ def _quantization(data: FigureData) -> Drawing:
     top = max(1.1, *(axes.get_xlim()[1] for axes in panels[: len(models)]))
     for axes in panels[: len(models)]:
         axes.set_xlim(0, top)
-    handles = {
-        label: handle
-        for axes in panels[: len(models)]
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    put_legend(figure, list(handles.values()))
+    put_legend(figure, _handles(panels[: len(models)]))
     return figure
+
+
+def _handles(panels: Sequence[Axes]) -> list[Any]:
+    """Return the legend handles of all panels, one for each label."""
+    every = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels)
+    return list({label: handle for pairs in every for handle, label in pairs}.values())
 
 
 def _shape(measured: Measured) -> tuple[float, int]:
@@ -160,12 +161,7 @@ def _radar(data: FigureData) -> Drawing:
         axes.set_title(textwrap.shorten(name, 40, placeholder="…"), pad=16)
     for axes in panels[len(groups) :]:
         axes.remove()
-    handles = {
-        label: handle
-        for axes in panels[: len(groups)]
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    put_legend(figure, list(handles.values()))
+    put_legend(figure, _handles(panels[: len(groups)]))
     return figure
 
 
