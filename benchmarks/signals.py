@@ -1,4 +1,4 @@
-"""Signals at random moments: `python benchmarks/signals.py [--times N] [--seed S] [--out FILE]`.
+"""Signals at random moments: `python benchmarks/signals.py [--times N] [--seed S] [--jobs J] [--out FILE]`.
 
 Each time a real `llmbench run` (fake backend, SQLite store) gets SIGINT, SIGTERM or SIGKILL: at any moment, while a
 cell is measured, or while its results are written and uploaded. Then the documented next command is run: `llmbench
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 MOMENTS = ("any", "measuring", "uploading")
 MARK = "LLMBENCH_ATTACK"
 LONG_S = 240.0
+BAD = ("false_states", "lost", "left", "tracebacks")
 
 
 def begin(sweep: str, folder: Path, mark: str) -> subprocess.Popen[str]:
@@ -107,6 +109,8 @@ def attack(
         while left_behind(mark) and time.monotonic() < deadline:
             time.sleep(0.05)
         found: dict[str, Any] = {"left": len(left_behind(mark)), "tracebacks": int("Traceback" in said)}
+        found["trace"] = said[said.find("Traceback") :][:6000] if "Traceback" in said else ""
+        found["code"] = process.returncode
         found["phase"] = "ended before" if ended_before else phase(folder)
         sweeps = sorted(file.parent for file in folder.glob("llmbench-results/*/sweep.json"))
         measured = {file: completed(file) for one in sweeps for file in one.glob("*/events.jsonl")}
@@ -207,6 +211,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=18)
+    parser.add_argument("--jobs", type=int, default=1, help="commands at the same time")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     draw = random.Random(given.seed)
@@ -222,27 +227,31 @@ def main() -> int:
         clean = template.with_name("clean.db")
         code = f"from mlflow import MlflowClient; MlflowClient('sqlite:///{clean}').search_experiments()"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=scratch)
+        drawn = []
         for number in range(given.times):
             sweep, how = draw.choice(list(SWEEPS)), draw.choice(SIGNALS)
             moment, again = draw.choices(MOMENTS, (1, 1, 2))[0], draw.random() < 0.4
             after_s = draw.uniform(0, {"any": usual_s, "measuring": 2.0, "uploading": 4.0}[moment])
-            found = attack(sweep, how, moment, after_s, clean, f"{os.getpid()}-{number}", again)
-            found["false_states"] = len(found["false"])
-            row = table.setdefault(f"{how.name}, {moment}", Counter())
-            for key in ("measured", "false_states", "lost", "left", "tracebacks"):
-                counts[key] += found[key]
-                row[key] += found[key]
-            row["signals"] += 1
-            row[f"then {found['next']}"] += 1
-            counts[f"at {found['phase']}"] += 1
-            line = {"sweep": sweep, "signal": how.name, "moment": moment, "after_s": round(after_s, 2), **found}
-            print(f"{number + 1}: {json.dumps(line)}", file=sys.stderr, flush=True)
-            if any(found[key] for key in ("false_states", "lost", "left", "tracebacks")):
-                problems.append(line)
+            drawn.append((sweep, how, moment, after_s, clean, f"{os.getpid()}-{number}", again))
+        with ThreadPoolExecutor(given.jobs) as threads:
+            attacks = threads.map(lambda one: attack(*one), drawn)
+            for number, ((sweep, how, moment, after_s, *_), found) in enumerate(zip(drawn, attacks, strict=True), 1):
+                found["false_states"] = len(found["false"])
+                row = table.setdefault(f"{how.name}, {moment}", Counter())
+                for key in ("measured", *BAD):
+                    counts[key] += found[key]
+                    row[key] += found[key]
+                row["signals"] += 1
+                row[f"then {found['next']}"] += 1
+                counts[f"at {found['phase']}"] += 1
+                line = {"sweep": sweep, "signal": how.name, "moment": moment, "after_s": round(after_s, 2), **found}
+                print(f"{number}: {json.dumps(line)}", file=sys.stderr, flush=True)
+                if any(found[key] for key in BAD):
+                    problems.append(line)
     result = {
-        "command": f"python benchmarks/signals.py --times {given.times} --seed {given.seed}",
+        "command": f"python benchmarks/signals.py --times {given.times} --seed {given.seed} --jobs {given.jobs}",
         "signals": given.times,
-        **{key: counts[key] for key in ("measured", "false_states", "lost", "left", "tracebacks")},
+        **{key: counts[key] for key in ("measured", *BAD)},
         "phases": {key: counts[key] for key in sorted(counts) if key.startswith("at ")},
         "table": {name: dict(table[name]) for name in sorted(table)},
         "problems": problems,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from ..records.redaction import Terminal
 from ..system.python_command import forget_working_directory
 from ..tracking.store import told_at_once
 from . import decisions, environment, measure, results
+from .interruption import interruptible
 from .options import Parser, entry_points
 
 COMMANDS = {
@@ -46,9 +46,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     `gate` and `reproduce` have further exit codes. `program` is how the user called us.
     """
     forget_working_directory()
-    for name in SIGNALS:
-        signal.signal(name, _interrupt)
     with (
+        interruptible(),
         contextlib.redirect_stdout(cast(TextIO, Terminal(sys.stdout))),
         contextlib.redirect_stderr(cast(TextIO, Terminal(sys.stderr))),
         called_as(invocation_of(program, entry_points(COMMANDS.values()))),
@@ -90,14 +89,3 @@ def _so_far(arguments: Sequence[str] | None) -> str:
 
 def _warn(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that end a command in order: from Ctrl-C, a scheduler, or a closed terminal."""
-
-
-def _interrupt(*_: object) -> None:
-    """Handle the first signal only. Later ones are ignored until every run has ended and its results are saved."""
-    for name in SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
-    raise KeyboardInterrupt
