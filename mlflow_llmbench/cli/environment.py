@@ -39,7 +39,7 @@ def models(json: bool) -> int:
 )
 def doctor(json: bool, worker_python: str | None) -> int:
     """Print the report."""
-    from ..records.results import to_json
+    from ..records.codec import to_json
     from ..reports.doctor import format_items, format_report
     from ..workflows import doctor
 

@@ -147,7 +147,7 @@ def calibrate(
     """Measure, keep and print the noise between processes."""
     parameters = _parameters(given)
 
-    from ..records.results import to_json
+    from ..records.codec import to_json
     from ..reports.calibration import format_calibration
     from ..reports.sweep_result import format_locations
     from ..sweeps.progress import Progress
@@ -253,7 +253,7 @@ def qat(json: bool, tracking_uri: str | None, experiment: str | None, **given: s
     named = _given(given)
     parse_training(named)  # before anything slow is imported
 
-    from ..records.results import to_json
+    from ..records.codec import to_json
     from ..reports.qat import format_trained, training_figures
     from ..workflows import qat
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..backends.base import DeviceMemory
+from ..records.codec import from_json, to_json
 from ..records.errors import JournalError
 from ..records.noise import OMITTED
 from ..records.reading import parse_json
@@ -29,8 +30,6 @@ from ..records.results import (
     Repetition,
     TaskScore,
     TextScores,
-    from_json,
-    to_json,
 )
 from ..system.memory import HostMemory
 

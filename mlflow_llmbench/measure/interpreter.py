@@ -123,7 +123,7 @@ def lacking_here(modules: Sequence[str]) -> list[str]:
 ASK_DOCTOR = """
 import json
 from mlflow_llmbench.measure import runtime
-from mlflow_llmbench.records.results import to_json
+from mlflow_llmbench.records.codec import to_json
 print(json.dumps(to_json(runtime.runtime_items())))
 """
 

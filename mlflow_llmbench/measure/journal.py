@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from ..records import reading
+from ..records.codec import from_json, to_json
 from ..records.errors import JournalError
 from ..records.reading import Unreadable
 from ..records.redaction import redact, redact_all
-from ..records.results import RequestRecord, RunResult, from_json, to_json
+from ..records.results import RequestRecord, RunResult
 from ..records.verdicts import OUTCOMES
 from .events import Event, decode, to_data
 

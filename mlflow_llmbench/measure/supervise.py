@@ -21,9 +21,10 @@ from typing import Any
 
 from ..loadgen.server_process import bounded, log_end, wait_for_end
 from ..records.cell import Cell
+from ..records.codec import to_json
 from ..records.errors import JournalError, LlmbenchError, MeasurementError, OutOfMemory, WorkerCrashed, WorkerTimeout
 from ..records.redaction import redact, worker_environment
-from ..records.results import MemorySample, to_json
+from ..records.results import MemorySample
 from ..system import memory
 from ..system.memory import HostMemory
 from . import events, interpreter

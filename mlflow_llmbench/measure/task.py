@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..records.cell import Cell, Options
-from ..records.results import ModelFacts, from_json, to_json
+from ..records.codec import from_json, to_json
+from ..records.results import ModelFacts
 from ..system import machine
 
 

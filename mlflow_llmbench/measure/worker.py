@@ -24,8 +24,9 @@ from ..backends.base import Backend, DecodingBackend, ServerBackend, backend_cla
 from ..backends.libraries import import_libraries
 from ..records.backends import capabilities_of
 from ..records.cell import Cell
+from ..records.codec import from_json
 from ..records.errors import LlmbenchError, MeasurementError, first_line
-from ..records.results import LoadInfo, ModelFacts, from_json
+from ..records.results import LoadInfo, ModelFacts
 from ..system import machine, memory
 from ..workloads.prompts import PromptSet, load_prompts
 from . import events

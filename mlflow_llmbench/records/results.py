@@ -1,20 +1,16 @@
 """Records: frozen dataclasses of what was measured and what it means. The request itself is a `Cell`.
 
 They only check themselves. Times are integer nanoseconds of one monotonic clock, sizes are bytes, absent values are
-None. `to_json` and `from_json` are inverse; `SCHEMA` is the version of the format and of the vocabulary.
+None. `codec` turns them to JSON and back; `SCHEMA` is the version of the format and of the vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from .cell import Cell
 from .mixed_plan import QuantPlan
@@ -24,8 +20,6 @@ SCHEMA = 1
 FIRST_RULES, RULES = 1, 2
 """Rules of verdicts. By the first ones, contention was judged from 0.5 s of repetitions on, by CPU times alone, and the
 client's lateness by fixed limits: results of that time keep the verdict that they were published with."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -410,77 +404,3 @@ def hash16(value: object) -> str:
     """16 hex digits of SHA-256 over canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def to_json(record: object) -> Any:
-    """Convert a record to plain JSON data: dataclasses and mappings become objects, tuples and lists arrays."""
-    if type(record) in _PLAIN:  # most of a result are stamps
-        return record
-    if isinstance(record, list | tuple):
-        return [value if type(value) in _PLAIN else to_json(value) for value in record]
-    if isinstance(record, Mapping):
-        return {str(key): to_json(value) for key, value in record.items()}
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        values = {f: getattr(record, f.name) for f in dataclasses.fields(record)}
-        return {f.name: to_json(one) for f, one in values.items() if one is not None or not f.metadata.get("omitted")}
-    return record
-
-
-_PLAIN = frozenset({int, float, str, bool, type(None)})
-
-
-def from_json(kind: type[T], data: Any) -> T:
-    """Build the record of class `kind` from data of `to_json`. Unknown fields of later versions are ignored.
-
-    Raises TypeError, which names the field, if a value has another type than the record.
-    """
-    return typing.cast(T, _build(kind, data, kind.__name__))
-
-
-def _build(kind: Any, data: Any, name: str) -> Any:
-    """Build a value of the type `kind`; `name` is that of its field."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if data is None:
-        return _refuse(name, data) if dataclasses.is_dataclass(kind) else data
-    if kind is Any:
-        return data
-    if origin in (typing.Union, types.UnionType):
-        inner = [a for a in arguments if a is not type(None)]
-        if len(inner) == 1:
-            return _build(inner[0], data, name)
-        return data if isinstance(data, tuple(typing.get_origin(a) or a for a in inner)) else _refuse(name, data)
-    if origin in (tuple, list):
-        if not isinstance(data, list | tuple):
-            _refuse(name, data)
-        if origin is list or arguments[-1:] == (...,):
-            return (tuple if origin is tuple else list)(_build(arguments[0], item, name) for item in data)
-        return tuple(_build(one, item, name) for one, item in zip(arguments, data, strict=True))
-    if origin in (dict, Mapping):
-        if not isinstance(data, Mapping):
-            _refuse(name, data)
-        return {key: _build(arguments[1], value, name) for key, value in data.items()}
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(data, Mapping):
-            _refuse(name, data)
-        types_of = _types_of(typing.cast(Any, kind))
-        known = {f.name: f.metadata for f in dataclasses.fields(kind)}
-        absent = {name: about["absent"] for name, about in known.items() if "absent" in about and name not in data}
-        return typing.cast(Any, kind)(
-            **absent, **{key: _build(types_of[key], value, key) for key, value in data.items() if key in known}
-        )
-    if not isinstance(data, _JSON_OF.get(kind, object)) or (kind in (int, float) and isinstance(data, bool)):
-        _refuse(name, data)
-    return data
-
-
-_JSON_OF: Mapping[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
-
-
-def _refuse(name: str, data: object) -> typing.NoReturn:
-    raise TypeError(f"{name} cannot be {str(data)[:40]!r}")
-
-
-@functools.cache
-def _types_of(kind: Any) -> dict[str, Any]:
-    """Return the types of a record's fields; to evaluate their annotations takes longer than to build the record."""
-    return typing.get_type_hints(kind)

@@ -13,7 +13,7 @@ from ..analysis.scaling.ranking import percent
 from ..analysis.scaling.study import WATCHED, BatchScaling, CliffSearch, QuantEfficiency, ScalingStudy, TokenCostAt
 from ..analysis.scaling.surfaces import surface_sentence
 from ..analysis.scaling.tradeoffs import Ratio
-from ..records.results import to_json
+from ..records.codec import to_json
 from .escaping import markdown
 from .tables import MISSING, markdown_table, text_table
 

@@ -17,8 +17,8 @@ from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.focus import at_focus
 from ..analysis.scaling.paper_claims import CONFIRMED, NOT_CONFIRMED, UNSAID, Claim
 from ..analysis.scaling.study import MEAN_TPOT
+from ..records.codec import to_json
 from ..records.metrics import OUTPUT_RATE
-from ..records.results import to_json
 from ..records.text import number_text
 from .charts.catalogue import charts_of
 from .escaping import markdown

@@ -9,7 +9,8 @@ from typing import Any
 from ..analysis import goodput, server_overhead
 from ..config.cells import without_server
 from ..records.cell import Options
-from ..records.results import RunResult, to_json
+from ..records.codec import to_json
+from ..records.results import RunResult
 
 
 @dataclass(frozen=True)

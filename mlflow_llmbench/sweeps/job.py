@@ -10,8 +10,9 @@ from ..measure.journal import write_json
 from ..measure.outcome import GroupOutcome
 from ..records import reading
 from ..records.cell import Cell
+from ..records.codec import from_json
 from ..records.errors import JournalError
-from ..records.results import Hashes, ModelFacts, RunResult, from_json
+from ..records.results import Hashes, ModelFacts, RunResult
 from ..reports.result import Row
 from .planning import PlannedCell
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..records import reading
 from ..records.calibration import Calibration
+from ..records.codec import from_json, to_json
 from ..records.errors import JournalError, first_line
-from ..records.results import from_json, to_json
 from .machine import cache_folder, replace_text
 
 UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")

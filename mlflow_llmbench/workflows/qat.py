@@ -26,11 +26,12 @@ from ..measure.outcome import GroupOutcome
 from ..measure.supervise import Limits
 from ..measure.task import Task, WorkerJob
 from ..records.cell import Cell, Options
+from ..records.codec import to_json
 from ..records.errors import LlmbenchError, UsageError, first_line
 from ..records.metrics import TRAINING_LOSS
 from ..records.quantizations import COLOURS
 from ..records.redaction import redact
-from ..records.results import ModelFacts, Quality, hash16, to_json
+from ..records.results import ModelFacts, Quality, hash16
 from ..reports.qat import TRAINED, UNQUANTIZED, UNTRAINED, Trained, quality_table, training_figures, training_markdown
 from ..sweeps.executor import MachineFacts
 from ..sweeps.planning import Plan, plan

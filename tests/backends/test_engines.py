@@ -130,7 +130,7 @@ import json, sys, time
 from mlflow_llmbench.backends.base import backend_class
 from mlflow_llmbench.measure.batch import time_request
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.results import from_json
+from mlflow_llmbench.records.codec import from_json
 from mlflow_llmbench.backends.libraries import import_libraries
 asked = json.loads(sys.argv[1])
 cell = from_json(Cell, asked["cell"])

@@ -15,8 +15,9 @@ from mlflow_llmbench.loadgen import client
 from mlflow_llmbench.loadgen.client import Load, Trace
 from mlflow_llmbench.loadgen.server_metrics import read_metrics
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.codec import from_json, to_json
 from mlflow_llmbench.records.metrics import KEYS
-from mlflow_llmbench.records.results import ModelFacts, RunResult, ServerReading, from_json, to_json
+from mlflow_llmbench.records.results import ModelFacts, RunResult, ServerReading
 from mlflow_llmbench.sweeps.sweep import run
 from mlflow_llmbench.workloads.prompts import load_prompts
 

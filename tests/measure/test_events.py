@@ -15,6 +15,7 @@ from mlflow_llmbench.backends.base import DeviceMemory
 from mlflow_llmbench.measure import events, journal
 from mlflow_llmbench.measure.events import Event, Stage, StageMemory, decode, encode, from_data, to_data
 from mlflow_llmbench.measure.outcome import GroupOutcome, replay, stages_of, timeline_of
+from mlflow_llmbench.records.codec import to_json
 from mlflow_llmbench.records.errors import JournalError
 from mlflow_llmbench.records.results import (
     CellMeasurements,
@@ -28,7 +29,6 @@ from mlflow_llmbench.records.results import (
     TaskScore,
     TextScores,
     TextTimes,
-    to_json,
 )
 from mlflow_llmbench.system.memory import HostMemory
 

@@ -19,7 +19,8 @@ from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.measure.logits import check_logits
 from mlflow_llmbench.measure.stream import measure_stream
 from mlflow_llmbench.records.cell import Cell
-from mlflow_llmbench.records.results import CellMeasurements, Quality, RunResult, from_json, to_json
+from mlflow_llmbench.records.codec import from_json, to_json
+from mlflow_llmbench.records.results import CellMeasurements, Quality, RunResult
 from mlflow_llmbench.records.results import LogitsCheck as Check
 from mlflow_llmbench.workloads.prompts import load_prompts
 from tests.loading import loaded

@@ -19,6 +19,7 @@ from mlflow_llmbench.analysis.verdict import judge
 from mlflow_llmbench.cli.main import main
 from mlflow_llmbench.config.cells import cell_name, config_hash
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.codec import from_json, to_json
 from mlflow_llmbench.records.results import (
     ClientReadings,
     Hashes,
@@ -28,8 +29,6 @@ from mlflow_llmbench.records.results import (
     Repetition,
     RequestRecord,
     RunResult,
-    from_json,
-    to_json,
 )
 from mlflow_llmbench.sweeps.sweep import run
 from mlflow_llmbench.workloads.arrivals import arrival_times_ns

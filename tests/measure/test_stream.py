@@ -22,6 +22,7 @@ from mlflow_llmbench.config.cells import config_hash
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.stream import Order, Served, _server, measure_stream
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.codec import from_json, to_json
 from mlflow_llmbench.records.errors import MeasurementError, UsageError
 from mlflow_llmbench.records.results import (
     EngineReadings,
@@ -30,8 +31,6 @@ from mlflow_llmbench.records.results import (
     Repetition,
     RequestRecord,
     RunResult,
-    from_json,
-    to_json,
 )
 from mlflow_llmbench.system.estimate import beyond_context
 from mlflow_llmbench.workloads.batching import batch_positions, needed_positions, next_batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.codec import from_json, to_json
 from mlflow_llmbench.records.results import (
     Divergence,
     Failure,
@@ -18,9 +19,7 @@ from mlflow_llmbench.records.results import (
     RequestRecord,
     RunResult,
     TextScores,
-    from_json,
     hash16,
-    to_json,
 )
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from mlflow_llmbench.analysis import efficiency, summary
 from mlflow_llmbench.analysis.verdict import judge
-from mlflow_llmbench.records.results import Noise, from_json, to_json
+from mlflow_llmbench.records.codec import from_json, to_json
+from mlflow_llmbench.records.results import Noise
 from mlflow_llmbench.system import gpu, machine
 from tests.analysis.test_summary import result
 

@@ -18,8 +18,8 @@ from mlflow_llmbench.backends.packages import NEEDED, OPTIONAL, version
 from mlflow_llmbench.measure import runtime
 from mlflow_llmbench.measure.runtime import Item
 from mlflow_llmbench.records.backends import known_backends
+from mlflow_llmbench.records.codec import from_json, to_json
 from mlflow_llmbench.records.quantizations import QUANTIZATIONS
-from mlflow_llmbench.records.results import from_json, to_json
 from mlflow_llmbench.reports.doctor import format_report
 from mlflow_llmbench.workflows import doctor
 from mlflow_llmbench.workflows.doctor import Report

@@ -32,9 +32,10 @@ from mlflow_llmbench.config.training import Training, parse_training
 from mlflow_llmbench.measure.events import Event, Report, Stage, TrainingPlanned, TrainingStep
 from mlflow_llmbench.measure.worker import TrainingEvents
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.codec import to_json
 from mlflow_llmbench.records.errors import MeasurementError, UsageError
 from mlflow_llmbench.records.metrics import KEYS
-from mlflow_llmbench.records.results import Divergence, Quality, TextScores, to_json
+from mlflow_llmbench.records.results import Divergence, Quality, TextScores
 from mlflow_llmbench.reports.qat import (
     TRAINED,
     UNQUANTIZED,

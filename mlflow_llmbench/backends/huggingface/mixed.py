@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 from ...config.parsers import read_budget
 from ...records import reading
 from ...records.cell import Cell
+from ...records.codec import from_json, to_json
 from ...records.errors import MeasurementError, NotRealised, UsageError, first_line
 from ...records.mixed_plan import QUANTIZED, Block, QuantPlan, Sensitivity
 from ...records.quantizations import FLOAT_DTYPES, MIXED, SCHEMES
-from ...records.results import ModelFacts, from_json, hash16, to_json
+from ...records.results import ModelFacts, hash16
 from ...system import machine
 from ...workloads.prompts import load_prompts
 from . import inspection, knapsack, recipe, scoring

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...config import model_shape
 from ...config.training import RECIPE, Training, needed_bytes
 from ...records.cell import Cell
+from ...records.codec import from_json
 from ...records.errors import MeasurementError, UsageError
-from ...records.results import ModelFacts, from_json
+from ...records.results import ModelFacts
 from ...system import machine
 from ...workloads.training_texts import require_enough
 from ..checkpoints import files, sources

@@ -22,9 +22,10 @@ from mlflow_llmbench.config.models import find_preset
 from mlflow_llmbench.config.spec import parse
 from mlflow_llmbench.measure.journal import read_result
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.codec import from_json, to_json
 from mlflow_llmbench.records.errors import NotRealised, UsageError
 from mlflow_llmbench.records.mixed_plan import Block, QuantPlan, Sensitivity
-from mlflow_llmbench.records.results import LoadInfo, ModelFacts, from_json, to_json
+from mlflow_llmbench.records.results import LoadInfo, ModelFacts
 from mlflow_llmbench.reports import artifacts
 from mlflow_llmbench.reports.charts.mixed_plan import place, sensitivity_figure
 from mlflow_llmbench.reports.charts.style import chart_style, save_figure

@@ -17,8 +17,9 @@ from mlflow_llmbench.loadgen.client import Load, Trace
 from mlflow_llmbench.loadgen.http1 import Exchange
 from mlflow_llmbench.measure.online import _processes_for
 from mlflow_llmbench.records.cell import Cell
+from mlflow_llmbench.records.codec import from_json, to_json
 from mlflow_llmbench.records.errors import MeasurementError
-from mlflow_llmbench.records.results import ClientReadings, ModelFacts, from_json, to_json
+from mlflow_llmbench.records.results import ClientReadings, ModelFacts
 from mlflow_llmbench.sweeps.sweep import run
 from mlflow_llmbench.workloads.prompts import load_prompts
 
