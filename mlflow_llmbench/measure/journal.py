@@ -80,6 +80,8 @@ def claim(folder: Path) -> Iterator[None]:
 
 def is_claimed(folder: Path) -> bool:
     """Return True if a living command writes into a sweep's folder, or if the system cannot tell."""
+    if not (folder / ".claim").is_file():  # a pipe would be waited for
+        return False
     try:
         import fcntl
 
@@ -128,6 +130,8 @@ SERVER_LOG = "server.log"
 def redact_log(path: Path) -> None:
     """Mask the secrets in a log. Another process wrote it, so they could not be kept out while it was written."""
     with contextlib.suppress(OSError, JournalError):
+        if not path.is_file():  # a pipe would be waited for
+            return
         text = path.read_bytes().decode(errors="replace")
         if redact(text) != text:
             path.unlink()  # if the disk is full, no log is better than one with a secret

@@ -28,6 +28,9 @@ MOST_YAML_BYTES = 300_000
 MOST_DEPTH = 100
 """Deepest nesting of JSON and YAML. Files of the field have fewer than 20 levels."""
 
+MOST_DIGITS = 300
+"""Most digits of a whole number, so that each can become a float."""
+
 MOST_CONTAINERS = 5_000_000
 """Most objects and arrays in a JSON text. Each takes about 70 bytes of memory and needs three in the file."""
 
@@ -49,6 +52,7 @@ _KINDS = (
 _WIDE = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 _STEPS = bytes({0x5B: 2, 0x7B: 2, 0x5D: 0, 0x7D: 0}.get(byte, 1) for byte in range(256))  # brackets: one up, one down
+_DIGITS = bytes(0x30 if 0x30 <= byte <= 0x39 else byte for byte in range(256))
 _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'[]{}"')
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -62,8 +66,8 @@ class Unreadable(ValueError):
     advises = False
 
 
-class LfsPointer(Unreadable):
-    """A file is what Git leaves in place of one that its Large File Storage keeps."""
+class Advised(Unreadable):
+    """A file cannot be read, and the message says what to do."""
 
     advises = True
 
@@ -102,7 +106,7 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES, text: bool 
                 raise Unreadable(f"it has {size:,} bytes, and at most {most:,} are read")
             head = file.read(4096)
             if head.startswith(LFS_POINTER):
-                raise LfsPointer(FROM_LFS)
+                raise Advised(FROM_LFS)
             if text and b"\0" in head and not head.startswith(tuple(mark for mark, _ in _WIDE)):
                 raise Unreadable("it is no text: it holds zero bytes")
             return head + file.read(max(0, size - len(head)))
@@ -159,9 +163,16 @@ def parse_json(content: str | bytes, surrogates: bool = False) -> Any:
     """
     text = decode(content) if isinstance(content, bytes) else content.removeprefix("\ufeff")
     try:
-        if text.count("[") + text.count("{") > MOST_DEPTH:
-            _require_bounded(text.encode("utf-8", "surrogatepass"))
-        data = json.loads(text)
+        hooks: dict[str, Any] = {}
+        if len(text) > MOST_DEPTH:  # else nothing in it can be too long or too deep
+            plain = isinstance(content, bytes) and not content.startswith(tuple(mark for mark, _ in _WIDE))
+            raw: bytes = content if plain else text.encode("utf-8", "surrogatepass")  # type: ignore[assignment]
+            if b"0" * MOST_DIGITS in raw.translate(_DIGITS):
+                hooks = {"parse_int": _bounded_int}  # a text may have as many digits
+            if raw.count(b"[") + raw.count(b"{") > MOST_DEPTH:
+                _require_bounded(raw)
+            del raw
+        data = json.loads(text, **hooks)
         if not surrogates and _SURROGATE.search(text):
             json.dumps(data, ensure_ascii=False).encode()
     except Unreadable:
@@ -175,6 +186,12 @@ def parse_json(content: str | bytes, surrogates: bool = False) -> Any:
     except ValueError as error:
         raise Unreadable(f"it is not JSON: {error}") from None
     return data
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise Unreadable(f"a number in it has {len(digits):,} digits")
+    return int(digits)
 
 
 def _require_bounded(text: bytes) -> None:
@@ -261,4 +278,4 @@ def require_file(path: Path, most: int = MOST_BYTES) -> None:
         if size > most:
             raise Unreadable(f"it has {size:,} bytes, and at most {most:,} are read")
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise LfsPointer(FROM_LFS)
+            raise Advised(FROM_LFS)

@@ -28,6 +28,7 @@ from ..measure.journal import read_result
 from ..records import reading
 from ..records.errors import TrackingError, UsageError
 from ..records.invocation import command_text
+from ..records.reading import Unreadable
 from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.result import summary_markdown
@@ -127,6 +128,13 @@ def register(
     return Registered(name, version, run_id, new=there is None)
 
 
+def check_request(reference: str, name: str, alias: str) -> None:
+    """Raise UsageError for names and files that `register` would refuse, before a store is opened."""
+    if reference.endswith(".json"):
+        _recommendation(reference)
+    _check_names(name, alias)
+
+
 def _check_names(name: str, alias: str) -> None:
     if not name.strip() or re.search(r"[/:@'\"%]", name) or len(name) > 250:
         raise UsageError(
@@ -148,13 +156,7 @@ def _check_names(name: str, alias: str) -> None:
 def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
     """Return the run of a reference, and the reason for which a recommendation accepted suspect results."""
     if reference.endswith(".json"):
-        try:
-            return _winner(store, reading.read_own_json(reference), reference)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"Cannot read the recommendation {reference}: {error}. "
-                "Give the file that `llmbench recommend --output` wrote."
-            ) from None
+        return _winner(store, _recommendation(reference), reference)
     match = RUN_REFERENCE.fullmatch(reference)
     run_id = match[1] if match else parent_of_sweep(store, reference)
     if run_id is None:
@@ -178,6 +180,17 @@ def _chosen_run(store: Store, reference: str) -> tuple[str, str | None]:
     return _winner(store, data, reference)
 
 
+def _recommendation(reference: str) -> Any:
+    """Return what a recommendation.json holds. Raises UsageError."""
+    try:
+        return reading.read_own_json(reference)
+    except Unreadable as error:
+        raise UsageError(
+            f"Cannot read the recommendation {reference}: {error}. "
+            "Give the file that `llmbench recommend --output` wrote."
+        ) from None
+
+
 def _without_progress_bars() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -193,6 +206,13 @@ def _run(store: Store, run_id: str) -> Run:
 
 def _winner(store: Store, data: Any, reference: str) -> tuple[str, str | None]:
     winner = data.get("winner") if isinstance(data, dict) else None
+    if winner and not (
+        isinstance(winner, dict) and {type(winner.get(key)) for key in ("sweep", "config_hash")} == {str}
+    ):
+        raise UsageError(
+            f"The winner of {reference} has no sweep and config_hash. "
+            "Give the file that `llmbench recommend --output` wrote."
+        )
     if not winner:
         raise UsageError(
             f"The recommendation {reference} has no winner: nothing kept the limits. "

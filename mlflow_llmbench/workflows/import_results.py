@@ -68,6 +68,8 @@ def _parse(content: bytes) -> Any:
     try:
         return reading.parse_json(content)
     except Unreadable:
+        if b"\n" not in content.strip():
+            raise
         lines = [line for _, _, line in reading.json_lines(reading.decode(content))]
         if len(lines) < 2 or None in lines:
             raise

@@ -20,6 +20,7 @@ def register(
     tracking_uri: str | None = None,
 ) -> Registered:
     """Register a measured run, or the winner of a recommendation, as a version of `name`. See `registry.register`."""
+    registry.check_request(reference, name, alias)
     return registry.register(open_store(tracking_uri), reference, name, alias, accept_suspect)
 
 

@@ -101,6 +101,14 @@ def test_brackets_in_texts_are_no_depth() -> None:
     assert reading.parse_json(nested) == json.loads(nested)
 
 
+def test_a_number_that_no_float_can_hold_is_refused_and_a_text_of_digits_is_not() -> None:
+    with pytest.raises(Unreadable, match="a number in it has 301 digits"):
+        reading.parse_json('{"a": 1, "b": 1' + "0" * 300 + "}")
+    data = {"pi": "3" * 5000, "n": 10**299}
+    assert reading.parse_json(json.dumps(data)) == data
+    assert float(data["n"]) > 0
+
+
 def test_many_objects_are_refused_before_they_take_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MOST_CONTAINERS", 1000)
     with pytest.raises(Unreadable, match="it has 1,002 objects and lists, and at most 1,000 are read"):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from mlflow_llmbench.analysis.other_tools import Foreign, read_foreign
 from mlflow_llmbench.cli.main import main
+from mlflow_llmbench.records import reading
 from mlflow_llmbench.records.errors import UsageError
 from mlflow_llmbench.records.metrics import KEYS
 
@@ -271,3 +277,34 @@ def test_wrong_files_are_one_line(
     assert main(["import", "file.json"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"llmbench: {message}") and len(error.splitlines()) == 1
+
+
+def broken(value: object, path: list[int], other: object) -> object:
+    """Return a copy of JSON data with one value replaced: the one that the numbers lead to."""
+    if not path or not isinstance(value, dict | list) or not value:
+        return other
+    if isinstance(value, list):
+        here = path[0] % len(value)
+        return [broken(one, path[1:], other) if number == here else one for number, one in enumerate(value)]
+    name = sorted(value)[path[0] % len(value)]
+    return {**value, name: broken(value[name], path[1:], other)}
+
+
+other_values = st.sampled_from(
+    [None, [], {}, "x", "", True, -1, 0, 10**400, 10**299, 1.5, float("nan"), [None], [[]], {"a": []}]
+)
+
+
+@settings(max_examples=80, derandomize=True, deadline=None, database=None)
+@given(st.sampled_from(FILES), st.lists(st.integers(0, 50), max_size=5), other_values)
+def test_fuzz_a_result_with_a_wrong_value_is_read_or_refused(file: Path, path: list[int], other: object) -> None:
+    with contextlib.suppress(UsageError, reading.Unreadable):  # whose message is one line in any case
+        content = json.dumps(broken(content_of(file), path, other))
+        for found in read_foreign(reading.parse_json(content)):
+            assert all(math.isfinite(value) for value in (*found.metrics.values(), *found.own.values()))
+            assert all(isinstance(value, str) for value in (found.source, found.version, found.name))
+
+
+@functools.cache
+def content_of(file: Path) -> object:
+    return json.loads(file.read_text())

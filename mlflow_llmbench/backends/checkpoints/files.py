@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import zipfile
@@ -14,7 +15,7 @@ from ...records import reading
 from ...records.cell import Cell
 from ...records.errors import ModelError, UsageError
 from ...records.quantizations import SCHEMES
-from ...records.reading import Unreadable
+from ...records.reading import Advised, Unreadable
 from ...records.results import ModelFacts
 from . import architectures
 
@@ -60,7 +61,7 @@ def read_facts(
 def _read_config(cell: Cell, file: Path) -> dict[str, Any]:
     """Return the configuration of a checkpoint. Raises ModelError if it cannot be one."""
     try:
-        config = reading.read_json(file, MOST_CONFIG_BYTES)
+        config = _json(file, MOST_CONFIG_BYTES)
         if not isinstance(config, dict):
             raise Unreadable("it is not a JSON object")
         if wrong := model_shape.wrong_type(config):
@@ -79,9 +80,19 @@ def _require_readable(cell: Cell, folder: Path) -> None:
         try:
             reading.require_file(file)
             if file.suffix == ".json" and file.name not in BY_TOKENIZERS:
-                reading.read_json(file, surrogates=True)
+                _json(file, surrogates=True)
         except Unreadable as error:
             raise _unreadable(f"The file {file.name} of {cell.model}", error) from None
+
+
+def _json(file: Path, most: int = reading.MOST_BYTES, surrogates: bool = False) -> Any:
+    """Return the value in a JSON file that transformers will read too. Raises Unreadable."""
+    content = reading.read_bytes(file, most)
+    if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise Advised(
+            "it begins with a byte order mark, which transformers does not read: save it as UTF-8 without one"
+        )
+    return reading.parse_json(content, surrogates)
 
 
 def _unreadable(what: str, error: Unreadable) -> ModelError:
@@ -165,6 +176,11 @@ def require_whole(name: str, folder: Path) -> None:
         if size < needed:
             raise ModelError(
                 f"The weight file {file.name} of {name} is cut off: it has {size:,} bytes, and its tensors end at "
+                f"{needed:,}. {ADVICE}."
+            )
+        if size > needed and file.suffix == ".safetensors":
+            raise ModelError(
+                f"The weight file {file.name} of {name} is damaged: it has {size:,} bytes, and its tensors end at "
                 f"{needed:,}. {ADVICE}."
             )
 

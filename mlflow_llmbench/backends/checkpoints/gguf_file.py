@@ -63,7 +63,7 @@ LONGEST_ARRAY_KEPT = 4096
 
 LONGEST_STRING = 1 << 24
 MOST_HEADER_BYTES = 1 << 27
-MOST_TENSORS, MOST_KEYS, MOST_ENTRIES, MOST_DIMENSIONS = 200_000, 100_000, 4_000_000, 8
+MOST_TENSORS, MOST_KEYS, MOST_ENTRIES, MOST_DIMENSIONS = 200_000, 100_000, 2_000_000, 8
 MOST_ALIGNMENT = 1 << 20
 LAST_TYPE = 255
 """Limits of a header, some ten times the largest that are published: 46,848 tensors, and vocabularies of 262,144 words
@@ -243,6 +243,8 @@ def read_header(path: Path) -> Header:
             if number == 0:
                 metadata, lengths = found, counts
             tensors += held
+        if not tensors:
+            raise ValueError("it has no tensors")
     except (OSError, ValueError, MemoryError) as error:
         raise ModelError(f"{path} is not a readable GGUF file: {error}. Download it again.") from None
     return Header(metadata, lengths, tuple(tensors))
