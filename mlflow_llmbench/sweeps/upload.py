@@ -23,6 +23,7 @@ from ..config.spec import BenchSpec, parse
 from ..measure import journal
 from ..measure.events import Event
 from ..measure.outcome import GroupOutcome, measurements, replay
+from ..measure.own_files import only_own_files
 from ..records import reading
 from ..records.errors import JournalError, UsageError, first_line
 from ..records.redaction import redact
@@ -96,11 +97,14 @@ def upload(folder: str, tracking_uri: str | None = None, experiment: str | None 
     """
     if not os.path.isdir(folder):
         raise JournalError(f"There is no folder {folder}. Give a folder that `llmbench run` has printed.")
-    root = Path(folder).resolve()
-    read_sweep(root)
-    if not journal.read_end(root) and journal.is_claimed(root):
-        raise JournalError(journal.CLAIMED.format(folder))
-    return finish(root, open_store(tracking_uri, experiment))
+
+    def act(root: Path) -> Uploaded:
+        read_sweep(root)
+        if not journal.read_end(root) and journal.is_claimed(root):
+            raise JournalError(journal.CLAIMED.format(folder))
+        return _finish(root, open_store(tracking_uri, experiment))
+
+    return _with_own_files(Path(folder).resolve(), act)
 
 
 def finish(root: Path, store: Store) -> Uploaded:
@@ -108,6 +112,24 @@ def finish(root: Path, store: Store) -> Uploaded:
 
     Raises JournalError or TrackingError.
     """
+    return _with_own_files(root, lambda own: _finish(own, store))
+
+
+def _with_own_files(root: Path, act: Callable[[Path], Uploaded]) -> Uploaded:
+    """Act on a folder, or on a copy without its links: nothing outside of it is read, uploaded or written.
+
+    Each link becomes a problem of the result.
+    """
+    with only_own_files(root) as (own, left_out):
+        try:
+            done = act(own)
+        except JournalError as error:
+            raise (JournalError(left_out[0]) if left_out else error) from None
+    done.problems = [*left_out, *(problem.replace(str(own), str(root)) for problem in done.problems)]
+    return done
+
+
+def _finish(root: Path, store: Store) -> Uploaded:
     with journal.claim(root), plain_errors(store.uri):
         kept, problems = (None, []) if journal.read_end(root) else recover(root)
         done = complete(root, store)
@@ -285,7 +307,7 @@ def read_sweep(root: Path) -> tuple[BenchSpec, dict[str, Any]]:
         known = reading.read_own_json(root / "sweep.json")
         order = [str(name) for name in known.get("order", [])]
         more = {"parent": None, "asked": {}, **known, "order": order, "cells": int(known["cells"])}
-        return parse(known["parameters"]), more
+        return parse(known["parameters"], recorded=True), more
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError):
         raise JournalError(
             f"{root} is not the folder of a sweep: it has no readable sweep.json. "
