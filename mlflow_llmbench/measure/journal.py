@@ -22,6 +22,7 @@ import gzip
 import io
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from ..records import reading
 from ..records.codec import from_json, to_json
 from ..records.errors import JournalError
 from ..records.reading import Unreadable
-from ..records.redaction import redact, redact_all
+from ..records.redaction import masker, redact, redact_all
 from ..records.results import RequestRecord, RunResult
 from ..records.verdicts import OUTCOMES
 from .events import Event, decode, to_data
@@ -141,6 +142,16 @@ def redact_log(path: Path) -> None:
 def _utf8(text: str) -> bytes:
     r"""Encode JSON. What UTF-8 cannot encode, such as parts of a file name, becomes a JSON escape: `\udcff`."""
     return text.encode("utf-8", "backslashreplace")
+
+
+_PICTURE = re.compile(r"(base64,[A-Za-z0-9+/=]{64,})")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text without secrets, atomically. Pictures in it stay as they are. Raises JournalError."""
+    mask = masker()
+    parts = (part if number % 2 else mask(part) for number, part in enumerate(_PICTURE.split(text)))
+    write_bytes(path, _utf8("".join(parts)))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -122,7 +122,7 @@ SHAPES = (
     _shape("akia asia", r"(?<![A-Za-z0-9])(?P<secret>(?:AKIA|ASIA)[A-Z0-9]{12,})"),
     _shape("eyj", r"(?<![A-Za-z0-9])(?P<secret>eyJ[\w-]{8,}(?:\.[\w-]*){0,2})", re.compile(r"\.[\w-]{8}").search),
     _shape("hooks.slack.com", r"hooks\.slack\.com/\w{1,20}/(?P<secret>[\w/]{20,})"),
-    _shape("private key", r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----(?P<secret>.+?)(?=-----END|\Z)"),
+    _shape("private key", r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?P<secret>(?:[\w\s+/=,:.\\]|-(?!----END))+)"),
 )
 """Patterns of secrets in foreign text; the group `secret` is masked.
 

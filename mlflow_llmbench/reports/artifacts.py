@@ -11,7 +11,7 @@ from ..analysis.scaling.findings import Findings
 from ..analysis.scaling.study import ScalingStudy
 from ..analysis.summary import summarize
 from ..analysis.verdict import judge
-from ..measure.journal import samples_csv, write_bytes, write_json
+from ..measure.journal import samples_csv, write_bytes, write_json, write_text
 from ..records.backends import recorded_capabilities
 from ..records.cell import list_text
 from ..records.redaction import redact_all
@@ -41,23 +41,23 @@ def write_cell(result: RunResult, folder: Path) -> None:
         folder / "environment.json",
         {**result.environment, "hashes": {**result.environment.get("hashes", {}), **vars(result.hashes)}},
     )
-    write_bytes(
+    write_text(
         folder / "config.yaml",
-        config_yaml({name: list_text(name, [text]) for name, text in parameters_of(result).items()}).encode(),
+        config_yaml({name: list_text(name, [text]) for name, text in parameters_of(result).items()}),
     )
     if result.repetitions:
         write_bytes(folder / "samples.csv.gz", samples_csv(result))
-    write_bytes(folder / "report.md", report_markdown(result, metrics, verdict).encode())
+    write_text(folder / "report.md", report_markdown(result, metrics, verdict))
     write_json(folder / "tables" / "summary.json", summary_table(result, metrics))
     if result.repetitions:
         write_json(folder / "tables" / "statistics.json", split_table(*statistics_cells(result)))
     if result.texts:
         rows = [[text["prompt"], text["output"]] for text in result.texts]
         write_json(folder / "tables" / "texts.json", split_table(["prompt", "output"], rows))
-        write_bytes(folder / "texts.md", _texts_markdown(rows).encode())
+        write_text(folder / "texts.md", _texts_markdown(rows))
     if result.load and result.load.quant_plan:
         write_json(folder / "quant_plan.json", result.load.quant_plan)
-        write_bytes(folder / "quant_plan.md", mixed_plan.plan_markdown(result.load.quant_plan).encode())
+        write_text(folder / "quant_plan.md", mixed_plan.plan_markdown(result.load.quant_plan))
 
 
 def draw_cell(result: RunResult, folder: Path) -> list[Path]:
@@ -104,10 +104,10 @@ def write_sweep(measured: Sequence[tuple[Row, str]], subject: sweep.Subject, fol
     measured, subject = redact_all((tuple(measured), subject))
     rows, varied = [row for row, _ in measured], subject.spec.varied
     heading, body = table_cells(rows, varied)
-    write_bytes(folder / "comparison.md", sweep.cells_markdown(rows, varied).encode())
-    write_bytes(
+    write_text(folder / "comparison.md", sweep.cells_markdown(rows, varied))
+    write_text(
         folder / "comparison.csv",
-        csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]).encode(),
+        csv_table(heading, [["" if cell == "–" else cell for cell in line] for line in body]),
     )
     write_json(folder / "tables" / "comparison.json", split_table(heading, body))
     if draw:
@@ -115,12 +115,8 @@ def write_sweep(measured: Sequence[tuple[Row, str]], subject: sweep.Subject, fol
         draw_charts("sweep", SweepPoints(points, subject.spec.options.attainment), folder / "charts")
     pictures = sorted((folder / "charts").glob("*.svg"), key=lambda path: (path.stem != "overview", path.stem))
     told = sweep.overview(measured, subject)
-    write_bytes(
-        folder / "report.md", sweep.overview_markdown(told, [f"charts/{path.name}" for path in pictures]).encode()
-    )
-    write_bytes(
-        folder / "report.html", html.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}).encode()
-    )
+    write_text(folder / "report.md", sweep.overview_markdown(told, [f"charts/{path.name}" for path in pictures]))
+    write_text(folder / "report.html", html.sweep_page(told, {path.stem: path.read_bytes() for path in pictures}))
 
 
 def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
@@ -128,7 +124,7 @@ def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
 
     Raises JournalError.
     """
-    write_bytes(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)).encode())
+    write_text(folder / "comparison.md", "\n".join(map(comparison_markdown, comparisons)))
     write_json(folder / "comparison.json", list(map(comparison_json, comparisons)))
     draw_charts("comparisons", comparisons, folder / "charts")
 
@@ -141,7 +137,7 @@ def write_scaling(study: ScalingStudy, folder: Path) -> list[Path]:
     drawn = draw_charts("scaling", study, folder / "charts").files
     write_json(folder / "scaling.json", scaling_json(study))
     shown = [f"charts/{file.name}" for file in drawn if file.suffix == ".svg"]
-    write_bytes(folder / "scaling.md", scaling_markdown(study, shown).encode())
+    write_text(folder / "scaling.md", scaling_markdown(study, shown))
     return [folder / "scaling.json", folder / "scaling.md", *drawn]
 
 
@@ -159,6 +155,6 @@ def write_study(found: Findings, folder: Path) -> list[Path]:
         figures.missing,
     )
     write_json(home / "study.json", study_reports.study_json(found, figures.missing))
-    write_bytes(home / "report.md", study_reports.study_markdown(found, drawn).encode())
-    write_bytes(home / "report.html", study_page(found, drawn).encode())
+    write_text(home / "report.md", study_reports.study_markdown(found, drawn))
+    write_text(home / "report.html", study_page(found, drawn))
     return [*scaled, *figures.files, home / "study.json", home / "report.md", home / "report.html"]

@@ -11,7 +11,7 @@ from .. import PACKAGE_DIR
 from ..backends.callback import CallbackBackend, Generate
 from ..measure.batch import measure_cell
 from ..measure.events import CellBegun, CellCompleted, CellMeasured, CellProgress, FirstToken, GroupBegun
-from ..measure.journal import EventLog, write_bytes
+from ..measure.journal import EventLog, write_text
 from ..measure.outcome import Clock, GroupOutcome
 from ..measure.task import Task
 from ..records.errors import LlmbenchError, OutOfMemory
@@ -45,7 +45,7 @@ class CallbackExecutor(SerialExecutor):
         except LlmbenchError as error:
             outcome.fail(error)
         if backend.raised:
-            write_bytes(task.folders[0] / "worker.log", backend.raised.encode())
+            write_text(task.folders[0] / "worker.log", backend.raised)
         outcome.ended = True
         return task, outcome
 

@@ -136,6 +136,11 @@ def check_request(reference: str, name: str, alias: str) -> None:
 
 
 def _check_names(name: str, alias: str) -> None:
+    for kind, text in (("name", name), ("alias", alias)):
+        if redact(text) != text:
+            raise UsageError(
+                f"The {kind} has what looks like a key in it, and would be stored: {text}. Give a plain one."
+            )
     if not name.strip() or re.search(r"[/:@'\"%]", name) or len(name) > 250:
         raise UsageError(
             f"Not a name for a registered model: {name}. "

@@ -12,6 +12,7 @@ from ..analysis.decisions import gate as analysis
 from ..analysis.decisions.gate import DEFAULT_LIMIT, Gate
 from ..measure.journal import write_bytes, write_json
 from ..records.errors import UsageError
+from ..records.redaction import redact
 from ..records.results import RunResult
 from ..reports.gate import HEADING, gate_cells, gate_json, gate_junit, gate_markdown
 from ..reports.tables import split_table
@@ -42,7 +43,9 @@ class GateRun:
     def files(self) -> dict[str, bytes]:
         """The verdict as files: gate.md for people, junit.xml for a CI server."""
         texts = {"gate.md": gate_markdown, "junit.xml": gate_junit}
-        return {name: text(self.found, self.champion.uri, self.candidate).encode() for name, text in texts.items()}
+        return {
+            name: redact(text(self.found, self.champion.uri, self.candidate)).encode() for name, text in texts.items()
+        }
 
 
 def gate(

@@ -14,11 +14,11 @@ from typing import Any
 
 from ..analysis.other_tools import Foreign, read_foreign
 from ..analysis.summary import Point
-from ..measure.journal import write_bytes
+from ..measure.journal import write_text
 from ..records import reading
 from ..records.errors import UsageError
 from ..records.reading import Unreadable
-from ..records.redaction import redact, redact_all
+from ..records.redaction import MASK, redact, redact_all
 from ..tracking import runs
 from ..tracking.search import find_tagged
 from ..tracking.store import Store, open_store
@@ -98,7 +98,8 @@ def _log(store: Store, one: Foreign, identity: dict[str, str], file: str, conten
         told = {"source_version": one.version, "tokens_by": one.tokens_by, "translated": ", ".join(sorted(one.metrics))}
         runs.set_tags(store, run_id, {name: value for name, value in told.items() if value})
         with tempfile.TemporaryDirectory() as scratch:
-            write_bytes(Path(scratch) / file, redact(content.decode("utf-8", "replace")).encode())
+            name = redact(file).replace(MASK, "masked")
+            write_text(Path(scratch) / name, content.decode("utf-8", "replace"))
             runs.log_folder(store, run_id, Path(scratch), "imported")
         runs.set_tags(store, run_id, {"uploaded": "true"})  # last, so that an import cut off midway is repeated
         outcome = "ok"

@@ -21,7 +21,7 @@ from ..config.spec import BenchSpec
 from ..config.training import NAMES, QUANT, TRAINING, Training, as_text, parse_training
 from ..measure import quality_order, supervise
 from ..measure.events import CheckpointSaved, Event, QualityWithheld, Stage, TrainingPlanned, TrainingStep
-from ..measure.journal import new_sweep, write_bytes, write_json
+from ..measure.journal import new_sweep, write_bytes, write_json, write_text
 from ..measure.outcome import GroupOutcome
 from ..measure.supervise import Limits
 from ..measure.task import Task, WorkerJob
@@ -280,7 +280,7 @@ class _Job:
         """Write the result to the disk, then log it and end the run. The files remain if logging fails."""
         files = self.folder / "artifacts"
         write_json(files / "qat.json", {**to_json(done), "base": self.model.identity, "data": self.texts.name})
-        write_bytes(files / "report.md", training_markdown(done).encode())
+        write_text(files / "report.md", training_markdown(done))
         write_json(files / "tables" / "quality.json", quality_table(done))
         write_json(files / "environment.json", self.environment)
         if self.run_id is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..analysis.decisions import recommend as analysis
 from ..analysis.decisions.candidates import Limit
 from ..analysis.decisions.recommend import Recommendation
-from ..measure.journal import write_bytes, write_json
+from ..measure.journal import write_json, write_text
 from ..reports import recommendation
 from ..reports.charts.catalogue import draw_charts
 from ..system import calibrations
@@ -59,7 +59,7 @@ def recommend(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output or scratch)
         write_json(folder / "recommendation.json", recommendation.recommendation_json(found))
-        write_bytes(folder / "recommendation.md", recommendation.recommendation_markdown(found).encode())
+        write_text(folder / "recommendation.md", recommendation.recommendation_markdown(found))
         draw_charts("recommendation", found, folder / "charts")
         store = open_store(tracking_uri)
         parent = registry.parent_of_sweep(store, sweep)

@@ -16,7 +16,7 @@ from ..analysis.summary import summarize
 from ..analysis.verdict import judge
 from ..config.cells import config_hash
 from ..config.spec import parse
-from ..measure.journal import read_result, write_bytes, write_json
+from ..measure.journal import read_result, write_json, write_text
 from ..records.errors import MeasurementError, NotComparable, UsageError
 from ..records.invocation import command_text
 from ..records.metrics import PERPLEXITY
@@ -254,7 +254,7 @@ def _keep(done: Reproduced, tracking_uri: str | None) -> None:
         folder / "reproduction.json",
         {**reproduction_json(done.found), "original": done.original.name, "original_run_id": done.original.run_id},
     )
-    write_bytes(folder / "reproduction.md", reproduction_markdown(done.found).encode())
+    write_text(folder / "reproduction.md", reproduction_markdown(done.found))
     write_json(folder / "table.json", {"columns": HEADING, "data": reproduction_cells(done.found)})
     if done.comparison:
         artifacts.write_comparisons([done.comparison], folder)

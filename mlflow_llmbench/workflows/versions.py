@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..analysis.decisions import export as analysis
-from ..measure.journal import write_bytes
+from ..measure.journal import write_text
 from ..tracking import registry
 from ..tracking.registry import CANDIDATE, Promotion, Registered
 from ..tracking.store import open_store
@@ -38,5 +38,5 @@ def export(version: str, target: str, *, output: str | None = None, tracking_uri
     found = registry.registered_at(store, version)
     text = analysis.export(*registry.stored_config(store, found), uri=found.uri, target=target)
     if output:
-        write_bytes(Path(output), text.encode())
+        write_text(Path(output), text)
     return found.uri, text

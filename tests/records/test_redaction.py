@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlflow_llmbench.config.cells import cell_name
-from mlflow_llmbench.measure.journal import redact_log
+from mlflow_llmbench.measure.journal import redact_log, write_text
 from mlflow_llmbench.records import redaction
 from mlflow_llmbench.records.cell import Cell
 from mlflow_llmbench.records.errors import UsageError, first_line
@@ -321,3 +321,15 @@ def test_long_texts_take_no_long_time() -> None:
 
 def test_the_module_needs_no_other_of_ours() -> None:
     assert "from ." not in Path(redaction.__file__).read_text(encoding="utf-8")
+
+
+def test_reports_are_written_without_secrets_and_pictures_as_they_are(tmp_path: Path) -> None:
+    picture = "base64,AKIAIOSFODNN7EXAMPLE" + "A" * 80
+    write_text(tmp_path / "x.md", f"because hf_AbCdEfGh0123456789 <img src='data:{picture}'> hf_AbCdEfGh0123456789")
+    assert (tmp_path / "x.md").read_text() == f"because *** <img src='data:{picture}'> ***"
+
+
+def test_a_private_key_ends_where_its_text_ends() -> None:
+    begin = "-----BEGIN PRIVATE KEY-----"
+    assert redact(f'{{"a": "{begin}MIIE+/=", "b": 1}}') == f'{{"a": "{begin}***", "b": 1}}'
+    assert redact(f'{{"a": "{begin}***", "b": 1}}') == f'{{"a": "{begin}***", "b": 1}}'

@@ -9,6 +9,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
+from mlflow_llmbench.records.errors import UsageError
+from mlflow_llmbench.tracking.registry import register
 from mlflow_llmbench.tracking.store import open_store
 
 KEY = "hf_AbCdEfGh0123456789"
@@ -71,3 +73,9 @@ def test_only_a_folders_own_files_are_uploaded(store_uri: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["log_artifacts", "log_model_artifacts"])
 def test_methods_that_upload_a_folder_take_it_as_their_second_argument(name: str) -> None:
     assert list(getattr(MlflowClient, name).__annotations__)[1] == "local_dir"
+
+
+@pytest.mark.parametrize("names", [(f"bot-{KEY}", "candidate"), ("bot", KEY)])
+def test_a_version_is_not_named_by_a_key(names: tuple[str, str], store_uri: str) -> None:
+    with pytest.raises(UsageError, match=r"has what looks like a key in it, and would be stored: (bot-)?\*\*\*\. Give"):
+        register(open_store(store_uri), "0" * 32, *names)

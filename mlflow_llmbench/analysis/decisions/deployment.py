@@ -14,7 +14,7 @@ from ...records.metric import Tag
 from ...records.metrics import PEAK_MEMORY, shown_in
 from ...records.mixed_plan import QUANTIZED, QuantPlan
 from ...records.quantizations import FLOAT_DTYPES, SCHEMES, UNPACKED, library_of_method, resolve
-from ...records.redaction import redact
+from ...records.redaction import redact, redact_all
 from ...records.results import SCHEMA, RunResult, Verdict
 
 SHOWN = (
@@ -106,7 +106,7 @@ def deployment_of(result: RunResult, metrics: Mapping[str, float], evidence: Evi
         "evidence": _evidence(evidence),
         **(_packed(result) if engine == GGUF_FILE.engine else {}),
     }
-    return Deployment(config, figures, _requirements(result), evidence)
+    return Deployment(redact_all(config), figures, _requirements(result), evidence)
 
 
 def version_tags(deployment: Deployment) -> dict[str, str]:
