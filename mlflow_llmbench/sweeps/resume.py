@@ -138,12 +138,12 @@ def close_abandoned(output_dir: str, store: Store, warn: Callable[[str], None]) 
                 f"To try again: `{command_text('upload', str(folder))}`."
             )
             continue
-        if done.recovered is not None:
+        if done.recovered is not None and (done.new or done.completed or done.there):
             warn(
                 f"The sweep {folder.name} had been killed. Its runs are ended now; "
                 f"{done.recovered} of its cells had been measured."
             )
-        elif not done.problems:
+        elif done.recovered is None and not done.problems:
             warn(f"The sweep {folder.name} had not been uploaded completely. It is now.")
         for problem in done.problems:
             warn(f"Of the sweep {folder.name} is not uploaded: {problem}")

@@ -104,7 +104,11 @@ def upload(folder: str, tracking_uri: str | None = None, experiment: str | None 
             raise JournalError(journal.CLAIMED.format(folder))
         return _finish(root, open_store(tracking_uri, experiment))
 
-    return _with_own_files(Path(folder).resolve(), act)
+    done = _with_own_files(Path(folder).resolve(), act)
+    if not done.new + done.completed + done.there:
+        nothing = f"{folder} holds no finished cell, so there is nothing to upload. {GIVE}"
+        raise JournalError(done.problems[0] if done.problems else nothing)
+    return done
 
 
 def finish(root: Path, store: Store) -> Uploaded:
@@ -147,26 +151,24 @@ def complete(root: Path, store: Store, until: float | None = None) -> Uploaded:
 
     A cell that cannot be read or is refused by the store becomes a line of `Uploaded.problems`, and its run is FAILED.
     With `until`, a time of `time.monotonic`, no upload begins after it, runs that are not complete then are KILLED, and
-    the sweep's own run is left as it is. Raises JournalError if the folder has nothing to upload, or TrackingError.
+    the sweep's own run is left as it is. If there is neither a result nor a run, it does nothing. Raises JournalError
+    or TrackingError.
     """
     spec, known = read_sweep(root)
     results, done = _results(root, known), Uploaded(ui=ui_command(store.uri))
     runs = runs_of_sweep(store, root.name)
+    done.problems += results.problems.values()
     if not results.cells and not runs:
-        nothing = f"{root} holds no finished cell, so there is nothing to upload. {GIVE}"
-        raise JournalError(next(iter(results.problems.values()), nothing))
+        return done
     if runs:  # the children of a run are in its experiment
         store = dataclasses.replace(store, experiment_id=runs[0].info.experiment_id)
-    done.problems += results.problems.values()
-    measured_now = [cell.result for cell in results.cells if not cell.result.linked]
-    ended = max((result.ended_ms for result in measured_now), default=None)
     parent = next((r for r in runs if PARENT_TAG not in r.data.tags), None) if known["parent"] else None
-    outcome = _outcome(root, [cell.result for cell in results.cells], known["cells"])
     by_cell = {run.data.tags.get("llmbench.cell", ""): run for run in runs if run is not parent}
+    outcome = _outcome(root, [cell.result for cell in results.cells], known["cells"])
     lost = [name for name in results.problems if name not in by_cell or UPLOADED_TAG not in by_cell[name].data.tags]
     outcome = "error" if outcome == "ok" and lost else outcome
     if known["parent"]:
-        begun = min((result.started_ms for result in measured_now), default=None)
+        begun = min((cell.result.started_ms for cell in results.cells if not cell.result.linked), default=None)
         done.parent_id = done.count(parent, outcome, is_empty=not results.cells) or begin_run(
             store, known["parent"], {"sweep": root.name}, None, begun
         )
@@ -183,28 +185,35 @@ def complete(root: Path, store: Store, until: float | None = None) -> Uploaded:
         if not run.data.tags.get(UPLOADED_TAG) and run.info.status in ("RUNNING", "FINISHED"):
             end_run(store, run.info.run_id, "crashed")
             done.completed += 1
-    is_ended = is_whole(parent, outcome) or (not measured and parent is not None and parent.info.status != "RUNNING")
-    if until is None and done.parent_id and not is_ended:
-        if measured:
-            with tempfile.TemporaryDirectory() as scratch:
-                write_comparison(root, Path(scratch), store, spec, known["parent"], measured)
-                _copy(root / "comparison" / "goodput.json", Path(scratch))
-                asked = known["asked"] if parent else {}
-                done.page = publish_parent(
-                    store,
-                    done.parent_id,
-                    spec,
-                    measured,
-                    Path(scratch),
-                    asked,
-                    lambda text: None,
-                    found_across.figures,
-                )
-        word = "error" if outcome == "ok" and done.refused else outcome
-        end_run(store, done.parent_id, word, _not_before(parent, ended))
-    if not measured and done.problems:
-        raise JournalError(done.problems[0])
+    if until is None and done.parent_id:
+        _complete_parent(root, store, parent, measured, found_across.figures, outcome, done)
     return done
+
+
+def _complete_parent(
+    root: Path,
+    store: Store,
+    run: Run | None,
+    measured: Sequence[tuple[Row, str]],
+    figures: Mapping[str, float],
+    outcome: str,
+    done: Uploaded,
+) -> None:
+    """Upload what a store lacks of a sweep's own run; `run` is None if it has just begun. See `publish_parent`."""
+    assert done.parent_id
+    if is_whole(run, outcome) or (run and not measured and run.info.status != "RUNNING"):
+        return
+    spec, known = read_sweep(root)
+    if measured:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            write_comparison(root, folder, store, spec, known["parent"], measured)
+            _copy(root / "comparison" / "goodput.json", folder)
+            asked = known["asked"] if run else {}
+            done.page = publish_parent(store, done.parent_id, spec, measured, folder, asked, lambda text: None, figures)
+    ended = max((row.ended_ms for row, _ in measured if row.ended_ms and not row.linked), default=None)
+    word = "error" if outcome == "ok" and done.refused else outcome
+    end_run(store, done.parent_id, word, _not_before(run, ended))
 
 
 def _complete_cell(

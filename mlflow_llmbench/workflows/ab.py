@@ -75,6 +75,8 @@ def run_ab(
     executor = open_executor_of_sides(sides_asked, options)
     planned = plan_in_turns(sides_asked, options, executor.machine)
     done = execute(planned, executor, (tracking_uri, experiment), watcher)
+    if done.outcome == "interrupted":
+        raise KeyboardInterrupt
     if done.outcome != "ok":
         failed = next((row for row in done.rows if row.outcome != "ok"), done.rows[0])
         raise MeasurementError(

@@ -79,6 +79,8 @@ def _measure(
             "A calibration measures one configuration: give one value."
         )
     done = sweep.run(tracking_uri=tracking_uri, experiment=experiment, watcher=watcher, **asked)
+    if done.outcome == "interrupted":
+        raise KeyboardInterrupt
     if done.outcome != "ok":
         raise MeasurementError(
             f"The machine was not calibrated: {done.rows[0].outcome}: {done.rows[0].message} "

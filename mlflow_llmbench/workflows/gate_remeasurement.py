@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..records.cell import Options
-from ..records.errors import MeasurementError, UsageError
+from ..records.errors import UsageError
 from ..records.invocation import command_text
 from ..records.results import RunResult
 from ..sweeps.planning import Plan, plan_in_turns
@@ -75,7 +75,7 @@ def remeasure(
         require_same(result, side)
     done = execute(planned, executor, (tracking_uri, again.experiment), again.watcher)
     if done.outcome == "interrupted":
-        raise MeasurementError(f"The measurement was interrupted. The results so far are in {done.folder}.")
+        raise KeyboardInterrupt
     return GateRemeasurement(done, *sides(done), tuple(_environment_notes(before, planned)))
 
 

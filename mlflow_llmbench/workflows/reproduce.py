@@ -200,6 +200,8 @@ def reproduce(
 
 def read_again(sweep: SweepResult) -> RunResult:
     """Read the result of the only cell of a sweep. Raises MeasurementError if it has none."""
+    if sweep.outcome == "interrupted":
+        raise KeyboardInterrupt
     if sweep.outcome != "ok" or sweep.rows[0].outcome != "ok":
         raise MeasurementError(
             f"It could not be measured again: {sweep.rows[0].outcome}: {sweep.rows[0].message} "
